@@ -1,0 +1,36 @@
+# Either `make demo` or `make test` does all the set-up on a fresh machine: Python 3.11-3.13, a C++ compiler, a package index.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.ready
+	$(BIN)/spt-fast demo --out demo
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.prepare
+	$(BIN)/python -m benchmarks.train_step
+
+# torch goes in first: the extension is compiled against the torch that it will run with.
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
+	@test -n "$(PYTHON)" || { echo "spt_fast needs Python 3.11, 3.12 or 3.13; set PYTHON=/path/to/one"; exit 1; }
+	@echo "setting up $(VENV) (once; about two minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info spt_fast/*.so demo

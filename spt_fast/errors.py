@@ -1,0 +1,32 @@
+"""What a user did wrong. Every message names the field or file, what was given, and what would do.
+
+The command line turns any of these into one message and exit code 2. What *we* did wrong is an `assert`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SptError(ValueError):
+    """Base of every error that a user can cause and mend."""
+
+
+class RecipeError(SptError):
+    """A recipe, study or command-line value that cannot be used."""
+
+
+class DataError(SptError):
+    """A text file, tokenizer or token dataset that cannot be used."""
+
+
+class CheckpointError(SptError):
+    """A run folder, checkpoint or weights folder that cannot be used."""
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """A tail for an error message: the known name closest to `given`, or the list of them all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
