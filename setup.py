@@ -1,4 +1,4 @@
-"""Builds csrc/ into spt_fast/_C against torch's stable ABI: one binary for every torch >= 2.11 and every Python >= 3.11."""
+"""Builds csrc/ into spt_fast/_C by torch's stable ABI: one binary for every torch >= 2.11 and Python >= 3.11."""
 
 from glob import glob
 
@@ -10,18 +10,18 @@ setup(
         CppExtension(
             name="spt_fast._C",
             sources=sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
             py_limited_api=True,
             extra_compile_args=[
                 "-O3",
+                "-g0",
                 "-std=c++20",
                 "-fvisibility=hidden",
                 "-DTORCH_TARGET_VERSION=0x020b000000000000",
-                "-DPy_LIMITED_API=0x030b0000",
                 "-Wall",
-                "-Wno-unused-variable",
             ],
         )
     ],
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+    cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

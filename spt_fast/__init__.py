@@ -1,0 +1,49 @@
+"""spt_fast: a GPT trainer for specialized pretraining.
+
+    import spt_fast as spt
+    spt.run(spt.load_recipe("recipe.yaml"))
+
+The names below are loaded on first use, so that `import spt_fast` costs nothing (worker processes rely on it).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spt_fast.config import Recipe, load_recipe
+    from spt_fast.data.mixture import Mixture
+    from spt_fast.data.shards import TokenDataset
+    from spt_fast.data.tokenizer import Tokenizer
+    from spt_fast.model.gpt import GPT, GPTConfig
+    from spt_fast.train.loop import run
+
+try:
+    __version__ = version("spt-fast")
+except PackageNotFoundError:
+    __version__ = "0+uninstalled"
+
+_HOMES = {
+    "GPT": "spt_fast.model.gpt",
+    "GPTConfig": "spt_fast.model.gpt",
+    "Mixture": "spt_fast.data.mixture",
+    "Recipe": "spt_fast.config",
+    "TokenDataset": "spt_fast.data.shards",
+    "Tokenizer": "spt_fast.data.tokenizer",
+    "load_recipe": "spt_fast.config",
+    "run": "spt_fast.train.loop",
+}
+
+__all__ = ["GPT", "GPTConfig", "Mixture", "Recipe", "TokenDataset", "Tokenizer", "__version__", "load_recipe", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'spt_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

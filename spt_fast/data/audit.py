@@ -1,0 +1,77 @@
+"""How often any token, document or source was seen, from the functions that chose the windows themselves.
+
+A *visit* of a token is its being read as an input; the last token that a window reads is a target only.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TypedDict
+
+import numpy as np
+
+from spt_fast.data.ring import Ring
+
+_STRETCH_WINDOWS = 1 << 20
+
+
+class Visits(TypedDict):
+    """Of a stretch of a source: its tokens, the visits to all of them, and the fewest and most of any one."""
+
+    tokens: int
+    token_visits: int
+    min_visits: int
+    max_visits: int
+
+
+def epochs(ring: Ring, count: int) -> Fraction:
+    """How often the source was gone through by its first `count` windows: visits per token."""
+    return Fraction(count * ring.context, ring.num_tokens)
+
+
+def document_visits(ring: Ring, count: int, start: int, end: int) -> Visits:
+    """Visits of tokens [start, end) by the first `count` windows of the source's endless repetition.
+
+    Exact, and cheap at any count: whole epochs in closed form; of the last, unfinished one, the windows that touch the
+    stretch are asked for their places in its order. Time grows with end - start alone, memory doesn't.
+    """
+    assert 0 <= start <= end <= ring.num_tokens
+    stretch_tokens = _STRETCH_WINDOWS * ring.context
+    parts = [_visits(ring, count, a, min(a + stretch_tokens, end)) for a in range(start, end, stretch_tokens)]
+    return {
+        "tokens": end - start,
+        "token_visits": sum(part["token_visits"] for part in parts),
+        "min_visits": min((part["min_visits"] for part in parts), default=0),
+        "max_visits": max((part["max_visits"] for part in parts), default=0),
+    }
+
+
+def _visits(ring: Ring, count: int, start: int, end: int) -> Visits:
+    """Sweep over the places where the number of visits changes. start < end."""
+    epoch, drawn = divmod(count, ring.windows_per_epoch)
+    rounds, rest = divmod(epoch * ring.windows_per_epoch * ring.context, ring.num_tokens)
+    rises, falls = [np.array([start])], [np.array([end])]  # the sweep's two ends: a visit that is taken off again below
+    if rest > start:  # whole epochs visited [0, rest) once more than the other tokens
+        rises.append(np.array([start]))
+        falls.append(np.array([min(rest, end)]))
+    first = ring.epoch_start(epoch)
+    for copy in (
+        0,
+        ring.num_tokens,
+    ):  # its windows lie end to end from `first` on, at most once around
+        low, high = max(start + copy - first, 0), end + copy - first
+        windows = np.arange(low // ring.context, min(-(-high // ring.context), ring.windows_per_epoch))
+        read = windows[ring.order(epoch).positions_of(windows) < drawn] * ring.context + first - copy
+        rises.append(np.maximum(read, start))
+        falls.append(np.minimum(read + ring.context, end))
+    places = np.concatenate(rises + falls)
+    steps = np.repeat([1, -1], [sum(map(len, rises)), sum(map(len, falls))])
+    order = np.argsort(places, kind="stable")
+    lengths = np.diff(places[order])
+    visits = (rounds - 1 + np.cumsum(steps[order])[:-1])[lengths > 0]
+    return {
+        "tokens": end - start,
+        "token_visits": int(visits @ lengths[lengths > 0]),
+        "min_visits": int(visits.min()),
+        "max_visits": int(visits.max()),
+    }

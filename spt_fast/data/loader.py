@@ -1,0 +1,228 @@
+"""Batches of a schedule for one rank, read from the token files on a background thread, ahead of the trainer.
+
+Shapes: R = rows of this rank in a step, B = `micro` rows, T = context, S = sources.
+
+Position p of the global batch goes to row i of micro-batch m of rank r by p = (m·world + r)·micro + i. So the order of
+the data is the schedule's alone: another world size or micro-batch deals the same global batch out differently.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from spt_fast import native
+from spt_fast.data.schedule import Schedule
+from spt_fast.data.shards import TokenDataset
+from spt_fast.errors import DataError, RecipeError
+
+PREFETCHED_STEPS = 2
+ADVISED_STEPS = 8
+
+_Windows = tuple[np.ndarray, np.ndarray]  # source int32 [R], first token int64 [R]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, on the loader's device.
+
+    tokens, targets   int64 [B, T], contiguous; targets are the tokens one place further on
+    cu_seqlens        int32 [n + 1]: where documents start in the flattened tokens, then B·T; 0 = first < ... < last.
+                      Each row starts anew, and so does the text beyond the corpus's end in a window that runs across
+                      it. None unless asked for
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+
+
+class Loader:
+    """Steps [first_step, last_step) of `schedule`: iterating gives (step, [Batch, ...]), the rank's micro-batches.
+
+    datasets: by source of the mixture; context: T. `documents` asks for cu_seqlens. Batches for a CUDA `device` are
+    read into pinned memory and copied without blocking. Ids are held against `vocab_size`. Draws no random numbers.
+
+    Raises RecipeError where the schedule's sequences don't divide by micro x world. Raises DataError, here or from the
+    iteration: `documents` without recorded document ends, ids that are no native integers, a file that changed its size
+    since it was opened or cannot be read, an id of `vocab_size` or more. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        datasets: Mapping[str, TokenDataset],
+        context: int,
+        *,
+        micro: int,
+        vocab_size: int,
+        last_step: int,
+        first_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        documents: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if schedule.sequences % (micro * world):
+            raise RecipeError(
+                f"batch.sequences: {schedule.sequences} does not divide into {world} processes of micro-batches of "
+                f"{micro}; choose a multiple of {micro * world}"
+            )
+        for name in schedule.mixture.sources:
+            ring = schedule.rings[name]
+            assert (ring.num_tokens, ring.context) == (datasets[name].num_tokens, context), name
+        self._schedule, self._context, self._vocab_size = schedule, context, vocab_size
+        self._first_step, self._last_step = first_step, last_step
+        self._micro, self._device = micro, torch.device(device)
+        self._positions = np.arange(schedule.sequences).reshape(-1, world, micro)[:, rank].reshape(-1)
+        self._documents = documents
+        self._files: list[_TokenFile] = []
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        try:
+            for name in schedule.mixture.sources:
+                self._files.append(_TokenFile(name, datasets[name], documents))
+        except DataError:
+            self.close()
+            raise
+        self._table_S4 = np.array([file.row for file in self._files], dtype=np.int64)
+
+    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
+        windows = self._windows_advised_ahead()
+        pending: deque[tuple[torch.Tensor, Future[list[torch.Tensor | None]]]] = deque()
+        for step in range(self._first_step, self._last_step + PREFETCHED_STEPS):
+            if step < self._last_step:
+                batch_2RT = self._empty_batch()
+                pending.append((batch_2RT, self._pool.submit(self._read, windows, batch_2RT)))
+            if step >= self._first_step + PREFETCHED_STEPS:
+                batch_2RT, reading = pending.popleft()
+                yield step - PREFETCHED_STEPS, self._micro_batches(batch_2RT, reading.result())
+
+    def close(self) -> None:
+        """Stop reading ahead and close the files."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def _windows_advised_ahead(self) -> Iterator[_Windows]:
+        """This rank's windows of each step, a few steps after asking for their pages."""
+        advised: deque[_Windows] = deque()
+        for step in range(self._first_step, self._last_step):
+            source_G, start_G = self._schedule.windows(step)
+            advised.append((source_G[self._positions], start_G[self._positions]))
+            native.advise(self._table_S4, *advised[-1], self._context)
+            if len(advised) > ADVISED_STEPS:
+                yield advised.popleft()
+        yield from advised
+
+    def _empty_batch(self) -> torch.Tensor:
+        """[2, R, T], made on the consumer's thread: pinning elsewhere would claim memory on the first GPU."""
+        shape = (2, len(self._positions), self._context)
+        return torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=self._device.type == "cuda")
+
+    def _read(self, windows: Iterator[_Windows], batch_2RT: torch.Tensor) -> list[torch.Tensor | None]:
+        """Fill the batch of the next step; the cu_seqlens of each of its micro-batches."""
+        source_R, start_R = next(windows)
+        for file in self._files:
+            file.check_size()
+        failure = native.gather(self._table_S4, source_R, start_R, self._vocab_size, batch_2RT)
+        if failure.outcome:
+            raise self._files[source_R[failure.row]].error(failure, self._vocab_size)
+        micro_batches = zip(source_R.reshape(-1, self._micro), start_R.reshape(-1, self._micro), strict=True)
+        return [self._document_starts(*window_B) if self._documents else None for window_B in micro_batches]
+
+    def _document_starts(self, source_B: np.ndarray, start_B: np.ndarray) -> torch.Tensor:
+        """cu_seqlens int32 of a micro-batch."""
+        starts = [
+            row * self._context + self._files[source].document_starts(start, self._context)
+            for row, (source, start) in enumerate(zip(source_B.tolist(), start_B.tolist(), strict=True))
+        ]
+        starts.append(np.array([len(source_B) * self._context]))
+        return torch.from_numpy(np.concatenate(starts).astype(np.int32))
+
+    def _micro_batches(self, batch_2RT: torch.Tensor, cu_seqlens: list[torch.Tensor | None]) -> list[Batch]:
+        if self._device.type == "cuda":
+            cu_seqlens = [cuts if cuts is None else cuts.pin_memory() for cuts in cu_seqlens]
+        cu_seqlens = [cuts if cuts is None else cuts.to(self._device, non_blocking=True) for cuts in cu_seqlens]
+        tokens_RT, targets_RT = batch_2RT.to(self._device, non_blocking=True)
+        return list(map(Batch, tokens_RT.split(self._micro), targets_RT.split(self._micro), cu_seqlens))
+
+
+class _TokenFile:
+    """The open file of one source's ids."""
+
+    def __init__(self, name: str, dataset: TokenDataset, documents: bool) -> None:
+        dtype = dataset.tokens.dtype
+        if dtype.kind not in "iu" or not dtype.isnative:
+            raise DataError(f"source {name!r}: {dataset.path} holds {dtype.str}; ids must be native integers")
+        if documents and dataset.document_ends is None:
+            raise DataError(
+                f"source {name!r}: {dataset.path} records no document ends, which `documents: true` needs; set it to "
+                "false, or prepare the text with `spt-fast prepare`"
+            )
+        self._name, self._path, self._num_tokens = name, dataset.path, dataset.num_tokens
+        self._ends = np.asarray(dataset.document_ends if documents else [], dtype=np.int64)
+        try:
+            self._file = dataset.path.open("rb", buffering=0)
+        except OSError as error:
+            raise DataError(f"source {name!r}: {dataset.path} cannot be opened: {error.strerror}") from None
+        self._size_bytes = os.fstat(self._file.fileno()).st_size
+        needed_bytes = dataset.offset_bytes + dataset.num_tokens * dtype.itemsize
+        if self._size_bytes < needed_bytes:
+            self._file.close()
+            raise DataError(
+                f"source {name!r}: {dataset.path} has {self._size_bytes:,} bytes and its {dataset.num_tokens:,} tokens "
+                f"need {needed_bytes:,}; it was cut short: copy or prepare it again"
+            )
+        signed = -1 if dtype.kind == "i" else 1
+        self.row = (self._file.fileno(), dataset.offset_bytes, dataset.num_tokens, signed * dtype.itemsize)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def check_size(self) -> None:
+        size_bytes = os.fstat(self._file.fileno()).st_size
+        if size_bytes != self._size_bytes:
+            raise DataError(
+                f"source {self._name!r}: {self._path} changed from {self._size_bytes:,} to {size_bytes:,} bytes while "
+                "it was being read; put the file back as it was and resume"
+            )
+
+    def error(self, failure: native.GatherFailure, vocab_size: int) -> DataError:
+        """What a failed gather of this file means."""
+        where = f"source {self._name!r}: {self._path}, token {failure.token:,}"
+        match failure.outcome:
+            case native.CUT_SHORT:
+                return DataError(f"{where}: the file ends before it; it was cut short: copy or prepare it again")
+            case native.READ_ERROR:
+                return DataError(f"{where}: cannot be read: {os.strerror(failure.detail)}; check the disk")
+            case native.ID_TOO_LARGE:
+                return DataError(
+                    f"{where}: id {failure.detail:,} is not in the vocabulary of {vocab_size:,}; prepare the text with "
+                    "this run's tokenizer, or raise model.vocab_size"
+                )
+        raise AssertionError(failure)
+
+    def document_starts(self, start: int, context: int) -> np.ndarray:
+        """Where documents begin in a window: int64, from 0 up, strictly increasing, below `context`."""
+        starts = [np.array([0]), self._ends_between(start, min(start + context, self._num_tokens)) - start]
+        beyond = start + context - self._num_tokens
+        if beyond > 0:
+            starts += [np.array([context - beyond]), self._ends_between(0, beyond) + context - beyond]
+        return np.unique(np.concatenate(starts))
+
+    def _ends_between(self, low: int, high: int) -> np.ndarray:
+        """The document ends in (low, high)."""
+        return self._ends[np.searchsorted(self._ends, low, "right") : np.searchsorted(self._ends, high, "left")]

@@ -1,0 +1,178 @@
+"""From text to a token dataset: read, encode in parallel, write; one pass, bounded memory.
+
+The documents of the dataset are those of the input in its order, whatever the number of workers, each ended by the
+end-of-text id. The dataset comes into being whole or not at all, and so does its held-out part: until both are written
+out, what was at PREFIX stays there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from spt_fast.data.shards import DatasetWriter
+from spt_fast.data.text import Chunk, Inputs, TextReader
+from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.data.workers import Batch, EncoderPool, Settings, Side
+from spt_fast.errors import DataError
+
+BATCH_BYTES = 1 << 20
+
+
+def prepare(
+    inputs: Inputs,
+    out: str | os.PathLike[str],
+    tokenizer: Tokenizer | str | os.PathLike[str],
+    *,
+    text_key: str = "text",
+    heldout: Fraction | None = None,
+    skip_bad: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Encode the documents of `inputs` (see spt_fast.data.text) into the dataset OUT.bin, OUT.idx and OUT.json.
+
+    tokenizer   a Tokenizer, a tokenizer file, or a tiktoken encoding by name
+    heldout     share of the documents, in expectation, that goes to OUT.heldout instead: those whose text has a low
+                hash, white space aside, so that copies of a document stay on one side
+    skip_bad    leave out broken documents and empty files, and count them, instead of raising
+    workers     processes; by default one for each core that this process may use
+    progress    show a bar on standard error
+
+    Returns {"documents", "tokens", "bytes"} of OUT, "heldout": the same of OUT.heldout, or None; "skipped": {kind:
+    documents}; "seconds", "mb_per_s" (10^6 bytes of UTF-8 text), "workers".
+
+    Raises DataError for inputs, tokenizers and options that can't be used, a bad document (with file and line), a
+    split that leaves a side empty, a full disk, and a worker that dies. Then, and when interrupted, it leaves nothing.
+    """
+    start_s = time.perf_counter()
+    workers = _cores() if workers is None else workers
+    if workers < 1:
+        raise DataError(f"workers {workers} is below 1; give at least 1, or leave it out for one a core")
+    if heldout is not None and not 0 < heldout < 1:
+        raise DataError(f"held-out share {heldout} isn't between 0 and 1; give a share such as 0.5%")
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+    reader = TextReader(inputs, text_key, skip_bad=skip_bad)
+    settings = Settings(text_key, skip_bad, (heldout.numerator, heldout.denominator) if heldout is not None else None)
+    skipped: Counter[str] = Counter()
+    with ExitStack() as stack:
+        train = _Output(stack, os.fspath(out), tokenizer)
+        held_out = _Output(stack, f"{os.fspath(out)}.heldout", tokenizer) if heldout is not None else None
+        bar = stack.enter_context(_Progress(Path(out).name, reader.total_bytes)) if progress else None
+        pool = stack.enter_context(EncoderPool(tokenizer, settings, workers))
+        for batch, encoded in pool.encode(_batches(reader)):
+            train.append(encoded.train)
+            if held_out is not None:
+                held_out.append(encoded.heldout)
+            skipped += encoded.skipped
+            if bar is not None:
+                bar.advance(batch.read_bytes, encoded.train.num_bytes + encoded.heldout.num_bytes)
+        skipped += reader.skipped
+        _refuse_empty(train, held_out, heldout, skipped)
+        train.writer.commit()
+        if held_out is not None:
+            held_out.writer.commit()
+    seconds = time.perf_counter() - start_s
+    num_bytes = train.counts["bytes"] + (held_out.counts["bytes"] if held_out else 0)
+    return {
+        **train.counts,
+        "heldout": held_out.counts if held_out else None,
+        "skipped": dict(skipped),
+        "seconds": seconds,
+        "mb_per_s": num_bytes / seconds / 1e6,
+        "workers": workers,
+    }
+
+
+class _Output:
+    """One side of the split on its way to disk; `stack` removes what is not committed."""
+
+    def __init__(self, stack: ExitStack, prefix: str, tokenizer: Tokenizer) -> None:
+        self.writer = DatasetWriter(
+            prefix, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, tokenizer_digest=tokenizer.digest
+        )
+        stack.callback(self.writer.abort)
+        self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
+
+    def append(self, side: Side) -> None:
+        self.writer.write(side.tokens, side.document_lengths, side.num_bytes)
+        self.counts["documents"] += len(side.document_lengths)
+        self.counts["tokens"] += len(side.tokens)
+        self.counts["bytes"] += side.num_bytes
+
+
+class _Progress:
+    """A bar over the bytes of the input files, with the rate at which text is encoded and the time left."""
+
+    def __init__(self, name: str, total_bytes: int | None) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self._bar = progress.Progress(
+            progress.TextColumn("prepare {task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TextColumn("{task.fields[mb_per_s]:.1f} MB/s of text"),
+            progress.TextColumn("ETA"),
+            progress.TimeRemainingColumn(elapsed_when_finished=True),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task(name, total=total_bytes, mb_per_s=0.0)
+        self._text_bytes, self._start_s = 0, time.perf_counter()
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def advance(self, read_bytes: int, text_bytes: int) -> None:
+        """`read_bytes` of the files have been read for what is done; `text_bytes` were encoded since the last call."""
+        self._text_bytes += text_bytes
+        rate = self._text_bytes / (time.perf_counter() - self._start_s) / 1e6
+        self._bar.update(self._task, completed=read_bytes, mb_per_s=rate)
+
+
+def _batches(reader: TextReader) -> Iterator[Batch]:
+    """Chunks, the small ones together: a message to a worker costs the time of encoding some kilobytes."""
+    chunks: list[Chunk] = []
+    num_bytes = 0
+    error = None
+    try:
+        for chunk in reader:
+            chunks.append(chunk)
+            num_bytes += len(chunk.data)
+            if num_bytes >= BATCH_BYTES:
+                yield Batch(chunks, reader.read_bytes)
+                chunks, num_bytes = [], 0
+    except DataError as caught:
+        error = caught  # to be raised in its turn, after whatever is wrong with the documents before it
+    if chunks:
+        yield Batch(chunks, reader.read_bytes)
+    if error is not None:
+        raise error
+
+
+def _refuse_empty(train: _Output, held_out: _Output | None, share: Fraction | None, skipped: Counter[str]) -> None:
+    documents = train.counts["documents"] + (held_out.counts["documents"] if held_out else 0)
+    if documents == 0:
+        left_out = ", ".join(f"{count:,} {kind}" for kind, count in skipped.items())
+        raise DataError(f"{train.writer.prefix}: no document is left (left out: {left_out or 'none'}); mend the input")
+    for side in (train, held_out):
+        if side is not None and side.counts["documents"] == 0:
+            raise DataError(
+                f"{side.writer.prefix} would be empty: of {documents:,} documents none falls on this side of a "
+                f"held-out share of {share}; give another share, or more documents (a .txt file is one document, a "
+                ".jsonl file has one a line)"
+            )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,377 @@
+"""Token datasets on disk: our own format, written atomically and hashed, and one way to open it or any other.
+
+A dataset is three files. PREFIX.bin: little-endian token ids, nothing else. PREFIX.idx: the exclusive end of each
+document, in tokens, u64. PREFIX.json: what the other two hold (dtype, vocabulary, counts, largest id) with a sha256 of
+each 64 MiB block of .bin, of .idx, and of itself. The .json comes into being last: without it nothing opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from spt_fast.data import formats
+from spt_fast.errors import DataError
+
+FORMAT = "spt_fast tokens"
+VERSION = 1
+BLOCK_BYTES = 64 << 20
+END_DTYPE = np.dtype("<i8")  # u64 on disk: below 2^63 the same bytes, and int64 mixes with Python's and NumPy's ints
+
+_READ_BYTES = 1 << 20
+_ENDS_CHECKED = 1 << 16  # at open; the hash covers them all
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDataset:
+    """Token ids of one corpus, mapped from disk and never loaded whole.
+
+    tokens          [num_tokens], read-only memmap; uint16 or uint32 in our format, any integer dtype in others
+    document_ends   int64 [num_documents], non-decreasing exclusive ends in tokens; None where the format has none
+    num_bytes       UTF-8 bytes of the text, where recorded
+    max_id          largest id, where recorded (after `limit`, an upper bound)
+    digest          identifies the content: in our format a hash of the block hashes; elsewhere of sizes and samples
+    path            the file that holds the ids, which start at `offset_bytes`
+    """
+
+    format: str
+    path: Path
+    offset_bytes: int
+    tokens: np.ndarray
+    document_ends: np.ndarray | None
+    digest: str
+    num_bytes: int | None = None
+    vocab_size: int | None = None
+    max_id: int | None = None
+    eos_id: int | None = None
+    tokenizer_digest: str | None = None
+    metadata: dict[str, Any] | None = None  # the .json of our format
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int | None:
+        return None if self.document_ends is None else len(self.document_ends)
+
+    @classmethod
+    def open(cls, prefix: str | os.PathLike[str], dtype: str | None = None) -> TokenDataset:
+        """Open PREFIX in any supported format: ours, else Megatron, llm.c, .npy, else headerless ids of `dtype`.
+
+        `prefix` may carry its extension. `dtype` (uint16, uint32, ...) is needed for headerless files and must agree
+        with a header where there is one. Raises DataError for what is missing, damaged, or of another size than its
+        header says. Hashes are left to `verify`, so that opening costs the same at any size.
+        """
+        base = base_prefix(Path(prefix))
+        declared = None if dtype is None else formats.id_dtype(dtype, f"the declared dtype of {prefix}")
+        try:
+            metadata = _read_metadata(files_of(base)[2])
+            if metadata is None:
+                return cls._open_foreign(Path(prefix), declared)
+            return cls._open_own(base, metadata, declared)
+        except OSError as error:
+            raise DataError(f"{prefix} can't be read: {error.strerror} ({error.filename})") from error
+
+    @classmethod
+    def _open_foreign(cls, prefix: Path, declared: np.dtype | None) -> TokenDataset:
+        found = formats.find(prefix, declared)
+        tokens = formats.map_ids(found.path, found.dtype, found.offset_bytes, found.num_tokens)
+        return cls(found.format, found.path, found.offset_bytes, tokens, found.document_ends, found.digest)
+
+    @classmethod
+    def _open_own(cls, base: Path, metadata: dict[str, Any], declared: np.dtype | None) -> TokenDataset:
+        bin_path, idx_path, json_path = files_of(base)
+        for path in (bin_path, idx_path):
+            if not path.is_file():
+                raise DataError(f"{path} is missing, though {json_path} is there; copy or prepare the dataset again")
+        id_dtype = formats.id_dtype(metadata["dtype"], f"{json_path}: dtype")
+        formats.check_declared(bin_path, id_dtype, declared)
+        num_tokens, num_documents = metadata["num_tokens"], metadata["num_documents"]
+        formats.check_size(bin_path, num_tokens * id_dtype.itemsize, f"the {num_tokens:,} tokens in {json_path}")
+        formats.check_size(
+            idx_path, num_documents * END_DTYPE.itemsize, f"the {num_documents:,} documents in {json_path}"
+        )
+        ends = formats.map_ids(idx_path, END_DTYPE, 0, num_documents)
+        checked = ends[:_ENDS_CHECKED]
+        if num_documents and (checked[0] < 0 or np.any(checked[1:] < checked[:-1]) or ends[-1] != num_tokens):
+            raise DataError(
+                f"{idx_path} is damaged: its document ends don't rise to the {num_tokens:,} tokens of {bin_path}"
+            )
+        return cls(
+            format="spt_fast",
+            path=bin_path,
+            offset_bytes=0,
+            tokens=formats.map_ids(bin_path, id_dtype, 0, num_tokens),
+            document_ends=ends,
+            digest=_sha256_of([metadata["dtype"], metadata["blocks_sha256"], metadata["idx_sha256"]]),
+            num_bytes=metadata["num_bytes"],
+            vocab_size=metadata["vocab_size"],
+            max_id=metadata["max_id"],
+            eos_id=metadata["eos_id"],
+            tokenizer_digest=metadata["tokenizer_digest"],
+            metadata=metadata,
+        )
+
+    def limit(self, tokens: int) -> TokenDataset:
+        """The first whole documents that fit in `tokens` tokens (at least one that isn't empty), sharing the map.
+
+        Where the format records no documents: the first `tokens` tokens. Its `digest` is of this dataset's and the
+        cut; `num_bytes` is None, since bytes are recorded for the whole only. DataError if `tokens` < 1.
+        """
+        if tokens < 1:
+            raise DataError(f"{self.path}: a limit of {tokens} tokens leaves nothing; give at least 1")
+        if tokens >= self.num_tokens:
+            return self
+        ends = self.document_ends
+        if ends is not None:
+            first_filled = int(np.searchsorted(ends, np.int64(0), side="right")) + 1
+            ends = ends[: max(first_filled, int(np.searchsorted(ends, np.int64(tokens), side="right")))]
+            tokens = int(ends[-1])
+            if tokens == self.num_tokens:
+                return self
+        digest = _sha256_of([self.digest, "first", tokens])
+        return replace(self, tokens=self.tokens[:tokens], document_ends=ends, num_bytes=None, digest=digest)
+
+    def verify(self) -> None:
+        """Hash the files again (of a limited dataset, the whole files), reading them without a map.
+
+        Raises DataError naming the damaged block of .bin, or the .idx. Foreign formats record no hashes: their sizes
+        were held against their headers at open, and nothing more can be checked here.
+        """
+        if self.metadata is None:
+            return
+        bin_path, idx_path, json_path = files_of(base_prefix(self.path))
+        block_bytes, expected = self.metadata["block_bytes"], self.metadata["blocks_sha256"]
+        size = self.metadata["num_tokens"] * self.tokens.dtype.itemsize
+        formats.check_size(bin_path, size, str(json_path))
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            starts = range(0, size, block_bytes)
+            digests = pool.map(lambda start: _sha256_of_stretch(bin_path, start, block_bytes), starts)
+            damaged = [i for i, digest in enumerate(digests) if digest != expected[i]]
+        if damaged:
+            first = damaged[0] * block_bytes
+            named = ", ".join(map(str, damaged[:8])) + (", ..." if len(damaged) > 8 else "")
+            raise DataError(
+                f"{bin_path} is damaged: block {named} of {len(expected)} lacks the sha256 that {json_path} gives "
+                f"(the first is bytes {first:,} to {min(first + block_bytes, size):,}); copy or prepare it again"
+            )
+        if _sha256_of_stretch(idx_path, 0, None) != self.metadata["idx_sha256"]:
+            raise DataError(
+                f"{idx_path} is damaged: its sha256 is not the one in {json_path}; copy or prepare it again"
+            )
+
+
+class DatasetWriter:
+    """Writes a dataset under temporary names beside PREFIX and moves it into place, whole, at `commit`.
+
+    As a context manager it commits on success and aborts on any exception. A crash leaves at worst `*.partial` files,
+    which the next writer overwrites, or .bin and .idx without a .json, which don't open. A dataset already at PREFIX
+    stays as it is until `commit`; files there that are none of ours are never overwritten (DataError). Ids are uint16
+    where `vocab_size` <= 65,536, else uint32. A failing disk is a DataError too, and leaves nothing behind.
+    """
+
+    def __init__(
+        self, prefix: str | os.PathLike[str], *, vocab_size: int, eos_id: int | None, tokenizer_digest: str | None
+    ) -> None:
+        self.prefix = base_prefix(Path(prefix))
+        self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self._vocab_size, self._eos_id, self._tokenizer_digest = vocab_size, eos_id, tokenizer_digest
+        self._num_tokens = self._num_documents = self._num_bytes = 0
+        self._max_id: int | None = None
+        self._idx_hash = hashlib.sha256()
+        self._block_hash, self._block_filled = hashlib.sha256(), 0
+        self._blocks: list[str] = []
+        self._partial = [Path(f"{path}.partial") for path in files_of(self.prefix)]
+        self._files: list[BinaryIO] = []
+        _refuse_foreign(self.prefix)
+        with self._clean_failure():
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            for path in self._partial[:2]:
+                self._files.append(path.open("wb"))
+
+    def write(self, tokens: np.ndarray, document_lengths: np.ndarray, num_bytes: int) -> None:
+        """Append whole documents.
+
+        tokens: integers [sum of document_lengths]; document_lengths: integers [documents], in tokens; num_bytes: UTF-8
+        bytes of their text. Raises DataError (and aborts) for an id outside the vocabulary or a failing disk.
+        """
+        ends = self._num_tokens + np.cumsum(document_lengths, dtype=END_DTYPE)
+        assert len(tokens) == (int(ends[-1]) - self._num_tokens if len(ends) else 0), "lengths don't sum to the tokens"
+        if len(tokens):
+            smallest, largest = int(tokens.min()), int(tokens.max())
+            if smallest < 0 or largest >= self._vocab_size:
+                self.abort()
+                raise DataError(
+                    f"{self.prefix}: token id {smallest if smallest < 0 else largest} is outside the vocabulary of "
+                    f"{self._vocab_size:,}; the tokenizer isn't the one that the vocabulary size is of"
+                )
+            self._max_id = max(largest, self._max_id or 0)
+        data, end_bytes = tokens.astype(self._dtype).tobytes(), ends.tobytes()
+        self._idx_hash.update(end_bytes)
+        self._hash_blocks(data)
+        with self._clean_failure():
+            self._files[0].write(data)
+            self._files[1].write(end_bytes)
+        self._num_tokens += len(tokens)
+        self._num_documents += len(ends)
+        self._num_bytes += num_bytes
+
+    def commit(self) -> dict[str, Any]:
+        """Make the dataset durable and visible; returns its metadata, the content of PREFIX.json."""
+        if self._block_filled:
+            self._close_block()
+        metadata: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": self._dtype.name,
+            "vocab_size": self._vocab_size,
+            "tokenizer_digest": self._tokenizer_digest,
+            "eos_id": self._eos_id,
+            "num_tokens": self._num_tokens,
+            "num_documents": self._num_documents,
+            "num_bytes": self._num_bytes,
+            "max_id": self._max_id,
+            "block_bytes": BLOCK_BYTES,
+            "blocks_sha256": self._blocks,
+            "idx_sha256": self._idx_hash.hexdigest(),
+        }
+        metadata["sha256"] = _sha256_of(metadata)
+        final = files_of(self.prefix)
+        with self._clean_failure():
+            self._files.append(self._partial[2].open("wb"))
+            self._files[2].write(json.dumps(metadata, indent=1).encode())
+            for file in self._files:
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+            final[2].unlink(missing_ok=True)  # else a crash between the renames could pair old metadata with new ids
+            for partial, path in zip(self._partial, final, strict=True):
+                partial.rename(path)
+            _fsync_folder(self.prefix.parent)
+        return metadata
+
+    def abort(self) -> None:
+        """Remove everything written so far."""
+        for file in self._files:
+            with contextlib.suppress(OSError):  # a full disk fails the flush in close() once more
+                file.close()
+        for path in self._partial:
+            with contextlib.suppress(OSError):  # such as a folder that turned out to be a file
+                path.unlink()
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.abort()
+
+    @contextlib.contextmanager
+    def _clean_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.abort()
+            raise DataError(
+                f"{self.prefix}.bin could not be written ({error.strerror}); nothing was left behind: make room, or "
+                "choose another place, and run it again"
+            ) from error
+
+    def _hash_blocks(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            part = view[: BLOCK_BYTES - self._block_filled]
+            self._block_hash.update(part)
+            self._block_filled += len(part)
+            if self._block_filled == BLOCK_BYTES:
+                self._close_block()
+            view = view[len(part) :]
+
+    def _close_block(self) -> None:
+        self._blocks.append(self._block_hash.hexdigest())
+        self._block_hash, self._block_filled = hashlib.sha256(), 0
+
+
+def base_prefix(path: Path) -> Path:
+    """PREFIX of PREFIX, PREFIX.bin, PREFIX.idx or PREFIX.json."""
+    return path.with_suffix("") if path.suffix in (".bin", ".idx", ".json") else path
+
+
+def files_of(prefix: Path) -> tuple[Path, Path, Path]:
+    """The three files of a dataset: ids, document ends, metadata."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
+
+
+def _is_ours(json_path: Path) -> bool:
+    """Whether the file says near its start that it describes a dataset of ours."""
+    if not json_path.is_file():
+        return False
+    with json_path.open("rb") as file:
+        return FORMAT.encode() in file.read(256)
+
+
+def _refuse_foreign(prefix: Path) -> None:
+    """DataError where writing to `prefix` would replace something that isn't a dataset of ours."""
+    there = [str(path) for path in files_of(prefix) if path.exists()]
+    if there and not _is_ours(files_of(prefix)[2]):
+        raise DataError(
+            f"{', '.join(there)} would be overwritten, and is no dataset of this program's (or an unfinished one); "
+            "move it away or choose another prefix"
+        )
+
+
+def _read_metadata(path: Path) -> dict[str, Any] | None:
+    """The metadata in `path`; None where there is no such file, or it is another program's. DataError if damaged."""
+    if not _is_ours(path):
+        return None
+    try:
+        metadata = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: it isn't JSON ({error}); copy or prepare the dataset again") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise DataError(f"{path} is damaged or was edited: it isn't a dataset's metadata any more; prepare it again")
+    if metadata.get("version") != VERSION:
+        raise DataError(f"{path} has format version {metadata.get('version')!r}; this program reads {VERSION}")
+    stored = metadata.pop("sha256", None)
+    if stored != _sha256_of(metadata):
+        raise DataError(f"{path} is damaged or was edited: its content doesn't match its own sha256; prepare it again")
+    return metadata
+
+
+def _sha256_of(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256_of_stretch(path: Path, start: int, num_bytes: int | None) -> str:
+    """sha256 of `num_bytes` of the file from `start` on, or of all that follows."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        left = path.stat().st_size - start if num_bytes is None else num_bytes
+        while left > 0 and (data := file.read(min(left, _READ_BYTES))):
+            digest.update(data)
+            left -= len(data)
+    return digest.hexdigest()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,386 @@
+"""Text as it lies in files: .jsonl, .txt and .parquet, plain, .gz or .zst, folders of them, and standard input.
+
+Reading and parsing are apart, so that one process can read while many parse. `TextReader` cuts files of any size into
+chunks of whole documents and never holds more than one document and one block; `parse` makes strings of a chunk.
+
+- .jsonl: one JSON object a line, whose `text_key` holds the text. Standard input (`-`) is read as .jsonl.
+- .parquet: one document a row of the column `text_key`. Compressed once more (.parquet.gz), it is unpacked to a
+  temporary file first.
+- .txt: one file is one document, except that a file over 8 MiB is cut, at the last blank line before each 8 MiB (or
+  line end, or space, where there is none), into several: a document is what has to fit into memory.
+- A folder stands for every such file below it, in the order of their paths; other and hidden files are passed over.
+
+A byte-order mark at the start of a file is dropped. Otherwise text is taken as it is.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from spt_fast.errors import DataError
+
+Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+STDIN = Path("-")
+TXT_BYTES = 8 << 20  # a longer .txt is more than one document
+LINE_BYTES = 128 << 20  # a longer line is no JSON Lines
+
+_BLOCK_BYTES = 1 << 20
+_FORMATS = (".jsonl", ".txt", ".parquet")
+_COMPRESSIONS = ("", ".gz", ".zst")
+_BOM = b"\xef\xbb\xbf"
+_SKIP = "or leave such documents out, counted, with --skip-bad"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of whole documents of one file.
+
+    data      UTF-8 (if the file is sound)
+    lengths   bytes of each document, -1 for one that is null; None where each line of `data` is a JSON document
+    first     number of the first line or row in its file, from 1
+    """
+
+    source: str
+    unit: Literal["line", "row"]
+    first: int
+    data: bytes
+    lengths: list[int] | None = None
+
+
+class TextReader:
+    """Iterates over the chunks of `inputs`, in order, and says how far it is.
+
+    total_bytes   of all files, as they lie on disk; None where standard input is among them
+    read_bytes    of these, so far
+    skipped       with `skip_bad`, files without a document: {"empty file": how many}
+
+    Raises DataError for inputs that don't exist, can't be read, are damaged or cut off, or hold no document.
+    """
+
+    def __init__(self, inputs: Inputs, text_key: str = "text", *, skip_bad: bool = False) -> None:
+        self.files = find_files(inputs)
+        self.total_bytes = None if STDIN in self.files else sum(path.stat().st_size for path in self.files)
+        self.read_bytes = 0
+        self.skipped: Counter[str] = Counter()
+        self._text_key, self._skip_bad = text_key, skip_bad
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for path in self.files:
+            empty = True
+            for chunk in self._chunks(path):
+                empty = False
+                yield chunk
+            if empty and not self._skip_bad:
+                raise DataError(f"{_name(path)} holds no document; remove it, or pass it over with --skip-bad")
+            self.skipped["empty file"] += empty
+
+    def _chunks(self, path: Path) -> Iterator[Chunk]:
+        if path == STDIN:
+            yield from _jsonl_chunks(self._blocks(_standard_input(), path), _name(path))
+            return
+        before = self.read_bytes
+        stem, compression = _split_name(path)
+        with _open(path, compression) as file:
+            stream = _decompressed(file, compression)
+            if stem.endswith(".parquet"):
+                yield from self._parquet_chunks(_unpacked(stream, path) if compression else file, path)
+            elif stem.endswith(".jsonl"):
+                yield from _jsonl_chunks(self._blocks(stream, path, file), str(path))
+            else:
+                yield from _txt_chunks(self._blocks(stream, path, file), str(path))
+        self.read_bytes = before + path.stat().st_size
+
+    def _blocks(self, stream: Any, path: Path, file: Any = None) -> Iterator[bytes]:
+        before, start = self.read_bytes, True
+        while block := _read(stream, path):
+            if file is not None:
+                self.read_bytes = before + file.tell()
+            yield block.removeprefix(_BOM) if start else block
+            start = False
+
+    def _parquet_chunks(self, file: BinaryIO, path: Path) -> Iterator[Chunk]:
+        pa = _pyarrow(path)
+        import pyarrow.parquet
+
+        if os.fstat(file.fileno()).st_size == 0:
+            return
+        before, size, first = self.read_bytes, path.stat().st_size, 1
+        try:
+            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BLOCK_BYTES)
+            if self._text_key not in table.schema_arrow.names:
+                raise DataError(f"{path}: {_missing_key('it', self._text_key, table.schema_arrow.names)}")
+            rows = table.metadata.num_rows
+            for batch in table.iter_batches(_rows_per_block(table, self._text_key), columns=[self._text_key]):
+                data, lengths = _parquet_column(pa, batch.column(0), f"{path}: column {self._text_key!r}")
+                yield Chunk(str(path), "row", first, data, lengths)
+                first += len(lengths)
+                self.read_bytes = before + size * (first - 1) // rows
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path} can't be read as Parquet ({error}); write or fetch it again") from error
+
+
+def find_files(inputs: Inputs) -> list[Path]:
+    """The files that `inputs` (paths, folders, "-") stand for, in reading order. Raises DataError."""
+    files: list[Path] = []
+    for path in map(Path, [inputs] if isinstance(inputs, str | os.PathLike) else inputs):
+        if path == STDIN or path.is_file():
+            _split_name(path)
+            files.append(path)
+        elif path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if _is_text(file.relative_to(path)) and file.is_file()]
+            if not found:
+                raise DataError(f"{path} holds no {_known_names()} file")
+            files += found
+        else:
+            raise DataError(f"{path} doesn't exist; give files, folders, or - for standard input")
+    if not files:
+        raise DataError("no input given; give files, folders, or - for standard input")
+    return files
+
+
+def parse(
+    chunk: Chunk, text_key: str = "text", *, skip_bad: bool = False, skipped: Counter[str] | None = None
+) -> Iterator[tuple[str, bytes]]:
+    """The documents of a chunk, each as a string and as UTF-8.
+
+    Raises DataError, with file and line, for a line that is broken, lacks the key, holds no string there, or isn't
+    UTF-8; with `skip_bad` such documents are left out. What is left out is counted in `skipped` by its kind, and so are
+    empty strings, which are never documents.
+    """
+    skipped = Counter() if skipped is None else skipped
+    for number, record in _records(chunk):
+        try:
+            text, utf8 = _json_text(record, text_key) if chunk.lengths is None else _plain_text(record, text_key)
+        except _BadDocument as bad:
+            if not skip_bad:
+                place = f":{number + bad.line}" if chunk.unit == "line" else f", row {number}"
+                raise DataError(f"{chunk.source}{place}: {bad}") from None
+            skipped[bad.kind] += 1
+            continue
+        if text:
+            yield text, utf8
+        else:
+            skipped["empty"] += 1
+
+
+def iter_documents(inputs: Inputs, text_key: str = "text", *, skip_bad: bool = False) -> Iterator[str]:
+    """The text of every document of `inputs`, in order. Raises DataError as `TextReader` and `parse` do."""
+    for chunk in TextReader(inputs, text_key, skip_bad=skip_bad):
+        for text, _ in parse(chunk, text_key, skip_bad=skip_bad):
+            yield text
+
+
+class _BadDocument(Exception):
+    def __init__(self, kind: str, message: str, line: int = 0) -> None:
+        super().__init__(message)
+        self.kind, self.line = kind, line
+
+
+def _records(chunk: Chunk) -> Iterator[tuple[int, bytes | None]]:
+    """Number and bytes of each document; None for a null."""
+    if chunk.lengths is None:
+        for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
+            if line and not line.isspace():
+                yield number, line
+        return
+    start = 0
+    for number, length in enumerate(chunk.lengths, chunk.first):
+        yield number, None if length < 0 else chunk.data[start : start + length]
+        start += max(length, 0)
+
+
+def _json_text(line: bytes | None, text_key: str) -> tuple[str, bytes]:
+    assert line is not None
+    try:
+        record = json.loads(_decode(line))
+    except json.JSONDecodeError as error:
+        raise _BadDocument(
+            "broken JSON", f"broken JSON ({error.msg} at {error.colno}); mend the line, {_SKIP}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list thousands deep
+        raise _BadDocument("broken JSON", f"broken JSON ({error}); mend the line, {_SKIP}") from None
+    if not isinstance(record, dict):
+        raise _BadDocument("broken JSON", f"{type(record).__name__} where a JSON object is due; mend the line, {_SKIP}")
+    if text_key not in record:
+        raise _BadDocument("missing key", f"{_missing_key('the line', text_key, list(record))}, {_SKIP}")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise _BadDocument("not a string", _not_a_string(text_key, type(text).__name__))
+    try:
+        return text, text.encode()
+    except UnicodeEncodeError as error:
+        raise _BadDocument("not UTF-8", f"half a surrogate pair at character {error.start}; mend it, {_SKIP}") from None
+
+
+def _plain_text(utf8: bytes | None, text_key: str) -> tuple[str, bytes]:
+    if utf8 is None:
+        raise _BadDocument("not a string", _not_a_string(text_key, "null"))
+    return _decode(utf8), utf8
+
+
+def _decode(utf8: bytes) -> str:
+    try:
+        return utf8.decode()
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8 (byte 0x{utf8[error.start]:02x}); convert it (iconv -f … -t utf-8), {_SKIP}"
+        raise _BadDocument("not UTF-8", message, line=utf8.count(b"\n", 0, error.start)) from None
+
+
+def _missing_key(what: str, text_key: str, keys: list[str]) -> str:
+    has = ", ".join(map(repr, keys[:12])) if keys else "none"
+    return f"no text under {text_key!r} ({what} has {has}); name the one that holds the text with --text-key"
+
+
+def _not_a_string(text_key: str, given: str) -> str:
+    return f"{text_key!r} is {given}, not a string; name another key with --text-key, {_SKIP}"
+
+
+def _jsonl_chunks(blocks: Iterator[bytes], source: str) -> Iterator[Chunk]:
+    first, rest, rest_bytes = 1, [b""], 0
+    for block in blocks:
+        cut = block.rfind(b"\n") + 1
+        if cut:
+            data = b"".join([*rest, block[:cut]])
+            if not data.isspace():
+                yield Chunk(source, "line", first, data)
+            first += data.count(b"\n")
+            rest, rest_bytes = [], 0
+        rest.append(block[cut:])
+        rest_bytes += len(block) - cut
+        if rest_bytes > LINE_BYTES:
+            raise DataError(f"{source}:{first}: over {LINE_BYTES >> 20} MiB in one line; is it one JSON object a line?")
+    data = b"".join(rest)
+    if data and not data.isspace():
+        yield Chunk(source, "line", first, data)
+
+
+def _txt_chunks(blocks: Iterator[bytes], source: str) -> Iterator[Chunk]:
+    first, rest = 1, bytearray()
+    for block in blocks:
+        rest += block
+        while len(rest) > TXT_BYTES:
+            data = bytes(rest[: _document_end(rest)])
+            yield Chunk(source, "line", first, data, [len(data)])
+            first += data.count(b"\n")
+            del rest[: len(data)]
+    if rest and not rest.isspace():
+        yield Chunk(source, "line", first, bytes(rest), [len(rest)])
+
+
+def _document_end(text: bytearray) -> int:
+    for separator in (b"\n\n", b"\n", b" "):
+        found = text.rfind(separator, TXT_BYTES // 2, TXT_BYTES)
+        if found >= 0:
+            return found + len(separator)
+    starts = (end for end in range(TXT_BYTES, TXT_BYTES - 4, -1) if text[end] & 0xC0 != 0x80)  # not inside a character
+    return next(starts, TXT_BYTES)
+
+
+def _rows_per_block(table: Any, text_key: str) -> int:
+    """Rows that hold about a block of text by what the footer says of the column, which is little if text repeats."""
+    column_bytes = sum(
+        group.column(index).total_uncompressed_size
+        for group in map(table.metadata.row_group, range(table.metadata.num_row_groups))
+        for index in range(group.num_columns)
+        if group.column(index).path_in_schema == text_key
+    )
+    return max(1, min(256, _BLOCK_BYTES * table.metadata.num_rows // max(1, column_bytes)))
+
+
+def _parquet_column(pa: Any, column: Any, name: str) -> tuple[bytes, list[int]]:
+    """The documents of one column back to back, and their lengths, -1 for nulls."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        documents = column.cast(pa.large_binary()).to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(f"{name} holds {column.type}, not strings; name another with --text-key") from None
+    return b"".join(filter(None, documents)), [-1 if document is None else len(document) for document in documents]
+
+
+def _open(path: Path, compression: str) -> Any:
+    try:
+        return _pyarrow(path).OSFile(str(path)) if compression == ".zst" else open(path, "rb", buffering=0)
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror or error})") from error
+
+
+def _standard_input() -> BinaryIO:
+    try:
+        return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
+    except OSError:  # no real file, as where a test stands in for it
+        return sys.stdin.buffer
+
+
+def _decompressed(file: Any, compression: str) -> Any:
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    if compression == ".zst":
+        import pyarrow
+
+        return pyarrow.CompressedInputStream(file, "zstd")
+    return file
+
+
+def _read(stream: Any, path: Path) -> bytes:
+    try:
+        return stream.read(_BLOCK_BYTES)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{_name(path)} is damaged or cut off ({error}); fetch or compress it again") from error
+
+
+def _unpacked(stream: Any, path: Path) -> BinaryIO:
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (it goes when its last user lets go of it)
+    try:
+        while block := _read(stream, path):
+            file.write(block)
+        file.flush()
+    except OSError as error:
+        where = tempfile.gettempdir()
+        raise DataError(f"{path} can't be unpacked to {where} ({error.strerror}); make room, or set TMPDIR") from error
+    return file
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise DataError(f"{path} needs pyarrow to be read: pip install pyarrow") from None
+    return pyarrow
+
+
+def _split_name(path: Path) -> tuple[str, str]:
+    """File name without its compression, and the compression. Raises DataError for a format that isn't known."""
+    name = path.name.lower()
+    compression = next((ending for ending in _COMPRESSIONS[1:] if name.endswith(ending)), "")
+    stem = name.removesuffix(compression)
+    if path != STDIN and not stem.endswith(_FORMATS):
+        raise DataError(
+            f"{path} is no {_known_names()} file; rename it if it is one by another name (a .json of one object a line "
+            "is a .jsonl), or pipe JSON Lines in and give - as input"
+        )
+    return stem, compression
+
+
+def _is_text(path: Path) -> bool:
+    known = tuple(form + compression for form in _FORMATS for compression in _COMPRESSIONS)
+    return path.name.lower().endswith(known) and not any(part.startswith(".") for part in path.parts)
+
+
+def _known_names() -> str:
+    return f"{', '.join(_FORMATS)} (plain, {' or '.join(_COMPRESSIONS[1:])})"
+
+
+def _name(path: Path) -> str:
+    return "standard input" if path == STDIN else str(path)

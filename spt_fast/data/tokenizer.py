@@ -1,0 +1,316 @@
+"""Byte-level BPE: trained here, loaded from a file of ranks, or one of tiktoken's encodings by name.
+
+A tokenizer file is tiktoken's own: a line per token, base64 bytes and rank, in the order of the ranks 0, 1, 2 …; text
+is cut by `PATTERN` before merging, and `<|endoftext|>` has the id after the last rank. Only where pattern or special
+tokens are others (a saved copy of `gpt2`, say) does a first line `#{"pattern": …, "special_tokens": …}` name them.
+
+Special tokens are never read out of text: where a document says "<|endoftext|>", those are ordinary characters.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from spt_fast.data.text import STDIN, Inputs, TextReader, find_files, parse
+from spt_fast.errors import DataError, nearest
+
+EOS = "<|endoftext|>"
+
+# How text is cut before merging, in tokenizer files that name no other pattern: the pattern of GPT-4 as rustbpe has it.
+# Contractions; letters with one leading space or sign; up to three digits; signs with newlines; newlines; spaces.
+PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+
+# tiktoken's regex engine overflows its stack in runs of some 500,000 spaces: longer text is encoded in pieces, cut
+# between a letter or digit and the white space or punctuation after it, where every known pattern cuts as well.
+PIECE_CHARS = 100_000
+_CUT = re.compile(r"[^\W_](?=[\s,.;:!?…。、，；：！？])")
+
+_DOWNLOAD_S = 60.0
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer with an end-of-text token.
+
+    ranks             {bytes of a token: its id}
+    special_tokens    {name: id}
+    vocab_size        largest id + 1, special tokens included
+    eos_id            id of <|endoftext|>
+    digest            sha256 of ranks, pattern and special tokens: equal digests, equal ids
+    """
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> None:
+        self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
+        self.eos_id = special_tokens[EOS]
+        self.vocab_size = 1 + max(max(ranks.values()), max(special_tokens.values()))
+        self.digest = hashlib.sha256(_header(pattern, special_tokens) + _rank_lines(ranks)).hexdigest()
+        self._encoding = tiktoken.Encoding(
+            f"spt_fast-{self.digest[:12]}", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+        )
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike[str]) -> Tokenizer:
+        """From a tokenizer file, or a tiktoken encoding by name ("gpt2", "cl100k_base", …).
+
+        Raises DataError for a file that doesn't exist or is damaged, an unknown name, or an encoding that can't be had.
+        """
+        path = Path(name_or_path)
+        if path.is_file():
+            return cls.from_bytes(path.read_bytes(), str(path))
+        if path.suffix or len(path.parts) != 1 or path.exists():
+            raise DataError(
+                f"tokenizer file {path} doesn't exist; make one with: spt-fast tokenizer train … --out {path}"
+            )
+        return cls._named(str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "tokenizer") -> Tokenizer:
+        """From the content of a tokenizer file; `source` names it in errors. Raises DataError for a damaged one."""
+        head, lines = None, data.split(b"\n")
+        try:
+            if data.startswith(b"#"):
+                head = json.loads(lines.pop(0)[1:])
+            pairs = [line.split(b" ") for line in lines if line]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+            pattern, special_tokens = (
+                (head["pattern"], head["special_tokens"]) if head else (PATTERN, {EOS: len(ranks)})
+            )
+            if not data.endswith(b"\n"):
+                raise ValueError("its last line is cut off")
+            if not all(bytes([byte]) in ranks for byte in range(256)):
+                raise ValueError("some of the 256 single bytes are missing")
+            if len({*ranks.values(), *special_tokens.values()}) != len(pairs) + len(special_tokens):
+                raise ValueError("a token or a rank comes twice")
+            if not head and list(ranks.values()) != list(range(len(ranks))):
+                raise ValueError("its ranks aren't 0, 1, 2 … in this order")
+            return cls(ranks, pattern, special_tokens)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise DataError(
+                f"{source} is no tokenizer file, or a damaged one ({error}); copy it again, or train another one and "
+                "prepare the data anew"
+            ) from None
+
+    @classmethod
+    def _named(cls, name: str) -> Tokenizer:
+        names = tiktoken.list_encoding_names()
+        if name not in names:
+            raise DataError(f"tokenizer {name!r} is neither a file nor a tiktoken encoding: {nearest(name, names)}")
+        encoding = _get_encoding(name)
+        if EOS not in encoding._special_tokens:
+            raise DataError(f"tiktoken encoding {name!r} has no {EOS}, which ends each document; use another")
+        return cls(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
+
+    def to_bytes(self) -> bytes:
+        """The content of a tokenizer file."""
+        plain = self.pattern == PATTERN and self.special_tokens == {EOS: len(self.ranks)}
+        return (b"" if plain else b"#" + _header(self.pattern, self.special_tokens) + b"\n") + _rank_lines(self.ranks)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a tokenizer file, atomically. Raises DataError where that can't be done."""
+        path = Path(path)
+        partial = Path(f"{path}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(self.to_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise DataError(
+                f"{path} can't be written ({error.strerror}); choose another place, or make room"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Ids of a text, uint32 [tokens], without special tokens.
+
+        Text over 100,000 characters is encoded in pieces. Ids are the same as those of the whole except where such a
+        piece holds no letter or digit followed by white space or punctuation, in half its length: there it is cut
+        anyhow. Raises DataError for half a surrogate pair, which has no UTF-8.
+        """
+        try:
+            pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+        except UnicodeEncodeError as error:
+            raise DataError(f"text holds half a surrogate pair at character {error.start}: mend it") from None
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens included; U+FFFD for what is no UTF-8. Raises DataError for unknown ids."""
+        try:
+            return self._encoding.decode(list(ids))
+        except KeyError as error:
+            raise DataError(f"{error}: not an id of this tokenizer, which has {self.vocab_size:,}") from None
+
+    def save_hf(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json, for transformers' AutoTokenizer.
+
+        Ids and decoding are the same, but as is usual there, special tokens *are* read out of text.
+        """
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        letters = _byte_letters()
+        names = {token: "".join(letters[byte] for byte in token) for token in self.ranks}
+        vocab = {names[token]: rank for token, rank in self.ranks.items()} | self.special_tokens
+        merges = [(names[left], names[right]) for left, right in _merges(self.ranks)]
+        hf = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+        hf.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(_oniguruma(self.pattern)), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        hf.decoder = decoders.ByteLevel()
+        by_id = sorted(self.special_tokens, key=self.special_tokens.__getitem__)
+        hf.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in by_id])
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": EOS,
+            "clean_up_tokenization_spaces": False,
+        }
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        hf.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def train_tokenizer(
+    inputs: Inputs,
+    vocab_size: int,
+    out: str | os.PathLike[str],
+    text_key: str = "text",
+    *,
+    skip_bad: bool = False,
+    sample_bytes: int = 200_000_000,
+) -> Tokenizer:
+    """Train a byte-level BPE of `vocab_size` ids, <|endoftext|> included, and save it at `out`.
+
+    Of larger inputs it reads the first documents of every file, `sample_bytes` of text in all, shared evenly (what
+    short files leave goes to the longer ones): equal inputs, equal tokenizer. Raises DataError for unreadable inputs,
+    and for a vocabulary that is below 257 (256 bytes and <|endoftext|>) or too large for the text.
+    """
+    if vocab_size < 257:
+        raise DataError(f"--vocab-size {vocab_size} is below 257 (256 bytes and {EOS}); give a larger one")
+    try:
+        import rustbpe
+    except ImportError:
+        raise DataError("training a tokenizer needs rustbpe: pip install rustbpe") from None
+    trainer = rustbpe.Tokenizer()
+    sample = _sample(inputs, text_key, skip_bad, sample_bytes)
+    trainer.train_from_iterator(sample, vocab_size - 1, buffer_size=256, pattern=PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) < vocab_size - 1:
+        raise DataError(
+            f"--vocab-size {vocab_size} is too large for this text, which yields {len(ranks) + 1}; ask for at most "
+            "that, or give more text"
+        )
+    tokenizer = Tokenizer(ranks, PATTERN, {EOS: len(ranks)})
+    tokenizer.save(out)
+    return tokenizer
+
+
+def _sample(inputs: Inputs, text_key: str, skip_bad: bool, sample_bytes: int) -> Iterator[str]:
+    """Pieces of the first documents of every file, the small files first."""
+    files = sorted(find_files(inputs), key=lambda path: float("inf") if path == STDIN else path.stat().st_size)
+    for position, path in enumerate(files):
+        share_bytes = left_bytes = sample_bytes // (len(files) - position)
+        for utf8_bytes, piece in _document_pieces(path, text_key, skip_bad):
+            yield piece
+            left_bytes -= utf8_bytes
+            if left_bytes <= 0:
+                break
+        sample_bytes -= share_bytes - left_bytes
+
+
+def _document_pieces(path: Path, text_key: str, skip_bad: bool) -> Iterator[tuple[int, str]]:
+    for chunk in TextReader(path, text_key, skip_bad=skip_bad):
+        for text, _ in parse(chunk, text_key, skip_bad=skip_bad):
+            for piece in _pieces(text):
+                yield len(piece.encode()), piece
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text` in order, in pieces of at most PIECE_CHARS characters."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        cut = _CUT.search(text, start + PIECE_CHARS // 2, start + PIECE_CHARS)
+        end = cut.end() if cut else start + PIECE_CHARS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _header(pattern: str, special_tokens: dict[str, int]) -> bytes:
+    return json.dumps({"pattern": pattern, "special_tokens": special_tokens}, sort_keys=True).encode()
+
+
+def _rank_lines(ranks: dict[bytes, int]) -> bytes:
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%b %d\n" % (base64.b64encode(token), rank) for token, rank in by_rank)
+
+
+def _get_encoding(name: str) -> tiktoken.Encoding:
+    """tiktoken's encoding, from its cache or the network, but without waiting for ever."""
+    result: list[Any] = []
+
+    def fetch() -> None:
+        try:
+            result.append(tiktoken.get_encoding(name))
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(_DOWNLOAD_S)
+    if result and isinstance(result[0], tiktoken.Encoding):
+        return result[0]
+    reason = type(result[0]).__name__ if result else f"no answer in {_DOWNLOAD_S:.0f} s"
+    raise DataError(
+        f"tiktoken encoding {name!r} isn't in tiktoken's cache and can't be downloaded ({reason}); set "
+        "TIKTOKEN_CACHE_DIR to a folder that another machine's tiktoken has filled, or train a tokenizer of your own "
+        "(spt-fast tokenizer train)"
+    ) from (result[0] if result else None)
+
+
+def _byte_letters() -> list[str]:
+    """The printable character that stands for each byte in byte-level BPE files, since GPT-2."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    codes = {byte: byte for byte in printable} | {byte: 256 + place for place, byte in enumerate(others)}
+    return [chr(codes[byte]) for byte in range(256)]
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Every pair of tokens that is a token, lowest rank first: tiktoken merges by the rank of what comes out."""
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        splits = ((token[:at], token[at:]) for at in range(1, len(token)))
+        merges += sorted(
+            (pair for pair in splits if pair[0] in ranks and pair[1] in ranks),
+            key=lambda pair: (ranks[pair[0]], ranks[pair[1]]),
+        )
+    return merges
+
+
+def _oniguruma(pattern: str) -> str:
+    """The pattern for Hugging Face's regex engine, where {1,3}+ isn't possessive and $ matches before any newline."""
+    return re.sub(r"(?<!\\)\$", r"\\z", re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern))

@@ -1,0 +1,288 @@
+"""Worker processes that parse and encode: batches of chunks go in, arrays of ids come out, in the same order.
+
+A worker is a fresh interpreter that imports NumPy and tiktoken only, and talks in frames over its standard input and
+output: raw buffers behind a JSON header, nothing pickled. It needs no fork (safe beside torch's threads), doesn't run
+the caller's main module again, ignores Ctrl-C, and ends when its input does, however its parent died.
+
+In the parent one thread a worker waits on those pipes, and one more reads ahead. The text under way, read and not yet
+taken as ids, is bounded by AHEAD_BYTES a worker (or is a single document).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import struct
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from spt_fast.data.text import Chunk, parse
+from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.errors import DataError
+
+AHEAD_BYTES = 16 << 20
+
+_WHITE_SPACE = b" \t\n\r\v\f"
+_HASH_PERSON = b"spt held-out"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """heldout: share of documents to hold out, as (numerator, denominator)."""
+
+    text_key: str
+    skip_bad: bool
+    heldout: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """read_bytes: what had been read of the input files (as they lie on disk) when this batch was complete."""
+
+    chunks: list[Chunk]
+    read_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(chunk.data) for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Encoded documents of one side of the held-out split.
+
+    tokens            uint16 or uint32 [tokens], each document's end-of-text id included
+    document_lengths  int64 [documents], in tokens
+    num_bytes         UTF-8 bytes of the text
+    """
+
+    tokens: np.ndarray
+    document_lengths: np.ndarray
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    train: Side
+    heldout: Side
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+class EncoderPool:
+    """`workers` processes that encode. A context manager: leaving it ends them at once, whatever they are doing."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: Settings, workers: int) -> None:
+        self._setup = ({"settings": asdict(settings)}, [tokenizer.to_bytes()])
+        self._ahead_bytes = workers * AHEAD_BYTES
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
+        self._mine = threading.local()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._under_way_bytes = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Encoded]]:
+        """Encodes batches, which are read ahead on another thread, and yields them in their order.
+
+        Raises, at the place of the batch in question, what reading it raised, DataError for a bad document, and
+        DataError when a worker dies.
+        """
+        order: queue.SimpleQueue[tuple[Batch, Future[Encoded]] | BaseException | None] = queue.SimpleQueue()
+        # A daemon, since a read from standard input may never return.
+        threading.Thread(target=self._feed, args=(batches, order), daemon=True).start()
+        while (item := order.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            batch, future = item
+            yield batch, future.result()
+            with self._changed:
+                self._under_way_bytes -= batch.num_bytes
+                self._changed.notify()
+
+    def _feed(self, batches: Iterable[Batch], order: queue.SimpleQueue[Any]) -> None:
+        try:
+            for batch in batches:
+                with self._changed:
+                    while not (self._closed or self._has_room(batch.num_bytes)):
+                        self._changed.wait()
+                    if self._closed:
+                        return
+                    self._under_way_bytes += batch.num_bytes
+                order.put((batch, self._threads.submit(self._encode, batch)))
+            order.put(None)
+        except BaseException as error:
+            order.put(error)
+
+    def _has_room(self, num_bytes: int) -> bool:
+        return self._under_way_bytes == 0 or self._under_way_bytes + num_bytes <= self._ahead_bytes
+
+    def _encode(self, batch: Batch) -> Encoded:
+        new = not hasattr(self._mine, "process")
+        process = self._start() if new else self._mine.process
+        try:
+            if new:
+                _send(process.stdin, *self._setup)
+            return _exchange(process, batch)
+        except (BrokenPipeError, EOFError):
+            code = process.wait()
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            first = batch.chunks[0]
+            raise DataError(
+                f"a worker process {how} while encoding {first.source} from {first.unit} {first.first} on; "
+                "if memory is short, use fewer workers"
+            ) from None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """This thread's own worker process."""
+        with self._changed:
+            if self._closed:
+                raise EOFError
+            self._mine.process = _start_worker()
+            self._processes.append(self._mine.process)
+        return self._mine.process
+
+    def __enter__(self) -> EncoderPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()  # type: ignore[union-attr]
+
+
+def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, settings: Settings) -> Encoded:
+    """What a worker does: parse, encode, add the end-of-text id, and tell the held-out documents from the others."""
+    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    lengths: tuple[list[int], list[int]] = ([], [])
+    num_bytes = [0, 0]
+    skipped: Counter[str] = Counter()
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    eos = np.array([tokenizer.eos_id], dtype)
+    for chunk in chunks:
+        for text, utf8 in parse(chunk, settings.text_key, skip_bad=settings.skip_bad, skipped=skipped):
+            side = int(is_held_out(utf8, settings.heldout))
+            ids = tokenizer.encode_array(text)
+            sides[side].extend((ids, eos))
+            lengths[side].append(len(ids) + 1)
+            num_bytes[side] += len(utf8)
+    train, heldout = (
+        Side(np.concatenate([*ids, eos[:0]], dtype=dtype, casting="unsafe"), np.array(each, np.int64), size)
+        for ids, each, size in zip(sides, lengths, num_bytes, strict=True)
+    )
+    return Encoded(train, heldout, skipped)
+
+
+def is_held_out(utf8: bytes, share: tuple[int, int] | None) -> bool:
+    """Whether a document is held out: by a hash of its text, in which white space (ASCII) doesn't count.
+
+    Copies of a document, also those wrapped or indented otherwise, are therefore on the same side, in every file and
+    every run. Of distinct documents the expected share is held out.
+    """
+    if share is None:
+        return False
+    digest = hashlib.blake2b(utf8.translate(None, _WHITE_SPACE), digest_size=8, person=_HASH_PERSON).digest()
+    return int.from_bytes(digest, "little") * share[1] < share[0] << 64
+
+
+def _start_worker() -> subprocess.Popen[bytes]:
+    paths = [path or os.getcwd() for path in sys.path]
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for the parent
+        env={**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+
+
+def _exchange(process: subprocess.Popen[bytes], batch: Batch) -> Encoded:
+    heads = [
+        {"source": chunk.source, "unit": chunk.unit, "first": chunk.first, "lengths": chunk.lengths}
+        for chunk in batch.chunks
+    ]
+    _send(process.stdin, {"chunks": heads}, [chunk.data for chunk in batch.chunks])
+    frame = _receive(process.stdout)
+    if frame is None:
+        raise EOFError
+    head, buffers = frame
+    if "error" in head:
+        raise DataError(head["error"])
+    arrays = [np.frombuffer(buffer, dtype) for buffer, dtype in zip(buffers, head["dtypes"], strict=True)]
+    train, heldout = (Side(arrays[2 * i], arrays[2 * i + 1], size) for i, size in enumerate(head["num_bytes"]))
+    return Encoded(train, heldout, Counter(head["skipped"]))
+
+
+def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    setup = _receive(requests)
+    if setup is None:
+        return
+    settings, tokenizer = Settings(**setup[0]["settings"]), Tokenizer.from_bytes(setup[1][0])
+    while (frame := _receive(requests)) is not None:
+        heads, buffers = frame[0]["chunks"], frame[1]
+        chunks = [Chunk(data=data, **head) for head, data in zip(heads, buffers, strict=True)]
+        try:
+            encoded = encode_chunks(chunks, tokenizer, settings)
+        except DataError as error:
+            _send(replies, {"error": str(error)}, [])
+            continue
+        sides = (encoded.train, encoded.heldout)
+        arrays = [array for side in sides for array in (side.tokens, side.document_lengths)]
+        head = {
+            "dtypes": [array.dtype.name for array in arrays],
+            "num_bytes": [side.num_bytes for side in sides],
+            "skipped": encoded.skipped,
+        }
+        _send(replies, head, [array.data for array in arrays])
+
+
+def _send(pipe: Any, head: dict[str, Any], buffers: list[Any]) -> None:
+    head_bytes = json.dumps(head | {"sizes": [memoryview(buffer).nbytes for buffer in buffers]}).encode()
+    pipe.write(struct.pack("<Q", len(head_bytes)) + head_bytes)
+    for buffer in buffers:
+        pipe.write(buffer)
+    pipe.flush()
+
+
+def _receive(pipe: Any) -> tuple[dict[str, Any], list[bytes]] | None:
+    """The next frame; None at the end of the pipe. Raises EOFError inside a frame."""
+    size = pipe.read(8)
+    if not size:
+        return None
+    head = json.loads(_read_all(pipe, struct.unpack("<Q", size)[0]))
+    return head, [_read_all(pipe, size) for size in head.pop("sizes")]
+
+
+def _read_all(pipe: Any, size: int) -> bytes:
+    data = pipe.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+if __name__ == "__main__":
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else prints, prints elsewhere
+    _serve(sys.stdin.buffer, replies)

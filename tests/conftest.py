@@ -1,0 +1,5 @@
+"""One thread for each test process: two of them run side by side, and tiny tensors gain nothing from more."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"

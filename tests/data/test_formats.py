@@ -1,0 +1,381 @@
+"""Foreign token files, written here byte for byte after their public descriptions."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spt_fast.data import formats
+from spt_fast.data.shards import DatasetWriter, TokenDataset
+from spt_fast.errors import DataError
+
+MEGATRON_CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+def write_megatron(
+    prefix: Path, documents: list[list[list[int]]], code: int = 8, modes: bool = False, version: int = 1
+) -> None:
+    """Documents of sequences of ids."""
+    sequences = [sequence for document in documents for sequence in document]
+    dtype = np.dtype(MEGATRON_CODES.get(code, "<f4"))
+    index = b"MMIDIDX\x00\x00" + struct.pack("<QB", version, code)
+    index += struct.pack("<QQ", len(sequences), len(documents) + 1)
+    index += b"".join(struct.pack("<i", len(sequence)) for sequence in sequences)
+    pointer = 0
+    for sequence in sequences:
+        index += struct.pack("<q", pointer)
+        pointer += len(sequence) * dtype.itemsize
+    first = 0
+    for document in [*documents, []]:
+        index += struct.pack("<q", first)
+        first += len(document)
+    if modes:
+        index += bytes(len(sequences))
+    Path(f"{prefix}.idx").write_bytes(index)
+    Path(f"{prefix}.bin").write_bytes(np.array([i for sequence in sequences for i in sequence], dtype).tobytes())
+
+
+def write_llmc(path: Path, ids: list[int], magic: int = 20240520, version: int = 1, count: int | None = None) -> None:
+    header = struct.pack("<iii", magic, version, len(ids) if count is None else count) + bytes(253 * 4)
+    assert len(header) == 1024
+    path.write_bytes(header + np.array(ids, "<u2" if version == 1 else "<u4").tobytes())
+
+
+DOCUMENTS = [[[1, 2, 3]], [[4], [5, 6]], [[100]]]
+IDS = [1, 2, 3, 4, 5, 6, 100]
+
+
+@pytest.mark.parametrize("modes", [False, True])
+@pytest.mark.parametrize("code", MEGATRON_CODES)
+def test_megatron(tmp_path: Path, code: int, modes: bool) -> None:
+    write_megatron(tmp_path / "d", DOCUMENTS, code, modes)
+    for name in ("d", "d.bin", "d.idx"):
+        dataset = TokenDataset.open(tmp_path / name)
+        assert dataset.format == "megatron"
+        assert dataset.tokens.dtype == np.dtype(MEGATRON_CODES[code])
+        assert dataset.tokens.tolist() == IDS
+        assert dataset.document_ends is not None
+        assert dataset.document_ends.tolist() == [3, 6, 7]
+        assert (dataset.path, dataset.offset_bytes) == (tmp_path / "d.bin", 0)
+        assert (dataset.max_id, dataset.vocab_size, dataset.eos_id, dataset.num_bytes) == (None,) * 4
+    assert TokenDataset.open(tmp_path / "d").limit(5).document_ends.tolist() == [3]  # type: ignore[union-attr]
+
+
+def test_megatron_with_empty_documents_and_sequences(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "d", [[], [[1, 2], []], [], [[], [3]], []])
+    dataset = TokenDataset.open(tmp_path / "d")
+    assert dataset.document_ends is not None
+    assert dataset.document_ends.tolist() == [0, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("code", [0, 6, 7, 9])
+def test_megatron_of_no_integer_dtype(tmp_path: Path, code: int) -> None:
+    write_megatron(tmp_path / "d", DOCUMENTS, code)
+    with pytest.raises(DataError, match=f"dtype code {code}"):
+        TokenDataset.open(tmp_path / "d")
+
+
+def test_megatron_of_another_version(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "d", DOCUMENTS, version=2)
+    with pytest.raises(DataError, match="version 2"):
+        TokenDataset.open(tmp_path / "d")
+
+
+def test_megatron_at_every_truncation_of_the_index(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "d", DOCUMENTS)
+    whole = (tmp_path / "d.idx").read_bytes()
+    for size in range(9, len(whole)):
+        (tmp_path / "d.idx").write_bytes(whole[:size])
+        with pytest.raises(DataError, match=r"d\.idx is (truncated|damaged)"):
+            TokenDataset.open(tmp_path / "d")
+
+
+@pytest.mark.parametrize("extra", [1, 3, 5, 8])  # 4 would be the modes of its 4 sequences
+def test_megatron_index_that_has_grown(tmp_path: Path, extra: int) -> None:
+    write_megatron(tmp_path / "d", DOCUMENTS)
+    with (tmp_path / "d.idx").open("ab") as file:
+        file.write(bytes(extra))
+    with pytest.raises(DataError, match=r"d\.idx is damaged"):
+        TokenDataset.open(tmp_path / "d")
+
+
+def test_megatron_index_with_a_negative_length(tmp_path: Path) -> None:
+    """Its pointers and its sum agree with it; only its sign is wrong."""
+    write_megatron(tmp_path / "d", [[[1] * 5], [[2] * 2]])
+    index = bytearray((tmp_path / "d.idx").read_bytes())
+    index[34:58] = struct.pack("<iiqq", 9, -2, 0, 18)
+    (tmp_path / "d.idx").write_bytes(index)
+    with pytest.raises(DataError, match="don't lie one after the other"):
+        TokenDataset.open(tmp_path / "d")
+
+
+def test_a_megatron_index_belongs_to_the_bin_of_its_name_only(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "part", DOCUMENTS)
+    np.array([9, 9], "<u2").tofile(tmp_path / "part.00000")
+    assert TokenDataset.open(tmp_path / "part.00000", dtype="uint16").tokens.tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("change", [-2, -1, 1, 2])
+def test_megatron_bin_of_another_size(tmp_path: Path, change: int) -> None:
+    write_megatron(tmp_path / "d", DOCUMENTS)
+    os.truncate(tmp_path / "d.bin", 14 + change)
+    with pytest.raises(DataError, match=rf"d\.bin is .*: {14 + change} bytes found, 14 expected"):
+        TokenDataset.open(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (34 + 0, struct.pack("<i", -3), "don't lie one after the other"),
+        (34 + 16 + 8, struct.pack("<q", 7), "don't lie one after the other"),  # the second sequence's pointer
+        (34 + 48 + 0, struct.pack("<q", 1), "document boundaries"),
+        (34 + 48 + 8, struct.pack("<q", 4), "document boundaries"),  # 0, 4, 3, 4
+        (34 + 48 + 24, struct.pack("<q", 3), "document boundaries"),
+    ],
+)
+def test_megatron_index_that_contradicts_itself(tmp_path: Path, offset: int, value: bytes, message: str) -> None:
+    write_megatron(tmp_path / "d", DOCUMENTS)
+    index = bytearray((tmp_path / "d.idx").read_bytes())
+    index[offset : offset + len(value)] = value
+    (tmp_path / "d.idx").write_bytes(index)
+    with pytest.raises(DataError, match=message):
+        TokenDataset.open(tmp_path / "d")
+
+
+@pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
+def test_llmc(tmp_path: Path, magic: int, version: int, dtype: str) -> None:
+    ids = [50_256, 1, 2, 65_535]
+    write_llmc(tmp_path / "d.bin", ids, magic, version)
+    dataset = TokenDataset.open(tmp_path / "d")
+    assert (dataset.format, dataset.offset_bytes, dataset.num_tokens) == ("llm.c", 1024, 4)
+    assert dataset.tokens.dtype == np.dtype(dtype)
+    assert dataset.tokens.tolist() == ids
+    assert dataset.document_ends is None
+    assert dataset.num_documents is None
+    raw = np.fromfile(dataset.path, dtype, offset=dataset.offset_bytes)
+    assert raw.tolist() == ids
+
+
+@pytest.mark.parametrize(("magic", "version"), [(20240520, 7), (20240801, 1), (20240520, 2)])
+def test_llmc_of_an_unknown_version(tmp_path: Path, magic: int, version: int) -> None:
+    write_llmc(tmp_path / "d.bin", IDS, magic, version)
+    with pytest.raises(DataError, match=f"magic {magic} with version {version}"):
+        TokenDataset.open(tmp_path / "d")
+
+
+@pytest.mark.parametrize("count", [6, 8, -1, 2**31 - 1])
+def test_llmc_of_another_size_than_its_header_says(tmp_path: Path, count: int) -> None:
+    write_llmc(tmp_path / "d.bin", IDS, count=count)
+    with pytest.raises(DataError, match=r"1,038 bytes found"):
+        TokenDataset.open(tmp_path / "d")
+
+
+@pytest.mark.parametrize("size", [8, 12, 1023])
+def test_llmc_cut_inside_its_header(tmp_path: Path, size: int) -> None:
+    write_llmc(tmp_path / "d.bin", IDS)
+    os.truncate(tmp_path / "d.bin", size)
+    with pytest.raises(DataError, match=f"{size} bytes found, its header alone has 1024"):
+        TokenDataset.open(tmp_path / "d")
+
+
+@pytest.mark.parametrize("dtype", formats.ID_DTYPES)
+def test_npy(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "d.npy", np.array(IDS, dtype))
+    for name in ("d.npy", "d"):
+        dataset = TokenDataset.open(tmp_path / name)
+        assert dataset.format == "npy"
+        assert dataset.tokens.dtype == np.dtype(dtype)
+        assert dataset.tokens.tolist() == IDS
+        assert isinstance(dataset.tokens, np.memmap)
+        assert not dataset.tokens.flags.writeable
+
+
+def test_npy_header_version_2(tmp_path: Path) -> None:
+    with (tmp_path / "d.npy").open("wb") as file:
+        np.lib.format.write_array(file, np.array(IDS, "<u2"), version=(2, 0))
+    assert TokenDataset.open(tmp_path / "d").tokens.tolist() == IDS
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((2, 3), "<u2"), np.zeros(3, "<f4"), np.zeros(3, bool), np.array(5, "<u2"), np.zeros(3, [("a", "<u2")])],
+    ids=["2-D", "float", "bool", "0-D", "struct"],
+)
+def test_npy_that_holds_no_ids(tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / "d.npy", array)
+    with pytest.raises(DataError, match="integers in one dimension"):
+        TokenDataset.open(tmp_path / "d.npy")
+
+
+def test_npy_of_objects_is_never_unpickled(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    np.save(tmp_path / "d.npy", np.array([Bomb()], object), allow_pickle=True)
+    with pytest.raises(DataError, match="integers in one dimension"):
+        TokenDataset.open(tmp_path / "d.npy")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_npy_big_endian(tmp_path: Path) -> None:
+    np.save(tmp_path / "d.npy", np.array(IDS, ">u2"))
+    with pytest.raises(DataError, match=r"big-endian.*astype\('<u2'\)"):
+        TokenDataset.open(tmp_path / "d.npy")
+
+
+def test_npy_of_another_size_than_its_header_says(tmp_path: Path) -> None:
+    np.save(tmp_path / "d.npy", np.array(IDS, "<u2"))
+    size = (tmp_path / "d.npy").stat().st_size
+    for changed in (*range(6, size), size + 2):
+        np.save(tmp_path / "d.npy", np.array(IDS, "<u2"))
+        os.truncate(tmp_path / "d.npy", changed)
+        with pytest.raises(DataError, match=r"d\.npy"):
+            TokenDataset.open(tmp_path / "d.npy")
+
+
+@pytest.mark.parametrize("name", ["d", "d.bin", "d.npy", "000_tokens.ds"])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64"])
+def test_headerless_with_a_declared_dtype(tmp_path: Path, name: str, dtype: str) -> None:
+    """nanoGPT calls them .bin, OLMo .npy, datatrove .ds: the name tells nothing."""
+    np.array(IDS, dtype).tofile(tmp_path / name)
+    dataset = TokenDataset.open(tmp_path / name, dtype=dtype)
+    assert (dataset.format, dataset.offset_bytes, dataset.document_ends) == ("headerless", 0, None)
+    assert dataset.tokens.dtype == np.dtype(dtype)
+    assert dataset.tokens.tolist() == IDS
+
+
+@pytest.mark.parametrize("name", ["d.bin", "d.npy", "d.ds"])
+def test_headerless_without_a_dtype_is_never_guessed(tmp_path: Path, name: str) -> None:
+    np.array(IDS, "<u2").tofile(tmp_path / name)
+    with pytest.raises(DataError, match=r"no header.*declare their dtype \(dtype: uint16"):
+        TokenDataset.open(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "u2", "bool", ">u2", "object", ""])
+def test_a_dtype_that_no_ids_have(tmp_path: Path, dtype: str) -> None:
+    np.array(IDS, "<u2").tofile(tmp_path / "d.bin")
+    with pytest.raises(DataError, match="token ids have one of"):
+        TokenDataset.open(tmp_path / "d", dtype=dtype)
+
+
+def test_headerless_of_an_odd_size(tmp_path: Path) -> None:
+    (tmp_path / "d.bin").write_bytes(bytes(13))
+    with pytest.raises(DataError, match="13 bytes, no multiple of the 2 bytes"):
+        TokenDataset.open(tmp_path / "d", dtype="uint16")
+
+
+def test_datatrove_index_gives_the_documents(tmp_path: Path) -> None:
+    np.array(IDS, "<u2").tofile(tmp_path / "d.ds")
+    np.array([3, 6, 7], "<u8").tofile(tmp_path / "d.ds.index")
+    dataset = TokenDataset.open(tmp_path / "d.ds", dtype="uint16")
+    assert dataset.document_ends is not None
+    assert dataset.document_ends.tolist() == [3, 6, 7]
+    for ends in ([3, 6], [3, 6, 8], [6, 3, 7], []):
+        np.array(ends, "<u8").tofile(tmp_path / "d.ds.index")
+        with pytest.raises(DataError, match=r"d\.ds\.index doesn't hold the document ends"):
+            TokenDataset.open(tmp_path / "d.ds", dtype="uint16")
+
+
+@pytest.mark.parametrize("kind", ["megatron", "llm.c", "npy"])
+def test_a_declared_dtype_that_contradicts_the_header(tmp_path: Path, kind: str) -> None:
+    if kind == "megatron":
+        write_megatron(tmp_path / "d", DOCUMENTS)
+    elif kind == "llm.c":
+        write_llmc(tmp_path / "d.bin", IDS)
+    else:
+        np.save(tmp_path / "d.npy", np.array(IDS, "<u2"))
+    assert TokenDataset.open(tmp_path / "d", dtype="uint16").format == kind
+    with pytest.raises(DataError, match="int32 was declared, but its header says uint16"):
+        TokenDataset.open(tmp_path / "d", dtype="int32")
+
+
+def test_our_own_json_comes_first_and_magic_before_a_declared_dtype(tmp_path: Path) -> None:
+    header = np.frombuffer(struct.pack("<iii", 20240520, 1, 5) + bytes(1012) + bytes(10), "<u2")
+    with DatasetWriter(tmp_path / "own", vocab_size=65_536, eos_id=None, tokenizer_digest=None) as writer:
+        writer.write(header, np.array([len(header)]), 0)
+    assert TokenDataset.open(tmp_path / "own").format == "spt_fast"  # though its ids read as an llm.c header
+    header.tofile(tmp_path / "d.bin")
+    assert TokenDataset.open(tmp_path / "d", dtype="uint16").format == "llm.c"
+    write_megatron(tmp_path / "m", [[header.tolist()]])
+    assert TokenDataset.open(tmp_path / "m").format == "megatron"
+
+
+def test_another_programs_json_beside_a_token_file_is_no_hindrance(tmp_path: Path) -> None:
+    write_llmc(tmp_path / "d.bin", IDS)
+    (tmp_path / "d.json").write_text('{"text": "a corpus"}\n{"text": "in lines"}\n')
+    assert TokenDataset.open(tmp_path / "d").tokens.tolist() == IDS
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no token dataset at .*nothing: none of"):
+        TokenDataset.open(tmp_path / "nothing")
+    (tmp_path / "empty.bin").touch()
+    with pytest.raises(DataError, match=r"empty\.bin is empty"):
+        TokenDataset.open(tmp_path / "empty", dtype="uint16")
+
+
+def test_folders_and_patterns_are_refused(tmp_path: Path) -> None:
+    for name in (tmp_path, tmp_path / "part-*.bin"):
+        with pytest.raises(DataError, match="folder or a pattern; a dataset is one token file"):
+            TokenDataset.open(name)
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_file(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    write_llmc(tmp_path / "d.bin", IDS)
+    assert TokenDataset.open(tmp_path / "d").tokens.tolist() == IDS
+
+
+def test_the_digest_follows_size_header_ids_and_documents(tmp_path: Path) -> None:
+    digests = set()
+    for documents in (DOCUMENTS, [[[1, 2, 3, 4]], [[5, 6]], [[100]]], [[[1, 2, 3]], [[4], [5, 6]], [[101]]]):
+        write_megatron(tmp_path / "d", documents)
+        digests.add(TokenDataset.open(tmp_path / "d").digest)
+        write_megatron(tmp_path / "copy", documents)
+        assert TokenDataset.open(tmp_path / "copy").digest in digests
+    assert len(digests) == 3
+
+
+def test_the_sampled_digest_reads_all_of_a_small_file_and_64_stretches_of_a_large_one(tmp_path: Path) -> None:
+    ids = np.zeros(4 << 20, "<u2")  # 8 MiB: a stretch of 64 KiB about every 129 KiB
+    ids.tofile(tmp_path / "d.bin")
+    whole = formats.sampled_digest(tmp_path / "d.bin")
+    noticed = 0
+    for place in range(0, len(ids), 1 << 14):  # every 32 KiB
+        ids[place] = 1
+        ids.tofile(tmp_path / "d.bin")
+        noticed += formats.sampled_digest(tmp_path / "d.bin") != whole
+        ids[place] = 0
+    assert noticed == pytest.approx(128, abs=4)
+    for place in (0, len(ids) - 1):
+        ids[place] = 1
+        ids.tofile(tmp_path / "d.bin")
+        assert formats.sampled_digest(tmp_path / "d.bin") != whole
+        ids[place] = 0
+    small = ids[: 2 << 20]
+    small.tofile(tmp_path / "d.bin")
+    whole = formats.sampled_digest(tmp_path / "d.bin")
+    for place in range(5, len(small), 1 << 17):
+        small[place] = 1
+        small.tofile(tmp_path / "d.bin")
+        assert formats.sampled_digest(tmp_path / "d.bin") != whole
+        small[place] = 0
+
+
+def test_the_sampled_digest_tells_sizes_apart(tmp_path: Path) -> None:
+    (tmp_path / "d.bin").touch()
+    digests = set()
+    for size in (8 << 20, 9 << 20):  # all zeros: the samples are the same
+        os.truncate(tmp_path / "d.bin", size)
+        digests.add(formats.sampled_digest(tmp_path / "d.bin"))
+    assert len(digests) == 2
+
+
+def test_verify_passes_where_no_hashes_are_recorded(tmp_path: Path) -> None:
+    write_llmc(tmp_path / "d.bin", IDS)
+    TokenDataset.open(tmp_path / "d").verify()

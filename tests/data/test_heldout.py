@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spt_fast.data.heldout import heldout_tokens, split_heldout, training_windows
+from spt_fast.data.shards import DatasetWriter, TokenDataset
+from spt_fast.errors import DataError
+
+HALVES = ("select", "report")
+
+
+def dataset_of(prefix: Path, documents: list[np.ndarray], vocab_size: int = 1000) -> TokenDataset:
+    with DatasetWriter(prefix, vocab_size=vocab_size, eos_id=0, tokenizer_digest="t") as writer:
+        writer.write(np.concatenate(documents), np.array([len(document) for document in documents]), 0)
+    return TokenDataset.open(prefix)
+
+
+def random_documents(seed: int, count: int, longest: int = 100) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 1000, rng.integers(1, longest)) for _ in range(count)]
+
+
+def documents_in(dataset: TokenDataset, stretches: np.ndarray) -> list[tuple[int, ...]]:
+    return [tuple(dataset.tokens[start:end].tolist()) for start, end in stretches]
+
+
+def test_the_halves_are_disjoint_cover_everything_and_are_about_equal(tmp_path: Path) -> None:
+    documents = random_documents(1, 2000)
+    dataset = dataset_of(tmp_path / "d", documents)
+    select, report = split_heldout(dataset)
+    stretches = np.concatenate([select, report])
+    ordered = stretches[np.argsort(stretches[:, 0])]
+    assert ordered[0, 0] == 0
+    assert ordered[-1, 1] == dataset.num_tokens
+    assert (ordered[1:, 0] == ordered[:-1, 1]).all()
+    assert len(stretches) == 2000
+    assert 880 < len(select) < 1120  # 1000 expected, standard deviation 22
+
+
+def test_duplicates_stay_together_and_order_and_dtype_do_not_matter(tmp_path: Path) -> None:
+    documents = random_documents(2, 300)
+    documents += documents[::-1]
+    dataset = dataset_of(tmp_path / "d", documents)
+    select, report = (set(documents_in(dataset, half)) for half in split_heldout(dataset))
+    assert not select & report
+    shuffled = [documents[i] for i in np.random.default_rng(3).permutation(len(documents))]
+    wide = dataset_of(tmp_path / "wide", shuffled, vocab_size=100_000)
+    assert wide.tokens.dtype == np.uint32
+    assert [set(documents_in(wide, half)) for half in split_heldout(wide)] == [select, report]
+
+
+def test_the_split_is_the_same_for_ever(tmp_path: Path) -> None:
+    """Figures of different versions compare only if they are of the same text."""
+    dataset = dataset_of(tmp_path / "d", [np.full(10, i) for i in range(1, 17)])
+    _, report = split_heldout(dataset)
+    assert [document[0] for document in documents_in(dataset, report)] == [3, 4, 5, 6, 7, 9, 11, 13, 14]
+
+
+@pytest.mark.parametrize(
+    "lengths", [[100], [950, 10, 10, 10, 20], [0, 0, 100]], ids=["one document", "one outweighs all", "empty ones"]
+)
+def test_too_few_or_unequal_documents_are_cut_in_the_middle(tmp_path: Path, lengths: list[int]) -> None:
+    dataset = dataset_of(tmp_path / "d", [np.arange(1, length + 1) % 1000 for length in lengths])
+    middle = sum(lengths) // 2
+    select, report = split_heldout(dataset)
+    assert select.tolist() == [[0, middle]]
+    assert report.tolist() == [[middle, sum(lengths)]]
+
+
+def test_a_format_without_documents_is_cut_in_the_middle(tmp_path: Path) -> None:
+    np.arange(101, dtype="<u2").tofile(tmp_path / "d.bin")
+    dataset = TokenDataset.open(tmp_path / "d", dtype="uint16")
+    assert [half.tolist() for half in split_heldout(dataset)] == [[[0, 50]], [[50, 101]]]
+    assert heldout_tokens(dataset, "report", 10).tolist() == list(range(50, 60))
+
+
+def test_a_half_is_its_documents_in_order_cut_at_the_limit(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path / "d", random_documents(4, 200))
+    for half, stretches in zip(HALVES, split_heldout(dataset), strict=True):
+        whole = [i for document in documents_in(dataset, stretches) for i in document]
+        assert (np.diff(stretches[:, 0]) > 0).all()
+        assert heldout_tokens(dataset, half).tolist() == whole  # type: ignore[arg-type]
+        for limit in (2, 17, 1000, len(whole), len(whole) + 1):
+            assert heldout_tokens(dataset, half, limit).tolist() == whole[:limit]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_half_too_short_to_score_is_refused(tmp_path: Path, limit: int) -> None:
+    dataset = dataset_of(tmp_path / "d", random_documents(5, 200))
+    with pytest.raises(DataError, match=rf"select half of this held-out text has {limit} tokens"):
+        heldout_tokens(dataset, "select", limit)
+    tiny = dataset_of(tmp_path / "tiny", [np.array([1, 2])])
+    with pytest.raises(DataError, match="report half"):
+        heldout_tokens(tiny, "report")
+
+
+def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path / "d", [np.empty(0, int)])
+    with pytest.raises(DataError, match="hold more text out"):
+        heldout_tokens(dataset, "select")
+    with pytest.raises(DataError, match="0 tokens; a window of context 8 takes 9"):
+        training_windows(dataset, 8)
+
+
+@settings(deadline=None)  # it writes files
+@given(length=st.integers(2, 900), context=st.integers(1, 60), limit=st.none() | st.integers(0, 1000))
+def test_training_windows_are_spread_over_the_whole_text_and_share_no_target(
+    tmp_path_factory: pytest.TempPathFactory, length: int, context: int, limit: int | None
+) -> None:
+    dataset = dataset_of(tmp_path_factory.mktemp("d") / "d", [np.arange(length)])
+    if length < context + 1:
+        with pytest.raises(DataError, match=f"takes {context + 1}: give more text or a shorter context"):
+            training_windows(dataset, context, limit)
+        return
+    windows = training_windows(dataset, context, limit)
+    most = (length - 1) // context
+    assert len(windows) == (most if limit is None else min(most, max(1, limit // context)))
+    assert windows.shape[1] == context + 1
+    assert (np.diff(windows, axis=1) == 1).all()  # ids are positions here
+    starts = windows[:, 0].astype(int)
+    assert starts[0] == 0
+    gaps = np.diff(starts)
+    if len(gaps):
+        assert windows[-1, -1] == length - 1
+        assert gaps.min() >= context
+        assert gaps.max() - gaps.min() <= 1
+    assert (training_windows(dataset, context, limit) == windows).all()

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spt_fast.data import text
+from spt_fast.data.text import TextReader, find_files, iter_documents, parse
+from spt_fast.errors import DataError
+
+DOCUMENTS = ["one\ntwo  \n", "naïve 日本語 😀", 'say "hi"\\\t\u2028', " ", "x" * 5000]
+
+
+def compress(data: bytes, compression: str) -> bytes:
+    if compression == ".gz":
+        return gzip.compress(data)
+    if compression == ".zst":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(data)
+        return sink.getvalue().to_pybytes()
+    return data
+
+
+def jsonl(documents: list[str], key: str = "text") -> bytes:
+    return b"".join(json.dumps({"id": 7, key: document}).encode() + b"\n" for document in documents)
+
+
+def parquet(column: Any, key: str = "text", **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"id": list(range(len(column))), key: column}), sink, **options)
+    return sink.getvalue().to_pybytes()
+
+
+def put(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def read(inputs: Any, key: str = "text") -> tuple[list[str], Counter[str]]:
+    """Documents and what was left out, with skip_bad."""
+    reader, skipped = TextReader(inputs, key, skip_bad=True), Counter()
+    documents = [text for chunk in reader for text, _ in parse(chunk, key, skip_bad=True, skipped=skipped)]
+    return documents, +(skipped + reader.skipped)
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("key", ["text", "content"])
+def test_every_format_and_compression(tmp_path: Path, compression: str, key: str) -> None:
+    lines = put(tmp_path / f"a.jsonl{compression}", compress(jsonl(DOCUMENTS, key), compression))
+    table = put(tmp_path / f"a.parquet{compression}", compress(parquet(DOCUMENTS, key), compression))
+    plain = put(tmp_path / f"a.txt{compression}", compress(DOCUMENTS[1].encode(), compression))
+    for path, expected in ((lines, DOCUMENTS), (table, DOCUMENTS), (plain, DOCUMENTS[1:2])):
+        assert list(iter_documents(path, key)) == expected
+        reader = TextReader(str(path), key)
+        assert [utf8.decode() for chunk in reader for _, utf8 in parse(chunk, key)] == expected
+        assert reader.read_bytes == reader.total_bytes == path.stat().st_size
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_frames_one_after_another_are_one_file(tmp_path: Path, compression: str) -> None:
+    parts = [jsonl(DOCUMENTS[:2]), b"", jsonl(DOCUMENTS[2:])[:-20], jsonl(DOCUMENTS[2:])[-20:]]
+    path = put(tmp_path / f"a.jsonl{compression}", b"".join(compress(part, compression) for part in parts))
+    assert list(iter_documents(path)) == DOCUMENTS
+
+
+def test_standard_input(tmp_path: Path) -> None:
+    code = "from spt_fast.data.text import *; import json; print(json.dumps(list(iter_documents(['-', 'b.txt']))))"
+    put(tmp_path / "b.txt", b"last")
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=jsonl(DOCUMENTS), cwd=tmp_path, capture_output=True, check=True
+    )
+    assert json.loads(done.stdout) == [*DOCUMENTS, "last"]
+    nothing = subprocess.run([sys.executable, "-c", code], input=b"", cwd=tmp_path, capture_output=True)
+    assert b"DataError: standard input holds no document" in nothing.stderr
+
+
+def test_a_folder_is_read_in_order_of_paths(tmp_path: Path) -> None:
+    names = ["b/2.txt", "b/10.txt", "a.txt", "b.txt", "b/deep/x.JSONL", ".hidden.txt", ".git/y.txt", "c.json", "d.md"]
+    for name in names:
+        put(tmp_path / name, jsonl([name]) if name.endswith("JSONL") else name.encode())
+    expected = ["a.txt", "b/10.txt", "b/2.txt", "b/deep/x.JSONL", "b.txt"]
+    assert list(iter_documents(tmp_path)) == expected
+    assert list(iter_documents([tmp_path / "b.txt", tmp_path])) == ["b.txt", *expected]
+    assert find_files(tmp_path) == [tmp_path / name for name in expected]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    documents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1),
+    size=st.integers(1, 40),
+)
+def test_the_size_of_blocks_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: list[str], size: int
+) -> None:
+    monkeypatch.setattr(text, "_BLOCK_BYTES", size)
+    data = b"".join(json.dumps({"text": document}, ensure_ascii=False).encode() + b"\n\n" for document in documents)
+    found, skipped = read(put(tmp_path / "a.jsonl", data + b"{"))
+    assert found == list(filter(None, documents))
+    assert skipped == +Counter({"empty": documents.count(""), "broken JSON": 1})
+    with pytest.raises(DataError, match=rf"a\.jsonl:{2 * len(documents) + 1}: broken JSON"):
+        list(iter_documents(tmp_path / "a.jsonl"))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.text(st.sampled_from("ab \n日😀"), min_size=1), limit=st.integers(8, 60), size=st.integers(1, 40))
+def test_a_long_txt_is_cut_where_it_hurts_least(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, limit: int, size: int
+) -> None:
+    monkeypatch.setattr(text, "_BLOCK_BYTES", size)
+    monkeypatch.setattr(text, "TXT_BYTES", limit)
+    path = put(tmp_path / "a.txt", ("x" + content).encode())
+    documents = list(iter_documents(path))
+    assert ("x" + content).startswith("".join(documents))
+    assert ("x" + content)[len("".join(documents)) :].strip() == ""  # white space alone is no document
+    assert all(len(document.encode()) <= limit for document in documents)
+    for document in documents[:-1]:
+        rest = document.encode()[limit // 2 :]
+        assert document.endswith("\n\n") or b"\n\n" not in rest
+        assert document.endswith((" ", "\n")) or not (b" " in rest or b"\n" in rest)
+
+
+def test_a_txt_up_to_8_mib_is_one_document(tmp_path: Path) -> None:
+    content = b"one line of text\n" * (text.TXT_BYTES // 17)
+    assert [document.encode() for document in iter_documents(put(tmp_path / "a.txt", content))] == [content]
+    longer = content + b"\n\n" + content
+    pieces = [document.encode() for document in iter_documents(put(tmp_path / "b.txt", longer))]
+    assert pieces == [content + b"\n\n", content]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    line = jsonl(["a page of text, always the same " * 100])
+    with pa.CompressedOutputStream(str(tmp_path / "a.jsonl.zst"), "zstd") as stream:
+        for _ in range(256):
+            stream.write(line * (2**20 // len(line)))
+    words = b"a word and another\n" * (150_000_000 // 19)
+    put(tmp_path / "b.txt", words)
+    put(tmp_path / "c.txt.gz", gzip.compress(words, 1))
+    put(tmp_path / "d.parquet", parquet([str(row) * 3000 for row in range(10_000)], row_group_size=10_000))
+    code = """if True:
+        import resource, sys, pyarrow.parquet
+        from spt_fast.data.text import TextReader
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(sum(len(chunk.data) for chunk in TextReader(sys.argv[1])))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, check=True, text=True)
+    read_bytes, grown_kb = map(int, done.stdout.split())
+    assert read_bytes > 650e6
+    assert grown_kb < 130_000
+
+
+GOOD = b'{"text": "good"}\n'
+BAD_LINES = {
+    "broken": (b'{"text": "a"', "broken JSON", "broken JSON"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "broken JSON", "Extra data"),
+    "no object": (b'["a"]', "broken JSON", "list where a JSON object is due"),
+    "deep": (b"[" * 100_000, "broken JSON", "broken JSON"),
+    "no key": (b'{"id": 3, "body": "a"}', "missing key", r"'text' \(the line has 'id', 'body'\).*--text-key"),
+    "number": (b'{"text": 3}', "not a string", "'text' is int, not a string"),
+    "null": (b'{"text": null}', "not a string", "NoneType"),
+    "not UTF-8": ('{"text": "café"}'.encode("latin-1"), "not UTF-8", "0xe9.*iconv"),
+    "surrogate": (b'{"text": "a \\ud83d b"}', "not UTF-8", "half a surrogate pair at character 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_named_or_counted(tmp_path: Path, name: str) -> None:
+    line, kind, message = BAD_LINES[name]
+    path = put(tmp_path / "a.jsonl", GOOD + b"\n" + line + b"\n" + GOOD)
+    with pytest.raises(DataError, match=rf"{path}:3: .*{message}.*--skip-bad"):
+        list(iter_documents(path))
+    assert read(path) == (["good", "good"], {kind: 1})
+
+
+def test_a_bad_txt_is_named_or_counted(tmp_path: Path) -> None:
+    good, bad = put(tmp_path / "a.txt", b"good"), put(tmp_path / "b.txt", b"one\ntwo\nthr\xe9e\nfour")
+    with pytest.raises(DataError, match=rf"{bad}:3: not UTF-8"):
+        list(iter_documents(tmp_path))
+    assert read([good, bad]) == (["good"], {"not UTF-8": 1})
+
+
+def test_a_bad_parquet_row_is_named_or_counted(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.parquet", parquet(["good", "", None, "fine\n"], row_group_size=2))
+    with pytest.raises(DataError, match=rf"{path}, row 3: 'text' is null"):
+        list(iter_documents(path))
+    assert read(path) == (["good", "fine\n"], {"empty": 1, "not a string": 1})
+    path = put(tmp_path / "b.parquet", parquet(pa.array([b"good", b"a\n\xff"], pa.binary())))
+    with pytest.raises(DataError, match=rf"{path}, row 2: not UTF-8"):
+        list(iter_documents(path))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int8(), pa.string())])
+def test_parquet_string_types(tmp_path: Path, kind: pa.DataType) -> None:
+    path = put(tmp_path / "a.parquet", parquet(pa.array(DOCUMENTS, pa.string()).cast(kind), row_group_size=2))
+    assert list(iter_documents(path)) == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b"", "holds no document"),
+        ("a.jsonl", b"\n  \n\r\n", "holds no document"),
+        ("a.jsonl.gz", compress(b"", ".gz"), "holds no document"),
+        ("a.jsonl.zst", b"", "holds no document"),
+        ("a.txt", b" \n", "holds no document"),
+        ("a.txt", b"\xef\xbb\xbf", "holds no document"),
+        ("a.parquet", b"", "holds no document"),
+        ("a.parquet", parquet(pa.array([], pa.string())), "holds no document"),
+    ],
+)
+def test_an_empty_file_is_named_or_counted(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    path = put(tmp_path / name, data)
+    with pytest.raises(DataError, match=f"{path} {message}"):
+        list(iter_documents(path))
+    assert read([path, put(tmp_path / "good.txt", b"good")]) == (["good"], {"empty file": 1})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.zst", "a.parquet", "a.parquet.gz"])
+def test_a_damaged_file_is_named_even_when_skipping(tmp_path: Path, name: str) -> None:
+    documents = [f"{i} text" * 100 for i in range(1000)]
+    data = {"jsonl": jsonl(documents), "txt": "".join(documents).encode(), "parquet": parquet(documents)}
+    whole = compress(data[name.split(".")[1]], name[-4:] if name.endswith("zst") else name[-3:])
+    for damaged in (
+        whole[:-1],
+        whole[: len(whole) // 2],
+        whole[:3],
+        whole + b"more" if "zst" in name else b"no" + whole,
+    ):
+        path = put(tmp_path / name, damaged)
+        for skip_bad in (False, True):
+            with pytest.raises(DataError, match=rf"{path} (is damaged or cut off|can't be read as Parquet)"):
+                list(iter_documents(path, skip_bad=skip_bad))
+
+
+def test_inputs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "a.json", GOOD)
+    put(tmp_path / "a.parquet", parquet([1, 2]))
+    put(tmp_path / "b.jsonl", GOOD * 10)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(text, "LINE_BYTES", 8)
+    monkeypatch.setattr(text, "_BLOCK_BYTES", 4)
+    for inputs, key, message in (
+        (tmp_path / "a.json", "text", r"a\.json is no \.jsonl, \.txt, \.parquet \(plain, \.gz or \.zst\) file; rename"),
+        (tmp_path / "none.jsonl", "text", "none.jsonl doesn't exist"),
+        (tmp_path / "folder", "text", "folder holds no .jsonl"),
+        ([], "text", "no input given"),
+        (tmp_path / "a.parquet", "body", r"a\.parquet: no text under 'body' \(it has 'id', 'text'\).*--text-key"),
+        (tmp_path / "a.parquet", "text", r"a\.parquet: column 'text' holds int64, not strings"),
+        (tmp_path / "b.jsonl", "text", r"b\.jsonl:1: over 0 MiB in one line"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(iter_documents(inputs, key))
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + GOOD)
+    assert list(iter_documents([path, put(tmp_path / "b.txt", b"\xef\xbb\xbfhi\xef\xbb\xbf")])) == ["good", "hi\ufeff"]
