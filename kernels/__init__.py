@@ -1,0 +1,29 @@
+"""The ops of the training step, one a file: what each computes, what it moves, and its implementations.
+
+Every op takes `backend="auto" | "triton" | "cpu" | "reference"` (attention also "sdpa" and "flash_attn"), is
+differentiable, and sums in float32 inside (float64 for float64 inputs).
+"""
+
+from spt_fast.kernels.activation import swiglu
+from spt_fast.kernels.adamw import adamw_step
+from spt_fast.kernels.attention import flash_attention
+from spt_fast.kernels.backend import chosen_backends
+from spt_fast.kernels.cross_entropy import linear_cross_entropy
+from spt_fast.kernels.embedding import embedding
+from spt_fast.kernels.memory import keep_freed_memory
+from spt_fast.kernels.norm import add_rms_norm, rms_norm
+from spt_fast.kernels.rotary import qk_norm_rope, rope
+
+__all__ = [
+    "adamw_step",
+    "add_rms_norm",
+    "chosen_backends",
+    "embedding",
+    "flash_attention",
+    "keep_freed_memory",
+    "linear_cross_entropy",
+    "qk_norm_rope",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

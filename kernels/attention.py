@@ -1,0 +1,127 @@
+"""Causal attention: documents, sliding window, grouped queries.
+
+    o_i = sum_j p_ij v_j,   p_i = softmax over the visible j of scale q_i·k_j                    (Dao, arXiv 2307.08691)
+
+Key j is visible to query i where j <= i (causal), j > i - window (if there is a window) and both lie in one document
+(if there are cu_seqlens). Query head h reads key/value head floor(h Hk / Hq).
+
+Documents are given as the cumulative ends of the B·T positions read as one line: document d is cu_seqlens[d] …
+cu_seqlens[d+1] - 1. Row ends cut too, documents may be empty, and positions past the last document are padding: they
+see nothing, nothing sees them, their output and all their gradients are 0, whatever they hold (NaN too).
+
+Legend: B rows, T positions, H heads, D head dimension; doc_BT the document number of every position.
+
+The work is 4·T·D multiply-adds a head and row of queries forward and 10 backward, half of it under the causal mask;
+the bytes are only those of q, k, v and o where the T x T scores stay on chip, as in PyTorch's SDPA, on which the
+reference is built. It hands SDPA a mask of B·T·T booleans for documents and T·T for a window, which is the simple way,
+not the fast one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spt_fast.kernels.backend import CONTRACT_BACKENDS, Op
+
+
+def flash_attention(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of every query to the keys that it may see; the result has the shape and dtype of q_BTHD.
+
+    k_BTHD and v_BTHD may have fewer heads, a divisor of q's (grouped queries). cu_seqlens is int32 [n+1] on q's
+    device: starts at 0, non-decreasing, at most B·T. window counts the visible keys, the query's own included, and
+    needs causal=True. scale defaults to D^(-1/2).
+    ValueError: shapes, window or cu_seqlens that don't fit (cu_seqlens' values are looked at only on a CPU, where
+    that costs no synchronisation), or a backend that isn't available.
+    """
+    _check(q_BTHD, k_BTHD, v_BTHD, causal, cu_seqlens, window)
+    if window is not None and window >= q_BTHD.shape[1]:
+        window = None
+    return _FLASH_ATTENTION[backend](q_BTHD, k_BTHD, v_BTHD, causal, cu_seqlens, window, scale)
+
+
+def _check(
+    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, causal: bool, cu_seqlens: Tensor | None, window: int | None
+) -> None:
+    shapes = f"q {tuple(q_BTHD.shape)}, k {tuple(k_BTHD.shape)}, v {tuple(v_BTHD.shape)}"
+    if q_BTHD.dim() != 4 or k_BTHD.shape != v_BTHD.shape:
+        raise ValueError(f"flash_attention: q, k and v must be [B, T, H, D], k and v alike; given {shapes}")
+    B, T, H, D = q_BTHD.shape
+    if (
+        k_BTHD.dim() != 4
+        or (k_BTHD.shape[0], k_BTHD.shape[1], k_BTHD.shape[3]) != (B, T, D)
+        or H % max(1, k_BTHD.shape[2])
+    ):
+        raise ValueError(
+            f"flash_attention: k and v must agree with q in B, T, D, and their heads must divide q's; given {shapes}"
+        )
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(
+            f"flash_attention: window must be at least 1, and with causal=True; given {window}, causal={causal}"
+        )
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(
+            f"flash_attention: cu_seqlens must be int32 [n+1], not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device.type == "cpu":
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends != sorted(ends) or ends[-1] > B * T:
+            raise ValueError(
+                f"flash_attention: cu_seqlens must start at 0, never fall and end by B·T = {B * T}; given {ends}"
+            )
+
+
+def _reference(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    if cu_seqlens is None and window is None:
+        return _sdpa(q_BTHD, k_BTHD, v_BTHD, None, causal, scale)
+    B, T, device = q_BTHD.shape[0], q_BTHD.shape[1], q_BTHD.device
+    distance_TT = torch.arange(T, device=device).unsqueeze(1) - torch.arange(T, device=device)
+    visible = distance_TT >= (0 if causal else -T)
+    if window is not None:
+        visible = visible & (distance_TT < window)
+    if cu_seqlens is None:
+        return _sdpa(q_BTHD, k_BTHD, v_BTHD, visible, False, scale)
+
+    flat = torch.arange(B * T, device=device, dtype=torch.int32)
+    doc_BT = torch.searchsorted(cu_seqlens, flat, right=True).view(B, T)
+    # Padding is zeroed on the way in (a weight of 0 times NaN is NaN) and on the way out; a padding query, which would
+    # otherwise see nothing and divide 0 by 0, sees the other padding. Both masks return zero gradients.
+    padding_BT11 = (doc_BT == len(cu_seqlens))[..., None, None]
+    q_BTHD, k_BTHD, v_BTHD = (x.masked_fill(padding_BT11, 0) for x in (q_BTHD, k_BTHD, v_BTHD))
+    visible_B1TT = (visible & (doc_BT.unsqueeze(2) == doc_BT.unsqueeze(1))).unsqueeze(1)
+    return _sdpa(q_BTHD, k_BTHD, v_BTHD, visible_B1TT, False, scale).masked_fill(padding_BT11, 0)
+
+
+def _sdpa(
+    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, visible: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+    gqa = k_BHTD.shape[1] != q_BHTD.shape[1]
+    o_BHTD = F.scaled_dot_product_attention(
+        q_BHTD, k_BHTD, v_BHTD, attn_mask=visible, is_causal=causal, scale=scale, enable_gqa=gqa
+    )
+    return o_BHTD.transpose(1, 2)
+
+
+_FLASH_ATTENTION = Op("flash_attention", {"reference": _reference}, (*CONTRACT_BACKENDS, "sdpa", "flash_attn"))

@@ -1,0 +1,578 @@
+"""The recipe: everything a run does, as nested dataclasses read from YAML.
+
+Each field is documented and validated where it is defined. Counts take K / M / B / T, shares take percents, decimals or
+fractions and stay exact, spans are steps, tokens or a share of the phase. A key that no field has is an error that
+suggests the nearest one. `Recipe.plain()` is the resolved recipe as plain YAML data; reading it back gives the same
+recipe, and two of them are compared key by key when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from spt_fast.data.mixture import Mixture
+from spt_fast.errors import RecipeError, nearest
+
+# -------------------------------------------------------------------------------------------- values and their units
+
+_COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([kKmMbBtT]?)")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_count(value: object, where: str) -> int:
+    """A positive whole number: 300, "300K", "1.5B", "2e6". Exact: "1.0005K" is refused rather than rounded."""
+    match = None if isinstance(value, bool) else _COUNT.fullmatch(str(value).strip())
+    if match:
+        exact = Fraction(match[1].replace("_", "")) * _UNITS[match[2].upper()]
+        if exact.denominator == 1 and 0 < exact <= 2**62:
+            return int(exact)
+    raise RecipeError(f"{where}: {value!r} is no count; write a positive whole number such as 300, 300K, 20M or 1.5B")
+
+
+def parse_share(value: object, where: str) -> Fraction:
+    """An exact share in [0, 1]: "2%", 0.02, "1/50". Floats are read by their repr, as exact decimals."""
+    text = str(value).strip()
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        share = Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise RecipeError(
+            f"{where}: {value!r} is no share; write a percent (2%), a decimal (0.02) or a fraction (1/50)"
+        ) from None
+    if not 0 <= share <= 1:
+        raise RecipeError(f"{where}: {value!r} lies outside 0…1; did you mean {text}%?")
+    return share
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of training: a number of steps, of tokens, or a share of the phase."""
+
+    amount: Fraction
+    unit: str  # "steps" | "tokens" | "share"
+
+    @classmethod
+    def parse(cls, value: object, where: str) -> Span:
+        if isinstance(value, Span):
+            return value
+        text = str(value).strip()
+        if text.endswith("%"):
+            return cls(parse_share(text, where), "share")
+        steps = re.fullmatch(r"(.*?)\s*steps?", text)
+        if steps:
+            return cls(Fraction(0) if steps[1].strip() == "0" else Fraction(parse_count(steps[1], where)), "steps")
+        try:
+            return cls(Fraction(0) if text == "0" else Fraction(parse_count(text, where)), "tokens")
+        except RecipeError:
+            raise RecipeError(
+                f"{where}: {value!r} is no span; write `500 steps`, `2M` (tokens) or `2%` (of the phase)"
+            ) from None
+
+    def steps(self, tokens_per_step: int, phase_steps: int) -> int:
+        """The span in whole steps, rounded; never less than one unless the span is zero."""
+        if self.amount == 0:
+            return 0
+        exact = {
+            "steps": self.amount,
+            "tokens": self.amount / tokens_per_step,
+            "share": self.amount * phase_steps,
+        }[self.unit]
+        return max(1, round(exact))
+
+    def __str__(self) -> str:
+        if self.unit == "share":
+            percent = self.amount * 100
+            return f"{percent if percent.denominator == 1 else float(percent)!s}%"
+        return f"{self.amount} steps" if self.unit == "steps" else str(self.amount)
+
+
+def _number(
+    low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+) -> Callable[[object, str], float]:
+    def parse(value: object, where: str) -> float:
+        try:
+            number = float("nan") if isinstance(value, bool) else float(str(value))
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not (low <= number <= high) or (open_low and number == low) or math.isinf(number):
+            bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
+                f" and at most {high:g}" if high < math.inf else ""
+            )
+            raise RecipeError(f"{where}: {value!r} will not do; write a number {bounds}")
+        return number
+
+    return parse
+
+
+def _integer(low: int) -> Callable[[object, str], int]:
+    def parse(value: object, where: str) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise RecipeError(f"{where}: {value!r} will not do; write a whole number, at least {low}")
+        return value
+
+    return parse
+
+
+def _boolean(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise RecipeError(f"{where}: {value!r} will not do; write true or false")
+    return value
+
+
+def _text(value: object, where: str) -> str:
+    if isinstance(value, (dict, list)) or value is None or not str(value).strip():
+        raise RecipeError(f"{where}: {value!r} will not do; write a name or path")
+    return str(value)
+
+
+def _one_of(*choices: str) -> Callable[[object, str], str]:
+    def parse(value: object, where: str) -> str:
+        if value not in choices:
+            raise RecipeError(f"{where}: {value!r} is not one of {', '.join(choices)}; {nearest(str(value), choices)}")
+        return str(value)
+
+    return parse
+
+
+def _optional(parse: Callable[[object, str], Any]) -> Callable[[object, str], Any]:
+    return lambda value, where: None if value is None else parse(value, where)
+
+
+def _betas(value: object, where: str) -> tuple[float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise RecipeError(f"{where}: {value!r} will not do; write two numbers, such as [0.9, 0.95]")
+    first, second = (_number(0.0, 1.0)(v, f"{where}[{i}]") for i, v in enumerate(value))
+    if 1.0 in (first, second):
+        raise RecipeError(f"{where}: {value!r} will not do; both must be below 1")
+    return first, second
+
+
+def _mixture(value: object, where: str) -> dict[str, Fraction]:
+    if not isinstance(value, Mapping) or not value:
+        raise RecipeError(f"{where}: {value!r} will not do; write shares by source, such as {{general: 98%, chem: 2%}}")
+    try:
+        return dict(Mixture(value).weights)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _grid(value: object, where: str) -> dict[str, tuple[Any, ...]]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{where}: {value!r} will not do; write lists by name, such as {{lr: [1e-5, 1e-4]}}")
+    axes: dict[str, tuple[Any, ...]] = {}
+    parsers = {"lr": _number(0.0, open_low=True), "weight_decay": _number(0.0), "warmup": Span.parse}
+    for key, choices in value.items():
+        if key not in parsers:
+            raise RecipeError(f"{where}.{key}: unknown key; {nearest(str(key), parsers)}")
+        if not isinstance(choices, (list, tuple)) or not choices:
+            raise RecipeError(f"{where}.{key}: {choices!r} will not do; write a list of values to try")
+        axes[str(key)] = tuple(parsers[key](choice, f"{where}.{key}[{i}]") for i, choice in enumerate(choices))
+    return axes
+
+
+# ------------------------------------------------------------------------------------------------ building dataclasses
+
+Section = TypeVar("Section")
+
+
+def _setting(parse: Callable[[object, str], Any], default: Any = dataclasses.MISSING, *, key: str | None = None) -> Any:
+    metadata = {"parse": parse, "key": key}
+    if default is dataclasses.MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _key(item: dataclasses.Field[Any]) -> str:
+    return item.metadata["key"] or item.name
+
+
+def _build(cls: type[Any], raw: object, where: str) -> Any:
+    if not isinstance(raw, Mapping):
+        raise RecipeError(
+            f"{where}: {raw!r} will not do; write a section with keys such as {', '.join(map(_key, fields(cls)))}"
+        )
+    known = {_key(item): item for item in fields(cls)}
+    dot = f"{where}." if where else ""
+    for key in raw:
+        if key not in known:
+            raise RecipeError(f"{dot}{key}: unknown key; {nearest(str(key), known)}")
+    values = {}
+    for key, item in known.items():
+        if key in raw:
+            values[item.name] = item.metadata["parse"](raw[key], f"{dot}{key}")
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"{dot}{key}: missing; every {where or 'recipe'} needs it")
+    return cls(**values)
+
+
+def _section(cls: type[Section]) -> Callable[[object, str], Section]:
+    return lambda raw, where: _build(cls, raw, where)
+
+
+def _plain(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Span)):
+        return {_key(item): _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (Span, Fraction)):
+        return str(value)
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ the sections
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The shape of the GPT: a preset, a preset with changes, or every field."""
+
+    preset: str | None = _setting(_optional(_text), None)
+    """A name from `spt_fast.model.PRESETS`: 1m … 8b."""
+    layers: int | None = _setting(_optional(_integer(1)), None)
+    width: int | None = _setting(_optional(_integer(1)), None)
+    heads: int | None = _setting(_optional(_integer(1)), None)
+    kv_heads: int | None = _setting(_optional(_integer(1)), None)
+    """Key/value heads; fewer than `heads` is grouped-query attention."""
+    head_dim: int | None = _setting(_optional(_integer(1)), None)
+    """Width of one head; width / heads where it isn't given."""
+    ffn: int | None = _setting(_optional(_integer(1)), None)
+    """Inner width of the SwiGLU."""
+    context: int | None = _setting(_optional(_integer(1)), None)
+    """Tokens in one training window."""
+    vocab_size: int | None = _setting(_optional(_integer(2)), None)
+    """Rows of the embedding; the tokenizer's vocabulary rounded up to a multiple of 64 where it isn't given."""
+    qk_norm: bool | None = _setting(_optional(_boolean), None)
+    tied: bool | None = _setting(_optional(_boolean), None)
+    rope_theta: float | None = _setting(_optional(_number(0.0, open_low=True)), None)
+    norm_eps: float | None = _setting(_optional(_number(0.0, open_low=True)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One corpus: token datasets made by `spt-fast prepare`, or foreign ones read in place."""
+
+    train: str = _setting(_text)
+    """Prefix of the training dataset."""
+    heldout: str | None = _setting(_optional(_text), None)
+    """Prefix of text that is never trained on; losses on it are the figures."""
+    limit_tokens: int | None = _setting(_optional(parse_count), None)
+    """Use only the first whole documents up to so many tokens of `train`."""
+    dtype: str | None = _setting(_optional(_one_of("uint8", "uint16", "uint32", "int32", "int64")), None)
+    """For headerless files: the type of a token id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """How many windows make one optimizer step."""
+
+    sequences: int = _setting(_integer(1), 32)
+    """Windows in the global batch of one step."""
+    micro: int | None = _setting(_optional(_integer(1)), None)
+    """Windows in one forward pass of one process; all of a process's share at once where it isn't given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW with decoupled weight decay (on matrices only) and clipping by the global gradient norm."""
+
+    name: str = _setting(_one_of("adamw"), "adamw")
+    lr: float = _setting(_number(0.0, open_low=True))
+    """Peak learning rate."""
+    betas: tuple[float, float] = _setting(_betas, (0.9, 0.95))
+    eps: float = _setting(_number(0.0, open_low=True), 1e-8)
+    weight_decay: float = _setting(_number(0.0), 0.1)
+    clip: float | None = _setting(_optional(_number(0.0, open_low=True)), 1.0)
+    """Largest global gradient norm; null for no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate over the phase: linear warm-up to the peak, then a shape."""
+
+    name: str = _setting(_one_of("cosine", "wsd", "linear", "constant"), "cosine")
+    """cosine or linear fall from the peak to `final` at the horizon; wsd stays at the peak and falls linearly over the
+    last `decay`; constant stays."""
+    warmup: Span = _setting(Span.parse, Span(Fraction(0), "steps"))
+    final: Fraction = _setting(parse_share, Fraction(1, 10))
+    """Learning rate at the horizon, as a share of the peak."""
+    horizon: int | None = _setting(_optional(parse_count), None)
+    """Tokens at which the shape ends; beyond the phase's own `tokens` it is cut off there (as in SPT)."""
+    decay: Span = _setting(Span.parse, Span(Fraction(1, 5), "share"))
+    """wsd only: the length of the fall at the end."""
+    carry_on: bool = _setting(_boolean, False, key="continue")
+    """The previous phase's schedule runs on (shape, warm-up, horizon, step count); `optimizer.lr` is its peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """When and on how much text the losses are measured; always at a phase's first and last step too."""
+
+    every: Span = _setting(Span.parse, Span(Fraction(1, 10), "share"))
+    tokens: int = _setting(parse_count, 200_000)
+    """Held-out tokens of each source, half of them `select`, half `report`; as many training tokens as one half."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Early stopping on the `select` half of a source's held-out text; the best weights are handed on."""
+
+    on: str = _setting(_text)
+    patience: int = _setting(_integer(1), 3)
+    """Evaluations in a row without a new best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """So many tokens of an exact mixture, optimised in one way."""
+
+    name: str = _setting(_text)
+    tokens: int = _setting(parse_count)
+    mixture: dict[str, Fraction] = _setting(_mixture)
+    documents: bool = _setting(_boolean, False)
+    """Attention and positions stay inside a document."""
+    batch: Batch = _setting(_section(Batch), Batch())
+    optimizer: Optimizer = _setting(_section(Optimizer))
+    schedule: Schedule = _setting(_section(Schedule), Schedule())
+    evaluation: Evaluation = _setting(_section(Evaluation), Evaluation(), key="eval")
+    untie: bool = _setting(_boolean, False)
+    """Give the output head its own copy of the embedding at the phase's start."""
+    anchor: float = _setting(_number(0.0), 0.0)
+    """Decoupled decay toward the weights that the phase starts from (Anchored AdamW, arXiv 2502.06042)."""
+    optimizer_state: str = _setting(_one_of("reset", "keep"), "reset")
+    stop: Stop | None = _setting(_optional(_section(Stop)), None)
+    grid: dict[str, tuple[Any, ...]] | None = _setting(_optional(_grid), None)
+    """Values to try: every combination runs from the same start, the one with the best `select` loss is kept."""
+
+    def arms(self) -> list[dict[str, Any]]:
+        """One dict of overrides per grid combination; a single empty one where there is no grid."""
+        grid = self.grid or {}
+        return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+    @property
+    def chosen_by(self) -> str:
+        """The source whose `select` loss decides early stopping and the grid."""
+        return self.stop.on if self.stop else max(sorted(self.mixture), key=lambda source: self.mixture[source])
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Phase:
+        """This phase as one arm of its grid runs it."""
+        optimizer = dataclasses.replace(self.optimizer, **{k: v for k, v in overrides.items() if k != "warmup"})
+        schedule = self.schedule
+        if "warmup" in overrides:
+            schedule = dataclasses.replace(schedule, warmup=overrides["warmup"])
+        return dataclasses.replace(self, optimizer=optimizer, schedule=schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    every: Span = _setting(Span.parse, Span(Fraction(500), "steps"))
+    keep: int = _setting(_integer(1), 3)
+    """The newest so many are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    every: Span = _setting(Span.parse, Span(Fraction(10), "steps"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    name: str = _setting(_one_of("local"), "local")
+    """local: one process on one GPU, or on the CPU."""
+
+
+def _sources(raw: object, where: str) -> dict[str, Source]:
+    if not isinstance(raw, Mapping) or not raw:
+        raise RecipeError(f"{where}: {raw!r} will not do; name at least one source with its `train` prefix")
+    return {str(name): _build(Source, item, f"{where}.{name}") for name, item in raw.items()}
+
+
+INHERITED = ("batch", "eval", "documents")
+
+
+def _phases(raw: object, where: str) -> tuple[Phase, ...]:
+    if not isinstance(raw, list) or not raw:
+        raise RecipeError(f"{where}: {raw!r} will not do; write a list of at least one phase")
+    phases: list[Phase] = []
+    inherited: dict[str, Any] = {}
+    for i, item in enumerate(raw):
+        name = item.get("name", i) if isinstance(item, Mapping) else i
+        here = f"{where}[{name}]"
+        if not isinstance(item, Mapping):
+            raise RecipeError(f"{here}: {item!r} will not do; write a section with name, tokens, mixture and optimizer")
+        inherited |= {key: item[key] for key in INHERITED if key in item}
+        phase = _build(Phase, {**inherited, **item}, here)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", phase.name):
+            raise RecipeError(
+                f"{here}.name: {phase.name!r} will not do; use letters, digits, dots, dashes and underscores"
+            )
+        if phase.name in [p.name for p in phases]:
+            raise RecipeError(f"{here}.name: {phase.name!r} names two phases; give each its own name")
+        if phase.batch.micro and phase.batch.sequences % phase.batch.micro:
+            raise RecipeError(
+                f"{here}.batch.micro: {phase.batch.micro} does not divide sequences = {phase.batch.sequences}; "
+                "choose a divisor"
+            )
+        if phase.schedule.carry_on and not phases:
+            raise RecipeError(f"{here}.schedule.continue: the first phase has no schedule to carry on; name one")
+        if phase.optimizer_state == "keep" and not phases:
+            raise RecipeError(f"{here}.optimizer_state: the first phase has no optimizer state to keep; write reset")
+        phases.append(phase)
+    return tuple(phases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what a run computes. Same recipe, same run, to the last bit on one machine."""
+
+    run: str = _setting(_text)
+    """The run's folder."""
+    seed: int = _setting(_integer(0), 0)
+    """Of the initial weights and of the order of the data."""
+    init: str | None = _setting(_optional(_text), None)
+    """Weights to start from: a Hugging Face folder, a run's weights/<phase>, or a checkpoint."""
+    precision: str = _setting(_one_of("auto", "bf16", "fp32"), "auto")
+    """auto: bf16 with fp32 master weights where the hardware multiplies bf16 fast, else fp32."""
+    model: Model = _setting(_section(Model), Model())
+    tokenizer: str | None = _setting(_optional(_text), None)
+    """A .tiktoken file, or a tiktoken encoding by name; datasets made with another one are refused."""
+    checkpoint: Checkpoints = _setting(_section(Checkpoints), Checkpoints())
+    log: Log = _setting(_section(Log), Log())
+    engine: Engine = _setting(_section(Engine), Engine())
+    sources: dict[str, Source] = _setting(_sources)
+    phases: tuple[Phase, ...] = _setting(_phases)
+
+    def __post_init__(self) -> None:
+        for phase in self.phases:
+            where = f"phases[{phase.name}]"
+            for source in phase.mixture:
+                if source not in self.sources:
+                    raise RecipeError(f"{where}.mixture.{source}: no such source; {nearest(source, self.sources)}")
+            chooses = phase.stop is not None or len(phase.arms()) > 1
+            if phase.stop and phase.stop.on not in self.sources:
+                raise RecipeError(
+                    f"{where}.stop.on: no source {phase.stop.on!r}; {nearest(phase.stop.on, self.sources)}"
+                )
+            if chooses and not self.sources[phase.chosen_by].heldout:
+                raise RecipeError(
+                    f"sources.{phase.chosen_by}.heldout: missing; {where} chooses its weights by the loss on it"
+                )
+        if not self.init and not self.model.preset and not self.model.layers:
+            raise RecipeError(
+                "model: missing; name a preset such as {preset: 10m}, give layers, width, …, or set `init`"
+            )
+
+    def plain(self) -> dict[str, Any]:
+        """The resolved recipe as plain data for YAML; `load_recipe` of it gives an equal recipe."""
+        return _plain(self)
+
+    def changes(self, other: Recipe) -> list[str]:
+        """What differs in `other` and would change what the run computes: "phases.0.tokens: 20000000 → 30000000"."""
+        harmless = ("run", "log", "checkpoint")
+        mine, theirs = _flat(self.plain()), _flat(other.plain())
+        return [
+            f"{key}: {mine.get(key, 'absent')} → {theirs.get(key, 'absent')}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if key.split(".")[0] not in harmless and mine.get(key, "absent") != theirs.get(key, "absent")
+        ]
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(value, dict):
+        items: Any = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {path: leaf for key, item in items for path, leaf in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error, not a silent override, and `on` a word, as in YAML 1.2."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise RecipeError(
+                    f"line {key_node.start_mark.line + 1}: key {key_node.value!r} is given twice; keep one"
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false"), list("tf"))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The data of a YAML file; RecipeError names the file and line of what is wrong."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return yaml.load(text, _StrictLoader)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe in YAML") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: is not valid YAML: {error}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def recipe_from(raw: object) -> Recipe:
+    """A Recipe from plain data, as YAML gives it."""
+    if not isinstance(raw, Mapping):
+        raise RecipeError(f"the recipe: {raw!r} will not do; write keys such as run, model, sources and phases")
+    return _build(Recipe, raw, "")
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe from YAML.
+
+    `overrides` are "a.b=c" strings, as of `--set`: the value is YAML; phases go by name or position
+    ("phases.finetune.optimizer.lr=1e-4"). Raises RecipeError, which names the field, what was given and the remedy.
+    """
+    raw = read_yaml(path)
+    for override in overrides:
+        target, separator, value = override.partition("=")
+        if not separator:
+            raise RecipeError(f"--set {override}: write KEY=VALUE, such as --set phases.pretrain.tokens=40M")
+        _set(raw, target.strip().split("."), yaml.load(value, _StrictLoader), target)
+    return recipe_from(raw)
+
+
+def _set(node: Any, path: list[str], value: Any, whole: str) -> None:
+    head, rest = path[0], path[1:]
+    if isinstance(node, list):
+        names = [item.get("name") if isinstance(item, dict) else None for item in node]
+        index = names.index(head) if head in names else int(head) if head.isdigit() else len(node)
+        if index >= len(node):
+            raise RecipeError(f"--set {whole}: no item {head!r}; {nearest(head, [str(n) for n in names])}")
+        key: Any = index
+    elif isinstance(node, dict):
+        key = head
+    else:
+        raise RecipeError(f"--set {whole}: {head!r} lies below a plain value; check the path")
+    if not rest:
+        node[key] = value
+        return
+    if isinstance(node, dict) and node.get(key) is None:
+        node[key] = {}
+    _set(node[key], rest, value, whole)

@@ -1,0 +1,121 @@
+"""What a GPT costs: parameters, FLOPs per trained token, share of the hardware's peak, memory.
+
+Legend: L layers, H query heads, K key/value heads, Q head dimension, D width, F feed-forward width, V vocabulary, T
+sequence length.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from spt_fast.model.gpt import GPTConfig
+
+MFU_CONVENTION = "6N+12LHQT"
+
+# Dense bf16 peaks in FLOP/s (without sparsity) from the makers' datasheets; the first pattern found in the device's
+# name counts. H100 SXM calls itself "NVIDIA H100 80GB HBM3".
+PEAK_BF16_FLOPS = {
+    r"GB200": 2500e12,
+    r"B200": 2250e12,
+    r"GH200": 990e12,
+    r"H200 NVL": 836e12,
+    r"H200": 989e12,
+    r"H100 PCIe": 756e12,
+    r"H100 NVL": 835e12,
+    r"H100": 989e12,
+    r"H800": 989e12,
+    r"H20\b": 148e12,
+    r"A100": 312e12,
+    r"A800": 312e12,
+    r"A40\b": 149.7e12,
+    r"A30\b": 165e12,
+    r"A10\b": 125e12,
+    r"L40S": 362e12,
+    r"L40\b": 181e12,
+    r"L4\b": 121e12,
+    r"RTX 5090": 209.5e12,
+    r"RTX 4090": 165.2e12,
+    r"RTX 3090\b": 71e12,
+    r"MI300X": 1307e12,
+}
+
+
+def parameters(config: GPTConfig) -> int:
+    """All parameters of the model; a tied head counts once."""
+    norms = config.layers * 2 * config.width + config.width
+    if config.qk_norm:
+        norms += config.layers * 2 * _head_dim(config)
+    embeddings = (1 if config.tied else 2) * config.vocab_size * config.width
+    return _block_matrices(config) + norms + embeddings
+
+
+def matmul_parameters(config: GPTConfig) -> int:
+    """N: parameters that multiply every token: the head, tied or not, but not the embedding lookup and not the
+    norms."""
+    return _block_matrices(config) + config.vocab_size * config.width
+
+
+def train_flops_per_token(config: GPTConfig, context: int | None = None) -> int:
+    """6N + 12·L·H·Q·T of a forward and a backward pass, with no discount for the causal mask (PaLM, arXiv 2204.02311,
+    appendix B).
+
+    context T: tokens in a sequence, the model's context if None.
+    """
+    T = config.context if context is None else context
+    return 6 * matmul_parameters(config) + 12 * config.layers * config.heads * _head_dim(config) * T
+
+
+def peak_flops(device: torch.device | str) -> float | None:
+    """Dense bf16 FLOP/s of a CUDA device by its datasheet; None for one that isn't known, for a MIG slice and for a
+    CPU."""
+    device = torch.device(device)
+    return peak_flops_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_by_name(name: str) -> float | None:
+    """As `peak_flops`, of the device that calls itself `name`."""
+    if "MIG" in name:
+        return None
+    return next((peak for pattern, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{pattern}", name)), None)
+
+
+def mfu_label(device: torch.device | str) -> str:
+    """What an MFU on this device means: the FLOPs' convention and the peak in TFLOP/s, "n/a" where that isn't known."""
+    peak = peak_flops(device)
+    return f"{MFU_CONVENTION}, bf16 dense {peak / 1e12:.4g}" if peak else f"{MFU_CONVENTION}, n/a"
+
+
+def memory_bytes(config: GPTConfig, micro: int, *, dtype: torch.dtype, context: int | None = None) -> dict[str, int]:
+    """An estimate, for one device that holds everything, of what a training step with `micro` sequences at a time
+    needs.
+
+    `parameters`: of `dtype`, and where that is not float32 a float32 master copy (counted under `optimizer`).
+    `gradients`: float32. `optimizer`: two float32 moments.
+    `activations`: what the backward pass keeps, per token and layer 4 D for the two norms and their results, (2H + 2K)
+    Q for rotated queries, keys, values and the attention's result, 4 F for gate, up, silu(gate) and their product
+    (with QK-norm (H + K) Q more), all of `dtype`; and once 3 D a token and the float32 gradient of the head. Left out:
+    workspaces, the chunk of logits, the allocator's own. `total` is the sum.
+    """
+    D, H, K, Q = config.width, config.heads, config.kv_heads, _head_dim(config)
+    tokens = micro * (config.context if context is None else context)
+    per_layer = 4 * D + (2 * H + 2 * K) * Q + 4 * config.ffn + ((H + K) * Q if config.qk_norm else 0)
+    count = parameters(config)
+    parts = {
+        "parameters": count * dtype.itemsize,
+        "gradients": 4 * count,
+        "optimizer": (8 if dtype == torch.float32 else 12) * count,
+        "activations": tokens * (config.layers * per_layer + 3 * D) * dtype.itemsize + 4 * config.vocab_size * D,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _head_dim(config: GPTConfig) -> int:
+    assert config.head_dim is not None
+    return config.head_dim
+
+
+def _block_matrices(config: GPTConfig) -> int:
+    attention = (2 * config.heads + 2 * config.kv_heads) * _head_dim(config) * config.width
+    return config.layers * (attention + 3 * config.width * config.ffn)

@@ -1,0 +1,40 @@
+"""Model shapes by name. A name is the number of parameters, embedding included, at the vocabulary that stands beside
+it.
+
+`1m` to `60m` are ours: heads of 32 or 64, feed-forward near 8/3 of the width, vocabularies of a tokenizer trained on
+the data at hand. `124m` is GPT-2 small's depth and width, `350m` GPT-2 medium's, `3b` and `8b` have the shapes of
+Llama 3.2 3B and Llama 3 8B.
+
+The `olmo-…` four are for the sizes of the specialized-pretraining paper (arXiv 2603.16177), which names them but
+prints no shapes. Our reading is OLMo's own ladder: 16 layers of 16 heads, feed-forward four times the width, 50,304
+tokens, tied as in the paper. Tied, the 600M is 530M; its name counts an own head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _shape(layers: int, width: int, heads: int, ffn: int, context: int, vocab_size: int, **more: Any) -> dict[str, Any]:
+    shape = dict(
+        layers=layers, width=width, heads=heads, kv_heads=heads, ffn=ffn, context=context, vocab_size=vocab_size
+    )
+    return {**shape, **more}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "1m": _shape(6, 96, 3, 256, 256, 4096),
+    "3m": _shape(5, 192, 3, 512, 256, 4096),
+    "10m": _shape(5, 384, 6, 1024, 256, 4096),
+    "30m": _shape(8, 512, 8, 1408, 512, 8192),
+    "60m": _shape(10, 640, 10, 1728, 1024, 16_384),
+    "124m": _shape(12, 768, 12, 2048, 1024, 50_304),
+    "350m": _shape(24, 1024, 16, 2816, 2048, 50_304),
+    "1b": _shape(18, 2048, 16, 5632, 2048, 50_304),
+    "3b": _shape(28, 3072, 24, 8192, 4096, 128_256, kv_heads=8, rope_theta=500_000.0),
+    "8b": _shape(32, 4096, 32, 14_336, 8192, 128_256, kv_heads=8, rope_theta=500_000.0, tied=False),
+    "olmo-300m": _shape(16, 1024, 16, 4096, 2048, 50_304),
+    "olmo-600m": _shape(16, 1344, 16, 5376, 2048, 50_304),
+    "olmo-1b": _shape(16, 2048, 16, 8192, 2048, 50_304),
+    "olmo-3b": _shape(16, 3328, 16, 13_312, 2048, 50_304),
+}

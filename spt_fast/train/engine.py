@@ -1,0 +1,105 @@
+"""The engine: how a step is computed. `LocalEngine` is one process on one device.
+
+The loop hands an engine a step's micro-batches and gets back tensors that it reads one step later, so that a step
+waits for nothing. Compute runs in an explicit dtype: bf16 parameters with fp32 masters in the optimizer where the
+hardware multiplies bf16 fast, fp32 otherwise; never autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spt_fast.config import Optimizer
+from spt_fast.data.loader import Batch
+from spt_fast.model.gpt import GPT
+from spt_fast.train.optim import AdamW, Snapshot
+
+
+def pick_device() -> torch.device:
+    """The current GPU where there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The compute dtype: what the recipe says, or with "auto" bf16 where matrix products in it are fast."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+@dataclass
+class StepResult:
+    """Device tensors (0-d) of one step; reading them waits for the step to finish."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class LocalEngine:
+    """One process, one device."""
+
+    def __init__(self, model: GPT, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.model = model.to(device=device, dtype=dtype)
+        self.optimizer: AdamW
+
+    def begin(
+        self,
+        settings: Optimizer,
+        anchor_decay: float,
+        start: Snapshot,
+        *,
+        current: Snapshot | None = None,
+    ) -> None:
+        """Set up a fresh optimizer and take over `current` (or `start`); `start` is what an anchor holds on to."""
+        self.optimizer = AdamW(self.model, settings, anchor_decay)
+        self.optimizer.restore(current if current is not None else start, anchor=start)
+
+    def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
+        """Forward, backward and update over one global batch; None, with nothing changed, where it was interrupted.
+
+        A loss or gradient norm that is not finite leaves weights and moments as they are; `skipped` says so.
+        """
+        loss = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            if interrupted():
+                self.optimizer.zero_grad()
+                return None
+            micro_loss = self.model(batch.tokens, batch.targets, batch.cu_seqlens) / len(micro_batches)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        norm = self.optimizer.grad_norm()
+        skip = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        self.optimizer.step(lr, norm, skip)
+        self.optimizer.zero_grad()
+        return StepResult(loss, norm, skip)
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mean loss in nats per token, a 0-d fp32 tensor on the device."""
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(self.device)
+        return self.model(tokens_BT.to(self.device), targets_BT.to(self.device), cu_seqlens).float()
+
+    def snapshot(self, *, state: bool) -> Snapshot:
+        return self.optimizer.snapshot(state=state)
+
+
+def weights_of(model: GPT) -> Snapshot:
+    """A model's weights as a snapshot."""
+    return {f"weights/{name}": param.detach().float().cpu().clone() for name, param in model.named_parameters()}
+
+
+def untied(snapshot: Mapping[str, Tensor], embedding: str, head: str) -> Snapshot:
+    """The snapshot of a tied model with the head's own copy of the embedding (and of its moments) added."""
+    kinds = ("weights", "exp_avg", "exp_avg_sq")
+    copies = {f"{k}/{head}": snapshot[f"{k}/{embedding}"].clone() for k in kinds if f"{k}/{embedding}" in snapshot}
+    return {**snapshot, **copies}

@@ -1,0 +1,101 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard, and one line on the screen.
+
+metrics.jsonl is the record: a "train" object per logged step and an "eval" object per evaluation. It is cut back to a
+checkpoint's length on resume, so that it never holds a step twice. The screen shows a progress bar on a terminal and
+plain lines elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+PLAIN_LINE_EVERY_S = 15.0
+
+
+class RunLog:
+    """Writes a run's metrics to `folder` and shows its progress."""
+
+    def __init__(
+        self, folder: Path, *, keep_bytes: int, purge_step: int | None, progress: bool, convention: str | None
+    ) -> None:
+        path = folder / "metrics.jsonl"
+        path.touch()
+        os.truncate(path, min(keep_bytes, path.stat().st_size))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        self._console = Console(quiet=not progress, stderr=True)
+        self._convention = convention
+        self._last_line = 0.0
+        self._last_eval = ""
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.fields[rates]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[evaluated]}"),
+            console=self._console,
+            disable=not (progress and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=1, rates="", evaluated="")
+        self._bar.start()
+
+    def say(self, message: str) -> None:
+        """One line to the user, above the progress bar."""
+        self._bar.console.print(message, highlight=False, soft_wrap=True)
+
+    def begin(self, title: str, step: int, steps: int) -> None:
+        """A new phase or grid arm, of which `step` steps are done already."""
+        self._bar.reset(self._task, description=title, completed=step, total=steps, rates="", evaluated="")
+        self._title, self._steps, self._began, self._first = title, steps, time.monotonic(), step
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def train(self, record: dict[str, Any], total_step: int) -> None:
+        """A logged training step; `total_step` counts over the whole run, for TensorBoard."""
+        self._write({"kind": "train", **record})
+        for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
+            self._board.add_scalar(f"train/{key}", math.nan if record[key] is None else record[key], total_step)
+        mfu = "mfu n/a" if record["mfu"] is None else f"{record['mfu']:.1%} mfu[{self._convention}]"
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
+        rates = f"loss {loss} · {record['tokens_per_s']:,.0f} tok/s · {mfu}"
+        self._bar.update(self._task, rates=rates)
+        if not self._console.is_terminal and time.monotonic() - self._last_line >= PLAIN_LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            done = record["step"]
+            eta_s = (time.monotonic() - self._began) / max(1, done - self._first) * (self._steps - done)
+            self.say(f"{self._title}: step {done}/{self._steps} · {rates} · ETA {eta_s:.0f} s{self._last_eval}")
+
+    def evaluation(self, record: dict[str, Any], total_step: int) -> None:
+        self._write({"kind": "eval", **record})
+        for split in ("heldout", "select", "train"):
+            for source, loss in record[split].items():
+                self._board.add_scalar(f"{split}/{source}", loss, total_step)
+        losses = " ".join(f"{source} {loss:.3f}" for source, loss in record["heldout"].items())
+        self._last_eval = f" · held out: {losses}"
+        self._bar.update(self._task, evaluated=self._last_eval)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Everything written reaches the disk; returns the length of metrics.jsonl in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._bar.stop()
+        self._board.close()
+        self._file.close()

@@ -1,0 +1,275 @@
+"""A recipe checked against the data on disk: what every phase will read, before a single step is made.
+
+`Plan` is what `spt-fast plan` prints and what the loop trains from, so what is printed is what happens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spt_fast.config import Phase, Recipe
+from spt_fast.data.inspection import overlap_share
+from spt_fast.data.loader import Loader
+from spt_fast.data.mixture import Mixture
+from spt_fast.data.ring import Ring
+from spt_fast.data.schedule import Schedule, check_every_source_is_drawn
+from spt_fast.data.shards import TokenDataset
+from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.errors import DataError, RecipeError
+from spt_fast.model.flops import matmul_parameters, memory_bytes, parameters, peak_flops, train_flops_per_token
+from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.train.engine import pick_device, pick_dtype
+from spt_fast.train.weights import load_model, read_config
+
+VOCABULARY_MULTIPLE = 64
+"""Rows of the embedding are rounded up to this, which matrix units want."""
+
+NOTABLE_NGRAM_SHARE = 0.1
+"""Boilerplate makes some long n-grams common to any two texts of a kind; above this it looks like a leak."""
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase in whole steps."""
+
+    index: int
+    phase: Phase
+    mixture: Mixture
+    steps: int
+    tokens_per_step: int
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """Windows of each source that the whole phase reads."""
+        return self.mixture.counts(self.steps * self.phase.batch.sequences)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the recipe names, opened and checked."""
+
+    recipe: Recipe
+    model: GPTConfig
+    tokenizer: Tokenizer | None
+    train: dict[str, TokenDataset]
+    heldout: dict[str, TokenDataset]
+    rings: dict[str, Ring]
+    phases: tuple[PhasePlan, ...]
+
+    def schedule(self, index: int, start_counts: Mapping[str, int]) -> Schedule:
+        """The order of phase `index`, given how many windows of each source were read before it."""
+        phase = self.phases[index]
+        rings = {source: self.rings[source] for source in phase.mixture.sources}
+        starts = {source: start_counts[source] for source in phase.mixture.sources}
+        return Schedule(phase.mixture, rings, phase.phase.batch.sequences, starts, self.recipe.seed, index)
+
+    def loader(
+        self,
+        index: int,
+        start_counts: Mapping[str, int],
+        *,
+        device: torch.device,
+        first_step: int = 0,
+        last_step: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Loader:
+        """The batches of phase `index` for one of `world` processes, steps [first_step, last_step)."""
+        plan = self.phases[index]
+        batch = plan.phase.batch
+        return Loader(
+            self.schedule(index, start_counts),
+            {source: self.train[source] for source in plan.mixture.sources},
+            self.model.context,
+            micro=batch.micro or batch.sequences // world,
+            vocab_size=self.model.vocab_size,
+            first_step=first_step,
+            last_step=plan.steps if last_step is None else last_step,
+            rank=rank,
+            world=world,
+            documents=plan.phase.documents,
+            device=device,
+        )
+
+    def starting_model(self) -> GPT:
+        """Fresh weights by the recipe's seed, or those that `init` names; on the CPU."""
+        if not self.recipe.init:
+            return GPT(self.model, seed=self.recipe.seed)
+        model = load_model(Path(self.recipe.init))
+        model.config = self.model
+        return model
+
+    def epochs(self, source: str, windows: int) -> Fraction:
+        """How often `windows` windows go through the source's training text."""
+        return Fraction(windows * self.model.context, self.train[source].num_tokens)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Per phase: tokens and, per source, the share asked and the tokens and epochs exactly achieved."""
+        return [
+            {
+                "name": plan.phase.name,
+                "steps": plan.steps,
+                "tokens_asked": plan.phase.tokens,
+                "tokens": plan.tokens,
+                "arms": len(plan.phase.arms()),
+                "sources": {
+                    source: {
+                        "share": str(plan.mixture.weights[source]),
+                        "tokens": windows * self.model.context,
+                        "epochs_asked": float(
+                            plan.mixture.weights[source] * plan.phase.tokens / self.train[source].num_tokens
+                        ),
+                        "epochs": float(self.epochs(source, windows)),
+                    }
+                    for source, windows in plan.samples.items()
+                },
+            }
+            for plan in self.phases
+        ]
+
+    def leaks(self) -> list[str]:
+        """Warnings: held-out text that the training set of the same or another source holds too."""
+        found = []
+        for heldout_of, heldout in self.heldout.items():
+            for source, train in self.train.items():
+                share = overlap_share(heldout, train)
+                documents, ngrams = share["documents"] or 0.0, share["ngrams"] or 0.0
+                if documents > 0 or ngrams > NOTABLE_NGRAM_SHARE:
+                    found.append(
+                        f"{documents:.1%} of the held-out documents of {heldout_of!r} and {ngrams:.1%} of their long "
+                        f"n-grams are in the training text of {source!r} too: the loss will look better than it is"
+                    )
+        return found
+
+
+def make_plan(recipe: Recipe, *, world: int = 1) -> Plan:
+    """Open what the recipe names and check that every phase can be trained as written.
+
+    Raises RecipeError or DataError, naming the field or file: a dataset that doesn't open or was made with another
+    tokenizer, an id beyond the vocabulary, a corpus shorter than a window, a source whose share gives it no sample,
+    a batch that doesn't divide among `world` processes.
+    """
+    tokenizer = Tokenizer.load(recipe.tokenizer) if recipe.tokenizer else None
+    train, heldout = {}, {}
+    for name, source in recipe.sources.items():
+        train[name] = TokenDataset.open(source.train, source.dtype)
+        if source.limit_tokens:
+            train[name] = train[name].limit(source.limit_tokens)
+        if source.heldout:
+            heldout[name] = TokenDataset.open(source.heldout, source.dtype)
+    datasets = [(f"sources.{name}.train", data) for name, data in train.items()]
+    datasets += [(f"sources.{name}.heldout", data) for name, data in heldout.items()]
+    _check_tokenizers(datasets, tokenizer)
+    model = _model_config(recipe, tokenizer, [data for _, data in datasets])
+    for where, data in datasets:
+        if data.max_id is not None and data.max_id >= model.vocab_size:
+            raise DataError(
+                f"{where}: {data.path} holds token id {data.max_id}, beyond the vocabulary of {model.vocab_size}; "
+                "prepare it with this run's tokenizer, or raise model.vocab_size"
+            )
+
+    rings = {name: Ring(data.num_tokens, model.context, recipe.seed, name) for name, data in train.items()}
+    phases = []
+    for index, phase in enumerate(recipe.phases):
+        where = f"phases[{phase.name}]"
+        sequences, micro = phase.batch.sequences, phase.batch.micro or 1
+        if sequences % (micro * world):
+            raise RecipeError(
+                f"{where}.batch.sequences: {sequences} does not divide into {world} processes of micro-batches of "
+                f"{micro}; choose a multiple of {micro * world}"
+            )
+        tokens_per_step = sequences * model.context
+        steps = max(1, round(Fraction(phase.tokens, tokens_per_step)))
+        mixture = Mixture(phase.mixture)
+        try:
+            check_every_source_is_drawn(mixture, steps * sequences)
+        except RecipeError as error:
+            raise RecipeError(f"{where}.mixture: {error}") from None
+        phases.append(PhasePlan(index, phase, mixture, steps, tokens_per_step))
+    return Plan(recipe, model, tokenizer, train, heldout, rings, tuple(phases))
+
+
+def cost(plan: Plan) -> dict[str, Any]:
+    """Parameters, FLOPs, and for one device the memory of a step (an estimate) and the hours at 40% of its bf16 peak.
+
+    Every arm of a grid is counted; hours are None on a device whose peak isn't known.
+    """
+    device = pick_device()
+    flops_per_token = train_flops_per_token(plan.model)
+    tokens = sum(phase.tokens * len(phase.phase.arms()) for phase in plan.phases)
+    micro = max(phase.phase.batch.micro or phase.phase.batch.sequences for phase in plan.phases)
+    memory = memory_bytes(plan.model, micro, dtype=pick_dtype(plan.recipe.precision, device))
+    peak = peak_flops(device)
+    return {
+        "parameters": parameters(plan.model),
+        "matmul_parameters": matmul_parameters(plan.model),
+        "flops_per_token": flops_per_token,
+        "tokens": tokens,
+        "flops": flops_per_token * tokens,
+        "memory_bytes": memory["total"],
+        "hours_at_40_percent_mfu": flops_per_token * tokens / (0.4 * peak) / 3600 if peak else None,
+    }
+
+
+def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: Tokenizer | None) -> None:
+    expected, by = (tokenizer.digest, "the recipe's tokenizer") if tokenizer else (None, "")
+    for where, data in datasets:
+        if data.tokenizer_digest is None:
+            continue
+        if expected is None:
+            expected, by = data.tokenizer_digest, where
+        elif data.tokenizer_digest != expected:
+            raise DataError(
+                f"{where}: {data.path} was made with another tokenizer ({data.tokenizer_digest[:12]}) than {by} "
+                f"({expected[:12]}); prepare it again with the one that this run uses"
+            )
+
+
+def _model_config(recipe: Recipe, tokenizer: Tokenizer | None, datasets: list[TokenDataset]) -> GPTConfig:
+    given = {k: v for k, v in dataclasses.asdict(recipe.model).items() if v is not None}
+    if recipe.init:
+        config = read_config(Path(recipe.init))
+        stated = dataclasses.asdict(config)
+        if "preset" in given:
+            raise RecipeError(
+                f"model.preset: {given['preset']!r} given along with init; the shape comes from {recipe.init}"
+            )
+        for key, value in given.items():
+            if key != "context" and stated[key] != value:
+                raise RecipeError(
+                    f"model.{key}: {value!r}, but the weights at {recipe.init} have {stated[key]!r}; leave it out"
+                )
+        config = dataclasses.replace(config, context=given.get("context", config.context))
+        if tokenizer and tokenizer.vocab_size > config.vocab_size:
+            raise RecipeError(
+                f"tokenizer: {recipe.tokenizer} has {tokenizer.vocab_size} ids, the weights at {recipe.init} only "
+                f"{config.vocab_size}; use the tokenizer that they were trained with"
+            )
+        return config
+
+    if "vocab_size" not in given:
+        sizes = [tokenizer.vocab_size] if tokenizer else [data.vocab_size for data in datasets if data.vocab_size]
+        if not sizes:
+            raise RecipeError(
+                "model.vocab_size: missing; no dataset records one, so name the tokenizer or the vocabulary size"
+            )
+        given["vocab_size"] = -(-max(sizes) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if "preset" in given:
+        return GPTConfig.preset(given.pop("preset"), **given)
+    missing = [key for key in ("layers", "width", "heads", "context") if key not in given]
+    if missing:
+        raise RecipeError(f"model.{missing[0]}: missing; give it, or name a preset such as 10m")
+    given.setdefault("kv_heads", given["heads"])
+    given.setdefault("ffn", -(-given["width"] * 8 // 3 // 64) * 64)
+    return GPTConfig(**given)

@@ -1,0 +1,96 @@
+"""Trained weights, wherever they lie: a run, its weights/<phase>, one of its checkpoints, or a Hugging Face folder.
+
+weights/<phase> is a Hugging Face folder itself, so that a run's result needs no conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.errors import CheckpointError
+from spt_fast.model import hf
+from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.train import checkpoint
+
+
+def read_config(path: Path) -> GPTConfig:
+    """The shape of the weights at `path`; CheckpointError where there are none."""
+    path = locate(path)
+    if (path / "manifest.json").exists():
+        return GPTConfig(**checkpoint.read(path)[0]["model"])
+    return hf.read_config(path)
+
+
+def load_model(path: Path) -> GPT:
+    """The model at `path`, fp32 on the CPU; of a run, what its last finished phase handed on."""
+    path = locate(path)
+    if not (path / "manifest.json").exists():
+        return hf.load(path)
+    state, snapshots = checkpoint.read(path)
+    return assemble(GPTConfig(**state["model"]), snapshots["current"])
+
+
+def locate(path: Path) -> Path:
+    """The folder of the weights that `path` means: of a run its newest weights/<phase>, else its newest checkpoint."""
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: is no folder; give a run, its weights/<phase>, a checkpoint or a Hugging Face folder"
+        )
+    if not (path / "recipe.yaml").exists():
+        return path
+    phases = [phase["name"] for phase in yaml.safe_load((path / "recipe.yaml").read_text())["phases"]]
+    done = [path / "weights" / name for name in reversed(phases) if (path / "weights" / name).exists()]
+    if done:
+        return done[0]
+    found = checkpoint.newest(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{path}: this run has neither finished a phase nor written a checkpoint yet")
+    return found[2]
+
+
+def tokenizer_of(path: Path, name: str | None) -> Tokenizer:
+    """The tokenizer by name, else the one that the run which holds `path` was trained with."""
+    if name:
+        return Tokenizer.load(name)
+    for folder in (path, *path.resolve().parents[:2]):
+        recipe = folder / "recipe.yaml"
+        if recipe.exists() and (known := yaml.safe_load(recipe.read_text()).get("tokenizer")):
+            return Tokenizer.load(known)
+    raise CheckpointError(f"--tokenizer: missing; {path} does not say which tokenizer its ids come from")
+
+
+def assemble(config: GPTConfig, snapshot: Mapping[str, Tensor]) -> GPT:
+    """A model on the CPU with the weights of a snapshot."""
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = {
+        name.removeprefix("weights/"): tensor for name, tensor in snapshot.items() if name.startswith("weights/")
+    }
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def export(path: Path, folder: Path, tokenizer: str | None) -> None:
+    """Write the weights at `path` as a Hugging Face folder, with the run's tokenizer where it is known."""
+    try:
+        saved_along = tokenizer_of(path, tokenizer)
+    except CheckpointError:
+        saved_along = None
+    load_model(path).save_hf(folder, saved_along)
+
+
+def generate_text(
+    path: Path, prompt: str, tokens: int, *, temperature: float, top_k: int | None, seed: int, tokenizer: str | None
+) -> str:
+    """Text that continues `prompt`, or begins a document where it is empty."""
+    encoding = tokenizer_of(path, tokenizer)
+    ids = encoding.encode(prompt) or [encoding.eos_id]
+    model = load_model(path)
+    continued = model.generate(ids, tokens, temperature=temperature, top_k=top_k, seed=seed, stop_id=encoding.eos_id)
+    return encoding.decode(continued[0 if prompt else 1 :])

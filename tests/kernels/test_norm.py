@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from spt_fast.kernels import add_rms_norm, rms_norm
+from tests.kernels.compare import assert_as_exact_as_torch, run, strided, transposed
+
+EPS = 1e-5
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+
+
+def plain_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    stream = x + residual
+    return plain_rms_norm(stream, weight), stream
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 384), (3, 5, 127), (2, 3, 4, 64), (1, 1), (48,)])
+def test_as_exact_as_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(sum(shape))
+    x, residual, up, up2 = (torch.randn(shape).to(dtype) for _ in range(4))
+    weight = torch.randn(shape[-1]).to(dtype)
+    assert_as_exact_as_torch(lambda x, w: rms_norm(x, w, EPS), plain_rms_norm, (x, weight), (up,))
+    assert_as_exact_as_torch(
+        lambda x, r, w: add_rms_norm(x, r, w, EPS), plain_add_rms_norm, (x, residual, weight), (up, up2)
+    )
+
+
+@pytest.mark.parametrize("layout", [strided, transposed])
+def test_strided_inputs_and_upstream_gradients(layout) -> None:
+    torch.manual_seed(1)
+    x, residual, up, up2 = (torch.randn(6, 7, 32).bfloat16() for _ in range(4))
+    weight = torch.randn(32).bfloat16()
+    for function, inputs, upstream in (
+        (lambda x, w: rms_norm(x, w), (x, weight), (up,)),
+        (lambda x, r, w: add_rms_norm(x, r, w), (x, residual, weight), (up, up2)),
+    ):
+        moved = [layout(t) if t.dim() > 1 else strided(t) for t in inputs]
+        for expected, found in zip(
+            run(function, inputs, upstream), run(function, moved, [layout(u) for u in upstream]), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_gradcheck() -> None:
+    torch.manual_seed(2)
+    x, residual = (torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, EPS), (x, residual, weight))
+
+
+def test_gradients_where_only_one_output_is_used() -> None:
+    torch.manual_seed(3)
+    x, residual = (torch.randn(4, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, EPS)[0], (x, residual, weight))
+    assert torch.autograd.gradcheck(lambda x, r: add_rms_norm(x, r, weight, EPS)[1], (x, residual))
+
+
+def test_empty_batch() -> None:
+    x = torch.empty(0, 5, 16, requires_grad=True)
+    weight = torch.ones(16, requires_grad=True)
+    y, stream = add_rms_norm(rms_norm(x, weight), x, weight)
+    (y.sum() + stream.sum()).backward()
+    assert y.shape == x.shape
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_norm_is_of_the_rounded_stream() -> None:
+    torch.manual_seed(4)
+    x, residual, weight = torch.randn(32, 64).bfloat16(), torch.randn(32, 64).bfloat16(), torch.randn(64).bfloat16()
+    y, stream = add_rms_norm(x, residual, weight)
+    assert torch.equal(stream, x + residual)
+    assert torch.equal(y, rms_norm(stream, weight))
+
+
+def test_large_and_small_values_survive_half_precision() -> None:
+    for value in (3e4, 1e-3):
+        x = torch.full((2, 64), value, dtype=torch.float16)
+        torch.testing.assert_close(rms_norm(x, torch.ones(64).half(), eps=0.0), torch.ones(2, 64).half())
+
+
+def test_weight_gradient_reaches_a_float32_accumulator_unrounded() -> None:
+    torch.manual_seed(5)
+    x, weight, up = torch.randn(500, 16).bfloat16(), torch.ones(16).bfloat16(), torch.randn(500, 16).bfloat16()
+    weight = torch.nn.Parameter(weight)
+    weight.grad_dtype = torch.float32
+    rms_norm(x, weight, EPS).backward(up)
+    _, _, exact = run(plain_rms_norm, (x.double(), weight.double()), (up.double(),))
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="weight"):
+        rms_norm(torch.randn(2, 8), torch.randn(7))
+    with pytest.raises(ValueError, match="residual"):
+        add_rms_norm(torch.randn(2, 8), torch.randn(3, 8), torch.randn(8))
+    with pytest.raises(ValueError, match="residual"):
+        add_rms_norm(torch.randn(2, 8), torch.randn(2, 8).bfloat16(), torch.randn(8))

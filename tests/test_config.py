@@ -1,0 +1,263 @@
+"""The recipe: units, exact shares, inheritance, round trip, and one clear message for each mistake."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from spt_fast.config import Span, load_recipe, parse_count, parse_share, recipe_from
+from spt_fast.errors import RecipeError
+
+
+def raw_recipe(**changes: Any) -> dict[str, Any]:
+    raw = {
+        "run": "runs/x",
+        "model": {"preset": "1m"},
+        "tokenizer": "bpe.tiktoken",
+        "sources": {
+            "general": {"train": "data/general", "heldout": "data/general.heldout"},
+            "chem": {"train": "data/chem", "heldout": "data/chem.heldout", "limit_tokens": "300K"},
+        },
+        "phases": [
+            {
+                "name": "pretrain",
+                "tokens": "20M",
+                "mixture": {"general": "98%", "chem": "2%"},
+                "batch": {"sequences": 32, "micro": 8},
+                "optimizer": {"lr": "1e-3"},
+                "schedule": {"name": "cosine", "warmup": "2%", "horizon": "200M"},
+                "eval": {"every": "2M", "tokens": "100K"},
+            },
+            {
+                "name": "finetune",
+                "tokens": "2M",
+                "mixture": {"chem": "100%"},
+                "untie": True,
+                "optimizer": {"lr": 1e-4, "weight_decay": 1e-7},
+                "schedule": {"name": "constant", "warmup": "50 steps"},
+                "stop": {"on": "chem", "patience": 3},
+                "grid": {"lr": ["1e-5", 4e-5], "warmup": ["50 steps", "2%"]},
+            },
+        ],
+    }
+    return raw | changes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("300", 300), (300, 300), ("300K", 300_000), ("1.5B", 1_500_000_000), ("2e6", 2_000_000), ("1T", 10**12)],
+)
+def test_counts_take_units(text: object, count: int) -> None:
+    assert parse_count(text, "tokens") == count
+
+
+@pytest.mark.parametrize("bad", ["", "0", "-1", "1.0005K", "12Q", None, True, "nan", [1], "1e400"])
+def test_counts_refuse_what_is_no_positive_whole_number(bad: object) -> None:
+    with pytest.raises(RecipeError, match=r"phases\[x\]\.tokens"):
+        parse_count(bad, "phases[x].tokens")
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("2%", Fraction(1, 50)),
+        (0.02, Fraction(1, 50)),
+        ("1/49", Fraction(1, 49)),
+        ("0.1%", Fraction(1, 1000)),
+        (1, 1),
+        (0.1, Fraction(1, 10)),
+    ],
+)
+def test_shares_are_exact(text: object, share: Fraction) -> None:
+    assert parse_share(text, "final") == share
+
+
+@pytest.mark.parametrize("bad", ["two", "2", -0.1, "101%", None, True, "1/0", "nan"])
+def test_shares_outside_the_unit_interval_are_refused(bad: object) -> None:
+    with pytest.raises(RecipeError, match="final"):
+        parse_share(bad, "final")
+
+
+def test_spans_in_steps_tokens_and_share() -> None:
+    steps = {
+        text: Span.parse(text, "w").steps(tokens_per_step=1000, phase_steps=200)
+        for text in ("50 steps", "1 step", "30K", "2%", "0", "1", "0%")
+    }
+    assert steps == {"50 steps": 50, "1 step": 1, "30K": 30, "2%": 4, "0": 0, "1": 1, "0%": 0}
+
+
+def test_batch_eval_and_documents_are_inherited_optimizer_is_not() -> None:
+    raw = raw_recipe()
+    raw["phases"][0]["documents"] = True
+    recipe = recipe_from(raw)
+    first, second = recipe.phases
+    assert second.batch == first.batch
+    assert second.evaluation == first.evaluation
+    assert second.documents is True
+    assert second.optimizer.weight_decay == 1e-7
+    assert second.optimizer.clip == 1.0
+    del raw["phases"][1]["optimizer"]
+    with pytest.raises(RecipeError, match=r"phases\[finetune\]\.optimizer: missing"):
+        recipe_from(raw)
+
+
+def test_grid_is_every_combination_in_order() -> None:
+    phase = recipe_from(raw_recipe()).phases[1]
+    arms = phase.arms()
+    assert [(arm["lr"], str(arm["warmup"])) for arm in arms] == [
+        (1e-5, "50 steps"),
+        (1e-5, "2%"),
+        (4e-5, "50 steps"),
+        (4e-5, "2%"),
+    ]
+    third = phase.with_overrides(arms[2])
+    assert third.optimizer.lr == 4e-5
+    assert third.schedule.warmup == Span.parse("50 steps", "")
+    assert third.optimizer.weight_decay == 1e-7
+
+
+def test_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = recipe_from(raw_recipe())
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.plain(), sort_keys=False))
+    again = load_recipe(path)
+    assert again == recipe
+    assert recipe.changes(again) == []
+
+
+def test_set_reaches_phases_by_name_and_by_position(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe()))
+    recipe = load_recipe(
+        path, ["phases.finetune.optimizer.lr=3e-4", "phases.0.tokens=40M", "seed=7", "checkpoint.keep=1"]
+    )
+    assert recipe.phases[1].optimizer.lr == 3e-4
+    assert recipe.phases[0].tokens == 40_000_000
+    assert (recipe.seed, recipe.checkpoint.keep) == (7, 1)
+    with pytest.raises(RecipeError, match="finetun"):
+        load_recipe(path, ["phases.finetun.tokens=1M"])
+    with pytest.raises(RecipeError, match="KEY=VALUE"):
+        load_recipe(path, ["seed"])
+
+
+def test_changes_name_what_differs_and_ignore_what_changes_no_number(tmp_path: Path) -> None:
+    raw = raw_recipe()
+    before = recipe_from(raw)
+    raw["phases"][1]["optimizer"]["lr"] = 5e-4
+    raw["log"] = {"every": "1 steps"}
+    raw["checkpoint"] = {"keep": 9}
+    assert before.changes(recipe_from(raw)) == ["phases.1.optimizer.lr: 0.0001 → 0.0005"]
+
+
+def change(path: str, value: Any) -> dict[str, Any]:
+    raw: Any = raw_recipe()
+    node = raw
+    *head, last = [int(p) if p.isdigit() else p for p in path.split(".")]
+    for key in head:
+        node = node[key]
+    node[last] = value
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("phases.0.optimiser", {}, r"phases\[pretrain\]\.optimiser: unknown key; did you mean 'optimizer'\?"),
+        ("phases.0.optimizer.learning_rate", 1, r"phases\[pretrain\]\.optimizer\.learning_rate: unknown key"),
+        ("sede", 1, "sede: unknown key; did you mean 'seed'"),
+        ("phases.0.mixture", {"general": "98%", "chem": "3%"}, r"phases\[pretrain\]\.mixture.*101/100|1\.01"),
+        ("phases.0.mixture", {"general": "98%", "chm": "2%"}, r"mixture\.chm: no such source; did you mean 'chem'"),
+        ("phases.0.tokens", "many", r"phases\[pretrain\]\.tokens: 'many' is no count"),
+        ("phases.0.batch.micro", 7, r"micro: 7 does not divide sequences = 32"),
+        ("phases.0.optimizer.lr", -1, r"optimizer\.lr: -1 will not do"),
+        ("phases.0.optimizer.lr", float("nan"), r"optimizer\.lr: nan will not do"),
+        ("phases.0.optimizer.betas", [0.9, 1.0], r"optimizer\.betas"),
+        ("phases.0.optimizer.name", "sgd", r"optimizer\.name: 'sgd' is not one of adamw"),
+        ("phases.0.schedule.name", "cosin", r"schedule\.name: 'cosin' is not one of .*did you mean 'cosine'"),
+        ("phases.0.schedule.warmup", "soon", r"schedule\.warmup: 'soon' is no span"),
+        ("phases.0.schedule.continue", True, "first phase has no schedule to carry on"),
+        ("phases.0.optimizer_state", "keep", "first phase has no optimizer state"),
+        ("phases.1.stop", {"on": "chemistry"}, r"stop\.on: no source 'chemistry'; did you mean 'chem'"),
+        ("phases.1.name", "pretrain", "names two phases"),
+        ("phases.1.name", "../x", r"name: '\.\./x' will not do"),
+        ("phases.1.grid", {"lr": []}, r"grid\.lr: \[\] will not do"),
+        ("phases.1.grid", {"rl": [1]}, r"grid\.rl: unknown key; known: lr, warmup, weight_decay"),
+        ("phases.1.untie", "yes please", r"untie: 'yes please' will not do; write true or false"),
+        ("sources.chem.train", None, r"sources\.chem\.train: None will not do"),
+        ("sources.chem.heldout", None, r"sources\.chem\.heldout: missing"),
+        ("sources.chem.dtype", "float32", r"sources\.chem\.dtype"),
+        ("model", {}, "model: missing"),
+        ("model", {"layers": 0}, r"model\.layers: 0 will not do"),
+        ("phases", [], "phases: "),
+        ("precision", "fp16", "precision: 'fp16' is not one of"),
+    ],
+)
+def test_each_mistake_gets_one_message_that_names_the_field(path: str, value: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe_from(change(path, value))
+
+
+def test_the_contract_recipe_as_a_user_writes_it(tmp_path: Path) -> None:
+    """`on:` stays a word, 1e-3 a number, and every section of the documentation's example is taken."""
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        """
+run: runs/chem-spt2
+seed: 0
+init: null
+precision: auto
+model: {preset: 10m}
+tokenizer: data/bpe4096.tiktoken
+checkpoint: {every: 500 steps, keep: 3}
+log: {every: 10 steps}
+engine: {name: local}
+sources:
+  general: {train: data/general, heldout: data/general.heldout}
+  chem:    {train: data/chem, heldout: data/chem.heldout, limit_tokens: 300K}
+phases:
+  - name: pretrain
+    tokens: 20M
+    mixture: {general: 98%, chem: 2%}
+    documents: false
+    batch: {sequences: 32, micro: 8}
+    optimizer: {name: adamw, lr: 1e-3, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, clip: 1.0}
+    schedule: {name: cosine, warmup: 2%, final: 10%, horizon: 200M}
+    eval: {every: 2M, tokens: 200K}
+  - name: finetune
+    tokens: 2M
+    mixture: {chem: 100%}
+    untie: true
+    anchor: 0.0
+    optimizer: {name: adamw, lr: 1e-4, weight_decay: 1e-7}
+    optimizer_state: reset
+    schedule: {name: constant, warmup: 50 steps}
+    stop: {on: chem, patience: 3}
+    grid: {lr: [1e-5, 4e-5, 1e-4], warmup: [50 steps, 100 steps]}
+"""
+    )
+    recipe = load_recipe(path)
+    assert recipe.phases[0].optimizer.lr == 1e-3
+    assert recipe.phases[0].mixture == {"chem": Fraction(1, 50), "general": Fraction(49, 50)}
+    assert recipe.phases[1].stop is not None
+    assert recipe.phases[1].stop.on == "chem"
+    assert recipe.phases[1].untie is True
+    assert len(recipe.phases[1].arms()) == 6
+
+
+def test_a_key_given_twice_and_broken_yaml_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("run: a\nrun: b\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml: line 2: key 'run' is given twice"):
+        load_recipe(path)
+    path.write_text("run: [a\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml: is not valid YAML"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "absent.yaml")
+    path.write_text("- 1\n")
+    with pytest.raises(RecipeError, match="the recipe"):
+        load_recipe(path)

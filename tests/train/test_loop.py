@@ -1,0 +1,455 @@
+"""The trainer end to end on tiny data: what it writes, what it hands on, and that interrupting it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spt_fast.config import recipe_from
+from spt_fast.errors import CheckpointError, DataError, RecipeError
+from spt_fast.model.gpt import GPT
+from spt_fast.train import loop
+from spt_fast.train.audit import audit_document, audit_run
+from spt_fast.train.evaluate import evaluation_texts, mean_loss
+from spt_fast.train.loop import run
+from spt_fast.train.plan import make_plan
+from spt_fast.train.score import score
+from spt_fast.train.signals import StopRequest
+from spt_fast.train.weights import load_model
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny.write_corpora(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path) -> Path:
+    summary = run(tiny.recipe(data, "undisturbed"), progress=False)
+    assert summary["status"] == "done"
+    return data / "undisturbed"
+
+
+def weights(run_folder: Path, phase: str) -> dict[str, torch.Tensor]:
+    return load_file(run_folder / "weights" / phase / "model.safetensors")
+
+
+def without_clock(summary: dict[str, Any]) -> dict[str, Any]:
+    phases = json.loads(json.dumps(summary["phases"]))
+    for phase in phases.values():
+        phase.pop("tokens_per_s")
+        for arm in phase["grid"]:
+            arm.pop("tokens_per_s")
+    return phases
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert tiny.metrics(one) == tiny.metrics(other)
+    for phase in ("pretrain", "finetune"):
+        ours, theirs = weights(one, phase), weights(other, phase)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), f"{phase} {name}"
+    summaries = [without_clock(json.loads((folder / "summary.json").read_text())) for folder in (one, other)]
+    assert summaries[0] == summaries[1]
+
+
+class StopAfter(StopRequest):
+    """A stop request that arrives after so many looks at it."""
+
+    looks = 0
+
+    def __call__(self) -> bool:
+        self.looks -= 1
+        if self.looks < 0:
+            self.signal = "SIGTERM"
+        return self.signal is not None
+
+
+# ------------------------------------------------------------------------------------------------ what a run is
+
+
+def test_training_lowers_the_loss_and_writes_the_contract(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    pretrain, finetune = summary["phases"]["pretrain"], summary["phases"]["finetune"]
+    records = tiny.metrics(undisturbed)
+    first = next(r for r in records if r["kind"] == "eval")
+    assert first["step"] == 0
+    assert set(first["heldout"]) == set(first["select"]) == set(first["train"]) == {"general", "chem"}
+    assert first["heldout"]["general"] == pytest.approx(np.log(64), rel=0.05)
+    assert pretrain["heldout"]["general"] < first["heldout"]["general"] - 0.2
+    assert pretrain["steps"] == 30
+    assert pretrain["tokens"] == 30 * 8 * 16
+    assert pretrain["epochs"]["chem"] == pytest.approx(60 * 16 / audit_tokens(undisturbed), rel=1e-12)
+    steps = [r["step"] for r in records if r["kind"] == "train" and r["phase"] == "pretrain"]
+    assert steps == list(range(1, 31))
+    assert [r["step"] for r in records if r["kind"] == "eval" and r["phase"] == "pretrain"] == [0, 10, 20, 30]
+    arms = {r["arm"] for r in records if r["phase"] == "finetune"}
+    assert arms == {0, 1}
+    assert finetune["arm"] == min((0, 1), key=lambda i: finetune["grid"][i]["select"]["chem"])
+    assert finetune["heldout"] == finetune["grid"][finetune["arm"]]["heldout"]
+    assert len(list((undisturbed / "checkpoints").glob("step-*"))) == 2
+    assert (undisturbed / "tensorboard").is_dir()
+
+
+def audit_tokens(run_folder: Path) -> int:
+    """Tokens of the limited chem corpus: 60 of 240 pretraining windows are chem's."""
+    facts = audit_run(run_folder)["chem"]
+    return round(facts["tokens"] / facts["epochs"])
+
+
+def test_summary_losses_are_those_of_the_weights_handed_on(undisturbed: Path, data: Path) -> None:
+    """Score the written weights on the report half by an independent path."""
+    from spt_fast.data.heldout import heldout_tokens
+    from spt_fast.data.shards import TokenDataset
+
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    for phase in ("pretrain", "finetune"):
+        model = GPT.from_hf(undisturbed / "weights" / phase)
+        for source in ("general", "chem"):
+            ids = torch.from_numpy(
+                heldout_tokens(TokenDataset.open(data / f"{source}.heldout"), "report", 200).astype(np.int64)
+            )
+            losses = []
+            for start in range(0, len(ids) - 1, tiny.CONTEXT):
+                window = ids[start : start + tiny.CONTEXT + 1]
+                logits = model(window[None, :-1])[0]
+                losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+            expected = summary["phases"][phase]["heldout"][source]
+            assert (sum(losses) / (len(ids) - 1)).item() == pytest.approx(
+                expected, rel=5e-3
+            )  # training computes in bf16 where that is fast
+
+
+def test_early_stopping_hands_on_the_best_and_counts_what_was_read(undisturbed: Path) -> None:
+    finetune = json.loads((undisturbed / "summary.json").read_text())["phases"]["finetune"]
+    hot = finetune["grid"][1]
+    evaluations = [
+        r for r in tiny.metrics(undisturbed) if r["kind"] == "eval" and r["phase"] == "finetune" and r["arm"] == 1
+    ]
+    selects = [r["select"]["chem"] for r in evaluations]
+    best = int(np.argmin(selects))
+    assert hot["handed_on"] == evaluations[best]["step"]
+    assert hot["select"]["chem"] == selects[best]
+    assert hot["steps"] == evaluations[-1]["step"]
+    if hot["steps"] < 16:
+        assert len(selects) - 1 - best == 2
+    start, end = finetune["windows"]["chem"]
+    assert start == 60
+    assert end - start == finetune["steps"] * 4
+
+
+def test_an_anchor_keeps_the_weights_nearer_to_their_start(data: Path) -> None:
+    distances = {}
+    for anchor in (0.0, 300.0):
+        raw = tiny.raw_recipe(data, f"anchor-{anchor}")
+        raw["phases"][1] |= {"anchor": anchor, "untie": False, "grid": None, "stop": None}
+        folder = Path(run(recipe_from(raw), progress=False) and raw["run"])
+        before, after = weights(folder, "pretrain"), weights(folder, "finetune")
+        distances[anchor] = sum((before[name] - after[name]).square().sum().item() for name in before)
+    assert 0 < distances[300.0] < 0.5 * distances[0.0]
+
+
+def test_scpt_carries_optimizer_and_schedule_on_as_one_run(data: Path) -> None:
+    """Two phases of one mixture, state kept and schedule continued, are the one long phase, to the last bit."""
+    raw = tiny.raw_recipe(data, "whole")
+    whole = raw["phases"][0] | {"mixture": {"general": 1}, "eval": {"every": "1000 steps", "tokens": 200}}
+    raw["phases"] = [whole]
+    run(recipe_from(raw), progress=False)
+    halves = tiny.raw_recipe(data, "halves")
+    first = whole | {"tokens": 15 * 8 * 16, "schedule": {"name": "cosine", "warmup": "3 steps", "horizon": 30 * 8 * 16}}
+    second = first | {"name": "second", "schedule": {"continue": True}, "optimizer_state": "keep"}
+    halves["phases"] = [first, second]
+    run(recipe_from(halves), progress=False)
+    ours, theirs = weights(data / "whole", "pretrain"), weights(data / "halves", "second")
+    # the order inside a global batch is keyed by phase and step, so sums differ in their last bits only
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-3)
+    rates = [[r["lr"] for r in tiny.metrics(data / name) if r["kind"] == "train"] for name in ("whole", "halves")]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_micro_batches_only_change_rounding(data: Path, precision: str) -> None:
+    losses = []
+    for micro in (8, 2):
+        raw = tiny.raw_recipe(data, f"micro-{precision}-{micro}")
+        raw["precision"] = precision
+        raw["phases"] = [raw["phases"][0] | {"batch": {"sequences": 8, "micro": micro}, "tokens": 5 * 8 * 16}]
+        run(recipe_from(raw), progress=False)
+        losses.append([r["loss"] for r in tiny.metrics(Path(raw["run"])) if r["kind"] == "train"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol={"fp32": 1e-5, "bf16": 1e-2}[precision])
+
+
+def test_documents_mode_trains(data: Path) -> None:
+    raw = tiny.raw_recipe(data, "documents")
+    raw["phases"] = [raw["phases"][0] | {"documents": True}]
+    summary = run(recipe_from(raw), progress=False)
+    assert summary["phases"]["pretrain"]["heldout"]["general"] < 4.0
+
+
+def test_a_step_that_is_not_finite_is_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = GPT.forward
+    calls = iter(range(10**9))
+
+    def poisoned(self: GPT, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = real(self, *args, **kwargs)
+        return loss * float("nan") if self.training and torch.is_grad_enabled() and next(calls) == 3 else loss
+
+    monkeypatch.setattr(GPT, "forward", poisoned)
+    raw = tiny.raw_recipe(data, "nan")
+    raw["phases"] = raw["phases"][:1]
+    summary = run(recipe_from(raw), progress=False)
+    assert summary["skipped_steps"] == 1
+    losses = {r["step"]: r["loss"] for r in tiny.metrics(data / "nan") if r["kind"] == "train"}
+    assert losses[2] is None
+    assert np.isfinite(losses[30])
+    assert all(torch.isfinite(w).all() for w in weights(data / "nan", "pretrain").values())
+
+
+def test_a_run_that_stays_not_finite_fails_and_says_so(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = GPT.forward
+    monkeypatch.setattr(
+        GPT, "forward", lambda self, *a, **k: real(self, *a, **k) * (float("nan") if torch.is_grad_enabled() else 1)
+    )
+    raw = tiny.raw_recipe(data, "always-nan")
+    with pytest.raises(RuntimeError, match=r"not finite for 20 steps in a row.*lower optimizer\.lr"):
+        run(recipe_from(raw), progress=False)
+    assert json.loads((data / "always-nan" / "summary.json").read_text())["status"] == "failed"
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize("looks", [31, 43, 64])
+def test_a_run_interrupted_again_and_again_equals_the_undisturbed_one(
+    data: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    """To the last bit of weights and metrics, across epochs, phases, evaluations, early stops and grid arms."""
+    monkeypatch.setattr(loop, "StopRequest", StopAfter)
+    name, interruptions = f"interrupted-{looks}", 0
+    StopAfter.looks = looks
+    while run(tiny.recipe(data, name), resume=True, progress=False)["status"] == "stopped":
+        interruptions += 1
+        StopAfter.looks = looks
+        assert interruptions < 100
+    assert interruptions >= 2
+    assert_same_run(undisturbed, data / name)
+
+
+def test_a_killed_process_resumes_to_the_same_run(data: Path, undisturbed: Path) -> None:
+    """SIGKILL at two moments, the newest checkpoint damaged once; a file of metrics that ran ahead is cut back."""
+    raw = tiny.raw_recipe(data, "killed")
+    recipe_path = tiny.write_recipe(data, raw)
+    checkpoints = data / "killed" / "checkpoints"
+    command = [sys.executable, "-m", "spt_fast.train", str(recipe_path), "--resume"]
+    for target in ("step-0000000014-p00-a000", "step-0000000030-p01-a000"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (checkpoints / target).exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    newest = sorted(checkpoints.glob("step-*"))[-1]
+    damaged = newest / "current.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert newest.name in finished.stderr
+    assert "does not match its hash" in finished.stderr
+    assert_same_run(undisturbed, data / "killed")
+
+
+def test_sigterm_saves_and_exits_with_75(data: Path) -> None:
+    raw = tiny.raw_recipe(data, "terminated")
+    raw["phases"][0]["tokens"] = "100M"
+    recipe_path = tiny.write_recipe(data, raw)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spt_fast", "train", str(recipe_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list((data / "terminated" / "checkpoints").glob("step-*")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert "--resume" in said
+    summary = json.loads((data / "terminated" / "summary.json").read_text())
+    assert (summary["status"], summary["reason"]) == ("stopped", "SIGTERM")
+
+
+def test_resume_of_a_finished_run_does_nothing_and_of_nothing_starts_afresh(data: Path, undisturbed: Path) -> None:
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    assert run(tiny.recipe(data, "undisturbed"), resume=True, progress=False)["status"] == "done"
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_existing_run_folder_and_a_changed_recipe_are_refused(data: Path, undisturbed: Path) -> None:
+    with pytest.raises(RecipeError, match=r"run: folder .*undisturbed exists; add --resume"):
+        run(tiny.recipe(data, "undisturbed"), progress=False)
+    changed = tiny.raw_recipe(data, "undisturbed")
+    changed["phases"][0]["optimizer"]["lr"] = 1e-3
+    with pytest.raises(RecipeError, match=r"phases\.0\.optimizer\.lr: 0\.003 → 0\.001"):
+        run(recipe_from(changed), resume=True, progress=False)
+    (data / "other").mkdir()
+    (data / "other" / "thesis.tex").write_text("precious")
+    with pytest.raises(RecipeError, match="holds no run"):
+        run(tiny.recipe(data, "other"), resume=True, progress=False)
+
+
+def test_all_checkpoints_damaged_is_said(data: Path) -> None:
+    raw = tiny.raw_recipe(data, "ruined")
+    raw["phases"] = raw["phases"][:1]
+    run(recipe_from(raw), progress=False)
+    (data / "ruined" / "summary.json").unlink()
+    for manifest in (data / "ruined" / "checkpoints").glob("*/manifest.json"):
+        manifest.write_text(manifest.read_text().replace("current", "currant"))
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*does not match its own hash"):
+        run(recipe_from(raw), resume=True, progress=False)
+
+
+def test_a_full_disk_keeps_older_checkpoints(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spt_fast.train import checkpoint
+
+    real, calls = checkpoint.save_file, iter(range(10**9))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        if next(calls) >= 2:
+            raise OSError(28, "No space left on device")
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    raw = tiny.raw_recipe(data, "full")
+    raw["phases"] = raw["phases"][:1]
+    with pytest.raises(CheckpointError, match=r"No space left.*make room.*--resume"):
+        run(recipe_from(raw), progress=False)
+    folder = data / "full" / "checkpoints"
+    assert len(list(folder.iterdir())) == 2
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def recipe_with(data: Path, run_name: str, path: str, value: Any) -> Any:
+    raw: Any = tiny.raw_recipe(data, run_name)
+    node = raw
+    *head, last = [int(p) if p.isdigit() else p for p in path.split(".")]
+    for key in head:
+        node = node[key]
+    node[last] = value
+    return recipe_from(raw)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "error", "message"),
+    [
+        (
+            "phases.0.mixture",
+            {"general": "9999/10000", "chem": "1/10000"},
+            RecipeError,
+            r"phases\[pretrain\]\.mixture: source 'chem'.*would get none",
+        ),
+        ("model.vocab_size", 40, DataError, r"token id 63, beyond the vocabulary of 40"),
+        ("model.context", 5000, DataError, r"chem.*shorter than one window"),
+        ("sources.chem.train", "absent/prefix", DataError, r"absent/prefix"),
+        ("init", "absent/folder", CheckpointError, r"absent/folder: is no folder"),
+        ("model.heads", 5, RecipeError, r"model\.heads"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    data: Path, path: str, value: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(recipe_with(data, "refused", path, value), progress=False)
+    assert not (data / "refused").exists()
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
+    tiny.write_dataset(tmp_path / "one", 1, 2000, tokenizer_digest="a" * 64)
+    tiny.write_dataset(tmp_path / "two", 2, 2000, tokenizer_digest="b" * 64)
+    raw = tiny.raw_recipe(data, "mixed-tokenizers")
+    raw["sources"]["general"]["train"] = str(tmp_path / "one")
+    raw["sources"]["chem"]["train"] = str(tmp_path / "two")
+    with pytest.raises(DataError, match="another tokenizer"):
+        run(recipe_from(raw), progress=False)
+
+
+def test_heldout_text_in_the_training_set_is_warned_of(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tiny.raw_recipe(data, "leak")
+    raw["sources"]["chem"]["heldout"] = raw["sources"]["chem"]["train"]
+    raw["phases"] = [raw["phases"][0] | {"tokens": 8 * 16}]
+    run(recipe_from(raw))
+    said = capsys.readouterr().err
+    assert "warning" in said
+    assert "held-out documents of 'chem'" in " ".join(said.split())
+
+
+# ------------------------------------------------------------------------------------------------ after a run
+
+
+def test_audit_adds_up(undisturbed: Path) -> None:
+    facts = audit_run(undisturbed)
+    summary = json.loads((undisturbed / "summary.json").read_text())["phases"]
+    assert facts["general"]["windows"] == 180
+    assert facts["chem"]["windows"] == 60 + summary["finetune"]["steps"] * 4
+    assert facts["chem"]["max_visits"] - facts["chem"]["min_visits"] <= 2
+    first = audit_document(undisturbed, "chem", 0)
+    assert first["min_visits"] <= first["token_visits"] / first["tokens"] <= first["max_visits"]
+    documents = 0
+    visits = 0
+    with pytest.raises(DataError, match="chem has documents 0 to"):
+        audit_document(undisturbed, "chem", 10_000)
+    while True:
+        try:
+            visits += audit_document(undisturbed, "chem", documents)["token_visits"]
+        except DataError:
+            break
+        documents += 1
+    assert visits == facts["chem"]["tokens"]
+
+
+def test_scoring_takes_every_token_but_the_first_once(undisturbed: Path, data: Path) -> None:
+    result = score(undisturbed, data / "chem.heldout")
+    ids = np.fromfile(data / "chem.heldout.bin", np.uint16)
+    assert result["tokens"] == len(ids) - 1
+    assert result["bytes"] == 3 * len(ids)
+    assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["tokens"] / np.log(2) / result["bytes"])
+    assert score(undisturbed / "weights" / "finetune", data / "chem.heldout") == result
+
+
+def test_init_from_a_checkpoint_and_from_weights(undisturbed: Path, data: Path) -> None:
+    for i, source in enumerate(
+        (undisturbed / "weights" / "pretrain", sorted((undisturbed / "checkpoints").glob("step-*"))[-1])
+    ):
+        raw = tiny.raw_recipe(data, f"continued-{i}")
+        raw |= {"init": str(source), "model": {}}
+        raw["phases"] = [raw["phases"][0] | {"tokens": 8 * 16}]
+        run(recipe_from(raw), progress=False)
+        first = tiny.metrics(data / f"continued-{i}")[0]
+        texts = evaluation_texts(make_plan(recipe_from(raw)), 400)["heldout"]
+        model = load_model(source).eval()
+        for name, text in texts.items():
+            expected = mean_loss(lambda tokens, targets, _, model=model: model(tokens, targets), text, 8)
+            assert first["heldout"][name] == pytest.approx(expected, rel=5e-3)
