@@ -21,12 +21,13 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     stop_id: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[int]:
     """The prompt `tokens` and up to `new_tokens` more, ending early with `stop_id` where that is drawn.
 
     temperature 0 takes the likeliest token; top_k draws from that many likeliest only. Once the text is longer than
-    the model's context, each token sees the last `context` tokens. The draw depends on seed alone, not on the global
-    generator.
+    the model's context, each token sees the last `context` tokens. `vocab_size`: the tokenizer's, where the model's is
+    padded beyond it; only its ids are drawn. The draw depends on seed alone, not on the global generator.
     ValueError: an empty prompt, a negative temperature or a top_k below 1.
     """
     if not tokens:
@@ -37,7 +38,7 @@ def generate(
     tokens = list(tokens)
     for _ in range(new_tokens):
         seen = torch.tensor([tokens[-model.config.context :]], device=model.embedding.device)
-        logits_V = model(seen)[0, -1].float().cpu()
+        logits_V = model(seen)[0, -1, :vocab_size].float().cpu()
         if temperature == 0:
             token = int(logits_V.argmax())
         else:

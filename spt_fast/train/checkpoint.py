@@ -36,7 +36,8 @@ def save(folder: Path, name: str, state: Mapping[str, Any], snapshots: Mapping[s
     temporary, final = folder / f".{name}.tmp", folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_by_a_crash in folder.glob(".step-*.tmp"):
+            shutil.rmtree(left_by_a_crash)
         temporary.mkdir()
         for kind, snapshot in snapshots.items():
             save_file(snapshot, temporary / f"{kind}.safetensors")

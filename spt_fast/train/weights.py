@@ -92,5 +92,13 @@ def generate_text(
     encoding = tokenizer_of(path, tokenizer)
     ids = encoding.encode(prompt) or [encoding.eos_id]
     model = load_model(path)
-    continued = model.generate(ids, tokens, temperature=temperature, top_k=top_k, seed=seed, stop_id=encoding.eos_id)
+    continued = model.generate(
+        ids,
+        tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        stop_id=encoding.eos_id,
+        vocab_size=encoding.vocab_size,
+    )
     return encoding.decode(continued[0 if prompt else 1 :])

@@ -17,6 +17,7 @@ from spt_fast.data.mixture import Mixture
 from spt_fast.data.ring import Ring
 from spt_fast.data.schedule import Schedule
 from spt_fast.data.shards import DatasetWriter, TokenDataset
+from spt_fast.data.shuffle import derive_key
 from spt_fast.errors import DataError, RecipeError
 
 CONTEXT = 16
@@ -166,7 +167,9 @@ def test_a_file_that_changes_its_size_while_read_is_an_error_not_a_signal(
         batches = iter(loader)
         next(batches)
         os.truncate(datasets["web"].path, 2 * new_tokens)
-        with pytest.raises(DataError, match=rf"'web': .*web\.bin changed from 1,920 to {2 * new_tokens:,} bytes"):
+        changed = rf"'web': .*web\.bin changed from 1,920 to {2 * new_tokens:,} bytes"
+        overtaken = r"'web': .*web\.bin, token \d+: the file ends before it"
+        with pytest.raises(DataError, match=f"{changed}|{overtaken}"):
             list(batches)
 
 
@@ -211,6 +214,17 @@ def test_an_id_beyond_the_vocabulary(datasets: dict[str, TokenDataset], tmp_path
     datasets["web"] = replace(TokenDataset.open(tmp_path / "foreign.bin", dtype="uint16"), tokens=negative)
     with pytest.raises(DataError, match="token 777: id -1 is not in the vocabulary"):
         read(datasets)
+
+
+def test_an_id_beyond_the_vocabulary_that_is_a_target_only(tmp_path: Path) -> None:
+    ids = np.arange(100, dtype=np.uint16)
+    ids.tofile(tmp_path / "ids.bin")
+    with (tmp_path / "ids.bin").open("rb") as file:
+        table, batch = np.array([[file.fileno(), 0, 100, 2]]), torch.empty(2, 1, CONTEXT, dtype=torch.int64)
+        for vocab_size, outcome in ((31, 0), (30, native.ID_TOO_LARGE)):
+            failure = native.gather(table, np.zeros(1, np.int32), np.array([30 - CONTEXT]), vocab_size, batch)
+            assert failure.outcome == outcome
+    assert (failure.token, failure.detail) == (30, 30)
 
 
 def test_ids_of_another_byte_order(datasets: dict[str, TokenDataset]) -> None:
@@ -264,8 +278,10 @@ def test_compiled_calls_release_the_gil() -> None:
     done = threading.Event()
 
     def work() -> None:
-        native.permute(index, len(index), tuple(range(7)), False)
-        done.set()
+        try:
+            native.permute(index, len(index), derive_key(0), False)
+        finally:
+            done.set()
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -284,18 +300,18 @@ def test_compiled_calls_release_the_gil() -> None:
 
 def test_many_threads_gather_what_one_gathers(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, VOCAB, 1 << 20).astype(np.uint16)
-    ids.tofile(tmp_path / "ids.bin")
     starts = np.random.default_rng(1).integers(0, len(ids), 600)
+    ids[[starts[0] + 5, starts[-1] + 5]] = VOCAB  # in the first row of the first thread, and the last of the last
+    ids.tofile(tmp_path / "ids.bin")
     with (tmp_path / "ids.bin").open("rb") as file:
         table = np.array([[file.fileno(), 0, len(ids), 2]])
         batch = torch.empty(2, 600, 1024, dtype=torch.int64)
-        assert native.gather(table, np.zeros(600, np.int32), starts, VOCAB, batch).outcome == 0
+        assert native.gather(table, np.zeros(600, np.int32), starts, VOCAB + 1, batch).outcome == 0
         expected = ids[(starts[:, None] + np.arange(1025)) % len(ids)]
         assert (batch[0].numpy() == expected[:, :-1]).all()
         assert (batch[1].numpy() == expected[:, 1:]).all()
-        bad = native.gather(table, np.zeros(600, np.int32), starts, 10, batch)
-    row, column = np.argwhere(expected >= 10)[0]
-    assert bad == (native.ID_TOO_LARGE, row, (starts[row] + column) % len(ids), expected[row, column])
+        failure = native.gather(table, np.zeros(600, np.int32), starts, VOCAB, batch)
+    assert failure == (native.ID_TOO_LARGE, 0, starts[0] + 5, VOCAB)
 
 
 def test_without_the_extension_the_message_says_how_to_build_it(

@@ -30,7 +30,12 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """t.tiktoken, trained on text.jsonl."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    extra = ["It's naïve — 日本語の文、ここまで。" * 20, "a\n\n\tb  c 1234 567\r\n" * 20, "😀👍🏽 été" * 20]
+    extra = [
+        "It's naïve — 日本語の文、ここまで。" * 20,
+        "a\n\n\tb  c 1234 567\r\n" * 20,
+        "😀👍🏽 été" * 20,
+        "000 00 1000 " * 50,
+    ]
     documents = [path.read_text() for path in SOURCES] + extra
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     train_tokenizer(folder / "text.jsonl", VOCAB_SIZE, folder / "t.tiktoken")
@@ -260,6 +265,17 @@ def test_transformers_reads_the_same_tokenizer(patterns: dict[str, Tokenizer], t
         assert theirs.decode(ids) == text
     cut = own.encode("日本")[:1]  # half a character
     assert theirs.decode(cut) == own.decode(cut)
+
+
+def test_transformers_finds_tokens_that_merging_does_not(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokens = [*(bytes([byte]) for byte in range(256)), b"abcd", b"aa", b"aaa"]
+    own = Tokenizer({token: rank for rank, token in enumerate(tokens)}, r"\s+$|\s|\S+", {EOS: len(tokens)})
+    own.save_hf(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("abcd", "abcde", "aaaaa", "a  \nb  \n"):
+        assert theirs(text)["input_ids"] == own.encode(text)
+    assert own.encode("abcd") == [256]
 
 
 def test_hugging_face_letters_are_those_of_byte_level_bpe(tokenizer: Tokenizer, tmp_path: Path) -> None:

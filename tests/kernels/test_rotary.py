@@ -57,7 +57,8 @@ def test_rotation_depends_on_the_distance_only() -> None:
     """Shifting both positions by the same number leaves every product q·k as it was."""
     torch.manual_seed(0)
     D, shift = 32, 17
-    angles = torch.outer(torch.arange(64.0), 10_000.0 ** -(torch.arange(0, D, 2) / D)).repeat(1, 2).double()
+    frequencies = 10_000.0 ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+    angles = torch.outer(torch.arange(64, dtype=torch.float64), frequencies).repeat(1, 2)
     q, k = torch.randn(1, 20, 2, D).double(), torch.randn(1, 20, 2, D).double()
     products = []
     for start in (0, shift):

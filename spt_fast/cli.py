@@ -1,0 +1,369 @@
+"""The command line: `spt-fast`, also `python -m spt_fast`. Each command reads its flags, calls the library, and prints.
+
+Exit codes: 0 the work is done; 75 interrupted and saved; 2 a bad recipe, file or flag, with one message; 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from spt_fast import __version__
+from spt_fast.errors import SptError
+
+app = typer.Typer(
+    help="Specialized pretraining: decide how much domain data goes into pretraining, then train that model fast.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+tokenizer_app = typer.Typer(help="Tokenizers.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="Checkpoints of a run.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+out = Console(highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field; may be repeated.")
+]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE")]
+
+
+def main() -> None:
+    """Entry point: runs the command line and turns a user's mistake into one message and exit code 2."""
+    try:
+        app()
+    except SptError as error:
+        print(f"spt-fast: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        print(f"spt-fast: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1))
+
+
+def _print_table(title: str, columns: list[str], rows: list[list[Any]], *, show_header: bool = True) -> None:
+    table = Table(*columns, title=title, title_justify="left", show_header=show_header)
+    for row in rows:
+        table.add_row(
+            *(
+                f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
+                for cell in row
+            )
+        )
+    out.print(table)
+
+
+def _print_facts(title: str, facts: dict[str, Any]) -> None:
+    rows: list[list[Any]] = []
+    for key, value in facts.items():
+        nested = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [[f"{key} {inner}".replace("_", " ").strip(), leaf] for inner, leaf in nested if leaf is not None]
+    _print_table(title, ["", ""], rows, show_header=False)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"spt-fast {__version__}")
+        raise typer.Exit
+
+
+# ------------------------------------------------------------------------------------------------ text to tokens
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT…", help=".jsonl, .txt, .parquet, .gz, .zst, folders, or -")
+    ],
+    vocab_size: Annotated[int, typer.Option(help="Ids in all, the end-of-text id included.")],
+    out_file: Annotated[Path, typer.Option("--out", help="File for the tiktoken ranks.")],
+    text_key: str = "text",
+) -> None:
+    """Train a byte-level BPE and save it as tiktoken ranks."""
+    from spt_fast.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(inputs, vocab_size, out_file, text_key=text_key)
+    out.print(f"{out_file}: {tokenizer.vocab_size:,} ids, end of text {tokenizer.eos_id}")
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT…", help=".jsonl, .txt, .parquet, .gz, .zst, folders, or -")
+    ],
+    out_prefix: Annotated[Path, typer.Option("--out", metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
+    tokenizer: Annotated[str, typer.Option(help="A .tiktoken file, or a tiktoken encoding by name.")],
+    text_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
+    heldout: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Hold out this share of documents, into PREFIX.heldout.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option(help="Count broken lines instead of stopping at the first.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn text into a token dataset."""
+    from spt_fast.config import parse_share
+    from spt_fast.data.prepare import prepare as prepare_dataset
+    from spt_fast.data.tokenizer import Tokenizer
+
+    share = None if heldout is None else parse_share(heldout, "--heldout")
+    summary = prepare_dataset(
+        inputs,
+        out_prefix,
+        Tokenizer.load(tokenizer),
+        text_key=text_key,
+        heldout=share,
+        skip_bad=skip_bad,
+        workers=workers,
+    )
+    _print_json(summary) if as_json else _print_facts(str(out_prefix), summary)
+
+
+@app.command()
+def inspect(
+    prefix: Annotated[Path, typer.Argument(metavar="PREFIX")],
+    verify: Annotated[bool, typer.Option(help="Check every hash and id.")] = False,
+    overlap: Annotated[
+        Path | None, typer.Option(metavar="PREFIX2", help="Share of text that PREFIX2 holds too.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the ids, for headerless files.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a token dataset holds."""
+    from spt_fast.data.inspection import inspect as inspect_dataset
+
+    facts = inspect_dataset(prefix, dtype=dtype, verify=verify, overlap=overlap)
+    _print_json(facts) if as_json else _print_facts(str(prefix), facts)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """What a recipe would do: tokens and epochs asked and exactly achieved, parameters, FLOPs, memory."""
+    from spt_fast.config import load_recipe
+    from spt_fast.train.plan import cost, make_plan
+
+    made = make_plan(load_recipe(recipe, overrides or ()))
+    phases, price = made.describe(), cost(made)
+    if as_json:
+        _print_json({"phases": phases, **price})
+        return
+    rows = [
+        [
+            phase["name"],
+            phase["steps"],
+            source,
+            figures["share"],
+            figures["tokens"],
+            figures["epochs_asked"],
+            figures["epochs"],
+        ]
+        for phase in phases
+        for source, figures in phase["sources"].items()
+    ]
+    _print_table(str(recipe), ["phase", "steps", "source", "share", "tokens", "epochs asked", "epochs"], rows)
+    _print_facts("the model and its cost", price)
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest whole checkpoint; starts afresh where there is none.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything and make one step, in memory only.")] = False,
+) -> None:
+    """Train all phases of a recipe."""
+    from spt_fast.config import load_recipe
+    from spt_fast.train.dry_run import dry_run as one_step_each
+    from spt_fast.train.loop import run
+
+    loaded = load_recipe(recipe, overrides or ())
+    if dry_run:
+        steps = one_step_each(loaded)
+        _print_table("dry run", list(steps[0]), [list(step.values()) for step in steps])
+        return
+    summary = run(loaded, resume=resume)
+    if summary["status"] == "stopped":
+        print(f"spt-fast: stopped by {summary['reason']} and saved; run again with --resume to go on", file=sys.stderr)
+        raise typer.Exit(75)
+    rows = [
+        [name, phase["steps"], phase["tokens"], source, phase["epochs"].get(source, 0.0), loss]
+        for name, phase in summary["phases"].items()
+        for source, loss in phase["heldout"].items()
+    ]
+    _print_table(loaded.run, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…")],
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Also write comparison.json and comparison.png.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Finished runs side by side: domain loss, forgetting, R_gain, compute multiplier."""
+    from spt_fast.study import compare as comparison
+
+    result = comparison.compare(runs)
+    if out_folder:
+        comparison.write(result, out_folder)
+    _print_json(result) if as_json else comparison.print_comparison(result, out)
+
+
+@app.command("eval")
+def evaluate(
+    weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    data: Annotated[list[Path], typer.Option("--data", metavar="PREFIX")],
+    dtype: Annotated[str | None, typer.Option(help="Of the ids, for headerless files.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte; every token but the first of a dataset is scored once."""
+    from spt_fast.train.score import score
+
+    results = {str(prefix): score(weights, prefix, dtype=dtype) for prefix in data}
+    if as_json:
+        _print_json(results)
+        return
+    rows = [
+        [prefix, r["loss"], r["perplexity"], r["bits_per_byte"] or "n/a", r["tokens"], r["bytes"] or "n/a"]
+        for prefix, r in results.items()
+    ]
+    _print_table(str(weights), ["dataset", "loss", "perplexity", "bits per byte", "tokens", "bytes"], rows)
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    source: Annotated[str | None, typer.Option(help="Only this source.")] = None,
+    document: Annotated[
+        int | None, typer.Option(help="One document of the source, by its position in the dataset.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Exactly how often a run has read every source, or one document."""
+    from spt_fast.train.audit import audit_document, audit_run
+
+    if document is not None:
+        if source is None:
+            raise typer.BadParameter("--document needs --source: documents are counted within a source")
+        facts = audit_document(run, source, document)
+        _print_json(facts) if as_json else _print_facts(f"{source}, document {document}", facts)
+        return
+    sources = audit_run(run)
+    if source is not None:
+        if source not in sources:
+            raise typer.BadParameter(f"no source {source!r} in {run}; it has {', '.join(sources)}")
+        sources = {source: sources[source]}
+    if as_json:
+        _print_json(sources)
+        return
+    columns = ["windows", "tokens", "epochs", "min_visits", "max_visits"]
+    _print_table(
+        str(run), ["source", *columns], [[name, *(facts[c] for c in columns)] for name, facts in sources.items()]
+    )
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
+    """Checkpoints of a run, oldest first."""
+    from spt_fast.train import checkpoint
+
+    found = [
+        {"name": path.name, "bytes": sum(f.stat().st_size for f in path.iterdir())}
+        for path in checkpoint.listed(run / "checkpoints")
+    ]
+    _print_json(found) if as_json else _print_table(
+        str(run), ["checkpoint", "bytes"], [[c["name"], c["bytes"]] for c in found]
+    )
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
+    """Check every hash of every checkpoint; exit code 2 where one is damaged."""
+    from spt_fast.errors import CheckpointError
+    from spt_fast.train import checkpoint
+
+    verdicts = {}
+    for path in checkpoint.listed(run / "checkpoints"):
+        try:
+            checkpoint.read(path)
+            verdicts[path.name] = "whole"
+        except CheckpointError as error:
+            verdicts[path.name] = str(error)
+    if not verdicts:
+        raise CheckpointError(f"{run}: holds no checkpoints")
+    _print_json(verdicts) if as_json else _print_facts(str(run), verdicts)
+    if any(verdict != "whole" for verdict in verdicts.values()):
+        raise typer.Exit(2)
+
+
+# ------------------------------------------------------------------------------------------------ weights in and out
+
+
+@app.command("export")
+def export_weights(
+    weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Saved along, for AutoTokenizer; a run's own by default.")
+    ] = None,
+) -> None:
+    """Write a Hugging Face folder (Llama, or Qwen3 with QK-norm)."""
+    from spt_fast.train.weights import export
+
+    export(weights, out_folder, tokenizer)
+    out.print(f"{out_folder}: load it with AutoModelForCausalLM.from_pretrained")
+
+
+@app.command("import")
+def import_weights(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder: Llama or Qwen3, safetensors.")],
+    out_folder: Annotated[Path, typer.Option("--out", metavar="CHECKPOINT")],
+) -> None:
+    """Check that a Hugging Face folder can be trained on, and copy it to where a recipe's `init` may point."""
+    from spt_fast.model.gpt import GPT
+
+    GPT.from_hf(folder).save_hf(out_folder)
+    out.print(f"{out_folder}: name it in a recipe as `init: {out_folder}`")
+
+
+@app.command()
+def generate(
+    weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    prompt: str = "",
+    tokens: Annotated[int, typer.Option(help="How many to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest only.")] = 50,
+    seed: int = 0,
+    tokenizer: Annotated[str | None, typer.Option(help="A run's own by default.")] = None,
+) -> None:
+    """Text from a trained model."""
+    from spt_fast.train.weights import generate_text
+
+    print(generate_text(weights, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed, tokenizer=tokenizer))
+
+
+@app.command()
+def demo(out_folder: Annotated[Path, typer.Option("--out", metavar="DIR")] = Path("demo")) -> None:
+    """The whole main job on text that every machine has: specialized against standard pretraining."""
+    from spt_fast.study.demo import demo as run_demo
+
+    run_demo(out_folder)

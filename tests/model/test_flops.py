@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spt_fast.errors import RecipeError
+from spt_fast.model import flops
+from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.model.presets import PRESETS
+
+SHAPES = [
+    {},
+    {"qk_norm": True, "head_dim": 24},
+    {"tied": False, "kv_heads": 6},
+    {"layers": 1, "ffn": 7},
+]
+SMALL = {"layers": 3, "width": 48, "heads": 6, "kv_heads": 2, "ffn": 80, "context": 32, "vocab_size": 61}
+
+
+@pytest.mark.parametrize("fields", SHAPES)
+def test_parameter_counts_are_the_models(fields: dict) -> None:
+    config = GPTConfig(**{**SMALL, **fields})
+    with torch.device("meta"):
+        parameters = dict(GPT(config).named_parameters())
+    assert flops.parameters(config) == sum(p.numel() for p in parameters.values())
+    matrices = sum(p.numel() for name, p in parameters.items() if p.dim() == 2 and name not in ("embedding", "head"))
+    assert flops.matmul_parameters(config) == matrices + config.vocab_size * config.width
+
+
+def test_train_flops_are_those_that_torch_counts() -> None:
+    """6N + 12LHQT of the convention against the products of matrices that a step really makes."""
+    config = GPTConfig(**SMALL)
+    with torch.device("meta"):
+        model = GPT(config)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tokens = torch.zeros(2, 32, dtype=torch.long)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).backward()
+    # The counter knows no flash attention on a CPU: it counts the 6N alone.
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    linear = sum(n for op, n in counted.items() if "attention" not in op)
+    assert linear == 64 * 6 * flops.matmul_parameters(config)
+    assert flops.train_flops_per_token(config) == 6 * flops.matmul_parameters(config) + 12 * 3 * 6 * 8 * 32
+    assert flops.train_flops_per_token(config, context=16) == 6 * flops.matmul_parameters(config) + 12 * 3 * 6 * 8 * 16
+
+
+def test_124m_by_hand() -> None:
+    """GPT-2 small's depth and width: N = 12 · (4 · 768² + 3 · 768 · 2048) + 50,304 · 768."""
+    config = GPTConfig.preset("124m")
+    assert flops.matmul_parameters(config) == 12 * (4 * 768**2 + 3 * 768 * 2048) + 50_304 * 768
+    assert flops.train_flops_per_token(config) == 6 * flops.matmul_parameters(config) + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 990),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+    ],
+)
+def test_peaks_are_dense(name: str, tera: float) -> None:
+    assert flops.peak_flops_by_name(name) == tera * 1e12
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "Tesla V100-SXM2-16GB",
+        "NVIDIA A1000",
+        "NVIDIA A10G",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "AMD EPYC",
+        "",
+    ],
+)
+def test_unknown_devices_have_no_peak(name: str) -> None:
+    assert flops.peak_flops_by_name(name) is None
+
+
+def test_a_cpu_has_no_peak_and_its_label_says_so() -> None:
+    assert flops.peak_flops("cpu") is None
+    assert flops.mfu_label("cpu") == "6N+12LHQT, n/a"
+
+
+def test_label_of_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert flops.mfu_label("cuda") == "6N+12LHQT, bf16 dense 989"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "head_dim": 24}])
+def test_activation_estimate_is_what_autograd_keeps(dtype: torch.dtype, fields: dict) -> None:
+    config = GPTConfig(**{**SMALL, "layers": 4, "vocab_size": 64, **fields})
+    model = GPT(config).to(dtype)
+    kept: dict[int, int] = {}
+
+    def remember(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    tokens = torch.zeros(8, 32, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
+        loss = model(tokens, tokens)
+    del loss
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    estimate = flops.memory_bytes(config, 8, dtype=dtype)["activations"]
+    assert estimate == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def test_memory_counts_masters_and_moments() -> None:
+    config = GPTConfig(**SMALL)
+    count = flops.parameters(config)
+    low, full = (flops.memory_bytes(config, 2, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert [low[part] for part in ("parameters", "gradients", "optimizer")] == [2 * count, 4 * count, 12 * count]
+    assert [full[part] for part in ("parameters", "gradients", "optimizer")] == [4 * count, 4 * count, 8 * count]
+    assert low["total"] == sum(bytes_ for part, bytes_ in low.items() if part != "total")
+
+
+# ---------------------------------------------------------------------------------------------------------- presets
+
+
+def size_of(name: str) -> float:
+    number = name.removeprefix("olmo-")
+    return float(number[:-1]) * {"m": 1e6, "b": 1e9}[number[-1]]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_size_of_their_name(name: str) -> None:
+    config = GPTConfig.preset(name)
+    # OLMo-1B is called so at 1.18B parameters.
+    assert flops.parameters(config) == pytest.approx(size_of(name), rel=0.18 if name == "olmo-1b" else 0.15)
+
+
+def test_the_promised_presets_are_there() -> None:
+    promised = {"1m", "3m", "10m", "30m", "60m", "124m", "350m", "1b", "3b", "8b"}
+    assert promised | {"olmo-300m", "olmo-600m", "olmo-1b", "olmo-3b"} <= set(PRESETS)
+
+
+def test_preset_overrides() -> None:
+    config = GPTConfig.preset("10m", vocab_size=999, context=64, heads=12, kv_heads=4, qk_norm=True)
+    assert (config.vocab_size, config.context, config.head_dim, config.qk_norm) == (999, 64, 32, True)
+
+
+def test_wrong_presets_are_refused_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"'125m'.*'124m'"):
+        GPTConfig.preset("125m")
+    with pytest.raises(RecipeError, match=r"model\.widht.*'width'"):
+        GPTConfig.preset("10m", widht=64)

@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spt_fast.errors import RecipeError
+from spt_fast.model.gpt import GPT, GPTConfig
+
+SMALL = {"layers": 3, "width": 48, "heads": 6, "kv_heads": 2, "ffn": 80, "context": 32, "vocab_size": 61}
+
+
+def model_with_random_norms(seed: int = 0, **fields: object) -> GPT:
+    """Norm weights away from 1 and larger matrices, so that a wrong or forgotten weight shows."""
+    model = GPT(GPTConfig(**{**SMALL, **fields}), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.mul_(8)
+    return model
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layers", 0),
+        ("width", -8),
+        ("heads", 2.0),
+        ("kv_heads", 4),
+        ("ffn", "80"),
+        ("context", True),
+        ("vocab_size", None),
+        ("head_dim", 7),
+        ("head_dim", 0),
+        ("qk_norm", 1),
+        ("tied", "yes"),
+        ("rope_theta", 0.0),
+        ("rope_theta", float("nan")),
+        ("norm_eps", float("inf")),
+        ("norm_eps", "1e-6"),
+        ("heads", 5),
+    ],
+)
+def test_a_wrong_field_is_named(field: str, value: object) -> None:
+    with pytest.raises(RecipeError, match=rf"model\.({field}|kv_heads)"):
+        GPTConfig(**{**SMALL, field: value})
+
+
+def test_head_dim_is_resolved() -> None:
+    assert GPTConfig(**SMALL).head_dim == 8
+    assert GPTConfig(**SMALL, head_dim=16).head_dim == 16
+    with pytest.raises(RecipeError, match=r"model\.heads.*head_dim"):
+        GPTConfig(**{**SMALL, "width": 50})
+
+
+def test_config_is_frozen_and_round_trips() -> None:
+    config = GPTConfig(**SMALL, rope_theta=500_000)
+    assert GPTConfig(**dataclasses.asdict(config)) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.layers = 5  # type: ignore[misc]
+
+
+# --------------------------------------------------------------------------------------------------- initialisation
+
+
+def test_init_depends_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    a = GPT(GPTConfig(**SMALL), seed=3)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    b = GPT(GPTConfig(**SMALL), seed=3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator moved"
+    c = GPT(GPTConfig(**SMALL), seed=4)
+    for (name, x), y, z in zip(a.named_parameters(), b.parameters(), c.parameters(), strict=True):
+        assert torch.equal(x, y), name
+        assert x.dim() == 1 or not torch.equal(x, z), name
+
+
+def test_init_is_independent_of_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        low = GPT(GPTConfig(**SMALL))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(low.parameters(), GPT(GPTConfig(**SMALL)).parameters(), strict=True):
+        assert torch.equal(x, y.bfloat16())
+
+
+def test_init_scales() -> None:
+    config = GPTConfig(
+        layers=8, width=256, heads=4, kv_heads=4, ffn=512, context=8, vocab_size=512, tied=False, qk_norm=True
+    )
+    for name, parameter in GPT(config).named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            expected = 0.02 / 4 if name.endswith(("wo", "w_down")) else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+            assert abs(parameter.mean().item()) < 0.1 * expected, name
+
+
+def test_first_loss_is_that_of_guessing() -> None:
+    model = GPT(GPTConfig(**SMALL))
+    loss = model(tokens(4, 32), tokens(4, 32, seed=1))
+    assert loss.item() == pytest.approx(torch.tensor(61.0).log().item(), abs=0.05)
+
+
+def test_8b_on_the_meta_device_costs_nothing() -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset("8b"))
+    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
+    assert all(p.is_meta for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------- forward
+
+
+def plain_forward(model: GPT, tokens_BT: Tensor) -> Tensor:
+    """The same network from its textbook description: separate additions and norms, explicit heads and mask."""
+    c = model.config
+    assert c.head_dim is not None
+    B, T = tokens_BT.shape
+    Q = c.head_dim
+    angles = torch.outer(torch.arange(T), c.rope_theta ** -(torch.arange(0, Q, 2) / Q)).to(model.embedding.dtype)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + c.norm_eps) * weight
+
+    def rotate(x: Tensor) -> Tensor:  # [B, heads, T, Q]
+        pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat((pairs.real, pairs.imag), dim=-1)
+
+    x = model.embedding[tokens_BT]
+    for block in model.blocks:
+        h = norm(x, block.attention_norm)
+        wq, wk, wv = block.wqkv.split([c.heads * Q, c.kv_heads * Q, c.kv_heads * Q])
+        q, k, v = ((h @ w.T).view(B, T, -1, Q).transpose(1, 2) for w in (wq, wk, wv))
+        if c.qk_norm:
+            q, k = norm(q, block.q_norm), norm(k, block.k_norm)
+        q, k = rotate(q), rotate(k)
+        k, v = (y.repeat_interleave(c.heads // c.kv_heads, dim=1) for y in (k, v))
+        scores = (q @ k.mT / Q**0.5).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
+        x = x + (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1) @ block.wo.T
+        gate, up = (norm(x, block.ffn_norm) @ block.w_gate_up.T).chunk(2, dim=-1)
+        x = x + (gate * torch.sigmoid(gate) * up) @ block.w_down.T
+    return norm(x, model.final_norm) @ (model.embedding if c.tied else model.head).T
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"qk_norm": True, "head_dim": 12}, {"tied": False, "kv_heads": 6}, {"layers": 1, "rope_theta": 100.0}],
+)
+def test_logits_and_gradients_equal_the_textbook(fields: dict) -> None:
+    model = model_with_random_norms(**fields).double()
+    batch = tokens(3, 17)
+    expected, found = plain_forward(model, batch), model(batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the rotary tables are float32
+    upstream = torch.randn_like(found)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    pairs = zip(
+        names,
+        torch.autograd.grad(found, parameters, upstream),
+        torch.autograd.grad(expected, parameters, upstream),
+        strict=True,
+    )
+    for name, a, b in pairs:
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item(), msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_loss_is_the_cross_entropy_of_the_logits() -> None:
+    model = model_with_random_norms()
+    batch, targets = tokens(2, 20), tokens(2, 20, seed=1)
+    targets[0, :5] = -100
+    logits = model(batch).flatten(0, 1)
+    for reduction in ("mean", "sum", "none"):
+        expected = F.cross_entropy(logits, targets.flatten(), reduction=reduction)
+        torch.testing.assert_close(model(batch, targets, reduction=reduction), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_position_sees_a_later_one() -> None:
+    model = model_with_random_norms()
+    batch = tokens(1, 20)
+    changed = batch.clone()
+    changed[0, 11] = (changed[0, 11] + 1) % 61
+    a, b = model(batch), model(changed)
+    torch.testing.assert_close(a[:, :11], b[:, :11], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(a[:, 11], b[:, 11])
+    assert not torch.allclose(a[:, 19], b[:, 19])
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_documents_are_as_if_alone(qk_norm: bool) -> None:
+    """cu_seqlens across rows: every piece of a document in a row is a text by itself."""
+    model = model_with_random_norms(qk_norm=qk_norm).double()
+    batch = tokens(2, 16)
+    cuts = [0, 5, 5, 13, 20, 32]
+    logits = model(batch, cu_seqlens=torch.tensor(cuts, dtype=torch.int32)).flatten(0, 1)
+    flat = batch.flatten()
+    for start, end in itertools.pairwise(sorted({*cuts, 16})):
+        alone = model(flat[None, start:end])[0]
+        torch.testing.assert_close(logits[start:end], alone, rtol=1e-6, atol=1e-6)
+
+
+def test_documents_change_the_gradient_and_one_document_does_not() -> None:
+    model = model_with_random_norms().double()
+    batch, targets = tokens(2, 16), tokens(2, 16, seed=1)
+
+    def gradient(cuts: list[int] | None) -> Tensor:
+        cu_seqlens = None if cuts is None else torch.tensor(cuts, dtype=torch.int32)
+        return torch.autograd.grad(model(batch, targets, cu_seqlens), model.blocks[0].wqkv)[0]
+
+    torch.testing.assert_close(gradient(None), gradient([0, 32]))
+    torch.testing.assert_close(gradient(None), gradient([0, 16, 32]))
+    assert not torch.allclose(gradient(None), gradient([0, 8, 32]))
+
+
+def test_padding_after_the_last_document_is_finite() -> None:
+    model = model_with_random_norms()
+    batch, targets = tokens(2, 16), tokens(2, 16, seed=1)
+    cu_seqlens = torch.tensor([0, 7, 20], dtype=torch.int32)
+    logits = model(batch, cu_seqlens=cu_seqlens)
+    assert logits.isfinite().all()
+    targets.view(-1)[20:] = -100
+    loss = model(batch, targets, cu_seqlens)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits.flatten(0, 1)[:20], targets.flatten()[:20]), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_longer_than_the_context_is_refused() -> None:
+    model = GPT(GPTConfig(**SMALL))
+    model(tokens(1, 32))
+    with pytest.raises(ValueError, match=r"33 tokens.*context is 32"):
+        model(tokens(1, 33))
+
+
+# ------------------------------------------------------------------------------------------------------------- bf16
+
+
+def test_bf16_is_near_float32() -> None:
+    model = model_with_random_norms(qk_norm=True)
+    batch, targets = tokens(4, 32), tokens(4, 32, seed=1)
+    exact = model(batch)
+    loss = model(batch, targets)
+    low = GPT(model.config).to(torch.bfloat16)
+    low.load_state_dict(model.state_dict())
+    assert low(batch).dtype == torch.bfloat16
+    assert (low(batch).float() - exact).abs().mean() < 0.03 * exact.abs().mean()
+    low_loss = low(batch, targets)
+    assert low_loss.dtype == torch.float32
+    assert low_loss.item() == pytest.approx(loss.item(), rel=0.01)
+    low_loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in low.parameters())
+
+
+def test_bf16_gradients_arrive_in_float32_and_sum_over_micro_batches() -> None:
+    model = model_with_random_norms()
+    low = GPT(model.config).to(torch.bfloat16)
+    low.load_state_dict(model.state_dict())
+    for parameter in low.parameters():
+        parameter.grad_dtype = torch.float32
+    for seed in range(2):
+        (model(tokens(2, 32, seed=seed), tokens(2, 32, seed=9)) / 2).backward()
+        (low(tokens(2, 32, seed=seed), tokens(2, 32, seed=9)) / 2).backward()
+    for (name, exact), parameter in zip(model.named_parameters(), low.parameters(), strict=True):
+        assert exact.grad is not None
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        error = (parameter.grad - exact.grad).norm() / exact.grad.norm()
+        assert error < 0.05, f"{name}: {error:.3f}"
+
+
+def test_rotary_tables_stay_float32() -> None:
+    """Angles of large positions are worthless in bf16, wherever the cast happens."""
+    config = GPTConfig(**{**SMALL, "context": 4096})
+    cast = GPT(config)
+    cast(tokens(1, 4))
+    cast.to(torch.bfloat16)
+    for tables in (cast._cos_sin(1, 4096, None), cast._cos_sin(1, 4096, torch.tensor([0, 4096], dtype=torch.int32))):
+        exact = torch.arange(4096, dtype=torch.float64)
+        assert tables[0].dtype == torch.float32
+        torch.testing.assert_close(tables[0].reshape(4096, -1)[:, 0].double(), exact.cos(), rtol=0, atol=1e-5)
+
+
+def test_tables_made_in_inference_mode_serve_training() -> None:
+    model = GPT(GPTConfig(**SMALL))
+    with torch.inference_mode():
+        model(tokens(1, 8))
+    model(tokens(1, 8), tokens(1, 8)).backward()
+
+
+# ------------------------------------------------------------------------------------------------------------- head
+
+
+def test_untie() -> None:
+    model = model_with_random_norms()
+    batch, targets = tokens(2, 16), tokens(2, 16, seed=1)
+    before, parameters = model(batch), len(list(model.parameters()))
+    model(batch, targets).backward()
+    tied_grad = model.embedding.grad
+    model.zero_grad()
+    model.untie()
+    assert model.head is not None
+    assert not model.config.tied
+    assert len(list(model.parameters())) == parameters + 1
+    assert torch.equal(model(batch), before)
+    model(batch, targets).backward()
+    assert tied_grad is not None
+    assert model.embedding.grad is not None
+    assert model.head.grad is not None
+    torch.testing.assert_close(model.embedding.grad + model.head.grad, tied_grad)
+    with torch.no_grad():
+        model.head.add_(1)
+    assert not torch.equal(model.embedding, model.head)
+    model.untie()
+    assert len(list(model.parameters())) == parameters + 1
+
+
+def test_untied_and_tied_shapes_load_each_others_weights_only_when_they_fit() -> None:
+    model = model_with_random_norms()
+    model.untie()
+    fresh = GPT(model.config)
+    fresh.load_state_dict(model.state_dict())
+    batch = tokens(1, 8)
+    assert torch.equal(fresh(batch), model(batch))
+
+
+# --------------------------------------------------------------------------------------------------------- learning
+
+
+def test_it_learns() -> None:
+    """Forty steps on one batch: the loss of a memorised text."""
+    model = GPT(GPTConfig(**SMALL))
+    batch = tokens(4, 33)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model(batch[:, :-1], batch[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5

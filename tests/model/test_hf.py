@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spt_fast.errors import CheckpointError
+from spt_fast.model import hf
+from spt_fast.model.gpt import GPT, GPTConfig
+
+transformers = pytest.importorskip("transformers")
+transformers.utils.logging.disable_progress_bar()
+
+
+def draw_config(rng: random.Random, qk_norm: bool) -> GPTConfig:
+    kv_heads = rng.choice([1, 2, 3])
+    heads = kv_heads * rng.choice([1, 2, 3])
+    head_dim = rng.choice([4, 8, 14, 16])
+    # transformers has Llamas with a head_dim of their own, but only where heads divide the width.
+    widths = [24, 40, 56] if qk_norm else [24 * heads, 8 * heads]
+    return GPTConfig(
+        layers=rng.randint(1, 3),
+        width=rng.choice([*widths, heads * head_dim]),
+        heads=heads,
+        kv_heads=kv_heads,
+        ffn=rng.choice([32, 52, 100]),
+        context=rng.choice([16, 32, 64]),
+        vocab_size=rng.randint(20, 300),
+        head_dim=head_dim,
+        qk_norm=qk_norm,
+        tied=rng.random() < 0.5,
+        rope_theta=rng.choice([100.0, 10_000.0, 500_000.0, 1e6]),
+        norm_eps=rng.choice([1e-5, 1e-6]),
+    )
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Weights under which every parameter matters to the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.2 * noise)
+
+
+def assert_same_logits(ours: GPT, theirs: torch.nn.Module, seed: int) -> None:
+    config = ours.config
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, config.vocab_size, (2, config.context), generator=generator)
+    with torch.no_grad():
+        a, b = ours(tokens), theirs(tokens).logits
+    assert a.dtype == b.dtype == torch.float32
+    assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved Llama."""
+    config = GPTConfig(layers=2, width=32, heads=4, kv_heads=2, ffn=48, context=16, vocab_size=50)
+    GPT(config).save_hf(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.update(fields)
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value != "drop"}))
+
+
+# ------------------------------------------------------------------------------------------------------------ parity
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+def test_ours_in_transformers_and_back(seed: int, qk_norm: bool, tmp_path: Path) -> None:
+    config = draw_config(random.Random(seed), qk_norm)
+    print(config)
+    ours = GPT(config)
+    randomise(ours, seed)
+    ours.save_hf(tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    assert_same_logits(ours, theirs, seed)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = GPT.from_hf(tmp_path / "theirs")
+    assert back.config == config
+    for (name, a), b in zip(ours.named_parameters(), back.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("seed", range(10, 16))
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+def test_theirs_in_ours(seed: int, qk_norm: bool, tmp_path: Path) -> None:
+    """From a configuration that transformers itself writes, in shards."""
+    config = draw_config(random.Random(seed), qk_norm)
+    print(config)
+    family = transformers.Qwen3Config if qk_norm else transformers.LlamaConfig
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        family(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.ffn,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.context,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tied,
+        )
+    )
+    randomise(theirs, seed)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / hf.INDEX).exists() or config.vocab_size * config.width < 5000
+    ours = GPT.from_hf(tmp_path)
+    assert ours.config == config
+    assert all(parameter.requires_grad for parameter in ours.parameters())
+    assert_same_logits(ours, theirs, seed)
+
+
+def test_config_is_what_transformers_4_reads(folder: Path) -> None:
+    """Version 4 looks for rope_theta and torch_dtype at the top level, version 5 for rope_parameters and dtype."""
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000.0
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    change_config(folder, rope_parameters="drop", dtype="drop", rope_theta=777.0)
+    assert GPT.from_hf(folder).config.rope_theta == 777.0
+    change_config(folder, rope_theta="drop")
+    assert GPT.from_hf(folder).config.rope_theta == 10_000.0
+
+
+def test_a_llama_that_transformers_refuses_is_ours_alone(tmp_path: Path) -> None:
+    model = GPT(GPTConfig(layers=1, width=20, heads=3, kv_heads=1, ffn=8, context=4, vocab_size=9, head_dim=6))
+    with pytest.warns(UserWarning, match="3 heads don't divide its width 20"):
+        model.save_hf(tmp_path)
+    assert GPT.from_hf(tmp_path).config == model.config
+
+
+def test_an_untied_model_stays_untied(tmp_path: Path, folder: Path) -> None:
+    model = GPT.from_hf(folder)
+    model.untie()
+    assert model.head is not None
+    randomise(model, 1)
+    model.save_hf(tmp_path / "untied")
+    back = GPT.from_hf(tmp_path / "untied")
+    assert back.head is not None
+    assert torch.equal(back.head, model.head)
+    assert_same_logits(back, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "untied"), 1)
+
+
+# --------------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes(tmp_path: Path, folder: Path, dtype: torch.dtype) -> None:
+    model = GPT.from_hf(folder)
+    model.save_hf(tmp_path / "low", dtype=dtype)
+    assert model.embedding.dtype == torch.float32
+    assert all(tensor.dtype == dtype for tensor in load_file(tmp_path / "low" / hf.WEIGHTS).values())
+    low = GPT.from_hf(tmp_path / "low")
+    assert torch.equal(low.embedding, model.embedding.to(dtype))
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "low", dtype="auto").dtype == dtype
+    low.save_hf(tmp_path / "kept")
+    assert GPT.from_hf(tmp_path / "kept").embedding.dtype == dtype
+
+
+def test_mixed_dtypes_load_as_float32(folder: Path) -> None:
+    tensors = load_file(folder / hf.WEIGHTS)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    save_file(tensors, folder / hf.WEIGHTS)
+    assert {parameter.dtype for parameter in GPT.from_hf(folder).parameters()} == {torch.float32}
+
+
+def test_unsavable_dtype_is_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="float64"):
+        GPT.from_hf(folder).save_hf(tmp_path / "wide", dtype=torch.float64)
+    assert not (tmp_path / "wide").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+
+class FakeTokenizer:
+    eos_id = 7
+
+    def save_hf(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def test_the_tokenizer_goes_along(tmp_path: Path, folder: Path) -> None:
+    GPT.from_hf(folder).save_hf(tmp_path / "with", FakeTokenizer())
+    assert (tmp_path / "with" / "tokenizer.json").exists()
+    config = json.loads((tmp_path / "with" / "config.json").read_text())
+    assert config["eos_token_id"] == config["bos_token_id"] == 7
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] is None
+
+
+# ------------------------------------------------------------------------------------------------------------ safety
+
+
+def test_saving_replaces_a_model_and_leaves_other_files(tmp_path: Path, folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    other = GPT(GPTConfig(layers=1, width=32, heads=2, kv_heads=1, ffn=48, context=16, vocab_size=20, tied=False))
+    other.save_hf(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert GPT.from_hf(folder).config == other.config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"], "a temporary folder was left"
+
+
+def test_a_failed_save_leaves_the_old_model(tmp_path: Path, folder: Path) -> None:
+    class FailingTokenizer(FakeTokenizer):
+        def save_hf(self, folder: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(OSError, match="No space"):
+        GPT(GPTConfig.preset("1m")).save_hf(folder, FailingTokenizer())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_pickles_are_refused_with_the_remedy(folder: Path) -> None:
+    (folder / hf.WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle.*never read.*save_pretrained"):
+        GPT.from_hf(folder)
+
+
+def test_missing_and_damaged_files_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere.config\.json: no such file"):
+        GPT.from_hf(tmp_path / "nowhere")
+    whole = (folder / hf.WEIGHTS).read_bytes()
+    (folder / hf.WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        GPT.from_hf(folder)
+    (folder / hf.WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        GPT.from_hf(folder)
+    (folder / hf.INDEX).write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: cannot be read"):
+        GPT.from_hf(folder)
+    (folder / hf.INDEX).write_text('{"weight_map": {"a": "../secret.safetensors"}}')
+    with pytest.raises(CheckpointError, match="not a file of this folder"):
+        GPT.from_hf(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        GPT.from_hf(folder)
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(folder: Path) -> None:
+    tensors = load_file(folder / hf.WEIGHTS)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    save_file({n: t for n, t in tensors.items() if n != name}, folder / hf.WEIGHTS)
+    with pytest.raises(CheckpointError, match=rf"{name} is missing"):
+        GPT.from_hf(folder)
+    save_file({**tensors, "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, folder / hf.WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"no place for tensor model\.layers\.0\.self_attn\.q_proj\.bias"):
+        GPT.from_hf(folder)
+    save_file({**tensors, name: torch.zeros(8, 32)}, folder / hf.WEIGHTS)
+    with pytest.raises(CheckpointError, match=rf"{name} is \[8, 32\]; by config.json it is \[16, 32\]"):
+        GPT.from_hf(folder)
+    save_file({**tensors, name: torch.zeros(16, 32, dtype=torch.int8)}, folder / hf.WEIGHTS)
+    with pytest.raises(CheckpointError, match="int8"):
+        GPT.from_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        ("partial_rotary_factor", 0.25),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("hidden_act", "gelu"),
+        ("use_sliding_window", True),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("quantization_config", {"bits": 4}),
+        ("model_type", "mistral"),
+        ("model_type", None),
+        ("architectures", ["LlamaForSequenceClassification"]),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(folder: Path, field: str, value: object) -> None:
+    change_config(folder, **{"rope_parameters": "drop", field: value})
+    with pytest.raises(CheckpointError, match=rf"config\.json: {field} .*cannot be represented"):
+        GPT.from_hf(folder)
+
+
+def test_incomplete_and_wrong_configs_name_the_field(folder: Path) -> None:
+    change_config(folder, hidden_size="drop")
+    with pytest.raises(CheckpointError, match="hidden_size is missing"):
+        GPT.from_hf(folder)
+    change_config(folder, hidden_size=-1)
+    with pytest.raises(CheckpointError, match=r"config\.json: model\.width"):
+        GPT.from_hf(folder)

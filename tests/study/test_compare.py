@@ -1,0 +1,341 @@
+"""Comparison figures against values worked out by hand, and every input that must be refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.study.compare import compare, compute_multiplier, general_when, print_comparison, write
+from tests.study.fake_runs import fake_run
+
+NPT = [(7.0, 5.0), (6.0, 6.0), (5.0, 8.0)]
+SPT = [(5.5, 5.1), (5.0, 5.9), (4.5, 6.5)]
+
+
+def shifted(path: list[tuple[float, float]], by: float) -> list[tuple[float, float]]:
+    return [(domain + by, general + by) for domain, general in path]
+
+
+@pytest.fixture
+def four_runs(tmp_path: Path) -> list[Path]:
+    """NPT and SPT 5%, two seeds each; the second seed's losses are 0.1 (NPT) and 0.2 (SPT) higher."""
+    return [
+        fake_run(tmp_path / "npt-0", NPT),
+        fake_run(tmp_path / "npt-1", shifted(NPT, 0.1), seed=1),
+        fake_run(tmp_path / "spt-0", SPT, delta="5%".replace("5%", "1/20")),
+        fake_run(tmp_path / "spt-1", shifted(SPT, 0.2), delta="1/20", seed=1),
+    ]
+
+
+def test_the_figures_of_a_run(tmp_path: Path) -> None:
+    run = fake_run(
+        tmp_path / "spt", [SPT, shifted(SPT, 0.25)], delta="0.05", seed=3, kept=1, handed_on=1, lr=(1e-4, 3e-4)
+    )
+    row = compare([run])["runs"][0]
+    assert row["name"] == "spt"
+    assert (row["delta"], row["seed"], row["tokens"]) == (0.05, 3, 1_000_000)
+    assert row["domain_epochs"] == 5.0  # of pretraining, not the finetune's 7
+    assert (row["domain_before"], row["domain_after"]) == (5.5, 5.25)  # all grid arms start from one point
+    assert (row["general_before"], row["general_after"]) == (5.1, 6.15)
+    assert row["forgetting"] == pytest.approx(1.05)
+    assert (row["arm"], row["lr"], row["warmup"]) == (1, 3e-4, "5 steps")
+    assert row["paths"][0] == [(0, 5.5, 5.1), (1000, 5.0, 5.9), (2000, 4.5, 6.5)]
+
+
+def test_gain_is_paired_by_seed(four_runs: list[Path]) -> None:
+    gain = compare(four_runs)["r_gain"]["0.05"]
+    first, second = 100 * (5.0 - 4.5) / 5.0, 100 * (5.1 - 4.7) / 5.1
+    assert gain["per_seed"] == {"0": pytest.approx(first), "1": pytest.approx(second)}
+    assert (gain["low"], gain["high"]) == (pytest.approx(second), pytest.approx(first))
+    assert gain["mean"] == pytest.approx((first + second) / 2)
+
+
+def test_arms_hold_the_spread_over_seeds(four_runs: list[Path]) -> None:
+    npt, spt = compare(four_runs)["arms"]
+    assert (npt["delta"], npt["seeds"], spt["delta"], spt["seeds"]) == (0.0, [0, 1], 0.05, [0, 1])
+    assert npt["domain_after"] == {
+        "mean": pytest.approx(5.05),
+        "min": 5.0,
+        "max": 5.1,
+        "std": pytest.approx(0.1 / math.sqrt(2)),
+    }
+    assert npt["r_gain"] is None
+    assert spt["r_gain"] is not None
+
+
+def test_without_npt_there_is_no_gain(four_runs: list[Path]) -> None:
+    result = compare(four_runs[2:])
+    assert result["r_gain"] is None
+    assert result["compute_multiplier"] is None
+    assert result["verdict"]["forgetting"] == {}
+
+
+def test_a_gain_needs_a_seed_in_common(four_runs: list[Path]) -> None:
+    result = compare([four_runs[0], four_runs[3]])
+    assert result["r_gain"] == {"0.05": None}
+    assert result["verdict"]["forgetting"]["0.05"]["exceeds"] is None
+    assert "no seed in common" in result["verdict"]["forgetting"]["0.05"]["says"]
+
+
+def test_delta_is_the_exact_share_over_all_pretraining_phases(tmp_path: Path) -> None:
+    """SCPT: 90% of the tokens without the domain, then 10% of them with a 1/3 share of it."""
+    folder = tmp_path / "scpt"
+    phases = [
+        {"name": "pretrain", "tokens": "900K", "mixture": {"general": 1}, "optimizer": {"lr": 1e-3}},
+        {"name": "more", "tokens": "100K", "mixture": {"general": 2, "code": 1}, "optimizer": {"lr": 1e-3}},
+        {"name": "finetune", "tokens": "2K", "mixture": {"code": 1}, "optimizer": {"lr": 1e-4}},
+    ]
+    fake_run(folder, NPT, change={"phases": phases})
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["phases"]["pretrain"]["tokens"] = 900_000
+    summary["phases"]["more"] = {"tokens": 100_000, "epochs": {"code": 2.5, "general": 1.0}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    row = compare([folder])["runs"][0]
+    assert row["delta"] == float(1 / 30)
+    assert row["tokens"] == 1_000_000
+    assert row["domain_epochs"] == 2.5
+
+
+def test_domain_is_the_finetunes_largest_source_and_general_the_pretrainings(tmp_path: Path) -> None:
+    sources = {name: {"train": name, "heldout": f"{name}.h"} for name in ("general", "code", "a-third")}
+    run = fake_run(
+        tmp_path / "replay",
+        NPT,
+        change={
+            "sources": sources,
+            "phases.0.mixture": {"general": "70%", "a-third": "30%"},
+            "phases.1.mixture": {"code": "60%", "general": "40%"},
+        },
+    )
+    result = compare([run])
+    assert (result["domain"], result["general"]) == ("code", "general")
+
+
+# ------------------------------------------------------------------------------------------------ general at equal domain
+
+
+def test_general_at_equal_domain_is_interpolated_along_the_path(tmp_path: Path) -> None:
+    npt = fake_run(tmp_path / "npt", [(7.0, 5.0), (6.0, 6.0), (5.0, 8.0), (5.2, 9.0)])
+    spt = fake_run(tmp_path / "spt", [(5.6, 5.1), (4.8, 5.9), (4.6, 6.5)], delta="0.05")
+    equal = compare([npt, spt])["general_at_equal_domain"]
+    assert equal["domain_loss"] == 5.0  # NPT's best, though it ended worse: the lowest that both reach
+    assert equal["general"]["0"]["mean"] == 8.0
+    assert equal["general"]["0.05"]["mean"] == pytest.approx(5.1 + 0.8 * (5.6 - 5.0) / 0.8)
+
+
+def test_a_path_that_starts_below_the_common_loss_counts_from_its_start() -> None:
+    assert general_when([(0, 4.0, 5.0), (1, 3.0, 6.0)], 4.5) == 5.0
+
+
+def test_a_path_is_read_at_its_first_crossing() -> None:
+    assert general_when([(0, 6.0, 1.0), (1, 4.0, 3.0), (2, 6.0, 9.0), (3, 4.0, 11.0)], 5.0) == 2.0
+
+
+# ------------------------------------------------------------------------------------------------ compute multiplier
+
+
+def test_multiplier_is_interpolated_in_log_tokens() -> None:
+    npt = {1_000: 6.0, 4_000: 5.0}
+    assert compute_multiplier(npt, {1_000: 5.5}) == pytest.approx(2.0)
+    assert compute_multiplier(npt, {1_000: 5.0}) == pytest.approx(4.0)
+    assert compute_multiplier(npt, {4_000: 5.5}) == pytest.approx(0.5)
+    assert compute_multiplier(npt, {1_000: 5.5, 4_000: 4.9}) == pytest.approx(2.0)  # 4.9 lies beyond NPT's budgets
+
+
+@pytest.mark.parametrize(
+    ("npt", "loss"), [({1_000: 6.0, 4_000: 5.0}, 4.99), ({1_000: 6.0, 4_000: 5.0}, 6.01), ({1_000: 6.0}, 6.0)]
+)
+def test_multiplier_is_null_unless_bracketed(npt: dict[int, float], loss: float) -> None:
+    assert compute_multiplier(npt, {1_000: loss}) is None
+
+
+def test_several_budgets(tmp_path: Path) -> None:
+    """The gain is of the budget where arms meet; the multiplier uses NPT's other budgets too, averaged over seeds."""
+    runs = [
+        fake_run(tmp_path / "npt-1M-0", shifted(NPT, 0.9), tokens=1_000_000),
+        fake_run(tmp_path / "npt-1M-1", shifted(NPT, 1.1), tokens=1_000_000, seed=1),
+        fake_run(tmp_path / "npt-4M", NPT, tokens=4_000_000),
+        fake_run(tmp_path / "spt-1M", shifted(SPT, 1.0), tokens=1_000_000, delta="0.05"),
+    ]
+    result = compare(runs)
+    assert result["tokens"] == 1_000_000
+    assert result["compute_multiplier"] == {"0.05": pytest.approx(2.0)}  # 5.5 halfway between 6.0 and 5.0
+    assert list(result["r_gain"]["0.05"]["per_seed"]) == ["0"]
+    assert [(arm["delta"], arm["tokens"]) for arm in result["arms"]] == [
+        (0, 1_000_000),
+        (0.05, 1_000_000),
+        (0, 4_000_000),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ verdict
+
+
+def test_verdict_when_arms_differ_by_more_than_seeds(four_runs: list[Path]) -> None:
+    verdict = compare(four_runs)["verdict"]["domain_after"]["0.05"]
+    assert verdict["difference"] == pytest.approx(-0.45)
+    assert verdict["spread"] == pytest.approx(0.2)  # SPT's range, the larger one
+    assert verdict["exceeds"] is True
+    assert verdict["seeds"] == 2
+    assert "0.450 lower, more than the spread between 2 seeds" in verdict["says"]
+
+
+def test_verdict_when_seeds_differ_by_more_than_arms(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / f"npt{s}", shifted(NPT, 0.3 * s), seed=s) for s in (0, 1)]
+    runs += [fake_run(tmp_path / f"spt{s}", shifted(NPT, 0.3 * s - 0.2), seed=s, delta="0.1") for s in (0, 1)]
+    verdict = compare(runs)["verdict"]["domain_after"]["0.1"]
+    assert verdict["difference"] == pytest.approx(-0.2)
+    assert verdict["exceeds"] is False
+    assert "may be chance" in verdict["says"]
+
+
+def test_verdict_wants_one_sign_at_every_seed(tmp_path: Path) -> None:
+    """A large mean difference that one seed contradicts is no finding, even beyond the ranges of both arms."""
+    by_seed = [(0.0, 0.5), (0.0, 0.5), (0.4, 0.3)]
+    runs = []
+    for seed, (npt, spt) in enumerate(by_seed):
+        runs += [fake_run(tmp_path / f"npt{seed}", shifted(NPT, npt), seed=seed)]
+        runs += [fake_run(tmp_path / f"spt{seed}", shifted(NPT, spt), seed=seed, delta="0.1")]
+    assert compare(runs)["verdict"]["domain_after"]["0.1"]["exceeds"] is False
+
+
+def test_one_seed_cannot_say(four_runs: list[Path]) -> None:
+    verdict = compare([four_runs[0], four_runs[2]])["verdict"]
+    for figure in ("domain_after", "forgetting", "general_after", "general_at_equal_domain"):
+        assert verdict[figure]["0.05"]["exceeds"] is None
+        assert "one seed" in verdict[figure]["0.05"]["says"]
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(error: type[Exception], runs: list[Path], *words: str) -> None:
+    with pytest.raises(error) as caught:
+        compare(runs)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_nothing_given() -> None:
+    refused(RecipeError, [], "nothing to compare")
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "summary.json", "metrics.jsonl"])
+def test_a_folder_that_holds_no_run(tmp_path: Path, name: str) -> None:
+    run = fake_run(tmp_path / "run", NPT)
+    (run / name).unlink()
+    refused(CheckpointError, [run], name, str(run))
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
+def test_a_broken_file(tmp_path: Path, name: str) -> None:
+    run = fake_run(tmp_path / "run", NPT)
+    whole = (run / name).read_text()
+    (run / name).write_text(whole[:-10])
+    refused(CheckpointError, [run], name, "not JSON")
+
+
+@pytest.mark.parametrize("status", ["stopped", "failed"])
+def test_an_unfinished_run(tmp_path: Path, status: str) -> None:
+    run = fake_run(tmp_path / "run", NPT)
+    summary = json.loads((run / "summary.json").read_text()) | {"status": status}
+    (run / "summary.json").write_text(json.dumps(summary))
+    refused(CheckpointError, [run], str(run), status, "--resume")
+
+
+def test_a_run_without_a_finetune(tmp_path: Path) -> None:
+    phase = {"name": "pretrain", "tokens": 10, "mixture": {"general": 1}, "optimizer": {"lr": 1e-3}}
+    refused(
+        CheckpointError,
+        [fake_run(tmp_path / "run", NPT, change={"phases": [phase]})],
+        "pretrain",
+        "only phase",
+        "finetune",
+    )
+
+
+def test_a_run_with_one_source(tmp_path: Path) -> None:
+    change = {"sources": {"code": {"train": "c", "heldout": "c.h"}}, "phases.0.mixture": {"code": 1}}
+    refused(RecipeError, [fake_run(tmp_path / "run", NPT, change=change)], "'code'", "only source")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"phases.1.mixture": {"general": 1}}, "domain"),
+        ({"sources.code.heldout": "other"}, "sources.code.heldout"),
+        ({"sources.general.heldout": "other"}, "sources.general.heldout"),
+        ({"tokenizer": "gpt2"}, "tokenizer"),
+        ({"model": {"preset": "10m"}}, "model"),
+        ({"phases.1.eval": {"tokens": "7K"}}, "eval.tokens"),
+    ],
+)
+def test_runs_that_cannot_be_held_against_each_other(tmp_path: Path, change: dict[str, object], word: str) -> None:
+    one = fake_run(tmp_path / "one", NPT)
+    other = fake_run(tmp_path / "other", SPT, delta="0.05", change=change)
+    refused(RecipeError, [one, other], str(one), str(other), word)
+
+
+def test_the_same_arm_and_seed_twice(tmp_path: Path) -> None:
+    one, again = fake_run(tmp_path / "one", NPT), fake_run(tmp_path / "again", SPT)
+    refused(RecipeError, [one, again], str(one), str(again), "seed (0)")
+
+
+def test_no_heldout_text_of_the_general_source(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", NPT)
+    metrics = (run / "metrics.jsonl").read_text().replace('"general": 5.0', '"other": 5.0')
+    (run / "metrics.jsonl").write_text(metrics)
+    refused(CheckpointError, [run], "'general'", "heldout")
+
+
+def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
+    refused(CheckpointError, [fake_run(tmp_path / "run", [*NPT, (float("nan"), 5.0)])], "'code'", "not a number")
+
+
+def test_what_is_not_alike_is_warned_of(tmp_path: Path) -> None:
+    npt = fake_run(tmp_path / "npt", [NPT, NPT], lr=(1e-4, 2e-4))
+    spt = fake_run(tmp_path / "spt", [SPT, SPT], lr=(1e-4, 4e-4), delta="0.05")
+    warnings = compare([npt, spt])["warnings"]
+    assert any("grid" in warning and str(npt) in warning and str(spt) in warning for warning in warnings)
+    assert compare([npt])["warnings"] == []
+
+
+def test_arms_that_are_alike_bring_no_warning(four_runs: list[Path]) -> None:
+    assert compare(four_runs)["warnings"] == []
+
+
+# ------------------------------------------------------------------------------------------------ what people read
+
+
+def test_written_files(four_runs: list[Path], tmp_path: Path) -> None:
+    result = compare(four_runs)
+    write(result, tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.json").read_text()
+    assert json.loads(text) == json.loads(json.dumps(result))
+    with Image.open(tmp_path / "out" / "comparison.png") as picture:
+        assert picture.width == 1600
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 24) or []}
+    assert {(0x4D, 0x4D, 0x4D), (0x00, 0x72, 0xB2)} <= colours  # NPT's grey and SPT's blue
+
+
+@pytest.mark.parametrize("chosen", [slice(0, 1), slice(2, 4), slice(0, 3)])
+def test_every_selection_of_runs_can_be_printed_and_drawn(four_runs: list[Path], tmp_path: Path, chosen: slice) -> None:
+    result = compare(four_runs[chosen])
+    console = Console(record=True, width=100)
+    print_comparison(result, console)
+    assert "forgetting" in console.export_text()
+    write(result, tmp_path)
+
+
+def test_printed_table_names_the_arms_and_says_the_verdict(four_runs: list[Path]) -> None:
+    console = Console(record=True, width=100)
+    print_comparison(compare(four_runs), console)
+    text = console.export_text()
+    for words in ("NPT", "SPT 5%", "5.050", "±0.050", "more than the spread between 2 seeds"):
+        assert words in text

@@ -1,0 +1,144 @@
+"""Every `spt-fast` command of the README runs as written, on small text under the names that it uses."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import yaml
+
+from spt_fast.cli import main
+from spt_fast.config import load_recipe, read_yaml
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for language, block in BLOCKS
+    if language == "sh"
+    for line in block.splitlines()
+    if line.startswith("spt-fast")
+]
+PREPARING = [command for command in COMMANDS if command.split()[1] in ("tokenizer", "prepare")]
+USING = [command for command in COMMANDS if command not in PREPARING]
+
+WORDS = {
+    "general": "the a of and river city walked under seven old house",
+    "chem": "acid base CCO C1=CC=CC=C1 moles react heat",
+}
+REPORTING = [
+    "plan recipe.yaml",
+    "compare runs/npt runs/spt",
+    "audit runs/spt",
+    "audit runs/spt --source chem --document 7",
+    "inspect data/chem",
+    "eval runs/spt --data data/chem.heldout",
+    "checkpoint list runs/spt",
+    "checkpoint verify runs/spt",
+]
+SMALLER = {
+    "model": {"layers": 1, "width": 32, "heads": 2, "context": 32},
+    "phases.pretrain": {"tokens": "8K", "batch": {"sequences": 8}, "eval": {"every": "50%", "tokens": "2K"}},
+    "phases.finetune": {"tokens": "2K", "batch": {"sequences": 4}},
+}
+
+
+def run(command: str) -> int:
+    """The exit code of a command line, run in this process."""
+    sys.argv = shlex.split(command)
+    try:
+        main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The texts and the recipe that the README speaks of, small, with the preparing commands already run."""
+    folder = tmp_path_factory.mktemp("readme")
+    rng = random.Random(0)
+    for name, words in WORDS.items():
+        documents = [" ".join(rng.choices(words.split(), k=rng.randrange(20, 200))) + f" {i}." for i in range(400)]
+        text = "\n".join(json.dumps({"text": document}) for document in documents).encode()
+        if name == "general":
+            with pa.output_stream(folder / "general.jsonl.zst", compression="zstd") as stream:
+                stream.write(text)
+        else:
+            (folder / "chem.jsonl").write_bytes(text)
+    (folder / "recipe.yaml").write_text(next(block for language, block in BLOCKS if language == "yaml"))
+    raw = read_yaml(folder / "recipe.yaml")
+    raw["model"] = SMALLER["model"]
+    for phase in raw["phases"]:
+        phase |= SMALLER[f"phases.{phase['name']}"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in PREPARING:
+            assert run(command.replace("32768", "400")) == 0, command
+    return folder
+
+
+def test_the_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(next(block for language, block in BLOCKS if language == "yaml"))
+    assert [phase.name for phase in load_recipe(path).phases] == ["pretrain", "finetune"]
+
+
+def test_there_are_commands_to_run() -> None:
+    assert len(PREPARING) == 3
+    documented = {command.split()[1] for command in USING}
+    assert documented >= {"train", "plan", "compare", "audit", "inspect", "eval", "export", "generate"}
+
+
+def test_every_command_runs_in_the_order_of_the_readme(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    for command in USING:
+        assert run(command) == 0, command + capsys.readouterr().err
+    assert (workplace / "cmp" / "comparison.png").stat().st_size > 10_000
+    assert (workplace / "hf" / "tokenizer.json").exists()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(workplace / "hf")
+    model = AutoModelForCausalLM.from_pretrained(workplace / "hf")
+    assert model(**tokenizer("acid base", return_tensors="pt")).logits.shape[-1] == 448  # 400 rounded up to 64s
+
+    for command in REPORTING:
+        capsys.readouterr()
+        assert run(f"spt-fast {command} --json") == 0, command
+        json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train absent.yaml", "absent.yaml: cannot be read"),
+        ("train recipe.yaml --set phases.pretrain.tokns=1M", "tokns: unknown key; did you mean 'tokens'"),
+        ("eval absent --data data/chem", "absent: is no folder"),
+        ("inspect data/absent", "data/absent"),
+        ("prepare chem.jsonl --out data/x --tokenizer absent.tiktoken", "absent.tiktoken"),
+        ("prepare chem.jsonl --out data/x --tokenizer data/bpe.tiktoken --heldout 5", "--heldout"),
+        ("audit data", "holds no recipe.yaml"),
+        ("compare runs/absent", "runs/absent"),
+        ("tokenizer train nothing.jsonl --vocab-size 300 --out t.tiktoken", "nothing.jsonl"),
+        ("train", "RECIPE"),
+        ("train recipe.yaml --resum", "--resum"),
+    ],
+)
+def test_mistakes_exit_with_2_and_one_message(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, said: str
+) -> None:
+    monkeypatch.chdir(workplace)
+    assert run(f"spt-fast {command}") == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error

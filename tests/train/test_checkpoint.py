@@ -1,0 +1,115 @@
+"""A checkpoint is whole or not there: every kind of damage is found, named, and stepped over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from spt_fast.errors import CheckpointError
+from spt_fast.train import checkpoint
+
+NAMES = [f"step-{i:010d}-p00-a000" for i in (5, 10, 100)]
+
+
+def write(folder: Path, name: str, value: float, keep: int = 9) -> Path:
+    snapshot = {"weights/a": torch.full((3, 2), value), "count": torch.tensor(value)}
+    return checkpoint.save(folder, name, {"value": value}, {"current": snapshot, "best": snapshot}, keep)
+
+
+def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
+    path = write(tmp_path, NAMES[0], 1.5)
+    state, snapshots = checkpoint.read(path)
+    assert state == {"value": 1.5}
+    assert set(snapshots) == {"current", "best"}
+    assert torch.equal(snapshots["best"]["weights/a"], torch.full((3, 2), 1.5))
+    assert [p.name for p in tmp_path.iterdir()] == [NAMES[0]], "no temporaries are left"
+
+
+def test_the_newest_so_many_are_kept(tmp_path: Path) -> None:
+    for i, name in enumerate(NAMES):
+        write(tmp_path, name, i, keep=2)
+    assert [path.name for path in checkpoint.listed(tmp_path)] == NAMES[1:]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
+def change_state(path: Path) -> None:
+    (path / "state.json").write_text(json.dumps({"value": 7.0}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "torn": (lambda p: (p / "current.safetensors").write_bytes((p / "current.safetensors").read_bytes()[:-9]), "bytes"),
+    "flipped": (lambda p: flip(p / "best.safetensors"), "best.safetensors does not match its hash"),
+    "missing": (lambda p: (p / "best.safetensors").unlink(), "best.safetensors is missing"),
+    "state": (change_state, "state.json"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "no whole checkpoint"),
+    "empty manifest": (lambda p: (p / "manifest.json").write_text(""), "no whole checkpoint"),
+    "manifest is a list": (lambda p: (p / "manifest.json").write_text("[]"), "no whole checkpoint"),
+    "manifest edited": (
+        lambda p: (p / "manifest.json").write_text(
+            (p / "manifest.json").read_text().replace('"format": 1', '"format": 2')
+        ),
+        "does not match its own hash",
+    ),
+    "swapped": (
+        lambda p: (p / "state.json").write_bytes((p / "manifest.json").read_bytes()),
+        "state.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_the_newest_whole_one_taken(tmp_path: Path, kind: str) -> None:
+    for i, name in enumerate(NAMES):
+        write(tmp_path, name, i)
+    damage, says = DAMAGE[kind]
+    damage(tmp_path / NAMES[2])
+    with pytest.raises(CheckpointError, match=says):
+        checkpoint.read(tmp_path / NAMES[2])
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    state, _, path, skipped = found
+    assert (state, path.name) == ({"value": 1}, NAMES[1])
+    assert len(skipped) == 1
+    assert NAMES[2] in skipped[0]
+
+
+def test_nothing_at_all_and_nothing_whole(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "absent") is None
+    flip(write(tmp_path, NAMES[0], 0) / "current.safetensors")
+    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_crash_while_saving_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed just before the rename: the temporary folder is no checkpoint, and the next save removes it."""
+    write(tmp_path, NAMES[0], 0)
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, NAMES[2], 1)
+    assert [path.name for path in checkpoint.listed(tmp_path)] == NAMES[:1]
+    write(tmp_path, NAMES[1], 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == NAMES[:2]
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"could not be written.*make room"):
+        write(tmp_path / "file", NAMES[0], 0)
