@@ -1,7 +1,8 @@
 """Keeping the C allocator's memory, so that a training step doesn't fetch it anew from the system.
 
-glibc gives a freed block of more than some megabytes back to the system, and every page of the next such block costs a fault when it
-is first touched. A training step on a CPU frees and allocates the same gigabyte over and over: about 15% of its time.
+glibc gives a freed block of more than some megabytes back to the system, and every page of the next such block costs a
+fault when it is first touched. A training step on a CPU frees and allocates the same gigabyte over and over: about 15%
+of its time.
 """
 
 from __future__ import annotations

@@ -54,11 +54,8 @@ def _visits(ring: Ring, count: int, start: int, end: int) -> Visits:
     if rest > start:  # whole epochs visited [0, rest) once more than the other tokens
         rises.append(np.array([start]))
         falls.append(np.array([min(rest, end)]))
-    first = ring.epoch_start(epoch)
-    for copy in (
-        0,
-        ring.num_tokens,
-    ):  # its windows lie end to end from `first` on, at most once around
+    first = ring.epoch_start(epoch)  # of the unfinished epoch, whose windows lie end to end at most once around
+    for copy in (0, ring.num_tokens):
         low, high = max(start + copy - first, 0), end + copy - first
         windows = np.arange(low // ring.context, min(-(-high // ring.context), ring.windows_per_epoch))
         read = windows[ring.order(epoch).positions_of(windows) < drawn] * ring.context + first - copy

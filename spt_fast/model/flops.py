@@ -17,28 +17,28 @@ MFU_CONVENTION = "6N+12LHQT"
 # Dense bf16 peaks in FLOP/s (without sparsity) from the makers' datasheets; the first pattern found in the device's
 # name counts. H100 SXM calls itself "NVIDIA H100 80GB HBM3".
 PEAK_BF16_FLOPS = {
-    r"GB200": 2500e12,
-    r"B200": 2250e12,
-    r"GH200": 990e12,
-    r"H200 NVL": 836e12,
-    r"H200": 989e12,
-    r"H100 PCIe": 756e12,
-    r"H100 NVL": 835e12,
-    r"H100": 989e12,
-    r"H800": 989e12,
-    r"H20\b": 148e12,
-    r"A100": 312e12,
-    r"A800": 312e12,
-    r"A40\b": 149.7e12,
-    r"A30\b": 165e12,
-    r"A10\b": 125e12,
-    r"L40S": 362e12,
-    r"L40\b": 181e12,
-    r"L4\b": 121e12,
-    r"RTX 5090": 209.5e12,
-    r"RTX 4090": 165.2e12,
-    r"RTX 3090\b": 71e12,
-    r"MI300X": 1307e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 990e12,
+    "H200 NVL": 836e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
 }
 
 
@@ -78,7 +78,10 @@ def peak_flops_by_name(name: str) -> float | None:
     """As `peak_flops`, of the device that calls itself `name`."""
     if "MIG" in name:
         return None
-    return next((peak for pattern, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{pattern}", name)), None)
+    for model, peak in PEAK_BF16_FLOPS.items():
+        if re.search(rf"\b{model}\b(?! (Ti|D|Laptop))", name):
+            return peak
+    return None
 
 
 def mfu_label(device: torch.device | str) -> str:

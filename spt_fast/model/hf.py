@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,12 @@ def save(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, dty
     dtype = dtype or model.embedding.dtype
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype: weights can be saved as float32, bfloat16 or float16, not {dtype}")
+    if not model.config.qk_norm and model.config.width % model.config.heads:
+        warnings.warn(
+            f"{folder}: transformers loads no Llama whose {model.config.heads} heads don't divide its width "
+            f"{model.config.width}; GPT.from_hf does",
+            stacklevel=2,
+        )
     tensors = {}
     for name, parameter in model.named_parameters():
         sources = _sources(model.config, name)

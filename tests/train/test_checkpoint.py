@@ -58,9 +58,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty manifest": (lambda p: (p / "manifest.json").write_text(""), "no whole checkpoint"),
     "manifest is a list": (lambda p: (p / "manifest.json").write_text("[]"), "no whole checkpoint"),
     "manifest edited": (
-        lambda p: (p / "manifest.json").write_text(
-            (p / "manifest.json").read_text().replace('"format": 1', '"format": 2')
-        ),
+        lambda p: replace(p / "manifest.json", '"format": 1', '"format": 2'),
         "does not match its own hash",
     ),
     "swapped": (
