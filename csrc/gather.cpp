@@ -1,8 +1,9 @@
 // Windows of token files into a batch, and the request to have the next ones in memory in time.
 //
-// Windows are read by pread rather than through a map: from the page cache it costs the same within a few percent at
-// 1,024 tokens and more, a window on fresh pages needs no page faults, and a file that is cut short, or a disk that
-// fails, is an error to report where a map would kill the process by SIGBUS.
+// Windows are read by pread rather than through a map: a file that is cut short, or a disk that fails, is then an error
+// to report, at whatever moment it happens, where a map would kill the process by SIGBUS. The price, from the page cache
+// on one core of a virtual machine: 400, 1040 and 1415 M tokens/s at T = 256, 1024 and 2048, where a map reaches 750,
+// 1370 and 1680; training takes about 0.5 M tokens/s a GPU.
 
 #include <fcntl.h>
 #include <unistd.h>

@@ -41,6 +41,7 @@ class RunLog:
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total} steps"),
             TextColumn("{task.fields[rates]}"),
+            TextColumn("ETA"),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[evaluated]}"),
             console=self._console,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from spt_fast.config import Phase, Recipe
+from spt_fast.data.audit import epochs
 from spt_fast.data.inspection import overlap_share
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
@@ -112,7 +113,7 @@ class Plan:
 
     def epochs(self, source: str, windows: int) -> Fraction:
         """How often `windows` windows go through the source's training text."""
-        return Fraction(windows * self.model.context, self.train[source].num_tokens)
+        return epochs(self.rings[source], windows)
 
     def describe(self) -> list[dict[str, Any]]:
         """Per phase: tokens and, per source, the share asked and the tokens and epochs exactly achieved."""

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import time
+import timeit
 from fractions import Fraction
 
 import numpy as np
@@ -70,9 +70,9 @@ def test_an_empty_document() -> None:
 
 def test_a_document_of_an_immense_run_takes_no_time() -> None:
     ring, count = Ring(10**13 + 1, 2048, 0, "web"), 2**61 + 12345
-    began = time.perf_counter()
     visits = document_visits(ring, count, 10**12, 10**12 + 100_000)
-    assert time.perf_counter() - began < 0.05
+    seconds = timeit.repeat(lambda: document_visits(ring, count, 10**12, 10**12 + 100_000), number=1, repeat=5)
+    assert min(seconds) < 0.02
     about = count * 2048 / ring.num_tokens
     assert visits["max_visits"] - visits["min_visits"] <= 2
     assert abs(visits["min_visits"] - about) <= 2

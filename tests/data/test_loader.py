@@ -274,7 +274,7 @@ def test_no_random_generator_is_drawn_on(datasets: dict[str, TokenDataset]) -> N
 
 
 def test_compiled_calls_release_the_gil() -> None:
-    index = np.arange(3_000_000)
+    index = np.arange(8_000_000)
     done = threading.Event()
 
     def work() -> None:
