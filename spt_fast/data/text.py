@@ -104,8 +104,7 @@ class TextReader:
     def _blocks(self, stream: Any, path: Path, file: Any = None) -> Iterator[bytes]:
         before, start = self.read_bytes, True
         while block := _read(stream, path):
-            if file is not None:
-                self.read_bytes = before + file.tell()
+            self.read_bytes = before + file.tell() if file is not None else self.read_bytes + len(block)
             yield block.removeprefix(_BOM) if start else block
             start = False
 
@@ -206,7 +205,7 @@ def _json_text(line: bytes | None, text_key: str) -> tuple[str, bytes]:
         record = json.loads(_decode(line))
     except json.JSONDecodeError as error:
         raise _BadDocument(
-            "broken JSON", f"broken JSON ({error.msg} at {error.colno}); mend the line, {_SKIP}"
+            "broken JSON", f"broken JSON ({error.msg}, column {error.colno}); mend it, {_SKIP}"
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list thousands deep
         raise _BadDocument("broken JSON", f"broken JSON ({error}); mend the line, {_SKIP}") from None

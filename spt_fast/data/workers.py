@@ -5,7 +5,8 @@ output: raw buffers behind a JSON header, nothing pickled. It needs no fork (saf
 the caller's main module again, ignores Ctrl-C, and ends when its input does, however its parent died.
 
 In the parent one thread a worker waits on those pipes, and one more reads ahead. The text under way, read and not yet
-taken as ids, is bounded by AHEAD_BYTES a worker (or is a single document).
+taken as ids, is bounded by AHEAD_BYTES a worker (or is a single document). That one thread is what limits many cores:
+at 17 MB/s a worker, a .gz feeds about a dozen of them, a .zst twenty, plain text and Parquet more than 64.
 """
 
 from __future__ import annotations

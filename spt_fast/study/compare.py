@@ -258,16 +258,25 @@ def _judge(figure: str, arm: Arm, base: Arm, names: str) -> dict[str, Any]:
 
 def print_comparison(result: dict[str, Any], console: Console) -> None:
     """The arms as a table, then what can be said about them."""
+    console.print(arm_table(result))
+    for line in findings(result):
+        console.print(f"- {line}", highlight=False)
+    for warning in result["warnings"]:
+        console.print(f"warning: {warning}", highlight=False)
+
+
+def arm_table(result: dict[str, Any]) -> Table:
+    """A row of figures per arm, 80 columns wide."""
     table = Table(
-        title=f"domain: {result['domain']}, general: {result['general']}; held-out loss, nats/token ± half the seeds' range",
+        title=f"held-out loss, nats/token ± half the seeds' range; domain {result['domain']}, general {result['general']}",
         title_justify="left",
         title_style="",
         box=box.SIMPLE_HEAD,
-        pad_edge=False,
+        padding=0,
     )
     table.add_column("arm", no_wrap=True)
     headings = ("tokens", "epochs", "seeds", "domain\nbefore", "domain\nafter", "general\nbefore", "general\nafter")
-    for heading in (*headings, "forgetting", "R_gain %"):
+    for heading in (*headings, "forget-\nting", "R_gain\n%"):
         table.add_column(heading, justify="right")
     for arm in result["arms"]:
         gain = arm["r_gain"]
@@ -279,11 +288,7 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
             *(_with_spread(arm[figure]["mean"], arm[figure]["min"], arm[figure]["max"]) for figure in FIGURES[1:6]),
             _with_spread(gain["mean"], gain["low"], gain["high"], digits=2) if gain else "",
         )
-    console.print(table)
-    for line in findings(result):
-        console.print(f"- {line}", highlight=False, soft_wrap=True)
-    for warning in result["warnings"]:
-        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    return table
 
 
 def _with_spread(mean: float, low: float, high: float, digits: int = 3) -> str:

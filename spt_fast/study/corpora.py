@@ -6,9 +6,9 @@ general  English prose: the docstrings of the standard library and of the instal
 domain   C++: the headers that torch brings, without their licence texts and without what a generator wrote. It stands
          in for a company's own code base. One document is one header.
 
-Both are written as JSON lines of {"text", "source"}, in the order of a hash of the source's name: the same machine writes
-the same file, and any prefix of it is a fair sample. Text that repeats what came before is left out: a near-copy in the
-held-out part would be a leak.
+Both are written as JSON lines of {"text", "source"}, in the order of a hash of the source's name: the same machine
+writes the same file, and any prefix of it is a fair sample. Text that repeats what came before is left out: a near-copy
+in the held-out part would be a leak.
 """
 
 from __future__ import annotations

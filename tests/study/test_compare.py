@@ -117,7 +117,7 @@ def test_domain_is_the_finetunes_largest_source_and_general_the_pretrainings(tmp
     assert (result["domain"], result["general"]) == ("code", "general")
 
 
-# ------------------------------------------------------------------------------------------------ general at equal domain
+# ------------------------------------------------------------------------------------------------ equal domain loss
 
 
 def test_general_at_equal_domain_is_interpolated_along_the_path(tmp_path: Path) -> None:

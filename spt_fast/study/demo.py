@@ -1,0 +1,201 @@
+"""The whole main job on text that every machine has, in a few minutes on two CPU cores.
+
+    corpora → tokenizer → datasets → recipes → runs (NPT and SPT, two seeds each) → comparison
+
+Everything lands in one folder and is made only once: a demo that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spt_fast.config import load_recipe
+from spt_fast.data.prepare import prepare
+from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
+from spt_fast.study.compare import arm_table, compare, write
+from spt_fast.study.corpora import write_domain, write_general
+from spt_fast.study.runs import arm_name, delta_key
+from spt_fast.train.loop import run
+
+GENERAL, DOMAIN = "prose", "cpp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much the demo does. The defaults take about five minutes on two cores."""
+
+    general_bytes: int = 7_000_000
+    """Text of the general corpus: more tokens than pretraining reads."""
+    domain_bytes: int = 400_000
+    """Text of the domain; half of it is held out, and of the rest only `domain_tokens` are trained on."""
+    vocab_size: int = 4096
+    model: str = "{preset: 1m}"
+    pretrain_tokens: int = 800_000
+    delta: Fraction = Fraction(1, 10)
+    """The domain's share of SPT's pretraining tokens."""
+    domain_tokens: int = 8_000
+    """So few that SPT reads them about ten times over."""
+    finetune_tokens: int = 60_000
+    heldout_tokens: int = 16_000
+    seeds: tuple[int, ...] = (0, 1)
+
+
+def demo(out: Path, scale: Scale | None = None) -> dict[str, Any]:
+    """Run or go on with the demo in folder `out`; returns the comparison, also written there as JSON and PNG.
+
+    Exits the process with code 75 when interrupted: what was done is saved, and the same call goes on with it.
+    """
+    out, scale = Path(out), scale or Scale()
+    console = Console(highlight=False)
+    began_s = time.monotonic()
+    console.print(
+        "Specialized pretraining (SPT) mixes a scarce domain into pretraining from the first step; standard pretraining "
+        "(NPT) leaves it to the finetune. Here the domain is C++ headers, the general text English from docstrings, and "
+        "the finetune is the same for both. About five minutes on two cores.\n"
+    )
+    prepare_data(out / "data", scale, console)
+    recipes = write_recipes(out, scale)
+    folders = []
+    first_run_s = time.monotonic()
+    for number, recipe in enumerate(recipes):
+        elapsed_s = time.monotonic() - first_run_s
+        to_go = f", about {_minutes(elapsed_s / number * (len(recipes) - number))} to go" if number else ""
+        so_far = _minutes(time.monotonic() - began_s)
+        console.print(f"\nrun {number + 1} of {len(recipes)}: {recipe} ({so_far} so far{to_go})", soft_wrap=True)
+        loaded = load_recipe(recipe)
+        if run(loaded, resume=True)["status"] == "stopped":
+            console.print(f"\nstopped and saved; `spt-fast demo --out {out}` goes on")
+            raise SystemExit(75)
+        folders.append(Path(loaded.run))
+
+    result = compare(folders)
+    write(result, out)
+    console.print("\n", arm_table(result))
+    for paragraph in conclusion(result):
+        console.print(f"{paragraph}\n")
+    console.print(next_steps(out), soft_wrap=True)
+    console.print(
+        f"\n{_minutes(time.monotonic() - began_s)} in all. Now look at {out / 'comparison.png'}", soft_wrap=True
+    )
+    return result
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+
+
+def prepare_data(folder: Path, scale: Scale, console: Console) -> None:
+    """Write the corpora, train the tokenizer, prepare both datasets with their held-out parts: whatever is missing."""
+    tokenizer_file = folder / "bpe.tiktoken"
+    writers = {GENERAL: (write_general, scale.general_bytes), DOMAIN: (write_domain, scale.domain_bytes)}
+    texts = {name: folder / f"{name}.jsonl" for name in writers}
+    for name, (write_text, limit_bytes) in writers.items():
+        if not texts[name].exists():
+            size_bytes = write_text(texts[name], limit_bytes)
+            console.print(f"{texts[name]}: {size_bytes / 1e6:.1f} MB of text")
+    if not tokenizer_file.exists():
+        train_tokenizer(list(texts.values()), scale.vocab_size, tokenizer_file)
+        console.print(f"{tokenizer_file}: {scale.vocab_size:,} byte pairs")
+    for name, heldout in ((GENERAL, Fraction(1, 20)), (DOMAIN, Fraction(1, 2))):
+        if not (folder / f"{name}.heldout.json").exists():
+            made = prepare(texts[name], folder / name, Tokenizer.load(tokenizer_file), heldout=heldout, progress=False)
+            console.print(f"{folder / name}: {made['tokens']:,} tokens, {made['heldout']['tokens']:,} more held out")
+
+
+def write_recipes(out: Path, scale: Scale) -> list[Path]:
+    """One recipe per seed and arm in OUT/recipes; those that are there already are left as they are."""
+    (out / "recipes").mkdir(parents=True, exist_ok=True)
+    recipes = []
+    for seed in scale.seeds:
+        for arm, delta in (("npt", Fraction(0)), ("spt", scale.delta)):
+            recipe = out / "recipes" / f"{arm}-seed{seed}.yaml"
+            if not recipe.exists():
+                recipe.write_text(_recipe(out / "runs" / recipe.stem, out / "data", delta, seed, scale))
+            recipes.append(recipe)
+    return recipes
+
+
+def _recipe(run_folder: Path, data: Path, delta: Fraction, seed: int, scale: Scale) -> str:
+    mixture = {GENERAL: 1 - delta, DOMAIN: delta}
+    shares = ", ".join(f"{name}: {100 * share}%" for name, share in mixture.items() if share)
+    paths = {name: f"train: {_quoted(data / name)}, heldout: {_quoted(data / f'{name}.heldout')}" for name in mixture}
+    return f"""\
+run: {_quoted(run_folder)}
+seed: {seed}
+model: {scale.model}
+tokenizer: {_quoted(data / "bpe.tiktoken")}
+checkpoint: {{every: 100 steps, keep: 1}}
+sources:
+  {GENERAL}: {{{paths[GENERAL]}}}
+  # scarce on purpose: the first documents up to so many tokens
+  {DOMAIN}: {{{paths[DOMAIN]}, limit_tokens: {scale.domain_tokens}}}
+phases:
+  - name: pretrain
+    tokens: {scale.pretrain_tokens}
+    mixture: {{{shares}}}  # all that makes the difference between NPT and SPT
+    batch: {{sequences: 8}}
+    optimizer: {{lr: 3e-3}}
+    schedule: {{name: cosine, warmup: 5%}}
+    eval: {{every: 50%, tokens: {scale.heldout_tokens}}}
+  - name: finetune
+    tokens: {scale.finetune_tokens}
+    mixture: {{{DOMAIN}: 100%}}
+    batch: {{sequences: 4}}
+    optimizer: {{lr: 1e-3, weight_decay: 1e-7}}
+    schedule: {{name: constant, warmup: 10 steps}}
+    eval: {{every: 10%, tokens: {scale.heldout_tokens}}}
+    stop: {{on: {DOMAIN}, patience: 2}}  # the weights with the best held-out domain loss are handed on
+    grid: {{lr: [7e-4, 2e-3]}}  # each tried from the same start, the best by held-out domain loss kept
+"""
+
+
+def _quoted(path: Path) -> str:
+    """For YAML, which takes JSON's strings."""
+    return json.dumps(str(path))
+
+
+def conclusion(result: dict[str, Any]) -> list[str]:
+    """What came out, for someone who reads nothing else."""
+    npt, spt = result["arms"]
+    delta = delta_key(spt["delta"])
+    verdicts = {figure: by_delta[delta] for figure, by_delta in result["verdict"].items()}
+    gain = result["r_gain"][delta]["mean"]
+    equal = {key: losses["mean"] for key, losses in result["general_at_equal_domain"]["general"].items()}
+    forgot = [arm["forgetting"]["mean"] for arm in (npt, spt)]
+    name, epochs = arm_name(spt["delta"]), spt["domain_epochs"]["mean"]
+    return [
+        f"In the domain, {name} ends {abs(gain):.1f}% {'better' if gain > 0 else 'worse'} than NPT, having read the domain "
+        f"{epochs:.3g} times before the finetune: {_weighed(verdicts['domain_after'])}.",
+        f"In general text, the finetune costs {forgot[0]:.2f} nats/token after NPT and {forgot[1]:.2f} after {name}: "
+        f"{_weighed(verdicts['forgetting'])}. At the moment when both reach the same domain loss, NPT is at {equal['0']:.2f} "
+        f"in general text and {name} at {equal[delta]:.2f}: {_weighed(verdicts['general_at_equal_domain'])}.",
+        "A model this small, trained this briefly, shows which way it goes, not how far it will go for you.",
+    ]
+
+
+def _weighed(verdict: dict[str, Any]) -> str:
+    if verdict["exceeds"] is None:
+        return "one seed cannot say whether that is more than chance"
+    spread = f"the spread between {verdict['seeds']} seeds ({verdict['spread']:.3f} nats/token)"
+    relation = "exceeds" if verdict["exceeds"] else "does NOT clearly exceed"
+    return f"the difference, {abs(verdict['difference']):.3f} nats/token, {relation} {spread}"
+
+
+def next_steps(out: Path) -> str:
+    """The commands that do the same with one's own data."""
+    return f"""\
+The same with your own data:
+  spt-fast tokenizer train general.jsonl mine.jsonl --vocab-size 16384 --out data/bpe.tiktoken
+  spt-fast prepare general.jsonl --tokenizer data/bpe.tiktoken --out data/general --heldout 0.5%
+  spt-fast prepare mine.jsonl --tokenizer data/bpe.tiktoken --out data/mine --heldout 5%
+  cp {out / "recipes" / "spt-seed0.yaml"} mine.yaml    # then change run, sources, model, tokens and mixture
+  spt-fast plan mine.yaml                              # tokens, epochs, parameters, cost
+  spt-fast train mine.yaml
+  spt-fast compare runs/npt runs/mine --out comparison"""
