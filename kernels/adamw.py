@@ -30,9 +30,9 @@ from torch import Tensor
 
 from spt_fast.kernels.backend import Op, accumulation_dtype
 
-# Elements that are updated together. On a CPU a block and its two temporaries fit the cache of a core; on a GPU the
-# blocks only bound the temporaries.
-BLOCK = {"cpu": 1 << 18}
+# Elements updated together: on a CPU so many that tensors and temporaries fit its cache, on a GPU only to bound the
+# temporaries.
+BLOCK = {"cpu": 1 << 19}
 BLOCK_ELSEWHERE = 1 << 26
 
 

@@ -34,11 +34,11 @@ from torch.autograd.function import once_differentiable
 
 from spt_fast.kernels.backend import CONTRACT_BACKENDS, Op, accumulation_dtype
 
-# The longest sequence for which p is kept; rows of queries in a block; heads at a time (the scores of a block stay in
-# cache).
+# The longest sequence for which p is kept; rows of queries in a block; bytes of scores at a time, which should stay in
+# cache.
 BLOCKED_MAX_TOKENS = 1024
 BLOCK_ROWS = 128
-CHUNK_HEADS = 24
+CHUNK_BYTES = 8 << 20
 
 
 def flash_attention(
@@ -158,13 +158,13 @@ class _BlockedCausalAttention(torch.autograd.Function):
         q_MGTD = _by_kv_head(q_BTHD, kv_heads)
         k_MTD, v_MTD = (_by_kv_head(x, kv_heads).squeeze(1) for x in (k_BTHD, v_BTHD))
         o_MGTD = torch.empty_like(q_MGTD)
+        future = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf, dtype=dtype).triu_(1)
         kept: list[Tensor] = []
         for heads, blocks in _chunks(q_MGTD):
             q, k = q_MGTD[heads].to(dtype), k_MTD[heads].to(dtype) * scale
             for start, end in blocks:
                 s_MRT = torch.bmm(q[:, :, start:end].flatten(1, 2), k[:, :end].mT)
-                future = torch.ones(end - start, end - start, dtype=torch.bool).triu_(1)
-                s_MRT.unflatten(1, (-1, end - start))[..., start:].masked_fill_(future, -torch.inf)
+                s_MRT.unflatten(1, (-1, end - start))[..., start:].add_(future[: end - start, : end - start])
                 p_MRT = torch.softmax(s_MRT, dim=-1, out=s_MRT).to(q_BTHD.dtype)
                 o_MGTD[heads, :, start:end] = torch.bmm(p_MRT, v_MTD[heads, :end]).unflatten(1, (-1, end - start))
                 if keep:
@@ -200,7 +200,7 @@ class _BlockedCausalAttention(torch.autograd.Function):
 def _chunks(q_MGTD: Tensor) -> Iterator[tuple[slice, list[tuple[int, int]]]]:
     """Slices of M, each with the (start, end) of its blocks of query rows."""
     M, G, T, _ = q_MGTD.shape
-    size = max(1, CHUNK_HEADS // G)
+    size = max(1, CHUNK_BYTES // (G * min(BLOCK_ROWS, T) * T * accumulation_dtype(q_MGTD).itemsize))
     blocks = [(start, min(start + BLOCK_ROWS, T)) for start in range(0, T, BLOCK_ROWS)]
     return ((slice(start, start + size), blocks) for start in range(0, M, size))
 

@@ -55,8 +55,8 @@ def linear_cross_entropy(
     (float64 for float64 inputs): a scalar for "mean" (over the tokens not ignored; 0 if there are none) and "sum", [N]
     for "none". The gradient of weight_VD is handed on in that dtype too; autograd casts it unless `weight.grad_dtype`
     takes it.
-    ValueError: shapes, dtypes, reduction or softcap that don't fit, or a backend that isn't available. IndexError (on
-    a CPU): a target outside the vocabulary.
+    ValueError: shapes, dtypes, reduction or softcap that don't fit, or a backend that isn't available.
+    RuntimeError (on a CPU): a target outside the vocabulary.
     """
     if (
         x_ND.dim() != 2

@@ -63,19 +63,21 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y [..., D] in x's dtype, r [..., 1] in the accumulation dtype)."""
-    dtype = accumulation_dtype(x)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    wide = x.to(accumulation_dtype(x))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * rstd).mul_(weight).to(x.dtype), rstd
+    return (wide * rstd).mul_(weight.to(wide.dtype)).to(x.dtype), rstd
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, needs_dw: bool) -> tuple[Tensor, Tensor | None]:
-    """(dx [..., D] in the accumulation dtype, dw [D] in it too)."""
-    x_hat = x * rstd
-    dw = (dy * x_hat).reshape(-1, x.shape[-1]).sum(0) if needs_dw else None
-    dx_hat = dy * weight.to(rstd.dtype)
-    projection = torch.linalg.vecdot(dx_hat, x_hat).div_(x.shape[-1]).unsqueeze(-1)
-    return dx_hat.sub_(x_hat.mul_(projection)).mul_(rstd), dw
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx [..., D], dw [D]) in the accumulation dtype."""
+    dtype, D = rstd.dtype, x.shape[-1]
+    dy, weight = dy.to(dtype), weight.to(dtype)
+    x_hat = x.to(dtype) * rstd
+    product = dy * x_hat
+    dw = product.reshape(-1, D).sum(0)
+    projection = (product @ weight).div_(D).unsqueeze(-1)
+    return (dy * weight).addcmul_(x_hat, projection, value=-1).mul_(rstd), dw
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -89,7 +91,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        dx, dw = _backward(dy, x, weight, rstd, ctx.needs_input_grad[1])
+        dx, dw = _backward(dy, x, weight, rstd)
         return dx.to(x.dtype), dw, None
 
 
@@ -108,7 +110,7 @@ class _AddRMSNorm(torch.autograd.Function):
         stream, weight, rstd = ctx.saved_tensors
         if dy is None:
             return dstream, dstream, None, None
-        dx, dw = _backward(dy, stream, weight, rstd, ctx.needs_input_grad[2])
+        dx, dw = _backward(dy, stream, weight, rstd)
         if dstream is not None:
             dx.add_(dstream)
         dx = dx.to(stream.dtype)

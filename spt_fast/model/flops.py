@@ -52,15 +52,14 @@ def parameters(config: GPTConfig) -> int:
 
 
 def matmul_parameters(config: GPTConfig) -> int:
-    """N: parameters that multiply every token: the head, tied or not, but not the embedding lookup and not the
-    norms."""
+    """N: what multiplies every token: the head, tied or not, but not the embedding lookup and not the norms."""
     return _block_matrices(config) + config.vocab_size * config.width
 
 
 def train_flops_per_token(config: GPTConfig, context: int | None = None) -> int:
-    """6N + 12·L·H·Q·T of a forward and a backward pass, with no discount for the causal mask (PaLM, arXiv 2204.02311,
-    appendix B).
+    """6N + 12·L·H·Q·T: a forward and a backward pass, with no discount for the causal mask.
 
+    (PaLM, arXiv 2204.02311, appendix B.)
     context T: tokens in a sequence, the model's context if None.
     """
     T = config.context if context is None else context
@@ -68,8 +67,7 @@ def train_flops_per_token(config: GPTConfig, context: int | None = None) -> int:
 
 
 def peak_flops(device: torch.device | str) -> float | None:
-    """Dense bf16 FLOP/s of a CUDA device by its datasheet; None for one that isn't known, for a MIG slice and for a
-    CPU."""
+    """Dense bf16 FLOP/s of a CUDA device by its datasheet; None for an unknown one, a MIG slice and a CPU."""
     device = torch.device(device)
     return peak_flops_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
@@ -91,15 +89,14 @@ def mfu_label(device: torch.device | str) -> str:
 
 
 def memory_bytes(config: GPTConfig, micro: int, *, dtype: torch.dtype, context: int | None = None) -> dict[str, int]:
-    """An estimate, for one device that holds everything, of what a training step with `micro` sequences at a time
-    needs.
+    """What a training step with `micro` sequences at a time needs on one device that holds everything, estimated.
 
     `parameters`: of `dtype`, and where that is not float32 a float32 master copy (counted under `optimizer`).
     `gradients`: float32. `optimizer`: two float32 moments.
     `activations`: what the backward pass keeps, per token and layer 4 D for the two norms and their results, (2H + 2K)
     Q for rotated queries, keys, values and the attention's result, 4 F for gate, up, silu(gate) and their product
     (with QK-norm (H + K) Q more), all of `dtype`; and once 3 D a token and the float32 gradient of the head. Left out:
-    workspaces, the chunk of logits, the allocator's own. `total` is the sum.
+    the attention weights that a CPU keeps, workspaces, the chunk of logits, the allocator's own. `total` is the sum.
     """
     D, H, K, Q = config.width, config.heads, config.kv_heads, _head_dim(config)
     tokens = micro * (config.context if context is None else context)

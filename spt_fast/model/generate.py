@@ -1,5 +1,4 @@
-"""Sampling from a GPT, one token at a time. There is no cache of keys and values: this is for a look at what a model
-has learnt."""
+"""Sampling from a GPT, one token at a time, without a cache of keys and values: for a look at what it has learnt."""
 
 from __future__ import annotations
 

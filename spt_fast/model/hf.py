@@ -73,8 +73,7 @@ def load(folder: str | Path) -> GPT:
 
 
 def save(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None) -> None:
-    """Writes model.safetensors and config.json, and with a tokenizer its files, for AutoModelForCausalLM and
-    AutoTokenizer.
+    """Writes model.safetensors, config.json and a tokenizer's files, for AutoModelForCausalLM and AutoTokenizer.
 
     dtype float32, bfloat16 or float16; None keeps the parameters' own. Everything is written and flushed beside the
     folder and then moved into it, config.json last; other files in the folder are left alone.
@@ -95,8 +94,8 @@ def save(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, dty
         for (source, _), part in zip(sources, parameter.detach().split([rows for _, rows in sources]), strict=True):
             tensors[source] = part.to(device="cpu", dtype=dtype, copy=True)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

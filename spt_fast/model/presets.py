@@ -1,5 +1,4 @@
-"""Model shapes by name. A name is the number of parameters, embedding included, at the vocabulary that stands beside
-it.
+"""Model shapes by name: about how many parameters a shape has, embedding included, at the vocabulary beside it.
 
 `1m` to `60m` are ours: heads of 32 or 64, feed-forward near 8/3 of the width, vocabularies of a tokenizer trained on
 the data at hand. `124m` is GPT-2 small's depth and width, `350m` GPT-2 medium's, `3b` and `8b` have the shapes of

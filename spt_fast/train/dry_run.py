@@ -28,6 +28,6 @@ def dry_run(recipe: Recipe) -> list[dict[str, Any]]:
                 began = time.monotonic()
                 result = engine.step(micro_batches, phase.phase.optimizer.lr, lambda: False)
                 assert result is not None
-                loss = result.loss.item()
+                loss, _, _ = result.read()
                 results.append({"phase": phase.phase.name, "loss": loss, "seconds": time.monotonic() - began})
     return results

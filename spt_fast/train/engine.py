@@ -1,6 +1,6 @@
 """The engine: how a step is computed. `LocalEngine` is one process on one device.
 
-The loop hands an engine a step's micro-batches and gets back tensors that it reads one step later, so that a step
+The loop hands an engine a step's micro-batches and gets back figures that it reads one step later, so that a step
 waits for nothing. Compute runs in an explicit dtype: bf16 parameters with fp32 masters in the optimizer where the
 hardware multiplies bf16 fast, fp32 otherwise; never autocast.
 """
@@ -8,13 +8,13 @@ hardware multiplies bf16 fast, fp32 otherwise; never autocast.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spt_fast.config import Optimizer
 from spt_fast.data.loader import Batch
+from spt_fast.kernels import keep_freed_memory
 from spt_fast.model.gpt import GPT
 from spt_fast.train.optim import AdamW, Snapshot
 
@@ -35,19 +35,33 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-@dataclass
 class StepResult:
-    """Device tensors (0-d) of one step; reading them waits for the step to finish."""
+    """What one step has to say, already on its way to the host: reading it waits for that step, not for later ones."""
 
-    loss: Tensor
-    grad_norm: Tensor
-    skipped: Tensor
+    def __init__(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
+        figures = torch.stack([loss, grad_norm, skipped.float()])
+        self._arrived: torch.cuda.Event | None = None
+        if figures.is_cuda:
+            self._figures = torch.empty(3, pin_memory=True).copy_(figures, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._figures = figures
+
+    def read(self) -> tuple[float, float, bool]:
+        """(loss in nats per token, gradient norm before clipping, whether the step was left out)."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, grad_norm, skipped = self._figures.tolist()
+        return loss, grad_norm, bool(skipped)
 
 
 class LocalEngine:
     """One process, one device."""
 
     def __init__(self, model: GPT, *, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()
         self.device = device
         self.dtype = dtype
         self.model = model.to(device=device, dtype=dtype)

@@ -112,7 +112,8 @@ class Trainer:
         self.pending: tuple[dict[str, Any], StepResult] | None = None
         self.saved = ""
         self.state = TrainState(counts=dict.fromkeys(plan.recipe.sources, 0))
-        self.snapshots: dict[str, Snapshot] = {}
+        model = plan.starting_model()
+        self.snapshots: dict[str, Snapshot] = {"kept": weights_of(model)}
         if found:
             self.state = TrainState.from_plain(found[0]["train"])
             self.snapshots = found[1]
@@ -120,7 +121,6 @@ class Trainer:
 
         device = pick_device()
         dtype = pick_dtype(plan.recipe.precision, device)
-        model = plan.starting_model()
         if "weights/head" in self.snapshots.get("current", {}):
             model.untie()
         self.parameters = sum(p.numel() for p in model.parameters())
@@ -167,7 +167,7 @@ class Trainer:
         if "current" in self.snapshots:
             self.snapshots.setdefault("start", self.snapshots["current"])
         else:
-            start = self.snapshots.pop("kept", None) or weights_of(model)
+            start = self.snapshots.pop("kept")
             if phase.optimizer_state == "reset":
                 start = {name: tensor for name, tensor in start.items() if name.startswith("weights/")}
             if phase.untie and model.head is None:
@@ -295,7 +295,7 @@ class Trainer:
         record, result = self.pending
         self.pending = None
         state = self.state
-        skipped = int(result.skipped.item())
+        loss, grad_norm, skipped = result.read()
         state.skipped += skipped
         state.skipped_in_a_row = (state.skipped_in_a_row + 1) * skipped
         self.clock.steps += 1
@@ -308,7 +308,7 @@ class Trainer:
         if record["step"] % self.log_every == 0 or record["step"] == plan.steps:
             tokens_per_s = self.clock.lap() * plan.tokens_per_step
             mfu = tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
-            figures = {"loss": _finite(result.loss), "lr": record.pop("lr"), "grad_norm": _finite(result.grad_norm)}
+            figures = {"loss": _finite(loss), "lr": record.pop("lr"), "grad_norm": _finite(grad_norm)}
             self.log.train({**record, **figures, "tokens_per_s": tokens_per_s, "mfu": mfu}, state.total_steps)
 
     def evaluate(self, plan: PhasePlan, phase: Phase) -> None:
@@ -412,7 +412,6 @@ def _deciding(losses: Mapping[str, Any], phase: Phase) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def _finite(value: torch.Tensor) -> float | None:
+def _finite(number: float) -> float | None:
     """A number for JSON, which has no NaN."""
-    number = value.item()
     return number if math.isfinite(number) else None

@@ -26,8 +26,7 @@ def run(function: Function, inputs: Sequence[Tensor], upstream: Sequence[Tensor]
 def assert_as_exact_as_torch(
     ours: Function, composition: Function, inputs: Sequence[Tensor], upstream: Sequence[Tensor], roundings: int = 1
 ) -> None:
-    """Outputs and gradients of `ours` are within twice the composition's error, plus some roundings of the largest
-    value."""
+    """`ours` errs at most twice as much as `composition`, plus `roundings` of the largest value."""
 
     def in_float64(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [x.double() if x.is_floating_point() else x for x in tensors]

@@ -53,7 +53,7 @@ ROUNDINGS = 4
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of heads and blocks of rows, the last ones short."""
     monkeypatch.setattr(attention, "BLOCK_ROWS", 8)
-    monkeypatch.setattr(attention, "CHUNK_HEADS", 3)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 8192)
 
 
 CUTS = {

@@ -46,6 +46,11 @@ def test_samples_follow_the_distribution_and_top_k(model: GPT) -> None:
     assert {model.generate([4], 1, top_k=2, temperature=3.0, seed=seed)[1] for seed in range(60)} == best
 
 
+def test_padding_of_the_vocabulary_is_never_drawn(model: GPT) -> None:
+    assert max(model.generate([1], 8, temperature=50.0, seed=3)) >= 5
+    assert max(model.generate([1], 40, temperature=50.0, seed=3, vocab_size=5)) < 5
+
+
 def test_stop_id_ends_the_text(model: GPT) -> None:
     text = model.generate([1], 40, temperature=3.0, seed=2)
     stop = text[5]
