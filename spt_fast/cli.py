@@ -362,6 +362,15 @@ def generate(
 
 
 @app.command()
+def kernels(as_json: Json = False) -> None:
+    """The backend that each op uses on this machine, and why."""
+    from spt_fast.kernels import chosen_backends
+
+    chosen = chosen_backends()
+    _print_json(chosen) if as_json else _print_facts("kernels", chosen)
+
+
+@app.command()
 def demo(out_folder: Annotated[Path, typer.Option("--out", metavar="DIR")] = Path("demo")) -> None:
     """The whole main job on text that every machine has: specialized against standard pretraining."""
     from spt_fast.study.demo import demo as run_demo

@@ -38,6 +38,7 @@ REPORTING = [
     "audit runs/spt",
     "audit runs/spt --source chem --document 7",
     "inspect data/chem",
+    "kernels",
     "eval runs/spt --data data/chem.heldout",
     "checkpoint list runs/spt",
     "checkpoint verify runs/spt",

@@ -2,27 +2,24 @@
 
     python -m benchmarks.studies.run TEMPLATE --data DIR --domain NAME --deltas 0 2% 10% --seeds 0 1 --out OUT
 
-The template is a recipe without run, seed, sources and mixtures. Runs go side by side, one thread of the CPU each, or
-one after the other on a GPU; a study that was interrupted goes on where it was. Writes OUT/comparison.json and .png.
+The template is a recipe without run, seed, sources and mixtures. Runs go side by side; an interrupted study goes on
+where it was. Writes OUT/comparison.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 
 from spt_fast.config import parse_share, read_yaml
 from spt_fast.study.compare import compare, print_comparison, write
+from spt_fast.study.launch import train_side_by_side
 
 
 def recipe(template: dict[str, Any], data: Path, domain: str, delta: Fraction, seed: int, run: Path) -> dict[str, Any]:
@@ -53,8 +50,6 @@ def main() -> None:
     parser.add_argument("--deltas", nargs="+", required=True, help="shares of the domain in pretraining; 0 is NPT")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--out", type=Path, required=True)
-    side_by_side = 1 if torch.cuda.is_available() else os.cpu_count()
-    parser.add_argument("--jobs", type=int, default=side_by_side, help="runs side by side")
     arguments = parser.parse_args()
 
     template = read_yaml(arguments.template)
@@ -68,24 +63,12 @@ def main() -> None:
             filled = recipe(template, arguments.data, arguments.domain, delta, seed, runs[-1])
             recipes[-1].write_text(yaml.safe_dump(filled, sort_keys=False))
 
-    threads = (
-        {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // arguments.jobs))}
-    )
-
-    def train(path: Path) -> int:
-        command = [sys.executable, "-m", "spt_fast", "train", str(path), "--resume"]
-        print(f"begins: {path.stem}", flush=True)
-        return subprocess.run(command, env=os.environ | threads, stdout=subprocess.DEVNULL).returncode
-
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        codes = list(pool.map(train, recipes))
-    if any(codes):
-        sys.exit(
-            f"these runs did not finish: {', '.join(p.stem for p, code in zip(recipes, codes, strict=True) if code)}"
-        )
+    console = Console()
+    if not train_side_by_side(recipes, arguments.out / "logs", console):
+        sys.exit(75)
     result = compare(runs)
     write(result, arguments.out)
-    print_comparison(result, Console())
+    print_comparison(result, console)
 
 
 if __name__ == "__main__":

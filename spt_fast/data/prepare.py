@@ -1,8 +1,8 @@
 """From text to a token dataset: read, encode in parallel, write; one pass, bounded memory.
 
 The documents of the dataset are those of the input in its order, whatever the number of workers, each ended by the
-end-of-text id. The dataset comes into being whole or not at all, and so does its held-out part: until both are written
-out, what was at PREFIX stays there.
+end-of-text id. The dataset comes into being whole or not at all, and so does its held-out part: until the last document
+is encoded, what was at PREFIX stays there.
 """
 
 from __future__ import annotations

@@ -250,7 +250,7 @@ def _jsonl_chunks(blocks: Iterator[bytes], source: str) -> Iterator[Chunk]:
     for block in blocks:
         cut = block.rfind(b"\n") + 1
         if cut:
-            data = b"".join([*rest, block[:cut]])
+            data = b"".join([*rest, memoryview(block)[:cut]])
             if not data.isspace():
                 yield Chunk(source, "line", first, data)
             first += data.count(b"\n")

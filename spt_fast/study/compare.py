@@ -268,7 +268,7 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
 def arm_table(result: dict[str, Any]) -> Table:
     """A row of figures per arm, 80 columns wide."""
     table = Table(
-        title=f"held-out loss, nats/token ± half the seeds' range; domain {result['domain']}, general {result['general']}",
+        title=f"domain: {result['domain']}, general: {result['general']}; held-out nats/token\n± half the seeds' range",
         title_justify="left",
         title_style="",
         box=box.SIMPLE_HEAD,

@@ -21,15 +21,15 @@ from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
 from spt_fast.study.compare import arm_table, compare, write
 from spt_fast.study.corpora import write_domain, write_general
+from spt_fast.study.launch import minutes, train_side_by_side
 from spt_fast.study.runs import arm_name, delta_key
-from spt_fast.train.loop import run
 
 GENERAL, DOMAIN = "prose", "cpp"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much the demo does. The defaults take about five minutes on two cores."""
+    """How much the demo does. The defaults take three to four minutes on two cores."""
 
     general_bytes: int = 7_000_000
     """Text of the general corpus: more tokens than pretraining reads."""
@@ -37,10 +37,10 @@ class Scale:
     """Text of the domain; half of it is held out, and of the rest only `domain_tokens` are trained on."""
     vocab_size: int = 4096
     model: str = "{preset: 1m}"
-    pretrain_tokens: int = 800_000
+    pretrain_tokens: int = 1_100_000
     delta: Fraction = Fraction(1, 10)
     """The domain's share of SPT's pretraining tokens."""
-    domain_tokens: int = 8_000
+    domain_tokens: int = 11_000
     """So few that SPT reads them about ten times over."""
     finetune_tokens: int = 60_000
     heldout_tokens: int = 16_000
@@ -56,39 +56,27 @@ def demo(out: Path, scale: Scale | None = None) -> dict[str, Any]:
     console = Console(highlight=False)
     began_s = time.monotonic()
     console.print(
-        "Specialized pretraining (SPT) mixes a scarce domain into pretraining from the first step; standard pretraining "
-        "(NPT) leaves it to the finetune. Here the domain is C++ headers, the general text English from docstrings, and "
-        "the finetune is the same for both. About five minutes on two cores.\n"
+        "Specialized pretraining (SPT) mixes a scarce domain into pretraining from the first step; standard "
+        "pretraining (NPT) leaves it to the finetune. Here the domain is C++ headers, the general text English from "
+        "docstrings, and the finetune is the same for both. A few minutes on two cores.\n"
     )
     prepare_data(out / "data", scale, console)
     recipes = write_recipes(out, scale)
-    folders = []
-    first_run_s = time.monotonic()
-    for number, recipe in enumerate(recipes):
-        elapsed_s = time.monotonic() - first_run_s
-        to_go = f", about {_minutes(elapsed_s / number * (len(recipes) - number))} to go" if number else ""
-        so_far = _minutes(time.monotonic() - began_s)
-        console.print(f"\nrun {number + 1} of {len(recipes)}: {recipe} ({so_far} so far{to_go})", soft_wrap=True)
-        loaded = load_recipe(recipe)
-        if run(loaded, resume=True)["status"] == "stopped":
-            console.print(f"\nstopped and saved; `spt-fast demo --out {out}` goes on")
-            raise SystemExit(75)
-        folders.append(Path(loaded.run))
+    console.print(f"training {', '.join(map(str, recipes))}\n", soft_wrap=True)
+    if not train_side_by_side(recipes, out / "logs", console):
+        console.print(f"\nstopped and saved; `spt-fast demo --out {out}` goes on", soft_wrap=True)
+        raise SystemExit(75)
 
-    result = compare(folders)
+    result = compare([load_recipe(recipe).run for recipe in recipes])
     write(result, out)
     console.print("\n", arm_table(result))
     for paragraph in conclusion(result):
         console.print(f"{paragraph}\n")
     console.print(next_steps(out), soft_wrap=True)
     console.print(
-        f"\n{_minutes(time.monotonic() - began_s)} in all. Now look at {out / 'comparison.png'}", soft_wrap=True
+        f"\n{minutes(time.monotonic() - began_s)} in all. Now look at {out / 'comparison.png'}", soft_wrap=True
     )
     return result
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
 
 
 def prepare_data(folder: Path, scale: Scale, console: Console) -> None:
@@ -171,11 +159,12 @@ def conclusion(result: dict[str, Any]) -> list[str]:
     forgot = [arm["forgetting"]["mean"] for arm in (npt, spt)]
     name, epochs = arm_name(spt["delta"]), spt["domain_epochs"]["mean"]
     return [
-        f"In the domain, {name} ends {abs(gain):.1f}% {'better' if gain > 0 else 'worse'} than NPT, having read the domain "
-        f"{epochs:.3g} times before the finetune: {_weighed(verdicts['domain_after'])}.",
+        f"In the domain, {name} ends {abs(gain):.1f}% {'better' if gain > 0 else 'worse'} than NPT, having read its "
+        f"text {epochs:.3g} times before the finetune: {_weighed(verdicts['domain_after'])}.",
         f"In general text, the finetune costs {forgot[0]:.2f} nats/token after NPT and {forgot[1]:.2f} after {name}: "
-        f"{_weighed(verdicts['forgetting'])}. At the moment when both reach the same domain loss, NPT is at {equal['0']:.2f} "
-        f"in general text and {name} at {equal[delta]:.2f}: {_weighed(verdicts['general_at_equal_domain'])}.",
+        f"{_weighed(verdicts['forgetting'])}. At the moment when both reach the same domain loss, NPT is at "
+        f"{equal['0']:.2f} in general text and {name} at {equal[delta]:.2f}: "
+        f"{_weighed(verdicts['general_at_equal_domain'])}.",
         "A model this small, trained this briefly, shows which way it goes, not how far it will go for you.",
     ]
 
@@ -195,7 +184,7 @@ The same with your own data:
   spt-fast tokenizer train general.jsonl mine.jsonl --vocab-size 16384 --out data/bpe.tiktoken
   spt-fast prepare general.jsonl --tokenizer data/bpe.tiktoken --out data/general --heldout 0.5%
   spt-fast prepare mine.jsonl --tokenizer data/bpe.tiktoken --out data/mine --heldout 5%
-  cp {out / "recipes" / "spt-seed0.yaml"} mine.yaml    # then change run, sources, model, tokens and mixture
-  spt-fast plan mine.yaml                              # tokens, epochs, parameters, cost
-  spt-fast train mine.yaml
-  spt-fast compare runs/npt runs/mine --out comparison"""
+  cp {out / "recipes"}/*-seed0.yaml .   # then change run, sources, model, tokens and mixture in both
+  spt-fast plan spt-seed0.yaml    # tokens, epochs, parameters, cost
+  spt-fast train npt-seed0.yaml && spt-fast train spt-seed0.yaml
+  spt-fast compare runs/npt runs/spt --out comparison"""

@@ -1,0 +1,87 @@
+"""Running recipes side by side: what the user is told, and what happens when one fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from spt_fast.config import load_recipe
+from spt_fast.errors import RecipeError
+from spt_fast.study import launch
+from spt_fast.study.launch import progress_of, train_side_by_side
+from tests.study.fake_runs import fake_run
+
+PATH = [(6.0, 5.0), (5.0, 6.0), (4.0, 7.0)]  # a finetune of two steps of 1000 tokens
+
+
+def test_progress_counts_tokens_over_phases_and_grid_arms(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", [PATH, PATH], tokens=6000)
+    recipe = load_recipe(run / "recipe.yaml")
+    assert progress_of(recipe) == (1.0, "done")
+    (run / "summary.json").unlink()
+
+    def after(**record: object) -> float:
+        with (run / "metrics.jsonl").open("a") as metrics:
+            metrics.write(json.dumps(record) + "\n" + '{"half of a lin')
+        share = progress_of(recipe)[0]
+        (run / "metrics.jsonl").write_text("")
+        return share
+
+    assert after(phase="pretrain", arm=0, step=1, tokens=3000) == 0.3
+    assert after(phase="finetune", arm=0, step=0, tokens=0) == 0.6
+    assert after(phase="finetune", arm=1, step=1, tokens=1000) == 0.9
+    assert progress_of(recipe) == (0.0, "")  # an empty file
+    (run / "metrics.jsonl").unlink()
+    assert progress_of(recipe) == (0.0, "")
+
+
+def test_what_is_done_is_not_started_and_what_was_edited_since_is_refused(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", PATH)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((run / "recipe.yaml").read_text())
+    assert train_side_by_side([recipe], tmp_path / "logs", Console(file=io.StringIO()))
+    assert list((tmp_path / "logs").iterdir()) == []
+    recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 1"))
+    with pytest.raises(RecipeError, match="seed: 0 → 1"):
+        train_side_by_side([recipe], tmp_path / "logs", Console(file=io.StringIO()))
+
+
+def test_a_recipe_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
+    recipe = fake_run(tmp_path / "run", PATH) / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("data/code", str(tmp_path / "nowhere")))
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: failed with exit code 2(.|\n)*nowhere|bpe\.tiktoken"):
+        train_side_by_side([recipe], tmp_path / "logs", Console(file=io.StringIO()))
+    assert (tmp_path / "logs" / "recipe.log").stat().st_size > 0
+
+
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_every_process_gets_its_share_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    """Each stand-in for a training process notes its threads, and how many others were under way."""
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import os, pathlib, sys, time\n"
+        f"here = pathlib.Path({str(tmp_path)!r}, 'ran', pathlib.Path(sys.argv[3]).parent.name)\n"
+        "here.parent.mkdir(exist_ok=True)\n"
+        "here.write_text('')\n"
+        "time.sleep(0.5)\n"
+        "others = sum(not f.read_text() for f in here.parent.iterdir())\n"
+        "here.write_text(os.environ['OMP_NUM_THREADS'] + ' ' + str(others))\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(script))
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    recipes = [fake_run(tmp_path / f"run{i}", PATH) / "recipe.yaml" for i in range(3)]
+    for recipe in recipes:
+        (recipe.parent / "summary.json").unlink()
+    assert train_side_by_side(recipes, tmp_path / "logs", Console(file=io.StringIO()))
+    notes = [note.read_text().split() for note in (tmp_path / "ran").iterdir()]
+    assert len(notes) == 3
+    assert {threads for threads, _ in notes} == {str(cores // min(cores, 3))}
+    assert max(int(others) for _, others in notes) <= min(cores, 3)
