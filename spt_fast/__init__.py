@@ -9,7 +9,6 @@ The names below are loaded on first use, so that `import spt_fast` costs nothing
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
     from spt_fast.model.gpt import GPT, GPTConfig
     from spt_fast.train.loop import run
 
-try:
-    __version__ = version("spt-fast")
-except PackageNotFoundError:
-    __version__ = "0+uninstalled"
+    __version__: str
 
 _HOMES = {
     "GPT": "spt_fast.model.gpt",
@@ -40,6 +36,10 @@ __all__ = ["GPT", "GPTConfig", "Mixture", "Recipe", "TokenDataset", "Tokenizer",
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("spt-fast")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'spt_fast' has no attribute {name!r}")

@@ -6,6 +6,7 @@ Exit codes: 0 the work is done; 75 interrupted and saved; 2 a bad recipe, file o
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,12 +39,19 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE")]
 
 
 def main() -> None:
-    """Entry point: runs the command line and turns a user's mistake into one message and exit code 2."""
+    """Entry point: runs the command line and turns a user's mistake into one message and exit code 2.
+
+    SIGTERM interrupts as Ctrl-C does, so that what is half-written is removed; training takes both over and saves.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except SptError as error:
         print(f"spt-fast: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("spt-fast: interrupted", file=sys.stderr)
+        sys.exit(130)
     except RuntimeError as error:
         print(f"spt-fast: {error}", file=sys.stderr)
         sys.exit(1)
@@ -90,12 +98,13 @@ def tokenizer_train(
     ],
     vocab_size: Annotated[int, typer.Option(help="Ids in all, the end-of-text id included.")],
     out_file: Annotated[Path, typer.Option("--out", help="File for the tiktoken ranks.")],
-    text_key: str = "text",
+    text_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
+    skip_bad: Annotated[bool, typer.Option(help="Leave broken lines out instead of stopping at the first.")] = False,
 ) -> None:
     """Train a byte-level BPE and save it as tiktoken ranks."""
     from spt_fast.data.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(inputs, vocab_size, out_file, text_key=text_key)
+    tokenizer = train_tokenizer(inputs, vocab_size, out_file, text_key=text_key, skip_bad=skip_bad)
     out.print(f"{out_file}: {tokenizer.vocab_size:,} ids, end of text {tokenizer.eos_id}")
 
 
