@@ -37,12 +37,12 @@ class Scale:
     """Text of the domain; half of it is held out, and of the rest only `domain_tokens` are trained on."""
     vocab_size: int = 4096
     model: str = "{preset: 1m}"
-    pretrain_tokens: int = 1_100_000
+    pretrain_tokens: int = 900_000
     delta: Fraction = Fraction(1, 10)
     """The domain's share of SPT's pretraining tokens."""
-    domain_tokens: int = 11_000
+    domain_tokens: int = 9_000
     """So few that SPT reads them about ten times over."""
-    finetune_tokens: int = 60_000
+    finetune_tokens: int = 90_000
     heldout_tokens: int = 16_000
     seeds: tuple[int, ...] = (0, 1)
 
@@ -136,11 +136,11 @@ phases:
     tokens: {scale.finetune_tokens}
     mixture: {{{DOMAIN}: 100%}}
     batch: {{sequences: 4}}
-    optimizer: {{lr: 1e-3, weight_decay: 1e-7}}
+    optimizer: {{lr: 4e-4, weight_decay: 1e-7}}
     schedule: {{name: constant, warmup: 10 steps}}
     eval: {{every: 10%, tokens: {scale.heldout_tokens}}}
     stop: {{on: {DOMAIN}, patience: 2}}  # the weights with the best held-out domain loss are handed on
-    grid: {{lr: [7e-4, 2e-3]}}  # each tried from the same start, the best by held-out domain loss kept
+    grid: {{lr: [4e-4, 1e-3]}}  # each tried from the same start, the best by held-out domain loss kept
 """
 
 
