@@ -197,12 +197,14 @@ def test_verdict_when_seeds_differ_by_more_than_arms(tmp_path: Path) -> None:
 
 def test_verdict_wants_one_sign_at_every_seed(tmp_path: Path) -> None:
     """A large mean difference that one seed contradicts is no finding, even beyond the ranges of both arms."""
-    by_seed = [(0.0, 0.5), (0.0, 0.5), (0.4, 0.3)]
+    by_seed = [(0.0, 1.9), (0.0, 1.9), (0.0, 1.9), (1.0, 0.9)]
     runs = []
     for seed, (npt, spt) in enumerate(by_seed):
         runs += [fake_run(tmp_path / f"npt{seed}", shifted(NPT, npt), seed=seed)]
         runs += [fake_run(tmp_path / f"spt{seed}", shifted(NPT, spt), seed=seed, delta="0.1")]
-    assert compare(runs)["verdict"]["domain_after"]["0.1"]["exceeds"] is False
+    verdict = compare(runs)["verdict"]["domain_after"]["0.1"]
+    assert verdict["difference"] > verdict["spread"]
+    assert verdict["exceeds"] is False
 
 
 def test_one_seed_cannot_say(four_runs: list[Path]) -> None:

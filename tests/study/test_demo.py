@@ -84,7 +84,7 @@ def test_interrupted_it_goes_on_where_it_stopped(finished: tuple[Path, dict[str,
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    interrupter = threading.Thread(target=interrupt_once_training)
+    interrupter = threading.Thread(target=interrupt_once_training, daemon=True)
     interrupter.start()
     with pytest.raises(SystemExit) as stopped:
         demo(tmp_path, one_seed)
