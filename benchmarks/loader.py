@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.machine import machine
 from spt_fast import native
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
 from spt_fast.data.ring import Ring
 from spt_fast.data.schedule import Schedule
 from spt_fast.data.shards import TokenDataset
+from spt_fast.kernels import keep_freed_memory
 
 CORPUS_TOKENS = 100_000_000
 BATCH_TOKENS = 1 << 18
@@ -43,20 +42,6 @@ def best_seconds(
         action()
         seconds.append(clock() - began)
     return min(seconds)
-
-
-def machine() -> dict[str, str | int | None]:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return {
-        "date": date.today().isoformat(),
-        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def gathering(folder: Path) -> dict[str, float]:
@@ -140,9 +125,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the trainer does
     with tempfile.TemporaryDirectory() as folder:
         results = planning() | gathering(Path(folder))
-    about = machine()
+    about = machine("torch", "numpy")
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for name, value in results.items():
         print(f"{name:<48}{value:>10.3f}" if value < 10 else f"{name:<48}{value:>10.0f}")

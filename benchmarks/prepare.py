@@ -13,22 +13,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import resource
 import statistics
 import sysconfig
 import tempfile
 import threading
 import time
-from datetime import date
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
+from benchmarks.machine import machine
 from spt_fast.data.prepare import prepare
 from spt_fast.data.text import iter_documents
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
@@ -93,19 +90,6 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return {
-        "date": date.today().isoformat(),
-        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "tiktoken": version("tiktoken"),
-    }
-
-
 def measure(inputs: list[str], tokenizer: Tokenizer, workers: int | None, repeats: int, folder: Path) -> dict[str, Any]:
     runs = []
     for _ in range(repeats):
@@ -145,7 +129,7 @@ def main() -> None:
         else:
             tokenizer = train_tokenizer(inputs, 4096, folder / "t.tiktoken", sample_bytes=20_000_000)
         results = measure(inputs, tokenizer, arguments.workers, arguments.repeats, folder)
-    about = machine()
+    about = machine("tiktoken", "pyarrow")
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"{results['text_mb']:.0f} MB of text, {results['workers']} workers, {results['peak_mb']:.0f} MB of memory")
     print(f"{'tiktoken, one core':>20}{'prepare':>14}{'ratio':>9}{'CPU ratio':>11}")

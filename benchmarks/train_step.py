@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.machine import machine
 from spt_fast.config import Optimizer
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
@@ -78,9 +78,8 @@ def main() -> None:
         rates = measure(contenders, options.rounds, options.steps, options.batch * config.context)
 
     report = {
-        "machine": f"{cpu_name()}, {options.threads} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "machine": machine("torch"),
+        "threads": options.threads,
         "parameters": parameters(config),
         "shape": f"{config.layers}x{config.width}, batch {options.batch} x {config.context}, V {config.vocab_size}",
         "flops_per_token": train_flops_per_token(config),
@@ -224,13 +223,10 @@ def quartiles(samples: list[float]) -> dict[str, float]:
     return {"low": round(low, 1), "median": round(median, 1), "high": round(high, 1)}
 
 
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def print_table(report: dict) -> None:
-    print(f"\n{report['machine']}, torch {report['torch']}, Python {report['python']}")
+    print(
+        "\n" + ", ".join(f"{key} {value}" for key, value in report["machine"].items()), f"threads {report['threads']}"
+    )
     print(f"{report['shape']}, {report['parameters']:,} parameters; medians of {report['rounds']} rounds [quartiles]\n")
     ours_median = report["tokens_per_s"]["ours"]["median"]
     for name, figures in report["tokens_per_s"].items():

@@ -22,6 +22,7 @@ import numpy as np
 
 from spt_fast.data import formats
 from spt_fast.errors import DataError
+from spt_fast.files import sync
 
 FORMAT = "spt_fast tokens"
 VERSION = 1
@@ -258,7 +259,7 @@ class DatasetWriter:
             final[2].unlink(missing_ok=True)  # else a crash between the renames could pair old metadata with new ids
             for partial, path in zip(self._partial, final, strict=True):
                 partial.rename(path)
-            _fsync_folder(self.prefix.parent)
+            sync(self.prefix.parent)
         return metadata
 
     def abort(self) -> None:
@@ -367,11 +368,3 @@ def _sha256_of_stretch(path: Path, start: int, num_bytes: int | None) -> str:
             digest.update(data)
             left -= len(data)
     return digest.hexdigest()
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

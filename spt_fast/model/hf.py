@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spt_fast.errors import CheckpointError
+from spt_fast.files import sync
 from spt_fast.model.gpt import GPT, GPTConfig
 
 if TYPE_CHECKING:
@@ -105,11 +106,11 @@ def save(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, dty
         config = _to_hf(model.config, dtype, None if tokenizer is None else tokenizer.eos_id)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         for file in temporary.iterdir():
-            _fsync(file)
+            sync(file)
         folder.mkdir(exist_ok=True)
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
             file.replace(folder / file.name)
-        _fsync(folder)
+        sync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -254,11 +255,3 @@ def _weight_files(folder: Path) -> list[Path]:
             "example by transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise CheckpointError(f"{folder}: no {WEIGHTS} or {INDEX} in this folder")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

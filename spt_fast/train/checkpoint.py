@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from spt_fast.errors import CheckpointError
+from spt_fast.files import sync
 from spt_fast.train.optim import Snapshot
 
 FORMAT = 1
@@ -48,12 +48,12 @@ def save(folder: Path, name: str, state: Mapping[str, Any], snapshots: Mapping[s
         manifest = {"format": FORMAT, "name": name, "files": files}
         (temporary / "manifest.json").write_text(json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1))
         for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -127,11 +127,3 @@ def _sha256(path: Path) -> str:
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
