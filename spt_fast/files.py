@@ -6,6 +6,14 @@ import os
 from pathlib import Path
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, even in a crash."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -23,6 +23,7 @@ import yaml
 
 from spt_fast.config import Phase, Recipe, Span, load_recipe
 from spt_fast.errors import RecipeError
+from spt_fast.files import write_text
 from spt_fast.model.flops import MFU_CONVENTION, peak_flops, train_flops_per_token
 from spt_fast.train import checkpoint
 from spt_fast.train.engine import LocalEngine, StepResult, pick_device, pick_dtype, untied, weights_of
@@ -53,7 +54,7 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
     plan = make_plan(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     found = checkpoint.newest(folder / "checkpoints") if resume else None
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
     with StopRequest() as stop:
         trainer = Trainer(plan, folder, stop, found, progress=progress)
         try:
@@ -367,9 +368,7 @@ class Trainer:
             "skipped_steps": self.state.skipped,
             "phases": self.state.finished,
         }
-        temporary = self.folder / ".summary.json.tmp"
-        temporary.write_text(json.dumps(summary, indent=1))
-        temporary.replace(self.folder / "summary.json")
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
 
 
