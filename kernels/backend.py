@@ -40,12 +40,15 @@ class Op:
         raise ValueError(f"{self.name}: backend {backend!r} is {problem}; available: {available}")
 
 
+def auto_backends() -> dict[str, str]:
+    """By op, the backend that `auto` means on this machine."""
+    return {name: op.chosen for name, op in sorted(OPS.items())}
+
+
 def chosen_backends() -> dict[str, str]:
     """By op, the backend that `auto` means on this machine, and why."""
-    return {
-        name: f"{op.chosen}: " + ("the only one available" if len(op.implementations) == 1 else "the first available")
-        for name, op in sorted(OPS.items())
-    }
+    why = {True: "the only one available", False: "the first available"}
+    return {name: f"{op.chosen}: {why[len(op.implementations) == 1]}" for name, op in sorted(OPS.items())}
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -52,6 +52,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("spt-fast: interrupted", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"spt-fast: {what}; make room there, or give a file or folder that this user may use", file=sys.stderr)
+        sys.exit(2)
     except RuntimeError as error:
         print(f"spt-fast: {error}", file=sys.stderr)
         sys.exit(1)
@@ -290,14 +294,21 @@ def audit(
     )
 
 
+def _checkpoints_of(run: Path) -> list[Path]:
+    from spt_fast.errors import CheckpointError
+    from spt_fast.train import checkpoint
+
+    found = checkpoint.listed(run / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{run}: holds no checkpoints; give the folder of a run that has written one")
+    return found
+
+
 @checkpoint_app.command("list")
 def checkpoint_list(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
     """Checkpoints of a run, oldest first."""
-    from spt_fast.train import checkpoint
-
     found = [
-        {"name": path.name, "bytes": sum(f.stat().st_size for f in path.iterdir())}
-        for path in checkpoint.listed(run / "checkpoints")
+        {"name": path.name, "bytes": sum(f.stat().st_size for f in path.iterdir())} for path in _checkpoints_of(run)
     ]
     _print_json(found) if as_json else _print_table(
         str(run), ["checkpoint", "bytes"], [[c["name"], c["bytes"]] for c in found]
@@ -311,14 +322,12 @@ def checkpoint_verify(run: Annotated[Path, typer.Argument(metavar="RUN")], as_js
     from spt_fast.train import checkpoint
 
     verdicts = {}
-    for path in checkpoint.listed(run / "checkpoints"):
+    for path in _checkpoints_of(run):
         try:
             checkpoint.read(path)
             verdicts[path.name] = "whole"
         except CheckpointError as error:
             verdicts[path.name] = str(error)
-    if not verdicts:
-        raise CheckpointError(f"{run}: holds no checkpoints")
     _print_json(verdicts) if as_json else _print_facts(str(run), verdicts)
     if any(verdict != "whole" for verdict in verdicts.values()):
         raise typer.Exit(2)

@@ -97,6 +97,13 @@ class Span:
         return f"{self.amount} steps" if self.unit == "steps" else str(self.amount)
 
 
+def _cadence(value: object, where: str) -> Span:
+    span = Span.parse(value, where)
+    if span.amount == 0:
+        raise RecipeError(f"{where}: {value!r} will not do; write how often, such as `500 steps`, `2M` or `10%`")
+    return span
+
+
 def _number(
     low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
 ) -> Callable[[object, str], float]:
@@ -117,8 +124,8 @@ def _number(
 
 def _integer(low: int) -> Callable[[object, str], int]:
     def parse(value: object, where: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise RecipeError(f"{where}: {value!r} will not do; write a whole number, at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
+            raise RecipeError(f"{where}: {value!r} will not do; write a whole number, at least {low} and below 2^63")
         return value
 
     return parse
@@ -313,14 +320,15 @@ class Schedule:
     decay: Span = _setting(Span.parse, Span(Fraction(1, 5), "share"))
     """wsd only: the length of the fall at the end."""
     carry_on: bool = _setting(_boolean, False, key="continue")
-    """The previous phase's schedule runs on (shape, warm-up, horizon, step count); `optimizer.lr` is its peak."""
+    """The previous phase's schedule runs on (shape, warm-up, horizon, step count); `optimizer.lr` is its peak.
+    Stands alone: another key beside it would say nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """When and on how much text the losses are measured; always at a phase's first and last step too."""
 
-    every: Span = _setting(Span.parse, Span(Fraction(1, 10), "share"))
+    every: Span = _setting(_cadence, Span(Fraction(1, 10), "share"))
     tokens: int = _setting(parse_count, 200_000)
     """Held-out tokens of each source, half of them `select`, half `report`; as many training tokens as one half."""
 
@@ -377,14 +385,14 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    every: Span = _setting(Span.parse, Span(Fraction(500), "steps"))
+    every: Span = _setting(_cadence, Span(Fraction(500), "steps"))
     keep: int = _setting(_integer(1), 3)
     """The newest so many are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    every: Span = _setting(Span.parse, Span(Fraction(10), "steps"))
+    every: Span = _setting(_cadence, Span(Fraction(10), "steps"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,6 +408,11 @@ def _sources(raw: object, where: str) -> dict[str, Source]:
 
 
 INHERITED = ("batch", "eval", "documents")
+"""Of these a phase has the phase before's, key by key, where it doesn't give its own."""
+
+
+def _merged(before: object, given: object) -> object:
+    return {**before, **given} if isinstance(before, Mapping) and isinstance(given, Mapping) else given
 
 
 def _phases(raw: object, where: str) -> tuple[Phase, ...]:
@@ -412,8 +425,8 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
         here = f"{where}[{name}]"
         if not isinstance(item, Mapping):
             raise RecipeError(f"{here}: {item!r} will not do; write a section with name, tokens, mixture and optimizer")
-        inherited |= {key: item[key] for key in INHERITED if key in item}
-        phase = _build(Phase, {**inherited, **item}, here)
+        inherited |= {key: _merged(inherited.get(key), item[key]) for key in INHERITED if key in item}
+        phase = _build(Phase, {**item, **inherited}, here)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", phase.name):
             raise RecipeError(
                 f"{here}.name: {phase.name!r} will not do; use letters, digits, dots, dashes and underscores"
@@ -427,6 +440,13 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
             )
         if phase.schedule.carry_on and not phases:
             raise RecipeError(f"{here}.schedule.continue: the first phase has no schedule to carry on; name one")
+        if phase.schedule.carry_on and phase.schedule != Schedule(carry_on=True):
+            raise RecipeError(
+                f"{here}.schedule: `continue: true` takes the whole schedule from the phase before; leave its other "
+                "keys out"
+            )
+        if phase.schedule.carry_on and "warmup" in (phase.grid or {}):
+            raise RecipeError(f"{here}.grid.warmup: a schedule that is carried on warms up no more; leave it out")
         if phase.optimizer_state == "keep" and not phases:
             raise RecipeError(f"{here}.optimizer_state: the first phase has no optimizer state to keep; write reset")
         phases.append(phase)
@@ -508,6 +528,10 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(
+                    f"line {key_node.start_mark.line + 1}: a key must be a plain word; put braces in quotes"
+                )
             if key_node.value in seen:
                 raise RecipeError(
                     f"line {key_node.start_mark.line + 1}: key {key_node.value!r} is given twice; keep one"
@@ -554,7 +578,11 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         target, separator, value = override.partition("=")
         if not separator:
             raise RecipeError(f"--set {override}: write KEY=VALUE, such as --set phases.pretrain.tokens=40M")
-        _set(raw, target.strip().split("."), yaml.load(value, _StrictLoader), target)
+        try:
+            data = yaml.load(value, _StrictLoader)
+        except (yaml.YAMLError, RecipeError) as error:
+            raise RecipeError(f"--set {override}: the value is not valid YAML: {error}") from None
+        _set(raw, target.strip().split("."), data, target)
     return recipe_from(raw)
 
 

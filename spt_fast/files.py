@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all, even in a crash."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a crash left this behind in the middle of `write_text`."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def sync(path: Path) -> None:

@@ -105,6 +105,20 @@ def test_batch_eval_and_documents_are_inherited_optimizer_is_not() -> None:
         recipe_from(raw)
 
 
+def test_a_partly_given_section_keeps_what_the_phase_before_says(tmp_path: Path) -> None:
+    raw = raw_recipe()
+    raw["phases"][0] |= {"batch": {"sequences": 48, "micro": 8}, "eval": {"every": "3 steps", "tokens": 1000}}
+    raw["phases"][1] |= {"batch": {"sequences": 16}, "eval": {"every": "7 steps"}}
+    second = recipe_from(raw).phases[1]
+    assert (second.batch.sequences, second.batch.micro) == (16, 8)
+    assert (str(second.evaluation.every), second.evaluation.tokens) == ("7 steps", 1000)
+    path = tmp_path / "r.yaml"
+    del raw["phases"][1]["batch"]
+    path.write_text(yaml.safe_dump(raw))
+    second = load_recipe(path, ["phases.finetune.batch.sequences=24"]).phases[1]
+    assert (second.batch.sequences, second.batch.micro) == (24, 8)
+
+
 def test_grid_is_every_combination_in_order() -> None:
     phase = recipe_from(raw_recipe()).phases[1]
     arms = phase.arms()
@@ -180,6 +194,16 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("phases.0.schedule.name", "cosin", r"schedule\.name: 'cosin' is not one of .*did you mean 'cosine'"),
         ("phases.0.schedule.warmup", "soon", r"schedule\.warmup: 'soon' is no span"),
         ("phases.0.schedule.continue", True, "first phase has no schedule to carry on"),
+        (
+            "phases.1.schedule",
+            {"continue": True, "final": "5%"},
+            r"finetune\]\.schedule: `continue: true` takes the whole",
+        ),
+        ("phases.1.schedule", {"continue": True}, r"finetune\]\.grid\.warmup: a schedule that is carried on"),
+        ("phases.0.eval.every", "0 steps", r"eval\.every: '0 steps' will not do; write how often"),
+        ("checkpoint", {"every": 0}, r"checkpoint\.every: 0 will not do; write how often"),
+        ("log", {"every": "0%"}, r"log\.every: '0%' will not do; write how often"),
+        ("seed", 2**63, r"seed: 9223372036854775808 will not do"),
         ("phases.0.optimizer_state", "keep", "first phase has no optimizer state"),
         ("phases.1.stop", {"on": "chemistry"}, r"stop\.on: no source 'chemistry'; did you mean 'chem'"),
         ("phases.1.name", "pretrain", "names two phases"),
@@ -261,3 +285,10 @@ def test_a_key_given_twice_and_broken_yaml_name_the_file(tmp_path: Path) -> None
     path.write_text("- 1\n")
     with pytest.raises(RecipeError, match="the recipe"):
         load_recipe(path)
+    path.write_text("run: {{name}}\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml: line 1: a key must be a plain word"):
+        load_recipe(path)
+    path.write_text(yaml.safe_dump(raw_recipe()))
+    for value in ("[1", "{a: 1, a: 2}", "{{x}}"):
+        with pytest.raises(RecipeError, match=r"--set seed=.*: the value is not valid YAML"):
+            load_recipe(path, [f"seed={value}"])

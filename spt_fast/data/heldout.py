@@ -38,33 +38,34 @@ def split_heldout(dataset: TokenDataset) -> tuple[np.ndarray, np.ndarray]:
     return np.array([[0, middle]]), np.array([[middle, dataset.num_tokens]])
 
 
-def heldout_tokens(dataset: TokenDataset, half: Half, limit_tokens: int | None = None) -> np.ndarray:
-    """The documents of one half, one after the other in the dataset's order, cut off at `limit_tokens`.
+def heldout_stretches(dataset: TokenDataset, half: Half, limit_tokens: int | None = None) -> np.ndarray:
+    """Where the documents of one half lie, in the dataset's order, cut off at `limit_tokens`: int64 [stretches, 2].
 
-    Returns ids [tokens] in the dataset's dtype. Raises DataError where there are fewer than the two tokens that one
-    prediction takes.
+    Raises DataError where they hold fewer than the two tokens that one prediction takes.
     """
-    stretches = split_heldout(dataset)[("select", "report").index(half)]
-    pieces, left = [], dataset.num_tokens if limit_tokens is None else limit_tokens
-    for start, end in stretches:
-        if left <= 0:
-            break
-        pieces.append(dataset.tokens[start : min(end, start + left)])
-        left -= end - start
-    tokens = np.concatenate(pieces) if pieces else np.empty(0, dataset.tokens.dtype)
-    if len(tokens) < 2:
+    stretches = split_heldout(dataset)[("select", "report").index(half)].astype(np.int64)
+    if limit_tokens is not None:
+        left = limit_tokens - np.cumsum(stretches[:, 1] - stretches[:, 0])  # after each stretch
+        stretches[:, 1] += np.minimum(left, 0)
+        stretches = stretches[stretches[:, 1] > stretches[:, 0]]
+    if _count(stretches) < 2:
         raise DataError(
-            f"{dataset.path}: the {half} half of this held-out text has {len(tokens)} tokens, too few to score one; "
-            "hold more text out"
+            f"{dataset.path}: the {half} half of this held-out text has {_count(stretches)} tokens, too few to score "
+            "one; hold more text out"
         )
-    return tokens
+    return stretches
 
 
-def training_windows(dataset: TokenDataset, context: int, limit_tokens: int | None = None) -> np.ndarray:
-    """Fixed windows of training text, spread evenly from its first token to its last, none sharing a target.
+def heldout_tokens(dataset: TokenDataset, half: Half, limit_tokens: int | None = None) -> np.ndarray:
+    """The tokens of `heldout_stretches`, one after the other: ids [tokens] in the dataset's dtype."""
+    return np.concatenate([dataset.tokens[a:b] for a, b in heldout_stretches(dataset, half, limit_tokens)])
 
-    Returns ids [windows, context + 1] in the dataset's dtype, the same ones at every call: as many windows as
-    `limit_tokens` targets hold, at least one. Raises DataError where the text is shorter than one window.
+
+def training_starts(dataset: TokenDataset, context: int, limit_tokens: int | None = None) -> np.ndarray:
+    """The first tokens of fixed windows of training text, spread evenly over it, none sharing a target.
+
+    Returns int64 [windows], the same ones at every call: as many as `limit_tokens` targets hold, at least one. Raises
+    DataError where the text is shorter than one window.
     """
     most = (dataset.num_tokens - 1) // context
     if most < 1:
@@ -74,8 +75,29 @@ def training_windows(dataset: TokenDataset, context: int, limit_tokens: int | No
         )
     windows = most if limit_tokens is None else min(most, max(1, limit_tokens // context))
     last_start = dataset.num_tokens - (context + 1)
-    starts = np.arange(windows) * last_start // max(1, windows - 1)
+    return np.arange(windows) * last_start // max(1, windows - 1)
+
+
+def training_windows(dataset: TokenDataset, context: int, limit_tokens: int | None = None) -> np.ndarray:
+    """The windows at `training_starts`: ids [windows, context + 1] in the dataset's dtype."""
+    starts = training_starts(dataset, context, limit_tokens)
     return np.stack([dataset.tokens[start : start + context + 1] for start in starts])
+
+
+def begins(dataset: TokenDataset, stretches: np.ndarray) -> np.ndarray:
+    """Of the tokens of stretches, int64 [stretches, 2], one after the other: which ones begin a document or a stretch.
+
+    Returns bool [tokens]. The dataset must record its documents.
+    """
+    ends = dataset.document_ends
+    assert ends is not None, dataset.path
+    marks = []
+    for start, end in stretches:
+        mark = np.zeros(end - start, bool)
+        mark[:1] = True
+        mark[ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, end, "left")] - start] = True
+        marks.append(mark)
+    return np.concatenate(marks)
 
 
 def _reports(document: np.ndarray) -> bool:

@@ -95,11 +95,10 @@ def save(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, dty
         for (source, _), part in zip(sources, parameter.detach().split([rows for _, rows in sources]), strict=True):
             tensors[source] = part.to(device="cpu", dtype=dtype, copy=True)
 
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_hf(temporary)
@@ -111,6 +110,10 @@ def save(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, dty
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
             file.replace(folder / file.name)
         sync(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: the weights could not be written ({error}); make room or choose another place"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

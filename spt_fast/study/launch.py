@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from spt_fast.config import Recipe, load_recipe
 from spt_fast.errors import RecipeError
+from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.signals import StopRequest
 
 POLL_EVERY_S = 0.2
@@ -69,13 +70,13 @@ def train_side_by_side(recipes: Sequence[Path], logs: Path, console: Console) ->
 
 
 def _is_done(recipe: Recipe) -> bool:
-    summary = Path(recipe.run) / "summary.json"
-    return summary.exists() and json.loads(summary.read_text())["status"] == "done"
+    summary = summary_of(Path(recipe.run))
+    return summary is not None and summary["status"] == "done"
 
 
 def _is_unchanged(recipe: Recipe) -> bool:
     """Whether the run was made from this very recipe; one edited since is left to the trainer, to be refused."""
-    return not load_recipe(Path(recipe.run) / "recipe.yaml").changes(recipe)
+    return not recipe_of(Path(recipe.run)).changes(recipe)
 
 
 def _terminate(running: dict[Path, subprocess.Popen[bytes]]) -> None:

@@ -14,8 +14,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from spt_fast.config import Phase, Recipe, load_recipe
+from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.train.folder import recipe_of, summary_of
 
 FinetunePath = list[tuple[int, float, float]]
 """A finetune's evaluations in order: tokens finetuned, domain loss, general loss (held out, nats per token)."""
@@ -35,13 +36,14 @@ class Run:
     def read(cls, folder: str | Path) -> Run:
         """Read recipe.yaml, summary.json and metrics.jsonl; CheckpointError for a run that has nothing to compare."""
         folder = Path(folder)
-        summary = _json(folder / "summary.json", _text(folder / "summary.json"))
+        summary = summary_of(folder)
+        if summary is None:
+            raise CheckpointError(f"{folder}: holds no summary.json; give the folder of a finished run")
         if summary["status"] != "done":
             raise CheckpointError(
                 f"{folder}: its status is {summary['status']!r}; finish it with `spt-fast train RECIPE --resume`"
             )
-        _text(folder / "recipe.yaml")
-        recipe = load_recipe(folder / "recipe.yaml")
+        recipe = recipe_of(folder)
         if len(recipe.phases) == 1:
             raise CheckpointError(
                 f"{folder}: {recipe.phases[0].name!r} is its only phase; what is compared is a finetune, the last "

@@ -7,14 +7,13 @@ whole checkpoint.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from spt_fast.config import load_recipe
 from spt_fast.data.audit import document_visits
-from spt_fast.errors import CheckpointError, DataError
+from spt_fast.errors import DataError
 from spt_fast.train import checkpoint
+from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.plan import Plan, make_plan
 from spt_fast.train.state import TrainState
 
@@ -59,19 +58,19 @@ def _visits(plan: Plan, source: str, count: int, start: int, end: int) -> dict[s
 
 def _reading_of(run: Path) -> tuple[Plan, dict[str, int]]:
     """The run's plan, and how many windows of each source it has read."""
-    if not (run / "recipe.yaml").exists():
-        raise CheckpointError(f"{run}: holds no recipe.yaml; give the folder of a run")
-    plan = make_plan(load_recipe(run / "recipe.yaml"))
+    plan = make_plan(recipe_of(run))
     counts = dict.fromkeys(plan.recipe.sources, 0)
-    summary = run / "summary.json"
-    if summary.exists() and (known := json.loads(summary.read_text()))["status"] == "done":
-        for phase in known["phases"].values():
+    summary = summary_of(run)
+    if summary and summary["status"] == "done":
+        plan.check_same_data(summary["data"], run)
+        for phase in summary["phases"].values():
             for source, (_, end) in phase["windows"].items():
                 counts[source] = end
         return plan, counts
     found = checkpoint.newest(run / "checkpoints")
     if found:
-        state = TrainState.from_plain(found[0]["train"])
+        plan.check_same_data(found.state["data"], found.path)
+        state = TrainState.from_plain(found.state["train"])
         counts |= state.counts
         phase = plan.phases[state.phase]
         for source, windows in phase.mixture.counts(state.step * phase.phase.batch.sequences).items():

@@ -18,6 +18,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ from spt_fast.files import sync
 from spt_fast.train.optim import Snapshot
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, and why newer ones were passed over."""
+
+    path: Path
+    state: dict[str, Any]
+    snapshots: dict[str, Snapshot]
+    skipped: dict[Path, str]
 
 
 def save(folder: Path, name: str, state: Mapping[str, Any], snapshots: Mapping[str, Snapshot], keep: int) -> Path:
@@ -102,22 +113,29 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Snapshot]]:
     return state, snapshots
 
 
-def newest(folder: Path) -> tuple[dict[str, Any], dict[str, Snapshot], Path, list[str]] | None:
-    """The newest whole checkpoint, its path, and why newer ones were skipped; None where there is none at all.
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; None where there is none at all.
 
     Raises CheckpointError where checkpoints exist and every one is damaged.
     """
-    skipped: list[str] = []
+    skipped: dict[Path, str] = {}
     for path in reversed(listed(folder)):
         try:
-            return *read(path), path, skipped
+            return Checkpoint(path, *read(path), skipped)
         except CheckpointError as error:
-            skipped.append(str(error))
+            skipped[path] = str(error)
     if skipped:
         raise CheckpointError(
-            f"{folder}: no checkpoint is whole: {'; '.join(skipped)}; delete the run folder to start afresh"
+            f"{folder}: no checkpoint is whole: {'; '.join(skipped.values())}; delete the run folder to start afresh"
         )
     return None
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint to damaged-<name>, so that it is neither read nor counted again."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 def _sha256(path: Path) -> str:

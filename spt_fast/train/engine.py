@@ -76,6 +76,8 @@ class LocalEngine:
         current: Snapshot | None = None,
     ) -> None:
         """Set up a fresh optimizer and take over `current` (or `start`); `start` is what an anchor holds on to."""
+        if hasattr(self, "optimizer"):
+            del self.optimizer  # its state is let go before the new one's is claimed
         self.optimizer = AdamW(self.model, settings, anchor_decay)
         self.optimizer.restore(current if current is not None else start, anchor=start)
 

@@ -21,13 +21,16 @@ from typing import Any
 import torch
 import yaml
 
-from spt_fast.config import Phase, Recipe, Span, load_recipe
+from spt_fast.config import Phase, Recipe, Span
 from spt_fast.errors import RecipeError
-from spt_fast.files import write_text
-from spt_fast.model.flops import MFU_CONVENTION, peak_flops, train_flops_per_token
+from spt_fast.files import is_temporary, write_text
+from spt_fast.kernels import auto_backends
+from spt_fast.model.flops import MFU_CONVENTION, parameters, peak_flops, train_flops_per_token
 from spt_fast.train import checkpoint
+from spt_fast.train.checkpoint import Checkpoint
 from spt_fast.train.engine import LocalEngine, StepResult, pick_device, pick_dtype, untied, weights_of
 from spt_fast.train.evaluate import Interrupted, evaluation_texts, mean_loss
+from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import RunLog
 from spt_fast.train.optim import Snapshot
@@ -52,8 +55,10 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
     if finished:
         return finished
     plan = make_plan(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
     found = checkpoint.newest(folder / "checkpoints") if resume else None
+    if found:
+        plan.check_same_data(found.state["data"], found.path)
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
     with StopRequest() as stop:
         trainer = Trainer(plan, folder, stop, found, progress=progress)
@@ -74,26 +79,24 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """Refuse to overwrite a run or to resume a different one; the summary of a run that is done already."""
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"run: {folder} is a file; choose another name")
     if not (folder / "recipe.yaml").exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not all(is_temporary(path) for path in folder.iterdir()):
             raise RecipeError(f"run: folder {folder} exists and holds no run; choose another name or empty it")
         return None
     if not resume:
         raise RecipeError(
             f"run: folder {folder} exists; add --resume to go on with it, choose another name, or delete it"
         )
-    changes = load_recipe(folder / "recipe.yaml").changes(recipe)
+    changes = recipe_of(folder).changes(recipe)
     if changes:
         listed = "\n  ".join(changes)
         raise RecipeError(
             f"run: folder {folder} was trained with another recipe; undo this or choose another name:\n  {listed}"
         )
-    summary = folder / "summary.json"
-    if summary.exists():
-        known = json.loads(summary.read_text())
-        if known["status"] == "done":
-            return known
-    return None
+    summary = summary_of(folder)
+    return summary if summary and summary["status"] == "done" else None
 
 
 class Trainer:
@@ -104,7 +107,7 @@ class Trainer:
         plan: Plan,
         folder: Path,
         stop: StopRequest,
-        found: tuple[dict[str, Any], dict[str, Snapshot], Path, list[str]] | None,
+        found: Checkpoint | None,
         *,
         progress: bool,
     ) -> None:
@@ -115,16 +118,17 @@ class Trainer:
         self.state = TrainState(counts=dict.fromkeys(plan.recipe.sources, 0))
         model = plan.starting_model()
         self.snapshots: dict[str, Snapshot] = {"kept": weights_of(model)}
-        if found:
-            self.state = TrainState.from_plain(found[0]["train"])
-            self.snapshots = found[1]
-            self.seconds_before, self.saved = self.state.seconds, self.state.name
-
         device = pick_device()
         dtype = pick_dtype(plan.recipe.precision, device)
+        self.backends = auto_backends()
+        if found:
+            self.state = TrainState.from_plain(found.state["train"])
+            self.snapshots = found.snapshots
+            self.seconds_before, self.saved = self.state.seconds, self.state.name
+            dtype = getattr(torch, found.state["compute"]["dtype"])
         if "weights/head" in self.snapshots.get("current", {}):
             model.untie()
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.parameters = parameters(plan.model)
         self.engine = LocalEngine(model, device=device, dtype=dtype)
         self.flops_per_token = train_flops_per_token(plan.model)
         self.peak_flops = peak_flops(device)
@@ -139,9 +143,16 @@ class Trainer:
         precision = "bf16, fp32 masters" if dtype == torch.bfloat16 else "fp32"
         self.log.say(f"{folder}: {self.parameters:,} parameters in {precision} on {device}")
         if found:
-            for reason in found[3]:
+            for path, reason in found.skipped.items():
                 self.log.say(f"skipped a damaged checkpoint: {reason}")
-            self.log.say(f"resuming from {found[2].name}")
+                checkpoint.set_aside(path)
+            self.log.say(f"resuming from {found.path.name}")
+            before = found.state["compute"]["backends"]
+            changed = [
+                f"{op} {before.get(op)} → {name}" for op, name in self.backends.items() if before.get(op) != name
+            ]
+            if changed:
+                self.log.say(f"warning: other kernels than so far, so not bit-identical: {', '.join(changed)}")
         else:
             for warning in plan.leaks():
                 self.log.say(f"warning: {warning}")
@@ -175,7 +186,7 @@ class Trainer:
                 model.untie()
                 start = untied(start, "embedding", "head")
             self.snapshots["start"] = start
-        self.texts = evaluation_texts(self.plan, phase.evaluation.tokens)
+        self.texts = evaluation_texts(self.plan, phase.evaluation.tokens, documents=phase.documents)
 
     def train_arm(self, plan: PhasePlan, phase: Phase) -> None:
         """One arm, from its start or from where it was interrupted, to its last step or early stop."""
@@ -320,10 +331,7 @@ class Trainer:
         self.losses: Losses = {split: {} for split in self.texts}
         for split, texts in self.texts.items():
             for source, text in texts.items():
-                eos_id = self.plan.train[source].eos_id if phase.documents else None
-                self.losses[split][source] = mean_loss(
-                    self.engine.loss, text, rows, eos_id=eos_id, interrupted=self.stop
-                )
+                self.losses[split][source] = mean_loss(self.engine.loss, text, rows, interrupted=self.stop)
         state.evaluated = True
         self.log.evaluation({**self.position(plan), **self.losses}, state.total_steps)
         if state.best is None or _deciding(self.losses, phase) < _deciding(state.best["losses"], phase):
@@ -346,7 +354,12 @@ class Trainer:
         state.metrics_bytes = self.log.sync()
         state.seconds, state.train_seconds = self.seconds(), self.clock.total_s
         snapshots = {**self.snapshots, "current": self.engine.snapshot(state=True)}
-        content = {"model": asdict(self.engine.model.config), "train": state.plain()}
+        content = {
+            "model": asdict(self.engine.model.config),
+            "train": state.plain(),
+            "data": self.plan.digests(),
+            "compute": {"dtype": str(self.engine.dtype).removeprefix("torch."), "backends": self.backends},
+        }
         checkpoint.save(self.folder / "checkpoints", state.name, content, snapshots, self.plan.recipe.checkpoint.keep)
         self.saved = state.name
         self.clock.go_on()
@@ -366,6 +379,7 @@ class Trainer:
             "seed": self.plan.recipe.seed,
             "seconds": round(self.seconds(), 2),
             "skipped_steps": self.state.skipped,
+            "data": self.plan.digests(),
             "phases": self.state.finished,
         }
         write_text(self.folder / "summary.json", json.dumps(summary, indent=1))

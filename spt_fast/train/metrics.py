@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from spt_fast.errors import CheckpointError
+
 PLAIN_LINE_EVERY_S = 15.0
 
 
@@ -87,8 +89,13 @@ class RunLog:
         self._bar.update(self._task, evaluated=self._last_eval)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._file.name}: could not be written ({error.strerror}); make room, then go on with --resume"
+            ) from error
 
     def sync(self) -> int:
         """Everything written reaches the disk; returns the length of metrics.jsonl in bytes."""

@@ -103,6 +103,21 @@ class Plan:
             device=device,
         )
 
+    def digests(self) -> dict[str, str]:
+        """What identifies the content of every dataset, by recipe field."""
+        return {f"sources.{name}.train": data.digest for name, data in self.train.items()} | {
+            f"sources.{name}.heldout": data.digest for name, data in self.heldout.items()
+        }
+
+    def check_same_data(self, recorded: Mapping[str, str], where: Path) -> None:
+        """DataError for a dataset whose content is not what `recorded`, the `digests` kept at `where`, says."""
+        for field, digest in self.digests().items():
+            if recorded[field] != digest:
+                raise DataError(
+                    f"{field}: holds other text than when {where} was written; put the old dataset back, or start a "
+                    "run of another name"
+                )
+
     def starting_model(self) -> GPT:
         """Fresh weights by the recipe's seed, or those that `init` names; on the CPU."""
         if not self.recipe.init:
@@ -197,6 +212,13 @@ def make_plan(recipe: Recipe, *, world: int = 1) -> Plan:
             check_every_source_is_drawn(mixture, steps * sequences)
         except RecipeError as error:
             raise RecipeError(f"{where}.mixture: {error}") from None
+        if phase.documents:
+            for field, data in datasets:
+                if data.document_ends is None:
+                    raise DataError(
+                        f"{field}: {data.path} records no documents, which {where}.documents needs; set it to false, "
+                        "or prepare the text with `spt-fast prepare`"
+                    )
         phases.append(PhasePlan(index, phase, mixture, steps, tokens_per_step))
     return Plan(recipe, model, tokenizer, train, heldout, rings, tuple(phases))
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from spt_fast.data.tokenizer import Tokenizer
@@ -17,6 +16,7 @@ from spt_fast.errors import CheckpointError
 from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
+from spt_fast.train.folder import recipe_of
 
 
 def read_config(path: Path) -> GPTConfig:
@@ -44,14 +44,14 @@ def locate(path: Path) -> Path:
         )
     if not (path / "recipe.yaml").exists():
         return path
-    phases = [phase["name"] for phase in yaml.safe_load((path / "recipe.yaml").read_text())["phases"]]
-    done = [path / "weights" / name for name in reversed(phases) if (path / "weights" / name).exists()]
+    folders = [path / "weights" / phase.name for phase in reversed(recipe_of(path).phases)]
+    done = [folder for folder in folders if folder.exists()]
     if done:
         return done[0]
     found = checkpoint.newest(path / "checkpoints")
     if found is None:
         raise CheckpointError(f"{path}: this run has neither finished a phase nor written a checkpoint yet")
-    return found[2]
+    return found.path
 
 
 def tokenizer_of(path: Path, name: str | None) -> Tokenizer:
@@ -59,8 +59,7 @@ def tokenizer_of(path: Path, name: str | None) -> Tokenizer:
     if name:
         return Tokenizer.load(name)
     for folder in (path, *path.resolve().parents[:2]):
-        recipe = folder / "recipe.yaml"
-        if recipe.exists() and (known := yaml.safe_load(recipe.read_text()).get("tokenizer")):
+        if (folder / "recipe.yaml").exists() and (known := recipe_of(folder).tokenizer):
             return Tokenizer.load(known)
     raise CheckpointError(f"--tokenizer: missing; {path} does not say which tokenizer its ids come from")
 

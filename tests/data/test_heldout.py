@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spt_fast.data.heldout import heldout_tokens, split_heldout, training_windows
+from spt_fast.data.heldout import begins, heldout_tokens, split_heldout, training_windows
 from spt_fast.data.shards import DatasetWriter, TokenDataset
 from spt_fast.errors import DataError
 
@@ -105,6 +105,20 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
         heldout_tokens(dataset, "select")
     with pytest.raises(DataError, match="0 tokens; a window of context 8 takes 9"):
         training_windows(dataset, 8)
+
+
+def test_what_begins_a_document_is_marked_in_any_stretches(tmp_path: Path) -> None:
+    """Documents here are 0 1 2 …, so what begins one is a 0; a stretch that begins inside one begins anew, too."""
+    lengths = np.random.default_rng(6).integers(0, 9, 80)
+    dataset = dataset_of(tmp_path / "d", [np.arange(length) for length in lengths])
+    starts = np.array([0, 7, 8, 100, dataset.num_tokens - 20])
+    stretches = np.stack([starts, starts + np.array([7, 1, 60, 30, 20])], axis=1)
+    marks = begins(dataset, stretches)
+    ids = np.concatenate([dataset.tokens[start:end] for start, end in stretches])
+    expected = ids == 0
+    expected[np.cumsum([0, 7, 1, 60, 30])] = True
+    assert (marks == expected).all()
+    assert 10 < marks.sum() < len(marks)
 
 
 @settings(deadline=None)  # it writes files

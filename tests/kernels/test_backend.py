@@ -24,7 +24,11 @@ CALLS: dict[str, Callable[[str], object]] = {
 
 
 def test_every_op_is_listed_with_its_backend() -> None:
-    assert set(chosen_backends()) == set(CALLS) == set(kernels.__all__) - {"chosen_backends", "keep_freed_memory"}
+    assert (
+        set(chosen_backends())
+        == set(CALLS)
+        == set(kernels.__all__) - {"auto_backends", "chosen_backends", "keep_freed_memory"}
+    )
     assert all(reason.startswith("reference: ") for reason in chosen_backends().values())
 
 

@@ -240,7 +240,7 @@ def test_a_broken_file(tmp_path: Path, name: str) -> None:
     run = fake_run(tmp_path / "run", NPT)
     whole = (run / name).read_text()
     (run / name).write_text(whole[:-10])
-    refused(CheckpointError, [run], name, "not JSON")
+    refused(CheckpointError, [run], name, "JSON")
 
 
 @pytest.mark.parametrize("status", ["stopped", "failed"])

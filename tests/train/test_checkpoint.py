@@ -78,10 +78,11 @@ def test_damage_is_found_and_the_newest_whole_one_taken(tmp_path: Path, kind: st
         checkpoint.read(tmp_path / NAMES[2])
     found = checkpoint.newest(tmp_path)
     assert found is not None
-    state, _, path, skipped = found
-    assert (state, path.name) == ({"value": 1}, NAMES[1])
-    assert len(skipped) == 1
-    assert NAMES[2] in skipped[0]
+    assert (found.state, found.path.name) == ({"value": 1}, NAMES[1])
+    assert list(found.skipped) == [tmp_path / NAMES[2]]
+    assert NAMES[2] in found.skipped[tmp_path / NAMES[2]]
+    checkpoint.set_aside(tmp_path / NAMES[2])
+    assert [path.name for path in checkpoint.listed(tmp_path)] == NAMES[:2]
 
 
 def test_nothing_at_all_and_nothing_whole(tmp_path: Path) -> None:

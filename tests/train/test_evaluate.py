@@ -42,9 +42,33 @@ def test_windows_of_a_memory_map_are_views(tmp_path: pytest.TempPathFactory) -> 
     assert np.shares_memory(text.tail, tokens)
 
 
-def test_documents_are_cut_after_their_end_and_at_rows() -> None:
-    tokens = torch.tensor([[1, 9, 2, 3], [4, 5, 6, 9], [9, 7, 7, 7]])
-    assert document_cuts(tokens, 9).tolist() == [0, 2, 4, 8, 9, 12]
+def test_documents_are_cut_where_they_begin_and_at_rows() -> None:
+    begins = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]], bool)
+    before = begins.copy()
+    cuts = document_cuts(begins)
+    assert cuts.tolist() == [0, 2, 4, 8, 9, 12]
+    assert cuts.dtype == torch.int32
+    assert (begins == before).all(), "the marks are reused at the next evaluation"
+
+
+@given(length=st.integers(2, 300), context=st.integers(1, 60), rows=st.integers(1, 5), seed=st.integers(0, 99))
+def test_the_cuts_of_every_batch_are_where_documents_begin(length: int, context: int, rows: int, seed: int) -> None:
+    begins = np.random.default_rng(seed).random(length) < 0.2
+    seen: list[bool] = []
+
+    def record(tokens: Tensor, targets: Tensor, cuts: Tensor | None) -> Tensor:
+        assert cuts is not None
+        marks = np.zeros(tokens.numel(), bool)
+        marks[cuts[:-1].numpy()] = True
+        assert cuts[-1] == tokens.numel()
+        assert marks[:: tokens.shape[1]].all(), "a row begins anew"
+        seen.extend(marks.tolist())
+        return mean_target(tokens, targets, cuts)
+
+    mean_loss(record, EvalSet.of_tokens(np.arange(length), context, begins), rows)
+    expected = begins[:-1].copy()
+    expected[::context] = True
+    assert seen == expected.tolist()
 
 
 def test_it_stops_between_batches_when_asked_to() -> None:

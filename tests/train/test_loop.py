@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from spt_fast.config import recipe_from
+from spt_fast.data.heldout import heldout_stretches
+from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import CheckpointError, DataError, RecipeError
 from spt_fast.model.gpt import GPT
 from spt_fast.train import loop
@@ -199,7 +202,24 @@ def test_documents_mode_trains(data: Path) -> None:
     raw = tiny.raw_recipe(data, "documents")
     raw["phases"] = [raw["phases"][0] | {"documents": True}]
     summary = run(recipe_from(raw), progress=False)
-    assert summary["phases"]["pretrain"]["heldout"]["general"] < 4.0
+    reached = summary["phases"]["pretrain"]["heldout"]["general"]
+    assert reached < 4.0
+
+    ends = [i + 1 for i, token in enumerate(np.fromfile(data / "general.heldout.bin", np.uint16)) if token == tiny.EOS]
+    half = heldout_stretches(TokenDataset.open(data / "general.heldout"), "report", 200)
+    ids = np.fromfile(data / "general.heldout.bin", np.uint16).astype(np.int64)
+    model = GPT.from_hf(data / "documents" / "weights" / "pretrain")
+    text, begin = np.concatenate([ids[a:b] for a, b in half]), {0}
+    for start, end in half:
+        assert end in ends or end == half[-1, 1]
+        begin.add(sum(b - a for a, b in half if b <= start))
+    nats = 0.0
+    for i in range(1, len(text)):
+        window = (i - 1) // tiny.CONTEXT * tiny.CONTEXT
+        first = max([window, *(b for b in begin if b < i)])
+        logits = model(torch.from_numpy(text[None, first:i]))[0, -1]
+        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(text[i])).item()
+    assert nats / (len(text) - 1) == pytest.approx(reached, rel=5e-3)  # token by token, each seeing its document only
 
 
 def test_a_step_that_is_not_finite_is_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +336,107 @@ def test_an_existing_run_folder_and_a_changed_recipe_are_refused(data: Path, und
         run(tiny.recipe(data, "other"), resume=True, progress=False)
 
 
+def stopped_run(data: Path, name: str, monkeypatch: pytest.MonkeyPatch, looks: int = 20) -> tuple[dict[str, Any], Path]:
+    """The recipe and folder of a run that was stopped after a few steps."""
+    raw = tiny.raw_recipe(data, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", StopAfter)
+        StopAfter.looks = looks
+        assert run(recipe_from(raw), progress=False)["status"] == "stopped"
+    return raw, data / name
+
+
+def test_resume_on_changed_data_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.write_corpora(tmp_path)
+    for field, name in (("heldout", "chem.heldout"), ("train", "chem")):
+        raw, folder = stopped_run(tmp_path, f"data-{field}", monkeypatch)
+        tiny.write_dataset(tmp_path / name, 7, 1100)
+        with pytest.raises(DataError, match=rf"sources\.chem\.{field}: holds other text than when .*step-"):
+            run(recipe_from(raw), resume=True, progress=False)
+        with pytest.raises(DataError, match=rf"sources\.chem\.{field}: holds other text"):
+            audit_run(folder)
+        tiny.write_corpora(tmp_path)
+        assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
+        tiny.write_dataset(tmp_path / name, 7, 1100)
+        with pytest.raises(DataError, match=rf"sources\.chem\.{field}: holds other text than when .*data-{field} was"):
+            audit_run(folder)
+        tiny.write_corpora(tmp_path)
+
+
+def test_a_run_goes_on_in_the_dtype_it_began_in_and_says_what_kernels_changed(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, folder = stopped_run(data, "dtype", monkeypatch)
+    began = json.loads((folder / "summary.json").read_text())["precision"]
+    other = {"bfloat16": torch.float32, "float32": torch.bfloat16}[began]
+    monkeypatch.setattr(loop, "pick_dtype", lambda precision, device: other)
+    monkeypatch.setattr(loop, "auto_backends", lambda: {"rms_norm": "abacus"})
+    assert run(recipe_from(raw), resume=True)["precision"] == began
+    assert "warning: other kernels than so far, so not bit-identical: rms_norm reference → abacus" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_parameters_are_the_starting_models_whatever_interrupts(
+    data: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finetune unties the head, so a process that resumes inside it holds more of them."""
+    raw, folder = stopped_run(data, "parameters", monkeypatch, looks=220)
+    assert "p01" in sorted(path.name for path in (folder / "checkpoints").iterdir())[-1]
+    summaries = [
+        run(recipe_from(raw), resume=True, progress=False),
+        json.loads((undisturbed / "summary.json").read_text()),
+    ]
+    start = sum(p.numel() for p in make_plan(recipe_from(raw)).starting_model().parameters())
+    assert [summary["parameters"] for summary in summaries] == [start, start]
+
+
+def test_damaged_checkpoints_are_set_aside_and_take_no_place_of_whole_ones(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, folder = stopped_run(data, "aside", monkeypatch, looks=45)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert len(names) == 2
+    (folder / "checkpoints" / names[1] / "state.json").unlink()
+    raw["checkpoint"] = {"every": "1 steps", "keep": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", StopAfter)
+        StopAfter.looks = 3
+        assert run(recipe_from(raw), resume=True, progress=False)["status"] == "stopped"
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert left[0] == f"damaged-{names[1]}"
+    assert len(left) == 2
+    assert names[0] < left[1] < names[1], "the one just written is kept, though a damaged one was further on"
+    assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
+
+
+def test_what_a_crash_left_half_written_does_not_block_the_run(data: Path) -> None:
+    raw = tiny.raw_recipe(data, "crashed")
+    raw["phases"] = [raw["phases"][0] | {"tokens": 8 * 16}]
+    (data / "crashed").mkdir()
+    (data / "crashed" / ".recipe.yaml.tmp").write_text("run: hal")
+    assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
+
+
+@pytest.mark.parametrize("content", ["", '{"status": "do', "[]", '{"status": "done"}'])
+def test_a_damaged_summary_is_named(data: Path, undisturbed: Path, tmp_path: Path, content: str) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    (folder / "summary.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"summary\.json: is damaged .*; delete it"):
+        audit_run(folder)
+    with pytest.raises(CheckpointError, match=r"summary\.json: is damaged"):
+        run(recipe_from(tiny.raw_recipe(data) | {"run": str(folder)}), resume=True, progress=False)
+
+
+def test_a_damaged_recipe_of_a_run_is_named(undisturbed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    for content in ("", "run: [a"):
+        (folder / "recipe.yaml").write_text(content)
+        for read in (audit_run, load_model):
+            with pytest.raises(CheckpointError, match=r"recipe\.yaml: is damaged"):
+                read(folder)
+
+
 def test_all_checkpoints_damaged_is_said(data: Path) -> None:
     raw = tiny.raw_recipe(data, "ruined")
     raw["phases"] = raw["phases"][:1]
@@ -385,6 +506,38 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     assert not (data / "refused").exists()
 
 
+def write_headerless(prefix: Path, ids: np.ndarray, dtype: str) -> str:
+    ids.astype(dtype).tofile(f"{prefix}.bin")
+    return str(prefix)
+
+
+@pytest.mark.parametrize(("field", "bad"), [("train", -1), ("heldout", -1), ("train", 64), ("heldout", 70)])
+def test_an_id_that_the_model_lacks_is_refused_in_text_that_records_no_largest_id(
+    data: Path, tmp_path: Path, field: str, bad: int
+) -> None:
+    raw = tiny.raw_recipe(data, f"foreign-{field}-{bad}")
+    ids = np.arange(2000) % 60
+    ids[::5] = bad
+    raw["sources"]["general"] |= {field: write_headerless(tmp_path / "ids", ids, "int32"), "dtype": "int32"}
+    other = {"train": "heldout", "heldout": "train"}[field]
+    raw["sources"]["general"][other] = write_headerless(tmp_path / "other", np.arange(2000) % 60, "int32")
+    raw["model"]["vocab_size"] = 64
+    with pytest.raises(DataError, match=rf"sources\.general\.{field}: .*ids\.bin holds token id {bad}, outside the"):
+        run(recipe_from(raw), progress=False)
+
+
+def test_documents_mode_refuses_text_without_documents_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    raw = tiny.raw_recipe(data, "no-documents")
+    raw["sources"]["chem"]["heldout"] = write_headerless(tmp_path / "ids", np.arange(700) % 60, "uint16")
+    raw["sources"]["chem"]["dtype"] = "uint16"
+    raw["phases"][1]["documents"] = True
+    with pytest.raises(
+        DataError, match=r"sources\.chem\.heldout: .*ids\.bin records no documents, which phases\[finetune\]"
+    ):
+        run(recipe_from(raw), progress=False)
+    assert not (data / "no-documents").exists()
+
+
 def test_a_dataset_of_another_tokenizer_is_refused(data: Path, tmp_path: Path) -> None:
     tiny.write_dataset(tmp_path / "one", 1, 2000, tokenizer_digest="a" * 64)
     tiny.write_dataset(tmp_path / "two", 2, 2000, tokenizer_digest="b" * 64)
@@ -448,7 +601,7 @@ def test_init_from_a_checkpoint_and_from_weights(undisturbed: Path, data: Path) 
         raw["phases"] = [raw["phases"][0] | {"tokens": 8 * 16}]
         run(recipe_from(raw), progress=False)
         first = tiny.metrics(data / f"continued-{i}")[0]
-        texts = evaluation_texts(make_plan(recipe_from(raw)), 400)["heldout"]
+        texts = evaluation_texts(make_plan(recipe_from(raw)), 400, documents=False)["heldout"]
         model = load_model(source).eval()
         for name, text in texts.items():
             expected = mean_loss(lambda tokens, targets, _, model=model: model(tokens, targets), text, 8)

@@ -1,0 +1,38 @@
+"""A run's folder read back: the recipe that it was trained from and the summary of what came out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spt_fast.config import Recipe, load_recipe
+from spt_fast.errors import CheckpointError, RecipeError
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The resolved recipe of a run; CheckpointError where the folder holds none that can be read."""
+    path = run / "recipe.yaml"
+    if not path.exists():
+        raise CheckpointError(f"{run}: holds no recipe.yaml; give the folder of a run")
+    try:
+        return load_recipe(path)
+    except RecipeError as error:
+        raise CheckpointError(
+            f"{path}: is damaged ({error}); put back the recipe that the run was started with"
+        ) from None
+
+
+def summary_of(run: Path) -> dict[str, Any] | None:
+    """summary.json of a run, None where it has none yet; CheckpointError where it cannot be read."""
+    path = run / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(summary["status"], str) and isinstance(summary["phases"], dict):
+            return summary
+        problem = "its status is no text or its phases no mapping"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = repr(error)
+    raise CheckpointError(f"{path}: is damaged ({problem}); delete it and train with --resume to have it written again")

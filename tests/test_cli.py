@@ -1,0 +1,116 @@
+"""The command line as a user meets it: one message and the right exit code for whatever goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spt_fast import cli
+from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.train import metrics
+from tests import tiny
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    tiny.write_corpora(tmp_path)
+    raw = tiny.raw_recipe(tmp_path)
+    raw["phases"] = raw["phases"][:1]
+    return tiny.write_recipe(tmp_path, raw)
+
+
+def said_on_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run the command, which must exit with 2 and say one line on stderr."""
+    monkeypatch.setattr(sys, "argv", ["spt-fast", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2, said
+    assert "Traceback" not in said
+    return said
+
+
+def full_disk(*args: Any, **kwargs: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_run_that_is_a_file_or_lies_under_one(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe.parent / "file").write_text("")
+    said = said_on_failure(monkeypatch, capsys, "train", recipe, "--set", f"run={recipe.parent / 'file'}")
+    assert "file is a file; choose another name" in said
+    said = said_on_failure(monkeypatch, capsys, "train", recipe, "--set", f"run={recipe.parent / 'file' / 'run'}")
+    assert f"{recipe.parent / 'file' / 'run'}: Not a directory" in said
+
+
+def test_a_disk_that_fills_up_under_the_metrics(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "json", SimpleNamespace(dumps=full_disk))
+        said = said_on_failure(patch, capsys, "train", recipe)
+    assert "metrics.jsonl: could not be written (No space left on device); make room" in said
+    monkeypatch.setattr(sys, "argv", ["spt-fast", "train", str(recipe), "--resume"])
+    cli.app(standalone_mode=False)
+    assert (recipe.parent / "run" / "weights" / "pretrain").is_dir()
+
+
+def test_a_disk_that_fills_up_under_the_recipe_leaves_nothing_in_the_way(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("spt_fast.files.sync", full_disk)
+        assert "No space left on device" in said_on_failure(patch, capsys, "train", recipe)
+    assert list((recipe.parent / "run").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_under_exported_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = GPTConfig(layers=1, width=32, heads=2, kv_heads=1, ffn=64, context=16, vocab_size=64)
+    GPT(config, seed=0).save_hf(tmp_path / "here")
+    with monkeypatch.context() as patch:
+        patch.setattr("spt_fast.model.hf.sync", full_disk)
+        said = said_on_failure(patch, capsys, "import", tmp_path / "here", "--out", tmp_path / "there")
+    assert "there: the weights could not be written" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("checkpoint", "list", "absent"),
+        ("checkpoint", "verify", "absent"),
+        ("train", "absent.yaml"),
+        ("plan", "absent.yaml"),
+        ("eval", "absent", "--data", "absent"),
+        ("audit", "absent"),
+        ("compare", "absent", "absent"),
+        ("inspect", "absent"),
+        ("generate", "absent"),
+        ("export", "absent", "--out", "there"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = said_on_failure(monkeypatch, capsys, *words)
+    assert said.startswith("spt-fast: ")
+    assert "absent" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_our_own_mistakes_are_not_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spt_fast.kernels.chosen_backends", lambda: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["spt-fast", "kernels"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
