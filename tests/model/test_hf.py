@@ -220,7 +220,7 @@ def test_a_failed_save_leaves_the_old_model(tmp_path: Path, folder: Path) -> Non
             raise OSError(28, "No space left on device")
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(CheckpointError, match="could not be written.*No space"):
+    with pytest.raises(CheckpointError, match=r"could not be written.*No space"):
         GPT(GPTConfig.preset("1m")).save_hf(folder, FailingTokenizer())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
