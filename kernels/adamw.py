@@ -69,7 +69,8 @@ def adamw_step(
             )
     if anchor is None and anchor_decay != 0:
         raise ValueError(f"adamw_step: anchor_decay={anchor_decay} needs an anchor")
-    _ADAMW_STEP[backend](
+    _ADAMW_STEP.pick(backend, param)
+    _reference(
         param,
         grad,
         exp_avg,
@@ -152,4 +153,4 @@ def _blocks(*tensors: Tensor | None) -> Iterator[tuple]:
     return zip(*(repeat(None, count) if x is None else x.view(-1).split(size) for x in tensors), strict=True)
 
 
-_ADAMW_STEP = Op("adamw_step", {"reference": _reference})
+_ADAMW_STEP = Op("adamw_step", {"cuda": {"reference": "PyTorch ops"}, "cpu": {"reference": "PyTorch ops"}})

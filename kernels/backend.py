@@ -1,54 +1,85 @@
 """Which implementation of an op runs.
 
-Each op file ends with an `Op` that lists its implementations, the preferred one first; `auto` takes that one.
+Each op is a `torch.library` custom op whose last argument is the name of a backend, and an `Op` that knows which
+backends there are, where each can run, and in what order `auto` prefers them on a device, with the measured reason.
+
+triton      kernels for GPUs; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), for tests
+cpu         csrc/, vectorised C++ for float32 and bf16
+reference   PyTorch ops, for every device and dtype
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+
+from spt_fast import native
+from spt_fast.kernels.launch import INTERPRETED, TRITON_VERSION
 
 CONTRACT_BACKENDS = ("auto", "triton", "cpu", "reference")
 
 OPS: dict[str, Op] = {}
 
+CPU_LIBRARY = native.is_built()
+
 
 class Op:
-    """An op's name and its implementations by backend, which all take the same positional arguments."""
+    """An op's name, and by type of device the backends that `auto` tries there, in order, each with its reason."""
 
-    def __init__(
-        self, name: str, implementations: dict[str, Callable], contract: tuple[str, ...] = CONTRACT_BACKENDS
-    ) -> None:
-        self.name, self.implementations, self.contract = name, implementations, contract
+    def __init__(self, name: str, auto: dict[str, dict[str, str]]) -> None:
+        self.name, self.auto = name, auto
+        self.backends = list(dict.fromkeys(backend for order in auto.values() for backend in order))
         OPS[name] = self
 
-    @property
-    def chosen(self) -> str:
-        """What `auto` means on this machine."""
-        return next(iter(self.implementations))
-
-    def __getitem__(self, backend: str) -> Callable:
-        """The implementation of that name; ValueError for a name that is unknown or not available here."""
+    def pick(self, backend: str, x: Tensor) -> str:
+        """The backend that runs for tensors like x; ValueError for a name that is unknown or cannot run for them."""
         if backend == "auto":
-            return self.implementations[self.chosen]
-        if backend in self.implementations:
-            return self.implementations[backend]
-        problem = "not available here" if backend in self.contract else "unknown"
-        available = ", ".join(("auto", *self.implementations))
-        raise ValueError(f"{self.name}: backend {backend!r} is {problem}; available: {available}")
+            for name in self.auto.get(x.device.type, {}):
+                if obstacle(name, x.device.type, x.dtype) is None:
+                    return name
+            return "reference"
+        if backend in self.backends:
+            problem = obstacle(backend, x.device.type, x.dtype)
+            if problem is None:
+                return backend
+        else:
+            problem = "this op has no such backend" if backend in CONTRACT_BACKENDS else "unknown"
+        known = ", ".join(("auto", *self.backends))
+        raise ValueError(f"{self.name}: backend {backend!r} cannot be used: {problem}; the op has {known}")
+
+
+def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why a backend can't run for tensors of this device and dtype; None where it can."""
+    if backend == "triton":
+        if TRITON_VERSION is None:
+            return "triton is not installed"
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"Triton kernels take float32, bfloat16 and float16, not {dtype}"
+        if device != "cuda" and not INTERPRETED:
+            return f"Triton kernels need a GPU, the tensors are on {device}"
+    if backend == "cpu":
+        if not CPU_LIBRARY:
+            return "the C++ extension is not built"
+        if device != "cpu":
+            return f"the tensors are on {device}"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"the C++ kernels take float32 and bfloat16, not {dtype}"
+    return None
 
 
 def auto_backends() -> dict[str, str]:
-    """By op, the backend that `auto` means on this machine."""
-    return {name: op.chosen for name, op in sorted(OPS.items())}
+    """By op, the backend that `auto` means on this machine for tensors in bf16."""
+    return {name: op.pick("auto", _example()) for name, op in sorted(OPS.items())}
 
 
 def chosen_backends() -> dict[str, str]:
-    """By op, the backend that `auto` means on this machine, and why."""
-    why = {True: "the only one available", False: "the first available"}
-    return {name: f"{op.chosen}: {why[len(op.implementations) == 1]}" for name, op in sorted(OPS.items())}
+    """By op, the backend that `auto` means on this machine for tensors in bf16, and why."""
+    device = _example().device.type
+    return {name: f"{chosen}: {OPS[name].auto[device][chosen]}" for name, chosen in auto_backends().items()}
+
+
+def _example() -> Tensor:
+    return torch.empty(0, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -28,7 +28,8 @@ def embedding(tokens: Tensor, weight_VD: Tensor, *, backend: str = "auto") -> Te
 
     ValueError: a backend that isn't available. IndexError (on a CPU): a token outside the vocabulary.
     """
-    return _EMBEDDING[backend](tokens, weight_VD)
+    _EMBEDDING.pick(backend, weight_VD)
+    return _Embedding.apply(tokens, weight_VD)
 
 
 class _Embedding(torch.autograd.Function):
@@ -47,4 +48,4 @@ class _Embedding(torch.autograd.Function):
         return None, dweight_VD.index_add_(0, tokens.flatten(), dy.reshape(-1, dy.shape[-1]).to(dtype))
 
 
-_EMBEDDING = Op("embedding", {"reference": _Embedding.apply})
+_EMBEDDING = Op("embedding", {"cuda": {"reference": "PyTorch ops"}, "cpu": {"reference": "PyTorch ops"}})

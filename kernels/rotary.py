@@ -34,7 +34,8 @@ def rope(q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, *, backend: s
     ValueError: an odd D, shapes that don't fit, or a backend that isn't available.
     """
     _check("rope", q_BTHD, k_BTHD, cos, sin)
-    return _ROPE[backend](q_BTHD, k_BTHD, cos, sin)
+    _ROPE.pick(backend, q_BTHD)
+    return _rope_reference(q_BTHD, k_BTHD, cos, sin)
 
 
 def qk_norm_rope(
@@ -53,7 +54,8 @@ def qk_norm_rope(
     Shapes, dtypes and errors as in `rope`.
     """
     _check("qk_norm_rope", q_BTHD, k_BTHD, cos, sin)
-    return _QK_NORM_ROPE[backend](q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, eps)
+    _QK_NORM_ROPE.pick(backend, q_BTHD)
+    return _qk_norm_rope_reference(q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, eps)
 
 
 def _check(op: str, q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -108,5 +110,5 @@ def _qk_norm_rope_reference(
     return _rope_reference(q_BTHD, k_BTHD, cos, sin)
 
 
-_ROPE = Op("rope", {"reference": _rope_reference})
-_QK_NORM_ROPE = Op("qk_norm_rope", {"reference": _qk_norm_rope_reference})
+_ROPE = Op("rope", {"cuda": {"reference": "PyTorch ops"}, "cpu": {"reference": "PyTorch ops"}})
+_QK_NORM_ROPE = Op("qk_norm_rope", {"cuda": {"reference": "PyTorch ops"}, "cpu": {"reference": "PyTorch ops"}})

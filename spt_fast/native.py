@@ -16,9 +16,14 @@ import torch
 _LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
 
+def is_built() -> bool:
+    return _LIBRARY.is_file()
+
+
 @functools.cache
-def _ops() -> Any:
-    if not _LIBRARY.is_file():
+def ops() -> Any:
+    """The compiled functions, as `torch.ops.spt_fast`."""
+    if not is_built():
         raise ImportError(
             f"{_LIBRARY} is not built; run `pip install --no-build-isolation --no-deps -e .` in the checkout "
             "(it needs a C++20 compiler)"
@@ -37,24 +42,24 @@ def _words(key: tuple[int, ...]) -> torch.Tensor:
 
 def permute(index: np.ndarray, size: int, key: tuple[int, ...], inverse: bool) -> np.ndarray:
     """`Permutation.at` (or `position_of`) of each of `index` [N], all in [0, size)."""
-    return _ops().permute(_tensor(index), size, _words(key), inverse).numpy()
+    return ops().permute(_tensor(index), size, _words(key), inverse).numpy()
 
 
 def ring_starts(window: np.ndarray, num_tokens: int, context: int, source_key: tuple[int, ...]) -> np.ndarray:
     """`Ring.start` of each of `window` [N], all >= 0."""
-    return _ops().ring_starts(_tensor(window), num_tokens, context, _words(source_key)).numpy()
+    return ops().ring_starts(_tensor(window), num_tokens, context, _words(source_key)).numpy()
 
 
 def locate_splits(splits: np.ndarray, num_sources: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Samples first .. first + count of a tree of splits [S, 4]: source int32 [count], k int64 [count]."""
-    source, k = _ops().locate_splits(_tensor(splits), num_sources, first, count)
+    source, k = ops().locate_splits(_tensor(splits), num_sources, first, count)
     return source.numpy(), k.numpy()
 
 
 def chairman_table(weights: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One period Q = sum(weights): the source of each slot (int16 [Q]), which of that source's slots it is (int32 [Q]),
     and the slots of each source, one source after another (int32 [Q])."""
-    source, rank, slots = _ops().chairman_table(_tensor(weights))
+    source, rank, slots = ops().chairman_table(_tensor(weights))
     return source.numpy(), rank.numpy(), slots.numpy()
 
 
@@ -62,7 +67,7 @@ def locate_table(
     source: np.ndarray, rank: np.ndarray, weights: list[int], first: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples first .. first + count of the endless repetition of a chairman's table."""
-    located = _ops().locate_table(torch.from_numpy(source), torch.from_numpy(rank), _tensor(weights), first, count)
+    located = ops().locate_table(torch.from_numpy(source), torch.from_numpy(rank), _tensor(weights), first, count)
     return located[0].numpy(), located[1].numpy()
 
 
@@ -87,10 +92,10 @@ def gather(
 
     sources [S, 4]: file descriptor, first byte, tokens of the ring, bytes of an id (negative: signed).
     """
-    failure = _ops().gather(_tensor(sources), torch.from_numpy(source), _tensor(start), vocab_size, batch)
+    failure = ops().gather(_tensor(sources), torch.from_numpy(source), _tensor(start), vocab_size, batch)
     return GatherFailure(*failure.tolist())
 
 
 def advise(sources: np.ndarray, source: np.ndarray, start: np.ndarray, context: int) -> None:
     """Ask the kernel to bring the pages of these windows into memory (posix_fadvise WILLNEED)."""
-    _ops().advise(_tensor(sources), torch.from_numpy(source), _tensor(start), context)
+    ops().advise(_tensor(sources), torch.from_numpy(source), _tensor(start), context)

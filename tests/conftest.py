@@ -3,3 +3,4 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")

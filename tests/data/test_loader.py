@@ -318,9 +318,9 @@ def test_without_the_extension_the_message_says_how_to_build_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(native, "_LIBRARY", tmp_path / "_C.abi3.so")
-    native._ops.cache_clear()
+    native.ops.cache_clear()
     try:
         with pytest.raises(ImportError, match=r"is not built; run `pip install --no-build-isolation --no-deps -e .`"):
             native.chairman_table([1, 1, 1, 1, 1])
     finally:
-        native._ops.cache_clear()
+        native.ops.cache_clear()

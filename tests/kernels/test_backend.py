@@ -7,6 +7,7 @@ import torch
 
 from spt_fast import kernels
 from spt_fast.kernels import chosen_backends
+from spt_fast.kernels.backend import obstacle
 
 X, W = torch.randn(4, 8), torch.randn(8)
 Q = torch.randn(2, 3, 2, 4)
@@ -23,28 +24,52 @@ CALLS: dict[str, Callable[[str], object]] = {
 }
 
 
-def test_every_op_is_listed_with_its_backend() -> None:
-    assert (
-        set(chosen_backends())
-        == set(CALLS)
-        == set(kernels.__all__) - {"auto_backends", "chosen_backends", "keep_freed_memory"}
-    )
-    assert all(reason.startswith("reference: ") for reason in chosen_backends().values())
+def test_every_op_is_listed_with_its_backend_and_the_reason() -> None:
+    others = {"auto_backends", "chosen_backends", "keep_freed_memory"}
+    chosen = chosen_backends()
+    assert set(chosen) == set(CALLS) == set(kernels.__all__) - others
+    for op, backend in kernels.auto_backends().items():
+        assert chosen[op].startswith(f"{backend}: ")
+        assert len(chosen[op]) > len(backend) + 5
 
 
 @pytest.mark.parametrize("op", CALLS)
 def test_backends(op: str) -> None:
     CALLS[op]("auto")
     CALLS[op]("reference")
-    with pytest.raises(ValueError, match=r"'triton' is not available here; available: auto, reference"):
-        CALLS[op]("triton")
-    with pytest.raises(ValueError, match=r"'tirton' is unknown; available: auto, reference"):
+    with pytest.raises(ValueError, match=rf"^{op}: backend 'tirton' cannot be used: unknown; the op has auto, "):
         CALLS[op]("tirton")
 
 
-def test_attention_knows_its_own_backends() -> None:
-    for backend in ("sdpa", "flash_attn"):
-        with pytest.raises(ValueError, match="not available here"):
-            CALLS["flash_attention"](backend)
-        with pytest.raises(ValueError, match="unknown"):
-            CALLS["rms_norm"](backend)
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "problem"),
+    [
+        ("cpu", "cuda", torch.bfloat16, "the tensors are on cuda"),
+        ("cpu", "cpu", torch.float16, "take float32 and bfloat16, not torch.float16"),
+        ("triton", "cuda", torch.float64, "not torch.float64"),
+        ("reference", "cuda", torch.float64, None),
+        ("cpu", "cpu", torch.bfloat16, None),
+        ("triton", "cuda", torch.bfloat16, None),
+    ],
+)
+def test_where_a_backend_can_run(backend: str, device: str, dtype: torch.dtype, problem: str | None) -> None:
+    found = obstacle(backend, device, dtype)
+    assert (found is None) if problem is None else (found is not None and problem in found)
+
+
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spt_fast.kernels.backend.INTERPRETED", False)
+    with pytest.raises(ValueError, match="'triton' cannot be used: Triton kernels need a GPU"):
+        CALLS["rms_norm"]("triton")
+    assert kernels.auto_backends()["rms_norm"] in ("cpu", "triton" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr("spt_fast.kernels.backend.TRITON_VERSION", None)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        CALLS["rms_norm"]("triton")
+
+
+def test_without_the_extension_auto_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spt_fast.kernels.backend.CPU_LIBRARY", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert set(kernels.auto_backends().values()) == {"reference"}
+    with pytest.raises(ValueError, match="extension is not built"):
+        CALLS["rms_norm"]("cpu")

@@ -5,10 +5,18 @@ import torch
 from torch import Tensor
 
 from spt_fast.kernels import add_rms_norm, rms_norm
-from tests.kernels.compare import assert_as_exact_as_torch, run, strided, transposed
+from tests.kernels.compare import (
+    DEVICE,
+    assert_as_exact_as_torch,
+    backends_and_dtypes,
+    random_tensors,
+    run,
+    strided,
+    transposed,
+    usable,
+)
 
 EPS = 1e-5
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -20,32 +28,67 @@ def plain_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Ten
     return plain_rms_norm(stream, weight), stream
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(64, 384), (3, 5, 127), (2, 3, 4, 64), (1, 1), (48,)])
-def test_as_exact_as_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    torch.manual_seed(sum(shape))
-    x, residual, up, up2 = (torch.randn(shape).to(dtype) for _ in range(4))
-    weight = torch.randn(shape[-1]).to(dtype)
-    assert_as_exact_as_torch(lambda x, w: rms_norm(x, w, EPS), plain_rms_norm, (x, weight), (up,))
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "cpu", "triton"))
+@pytest.mark.parametrize("shape", [(64, 384), (3, 5, 127), (2, 3, 4, 64), (1, 3), (48,), (300, 1000)])
+def test_as_exact_as_torch(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, residual, up, up2 = random_tensors([shape] * 4, dtype)
+    (weight,) = random_tensors([shape[-1:]], dtype)
+    assert_as_exact_as_torch(lambda x, w: rms_norm(x, w, EPS, backend=backend), plain_rms_norm, (x, weight), (up,))
     assert_as_exact_as_torch(
-        lambda x, r, w: add_rms_norm(x, r, w, EPS), plain_add_rms_norm, (x, residual, weight), (up, up2)
+        lambda x, r, w: add_rms_norm(x, r, w, EPS, backend=backend),
+        plain_add_rms_norm,
+        (x, residual, weight),
+        (up, up2),
     )
 
 
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "cpu", "triton"))
 @pytest.mark.parametrize("layout", [strided, transposed])
-def test_strided_inputs_and_upstream_gradients(layout) -> None:
-    torch.manual_seed(1)
-    x, residual, up, up2 = (torch.randn(6, 7, 32).bfloat16() for _ in range(4))
-    weight = torch.randn(32).bfloat16()
+def test_strided_inputs_and_upstream_gradients(backend: str, dtype: torch.dtype, layout) -> None:
+    x, residual, up, up2 = random_tensors([(6, 7, 32)] * 4, dtype)
+    (weight,) = random_tensors([(32,)], dtype)
     for function, inputs, upstream in (
-        (lambda x, w: rms_norm(x, w), (x, weight), (up,)),
-        (lambda x, r, w: add_rms_norm(x, r, w), (x, residual, weight), (up, up2)),
+        (lambda x, w: rms_norm(x, w, backend=backend), (x, weight), (up,)),
+        (lambda x, r, w: add_rms_norm(x, r, w, backend=backend), (x, residual, weight), (up, up2)),
     ):
         moved = [layout(t) if t.dim() > 1 else strided(t) for t in inputs]
         for expected, found in zip(
             run(function, inputs, upstream), run(function, moved, [layout(u) for u in upstream]), strict=True
         ):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "cpu", "triton"))
+def test_what_torch_asks_of_a_custom_op(backend: str, dtype: torch.dtype) -> None:
+    x, residual = random_tensors([(5, 32)] * 2, dtype)
+    (weight,) = random_tensors([(32,)], dtype)
+    for given in (None, residual):
+        leaves = [t if t is None else t.clone().requires_grad_() for t in (x, given, weight)]
+        torch.library.opcheck(torch.ops.spt_fast.rms_norm, (*leaves, EPS, backend))
+
+
+def test_it_compiles_whole() -> None:
+    x, residual, up = random_tensors([(5, 32)] * 3, torch.float32)
+    (weight,) = random_tensors([(32,)], torch.float32)
+
+    def function(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+        y, stream = add_rms_norm(x, residual, weight)
+        return rms_norm(stream, weight) + y
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected, found = (run(f, (x, residual, weight), (up,)) for f in (function, compiled))
+    for e, f in zip(expected, found, strict=True):
+        torch.testing.assert_close(f, e, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_every_backend_sees_an_empty_batch(backend: str) -> None:
+    x, weight = torch.empty(0, 16, device=DEVICE), torch.ones(16, device=DEVICE)
+    y, stream, dx, dr, dw = run(
+        lambda x, r, w: add_rms_norm(x, r, w, backend=usable(backend)), (x, x.clone(), weight), (x, x)
+    )
+    assert y.shape == stream.shape == dx.shape == dr.shape == x.shape
+    assert not dw.any()
 
 
 def test_gradcheck() -> None:

@@ -1,0 +1,103 @@
+"""Every Triton kernel compiled ahead of time, without a GPU: registers, stack and shared memory on each architecture.
+
+    python -m tests.kernels.aot [--default] [--arch 80 90 100] [--op norm ...]
+
+A kernel fails where it spills registers (its stack is not 0) or asks for more shared memory than the GPU has. Must run
+without TRITON_INTERPRET. Prints one line for each kernel, variant and architecture; exit code 1 if any fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spt_fast.kernels.launch import Variant
+
+OPS = ("norm", "rotary", "activation", "attention", "cross_entropy", "adamw", "embedding", "fp8")
+SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Resources(NamedTuple):
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+    def problem(self, arch: int) -> str | None:
+        if self.stack_bytes:
+            return f"spills: {self.stack_bytes} bytes of stack"
+        if self.shared_bytes > SHARED_LIMIT_BYTES[arch]:
+            return f"takes {self.shared_bytes:,} bytes of shared memory, the GPU has {SHARED_LIMIT_BYTES[arch]:,}"
+        return None
+
+
+def compile_for(variant: Variant, arch: int) -> Resources:
+    """Compile as the launcher would: pointers and sizes divisible by 16."""
+    names = variant.kernel.arg_names
+    missing = set(names) - variant.arguments.keys() - variant.constants.keys()
+    assert not missing, f"{variant.kernel.__name__}: the variant doesn't give {missing}"
+    signature = {name: variant.arguments.get(name, "constexpr") for name in names}
+    divisible = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in variant.arguments.items()
+        if kind.startswith("*") or kind in ("i32", "i64")
+    }
+    source = ASTSource(variant.kernel, signature, variant.constants, divisible)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        said = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", said.stdout)}
+    return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared)
+
+
+def variants_of(op: str) -> list[Variant]:
+    try:
+        module = importlib.import_module(f"spt_fast.kernels.{op}")
+    except ModuleNotFoundError:
+        return []
+    return getattr(module, "variants", list)()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--default", action="store_true", help="only what a usual call chooses")
+    parser.add_argument("--arch", type=int, nargs="+", default=sorted(SHARED_LIMIT_BYTES))
+    parser.add_argument("--op", nargs="+", default=OPS)
+    options = parser.parse_args()
+    failed = 0
+    print(f"triton {triton.__version__}")
+    for op in options.op:
+        for variant in variants_of(op):
+            if options.default and not variant.default:
+                continue
+            constants = " ".join(f"{name}={value}" for name, value in variant.constants.items())
+            for arch in options.arch:
+                resources = compile_for(variant, arch)
+                problem = resources.problem(arch)
+                failed += problem is not None
+                print(
+                    f"sm_{arch} {op}.{variant.kernel.__name__} warps={variant.num_warps} {constants}: "
+                    f"{resources.registers} registers, {resources.shared_bytes:,} bytes shared"
+                    + (f": FAILED, {problem}" if problem else ""),
+                    flush=True,
+                )
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Every Triton kernel compiles for each GPU architecture, spills no register and fits its shared memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.aot import OPS, Resources, variants_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_default_kernels_compile_for_every_gpu(op: str, tmp_path: Path) -> None:
+    """In a process of its own, since this one may have set Triton to interpret."""
+    expected = sum(variant.default for variant in variants_of(op))
+    if not expected:
+        pytest.skip("no Triton kernel")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.aot", "--default", "--op", op],
+        capture_output=True,
+        text=True,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=ROOT,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.count("registers") == 3 * expected
+
+
+def test_a_spill_and_too_much_shared_memory_are_problems() -> None:
+    assert Resources(255, 0, 100_000).problem(90) is None
+    assert "spills: 8 bytes" in str(Resources(255, 8, 0).problem(90))
+    assert "shared memory" in str(Resources(32, 0, 200_000).problem(80))
+    assert Resources(32, 0, 200_000).problem(90) is None
