@@ -31,15 +31,18 @@ class Op:
         self.backends = list(dict.fromkeys(backend for order in auto.values() for backend in order))
         OPS[name] = self
 
-    def pick(self, backend: str, x: Tensor) -> str:
-        """The backend that runs for tensors like x; ValueError for a name that is unknown or cannot run for them."""
+    def pick(self, backend: str, x: Tensor, **obstacles: str | None) -> str:
+        """The backend that runs for tensors like x; ValueError for a name that is unknown or cannot run for them.
+
+        `obstacles` says by backend why it cannot run this time, besides device and dtype.
+        """
         if backend == "auto":
             for name in self.auto.get(x.device.type, {}):
-                if obstacle(name, x.device.type, x.dtype) is None:
+                if obstacle(name, x.device.type, x.dtype) is None and obstacles.get(name) is None:
                     return name
             return "reference"
         if backend in self.backends:
-            problem = obstacle(backend, x.device.type, x.dtype)
+            problem = obstacle(backend, x.device.type, x.dtype) or obstacles.get(backend)
             if problem is None:
                 return backend
         else:

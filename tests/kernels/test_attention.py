@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import attention, flash_attention
+from spt_fast.kernels import flash_attention
 from tests.kernels.compare import assert_as_exact_as_torch, run, strided
 
 
@@ -49,13 +49,6 @@ def draw(B: int, T: int, H: int, K: int, D: int, dtype: torch.dtype = torch.floa
 ROUNDINGS = 4
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks of heads and blocks of rows, the last ones short."""
-    monkeypatch.setattr(attention, "BLOCK_ROWS", 8)
-    monkeypatch.setattr(attention, "CHUNK_BYTES", 8192)
-
-
 CUTS = {
     "one document": [0, 24],
     "rows": [0, 12, 24],
@@ -76,37 +69,6 @@ def test_as_exact_as_torch(dtype: torch.dtype, B: int, T: int, H: int, K: int, D
     torch.manual_seed(T)
     *inputs, upstream = draw(B, T, H, K, D, dtype)
     assert_as_exact_as_torch(flash_attention, plain_attention, inputs, (upstream,), ROUNDINGS)
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("B", "T", "H", "K", "D"), [(2, 37, 6, 2, 64), (1, 1, 1, 1, 8), (3, 16, 4, 4, 16)])
-def test_in_blocks_as_exact_as_torch(B: int, T: int, H: int, K: int, D: int) -> None:
-    torch.manual_seed(T)
-    *inputs, upstream = draw(B, T, H, K, D, torch.bfloat16)
-    assert_as_exact_as_torch(flash_attention, plain_attention, inputs, (upstream,))
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_in_blocks_exact_in_float64(scale: float | None) -> None:
-    torch.manual_seed(5)
-    *inputs, upstream = draw(2, 21, 6, 2, 8)
-    found = run(lambda q, k, v: attention._blocked(q, k, v, scale), inputs, (upstream,))
-    expected = run(lambda q, k, v: plain_attention(q, k, v, scale=scale), inputs, (upstream,))
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e)
-    q, k, v = (x[:1, :10].requires_grad_() for x in inputs)
-    assert torch.autograd.gradcheck(lambda q, k, v: attention._blocked(q, k, v, scale), (q, k, v))
-
-
-def test_bf16_is_blocked_up_to_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(6)
-    *inputs, upstream = draw(1, 20, 4, 2, 16, torch.bfloat16)
-    monkeypatch.setattr(attention, "BLOCKED_MAX_TOKENS", 19)
-    assert_as_exact_as_torch(flash_attention, plain_attention, inputs, (upstream,))
-    monkeypatch.setattr(attention, "_sdpa", None)
-    monkeypatch.setattr(attention, "BLOCKED_MAX_TOKENS", 20)
-    flash_attention(*inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,117 @@
+"""Causal attention on CPUs that multiply pairs of bf16 (AVX512-BF16): csrc/attention.cpp as a custom op.
+
+What a query may see is a stretch of keys that ends with itself, so causality, rows, documents and a window come down
+to one number a query, `first_BT`: the first key in its row that it sees, or one beyond itself for padding. Scores exist
+one tile of 64 x 64 at a time, in float32; the backward pass makes them again from q, k and the base-2 logarithm of
+each softmax's denominator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spt_fast import native
+
+SUPPORTED = native.is_built() and native.ops().cpu_attention_supported()
+MAX_HEAD_DIM = 256
+
+
+def obstacle(q_BTHD: Tensor, causal: bool) -> str | None:
+    """Why this can't compute the attention of these queries; None where it can."""
+    D = q_BTHD.shape[-1]
+    if not SUPPORTED:
+        return "this CPU has no AVX512-BF16, or the C++ extension is not built"
+    if q_BTHD.device.type != "cpu" or q_BTHD.dtype != torch.bfloat16:
+        return f"it takes bfloat16 on the CPU, not {q_BTHD.dtype} on {q_BTHD.device.type}"
+    if not causal:
+        return "it is causal only"
+    if D % 16 or not 0 < D <= MAX_HEAD_DIM:
+        return f"it takes head dimensions that are multiples of 16 up to {MAX_HEAD_DIM}, not {D}"
+    return None
+
+
+def attend(
+    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float | None
+) -> Tensor:
+    """Causal attention; arguments as of `flash_attention`."""
+    B, T, _, D = q_BTHD.shape
+    scale = D**-0.5 if scale is None else scale
+    return _attention(q_BTHD, k_BTHD, v_BTHD, first_keys(B, T, cu_seqlens, window), scale)[0]
+
+
+def first_keys(B: int, T: int, cu_seqlens: Tensor | None, window: int | None) -> Tensor:
+    """int32 [B, T]: where in its row the keys begin that each query sees; one past itself for padding."""
+    if cu_seqlens is None:
+        first_BT = torch.zeros(B, T, dtype=torch.int32)
+    else:
+        flat = torch.arange(B * T, dtype=torch.int32)
+        document = torch.searchsorted(cu_seqlens, flat, right=True)
+        starts = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), B * T)])[document - 1]
+        first_BT = (starts - (flat - flat % T)).clamp_(min=0)
+        first_BT = torch.where(document == len(cu_seqlens), flat % T + 1, first_BT).view(B, T).to(torch.int32)
+    if window is not None:
+        first_BT = torch.maximum(first_BT, torch.arange(1 - window, T - window + 1, dtype=torch.int32))
+    return first_BT
+
+
+@torch.library.custom_op("spt_fast::attention_cpu", mutates_args=())
+def _attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, first_BT: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(o [B, T, H, D], log2 of the softmax's denominator, float32 [B, H, T])."""
+    q, k, v = (_with_dense_heads(x) for x in (q_BTHD, k_BTHD, v_BTHD))
+    return native.ops().cpu_attention_forward(q, k, v, first_BT, scale)
+
+
+@_attention.register_fake
+def _(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, first_BT: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q_BTHD.shape
+    return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("spt_fast::attention_cpu_backward", mutates_args=())
+def _attention_backward(
+    do_BTHD: Tensor,
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    first_BT: Tensor,
+    o_BTHD: Tensor,
+    lse2_BHT: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    do, q, k, v, o = (_with_dense_heads(x) for x in (do_BTHD, q_BTHD, k_BTHD, v_BTHD, o_BTHD))
+    return native.ops().cpu_attention_backward(do, q, k, v, first_BT, o, lse2_BHT, scale)
+
+
+@_attention_backward.register_fake
+def _(
+    do_BTHD: Tensor,
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    first_BT: Tensor,
+    o_BTHD: Tensor,
+    lse2_BHT: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q_BTHD.new_empty(q_BTHD.shape), k_BTHD.new_empty(k_BTHD.shape), v_BTHD.new_empty(v_BTHD.shape)
+
+
+def _with_dense_heads(x_BTHD: Tensor) -> Tensor:
+    """The kernel takes any strides but of the last dimension."""
+    return x_BTHD if x_BTHD.stride(-1) == 1 else x_BTHD.contiguous()
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q_BTHD, k_BTHD, v_BTHD, first_BT, ctx.scale = inputs
+    ctx.save_for_backward(q_BTHD, k_BTHD, v_BTHD, first_BT, *output)
+
+
+def _gradients(ctx: Any, do_BTHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv = _attention_backward(do_BTHD, *ctx.saved_tensors, ctx.scale)
+    return dq, dk, dv, None, None
+
+
+_attention.register_autograd(_gradients, setup_context=_setup_context)
