@@ -7,7 +7,7 @@ differentiable, and sums in float32 inside (float64 for float64 inputs).
 from spt_fast.kernels.activation import swiglu
 from spt_fast.kernels.adamw import adamw_step
 from spt_fast.kernels.attention import flash_attention
-from spt_fast.kernels.backend import auto_backends, chosen_backends
+from spt_fast.kernels.backend import auto_backends, chosen_backends, prefer
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
 from spt_fast.kernels.embedding import embedding
 from spt_fast.kernels.memory import keep_freed_memory
@@ -23,6 +23,7 @@ __all__ = [
     "flash_attention",
     "keep_freed_memory",
     "linear_cross_entropy",
+    "prefer",
     "qk_norm_rope",
     "rms_norm",
     "rope",

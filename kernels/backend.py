@@ -10,6 +10,9 @@ reference   PyTorch ops, for every device and dtype
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,8 @@ from spt_fast.kernels.launch import INTERPRETED, TRITON_VERSION
 CONTRACT_BACKENDS = ("auto", "triton", "cpu", "reference")
 
 OPS: dict[str, Op] = {}
+
+_preferred: list[str] = []
 
 CPU_LIBRARY = native.is_built()
 
@@ -37,7 +42,9 @@ class Op:
         `obstacles` says by backend why it cannot run this time, besides device and dtype.
         """
         if backend == "auto":
-            for name in self.auto.get(x.device.type, {}):
+            for name in (*_preferred, *self.auto.get(x.device.type, {})):
+                if name not in self.backends:
+                    continue
                 if obstacle(name, x.device.type, x.dtype) is None and obstacles.get(name) is None:
                     return name
             return "reference"
@@ -49,6 +56,16 @@ class Op:
             problem = "this op has no such backend" if backend in CONTRACT_BACKENDS else "unknown"
         known = ", ".join(("auto", *self.backends))
         raise ValueError(f"{self.name}: backend {backend!r} cannot be used: {problem}; the op has {known}")
+
+
+@contextmanager
+def prefer(backend: str) -> Iterator[None]:
+    """Within it, `auto` takes this backend for every op that has it and can run it."""
+    _preferred.insert(0, backend)
+    try:
+        yield
+    finally:
+        _preferred.remove(backend)
 
 
 def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:

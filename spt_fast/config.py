@@ -399,6 +399,9 @@ class Log:
 class Engine:
     name: str = _setting(_one_of("local"), "local")
     """local: one process on one GPU, or on the CPU."""
+    checkpointing: str = _setting(_one_of("none", "selective", "full"), "none")
+    """Activation checkpointing: what the backward pass makes again to save memory. selective: all but products of
+    matrices and attention; full: whole blocks, for about a third more time. Changes no result."""
 
 
 def _sources(raw: object, where: str) -> dict[str, Source]:
@@ -500,7 +503,7 @@ class Recipe:
 
     def changes(self, other: Recipe) -> list[str]:
         """What differs in `other` and would change what the run computes: "phases.0.tokens: 20000000 → 30000000"."""
-        harmless = ("run", "log", "checkpoint")
+        harmless = ("run", "log", "checkpoint", "engine")
         mine, theirs = _flat(self.plain()), _flat(other.plain())
         return [
             f"{key}: {mine.get(key, 'absent')} → {theirs.get(key, 'absent')}"

@@ -88,7 +88,9 @@ def mfu_label(device: torch.device | str) -> str:
     return f"{MFU_CONVENTION}, bf16 dense {peak / 1e12:.4g}" if peak else f"{MFU_CONVENTION}, n/a"
 
 
-def memory_bytes(config: GPTConfig, micro: int, *, dtype: torch.dtype, context: int | None = None) -> dict[str, int]:
+def memory_bytes(
+    config: GPTConfig, micro: int, *, dtype: torch.dtype, context: int | None = None, checkpointing: str = "none"
+) -> dict[str, int]:
     """What a training step with `micro` sequences at a time needs on one device that holds everything, estimated.
 
     `parameters`: of `dtype`, and where that is not float32 a float32 master copy (counted under `optimizer`).
@@ -96,11 +98,16 @@ def memory_bytes(config: GPTConfig, micro: int, *, dtype: torch.dtype, context: 
     `activations`: what the backward pass keeps, per token and layer 4 D for the two norms and their results, (2H + 2K)
     Q for rotated queries, keys, values and the attention's result, 4 F for gate, up, silu(gate) and their product
     (with QK-norm (H + K) Q more), all of `dtype`; and once 3 D a token and the float32 gradient of the head. Left out:
-    the attention weights that a CPU keeps, workspaces, the chunk of logits, the allocator's own. `total` is the sum.
+    workspaces, the chunk of logits, the allocator's own. With `checkpointing` "full" a layer keeps its two inputs,
+    2 D; "selective" besides them the results of its four products of matrices and of attention. `total` is the sum.
     """
     D, H, K, Q = config.width, config.heads, config.kv_heads, _head_dim(config)
     tokens = micro * (config.context if context is None else context)
     per_layer = 4 * D + (2 * H + 2 * K) * Q + 4 * config.ffn + ((H + K) * Q if config.qk_norm else 0)
+    if checkpointing == "selective":
+        per_layer = 4 * D + (2 * H + 2 * K) * Q + 2 * config.ffn
+    elif checkpointing == "full":
+        per_layer = 2 * D
     count = parameters(config)
     parts = {
         "parameters": count * dtype.itemsize,

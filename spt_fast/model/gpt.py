@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from spt_fast.errors import RecipeError, nearest
 from spt_fast.kernels import (
@@ -126,6 +127,20 @@ class Block(nn.Module):
         self.w_gate_up = nn.Parameter(torch.empty(2 * F_, D))
         self.w_down = nn.Parameter(torch.empty(D, F_))
 
+    def forward(
+        self,
+        h_BTD: Tensor,
+        stream_BTD: Tensor,
+        next_norm: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(the next block's h, the stream after this block)."""
+        attended_BTD = self.attention(h_BTD, cos, sin, cu_seqlens)
+        h_BTD, stream_BTD = add_rms_norm(attended_BTD, stream_BTD, self.ffn_norm, self.norm_eps)
+        return add_rms_norm(self.feed_forward(h_BTD), stream_BTD, next_norm, self.norm_eps)
+
     def attention(self, h_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         qkv = F.linear(h_BTD, self.wqkv).unflatten(-1, (-1, self.head_dim))
         q_BTHQ, k_BTKQ, v_BTKQ = qkv.split(self.split, dim=2)
@@ -151,6 +166,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = "none"
+        """What the backward pass makes again to save memory: nothing; within a block all but products of matrices and
+        attention ("selective"); or whole blocks ("full"). Changes no result."""
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = nn.Parameter(torch.empty(config.width))
@@ -202,9 +220,17 @@ class GPT(nn.Module):
         h_BTD = rms_norm(stream_BTD, blocks[0].attention_norm, eps)
         next_norms = [*(block.attention_norm for block in blocks[1:]), self.final_norm]
         for block, next_norm in zip(blocks, next_norms, strict=True):
-            attended_BTD = block.attention(h_BTD, cos, sin, cu_seqlens)
-            h_BTD, stream_BTD = add_rms_norm(attended_BTD, stream_BTD, block.ffn_norm, eps)
-            h_BTD, stream_BTD = add_rms_norm(block.feed_forward(h_BTD), stream_BTD, next_norm, eps)
+            arguments = (h_BTD, stream_BTD, next_norm, cos, sin, cu_seqlens)
+            if self.checkpointing == "none" or not torch.is_grad_enabled():
+                h_BTD, stream_BTD = block(*arguments)
+            else:
+                h_BTD, stream_BTD = checkpoint.checkpoint(
+                    block,
+                    *arguments,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=_keep_products if self.checkpointing == "selective" else checkpoint.noop_context_fn,
+                )
 
         if targets_BT is None:
             return F.linear(h_BTD, self.head_weight)
@@ -249,6 +275,16 @@ class GPT(nn.Module):
         from spt_fast.model import generate
 
         return generate.generate(self, tokens, new_tokens, **sampling)
+
+
+def _keep_products() -> tuple[Any, Any]:
+    """Of a checkpointed block the products of matrices and attention are kept; what is cheap is made again."""
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
+        dear = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) or "attention" in str(op)
+        return checkpoint.CheckpointPolicy.MUST_SAVE if dear else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+    return checkpoint.create_selective_checkpoint_contexts(policy)
 
 
 def rope_tables(config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -120,10 +120,12 @@ class Plan:
 
     def starting_model(self) -> GPT:
         """Fresh weights by the recipe's seed, or those that `init` names; on the CPU."""
-        if not self.recipe.init:
-            return GPT(self.model, seed=self.recipe.seed)
-        model = load_model(Path(self.recipe.init))
-        model.config = self.model
+        if self.recipe.init:
+            model = load_model(Path(self.recipe.init))
+            model.config = self.model
+        else:
+            model = GPT(self.model, seed=self.recipe.seed)
+        model.checkpointing = self.recipe.engine.checkpointing
         return model
 
     def epochs(self, source: str, windows: int) -> Fraction:
@@ -232,7 +234,8 @@ def cost(plan: Plan) -> dict[str, Any]:
     flops_per_token = train_flops_per_token(plan.model)
     tokens = sum(phase.tokens * len(phase.phase.arms()) for phase in plan.phases)
     micro = max(phase.phase.batch.micro or phase.phase.batch.sequences for phase in plan.phases)
-    memory = memory_bytes(plan.model, micro, dtype=pick_dtype(plan.recipe.precision, device))
+    dtype, checkpointing = pick_dtype(plan.recipe.precision, device), plan.recipe.engine.checkpointing
+    memory = memory_bytes(plan.model, micro, dtype=dtype, checkpointing=checkpointing)
     peak = peak_flops(device)
     return {
         "parameters": parameters(plan.model),

@@ -25,7 +25,7 @@ CALLS: dict[str, Callable[[str], object]] = {
 
 
 def test_every_op_is_listed_with_its_backend_and_the_reason() -> None:
-    others = {"auto_backends", "chosen_backends", "keep_freed_memory"}
+    others = {"auto_backends", "chosen_backends", "keep_freed_memory", "prefer"}
     chosen = chosen_backends()
     assert set(chosen) == set(CALLS) == set(kernels.__all__) - others
     for op, backend in kernels.auto_backends().items():
@@ -55,6 +55,15 @@ def test_backends(op: str) -> None:
 def test_where_a_backend_can_run(backend: str, device: str, dtype: torch.dtype, problem: str | None) -> None:
     found = obstacle(backend, device, dtype)
     assert (found is None) if problem is None else (found is not None and problem in found)
+
+
+def test_prefer_moves_a_backend_to_the_front_where_it_can_run() -> None:
+    with kernels.prefer("reference"):
+        assert set(kernels.auto_backends().values()) == {"reference"}
+    before = kernels.auto_backends()
+    with kernels.prefer("abacus"):
+        assert kernels.auto_backends() == before
+    assert kernels.auto_backends() == before
 
 
 def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

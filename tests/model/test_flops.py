@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from spt_fast.errors import RecipeError
-from spt_fast.kernels import attention
 from spt_fast.model import flops
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.model.presets import PRESETS
@@ -107,10 +106,7 @@ def test_label_of_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "head_dim": 24}])
-def test_activation_estimate_is_what_autograd_keeps(
-    dtype: torch.dtype, fields: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "BLOCKED_MAX_TOKENS", 0)
+def test_activation_estimate_is_what_autograd_keeps(dtype: torch.dtype, fields: dict) -> None:
     config = GPTConfig(**{**SMALL, "layers": 4, "vocab_size": 64, **fields})
     model = GPT(config).to(dtype)
     kept: dict[int, int] = {}
@@ -127,6 +123,17 @@ def test_activation_estimate_is_what_autograd_keeps(
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     estimate = flops.memory_bytes(config, 8, dtype=dtype)["activations"]
     assert estimate == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def test_checkpointing_keeps_less() -> None:
+    config = GPTConfig.preset("124m")
+    none, selective, full = (
+        flops.memory_bytes(config, 8, dtype=torch.bfloat16, checkpointing=mode)["activations"]
+        for mode in ("none", "selective", "full")
+    )
+    layer_numbers = 2 * 8 * config.context * config.layers
+    assert none - selective == layer_numbers * 2 * config.ffn
+    assert selective - full == layer_numbers * (2 * config.width + 4 * config.width + 2 * config.ffn)
 
 
 def test_memory_counts_masters_and_moments() -> None:

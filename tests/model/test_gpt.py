@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_fast.errors import RecipeError
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -356,3 +357,48 @@ def test_it_learns() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5
+
+
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "kv_heads": 2}], ids=["plain", "QK-norm and grouped queries"])
+def test_checkpointing_changes_no_bit_and_recomputes_what_it_says(fields: dict) -> None:
+    config = GPTConfig(**{**SMALL, **fields})
+    tokens, targets = (torch.randint(config.vocab_size, (3, config.context)) for _ in range(2))
+    results, products = {}, {}
+    for mode in ("none", "selective", "full"):
+        model = GPT(config, seed=3).bfloat16()
+        model.checkpointing = mode
+        with CountProducts() as count:
+            loss = model(tokens, targets)
+            loss.backward()
+        results[mode] = [loss.detach(), *(p.grad for p in model.parameters())]
+        products[mode] = count.products
+    for mode in ("selective", "full"):
+        assert all(torch.equal(a, b) for a, b in zip(results["none"], results[mode], strict=True)), mode
+    assert products["selective"] == products["none"]
+    assert products["full"] == products["none"] + 4 * config.layers
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    products = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.products += op is torch.ops.aten.mm.default
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"qk_norm": True, "kv_heads": 2, "tied": False}], ids=["plain", "QK-norm, untied"]
+)
+def test_it_compiles_whole(fields: dict) -> None:
+    config = GPTConfig(**{**SMALL, **fields})
+    tokens, targets = (torch.randint(config.vocab_size, (3, config.context)) for _ in range(2))
+    results = []
+    for compiled in (False, True):
+        model = GPT(config, seed=3)
+        loss = (torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model)(tokens, targets)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
