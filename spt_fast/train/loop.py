@@ -142,6 +142,9 @@ class Trainer:
         )
         precision = "bf16, fp32 masters" if dtype == torch.bfloat16 else "fp32"
         self.log.say(f"{folder}: {self.parameters:,} parameters in {precision} on {device}")
+        chosen = sorted(set(self.backends.values()))
+        by_backend = {name: [op for op, backend in self.backends.items() if backend == name] for name in chosen}
+        self.log.say("kernels: " + "; ".join(f"{name} for {', '.join(ops)}" for name, ops in by_backend.items()))
         if found:
             for path, reason in found.skipped.items():
                 self.log.say(f"skipped a damaged checkpoint: {reason}")
