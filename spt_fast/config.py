@@ -402,6 +402,9 @@ class Engine:
     checkpointing: str = _setting(_one_of("none", "selective", "full"), "none")
     """Activation checkpointing: what the backward pass makes again to save memory. selective: all but products of
     matrices and attention; full: whole blocks, for about a third more time. Changes no result."""
+    cuda_graphs: bool = _setting(_boolean, False)
+    """On a GPU, record the step and replay it: for small models, whose kernels take less time than starting them.
+    Phases with `documents: true` go on without."""
 
 
 def _sources(raw: object, where: str) -> dict[str, Source]:

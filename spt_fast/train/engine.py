@@ -35,11 +35,15 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+STEPS_TO_WARM_UP = 3
+"""Steps before one is recorded as a CUDA graph: libraries and allocator have settled then."""
+
+
 class StepResult:
     """What one step has to say, already on its way to the host: reading it waits for that step, not for later ones."""
 
-    def __init__(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
-        figures = torch.stack([loss, grad_norm, skipped.float()])
+    def __init__(self, figures: Tensor) -> None:
+        """figures: fp32 [3], loss, gradient norm, and 1 where the step was left out."""
         self._arrived: torch.cuda.Event | None = None
         if figures.is_cuda:
             self._figures = torch.empty(3, pin_memory=True).copy_(figures, non_blocking=True)
@@ -56,14 +60,36 @@ class StepResult:
         return loss, grad_norm, bool(skipped)
 
 
-class LocalEngine:
-    """One process, one device."""
+class RecordedStep:
+    """A step as a CUDA graph: the GPU starts its hundreds of kernels by itself, which pays for small models."""
 
-    def __init__(self, model: GPT, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, compute: Callable[..., Tensor | None], like: Sequence[Batch]) -> None:
+        self._batches = [Batch(torch.empty_like(b.tokens), torch.empty_like(b.targets), None) for b in like]
+        self._lr = torch.zeros((), device=like[0].tokens.device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            figures = compute(self._batches, self._lr, lambda: False)
+        assert figures is not None
+        self._figures = figures
+
+    def __call__(self, micro_batches: Sequence[Batch], lr: float) -> Tensor:
+        for recorded, batch in zip(self._batches, micro_batches, strict=True):
+            recorded.tokens.copy_(batch.tokens, non_blocking=True)
+            recorded.targets.copy_(batch.targets, non_blocking=True)
+        self._lr.fill_(lr)
+        self._graph.replay()
+        return self._figures.clone()
+
+
+class LocalEngine:
+    """One process, one device. `cuda_graphs`: record the step once it is warm; not for batches with documents."""
+
+    def __init__(self, model: GPT, *, device: torch.device, dtype: torch.dtype, cuda_graphs: bool = False) -> None:
         if device.type == "cpu":
             keep_freed_memory()
         self.device = device
         self.dtype = dtype
+        self.cuda_graphs = cuda_graphs
         self.model = model.to(device=device, dtype=dtype)
         self.optimizer: AdamW
 
@@ -78,6 +104,8 @@ class LocalEngine:
         """Set up a fresh optimizer and take over `current` (or `start`); `start` is what an anchor holds on to."""
         if hasattr(self, "optimizer"):
             del self.optimizer  # its state is let go before the new one's is claimed
+        self.steps_made = 0
+        self.recorded: RecordedStep | None = None
         self.optimizer = AdamW(self.model, settings, anchor_decay)
         self.optimizer.restore(current if current is not None else start, anchor=start)
 
@@ -86,6 +114,21 @@ class LocalEngine:
 
         A loss or gradient norm that is not finite leaves weights and moments as they are; `skipped` says so.
         """
+        recordable = self.cuda_graphs and all(batch.cu_seqlens is None for batch in micro_batches)
+        if recordable and self.steps_made == STEPS_TO_WARM_UP:
+            self.recorded = RecordedStep(self._compute, micro_batches)
+        if recordable and self.recorded is not None:
+            if interrupted():
+                return None
+            return StepResult(self.recorded(micro_batches, lr))
+        figures = self._compute(micro_batches, lr, interrupted)
+        self.steps_made += 1
+        return None if figures is None else StepResult(figures)
+
+    def _compute(
+        self, micro_batches: Sequence[Batch], lr: float | Tensor, interrupted: Callable[[], bool]
+    ) -> Tensor | None:
+        """The figures of a StepResult; None where it was interrupted."""
         loss = torch.zeros((), device=self.device)
         for batch in micro_batches:
             if interrupted():
@@ -98,7 +141,7 @@ class LocalEngine:
         skip = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self.optimizer.step(lr, norm, skip)
         self.optimizer.zero_grad()
-        return StepResult(loss, norm, skip)
+        return torch.stack([loss, norm, skip.float()])
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mean loss in nats per token, a 0-d fp32 tensor on the device."""

@@ -129,7 +129,8 @@ class Trainer:
         if "weights/head" in self.snapshots.get("current", {}):
             model.untie()
         self.parameters = parameters(plan.model)
-        self.engine = LocalEngine(model, device=device, dtype=dtype)
+        cuda_graphs = plan.recipe.engine.cuda_graphs
+        self.engine = LocalEngine(model, device=device, dtype=dtype, cuda_graphs=cuda_graphs)
         self.flops_per_token = train_flops_per_token(plan.model)
         self.peak_flops = peak_flops(device)
 

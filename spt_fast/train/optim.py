@@ -42,8 +42,11 @@ class AdamW:
         return torch.nn.utils.get_total_norm([p.grad for p in self.params.values() if p.grad is not None])
 
     @torch.no_grad()
-    def step(self, lr: float, norm: Tensor, skip: Tensor) -> None:
-        """One update of every parameter, clipped to `settings.clip` by the given norm; none where `skip` is true."""
+    def step(self, lr: float | Tensor, norm: Tensor, skip: Tensor) -> None:
+        """One update of every parameter, clipped to `settings.clip` by the given norm; none where `skip` is true.
+
+        lr, like norm and skip, may be a 0-d tensor on the device.
+        """
         s = self.settings
         count = self.count + 1
         scale = torch.clamp(s.clip / (norm + 1e-6), max=1.0) if s.clip else torch.ones_like(norm)
@@ -66,7 +69,7 @@ class AdamW:
                 skip=skip,
                 master=None if in_place else self.masters[name],
             )
-        self.count = torch.where(skip, self.count, count)
+        self.count.copy_(torch.where(skip, self.count, count))
 
     def zero_grad(self) -> None:
         for param in self.params.values():

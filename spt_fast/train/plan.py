@@ -178,6 +178,8 @@ def make_plan(recipe: Recipe, *, world: int = 1) -> Plan:
     tokenizer, an id beyond the vocabulary, a corpus shorter than a window, a source whose share gives it no sample,
     a batch that doesn't divide among `world` processes.
     """
+    if recipe.engine.cuda_graphs and pick_device().type != "cuda":
+        raise RecipeError("engine.cuda_graphs: there is no GPU here; set it to false")
     tokenizer = Tokenizer.load(recipe.tokenizer) if recipe.tokenizer else None
     train, heldout = {}, {}
     for name, source in recipe.sources.items():
