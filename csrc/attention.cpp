@@ -414,9 +414,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
   return {dq, dk, dv};
 }
 
-bool attention_supported() { return __builtin_cpu_supports("avx512bf16"); }
-
 #pragma GCC pop_options
+
+bool attention_supported() { return __builtin_cpu_supports("avx512bf16"); }
 
 #else
 
