@@ -4,7 +4,7 @@ Every op takes `backend="auto" | "triton" | "cpu" | "reference"` (attention also
 differentiable, and sums in float32 inside (float64 for float64 inputs).
 """
 
-from spt_fast.kernels.activation import swiglu
+from spt_fast.kernels.activation import swiglu, swiglu_packed
 from spt_fast.kernels.adamw import adamw_step
 from spt_fast.kernels.attention import flash_attention
 from spt_fast.kernels.backend import auto_backends, chosen_backends, prefer
@@ -28,4 +28,5 @@ __all__ = [
     "rms_norm",
     "rope",
     "swiglu",
+    "swiglu_packed",
 ]

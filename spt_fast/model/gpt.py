@@ -35,7 +35,7 @@ from spt_fast.kernels import (
     qk_norm_rope,
     rms_norm,
     rope,
-    swiglu,
+    swiglu_packed,
 )
 from spt_fast.model.presets import PRESETS
 
@@ -151,8 +151,7 @@ class Block(nn.Module):
         return F.linear(flash_attention(q_BTHQ, k_BTKQ, v_BTKQ, cu_seqlens=cu_seqlens).flatten(2), self.wo)
 
     def feed_forward(self, h_BTD: Tensor) -> Tensor:
-        gate_BTF, up_BTF = F.linear(h_BTD, self.w_gate_up).chunk(2, dim=-1)
-        return F.linear(swiglu(gate_BTF, up_BTF), self.w_down)
+        return F.linear(swiglu_packed(F.linear(h_BTD, self.w_gate_up)), self.w_down)
 
 
 class GPT(nn.Module):

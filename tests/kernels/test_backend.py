@@ -17,6 +17,7 @@ CALLS: dict[str, Callable[[str], object]] = {
     "rope": lambda b: kernels.rope(Q, Q, Q[0, :, 0], Q[0, :, 0], backend=b),
     "qk_norm_rope": lambda b: kernels.qk_norm_rope(Q, Q, W[:4], W[:4], Q[0, :, 0], Q[0, :, 0], backend=b),
     "swiglu": lambda b: kernels.swiglu(X, X, backend=b),
+    "swiglu_packed": lambda b: kernels.swiglu_packed(X, backend=b),
     "flash_attention": lambda b: kernels.flash_attention(Q, Q, Q, backend=b),
     "linear_cross_entropy": lambda b: kernels.linear_cross_entropy(X, X, torch.tensor([0, 1, 2, 3]), backend=b),
     "adamw_step": lambda b: kernels.adamw_step(*(torch.ones(3) for _ in range(4)), step=1, lr=0.1, backend=b),
