@@ -1,19 +1,46 @@
 from __future__ import annotations
 
+import importlib
 import itertools
+import pkgutil
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from spt_fast import kernels
 from spt_fast.kernels import adamw, adamw_step
+from spt_fast.kernels.launch import INTERPRETED
+from tests.kernels.compare import DEVICE, ROUNDING, random_tensors, strided, transposed, usable
+
+# What Triton's interpreter computes of masked elements.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
 
 LR, BETAS, EPS = 1e-2, (0.9, 0.95), 1e-8
+HYPER = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": 0.1}
+BACKENDS = ("reference", "cpu", "triton")
+Update = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adamw, "BLOCK", {"cpu": 100})
+def small_blocks_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(adamw, "BLOCK", {DEVICE: 100})
+    with torch.device(DEVICE):
+        yield
+
+
+@pytest.fixture(params=BACKENDS)
+def update(request: pytest.FixtureRequest) -> Update:
+    """adamw_step by each backend."""
+    return partial(adamw_step, backend=usable(request.param))
+
+
+@pytest.fixture
+def half(request: pytest.FixtureRequest) -> torch.dtype:
+    """bf16, but float16 in Triton's interpreter, which cuts bf16 off instead of rounding it."""
+    return torch.float16 if INTERPRETED and "triton" in request.node.name else torch.bfloat16
 
 
 def formula(
@@ -29,178 +56,332 @@ def formula(
 
 
 def state(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(shape).to(dtype), torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    (theta,) = random_tensors([shape], dtype)
+    return theta, torch.zeros_like(theta), torch.zeros_like(theta)
+
+
+MIXES = ("f f f f - -", "f h f f - f", "h f f f f -", "h f f f f f", "h h f h f h", "h h h f - h", "f h h h f -")
+"""param, grad, exp_avg, exp_avg_sq, master and anchor: float32, half precision, or none."""
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("shape", [(37, 11), (2048,), (2500,)])
+def test_as_exact_as_torch_in_every_mix_of_dtypes(
+    update: Update, half: torch.dtype, mix: str, shape: tuple[int, ...]
+) -> None:
+    """The composition is the formula in float32, each result then rounded to its tensor's dtype."""
+    dtypes = [{"f": torch.float32, "h": half, "-": None}[kind] for kind in mix.split()]
+    param, grad, m, v, master, anchor = (
+        None if dtype is None else x.to(dtype)
+        for dtype, x in zip(dtypes, random_tensors([shape] * 6, torch.float32), strict=True)
+    )
+    v.abs_()
+    pull = 0.0 if anchor is None else 0.2
+    before = (param if master is None else master, m, v, grad)
+    exact = formula(*(x.double() for x in before), 7, 0.1, anchor, pull)
+    plain = formula(*(x.float() for x in before), 7, 0.1, anchor, pull)
+    update(param, grad / 4, m, v, step=7, **HYPER, anchor=anchor, anchor_decay=pull, grad_scale=4.0, master=master)
+    results = [(param, 0), (m, 1), (v, 2)] + ([] if master is None else [(master, 0)])
+    for found, number in results:
+        error = (found.double() - exact[number]).abs()
+        allowed = (plain[number].to(found.dtype).double() - exact[number]).abs()
+        rounding = ROUNDING[found.dtype] * exact[number].abs().max()
+        assert error.max() <= 2 * allowed.max() + rounding
+        assert error.mean() <= 2 * allowed.mean() + max(0.1, error.numel() ** -0.5) * rounding
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])
 @pytest.mark.parametrize("shape", [(37, 11), (7,), (), (0, 3)])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_equals_torch_adamw(as_tensors: bool, shape: tuple[int, ...], decay: float) -> None:
-    torch.manual_seed(0)
+def test_equals_torch_adamw(update: Update, as_tensors: bool, shape: tuple[int, ...], decay: float) -> None:
     theta, m, v = state(shape)
     theirs = torch.nn.Parameter(theta.clone())
     optimizer = torch.optim.AdamW([theirs], lr=LR, betas=BETAS, eps=EPS, weight_decay=decay)
-    for step in range(1, 30):
-        grad = torch.randn(shape)
+    for step, grad in enumerate(random_tensors([shape] * 20, torch.float32), start=1):
         theirs.grad = grad.clone()
         optimizer.step()
         numbers = {"step": step, "lr": LR, "grad_scale": 1.0, "skip": False}
         if as_tensors:
             numbers = {name: torch.tensor(value) for name, value in numbers.items()}
-        adamw_step(theta, grad, m, v, betas=BETAS, eps=EPS, weight_decay=decay, **numbers)
+        update(theta, grad, m, v, betas=BETAS, eps=EPS, weight_decay=decay, **numbers)
     torch.testing.assert_close(theta, theirs.detach(), rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(m, optimizer.state[theirs]["exp_avg"])
     torch.testing.assert_close(v, optimizer.state[theirs]["exp_avg_sq"])
 
 
 def test_equals_the_formula_in_float64_with_anchor_and_scale() -> None:
-    torch.manual_seed(1)
     theta, m, v = state((13, 9), torch.float64)
-    anchor = torch.randn(13, 9, dtype=torch.float64)
+    anchor, *grads = random_tensors([(13, 9)] * 6, torch.float64)
     expected = (theta.clone(), m.clone(), v.clone())
-    for step in range(1, 6):
-        grad = torch.randn(13, 9, dtype=torch.float64)
+    for step, grad in enumerate(grads, start=1):
         expected = formula(*expected, 0.3 * grad, step, 0.1, anchor, 0.2)
-        adamw_step(
-            theta,
-            grad,
-            m,
-            v,
-            step=step,
-            lr=LR,
-            eps=EPS,
-            weight_decay=0.1,
-            anchor=anchor,
-            anchor_decay=0.2,
-            grad_scale=0.3,
-        )
+        adamw_step(theta, grad, m, v, step=step, **HYPER, anchor=anchor, anchor_decay=0.2, grad_scale=0.3)
     for found, e in zip((theta, m, v), expected, strict=True):
         torch.testing.assert_close(found, e, rtol=1e-12, atol=1e-14)
 
 
-def test_anchor_holds_a_parameter_without_gradient() -> None:
+def test_dtypes_that_kernels_don_t_take_go_to_the_reference() -> None:
+    theta, m, v = state((8,))
+    alone = [x.clone() for x in (theta, m, v)]
+    (grad,) = random_tensors([(8,)], torch.float32)
+    adamw_step(theta, grad.double(), m, v, step=1, lr=LR)
+    adamw_step(alone[0], grad, *alone[1:], step=1, lr=LR)
+    torch.testing.assert_close(theta, alone[0])
+    with pytest.raises(ValueError, match="float64"):
+        adamw_step(theta, grad.double(), m, v, step=1, lr=LR, backend="triton" if DEVICE == "cuda" else "cpu")
+
+
+def test_anchor_holds_a_parameter_without_gradient(update: Update) -> None:
     """Decay toward zero and toward the anchor balance at anchor · pull / (decay + pull)."""
-    theta, m, v = torch.zeros(4), torch.zeros(4), torch.zeros(4)
-    for step in range(1, 2001):
-        adamw_step(
-            theta, torch.zeros(4), m, v, step=step, lr=0.05, weight_decay=0.1, anchor=torch.ones(4), anchor_decay=0.3
-        )
+    theta, m, v, grad, anchor = (torch.zeros(4) for _ in range(5))
+    anchor += 1
+    for step in range(1, 101):
+        update(theta, grad, m, v, step=step, lr=0.5, weight_decay=0.1, anchor=anchor, anchor_decay=0.3)
     torch.testing.assert_close(theta, torch.full((4,), 0.75))
 
 
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
-def test_master_takes_the_update_and_param_is_its_rounding(grad_dtype: torch.dtype) -> None:
-    torch.manual_seed(2)
+def test_master_takes_the_update_and_param_is_its_rounding(update: Update, half: torch.dtype) -> None:
     master, m, v = state((50, 7))
-    alone, m_, v_ = master.clone(), m.clone(), v.clone()
-    param = master.bfloat16()
-    for step in range(1, 10):
-        grad = torch.randn(50, 7).to(grad_dtype)
-        adamw_step(param, grad, m, v, step=step, lr=1e-4, weight_decay=0.1, master=master)
-        adamw_step(alone, grad.float(), m_, v_, step=step, lr=1e-4, weight_decay=0.1)
-    assert torch.equal(master, alone)
-    assert torch.equal(m, m_)
-    assert torch.equal(param, master.bfloat16())
+    alone = [x.clone() for x in (master, m, v)]
+    param = torch.nn.Parameter(master.to(half))
+    for step, grad in enumerate(random_tensors([(50, 7)] * 5, half), start=1):
+        update(param, grad, m, v, step=step, lr=1e-4, weight_decay=0.1, master=master)
+        update(alone[0], grad.float(), *alone[1:], step=step, lr=1e-4, weight_decay=0.1)
+    assert torch.equal(master, alone[0])
+    assert torch.equal(m, alone[1])
+    assert torch.equal(param, master.to(half))
 
 
-def test_small_updates_are_not_lost_in_bf16() -> None:
-    """1 - 1e-4 rounds to 1 in bf16: without a master nothing ever moves, with one it adds up."""
-    param, master, m, v = torch.ones(3).bfloat16(), torch.ones(3), torch.zeros(3), torch.zeros(3)
+def test_small_updates_are_not_lost_in_half_precision(update: Update, half: torch.dtype) -> None:
+    """1 - 1e-4 rounds to 1 in bf16 and float16: without a master nothing ever moves, with one it adds up."""
+    master, grad, m, v = torch.ones(3), torch.ones(3), torch.zeros(3), torch.zeros(3)
+    param = master.to(half)
     for step in range(1, 101):
-        adamw_step(param, torch.ones(3), m, v, step=step, lr=1e-4, master=master)
+        update(param, grad, m, v, step=step, lr=1e-4, master=master)
     torch.testing.assert_close(master, torch.full((3,), 0.99), rtol=1e-4, atol=0)
     assert (param < 1).all()
 
 
-def test_bf16_without_master_is_the_rounded_float32_update() -> None:
-    torch.manual_seed(3)
-    theta, m, v = state((30,), torch.bfloat16)
-    grad = torch.randn(30).bfloat16()
-    expected = formula(theta.float(), m.float(), v.float(), grad.float(), 1, 0.1, None, 0.0)
-    adamw_step(theta, grad, m, v, step=1, lr=LR, eps=EPS, weight_decay=0.1)
-    for found, e in zip((theta, m, v), expected, strict=True):
-        torch.testing.assert_close(found, e.bfloat16(), rtol=2**-8, atol=0)
+# ------------------------------------------------------------------------------------------------ skipped steps
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e38])
 @pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("skip", [True, torch.tensor(True)])
-def test_a_skipped_step_changes_nothing(poison: float, first: bool, skip: bool | Tensor) -> None:
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_skipped_step_changes_nothing(update: Update, poison: float, first: bool, as_tensor: bool) -> None:
     """Not even as the first step, whose number is then not counted: step=0, where the bias corrections divide by
     zero."""
-    torch.manual_seed(4)
     master, m, v = state((40, 5))
-    param, anchor = master.bfloat16(), torch.randn(40, 5)
+    param, (anchor, grad) = master.bfloat16(), random_tensors([(40, 5)] * 2, torch.float32)
     if not first:
-        adamw_step(param, torch.randn(40, 5), m, v, step=1, lr=LR, master=master)
+        update(param, grad, m, v, step=1, lr=LR, master=master)
     before = [x.clone() for x in (param, master, m, v)]
-    adamw_step(
-        param,
-        torch.full((40, 5), poison),
-        m,
-        v,
-        step=torch.tensor(0.0 if first else 2.0),
-        lr=LR,
-        eps=0.0,
-        weight_decay=0.1,
-        anchor=anchor,
-        anchor_decay=0.1,
-        grad_scale=torch.tensor(poison),
-        skip=skip,
-        master=master,
-    )
+    update(
+        param, torch.full((40, 5), poison), m, v, step=torch.tensor(0.0 if first else 2.0), lr=LR, eps=0.0,
+        weight_decay=0.1, anchor=anchor, anchor_decay=0.1, grad_scale=torch.tensor(poison),
+        skip=torch.tensor(True) if as_tensor else True, master=master,
+    )  # fmt: skip
     for x, b in zip((param, master, m, v), before, strict=True):
         assert torch.equal(x, b)
 
 
 @pytest.mark.parametrize("skipped", list(itertools.product([False, True], repeat=3)))
-def test_training_on_after_skips_is_as_if_they_never_were(skipped: tuple[bool, ...]) -> None:
-    torch.manual_seed(5)
-    grads = [torch.randn(8) for _ in skipped]
+def test_training_on_after_skips_is_as_if_they_never_were(update: Update, skipped: tuple[bool, ...]) -> None:
+    theta, *grads = random_tensors([(8,)] * 4, torch.float32)
     runs = []
     for flags in (True, False):
-        torch.manual_seed(6)
-        theta, m, v = state((8,))
+        state = [theta.clone(), torch.zeros(8), torch.zeros(8)]
         step = torch.zeros((), dtype=torch.int64)
-        for grad, skip in zip(grads, skipped, strict=True):
-            if not flags and skip:
-                continue
-            skip_ = torch.tensor(skip)
-            adamw_step(theta, grad, m, v, step=step + 1, lr=LR, weight_decay=0.1, skip=skip_ if flags else None)
-            step += ~skip_
-        runs.append((theta, m, v))
+        for grad, skip in zip(grads, torch.tensor(skipped), strict=True):
+            if flags or not skip:
+                update(state[0], grad, *state[1:], step=step + 1, lr=LR, weight_decay=0.1, skip=skip if flags else None)
+                step += ~skip
+        runs.append(state)
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
 
-def test_grad_and_anchor_are_left_alone() -> None:
+# ------------------------------------------------------------------------------------------------ stochastic rounding
+
+
+def neighbour(update: Update, theta: Tensor, change: float, step: int = 1, seed: int = 3) -> Tensor:
+    """bf16 theta - change, rounded at random. With betas of 0 Adam's step is exactly the gradient's sign, so that every
+    backend rounds the same float32 numbers."""
+    theta = theta.clone()
+    grad, m, v = (torch.ones_like(theta) for _ in range(3))
+    update(theta, grad, m, v, step=step, lr=change, betas=(0.0, 0.0), eps=0.0, stochastic_rounding=seed)
+    return theta
+
+
+def random_word(element: int, step: int, seed: int) -> int:
+    """What the docstring of adamw.py promises, in Python's integers."""
+
+    def mix(x: int) -> int:
+        x &= 0xFFFFFFFF
+        x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+        x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
+        return x ^ x >> 16
+
+    key = 0
+    for word in (seed, seed >> 32, step, element >> 32):
+        key = mix(key + word)
+    return mix(mix((element & 0xFFFFFFFF) ^ key) + key) >> 16
+
+
+@pytest.mark.parametrize(("seed", "step"), [(0, 1), (1, 1), (2**63 - 1, 2), (5 << 32, 100_000)])
+def test_random_numbers_are_the_same_on_every_backend(update: Update, seed: int, step: int) -> None:
+    (theta,) = random_tensors([(2100,)], torch.bfloat16)
+    found = neighbour(update, theta, 1e-3, step, seed)
+    wide = theta.float() - 1e-3
+    words = torch.tensor([random_word(i, step, seed) for i in range(theta.numel())], dtype=torch.int32)
+    expected = ((wide.view(torch.int32) + words) >> 16 << 16).view(torch.float32)
+    assert torch.equal(found.float(), expected)
+
+
+def test_elements_beyond_32_bits_have_their_own_numbers() -> None:
+    wide, seed, step = torch.full((4,), 1 + 2**-8), torch.tensor(3), torch.tensor(1.0)
+    for first in (2**32 - 2, 2**40):
+        found = adamw._rounded_at_random(wide, first, seed, step)
+        up = [random_word(first + i, 1, 3) >= 2**15 for i in range(4)]
+        assert found.tolist() == [1 + 2**-7 * u for u in up]
+
+
+def test_rounds_up_or_down_in_proportion(update: Update) -> None:
+    """The mean of n roundings is off by at most 5 standard deviations of half a unit in the last place (seed 3)."""
+    n = 4096
+    for change in (2**-8 / 16, 2**-9, 2**-8 * 0.9):
+        found = neighbour(update, torch.ones(n).bfloat16(), change).float()
+        assert set(found.tolist()) == {1.0, 1.0 - 2**-8}
+        assert abs(found.mean() - (1 - change)) < 5 * 2**-9 * n**-0.5
+
+
+def test_one_seed_does_for_a_whole_run(update: Update) -> None:
+    """Steps of 1/40 of a unit in the last place add up; the mean is off by at most 5 standard deviations (seed 0)."""
+    n, steps, lr = 1000, 40, 1e-4
+    param, grad, m, v = torch.ones(n).bfloat16(), torch.ones(n), torch.zeros(n), torch.zeros(n)
+    for step in range(1, steps + 1):
+        update(param, grad, m, v, step=step, lr=lr, stochastic_rounding=0)
+    assert abs(param.float().mean() - (1 - steps * lr)) < 5 * (steps * lr * 2**-8 / n) ** 0.5
+
+
+def test_what_is_rounded_at_random_stays_what_it_is(update: Update) -> None:
+    """Numbers that bf16 has, infinities and NaN."""
+    special = torch.tensor([0.0, -0.0, 1.0, -3.140625, 3.3895e38, float("inf"), -float("inf")]).bfloat16()
+    zeros = [torch.zeros(7) for _ in range(3)]
+    theta = special.clone()
+    update(theta, *zeros, step=1, lr=0.0, stochastic_rounding=3)
+    assert torch.equal(theta[:5], special[:5])
+    update(theta, zeros[0] * float("nan"), *zeros[1:], step=1, lr=LR, stochastic_rounding=3)
+    assert theta.isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------ manners of a kernel
+
+
+def test_grad_and_anchor_are_left_alone(update: Update) -> None:
     theta, m, v = state((5, 5))
-    grad, anchor = torch.randn(5, 5), torch.randn(5, 5)
+    grad, anchor = random_tensors([(5, 5)] * 2, torch.float32)
     before = grad.clone(), anchor.clone()
-    adamw_step(theta, grad, m, v, step=1, lr=LR, grad_scale=0.5, anchor=anchor, anchor_decay=0.1, weight_decay=0.1)
+    update(theta, grad, m, v, step=1, **HYPER, grad_scale=0.5, anchor=anchor, anchor_decay=0.1)
     assert torch.equal(grad, before[0])
     assert torch.equal(anchor, before[1])
 
 
-def test_strides_don_t_matter() -> None:
-    torch.manual_seed(7)
-    theta, m, v = state((20, 30))
-    grad = torch.randn(20, 30)
-    moved = [x.mT.contiguous().mT for x in (theta, m, v)]
-    for step in (1, 2):
-        adamw_step(theta, grad, m, v, step=step, lr=LR)
-        adamw_step(moved[0], grad, moved[1], moved[2], step=step, lr=LR)
-    for x, y in zip((theta, m, v), moved, strict=True):
+@pytest.mark.parametrize("layout", [transposed, strided])
+def test_strides_don_t_matter(update: Update, half: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
+    tensors = random_tensors([(20, 30)] * 6, torch.float32)
+    tensors[0] = tensors[4].to(half)
+    tensors[3].abs_()
+    moved = [layout(x) for x in tensors]
+    for param, grad, m, v, master, anchor in (tensors, moved):
+        for step in (1, 2):
+            update(param, grad, m, v, step=step, **HYPER, anchor=anchor, anchor_decay=0.1, master=master)
+    for x, y in zip(tensors, moved, strict=True):
+        assert torch.equal(x, y)
+    one, other = state((20, 30), torch.bfloat16), state((20, 30), torch.bfloat16)
+    other[0].copy_(one[0])
+    for theta, m, v in (one, [layout(x) for x in other]):
+        update(theta, tensors[1], m, v, step=1, lr=LR, stochastic_rounding=1)
+        assert torch.equal(theta, one[0])
+
+
+def test_threads_don_t_matter() -> None:
+    update = partial(adamw_step, backend=usable("cpu"))
+    results = []
+    theta, grad = random_tensors([(50_001,)] * 2, torch.bfloat16)
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        state = [theta.clone(), torch.zeros_like(theta), torch.zeros_like(theta)]
+        update(state[0], grad, *state[1:], step=1, **HYPER, stochastic_rounding=0)
+        results.append(state)
+    torch.set_num_threads(threads)
+    for a, b, c in zip(*results, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_the_first_steps_bias_correction_is_exact(update: Update) -> None:
+    """With betas near 1 the float32 powers lose digits in 1 - beta^step; the first update must be lr · sign(grad)."""
+    theta, m, v, grad = torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.tensor([1.0, -2.0, 0.5])
+    update(theta, grad, m, v, step=torch.tensor(1), lr=1.0, betas=(0.9999, 0.99999), eps=0.0)
+    torch.testing.assert_close(theta, torch.tensor([-1.0, 1.0, -1.0]), rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("step", [1, 5, 13, 14, 1000, 100_000])
+def test_bias_correction_at_any_step(update: Update, step: int) -> None:
+    theta, m, v = torch.zeros(3), torch.ones(3), torch.ones(3)
+    update(theta, torch.ones(3), m, v, step=step, lr=1.0, betas=(0.9, 0.999), eps=0.0)
+    expected = -((1 - 0.999**step) ** 0.5) / (1 - 0.9**step)
+    torch.testing.assert_close(theta, torch.full((3,), expected), rtol=1e-6, atol=0)
+
+
+def test_no_kernel_is_autotuned() -> None:
+    """Tuning runs a kernel many times: in place, that is many steps."""
+    for module in pkgutil.iter_modules(kernels.__path__, "spt_fast.kernels."):
+        for name, member in vars(importlib.import_module(module.name)).items():
+            assert type(member).__name__ not in ("Autotuner", "Heuristics"), f"{module.name}.{name}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("optional", [False, True])
+def test_what_torch_asks_of_a_custom_op(backend: str, optional: bool) -> None:
+    param, m, v, master, grad, anchor = random_tensors([(5, 8)] * 6, torch.float32)
+    one = torch.ones(())
+    tensors = (param, m, v.abs(), master, grad, anchor) if optional else (param, m, v.abs(), None, grad, None)
+    scalars = [one, one, one, one > 2 if optional else None, None]
+    numbers = [*BETAS, EPS, 0.1, 0.1 * optional]
+    torch.library.opcheck(torch.ops.spt_fast.adamw_step, (*tensors, scalars, numbers, usable(backend)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_compiles_whole(backend: str) -> None:
+    def function(param, grad, m, v, master, anchor, step, skip) -> Tensor:
+        numbers = {**HYPER, "anchor": anchor, "anchor_decay": 0.1, "backend": usable(backend)}
+        adamw_step(param, grad, m, v, step=step, **numbers, skip=skip, master=master)
+        adamw_step(grad, grad.clone(), m, v, step=step, **numbers)
+        return param + 1
+
+    tensors = random_tensors([(5, 8)] * 6, torch.float32)
+    tensors[3].abs_()
+    again = [x.clone() for x in tensors]
+    scalars = torch.tensor(1), torch.tensor(False)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(function(*tensors, *scalars), compiled(*again, *scalars))
+    for x, y in zip(tensors, again, strict=True):
         assert torch.equal(x, y)
 
 
-def test_the_first_steps_bias_correction_is_exact() -> None:
-    """With betas near 1 the float32 powers lose digits in 1 - beta^step; the first update must be lr · sign(grad)."""
-    theta, m, v = torch.zeros(3), torch.zeros(3), torch.zeros(3)
-    adamw_step(
-        theta, torch.tensor([1.0, -2.0, 0.5]), m, v, step=torch.tensor(1), lr=1.0, betas=(0.9999, 0.99999), eps=0.0
-    )
-    torch.testing.assert_close(theta, torch.tensor([-1.0, 1.0, -1.0]), rtol=5e-6, atol=0)
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has nothing to wait for")
+def test_the_host_never_waits_for_the_device() -> None:
+    theta, m, v = state((8,))
+    grad, scale, skip = torch.ones(8), torch.ones(()), torch.tensor(False)
+    adamw_step(theta, grad, m, v, step=1, lr=LR, grad_scale=scale, skip=skip)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        adamw_step(theta, grad, m, v, step=2, lr=LR, grad_scale=scale, skip=skip)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -209,3 +390,9 @@ def test_bad_arguments_are_refused() -> None:
         adamw_step(theta, m, m, v[:3], step=1, lr=LR)
     with pytest.raises(ValueError, match="anchor"):
         adamw_step(theta, m, m, v, step=1, lr=LR, anchor_decay=0.1)
+    with pytest.raises(ValueError, match=r"without master, not torch\.float32"):
+        adamw_step(theta, m, m, v, step=1, lr=LR, stochastic_rounding=0)
+    with pytest.raises(ValueError, match="with a master"):
+        adamw_step(theta.bfloat16(), m, m, v, step=1, lr=LR, master=theta, stochastic_rounding=0)
+    with pytest.raises(ValueError, match="seed in"):
+        adamw_step(theta.bfloat16(), m, m, v, step=1, lr=LR, stochastic_rounding=-1)
