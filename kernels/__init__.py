@@ -10,6 +10,7 @@ from spt_fast.kernels.attention import flash_attention
 from spt_fast.kernels.backend import auto_backends, chosen_backends, prefer
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
 from spt_fast.kernels.embedding import embedding
+from spt_fast.kernels.fp8 import fp8_linear
 from spt_fast.kernels.memory import keep_freed_memory
 from spt_fast.kernels.norm import add_rms_norm, rms_norm
 from spt_fast.kernels.rotary import qk_norm_rope, rope
@@ -21,6 +22,7 @@ __all__ = [
     "chosen_backends",
     "embedding",
     "flash_attention",
+    "fp8_linear",
     "keep_freed_memory",
     "linear_cross_entropy",
     "prefer",

@@ -37,6 +37,7 @@ class Variant:
     arguments   Triton types of the arguments that are no constants, in order: "*bf16", "*fp32", "i32", "fp32", ...
     constants   the tl.constexpr arguments
     default     among those that a usual call chooses
+    archs       the compute capabilities, times ten, on which it can run
     """
 
     kernel: Callable[..., Any]
@@ -45,6 +46,7 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
     default: bool = True
+    archs: tuple[int, ...] = (80, 90, 100)
 
 
 def next_power_of_2(n: int) -> int:

@@ -86,7 +86,7 @@ def main() -> None:
             if options.default and not variant.default:
                 continue
             constants = " ".join(f"{name}={value}" for name, value in variant.constants.items())
-            for arch in options.arch:
+            for arch in sorted({*options.arch} & {*variant.archs}):
                 resources = compile_for(variant, arch)
                 problem = resources.problem(arch)
                 failed += problem is not None

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("op", OPS)
 def test_default_kernels_compile_for_every_gpu(op: str, tmp_path: Path) -> None:
     """In a process of its own, since this one may have set Triton to interpret."""
-    expected = sum(variant.default for variant in variants_of(op))
+    expected = sum(len(variant.archs) for variant in variants_of(op) if variant.default)
     if not expected:
         pytest.skip("no Triton kernel")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -29,7 +29,7 @@ def test_default_kernels_compile_for_every_gpu(op: str, tmp_path: Path) -> None:
         cwd=ROOT,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("registers") == 3 * expected
+    assert finished.stdout.count("registers") == expected
 
 
 def test_a_spill_and_too_much_shared_memory_are_problems() -> None:

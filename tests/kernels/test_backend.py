@@ -21,6 +21,7 @@ CALLS: dict[str, Callable[[str], object]] = {
     "flash_attention": lambda b: kernels.flash_attention(Q, Q, Q, backend=b),
     "linear_cross_entropy": lambda b: kernels.linear_cross_entropy(X, X, torch.tensor([0, 1, 2, 3]), backend=b),
     "adamw_step": lambda b: kernels.adamw_step(*(torch.ones(3) for _ in range(4)), step=1, lr=0.1, backend=b),
+    "fp8_linear": lambda b: kernels.fp8_linear(torch.ones(4, 16), torch.ones(16, 16), backend=b),
     "embedding": lambda b: kernels.embedding(torch.tensor([0]), X, backend=b),
 }
 
