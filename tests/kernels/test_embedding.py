@@ -1,33 +1,106 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from spt_fast import native
 from spt_fast.kernels import embedding
+from tests.kernels.compare import (
+    DEVICE,
+    assert_as_exact_as_torch,
+    backends_and_dtypes,
+    random_tensors,
+    run,
+    strided,
+    transposed,
+    usable,
+)
+
+BACKENDS = ("reference", "cpu", "triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 7), (50,), (0, 4)])
-def test_equals_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(11, 6).to(dtype).requires_grad_()
-    tokens = torch.randint(0, 11, shape)
-    y = embedding(tokens, weight)
-    assert torch.equal(y, F.embedding(tokens, weight))
-    upstream = torch.randn_like(y)
-    (dw,) = torch.autograd.grad(y, weight, upstream)
-    exact = torch.zeros(11, 6, dtype=torch.float64).index_add_(0, tokens.flatten(), upstream.double().flatten(0, -2))
-    torch.testing.assert_close(dw, exact.to(dtype))
+def random_tokens(vocab_size: int, shape: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Tensor:
+    """Some tokens much more frequent than others, and the last one there."""
+    (x,) = random_tensors([shape], torch.float32)
+    tokens = (x.abs() * vocab_size / 4).to(dtype).clamp_max_(vocab_size - 1)
+    if tokens.numel():
+        tokens.flatten()[-1] = vocab_size - 1
+    return tokens
 
 
-def test_a_frequent_token_keeps_its_whole_gradient() -> None:
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(*BACKENDS))
+@pytest.mark.parametrize(("vocab_size", "width"), [(11, 6), (30, 64), (7, 300)])
+@pytest.mark.parametrize("shape", [(3, 7), (150,), (0, 4), ()])
+def test_as_exact_as_torch(
+    backend: str, dtype: torch.dtype, vocab_size: int, width: int, shape: tuple[int, ...]
+) -> None:
+    weight, up = random_tensors([(vocab_size, width), (*shape, width)], dtype)
+    for kind in (torch.int64, torch.int32):
+        tokens = random_tokens(vocab_size, shape, kind)
+        assert torch.equal(embedding(tokens, weight, backend=backend), F.embedding(tokens, weight))
+        assert_as_exact_as_torch(
+            lambda w, t=tokens: embedding(t, w, backend=backend),
+            lambda w, t=tokens: F.embedding(t, w),
+            (weight,),
+            (up,),
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_frequent_token_keeps_its_whole_gradient(backend: str) -> None:
     """In bf16 a running sum of ones stops at 256."""
-    weight = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16))
+    weight = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16, device=DEVICE))
     weight.grad_dtype = torch.float32
-    embedding(torch.ones(5000, dtype=torch.long), weight).sum().backward()
+    tokens = torch.ones(5000, dtype=torch.long, device=DEVICE)
+    embedding(tokens, weight, backend=usable(backend)).sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [[0, 0], [5000, 5000], [0, 0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", [strided, transposed])
+def test_strided_tokens_weights_and_upstream_gradients(backend: str, layout: Callable[[Tensor], Tensor]) -> None:
+    weight, up = random_tensors([(5, 3), (4, 6, 3)], torch.float32)
+    tokens = random_tokens(5, (4, 6))
+    apart = torch.stack((tokens, tokens * 0), -1)[..., 0]
+    expected = run(lambda w: embedding(tokens, w, backend=usable(backend)), (weight,), (up,))
+    for given in (apart, tokens.mT.contiguous().mT):
+        found = run(lambda w, t=given: embedding(t, w, backend=backend), (layout(weight),), (layout(up),))
+        for e, f in zip(expected, found, strict=True):
+            assert torch.equal(e, f)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_the_sum_is_the_same_every_time_and_with_any_number_of_threads(backend: str) -> None:
+    weight, up = random_tensors([(4, 200), (3000, 200)], torch.float32)
+    tokens, threads = random_tokens(4, (3000,)), torch.get_num_threads()
+    sums = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        sums.append(run(lambda w: embedding(tokens, w, backend=usable(backend)), (weight,), (up,))[1])
+    torch.set_num_threads(threads)
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(*BACKENDS))
+def test_what_torch_asks_of_a_custom_op(backend: str, dtype: torch.dtype) -> None:
+    (weight,) = random_tensors([(5, 8)], dtype)
+    torch.library.opcheck(torch.ops.spt_fast.embedding, (random_tokens(5, (3, 4)), weight.requires_grad_(), backend))
+
+
+def test_it_compiles_whole() -> None:
+    weight, up = random_tensors([(5, 8), (3, 4, 8)], torch.float32)
+    tokens = random_tokens(5, (3, 4))
+    compiled = torch.compile(embedding, fullgraph=True, backend="aot_eager")
+    for e, f in zip(
+        *(run(lambda w, op=op: op(tokens, w) * 2, (weight,), (up,)) for op in (embedding, compiled)), strict=True
+    ):
+        assert torch.equal(e, f)
 
 
 def test_gradcheck() -> None:
@@ -35,15 +108,17 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda w: embedding(torch.tensor([[1, 1], [4, 0]]), w), (weight,))
 
 
-def test_strided_upstream_gradient() -> None:
-    torch.manual_seed(1)
-    weight = torch.randn(5, 3, requires_grad=True)
-    tokens, upstream = torch.randint(0, 5, (4, 6)), torch.randn(6, 4, 3)
-    (strided,) = torch.autograd.grad(embedding(tokens, weight), weight, upstream.transpose(0, 1))
-    (plain,) = torch.autograd.grad(embedding(tokens, weight), weight, upstream.transpose(0, 1).contiguous())
-    assert torch.equal(strided, plain)
-
-
-def test_a_token_beyond_the_vocabulary_is_an_error() -> None:
+@pytest.mark.skipif(DEVICE != "cpu", reason="an error on a GPU ends the process")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("token", [5, -1])
+def test_a_token_beyond_the_vocabulary_is_an_error(backend: str, token: int) -> None:
     with pytest.raises(IndexError):
-        embedding(torch.tensor([5]), torch.randn(5, 3))
+        embedding(torch.tensor([token]), torch.randn(5, 3), backend=usable(backend))
+
+
+def test_the_cpu_gradient_writes_nowhere_else() -> None:
+    dy, dw = torch.ones(2, 3), torch.zeros(5, 3)
+    usable("cpu")
+    with pytest.raises(RuntimeError, match="outside the vocabulary"):
+        native.ops().cpu_embedding_backward(dy, torch.tensor([0, 5]), dw)
+    assert not dw.any()

@@ -1,0 +1,51 @@
+// The gradient of an embedding: rows of the upstream gradient summed by token; kernels/embedding.py says more.
+//
+// Threads share the columns. Whatever their number, each number of the result is the sum over the tokens in their order.
+
+#include "simd.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+using torch::stable::Tensor;
+
+namespace spt {
+namespace {
+
+constexpr int64_t kGrainColumns = 64;
+
+SPT_SIMD void add(const float* from, float* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
+}
+
+SPT_SIMD void add(const bf16* from, float* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] += load(from[i]);
+}
+
+// Adds row n of dy [N, D] to row tokens[n] of the float32 dw [V, D].
+void embedding_backward(const Tensor& dy, const Tensor& tokens, Tensor dw) {
+  const int64_t N = tokens.numel(), V = dw.size(0), D = dw.size(1);
+  const int64_t* token = tokens.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(std::all_of(token, token + N, [&](int64_t t) { return 0 <= t && t < V; }),
+                  "a token is outside the vocabulary");
+  with_dtype(dy, [&]<class T>(T) {
+    torch::stable::parallel_for(0, D, kGrainColumns, [&](int64_t begin, int64_t end) {
+      for (int64_t n = 0; n < N; ++n)
+        add(data<T>(dy) + n * D + begin, mutable_data<float>(dw) + token[n] * D + begin, end - begin);
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(spt_fast, m) {
+  m.def("cpu_embedding_backward(Tensor dy, Tensor tokens, Tensor(a!) dw) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(spt_fast, CPU, m) { m.impl("cpu_embedding_backward", TORCH_BOX(&embedding_backward)); }
+
+}  // namespace spt
