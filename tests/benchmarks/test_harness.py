@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.kernels import bench_norm, harness
+from benchmarks.kernels.harness import (
+    Case,
+    Clock,
+    Contender,
+    Function,
+    Row,
+    Run,
+    measure,
+    quartiles,
+    rank,
+    table,
+    verdict,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ceilings and caches: the tests time nothing of use."""
+    for sizes, value in (("COPY_BYTES", 1 << 20), ("FLUSH_BYTES", 1 << 10), ("MATMUL_SIZE", 32)):
+        monkeypatch.setitem(getattr(harness, sizes), "cpu", value)
+
+
+def row(contender: str, kind: str, median: float | None, *, low: float = 0.0, status: str = "timed") -> Row:
+    seconds = None if median is None else (low, median, 2 * median)
+    return Row("op", "shape", "forward", contender, kind, status, seconds=seconds)
+
+
+def test_quartiles_count_both_ends() -> None:
+    assert quartiles([5, 1, 4, 2, 3]) == (2, 3, 4)
+    assert quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_rates_in_units() -> None:
+    assert harness.rate(6e9, 2.0, "GB/s") == 3.0
+    assert harness.rate(6e12, 2.0, "TFLOP/s") == 3.0
+
+
+def test_ranks_go_by_the_median_and_only_to_those_that_were_timed() -> None:
+    rows = [
+        row("eager", "torch", 3.0),
+        row("ours", "ours", 2.0, low=1.9),
+        row("compiled", "torch", 2.5, low=0.1),
+        row("liger", "peer", None, status="absent"),
+        row("flash", "peer", None, status="wrong"),
+        row("products", "floor", 0.5),
+    ]
+    rank(rows)
+    assert {r.contender: r.rank for r in rows} == {
+        "eager": 3, "ours": 1, "compiled": 2, "liger": None, "flash": None, "products": None,
+    }  # fmt: skip
+    said = verdict(rows, "forward")
+    assert said == "forward: ours is 1.25x compiled; unranked against liger (absent), flash (wrong)"
+    assert table(rows).count("unranked |") == 2
+
+
+def test_ours_alone_has_won_nothing() -> None:
+    rows = [row("ours", "ours", 2.0), row("liger", "peer", None, status="absent")]
+    rank(rows)
+    assert verdict(rows, "forward") == "forward: no comparison; unranked against liger (absent)"
+
+
+def case(*contenders: Contender, work: float = 4e9) -> Case:
+    x = torch.linspace(1, 2, 6).requires_grad_()
+    return Case("op", "shape", [x], [Contender("eager", lambda: torch.square, "torch"), *contenders], {"both": work})
+
+
+def measured(case: Case, rounds: int = 2) -> dict[str, Row]:
+    rows = measure(case, Run(CPU, torch.float32, rounds=rounds), Clock(CPU), {"GB/s": 8.0, "TFLOP/s": 1.0})
+    return {row.contender: row for row in rows}
+
+
+def absent() -> Function:
+    raise ImportError("no such library")
+
+
+def test_wrong_absent_and_broken_contenders_are_listed_and_the_others_timed() -> None:
+    rows = measured(
+        case(
+            Contender("wrong", lambda: lambda x: x * x + 0.01),
+            Contender("wrong gradient", lambda: lambda x: (x * x).detach() + 0 * x),
+            Contender("nan", lambda: lambda x: x * x / 0 * 0),
+            Contender("absent", absent),
+            Contender("broken", lambda: lambda x: 1 / 0),
+            Contender("right", lambda: lambda x: x * x),
+        )
+    )
+    assert {name: row.status for name, row in rows.items()} == {
+        "eager": "timed", "wrong": "wrong", "wrong gradient": "wrong", "nan": "wrong", "absent": "absent",
+        "broken": "failed", "right": "timed",
+    }  # fmt: skip
+    assert {name for name, row in rows.items() if row.rank} == {"eager", "right"}
+    assert "no such library" in rows["absent"].note
+    assert "ZeroDivisionError" in rows["broken"].note
+    right = rows["right"]
+    assert right.seconds is not None
+    assert right.rate is not None
+    assert right.rate == pytest.approx(4 / right.seconds[1])
+    assert right.of_ceiling == pytest.approx(right.rate / 8)
+
+
+def test_each_run_sees_the_inputs_as_they_were() -> None:
+    seen = []
+
+    def overwriting(x: Tensor) -> Tensor:
+        seen.append(x.detach().clone())
+        y = x.detach().clone() ** 2 + 2 * x.detach() * (x - x.detach())
+        x.data.zero_()
+        return y
+
+    rows = measured(case(Contender("overwriting", lambda: overwriting)))
+    assert rows["overwriting"].status == "timed"
+    assert len(seen) > 3
+    assert all(torch.equal(x, seen[0]) for x in seen)
+
+
+def test_rounds_end_with_the_time() -> None:
+    slow = Contender("slow", lambda: lambda x: time.sleep(0.01) or x * x)
+    run = Run(CPU, torch.float32, deadline=time.monotonic())
+    rows = measure(case(slow), run, Clock(CPU), {"GB/s": 1.0})
+    assert {row.rounds for row in rows} == {harness.MIN_ROUNDS}
+
+
+def test_extra_memory_is_the_peak() -> None:
+    def work() -> Tensor:
+        a = torch.zeros(1 << 20)  # 4 MB
+        b = a + 1
+        del a
+        return b + 1
+
+    assert 8 << 20 <= harness.peak_extra_bytes(CPU, work) < 9 << 20
+
+
+def test_bench_norm_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.json"
+    harness.main(bench_norm.cases, "RMSNorm", ["--dry", "--device=cpu", "--rounds=2", "--no-compile", f"--json={file}"])
+    report = json.loads(file.read_text())
+    assert report["machine"]["torch"] == torch.__version__
+    assert set(report["ceilings"]) == {"GB/s", "TFLOP/s"}
+    timed = [row for row in report["rows"] if row["status"] == "timed"]
+    assert {row["op"] for row in timed} == {"rms_norm", "add_rms_norm"}
+    assert {"eager", "ours, reference"} <= {row["contender"] for row in timed}
+    assert {row["pass"] for row in timed} == {"forward", "backward", "both"}
+    assert all(row["rank"] for row in timed)
+    printed = capsys.readouterr().out
+    assert "**rms_norm, 8 x 64**" in printed
+    assert "compiled | absent: ImportError: not asked for" in printed
