@@ -1,18 +1,22 @@
-"""Tokens per second of our whole training step against a plain PyTorch GPT of equal shape, interleaved in one run.
+"""Tokens per second of our whole training step against PyTorch and Hugging Face models of equal shape, in one run.
 
-    python -m benchmarks.train_step [--rounds 7] [--steps 3] [--no-compile] [--json FILE]
+    python -m benchmarks.train_step [--preset 124m …] [--rounds 7] [--steps 3] [--no-compile] [--dry] [--json FILE]
 
-Both sides read the same file of token ids and do everything that a step needs: data, forward, backward, clipping to
-norm 1, AdamW.
+All sides read the same file of token ids and do everything that a step needs: data, forward, backward, clipping to
+norm 1, AdamW; losses are read one step late.
 
-ours    the trainer's own loader, engine and optimizer: bf16 parameters, float32 masters, gradients summed in float32,
-        no autocast, nothing compiled
-plain   what a user would write (nanoGPT with RMSNorm, RoPE and SwiGLU): float32 parameters, bf16 autocast, SDPA,
-        fused torch.optim.AdamW, windows at random offsets of a memory map; compiled by torch.compile and not
+ours          the trainer's own loader, engine and optimizer: bf16 parameters, float32 masters, gradients summed in
+              float32, no autocast, nothing compiled
+plain         what a user would write (nanoGPT with RMSNorm, RoPE and SwiGLU): float32 parameters, bf16 autocast, SDPA,
+              fused torch.optim.AdamW, windows at random offsets of a memory map; compiled by torch.compile and not
+Hugging Face  its Llama with Liger's kernels patched in (fused loss, norms, RoPE, SwiGLU), else as plain, not compiled
 
-Freed memory is kept by the process, as the trainer does, which speeds up both sides. A round runs `steps` steps of
-each in turn, so that a machine whose speed drifts slows all of them; the figure is the median over the rounds, with
-the quartiles beside it.
+On a CPU: one small shape, a fixed batch, freed memory kept by the process as the trainer does, which speeds up all
+sides. On a GPU: the presets, one micro-batch a step, each side's as large as fits it, down from 32K tokens.
+
+A round runs `steps` steps of each in turn, so that a machine whose speed drifts slows all of them; the figure is the
+median over the rounds, with the quartiles beside it. Where models, gradients and moments of all sides don't fit a GPU
+together, each runs all its rounds in turn, and ours again at the end.
 
 Legend: B sequences, T positions, D width, H heads, Q head dimension, V vocabulary.
 """
@@ -20,93 +24,297 @@ Legend: B sequences, T positions, D width, H heads, Q head dimension, V vocabula
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import statistics
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.machine import machine
+from benchmarks.kernels.harness import quartiles
+from benchmarks.machine import PEERS, machine
 from spt_fast.config import Optimizer
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
 from spt_fast.data.ring import Ring
 from spt_fast.data.schedule import Schedule
 from spt_fast.data.shards import TokenDataset
+from spt_fast.files import write_text
 from spt_fast.kernels import keep_freed_memory
-from spt_fast.model.flops import parameters, train_flops_per_token
+from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.engine import LocalEngine, pick_dtype, weights_of
 
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 FILE_TOKENS = 4_000_000
+VOCAB_SIZE = 50_304
+CONTEXTS = {"10m": 1024, "124m": 1024, "350m": 2048, "1b": 2048}
+"""The presets that a GPU is measured with."""
+MICRO_TOKENS = 32 * 1024
+STATE_BYTES = 18
+"""Bytes a parameter that one side holds between steps."""
+RESIDENT_SHARE = 0.35
+"""Of a GPU's memory that all sides' states may take if they are to stay there together."""
 
-Step = Callable[[], float]
+Step = Callable[[], Callable[[], float]]
+"""Runs one step and returns what reads its loss, which waits for it."""
+Build = Callable[[GPTConfig, Path, int, torch.device], Step]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="our training step against plain PyTorch")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", nargs="+", choices=CONTEXTS, default=list(CONTEXTS), help="on a GPU (default all)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps of each in a round")
-    parser.add_argument("--batch", type=int, default=16, help="sequences in a step")
+    parser.add_argument("--batch", type=int, help="sequences in a step; on a GPU the first that is tried")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--no-compile", action="store_true", help="leave the compiled plain GPT out (compiling takes a minute)"
+        "--seconds", type=float, default=math.inf, help="for the rounds of one shape; at least one is run"
     )
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (compiling takes a minute)")
+    parser.add_argument(
+        "--dry", action="store_true", help="what a GPU would run, tiny: runs every line, measures nothing"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here as well, after every round")
     options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.dry else "cpu")
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     torch.manual_seed(0)
-    config = GPTConfig(layers=6, width=384, heads=6, kv_heads=6, ffn=1024, context=256, vocab_size=4096)
+    about = machine("torch", "triton", "transformers", *PEERS)
+    print(", ".join(f"{key} {value}" for key, value in about.items()), f"threads {options.threads}")
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "tokens.bin"
-        # Frequencies like those of text: token i in proportion to 1 / i.
-        ids = np.exp(np.random.default_rng(0).uniform(0, np.log(config.vocab_size), FILE_TOKENS)) - 1
-        ids.astype(np.uint16).tofile(file)
-        contenders = {"ours": ours(config, file, options.batch)}
-        contenders["plain, eager"] = plain(config, file, options.batch, compiled=False)
-        if not options.no_compile:
-            contenders["plain, compiled"] = plain(config, file, options.batch, compiled=True)
-        rates = measure(contenders, options.rounds, options.steps, options.batch * config.context)
+    results: list[dict[str, Any]] = []
+    for config in shapes(device, options.preset, dry=options.dry):
+        batch = options.batch or (16 if device.type == "cpu" else MICRO_TOKENS // config.context)
+        sides = contenders(on_gpu=device.type == "cuda" or options.dry, compiled=not options.no_compile)
+        trial = Trial(config, device, batch, options.rounds, options.steps, options.seconds)
 
-    report = {
-        "machine": machine("torch"),
-        "threads": options.threads,
-        "parameters": parameters(config),
-        "shape": f"{config.layers}x{config.width}, batch {options.batch} x {config.context}, V {config.vocab_size}",
-        "flops_per_token": train_flops_per_token(config),
-        "tokens_per_s": {name: quartiles(samples) for name, samples in rates.items()},
-        "rounds": options.rounds,
-    }
-    print_table(report)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        def save(trial: Trial) -> None:
+            if options.json:
+                report = {"machine": about, "threads": options.threads, "runs": [*results, trial.report()]}
+                write_text(options.json, json.dumps(report, indent=1) + "\n")
+
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "tokens.bin"
+            write_tokens(file, config.vocab_size)
+            trial.run(sides, file, save)
+        save(trial)
+        results.append(trial.report())
+        print(table(results[-1]), flush=True)
 
 
-def measure(contenders: dict[str, Step], rounds: int, steps: int, tokens_per_step: int) -> dict[str, list[float]]:
-    """Tokens per second of every contender in every round, after two steps each to warm up."""
-    for name, step in contenders.items():
-        losses = [step() for _ in range(2)]
-        print(f"{name}: first losses {losses[0]:.3f} {losses[1]:.3f}", flush=True)
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, step in contenders.items():
-            began = time.perf_counter()
-            for _ in range(steps):
-                step()
-            rates[name].append(steps * tokens_per_step / (time.perf_counter() - began))
-    return rates
+def shapes(device: torch.device, presets: Sequence[str], *, dry: bool) -> list[GPTConfig]:
+    if dry:
+        return [GPTConfig(layers=2, width=32, heads=2, kv_heads=2, ffn=64, context=16, vocab_size=128)]
+    if device.type == "cpu":
+        return [GPTConfig(layers=6, width=384, heads=6, kv_heads=6, ffn=1024, context=256, vocab_size=4096)]
+    return [GPTConfig.preset(name, context=CONTEXTS[name], vocab_size=VOCAB_SIZE) for name in presets]
 
 
-def ours(config: GPTConfig, file: Path, batch: int) -> Step:
+def contenders(*, on_gpu: bool, compiled: bool) -> dict[str, Build]:
+    """The slowest to build last, so that a run that is cut off has the others."""
+    sides: dict[str, Build] = {"ours": ours}
+    if on_gpu:
+        sides["Hugging Face + Liger"] = hugging_face
+    else:
+        sides["plain, eager"] = partial(plain, compiled=False)
+    if compiled:
+        sides["plain, compiled"] = partial(plain, compiled=True)
+    return sides
+
+
+def write_tokens(file: Path, vocab_size: int) -> None:
+    """Frequencies like those of text: token i in proportion to 1 / i."""
+    ids = np.exp(np.random.default_rng(0).uniform(0, np.log(vocab_size), FILE_TOKENS)) - 1
+    ids.astype(np.uint16).tofile(file)
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+@dataclass
+class Side:
+    """One contender, built and warm, or why it isn't."""
+
+    batch: int = 0
+    step: Step | None = None
+    problem: str = ""
+    state_bytes: int = 0
+    peak_bytes: int = 0
+    rates: list[float] = field(default_factory=list)
+    """Tokens per second of each round."""
+
+
+@dataclass
+class Trial:
+    """All contenders at one shape."""
+
+    config: GPTConfig
+    device: torch.device
+    batch: int
+    rounds: int
+    steps: int
+    seconds: float
+    sides: dict[str, Side] = field(default_factory=dict)
+    resident: bool = True
+
+    def run(self, builds: dict[str, Build], file: Path, save: Callable[[Trial], None]) -> None:
+        deadline = time.monotonic() + self.seconds
+        self.resident = self._all_fit(len(builds))
+        order = list(builds)
+        if not self.resident:
+            order.append(order[0])
+        for place, name in enumerate(order):
+            before = self.sides.get(name, Side())
+            side = self.sides[name] = self._build(name, builds[name], file)
+            side.rates = before.rates
+            if side.step is None:
+                continue
+            left_s = (deadline - time.monotonic()) / (len(order) - place)
+            rounds = 1 if self.resident else self.rounds
+            self._rounds([side], rounds, time.monotonic() + left_s)  # resident: its first, in case the run is cut off
+            if not self.resident:
+                side.step = None
+                self._clear()
+            save(self)
+        if self.resident:
+            ready = [side for side in self.sides.values() if side.step is not None]
+            self._rounds(ready, self.rounds - 1, deadline, lambda: save(self))
+
+    def _all_fit(self, count: int) -> bool:
+        if self.device.type != "cuda":
+            return True
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return count * STATE_BYTES * parameters(self.config) < RESIDENT_SHARE * memory
+
+    def _build(self, name: str, build: Build, file: Path) -> Side:
+        """With the largest batch that two steps fit, halving from the first."""
+        batch, problem = self.batch, ""
+        while batch:
+            before = self._allocated()
+            try:
+                step = build(self.config, file, batch, self.device)
+                state_bytes = self._allocated() - before
+                losses = [step()() for _ in range(2)]
+                print(f"{name}, {batch} sequences: first losses {losses[0]:.3f} {losses[1]:.3f}", flush=True)
+                return Side(batch, step, state_bytes=max(state_bytes, self._allocated() - before))
+            except torch.OutOfMemoryError:
+                problem = "out of memory at one sequence"
+                batch //= 2
+            except ImportError as missing:
+                problem, batch = f"absent: {missing}", 0
+            except Exception as failed:  # the others are measured whatever one of them does
+                problem, batch = f"failed: {type(failed).__name__}: {str(failed)[:160]}", 0
+            step = None
+            self._clear()
+        print(f"{name}: {problem}", flush=True)
+        return Side(problem=problem)
+
+    def _rounds(
+        self, ready: list[Side], rounds: int, deadline: float, after: Callable[[], None] = lambda: None
+    ) -> None:
+        for number in range(rounds):
+            if number and time.monotonic() > deadline:
+                break
+            for side in ready:
+                assert side.step is not None
+                others = self._allocated() - side.state_bytes
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                seconds = seconds_of(side.step, self.steps, self.device)
+                side.rates.append(self.steps * side.batch * self.config.context / seconds)
+                if self.device.type == "cuda":
+                    side.peak_bytes = torch.cuda.max_memory_allocated(self.device) - others
+            after()
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def _clear(self) -> None:
+        torch._dynamo.reset()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def report(self) -> dict[str, Any]:
+        c = self.config
+        flops, peak = train_flops_per_token(c), peak_flops(self.device)
+        figures: dict[str, Any] = {}
+        for name, side in self.sides.items():
+            if not side.rates:
+                figures[name] = {"problem": side.problem}
+                continue
+            low, median, high = quartiles(side.rates)
+            figures[name] = {
+                "sequences": side.batch,
+                "tokens_per_s": {"low": round(low, 1), "median": round(median, 1), "high": round(high, 1)},
+                "tflops_per_s": median * flops / 1e12,
+                "mfu": median * flops / peak if peak else None,
+                "peak_gb": side.peak_bytes / 1e9 if side.peak_bytes else None,
+                "rounds": len(side.rates),
+            }
+        return {
+            "shape": f"{c.layers} x {c.width}, T {c.context}, V {c.vocab_size:,}",
+            "parameters": parameters(c),
+            "flops_per_token": flops,
+            "mfu_label": mfu_label(self.device),
+            "interleaved": self.resident,
+            "sides": figures,
+        }
+
+
+def seconds_of(step: Step, steps: int, device: torch.device) -> float:
+    """For so many steps, each one's loss read while the next runs."""
+    began, late = time.perf_counter(), None
+    for _ in range(steps):
+        now = step()
+        if late is not None:
+            late()
+        late = now
+    if late is not None:
+        late()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def table(report: dict[str, Any]) -> str:
+    how = "interleaved" if report["interleaved"] else "in turn, ours first and last"
+    ours_median = report["sides"]["ours"].get("tokens_per_s", {}).get("median")
+    lines = [
+        f"\n**{report['shape']}: {report['parameters']:,} parameters, {how}**\n",
+        f"| | sequences | tokens/s [quartiles] | TFLOP/s | mfu[{report['mfu_label']}] | peak GB | ours is |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, side in report["sides"].items():
+        if "problem" in side:
+            lines.append(f"| {name} | | {side['problem']} | | | | unranked |")
+            continue
+        rate = side["tokens_per_s"]
+        mfu = "n/a" if side["mfu"] is None else f"{side['mfu']:.1%}"
+        gb = "n/a" if side["peak_gb"] is None else f"{side['peak_gb']:.1f}"
+        ratio = "" if ours_median is None else f"{ours_median / rate['median']:.2f}x"
+        lines.append(
+            f"| {name} | {side['sequences']} | {rate['median']:,.0f} [{rate['low']:,.0f}, {rate['high']:,.0f}] "
+            f"| {side['tflops_per_s']:.4g} | {mfu} | {gb} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ the sides
+
+
+def ours(config: GPTConfig, file: Path, batch: int, device: torch.device) -> Step:
     """A step of the trainer as it is."""
     dataset = TokenDataset.open(file, dtype="uint16")
     schedule = Schedule(
@@ -118,50 +326,98 @@ def ours(config: GPTConfig, file: Path, batch: int) -> Step:
         phase=0,
     )
     loader = Loader(
-        schedule, {"text": dataset}, config.context, micro=batch, vocab_size=config.vocab_size, last_step=1 << 40
+        schedule,
+        {"text": dataset},
+        config.context,
+        micro=batch,
+        vocab_size=config.vocab_size,
+        last_step=1 << 40,
+        device=device,
     )
     model = GPT(config)
-    engine = LocalEngine(model, device=torch.device("cpu"), dtype=pick_dtype("auto", torch.device("cpu")))
+    engine = LocalEngine(model, device=device, dtype=pick_dtype("auto", device))
     engine.begin(Optimizer(lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, clip=CLIP), 0.0, weights_of(model))
     steps = iter(loader)
 
-    def step() -> float:
+    def step() -> Callable[[], float]:
         _, micro_batches = next(steps)
         result = engine.step(micro_batches, LR, lambda: False)
         assert result is not None
-        return result.read()[0]
+        return lambda: result.read()[0]
 
     return step
 
 
-def plain(config: GPTConfig, file: Path, batch: int, *, compiled: bool) -> Step:
+def plain(config: GPTConfig, file: Path, batch: int, device: torch.device, *, compiled: bool) -> Step:
     """A step of the plain GPT as its author would write it."""
-    model = PlainGPT(config)
+    with device:
+        model = PlainGPT(config)
+    return autocast_step(model, torch.compile(model) if compiled else model, config, file, batch, device)
+
+
+def hugging_face(config: GPTConfig, file: Path, batch: int, device: torch.device) -> Step:
+    """A step of Hugging Face's Llama with Liger's kernels."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    apply_liger_kernel_to_llama()
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.ffn,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        max_position_embeddings=config.context,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tied,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    with device:
+        model = LlamaForCausalLM(shape).train()
+
+    def forward(tokens: Tensor, targets: Tensor) -> Tensor:
+        return model(input_ids=tokens, labels=targets, shift_labels=targets.contiguous()).loss
+
+    return autocast_step(model, forward, config, file, batch, device)
+
+
+def autocast_step(
+    model: nn.Module,
+    forward: Callable[[Tensor, Tensor], Tensor],
+    config: GPTConfig,
+    file: Path,
+    batch: int,
+    device: torch.device,
+) -> Step:
+    """Float32 parameters, bf16 autocast, PyTorch's fused AdamW."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     kept = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
-    forward = torch.compile(model) if compiled else model
-    batches = random_windows(file, batch, config.context)
+    batches = random_windows(file, batch, config.context, device)
 
-    def step() -> float:
+    def step() -> Callable[[], float]:
         tokens, targets = next(batches)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = forward(tokens, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss.detach().item
 
     return step
 
 
-def random_windows(file: Path, batch: int, context: int) -> Iterator[tuple[Tensor, Tensor]]:
+def random_windows(file: Path, batch: int, context: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     ids = np.memmap(file, dtype=np.uint16, mode="r")
     while True:
         starts = torch.randint(len(ids) - context, (batch,)).tolist()
         windows = torch.stack([torch.from_numpy(ids[i : i + context + 1].astype(np.int64)) for i in starts])
+        if device.type == "cuda":
+            windows = windows.pin_memory().to(device, non_blocking=True)
         yield windows[:, :-1], windows[:, 1:]
 
 
@@ -216,25 +472,6 @@ class PlainGPT(nn.Module):
             x_BTD = block(x_BTD, self.cos_TQ, self.sin_TQ)
         logits_BTV = self.head(self.norm(x_BTD))
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
-
-
-def quartiles(samples: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
-    return {"low": round(low, 1), "median": round(median, 1), "high": round(high, 1)}
-
-
-def print_table(report: dict) -> None:
-    print(
-        "\n" + ", ".join(f"{key} {value}" for key, value in report["machine"].items()), f"threads {report['threads']}"
-    )
-    print(f"{report['shape']}, {report['parameters']:,} parameters; medians of {report['rounds']} rounds [quartiles]\n")
-    ours_median = report["tokens_per_s"]["ours"]["median"]
-    for name, figures in report["tokens_per_s"].items():
-        gflops = figures["median"] * report["flops_per_token"] / 1e9
-        print(
-            f"{name:16} {figures['median']:8,.0f} tokens/s [{figures['low']:,.0f}, {figures['high']:,.0f}]  "
-            f"{gflops:6,.0f} GFLOP/s  ours is {ours_median / figures['median']:.2f}x"
-        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.train_step import Step, Trial, contenders, shapes, table, write_tokens
+from spt_fast.model.gpt import GPTConfig
+
+CPU = torch.device("cpu")
+
+
+def build(config: GPTConfig, file: Path, batch: int, device: torch.device) -> Step:
+    if batch > 2:
+        raise torch.OutOfMemoryError
+    return lambda: lambda: 1.0
+
+
+def missing(config: GPTConfig, file: Path, batch: int, device: torch.device) -> Step:
+    raise ImportError("no such library")
+
+
+def trial(**fields: int) -> Trial:
+    return Trial(shapes(CPU, [], dry=True)[0], CPU, **{"batch": 16, "rounds": 3, "steps": 2, "seconds": 60, **fields})
+
+
+def test_the_batch_is_halved_until_it_fits_and_absent_sides_are_unranked() -> None:
+    run = trial()
+    run.run({"ours": build, "other": missing}, Path(), lambda _: None)
+    assert (run.sides["ours"].batch, len(run.sides["ours"].rates)) == (2, 3)
+    report = run.report()
+    assert report["sides"]["other"] == {"problem": "absent: no such library"}
+    assert "| other | | absent: no such library | | | | unranked |" in table(report)
+
+
+def test_nothing_fits() -> None:
+    def never(config: GPTConfig, file: Path, batch: int, device: torch.device) -> Step:
+        raise torch.OutOfMemoryError
+
+    run = trial()
+    run.run({"ours": never}, Path(), lambda _: None)
+    assert run.sides["ours"].problem == "out of memory at one sequence"
+
+
+def test_sides_that_dont_fit_together_run_in_turn_and_ours_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "_all_fit", lambda *_: False)
+    run = trial()
+    run.run({"ours": build, "other": build}, Path(), lambda _: None)
+    assert (len(run.sides["ours"].rates), len(run.sides["other"].rates)) == (6, 3)
+    assert "in turn, ours first and last" in table(run.report())
+
+
+def test_the_sides_train(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.bin"
+    run = trial(batch=2, rounds=2, steps=1)
+    write_tokens(file, run.config.vocab_size)
+    saved: list[int] = []
+    save: Callable[[Trial], None] = lambda trial: saved.append(len(trial.sides))  # noqa: E731
+    run.run(contenders(on_gpu=False, compiled=False), file, save)
+    for name in ("ours", "plain, eager"):
+        side = run.sides[name]
+        assert side.step is not None, side.problem
+        assert len(side.rates) == 2
+        losses = [side.step()() for _ in range(30)]
+        assert losses[-1] < losses[0]
+    assert saved == [1, 2, 2]
