@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-gpu peers aot clean
 
 demo: $(VENV)/.ready
 	$(BIN)/spt-fast demo --out demo
@@ -18,10 +18,36 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+OPS := norm activation rotary attention cross_entropy adamw embedding
+
 bench: $(VENV)/.ready
+	$(foreach op,$(OPS),$(BIN)/python -m benchmarks.kernels.bench_$(op) --seconds 60 &&) true
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.train_step
+
+# On a machine whose own Python has torch, with that; nothing is installed there.
+STAGE ?= check kernels train
+
+bench-gpu:
+	@python3 -c 'import torch' 2>/dev/null || $(MAKE) $(VENV)/.ready
+	@python=python3; python3 -c 'import torch' 2>/dev/null || python=$(BIN)/python; \
+	echo "$$python -m benchmarks.gpu --stage $(STAGE)"; $$python -m benchmarks.gpu --stage $(STAGE)
+
+# The libraries to compare with, beside the environment; what cannot be installed is absent from the tables.
+peers: $(VENV)/.ready
+	-for peer in liger-kernel cut-cross-entropy flashoptim torchao; do \
+	$(BIN)/python -m pip install -q --no-deps --target build/peers $$peer; done
+
+OLDEST_TRITON := build/triton-3.6.0
+
+aot: $(VENV)/.ready $(OLDEST_TRITON)/.ready
+	env -u TRITON_INTERPRET $(BIN)/python -m tests.kernels.aot
+	env -u TRITON_INTERPRET PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m tests.kernels.aot
+
+$(OLDEST_TRITON)/.ready:
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) triton==3.6.0
+	@touch $@
 
 # torch goes in first: the extension is compiled against the torch that it will run with.
 $(VENV)/.ready: constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
