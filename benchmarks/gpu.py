@@ -41,6 +41,9 @@ STAGE_SECONDS = 520.0
 GRACE_SECONDS = 20.0
 """Between the time that a benchmark is given and the end of its process."""
 
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""So that what one contender leaves in the cache has the form that the next one wants."""
+
 KERNELS = {
     "norm": 2,
     "activation": 1,
@@ -192,7 +195,7 @@ def train(entry: Entry, budget: Budget, dry: bool) -> bool:
     """Whether every preset was measured."""
     right = True
     for preset, seconds in budget.shares({"10m": 1} if dry else PRESETS):
-        arguments = ["--preset", preset, "--seconds", str(max(1.0, seconds - GRACE_SECONDS))]
+        arguments = ["--preset", preset, "--steps=5", "--seconds", str(max(1.0, seconds - GRACE_SECONDS))]
         arguments += ["--dry", "--rounds=2", "--batch=2", "--no-compile"] if dry else []
         right &= _part(entry, preset, ["benchmarks.train_step", *arguments], seconds)
     return right
@@ -207,7 +210,7 @@ def _part(entry: Entry, name: str, module_and_arguments: Sequence[str], seconds:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.json"
         said, took, code = _run(
-            [sys.executable, "-m", *module_and_arguments, "--json", str(file)], seconds, {}, show=True
+            [sys.executable, "-m", *module_and_arguments, "--json", str(file)], seconds, ALLOCATOR, show=True
         )
         found = json.loads(file.read_text()) if file.exists() else {}
     ended = code == 0

@@ -226,12 +226,15 @@ class Trial:
         for number in range(rounds):
             if number and time.monotonic() > deadline:
                 break
-            for side in ready:
-                assert side.step is not None
+            for side in [side for side in ready if side.step is not None]:
                 others = self._allocated() - side.state_bytes
                 if self.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(self.device)
-                seconds = seconds_of(side.step, self.steps, self.device)
+                try:
+                    seconds = seconds_of(side.step, self.steps, self.device)
+                except torch.OutOfMemoryError:  # the others' leftovers are in the way
+                    side.step, side.problem = None, f"out of memory after {len(side.rates)} rounds"
+                    continue
                 side.rates.append(self.steps * side.batch * self.config.context / seconds)
                 if self.device.type == "cuda":
                     side.peak_bytes = torch.cuda.max_memory_allocated(self.device) - others

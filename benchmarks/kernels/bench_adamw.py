@@ -106,7 +106,7 @@ def _case(
     def updates(weights: list[Tensor]) -> list[Tensor]:
         return [torch.cat([(w.double() - s.double()).flatten() for w, s in zip(weights, start, strict=True)])]
 
-    def exact(_: Sequence[Tensor]) -> list[Tensor]:
+    def exact(upstream: Sequence[Tensor]) -> list[Tensor]:
         weights, grads, m, v = ([x.double() for x in group] for group in _groups([*start, *inputs[count:]], count)[:4])
         step = Counter()
         for _ in range(2):

@@ -2,7 +2,7 @@
 
 FLOPs (kernels/cross_entropy.py) for N tokens, width D, vocabulary V: three matrix products, 6NDV; what a contender does
 beyond that (a product made again, the softmax) is its loss of rate. The floor is these three products alone, timed in
-the same rounds. Contenders differ in what their forward pass already does, so that only "both" compares like with like.
+the same rounds. Contenders differ in what their forward pass already does, so that only "both" is ranked.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def loss(run: Run, N: int, D: int, V: int) -> Case:
         work,
         unit="TFLOP/s",
         exact=partial(exact, *inputs),
+        alike=("both",),
     )
 
 

@@ -13,7 +13,8 @@ the last cache is written. On a GPU the time is that between two CUDA events, an
 prepares, so that launches cost nothing unless the contender itself waits for the device; what the host needs stands
 beside it. The figure is the median over the rounds, with the quartiles.
 
-Ceilings, measured by the same process before anything else: a copy for bytes, a square bf16 matrix product for FLOPs.
+Ceilings, measured by the same process before anything else, the best of several: a copy for bytes, a square bf16 matrix
+product for FLOPs.
 Extra memory is the peak of forward and backward above the inputs, outputs and gradients included.
 """
 
@@ -24,7 +25,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,7 @@ class Case:
     exact   results in float64, given the upstream gradients; None: the eager function's on float64 inputs
     spot    the part of all results, outputs then gradients, that is checked
     calls   how often the function is called before it is checked
+    alike   the passes in which all contenders do the same, which alone are ranked; None: all of them
     allowed relative error; None: the rule above
     """
 
@@ -82,11 +84,12 @@ class Case:
     shape: str
     inputs: Sequence[Tensor]
     contenders: Sequence[Contender]
-    work: dict[str, float]
+    work: Mapping[str, float]
     unit: str = "GB/s"
     exact: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
     spot: Callable[[list[Tensor]], list[Tensor]] = list
     calls: int = 1
+    alike: Sequence[str] | None = None
     allowed: float | None = None
 
 
@@ -220,7 +223,7 @@ def measure_ceilings(clock: Clock) -> dict[str, float]:
     for unit, (amount, work) in works.items():
         for _ in range(5):
             clock.seconds(work)
-        ceilings[unit] = amount / quartiles([clock.seconds(work)[0] for _ in range(11)])[1]
+        ceilings[unit] = amount / min(clock.seconds(work)[0] for _ in range(11))
     return ceilings
 
 
@@ -352,7 +355,7 @@ def measure(case: Case, run: Run, clock: Clock, ceilings: dict[str, float]) -> l
             if row.seconds:
                 row.rate = rate(case.work[pass_], row.seconds[1], case.unit)
                 row.of_ceiling = row.rate / ceilings[case.unit]
-    rank(rows)
+    rank([row for row in rows if case.alike is None or row.pass_ in case.alike])
     return rows
 
 
@@ -462,7 +465,8 @@ def table(rows: Sequence[Row]) -> str:
         for pass_ in passes:
             group = [row for row in here if row.pass_ == pass_]
             lines += [_line(row, group) for row in group]
-        lines += ["", *(verdict(here, pass_) for pass_ in passes if pass_ != "all")]
+        ranked = {row.pass_ for row in here if row.rank}
+        lines += ["", *(verdict(here, pass_) for pass_ in passes if pass_ in ranked)]
     return "\n".join(lines)
 
 

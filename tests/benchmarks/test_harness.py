@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,9 +73,10 @@ def test_ours_alone_has_won_nothing() -> None:
     assert verdict(rows, "forward") == "forward: no comparison; unranked against liger (absent)"
 
 
-def case(*contenders: Contender, work: float = 4e9) -> Case:
+def case(*contenders: Contender, **fields: Any) -> Case:
     x = torch.linspace(1, 2, 6).requires_grad_()
-    return Case("op", "shape", [x], [Contender("eager", lambda: torch.square, "torch"), *contenders], {"both": work})
+    eager = Contender("eager", lambda: torch.square, "torch")
+    return Case("op", "shape", [x], [eager, *contenders], **{"work": {"both": 4e9}, **fields})
 
 
 def measured(case: Case, rounds: int = 2) -> dict[str, Row]:
@@ -109,6 +111,13 @@ def test_wrong_absent_and_broken_contenders_are_listed_and_the_others_timed() ->
     assert right.rate is not None
     assert right.rate == pytest.approx(4 / right.seconds[1])
     assert right.of_ceiling == pytest.approx(right.rate / 8)
+
+
+def test_only_passes_in_which_all_do_the_same_are_ranked() -> None:
+    work = {"forward": 1.0, "backward": 1.0, "both": 2.0}
+    run = Run(CPU, torch.float32, rounds=1)
+    rows = measure(case(work=work, alike=("both",)), run, Clock(CPU), {"GB/s": 8.0})
+    assert {row.pass_: row.rank for row in rows} == {"forward": None, "backward": None, "both": 1}
 
 
 def test_each_run_sees_the_inputs_as_they_were() -> None:
