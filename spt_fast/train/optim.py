@@ -49,6 +49,7 @@ class AdamW:
         """
         s = self.settings
         count = self.count + 1
+        lr = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=count.dtype, device=count.device)
         scale = torch.clamp(s.clip / (norm + 1e-6), max=1.0) if s.clip else torch.ones_like(norm)
         for name, param in self.params.items():
             assert param.grad is not None, name
