@@ -5,7 +5,18 @@ import torch
 from torch import Tensor
 
 from spt_fast.kernels import qk_norm_rope, rope
-from tests.kernels.compare import assert_as_exact_as_torch, run, strided, transposed
+from tests.kernels.compare import (
+    DEVICE,
+    assert_as_exact_as_torch,
+    backends_and_dtypes,
+    random_tensors,
+    run,
+    strided,
+    transposed,
+    usable,
+)
+
+EPS = 1e-6
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -19,90 +30,158 @@ def plain_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
 
 
 def plain_qk_norm_rope(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    q, k = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w for x, w in ((q, wq), (k, wk)))
+    q, k = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * w for x, w in ((q, wq), (k, wk)))
     return plain_rope(q, k, cos, sin)
 
 
 def tables(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """cos and sin [..., T, D] of random angles, halves repeated."""
     angles = (6.3 * torch.rand(*shape[:-1], shape[-1] // 2, dtype=dtype)).repeat(*[1] * (len(shape) - 1), 2)
-    return angles.cos(), angles.sin()
+    return angles.cos().to(DEVICE), angles.sin().to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("B", "T", "H", "K", "D"), [(2, 16, 6, 2, 64), (1, 7, 3, 3, 6), (3, 5, 4, 1, 84)])
+ALL = backends_and_dtypes("reference", "cpu", "triton")
+LAYOUTS = [strided, transposed, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)]
+
+
+# Twice as many key heads as query heads is nobody's model, but the kernels' groups of heads are made of either.
+@pytest.mark.parametrize(("backend", "dtype"), ALL)
+@pytest.mark.parametrize(
+    ("B", "T", "H", "K", "D"),
+    [(2, 16, 6, 2, 64), (1, 7, 3, 3, 42), (3, 5, 4, 1, 84), (2, 3, 32, 8, 128), (40, 1, 1, 2, 34), (1, 2, 12, 12, 256)],
+)
 @pytest.mark.parametrize("per_row", [False, True])
-def test_as_exact_as_torch(dtype: torch.dtype, B: int, T: int, H: int, K: int, D: int, per_row: bool) -> None:
-    torch.manual_seed(T)
-    q, up_q = (torch.randn(B, T, H, D).to(dtype) for _ in range(2))
-    k, up_k = (torch.randn(B, T, K, D).to(dtype) for _ in range(2))
+def test_as_exact_as_torch(
+    backend: str, dtype: torch.dtype, B: int, T: int, H: int, K: int, D: int, per_row: bool
+) -> None:
+    q, k, up_q, up_k, wq, wk = random_tensors([(B, T, H, D), (B, T, K, D)] * 2 + [(D,)] * 2, dtype)
     cos, sin = tables(*([B] if per_row else []), T, D)
-    wq, wk = torch.randn(D).to(dtype), torch.randn(D).to(dtype)
-    upstream = (up_q, up_k)
     assert_as_exact_as_torch(
-        lambda q, k: rope(q, k, cos.to(torch.float64) if q.dtype == torch.float64 else cos, sin),
+        lambda q, k: rope(q, k, cos, sin, backend="reference" if q.dtype == torch.float64 else backend),
         lambda q, k: plain_rope(q, k, cos, sin),
         (q, k),
-        upstream,
+        (up_q, up_k),
     )
     assert_as_exact_as_torch(
-        lambda q, k, wq, wk: qk_norm_rope(q, k, wq, wk, cos, sin),
+        lambda q, k, wq, wk: qk_norm_rope(q, k, wq, wk, cos, sin, EPS, backend=backend),
         lambda q, k, wq, wk: plain_qk_norm_rope(q, k, wq, wk, cos, sin),
         (q, k, wq, wk),
-        upstream,
+        (up_q, up_k),
     )
 
 
-def test_rotation_depends_on_the_distance_only() -> None:
-    """Shifting both positions by the same number leaves every product q·k as it was."""
-    torch.manual_seed(0)
-    D, shift = 32, 17
-    frequencies = 10_000.0 ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
-    angles = torch.outer(torch.arange(64, dtype=torch.float64), frequencies).repeat(1, 2)
-    q, k = torch.randn(1, 20, 2, D).double(), torch.randn(1, 20, 2, D).double()
-    products = []
-    for start in (0, shift):
-        rows = angles[start : start + 20]
-        q_, k_ = rope(q, k, rows.cos(), rows.sin())
-        products.append(torch.einsum("bthd,bshd->bhts", q_, k_))
-    torch.testing.assert_close(*products)
-    q_, _ = rope(q, k, angles[:20].cos(), angles[:20].sin())
-    assert torch.equal(q_[:, 0], q[:, 0])
-    assert not torch.allclose(q_[:, 1], q[:, 1])
-
-
-def test_per_row_tables_are_used_per_row() -> None:
-    torch.manual_seed(1)
-    q, k = torch.randn(3, 4, 2, 8), torch.randn(3, 4, 1, 8)
-    cos, sin = tables(3, 4, 8)
-    q_, k_ = rope(q, k, cos, sin)
-    for row in range(3):
-        alone = rope(q[row : row + 1], k[row : row + 1], cos[row], sin[row])
-        assert torch.equal(q_[row], alone[0][0])
-        assert torch.equal(k_[row], alone[1][0])
-
-
-@pytest.mark.parametrize("layout", [strided, transposed, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)])
-def test_strided_inputs_and_upstream_gradients(layout) -> None:
-    torch.manual_seed(2)
-    q, k, up_q, up_k = (torch.randn(2, 9, heads, 16).bfloat16() for heads in (4, 2, 4, 2))
+@pytest.mark.parametrize(("backend", "dtype"), ALL)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs_and_upstream_gradients(backend: str, dtype: torch.dtype, layout) -> None:
+    q, k, up_q, up_k, wq, wk = random_tensors([(2, 9, 4, 16), (2, 9, 2, 16)] * 2 + [(16,)] * 2, dtype)
     cos, sin = tables(9, 16)
-    function = lambda q, k: rope(q, k, strided(cos), sin)  # noqa: E731
-    expected = run(function, (q, k), (up_q, up_k))
-    found = run(function, [layout(q), layout(k)], [layout(up_q), layout(up_k)])
+    upstream, moved = (up_q, up_k), [layout(up_q), layout(up_k)]
+    expected = run(lambda q, k: rope(q, k, cos, sin, backend=backend), (q, k), upstream)
+    found = run(lambda q, k: rope(q, k, strided(cos), sin, backend=backend), [layout(q), layout(k)], moved)
+    expected += run(lambda *x: qk_norm_rope(*x, cos, sin, backend=backend), (q, k, wq, wk), upstream)
+    inputs = [layout(q), layout(k), strided(wq), strided(wk)]
+    found += run(lambda *x: qk_norm_rope(*x, cos, transposed(sin), backend=backend), inputs, moved)
     for e, f in zip(expected, found, strict=True):
         assert torch.equal(e, f)
 
 
-def test_slices_of_one_projection() -> None:
-    """As the model calls it: q and k are views of one tensor, which the op must not write to."""
-    torch.manual_seed(3)
-    qkv = torch.randn(2, 8, 5, 16)
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_upstream_gradients_that_are_expanded(backend: str) -> None:
+    """The gradient of a sum is one number with strides of 0."""
+    backend = usable(backend)
+    q, k, wq, wk = random_tensors([(2, 3, 4, 8), (2, 3, 1, 8), (8,), (8,)], torch.float32)
+    cos, sin = tables(3, 8)
+    ones = torch.ones_like(q), torch.ones_like(k)
+    over_rows = tuple(one[:1].expand_as(one) for one in ones)
+    everywhere = tuple(one[0, 0, 0, 0].expand_as(one) for one in ones)
+    for function, inputs in (
+        (lambda *x: rope(*x, cos, sin, backend=backend), (q, k)),
+        (lambda *x: qk_norm_rope(*x, cos, sin, backend=backend), (q, k, wq, wk)),
+    ):
+        expected = run(function, inputs, ones)
+        for expanded in (over_rows, everywhere):
+            for e, f in zip(expected, run(function, inputs, expanded), strict=True):
+                assert torch.equal(e, f)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), ALL)
+def test_slices_of_one_projection(backend: str, dtype: torch.dtype) -> None:
+    """As the model calls it: q and k are views of one tensor, which is read in place and not written to."""
+    qkv, up_q, up_k, wq, wk = random_tensors([(2, 8, 5, 16), (2, 8, 3, 16), (2, 8, 1, 16), (16,), (16,)], dtype)
     before = qkv.clone()
     cos, sin = tables(8, 16)
-    q, k, _ = qkv.split([3, 1, 1], dim=2)
-    rope(q, k, cos, sin)
+
+    def of_slices(qkv: Tensor, wq: Tensor, wk: Tensor) -> tuple[Tensor, ...]:
+        q, k, _ = qkv.split([3, 1, 1], dim=2)
+        return *rope(q, k, cos, sin, backend=backend), *qk_norm_rope(q, k, wq, wk, cos, sin, backend=backend)
+
+    def of_copies(qkv: Tensor, wq: Tensor, wk: Tensor) -> tuple[Tensor, ...]:
+        q, k, _ = (x.contiguous() for x in qkv.split([3, 1, 1], dim=2))
+        return *rope(q, k, cos, sin, backend=backend), *qk_norm_rope(q, k, wq, wk, cos, sin, backend=backend)
+
+    upstream = (up_q, up_k, up_q, up_k)
+    for e, f in zip(run(of_copies, (qkv, wq, wk), upstream), run(of_slices, (qkv, wq, wk), upstream), strict=True):
+        assert torch.equal(e, f)
     assert torch.equal(qkv, before)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [case for case in ALL if case[1] != torch.float32])
+@pytest.mark.parametrize("far", [0, 1, 2])
+def test_offsets_beyond_32_bits(backend: str, dtype: torch.dtype, far: int) -> None:
+    """q lies in a tensor of 2^31 numbers, of which all but a few are never touched, so that they take no memory."""
+    q, k, up_q, up_k, wq, wk = random_tensors([(3, 3, 3, 8)] * 4 + [(8,)] * 2, dtype)
+    cos, sin = tables(3, 8)
+    space = torch.empty(2**31 + 1024, dtype=dtype, device=DEVICE)
+    strides = [8, 24, 72]
+    strides.insert(far, 2**30)
+
+    def spread(x: Tensor) -> Tensor:
+        return space.as_strided(x.shape, (*strides[:3], 1)).copy_(x)
+
+    function = lambda q, k, wq, wk: qk_norm_rope(q, k, wq, wk, cos, sin, backend=backend)  # noqa: E731
+    expected = run(function, (q, k, wq, wk), (up_q, up_k))
+    for e, f in zip(expected, run(function, (spread(q), k, wq, wk), (up_q, up_k)), strict=True):
+        assert torch.equal(e, f)
+    for e, f in zip(expected, run(function, (q, k, wq, wk), (spread(up_q), up_k)), strict=True):
+        assert torch.equal(e, f)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_tables_of_any_dtype_and_of_two_shapes(backend: str) -> None:
+    backend = usable(backend)
+    q, k, up_q, up_k = random_tensors([(2, 3, 4, 8), (2, 3, 1, 8)] * 2, torch.float32)
+    cos, sin = (table.bfloat16().double() for table in tables(3, 8))
+    results = [
+        run(lambda q, k: rope(q, k, c, s, backend=backend), (q, k), (up_q, up_k))  # noqa: B023
+        for c, s in ((cos, sin), (cos.bfloat16(), sin.float()), (cos, sin.repeat(2, 1, 1)), (cos.repeat(2, 1, 1), sin))
+    ]
+    for other in results[1:]:
+        for e, f in zip(results[0], other, strict=True):
+            assert torch.equal(e, f)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_what_torch_asks_of_a_custom_op(backend: str) -> None:
+    backend = usable(backend)
+    q, k, wq, wk = random_tensors([(2, 3, 4, 8), (2, 3, 2, 8), (8,), (8,)], torch.float32)
+    cos, sin = tables(3, 8)
+    leaves = [LAYOUTS[2](x).requires_grad_() for x in (q, k)]
+    weights = [x.requires_grad_() for x in (wq, wk)]
+    torch.library.opcheck(torch.ops.spt_fast.rope, (*leaves, cos, sin, False, backend))
+    torch.library.opcheck(torch.ops.spt_fast.qk_norm_rope, (*leaves, *weights, cos, sin, EPS, backend))
+
+
+def test_it_compiles_whole() -> None:
+    q, k, up_q, up_k, wq, wk = random_tensors([(2, 5, 4, 8), (2, 5, 2, 8)] * 2 + [(8,)] * 2, torch.float32)
+    cos, sin = tables(5, 8)
+
+    def function(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor) -> tuple[Tensor, Tensor]:
+        return rope(*qk_norm_rope(q, k, wq, wk, cos, sin), cos, sin)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected, found = (run(f, (q, k, wq, wk), (up_q, up_k)) for f in (function, compiled))
+    for e, f in zip(expected, found, strict=True):
+        assert torch.equal(e, f)
 
 
 def test_gradcheck() -> None:
@@ -110,22 +189,127 @@ def test_gradcheck() -> None:
     q = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
     k = torch.randn(2, 3, 2, 6, dtype=torch.float64, requires_grad=True)
     wq, wk = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    cos, sin = tables(3, 6, dtype=torch.float64)
+    cos, sin = (table.cpu() for table in tables(3, 6, dtype=torch.float64))
     assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (q, k))
+    assert torch.autograd.gradgradcheck(lambda q, k: rope(q, k, cos, sin), (q, k))
     assert torch.autograd.gradcheck(lambda q, k, wq, wk: qk_norm_rope(q, k, wq, wk, cos, sin), (q, k, wq, wk))
 
 
-def test_empty_batch() -> None:
-    q, k = torch.randn(0, 4, 2, 8, requires_grad=True), torch.randn(0, 4, 1, 8, requires_grad=True)
-    cos, sin = tables(4, 8)
-    q_, k_ = rope(q, k, cos, sin)
-    (q_.sum() + k_.sum()).backward()
-    assert (q_.shape, k_.shape) == (q.shape, k.shape)
+def test_gradients_where_only_one_output_is_used() -> None:
+    torch.manual_seed(5)
+    q, k = (torch.randn(1, 3, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (2, 1))
+    wq, wk = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    cos, sin = (table.cpu() for table in tables(3, 6, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda q, wq: qk_norm_rope(q, k, wq, wk, cos, sin)[0], (q, wq))
+    assert torch.autograd.gradcheck(lambda k, wk: qk_norm_rope(q, k, wq, wk, cos, sin)[1], (k, wk))
+    assert torch.autograd.gradcheck(lambda k: rope(q, k, cos, sin)[1], (k,))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0)])
+def test_every_backend_sees_an_empty_batch(backend: str, B: int, T: int) -> None:
+    backend = usable(backend)
+    q, k, wq, wk = random_tensors([(B, T, 2, 8), (B, T, 1, 8), (8,), (8,)], torch.float32)
+    cos, sin = tables(T, 8)
+    results = run(lambda q, k: rope(q, k, cos, sin, backend=backend), (q, k), (q, k))
+    assert [x.shape for x in results] == [q.shape, k.shape] * 2
+    *results, dwq, dwk = run(lambda *x: qk_norm_rope(*x, cos, sin, backend=backend), (q, k, wq, wk), (q, k))
+    assert [x.shape for x in results] == [q.shape, k.shape] * 2
+    assert dwq.shape == dwk.shape == wq.shape
+    assert not dwq.any()
+    assert not dwk.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_rotation_depends_on_the_distance_only(backend: str) -> None:
+    """Shifting both positions by the same number leaves every product q·k as it was."""
+    backend = usable(backend)
+    D, shift = 32, 17
+    frequencies = 10_000.0 ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+    angles = torch.outer(torch.arange(64, dtype=torch.float64), frequencies).repeat(1, 2).to(DEVICE)
+    q, k = random_tensors([(1, 20, 2, D)] * 2, torch.float32)
+    products = []
+    for start in (0, shift):
+        rows = angles[start : start + 20]
+        q_, k_ = rope(q, k, rows.cos(), rows.sin(), backend=backend)
+        products.append(torch.einsum("bthd,bshd->bhts", q_.double(), k_.double()))
+    # A rotated number is within 3 roundings of 2^-24 of its size; a product sums D of them.
+    torch.testing.assert_close(
+        *products, rtol=0, atol=2 * 3 * 2**-24 * float(q.norm(dim=-1).max() * k.norm(dim=-1).max())
+    )
+    q_, _ = rope(q, k, angles[:20].cos(), angles[:20].sin(), backend=backend)
+    assert torch.equal(q_[:, 0], q[:, 0])
+    assert not torch.allclose(q_[:, 1], q[:, 1])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_per_row_tables_are_used_per_row(backend: str) -> None:
+    backend = usable(backend)
+    q, k, wq, wk = random_tensors([(3, 4, 2, 8), (3, 4, 1, 8), (8,), (8,)], torch.float32)
+    cos, sin = tables(3, 4, 8)
+    for function in (
+        lambda q, k, cos, sin: rope(q, k, cos, sin, backend=backend),
+        lambda q, k, cos, sin: qk_norm_rope(q, k, wq, wk, cos, sin, backend=backend),
+    ):
+        together = function(q, k, cos, sin)
+        for row in range(3):
+            alone = function(q[row : row + 1], k[row : row + 1], cos[row], sin[row])
+            for all_rows, one in zip(together, alone, strict=True):
+                assert torch.equal(all_rows[row], one[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_without_eps_unit_weights_leave_the_rotation_alone(backend: str) -> None:
+    """With weights of 1 and heads of length sqrt(D), qk_norm_rope is rope."""
+    backend = usable(backend)
+    q, k, up_q, up_k = random_tensors([(2, 3, 3, 16), (2, 3, 1, 16)] * 2, torch.float32)
+    q, k = (x / x.square().mean(-1, keepdim=True).sqrt() for x in (q, k))
+    ones = torch.ones(16, device=DEVICE)
+    cos, sin = tables(3, 16)
+    found = run(lambda *x: qk_norm_rope(*x, cos, sin, 0.0, backend=backend), (q, k, ones, ones), (up_q, up_k))
+    for f, e in zip(found, rope(q, k, cos, sin, backend=backend), strict=False):
+        torch.testing.assert_close(f, e, rtol=1e-6, atol=1e-6)
+    assert all(f.isfinite().all() for f in found), "with eps = 0 a head that is only padding must not count"
+
+
+def test_weight_gradients_reach_a_float32_accumulator_unrounded() -> None:
+    q, k, up_q, up_k, wq, wk = random_tensors([(4, 60, 4, 16), (4, 60, 1, 16)] * 2 + [(16,)] * 2, torch.bfloat16)
+    cos, sin = tables(60, 16)
+    weights = [torch.nn.Parameter(w) for w in (wq, wk)]
+    for weight in weights:
+        weight.grad_dtype = torch.float32
+    torch.autograd.backward(qk_norm_rope(q, k, *weights, cos, sin), (up_q, up_k))
+    exact = run(
+        lambda q, k, wq, wk: plain_qk_norm_rope(q, k, wq, wk, cos, sin),
+        [x.double() for x in (q, k, wq, wk)],
+        (up_q.double(), up_k.double()),
+    )
+    for weight, e in zip(weights, exact[-2:], strict=True):
+        assert weight.grad is not None
+        assert weight.grad.dtype == torch.float32
+        torch.testing.assert_close(weight.grad.double(), e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_the_result_is_the_same_every_time_and_with_any_number_of_threads(backend: str) -> None:
+    backend = usable(backend)
+    B, T = (8, 300) if backend == "cpu" else (2, 9)
+    q, k, up_q, up_k, wq, wk = random_tensors([(B, T, 4, 16), (B, T, 2, 16)] * 2 + [(16,)] * 2, torch.float32)
+    cos, sin = tables(T, 16)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(run(lambda *x: qk_norm_rope(*x, cos, sin, backend=backend), (q, k, wq, wk), (up_q, up_k)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(e, f) for e, f in zip(results[0], other, strict=True))
 
 
 def test_bad_shapes_are_refused() -> None:
-    q, k = torch.randn(2, 4, 2, 8), torch.randn(2, 4, 1, 8)
-    cos, sin = tables(4, 8)
+    q, k, w = torch.randn(2, 4, 2, 8), torch.randn(2, 4, 1, 8), torch.randn(8)
+    cos, sin = (table.cpu() for table in tables(4, 8))
     with pytest.raises(ValueError, match="cos"):
         rope(q, k, cos[:3], sin)
     with pytest.raises(ValueError, match="sin"):
@@ -134,3 +318,9 @@ def test_bad_shapes_are_refused() -> None:
         rope(q, k[:, :3], cos, sin)
     with pytest.raises(ValueError, match="even"):
         rope(q[..., :7], k[..., :7], cos[:, :7], sin[:, :7])
+    with pytest.raises(ValueError, match="one dtype"):
+        rope(q, k.bfloat16(), cos, sin)
+    with pytest.raises(ValueError, match="q_weight must be"):
+        qk_norm_rope(q, k, w[:4], w, cos, sin)
+    with pytest.raises(ValueError, match="k_weight must be"):
+        qk_norm_rope(q, k, w, w[:4], cos, sin)
