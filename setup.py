@@ -19,6 +19,7 @@ setup(
                 "-fvisibility=hidden",
                 "-fopenmp-simd",
                 "-fno-math-errno",
+                "-fno-trapping-math",
                 "-ffp-contract=fast",
                 "-DTORCH_TARGET_VERSION=0x020b000000000000",
                 "-Wall",

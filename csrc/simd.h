@@ -10,7 +10,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <bit>
-#include <cmath>
 #include <cstdint>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -44,17 +43,14 @@ SPT_INLINE float rounded(float x, const bf16*) {
   return load(stored);
 }
 
-// `condition ? a : b` by its bits. Where several conditions ask about the same number, as limits do, a compiler makes
-// branches of them that share what they know, and then finds no loop left that it could vectorise.
-SPT_INLINE float select(bool condition, float a, float b) {
-  const uint32_t mask = -static_cast<uint32_t>(condition);
-  return std::bit_cast<float>((std::bit_cast<uint32_t>(a) & mask) | (std::bit_cast<uint32_t>(b) & ~mask));
-}
-
-// e^x to 2 units in the last place; never less than e^-87.3, and infinite from 88.4 on.
+// e^x to 2 units in the last place, between e^-87.3 and e^88.7, so that nothing becomes infinite. x / log(2) is rounded
+// by adding 1.5 * 2^23, which leaves the whole part in the last bits: a conversion to an integer may trap, and GCC does
+// not vectorise what may trap on some paths only.
 SPT_INLINE float exp_(float x) {
-  x = select(x > 88.7f, 88.7f, select(x < -87.3f, -87.3f, x));
-  const float n = static_cast<float>(static_cast<int32_t>(x * 1.44269504f + std::copysign(0.5f, x)));
+  x = x < -87.3f ? -87.3f : x;
+  x = x > 88.7f ? 88.7f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -63,7 +59,7 @@ SPT_INLINE float exp_(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
 }
 
 // The data of a tensor that is float32 or bf16, of which `with_dtype` has told which.
