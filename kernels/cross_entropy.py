@@ -8,17 +8,26 @@ The z-loss (PaLM, arXiv 2204.02311, page 6) is part of every token's loss, so a 
 is ignore_index have loss 0 and no gradient; "mean" divides by the number of the others, and where there are none it is
 0 with zero gradients, not NaN, so that a micro-batch of padding harms nothing.
 
-Legend: N tokens, D width, V vocabulary. At N = 16,384 and V = 151,936 float32 logits are 10 GB, and as many again for
-their gradient. Here a few rows at a time are made, turned into their gradient in place, and multiplied at once into
+Legend: N tokens, D width, V vocabulary, C rows of a chunk. At N = 16,384 and V = 151,936 bf16 logits are 5 GB, and as
+many again for their gradient. Here C rows at a time are made, turned into their gradient in place, and multiplied into
 
     dx = dz w        dw = sum over chunks of dzᵀ x   (float32: sums of many chunks in bf16 make training diverge)
 
 For "mean" and "sum" this happens in the forward pass, since the upstream gradient is one number that can be multiplied
 in later: three GEMMs altogether (6NDV multiply-adds and additions), none repeated. For "none" every row has its own
 upstream gradient, which must be known first: the logits are made again in the backward pass (8NDV). Where nobody asks
-for a gradient, only the losses are made. Matrix products are in x's dtype, everything else in float32 (float64 for
-float64 inputs). Gradients of "mean" and "sum" are kept unscaled until the backward pass, so that float16 doesn't lose
-them at 1/N.
+for a gradient, only the losses are made. Matrix products and logits are in x's dtype, everything else in float32
+(float64 for float64 inputs), dz too until it is rounded once. Gradients of "mean" and "sum" are kept unscaled until the
+backward pass, so that float16 doesn't lose them at 1/N.
+
+The GEMMs are PyTorch's. What a backend adds is the pass between them, from logits to their gradient, in place. A Triton
+program reads its row twice, for the sum of exponentials and for the gradient, and writes it once; csrc/cross_entropy.cpp
+reads it once into a float32 copy in cache. PyTorch's ops make some ten passes, most of them in float32.
+
+Memory beyond the inputs, in the forward pass: dw (4VD bytes), dx and one chunk of logits (2ND and 2CV for bf16); on a
+CPU also the product of one chunk in x's dtype (2VD), which a GPU adds to dw as it multiplies. In the backward pass: dw
+and dx as kept, and as handed on. At N = 8192, D = 4096, V = 151,936 in bf16 that is 2.5 + 0.1 + 0.9 GB forward, and
+backward 2.6 GB besides the gradients themselves (1.3 GB, or 2.6 where `weight.grad_dtype` is float32).
 """
 
 from __future__ import annotations
@@ -27,15 +36,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from spt_fast import native
 from spt_fast.kernels.backend import Op, accumulation_dtype
+from spt_fast.kernels.launch import Variant, jit, next_power_of_2, tl
 
-# Bytes of logits at a time. On a CPU they should stay in its cache; on a GPU a chunk must be tall enough for its GEMMs,
-# and for the pass over dw that ends it, to pay.
 CHUNK_BYTES = {"cpu": 8 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
-CHUNK_MIN_ROWS = 128
+"""Logits at a time. On a CPU they should stay in its cache; everywhere a chunk must be tall enough for its GEMMs, and for
+the pass over dw that ends it, to pay."""
+CHUNK_MIN_ROWS = 1024
+ROW_BYTES = 128
+"""Rows of logits begin at multiples of this: GEMMs on GPUs are slow at odd vocabularies otherwise."""
 
 
 def linear_cross_entropy(
@@ -53,10 +65,11 @@ def linear_cross_entropy(
 
     x_ND and weight_VD of one floating dtype; targets_N integers in [0, V) or ignore_index. Returns losses in float32
     (float64 for float64 inputs): a scalar for "mean" (over the tokens not ignored; 0 if there are none) and "sum", [N]
-    for "none". The gradient of weight_VD is handed on in that dtype too; autograd casts it unless `weight.grad_dtype`
-    takes it.
-    ValueError: shapes, dtypes, reduction or softcap that don't fit, or a backend that isn't available.
-    RuntimeError (on a CPU): a target outside the vocabulary.
+    for "none". The gradient of weight_VD is handed on in that dtype too where `weight.grad_dtype` takes it, and in the
+    weight's dtype elsewhere.
+    ValueError: shapes, dtypes, reduction or softcap that don't fit, or a backend that cannot run for x.
+    RuntimeError (on a CPU): a target outside the vocabulary. On a GPU the Triton kernel makes that row's loss and
+    gradient NaN, since an exception would have to wait for the GPU.
     """
     if (
         x_ND.dim() != 2
@@ -74,66 +87,135 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"linear_cross_entropy: softcap must be positive or None, not {softcap}")
-    _LINEAR_CROSS_ENTROPY.pick(backend, x_ND)
-    return _reference(x_ND, weight_VD, targets_N, ignore_index, z_loss, softcap, reduction)
+    backend = _LINEAR_CROSS_ENTROPY.pick(backend, x_ND)
+    wanted = torch.is_grad_enabled()
+    needs_dx, needs_dw = wanted and x_ND.requires_grad, wanted and weight_VD.requires_grad
+    return _loss(
+        x_ND, weight_VD, targets_N, ignore_index, z_loss, softcap or 0.0, reduction, needs_dx, needs_dw, backend
+    )[0]
 
 
-def _reference(
+# ------------------------------------------------------------------------------------------------ custom ops
+
+
+@torch.library.custom_op("spt_fast::linear_cross_entropy", mutates_args=())
+def _loss(
     x_ND: Tensor,
     weight_VD: Tensor,
     targets_N: Tensor,
     ignore_index: int,
     z_loss: float,
-    softcap: float | None,
+    softcap: float,
     reduction: str,
-) -> Tensor:
-    # A Function sees requires_grad, but not whether gradients are enabled.
-    wanted = torch.is_grad_enabled()
-    needs = (wanted and x_ND.requires_grad, wanted and weight_VD.requires_grad)
-    return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, ignore_index, z_loss, softcap, reduction, needs)
+    needs_dx: bool,
+    needs_dw: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, unscaled gradients by x and by weight or [0] where there is none yet, their scale []); softcap 0: none."""
+    dloss_N = x_ND.new_ones(len(x_ND), dtype=accumulation_dtype(x_ND))
+    now = reduction != "none"
+    loss_N, dx_ND, dw_VD = _sweep(
+        x_ND, weight_VD, targets_N, dloss_N, ignore_index, z_loss, softcap, needs_dx and now, needs_dw and now, backend
+    )
+    if reduction == "mean":
+        count = (targets_N != ignore_index).sum().clamp_(min=1).to(loss_N.dtype)
+        return loss_N.sum() / count, dx_ND, dw_VD, count.reciprocal()
+    return loss_N.sum() if now else loss_N, dx_ND, dw_VD, loss_N.new_ones(())
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        ignore_index: int,
-        z_loss: float,
-        softcap: float | None,
-        reduction: str,
-        needs: tuple[bool, bool],
-    ) -> Tensor:
-        kept_N = targets_N != ignore_index
-        targets_N = targets_N.masked_fill(~kept_N, 0).long()
-        ctx.z_loss, ctx.softcap, ctx.reduction, ctx.needs = z_loss, softcap, reduction, needs
+@_loss.register_fake
+def _(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+    needs_dx: bool,
+    needs_dw: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, now = accumulation_dtype(x_ND), reduction != "none"
+    loss = x_ND.new_empty(() if now else x_ND.shape[:1], dtype=dtype)
+    dx_ND = x_ND.new_empty(x_ND.shape if needs_dx and now else (0,))
+    dw_VD = weight_VD.new_empty(weight_VD.shape if needs_dw and now else (0,), dtype=dtype)
+    return loss, dx_ND, dw_VD, x_ND.new_empty((), dtype=dtype)
 
-        now = needs if reduction != "none" else (False, False)
-        dloss_N = kept_N.to(accumulation_dtype(x_ND))
-        loss_N, dx_ND, dw_VD = _sweep(x_ND, weight_VD, targets_N, dloss_N, z_loss, softcap, now)
-        loss_N.masked_fill_(~kept_N, 0)
-        if reduction == "none":
-            ctx.save_for_backward(x_ND, weight_VD, targets_N, kept_N)
-            return loss_N
-        scale = dloss_N.sum().clamp_(min=1).reciprocal_() if reduction == "mean" else loss_N.new_ones(())
-        ctx.save_for_backward(dx_ND, dw_VD, scale)
-        return loss_N.sum() * scale
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.reduction == "none":
-            x_ND, weight_VD, targets_N, kept_N = ctx.saved_tensors
-            dloss_N = dloss.masked_fill(~kept_N, 0)
-            _, dx_ND, dw_VD = _sweep(x_ND, weight_VD, targets_N, dloss_N, ctx.z_loss, ctx.softcap, ctx.needs)
-        else:
-            dx_ND, dw_VD, scale = ctx.saved_tensors
-            scale = scale * dloss
-            dx_ND = None if dx_ND is None else (dx_ND.to(scale.dtype) * scale).to(dx_ND.dtype)
-            dw_VD = None if dw_VD is None else dw_VD * scale
-        return dx_ND, dw_VD, None, None, None, None, None, None
+@torch.library.custom_op("spt_fast::linear_cross_entropy_backward", mutates_args=())
+def _backward_none(
+    dloss_N: Tensor,
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    softcap: float,
+    needs_dx: bool,
+    needs_dw: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """For "none": (dx or [0], dw in the wide dtype or [0]), from logits made again."""
+    return _sweep(x_ND, weight_VD, targets_N, dloss_N, ignore_index, z_loss, softcap, needs_dx, needs_dw, backend)[1:]
+
+
+@_backward_none.register_fake
+def _(
+    dloss_N: Tensor,
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    softcap: float,
+    needs_dx: bool,
+    needs_dw: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dx_ND = x_ND.new_empty(x_ND.shape if needs_dx else (0,))
+    return dx_ND, weight_VD.new_empty(weight_VD.shape if needs_dw else (0,), dtype=dloss_N.dtype)
+
+
+@torch.library.custom_op("spt_fast::linear_cross_entropy_scale", mutates_args=())
+def _backward_scaled(scale: Tensor, dx_ND: Tensor, dw_VD: Tensor, dw_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For "mean" and "sum": what the forward pass has made, times one number; dw in the dtype that is wanted."""
+    dx_scaled_ND = dx_ND.to(scale.dtype, copy=True).mul_(scale).to(dx_ND.dtype)
+    return dx_scaled_ND, torch.mul(dw_VD, scale, out=torch.empty_like(dw_VD, dtype=dw_dtype))
+
+
+@_backward_scaled.register_fake
+def _(scale: Tensor, dx_ND: Tensor, dw_VD: Tensor, dw_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(dx_ND), torch.empty_like(dw_VD, dtype=dw_dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x_ND, weight_VD, targets_N, *ctx.options, reduction, ctx.needs_dx, ctx.needs_dw, ctx.backend = inputs
+    loss, dx_ND, dw_VD, scale = output
+    ctx.now = reduction != "none"
+    ctx.save_for_backward(*((dx_ND, dw_VD, scale) if ctx.now else (x_ND, weight_VD, targets_N)))
+    # What autograd would otherwise convert dw to, with one more copy of it.
+    accepted = weight_VD.grad_dtype if weight_VD.is_leaf else weight_VD.dtype
+    ctx.dw_dtype = accepted or loss.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 8
+    if dloss is None:
+        return None, None, *nothing
+    if ctx.now:
+        dx_ND, dw_VD, scale = ctx.saved_tensors
+        dx_ND, dw_VD = _backward_scaled(scale * dloss, dx_ND, dw_VD, ctx.dw_dtype)
+    else:
+        dx_ND, dw_VD = _backward_none(dloss, *ctx.saved_tensors, *ctx.options, ctx.needs_dx, ctx.needs_dw, ctx.backend)
+    return dx_ND if ctx.needs_dx else None, dw_VD if ctx.needs_dw else None, *nothing
+
+
+_loss.register_autograd(_gradients, setup_context=_setup_context)
+
+
+# ------------------------------------------------------------------------------------------------ chunk by chunk
 
 
 def _sweep(
@@ -141,57 +223,246 @@ def _sweep(
     weight_VD: Tensor,
     targets_N: Tensor,
     dloss_N: Tensor,
+    ignore_index: int,
     z_loss: float,
-    softcap: float | None,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(losses [N], gradients of sum(dloss_N * losses) by x_ND and by weight_VD where needed), chunk by chunk.
+    softcap: float,
+    needs_dx: bool,
+    needs_dw: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [N], gradients of sum(dloss_N * losses) by x_ND and, in the wide dtype, by weight_VD, or [0]).
 
-    All chunks use the same three buffers: memory that is new costs a CPU more than the arithmetic on it.
+    All chunks use the same buffers: memory that is new costs a CPU more than the arithmetic on it.
     """
-    N, V, dtype = len(x_ND), len(weight_VD), accumulation_dtype(x_ND)
-    rows = min(max(1, N), _chunk_rows(x_ND, V))
-    product_CV = x_ND.new_empty(rows, V)
-    z_CV = product_CV if x_ND.dtype == dtype else x_ND.new_empty(rows, V, dtype=dtype)
-    p_CV = torch.empty_like(z_CV)
+    turn_rows = {"reference": _reference_rows, "cpu": _cpu_rows, "triton": _triton_rows}[backend]
+    x_ND, weight_VD, dloss_N = x_ND.contiguous(), weight_VD.contiguous(), dloss_N.contiguous()
+    targets_N = targets_N.long().contiguous()
+    N, V, dtype = len(x_ND), len(weight_VD), dloss_N.dtype
 
+    rows = _chunk_rows(x_ND, V)
+    z_CV = _logits_buffer(x_ND, min(rows, N), V)
     loss_N = x_ND.new_empty(N, dtype=dtype)
-    dx_ND = torch.empty_like(x_ND) if needs[0] else None
-    dw_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs[1] else None
+    dx_ND = x_ND.new_empty(x_ND.shape if needs_dx else (0,))
+    dw_VD = weight_VD.new_empty(weight_VD.shape if needs_dw else (0,), dtype=dtype)
+    product_VD = torch.empty_like(weight_VD) if needs_dw and _adds_separately(x_ND, dtype) else None
+    if not N:
+        dw_VD.zero_()
     for start in range(0, N, rows):
         chunk = slice(start, start + rows)
-        x_CD, targets_C1, dloss_C = x_ND[chunk], targets_N[chunk].unsqueeze(1), dloss_N[chunk]
-        product_CV, z_CV, p_CV = (buffer[: len(x_CD)] for buffer in (product_CV, z_CV, p_CV))
-
-        z_CV.copy_(torch.mm(x_CD, weight_VD.T, out=product_CV))
-        if softcap is not None:
-            z_CV.div_(softcap).tanh_().mul_(softcap)
-        torch.softmax(z_CV, dim=1, out=p_CV)
-        # The largest logit's probability is at least 1 / V, so that its logarithm is exact to rounding.
-        lse_C = z_CV.amax(1).sub_(p_CV.amax(1).log_())
-        loss_N[chunk] = lse_C - z_CV.gather(1, targets_C1).squeeze(1) + z_loss * lse_C.square()
-        if not any(needs):
-            continue
-
-        dz_CV = p_CV.mul_((dloss_C * (1 + 2 * z_loss * lse_C)).unsqueeze(1))
-        dz_CV.scatter_add_(1, targets_C1, -dloss_C.unsqueeze(1))
-        if softcap is not None:
-            dz_CV.mul_(z_CV.div_(softcap).square_().neg_().add_(1))
-        if x_ND.dtype != dtype:
-            dz_CV = product_CV.copy_(dz_CV)
-        if dx_ND is not None:
-            torch.mm(dz_CV, weight_VD, out=dx_ND[chunk])
-        if dw_VD is not None:
-            dw_VD.add_(dz_CV.T @ x_CD)
+        x_CD = x_ND[chunk]
+        z_CV = z_CV[: len(x_CD)]
+        torch.mm(x_CD, weight_VD.T, out=z_CV)
+        loss_N[chunk] = turn_rows(
+            z_CV, targets_N[chunk], dloss_N[chunk], ignore_index, z_loss, softcap, needs_dx or needs_dw
+        )
+        if needs_dx:
+            torch.mm(z_CV, weight_VD, out=dx_ND[chunk])
+        if needs_dw:
+            _add_product(dw_VD, z_CV, x_CD, product_VD, first=start == 0)
     return loss_N, dx_ND, dw_VD
 
 
 def _chunk_rows(x_ND: Tensor, vocab_size: int) -> int:
-    """Rows whose logits, in the accumulation dtype, take about CHUNK_BYTES."""
-    row_bytes = vocab_size * accumulation_dtype(x_ND).itemsize
-    return max(CHUNK_MIN_ROWS, CHUNK_BYTES.get(x_ND.device.type, CHUNK_BYTES_ELSEWHERE) // row_bytes)
+    """Rows of a chunk: as many as CHUNK_BYTES hold, a multiple of 128, and no chunk much shorter than the others."""
+    chunk_bytes = CHUNK_BYTES.get(x_ND.device.type, CHUNK_BYTES_ELSEWHERE)
+    most = max(CHUNK_MIN_ROWS, chunk_bytes // (vocab_size * x_ND.itemsize) // 128 * 128)
+    chunks = -(-len(x_ND) // most)
+    return most if chunks < 2 else min(most, -(-len(x_ND) // chunks // 128) * 128)
+
+
+def _logits_buffer(x_ND: Tensor, rows: int, vocab_size: int) -> Tensor:
+    numbers = ROW_BYTES // x_ND.itemsize
+    return x_ND.new_empty(rows, -(-vocab_size // numbers) * numbers)[:, :vocab_size]
+
+
+def _adds_separately(x_ND: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product of x's dtype must be made before it can be added to a sum in dtype."""
+    return x_ND.dtype != dtype and not x_ND.is_cuda
+
+
+def _add_product(dw_VD: Tensor, dz_CV: Tensor, x_CD: Tensor, product_VD: Tensor | None, first: bool) -> None:
+    """dw += dzᵀ x; the first time dw = dzᵀ x, which saves a pass over dw."""
+    if product_VD is not None:
+        torch.mm(dz_CV.T, x_CD, out=product_VD)
+        dw_VD.copy_(product_VD) if first else dw_VD.add_(product_VD)
+    elif dw_VD.dtype == x_CD.dtype:
+        torch.addmm(dw_VD, dz_CV.T, x_CD, beta=0 if first else 1, out=dw_VD)
+    else:
+        torch.addmm(dw_VD, dz_CV.T, x_CD, beta=0 if first else 1, out_dtype=dw_VD.dtype, out=dw_VD)
+
+
+# What follows are passes over a chunk: (z_CV without softcap, targets_C, dloss_C, ignore_index, z_loss, softcap or 0,
+# wants_grad) -> losses [C], and if wants_grad z_CV becomes the gradient of sum(dloss_C * losses), in place.
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def _reference_rows(
+    z_CV: Tensor,
+    targets_C: Tensor,
+    dloss_C: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    softcap: float,
+    wants_grad: bool,
+) -> Tensor:
+    ignored_C = targets_C == ignore_index
+    targets_C1 = targets_C.masked_fill(ignored_C, 0).unsqueeze(1)
+    wide_CV = z_CV.to(dloss_C.dtype)
+    if softcap:
+        wide_CV = torch.tanh(wide_CV / softcap).mul_(softcap)
+    p_CV = torch.softmax(wide_CV, dim=1)
+    # The largest logit's probability is at least 1 / V, so that its logarithm is exact to rounding.
+    lse_C = wide_CV.amax(1).sub_(p_CV.amax(1).log_())
+    loss_C = lse_C - wide_CV.gather(1, targets_C1).squeeze(1) + z_loss * lse_C.square()
+    if wants_grad:
+        dloss_C = dloss_C.masked_fill(ignored_C, 0)
+        dz_CV = p_CV.mul_((dloss_C * (1 + 2 * z_loss * lse_C)).unsqueeze(1))
+        dz_CV.scatter_add_(1, targets_C1, -dloss_C.unsqueeze(1))
+        if softcap:
+            dz_CV.mul_(wide_CV.div_(softcap).square_().neg_().add_(1))
+        z_CV.copy_(dz_CV)
+    return loss_C.masked_fill_(ignored_C, 0)
+
+
+# ------------------------------------------------------------------------------------------------ C++
+
+
+def _cpu_rows(
+    z_CV: Tensor,
+    targets_C: Tensor,
+    dloss_C: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    softcap: float,
+    wants_grad: bool,
+) -> Tensor:
+    return native.ops().cpu_cross_entropy_rows(z_CV, targets_C, dloss_C, ignore_index, z_loss, softcap, wants_grad)
+
+
+# ------------------------------------------------------------------------------------------------ Triton
+
+BLOCK, NUMBERS_PER_THREAD = 8192, 16
+"""Logits that a program holds at a time, at most, and of these each of its threads."""
+
+
+def _block(vocab_size: int) -> tuple[int, int]:
+    """(logits at a time, warps)."""
+    block = min(BLOCK, next_power_of_2(vocab_size))
+    return block, max(1, block // (32 * NUMBERS_PER_THREAD))
+
+
+@jit
+def _capped(s, softcap):
+    """softcap tanh(s / softcap); near 0 by an odd polynomial, since the other formula would cancel."""
+    x = s / softcap
+    square = x * x
+    p = -5.1550859e-3 * square + 2.0111624e-2
+    p = p * square - 5.3566975e-2
+    p = p * square + 1.3329243e-1
+    p = p * square - 3.3333197e-1
+    far = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+    return softcap * tl.where(tl.abs(x) < 0.7, x + x * square * p, tl.where(x < 0, -far, far))
+
+
+@jit
+def _rows_kernel(
+    z_ptr, targets_ptr, dloss_ptr, loss_ptr, stride, V, ignore_index, z_loss, softcap,
+    HAS_SOFTCAP: tl.constexpr, WANTS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    z_ptr += row.to(tl.int64) * stride
+    target = tl.load(targets_ptr + row)
+    columns = tl.arange(0, BLOCK)
+    if target == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        if WANTS_GRAD:
+            for start in range(0, V, BLOCK):
+                tl.store(z_ptr + start + columns, tl.zeros((BLOCK,), z_ptr.dtype.element_ty), start + columns < V)
+        return
+
+    known = (target >= 0) & (target < V)
+    z_target = tl.load(z_ptr + target, known, float("nan")).to(tl.float32)
+    # Each place of the block has its own maximum and sum, so that the program's threads needn't meet in the loop.
+    top, total = tl.full((BLOCK,), -3e38, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        z = tl.load(z_ptr + start + columns, start + columns < V, float("-inf")).to(tl.float32)
+        if HAS_SOFTCAP:
+            z = tl.where(start + columns < V, _capped(z, softcap), float("-inf"))
+        above = z - top
+        smaller = tl.exp(-tl.abs(above))
+        total = tl.where(above > 0, total * smaller + 1, total + smaller)
+        top = tl.maximum(top, z)
+    highest = tl.max(top, 0)
+    total = tl.sum(total * tl.exp(top - highest), 0)
+    lse = highest + tl.log(total)
+    if HAS_SOFTCAP:
+        z_target = _capped(z_target, softcap)
+    tl.store(loss_ptr + row, lse - z_target + z_loss * lse * lse)
+
+    if WANTS_GRAD:
+        dloss = tl.load(dloss_ptr + row)
+        dloss = tl.where(known, dloss, float("nan"))
+        p_scale = dloss * (1 + 2 * z_loss * lse) / total
+        # Backwards, since the end of the row is what the cache still has.
+        blocks = tl.cdiv(V, BLOCK)
+        for block in range(0, blocks):
+            at = (blocks - 1 - block) * BLOCK + columns
+            z = tl.load(z_ptr + at, at < V, float("-inf")).to(tl.float32)
+            if HAS_SOFTCAP:
+                z = _capped(z, softcap)
+            dz = tl.exp(z - highest) * p_scale - tl.where(at == target, dloss, 0.0)
+            if HAS_SOFTCAP:
+                dz *= 1 - (z / softcap) * (z / softcap)
+            tl.store(z_ptr + at, dz.to(z_ptr.dtype.element_ty), at < V)
+
+
+def _triton_rows(
+    z_CV: Tensor,
+    targets_C: Tensor,
+    dloss_C: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    softcap: float,
+    wants_grad: bool,
+) -> Tensor:
+    loss_C = torch.empty_like(dloss_C)
+    block, warps = _block(z_CV.shape[1])
+    _rows_kernel[(len(z_CV),)](
+        z_CV, targets_C, dloss_C, loss_C, z_CV.stride(0), z_CV.shape[1], ignore_index, z_loss, softcap,
+        HAS_SOFTCAP=softcap > 0, WANTS_GRAD=wants_grad, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return loss_C
+
+
+def variants() -> list[Variant]:
+    """The launches for small and for large vocabularies, with and without softcap and gradient."""
+    found = []
+    for V in (4096, 151_936):
+        block, warps = _block(V)
+        for dtype in ("*bf16", "*fp32"):
+            for has_softcap in (False, True):
+                for wants_grad in (False, True):
+                    arguments = {
+                        "z_ptr": dtype, "targets_ptr": "*i64", "dloss_ptr": "*fp32", "loss_ptr": "*fp32",
+                        "stride": "i32", "V": "i32", "ignore_index": "i32", "z_loss": "fp32", "softcap": "fp32",
+                    }  # fmt: skip
+                    constants = {"HAS_SOFTCAP": has_softcap, "WANTS_GRAD": wants_grad, "BLOCK": block}
+                    usual = dtype == "*bf16" and (wants_grad or not has_softcap)
+                    found.append(Variant(_rows_kernel, arguments, constants, warps, default=usual))
+    return found
 
 
 _LINEAR_CROSS_ENTROPY = Op(
-    "linear_cross_entropy", {"cuda": {"reference": "PyTorch ops"}, "cpu": {"reference": "PyTorch ops"}}
+    "linear_cross_entropy",
+    {
+        "cuda": {
+            "triton": "one pass over each chunk of logits where PyTorch makes about ten; not measured yet",
+            "reference": "PyTorch ops",
+        },
+        "cpu": {
+            "cpu": "1.6 times as fast as F.linear and F.cross_entropy, forward and backward (AMD EPYC, 1 core)",
+            "reference": "PyTorch ops",
+        },
+    },
 )
