@@ -21,8 +21,8 @@ for a gradient, only the losses are made. Matrix products and logits are in x's 
 backward pass, so that float16 doesn't lose them at 1/N.
 
 The GEMMs are PyTorch's. What a backend adds is the pass between them, from logits to their gradient, in place. A Triton
-program reads its row twice, for the sum of exponentials and for the gradient, and writes it once; csrc/cross_entropy.cpp
-reads it once into a float32 copy in cache. PyTorch's ops make some ten passes, most of them in float32.
+program reads its row twice, for the exponentials' sum and for the gradient, and writes it once. csrc/cross_entropy.cpp
+reads it once, into a float32 copy in cache. PyTorch's ops make some ten passes, most of them in float32.
 
 Memory beyond the inputs, in the forward pass: dw (4VD bytes), dx and one chunk of logits (2ND and 2CV for bf16); on a
 CPU also the product of one chunk in x's dtype (2VD), which a GPU adds to dw as it multiplies. In the backward pass: dw
@@ -43,7 +43,7 @@ from spt_fast.kernels.launch import Variant, jit, next_power_of_2, tl
 
 CHUNK_BYTES = {"cpu": 8 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
-"""Logits at a time. On a CPU they should stay in its cache; everywhere a chunk must be tall enough for its GEMMs, and for
+"""Logits at a time. On a CPU they should stay in its cache; anywhere a chunk must be tall enough for its GEMMs, and for
 the pass over dw that ends it, to pay."""
 CHUNK_MIN_ROWS = 1024
 ROW_BYTES = 128
