@@ -18,8 +18,11 @@ namespace {
 
 constexpr int64_t kThreadNumbers = 16384;
 
-// 0 below -88.4, where e^-x is infinite.
-SPT_INLINE float sigmoid(float x) { return 1 / (1 + exp_(-x)); }
+// 0 below -88, where exp_ would stop short of what a gate of -1e38 has to be multiplied with.
+SPT_INLINE float sigmoid(float x) {
+  const float s = 1 / (1 + exp_(-x));
+  return x < -88 ? 0 : s;
+}
 
 template <class T>
 SPT_INLINE void forward_row(const T* gate, const T* up, T* y, int64_t F) {
