@@ -12,11 +12,18 @@ see nothing, nothing sees them, their output and all their gradients are 0, what
 Legend: B rows, T positions, H heads, D head dimension; doc_BT the document number of every position.
 
 The work is 4·T·D multiply-adds a head and row of queries forward and 10 backward, half of it under the causal mask.
-What costs bytes is a T x T matrix of scores a head, which a fused kernel such as PyTorch's SDPA never writes. The
-reference is SDPA, with a mask of B·T·T booleans for documents and of T·T for a window, which is the simple way, not
-the fast one.
+What costs bytes is a T x T matrix of scores a head, which no implementation here but a masked SDPA comes near:
 
-On CPUs with AVX512-BF16, csrc/attention.cpp does what the fused kernels of GPUs do: see attention_cpu.py.
+triton      our kernels, with documents, window and grouped queries in them; the backward pass is deterministic:
+            attention_triton.py
+flash_attn  the flash-attn package, where one can be imported; its backward pass adds atomically, in any order:
+            flash_attn.py
+sdpa        PyTorch's fused kernels (on a GPU cuDNN's or flash's) for plain attention, but with a mask of B·T·T booleans
+            for documents, and of T·T for a window, which is the simple way, not the fast one
+cpu         our kernel for CPUs with AVX512-BF16, csrc/attention.cpp, causal and in bf16: attention_cpu.py
+reference   sdpa
+
+Triton's and the CPU's kernels are custom ops; the others are differentiable PyTorch calls as they are.
 """
 
 from __future__ import annotations
@@ -25,8 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spt_fast.kernels import attention_cpu
+from spt_fast.kernels import attention_cpu, attention_triton, flash_attn
+from spt_fast.kernels.attention_triton import variants
 from spt_fast.kernels.backend import Op
+
+__all__ = ["flash_attention", "variants"]
+
+MAX_HEAD_DIM = 256
+"""Of the Triton kernels and of flash-attn, which wants a multiple of 8 too."""
 
 
 def flash_attention(
@@ -44,20 +57,41 @@ def flash_attention(
 
     k_BTHD and v_BTHD may have fewer heads, a divisor of q's (grouped queries). cu_seqlens is int32 [n+1] on q's
     device: starts at 0, non-decreasing, at most B·T. window counts the visible keys, the query's own included, and
-    needs causal=True. scale defaults to D^(-1/2).
-    ValueError: shapes, window or cu_seqlens that don't fit (cu_seqlens' values are looked at only on a CPU, where
-    that costs no synchronisation), or a backend that isn't available.
+    needs causal=True. scale, positive, defaults to D^(-1/2).
+    ValueError: shapes, dtypes, window, scale or cu_seqlens that don't fit (cu_seqlens' values are looked at only on a
+    CPU, where that costs no synchronisation), or a backend that isn't available.
     """
-    _check(q_BTHD, k_BTHD, v_BTHD, causal, cu_seqlens, window)
+    _check(q_BTHD, k_BTHD, v_BTHD, causal, cu_seqlens, window, scale)
     if window is not None and window >= q_BTHD.shape[1]:
         window = None
-    if _FLASH_ATTENTION.pick(backend, q_BTHD, cpu=attention_cpu.obstacle(q_BTHD, causal)) == "cpu":
-        return attention_cpu.attend(q_BTHD, k_BTHD, v_BTHD, cu_seqlens, window, scale)
-    return _reference(q_BTHD, k_BTHD, v_BTHD, causal, cu_seqlens, window, scale)
+    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+    chosen = _pick(backend, q_BTHD, causal, masked=cu_seqlens is not None or window is not None)
+    function = {"triton": _triton, "flash_attn": _flash_attn, "cpu": _cpu, "sdpa": _sdpa, "reference": _sdpa}[chosen]
+    return function(q_BTHD, k_BTHD, v_BTHD, causal, cu_seqlens, window, scale)
+
+
+def _pick(backend: str, q_BTHD: Tensor, causal: bool, *, masked: bool) -> str:
+    """The backend that runs; `masked`: there are documents or a window, for which SDPA would need a mask of T x T."""
+    D = q_BTHD.shape[-1]
+    too_wide = f"it takes head dimensions up to {MAX_HEAD_DIM}, not {D}" if D > MAX_HEAD_DIM else None
+    return _FLASH_ATTENTION.pick(
+        backend,
+        q_BTHD,
+        passed_over=("sdpa",) if masked else (),
+        triton=too_wide,
+        flash_attn=too_wide or (f"it takes head dimensions that are multiples of 8, not {D}" if D % 8 else None),
+        cpu=attention_cpu.obstacle(q_BTHD, causal),
+    )
 
 
 def _check(
-    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, causal: bool, cu_seqlens: Tensor | None, window: int | None
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float | None,
 ) -> None:
     shapes = f"q {tuple(q_BTHD.shape)}, k {tuple(k_BTHD.shape)}, v {tuple(v_BTHD.shape)}"
     if q_BTHD.dim() != 4 or k_BTHD.shape != v_BTHD.shape:
@@ -71,17 +105,23 @@ def _check(
         raise ValueError(
             f"flash_attention: k and v must agree with q in B, T, D, and their heads must divide q's; given {shapes}"
         )
+    if not q_BTHD.dtype == k_BTHD.dtype == v_BTHD.dtype:
+        raise ValueError(
+            f"flash_attention: q, k and v must agree in dtype; given {q_BTHD.dtype}, {k_BTHD.dtype}, {v_BTHD.dtype}"
+        )
     if window is not None and (window < 1 or not causal):
         raise ValueError(
             f"flash_attention: window must be at least 1, and with causal=True; given {window}, causal={causal}"
         )
+    if scale is not None and not scale > 0:  # fused kernels, PyTorch's too, scale the largest score
+        raise ValueError(f"flash_attention: scale must be positive, not {scale}")
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(
             f"flash_attention: cu_seqlens must be int32 [n+1], not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device.type == "cpu":
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends != sorted(ends) or ends[-1] > B * T:
             raise ValueError(
@@ -89,37 +129,35 @@ def _check(
             )
 
 
-def _reference(
+def _sdpa(
     q_BTHD: Tensor,
     k_BTHD: Tensor,
     v_BTHD: Tensor,
     causal: bool,
     cu_seqlens: Tensor | None,
     window: int | None,
-    scale: float | None,
+    scale: float,
 ) -> Tensor:
     if cu_seqlens is None and window is None:
-        return _sdpa(q_BTHD, k_BTHD, v_BTHD, None, causal, scale)
+        return _sdpa_of(q_BTHD, k_BTHD, v_BTHD, None, causal, scale)
     B, T, device = q_BTHD.shape[0], q_BTHD.shape[1], q_BTHD.device
     distance_TT = torch.arange(T, device=device).unsqueeze(1) - torch.arange(T, device=device)
     visible = distance_TT >= (0 if causal else -T)
     if window is not None:
         visible = visible & (distance_TT < window)
     if cu_seqlens is None:
-        return _sdpa(q_BTHD, k_BTHD, v_BTHD, visible, False, scale)
-
+        return _sdpa_of(q_BTHD, k_BTHD, v_BTHD, visible, False, scale)
+    # A padding query, which would otherwise see nothing and divide 0 by 0, sees the other padding.
     flat = torch.arange(B * T, device=device, dtype=torch.int32)
     doc_BT = torch.searchsorted(cu_seqlens, flat, right=True).view(B, T)
-    # Padding is zeroed on the way in (a weight of 0 times NaN is NaN) and on the way out; a padding query, which would
-    # otherwise see nothing and divide 0 by 0, sees the other padding. Both masks return zero gradients.
-    padding_BT11 = (doc_BT == len(cu_seqlens))[..., None, None]
+    padding_BT11 = _padding(q_BTHD, cu_seqlens)
     q_BTHD, k_BTHD, v_BTHD = (x.masked_fill(padding_BT11, 0) for x in (q_BTHD, k_BTHD, v_BTHD))
     visible_B1TT = (visible & (doc_BT.unsqueeze(2) == doc_BT.unsqueeze(1))).unsqueeze(1)
-    return _sdpa(q_BTHD, k_BTHD, v_BTHD, visible_B1TT, False, scale).masked_fill(padding_BT11, 0)
+    return _sdpa_of(q_BTHD, k_BTHD, v_BTHD, visible_B1TT, False, scale).masked_fill(padding_BT11, 0)
 
 
-def _sdpa(
-    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, visible: Tensor | None, causal: bool, scale: float | None
+def _sdpa_of(
+    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, visible: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
     q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
     gqa = k_BHTD.shape[1] != q_BHTD.shape[1]
@@ -129,12 +167,72 @@ def _sdpa(
     return o_BHTD.transpose(1, 2)
 
 
+def _padding(q_BTHD: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[B, T, 1, 1], True past the last document.
+
+    Padding is zeroed on the way in (a weight of 0 times NaN is NaN) and on the way out; both return zero gradients.
+    """
+    B, T = q_BTHD.shape[:2]
+    return (torch.arange(B * T, device=q_BTHD.device) >= cu_seqlens[-1]).view(B, T, 1, 1)
+
+
+def _triton(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    return attention_triton.attention(q_BTHD, k_BTHD, v_BTHD, cu_seqlens, causal, window, scale)[0]
+
+
+def _cpu(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    return attention_cpu.attend(q_BTHD, k_BTHD, v_BTHD, cu_seqlens, window, scale)
+
+
+def _flash_attn(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    if cu_seqlens is None:
+        return flash_attn.attention(q_BTHD, k_BTHD, v_BTHD, None, causal, window, scale)
+    B, T = q_BTHD.shape[:2]
+    row_ends = torch.arange(0, B * T + 1, max(T, 1), device=cu_seqlens.device, dtype=torch.int32)
+    cuts = torch.cat((cu_seqlens, row_ends)).sort().values
+    padding_BT11 = _padding(q_BTHD, cu_seqlens)
+    q_BTHD, k_BTHD, v_BTHD = (x.masked_fill(padding_BT11, 0) for x in (q_BTHD, k_BTHD, v_BTHD))
+    return flash_attn.attention(q_BTHD, k_BTHD, v_BTHD, cuts, causal, window, scale).masked_fill(padding_BT11, 0)
+
+
 _FLASH_ATTENTION = Op(
     "flash_attention",
     {
-        "cuda": {"reference": "PyTorch ops"},
+        "cuda": {
+            "flash_attn": "the fastest in published figures, 560 to 685 TFLOP/s forward on an H100 over 2K to 8K "
+            "tokens; nothing is measured here yet",
+            "sdpa": "published figures of cuDNN's and flash's kernels are above those of Triton's; for documents and "
+            "windows it would need a mask of T x T, and triton is taken; nothing is measured here yet",
+            "triton": "documents and windows without a mask of T x T; published figures of Triton kernels are 330 to "
+            "480 TFLOP/s on an H100; ours are not measured yet",
+            "reference": "PyTorch ops",
+        },
         "cpu": {
-            "cpu": "2 times products of matrices by torch.bmm, 6 times SDPA (AMD EPYC)",
+            **({"cpu": "6 times SDPA in bf16 (AMD EPYC)"} if attention_cpu.SUPPORTED else {}),
             "reference": "PyTorch ops",
         },
     },

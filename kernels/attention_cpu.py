@@ -34,11 +34,10 @@ def obstacle(q_BTHD: Tensor, causal: bool) -> str | None:
 
 
 def attend(
-    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float | None
+    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float
 ) -> Tensor:
     """Causal attention; arguments as of `flash_attention`."""
-    B, T, _, D = q_BTHD.shape
-    scale = D**-0.5 if scale is None else scale
+    B, T = q_BTHD.shape[:2]
     return _attention(q_BTHD, k_BTHD, v_BTHD, first_keys(B, T, cu_seqlens, window), scale)[0]
 
 

@@ -6,6 +6,8 @@ backends there are, where each can run, and in what order `auto` prefers them on
 triton      kernels for GPUs; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), for tests
 cpu         csrc/, vectorised C++ for float32 and bf16
 reference   PyTorch ops, for every device and dtype
+
+Attention has two more: sdpa, which is PyTorch's own, and flash_attn, the package.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
+from spt_fast.kernels import flash_attn
 from spt_fast.kernels.launch import INTERPRETED, TRITON_VERSION
 
 CONTRACT_BACKENDS = ("auto", "triton", "cpu", "reference")
@@ -36,14 +39,15 @@ class Op:
         self.backends = list(dict.fromkeys(backend for order in auto.values() for backend in order))
         OPS[name] = self
 
-    def pick(self, backend: str, x: Tensor, **obstacles: str | None) -> str:
+    def pick(self, backend: str, x: Tensor, *, passed_over: tuple[str, ...] = (), **obstacles: str | None) -> str:
         """The backend that runs for tensors like x; ValueError for a name that is unknown or cannot run for them.
 
-        `obstacles` says by backend why it cannot run this time, besides device and dtype.
+        `obstacles` says by backend why it cannot run this time, besides device and dtype; `auto` leaves out what is
+        `passed_over`, too.
         """
         if backend == "auto":
             for name in (*_preferred, *self.auto.get(x.device.type, {})):
-                if name not in self.backends:
+                if name not in self.backends or name in passed_over:
                     continue
                 if obstacle(name, x.device.type, x.dtype) is None and obstacles.get(name) is None:
                     return name
@@ -84,6 +88,12 @@ def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
             return f"the tensors are on {device}"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"the C++ kernels take float32 and bfloat16, not {dtype}"
+    if backend == "flash_attn":
+        if device != "cuda":
+            return f"flash-attn needs a GPU, the tensors are on {device}"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"flash-attn takes bfloat16 and float16, not {dtype}"
+        return flash_attn.obstacle()
     return None
 
 

@@ -1,13 +1,25 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import flash_attention
-from tests.kernels.compare import assert_as_exact_as_torch, run, strided
+from spt_fast.kernels import attention, attention_triton, flash_attention, flash_attn
+from tests.kernels.compare import (
+    DEVICE,
+    assert_as_exact_as_torch,
+    backends_and_dtypes,
+    random_tensors,
+    run,
+    strided,
+    usable,
+)
+
+BACKENDS_AND_DTYPES = backends_and_dtypes("reference", "sdpa", "triton", "flash_attn")
 
 
 def plain_attention(
@@ -27,7 +39,7 @@ def plain_attention(
     document = [0] * (B * T)
     if cu_seqlens is not None:
         document = [next((d for d in range(len(cu_seqlens) - 1) if n < cu_seqlens[d + 1]), -1) for n in range(B * T)]
-    visible = torch.zeros(B, T, T, dtype=torch.bool)
+    visible = torch.zeros(B, T, T, dtype=torch.bool)  # on the CPU, number by number
     for b in range(B):
         for i in range(T):
             for j in range(T):
@@ -35,18 +47,24 @@ def plain_attention(
                 near = (j <= i or not causal) and (window is None or i - j < window)
                 visible[b, i, j] = same and near
     scores = torch.einsum("bihd,bjhd->bhij", q_BTHD, k_BTHD) * (D**-0.5 if scale is None else scale)
-    weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1).nan_to_num(0)
+    weights = scores.masked_fill(~visible[:, None].to(scores.device), -torch.inf).softmax(-1).nan_to_num(0)
     return torch.einsum("bhij,bjhd->bihd", weights, v_BTHD)
 
 
 def draw(B: int, T: int, H: int, K: int, D: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """q, k, v and an upstream gradient."""
-    return [torch.randn(B, T, heads, D).to(dtype) for heads in (H, K, K, H)]
+    return random_tensors([(B, T, heads, D) for heads in (H, K, K, H)], dtype)
 
 
-# SDPA's backward pass makes the weights again as exp(score - logsumexp), which multiplies the rounding of a score by
-# its size: up to about 4 here.
-ROUNDINGS = 4
+def cut(cuts: list[int] | None) -> Tensor | None:
+    return None if cuts is None else torch.tensor(cuts, dtype=torch.int32, device=DEVICE)
+
+
+# The backward pass makes the weights again as exp(score - logsumexp), which multiplies the rounding of a score by its
+# size: up to about 4 here.
+ROUNDINGS = dict.fromkeys(("triton", "flash_attn"), 4)
+# PyTorch's kernel for CPUs takes e^x to 20 bits (exp_u20), which is eight roundings of float32, besides.
+ROUNDINGS |= dict.fromkeys(("sdpa", "reference"), 12)
 
 
 CUTS = {
@@ -61,29 +79,71 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize(
-    ("B", "T", "H", "K", "D"), [(2, 37, 6, 2, 64), (1, 1, 1, 1, 8), (3, 20, 4, 4, 16), (1, 130, 2, 1, 128)]
+    ("B", "T", "H", "K", "D"),
+    [(2, 37, 3, 1, 64), (4, 3, 2, 2, 8), (1, 20, 4, 4, 16), (1, 70, 2, 1, 128), (1, 64, 2, 1, 40)],
 )
-def test_as_exact_as_torch(dtype: torch.dtype, B: int, T: int, H: int, K: int, D: int) -> None:
-    torch.manual_seed(T)
+def test_as_exact_as_torch(backend: str, dtype: torch.dtype, B: int, T: int, H: int, K: int, D: int) -> None:
     *inputs, upstream = draw(B, T, H, K, D, dtype)
-    assert_as_exact_as_torch(flash_attention, plain_attention, inputs, (upstream,), ROUNDINGS)
+    assert_as_exact_as_torch(
+        lambda q, k, v: flash_attention(q, k, v, backend=backend),
+        plain_attention,
+        inputs,
+        (upstream,),
+        ROUNDINGS[backend],
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+def test_a_single_position(backend: str, dtype: torch.dtype) -> None:
+    """The result is v; the gradients of q and k are differences of two equal sums, in two orders, of 8 products."""
+    *inputs, upstream = draw(3, 1, 2, 2, 8, dtype)
+    o, dq, dk, dv = run(lambda q, k, v: flash_attention(q, k, v, backend=backend), inputs, (upstream,))
+    assert torch.equal(o, inputs[2])
+    assert torch.equal(dv, upstream)
+    assert max(dq.abs().max(), dk.abs().max()) <= 8 * 2**-23 * 4**3  # of numbers that are mostly below 4
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
 @pytest.mark.parametrize("window", [None, 3])
-def test_documents_as_exact_as_torch(dtype: torch.dtype, cuts: list[int], window: int | None) -> None:
-    torch.manual_seed(len(cuts))
-    *inputs, upstream = draw(2, 12, 4, 2, 8, dtype)
-    cu_seqlens = torch.tensor(cuts, dtype=torch.int32)
+def test_documents_as_exact_as_torch(backend: str, dtype: torch.dtype, cuts: list[int], window: int | None) -> None:
+    *inputs, upstream = draw(2, 12, 2, 1, 8, dtype)
     assert_as_exact_as_torch(
-        lambda q, k, v: flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=window),
+        lambda q, k, v: flash_attention(q, k, v, cu_seqlens=cut(cuts), window=window, backend=backend),
         lambda q, k, v: plain_attention(q, k, v, cu_seqlens=cuts, window=window),
         inputs,
         (upstream,),
-        ROUNDINGS,
+        ROUNDINGS[backend],
+    )
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+@pytest.mark.parametrize(
+    ("causal", "cuts", "window"),
+    [
+        (True, None, 5),
+        (True, None, 40),
+        (False, None, None),
+        (True, [0, 1, 1, 46, 50, 72, 91], None),
+        (False, [0, 1, 1, 46, 50, 72, 91], None),
+        (True, [0, 33, 33, 80], 30),
+        (True, [0, 50, 100], None),
+    ],
+)
+def test_documents_and_windows_over_many_blocks(
+    backend: str, dtype: torch.dtype, causal: bool, cuts: list[int] | None, window: int | None
+) -> None:
+    """Blocks that nobody sees, that some see and that all see, in two rows, the second of which may end in padding."""
+    *inputs, upstream = draw(2, 50, 1, 1, 16, dtype)
+    options = {"causal": causal, "window": window}
+    assert_as_exact_as_torch(
+        lambda q, k, v: flash_attention(q, k, v, cu_seqlens=cut(cuts), backend=backend, **options),
+        lambda q, k, v: plain_attention(q, k, v, cu_seqlens=cuts, **options),
+        inputs,
+        (upstream,),
+        ROUNDINGS[backend],
     )
 
 
@@ -96,66 +156,228 @@ def test_every_combination_in_float64(
 ) -> None:
     if window is not None and not causal:
         pytest.skip("a window needs causal=True")
-    torch.manual_seed(0)
     *inputs, upstream = draw(2, 12, 4, 2, 8)
-    cu_seqlens = None if cuts is None else torch.tensor(cuts, dtype=torch.int32)
     options = {"causal": causal, "window": window, "scale": scale}
-    found = run(lambda q, k, v: flash_attention(q, k, v, cu_seqlens=cu_seqlens, **options), inputs, (upstream,))
+    found = run(lambda q, k, v: flash_attention(q, k, v, cu_seqlens=cut(cuts), **options), inputs, (upstream,))
     expected = run(lambda q, k, v: plain_attention(q, k, v, cu_seqlens=cuts, **options), inputs, (upstream,))
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+def test_scale(backend: str, dtype: torch.dtype) -> None:
+    scale = 0.2
+    *inputs, upstream = draw(1, 20, 2, 2, 16, dtype)
+    assert_as_exact_as_torch(
+        lambda q, k, v: flash_attention(q, k, v, scale=scale, backend=backend),
+        lambda q, k, v: plain_attention(q, k, v, scale=scale),
+        inputs,
+        (upstream,),
+        ROUNDINGS[backend],
+    )
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+def test_large_scores_overflow_nothing(backend: str, dtype: torch.dtype) -> None:
+    q, k, v, upstream = draw(1, 40, 1, 1, 16, dtype)
+    for result in run(lambda q, k, v: flash_attention(q, k, v, backend=backend), (30 * q, 30 * k, v), (upstream,)):
+        assert result.isfinite().all()
+
+
 def test_each_document_is_as_if_alone() -> None:
-    torch.manual_seed(1)
     q, k, v, _ = draw(1, 24, 4, 2, 8)
     cuts = CUTS["empty ones"]
-    together = flash_attention(q, k, v, cu_seqlens=torch.tensor(cuts, dtype=torch.int32))
+    together = flash_attention(q, k, v, cu_seqlens=cut(cuts))
     for start, end in itertools.pairwise(cuts):
         alone = flash_attention(q[:, start:end], k[:, start:end], v[:, start:end])
         torch.testing.assert_close(together[:, start:end], alone)
 
 
-def test_padding_harms_nothing_whatever_it_holds() -> None:
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+@pytest.mark.parametrize(("T", "cuts"), [(12, [0, 4, 15]), (50, [0, 20, 65]), (50, [0, 30])])
+def test_padding_harms_nothing_whatever_it_holds(backend: str, dtype: torch.dtype, T: int, cuts: list[int]) -> None:
     """Past the last document: zeros and zero gradients, NaN in the padding included, and upstream gradients ignored."""
-    torch.manual_seed(2)
-    q, k, v, upstream = draw(2, 12, 4, 2, 8)
-    cu_seqlens = torch.tensor([0, 4, 15], dtype=torch.int32)
-    clean = run(lambda q, k, v: flash_attention(q, k, v, cu_seqlens=cu_seqlens), (q, k, v), (upstream,))
+    q, k, v, upstream = draw(2, T, 4, 2, 8, dtype)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attention(q, k, v, cu_seqlens=cut(cuts), backend=backend)
+
+    clean = run(function, (q, k, v), (upstream,))
     for x in (q, k, v, upstream):
-        x.view(24, -1)[15:] = float("nan")
-    found = run(lambda q, k, v: flash_attention(q, k, v, cu_seqlens=cu_seqlens), (q, k, v), (upstream,))
+        x.view(2 * T, -1)[cuts[-1] :] = float("nan")
+    found = run(function, (q, k, v), (upstream,))
     for f, c in zip(found, clean, strict=True):
         assert torch.equal(f, c)
-        assert not f.view(24, -1)[15:].any()
+        assert not f.view(2 * T, -1)[cuts[-1] :].any()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+def test_views_of_one_tensor(backend: str, dtype: torch.dtype) -> None:
+    """q, k and v as the model gives them, and an upstream gradient that is a view too."""
+    qkv, up = random_tensors([(2, 37, 8, 16), (2, 37, 9, 16)], dtype)
+    upstream = up[:, :, 3:7]
+
+    def of_views(qkv: Tensor) -> Tensor:
+        return flash_attention(*qkv.split([4, 2, 2], dim=2), backend=backend)
+
+    def of_copies(qkv: Tensor) -> Tensor:
+        return flash_attention(*(x.contiguous() for x in qkv.split([4, 2, 2], dim=2)), backend=backend)
+
+    found, expected = run(of_views, (qkv,), (upstream,)), run(of_copies, (qkv,), (upstream.contiguous(),))
+    for f, e in zip(found, expected, strict=True):
+        assert torch.equal(f, e)
+
+
+@pytest.mark.parametrize("dtype", [dtype for backend, dtype in BACKENDS_AND_DTYPES if backend == "triton"])
+@pytest.mark.parametrize("D", [64, 128])
+def test_the_blocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, D: int) -> None:
+    """With the sizes that are launched on an H100, which in the interpreter are smaller."""
+    monkeypatch.setattr(attention_triton, "INTERPRETED", False)
+    monkeypatch.setattr(attention_triton, "_shape_class", lambda q: (q.shape[-1], 2, 90))
+    *inputs, upstream = draw(1, 150, 2, 1, D, dtype)
+    cuts = [0, 100, 140]
+    assert_as_exact_as_torch(
+        lambda q, k, v: flash_attention(q, k, v, cu_seqlens=cut(cuts), backend="triton"),
+        lambda q, k, v: plain_attention(q, k, v, cu_seqlens=cuts),
+        inputs,
+        (upstream,),
+        ROUNDINGS["triton"],
+    )
+
+
+def test_triton_offsets_are_64_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strides as of a tensor with more than 2^31 numbers: rows, heads and positions of a small one, far apart."""
+    usable("triton")
+    stride = 2**31 + 16
+    for size in ((2, 1, 1), (1, 1, 2), (1, 33, 1)):
+        B, T, H = size
+        step = stride if T == 1 else -(-stride // 32 // 16) * 16
+        try:
+            far = torch.empty(step * (B * T * H - 1) + 16, dtype=torch.float16, device=DEVICE)  # touched in few places
+        except RuntimeError:
+            pytest.skip("no address space for a tensor of 2^31 numbers")
+        strides = [step if n > 1 else 16 for n in (B, T, H)]
+        x = far.as_strided((B, T, H, 16), (*strides, 1)).copy_(random_tensors([(B, T, H, 16)], torch.float16)[0])
+        upstream = x.clone()
+        function = lambda q, k, v: flash_attention(q, k, v, backend="triton")  # noqa: E731
+        found, expected = run(function, (x, x, x), (x,)), run(function, [x.clone()] * 3, (upstream,))
+        for f, e in zip(found, expected, strict=True):
+            assert torch.equal(f, e)
+
+
+def test_triton_backward_is_deterministic() -> None:
+    *inputs, upstream = draw(2, 50, 4, 1, 16, torch.float16)
+    function = lambda q, k, v: flash_attention(q, k, v, backend=usable("triton"))  # noqa: E731
+    for first, second in zip(run(function, inputs, (upstream,)), run(function, inputs, (upstream,)), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [dtype for backend, dtype in BACKENDS_AND_DTYPES if backend == "triton"])
+@pytest.mark.parametrize(("cuts", "window"), [(None, None), ([0, 5, 5, 20], 3)])
+def test_what_torch_asks_of_a_custom_op(dtype: torch.dtype, cuts: list[int] | None, window: int | None) -> None:
+    q, k, v, _ = (x.requires_grad_() for x in draw(2, 12, 4, 2, 8, dtype))
+    torch.library.opcheck(torch.ops.spt_fast.flash_attention, (q, k, v, cut(cuts), True, window, 0.3))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [pair for pair in BACKENDS_AND_DTYPES if pair[1] != torch.bfloat16])
+@pytest.mark.parametrize("cuts", [None, [0, 5, 20]])
+def test_it_compiles_whole(backend: str, dtype: torch.dtype, cuts: list[int] | None) -> None:
+    *inputs, upstream = draw(2, 12, 4, 2, 8, dtype)
+    cu_seqlens = cut(cuts)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return 2 * flash_attention(q, k, v, cu_seqlens=cu_seqlens, backend=backend)
+
+    torch._dynamo.reset()  # the limit of recompilations counts those of the other cases
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected, found = (run(f, inputs, (upstream,)) for f in (function, compiled))
+    for e, f in zip(expected, found, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+def test_what_auto_prefers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def preferred(D: int = 64, *, masked: bool = False) -> str:
+        q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 8, 2, D))
+        return attention._pick("auto", q, True, masked=masked)
+
+    monkeypatch.setattr(flash_attn, "obstacle", lambda: "flash-attn cannot be imported")
+    assert preferred() == "sdpa"
+    assert preferred(masked=True) == "triton"
+    assert preferred(D=512) == "sdpa"
+    assert preferred(D=512, masked=True) == "reference"
+    monkeypatch.setattr(flash_attn, "obstacle", lambda: None)
+    assert preferred() == preferred(masked=True) == "flash_attn"
+    assert preferred(D=20) == "sdpa"
+
+
+def test_flash_attn_counts_only_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = SimpleNamespace(__spec__=None)  # found, but without its functions
+    whole = SimpleNamespace(__spec__=None, flash_attn_func=len, flash_attn_varlen_func=max)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for modules, problem in (({"flash_attn": broken}, "flash_attn_func"), ({"flash_attn": whole}, None)):
+        monkeypatch.setattr(flash_attn, "_found", {})
+        for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+            monkeypatch.setitem(sys.modules, name, modules.get(name))
+        found = flash_attn.obstacle()
+        assert (found is None) if problem is None else (found is not None and problem in found)
+
+
+@pytest.mark.parametrize(("cuts", "window"), [(None, None), (None, 4), ([0, 5, 5, 17], 3), ([0, 30, 37], None)])
+def test_flash_attn_is_called_right(
+    monkeypatch: pytest.MonkeyPatch, cuts: list[int] | None, window: int | None
+) -> None:
+    """With stand-ins for the package's functions, which do by the definition what theirs are documented to."""
+
+    def rows(q, k, v, softmax_scale, causal, window_size=(-1, -1)):
+        window = None if window_size == (-1, -1) else window_size[0] + 1
+        return plain_attention(q, k, v, causal=causal, window=window, scale=softmax_scale)
+
+    def documents(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        ends = cu_seqlens_q.tolist()
+        assert ends == cu_seqlens_k.tolist()
+        assert ends[-1] == len(q)
+        assert max(end - start for start, end in itertools.pairwise(ends)) <= max_seqlen_q == max_seqlen_k
+        parts = [rows(*(x[None, a:b] for x in (q, k, v)), **options) for a, b in itertools.pairwise(ends)]
+        return torch.cat(parts, 1)[0], None
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(flash_attn, "_found", {9: (rows, documents)})
+    *inputs, upstream = draw(2, 20, 4, 2, 8)
+    function = lambda q, k, v: attention._flash_attn(q, k, v, True, cut(cuts), window, 0.3)  # noqa: E731
+    expected = run(
+        lambda q, k, v: plain_attention(q, k, v, cu_seqlens=cuts, window=window, scale=0.3), inputs, (upstream,)
+    )
+    for f, e in zip(run(function, inputs, (upstream,)), expected, strict=True):
+        torch.testing.assert_close(f, e)
 
 
 def test_gradcheck() -> None:
-    torch.manual_seed(3)
     q, k, v, _ = (x.requires_grad_() for x in draw(2, 5, 2, 1, 4))
     assert torch.autograd.gradcheck(flash_attention, (q, k, v))
-    cu_seqlens = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+    cu_seqlens = cut([0, 3, 3, 8])
     assert torch.autograd.gradcheck(
         lambda q, k, v: flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=2), (q, k, v)
     )
 
 
 @pytest.mark.parametrize("layout", [strided, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strided_inputs_and_upstream_gradients(layout, dtype: torch.dtype) -> None:
-    torch.manual_seed(4)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+def test_strided_inputs_and_upstream_gradients(layout, backend: str, dtype: torch.dtype) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attention(q, k, v, backend=backend)
+
     *inputs, upstream = draw(2, 9, 4, 2, 16, dtype)
-    expected = run(flash_attention, inputs, (upstream,))
-    found = run(flash_attention, [layout(x) for x in inputs], (layout(upstream),))
-    for e, f in zip(expected, found, strict=True):
-        torch.testing.assert_close(f, e)
+    assert_as_exact_as_torch(
+        function, plain_attention, [layout(x) for x in inputs], (layout(upstream),), ROUNDINGS[backend]
+    )
 
 
 @pytest.mark.parametrize("cuts", [None, [0], [0, 0]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_empty_batch(cuts: list[int] | None, dtype: torch.dtype) -> None:
-    q, k, v = (torch.randn(0, 4, heads, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
-    o = flash_attention(q, k, v, cu_seqlens=None if cuts is None else torch.tensor(cuts, dtype=torch.int32))
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+@pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0)])
+def test_empty_batch(cuts: list[int] | None, backend: str, dtype: torch.dtype, B: int, T: int) -> None:
+    q, k, v = (torch.randn(B, T, heads, 8, dtype=dtype, device=DEVICE, requires_grad=True) for heads in (4, 2, 2))
+    o = flash_attention(q, k, v, cu_seqlens=cut(cuts), backend=backend)
     o.sum().backward()
     assert o.shape == q.shape
     assert k.grad is not None
@@ -172,5 +394,10 @@ def test_bad_arguments_are_refused() -> None:
     for cuts in ([1, 8], [0, 5, 4], [0, 9], []):
         with pytest.raises(ValueError, match="cu_seqlens"):
             flash_attention(q, k, v, cu_seqlens=torch.tensor(cuts, dtype=torch.int32))
+    for scale in (0.0, -1.0):
+        with pytest.raises(ValueError, match="scale"):
+            flash_attention(q, k, v, scale=scale)
+    with pytest.raises(ValueError, match="dtype"):
+        flash_attention(q, k.float(), v.float())
     with pytest.raises(ValueError, match="int32"):
         flash_attention(q, k, v, cu_seqlens=torch.tensor([0, 8]))

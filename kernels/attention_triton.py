@@ -1,0 +1,460 @@
+"""Attention in Triton, after FlashAttention-2 (Dao, arXiv 2307.08691): no T x T matrix is ever written.
+
+    s_ij = scale q_i·k_j        lse_i = log sum_j exp s_ij        p_ij = exp(s_ij - lse_i)        o_i = sum_j p_ij v_j
+    dv_j = sum_i p_ij do_i      ds_ij = p_ij (do_i·v_j - delta_i),  delta_i = do_i·o_i
+    dq_i = scale sum_j ds_ij k_j        dk_j = scale sum_i ds_ij q_i
+
+Legend: B rows, T positions, H query heads, K key/value heads, D head dimension; M a block of queries, N one of keys.
+
+Forward, a program takes a block of queries of one head and walks over blocks of keys with a running maximum and sum. It
+saves lse, one number a query and head, from which the backward pass makes p again: 14 T²D multiply-adds a head instead
+of 10, but nothing of size T². Backward is two kernels, each of which owns what it sums: one walks over keys for dq (and
+makes delta, which the other reads), one walks over queries for dk and dv, all query heads of its key/value head in
+turn. So nothing is added atomically, and the backward pass is deterministic: the same bits every time.
+
+What a query sees is an interval of keys, what sees a key is an interval of queries, and neither end of either ever
+falls from one position to the next, whatever mixture of causality, window and documents. So the intervals of a block's
+first and last position say where its walk starts and ends, and which blocks all of it sees, where no mask is needed.
+Where the document of each position starts and ends is found once, on the device. Padding, past the last document, is
+taken for the end of a row: it is never loaded.
+
+p is a power of 2, scale times log2(e) being multiplied into s, and lse is kept in base 2. Sums are in float32. Both
+operands of a product have the dtype of the inputs: p and ds are rounded to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spt_fast.kernels.launch import INTERPRETED, Variant, jit, next_power_of_2, tl
+
+# ------------------------------------------------------------------------------------------------ custom ops
+
+
+@torch.library.custom_op("spt_fast::flash_attention", mutates_args=())
+def attention(
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o [B, T, H, D], lse [B, H, T] in base 2, [2, B, T]: where in its row the document of each position starts and
+    ends, or [0] without documents). scale must be positive."""
+    q_BTHD, k_BTKD, v_BTKD = (_rows_of_heads(x) for x in (q_BTHD, k_BTKD, v_BTKD))
+    B, T, H, D = q_BTHD.shape
+    K = k_BTKD.shape[2]
+    o_BTHD = q_BTHD.new_empty(B, T, H, D)
+    lse_BHT = q_BTHD.new_empty(B, H, T, dtype=torch.float32)
+    cu_seqlens, spans = (None, None) if cu_seqlens is None else _documents(cu_seqlens, B, T)
+    launch = _forward_launch(*_shape_class(q_BTHD))
+    if o_BTHD.numel():
+        _forward_kernel[(-(-T // launch.M) * B * H,)](
+            q_BTHD, k_BTKD, v_BTKD, o_BTHD, lse_BHT, *_documents_arguments(cu_seqlens, spans),
+            *q_BTHD.stride()[:3], *k_BTKD.stride()[:3], *v_BTKD.stride()[:3],
+            T, H, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, launch),
+        )  # fmt: skip
+    return o_BTHD, lse_BHT, o_BTHD.new_empty(0, dtype=torch.int32) if spans is None else spans
+
+
+@attention.register_fake
+def _(
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, _ = q_BTHD.shape
+    spans = q_BTHD.new_empty(0 if cu_seqlens is None else (2, B, T), dtype=torch.int32)
+    return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty(B, H, T, dtype=torch.float32), spans
+
+
+@torch.library.custom_op("spt_fast::flash_attention_backward", mutates_args=())
+def _attention_backward(
+    do_BTHD: Tensor,
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    o_BTHD: Tensor,
+    lse_BHT: Tensor,
+    spans: Tensor,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), each contiguous."""
+    do_BTHD, q_BTHD, k_BTKD, v_BTKD = (_rows_of_heads(x) for x in (do_BTHD, q_BTHD, k_BTKD, v_BTKD))
+    B, T, H, _ = q_BTHD.shape
+    K = k_BTKD.shape[2]
+    dq_BTHD, dk_BTKD, dv_BTKD = (x.new_empty(x.shape) for x in (q_BTHD, k_BTKD, v_BTKD))
+    if not dq_BTHD.numel():
+        return dq_BTHD, dk_BTKD.zero_(), dv_BTKD.zero_()
+    delta_BHT = torch.empty_like(lse_BHT)
+    documents = _documents_arguments(None if cu_seqlens is None else cu_seqlens.contiguous(), spans)
+    strides = [stride for x in (q_BTHD, k_BTKD, v_BTKD, do_BTHD) for stride in x.stride()[:3]]
+    launch = _dq_launch(*_shape_class(q_BTHD))
+    _dq_kernel[(-(-T // launch.M) * B * H,)](
+        q_BTHD, k_BTKD, v_BTKD, o_BTHD, do_BTHD, lse_BHT, delta_BHT, dq_BTHD, *documents,
+        *strides, T, H, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, launch),
+    )  # fmt: skip
+    launch = _dkv_launch(*_shape_class(q_BTHD))
+    _dkv_kernel[(-(-T // launch.N) * B * K,)](
+        q_BTHD, k_BTKD, v_BTKD, do_BTHD, lse_BHT, delta_BHT, dk_BTKD, dv_BTKD, *documents,
+        *strides, T, K, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, launch),
+    )  # fmt: skip
+    return dq_BTHD, dk_BTKD, dv_BTKD
+
+
+@_attention_backward.register_fake
+def _(
+    do_BTHD: Tensor,
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    o_BTHD: Tensor,
+    lse_BHT: Tensor,
+    spans: Tensor,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q_BTHD.new_empty(q_BTHD.shape), k_BTKD.new_empty(k_BTKD.shape), v_BTKD.new_empty(v_BTKD.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q_BTHD, k_BTKD, v_BTKD, cu_seqlens, ctx.causal, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(q_BTHD, k_BTKD, v_BTKD, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, do_BTHD: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if do_BTHD is None:
+        return (None,) * 7
+    gradients = _attention_backward(do_BTHD, *ctx.saved_tensors, ctx.causal, ctx.window, ctx.scale)
+    return *gradients, None, None, None, None
+
+
+attention.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _rows_of_heads(x_BTHD: Tensor) -> Tensor:
+    """As it is, any view of which the numbers of one head lie side by side; else a copy."""
+    return x_BTHD if x_BTHD.stride(-1) == 1 else x_BTHD.contiguous()
+
+
+def _documents(cu_seqlens: Tensor, B: int, T: int) -> tuple[Tensor, Tensor]:
+    """(cu_seqlens, contiguous; [2, B, T]: where in its row the document of each position starts and ends)."""
+    cu_seqlens = cu_seqlens.contiguous()
+    position = torch.arange(B * T, device=cu_seqlens.device, dtype=torch.int32)
+    row_start = position - position % max(1, T)
+    end = torch.searchsorted(cu_seqlens, position, right=True)
+    starts = torch.maximum(cu_seqlens[end - 1], row_start) - row_start
+    ends = torch.minimum(cu_seqlens[end.clamp_(max=len(cu_seqlens) - 1)], row_start + T) - row_start
+    return cu_seqlens, torch.stack((starts, ends)).view(2, B, T)
+
+
+def _documents_arguments(cu_seqlens: Tensor | None, spans: Tensor | None) -> tuple[Tensor | int | None, ...]:
+    if cu_seqlens is None or spans is None:
+        return None, None, None, 0
+    return spans[0], spans[1], cu_seqlens, len(cu_seqlens) - 1
+
+
+# ------------------------------------------------------------------------------------------------ launches
+
+
+class Launch(NamedTuple):
+    M: int
+    N: int
+    warps: int
+    stages: int
+
+
+def _shape_class(q_BTHD: Tensor) -> tuple[int, int, int]:
+    """What decides how to launch: the padded head dimension, the size of a number, the architecture.
+
+    What runs on 80 takes less than 99 KB of shared memory, so that it runs on every GPU that is neither 90 nor 100."""
+    major = 0 if INTERPRETED else torch.cuda.get_device_capability(q_BTHD.device)[0]
+    return max(16, next_power_of_2(q_BTHD.shape[-1])), q_BTHD.itemsize, {9: 90, 10: 100}.get(major, 80)
+
+
+def _forward_launch(width: int, itemsize: int, arch: int) -> Launch:
+    if INTERPRETED:
+        return Launch(32, 16, 4, 1)
+    if itemsize == 4:
+        return Launch(32, 32, 4, 2) if width <= 128 else Launch(16, 32, 4, 1)
+    if width > 128:
+        return Launch(64, 32, 8, 2)
+    if width > 64:
+        return Launch(128, 64, 8, 2 if arch == 80 else 3)
+    return Launch(128, 64, 4, 3) if arch == 80 else Launch(128, 128, 8, 3)
+
+
+def _dq_launch(width: int, itemsize: int, arch: int) -> Launch:
+    if INTERPRETED:
+        return Launch(32, 16, 4, 1)
+    if itemsize == 4:
+        return Launch(32, 32, 4, 2) if width <= 128 else Launch(16, 16, 4, 1)
+    if width > 128:
+        return Launch(64, 32, 8, 1)
+    return Launch(64 if width > 64 and arch == 80 else 128, 64, 8, 2)
+
+
+def _dkv_launch(width: int, itemsize: int, arch: int) -> Launch:
+    if INTERPRETED:
+        return Launch(16, 32, 4, 1)
+    if itemsize == 4:
+        return Launch(16, 32, 4, 2) if width <= 128 else Launch(16, 16, 4, 1)
+    if width > 128:
+        return Launch(32, 32, 8, 1)
+    if width > 64:
+        return {80: Launch(32, 64, 8, 2), 90: Launch(32, 128, 8, 2), 100: Launch(64, 128, 8, 2)}[arch]
+    return Launch(32, 64, 8, 2) if arch == 80 else Launch(64, 128, 8, 2)
+
+
+def _constants(q_BTHD: Tensor, launch: Launch) -> dict[str, Any]:
+    D = q_BTHD.shape[-1]
+    sizes = {"D": D, "WIDTH": max(16, next_power_of_2(D)), "M": launch.M, "N": launch.N}
+    return {**sizes, "num_warps": launch.warps, "num_stages": launch.stages}
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+@jit
+def _load(ptr, first, length, stride, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS, WIDTH] from row `first` on, 0 past `length` and past D."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    mask = (first + rows < length)[:, None]
+    if D != WIDTH:
+        mask = mask & (columns < D)[None, :]
+    ptr += tl.cast(first, tl.int64) * stride
+    return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask, 0.0)
+
+
+@jit
+def _store(ptr, x, first, length, T, stride, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Write x [ROWS, WIDTH] to the rows from `first` on, and zeros to those from `length` to T."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    mask = (first + rows < T)[:, None]
+    if D != WIDTH:
+        mask = mask & (columns < D)[None, :]
+    ptr += tl.cast(first, tl.int64) * stride
+    x = tl.where((first + rows < length)[:, None], x, 0.0).to(ptr.dtype.element_ty)
+    tl.store(ptr + rows[:, None] * stride + columns[None, :], x, mask)
+
+
+@jit
+def _row_length(cu_seqlens_ptr, documents, row, T):
+    """How many positions of a row lie in a document; the rest is padding."""
+    length = T
+    if cu_seqlens_ptr is not None:
+        length = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + documents) - row * T, 0), T)
+    return length
+
+
+@jit
+def _keys_of(i, starts_ptr, ends_ptr, row, T, length, window, CAUSAL: tl.constexpr):
+    """The first key that query i sees, and the one after the last; i is a number or a block."""
+    low, high = i * 0, i * 0 + length
+    if starts_ptr is not None:
+        low = tl.load(starts_ptr + row * T + i, i < length, 0)
+        high = tl.load(ends_ptr + row * T + i, i < length, 0)
+    if CAUSAL:
+        high = tl.minimum(high, i + 1)
+    if window is not None:
+        low = tl.maximum(low, i - window + 1)
+    return low, high
+
+
+@jit
+def _queries_of(j, starts_ptr, ends_ptr, row, T, length, window, CAUSAL: tl.constexpr):
+    """The first query that sees key j, and the one after the last; j is a number or a block."""
+    low, high = j * 0, j * 0 + length
+    if starts_ptr is not None:
+        low = tl.load(starts_ptr + row * T + j, j < length, 0)
+        high = tl.load(ends_ptr + row * T + j, j < length, 0)
+    if CAUSAL:
+        low = tl.maximum(low, j)
+    if window is not None:
+        high = tl.minimum(high, j + window)
+    return low, high
+
+
+@jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    T, H, GROUP, window, scale,
+    CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, M)
+    program = tl.program_id(0)
+    head, row = program // blocks % H, program // blocks // H
+    first = (blocks - 1 - program % blocks) * M  # under a causal mask the last queries take longest
+    length = _row_length(cu_seqlens_ptr, documents, row, T)
+    last = tl.maximum(tl.minimum(first + M, length) - 1, first)
+    row_64, head_64 = tl.cast(row, tl.int64), tl.cast(head, tl.int64)
+    k_ptr += row_64 * k_b + head_64 // GROUP * k_h
+    v_ptr += row_64 * v_b + head_64 // GROUP * v_h
+    low_of_first, high_of_first = _keys_of(first, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
+    low_of_last, high_of_last = _keys_of(last, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
+    i = first + tl.arange(0, M)
+    low, high = _keys_of(i, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
+    q = _load(q_ptr + row_64 * q_b + head_64 * q_h, first, length, q_t, M, D, WIDTH)
+    scale *= 1.4426950408889634
+    largest = tl.full([M], -1e38, tl.float32)  # finite, so that a row which sees nothing in a block gives no NaN
+    total = tl.zeros([M], tl.float32)
+    o = tl.zeros([M, WIDTH], tl.float32)
+    for n in range(low_of_first // N * N, high_of_last, N):
+        k = _load(k_ptr, n, length, k_t, N, D, WIDTH)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if n < low_of_last or n + N > high_of_first:
+            j = n + tl.arange(0, N)[None, :]
+            s = tl.where((j >= low[:, None]) & (j < high[:, None]), s, float("-inf"))
+        larger = tl.maximum(largest, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(p, 1)
+        v = _load(v_ptr, n, length, v_t, N, D, WIDTH)
+        o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
+        largest = larger
+    total = tl.where(i < length, total, 1.0)  # padding has seen nothing
+    tl.store(lse_ptr + (row_64 * H + head) * T + i, largest + tl.log2(total), i < T)
+    o_ptr += (row_64 * T * H + head) * D
+    _store(o_ptr, o / total[:, None], first, length, T, H * D, M, D, WIDTH)
+
+
+@jit
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+    T, H, GROUP, window, scale,
+    CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, M)
+    program = tl.program_id(0)
+    head, row = program // blocks % H, program // blocks // H
+    first = (blocks - 1 - program % blocks) * M
+    length = _row_length(cu_seqlens_ptr, documents, row, T)
+    last = tl.maximum(tl.minimum(first + M, length) - 1, first)
+    row_64, head_64 = tl.cast(row, tl.int64), tl.cast(head, tl.int64)
+    k_ptr += row_64 * k_b + head_64 // GROUP * k_h
+    v_ptr += row_64 * v_b + head_64 // GROUP * v_h
+    low_of_first, high_of_first = _keys_of(first, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
+    low_of_last, high_of_last = _keys_of(last, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
+    i = first + tl.arange(0, M)
+    low, high = _keys_of(i, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
+    o = _load(o_ptr + (row_64 * T * H + head) * D, first, length, H * D, M, D, WIDTH)
+    do = _load(do_ptr + row_64 * do_b + head_64 * do_h, first, length, do_t, M, D, WIDTH)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    of_query = (row_64 * H + head) * T + i
+    tl.store(delta_ptr + of_query, delta, i < T)
+    lse = tl.load(lse_ptr + of_query, i < length, 0.0)
+    q = _load(q_ptr + row_64 * q_b + head_64 * q_h, first, length, q_t, M, D, WIDTH)
+    scale_2 = scale * 1.4426950408889634
+    dq = tl.zeros([M, WIDTH], tl.float32)
+    for n in range(low_of_first // N * N, high_of_last, N):
+        k = _load(k_ptr, n, length, k_t, N, D, WIDTH)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.exp2(s * scale_2 - lse[:, None])
+        if n < low_of_last or n + N > high_of_first:
+            j = n + tl.arange(0, N)[None, :]
+            p = tl.where((j >= low[:, None]) & (j < high[:, None]), p, 0.0)
+        v = _load(v_ptr, n, length, v_t, N, D, WIDTH)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    _store(dq_ptr + (row_64 * T * H + head) * D, dq * scale, first, length, T, H * D, M, D, WIDTH)
+
+
+@jit
+def _dkv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+    T, K, GROUP, window, scale,
+    CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, N)
+    program = tl.program_id(0)
+    kv_head, row = program // blocks % K, program // blocks // K
+    first = program % blocks * N  # under a causal mask the first keys take longest
+    length = _row_length(cu_seqlens_ptr, documents, row, T)
+    last = tl.maximum(tl.minimum(first + N, length) - 1, first)
+    row_64, kv_head_64 = tl.cast(row, tl.int64), tl.cast(kv_head, tl.int64)
+    low_of_first, high_of_first = _queries_of(first, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
+    low_of_last, high_of_last = _queries_of(last, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
+    if starts_ptr is None and window is None:
+        high_of_first = tl.cdiv(length, M) * M  # queries past the end are zeros, and do no harm unmasked
+    j = first + tl.arange(0, N)
+    low, high = _queries_of(j, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
+    k = _load(k_ptr + row_64 * k_b + kv_head_64 * k_h, first, length, k_t, N, D, WIDTH)
+    v = _load(v_ptr + row_64 * v_b + kv_head_64 * v_h, first, length, v_t, N, D, WIDTH)
+    scale_2 = scale * 1.4426950408889634
+    dk = tl.zeros([N, WIDTH], tl.float32)
+    dv = tl.zeros([N, WIDTH], tl.float32)
+    start = low_of_first // M * M
+    blocks_of_head = tl.cdiv(high_of_last - start, M)
+    for step in range(blocks_of_head * GROUP):
+        head = kv_head_64 * GROUP + step // blocks_of_head
+        m = start + step % blocks_of_head * M
+        i = m + tl.arange(0, M)
+        of_queries = (row_64 * K * GROUP + head) * T + i
+        q = _load(q_ptr + row_64 * q_b + head * q_h, m, length, q_t, M, D, WIDTH)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        lse = tl.load(lse_ptr + of_queries, i < length, 0.0)
+        p = tl.exp2(s * scale_2 - lse[None, :])
+        if m < low_of_last or m + M > high_of_first:
+            p = tl.where((i[None, :] >= low[:, None]) & (i[None, :] < high[:, None]), p, 0.0)
+        do = _load(do_ptr + row_64 * do_b + head * do_h, m, length, do_t, M, D, WIDTH)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        delta = tl.load(delta_ptr + of_queries, i < length, 0.0)
+        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    of_block = (row_64 * T * K + kv_head) * D
+    _store(dk_ptr + of_block, dk * scale, first, length, T, K * D, N, D, WIDTH)
+    _store(dv_ptr + of_block, dv, first, length, T, K * D, N, D, WIDTH)
+
+
+def variants() -> list[Variant]:
+    """Causal, plain and with documents, at the common head dimensions; not default: windows, all keys, other sizes."""
+    found = []
+    cases = [(D, "*bf16", True, kind, True) for D in (64, 128) for kind in ("plain", "documents")]
+    cases += [(128, "*bf16", True, "window", False), (128, "*bf16", False, "plain", False)]
+    cases += [(D, "*bf16", True, kind, False) for D in (32, 80, 256) for kind in ("plain", "documents")]
+    cases += [(D, "*fp32", True, kind, False) for D in (64, 128, 256) for kind in ("plain", "documents")]
+    for D, dtype, causal, kind, default in cases:
+        width = max(16, next_power_of_2(D))
+        for kernel, choose in (
+            (_forward_kernel, _forward_launch),
+            (_dq_kernel, _dq_launch),
+            (_dkv_kernel, _dkv_launch),
+        ):
+            absent = {"starts_ptr", "ends_ptr", "cu_seqlens_ptr"} if kind != "documents" else set()
+            absent |= {"window"} if kind != "window" else set()
+            arguments = {}
+            for name in kernel.arg_names:
+                if name in absent or (name.isupper() and name not in ("T", "H", "K", "GROUP")):
+                    continue
+                arguments[name] = "i32"
+                if name.endswith("_ptr"):
+                    arguments[name] = dtype
+                if name in ("lse_ptr", "delta_ptr"):
+                    arguments[name] = "*fp32"
+                if name in ("starts_ptr", "ends_ptr", "cu_seqlens_ptr"):
+                    arguments[name] = "*i32"
+            arguments["scale"] = "fp32"
+            for arch in (80, 90, 100):
+                launch = choose(width, 4 if dtype == "*fp32" else 2, arch)
+                sizes = {"CAUSAL": causal, "D": D, "WIDTH": width, "M": launch.M, "N": launch.N}
+                constants = {**dict.fromkeys(absent), **sizes}
+                found.append(Variant(kernel, arguments, constants, launch.warps, launch.stages, default, archs=(arch,)))
+    return found
