@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 import yaml
 
 from spt_fast.cli import main
@@ -90,6 +91,16 @@ def test_the_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(next(block for language, block in BLOCKS if language == "yaml"))
     assert [phase.name for phase in load_recipe(path).phases] == ["pretrain", "finetune"]
+
+
+def test_the_example_of_the_kernels_runs() -> None:
+    q, k, v = (torch.randn(2, 8, heads, 16) for heads in (4, 2, 2))
+    given = {"x_ND": q.reshape(16, 64), "weight_VD": torch.randn(9, 64), "targets_N": torch.arange(16) % 9}
+    given |= {"q_BTHD": q, "k_BTHD": k, "v_BTHD": v, "cuts": torch.tensor([0, 5, 16], dtype=torch.int32)}
+    example = next(block for language, block in BLOCKS if language == "python" and "prefer" in block)
+    exec(example, given)
+    assert given["loss"].shape == ()
+    assert given["o"].shape == q.shape
 
 
 def test_there_are_commands_to_run() -> None:
