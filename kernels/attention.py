@@ -73,7 +73,8 @@ def flash_attention(
 def _pick(backend: str, q_BTHD: Tensor, causal: bool, *, masked: bool) -> str:
     """The backend that runs; `masked`: there are documents or a window, for which SDPA would need a mask of T x T."""
     D = q_BTHD.shape[-1]
-    too_wide = f"it takes head dimensions up to {MAX_HEAD_DIM}, not {D}" if D > MAX_HEAD_DIM else None
+    most = MAX_HEAD_DIM // 2 if q_BTHD.dtype == torch.float32 else MAX_HEAD_DIM  # a program's registers are its bytes
+    too_wide = f"it takes head dimensions up to {most} in {q_BTHD.dtype}, not {D}" if most < D else None
     return _FLASH_ATTENTION.pick(
         backend,
         q_BTHD,

@@ -191,7 +191,7 @@ def _forward_launch(width: int, itemsize: int, arch: int) -> Launch:
     if INTERPRETED:
         return Launch(32, 16, 4, 1)
     if itemsize == 4:
-        return Launch(32, 32, 4, 2) if width <= 128 else Launch(16, 32, 4, 1)
+        return Launch(32, 32, 4, 2)
     if width > 128:
         return Launch(64, 32, 8, 2)
     if width > 64:
@@ -203,7 +203,7 @@ def _dq_launch(width: int, itemsize: int, arch: int) -> Launch:
     if INTERPRETED:
         return Launch(32, 16, 4, 1)
     if itemsize == 4:
-        return Launch(32, 32, 4, 2) if width <= 128 else Launch(16, 16, 4, 1)
+        return Launch(32, 32, 4, 2)
     if width > 128:
         return Launch(64, 32, 8, 1)
     return Launch(64 if width > 64 and arch == 80 else 128, 64, 8, 2)
@@ -213,7 +213,7 @@ def _dkv_launch(width: int, itemsize: int, arch: int) -> Launch:
     if INTERPRETED:
         return Launch(16, 32, 4, 1)
     if itemsize == 4:
-        return Launch(16, 32, 4, 2) if width <= 128 else Launch(16, 16, 4, 1)
+        return Launch(16, 32, 4 if width <= 64 else 8, 2)
     if width > 128:
         return Launch(32, 32, 8, 1)
     if width > 64:
@@ -430,7 +430,7 @@ def variants() -> list[Variant]:
     cases = [(D, "*bf16", True, kind, True) for D in (64, 128) for kind in ("plain", "documents")]
     cases += [(128, "*bf16", True, "window", False), (128, "*bf16", False, "plain", False)]
     cases += [(D, "*bf16", True, kind, False) for D in (32, 80, 256) for kind in ("plain", "documents")]
-    cases += [(D, "*fp32", True, kind, False) for D in (64, 128, 256) for kind in ("plain", "documents")]
+    cases += [(D, "*fp32", True, kind, False) for D in (64, 128) for kind in ("plain", "documents")]
     for D, dtype, causal, kind, default in cases:
         width = max(16, next_power_of_2(D))
         for kernel, choose in (

@@ -310,6 +310,14 @@ def test_what_auto_prefers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert preferred(D=20) == "sdpa"
 
 
+def test_heads_too_wide_for_the_kernels_are_refused_and_auto_goes_elsewhere() -> None:
+    for D, dtype in ((160, torch.float32), (264, torch.float16)):
+        q, k, v, _ = draw(1, 3, 1, 1, D, dtype)
+        with pytest.raises(ValueError, match=rf"'triton' cannot be used: it takes head dimensions up to .* not {D}"):
+            flash_attention(q, k, v, backend=usable("triton", dtype))
+        assert flash_attention(q, k, v).shape == q.shape
+
+
 def test_flash_attn_counts_only_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = SimpleNamespace(__spec__=None)  # found, but without its functions
     whole = SimpleNamespace(__spec__=None, flash_attn_func=len, flash_attn_varlen_func=max)
