@@ -40,8 +40,8 @@ def test_train_flops_are_those_that_torch_counts() -> None:
         torch.nn.init.normal_(parameter)
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens).backward()
-    # The counter knows no flash attention on a CPU, so that it counts the 6N alone, and sees no products inside a custom
-    # op, of which the loss makes three.
+    # The counter knows no flash attention on a CPU, so that it counts the 6N alone, and sees no products inside custom
+    # ops, of which the loss makes three.
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     linear = sum(n for op, n in counted.items() if "attention" not in op)
     of_the_loss = 3 * 2 * 64 * config.width * config.vocab_size
