@@ -29,7 +29,7 @@ GENERAL, DOMAIN = "prose", "cpp"
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much the demo does. The defaults take about four minutes on two cores."""
+    """How much the demo does. The defaults take two to four minutes on two cores."""
 
     general_bytes: int = 7_000_000
     """Text of the general corpus: more tokens than pretraining reads."""
