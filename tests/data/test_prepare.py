@@ -264,7 +264,11 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interruption_leaves_nothing_and_nobody(tmp_path: Path, tokenizer: Tokenizer, how: signal.Signals) -> None:
     tokenizer.save(tmp_path / "t.tiktoken")
-    code = "from spt_fast.data.prepare import prepare; prepare('-', 'd', 't.tiktoken', workers=2)"
+    # Where pytest itself runs in the background, SIGINT would come to the process ignored.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from spt_fast.data.prepare import prepare; prepare('-', 'd', 't.tiktoken', workers=2)"
+    )
     lines = "".join(json.dumps({"text": text}) + "\n" for text in documents(20_000)).encode()
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE
