@@ -6,6 +6,7 @@ Exit codes: 0 the work is done; 75 interrupted and saved; 2 a bad recipe, file o
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spt_fast import __version__
-from spt_fast.errors import SptError
+from spt_fast.errors import FailedElsewhere, SptError
 
 app = typer.Typer(
     help="Specialized pretraining: decide how much domain data goes into pretraining, then train that model fast.",
@@ -44,21 +45,29 @@ def main() -> None:
     SIGTERM interrupts as Ctrl-C does, so that what is half-written is removed; training takes both over and saves.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    me = "spt-fast" if os.environ.get("WORLD_SIZE", "1") == "1" else f"spt-fast, process {os.environ['RANK']}"
     try:
         app()
+    except FailedElsewhere:
+        sys.exit(1)
     except SptError as error:
-        print(f"spt-fast: {error}", file=sys.stderr)
+        print(f"{me}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("spt-fast: interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"spt-fast: {what}; make room there, or give a file or folder that this user may use", file=sys.stderr)
+        print(f"{me}: {what}; make room there, or give a file or folder that this user may use", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        print(f"spt-fast: {error}", file=sys.stderr)
+        print(f"{me}: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _is_first() -> bool:
+    """Of the processes that a launcher started, the one that talks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_json(data: Any) -> None:
@@ -214,8 +223,11 @@ def train(
         return
     summary = run(loaded, resume=resume)
     if summary["status"] == "stopped":
-        print(f"spt-fast: stopped by {summary['reason']} and saved; run again with --resume to go on", file=sys.stderr)
+        if _is_first():
+            print(f"spt-fast: stopped by {summary['reason']}; saved: run again with --resume to go on", file=sys.stderr)
         raise typer.Exit(75)
+    if not _is_first():
+        return
     rows = [
         [name, phase["steps"], phase["tokens"], source, phase["epochs"].get(source, 0.0), loss]
         for name, phase in summary["phases"].items()

@@ -152,6 +152,19 @@ def _one_of(*choices: str) -> Callable[[object, str], str]:
     return parse
 
 
+def _stage(value: object, where: str) -> int:
+    if type(value) is not int or not 0 <= value <= 3:
+        raise RecipeError(f"{where}: {value!r} is no ZeRO stage; write 0, 1, 2 or 3")
+    return value
+
+
+def _steps(value: object, where: str) -> Span:
+    span = _cadence(value, where)
+    if span.unit != "steps":
+        raise RecipeError(f"{where}: {value!r} will not do; write a number of steps, such as `5000 steps`")
+    return span
+
+
 def _optional(parse: Callable[[object, str], Any]) -> Callable[[object, str], Any]:
     return lambda value, where: None if value is None else parse(value, where)
 
@@ -388,6 +401,10 @@ class Checkpoints:
     every: Span = _setting(_cadence, Span(Fraction(500), "steps"))
     keep: int = _setting(_integer(1), 3)
     """The newest so many are kept."""
+    keep_every: Span | None = _setting(_optional(_steps), None)
+    """Those at multiples of so many steps (of the whole run) are kept as well."""
+    keep_best: bool = _setting(_boolean, False)
+    """Also write one at every new best `select` loss, and keep the newest of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,8 +414,17 @@ class Log:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    name: str = _setting(_one_of("local"), "local")
-    """local: one process on one GPU, or on the CPU."""
+    name: str = _setting(_one_of("auto", "local", "deepspeed"), "auto")
+    """local: one process on one GPU, or on the CPU; deepspeed: any number of them; auto: local for a process alone,
+    else deepspeed."""
+    stage: int = _setting(_stage, 1)
+    """Of DeepSpeed ZeRO, what the processes divide among themselves: 0 nothing, 1 optimizer state, 2 gradients too,
+    3 parameters too."""
+    offload: str = _setting(_one_of("none", "optimizer", "all"), "none")
+    """What lies in the host's memory instead of the GPU's: the optimizer's state and its update, or (stage 3) the
+    parameters too."""
+    config: str | None = _setting(_optional(_text), None)
+    """A DeepSpeed JSON whose keys are laid over ours; one that the recipe decides is an error."""
     checkpointing: str = _setting(_one_of("none", "selective", "full"), "none")
     """Activation checkpointing: what the backward pass makes again to save memory. selective: all but products of
     matrices and attention; full: whole blocks, for about a third more time. Changes no result."""
@@ -495,6 +521,13 @@ class Recipe:
                 raise RecipeError(
                     f"sources.{phase.chosen_by}.heldout: missing; {where} chooses its weights by the loss on it"
                 )
+        engine = self.engine
+        if engine.offload == "optimizer" and engine.stage == 0:
+            raise RecipeError("engine.offload: optimizer needs ZeRO stage 1 or more, engine.stage is 0; write stage: 1")
+        if engine.offload == "all" and engine.stage < 3:
+            raise RecipeError(f"engine.offload: all needs ZeRO stage 3, engine.stage is {engine.stage}; write stage: 3")
+        if engine.name == "deepspeed" and engine.cuda_graphs:
+            raise RecipeError("engine.cuda_graphs: is for the local engine alone; set it to false")
         if not self.init and not self.model.preset and not self.model.layers:
             raise RecipeError(
                 "model: missing; name a preset such as {preset: 10m}, give layers, width, …, or set `init`"

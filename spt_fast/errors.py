@@ -25,6 +25,10 @@ class CheckpointError(SptError):
     """A run folder, checkpoint or weights folder that cannot be used."""
 
 
+class FailedElsewhere(Exception):
+    """Another process of this run failed, and says why itself."""
+
+
 def nearest(given: str, known: Iterable[str]) -> str:
     """A tail for an error message: the known name closest to `given`, or the list of them all."""
     known = sorted(known)

@@ -1,11 +1,14 @@
-"""Checkpoints: whole or not there.
+"""Checkpoints: whole or not there, and the same whatever wrote them.
 
 A checkpoint is a folder `step-<total steps>-p<phase>-a<arm>`:
 
-    state.json              where the run stands: plain data
-    current.safetensors     fp32 weights, moments and step count
-    start|best|kept.safetensors   snapshots that an anchor, early stopping or a grid still need
-    manifest.json           bytes and sha256 of every file, and of the manifest itself
+    state.json                      where the run stands: plain data
+    current-<process>.safetensors   fp32 weights, moments and step count: whole tensors, those that this process wrote
+    start|best|kept-<process>.safetensors   snapshots that an anchor, early stopping or a grid still need
+    manifest.json                   bytes and sha256 of every file, and of the manifest itself
+
+Which process wrote a tensor, and how many there were, means nothing to who reads it: any number of processes, any
+engine and any ZeRO stage goes on from the same folder. On several hosts it must be on a file system that all share.
 
 Everything is written to a temporary folder and synced, the manifest last, and the folder is renamed into place: a
 crash at any moment leaves the older checkpoints and no half of a new one. Reading checks every hash; nothing is
@@ -17,19 +20,24 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from spt_fast.errors import CheckpointError
-from spt_fast.files import sync
+from spt_fast.files import sync, write_text
 from spt_fast.train.optim import Snapshot
+from spt_fast.train.world import World
 
-FORMAT = 1
+FORMAT = 2
+BEST = "best"
+"""A file with the name of the checkpoint that had the best evaluation."""
 
 
 @dataclass(frozen=True)
@@ -38,42 +46,117 @@ class Checkpoint:
 
     path: Path
     state: dict[str, Any]
-    snapshots: dict[str, Snapshot]
     skipped: dict[Path, str]
 
 
-def save(folder: Path, name: str, state: Mapping[str, Any], snapshots: Mapping[str, Snapshot], keep: int) -> Path:
-    """Write checkpoint `name` into `folder`, then drop all but the newest `keep`. CheckpointError if it fails."""
-    temporary, final = folder / f".{name}.tmp", folder / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_by_a_crash in folder.glob(".step-*.tmp"):
-            shutil.rmtree(left_by_a_crash)
-        temporary.mkdir()
-        for kind, snapshot in snapshots.items():
-            save_file(snapshot, temporary / f"{kind}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(temporary.iterdir())
-        }
-        manifest = {"format": FORMAT, "name": name, "files": files}
-        (temporary / "manifest.json").write_text(json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1))
-        for path in temporary.iterdir():
-            sync(path)
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest so many, those at multiples of so many steps, and the best."""
+
+    newest: int
+    every_steps: int | None = None
+
+    def drops(self, folder: Path) -> list[Path]:
+        best = folder / BEST
+        name = best.read_text() if best.exists() else ""
+        return [
+            path
+            for path in listed(folder)[: -self.newest]
+            if path.name != name and not (self.every_steps and _steps(path) % self.every_steps == 0)
+        ]
+
+
+class Writer:
+    """Writes the checkpoints of a run, one at a time, while training goes on; each process writes its part.
+
+    `save` and `finish` are collective, and raise CheckpointError for what went wrong since the call before.
+    """
+
+    def __init__(self, folder: Path, world: World, retention: Retention) -> None:
+        self._folder, self._world, self._retention = folder, world, retention
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+
+    def save(
+        self, name: str, state: Mapping[str, Any], snapshots: Mapping[str, Snapshot], *, best: bool = False
+    ) -> None:
+        """Begin to write checkpoint `name`; the tensors must not change any more. `best`: it takes that place."""
+        self.finish()
+        self._world.on_first(lambda: self._make_room(name))
+        text = json.dumps(state, indent=1)
+        self._thread = threading.Thread(target=self._write, args=(name, text, snapshots, best), daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is whole on the disk."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        self._world.agree(error)
+
+    def _make_room(self, name: str) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for left_by_a_crash in self._folder.glob(".step-*.tmp"):
+                shutil.rmtree(left_by_a_crash)
+            self._temporary(name).mkdir()
+        except OSError as error:
+            raise self._failure(name, str(error)) from error
+
+    def _write(self, name: str, state: str, snapshots: Mapping[str, Snapshot], best: bool) -> None:
+        temporary, world = self._temporary(name), self._world
+        mine: dict[str, Any] | str
+        try:
+            if world.is_first:
+                (temporary / "state.json").write_text(state)
+            written = [temporary / "state.json"] if world.is_first else []
+            for kind, snapshot in snapshots.items():
+                written.append(temporary / f"{kind}-{world.rank:05d}.safetensors")
+                save_file(snapshot, written[-1])
+            mine = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in written}
+            for path in written:
+                sync(path)
+        except Exception as error:  # whatever it is, the others must hear of it
+            mine = str(error) or repr(error)
+        try:
+            files: dict[str, Any] = {}
+            for part in world.exchange(mine, aside=True):
+                if isinstance(part, str):
+                    raise OSError(part)
+                files |= part
+            if world.is_first:
+                self._complete(name, files, best)
+        except Exception as error:
+            if world.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            self._error = self._failure(name, str(error))
+
+    def _complete(self, name: str, files: Mapping[str, Any], best: bool) -> None:
+        temporary, final = self._temporary(name), self._folder / name
+        manifest = {"format": FORMAT, "name": name, "files": dict(sorted(files.items()))}
+        text = json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1)
+        (temporary / "manifest.json").write_text(text)
+        sync(temporary / "manifest.json")
         sync(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        sync(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint {final}: could not be written ({error}); make room or fix the folder, then run again with "
-            "--resume: older checkpoints are untouched"
-        ) from error
-    for old in listed(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+        sync(self._folder)
+        if best:
+            write_text(self._folder / BEST, name)
+        for old in self._retention.drops(self._folder):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _temporary(self, name: str) -> Path:
+        return self._folder / f".{name}.tmp"
+
+    def _failure(self, name: str, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint {self._folder / name}: could not be written ({why}); make room or fix the folder, then run "
+            "again with --resume: older checkpoints are untouched"
+        )
 
 
 def listed(folder: Path) -> list[Path]:
@@ -81,8 +164,8 @@ def listed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Snapshot]]:
-    """State and snapshots of one checkpoint, every hash checked. CheckpointError says what is damaged."""
+def read(path: Path) -> dict[str, Any]:
+    """The state of one checkpoint, every hash of it checked. CheckpointError says what is damaged."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         stated = manifest.pop("sha256", None)
@@ -98,19 +181,30 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Snapshot]]:
                 raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes instead of {facts['bytes']}")
             if _sha256(file) != facts["sha256"]:
                 raise CheckpointError(f"{path}: {name} does not match its hash")
-        state = json.loads((path / "state.json").read_text())
-        snapshots = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    except (
-        OSError,
-        SafetensorError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+        strangers = {file.name for file in path.glob("*.safetensors")} - set(manifest["files"])
+        if strangers:
+            raise CheckpointError(f"{path}: {min(strangers)} is not of this checkpoint")
+        return json.loads((path / "state.json").read_text())
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is no whole checkpoint ({error!r})") from error
-    return state, snapshots
+
+
+def load(path: Path, *, rank: int = 0, size: int = 1) -> dict[str, Snapshot]:
+    """By kind, one of `size` even parts of the tensors of a checkpoint that `read` found whole."""
+    places: dict[str, dict[str, Path]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        kind = file.stem.rpartition("-")[0]
+        with safe_open(file, "pt") as opened:
+            places.setdefault(kind, {}).update(dict.fromkeys(opened.keys(), file))
+    snapshots: dict[str, Snapshot] = {kind: {} for kind in places}
+    for kind, files in places.items():
+        mine = sorted(files)[rank::size]
+        for file in sorted({files[name] for name in mine}):
+            with safe_open(file, "pt") as opened:
+                snapshots[kind] |= {name: opened.get_tensor(name) for name in mine if files[name] == file}
+    return snapshots
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -121,7 +215,7 @@ def newest(folder: Path) -> Checkpoint | None:
     skipped: dict[Path, str] = {}
     for path in reversed(listed(folder)):
         try:
-            return Checkpoint(path, *read(path), skipped)
+            return Checkpoint(path, read(path), skipped)
         except CheckpointError as error:
             skipped[path] = str(error)
     if skipped:
@@ -135,7 +229,12 @@ def set_aside(path: Path) -> None:
     """Rename a damaged checkpoint to damaged-<name>, so that it is neither read nor counted again."""
     aside = path.with_name(f"damaged-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+
+
+def _steps(path: Path) -> int:
+    return int(path.name.split("-")[1])
 
 
 def _sha256(path: Path) -> str:

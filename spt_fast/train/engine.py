@@ -1,4 +1,4 @@
-"""The engine: how a step is computed. `LocalEngine` is one process on one device.
+"""The engine: how a step is computed. `LocalEngine` is one process on one device; spt_fast.train.zero has the other.
 
 The loop hands an engine a step's micro-batches and gets back figures that it reads one step later, so that a step
 waits for nothing. Compute runs in an explicit dtype: bf16 parameters with fp32 masters in the optimizer where the
@@ -8,15 +8,48 @@ hardware multiplies bf16 fast, fp32 otherwise; never autocast.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from spt_fast.config import Optimizer
+from spt_fast.config import Engine, Optimizer
 from spt_fast.data.loader import Batch
+from spt_fast.errors import RecipeError
 from spt_fast.kernels import keep_freed_memory
-from spt_fast.model.gpt import GPT
+from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.optim import AdamW, Snapshot
+from spt_fast.train.world import World
+
+
+class EngineInterface(Protocol):
+    """What the loop asks of an engine. Where there are several processes, all methods are collective."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def config(self) -> GPTConfig: ...
+
+    def describe(self) -> str: ...
+
+    def untie(self) -> None: ...
+
+    def begin(
+        self,
+        settings: Optimizer,
+        anchor_decay: float,
+        start: Snapshot,
+        *,
+        current: Snapshot | None = None,
+        micro_batches: int = 1,
+    ) -> None: ...
+
+    def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None: ...
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor: ...
+
+    def snapshot(self, *, state: bool) -> Snapshot: ...
 
 
 def pick_device() -> torch.device:
@@ -93,6 +126,17 @@ class LocalEngine:
         self.model = model.to(device=device, dtype=dtype)
         self.optimizer: AdamW
 
+    @property
+    def config(self) -> GPTConfig:
+        return self.model.config
+
+    def describe(self) -> str:
+        return f"{self.device.type}, one process"
+
+    def untie(self) -> None:
+        """Give the head its own copy of the embedding, where it has none."""
+        self.model.untie()
+
     def begin(
         self,
         settings: Optimizer,
@@ -100,6 +144,7 @@ class LocalEngine:
         start: Snapshot,
         *,
         current: Snapshot | None = None,
+        micro_batches: int = 1,
     ) -> None:
         """Set up a fresh optimizer and take over `current` (or `start`); `start` is what an anchor holds on to."""
         if hasattr(self, "optimizer"):
@@ -150,6 +195,19 @@ class LocalEngine:
 
     def snapshot(self, *, state: bool) -> Snapshot:
         return self.optimizer.snapshot(state=state)
+
+
+def make_engine(model: GPT, settings: Engine, *, world: World, dtype: torch.dtype) -> EngineInterface:
+    """The engine that the recipe names. RecipeError where it cannot serve so many processes."""
+    if settings.name == "deepspeed" or (settings.name == "auto" and world.size > 1):
+        from spt_fast.train.zero import ZeroEngine
+
+        return ZeroEngine(model, settings, world=world, dtype=dtype)
+    if world.size > 1:
+        raise RecipeError(
+            f"engine.name: local is one process, and {world.size} were started; write deepspeed, or start one"
+        )
+    return LocalEngine(model, device=world.device, dtype=dtype, cuda_graphs=settings.cuda_graphs)
 
 
 def weights_of(model: GPT) -> Snapshot:

@@ -16,6 +16,7 @@ from spt_fast.data.heldout import Half, begins, heldout_stretches, heldout_token
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError
 from spt_fast.train.plan import Plan
+from spt_fast.train.world import ALONE, World
 
 HALVES: dict[str, Half] = {"heldout": "report", "select": "select"}
 """By the name of a loss, the half of the held-out text that it is of."""
@@ -64,11 +65,13 @@ def mean_loss(
     rows: int,
     *,
     interrupted: Callable[[], bool] = lambda: False,
+    world: World = ALONE,
 ) -> float:
     """Mean loss over every target of `text`, nats per token, summed in fp64.
 
-    `rows` windows go through at a time. Where the text says what begins a document, attention stays inside documents.
-    Raises Interrupted between batches where `interrupted()` turns true.
+    `rows` windows go through at a time; the processes of `world` take turns, and all get the mean. Where the text says
+    what begins a document, attention stays inside documents. Raises Interrupted between batches where `interrupted()`
+    turns true.
     """
     marks = text.full_begins
     batches = [
@@ -77,15 +80,18 @@ def mean_loss(
     ]
     if len(text.tail) > 1:
         batches.append((text.tail[None], None if text.tail_begins is None else text.tail_begins[None]))
-    total: Tensor | float = 0.0
-    for batch, batch_begins in batches:
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for turn in range(-(-len(batches) // world.size)):
         if interrupted():
             raise Interrupted
+        mine = turn * world.size + world.rank
+        # Every process makes as many forward passes, which may be collective: one without text left reads the first.
+        batch, batch_begins = batches[mine if mine < len(batches) else 0]
         windows = torch.from_numpy(batch.astype(np.int64))
         tokens, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         cuts = None if batch_begins is None else document_cuts(batch_begins)
-        total = total + loss(tokens, targets, cuts).double() * targets.numel()
-    return float(total) / text.num_targets
+        total += loss(tokens, targets, cuts).double() * (targets.numel() if mine < len(batches) else 0)
+    return float(world.sum_(total)) / text.num_targets
 
 
 def document_cuts(begins_BT: np.ndarray) -> Tensor:

@@ -27,17 +27,18 @@ from spt_fast.files import is_temporary, write_text
 from spt_fast.kernels import auto_backends
 from spt_fast.model.flops import MFU_CONVENTION, parameters, peak_flops, train_flops_per_token
 from spt_fast.train import checkpoint
-from spt_fast.train.checkpoint import Checkpoint
-from spt_fast.train.engine import LocalEngine, StepResult, pick_device, pick_dtype, untied, weights_of
+from spt_fast.train.checkpoint import Checkpoint, Retention
+from spt_fast.train.engine import StepResult, make_engine, pick_dtype, untied, weights_of
 from spt_fast.train.evaluate import Interrupted, evaluation_texts, mean_loss
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.lr import learning_rate
-from spt_fast.train.metrics import RunLog
+from spt_fast.train.metrics import NoLog, RunLog
 from spt_fast.train.optim import Snapshot
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import Losses, ScheduleOrigin, TrainState
 from spt_fast.train.weights import assemble
+from spt_fast.train.world import World, join_world
 
 MAX_SKIPPED_IN_A_ROW = 20
 """So many steps in a row with a loss or gradient that is not finite end the run."""
@@ -47,21 +48,22 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
     """Train every phase of the recipe; returns summary.json as a dict.
 
     `resume` goes on from the newest whole checkpoint in the run folder, or starts afresh where there is nothing to
-    resume. SIGTERM or SIGINT ends the run at the next safe place with a checkpoint and `status: stopped`. Raises
-    RecipeError, DataError or CheckpointError for what a user can mend.
+    resume. Every process that a launcher started calls this. SIGTERM, SIGINT or SIGUSR1 in any of them ends the run at
+    the next safe place with a checkpoint and `status: stopped`. Raises RecipeError, DataError or CheckpointError for
+    what a user can mend.
     """
+    world = join_world(process_group=recipe.engine.name == "deepspeed")
     folder = Path(recipe.run)
-    finished = _check_folder(folder, recipe, resume)
+    finished = world.on_first(lambda: _check_folder(folder, recipe, resume))
     if finished:
         return finished
-    plan = make_plan(recipe)
-    found = checkpoint.newest(folder / "checkpoints") if resume else None
+    plan = world.everywhere(lambda: make_plan(recipe, world=world.size))
+    found = world.on_first(lambda: checkpoint.newest(folder / "checkpoints") if resume else None)
     if found:
-        plan.check_same_data(found.state["data"], found.path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
+        world.everywhere(lambda: plan.check_same_data(found.state["data"], found.path))
+    world.on_first(lambda: _begin_folder(folder, recipe))
     with StopRequest() as stop:
-        trainer = Trainer(plan, folder, stop, found, progress=progress)
+        trainer = Trainer(plan, folder, stop, found, world, progress=progress)
         try:
             trainer.train()
             status = "done"
@@ -74,7 +76,13 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
             raise
         finally:
             trainer.log.close()
+        trainer.writer.finish()
         return trainer.summarise(status, **({"reason": stop.signal} if status == "stopped" else {}))
+
+
+def _begin_folder(folder: Path, recipe: Recipe) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
@@ -100,7 +108,7 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] 
 
 
 class Trainer:
-    """One process's run. `train` reads top to bottom; the rest are its steps."""
+    """One process's part in the run. `train` reads top to bottom; the rest are its steps."""
 
     def __init__(
         self,
@@ -108,58 +116,72 @@ class Trainer:
         folder: Path,
         stop: StopRequest,
         found: Checkpoint | None,
+        world: World,
         *,
         progress: bool,
     ) -> None:
-        self.plan, self.folder, self.stop = plan, folder, stop
+        self.plan, self.folder, self.stop, self.world = plan, folder, stop, world
         self.began, self.seconds_before = time.monotonic(), 0.0
         self.pending: tuple[dict[str, Any], StepResult] | None = None
         self.saved = ""
         self.state = TrainState(counts=dict.fromkeys(plan.recipe.sources, 0))
         model = plan.starting_model()
-        self.snapshots: dict[str, Snapshot] = {"kept": weights_of(model)}
-        device = pick_device()
+        self.snapshots: dict[str, Snapshot] = {"kept": world.share(weights_of(model))}
+        device = world.device
         dtype = pick_dtype(plan.recipe.precision, device)
         self.backends = auto_backends()
         if found:
             self.state = TrainState.from_plain(found.state["train"])
-            self.snapshots = found.snapshots
+            self.snapshots = checkpoint.load(found.path, rank=world.rank, size=world.size)
             self.seconds_before, self.saved = self.state.seconds, self.state.name
             dtype = getattr(torch, found.state["compute"]["dtype"])
-        if "weights/head" in self.snapshots.get("current", {}):
-            model.untie()
+            if not found.state["model"]["tied"]:
+                model.untie()
         self.parameters = parameters(plan.model)
-        cuda_graphs = plan.recipe.engine.cuda_graphs
-        self.engine = LocalEngine(model, device=device, dtype=dtype, cuda_graphs=cuda_graphs)
+        self.engine = make_engine(model, plan.recipe.engine, world=world, dtype=dtype)
         self.flops_per_token = train_flops_per_token(plan.model)
         self.peak_flops = peak_flops(device)
 
-        self.log = RunLog(
-            folder,
-            keep_bytes=self.state.metrics_bytes,
-            purge_step=self.state.total_steps if found else None,
-            progress=progress,
-            convention=f"{MFU_CONVENTION}, bf16 dense {self.peak_flops / 1e12:.0f}" if self.peak_flops else None,
-        )
-        precision = "bf16, fp32 masters" if dtype == torch.bfloat16 else "fp32"
-        self.log.say(f"{folder}: {self.parameters:,} parameters in {precision} on {device}")
+        settings = plan.recipe.checkpoint
+        keep_every = settings.keep_every.steps(1, 1) if settings.keep_every else None
+        self.writer = checkpoint.Writer(folder / "checkpoints", world, Retention(settings.keep, keep_every))
+
+        self.log: RunLog | NoLog = NoLog()
+        if world.is_first:
+            self.log = RunLog(
+                folder,
+                keep_bytes=self.state.metrics_bytes,
+                purge_step=self.state.total_steps if found else None,
+                progress=progress,
+                convention=f"{MFU_CONVENTION}, bf16 dense {self.peak_flops / 1e12:.0f}" if self.peak_flops else None,
+            )
+        world.on_first(lambda: self.introduce(found))
+
+    def introduce(self, found: Checkpoint | None) -> None:
+        """Say what runs where, and what the user should know about it."""
+        precision = "bf16, fp32 masters" if self.engine.dtype == torch.bfloat16 else "fp32"
+        self.log.say(f"{self.folder}: {self.parameters:,} parameters in {precision} on {self.engine.describe()}")
         chosen = sorted(set(self.backends.values()))
         by_backend = {name: [op for op, backend in self.backends.items() if backend == name] for name in chosen}
         self.log.say("kernels: " + "; ".join(f"{name} for {', '.join(ops)}" for name, ops in by_backend.items()))
-        if found:
-            for path, reason in found.skipped.items():
-                self.log.say(f"skipped a damaged checkpoint: {reason}")
-                checkpoint.set_aside(path)
-            self.log.say(f"resuming from {found.path.name}")
-            before = found.state["compute"]["backends"]
-            changed = [
-                f"{op} {before.get(op)} → {name}" for op, name in self.backends.items() if before.get(op) != name
-            ]
-            if changed:
-                self.log.say(f"warning: other kernels than so far, so not bit-identical: {', '.join(changed)}")
-        else:
-            for warning in plan.leaks():
+        if found is None:
+            for warning in self.plan.leaks():
                 self.log.say(f"warning: {warning}")
+            return
+        for path, reason in found.skipped.items():
+            self.log.say(f"skipped a damaged checkpoint: {reason}")
+            checkpoint.set_aside(path)
+        self.log.say(f"resuming from {found.path.name}")
+        before, now = found.state["compute"], self.compute()
+        changed = [
+            f"{op} {before['backends'].get(op)} → {backend}"
+            for op, backend in self.backends.items()
+            if before["backends"].get(op) != backend
+        ]
+        if before["engine"] != now["engine"]:
+            changed.append(f"{before['engine']} → {now['engine']}")
+        if changed:
+            self.log.say(f"warning: other kernels or processes than so far, so not bit-identical: {', '.join(changed)}")
 
     # ------------------------------------------------------------------------------------------------ the run
 
@@ -177,7 +199,7 @@ class Trainer:
 
     def begin_phase(self, plan: PhasePlan) -> None:
         """Make the snapshot that the phase starts from, unless a checkpoint inside the phase brought it."""
-        phase, model = plan.phase, self.engine.model
+        phase = plan.phase
         if not phase.schedule.carry_on:
             self.state.origin = ScheduleOrigin(plan.index)
         if "current" in self.snapshots:
@@ -186,8 +208,8 @@ class Trainer:
             start = self.snapshots.pop("kept")
             if phase.optimizer_state == "reset":
                 start = {name: tensor for name, tensor in start.items() if name.startswith("weights/")}
-            if phase.untie and model.head is None:
-                model.untie()
+            if phase.untie and self.engine.config.tied:
+                self.engine.untie()
                 start = untied(start, "embedding", "head")
             self.snapshots["start"] = start
         self.texts = evaluation_texts(self.plan, phase.evaluation.tokens, documents=phase.documents)
@@ -200,13 +222,26 @@ class Trainer:
             for span in (recipe.checkpoint.every, phase.evaluation.every, recipe.log.every)
         )
         start, current = self.snapshots["start"], self.snapshots.pop("current", None)
-        self.engine.begin(phase.optimizer, phase.anchor, start, current=current)
+        self.engine.begin(
+            phase.optimizer,
+            phase.anchor,
+            start,
+            current=current,
+            micro_batches=plan.micro_batches(self.world.size),
+        )
         if not needs_start(phase):
             del self.snapshots["start"]
         arms = len(phase.arms())
         self.log.begin(phase.name + (f" {state.arm + 1}/{arms}" if arms > 1 else ""), state.step, plan.steps)
         self.clock = Clock(state.train_seconds)
-        loader = self.plan.loader(plan.index, state.counts, device=self.engine.device, first_step=state.step)
+        loader = self.plan.loader(
+            plan.index,
+            state.counts,
+            device=self.engine.device,
+            first_step=state.step,
+            rank=self.world.rank,
+            world=self.world.size,
+        )
         try:
             batches = iter(loader)
             while True:
@@ -216,13 +251,14 @@ class Trainer:
                     self.evaluate(plan, phase)
                 if at_end or (phase.stop and state.stale >= phase.stop.patience):
                     break
-                if state.step % save_every == 0 and state.total_steps and state.name != self.saved:
+                due = state.step % save_every == 0 or (recipe.checkpoint.keep_best and self.at_best())
+                if due and state.total_steps and state.name != self.saved:
                     self.read_back(plan)
                     self.save()
 
                 _, micro_batches = next(batches)
                 lr = self.learning_rate(plan, phase)
-                result = self.engine.step(micro_batches, lr, self.stop)
+                result = self.engine.step(micro_batches, lr, self.asked_to_stop)
                 if result is None:
                     raise Interrupted
                 self.read_back(plan)
@@ -273,9 +309,7 @@ class Trainer:
             "arm": kept,
             "grid": state.arms,
         }
-        assemble(self.engine.model.config, self.snapshots["kept"]).save_hf(
-            self.folder / "weights" / phase.name, self.plan.tokenizer
-        )
+        self.write_weights(phase.name)
         for source, n in windows.items():
             state.counts[source] += n
         if state.origin.phase == plan.index:
@@ -285,7 +319,18 @@ class Trainer:
         state.next_phase()
         self.snapshots = {"kept": self.snapshots["kept"]}
 
+    def write_weights(self, name: str) -> None:
+        """weights/<name>, of the snapshot that is handed on."""
+        parts = {key: tensor for key, tensor in self.snapshots["kept"].items() if key.startswith("weights/")}
+        weights = self.world.collect(parts)
+        folder, tokenizer = self.folder / "weights" / name, self.plan.tokenizer
+        self.world.on_first(lambda: assemble(self.engine.config, weights).save_hf(folder, tokenizer))
+
     # ------------------------------------------------------------------------------------------------ its steps
+
+    def asked_to_stop(self) -> bool:
+        """Whether any process was asked to."""
+        return self.world.any(self.stop())
 
     def learning_rate(self, plan: PhasePlan, phase: Phase) -> float:
         """The rate of the step to come; a carried-on schedule counts from where its own phase began."""
@@ -335,7 +380,9 @@ class Trainer:
         self.losses: Losses = {split: {} for split in self.texts}
         for split, texts in self.texts.items():
             for source, text in texts.items():
-                self.losses[split][source] = mean_loss(self.engine.loss, text, rows, interrupted=self.stop)
+                self.losses[split][source] = mean_loss(
+                    self.engine.loss, text, rows, interrupted=self.asked_to_stop, world=self.world
+                )
         state.evaluated = True
         self.log.evaluation({**self.position(plan), **self.losses}, state.total_steps)
         if state.best is None or _deciding(self.losses, phase) < _deciding(state.best["losses"], phase):
@@ -359,14 +406,24 @@ class Trainer:
         state.seconds, state.train_seconds = self.seconds(), self.clock.total_s
         snapshots = {**self.snapshots, "current": self.engine.snapshot(state=True)}
         content = {
-            "model": asdict(self.engine.model.config),
+            "model": asdict(self.engine.config),
             "train": state.plain(),
             "data": self.plan.digests(),
-            "compute": {"dtype": str(self.engine.dtype).removeprefix("torch."), "backends": self.backends},
+            "compute": self.compute(),
         }
-        checkpoint.save(self.folder / "checkpoints", state.name, content, snapshots, self.plan.recipe.checkpoint.keep)
+        best = self.plan.recipe.checkpoint.keep_best and self.at_best()
+        self.writer.save(state.name, content, snapshots, best=best)
         self.saved = state.name
         self.clock.go_on()
+
+    def at_best(self) -> bool:
+        """Whether the weights are those of the arm's best evaluation."""
+        return self.state.best is not None and self.state.best["step"] == self.state.step
+
+    def compute(self) -> dict[str, Any]:
+        """How steps are computed: what a run that goes on from here keeps, or says that it changes."""
+        dtype = str(self.engine.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "backends": self.backends, "engine": self.engine.describe()}
 
     def seconds(self) -> float:
         """Wall time of the run, earlier processes included."""
@@ -386,7 +443,8 @@ class Trainer:
             "data": self.plan.digests(),
             "phases": self.state.finished,
         }
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
+        if self.world.is_first:
+            write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
 
 

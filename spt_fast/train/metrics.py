@@ -107,3 +107,22 @@ class RunLog:
         self._bar.stop()
         self._board.close()
         self._file.close()
+
+
+class NoLog:
+    """RunLog's silence, for the processes that are not the first."""
+
+    def say(self, message: str) -> None: ...
+
+    def begin(self, title: str, step: int, steps: int) -> None: ...
+
+    def advance(self, step: int) -> None: ...
+
+    def train(self, record: dict[str, Any], total_step: int) -> None: ...
+
+    def evaluation(self, record: dict[str, Any], total_step: int) -> None: ...
+
+    def sync(self) -> int:
+        return 0
+
+    def close(self) -> None: ...

@@ -50,6 +50,11 @@ class PhasePlan:
     def tokens(self) -> int:
         return self.steps * self.tokens_per_step
 
+    def micro_batches(self, world: int) -> int:
+        """Forward passes that each of `world` processes makes in a step."""
+        batch = self.phase.batch
+        return batch.sequences // world // (batch.micro or batch.sequences // world)
+
     @property
     def samples(self) -> dict[str, int]:
         """Windows of each source that the whole phase reads."""

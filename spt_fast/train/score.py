@@ -11,6 +11,7 @@ from spt_fast.errors import DataError
 from spt_fast.train.engine import pick_device, pick_dtype
 from spt_fast.train.evaluate import EvalSet, mean_loss
 from spt_fast.train.weights import load_model
+from spt_fast.train.world import World
 
 TOKENS_AT_A_TIME = 16_384
 
@@ -38,6 +39,7 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> dict[str,
         lambda tokens, targets, _: model(tokens.to(device), targets.to(device)).float(),
         text,
         max(1, TOKENS_AT_A_TIME // model.config.context),
+        world=World(0, 1, device),
     )
     nats = loss * text.num_targets
     return {

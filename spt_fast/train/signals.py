@@ -1,4 +1,5 @@
-"""A request to stop, from SIGTERM or SIGINT: honoured at the next safe place, with a checkpoint."""
+"""A request to stop: SIGTERM, SIGINT, or SIGUSR1, a scheduler's notice. Honoured at the next safe place, with a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 
 class StopRequest:
-    """A context in which the first SIGTERM or SIGINT sets a flag; a second SIGINT interrupts at once."""
+    """A context in which the first SIGTERM, SIGINT or SIGUSR1 sets a flag; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -20,7 +21,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._request)
         return self
 

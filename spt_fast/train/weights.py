@@ -23,7 +23,7 @@ def read_config(path: Path) -> GPTConfig:
     """The shape of the weights at `path`; CheckpointError where there are none."""
     path = locate(path)
     if (path / "manifest.json").exists():
-        return GPTConfig(**checkpoint.read(path)[0]["model"])
+        return GPTConfig(**checkpoint.read(path)["model"])
     return hf.read_config(path)
 
 
@@ -32,8 +32,8 @@ def load_model(path: Path) -> GPT:
     path = locate(path)
     if not (path / "manifest.json").exists():
         return hf.load(path).float()
-    state, snapshots = checkpoint.read(path)
-    return assemble(GPTConfig(**state["model"]), snapshots["current"])
+    state = checkpoint.read(path)
+    return assemble(GPTConfig(**state["model"]), checkpoint.load(path)["current"])
 
 
 def locate(path: Path) -> Path:

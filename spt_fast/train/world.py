@@ -1,0 +1,147 @@
+"""The processes that train one model together, as torchrun, deepspeed or srun started them.
+
+Every process makes the same decisions at the same moments: what only one of them can know (a signal, an error, a file)
+is exchanged here first. Messages from host to host go over gloo, so that they wait for no GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spt_fast.errors import FailedElsewhere, RecipeError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`, on `device`. All methods but `share` are collective: every process calls them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    aside: dist.ProcessGroup | None = None
+    """A group of its own for a thread of each process, whose messages cross the main thread's."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's files and talks to the user."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in some process."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def exchange(self, mine: Result, *, aside: bool = False) -> list[Result]:
+        """What every process has, in the order of their ranks. `aside`: for the one thread beside the main one."""
+        if self.size == 1:
+            return [mine]
+        found: list[Result] = [mine] * self.size
+        dist.all_gather_object(found, mine, group=self.aside if aside else None)
+        return found
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def everywhere(self, act: Callable[[], Result]) -> Result:
+        """What `act` returns here; where it raises in some process, one raises its error, others FailedElsewhere."""
+        try:
+            answer = act()
+        except Exception as error:
+            self.agree(error)
+            raise
+        self.agree(None)
+        return answer
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise where some process had an error: in the first of these its own, in all others FailedElsewhere."""
+        failed = self.exchange(error is not None)
+        if not any(failed):
+            return
+        if error is not None and failed.index(True) == self.rank:
+            raise error
+        raise FailedElsewhere
+
+    def on_first(self, act: Callable[[], Result]) -> Result:
+        """What `act` returns in the first process, in every process; where it raises, all do."""
+        answer = [self.everywhere(lambda: act() if self.is_first else None)]
+        if self.size > 1:
+            dist.broadcast_object_list(answer, src=0)
+        return answer[0]  # type: ignore[return-value]
+
+    def share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's part of tensors that every process holds."""
+        return {name: tensors[name] for i, name in enumerate(sorted(tensors)) if i % self.size == self.rank}
+
+    def spread(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that some process holds, one at a time on the device of each, in the order of their names."""
+        if self.size == 1:
+            yield from sorted(tensors.items())
+            return
+        mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        holders = {name: (rank, *kind) for rank, held in enumerate(self.exchange(mine)) for name, kind in held.items()}
+        for name, (rank, shape, dtype) in sorted(holders.items()):
+            if rank == self.rank:
+                tensor = tensors[name].to(self.device).contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=dtype, device=self.device)
+            dist.broadcast(tensor, src=rank)
+            yield name, tensor
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every tensor that some process holds, in the first one's memory; nothing in the others."""
+        return {name: tensor.cpu() for name, tensor in self.spread(tensors) if self.is_first}
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+"""A process that trains by itself."""
+
+
+def join_world(*, process_group: bool) -> World:
+    """This process's place among those that the launcher started (RANK, WORLD_SIZE, LOCAL_RANK; alone without them).
+
+    `process_group`: set up torch.distributed even for a process alone, as DeepSpeed needs it.
+    RecipeError where there are more processes on this host than GPUs.
+    """
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCHED)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise RecipeError(
+                f"launch: this host has {torch.cuda.device_count()} GPUs and process {local_rank} would need one more; "
+                "start one process a GPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if (size > 1 or process_group) and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if size == 1 and "MASTER_ADDR" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+    return World(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
+
+
+_LAUNCHED = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def leave_world() -> None:
+    """Take the process group down, where there is one."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            dist.destroy_process_group()

@@ -1,0 +1,348 @@
+"""The engine for many processes, or for models larger than one GPU: DeepSpeed ZeRO, stages 0 to 3.
+
+DeepSpeed moves gradients and parameters between processes and partitions what is to be partitioned; the update is our
+AdamW, on the flat float32 partitions that ZeRO hands to it, or at stage 0 on whole parameters. Where training starts
+anew, from a phase's first weights or from a checkpoint, model and DeepSpeed engine are built anew: masters, moments and
+anchor are then set tensor by tensor, whatever partitioned them before.
+
+Stage 0 keeps everything in every process; 1 partitions masters and moments (and the anchor); 2 the gradients too; 3 the
+parameters too (Rajbhandari et al., arXiv 1910.02054).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spt_fast.config import Engine, Optimizer
+from spt_fast.data.loader import Batch
+from spt_fast.errors import RecipeError
+from spt_fast.kernels import adamw_step, keep_freed_memory
+from spt_fast.model.gpt import GPT
+from spt_fast.train.engine import StepResult
+from spt_fast.train.optim import AdamW, Snapshot
+from spt_fast.train.world import World
+
+PERSISTENT_NUMBERS = 100_000
+"""Stage 3 keeps parameters up to this size whole, the norms among them, which a block reads of the block after it."""
+
+
+class ZeroEngine:
+    """One process of many, each with its share of the global batch. The interface of LocalEngine."""
+
+    def __init__(self, model: GPT, settings: Engine, *, world: World, dtype: torch.dtype) -> None:
+        self.deepspeed = _deepspeed()
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        self.world, self.device, self.dtype = world, world.device, dtype
+        self.settings = settings
+        self.config = model.config
+        self._template = model
+        self._engine: Any = None
+
+    def describe(self) -> str:
+        return f"{self.device.type}, {self.world.size} processes, ZeRO stage {self.settings.stage}"
+
+    def untie(self) -> None:
+        """The next `begin` makes a model whose head is its own parameter."""
+        self.config = dataclasses.replace(self.config, tied=False)
+
+    def begin(
+        self,
+        settings: Optimizer,
+        anchor_decay: float,
+        start: Snapshot,
+        *,
+        current: Snapshot | None = None,
+        micro_batches: int = 1,
+    ) -> None:
+        """A fresh model and optimizer that take over `current` (or `start`), each process holding a part of either.
+
+        `start` is what an anchor holds on to. `micro_batches`: that a process runs through in a step.
+        """
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
+        snapshot = start if current is None else current
+        model = self._model(snapshot)
+        self.params = dict(model.named_parameters())
+        kind = WholeAdamW if self.settings.stage == 0 else PartitionedAdamW
+        self.optimizer: Any = kind(model, settings, anchor_decay)
+        self._engine, *_ = self.deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config=self._deepspeed_config(settings, micro_batches),
+            dist_init_required=False,
+        )
+        self._restore(snapshot, start)
+
+    def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
+        """As LocalEngine.step, over the global batch; after an interruption this engine makes no further step."""
+        loss = torch.zeros((), device=self.device)
+        self.optimizer.prepare(lr)
+        for batch in micro_batches:
+            if interrupted():
+                return None
+            micro_loss = self._engine(batch.tokens, batch.targets, batch.cu_seqlens)
+            loss += micro_loss.detach()
+            self._engine.backward(micro_loss)
+            self._engine.step()
+        self.world.sum_(loss)
+        norm, skipped = self.optimizer.norm, self.optimizer.skipped
+        if self.settings.stage > 0:
+            norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+            skipped = torch.tensor(not self._engine.was_step_applied(), device=self.device)
+            self.optimizer.advance(skipped)
+        return StepResult(torch.stack([loss / (len(micro_batches) * self.world.size), norm, skipped.float()]))
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """As LocalEngine.loss, of this process's own text; collective where parameters are partitioned."""
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(self.device)
+        return self._engine.module(tokens_BT.to(self.device), targets_BT.to(self.device), cu_seqlens).float()
+
+    @torch.no_grad()
+    def snapshot(self, *, state: bool) -> Snapshot:
+        """This process's part of the fp32 weights and, where `state` is true, of moments and step count. Collective."""
+        kinds = ("weights", "exp_avg", "exp_avg_sq") if state else ("weights",)
+        taken: Snapshot = {}
+        names = sorted(f"{kind}/{name}" for kind in kinds for name in self.params)
+        for i, name in enumerate(names):
+            kind, _, param = name.partition("/")
+            whole = self._whole(kind, param)
+            if i % self.world.size == self.world.rank:
+                taken[name] = whole.detach().to("cpu", torch.float32, copy=True)
+        if state and self.world.is_first:
+            taken["count"] = self.optimizer.count.to("cpu", copy=True)
+        return taken
+
+    # ------------------------------------------------------------------------------------------------ inside
+
+    def _model(self, snapshot: Snapshot) -> GPT:
+        with torch.device("meta"):
+            model = GPT(self.config)
+        model.checkpointing = self._template.checkpointing
+        parts = {name: tensor for name, tensor in snapshot.items() if name.startswith("weights/")}
+        weights = {
+            name.removeprefix("weights/"): tensor.to(self.device, self.dtype, copy=True)
+            for name, tensor in self.world.spread(parts)
+        }
+        model.load_state_dict(weights, assign=True)
+        return model.requires_grad_()
+
+    @torch.no_grad()
+    def _restore(self, snapshot: Snapshot, start: Snapshot) -> None:
+        anchors = self.optimizer.anchor_decay > 0
+        self.optimizer.link(self._engine)
+        for name, tensor in self.world.spread(snapshot):
+            kind, _, param = name.partition("/")
+            if kind == "count":
+                self.optimizer.count.copy_(tensor)
+            else:
+                self._set(kind, param, tensor)
+        for name, tensor in self.world.spread(start) if anchors else ():
+            kind, _, param = name.partition("/")
+            if kind == "weights":
+                self._set("anchor", param, tensor)
+
+    def _whole(self, kind: str, name: str) -> Tensor:
+        if self.settings.stage == 0:
+            return self.optimizer.tensors(kind)[name]
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        param = self.params[name]
+        return safe_get_full_fp32_param(param) if kind == "weights" else safe_get_full_optimizer_state(param, kind)
+
+    def _set(self, kind: str, name: str, tensor: Tensor) -> None:
+        if self.settings.stage == 0:
+            self.optimizer.tensors(kind)[name].copy_(tensor)
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        param, tensor = self.params[name], tensor.to(self.device)
+        if kind == "weights":
+            safe_set_full_fp32_param(param, tensor)
+        else:
+            safe_set_full_optimizer_state(param, tensor, kind)
+
+    def _deepspeed_config(self, optimizer: Optimizer, micro_batches: int) -> dict[str, Any]:
+        stage, offload = self.settings.stage, self.settings.offload
+        zero: dict[str, Any] = {"stage": stage, "overlap_comm": self.device.type == "cuda"}
+        if offload != "none":
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        if offload == "all":
+            zero["offload_param"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        if stage == 3:
+            zero["stage3_param_persistence_threshold"] = PERSISTENT_NUMBERS
+        ours: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # a figure that only its own reports use
+            "gradient_accumulation_steps": micro_batches,
+            "gradient_clipping": (optimizer.clip or 0.0) if stage > 0 else 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "communication_data_type": "fp32",
+        }
+        if self.dtype == torch.bfloat16 and stage > 0:
+            ours["bf16"] = {"enabled": True, "check_grad_overflow": True}
+            ours["data_types"] = {"grad_accum_dtype": "fp32"}
+        return merged(ours, user_config(self.settings.config))
+
+
+class PartitionedAdamW(torch.optim.Optimizer):
+    """AdamW on the flat partitions that ZeRO 1 to 3 put in the place of the parameters; clipping is ZeRO's."""
+
+    def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
+        params = list(model.parameters())
+        groups = [
+            {"params": [p for p in params if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        super().__init__(groups, {})
+        self.settings, self.anchor_decay = settings, anchor_decay
+        self.count = torch.zeros((), device=params[0].device)
+        self.norm = self.skipped = self.count
+
+    def link(self, engine: Any) -> None:
+        """Make the state of every partition, and let DeepSpeed find each parameter's piece in it."""
+        zero = engine.optimizer
+        for attribute in (
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+            "fp32_partitioned_groups_flat",
+        ):
+            for partition in getattr(zero, attribute, ()):
+                kinds = ("exp_avg", "exp_avg_sq", *(("anchor",) if self.anchor_decay else ()))
+                self.state[partition] = {kind: torch.zeros_like(partition) for kind in kinds}
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def prepare(self, lr: float) -> None:
+        self._lr = lr
+
+    def advance(self, skipped: Tensor) -> None:
+        self.count += 1 - skipped.float()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the partitions that have a gradient; DeepSpeed calls this once for each of them."""
+        for group in self.param_groups:
+            for partition in group["params"]:
+                if partition.grad is None:
+                    continue
+                state = self.state[partition]
+                adamw_step(
+                    partition,
+                    partition.grad,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    step=(self.count + 1).to(partition.device),
+                    lr=self._lr,
+                    betas=self.settings.betas,
+                    eps=self.settings.eps,
+                    weight_decay=group["weight_decay"],
+                    anchor=state.get("anchor"),
+                    anchor_decay=self.anchor_decay,
+                )
+
+
+class WholeAdamW(torch.optim.Optimizer):
+    """The AdamW of one process, for DeepSpeed's stage 0: gradients arrive averaged over the processes."""
+
+    def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
+        super().__init__(model.parameters(), {})
+        self._adamw = AdamW(model, settings, anchor_decay)
+        self.anchor_decay = anchor_decay
+        self.count = self._adamw.count
+        self.norm = self.skipped = self.count
+
+    def link(self, engine: Any) -> None:
+        pass
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        adamw = self._adamw
+        return {"weights": adamw.masters, "anchor": adamw.anchor}.get(kind) or getattr(adamw, kind)
+
+    def prepare(self, lr: float) -> None:
+        self._lr = lr
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.norm = self._adamw.grad_norm()
+        self.skipped = ~torch.isfinite(self.norm)
+        self._adamw.step(self._lr, self.norm, self.skipped)
+
+
+def user_config(path: str | None) -> dict[str, Any]:
+    """The user's DeepSpeed JSON; RecipeError where it is none."""
+    if path is None:
+        return {}
+    try:
+        given = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"engine.config: {path} cannot be read as JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise RecipeError(f"engine.config: {path} must hold an object, as DeepSpeed's documentation describes it")
+    return given
+
+
+def merged(ours: Mapping[str, Any], given: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Our DeepSpeed configuration with the user's laid over it. RecipeError for a key that the recipe decides."""
+    result = dict(ours)
+    for key, value in given.items():
+        path = f"{where}{key}"
+        if path in DECIDED_BY_RECIPE and value not in ("auto", ours.get(key)):
+            raise RecipeError(
+                f"engine.config: {path} = {value!r}, but {DECIDED_BY_RECIPE[path]} decides it; leave it out there"
+            )
+        if path in DECIDED_BY_RECIPE:
+            continue
+        inner = ours.get(key)
+        result[key] = merged(inner, value, f"{path}.") if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+DECIDED_BY_RECIPE = {
+    "train_batch_size": "batch.sequences",
+    "train_micro_batch_size_per_gpu": "batch.micro",
+    "gradient_accumulation_steps": "batch.micro",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "precision",
+    "bf16.enabled": "precision",
+    "fp16": "precision",
+    "fp16.enabled": "precision",
+    "zero_optimization.stage": "engine.stage",
+    "zero_optimization.offload_optimizer": "engine.offload",
+    "zero_optimization.offload_param": "engine.offload",
+    "zero_allow_untested_optimizer": "spt_fast",
+    "zero_force_ds_cpu_optimizer": "spt_fast",
+}
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed, quiet, and without the minute in which it would compile its own shared-memory messages for the CPU."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)
+    try:
+        import deepspeed
+        from deepspeed import ops
+    except ImportError as error:
+        raise RecipeError(
+            f"engine.name: deepspeed cannot be imported ({error}); `DS_BUILD_OPS=0 pip install deepspeed`, or use "
+            "local in one process"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return deepspeed
