@@ -1,0 +1,170 @@
+"""The same run everywhere: any number of processes and any ZeRO stage read the same tokens in the same order, learn the
+same, stop together, and go on from each other's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import tiny
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+STEPS = 50
+SAME = 1e-5
+"""Of losses in fp32, relative: sums over processes round in another order."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny.write_corpora(folder)
+    return folder
+
+
+def raw_recipe(data: Path, run: str, **engine: Any) -> dict[str, Any]:
+    """50 steps over several epochs of `chem`; then a finetune that is anchored, untied, stopped early, with a grid."""
+    raw = tiny.raw_recipe(data, run)
+    pretrain, finetune = raw["phases"]
+    pretrain |= {"tokens": STEPS * 8 * tiny.CONTEXT, "batch": {"sequences": 8, "micro": 2}}
+    pretrain["eval"] = {"every": "25 steps", "tokens": 400}
+    finetune |= {
+        "batch": {"sequences": 8, "micro": 1},
+        "grid": {"lr": ["1e-3", "2e-3"]},
+        "tokens": 6 * 8 * tiny.CONTEXT,
+    }
+    return raw | {"precision": "fp32", "engine": engine, "checkpoint": {"every": "20 steps", "keep": 9}}
+
+
+def start(processes: int, plans: list[dict[str, Any]], folder: Path) -> subprocess.Popen[str]:
+    """The plans in so many processes, each with one thread."""
+    path = folder / f"plans-{processes}-{time.monotonic_ns()}.json"
+    path.write_text(json.dumps(plans))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*(launcher if processes > 1 else [sys.executable]), "-m", "tests.train.many", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def together(processes: int, plans: list[dict[str, Any]], folder: Path) -> str:
+    process = start(processes, plans, folder)
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
+
+
+def losses(run: Path) -> list[tuple[tuple[Any, ...], list[float]]]:
+    """Where each record stands, and every loss and gradient norm in it."""
+    found = []
+    for record in tiny.metrics(run):
+        where = tuple(record[key] for key in ("kind", "phase", "arm", "step"))
+        values = [record["loss"], record["grad_norm"]] if record["kind"] == "train" else []
+        for split in ("heldout", "select", "train"):
+            values += [loss for _, loss in sorted(record.get(split, {}).items())]
+        found.append((where, values))
+    return found
+
+
+def worst_difference(run: Path, reference: Path) -> float:
+    """The largest relative difference of a loss or norm; the records themselves must be the same."""
+    ours, theirs = losses(run), losses(reference)
+    assert [where for where, _ in ours] == [where for where, _ in theirs]
+    pairs = [(a, b) for (_, x), (_, y) in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def global_batches(run: Path, processes: int) -> list[np.ndarray]:
+    """Tokens of every step, [sequences, T], put together from what each process read."""
+    files = [np.load(f"{run}.tokens-{rank}.npz") for rank in range(processes)]
+    steps = zip(*([file[name] for name in file.files] for file in files), strict=True)
+    # [processes, micro-batches, micro, T] → micro-batches of process 0, 1, … take turns
+    return [np.stack(parts).swapaxes(0, 1).reshape(-1, tiny.CONTEXT) for parts in steps]
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path) -> Path:
+    together(1, [{"recipe": raw_recipe(data, "alone")}], data)
+    return data / "alone"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_every_stage_trains_the_same_model_on_the_same_tokens(data: Path, alone: Path, processes: int) -> None:
+    runs = {f"z{stage}-{processes}": {"name": "deepspeed", "stage": stage} for stage in range(4)}
+    runs |= (
+        {f"offload-{processes}": {"name": "deepspeed", "stage": 2, "offload": "optimizer"}} if processes == 2 else {}
+    )
+    plans = [{"recipe": raw_recipe(data, name, **engine)} for name, engine in runs.items()]
+    plans[1]["recipe"]["phases"][0]["batch"]["micro"] = 1
+    together(processes, plans, data)
+    expected = global_batches(alone, 1)
+    for name in runs:
+        assert worst_difference(data / name, alone) < SAME, name
+        read = global_batches(data / name, processes)
+        assert len(read) == len(expected) >= STEPS
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(read, expected, strict=True)), name
+
+
+def test_a_run_goes_on_in_other_processes_and_stages(data: Path, alone: Path) -> None:
+    """Stopped by SIGTERM to the last process, again and again, each time gone on with by another engine."""
+    lives: list[tuple[int, dict[str, Any], int | None]] = [
+        (1, {"name": "local"}, 13),
+        (2, {"stage": 1}, 20),
+        (2, {"stage": 3}, 21),
+        (1, {"name": "local"}, None),
+    ]
+    read: list[np.ndarray] = []
+    for processes, engine, stop_at in lives:
+        plan = {"recipe": raw_recipe(data, "moved", **engine), "resume": True, "stop_at": stop_at}
+        together(processes, [plan], data)
+        summary = json.loads((data / "moved" / "summary.json").read_text())
+        assert summary["status"] == ("stopped" if stop_at is not None else "done")
+        read += global_batches(data / "moved", processes)
+    assert worst_difference(data / "moved", alone) < SAME
+    expected = global_batches(alone, 1)
+    assert len(read) == len(expected), "no step lost or repeated"
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(read, expected, strict=True))
+
+
+def test_a_loss_that_is_no_number_in_one_process_leaves_the_weights_alone(data: Path) -> None:
+    """Of ZeRO's stages, each has its own code for it."""
+    plans = []
+    for stage in range(4):
+        raw = raw_recipe(data, f"poisoned-{stage}", stage=stage)
+        raw["phases"] = raw["phases"][:1]
+        raw["phases"][0]["tokens"] = 6 * 8 * tiny.CONTEXT
+        plans.append({"recipe": raw, "poison_at": 3})
+    together(2, plans, data)
+    for stage in range(4):
+        run = data / f"poisoned-{stage}"
+        assert json.loads((run / "summary.json").read_text())["skipped_steps"] == 1
+        records = [record for record in tiny.metrics(run) if record["kind"] == "train"]
+        assert [record["loss"] is None for record in records] == [False] * 3 + [True] + [False] * 2
+        assert all(np.isfinite(record["grad_norm"]) for record in records if record["loss"] is not None)
+
+
+def test_a_process_that_dies_takes_the_job_down_in_seconds(data: Path) -> None:
+    process = start(2, [{"recipe": raw_recipe(data, "dead", stage=1), "die_at": 7}], data)
+    while not (data / "dead" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    began = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - began < 30
+    assert "rank" in said
+    assert "SIGKILL" in said or "-9" in said
+
+
+def test_local_is_one_process(data: Path) -> None:
+    process = start(2, [{"recipe": raw_recipe(data, "local-twice", name="local")}], data)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "engine.name: local is one process, and 2 were started; write deepspeed" in said
