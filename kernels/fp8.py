@@ -1,4 +1,4 @@
-"""A linear layer whose three products are taken in fp8, for layers wide enough to gain by it. No model uses it unasked.
+"""A linear layer whose three products are taken in fp8, for layers wide enough to gain by it: `engine: {fp8: true}`.
 
     y = x W^T        dx = dy W        dw = dy^T x           each operand q s, q in fp8 and s in float32
 
@@ -54,10 +54,11 @@ def fp8_linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
         )
     if any(size % MULTIPLE for size in weight.shape):
         raise ValueError(f"fp8_linear: both sizes of weight must be divisible by {MULTIPLE}, not {tuple(weight.shape)}")
-    return _linear(x, weight, _FP8_LINEAR.pick(backend, x, triton=_obstacle(x.device)))
+    return _linear(x, weight, _FP8_LINEAR.pick(backend, x, triton=obstacle(x.device)))
 
 
-def _obstacle(device: torch.device) -> str | None:
+def obstacle(device: torch.device) -> str | None:
+    """Why this GPU cannot multiply fp8; None where it can, and on a CPU, which stands in for one."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return "fp8 needs a GPU of compute capability 8.9, this one has {}.{}".format(
             *torch.cuda.get_device_capability(device)

@@ -31,18 +31,22 @@ from spt_fast.kernels import (
     add_rms_norm,
     embedding,
     flash_attention,
+    fp8_linear,
     linear_cross_entropy,
     qk_norm_rope,
     rms_norm,
     rope,
     swiglu_packed,
 )
+from spt_fast.kernels.fp8 import MULTIPLE
 from spt_fast.model.presets import PRESETS
 
 if TYPE_CHECKING:
     from spt_fast.data.tokenizer import Tokenizer
 
 INIT_STD = 0.02
+FP8_WIDTH = 2048
+"""Products with a weight that is narrower either way are never taken in fp8: quantising costs more than is won."""
 
 
 @dataclass(frozen=True)
@@ -135,23 +139,33 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cu_seqlens: Tensor | None,
+        fp8: bool,
     ) -> tuple[Tensor, Tensor]:
         """(the next block's h, the stream after this block)."""
-        attended_BTD = self.attention(h_BTD, cos, sin, cu_seqlens)
+        attended_BTD = self.attention(h_BTD, cos, sin, cu_seqlens, fp8)
         h_BTD, stream_BTD = add_rms_norm(attended_BTD, stream_BTD, self.ffn_norm, self.norm_eps)
-        return add_rms_norm(self.feed_forward(h_BTD), stream_BTD, next_norm, self.norm_eps)
+        return add_rms_norm(self.feed_forward(h_BTD, fp8), stream_BTD, next_norm, self.norm_eps)
 
-    def attention(self, h_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        qkv = F.linear(h_BTD, self.wqkv).unflatten(-1, (-1, self.head_dim))
+    def attention(self, h_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, fp8: bool) -> Tensor:
+        qkv = linear(h_BTD, self.wqkv, fp8).unflatten(-1, (-1, self.head_dim))
         q_BTHQ, k_BTKQ, v_BTKQ = qkv.split(self.split, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHQ, k_BTKQ = qk_norm_rope(q_BTHQ, k_BTKQ, self.q_norm, self.k_norm, cos, sin, self.norm_eps)
         else:
             q_BTHQ, k_BTKQ = rope(q_BTHQ, k_BTKQ, cos, sin)
-        return F.linear(flash_attention(q_BTHQ, k_BTKQ, v_BTKQ, cu_seqlens=cu_seqlens).flatten(2), self.wo)
+        return linear(flash_attention(q_BTHQ, k_BTKQ, v_BTKQ, cu_seqlens=cu_seqlens).flatten(2), self.wo, fp8)
 
-    def feed_forward(self, h_BTD: Tensor) -> Tensor:
-        return F.linear(swiglu_packed(F.linear(h_BTD, self.w_gate_up)), self.w_down)
+    def feed_forward(self, h_BTD: Tensor, fp8: bool) -> Tensor:
+        return linear(swiglu_packed(linear(h_BTD, self.w_gate_up, fp8)), self.w_down, fp8)
+
+
+def linear(x: Tensor, weight: Tensor, fp8: bool) -> Tensor:
+    """x @ weight.T, where `fp8` asks for it and the weight is wide enough with operands rounded to fp8."""
+    return fp8_linear(x, weight) if fp8 and gains_by_fp8(weight) else F.linear(x, weight)
+
+
+def gains_by_fp8(weight: Tensor) -> bool:
+    return all(size >= FP8_WIDTH and size % MULTIPLE == 0 for size in weight.shape)
 
 
 class GPT(nn.Module):
@@ -168,6 +182,9 @@ class GPT(nn.Module):
         self.checkpointing = "none"
         """What the backward pass makes again to save memory: nothing; within a block all but products of matrices and
         attention ("selective"); or whole blocks ("full"). Changes no result."""
+        self.fp8 = False
+        """Whether training takes the blocks' wide products in fp8 (kernels/fp8.py). Without gradients, in evaluation
+        and generation, nothing is: those are losses and texts of the weights as they will be used."""
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = nn.Parameter(torch.empty(config.width))
@@ -218,8 +235,9 @@ class GPT(nn.Module):
         blocks = cast("list[Block]", [*self.blocks])
         h_BTD = rms_norm(stream_BTD, blocks[0].attention_norm, eps)
         next_norms = [*(block.attention_norm for block in blocks[1:]), self.final_norm]
+        fp8 = self.fp8 and torch.is_grad_enabled()
         for block, next_norm in zip(blocks, next_norms, strict=True):
-            arguments = (h_BTD, stream_BTD, next_norm, cos, sin, cu_seqlens)
+            arguments = (h_BTD, stream_BTD, next_norm, cos, sin, cu_seqlens, fp8)
             if self.checkpointing == "none" or not torch.is_grad_enabled():
                 h_BTD, stream_BTD = block(*arguments)
             else:
@@ -248,6 +266,12 @@ class GPT(nn.Module):
         starts = cu_seqlens[torch.searchsorted(cu_seqlens, flat, right=True) - 1]
         positions_BT = (flat - torch.maximum(starts, flat - flat % T)).view(B, T)
         return cos[positions_BT], sin[positions_BT]
+
+    @property
+    def fp8_share(self) -> float:
+        """Of the multiplications in the blocks' products, the share that `fp8` changes."""
+        weights = [parameter for parameter in self.blocks[0].parameters() if parameter.dim() == 2]
+        return sum(w.numel() for w in weights if gains_by_fp8(w)) / sum(w.numel() for w in weights)
 
     @torch.no_grad()
     def untie(self) -> None:
@@ -279,8 +303,10 @@ class GPT(nn.Module):
 def _keep_products() -> tuple[Any, Any]:
     """Of a checkpointed block the products of matrices and attention are kept; what is cheap is made again."""
 
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.spt_fast.fp8_linear.default)
+
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
-        dear = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) or "attention" in str(op)
+        dear = op in products or "attention" in str(op)
         return checkpoint.CheckpointPolicy.MUST_SAVE if dear else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
     return checkpoint.create_selective_checkpoint_contexts(policy)

@@ -138,6 +138,7 @@ class Trainer:
             if not found.state["model"]["tied"]:
                 model.untie()
         self.parameters = parameters(plan.model)
+        self.fp8_share = model.fp8_share if model.fp8 else None
         self.engine = make_engine(model, plan.recipe.engine, world=world, dtype=dtype)
         self.flops_per_token = train_flops_per_token(plan.model)
         self.peak_flops = peak_flops(device)
@@ -160,6 +161,9 @@ class Trainer:
     def introduce(self, found: Checkpoint | None) -> None:
         """Say what runs where, and what the user should know about it."""
         precision = "bf16, fp32 masters" if self.engine.dtype == torch.bfloat16 else "fp32"
+        if self.fp8_share is not None:
+            how = "in fp8" if self.engine.device.type == "cuda" else "as in fp8, which only costs time on a CPU"
+            precision += f" ({self.fp8_share:.0%} of the blocks' products {how})"
         self.log.say(f"{self.folder}: {self.parameters:,} parameters in {precision} on {self.engine.describe()}")
         chosen = sorted(set(self.backends.values()))
         by_backend = {name: [op for op, backend in self.backends.items() if backend == name] for name in chosen}

@@ -24,6 +24,7 @@ from spt_fast.data.schedule import Schedule, check_every_source_is_drawn
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import DataError, RecipeError
+from spt_fast.kernels import fp8
 from spt_fast.model.flops import matmul_parameters, memory_bytes, parameters, peak_flops, train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.engine import pick_device, pick_dtype
@@ -131,6 +132,7 @@ class Plan:
         else:
             model = GPT(self.model, seed=self.recipe.seed)
         model.checkpointing = self.recipe.engine.checkpointing
+        model.fp8 = self.recipe.engine.fp8
         return model
 
     def epochs(self, source: str, windows: int) -> Fraction:
@@ -185,6 +187,8 @@ def make_plan(recipe: Recipe, *, world: int = 1) -> Plan:
     """
     if recipe.engine.cuda_graphs and pick_device().type != "cuda":
         raise RecipeError("engine.cuda_graphs: there is no GPU here; set it to false")
+    if recipe.engine.fp8 and (problem := fp8.obstacle(pick_device())):
+        raise RecipeError(f"engine.fp8: {problem}; set it to false, or take a newer GPU")
     tokenizer = Tokenizer.load(recipe.tokenizer) if recipe.tokenizer else None
     train, heldout = {}, {}
     for name, source in recipe.sources.items():

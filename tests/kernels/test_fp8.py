@@ -209,10 +209,10 @@ def test_bad_shapes_are_refused() -> None:
 
 def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert fp8._obstacle(torch.device("cuda")) == "fp8 needs a GPU of compute capability 8.9, this one has 8.0"
+    assert fp8.obstacle(torch.device("cuda")) == "fp8 needs a GPU of compute capability 8.9, this one has 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert fp8._obstacle(torch.device("cuda")) is None
-    monkeypatch.setattr(fp8, "_obstacle", lambda device: "no fp8")
+    assert fp8.obstacle(torch.device("cuda")) is None
+    monkeypatch.setattr(fp8, "obstacle", lambda device: "no fp8")
     with pytest.raises(ValueError, match="'triton' cannot be used: no fp8"):
         fp8_linear(torch.ones(4, 16), torch.ones(16, 16), backend=usable("triton"))
     fp8_linear(torch.ones(4, 16), torch.ones(16, 16))

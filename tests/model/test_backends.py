@@ -11,6 +11,7 @@ from torch import Tensor
 from spt_fast import kernels
 from spt_fast.kernels.backend import obstacle
 from spt_fast.kernels.launch import INTERPRETED
+from spt_fast.model import gpt
 from spt_fast.model.gpt import GPT, GPTConfig
 from tests.kernels.compare import DEVICE
 
@@ -24,10 +25,16 @@ STEPS = 12
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.01}
 
 
-def losses(backend: str, dtype: torch.dtype, device: str) -> list[float]:
+FP8_BOUND = 0.0025
+"""Of the loss, on average over the steps: what DeepSeek-V3 (arXiv 2412.19437, section 3.3) reports of its training in
+fp8 against bf16, and calls well within the randomness of training."""
+
+
+def losses(backend: str, dtype: torch.dtype, device: str, *, fp8: bool = False) -> list[float]:
     generator = torch.Generator().manual_seed(11)
     batches = [torch.randint(CONFIG.vocab_size, (4, CONFIG.context + 1), generator=generator) for _ in range(3)]
     model = GPT(CONFIG, seed=4).to(device, dtype)
+    model.fp8 = fp8
     wide = torch.promote_types(dtype, torch.float32)
     state = {
         parameter: {
@@ -86,3 +93,30 @@ def test_a_wrong_backend_would_be_seen(exact: list[float], monkeypatch: pytest.M
     monkeypatch.setattr(kernels.norm, "_reference_forward", wrong)
     found = losses("reference", torch.float32, "cpu")
     assert (torch.tensor(found) - torch.tensor(exact)).abs().max() > BOUNDS[torch.float32]
+
+
+def fp8_error(dtype: torch.dtype) -> float:
+    """Mean distance of the twelve losses in fp8 from those in `dtype`, relative to these."""
+    exact, found = (torch.tensor(losses("auto", dtype, DEVICE, fp8=fp8)) for fp8 in (False, True))
+    assert not torch.equal(exact, found)
+    return float(((found - exact) / exact).abs().mean())
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_twelve_steps_in_fp8(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt, "FP8_WIDTH", CONFIG.width)
+    assert fp8_error(dtype) < FP8_BOUND
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="breaks the reference")
+def test_a_wrong_scale_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten percent too much in every operand is beyond the bound."""
+    real = kernels.fp8._reference_quantise
+
+    def wrong(x: Tensor, largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        q, scale = real(x, largest, dtype)
+        return q, 1.1 * scale
+
+    monkeypatch.setattr(gpt, "FP8_WIDTH", CONFIG.width)
+    monkeypatch.setattr(kernels.fp8, "_reference_quantise", wrong)
+    assert fp8_error(torch.bfloat16) > FP8_BOUND

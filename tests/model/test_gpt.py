@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_fast.errors import RecipeError
+from spt_fast.model import gpt
 from spt_fast.model.gpt import GPT, GPTConfig
 
 SMALL = {"layers": 3, "width": 48, "heads": 6, "kv_heads": 2, "ffn": 80, "context": 32, "vocab_size": 61}
@@ -379,12 +380,13 @@ def test_checkpointing_changes_no_bit_and_recomputes_what_it_says(fields: dict) 
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts products of matrices."""
+    """Counts products of matrices, and those in fp8."""
 
-    products = 0
+    products = in_fp8 = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         self.products += op is torch.ops.aten.mm.default
+        self.in_fp8 += op is torch.ops.spt_fast.fp8_linear.default
         return op(*args, **(kwargs or {}))
 
 
@@ -402,3 +404,105 @@ def test_it_compiles_whole(fields: dict) -> None:
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+# -------------------------------------------------------------------------------------------------------------- fp8
+
+FP8 = {"layers": 2, "width": 48, "heads": 6, "kv_heads": 2, "ffn": 64, "context": 32, "vocab_size": 61}
+"""Weights, by block: wqkv 80 x 48, wo 48 x 48, w_gate_up 128 x 48, w_down 48 x 64."""
+
+
+def loss_and_gradients(model: GPT) -> list[Tensor]:
+    for parameter in model.parameters():
+        parameter.grad_dtype, parameter.grad = torch.float32, None
+    loss = model(tokens(2, 32), tokens(2, 32, seed=1))
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+
+@pytest.mark.parametrize(("width", "fields", "taken"), [(48, {}, 4), (64, {"width": 64, "heads": 4}, 4), (49, {}, 0)])
+def test_wide_layers_alone_are_taken_in_fp8(
+    width: int, fields: dict, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpt, "FP8_WIDTH", width)
+    model = GPT(GPTConfig(**{**FP8, **fields})).bfloat16()
+    exact = loss_and_gradients(model)
+    model.fp8 = True
+    with CountProducts() as count:
+        found = loss_and_gradients(model)
+    assert count.in_fp8 == taken * FP8["layers"]
+    assert model.fp8_share == (1.0 if taken else 0.0)
+    assert torch.equal(exact[0], found[0]) == (taken == 0)
+    assert all(torch.equal(a, b) for a, b in zip(exact, found, strict=True)) == (taken == 0)
+
+
+def test_a_weight_that_fp8_cannot_multiply_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feed-forward width that is no multiple of 16 makes w_down so; w_gate_up has twice that."""
+    monkeypatch.setattr(gpt, "FP8_WIDTH", 48)
+    model = GPT(GPTConfig(**{**FP8, "ffn": 72}))
+    model.fp8 = True
+    with CountProducts() as count:
+        loss_and_gradients(model)
+    assert count.in_fp8 == 3 * FP8["layers"]
+    taken, left = 80 * 48 + 48 * 48 + 144 * 48, 72 * 48
+    assert model.fp8_share == pytest.approx(taken / (taken + left))
+
+
+def test_the_presets_that_fp8_is_for() -> None:
+    with torch.device("meta"):
+        shares = {name: GPT(GPTConfig.preset(name, layers=1)).fp8_share for name in ("350m", "1b", "8b")}
+    assert shares["350m"] == 0
+    assert shares["1b"] == 1
+    assert shares["8b"] == 1
+
+
+def test_without_gradients_nothing_is_taken_in_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt, "FP8_WIDTH", 16)
+    model = GPT(GPTConfig(**FP8)).bfloat16()
+    with torch.no_grad():
+        exact = model(tokens(2, 32), tokens(2, 32, seed=1))
+        model.fp8 = True
+        assert torch.equal(model(tokens(2, 32), tokens(2, 32, seed=1)), exact)
+    assert not torch.equal(model(tokens(2, 32), tokens(2, 32, seed=1)), exact)
+
+
+def test_fp8_gradients_sum_over_micro_batches_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt, "FP8_WIDTH", 16)
+    model = GPT(GPTConfig(**FP8)).bfloat16()
+    model.fp8 = True
+    alone = loss_and_gradients(model)[1:]
+    loss_and_gradients(model)
+    model(tokens(2, 32), tokens(2, 32, seed=1)).backward()
+    for gradient, parameter in zip(alone, model.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert torch.equal(parameter.grad, 2 * gradient)
+
+
+def test_checkpointing_with_fp8_changes_no_bit_and_keeps_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt, "FP8_WIDTH", 16)
+    results, products = {}, {}
+    for mode in ("none", "selective", "full"):
+        model = GPT(GPTConfig(**FP8), seed=3).bfloat16()
+        model.fp8, model.checkpointing = True, mode
+        with CountProducts() as count:
+            results[mode] = loss_and_gradients(model)
+        products[mode] = count.in_fp8
+    for mode in ("selective", "full"):
+        assert all(torch.equal(a, b) for a, b in zip(results["none"], results[mode], strict=True)), mode
+    assert products == {"none": 8, "selective": 8, "full": 16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_fp8_compiles_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt, "FP8_WIDTH", 16)
+    results = []
+    for compiled in (False, True):
+        model = GPT(GPTConfig(**FP8), seed=3).to(dtype)
+        model.fp8 = True
+        if compiled:
+            model.compile(fullgraph=True, backend="aot_eager")
+        results.append(loss_and_gradients(model))
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6  # compiled, all gradients pass through the parameters' dtype
+    for eager, made in zip(*results, strict=True):
+        assert (made - eager).norm() <= rounding * eager.norm()

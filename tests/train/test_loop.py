@@ -22,8 +22,9 @@ from spt_fast.data.heldout import heldout_stretches
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import CheckpointError, DataError, RecipeError
 from spt_fast.kernels import auto_backends
+from spt_fast.model import gpt
 from spt_fast.model.gpt import GPT
-from spt_fast.train import loop
+from spt_fast.train import loop, plan
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import evaluation_texts, mean_loss
 from spt_fast.train.loop import run
@@ -376,6 +377,38 @@ def test_a_run_goes_on_in_the_dtype_it_began_in_and_says_what_kernels_changed(
     change = f"rms_norm {auto_backends()['rms_norm']} → abacus"
     said = " ".join(capsys.readouterr().err.split())
     assert f"warning: other kernels or processes than so far, so not bit-identical: {change}" in said
+
+
+def test_a_run_in_fp8_is_resumed_in_fp8_to_the_same_run(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpt, "FP8_WIDTH", 32)
+    fp8 = {"engine": {"fp8": True}}
+    run(tiny.recipe(data, "fp8-whole", **fp8))
+    assert "100% of the blocks' products as in fp8, which only costs time on a CPU" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", StopAfter)
+        StopAfter.looks = 43
+        assert run(tiny.recipe(data, "fp8", **fp8), progress=False)["status"] == "stopped"
+    with pytest.raises(RecipeError, match=r"engine\.fp8: True → False"):
+        run(tiny.recipe(data, "fp8"), resume=True, progress=False)
+    run(tiny.recipe(data, "fp8", engine={"fp8": True, "checkpointing": "full"}), resume=True, progress=False)
+    assert_same_run(data / "fp8-whole", data / "fp8")
+
+
+def test_fp8_changes_a_run_only_where_layers_are_wide(data: Path, undisturbed: Path) -> None:
+    run(tiny.recipe(data, "fp8-narrow", engine={"fp8": True}), progress=False)
+    assert_same_run(undisturbed, data / "fp8-narrow")
+
+
+def test_fp8_is_refused_on_a_gpu_without_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(RecipeError, match=r"engine\.fp8: fp8 needs .* 8\.9, this one has 8\.0; set it to false, or"):
+        run(tiny.recipe(data, "fp8-old", engine={"fp8": True}), progress=False)
+    assert not (data / "fp8-old").exists()
 
 
 def test_parameters_are_the_starting_models_whatever_interrupts(
