@@ -55,8 +55,9 @@ KERNELS = {
     "fp8": 2,
 }
 """The ops' benchmarks and their shares of the time."""
-PRESETS = {"124m": 2, "10m": 1, "350m": 3, "1b": 4}
-"""What the training step is measured with, and the shares of the time."""
+TRAINED = {"124m": 2, "10m": 1, "350m": 3, "1b": 4, "1b fp8": 2}
+"""The presets that the training step is measured with, and the shares of the time. The last is ours alone, in fp8
+beside bf16, round by round: with batches that leave room for both."""
 MIN_PART_SECONDS = 30.0
 """A part with less than that isn't begun."""
 
@@ -194,10 +195,12 @@ def kernels(entry: Entry, budget: Budget, dry: bool) -> bool:
 def train(entry: Entry, budget: Budget, dry: bool) -> bool:
     """Whether every preset was measured."""
     right = True
-    for preset, seconds in budget.shares({"10m": 1} if dry else PRESETS):
+    for name, seconds in budget.shares({"10m": 1, "1b fp8": 1} if dry else TRAINED):
+        preset, fp8 = name.split()[0], name.endswith("fp8")
         arguments = ["--preset", preset, "--steps=5", "--seconds", str(max(1.0, seconds - GRACE_SECONDS))]
+        arguments += ["--fp8", "--batch=8"] if fp8 else []
         arguments += ["--dry", "--rounds=2", "--batch=2", "--no-compile"] if dry else []
-        right &= _part(entry, preset, ["benchmarks.train_step", *arguments], seconds)
+        right &= _part(entry, name, ["benchmarks.train_step", *arguments], seconds)
     return right
 
 

@@ -1,6 +1,7 @@
 """Tokens per second of our whole training step against PyTorch and Hugging Face models of equal shape, in one run.
 
-    python -m benchmarks.train_step [--preset 124m …] [--rounds 7] [--steps 3] [--no-compile] [--dry] [--json FILE]
+    python -m benchmarks.train_step [--preset 124m …] [--rounds 7] [--steps 3] [--no-compile | --fp8] [--dry]
+        [--json FILE]
 
 All sides read the same file of token ids and do everything that a step needs: data, forward, backward, clipping to
 norm 1, AdamW; losses are read one step late.
@@ -9,6 +10,7 @@ ours          the trainer's own loader, engine and optimizer: bf16 parameters, f
               float32, no autocast, nothing compiled
 plain         what a user would write (nanoGPT with RMSNorm, RoPE and SwiGLU): float32 parameters, bf16 autocast, SDPA,
               fused torch.optim.AdamW, windows at random offsets of a memory map; compiled by torch.compile and not
+ours in fp8   the same, the blocks' wide products in fp8; --fp8 measures it beside ours and nothing else
 Hugging Face  its Llama with Liger's kernels patched in (fused loss, norms, RoPE, SwiGLU), else as plain, not compiled
 
 On a CPU: one small shape, a fixed batch, freed memory kept by the process as the trainer does, which speeds up all
@@ -50,6 +52,7 @@ from spt_fast.data.schedule import Schedule
 from spt_fast.data.shards import TokenDataset
 from spt_fast.files import write_text
 from spt_fast.kernels import keep_freed_memory
+from spt_fast.model import gpt
 from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.engine import LocalEngine, pick_dtype, weights_of
@@ -62,7 +65,7 @@ CONTEXTS = {"10m": 1024, "124m": 1024, "350m": 2048, "1b": 2048}
 MICRO_TOKENS = 32 * 1024
 STATE_BYTES = 18
 """Bytes a parameter that one side holds between steps."""
-RESIDENT_SHARE = 0.35
+RESIDENT_SHARE = 0.5
 """Of a GPU's memory that all sides' states may take if they are to stay there together."""
 
 Step = Callable[[], Callable[[], float]]
@@ -81,12 +84,15 @@ def main() -> None:
         "--seconds", type=float, default=math.inf, help="for the rounds of one shape; at least one is run"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (compiling takes a minute)")
+    parser.add_argument("--fp8", action="store_true", help="ours in bf16 and in fp8, nothing else")
     parser.add_argument(
         "--dry", action="store_true", help="what a GPU would run, tiny: runs every line, measures nothing"
     )
     parser.add_argument("--json", type=Path, help="write the figures here as well, after every round")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not options.dry else "cpu")
+    if options.dry:
+        gpt.FP8_WIDTH = 16
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     torch.manual_seed(0)
@@ -97,6 +103,8 @@ def main() -> None:
     for config in shapes(device, options.preset, dry=options.dry):
         batch = options.batch or (16 if device.type == "cpu" else MICRO_TOKENS // config.context)
         sides = contenders(on_gpu=device.type == "cuda" or options.dry, compiled=not options.no_compile)
+        if options.fp8:
+            sides = {"ours": ours, "ours in fp8": partial(ours, fp8=True)}
         trial = Trial(config, device, batch, options.rounds, options.steps, options.seconds)
 
         def save(trial: Trial) -> None:
@@ -317,7 +325,7 @@ def table(report: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------ the sides
 
 
-def ours(config: GPTConfig, file: Path, batch: int, device: torch.device) -> Step:
+def ours(config: GPTConfig, file: Path, batch: int, device: torch.device, *, fp8: bool = False) -> Step:
     """A step of the trainer as it is."""
     dataset = TokenDataset.open(file, dtype="uint16")
     schedule = Schedule(
@@ -338,6 +346,7 @@ def ours(config: GPTConfig, file: Path, batch: int, device: torch.device) -> Ste
         device=device,
     )
     model = GPT(config)
+    model.fp8 = fp8
     engine = LocalEngine(model, device=device, dtype=pick_dtype("auto", device))
     engine.begin(Optimizer(lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, clip=CLIP), 0.0, weights_of(model))
     steps = iter(loader)
