@@ -218,6 +218,7 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("model", {"layers": 0}, r"model\.layers: 0 will not do"),
         ("phases", [], "phases: "),
         ("precision", "fp16", "precision: 'fp16' is not one of"),
+        ("engine", {"fp8": "yes"}, r"engine\.fp8: 'yes' will not do; write true or false"),
     ],
 )
 def test_each_mistake_gets_one_message_that_names_the_field(path: str, value: Any, message: str) -> None:
