@@ -250,11 +250,15 @@ def results(function: Function, inputs: Sequence[Tensor], upstream: Sequence[Ten
 
 
 def copy_of(inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Leaves with the same numbers."""
-    return [
+    """Leaves with the same numbers, whose gradients are asked for in the same dtype unless `dtype` says another."""
+    copies = [
         x.detach().to(dtype if dtype and x.is_floating_point() else x.dtype, copy=True).requires_grad_(x.requires_grad)
         for x in inputs
     ]
+    for copy, x in zip(copies, inputs, strict=True):
+        if x.requires_grad and dtype is None:
+            copy.grad_dtype = x.grad_dtype
+    return copies
 
 
 def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

@@ -116,6 +116,23 @@ def test_a_token_beyond_the_vocabulary_is_an_error(backend: str, token: int) -> 
         embedding(torch.tensor([token]), torch.randn(5, 3), backend=usable(backend))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vocab_size", "width"), [(3000, 200), (2, 1), (5, 63)])
+def test_the_cpu_gradient_overwrites_all_that_was_there(dtype: torch.dtype, vocab_size: int, width: int) -> None:
+    """However many threads zero it, in pieces that end inside a row; integers add up exactly in any order."""
+    usable("cpu")
+    (x,), tokens = random_tensors([(500, width)], torch.float32), random_tokens(vocab_size, (500,))
+    dy = x.mul(4).round().to(dtype)
+    expected = torch.zeros(vocab_size, width).index_add_(0, tokens, dy.float())
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        dw = torch.full((vocab_size, width), float("nan"))
+        native.ops().cpu_embedding_backward(dy, tokens, dw)
+        assert torch.equal(dw, expected)
+    torch.set_num_threads(threads)
+
+
 def test_the_cpu_gradient_writes_nowhere_else() -> None:
     dy, dw = torch.ones(2, 3), torch.zeros(5, 3)
     usable("cpu")
