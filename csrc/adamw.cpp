@@ -1,4 +1,4 @@
-// One AdamW update of a tensor, in place; kernels/adamw.py says what is computed.
+// One AdamW update of a list of tensors, in place; kernels/adamw.py says what is computed.
 //
 // The arithmetic is on float32 arrays. A float32 tensor is such an array; of a bf16 tensor a block at a time is widened
 // into one, in the first-level cache, and what changed is rounded back. That the blocks are small lets the next ones
@@ -11,7 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
+#include <vector>
 
 using torch::stable::Tensor;
 
@@ -89,10 +89,19 @@ struct Memory {
   }
 };
 
-void adamw_step(const Tensor& param, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                const std::optional<Tensor>& master, const Tensor& grad, const std::optional<Tensor>& anchor, double step, double lr, double grad_scale,
-                std::optional<int64_t> seed, double beta1, double beta2, double eps, double weight_decay,
-                double anchor_decay) {
+// One of the tensors that are updated, with all that belongs to it; its blocks are number begin ... end - 1 of all.
+struct Part {
+  Memory param, exp_avg, exp_avg_sq, theta, grad, anchor;
+  int64_t numel, begin, end;
+  uint32_t seed_key;
+};
+
+// masters, anchors and seeds hold one for each of params, or none.
+void adamw_step(const std::vector<Tensor>& params, const std::vector<Tensor>& exp_avgs,
+                const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& masters,
+                const std::vector<Tensor>& grads, const std::vector<Tensor>& anchors, double step, double lr,
+                double grad_scale, const std::vector<int64_t>& seeds, double beta1, double beta2, double eps,
+                double weight_decay, double anchor_decay) {
   const Numbers numbers{.grad_scale = static_cast<float>(grad_scale),
                         .new1 = static_cast<float>(1 - beta1),
                         .new2 = static_cast<float>(1 - beta2),
@@ -101,30 +110,41 @@ void adamw_step(const Tensor& param, const Tensor& exp_avg, const Tensor& exp_av
                         .eps = static_cast<float>(eps),
                         .decay = static_cast<float>(lr * weight_decay),
                         .pull = static_cast<float>(lr * anchor_decay)};
-  const uint64_t words = static_cast<uint64_t>(seed.value_or(0));
-  const uint32_t seed_key = mix(mix(mix(static_cast<uint32_t>(words)) + static_cast<uint32_t>(words >> 32)) +
-                                static_cast<uint32_t>(static_cast<int64_t>(step)));
+  const bool has_masters = !masters.empty(), has_anchors = !anchors.empty(), at_random = !seeds.empty();
+  std::vector<Part> parts;
+  int64_t blocks = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const int64_t numel = params[i].numel();
+    if (numel == 0) continue;
+    const uint64_t words = at_random ? static_cast<uint64_t>(seeds[i]) : 0;
+    const uint32_t seed_key = mix(mix(mix(static_cast<uint32_t>(words)) + static_cast<uint32_t>(words >> 32)) +
+                                  static_cast<uint32_t>(static_cast<int64_t>(step)));
+    const int64_t begin = blocks;
+    blocks += (numel + kBlock - 1) / kBlock;
+    parts.push_back({Memory(params[i]), Memory(exp_avgs[i]), Memory(exp_avg_sqs[i]),
+                     Memory(has_masters ? masters[i] : params[i]), Memory(grads[i]),
+                     Memory(has_anchors ? anchors[i] : params[i]), numel, begin, blocks, seed_key});
+  }
 
-  const Memory params(param), grads(grad), first_moments(exp_avg), second_moments(exp_avg_sq);
-  const Memory thetas(master ? *master : param), anchors(anchor ? *anchor : param);
-  const int64_t N = param.numel();
-  torch::stable::parallel_for(0, (N + kBlock - 1) / kBlock, kGrainBlocks, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
     float buffers[5][kBlock];
-    for (int64_t first = begin * kBlock; first < std::min(N, end * kBlock); first += kBlock) {
-      const int64_t n = std::min(kBlock, N - first);
-      const float* g = grads.read(first, n, buffers[0]);
-      float* m = first_moments.read(first, n, buffers[1]);
-      float* v = second_moments.read(first, n, buffers[2]);
-      float* w = thetas.read(first, n, buffers[3]);
-      update(w, g, m, v, anchor ? anchors.read(first, n, buffers[4]) : w, n, numbers);
-      first_moments.write(first, n, m);
-      second_moments.write(first, n, v);
-      if (master) thetas.write(first, n, w);
-      if (seed) {
-        const uint32_t key = mix(seed_key + static_cast<uint32_t>(first >> 32));
-        narrow_at_random(w, params.half + first, n, static_cast<uint32_t>(first), key);
+    auto part = std::ranges::upper_bound(parts, begin, {}, &Part::end);
+    for (int64_t block = begin; block < end; ++block) {
+      if (block == part->end) ++part;
+      const int64_t first = (block - part->begin) * kBlock, n = std::min(kBlock, part->numel - first);
+      const float* g = part->grad.read(first, n, buffers[0]);
+      float* m = part->exp_avg.read(first, n, buffers[1]);
+      float* v = part->exp_avg_sq.read(first, n, buffers[2]);
+      float* w = part->theta.read(first, n, buffers[3]);
+      update(w, g, m, v, has_anchors ? part->anchor.read(first, n, buffers[4]) : w, n, numbers);
+      part->exp_avg.write(first, n, m);
+      part->exp_avg_sq.write(first, n, v);
+      if (has_masters) part->theta.write(first, n, w);
+      if (at_random) {
+        const uint32_t key = mix(part->seed_key + static_cast<uint32_t>(first >> 32));
+        narrow_at_random(w, part->param.half + first, n, static_cast<uint32_t>(first), key);
       } else {
-        params.write(first, n, w);
+        part->param.write(first, n, w);
       }
     }
   });
@@ -134,9 +154,9 @@ void adamw_step(const Tensor& param, const Tensor& exp_avg, const Tensor& exp_av
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spt_fast, m) {
   m.def(
-      "cpu_adamw_step(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor grad, "
-      "Tensor? anchor, float step, float lr, float grad_scale, int? seed, float beta1, float beta2, float eps, "
-      "float weight_decay, float anchor_decay) -> ()");
+      "cpu_adamw_step(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, "
+      "Tensor[] grads, Tensor[] anchors, float step, float lr, float grad_scale, int[] seeds, float beta1, "
+      "float beta2, float eps, float weight_decay, float anchor_decay) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spt_fast, CPU, m) { m.impl("cpu_adamw_step", TORCH_BOX(&adamw_step)); }

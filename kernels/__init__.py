@@ -5,7 +5,7 @@ differentiable, and sums in float32 inside (float64 for float64 inputs).
 """
 
 from spt_fast.kernels.activation import swiglu, swiglu_packed
-from spt_fast.kernels.adamw import adamw_step
+from spt_fast.kernels.adamw import adamw_step, adamw_step_all
 from spt_fast.kernels.attention import flash_attention
 from spt_fast.kernels.backend import auto_backends, chosen_backends, prefer
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
@@ -17,6 +17,7 @@ from spt_fast.kernels.rotary import qk_norm_rope, rope
 
 __all__ = [
     "adamw_step",
+    "adamw_step_all",
     "add_rms_norm",
     "auto_backends",
     "chosen_backends",

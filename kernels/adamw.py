@@ -1,4 +1,5 @@
-"""AdamW of one tensor, in place, in one pass, with everything that must not cost a synchronisation as device scalars.
+"""AdamW of one tensor or many, in place, in one pass, with everything that must not cost a synchronisation as device
+scalars.
 
     g ← grad · grad_scale
     m ← β1 m + (1 - β1) g        m^ = m / (1 - β1^step)
@@ -23,13 +24,15 @@ that it has just computed. A skipped step changes nothing, not the moments eithe
 
 Bytes moved for a float32 parameter with float32 gradient, in an ideal kernel: 28 (read grad, read and write θ, m, v);
 for a bf16 parameter with master 30. The kernels move these; the reference makes a dozen passes, over blocks that stay
-in a CPU's cache. They work in place, so they must never be autotuned: the first call would take many steps.
+in a CPU's cache. A call of a custom op costs more than the update of a small tensor (60 µs on a CPU), so one call takes
+all the tensors that are updated alike; on a CPU threads share all their elements, on a GPU each has its launch. Kernels
+work in place, so they must never be autotuned: the first call would take many steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,83 +76,163 @@ def adamw_step(
     ValueError: shapes that differ, an anchor_decay without anchor, a stochastic_rounding of what is not such a param or
     by a seed out of range, or a backend that cannot run for these tensors.
     """
-    tensors = {"grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "anchor": anchor, "master": master}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape != param.shape:
-            raise ValueError(
-                f"adamw_step: {name} is {tuple(tensor.shape)}, param is {tuple(param.shape)}; they must agree"
-            )
-    if anchor is None and anchor_decay != 0:
+    adamw_step_all(
+        [param],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        step=step,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        anchors=None if anchor is None else [anchor],
+        anchor_decay=anchor_decay,
+        grad_scale=grad_scale,
+        skip=skip,
+        masters=None if master is None else [master],
+        stochastic_rounding=None if stochastic_rounding is None else [stochastic_rounding],
+        backend=backend,
+    )
+
+
+@torch.no_grad()
+def adamw_step_all(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int | Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    anchors: Sequence[Tensor] | None = None,
+    anchor_decay: float = 0.0,
+    grad_scale: float | Tensor = 1.0,
+    skip: bool | Tensor | None = None,
+    masters: Sequence[Tensor] | None = None,
+    stochastic_rounding: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> None:
+    """`adamw_step` of every param, with the same numbers for all, in one call.
+
+    The lists are equally long and hold a tensor (of stochastic_rounding a seed) for each param; all tensors are on one
+    device, and no two that are updated share memory. One backend that can run for all of them is taken.
+    ValueError: as adamw_step, lists of other lengths, or params of float64 among others.
+    """
+    lists = {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "anchor": anchors, "master": masters}
+    for name, tensors in lists.items():
+        if tensors is None:
+            continue
+        if len(tensors) != len(params):
+            raise ValueError(f"adamw_step: {len(tensors)} {name}s for {len(params)} params; give one for each")
+        for number, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            if tensor.shape != param.shape:
+                raise ValueError(
+                    f"adamw_step: {name} {number} is {tuple(tensor.shape)}, its param is {tuple(param.shape)}; "
+                    "they must agree"
+                )
+    if anchors is None and anchor_decay != 0:
         raise ValueError(f"adamw_step: anchor_decay={anchor_decay} needs an anchor")
     if stochastic_rounding is not None:
-        if param.dtype != torch.bfloat16 or master is not None:
-            kept = f"{param.dtype}" + (" with a master" if master is not None else "")
-            raise ValueError(f"adamw_step: stochastic_rounding is for a bfloat16 param without master, not {kept}")
-        if not 0 <= stochastic_rounding < 2**63:
-            raise ValueError(f"adamw_step: stochastic_rounding={stochastic_rounding} must be a seed in [0, 2^63)")
+        _check_seeds(params, masters, stochastic_rounding)
+    if not params:
+        return
     if anchor_decay == 0:
-        anchor = None
-    given = [tensor for tensor in (param, grad, exp_avg, exp_avg_sq, anchor, master) if tensor is not None]
-    picked = {_ADAMW_STEP.pick(backend, tensor) for tensor in given}
+        anchors = None
+    given = [params, exp_avgs, exp_avg_sqs, masters or [], grads, anchors or []]
+    one_of_each = {(x.device, x.dtype): x for tensors in given for x in tensors}
+    picked = {_ADAMW_STEP.pick(backend, tensor) for tensor in one_of_each.values()}
+    wide = {accumulation_dtype(param) for param in masters or params}
+    if len(wide) > 1:
+        raise ValueError(
+            "adamw_step: params of float64 among others are computed in float64; give them a call of their own"
+        )
+    dtype, device = wide.pop(), params[0].device
 
     def scalar(value: float | Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(value, Tensor):
-            return value.to(device=param.device, dtype=dtype)
-        return torch.full((), value, dtype=dtype, device=param.device)
+            return value.to(device=device, dtype=dtype)
+        return torch.full((), value, dtype=dtype, device=device)
 
-    wide = accumulation_dtype(param if master is None else master)
     _step(
-        param,
-        exp_avg,
-        exp_avg_sq,
-        master,
-        grad,
-        anchor,
+        *given,
         [
-            scalar(step, wide),
-            scalar(lr, wide),
-            scalar(grad_scale, wide),
+            scalar(step, dtype),
+            scalar(lr, dtype),
+            scalar(grad_scale, dtype),
             None if skip is None else scalar(skip, torch.bool),
-            None if stochastic_rounding is None else scalar(stochastic_rounding, torch.int64),
+            None if stochastic_rounding is None else torch.tensor(stochastic_rounding, device=device),
         ],
         [*betas, eps, weight_decay, anchor_decay],
         picked.pop() if len(picked) == 1 else "reference",
     )
 
 
+def _check_seeds(params: Sequence[Tensor], masters: Sequence[Tensor] | None, seeds: Sequence[int]) -> None:
+    if len(seeds) != len(params):
+        raise ValueError(f"adamw_step: {len(seeds)} seeds for {len(params)} params; give one for each")
+    for param, seed in zip(params, seeds, strict=True):
+        if param.dtype != torch.bfloat16 or masters is not None:
+            kept = f"{param.dtype}" + (" with a master" if masters is not None else "")
+            raise ValueError(f"adamw_step: stochastic_rounding is for a bfloat16 param without master, not {kept}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"adamw_step: stochastic_rounding={seed} must be a seed in [0, 2^63)")
+
+
 # ------------------------------------------------------------------------------------------------ custom op
 
 
-@torch.library.custom_op("spt_fast::adamw_step", mutates_args=("param", "exp_avg", "exp_avg_sq", "master"))
+@torch.library.custom_op("spt_fast::adamw_step", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "masters"))
 def _step(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    master: Tensor | None,
-    grad: Tensor,
-    anchor: Tensor | None,
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    anchors: Sequence[Tensor],
     scalars: Sequence[Tensor | None],
     numbers: Sequence[float],
     backend: str,
 ) -> None:
-    """scalars: the 0-d tensors step, lr and grad_scale in the dtype of the arithmetic, skip (bool or None), seed (int64
-    or None); numbers: beta1, beta2, eps, weight_decay, anchor_decay. They are in lists because torch's Python side of a
-    custom op takes time by the square of the number of arguments: 90 µs a call for 17 of them, 45 for 9.
+    """masters and anchors: one for each param, or none. scalars: the 0-d tensors step, lr and grad_scale in the dtype
+    of the arithmetic, skip (bool or None), and the seeds (int64, one for each param, or None); numbers: beta1, beta2,
+    eps, weight_decay, anchor_decay. They are in lists because torch's Python side of a custom op takes time by the
+    square of the number of arguments.
     """
-    given: list[Any] = [param, exp_avg, exp_avg_sq, master, grad, anchor]
-    update: Any = {"reference": _reference, "cpu": _cpu, "triton": _triton}[backend]
-    taken = given
-    if update is not _reference:
-        taken = [tensor if tensor is None else tensor.contiguous() for tensor in given]
-    update(*taken, scalars, numbers)
-    for tensor, updated in zip(given[:4], taken, strict=False):
-        if updated is not tensor:
-            tensor.copy_(updated)
+    given = [params, exp_avgs, exp_avg_sqs, masters, grads, anchors]
+    if backend == "reference":
+        _one_by_one(_reference, given, scalars, numbers)
+        return
+    taken = [[tensor.contiguous() for tensor in tensors] for tensors in given]
+    if backend == "cpu":
+        _cpu(taken, scalars, numbers)
+    else:
+        _one_by_one(_triton, taken, scalars, numbers)
+    for tensors, updates in zip(given[:4], taken, strict=False):
+        for tensor, updated in zip(tensors, updates, strict=True):
+            if updated is not tensor:
+                tensor.copy_(updated)
 
 
 @_step.register_fake
 def _(*arguments: object) -> None:
     return None
+
+
+def _one_by_one(
+    update: Callable[..., None],
+    lists: Sequence[Sequence[Tensor]],
+    scalars: Sequence[Any],
+    numbers: Sequence[float],
+) -> None:
+    *shared, seeds = scalars
+    absent = [None] * len(lists[0])
+    columns = [*lists, [] if seeds is None else seeds.unbind()]
+    for *tensors, seed in zip(*(column or absent for column in columns), strict=True):
+        update(*tensors, [*shared, seed], numbers)
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -237,21 +320,11 @@ def _mix(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ csrc/adamw.cpp
 
 
-def _cpu(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    master: Tensor | None,
-    grad: Tensor,
-    anchor: Tensor | None,
-    scalars: Sequence[Any],
-    numbers: Sequence[float],
-) -> None:
-    step, lr, grad_scale, skip, seed = (None if scalar is None else scalar.item() for scalar in scalars)
+def _cpu(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Any], numbers: Sequence[float]) -> None:
+    step, lr, grad_scale, skip = (None if scalar is None else scalar.item() for scalar in scalars[:4])
+    seeds = [] if scalars[4] is None else scalars[4].tolist()
     if not skip:
-        native.ops().cpu_adamw_step(
-            param, exp_avg, exp_avg_sq, master, grad, anchor, step, lr, grad_scale, seed, *numbers
-        )
+        native.ops().cpu_adamw_step(*lists, step, lr, grad_scale, seeds, *numbers)
 
 
 # ------------------------------------------------------------------------------------------------ Triton

@@ -4,8 +4,8 @@ Bytes that must be moved (kernels/adamw.py): 28 a parameter in float32, 30 in bf
 float32 gradient, 24 in bf16 without a master, rounded stochastically. Ours is called as the trainer calls it, with the
 step's number, the clipping factor and the skip flag as device scalars, which the others don't take.
 
-One large matrix a width, and all parameters of a small GPT, where launches count: PyTorch's and FlashOptim's optimizers
-take lists of tensors, ours one tensor at a time. Checked is what two steps change in the weights.
+One large matrix a width, and all parameters of a small GPT, where calls and launches count: all take lists of tensors.
+Checked is what two steps change in the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.harness import Case, Contender, Function, Run, main
-from spt_fast.kernels import adamw_step
+from spt_fast.kernels import adamw_step_all
 from spt_fast.model.gpt import GPT, GPTConfig
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
@@ -71,7 +71,7 @@ def rounded(run: Run, name: str, shapes: Shapes) -> Case:
     count = len(shapes)
     contenders = [
         Contender("eager", lambda: partial(textbook, count, Counter()), "torch"),
-        *_ours(run, count, stochastic_rounding=True),
+        *_ours(run, count, stochastic_rounding=range(count)),
         Contender("torchao, bf16 moments", partial(TorchAO, count)),
     ]
     inputs = _inputs(run, shapes, torch.bfloat16, master=False)
@@ -130,9 +130,9 @@ class Counter:
 
 def _ours(run: Run, count: int, **options: Any) -> list[Contender]:
     def load(contender: Contender) -> Function:
-        missing = options.keys() - inspect.signature(adamw_step).parameters.keys()
+        missing = options.keys() - inspect.signature(adamw_step_all).parameters.keys()
         if missing:
-            raise ImportError(f"adamw_step doesn't take {', '.join(missing)}")
+            raise ImportError(f"adamw_step_all doesn't take {', '.join(missing)}")
         return partial(contender.load(), count, Counter(), **options)
 
     return [Contender(c.name, partial(load, c), c.kind) for c in run.ours(ours)]
@@ -142,9 +142,8 @@ def ours(count: int, step: Counter, *inputs: Tensor, backend: str, **options: An
     params, grads, m, v, weights = _groups(inputs, count)
     t = step.next(m[0])
     scalars: dict[str, Any] = {"step": t, "grad_scale": torch.ones_like(t), "skip": torch.zeros_like(t) > 0}
-    for p, g, m_, v_, w in zip(params, grads, m, v, weights, strict=True):
-        master = None if w is p else w
-        adamw_step(p, g, m_, v_, master=master, backend=backend, **scalars, **SETTINGS, **options)
+    masters = None if weights[0] is params[0] else weights
+    adamw_step_all(params, grads, m, v, masters=masters, backend=backend, **scalars, **SETTINGS, **options)
     return tuple(weights)
 
 

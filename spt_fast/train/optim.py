@@ -1,4 +1,4 @@
-"""AdamW over a model's parameters: which are decayed, where the fp32 master weights live, one fused update each.
+"""AdamW over a model's parameters: which are decayed, where the fp32 master weights live, one fused update for all.
 
 Parameters in bf16 have an fp32 master copy that takes the update and is rounded back into them; parameters in fp32 are
 their own master. Gradients arrive in fp32 (`p.grad_dtype`), summed over micro-batches. Nothing here reads a device
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.config import Optimizer
-from spt_fast.kernels import adamw_step
+from spt_fast.kernels import adamw_step_all
 
 Snapshot = dict[str, Tensor]
 """CPU copies by "weights/NAME" (fp32), and with the optimizer's state "exp_avg/NAME", "exp_avg_sq/NAME" and "count"."""
@@ -51,24 +51,28 @@ class AdamW:
         count = self.count + 1
         lr = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=count.dtype, device=count.device)
         scale = torch.clamp(s.clip / (norm + 1e-6), max=1.0) if s.clip else torch.ones_like(norm)
-        for name, param in self.params.items():
-            assert param.grad is not None, name
-            in_place = self.masters[name].dtype == param.dtype
-            adamw_step(
-                param,
-                param.grad,
-                self.exp_avg[name],
-                self.exp_avg_sq[name],
+        missing = [name for name, param in self.params.items() if param.grad is None]
+        assert not missing, missing
+        matrices = [name for name, param in self.params.items() if param.ndim >= 2]
+        vectors = [name for name, param in self.params.items() if param.ndim < 2]
+        for names, weight_decay in ((matrices, s.weight_decay), (vectors, 0.0)):
+            params = [self.params[name] for name in names]
+            in_place = all(param.dtype == torch.float32 for param in params)
+            adamw_step_all(
+                params,
+                [param.grad for param in params if param.grad is not None],
+                [self.exp_avg[name] for name in names],
+                [self.exp_avg_sq[name] for name in names],
                 step=count,
                 lr=lr,
                 betas=s.betas,
                 eps=s.eps,
-                weight_decay=s.weight_decay if param.ndim >= 2 else 0.0,
-                anchor=self.anchor.get(name),
+                weight_decay=weight_decay,
+                anchors=[self.anchor[name] for name in names] if self.anchor else None,
                 anchor_decay=self.anchor_decay,
                 grad_scale=scale,
                 skip=skip,
-                master=None if in_place else self.masters[name],
+                masters=None if in_place else [self.masters[name] for name in names],
             )
         self.count.copy_(torch.where(skip, self.count, count))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import kernels
-from spt_fast.kernels import adamw, adamw_step
+from spt_fast.kernels import adamw, adamw_step, adamw_step_all
 from spt_fast.kernels.launch import INTERPRETED
 from tests.kernels.compare import DEVICE, ROUNDING, random_tensors, strided, transposed, usable
 
@@ -321,6 +321,73 @@ def test_threads_don_t_matter() -> None:
         assert torch.equal(a, c)
 
 
+# ------------------------------------------------------------------------------------------------ many tensors
+
+SHAPES = [(300, 70), (), (0, 3), (257,), (64, 256), (0,), (40, 700), (5, 5), (0,)]
+"""Empty, single and ragged ones between those that several threads share."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["float32", "master and anchor", "stochastic rounding", "strided", "skipped"])
+def test_many_tensors_at_once_are_as_each_alone(backend: str, half: torch.dtype, kind: str) -> None:
+    """Bit for bit, whatever the number of threads."""
+    usable(backend)
+    shapes = [(n, m) for n, m in [(30, 7), (0, 3), (40, 11)]] if kind == "strided" else SHAPES
+    weights, grads, m, v, anchors = (random_tensors(shapes, torch.float32) for _ in range(5))
+    params, masters, options, alone = weights, None, {}, [{} for _ in shapes]
+    if kind == "master and anchor":
+        params, masters = [w.to(half) for w in weights], weights
+        options = {"anchor_decay": 0.3}
+        alone = [{"master": w.clone(), "anchor": a} for w, a in zip(weights, anchors, strict=True)]
+    elif kind == "stochastic rounding":
+        params = [w.bfloat16() for w in weights]
+        alone = [{"stochastic_rounding": seed << 30} for seed in range(len(shapes))]
+    elif kind == "strided":
+        params, grads = [transposed(w) for w in params], [strided(g) for g in grads]
+    elif kind == "skipped":
+        options = {"skip": torch.tensor(True)}
+    v = [x.abs() for x in v]
+    numbers = {**HYPER, "step": torch.tensor(3.0), "grad_scale": torch.tensor(0.5), **options, "backend": backend}
+    expected = [[x.clone() for x in state] for state in zip(params, m, v, strict=True)]
+    for (p, m_, v_), g, own in zip(expected, grads, alone, strict=True):
+        adamw_step(p, g, m_, v_, **numbers, **own)
+
+    threads = torch.get_num_threads()
+    for count in (1, 3) if backend == "cpu" else (1,):
+        torch.set_num_threads(count)
+        found = [[x.clone() for x in xs] for xs in (params, m, v)]
+        own_masters = None if masters is None else [x.clone() for x in masters]
+        adamw_step_all(
+            found[0], grads, found[1], found[2], **numbers, masters=own_masters,
+            anchors=anchors if kind == "master and anchor" else None,
+            stochastic_rounding=[a["stochastic_rounding"] for a in alone] if kind == "stochastic rounding" else None,
+        )  # fmt: skip
+        for one, many in zip(expected, zip(*found, strict=True), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+        for one, many in zip(alone, own_masters or [], strict=False):
+            assert torch.equal(one["master"], many)
+    torch.set_num_threads(threads)
+    changed = [not torch.equal(a, b[0]) for a, b in zip(params, expected, strict=True) if a.numel() > 1]
+    assert not any(changed) if kind == "skipped" else all(changed)
+
+
+def test_no_tensors_are_no_update() -> None:
+    adamw_step_all([], [], [], [], step=1, lr=LR)
+
+
+def test_lists_that_don_t_fit_are_refused() -> None:
+    theta, m, v = state((5,))
+    two = {"step": 1, "lr": LR}
+    with pytest.raises(ValueError, match="1 grads for 2 params"):
+        adamw_step_all([theta, m], [m], [m, m], [v, v], **two)
+    with pytest.raises(ValueError, match="master 1 is"):
+        adamw_step_all([theta, m], [m, m], [m, m], [v, v], masters=[theta, v[:3]], **two)
+    with pytest.raises(ValueError, match="1 seeds for 2 params"):
+        adamw_step_all([theta.bfloat16()] * 2, [m, m], [m, m], [v, v], stochastic_rounding=[1], **two)
+    with pytest.raises(ValueError, match="float64"):
+        adamw_step_all([theta, theta.double()], [m, m], [m, m], [v, v], **two)
+
+
 def test_the_first_steps_bias_correction_is_exact(update: Update) -> None:
     """With betas near 1 the float32 powers lose digits in 1 - beta^step; the first update must be lr · sign(grad)."""
     theta, m, v, grad = torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.tensor([1.0, -2.0, 0.5])
@@ -346,12 +413,12 @@ def test_no_kernel_is_autotuned() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("optional", [False, True])
 def test_what_torch_asks_of_a_custom_op(backend: str, optional: bool) -> None:
-    param, m, v, master, grad, anchor = random_tensors([(5, 8)] * 6, torch.float32)
+    params, m, v, masters, grads, anchors = (random_tensors([(5, 8), (3,)], torch.float32) for _ in range(6))
     one = torch.ones(())
-    tensors = (param, m, v.abs(), master, grad, anchor) if optional else (param, m, v.abs(), None, grad, None)
+    lists = (params, m, [x.abs() for x in v], masters * optional, grads, anchors * optional)
     scalars = [one, one, one, one > 2 if optional else None, None]
     numbers = [*BETAS, EPS, 0.1, 0.1 * optional]
-    torch.library.opcheck(torch.ops.spt_fast.adamw_step, (*tensors, scalars, numbers, usable(backend)))
+    torch.library.opcheck(torch.ops.spt_fast.adamw_step, (*lists, scalars, numbers, usable(backend)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -360,6 +427,8 @@ def test_it_compiles_whole(backend: str) -> None:
         numbers = {**HYPER, "anchor": anchor, "anchor_decay": 0.1, "backend": usable(backend)}
         adamw_step(param, grad, m, v, step=step, **numbers, skip=skip, master=master)
         adamw_step(grad, grad.clone(), m, v, step=step, **numbers)
+        numbers["anchors"] = [numbers.pop("anchor")] * 2
+        adamw_step_all([param, master], [grad, grad], [m, m + 1], [v, v + 1], step=step, **numbers, skip=skip)
         return param + 1
 
     tensors = random_tensors([(5, 8)] * 6, torch.float32)
