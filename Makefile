@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint bench bench-gpu peers aot clean
+.PHONY: demo test lint bench bench-gpu peers aot aot-newest aot-oldest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/spt-fast demo --out demo
@@ -42,7 +42,12 @@ peers: $(VENV)/.ready
 OLDEST_TRITON := build/triton-3.6.0
 
 aot: $(VENV)/.ready $(OLDEST_TRITON)/.ready
+	$(MAKE) -j2 --output-sync aot-newest aot-oldest
+
+aot-newest:
 	env -u TRITON_INTERPRET $(BIN)/python -m tests.kernels.aot
+
+aot-oldest:
 	env -u TRITON_INTERPRET PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m tests.kernels.aot
 
 $(OLDEST_TRITON)/.ready:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.kernels.backend import Op
-from spt_fast.kernels.launch import Variant, jit, next_power_of_2, tl
+from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
@@ -205,18 +205,21 @@ def _triton_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: T
 
 
 def variants() -> list[Variant]:
-    """The launches for wide rows; narrow ones are the same number of numbers in more rows."""
+    """The launches for rows of 16 and more numbers; default: for wide ones in bf16 and float32."""
     found = []
-    for dtype, torch_dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
-        rows, columns, warps = _tile(COLUMNS, torch_dtype)
+    cases = [(16 << i, dtype, "i32:16") for dtype in DTYPES for i in range(5)]
+    cases += [(width, dtype, "i32") for dtype in DTYPES for width in (100, 1000)]
+    for width, dtype, size in cases:
+        rows, columns, warps = _tile(width, DTYPES[dtype])
         constants = {"ROWS": rows, "COLUMNS": columns}
+        default = width == COLUMNS and dtype != "*fp16"
         for kernel, tensors in (
             (_forward_kernel, ("gate_ptr", "up_ptr", "y_ptr")),
             (_backward_kernel, ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")),
         ):
             strides = [name.replace("_ptr", "_stride") for name in tensors if name != "y_ptr"]
-            arguments = {**dict.fromkeys(tensors, dtype), **dict.fromkeys(("N", "F", *strides), "i32")}
-            found.append(Variant(kernel, arguments, constants, warps))
+            arguments = {**dict.fromkeys(tensors, dtype), "N": "i32", **dict.fromkeys(("F", *strides), size)}
+            found.append(Variant(kernel, arguments, constants, warps, default=default))
     return found
 
 

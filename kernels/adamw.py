@@ -416,26 +416,29 @@ def _triton(
 
 
 def variants() -> list[Variant]:
-    """What the trainer calls (float32, or bf16 with master), with an anchor, and bf16 alone rounded at random."""
+    """What the trainer calls (float32, or bf16 with master), with and without anchor and skip, in float16 too; and bf16
+    alone, rounded at random or not, with moments in float32 or in bf16."""
     found = []
-    for param, master, anchor, at_random in (
-        ("*fp32", False, False, False),
-        ("*bf16", True, False, False),
-        ("*bf16", True, True, False),
-        ("*bf16", False, False, True),
-    ):
-        state = "*bf16" if at_random else "*fp32"
-        arguments = {
-            "param_ptr": param,
-            **dict.fromkeys(("grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "master_ptr", "anchor_ptr"), state),
-            **dict.fromkeys(("step_ptr", "lr_ptr", "grad_scale_ptr"), "*fp32"),
-            "skip_ptr": "*i1",
-            "seed_ptr": "*i64",
-            "N": "i32",
-            **dict.fromkeys(("new1", "new2", "log_beta1", "log_beta2", "eps", "weight_decay", "anchor_decay"), "fp32"),
-        }
-        flags = {"HAS_MASTER": master, "HAS_ANCHOR": anchor, "HAS_SKIP": True, "AT_RANDOM": at_random}
-        found.append(Variant(_kernel, arguments, {**flags, "BLOCK_SIZE": TRITON_BLOCK}, TRITON_WARPS))
+    cases: list[tuple[str, str, str | None, bool]] = [("*fp32", "*fp32", None, False)]
+    cases += [(param, "*fp32", "*fp32", False) for param in ("*bf16", "*fp16")]
+    cases += [("*bf16", state, None, at_random) for state in ("*bf16", "*fp32") for at_random in (False, True)]
+    for param, state, master, at_random in cases:
+        for anchor, skip in ((False, True), (True, True), (False, False), (True, False)):
+            arguments = {
+                "param_ptr": param,
+                **dict.fromkeys(("grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"), state),
+                "master_ptr": master,
+                "anchor_ptr": (master or param) if anchor else None,
+                "skip_ptr": "*i1" if skip else None,
+                "seed_ptr": "*i64" if at_random else None,
+            }
+            arguments |= dict.fromkeys(("step_ptr", "lr_ptr", "grad_scale_ptr"), "*fp32") | {"N": "i32"}
+            numbers = ("new1", "new2", "log_beta1", "log_beta2", "eps", "weight_decay", "anchor_decay")
+            arguments |= dict.fromkeys(numbers, "fp32")
+            flags = {"HAS_MASTER": bool(master), "HAS_ANCHOR": anchor, "HAS_SKIP": skip, "AT_RANDOM": at_random}
+            default = skip and param != "*fp16" and at_random == (state == "*bf16")
+            constants = {**flags, "BLOCK_SIZE": TRITON_BLOCK}
+            found.append(Variant(_kernel, arguments, constants, TRITON_WARPS, default=default))
     return found
 
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spt_fast.kernels.launch import INTERPRETED, Variant, jit, next_power_of_2, tl
+from spt_fast.kernels.launch import DTYPES, INTERPRETED, Variant, jit, next_power_of_2, tl
 
 # ------------------------------------------------------------------------------------------------ custom ops
 
@@ -191,19 +191,19 @@ def _forward_launch(width: int, itemsize: int, arch: int) -> Launch:
     if INTERPRETED:
         return Launch(32, 16, 4, 1)
     if itemsize == 4:
-        return Launch(32, 32, 4, 2)
+        return Launch(32, 32, 4, 2) if width <= 64 else Launch(32, 16, 8, 2)
     if width > 128:
         return Launch(64, 32, 8, 2)
     if width > 64:
         return Launch(128, 64, 8, 2 if arch == 80 else 3)
-    return Launch(128, 64, 4, 3) if arch == 80 else Launch(128, 128, 8, 3)
+    return Launch(128, 64 if arch == 80 else 128, 8, 3)
 
 
 def _dq_launch(width: int, itemsize: int, arch: int) -> Launch:
     if INTERPRETED:
         return Launch(32, 16, 4, 1)
     if itemsize == 4:
-        return Launch(32, 32, 4, 2)
+        return Launch(32, 32, 4, 2) if width <= 64 else Launch(32, 16, 8, 2)
     if width > 128:
         return Launch(64, 32, 8, 1)
     return Launch(64 if width > 64 and arch == 80 else 128, 64, 8, 2)
@@ -213,7 +213,7 @@ def _dkv_launch(width: int, itemsize: int, arch: int) -> Launch:
     if INTERPRETED:
         return Launch(16, 32, 4, 1)
     if itemsize == 4:
-        return Launch(16, 32, 4 if width <= 64 else 8, 2)
+        return Launch(16, 32, 4, 2) if width <= 64 else Launch(16, 16, 4, 2)
     if width > 128:
         return Launch(32, 32, 8, 1)
     if width > 64:
@@ -425,26 +425,35 @@ def _dkv_kernel(
 
 
 def variants() -> list[Variant]:
-    """Causal, plain and with documents, at the common head dimensions; not default: windows, all keys, other sizes."""
+    """Every kind of mask at head dimensions 64 and 128, plain and documents at others; grouped queries, and not."""
     found = []
-    cases = [(D, "*bf16", True, kind, True) for D in (64, 128) for kind in ("plain", "documents")]
-    cases += [(128, "*bf16", True, "window", False), (128, "*bf16", False, "plain", False)]
-    cases += [(D, "*bf16", True, kind, False) for D in (32, 80, 256) for kind in ("plain", "documents")]
-    cases += [(D, "*fp32", True, kind, False) for D in (64, 128) for kind in ("plain", "documents")]
-    for D, dtype, causal, kind, default in cases:
+    masks = [(True, kind) for kind in ("plain", "documents", "window", "both")]
+    masks += [(False, kind) for kind in ("plain", "documents")]
+    cases: list[tuple[int, str, str | int, bool, str]] = [
+        (D, "*bf16", "i32", *mask) for D in (64, 128) for mask in masks
+    ]
+    cases += [(D, "*bf16", 1, True, "plain") for D in (64, 128)]
+    cases += [(D, "*bf16", "i32", *mask) for D in (32, 80, 256) for mask in masks[:2]]
+    cases += [(D, "*fp32", "i32", *mask) for D in (64, 128) for mask in masks[:2]]
+    cases += [
+        (D, dtype, "i32", True, "plain") for D, dtype in ((48, "*bf16"), (192, "*bf16"), (32, "*fp32"), (80, "*fp32"))
+    ]
+    cases += [(D, "*fp16", "i32", *mask) for D in (64, 128) for mask in masks[:1]]
+    for D, dtype, group, causal, kind in cases:
+        absent = {"starts_ptr", "ends_ptr", "cu_seqlens_ptr"} if kind not in ("documents", "both") else set()
+        absent |= {"window"} if kind not in ("window", "both") else set()
+        default = dtype == "*bf16" and D in (64, 128) and group != 1 and (causal, kind) in masks[:2]
         width = max(16, next_power_of_2(D))
         for kernel, choose in (
             (_forward_kernel, _forward_launch),
             (_dq_kernel, _dq_launch),
             (_dkv_kernel, _dkv_launch),
         ):
-            absent = {"starts_ptr", "ends_ptr", "cu_seqlens_ptr"} if kind != "documents" else set()
-            absent |= {"window"} if kind != "window" else set()
             arguments = {}
             for name in kernel.arg_names:
-                if name in absent or (name.isupper() and name not in ("T", "H", "K", "GROUP")):
+                if name in absent or (name.isupper() and name not in ("T", "H", "K")):
                     continue
-                arguments[name] = "i32"
+                arguments[name] = "i32:16" if name[-2:] in ("_b", "_t", "_h") else "i32"
                 if name.endswith("_ptr"):
                     arguments[name] = dtype
                 if name in ("lse_ptr", "delta_ptr"):
@@ -452,9 +461,12 @@ def variants() -> list[Variant]:
                 if name in ("starts_ptr", "ends_ptr", "cu_seqlens_ptr"):
                     arguments[name] = "*i32"
             arguments["scale"] = "fp32"
+            if group != 1:
+                arguments["GROUP"] = "i32"
             for arch in (80, 90, 100):
-                launch = choose(width, 4 if dtype == "*fp32" else 2, arch)
+                launch = choose(width, DTYPES[dtype].itemsize, arch)
                 sizes = {"CAUSAL": causal, "D": D, "WIDTH": width, "M": launch.M, "N": launch.N}
-                constants = {**dict.fromkeys(absent), **sizes}
-                found.append(Variant(kernel, arguments, constants, launch.warps, launch.stages, default, archs=(arch,)))
+                constants = {**dict.fromkeys(absent), **({"GROUP": 1} if group == 1 else {}), **sizes}
+                options = (launch.warps, launch.stages)
+                found.append(Variant(kernel, arguments, constants, *options, default=default, archs=(arch,)))
     return found

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.kernels.backend import Op, accumulation_dtype
-from spt_fast.kernels.launch import Variant, jit, next_power_of_2, tl
+from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 
 CHUNK_BYTES = {"cpu": 8 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
@@ -436,20 +436,20 @@ def _triton_rows(
 
 
 def variants() -> list[Variant]:
-    """The launches for small and for large vocabularies, with and without softcap and gradient."""
+    """The launches for vocabularies of 256 and more, with and without softcap and gradient."""
     found = []
-    for V in (4096, 151_936):
+    cases = [(256 << i, dtype, "i32:16") for dtype in DTYPES for i in range(6)]
+    cases += [(50_257, dtype, "i32") for dtype in DTYPES]
+    for V, dtype, size in cases:
         block, warps = _block(V)
-        for dtype in ("*bf16", "*fp32"):
-            for has_softcap in (False, True):
-                for wants_grad in (False, True):
-                    arguments = {
-                        "z_ptr": dtype, "targets_ptr": "*i64", "dloss_ptr": "*fp32", "loss_ptr": "*fp32",
-                        "stride": "i32", "V": "i32", "ignore_index": "i32", "z_loss": "fp32", "softcap": "fp32",
-                    }  # fmt: skip
-                    constants = {"HAS_SOFTCAP": has_softcap, "WANTS_GRAD": wants_grad, "BLOCK": block}
-                    usual = dtype == "*bf16" and (wants_grad or not has_softcap)
-                    found.append(Variant(_rows_kernel, arguments, constants, warps, default=usual))
+        arguments = {
+            "z_ptr": dtype, "targets_ptr": "*i64", "dloss_ptr": "*fp32", "loss_ptr": "*fp32",
+            "stride": "i32:16", "V": size, "ignore_index": "i32", "z_loss": "fp32", "softcap": "fp32",
+        }  # fmt: skip
+        for has_softcap, wants_grad in ((False, False), (False, True), (True, False), (True, True)):
+            constants = {"HAS_SOFTCAP": has_softcap, "WANTS_GRAD": wants_grad, "BLOCK": block}
+            usual = dtype == "*bf16" and size == "i32:16" and V in (4096, 8192) and (wants_grad or not has_softcap)
+            found.append(Variant(_rows_kernel, arguments, constants, warps, default=usual))
     return found
 
 

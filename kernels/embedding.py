@@ -26,7 +26,7 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.kernels.backend import Op, accumulation_dtype
-from spt_fast.kernels.launch import Variant, jit, next_power_of_2, tl
+from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 
 
 def embedding(tokens: Tensor, weight_VD: Tensor, *, backend: str = "auto") -> Tensor:
@@ -126,12 +126,14 @@ def _triton(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int) -> Tensor:
 
 
 def variants() -> list[Variant]:
+    """The launches for widths of 16 and more."""
     found = []
-    for dtype in ("*bf16", "*fp32"):
-        for D in (64, 1024):
-            arguments = {"dy_ptr": dtype, "order_ptr": "*i64", "start_ptr": "*i64", "dw_ptr": "*fp32", "D": "i32"}
-            constants = {"ROWS": ROWS, "COLUMNS": _columns(D)}
-            found.append(Variant(_backward_kernel, arguments, constants, WARPS, default=D == 1024))
+    cases = [(16 << i, dtype, "i32:16") for dtype in DTYPES for i in range(5)]
+    cases += [(D, dtype, "i32") for dtype in DTYPES for D in (100, 1000)]
+    for D, dtype, size in cases:
+        arguments = {"dy_ptr": dtype, "order_ptr": "*i64", "start_ptr": "*i64", "dw_ptr": "*fp32", "D": size}
+        constants, default = {"ROWS": ROWS, "COLUMNS": _columns(D)}, D == MAX_COLUMNS and dtype != "*fp16"
+        found.append(Variant(_backward_kernel, arguments, constants, WARPS, default=default))
     return found
 
 

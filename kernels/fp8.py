@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.kernels.backend import Op
-from spt_fast.kernels.launch import Variant, jit, multiprocessors, next_power_of_2, tl
+from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST = 1e-30
@@ -244,22 +244,26 @@ def _triton_columns(x: Tensor, dtype: torch.dtype, whole: bool = False) -> tuple
 
 
 def variants() -> list[Variant]:
-    """The launches for bf16. GPUs before 8.9 have no fp8: there is nothing for sm_80."""
+    """The launches for widths from 64 to 16,384, all multiples of 16. GPUs before 8.9 have no fp8: there is nothing for
+    sm_80."""
     found = []
-    sizes = {"N": "i32", "D": "i32"}
-    for kind, dtype in (("*fp8e4nv", FORWARD), ("*fp8e5", BACKWARD)):
-        limit = torch.finfo(dtype).max
-        for D in (2048, 8192, 16384):
-            rows, columns, warps = _rows_tile(D)
-            arguments = {"x_ptr": "*bf16", "q_ptr": kind, "scale_ptr": "*fp32", **sizes}
-            constants = {"LIMIT": limit, "SMALLEST": SMALLEST, "ROWS": rows, "COLUMNS": columns}
-            found.append(Variant(_rows_kernel, arguments, constants, warps, default=D < 16384, archs=(90, 100)))
-        arguments = {"x_ptr": "*bf16", "largest_ptr": "*fp32", "q_ptr": kind, **sizes, "N_PADDED": "i32"}
-        constants = {"LIMIT": limit, "ROWS": COLUMNS_TILE[0], "COLUMNS": COLUMNS_TILE[1]}
-        found.append(Variant(_columns_kernel, arguments, constants, WARPS, archs=(90, 100)))
-    arguments = {"x_ptr": "*bf16", "largest_ptr": "*fp32", **sizes}
-    constants = dict(zip(("ROWS", "COLUMNS"), AMAX_TILE, strict=True))
-    return [*found, Variant(_column_amax_kernel, arguments, constants, WARPS)]
+    sizes = {"N": "i32", "D": "i32:16"}
+    for x in DTYPES:
+        for kind, dtype in (("*fp8e4nv", FORWARD), ("*fp8e5", BACKWARD)):
+            limit = torch.finfo(dtype).max
+            for D in (64 << i for i in range(9)):
+                rows, columns, warps = _rows_tile(D)
+                arguments = {"x_ptr": x, "q_ptr": kind, "scale_ptr": "*fp32", **sizes}
+                constants = {"LIMIT": limit, "SMALLEST": SMALLEST, "ROWS": rows, "COLUMNS": columns}
+                default = x == "*bf16" and D in (2048, 8192)
+                found.append(Variant(_rows_kernel, arguments, constants, warps, default=default, archs=(90, 100)))
+            arguments = {"x_ptr": x, "largest_ptr": "*fp32", "q_ptr": kind, **sizes, "N_PADDED": "i32:16"}
+            constants = {"LIMIT": limit, "ROWS": COLUMNS_TILE[0], "COLUMNS": COLUMNS_TILE[1]}
+            found.append(Variant(_columns_kernel, arguments, constants, WARPS, default=x == "*bf16", archs=(90, 100)))
+        arguments = {"x_ptr": x, "largest_ptr": "*fp32", **sizes}
+        constants = dict(zip(("ROWS", "COLUMNS"), AMAX_TILE, strict=True))
+        found.append(Variant(_column_amax_kernel, arguments, constants, WARPS, default=x == "*bf16", archs=(90, 100)))
+    return found
 
 
 _QUANTISE_ROWS = {"reference": _reference_rows, "triton": _triton_rows}

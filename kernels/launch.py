@@ -8,7 +8,7 @@ bf16: kernels convert to float32 right after every load.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,21 +30,28 @@ except ImportError:
 INTERPRETED = TRITON_VERSION is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+DTYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
+"""What the kernels read and write, by Triton's name of a pointer to it."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way in which a Triton kernel may be launched, for ahead-of-time compilation.
 
-    arguments   Triton types of the arguments that are no constants, in order: "*bf16", "*fp32", "i32", "fp32", ...
+    arguments   Triton types of the arguments that are no constants: "*bf16", "*fp32", "fp32", "i32", and "i32:16" for a
+                multiple of 16, of which the launcher makes a kernel of its own; None where nothing is given
     constants   the tl.constexpr arguments
+    maxnreg     at most so many registers a thread; None leaves it to the assembler
     default     among those that a usual call chooses
     archs       the compute capabilities, times ten, on which it can run
     """
 
     kernel: Callable[..., Any]
-    arguments: dict[str, str]
-    constants: dict[str, Any]
+    arguments: Mapping[str, str | None]
+    constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     default: bool = True
     archs: tuple[int, ...] = (80, 90, 100)
 
@@ -58,4 +65,4 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-__all__ = ["INTERPRETED", "TRITON_VERSION", "Variant", "jit", "multiprocessors", "next_power_of_2", "tl"]
+__all__ = ["DTYPES", "INTERPRETED", "TRITON_VERSION", "Variant", "jit", "multiprocessors", "next_power_of_2", "tl"]

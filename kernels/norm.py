@@ -28,7 +28,7 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.kernels.backend import Op, accumulation_dtype
-from spt_fast.kernels.launch import Variant, jit, multiprocessors, next_power_of_2, tl
+from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -261,21 +261,26 @@ def _triton_backward(
 
 
 def variants() -> list[Variant]:
-    """The launches at common widths, with the residual."""
+    """The launches for widths from 64 to 16,384, with and without the residual; not default: float32, float16, and some
+    widths that are no multiples of 16."""
     found = []
-    sizes = {"N": "i32", "D": "i32"}
-    for D in (256, 1024, 2048, 4096, 8192):
-        for dtype, torch_dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
-            rows, columns, warps = _tile(D, torch_dtype, FORWARD_TILE, FORWARD_WARP)
-            tensors = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "stream_ptr"), dtype)
-            arguments = {**tensors, "rstd_ptr": "*fp32", **sizes, "eps": "fp32"}
-            constants = {"HAS_RESIDUAL": True, "ROWS": rows, "COLUMNS": columns}
-            found.append(Variant(_forward_kernel, arguments, constants, warps, default=dtype == "*bf16"))
-            rows, columns, warps = _tile(D, torch_dtype, BACKWARD_TILE, BACKWARD_WARP)
-            tensors = dict.fromkeys(("dy_ptr", "dstream_ptr", "x_ptr", "weight_ptr", "dx_ptr"), dtype)
-            arguments = {**tensors, "rstd_ptr": "*fp32", "dw_ptr": "*fp32", **sizes}
-            constants = {"HAS_DSTREAM": True, "ROWS": rows, "COLUMNS": columns}
-            found.append(Variant(_backward_kernel, arguments, constants, warps, default=dtype == "*bf16"))
+    cases = [(64 << i, dtype, "i32:16") for dtype in DTYPES for i in range(9)]
+    cases += [(D, dtype, "i32") for dtype in ("*bf16", "*fp32") for D in (1000, 3000, 6000)]
+    for D, dtype, size in cases:
+        sizes = {"N": "i32", "D": size}
+        for whole in (True, False):
+            default = (dtype, size, whole) == ("*bf16", "i32:16", True) and D in (256, 1024, 2048, 4096, 8192)
+            rows, columns, warps = _tile(D, DTYPES[dtype], FORWARD_TILE, FORWARD_WARP)
+            tensors = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr", "stream_ptr"), dtype)
+            given = dtype if whole else None
+            arguments = {**tensors, "residual_ptr": given, "rstd_ptr": "*fp32", **sizes, "eps": "fp32"}
+            constants = {"HAS_RESIDUAL": whole, "ROWS": rows, "COLUMNS": columns}
+            found.append(Variant(_forward_kernel, arguments, constants, warps, default=default))
+            rows, columns, warps = _tile(D, DTYPES[dtype], BACKWARD_TILE, BACKWARD_WARP)
+            tensors = dict.fromkeys(("dy_ptr", "x_ptr", "weight_ptr", "dx_ptr"), dtype)
+            arguments = {**tensors, "dstream_ptr": given, "rstd_ptr": "*fp32", "dw_ptr": "*fp32", **sizes}
+            constants = {"HAS_DSTREAM": whole, "ROWS": rows, "COLUMNS": columns}
+            found.append(Variant(_backward_kernel, arguments, constants, warps, default=default))
     return found
 
 

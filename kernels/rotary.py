@@ -334,6 +334,19 @@ def _launch(Hq: int, Hk: int, D: int, tile: int, warp: int) -> tuple[dict[str, i
     return constants, max(1, min(16, tokens * group // warp))
 
 
+def _registers(constants: dict[str, int], half: int) -> int | None:
+    """At most so many for a thread of the backward kernel, None where the assembler's own choice spills nothing.
+
+    Where q has more heads than k and one program takes all, and where heads are no whole vectors, it aims so low for
+    the sake of occupancy that it spills.
+    """
+    if half % 16:
+        return 168
+    if constants["GROUPS"] > 1 or constants["Q_HEADS"] == constants["K_HEADS"]:
+        return None
+    return 128 if constants["HALF"] < 128 else 168
+
+
 # Indices in these functions, int64 so that every offset is: b of the row, t [TOKENS, 1, 1], heads [1, HEADS, 1]; and
 # i [1, 1, HALF] of the numbers in the first half of a head.
 
@@ -522,30 +535,41 @@ def _triton_backward(
     strides = (stride for x in (dy_q, dy_k, q_BTHD, k_BTHD) for stride in x.stride()[:3])
     _backward_kernel[(programs,)](
         dy_q, dy_k, q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, dq, dk, dw,
-        *strides, _table_step(cos), B, T, Hq, Hk, D // 2, eps, **constants, num_warps=warps,
+        *strides, _table_step(cos), B, T, Hq, Hk, D // 2, eps,
+        **constants, num_warps=warps, maxnreg=_registers(constants, D // 2),
     )  # fmt: skip
     return dq, dk, dw.sum(0)
 
 
+HEADS = tuple((Hq, Hk) for Hq in (1 << i for i in range(8)) for Hk in (1 << i for i in range(8)) if Hk <= Hq)
+"""Numbers of heads, padded as they are in a program."""
+HEAD_SHAPES = ((12, 12, 64), (16, 16, 128), (32, 8, 128), (12, 2, 64), (12, 2, 128), (32, 4, 32), (8, 2, 256))
+
+
 def variants() -> list[Variant]:
-    """The launches for common heads, with the tables of one row shared by all."""
+    """The launches in bf16 for up to 128 heads of 32 to 256 numbers; in float32, in float16 and for head dimensions
+    whose half is no multiple of 16 those of some shapes. The tables of one row are shared by all."""
     found = []
-    for dtype in ("*bf16", "*fp32"):
-        usual = dtype == "*bf16"
-        for Hq, Hk, D in ((12, 12, 64), (16, 16, 128), (32, 8, 128)):
-            vectors = {"q_weight_ptr": dtype, "k_weight_ptr": dtype, "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
-            strides = {f"{x}_stride_{axis}": "i32" for x in "qk" for axis in "bth"}
-            sizes = {"table_step": "i32", **dict.fromkeys(("T", "Hq", "Hk", "half"), "i32")}
-            constants, warps = _launch(Hq, Hk, D, FORWARD_TILE, FORWARD_WARP)
-            arguments = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), dtype)
-            arguments |= strides | sizes | vectors | {"sign": "fp32", "eps": "fp32"}
-            for norm in (False, True):
-                found.append(Variant(_forward_kernel, arguments, {"NORM": norm, **constants}, warps, default=usual))
-            constants, warps = _launch(Hq, Hk, D, BACKWARD_TILE, BACKWARD_WARP)
-            arguments = dict.fromkeys(("dy_q_ptr", "dy_k_ptr", "q_ptr", "k_ptr", "dq_ptr", "dk_ptr"), dtype)
-            arguments |= strides | {f"dy_{name}": kind for name, kind in strides.items()} | sizes | vectors
-            arguments |= {"dw_ptr": "*fp32", "B": "i32", "eps": "fp32"}
-            found.append(Variant(_backward_kernel, arguments, constants, warps, default=usual))
+    every = [(Hq, Hk, D) for Hq, Hk in HEADS for D in (32, 64, 128, 256)]
+    cases = [(shape, "*bf16", "i32:16", shape in HEAD_SHAPES[:3]) for shape in (*HEAD_SHAPES, *every)]
+    for shape in HEAD_SHAPES:
+        cases += [(shape, "*fp32", "i32:16", False), (shape, "*fp16", "i32:16", False), (shape, "*bf16", "i32", False)]
+    for (Hq, Hk, D), dtype, size, default in cases:
+        vectors = {"q_weight_ptr": dtype, "k_weight_ptr": dtype, "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+        strides = {f"{x}_stride_{axis}": "i32:16" for x in "qk" for axis in "bth"}
+        sizes = {"table_step": "i32:16", **dict.fromkeys(("T", "Hq", "Hk"), "i32"), "half": size}
+        constants, warps = _launch(Hq, Hk, D, FORWARD_TILE, FORWARD_WARP)
+        arguments: dict[str, str | None] = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), dtype)
+        arguments |= strides | sizes | vectors | {"sign": "fp32", "eps": "fp32"}
+        found.append(Variant(_forward_kernel, arguments, {"NORM": True, **constants}, warps, default=default))
+        arguments = arguments | {"q_weight_ptr": None, "k_weight_ptr": None}
+        found.append(Variant(_forward_kernel, arguments, {"NORM": False, **constants}, warps, default=default))
+        constants, warps = _launch(Hq, Hk, D, BACKWARD_TILE, BACKWARD_WARP)
+        arguments = dict.fromkeys(("dy_q_ptr", "dy_k_ptr", "q_ptr", "k_ptr", "dq_ptr", "dk_ptr"), dtype)
+        arguments |= strides | {f"dy_{name}": kind for name, kind in strides.items()} | sizes | vectors
+        arguments |= {"dw_ptr": "*fp32", "B": "i32", "eps": "fp32"}
+        maxnreg = _registers(constants, D // 2 if size == "i32:16" else D // 2 - 8)
+        found.append(Variant(_backward_kernel, arguments, constants, warps, maxnreg=maxnreg, default=default))
     return found
 
 

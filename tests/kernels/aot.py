@@ -14,6 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,18 +44,21 @@ class Resources(NamedTuple):
 
 
 def compile_for(variant: Variant, arch: int) -> Resources:
-    """Compile as the launcher would: pointers and sizes divisible by 16."""
+    """Compile as the launcher would, with pointers divisible by 16."""
     names = variant.kernel.arg_names
     missing = set(names) - variant.arguments.keys() - variant.constants.keys()
     assert not missing, f"{variant.kernel.__name__}: the variant doesn't give {missing}"
-    signature = {name: variant.arguments.get(name, "constexpr") for name in names}
+    given = {name: kind for name, kind in variant.arguments.items() if kind is not None}
+    kinds = {name: kind.removesuffix(":16") for name, kind in given.items()}
+    constants = dict(variant.constants) | dict.fromkeys(variant.arguments.keys() - given.keys())
+    signature = {name: kinds.get(name, "constexpr") for name in names}
     divisible = {
         (names.index(name),): [["tt.divisibility", 16]]
-        for name, kind in variant.arguments.items()
-        if kind.startswith("*") or kind in ("i32", "i64")
+        for name, kind in given.items()
+        if kind.startswith("*") or kind.endswith(":16")
     }
-    source = ASTSource(variant.kernel, signature, variant.constants, divisible)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    source = ASTSource(variant.kernel, signature, constants, divisible)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -66,11 +71,15 @@ def compile_for(variant: Variant, arch: int) -> Resources:
 
 
 def variants_of(op: str) -> list[Variant]:
+    """Each once, since many shapes are launched alike; the op's first, so list what is default first."""
     try:
         module = importlib.import_module(f"spt_fast.kernels.{op}")
     except ModuleNotFoundError:
         return []
-    return getattr(module, "variants", list)()
+    distinct: dict[str, Variant] = {}
+    for variant in getattr(module, "variants", list)():
+        distinct.setdefault(repr(replace(variant, default=True)), variant)
+    return list(distinct.values())
 
 
 def main() -> None:
@@ -79,7 +88,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=sorted(SHARED_LIMIT_BYTES))
     parser.add_argument("--op", nargs="+", default=OPS)
     options = parser.parse_args()
-    failed = 0
+    compiled, failed, start = 0, 0, time.perf_counter()
     print(f"triton {triton.__version__}")
     for op in options.op:
         for variant in variants_of(op):
@@ -89,6 +98,7 @@ def main() -> None:
             for arch in sorted({*options.arch} & {*variant.archs}):
                 resources = compile_for(variant, arch)
                 problem = resources.problem(arch)
+                compiled += 1
                 failed += problem is not None
                 print(
                     f"sm_{arch} {op}.{variant.kernel.__name__} warps={variant.num_warps} {constants}: "
@@ -96,6 +106,7 @@ def main() -> None:
                     + (f": FAILED, {problem}" if problem else ""),
                     flush=True,
                 )
+    print(f"{compiled} kernels in {time.perf_counter() - start:.0f} s, {failed} failed")
     sys.exit(1 if failed else 0)
 
 
