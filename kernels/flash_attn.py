@@ -58,6 +58,8 @@ def attention(
     options: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
     if window is not None:
         options["window_size"] = (window - 1, 0)
+    if torch.are_deterministic_algorithms_enabled():
+        options["deterministic"] = True
     if cuts is None:
         o = rows(q_BTHD, k_BTHD, v_BTHD, **options)
         return o[0] if isinstance(o, tuple) else o

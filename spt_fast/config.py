@@ -410,6 +410,8 @@ class Checkpoints:
 @dataclass(frozen=True, kw_only=True)
 class Log:
     every: Span = _setting(_cadence, Span(Fraction(10), "steps"))
+    stall_s: float = _setting(_number(0.0, open_low=True), 600.0)
+    """After so many seconds without a step, the stacks of all threads are written to stacks-<process>.txt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,6 +437,8 @@ class Engine:
     """In training, multiply in fp8 in the blocks' layers that are at least 2,048 wide both ways, on GPUs of compute
     capability 8.9 (a CPU makes the same errors, slowly). Alone of these it changes what is computed, so a run keeps
     what it began with."""
+    deterministic: bool = _setting(_boolean, False)
+    """On a GPU, use only algorithms that give the same bits every time, even where they are slower; CPUs always do."""
 
 
 def _sources(raw: object, where: str) -> dict[str, Source]:

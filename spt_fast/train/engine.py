@@ -7,6 +7,7 @@ hardware multiplies bf16 fast, fp32 otherwise; never autocast.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -66,6 +67,13 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def use_deterministic_algorithms() -> None:
+    """Give the same bits every time, even where that is slower. To be called before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 STEPS_TO_WARM_UP = 3

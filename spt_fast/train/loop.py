@@ -28,7 +28,7 @@ from spt_fast.kernels import auto_backends
 from spt_fast.model.flops import MFU_CONVENTION, parameters, peak_flops, train_flops_per_token
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Checkpoint, Retention
-from spt_fast.train.engine import StepResult, make_engine, pick_dtype, untied, weights_of
+from spt_fast.train.engine import StepResult, make_engine, pick_dtype, untied, use_deterministic_algorithms, weights_of
 from spt_fast.train.evaluate import Interrupted, evaluation_texts, mean_loss
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.lr import learning_rate
@@ -37,6 +37,7 @@ from spt_fast.train.optim import Snapshot
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import Losses, ScheduleOrigin, TrainState
+from spt_fast.train.watch import LossWatch, Watch
 from spt_fast.train.weights import assemble
 from spt_fast.train.world import World, join_world
 
@@ -52,6 +53,8 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
     the next safe place with a checkpoint and `status: stopped`. Raises RecipeError, DataError or CheckpointError for
     what a user can mend.
     """
+    if recipe.engine.deterministic:
+        use_deterministic_algorithms()
     world = join_world(process_group=recipe.engine.name == "deepspeed")
     folder = Path(recipe.run)
     finished = world.on_first(lambda: _check_folder(folder, recipe, resume))
@@ -62,8 +65,8 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
     if found:
         world.everywhere(lambda: plan.check_same_data(found.state["data"], found.path))
     world.on_first(lambda: _begin_folder(folder, recipe))
-    with StopRequest() as stop:
-        trainer = Trainer(plan, folder, stop, found, world, progress=progress)
+    with StopRequest() as stop, Watch(folder, world.rank, recipe.log.stall_s) as watch:
+        trainer = Trainer(plan, folder, stop, watch, found, world, progress=progress)
         try:
             trainer.train()
             status = "done"
@@ -115,12 +118,13 @@ class Trainer:
         plan: Plan,
         folder: Path,
         stop: StopRequest,
+        watch: Watch,
         found: Checkpoint | None,
         world: World,
         *,
         progress: bool,
     ) -> None:
-        self.plan, self.folder, self.stop, self.world = plan, folder, stop, world
+        self.plan, self.folder, self.stop, self.watch, self.world = plan, folder, stop, watch, world
         self.began, self.seconds_before = time.monotonic(), 0.0
         self.pending: tuple[dict[str, Any], StepResult] | None = None
         self.saved = ""
@@ -237,7 +241,7 @@ class Trainer:
             del self.snapshots["start"]
         arms = len(phase.arms())
         self.log.begin(phase.name + (f" {state.arm + 1}/{arms}" if arms > 1 else ""), state.step, plan.steps)
-        self.clock = Clock(state.train_seconds)
+        self.clock, self.loss_watch = Clock(state.train_seconds), LossWatch()
         loader = self.plan.loader(
             plan.index,
             state.counts,
@@ -333,7 +337,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ its steps
 
     def asked_to_stop(self) -> bool:
-        """Whether any process was asked to."""
+        """Whether any process was asked to. Between micro-batches and evaluation batches: each asking is progress."""
+        self.watch.sign_of_life(phase=self.plan.phases[self.state.phase].phase.name, step=self.state.step)
         return self.world.any(self.stop())
 
     def learning_rate(self, plan: PhasePlan, phase: Phase) -> float:
@@ -369,6 +374,12 @@ class Trainer:
                 f"the loss or its gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row (phase "
                 f"{record['phase']}, step {record['step']}), which left the weights as they were: lower "
                 "optimizer.lr or lengthen schedule.warmup"
+            )
+        usual = self.loss_watch.jump(loss) if math.isfinite(loss) else None
+        if usual is not None:
+            self.log.say(
+                f"warning: the loss jumped to {loss:.3f} at step {record['step']} of {record['phase']}, from around "
+                f"{usual:.3f}: look at the data there, or lower optimizer.lr if it happens again"
             )
         if record["step"] % self.log_every == 0 or record["step"] == plan.steps:
             tokens_per_s = self.clock.lap() * plan.tokens_per_step

@@ -129,7 +129,7 @@ class ZeroEngine:
     def _model(self, snapshot: Snapshot) -> GPT:
         with torch.device("meta"):
             model = GPT(self.config)
-        model.checkpointing = self._template.checkpointing
+        model.checkpointing, model.fp8 = self._template.checkpointing, self._template.fp8
         parts = {name: tensor for name, tensor in snapshot.items() if name.startswith("weights/")}
         weights = {
             name.removeprefix("weights/"): tensor.to(self.device, self.dtype, copy=True)

@@ -1,0 +1,67 @@
+"""A run that lives says so, one that hangs says where, and a loss that jumps is pointed out."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from spt_fast.train import watch
+from spt_fast.train.watch import LossWatch, Watch
+
+
+def until(condition: object, seconds: float = 10.0) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_the_heartbeat_tells_the_newest_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "HEARTBEAT_EVERY_S", 0.02)
+    file = tmp_path / "heartbeat.json"
+    with Watch(tmp_path, 0, stall_s=60) as watching:
+        began = time.time()
+        watching.sign_of_life(phase="pretrain", step=7)
+        until(lambda: file.exists() and json.loads(file.read_text()).get("step") == 7)
+        beat = json.loads(file.read_text())
+        assert beat["phase"] == "pretrain"
+        assert abs(beat["time"] - began) < 1
+        time.sleep(0.2)
+        assert json.loads(file.read_text()) == beat, "no news, no beat"
+    assert not list(tmp_path.glob("stacks-*"))
+
+
+def test_a_run_that_hangs_writes_its_stacks_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def hang_here(seconds: float) -> None:
+        time.sleep(seconds)
+
+    with Watch(tmp_path, 3, stall_s=0.1) as watching:
+        watching.sign_of_life(phase="pretrain", step=7)
+        hang_here(0.5)
+    said = (tmp_path / "stacks-3.txt").read_text()
+    assert "hang_here" in said
+    assert "'step': 7" in said
+    assert said.count("nothing for") == 1
+    assert "no step for 0 s in process 3" in capsys.readouterr().err
+    assert not (tmp_path / "heartbeat.json").exists(), "that is the first process's"
+
+
+def test_only_a_loss_far_above_the_recent_ones_is_a_jump() -> None:
+    draw = random.Random(0)
+    losses = LossWatch()
+    falling = [6 / (1 + step / 50) + draw.gauss(0, 0.05) for step in range(300)]
+    assert [losses.jump(loss) for loss in falling] == [None] * 300
+    usual = losses.jump(falling[-1] + 1.5)
+    assert usual is not None
+    assert usual == pytest.approx(sorted(falling[-100:])[50], abs=0.05)
+    assert losses.jump(falling[-1]) is None
+
+
+def test_the_first_losses_say_nothing() -> None:
+    losses = LossWatch()
+    assert [losses.jump(loss) for loss in (4.0, 9.0, 1.0, 50.0)] == [None] * 4
