@@ -45,6 +45,8 @@ class Watch:
         self._last, self._where = time.monotonic(), where
 
     def __enter__(self) -> Watch:
+        if self._rank == 0:
+            self._write_heartbeat(time.time())
         self._thread.start()
         return self
 

@@ -6,6 +6,7 @@ is exchanged here first. Messages from host to host go over gloo, so that they w
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -133,15 +134,22 @@ def join_world(*, process_group: bool) -> World:
         if size == 1 and "MASTER_ADDR" not in os.environ:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend)
+            store, _, _ = next(dist.rendezvous("env://", rank, size))
+            dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=size)
+        atexit.register(_leave)
     return World(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
 
 
 _LAUNCHED = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
-def leave_world() -> None:
-    """Take the process group down, where there is one."""
-    if dist.is_initialized():
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
+def _attempt() -> str:
+    """What sets this start of the processes apart from those before it: torchrun restarts them with the store of the
+    ones that failed, whose addresses would mislead gloo. (Over several hosts the counts may differ.)"""
+    on_one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_host else "0"
+
+
+def _leave() -> None:
+    with suppress(RuntimeError):
+        dist.destroy_process_group()

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from tests import tiny
 
@@ -42,6 +45,19 @@ def raw_recipe(data: Path, run: str, **engine: Any) -> dict[str, Any]:
         "tokens": 6 * 8 * tiny.CONTEXT,
     }
     return raw | {"precision": "fp32", "engine": engine, "checkpoint": {"every": "20 steps", "keep": 9}}
+
+
+def short_recipe(data: Path, run: str, **engine: Any) -> dict[str, Any]:
+    raw = raw_recipe(data, run, **engine)
+    raw["phases"] = raw["phases"][:1]
+    raw["phases"][0]["tokens"] = 20 * 8 * tiny.CONTEXT
+    return raw
+
+
+@pytest.fixture(scope="module")
+def short(data: Path) -> Path:
+    together(1, [{"recipe": short_recipe(data, "short")}], data)
+    return data / "short"
 
 
 def start(processes: int, plans: list[dict[str, Any]], folder: Path) -> subprocess.Popen[str]:
@@ -161,6 +177,49 @@ def test_a_process_that_dies_takes_the_job_down_in_seconds(data: Path) -> None:
     assert time.monotonic() - began < 30
     assert "rank" in said
     assert "SIGKILL" in said or "-9" in said
+
+
+def test_torchrun_restarts_what_died(data: Path, short: Path) -> None:
+    recipe_path = data / "restarted.yaml"
+    raw = short_recipe(data, "restarted")
+    recipe_path.write_text(yaml.safe_dump(raw | {"checkpoint": {"every": "3 steps", "keep": 9}}))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    command = [sys.executable, *launcher, "-m", "spt_fast.train", str(recipe_path), "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    checkpoints = data / "restarted" / "checkpoints"
+    while not (checkpoints.exists() and list(checkpoints.glob("step-*"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    beat = data / "restarted" / "heartbeat.json"
+    os.kill(json.loads(beat.read_text())["pid"], signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "resuming from step-" in said
+    assert worst_difference(data / "restarted", short) < SAME
+
+
+def test_two_hosts_are_one_job(data: Path, short: Path) -> None:
+    """Two launchers that find each other over TCP, as on two hosts."""
+    plan = data / "hosts.json"
+    plan.write_text(json.dumps([{"recipe": short_recipe(data, "hosts", stage=2)}]))
+    meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=hosts"]
+    launchers = []
+    for host in range(2):
+        place = ["--nnodes=2", f"--node_rank={host}", "--nproc_per_node=1", "--local_addr=127.0.0.1", *meeting]
+        command = [sys.executable, "-m", "torch.distributed.run", *place, "-m", "tests.train.many", str(plan)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        launchers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for launcher in launchers:
+        _, said = launcher.communicate(timeout=120)
+        assert launcher.returncode == 0, said
+    assert worst_difference(data / "hosts", short) < SAME
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def test_local_is_one_process(data: Path) -> None:
