@@ -1,4 +1,4 @@
-"""What a GPT costs: parameters, FLOPs per trained token, share of the hardware's peak, memory.
+"""What a GPT costs: parameters, FLOPs per trained token, share of the hardware's peak.
 
 Legend: L layers, H query heads, K key/value heads, Q head dimension, D width, F feed-forward width, V vocabulary, T
 sequence length.
@@ -46,14 +46,14 @@ def parameters(config: GPTConfig) -> int:
     """All parameters of the model; a tied head counts once."""
     norms = config.layers * 2 * config.width + config.width
     if config.qk_norm:
-        norms += config.layers * 2 * _head_dim(config)
+        norms += config.layers * 2 * head_dim(config)
     embeddings = (1 if config.tied else 2) * config.vocab_size * config.width
-    return _block_matrices(config) + norms + embeddings
+    return block_matrices(config) + norms + embeddings
 
 
 def matmul_parameters(config: GPTConfig) -> int:
     """N: what multiplies every token: the head, tied or not, but not the embedding lookup and not the norms."""
-    return _block_matrices(config) + config.vocab_size * config.width
+    return block_matrices(config) + config.vocab_size * config.width
 
 
 def train_flops_per_token(config: GPTConfig, context: int | None = None) -> int:
@@ -63,7 +63,7 @@ def train_flops_per_token(config: GPTConfig, context: int | None = None) -> int:
     context T: tokens in a sequence, the model's context if None.
     """
     T = config.context if context is None else context
-    return 6 * matmul_parameters(config) + 12 * config.layers * config.heads * _head_dim(config) * T
+    return 6 * matmul_parameters(config) + 12 * config.layers * config.heads * head_dim(config) * T
 
 
 def peak_flops(device: torch.device | str) -> float | None:
@@ -88,41 +88,13 @@ def mfu_label(device: torch.device | str) -> str:
     return f"{MFU_CONVENTION}, bf16 dense {peak / 1e12:.4g}" if peak else f"{MFU_CONVENTION}, n/a"
 
 
-def memory_bytes(
-    config: GPTConfig, micro: int, *, dtype: torch.dtype, context: int | None = None, checkpointing: str = "none"
-) -> dict[str, int]:
-    """What a training step with `micro` sequences at a time needs on one device that holds everything, estimated.
-
-    `parameters`: of `dtype`, and where that is not float32 a float32 master copy (counted under `optimizer`).
-    `gradients`: float32. `optimizer`: two float32 moments.
-    `activations`: what the backward pass keeps, per token and layer 4 D for the two norms and their results, (2H + 2K)
-    Q for rotated queries, keys, values and the attention's result, 4 F for gate, up, silu(gate) and their product
-    (with QK-norm (H + K) Q more), all of `dtype`; and once 3 D a token and the float32 gradient of the head. Left out:
-    workspaces, the chunk of logits, the allocator's own. With `checkpointing` "full" a layer keeps its two inputs,
-    2 D; "selective" besides them the results of its four products of matrices and of attention. `total` is the sum.
-    """
-    D, H, K, Q = config.width, config.heads, config.kv_heads, _head_dim(config)
-    tokens = micro * (config.context if context is None else context)
-    per_layer = 4 * D + (2 * H + 2 * K) * Q + 4 * config.ffn + ((H + K) * Q if config.qk_norm else 0)
-    if checkpointing == "selective":
-        per_layer = 4 * D + (2 * H + 2 * K) * Q + 2 * config.ffn
-    elif checkpointing == "full":
-        per_layer = 2 * D
-    count = parameters(config)
-    parts = {
-        "parameters": count * dtype.itemsize,
-        "gradients": 4 * count,
-        "optimizer": (8 if dtype == torch.float32 else 12) * count,
-        "activations": tokens * (config.layers * per_layer + 3 * D) * dtype.itemsize + 4 * config.vocab_size * D,
-    }
-    return {**parts, "total": sum(parts.values())}
-
-
-def _head_dim(config: GPTConfig) -> int:
+def head_dim(config: GPTConfig) -> int:
+    """Q, which a GPTConfig always holds once it is made."""
     assert config.head_dim is not None
     return config.head_dim
 
 
-def _block_matrices(config: GPTConfig) -> int:
-    attention = (2 * config.heads + 2 * config.kv_heads) * _head_dim(config) * config.width
+def block_matrices(config: GPTConfig) -> int:
+    """Parameters of the matrices of all blocks."""
+    attention = (2 * config.heads + 2 * config.kv_heads) * head_dim(config) * config.width
     return config.layers * (attention + 3 * config.width * config.ffn)

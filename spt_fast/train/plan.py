@@ -25,8 +25,9 @@ from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.kernels import fp8
-from spt_fast.model.flops import matmul_parameters, memory_bytes, parameters, peak_flops, train_flops_per_token
+from spt_fast.model.flops import matmul_parameters, parameters, peak_flops, train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.model.memory import memory_bytes
 from spt_fast.train.engine import pick_device, pick_dtype
 from spt_fast.train.weights import load_model, read_config
 
@@ -246,7 +247,7 @@ def cost(plan: Plan) -> dict[str, Any]:
     tokens = sum(phase.tokens * len(phase.phase.arms()) for phase in plan.phases)
     micro = max(phase.phase.batch.micro or phase.phase.batch.sequences for phase in plan.phases)
     dtype, checkpointing = pick_dtype(plan.recipe.precision, device), plan.recipe.engine.checkpointing
-    memory = memory_bytes(plan.model, micro, dtype=dtype, checkpointing=checkpointing)
+    memory = memory_bytes(plan.model, micro, dtype=dtype, checkpointing=checkpointing, device=device.type)
     peak = peak_flops(device)
     return {
         "parameters": parameters(plan.model),

@@ -106,47 +106,6 @@ def test_label_of_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flops.mfu_label("cuda") == "6N+12LHQT, bf16 dense 989"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "head_dim": 24}])
-def test_activation_estimate_is_what_autograd_keeps(dtype: torch.dtype, fields: dict) -> None:
-    config = GPTConfig(**{**SMALL, "layers": 4, "vocab_size": 64, **fields})
-    model = GPT(config).to(dtype)
-    kept: dict[int, int] = {}
-
-    def remember(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    tokens = torch.zeros(8, 32, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
-        loss = model(tokens, tokens)
-    del loss
-    for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    estimate = flops.memory_bytes(config, 8, dtype=dtype)["activations"]
-    assert estimate == pytest.approx(sum(kept.values()), rel=0.1)
-
-
-def test_checkpointing_keeps_less() -> None:
-    config = GPTConfig.preset("124m")
-    none, selective, full = (
-        flops.memory_bytes(config, 8, dtype=torch.bfloat16, checkpointing=mode)["activations"]
-        for mode in ("none", "selective", "full")
-    )
-    layer_numbers = 2 * 8 * config.context * config.layers
-    assert none - selective == layer_numbers * 2 * config.ffn
-    assert selective - full == layer_numbers * (2 * config.width + 4 * config.width + 2 * config.ffn)
-
-
-def test_memory_counts_masters_and_moments() -> None:
-    config = GPTConfig(**SMALL)
-    count = flops.parameters(config)
-    low, full = (flops.memory_bytes(config, 2, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    assert [low[part] for part in ("parameters", "gradients", "optimizer")] == [2 * count, 4 * count, 12 * count]
-    assert [full[part] for part in ("parameters", "gradients", "optimizer")] == [4 * count, 4 * count, 8 * count]
-    assert low["total"] == sum(bytes_ for part, bytes_ in low.items() if part != "total")
-
-
 # ---------------------------------------------------------------------------------------------------------- presets
 
 

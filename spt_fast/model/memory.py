@@ -1,0 +1,173 @@
+"""What a training step needs of memory, part by part, on one of the processes that train together.
+
+Legend: L layers, H query heads, K key/value heads, Q head dimension, D width, F feed-forward width, V vocabulary, T
+context, N tokens of a micro-batch, P parameters, W processes, a bytes of a number in the compute dtype.
+
+What stays: aP of parameters, and in float32 4P of gradients, two moments (8P), a master copy of what is computed in
+bf16 (4P), the anchor (4P). ZeRO divides these among the processes (Rajbhandari et al., arXiv 1910.02054, section 5),
+with what DeepSpeed 0.19.8 allocates for it:
+
+    stage 1   masters, moments and anchor / W. Gradients whole, in float32, and beside them, until the update, in bf16
+              as autograd hands them on; a bucket of them in float32 to be sent. Masters in float32 runs too.
+    stage 2   gradients / W too (those in bf16 are whole between micro-batches); a bucket as it fills, and one in
+              float32 to be sent.
+    stage 3   parameters / W too, and what is gathered: the embedding and the head for the whole step, the blocks that
+              are needed again within 1e9 parameters (`stage3_max_reuse_distance`), those fetched ahead. Two
+              buckets in float32, or as large as the head, which is sent alone where no bucket holds it.
+    offload   "optimizer": masters, moments, anchor and the process's part of the gradients in host memory; from stage 2
+              on the device has one parameter's gradient at a time. "all" (stage 3): the part of the parameters too.
+
+What comes and goes is counted at the moments that can be the peak:
+
+    loss      the end of the forward pass: all activations, the head's float32 gradient, which the forward pass makes,
+              dx, and a chunk of logits
+    widen     the beginning of the backward pass: the head's gradient, dx, and dx again in float32
+    scale     then: the head's gradient as made and as handed on, dx twice
+    last      the last block's backward pass, at the feed-forward layer's activation; the head's gradient
+    first     the same of the first block, when most gradients are there
+    update    the embedding's gradient beside that of a tied head; the update itself needs less
+
+Where a step has several micro-batches, the gradients of the earlier ones are there all the time.
+
+Activations are what autograd keeps. Per token and layer: 4 D (both norms' results and what they normalised), (H + 2K) Q
+of the projection, (H + K) Q rotated, H Q of attention, 3 F (gate, up, their product), all of a bytes, and a few float32
+numbers; once 2 D. Where blocks are checkpointed "full" each keeps its 2 D inputs, "selective" besides the results of
+its products of matrices and of attention; the block in its backward pass is there whole. On a CPU without a kernel for
+it, documents cost a mask of T x T a sequence and layer.
+
+Left out: what CUDA itself, cuBLAS and NCCL hold (0.5 to 2 GB), the allocator's rounding and fragments, evaluation
+(less than a step).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from spt_fast.kernels import attention_cpu, cross_entropy
+from spt_fast.model.flops import block_matrices, head_dim, parameters
+from spt_fast.model.gpt import GPTConfig
+
+CHECKPOINTING = ("none", "selective", "full")
+DISTRIBUTIONS = (
+    *((stage, "none") for stage in (0, 1, 2, 3)),
+    *((stage, "optimizer") for stage in (1, 2, 3)),
+    (3, "all"),
+)
+"""(ZeRO stage, offload) that there are."""
+
+REDUCE_BUCKET = 500_000_000
+STAGE_3_PREFETCH, STAGE_3_REUSE = 50_000_000, 1_000_000_000
+"""DeepSpeed's defaults, in numbers: reduce_bucket_size, stage3_prefetch_bucket_size, stage3_max_reuse_distance."""
+
+
+def memory_bytes(
+    config: GPTConfig,
+    micro: int,
+    *,
+    dtype: torch.dtype,
+    context: int | None = None,
+    checkpointing: str = "none",
+    micro_batches: int = 1,
+    documents: bool = False,
+    anchor: bool = False,
+    device: str = "cuda",
+    stage: int = 0,
+    world: int = 1,
+    offload: str = "none",
+    bucket: int = REDUCE_BUCKET,
+) -> dict[str, int]:
+    """Bytes that a step of `micro_batches` times `micro` sequences takes of one of `world` processes, at its peak.
+
+    dtype: of parameters and computation, bfloat16 or float32. context: tokens in a sequence, the model's if None.
+    device: "cuda" or "cpu". stage, offload, bucket (numbers): of ZeRO; stage 0 is the local engine. Of a phase that
+    unties a tied model, `replace(config, tied=False)` is the model.
+    Keys: parameters, gradients, optimizer, activations, logits (what the loss and the head's gradient take besides),
+    communication (buckets) and their sum `total`, on the device; `host`, what is offloaded.
+    """
+    assert (stage, offload) in DISTRIBUTIONS, (stage, offload)
+    D, V, F, L, a = config.width, config.vocab_size, config.ffn, config.layers, dtype.itemsize
+    P, head, block = parameters(config), V * D, block_matrices(config) // L
+    context = config.context if context is None else context
+    tokens = micro * context
+    stays, gradients = _what_stays(config, dtype, anchor, stage, world, offload, bucket)
+
+    # Gradients at each moment. Autograd's own are float32 in the local engine, else accumulated beside them.
+    made = 4 if stage == 0 else a
+    made_head = made * head
+    accumulates = stage > 0 or micro_batches > 1
+    before = gradients if accumulates else 0
+    beside = a * P if a < 4 and (stage == 2 or (stage == 1 and offload == "none")) else 0
+    if micro_batches > 1:
+        before += beside
+    with_head = before if accumulates or config.tied else made_head
+    after_first = P - block + F * D - (head if config.tied else 2 * head)  # the first block's last matrix is there too
+    at_first = before if accumulates else 4 * after_first + (0 if config.tied else made_head)
+    at_update = gradients + (beside if stage == 1 else 0)
+    waiting = made_head if config.tied or stage else 0  # the head's, until the embedding's is there to be added
+
+    kept, whole = _of_a_block(config, dtype, device, checkpointing, documents, context)
+    kept, whole = tokens * kept, tokens * max(kept, whole)
+    x, activation = tokens * D * a, tokens * 2 * F * a
+    once = x + 16 * tokens * micro_batches + 8 * head_dim(config) * (context + (tokens if documents else 0))
+    logits = _chunk_of_logits(tokens, V, dtype, device) + (a * head if device == "cpu" and a < 4 else 0)
+    moments = {
+        "loss": (before, once + L * kept + x, 4 * head + x + logits),
+        "widen": (before, once + L * kept, 4 * head + x + 4 * tokens * D + (x if a < 4 else 0)),
+        "scale": (before, once + L * kept, 4 * head + 2 * x + made_head),
+        "last": (with_head, once + (L - 1) * kept + whole + activation, waiting),
+        "first": (at_first, once + whole + activation, waiting),
+        "update": (at_update, once, waiting + (made_head if accumulates else 0)),
+    }
+    at_peak = dict(zip(("gradients", "activations", "logits"), max(moments.values(), key=sum), strict=True))
+    on_device = {**stays, **at_peak}
+    host = on_device.pop("host")
+    return {**on_device, "total": sum(on_device.values()), "host": host}
+
+
+def _what_stays(
+    config: GPTConfig, dtype: torch.dtype, anchor: bool, stage: int, world: int, offload: str, bucket: int
+) -> tuple[dict[str, int], int]:
+    """({parameters, optimizer, communication, host}, accumulated gradients at their fullest)."""
+    P, a = parameters(config), dtype.itemsize
+    head, block = config.vocab_size * config.width, block_matrices(config) // config.layers
+    states_of, gradients_of, parameters_of = (1 if stage < first else world for first in (1, 2, 3))
+    masters = 4 if a < 4 or stage in (1, 2) else 0
+    optimizer = (masters + 8 + (4 if anchor else 0)) * P // states_of
+    gradients, own = 4 * P // gradients_of, a * P // parameters_of
+    host = gathered = 0
+    if offload != "none":
+        largest = a * max(head, 2 * config.ffn * config.width)
+        host, optimizer = optimizer + 4 * P // world, 0
+        if stage < 3:  # gradients on their way to the update and parameters on their way back, in the compute dtype
+            host += 2 * a * P // world + largest
+        if stage >= 2:
+            gradients = largest
+    if offload == "all":
+        host, own = host + own, 0
+    if stage == 3:
+        root = head if config.tied else 2 * head
+        gathered = a * min(P, root + block + STAGE_3_PREFETCH + STAGE_3_REUSE // 2)
+    bucket = min(bucket, P)
+    buckets = (4 * bucket if world > 1 else 0, 4 * bucket, (a + 4) * bucket, 8 * max(bucket, head))[stage]
+    return {"parameters": own + gathered, "optimizer": optimizer, "communication": buckets, "host": host}, gradients
+
+
+def _chunk_of_logits(tokens: int, vocab_size: int, dtype: torch.dtype, device: str) -> int:
+    x = torch.empty(tokens, 0, dtype=dtype, device="cpu" if device == "cpu" else "meta")
+    return dtype.itemsize * vocab_size * min(tokens, cross_entropy._chunk_rows(x, vocab_size))
+
+
+def _of_a_block(
+    config: GPTConfig, dtype: torch.dtype, device: str, checkpointing: str, documents: bool, context: int
+) -> tuple[int, int]:
+    """Bytes a token that a block keeps until its backward pass, and that it has in it."""
+    D, H, K, Q, F, a = config.width, config.heads, config.kv_heads, head_dim(config), config.ffn, dtype.itemsize
+    projected, rotated, attended = (H + 2 * K) * Q, (H + K) * Q, H * Q
+    whole = a * (4 * D + projected + rotated + attended + 3 * F) + 4 * (H + 2)
+    results = a * (4 * D + projected + attended + 2 * F) + 4 * H
+    if device == "cpu" and documents and attention_cpu.obstacle(torch.empty(0, 0, 0, Q, dtype=dtype), True):
+        # q, k, v and the result exist with and without padding; of the projection v is not needed then.
+        whole += 4 * context + a * (attended + K * Q - (0 if config.qk_norm else projected))
+    elif documents or device == "cpu":
+        whole, results = whole + 8, results + 8  # where the keys of each query lie
+    return {"none": whole, "selective": results, "full": 2 * a * D}[checkpointing], whole
