@@ -175,13 +175,32 @@ def inspect(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False) -> None:
-    """What a recipe would do: tokens and epochs asked and exactly achieved, parameters, FLOPs, memory."""
-    from spt_fast.config import load_recipe
-    from spt_fast.train.plan import cost, make_plan
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int, typer.Option(envvar="WORLD_SIZE", min=1, help="Processes, each on a GPU; the launcher's by default.")
+    ] = 1,
+    gpu: Annotated[str | None, typer.Option(help="Its name, such as H100; this machine's own by default.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Of one GPU, such as 80GB; its own by default.")] = None,
+    mfu: Annotated[str | None, typer.Option(help="Share of the peak, such as 40%; measured by default.")] = None,
+    mfu_from: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Where it was measured; the recipe's own run by default.")
+    ] = None,
+    per_gpu_hour: Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a recipe would do: tokens and epochs asked and exactly achieved, FLOPs; memory, hours and cost."""
+    from spt_fast.config import load_recipe, parse_share
+    from spt_fast.train import price as pricing
+    from spt_fast.train.plan import make_plan
 
-    made = make_plan(load_recipe(recipe, overrides or ()))
-    phases, price = made.describe(), cost(made)
+    loaded = load_recipe(recipe, overrides or ())
+    memory = None if gpu_memory is None else pricing.parse_bytes(gpu_memory, "--gpu-memory")
+    machine = pricing.Machine.of(loaded, gpus=gpus, gpu=gpu, memory=memory)
+    made = make_plan(loaded, world=gpus)
+    speed = pricing.speed_of(made, machine, mfu=None if mfu is None else float(parse_share(mfu, "--mfu")), run=mfu_from)
+    phases, price = made.describe(), pricing.price(made, machine, speed, per_gpu_hour=per_gpu_hour)
     if as_json:
         _print_json({"phases": phases, **price})
         return
@@ -199,7 +218,48 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False)
         for source, figures in phase["sources"].items()
     ]
     _print_table(str(recipe), ["phase", "steps", "source", "share", "tokens", "epochs asked", "epochs"], rows)
-    _print_facts("the model and its cost", price)
+    times, ways, left_out = (price.pop(key) for key in ("times", "ways", "left_out"))
+    columns = ["phase", "arms", "tokens", "step_s", "hours", "evaluation_hours"]
+    _print_table("time", columns, [[_known(time[column]) for column in columns] for time in times])
+    _print_table(
+        f"memory of each of {gpus} × {machine.name or machine.device} (→ this recipe, ✗ doesn't fit)",
+        ["ZeRO", "offload", *(f"checkpointing {way['checkpointing']}" for way in ways[:3]), "host"],
+        [
+            [stage, offload, *map(_memory, three), _size(max(way["bytes"]["host"] for way in three))]
+            for (stage, offload), three in _by_distribution(ways).items()
+        ],
+    )
+    _print_table(
+        "hours by checkpointing",
+        ["checkpointing", "step_s", "hours", "cost"],
+        [[_known(way[key]) for key in ("checkpointing", "step_s", "hours", "cost")] for way in ways[:3]],
+    )
+    parts = next(way["bytes"] for way in ways if way["recipe"])
+    facts = {
+        "memory": {part: _size(size) for part, size in parts.items()},
+        "left out of the hours": "; ".join(left_out),
+    }
+    _print_facts("the model and its cost", price | facts)
+
+
+def _known(figure: Any) -> Any:
+    return "n/a" if figure is None else figure
+
+
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / 1e9:,.3g} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:,.3g} MB"
+
+
+def _memory(way: dict[str, Any]) -> str:
+    marks = ("→ " if way["recipe"] else "") + ("✗ " if way["fits"] is False else "")
+    return marks + _size(way["bytes"]["total"])
+
+
+def _by_distribution(ways: list[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    distributions: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for way in ways:
+        distributions.setdefault((way["stage"], way["offload"]), []).append(way)
+    return distributions
 
 
 @app.command()

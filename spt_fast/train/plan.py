@@ -25,10 +25,8 @@ from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.kernels import fp8
-from spt_fast.model.flops import matmul_parameters, parameters, peak_flops, train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.model.memory import memory_bytes
-from spt_fast.train.engine import pick_device, pick_dtype
+from spt_fast.train.engine import pick_device
 from spt_fast.train.weights import load_model, read_config
 
 VOCABULARY_MULTIPLE = 64
@@ -235,29 +233,6 @@ def make_plan(recipe: Recipe, *, world: int = 1) -> Plan:
                     )
         phases.append(PhasePlan(index, phase, mixture, steps, tokens_per_step))
     return Plan(recipe, model, tokenizer, train, heldout, rings, tuple(phases))
-
-
-def cost(plan: Plan) -> dict[str, Any]:
-    """Parameters, FLOPs, and for one device the memory of a step (an estimate) and the hours at 40% of its bf16 peak.
-
-    Every arm of a grid is counted; hours are None on a device whose peak isn't known.
-    """
-    device = pick_device()
-    flops_per_token = train_flops_per_token(plan.model)
-    tokens = sum(phase.tokens * len(phase.phase.arms()) for phase in plan.phases)
-    micro = max(phase.phase.batch.micro or phase.phase.batch.sequences for phase in plan.phases)
-    dtype, checkpointing = pick_dtype(plan.recipe.precision, device), plan.recipe.engine.checkpointing
-    memory = memory_bytes(plan.model, micro, dtype=dtype, checkpointing=checkpointing, device=device.type)
-    peak = peak_flops(device)
-    return {
-        "parameters": parameters(plan.model),
-        "matmul_parameters": matmul_parameters(plan.model),
-        "flops_per_token": flops_per_token,
-        "tokens": tokens,
-        "flops": flops_per_token * tokens,
-        "memory_bytes": memory["total"],
-        "hours_at_40_percent_mfu": flops_per_token * tokens / (0.4 * peak) / 3600 if peak else None,
-    }
 
 
 def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: Tokenizer | None) -> None:

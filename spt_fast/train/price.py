@@ -1,0 +1,276 @@
+"""What a run would take: memory of a process, seconds of a step, hours, money. Nothing here runs; all is arithmetic.
+
+Time is FLOPs by the convention of `spt_fast.model.flops` over the rate of the whole machine, which is MFU times peak
+times GPUs. The MFU is stated, or measured by a run, or assumed. Blocks that are checkpointed whole are computed twice
+forward, so that a step takes 4/3 of the time. What offloading and ZeRO's messages cost in time depends on links that
+nobody has told us of: steps with offload have no time here, and messages are in the MFU or nowhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spt_fast.config import Engine, Recipe
+from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.model.flops import (
+    matmul_parameters,
+    parameters,
+    peak_flops,
+    peak_flops_by_name,
+    train_flops_per_token,
+)
+from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, memory_bytes
+from spt_fast.train.engine import pick_device, pick_dtype
+from spt_fast.train.evaluate import evaluation_texts
+from spt_fast.train.folder import recipe_of
+from spt_fast.train.plan import Plan
+
+ASSUMED_MFU = 0.4
+TIME_FACTOR = {"none": 1.0, "selective": 1.0, "full": 4 / 3}
+"""Of a step by checkpointing; that "selective" makes cheap operations again is left out."""
+FORWARD_SHARE = 1 / 3
+"""Of a training step's FLOPs, what an evaluation takes."""
+SPARE = 0.05
+"""Of a GPU's memory that must stay free for what the estimate leaves out, for a step to fit."""
+LEFT_OUT = (
+    "start-up",
+    "checkpoints",
+    "early stopping, which ends a phase sooner",
+    "the exchange between GPUs and with host memory, unless the MFU was measured with it",
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for: `gpus` processes, each on one device."""
+
+    gpus: int
+    device: str  # "cuda" | "cpu"
+    name: str | None
+    dtype: torch.dtype
+    peak_flops: float | None
+    memory_bytes: int | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, gpus: int = 1, gpu: str | None = None, memory: int | None = None) -> Machine:
+        """This machine, or with `gpu` one with GPUs of that name; `memory` overrides a GPU's own, in bytes."""
+        if gpu is not None:
+            peak = peak_flops_by_name(gpu)
+            if peak is None:
+                raise RecipeError(
+                    f"--gpu: the peak of {gpu!r} is not known; give a name such as H100, H200, A100 or B200"
+                )
+            dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+            return cls(gpus, "cuda", gpu, dtype, peak, memory)
+        here = pick_device()
+        dtype = pick_dtype(recipe.precision, here)
+        if here.type == "cpu":
+            return cls(gpus, "cpu", None, dtype, None, memory)
+        own = torch.cuda.get_device_properties(here).total_memory
+        return cls(gpus, "cuda", torch.cuda.get_device_name(here), dtype, peak_flops(here), memory or own)
+
+    def holds(self, needed_bytes: int) -> bool | None:
+        """Whether a step that needs so much fits; None where the memory isn't known."""
+        return None if self.memory_bytes is None else needed_bytes <= (1 - SPARE) * self.memory_bytes
+
+
+@dataclass(frozen=True)
+class Speed:
+    """FLOP/s of all processes together, by the convention and without checkpointing; None where nothing says."""
+
+    flops_per_s: float | None
+    mfu: float | None
+    source: str
+
+
+def speed_of(plan: Plan, machine: Machine, *, mfu: float | None = None, run: Path | None = None) -> Speed:
+    """By the stated `mfu`; else by what `run`, or the recipe's own run folder, has measured; else assumed.
+
+    CheckpointError for a `run` without measurements; RecipeError where its rate says nothing about this recipe.
+    """
+    if mfu is None:
+        measured = _measured(plan, machine, run or Path(plan.recipe.run), required=run is not None)
+        if measured is not None:
+            return measured
+    share, source = (ASSUMED_MFU, "assumed") if mfu is None else (mfu, "stated")
+    if machine.peak_flops is None:
+        return Speed(None, None, "nothing: the peak of this device is not known")
+    return Speed(share * machine.peak_flops * machine.gpus, share, source)
+
+
+def _measured(plan: Plan, machine: Machine, run: Path, *, required: bool) -> Speed | None:
+    path = run / "metrics.jsonl"
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rates = [(r["tokens_per_s"], r["mfu"]) for r in records if r["kind"] == "train"]
+    except (OSError, ValueError, KeyError, TypeError):
+        rates = []
+    if not rates:
+        if required:
+            raise CheckpointError(f"{run}: no training step is logged in metrics.jsonl; give a run that has trained")
+        return None
+    rates = rates[1:] or rates  # the first has the start-up in it
+    recipe = recipe_of(run)
+    factor, source = TIME_FACTOR[recipe.engine.checkpointing], f"measured in {path}"
+    shares = [mfu for _, mfu in rates if mfu is not None]
+    if shares and machine.peak_flops is not None:
+        mfu = factor * statistics.median(shares)
+        return Speed(mfu * machine.peak_flops * machine.gpus, mfu, source)
+    if not shares and machine.peak_flops is None and recipe.model == plan.recipe.model:
+        tokens_per_s = factor * statistics.median(tokens_per_s for tokens_per_s, _ in rates)
+        return Speed(tokens_per_s * train_flops_per_token(plan.model), None, source)
+    if required:
+        raise RecipeError(
+            f"--mfu-from: {run} was measured on another kind of machine, which says nothing about this one; state "
+            "the share of the peak, such as --mfu 40%, and name the GPU, such as --gpu H100"
+        )
+    return None
+
+
+def phase_memory(
+    plan: Plan,
+    index: int,
+    machine: Machine,
+    *,
+    stage: int = 0,
+    offload: str = "none",
+    checkpointing: str | None = None,
+    micro: int | None = None,
+) -> dict[str, int]:
+    """`memory_bytes` of a step of phase `index`, with the recipe's checkpointing and micro-batch unless others are
+    given."""
+    phase = plan.phases[index].phase
+    share = phase.batch.sequences // machine.gpus
+    micro = micro or phase.batch.micro or share
+    untied = any(earlier.phase.untie for earlier in plan.phases[: index + 1])
+    return memory_bytes(
+        dataclasses.replace(plan.model, tied=False) if untied else plan.model,
+        micro,
+        dtype=machine.dtype,
+        checkpointing=checkpointing or plan.recipe.engine.checkpointing,
+        micro_batches=share // micro,
+        documents=phase.documents,
+        anchor=phase.anchor > 0,
+        device=machine.device,
+        stage=stage,
+        world=machine.gpus,
+        offload=offload,
+    )
+
+
+def evaluated_tokens(plan: Plan, index: int) -> int:
+    """Tokens scored by all evaluations of phase `index`: at its first and last step and in between, in every arm."""
+    planned = plan.phases[index]
+    phase = planned.phase
+    every = max(1, phase.evaluation.every.steps(planned.tokens_per_step, planned.steps))
+    evaluations = len(phase.arms()) * (len(range(0, planned.steps, every)) + 1)
+    texts = evaluation_texts(plan, phase.evaluation.tokens, documents=phase.documents)
+    return evaluations * sum(text.num_targets for by_source in texts.values() for text in by_source.values())
+
+
+def distribution_of(engine: Engine) -> tuple[int, str]:
+    """(ZeRO stage, offload) of an engine."""
+    assert engine.name == "local"
+    return 0, "none"
+
+
+def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | None = None) -> dict[str, Any]:
+    """Parameters and FLOPs, times of every phase, and of every way to train on `machine` memory, hours and cost.
+
+    Every arm of a grid and every evaluation is counted; `left_out` says what isn't. What isn't known is None.
+    """
+    flops_per_token = train_flops_per_token(plan.model)
+    own = (*distribution_of(plan.recipe.engine), plan.recipe.engine.checkpointing)
+    times = [_time(plan, index, speed, flops_per_token) for index in range(len(plan.phases))]
+    timed = speed.flops_per_s is not None
+    ways: list[dict[str, Any]] = []
+    for stage, offload in DISTRIBUTIONS:
+        for checkpointing in CHECKPOINTING:
+            needed = [
+                phase_memory(plan, index, machine, stage=stage, offload=offload, checkpointing=checkpointing)
+                for index in range(len(plan.phases))
+            ]
+            worst = max(needed, key=lambda parts: parts["total"])
+            hours = step_s = None
+            if timed and offload == "none":
+                factor = TIME_FACTOR[checkpointing] / TIME_FACTOR[plan.recipe.engine.checkpointing]
+                step_s = factor * max(time["step_s"] for time in times)
+                hours = sum(factor * time["hours"] + time["evaluation_hours"] for time in times)
+            ways.append(
+                {
+                    "stage": stage,
+                    "offload": offload,
+                    "checkpointing": checkpointing,
+                    "recipe": (stage, offload, checkpointing) == own,
+                    "bytes": worst,
+                    "fits": machine.holds(worst["total"]),
+                    "step_s": step_s,
+                    "hours": hours,
+                    "cost": None if hours is None or per_gpu_hour is None else hours * machine.gpus * per_gpu_hour,
+                }
+            )
+    chosen = next(way for way in ways if way["recipe"])
+    tokens = sum(time["tokens"] for time in times)
+    peak = machine.peak_flops
+    return {
+        "parameters": parameters(plan.model),
+        "matmul_parameters": matmul_parameters(plan.model),
+        "flops_per_token": flops_per_token,
+        "tokens": tokens,
+        "flops": flops_per_token * tokens,
+        "evaluation_flops": sum(time["evaluation_flops"] for time in times),
+        "memory_bytes": chosen["bytes"]["total"],
+        "gpus": machine.gpus,
+        "gpu": machine.name,
+        "gpu_memory_bytes": machine.memory_bytes,
+        "peak_flops": peak,
+        "mfu": speed.mfu,
+        "speed_from": speed.source,
+        "hours": chosen["hours"],
+        "hours_at_40_percent_mfu": flops_per_token * tokens / (0.4 * peak * machine.gpus) / 3600 if peak else None,
+        "cost": chosen["cost"],
+        "left_out": list(LEFT_OUT),
+        "times": times,
+        "ways": ways,
+    }
+
+
+def _time(plan: Plan, index: int, speed: Speed, flops_per_token: int) -> dict[str, Any]:
+    """Of one phase, with the recipe's checkpointing."""
+    planned = plan.phases[index]
+    phase, arms = planned.phase, len(planned.phase.arms())
+    evaluated = evaluated_tokens(plan, index)
+    evaluation_flops = round(FORWARD_SHARE * flops_per_token * evaluated)
+    step_s = hours = evaluation_hours = None
+    if speed.flops_per_s is not None:
+        step_s = flops_per_token * planned.tokens_per_step / speed.flops_per_s
+        step_s *= TIME_FACTOR[plan.recipe.engine.checkpointing]
+        hours = step_s * planned.steps * arms / 3600
+        evaluation_hours = evaluation_flops / speed.flops_per_s / 3600
+    return {
+        "phase": phase.name,
+        "steps": planned.steps,
+        "arms": arms,
+        "tokens": planned.tokens * arms,
+        "step_s": step_s,
+        "hours": hours,
+        "evaluation_tokens": evaluated,
+        "evaluation_flops": evaluation_flops,
+        "evaluation_hours": evaluation_hours,
+    }
+
+
+def parse_bytes(value: str, where: str) -> int:
+    """ "80GB" (10^9), "80GiB" (2^30)."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(G|Gi|M|Mi)B", value.strip())
+    if not match or not float(match[1]):
+        raise RecipeError(f"{where}: {value!r} is no memory; write such as 80GB or 141GiB")
+    return round(float(match[1]) * {"G": 10**9, "Gi": 2**30, "M": 10**6, "Mi": 2**20}[match[2]])

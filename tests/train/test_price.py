@@ -1,0 +1,165 @@
+"""What `plan` says a run takes: the arithmetic by hand, where the speed comes from, and what the command prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spt_fast import cli
+from spt_fast.config import Recipe, recipe_from
+from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.model.flops import train_flops_per_token
+from spt_fast.train.evaluate import evaluation_texts
+from spt_fast.train.loop import run
+from spt_fast.train.plan import make_plan
+from spt_fast.train.price import Machine, Speed, evaluated_tokens, parse_bytes, phase_memory, price, speed_of
+from tests import tiny
+
+H100 = 989e12
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    tiny.write_corpora(tmp_path)
+    return tiny.recipe(tmp_path)
+
+
+def machine_of(recipe: Recipe, **fields: Any) -> Machine:
+    return Machine.of(recipe, **{"gpu": "H100", **fields})
+
+
+def write_measurements(folder: Path, recipe: Recipe, rates: list[tuple[float, float | None]]) -> None:
+    """A run folder whose steps went at these (tokens_per_s, mfu)."""
+    folder.mkdir()
+    tiny.write_recipe(folder, recipe.plain())
+    lines = [{"kind": "train", "tokens_per_s": tokens_per_s, "mfu": mfu} for tokens_per_s, mfu in rates]
+    lines.append({"kind": "eval"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_hours_and_cost_by_hand(recipe: Recipe) -> None:
+    plan = make_plan(recipe)
+    machine = machine_of(recipe, gpus=2, memory=10**9)
+    priced = price(plan, machine, speed_of(plan, machine, mfu=0.5), per_gpu_hour=3.0)
+    rate = 0.5 * H100 * 2
+    a_token = train_flops_per_token(plan.model)
+    pretrain, finetune = priced["times"]
+    assert pretrain["step_s"] == pytest.approx(8 * 16 * a_token / rate)
+    assert pretrain["hours"] == pytest.approx(30 * 8 * 16 * a_token / rate / 3600)
+    assert finetune["arms"] == 2
+    assert finetune["hours"] == pytest.approx(2 * 16 * 4 * 16 * a_token / rate / 3600)
+    evaluation_hours = sum(evaluated_tokens(plan, i) * a_token / 3 / rate / 3600 for i in (0, 1))
+    assert priced["hours"] == pytest.approx(pretrain["hours"] + finetune["hours"] + evaluation_hours)
+    assert priced["cost"] == pytest.approx(priced["hours"] * 2 * 3.0)
+    full = next(way for way in priced["ways"] if way["checkpointing"] == "full")
+    training_hours = pretrain["hours"] + finetune["hours"]
+    assert full["hours"] == pytest.approx(4 / 3 * training_hours + evaluation_hours)
+    assert all(way["fits"] for way in priced["ways"])
+    assert not any(way["fits"] for way in price(plan, machine_of(recipe, memory=10**5), Speed(None, None, ""))["ways"])
+
+
+def test_what_is_evaluated_is_what_the_run_evaluates(recipe: Recipe) -> None:
+    raw = recipe.plain()
+    raw["phases"][1]["stop"] = None
+    recipe = recipe_from(raw)
+    plan = make_plan(recipe)
+    run(recipe, progress=False)
+    records = [r for r in tiny.metrics(Path(recipe.run)) if r["kind"] == "eval"]
+    for planned in plan.phases:
+        texts = evaluation_texts(plan, planned.phase.evaluation.tokens, documents=False)
+        targets = sum(text.num_targets for by_source in texts.values() for text in by_source.values())
+        evaluations = sum(record["phase"] == planned.phase.name for record in records)
+        assert evaluated_tokens(plan, planned.index) == evaluations * targets
+
+
+def test_speed_is_stated_or_measured_or_assumed(recipe: Recipe, tmp_path: Path) -> None:
+    plan, machine = make_plan(recipe), machine_of(recipe, gpus=4)
+    assert speed_of(plan, machine) == Speed(0.4 * H100 * 4, 0.4, "assumed")
+    write_measurements(Path(recipe.run), recipe, [(1.0, 0.1), (9.0, 0.3), (9.0, 0.5), (9.0, 0.35)])
+    measured = speed_of(plan, machine)
+    assert measured.mfu == 0.35  # the median without the first, which has the start-up in it
+    assert measured.source == f"measured in {Path(recipe.run) / 'metrics.jsonl'}"
+    assert speed_of(plan, machine, mfu=0.6) == Speed(0.6 * H100 * 4, 0.6, "stated")
+
+    whole = recipe_from(recipe.plain() | {"run": str(tmp_path / "whole"), "engine": {"checkpointing": "full"}})
+    write_measurements(tmp_path / "whole", whole, [(9.0, 0.3)])
+    assert speed_of(plan, machine, run=tmp_path / "whole").mfu == pytest.approx(0.4)  # computes the forward pass twice
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_without_a_gpu_only_measured_tokens_give_a_time(recipe: Recipe, tmp_path: Path) -> None:
+    plan, here = make_plan(recipe), Machine.of(recipe)
+    assert speed_of(plan, here).flops_per_s is None
+    assert speed_of(plan, here, mfu=0.5).flops_per_s is None
+    priced = price(plan, here, speed_of(plan, here), per_gpu_hour=1.0)
+    assert [priced[key] for key in ("hours", "cost", "hours_at_40_percent_mfu")] == [None] * 3
+    write_measurements(Path(recipe.run), recipe, [(50.0, None), (100.0, None)])
+    assert price(plan, here, speed_of(plan, here))["times"][0]["step_s"] == pytest.approx(8 * 16 / 100)
+
+    other = recipe_from(recipe.plain() | {"run": str(tmp_path / "other"), "model": {"preset": "1m"}})
+    write_measurements(tmp_path / "other", other, [(100.0, None)])
+    with pytest.raises(RecipeError, match=r"--mfu-from: .*another kind of machine.*--mfu 40%"):
+        speed_of(plan, here, run=tmp_path / "other")
+    with pytest.raises(CheckpointError, match="no training step is logged"):
+        speed_of(plan, here, run=tmp_path / "absent")
+
+
+def test_memory_is_of_the_phase_that_needs_most(recipe: Recipe) -> None:
+    plan, machine = make_plan(recipe), machine_of(recipe)
+    needed = [phase_memory(plan, index, machine)["total"] for index in (0, 1)]
+    assert price(plan, machine, speed_of(plan, machine))["memory_bytes"] == max(needed)
+    assert phase_memory(plan, 1, machine)["optimizer"] == 16 * (20_704 + 64 * 32)  # the anchor, and a head of its own
+
+
+def test_the_command_tells_it_all(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tiny.write_recipe(tmp_path, recipe.plain()))
+    words = ["plan", path, "--gpu", "H100", "--gpus", "2", "--gpu-memory", "80GB", "--mfu", "50%", "--price", "2.5"]
+    words += ["--set", "phases.pretrain.batch.micro=2", "--set", "phases.finetune.batch.micro=2"]
+    cli.app(words, standalone_mode=False)
+    said = capsys.readouterr().out
+    for part in ("→", "optimizer", "stated", "early stopping", "hours"):
+        assert part in said
+    cli.app([*words, "--json"], standalone_mode=False)
+    plan = json.loads(capsys.readouterr().out)
+    assert plan.keys() >= {
+        *("phases", "parameters", "matmul_parameters", "flops_per_token", "tokens", "flops", "memory_bytes"),
+        *("hours_at_40_percent_mfu", "hours", "cost", "mfu", "speed_from", "times", "ways", "left_out"),
+    }
+    assert len(plan["ways"]) == 24
+    assert (plan["gpus"], plan["gpu_memory_bytes"], plan["speed_from"]) == (2, 80 * 10**9, "stated")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--gpu", "H2"), "--gpu: the peak of 'H2' is not known"),
+        (("--gpu-memory", "80"), "--gpu-memory: '80' is no memory; write such as 80GB"),
+        (("--mfu", "40"), "--mfu: '40' lies outside"),
+        (("--gpus", "3"), "does not divide into 3 processes"),
+        (("--mfu-from", "absent"), "absent: no training step is logged"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_named(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, str],
+    said: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["spt-fast", "plan", str(tiny.write_recipe(tmp_path, recipe.plain())), *words])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_memory_sizes() -> None:
+    assert parse_bytes("80GB", "") == 80 * 10**9
+    assert parse_bytes("79.5 GiB", "") == round(79.5 * 2**30)
