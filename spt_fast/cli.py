@@ -269,7 +269,9 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="Go on from the newest whole checkpoint; starts afresh where there is none.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check everything and make one step, in memory only.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check everything and try a step of every phase, in memory only.")
+    ] = False,
 ) -> None:
     """Train all phases of a recipe."""
     from spt_fast.config import load_recipe
@@ -279,7 +281,9 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     if dry_run:
         steps = one_step_each(loaded)
-        _print_table("dry run", list(steps[0]), [list(step.values()) for step in steps])
+        rows = [[_size(value) if key.endswith("bytes") else value for key, value in step.items()] for step in steps]
+        _print_table("dry run", [key.removesuffix("_bytes") for key in steps[0]], rows)
+        out.print(f"all phases at this pace: {sum(step['hours'] for step in steps):,.4g} hours")
         return
     summary = run(loaded, resume=resume)
     if summary["status"] == "stopped":

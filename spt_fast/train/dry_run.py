@@ -1,33 +1,120 @@
-"""One real step of every phase, in memory only: what would go wrong in the first minute goes wrong now."""
+"""Steps of every phase at their worst, in memory only: what would go wrong in the first minute goes wrong now.
+
+A step's peak is that of its second micro-batch, when the first one's gradients are there; with the phase's own untied
+head, anchor and optimizer state, and full windows. Grid arms differ in numbers, not in shapes. The first such step has
+the start-up in it and says whether memory suffices; a second one is timed. Then comes a batch of an evaluation.
+"""
 
 from __future__ import annotations
 
+import resource
 import time
 from typing import Any
 
+import torch
+
 from spt_fast.config import Recipe
+from spt_fast.errors import RecipeError
+from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS
 from spt_fast.train.engine import LocalEngine, pick_device, pick_dtype, weights_of
-from spt_fast.train.plan import make_plan
+from spt_fast.train.plan import PhasePlan, Plan, make_plan
+from spt_fast.train.price import FORWARD_SHARE, Machine, distribution_of, evaluated_tokens, phase_memory
+
+MICRO_BATCHES = 2
 
 
 def dry_run(recipe: Recipe) -> list[dict[str, Any]]:
-    """Per phase: name, loss and seconds of one step of the starting weights on its first batch. Writes nothing.
+    """Per phase: its name, the loss of the starting weights on its first micro-batches, `step_s`, `peak_bytes` of
+    memory and what the plan estimates for it, and `hours` of all its steps and evaluations at this pace.
 
-    Raises what `run` would raise before its first step, an out-of-memory error of the step itself included.
+    On a GPU the peak is the allocator's; on a CPU it is by how much the process has grown, all phases so far and the
+    copies of weights that a GPU's host would hold included. Writes nothing. Raises what `run` would raise before its
+    first step; RecipeError where memory doesn't suffice, with the settings that would change that.
     """
     plan = make_plan(recipe)
     device = pick_device()
+    machine = Machine.of(recipe)
+    grown_before = _peak_bytes(device)
     engine = LocalEngine(plan.starting_model(), device=device, dtype=pick_dtype(recipe.precision, device))
     results = []
-    for phase in plan.phases:
-        if phase.phase.untie:
-            engine.model.untie()
-        engine.begin(phase.phase.optimizer, phase.phase.anchor, weights_of(engine.model))
-        with plan.loader(phase.index, dict.fromkeys(plan.recipe.sources, 0), device=device, last_step=1) as loader:
-            for _, micro_batches in loader:
-                began = time.monotonic()
-                result = engine.step(micro_batches, phase.phase.optimizer.lr, lambda: False)
-                assert result is not None
-                loss, _, _ = result.read()
-                results.append({"phase": phase.phase.name, "loss": loss, "seconds": time.monotonic() - began})
+    for planned in plan.phases:
+        phase = planned.phase
+        evaluated = evaluated_tokens(plan, planned.index)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            loss, seconds = _steps(plan, planned, engine)
+        except torch.OutOfMemoryError as error:
+            raise RecipeError(_out_of_memory(plan, planned, machine, error)) from None
+        steps = planned.steps * len(phase.arms())
+        evaluated_steps = FORWARD_SHARE * evaluated / planned.tokens_per_step
+        results.append(
+            {
+                "phase": phase.name,
+                "loss": loss,
+                "step_s": seconds,
+                "peak_bytes": _peak_bytes(device) - (0 if device.type == "cuda" else grown_before),
+                "estimated_bytes": phase_memory(plan, planned.index, machine)["total"],
+                "hours": (steps + evaluated_steps) * seconds / 3600,
+            }
+        )
     return results
+
+
+def _steps(plan: Plan, planned: PhasePlan, engine: LocalEngine) -> tuple[float, float]:
+    """(loss, seconds of a whole step)."""
+    phase = planned.phase
+    if phase.untie:
+        engine.model.untie()
+    engine.begin(phase.optimizer, phase.anchor, weights_of(engine.model))
+    with plan.loader(planned.index, dict.fromkeys(plan.recipe.sources, 0), device=engine.device, last_step=1) as loader:
+        _, micro_batches = next(iter(loader))
+    some = micro_batches[:MICRO_BATCHES]
+    losses = []
+    for _ in ("start-up", "timed"):
+        began = time.monotonic()
+        result = engine.step(some, phase.optimizer.lr, lambda: False)
+        assert result is not None
+        losses.append(result.read()[0])
+        seconds = (time.monotonic() - began) * len(micro_batches) / len(some)
+    with torch.no_grad():
+        engine.loss(some[0].tokens, some[0].targets, some[0].cu_seqlens).item()
+    return losses[0], seconds
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exception) -> str:
+    """What to turn, in the order to turn it: what costs no time first."""
+    engine, batch = plan.recipe.engine, planned.phase.batch
+    stage, offload = distribution_of(engine)
+    setting: dict[str, Any] = {"stage": stage, "offload": offload, "checkpointing": engine.checkpointing}
+    needed = phase_memory(plan, planned.index, machine, **setting)["total"]
+    share = batch.sequences // machine.gpus
+    micro = batch.micro or share
+    knobs: list[tuple[str, dict[str, Any]]] = []
+    smaller = max((m for m in range(1, micro) if share % m == 0), default=None)
+    if smaller:
+        knobs.append((f"phases.{planned.phase.name}.batch.micro={smaller}", {"micro": smaller}))
+    for checkpointing in CHECKPOINTING[CHECKPOINTING.index(engine.checkpointing) + 1 :]:
+        knobs.append((f"engine.checkpointing={checkpointing}", {"checkpointing": checkpointing}))
+    for other, offloaded in DISTRIBUTIONS:
+        if (other, offloaded) != (stage, offload) and other >= stage:
+            deepspeed = f"engine.name=deepspeed --set engine.stage={other}"
+            deepspeed += f" --set engine.offload={offloaded}" if offloaded != "none" else ""
+            knobs.append((deepspeed, {"stage": other, "offload": offloaded}))
+    lines = []
+    for knob, change in knobs:
+        saved = needed - phase_memory(plan, planned.index, machine, **{**setting, **change})["total"]
+        if saved > 0:
+            lines.append(f"  --set {knob} saves about {saved / 1e9:.3g} GB")
+    has = "" if machine.memory_bytes is None else f" of {machine.memory_bytes / 1e9:.3g} GB"
+    remedy = "\n".join(lines) if lines else "  a smaller model, a shorter model.context, or a GPU with more memory"
+    return (
+        f"phases[{planned.phase.name}]: a step does not fit into memory (about {needed / 1e9:.3g} GB{has} by the "
+        f"estimate; {str(error).splitlines()[0]}). Turn in this order:\n{remedy}"
+    )

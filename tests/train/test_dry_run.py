@@ -1,0 +1,106 @@
+"""`train --dry-run`: what it reports, that it writes nothing, and what it advises where memory runs out."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spt_fast.config import recipe_from
+from spt_fast.errors import RecipeError
+from spt_fast.train.dry_run import dry_run
+from spt_fast.train.engine import LocalEngine
+from tests import tiny
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> dict[str, Any]:
+    tiny.write_corpora(tmp_path)
+    return tiny.raw_recipe(tmp_path)
+
+
+def test_every_phase_is_tried_as_it_will_be(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second phase with its untied head, its anchor and its own optimizer state; an evaluation batch of each."""
+    seen: list[tuple[Any, ...]] = []
+    step, loss = LocalEngine.step, LocalEngine.loss
+
+    def watched_step(self: LocalEngine, micro_batches: Any, *rest: Any) -> Any:
+        optimizer = self.optimizer
+        state = (len(optimizer.exp_avg), bool(optimizer.anchor), self.model.head is not None)
+        seen.append(("step", len(micro_batches), tuple(micro_batches[0].tokens.shape), *state))
+        return step(self, micro_batches, *rest)
+
+    def watched_loss(self: LocalEngine, tokens: torch.Tensor, *rest: Any) -> Any:
+        seen.append(("loss", tuple(tokens.shape), torch.is_grad_enabled()))
+        return loss(self, tokens, *rest)
+
+    monkeypatch.setattr(LocalEngine, "step", watched_step)
+    monkeypatch.setattr(LocalEngine, "loss", watched_loss)
+    before = sorted(tmp_path.iterdir())
+    results = dry_run(recipe_from(raw))
+    assert sorted(tmp_path.iterdir()) == before
+    tensors = seen[0][3]
+    first = ("step", 2, (4, 16), tensors, False, False)
+    second = ("step", 1, (4, 16), tensors + 1, True, True)
+    evaluation = ("loss", (4, 16), False)
+    assert seen == [first, first, evaluation, second, second, evaluation]
+    assert [result["phase"] for result in results] == ["pretrain", "finetune"]
+    for result in results:
+        assert result["loss"] == pytest.approx(math.log(64), rel=0.1)
+        assert result["hours"] > 0
+        assert result["step_s"] > 0
+        assert result["estimated_bytes"] > 0
+
+
+def test_running_out_of_memory_names_the_phase_and_the_knobs_in_order(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finetune fails, of an 8-layer model at 16 sequences a micro-batch: each knob saves more than nothing."""
+    raw["model"] |= {"layers": 8, "width": 64, "ffn": 256}
+    raw["phases"][1] |= {"batch": {"sequences": 24, "micro": 24}}
+    step = LocalEngine.step
+
+    def step_of_a_small_gpu(self: LocalEngine, micro_batches: Any, *rest: Any) -> Any:
+        if len(micro_batches[0].tokens) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+        return step(self, micro_batches, *rest)
+
+    monkeypatch.setattr(LocalEngine, "step", step_of_a_small_gpu)
+    with pytest.raises(RecipeError) as error:
+        dry_run(recipe_from(raw))
+    said = str(error.value)
+    assert said.startswith("phases[finetune]: a step does not fit into memory")
+    assert "Tried to allocate 2.00 GiB" in said
+    assert "See the documentation" not in said
+    knobs = re.findall(r"--set (.*) saves about ([0-9.e-]+) GB", said)
+    assert [knob for knob, _ in knobs] == [
+        "phases.finetune.batch.micro=12",
+        "engine.checkpointing=selective",
+        "engine.checkpointing=full",
+        "engine.name=deepspeed --set engine.stage=1 --set engine.offload=optimizer",
+        "engine.name=deepspeed --set engine.stage=2 --set engine.offload=optimizer",
+        "engine.name=deepspeed --set engine.stage=3 --set engine.offload=optimizer",
+        "engine.name=deepspeed --set engine.stage=3 --set engine.offload=all",
+    ]
+    assert all(float(saved) > 0 for _, saved in knobs)
+    assert float(knobs[2][1]) > float(knobs[1][1])
+
+
+def test_where_nothing_saves_the_model_is_too_large(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    raw["phases"] = raw["phases"][:1]
+    raw["phases"][0]["batch"] = {"sequences": 8, "micro": 1}
+    raw["engine"] = {"checkpointing": "full"}
+
+    def no_memory(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(LocalEngine, "step", no_memory)
+    monkeypatch.setattr("spt_fast.train.dry_run.DISTRIBUTIONS", ((0, "none"),))
+    with pytest.raises(RecipeError, match=r"phases\[pretrain\].*\n  a smaller model, a shorter model.context"):
+        dry_run(recipe_from(raw))
