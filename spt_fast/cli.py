@@ -281,6 +281,8 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     if dry_run:
         steps = one_step_each(loaded)
+        if not _is_first():
+            return
         rows = [[_size(value) if key.endswith("bytes") else value for key, value in step.items()] for step in steps]
         _print_table("dry run", [key.removesuffix("_bytes") for key in steps[0]], rows)
         out.print(f"all phases at this pace: {sum(step['hours'] for step in steps):,.4g} hours")

@@ -89,7 +89,7 @@ def memory_bytes(
     P, head, block = parameters(config), V * D, block_matrices(config) // L
     context = config.context if context is None else context
     tokens = micro * context
-    stays, gradients = _what_stays(config, dtype, anchor, stage, world, offload, bucket)
+    stays, gradients = _what_stays(config, dtype, device, anchor, stage, world, offload, bucket)
 
     # Gradients at each moment. Autograd's own are float32 in the local engine, else accumulated beside them.
     made = 4 if stage == 0 else a
@@ -125,7 +125,14 @@ def memory_bytes(
 
 
 def _what_stays(
-    config: GPTConfig, dtype: torch.dtype, anchor: bool, stage: int, world: int, offload: str, bucket: int
+    config: GPTConfig,
+    dtype: torch.dtype,
+    device: str,
+    anchor: bool,
+    stage: int,
+    world: int,
+    offload: str,
+    bucket: int,
 ) -> tuple[dict[str, int], int]:
     """({parameters, optimizer, communication, host}, accumulated gradients at their fullest)."""
     P, a = parameters(config), dtype.itemsize
@@ -148,7 +155,8 @@ def _what_stays(
         root = head if config.tied else 2 * head
         gathered = a * min(P, root + block + STAGE_3_PREFETCH + STAGE_3_REUSE // 2)
     bucket = min(bucket, P)
-    buckets = (4 * bucket if world > 1 else 0, 4 * bucket, (a + 4) * bucket, 8 * max(bucket, head))[stage]
+    filling = a * bucket * (2 if device == "cuda" else 1)  # one more where messages run beside the computation
+    buckets = (4 * bucket if world > 1 else 0, 4 * bucket, filling + 4 * bucket, 8 * max(bucket, head))[stage]
     return {"parameters": own + gathered, "optimizer": optimizer, "communication": buckets, "host": host}, gradients
 
 

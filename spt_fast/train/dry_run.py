@@ -16,9 +16,11 @@ import torch
 from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS
-from spt_fast.train.engine import LocalEngine, pick_device, pick_dtype, weights_of
+from spt_fast.train.engine import EngineInterface, make_engine, pick_dtype, untied, weights_of
+from spt_fast.train.optim import Snapshot
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.price import FORWARD_SHARE, Machine, distribution_of, evaluated_tokens, phase_memory
+from spt_fast.train.world import World, join_world
 
 MICRO_BATCHES = 2
 
@@ -31,19 +33,26 @@ def dry_run(recipe: Recipe) -> list[dict[str, Any]]:
     copies of weights that a GPU's host would hold included. Writes nothing. Raises what `run` would raise before its
     first step; RecipeError where memory doesn't suffice, with the settings that would change that.
     """
-    plan = make_plan(recipe)
-    device = pick_device()
-    machine = Machine.of(recipe)
+    world = join_world(process_group=recipe.engine.name == "deepspeed")
+    device = world.device
+    plan = make_plan(recipe, world=world.size)
+    machine = Machine.of(recipe, gpus=world.size)
+    stage, offload = distribution_of(recipe.engine, world.size)
     grown_before = _peak_bytes(device)
-    engine = LocalEngine(plan.starting_model(), device=device, dtype=pick_dtype(recipe.precision, device))
+    model = plan.starting_model()
+    start = world.share(weights_of(model))
+    engine = make_engine(model, recipe.engine, world=world, dtype=pick_dtype(recipe.precision, device))
     results = []
     for planned in plan.phases:
         phase = planned.phase
         evaluated = evaluated_tokens(plan, planned.index)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        if phase.untie and engine.config.tied:
+            engine.untie()
+            start = untied(start, "embedding", "head")
         try:
-            loss, seconds = _steps(plan, planned, engine)
+            loss, seconds = _steps(plan, planned, engine, start, world)
         except torch.OutOfMemoryError as error:
             raise RecipeError(_out_of_memory(plan, planned, machine, error)) from None
         steps = planned.steps * len(phase.arms())
@@ -54,20 +63,23 @@ def dry_run(recipe: Recipe) -> list[dict[str, Any]]:
                 "loss": loss,
                 "step_s": seconds,
                 "peak_bytes": _peak_bytes(device) - (0 if device.type == "cuda" else grown_before),
-                "estimated_bytes": phase_memory(plan, planned.index, machine)["total"],
+                "estimated_bytes": phase_memory(plan, planned.index, machine, stage=stage, offload=offload)["total"],
                 "hours": (steps + evaluated_steps) * seconds / 3600,
             }
         )
     return results
 
 
-def _steps(plan: Plan, planned: PhasePlan, engine: LocalEngine) -> tuple[float, float]:
+def _steps(
+    plan: Plan, planned: PhasePlan, engine: EngineInterface, start: Snapshot, world: World
+) -> tuple[float, float]:
     """(loss, seconds of a whole step)."""
     phase = planned.phase
-    if phase.untie:
-        engine.model.untie()
-    engine.begin(phase.optimizer, phase.anchor, weights_of(engine.model))
-    with plan.loader(planned.index, dict.fromkeys(plan.recipe.sources, 0), device=engine.device, last_step=1) as loader:
+    whole = planned.micro_batches(world.size)
+    engine.begin(phase.optimizer, phase.anchor, start, micro_batches=min(whole, MICRO_BATCHES))
+    read = dict.fromkeys(plan.recipe.sources, 0)
+    loader = plan.loader(planned.index, read, device=engine.device, last_step=1, rank=world.rank, world=world.size)
+    with loader:
         _, micro_batches = next(iter(loader))
     some = micro_batches[:MICRO_BATCHES]
     losses = []
@@ -91,7 +103,7 @@ def _peak_bytes(device: torch.device) -> int:
 def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exception) -> str:
     """What to turn, in the order to turn it: what costs no time first."""
     engine, batch = plan.recipe.engine, planned.phase.batch
-    stage, offload = distribution_of(engine)
+    stage, offload = distribution_of(engine, machine.gpus)
     setting: dict[str, Any] = {"stage": stage, "offload": offload, "checkpointing": engine.checkpointing}
     needed = phase_memory(plan, planned.index, machine, **setting)["total"]
     share = batch.sequences // machine.gpus

@@ -176,10 +176,11 @@ def evaluated_tokens(plan: Plan, index: int) -> int:
     return evaluations * sum(text.num_targets for by_source in texts.values() for text in by_source.values())
 
 
-def distribution_of(engine: Engine) -> tuple[int, str]:
-    """(ZeRO stage, offload) of an engine."""
-    assert engine.name == "local"
-    return 0, "none"
+def distribution_of(engine: Engine, processes: int) -> tuple[int, str]:
+    """(ZeRO stage, offload) of an engine; the local one divides nothing."""
+    if engine.name == "local" or (engine.name == "auto" and processes == 1):
+        return 0, "none"
+    return engine.stage, engine.offload
 
 
 def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | None = None) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
     Every arm of a grid and every evaluation is counted; `left_out` says what isn't. What isn't known is None.
     """
     flops_per_token = train_flops_per_token(plan.model)
-    own = (*distribution_of(plan.recipe.engine), plan.recipe.engine.checkpointing)
+    own = (*distribution_of(plan.recipe.engine, machine.gpus), plan.recipe.engine.checkpointing)
     times = [_time(plan, index, speed, flops_per_token) for index in range(len(plan.phases))]
     timed = speed.flops_per_s is not None
     ways: list[dict[str, Any]] = []

@@ -116,6 +116,19 @@ def test_memory_is_of_the_phase_that_needs_most(recipe: Recipe) -> None:
     assert phase_memory(plan, 1, machine)["optimizer"] == 16 * (20_704 + 64 * 32)  # the anchor, and a head of its own
 
 
+def test_the_recipes_own_way_is_its_engines(recipe: Recipe) -> None:
+    raw = recipe.plain() | {"engine": {"stage": 3, "offload": "all", "checkpointing": "full"}}
+    raw["phases"][0]["batch"]["micro"] = raw["phases"][1]["batch"]["micro"] = 2
+    for gpus, own in ((1, (0, "none", "full")), (2, (3, "all", "full"))):
+        plan = make_plan(recipe_from(raw), world=gpus)
+        machine = machine_of(plan.recipe, gpus=gpus)
+        priced = price(plan, machine, speed_of(plan, machine, mfu=0.4))
+        (way,) = (way for way in priced["ways"] if way["recipe"])
+        assert (way["stage"], way["offload"], way["checkpointing"]) == own
+        assert (priced["hours"] is None) == (own[1] != "none")  # how long offloading takes is not known
+        assert priced["memory_bytes"] == way["bytes"]["total"]
+
+
 def test_the_command_tells_it_all(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tiny.write_recipe(tmp_path, recipe.plain()))
     words = ["plan", path, "--gpu", "H100", "--gpus", "2", "--gpu-memory", "80GB", "--mfu", "50%", "--price", "2.5"]
