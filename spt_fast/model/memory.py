@@ -55,9 +55,10 @@ DISTRIBUTIONS = (
 )
 """(ZeRO stage, offload) that there are."""
 
-REDUCE_BUCKET = 500_000_000
+REDUCE_BUCKET = 50_000_000
+"""Numbers that ZeRO sends at once: 200 MB in float32, where DeepSpeed's default would hold 2 GB and more."""
 STAGE_3_PREFETCH, STAGE_3_REUSE = 50_000_000, 1_000_000_000
-"""DeepSpeed's defaults, in numbers: reduce_bucket_size, stage3_prefetch_bucket_size, stage3_max_reuse_distance."""
+"""DeepSpeed's defaults, in numbers: stage3_prefetch_bucket_size, stage3_max_reuse_distance."""
 
 
 def memory_bytes(

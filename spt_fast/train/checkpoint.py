@@ -87,6 +87,10 @@ class Writer:
         self._thread = threading.Thread(target=self._write, args=(name, text, snapshots, best), daemon=True)
         self._thread.start()
 
+    def is_writing(self) -> bool:
+        """Whether this process still writes its part. Not collective."""
+        return self._thread is not None and self._thread.is_alive()
+
     def finish(self) -> None:
         """Wait until the last checkpoint is whole on the disk."""
         if self._thread is None:

@@ -28,6 +28,7 @@ from spt_fast.data.loader import Batch
 from spt_fast.errors import RecipeError
 from spt_fast.kernels import adamw_step, keep_freed_memory
 from spt_fast.model.gpt import GPT
+from spt_fast.model.memory import REDUCE_BUCKET
 from spt_fast.train.engine import StepResult
 from spt_fast.train.optim import AdamW, Snapshot
 from spt_fast.train.world import World
@@ -175,7 +176,12 @@ class ZeroEngine:
 
     def _deepspeed_config(self, optimizer: Optimizer, micro_batches: int) -> dict[str, Any]:
         stage, offload = self.settings.stage, self.settings.offload
-        zero: dict[str, Any] = {"stage": stage, "overlap_comm": self.device.type == "cuda"}
+        zero: dict[str, Any] = {
+            "stage": stage,
+            "overlap_comm": self.device.type == "cuda",
+            "reduce_bucket_size": REDUCE_BUCKET,
+            "allgather_bucket_size": REDUCE_BUCKET,
+        }
         if offload != "none":
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         if offload == "all":
