@@ -71,7 +71,8 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
             trainer.train()
             status = "done"
         except Interrupted:
-            trainer.save()
+            if trainer.state.name != trainer.saved:  # else the only copy of this place would be replaced by itself
+                trainer.save()
             status = "stopped"
         except BaseException as error:
             with suppress(OSError):

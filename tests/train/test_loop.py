@@ -444,6 +444,21 @@ def test_damaged_checkpoints_are_set_aside_and_take_no_place_of_whole_ones(
     assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
 
 
+def test_a_run_stopped_again_before_its_next_step_leaves_its_checkpoint_alone(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To write it again would take away the only whole one for a moment, in which the process may be killed."""
+    raw, folder = stopped_run(data, "stopped-twice", monkeypatch, looks=45)
+    raw["checkpoint"] = {"every": "7 steps", "keep": 1}
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    before = (newest / "manifest.json").stat()
+    monkeypatch.setattr(loop, "StopRequest", StopAfter)
+    StopAfter.looks = 0
+    assert run(recipe_from(raw), resume=True, progress=False)["status"] == "stopped"
+    after = (newest / "manifest.json").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
 def test_what_a_crash_left_half_written_does_not_block_the_run(data: Path) -> None:
     raw = tiny.raw_recipe(data, "crashed")
     raw["phases"] = [raw["phases"][0] | {"tokens": 8 * 16}]
