@@ -10,7 +10,6 @@ other. Only safetensors are read: a pickle can run code.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -95,7 +94,7 @@ def save(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, dty
         for (source, _), part in zip(sources, parameter.detach().split([rows for _, rows in sources]), strict=True):
             tensors[source] = part.to(device="cpu", dtype=dtype, copy=True)
 
-    temporary = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
+    temporary = folder.absolute().with_name(f".{folder.absolute().name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)

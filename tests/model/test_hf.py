@@ -303,3 +303,20 @@ def test_incomplete_and_wrong_configs_name_the_field(folder: Path) -> None:
     change_config(folder, hidden_size=-1)
     with pytest.raises(CheckpointError, match=r"config\.json: model\.width"):
         GPT.from_hf(folder)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=16, context=4, vocab_size=9))
+
+    def killed(folder: object, ignore_errors: bool = False) -> None:
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "save_file", lambda *args, **kwargs: 1 / 0)
+        patch.setattr(hf.shutil, "rmtree", killed)
+        with pytest.raises(ZeroDivisionError):
+            model.save_hf(tmp_path / "weights")
+    assert any(tmp_path.iterdir())
+    monkeypatch.setattr("os.getpid", lambda: 1)  # the next process has another number
+    model.save_hf(tmp_path / "weights")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
