@@ -587,25 +587,42 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: Any) -> int:
+        number = super().construct_yaml_int(node)
+        if abs(number) >= 2**64:  # Python computes with thousands of digits, and refuses to print them
+            raise RecipeError(f"line {node.start_mark.line + 1}: a whole number of 2^64 or more; nothing is that large")
+        return number
+
 
 _StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false"), list("tf"))
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+
+
+def _parse(text: str, where: str) -> Any:
+    """The data of YAML text; RecipeError names the line of what is wrong."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{where}: is nested too deeply; no recipe needs more than a few levels") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that Python can't hold
+        raise RecipeError(f"{where}: is not valid YAML: {error}") from None
 
 
 def read_yaml(path: str | Path) -> Any:
     """The data of a YAML file; RecipeError names the file and line of what is wrong."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return yaml.load(text, _StrictLoader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe in YAML") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not valid YAML: {error}") from None
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
+    return _parse(text, str(path))
 
 
 def recipe_from(raw: object) -> Recipe:
@@ -626,11 +643,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         target, separator, value = override.partition("=")
         if not separator:
             raise RecipeError(f"--set {override}: write KEY=VALUE, such as --set phases.pretrain.tokens=40M")
-        try:
-            data = yaml.load(value, _StrictLoader)
-        except (yaml.YAMLError, RecipeError) as error:
-            raise RecipeError(f"--set {override}: the value is not valid YAML: {error}") from None
-        _set(raw, target.strip().split("."), data, target)
+        _set(raw, target.strip().split("."), _parse(value, f"--set {override}: the value"), target)
     return recipe_from(raw)
 
 
@@ -638,7 +651,7 @@ def _set(node: Any, path: list[str], value: Any, whole: str) -> None:
     head, rest = path[0], path[1:]
     if isinstance(node, list):
         names = [item.get("name") if isinstance(item, dict) else None for item in node]
-        index = names.index(head) if head in names else int(head) if head.isdigit() else len(node)
+        index = names.index(head) if head in names else int(head) if re.fullmatch("[0-9]{1,9}", head) else len(node)
         if index >= len(node):
             raise RecipeError(f"--set {whole}: no item {head!r}; {nearest(head, [str(n) for n in names])}")
         key: Any = index

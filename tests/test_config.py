@@ -291,5 +291,32 @@ def test_a_key_given_twice_and_broken_yaml_name_the_file(tmp_path: Path) -> None
         load_recipe(path)
     path.write_text(yaml.safe_dump(raw_recipe()))
     for value in ("[1", "{a: 1, a: 2}", "{{x}}"):
-        with pytest.raises(RecipeError, match=r"--set seed=.*: the value is not valid YAML"):
+        with pytest.raises(RecipeError, match=r"--set seed=.*: the value: "):
             load_recipe(path, [f"seed={value}"])
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("[" * 3000, "nested too deeply"),
+        ("2024-13-45", "not valid YAML: month must be"),
+        ("1" * 5000, "not valid YAML: Exceeds the limit"),
+        ("0x" + "f" * 5000, "line 1: a whole number of 2\\^64 or more"),
+    ],
+)
+def test_yaml_that_python_cannot_hold_is_refused(tmp_path: Path, value: str, why: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"run: {value}\n")
+    with pytest.raises(RecipeError, match=rf"r\.yaml: .*{why}"):
+        load_recipe(path)
+    path.write_text(yaml.safe_dump(raw_recipe()))
+    with pytest.raises(RecipeError, match=rf"--set run=.*: the value: .*{why}"):
+        load_recipe(path, [f"run={value}"])
+
+
+@pytest.mark.parametrize("item", ["9" * 5000, "²"])
+def test_an_item_that_no_list_has_is_refused(tmp_path: Path, item: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe()))
+    with pytest.raises(RecipeError, match="no item"):
+        load_recipe(path, [f"phases.{item}.tokens=1"])
