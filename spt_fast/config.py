@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 
 import yaml
 
-from spt_fast.data.mixture import Mixture
+from spt_fast.data.mixture import HUGE_EXPONENT, Mixture
 from spt_fast.errors import RecipeError, nearest
 
 # -------------------------------------------------------------------------------------------- values and their units
 
-_COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([kKmMbBtT]?)")
+_COUNT = re.compile(r"([0-9][0-9_]{0,29}(?:\.[0-9]{1,30})?(?:[eE]\+?[0-9]{1,2})?)\s*([kKmMbBtT]?)")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -43,7 +43,7 @@ def parse_share(value: object, where: str) -> Fraction:
     """An exact share in [0, 1]: "2%", 0.02, "1/50". Floats are read by their repr, as exact decimals."""
     text = str(value).strip()
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or HUGE_EXPONENT.search(text):
             raise ValueError
         share = Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(text)
     except (ValueError, ZeroDivisionError):

@@ -55,7 +55,9 @@ def test_counts_take_units(text: object, count: int) -> None:
     assert parse_count(text, "tokens") == count
 
 
-@pytest.mark.parametrize("bad", ["", "0", "-1", "1.0005K", "12Q", None, True, "nan", [1], "1e400"])
+@pytest.mark.parametrize(
+    "bad", ["", "0", "-1", "1.0005K", "12Q", None, True, "nan", [1], "1e400", "1e999999999", "9" * 5000]
+)
 def test_counts_refuse_what_is_no_positive_whole_number(bad: object) -> None:
     with pytest.raises(RecipeError, match=r"phases\[x\]\.tokens"):
         parse_count(bad, "phases[x].tokens")
@@ -76,7 +78,9 @@ def test_shares_are_exact(text: object, share: Fraction) -> None:
     assert parse_share(text, "final") == share
 
 
-@pytest.mark.parametrize("bad", ["two", "2", -0.1, "101%", None, True, "1/0", "nan"])
+@pytest.mark.parametrize(
+    "bad", ["two", "2", -0.1, "101%", None, True, "1/0", "nan", "1e-999999999", "1e-1_000_000_000%"]
+)
 def test_shares_outside_the_unit_interval_are_refused(bad: object) -> None:
     with pytest.raises(RecipeError, match="final"):
         parse_share(bad, "final")

@@ -36,6 +36,8 @@ MAX_SAMPLES = 1 << 62
 MAX_DENOMINATOR = 1 << 62
 MAX_PERIOD = 1 << 20
 MAX_SOURCES = (1 << 15) - 1
+HUGE_EXPONENT = re.compile(r"e[+-]?[0-9_]{4}", re.IGNORECASE)
+"""Of a share whose exact value would fill the memory."""
 _SPLIT_SOURCES = 4
 _NEARBY_PERIOD = 10**6
 
@@ -290,7 +292,7 @@ def _exact_weight(source: str, weight: object) -> Fraction:
         value = Fraction(int(weight.numerator), int(weight.denominator))
     elif isinstance(weight, float) and math.isfinite(weight):
         value = Fraction(repr(float(weight)))
-    elif isinstance(weight, str) and not re.search(r"e[+-]?\d{4}", weight, re.IGNORECASE):
+    elif isinstance(weight, str) and not HUGE_EXPONENT.search(weight):
         text = weight.strip()
         try:
             value = Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(text)
