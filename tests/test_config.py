@@ -324,3 +324,10 @@ def test_an_item_that_no_list_has_is_refused(tmp_path: Path, item: str) -> None:
     path.write_text(yaml.safe_dump(raw_recipe()))
     with pytest.raises(RecipeError, match="no item"):
         load_recipe(path, [f"phases.{item}.tokens=1"])
+
+
+def test_a_name_that_begins_like_a_boolean_is_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe()))
+    for name in ("false-start", "trueno", "true.1"):
+        assert load_recipe(path, [f"run={name}"]).run == name
