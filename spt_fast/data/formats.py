@@ -19,6 +19,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -232,7 +233,7 @@ def _npy(path: Path) -> TokenFile:
     with path.open("rb") as file:
         try:
             shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, SyntaxError, TokenError, MemoryError, RecursionError) as error:
             raise DataError(f"{path}: its .npy header is damaged or of an unknown version ({error})") from error
         offset = file.tell()
     if len(shape) != 1 or dtype.kind not in "iu":

@@ -222,6 +222,14 @@ def test_npy_of_objects_is_never_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("shape", ["(7", "(((" * 2000, "(7,), 'x'", "'7'", "(True"])
+def test_npy_whose_header_is_broken_off_or_nested(tmp_path: Path, shape: str) -> None:
+    header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}".encode()
+    (tmp_path / "d.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(14))
+    with pytest.raises(DataError, match=r"its \.npy header is damaged"):
+        TokenDataset.open(tmp_path / "d.npy")
+
+
 def test_npy_big_endian(tmp_path: Path) -> None:
     np.save(tmp_path / "d.npy", np.array(IDS, ">u2"))
     with pytest.raises(DataError, match=r"big-endian.*astype\('<u2'\)"):
