@@ -257,7 +257,8 @@ def _headerless(path: Path, dtype: np.dtype) -> TokenFile:
     if not index.is_file():
         return TokenFile("headerless", path, 0, dtype, num_tokens, None, sampled_digest(path))
     ends = map_ids(index, np.dtype("<i8"), 0, index.stat().st_size // 8)
-    if index.stat().st_size % 8 or len(ends) == 0 or ends[-1] != num_tokens or np.any(ends[1:] < ends[:-1]):
+    rising = len(ends) > 0 and ends[0] >= 0 and not np.any(ends[1:] < ends[:-1])
+    if index.stat().st_size % 8 or not rising or ends[-1] != num_tokens:
         raise DataError(
             f"{index} doesn't hold the document ends (u64) of the {num_tokens:,} tokens in {path} as {dtype}; "
             "copy or make it again, declare another dtype, or move it away to read the ids without documents"

@@ -283,8 +283,8 @@ def test_datatrove_index_gives_the_documents(tmp_path: Path) -> None:
     dataset = TokenDataset.open(tmp_path / "d.ds", dtype="uint16")
     assert dataset.document_ends is not None
     assert dataset.document_ends.tolist() == [3, 6, 7]
-    for ends in ([3, 6], [3, 6, 8], [6, 3, 7], []):
-        np.array(ends, "<u8").tofile(tmp_path / "d.ds.index")
+    for ends in ([3, 6], [3, 6, 8], [6, 3, 7], [-1, 6, 7], []):
+        np.array(ends, "<i8").tofile(tmp_path / "d.ds.index")
         with pytest.raises(DataError, match=r"d\.ds\.index doesn't hold the document ends"):
             TokenDataset.open(tmp_path / "d.ds", dtype="uint16")
 
