@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,6 +156,8 @@ class TokenDataset:
         block_bytes, expected = self.metadata["block_bytes"], self.metadata["blocks_sha256"]
         size = self.metadata["num_tokens"] * self.tokens.dtype.itemsize
         formats.check_size(bin_path, size, str(json_path))
+        if len(expected) != -(-size // block_bytes):
+            raise DataError(f"{json_path} was edited: it has {len(expected)} block hashes; prepare the dataset again")
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             starts = range(0, size, block_bytes)
             digests = pool.map(lambda start: _sha256_of_stretch(bin_path, start, block_bytes), starts)
@@ -342,7 +344,7 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
         return None
     try:
         metadata = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: it isn't JSON ({error}); copy or prepare the dataset again") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise DataError(f"{path} is damaged or was edited: it isn't a dataset's metadata any more; prepare it again")
@@ -351,7 +353,35 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
     stored = metadata.pop("sha256", None)
     if stored != _sha256_of(metadata):
         raise DataError(f"{path} is damaged or was edited: its content doesn't match its own sha256; prepare it again")
+    for field, is_right in _FIELDS.items():
+        if field not in metadata or not is_right(metadata[field]):
+            found = repr(metadata.get(field, "missing"))
+            raise DataError(f"{path} was edited: its {field} is {found:.60}; prepare the dataset again")
     return metadata
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_optional_count(value: object) -> bool:
+    return value is None or _is_count(value)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "dtype": lambda value: value in formats.ID_DTYPES,
+    "vocab_size": _is_count,
+    "tokenizer_digest": lambda value: value is None or isinstance(value, str),
+    "eos_id": _is_optional_count,
+    "num_tokens": _is_count,
+    "num_documents": _is_count,
+    "num_bytes": _is_count,
+    "max_id": _is_optional_count,
+    "block_bytes": lambda value: _is_count(value) and value > 0,
+    "blocks_sha256": lambda value: isinstance(value, list) and all(isinstance(block, str) for block in value),
+    "idx_sha256": lambda value: isinstance(value, str),
+}
+"""What `DatasetWriter.commit` writes besides format and version, and how each field must look."""
 
 
 def _sha256_of(content: object) -> str:

@@ -207,6 +207,44 @@ def test_every_edit_of_the_json_is_found(tmp_path: Path) -> None:
     TokenDataset.open(tmp_path / "d")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("num_tokens", "7"), ("num_documents", None), ("block_bytes", 0), ("block_bytes", -1), ("dtype", ["uint16"])),
+        *(("max_id", -1), ("blocks_sha256", "ab"), ("num_bytes", True), ("vocab_size", 2.5), ("idx_sha256", None)),
+    ],
+)
+def test_a_field_that_no_writer_writes_is_refused_even_if_the_hash_fits(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    metadata = write(tmp_path / "d", DOCUMENTS)
+    del metadata["sha256"]
+    for edited in (metadata | {field: value}, {key: item for key, item in metadata.items() if key != field}):
+        fitting = hashlib.sha256(json.dumps(edited, sort_keys=True).encode()).hexdigest()
+        (tmp_path / "d.json").write_text(json.dumps(edited | {"sha256": fitting}))
+        with pytest.raises(DataError, match=rf"d\.json was edited: its {field} is"):
+            TokenDataset.open(tmp_path / "d")
+
+
+def test_block_hashes_that_do_not_cover_the_ids_are_no_proof(tmp_path: Path) -> None:
+    metadata = write(tmp_path / "d", DOCUMENTS)
+    del metadata["sha256"]
+    for blocks in ([], [*metadata["blocks_sha256"], "0" * 64]):
+        edited = metadata | {"blocks_sha256": blocks}
+        fitting = hashlib.sha256(json.dumps(edited, sort_keys=True).encode()).hexdigest()
+        (tmp_path / "d.json").write_text(json.dumps(edited | {"sha256": fitting}))
+        with pytest.raises(DataError, match=rf"d\.json was edited: it has {len(blocks)} block hashes"):
+            TokenDataset.open(tmp_path / "d").verify()
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "d", DOCUMENTS)
+    text = (tmp_path / "d.json").read_text()
+    (tmp_path / "d.json").write_text(text.rstrip("}") + ', "x": ' + "[" * 100_000)
+    with pytest.raises(DataError, match=r"d\.json is damaged: it isn't JSON"):
+        TokenDataset.open(tmp_path / "d")
+
+
 def test_every_bit_flip_and_truncation_of_the_json_is_found(tmp_path: Path) -> None:
     write(tmp_path / "d", DOCUMENTS)
     path = tmp_path / "d.json"
