@@ -177,7 +177,11 @@ def read(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: manifest.json does not match its own hash")
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path}: has format {manifest['format']}; this version reads {FORMAT}")
+        if "state.json" not in manifest["files"]:
+            raise CheckpointError(f"{path}: manifest.json lists no state.json")
         for name, facts in manifest["files"].items():
+            if Path(name).name != name:
+                raise CheckpointError(f"{path}: manifest.json lists {name!r}, which is no file of this folder")
             file = path / name
             if not file.exists():
                 raise CheckpointError(f"{path}: {name} is missing")

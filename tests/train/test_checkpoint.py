@@ -92,6 +92,22 @@ def test_damage_is_found_and_the_newest_whole_one_taken(tmp_path: Path, kind: st
     assert [path.name for path in checkpoint.listed(tmp_path)] == NAMES[:2]
 
 
+@pytest.mark.parametrize("elsewhere", ["../other/state.json", "./state.json", "{absolute}", None])
+def test_a_manifest_that_does_not_cover_its_own_folder_is_refused(tmp_path: Path, elsewhere: str | None) -> None:
+    """Even if its own hash fits: what is read must be what was hashed."""
+    path, other = write(tmp_path, NAMES[0], 1), write(tmp_path / "step", "other", 1)
+    other.rename(tmp_path / "other")
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    facts = manifest["files"].pop("state.json")
+    if elsewhere is not None:
+        manifest["files"] |= {"state.json": facts, elsewhere.format(absolute=path / "state.json"): facts}
+    fitting = checkpoint._own_hash(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": fitting}))
+    with pytest.raises(CheckpointError, match=r"lists no state\.json|is no file of this folder"):
+        checkpoint.read(path)
+
+
 def test_nothing_at_all_and_nothing_whole(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "absent") is None
     flip(write(tmp_path, NAMES[0], 0) / "current-00000.safetensors")
