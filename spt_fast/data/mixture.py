@@ -298,10 +298,10 @@ def _exact_weight(source: str, weight: object) -> Fraction:
             value = Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(text)
         except (ValueError, ZeroDivisionError):
             value = None
-    if value is None or value < 0:
+    if value is None or value < 0 or (value > 1 and not isinstance(weight, Rational)):
         raise RecipeError(
             f"mixture: {weight!r} will not do as the weight of {source!r}; give a share such as '2%', 0.02 or '1/50', "
-            "or a whole number, neither below 0"
+            "or a whole number, neither below 0, and no share above 1"
         )
     return value
 

@@ -162,6 +162,7 @@ def test_how_weights_are_read(weights: dict, exact: list[str]) -> None:
         ({"a": float("inf")}, "inf will not do"),
         ({"a": True}, "True will not do"),
         ({"a": "lots"}, "'lots' will not do as the weight of 'a'"),
+        ({"a": "1e999", "b": 0.5}, "'1e999' will not do as the weight of 'a'.*no share above 1"),
         ({"a": "1e-1_000_000_000"}, "'1e-1_000_000_000' will not do as the weight of 'a'"),
         ({"a": "1/0"}, "'1/0' will not do"),
         ({"a": "1e-999999999"}, "will not do"),
