@@ -1,4 +1,4 @@
-"""What a run survives: killed, told to stop, out of disk, its checkpoints damaged, its loss not a number, its ranks dead.
+"""What a run survives: kills, signals, full disks, damaged checkpoints, losses that are no numbers, dead ranks.
 
     python -m benchmarks.faults [PART …] [--chains N] [--kills N] [--each N] [--seed N] [--json FILE]
 
@@ -8,8 +8,9 @@ signals       SIGTERM during evaluations, during steps of several micro-batches,
 disk          a disk that fills up and is made larger, a folder that turns read-only and back
 damage        the newest checkpoints torn, flipped, without a file
 nan           a loss that is not a number: weights and moments of that step stay as they were
-distributed   the same run in one and two processes, by turns, at other ZeRO stages; a rank killed, told to stop, or
-              with a loss that is not a number
+worlds        the same run in one and two processes by turns, and at other ZeRO stages
+rank_killed, rank_stopped, rank_nan
+              one rank of two: killed, told to stop, with a loss that is not a number
 
 A run that survived is, against one that nothing disturbed: the same weights to the last bit, the same metrics but for
 the clock, every step logged once, the same visits of every source by `audit`, and no temporary file left. Only where
@@ -18,7 +19,8 @@ the number of processes or the engine changed, sums round otherwise and losses a
 The run has over 200 steps on a tiny model: two sources that repeat, a phase boundary, a grid with early stopping. A
 fresh interpreter takes seconds to import everything, so each life is forked from this process, which has imported all
 of it and has computed nothing yet: no thread and no lock is inherited, and a life starts in a fraction of a second. The
-child runs the command line's own `main`, so that exit codes are the real ones. `distributed` starts torchrun itself.
+child runs the command line's own `main`, so that exit codes are the real ones. Several processes are started by
+torchrun itself.
 """
 
 from __future__ import annotations
@@ -121,10 +123,10 @@ class Life:
         self.status: int | None = None
 
     def _live(self, recipe: Path, prepare: Callable[[], object]) -> int:
-        descriptor = os.open(self.said_in, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        try:
+        try:  # whatever happens, the child must not go on as its parent
+            descriptor = os.open(self.said_in, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
             self._mark(loop.Trainer, "train", 0, TRAINING)
             self._mark(loop.Trainer, "evaluate", 0, EVALUATING)
             self._mark(LocalEngine, "step", 0, STEPPING)
@@ -243,6 +245,13 @@ def total_steps(run: Path) -> int:
     return sum(record["kind"] == "train" for record in records(run))
 
 
+ITINERARIES = {
+    "2 → 1 → 2 processes": [(2, "stage=1"), (1, "name=local"), (2, "stage=1")],
+    "ZeRO stage 2 → 1": [(2, "stage=2"), (2, "stage=1")],
+    "local → deepspeed → local": [(1, "name=local"), (2, "stage=2"), (1, "name=local")],
+}
+
+
 class Campaign:
     """The undisturbed run, the disturbed ones, and what is counted of them."""
 
@@ -264,10 +273,12 @@ class Campaign:
 
     def check(self, what: str, problems: list[str], recipe: Path) -> None:
         """Count a survival, or note what was wrong, with the folder kept."""
-        self.counts[f"{what}: {'failed' if problems else 'survived'}"] += 1
+        outcome = f"{what}: {'FAILED' if problems else 'survived'}"
+        self.counts[outcome] += 1
+        self.say(f"{outcome} {self.counts[outcome]}")
         if problems:
-            self.failures.append(f"{what}, {recipe.stem}: {'; '.join(problems)}")
-            self.say(f"FAILED {self.failures[-1]}")
+            self.failures.append(f"{what}, {recipe.stem}: {'; '.join(problems)}"[:1000])
+            self.say(self.failures[-1])
         else:
             shutil.rmtree(recipe.with_suffix(""), ignore_errors=True)
 
@@ -424,65 +435,70 @@ class Campaign:
 
     # -------------------------------------------------------------------------------------------- distributed
 
-    def distributed(self) -> None:
-        """Each by torchrun with two processes, or alone; SIGTERM always goes to one rank only."""
-        alone, two = self.reference("one"), self.reference("two", "stage=1", processes=2)
+    def worlds(self) -> None:
+        """By turns in two processes and alone; each time it is stopped by SIGTERM to one rank only."""
+        alone, two = self.reference(1), self.reference(2)
         self.compare_losses("2 processes", two, alone)
-        itineraries = {
-            "2 → 1 → 2 processes": [(2, "stage=1"), (1, "name=local"), (2, "stage=1")],
-            "ZeRO stage 2 → 1": [(2, "stage=2"), (2, "stage=1")],
-            "local → deepspeed → local": [(1, "name=local"), (2, "stage=2"), (1, "name=local")],
-        }
-        for name, legs in itineraries.items():
-            raw = plain_recipe(self.folder, f"itinerary-{list(itineraries).index(name)}")
+        for i, (name, legs) in enumerate(ITINERARIES.items()):
+            raw = plain_recipe(self.folder, f"itinerary-{i}")
             run, problems = Path(raw["run"]), []
-            for i, (processes, engine) in enumerate(legs):
+            for leg, (processes, engine) in enumerate(legs):
                 job = Job(write_recipe(raw), processes, engine)
-                if i + 1 < len(legs):
-                    job.wait_for_step(run, 150 * (i + 1) // len(legs))
-                    problems += self.stop_one_rank(job, run, rank=i % processes)
+                if leg + 1 < len(legs):
+                    job.wait_for_step(run, 150 * (leg + 1) // len(legs))
+                    problems += self.stop_one_rank(job, run, rank=leg % processes)
                 elif (code := job.end()) != 0:
                     problems.append(f"exit {code}: {job.said}")
                 engines = f"{processes} processes, ZeRO {engine.replace('=', ' ')}" if processes > 1 else "one process"
                 problems += [] if engines in job.said else [f"not on {engines}: {job.said}"]
-                self.say(f"{name}: {processes} processes, {engine}, step {newest_step(run)}")
-            self.check(f"{name}", problems or self.loss_problems(name, run, alone), Path(f"{run}.yaml"))
+                self.say(f"{name}: {engines} to step {newest_step(run)}")
+            self.check(name, problems or self.loss_problems(name, run, alone), Path(f"{run}.yaml"))
 
-        raw = plain_recipe(self.folder, "rank-killed")
-        run = Path(raw["run"])
-        job = Job(write_recipe(raw), 2, "stage=1")
-        job.wait_for_step(run, 40)
+    def rank_killed(self) -> None:
+        """The job must end by itself, in seconds, and name the rank."""
+        job, recipe, run = self.job_at_step(40, "rank-killed")
         job.signal(1, signal.SIGKILL)
         killed = time.monotonic()
-        code, problems = job.end(), []
+        code = job.end()
         self.figures["end of the job after a rank was killed, s"] = round(time.monotonic() - killed, 2)
-        if code == 0 or "rank : 1" not in job.said or "SIGKILL" not in job.said:
-            problems.append(f"exit {code}: {job.said}")
-        code = (job := Job(write_recipe(raw), 2, "stage=1")).end()
-        problems += [f"exit {code}: {job.said}"] if code else differences(two, run)
-        self.check("a rank killed, bit-equal after it", problems, Path(f"{run}.yaml"))
+        named = "rank : 1" in job.said and "SIGKILL" in job.said
+        problems = [] if code and named else [f"exit {code}: {job.said}"]
+        self.check("a rank killed, bit-equal after it", problems + self.finish_in_two(recipe, run), recipe)
 
-        raw = plain_recipe(self.folder, "rank-stopped")
-        run = Path(raw["run"])
-        job = Job(write_recipe(raw), 2, "stage=1")
-        job.wait_for_step(run, 100)
+    def rank_stopped(self) -> None:
+        job, recipe, run = self.job_at_step(100, "rank-stopped")
         problems = self.stop_one_rank(job, run, rank=1)
-        code = (job := Job(write_recipe(raw), 2, "stage=1")).end()
-        problems += [f"exit {code}: {job.said}"] if code else differences(two, run)
-        self.check("SIGTERM to one rank, bit-equal after it", problems, Path(f"{run}.yaml"))
+        self.check("SIGTERM to one rank, bit-equal after it", problems + self.finish_in_two(recipe, run), recipe)
 
+    def rank_nan(self) -> None:
+        """Its second micro-batch of the fifth step; weights and moments of that step stay as they were everywhere."""
         for stage in (0, 1, 2, 3):
-            raw = short_recipe(self.folder, f"rank-nan-{stage}")
-            job = Job(write_recipe(raw), 2, f"stage={stage}", poisoned="1:9")
+            recipe = write_recipe(short_recipe(self.folder, f"rank-nan-{stage}"))
+            job = Job(recipe, 2, f"stage={stage}", poisoned="1:9")
             code = job.end()
-            problems = [f"exit {code}: {job.said}"] if code else nan_problems(Path(raw["run"]), 5)
-            self.check(f"NaN at one rank, stage {stage}", problems, Path(f"{raw['run']}.yaml"))
+            problems = [f"exit {code}: {job.said}"] if code else nan_problems(recipe.with_suffix(""), 5)
+            self.check(f"NaN at one rank, stage {stage}", problems, recipe)
 
-    def reference(self, name: str, engine: str = "name=local", processes: int = 1) -> Path:
-        raw = plain_recipe(self.folder, f"reference-{name}")
-        job = Job(write_recipe(raw), processes, engine)
-        assert job.end() == 0, job.said
-        return Path(raw["run"])
+    def job_at_step(self, step: int, name: str) -> tuple[Job, Path, Path]:
+        self.reference(2)
+        recipe = write_recipe(plain_recipe(self.folder, name))
+        job, run = Job(recipe, 2, "stage=1"), recipe.with_suffix("")
+        job.wait_for_step(run, step)
+        return job, recipe, run
+
+    def finish_in_two(self, recipe: Path, run: Path) -> list[str]:
+        job = Job(recipe, 2, "stage=1")
+        code = job.end()
+        return [f"exit {code}: {job.said}"] if code else differences(self.reference(2), run)
+
+    def reference(self, processes: int) -> Path:
+        """The run that nothing disturbed, in so many processes."""
+        recipe = self.folder / f"reference-{processes}.yaml"
+        if not recipe.exists():
+            write_recipe(plain_recipe(self.folder, recipe.stem))
+            job = Job(recipe, processes, "stage=1")
+            assert job.end() == 0, job.said
+        return recipe.with_suffix("")
 
     def stop_one_rank(self, job: Job, run: Path, rank: int) -> list[str]:
         sent = time.monotonic()
@@ -714,7 +730,7 @@ def be_a_rank(arguments: list[str]) -> None:
 
 # ------------------------------------------------------------------------------------------------ the command
 
-PARTS = ("kills", "signals", "disk", "damage", "nan", "distributed")
+PARTS = ("kills", "signals", "disk", "damage", "nan", "worlds", "rank_killed", "rank_stopped", "rank_nan")
 
 
 def survive(folder: Path, parts: list[str], *, chains: int, kills: int, each: int, seed: int) -> dict[str, Any]:
@@ -722,12 +738,8 @@ def survive(folder: Path, parts: list[str], *, chains: int, kills: int, each: in
     began = time.monotonic()
     campaign = Campaign(folder, seed, lambda line: print(f"[{time.monotonic() - began:6.1f} s] {line}", flush=True))
     for part in parts:
-        if part == "kills":
-            campaign.kills(chains, kills)
-        elif part == "distributed":
-            campaign.distributed()
-        else:
-            getattr(campaign, part)(each)
+        arguments = {"kills": (chains, kills)} | dict.fromkeys(("signals", "disk", "damage", "nan"), (each,))
+        getattr(campaign, part)(*arguments.get(part, ()))
         campaign.say(f"{part}: done; {len(campaign.failures)} failures so far")
     return {
         "seed": seed,
