@@ -26,7 +26,7 @@ from spt_fast.files import write_text
 from spt_fast.model import gpt
 from spt_fast.model.presets import PRESETS
 from spt_fast.study.corpora import write_general
-from spt_fast.train.loop import run
+from spt_fast.train.run import run
 
 TEXT_BYTES = 16_000_000
 STEP_TOKENS = 32 * 1024

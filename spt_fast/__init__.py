@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spt_fast.data.shards import TokenDataset
     from spt_fast.data.tokenizer import Tokenizer
     from spt_fast.model.gpt import GPT, GPTConfig
-    from spt_fast.train.loop import run
+    from spt_fast.train.run import run
 
     __version__: str
 
@@ -29,7 +29,7 @@ _HOMES = {
     "TokenDataset": "spt_fast.data.shards",
     "Tokenizer": "spt_fast.data.tokenizer",
     "load_recipe": "spt_fast.config",
-    "run": "spt_fast.train.loop",
+    "run": "spt_fast.train.run",
 }
 
 __all__ = ["GPT", "GPTConfig", "Mixture", "Recipe", "TokenDataset", "Tokenizer", "__version__", "load_recipe", "run"]

@@ -276,7 +276,7 @@ def train(
     """Train all phases of a recipe."""
     from spt_fast.config import load_recipe
     from spt_fast.train.dry_run import dry_run as one_step_each
-    from spt_fast.train.loop import run
+    from spt_fast.train.run import run
 
     loaded = load_recipe(recipe, overrides or ())
     if dry_run:

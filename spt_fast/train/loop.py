@@ -13,102 +13,32 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from spt_fast.config import Phase, Recipe, Span
-from spt_fast.errors import RecipeError
-from spt_fast.files import is_temporary, write_text
+from spt_fast.config import Phase, Span
+from spt_fast.files import write_text
 from spt_fast.kernels import auto_backends
 from spt_fast.model.flops import MFU_CONVENTION, parameters, peak_flops, train_flops_per_token
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Checkpoint, Retention
-from spt_fast.train.engine import StepResult, make_engine, pick_dtype, untied, use_deterministic_algorithms, weights_of
+from spt_fast.train.engine import StepResult, make_engine, pick_dtype, untied, weights_of
 from spt_fast.train.evaluate import Interrupted, evaluation_texts, mean_loss
-from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import NoLog, RunLog
 from spt_fast.train.optim import Snapshot
-from spt_fast.train.plan import PhasePlan, Plan, make_plan
+from spt_fast.train.plan import PhasePlan, Plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import Losses, ScheduleOrigin, TrainState
 from spt_fast.train.watch import LossWatch, Watch
 from spt_fast.train.weights import assemble
-from spt_fast.train.world import World, join_world
+from spt_fast.train.world import World
 
 MAX_SKIPPED_IN_A_ROW = 20
 """So many steps in a row with a loss or gradient that is not finite end the run."""
-
-
-def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Train every phase of the recipe; returns summary.json as a dict.
-
-    `resume` goes on from the newest whole checkpoint in the run folder, or starts afresh where there is nothing to
-    resume. Every process that a launcher started calls this. SIGTERM, SIGINT or SIGUSR1 in any of them ends the run at
-    the next safe place with a checkpoint and `status: stopped`. Raises RecipeError, DataError or CheckpointError for
-    what a user can mend.
-    """
-    if recipe.engine.deterministic:
-        use_deterministic_algorithms()
-    world = join_world(process_group=recipe.engine.name == "deepspeed")
-    folder = Path(recipe.run)
-    finished = world.on_first(lambda: _check_folder(folder, recipe, resume))
-    if finished:
-        return finished
-    plan = world.everywhere(lambda: make_plan(recipe, world=world.size))
-    found = world.on_first(lambda: checkpoint.newest(folder / "checkpoints") if resume else None)
-    if found:
-        world.everywhere(lambda: plan.check_same_data(found.state["data"], found.path))
-    world.on_first(lambda: _begin_folder(folder, recipe))
-    with StopRequest() as stop, Watch(folder, world.rank, recipe.log.stall_s) as watch:
-        trainer = Trainer(plan, folder, stop, watch, found, world, progress=progress)
-        try:
-            trainer.train()
-            status = "done"
-        except Interrupted:
-            if trainer.state.name != trainer.saved:  # else the only copy of this place would be replaced by itself
-                trainer.save()
-            status = "stopped"
-        except BaseException as error:
-            with suppress(OSError):
-                trainer.summarise("failed", reason=str(error) or type(error).__name__)
-            raise
-        finally:
-            trainer.log.close()
-        trainer.writer.finish()
-        return trainer.summarise(status, **({"reason": stop.signal} if status == "stopped" else {}))
-
-
-def _begin_folder(folder: Path, recipe: Recipe) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
-
-
-def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """Refuse to overwrite a run or to resume a different one; the summary of a run that is done already."""
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"run: {folder} is a file; choose another name")
-    if not (folder / "recipe.yaml").exists():
-        if folder.exists() and not all(is_temporary(path) for path in folder.iterdir()):
-            raise RecipeError(f"run: folder {folder} exists and holds no run; choose another name or empty it")
-        return None
-    if not resume:
-        raise RecipeError(
-            f"run: folder {folder} exists; add --resume to go on with it, choose another name, or delete it"
-        )
-    changes = recipe_of(folder).changes(recipe)
-    if changes:
-        listed = "\n  ".join(changes)
-        raise RecipeError(
-            f"run: folder {folder} was trained with another recipe; undo this or choose another name:\n  {listed}"
-        )
-    summary = summary_of(folder)
-    return summary if summary and summary["status"] == "done" else None
 
 
 class Trainer:

@@ -24,6 +24,7 @@ from spt_fast.config import recipe_from
 from spt_fast.data.loader import Batch
 from spt_fast.model.gpt import GPT
 from spt_fast.train import engine, loop
+from spt_fast.train.run import run
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -74,7 +75,7 @@ def main(path: Path) -> None:
             return _made[-1]
 
         loop.make_engine = make  # type: ignore[assignment]
-        loop.run(recipe_from(plan["recipe"]), resume=plan.get("resume", False), progress=False)
+        run(recipe_from(plan["recipe"]), resume=plan.get("resume", False), progress=False)
         for watched in made:
             np.savez(f"{plan['recipe']['run']}.tokens-{RANK}.npz", *watched.tokens)
 

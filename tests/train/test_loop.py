@@ -27,8 +27,8 @@ from spt_fast.model.gpt import GPT
 from spt_fast.train import loop, plan
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import evaluation_texts, mean_loss
-from spt_fast.train.loop import run
 from spt_fast.train.plan import make_plan
+from spt_fast.train.run import run
 from spt_fast.train.score import score
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.weights import load_model
@@ -262,7 +262,7 @@ def test_a_run_interrupted_again_and_again_equals_the_undisturbed_one(
     data: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, looks: int
 ) -> None:
     """To the last bit of weights and metrics, across epochs, phases, evaluations, early stops and grid arms."""
-    monkeypatch.setattr(loop, "StopRequest", StopAfter)
+    monkeypatch.setattr("spt_fast.train.run.StopRequest", StopAfter)
     name, interruptions = f"interrupted-{looks}", 0
     StopAfter.looks = looks
     while run(tiny.recipe(data, name), resume=True, progress=False)["status"] == "stopped":
@@ -342,7 +342,7 @@ def stopped_run(data: Path, name: str, monkeypatch: pytest.MonkeyPatch, looks: i
     """The recipe and folder of a run that was stopped after a few steps."""
     raw = tiny.raw_recipe(data, name)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopRequest", StopAfter)
+        patch.setattr("spt_fast.train.run.StopRequest", StopAfter)
         StopAfter.looks = looks
         assert run(recipe_from(raw), progress=False)["status"] == "stopped"
     return raw, data / name
@@ -389,7 +389,7 @@ def test_a_run_in_fp8_is_resumed_in_fp8_to_the_same_run(
         capsys.readouterr().err.split()
     )
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopRequest", StopAfter)
+        patch.setattr("spt_fast.train.run.StopRequest", StopAfter)
         StopAfter.looks = 43
         assert run(tiny.recipe(data, "fp8", **fp8), progress=False)["status"] == "stopped"
     with pytest.raises(RecipeError, match=r"engine\.fp8: True → False"):
@@ -434,7 +434,7 @@ def test_damaged_checkpoints_are_set_aside_and_take_no_place_of_whole_ones(
     (folder / "checkpoints" / names[1] / "state.json").unlink()
     raw["checkpoint"] = {"every": "1 steps", "keep": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopRequest", StopAfter)
+        patch.setattr("spt_fast.train.run.StopRequest", StopAfter)
         StopAfter.looks = 3
         assert run(recipe_from(raw), resume=True, progress=False)["status"] == "stopped"
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -452,7 +452,7 @@ def test_a_run_stopped_again_before_its_next_step_leaves_its_checkpoint_alone(
     raw["checkpoint"] = {"every": "7 steps", "keep": 1}
     newest = sorted((folder / "checkpoints").iterdir())[-1]
     before = (newest / "manifest.json").stat()
-    monkeypatch.setattr(loop, "StopRequest", StopAfter)
+    monkeypatch.setattr("spt_fast.train.run.StopRequest", StopAfter)
     StopAfter.looks = 0
     assert run(recipe_from(raw), resume=True, progress=False)["status"] == "stopped"
     after = (newest / "manifest.json").stat()

@@ -15,9 +15,9 @@ from spt_fast.config import Recipe, recipe_from
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.train.evaluate import evaluation_texts
-from spt_fast.train.loop import run
 from spt_fast.train.plan import make_plan
 from spt_fast.train.price import Machine, Speed, evaluated_tokens, parse_bytes, phase_memory, price, speed_of
+from spt_fast.train.run import run
 from tests import tiny
 
 H100 = 989e12
