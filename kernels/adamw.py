@@ -393,6 +393,15 @@ def _kernel(
     tl.store(param_ptr + at, theta.to(param_ptr.dtype.element_ty), mask)
 
 
+def _registers(N: int) -> int | None:
+    """At most so many for a thread, None where the assembler's own choice spills nothing.
+
+    Where numbers are loaded one by one, a thread takes twice as many, and the assembler aims so low for the sake of
+    occupancy that it spills.
+    """
+    return 168 if N % 16 else None
+
+
 def _triton(
     param: Tensor,
     exp_avg: Tensor,
@@ -411,18 +420,19 @@ def _triton(
             param, grad, exp_avg, exp_avg_sq, master, anchor, step, lr, grad_scale, skip, seed,
             N, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps, weight_decay, anchor_decay,
             HAS_MASTER=master is not None, HAS_ANCHOR=anchor is not None, HAS_SKIP=skip is not None,
-            AT_RANDOM=seed is not None, BLOCK_SIZE=TRITON_BLOCK, num_warps=TRITON_WARPS,
+            AT_RANDOM=seed is not None, BLOCK_SIZE=TRITON_BLOCK, num_warps=TRITON_WARPS, maxnreg=_registers(N),
         )  # fmt: skip
 
 
 def variants() -> list[Variant]:
     """What the trainer calls (float32, or bf16 with master), with and without anchor and skip, in float16 too; and bf16
-    alone, rounded at random or not, with moments in float32 or in bf16."""
+    alone, rounded at random or not, with moments in float32 or in bf16. What the trainer calls also for tensors whose
+    size is no multiple of 16."""
     found = []
     cases: list[tuple[str, str, str | None, bool]] = [("*fp32", "*fp32", None, False)]
     cases += [(param, "*fp32", "*fp32", False) for param in ("*bf16", "*fp16")]
     cases += [("*bf16", state, None, at_random) for state in ("*bf16", "*fp32") for at_random in (False, True)]
-    for param, state, master, at_random in cases:
+    for (param, state, master, at_random), N in [(case, 16) for case in cases] + [(case, 1) for case in cases[:2]]:
         for anchor, skip in ((False, True), (True, True), (False, False), (True, False)):
             arguments = {
                 "param_ptr": param,
@@ -432,13 +442,14 @@ def variants() -> list[Variant]:
                 "skip_ptr": "*i1" if skip else None,
                 "seed_ptr": "*i64" if at_random else None,
             }
-            arguments |= dict.fromkeys(("step_ptr", "lr_ptr", "grad_scale_ptr"), "*fp32") | {"N": "i32"}
+            arguments |= dict.fromkeys(("step_ptr", "lr_ptr", "grad_scale_ptr"), "*fp32")
+            arguments["N"] = "i32" if N % 16 else "i32:16"
             numbers = ("new1", "new2", "log_beta1", "log_beta2", "eps", "weight_decay", "anchor_decay")
             arguments |= dict.fromkeys(numbers, "fp32")
             flags = {"HAS_MASTER": bool(master), "HAS_ANCHOR": anchor, "HAS_SKIP": skip, "AT_RANDOM": at_random}
-            default = skip and param != "*fp16" and at_random == (state == "*bf16")
+            default = skip and N == 16 and param != "*fp16" and at_random == (state == "*bf16")
             constants = {**flags, "BLOCK_SIZE": TRITON_BLOCK}
-            found.append(Variant(_kernel, arguments, constants, TRITON_WARPS, default=default))
+            found.append(Variant(_kernel, arguments, constants, TRITON_WARPS, maxnreg=_registers(N), default=default))
     return found
 
 
