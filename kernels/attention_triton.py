@@ -191,7 +191,7 @@ def _forward_launch(width: int, itemsize: int, arch: int) -> Launch:
     if INTERPRETED:
         return Launch(32, 16, 4, 1)
     if itemsize == 4:
-        return Launch(32, 32, 4, 2) if width <= 64 else Launch(32, 16, 8, 2)
+        return Launch(32, 32 if width <= 64 else 16, 8, 2)
     if width > 128:
         return Launch(64, 32, 8, 2)
     if width > 64:
