@@ -205,14 +205,15 @@ def _triton_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: T
 
 
 def variants() -> list[Variant]:
-    """The launches for rows of 16 and more numbers; default: for wide ones in bf16 and float32."""
+    """The launches for rows of 64 and more numbers in bf16, of 256 and more in the other dtypes; default: for wide ones
+    in bf16."""
     found = []
-    cases = [(16 << i, dtype, "i32:16") for dtype in DTYPES for i in range(5)]
-    cases += [(width, dtype, "i32") for dtype in DTYPES for width in (100, 1000)]
+    cases = [(width, "*bf16", "i32:16") for width in (64, 128)] + [(COLUMNS, dtype, "i32:16") for dtype in DTYPES]
+    cases += [(1000, dtype, "i32") for dtype in ("*bf16", "*fp32")]
     for width, dtype, size in cases:
         rows, columns, warps = _tile(width, DTYPES[dtype])
         constants = {"ROWS": rows, "COLUMNS": columns}
-        default = width == COLUMNS and dtype != "*fp16"
+        default = width == COLUMNS and dtype == "*bf16"
         for kernel, tensors in (
             (_forward_kernel, ("gate_ptr", "up_ptr", "y_ptr")),
             (_backward_kernel, ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")),

@@ -126,13 +126,13 @@ def _triton(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int) -> Tensor:
 
 
 def variants() -> list[Variant]:
-    """The launches for widths of 16 and more."""
+    """The launches for widths of 64 and more in bf16, of 256 and more in the other dtypes."""
     found = []
-    cases = [(16 << i, dtype, "i32:16") for dtype in DTYPES for i in range(5)]
-    cases += [(D, dtype, "i32") for dtype in DTYPES for D in (100, 1000)]
+    cases = [(D, "*bf16", "i32:16") for D in (64, 128)] + [(MAX_COLUMNS, dtype, "i32:16") for dtype in DTYPES]
+    cases += [(1000, dtype, "i32") for dtype in ("*bf16", "*fp32")]
     for D, dtype, size in cases:
         arguments = {"dy_ptr": dtype, "order_ptr": "*i64", "start_ptr": "*i64", "dw_ptr": "*fp32", "D": size}
-        constants, default = {"ROWS": ROWS, "COLUMNS": _columns(D)}, D == MAX_COLUMNS and dtype != "*fp16"
+        constants, default = {"ROWS": ROWS, "COLUMNS": _columns(D)}, D == MAX_COLUMNS and dtype == "*bf16"
         found.append(Variant(_backward_kernel, arguments, constants, WARPS, default=default))
     return found
 

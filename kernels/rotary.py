@@ -541,34 +541,46 @@ def _triton_backward(
     return dq, dk, dw.sum(0)
 
 
-HEADS = tuple((Hq, Hk) for Hq in (1 << i for i in range(8)) for Hk in (1 << i for i in range(8)) if Hk <= Hq)
-"""Numbers of heads, padded as they are in a program."""
-HEAD_SHAPES = ((12, 12, 64), (16, 16, 128), (32, 8, 128), (12, 2, 64), (12, 2, 128), (32, 4, 32), (8, 2, 256))
+HEAD_SHAPES = (
+    (12, 12, 64), (16, 16, 128), (32, 8, 128),
+    (4, 4, 32), (6, 6, 64), (9, 3, 64), (14, 2, 64), (15, 5, 64), (25, 25, 64), (32, 8, 64),
+    (32, 32, 80), (32, 8, 80), (32, 32, 96), (32, 32, 112),
+    (12, 2, 128), (16, 8, 128), (64, 8, 128), (4, 1, 256), (8, 1, 256), (8, 4, 256),
+)  # fmt: skip
+"""(Hq, Hk, D) of models, the usual ones first."""
 
 
 def variants() -> list[Variant]:
-    """The launches in bf16 for up to 128 heads of 32 to 256 numbers; in float32, in float16 and for head dimensions
-    whose half is no multiple of 16 those of some shapes. The tables of one row are shared by all."""
+    """The launches for the heads of models in bf16, of some in float32; backward also for any number of heads, 4 to 128
+    of q, of 64 or 128 numbers. The tables of one row are shared by all.
+
+    How many groups there are, if more than one, only shifts numbers: 2 stand for all.
+    """
     found = []
-    every = [(Hq, Hk, D) for Hq, Hk in HEADS for D in (32, 64, 128, 256)]
-    cases = [(shape, "*bf16", "i32:16", shape in HEAD_SHAPES[:3]) for shape in (*HEAD_SHAPES, *every)]
-    for shape in HEAD_SHAPES:
-        cases += [(shape, "*fp32", "i32:16", False), (shape, "*fp16", "i32:16", False), (shape, "*bf16", "i32", False)]
-    for (Hq, Hk, D), dtype, size, default in cases:
+    cases = [(shape, "*bf16", True) for shape in HEAD_SHAPES]
+    cases += [(shape, "*fp32", True) for shape in HEAD_SHAPES[:3:2]]
+    powers = [1 << i for i in range(8)]
+    cases += [((Hq, Hk, D), "*bf16", False) for Hq in powers[2:] for Hk in powers if Hk <= Hq for D in (64, 128)]
+    for (Hq, Hk, D), dtype, forward in cases:
+        default = (Hq, Hk, D) in HEAD_SHAPES[:3] and dtype == "*bf16"
         vectors = {"q_weight_ptr": dtype, "k_weight_ptr": dtype, "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
         strides = {f"{x}_stride_{axis}": "i32:16" for x in "qk" for axis in "bth"}
-        sizes = {"table_step": "i32:16", **dict.fromkeys(("T", "Hq", "Hk"), "i32"), "half": size}
-        constants, warps = _launch(Hq, Hk, D, FORWARD_TILE, FORWARD_WARP)
-        arguments: dict[str, str | None] = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), dtype)
-        arguments |= strides | sizes | vectors | {"sign": "fp32", "eps": "fp32"}
-        found.append(Variant(_forward_kernel, arguments, {"NORM": True, **constants}, warps, default=default))
-        arguments = arguments | {"q_weight_ptr": None, "k_weight_ptr": None}
-        found.append(Variant(_forward_kernel, arguments, {"NORM": False, **constants}, warps, default=default))
+        sizes = {"table_step": "i32:16", **dict.fromkeys(("T", "Hq", "Hk"), "i32")}
+        sizes["half"] = "i32" if D // 2 % 16 else "i32:16"
+        if forward:
+            constants, warps = _launch(Hq, Hk, D, FORWARD_TILE, FORWARD_WARP)
+            constants["GROUPS"] = min(2, constants["GROUPS"])
+            arguments: dict[str, str | None] = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), dtype)
+            arguments |= strides | sizes | vectors | {"sign": "fp32", "eps": "fp32"}
+            found.append(Variant(_forward_kernel, arguments, {"NORM": True, **constants}, warps, default=default))
+            arguments = arguments | {"q_weight_ptr": None, "k_weight_ptr": None}
+            found.append(Variant(_forward_kernel, arguments, {"NORM": False, **constants}, warps, default=default))
         constants, warps = _launch(Hq, Hk, D, BACKWARD_TILE, BACKWARD_WARP)
+        constants["GROUPS"] = min(2, constants["GROUPS"])
         arguments = dict.fromkeys(("dy_q_ptr", "dy_k_ptr", "q_ptr", "k_ptr", "dq_ptr", "dk_ptr"), dtype)
         arguments |= strides | {f"dy_{name}": kind for name, kind in strides.items()} | sizes | vectors
         arguments |= {"dw_ptr": "*fp32", "B": "i32", "eps": "fp32"}
-        maxnreg = _registers(constants, D // 2 if size == "i32:16" else D // 2 - 8)
+        maxnreg = _registers(constants, D // 2)
         found.append(Variant(_backward_kernel, arguments, constants, warps, maxnreg=maxnreg, default=default))
     return found
 
