@@ -16,7 +16,9 @@ weight's dtype for those who don't. The weight may have another dtype than x.
 
 A Triton program takes some whole rows at once into registers. Backward, as many programs as the GPU holds walk over the
 rows, each with the sum of its part of dw in registers; these parts, [programs, D], are added at the end: no atomics, so
-the same result every time. csrc/norm.cpp does the same over blocks of rows.
+the same result every time. Of rows wider than 8,192 registers hold no more than that sum: they are read twice, the
+second time from the cache; float32 and odd widths are left to the reference. csrc/norm.cpp does the same as the
+kernels over blocks of rows.
 """
 
 from __future__ import annotations
@@ -174,6 +176,8 @@ FORWARD_TILE, BACKWARD_TILE = 4096, 2048
 FORWARD_WARP, BACKWARD_WARP = 1024, 512
 """Bytes of one tensor for each warp: few enough that nothing is spilled."""
 PROGRAMS_PER_SM = 4
+WIDEST = 8192
+"""Columns of the widest rows of which a program's registers hold x, dy, the weight and its gradient at once."""
 
 
 def _tile(D: int, dtype: torch.dtype, numbers: int, warp_bytes: int) -> tuple[int, int, int]:
@@ -181,6 +185,12 @@ def _tile(D: int, dtype: torch.dtype, numbers: int, warp_bytes: int) -> tuple[in
     columns = next_power_of_2(D)
     rows = max(1, min(16, numbers // columns))
     return rows, columns, max(1, min(16, rows * columns * dtype.itemsize // warp_bytes))
+
+
+def _backward_tile(D: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """The same; where numbers are loaded one by one, which takes more registers, for twice the warps."""
+    rows, columns, warps = _tile(D, dtype, BACKWARD_TILE, BACKWARD_WARP)
+    return rows, columns, warps * (2 if D % 16 else 1)
 
 
 @jit
@@ -205,26 +215,39 @@ def _forward_kernel(
 
 
 @jit
+def _load(ptr, offsets, mask, AGAIN: tl.constexpr = False):
+    """AGAIN: what will be read again soon."""
+    return tl.load(ptr + offsets, mask, 0.0, eviction_policy="evict_last" if AGAIN else "").to(tl.float32)
+
+
+@jit
 def _backward_kernel(
     dy_ptr, dstream_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr, N, D,
-    HAS_DSTREAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_DSTREAM: tl.constexpr, TWICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """TWICE: rows are read again after their projection is known, not held."""
     columns = tl.arange(0, COLUMNS)
-    weight = tl.load(weight_ptr + columns, columns < D, 0.0).to(tl.float32)[None, :]
+    if not TWICE:
+        weight = _load(weight_ptr, columns, columns < D)[None, :]
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         mask = (rows < N)[:, None] & (columns < D)[None, :]
         offsets = rows[:, None] * D + columns[None, :]
         rstd = tl.load(rstd_ptr + rows, rows < N, 0.0)[:, None]
-        dy = tl.load(dy_ptr + offsets, mask, 0.0).to(tl.float32)
-        x_hat = tl.load(x_ptr + offsets, mask, 0.0).to(tl.float32) * rstd
-        product = dy * x_hat
-        dw += product
-        projection = tl.sum(product * weight, 1)[:, None] / D
+        dy = _load(dy_ptr, offsets, mask, TWICE)
+        x_hat = _load(x_ptr, offsets, mask, TWICE) * rstd
+        if TWICE:
+            weight = _load(weight_ptr, columns, columns < D, TWICE)[None, :]
+        projection = tl.sum(dy * x_hat * weight, 1)[:, None] / D
+        if TWICE:
+            dy = _load(dy_ptr, offsets, mask)
+            x_hat = _load(x_ptr, offsets, mask) * rstd
+            weight = _load(weight_ptr, columns, columns < D)[None, :]
+        dw += dy * x_hat
         dx = (dy * weight - x_hat * projection) * rstd
         if HAS_DSTREAM:
-            dx += tl.load(dstream_ptr + offsets, mask, 0.0).to(tl.float32)
+            dx += _load(dstream_ptr, offsets, mask)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
     tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * D + columns, tl.sum(dw, 0), columns < D)
 
@@ -250,37 +273,42 @@ def _triton_backward(
     dx = torch.empty_like(x)
     if not N:
         return dx, x.new_zeros(D, dtype=torch.float32)
-    rows, columns, warps = _tile(D, x.dtype, BACKWARD_TILE, BACKWARD_WARP)
+    if D > WIDEST and (x.dtype == torch.float32 or D % 16):
+        return _reference_backward(dy, dstream, x, weight, rstd)
+    rows, columns, warps = _backward_tile(D, x.dtype)
     programs = min(-(-N // rows), PROGRAMS_PER_SM * multiprocessors(x.device))
     dw = x.new_empty(programs, D, dtype=torch.float32)
     _backward_kernel[(programs,)](
         dy, dstream, x, weight, rstd, dx, dw, N, D,
-        HAS_DSTREAM=dstream is not None, ROWS=rows, COLUMNS=columns, num_warps=warps,
+        HAS_DSTREAM=dstream is not None, TWICE=D > WIDEST, ROWS=rows, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     return dx, dw.sum(0)
 
 
 def variants() -> list[Variant]:
-    """The launches for widths from 64 to 16,384, with and without the residual; not default: float32, float16, and some
-    widths that are no multiples of 16."""
+    """The launches for widths from 64 to 16,384 in bf16, with and without the residual; of some widths in float32,
+    float16, and where they are no multiples of 16. Backward, float32 wider than WIDEST has none."""
     found = []
-    cases = [(64 << i, dtype, "i32:16") for dtype in DTYPES for i in range(9)]
-    cases += [(D, dtype, "i32") for dtype in ("*bf16", "*fp32") for D in (1000, 3000, 6000)]
-    for D, dtype, size in cases:
+    cases = [(64 << i, "*bf16", "i32:16", whole) for i in range(9) for whole in (True, False)]
+    cases += [(D, "*fp32", "i32:16", True) for D in (1024, 4096, 8192, 16384)]
+    cases += [(1024, "*fp32", "i32:16", False), (1024, "*fp16", "i32:16", True)]
+    cases += [(D, "*bf16", "i32", True) for D in (1000, 3000, 5000)] + [(1000, "*fp32", "i32", True)]
+    for D, dtype, size, whole in cases:
         sizes = {"N": "i32", "D": size}
-        for whole in (True, False):
-            default = (dtype, size, whole) == ("*bf16", "i32:16", True) and D in (256, 1024, 2048, 4096, 8192)
-            rows, columns, warps = _tile(D, DTYPES[dtype], FORWARD_TILE, FORWARD_WARP)
-            tensors = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr", "stream_ptr"), dtype)
-            given = dtype if whole else None
-            arguments = {**tensors, "residual_ptr": given, "rstd_ptr": "*fp32", **sizes, "eps": "fp32"}
-            constants = {"HAS_RESIDUAL": whole, "ROWS": rows, "COLUMNS": columns}
-            found.append(Variant(_forward_kernel, arguments, constants, warps, default=default))
-            rows, columns, warps = _tile(D, DTYPES[dtype], BACKWARD_TILE, BACKWARD_WARP)
-            tensors = dict.fromkeys(("dy_ptr", "x_ptr", "weight_ptr", "dx_ptr"), dtype)
-            arguments = {**tensors, "dstream_ptr": given, "rstd_ptr": "*fp32", "dw_ptr": "*fp32", **sizes}
-            constants = {"HAS_DSTREAM": whole, "ROWS": rows, "COLUMNS": columns}
-            found.append(Variant(_backward_kernel, arguments, constants, warps, default=default))
+        default = (dtype, size, whole) == ("*bf16", "i32:16", True) and D in (1024, 4096)
+        rows, columns, warps = _tile(D, DTYPES[dtype], FORWARD_TILE, FORWARD_WARP)
+        tensors = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr", "stream_ptr"), dtype)
+        given = dtype if whole else None
+        arguments = {**tensors, "residual_ptr": given, "rstd_ptr": "*fp32", **sizes, "eps": "fp32"}
+        constants = {"HAS_RESIDUAL": whole, "ROWS": rows, "COLUMNS": columns}
+        found.append(Variant(_forward_kernel, arguments, constants, warps, default=default))
+        if D > WIDEST and dtype == "*fp32":
+            continue
+        rows, columns, warps = _backward_tile(D, DTYPES[dtype])
+        tensors = dict.fromkeys(("dy_ptr", "x_ptr", "weight_ptr", "dx_ptr"), dtype)
+        arguments = {**tensors, "dstream_ptr": given, "rstd_ptr": "*fp32", "dw_ptr": "*fp32", **sizes}
+        constants = {"HAS_DSTREAM": whole, "TWICE": D > WIDEST, "ROWS": rows, "COLUMNS": columns}
+        found.append(Variant(_backward_kernel, arguments, constants, warps, default=default))
     return found
 
 

@@ -106,7 +106,7 @@ def launch_norm() -> None:
     cases = [(D, BF16, whole) for D in WIDTHS for whole in (False, True)]
     cases += [(D, FP32, True) for D in (768, 1024, 3072, 4096, 12288, 16384)]
     cases += [(1024, FP32, False), (768, FP16, True)]
-    cases += [(1000, BF16, True), (3000, BF16, True), (1000, FP32, True)]
+    cases += [(1000, BF16, True), (3000, BF16, True), (5000, BF16, True), (1000, FP32, True)]
     for D, dtype, whole in cases:
         x, weight = torch.empty(2, D, dtype=dtype), torch.empty(D, dtype=dtype)
         other = x if whole else None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import add_rms_norm, rms_norm
+from spt_fast.kernels import add_rms_norm, norm, rms_norm
 from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
@@ -40,6 +40,19 @@ def test_as_exact_as_torch(backend: str, dtype: torch.dtype, shape: tuple[int, .
         (x, residual, weight),
         (up, up2),
     )
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("triton"))
+def test_rows_that_are_read_twice_give_the_same(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, upstream = random_tensors([(5, 48), (5, 48)], dtype), random_tensors([(5, 48), (5, 48)], dtype)
+    inputs += random_tensors([(48,)], dtype)
+    once = run(lambda x, r, w: add_rms_norm(x, r, w, EPS, backend=backend), inputs, upstream)
+    monkeypatch.setattr(norm, "WIDEST", 32)
+    twice = run(lambda x, r, w: add_rms_norm(x, r, w, EPS, backend=backend), inputs, upstream)
+    for expected, found in zip(once, twice, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "cpu", "triton"))
