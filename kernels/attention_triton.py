@@ -441,7 +441,7 @@ def variants() -> list[Variant]:
     for D, dtype, group, causal, kind in cases:
         absent = {"starts_ptr", "ends_ptr", "cu_seqlens_ptr"} if kind not in ("documents", "both") else set()
         absent |= {"window"} if kind not in ("window", "both") else set()
-        default = dtype == "*bf16" and D in (64, 128) and group != 1 and (causal, kind) in masks[:2]
+        default = dtype == "*bf16" and D in (64, 128) and (causal, kind) == (True, "documents")
         width = max(16, next_power_of_2(D))
         for kernel, choose in (
             (_forward_kernel, _forward_launch),
