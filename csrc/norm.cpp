@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 namespace spt {
 namespace {
 
-constexpr int64_t kBlockRows = 128;
+constexpr int64_t kBlockRows = 16;
 
 template <class T>
 SPT_INLINE void forward_row(const T* x, const T* residual, const float* w, T* y, T* stream, float* rstd, int64_t D,
@@ -109,10 +109,10 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x, const std::
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& dstream,
                                              const Tensor& weight, const Tensor& rstd) {
-  const int64_t D = weight.numel(), N = rstd.numel();
+  const int64_t D = weight.numel(), N = rstd.numel(), blocks = (N + kBlockRows - 1) / kBlockRows;
   Tensor dx = torch::stable::empty_like(x);
   Tensor dw = torch::stable::new_empty(x, {D}, ScalarType::Float);
-  std::vector<float> partial((N + kBlockRows - 1) / kBlockRows * D);
+  std::vector<float> partial(std::max<int64_t>(blocks, 1) * D);
   with_dtype(x, [&]<class T>(T) {
     for_blocks(N, [&](int64_t block, int64_t first, int64_t rows) {
       backward_rows(data<T>(dy) + first * D, data<T>(x) + first * D, dstream ? data<T>(*dstream) + first * D : nullptr,
@@ -120,9 +120,11 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
                     partial.data() + block * D, rows, D);
     });
   });
-  float* sum = mutable_data<float>(dw);
-  std::fill_n(sum, D, 0.0f);
-  for (size_t i = 0; i < partial.size(); ++i) sum[i % D] += partial[i];
+  // In pairs, and pairs of pairs: rounding errors grow with the logarithm of the number of blocks.
+  for (int64_t apart = 1; apart < blocks; apart *= 2)
+    for (int64_t block = 0; block + apart < blocks; block += 2 * apart)
+      for (int64_t i = 0; i < D; ++i) partial[block * D + i] += partial[(block + apart) * D + i];
+  std::copy_n(partial.data(), D, mutable_data<float>(dw));
   return {dx, dw};
 }
 
