@@ -66,10 +66,15 @@ class Retention:
         ]
 
 
+class OtherFormat(CheckpointError):
+    """A checkpoint that another version of spt_fast wrote."""
+
+
 class Writer:
     """Writes the checkpoints of a run, one at a time, while training goes on; each process writes its part.
 
-    `save` and `finish` are collective, and raise CheckpointError for what went wrong since the call before.
+    `save` and `finish` are collective. What goes wrong with one checkpoint is known at the next call: `save` then waits
+    for its own, and raises CheckpointError where that fails too; `finish` raises.
     """
 
     def __init__(self, folder: Path, world: World, retention: Retention) -> None:
@@ -79,13 +84,19 @@ class Writer:
 
     def save(
         self, name: str, state: Mapping[str, Any], snapshots: Mapping[str, Snapshot], *, best: bool = False
-    ) -> None:
-        """Begin to write checkpoint `name`; the tensors must not change any more. `best`: it takes that place."""
-        self.finish()
+    ) -> str | None:
+        """Begin to write checkpoint `name`; the tensors must not change any more. `best`: it takes that place.
+
+        Returns what went wrong with the one before, where something did and this one is whole.
+        """
+        failed = next(filter(None, self._world.exchange(str(self._outcome() or ""))), None)
         self._world.on_first(lambda: self._make_room(name))
         text = json.dumps(state, indent=1)
         self._thread = threading.Thread(target=self._write, args=(name, text, snapshots, best), daemon=True)
         self._thread.start()
+        if failed:
+            self.finish()
+        return failed
 
     def is_writing(self) -> bool:
         """Whether this process still writes its part. Not collective."""
@@ -93,12 +104,14 @@ class Writer:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is whole on the disk."""
-        if self._thread is None:
-            return
-        self._thread.join()
-        self._thread = None
-        error, self._error = self._error, None
-        self._world.agree(error)
+        self._world.agree(self._outcome())
+
+    def _outcome(self) -> CheckpointError | None:
+        """What went wrong with this process's part of the last checkpoint, once it is over."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        return error
 
     def _make_room(self, name: str) -> None:
         try:
@@ -176,7 +189,7 @@ def read(path: Path) -> dict[str, Any]:
         if stated != _own_hash(manifest):
             raise CheckpointError(f"{path}: manifest.json does not match its own hash")
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path}: has format {manifest['format']}; this version reads {FORMAT}")
+            raise OtherFormat(f"{path}: has format {manifest['format']}; this version of spt_fast reads {FORMAT}")
         if "state.json" not in manifest["files"]:
             raise CheckpointError(f"{path}: manifest.json lists no state.json")
         for name, facts in manifest["files"].items():
@@ -195,7 +208,16 @@ def read(path: Path) -> dict[str, Any]:
         return json.loads((path / "state.json").read_text())
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"{path}: is no whole checkpoint ({error!r})") from error
 
 
@@ -218,12 +240,15 @@ def load(path: Path, *, rank: int = 0, size: int = 1) -> dict[str, Snapshot]:
 def newest(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint; None where there is none at all.
 
-    Raises CheckpointError where checkpoints exist and every one is damaged.
+    Raises CheckpointError where checkpoints exist and every one is damaged, and OtherFormat for one that is not damaged
+    but of another version.
     """
     skipped: dict[Path, str] = {}
     for path in reversed(listed(folder)):
         try:
             return Checkpoint(path, read(path), skipped)
+        except OtherFormat:
+            raise
         except CheckpointError as error:
             skipped[path] = str(error)
     if skipped:

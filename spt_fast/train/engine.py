@@ -20,7 +20,7 @@ from spt_fast.errors import RecipeError
 from spt_fast.kernels import keep_freed_memory
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.optim import AdamW, Snapshot
-from spt_fast.train.world import World
+from spt_fast.train.world import ALONE, World
 
 
 class EngineInterface(Protocol):
@@ -168,7 +168,7 @@ class LocalEngine:
         A loss or gradient norm that is not finite leaves weights and moments as they are; `skipped` says so.
         """
         recordable = self.cuda_graphs and all(batch.cu_seqlens is None for batch in micro_batches)
-        if recordable and self.steps_made == STEPS_TO_WARM_UP:
+        if recordable and self.recorded is None and self.steps_made == STEPS_TO_WARM_UP:
             self.recorded = RecordedStep(self._compute, micro_batches)
         if recordable and self.recorded is not None:
             if interrupted():
@@ -205,22 +205,37 @@ class LocalEngine:
         return self.optimizer.snapshot(state=state)
 
 
+def uses_deepspeed(settings: Engine, processes: int) -> bool:
+    """Whether the engine is DeepSpeed's: by name, or because only it serves many processes, offloading and its JSON."""
+    wants_it = processes > 1 or settings.offload != "none" or settings.config is not None
+    return settings.name == "deepspeed" or (settings.name == "auto" and wants_it)
+
+
+def check_engine(settings: Engine, processes: int) -> None:
+    """RecipeError where the engine cannot serve so many processes, or DeepSpeed or its JSON cannot be used."""
+    if uses_deepspeed(settings, processes):
+        from spt_fast.train.zero import check_deepspeed
+
+        check_deepspeed(settings)
+    elif processes > 1:
+        raise RecipeError(
+            f"engine.name: local is one process, and {processes} were started; write deepspeed, or start one"
+        )
+
+
 def make_engine(model: GPT, settings: Engine, *, world: World, dtype: torch.dtype) -> EngineInterface:
-    """The engine that the recipe names. RecipeError where it cannot serve so many processes."""
-    if settings.name == "deepspeed" or (settings.name == "auto" and world.size > 1):
+    """The engine that the recipe names, which `check_engine` found fit."""
+    if uses_deepspeed(settings, world.size):
         from spt_fast.train.zero import ZeroEngine
 
         return ZeroEngine(model, settings, world=world, dtype=dtype)
-    if world.size > 1:
-        raise RecipeError(
-            f"engine.name: local is one process, and {world.size} were started; write deepspeed, or start one"
-        )
     return LocalEngine(model, device=world.device, dtype=dtype, cuda_graphs=settings.cuda_graphs)
 
 
-def weights_of(model: GPT) -> Snapshot:
-    """A model's weights as a snapshot."""
-    return {f"weights/{name}": param.detach().float().cpu().clone() for name, param in model.named_parameters()}
+def weights_of(model: GPT, world: World = ALONE) -> Snapshot:
+    """A model's weights as a snapshot: this process's part of it."""
+    mine = world.share({f"weights/{name}": param.detach() for name, param in model.named_parameters()})
+    return {name: param.float().cpu().clone() for name, param in mine.items()}
 
 
 def untied(snapshot: Mapping[str, Tensor], embedding: str, head: str) -> Snapshot:

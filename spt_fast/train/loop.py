@@ -61,9 +61,9 @@ class Trainer:
         self.saved = ""
         self.state = TrainState(counts=dict.fromkeys(plan.recipe.sources, 0))
         model = plan.starting_model()
-        self.snapshots: dict[str, Snapshot] = {"kept": world.share(weights_of(model))}
+        self.snapshots: dict[str, Snapshot] = {"kept": weights_of(model, world)}
         device = world.device
-        dtype = pick_dtype(plan.recipe.precision, device)
+        dtype = world.on_first(lambda: pick_dtype(plan.recipe.precision, device))
         self.backends = auto_backends()
         if found:
             self.state = TrainState.from_plain(found.state["train"])
@@ -188,12 +188,15 @@ class Trainer:
                 if not state.evaluated and (at_end or state.step % evaluate_every == 0):
                     self.read_back(plan)
                     self.evaluate(plan, phase)
-                if at_end or (phase.stop and state.stale >= phase.stop.patience):
-                    break
-                due = state.step % save_every == 0 or (recipe.checkpoint.keep_best and self.at_best())
+                ends = at_end or (phase.stop is not None and state.stale >= phase.stop.patience)
+                due = state.step % save_every == 0 and not ends
+                if recipe.checkpoint.keep_best:
+                    due = due or self.at_best()
                 if due and state.total_steps and state.name != self.saved:
                     self.read_back(plan)
                     self.save()
+                if ends:
+                    break
 
                 _, micro_batches = next(batches)
                 lr = self.learning_rate(plan, phase)
@@ -322,7 +325,7 @@ class Trainer:
         """Losses on every fixed text; a new best is remembered, with its weights where they may be handed on."""
         self.clock.pause()
         state = self.state
-        rows = phase.batch.micro or phase.batch.sequences
+        rows = phase.batch.micro or phase.batch.sequences // self.world.size
         self.losses: Losses = {split: {} for split in self.texts}
         for split, texts in self.texts.items():
             for source, text in texts.items():
@@ -358,7 +361,9 @@ class Trainer:
             "compute": self.compute(),
         }
         best = self.plan.recipe.checkpoint.keep_best and self.at_best()
-        self.writer.save(state.name, content, snapshots, best=best)
+        failed = self.writer.save(state.name, content, snapshots, best=best)
+        if failed:
+            self.log.say(f"warning: {failed}; the one after it is whole")
         self.saved = state.name
         self.clock.go_on()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.files import is_temporary, write_text
 from spt_fast.train import checkpoint
-from spt_fast.train.engine import use_deterministic_algorithms
+from spt_fast.train.engine import check_engine, use_deterministic_algorithms, uses_deepspeed
 from spt_fast.train.evaluate import Interrupted
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.loop import Trainer
@@ -32,7 +33,8 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
     """
     if recipe.engine.deterministic:
         use_deterministic_algorithms()
-    world = join_world(process_group=recipe.engine.name == "deepspeed")
+    world = join_world(process_group=uses_deepspeed(recipe.engine, 1))
+    world.everywhere(lambda: check_engine(recipe.engine, world.size))
     folder = Path(recipe.run)
     finished = world.on_first(lambda: _check_folder(folder, recipe, resume))
     if finished:
@@ -44,26 +46,30 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
     world.on_first(lambda: _begin_folder(folder, recipe))
     with StopRequest() as stop, Watch(folder, world.rank, recipe.log.stall_s) as watch:
         trainer = Trainer(plan, folder, stop, watch, found, world, progress=progress)
+        ending: dict[str, str] = {"status": "done"}
         try:
-            trainer.train()
+            try:
+                trainer.train()
+            except Interrupted:
+                ending = {"status": "stopped", "reason": next(filter(None, world.exchange(stop.signal)), "")}
+                if trainer.state.name != trainer.saved:  # else the only copy of this place would be replaced by itself
+                    trainer.save()
             trainer.writer.finish()
-            status = "done"
-        except Interrupted:
-            if trainer.state.name != trainer.saved:  # else the only copy of this place would be replaced by itself
-                trainer.save()
-            trainer.writer.finish()
-            status = "stopped"
         except BaseException as error:
             with suppress(OSError):
                 trainer.summarise("failed", reason=str(error) or type(error).__name__)
             raise
         finally:
             trainer.log.close()
-        return trainer.summarise(status, **({"reason": stop.signal} if status == "stopped" else {}))
+        return trainer.summarise(**ending)
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """Refuse to overwrite a run or to resume a different one; the summary of a run that is done already."""
+    """Refuse to overwrite a run or to resume a different one; the summary of a run that has nothing left to do.
+
+    That is one which is done, or which was asked to stop and whose launcher takes that for a failure and starts it
+    again.
+    """
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"run: {folder} is a file; choose another name")
     if not (folder / "recipe.yaml").exists():
@@ -81,9 +87,12 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] 
             f"run: folder {folder} was trained with another recipe; undo this or choose another name:\n  {listed}"
         )
     summary = summary_of(folder)
-    return summary if summary and summary["status"] == "done" else None
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    ended = ("done", "stopped") if restarted else ("done",)
+    return summary if summary and summary["status"] in ended else None
 
 
 def _begin_folder(folder: Path, recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)  # of an earlier life, whose ending is not this one's
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))

@@ -1,4 +1,4 @@
-"""The processes that train one model together, as torchrun, deepspeed or srun started them.
+"""The processes that train one model together, as torchrun or deepspeed started them.
 
 Every process makes the same decisions at the same moments: what only one of them can know (a signal, an error, a file)
 is exchanged here first. Messages from host to host go over gloo, so that they wait for no GPU.
@@ -71,12 +71,12 @@ class World:
 
     def agree(self, error: Exception | None) -> None:
         """Raise where some process had an error: in the first of these its own, in all others FailedElsewhere."""
-        failed = self.exchange(error is not None)
-        if not any(failed):
-            return
-        if error is not None and failed.index(True) == self.rank:
+        problems = self.exchange(None if error is None else str(error) or type(error).__name__)
+        failed = [rank for rank, problem in enumerate(problems) if problem is not None]
+        if error is not None and failed[0] == self.rank:
             raise error
-        raise FailedElsewhere
+        if failed:
+            raise FailedElsewhere(f"process {failed[0]}: {problems[failed[0]]}")
 
     def on_first(self, act: Callable[[], Result]) -> Result:
         """What `act` returns in the first process, in every process; where it raises, all do."""
@@ -119,6 +119,11 @@ def join_world(*, process_group: bool) -> World:
     `process_group`: set up torch.distributed even for a process alone, as DeepSpeed needs it.
     RecipeError where there are more processes on this host than GPUs.
     """
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in os.environ:
+        raise RecipeError(
+            "launch: srun started several processes that would not know of each other; start one a host, torchrun, "
+            "which starts the rest (docs/distributed.md)"
+        )
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCHED)
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -12,6 +12,7 @@ parameters too (Rajbhandari et al., arXiv 1910.02054).
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -47,7 +48,7 @@ class ZeroEngine:
         self.world, self.device, self.dtype = world, world.device, dtype
         self.settings = settings
         self.config = model.config
-        self._template = model
+        self._flags = {"checkpointing": model.checkpointing, "fp8": model.fp8}
         self._engine: Any = None
 
     def describe(self) -> str:
@@ -70,9 +71,7 @@ class ZeroEngine:
 
         `start` is what an anchor holds on to. `micro_batches`: that a process runs through in a step.
         """
-        if self._engine is not None:
-            self._engine.destroy()
-            self._engine = None
+        self._let_go()
         snapshot = start if current is None else current
         model = self._model(snapshot)
         self.params = dict(model.named_parameters())
@@ -127,10 +126,26 @@ class ZeroEngine:
 
     # ------------------------------------------------------------------------------------------------ inside
 
+    def _let_go(self) -> None:
+        """Free the model and the state of the phase before: DeepSpeed's own references outlive its `destroy`."""
+        if self._engine is None:
+            return
+        from deepspeed.runtime.zero import parameter_offload
+
+        self._engine.destroy()
+        self.optimizer.release()
+        for param in self.params.values():
+            param.grad = None
+        parameter_offload.FWD_MODULE_STACK.clear()
+        self._engine = self.optimizer = None
+        self.params = {}
+        gc.collect()
+
     def _model(self, snapshot: Snapshot) -> GPT:
         with torch.device("meta"):
             model = GPT(self.config)
-        model.checkpointing, model.fp8 = self._template.checkpointing, self._template.fp8
+        for flag, value in self._flags.items():
+            setattr(model, flag, value)
         parts = {name: tensor for name, tensor in snapshot.items() if name.startswith("weights/")}
         weights = {
             name.removeprefix("weights/"): tensor.to(self.device, self.dtype, copy=True)
@@ -231,6 +246,12 @@ class PartitionedAdamW(torch.optim.Optimizer):
         if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
             zero._lazy_init_hp_params_optimizer_state()
 
+    def release(self) -> None:
+        for partition, state in self.state.items():
+            state.clear()
+            partition.data, partition.grad = partition.data.new_empty(0), None
+        self.state.clear()
+
     def prepare(self, lr: float) -> None:
         self._lr = lr
 
@@ -273,6 +294,9 @@ class WholeAdamW(torch.optim.Optimizer):
     def link(self, engine: Any) -> None:
         pass
 
+    def release(self) -> None:
+        del self._adamw
+
     def tensors(self, kind: str) -> dict[str, Tensor]:
         adamw = self._adamw
         return {"weights": adamw.masters, "anchor": adamw.anchor}.get(kind) or getattr(adamw, kind)
@@ -284,6 +308,12 @@ class WholeAdamW(torch.optim.Optimizer):
         self.norm = self._adamw.grad_norm()
         self.skipped = ~torch.isfinite(self.norm)
         self._adamw.step(self._lr, self.norm, self.skipped)
+
+
+def check_deepspeed(settings: Engine) -> None:
+    """RecipeError where DeepSpeed or the user's JSON cannot be used."""
+    _deepspeed()
+    merged({}, user_config(settings.config))
 
 
 def user_config(path: str | None) -> dict[str, Any]:
@@ -303,16 +333,17 @@ def merged(ours: Mapping[str, Any], given: Mapping[str, Any], where: str = "") -
     """Our DeepSpeed configuration with the user's laid over it. RecipeError for a key that the recipe decides."""
     result = dict(ours)
     for key, value in given.items():
-        path = f"{where}{key}"
-        if path in DECIDED_BY_RECIPE and value not in ("auto", ours.get(key)):
+        path, inner = f"{where}{key}", ours.get(key)
+        if value == "auto" or (path in DECIDED_BY_RECIPE and (value == inner or value is False or value == "none")):
+            continue
+        if path in DECIDED_BY_RECIPE:
             raise RecipeError(
                 f"engine.config: {path} = {value!r}, but {DECIDED_BY_RECIPE[path]} decides it; leave it out there"
             )
-        if path in DECIDED_BY_RECIPE:
-            continue
-        inner = ours.get(key)
-        result[key] = merged(inner, value, f"{path}.") if isinstance(inner, dict) and isinstance(value, dict) else value
-    return result
+        if path in SECTIONS and not isinstance(value, dict):
+            raise RecipeError(f"engine.config: {path} = {value!r} will not do; it must be a section {{…}}")
+        result[key] = merged(inner or {}, value, f"{path}.") if path in SECTIONS else value
+    return {key: value for key, value in result.items() if value != {}}
 
 
 DECIDED_BY_RECIPE = {
@@ -322,16 +353,19 @@ DECIDED_BY_RECIPE = {
     "gradient_clipping": "optimizer.clip",
     "optimizer": "optimizer",
     "scheduler": "schedule",
-    "bf16": "precision",
     "bf16.enabled": "precision",
-    "fp16": "precision",
     "fp16.enabled": "precision",
+    "amp.enabled": "precision",
+    "torch_autocast.enabled": "precision",
     "zero_optimization.stage": "engine.stage",
-    "zero_optimization.offload_optimizer": "engine.offload",
-    "zero_optimization.offload_param": "engine.offload",
+    "zero_optimization.offload_optimizer.device": "engine.offload",
+    "zero_optimization.offload_param.device": "engine.offload",
+    "zero_optimization.stage3_param_persistence_threshold": "spt_fast",
     "zero_allow_untested_optimizer": "spt_fast",
     "zero_force_ds_cpu_optimizer": "spt_fast",
 }
+
+SECTIONS = {path.rpartition(".")[0] for path in DECIDED_BY_RECIPE} - {""} | {"data_types"}
 
 
 def _deepspeed() -> Any:

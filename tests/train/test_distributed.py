@@ -153,7 +153,8 @@ def test_a_loss_that_is_no_number_in_one_process_leaves_the_weights_alone(data: 
     """Of ZeRO's stages, each has its own code for it."""
     plans = []
     for stage in range(4):
-        raw = raw_recipe(data, f"poisoned-{stage}", stage=stage)
+        raw = raw_recipe(data, f"poisoned-{stage}", stage=stage, offload="all" if stage == 3 else "none")
+        raw["precision"] = "bf16" if stage in (1, 3) else "fp32"
         raw["phases"] = raw["phases"][:1]
         raw["phases"][0]["tokens"] = 6 * 8 * tiny.CONTEXT
         plans.append({"recipe": raw, "poison_at": 3})
@@ -179,22 +180,36 @@ def test_a_process_that_dies_takes_the_job_down_in_seconds(data: Path) -> None:
     assert "SIGKILL" in said or "-9" in said
 
 
-def test_torchrun_restarts_what_died(data: Path, short: Path) -> None:
-    recipe_path = data / "restarted.yaml"
-    raw = short_recipe(data, "restarted")
+def signalled(data: Path, raw: dict[str, Any], number: signal.Signals) -> tuple[int, str]:
+    """Two processes under --max-restarts=1, the first of which gets a signal once there is a checkpoint."""
+    run = Path(raw["run"])
+    recipe_path = run.with_suffix(".yaml")
     recipe_path.write_text(yaml.safe_dump(raw | {"checkpoint": {"every": "3 steps", "keep": 9}}))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     command = [sys.executable, *launcher, "-m", "spt_fast.train", str(recipe_path), "--resume"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    checkpoints = data / "restarted" / "checkpoints"
-    while not (checkpoints.exists() and list(checkpoints.glob("step-*"))):
+    while not list((run / "checkpoints").glob("step-*")):
         assert process.poll() is None
         time.sleep(0.01)
-    beat = data / "restarted" / "heartbeat.json"
-    os.kill(json.loads(beat.read_text())["pid"], signal.SIGKILL)
+    os.kill(json.loads((run / "heartbeat.json").read_text())["pid"], number)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    return process.returncode, said
+
+
+def test_a_stop_is_not_undone_by_a_restart(data: Path) -> None:
+    raw = short_recipe(data, "told")
+    raw["phases"][0]["tokens"] = "10M"
+    code, said = signalled(data, raw, signal.SIGUSR1)
+    assert code != 0
+    summary = json.loads((data / "told" / "summary.json").read_text())
+    assert (summary["status"], summary["reason"]) == ("stopped", "SIGUSR1")
+    assert "resuming" not in said
+
+
+def test_torchrun_restarts_what_died(data: Path, short: Path) -> None:
+    code, said = signalled(data, short_recipe(data, "restarted"), signal.SIGKILL)
+    assert code == 0, said
     assert "resuming from step-" in said
     assert worst_difference(data / "restarted", short) < SAME
 

@@ -26,6 +26,24 @@ def micro_batches(seed: int, device: torch.device = CPU) -> list[Batch]:
     return [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None) for rows in ids]
 
 
+def test_a_step_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which needs no GPU to tell; what is recorded does."""
+    recordings = []
+
+    class Recorded:
+        def __init__(self, compute: object, like: object) -> None:
+            recordings.append(like)
+
+        def __call__(self, micro_batches: object, lr: float) -> torch.Tensor:
+            return torch.zeros(3)
+
+    monkeypatch.setattr("spt_fast.train.engine.RecordedStep", Recorded)
+    made = engine(cuda_graphs=True)
+    for step in range(8):
+        assert made.step(micro_batches(step), 1e-3, lambda: False) is not None
+    assert len(recordings) == 1
+
+
 def test_a_learning_rate_on_the_device_gives_the_same_step() -> None:
     weights = []
     for lr in (1e-2, torch.tensor(1e-2)):
