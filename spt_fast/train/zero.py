@@ -11,8 +11,10 @@ parameters too (Rajbhandari et al., arXiv 1910.02054).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import io
 import json
 import logging
 import os
@@ -77,12 +79,13 @@ class ZeroEngine:
         self.params = dict(model.named_parameters())
         kind = WholeAdamW if self.settings.stage == 0 else PartitionedAdamW
         self.optimizer: Any = kind(model, settings, anchor_decay)
-        self._engine, *_ = self.deepspeed.initialize(
-            model=model,
-            optimizer=self.optimizer,
-            config=self._deepspeed_config(settings, micro_batches),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its tables of memory
+            self._engine, *_ = self.deepspeed.initialize(
+                model=model,
+                optimizer=self.optimizer,
+                config=self._deepspeed_config(settings, micro_batches),
+                dist_init_required=False,
+            )
         self._restore(snapshot, start)
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
