@@ -1,4 +1,4 @@
-"""The engine for many processes, or for models larger than one GPU: DeepSpeed ZeRO, stages 0 to 3.
+"""The engine for many processes, or for more state than one GPU holds: DeepSpeed ZeRO, stages 0 to 3.
 
 DeepSpeed moves gradients and parameters between processes and partitions what is to be partitioned; the update is our
 AdamW, on the flat float32 partitions that ZeRO hands to it, or at stage 0 on whole parameters. Where training starts
