@@ -26,6 +26,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.distributed
+	$(BIN)/python -m benchmarks.laws
 
 # On a machine whose own Python has torch, with that; nothing is installed there.
 STAGE ?= check kernels train

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spt_fast import laws
     from spt_fast.config import Recipe, load_recipe
     from spt_fast.data.mixture import Mixture
     from spt_fast.data.shards import TokenDataset
@@ -32,7 +33,18 @@ _HOMES = {
     "run": "spt_fast.train.run",
 }
 
-__all__ = ["GPT", "GPTConfig", "Mixture", "Recipe", "TokenDataset", "Tokenizer", "__version__", "load_recipe", "run"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "Mixture",
+    "Recipe",
+    "TokenDataset",
+    "Tokenizer",
+    "__version__",
+    "laws",
+    "load_recipe",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -40,6 +52,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("spt-fast")
+    if name == "laws":
+        return import_module("spt_fast.laws")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'spt_fast' has no attribute {name!r}")

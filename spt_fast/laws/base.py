@@ -1,0 +1,300 @@
+"""What all laws share: fit, predict with intervals, score, bootstrap, and warnings where a result is not to be trusted.
+
+A table is a pandas DataFrame or a dict of columns (lists or arrays); other columns than a law's own are ignored.
+Columns with a meaning to every law: `run` (points of one run share errors, and are resampled together); `tokenizer` and
+`heldout` (refused when they hold more than one value). Losses are in nats per token, shares are fractions in [0, 1].
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from scipy.stats import t as student
+
+from spt_fast.errors import DataError, RecipeError, nearest
+from spt_fast.laws.fitting import Curve, Fit, Parameter, solve
+from spt_fast.laws.table import Array, Column, Columns, Loss, Rows, arguments, read
+
+HUBER = 1e-3
+"""Threshold of the Huber loss on log-losses that the papers fit with, and the least that is used here."""
+EFFICIENT = 1.345
+"""Threshold in standard deviations of the noise, at which Huber's estimate varies 5% more than least squares if the
+noise is normal. At 0.001, noise of 1% would make it one of least absolute deviations, which varies 57% more."""
+REWEIGHTED = 3
+"""Times that noise and threshold are taken from the last fit."""
+
+
+class LawWarning(UserWarning):
+    """A law is asked for more than its runs support."""
+
+
+class ExtrapolationWarning(LawWarning):
+    """A prediction lies outside of the runs that the law was fitted to."""
+
+
+class IdentificationWarning(LawWarning):
+    """The runs leave a parameter open: predictions among them may still be good, the parameter says nothing."""
+
+
+class Law:
+    """A scaling law. Subclasses say what it takes, what it predicts, and how it is fitted.
+
+    `params_` holds the parameters after a fit, {name: value}, in the units of the columns.
+    """
+
+    inputs: ClassVar[dict[str, Column]]
+    optional: ClassVar[dict[str, Column]] = {}
+    """What a prediction may also be given."""
+    outputs: ClassVar[dict[str, Loss]]
+    """Losses in the table; the first is what is predicted by default."""
+    names: ClassVar[tuple[str, ...]] = ()
+    """Of the parameters, where they are the same for every table."""
+
+    seed: int = 0
+    params_: dict[str, float]
+    _fits: dict[Any, Fit]
+    _rows: Rows
+
+    # -------------------------------------------------------------------------------------------- what a law defines
+
+    def _fit(self, rows: Rows, weights: Array | None, warm: dict[Any, Fit] | None) -> dict[Any, Fit]:
+        """Its curves, fitted; with each row's weight, and starting from an earlier fit, when resampled."""
+        raise NotImplementedError
+
+    def _named(self, fits: dict[Any, Fit]) -> dict[str, float]:
+        raise NotImplementedError
+
+    def _mean(self, columns: Columns, of: str) -> Array:
+        raise NotImplementedError
+
+    def _variance(self, columns: Columns, of: str) -> tuple[Array, int]:
+        """Of a new observation, of its logarithm where `_log_interval`; and the degrees of freedom behind it."""
+        raise NotImplementedError
+
+    _log_interval: ClassVar[bool] = False
+
+    def _unsure(self, key: Any, fit: Fit) -> list[str]:
+        """Parameters of a curve that the runs do not identify."""
+        return fit.unidentified
+
+    def _prepare(self, rows: Rows) -> Rows:
+        """The rows as the law sees them; refuses losses that mean nothing to it."""
+        return rows
+
+    def _require_enough(self, rows: Rows) -> None:
+        """Raise DataError for fewer rows than the parameters need."""
+
+    def _groups(self, rows: Rows) -> Array:
+        """Rows that are fitted apart from others have different numbers."""
+        return np.zeros(len(rows), dtype=int)
+
+    # ------------------------------------------------------------------------------------------------------ interface
+
+    def fit(self, table: Any) -> Self:
+        """Fit to runs; returns self. Deterministic.
+
+        Raises DataError (a ValueError) for a table that cannot be fitted; warns IdentificationWarning.
+        """
+        rows = self._prepare(read(table, self.inputs, self.outputs))
+        self._require_enough(rows)
+        fits = self._fit(rows, None, None)
+        self._rows, self._fits = rows, fits
+        self.params_ = {name: float(value) for name, value in self._named(fits).items()}
+        unsure = [name for key, fit in fits.items() for name in self._unsure(key, fit)]
+        if unsure:
+            _warn(
+                f"{type(self).__name__}: these runs do not identify {', '.join(unsure)}; judge the law by the "
+                "intervals of its predictions, or add runs that differ in what these parameters act on",
+                IdentificationWarning,
+            )
+        return self
+
+    @classmethod
+    def from_params(cls, **params: float) -> Self:
+        """The law with known parameters; it can predict and decide, and gives no intervals."""
+        for name in params:
+            if name not in cls.names:
+                raise RecipeError(f"{cls.__name__} has no parameter {name!r}; {nearest(name, cls.names)}")
+        missing = [name for name in cls.names if name not in params]
+        if missing:
+            raise RecipeError(f"{cls.__name__} needs the parameters {', '.join(missing)} too")
+        law = cls()
+        law.params_ = {name: float(params[name]) for name in cls.names}
+        return law
+
+    def predict(self, *, interval: float | None = None, of: str | None = None, **columns: Any) -> Any:
+        """The loss at `columns`, numbers or arrays: a float, or an array of their common shape.
+
+        interval  e.g. 0.9: (mean, low, high) instead, where a new run would fall that often, its noise included
+        of        which of the law's losses, by its column's name; the first of its outputs by default
+
+        Raises RecipeError; warns ExtrapolationWarning outside of the runs that were fitted.
+        """
+        of = self._output(of)
+        self._require("params_", "fit it to a table")
+        values, shape = arguments(columns, self.inputs, self.optional)
+        self._warn_beyond(**values)
+        mean = self._mean(values, of)
+        if interval is None:
+            return _shaped(mean, shape)
+        if not 0 < interval < 1:
+            raise RecipeError(f"interval is a probability between 0 and 1, such as 0.9; got {interval}")
+        self._require("_fits", "an interval needs runs: fit it to a table")
+        variance, freedom = self._variance(values, of)
+        reach = student.ppf((1 + interval) / 2, freedom) * np.sqrt(variance)
+        low, high = (
+            (mean * np.exp(-reach), mean * np.exp(reach)) if self._log_interval else (mean - reach, mean + reach)
+        )
+        return tuple(_shaped(edge, shape) for edge in (mean, low, high))
+
+    def score(self, table: Any, of: str | None = None) -> dict[str, float]:
+        """How well predictions meet a table: `r2`; `huber`, the mean Huber loss of the log-loss (threshold 0.001);
+        `mre`, the mean relative error."""
+        of = self._output(of)
+        self._require("params_", "fit it to a table")
+        rows = self._prepare(read(table, self.inputs, self.outputs))
+        known = np.isfinite(rows.columns[of])
+        seen = rows.columns[of][known]
+        mean = self._mean({name: rows.columns[name] for name in self.inputs}, of)[known]
+        error = np.abs(np.log(seen / mean)) if (seen > 0).all() and (mean > 0).all() else np.full(len(seen), np.nan)
+        huber = np.where(error <= HUBER, error**2 / 2, HUBER * (error - HUBER / 2))
+        total = np.square(seen - seen.mean()).sum()
+        return {
+            "r2": float(1 - np.square(seen - mean).sum() / total) if total else float("nan"),
+            "huber": float(huber.mean()),
+            "mre": float(np.abs(seen / mean - 1).mean()),
+        }
+
+    def bootstrap(self, table: Any, n: int = 200, level: float = 0.9, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """{parameter: (low, high)} at `level`, over `n` fits to resampled runs, each starting from the law's own.
+
+        A draw weighs each run by an exponential variate instead of a count (the Bayesian bootstrap), so that none
+        loses so many runs that the parameters are no longer defined. Curves with a single run are resampled by points.
+        """
+        if n < 2 or not 0 < level < 1:
+            raise RecipeError(f"bootstrap needs n of at least 2 and a level between 0 and 1; got n={n}, level={level}")
+        if not hasattr(self, "_fits"):
+            self.fit(table)
+        rows = self._prepare(read(table, self.inputs, self.outputs))
+        self._require_enough(rows)
+        run = self._resampled(rows)
+        rng = np.random.default_rng(seed)
+        draws = []
+        for _ in range(n):
+            weights = rng.exponential(size=run.max() + 1)[run]
+            draws.append(self._named(self._fit(rows, weights, self._fits)))
+        tails = 100 * (1 - level) / 2, 100 * (1 + level) / 2
+        edges = {name: np.percentile([draw[name] for draw in draws], tails) for name in draws[0]}
+        return {name: (float(low), float(high)) for name, (low, high) in edges.items()}
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _resampled(self, rows: Rows) -> Array:
+        """What is resampled together: a run, or a point where a group of rows has only one run."""
+        run, groups = rows.run, self._groups(rows)
+        alone = np.isin(groups, [g for g in np.unique(groups) if len(np.unique(run[groups == g])) == 1])
+        points = np.arange(len(run)) + run.max() + 1
+        return np.unique(np.where(alone, points, run), return_inverse=True)[1]
+
+    def _given(self, **columns: Any) -> Columns:
+        """Columns of a decision, checked and broadcast; the law must have its parameters."""
+        self._require("params_", "fit it to a table")
+        return arguments(columns, {name: self.inputs[name] for name in columns}, {})[0]
+
+    def _output(self, of: str | None) -> str:
+        if of is None:
+            return next(iter(self.outputs))
+        if of not in self.outputs:
+            raise RecipeError(f"{type(self).__name__} does not predict {of!r}; {nearest(of, self.outputs)}")
+        return of
+
+    def _require(self, attribute: str, remedy: str) -> None:
+        if not hasattr(self, attribute):
+            raise RecipeError(f"this {type(self).__name__} has not been fitted; {remedy}")
+
+    def _warn_beyond(self, **columns: Any) -> None:
+        """Warn of inputs outside of the runs that were fitted."""
+        if not hasattr(self, "_rows"):
+            return
+        for name in self.inputs.keys() & columns.keys():
+            seen, asked = self._rows.columns[name], np.asarray(columns[name])
+            for edge, beyond in ((seen.max(), asked.max()), (seen.min(), asked.min())):
+                if (beyond > seen.max() or beyond < seen.min()) and not np.isclose(beyond, edge, rtol=1e-6, atol=0):
+                    _warn(
+                        f"{type(self).__name__} extrapolates: {name} = {beyond:g} lies outside of the runs it was "
+                        f"fitted to ({seen.min():g} to {seen.max():g})",
+                        ExtrapolationWarning,
+                    )
+
+
+class FormulaLaw(Law):
+    """A law of one formula. Columns in `units` are measured in their geometric means while it is fitted, so that the
+    coefficients to search for are losses at the middle of the data."""
+
+    parameters: ClassVar[tuple[Parameter, ...]]
+    units: ClassVar[tuple[str, ...]]
+    _log_interval = True
+
+    def __init_subclass__(cls) -> None:
+        cls.names = tuple(p.name for p in cls.parameters)
+
+    @staticmethod
+    def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
+        raise NotImplementedError
+
+    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
+        """Parameters fitted to columns measured in `unit`, for columns as they are."""
+        raise NotImplementedError
+
+    def _features(self, columns: Columns, unit: dict[str, float]) -> Columns:
+        """What the formula takes, measured in `unit`."""
+        return {name: values / unit.get(name, 1.0) for name, values in columns.items()}
+
+    def _require_enough(self, rows: Rows) -> None:
+        require_points(len(rows), len(self.parameters), type(self).__name__)
+
+    def _fit(self, rows: Rows, weights: Array | None, warm: dict[Any, Fit] | None) -> dict[Any, Fit]:
+        if warm is None:
+            self._unit = {name: float(np.exp(np.log(rows.columns[name]).mean())) for name in self.units}
+        columns = self._features({name: rows.columns[name] for name in self.inputs}, self._unit)
+        target = rows.columns[next(iter(self.outputs))]
+        curve = Curve(self.parameters, self.formula, columns, target, rows.run, log=True)
+        if warm:
+            curve = replace(curve, huber=warm["loss"].curve.huber)
+            return {"loss": Fit(curve, solve(curve, weights, [warm["loss"].x]))}
+        fit = Fit(curve, solve(curve, seed=self.seed))
+        for _ in range(REWEIGHTED):
+            curve = replace(curve, huber=max(HUBER, EFFICIENT * fit.scale))
+            fit = Fit(curve, solve(curve, starts=[fit.x]))
+        return {"loss": fit}
+
+    def _named(self, fits: dict[Any, Fit]) -> dict[str, float]:
+        return self._in_units(fits["loss"].values, self._unit)
+
+    def _mean(self, columns: Columns, of: str) -> Array:
+        return self.formula([np.array([self.params_[name]]) for name in self.names], self._features(columns, {}))
+
+    def _variance(self, columns: Columns, of: str) -> tuple[Array, int]:
+        fit = self._fits["loss"]
+        return fit.variance(self._features(columns, self._unit)), fit.noise.freedom
+
+
+def require_points(points: int, unknowns: int, law: str, where: str = "") -> None:
+    """Raise DataError where there are fewer points than would leave one over."""
+    if points <= unknowns:
+        raise DataError(
+            f"{law} has {unknowns} parameters and needs at least {unknowns + 1} runs or points{where}; "
+            f"the table has {points}"
+        )
+
+
+def _shaped(values: Array, shape: tuple[int, ...]) -> Any:
+    return values.reshape(shape) if shape else float(values[0])
+
+
+def _warn(message: str, category: type[LawWarning]) -> None:
+    warnings.warn(message, category, stacklevel=3)

@@ -1,0 +1,71 @@
+"""One source, each token read once: the law that the others extend.
+
+    L(N, D) = E + A/N^α + B/D^β
+
+N parameters, D tokens. The form is that of arXiv 2203.15556; the fit, Huber loss on log-losses from many starts, is
+theirs too. Decision: how to split 6·N·D FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from spt_fast.errors import RecipeError
+from spt_fast.laws.base import FormulaLaw
+from spt_fast.laws.fitting import Parameter
+from spt_fast.laws.table import LOSS, POSITIVE, Array, Column, Columns, Loss
+
+FLOPS_PER_PARAMETER_AND_TOKEN = 6
+
+IRREDUCIBLE = Parameter("E", 1e-3, 20)
+
+
+def coefficient(name: str) -> Parameter:
+    """A term's size, in nats, at the middle of the data."""
+    return Parameter(name, 1e-6, 30)
+
+
+def exponent(name: str) -> Parameter:
+    return Parameter(name, 0.01, 3)
+
+
+class ChinchillaLaw(FormulaLaw):
+    """Columns: `params`, `tokens`, `loss`. Parameters: E, A, alpha, B, beta."""
+
+    inputs: ClassVar[dict[str, Column]] = {"params": POSITIVE, "tokens": POSITIVE}
+    outputs: ClassVar[dict[str, Loss]] = {"loss": LOSS}
+    parameters: ClassVar[tuple[Parameter, ...]] = (
+        IRREDUCIBLE,
+        coefficient("A"),
+        exponent("alpha"),
+        coefficient("B"),
+        exponent("beta"),
+    )
+    units: ClassVar[tuple[str, ...]] = ("params", "tokens")
+
+    @staticmethod
+    def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
+        E, A, alpha, B, beta = unknowns
+        return E + A * columns["params"] ** -alpha + B * columns["tokens"] ** -beta
+
+    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
+        p = params
+        return p | {"A": p["A"] * unit["params"] ** p["alpha"], "B": p["B"] * unit["tokens"] ** p["beta"]}
+
+    def best_allocation(self, *, flops: float) -> tuple[float, float]:
+        """(params, tokens) with 6 · params · tokens = `flops` at which the loss is lowest."""
+        self._require("params_", "fit it to a table")
+        p = self.params_
+        params, tokens = allocation(flops, p["A"], p["alpha"], p["B"], p["beta"])
+        self._warn_beyond(params=params, tokens=tokens)
+        return params, tokens
+
+
+def allocation(flops: float, A: float, alpha: float, B: float, beta: float) -> tuple[float, float]:
+    """Where A/N^α + B/D^β is least on 6·N·D = flops: its derivative along that line vanishes at α·A/N^α = β·B/D^β."""
+    if not flops > 0:
+        raise RecipeError(f"flops must be above 0; got {flops}")
+    product = flops / FLOPS_PER_PARAMETER_AND_TOKEN
+    params = (alpha * A / (beta * B) * product**beta) ** (1 / (alpha + beta))
+    return params, product / params

@@ -1,0 +1,120 @@
+"""Repeated data: what a token is worth when it is read again.
+
+    L = A/N'^α + B/D'^β + E
+    D' = U_D + U_D·R*_D·(1 − e^(−R_D/R*_D)),   R_D = D/U_D − 1
+    N' = U_N + U_N·R*_N·(1 − e^(−R_N/R*_N)),   R_N = N/U_N − 1,   U_N = min(N, 0.051·U_D)
+
+Muennighoff et al., arXiv 2305.16264: D tokens of which U_D are unique; the repeats of a token, and parameters beyond
+those that U_D tokens call for, lose their worth exponentially. Repeats are clipped at 0: of a corpus read in part, U_D
+is the part that is read. The law only levels off; it cannot show the overfitting that OverfittingLaw models. Huber
+loss on log-losses. Decisions: what a repeated corpus is worth, how often to repeat it, and size against epochs for
+given FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from spt_fast.errors import RecipeError
+from spt_fast.laws.base import FormulaLaw
+from spt_fast.laws.chinchilla import FLOPS_PER_PARAMETER_AND_TOKEN, IRREDUCIBLE, coefficient, exponent
+from spt_fast.laws.dcpt import lowest
+from spt_fast.laws.fitting import Parameter
+from spt_fast.laws.table import LOSS, POSITIVE, Array, Column, Columns, Loss
+
+PARAMS_PER_UNIQUE_TOKEN = 0.051
+
+PUBLISHED = {
+    "E": 1.87,
+    "A": 521.0,
+    "alpha": 0.35,
+    "B": 1488.0,
+    "beta": 0.35,
+    "R_star_D": 15.387756,
+    "R_star_N": 5.309743,
+}
+
+
+def worth(unique: Array, repeats: Array, constant: Array) -> Array:
+    """U + U·R*·(1 − e^(−R/R*))"""
+    return unique * (1 + constant * (1 - np.exp(-repeats / constant)))
+
+
+class DataConstrainedLaw(FormulaLaw):
+    """Columns: `params` N, `tokens` D, `unique_tokens` U_D, `loss`.
+    Parameters: E, A, alpha, B, beta, R_star_D, R_star_N (in repeats)."""
+
+    inputs: ClassVar[dict[str, Column]] = {"params": POSITIVE, "tokens": POSITIVE, "unique_tokens": POSITIVE}
+    outputs: ClassVar[dict[str, Loss]] = {"loss": LOSS}
+    parameters: ClassVar[tuple[Parameter, ...]] = (
+        IRREDUCIBLE,
+        coefficient("A"),
+        exponent("alpha"),
+        coefficient("B"),
+        exponent("beta"),
+        Parameter("R_star_D", 0.1, 1000),
+        Parameter("R_star_N", 0.1, 1000),
+    )
+    units: ClassVar[tuple[str, ...]] = ("params", "tokens")
+
+    @classmethod
+    def published(cls) -> Self:
+        """The paper's own fit (to C4, its tokenizer): a prior where there are no runs."""
+        return cls.from_params(**PUBLISHED)
+
+    def _features(self, columns: Columns, unit: dict[str, float]) -> Columns:
+        unique_tokens = np.minimum(columns["unique_tokens"], columns["tokens"])
+        unique_params = np.minimum(columns["params"], PARAMS_PER_UNIQUE_TOKEN * unique_tokens)
+        return {
+            "unique_tokens": unique_tokens / unit.get("tokens", 1.0),
+            "unique_params": unique_params / unit.get("params", 1.0),
+            "token_repeats": columns["tokens"] / unique_tokens - 1,
+            "param_repeats": columns["params"] / unique_params - 1,
+        }
+
+    @staticmethod
+    def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
+        E, A, alpha, B, beta, of_tokens, of_params = unknowns
+        params = worth(columns["unique_params"], columns["param_repeats"], of_params)
+        tokens = worth(columns["unique_tokens"], columns["token_repeats"], of_tokens)
+        return E + A * params**-alpha + B * tokens**-beta
+
+    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
+        p = params
+        return p | {"A": p["A"] * unit["params"] ** p["alpha"], "B": p["B"] * unit["tokens"] ** p["beta"]}
+
+    def effective_tokens(self, *, tokens: Any, unique_tokens: Any) -> Any:
+        """D': how many tokens of fresh data `tokens` tokens read from `unique_tokens` are worth."""
+        given = self._given(tokens=tokens, unique_tokens=unique_tokens)
+        self._warn_beyond(**given)
+        seen = np.minimum(given["tokens"], given["unique_tokens"])
+        value = worth(seen, given["tokens"] / seen - 1, np.asarray(self.params_["R_star_D"]))
+        return value if np.ndim(tokens) or np.ndim(unique_tokens) else float(value[0])
+
+    def epochs_until(self, *, marginal_worth: float) -> float:
+        """Epochs after which one more token is worth only this share of a fresh one: e^(−R/R*_D) = marginal_worth."""
+        self._require("params_", "fit it to a table")
+        if not 0 < marginal_worth <= 1:
+            raise RecipeError(f"marginal_worth is a fraction above 0 and at most 1; got {marginal_worth:g}")
+        return 1 - self.params_["R_star_D"] * math.log(marginal_worth)
+
+    def best_allocation(self, *, flops: float, unique_tokens: float) -> tuple[float, float]:
+        """(params, tokens) with 6 · params · tokens = `flops` at which the loss is lowest, with `unique_tokens` to
+        repeat."""
+        self._given(unique_tokens=unique_tokens)
+        if not flops > 0:
+            raise RecipeError(f"flops must be above 0; got {flops:g}")
+        product = flops / FLOPS_PER_PARAMETER_AND_TOKEN
+
+        def loss(log_tokens: Array) -> Array:
+            tokens = np.exp(log_tokens)
+            given = np.broadcast_arrays(product / tokens, tokens, unique_tokens)
+            return self._mean(dict(zip(self.inputs, given, strict=True)), "loss")
+
+        middle = math.log(product) / 2
+        tokens = math.exp(lowest(loss, np.linspace(middle - 12, middle + 12, 1201)))
+        self._warn_beyond(params=product / tokens, tokens=tokens, unique_tokens=unique_tokens)
+        return product / tokens, tokens

@@ -1,0 +1,176 @@
+"""Continued pretraining on a mixture: the D-CPT law, and the mixture to use.
+
+    L(N, D, r) = E + A/N^α + B·r^η/D^β + C/(r + ε)^γ
+
+arXiv 2406.01375: N parameters, D tokens of continued pretraining, r the share of the corpus that the loss is measured
+on (`own_ratio`: the general share for the general loss, the domain share for the domain loss), each loss with a law of
+its own. All parameters are positive; that L falls in r is checked on the range of the data after the fit. Huber loss
+(1e-3) on log-losses from many starts. Its three uses: the most domain data that a limit on general loss allows
+(`best_ratio`); the share for a given number of domain tokens (`DCPTLaw.best_ratio`); size and tokens for given FLOPs
+(`best_allocation`)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from scipy.optimize import brentq, minimize_scalar
+
+from spt_fast.errors import RecipeError
+from spt_fast.laws.base import FormulaLaw, LawWarning
+from spt_fast.laws.chinchilla import IRREDUCIBLE, allocation, coefficient, exponent
+from spt_fast.laws.fitting import Parameter
+from spt_fast.laws.table import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, arguments
+
+GRID = np.linspace(0, 1, 2001)
+
+
+def power_of_share(share: Array, exponent: Array) -> Array:
+    """share^exponent, also at share = 0, where a complex exponent would give NaN."""
+    return np.where(share > 0, np.where(share > 0, share, 1) ** exponent, 0)
+
+
+class DCPTLaw(FormulaLaw):
+    """Columns: `params` N, `tokens` D, `own_ratio` r, `loss`. Parameters: E, A, alpha, B, eta, beta, C, epsilon,
+    gamma."""
+
+    inputs: ClassVar[dict[str, Column]] = {"params": POSITIVE, "tokens": POSITIVE, "own_ratio": SHARE}
+    outputs: ClassVar[dict[str, Loss]] = {"loss": LOSS}
+    parameters: ClassVar[tuple[Parameter, ...]] = (
+        IRREDUCIBLE,
+        coefficient("A"),
+        exponent("alpha"),
+        coefficient("B"),
+        exponent("eta"),
+        exponent("beta"),
+        coefficient("C"),
+        Parameter("epsilon", 1e-3, 3),
+        exponent("gamma"),
+    )
+    units: ClassVar[tuple[str, ...]] = ("params", "tokens")
+
+    @staticmethod
+    def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
+        E, A, alpha, B, eta, beta, C, epsilon, gamma = unknowns
+        r = columns["own_ratio"]
+        of_size = A * columns["params"] ** -alpha
+        of_tokens = B * power_of_share(r, eta) * columns["tokens"] ** -beta
+        return E + of_size + of_tokens + C * (r + epsilon) ** -gamma
+
+    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
+        p = params
+        return p | {"A": p["A"] * unit["params"] ** p["alpha"], "B": p["B"] * unit["tokens"] ** p["beta"]}
+
+    def fit(self, table: Any) -> Self:
+        super().fit(table)
+        rising = self._slope_in_ratio(self._rows.columns) > 0
+        if rising.any():
+            r = self._rows.columns["own_ratio"][rising]
+            warnings.warn(
+                f"{type(self).__name__}: the fitted loss rises with own_ratio in {rising.sum()} of {len(rising)} rows "
+                f"({r.min():g} to {r.max():g}), where the law says it must fall; add runs with other ratios",
+                LawWarning,
+                stacklevel=2,
+            )
+        return self
+
+    def _slope_in_ratio(self, columns: Columns) -> Array:
+        p, r = self.params_, columns["own_ratio"]
+        r = np.maximum(r, 1e-9)
+        of_tokens = p["B"] * p["eta"] * r ** (p["eta"] - 1) / columns["tokens"] ** p["beta"]
+        return of_tokens - p["C"] * p["gamma"] / (r + p["epsilon"]) ** (p["gamma"] + 1)
+
+    def best_ratio(self, *, params: float, domain_tokens: float, **other: float) -> float:
+        """The domain share r with the lowest domain loss when there are `domain_tokens` tokens of domain data, each
+        read once: more general data (tokens = domain_tokens/r) against a purer mixture."""
+
+        def loss(r: Array) -> Array:
+            given = {"params": params, "tokens": domain_tokens / r, "own_ratio": r, **other}
+            return self._mean(arguments(given, self.inputs, {})[0], "loss")
+
+        self._given(tokens=domain_tokens)
+        r = lowest(loss, GRID[1:])
+        self._warn_beyond(params=params, tokens=domain_tokens / r, own_ratio=r)
+        return r
+
+    def best_allocation(self, *, flops: float, own_ratio: float) -> tuple[float, float]:
+        """(params, tokens) with 6 · params · tokens = `flops` at which the loss is lowest, for a fixed mixture."""
+        self._given(own_ratio=own_ratio)
+        if own_ratio == 0:
+            raise RecipeError("own_ratio must be above 0: at 0 no number of tokens helps")
+        p = self.params_
+        params, tokens = allocation(flops, p["A"], p["alpha"], p["B"] * own_ratio ** p["eta"], p["beta"])
+        self._warn_beyond(params=params, tokens=tokens, own_ratio=own_ratio)
+        return params, tokens
+
+
+def best_ratio(
+    *,
+    domain: DCPTLaw,
+    general: DCPTLaw,
+    params: float,
+    tokens: float,
+    max_general_rise: float,
+    general_before: float | None = None,
+    **of_domain: float,
+) -> float:
+    """The domain share with the lowest domain loss whose general loss is at most (1 + `max_general_rise`) times its
+    start.
+
+    domain, general   the laws of the two losses
+    max_general_rise  a fraction: 0.03 allows 3%
+    general_before    the general loss at the start, in nats; by default what the general law gives when all of `tokens`
+                      are general, since the law has no value at tokens = 0
+    of_domain         other columns of the domain's law: learnability
+
+    Raises RecipeError where no share is allowed.
+    """
+    if not 0 <= max_general_rise <= 1:
+        raise RecipeError(f"max_general_rise is a fraction, 0.03 for 3%; got {max_general_rise:g}")
+
+    for law in (domain, general):
+        law._given(params=params, tokens=tokens)
+
+    def domain_loss(r: Any) -> Array:
+        given = {"params": params, "tokens": tokens, "own_ratio": r, **of_domain}
+        return domain._mean(arguments(given, domain.inputs, {})[0], "loss")
+
+    def general_loss(r: Any) -> Array:
+        given = {"params": params, "tokens": tokens, "own_ratio": 1 - np.asarray(r)}
+        return general._mean(arguments(given, general.inputs, {})[0], "loss")
+
+    start = general_loss(0.0)[0] if general_before is None else general_before
+
+    def excess(r: Any) -> Array:
+        return general_loss(r) - (1 + max_general_rise) * start
+
+    allowed = excess(GRID) <= 1e-12
+    if not allowed.any():
+        raise RecipeError(
+            f"at every share of domain data the general loss rises by more than {max_general_rise:.3g} of its start "
+            f"({start:.4g}); the least rise is {excess(GRID).min() / start + max_general_rise:.3g}"
+        )
+    best = int(np.argmin(np.where(allowed, domain_loss(GRID), np.inf)))
+    around = slice(max(best - 1, 0), best + 2)
+    if allowed[around].all():
+        r = lowest(domain_loss, GRID[around])
+    else:
+        r = _last_allowed(lambda x: excess(x)[0], GRID[best], GRID[around][~allowed[around]][-1])
+    domain._warn_beyond(params=params, tokens=tokens, own_ratio=r)
+    general._warn_beyond(params=params, tokens=tokens, own_ratio=1 - r)
+    return float(r)
+
+
+def _last_allowed(excess: Callable[[float], float], allowed: float, forbidden: float) -> float:
+    return brentq(excess, allowed, forbidden) if excess(allowed) < 0 else allowed
+
+
+def lowest(loss: Callable[[Array], Array], grid: Array) -> float:
+    """Where a loss is least between the grid's ends: its least grid point, refined between its neighbours."""
+    best = int(np.argmin(loss(grid)))
+    if best in (0, len(grid) - 1):
+        return float(grid[best])
+    edges = (grid[best - 1], grid[best + 1])
+    return float(minimize_scalar(lambda x: float(loss(np.array([x]))[0]), bounds=edges, options={"xatol": 1e-9}).x)

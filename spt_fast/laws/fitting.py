@@ -1,0 +1,243 @@
+"""Fitting a formula with a handful of unknowns to observed losses, and how sure the result is.
+
+Every law goes through here. A formula is written once, in NumPy, and is analytic in its unknowns, so that its gradient
+is taken by complex steps, Im f(x + ih)/h: exact to rounding like automatic differentiation, without a second formula.
+
+    search     positive unknowns are searched by their logarithm, all within bounds; the best of many quasi-random
+               points, a few from different parts of the box, are polished by trust-region least squares (scipy)
+    Huber      on residuals r: r² up to the threshold, linear beyond. Minimised as reweighted least squares, since the
+               curvature that scipy's own `loss="huber"` assumes vanishes beyond the threshold
+    intervals  to first order a prediction moves linearly with each observation's error: by its *influence*, a row of
+               g (JᵀJ + P)⁻¹ Jᵀ. Errors have a part of each point and a part that all points of a run share; their
+               variances are estimated from the residuals. P keeps unknowns that the data say nothing about in their
+               bounds. A prediction interval adds the noise of a new run to that of the fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.optimize import least_squares
+from scipy.special import erf
+from scipy.stats import norm, qmc
+
+from spt_fast.laws.table import Array, Columns
+
+Formula = Callable[[Sequence[Array], Columns], Array]
+"""(unknowns, each broadcastable to [..., points]; columns) -> losses [..., points]; analytic in the unknowns."""
+
+STEP = 1e-20
+SCREENED, POLISHED = 256, 8
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An unknown and its bounds; searched by its logarithm unless `log` is False."""
+
+    name: str
+    low: float
+    high: float
+    log: bool = True
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A formula, and the observations that it must meet. `huber`: the threshold, in units of the residual."""
+
+    parameters: tuple[Parameter, ...]
+    formula: Formula
+    columns: Columns
+    target: Array
+    run: Array
+    log: bool = False
+    huber: float | None = None
+
+    @cached_property
+    def bounds(self) -> tuple[Array, Array]:
+        low, high = np.array([(p.low, p.high) for p in self.parameters]).T
+        is_log = np.array([p.log for p in self.parameters])
+        return tuple(np.where(is_log, np.log(np.where(is_log, edge, 1)), edge) for edge in (low, high))  # type: ignore[return-value]
+
+    @cached_property
+    def goal(self) -> Array:
+        return np.log(self.target) if self.log else self.target
+
+    def unknowns(self, x: Array) -> list[Array]:
+        """Points of the search space [..., unknowns] as the formula takes them."""
+        return [np.exp(x[..., i, None]) if p.log else x[..., i, None] for i, p in enumerate(self.parameters)]
+
+    def point(self, values: Sequence[float]) -> Array:
+        """The inverse, held inside the bounds."""
+        low, high = self.bounds
+        x = [np.log(max(v, 1e-300)) if p.log else v for p, v in zip(self.parameters, values, strict=True)]
+        return np.clip(x, low + 1e-6 * (high - low), high - 1e-6 * (high - low))
+
+    def value(self, x: Array, columns: Columns | None = None) -> Array:
+        losses = self.formula(self.unknowns(x), self.columns if columns is None else columns)
+        return np.log(losses) if self.log else losses
+
+    def gradient(self, x: Array, columns: Columns | None = None) -> Array:
+        """[points, unknowns]"""
+        return self.value(x + 1j * STEP * np.eye(len(x)), columns).imag.T / STEP
+
+
+def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None = None, seed: int = 0) -> Array:
+    """The point of the search space that meets the observations best. `starts`: search from these only; the solution of
+    an earlier fit, where there is a Huber threshold."""
+    low, high = curve.bounds
+    if starts and curve.huber:
+        return _polish(curve, np.clip(starts[0], low, high), weights, curve.huber, tolerance=1e-6)[0]
+    polished = [_polish(curve, np.clip(x, low, high), weights) for x in starts or _promising(curve, seed)]
+    x, _ = min(polished, key=lambda found: found[1])
+    return _polish(curve, x, weights, curve.huber)[0] if curve.huber else x
+
+
+def _promising(curve: Curve, seed: int) -> list[Array]:
+    low, high = curve.bounds
+    sample = qmc.Sobol(len(low), rng=np.random.default_rng(seed)).random(SCREENED * POLISHED)
+    x = low + sample * (high - low)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.square(curve.value(x) - curve.goal).sum(axis=1)
+    error[~np.isfinite(error)] = np.inf
+    best = error.reshape(POLISHED, SCREENED).argmin(axis=1) + SCREENED * np.arange(POLISHED)
+    return list(x[best])
+
+
+def _polish(
+    curve: Curve, x: Array, weights: Array | None, huber: float | None = None, tolerance: float = 1e-9
+) -> tuple[Array, float]:
+    """(the minimum that x leads to, its cost)"""
+    w = np.ones(len(curve.goal)) if weights is None else weights
+
+    def loss(squared: Array) -> Array:
+        if huber is None:
+            return np.array([w * squared, w, np.zeros_like(w)])
+        beyond = squared > huber**2
+        size = np.sqrt(np.where(beyond, squared, huber**2))
+        value = np.where(beyond, 2 * huber * size - huber**2, squared)
+        return np.array([w * value, w * huber / size, np.zeros_like(w)])
+
+    found = least_squares(
+        lambda x: curve.value(x) - curve.goal,
+        x,
+        jac=curve.gradient,
+        bounds=curve.bounds,
+        loss=loss,
+        max_nfev=200,
+        xtol=tolerance,
+        ftol=tolerance,
+        gtol=1e-12,
+    )
+    return found.x, found.cost
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Variances of the errors: of each point, and of a run, shared by its points. `freedom`: degrees left."""
+
+    point: float
+    run: float
+    freedom: int
+
+    @classmethod
+    def of(cls, residual: Array, run: Array, unknowns: int) -> Noise:
+        """By the mean squares within and between runs, both short by the share that the unknowns have taken up."""
+        points, left = len(residual), max(len(residual) - unknowns, 1)
+        kept = left / points
+        _, index, sizes = np.unique(run, return_inverse=True, return_counts=True)
+        if len(sizes) in (1, points):
+            return cls(float(residual @ residual / left), 0.0, left)
+        means = np.bincount(index, residual) / sizes
+        within = np.square(residual - means[index]).sum() / (points - len(sizes)) / kept
+        between = (sizes * means**2).sum() / len(sizes) / kept
+        of_run = max(0.0, (between - within) / sizes.mean())
+        return cls(float(within if of_run else residual @ residual / left), float(of_run), left)
+
+    def spread(self, influence: Array, run: Array) -> Array:
+        """Variance of predictions that move by `influence` [predictions, points] with the points' errors."""
+        by_run = np.stack([influence[:, run == r].sum(axis=1) for r in np.unique(run)], axis=1) if self.run else 0.0
+        return self.point * np.square(influence).sum(axis=1) + self.run * np.square(by_run).sum(-1)
+
+    @property
+    def new(self) -> float:
+        """Variance of a point of a new run."""
+        return self.point + self.run
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A curve met at x."""
+
+    curve: Curve
+    x: Array
+
+    @property
+    def values(self) -> dict[str, float]:
+        return {p.name: float(v[0]) for p, v in zip(self.curve.parameters, self.curve.unknowns(self.x), strict=True)}
+
+    def mean(self, columns: Columns) -> Array:
+        """As the curve's formula gives it, not its logarithm."""
+        return self.curve.formula(self.curve.unknowns(self.x), columns)
+
+    @cached_property
+    def residual(self) -> Array:
+        return self.curve.goal - self.curve.value(self.x)
+
+    @property
+    def scale(self) -> float:
+        """Standard deviation of the residuals, by their median size: outliers don't move it."""
+        freedom = max(len(self.residual) - len(self.x), 1)
+        return float(np.median(np.abs(self.residual)) / norm.ppf(0.75) * np.sqrt(len(self.residual) / freedom))
+
+    @cached_property
+    def noise(self) -> Noise:
+        return Noise.of(self.residual, self.curve.run, len(self.x))
+
+    @cached_property
+    def _jacobian(self) -> Array:
+        return self.curve.gradient(self.x)
+
+    @cached_property
+    def _prior(self) -> Array:
+        """Inverse variance of a normal distribution as wide as the bounds."""
+        low, high = self.curve.bounds
+        return np.square(2 / (high - low))
+
+    @cached_property
+    def _covariance(self) -> Array:
+        variance = max(self.noise.new * self._inefficiency, 1e-16)
+        return np.linalg.inv(self._jacobian.T @ self._jacobian / variance + np.diag(self._prior))
+
+    @cached_property
+    def _inefficiency(self) -> float:
+        """How much more a Huber estimate varies than least squares would, were the errors normal."""
+        if self.curve.huber is None or not self.noise.new:
+            return 1.0
+        c = self.curve.huber / np.sqrt(self.noise.new)
+        inside = erf(c / np.sqrt(2))
+        return float((inside - 2 * c * norm.pdf(c) + c**2 * (1 - inside)) / inside**2)
+
+    def influence(self, columns: Columns) -> tuple[Array, Array]:
+        """How predictions move with each observation's error [predictions, points], and their variance by what the
+        observations leave open [predictions]."""
+        gradient = self.curve.gradient(self.x, columns)
+        scale = max(self.noise.new * self._inefficiency, 1e-16)
+        moved = gradient @ self._covariance
+        left_open = np.square(moved) @ self._prior
+        return np.sqrt(self._inefficiency) * moved @ self._jacobian.T / scale, left_open
+
+    def variance(self, columns: Columns) -> Array:
+        """Of a new observation (of its logarithm, where the curve is of logarithms)."""
+        influence, left_open = self.influence(columns)
+        return self.noise.spread(influence, self.curve.run) + left_open + self.noise.new
+
+    @property
+    def unidentified(self) -> list[str]:
+        """Unknowns that the observations leave about as open as the bounds did."""
+        open_share = np.diag(self._covariance) * self._prior
+        low, high = self.curve.bounds
+        at_edge = np.minimum(self.x - low, high - self.x) < 1e-3 * (high - low)
+        return [p.name for p, bad in zip(self.curve.parameters, (open_share > 0.25) | at_edge, strict=True) if bad]

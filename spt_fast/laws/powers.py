@@ -1,0 +1,29 @@
+"""Power laws with an offset, a·T^b + c, in a form that stays well behaved where b nears 0.
+
+    c' + s·((T/T₀)^b − 1)/b:   a = (s/b)·T₀^−b,   c = c' − s/b
+
+c' is the value at T₀, the middle of the data, and s the slope there per log-token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spt_fast.laws.fitting import Parameter
+from spt_fast.laws.table import Array
+
+
+def rising(b: Array, x: Array) -> Array:
+    """((T/T₀)^b − 1)/b at x = log(T/T₀); x itself at b = 0."""
+    b = np.where(b == 0, 1e-12, b)
+    return np.expm1(b * x) / b
+
+
+def power_parameters(low: float, high: float, a: str = "a", b: str = "b", c: str = "c") -> tuple[Parameter, ...]:
+    """c', s, and b between `low` and `high`, under the names of what they stand for."""
+    return Parameter(c, -20, 20, log=False), Parameter(a, -20, 20, log=False), Parameter(b, low, high, log=False)
+
+
+def coefficient_at(slope: float, exponent: float, middle: float) -> float:
+    """a of a·T^b"""
+    return slope / exponent * middle**-exponent

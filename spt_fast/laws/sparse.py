@@ -1,0 +1,47 @@
+"""Sparse pretraining: what counts is the parameter count averaged over the run.
+
+    L(N̄, D) = E + A/N̄^α + B/D^β,   N̄ = mean over steps of N_t, the parameters not pruned at step t
+
+"The Journey Matters", arXiv 2501.12486: one law for dense and sparse pretraining. Decision: the dense model that a
+pruning schedule is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from spt_fast.errors import RecipeError
+from spt_fast.laws.chinchilla import ChinchillaLaw
+from spt_fast.laws.table import POSITIVE, Array, Column, Columns
+
+
+def average_params(params: Any, steps: Any = None) -> float:
+    """N̄ of a schedule: parameters at each step, or in each stretch of `steps` steps. It is also the size of the dense
+    model that reaches the same loss with the same tokens and FLOPs."""
+    counts = np.atleast_1d(np.asarray(params, dtype=float))
+    lengths = np.ones_like(counts) if steps is None else np.atleast_1d(np.asarray(steps, dtype=float))
+    if counts.shape != lengths.shape or not counts.size:
+        raise RecipeError(f"params and steps must be as many, at least one; got {counts.size} and {lengths.size}")
+    if not ((counts > 0).all() and (lengths > 0).all()):
+        raise RecipeError("params and steps must be above 0")
+    return float(np.average(counts, weights=lengths))
+
+
+class SparsePretrainingLaw(ChinchillaLaw):
+    """Columns: `average_params` (see `average_params()`), `tokens`, `loss`. Parameters: E, A, alpha, B, beta.
+
+    `best_allocation(flops=)` gives average parameters and tokens.
+    """
+
+    inputs: ClassVar[dict[str, Column]] = {"average_params": POSITIVE, "tokens": POSITIVE}
+    units: ClassVar[tuple[str, ...]] = ("average_params", "tokens")
+
+    @staticmethod
+    def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
+        return ChinchillaLaw.formula(unknowns, {"params": columns["average_params"], "tokens": columns["tokens"]})
+
+    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
+        return super()._in_units(params, unit | {"params": unit["average_params"]})

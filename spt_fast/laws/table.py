@@ -1,0 +1,128 @@
+"""Reading a table of runs: a pandas DataFrame, or a dict of columns. What cannot be fitted is refused here, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from spt_fast.errors import DataError, RecipeError, nearest
+
+Array = np.ndarray
+Columns = dict[str, Array]
+
+ALIKE = ("tokenizer", "heldout")
+"""Columns that, where a table has them, must hold one value: losses of different ones are not comparable."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """An input of a law: positive by default; zero is allowed where `zero` is, and a share lies in [0, 1]."""
+
+    zero: bool = False
+    share: bool = False
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An output: a positive number; `nan`: NaN is left for the law to judge; `signed`: it may be an increment."""
+
+    nan: bool = False
+    signed: bool = False
+
+
+LOSS = Loss()
+POSITIVE, NATURAL = Column(), Column(zero=True)
+SHARE, POSITIVE_SHARE = Column(zero=True, share=True), Column(share=True)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table's columns as float64, and which run each row belongs to (numbered from 0; each its own without `run`)."""
+
+    columns: Columns
+    run: Array
+
+    def __len__(self) -> int:
+        return len(self.run)
+
+    def where(self, mask: Array) -> Rows:
+        return Rows({name: values[mask] for name, values in self.columns.items()}, self.run[mask])
+
+
+def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) -> Rows:
+    """Check and convert. Raises DataError."""
+    if not hasattr(table, "keys") or not hasattr(table, "__getitem__"):
+        raise DataError(f"a table is a pandas DataFrame or a dict of columns; got {type(table).__name__}")
+    names = [str(name) for name in table.keys()]  # noqa: SIM118 - iterating a DataFrame does the same, a Mapping may not
+    for name in (*inputs, *outputs):
+        if name not in names:
+            raise DataError(f"the table has no column {name!r}; {nearest(name, names)}")
+    columns = {name: _numbers(name, table[name]) for name in (*inputs, *outputs)}
+    run = np.asarray(table["run"]) if "run" in names else None
+    lengths = {name: len(values) for name, values in columns.items()} | ({} if run is None else {"run": len(run)})
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"the table's columns differ in length: {lengths}")
+    for name in ALIKE:
+        found = sorted({str(value) for value in np.asarray(table[name])}) if name in names else []
+        if len(found) > 1:
+            raise DataError(
+                f"the table mixes runs with different values of {name!r}: {', '.join(found)}; their losses are not "
+                "comparable: fit each by itself"
+            )
+    for name, column in inputs.items():
+        check(name, columns[name], column, DataError)
+    for name, loss in outputs.items():
+        if (columns[name] <= 0).any() and not loss.signed:
+            raise DataError(f"{name} must be above 0 nats; got {columns[name][columns[name] <= 0][0]:g}")
+        bad = ~np.isfinite(columns[name]) & ~(np.isnan(columns[name]) & loss.nan)
+        if bad.any():
+            raise DataError(
+                f"{name} is {columns[name][bad][0]} in {bad.sum()} of {len(bad)} rows (the first is row "
+                f"{np.flatnonzero(bad)[0]}); drop the runs that failed"
+            )
+    numbered = np.arange(len(next(iter(columns.values())))) if run is None else np.unique(run, return_inverse=True)[1]
+    return Rows(columns, numbered)
+
+
+def _numbers(name: str, values: Any) -> Array:
+    try:
+        return np.atleast_1d(np.asarray(values, dtype=float))
+    except (TypeError, ValueError):
+        raise DataError(f"column {name!r} must hold numbers; got {np.asarray(values).ravel()[:1]}") from None
+
+
+def check(name: str, values: Array, column: Column, error: type[Exception]) -> None:
+    """Raise `error` where an input lies outside of what it can be."""
+    bad = ~np.isfinite(values) | (values < 0) | ((values == 0) & (not column.zero))
+    if bad.any():
+        least = "at least 0" if column.zero else "above 0"
+        raise error(f"{name} must be finite and {least}; got {values[bad][0]:g}")
+    if column.share and (values > 1).any():
+        given = values[values > 1][0]
+        raise error(
+            f"{name} is a fraction between 0 and 1, not a percentage; got {given:g} ({given:g}% is {given / 100:g})"
+        )
+
+
+def arguments(
+    given: Mapping[str, Any], inputs: Mapping[str, Column], optional: Mapping[str, Column]
+) -> tuple[Columns, tuple[int, ...]]:
+    """The arguments of a prediction, broadcast and flattened, and the shape that they had. Raises RecipeError."""
+    known = {**inputs, **optional}
+    for name in given:
+        if name not in known:
+            raise RecipeError(f"this law has no column {name!r}; {nearest(name, known)}")
+    missing = [name for name in inputs if name not in given]
+    if missing:
+        raise RecipeError(f"a prediction needs {', '.join(inputs)}; {', '.join(missing)} not given")
+    try:
+        arrays = np.broadcast_arrays(*(np.asarray(given[name], dtype=float) for name in given))
+    except (TypeError, ValueError):
+        raise RecipeError(f"{', '.join(inputs)} must be numbers or arrays of one shape") from None
+    columns = {name: array.ravel() for name, array in zip(given, arrays, strict=True)}
+    for name, values in columns.items():
+        check(name, values, known[name], RecipeError)
+    return columns, arrays[0].shape

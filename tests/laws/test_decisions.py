@@ -1,0 +1,241 @@
+"""Every decision that a law takes, against brute force over a grid or arithmetic by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import spt_fast as spt
+from benchmarks.synthetic_runs import (
+    CHINCHILLA,
+    CONSTRAINED,
+    CROSS_DOMAIN,
+    DOMAIN,
+    FINETUNE,
+    FORGETTING,
+    FRACTIONS,
+    GENERAL,
+    OVERFITTING,
+    SPARSE,
+    continued,
+    drawn,
+    finetuned,
+    gain,
+    increments,
+    overfitting_grid,
+)
+from spt_fast import laws
+from spt_fast.errors import RecipeError
+
+pytestmark = pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
+
+SHARES = np.linspace(0, 1, 100_001)
+
+
+@pytest.mark.parametrize("tokens", [150e9, 200e9, 250e9, 400e9])
+def test_best_fraction_before_finetuning(tokens: float) -> None:
+    grid = np.linspace(0, 0.1, 100_001)
+    brute = grid[np.argmin(OVERFITTING.predict(tokens=tokens, fraction=grid))]
+    assert OVERFITTING.best_fraction(tokens=tokens) == pytest.approx(brute, abs=2e-5)
+
+
+def test_the_best_fraction_falls_with_the_budget_and_stays_in_its_bounds() -> None:
+    best = [OVERFITTING.best_fraction(tokens=tokens) for tokens in (20e9, 200e9, 300e9, 1e12)]
+    assert best == sorted(best, reverse=True)
+    assert best[0] == 0.1 > best[1]
+    assert OVERFITTING.best_fraction(tokens=20e9, within=(0.01, 0.03)) == pytest.approx(0.03)
+    fitted = laws.OverfittingLaw().fit(drawn(OVERFITTING, overfitting_grid(), np.random.default_rng(0)))
+    assert fitted.best_fraction(tokens=20e9) == pytest.approx(0.05)  # the largest that was run
+
+
+def test_the_budget_at_which_one_fraction_overtakes_another() -> None:
+    tokens = OVERFITTING.overtaking_tokens(fraction=0.05, other=0.1)
+    assert tokens is not None
+    assert OVERFITTING.predict(tokens=tokens, fraction=0.05) == pytest.approx(
+        OVERFITTING.predict(tokens=tokens, fraction=0.1), rel=1e-9
+    )
+    budgets = np.geomspace(1e9, 1e12, 100_001)
+    ahead = OVERFITTING.predict(tokens=budgets, fraction=0.05) < OVERFITTING.predict(tokens=budgets, fraction=0.1)
+    assert tokens == pytest.approx(budgets[np.argmax(ahead)], rel=1e-3)
+    assert OVERFITTING.overtaking_tokens(fraction=0.1, other=0.05, within=(1e9, 1e12)) is None
+
+
+def test_best_fraction_after_finetuning() -> None:
+    table = finetuned(overfitting_grid(most=600e9), np.random.default_rng(0), noise=0)
+    law = laws.PostFinetuneLaw().fit(table)
+
+    def after(tokens: float, delta: float) -> float:
+        at = np.array([tokens]), np.array([delta])
+        return float((OVERFITTING.predict(tokens=at[0], fraction=at[1]) - gain(*at))[0])
+
+    for tokens in (50e9, 100e9, 200e9, 500e9):
+        assert law.best_fraction(tokens=tokens) == min(FRACTIONS, key=lambda delta: after(tokens, delta))
+        assert law.gain(tokens=tokens, fraction=0.02) == pytest.approx(gain(np.array(tokens), np.array(0.02)), rel=1e-3)
+    assert len({law.best_fraction(tokens=tokens) for tokens in (100e9, 500e9)}) == 2
+    budgets = np.geomspace(60e9, 600e9, 20_001)
+    ahead = [after(tokens, 0.02) < after(tokens, 0.05) for tokens in budgets]
+    assert law.overtaking_tokens(fraction=0.02, other=0.05) == pytest.approx(budgets[np.argmax(ahead)], rel=0.02)
+
+
+def test_an_unseen_fraction_is_refused() -> None:
+    law = laws.PostFinetuneLaw().fit(finetuned(overfitting_grid(), np.random.default_rng(0)))
+    with pytest.raises(ValueError, match=r"fraction 0\.03 were fitted.*knows 0\.001, 0\.005, 0\.01, 0\.02, 0\.05"):
+        law.predict(tokens=1e11, fraction=0.03)
+    with pytest.raises(ValueError, match="fraction"):
+        law.gain(tokens=1e11, fraction=0.03)
+
+
+def test_the_injection_that_stops_forgetting() -> None:
+    """By hand: A·D^β/((1 + B·p)·N)^α = rise."""
+    p = FORGETTING.params_
+    share = FORGETTING.injection(params=41e6, unique_tokens=3e6, max_rise=0.3)
+    held = (1 + p["B"] * share) * 41e6
+    assert p["A"] * 3e6 ** p["beta"] / held ** p["alpha"] == pytest.approx(0.3)
+    brute = np.linspace(0, 1, 200_001)
+    rise = FORGETTING.predict(params=41e6, unique_tokens=3e6, injected=brute, loss_before=3.0) - 3.0
+    assert share == pytest.approx(brute[np.argmax(rise <= 0.3)], abs=1e-5)
+    assert FORGETTING.injection(params=41e6, unique_tokens=3e6, max_rise=10) == 0
+    with pytest.raises(RecipeError, match="no injected share"):
+        FORGETTING.injection(params=41e6, unique_tokens=3e6, max_rise=1e-3)
+
+
+def test_an_offset_takes_its_part_of_the_allowed_rise() -> None:
+    law = laws.OffsetForgettingLaw.from_params(**FORGETTING.params_, E=0.02)
+    less = FORGETTING.injection(params=41e6, unique_tokens=3e6, max_rise=0.3)
+    assert law.injection(params=41e6, unique_tokens=3e6, max_rise=0.32) == pytest.approx(less)
+    assert law.predict(params=41e6, unique_tokens=3e6, injected=less, loss_before=3.0) == pytest.approx(3.32)
+
+
+def test_unique_tokens_for_a_loss() -> None:
+    tokens = FINETUNE.unique_tokens_for(loss=1.8, params=334e6)
+    assert FINETUNE.predict(params=334e6, unique_tokens=tokens) == pytest.approx(1.8)
+    with pytest.raises(RecipeError, match=r"floor is E = 0\.9"):
+        FINETUNE.unique_tokens_for(loss=0.9, params=334e6)
+
+
+@pytest.mark.parametrize("rise", [0.005, 0.01, 0.03])
+def test_the_most_domain_data_that_a_limit_on_general_loss_allows(rise: float) -> None:
+    at = {"params": 1.8e9, "tokens": 10e9}
+    start = GENERAL.predict(own_ratio=1.0, **at)
+    allowed = GENERAL.predict(own_ratio=1 - SHARES, **at) <= (1 + rise) * start
+    domain = np.where(allowed, DOMAIN.predict(own_ratio=SHARES, **at), np.inf)
+    ratio = spt.laws.best_ratio(domain=DOMAIN, general=GENERAL, max_general_rise=rise, **at)
+    assert ratio == pytest.approx(SHARES[np.argmin(domain)], abs=2e-5)
+    assert 0 < ratio < 1
+    measured = spt.laws.best_ratio(
+        domain=DOMAIN, general=GENERAL, max_general_rise=0, general_before=(1 + rise) * start, **at
+    )
+    assert measured == pytest.approx(ratio)
+
+
+def test_a_lenient_limit_leaves_the_best_domain_loss_and_a_strict_one_nothing() -> None:
+    at = {"params": 1.8e9, "tokens": 10e9, "domain": DOMAIN, "general": GENERAL}
+    assert laws.best_ratio(max_general_rise=1, **at) == 1
+    with pytest.raises(RecipeError, match=r"least rise is 0\.2"):
+        laws.best_ratio(max_general_rise=0.03, general_before=2.0, **at)
+    with pytest.raises(RecipeError, match="fraction"):
+        laws.best_ratio(max_general_rise=3, **at)
+    of_the_new_domain = laws.best_ratio(max_general_rise=0.03, **at | {"domain": CROSS_DOMAIN}, learnability=0.7)
+    assert of_the_new_domain == pytest.approx(laws.best_ratio(max_general_rise=0.03, **at))
+
+
+@pytest.mark.parametrize("domain_tokens", [1e8, 1e9, 5e9])
+def test_the_share_for_so_many_domain_tokens(domain_tokens: float) -> None:
+    shares = SHARES[1:]
+    losses = DOMAIN.predict(params=1.8e9, tokens=domain_tokens / shares, own_ratio=shares)
+    best = DOMAIN.best_ratio(params=1.8e9, domain_tokens=domain_tokens)
+    assert best == pytest.approx(shares[np.argmin(losses)], abs=2e-5)
+    same = CROSS_DOMAIN.best_ratio(params=1.8e9, domain_tokens=domain_tokens, learnability=0.7)
+    assert same == pytest.approx(best, abs=1e-6)
+
+
+def test_that_share_is_in_between_and_grows_with_the_domain_tokens() -> None:
+    shares = [DOMAIN.best_ratio(params=1.8e9, domain_tokens=tokens) for tokens in (3e8, 1e9, 5e9)]
+    assert 0 < shares[0] < shares[1] < shares[2] < 1
+
+
+def test_size_and_tokens_for_given_flops() -> None:
+    flops = 1e21
+    sizes = np.geomspace(1e7, 1e11, 400_001)
+    tokens = flops / 6 / sizes
+    cases = [
+        (CHINCHILLA.best_allocation(flops=flops), CHINCHILLA.predict(params=sizes, tokens=tokens)),
+        (SPARSE.best_allocation(flops=flops), SPARSE.predict(average_params=sizes, tokens=tokens)),
+        (
+            DOMAIN.best_allocation(flops=flops, own_ratio=0.3),
+            DOMAIN.predict(params=sizes, tokens=tokens, own_ratio=0.3),
+        ),
+    ]
+    for (best_size, best_tokens), losses in cases:
+        assert best_size == pytest.approx(sizes[np.argmin(losses)], rel=1e-3)
+        assert 6 * best_size * best_tokens == pytest.approx(flops)
+    best = CONSTRAINED.best_allocation(flops=flops, unique_tokens=2e9)
+    losses = CONSTRAINED.predict(params=sizes, tokens=tokens, unique_tokens=2e9)
+    assert best[0] == pytest.approx(sizes[np.argmin(losses)], rel=1e-3)
+    assert best[1] > 4 * 2e9  # repeats
+
+
+def test_what_a_repeated_corpus_is_worth() -> None:
+    """By hand with R*_D = 15.387756: 4 epochs are worth 1 + 15.387756·(1 − e^(−3/15.387756)) of the corpus."""
+    assert CONSTRAINED.effective_tokens(tokens=4e8, unique_tokens=1e8) == pytest.approx(
+        1e8 * (1 + 15.387756 * (1 - math.exp(-3 / 15.387756)))
+    )
+    assert CONSTRAINED.effective_tokens(tokens=[1e8, 5e7], unique_tokens=1e8) == pytest.approx([1e8, 5e7])
+    assert CONSTRAINED.effective_tokens(tokens=1e12, unique_tokens=1e8) == pytest.approx(16.387756e8)
+    epochs = CONSTRAINED.epochs_until(marginal_worth=0.5)
+    more, here = (CONSTRAINED.effective_tokens(tokens=1e8 * e, unique_tokens=1e8) for e in (epochs + 1e-4, epochs))
+    assert (more - here) / (1e8 * 1e-4) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_published_law_by_hand() -> None:
+    """N = 1e9, D = 1e10 of 1e9 unique: U_N = 5.1e7, R_N = 18.6078, R_D = 9."""
+    params = 5.1e7 * (1 + 5.309743 * (1 - math.exp(-(1e9 / 5.1e7 - 1) / 5.309743)))
+    tokens = 1e9 * (1 + 15.387756 * (1 - math.exp(-9 / 15.387756)))
+    by_hand = 521 / params**0.35 + 1488 / tokens**0.35 + 1.87
+    assert CONSTRAINED.predict(params=1e9, tokens=1e10, unique_tokens=1e9) == pytest.approx(by_hand)
+    fresh = CONSTRAINED.predict(params=4e7, tokens=1e9, unique_tokens=1e9)
+    assert fresh == pytest.approx(521 / 4e7**0.35 + 1488 / 1e9**0.35 + 1.87)
+
+
+@pytest.mark.parametrize("tokens", [5e9, 10e9, 20e9])
+def test_the_critical_ratio(tokens: float) -> None:
+    law = laws.CMRLaw().fit(continued(np.random.default_rng(0), noise=1e-5))
+    ratios = np.linspace(0.1, 0.7, 60_001)
+    general, domain = increments(np.full(len(ratios), tokens), ratios)
+    brute = ratios[(general <= 0.05) & (domain < 0)].max()
+    assert law.critical_ratio(tokens=tokens) == pytest.approx(brute, abs=0.003)
+    assert law.critical_ratio(tokens=tokens, tolerance=0.1) > brute
+
+
+def test_critical_ratios_across_budgets_and_where_the_general_loss_turns() -> None:
+    law = laws.CMRLaw().fit(continued(np.random.default_rng(0), noise=1e-5))
+    p = law.critical_ratio_curve(tokens=[4e9, 8e9, 12e9, 16e9, 20e9])
+    assert p["alpha4"] * 1e10 ** p["s4"] + p["beta3"] == pytest.approx(law.critical_ratio(tokens=1e10), abs=0.003)
+    # d/dx (0.125·R·x^0.25 ... ): 0.5·R·0.25·x^0.25 = 0.06·0.5·x^0.5 as λ grows, so x = (0.125·R/0.03)^4
+    turn = law.turning_tokens(domain_ratio=0.3, multiplier=7000)
+    assert turn == pytest.approx((0.125 * 0.3 / 0.03) ** 4 * 1e9, rel=0.05)
+    assert law.critical_ratio(tokens=turn * 0.9, tolerance=1, multiplier=7000) < 0.3
+    assert law.critical_ratio(tokens=turn * 1.1, tolerance=1, multiplier=7000) > 0.3
+
+
+def test_no_feasible_ratio_and_nothing_but() -> None:
+    law = laws.CMRLaw().fit(continued(np.random.default_rng(0), noise=1e-5))
+    with pytest.raises(RecipeError, match=r"no domain ratio from 0\.1 to 0\.7 is feasible"):
+        law.critical_ratio(tokens=1e10, tolerance=-1)
+    with pytest.warns(laws.ExtrapolationWarning, match="lies beyond it"):
+        assert law.critical_ratio(tokens=1e10, tolerance=1) == 0.7
+
+
+def test_average_parameters_of_a_pruning_schedule() -> None:
+    assert laws.average_params([1e9, 5e8], [1, 3]) == 6.25e8
+    assert laws.average_params([4, 2]) == 3
+    with pytest.raises(RecipeError, match="as many"):
+        laws.average_params([1e9, 5e8], [1])
+
+
+def test_learnability_of_a_probe_run() -> None:
+    assert laws.learnability([4.0, 3.5, 3.0], w1=2, w2=3) == pytest.approx(2 / 4 + 3 * 0.5)
+    with pytest.raises(RecipeError, match="at least two"):
+        laws.learnability([4.0])

@@ -1,0 +1,253 @@
+"""What all laws share: tables in, parameters out, intervals, bootstrap, warnings, and every table that must be
+refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.synthetic_runs import (
+    CHINCHILLA,
+    OVERFITTING,
+    SIZES,
+    TABLES,
+    Table,
+    continued,
+    drawn,
+    finetuned,
+    grid,
+    overfitting_grid,
+)
+from spt_fast import laws
+from spt_fast.errors import DataError, RecipeError, SptError
+from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, solve
+
+TABLE = drawn(CHINCHILLA, TABLES["Chinchilla"][2], np.random.default_rng(0))
+OF_FINETUNING = finetuned(overfitting_grid(), np.random.default_rng(0))
+OF_CONTINUING = continued(np.random.default_rng(0))
+OF_OVERFITTING = drawn(OVERFITTING, overfitting_grid(), np.random.default_rng(0))
+
+
+def changed(table: Table, **columns: Any) -> Table:
+    return table | columns
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def test_same_table_same_law_to_the_last_bit() -> None:
+    one, other = (laws.ChinchillaLaw().fit(TABLE) for _ in range(2))
+    assert one.params_ == other.params_
+    assert one.bootstrap(TABLE, n=5, seed=3) == other.bootstrap(TABLE, n=5, seed=3)
+    assert one.bootstrap(TABLE, n=5, seed=4) != other.bootstrap(TABLE, n=5, seed=3)
+
+
+def test_a_dataframe_does_as_well_as_a_dict() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({name: list(values) for name, values in TABLE.items()} | {"note": "x"})
+    assert laws.ChinchillaLaw().fit(frame).params_ == laws.ChinchillaLaw().fit(TABLE).params_
+
+
+def test_predictions_keep_the_shape_of_what_they_are_given() -> None:
+    law = laws.ChinchillaLaw().fit(TABLE)
+    assert isinstance(law.predict(params=1e8, tokens=1e10), float)
+    sizes = np.array([[1e8], [2e8]])
+    budgets = np.array([5e9, 1e10, 2e10])
+    mean, low, high = law.predict(params=sizes, tokens=budgets, interval=0.9)
+    assert mean.shape == low.shape == high.shape == (2, 3)
+    assert mean[1, 2] == law.predict(params=2e8, tokens=2e10)
+    assert all(isinstance(x, float) for x in law.predict(params=1e8, tokens=1e10, interval=0.5))
+
+
+def test_a_wider_interval_is_wider_and_holds_at_least_the_noise() -> None:
+    law = laws.ChinchillaLaw().fit(TABLE)
+    half, most = (law.predict(params=3e8, tokens=1e10, interval=level) for level in (0.5, 0.9))
+    assert most[1] < half[1] < half[0] < half[2] < most[2]
+    assert most[2] / most[0] - 1 > 1.6 * 0.008  # 1.64 standard deviations of the 1% noise, itself estimated
+
+
+def test_score_by_hand() -> None:
+    law = laws.ChinchillaLaw.from_params(E=1, A=1, alpha=1, B=1, beta=1)  # 3 at (1, 1), 2.5 at (2, 1)
+    score = law.score({"params": [1, 2], "tokens": [1, 1], "loss": [3.3, 2.5]})
+    assert score["mre"] == pytest.approx((0.3 / 3.3) / 2, rel=0.2)
+    assert score["mre"] == pytest.approx(np.mean([abs(3.3 / 3 - 1), 0]))
+    assert score["r2"] == pytest.approx(1 - 0.09 / (2 * 0.4**2))
+    assert score["huber"] == pytest.approx(1e-3 * (np.log(1.1) - 0.5e-3) / 2)
+
+
+def test_bootstrap_resamples_runs_not_points() -> None:
+    """Errors that a whole run shares: points resampled one by one would seem to average them away."""
+    rng = np.random.default_rng(0)
+    table = grid(seed=np.arange(6), params=SIZES, tokens=np.geomspace(1e9, 5e10, 8))
+    true = CHINCHILLA.predict(params=table["params"], tokens=table["tokens"])
+    table["loss"] = true * np.exp(0.02 * rng.standard_normal(table["run"].max() + 1)[table["run"]])
+    law = laws.ChinchillaLaw().fit(table)
+    by_run = law.bootstrap(table, n=40)
+    by_point = law.bootstrap({name: table[name] for name in ("params", "tokens", "loss")}, n=40)
+    assert list(by_run) == list(law.params_)
+    for name in ("E", "A", "alpha"):  # B and beta are read off within a run
+        assert by_run[name][0] < law.params_[name] < by_run[name][1]
+        assert np.diff(by_run[name]) > 1.5 * np.diff(by_point[name])
+
+
+@pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
+@pytest.mark.parametrize(
+    ("law", "table"),
+    [
+        (laws.OverfittingLaw(), OF_OVERFITTING),
+        (laws.PostFinetuneLaw(), OF_FINETUNING),
+        (laws.CMRLaw(), OF_CONTINUING),
+    ],
+)
+def test_laws_of_several_curves_bootstrap_too(law: laws.Law, table: Table) -> None:
+    edges = law.bootstrap(table, n=10)
+    assert edges.keys() == law.params_.keys()
+    assert all(low <= high for low, high in edges.values())
+    assert any(low < high for low, high in edges.values())
+
+
+def test_intervals_know_that_points_of_a_run_err_together() -> None:
+    rng = np.random.default_rng(1)
+    table = grid(seed=np.arange(6), params=SIZES, tokens=np.geomspace(1e9, 5e10, 8))
+    true = CHINCHILLA.predict(params=table["params"], tokens=table["tokens"])
+    shared = 0.02 * rng.standard_normal(table["run"].max() + 1)[table["run"]]
+    table["loss"] = true * np.exp(shared + 0.002 * rng.standard_normal(len(true)))
+    noise = laws.ChinchillaLaw().fit(table)._fits["loss"].noise
+    assert noise.run**0.5 == pytest.approx(0.02, rel=0.3)
+    assert noise.point**0.5 == pytest.approx(0.002, rel=0.2)
+    influence = np.full((1, 4), 0.25)
+    assert Noise(1.0, 4.0, 10).spread(influence, np.array([0, 0, 1, 1])) == pytest.approx([0.25 + 4 * (0.25 + 0.25)])
+
+
+def test_gradients_are_exact() -> None:
+    for truth, make, table in TABLES.values():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fits = make().fit(drawn(truth, table, np.random.default_rng(0)))._fits
+        for fit in fits.values():
+            gradient = fit.curve.gradient(fit.x)
+            for i in range(len(fit.x)):
+                step = np.zeros(len(fit.x))
+                step[i] = 1e-6
+                difference = (fit.curve.value(fit.x + step) - fit.curve.value(fit.x - step)) / 2e-6
+                assert gradient[:, i] == pytest.approx(difference, rel=1e-4, abs=1e-8)
+
+
+def test_huber_ignores_what_least_squares_follows() -> None:
+    line = (Parameter("slope", -10, 10, log=False), Parameter("offset", -10, 10, log=False))
+    x = np.linspace(0, 1, 21)
+    target = 2 * x + 1
+    target[20] += 5
+    fits = {}
+    for huber in (None, 1e-3):
+        curve = Curve(line, lambda u, c: u[0] * c["x"] + u[1], {"x": x}, target, np.arange(21), huber=huber)
+        fits[huber] = Fit(curve, solve(curve)).values
+    assert fits[None]["slope"] == pytest.approx(np.polyfit(x, target, 1)[0])
+    assert fits[1e-3] == pytest.approx({"slope": 2, "offset": 1}, abs=0.01)
+
+
+# --------------------------------------------------------------------------------------------------------- warnings
+
+
+def test_extrapolation_warns_and_says_of_what() -> None:
+    law = laws.ChinchillaLaw().fit(TABLE)
+    with pytest.warns(laws.ExtrapolationWarning, match=r"tokens = 1e\+12 lies outside of .* \(1e\+09 to 5e\+10\)"):
+        law.predict(params=1e8, tokens=1e12)
+    with pytest.warns(laws.ExtrapolationWarning):
+        law.best_allocation(flops=1e26)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        law.predict(params=[41e6, 1.27e9], tokens=[1e9, 5e10])
+
+
+def test_what_the_runs_do_not_say_is_warned_of() -> None:
+    one_size = {name: np.asarray(values)[np.asarray(TABLE["params"]) == SIZES[2]] for name, values in TABLE.items()}
+    with pytest.warns(laws.IdentificationWarning, match="do not identify .*alpha"):
+        laws.ChinchillaLaw().fit(one_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        laws.ChinchillaLaw().fit(TABLE)
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("law", "table", "says"),
+    [
+        (laws.ChinchillaLaw, {n: v[:5] for n, v in TABLE.items()}, "5 parameters and needs at least 6 runs"),
+        (laws.ChinchillaLaw, changed(TABLE, loss=np.where(TABLE["params"] < 5e7, np.nan, 3.0)), "loss is nan in 8 of"),
+        (laws.ChinchillaLaw, changed(TABLE, loss=-TABLE["loss"]), "loss must be above 0"),
+        (laws.ChinchillaLaw, changed(TABLE, tokenizer=["a", "b"] * 20), "different values of 'tokenizer': a, b"),
+        (laws.ChinchillaLaw, changed(TABLE, heldout=["x"] * 39 + ["y"]), "different values of 'heldout': x, y"),
+        (laws.ChinchillaLaw, {("token" if n == "tokens" else n): v for n, v in TABLE.items()}, "did you mean 'token'"),
+        (laws.ChinchillaLaw, changed(TABLE, tokens=TABLE["tokens"][:3]), "differ in length"),
+        (laws.ChinchillaLaw, changed(TABLE, tokens=["many"] * 40), "must hold numbers"),
+        (laws.ChinchillaLaw, changed(TABLE, tokens=0 * TABLE["tokens"]), "tokens must be finite and above 0"),
+        (laws.ChinchillaLaw, [1, 2], "DataFrame or a dict"),
+        (laws.OverfittingLaw, changed(OF_OVERFITTING, fraction=100 * OF_OVERFITTING["fraction"]), "not a percentage"),
+        (laws.OverfittingLaw, {n: v[:60] for n, v in OF_OVERFITTING.items()}, "at 4 fractions or more"),
+        (laws.OverfittingLaw, changed(OF_OVERFITTING, train_loss=[np.nan] * 100), "only at fraction 0"),
+        (laws.PostFinetuneLaw, {n: v[:42] for n, v in OF_FINETUNING.items()}, "here 0.01"),
+        (laws.CMRLaw, {n: v[1:25] for n, v in OF_CONTINUING.items()}, "with tokens = 0"),
+        (laws.CMRLaw, {n: v[:5] for n, v in OF_CONTINUING.items()}, "at least 6 runs or points"),
+    ],
+)  # fmt: skip
+def test_a_table_that_cannot_be_fitted(law: type[laws.Law], table: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says) as refused:
+        law().fit(table)
+    assert isinstance(refused.value, SptError)
+    assert isinstance(refused.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"params": 1e8}, "tokens not given"),
+        ({"params": 1e8, "token": 1e10}, "did you mean 'tokens'"),
+        ({"params": 1e8, "tokens": -1}, "above 0"),
+        ({"params": 1e8, "tokens": float("nan")}, "finite"),
+        ({"params": [1e8, 2e8], "tokens": [1e9] * 3}, "one shape"),
+        ({"params": 1e8, "tokens": 1e10, "interval": 90}, "such as 0.9"),
+        ({"params": 1e8, "tokens": 1e10, "of": "los"}, "did you mean 'loss'"),
+    ],
+)
+def test_a_prediction_that_cannot_be_made(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        laws.ChinchillaLaw().fit(TABLE).predict(**asked)
+
+
+def test_decisions_check_their_arguments() -> None:
+    with pytest.raises(RecipeError, match="not a percentage"):
+        OVERFITTING.overtaking_tokens(fraction=5, other=0.1)
+    with pytest.raises(RecipeError, match="tokens must be"):
+        OVERFITTING.best_fraction(tokens=-1)
+    with pytest.raises(RecipeError, match="flops"):
+        CHINCHILLA.best_allocation(flops=0)
+
+
+def test_before_a_fit_and_without_runs() -> None:
+    with pytest.raises(RecipeError, match="fit it to a table"):
+        laws.ChinchillaLaw().predict(params=1e8, tokens=1e10)
+    with pytest.raises(RecipeError, match="interval needs runs"):
+        CHINCHILLA.predict(params=1e8, tokens=1e10, interval=0.9)
+    with pytest.raises(RecipeError, match="did you mean 'alpha'"):
+        laws.ChinchillaLaw.from_params(E=1, A=1, alfa=1, B=1, beta=1)
+    with pytest.raises(RecipeError, match="needs the parameters beta too"):
+        laws.ChinchillaLaw.from_params(E=1, A=1, alpha=1, B=1)
+
+
+def test_laws_bring_nothing_else_along() -> None:
+    """Neither torch nor pandas, nor any other room."""
+    code = (
+        "import sys, spt_fast as spt; spt.laws.best_ratio; "
+        "others = {m for m in sys.modules if m.startswith('spt_fast.')} - {'spt_fast.errors', 'spt_fast.laws'}; "
+        "assert all(m.startswith('spt_fast.laws.') for m in others), others; "
+        "assert not {'torch', 'pandas'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
