@@ -116,6 +116,8 @@ class Law:
     @classmethod
     def from_params(cls, **params: float) -> Self:
         """The law with known parameters; it can predict and decide, and gives no intervals."""
+        if not cls.names:
+            raise RecipeError(f"{cls.__name__} has parameters for each of the runs' settings; fit it to a table")
         for name in params:
             if name not in cls.names:
                 raise RecipeError(f"{cls.__name__} has no parameter {name!r}; {nearest(name, cls.names)}")
@@ -228,6 +230,7 @@ class Law:
                         f"{type(self).__name__} extrapolates: {name} = {beyond:g} lies outside of the runs it was "
                         f"fitted to ({seen.min():g} to {seen.max():g})",
                         ExtrapolationWarning,
+                        stacklevel=4,
                     )
 
 
@@ -296,5 +299,6 @@ def _shaped(values: Array, shape: tuple[int, ...]) -> Any:
     return values.reshape(shape) if shape else float(values[0])
 
 
-def _warn(message: str, category: type[LawWarning]) -> None:
-    warnings.warn(message, category, stacklevel=3)
+def _warn(message: str, category: type[LawWarning], stacklevel: int = 3) -> None:
+    """`stacklevel`: where the user's own line is, counted from here."""
+    warnings.warn(message, category, stacklevel=stacklevel)

@@ -8,7 +8,8 @@ Muennighoff et al., arXiv 2305.16264: D tokens of which U_D are unique; the repe
 those that U_D tokens call for, lose their worth exponentially. Repeats are clipped at 0: of a corpus read in part, U_D
 is the part that is read. The law only levels off; it cannot show the overfitting that OverfittingLaw models. Huber
 loss on log-losses. Decisions: what a repeated corpus is worth, how often to repeat it, and size against epochs for
-given FLOPs."""
+given FLOPs.
+"""
 
 from __future__ import annotations
 

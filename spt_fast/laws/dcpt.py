@@ -5,9 +5,10 @@
 arXiv 2406.01375: N parameters, D tokens of continued pretraining, r the share of the corpus that the loss is measured
 on (`own_ratio`: the general share for the general loss, the domain share for the domain loss), each loss with a law of
 its own. All parameters are positive; that L falls in r is checked on the range of the data after the fit. Huber loss
-(1e-3) on log-losses from many starts. Its three uses: the most domain data that a limit on general loss allows
+on log-losses from many starts. Its three uses: the most domain data that a limit on general loss allows
 (`best_ratio`); the share for a given number of domain tokens (`DCPTLaw.best_ratio`); size and tokens for given FLOPs
-(`best_allocation`)."""
+(`best_allocation`).
+"""
 
 from __future__ import annotations
 

@@ -90,9 +90,9 @@ def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None
     low, high = curve.bounds
     if starts and curve.huber:
         return _polish(curve, np.clip(starts[0], low, high), weights, curve.huber, tolerance=1e-6)[0]
-    polished = [_polish(curve, np.clip(x, low, high), weights) for x in starts or _promising(curve, seed)]
-    x, _ = min(polished, key=lambda found: found[1])
-    return _polish(curve, x, weights, curve.huber)[0] if curve.huber else x
+    rough = [_polish(curve, np.clip(x, low, high), weights, tolerance=1e-5) for x in starts or _promising(curve, seed)]
+    x, _ = min(rough, key=lambda found: found[1])
+    return _polish(curve, x, weights, curve.huber)[0]
 
 
 def _promising(curve: Curve, seed: int) -> list[Array]:

@@ -1,11 +1,11 @@
 """Forgetting: how far a finetune lifts the general loss, and how little general data in it stops that.
 
-    L_pt = L0_pt + A · D_ft^β / ((1 + B·p)·N)^α   (+ E in OffsetForgettingLaw: our reading of an optional re-warming
-    offset)
+    L_pt = L0_pt + A · D_ft^β / ((1 + B·p)·N)^α   (+ E in OffsetForgettingLaw)
 
 arXiv 2502.06042: L0_pt is the general loss before finetuning, D_ft the unique finetuning tokens, p the injected share
 of general data; read at the bottom of the finetune's validation curve. Huber loss on log-losses. Known there: B ≈ 1e4
-(mathematics), ≈ 829 (Wikipedia); p = 1% stops forgetting. Decision: the injection with which it stays under a limit.
+(mathematics), ≈ 829 (Wikipedia); p = 1% stops forgetting. E is our reading of an optional re-warming offset. Decision:
+the injection with which it stays under a limit.
 """
 
 from __future__ import annotations

@@ -232,10 +232,13 @@ class OverfittingLaw(Law):
         by_heldout = np.where(trained, 0.0, by_train)
         by_heldout[:, trained] = by_gap
         by_train = np.where(trained, by_train - by_heldout, 0.0)
-        residual = rows.columns["heldout_loss"] - self._mean(rows.columns, "heldout_loss")
-        heldout = Noise.of(residual, rows.run, len(TRAIN))
+        heldout = self._heldout_noise()
         spread = train.noise.spread(by_train, rows.run) + heldout.spread(by_heldout, rows.run)
         return spread + left_open + gap_left_open + heldout.new, heldout.freedom
+
+    def _heldout_noise(self) -> Noise:
+        residual = self._rows.columns["heldout_loss"] - self._mean(self._rows.columns, "heldout_loss")
+        return Noise.of(residual, self._rows.run, len(TRAIN))
 
     # ------------------------------------------------------------------------------------------------------- decisions
 

@@ -156,8 +156,10 @@ def test_huber_ignores_what_least_squares_follows() -> None:
 
 def test_extrapolation_warns_and_says_of_what() -> None:
     law = laws.ChinchillaLaw().fit(TABLE)
-    with pytest.warns(laws.ExtrapolationWarning, match=r"tokens = 1e\+12 lies outside of .* \(1e\+09 to 5e\+10\)"):
+    says = r"tokens = 1e\+12 lies outside of .* \(1e\+09 to 5e\+10\)"
+    with pytest.warns(laws.ExtrapolationWarning, match=says) as warned:
         law.predict(params=1e8, tokens=1e12)
+    assert warned[0].filename == __file__
     with pytest.warns(laws.ExtrapolationWarning):
         law.best_allocation(flops=1e26)
     with warnings.catch_warnings():
@@ -240,6 +242,8 @@ def test_before_a_fit_and_without_runs() -> None:
         laws.ChinchillaLaw.from_params(E=1, A=1, alfa=1, B=1, beta=1)
     with pytest.raises(RecipeError, match="needs the parameters beta too"):
         laws.ChinchillaLaw.from_params(E=1, A=1, alpha=1, B=1)
+    with pytest.raises(RecipeError, match="each of the runs' settings"):
+        laws.CMRLaw.from_params()
 
 
 def test_laws_bring_nothing_else_along() -> None:

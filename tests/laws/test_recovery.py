@@ -167,3 +167,14 @@ def test_intervals_hold_what_they_promise(name: str) -> None:
         inside.append((low <= new) & (new <= high))
         assert ((low < mean) & (mean < high)).all()
     assert 0.8 <= np.mean(inside) <= 0.97
+
+
+def test_the_spread_of_overfitting_predictions_is_what_their_intervals_say() -> None:
+    """Two fits share the train losses' errors; 24 draws tell the spread of their sum to about 15%."""
+    at = {"tokens": np.array([60e9, 200e9]), "fraction": np.array([0.02, 0.05])}
+    predicted, said = [], []
+    for seed in range(24):
+        law = laws.OverfittingLaw().fit(drawn(OVERFITTING, overfitting_grid(), generator(seed)))
+        predicted.append(law.predict(**at))
+        said.append(law._variance(at, "heldout_loss")[0] - law._heldout_noise().new)
+    assert np.mean(said, axis=0) ** 0.5 == pytest.approx(np.std(predicted, axis=0), rel=0.4)
