@@ -13,6 +13,8 @@ import pytest
 
 from benchmarks.synthetic_runs import (
     CHINCHILLA,
+    DCPT_GRID,
+    DOMAIN,
     OVERFITTING,
     SIZES,
     TABLES,
@@ -117,7 +119,10 @@ def test_intervals_know_that_points_of_a_run_err_together() -> None:
     true = CHINCHILLA.predict(params=table["params"], tokens=table["tokens"])
     shared = 0.02 * rng.standard_normal(table["run"].max() + 1)[table["run"]]
     table["loss"] = true * np.exp(shared + 0.002 * rng.standard_normal(len(true)))
-    noise = laws.ChinchillaLaw().fit(table)._fits["loss"].noise
+    law = laws.ChinchillaLaw().fit(table)
+    mean, low, high = law.predict(params=334e6, tokens=1e10, interval=0.9)
+    assert (high - low) / mean > 2 * 1.64 * 0.02 * 0.8
+    noise = law._fits["loss"].noise
     assert noise.run**0.5 == pytest.approx(0.02, rel=0.3)
     assert noise.point**0.5 == pytest.approx(0.002, rel=0.2)
     influence = np.full((1, 4), 0.25)
@@ -174,6 +179,12 @@ def test_what_the_runs_do_not_say_is_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         laws.ChinchillaLaw().fit(TABLE)
+
+
+def test_a_dcpt_law_that_rises_with_its_ratio_is_warned_of() -> None:
+    rising = laws.DCPTLaw.from_params(**DOMAIN.params_ | {"B": 3000, "C": 0.001})
+    with pytest.warns(laws.LawWarning, match=r"rises with own_ratio in \d+ of 280 rows"):
+        laws.DCPTLaw().fit(drawn(rising, DCPT_GRID, np.random.default_rng(0)))
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
