@@ -22,7 +22,7 @@ from scipy.optimize import brentq
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.laws.base import ExtrapolationWarning, Law, require_points
 from spt_fast.laws.fitting import STEP, Curve, Fit, Parameter, solve
-from spt_fast.laws.powers import coefficient_at, power_parameters, rising
+from spt_fast.laws.powers import in_tokens, power_parameters, rising
 from spt_fast.laws.table import NATURAL, SHARE, Array, Column, Columns, Loss, Rows
 
 DOMAIN = power_parameters(-2, 1, "alpha1", "s1", "beta1")
@@ -111,7 +111,8 @@ class CMRLaw(Law):
         middle = float(np.exp(np.log(budgets).mean()))
         curve = Curve(DOMAIN, _domain, {"x": np.log(budgets / middle)}, ratios, np.arange(len(budgets)))
         c, s, b = Fit(curve, solve(curve, seed=self.seed)).values.values()
-        return {"alpha4": coefficient_at(s, b, middle), "s4": b, "beta3": c - s / b}
+        alpha4, s4, shift = in_tokens(s, b, middle)
+        return {"alpha4": alpha4, "s4": s4, "beta3": c + shift}
 
     def turning_tokens(self, *, domain_ratio: float, multiplier: float) -> float | None:
         """T0, where ΔL_dom + λ·ΔL_gen turns from rising to falling, λ = `multiplier`; None where it does not turn
@@ -170,17 +171,12 @@ class CMRLaw(Law):
         params: dict[str, float] = {}
         for (of, ratio), fit in fits.items():
             c, s, b, *second = fit.values.values()
+            a, b, shift = in_tokens(s, b, self._unit)
             if of == "domain_loss":
-                named = {"alpha1": coefficient_at(s, b, self._unit), "s1": b, "beta1": c - s / b}
+                named = {"alpha1": a, "s1": b, "beta1": c + shift}
             else:
-                s3, b3 = second[0], b + second[1]
-                named = {
-                    "alpha2": coefficient_at(s, b, self._unit),
-                    "s2": b,
-                    "alpha3": coefficient_at(s3, b3, self._unit),
-                    "s3": b3,
-                    "beta2": c - s / b - s3 / b3,
-                }
+                a3, b3, shift3 = in_tokens(second[0], b + second[1], self._unit)
+                named = {"alpha2": a, "s2": b, "alpha3": a3, "s3": b3, "beta2": c + shift + shift3}
             params |= {f"{name}[{ratio:g}]": value for name, value in named.items()}
         return params
 

@@ -20,7 +20,7 @@ from spt_fast.errors import RecipeError
 from spt_fast.laws.base import Law, require_points
 from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, solve
 from spt_fast.laws.overfitting import OverfittingLaw, overtaking
-from spt_fast.laws.powers import coefficient_at, power_parameters, rising
+from spt_fast.laws.powers import in_tokens, power_parameters, rising
 from spt_fast.laws.table import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
 
 GAIN = power_parameters(-2, 1)
@@ -137,9 +137,8 @@ class PostFinetuneLaw(Law):
         for (of, delta), fit in fits.items():
             if of == "gain":
                 c, s, b = fit.values.values()
-                b = b or 1e-12
-                named = {"a": coefficient_at(s, b, self._unit), "b": b, "c": c - s / b}
-                params |= {f"{name}[{delta:g}]": value for name, value in named.items()}
+                a, b, shift = in_tokens(s, b, self._unit)
+                params |= {f"a[{delta:g}]": a, f"b[{delta:g}]": b, f"c[{delta:g}]": c + shift}
         return params
 
     def _unsure(self, key: Any, fit: Fit) -> list[str]:

@@ -15,7 +15,7 @@ from spt_fast.laws.table import Array
 
 def rising(b: Array, x: Array) -> Array:
     """((T/T₀)^b − 1)/b at x = log(T/T₀); x itself at b = 0."""
-    b = np.where(b == 0, 1e-12, b)
+    b = np.where(b == 0, 1e-9, b)
     return np.expm1(b * x) / b
 
 
@@ -24,6 +24,7 @@ def power_parameters(low: float, high: float, a: str = "a", b: str = "b", c: str
     return Parameter(c, -20, 20, log=False), Parameter(a, -20, 20, log=False), Parameter(b, low, high, log=False)
 
 
-def coefficient_at(slope: float, exponent: float, middle: float) -> float:
-    """a of a·T^b"""
-    return slope / exponent * middle**-exponent
+def in_tokens(slope: float, exponent: float, middle: float) -> tuple[float, float, float]:
+    """(a, b, c − c') of a·T^b + c. They grow without bounds as b nears 0, where it is a logarithm: b is then 1e-9."""
+    b = exponent if abs(exponent) > 1e-9 else 1e-9
+    return slope / b * middle**-b, b, -slope / b

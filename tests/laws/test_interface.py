@@ -28,6 +28,7 @@ from benchmarks.synthetic_runs import (
 from spt_fast import laws
 from spt_fast.errors import DataError, RecipeError, SptError
 from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, solve
+from spt_fast.laws.powers import in_tokens, rising
 
 TABLE = drawn(CHINCHILLA, TABLES["Chinchilla"][2], np.random.default_rng(0))
 OF_FINETUNING = finetuned(overfitting_grid(), np.random.default_rng(0))
@@ -181,6 +182,7 @@ def test_what_the_runs_do_not_say_is_warned_of() -> None:
         laws.ChinchillaLaw().fit(TABLE)
 
 
+@pytest.mark.filterwarnings("ignore::spt_fast.laws.IdentificationWarning")
 def test_a_dcpt_law_that_rises_with_its_ratio_is_warned_of() -> None:
     rising = laws.DCPTLaw.from_params(**DOMAIN.params_ | {"B": 3000, "C": 0.001})
     with pytest.warns(laws.LawWarning, match=r"rises with own_ratio in \d+ of 280 rows"):
@@ -266,3 +268,11 @@ def test_laws_bring_nothing_else_along() -> None:
         "assert not {'torch', 'pandas'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("exponent", [-0.3, 0.4, 1e-7, 0.0])
+def test_powers_are_written_in_tokens_also_where_they_turn_into_logarithms(exponent: float) -> None:
+    a, b, shift = in_tokens(0.7, exponent, 1e9)
+    tokens = np.array([1e8, 1e9, 1e10])
+    centred = 0.7 * rising(np.array(exponent), np.log(tokens / 1e9))
+    assert a * tokens**b + shift == pytest.approx(centred, abs=1e-5)
