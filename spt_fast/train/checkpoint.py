@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from spt_fast.errors import CheckpointError
 from spt_fast.files import sync, write_text
 from spt_fast.train.optim import Snapshot
-from spt_fast.train.world import World
+from spt_fast.train.world import ALONE, World
 
 FORMAT = 2
 BEST = "best"
@@ -221,8 +221,8 @@ def read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is no whole checkpoint ({error!r})") from error
 
 
-def load(path: Path, *, rank: int = 0, size: int = 1) -> dict[str, Snapshot]:
-    """By kind, one of `size` even parts of the tensors of a checkpoint that `read` found whole."""
+def load(path: Path, world: World = ALONE) -> dict[str, Snapshot]:
+    """By kind, this process's part of the tensors of a checkpoint that `read` found whole."""
     places: dict[str, dict[str, Path]] = {}
     for file in sorted(path.glob("*.safetensors")):
         kind = file.stem.rpartition("-")[0]
@@ -230,10 +230,10 @@ def load(path: Path, *, rank: int = 0, size: int = 1) -> dict[str, Snapshot]:
             places.setdefault(kind, {}).update(dict.fromkeys(opened.keys(), file))
     snapshots: dict[str, Snapshot] = {kind: {} for kind in places}
     for kind, files in places.items():
-        mine = sorted(files)[rank::size]
-        for file in sorted({files[name] for name in mine}):
+        mine = world.share(files)
+        for file in sorted(set(mine.values())):
             with safe_open(file, "pt") as opened:
-                snapshots[kind] |= {name: opened.get_tensor(name) for name in mine if files[name] == file}
+                snapshots[kind] |= {name: opened.get_tensor(name) for name in mine if mine[name] == file}
     return snapshots
 
 

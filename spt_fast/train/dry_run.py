@@ -16,11 +16,11 @@ import torch
 from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS
-from spt_fast.train.engine import EngineInterface, make_engine, pick_dtype, untied, weights_of
+from spt_fast.train.engine import EngineInterface, join, make_engine, pick_dtype, untied, weights_of
 from spt_fast.train.optim import Snapshot
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.price import FORWARD_SHARE, Machine, distribution_of, evaluated_tokens, phase_memory
-from spt_fast.train.world import World, join_world
+from spt_fast.train.world import World
 
 MICRO_BATCHES = 2
 
@@ -33,14 +33,14 @@ def dry_run(recipe: Recipe) -> list[dict[str, Any]]:
     copies of weights that a GPU's host would hold included. Writes nothing. Raises what `run` would raise before its
     first step; RecipeError where memory doesn't suffice, with the settings that would change that.
     """
-    world = join_world(process_group=recipe.engine.name == "deepspeed")
+    world = join(recipe.engine)
     device = world.device
     plan = make_plan(recipe, world=world.size)
     machine = Machine.of(recipe, gpus=world.size)
     stage, offload = distribution_of(recipe.engine, world.size)
     grown_before = _peak_bytes(device)
     model = plan.starting_model()
-    start = world.share(weights_of(model))
+    start = weights_of(model, world)
     engine = make_engine(model, recipe.engine, world=world, dtype=pick_dtype(recipe.precision, device))
     results = []
     for planned in plan.phases:

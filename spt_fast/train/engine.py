@@ -20,7 +20,7 @@ from spt_fast.errors import RecipeError
 from spt_fast.kernels import keep_freed_memory
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.optim import AdamW, Snapshot
-from spt_fast.train.world import ALONE, World
+from spt_fast.train.world import ALONE, World, join_world
 
 
 class EngineInterface(Protocol):
@@ -221,6 +221,13 @@ def check_engine(settings: Engine, processes: int) -> None:
         raise RecipeError(
             f"engine.name: local is one process, and {processes} were started; write deepspeed, or start one"
         )
+
+
+def join(settings: Engine) -> World:
+    """This process's place among those that the launcher started. RecipeError in all where the engine can't serve."""
+    world = join_world(process_group=uses_deepspeed(settings, 1))
+    world.everywhere(lambda: check_engine(settings, world.size))
+    return world
 
 
 def make_engine(model: GPT, settings: Engine, *, world: World, dtype: torch.dtype) -> EngineInterface:

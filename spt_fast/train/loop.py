@@ -67,7 +67,7 @@ class Trainer:
         self.backends = auto_backends()
         if found:
             self.state = TrainState.from_plain(found.state["train"])
-            self.snapshots = checkpoint.load(found.path, rank=world.rank, size=world.size)
+            self.snapshots = checkpoint.load(found.path, world)
             self.seconds_before, self.saved = self.state.seconds, self.state.name
             dtype = getattr(torch, found.state["compute"]["dtype"])
             if not found.state["model"]["tied"]:
@@ -325,7 +325,7 @@ class Trainer:
         """Losses on every fixed text; a new best is remembered, with its weights where they may be handed on."""
         self.clock.pause()
         state = self.state
-        rows = phase.batch.micro or phase.batch.sequences // self.world.size
+        rows = plan.micro(self.world.size)
         self.losses: Losses = {split: {} for split in self.texts}
         for split, texts in self.texts.items():
             for source, text in texts.items():

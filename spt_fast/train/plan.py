@@ -50,10 +50,13 @@ class PhasePlan:
     def tokens(self) -> int:
         return self.steps * self.tokens_per_step
 
+    def micro(self, world: int) -> int:
+        """Windows in a forward pass of each of `world` processes: all of its share where the recipe doesn't say."""
+        return self.phase.batch.micro or self.phase.batch.sequences // world
+
     def micro_batches(self, world: int) -> int:
         """Forward passes that each of `world` processes makes in a step."""
-        batch = self.phase.batch
-        return batch.sequences // world // (batch.micro or batch.sequences // world)
+        return self.phase.batch.sequences // world // self.micro(world)
 
     @property
     def samples(self) -> dict[str, int]:
@@ -93,12 +96,11 @@ class Plan:
     ) -> Loader:
         """The batches of phase `index` for one of `world` processes, steps [first_step, last_step)."""
         plan = self.phases[index]
-        batch = plan.phase.batch
         return Loader(
             self.schedule(index, start_counts),
             {source: self.train[source] for source in plan.mixture.sources},
             self.model.context,
-            micro=batch.micro or batch.sequences // world,
+            micro=plan.micro(world),
             vocab_size=self.model.vocab_size,
             first_step=first_step,
             last_step=plan.steps if last_step is None else last_step,

@@ -28,7 +28,7 @@ from spt_fast.model.flops import (
     train_flops_per_token,
 )
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, memory_bytes
-from spt_fast.train.engine import pick_device, pick_dtype
+from spt_fast.train.engine import pick_device, pick_dtype, uses_deepspeed
 from spt_fast.train.evaluate import evaluation_texts
 from spt_fast.train.folder import recipe_of
 from spt_fast.train.plan import Plan
@@ -178,9 +178,7 @@ def evaluated_tokens(plan: Plan, index: int) -> int:
 
 def distribution_of(engine: Engine, processes: int) -> tuple[int, str]:
     """(ZeRO stage, offload) of an engine; the local one divides nothing."""
-    if engine.name == "local" or (engine.name == "auto" and processes == 1):
-        return 0, "none"
-    return engine.stage, engine.offload
+    return (engine.stage, engine.offload) if uses_deepspeed(engine, processes) else (0, "none")
 
 
 def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | None = None) -> dict[str, Any]:

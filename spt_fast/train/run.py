@@ -13,14 +13,13 @@ from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.files import is_temporary, write_text
 from spt_fast.train import checkpoint
-from spt_fast.train.engine import check_engine, use_deterministic_algorithms, uses_deepspeed
+from spt_fast.train.engine import join, use_deterministic_algorithms
 from spt_fast.train.evaluate import Interrupted
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.loop import Trainer
 from spt_fast.train.plan import make_plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.watch import Watch
-from spt_fast.train.world import join_world
 
 
 def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -33,8 +32,7 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
     """
     if recipe.engine.deterministic:
         use_deterministic_algorithms()
-    world = join_world(process_group=uses_deepspeed(recipe.engine, 1))
-    world.everywhere(lambda: check_engine(recipe.engine, world.size))
+    world = join(recipe.engine)
     folder = Path(recipe.run)
     finished = world.on_first(lambda: _check_folder(folder, recipe, resume))
     if finished:

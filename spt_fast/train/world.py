@@ -85,9 +85,9 @@ class World:
             dist.broadcast_object_list(answer, src=0)
         return answer[0]  # type: ignore[return-value]
 
-    def share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This process's part of tensors that every process holds."""
-        return {name: tensors[name] for i, name in enumerate(sorted(tensors)) if i % self.size == self.rank}
+    def share(self, items: Mapping[str, Result]) -> dict[str, Result]:
+        """This process's part of named things, such as tensors, that every process knows."""
+        return {name: items[name] for name in sorted(items)[self.rank :: self.size]}
 
     def spread(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that some process holds, one at a time on the device of each, in the order of their names."""

@@ -118,10 +118,11 @@ class ZeroEngine:
         kinds = ("weights", "exp_avg", "exp_avg_sq") if state else ("weights",)
         taken: Snapshot = {}
         names = sorted(f"{kind}/{name}" for kind in kinds for name in self.params)
-        for i, name in enumerate(names):
+        mine = self.world.share(dict.fromkeys(names))
+        for name in names:
             kind, _, param = name.partition("/")
             whole = self._whole(kind, param)
-            if i % self.world.size == self.world.rank:
+            if name in mine:
                 taken[name] = whole.detach().to("cpu", torch.float32, copy=True)
         if state and self.world.is_first:
             taken["count"] = self.optimizer.count.to("cpu", copy=True)

@@ -119,7 +119,8 @@ def test_memory_is_of_the_phase_that_needs_most(recipe: Recipe) -> None:
 def test_the_recipes_own_way_is_its_engines(recipe: Recipe) -> None:
     raw = recipe.plain() | {"engine": {"stage": 3, "offload": "all", "checkpointing": "full"}}
     raw["phases"][0]["batch"]["micro"] = raw["phases"][1]["batch"]["micro"] = 2
-    for gpus, own in ((1, (0, "none", "full")), (2, (3, "all", "full"))):
+    for gpus, name, own in ((1, "local", (0, "none", "full")), (2, "auto", (3, "all", "full"))):
+        raw["engine"]["name"] = name
         plan = make_plan(recipe_from(raw), world=gpus)
         machine = machine_of(plan.recipe, gpus=gpus)
         priced = price(plan, machine, speed_of(plan, machine, mfu=0.4))
