@@ -137,9 +137,9 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Turn text into a token dataset."""
-    from spt_fast.config import parse_share
     from spt_fast.data.prepare import prepare as prepare_dataset
     from spt_fast.data.tokenizer import Tokenizer
+    from spt_fast.fields import parse_share
 
     share = None if heldout is None else parse_share(heldout, "--heldout")
     summary = prepare_dataset(
@@ -191,7 +191,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """What a recipe would do: tokens and epochs asked and exactly achieved, FLOPs; memory, hours and cost."""
-    from spt_fast.config import load_recipe, parse_share
+    from spt_fast.config import load_recipe
+    from spt_fast.fields import parse_share
     from spt_fast.train import price as pricing
     from spt_fast.train.plan import make_plan
 

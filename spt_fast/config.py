@@ -9,147 +9,34 @@ recipe, and two of them are compared key by key when a run is resumed.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import yaml
-
-from spt_fast.data.mixture import HUGE_EXPONENT, Mixture
+from spt_fast.data.mixture import Mixture
 from spt_fast.errors import RecipeError, nearest
-
-# -------------------------------------------------------------------------------------------- values and their units
-
-_COUNT = re.compile(r"([0-9][0-9_]{0,29}(?:\.[0-9]{1,30})?(?:[eE]\+?[0-9]{1,2})?)\s*([kKmMbBtT]?)")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def parse_count(value: object, where: str) -> int:
-    """A positive whole number: 300, "300K", "1.5B", "2e6". Exact: "1.0005K" is refused rather than rounded."""
-    match = None if isinstance(value, bool) else _COUNT.fullmatch(str(value).strip())
-    if match:
-        exact = Fraction(match[1].replace("_", "")) * _UNITS[match[2].upper()]
-        if exact.denominator == 1 and 0 < exact <= 2**62:
-            return int(exact)
-    raise RecipeError(f"{where}: {value!r} is no count; write a positive whole number such as 300, 300K, 20M or 1.5B")
-
-
-def parse_share(value: object, where: str) -> Fraction:
-    """An exact share in [0, 1]: "2%", 0.02, "1/50". Floats are read by their repr, as exact decimals."""
-    text = str(value).strip()
-    try:
-        if isinstance(value, bool) or HUGE_EXPONENT.search(text):
-            raise ValueError
-        share = Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise RecipeError(
-            f"{where}: {value!r} is no share; write a percent (2%), a decimal (0.02) or a fraction (1/50)"
-        ) from None
-    if not 0 <= share <= 1:
-        raise RecipeError(f"{where}: {value!r} lies outside 0…1; did you mean {text}%?")
-    return share
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of training: a number of steps, of tokens, or a share of the phase."""
-
-    amount: Fraction
-    unit: str  # "steps" | "tokens" | "share"
-
-    @classmethod
-    def parse(cls, value: object, where: str) -> Span:
-        if isinstance(value, Span):
-            return value
-        text = str(value).strip()
-        if text.endswith("%"):
-            return cls(parse_share(text, where), "share")
-        steps = re.fullmatch(r"(.*?)\s*steps?", text)
-        if steps:
-            return cls(Fraction(0) if steps[1].strip() == "0" else Fraction(parse_count(steps[1], where)), "steps")
-        try:
-            return cls(Fraction(0) if text == "0" else Fraction(parse_count(text, where)), "tokens")
-        except RecipeError:
-            raise RecipeError(
-                f"{where}: {value!r} is no span; write `500 steps`, `2M` (tokens) or `2%` (of the phase)"
-            ) from None
-
-    def steps(self, tokens_per_step: int, phase_steps: int) -> int:
-        """The span in whole steps, rounded; never less than one unless the span is zero."""
-        if self.amount == 0:
-            return 0
-        exact = {
-            "steps": self.amount,
-            "tokens": self.amount / tokens_per_step,
-            "share": self.amount * phase_steps,
-        }[self.unit]
-        return max(1, round(exact))
-
-    def __str__(self) -> str:
-        if self.unit == "share":
-            percent = self.amount * 100
-            return f"{percent if percent.denominator == 1 else float(percent)!s}%"
-        return f"{self.amount} steps" if self.unit == "steps" else str(self.amount)
-
-
-def _cadence(value: object, where: str) -> Span:
-    span = Span.parse(value, where)
-    if span.amount == 0:
-        raise RecipeError(f"{where}: {value!r} will not do; write how often, such as `500 steps`, `2M` or `10%`")
-    return span
-
-
-def _number(
-    low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
-) -> Callable[[object, str], float]:
-    def parse(value: object, where: str) -> float:
-        try:
-            number = float("nan") if isinstance(value, bool) else float(str(value))
-        except (TypeError, ValueError):
-            number = float("nan")
-        if not (low <= number <= high) or (open_low and number == low) or math.isinf(number):
-            bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
-                f" and at most {high:g}" if high < math.inf else ""
-            )
-            raise RecipeError(f"{where}: {value!r} will not do; write a number {bounds}")
-        return number
-
-    return parse
-
-
-def _integer(low: int) -> Callable[[object, str], int]:
-    def parse(value: object, where: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
-            raise RecipeError(f"{where}: {value!r} will not do; write a whole number, at least {low} and below 2^63")
-        return value
-
-    return parse
-
-
-def _boolean(value: object, where: str) -> bool:
-    if not isinstance(value, bool):
-        raise RecipeError(f"{where}: {value!r} will not do; write true or false")
-    return value
-
-
-def _text(value: object, where: str) -> str:
-    if isinstance(value, (dict, list)) or value is None or not str(value).strip():
-        raise RecipeError(f"{where}: {value!r} will not do; write a name or path")
-    return str(value)
-
-
-def _one_of(*choices: str) -> Callable[[object, str], str]:
-    def parse(value: object, where: str) -> str:
-        if value not in choices:
-            raise RecipeError(f"{where}: {value!r} is not one of {', '.join(choices)}; {nearest(str(value), choices)}")
-        return str(value)
-
-    return parse
+from spt_fast.fields import (
+    Span,
+    boolean,
+    build,
+    cadence,
+    integer,
+    number,
+    one_of,
+    optional,
+    parse_count,
+    parse_share,
+    parse_yaml,
+    plain,
+    read_yaml,
+    section,
+    setting,
+    text,
+)
 
 
 def _stage(value: object, where: str) -> int:
@@ -159,20 +46,16 @@ def _stage(value: object, where: str) -> int:
 
 
 def _steps(value: object, where: str) -> Span:
-    span = _cadence(value, where)
+    span = cadence(value, where)
     if span.unit != "steps":
         raise RecipeError(f"{where}: {value!r} will not do; write a number of steps, such as `5000 steps`")
     return span
 
 
-def _optional(parse: Callable[[object, str], Any]) -> Callable[[object, str], Any]:
-    return lambda value, where: None if value is None else parse(value, where)
-
-
 def _betas(value: object, where: str) -> tuple[float, float]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise RecipeError(f"{where}: {value!r} will not do; write two numbers, such as [0.9, 0.95]")
-    first, second = (_number(0.0, 1.0)(v, f"{where}[{i}]") for i, v in enumerate(value))
+    first, second = (number(0.0, 1.0)(v, f"{where}[{i}]") for i, v in enumerate(value))
     if 1.0 in (first, second):
         raise RecipeError(f"{where}: {value!r} will not do; both must be below 1")
     return first, second
@@ -191,7 +74,7 @@ def _grid(value: object, where: str) -> dict[str, tuple[Any, ...]]:
     if not isinstance(value, Mapping):
         raise RecipeError(f"{where}: {value!r} will not do; write lists by name, such as {{lr: [1e-5, 1e-4]}}")
     axes: dict[str, tuple[Any, ...]] = {}
-    parsers = {"lr": _number(0.0, open_low=True), "weight_decay": _number(0.0), "warmup": Span.parse}
+    parsers = {"lr": number(0.0, open_low=True), "weight_decay": number(0.0), "warmup": Span.parse}
     for key, choices in value.items():
         if key not in parsers:
             raise RecipeError(f"{where}.{key}: unknown key; {nearest(str(key), parsers)}")
@@ -201,57 +84,6 @@ def _grid(value: object, where: str) -> dict[str, tuple[Any, ...]]:
     return axes
 
 
-# ------------------------------------------------------------------------------------------------ building dataclasses
-
-Section = TypeVar("Section")
-
-
-def _setting(parse: Callable[[object, str], Any], default: Any = dataclasses.MISSING, *, key: str | None = None) -> Any:
-    metadata = {"parse": parse, "key": key}
-    if default is dataclasses.MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def _key(item: dataclasses.Field[Any]) -> str:
-    return item.metadata["key"] or item.name
-
-
-def _build(cls: type[Any], raw: object, where: str) -> Any:
-    if not isinstance(raw, Mapping):
-        raise RecipeError(
-            f"{where}: {raw!r} will not do; write a section with keys such as {', '.join(map(_key, fields(cls)))}"
-        )
-    known = {_key(item): item for item in fields(cls)}
-    dot = f"{where}." if where else ""
-    for key in raw:
-        if key not in known:
-            raise RecipeError(f"{dot}{key}: unknown key; {nearest(str(key), known)}")
-    values = {}
-    for key, item in known.items():
-        if key in raw:
-            values[item.name] = item.metadata["parse"](raw[key], f"{dot}{key}")
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise RecipeError(f"{dot}{key}: missing; every {where or 'recipe'} needs it")
-    return cls(**values)
-
-
-def _section(cls: type[Section]) -> Callable[[object, str], Section]:
-    return lambda raw, where: _build(cls, raw, where)
-
-
-def _plain(value: object) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Span)):
-        return {_key(item): _plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (Span, Fraction)):
-        return str(value)
-    return value
-
-
 # ------------------------------------------------------------------------------------------------ the sections
 
 
@@ -259,38 +91,38 @@ def _plain(value: object) -> Any:
 class Model:
     """The shape of the GPT: a preset, a preset with changes, or every field."""
 
-    preset: str | None = _setting(_optional(_text), None)
+    preset: str | None = setting(optional(text), None)
     """A name from `spt_fast.model.PRESETS`: 1m … 8b."""
-    layers: int | None = _setting(_optional(_integer(1)), None)
-    width: int | None = _setting(_optional(_integer(1)), None)
-    heads: int | None = _setting(_optional(_integer(1)), None)
-    kv_heads: int | None = _setting(_optional(_integer(1)), None)
+    layers: int | None = setting(optional(integer(1)), None)
+    width: int | None = setting(optional(integer(1)), None)
+    heads: int | None = setting(optional(integer(1)), None)
+    kv_heads: int | None = setting(optional(integer(1)), None)
     """Key/value heads; fewer than `heads` is grouped-query attention."""
-    head_dim: int | None = _setting(_optional(_integer(1)), None)
+    head_dim: int | None = setting(optional(integer(1)), None)
     """Width of one head; width / heads where it isn't given."""
-    ffn: int | None = _setting(_optional(_integer(1)), None)
+    ffn: int | None = setting(optional(integer(1)), None)
     """Inner width of the SwiGLU."""
-    context: int | None = _setting(_optional(_integer(1)), None)
+    context: int | None = setting(optional(integer(1)), None)
     """Tokens in one training window."""
-    vocab_size: int | None = _setting(_optional(_integer(2)), None)
+    vocab_size: int | None = setting(optional(integer(2)), None)
     """Rows of the embedding; the tokenizer's vocabulary rounded up to a multiple of 64 where it isn't given."""
-    qk_norm: bool | None = _setting(_optional(_boolean), None)
-    tied: bool | None = _setting(_optional(_boolean), None)
-    rope_theta: float | None = _setting(_optional(_number(0.0, open_low=True)), None)
-    norm_eps: float | None = _setting(_optional(_number(0.0, open_low=True)), None)
+    qk_norm: bool | None = setting(optional(boolean), None)
+    tied: bool | None = setting(optional(boolean), None)
+    rope_theta: float | None = setting(optional(number(0.0, open_low=True)), None)
+    norm_eps: float | None = setting(optional(number(0.0, open_low=True)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One corpus: token datasets made by `spt-fast prepare`, or foreign ones read in place."""
 
-    train: str = _setting(_text)
+    train: str = setting(text)
     """Prefix of the training dataset."""
-    heldout: str | None = _setting(_optional(_text), None)
+    heldout: str | None = setting(optional(text), None)
     """Prefix of text that is never trained on; losses on it are the figures."""
-    limit_tokens: int | None = _setting(_optional(parse_count), None)
+    limit_tokens: int | None = setting(optional(parse_count), None)
     """Use only the first whole documents up to so many tokens of `train`."""
-    dtype: str | None = _setting(_optional(_one_of("uint8", "uint16", "uint32", "int32", "int64")), None)
+    dtype: str | None = setting(optional(one_of("uint8", "uint16", "uint32", "int32", "int64")), None)
     """For headerless files: the type of a token id."""
 
 
@@ -298,9 +130,9 @@ class Source:
 class Batch:
     """How many windows make one optimizer step."""
 
-    sequences: int = _setting(_integer(1), 32)
+    sequences: int = setting(integer(1), 32)
     """Windows in the global batch of one step."""
-    micro: int | None = _setting(_optional(_integer(1)), None)
+    micro: int | None = setting(optional(integer(1)), None)
     """Windows in one forward pass of one process; all of a process's share at once where it isn't given."""
 
 
@@ -308,13 +140,13 @@ class Batch:
 class Optimizer:
     """AdamW with decoupled weight decay (on matrices only) and clipping by the global gradient norm."""
 
-    name: str = _setting(_one_of("adamw"), "adamw")
-    lr: float = _setting(_number(0.0, open_low=True))
+    name: str = setting(one_of("adamw"), "adamw")
+    lr: float = setting(number(0.0, open_low=True))
     """Peak learning rate."""
-    betas: tuple[float, float] = _setting(_betas, (0.9, 0.95))
-    eps: float = _setting(_number(0.0, open_low=True), 1e-8)
-    weight_decay: float = _setting(_number(0.0), 0.1)
-    clip: float | None = _setting(_optional(_number(0.0, open_low=True)), 1.0)
+    betas: tuple[float, float] = setting(_betas, (0.9, 0.95))
+    eps: float = setting(number(0.0, open_low=True), 1e-8)
+    weight_decay: float = setting(number(0.0), 0.1)
+    clip: float | None = setting(optional(number(0.0, open_low=True)), 1.0)
     """Largest global gradient norm; null for no clipping."""
 
 
@@ -322,17 +154,17 @@ class Optimizer:
 class Schedule:
     """The learning rate over the phase: linear warm-up to the peak, then a shape."""
 
-    name: str = _setting(_one_of("cosine", "wsd", "linear", "constant"), "cosine")
+    name: str = setting(one_of("cosine", "wsd", "linear", "constant"), "cosine")
     """cosine or linear fall from the peak to `final` at the horizon; wsd stays at the peak and falls linearly over the
     last `decay`; constant stays."""
-    warmup: Span = _setting(Span.parse, Span(Fraction(0), "steps"))
-    final: Fraction = _setting(parse_share, Fraction(1, 10))
+    warmup: Span = setting(Span.parse, Span(Fraction(0), "steps"))
+    final: Fraction = setting(parse_share, Fraction(1, 10))
     """Learning rate at the horizon, as a share of the peak."""
-    horizon: int | None = _setting(_optional(parse_count), None)
+    horizon: int | None = setting(optional(parse_count), None)
     """Tokens at which the shape ends; beyond the phase's own `tokens` it is cut off there (as in SPT)."""
-    decay: Span = _setting(Span.parse, Span(Fraction(1, 5), "share"))
+    decay: Span = setting(Span.parse, Span(Fraction(1, 5), "share"))
     """wsd only: the length of the fall at the end."""
-    carry_on: bool = _setting(_boolean, False, key="continue")
+    carry_on: bool = setting(boolean, False, key="continue")
     """The previous phase's schedule runs on (shape, warm-up, horizon, step count); `optimizer.lr` is its peak.
     Stands alone: another key beside it would say nothing."""
 
@@ -341,8 +173,8 @@ class Schedule:
 class Evaluation:
     """When and on how much text the losses are measured; always at a phase's first and last step too."""
 
-    every: Span = _setting(_cadence, Span(Fraction(1, 10), "share"))
-    tokens: int = _setting(parse_count, 200_000)
+    every: Span = setting(cadence, Span(Fraction(1, 10), "share"))
+    tokens: int = setting(parse_count, 200_000)
     """Held-out tokens of each source, half of them `select`, half `report`; as many training tokens as one half."""
 
 
@@ -350,8 +182,8 @@ class Evaluation:
 class Stop:
     """Early stopping on the `select` half of a source's held-out text; the best weights are handed on."""
 
-    on: str = _setting(_text)
-    patience: int = _setting(_integer(1), 3)
+    on: str = setting(text)
+    patience: int = setting(integer(1), 3)
     """Evaluations in a row without a new best."""
 
 
@@ -359,22 +191,22 @@ class Stop:
 class Phase:
     """So many tokens of an exact mixture, optimised in one way."""
 
-    name: str = _setting(_text)
-    tokens: int = _setting(parse_count)
-    mixture: dict[str, Fraction] = _setting(_mixture)
-    documents: bool = _setting(_boolean, False)
+    name: str = setting(text)
+    tokens: int = setting(parse_count)
+    mixture: dict[str, Fraction] = setting(_mixture)
+    documents: bool = setting(boolean, False)
     """Attention and positions stay inside a document."""
-    batch: Batch = _setting(_section(Batch), Batch())
-    optimizer: Optimizer = _setting(_section(Optimizer))
-    schedule: Schedule = _setting(_section(Schedule), Schedule())
-    evaluation: Evaluation = _setting(_section(Evaluation), Evaluation(), key="eval")
-    untie: bool = _setting(_boolean, False)
+    batch: Batch = setting(section(Batch), Batch())
+    optimizer: Optimizer = setting(section(Optimizer))
+    schedule: Schedule = setting(section(Schedule), Schedule())
+    evaluation: Evaluation = setting(section(Evaluation), Evaluation(), key="eval")
+    untie: bool = setting(boolean, False)
     """Give the output head its own copy of the embedding at the phase's start."""
-    anchor: float = _setting(_number(0.0), 0.0)
+    anchor: float = setting(number(0.0), 0.0)
     """Decoupled decay toward the weights that the phase starts from (Anchored AdamW, arXiv 2502.06042)."""
-    optimizer_state: str = _setting(_one_of("reset", "keep"), "reset")
-    stop: Stop | None = _setting(_optional(_section(Stop)), None)
-    grid: dict[str, tuple[Any, ...]] | None = _setting(_optional(_grid), None)
+    optimizer_state: str = setting(one_of("reset", "keep"), "reset")
+    stop: Stop | None = setting(optional(section(Stop)), None)
+    grid: dict[str, tuple[Any, ...]] | None = setting(optional(_grid), None)
     """Values to try: every combination runs from the same start, the one with the best `select` loss is kept."""
 
     def arms(self) -> list[dict[str, Any]]:
@@ -398,53 +230,53 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    every: Span = _setting(_cadence, Span(Fraction(500), "steps"))
-    keep: int = _setting(_integer(1), 3)
+    every: Span = setting(cadence, Span(Fraction(500), "steps"))
+    keep: int = setting(integer(1), 3)
     """The newest so many are kept."""
-    keep_every: Span | None = _setting(_optional(_steps), None)
+    keep_every: Span | None = setting(optional(_steps), None)
     """Those at multiples of so many steps (of the whole run) are kept as well."""
-    keep_best: bool = _setting(_boolean, False)
+    keep_best: bool = setting(boolean, False)
     """Also write one at every new best `select` loss, and keep the newest of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    every: Span = _setting(_cadence, Span(Fraction(10), "steps"))
-    stall_s: float = _setting(_number(0.0, open_low=True), 600.0)
+    every: Span = setting(cadence, Span(Fraction(10), "steps"))
+    stall_s: float = setting(number(0.0, open_low=True), 600.0)
     """After so many seconds without a step, the stacks of all threads are written to stacks-<process>.txt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    name: str = _setting(_one_of("auto", "local", "deepspeed"), "auto")
+    name: str = setting(one_of("auto", "local", "deepspeed"), "auto")
     """local: one process on one GPU, or on the CPU; deepspeed: any number of them; auto: local for a process alone,
     else deepspeed."""
-    stage: int = _setting(_stage, 1)
+    stage: int = setting(_stage, 1)
     """Of DeepSpeed ZeRO, what the processes divide among themselves: 0 nothing, 1 optimizer state, 2 gradients too,
     3 parameters too."""
-    offload: str = _setting(_one_of("none", "optimizer", "all"), "none")
+    offload: str = setting(one_of("none", "optimizer", "all"), "none")
     """What lies in the host's memory instead of the GPU's: the optimizer's state and its update, or (stage 3) the
     parameters too."""
-    config: str | None = _setting(_optional(_text), None)
+    config: str | None = setting(optional(text), None)
     """A DeepSpeed JSON whose keys are laid over ours; one that the recipe decides is an error."""
-    checkpointing: str = _setting(_one_of("none", "selective", "full"), "none")
+    checkpointing: str = setting(one_of("none", "selective", "full"), "none")
     """Activation checkpointing: what the backward pass makes again to save memory. selective: all but products of
     matrices and attention; full: whole blocks, for about a third more time. Changes no result."""
-    cuda_graphs: bool = _setting(_boolean, False)
+    cuda_graphs: bool = setting(boolean, False)
     """On a GPU, record the step and replay it: for small models, whose kernels take less time than starting them.
     Phases with `documents: true` go on without."""
-    fp8: bool = _setting(_boolean, False)
+    fp8: bool = setting(boolean, False)
     """In training, multiply in fp8 in the blocks' layers that are at least 2,048 wide both ways, on GPUs of compute
     capability 8.9 (a CPU makes the same errors, slowly). Alone of these it changes what is computed, so a run keeps
     what it began with."""
-    deterministic: bool = _setting(_boolean, False)
+    deterministic: bool = setting(boolean, False)
     """On a GPU, use only algorithms that give the same bits every time, even where they are slower; CPUs always do."""
 
 
 def _sources(raw: object, where: str) -> dict[str, Source]:
     if not isinstance(raw, Mapping) or not raw:
         raise RecipeError(f"{where}: {raw!r} will not do; name at least one source with its `train` prefix")
-    return {str(name): _build(Source, item, f"{where}.{name}") for name, item in raw.items()}
+    return {str(name): build(Source, item, f"{where}.{name}") for name, item in raw.items()}
 
 
 INHERITED = ("batch", "eval", "documents")
@@ -466,7 +298,7 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
         if not isinstance(item, Mapping):
             raise RecipeError(f"{here}: {item!r} will not do; write a section with name, tokens, mixture and optimizer")
         inherited |= {key: _merged(inherited.get(key), item[key]) for key in INHERITED if key in item}
-        phase = _build(Phase, {**item, **inherited}, here)
+        phase = build(Phase, {**item, **inherited}, here)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", phase.name):
             raise RecipeError(
                 f"{here}.name: {phase.name!r} will not do; use letters, digits, dots, dashes and underscores"
@@ -497,22 +329,22 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
 class Recipe:
     """Everything that decides what a run computes. Same recipe, same run, to the last bit on one machine."""
 
-    run: str = _setting(_text)
+    run: str = setting(text)
     """The run's folder."""
-    seed: int = _setting(_integer(0), 0)
+    seed: int = setting(integer(0), 0)
     """Of the initial weights and of the order of the data."""
-    init: str | None = _setting(_optional(_text), None)
+    init: str | None = setting(optional(text), None)
     """Weights to start from: a Hugging Face folder, a run's weights/<phase>, or a checkpoint."""
-    precision: str = _setting(_one_of("auto", "bf16", "fp32"), "auto")
+    precision: str = setting(one_of("auto", "bf16", "fp32"), "auto")
     """auto: bf16 with fp32 master weights where the hardware multiplies bf16 fast, else fp32."""
-    model: Model = _setting(_section(Model), Model())
-    tokenizer: str | None = _setting(_optional(_text), None)
+    model: Model = setting(section(Model), Model())
+    tokenizer: str | None = setting(optional(text), None)
     """A .tiktoken file, or a tiktoken encoding by name; datasets made with another one are refused."""
-    checkpoint: Checkpoints = _setting(_section(Checkpoints), Checkpoints())
-    log: Log = _setting(_section(Log), Log())
-    engine: Engine = _setting(_section(Engine), Engine())
-    sources: dict[str, Source] = _setting(_sources)
-    phases: tuple[Phase, ...] = _setting(_phases)
+    checkpoint: Checkpoints = setting(section(Checkpoints), Checkpoints())
+    log: Log = setting(section(Log), Log())
+    engine: Engine = setting(section(Engine), Engine())
+    sources: dict[str, Source] = setting(_sources)
+    phases: tuple[Phase, ...] = setting(_phases)
 
     def __post_init__(self) -> None:
         for phase in self.phases:
@@ -543,7 +375,7 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """The resolved recipe as plain data for YAML; `load_recipe` of it gives an equal recipe."""
-        return _plain(self)
+        return plain(self)
 
     def changes(self, other: Recipe) -> list[str]:
         """What differs in `other` and would change what the run computes: "phases.0.tokens: 20000000 → 30000000"."""
@@ -570,66 +402,11 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error, not a silent override, and `on` a word, as in YAML 1.2."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise RecipeError(
-                    f"line {key_node.start_mark.line + 1}: a key must be a plain word; put braces in quotes"
-                )
-            if key_node.value in seen:
-                raise RecipeError(
-                    f"line {key_node.start_mark.line + 1}: key {key_node.value!r} is given twice; keep one"
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: Any) -> int:
-        number = super().construct_yaml_int(node)
-        if abs(number) >= 2**64:  # Python computes with thousands of digits, and refuses to print them
-            raise RecipeError(f"line {node.start_mark.line + 1}: a whole number of 2^64 or more; nothing is that large")
-        return number
-
-
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|false)\Z"), list("tf"))
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
-
-
-def _parse(text: str, where: str) -> Any:
-    """The data of YAML text; RecipeError names the line of what is wrong."""
-    try:
-        return yaml.load(text, _StrictLoader)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from None
-    except RecursionError:
-        raise RecipeError(f"{where}: is nested too deeply; no recipe needs more than a few levels") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that Python can't hold
-        raise RecipeError(f"{where}: is not valid YAML: {error}") from None
-
-
-def read_yaml(path: str | Path) -> Any:
-    """The data of a YAML file; RecipeError names the file and line of what is wrong."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe in YAML") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: is not valid YAML: {error}") from None
-    return _parse(text, str(path))
-
-
 def recipe_from(raw: object) -> Recipe:
     """A Recipe from plain data, as YAML gives it."""
     if not isinstance(raw, Mapping):
         raise RecipeError(f"the recipe: {raw!r} will not do; write keys such as run, model, sources and phases")
-    return _build(Recipe, raw, "")
+    return build(Recipe, raw, "")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -643,7 +420,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         target, separator, value = override.partition("=")
         if not separator:
             raise RecipeError(f"--set {override}: write KEY=VALUE, such as --set phases.pretrain.tokens=40M")
-        _set(raw, target.strip().split("."), _parse(value, f"--set {override}: the value"), target)
+        _set(raw, target.strip().split("."), parse_yaml(value, f"--set {override}: the value"), target)
     return recipe_from(raw)
 
 

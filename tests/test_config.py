@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from spt_fast.config import Span, load_recipe, parse_count, parse_share, recipe_from
+from spt_fast.config import load_recipe, recipe_from
 from spt_fast.errors import RecipeError
+from spt_fast.fields import Span, parse_count, parse_share
 
 
 def raw_recipe(**changes: Any) -> dict[str, Any]:

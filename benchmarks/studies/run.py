@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from spt_fast.config import parse_share, read_yaml
+from spt_fast.fields import parse_share, read_yaml
 from spt_fast.study.compare import compare, print_comparison, write
 from spt_fast.study.launch import train_side_by_side
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from spt_fast.config import Phase, Span
+from spt_fast.config import Phase
+from spt_fast.fields import Span
 from spt_fast.files import write_text
 from spt_fast.kernels import auto_backends
 from spt_fast.model.flops import MFU_CONVENTION, parameters, peak_flops, train_flops_per_token
@@ -386,6 +387,9 @@ class Trainer:
             "status": status,
             **more,
             "parameters": self.parameters,
+            "flops_per_token": self.flops_per_token,
+            "tokenizer": self.plan.tokenizer_digest,
+            "train_tokens": {source: data.num_tokens for source, data in self.plan.train.items()},
             "precision": str(self.engine.dtype).removeprefix("torch."),
             "device": str(self.engine.device),
             "seed": self.plan.recipe.seed,

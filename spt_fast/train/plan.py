@@ -116,6 +116,13 @@ class Plan:
             f"sources.{name}.heldout": data.digest for name, data in self.heldout.items()
         }
 
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """Of the recipe's tokenizer, else of the one that the datasets record; None where nothing says."""
+        if self.tokenizer:
+            return self.tokenizer.digest
+        return next((data.tokenizer_digest for data in self.train.values() if data.tokenizer_digest), None)
+
     def check_same_data(self, recorded: Mapping[str, str], where: Path) -> None:
         """DataError for a dataset whose content is not what `recorded`, the `digests` kept at `where`, says."""
         for field, digest in self.digests().items():

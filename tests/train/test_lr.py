@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import pytest
 
-from spt_fast.config import Schedule, Span
+from spt_fast.config import Schedule
+from spt_fast.fields import Span
 from spt_fast.train.lr import learning_rate
 
 
