@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all, even in a crash."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` once it is whole and on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         sync(temporary)
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a crash left this behind in the middle of `write_text`."""
+    """Whether a crash left this behind in the middle of writing."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 

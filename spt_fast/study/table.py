@@ -1,0 +1,343 @@
+"""The runs table: what a study has measured, a row per evaluation, for laws, advice and reports.
+
+A *stage* is a stretch of training with one learning-rate schedule. Stage 0 is pretraining from scratch; the stages
+after it adapt what it made: a finetune, or continual pretraining. Phases whose schedule is `continue: true` belong to
+the stage that they carry on, so one run at a plateau of its rate serves several budgets, and SCPT's change of mixture
+is no stage of its own. A run that starts from another run's weights/<phase> comes after that one; one that starts from
+foreign weights begins at stage 1 with an unknown past.
+
+COLUMNS says what each column holds. Losses are in nats per token, shares are fractions, tokens are counted in the
+model's windows. Only the kept arm of a phase's own grid is in the table, with its learning rate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spt_fast.config import Phase, Recipe
+from spt_fast.errors import CheckpointError, DataError, nearest
+from spt_fast.files import replacing
+from spt_fast.train.folder import recipe_of, summary_of
+
+COLUMNS = {
+    "run": "the run's name; rows of one stage of one run share it",
+    "phase": "the phase's name in the recipe",
+    "stage": "0: pretraining from scratch; 1, 2 …: what came after",
+    "status": "done, or failed: one row without losses",
+    "start": "scratch, pretrained, embeddings (only those were taken over) or frozen embeddings",
+    "params": "parameters N",
+    "seed": "",
+    "lr": "peak learning rate of the stage",
+    "anchor": "decay toward the stage's starting weights",
+    "tokens": "of this stage, up to this evaluation",
+    "delta": "the domain's share of them: δ in pretraining, 1 − p in finetuning, r in D-CPT",
+    "injected": "1 − delta",
+    "domain_tokens": "unique tokens of the domain that training may read",
+    "epochs": "how often this stage has read them",
+    "pretrain_tokens": "tokens of the stages before; NaN where unknown",
+    "pretrain_delta": "the domain's share of them; NaN where there are none or it is unknown",
+    "pretrain_epochs": "how often they read the domain corpus as it was there",
+    "domain_train": "loss on fixed training windows of the domain",
+    "general_train": "loss on fixed training windows of the general corpus",
+    "domain_heldout": "loss on the half of the domain's held-out text that no choice is made on: the figure",
+    "general_heldout": "the same of the general corpus",
+    "domain_select": "loss on the other half, by which weights and learning rates are chosen",
+    "general_select": "the same of the general corpus",
+    "domain_before": "domain_heldout at the stage's start",
+    "general_before": "general_heldout at the stage's start",
+    "handed_on": "whether these are the weights that the phase hands on",
+    "flops": "training FLOPs of all stages up to here",
+    "tokenizer": "digest of the tokenizer",
+    "heldout": "digest of what the held-out losses are measured on",
+}
+
+TEXT = dict.fromkeys(("run", "phase", "status", "start", "tokenizer", "heldout"), str)
+SPLITS = ("train", "heldout", "select")
+
+
+def read_table(paths: Sequence[str | Path], *, domain: str | None = None, general: str | None = None) -> pd.DataFrame:
+    """The rows of studies (their folders), saved tables (.parquet or .csv) and runs (their folders), in one table.
+
+    `domain` and `general` are the sources' names in runs that belong to no study; without them the domain is the
+    largest share of the last phase of a run that has one after pretraining, as in `compare`.
+
+    Raises DataError or CheckpointError, naming the file and what would do.
+    """
+    if not paths:
+        raise DataError("no runs given; name a study's folder, its table.parquet or table.csv, or folders of runs")
+    tables, folders = [], []
+    for path in map(Path, paths):
+        if path.suffix in (".parquet", ".csv"):
+            tables.append(load_table(path))
+        elif (path / "table.parquet").exists():
+            tables.append(load_table(path / "table.parquet"))
+        elif (path / "recipe.yaml").exists():
+            folders.append(path)
+        else:
+            raise DataError(
+                f"{path}: is neither a study with a table.parquet, nor a table (.parquet, .csv), nor the folder of a "
+                "run; a study has its table once `spt-fast sweep` has trained its first run"
+            )
+    if folders:
+        tables.append(table_of(folders, *_domain_and_general(folders, domain, general)))
+    table = pd.concat(tables, ignore_index=True)
+    return table.drop_duplicates(["run", "phase", "stage", "seed", "tokens", "heldout", "params"], ignore_index=True)
+
+
+def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str | None) -> tuple[str, str]:
+    """The sources' names as given, or as the runs show them: a finetune is mostly on the domain."""
+    sources, guessed = set[str](), set[str]()
+    for run in runs:
+        recipe = recipe_of(run)
+        sources |= recipe.sources.keys()
+        if recipe.init or len(recipe.phases) > 1:
+            last = recipe.phases[-1].mixture
+            guessed.add(max(sorted(last), key=lambda source: last[source]))
+    if domain is None:
+        if len(guessed) != 1:
+            says = ", ".join(sorted(guessed)) or "nothing"
+            raise DataError(
+                f"which source is the domain? the last phases of these runs say {says}; name it with --domain "
+                f"({', '.join(sorted(sources))})"
+            )
+        (domain,) = guessed
+    others = sorted(sources - {domain})
+    if general is None:
+        if len(others) != 1:
+            raise DataError(f"which source is the general corpus? name it with --general ({', '.join(others)})")
+        (general,) = others
+    return domain, general
+
+
+def load_table(path: Path) -> pd.DataFrame:
+    """A table that `save_table` wrote; DataError for one that isn't."""
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=TEXT)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a table ({error}); give a table.parquet or table.csv") from None
+    for column in COLUMNS:
+        if column not in table:
+            raise DataError(
+                f"{path}: has no column {column!r}; {nearest(column, list(table.columns))}; tables of runs are "
+                "written by `spt-fast sweep`"
+            )
+    return table
+
+
+def save_table(table: pd.DataFrame, folder: Path) -> None:
+    """Write table.parquet and table.csv."""
+    with replacing(folder / "table.parquet") as path:
+        table.to_parquet(path, index=False)
+    with replacing(folder / "table.csv") as path:
+        table.to_csv(path, index=False)
+
+
+def table_of(runs: Sequence[Path], domain: str, general: str) -> pd.DataFrame:
+    """The table of finished or failed runs; others are left out. Raises CheckpointError for a damaged folder."""
+    rows = [row for run in runs for row in _rows(run, domain, general)]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(
+        {"tokens": "float", "domain_tokens": "float", "pretrain_tokens": "float"}
+    )
+
+
+@dataclass(frozen=True)
+class Past:
+    """What was trained before a point of a run: in the stages before, and in the stage that is under way."""
+
+    stage: int = -1
+    before_tokens: float = 0.0
+    before_domain: float = 0.0
+    before_epochs: float = 0.0
+    tokens: float = 0.0
+    domain: float = 0.0
+    """Of `tokens`, those of the domain."""
+    epochs: float = 0.0
+    flops: float = 0.0
+    lr: float = math.nan
+    anchor: float = 0.0
+    start: str = "scratch"
+
+    def begin_stage(self, lr: float, anchor: float, start: str) -> Past:
+        return Past(
+            stage=self.stage + 1,
+            before_tokens=self.before_tokens + self.tokens,
+            before_domain=self.before_domain + self.domain,
+            before_epochs=self.before_epochs + self.epochs,
+            flops=self.flops,
+            lr=lr,
+            anchor=anchor,
+            start=start,
+        )
+
+    def after(self, tokens: float, share: float, domain_tokens: float, flops_per_token: float) -> Past:
+        """So many tokens later, of which `share` were the domain's."""
+        return replace(
+            self,
+            tokens=self.tokens + tokens,
+            domain=self.domain + share * tokens,
+            epochs=self.epochs + share * tokens / domain_tokens,
+            flops=self.flops + flops_per_token * tokens,
+        )
+
+
+UNKNOWN = Past(stage=0, tokens=math.nan, domain=math.nan, epochs=math.nan, flops=0.0)
+"""Before weights from elsewhere."""
+
+
+def _rows(folder: Path, domain: str, general: str) -> list[dict[str, Any]]:
+    summary = summary_of(folder)
+    if summary is None or summary["status"] == "stopped":
+        return []
+    recipe = recipe_of(folder)
+    facts = _facts(folder, recipe, summary, domain, general)
+    past = _past_of_start(folder, recipe, domain)
+    if summary["status"] == "failed":
+        return [facts | {"phase": recipe.phases[0].name, "stage": past.stage + 1, "handed_on": False}]
+    rows: list[dict[str, Any]] = []
+    evaluations = _evaluations(folder / "metrics.jsonl")
+    before: dict[str, float] = {}
+    for phase in recipe.phases:
+        done = summary["phases"][phase.name]
+        new_stage = not phase.schedule.carry_on
+        past = _entering(past, phase, recipe, done)
+        share = float(phase.mixture.get(domain, 0))
+        for record in evaluations[phase.name]:
+            repeats = record["step"] == 0 and not new_stage  # the last evaluation of the phase before
+            if record["arm"] != done["arm"] or repeats:
+                continue
+            losses = {
+                f"{corpus}_{split}": record[split].get(source, math.nan)
+                for split in SPLITS
+                for corpus, source in (("domain", domain), ("general", general))
+            }
+            if record["step"] == 0 and past.stage > 0:
+                before = {f"{corpus}_before": losses[f"{corpus}_heldout"] for corpus in ("domain", "general")}
+            here = past.after(record["tokens"], share, facts["domain_tokens"], summary["flops_per_token"])
+            rows.append(
+                facts
+                | losses
+                | before
+                | _described(here, share)
+                | {"phase": phase.name, "handed_on": record["step"] == done["handed_on"]}
+                | {"heldout": _heldout(summary, phase, domain, general)}
+            )
+        past = past.after(done["tokens"], share, facts["domain_tokens"], summary["flops_per_token"])
+    return rows
+
+
+def _described(past: Past, share: float) -> dict[str, Any]:
+    delta = past.domain / past.tokens if past.tokens else share
+    known = past.before_tokens > 0
+    return {
+        "stage": past.stage,
+        "start": past.start,
+        "lr": past.lr,
+        "anchor": past.anchor,
+        "tokens": past.tokens,
+        "delta": delta,
+        "injected": 1 - delta,
+        "epochs": past.epochs,
+        "pretrain_tokens": past.before_tokens,
+        "pretrain_delta": past.before_domain / past.before_tokens if known else math.nan,
+        "pretrain_epochs": past.before_epochs,
+        "flops": past.flops,
+    }
+
+
+def _facts(folder: Path, recipe: Recipe, summary: dict[str, Any], domain: str, general: str) -> dict[str, Any]:
+    """What all rows of a run have in common."""
+    for source in (domain, general):
+        if source not in recipe.sources:
+            raise DataError(f"{folder}: has no source {source!r}; {nearest(source, recipe.sources)}")
+    try:
+        return {
+            "run": folder.resolve().name,
+            "status": summary["status"],
+            "params": summary["parameters"],
+            "seed": summary["seed"],
+            "domain_tokens": summary["train_tokens"][domain],
+            "tokenizer": str(summary["tokenizer"])[:16],
+        }
+    except KeyError as error:
+        raise CheckpointError(
+            f"{folder}/summary.json: has no {error.args[0]!r}, so it was written by an earlier version; train it again"
+        ) from None
+
+
+def _heldout(summary: dict[str, Any], phase: Phase, domain: str, general: str) -> str:
+    """What a phase's held-out losses are measured on, and how."""
+    text = [summary["data"].get(f"sources.{source}.heldout") for source in (domain, general)]
+    how = [phase.evaluation.tokens, phase.documents]
+    return hashlib.sha256(json.dumps([*text, *how]).encode()).hexdigest()[:16]
+
+
+def _entering(past: Past, phase: Phase, recipe: Recipe, done: dict[str, Any]) -> Past:
+    """Where a phase begins: in a stage of its own, or in the one that its schedule carries on."""
+    if phase.schedule.carry_on:
+        return past
+    optimizer = phase.with_overrides(phase.arms()[done["arm"]]).optimizer
+    return past.begin_stage(optimizer.lr, phase.anchor, "pretrained" if past.stage >= 0 else "scratch")
+
+
+def _past_of_start(folder: Path, recipe: Recipe, domain: str) -> Past:
+    """What was trained before the run's first step."""
+    if recipe.init is None:
+        return Past()
+    parent = parent_of(folder, recipe)
+    if parent is None:
+        return UNKNOWN
+    run, last = parent
+    summary, before = summary_of(run), recipe_of(run)
+    if summary is None or last not in summary["phases"]:
+        raise CheckpointError(f"{run}: has not finished {last!r}, which {folder} started from; finish it first")
+    past = _past_of_start(run, before, domain)
+    for phase in before.phases:
+        past = _entering(past, phase, before, summary["phases"][phase.name])
+        past = past.after(
+            summary["phases"][phase.name]["tokens"],
+            float(phase.mixture.get(domain, 0)),
+            summary["train_tokens"].get(domain, math.nan),
+            summary["flops_per_token"],
+        )
+        if phase.name == last:
+            return past
+    raise AssertionError(f"{run} has no phase {last}")
+
+
+def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:
+    """The run and the phase whose weights a run started from; None for weights that come from elsewhere.
+
+    Where `init` doesn't lead there any more, because the study was moved, the run is looked for beside this one.
+    """
+    assert recipe.init is not None
+    weights = Path(recipe.init)
+    if weights.parent.name != "weights":
+        return None
+    named = weights.parent.parent
+    for run in (named, folder.resolve().parent / named.name):
+        if (run / "recipe.yaml").exists():
+            return run, weights.name
+    raise CheckpointError(
+        f"{folder}: started from {recipe.init}, and there is no run {named} any more; put it beside {folder}"
+    )
+
+
+def _evaluations(metrics: Path) -> dict[str, list[dict[str, Any]]]:
+    """The "eval" records of metrics.jsonl by phase."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        for record in map(json.loads, lines):
+            if record["kind"] == "eval":
+                found.setdefault(record["phase"], []).append(record)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{metrics}: cannot be read ({error}); train the run again") from None
+    return found
