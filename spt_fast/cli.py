@@ -320,6 +320,98 @@ def compare(
     _print_json(result) if as_json else comparison.print_comparison(result, out)
 
 
+# ------------------------------------------------------------------------------------------------ studies
+
+
+@app.command()
+def sweep(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or the name of a ready study.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check every run, say what all of them would take, train none.")
+    ] = False,
+    general: Annotated[str | None, typer.Option(metavar="PREFIX", help="Of a ready study: the general corpus.")] = None,
+    domain: Annotated[str | None, typer.Option(metavar="PREFIX", help="Of a ready study: the domain corpus.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Of a ready study.")] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Of a ready study: its folder.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; one per GPU, or per core where there is none.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Make every run a job of it, through submitit: slurm, or local to try it.")
+    ] = None,
+    cluster_options: Annotated[
+        list[str] | None,
+        typer.Option("--cluster-set", metavar="KEY=VALUE", help="Such as timeout_min=600 or slurm_partition=gpu."),
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="Price the study for it, such as H100; for this machine.")] = None,
+    mfu: Annotated[str | None, typer.Option(help="At this share of its peak, such as 40%.")] = None,
+    per_gpu_hour: Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a grid of runs, whatever of it is missing, and write the table of what they measured."""
+    from spt_fast.fields import parse_share
+    from spt_fast.study import sweep as sweeping
+    from spt_fast.study.cluster import Cluster
+    from spt_fast.study.launch import Local
+    from spt_fast.study.study import expand
+
+    given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out_folder}
+    loaded = sweeping.load_study(study, overrides or (), given=given)
+    runs = expand(loaded)
+    here = Local(len(runs), jobs)
+    if dry_run:
+        share = None if mfu is None else float(parse_share(mfu, "--mfu"))
+        costs = sweeping.costs(loaded, jobs=here.jobs, gpu=gpu, mfu=share)
+        _print_costs(loaded.study, costs, here.jobs, per_gpu_hour, as_json=as_json)
+        return
+    workers: Cluster | Local = here
+    if cluster is not None:
+        options = sweeping.cluster_options(cluster_options or [])
+        workers = Cluster(cluster, loaded.folder / "jobs", jobs=jobs or len(runs), options=options)
+    table, outcome = sweeping.sweep(loaded, Console(stderr=True, highlight=False), workers=workers)
+    facts = {
+        "runs": len(runs),
+        "done": int((table["status"] == "done").groupby(table["run"]).any().sum()),
+        "failed": {path.stem: said for path, said in outcome.failed.items()},
+        "left out, as they start from failed ones": len(outcome.skipped),
+        "table": str(loaded.folder / "table.parquet"),
+    }
+    _print_json(facts) if as_json else _print_facts(loaded.study, facts)
+    if outcome.interrupted:
+        print("spt-fast: stopped; what was under way is saved: run the same line again to go on", file=sys.stderr)
+        raise typer.Exit(75)
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+def _print_costs(name: str, costs: list[Any], jobs: int, per_gpu_hour: float | None, *, as_json: bool) -> None:
+    hours = None if any(cost.hours is None for cost in costs) else sum(cost.hours for cost in costs)
+    total = {
+        "runs": sum(cost.runs for cost in costs),
+        "done": sum(cost.done for cost in costs),
+        "tokens": sum(cost.tokens for cost in costs),
+        "flops": sum(cost.flops for cost in costs),
+        "hours": hours,
+    }
+    facts = {
+        "at a time": jobs,
+        "hours until all are done": None if hours is None else hours / jobs,
+        "cost": None if hours is None or per_gpu_hour is None else hours * per_gpu_hour,
+    }
+    if as_json:
+        _print_json({"stages": [vars(cost) for cost in costs], "total": total, "jobs": jobs, "cost": facts["cost"]})
+        return
+    columns = list(total)
+    rows = [[cost.stage, *(_known(getattr(cost, column)) for column in columns)] for cost in costs]
+    _print_table(
+        f"{name}: what is left to train", ["stage", *columns], [*rows, ["in all", *map(_known, total.values())]]
+    )
+    _print_facts("", facts)
+
+
 @app.command("eval")
 def evaluate(
     weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],

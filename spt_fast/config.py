@@ -21,6 +21,7 @@ from spt_fast.data.mixture import Mixture
 from spt_fast.errors import RecipeError, nearest
 from spt_fast.fields import (
     Span,
+    apply_overrides,
     boolean,
     build,
     cadence,
@@ -30,7 +31,6 @@ from spt_fast.fields import (
     optional,
     parse_count,
     parse_share,
-    parse_yaml,
     plain,
     read_yaml,
     section,
@@ -416,29 +416,5 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     ("phases.finetune.optimizer.lr=1e-4"). Raises RecipeError, which names the field, what was given and the remedy.
     """
     raw = read_yaml(path)
-    for override in overrides:
-        target, separator, value = override.partition("=")
-        if not separator:
-            raise RecipeError(f"--set {override}: write KEY=VALUE, such as --set phases.pretrain.tokens=40M")
-        _set(raw, target.strip().split("."), parse_yaml(value, f"--set {override}: the value"), target)
+    apply_overrides(raw, overrides)
     return recipe_from(raw)
-
-
-def _set(node: Any, path: list[str], value: Any, whole: str) -> None:
-    head, rest = path[0], path[1:]
-    if isinstance(node, list):
-        names = [item.get("name") if isinstance(item, dict) else None for item in node]
-        index = names.index(head) if head in names else int(head) if re.fullmatch("[0-9]{1,9}", head) else len(node)
-        if index >= len(node):
-            raise RecipeError(f"--set {whole}: no item {head!r}; {nearest(head, [str(n) for n in names])}")
-        key: Any = index
-    elif isinstance(node, dict):
-        key = head
-    else:
-        raise RecipeError(f"--set {whole}: {head!r} lies below a plain value; check the path")
-    if not rest:
-        node[key] = value
-        return
-    if isinstance(node, dict) and node.get(key) is None:
-        node[key] = {}
-    _set(node[key], rest, value, whole)

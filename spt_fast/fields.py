@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -255,3 +255,35 @@ def read_yaml(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not valid YAML: {error}") from None
     return parse_yaml(text, str(path))
+
+
+def apply_overrides(raw: Any, overrides: Sequence[str]) -> None:
+    """Set values of YAML data by "a.b=c" strings, as of `--set`: the value is YAML, list items go by name or position.
+
+    Raises RecipeError.
+    """
+    for override in overrides:
+        target, separator, value = override.partition("=")
+        if not separator:
+            raise RecipeError(f"--set {override}: write KEY=VALUE, such as --set phases.pretrain.tokens=40M")
+        _set(raw, target.strip().split("."), parse_yaml(value, f"--set {override}: the value"), target)
+
+
+def _set(node: Any, path: list[str], value: Any, whole: str) -> None:
+    head, rest = path[0], path[1:]
+    if isinstance(node, list):
+        names = [item.get("name") if isinstance(item, dict) else None for item in node]
+        index = names.index(head) if head in names else int(head) if re.fullmatch("[0-9]{1,9}", head) else len(node)
+        if index >= len(node):
+            raise RecipeError(f"--set {whole}: no item {head!r}; {nearest(head, [str(n) for n in names])}")
+        key: Any = index
+    elif isinstance(node, dict):
+        key = head
+    else:
+        raise RecipeError(f"--set {whole}: {head!r} lies below a plain value; check the path")
+    if not rest:
+        node[key] = value
+        return
+    if isinstance(node, dict) and node.get(key) is None:
+        node[key] = {}
+    _set(node[key], rest, value, whole)

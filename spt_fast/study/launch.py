@@ -1,8 +1,9 @@
-"""Several recipes trained side by side: a process and a fair share of the cores for each.
+"""Many recipes trained, each as a process of its own: side by side on this machine, or as jobs of a cluster.
 
-A small model gains little from a second thread, and two threads that wait for each other at every operation come almost
-to a halt when anything else runs on the machine (measured on two busy cores: 2,000 tokens/s for one process with two
-threads, 14,000 for two processes with one; 22,000 and 23,000 on idle ones).
+On a CPU every process has a fair share of the cores. A small model gains little from a second thread, and two threads
+that wait for each other at every operation come almost to a halt when anything else runs on the machine (measured on
+two busy cores: 2,000 tokens/s for one process with two threads, 14,000 for two processes with one; 22,000 and 23,000 on
+idle ones). With GPUs every process has one.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -30,46 +31,186 @@ from spt_fast.train.signals import StopRequest
 POLL_EVERY_S = 0.2
 PLAIN_LINE_EVERY_S = 15.0
 LAST_RECORD_BYTES = 4096
+LAST_LINES = 5
+USERS_MISTAKE = 2
+
+
+class Process(Protocol):
+    """A recipe in training."""
+
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+
+    def stop(self) -> None:
+        """Ask it to save and end."""
+
+
+class Workers(Protocol):
+    """Where processes run."""
+
+    @property
+    def free(self) -> int:
+        """How many could be started now."""
+
+    def start(self, recipe: Path, log: Path) -> Process: ...
+
+
+class Local:
+    """This machine: as many processes as there are GPUs, or else cores, or as `jobs` says; never more than recipes."""
+
+    def __init__(self, recipes: int, jobs: int | None = None) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        devices: list[str | None] = visible_gpus() or [None]
+        self.jobs = max(1, min(recipes, jobs or (cores if devices == [None] else len(devices))))
+        self._threads = max(1, cores // self.jobs)
+        self._slots: list[tuple[str | None, _LocalProcess | None]] = [
+            (devices[i % len(devices)], None) for i in range(self.jobs)
+        ]
+
+    @property
+    def free(self) -> int:
+        return sum(process is None or process.exit_code() is not None for _, process in self._slots)
+
+    def start(self, recipe: Path, log: Path) -> Process:
+        slot, device = next(
+            (i, device)
+            for i, (device, process) in enumerate(self._slots)
+            if process is None or process.exit_code() is not None
+        )
+        environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        process = _LocalProcess(recipe, log, environment)
+        self._slots[slot] = device, process
+        return process
+
+
+def visible_gpus() -> list[str | None]:
+    """Their names for CUDA_VISIBLE_DEVICES."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.cuda.is_available():
+        return []
+    return list(named.split(",")) if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+class _LocalProcess:
+    def __init__(self, recipe: Path, log: Path, environment: Mapping[str, str]) -> None:
+        with log.open("wb") as said:
+            self._process = subprocess.Popen(command(recipe), stdout=said, stderr=said, env=environment)
+
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+def command(recipe: Path) -> list[str]:
+    """What trains a recipe, or goes on with it."""
+    return [sys.executable, "-m", "spt_fast.train", str(recipe), "--resume"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe to train, once the recipe that it starts from is done."""
+
+    recipe: Path
+    after: Path | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of the jobs."""
+
+    interrupted: bool = False
+    failed: dict[Path, str] = field(default_factory=dict)
+    """By recipe, the end of what it said."""
+    skipped: list[Path] = field(default_factory=list)
+    """Those that start from failed ones."""
 
 
 def train_side_by_side(recipes: Sequence[Path], logs: Path, console: Console) -> bool:
-    """Train recipes, or go on with them: as many at a time as there are cores, or one after the other on a GPU.
+    """Train recipes, or go on with them, as many at a time as this machine has GPUs or cores.
 
     True when all are done; False after SIGINT or SIGTERM, when those under way are saved. A run's own output goes to
     LOGS/<recipe>.log. Where a run fails, raises RecipeError (RuntimeError where it isn't the user's mistake) with the
     end of that log; the others are saved then, too.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = 1 if torch.cuda.is_available() else min(cores, len(recipes))
-    environment = os.environ | {"OMP_NUM_THREADS": str(cores // jobs)}
+    jobs = [Job(recipe) for recipe in recipes]
+    outcome = train_all(jobs, logs, console, Local(len(recipes)), keep_going=False)
+    return not outcome.interrupted
+
+
+def train_all(
+    jobs: Sequence[Job],
+    logs: Path,
+    console: Console,
+    workers: Workers,
+    *,
+    keep_going: bool = True,
+    ended: Callable[[Path], None] = lambda recipe: None,
+) -> Outcome:
+    """Train what isn't done yet, each job after the one that it starts from; `ended` is called after each.
+
+    A run that fails by itself (it diverged, memory ran out) is noted, and the rest goes on; a user's mistake (exit code
+    2), or with `keep_going` false any failure, ends everything: those under way are saved, and RecipeError, or
+    RuntimeError, has the end of the run's log. After SIGINT or SIGTERM those under way are saved too.
+    """
     logs.mkdir(parents=True, exist_ok=True)
-    loaded = {recipe: load_recipe(recipe) for recipe in recipes}
-    waiting = [recipe for recipe in recipes if not (_is_done(loaded[recipe]) and _is_unchanged(loaded[recipe]))]
-    running: dict[Path, subprocess.Popen[bytes]] = {}
+    loaded = {job.recipe: load_recipe(job.recipe) for job in jobs}
+    waiting = [job for job in jobs if not (is_done(loaded[job.recipe]) and _is_unchanged(loaded[job.recipe]))]
+    unfinished = {job.recipe for job in waiting}
+    running: dict[Path, Process] = {}
+    outcome = Outcome()
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        stack.callback(_terminate, running)
-        display = stack.enter_context(_Display(loaded, console))
+        stack.callback(_stop_all, running)
+        display = stack.enter_context(_Display(loaded, unfinished, console))
         while (waiting or running) and not stop():
-            while waiting and len(running) < jobs:
-                recipe = waiting.pop(0)
-                log = stack.enter_context((logs / f"{recipe.stem}.log").open("wb"))
-                command = [sys.executable, "-m", "spt_fast.train", str(recipe), "--resume"]
-                running[recipe] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            for job in list(waiting):
+                if job.after in outcome.failed or job.after in outcome.skipped:
+                    waiting.remove(job)
+                    outcome.skipped.append(job.recipe)
+                elif job.after not in unfinished and workers.free:
+                    waiting.remove(job)
+                    running[job.recipe] = workers.start(job.recipe, _log(logs, job.recipe))
             for recipe, process in list(running.items()):
-                if process.poll() is None:
+                code = process.exit_code()
+                if code is None:
                     continue
                 del running[recipe]
-                if process.returncode and not stop():
-                    said = (logs / f"{recipe.stem}.log").read_text(errors="replace").strip().splitlines()[-5:]
-                    error = RecipeError if process.returncode == 2 else RuntimeError
-                    raise error("\n  ".join([f"{recipe}: failed with exit code {process.returncode}", *said]))
-            display.update()
+                if code == 0:
+                    unfinished.remove(recipe)
+                elif not stop():
+                    outcome.failed[recipe] = _end_of(_log(logs, recipe))
+                    if code == USERS_MISTAKE or not keep_going:
+                        error = RecipeError if code == USERS_MISTAKE else RuntimeError
+                        raise error(f"{recipe}: failed with exit code {code}\n  {outcome.failed[recipe]}")
+                ended(recipe)
+            display.update(running, unfinished)
             time.sleep(POLL_EVERY_S)
-        return not (waiting or running)
+        outcome.interrupted = bool(waiting or running)
+    return outcome
 
 
-def _is_done(recipe: Recipe) -> bool:
+def _log(logs: Path, recipe: Path) -> Path:
+    return logs / f"{recipe.stem}.log"
+
+
+def _end_of(log: Path) -> str:
+    said = log.read_text(errors="replace") if log.exists() else "it was ended before it said anything"
+    return "\n  ".join(said.strip().splitlines()[-LAST_LINES:])
+
+
+def _stop_all(running: dict[Path, Process]) -> None:
+    """Ask every process to save and end, and wait until it has."""
+    for process in running.values():
+        process.stop()
+
+
+def is_done(recipe: Recipe) -> bool:
+    """Whether its run has finished."""
     summary = summary_of(Path(recipe.run))
     return summary is not None and summary["status"] == "done"
 
@@ -79,22 +220,14 @@ def _is_unchanged(recipe: Recipe) -> bool:
     return not recipe_of(Path(recipe.run)).changes(recipe)
 
 
-def _terminate(running: dict[Path, subprocess.Popen[bytes]]) -> None:
-    """Ask every process to save and end, and wait until it has."""
-    for process in running.values():
-        process.terminate()
-    for process in running.values():
-        process.wait()
-
-
 class _Display:
-    """A bar per run and one for all of them on a terminal, a line now and then elsewhere."""
+    """On a terminal a bar for each run under way and one for all of them; a line now and then elsewhere."""
 
-    def __init__(self, recipes: dict[Path, Recipe], console: Console) -> None:
-        self._runs = {path.stem: recipe for path, recipe in recipes.items()}
-        self._console = console
+    def __init__(self, recipes: Mapping[Path, Recipe], unfinished: Iterable[Path], console: Console) -> None:
+        self._recipes, self._console = recipes, console
+        self._tokens = {path: _tokens(recipe) for path, recipe in recipes.items()}
         self._began_s = self._last_line_s = time.monotonic()
-        self._share_before = fmean(progress_of(recipe)[0] for recipe in self._runs.values())
+        self._share_before = self._share(set(unfinished), {path: progress_of(recipes[path]) for path in unfinished})
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -102,42 +235,61 @@ class _Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._tasks = {name: self._bars.add_task(name, total=1.0, says="") for name in (*self._runs, "in all")}
+        self._all = self._bars.add_task("in all", total=1.0, says="")
+        self._tasks: dict[Path, Any] = {}
 
     def __enter__(self) -> _Display:
         self._bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.update()
         self._bars.stop()
 
-    def update(self) -> None:
-        states = {name: progress_of(recipe) for name, recipe in self._runs.items()}
-        share = fmean(done for done, _ in states.values())
+    def update(self, running: Iterable[Path], unfinished: set[Path]) -> None:
+        states = {path: progress_of(self._recipes[path]) for path in running}
+        share = self._share(unfinished, states)
         elapsed_s = time.monotonic() - self._began_s
         fresh = share - self._share_before
         to_go = f" · ETA {minutes(elapsed_s / fresh * (1 - share))}" if fresh > 0.01 else ""
-        states["in all"] = share, f"{minutes(elapsed_s)} so far{to_go}"
-        for name, (done, says) in states.items():
-            self._bars.update(self._tasks[name], completed=done, says=says)
+        done = len(self._recipes) - len(unfinished)
+        says = f"{done} of {len(self._recipes)} runs · {minutes(elapsed_s)} so far{to_go}"
+        self._bars.update(self._all, completed=share, says=says)
+        for path in self._tasks.keys() - states.keys():
+            self._bars.remove_task(self._tasks.pop(path))
+        for path, (part, where) in states.items():
+            if path not in self._tasks:
+                self._tasks[path] = self._bars.add_task(path.stem, total=1.0, says="")
+            self._bars.update(self._tasks[path], completed=part, says=where)
         if not self._console.is_terminal and time.monotonic() - self._last_line_s >= PLAIN_LINE_EVERY_S:
             self._last_line_s = time.monotonic()
-            line = " · ".join(f"{name} {done:.0%}" for name, (done, _) in states.items())
-            self._console.print(f"{line}: {states['in all'][1]}", soft_wrap=True)
+            line = " · ".join(f"{path.stem} {part:.0%}" for path, (part, _) in states.items())
+            self._console.print(f"{share:.0%}, {says}: {line}", soft_wrap=True)
+
+    def _share(self, unfinished: set[Path], states: Mapping[Path, tuple[float, str]]) -> float:
+        """Of all tokens to train."""
+        behind = sum(
+            tokens * (states[path][0] if path in states else path not in unfinished)
+            for path, tokens in self._tokens.items()
+        )
+        return behind / sum(self._tokens.values())
 
 
 def progress_of(recipe: Recipe) -> tuple[float, str]:
     """How much of a recipe's training (by tokens, all arms of grids counted) its run has behind it, and where it is."""
-    if _is_done(recipe):
+    if is_done(recipe):
         return 1.0, "done"
     last = _last_record(Path(recipe.run) / "metrics.jsonl")
     if last is None:
         return 0.0, ""
-    tokens = [phase.tokens * len(phase.arms()) for phase in recipe.phases]
     at = [phase.name for phase in recipe.phases].index(last["phase"])
-    behind = sum(tokens[:at]) + last["arm"] * recipe.phases[at].tokens + last["tokens"]
-    return min(1.0, behind / sum(tokens)), f"{last['phase']}, step {last['step']}"
+    behind = sum(phase.tokens * len(phase.arms()) for phase in recipe.phases[:at])
+    behind += last["arm"] * recipe.phases[at].tokens + last["tokens"]
+    return min(1.0, behind / _tokens(recipe)), f"{last['phase']}, step {last['step']}"
+
+
+def _tokens(recipe: Recipe) -> int:
+    """Of all phases, and of all arms of their grids."""
+    return sum(phase.tokens * len(phase.arms()) for phase in recipe.phases)
 
 
 def _last_record(metrics: Path) -> dict[str, Any] | None:

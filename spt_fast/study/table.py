@@ -264,7 +264,7 @@ def _facts(folder: Path, recipe: Recipe, summary: dict[str, Any], domain: str, g
             "params": summary["parameters"],
             "seed": summary["seed"],
             "domain_tokens": summary["train_tokens"][domain],
-            "tokenizer": str(summary["tokenizer"])[:16],
+            "tokenizer": (summary["tokenizer"] or "unknown")[:16],
         }
     except KeyError as error:
         raise CheckpointError(

@@ -188,7 +188,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
     """
     flops_per_token = train_flops_per_token(plan.model)
     own = (*distribution_of(plan.recipe.engine, machine.gpus), plan.recipe.engine.checkpointing)
-    times = [_time(plan, index, speed, flops_per_token) for index in range(len(plan.phases))]
+    times = [phase_time(plan, index, speed) for index in range(len(plan.phases))]
     timed = speed.flops_per_s is not None
     ways: list[dict[str, Any]] = []
     for stage, offload in DISTRIBUTIONS:
@@ -242,9 +242,10 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
     }
 
 
-def _time(plan: Plan, index: int, speed: Speed, flops_per_token: int) -> dict[str, Any]:
-    """Of one phase, with the recipe's checkpointing."""
+def phase_time(plan: Plan, index: int, speed: Speed) -> dict[str, Any]:
+    """Tokens, FLOPs and hours of one phase: every arm of its grid, every evaluation, the recipe's checkpointing."""
     planned = plan.phases[index]
+    flops_per_token = train_flops_per_token(plan.model)
     phase, arms = planned.phase, len(planned.phase.arms())
     evaluated = evaluated_tokens(plan, index)
     evaluation_flops = round(FORWARD_SHARE * flops_per_token * evaluated)

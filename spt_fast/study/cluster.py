@@ -1,0 +1,62 @@
+"""Runs as jobs of a cluster, through submitit: SLURM, or `local` to try it on one machine.
+
+Each run is a job with one GPU where the cluster has any. A job that its time limit or a preemption ends has been asked
+to save, as SIGTERM or SIGUSR1 asks; it counts as failed here, and the next sweep goes on with it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spt_fast.errors import RecipeError
+from spt_fast.study.launch import Process, command
+
+
+class Cluster:
+    """`name` is submitit's: slurm, local or debug; `options` are those of its AutoExecutor, such as timeout_min=600,
+    slurm_partition="gpu". At most `jobs` are in the queue at a time."""
+
+    def __init__(self, name: str, folder: Path, *, jobs: int, options: Mapping[str, Any]) -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise RecipeError("--cluster: needs submitit; install spt-fast[cluster]") from None
+        try:
+            self._executor = submitit.AutoExecutor(folder=folder, cluster=name)
+            self._executor.update_parameters(**{"name": "spt-fast", "gpus_per_node": 1, **options})
+        except (ValueError, NameError, RuntimeError, FileNotFoundError) as error:
+            raise RecipeError(f"--cluster: {name} with {dict(options)} will not do ({error})") from None
+        self._most = jobs
+        self._started: list[_ClusterProcess] = []
+
+    @property
+    def free(self) -> int:
+        self._started = [process for process in self._started if process.exit_code() is None]
+        return self._most - len(self._started)
+
+    def start(self, recipe: Path, log: Path) -> Process:
+        process = _ClusterProcess(self._executor.submit(_train, command(recipe), log.resolve()))
+        self._started.append(process)
+        return process
+
+
+def _train(command: list[str], log: Path) -> int:
+    """In the job: train, and hand the exit code on."""
+    with log.open("wb") as said:
+        return subprocess.run(command, stdout=said, stderr=said).returncode
+
+
+class _ClusterProcess:
+    def __init__(self, job: Any) -> None:
+        self._job = job
+
+    def exit_code(self) -> int | None:
+        if not self._job.done():
+            return None
+        return 1 if self._job.exception() is not None else self._job.result()
+
+    def stop(self) -> None:
+        self._job.cancel()

@@ -1,0 +1,451 @@
+"""A study: a grid of runs as one YAML file, expanded into a tree of recipes.
+
+    study: studies/chem                  # its folder: recipes, runs, logs and the runs table
+    seeds: 3
+    models: [{preset: 1m}, {preset: 3m}]
+    tokenizer: data/bpe4096.tiktoken
+    sources: {general: {train: …, heldout: …}, chem: {train: …, heldout: …}}
+    general: general
+    domain: chem
+    domain_tokens: [100K, 1M]            # of the domain, training reads the first documents up to so many tokens
+    stages:
+      - name: pretrain
+        delta: [0, 1%, 5%]               # the domain's share; `replay` is the general corpus's, where that reads better
+        budgets: [5M, 10M, 20M]          # points of one run at a plateau of its learning rate
+        optimizer: {lr: 1e-3}
+        schedule: {name: cosine, warmup: 2%, horizon: 200M}
+      - name: finetune                   # after every budget of every pretraining run
+        replay: [0, 1%]
+        tokens: 1M
+        …
+
+A stage is a phase template (any key of a recipe's phase) with axes: `delta` or `replay`, `budgets` or `tokens`,
+`domain_from`, `lr`, `anchor` and `start`. Every combination is a run that starts from the weights that each run of the
+stage before hands on. Every arm has the same axes, learning rates above all. Runs that would be alike are one run:
+pretraining without domain text serves every `domain_tokens`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from spt_fast.config import Model, Phase, Recipe, recipe_from
+from spt_fast.errors import RecipeError, nearest
+from spt_fast.fields import (
+    Span,
+    build,
+    integer,
+    number,
+    one_of,
+    optional,
+    parse_count,
+    parse_share,
+    section,
+    setting,
+    text,
+)
+from spt_fast.model.presets import PRESETS
+from spt_fast.train.lr import learning_rate
+from spt_fast.train.weights import read_config
+
+PLATEAU = 0.9
+"""Of the peak rate: below it a checkpoint is inside the schedule's fall, and no fair end of a run of its length."""
+STARTS = ("pretrained", "scratch", "embeddings", "frozen embeddings")
+
+
+def several(parse: Any) -> Any:
+    """A parser of a list, or of one value alone."""
+
+    def parse_all(value: object, where: str) -> tuple[Any, ...]:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if not values:
+            raise RecipeError(f"{where}: is an empty list; name at least one value")
+        parsed = tuple(parse(item, f"{where}[{i}]" if len(values) > 1 else where) for i, item in enumerate(values))
+        for i, item in enumerate(parsed):
+            if item in parsed[:i]:
+                raise RecipeError(f"{where}[{i}]: {values[i]!r} is there twice; name every value once")
+        return parsed
+
+    return parse_all
+
+
+def _tokens_or_all(value: object, where: str) -> int | None:
+    return None if value == "all" else parse_count(value, where)
+
+
+def _seeds(value: object, where: str) -> tuple[int, ...]:
+    """A list of seeds, or how many."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return tuple(range(value))
+    return several(integer(0))(value, where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """What a stage varies; the first of each pair, or the second, and the rest of the stage is a phase template."""
+
+    name: str = setting(text)
+    delta: tuple[Fraction, ...] | None = setting(optional(several(parse_share)), None)
+    """The domain's share of the stage's tokens."""
+    replay: tuple[Fraction, ...] | None = setting(optional(several(parse_share)), None)
+    """The general corpus's share instead."""
+    tokens: tuple[int, ...] | None = setting(optional(several(parse_count)), None)
+    """Each a run of its own."""
+    budgets: tuple[int, ...] | None = setting(optional(several(parse_count)), None)
+    """Or all of them points of one run, at each of which it hands its weights on."""
+    lr: tuple[float, ...] | None = setting(optional(several(number(0.0, open_low=True))), None)
+    """Peak learning rates, each a run; optimizer.lr where it isn't given."""
+    domain_from: tuple[Fraction, ...] = setting(several(parse_share), (Fraction(0),))
+    """The share of the stage's tokens after which the domain comes in; SCPT is one above 0."""
+    anchor: tuple[float, ...] = setting(several(number(0.0)), (0.0,))
+    """Decay toward the stage's starting weights."""
+    start: tuple[str, ...] = setting(several(one_of(*STARTS)), ("pretrained",))
+    """What is taken over from the stage before: everything, nothing, or the embeddings."""
+
+    @property
+    def shares(self) -> tuple[Fraction, ...]:
+        """The domain's."""
+        return self.delta if self.delta is not None else tuple(1 - share for share in self.replay or ())
+
+    @property
+    def runs(self) -> tuple[tuple[int, ...], ...]:
+        """The budgets of each run, ascending."""
+        return (tuple(sorted(self.budgets)),) if self.budgets else tuple((tokens,) for tokens in self.tokens or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Axes, and what all runs of the stage have in common."""
+
+    axes: Axes
+    phase: dict[str, Any]
+    """The other keys of a recipe's phase, as in YAML."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """Simulated epoching (arXiv 2606.07597): small runs mislead unless they repeat the domain as often as the run that
+    they stand for. The domain is cut down to as many tokens as make it so at the largest budget."""
+
+    budget: int = setting(parse_count)
+    """Pretraining tokens of the run that is simulated."""
+    domain_tokens: int = setting(parse_count)
+    """Unique domain tokens that it will have."""
+
+
+def _stages(raw: object, where: str) -> tuple[Stage, ...]:
+    if not isinstance(raw, list) or not raw:
+        raise RecipeError(f"{where}: {raw!r} will not do; write a list of at least one stage")
+    return tuple(_stage(item, f"{where}[{_name(item, i)}]", first=i == 0) for i, item in enumerate(raw))
+
+
+def _name(item: object, position: int) -> object:
+    return item.get("name", position) if isinstance(item, Mapping) else position
+
+
+def _stage(raw: object, where: str, *, first: bool) -> Stage:
+    if not isinstance(raw, Mapping):
+        raise RecipeError(f"{where}: {raw!r} will not do; write a section with name, delta, tokens and optimizer")
+    own = {item.name for item in dataclasses.fields(Axes)}
+    axes = build(Axes, {key: value for key, value in raw.items() if key in own}, where)
+    phase = {str(key): value for key, value in raw.items() if key not in own}
+    for one, other, what in (("delta", "replay", "its mixture"), ("tokens", "budgets", "its length")):
+        given = [key for key in (one, other) if getattr(axes, key) is not None]
+        if len(given) != 1:
+            both = "both are given" if given else "neither is given"
+            raise RecipeError(f"{where}: {both}, {one} and {other}; {what} is one of them")
+    if "mixture" in phase:
+        raise RecipeError(f"{where}.mixture: a study's mixtures are its axis; write delta or replay")
+    if first and axes.start != ("pretrained",):
+        raise RecipeError(
+            f"{where}.start: the first stage has none before it whose weights it could take; leave it out"
+        )
+    late, many = axes.domain_from != (0,), axes.budgets is not None and len(axes.budgets) > 1
+    if late and many:
+        raise RecipeError(f"{where}.domain_from: needs a run for every length; write `tokens` instead of budgets")
+    for key in ("stop", "grid"):
+        if key in phase and (late or many):
+            raise RecipeError(
+                f"{where}.{key}: several phases share one schedule here, so none can stop early or try rates of its "
+                "own; try rates with the axis `lr`, and write `tokens` for a run per budget"
+            )
+    trial = {"tokens": axes.runs[0][0], "mixture": {"any": 1}, "optimizer": {"lr": 1.0}} | phase
+    if axes.lr:
+        trial["optimizer"] = {**(phase.get("optimizer") or {}), "lr": axes.lr[0]}
+    elif "lr" not in (phase.get("optimizer") or {}):
+        raise RecipeError(f"{where}.lr: missing; give a list of rates to try, or optimizer.lr")
+    build(Phase, {"name": axes.name, **trial}, where)
+    return Stage(axes=axes, phase=phase)
+
+
+def _as_it_is(value: object, where: str) -> Any:
+    """What a recipe will check."""
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Everything that a study's YAML says."""
+
+    study: str = setting(text)
+    """The study's folder."""
+    seeds: tuple[int, ...] = setting(_seeds, (0,))
+    """Of the weights and of the order of the data, alike in every arm; `3` means 0, 1, 2."""
+    models: tuple[Model, ...] = setting(several(section(Model)), ())
+    init: str | None = setting(optional(text), None)
+    """Weights that the first stage starts from, instead of `models` from scratch."""
+    domain: str = setting(text)
+    """The source whose share and repetition are in question."""
+    general: str = setting(text)
+    """The source that fills the rest."""
+    domain_tokens: tuple[int | None, ...] = setting(several(_tokens_or_all), (None,))
+    """Training reads the first documents of the domain up to so many tokens; `all` for all of them."""
+    simulate: Simulated | None = setting(optional(section(Simulated)), None)
+    """Instead of domain_tokens."""
+    stages: tuple[Stage, ...] = setting(_stages)
+    sources: Any = setting(_as_it_is)
+    tokenizer: Any = setting(_as_it_is, None)
+    precision: Any = setting(_as_it_is, "auto")
+    engine: Any = setting(_as_it_is, None)
+    checkpoint: Any = setting(_as_it_is, None)
+    """As in a recipe, these five; of each run one checkpoint is kept where nothing else is said."""
+
+    def __post_init__(self) -> None:
+        if bool(self.models) == bool(self.init):
+            given = "both are given" if self.init else "neither is given"
+            raise RecipeError(f"models: {given}, models and init; train from scratch, or start from weights")
+        if self.simulate and self.domain_tokens != (None,):
+            raise RecipeError("simulate: domain_tokens is given too; the one says what the other is, so leave one out")
+        if not isinstance(self.sources, Mapping):
+            raise RecipeError(f"sources: {self.sources!r} will not do; name at least two sources")
+        for field in ("domain", "general"):
+            source = getattr(self, field)
+            if source not in self.sources:
+                raise RecipeError(f"{field}: no source {source!r}; {nearest(source, map(str, self.sources))}")
+        names = [stage.axes.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise RecipeError(f"stages: {', '.join(names)}: two have the same name; give each its own")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.study)
+
+    @property
+    def limits(self) -> tuple[int | None, ...]:
+        """Tokens of the domain that training may read, None for all; simulated epoching worked out."""
+        if self.simulate is None:
+            return self.domain_tokens
+        largest = max(budget for run in self.stages[0].axes.runs for budget in run)
+        return (max(1, self.simulate.domain_tokens * largest // self.simulate.budget),)
+
+
+def study_from(raw: object) -> Study:
+    """A Study from plain data, as YAML gives it; RecipeError names the field, what was given and the remedy."""
+    if not isinstance(raw, Mapping):
+        raise RecipeError(f"the study: {raw!r} will not do; write keys such as study, models, sources and stages")
+    return build(Study, raw, "")
+
+
+# ------------------------------------------------------------------------------------------------ the tree
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a study: its recipe, and the run whose weights it starts from."""
+
+    name: str
+    stage: int
+    recipe: Recipe
+    model: Model
+    """Its shape, which the recipe of a run that starts from weights doesn't say."""
+    after: str | None
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """A way down the tree so far: what every run below it has in common, and where its weights lie."""
+
+    model: Model
+    seed: int
+    limit: int | None
+    root: str
+    """What the model is called in names."""
+    label: str
+    after: str | None
+    weights: str | None
+
+
+def expand(study: Study) -> list[Run]:
+    """Every run of the study, each after the one that it starts from.
+
+    Raises RecipeError for a recipe that cannot be, and for a budget inside the fall of the learning rate.
+    """
+    models = study.models or (Model(),)
+    branches = [
+        _Branch(model, seed, limit, label, label, None, study.init)
+        for (model, label), limit, seed in product(_labelled(models), study.limits, study.seeds)
+    ]
+    runs: dict[str, Run] = {}
+    for position, stage in enumerate(study.stages):
+        branches = [below for branch in branches for below in _grow(study, position, stage, branch, runs)]
+    return list(runs.values())
+
+
+def _labelled(models: tuple[Model, ...]) -> list[tuple[Model, str]]:
+    """Each with a name: its preset or layers x width, with all else that is given where that isn't enough."""
+    short = [model.preset or f"{model.layers}x{model.width}" if model != Model() else "init" for model in models]
+    return [
+        (model, name if short.count(name) == 1 else _in_full(model)) for model, name in zip(models, short, strict=True)
+    ]
+
+
+def _in_full(model: Model) -> str:
+    return "-".join(f"{key.replace('_', '')}{value}" for key, value in vars(model).items() if value is not None)
+
+
+def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict[str, Run]) -> Iterator[_Branch]:
+    """The stage's runs below a branch; yields a branch for each point at which one hands its weights on."""
+    axes = stage.axes
+    for share, budgets, late, lr, anchor, start in product(
+        axes.shares, axes.runs, axes.domain_from, axes.lr or (None,), axes.anchor, axes.start
+    ):
+        if late and not share:
+            continue
+        limit = branch.limit if share else None
+        label = f"{axes.name}-d{float(share):.12g}"
+        label += "" if limit is None else f"-u{_short(limit)}"
+        label += f"-from{float(late):.12g}" if late else ""
+        label += f"-{_short(budgets[-1])}"
+        label += "" if lr is None else f"-lr{lr:g}"
+        label += f"-anchor{anchor:g}" if anchor else ""
+        label += "" if start == "pretrained" else f"-{start.replace(' ', '-')}"
+        trunk = branch.root if start == "scratch" else branch.label
+        name = f"{trunk}_{label}_s{branch.seed}"
+        folder = study.folder / "runs" / name
+        phases = _phases(study, stage, share, budgets, late, lr, anchor)
+        if name not in runs:
+            raw = {
+                "run": str(folder),
+                "seed": branch.seed,
+                "tokenizer": study.tokenizer,
+                "precision": study.precision,
+                "checkpoint": {"keep": 1, **(study.checkpoint or {})},
+                "engine": study.engine or {},
+                "sources": _sources(study, limit),
+                "phases": phases,
+            }
+            if start == "scratch" or branch.weights is None:
+                raw["model"] = {key: value for key, value in vars(branch.model).items() if value is not None}
+            else:
+                raw["init"] = branch.weights
+            recipe = recipe_from(raw)
+            if len(budgets) > 1:
+                _check_plateau(recipe, branch, f"stages[{axes.name}]")
+            runs[name] = Run(name, position, recipe, branch.model, None if start == "scratch" else branch.after)
+        for phase, budget in zip(phases[-len(budgets) :], budgets, strict=True):
+            point = f"-at{_short(budget)}" if len(budgets) > 1 else ""
+            yield dataclasses.replace(
+                branch,
+                label=f"{trunk}_{label}{point}",
+                after=name,
+                weights=str(folder / "weights" / phase["name"]),
+            )
+
+
+def _sources(study: Study, limit: int | None) -> dict[str, Any]:
+    """The domain and the general source; the domain's limit where it is trained on."""
+    sources = {name: dict(study.sources[name]) for name in (study.general, study.domain)}
+    if limit is not None:
+        sources[study.domain]["limit_tokens"] = limit
+    return sources
+
+
+def _phases(
+    study: Study,
+    stage: Stage,
+    share: Fraction,
+    budgets: tuple[int, ...],
+    late: Fraction,
+    lr: float | None,
+    anchor: float,
+) -> list[dict[str, Any]]:
+    """A phase per budget, after one without the domain where that comes in late: one schedule over all of them."""
+    name, whole = stage.axes.name, budgets[-1]
+    before = round(late * whole)
+    parts = [(name, whole - before, share)]
+    if before:
+        parts = [(f"{name}-general", before, Fraction(0)), *parts]
+    elif len(budgets) > 1:
+        parts = [
+            (f"{name}-{_short(end)}", end - start, share) for start, end in zip((0, *budgets), budgets, strict=False)
+        ]
+    phase = {**stage.phase, "anchor": anchor}
+    if lr is not None:
+        phase["optimizer"] = {**stage.phase.get("optimizer", {}), "lr": lr}
+    if len(parts) > 1:
+        schedule = {"horizon": whole, **(phase.get("schedule") or {})}
+        for key in schedule.keys() & {"warmup", "decay"}:
+            schedule[key] = _of_whole(schedule[key], whole, f"stages[{name}].schedule.{key}")
+        every = (phase.get("eval") or {}).get("every", "10%")
+        every = _of_whole(every, whole, f"stages[{name}].eval.every")
+        phase |= {"schedule": schedule, "eval": {**(phase.get("eval") or {}), "every": every}}
+    carried_on = {"schedule": {"continue": True}, "optimizer_state": "keep", "untie": False}
+    return [
+        {**phase, "name": part, "tokens": tokens, "mixture": _mixture(study, domain), **(carried_on if i else {})}
+        for i, (part, tokens, domain) in enumerate(parts)
+    ]
+
+
+def _mixture(study: Study, share: Fraction) -> dict[str, str]:
+    shares = {study.general: 1 - share, study.domain: share}
+    return {source: str(part) for source, part in shares.items() if part}
+
+
+def _of_whole(value: object, whole: int, where: str) -> str:
+    """A share of the whole run in tokens, since its phases are only parts of it."""
+    span = Span.parse(value, where)
+    return str(max(1, round(span.amount * whole))) if span.unit == "share" and span.amount else str(span)
+
+
+def _check_plateau(recipe: Recipe, branch: _Branch, where: str) -> None:
+    """Every budget must be fair to its length: its rate still near the peak, or else the largest alone would profit."""
+    first = recipe.phases[0]
+    tokens_per_step = first.batch.sequences * _context(branch)
+    tokens = 0
+    for phase in recipe.phases:
+        tokens += phase.tokens
+        steps = max(1, round(Fraction(tokens, tokens_per_step)))
+        share = learning_rate(first.schedule, 1.0, steps, steps, tokens_per_step)
+        if share < PLATEAU:
+            raise RecipeError(
+                f"{where}.budgets: at {tokens:,} tokens the learning rate is {share:.0%} of its peak, and a checkpoint "
+                f"from below {PLATEAU:.0%} is no fair end of a run; give schedule.name: constant, a cosine whose "
+                "schedule.horizon lies several times beyond the largest budget, or `tokens` for a run per budget"
+            )
+
+
+def _context(branch: _Branch) -> int:
+    model = branch.model
+    if model.context:
+        return model.context
+    if model.preset in PRESETS:
+        return PRESETS[model.preset]["context"]
+    if branch.weights is None:
+        raise RecipeError("models: a shape needs a preset, or its context")
+    return read_config(Path(branch.weights)).context
+
+
+def _short(value: object) -> str:
+    """A count as people write it: 300K, 1.5M."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return str(value)
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if value >= size and value * 1000 % size == 0:
+            return f"{value / size:g}{unit}"
+    return str(value)

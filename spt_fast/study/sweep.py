@@ -1,0 +1,206 @@
+"""`spt-fast sweep`: a study's runs, trained in the order of its tree, and the table of what they measured.
+
+    STUDY/study.yaml, recipes/, runs/, logs/, table.parquet, table.csv
+
+What is done is skipped, what was interrupted goes on, so the same command line serves every restart, and a study whose
+grid has grown trains only what is new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from rich.console import Console
+
+from spt_fast.config import Recipe
+from spt_fast.errors import RecipeError
+from spt_fast.fields import apply_overrides, parse_yaml, read_yaml
+from spt_fast.files import write_text
+from spt_fast.model.flops import train_flops_per_token
+from spt_fast.study.launch import Job, Local, Outcome, Workers, is_done, train_all
+from spt_fast.study.study import Run, Study, expand, study_from
+from spt_fast.study.table import save_table, table_of
+from spt_fast.train.dry_run import dry_run
+from spt_fast.train.plan import Plan, make_plan
+from spt_fast.train.price import Machine, Speed, phase_time, speed_of
+
+READY = Path(__file__).with_name("ready")
+"""Studies to start from: <name>.yaml, without the data."""
+
+
+def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, Any] | None = None) -> Study:
+    """A study from its YAML file, or one of the ready ones by name; `given` are keys that those leave open.
+
+    `overrides` are "a.b=c" strings, as of `--set`. Raises RecipeError.
+    """
+    ready = READY / f"{name}.yaml"
+    raw = read_yaml(ready if ready.exists() else name)
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{name}: holds no study; write keys such as study, models, sources and stages")
+    if ready.exists():
+        missing = [key for key, value in (given or {}).items() if value is None]
+        if missing:
+            raise RecipeError(
+                f"{name} is a ready study and needs your data: give {', '.join(f'--{key}' for key in missing)} too"
+            )
+        raw = _with_data(raw, given or {})
+    apply_overrides(raw, overrides)
+    return study_from(raw)
+
+
+def _with_data(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    sources = {name: {"train": str(given[name]), "heldout": f"{given[name]}.heldout"} for name in ("general", "domain")}
+    return {
+        "study": str(given["out"]),
+        "tokenizer": str(given["tokenizer"]),
+        "sources": sources,
+        "general": "general",
+        "domain": "domain",
+        **raw,
+    }
+
+
+def ready_studies() -> list[str]:
+    """Their names."""
+    return sorted(path.stem for path in READY.glob("*.yaml"))
+
+
+def sweep(
+    study: Study, console: Console, *, workers: Workers | None = None, jobs: int | None = None
+) -> tuple[pd.DataFrame, Outcome]:
+    """Train what is not done yet; returns the table of all that is, and what became of the rest.
+
+    `workers` say where runs go, this machine with `jobs` at a time by default. Raises RecipeError, DataError or
+    CheckpointError for what a user can mend.
+    """
+    runs = expand(study)
+    workers = workers or Local(len(runs), jobs)
+    with _held(study.folder):
+        recipes = _write_recipes(study, runs)
+        listed = [Job(recipes[run.name], recipes[run.after] if run.after else None) for run in runs]
+        outcome = train_all(listed, study.folder / "logs", console, workers, ended=lambda _: tabulate(study, runs))
+        return tabulate(study, runs), outcome
+
+
+def tabulate(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
+    """Write and return the table of the study's finished and failed runs."""
+    folders = [Path(run.recipe.run) for run in runs if Path(run.recipe.run).exists()]
+    table = table_of(folders, study.domain, study.general)
+    save_table(table, study.folder)
+    return table
+
+
+def _write_recipes(study: Study, runs: Sequence[Run]) -> dict[str, Path]:
+    folder = study.folder / "recipes"
+    folder.mkdir(exist_ok=True)
+    paths = {}
+    for run in runs:
+        paths[run.name] = folder / f"{run.name}.yaml"
+        write_text(paths[run.name], yaml.safe_dump(run.recipe.plain(), sort_keys=False, allow_unicode=True))
+    return paths
+
+
+def cluster_options(given: Sequence[str]) -> dict[str, Any]:
+    """ "key=value" strings as keyword arguments; the values are YAML."""
+    options: dict[str, Any] = {}
+    for option in given:
+        key, separator, value = option.partition("=")
+        if not separator:
+            raise RecipeError(f"--cluster-set {option}: write KEY=VALUE, such as timeout_min=600")
+        options[key.strip()] = parse_yaml(value, f"--cluster-set {option}: the value")
+    return options
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """One sweep at a time in a study's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecipeError(f"study: another sweep is at work in {folder}; wait for it, or stop it") from None
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ what it would take
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a stage's runs. Hours are of one process, None where nothing says how fast it is."""
+
+    stage: str
+    runs: int
+    done: int
+    tokens: int
+    """To train, every arm of the grids counted; what is done is not."""
+    flops: float
+    """Of training and evaluations."""
+    hours: float | None
+
+
+def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None = None) -> list[Cost]:
+    """What is left to do by stage, at the speed of this machine (that of runs that are done, else of a step made now),
+    or of the GPU and the share of its peak that are given.
+
+    Opens every dataset and checks every recipe, so that what would go wrong in the middle goes wrong here. Raises what
+    `make_plan` raises.
+    """
+    runs = expand(study)
+    plans = {run.name: make_plan(_without_parent(study, run)) for run in runs}
+    done = {run.name for run in runs if is_done(run.recipe)}
+    speeds: dict[object, Speed] = {}
+    found = []
+    for position, stage in enumerate(study.stages):
+        tokens, flops, hours = 0, 0.0, 0.0
+        of_stage = [run for run in runs if run.stage == position]
+        known = True
+        for run in of_stage:
+            if run.name in done:
+                continue
+            if run.model not in speeds:
+                finished = [other for other in runs if other.model == run.model and other.name in done]
+                speeds[run.model] = _speed(plans[run.name], finished, jobs=jobs, gpu=gpu, mfu=mfu)
+            plan = plans[run.name]
+            for index in range(len(plan.phases)):
+                time = phase_time(plan, index, speeds[run.model])
+                tokens += time["tokens"]
+                flops += time["tokens"] * train_flops_per_token(plan.model) + time["evaluation_flops"]
+                known = known and time["hours"] is not None
+                hours += (time["hours"] or 0.0) + (time["evaluation_hours"] or 0.0)
+        skipped = sum(run.name in done for run in of_stage)
+        found.append(Cost(stage.axes.name, len(of_stage), skipped, tokens, flops, hours if known else None))
+    return found
+
+
+def _without_parent(study: Study, run: Run) -> Recipe:
+    """The recipe with weights of the same shape that are there already."""
+    if run.after is None:
+        return run.recipe
+    return dataclasses.replace(run.recipe, init=study.init, model=run.model)
+
+
+def _speed(plan: Plan, finished: Sequence[Run], *, jobs: int, gpu: str | None, mfu: float | None) -> Speed:
+    machine = Machine.of(plan.recipe, gpu=gpu)
+    if gpu is not None or mfu is not None:
+        return speed_of(plan, machine, mfu=mfu)
+    if finished:
+        return speed_of(plan, machine, run=Path(finished[0].recipe.run))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // jobs))
+    try:
+        step_s = dry_run(plan.recipe)[0]["step_s"]
+    finally:
+        torch.set_num_threads(threads)
+    flops = train_flops_per_token(plan.model) * plan.phases[0].tokens_per_step
+    return Speed(flops / step_s, None, "a step made now")

@@ -1,0 +1,174 @@
+"""A study's YAML: what tree of runs it means, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spt_fast.errors import RecipeError
+from spt_fast.study.study import Run, expand, study_from
+from tests.study.tiny_study import STEP, raw_study
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> dict[str, Any]:
+    return raw_study(tmp_path)
+
+
+def changed(raw: dict[str, Any], stage: int = 0, **changes: Any) -> dict[str, Any]:
+    """The study with other keys in one of its stages; None takes a key away."""
+    raw = copy.deepcopy(raw)
+    raw["stages"][stage] |= changes
+    raw["stages"][stage] = {key: value for key, value in raw["stages"][stage].items() if value is not None}
+    return raw
+
+
+def runs_of(raw: dict[str, Any]) -> list[Run]:
+    return expand(study_from(raw))
+
+
+def test_finetunes_hang_off_every_budget_of_one_pretraining_run(raw: dict[str, Any]) -> None:
+    runs = {run.name: run for run in runs_of(raw)}
+    assert Counter(run.stage for run in runs.values()) == {0: 2, 1: 4}
+    pretrain = next(run for run in runs.values() if run.stage == 0 and "chem" in run.recipe.phases[0].mixture)
+    first, second = pretrain.recipe.phases
+    assert (first.tokens, second.tokens) == (10 * STEP, 10 * STEP)
+    assert first.schedule.horizon == 2000 * STEP
+    assert first.schedule.warmup.amount == 2 * STEP  # a tenth of the whole run, not of its first part
+    assert first.evaluation.every.amount == second.evaluation.every.amount == 5 * STEP
+    assert second.schedule.carry_on
+    assert second.optimizer_state == "keep"
+    tunes = [run for run in runs.values() if run.after == pretrain.name]
+    assert {run.recipe.init for run in tunes} == {
+        f"{pretrain.recipe.run}/weights/{phase.name}" for phase in pretrain.recipe.phases
+    }
+    assert all(run.recipe.phases[0].mixture == {"chem": 1} for run in tunes)
+
+
+def test_every_run_comes_after_the_one_that_it_starts_from(raw: dict[str, Any]) -> None:
+    names = [run.name for run in runs_of(raw | {"seeds": 2, "domain_tokens": [300, 400]})]
+    assert len(set(names)) == len(names)
+    for run in runs_of(raw | {"seeds": 2, "domain_tokens": [300, 400]}):
+        assert run.after is None or names.index(run.after) < names.index(run.name)
+
+
+def test_pretraining_without_the_domain_serves_every_size_of_it(raw: dict[str, Any]) -> None:
+    runs = runs_of(raw | {"domain_tokens": [300, 400]})
+    pretraining = [run for run in runs if run.stage == 0]
+    assert sorted(str(run.recipe.sources["chem"].limit_tokens) for run in pretraining) == ["300", "400", "None"]
+    assert sum(run.stage == 1 for run in runs) == 2 * 2 * 2
+
+
+def test_a_grown_grid_keeps_the_names_of_what_was_there(raw: dict[str, Any]) -> None:
+    before = {run.name: run.recipe for run in runs_of(raw)}
+    more = changed(raw, delta=[0, "1/4", "1/2"]) | {"seeds": [0, 7], "domain_tokens": [400, 500]}
+    after = {run.name: run.recipe for run in runs_of(changed(more, 1, replay=[0, "1/10"], anchor=[0, 0.1]))}
+    assert {name: after.get(name) for name in before} == before
+
+
+def test_runs_are_named_after_what_they_are(raw: dict[str, Any]) -> None:
+    assert [run.name for run in runs_of(changed(raw, delta="1/4", budgets=[10 * STEP]))] == [
+        "1x32_pretrain-d0.25-u400-1.28K_s0",
+        "1x32_pretrain-d0.25-u400-1.28K_finetune-d1-u400-512_s0",
+    ]
+    models = [{"preset": "1m"}, {"preset": "1m", "context": 128}, {"preset": "3m"}]
+    names = {run.name.split("_")[0] for run in runs_of(raw | {"models": models})}
+    assert names == {"preset1m", "preset1m-context128", "3m"}
+
+
+def test_axes_multiply(raw: dict[str, Any]) -> None:
+    raw = changed(raw, budgets=None, tokens=[10 * STEP, 20 * STEP], lr=[1e-3, 3e-3], optimizer=None)
+    raw = changed(raw, 1, replay=[0, "1%"], anchor=[0, 0.1], grid=None)
+    runs = runs_of(raw | {"seeds": 3})
+    pretraining = [run for run in runs if run.stage == 0]
+    assert len(pretraining) == 2 * 2 * 2 * 3
+    assert {run.recipe.phases[0].optimizer.lr for run in pretraining} == {1e-3, 3e-3}
+    tunes = [run for run in runs if run.stage == 1]
+    assert len(tunes) == len(pretraining) * 2 * 2
+    assert {(run.recipe.phases[0].mixture["chem"], run.recipe.phases[0].anchor) for run in tunes} == {
+        (share, anchor) for share in (1, Fraction(99, 100)) for anchor in (0.0, 0.1)
+    }
+
+
+def test_scpt_is_one_schedule_in_which_the_domain_comes_in_late(raw: dict[str, Any]) -> None:
+    raw = changed(raw, budgets=None, tokens=20 * STEP, delta=[0, "1/4"], domain_from=[0, "90%"])
+    recipes = [run.recipe for run in runs_of(raw) if run.stage == 0]
+    assert len(recipes) == 3  # without the domain, late or not is the same
+    late = next(recipe for recipe in recipes if len(recipe.phases) == 2)
+    general, domain = late.phases
+    assert (general.tokens, domain.tokens) == (18 * STEP, 2 * STEP)
+    assert general.mixture == {"general": 1}
+    assert domain.mixture == {"general": Fraction(3, 4), "chem": Fraction(1, 4)}
+    assert domain.schedule.carry_on
+
+
+def test_scratch_arms_are_shared_and_start_from_nothing(raw: dict[str, Any]) -> None:
+    runs = runs_of(changed(raw, 1, start=["pretrained", "scratch"]))
+    scratch = [run for run in runs if "scratch" in run.name]
+    assert len(scratch) == 1
+    assert scratch[0].after is None
+    assert scratch[0].recipe.init is None
+    assert scratch[0].recipe.model == next(run for run in runs if run.stage == 0).recipe.model
+
+
+def test_simulated_epoching_repeats_the_domain_as_often_as_the_large_run(raw: dict[str, Any]) -> None:
+    del raw["domain_tokens"]
+    simulate = {"budget": "20B", "domain_tokens": "30M"}
+    run = next(run for run in runs_of(raw | {"simulate": simulate}) if "chem" in run.recipe.phases[0].mixture)
+    limit = run.recipe.sources["chem"].limit_tokens
+    assert limit == 30_000_000 * 20 * STEP // 20_000_000_000
+    assert 20 * STEP / limit == pytest.approx(20e9 / 30e6, rel=0.3)  # 3.84 tokens are rounded down to 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        (0, {"delta": [2]}, r"stages\[pretrain\]\.delta: 2 lies outside 0…1; did you mean 2%"),
+        (0, {"delta": [0, "1%", "1%"]}, r"stages\[pretrain\]\.delta\[2\]: '1%' is there twice"),
+        (0, {"delta": []}, r"stages\[pretrain\]\.delta: is an empty list"),
+        (0, {"replay": [0]}, r"stages\[pretrain\]: both are given, delta and replay"),
+        (0, {"budgets": None}, r"stages\[pretrain\]: neither is given, tokens and budgets"),
+        (0, {"mixture": {"chem": 1}}, r"stages\[pretrain\]\.mixture: .* write delta or replay"),
+        (0, {"shedule": {}}, r"stages\[pretrain\]\.shedule: unknown key; did you mean 'schedule'"),
+        (0, {"start": "scratch"}, r"stages\[pretrain\]\.start: the first stage"),
+        (0, {"stop": {"on": "chem"}}, r"stages\[pretrain\]\.stop: several phases share one schedule"),
+        (0, {"optimizer": None}, r"stages\[pretrain\]\.lr: missing"),
+        (1, {"start": "scratsh"}, r"stages\[finetune\]\.start: 'scratsh' is not one of .*did you mean 'scratch'"),
+        (1, {"name": "pretrain"}, r"stages: pretrain, pretrain: two have the same name"),
+        (
+            0,
+            {"schedule": {"name": "cosine"}},
+            r"stages\[pretrain\]\.budgets: at 1,280 tokens the learning rate is \d\d% of its peak, .*horizon",
+        ),
+        (
+            0,
+            {"schedule": {"name": "wsd", "decay": "20%"}},
+            r"stages\[pretrain\]\.budgets: at 2,560 tokens the learning rate is 10% of its peak",
+        ),
+    ],
+)
+def test_what_is_refused(raw: dict[str, Any], stage: int, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        runs_of(changed(raw, stage, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"domain": "chemistry"}, "domain: no source 'chemistry'; did you mean 'chem'"),
+        ({"models": []}, "models: is an empty list"),
+        ({"init": "weights"}, "models: both are given, models and init"),
+        ({"seeds": [1, 1]}, r"seeds\[1\]: 1 is there twice"),
+        ({"simulate": {"budget": "1B", "domain_tokens": "1M"}}, "simulate: domain_tokens is given too"),
+        ({"stage": []}, "stage: unknown key; did you mean 'stages'"),
+        ({"stages": {}}, "stages: {} will not do; write a list"),
+    ],
+)
+def test_what_is_refused_of_the_whole(raw: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        runs_of(raw | changes)

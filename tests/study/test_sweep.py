@@ -1,0 +1,206 @@
+"""Sweeps on tiny runs: all of a study is trained, once, in order, and its table says what the runs say."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from spt_fast.cli import app
+from spt_fast.config import load_recipe
+from spt_fast.errors import RecipeError
+from spt_fast.study.study import expand, study_from
+from spt_fast.study.sweep import costs, sweep
+from spt_fast.study.table import COLUMNS, read_table
+from tests.study.tiny_study import STEP, raw_study
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
+    """A finished study's folder and table."""
+    folder = tmp_path_factory.mktemp("swept")
+    table, outcome = sweep(study_from(raw_study(folder)), quiet())
+    assert (outcome.interrupted, outcome.failed, outcome.skipped) == (False, {}, [])
+    return folder / "study", table
+
+
+def test_the_table_says_what_the_runs_say(swept: tuple[Path, pd.DataFrame]) -> None:
+    folder, table = swept
+    assert list(table.columns) == list(COLUMNS)
+    for name, rows in table.groupby("run"):
+        recipe = load_recipe(folder / "recipes" / f"{name}.yaml")
+        summary = json.loads((folder / "runs" / str(name) / "summary.json").read_text())
+        last = summary["phases"][recipe.phases[-1].name]
+        ended = rows[rows["handed_on"]].iloc[-1]
+        assert ended["domain_heldout"] == last["heldout"]["chem"]
+        assert ended["general_heldout"] == last["heldout"]["general"]
+        assert ended["domain_select"] == last["select"]["chem"]
+        assert ended["params"] == summary["parameters"]
+        assert set(rows["domain_tokens"]) == {summary["train_tokens"]["chem"]}
+        assert rows["handed_on"].sum() == len(recipe.phases)
+        assert rows["tokens"].is_monotonic_increasing
+        assert rows["tokens"].is_unique
+
+
+def test_pretraining_is_one_stage_with_every_budget_in_it(swept: tuple[Path, pd.DataFrame]) -> None:
+    pretraining = swept[1].query("stage == 0 and delta > 0")
+    assert pretraining["run"].nunique() == 1
+    assert list(pretraining["tokens"]) == [0, *(5 * STEP * i for i in range(1, 5))]
+    assert set(pretraining["delta"]) == {0.25}
+    assert set(pretraining["start"]) == {"scratch"}
+    assert (pretraining["pretrain_tokens"] == 0).all()
+    assert pretraining["domain_before"].isna().all()
+    np.testing.assert_allclose(pretraining["epochs"], 0.25 * pretraining["tokens"] / pretraining["domain_tokens"])
+    per_token = pretraining["flops"].iloc[-1] / pretraining["tokens"].iloc[-1]
+    np.testing.assert_allclose(pretraining["flops"], per_token * pretraining["tokens"])
+    assert per_token > 6 * 2000
+
+
+def test_finetunes_know_what_came_before_them(swept: tuple[Path, pd.DataFrame]) -> None:
+    table = swept[1]
+    tunes = table[table["stage"] == 1]
+    past = {(name, *rows[["pretrain_tokens", "pretrain_delta"]].iloc[0]) for name, rows in tunes.groupby("run")}
+    assert sorted(p[1:] for p in past) == [(b, d) for b in (10 * STEP, 20 * STEP) for d in (0, 0.25)]
+    assert set(tunes["start"]) == {"pretrained"}
+    assert set(tunes["delta"]) == {1.0}
+    for _, rows in tunes.groupby("run"):
+        first = rows[rows["tokens"] == 0].iloc[0]
+        came_from = (table["tokens"] == first["pretrain_tokens"]) & (table["delta"] == first["pretrain_delta"])
+        parent = table[(table["stage"] == 0) & came_from].iloc[0]
+        assert first["domain_heldout"] == pytest.approx(parent["domain_heldout"], rel=1e-5)
+        assert set(rows["domain_before"]) == {first["domain_heldout"]}
+        assert rows["pretrain_epochs"].iloc[0] == pytest.approx(parent["epochs"])
+        assert rows["flops"].iloc[0] == pytest.approx(parent["flops"])
+        chosen = rows.loc[rows["domain_select"].idxmin()]
+        assert chosen["handed_on"]
+
+
+def test_the_table_is_the_same_from_every_place(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    folder, table = swept
+    runs = sorted((folder / "runs").iterdir())
+    for paths in ([folder], [folder / "table.csv"], [folder / "table.parquet"], [folder, folder / "table.csv"], runs):
+        again = read_table(paths, domain="chem").sort_values(["run", "tokens"], ignore_index=True)
+        pd.testing.assert_frame_equal(
+            again, table.sort_values(["run", "tokens"], ignore_index=True), check_dtype=False, rtol=1e-12
+        )
+
+
+def test_a_moved_study_finds_its_runs(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    folder, table = swept
+    moved = tmp_path / "elsewhere"
+    subprocess.run(["cp", "-r", str(folder / "runs"), str(moved)], check=True)
+    for recipe in moved.glob("*/recipe.yaml"):
+        recipe.write_text(recipe.read_text().replace(str(folder), "/gone"))
+    again = read_table(sorted(moved.iterdir()), domain="chem")
+    assert sorted(again["pretrain_tokens"].dropna()) == sorted(table["pretrain_tokens"].dropna())
+
+
+def test_what_is_done_is_not_trained_again(swept: tuple[Path, pd.DataFrame]) -> None:
+    folder, table = swept
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")}
+    again, _ = sweep(study_from(raw_study(folder.parent)), quiet())
+    assert written == {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")}
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_costs_count_what_is_left(swept: tuple[Path, pd.DataFrame]) -> None:
+    raw = raw_study(swept[0].parent)
+    assert [(cost.runs, cost.done, cost.tokens) for cost in costs(study_from(raw), jobs=2)] == [(2, 2, 0), (4, 4, 0)]
+    raw["seeds"] = 2
+    pretrain, finetune = costs(study_from(raw), jobs=2)
+    assert (pretrain.runs, pretrain.done, pretrain.tokens) == (4, 2, 2 * 20 * STEP)
+    assert (finetune.runs, finetune.done, finetune.tokens) == (8, 4, 4 * 2 * 16 * STEP // 4)
+    assert pretrain.hours is not None
+    assert pretrain.hours > 0
+    h100 = costs(study_from(raw), jobs=1, gpu="H100", mfu=0.5)[0]
+    assert h100.hours == pytest.approx(h100.flops / (0.5 * 989.4e12) / 3600, rel=1e-3)
+
+
+def test_killed_half_way_it_goes_on_to_the_same_table(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    raw = raw_study(tmp_path)
+    raw["stages"][0]["delta"] = ["1/4"]
+    table = swept[1]
+    table = table[(table["delta"] == 0.25) | (table["pretrain_delta"] == 0.25)]
+    study.write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "spt_fast", "sweep", str(study), "--json"]
+    done = tmp_path / "study" / "runs"
+    killed = 0
+    for signal_number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        finished = len(list(done.glob("*/summary.json")))
+        while process.poll() is None and len(list(done.glob("*/summary.json"))) <= finished:
+            time.sleep(0.05)
+        if signal_number == signal.SIGKILL:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.send_signal(signal_number)
+        said = process.communicate()[1].decode()
+        killed += process.returncode == -signal.SIGKILL
+        killed += process.returncode == 75 and "run the same line again" in said
+    assert killed == 2
+    finished_process = subprocess.run(command, capture_output=True, text=True, check=True)
+    facts = json.loads(finished_process.stdout)
+    assert (facts["runs"], facts["done"], facts["failed"]) == (3, 3, {})
+    order = ["run", "tokens"]
+    pd.testing.assert_frame_equal(
+        read_table([facts["table"]]).sort_values(order, ignore_index=True),
+        table.sort_values(order, ignore_index=True),
+        check_dtype=False,
+    )
+
+
+def test_a_diverged_run_is_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
+    raw = raw_study(tmp_path)
+    raw["stages"][0] |= {"delta": ["1/4"], "lr": [3e-3, 1e30], "budgets": [10 * STEP, 40 * STEP]}
+    raw["stages"][0]["optimizer"] = {"clip": None}
+    table, outcome = sweep(study_from(raw), quiet())
+    assert len(outcome.failed) == 1
+    assert "not finite" in next(iter(outcome.failed.values()))
+    assert len(outcome.skipped) == 2
+    failed = table[table["status"] == "failed"]
+    assert len(failed) == 1
+    assert failed["domain_heldout"].isna().all()
+    assert table[table["status"] == "done"]["run"].nunique() == 3
+
+
+def test_a_users_mistake_ends_the_sweep(tmp_path: Path) -> None:
+    raw = raw_study(tmp_path)
+    raw["sources"]["chem"]["train"] = str(tmp_path / "nowhere")
+    with pytest.raises(RecipeError, match=r"failed with exit code 2(.|\n)*nowhere"):
+        sweep(study_from(raw), quiet())
+
+
+def test_one_sweep_at_a_time(swept: tuple[Path, pd.DataFrame]) -> None:
+    import fcntl
+
+    with (swept[0] / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RecipeError, match="another sweep is at work"):
+            sweep(study_from(raw_study(swept[0].parent)), quiet())
+
+
+def test_a_dry_run_trains_nothing_and_says_what_it_would_take(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(raw_study(tmp_path)))
+    result = CliRunner().invoke(app, ["sweep", str(study), "--dry-run", "--json", "--price", "2.5", "--jobs", "2"])
+    facts = json.loads(result.stdout)
+    assert facts["total"]["runs"] == len(expand(study_from(raw_study(tmp_path)))) == 6
+    assert facts["cost"] == pytest.approx(2.5 * facts["total"]["hours"])
+    assert not (tmp_path / "study").exists()
