@@ -204,6 +204,9 @@ class Phase:
     """Give the output head its own copy of the embedding at the phase's start."""
     anchor: float = setting(number(0.0), 0.0)
     """Decoupled decay toward the weights that the phase starts from (Anchored AdamW, arXiv 2502.06042)."""
+    freeze: str = setting(one_of("none", "embeddings"), "none")
+    """embeddings: the token embedding stays as it is in this phase. It needs a head of its own: `untie: true`, or a
+    model that isn't tied."""
     optimizer_state: str = setting(one_of("reset", "keep"), "reset")
     stop: Stop | None = setting(optional(section(Stop)), None)
     grid: dict[str, tuple[Any, ...]] | None = setting(optional(_grid), None)
@@ -334,7 +337,9 @@ class Recipe:
     seed: int = setting(integer(0), 0)
     """Of the initial weights and of the order of the data."""
     init: str | None = setting(optional(text), None)
-    """Weights to start from: a Hugging Face folder, a run's weights/<phase>, or a checkpoint."""
+    """Weights to start from: a Hugging Face folder, a run's weights/<phase>, or a checkpoint. The shape is theirs."""
+    init_only: str | None = setting(optional(one_of("embeddings")), None)
+    """embeddings: take over nothing but the token embedding (with it a tied head) and draw the rest by `seed`."""
     precision: str = setting(one_of("auto", "bf16", "fp32"), "auto")
     """auto: bf16 with fp32 master weights where the hardware multiplies bf16 fast, else fp32."""
     model: Model = setting(section(Model), Model())
@@ -361,6 +366,8 @@ class Recipe:
                 raise RecipeError(
                     f"sources.{phase.chosen_by}.heldout: missing; {where} chooses its weights by the loss on it"
                 )
+        if self.init_only and not self.init:
+            raise RecipeError(f"init_only: {self.init_only} of what? Give the weights to take them from as `init`")
         engine = self.engine
         if engine.offload == "optimizer" and engine.stage == 0:
             raise RecipeError("engine.offload: optimizer needs ZeRO stage 1 or more, engine.stage is 0; write stage: 1")

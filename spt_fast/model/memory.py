@@ -4,8 +4,8 @@ Legend: L layers, H query heads, K key/value heads, Q head dimension, D width, F
 context, N tokens of a micro-batch, P parameters, W processes, a bytes of a number in the compute dtype.
 
 What stays: aP of parameters, and in float32 4P of gradients, two moments (8P), a master copy of what is computed in
-bf16 (4P), the anchor (4P). ZeRO divides these among the processes (Rajbhandari et al., arXiv 1910.02054, section 5),
-with what DeepSpeed 0.19.8 allocates for it:
+bf16 (4P), the anchor (4P); of an embedding that is frozen nothing but the parameters. ZeRO divides these among the
+processes (Rajbhandari et al., arXiv 1910.02054, section 5), with what DeepSpeed 0.19.8 allocates for it:
 
     stage 1   masters, moments and anchor / W. Gradients whole, in float32, and beside them, until the update, in bf16
               as autograd hands them on; a bucket of them in float32 to be sent. Masters in float32 runs too.
@@ -71,6 +71,7 @@ def memory_bytes(
     micro_batches: int = 1,
     documents: bool = False,
     anchor: bool = False,
+    freeze: str = "none",
     device: str = "cuda",
     stage: int = 0,
     world: int = 1,
@@ -81,23 +82,24 @@ def memory_bytes(
 
     dtype: of parameters and computation, bfloat16 or float32. context: tokens in a sequence, the model's if None.
     device: "cuda" or "cpu". stage, offload, bucket (numbers): of ZeRO; stage 0 is the local engine. Of a phase that
-    unties a tied model, `replace(config, tied=False)` is the model.
+    unties a tied model, `replace(config, tied=False)` is the model. freeze: as in the recipe's phase.
     Keys: parameters, gradients, optimizer, activations, logits (what the loss and the head's gradient take besides),
     communication (buckets) and their sum `total`, on the device; `host`, what is offloaded.
     """
     assert (stage, offload) in DISTRIBUTIONS, (stage, offload)
     D, V, F, L, a = config.width, config.vocab_size, config.ffn, config.layers, dtype.itemsize
     P, head, block = parameters(config), V * D, block_matrices(config) // L
+    frozen = head if freeze == "embeddings" else 0
     context = config.context if context is None else context
     tokens = micro * context
-    stays, gradients = _what_stays(config, dtype, device, anchor, stage, world, offload, bucket)
+    stays, gradients = _what_stays(config, dtype, device, anchor, frozen, stage, world, offload, bucket)
 
     # Gradients at each moment. Autograd's own are float32 in the local engine, else accumulated beside them.
     made = 4 if stage == 0 else a
     made_head = made * head
     accumulates = stage > 0 or micro_batches > 1
     before = gradients if accumulates else 0
-    beside = a * P if a < 4 and (stage == 2 or (stage == 1 and offload == "none")) else 0
+    beside = a * (P - frozen) if a < 4 and (stage == 2 or (stage == 1 and offload == "none")) else 0
     if micro_batches > 1:
         before += beside
     with_head = before if accumulates or config.tied else made_head
@@ -117,7 +119,7 @@ def memory_bytes(
         "scale": (before, once + L * kept, 4 * head + 2 * x + made_head),
         "last": (with_head, once + (L - 1) * kept + whole + activation, waiting),
         "first": (at_first, once + whole + activation, waiting),
-        "update": (at_update, once, waiting + (made_head if accumulates else 0)),
+        "update": (at_update, once, waiting + (made_head if accumulates and not frozen else 0)),
     }
     at_peak = dict(zip(("gradients", "activations", "logits"), max(moments.values(), key=sum), strict=True))
     on_device = {**stays, **at_peak}
@@ -130,6 +132,7 @@ def _what_stays(
     dtype: torch.dtype,
     device: str,
     anchor: bool,
+    frozen: int,
     stage: int,
     world: int,
     offload: str,
@@ -137,17 +140,18 @@ def _what_stays(
 ) -> tuple[dict[str, int], int]:
     """({parameters, optimizer, communication, host}, accumulated gradients at their fullest)."""
     P, a = parameters(config), dtype.itemsize
+    learning = P - frozen
     head, block = config.vocab_size * config.width, block_matrices(config) // config.layers
     states_of, gradients_of, parameters_of = (1 if stage < first else world for first in (1, 2, 3))
     masters = 4 if a < 4 or stage in (1, 2) else 0
-    optimizer = (masters + 8 + (4 if anchor else 0)) * P // states_of
-    gradients, own = 4 * P // gradients_of, a * P // parameters_of
+    optimizer = (masters + 8 + (4 if anchor else 0)) * learning // states_of
+    gradients, own = 4 * learning // gradients_of, a * P // parameters_of
     host = gathered = 0
     if offload != "none":
         largest = a * max(head, 2 * config.ffn * config.width)
-        host, optimizer = optimizer + 4 * P // world, 0
+        host, optimizer = optimizer + 4 * learning // world, 0
         if stage < 3:  # gradients on their way to the update and parameters on their way back, in the compute dtype
-            host += 2 * a * P // world + largest
+            host += 2 * a * learning // world + largest
         if stage >= 2:
             gradients = largest
     if offload == "all":
@@ -155,7 +159,7 @@ def _what_stays(
     if stage == 3:
         root = head if config.tied else 2 * head
         gathered = a * min(P, root + block + STAGE_3_PREFETCH + STAGE_3_REUSE // 2)
-    bucket = min(bucket, P)
+    bucket = min(bucket, learning)
     filling = a * bucket * (2 if device == "cuda" else 1)  # one more where messages run beside the computation
     buckets = (4 * bucket if world > 1 else 0, 4 * bucket, filling + 4 * bucket, 8 * max(bucket, head))[stage]
     return {"parameters": own + gathered, "optimizer": optimizer, "communication": buckets, "host": host}, gradients

@@ -76,7 +76,7 @@ def _steps(
     """(loss, seconds of a whole step)."""
     phase = planned.phase
     whole = planned.micro_batches(world.size)
-    engine.begin(phase.optimizer, phase.anchor, start, micro_batches=min(whole, MICRO_BATCHES))
+    engine.begin(phase.optimizer, phase.anchor, start, micro_batches=min(whole, MICRO_BATCHES), freeze=phase.freeze)
     read = dict.fromkeys(plan.recipe.sources, 0)
     loader = plan.loader(planned.index, read, device=engine.device, last_step=1, rank=world.rank, world=world.size)
     with loader:

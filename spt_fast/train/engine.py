@@ -19,7 +19,7 @@ from spt_fast.data.loader import Batch
 from spt_fast.errors import RecipeError
 from spt_fast.kernels import keep_freed_memory
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.train.optim import AdamW, Snapshot
+from spt_fast.train.optim import FROZEN, AdamW, Snapshot, frozen_in, weights_in
 from spt_fast.train.world import ALONE, World, join_world
 
 
@@ -44,6 +44,7 @@ class EngineInterface(Protocol):
         *,
         current: Snapshot | None = None,
         micro_batches: int = 1,
+        freeze: str = "none",
     ) -> None: ...
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None: ...
@@ -153,14 +154,25 @@ class LocalEngine:
         *,
         current: Snapshot | None = None,
         micro_batches: int = 1,
+        freeze: str = "none",
     ) -> None:
-        """Set up a fresh optimizer and take over `current` (or `start`); `start` is what an anchor holds on to."""
+        """Set up a fresh optimizer and take over `current` (or `start`); `start` is what an anchor holds on to.
+
+        freeze: as in a recipe's phase, which parameters no step moves.
+        """
         if hasattr(self, "optimizer"):
             del self.optimizer  # its state is let go before the new one's is claimed
         self.steps_made = 0
         self.recorded: RecordedStep | None = None
+        snapshot = start if current is None else current
+        self.frozen = frozen_in(snapshot, freeze)
+        with torch.no_grad():
+            for name, param in self.model.named_parameters():
+                param.requires_grad_(name not in FROZEN[freeze])
+                if not param.requires_grad:
+                    param.copy_(self.frozen[f"weights/{name}"])
         self.optimizer = AdamW(self.model, settings, anchor_decay)
-        self.optimizer.restore(current if current is not None else start, anchor=start)
+        self.optimizer.restore(snapshot, anchor=start)
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
         """Forward, backward and update over one global batch; None, with nothing changed, where it was interrupted.
@@ -202,7 +214,7 @@ class LocalEngine:
         return self.model(tokens_BT.to(self.device), targets_BT.to(self.device), cu_seqlens).float()
 
     def snapshot(self, *, state: bool) -> Snapshot:
-        return self.optimizer.snapshot(state=state)
+        return self.optimizer.snapshot(state=state) | (self.frozen if state else weights_in(self.frozen))
 
 
 def uses_deepspeed(settings: Engine, processes: int) -> bool:

@@ -30,7 +30,7 @@ from spt_fast.train.engine import StepResult, make_engine, pick_dtype, untied, w
 from spt_fast.train.evaluate import Interrupted, evaluation_texts, mean_loss
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import NoLog, RunLog
-from spt_fast.train.optim import Snapshot
+from spt_fast.train.optim import Snapshot, weights_in
 from spt_fast.train.plan import PhasePlan, Plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import Losses, ScheduleOrigin, TrainState
@@ -147,7 +147,7 @@ class Trainer:
         else:
             start = self.snapshots.pop("kept")
             if phase.optimizer_state == "reset":
-                start = {name: tensor for name, tensor in start.items() if name.startswith("weights/")}
+                start = weights_in(start)
             if phase.untie and self.engine.config.tied:
                 self.engine.untie()
                 start = untied(start, "embedding", "head")
@@ -168,6 +168,7 @@ class Trainer:
             start,
             current=current,
             micro_batches=plan.micro_batches(self.world.size),
+            freeze=phase.freeze,
         )
         if not needs_start(phase):
             del self.snapshots["start"]
@@ -264,8 +265,7 @@ class Trainer:
 
     def write_weights(self, name: str) -> None:
         """weights/<name>, of the snapshot that is handed on."""
-        parts = {key: tensor for key, tensor in self.snapshots["kept"].items() if key.startswith("weights/")}
-        weights = self.world.collect(parts)
+        weights = self.world.collect(weights_in(self.snapshots["kept"]))
         folder, tokenizer = self.folder / "weights" / name, self.plan.tokenizer
         self.world.on_first(lambda: assemble(self.engine.config, weights).save_hf(folder, tokenizer))
 

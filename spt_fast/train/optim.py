@@ -18,14 +18,30 @@ from spt_fast.kernels import adamw_step_all
 Snapshot = dict[str, Tensor]
 """CPU copies by "weights/NAME" (fp32), and with the optimizer's state "exp_avg/NAME", "exp_avg_sq/NAME" and "count"."""
 
+FROZEN = {"none": (), "embeddings": ("embedding",)}
+"""The parameters that a phase's `freeze` means."""
+
+
+def weights_in(snapshot: Mapping[str, Tensor]) -> Snapshot:
+    """A snapshot without the optimizer's state."""
+    return {name: tensor for name, tensor in snapshot.items() if name.startswith("weights/")}
+
+
+def frozen_in(snapshot: Mapping[str, Tensor], freeze: str) -> Snapshot:
+    """What a snapshot says of the parameters that `freeze` means; no step changes any of it."""
+    return {name: tensor for name, tensor in snapshot.items() if name.partition("/")[2] in FROZEN[freeze]}
+
 
 class AdamW:
-    """Decoupled weight decay on matrices, none on vectors; optional decay of every parameter toward an anchor."""
+    """Decoupled weight decay on matrices, none on vectors; optional decay of every parameter toward an anchor.
+
+    Of the parameters that require a gradient: frozen ones have no state here and no part in the norm.
+    """
 
     def __init__(self, model: nn.Module, settings: Optimizer, anchor_decay: float = 0.0) -> None:
         self.settings = settings
         self.anchor_decay = anchor_decay
-        self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.params: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
         self.exp_avg: dict[str, Tensor] = {}
         self.exp_avg_sq: dict[str, Tensor] = {}
@@ -95,7 +111,7 @@ class AdamW:
         for name, param in self.params.items():
             self.masters[name].copy_(snapshot[f"weights/{name}"])
             param.copy_(self.masters[name])
-            if "count" in snapshot:
+            if f"exp_avg/{name}" in snapshot:
                 self.exp_avg[name].copy_(snapshot[f"exp_avg/{name}"])
                 self.exp_avg_sq[name].copy_(snapshot[f"exp_avg_sq/{name}"])
             if self.anchor_decay:

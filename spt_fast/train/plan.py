@@ -133,12 +133,15 @@ class Plan:
                 )
 
     def starting_model(self) -> GPT:
-        """Fresh weights by the recipe's seed, or those that `init` names; on the CPU."""
-        if self.recipe.init:
-            model = load_model(Path(self.recipe.init))
+        """Fresh weights by the recipe's seed, or those that `init` names, or of these the embedding; on the CPU."""
+        init, only_embedding = self.recipe.init, self.recipe.init_only == "embeddings"
+        if init and not only_embedding:
+            model = load_model(Path(init))
             model.config = self.model
         else:
             model = GPT(self.model, seed=self.recipe.seed)
+        if init and only_embedding:
+            model.embedding = load_model(Path(init)).embedding
         model.checkpointing = self.recipe.engine.checkpointing
         model.fp8 = self.recipe.engine.fp8
         return model
@@ -233,6 +236,11 @@ def make_plan(recipe: Recipe, *, world: int = 1) -> Plan:
             check_every_source_is_drawn(mixture, steps * sequences)
         except RecipeError as error:
             raise RecipeError(f"{where}.mixture: {error}") from None
+        if phase.freeze == "embeddings" and model.tied and not any(p.untie for p in recipe.phases[: index + 1]):
+            raise RecipeError(
+                f"{where}.freeze: the embedding is the head too, which would learn no more either; give the head its "
+                f"own copy with {where}.untie: true"
+            )
         if phase.documents:
             for field, data in datasets:
                 if data.document_ends is None:

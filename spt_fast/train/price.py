@@ -159,6 +159,7 @@ def phase_memory(
         micro_batches=share // micro,
         documents=phase.documents,
         anchor=phase.anchor > 0,
+        freeze=phase.freeze,
         device=machine.device,
         stage=stage,
         world=machine.gpus,

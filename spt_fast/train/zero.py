@@ -33,7 +33,7 @@ from spt_fast.kernels import adamw_step, keep_freed_memory
 from spt_fast.model.gpt import GPT
 from spt_fast.model.memory import REDUCE_BUCKET
 from spt_fast.train.engine import StepResult
-from spt_fast.train.optim import AdamW, Snapshot
+from spt_fast.train.optim import FROZEN, AdamW, Snapshot, frozen_in, weights_in
 from spt_fast.train.world import World
 
 PERSISTENT_NUMBERS = 100_000
@@ -68,15 +68,18 @@ class ZeroEngine:
         *,
         current: Snapshot | None = None,
         micro_batches: int = 1,
+        freeze: str = "none",
     ) -> None:
         """A fresh model and optimizer that take over `current` (or `start`), each process holding a part of either.
 
-        `start` is what an anchor holds on to. `micro_batches`: that a process runs through in a step.
+        `start` is what an anchor holds on to. `micro_batches`: that a process runs through in a step. freeze: as in a
+        recipe's phase, which parameters no step moves.
         """
         self._let_go()
         snapshot = start if current is None else current
-        model = self._model(snapshot)
-        self.params = dict(model.named_parameters())
+        self.frozen = frozen_in(snapshot, freeze)
+        model = self._model(snapshot, freeze)
+        self.params = {name: param for name, param in model.named_parameters() if param.requires_grad}
         kind = WholeAdamW if self.settings.stage == 0 else PartitionedAdamW
         self.optimizer: Any = kind(model, settings, anchor_decay)
         with contextlib.redirect_stdout(io.StringIO()):  # its tables of memory
@@ -126,7 +129,7 @@ class ZeroEngine:
                 taken[name] = whole.detach().to("cpu", torch.float32, copy=True)
         if state and self.world.is_first:
             taken["count"] = self.optimizer.count.to("cpu", copy=True)
-        return taken
+        return taken | (self.frozen if state else weights_in(self.frozen))
 
     # ------------------------------------------------------------------------------------------------ inside
 
@@ -145,18 +148,19 @@ class ZeroEngine:
         self.params = {}
         gc.collect()
 
-    def _model(self, snapshot: Snapshot) -> GPT:
+    def _model(self, snapshot: Snapshot, freeze: str) -> GPT:
         with torch.device("meta"):
             model = GPT(self.config)
         for flag, value in self._flags.items():
             setattr(model, flag, value)
-        parts = {name: tensor for name, tensor in snapshot.items() if name.startswith("weights/")}
         weights = {
             name.removeprefix("weights/"): tensor.to(self.device, self.dtype, copy=True)
-            for name, tensor in self.world.spread(parts)
+            for name, tensor in self.world.spread(weights_in(snapshot))
         }
         model.load_state_dict(weights, assign=True)
-        return model.requires_grad_()
+        for name, param in model.named_parameters():
+            param.requires_grad_(name not in FROZEN[freeze])
+        return model
 
     @torch.no_grad()
     def _restore(self, snapshot: Snapshot, start: Snapshot) -> None:
@@ -166,11 +170,11 @@ class ZeroEngine:
             kind, _, param = name.partition("/")
             if kind == "count":
                 self.optimizer.count.copy_(tensor)
-            else:
+            elif param in self.params:
                 self._set(kind, param, tensor)
         for name, tensor in self.world.spread(start) if anchors else ():
             kind, _, param = name.partition("/")
-            if kind == "weights":
+            if kind == "weights" and param in self.params:
                 self._set("anchor", param, tensor)
 
     def _whole(self, kind: str, name: str) -> Tensor:
@@ -226,7 +230,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
     """AdamW on the flat partitions that ZeRO 1 to 3 put in the place of the parameters; clipping is ZeRO's."""
 
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
-        params = list(model.parameters())
+        params = [param for param in model.parameters() if param.requires_grad]
         groups = [
             {"params": [p for p in params if p.ndim >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
@@ -289,7 +293,7 @@ class WholeAdamW(torch.optim.Optimizer):
     """The AdamW of one process, for DeepSpeed's stage 0: gradients arrive averaged over the processes."""
 
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
-        super().__init__(model.parameters(), {})
+        super().__init__([param for param in model.parameters() if param.requires_grad], {})
         self._adamw = AdamW(model, settings, anchor_decay)
         self.anchor_decay = anchor_decay
         self.count = self._adamw.count

@@ -36,6 +36,8 @@ CASES: list[tuple[dict[str, Any], int, torch.dtype, str, dict[str, Any]]] = [
     (WIDE_HEAD, 2, FP32, "none", {"micro_batches": 3}),
     (WIDE_HEAD, 1, BF16, "none", {}),
     (WIDE_HEAD, 2, FP32, "full", {}),
+    (UNTIED, 4, BF16, "none", {"micro_batches": 2, "freeze": "embeddings", "anchor": True}),
+    (UNTIED, 4, FP32, "full", {"freeze": "embeddings"}),
     ({"width": 256, "ffn": 1024, "layers": 2, "vocab_size": 4096}, 4, FP32, "full", {}),
 ]
 
@@ -49,11 +51,13 @@ def allocated_at_most(
     micro_batches: int = 1,
     documents: bool = False,
     anchor: bool = False,
+    freeze: str = "none",
 ) -> int:
     """Bytes that the CPU's allocator has given out at the peak of a step, model and optimizer included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = GPT(config).to(dtype)
         model.checkpointing = checkpointing
+        model.embedding.requires_grad_(freeze == "none")
         optimizer = AdamW(model, Optimizer(lr=1e-3), 0.1 if anchor else 0.0)
         T = config.context
         cuts = torch.tensor([0, T // 3, T, micro * T], dtype=torch.int32) if documents else None

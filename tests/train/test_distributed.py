@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests import tiny
 
@@ -147,6 +149,35 @@ def test_a_run_goes_on_in_other_processes_and_stages(data: Path, alone: Path) ->
     expected = global_batches(alone, 1)
     assert len(read) == len(expected), "no step lost or repeated"
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(read, expected, strict=True))
+
+
+def test_a_frozen_embedding_stays_in_every_stage_and_engine(data: Path) -> None:
+    """Between two phases that learn, its moments waiting; the last run goes from one engine to the other while it is
+    frozen."""
+
+    def frozen(run: str, **engine: Any) -> dict[str, Any]:
+        raw = raw_recipe(data, f"frozen-{run}", **engine)
+        pretrain, finetune = (phase | {"tokens": 3 * 8 * tiny.CONTEXT} for phase in raw["phases"])
+        finetune |= {"freeze": "embeddings", "optimizer_state": "keep", "grid": None, "stop": None}
+        free = pretrain | {"name": "free", "optimizer_state": "keep"}
+        raw["precision"] = "bf16" if "bf16" in run else "fp32"
+        return raw | {"phases": [pretrain, finetune, free], "checkpoint": {"every": "9 steps", "keep": 9}}
+
+    recipes = [frozen("z0", stage=0), frozen("bf16-z1", stage=1), frozen("z3", stage=3, offload="all")]
+    moved = frozen("moved", stage=2)
+    together(2, [*({"recipe": raw} for raw in recipes), {"recipe": moved, "stop_at": 5}], data)
+    moved["engine"] = {"name": "local"}
+    together(1, [{"recipe": frozen("alone")}, {"recipe": moved, "resume": True}], data)
+    for raw in [*recipes, moved]:
+        run = Path(raw["run"])
+        if raw["precision"] == "fp32":
+            assert worst_difference(run, data / "frozen-alone") < SAME, run
+        embeddings = [
+            load_file(run / "weights" / phase["name"] / "model.safetensors")["model.embed_tokens.weight"]
+            for phase in raw["phases"]
+        ]
+        assert torch.equal(embeddings[1], embeddings[0]), run
+        assert not torch.equal(embeddings[2], embeddings[1]), run
 
 
 def test_a_loss_that_is_no_number_in_one_process_leaves_the_weights_alone(data: Path) -> None:

@@ -26,7 +26,9 @@ def raw(tmp_path: Path) -> dict[str, Any]:
 def test_every_phase_is_tried_as_it_will_be(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second phase with its untied head, its anchor and its own optimizer state; an evaluation batch of each."""
+    """The second phase with its untied head, its frozen embedding, its anchor and its own optimizer state; an
+    evaluation batch of each."""
+    raw["phases"][1]["freeze"] = "embeddings"
     seen: list[tuple[Any, ...]] = []
     step, loss = LocalEngine.step, LocalEngine.loss
 
@@ -47,7 +49,7 @@ def test_every_phase_is_tried_as_it_will_be(
     assert sorted(tmp_path.iterdir()) == before
     tensors = seen[0][3]
     first = ("step", 2, (4, 16), tensors, False, False)
-    second = ("step", 1, (4, 16), tensors + 1, True, True)
+    second = ("step", 1, (4, 16), tensors + 1 - 1, True, True)
     evaluation = ("loss", (4, 16), False)
     assert seen == [first, first, evaluation, second, second, evaluation]
     assert [result["phase"] for result in results] == ["pretrain", "finetune"]

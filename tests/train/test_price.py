@@ -114,6 +114,9 @@ def test_memory_is_of_the_phase_that_needs_most(recipe: Recipe) -> None:
     needed = [phase_memory(plan, index, machine)["total"] for index in (0, 1)]
     assert price(plan, machine, speed_of(plan, machine))["memory_bytes"] == max(needed)
     assert phase_memory(plan, 1, machine)["optimizer"] == 16 * (20_704 + 64 * 32)  # the anchor, and a head of its own
+    raw = recipe.plain()
+    raw["phases"][1]["freeze"] = "embeddings"
+    assert phase_memory(make_plan(recipe_from(raw)), 1, machine)["optimizer"] == 16 * 20_704
 
 
 def test_the_recipes_own_way_is_its_engines(recipe: Recipe) -> None:
