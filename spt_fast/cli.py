@@ -161,13 +161,17 @@ def inspect(
     overlap: Annotated[
         Path | None, typer.Option(metavar="PREFIX2", help="Share of text that PREFIX2 holds too.")
     ] = None,
+    divergence: Annotated[
+        Path | None,
+        typer.Option(metavar="PREFIX2", help="Distance from PREFIX2, a general corpus, in bits; floor: its own noise."),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the ids, for headerless files.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a token dataset holds."""
     from spt_fast.data.inspection import inspect as inspect_dataset
 
-    facts = inspect_dataset(prefix, dtype=dtype, verify=verify, overlap=overlap)
+    facts = inspect_dataset(prefix, dtype=dtype, verify=verify, overlap=overlap, divergence=divergence)
     _print_json(facts) if as_json else _print_facts(str(prefix), facts)
 
 

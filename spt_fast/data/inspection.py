@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from spt_fast.data.shards import TokenDataset
+from spt_fast.data.divergence import divergence as divergence_from
+from spt_fast.data.shards import TokenDataset, check_same_tokenizer
 from spt_fast.errors import DataError
 
 NGRAM = 32
@@ -44,12 +45,14 @@ def inspect(
     dtype: str | None = None,
     verify: bool = False,
     overlap: str | os.PathLike[str] | None = None,
+    divergence: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """A JSON-able account of the dataset at `prefix`.
 
     verify: check every hash, that the document ends rise, and that no id reaches the vocabulary size; DataError if not.
     overlap: another dataset, looked through for the documents and n-grams of this one (`overlap_share`).
-    dtype: declared for headerless files, of both datasets.
+    divergence: another dataset, a general corpus, that this one's n-grams are held against (spt_fast.data.divergence).
+    dtype: declared for headerless files, of all datasets.
     """
     dataset = TokenDataset.open(prefix, dtype)
     report: dict[str, Any] = {
@@ -71,6 +74,8 @@ def inspect(
     if overlap is not None:
         other = TokenDataset.open(overlap, dtype)
         report["overlap"] = {"with": str(overlap), **overlap_share(dataset, other, max_train_tokens=None)}
+    if divergence is not None:
+        report["divergence"] = divergence_from(prefix, divergence, dtype=dtype)
     return report
 
 
@@ -107,11 +112,7 @@ def overlap_share(
     shares are lower bounds: it takes about a second on one core. None searches it all, at about 100M tokens a second.
     Raises DataError where the two come from different tokenizers.
     """
-    if None not in (digests := (heldout.tokenizer_digest, train.tokenizer_digest)) and digests[0] != digests[1]:
-        raise DataError(
-            f"{heldout.path} and {train.path} come from different tokenizers ({digests[0]}, {digests[1]}): their ids "
-            "can't be compared; prepare both with one"
-        )
+    check_same_tokenizer(heldout, train)
     stretches = _stretches(train.num_tokens, max_train_tokens)
     return {
         "documents": _document_share(heldout, train, stretches),

@@ -310,6 +310,15 @@ class DatasetWriter:
         self._block_hash, self._block_filled = hashlib.sha256(), 0
 
 
+def check_same_tokenizer(a: TokenDataset, b: TokenDataset) -> None:
+    """DataError where both record a tokenizer and it is not the same: their ids mean different text."""
+    if None not in (digests := (a.tokenizer_digest, b.tokenizer_digest)) and digests[0] != digests[1]:
+        raise DataError(
+            f"{a.path} and {b.path} come from different tokenizers ({digests[0]}, {digests[1]}): their ids can't be "
+            "compared; prepare both with one"
+        )
+
+
 def base_prefix(path: Path) -> Path:
     """PREFIX of PREFIX, PREFIX.bin, PREFIX.idx or PREFIX.json."""
     return path.with_suffix("") if path.suffix in (".bin", ".idx", ".json") else path
