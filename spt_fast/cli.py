@@ -569,3 +569,51 @@ def demo(out_folder: Annotated[Path, typer.Option("--out", metavar="DIR")] = Pat
     from spt_fast.study.demo import demo as run_demo
 
     run_demo(out_folder)
+
+
+# ------------------------------------------------------------------------------------------------ studies
+
+
+@app.command()
+def reweight(
+    recipe: RecipePath,
+    target: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="What the others shall help; all of each other by default.")
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The recipe's run with -reweight by default.")
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest checkpoint; starts afresh where there is none.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a mixture of sources by DoGE, with a recipe's first phase as the proxy run."""
+    from spt_fast.config import load_recipe
+    from spt_fast.study import doge
+
+    loaded = load_recipe(recipe, overrides or ())
+    result = doge.reweight(loaded, out_folder or Path(f"{loaded.run}-reweight"), target=target, resume=resume)
+    if result["status"] == "stopped":
+        print(f"spt-fast: stopped by {result['reason']}; saved: run again with --resume to go on", file=sys.stderr)
+        raise typer.Exit(75)
+    if as_json:
+        _print_json(result)
+        return
+    columns = ["weights", "scores", "clipped"]
+    first, last = (result["trajectory"][i]["losses"] for i in (0, -1))
+    _print_table(
+        str(recipe),
+        ["source", "weight", "mean score", "clipped", "epochs", "first loss", "last loss"],
+        [
+            [source, *(result[c].get(source, "target") for c in columns), epochs, first[source], last[source]]
+            for source, epochs in result["epochs"].items()
+        ],
+    )
+    out.print(
+        f"reach {result['reach']:.3g} (the paper's: {result['published_reach']:.3g}): with less, shares stay nearer to "
+        "equal",
+        soft_wrap=True,
+    )
+    out.print(doge.mixture_line(result), soft_wrap=True)

@@ -1,0 +1,431 @@
+"""DoGE, domain reweighting with generalization estimation (Fan, Pagliardini, Jaggi; arXiv 2310.15393): the mixture of
+sources that serves all of them best, or a target, learned in one run of a small proxy model.
+
+A source deserves its share if a step on it lowers the loss on others: if its gradient points where theirs do. Weights w
+over K sources start uniform. In each step, at the learning rate η of the proxy's schedule:
+
+    g_j    the gradient on windows of source j, clipped to `optimizer.clip`
+    s_j    η·⟨g_j, Σ_{i≠j} g_i⟩ / mean‖g‖        universal: what helps the other sources
+           η·⟨g_j, g_target⟩ / mean‖g‖            for a target, which is read but never trained on
+    w_j    ∝ w_j·exp(clip(s_j, 0, 5η) / μ)         μ = 0.01, for a target 0.05
+    θ      one step of AdamW on Σ_j w_j·g_j
+
+and the result is the average of w over all steps. Inner products are over all parameters, in fp32. The limits of the
+scores, μ, and the division by the mean norm of the K clipped gradients are those of the authors' code, Olivia-fsm/DoGE
+on GitHub (which means to leave out i = j too, but keeps it: it compares sets of tensors, and those are never equal).
+
+How far weights can move is bounded by the *reach* Σ η/μ: over a run, log w_a - log w_b changes by the reach times the
+mean difference of their alignments ⟨g_j, …⟩/mean‖g‖, where none is clipped. A short proxy run thus ends near equal
+shares whatever the sources are like: read its scores, not its weights, or train longer.
+
+The proxy run is the first phase of a recipe without its evaluations, grid and early stopping, and every source (and the
+target) reads `batch.sequences` windows in each step, so a step costs as much as K (K + 1) of the recipe's. It needs the
+memory of K + 1 (K + 2) more copies of the parameters in fp32. One process; of `engine`, only checkpointing, fp8 and
+deterministic matter.
+
+Legend: K sources that are trained on, R = K or, with a target, K + 1 rows, N parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from spt_fast.config import Recipe, recipe_from
+from spt_fast.data.loader import Batch, Loader
+from spt_fast.data.mixture import Mixture
+from spt_fast.data.schedule import Schedule
+from spt_fast.errors import CheckpointError, RecipeError, nearest
+from spt_fast.files import is_temporary, write_text
+from spt_fast.model.flops import parameters
+from spt_fast.train import checkpoint
+from spt_fast.train.checkpoint import Checkpoint, Retention
+from spt_fast.train.engine import LocalEngine, pick_device, pick_dtype, use_deterministic_algorithms, weights_of
+from spt_fast.train.loop import MAX_SKIPPED_IN_A_ROW
+from spt_fast.train.lr import learning_rate
+from spt_fast.train.metrics import PLAIN_LINE_EVERY_S
+from spt_fast.train.optim import Snapshot
+from spt_fast.train.plan import Plan, make_plan
+from spt_fast.train.signals import StopRequest
+from spt_fast.train.world import ALONE
+
+MU_UNIVERSAL = 0.01
+MU_TARGET = 0.05
+SCORE_LIMIT = 5.0
+"""The largest score, in learning rates."""
+PUBLISHED_RATES = 2.975
+"""Σ η of the authors' configuration: 10,000 steps, 500 of them warm-up to 5e-4, then a cosine to 1e-4."""
+
+
+def reweight(
+    recipe: Recipe, out: Path, *, target: str | None = None, resume: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """Learn weights for the sources of the recipe's first phase (less the target); returns weights.json as a dict.
+
+    `weights`: the average weight by source; `mixture`: the same in percent, rounded to tenths that sum to 100 exactly,
+    as a recipe takes it; `last_weights`; `scores`: their means before clipping; `clipped`: the share of steps in which
+    a score was; `reach` and that of the authors' configuration, `published_reach`; `epochs` that were read of each
+    source; `settings`; `skipped` steps, whose gradients weren't finite; `seconds`; `trajectory`: step, lr, weights,
+    scores and losses (nats per token) of the first and last step and every `log.every`.
+
+    SIGTERM, SIGINT or SIGUSR1 end it after a checkpoint with {"status": "stopped", "reason": …}; `resume` goes on from
+    there to the same bits, or starts afresh where there is nothing to go on from. Raises RecipeError, DataError or
+    CheckpointError for what a user can mend.
+    """
+    sources = _sources(recipe, target)
+    if recipe.engine.deterministic:
+        use_deterministic_algorithms()
+    finished = _check_folder(out, recipe, target, resume)
+    if finished:
+        return finished
+    plan = make_plan(recipe)
+    found = checkpoint.newest(out / "checkpoints") if resume else None
+    if found:
+        plan.check_same_data(found.state["data"], found.path)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "reweight.json", json.dumps({"recipe": recipe.plain(), "target": target}, indent=1))
+    with StopRequest() as stop:
+        study = _Study(plan, sources, target, out, found, Console(quiet=not progress, stderr=True))
+        if not study.run(stop):
+            return {"status": "stopped", "reason": stop.signal}
+    result = study.result()
+    write_text(out / "weights.json", json.dumps(result, indent=1))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the proxy model has served its purpose
+    return result
+
+
+def alignments(gram: np.ndarray, *, target: bool) -> np.ndarray:
+    """fp64 [K]: the scores in learning rates, from the inner products [R, R] of the clipped gradients; a target's is
+    the last row."""
+    trained = len(gram) - target
+    helped = gram[:trained, -1] if target else gram.sum(axis=1) - gram.diagonal()
+    return helped / (np.sqrt(gram.diagonal()[:trained]).mean() + 1e-6)
+
+
+def reweighted(weights: np.ndarray, scores: np.ndarray, mu: float) -> np.ndarray:
+    """fp64 [K]: softmax(log w + score / μ)."""
+    logits = np.log(weights) + scores / mu
+    raised = np.exp(logits - logits.max())
+    return np.maximum(raised / raised.sum(), np.finfo(np.float64).tiny)  # a weight of 0 could never rise again
+
+
+def percentages(weights: Mapping[str, float]) -> dict[str, str]:
+    """Weights that sum to 1 in tenths of a percent that sum to 100% exactly, by largest remainder."""
+    tenths = {source: int(weight * 1000) for source, weight in weights.items()}
+    by_remainder = sorted(weights, key=lambda source: tenths[source] - weights[source] * 1000)
+    for source in by_remainder[: 1000 - sum(tenths.values())]:
+        tenths[source] += 1
+    return {source: f"{parts // 10}.{parts % 10}%" for source, parts in tenths.items()}
+
+
+def mixture_line(result: Mapping[str, Any]) -> str:
+    """A line of YAML for the phase of a recipe: `mixture: {general: 61.2%, web: 38.8%}`."""
+    flow = yaml.safe_dump(result["mixture"], default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    return f"mixture: {flow.strip()}"
+
+
+def _sources(recipe: Recipe, target: str | None) -> list[str]:
+    if target is not None and target not in recipe.sources:
+        raise RecipeError(f"--target: no source {target!r}; {nearest(target, recipe.sources)}")
+    phase = recipe.phases[0]
+    sources = sorted(source for source, share in phase.mixture.items() if share and source != target)
+    if len(sources) < 2:
+        besides = "" if target is None else f" besides the target {target!r}"
+        raise RecipeError(
+            f"phases[{phase.name}].mixture: names {len(sources)} source{besides}; weighing takes at least two, so add "
+            "some (their shares don't matter here)"
+        )
+    return sources
+
+
+def _check_folder(out: Path, recipe: Recipe, target: str | None, resume: bool) -> dict[str, Any] | None:
+    """Refuse to overwrite anything, or to go on with something else; the result of one that is done."""
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"--out: {out} is a file; choose another name")
+    begun = out / "reweight.json"
+    if not begun.exists():
+        if out.exists() and not all(is_temporary(path) for path in out.iterdir()):
+            raise RecipeError(f"--out: folder {out} exists and holds no reweighting; choose another name or empty it")
+        return None
+    if not resume:
+        raise RecipeError(f"--out: folder {out} exists; add --resume to go on with it, or choose another name")
+    try:
+        before = json.loads(begun.read_text(encoding="utf-8"))
+        changes = recipe_from(before["recipe"]).changes(recipe)
+        if before["target"] != target:
+            changes.append(f"--target: {before['target']} → {target}")
+        done = out / "weights.json"
+        finished = json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{out}: is damaged ({error}); choose another folder to start afresh") from None
+    if changes:
+        listed = "\n  ".join(changes)
+        raise RecipeError(
+            f"--out: folder {out} was begun with another recipe; undo this or choose another:\n  {listed}"
+        )
+    return finished
+
+
+@dataclass
+class _State:
+    """Where the study stands, besides the proxy's tensors. Lists are by source, in the order of their names."""
+
+    weights: list[float]
+    weight_sums: list[float]
+    score_sums: list[float]
+    clipped: list[int]
+    lr_sum: float = 0.0
+    step: int = 0
+    counted: int = 0
+    """Steps that changed the weights: all but those with a gradient that is not finite."""
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    trajectory: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def uniform(cls, sources: int) -> _State:
+        return cls([1 / sources] * sources, [0.0] * sources, [0.0] * sources, [0] * sources)
+
+
+class _Proxy:
+    """The model that is trained along, and the gradient of every row."""
+
+    def __init__(self, plan: Plan, rows: int, dtype: torch.dtype, current: Snapshot | None) -> None:
+        phase = plan.phases[0].phase
+        model = plan.starting_model()
+        if phase.untie:
+            model.untie()
+        start = weights_of(model)
+        self.engine = LocalEngine(model, device=pick_device(), dtype=dtype)
+        self.engine.begin(phase.optimizer, phase.anchor, start, current=current)
+        self.params = list(self.engine.model.parameters())
+        count = sum(param.numel() for param in self.params)
+        self.gradients_RN = torch.zeros(rows, count, dtype=torch.float32, device=self.engine.device)
+
+    def measure(
+        self, batches: Sequence[Sequence[Batch]], interrupted: Callable[[], bool]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """(inner products of the rows' gradients [R, R], their losses [R]), fp64; None where it was interrupted."""
+        losses_R = torch.zeros(len(batches), device=self.engine.device)
+        self.gradients_RN.zero_()
+        for row, micro_batches in enumerate(batches):
+            self._point_to(self.gradients_RN[row])
+            for batch in micro_batches:
+                if interrupted():
+                    return None
+                loss = self.engine.model(batch.tokens, batch.targets, batch.cu_seqlens) / len(micro_batches)
+                loss.backward()
+                losses_R[row] += loss.detach()
+        gram_RR = self.gradients_RN @ self.gradients_RN.T
+        return gram_RR.double().cpu().numpy(), losses_R.double().cpu().numpy()
+
+    def step(self, weights: np.ndarray, lr: float) -> None:
+        """One update along the sum of the first K gradients, each times its weight."""
+        weights_K = torch.from_numpy(weights).to(self.gradients_RN)
+        combined_N = weights_K @ self.gradients_RN[: len(weights)]
+        self._point_to(combined_N)
+        never = torch.zeros((), dtype=torch.bool, device=self.engine.device)
+        self.engine.optimizer.step(lr, torch.linalg.vector_norm(combined_N), never)
+
+    def _point_to(self, flat_N: Tensor) -> None:
+        """Have the parameters' gradients lie in `flat_N`, where the backward pass adds to them in place."""
+        parts = flat_N.split([param.numel() for param in self.params])
+        for param, part in zip(self.params, parts, strict=True):
+            param.grad = part.view(param.shape)
+
+
+class _Study:
+    """The steps of a reweighting, from where the newest checkpoint stands."""
+
+    def __init__(
+        self, plan: Plan, sources: list[str], target: str | None, out: Path, found: Checkpoint | None, console: Console
+    ) -> None:
+        self.plan, self.sources, self.target, self.console = plan, sources, target, console
+        self.rows = sources if target is None else [*sources, target]
+        self.phase = plan.phases[0]
+        self.mu = MU_UNIVERSAL if target is None else MU_TARGET
+        self.state, self.saved_step = _State.uniform(len(sources)), -1
+        self.dtype, current = pick_dtype(plan.recipe.precision, pick_device()), None
+        if found:
+            self.state = _State(**found.state["study"])
+            self.saved_step = self.state.step
+            self.dtype, current = getattr(torch, found.state["dtype"]), checkpoint.load(found.path)["current"]
+            for path, reason in found.skipped.items():
+                console.print(f"skipped a damaged checkpoint: {reason}", highlight=False, soft_wrap=True)
+                checkpoint.set_aside(path)
+        self.proxy = _Proxy(plan, len(self.rows), self.dtype, current)
+        self.writer = checkpoint.Writer(out / "checkpoints", ALONE, Retention(plan.recipe.checkpoint.keep))
+
+    def run(self, stop: StopRequest) -> bool:
+        """All steps that are left; False, with a checkpoint written, where it was asked to stop."""
+        state, steps, recipe = self.state, self.phase.steps, self.plan.recipe
+        save_every = recipe.checkpoint.every.steps(self.phase.tokens_per_step, steps)
+        began, seconds_before, first = time.monotonic(), state.seconds, state.step
+        finished = True
+        with ExitStack() as open_, _Display(self.console, steps) as display:
+            loaders = [open_.enter_context(self._loader(source)) for source in self.rows]
+            for turns in zip(*loaders, strict=True):
+                measured = self.proxy.measure([micro_batches for _, micro_batches in turns], stop)
+                if measured is None:
+                    finished = False
+                    break
+                self._advance(*measured)
+                state.seconds = seconds_before + time.monotonic() - began
+                display.show(state.step, first, state.seconds - seconds_before, self._by_source(state.weights))
+                if state.step % save_every == 0 and state.step < steps:
+                    self._save()
+        if (
+            not finished and state.step != self.saved_step
+        ):  # else the only copy of this place would be replaced by itself
+            self._save()
+        self.writer.finish()
+        return finished
+
+    def _advance(self, gram: np.ndarray, losses: np.ndarray) -> None:
+        """New weights, then a step of the proxy by them. A step with anything that isn't finite changes neither."""
+        state, phase, sources = self.state, self.phase.phase, len(self.sources)
+        lr = learning_rate(phase.schedule, phase.optimizer.lr, state.step, self.phase.steps, self.phase.tokens_per_step)
+        state.step += 1
+        if not (np.isfinite(gram).all() and np.isfinite(losses).all()):
+            state.skipped_in_a_row += 1
+            if state.skipped_in_a_row >= min(MAX_SKIPPED_IN_A_ROW, self.phase.steps):
+                raise RuntimeError(
+                    f"a loss or gradient was not finite in the {state.skipped_in_a_row} steps up to {state.step}: "
+                    "lower optimizer.lr or lengthen the warm-up"
+                )
+            return
+        state.skipped_in_a_row = 0
+        norms = np.sqrt(gram.diagonal())
+        scale = np.minimum(1, phase.optimizer.clip / (norms + 1e-6)) if phase.optimizer.clip else np.ones_like(norms)
+        scores = alignments(gram * np.outer(scale, scale), target=self.target is not None)
+        kept = np.clip(scores, 0, SCORE_LIMIT)
+        weights = reweighted(np.array(state.weights), lr * kept, self.mu)
+        self.proxy.step(weights * scale[:sources], lr)
+
+        state.counted += 1
+        state.lr_sum += lr
+        state.weights = weights.tolist()
+        state.weight_sums = (np.array(state.weight_sums) + weights).tolist()
+        state.score_sums = (np.array(state.score_sums) + lr * scores).tolist()
+        state.clipped = (np.array(state.clipped) + (scores != kept)).tolist()
+        log_every = self.plan.recipe.log.every.steps(self.phase.tokens_per_step, self.phase.steps)
+        if state.counted == 1 or state.step == self.phase.steps or state.step % log_every == 0:
+            state.trajectory.append(
+                {
+                    "step": state.step,
+                    "lr": lr,
+                    "weights": self._by_source(state.weights),
+                    "scores": self._by_source((lr * scores).tolist()),
+                    "losses": dict(zip(self.rows, losses.tolist(), strict=True)),
+                }
+            )
+
+    def _loader(self, source: str) -> Loader:
+        plan, sequences = self.plan, self.phase.phase.batch.sequences
+        alone = Mixture({source: 1})
+        return Loader(
+            Schedule(alone, {source: plan.rings[source]}, sequences, {source: 0}, plan.recipe.seed, 0),
+            {source: plan.train[source]},
+            plan.model.context,
+            micro=self.phase.micro(1),
+            vocab_size=plan.model.vocab_size,
+            first_step=self.state.step,
+            last_step=self.phase.steps,
+            documents=self.phase.phase.documents,
+            device=self.proxy.engine.device,
+        )
+
+    def _save(self) -> None:
+        self.saved_step = self.state.step
+        state = {
+            "study": asdict(self.state),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "data": self.plan.digests(),
+        }
+        self.writer.save(f"step-{self.state.step:010d}", state, {"current": self.proxy.engine.snapshot(state=True)})
+
+    def _by_source(self, values: Sequence[float], divisor: float = 1) -> dict[str, float]:
+        return {source: value / divisor for source, value in zip(self.sources, values, strict=True)}
+
+    def result(self) -> dict[str, Any]:
+        """What weights.json says."""
+        state, phase, by_source = self.state, self.phase, self._by_source
+        windows = state.step * phase.phase.batch.sequences
+        weights = by_source(state.weight_sums, sum(state.weight_sums))
+        return {
+            "status": "done",
+            "target": self.target,
+            "weights": weights,
+            "mixture": percentages(weights),
+            "last_weights": by_source(state.weights),
+            "scores": by_source(state.score_sums, state.counted),
+            "clipped": by_source(state.clipped, state.counted),
+            "reach": state.lr_sum / self.mu,
+            "published_reach": PUBLISHED_RATES / self.mu,
+            "epochs": {source: float(self.plan.epochs(source, windows)) for source in self.rows},
+            "settings": {
+                "parameters": parameters(self.plan.model),
+                "steps": phase.steps,
+                "tokens_per_source": windows * self.plan.model.context,
+                "mu": self.mu,
+                "score_limit": SCORE_LIMIT,
+                "lr": phase.phase.optimizer.lr,
+                "clip": phase.phase.optimizer.clip,
+                "seed": self.plan.recipe.seed,
+                "precision": str(self.dtype).removeprefix("torch."),
+                "device": self.proxy.engine.device.type,
+                "data": self.plan.digests(),
+            },
+            "skipped": state.step - state.counted,
+            "seconds": state.seconds,
+            "trajectory": state.trajectory,
+        }
+
+
+class _Display:
+    """A progress bar on a terminal, and a line now and then elsewhere."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console, self._steps, self._last_line = console, steps, time.monotonic()
+        self._bar = Progress(
+            TextColumn("reweight"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.fields[weights]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=console.quiet or not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, weights="")
+
+    def __enter__(self) -> _Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, step: int, first: int, seconds: float, weights: Mapping[str, float]) -> None:
+        """`step` steps are done, those after `first` in the last `seconds`."""
+        listed = " ".join(f"{source} {weight:.1%}" for source, weight in weights.items())
+        self._bar.update(self._task, completed=step, weights=listed)
+        if not self._console.is_terminal and time.monotonic() - self._last_line >= PLAIN_LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            eta_s = seconds / (step - first) * (self._steps - step)
+            self._console.print(
+                f"reweight: step {step}/{self._steps} · {listed} · ETA {eta_s:.0f} s", highlight=False, soft_wrap=True
+            )
