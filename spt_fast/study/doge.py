@@ -141,6 +141,8 @@ def _sources(recipe: Recipe, target: str | None) -> list[str]:
     if target is not None and target not in recipe.sources:
         raise RecipeError(f"--target: no source {target!r}; {nearest(target, recipe.sources)}")
     phase = recipe.phases[0]
+    if phase.freeze != "none":
+        raise RecipeError(f"phases[{phase.name}].freeze: scores are of whole gradients; leave it out")
     sources = sorted(source for source, share in phase.mixture.items() if share and source != target)
     if len(sources) < 2:
         besides = "" if target is None else f" besides the target {target!r}"

@@ -329,6 +329,8 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
         name = f"{trunk}_{label}_s{branch.seed}"
         folder = study.folder / "runs" / name
         phases = _phases(study, stage, share, budgets, late, lr, anchor)
+        if start == "frozen embeddings":
+            phases = [phase | {"freeze": "embeddings"} for phase in phases]
         if name not in runs:
             raw = {
                 "run": str(folder),
@@ -344,6 +346,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
                 raw["model"] = {key: value for key, value in vars(branch.model).items() if value is not None}
             else:
                 raw["init"] = branch.weights
+                raw["init_only"] = None if start == "pretrained" else "embeddings"
             recipe = recipe_from(raw)
             if len(budgets) > 1:
                 _check_plateau(recipe, branch, f"stages[{axes.name}]")

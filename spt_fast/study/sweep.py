@@ -187,7 +187,7 @@ def _without_parent(study: Study, run: Run) -> Recipe:
     """The recipe with weights of the same shape that are there already."""
     if run.after is None:
         return run.recipe
-    return dataclasses.replace(run.recipe, init=study.init, model=run.model)
+    return dataclasses.replace(run.recipe, init=study.init, init_only=None, model=run.model)
 
 
 def _speed(plan: Plan, finished: Sequence[Run], *, jobs: int, gpu: str | None, mfu: float | None) -> Speed:

@@ -284,7 +284,10 @@ def _entering(past: Past, phase: Phase, recipe: Recipe, done: dict[str, Any]) ->
     if phase.schedule.carry_on:
         return past
     optimizer = phase.with_overrides(phase.arms()[done["arm"]]).optimizer
-    return past.begin_stage(optimizer.lr, phase.anchor, "pretrained" if past.stage >= 0 else "scratch")
+    start = "scratch" if past.stage < 0 else "pretrained"
+    if recipe.init_only and phase is recipe.phases[0]:
+        start = "frozen embeddings" if phase.freeze == "embeddings" else "embeddings"
+    return past.begin_stage(optimizer.lr, phase.anchor, start)
 
 
 def _past_of_start(folder: Path, recipe: Recipe, domain: str) -> Past:

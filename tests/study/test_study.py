@@ -12,6 +12,7 @@ import pytest
 
 from spt_fast.errors import RecipeError
 from spt_fast.study.study import Run, expand, study_from
+from spt_fast.study.sweep import load_study, ready_studies
 from tests.study.tiny_study import STEP, raw_study
 
 
@@ -114,6 +115,26 @@ def test_scratch_arms_are_shared_and_start_from_nothing(raw: dict[str, Any]) -> 
     assert scratch[0].after is None
     assert scratch[0].recipe.init is None
     assert scratch[0].recipe.model == next(run for run in runs if run.stage == 0).recipe.model
+
+
+def test_embeddings_alone_are_taken_over_and_kept_still(raw: dict[str, Any]) -> None:
+    raw = changed(raw, 1, start=["embeddings", "frozen embeddings"], untie=True)
+    tunes = [run for run in runs_of(raw) if run.stage == 1]
+    assert {(run.recipe.init_only, run.recipe.phases[0].freeze) for run in tunes} == {
+        ("embeddings", "none"),
+        ("embeddings", "embeddings"),
+    }
+    assert all(run.after and run.recipe.init for run in tunes)
+
+
+def test_every_ready_study_is_a_study() -> None:
+    given = {"general": "data/general", "domain": "data/chem", "tokenizer": "data/bpe.tiktoken", "out": "studies/chem"}
+    for name in ready_studies():
+        runs = expand(load_study(name, given=given))
+        assert all(run.recipe.sources["domain"].heldout == "data/chem.heldout" for run in runs)
+    assert ready_studies() == ["dcpt", "forgetting", "scratch-vs-pretrained", "spt"]
+    with pytest.raises(RecipeError, match="spt is a ready study and needs your data: give --tokenizer, --out too"):
+        load_study("spt", given=given | {"tokenizer": None, "out": None})
 
 
 def test_simulated_epoching_repeats_the_domain_as_often_as_the_large_run(raw: dict[str, Any]) -> None:

@@ -180,6 +180,25 @@ def test_a_diverged_run_is_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert table[table["status"] == "done"]["run"].nunique() == 3
 
 
+def test_arms_that_start_from_less_know_what_they_start_from(tmp_path: Path) -> None:
+    raw = raw_study(tmp_path)
+    raw["stages"][0] |= {"delta": 0, "budgets": [10 * STEP]}
+    raw["stages"][1] |= {"start": ["pretrained", "scratch", "embeddings", "frozen embeddings"], "untie": True}
+    assert [cost.runs for cost in costs(study_from(raw), jobs=1)] == [1, 4]
+    table, outcome = sweep(study_from(raw), quiet())
+    assert not outcome.failed
+    tunes = table[table["delta"] == 1]
+    assert dict(zip(tunes["start"], tunes["stage"], strict=True)) == {
+        "pretrained": 1,
+        "scratch": 0,
+        "embeddings": 1,
+        "frozen embeddings": 1,
+    }
+    first = tunes[tunes["tokens"] == 0].set_index("start")["domain_heldout"]
+    assert first["embeddings"] == first["frozen embeddings"] != first["scratch"]
+    assert first["pretrained"] < first["scratch"]
+
+
 def test_a_users_mistake_ends_the_sweep(tmp_path: Path) -> None:
     raw = raw_study(tmp_path)
     raw["sources"]["chem"]["train"] = str(tmp_path / "nowhere")
