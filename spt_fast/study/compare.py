@@ -1,8 +1,9 @@
 """Runs side by side: what specialized pretraining gains in the domain, and how much less is forgotten for it.
 
-An *arm* is all runs with the same delta (the domain's share of the pretraining tokens) and the same pretraining budget;
-its runs differ by seed. NPT is the arm with delta = 0. Losses are held-out, in nats per token. The definitions are
-those of "The Finetuner's Fallacy", arXiv 2603.16177:
+An *arm* is all runs with the same treatment (delta, the domain's share of the pretraining tokens; replay, the others'
+share of the finetune; its anchor) and the same pretraining budget; its runs differ by seed. NPT is delta = 0, and what
+an arm is held against is NPT with the same finetune, where there is one, else NPT with the plainest. Losses are
+held-out, in nats per token. The definitions are those of "The Finetuner's Fallacy", arXiv 2603.16177:
 
     R_gain(delta)       100 · (L_NPT→FT − L_SPT(delta)→FT) / L_NPT→FT, L the domain loss after finetuning
     forgetting          general loss after finetuning − before
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from spt_fast.errors import RecipeError
 from spt_fast.study import figures
-from spt_fast.study.runs import FinetunePath, Run, arm_name, check_comparable, delta_key, differences
+from spt_fast.study.runs import FinetunePath, Run, Treatment, check_comparable, differences
 
 FIGURES = (
     "domain_epochs",
@@ -61,12 +62,14 @@ def compare(run_folders: Sequence[str | Path]) -> dict[str, Any]:
                      largest of those at which the most arms, NPT among them, can be compared
     runs             a row of figures per run; `paths` holds, per arm of its finetune's grid (`arm` is the one kept),
                      the evaluations as [tokens finetuned, domain loss, general loss]
-    arms             per (delta, tokens), mean, min, max and std over seeds of each figure, and R_gain
-    r_gain           {delta: {mean, low, high, per_seed}} in percent, seed by seed against NPT; None without NPT
-    compute_multiplier  {delta: factor}, None where NPT's budgets don't bracket SPT's loss; None without NPT
-    general_at_equal_domain  {domain_loss, general: {delta: statistics}}
-    verdict          {figure: {delta: ...}}, whether the arms differ by more than seeds do; see `_judge`
+    arms             per treatment and tokens, mean, min, max and std over seeds of each figure, and R_gain
+    r_gain           {arm: {mean, low, high, per_seed}} in percent, seed by seed against NPT; None without NPT
+    compute_multiplier  {arm: factor}, None where NPT's budgets don't bracket SPT's loss; None without NPT
+    general_at_equal_domain  {domain_loss, general: {arm: statistics}}
+    verdict          {figure: {arm: ...}}, whether the arms differ by more than seeds do; see `_judge`
     warnings         what else differs between the runs
+
+    Arms are written as their delta, "0.05", with what their finetune adds, "0.05 replay 0.01 anchor 0.1".
 
     Raises RecipeError or CheckpointError for runs that are unfinished, lack pretraining or a finetune, are the same arm
     and seed, or differ in domain, held-out text, tokenizer or model.
@@ -78,25 +81,41 @@ def compare(run_folders: Sequence[str | Path]) -> dict[str, Any]:
     rows = [_row(run) for run in runs]
     arms = _by_arm(rows)
     budget = _widest_budget(arms)
-    compared = {delta: arm for (delta, tokens), arm in arms.items() if tokens == budget}
+    compared = _at(arms, budget)
     equal_domain = _add_general_at_equal_domain(rows, budget)
     return {
         "domain": runs[0].domain,
         "general": runs[0].general,
         "tokens": budget,
         "runs": rows,
-        "arms": [_arm_figures(delta, tokens, arm, arms.get((0.0, tokens))) for (delta, tokens), arm in arms.items()],
-        "r_gain": {delta_key(d): _gain(arm, compared[0.0]) for d, arm in compared.items() if d}
-        if 0.0 in compared
+        "arms": [_arm_figures(treatment, tokens, arm, _at(arms, tokens)) for (treatment, tokens), arm in arms.items()],
+        "r_gain": {
+            treatment.key: _gain(arm, compared[base])
+            for treatment, arm in compared.items()
+            if (base := _held_against(treatment, compared)) is not None
+        }
+        if any(treatment.delta == 0 for treatment in compared)
         else None,
         "compute_multiplier": _compute_multipliers(arms),
         "general_at_equal_domain": {
             "domain_loss": equal_domain,
-            "general": {delta_key(d): _statistics(arm, "general_at_equal_domain") for d, arm in compared.items()},
+            "general": {t.key: _statistics(arm, "general_at_equal_domain") for t, arm in compared.items()},
         },
         "verdict": {figure: _verdicts(figure, compared) for figure in JUDGED},
         "warnings": differences(runs),
     }
+
+
+def _at(arms: dict[tuple[Treatment, int], Arm], budget: int) -> dict[Treatment, Arm]:
+    return {treatment: arm for (treatment, tokens), arm in arms.items() if tokens == budget}
+
+
+def _held_against(treatment: Treatment, arms: Iterable[Treatment]) -> Treatment | None:
+    """NPT with the same finetune, else with the plainest; None for that one itself, and where there is no NPT."""
+    npt = sorted(other for other in arms if other.delta == 0)
+    same = treatment._replace(delta=0.0)
+    found = same if treatment.delta and same in npt else next(iter(npt), None)
+    return None if found == treatment else found
 
 
 def _row(run: Run) -> Row:
@@ -109,10 +128,10 @@ def _row(run: Run) -> Row:
     return {
         "name": run.folder.resolve().name,
         "folder": str(run.folder),
-        "delta": float(run.delta),
+        **run.treatment._asdict(),
         "seed": run.summary["seed"],
-        "tokens": sum(phase["tokens"] for phase in run.pretraining),
-        "domain_epochs": math.fsum(phase["epochs"].get(run.domain, 0.0) for phase in run.pretraining),
+        "tokens": sum(done["tokens"] for _, done in run.pretraining),
+        "domain_epochs": math.fsum(done["epochs"].get(run.domain, 0.0) for _, done in run.pretraining),
         "domain_before": domain_before,
         "domain_after": domain_after,
         "general_before": general_before,
@@ -125,25 +144,34 @@ def _row(run: Run) -> Row:
     }
 
 
-def _by_arm(rows: Iterable[Row]) -> dict[tuple[float, int], Arm]:
-    """Rows by (delta, tokens), then by seed; budgets, deltas and seeds ascend."""
-    arms: dict[tuple[float, int], Arm] = {}
-    for row in sorted(rows, key=lambda row: (row["tokens"], row["delta"], row["seed"])):
-        arm = arms.setdefault((row["delta"], row["tokens"]), {})
+def treatment_of(row: Row) -> Treatment:
+    """The treatment of a run's or an arm's figures."""
+    return Treatment(row["delta"], row["replay"], row["anchor"])
+
+
+def _by_arm(rows: Iterable[Row]) -> dict[tuple[Treatment, int], Arm]:
+    """Rows by treatment and tokens, then by seed; budgets, treatments and seeds ascend."""
+    arms: dict[tuple[Treatment, int], Arm] = {}
+    for row in sorted(rows, key=lambda row: (row["tokens"], treatment_of(row), row["seed"])):
+        treatment = treatment_of(row)
+        arm = arms.setdefault((treatment, row["tokens"]), {})
         same = arm.setdefault(row["seed"], row)
         if same is not row:
             raise RecipeError(
-                f"{same['folder']} and {row['folder']} have the same delta ({delta_key(row['delta'])}), the same "
+                f"{same['folder']} and {row['folder']} have the same delta ({treatment.key}), the same "
                 f"pretraining tokens ({row['tokens']:,}) and the same seed ({row['seed']}); give one of them"
             )
     return arms
 
 
-def _widest_budget(arms: dict[tuple[float, int], Arm]) -> int:
-    deltas = {tokens: {delta for delta, t in arms if t == tokens} for _, tokens in arms}
-    return max(
-        deltas, key=lambda tokens: (0.0 in deltas[tokens] and len(deltas[tokens]) > 1, len(deltas[tokens]), tokens)
-    )
+def _widest_budget(arms: dict[tuple[Treatment, int], Arm]) -> int:
+    """That at which the most arms, NPT among them, can be compared."""
+
+    def breadth(tokens: int) -> tuple[bool, int, int]:
+        treatments = _at(arms, tokens)
+        return any(t.delta == 0 for t in treatments) and len(treatments) > 1, len(treatments), tokens
+
+    return max({tokens for _, tokens in arms}, key=breadth)
 
 
 def _add_general_at_equal_domain(rows: list[Row], budget: int) -> float:
@@ -165,13 +193,14 @@ def general_when(path: FinetunePath, domain_loss: float) -> float:
     raise AssertionError(f"the path never reaches {domain_loss}")
 
 
-def _arm_figures(delta: float, tokens: int, arm: Arm, npt: Arm | None) -> dict[str, Any]:
+def _arm_figures(treatment: Treatment, tokens: int, arm: Arm, others: dict[Treatment, Arm]) -> dict[str, Any]:
+    base = _held_against(treatment, others)
     return {
-        "delta": delta,
+        **treatment._asdict(),
         "tokens": tokens,
         "seeds": list(arm),
         **{figure: _statistics(arm, figure) for figure in FIGURES},
-        "r_gain": _gain(arm, npt) if delta and npt else None,
+        "r_gain": None if base is None else _gain(arm, others[base]),
     }
 
 
@@ -196,14 +225,17 @@ def _gain(arm: Arm, npt: Arm) -> dict[str, Any] | None:
     return {"mean": fmean(gains), "low": min(gains), "high": max(gains), "per_seed": per_seed}
 
 
-def _compute_multipliers(arms: dict[tuple[float, int], Arm]) -> dict[str, float | None] | None:
-    curves: dict[float, dict[int, float]] = {}
-    for (delta, tokens), arm in arms.items():
-        curves.setdefault(delta, {})[tokens] = fmean(row["domain_after"] for row in arm.values())
-    npt = curves.pop(0.0, None)
-    if npt is None:
+def _compute_multipliers(arms: dict[tuple[Treatment, int], Arm]) -> dict[str, float | None] | None:
+    curves: dict[Treatment, dict[int, float]] = {}
+    for (treatment, tokens), arm in arms.items():
+        curves.setdefault(treatment, {})[tokens] = fmean(row["domain_after"] for row in arm.values())
+    if not any(treatment.delta == 0 for treatment in curves):
         return None
-    return {delta_key(delta): compute_multiplier(npt, spt) for delta, spt in sorted(curves.items())}
+    return {
+        treatment.key: compute_multiplier(curves[base], curve)
+        for treatment, curve in sorted(curves.items())
+        if (base := _held_against(treatment, curves)) is not None
+    }
 
 
 def compute_multiplier(npt: dict[int, float], spt: dict[int, float]) -> float | None:
@@ -218,14 +250,15 @@ def compute_multiplier(npt: dict[int, float], spt: dict[int, float]) -> float | 
     return None
 
 
-def _verdicts(figure: str, arms: dict[float, Arm]) -> dict[str, dict[str, Any]]:
-    """Every arm against the one with the smallest delta."""
-    base = min(arms)
-    return {
-        delta_key(delta): _judge(figure, arm, arms[base], f"{arm_name(delta)} against {arm_name(base)}")
-        for delta, arm in arms.items()
-        if delta != base
-    }
+def _verdicts(figure: str, arms: dict[Treatment, Arm]) -> dict[str, dict[str, Any]]:
+    """Every arm against the NPT that it is held against; without NPT, against the one with the smallest delta."""
+    verdicts = {}
+    for treatment, arm in arms.items():
+        base = _held_against(treatment, arms) or min(arms)
+        if treatment != base:
+            names = f"{treatment.name} against {base.name}"
+            verdicts[treatment.key] = _judge(figure, arm, arms[base], names)
+    return verdicts
 
 
 def _judge(figure: str, arm: Arm, base: Arm, names: str) -> dict[str, Any]:
@@ -281,7 +314,7 @@ def arm_table(result: dict[str, Any]) -> Table:
     for arm in result["arms"]:
         gain = arm["r_gain"]
         table.add_row(
-            arm_name(arm["delta"]),
+            treatment_of(arm).name,
             f"{arm['tokens'] / 1e6:,.4g}M",
             f"{arm['domain_epochs']['mean']:.1f}",
             str(len(arm["seeds"])),
@@ -297,15 +330,16 @@ def _with_spread(mean: float, low: float, high: float, digits: int = 3) -> str:
 
 def findings(result: dict[str, Any]) -> list[str]:
     """What the figures say, a sentence each."""
-    found = [verdict["says"] for by_delta in result["verdict"].values() for verdict in by_delta.values()]
+    names = {treatment_of(arm).key: treatment_of(arm).name for arm in result["arms"]}
+    found = [verdict["says"] for by_arm in result["verdict"].values() for verdict in by_arm.values()]
     equal = result["general_at_equal_domain"]
     if len(equal["general"]) > 1:
-        losses = ", ".join(f"{arm_name(float(delta))} {loss['mean']:.3f}" for delta, loss in equal["general"].items())
+        losses = ", ".join(f"{names[arm]} {loss['mean']:.3f}" for arm, loss in equal["general"].items())
         level = f"{equal['domain_loss']:.3f}"
         found.append(f"when the finetune comes down to a domain loss of {level}, the general loss is at: {losses}")
-    for delta, factor in (result["compute_multiplier"] or {}).items():
+    for arm, factor in (result["compute_multiplier"] or {}).items():
         if factor:
-            found.append(f"{arm_name(float(delta))} does with its tokens what NPT does with {factor:.2f} times as many")
+            found.append(f"{names[arm]} does with its tokens what NPT does with {factor:.2f} times as many")
     return found
 
 

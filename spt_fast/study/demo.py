@@ -19,10 +19,9 @@ from rich.console import Console
 from spt_fast.config import load_recipe
 from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
-from spt_fast.study.compare import arm_table, compare, write
+from spt_fast.study.compare import arm_table, compare, treatment_of, write
 from spt_fast.study.corpora import write_domain, write_general
 from spt_fast.study.launch import minutes, train_side_by_side
-from spt_fast.study.runs import arm_name, delta_key
 
 GENERAL, DOMAIN = "prose", "cpp"
 
@@ -152,18 +151,18 @@ def _quoted(path: Path) -> str:
 def conclusion(result: dict[str, Any]) -> list[str]:
     """What came out, for someone who reads nothing else."""
     npt, spt = result["arms"]
-    delta = delta_key(spt["delta"])
-    verdicts = {figure: by_delta[delta] for figure, by_delta in result["verdict"].items()}
-    gain = result["r_gain"][delta]["mean"]
+    arm = treatment_of(spt)
+    verdicts = {figure: by_arm[arm.key] for figure, by_arm in result["verdict"].items()}
+    gain = result["r_gain"][arm.key]["mean"]
     equal = {key: losses["mean"] for key, losses in result["general_at_equal_domain"]["general"].items()}
-    forgot = [arm["forgetting"]["mean"] for arm in (npt, spt)]
-    name, epochs = arm_name(spt["delta"]), spt["domain_epochs"]["mean"]
+    forgot = [figures["forgetting"]["mean"] for figures in (npt, spt)]
+    name, epochs = arm.name, spt["domain_epochs"]["mean"]
     return [
         f"In the domain, {name} ends {abs(gain):.1f}% {'better' if gain > 0 else 'worse'} than NPT, having read its "
         f"text {epochs:.3g} times before the finetune: {_weighed(verdicts['domain_after'])}.",
         f"In general text, the finetune costs {forgot[0]:.2f} nats/token after NPT and {forgot[1]:.2f} after {name}: "
         f"{_weighed(verdicts['forgetting'])}. At the moment when both reach the same domain loss, NPT is at "
-        f"{equal['0']:.2f} in general text and {name} at {equal[delta]:.2f}: "
+        f"{equal['0']:.2f} in general text and {name} at {equal[arm.key]:.2f}: "
         f"{_weighed(verdicts['general_at_equal_domain'])}.",
         "A model this small, trained this briefly, shows which way it goes, not how far it will go for you.",
     ]

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from spt_fast.study.runs import FinetunePath, arm_name, delta_key
+from spt_fast.study.runs import FinetunePath, Treatment
 
 NPT_COLOUR = "#4d4d4d"
 SPT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -26,12 +26,13 @@ LINE_HEIGHT = 0.05
 
 def draw_comparison(result: dict[str, Any], path: Path) -> None:
     """Draw the arms of the compared budget (`result` is `compare`'s) as a PNG, 1600 pixels wide."""
-    arms: dict[float, list[dict[str, Any]]] = {}
-    for row in sorted(result["runs"], key=lambda row: (row["delta"], row["seed"])):
+    arms: dict[Treatment, list[dict[str, Any]]] = {}
+    for row in sorted(result["runs"], key=lambda row: row["seed"]):
         if row["tokens"] == result["tokens"]:
-            arms.setdefault(row["delta"], []).append(row)
-    spt_colours = cycle(SPT_COLOURS)
-    colours = {delta: next(spt_colours) if delta else NPT_COLOUR for delta in arms}
+            arms.setdefault(Treatment(row["delta"], row["replay"], row["anchor"]), []).append(row)
+    arms = dict(sorted(arms.items()))
+    others = cycle(SPT_COLOURS)
+    colours = {arm: NPT_COLOUR if arm == Treatment(0.0, 0.0, 0.0) else next(others) for arm in arms}
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     title = f"Finetuning on {result['domain']!r} after {result['tokens']:,} tokens of pretraining"
@@ -40,30 +41,30 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
     _draw_plane(figure.add_subplot(grid[:, 0]), result, arms, colours)
 
     upper, lower = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
-    gains = {delta: (result["r_gain"] or {}).get(delta_key(delta)) for delta in arms}
-    per_seed = {delta: list(gain["per_seed"].values()) for delta, gain in gains.items() if gain}
+    gains = {arm: (result["r_gain"] or {}).get(arm.key) for arm in arms}
+    per_seed = {arm: list(gain["per_seed"].values()) for arm, gain in gains.items() if gain}
     if per_seed:
         _draw_seeds(upper, per_seed, colours, "R_gain in the domain, over NPT (%)")
         upper.axvline(0, color="0.6", linewidth=0.8)
     else:
-        domain_after = {delta: [row["domain_after"] for row in rows] for delta, rows in arms.items()}
+        domain_after = {arm: [row["domain_after"] for row in rows] for arm, rows in arms.items()}
         _draw_seeds(upper, domain_after, colours, "domain loss after FT (nats/token)")
-    forgotten = {delta: [row["forgetting"] for row in rows] for delta, rows in arms.items()}
+    forgotten = {arm: [row["forgetting"] for row in rows] for arm, rows in arms.items()}
     _draw_seeds(lower, forgotten, colours, "forgetting in FT (nats/token)")
     lower.axvline(0, color="0.6", linewidth=0.8)
     figure.savefig(path, dpi=160)
 
 
 def _draw_plane(
-    axes: Axes, result: dict[str, Any], arms: dict[float, list[dict[str, Any]]], colours: dict[float, str]
+    axes: Axes, result: dict[str, Any], arms: dict[Treatment, list[dict[str, Any]]], colours: dict[Treatment, str]
 ) -> None:
     """Every finetune's path; the kept grid arm is drawn strong up to the weights that are handed on."""
-    for delta, rows in arms.items():
-        colour = colours[delta]
+    for arm, rows in arms.items():
+        colour = colours[arm]
         for row in rows:
-            for arm, path in enumerate(row["paths"]):
+            for position, path in enumerate(row["paths"]):
                 axes.plot(*_domain_and_general(path), color=colour, linewidth=0.8, alpha=0.3, zorder=1)
-                if arm == row["arm"]:
+                if position == row["arm"]:
                     handed_on = _until(path, (row["domain_after"], row["general_after"]))
                     axes.plot(*_domain_and_general(handed_on), color=colour, linewidth=1.8, zorder=2)
             axes.plot(row["domain_before"], row["general_before"], "o", color=colour, markerfacecolor="white", zorder=3)
@@ -90,7 +91,7 @@ def _until(path: FinetunePath, losses: tuple[float, float]) -> FinetunePath:
     return path[: ends[0] + 1] if ends else path
 
 
-def _label_ends(axes: Axes, arms: dict[float, list[dict[str, Any]]], colours: dict[float, str]) -> None:
+def _label_ends(axes: Axes, arms: dict[Treatment, list[dict[str, Any]]], colours: dict[Treatment, str]) -> None:
     """Name each arm to the left of where its finetunes end, names pushed apart so that none covers another."""
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
@@ -98,37 +99,37 @@ def _label_ends(axes: Axes, arms: dict[float, list[dict[str, Any]]], colours: di
     axes.set_ylim(bottom, top)
     line = LINE_HEIGHT * (top - bottom)
     ends = {
-        delta: (min(row["domain_after"] for row in rows), fmean(row["general_after"] for row in rows))
-        for delta, rows in arms.items()
+        arm: (min(row["domain_after"] for row in rows), fmean(row["general_after"] for row in rows))
+        for arm, rows in arms.items()
     }
     free = bottom
-    for delta, (domain, general) in sorted(ends.items(), key=lambda end: end[1][1]):
+    for arm, (domain, general) in sorted(ends.items(), key=lambda end: end[1][1]):
         height = max(general, free)
         free = height + line
         axes.annotate(
-            arm_name(delta),
+            arm.name,
             (domain, general),
             (left - 0.02 * (right - left), height),
-            color=colours[delta],
+            color=colours[arm],
             fontweight="bold",
             ha="right",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colours[delta], "linewidth": 0.6, "alpha": 0.5, "shrinkB": 5},
+            arrowprops={"arrowstyle": "-", "color": colours[arm], "linewidth": 0.6, "alpha": 0.5, "shrinkB": 5},
         )
 
 
-def _draw_seeds(axes: Axes, values: dict[float, list[float]], colours: dict[float, str], title: str) -> None:
+def _draw_seeds(axes: Axes, values: dict[Treatment, list[float]], colours: dict[Treatment, str], title: str) -> None:
     """A row per arm: a ring per seed, and the mean as a bar with its value."""
-    for height, (delta, seeds) in enumerate(values.items()):
+    for height, (arm, seeds) in enumerate(values.items()):
         mean = fmean(seeds)
-        axes.plot(seeds, [height] * len(seeds), "o", color=colours[delta], markerfacecolor="none", markersize=5)
-        axes.plot([mean], [height], "|", color=colours[delta], markersize=16, markeredgewidth=2)
+        axes.plot(seeds, [height] * len(seeds), "o", color=colours[arm], markerfacecolor="none", markersize=5)
+        axes.plot([mean], [height], "|", color=colours[arm], markersize=16, markeredgewidth=2)
         axes.annotate(
-            f"{mean:.2f}", (mean, height), (0, 10), textcoords="offset points", ha="center", color=colours[delta]
+            f"{mean:.2f}", (mean, height), (0, 10), textcoords="offset points", ha="center", color=colours[arm]
         )
-    axes.set_yticks(range(len(values)), [arm_name(delta) for delta in values])
-    for label, delta in zip(axes.get_yticklabels(), values, strict=True):
-        label.set_color(colours[delta])
+    axes.set_yticks(range(len(values)), [arm.name for arm in values])
+    for label, arm in zip(axes.get_yticklabels(), values, strict=True):
+        label.set_color(colours[arm])
     axes.set_ylim(-0.6, len(values) - 0.2)
     axes.margins(x=0.15)
     axes.set_title(title, fontsize=10, loc="left")

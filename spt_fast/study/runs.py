@@ -1,7 +1,8 @@
 """Finished run folders, read for comparison: what was pretrained, how it was finetuned, what came out.
 
-A run is some phases of pretraining and, as its last phase, a finetune. Its *domain* is the source with the largest
-share of the finetune, its *general* source the other one with the largest share of the pretraining.
+A run is some phases of pretraining, its own or those of the run whose weights it started from, and, as its last phase,
+a finetune. Its *domain* is the source with the largest share of the finetune, its *general* source the other one with
+the largest share of the pretraining.
 """
 
 from __future__ import annotations
@@ -12,14 +13,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from spt_fast.config import Phase, Recipe
+from spt_fast.config import Model, Phase, Recipe
 from spt_fast.errors import CheckpointError, RecipeError
-from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.fields import plain
+from spt_fast.train.folder import parent_of, recipe_of, summary_of
 
 FinetunePath = list[tuple[int, float, float]]
 """A finetune's evaluations in order: tokens finetuned, domain loss, general loss (held out, nats per token)."""
+
+
+class Treatment(NamedTuple):
+    """What an arm does with the domain: alike in all its runs, which differ by budget and seed."""
+
+    delta: float
+    """The domain's share of all pretraining tokens."""
+    replay: float
+    """The share of all other sources in the finetune."""
+    anchor: float
+    """The finetune's decay toward the weights that it started from."""
+
+    @property
+    def key(self) -> str:
+        """How it is written where it is a key: "0", "0.05", "0.05 replay 0.01"."""
+        more = f" replay {self.replay:.12g}" if self.replay else ""
+        more += f" anchor {self.anchor:g}" if self.anchor else ""
+        return f"{self.delta:.12g}{more}"
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables and pictures: "NPT", "SPT 5%", "NPT, 1% replay"."""
+        name = f"SPT {100 * self.delta:.4g}%" if self.delta else "NPT"
+        name += f", {100 * self.replay:.4g}% replay" if self.replay else ""
+        return name + (f", anchor {self.anchor:g}" if self.anchor else "")
 
 
 @dataclass(frozen=True)
@@ -31,6 +58,10 @@ class Run:
     summary: dict[str, Any]
     evaluations: list[dict[str, Any]]
     """The "eval" records of metrics.jsonl."""
+    pretraining: list[tuple[Phase, dict[str, Any]]]
+    """The phases before the finetune, and what summary.json says of each."""
+    model: Model
+    """Its shape, as the recipe of the first of them gives it."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Run:
@@ -44,24 +75,21 @@ class Run:
                 f"{folder}: its status is {summary['status']!r}; finish it with `spt-fast train RECIPE --resume`"
             )
         recipe = recipe_of(folder)
-        if len(recipe.phases) == 1:
+        pretraining, model = _before(folder, recipe, summary, recipe.phases[-1].name)
+        if not pretraining:
             raise CheckpointError(
                 f"{folder}: {recipe.phases[0].name!r} is its only phase; what is compared is a finetune, the last "
-                "phase, after pretraining, the phases before it"
+                "phase, after pretraining, the phases before it or those of the run that it starts from"
             )
         metrics = folder / "metrics.jsonl"
         lines = enumerate(_text(metrics).splitlines(), start=1)
         records = [_json(f"{metrics}, line {number}", line) for number, line in lines]
-        return cls(folder, recipe, summary, [record for record in records if record["kind"] == "eval"])
+        evaluations = [record for record in records if record["kind"] == "eval"]
+        return cls(folder, recipe, summary, evaluations, pretraining, model)
 
     @property
     def finetune(self) -> Phase:
         return self.recipe.phases[-1]
-
-    @property
-    def pretraining(self) -> list[dict[str, Any]]:
-        """What summary.json says of each phase before the finetune."""
-        return [self.summary["phases"][phase.name] for phase in self.recipe.phases[:-1]]
 
     @property
     def finetuned(self) -> dict[str, Any]:
@@ -82,13 +110,13 @@ class Run:
         return max(others, key=self.pretraining_share)
 
     @property
-    def delta(self) -> Fraction:
-        """The domain's exact share of all pretraining tokens."""
-        return self.pretraining_share(self.domain)
+    def treatment(self) -> Treatment:
+        replay = 1 - self.finetune.mixture[self.domain]
+        return Treatment(float(self.pretraining_share(self.domain)), float(replay), self.finetune.anchor)
 
     def pretraining_share(self, source: str) -> Fraction:
-        """The exact share of `source` in the pretraining tokens that the recipe asks for, over all its phases."""
-        phases = self.recipe.phases[:-1]
+        """The exact share of `source` in the pretraining tokens that the recipes ask for, over all phases."""
+        phases = [phase for phase, _ in self.pretraining]
         from_source = sum((phase.mixture.get(source, Fraction(0)) * phase.tokens for phase in phases), Fraction(0))
         return from_source / sum(phase.tokens for phase in phases)
 
@@ -118,14 +146,29 @@ class Run:
         return [(record["tokens"], *self.heldout(record["heldout"])) for record in start + later]
 
 
-def delta_key(delta: float) -> str:
-    """How a delta is written where it is a key: "0", "0.05"."""
-    return f"{delta:.12g}"
-
-
-def arm_name(delta: float) -> str:
-    """What an arm is called in tables and pictures: "NPT", "SPT 5%"."""
-    return f"SPT {100 * delta:.4g}%" if delta else "NPT"
+def _before(
+    folder: Path, recipe: Recipe, summary: dict[str, Any], last: str
+) -> tuple[list[tuple[Phase, dict[str, Any]]], Model]:
+    """The phases before phase `last`, back to where the weights were first drawn, and the model's shape there."""
+    found: list[tuple[Phase, dict[str, Any]]] = []
+    model = recipe.model
+    parent = parent_of(folder, recipe)
+    if parent is not None:
+        run, handed_on = parent
+        theirs, its_recipe = summary_of(run), recipe_of(run)
+        if theirs is None or handed_on not in theirs["phases"]:
+            raise CheckpointError(
+                f"{run}: has not finished {handed_on!r}, which {folder} started from; finish it first"
+            )
+        found, model = _before(run, its_recipe, theirs, handed_on)
+        found.append(
+            (next(phase for phase in its_recipe.phases if phase.name == handed_on), theirs["phases"][handed_on])
+        )
+    for phase in recipe.phases:
+        if phase.name == last:
+            break
+        found.append((phase, summary["phases"][phase.name]))
+    return found, model
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
@@ -136,7 +179,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
             "domain (the largest share of the last phase)": run.domain,
             "general source": run.general,
             "tokenizer": run.recipe.tokenizer,
-            "model": {key: value for key, value in vars(run.recipe.model).items() if value is not None},
+            "model": {key: value for key, value in vars(run.model).items() if value is not None},
             f"sources.{run.domain}.heldout": run.recipe.sources[run.domain].heldout,
             f"sources.{run.general}.heldout": run.recipe.sources[run.general].heldout,
             f"phases[{run.finetune.name}].eval.tokens": run.finetune.evaluation.tokens,
@@ -147,20 +190,20 @@ def check_comparable(runs: Sequence[Run]) -> None:
             if first != other:
                 raise RecipeError(
                     f"{runs[0].folder} and {run.folder} cannot be compared: {what} is {first} in one and {other} in "
-                    "the other; compare runs that differ in mixture, budget and seed only"
+                    "the other; compare runs that differ in mixture, anchor, budget and seed only"
                 )
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """Warnings: what differs besides mixture, budget and seed, so that it may be why the losses differ."""
+    """Warnings: what differs besides treatment, budget and seed, so that it may be why the losses differ."""
 
     def settings(run: Run) -> dict[str, object]:
-        plain = run.recipe.plain()
-        first, last = plain["phases"][0], plain["phases"][-1]
+        recipe = run.recipe.plain()
+        first, last = plain(run.pretraining[0][0]), recipe["phases"][-1]
         return (
-            {f"sources.{source}": plain["sources"][source] for source in (run.domain, run.general)}
+            {f"sources.{source}": recipe["sources"][source] for source in (run.domain, run.general)}
             | {f"pretraining's {key}": first[key] for key in ("batch", "optimizer", "schedule", "documents")}
-            | {f"finetune's {key}": value for key, value in last.items() if key != "name"}
+            | {f"finetune's {key}": value for key, value in last.items() if key not in ("name", "mixture", "anchor")}
         )
 
     found: dict[str, str] = {}

@@ -25,7 +25,7 @@ import pandas as pd
 from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, DataError, nearest
 from spt_fast.files import replacing
-from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.train.folder import parent_of, recipe_of, summary_of
 
 COLUMNS = {
     "run": "the run's name; rows of one stage of one run share it",
@@ -313,24 +313,6 @@ def _past_of_start(folder: Path, recipe: Recipe, domain: str) -> Past:
         if phase.name == last:
             return past
     raise AssertionError(f"{run} has no phase {last}")
-
-
-def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:
-    """The run and the phase whose weights a run started from; None for weights that come from elsewhere.
-
-    Where `init` doesn't lead there any more, because the study was moved, the run is looked for beside this one.
-    """
-    assert recipe.init is not None
-    weights = Path(recipe.init)
-    if weights.parent.name != "weights":
-        return None
-    named = weights.parent.parent
-    for run in (named, folder.resolve().parent / named.name):
-        if (run / "recipe.yaml").exists():
-            return run, weights.name
-    raise CheckpointError(
-        f"{folder}: started from {recipe.init}, and there is no run {named} any more; put it beside {folder}"
-    )
 
 
 def _evaluations(metrics: Path) -> dict[str, list[dict[str, Any]]]:

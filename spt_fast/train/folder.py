@@ -36,3 +36,21 @@ def summary_of(run: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = repr(error)
     raise CheckpointError(f"{path}: is damaged ({problem}); delete it and train with --resume to have it written again")
+
+
+def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:
+    """The run and the phase whose weights a run started from; None for one that started
+    from scratch or from foreign weights.
+
+    Where `init` doesn't lead there any more, because the study was moved, the run is looked for beside this one.
+    """
+    weights = Path(recipe.init or "")
+    if weights.parent.name != "weights":
+        return None
+    named = weights.parent.parent
+    for run in (named, folder.resolve().parent / named.name):
+        if (run / "recipe.yaml").exists():
+            return run, weights.name
+    raise CheckpointError(
+        f"{folder}: started from {recipe.init}, and there is no run {named} any more; put it beside {folder}"
+    )

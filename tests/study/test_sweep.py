@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from spt_fast.cli import app
 from spt_fast.config import load_recipe
 from spt_fast.errors import RecipeError
+from spt_fast.study.compare import compare
 from spt_fast.study.study import expand, study_from
 from spt_fast.study.sweep import costs, sweep
 from spt_fast.study.table import COLUMNS, read_table
@@ -89,6 +90,22 @@ def test_finetunes_know_what_came_before_them(swept: tuple[Path, pd.DataFrame]) 
         assert rows["flops"].iloc[0] == pytest.approx(parent["flops"])
         chosen = rows.loc[rows["domain_select"].idxmin()]
         assert chosen["handed_on"]
+
+
+def test_finetunes_that_start_from_other_runs_can_be_compared(swept: tuple[Path, pd.DataFrame]) -> None:
+    folder, table = swept
+    tunes = table[table["stage"] == 1]
+    result = compare([folder / "runs" / run for run in tunes["run"].unique()])
+    assert (result["domain"], result["general"], result["tokens"]) == ("chem", "general", 20 * STEP)
+    found = {(row["tokens"], row["delta"]): row for row in result["runs"]}
+    ended = tunes[tunes["handed_on"]]
+    assert len(found) == len(ended) == 4
+    for _, row in ended.iterrows():
+        figures = found[row["pretrain_tokens"], row["pretrain_delta"]]
+        assert figures["domain_after"] == row["domain_heldout"]
+        assert figures["general_before"] == row["general_before"]
+        assert figures["domain_epochs"] == pytest.approx(row["pretrain_epochs"], rel=0.05)
+    assert result["warnings"] == []
 
 
 def test_the_table_is_the_same_from_every_place(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
