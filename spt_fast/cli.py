@@ -367,9 +367,10 @@ def sweep(
     runs = expand(loaded)
     here = Local(len(runs), jobs)
     if dry_run:
+        at_a_time = here.jobs if gpu is None else jobs or 1
         share = None if mfu is None else float(parse_share(mfu, "--mfu"))
-        costs = sweeping.costs(loaded, jobs=here.jobs, gpu=gpu, mfu=share)
-        _print_costs(loaded.study, costs, here.jobs, per_gpu_hour, as_json=as_json)
+        costs = sweeping.costs(loaded, jobs=at_a_time, gpu=gpu, mfu=share)
+        _print_costs(loaded.study, costs, at_a_time, per_gpu_hour, as_json=as_json)
         return
     workers: Cluster | Local = here
     if cluster is not None:
