@@ -1,0 +1,85 @@
+"""Runs as jobs of a cluster: submitit's `local` one, which needs no SLURM."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from spt_fast.errors import RecipeError
+from spt_fast.study import cluster as clusters
+from spt_fast.study.cluster import Cluster
+from spt_fast.study.launch import Job, train_all
+from spt_fast.study.sweep import cluster_options
+from tests.study.fake_runs import fake_run
+
+PATH = [(6.0, 5.0), (5.0, 6.0)]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> list[Job]:
+    """Three recipes; the second starts from the first."""
+    recipes = [fake_run(tmp_path / f"run{i}", PATH) / "recipe.yaml" for i in range(3)]
+    named = []
+    for i, recipe in enumerate(recipes):
+        (recipe.parent / "summary.json").unlink()
+        named.append(recipe.rename(tmp_path / f"recipe{i}.yaml"))
+        (recipe.parent / "recipe.yaml").write_text(named[-1].read_text())
+    return [Job(named[0]), Job(named[1], after=named[0]), Job(named[2])]
+
+
+def trains(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    monkeypatch.setattr(clusters, "command", lambda recipe: [sys.executable, "-c", code, str(recipe)])
+
+
+def test_every_run_is_a_job_and_waits_for_the_one_before_it(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trains(
+        monkeypatch,
+        "import pathlib, sys, time\n"
+        "recipe = pathlib.Path(sys.argv[1])\n"
+        "assert '1' not in recipe.stem or (recipe.parent / 'ran0').exists()\n"
+        "print('training', recipe.stem)\n"
+        "(recipe.parent / recipe.stem.replace('recipe', 'ran')).touch()\n",
+    )
+    workers = Cluster("local", tmp_path / "jobs", jobs=2, options={"timeout_min": 5})
+    ended: list[Path] = []
+    outcome = train_all(jobs, tmp_path / "logs", Console(file=io.StringIO()), workers, ended=ended.append)
+    assert (outcome.failed, outcome.skipped, outcome.interrupted) == ({}, [], False)
+    assert {path.name for path in tmp_path.glob("ran*")} == {"ran0", "ran1", "ran2"}
+    assert ended.index(jobs[0].recipe) < ended.index(jobs[1].recipe)
+    assert (tmp_path / "logs" / "recipe1.log").read_text() == "training recipe1\n"
+
+
+def test_a_job_that_fails_says_so_in_its_log_and_holds_nobody_else_up(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trains(monkeypatch, "import sys\nif 'recipe0' in sys.argv[1]: sys.exit('out of memory')")
+    workers = Cluster("local", tmp_path / "jobs", jobs=3, options={"timeout_min": 5})
+    outcome = train_all(jobs, tmp_path / "logs", Console(file=io.StringIO()), workers)
+    assert outcome.failed == {jobs[0].recipe: "out of memory"}
+    assert outcome.skipped == [jobs[1].recipe]
+
+
+def test_jobs_are_cancelled_when_the_sweep_ends(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trains(monkeypatch, "import sys, time\nif 'recipe0' in sys.argv[1]: sys.exit(2)\ntime.sleep(60)")
+    workers = Cluster("local", tmp_path / "jobs", jobs=3, options={"timeout_min": 5})
+    began = time.monotonic()
+    with pytest.raises(RecipeError, match=r"recipe0\.yaml: failed with exit code 2"):
+        train_all(jobs, tmp_path / "logs", Console(file=io.StringIO()), workers)
+    assert time.monotonic() - began < 45
+
+
+def test_what_a_cluster_does_not_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--cluster: lsf"):
+        Cluster("lsf", tmp_path, jobs=1, options={})
+    with pytest.raises(RecipeError, match="--cluster-set timeout: write KEY=VALUE"):
+        cluster_options(["timeout"])
+    assert cluster_options(["timeout_min=600", "slurm_partition=gpu"]) == {"timeout_min": 600, "slurm_partition": "gpu"}
