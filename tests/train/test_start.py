@@ -1,5 +1,4 @@
-"""What a run starts from and what of it stays: weights of another run, only their embedding, an embedding that is
-frozen, a Hugging Face folder; and the regimes of finetuning, as a user writes them."""
+"""What a run starts from and what of it stays: of other weights only the embedding, and an embedding that is frozen."""
 
 from __future__ import annotations
 
