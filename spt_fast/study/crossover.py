@@ -1,0 +1,324 @@
+"""To pretrain or not (arXiv 2006.08671): from how much domain text on a model trained on that alone is as good.
+
+Arms are what training on the domain begins with: a pretrained model, nothing ("scratch"), or of a pretrained model the
+embeddings alone, free or frozen. Their corpora are nested subsets of the domain. Every seed of an arm stands for itself
+with the weights that it hands on; of its learning rates and lengths those with the lowest `domain_select`, the same
+rule for every arm.
+
+    gap         100 (loss from scratch / loss of the pretrained one - 1), in percent, of the same seed
+    fit         the gap over log10 of the domain's tokens: a line through all seeds' points, by least squares
+    crossover   the domain tokens from which on the mean gap stays below the threshold: between two subsets by a
+                straight line over log tokens; beyond the largest by the fit, and then it is an extrapolation
+
+Intervals are of a Bayesian bootstrap over seeds, each weighed by an exponential variate in all its subsets at once. So
+few seeds vary less between themselves than what they are drawn from: deviations of a draw are widened by
+sqrt((n+1)/(n-1)), for the variance, and by Student's t for n seeds over the normal's quantile. A single seed has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from scipy.stats import norm, t
+
+from spt_fast.errors import DataError, nearest
+from spt_fast.laws.table import ALIKE, Array
+from spt_fast.study.figures import NPT_COLOUR, SPT_COLOURS
+
+ARMS = ("pretrained", "scratch", "embeddings", "frozen embeddings")
+NEEDED = (
+    *("stage", "status", "start", "params", "seed", "lr", "anchor", "delta", "domain_tokens"),
+    *("pretrain_tokens", "pretrain_delta", "domain_heldout", "domain_select", "handed_on", *ALIKE),
+)
+PRETRAINING = ["pretrain_tokens", "pretrain_delta"]
+DRAWS, LEVEL = 2000, 0.9
+FARTHEST = 100.0
+"""An extrapolation is named up to so many times the largest subset."""
+
+
+def crossover(table: pd.DataFrame, threshold: float = 0.01) -> dict[str, Any]:
+    """The study of a runs table, as plain data for JSON: {"threshold", "level", "comparisons"}.
+
+    A comparison is of one size of model and one pretraining:
+
+        params, pretrain_tokens, pretrain_delta    the latter two None where the weights came from elsewhere
+        arms        {arm: [{domain_tokens, mean, seeds: {seed: domain_heldout}, lr: {seed: rate}}]}, nats per token
+        gap         [{domain_tokens, nats, percent, interval, seeds: {seed: percent}}], of the means over seeds
+        fit         {intercept, slope, slope_interval}: percent at one token and per tenfold of the domain; or None
+        where       "between" two subsets, "below" the smallest, "beyond" the largest, "never", or "unknown"
+        crossover   domain tokens; None but for "between"
+        interval    of `crossover` or `extrapolated`: [low, high], 0 and None where it is open; None for a single seed
+        extrapolated, times_beyond   for "beyond": domain tokens by the fit, over the largest subset; None if too far
+        says        one sentence
+
+    `threshold` is a fraction of the pretrained loss. DataError: a table without scratch and pretrained arms of one size
+    of model, or one that mixes tokenizers or held-out texts.
+    """
+    if not 0 < threshold < 1:
+        raise DataError(f"threshold: {threshold!r} will not do; write a fraction of the loss such as 0.01")
+    rows = _arms(table)
+    scratch, pretrained = (rows[rows["start"] == arm] for arm in ("scratch", "pretrained"))
+    comparisons = []
+    for (params, *_), members in pretrained.groupby(["params", *PRETRAINING], dropna=False):
+        begun = rows[(rows["params"] == params) & _same_pretraining(rows, members)]
+        both = pd.concat([begun[begun["start"] != "scratch"], scratch[scratch["params"] == params]])
+        common = members.merge(both[both["start"] == "scratch"], on=["domain_tokens", "seed"])
+        if len(common):
+            comparisons.append(_compared(both, threshold))
+    if not comparisons:
+        raise DataError(
+            "no subset of the domain was trained on both from scratch and from pretrained weights, by the same size of "
+            "model and seed; give a finetune stage `start: [pretrained, scratch]` and `delta: 1`"
+        )
+    return {"threshold": threshold, "level": LEVEL, "comparisons": comparisons}
+
+
+def _arms(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per arm, subset and seed: the best of its runs by `domain_select`."""
+    for name in NEEDED:
+        if name not in table:
+            raise DataError(f"the runs table has no column {name!r}; {nearest(name, map(str, table.columns))}")
+    begins = np.where(table["start"] == "scratch", table["stage"] == 0, table["stage"] <= 1)
+    used = (table["status"] == "done") & table["handed_on"].astype(bool) & begins & table["start"].isin(ARMS)
+    used &= np.isclose(table["delta"], 1) & (table["anchor"] == 0)
+    rows = table[used].dropna(subset=["domain_heldout", "domain_select"])
+    for name in ALIKE:
+        if rows[name].nunique() > 1:
+            found = ", ".join(sorted(rows[name].astype(str).unique()))
+            raise DataError(f"the arms differ in {name} ({found}), so their losses are not comparable; take one study")
+    rows = rows.assign(pretrain_delta=rows["pretrain_delta"].round(9)).sort_values("domain_select")
+    return rows.drop_duplicates(["params", "start", *PRETRAINING, "domain_tokens", "seed"])
+
+
+def _same_pretraining(rows: pd.DataFrame, members: pd.DataFrame) -> pd.Series:
+    same = pd.Series(True, rows.index)
+    for name in PRETRAINING:
+        value = members[name].iloc[0]
+        same &= rows[name].isna() if np.isnan(value) else rows[name] == value
+    return same
+
+
+def _compared(rows: pd.DataFrame, threshold: float) -> dict[str, Any]:
+    pretraining = rows[rows["start"] == "pretrained"].iloc[0]
+    losses = {arm: _by_subset(rows[rows["start"] == arm]) for arm in ARMS if (rows["start"] == arm).any()}
+    percent = 100 * (losses["scratch"] / losses["pretrained"] - 1)
+    percent = percent.dropna(how="all").dropna(how="all", axis=1)
+    seeds = percent.notna().to_numpy()
+    means = {arm: (losses[arm].reindex_like(percent).where(seeds)).mean(axis=1) for arm in ("scratch", "pretrained")}
+    nats = means["scratch"] - means["pretrained"]
+    gaps = _Gaps(np.log10(percent.index.to_numpy(float)), percent.to_numpy(float))
+    return {
+        "params": int(pretraining["params"]),
+        "pretrain_tokens": _plain(pretraining["pretrain_tokens"]),
+        "pretrain_delta": _plain(pretraining["pretrain_delta"]),
+        "arms": {arm: _plain_arm(rows[rows["start"] == arm]) for arm in losses},
+        "gap": [
+            {
+                "domain_tokens": int(tokens),
+                "nats": float(nats[tokens]),
+                "percent": float(gaps.mean[i]),
+                "interval": _interval(gaps.drawn[:, i]) if gaps.has_interval else None,
+                "seeds": _seeds(by_seed),
+            }
+            for i, (tokens, by_seed) in enumerate(percent.iterrows())
+        ],
+        **_crossing(gaps, 100 * threshold),
+    }
+
+
+def _by_subset(rows: pd.DataFrame) -> pd.DataFrame:
+    """[domain tokens, seeds], both ascending; NaN where a run is missing."""
+    return rows.pivot(index="domain_tokens", columns="seed", values="domain_heldout").sort_index()
+
+
+def _plain_arm(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {
+            "domain_tokens": int(tokens),
+            "mean": float(members["domain_heldout"].mean()),
+            "seeds": _seeds(members.set_index("seed")["domain_heldout"]),
+            "lr": _seeds(members.set_index("seed")["lr"]),
+        }
+        for tokens, members in rows.sort_values("seed").groupby("domain_tokens")
+    ]
+
+
+def _seeds(by_seed: pd.Series) -> dict[str, float]:
+    return {str(seed): float(value) for seed, value in by_seed.dropna().items()}
+
+
+def _plain(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+class _Gaps:
+    """Gaps in percent, [subsets, seeds] with NaN where one is missing, and what a bootstrap over seeds makes of them.
+
+    mean [subsets], line (intercept, slope) or None for a single subset; drawn [DRAWS, subsets], lines [DRAWS, 2].
+    """
+
+    def __init__(self, log_tokens: Array, percent: Array) -> None:
+        self.log_tokens, self.percent = log_tokens, percent
+        seeds = percent.shape[1]
+        n = int((~np.isnan(percent)).sum(1).min())
+        self.has_interval = n > 1
+        self.mean, line = self._of(np.ones(seeds))
+        self.line = line if len(log_tokens) > 1 else None
+        means, lines = self._of(np.random.default_rng(0).exponential(size=(DRAWS if self.has_interval else 0, seeds)))
+        tail = (1 + LEVEL) / 2
+        wider = np.sqrt((n + 1) / (n - 1)) * t.ppf(tail, n - 1) / norm.ppf(tail) if self.has_interval else 1.0
+        self.drawn = self.mean + wider * (means - self.mean)
+        self.lines = line + wider * (lines - line)
+
+    def _of(self, weights: Array) -> tuple[Array, Array]:
+        """(means [..., subsets], lines [..., 2]) by the weights [..., seeds]."""
+        weight = weights[..., None, :] * ~np.isnan(self.percent)
+        total = weight.sum(-1)
+        mean = (weight * np.nan_to_num(self.percent)).sum(-1) / total
+        center, level = (np.average(values, weights=total, axis=-1) for values in (self.log_tokens + 0 * mean, mean))
+        x = self.log_tokens - center[..., None]
+        slope = (total * x * mean).sum(-1) / np.maximum((total * x * x).sum(-1), 1e-300)
+        return mean, np.stack([level - slope * center, slope], -1)
+
+    def crossing(self, threshold: float, mean: Array, line: Array) -> float:
+        """log10 of the tokens from which on the gap stays below; -inf below the smallest subset, inf for never."""
+        above = np.flatnonzero(mean > threshold)
+        if not len(above):
+            return -np.inf
+        last = above[-1]
+        if last < len(mean) - 1:
+            share = (mean[last] - threshold) / (mean[last] - mean[last + 1])
+            return float(self.log_tokens[last] + share * (self.log_tokens[last + 1] - self.log_tokens[last]))
+        intercept, slope = line
+        return max(float(self.log_tokens[-1]), (threshold - intercept) / slope) if slope < 0 else np.inf
+
+
+def _interval(draws: Array) -> list[float]:
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
+    return [float(low), float(high)]
+
+
+def _crossing(gaps: _Gaps, threshold: float) -> dict[str, Any]:
+    """The fit, and where the gap falls under the threshold (percent)."""
+    smallest, largest = (float(10**edge) for edge in gaps.log_tokens[[0, -1]])
+    found: dict[str, Any] = dict.fromkeys(("fit", "crossover", "interval", "extrapolated", "times_beyond"))
+    under = f"within {threshold:g}% of the pretrained one's loss"
+    if gaps.line is None:
+        says = (
+            f"One subset of {_tokens(smallest)} domain tokens shows a gap, not where it closes; train on more of them."
+        )
+        return {**found, "where": "unknown", "says": says}
+
+    intercept, slope = map(float, gaps.line)
+    slopes = _interval(gaps.lines[:, 1]) if gaps.has_interval else None
+    found["fit"] = {"intercept": intercept, "slope": slope, "slope_interval": slopes}
+    at = gaps.crossing(threshold, gaps.mean, gaps.line)
+    drawn = [gaps.crossing(threshold, *draw) for draw in zip(gaps.drawn, gaps.lines, strict=True)]
+    interval = [float(10**edge) if edge < np.inf else None for edge in _interval(np.array(drawn))] if drawn else None
+    where = "never"
+    if at == -np.inf:
+        where = "below"
+        says = f"Already with {_tokens(smallest)} domain tokens, the fewest tried, a model from scratch is {under}."
+    elif at <= gaps.log_tokens[-1] and gaps.mean[-1] <= threshold:
+        where, found["crossover"], found["interval"] = "between", float(10**at), interval
+        says = f"From about {_tokens(10**at)} domain tokens on{_range(interval)} a model from scratch is {under}."
+    else:
+        says = f"With {_tokens(largest)} domain tokens, the most tried, a model from scratch is not {under}: "
+        beyond = 10 ** (at - gaps.log_tokens[-1])
+        if at == np.inf:
+            says += "the gap does not shrink with more of them."
+        elif beyond > FARTHEST:
+            where = "beyond"
+            says += f"at this slope not before {FARTHEST:g} times as many, too far to say."
+        else:
+            where, found["interval"] = "beyond", interval
+            found["extrapolated"], found["times_beyond"] = float(10**at), float(beyond)
+            says += (
+                f"at this slope it would be from about {_tokens(10**at)} on{_range(interval)}, an extrapolation "
+                f"to {beyond:.2g} times as many."
+            )
+    return {**found, "where": where, "says": says}
+
+
+def _range(interval: list[float | None] | None) -> str:
+    if interval is None:
+        return " (one seed: no interval)"
+    low, high = interval
+    least = "less" if not low else _tokens(low)
+    return f" ({LEVEL:.0%}: {least} to {'any number' if high is None else _tokens(high)})"
+
+
+def _tokens(count: float) -> str:
+    """1234567 -> "1.23M"."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
+
+
+# -------------------------------------------------------------------------------------------------------------- figure
+
+
+def draw_crossover(comparison: dict[str, Any], threshold: float = 0.01) -> Figure:
+    """A comparison of `crossover`'s: losses of the arms by the domain's tokens, and the gap with its fit."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, gap = figure.subplots(1, 2)
+    _draw_losses(losses, comparison["arms"])
+    _draw_gap(gap, comparison, 100 * threshold)
+    for axes in (losses, gap):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _tokens(count)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("unique tokens of the domain")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.93")
+    return figure
+
+
+def _draw_losses(axes: Axes, arms: dict[str, list[dict[str, Any]]]) -> None:
+    """The mean of every arm as a line, named in the legend by its own marker too; seeds as rings."""
+    styles = dict(zip(ARMS, zip((SPT_COLOURS[0], NPT_COLOUR, *SPT_COLOURS[1:3]), "osD^", strict=True), strict=True))
+    for arm, subsets in arms.items():
+        colour, marker = styles[arm]
+        tokens = [subset["domain_tokens"] for subset in subsets]
+        axes.plot(tokens, [subset["mean"] for subset in subsets], color=colour, marker=marker, label=arm)
+        for subset in subsets:
+            seeds = list(subset["seeds"].values())
+            axes.plot([subset["domain_tokens"]] * len(seeds), seeds, "o", color=colour, markerfacecolor="none", ms=4)
+    axes.set_title("held-out loss on the domain (nats/token)", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def _draw_gap(axes: Axes, comparison: dict[str, Any], threshold: float) -> None:
+    """The gap of every seed and the mean with its interval; the fit, dashed beyond the largest subset."""
+    gaps, fit = comparison["gap"], comparison["fit"]
+    tokens = np.array([gap["domain_tokens"] for gap in gaps], float)
+    percent = np.array([gap["percent"] for gap in gaps])
+    for gap in gaps:
+        seeds = list(gap["seeds"].values())
+        axes.plot([gap["domain_tokens"]] * len(seeds), seeds, "o", color=NPT_COLOUR, markerfacecolor="none", ms=4)
+    if gaps[0]["interval"]:
+        low, high = np.array([gap["interval"] for gap in gaps]).T
+        axes.fill_between(tokens, low, high, color=SPT_COLOURS[0], alpha=0.15, linewidth=0)
+    axes.plot(tokens, percent, "-o", color=SPT_COLOURS[0])
+    at = comparison["crossover"] or comparison["extrapolated"]
+    if fit:
+        for ends, style in (((tokens[0], tokens[-1]), "-"), ((tokens[-1], max(at or 0, tokens[-1])), ":")):
+            x = np.array(ends)
+            axes.plot(x, fit["intercept"] + fit["slope"] * np.log10(x), style, color=SPT_COLOURS[1], linewidth=1)
+    axes.axhline(threshold, color="0.6", linewidth=0.8, linestyle="--")
+    axes.annotate(
+        f"{threshold:g}%", (tokens[0], threshold), (0, 3), textcoords="offset points", color="0.4", fontsize=9
+    )
+    if at:
+        axes.plot([at], [threshold], "D", color=SPT_COLOURS[1], markerfacecolor="white", zorder=3)
+        axes.annotate(_tokens(at), (at, threshold), (6, 6), textcoords="offset points", color=SPT_COLOURS[1])
+        if comparison["interval"]:
+            low, high = comparison["interval"]
+            axes.plot([max(low, tokens[0]), high or axes.get_xlim()[1]], [threshold] * 2, color=SPT_COLOURS[1])
+    axes.set_title("from scratch, above the pretrained one's loss (%)", fontsize=10, loc="left")
