@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,10 +16,10 @@ CONFIG = GPTConfig(layers=2, width=32, heads=2, kv_heads=1, ffn=64, context=16, 
 CPU = torch.device("cpu")
 
 
-def engine(device: torch.device = CPU, **options: bool) -> LocalEngine:
-    model = GPT(CONFIG, seed=1)
+def engine(device: torch.device = CPU, freeze: str = "none", **options: bool) -> LocalEngine:
+    model = GPT(dataclasses.replace(CONFIG, tied=freeze == "none"), seed=1)
     made = LocalEngine(model, device=device, dtype=torch.float32, **options)
-    made.begin(Optimizer(lr=1e-2), 0.0, weights_of(model))
+    made.begin(Optimizer(lr=1e-2), 0.0, weights_of(model), freeze=freeze)
     return made
 
 
@@ -67,11 +69,12 @@ def test_an_interruption_between_micro_batches_changes_nothing() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_a_recorded_step_is_the_step() -> None:
+@pytest.mark.parametrize("freeze", ["none", "embeddings"])
+def test_a_recorded_step_is_the_step(freeze: str) -> None:
     device = torch.device("cuda", 0)
     losses, weights = [], []
     for cuda_graphs in (False, True):
-        made = engine(device, cuda_graphs=cuda_graphs)
+        made = engine(device, freeze, cuda_graphs=cuda_graphs)
         results = [made.step(micro_batches(seed, device), 1e-2 / (1 + seed), lambda: False) for seed in range(8)]
         losses.append([result.read()[0] for result in results if result is not None])
         weights.append(made.snapshot(state=True))
