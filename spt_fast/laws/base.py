@@ -56,6 +56,8 @@ class Law:
 
     seed: int = 0
     params_: dict[str, float]
+    unidentified_: list[str]
+    """Parameters that the runs leave open."""
     _fits: dict[Any, Fit]
     _rows: Rows
 
@@ -104,11 +106,11 @@ class Law:
         fits = self._fit(rows, None, None)
         self._rows, self._fits = rows, fits
         self.params_ = {name: float(value) for name, value in self._named(fits).items()}
-        unsure = [name for key, fit in fits.items() for name in self._unsure(key, fit)]
-        if unsure:
+        self.unidentified_ = [name for key, fit in fits.items() for name in self._unsure(key, fit)]
+        if self.unidentified_:
             _warn(
-                f"{type(self).__name__}: these runs do not identify {', '.join(unsure)}; judge the law by the "
-                "intervals of its predictions, or add runs that differ in what these parameters act on",
+                f"{type(self).__name__}: these runs do not identify {', '.join(self.unidentified_)}; judge the law "
+                "by the intervals of its predictions, or add runs that differ in what these parameters act on",
                 IdentificationWarning,
             )
         return self
