@@ -417,6 +417,26 @@ def _print_costs(name: str, costs: list[Any], jobs: int, per_gpu_hour: float | N
     _print_facts("", facts)
 
 
+@app.command()
+def fit(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS…", help="Studies, tables (.parquet, .csv), run folders.")],
+    law: Annotated[str | None, typer.Option(metavar="NAME", help="Only this law, such as overfitting.")] = None,
+    domain: Annotated[str | None, typer.Option(help="The domain's source, in runs of no study.")] = None,
+    general: Annotated[str | None, typer.Option(help="The general source, in runs of no study.")] = None,
+    out_folder: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Also write fits.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Scaling laws of finished runs, and how far each can be trusted."""
+    from spt_fast.study import fits, views
+    from spt_fast.study.table import read_table
+
+    table, notes = views.usable(read_table(runs, domain=domain, general=general))
+    fitted = fits.fit_laws(table, law)
+    if out_folder:
+        fits.write(fitted, notes, out_folder)
+    _print_json(fits.described(fitted, notes)) if as_json else fits.print_fits(fitted, notes, out, law is not None)
+
+
 @app.command("eval")
 def evaluate(
     weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],

@@ -15,7 +15,6 @@ What is left out is said: `usable` returns it as notes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -38,11 +37,8 @@ STAGE = ["run", "stage"]
 ARM = ["stage", "start", "params", "domain_tokens", "anchor", "delta", "pretrain_tokens", "pretrain_delta"]
 """What runs of one arm share; they differ by seed and, where it is searched, by learning rate."""
 
-SAME_SHARE = 0.05
-"""Shares are the same when their odds differ by less than this fraction: windows are whole, so that a run comes near
-the share it asks for only."""
-STEADY = 0.1
-"""How far the domain tokens read up to some step may lie off a straight line, as a fraction of all of them."""
+DIGITS = 9
+"""Decimals of shares: they are quotients of token counts, and laws tell arms by them."""
 SAME_LOSS = 1e-3
 """Relative difference within which two evaluations may be of the same weights."""
 WHOLE_CORPUS = 0.95
@@ -55,8 +51,7 @@ WHOLE_CORPUS = 0.95
 def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The rows that laws may take, and what was left out and why.
 
-    `delta` and `injected` become those of the whole stage, alike in all runs that asked for the same. Raises DataError
-    for a table that lacks columns, holds shares above 1, or mixes tokenizers or held-out texts.
+    Raises DataError for a table that lacks columns, holds shares above 1, or mixes tokenizers or held-out texts.
     """
     _check(table)
     notes: list[str] = []
@@ -67,16 +62,16 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     if rows.empty:
         raise DataError("the runs table has no finished run; give studies or run folders that are done")
     _check_alike(rows)
-    heldout = ["domain_heldout", "general_heldout"]
     rows[list(NUMBERS)] = rows[list(NUMBERS)].astype(float).replace([np.inf, -np.inf], np.nan)
-    for name in heldout:
+    for name in ("domain_heldout", "general_heldout"):
         unknown = rows[name].isna()
         broken = unknown & ~unknown.groupby([rows[key] for key in STAGE]).transform("all")
         if broken.any():
             notes.append(
                 f"left out, as {name} is not a number: {broken.sum()} evaluations of {_listed(rows['run'][broken])}"
             )
-    rows, unsteady = _with_whole_shares(rows)
+    rows[list(SHARES)] = rows[list(SHARES)].round(DIGITS)
+    unsteady = rows.groupby(STAGE)["delta"].transform("nunique") > 1
     other_rate = _other_rate(rows, rows["stage"] == 0)
     orphaned = _children(rows, unsteady | other_rate) & ~unsteady
     other_rate |= _other_rate(rows, (rows["stage"] > 0) & ~unsteady & ~orphaned)
@@ -104,40 +99,16 @@ def _check(table: pd.DataFrame) -> None:
 
 
 def _check_alike(rows: pd.DataFrame) -> None:
-    for name in ALIKE:
-        one = rows.drop_duplicates(name)
+    """The tokenizer is one for all; pretraining and adaptation may be evaluated on texts of their own."""
+    adapted = rows["stage"] > 0
+    for name, part in (("tokenizer", rows), ("heldout", rows[~adapted]), ("heldout", rows[adapted])):
+        one = part.drop_duplicates(name)
         if len(one) > 1:
             (first, ours), (second, theirs) = one[["run", name]].astype(str).to_numpy()[:2].tolist()
             raise DataError(
-                f"{first} and {second} differ in {name} ({ours} and {theirs}): their losses are not comparable; give "
-                "the runs of one study at a time"
+                f"{first} and {second} differ in {name} ({ours} and {theirs}), and so their losses are not comparable; "
+                "give the runs of one study at a time"
             )
-
-
-def _with_whole_shares(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """The rows with each stage's share at its end, and which are of a stage where the share changes."""
-    last = rows.sort_values("tokens").groupby(STAGE).tail(1).set_index(STAGE)
-    whole = last.loc[pd.MultiIndex.from_frame(rows[STAGE])]
-    share, total = whole["delta"].to_numpy(), whole["tokens"].to_numpy()
-    off = (rows["delta"].fillna(0) - share).abs() * rows["tokens"]
-    unsteady = off > STEADY * np.minimum(share, 1 - share) * total + 1e-6 * total
-    rows = rows.assign(
-        delta=_alike(share, total), pretrain_delta=_alike(rows["pretrain_delta"], rows["pretrain_tokens"])
-    )
-    return rows.assign(injected=1 - rows["delta"]), unsteady.groupby([rows[key] for key in STAGE]).transform("any")
-
-
-def _alike(shares: Iterable[float], tokens: Iterable[float]) -> np.ndarray:
-    """Each share replaced by that of the most tokens among the same ones. NaN stays."""
-    frame = pd.DataFrame({"share": np.asarray(shares, float), "tokens": np.asarray(tokens, float)})
-    with np.errstate(divide="ignore"):
-        odds = np.log(frame["share"]) - np.log1p(-frame["share"])
-    order = odds.sort_values().index
-    with np.errstate(invalid="ignore"):
-        apart = np.diff(odds[order], prepend=np.nan)
-    frame.loc[order, "cluster"] = np.cumsum(~((apart < SAME_SHARE) | (odds[order].shift() == odds[order])))
-    largest = frame.sort_values("tokens").groupby("cluster")["share"].last()
-    return frame["cluster"].map(largest).where(frame["share"].notna()).to_numpy()
 
 
 def _other_rate(rows: pd.DataFrame, among: pd.Series) -> pd.Series:
@@ -316,9 +287,7 @@ def cmr(table: pd.DataFrame) -> list[Group]:
             domain_ratio=members["delta"],
             **{f"{of}_loss": members[f"{of}_heldout"] - members[f"{of}_before"] + start[of] for of in losses},
         )
-        first = frame.iloc[:1].assign(
-            run="start", tokens=0.0, **{f"{of}_loss": loss for of, loss in start.items()}
-        )
+        first = frame.iloc[:1].assign(run="start", tokens=0.0, **{f"{of}_loss": loss for of, loss in start.items()})
         groups.append((group, pd.concat([first, frame], ignore_index=True)))
     return groups
 

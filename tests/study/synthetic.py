@@ -11,6 +11,7 @@ import pandas as pd
 
 from benchmarks.synthetic_runs import DOMAIN, GENERAL, OVERFITTING, gain
 from spt_fast import laws
+from spt_fast.study.table import COLUMNS
 
 PARAMS, DOMAIN_TOKENS = 109_000_000, 300_000_000
 """The size of model and corpus that OVERFITTING, and `gain` by finetuning, hold for as they are."""
@@ -188,39 +189,6 @@ def observed(
     return {name: loss * shared * np.exp(noise * rng.standard_normal()) for name, loss in exact.items()}
 
 
-COLUMNS = {
-    "run": "str",
-    "phase": "str",
-    "stage": "int64",
-    "status": "str",
-    "start": "str",
-    "params": "int64",
-    "seed": "int64",
-    "lr": "float64",
-    "anchor": "float64",
-    "tokens": "int64",
-    "delta": "float64",
-    "injected": "float64",
-    "domain_tokens": "int64",
-    "epochs": "float64",
-    "pretrain_tokens": "float64",
-    "pretrain_delta": "float64",
-    "pretrain_epochs": "float64",
-    "domain_train": "float64",
-    "general_train": "float64",
-    "domain_heldout": "float64",
-    "general_heldout": "float64",
-    "domain_select": "float64",
-    "general_select": "float64",
-    "domain_before": "float64",
-    "general_before": "float64",
-    "handed_on": "bool",
-    "flops": "float64",
-    "tokenizer": "str",
-    "heldout": "str",
-}
-
-
 def completed(rows: list[dict[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     missing = {name: np.nan for name in ("anchor", "pretrain_tokens", "pretrain_delta", "pretrain_epochs")}
@@ -234,4 +202,4 @@ def completed(rows: list[dict[str, Any]]) -> pd.DataFrame:
         flops=6.0 * table["params"] * (table["tokens"] + table["pretrain_tokens"].fillna(0)),
         tokenizer="4f5ca1b2",
         heldout="90e3dd11",
-    )[list(COLUMNS)].astype(COLUMNS)
+    )[list(COLUMNS)].astype({"tokens": "float", "domain_tokens": "float", "handed_on": "bool"})

@@ -1,0 +1,467 @@
+"""Every law that a study's runs allow, fitted, and how far each can be trusted.
+
+A law is trusted for what it predicted, not for what it was fitted to: `holdout_error` fits to a part of the runs and
+measures the error on the rest, which is split off the way that decisions go beyond the runs (a larger share, a larger
+budget, a share between those that were run).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from spt_fast import laws
+from spt_fast.errors import DataError, RecipeError, nearest
+from spt_fast.files import replacing
+from spt_fast.laws import IdentificationWarning, Law, LawWarning
+from spt_fast.study import views
+
+Split = Callable[[pd.DataFrame], list[pd.Series]]
+"""Masks of the rows to predict, each from all the others."""
+
+FIRST_PART = 0.6
+"""Of the budget that is fitted, to predict the rest."""
+
+
+def _largest(column: str) -> Split:
+    return lambda table: [table[column] == table[column].max()]
+
+
+def _between(column: str) -> Split:
+    return lambda table: [table[column] == value for value in sorted(table[column].unique())[1:-1]]
+
+
+def _outer(column: str) -> Split:
+    return lambda table: [table[column] == table[column].min(), table[column] == table[column].max()]
+
+
+def _every_other(column: str) -> Split:
+    """Between the smallest and the largest."""
+
+    def split(table: pd.DataFrame) -> list[pd.Series]:
+        values = sorted(table[column].unique())
+        return [table[column].isin(part) for part in (values[1:-1:2], values[2:-1:2]) if part]
+
+    return split
+
+
+def _rest_of_budget(table: pd.DataFrame) -> list[pd.Series]:
+    return [table["tokens"] > FIRST_PART * table["tokens"].max()]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a law is fitted to a study."""
+
+    make: Callable[[], Law]
+    view: Callable[[pd.DataFrame], list[views.Group]]
+    takes: str
+    """The runs that it needs, in words."""
+    differ: tuple[str, ...] = ()
+    settings: int = 0
+    """At least so many combinations of the columns in `differ`."""
+    apart: float = 0.0
+    """At least so far apart must the smallest and the largest of the first of them be."""
+    curves: str = ""
+    points: int = 0
+    """Each value of the column `curves` is a curve of its own, and needs so many tokens that differ."""
+    rows: int | None = None
+    """About so many of them, evenly spaced in each run: more take long, and tell little."""
+    splits: dict[str, Split] = field(default_factory=dict)
+    """What is left out and predicted: in words, and how."""
+
+
+LAWS = {
+    "overfitting": Kind(
+        laws.OverfittingLaw,
+        views.overfitting,
+        "pretraining from scratch at four domain shares or more (0 may be one), with evaluations along the way",
+        splits={"largest fraction": _largest("fraction"), "last 40% of budget": _rest_of_budget},
+    ),
+    "post-finetuning": Kind(
+        laws.PostFinetuneLaw,
+        views.post_finetuning,
+        "finetunes on domain text alone, from four pretraining budgets or more of each domain share",
+        curves="fraction",
+        points=4,
+        splits={"largest budget": _largest("tokens")},
+    ),
+    "forgetting": Kind(
+        laws.ForgettingLaw,
+        views.forgetting,
+        "finetunes that read their corpus once or more, of different model size, corpus size or injected share",
+        differ=("params", "unique_tokens", "injected"),
+        settings=4,
+        splits={f"largest {column}": _largest(column) for column in ("params", "unique_tokens", "injected")},
+    ),
+    "finetuning": Kind(
+        laws.FinetuneLaw,
+        views.finetuning,
+        "finetunes that read their corpus once or more, of different model size or corpus size",
+        differ=("params", "unique_tokens"),
+        settings=4,
+        splits={f"largest {column}": _largest(column) for column in ("params", "unique_tokens")},
+    ),
+    "dcpt-domain": Kind(
+        laws.DCPTLaw,
+        partial(views.dcpt, of="domain"),
+        "continued pretraining at four domain shares or more, 20% apart, with evaluations along the way",
+        differ=("own_ratio",),
+        settings=4,
+        apart=0.2,
+        rows=150,
+        splits={
+            "each inner ratio": _between("own_ratio"),
+            "outer ratios": _outer("own_ratio"),
+        },
+    ),
+    "dcpt-general": Kind(
+        laws.DCPTLaw,
+        partial(views.dcpt, of="general"),
+        "continued pretraining at four domain shares or more, 20% apart, with evaluations along the way",
+        differ=("own_ratio",),
+        settings=4,
+        apart=0.2,
+        rows=150,
+        splits={
+            "each inner ratio": _between("own_ratio"),
+            "outer ratios": _outer("own_ratio"),
+        },
+    ),
+    "cmr": Kind(
+        laws.CMRLaw,
+        views.cmr,
+        "continued pretraining at two domain shares or more, 20% apart, with six evaluations or more each",
+        differ=("domain_ratio",),
+        settings=2,
+        apart=0.2,
+        curves="domain_ratio",
+        points=6,
+        rows=250,
+        splits={"every other ratio": _every_other("domain_ratio"), "last 40% of budget": _rest_of_budget},
+    ),
+    "chinchilla": Kind(
+        laws.ChinchillaLaw,
+        views.chinchilla,
+        "pretraining from scratch at two model sizes or more of one domain share, with evaluations along the way",
+        splits={"largest params": _largest("params"), "last 40% of budget": _rest_of_budget},
+    ),
+    "data-constrained": Kind(
+        laws.DataConstrainedLaw,
+        views.data_constrained,
+        "pretraining on the domain corpus alone (delta 1), of two corpus sizes or more",
+        differ=("unique_tokens",),
+        settings=2,
+        splits={"last 40% of budget": _rest_of_budget},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A law of one group of runs, or why there is none."""
+
+    law_name: str
+    """A key of LAWS."""
+    group: dict[str, Any]
+    """What its runs have in common; see views."""
+    law: Law | None
+    table: pd.DataFrame
+    """The law's rows."""
+    score: dict[str, float]
+    """r2, huber and mre of the rows that were fitted."""
+    holdout: dict[str, dict[str, float]]
+    """See `holdout_error`."""
+    intervals: dict[str, tuple[float, float]]
+    """Of each parameter, over fits to resampled runs."""
+    warnings: list[str]
+    problem: str | None
+    """What is missing, where there is no law."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.table)
+
+    @property
+    def runs(self) -> int:
+        return self.table["run"].nunique() if self.rows else 0
+
+
+def fit_laws(table: pd.DataFrame, only: str | None = None, draws: int = 50, level: float = 0.9) -> list[Fitted]:
+    """Fit every law, or `only` one (a key of LAWS), to each group of a runs table. A law without runs enough comes back
+    without `law` and with its `problem`.
+
+    Groups of a law that lack the same come back as one. draws, level: of the parameters' intervals.
+
+    Raises RecipeError for an unknown law, DataError for a table that no law can be fitted to (see views.usable).
+    """
+    if only is not None and only not in LAWS:
+        raise RecipeError(f"there is no law {only!r}; {nearest(only, LAWS)}")
+    fitted = []
+    for name in [only] if only else LAWS:
+        groups = LAWS[name].view(table)
+        fitted += [_fitted(name, group, rows, draws, level) for group, rows in groups]
+        if not groups:
+            problem = f"takes {LAWS[name].takes}; there are no such runs"
+            fitted.append(Fitted(name, {}, None, pd.DataFrame(), {}, {}, {}, [], problem))
+    return _without_repeats(fitted)
+
+
+def _fitted(name: str, group: dict[str, Any], table: pd.DataFrame, draws: int, level: float) -> Fitted:
+    said: list[str] = []
+    kind = LAWS[name]
+    try:
+        table = _thinned(_whole_curves(kind, table, said), kind.rows)
+        _require_settings(kind, table)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            law = kind.make().fit(table)
+            intervals = law.bootstrap(table, n=draws, level=level)
+    except DataError as error:
+        return Fitted(name, group, None, table, {}, {}, {}, said, str(error))
+    said += [
+        str(warning.message)
+        for warning in caught
+        if issubclass(warning.category, LawWarning) and not issubclass(warning.category, IdentificationWarning)
+    ]
+    if law.unidentified_:
+        said.append(f"these runs leave {_some(law.unidentified_)} open; judge the law by its predictions")
+    return Fitted(name, group, law, table, law.score(table), holdout_error(name, table), intervals, said, None)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _without_repeats(fitted: list[Fitted]) -> list[Fitted]:
+    """Groups of one law that have the same problem as one, with what they have in common."""
+    kept: dict[Any, Fitted] = {}
+    for i, one in enumerate(fitted):
+        key = (one.law_name, one.problem) if one.problem else i
+        if key in kept:
+            first = kept[key]
+            shared = {name: value for name, value in first.group.items() if one.group.get(name) == value}
+            kept[key] = replace(first, group=shared, table=pd.concat([first.table, one.table], ignore_index=True))
+        else:
+            kept[key] = one
+    return list(kept.values())
+
+
+def _thinned(table: pd.DataFrame, rows: int | None) -> pd.DataFrame:
+    if rows is None or len(table) <= rows:
+        return table
+    place = table.sort_values("tokens").groupby("run").cumcount()
+    size = table.groupby("run")["run"].transform("size")
+    kept = max(rows // table["run"].nunique(), 6)
+    return table[(place + 1) * kept // size > place * kept // size].reset_index(drop=True)
+
+
+def _whole_curves(kind: Kind, table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
+    """Without curves that are too short, which is said."""
+    if not kind.curves:
+        return table
+    points = table[table["tokens"] > 0].groupby(kind.curves)["tokens"].nunique()
+    short = points[points < kind.points]
+    if len(short) == len(points):
+        raise DataError(f"takes {kind.takes}; there are {points.max()} at most")
+    if len(short):
+        said.append(
+            f"left out {kind.curves} {', '.join(f'{value:g}' for value in short.index)}: runs at {kind.points} "
+            f"different tokens are needed, there are {', '.join(map(str, short))}"
+        )
+    return table[(table["tokens"] == 0) | ~table[kind.curves].isin(short.index)]
+
+
+def _require_settings(kind: Kind, table: pd.DataFrame) -> None:
+    if not kind.differ:
+        return
+    later = table[table["tokens"] > 0] if "tokens" in table else table
+    found = later[list(kind.differ)].drop_duplicates()
+    first = found[kind.differ[0]]
+    if len(found) < kind.settings or first.max() - first.min() < kind.apart - 1e-9:
+        values = "; ".join(f"{name} {', '.join(map(_short, sorted(found[name].unique())))}" for name in kind.differ)
+        raise DataError(f"takes {kind.takes}; there are {values}")
+
+
+def holdout_error(name: str, table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """{what was left out: {"mre", "r2", "rows"}} of predictions for rows that a law (a key of LAWS) was not fitted to,
+    for the law's own table. Parts without which the law cannot be fitted are not in it."""
+    kind = LAWS[name]
+    measured = {}
+    for what, split in kind.splits.items():
+        seen, predicted = [], []
+        for left_out in split(table):
+            try:
+                loss, mean = _predicted(kind, table, left_out)
+            except (DataError, RecipeError):
+                continue
+            seen.append(loss)
+            predicted.append(mean)
+        if seen:
+            measured[what] = _errors(np.concatenate(seen), np.concatenate(predicted))
+    return measured
+
+
+def _predicted(kind: Kind, table: pd.DataFrame, left_out: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    law = kind.make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept = _whole_curves(kind, table[~left_out], [])
+        _require_settings(kind, kept)
+        law.fit(kept)
+        rest = table[left_out]
+        if "fraction" in rest and kind.curves:
+            rest = rest[rest["fraction"].isin(kept["fraction"])]
+        of = next(iter(law.outputs))
+        mean = law.predict(**{name: rest[name].to_numpy(float) for name in law.inputs})
+    return rest[of].to_numpy(float), np.atleast_1d(mean)
+
+
+def _errors(seen: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    total = np.square(seen - seen.mean()).sum()
+    return {
+        "mre": float(np.abs(seen / predicted - 1).mean()),
+        "r2": float(1 - np.square(seen - predicted).sum() / total) if total else math.nan,
+        "rows": len(seen),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ what people read
+
+
+def described(fitted: Sequence[Fitted], notes: Sequence[str]) -> dict[str, Any]:
+    """Plain data for JSON; what is not a number is None."""
+    return {
+        "laws": [
+            {
+                "law": one.law_name,
+                "group": one.group,
+                "runs": one.runs,
+                "rows": one.rows,
+                "parameters": {
+                    name: {"value": _number(value), "low": _number(low), "high": _number(high)}
+                    for name, value, (low, high) in _parameters(one)
+                },
+                "score": {name: _number(value) for name, value in one.score.items()},
+                "holdout": {
+                    what: {name: _number(value) for name, value in errors.items()}
+                    for what, errors in one.holdout.items()
+                },
+                "unidentified": one.law.unidentified_ if one.law else [],
+                "warnings": one.warnings,
+                "problem": one.problem,
+            }
+            for one in fitted
+        ],
+        "notes": list(notes),
+    }
+
+
+def _parameters(one: Fitted) -> list[tuple[str, float, tuple[float, float]]]:
+    return [(name, value, one.intervals[name]) for name, value in one.law.params_.items()] if one.law else []
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def write(fitted: Sequence[Fitted], notes: Sequence[str], out_folder: str | Path) -> None:
+    """Write fits.json."""
+    out_folder = Path(out_folder)
+    out_folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(described(fitted, notes), indent=1, allow_nan=False)
+    with replacing(out_folder / "fits.json") as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def print_fits(fitted: Sequence[Fitted], notes: Sequence[str], console: Console, every_parameter: bool = False) -> None:
+    """How well each law fits and predicts, its parameters, and what is missing for the others. `every_parameter`: also
+    of the laws that have some for each share."""
+    found = [one for one in fitted if one.law]
+    if found:
+        console.print(_quality_table(found))
+    for one in found:
+        if one.law and (one.law.names or every_parameter):
+            figures = (f"{name} {value:.4g} ({low:.4g} to {high:.4g})" for name, value, (low, high) in _parameters(one))
+            console.print(f"- {_title(one)}: {', '.join(figures)}")
+        for warning in one.warnings:
+            console.print(f"- {_title(one)}: {warning}")
+    for one in fitted:
+        if one.problem:
+            console.print(f"- not fitted: {_title(one)}: {one.problem}")
+    for note in notes:
+        console.print(f"- {note}")
+
+
+def _quality_table(found: Sequence[Fitted]) -> Table:
+    """A row per law and group, 80 columns wide."""
+    table = Table(
+        title="error: mean relative error, of the losses that a law was fitted to, and of losses that it predicted",
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("law", max_width=26)
+    for heading in ("runs", "R²", "error"):
+        table.add_column(heading, justify="right")
+    table.add_column("left out and\npredicted", no_wrap=True)
+    for heading in ("R²", "error"):
+        table.add_column(heading, justify="right")
+    for one in found:
+        left_out = one.holdout.values()
+        table.add_row(
+            f"{one.law_name}\n{_of_group(one)}".rstrip(),
+            f"{one.runs:,}",
+            _r2(one.score),
+            _percent(one.score["mre"]),
+            "\n".join(one.holdout) or "nothing",
+            "\n".join(map(_r2, left_out)),
+            "\n".join(_percent(errors["mre"]) for errors in left_out),
+        )
+    return table
+
+
+def _r2(errors: dict[str, float]) -> str:
+    return f"{errors['r2']:.3f}" if math.isfinite(errors["r2"]) else ""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+def _title(one: Fitted) -> str:
+    return ", ".join(filter(None, (one.law_name, _of_group(one))))
+
+
+def _of_group(one: Fitted) -> str:
+    """What is known of its runs."""
+    words = {
+        "params": "{} parameters",
+        "domain_tokens": "{} domain",
+        "delta": "delta {}",
+        "pretrain_tokens": "after {}",
+        "pretrain_delta": "at delta {}",
+    }
+    return ", ".join(
+        text.format(_short(one.group[name])) for name, text in words.items() if one.group.get(name) is not None
+    ).replace(", at delta", " at delta")
+
+
+def _short(value: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"
