@@ -27,6 +27,7 @@ from spt_fast.errors import DataError, RecipeError, nearest
 from spt_fast.files import replacing
 from spt_fast.laws import IdentificationWarning, Law, LawWarning
 from spt_fast.study import views
+from spt_fast.study.runs import arm_name
 
 Split = Callable[[pd.DataFrame], list[pd.Series]]
 """Masks of the rows to predict, each from all the others."""
@@ -75,8 +76,8 @@ class Kind:
     apart: float = 0.0
     """At least so far apart must the smallest and the largest of the first of them be."""
     curves: str = ""
-    points: int = 0
-    """Each value of the column `curves` is a curve of its own, and needs so many tokens that differ."""
+    unknowns: int = 0
+    """Each value of the column `curves` is a curve of its own, with so many parameters."""
     rows: int | None = None
     """About so many of them, evenly spaced in each run: more take long, and tell little."""
     splits: dict[str, Split] = field(default_factory=dict)
@@ -93,9 +94,9 @@ LAWS = {
     "post-finetuning": Kind(
         laws.PostFinetuneLaw,
         views.post_finetuning,
-        "finetunes on domain text alone, from four pretraining budgets or more of each domain share",
+        "finetunes on domain text alone, four or more of each domain share, from three pretraining budgets or more",
         curves="fraction",
-        points=4,
+        unknowns=3,
         splits={"largest budget": _largest("tokens")},
     ),
     "forgetting": Kind(
@@ -143,12 +144,12 @@ LAWS = {
     "cmr": Kind(
         laws.CMRLaw,
         views.cmr,
-        "continued pretraining at two domain shares or more, 20% apart, with six evaluations or more each",
+        "continued pretraining at two domain shares or more, 20% apart, each with six evaluations or more",
         differ=("domain_ratio",),
         settings=2,
         apart=0.2,
         curves="domain_ratio",
-        points=6,
+        unknowns=5,
         rows=250,
         splits={"every other ratio": _every_other("domain_ratio"), "last 40% of budget": _rest_of_budget},
     ),
@@ -272,16 +273,14 @@ def _whole_curves(kind: Kind, table: pd.DataFrame, said: list[str]) -> pd.DataFr
     """Without curves that are too short, which is said."""
     if not kind.curves:
         return table
-    points = table[table["tokens"] > 0].groupby(kind.curves)["tokens"].nunique()
-    short = points[points < kind.points]
-    if len(short) == len(points):
-        raise DataError(f"takes {kind.takes}; there are {points.max()} at most")
-    if len(short):
-        said.append(
-            f"left out {kind.curves} {', '.join(f'{value:g}' for value in short.index)}: runs at {kind.points} "
-            f"different tokens are needed, there are {', '.join(map(str, short))}"
-        )
-    return table[(table["tokens"] == 0) | ~table[kind.curves].isin(short.index)]
+    tokens = table[table["tokens"] > 0].groupby(kind.curves)["tokens"]
+    short = (tokens.nunique() < kind.unknowns) | (tokens.size() <= kind.unknowns)
+    if short.all():
+        raise DataError(f"takes {kind.takes}; there are {tokens.size().max()} at most, at {tokens.nunique().max()}")
+    if short.any():
+        values = ", ".join(f"{value:g}" for value in short.index[short])
+        said.append(f"left out {kind.curves} {values}: there are too few runs or evaluations of it")
+    return table[(table["tokens"] == 0) | ~table[kind.curves].isin(short.index[short])]
 
 
 def _require_settings(kind: Kind, table: pd.DataFrame) -> None:
@@ -292,7 +291,7 @@ def _require_settings(kind: Kind, table: pd.DataFrame) -> None:
     first = found[kind.differ[0]]
     if len(found) < kind.settings or first.max() - first.min() < kind.apart - 1e-9:
         values = "; ".join(f"{name} {', '.join(map(_short, sorted(found[name].unique())))}" for name in kind.differ)
-        raise DataError(f"takes {kind.takes}; there are {values}")
+        raise DataError(f"takes {kind.takes}; the runs have {values}")
 
 
 def holdout_error(name: str, table: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -316,6 +315,7 @@ def holdout_error(name: str, table: pd.DataFrame) -> dict[str, dict[str, float]]
 
 def _predicted(kind: Kind, table: pd.DataFrame, left_out: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     law = kind.make()
+    left_out = left_out & (table["tokens"] > 0) if "tokens" in table else left_out
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kept = _whole_curves(kind, table[~left_out], [])
@@ -448,16 +448,14 @@ def _title(one: Fitted) -> str:
 
 def _of_group(one: Fitted) -> str:
     """What is known of its runs."""
-    words = {
-        "params": "{} parameters",
-        "domain_tokens": "{} domain",
-        "delta": "delta {}",
-        "pretrain_tokens": "after {}",
-        "pretrain_delta": "at delta {}",
+    words: dict[str, Callable[[float], str]] = {
+        "params": lambda size: f"{_short(size)} parameters",
+        "domain_tokens": lambda tokens: f"{_short(tokens)} domain",
+        "delta": arm_name,
+        "pretrain_delta": lambda delta: f"after {arm_name(delta)}",
+        "pretrain_tokens": lambda tokens: f"{_short(tokens)} tokens",
     }
-    return ", ".join(
-        text.format(_short(one.group[name])) for name, text in words.items() if one.group.get(name) is not None
-    ).replace(", at delta", " at delta")
+    return ", ".join(words[name](value) for name, value in one.group.items() if value is not None)
 
 
 def _short(value: float) -> str:

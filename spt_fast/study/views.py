@@ -39,8 +39,6 @@ ARM = ["stage", "start", "params", "domain_tokens", "anchor", "delta", "pretrain
 
 DIGITS = 9
 """Decimals of shares: they are quotients of token counts, and laws tell arms by them."""
-SAME_LOSS = 1e-3
-"""Relative difference within which two evaluations may be of the same weights."""
 WHOLE_CORPUS = 0.95
 """Epochs from which a finetune has read its corpus, but for what rounding to whole steps leaves."""
 
@@ -53,16 +51,18 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
     Raises DataError for a table that lacks columns, holds shares above 1, or mixes tokenizers or held-out texts.
     """
-    _check(table)
+    _check_columns(table)
     notes: list[str] = []
     failed = table["status"] != "done"
     if failed.any():
         notes.append(f"left out, as they failed: {_listed(table['run'][failed])}")
     rows = table[~failed].reset_index(drop=True)
     if rows.empty:
-        raise DataError("the runs table has no finished run; give studies or run folders that are done")
+        raise DataError("the runs table has no finished run; fit it once the study has trained some")
+    rows = rows.assign(**{name: _numbers(rows[name]) for name in NUMBERS}, handed_on=rows["handed_on"].astype(bool))
+    for name in SHARES:
+        check(f"{name} in the runs table", rows[name].dropna().to_numpy(), SHARE, DataError)
     _check_alike(rows)
-    rows[list(NUMBERS)] = rows[list(NUMBERS)].astype(float).replace([np.inf, -np.inf], np.nan)
     for name in ("domain_heldout", "general_heldout"):
         unknown = rows[name].isna()
         broken = unknown & ~unknown.groupby([rows[key] for key in STAGE]).transform("all")
@@ -85,17 +85,20 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return rows[~(unsteady | other_rate | orphaned)].reset_index(drop=True), notes
 
 
-def _check(table: pd.DataFrame) -> None:
+def _check_columns(table: pd.DataFrame) -> None:
     if not isinstance(table, pd.DataFrame):
         raise DataError(f"a runs table is a pandas DataFrame, as read_table makes it; got {type(table).__name__}")
     for name in NEEDED:
         if name not in table:
             raise DataError(f"the runs table has no column {name!r}; {nearest(name, map(str, table.columns))}")
-    for name in NUMBERS:
-        if not pd.api.types.is_numeric_dtype(table[name]):
-            raise DataError(f"column {name!r} of the runs table must hold numbers; got {table[name].iloc[:1].tolist()}")
-    for name in SHARES:
-        check(f"{name} in the runs table", table[name].dropna().to_numpy(float), SHARE, DataError)
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """As floats; what is infinite is NaN."""
+    try:
+        return pd.to_numeric(column).astype(float).replace([np.inf, -np.inf], np.nan)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"column {column.name!r} of the runs table must hold numbers ({error})") from None
 
 
 def _check_alike(rows: pd.DataFrame) -> None:
@@ -125,13 +128,16 @@ def _other_rate(rows: pd.DataFrame, among: pd.Series) -> pd.Series:
 
 
 def _children(rows: pd.DataFrame, dropped: pd.Series) -> pd.Series:
-    """Which rows are of a stage 1 that began with the weights of a dropped stage 0: those with the nearest loss."""
-    parents = rows[rows["stage"] == 0].assign(pretrain_tokens=rows["tokens"], dropped=dropped)
-    children = rows[rows["stage"] == 1].drop_duplicates(STAGE)
-    at = ["params", "pretrain_tokens"]
-    pairs = children[["run", "domain_before", *at]].merge(parents[["domain_heldout", "dropped", *at]], on=at)
-    pairs["apart"] = (pairs["domain_heldout"] / pairs["domain_before"] - 1).abs()
-    nearest_each = pairs[pairs["apart"] < SAME_LOSS].sort_values("apart").drop_duplicates("run")
+    """Which rows are of a stage 1 that began with the weights of a dropped stage 0: of all weights after as many tokens
+    of the same mixture, those with the nearest loss."""
+    parents = rows[rows["stage"] == 0].assign(pretrain_tokens=rows["tokens"], pretrain_delta=rows["delta"])
+    children = rows[rows["stage"] == 1].drop_duplicates("run")
+    alike = ["params", "pretrain_tokens", "pretrain_delta"]
+    pairs = children[["run", "domain_before", *alike]].merge(
+        parents.assign(dropped=dropped)[["domain_heldout", "dropped", *alike]], on=alike
+    )
+    apart = (pairs["domain_heldout"] - pairs["domain_before"]).abs()
+    nearest_each = pairs.loc[apart.sort_values().index].drop_duplicates("run")
     return (rows["stage"] == 1) & rows["run"].isin(nearest_each["run"][nearest_each["dropped"]])
 
 
@@ -145,10 +151,10 @@ def _listed(runs: pd.Series, most: int = 3) -> str:
 
 
 def overfitting(table: pd.DataFrame) -> list[Group]:
-    """For OverfittingLaw: the curves of pretraining from scratch, per model size and domain corpus. Runs without domain
-    text belong to every corpus."""
+    """For OverfittingLaw: the curves of pretraining from scratch on mixtures, per model size and domain corpus. Runs
+    without domain text belong to every corpus."""
     rows = _known(_pretraining(table), "domain_heldout")
-    rows = rows[(rows["delta"] == 0) | rows["domain_train"].notna()]
+    rows = rows[(rows["delta"] == 0) | rows["domain_train"].notna() & (rows["delta"] < 1)]
     frame = _named(
         rows,
         tokens=rows["tokens"],
@@ -303,7 +309,7 @@ def _adapted(table: pd.DataFrame) -> pd.DataFrame:
 
 def _handed_on(table: pd.DataFrame) -> pd.DataFrame:
     rows = _adapted(table)
-    return rows[rows["handed_on"].astype(bool)]
+    return rows[rows["handed_on"]]
 
 
 def _finetunes(table: pd.DataFrame) -> pd.DataFrame:
@@ -313,7 +319,7 @@ def _finetunes(table: pd.DataFrame) -> pd.DataFrame:
 
 def _continued(table: pd.DataFrame) -> pd.DataFrame:
     rows = _adapted(table)
-    until = rows["tokens"].where(rows["handed_on"].astype(bool)).groupby([rows[key] for key in STAGE]).transform("max")
+    until = rows["tokens"].where(rows["handed_on"]).groupby([rows[key] for key in STAGE]).transform("max")
     return _least_specialized(rows[rows["tokens"] <= until])
 
 

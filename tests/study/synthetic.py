@@ -152,7 +152,7 @@ def before(tokens: float, delta: float, params: int, domain_tokens: int) -> tupl
     train = FLOOR + (OVERFITTING.predict(of="train_loss", **at) - FLOOR) * size
     gap = OVERFITTING.predict(**at) - OVERFITTING.predict(of="train_loss", **at)
     general = laws.DataConstrainedLaw.published().params_
-    fresh = (1 - delta) * tokens
+    fresh = max((1 - delta) * tokens, 1e6)
     return (
         train + gap * size * (domain_tokens / DOMAIN_TOKENS) ** -0.5,
         train,

@@ -1,0 +1,262 @@
+"""The laws of a study, fitted to runs drawn from known ones: what comes back, what a law predicts of runs that it has
+not seen, and what is said where there is too little to fit. And `spt-fast fit`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from benchmarks.synthetic_runs import DOMAIN, OVERFITTING
+from spt_fast import cli
+from spt_fast.errors import RecipeError
+from spt_fast.study import fits, views
+from spt_fast.study.fits import Fitted, fit_laws, holdout_error
+from spt_fast.study.table import save_table
+from tests.study.synthetic import (
+    CORPUS_EXPONENT,
+    FORGETTING,
+    PARAMS,
+    SIZE_EXPONENT,
+    after,
+    dcpt_table,
+    spt_table,
+)
+
+SIZES = (41_000_000, PARAMS, 334_000_000)
+SPT = spt_table()
+DCPT = dcpt_table()
+
+
+def fitted(table: pd.DataFrame, law: str, draws: int = 10) -> Fitted:
+    one = fit_laws(table, law, draws=draws)
+    assert len(one) == 1
+    return one[0]
+
+
+def relative_error(predicted: Any, true: Any) -> np.ndarray:
+    return np.abs(np.asarray(predicted) / np.asarray(true) - 1)
+
+
+# -------------------------------------------------------------------------------------------- the laws that were drawn
+
+
+def test_overfitting_comes_back() -> None:
+    one = fitted(SPT, "overfitting")
+    assert (one.runs, one.rows, one.problem) == (12, 12 * 21, None)
+    given = {"tokens": np.array([30e9, 120e9, 200e9]), "fraction": np.array([0.002, 0.02, 0.05])}
+    assert one.law is not None
+    assert relative_error(one.law.predict(**given), OVERFITTING.predict(**given)).max() < 0.005
+    assert one.score["r2"] > 0.99
+    assert one.score["mre"] == pytest.approx(0.003 * np.sqrt(2 / np.pi), rel=0.3)  # the noise
+    assert set(one.intervals) == set(one.law.params_)
+    assert one.intervals["A_train"][0] < OVERFITTING.params_["A_train"] < one.intervals["A_train"][1]
+
+
+def test_after_finetuning_comes_back() -> None:
+    one = fitted(SPT, "post-finetuning")
+    assert one.law is not None
+    for delta in (0.0, 0.01, 0.05):
+        predicted = one.law.predict(tokens=120e9, fraction=delta)
+        assert relative_error(predicted, after(120e9, delta, PARAMS, 300_000_000)) < 0.005
+
+
+def test_forgetting_and_finetuning_come_back() -> None:
+    table = spt_table(
+        deltas=(0.0,),
+        budgets=(100_000_000_000,),
+        params=SIZES,
+        domain_tokens=(3_000_000, 30_000_000, 300_000_000),
+        injected=(0.0, 0.005, 0.05),
+        noise=0.001,
+    )
+    forgetting, finetuning = (fitted(table, law) for law in ("forgetting", "finetuning"))
+    assert forgetting.law is not None
+    for name, near in {"alpha": 0.05, "beta": 0.05, "B": 0.3}.items():
+        assert forgetting.law.params_[name] == pytest.approx(FORGETTING.params_[name], rel=near)
+    assert set(forgetting.holdout) == {"largest params", "largest unique_tokens", "largest injected"}
+    assert finetuning.law is not None
+    predicted = finetuning.law.predict(params=200e6, unique_tokens=100e6)
+    assert relative_error(predicted, after(100e9, 0.0, 200_000_000, 100_000_000)) < 0.003
+    exponents = finetuning.law.params_["alpha"] / finetuning.law.params_["beta"]
+    assert exponents == pytest.approx(SIZE_EXPONENT / CORPUS_EXPONENT, rel=0.1)
+
+
+def test_dcpt_comes_back_and_is_quick() -> None:
+    began = time.process_time()
+    one = fitted(DCPT, "dcpt-domain", draws=50)
+    assert time.process_time() - began < 5
+    assert one.law is not None
+    given = {"params": 1e9, "tokens": 15e9, "own_ratio": np.array([0.15, 0.4, 0.75])}
+    assert relative_error(one.law.predict(**given), DOMAIN.predict(**given)).max() < 0.005
+    assert one.holdout["each inner ratio"]["mre"] < 0.005
+    assert one.holdout["each inner ratio"]["r2"] > 0.99
+
+
+def test_chinchilla_and_data_constrained_are_fitted_where_there_are_runs() -> None:
+    table = spt_table(deltas=(0.0, 1.0), seeds=(0,), params=SIZES, domain_tokens=(3_000_000_000, 30_000_000_000))
+    chinchilla = fitted(table, "chinchilla")
+    assert chinchilla.group == {"delta": 0}
+    assert chinchilla.score["mre"] < 0.004
+    assert chinchilla.holdout["last 40% of budget"]["mre"] < 0.004
+    assert fitted(table, "data-constrained").law is not None
+
+
+def test_a_long_log_is_thinned_evenly_in_every_run() -> None:
+    table = dcpt_table(deltas=(0.0, 0.3, 0.6, 1.0), evaluations=60)
+    frame = fitted(table, "dcpt-domain", draws=2).table
+    per_run = frame.groupby("run")["tokens"].agg(["size", "max"])
+    assert per_run["size"].tolist() == [150 // 8] * 8
+    assert (per_run["max"] == table["tokens"].max()).all()
+    spacing = frame[frame["run"] == frame["run"].iloc[0]]["tokens"].diff().dropna()
+    assert spacing.max() <= 2 * spacing.min()
+
+
+# --------------------------------------------------------------------------------------------------- how far to trust
+
+
+def test_the_heldout_error_is_of_rows_that_were_not_fitted() -> None:
+    """Every loss at the largest fraction is a quarter too high: nothing else in the table says so."""
+    ((_, frame),) = views.overfitting(SPT)
+    honest = holdout_error("overfitting", frame)
+    assert honest["last 40% of budget"]["mre"] < 0.004
+    assert honest["largest fraction"]["rows"] == 2 * 21
+    largest = frame["fraction"] == 0.05
+    frame.loc[largest, ["heldout_loss", "train_loss"]] *= 1.25
+    wrong = holdout_error("overfitting", frame)
+    assert wrong["largest fraction"]["mre"] == pytest.approx(0.25, abs=0.03)
+    late = frame["tokens"] > 120e9
+    frame.loc[largest, ["heldout_loss", "train_loss"]] /= 1.25
+    frame.loc[late, ["heldout_loss", "train_loss"]] *= 1.25
+    wrong = holdout_error("overfitting", frame)
+    assert wrong["last 40% of budget"]["mre"] == pytest.approx(0.25, abs=0.01)
+    assert wrong["last 40% of budget"]["rows"] == late.sum()
+
+
+def test_every_inner_ratio_is_predicted_from_the_others() -> None:
+    ((_, frame),) = views.dcpt(dcpt_table(deltas=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), evaluations=6), of="domain")
+    one_off = frame.assign(loss=frame["loss"].where(frame["own_ratio"] != 0.4, 1.2 * frame["loss"]))
+    error = holdout_error("dcpt-domain", one_off)["each inner ratio"]
+    assert error["rows"] == (frame["own_ratio"].between(0.1, 0.9)).sum() == 4 * 12
+    assert error["mre"] > 0.2 / 4
+
+
+def test_a_part_without_which_nothing_can_be_fitted_is_not_predicted() -> None:
+    one = fitted(spt_table(deltas=(0.001, 0.005, 0.01, 0.05), seeds=(0,)), "overfitting")
+    assert set(one.holdout) == {"last 40% of budget"}
+
+
+# ----------------------------------------------------------------------------------------------------- what is missing
+
+
+def test_each_law_says_what_is_missing() -> None:
+    problems = {one.law_name: one for one in fit_laws(spt_table(deltas=(0.0, 0.01, 0.05), budgets=(10**10, 10**11)))}
+    assert list(problems) == list(fits.LAWS)
+    assert all(one.law is None for one in problems.values())
+    for law, says in {
+        "overfitting": "needs runs at 4 fractions or more to fit its train curve; the table has 0, 0.01, 0.05",
+        "post-finetuning": "from three pretraining budgets or more; there are 4 at most, at 2",
+        "forgetting": "the runs have params 109M; unique_tokens 300M; injected 0",
+        "dcpt-domain": "takes continued pretraining at four domain shares or more, 20% apart",
+        "cmr": "the runs have domain_ratio 1",
+        "chinchilla": "takes pretraining from scratch at two model sizes or more of one domain share",
+        "data-constrained": "(delta 1), of two corpus sizes or more; there are no such runs",
+    }.items():
+        assert says in (problems[law].problem or "")
+
+
+def test_groups_with_one_problem_are_one() -> None:
+    one = fitted(SPT, "forgetting")
+    assert one.group == {"pretrain_delta": 0}
+    assert one.runs == 5 * 2
+
+
+def test_a_curve_that_is_too_short_is_left_out_and_said() -> None:
+    short = (SPT["pretrain_delta"] == 0.02) & (SPT["pretrain_tokens"] > 50e9)
+    one = fitted(SPT[~short], "post-finetuning")
+    assert one.law is not None
+    assert set(one.table["fraction"]) == {0.0, 0.001, 0.005, 0.01, 0.05}
+    assert any(warning.startswith("left out fraction 0.02") for warning in one.warnings)
+
+
+def test_what_the_runs_leave_open_is_a_warning_of_the_fit_and_none_of_python() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = fit_laws(spt_table(deltas=(0.0,), injected=(0.0, 0.001, 0.01, 0.05)), "forgetting", draws=2)[0]
+    assert one.law is not None
+    assert "these runs leave beta open; judge the law by its predictions" in one.warnings
+
+
+def test_no_such_law() -> None:
+    with pytest.raises(RecipeError, match="there is no law 'overfiting'; did you mean 'overfitting'"):
+        fit_laws(SPT, "overfiting")
+
+
+# ------------------------------------------------------------------------------------------------------ spt-fast fit
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    save_table(spt_table(seeds=(0,)), folder)
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: object, fails: bool = False) -> str:
+    sys.argv = ["spt-fast", "fit", *map(str, words)]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    printed = capsys.readouterr()
+    assert exit_.value.code == (2 if fails else 0), printed.err
+    return printed.err if fails else printed.out
+
+
+def test_fit_prints_laws_and_what_is_missing(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "out", Console(highlight=False, width=80))
+    lines = said(capsys, study)
+    assert max(map(len, lines.splitlines())) <= 80
+    text = " ".join(lines.split())
+    for part in (
+        "109M parameters, 300M domain",
+        "largest fraction",
+        "last 40% of budget",
+        "- overfitting, 109M parameters, 300M domain: A_train ",
+        "- not fitted: cmr, 109M parameters, 300M domain, after NPT: takes continued pretraining",
+    ):
+        assert part in text
+    assert "a[0.01]" not in text
+    assert "a[0.01]" in said(capsys, study, "--law", "post-finetuning")
+
+
+def test_fit_as_json_is_what_out_writes(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = json.loads(said(capsys, study / "table.csv", "--law", "overfitting", "--json", "--out", tmp_path / "fits"))
+    assert json.loads((tmp_path / "fits" / "fits.json").read_text()) == result
+    (law,) = result["laws"]
+    assert law["group"] == {"params": PARAMS, "domain_tokens": 300_000_000}
+    assert (law["law"], law["runs"], law["rows"], law["problem"]) == ("overfitting", 6, 126, None)
+    parameter = law["parameters"]["b_gap_s"]
+    assert parameter["low"] < parameter["value"] < parameter["high"]
+    assert set(law["score"]) == {"r2", "huber", "mre"}
+    assert set(law["holdout"]["largest fraction"]) == {"r2", "mre", "rows"}
+    assert result["notes"] == []
+
+
+def test_fit_refuses_in_one_message(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = said(capsys, study, "--law", "chinchila", fails=True)
+    assert message == "spt-fast: there is no law 'chinchila'; did you mean 'chinchilla'?\n"
+    other = tmp_path / "other"
+    other.mkdir()
+    save_table(spt_table(seeds=(0,)).assign(tokenizer="feedbeef", seed=7), other)
+    message = said(capsys, study, other, fails=True)
+    assert "differ in tokenizer (4f5ca1b2 and feedbeef)" in message
+    assert message.count("\n") == 1

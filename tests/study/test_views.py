@@ -1,0 +1,308 @@
+"""Which rows each law gets from a runs table, under which names, and what is left out or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from spt_fast.errors import DataError
+from spt_fast.study import views
+from spt_fast.study.table import COLUMNS, load_table, save_table
+from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, dcpt_table, spt_table
+
+SMALL = 41_000_000
+SPT = spt_table(deltas=(0.0, 0.01, 0.05), budgets=(20_000_000_000, 100_000_000_000), injected=(0.0, 0.02))
+DCPT = dcpt_table()
+
+View = Callable[[pd.DataFrame], list[views.Group]]
+
+
+def only(groups: list[views.Group]) -> tuple[dict[str, Any], pd.DataFrame]:
+    assert len(groups) == 1
+    return groups[0]
+
+
+def renamed(table: pd.DataFrame, suffix: str, **columns: Any) -> pd.DataFrame:
+    return table.assign(run=table["run"] + suffix, **columns)
+
+
+def worse(table: pd.DataFrame, by: float) -> pd.DataFrame:
+    """The same runs with another rate and all domain losses `by` higher."""
+    losses = [f"domain_{name}" for name in ("train", "heldout", "select", "before")]
+    return renamed(table, "-other", lr=3 * table["lr"], **{name: table[name] + by for name in losses})
+
+
+# ------------------------------------------------------------------------------------------------------- pretraining
+
+
+def test_overfitting_takes_the_curves_of_pretraining() -> None:
+    group, frame = only(views.overfitting(SPT))
+    assert group == {"params": PARAMS, "domain_tokens": DOMAIN_TOKENS}
+    rows = SPT[(SPT["stage"] == 0) & (SPT["tokens"] > 0)]
+    assert len(frame) == len(rows) == 3 * 2 * 20
+    assert set(frame["run"]) == set(rows["run"])
+    assert sorted(frame["heldout_loss"]) == sorted(rows["domain_heldout"])
+    row = rows[(rows["delta"] == 0.05) & (rows["seed"] == 1) & (rows["tokens"] == 20e9)].iloc[0]
+    mine = frame[(frame["run"] == row["run"]) & (frame["tokens"] == 20e9)].iloc[0]
+    assert mine["fraction"] == 0.05
+    assert (mine["train_loss"], mine["heldout_loss"]) == (row["domain_train"], row["domain_heldout"])
+    assert (mine["tokenizer"], mine["heldout"]) == (row["tokenizer"], row["heldout"])
+    assert frame["train_loss"].isna().equals(frame["fraction"] == 0)
+
+
+def test_runs_without_domain_text_belong_to_every_corpus_of_their_size() -> None:
+    table = spt_table(deltas=(0.0, 0.01), seeds=(0,), params=(SMALL, PARAMS), domain_tokens=(30_000_000, DOMAIN_TOKENS))
+    shared = table[(table["delta"] > 0) | (table["domain_tokens"] == DOMAIN_TOKENS)]
+    groups = views.overfitting(shared)
+    assert [tuple(group.values()) for group, _ in groups] == [
+        (size, corpus) for size in (SMALL, PARAMS) for corpus in (30_000_000, DOMAIN_TOKENS)
+    ]
+    for group, frame in groups:
+        assert set(frame["fraction"]) == {0.0, 0.01}
+        assert frame["run"].nunique() == 2
+        assert frame["run"].str.contains(f"-{group['params']}-").all()
+
+
+def test_domain_text_alone_is_for_the_data_constrained_law() -> None:
+    table = spt_table(deltas=(0.01, 1.0), seeds=(0,), domain_tokens=(30_000_000, DOMAIN_TOKENS))
+    group, frame = only(views.data_constrained(table))
+    assert group == {}
+    assert set(frame["unique_tokens"]) == {30e6, 300e6}
+    assert len(frame) == ((table["stage"] == 0) & (table["delta"] == 1) & (table["tokens"] > 0)).sum()
+    assert all(set(rows["fraction"]) == {0.01} for _, rows in views.overfitting(table))
+    assert views.data_constrained(SPT) == []
+
+
+def test_chinchilla_takes_shares_that_were_run_at_two_sizes() -> None:
+    table = pd.concat([SPT, spt_table(deltas=(0.01,), seeds=(0,), params=(SMALL,))])
+    group, frame = only(views.chinchilla(table))
+    assert group == {"delta": 0.01}
+    assert set(frame["params"]) == {SMALL, PARAMS}
+    row = table[(table["stage"] == 0) & (table["delta"] == 0.01) & (table["tokens"] == 20e9)].iloc[0]
+    assert row["general_heldout"] in set(frame["loss"][frame["tokens"] == 20e9])
+    of_domain, frame = only(views.chinchilla(table, of="domain"))
+    assert of_domain == {"delta": 0.01, "domain_tokens": DOMAIN_TOKENS}
+    assert row["domain_heldout"] in set(frame["loss"])
+
+
+# -------------------------------------------------------------------------------------------------------- adaptation
+
+
+def test_after_finetuning_tokens_and_fraction_are_those_of_pretraining() -> None:
+    table = spt_table(deltas=(0.0, 0.05), injected=(0.0, 0.02), anchors=(0.0, 0.5))
+    group, frame = only(views.post_finetuning(table))
+    assert group == {"params": PARAMS, "domain_tokens": DOMAIN_TOKENS}
+    assert len(frame) == 2 * 5 * 2  # deltas, budgets, seeds
+    ends = table[(table["stage"] == 1) & table["handed_on"] & (table["injected"] == 0) & (table["anchor"] == 0)]
+    both = frame.merge(ends, on="run", suffixes=("", "_before"))
+    assert len(both) == len(frame)
+    for ours, theirs in {
+        "tokens": "pretrain_tokens",
+        "fraction": "pretrain_delta",
+        "heldout_loss": "domain_before",
+        "finetuned_loss": "domain_heldout",
+    }.items():
+        assert both[ours].tolist() == both[theirs].tolist()
+
+
+@pytest.mark.parametrize("start", ["embeddings", "frozen embeddings"])
+def test_what_began_from_embeddings_alone_is_no_finetune(start: str) -> None:
+    table = SPT.assign(start=SPT["start"].replace("pretrained", start))
+    assert views.post_finetuning(table) == views.forgetting(table) == views.cmr(table) == []
+
+
+def test_forgetting_is_read_where_finetunes_of_plain_pretraining_hand_on() -> None:
+    groups = views.forgetting(SPT)
+    assert [group for group, _ in groups] == [
+        {"pretrain_delta": 0, "pretrain_tokens": 20_000_000_000},
+        {"pretrain_delta": 0, "pretrain_tokens": 100_000_000_000},
+    ]
+    _, frame = groups[0]
+    assert sorted(frame["injected"]) == [0, 0, 0.02, 0.02]
+    assert set(frame["unique_tokens"]) == {DOMAIN_TOKENS}
+    row = SPT[SPT["handed_on"] & (SPT["stage"] == 1) & (SPT["pretrain_delta"] == 0)].iloc[0]
+    mine = frame[frame["run"] == row["run"]].iloc[0]
+    assert (mine["loss_before"], mine["loss"]) == (row["general_before"], row["general_heldout"])
+
+    _, of_domain = views.finetuning(SPT)[0]
+    assert of_domain["injected"].tolist() == [0, 0]
+    assert row["domain_heldout"] in set(of_domain["loss"])
+
+
+def test_forgetting_of_a_study_whose_pretraining_always_had_domain_text() -> None:
+    groups = views.forgetting(SPT[(SPT["delta"] != 0) & (SPT["pretrain_delta"] != 0)])
+    assert {group["pretrain_delta"] for group, _ in groups} == {0.01}
+
+
+def test_a_finetune_that_has_not_read_its_corpus_is_none() -> None:
+    assert views.forgetting(SPT.assign(epochs=0.5 * SPT["epochs"] / 4)) == []
+    _, frame = only(views.forgetting(DCPT))
+    assert len(frame) == 2  # of each size, the run on domain text alone, which reads it just once
+
+
+@pytest.mark.parametrize(("of", "share"), [("domain", "delta"), ("general", "injected")])
+def test_dcpt_takes_the_share_of_the_corpus_whose_loss_it_predicts(of: str, share: str) -> None:
+    group, frame = only(views.dcpt(DCPT, of=of))  # type: ignore[arg-type]
+    assert group == {"domain_tokens": 20_000_000_000, "pretrain_delta": None, "pretrain_tokens": None}
+    rows = DCPT[DCPT["tokens"] > 0]
+    assert frame["own_ratio"].to_numpy() == pytest.approx(rows[share].to_numpy(), abs=1e-9)
+    assert frame["loss"].tolist() == rows[f"{of}_heldout"].tolist()
+    assert frame[["params", "tokens"]].to_numpy().tolist() == rows[["params", "tokens"]].to_numpy().tolist()
+
+
+def test_what_comes_after_the_weights_that_are_handed_on_is_not_learning() -> None:
+    _, frame = views.dcpt(SPT, of="domain")[0]
+    for run, curve in frame.groupby("run"):
+        best = SPT[(SPT["run"] == run) & SPT["handed_on"]].iloc[0]
+        assert curve["tokens"].max() == best["tokens"] < SPT["tokens"][SPT["run"] == run].max()
+
+
+def test_cmr_takes_increments_from_each_runs_own_start() -> None:
+    table = dcpt_table(seeds=(0, 1))
+    second = table["seed"] == 1
+    for name in ("domain_heldout", "domain_before"):
+        table.loc[second, name] += 0.5
+    groups = views.cmr(table)
+    assert [group["params"] for group, _ in groups] == [200_000_000, 1_000_000_000]
+    frame = groups[0][1]
+    start = frame[frame["tokens"] == 0]
+    before = table[table["params"] == 200_000_000]["domain_before"]
+    assert start["domain_loss"].tolist() == pytest.approx([before.mean()])
+    for run, curve in frame[frame["tokens"] > 0].groupby("run"):
+        own = table[(table["run"] == run) & (table["tokens"] > 0)]
+        rise = curve["domain_loss"].to_numpy() - start["domain_loss"].item()
+        assert rise == pytest.approx((own["domain_heldout"] - own["domain_before"]).to_numpy())
+        assert curve["domain_ratio"].tolist() == own["delta"].round(9).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------- what is used
+
+
+def test_nothing_is_left_out_of_a_whole_study() -> None:
+    for table in (SPT, DCPT):
+        rows, notes = views.usable(table)
+        assert len(rows) == len(table)
+        assert notes == []
+
+
+def test_what_is_usable_stays_so() -> None:
+    table = pd.concat([SPT, worse(SPT, 0.1)], ignore_index=True)
+    rows, _ = views.usable(table)
+    again, notes = views.usable(rows)
+    assert again.equals(rows)
+    assert notes == []
+
+
+def test_failed_runs_and_broken_losses_are_left_out_and_said() -> None:
+    lost = SPT["run"].iloc[0]
+    failed = SPT[:1].assign(run="the-one-that-failed", status="failed", **dict.fromkeys(views.NUMBERS, np.nan))
+    table = pd.concat([SPT, failed], ignore_index=True)
+    broken = (table["run"] == lost) & (table["tokens"] >= 90e9)
+    table.loc[broken, ["domain_heldout"]] = [np.nan, np.inf][: broken.sum()] + [np.nan] * (broken.sum() - 2)
+    _, notes = views.usable(table)
+    assert len(notes) == 2
+    assert "failed: the-one-that-failed" in notes[0]
+    assert f"domain_heldout is not a number: {broken.sum()} evaluations of {lost}" in notes[1]
+    _, frame = only(views.overfitting(table))
+    assert np.isfinite(frame["heldout_loss"]).all()
+    assert len(frame) == 120 - broken.sum()
+
+
+def test_a_mixture_that_changes_within_a_stage_is_left_out_with_all_that_came_of_it() -> None:
+    """SCPT: 1% from the last tenth on, 0.1% of all; beside a run that had 0.1% from the start."""
+    steady = spt_table(deltas=(0.0, 0.001, 0.02), budgets=(90_000_000_000, 100_000_000_000))
+    scpt = renamed(steady[(steady["delta"] == 0.001) | (steady["pretrain_delta"] == 0.001)], "-scpt")
+    early = scpt["tokens"] < 95e9
+    scpt = scpt[(scpt["pretrain_tokens"] != 90e9)]
+    scpt.loc[early & (scpt["stage"] == 0), "delta"] = 0.0
+    scpt[["domain_heldout", "domain_before"]] *= 0.97
+    table = pd.concat([steady, scpt], ignore_index=True)
+    rows, notes = views.usable(table)
+    assert rows.equals(views.usable(steady)[0])
+    assert "share changes within a stage" in notes[0]
+    assert "-scpt" in notes[0]
+    assert "the pretraining that they began with is" in notes[1]
+
+
+def test_the_learning_rate_is_chosen_for_each_arm_by_the_mean_over_seeds() -> None:
+    """At 1% the other rate is better on average, though not for seed 1; at all other shares it is worse."""
+    other = worse(SPT, 0.05)
+    lucky = (other["delta"] == 0.01) | (other["pretrain_delta"] == 0.01)
+    by = np.where(other["seed"] == 0, 0.3, -0.1)
+    for name in ("domain_select", "domain_heldout", "domain_before"):
+        other.loc[lucky, name] -= by[lucky]
+    table = pd.concat([SPT, other], ignore_index=True)
+    rows, notes = views.usable(table)
+    kept = rows[rows["stage"] == 0].groupby("delta")["run"].unique()
+    assert all(run.endswith("-other") == (delta == 0.01) for delta, runs in kept.items() for run in runs)
+    assert rows[rows["stage"] == 0].groupby("delta")["seed"].nunique().tolist() == [2, 2, 2]
+    assert "better mean domain_select" in notes[0]
+    finetunes = rows[(rows["stage"] == 1) & (rows["pretrain_delta"] == 0.01)]
+    assert finetunes["run"].str.endswith("-other").all()
+    assert finetunes["seed"].nunique() == 2
+
+
+def test_a_rate_that_stops_early_is_still_the_same_arm() -> None:
+    finetunes = SPT[SPT["stage"] == 1]
+    other = worse(finetunes, 0.05)
+    other = other[other["tokens"] <= 6 * DOMAIN_TOKENS]
+    rows, _ = views.usable(pd.concat([SPT, other], ignore_index=True))
+    assert not rows["run"].str.endswith("-other").any()
+
+
+def test_a_saved_table_gives_the_same_views(tmp_path: Any) -> None:
+    save_table(SPT, tmp_path)
+    for name in ("table.csv", "table.parquet"):
+        _, frame = only(views.post_finetuning(load_table(tmp_path / name)))
+        pd.testing.assert_frame_equal(frame, only(views.post_finetuning(SPT))[1], check_dtype=False)
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_the_synthetic_table_has_the_columns_of_a_real_one() -> None:
+    assert list(SPT) == list(DCPT) == list(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("delta", 5.0, "delta in the runs table is a fraction between 0 and 1, not a percentage; got 5"),
+        ("pretrain_delta", 2.0, "pretrain_delta in the runs table is a fraction between 0 and 1, not a percentage"),
+        ("lr", "high", "column 'lr' of the runs table must hold numbers"),
+    ],
+)
+def test_columns_that_mean_something_else_are_refused(column: str, value: Any, says: str) -> None:
+    table = SPT.assign(**{column: SPT[column].astype(object)})
+    table.loc[table.index[-1], column] = value
+    with pytest.raises(DataError, match=says):
+        views.overfitting(table)
+
+
+@pytest.mark.parametrize("column", ["tokenizer", "heldout"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_runs_of_two_studies_are_refused_by_name(column: str, stage: int) -> None:
+    other = renamed(SPT[SPT["stage"] == stage], "-elsewhere", **{column: "feedbeef"})
+    first = SPT["run"][SPT["stage"] == (stage if column == "heldout" else 0)].iloc[0]
+    with pytest.raises(DataError) as refused:
+        views.forgetting(pd.concat([SPT, other], ignore_index=True))
+    for part in (f"{first} and {other['run'].iloc[0]} differ in {column}", "feedbeef", "one study at a time"):
+        assert part in str(refused.value)
+
+
+def test_pretraining_and_finetuning_may_be_held_out_on_texts_of_their_own() -> None:
+    table = SPT.assign(heldout=np.where(SPT["stage"] == 0, "small", "large"))
+    assert len(views.overfitting(table)) == len(views.post_finetuning(table)) == 1
+
+
+def test_what_is_no_runs_table_is_refused() -> None:
+    with pytest.raises(DataError, match="no column 'domain_select'; did you mean 'domains_select'"):
+        views.cmr(SPT.rename(columns={"domain_select": "domains_select"}))
+    with pytest.raises(DataError, match="a pandas DataFrame, as read_table makes it; got dict"):
+        views.cmr({"run": []})  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="no finished run"):
+        views.cmr(SPT[:0])
