@@ -27,13 +27,14 @@ from spt_fast.errors import DataError, RecipeError, nearest
 from spt_fast.files import replacing
 from spt_fast.laws import IdentificationWarning, Law, LawWarning
 from spt_fast.study import views
-from spt_fast.study.runs import arm_name
 
 Split = Callable[[pd.DataFrame], list[pd.Series]]
 """Masks of the rows to predict, each from all the others."""
 
 FIRST_PART = 0.6
 """Of the budget that is fitted, to predict the rest."""
+MISFIT, HARDLY = 3, 0.01
+"""A fraction is no part of the law when its error is so many times that of the others, and above this."""
 
 
 def _largest(column: str) -> Split:
@@ -239,7 +240,21 @@ def _fitted(name: str, group: dict[str, Any], table: pd.DataFrame, draws: int, l
     ]
     if law.unidentified_:
         said.append(f"these runs leave {_some(law.unidentified_)} open; judge the law by its predictions")
+    if isinstance(law, laws.OverfittingLaw):
+        said += _misfits(law, table)
     return Fitted(name, group, law, table, law.score(table), holdout_error(name, table), intervals, said, None)
+
+
+def _misfits(law: laws.OverfittingLaw, table: pd.DataFrame) -> list[str]:
+    """Fractions that one law does not describe together with the others."""
+    errors = {value: law.score(rows)["mre"] for value, rows in table.groupby("fraction")}
+    usual = float(np.median(list(errors.values())))
+    return [
+        f"the runs at fraction {value:g} lie {_percent(error)} off the law, the others {_percent(usual)}: it does not "
+        "hold for them, and they bend it for the others"
+        for value, error in errors.items()
+        if error > max(MISFIT * usual, HARDLY)
+    ]
 
 
 def _some(names: list[str], most: int = 5) -> str:
@@ -451,11 +466,15 @@ def _of_group(one: Fitted) -> str:
     words: dict[str, Callable[[float], str]] = {
         "params": lambda size: f"{_short(size)} parameters",
         "domain_tokens": lambda tokens: f"{_short(tokens)} domain",
-        "delta": arm_name,
-        "pretrain_delta": lambda delta: f"after {arm_name(delta)}",
+        "delta": _regime,
+        "pretrain_delta": lambda delta: f"after {_regime(delta)}",
         "pretrain_tokens": lambda tokens: f"{_short(tokens)} tokens",
     }
     return ", ".join(words[name](value) for name, value in one.group.items() if value is not None)
+
+
+def _regime(delta: float) -> str:
+    return f"SPT {100 * delta:.4g}%" if delta else "NPT"
 
 
 def _short(value: float) -> str:

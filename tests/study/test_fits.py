@@ -149,6 +149,16 @@ def test_every_inner_ratio_is_predicted_from_the_others() -> None:
     assert error["mre"] > 0.2 / 4
 
 
+def test_the_start_is_never_left_out() -> None:
+    """The row at tokens = 0 bears the ratio of the table's first run, an inner one here; CMR cannot do without it."""
+    table = dcpt_table(deltas=(0.5, 0.0, 0.25, 0.75, 1.0), params=(200_000_000,))
+    ((_, frame),) = views.cmr(table)
+    assert frame["domain_ratio"][frame["tokens"] == 0].tolist() == [0.5]
+    error = holdout_error("cmr", frame)["every other ratio"]
+    assert error["rows"] == 3 * 12
+    assert error["mre"] < 0.01
+
+
 def test_a_part_without_which_nothing_can_be_fitted_is_not_predicted() -> None:
     one = fitted(spt_table(deltas=(0.001, 0.005, 0.01, 0.05), seeds=(0,)), "overfitting")
     assert set(one.holdout) == {"last 40% of budget"}
@@ -187,12 +197,32 @@ def test_a_curve_that_is_too_short_is_left_out_and_said() -> None:
     assert any(warning.startswith("left out fraction 0.02") for warning in one.warnings)
 
 
+def test_finetunes_with_a_little_replay_are_no_continued_pretraining() -> None:
+    table = spt_table(deltas=(0.0,), seeds=(0,), injected=(0.0, 0.005, 0.01, 0.05))
+    for law in ("dcpt-domain", "dcpt-general", "cmr"):
+        assert "20% apart" in (fitted(table, law).problem or "")
+
+
+def test_a_fraction_that_the_law_does_not_describe_is_a_warning() -> None:
+    """Without domain text in pretraining, the domain loss need not fall at all."""
+    plain = (SPT["stage"] == 0) & (SPT["delta"] == 0)
+    rising = SPT.assign(domain_heldout=SPT["domain_heldout"].where(~plain, 5 - SPT["domain_heldout"]))
+    for table, misfits in ((SPT, []), (rising, ["the runs at fraction 0 lie"])):
+        said = fitted(table, "overfitting").warnings
+        assert [warning[:26] for warning in said if warning.startswith("the runs at")] == misfits
+
+
 def test_what_the_runs_leave_open_is_a_warning_of_the_fit_and_none_of_python() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one = fit_laws(spt_table(deltas=(0.0,), injected=(0.0, 0.001, 0.01, 0.05)), "forgetting", draws=2)[0]
     assert one.law is not None
-    assert "these runs leave beta open; judge the law by its predictions" in one.warnings
+    assert one.warnings == ["these runs leave beta open; judge the law by its predictions"]
+
+
+def test_other_warnings_of_a_law_are_warnings_of_its_fit() -> None:
+    one = fitted(DCPT, "dcpt-general")
+    assert any("the fitted loss rises with own_ratio in" in warning for warning in one.warnings)
 
 
 def test_no_such_law() -> None:
@@ -249,6 +279,26 @@ def test_fit_as_json_is_what_out_writes(study: Path, tmp_path: Path, capsys: pyt
     assert set(law["score"]) == {"r2", "huber", "mre"}
     assert set(law["holdout"]["largest fraction"]) == {"r2", "mre", "rows"}
     assert result["notes"] == []
+
+
+def test_fit_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = spt_table(seeds=(0,))
+    gone = table[:1].assign(run="the-one-that-failed", status="failed")
+    save_table(pd.concat([table, gone], ignore_index=True), tmp_path)
+    note = "left out, as they failed: the-one-that-failed"
+    assert json.loads(said(capsys, tmp_path, "--law", "cmr", "--json"))["notes"] == [note]
+    assert f"- {note}\n" in said(capsys, tmp_path, "--law", "cmr")
+
+
+def test_fit_names_the_sources_of_runs_that_belong_to_no_study(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_table(paths: Any, *, domain: str | None, general: str | None) -> pd.DataFrame:
+        assert (list(map(str, paths)), domain, general) == (["a", "b"], "chem", "web")
+        return SPT
+
+    monkeypatch.setattr("spt_fast.study.table.read_table", read_table)
+    said(capsys, "a", "b", "--domain", "chem", "--general", "web", "--law", "cmr")
 
 
 def test_fit_refuses_in_one_message(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
