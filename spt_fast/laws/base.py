@@ -8,7 +8,8 @@ Columns with a meaning to every law: `run` (points of one run share errors, and 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -181,19 +182,24 @@ class Law:
         """
         if n < 2 or not 0 < level < 1:
             raise RecipeError(f"bootstrap needs n of at least 2 and a level between 0 and 1; got n={n}, level={level}")
+        draws = [law.params_ for law in self.resampled(table, n, seed)]
+        tails = 100 * (1 - level) / 2, 100 * (1 + level) / 2
+        edges = {name: np.percentile([draw[name] for draw in draws], tails) for name in draws[0]}
+        return {name: (float(low), float(high)) for name, (low, high) in edges.items()}
+
+    def resampled(self, table: Any, n: int = 200, seed: int = 0) -> Iterator[Self]:
+        """The law as `n` of `bootstrap`'s draws give it: how a prediction, or a decision, varies with the runs."""
         if not hasattr(self, "_fits"):
             self.fit(table)
         rows = self._prepare(read(table, self.inputs, self.outputs))
         self._require_enough(rows)
         run = self._resampled(rows)
         rng = np.random.default_rng(seed)
-        draws = []
         for _ in range(n):
-            weights = rng.exponential(size=run.max() + 1)[run]
-            draws.append(self._named(self._fit(rows, weights, self._fits)))
-        tails = 100 * (1 - level) / 2, 100 * (1 + level) / 2
-        edges = {name: np.percentile([draw[name] for draw in draws], tails) for name in draws[0]}
-        return {name: (float(low), float(high)) for name, (low, high) in edges.items()}
+            law = copy(self)
+            law._fits = self._fit(rows, rng.exponential(size=run.max() + 1)[run], self._fits)
+            law.params_ = {name: float(value) for name, value in self._named(law._fits).items()}
+            yield law
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
