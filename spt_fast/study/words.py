@@ -1,0 +1,17 @@
+"""Counts and shares as people write them."""
+
+from __future__ import annotations
+
+UNITS = {1e12: "T", 1e9: "B", 1e6: "M", 1e3: "K"}
+
+
+def amount(count: float) -> str:
+    """20B, 1.5M, 300; three digits."""
+    for size, unit in UNITS.items():
+        if count >= 0.9995 * size:
+            return f"{float(f'{count / size:.3g}'):,g}{unit}"
+    return f"{count:.3g}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.4g}%"

@@ -1,0 +1,76 @@
+"""What the papers say, where there are no runs: the published points are met, and every figure has its source."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from spt_fast.study.prior import SAYS, outside, prior, progress_lost, worth
+
+
+@pytest.mark.parametrize(
+    ("budget", "low", "high"),
+    [(10e9, 0.1, 0.1), (30e9, 0.1, 0.1), (200e9, 0.02, 0.05), (260e9, 0.0195, 0.0205), (280e9, 0.015, 0.02)],
+)
+def test_the_published_best_shares_of_300m_tokens(budget: float, low: float, high: float) -> None:
+    given = prior(domain_tokens=300_000_000, budget=int(budget))
+    assert given["regime"] == "SPT"
+    assert low <= given["delta"] <= high
+    assert given["delta_range"][0] <= given["delta"] <= given["delta_range"][1]
+    assert given["replay"] == 0
+
+
+def test_the_share_goes_by_how_often_the_corpus_is_read() -> None:
+    small, large = (prior(domain_tokens=n * 30_000_000, budget=n * 20_000_000_000) for n in (1, 10))
+    assert small["delta"] == large["delta"] == pytest.approx(0.026)
+    assert small["epochs"] == pytest.approx(17.33, abs=0.01)
+    assert small["delta_range"] == [0.015, 0.05]
+
+
+@pytest.mark.parametrize(
+    ("domain_tokens", "budget", "regime"),
+    [
+        (300e6, 280e9, "SPT"),
+        (30e6, 60e9, "SPT or SCPT"),
+        (30e6, 200e9, "SCPT"),
+        (3e6, 200e9, "SCPT"),
+        (3e6, 2e9, "SPT"),
+    ],
+)
+def test_small_corpora_at_large_budgets_come_late(domain_tokens: float, budget: float, regime: str) -> None:
+    given = prior(domain_tokens=int(domain_tokens), budget=int(budget))
+    assert given["regime"] == regime
+    if regime == "SCPT":
+        assert given["delta"] == pytest.approx(0.001)
+        assert given["delta_range"] is None
+    assert given["replay"] == (0 if regime == "SPT" else 0.01)
+    assert ("SCPT" in given["why"]) == (regime == "SPT or SCPT")
+
+
+def test_it_says_that_it_is_a_prior_and_how_far_off() -> None:
+    given = prior(domain_tokens=3_000_000, budget=4_000_000_000, params=100_000_000)
+    assert given["says"] == SAYS
+    assert "not a measurement on your data" in SAYS
+    assert given["outside"] == {"budget": 10.0, "domain_tokens": 1.0, "params": 3.0}
+    assert {fact["standing"] for fact in given["facts"]} == {"paper", "secondary", "derived"}
+    assert all(fact["source"] for fact in given["facts"])
+    json.dumps(given, allow_nan=False)
+
+
+def test_progress_lost_between_the_published_sizes() -> None:
+    assert progress_lost(334e6) == pytest.approx(0.5)
+    assert 0.2 < progress_lost(1e9) < 0.3
+    assert progress_lost(70e9) == pytest.approx(0.2)
+    assert prior(domain_tokens=10**7, budget=10**10)["expected"]["progress_lost"] is None
+
+
+def test_what_repeats_are_worth() -> None:
+    once, often = worth(1e6, 1e6), worth(17e6, 1e6)
+    assert once == {"read": 1e6, "fresh": pytest.approx(1e6), "next_epoch": 1.0}
+    assert often["fresh"] == pytest.approx(1e6 * (1 + 15.387756 * (1 - 2.718281828 ** (-16 / 15.387756))))
+    assert often["next_epoch"] == pytest.approx(2.718281828 ** (-16 / 15.387756))
+
+
+def test_outside() -> None:
+    assert [outside(x, 2.0, 4.0) for x in (1.0, 2.0, 3.0, 4.0, 12.0)] == [2.0, 1.0, 1.0, 1.0, 3.0]
