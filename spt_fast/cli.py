@@ -437,6 +437,50 @@ def fit(
     _print_json(fits.described(fitted, notes)) if as_json else fits.print_fits(fitted, notes, out, law is not None)
 
 
+@app.command()
+def advise(
+    domain_tokens: Annotated[
+        str, typer.Option(metavar="COUNT", help="Unique tokens of the domain corpus, such as 30M.")
+    ],
+    budget: Annotated[str, typer.Option(metavar="COUNT", help="Pretraining tokens, such as 20B.")],
+    model: Annotated[str | None, typer.Option(help="A preset, or a number of parameters.")] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUNS", help="A study, a table or a run; may be repeated. Without: a prior from papers."),
+    ] = None,
+    general: Annotated[
+        Path | None, typer.Option(metavar="PREFIX", help="The general dataset, for the distance.")
+    ] = None,
+    domain: Annotated[Path | None, typer.Option(metavar="PREFIX", help="The domain dataset, for the distance.")] = None,
+    inference_tokens: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Tokens to be served: what a larger finetuned model costs.")
+    ] = None,
+    max_general_rise: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Limit on the general loss, such as 3%.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Share of domain data in pretraining, repeats, replay: by runs, or by the papers where there are none."""
+    from spt_fast.fields import parse_count, parse_share
+    from spt_fast.study import advise as advising
+    from spt_fast.study.advice_text import print_advice
+    from spt_fast.study.table import read_table
+
+    given = advising.advise(
+        domain_tokens=parse_count(domain_tokens, "--domain-tokens"),
+        budget=parse_count(budget, "--budget"),
+        model=model,
+        table=read_table(runs) if runs else None,
+        general=general,
+        domain=domain,
+        inference_tokens=None if inference_tokens is None else parse_count(inference_tokens, "--inference-tokens"),
+        max_general_rise=None
+        if max_general_rise is None
+        else float(parse_share(max_general_rise, "--max-general-rise")),
+    )
+    _print_json(given) if as_json else print_advice(given, out)
+
+
 @app.command("eval")
 def evaluate(
     weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],

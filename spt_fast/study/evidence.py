@@ -1,0 +1,108 @@
+"""The runs that answer a question best: those nearest in model size and in how often their domain corpus is read.
+
+A question (domain tokens, budget) is asked of runs with another corpus size at the budget at which theirs is read as
+often, budget · (their domain tokens / the user's): simulated epoching (arXiv 2606.07597). With the same corpus that is
+the budget itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from spt_fast.errors import DataError
+from spt_fast.study import views
+from spt_fast.study.arms import GROUP, arms, finetunes, plain
+from spt_fast.study.forecast import Forecast, forecast
+from spt_fast.study.prior import outside
+
+
+@dataclass(frozen=True)
+class Evidence:
+    rows: pd.DataFrame
+    """Finetunes of one model size and domain corpus; see arms.py."""
+    all_sizes: pd.DataFrame
+    """Finetunes on the same corpus of models of any size."""
+    budget: float
+    """At which these runs' corpus is read as often as the user's."""
+    arms: list[dict[str, Any]]
+    """Those with the least general data in the finetune, at the run budget nearest to that; best first."""
+    forecast: Forecast | None
+
+    @property
+    def params(self) -> int:
+        return int(self.rows["params"].iloc[0])
+
+    @property
+    def domain_tokens(self) -> int:
+        return int(self.rows["domain_tokens"].iloc[0])
+
+    def steady(self) -> list[dict[str, Any]]:
+        """The arms of FT and SPT."""
+        return [arm for arm in self.arms if arm["regime"] != "SCPT"]
+
+    def general(self) -> dict[float, tuple[float, float]]:
+        """{delta: general loss before, and after, a finetune with the least general data}: by law, else as seen; empty
+        where it was not measured."""
+        known = self.forecast
+        if known is not None and known.general is not None and known.forgetting is not None:
+            after = known.general[:, 0]
+            pairs = zip((after - known.forgetting).tolist(), after.tolist(), strict=True)
+            return dict(zip(known.deltas, pairs, strict=True))
+        seen = [arm for arm in self.steady() if arm["general"] and arm["forgetting"]]
+        return {
+            arm["delta"]: (arm["general"]["mean"] - arm["forgetting"]["mean"], arm["general"]["mean"]) for arm in seen
+        }
+
+
+def gather(
+    table: pd.DataFrame | None, *, domain_tokens: int, budget: int, params: int | None
+) -> tuple[Evidence | None, list[str]]:
+    """The evidence, and what is missing or was left out, a sentence each. Raises DataError for a table that mixes
+    tokenizers or held-out texts."""
+    if table is None:
+        return None, ["no runs were given; name them with --runs"]
+    everything, left_out = finetunes(table)
+    notes = [note.replace("left out", "left out by the laws", 1) for note in left_out]
+    groups = [group for _, group in everything.groupby(GROUP) if len(plain(group)["delta"].unique()) > 1]
+    if not groups:
+        return None, [
+            *notes,
+            "the runs have no finetunes on domain text after pretraining with two shares of it or more (0 is one): "
+            "nothing to choose among",
+        ]
+    rows = min(groups, key=lambda group: _distance(group, domain_tokens, budget, params))
+    corpus = rows["domain_tokens"].iloc[0]
+    at = budget * float(corpus) / domain_tokens
+    least = plain(rows)
+    shares = least.groupby("tokens")["delta"].nunique()
+    comparable = shares.index[shares >= min(2, shares.max())]
+    there = min(comparable, key=lambda tokens: abs(math.log(tokens / at)))
+    predicted = None
+    try:
+        predicted = forecast(least[least["regime"] != "SCPT"], _curves(table, rows), at)
+    except DataError as error:
+        notes.append(str(error))
+    same_corpus = everything[everything["domain_tokens"] == corpus]
+    return Evidence(rows, same_corpus, at, arms(least[least["tokens"] == there]), predicted), notes
+
+
+def _distance(group: pd.DataFrame, domain_tokens: int, budget: int, params: int | None) -> float:
+    """The product of the factors, as a logarithm, by which the question lies away from a group."""
+    corpus, tokens = float(group["domain_tokens"].iloc[0]), group["tokens"]
+    factors = [corpus / domain_tokens, outside(budget * corpus / domain_tokens, tokens.min(), tokens.max())]
+    if params is not None:
+        factors.append(group["params"].iloc[0] / params)
+    return float(np.abs(np.log(factors)).sum())
+
+
+def _curves(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame | None:
+    """The pretraining of the same model size and corpus."""
+    for group, curves in views.overfitting(table):
+        if all(group[name] == rows[name].iloc[0] for name in GROUP):
+            return curves
+    return None

@@ -1,0 +1,163 @@
+"""What finetuning would end with after a pretraining budget, for each share of domain data that was run.
+
+The domain loss comes from PostFinetuneLaw, before finetuning by the OverfittingLaw or by a curve for each share: by
+whichever errs less when the largest budget is held out. The general loss comes from the same law fitted to general
+losses, a power of the budget before and after finetuning, for each share (our reading: no paper has a law for it). How
+sure the best share is: the laws are fitted again to resampled runs, and the share of draws in which it is best counted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from spt_fast.errors import DataError
+from spt_fast.laws import ExtrapolationWarning, OverfittingLaw, PostFinetuneLaw
+
+LEVEL, DRAWS = 0.9, 100
+FEWEST_BUDGETS, FEWEST_POINTS = 3, 4
+"""At each share: as many budgets as a power law with an offset has parameters, and a point over."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """For each of `deltas`, at `tokens` of pretraining; losses are [share, (mean, low, high)] at LEVEL."""
+
+    tokens: float
+    deltas: list[float]
+    domain: np.ndarray
+    general: np.ndarray | None
+    forgetting: np.ndarray | None
+    """[share], general loss after finetuning − before."""
+    draws: np.ndarray
+    """[draw, share]: domain losses by laws fitted to resampled runs."""
+    law: str
+    largest: dict[str, Any]
+    """At the largest budget that was run: tokens, mre, and the best share as `predicted` and as `seen`."""
+    heldout: dict[str, Any] | None
+    """The same when that budget is predicted from the others, up to `by` tokens; None where they are too few."""
+    before_finetuning: float | None
+    """The share with the lowest domain loss before finetuning, also between those run, by the OverfittingLaw."""
+    warnings: list[str]
+
+    def best_in(self, allowed: np.ndarray) -> np.ndarray:
+        """[share]: in what part of the draws it has the lowest domain loss of those allowed."""
+        best = np.where(allowed, self.draws, np.inf).argmin(axis=1)
+        return np.bincount(best, minlength=len(self.deltas)) / len(self.draws)
+
+
+def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> Forecast:
+    """`rows`: the plain finetunes of one group (see arms.py), pretrained with a fixed share; `curves`: its pretraining,
+    as OverfittingLaw takes it.
+
+    Raises DataError where the laws cannot be fitted, saying what is missing.
+    """
+    rows = _enough(rows)
+    deltas = sorted(rows["delta"].unique())
+    at: dict[str, Any] = {"tokens": np.full(len(deltas), tokens), "fraction": np.array(deltas)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        law, error, overfitting = _chosen(rows, curves)
+        domain = np.stack(law.predict(interval=LEVEL, **at), axis=1)
+        general = forgetting = None
+        if rows[["general_before", "general_after"]].notna().all(axis=None):
+            of_general = PostFinetuneLaw().fit(_columns(rows, "general"))
+            general = np.stack(of_general.predict(interval=LEVEL, **at), axis=1)
+            forgetting = general[:, 0] - of_general.predict(of="heldout_loss", **at)
+        draws = np.stack([drawn.predict(**at) for drawn in _resampled(law, rows, curves)])
+        before = overfitting.best_fraction(tokens=tokens) if overfitting else None
+    said = {str(w.message): None for w in caught if not issubclass(w.category, ExtrapolationWarning)}
+    name = "OverfittingLaw and PostFinetuneLaw" if law.heldout else "PostFinetuneLaw"
+    largest = _against(law, _last(rows))
+    return Forecast(tokens, deltas, domain, general, forgetting, draws, name, largest, error, before, list(said))
+
+
+def _enough(rows: pd.DataFrame) -> pd.DataFrame:
+    """The shares with enough finetunes for a curve."""
+    by_share = rows.groupby("delta")["tokens"]
+    counts = pd.DataFrame({"budgets": by_share.nunique(), "points": by_share.size()})
+    kept = counts[(counts["budgets"] >= FEWEST_BUDGETS) & (counts["points"] >= FEWEST_POINTS)].index
+    if len(kept) < 2:
+        has = ", ".join(f"{d:g}: {c.budgets} ({c.points})" for d, c in counts.iterrows())
+        raise DataError(
+            f"a law needs finetunes after {FEWEST_BUDGETS} budgets or more, {FEWEST_POINTS} in all, at two "
+            f"shares or more; the runs have budgets (finetunes) at the shares {has or 'none'}"
+        )
+    return rows[rows["delta"].isin(kept)]
+
+
+def _columns(rows: pd.DataFrame, corpus: str) -> pd.DataFrame:
+    """Finetunes as PostFinetuneLaw takes them; those that follow one pretraining run share its errors."""
+    return pd.DataFrame(
+        {
+            "tokens": rows["tokens"],
+            "fraction": rows["delta"],
+            "heldout_loss": rows[f"{corpus}_before"],
+            "finetuned_loss": rows[f"{corpus}_after"],
+            "run": rows["delta"].astype(str) + " " + rows["seed"].astype(str),
+        }
+    )
+
+
+def _chosen(
+    rows: pd.DataFrame, curves: pd.DataFrame | None
+) -> tuple[PostFinetuneLaw, dict[str, Any] | None, OverfittingLaw | None]:
+    """The law that predicts the largest budget best from the others, how well, and the OverfittingLaw where the curves
+    can be fitted."""
+    law, error = _fitted(rows, None), _heldout_error(rows, None)
+    try:
+        if curves is None:
+            return law, error, None
+        other, its_error = _fitted(rows, curves), _heldout_error(rows, curves)
+    except DataError:
+        return law, error, None
+    if error and its_error and its_error["mre"] < error["mre"]:
+        return other, its_error, other.heldout
+    return law, error, other.heldout
+
+
+def _fitted(rows: pd.DataFrame, curves: pd.DataFrame | None) -> PostFinetuneLaw:
+    before = None if curves is None else OverfittingLaw().fit(curves)
+    return PostFinetuneLaw(heldout=before).fit(_columns(rows, "domain"))
+
+
+def _heldout_error(rows: pd.DataFrame, curves: pd.DataFrame | None) -> dict[str, Any] | None:
+    last = _last(rows)
+    before = float(last["tokens"].max())
+    try:
+        fewer = _enough(rows[rows["tokens"] < before])
+        law = _fitted(fewer, None if curves is None else curves[curves["tokens"] < before])
+    except DataError:
+        return None
+    last = last[last["delta"].isin(law.fractions_)]
+    return None if last.empty else _against(law, last) | {"by": int(fewer["tokens"].max())}
+
+
+def _last(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["tokens"] == rows["tokens"].max()]
+
+
+def _against(law: PostFinetuneLaw, rows: pd.DataFrame) -> dict[str, Any]:
+    """A law's domain losses against finetunes after one budget."""
+    tokens, seen = rows["tokens"].max(), rows.groupby("delta")["domain_after"].mean()
+    predicted = law.predict(tokens=np.full(len(seen), tokens), fraction=seen.index.to_numpy())
+    return {
+        "tokens": int(tokens),
+        "mre": float(np.abs(predicted / seen.to_numpy() - 1).mean()),
+        "predicted": float(seen.index[predicted.argmin()]),
+        "seen": float(seen.idxmin()),
+    }
+
+
+def _resampled(law: PostFinetuneLaw, rows: pd.DataFrame, curves: pd.DataFrame | None) -> Any:
+    drawn = law.resampled(_columns(rows, "domain"), DRAWS)
+    if law.heldout is None:
+        yield from drawn
+        return
+    for before, after in zip(law.heldout.resampled(curves, DRAWS, seed=1), drawn, strict=True):
+        after.heldout = before
+        yield after

@@ -1,0 +1,82 @@
+"""The phases of a recipe that carries a decision out, to paste and complete."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spt_fast.study.prior import SCPT_LAST
+
+LR, FINETUNE_LRS = 4e-4, [1e-5, 4e-5, 1e-4]
+"""Those of arXiv 2603.16177, for 1B parameters: a start for one's own."""
+
+
+def next_step(
+    *,
+    regime: str,
+    delta: float,
+    replay: float,
+    preset: str,
+    budget: int,
+    finetune_tokens: float,
+    general: str | Path | None = None,
+    domain: str | Path | None = None,
+) -> str:
+    """YAML; prefixes of datasets that aren't given, and the tokenizer, are placeholders."""
+    prefixes = {"general": str(general or "data/general"), "domain": str(domain or "data/domain")}
+    late = round(budget * SCPT_LAST) if regime == "SCPT" else 0
+    phases: list[dict[str, Any]] = [
+        {
+            "name": "pretrain",
+            "tokens": _count(budget - late),
+            "mixture": _mixture(0 if late else delta),
+            "optimizer": {"lr": LR, "weight_decay": 0.1},
+            "schedule": {"name": "cosine", "warmup": "2%", "horizon": _count(budget)},
+        }
+    ]
+    if late:
+        rising = {
+            "name": "late",
+            "tokens": _count(late),
+            "mixture": _mixture(delta * budget / late),
+            "optimizer": phases[0]["optimizer"] | {},
+            "optimizer_state": "keep",
+            "schedule": {"continue": True},
+        }
+        phases.append(rising)
+    finetune = {
+        "name": "finetune",
+        "tokens": _count(round(finetune_tokens)),
+        "mixture": _mixture(replay, of="general"),
+        "untie": True,
+        "optimizer": {"lr": FINETUNE_LRS[1], "weight_decay": 1e-7},
+        "schedule": {"name": "constant", "warmup": "50 steps"},
+        "stop": {"on": "domain"},
+        "grid": {"lr": FINETUNE_LRS},
+    }
+    recipe = {
+        "run": "runs/advised",
+        "model": {"preset": preset},
+        "tokenizer": "data/bpe.tiktoken",
+        "sources": {name: {"train": prefix, "heldout": f"{prefix}.heldout"} for name, prefix in prefixes.items()},
+        "phases": [*phases, finetune],
+    }
+    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=120)
+
+
+def _count(tokens: int) -> int | str:
+    """Exactly, in a unit where three decimals do."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        if tokens >= size and tokens % (size // 1000) == 0:
+            return f"{tokens / size:.12g}{unit}"
+    return tokens
+
+
+def _mixture(share: float | Fraction, of: str = "domain") -> dict[str, str]:
+    """Of two sources, in exact percents, `share` to four digits; a source with nothing is left out."""
+    small = Fraction(f"{float(share):.4g}")
+    shares = {of: small, "general" if of == "domain" else "domain": 1 - small}
+    return {name: f"{float(100 * shares[name]):.12g}%" for name in ("general", "domain") if shares[name]}

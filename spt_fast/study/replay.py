@@ -1,0 +1,114 @@
+"""How much general data goes into the finetune: what it saves in general loss, and what it costs in the domain.
+
+Finetunes that differ in it only are compared pair by pair. Without a limit on the general loss the share is the one
+with the lowest general loss of those that cost nothing in the domain, as far as the pairs can tell; with a limit it is
+the smallest that keeps it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pandas as pd
+
+from spt_fast.errors import DataError, RecipeError
+from spt_fast.laws import ForgettingLaw
+from spt_fast.laws.base import LawWarning
+from spt_fast.study import views
+from spt_fast.study.evidence import Evidence
+from spt_fast.study.prior import REPLAY
+
+PAIR = ["regime", "delta", "tokens", "seed"]
+
+Row = dict[str, Any]
+
+
+def effects(rows: pd.DataFrame) -> list[Row]:
+    """Of one group's finetunes: for each share of general data, `general` and `domain`, mean factors on the losses
+    after finetuning, against the smallest share; `domain_error`, the standard error; and `pairs`."""
+    least = rows["injected"].min()
+    base = rows[rows["injected"] == least]
+    found = []
+    for injected, arm in rows.dropna(subset=["general_after"]).groupby("injected"):
+        pairs = arm.merge(base, on=PAIR, suffixes=("", "_least"))
+        if pairs.empty:
+            continue
+        domain = pairs["domain_after"] / pairs["domain_after_least"]
+        found.append(
+            {
+                "injected": float(injected),
+                "general": float((pairs["general_after"] / pairs["general_after_least"]).mean()),
+                "domain": float(domain.mean()),
+                "domain_error": float(domain.std() / math.sqrt(len(pairs))) if len(pairs) > 1 else 0.0,
+                "pairs": len(pairs),
+            }
+        )
+    return found
+
+
+def least_within(found: list[Row], general: float, limit: float) -> Row | None:
+    """The effect of the smallest share that brings a general loss of `general` under `limit`."""
+    return next((effect for effect in found if effect["general"] * general <= limit), None)
+
+
+def costless(found: list[Row]) -> Row:
+    """The effect with the lowest general loss among those whose domain loss is not clearly higher."""
+    free = [effect for effect in found if effect["domain"] - 2 * effect["domain_error"] <= 1]
+    return min(free, key=lambda effect: effect["general"])
+
+
+def choose(
+    chosen: Row,
+    evidence: Evidence | None,
+    effects: list[Row],
+    limit: float | None,
+    table: pd.DataFrame | None,
+    params: int | None,
+    domain_tokens: int,
+) -> Row:
+    """For the chosen regime and share: {share, basis, says, effects}; by the finetunes with several shares of general
+    data, by the forgetting law, or published."""
+    before, after = evidence.general().get(chosen["delta"], (None, None)) if evidence else (None, None)
+    found = by_law = None
+    if limit is None and len(effects) > 1:
+        found = costless(effects)
+        says = "of the shares run that cost nothing in the domain, the one with the lowest general loss"
+    elif limit is not None and after is not None:
+        found = least_within(effects, after, limit)
+        says = f"the smallest share run that keeps the general loss under {limit:.4f}"
+    if not found and limit is not None and before is not None and table is not None and evidence is not None:
+        by_law = _by_forgetting_law(table, params or evidence.params, domain_tokens, limit - before)
+    if not found and by_law is None and limit is not None and len(effects) > 1:
+        found = min(effects, key=lambda effect: effect["general"])
+        says = f"of the shares run the one with the lowest general loss, which is over {limit:.4f} still"
+    if found:
+        share, basis = found["injected"], "seen"
+    elif by_law is not None:
+        share, basis = by_law, "law"
+        says = f"by the forgetting law, of finetunes after the least domain text, for a general loss under {limit:.4f}"
+    elif chosen["regime"] == "SPT":
+        share, basis = 0.0, "published"
+        says = "SPT was published to do better without replay than plain pretraining with any"
+    else:
+        share, basis = REPLAY, "published"
+        says = "1% was published to stop forgetting at no cost in the finetune's loss"
+    return {"share": share, "basis": basis, "says": says, "effects": effects}
+
+
+def _by_forgetting_law(table: pd.DataFrame, params: int, domain_tokens: int, rise: float) -> float | None:
+    """By the finetunes after the largest budget, to two digits; None where no law can be fitted to them, or no share up
+    to a half keeps the limit."""
+    groups = [rows for _, rows in views.forgetting(table)]
+    if not groups:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LawWarning)
+            law = ForgettingLaw().fit(max(groups, key=lambda rows: rows["pretrain_tokens"].max()))
+            share = law.injection(params=params, unique_tokens=domain_tokens, max_rise=rise)
+    except (DataError, RecipeError):
+        return None
+    digit = 10 ** math.floor(math.log10(share) - 1) if share else 1
+    return float(f"{math.ceil(share / digit) * digit:.2g}") if share <= 0.5 else None

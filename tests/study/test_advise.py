@@ -1,0 +1,339 @@
+"""Advice on runs drawn from laws whose best share is known, and on too few runs.
+
+data/runs.csv is `spt_table` at 0, 0.5, 2 and 5%, budgets of 20 to 100B and replay of 0 and 1%. By the laws that it was
+drawn from, 5% is best in all of its budgets, and 2% at 200B.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from spt_fast import cli
+from spt_fast.config import recipe_from
+from spt_fast.errors import DataError, RecipeError
+from spt_fast.study import forecast
+from spt_fast.study.advise import advise
+from spt_fast.study.next_step import next_step
+from spt_fast.study.table import read_table
+from tests.study.synthetic import DOMAIN_TOKENS, FORGETTING, PARAMS, after, spt_table
+from tests.tiny import write_dataset
+
+STORED = Path(__file__).parent / "data" / "runs.csv"
+B = 10**9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forecast, "DRAWS", 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def stored() -> pd.DataFrame:
+    return read_table([STORED])
+
+
+@pytest.fixture(scope="module")
+def beyond(stored: pd.DataFrame) -> dict[str, Any]:
+    return advise(domain_tokens=DOMAIN_TOKENS, budget=200 * B, model=PARAMS, table=stored)
+
+
+@pytest.fixture(scope="module")
+def one_budget() -> pd.DataFrame:
+    """Too little for a law: 2% is best, then 5%; replay of 1% brings forgetting down."""
+    return spt_table(deltas=(0.0, 0.02, 0.05), budgets=(200 * B,), injected=(0.0, 0.01, 0.05), noise=1e-4)
+
+
+def asked(table: pd.DataFrame | None, budget: int = 200 * B, **more: Any) -> dict[str, Any]:
+    return advise(domain_tokens=DOMAIN_TOKENS, budget=budget, model=PARAMS, table=table, **more)
+
+
+# ------------------------------------------------------------------------------------------------ by laws
+
+
+def test_the_best_share_beyond_the_runs_is_the_laws_own(beyond: dict[str, Any]) -> None:
+    truth = {row["delta"]: after(200 * B, row["delta"], PARAMS, DOMAIN_TOKENS) for row in beyond["shares"]}
+    assert min(truth, key=truth.__getitem__) == 0.02
+    assert beyond["seen"]["arms"][0]["delta"] == 0.05
+    decision = beyond["decision"]
+    assert (decision["regime"], decision["delta"], decision["basis"]) == ("SPT", 0.02, "laws")
+    assert decision["epochs"] == pytest.approx(13.33, abs=0.01)
+    for row in beyond["shares"]:
+        assert row["domain"]["mean"] == pytest.approx(truth[row["delta"]], rel=0.01)
+    chosen = next(row for row in beyond["shares"] if row["delta"] == 0.02)
+    assert chosen["domain"]["low"] < truth[0.02] < chosen["domain"]["high"]
+    assert chosen["best_in"] > 0.8
+    assert sum(row["best_in"] for row in beyond["shares"]) == pytest.approx(1)
+
+
+def test_how_far_the_runs_support_it(beyond: dict[str, Any]) -> None:
+    support = beyond["support"]
+    assert support["outside"] == {"budget": 2.0, "params": 1.0, "domain_tokens": 1.0, "epochs": 1.0}
+    assert support["verdict"].startswith("extrapolates 2× in pretraining tokens")
+    assert support["heldout"]["mre"] < 0.005
+    assert (support["heldout"]["by"], support["heldout"]["tokens"]) == (80 * B, 100 * B)
+    assert support["heldout"]["predicted"] == support["heldout"]["seen"] == 0.05
+    assert "to 200B tokens to be surer" in support["next"]
+
+
+def test_within_the_runs(stored: pd.DataFrame) -> None:
+    given = asked(stored, 60 * B)
+    assert given["decision"]["delta"] == 0.05
+    assert given["support"]["verdict"].startswith("supported by the runs")
+    assert given["support"]["outside"]["budget"] == 1
+    assert "5% is the largest share that was run" in given["support"]["verdict"]
+    assert given["support"]["next"].startswith("run a share of 10% too")
+    truth = after(60 * B, 0.05, PARAMS, DOMAIN_TOKENS)
+    # 1% of replay costs up to 0.001 nats, by which the loss that is expected is higher
+    assert given["expected"]["domain"]["mean"] == pytest.approx(truth, rel=0.005)
+    assert given["expected"]["of"]["tokens"] == 60 * B
+    assert given["seen"]["tokens"] == 60 * B
+
+
+def test_expected_losses_are_of_the_decided_replay(beyond: dict[str, Any]) -> None:
+    assert [effect["injected"] for effect in beyond["replay"]["effects"]] == [0.0, 0.01]
+    none, some = beyond["replay"]["effects"]
+    assert some["general"] < 0.95
+    assert some["pairs"] == 40
+    assert beyond["decision"]["replay"] in (0.0, 0.01)
+    row = next(row for row in beyond["shares"] if row["delta"] == 0.02)
+    effect = none if beyond["decision"]["replay"] == 0 else some
+    assert beyond["expected"]["general"]["mean"] == pytest.approx(row["general"]["mean"] * effect["general"])
+    assert beyond["expected"]["of"]["injected"] == beyond["decision"]["replay"]
+
+
+def test_a_smaller_corpus_is_asked_where_it_is_read_as_often(stored: pd.DataFrame, beyond: dict[str, Any]) -> None:
+    given = advise(domain_tokens=DOMAIN_TOKENS // 10, budget=20 * B, model=10 * PARAMS, table=stored)
+    assert given["decision"]["delta"] == beyond["decision"]["delta"]
+    assert given["decision"]["epochs"] == pytest.approx(beyond["decision"]["epochs"])
+    assert given["shares"][0]["domain"] == beyond["shares"][0]["domain"]
+    assert given["expected"]["of"] | {"injected": 0} == {
+        "params": PARAMS,
+        "domain_tokens": DOMAIN_TOKENS,
+        "tokens": 200 * B,
+        "injected": 0,
+    }
+    assert given["support"]["outside"] == {"budget": 2.0, "params": 10.0, "domain_tokens": 10.0, "epochs": 1.0}
+    assert "10× in parameters, 10× in domain tokens" in given["support"]["verdict"]
+
+
+def test_advice_is_plain_data_and_prints(beyond: dict[str, Any], monkeypatch: Any, capsys: Any) -> None:
+    json.dumps(beyond, allow_nan=False)
+    words = ["advise", "--domain-tokens", "300M", "--budget", "200B", "--model", str(PARAMS), "--runs", str(STORED)]
+    monkeypatch.setattr(sys, "argv", ["spt-fast", *words, "--inference-tokens", "1T", "--max-general-rise", "20%"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("SPT: mix 2% of the domain into all of 200B pretraining tokens, which reads it 13.3 times")
+    for words in (
+        "by laws fitted to the runs",
+        "extrapolates 2×",
+        "finetuner's tax",
+        "1T tokens served",
+        "tokens: 200",
+    ):
+        assert words in said
+
+
+# ------------------------------------------------------------------------------------------------ without laws
+
+
+def test_too_few_budgets_for_a_law(one_budget: pd.DataFrame) -> None:
+    given = asked(one_budget)
+    assert (given["decision"]["delta"], given["decision"]["basis"]) == (0.02, "seen")
+    assert given["shares"] is None
+    assert "a law needs finetunes after 3 budgets or more" in given["missing"][-1]
+    assert "no law could be fitted" in given["support"]["verdict"]
+    assert given["support"]["next"].startswith("add budgets")
+    assert given["expected"]["domain"]["low"] <= given["expected"]["domain"]["mean"]
+    assert given["regimes"]["FT"]["domain"]["mean"] > given["regimes"]["SPT"]["domain"]["mean"]
+
+
+def test_a_budget_of_one_share_is_no_comparison(one_budget: pd.DataFrame) -> None:
+    alone = one_budget["pretrain_delta"] == 0.05
+    longer = one_budget[alone].assign(pretrain_tokens=400.0 * B, run="longer " + one_budget["run"][alone])
+    assert asked(pd.concat([one_budget, longer], ignore_index=True), 400 * B)["seen"]["tokens"] == 200 * B
+
+
+def test_one_seed_says_nothing_about_chance(stored: pd.DataFrame) -> None:
+    given = asked(stored[stored["seed"] == 0], 100 * B)
+    assert "with one seed, nothing says how much of it is chance" in given["support"]["verdict"]
+    assert "add seeds" in given["support"]["next"]
+
+
+def test_too_far_away_for_what_was_seen(one_budget: pd.DataFrame) -> None:
+    given = asked(one_budget, 1000 * B)
+    assert given["decision"]["basis"] == "published"
+    assert given["expected"] is None
+    assert "lie 5× in pretraining tokens away" in given["support"]["verdict"]
+
+
+def test_nothing_to_choose_among() -> None:
+    given = asked(spt_table(deltas=(0.02,), budgets=(200 * B,)))
+    assert given["decision"]["basis"] == "published"
+    assert "two shares of it or more" in given["missing"][-1]
+
+
+def test_no_runs() -> None:
+    given = advise(domain_tokens=30_000_000, budget=20 * B, model="1b", inference_tokens=10**12)
+    assert given["decision"]["basis"] == "published"
+    assert given["decision"]["delta"] == given["prior"]["delta"] == 0.026
+    assert given["missing"] == ["no runs were given; name them with --runs"]
+    assert "not a measurement on your data" in given["support"]["verdict"]
+    assert given["tax"]["larger"]["basis"] == "published"
+    assert given["asked"]["params"] > 1e9
+    json.dumps(given, allow_nan=False)
+
+
+def test_the_nearest_runs_answer() -> None:
+    table = spt_table(
+        deltas=(0.0, 0.02),
+        budgets=(20 * B,),
+        params=(PARAMS, 8 * PARAMS),
+        domain_tokens=(DOMAIN_TOKENS // 10, DOMAIN_TOKENS),
+    )
+    for params in (PARAMS, 8 * PARAMS):
+        given = advise(domain_tokens=DOMAIN_TOKENS // 9, budget=20 * B, model=params, table=table)
+        of = given["expected"]["of"]
+        assert (of["params"], of["domain_tokens"]) == (params, DOMAIN_TOKENS // 10)
+
+
+# ------------------------------------------------------------------------------------------------ regimes and limits
+
+
+def with_scpt(table: pd.DataFrame, factor: float) -> pd.DataFrame:
+    """Also runs whose last tenth holds 1% of domain text, and finetunes of them with `factor` times the loss at 2%."""
+    pretrained = table[(table["stage"] == 0) & (table["delta"] == 0)]
+    rising = 0.01 * (pretrained["tokens"] - 180 * B).clip(lower=0)
+    late = pretrained.assign(
+        run="late-" + pretrained["seed"].astype(str),
+        delta=(rising / pretrained["tokens"]).fillna(0.0),
+        domain_heldout=pretrained["domain_heldout"] * 0.99,
+    )
+    finetuned = table[(table["stage"] == 1) & (table["pretrain_delta"] == 0.02)]
+    finetuned = finetuned.assign(
+        run="late-" + finetuned["run"],
+        pretrain_delta=0.001,
+        pretrain_epochs=0.001 * 200 * B / DOMAIN_TOKENS,
+        domain_heldout=finetuned["domain_heldout"] * factor,
+        domain_before=late[late["tokens"] == 200 * B].set_index("seed")["domain_heldout"][finetuned["seed"]].to_numpy(),
+    )
+    return pd.concat([table, late.assign(injected=1 - late["delta"]), finetuned], ignore_index=True)
+
+
+@pytest.mark.parametrize(("factor", "regime"), [(0.98, "SCPT"), (1.02, "SPT")])
+def test_late_mixing_where_it_was_run(one_budget: pd.DataFrame, factor: float, regime: str) -> None:
+    given = asked(with_scpt(one_budget, factor))
+    assert given["regimes"]["SCPT"]["delta"] == 0.001
+    assert given["decision"]["regime"] == regime
+    assert given["decision"]["delta"] == (0.001 if regime == "SCPT" else 0.02)
+
+
+def test_finetuning_alone_where_the_domain_hurts(one_budget: pd.DataFrame) -> None:
+    worse = one_budget["domain_heldout"] * np.where(one_budget["pretrain_delta"] > 0, 1.2, 1)
+    given = asked(one_budget.assign(domain_heldout=worse))
+    assert (given["decision"]["regime"], given["decision"]["delta"]) == ("FT", 0.0)
+    assert given["decision"]["says"].startswith("FT only")
+    assert given["regimes"]["says"][0].index("FT only") < given["regimes"]["says"][0].index("SPT")
+
+
+def test_a_limit_on_the_general_loss_takes_replay_first_and_then_shares(one_budget: pd.DataFrame) -> None:
+    free, loose, tight, none = (asked(one_budget, max_general_rise=rise) for rise in (0.2, 0.07, 0.045, 0.001))
+    assert [a["decision"]["replay"] for a in (free, loose, tight)] == [0.0, 0.01, 0.05]
+    assert [a["decision"]["delta"] for a in (free, loose, tight)] == [0.02, 0.02, 0.02]
+    before = min(arm["general"]["mean"] - arm["forgetting"]["mean"] for arm in tight["seen"]["arms"])
+    assert tight["expected"]["general"]["mean"] <= 1.045 * before
+    assert loose["expected"]["general"]["mean"] <= 1.07 * before
+    assert "no share and replay that were run keep the general loss within 0.001" in none["missing"][-1]
+    assert (none["decision"]["delta"], none["decision"]["replay"]) == (0.05, 0.05)
+
+
+def test_a_limit_that_only_another_share_keeps(one_budget: pd.DataFrame) -> None:
+    plain = one_budget[one_budget["stage"].eq(0) | one_budget["injected"].eq(0)]
+    assert asked(plain, max_general_rise=0.2)["decision"]["delta"] == 0.02
+    assert asked(plain, max_general_rise=0.12)["decision"]["delta"] == 0.05
+
+
+def test_the_forgetting_law_says_how_much_replay_where_none_was_run() -> None:
+    table = spt_table(
+        deltas=(0.0, 0.001),
+        budgets=(200 * B,),
+        params=(PARAMS, 3 * PARAMS, 9 * PARAMS),
+        domain_tokens=(DOMAIN_TOKENS // 10, DOMAIN_TOKENS),
+        injected=(0.0, 0.001, 0.01),
+        noise=1e-4,
+    )
+    given = asked(table, max_general_rise=0.05)
+    assert given["replay"]["basis"] == "law"
+    before = given["seen"]["arms"][0]["general"]["mean"] - given["seen"]["arms"][0]["forgetting"]["mean"]
+    truth = FORGETTING.injection(params=PARAMS, unique_tokens=DOMAIN_TOKENS, max_rise=0.05 * before)
+    assert given["decision"]["replay"] == pytest.approx(truth, rel=0.1)
+    recipe_from(yaml.safe_load(given["recipe"]))
+
+
+# ------------------------------------------------------------------------------------------------ what comes after
+
+
+@pytest.mark.parametrize(
+    ("domain_tokens", "budget", "mixtures"),
+    [
+        (30_000_000, 20 * B, [{"general": 0.974, "domain": 0.026}, {"domain": 1}]),
+        (3_000_000, 200 * B, [{"general": 1}, {"general": 0.99, "domain": 0.01}, {"general": 0.01, "domain": 0.99}]),
+    ],
+)
+def test_the_recipe_can_be_pasted(domain_tokens: int, budget: int, mixtures: list[dict[str, float]]) -> None:
+    given = advise(domain_tokens=domain_tokens, budget=budget, model="1b")
+    recipe = recipe_from(yaml.safe_load(given["recipe"]))
+    assert [{name: float(share) for name, share in phase.mixture.items()} for phase in recipe.phases] == mixtures
+    assert sum(phase.tokens for phase in recipe.phases[:-1]) == budget
+    assert recipe.phases[-1].tokens == pytest.approx(5 * domain_tokens, rel=0.02)
+    assert recipe.phases[-1].stop
+
+
+@pytest.mark.parametrize("delta", [1 / 49, 0.020833333333333332, 1 / 3, 0.05])
+def test_shares_of_a_recipe_sum_to_one(delta: float) -> None:
+    text = next_step(regime="SPT", delta=delta, replay=1 / 97, preset="1m", budget=10**9, finetune_tokens=1e6)
+    first, last = recipe_from(yaml.safe_load(text)).phases
+    assert sum(first.mixture.values()) == sum(last.mixture.values()) == 1
+    assert float(first.mixture["domain"]) == pytest.approx(delta, rel=1e-3)
+    assert float(last.mixture["general"]) == pytest.approx(1 / 97, rel=1e-3)
+
+
+def test_how_far_the_domain_lies(tmp_path: Path, one_budget: pd.DataFrame) -> None:
+    general, domain = (write_dataset(tmp_path / name, seed, 3000) for seed, name in enumerate(("general", "domain")))
+    given = asked(one_budget, general=general, domain=domain)
+    assert given["distance"]["divergence"]["unigrams"] >= 0
+    assert given["distance"]["domain_after_plain_finetuning"] == given["regimes"]["FT"]["domain"]["mean"]
+    assert str(general) in given["recipe"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"model": "1bb"}, "model: '1bb' is neither a preset (did you mean '1b'?)"),
+        ({"model": None, "inference_tokens": 10}, "model: missing"),
+        ({"general": "a"}, "general: given without domain"),
+        ({"domain": "a"}, "domain: given without general"),
+        ({"max_general_rise": 3.0}, "max_general_rise: 3.0 is no fraction"),
+        ({"domain_tokens": 0}, "domain_tokens: 0 is no count"),
+    ],
+)
+def test_what_cannot_be_asked(more: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        advise(**{"domain_tokens": 10**7, "budget": B} | more)
+    assert says in str(caught.value)
+
+
+def test_a_limit_needs_general_losses(one_budget: pd.DataFrame) -> None:
+    with pytest.raises(DataError, match="have no general losses"):
+        asked(one_budget.assign(general_heldout=np.nan, general_before=np.nan), max_general_rise=0.1)
