@@ -66,7 +66,7 @@ def compare(run_folders: Sequence[str | Path]) -> dict[str, Any]:
     r_gain           {arm: {mean, low, high, per_seed}} in percent, seed by seed against NPT; None without NPT
     compute_multiplier  {arm: factor}, None where NPT's budgets don't bracket SPT's loss; None without NPT
     general_at_equal_domain  {domain_loss, general: {arm: statistics}}
-    verdict          {figure: {arm: ...}}, whether the arms differ by more than seeds do; see `_judge`
+    verdict          {figure: {arm: ...}}, whether the arms differ by more than seeds do; see `judge`
     warnings         what else differs between the runs
 
     Arms are written as their delta, "0.05", with what their finetune adds, "0.05 replay 0.01 anchor 0.1".
@@ -78,14 +78,25 @@ def compare(run_folders: Sequence[str | Path]) -> dict[str, Any]:
         raise RecipeError("nothing to compare; give the folders of finished runs")
     runs = [Run.read(folder) for folder in run_folders]
     check_comparable(runs)
-    rows = [_row(run) for run in runs]
+    return {
+        "domain": runs[0].domain,
+        "general": runs[0].general,
+        **compare_rows([_row(run) for run in runs]),
+        "warnings": differences(runs),
+    }
+
+
+def compare_rows(rows: list[Row]) -> dict[str, Any]:
+    """Compare finetunes by their figures: all of `compare`'s result that does not depend on where they come from.
+
+    Of a row it reads its treatment, tokens (of pretraining), seed, folder, arm, paths, and FIGURES but the last, which
+    it adds.
+    """
     arms = _by_arm(rows)
     budget = _widest_budget(arms)
     compared = _at(arms, budget)
     equal_domain = _add_general_at_equal_domain(rows, budget)
     return {
-        "domain": runs[0].domain,
-        "general": runs[0].general,
         "tokens": budget,
         "runs": rows,
         "arms": [_arm_figures(treatment, tokens, arm, _at(arms, tokens)) for (treatment, tokens), arm in arms.items()],
@@ -102,7 +113,6 @@ def compare(run_folders: Sequence[str | Path]) -> dict[str, Any]:
             "general": {t.key: _statistics(arm, "general_at_equal_domain") for t, arm in compared.items()},
         },
         "verdict": {figure: _verdicts(figure, compared) for figure in JUDGED},
-        "warnings": differences(runs),
     }
 
 
@@ -257,11 +267,11 @@ def _verdicts(figure: str, arms: dict[Treatment, Arm]) -> dict[str, dict[str, An
         base = _held_against(treatment, arms) or min(arms)
         if treatment != base:
             names = f"{treatment.name} against {base.name}"
-            verdicts[treatment.key] = _judge(figure, arm, arms[base], names)
+            verdicts[treatment.key] = judge(figure, arm, arms[base], names)
     return verdicts
 
 
-def _judge(figure: str, arm: Arm, base: Arm, names: str) -> dict[str, Any]:
+def judge(figure: str, arm: Arm, base: Arm, names: str) -> dict[str, Any]:
     """Whether two arms differ by more than seeds do, over the seeds that both have.
 
     `difference` is the mean over seeds, `spread` the larger of the two arms' ranges (max − min) over seeds. `exceeds`:
