@@ -38,7 +38,7 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
     title = f"Finetuning on {result['domain']!r} after {result['tokens']:,} tokens of pretraining"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     grid = figure.add_gridspec(2, 2, width_ratios=(2, 1))
-    _draw_plane(figure.add_subplot(grid[:, 0]), result, arms, colours)
+    draw_plane(figure.add_subplot(grid[:, 0]), result, arms, colours)
 
     upper, lower = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
     gains = {arm: (result["r_gain"] or {}).get(arm.key) for arm in arms}
@@ -55,7 +55,7 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def _draw_plane(
+def draw_plane(
     axes: Axes, result: dict[str, Any], arms: dict[Treatment, list[dict[str, Any]]], colours: dict[Treatment, str]
 ) -> None:
     """Every finetune's path; the kept grid arm is drawn strong up to the weights that are handed on."""
@@ -95,7 +95,7 @@ def _label_ends(axes: Axes, arms: dict[Treatment, list[dict[str, Any]]], colours
     """Name each arm to the left of where its finetunes end, names pushed apart so that none covers another."""
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
-    axes.set_xlim(left - 0.2 * (right - left), right)
+    axes.set_xlim(left - 0.24 * (right - left), right)
     axes.set_ylim(bottom, top)
     line = LINE_HEIGHT * (top - bottom)
     ends = {
@@ -116,6 +116,7 @@ def _label_ends(axes: Axes, arms: dict[Treatment, list[dict[str, Any]]], colours
             va="center",
             arrowprops={"arrowstyle": "-", "color": colours[arm], "linewidth": 0.6, "alpha": 0.5, "shrinkB": 5},
         )
+    axes.set_ylim(bottom, max(top, free - line / 2))
 
 
 def _draw_seeds(axes: Axes, values: dict[Treatment, list[float]], colours: dict[Treatment, str], title: str) -> None:
