@@ -481,6 +481,79 @@ def advise(
     _print_json(given) if as_json else print_advice(given, out)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS…", help="Studies, tables (.parquet, .csv), run folders.")],
+    out_file: Annotated[Path, typer.Option("--out", metavar="FILE")] = Path("report.html"),
+    domain: Annotated[str | None, typer.Option(help="The domain's source, in runs that belong to no study.")] = None,
+    general: Annotated[str | None, typer.Option(help="The general source there.")] = None,
+    domain_tokens: Annotated[
+        str | None, typer.Option(help="Advise for so many unique domain tokens instead of the runs' own: 300M.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Advise for so many pretraining tokens: 20B.")] = None,
+    model: Annotated[str | None, typer.Option(help="Advise for this preset, or number of parameters.")] = None,
+) -> None:
+    """One HTML page: the decision, and the evidence for it."""
+    from spt_fast.fields import parse_count
+    from spt_fast.study.report import report as write_report
+
+    write_report(
+        runs,
+        out_file,
+        domain=domain,
+        general=general,
+        domain_tokens=None if domain_tokens is None else parse_count(domain_tokens, "--domain-tokens"),
+        budget=None if budget is None else parse_count(budget, "--budget"),
+        model=model,
+    )
+    out.print(f"{out_file}: open it in a browser", soft_wrap=True)
+
+
+@app.command()
+def reweight(
+    recipe: RecipePath,
+    target: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="What the others shall help; all of each other by default.")
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The recipe's run with -reweight by default.")
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest checkpoint; starts afresh where there is none.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a mixture of sources by DoGE, with a recipe's first phase as the proxy run."""
+    from spt_fast.config import load_recipe
+    from spt_fast.study import doge
+
+    loaded = load_recipe(recipe, overrides or ())
+    result = doge.reweight(loaded, out_folder or Path(f"{loaded.run}-reweight"), target=target, resume=resume)
+    if result["status"] == "stopped":
+        print(f"spt-fast: stopped by {result['reason']}; saved: run again with --resume to go on", file=sys.stderr)
+        raise typer.Exit(75)
+    if as_json:
+        _print_json(result)
+        return
+    columns = ["weights", "scores", "clipped"]
+    first, last = (result["trajectory"][i]["losses"] for i in (0, -1))
+    _print_table(
+        str(recipe),
+        ["source", "weight", "mean score", "clipped", "epochs", "first loss", "last loss"],
+        [
+            [source, *(result[c].get(source, "target") for c in columns), epochs, first[source], last[source]]
+            for source, epochs in result["epochs"].items()
+        ],
+    )
+    out.print(
+        f"reach {result['reach']:.3g} (the paper's: {result['published_reach']:.3g}): with less, shares stay nearer to "
+        "equal",
+        soft_wrap=True,
+    )
+    out.print(doge.mixture_line(result), soft_wrap=True)
+
+
 @app.command("eval")
 def evaluate(
     weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
@@ -637,48 +710,3 @@ def demo(out_folder: Annotated[Path, typer.Option("--out", metavar="DIR")] = Pat
 
 
 # ------------------------------------------------------------------------------------------------ studies
-
-
-@app.command()
-def reweight(
-    recipe: RecipePath,
-    target: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="What the others shall help; all of each other by default.")
-    ] = None,
-    out_folder: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The recipe's run with -reweight by default.")
-    ] = None,
-    overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option(help="Go on from the newest checkpoint; starts afresh where there is none.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Learn a mixture of sources by DoGE, with a recipe's first phase as the proxy run."""
-    from spt_fast.config import load_recipe
-    from spt_fast.study import doge
-
-    loaded = load_recipe(recipe, overrides or ())
-    result = doge.reweight(loaded, out_folder or Path(f"{loaded.run}-reweight"), target=target, resume=resume)
-    if result["status"] == "stopped":
-        print(f"spt-fast: stopped by {result['reason']}; saved: run again with --resume to go on", file=sys.stderr)
-        raise typer.Exit(75)
-    if as_json:
-        _print_json(result)
-        return
-    columns = ["weights", "scores", "clipped"]
-    first, last = (result["trajectory"][i]["losses"] for i in (0, -1))
-    _print_table(
-        str(recipe),
-        ["source", "weight", "mean score", "clipped", "epochs", "first loss", "last loss"],
-        [
-            [source, *(result[c].get(source, "target") for c in columns), epochs, first[source], last[source]]
-            for source, epochs in result["epochs"].items()
-        ],
-    )
-    out.print(
-        f"reach {result['reach']:.3g} (the paper's: {result['published_reach']:.3g}): with less, shares stay nearer to "
-        "equal",
-        soft_wrap=True,
-    )
-    out.print(doge.mixture_line(result), soft_wrap=True)

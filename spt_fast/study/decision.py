@@ -1,0 +1,384 @@
+"""What a study's runs decide, in words: which domain share, how sure that is, and what it costs in general loss.
+
+    usable rows → finetunes by setting → `decide`: figures of `compare`, arms, sentences → `answer`, with advice or the
+                                                                                          D-CPT law where there are some
+
+The figures are those of compare.py, on the *report* half of held-out text; which share is best is chosen on the
+*select* half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+
+from spt_fast.errors import RecipeError
+from spt_fast.laws import DCPTLaw, best_ratio
+from spt_fast.study.compare import Arm, compare_rows, judge, treatment_of
+from spt_fast.study.fits import Fitted
+from spt_fast.study.panels import percent
+from spt_fast.study.runs import Treatment
+from spt_fast.study.words import amount
+
+SETTING = ["params", "domain_tokens"]
+"""What runs must share to be compared."""
+Setting = tuple[int, ...]
+MAX_GENERAL_RISE = 0.03
+"""What continual pretraining may cost where nothing else is asked, as in the D-CPT paper."""
+
+
+# ------------------------------------------------------------------------------------------------ finetunes
+
+
+def finetunes_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """What finetunes, mostly on the domain, handed on after a pretraining of known mixture; shares to three digits,
+    since runs come near to what they ask for only. Of several of one arm and seed the best by selection."""
+    kept = rows["handed_on"].astype(bool) & (rows["stage"] > 0) & (rows["start"] == "pretrained")
+    kept &= (rows["injected"] < 0.5) & (rows["pretrain_tokens"] > 0) & rows["pretrain_delta"].notna()
+    found = rows[kept]
+    shares = {name: found[name].map(lambda share: float(f"{share:.3g}")) for name in ("pretrain_delta", "injected")}
+    arm = [*SETTING, "pretrain_tokens", "pretrain_delta", "injected", "anchor", "seed"]
+    return found.assign(**shares).sort_values("domain_select").drop_duplicates(arm).sort_index()
+
+
+def plain(finetunes: pd.DataFrame) -> pd.DataFrame:
+    """The finetunes with the least replay, and with the least anchor among those."""
+    least = finetunes[finetunes["injected"] == finetunes["injected"].min()]
+    return least[least["anchor"] == least["anchor"].min()]
+
+
+def compared_rows(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Finetunes as `compare` takes them; those without losses of both corpora are left out."""
+    finetunes = finetunes.dropna(subset=["domain_heldout", "domain_before", "general_heldout", "general_before"])
+    paths = {
+        key: list(own.sort_values("tokens")[["tokens", "domain_heldout", "general_heldout"]].itertuples(index=False))
+        for key, own in rows[rows["stage"] > 0].groupby(["run", "stage"])
+    }
+    return [
+        {
+            "name": row.run,
+            "folder": row.run,
+            "delta": row.pretrain_delta,
+            "replay": row.injected,
+            "anchor": row.anchor,
+            "seed": int(row.seed),
+            "tokens": int(row.pretrain_tokens),
+            "domain_epochs": row.pretrain_epochs,
+            "domain_before": row.domain_before,
+            "domain_after": row.domain_heldout,
+            "general_before": row.general_before,
+            "general_after": row.general_heldout,
+            "forgetting": row.general_heldout - row.general_before,
+            "domain_select": row.domain_select,
+            "arm": 0,
+            "paths": [[tuple(point) for point in paths[row.run, row.stage]]],
+        }
+        for row in finetunes.itertuples()
+    ]
+
+
+def by_setting(rows: pd.DataFrame) -> dict[Setting, pd.DataFrame]:
+    """The rows of each setting, the largest first."""
+    groups = {tuple(map(int, setting)): own for setting, own in rows.groupby(SETTING)}
+    return {setting: groups[setting] for setting in sorted(groups, reverse=True)}
+
+
+def with_shares(finetunes: pd.DataFrame) -> dict[Setting, pd.DataFrame]:
+    """The finetunes of each setting in which two shares or more were run."""
+    return {setting: own for setting, own in by_setting(finetunes).items() if own["pretrain_delta"].nunique() > 1}
+
+
+def setting_name(setting: Setting) -> str:
+    return f"{amount(setting[0])} parameters, {amount(setting[1])} domain tokens"
+
+
+def titled(what: str, setting: Setting, table: pd.DataFrame) -> str:
+    """A panel's title: what it shows, and those parts of the setting in which the runs differ."""
+    words = zip(SETTING, setting, ("parameters", "domain tokens"), strict=True)
+    differing = [f"{amount(value)} {word}" for name, value, word in words if table[name].nunique() > 1]
+    return " · ".join([what, *differing])
+
+
+# ------------------------------------------------------------------------------------------------ the decision
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the runs of one setting say at one budget, in words and in figures."""
+
+    setting: Setting
+    budget: int
+    best: Treatment
+    plain: list[Treatment]
+    """The arms that were chosen from: those with the least replay and anchor."""
+    headline: str
+    sure: list[str]
+    costs: list[str]
+    arms: list[dict[str, Any]]
+    """Cells of a row per arm."""
+    result: dict[str, Any]
+    """As `compare` gives it."""
+
+
+def decide(setting: Setting, rows: list[dict[str, Any]]) -> Decision | None:
+    """The δ with the lowest domain loss after plain finetuning, at the largest budget at which arms can be compared;
+    None where none can."""
+    if not rows:
+        return None
+    result = compare_rows(rows)
+    arms: dict[Treatment, Arm] = {}
+    for row in result["runs"]:
+        if row["tokens"] == result["tokens"]:
+            arms.setdefault(treatment_of(row), {})[row["seed"]] = row
+    least = min(arm[1:] for arm in arms)
+    arms = {arm: runs for arm, runs in sorted(arms.items()) if arm[1:] == least}
+    if len(arms) < 2:
+        return None
+    best = min(arms, key=lambda arm: fmean(row["domain_select"] for row in arms[arm].values()))
+    base = min(arms)
+    against = {
+        arm: judge("domain_after", arms[best], runs, f"{best.name} against {arm.name}")
+        for arm, runs in arms.items()
+        if arm != best
+    }
+    return Decision(
+        setting=setting,
+        budget=result["tokens"],
+        best=best,
+        plain=list(arms),
+        headline=_headline(best, base, against),
+        sure=_how_sure(best, base, against),
+        costs=_costs(best, base, arms, result),
+        arms=[_arm_cells(arm, best) for arm in result["arms"] if arm["tokens"] == result["tokens"]],
+        result=result,
+    )
+
+
+def _headline(best: Treatment, base: Treatment, against: Mapping[Treatment, Mapping[str, Any]]) -> str:
+    share = percent(best.delta)
+    if best == base and base.delta == 0:
+        return "No share beats NPT: leave the domain to the finetune."
+    if best == base:
+        return f"Give the domain {share} of the pretraining tokens, or less."
+    if against[base]["exceeds"]:
+        return f"Give the domain {share} of the pretraining tokens."
+    return f"{share} of domain tokens is best so far, but it may be chance."
+
+
+def _how_sure(best: Treatment, base: Treatment, against: Mapping[Treatment, Mapping[str, Any]]) -> list[str]:
+    """Against none, against the others, and whether the best lies at an edge."""
+    said = [_sentence(against[base]["says"])] if best != base else []
+    rivals = [percent(arm.delta) for arm, verdict in against.items() if not verdict["exceeds"] and arm != base]
+    if rivals:
+        said.append(f"The runs cannot tell it from {_listed(rivals)}.")
+    elif len(against) > 1:
+        said.append("Every other share that was run is worse by more than seeds differ.")
+    if base.delta > 0:
+        said.append("No run is without domain text in pretraining, so that nothing says what it gains.")
+    if best == max([best, *against]):
+        said.append("It is the largest share that was run: a larger one may do better.")
+    return said
+
+
+def _costs(best: Treatment, base: Treatment, arms: Mapping[Treatment, Arm], result: Mapping[str, Any]) -> list[str]:
+    if best == base:
+        return []
+    before = {arm: fmean(row["general_before"] for row in arms[arm].values()) for arm in (best, base)}
+    said = [
+        f"Before finetuning the general loss is {before[best]:.3f}, {before[best] - before[base]:+.3f} against "
+        f"{base.name}.".replace("-0.", "−0."),
+        *(
+            _sentence(judge(figure, arms[best], arms[base], f"{best.name} against {base.name}")["says"])
+            for figure in ("general_after", "forgetting")
+        ),
+    ]
+    factor = (result["compute_multiplier"] or {}).get(best.key)
+    if factor:
+        said.append(f"NPT needs {factor:.2f} times the pretraining tokens for the same domain loss after finetuning.")
+    return said
+
+
+def _sentence(says: str) -> str:
+    return f"{says[0].upper()}{says[1:]}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _arm_cells(arm: dict[str, Any], best: Treatment) -> dict[str, Any]:
+    gain = arm["r_gain"]
+    return {
+        "best": treatment_of(arm) == best,
+        "cells": [
+            treatment_of(arm).name,
+            f"{arm['domain_epochs']['mean']:.3g}",
+            str(len(arm["seeds"])),
+            *(
+                _with_spread(arm[name]["mean"], arm[name]["min"], arm[name]["max"])
+                for name in ("domain_after", "general_before", "general_after", "forgetting")
+            ),
+            _with_spread(gain["mean"], gain["low"], gain["high"], digits=2) if gain else "",
+        ],
+    }
+
+
+def _with_spread(mean: float, low: float, high: float, digits: int = 3) -> str:
+    """The mean ± half the range of the seeds."""
+    return f"{mean:.{digits}f}".replace("-", "−") + (f" ± {(high - low) / 2:.{digits}f}" if high > low else "")
+
+
+def best_by_budget(setting: Setting, rows: list[dict[str, Any]], table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A line per budget: its best δ."""
+    lines = []
+    for budget in sorted({row["tokens"] for row in rows}):
+        decided = decide(setting, [row for row in rows if row["tokens"] == budget])
+        if decided is None:
+            continue
+        key = decided.best.key
+        gain = (decided.result["r_gain"] or {}).get(key)
+        verdict = decided.result["verdict"]["domain_after"].get(key)
+        lines.append(
+            {
+                "cells": [
+                    titled(amount(budget), setting, table),
+                    decided.best.name,
+                    f"{gain['mean']:.2f}".replace("-", "−") if gain else "",
+                    {True: "yes", False: "no", None: "one seed"}[verdict["exceeds"]] if verdict else "",
+                ]
+            }
+        )
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------ the answer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What stands first on the page."""
+
+    headline: str
+    lead: str
+    sure: list[str] = field(default_factory=list)
+    costs: list[str] = field(default_factory=list)
+    shares: list[dict[str, Any]] = field(default_factory=list)
+    """Cells of a row per share, as the laws expect it."""
+    recipe: str = ""
+
+
+def answer(advice: Mapping[str, Any] | None, decision: Decision | None, fits: Sequence[Fitted]) -> Answer:
+    """From advice where there is some, else from what the runs show by themselves, else from the D-CPT law."""
+    if advice is not None:
+        return _advised(advice)
+    if decision is not None:
+        lead = f"For {setting_name(decision.setting)}, {amount(decision.budget)} tokens of pretraining and a finetune."
+        return Answer(decision.headline, lead, decision.sure, decision.costs)
+    pairs = [
+        (domain, general)
+        for domain in fits
+        for general in fits
+        if (domain.law_name, general.law_name) == ("dcpt-domain", "dcpt-general") and domain.group == general.group
+    ]
+    for domain, general in pairs:
+        if domain.law is not None and general.law is not None:
+            return _continual(domain, general)
+    return Answer(
+        "These runs decide nothing about pretraining yet.",
+        "That takes finetunes after pretraining at two domain shares or more, 0 among them, with held-out losses of "
+        "both corpora.",
+    )
+
+
+def _continual(domain: Fitted, general: Fitted) -> Answer:
+    """The most domain data in continual pretraining that a limit on the general loss allows, for the largest model."""
+    params = float(domain.table["params"].max())
+    tokens = float(domain.table.loc[domain.table["params"] == params, "tokens"].max())
+    at: dict[str, Any] = {"params": params, "tokens": tokens}
+    limit = f"a general loss at most {percent(MAX_GENERAL_RISE)} above that of general text alone"
+    lead = f"For {amount(params)} parameters and {amount(tokens)} tokens of continual pretraining, by the D-CPT law."
+    sure = [
+        _sentence(f"{100 * error['mre']:.2f}% mean error of the {of} loss when predicting what was left out ({what})")
+        for of, fit in (("domain", domain), ("general", general))
+        for what, error in fit.holdout.items()
+    ]
+    assert isinstance(domain.law, DCPTLaw)
+    assert isinstance(general.law, DCPTLaw)
+    try:
+        share = best_ratio(domain=domain.law, general=general.law, max_general_rise=MAX_GENERAL_RISE, **at)
+    except RecipeError as error:
+        return Answer(f"No share keeps {limit}.", lead, sure, [_sentence(str(error))])
+    losses = {
+        "domain": domain.law.predict(own_ratio=share, interval=0.9, **at),
+        "general": general.law.predict(own_ratio=1 - share, interval=0.9, **at),
+    }
+    costs = [
+        f"{of.capitalize()} loss {_interval(dict(zip(('mean', 'low', 'high'), loss, strict=True)))}."
+        for of, loss in losses.items()
+    ]
+    return Answer(f"Give the domain {percent(share)} of the tokens.", f"{lead} It keeps {limit}.", sure, costs)
+
+
+def _advised(advice: Mapping[str, Any]) -> Answer:
+    decision, expected, support = advice["decision"], advice["expected"], advice["support"]
+    share = percent(decision["delta"])
+    headline = {
+        "FT": "Leave the domain to the finetune.",
+        "SPT": f"Give the domain {share} of the pretraining tokens.",
+        "SCPT": f"Bring the domain in late, with {share} of the pretraining tokens.",
+    }[decision["regime"]]
+    sure = [*support["verdict"].split("; "), *advice["missing"]]
+    if support["next"]:
+        sure.append(f"to be surer: {support['next']}")
+    costs = []
+    if expected:
+        of = expected["of"]
+        alone = next((row for row in advice["shares"] or () if row["delta"] == 0 and row["general"]), None)
+        replayed = f" and {percent(of['injected'])} replay" if of["injected"] else ""
+        gain = f", {expected['r_gain']:.2f}% below finetuning alone" if expected["r_gain"] and decision["delta"] else ""
+        costs += [
+            f"domain loss {_interval(expected['domain'])} after finetuning{gain}",
+            *([f"general loss {_interval(expected['general'])} after finetuning"] if expected["general"] else []),
+            *(
+                [f"without domain text in pretraining they are {_loss(alone['domain'])} and {_loss(alone['general'])}"]
+                if alone and decision["delta"]
+                else []
+            ),
+            f"these are losses of {amount(of['params'])} parameters after {amount(of['tokens'])} tokens of pretraining "
+            f"with {amount(of['domain_tokens'])} domain tokens{replayed}",
+        ]
+    costs.append(f"{percent(decision['replay'])} replay in the finetune: {advice['replay']['says']}")
+    shares = [
+        {
+            "best": row["delta"] == decision["delta"],
+            "cells": [
+                percent(row["delta"]),
+                f"{row['epochs']:.3g}",
+                _interval(row["domain"]),
+                _interval(row["general"]) if row["general"] else "",
+                "" if row["forgetting"] is None else f"{row['forgetting']:.3f}".replace("-", "−"),
+                f"{100 * row['best_in']:.0f}%",
+            ],
+        }
+        for row in advice["shares"] or ()
+    ]
+    return Answer(
+        headline,
+        _sentence(decision["says"]),
+        [*map(_sentence, sure)],
+        [*map(_sentence, costs)],
+        shares,
+        advice["recipe"],
+    )
+
+
+def _loss(loss: Mapping[str, float]) -> str:
+    return f"{loss['mean']:.3f}"
+
+
+def _interval(loss: Mapping[str, float]) -> str:
+    return f"{_loss(loss)} ({loss['low']:.3f} to {loss['high']:.3f})"

@@ -1,0 +1,283 @@
+"""The panels of a report: small pictures as inline SVG, whose text a page sets in its own font and ink.
+
+A panel is drawn for one column of a page. Its lines are labelled where they end, so that colour never stands alone.
+Colours that depend on the paper are drawn as CSS variables, for pages on dark paper.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from itertools import cycle
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from spt_fast.laws import Law
+from spt_fast.study.figures import NPT_COLOUR, SPT_COLOURS
+from spt_fast.study.words import amount
+
+PAPER, INK, GRID, MUTED = "#ffffff", "#1c2024", "#ededed", "#80868d"
+"""Found again in the SVG and turned into the page's variables."""
+VARIABLES = {
+    PAPER: "var(--paper)",
+    INK: "var(--ink)",
+    GRID: "var(--line)",
+    MUTED: "var(--muted)",
+    NPT_COLOUR: "var(--npt)",
+}
+WIDTH_IN, HEIGHT_IN = 4.8, 3.3
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "",
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+}
+LABEL_POINTS = 10.5
+"""Height of a line's label."""
+
+Line = tuple[float, float, str, str]
+"""Where a line ends (x, y), what it is called, and its colour."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    svg: Markup
+
+
+def panel(title: str, says: str, draw: Callable[[Axes], None], *, height_in: float = HEIGHT_IN) -> Panel:
+    """Draw one panel; `says` is its text for those who do not see it."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+        draw(figure.add_subplot())
+        drawn = StringIO()
+        figure.savefig(drawn, format="svg", transparent=True)
+    return Panel(title, _inline(drawn.getvalue(), title, says))
+
+
+def _inline(svg: str, title: str, says: str) -> Markup:
+    """The <svg> element alone: no metadata, no names of other places, no ids but those that are referred to."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    viewbox = re.search(r'viewBox="[^"]*"', svg)
+    assert viewbox
+    svg = re.sub(r"^<svg[^>]*>", "", svg)
+    unique = hashlib.sha256((title + svg).encode()).hexdigest()[:6]
+    used = dict.fromkeys(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
+    names = {name: f"{unique}-{number}" for number, name in enumerate(used)}
+    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{names[found[1]]}"' if found[1] in names else "", svg)
+    svg = re.sub(r'(url\(|href=")#([^")]+)', lambda found: f"{found[1]}#{names[found[2]]}", svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)
+    svg = re.sub(r" font-family: [^;]*;", "", svg)
+    svg = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", svg))
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return Markup('<svg role="img" aria-label="{}" {}>').format(says, Markup(viewbox[0])) + Markup(svg)
+
+
+# ------------------------------------------------------------------------------------------------ colours and labels
+
+
+def colours_of(deltas: Iterable[float]) -> dict[float, str]:
+    """One colour for each δ, grey for none."""
+    spt = cycle(SPT_COLOURS)
+    return {delta: next(spt) if delta else NPT_COLOUR for delta in sorted(set(deltas))}
+
+
+def shades(n: int) -> list[str]:
+    """Blues of one hue, from pale to strong, for what comes in an order."""
+    pale, strong = np.array(mpl.colors.to_rgb("#b5cfe0")), np.array(mpl.colors.to_rgb(SPT_COLOURS[0]))
+    return (
+        [mpl.colors.to_hex(pale + (strong - pale) * at) for at in np.linspace(0, 1, n)] if n > 1 else [SPT_COLOURS[0]]
+    )
+
+
+def percent(share: float) -> str:
+    """To three digits: runs come near to the share that they ask for only."""
+    return f"{100 * share:.3g}%"
+
+
+def label_lines(axes: Axes, lines: Sequence[Line], height_in: float = HEIGHT_IN) -> None:
+    """Name lines at the right edge, each joined to its end in its colour, pushed apart so that none covers another."""
+    if not lines:
+        return
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top)
+    step = LABEL_POINTS / (0.8 * 72 * height_in) * (top - bottom)
+    lines = sorted(lines, key=lambda line: line[1])
+    heights = [min(max(line[1], bottom), top) for line in lines]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + step)
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], top - (len(heights) - 1 - i) * step)
+    for height, (x, y, text, colour) in zip(heights, lines, strict=True):
+        axes.annotate(
+            text,
+            (x, y),
+            (1.045, height),
+            xycoords="data",
+            textcoords=axes.get_yaxis_transform(),
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 1.3, "shrinkB": 3, "relpos": (0, 0.5)},
+        )
+
+
+def token_axis(axes: Axes, label: str) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: amount(tokens)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(label)
+
+
+def share_axis(axes: Axes, shares: Sequence[float], label: str) -> None:
+    """Square roots: 0 stands on the axis, and shares of a few per cent have room; labels that would touch are left
+    out."""
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    axes.set_xlim(0, max(shares) * 1.04 or 1)
+    shown: list[float] = []
+    room = 0.085 * np.sqrt(max(shares))
+    for share in sorted(shares):
+        if not shown or np.sqrt(share) - np.sqrt(shown[-1]) > room:
+            shown.append(share)
+    axes.set_xticks(shown, [percent(share) for share in shown])
+    axes.set_xlabel(label)
+
+
+# ------------------------------------------------------------------------------------------------ panels
+
+
+def loss_after_finetuning(axes: Axes, finetunes: pd.DataFrame, chosen: float | None) -> None:
+    """Domain loss against δ: a line through the means for each budget, a ring for each seed."""
+    budgets = sorted(finetunes["pretrain_tokens"].unique())
+    ends: list[Line] = []
+    for budget, colour in zip(budgets, shades(len(budgets)), strict=True):
+        own = finetunes[finetunes["pretrain_tokens"] == budget]
+        means = own.groupby("pretrain_delta")["domain_heldout"].mean()
+        axes.plot(means.index, means, color=colour, zorder=2)
+        axes.plot(own["pretrain_delta"], own["domain_heldout"], "o", color=colour, markerfacecolor=PAPER, zorder=3)
+        ends.append((means.index[-1], means.iloc[-1], amount(budget), colour))
+    share_axis(axes, sorted(finetunes["pretrain_delta"].unique()), "domain share of the pretraining tokens, δ")
+    if chosen is not None:
+        axes.axvline(chosen, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)), zorder=1)
+    axes.set_ylabel("domain loss after finetuning (nats/token)")
+    label_lines(axes, ends)
+
+
+def losses_in_pretraining(axes: Axes, rows: pd.DataFrame, column: str, colours: Mapping[float, str]) -> None:
+    """A line for each run over its tokens."""
+    ends: dict[float, Line] = {}
+    for (delta, _), run in rows.dropna(subset=[column]).groupby(["delta", "run"], sort=True):
+        run = run[run["tokens"] > 0].sort_values("tokens")
+        if len(run):
+            axes.plot(run["tokens"], run[column], color=colours[delta], linewidth=1.1, alpha=0.85)
+            ends[delta] = (run["tokens"].iloc[-1], run[column].iloc[-1], percent(delta), colours[delta])
+    later = rows.loc[rows["tokens"] > 0.1 * rows["tokens"].max(), column].dropna()
+    if later.nunique() > 1:
+        low, high = later.min(), later.max()
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    token_axis(axes, "pretraining tokens")
+    axes.set_ylabel(f"held-out {column.removesuffix('_heldout')} loss (nats/token)")
+    label_lines(axes, list(ends.values()))
+
+
+def law_over_tokens(axes: Axes, law: Law, rows: pd.DataFrame, of: str) -> None:
+    """A fitted curve for each δ with its 90% interval, and the runs as rings."""
+    colours = colours_of(rows["fraction"])
+    ends: list[Line] = []
+    for delta in sorted(rows["fraction"].unique()):
+        own = rows[rows["fraction"] == delta].dropna(subset=[of])
+        if not len(own):
+            continue
+        tokens = np.geomspace(own["tokens"].min(), own["tokens"].max(), 40)
+        mean = draw_curve(axes, tokens, law.predict(tokens=tokens, fraction=delta, of=of, interval=0.9), colours[delta])
+        axes.plot(own["tokens"], own[of], "o", color=colours[delta], markerfacecolor=PAPER, markersize=3.2, zorder=3)
+        ends.append((tokens[-1], mean[-1], percent(delta), colours[delta]))
+    token_axis(axes, "pretraining tokens")
+    axes.set_ylabel("domain loss (nats/token)")
+    label_lines(axes, ends)
+
+
+def law_over_ratio(axes: Axes, law: Law, rows: pd.DataFrame, of: str) -> None:
+    """At the most tokens of each model size: the fitted curve with its 90% interval, and the runs as rings."""
+    ends: list[Line] = []
+    sizes = sorted(rows["params"].unique())
+    for size, colour in zip(sizes, shades(len(sizes)), strict=True):
+        own = rows[rows["params"] == size]
+        own = own[own["tokens"] == own["tokens"].max()]
+        seen = own["own_ratio"] if of == "domain" else 1 - own["own_ratio"]
+        share = np.linspace(seen.min(), seen.max(), 80)
+        given: dict[str, Any] = {"params": float(size), "tokens": float(own["tokens"].iloc[0])}
+        curve = law.predict(own_ratio=share if of == "domain" else 1 - share, interval=0.9, **given)
+        mean = draw_curve(axes, share, curve, colour)
+        axes.plot(seen, own["loss"], "o", color=colour, markerfacecolor=PAPER, zorder=3)
+        ends.append((share[-1], mean[-1], amount(size), colour))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: percent(share)))
+    axes.set_xlabel("domain share of the continual pretraining")
+    axes.set_ylabel(f"{of} loss (nats/token)")
+    label_lines(axes, ends)
+
+
+def draw_curve(axes: Axes, x: Any, curve: Sequence[Any], colour: str) -> Any:
+    mean, low, high = curve
+    axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    axes.plot(x, mean, color=colour, zorder=2)
+    return mean
+
+
+def general_before_and_after(axes: Axes, arms: Sequence[tuple[str, str, pd.DataFrame]]) -> None:
+    """A row for each arm (name, colour, finetunes): rings before, dots after, the means joined."""
+    for height, (_, colour, own) in enumerate(arms):
+        before, after = own["general_before"], own["general_heldout"]
+        axes.plot([before.mean(), after.mean()], [height, height], color=colour, linewidth=2.2, zorder=1)
+        axes.plot(before, [height] * len(own), "o", color=colour, markerfacecolor=PAPER, zorder=2)
+        axes.plot(after, [height] * len(own), "o", color=colour, zorder=3)
+        axes.annotate(
+            f"+{(after - before).mean():.3f}".replace("+-", "−"),
+            (max(before.max(), after.max()), height),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.set_yticks(range(len(arms)), [name for name, *_ in arms])
+    axes.set_ylim(len(arms) - 0.4, -0.6)
+    axes.margins(x=0.16)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("held-out general loss (nats/token)")
+    axes.spines["left"].set_visible(False)
+
+
+def height_of_rows(n: int) -> float:
+    return max(1.6, 0.75 + 0.27 * n)

@@ -1,0 +1,308 @@
+"""The report as a reader meets it, in a real browser; and what it says of tables whose answer is known."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from spt_fast import cli, laws
+from spt_fast.errors import DataError
+from spt_fast.study import views
+from spt_fast.study.fits import Fitted
+from spt_fast.study.report import decide, page
+from spt_fast.study.table import save_table
+from tests.study.browser import NAMES, Browser, installed
+from tests.study.synthetic import dcpt_table, spt_table
+
+in_a_browser = pytest.mark.skipif(installed() is None, reason=f"no Chromium here: none of {', '.join(NAMES)}")
+EVIL = "<img src=x onerror='pwned = 1'> & <b>\"5%\"</b>"
+
+
+def small_table() -> pd.DataFrame:
+    """SPT with two seeds, two arms with replay, and two runs that failed, with names to be careful with."""
+    budgets = (20_000_000_000, 50_000_000_000, 100_000_000_000, 200_000_000_000)
+    table = spt_table(deltas=(0.0, 0.01, 0.02, 0.05), budgets=budgets)
+    replayed = spt_table(deltas=(0.0, 0.02), budgets=budgets[-1:], injected=(0.01, 0.1), anchors=(0.0, 0.1), seed=5)
+    failed = table.iloc[:2].assign(run=[EVIL, "diverged"], status="failed", handed_on=False)
+    numbers = failed.columns[[dtype.kind == "f" for dtype in failed.dtypes]]
+    failed[numbers] = np.nan
+    table = pd.concat([table, replayed[replayed["stage"] > 0], failed], ignore_index=True)
+    return table.assign(phase=table["phase"].replace("finetune", f"finetune {EVIL}"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page that the command writes."""
+    folder = tmp_path_factory.mktemp("study")
+    save_table(small_table(), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["spt-fast", "report", str(folder), "--out", str(folder / "out" / "report.html")])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert not exit_.value.code
+    return folder / "out" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+# ------------------------------------------------------------------------------------------------ in the browser
+
+
+@in_a_browser
+def test_the_page_loads_without_an_error_and_asks_for_nothing(written: Path, browser: Browser) -> None:
+    browser.open(written)
+    assert browser.errors() == []
+    assert browser.requested() == [written.as_uri()]
+    assert browser.evaluate("typeof pwned") == "undefined"
+    assert browser.evaluate("document.querySelectorAll('img, link, iframe, b').length") == 0
+    refused = browser.evaluate(
+        """new Promise((resolve) => {
+            document.addEventListener("securitypolicyviolation", (event) => resolve(event.blockedURI));
+            setTimeout(() => resolve(null), 5000);
+            document.body.append(Object.assign(new Image(), {src: "https://example.org/pixel.png"}));
+        })"""
+    )
+    assert refused == "https://example.org/pixel.png"
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_figures_are_seen_and_nothing_overflows(written: Path, browser: Browser, width: int) -> None:
+    browser.open(written, width=width)
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    figures = browser.evaluate(
+        """[...document.querySelectorAll("figure svg")].map((svg) => {
+            const box = svg.getBoundingClientRect();
+            const texts = [...svg.querySelectorAll("text")].map((text) => text.getBoundingClientRect());
+            return {
+                width: box.width,
+                height: box.height,
+                says: svg.ariaLabel,
+                drawn: svg.querySelectorAll("path, use").length,
+                letters: Math.min(...texts.map((text) => text.height)),
+                outside: texts.filter((text) => text.left < box.left - 1 || text.right > box.right + 1).length,
+            };
+        })"""
+    )
+    assert len(figures) == 8  # after finetuning, three of laws, forgetting, the plane, two of pretraining
+    for figure in figures:
+        assert min(width - 33, 350) <= figure["width"] <= 600
+        assert figure["height"] > 100
+        assert figure["drawn"] > 20
+        assert figure["letters"] > 9
+        assert figure["outside"] == 0
+        assert len(figure["says"]) > 30
+    assert browser.evaluate("document.querySelectorAll('figure > figcaption').length") == browser.evaluate(
+        "document.querySelectorAll('figure').length"
+    )
+
+
+@in_a_browser
+def test_the_table_of_runs_sorts_on_click(written: Path, browser: Browser) -> None:
+    browser.open(written)
+
+    def clicked(heading: str) -> list[str]:
+        """What stands in a column after a click on its heading."""
+        return browser.evaluate(
+            f"""(() => {{
+                const headings = [...document.querySelectorAll(".sortable th")];
+                const column = headings.findIndex((each) => each.textContent === "{heading}");
+                headings[column].querySelector("button").click();
+                return [...document.querySelectorAll(".sortable tbody tr")].map((row) => row.cells[column].textContent);
+            }})()"""
+        )
+
+    losses = clicked("domain")
+    numbers = [float(loss) for loss in losses if loss]
+    assert len(numbers) > 40
+    assert numbers == sorted(numbers)
+    assert losses[-2:] == ["", ""]  # of the failed runs
+    losses = clicked("domain")
+    assert [float(loss) for loss in losses[:-2]] == sorted(numbers, reverse=True)
+    assert losses[-2:] == ["", ""]
+    assert browser.evaluate("document.querySelectorAll('[aria-sort]').length") == 1
+    assert clicked("pretrain tokens")[:2] == ["20B", "20B"]  # by number, not by text
+    statuses = clicked("status")
+    assert statuses == sorted(statuses)
+    assert browser.evaluate("[...document.querySelectorAll('tr.failed')].map((row) => row.cells[2].textContent)") == [
+        "failed",
+        "failed",
+    ]
+    assert browser.evaluate("getComputedStyle(document.querySelector('.sortable td.number')).textAlign") == "right"
+
+
+@in_a_browser
+def test_dark_paper_gets_light_ink_in_figures_too(written: Path, browser: Browser) -> None:
+    seen = {}
+    for dark in (False, True):
+        browser.open(written, dark=dark)
+        seen[dark] = browser.evaluate(
+            """[getComputedStyle(document.body).backgroundColor,
+                getComputedStyle(document.querySelector("figure svg text")).fill]"""
+        )
+    assert seen == {False: ["rgb(255, 255, 255)", "rgb(28, 32, 36)"], True: ["rgb(21, 24, 27)", "rgb(228, 231, 234)"]}
+
+
+# ------------------------------------------------------------------------------------------------ without one
+
+
+class Text(HTMLParser):
+    """The text of a page's main part, and all attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.attributes, self._within = "", list[tuple[str, str]](), False
+        self.feed(html)
+        self.text = re.sub(r"\s+", " ", self.text)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data * self._within
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._within |= tag == "main"
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        self._within &= tag != "main"
+
+
+def test_the_page_holds_everything_in_itself(written: Path) -> None:
+    html = written.read_text()
+    assert len(html) < 2_000_000
+    assert "http" not in re.sub(r"http-equiv|https?://example", "", html)
+    read = Text(html)
+    references = [value for name, value in read.attributes if name in ("src", "href", "xlink:href", "action", "data")]
+    assert references
+    assert all(value.startswith("#") for value in references)
+    ids = [value for name, value in read.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert {value.removeprefix("#") for value in references} <= set(ids)
+    assert EVIL in read.text
+    assert f"finetune {EVIL}" in read.text
+
+
+def test_the_answer_stands_first(written: Path) -> None:
+    said = Text(written.read_text()).text
+    assert said.strip().startswith("Give the domain 2% of the pretraining tokens.")
+    assert said.index("How sure") < said.index("What the runs show") < said.index("Provenance")
+    assert "56 done, 2 failed" in said  # 8 of pretraining, 4 finetunes from each, 16 more with replay or anchor
+    assert "4f5ca1b2" in said
+    assert "90e3dd11" in said
+
+
+def finetune(delta: float, seed: int, after: float, **other: float) -> dict[str, Any]:
+    """A row of a comparison."""
+    row = {"delta": delta, "seed": seed, "tokens": 1000, "name": "", "folder": "", "domain_epochs": 1.0, "arm": 0}
+    row |= {"replay": 0.0, "anchor": 0.0}
+    row |= {"domain_before": 3.0, "domain_after": after, "general_before": 2.0, "general_after": 2.5, "forgetting": 0.5}
+    return row | {"domain_select": after, "paths": [[(0, 3.0, 2.0), (1, after, 2.5)]]} | other
+
+
+def test_a_share_that_is_better_at_every_seed_is_given() -> None:
+    rows = [finetune(d, s, loss + 0.01 * s) for d, loss in ((0.0, 2.0), (0.02, 1.8), (0.05, 1.9)) for s in (0, 1)]
+    decision = decide((10, 20), rows)
+    assert decision is not None
+    assert (decision.best.delta, decision.headline) == (0.02, "Give the domain 2% of the pretraining tokens.")
+    assert "0.200 lower, more than the spread between 2 seeds (0.010)" in decision.sure[0]
+    assert decision.sure[1] == "Every other share that was run is worse by more than seeds differ."
+    assert decision.costs[0] == "Before finetuning the general loss is 2.000, +0.000 against NPT."
+    assert [arm["best"] for arm in decision.arms] == [False, True, False]
+    assert decision.arms[1]["cells"][3] == "1.805 ± 0.005"
+
+
+def test_what_chance_may_have_done_is_not_given_as_the_answer() -> None:
+    rows = [finetune(0.0, 0, 2.0), finetune(0.0, 1, 2.2), finetune(0.02, 0, 1.95), finetune(0.02, 1, 2.1)]
+    decision = decide((10, 20), rows)
+    assert decision is not None
+    assert decision.headline == "2% of domain tokens is best so far, but it may be chance."
+    assert decision.sure[-1] == "It is the largest share that was run: a larger one may do better."
+
+
+def test_the_best_is_chosen_on_the_select_half() -> None:
+    rows = [
+        finetune(0.0, 0, 2.0),
+        finetune(0.02, 0, 1.8, domain_select=1.9),
+        finetune(0.05, 0, 1.85, domain_select=1.7),
+    ]
+    decision = decide((10, 20), rows)
+    assert decision is not None
+    assert decision.best.delta == 0.05
+
+
+def test_replay_is_shown_but_the_share_is_chosen_without() -> None:
+    rows = [finetune(0.0, 0, 2.0), finetune(0.02, 0, 1.9), finetune(0.0, 0, 1.8, replay=0.1, general_after=2.1)]
+    decision = decide((10, 20), rows)
+    assert decision is not None
+    assert decision.best == (0.02, 0.0, 0.0)
+    assert [arm["cells"][0] for arm in decision.arms] == ["NPT", "NPT, 10% replay", "SPT 2%"]
+
+
+def test_where_no_share_helps_that_is_the_answer() -> None:
+    rows = [finetune(d, s, loss) for d, loss in ((0.0, 2.0), (0.02, 2.1)) for s in (0, 1)]
+    decision = decide((10, 20), rows)
+    assert decision is not None
+    assert decision.headline == "No share beats NPT: leave the domain to the finetune."
+    assert decision.costs == []
+
+
+@pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
+def test_continual_pretraining_is_decided_by_the_dcpt_law() -> None:
+    table = dcpt_table(params=(1_000_000_000,), evaluations=8)
+    fits = []
+    for of in ("domain", "general"):
+        ((group, rows),) = views.dcpt(table, of=of)
+        law = laws.DCPTLaw().fit(rows)
+        fits.append(Fitted(f"dcpt-{of}", group, law, rows, law.score(rows), {}, {}, [], None))
+    said = Text(page(table, fits, None)).text
+    share = laws.best_ratio(domain=fits[0].law, general=fits[1].law, params=1e9, tokens=2e10, max_general_rise=0.03)
+    assert f"Give the domain {100 * share:.3g}% of the tokens." in said
+    assert "No finetunes after pretraining at two shares or more." in said
+    assert "No run here was pretrained from scratch." in said
+
+
+def test_runs_that_decide_nothing_make_a_page_that_says_so() -> None:
+    table = spt_table(deltas=(0.0, 0.02), budgets=(20_000_000_000,))
+    missing = Fitted("overfitting", {}, None, pd.DataFrame(), {}, {}, {}, [], "it takes <four> shares")
+    said = Text(page(table[table["stage"] == 0], [missing], None)).text
+    assert "These runs decide nothing about pretraining yet." in said
+    assert "No overfitting law: it takes <four> shares." in said
+    assert "Held-out general loss" not in said  # that is for those who do not see the figure
+
+
+def test_a_table_without_general_losses_still_makes_a_page() -> None:
+    table = spt_table(deltas=(0.0, 0.02, 0.05), budgets=(20_000_000_000,))
+    table[["general_train", "general_heldout", "general_select", "general_before"]] = np.nan
+    said = Text(page(table, [], None)).text
+    assert "These runs decide nothing about pretraining yet." in said
+    assert "No finetune here has a general held-out loss before and after." in said
+    assert "Lower is better." in said
+
+
+def test_a_table_without_a_finished_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_table(small_table().query("status == 'failed'"), tmp_path)
+    monkeypatch.setattr(sys, "argv", ["spt-fast", "report", str(tmp_path), "--out", str(tmp_path / "report.html")])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    assert "no finished run" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_mixed_tokenizers_are_refused() -> None:
+    table = spt_table(deltas=(0.0, 0.02), budgets=(20_000_000_000,))
+    with pytest.raises(DataError, match="tokenizer"):
+        page(table.assign(tokenizer=np.where(table["seed"] == 0, "one", "other")), [], None)
