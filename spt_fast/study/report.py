@@ -217,7 +217,7 @@ def laws_section(fits: Sequence[Fitted]) -> Section:
         drawn = [
             panel(
                 " · ".join(filter(None, (title, group_name(fit.group)))),
-                f"{title}, fitted curves against runs, {group_name(fit.group)}",
+                f"{title}, fitted curves against runs, {group_name(fit.group)}.",
                 partial(draw, law=fit.law, rows=fit.table),
             )
             for law_name, title, draw in curves
@@ -226,13 +226,16 @@ def laws_section(fits: Sequence[Fitted]) -> Section:
         ]
         if drawn:
             section.figures.append(Figure(caption, drawn))
-    problems: dict[tuple[str, str], list[str]] = {}
+    problems: dict[str, list[Fitted]] = {}
     for fit in fits:
         if fit.problem is not None:
-            problems.setdefault((fit.law_name, fit.problem), []).append(group_name(fit.group))
-    for (law_name, problem), groups in problems.items():
-        of = groups[0] if len(groups) == 1 else f"{len(groups)} groups of runs"
-        section.missing.append(f"No {law_name} law{of and f' of {of}'}: {problem}.")
+            problems.setdefault(fit.law_name, []).append(fit)
+    for law_name, groups in problems.items():
+        most = max(groups, key=lambda fit: fit.rows)
+        of = f" ({group_name(most.group)})" if most.group else ""
+        others = f" Nor is there one of {len(groups) - 1} other groups of runs." if len(groups) > 2 else ""
+        others = " Nor is there one of another group of runs." if len(groups) == 2 else others
+        section.missing.append(f"No {law_name} law{of}: {most.problem}.{others}")
     return section
 
 
@@ -269,8 +272,8 @@ def group_name(group: Mapping[str, Any]) -> str:
     words = {
         "params": "{} parameters",
         "domain_tokens": "{} domain tokens",
-        "pretrain_tokens": "after {} tokens",
-        "pretrain_delta": "of which {} domain",
+        "pretrain_tokens": "pretrained on {} tokens",
+        "pretrain_delta": "pretrained with δ = {}",
         "delta": "δ = {}",
     }
     return ", ".join(
@@ -357,7 +360,7 @@ def _cell(value: Any, written: Callable[[float], str] | None) -> dict[str, Any]:
 def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
     done = table[table["status"] == "done"]
     stages = done.drop_duplicates(["run", "stage"])
-    flops = done.groupby("run")["flops"].max().sum()
+    flops = done.groupby(["run", "stage"])["flops"].agg(lambda of_stage: of_stage.max() - of_stage.min()).sum()
 
     def values(column: str, write: Callable[[Any], str] = str) -> str:
         return ", ".join(write(value) for value in sorted(done[column].dropna().unique())) or "none"

@@ -200,6 +200,9 @@ def test_the_answer_stands_first(written: Path) -> None:
     assert "56 done, 2 failed" in said  # 8 of pretraining, 4 finetunes from each, 16 more with replay or anchor
     assert "4f5ca1b2" in said
     assert "90e3dd11" in said
+    table = small_table().query("status == 'done'")
+    pretrained, finetuned = (table[table["stage"] == stage].groupby("run")["tokens"].max().sum() for stage in (0, 1))
+    assert f"TrainingFLOPs{6 * table['params'].max() * (pretrained + finetuned):.3g}" in said.replace(" ", "")
 
 
 def finetune(delta: float, seed: int, after: float, **other: float) -> dict[str, Any]:
