@@ -38,17 +38,21 @@ def small_table() -> pd.DataFrame:
     return table.assign(phase=table["phase"].replace("finetune", f"finetune {EVIL}"))
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page that the command writes."""
-    folder = tmp_path_factory.mktemp("study")
-    save_table(small_table(), folder)
+def reported(table: pd.DataFrame, folder: Path, *options: str) -> Path:
+    """The page that the command writes of a study."""
+    save_table(table, folder)
+    out = folder / "out" / "report.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["spt-fast", "report", str(folder), "--out", str(folder / "out" / "report.html")])
+        patch.setattr(sys, "argv", ["spt-fast", "report", str(folder), "--out", str(out), *options])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         assert not exit_.value.code
-    return folder / "out" / "report.html"
+    return out
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reported(small_table(), tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +286,16 @@ def test_runs_that_decide_nothing_make_a_page_that_says_so() -> None:
     assert "These runs decide nothing about pretraining yet." in said
     assert "No overfitting law: it takes <four> shares." in said
     assert "Held-out general loss" not in said  # that is for those who do not see the figure
+
+
+def test_advice_can_be_asked_for_what_was_not_run(tmp_path: Path) -> None:
+    table = spt_table(deltas=(0.0, 0.02), budgets=(20_000_000_000,))
+    asked = ("--domain-tokens", "100M", "--budget", "40B", "--model", "1b")
+    said = Text(reported(table[table["stage"] == 0], tmp_path, *asked).read_text()).text
+    assert "Give the domain" in said
+    assert "40B pretraining tokens" in said
+    assert "Not supported by runs" in said
+    assert "model: {preset: 1b}" in said
 
 
 def test_a_table_without_general_losses_still_makes_a_page() -> None:
