@@ -108,13 +108,17 @@ def pretraining_section(rows: pd.DataFrame) -> Section:
         section.missing.append("No run here was pretrained from scratch.")
         return section
     colours = panels.colours_of(rows["delta"])
+    specialized = rows[(rows["delta"] > 0) | (rows.groupby("params")["delta"].transform("max") == 0)]
     drawn = []
-    for setting, own in by_setting(rows).items():
+    for setting in by_setting(specialized):
+        # what reads no domain text belongs to every corpus
+        of_corpus = (rows["domain_tokens"] == setting[1]) | (rows["delta"] == 0)
+        own = rows[(rows["params"] == setting[0]) & of_corpus]
         for corpus in ("domain", "general"):
             if own[f"{corpus}_heldout"].notna().any():
                 drawn.append(
                     panel(
-                        titled(f"{corpus.capitalize()} loss", setting, rows),
+                        titled(f"{corpus.capitalize()} loss", setting, specialized),
                         f"Held-out {corpus} loss over pretraining tokens, a line per run, coloured by δ.",
                         partial(panels.losses_in_pretraining, rows=own, column=f"{corpus}_heldout", colours=colours),
                     )

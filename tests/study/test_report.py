@@ -16,8 +16,9 @@ import pytest
 from spt_fast import cli, laws
 from spt_fast.errors import DataError
 from spt_fast.study import views
+from spt_fast.study.decision import decide
 from spt_fast.study.fits import Fitted
-from spt_fast.study.report import decide, page
+from spt_fast.study.report import page, pretraining_section
 from spt_fast.study.table import save_table
 from tests.study.browser import NAMES, Browser, installed
 from tests.study.synthetic import dcpt_table, spt_table
@@ -296,6 +297,14 @@ def test_advice_can_be_asked_for_what_was_not_run(tmp_path: Path) -> None:
     assert "40B pretraining tokens" in said
     assert "Not supported by runs" in said
     assert "model: {preset: 1b}" in said
+
+
+def test_pretraining_without_domain_text_is_drawn_beside_every_corpus() -> None:
+    table = spt_table(deltas=(0.0, 0.02), budgets=(20_000_000_000,)).query("stage == 0")
+    table["domain_tokens"] = table["domain_tokens"].where(table["delta"] > 0, 9e9)
+    (figure,) = pretraining_section(table).figures
+    assert [panel.title for panel in figure.panels] == ["Domain loss", "General loss"]
+    assert all(">0%</text>" in panel.svg and ">2%</text>" in panel.svg for panel in figure.panels)
 
 
 def test_a_table_without_general_losses_still_makes_a_page() -> None:
