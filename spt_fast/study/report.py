@@ -308,20 +308,20 @@ RUN_COLUMNS: dict[str, Callable[[float], str] | None] = {
     "run": None,
     "phase": None,
     "status": None,
-    "start": None,
     "params": amount,
     "seed": "{:.0f}".format,
     "share": percent,
-    "pretrain δ": percent,
-    "anchor": "{:g}".format,
-    "lr": "{:g}".format,
-    "pretrain tokens": amount,
     "tokens": amount,
     "epochs": "{:.3g}".format,
-    "domain before": "{:.3f}".format,
     "domain": "{:.3f}".format,
-    "general before": "{:.3f}".format,
     "general": "{:.3f}".format,
+    "pretrain δ": percent,
+    "pretrain tokens": amount,
+    "domain before": "{:.3f}".format,
+    "general before": "{:.3f}".format,
+    "lr": "{:g}".format,
+    "anchor": "{:g}".format,
+    "start": None,
 }
 """Of the table of runs, with how a number is written; text where None."""
 
@@ -331,22 +331,18 @@ def run_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     failed = table["status"] != "done"
     rows = table[table["handed_on"] | failed].sort_values(["stage", "params", "run", "tokens"])
     later = rows["stage"] > 0
-    shown = pd.DataFrame(
-        {
-            **{name: rows[name] for name in ("run", "phase", "status", "start", "params", "seed")},
+    shown = rows.assign(
+        **{
             "share": rows["delta"],
-            "pretrain δ": rows["pretrain_delta"].where(later),
-            "anchor": rows["anchor"].where(later),
-            "lr": rows["lr"],
-            "pretrain tokens": rows["pretrain_tokens"].where(later),
-            "tokens": rows["tokens"],
-            "epochs": rows["epochs"],
-            "domain before": rows["domain_before"],
             "domain": rows["domain_heldout"],
-            "general before": rows["general_before"],
             "general": rows["general_heldout"],
+            "pretrain δ": rows["pretrain_delta"].where(later),
+            "pretrain tokens": rows["pretrain_tokens"].where(later),
+            "domain before": rows["domain_before"],
+            "general before": rows["general_before"],
+            "anchor": rows["anchor"].where(later),
         }
-    )
+    )[list(RUN_COLUMNS)]
     return [
         {"failed": bad, "cells": [_cell(value, RUN_COLUMNS[name]) for name, value in row.items()]}
         for bad, row in zip(failed[rows.index], shown.to_dict("records"), strict=True)
