@@ -307,6 +307,109 @@ def train(
     _print_table(loaded.run, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
 
 
+@app.command("eval")
+def evaluate(
+    weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    data: Annotated[list[Path], typer.Option("--data", metavar="PREFIX")],
+    dtype: Annotated[str | None, typer.Option(help="Of the ids, for headerless files.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte; every token but the first of a dataset is scored once."""
+    from spt_fast.train.score import score
+
+    results = {str(prefix): score(weights, prefix, dtype=dtype) for prefix in data}
+    if as_json:
+        _print_json(results)
+        return
+    rows = [
+        [prefix, r["loss"], r["perplexity"], r["bits_per_byte"] or "n/a", r["tokens"], r["bytes"] or "n/a"]
+        for prefix, r in results.items()
+    ]
+    _print_table(str(weights), ["dataset", "loss", "perplexity", "bits per byte", "tokens", "bytes"], rows)
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    source: Annotated[str | None, typer.Option(help="Only this source.")] = None,
+    document: Annotated[
+        int | None, typer.Option(help="One document of the source, by its position in the dataset.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Exactly how often a run has read every source, or one document."""
+    from spt_fast.train.audit import audit_document, audit_run
+
+    if document is not None:
+        if source is None:
+            raise typer.BadParameter("--document needs --source: documents are counted within a source")
+        facts = audit_document(run, source, document)
+        _print_json(facts) if as_json else _print_facts(f"{source}, document {document}", facts)
+        return
+    sources = audit_run(run)
+    if source is not None:
+        if source not in sources:
+            raise typer.BadParameter(f"no source {source!r} in {run}; it has {', '.join(sources)}")
+        sources = {source: sources[source]}
+    if as_json:
+        _print_json(sources)
+        return
+    columns = ["windows", "tokens", "epochs", "min_visits", "max_visits"]
+    _print_table(
+        str(run), ["source", *columns], [[name, *(facts[c] for c in columns)] for name, facts in sources.items()]
+    )
+
+
+def _checkpoints_of(run: Path) -> list[Path]:
+    from spt_fast.errors import CheckpointError
+    from spt_fast.train import checkpoint
+
+    found = checkpoint.listed(run / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{run}: holds no checkpoints; give the folder of a run that has written one")
+    return found
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
+    """Checkpoints of a run, oldest first."""
+    found = [
+        {"name": path.name, "bytes": sum(f.stat().st_size for f in path.iterdir())} for path in _checkpoints_of(run)
+    ]
+    _print_json(found) if as_json else _print_table(
+        str(run), ["checkpoint", "bytes"], [[c["name"], c["bytes"]] for c in found]
+    )
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
+    """Check every hash of every checkpoint; exit code 2 where one is damaged."""
+    from spt_fast.errors import CheckpointError
+    from spt_fast.train import checkpoint
+
+    verdicts = {}
+    for path in _checkpoints_of(run):
+        try:
+            checkpoint.read(path)
+            verdicts[path.name] = "whole"
+        except CheckpointError as error:
+            verdicts[path.name] = str(error)
+    _print_json(verdicts) if as_json else _print_facts(str(run), verdicts)
+    if any(verdict != "whole" for verdict in verdicts.values()):
+        raise typer.Exit(2)
+
+
+# ------------------------------------------------------------------------------------------------ studies
+
+
+@app.command()
+def demo(out_folder: Annotated[Path, typer.Option("--out", metavar="DIR")] = Path("demo")) -> None:
+    """The whole main job on text that every machine has: specialized against standard pretraining."""
+    from spt_fast.study.demo import demo as run_demo
+
+    run_demo(out_folder)
+
+
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…")],
@@ -322,9 +425,6 @@ def compare(
     if out_folder:
         comparison.write(result, out_folder)
     _print_json(result) if as_json else comparison.print_comparison(result, out)
-
-
-# ------------------------------------------------------------------------------------------------ studies
 
 
 @app.command()
@@ -554,98 +654,6 @@ def reweight(
     out.print(doge.mixture_line(result), soft_wrap=True)
 
 
-@app.command("eval")
-def evaluate(
-    weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
-    data: Annotated[list[Path], typer.Option("--data", metavar="PREFIX")],
-    dtype: Annotated[str | None, typer.Option(help="Of the ids, for headerless files.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Loss, perplexity and bits per byte; every token but the first of a dataset is scored once."""
-    from spt_fast.train.score import score
-
-    results = {str(prefix): score(weights, prefix, dtype=dtype) for prefix in data}
-    if as_json:
-        _print_json(results)
-        return
-    rows = [
-        [prefix, r["loss"], r["perplexity"], r["bits_per_byte"] or "n/a", r["tokens"], r["bytes"] or "n/a"]
-        for prefix, r in results.items()
-    ]
-    _print_table(str(weights), ["dataset", "loss", "perplexity", "bits per byte", "tokens", "bytes"], rows)
-
-
-@app.command()
-def audit(
-    run: Annotated[Path, typer.Argument(metavar="RUN")],
-    source: Annotated[str | None, typer.Option(help="Only this source.")] = None,
-    document: Annotated[
-        int | None, typer.Option(help="One document of the source, by its position in the dataset.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Exactly how often a run has read every source, or one document."""
-    from spt_fast.train.audit import audit_document, audit_run
-
-    if document is not None:
-        if source is None:
-            raise typer.BadParameter("--document needs --source: documents are counted within a source")
-        facts = audit_document(run, source, document)
-        _print_json(facts) if as_json else _print_facts(f"{source}, document {document}", facts)
-        return
-    sources = audit_run(run)
-    if source is not None:
-        if source not in sources:
-            raise typer.BadParameter(f"no source {source!r} in {run}; it has {', '.join(sources)}")
-        sources = {source: sources[source]}
-    if as_json:
-        _print_json(sources)
-        return
-    columns = ["windows", "tokens", "epochs", "min_visits", "max_visits"]
-    _print_table(
-        str(run), ["source", *columns], [[name, *(facts[c] for c in columns)] for name, facts in sources.items()]
-    )
-
-
-def _checkpoints_of(run: Path) -> list[Path]:
-    from spt_fast.errors import CheckpointError
-    from spt_fast.train import checkpoint
-
-    found = checkpoint.listed(run / "checkpoints")
-    if not found:
-        raise CheckpointError(f"{run}: holds no checkpoints; give the folder of a run that has written one")
-    return found
-
-
-@checkpoint_app.command("list")
-def checkpoint_list(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
-    """Checkpoints of a run, oldest first."""
-    found = [
-        {"name": path.name, "bytes": sum(f.stat().st_size for f in path.iterdir())} for path in _checkpoints_of(run)
-    ]
-    _print_json(found) if as_json else _print_table(
-        str(run), ["checkpoint", "bytes"], [[c["name"], c["bytes"]] for c in found]
-    )
-
-
-@checkpoint_app.command("verify")
-def checkpoint_verify(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
-    """Check every hash of every checkpoint; exit code 2 where one is damaged."""
-    from spt_fast.errors import CheckpointError
-    from spt_fast.train import checkpoint
-
-    verdicts = {}
-    for path in _checkpoints_of(run):
-        try:
-            checkpoint.read(path)
-            verdicts[path.name] = "whole"
-        except CheckpointError as error:
-            verdicts[path.name] = str(error)
-    _print_json(verdicts) if as_json else _print_facts(str(run), verdicts)
-    if any(verdict != "whole" for verdict in verdicts.values()):
-        raise typer.Exit(2)
-
-
 # ------------------------------------------------------------------------------------------------ weights in and out
 
 
@@ -699,14 +707,3 @@ def kernels(as_json: Json = False) -> None:
 
     chosen = chosen_backends()
     _print_json(chosen) if as_json else _print_facts("kernels", chosen)
-
-
-@app.command()
-def demo(out_folder: Annotated[Path, typer.Option("--out", metavar="DIR")] = Path("demo")) -> None:
-    """The whole main job on text that every machine has: specialized against standard pretraining."""
-    from spt_fast.study.demo import demo as run_demo
-
-    run_demo(out_folder)
-
-
-# ------------------------------------------------------------------------------------------------ studies
