@@ -561,9 +561,9 @@ def advise(
     as_json: Json = False,
 ) -> None:
     """Share of domain data in pretraining, repeats, replay: by runs, or by the papers where there are none."""
+    from spt_fast.advice import advise as advising
+    from spt_fast.advice.text import print_advice
     from spt_fast.fields import parse_count, parse_share
-    from spt_fast.study import advise as advising
-    from spt_fast.study.advice_text import print_advice
     from spt_fast.study.table import read_table
 
     given = advising.advise(
@@ -595,7 +595,7 @@ def report(
 ) -> None:
     """One HTML page: the decision, and the evidence for it."""
     from spt_fast.fields import parse_count
-    from spt_fast.study.report import report as write_report
+    from spt_fast.report.page import report as write_report
 
     write_report(
         runs,

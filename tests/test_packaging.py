@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import spt_fast
+from spt_fast.study.sweep import ready_studies
 
 CHECKOUT = Path(__file__).parents[1]
 SHIPPED = [
@@ -73,7 +74,8 @@ def test_what_the_archives_hold(dist: Path) -> None:
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     assert {"spt_fast/_C.abi3.so", "spt_fast/kernels/norm.py", "spt_fast/py.typed", "spt_fast/train/loop.py"} <= names
-    assert {f"spt_fast/study/templates/report.{kind}" for kind in ("html", "css", "js")} <= names
+    assert {f"spt_fast/study/ready/{name}.yaml" for name in ready_studies()} <= names
+    assert {f"spt_fast/report/templates/report.{kind}" for kind in ("html", "css", "js")} <= names
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
     with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist:
         files = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}

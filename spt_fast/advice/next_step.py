@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from spt_fast.study.prior import SCPT_LAST
+from spt_fast.advice.prior import SCPT_LAST
 
 LR, FINETUNE_LRS = 4e-4, [1e-5, 4e-5, 1e-4]
 """Those of arXiv 2603.16177, for 1B parameters: a start for one's own."""

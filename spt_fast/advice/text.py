@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spt_fast.study.forecast import LEVEL
-from spt_fast.study.prior import PUBLISHED_RUNS
+from spt_fast.advice.forecast import LEVEL
+from spt_fast.advice.prior import PUBLISHED_RUNS
 from spt_fast.study.words import amount, percent
 
 BASIS = {

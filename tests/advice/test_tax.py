@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from spt_fast.study.arms import finetunes, plain
-from spt_fast.study.tax import factor_of, published_factor, tax
+from spt_fast.advice.arms import finetunes, plain
+from spt_fast.advice.tax import factor_of, published_factor, tax
 from tests.study.synthetic import FLOOR, PARAMS, SIZE_EXPONENT, after, spt_table
 
 TWICE = {"factor": {"mean": 2.0, "low": 1.0, "high": 4.0}, "basis": "runs", "says": ""}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from spt_fast.study.evidence import Evidence
-from spt_fast.study.prior import SAYS, outside
+from spt_fast.advice.evidence import Evidence
+from spt_fast.advice.prior import SAYS, outside
 from spt_fast.study.words import amount, percent
 
 NEAR = 1.5

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from spt_fast.advice.prior import GAP_CLOSED
 from spt_fast.laws.chinchilla import FLOPS_PER_PARAMETER_AND_TOKEN
-from spt_fast.study.prior import GAP_CLOSED
 from spt_fast.study.words import amount, percent
 
 FLOPS_PER_SERVED = FLOPS_PER_PARAMETER_AND_TOKEN / 3

@@ -15,12 +15,12 @@ import pytest
 
 from spt_fast import cli, laws
 from spt_fast.errors import DataError
+from spt_fast.report.decision import decide
+from spt_fast.report.page import page, pretraining_section
 from spt_fast.study import views
-from spt_fast.study.decision import decide
 from spt_fast.study.fits import Fitted
-from spt_fast.study.report import page, pretraining_section
 from spt_fast.study.table import save_table
-from tests.study.browser import NAMES, Browser, installed
+from tests.report.browser import NAMES, Browser, installed
 from tests.study.synthetic import dcpt_table, spt_table
 
 in_a_browser = pytest.mark.skipif(installed() is None, reason=f"no Chromium here: none of {', '.join(NAMES)}")

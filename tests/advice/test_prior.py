@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from spt_fast.study.prior import SAYS, outside, prior, progress_lost, worth
+from spt_fast.advice.prior import SAYS, outside, prior, progress_lost, worth
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from spt_fast.advice.arms import GROUP, arms, finetunes, plain
+from spt_fast.advice.forecast import Forecast, forecast
+from spt_fast.advice.prior import outside
 from spt_fast.errors import DataError
 from spt_fast.study import views
-from spt_fast.study.arms import GROUP, arms, finetunes, plain
-from spt_fast.study.forecast import Forecast, forecast
-from spt_fast.study.prior import outside
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import pandas as pd
 
 from spt_fast.errors import RecipeError
 from spt_fast.laws import DCPTLaw, best_ratio
+from spt_fast.report.panels import percent
 from spt_fast.study.compare import Arm, compare_rows, judge, treatment_of
 from spt_fast.study.fits import Fitted
-from spt_fast.study.panels import percent
 from spt_fast.study.runs import Treatment
 from spt_fast.study.words import amount
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pandas as pd
 
+from spt_fast.advice.evidence import Evidence
+from spt_fast.advice.prior import REPLAY
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.laws import ForgettingLaw
 from spt_fast.laws.base import LawWarning
 from spt_fast.study import views
-from spt_fast.study.evidence import Evidence
-from spt_fast.study.prior import REPLAY
 
 PAIR = ["regime", "delta", "tokens", "seed"]
 

@@ -17,11 +17,11 @@ import pytest
 import yaml
 
 from spt_fast import cli
+from spt_fast.advice import forecast
+from spt_fast.advice.advise import advise
+from spt_fast.advice.next_step import next_step
 from spt_fast.config import recipe_from
 from spt_fast.errors import DataError, RecipeError
-from spt_fast.study import forecast
-from spt_fast.study.advise import advise
-from spt_fast.study.next_step import next_step
 from spt_fast.study.table import read_table
 from tests.study.synthetic import DOMAIN_TOKENS, FORGETTING, PARAMS, after, spt_table
 from tests.tiny import write_dataset

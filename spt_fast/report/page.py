@@ -26,12 +26,11 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from spt_fast import __version__
+from spt_fast.advice.advise import advise
 from spt_fast.files import write_text
 from spt_fast.laws import LawWarning
-from spt_fast.study import panels
-from spt_fast.study.advise import advise
-from spt_fast.study.compare import treatment_of
-from spt_fast.study.decision import (
+from spt_fast.report import panels
+from spt_fast.report.decision import (
     Decision,
     answer,
     best_by_budget,
@@ -44,9 +43,10 @@ from spt_fast.study.decision import (
     titled,
     with_shares,
 )
+from spt_fast.report.panels import Panel, panel, percent
+from spt_fast.study.compare import treatment_of
 from spt_fast.study.figures import draw_plane
 from spt_fast.study.fits import Fitted, fit_laws
-from spt_fast.study.panels import Panel, panel, percent
 from spt_fast.study.runs import Treatment
 from spt_fast.study.table import read_table
 from spt_fast.study.views import usable
@@ -443,7 +443,7 @@ def page(
         ]
     script, style = _asset("report.js"), _asset("report.css")
     environment = Environment(
-        loader=PackageLoader("spt_fast.study"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("spt_fast.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("report.html").render(
         answer=answer(advice, decisions[0] if decisions else None, fits),
@@ -465,4 +465,4 @@ def page(
 
 
 def _asset(name: str) -> Markup:
-    return Markup((files("spt_fast.study") / "templates" / name).read_text(encoding="utf-8"))
+    return Markup((files("spt_fast.report") / "templates" / name).read_text(encoding="utf-8"))

@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from spt_fast.advice import replay as replays
+from spt_fast.advice.arms import REGIMES, plain
+from spt_fast.advice.evidence import Evidence, gather
+from spt_fast.advice.next_step import next_step
+from spt_fast.advice.prior import FINETUNE_EPOCHS, SCPT_LAST, outside, prior
+from spt_fast.advice.support import support
+from spt_fast.advice.tax import factor_of, published_factor, tax
 from spt_fast.data.divergence import divergence
 from spt_fast.errors import DataError, RecipeError, nearest
 from spt_fast.fields import parse_count
 from spt_fast.model.flops import matmul_parameters, parameters
 from spt_fast.model.gpt import GPTConfig
 from spt_fast.model.presets import PRESETS
-from spt_fast.study import replay as replays
-from spt_fast.study.arms import REGIMES, plain
-from spt_fast.study.evidence import Evidence, gather
-from spt_fast.study.next_step import next_step
-from spt_fast.study.prior import FINETUNE_EPOCHS, SCPT_LAST, outside, prior
-from spt_fast.study.support import support
-from spt_fast.study.tax import factor_of, published_factor, tax
 from spt_fast.study.words import amount, percent
 
 SEEN_WITHIN = 2.0
