@@ -93,6 +93,7 @@ def test_a_disk_that_fills_up_under_exported_weights(
         ("eval", "absent", "--data", "absent"),
         ("audit", "absent"),
         ("compare", "absent", "absent"),
+        ("fit", "absent"),
         ("inspect", "absent"),
         ("generate", "absent"),
         ("export", "absent", "--out", "there"),
