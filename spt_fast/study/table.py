@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +149,21 @@ def table_of(runs: Sequence[Path], domain: str, general: str) -> pd.DataFrame:
     )
 
 
+Exact = int | Fraction | float
+"""A count or a share without rounding; NaN where it is unknown."""
+
+
 @dataclass(frozen=True)
 class Past:
     """What was trained before a point of a run: in the stages before, and in the stage that is under way."""
 
     stage: int = -1
-    before_tokens: float = 0.0
-    before_domain: float = 0.0
+    before_tokens: Exact = 0
+    before_domain: Exact = 0
+    """Of `before_tokens`, those of the domain, by the shares that are asked for."""
     before_epochs: float = 0.0
-    tokens: float = 0.0
-    domain: float = 0.0
-    """Of `tokens`, those of the domain."""
+    tokens: Exact = 0
+    domain: Exact = 0
     epochs: float = 0.0
     flops: float = 0.0
     lr: float = math.nan
@@ -177,13 +182,13 @@ class Past:
             start=start,
         )
 
-    def after(self, tokens: float, share: float, domain_tokens: float, flops_per_token: float) -> Past:
+    def after(self, tokens: int, share: Fraction, domain_tokens: float, flops_per_token: float) -> Past:
         """So many tokens later, of which `share` were the domain's."""
         return replace(
             self,
             tokens=self.tokens + tokens,
             domain=self.domain + share * tokens,
-            epochs=self.epochs + share * tokens / domain_tokens,
+            epochs=self.epochs + float(share * tokens) / domain_tokens,
             flops=self.flops + flops_per_token * tokens,
         )
 
@@ -208,7 +213,7 @@ def _rows(folder: Path, domain: str, general: str) -> list[dict[str, Any]]:
         done = summary["phases"][phase.name]
         new_stage = not phase.schedule.carry_on
         past = _entering(past, phase, recipe, done)
-        share = float(phase.mixture.get(domain, 0))
+        share = Fraction(phase.mixture.get(domain, 0))
         for record in evaluations[phase.name]:
             repeats = record["step"] == 0 and not new_stage  # the last evaluation of the phase before
             if record["arm"] != done["arm"] or repeats:
@@ -233,20 +238,20 @@ def _rows(folder: Path, domain: str, general: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _described(past: Past, share: float) -> dict[str, Any]:
-    delta = past.domain / past.tokens if past.tokens else share
+def _described(past: Past, share: Fraction) -> dict[str, Any]:
+    delta = Fraction(past.domain) / Fraction(past.tokens) if past.tokens else share
     known = past.before_tokens > 0
     return {
         "stage": past.stage,
         "start": past.start,
         "lr": past.lr,
         "anchor": past.anchor,
-        "tokens": past.tokens,
-        "delta": delta,
-        "injected": 1 - delta,
+        "tokens": float(past.tokens),
+        "delta": float(delta),
+        "injected": float(1 - delta),
         "epochs": past.epochs,
-        "pretrain_tokens": past.before_tokens,
-        "pretrain_delta": past.before_domain / past.before_tokens if known else math.nan,
+        "pretrain_tokens": float(past.before_tokens),
+        "pretrain_delta": float(past.before_domain / Fraction(past.before_tokens)) if known else math.nan,
         "pretrain_epochs": past.before_epochs,
         "flops": past.flops,
     }
@@ -306,7 +311,7 @@ def _past_of_start(folder: Path, recipe: Recipe, domain: str) -> Past:
         past = _entering(past, phase, before, summary["phases"][phase.name])
         past = past.after(
             summary["phases"][phase.name]["tokens"],
-            float(phase.mixture.get(domain, 0)),
+            Fraction(phase.mixture.get(domain, 0)),
             summary["train_tokens"].get(domain, math.nan),
             summary["flops_per_token"],
         )
