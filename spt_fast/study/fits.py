@@ -225,8 +225,7 @@ def _fitted(name: str, group: dict[str, Any], table: pd.DataFrame, draws: int, l
     said: list[str] = []
     kind = LAWS[name]
     try:
-        table = _thinned(_whole_curves(kind, table, said), kind.rows)
-        _require_settings(kind, table)
+        table = _thinned(_enough(kind, table, said), kind.rows)
         if kind.make is laws.OverfittingLaw:
             table = _without_plain(table, said)
         with warnings.catch_warnings(record=True) as caught:
@@ -291,6 +290,14 @@ def _thinned(table: pd.DataFrame, rows: int | None) -> pd.DataFrame:
     return table[(place + 1) * kept // size > place * kept // size].reset_index(drop=True)
 
 
+def _enough(kind: Kind, table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
+    """What can be fitted; raises DataError, naming what is missing."""
+    _require_settings(kind, table)
+    table = _whole_curves(kind, table, said)
+    _require_settings(kind, table)
+    return table
+
+
 def _whole_curves(kind: Kind, table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
     """Without curves that are too short, which is said."""
     if not kind.curves:
@@ -340,8 +347,7 @@ def _predicted(kind: Kind, table: pd.DataFrame, left_out: pd.Series) -> tuple[np
     left_out = left_out & (table["tokens"] > 0) if "tokens" in table else left_out
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        kept = _whole_curves(kind, table[~left_out], [])
-        _require_settings(kind, kept)
+        kept = _enough(kind, table[~left_out], [])
         law.fit(kept)
         rest = table[left_out]
         if "fraction" in rest and kind.curves:
