@@ -352,6 +352,8 @@ def _predicted(kind: Kind, table: pd.DataFrame, left_out: pd.Series) -> tuple[np
         rest = table[left_out]
         if "fraction" in rest and kind.curves:
             rest = rest[rest["fraction"].isin(kept["fraction"])]
+        if rest.empty:
+            raise DataError("what was left out is of fractions that there are too few other runs of")
         of = next(iter(law.outputs))
         mean = law.predict(**{name: rest[name].to_numpy(float) for name in law.inputs})
     return rest[of].to_numpy(float), np.atleast_1d(mean)

@@ -149,6 +149,15 @@ def test_every_inner_ratio_is_predicted_from_the_others() -> None:
     assert error["mre"] > 0.2 / 4
 
 
+def test_a_budget_that_only_one_short_curve_has_is_not_predicted() -> None:
+    """The largest budget was run at 2% alone; without it, 2% has two budgets."""
+    largest, few = SPT["pretrain_tokens"] == 200e9, SPT["pretrain_tokens"].isin([20e9, 50e9])
+    at_2 = SPT["pretrain_delta"] == 0.02
+    one = fitted(SPT[~(largest & ~at_2) & ~(few & at_2)], "post-finetuning")
+    assert 0.02 in set(one.table["fraction"])
+    assert one.holdout == {}
+
+
 def test_the_start_is_never_left_out() -> None:
     """The row at tokens = 0 bears the ratio of the table's first run, an inner one here; CMR cannot do without it."""
     table = dcpt_table(deltas=(0.5, 0.0, 0.25, 0.75, 1.0), params=(200_000_000,))
