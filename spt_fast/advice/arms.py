@@ -34,12 +34,8 @@ def finetunes(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """
     steady, notes = usable(table)
     others = table[(table["status"] == "done") & ~_stages(table).isin(_stages(steady))]
-    late = _described(others)
-    rising = _rising(others)
-    keys = zip(late["params"], late["seed"], late["tokens"], late["delta"].map(_rounded), strict=True)
-    late = late[np.array([key in rising for key in keys], dtype=bool)].assign(
-        regime="SCPT", delta=late["delta"].map(_rounded)
-    )
+    late = _described(others[others["after"].isin(_rising(others))])
+    late = late.assign(regime="SCPT", delta=late["delta"].map(_rounded))
     steady = _described(steady)
     steady = steady.assign(regime=np.where(steady["delta"] > 0, "SPT", "FT"))
     rows = pd.concat([steady, _best_rates(late)], ignore_index=True)
@@ -76,16 +72,16 @@ def _rounded(share: float) -> float:
     return float(f"{share:.3g}")
 
 
-def _rising(table: pd.DataFrame) -> set[tuple[float, ...]]:
-    """(params, seed, tokens, delta) of pretraining whose first half held clearly less of the domain than its second."""
-    found: set[tuple[float, ...]] = set()
+def _rising(table: pd.DataFrame) -> set[str]:
+    """Runs whose pretraining held clearly less of the domain in its first half than in its second."""
+    found: set[str] = set()
     pretraining = table[(table["stage"] == 0) & (table["tokens"] > 0)]
-    for (params, seed, _), run in pretraining.groupby(["params", "seed", "run"]):
+    for name, run in pretraining.groupby("run"):
         run = run.sort_values("tokens")
-        tokens, delta = (np.concatenate([[0.0], run[name].to_numpy(float)]) for name in ("tokens", "delta"))
-        for now, share in zip(tokens, delta, strict=True):
-            if share > 0 and np.interp(now / 2, tokens, tokens * delta) < 0.45 * share * now:
-                found.add((float(params), float(seed), float(now), _rounded(share)))
+        tokens, delta = (np.concatenate([[0.0], run[column].to_numpy(float)]) for column in ("tokens", "delta"))
+        read = tokens * delta
+        if read[-1] > 0 and np.interp(tokens[-1] / 2, tokens, read) < 0.45 * read[-1]:
+            found.add(str(name))
     return found
 
 

@@ -33,6 +33,7 @@ COLUMNS = {
     "phase": "the phase's name in the recipe",
     "stage": "0: pretraining from scratch; 1, 2 …: what came after",
     "status": "done, or failed: one row without losses",
+    "after": "the run whose weights the stage started from; empty where there is none, or it is unknown",
     "start": "scratch, pretrained, embeddings (only those were taken over) or frozen embeddings",
     "params": "parameters N",
     "seed": "",
@@ -60,7 +61,7 @@ COLUMNS = {
     "heldout": "digest of what the held-out losses are measured on",
 }
 
-TEXT = dict.fromkeys(("run", "phase", "status", "start", "tokenizer", "heldout"), str)
+TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout"), str)
 SPLITS = ("train", "heldout", "select")
 
 
@@ -122,6 +123,7 @@ def load_table(path: Path) -> pd.DataFrame:
     """A table that `save_table` wrote; DataError for one that isn't."""
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=TEXT)
+        table = table.fillna({"after": ""})
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a table ({error}); give a table.parquet or table.csv") from None
     for column in COLUMNS:
@@ -205,13 +207,17 @@ def _rows(folder: Path, domain: str, general: str) -> list[dict[str, Any]]:
     facts = _facts(folder, recipe, summary, domain, general)
     past = _past_of_start(folder, recipe, domain)
     if summary["status"] == "failed":
-        return [facts | {"phase": recipe.phases[0].name, "stage": past.stage + 1, "handed_on": False}]
+        return [facts | {"phase": recipe.phases[0].name, "after": "", "stage": past.stage + 1, "handed_on": False}]
     rows: list[dict[str, Any]] = []
     evaluations = _evaluations(folder / "metrics.jsonl")
+    parent = parent_of(folder, recipe)
+    after = parent[0].name if parent else ""
     before: dict[str, float] = {}
     for phase in recipe.phases:
         done = summary["phases"][phase.name]
         new_stage = not phase.schedule.carry_on
+        if new_stage and rows:
+            after = facts["run"]
         past = _entering(past, phase, recipe, done)
         share = Fraction(phase.mixture.get(domain, 0))
         for record in evaluations[phase.name]:
@@ -231,7 +237,7 @@ def _rows(folder: Path, domain: str, general: str) -> list[dict[str, Any]]:
                 | losses
                 | before
                 | _described(here, share)
-                | {"phase": phase.name, "handed_on": record["step"] == done["handed_on"]}
+                | {"phase": phase.name, "after": after, "handed_on": record["step"] == done["handed_on"]}
                 | {"heldout": _heldout(summary, phase, domain, general)}
             )
         past = past.after(done["tokens"], share, facts["domain_tokens"], summary["flops_per_token"])

@@ -31,7 +31,7 @@ NUMBERS = (
     *("pretrain_tokens", "pretrain_delta", "domain_train", "domain_heldout", "general_heldout", "domain_select"),
     *("domain_before", "general_before"),
 )
-NEEDED = ("run", "status", "start", "handed_on", *ALIKE, *NUMBERS)
+NEEDED = ("run", "after", "status", "start", "handed_on", *ALIKE, *NUMBERS)
 SHARES = ("delta", "injected", "pretrain_delta")
 STAGE = ["run", "stage"]
 ARM = ["stage", "start", "params", "domain_tokens", "anchor", "delta", "pretrain_tokens", "pretrain_delta"]
@@ -39,6 +39,9 @@ ARM = ["stage", "start", "params", "domain_tokens", "anchor", "delta", "pretrain
 
 DIGITS = 9
 """Decimals of shares: they are quotients of token counts, and laws tell arms by them."""
+SETTLED = 0.2
+"""Of a run's tokens: what is measured before is of the first steep fall, which no power law describes. The paper's own
+curves begin at 40B of 200B."""
 WHOLE_CORPUS = 0.95
 """Epochs from which a finetune has read its corpus, but for what rounding to whole steps leaves."""
 
@@ -73,7 +76,7 @@ def usable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     rows[list(SHARES)] = rows[list(SHARES)].round(DIGITS)
     unsteady = rows.groupby(STAGE)["delta"].transform("nunique") > 1
     other_rate = _other_rate(rows, rows["stage"] == 0)
-    orphaned = _children(rows, unsteady | other_rate) & ~unsteady
+    orphaned = _descend(rows, unsteady | other_rate)
     other_rate |= _other_rate(rows, (rows["stage"] > 0) & ~unsteady & ~orphaned)
     for which, why in (
         (unsteady, "the domain's share changes within a stage"),
@@ -115,30 +118,31 @@ def _check_alike(rows: pd.DataFrame) -> None:
 
 
 def _other_rate(rows: pd.DataFrame, among: pd.Series) -> pd.Series:
-    """Which of these rows are of runs that the same arm beats with another learning rate."""
+    """Which of these rows are of runs that the same arm beats with another learning rate. Where no seed has more than
+    one, each phase's own grid has chosen already, maybe another for each seed."""
     ends = rows[among].sort_values(["handed_on", "tokens"]).groupby(STAGE).tail(1)
     length = rows.groupby(STAGE)["tokens"].max().loc[pd.MultiIndex.from_frame(ends[STAGE])].to_numpy()
     stopped_early = (ends["tokens"] < length).groupby([ends[key] for key in ARM], dropna=False).transform("any")
     ends = ends.assign(budget=np.where(stopped_early, 0, length))
-    means = ends.groupby([*ARM, "budget", "lr"], dropna=False)["domain_select"].mean().fillna(np.inf).reset_index()
-    best = means.sort_values("domain_select").drop_duplicates([*ARM, "budget"])
-    kept = ends.merge(best[[*ARM, "budget", "lr"]], on=[*ARM, "budget", "lr"])
-    is_kept = pd.MultiIndex.from_frame(rows[STAGE]).isin(pd.MultiIndex.from_frame(kept[STAGE]))
-    return among & ~is_kept
+    arm = [*ARM, "budget"]
+    rates = ends.groupby([*arm, "seed"], dropna=False)["lr"].transform("nunique")
+    ends = ends[rates.groupby([ends[key] for key in arm], dropna=False).transform("max") > 1]
+    means = ends.groupby([*arm, "lr"], dropna=False)["domain_select"].mean().fillna(np.inf).reset_index()
+    best = means.sort_values("domain_select").drop_duplicates(arm)
+    kept = ends.merge(best[[*arm, "lr"]], on=[*arm, "lr"])
+    beaten = ends[~pd.MultiIndex.from_frame(ends[STAGE]).isin(pd.MultiIndex.from_frame(kept[STAGE]))]
+    return among & pd.MultiIndex.from_frame(rows[STAGE]).isin(pd.MultiIndex.from_frame(beaten[STAGE]))
 
 
-def _children(rows: pd.DataFrame, dropped: pd.Series) -> pd.Series:
-    """Which rows are of a stage 1 that began with the weights of a dropped stage 0: of all weights after as many tokens
-    of the same mixture, those with the nearest loss."""
-    parents = rows[rows["stage"] == 0].assign(pretrain_tokens=rows["tokens"], pretrain_delta=rows["delta"])
-    children = rows[rows["stage"] == 1].drop_duplicates("run")
-    alike = ["params", "pretrain_tokens", "pretrain_delta"]
-    pairs = children[["run", "domain_before", *alike]].merge(
-        parents.assign(dropped=dropped)[["domain_heldout", "dropped", *alike]], on=alike
-    )
-    apart = (pairs["domain_heldout"] - pairs["domain_before"]).abs()
-    nearest_each = pairs.loc[apart.sort_values().index].drop_duplicates("run")
-    return (rows["stage"] == 1) & rows["run"].isin(nearest_each["run"][nearest_each["dropped"]])
+def _descend(rows: pd.DataFrame, dropped: pd.Series) -> pd.Series:
+    """Which rows are of stages that began, themselves or through others, with the weights of a dropped one."""
+    found = pd.Series(False, index=rows.index)
+    while True:
+        gone = set(rows["run"][dropped | found])
+        later = rows["after"].isin(gone) & (rows["stage"] > 0) & ~dropped
+        if (later == found).all():
+            return found
+        found = later
 
 
 def _listed(runs: pd.Series, most: int = 3) -> str:
@@ -151,9 +155,10 @@ def _listed(runs: pd.Series, most: int = 3) -> str:
 
 
 def overfitting(table: pd.DataFrame) -> list[Group]:
-    """For OverfittingLaw: the curves of pretraining from scratch on mixtures, per model size and domain corpus. Runs
-    without domain text belong to every corpus."""
+    """For OverfittingLaw: the curves of pretraining from scratch on mixtures once they are `SETTLED`, per model size
+    and domain corpus. Runs without domain text belong to every corpus."""
     rows = _known(_pretraining(table), "domain_heldout")
+    rows = rows[rows["tokens"] >= SETTLED * rows.groupby("run")["tokens"].transform("max")]
     rows = rows[(rows["delta"] == 0) | rows["domain_train"].notna() & (rows["delta"] < 1)]
     frame = _named(
         rows,

@@ -223,6 +223,7 @@ def with_scpt(table: pd.DataFrame, factor: float) -> pd.DataFrame:
     finetuned = table[(table["stage"] == 1) & (table["pretrain_delta"] == 0.02)]
     finetuned = finetuned.assign(
         run="late-" + finetuned["run"],
+        after="late-" + finetuned["seed"].astype(str),
         pretrain_delta=0.001,
         pretrain_epochs=0.001 * 200 * B / DOMAIN_TOKENS,
         domain_heldout=finetuned["domain_heldout"] * factor,

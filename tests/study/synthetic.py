@@ -66,6 +66,7 @@ def spt_table(
                     "run": f"{run}-{tokens}-finetune-{100 * share:g}%-anchor{anchor:g}",
                     "phase": "finetune",
                     "stage": 1,
+                    "after": run,
                     "start": "pretrained",
                     "lr": 1e-4,
                     "anchor": anchor,
@@ -195,6 +196,7 @@ def completed(rows: list[dict[str, Any]]) -> pd.DataFrame:
     missing |= {"domain_before": np.nan, "general_before": np.nan}
     table = table.assign(**{name: value for name, value in missing.items() if name not in table})
     table["anchor"] = table["anchor"].fillna(0.0)
+    table["after"] = table["after"].fillna("") if "after" in table else ""
     return table.assign(
         status="done",
         injected=1 - table["delta"],

@@ -86,6 +86,7 @@ def test_finetunes_know_what_came_before_them(swept: tuple[Path, pd.DataFrame]) 
         parent = table[(table["stage"] == 0) & came_from].iloc[0]
         assert first["domain_heldout"] == pytest.approx(parent["domain_heldout"], rel=1e-5)
         assert set(rows["domain_before"]) == {first["domain_heldout"]}
+        assert set(rows["after"]) == {parent["run"]}
         assert rows["pretrain_epochs"].iloc[0] == pytest.approx(parent["epochs"])
         assert rows["flops"].iloc[0] == pytest.approx(parent["flops"])
         chosen = rows.loc[rows["domain_select"].idxmin()]
