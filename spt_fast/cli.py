@@ -36,6 +36,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field; may be repeated.")
 ]
+DomainSource = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="Which source is the domain, in runs that belong to no study.")
+]
+GeneralSource = Annotated[str | None, typer.Option(metavar="SOURCE", help="Which is the general corpus there.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE")]
 
 
@@ -521,20 +525,27 @@ def _print_costs(name: str, costs: list[Any], jobs: int, per_gpu_hour: float | N
 def fit(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS…", help="Studies, tables (.parquet, .csv), run folders.")],
     law: Annotated[str | None, typer.Option(metavar="NAME", help="Only this law, such as overfitting.")] = None,
-    domain: Annotated[str | None, typer.Option(help="The domain's source, in runs of no study.")] = None,
-    general: Annotated[str | None, typer.Option(help="The general source, in runs of no study.")] = None,
+    domain_source: DomainSource = None,
+    general_source: GeneralSource = None,
     out_folder: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Also write fits.json.")] = None,
     as_json: Json = False,
 ) -> None:
     """Scaling laws of finished runs, and how far each can be trusted."""
-    from spt_fast.study import fits, views
+    from spt_fast.study import crossover, fits, views
     from spt_fast.study.table import read_table
 
-    table, notes = views.usable(read_table(runs, domain=domain, general=general))
+    table, notes = views.usable(read_table(runs, domain=domain_source, general=general_source))
     fitted = fits.fit_laws(table, law)
+    crossed = crossover.crossover(table)["comparisons"] if crossover.asks_for_one(table) else []
+    result = fits.described(fitted, notes) | {"crossover": crossed}
     if out_folder:
-        fits.write(fitted, notes, out_folder)
-    _print_json(fits.described(fitted, notes)) if as_json else fits.print_fits(fitted, notes, out, law is not None)
+        fits.write(result, out_folder)
+    if as_json:
+        _print_json(result)
+        return
+    fits.print_fits(fitted, notes, out, law is not None)
+    for comparison in crossed:
+        out.print(f"- to pretrain or not: {comparison['says']}")
 
 
 @app.command()
@@ -552,6 +563,8 @@ def advise(
         Path | None, typer.Option(metavar="PREFIX", help="The general dataset, for the distance.")
     ] = None,
     domain: Annotated[Path | None, typer.Option(metavar="PREFIX", help="The domain dataset, for the distance.")] = None,
+    domain_source: DomainSource = None,
+    general_source: GeneralSource = None,
     inference_tokens: Annotated[
         str | None, typer.Option(metavar="COUNT", help="Tokens to be served: what a larger finetuned model costs.")
     ] = None,
@@ -570,7 +583,7 @@ def advise(
         domain_tokens=parse_count(domain_tokens, "--domain-tokens"),
         budget=parse_count(budget, "--budget"),
         model=model,
-        table=read_table(runs) if runs else None,
+        table=read_table(runs, domain=domain_source, general=general_source) if runs else None,
         general=general,
         domain=domain,
         inference_tokens=None if inference_tokens is None else parse_count(inference_tokens, "--inference-tokens"),
@@ -585,8 +598,8 @@ def advise(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS…", help="Studies, tables (.parquet, .csv), run folders.")],
     out_file: Annotated[Path, typer.Option("--out", metavar="FILE")] = Path("report.html"),
-    domain: Annotated[str | None, typer.Option(help="The domain's source, in runs that belong to no study.")] = None,
-    general: Annotated[str | None, typer.Option(help="The general source there.")] = None,
+    domain_source: DomainSource = None,
+    general_source: GeneralSource = None,
     domain_tokens: Annotated[
         str | None, typer.Option(help="Advise for so many unique domain tokens instead of the runs' own: 300M.")
     ] = None,
@@ -600,8 +613,8 @@ def report(
     write_report(
         runs,
         out_file,
-        domain=domain,
-        general=general,
+        domain=domain_source,
+        general=general_source,
         domain_tokens=None if domain_tokens is None else parse_count(domain_tokens, "--domain-tokens"),
         budget=None if budget is None else parse_count(budget, "--budget"),
         model=model,

@@ -45,6 +45,7 @@ from spt_fast.report.decision import (
 )
 from spt_fast.report.panels import Panel, panel, percent
 from spt_fast.study.compare import treatment_of
+from spt_fast.study.crossover import asks_for_one, crossover, draw_gap, draw_losses
 from spt_fast.study.figures import draw_plane
 from spt_fast.study.fits import Fitted, fit_laws
 from spt_fast.study.runs import Treatment
@@ -65,6 +66,7 @@ class Section:
 
     id: str
     title: str
+    says: list[str] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -175,6 +177,36 @@ def _treatment(delta: float, injected: float, anchor: float) -> str:
         + (f", {percent(injected)} replay" if injected else "")
         + (f", anchor {anchor:g}" if anchor else "")
     )
+
+
+def crossover_section(table: pd.DataFrame) -> Section:
+    section = Section("crossover", "To pretrain or not")
+    result = crossover(table)
+    drawn = []
+    for comparison in result["comparisons"]:
+        size = f"{amount(comparison['params'])} parameters"
+        section.says.append(comparison["says"])
+        drawn += [
+            panel(
+                f"Domain loss, {size}",
+                f"Domain loss over the size of the domain's corpus, a line per start: {comparison['says']}",
+                partial(draw_losses, arms=comparison["arms"]),
+            ),
+            panel(
+                f"Gap to training from scratch, {size}",
+                f"By how much the loss from scratch is higher, over the corpus: {comparison['says']}",
+                partial(draw_gap, comparison=comparison, threshold=result["threshold"]),
+            ),
+        ]
+    section.figures.append(
+        Figure(
+            "The same finetune from pretrained weights, from nothing, and from the pretrained embeddings alone, on "
+            "nested subsets of the domain. Where the gap meets the dashed threshold, pretraining makes no difference "
+            "any more.",
+            drawn,
+        )
+    )
+    return section
 
 
 def plane_section(decisions: Sequence[Decision], finetunes: pd.DataFrame) -> Section:
@@ -441,6 +473,8 @@ def page(
             plane_section(decisions, ordinary),
             pretraining_section(rows),
         ]
+        if asks_for_one(table):
+            sections.insert(0, crossover_section(table))
     script, style = _asset("report.js"), _asset("report.css")
     environment = Environment(
         loader=PackageLoader("spt_fast.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True

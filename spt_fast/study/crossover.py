@@ -78,6 +78,12 @@ def crossover(table: pd.DataFrame, threshold: float = 0.01) -> dict[str, Any]:
     return {"threshold": threshold, "level": LEVEL, "comparisons": comparisons}
 
 
+def asks_for_one(table: pd.DataFrame) -> bool:
+    """Whether the table has both arms of the question."""
+    on_domain = table[(table["status"] == "done") & np.isclose(table["delta"].astype(float), 1)]
+    return {"scratch", "pretrained"} <= set(on_domain["start"])
+
+
 def _arms(table: pd.DataFrame) -> pd.DataFrame:
     """A row per arm, subset and seed: the best of its runs by `domain_select`."""
     for name in NEEDED:
@@ -268,19 +274,22 @@ def draw_crossover(comparison: dict[str, Any], threshold: float = 0.01) -> Figur
     """A comparison of `crossover`'s: losses of the arms by the domain's tokens, and the gap with its fit."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, gap = figure.subplots(1, 2)
-    _draw_losses(losses, comparison["arms"])
-    _draw_gap(gap, comparison, 100 * threshold)
+    draw_losses(losses, comparison["arms"])
+    draw_gap(gap, comparison, threshold)
     for axes in (losses, gap):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _tokens(count)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("unique tokens of the domain")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.93")
     return figure
 
 
-def _draw_losses(axes: Axes, arms: dict[str, list[dict[str, Any]]]) -> None:
+def _corpus_axis(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _tokens(count)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("unique tokens of the domain")
+
+
+def draw_losses(axes: Axes, arms: dict[str, list[dict[str, Any]]]) -> None:
     """The mean of every arm as a line, named in the legend by its own marker too; seeds as rings."""
     styles = dict(zip(ARMS, zip((SPT_COLOURS[0], NPT_COLOUR, *SPT_COLOURS[1:3]), "osD^", strict=True), strict=True))
     for arm, subsets in arms.items():
@@ -290,13 +299,14 @@ def _draw_losses(axes: Axes, arms: dict[str, list[dict[str, Any]]]) -> None:
         for subset in subsets:
             seeds = list(subset["seeds"].values())
             axes.plot([subset["domain_tokens"]] * len(seeds), seeds, "o", color=colour, markerfacecolor="none", ms=4)
+    _corpus_axis(axes)
     axes.set_title("held-out loss on the domain (nats/token)", fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=9)
 
 
-def _draw_gap(axes: Axes, comparison: dict[str, Any], threshold: float) -> None:
-    """The gap of every seed and the mean with its interval; the fit, dashed beyond the largest subset."""
-    gaps, fit = comparison["gap"], comparison["fit"]
+def draw_gap(axes: Axes, comparison: dict[str, Any], threshold: float) -> None:
+    """The gap of every seed and the mean with its interval; the fit, dotted beyond the largest subset."""
+    gaps, fit, level = comparison["gap"], comparison["fit"], 100 * threshold
     tokens = np.array([gap["domain_tokens"] for gap in gaps], float)
     percent = np.array([gap["percent"] for gap in gaps])
     for gap in gaps:
@@ -311,14 +321,13 @@ def _draw_gap(axes: Axes, comparison: dict[str, Any], threshold: float) -> None:
         for ends, style in (((tokens[0], tokens[-1]), "-"), ((tokens[-1], max(at or 0, tokens[-1])), ":")):
             x = np.array(ends)
             axes.plot(x, fit["intercept"] + fit["slope"] * np.log10(x), style, color=SPT_COLOURS[1], linewidth=1)
-    axes.axhline(threshold, color="0.6", linewidth=0.8, linestyle="--")
-    axes.annotate(
-        f"{threshold:g}%", (tokens[0], threshold), (0, 3), textcoords="offset points", color="0.4", fontsize=9
-    )
+    axes.axhline(level, color="0.6", linewidth=0.8, linestyle="--")
+    axes.annotate(f"{level:g}%", (tokens[0], level), (0, 3), textcoords="offset points", color="0.4", fontsize=9)
     if at:
-        axes.plot([at], [threshold], "D", color=SPT_COLOURS[1], markerfacecolor="white", zorder=3)
-        axes.annotate(_tokens(at), (at, threshold), (6, 6), textcoords="offset points", color=SPT_COLOURS[1])
+        axes.plot([at], [level], "D", color=SPT_COLOURS[1], markerfacecolor="white", zorder=3)
+        axes.annotate(_tokens(at), (at, level), (6, 6), textcoords="offset points", color=SPT_COLOURS[1])
         if comparison["interval"]:
             low, high = comparison["interval"]
-            axes.plot([max(low, tokens[0]), high or axes.get_xlim()[1]], [threshold] * 2, color=SPT_COLOURS[1])
+            axes.plot([max(low, tokens[0]), high or axes.get_xlim()[1]], [level] * 2, color=SPT_COLOURS[1])
+    _corpus_axis(axes)
     axes.set_title("from scratch, above the pretrained one's loss (%)", fontsize=10, loc="left")

@@ -407,13 +407,11 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write(fitted: Sequence[Fitted], notes: Sequence[str], out_folder: str | Path) -> None:
-    """Write fits.json."""
-    out_folder = Path(out_folder)
-    out_folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(described(fitted, notes), indent=1, allow_nan=False)
-    with replacing(out_folder / "fits.json") as path:
-        path.write_text(text, encoding="utf-8")
+def write(result: dict[str, Any], folder: Path) -> None:
+    """Write fits.json: `described`, and what else there is to say."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "fits.json") as path:
+        path.write_text(json.dumps(result, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def print_fits(fitted: Sequence[Fitted], notes: Sequence[str], console: Console, every_parameter: bool = False) -> None:

@@ -107,14 +107,14 @@ def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str |
         if len(guessed) != 1:
             says = ", ".join(sorted(guessed)) or "nothing"
             raise DataError(
-                f"which source is the domain? the last phases of these runs say {says}; name it with --domain "
+                f"which source is the domain? the last phases of these runs say {says}; name it with --domain-source "
                 f"({', '.join(sorted(sources))})"
             )
         (domain,) = guessed
     others = sorted(sources - {domain})
     if general is None:
         if len(others) != 1:
-            raise DataError(f"which source is the general corpus? name it with --general ({', '.join(others)})")
+            raise DataError(f"which source is the general corpus? name it with --general-source ({', '.join(others)})")
         (general,) = others
     return domain, general
 

@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from markupsafe import escape
 
 from spt_fast import cli, laws
 from spt_fast.errors import DataError
 from spt_fast.report.decision import decide
 from spt_fast.report.page import page, pretraining_section
 from spt_fast.study import views
+from spt_fast.study.crossover import crossover
 from spt_fast.study.fits import Fitted
 from spt_fast.study.table import save_table
 from tests.report.browser import NAMES, Browser, installed
 from tests.study.synthetic import dcpt_table, spt_table
+from tests.study.test_crossover import TRUTH, rows_of
 
 in_a_browser = pytest.mark.skipif(installed() is None, reason=f"no Chromium here: none of {', '.join(NAMES)}")
 EVIL = "<img src=x onerror='pwned = 1'> & <b>\"5%\"</b>"
@@ -305,6 +308,16 @@ def test_pretraining_without_domain_text_is_drawn_beside_every_corpus() -> None:
     (figure,) = pretraining_section(table).figures
     assert [panel.title for panel in figure.panels] == ["Domain loss", "General loss"]
     assert all(">0%</text>" in panel.svg and ">2%</text>" in panel.svg for panel in figure.panels)
+
+
+def test_whether_to_pretrain_is_a_section_where_the_runs_ask_it() -> None:
+    table = pd.DataFrame(rows_of(seeds=3, noise=0.05)).assign(epochs=4.0, injected=0.0, phase="finetune", after="")
+    html = page(table, [], None)
+    (comparison,) = crossover(table)["comparisons"]
+    assert comparison["crossover"] == pytest.approx(TRUTH, rel=0.1)
+    assert f"<p>{escape(comparison['says'])}</p>" in html
+    assert html.split('<section id="crossover">')[1].split("</section>")[0].count("<svg") == 2
+    assert "To pretrain or not" not in page(spt_table(), [], None)
 
 
 def test_a_table_without_general_losses_still_makes_a_page() -> None:

@@ -312,7 +312,7 @@ def test_fit_names_the_sources_of_runs_that_belong_to_no_study(
         return SPT
 
     monkeypatch.setattr("spt_fast.study.table.read_table", read_table)
-    said(capsys, "a", "b", "--domain", "chem", "--general", "web", "--law", "cmr")
+    said(capsys, "a", "b", "--domain-source", "chem", "--general-source", "web", "--law", "cmr")
 
 
 def test_fit_refuses_in_one_message(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
