@@ -44,17 +44,38 @@ REPORTING = [
     "eval runs/spt --data data/chem.heldout",
     "checkpoint list runs/spt",
     "checkpoint verify runs/spt",
+    "fit studies/chem",
+    "advise --domain-tokens 30M --budget 20B --runs studies/chem",
 ]
 SMALLER = {
     "model": {"layers": 1, "width": 32, "heads": 2, "context": 32},
     "phases.pretrain": {"tokens": "8K", "batch": {"sequences": 8}, "eval": {"every": "50%", "tokens": "2K"}},
     "phases.finetune": {"tokens": "2K", "batch": {"sequences": 4}},
 }
+SMALLER_STUDY = {
+    "seeds": "1",
+    "models": "{layers: 1, width: 32, heads: 2, context: 32}",
+    "domain_tokens": "1K",
+    "stages.pretrain.delta": "[0, 25%]",
+    "stages.pretrain.budgets": "[4K, 8K]",
+    "stages.pretrain.batch": "{sequences: 8}",
+    "stages.pretrain.eval": "{every: 2K, tokens: 2K}",
+    "stages.finetune.tokens": "2K",
+    "stages.finetune.batch": "{sequences: 4}",
+    "stages.finetune.eval": "{every: 50%, tokens: 2K}",
+    "stages.finetune.grid": "null",
+}
+
+
+def smaller(command: str) -> str:
+    """A sweep in seconds."""
+    changes = "".join(f" --set '{key}={value}'" for key, value in SMALLER_STUDY.items())
+    return command.partition("#")[0] + changes if " sweep " in command else command
 
 
 def run(command: str) -> int:
     """The exit code of a command line, run in this process."""
-    sys.argv = shlex.split(command)
+    sys.argv = shlex.split(smaller(command), comments=True)
     try:
         main()
     except SystemExit as ended:
@@ -108,6 +129,7 @@ def test_there_are_commands_to_run() -> None:
     assert len(PREPARING) == 3
     documented = {command.split()[1] for command in USING}
     assert documented >= {"train", "plan", "compare", "audit", "inspect", "eval", "export", "generate"}
+    assert documented >= {"sweep", "fit", "advise", "report", "reweight"}
 
 
 def test_every_command_runs_in_the_order_of_the_readme(
@@ -118,6 +140,8 @@ def test_every_command_runs_in_the_order_of_the_readme(
         assert run(command) == 0, command + capsys.readouterr().err
     assert (workplace / "cmp" / "comparison.png").stat().st_size > 10_000
     assert (workplace / "hf" / "tokenizer.json").exists()
+    assert (workplace / "studies" / "chem" / "table.parquet").exists()
+    assert "<svg" in (workplace / "chem.html").read_text()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -143,6 +167,12 @@ def test_every_command_runs_in_the_order_of_the_readme(
         ("audit data", "holds no recipe.yaml"),
         ("compare runs/absent", "runs/absent"),
         ("tokenizer train nothing.jsonl --vocab-size 300 --out t.tiktoken", "nothing.jsonl"),
+        ("sweep absent.yaml", "absent.yaml: cannot be read"),
+        ("sweep spt", "spt is a ready study and needs your data: give --general, --domain, --tokenizer, --out too"),
+        ("fit absent", "absent: is neither a study"),
+        ("report absent", "absent: is neither a study"),
+        ("advise --domain-tokens 30X --budget 20B", "--domain-tokens: '30X' is no count"),
+        ("reweight recipe.yaml --target cem", "--target: no source 'cem'; did you mean 'chem'"),
         ("train", "RECIPE"),
         ("train recipe.yaml --resum", "--resum"),
     ],
