@@ -90,12 +90,13 @@ def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None
     low, high = curve.bounds
     if starts and curve.huber:
         return _polish(curve, np.clip(starts[0], low, high), weights, curve.huber, tolerance=1e-6)[0]
-    rough = [_polish(curve, np.clip(x, low, high), weights, tolerance=1e-5) for x in starts or _promising(curve, seed)]
+    rough = [_polish(curve, np.clip(x, low, high), weights, tolerance=1e-5) for x in starts or promising(curve, seed)]
     x, _ = min(rough, key=lambda found: found[1])
     return _polish(curve, x, weights, curve.huber)[0]
 
 
-def _promising(curve: Curve, seed: int) -> list[Array]:
+def promising(curve: Curve, seed: int) -> list[Array]:
+    """Where to search from: of even samples of the search space, those that meet the observations best."""
     low, high = curve.bounds
     sample = qmc.Sobol(len(low), rng=np.random.default_rng(seed)).random(SCREENED * POLISHED)
     x = low + sample * (high - low)

@@ -29,7 +29,7 @@ from scipy.optimize import brentq
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.laws.base import Law, require_points
 from spt_fast.laws.dcpt import lowest
-from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, solve
+from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, promising, solve
 from spt_fast.laws.table import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
 
 LARGEST_FRACTION = 0.1
@@ -155,7 +155,8 @@ class OverfittingLaw(Law):
         return _gap_power(a * np.exp(a2 * columns["log_delta"] + a3 * columns["shifted"]), g, s, columns)
 
     def _starts(self, train: Curve, gap: Curve) -> dict[str, list[Array]]:
-        """Stage one: C_train and A_gap free for each δ; from their shape, where to start stage two."""
+        """Stage one: C_train and A_gap free for each δ; from their shape, where to start stage two. Beside that,
+        samples of the whole space: curves whose C_train does not fall with δ lead it astray."""
         delta, index = np.unique(train.columns["delta"], return_inverse=True)
         free = tuple(Parameter(f"C({d:g})", -20, 20, log=False) for d in delta)
         curve = Curve(
@@ -188,7 +189,10 @@ class OverfittingLaw(Law):
         self.by_fraction_["A_gap"] = dict(zip(delta.tolist(), (unit * size for size in A), strict=True))
         basis = np.stack([np.ones_like(delta), np.log(delta) - self._at["log_delta"], delta - mean], axis=1)
         log_a, a2, a3 = np.linalg.lstsq(basis, np.log(A), rcond=None)[0]
-        return {"train": starts[:3], "gap": [gap.point([np.exp(log_a), g, s, a2, a3]), gap.point([0.1, 0.3, 3, 1, 0])]}
+        return {
+            "train": [*starts[:3], *promising(train, self.seed)],
+            "gap": [gap.point([np.exp(log_a), g, s, a2, a3]), *promising(gap, self.seed)],
+        }
 
     def _named(self, fits: dict[Any, Fit]) -> dict[str, float]:
         m = self._at
