@@ -57,6 +57,7 @@ from spt_fast.train.weights import read_config
 PLATEAU = 0.9
 """Of the peak rate: below it a checkpoint is inside the schedule's fall, and no fair end of a run of its length."""
 STARTS = ("pretrained", "scratch", "embeddings", "frozen embeddings")
+MOST_SEEDS = 1000
 
 
 def several(parse: Any) -> Any:
@@ -82,6 +83,8 @@ def _tokens_or_all(value: object, where: str) -> int | None:
 def _seeds(value: object, where: str) -> tuple[int, ...]:
     """A list of seeds, or how many."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if value > MOST_SEEDS:
+            raise RecipeError(f"{where}: {value} would be so many seeds; write [{value}] for that one alone")
         return tuple(range(value))
     return several(integer(0))(value, where)
 
@@ -166,6 +169,8 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
         raise RecipeError(
             f"{where}.start: the first stage has none before it whose weights it could take; leave it out"
         )
+    if Fraction(1) in axes.domain_from:
+        raise RecipeError(f"{where}.domain_from: after 100% of the stage nothing is left for the domain; write less")
     late, many = axes.domain_from != (0,), axes.budgets is not None and len(axes.budgets) > 1
     if late and many:
         raise RecipeError(f"{where}.domain_from: needs a run for every length; write `tokens` instead of budgets")
@@ -175,10 +180,21 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
                 f"{where}.{key}: several phases share one schedule here, so none can stop early or try rates of its "
                 "own; try rates with the axis `lr`, and write `tokens` for a run per budget"
             )
+    optimizer = phase.get("optimizer")
+    optimizer = {} if optimizer is None else optimizer
+    if not isinstance(optimizer, Mapping):
+        raise RecipeError(f"{where}.optimizer: {optimizer!r} will not do; write a section such as {{lr: 1e-3}}")
+    grid = phase.get("grid")
+    if axes.lr and isinstance(grid, Mapping) and "lr" in grid:
+        raise RecipeError(
+            f"{where}.grid.lr: lr is an axis too, and each of its runs would try the grid's rates instead of its own; "
+            "leave one out"
+        )
+    phase["optimizer"] = optimizer
     trial = {"tokens": axes.runs[0][0], "mixture": {"any": 1}, "optimizer": {"lr": 1.0}} | phase
     if axes.lr:
-        trial["optimizer"] = {**(phase.get("optimizer") or {}), "lr": axes.lr[0]}
-    elif "lr" not in (phase.get("optimizer") or {}):
+        trial["optimizer"] = {**optimizer, "lr": axes.lr[0]}
+    elif "lr" not in optimizer:
         raise RecipeError(f"{where}.lr: missing; give a list of rates to try, or optimizer.lr")
     build(Phase, {"name": axes.name, **trial}, where)
     return Stage(axes=axes, phase=phase)
@@ -189,6 +205,18 @@ def _as_it_is(value: object, where: str) -> Any:
     return value
 
 
+def _mapping(value: object, where: str) -> Mapping[str, Any]:
+    """A section whose keys a recipe will check."""
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{where}: {value!r} will not do; write a section of keys and values")
+    return value
+
+
+def _sections(value: object, where: str) -> dict[str, Mapping[str, Any]]:
+    """Sections by name."""
+    return {str(name): _mapping(item, f"{where}.{name}") for name, item in _mapping(value, where).items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """Everything that a study's YAML says."""
@@ -197,7 +225,7 @@ class Study:
     """The study's folder."""
     seeds: tuple[int, ...] = setting(_seeds, (0,))
     """Of the weights and of the order of the data, alike in every arm; `3` means 0, 1, 2."""
-    models: tuple[Model, ...] = setting(several(section(Model)), ())
+    models: tuple[Model, ...] | None = setting(optional(several(section(Model))), None)
     init: str | None = setting(optional(text), None)
     """Weights that the first stage starts from, instead of `models` from scratch."""
     domain: str = setting(text)
@@ -209,11 +237,11 @@ class Study:
     simulate: Simulated | None = setting(optional(section(Simulated)), None)
     """Instead of domain_tokens."""
     stages: tuple[Stage, ...] = setting(_stages)
-    sources: Any = setting(_as_it_is)
+    sources: dict[str, Mapping[str, Any]] = setting(_sections)
     tokenizer: Any = setting(_as_it_is, None)
     precision: Any = setting(_as_it_is, "auto")
     engine: Any = setting(_as_it_is, None)
-    checkpoint: Any = setting(_as_it_is, None)
+    checkpoint: Mapping[str, Any] | None = setting(optional(_mapping), None)
     """As in a recipe, these five; of each run one checkpoint is kept where nothing else is said."""
 
     def __post_init__(self) -> None:
@@ -222,15 +250,22 @@ class Study:
             raise RecipeError(f"models: {given}, models and init; train from scratch, or start from weights")
         if self.simulate and self.domain_tokens != (None,):
             raise RecipeError("simulate: domain_tokens is given too; the one says what the other is, so leave one out")
-        if not isinstance(self.sources, Mapping):
-            raise RecipeError(f"sources: {self.sources!r} will not do; name at least two sources")
         for field in ("domain", "general"):
             source = getattr(self, field)
             if source not in self.sources:
-                raise RecipeError(f"{field}: no source {source!r}; {nearest(source, map(str, self.sources))}")
+                raise RecipeError(f"{field}: no source {source!r}; {nearest(source, self.sources)}")
+        if self.domain == self.general:
+            raise RecipeError(f"general: {self.general!r} is the domain too; name the source that fills the rest")
         names = [stage.axes.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise RecipeError(f"stages: {', '.join(names)}: two have the same name; give each its own")
+        if self.init:
+            for stage in self.stages:
+                if "scratch" in stage.axes.start:
+                    raise RecipeError(
+                        f"stages[{stage.axes.name}].start: scratch needs a shape, and `init` has its own; give models "
+                        "instead of init"
+                    )
 
     @property
     def folder(self) -> Path:
@@ -298,10 +333,12 @@ def expand(study: Study) -> list[Run]:
 
 
 def _labelled(models: tuple[Model, ...]) -> list[tuple[Model, str]]:
-    """Each with a name: its preset or layers x width, with all else that is given where that isn't enough."""
+    """Each with a name: its preset or layers x width, with all else that is given where one before it is called that.
+    So those that come in later leave the names of those before as they were."""
     short = [model.preset or f"{model.layers}x{model.width}" if model != Model() else "init" for model in models]
     return [
-        (model, name if short.count(name) == 1 else _in_full(model)) for model, name in zip(models, short, strict=True)
+        (model, _in_full(model) if name in short[:i] else name)
+        for i, (model, name) in enumerate(zip(models, short, strict=True))
     ]
 
 
@@ -312,18 +349,17 @@ def _in_full(model: Model) -> str:
 def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict[str, Run]) -> Iterator[_Branch]:
     """The stage's runs below a branch; yields a branch for each point at which one hands its weights on."""
     axes = stage.axes
-    for share, budgets, late, lr, anchor, start in product(
-        axes.shares, axes.runs, axes.domain_from, axes.lr or (None,), axes.anchor, axes.start
+    arrivals = [(share, late) for share in axes.shares for late in (axes.domain_from if share else (Fraction(0),))]
+    for (share, late), budgets, lr, anchor, start in product(
+        arrivals, axes.runs, axes.lr or (None,), axes.anchor, axes.start
     ):
-        if late and not share:
-            continue
         limit = branch.limit if share else None
         label = f"{axes.name}-d{float(share):.12g}"
         label += "" if limit is None else f"-u{_short(limit)}"
         label += f"-from{float(late):.12g}" if late else ""
         label += f"-{_short(budgets[-1])}"
-        label += "" if lr is None else f"-lr{lr:g}"
-        label += f"-anchor{anchor:g}" if anchor else ""
+        label += "" if lr is None else f"-lr{lr:.12g}"
+        label += f"-anchor{anchor:.12g}" if anchor else ""
         label += "" if start == "pretrained" else f"-{start.replace(' ', '-')}"
         trunk = branch.root if start == "scratch" else branch.label
         name = f"{trunk}_{label}_s{branch.seed}"
@@ -349,7 +385,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
                 raw["init_only"] = None if start == "pretrained" else "embeddings"
             recipe = recipe_from(raw)
             if len(budgets) > 1:
-                _check_plateau(recipe, branch, f"stages[{axes.name}]")
+                _check_plateau(study, recipe, branch, f"stages[{axes.name}]")
             runs[name] = Run(name, position, recipe, branch.model, None if start == "scratch" else branch.after)
         for phase, budget in zip(phases[-len(budgets) :], budgets, strict=True):
             point = f"-at{_short(budget)}" if len(budgets) > 1 else ""
@@ -390,7 +426,7 @@ def _phases(
         ]
     phase = {**stage.phase, "anchor": anchor}
     if lr is not None:
-        phase["optimizer"] = {**stage.phase.get("optimizer", {}), "lr": lr}
+        phase["optimizer"] = {**stage.phase["optimizer"], "lr": lr}
     if len(parts) > 1:
         schedule = {"horizon": whole, **(phase.get("schedule") or {})}
         for key in schedule.keys() & {"warmup", "decay"}:
@@ -416,10 +452,10 @@ def _of_whole(value: object, whole: int, where: str) -> str:
     return str(max(1, round(span.amount * whole))) if span.unit == "share" and span.amount else str(span)
 
 
-def _check_plateau(recipe: Recipe, branch: _Branch, where: str) -> None:
+def _check_plateau(study: Study, recipe: Recipe, branch: _Branch, where: str) -> None:
     """Every budget must be fair to its length: its rate still near the peak, or else the largest alone would profit."""
     first = recipe.phases[0]
-    tokens_per_step = first.batch.sequences * _context(branch)
+    tokens_per_step = first.batch.sequences * _context(study, branch.model)
     tokens = 0
     for phase in recipe.phases:
         tokens += phase.tokens
@@ -433,22 +469,21 @@ def _check_plateau(recipe: Recipe, branch: _Branch, where: str) -> None:
             )
 
 
-def _context(branch: _Branch) -> int:
-    model = branch.model
+def _context(study: Study, model: Model) -> int:
     if model.context:
         return model.context
-    if model.preset in PRESETS:
-        return PRESETS[model.preset]["context"]
-    if branch.weights is None:
+    if study.init:
+        return read_config(Path(study.init)).context
+    if model.preset is None:
         raise RecipeError("models: a shape needs a preset, or its context")
-    return read_config(Path(branch.weights)).context
+    if model.preset not in PRESETS:
+        raise RecipeError(f"models: no preset {model.preset!r}; {nearest(model.preset, PRESETS)}")
+    return PRESETS[model.preset]["context"]
 
 
-def _short(value: object) -> str:
+def _short(value: int) -> str:
     """A count as people write it: 300K, 1.5M."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        return str(value)
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if value >= size and value * 1000 % size == 0:
-            return f"{value / size:g}{unit}"
+            return f"{value / size:.12g}{unit}"
     return str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from spt_fast.errors import RecipeError
+from spt_fast.model.gpt import GPTConfig
+from spt_fast.study import study as studies
 from spt_fast.study.study import Run, expand, study_from
 from spt_fast.study.sweep import load_study, ready_studies
 from tests.study.tiny_study import STEP, raw_study
@@ -79,7 +82,24 @@ def test_runs_are_named_after_what_they_are(raw: dict[str, Any]) -> None:
     ]
     models = [{"preset": "1m"}, {"preset": "1m", "context": 128}, {"preset": "3m"}]
     names = {run.name.split("_")[0] for run in runs_of(raw | {"models": models})}
-    assert names == {"preset1m", "preset1m-context128", "3m"}
+    assert names == {"1m", "preset1m-context128", "3m"}
+
+
+def test_lengths_and_rates_that_are_nearly_alike_are_runs_of_their_own(raw: dict[str, Any]) -> None:
+    lengths = [1_234_567_000, 1_234_568_000]
+    raw = changed(raw, budgets=None, delta=0, tokens=lengths, lr=[0.12345678, 0.12345679])
+    pretraining = [run for run in runs_of(raw) if run.stage == 0]
+    assert {(run.recipe.phases[0].tokens, run.recipe.phases[0].optimizer.lr) for run in pretraining} == {
+        (tokens, lr) for tokens in lengths for lr in (0.12345678, 0.12345679)
+    }
+
+
+def test_a_model_that_comes_in_later_leaves_the_names_of_the_others(raw: dict[str, Any]) -> None:
+    small = raw["models"][0]
+    before = [run.name for run in runs_of(raw)]
+    after = [run.name for run in runs_of(raw | {"models": [small, small | {"heads": 4}]})]
+    assert set(before) < set(after)
+    assert len(after) == 2 * len(before)
 
 
 def test_axes_multiply(raw: dict[str, Any]) -> None:
@@ -106,6 +126,26 @@ def test_scpt_is_one_schedule_in_which_the_domain_comes_in_late(raw: dict[str, A
     assert general.mixture == {"general": 1}
     assert domain.mixture == {"general": Fraction(3, 4), "chem": Fraction(1, 4)}
     assert domain.schedule.carry_on
+
+
+def test_without_the_domain_there_is_one_run_wherever_the_domain_would_come_in(raw: dict[str, Any]) -> None:
+    raw = changed(raw, budgets=None, tokens=20 * STEP, delta=[0, "1/4"], domain_from=["50%", "90%"])
+    runs = runs_of(raw)
+    shares = [float(run.recipe.phases[-1].mixture.get("chem", 0)) for run in runs if run.stage == 0]
+    assert shares == [0, 0.25, 0.25]
+    assert sum(run.stage == 1 for run in runs) == 3
+
+
+def test_weights_from_elsewhere_have_the_shape_of_every_stage(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No stage asks for weights that an earlier one has yet to make."""
+    monkeypatch.setattr(studies, "read_config", lambda path: {"foreign": GPTConfig.preset("1m")}[str(path)])
+    raw = changed(raw | {"init": "foreign", "models": None}, budgets=None, tokens=1000)
+    raw = changed(raw, 1, tokens=None, budgets=[50_000, 100_000], stop=None, grid=None)
+    assert [run.recipe.init for run in runs_of(raw) if run.stage == 0] == ["foreign", "foreign"]
+    with pytest.raises(RecipeError, match=r"stages\[finetune\]\.start: scratch needs a shape"):
+        runs_of(changed(raw, 1, start="scratch"))
 
 
 def test_scratch_arms_are_shared_and_start_from_nothing(raw: dict[str, Any]) -> None:
@@ -159,6 +199,9 @@ def test_simulated_epoching_repeats_the_domain_as_often_as_the_large_run(raw: di
         (0, {"start": "scratch"}, r"stages\[pretrain\]\.start: the first stage"),
         (0, {"stop": {"on": "chem"}}, r"stages\[pretrain\]\.stop: several phases share one schedule"),
         (0, {"optimizer": None}, r"stages\[pretrain\]\.lr: missing"),
+        (0, {"optimizer": 3e-3}, r"stages\[pretrain\]\.optimizer: 0\.003 will not do; write a section"),
+        (0, {"budgets": None, "tokens": 900, "domain_from": "100%"}, r"stages\[pretrain\]\.domain_from: after 100%"),
+        (1, {"lr": [1e-3, 2e-3]}, r"stages\[finetune\]\.grid\.lr: lr is an axis too"),
         (1, {"start": "scratsh"}, r"stages\[finetune\]\.start: 'scratsh' is not one of .*did you mean 'scratch'"),
         (1, {"name": "pretrain"}, r"stages: pretrain, pretrain: two have the same name"),
         (
@@ -182,7 +225,12 @@ def test_what_is_refused(raw: dict[str, Any], stage: int, changes: dict[str, Any
     ("changes", "message"),
     [
         ({"domain": "chemistry"}, "domain: no source 'chemistry'; did you mean 'chem'"),
+        ({"general": "chem"}, "general: 'chem' is the domain too"),
         ({"models": []}, "models: is an empty list"),
+        ({"models": {"preset": "11m"}}, "models: no preset '11m'; did you mean '1m'"),
+        ({"seeds": 2026}, r"seeds: 2026 would be so many seeds; write \[2026\]"),
+        ({"sources": {"general": "data/general", "chem": {}}}, r"sources\.general: 'data/general' will not do"),
+        ({"checkpoint": "500 steps"}, "checkpoint: '500 steps' will not do"),
         ({"init": "weights"}, "models: both are given, models and init"),
         ({"seeds": [1, 1]}, r"seeds\[1\]: 1 is there twice"),
         ({"simulate": {"budget": "1B", "domain_tokens": "1M"}}, "simulate: domain_tokens is given too"),
@@ -193,3 +241,30 @@ def test_what_is_refused(raw: dict[str, Any], stage: int, changes: dict[str, Any
 def test_what_is_refused_of_the_whole(raw: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         runs_of(raw | changes)
+
+
+def test_whatever_is_wrong_is_a_recipe_error(raw: dict[str, Any]) -> None:
+    """Every key of a study, with values of every kind in its place: refused in words, or taken."""
+    raw = changed(raw | {"checkpoint": {"keep": 2}, "engine": {"name": "local"}}, lr=[1e-3], start="pretrained")
+    raw = changed(raw, 1, budgets=[200, 400], tokens=None, stop=None, grid=None, anchor=[0, 1])
+    values = [None, 0, -1, 1.5, math.nan, True, "", "x", "1%", "all", [], [None], [{}], {}, {"a": 1}, 10**30, [1, 2]]
+    assert runs_of(raw)
+    refused = 0
+    for path in _paths(raw):
+        for value in values:
+            mutated = copy.deepcopy(raw)
+            place = mutated
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = value
+            try:
+                runs_of(mutated)
+            except RecipeError:
+                refused += 1
+    assert refused > 800
+
+
+def _paths(node: Any) -> list[tuple[Any, ...]]:
+    """To every value of nested data."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path for key, item in items for path in [(key,), *((key, *below) for below in _paths(item))]]
