@@ -1,7 +1,8 @@
 """Runs as jobs of a cluster, through submitit: SLURM, or `local` to try it on one machine.
 
-Each run is a job with one GPU where the cluster has any. A job that its time limit or a preemption ends has been asked
-to save, as SIGTERM or SIGUSR1 asks; it counts as failed here, and the next sweep goes on with it.
+Each run is a job with one GPU where the cluster has any. A job that its time limit or a preemption ends saves first, as
+far as the cluster's notice (SIGUSR2, by submitit) gives it the time. Out of time, it counts as failed here and the next
+sweep goes on with it; preempted, it is queued again.
 """
 
 from __future__ import annotations
@@ -44,9 +45,13 @@ class Cluster:
 
 
 def _train(command: list[str], log: Path) -> int:
-    """In the job: train, and hand the exit code on."""
-    with log.open("wb") as said:
-        return subprocess.run(command, stdout=said, stderr=said).returncode
+    """In the job: train, and hand the exit code on. What ends the job, such as the cluster's notice that submitit takes
+    for an error, lets the run save."""
+    with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+        try:
+            return process.wait()
+        finally:
+            process.terminate()
 
 
 class _ClusterProcess:
@@ -60,3 +65,6 @@ class _ClusterProcess:
 
     def stop(self) -> None:
         self._job.cancel()
+
+    def wait(self) -> None:
+        """It ends by itself."""

@@ -44,6 +44,9 @@ class Process(Protocol):
     def stop(self) -> None:
         """Ask it to save and end."""
 
+    def wait(self) -> None:
+        """Until it has."""
+
 
 class Workers(Protocol):
     """Where processes run."""
@@ -86,23 +89,30 @@ class Local:
 
 
 def visible_gpus() -> list[str | None]:
-    """Their names for CUDA_VISIBLE_DEVICES."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    """Their names for CUDA_VISIBLE_DEVICES; of a list there, CUDA itself takes those before the first that is none."""
     if not torch.cuda.is_available():
         return []
-    return list(named.split(",")) if named else [str(i) for i in range(torch.cuda.device_count())]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return [name.strip() for name in named.split(",")[:count]] if named else [str(i) for i in range(count)]
 
 
 class _LocalProcess:
+    """It inherits the lock of a study, which so holds until the last run has ended, even where the sweep was killed."""
+
     def __init__(self, recipe: Path, log: Path, environment: Mapping[str, str]) -> None:
         with log.open("wb") as said:
-            self._process = subprocess.Popen(command(recipe), stdout=said, stderr=said, env=environment)
+            self._process = subprocess.Popen(
+                command(recipe), stdout=said, stderr=said, env=environment, close_fds=False
+            )
 
     def exit_code(self) -> int | None:
         return self._process.poll()
 
     def stop(self) -> None:
         self._process.terminate()
+
+    def wait(self) -> None:
         self._process.wait()
 
 
@@ -199,14 +209,19 @@ def _log(logs: Path, recipe: Path) -> Path:
 
 
 def _end_of(log: Path) -> str:
-    said = log.read_text(errors="replace") if log.exists() else "it was ended before it said anything"
-    return "\n  ".join(said.strip().splitlines()[-LAST_LINES:])
+    """Its last lines, or more where that is what the message of `spt-fast` takes."""
+    said = log.read_text(errors="replace") if log.exists() else ""
+    lines = (said.strip() or "it was ended before it said anything").splitlines()
+    messages = [i for i, line in enumerate(lines) if line.startswith("spt-fast: ")]
+    return "\n  ".join(lines[min([max(0, len(lines) - LAST_LINES), *messages[-1:]]) :])
 
 
 def _stop_all(running: dict[Path, Process]) -> None:
     """Ask every process to save and end, and wait until it has."""
     for process in running.values():
         process.stop()
+    for process in running.values():
+        process.wait()
 
 
 def is_done(recipe: Recipe) -> bool:
@@ -279,9 +294,10 @@ def progress_of(recipe: Recipe) -> tuple[float, str]:
     if is_done(recipe):
         return 1.0, "done"
     last = _last_record(Path(recipe.run) / "metrics.jsonl")
-    if last is None:
+    names = [phase.name for phase in recipe.phases]
+    if last is None or last["phase"] not in names:  # nothing yet, or of another recipe, which the trainer will refuse
         return 0.0, ""
-    at = [phase.name for phase in recipe.phases].index(last["phase"])
+    at = names.index(last["phase"])
     behind = sum(phase.tokens * len(phase.arms()) for phase in recipe.phases[:at])
     behind += last["arm"] * recipe.phases[at].tokens + last["tokens"]
     return min(1.0, behind / _tokens(recipe)), f"{last['phase']}, step {last['step']}"

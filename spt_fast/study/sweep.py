@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,7 +129,10 @@ def _held(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RecipeError(f"study: another sweep is at work in {folder}; wait for it, or stop it") from None
+            raise RecipeError(
+                f"study: another sweep, or a run that outlived one, is at work in {folder}; wait for it, or stop it"
+            ) from None
+        os.set_inheritable(lock.fileno(), True)
         yield
 
 

@@ -1,5 +1,5 @@
-"""A request to stop: SIGTERM, SIGINT, or SIGUSR1, a scheduler's notice. Honoured at the next safe place, with a
-checkpoint."""
+"""A request to stop: SIGTERM, SIGINT, or SIGUSR1 or SIGUSR2, a scheduler's notice. Honoured at the next safe place,
+with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class StopRequest:
-    """A context in which the first SIGTERM, SIGINT or SIGUSR1 sets a flag; a second SIGINT interrupts at once."""
+    """A context in which the first of these signals sets a flag; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -21,7 +21,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
                 self._previous[number] = signal.signal(number, self._request)
         return self
 

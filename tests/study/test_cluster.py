@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -75,6 +78,36 @@ def test_jobs_are_cancelled_when_the_sweep_ends(
     with pytest.raises(RecipeError, match=r"recipe0\.yaml: failed with exit code 2"):
         train_all(jobs, tmp_path / "logs", Console(file=io.StringIO()), workers)
     assert time.monotonic() - began < 45
+
+
+def test_a_run_saves_when_its_job_is_ended(tmp_path: Path) -> None:
+    """submitit takes the cluster's notice for an error, which it raises in the job."""
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(0.5)\n    pathlib.Path(sys.argv[1], 'saved').touch()\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path(sys.argv[1], 'ready').touch()\n"
+        "time.sleep(600)\n"
+    )
+
+    def notify() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    def out_of_time(*_: object) -> None:
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGUSR2, out_of_time)
+    try:
+        thread = threading.Thread(target=notify)
+        thread.start()
+        with pytest.raises(TimeoutError):
+            clusters._train([sys.executable, "-c", code, str(tmp_path)], tmp_path / "log")
+        thread.join()
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+    assert (tmp_path / "saved").exists()
 
 
 def test_what_a_cluster_does_not_know_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from spt_fast.config import load_recipe
 from spt_fast.errors import RecipeError
 from spt_fast.study import launch
-from spt_fast.study.launch import progress_of, train_side_by_side
+from spt_fast.study.launch import Job, Local, progress_of, train_all, train_side_by_side, visible_gpus
 from tests.study.fake_runs import fake_run
 
 PATH = [(6.0, 5.0), (5.0, 6.0), (4.0, 7.0)]  # a finetune of two steps of 1000 tokens
@@ -35,6 +36,7 @@ def test_progress_counts_tokens_over_phases_and_grid_arms(tmp_path: Path) -> Non
     assert after(phase="pretrain", arm=0, step=1, tokens=3000) == 0.3
     assert after(phase="finetune", arm=0, step=0, tokens=0) == 0.6
     assert after(phase="finetune", arm=1, step=1, tokens=1000) == 0.9
+    assert after(phase="a recipe's before it was edited", arm=0, step=1, tokens=3000) == 0.0
     assert progress_of(recipe) == (0.0, "")  # an empty file
     (run / "metrics.jsonl").unlink()
     assert progress_of(recipe) == (0.0, "")
@@ -46,8 +48,9 @@ def test_what_is_done_is_not_started_and_what_was_edited_since_is_refused(tmp_pa
     recipe.write_text((run / "recipe.yaml").read_text())
     assert train_side_by_side([recipe], tmp_path / "logs", Console(file=io.StringIO()))
     assert list((tmp_path / "logs").iterdir()) == []
-    recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 1"))
-    with pytest.raises(RecipeError, match="seed: 0 → 1"):
+    recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 1").replace("lr:", "weight_decay: 0.2\n    lr:"))
+    recipe.write_text(re.sub(r"tokens: \d+", "tokens: 5000", recipe.read_text()))
+    with pytest.raises(RecipeError, match=r"was trained with another recipe(.|\n)*seed: 0 → 1"):
         train_side_by_side([recipe], tmp_path / "logs", Console(file=io.StringIO()))
 
 
@@ -85,3 +88,70 @@ def test_every_process_gets_its_share_of_the_cores(tmp_path: Path, monkeypatch: 
     assert len(notes) == 3
     assert {threads for threads, _ in notes} == {str(cores // min(cores, 3))}
     assert max(int(others) for _, others in notes) <= min(cores, 3)
+
+
+@pytest.mark.parametrize(
+    ("named", "count", "gpus"),
+    [
+        (None, 2, ["0", "1"]),
+        ("3, 5", 2, ["3", "5"]),
+        ("GPU-8f2a,GPU-91cc", 2, ["GPU-8f2a", "GPU-91cc"]),
+        ("2,-1,3", 1, ["2"]),
+        ("0,", 1, ["0"]),
+        ("", 0, []),
+        ("-1", 0, []),
+    ],
+)
+def test_gpus_are_those_that_cuda_sees(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, count: int, gpus: list[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: count)
+    assert visible_gpus() == gpus
+
+
+def test_every_gpu_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first GPU is given again once its run has ended, and no sooner."""
+    code = "import os, sys, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(float(sys.argv[1]))"
+    monkeypatch.setattr(launch, "command", lambda recipe: [sys.executable, "-c", code, recipe.stem])
+    monkeypatch.setattr(launch, "visible_gpus", lambda: ["GPU-a", "GPU-b"])
+    workers = Local(5)
+    running = [workers.start(Path(name), tmp_path / str(i)) for i, name in enumerate(["0", "600"])]
+    assert workers.jobs == 2
+    running[0].wait()
+    assert workers.free == 1
+    running.append(workers.start(Path("0"), tmp_path / "2"))
+    running[2].wait()
+    running[1].stop()
+    running[1].wait()
+    assert [(tmp_path / str(i)).read_text().strip() for i in (0, 2)] == ["GPU-a", "GPU-a"]
+    assert (tmp_path / "1").read_text().strip() == "GPU-b"
+
+
+def test_those_under_way_save_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stand-in, asked to end, waits until the other has been asked too."""
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "mine = pathlib.Path(sys.argv[1])\n"
+        "signal.signal(signal.SIGTERM, lambda *_: mine.with_suffix('.asked').touch())\n"
+        "if mine.stem == 'recipe0':\n"
+        "    while len(list(mine.parent.glob('*.ready'))) < 2: time.sleep(0.02)\n"
+        "    sys.exit(1)\n"
+        "mine.with_suffix('.ready').touch()\n"
+        "until = time.monotonic() + 20\n"
+        "while len(list(mine.parent.glob('*.asked'))) < 2 and time.monotonic() < until: time.sleep(0.02)\n"
+        "if time.monotonic() < until: mine.with_suffix('.saved').touch()\n"
+    )
+    monkeypatch.setattr(launch, "command", lambda recipe: [sys.executable, "-c", code, str(recipe)])
+    jobs = []
+    for i in range(3):
+        run = fake_run(tmp_path / f"run{i}", PATH)
+        (run / "summary.json").unlink()
+        jobs.append(Job((run / "recipe.yaml").rename(tmp_path / f"recipe{i}.yaml")))
+    workers = Local(3, jobs=3)
+    with pytest.raises(RuntimeError, match="recipe0"):
+        train_all(jobs, tmp_path / "logs", Console(file=io.StringIO()), workers, keep_going=False)
+    assert sorted(path.stem for path in tmp_path.glob("*.saved")) == ["recipe1", "recipe2"]

@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 from spt_fast.cli import app
 from spt_fast.config import load_recipe
 from spt_fast.errors import RecipeError
+from spt_fast.study import launch
+from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
 from spt_fast.study.study import expand, study_from
 from spt_fast.study.sweep import costs, sweep
@@ -229,8 +231,22 @@ def test_one_sweep_at_a_time(swept: tuple[Path, pd.DataFrame]) -> None:
 
     with (swept[0] / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RecipeError, match="another sweep is at work"):
+        with pytest.raises(RecipeError, match="another sweep, or a run that outlived one, is at work"):
             sweep(study_from(raw_study(swept[0].parent)), quiet())
+
+
+def test_a_run_that_outlives_its_sweep_keeps_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "command", lambda recipe: ["sleep", "600"])
+    with sweeping._held(tmp_path):
+        outlives = launch.Local(1).start(tmp_path / "recipe.yaml", tmp_path / "log")
+    try:
+        with pytest.raises(RecipeError, match="a run that outlived one, is at work"), sweeping._held(tmp_path):
+            pass
+    finally:
+        outlives.stop()
+        outlives.wait()
+    with sweeping._held(tmp_path):
+        pass
 
 
 def test_a_dry_run_trains_nothing_and_says_what_it_would_take(tmp_path: Path) -> None:
