@@ -1,6 +1,6 @@
 """`spt-fast sweep`: a study's runs, trained in the order of its tree, and the table of what they measured.
 
-    STUDY/study.yaml, recipes/, runs/, logs/, table.parquet, table.csv
+    STUDY/recipes/, runs/, logs/, table.parquet, table.csv
 
 What is done is skipped, what was interrupted goes on, so the same command line serves every restart, and a study whose
 grid has grown trains only what is new.
@@ -23,7 +23,7 @@ import yaml
 from rich.console import Console
 
 from spt_fast.config import Recipe
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, nearest
 from spt_fast.fields import apply_overrides, parse_yaml, read_yaml
 from spt_fast.files import write_text
 from spt_fast.model.flops import train_flops_per_token
@@ -31,6 +31,7 @@ from spt_fast.study.launch import Job, Local, Outcome, Workers, is_done, train_a
 from spt_fast.study.study import Run, Study, expand, study_from
 from spt_fast.study.table import save_table, table_of
 from spt_fast.train.dry_run import dry_run
+from spt_fast.train.folder import recipe_of
 from spt_fast.train.plan import Plan, make_plan
 from spt_fast.train.price import Machine, Speed, phase_time, speed_of
 
@@ -43,11 +44,19 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
 
     `overrides` are "a.b=c" strings, as of `--set`. Raises RecipeError.
     """
-    ready = READY / f"{name}.yaml"
-    raw = read_yaml(ready if ready.exists() else name)
+    ready = name in ready_studies()
+    if not ready and not Path(name).exists():
+        raise RecipeError(f"{name}: no such file, and no ready study; {nearest(name, ready_studies())}")
+    raw = read_yaml(READY / f"{name}.yaml" if ready else name)
     if not isinstance(raw, dict):
         raise RecipeError(f"{name}: holds no study; write keys such as study, models, sources and stages")
-    if ready.exists():
+    needless = [key for key, value in (given or {}).items() if value is not None]
+    if needless and not ready:
+        raise RecipeError(
+            f"--{needless[0]}: is for ready studies ({', '.join(ready_studies())}); {name} says itself what it "
+            "reads and where it writes, so change it there or by --set"
+        )
+    if ready:
         missing = [key for key, value in (given or {}).items() if value is None]
         if missing:
             raise RecipeError(
@@ -86,6 +95,7 @@ def sweep(
     runs = expand(study)
     workers = workers or Local(len(runs), jobs)
     with _held(study.folder):
+        _check_unchanged(runs)
         recipes = _write_recipes(study, runs)
         listed = [Job(recipes[run.name], recipes[run.after] if run.after else None) for run in runs]
         outcome = train_all(listed, study.folder / "logs", console, workers, ended=lambda _: tabulate(study, runs))
@@ -98,6 +108,19 @@ def tabulate(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
     table = table_of(folders, study.domain, study.general)
     save_table(table, study.folder)
     return table
+
+
+def _check_unchanged(runs: Sequence[Run]) -> None:
+    """RecipeError for a study that was edited, or moved, since one of its runs was begun."""
+    for run in runs:
+        folder = Path(run.recipe.run)
+        changes = recipe_of(folder).changes(run.recipe) if (folder / "recipe.yaml").exists() else []
+        if changes:
+            listed = "\n  ".join(changes)
+            raise RecipeError(
+                f"study: {folder} was trained with another recipe; undo this, or give the study another folder:\n"
+                f"  {listed}"
+            )
 
 
 def _write_recipes(study: Study, runs: Sequence[Run]) -> dict[str, Path]:
@@ -161,6 +184,7 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
     `make_plan` raises.
     """
     runs = expand(study)
+    _check_unchanged(runs)
     plans = {run.name: make_plan(_without_parent(study, run)) for run in runs}
     done = {run.name for run in runs if is_done(run.recipe)}
     speeds: dict[object, Speed] = {}

@@ -91,7 +91,7 @@ def read_table(paths: Sequence[str | Path], *, domain: str | None = None, genera
     if folders:
         tables.append(table_of(folders, *_domain_and_general(folders, domain, general)))
     table = pd.concat(tables, ignore_index=True)
-    return table.drop_duplicates(["run", "phase", "stage", "seed", "tokens", "heldout", "params"], ignore_index=True)
+    return table.drop_duplicates(ignore_index=True)
 
 
 def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str | None) -> tuple[str, str]:
@@ -122,7 +122,11 @@ def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str |
 def load_table(path: Path) -> pd.DataFrame:
     """A table that `save_table` wrote; DataError for one that isn't."""
     try:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype=TEXT)
+        table = (
+            pd.read_parquet(path)
+            if path.suffix == ".parquet"
+            else pd.read_csv(path, dtype=TEXT, float_precision="round_trip")
+        )
         table = table.fillna({"after": ""})
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a table ({error}); give a table.parquet or table.csv") from None

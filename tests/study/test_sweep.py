@@ -25,7 +25,7 @@ from spt_fast.study import launch
 from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
 from spt_fast.study.study import expand, study_from
-from spt_fast.study.sweep import costs, sweep
+from spt_fast.study.sweep import costs, load_study, sweep
 from spt_fast.study.table import COLUMNS, read_table
 from tests.study.tiny_study import STEP, raw_study
 
@@ -121,6 +121,15 @@ def test_the_table_is_the_same_from_every_place(swept: tuple[Path, pd.DataFrame]
         )
 
 
+def test_runs_of_two_studies_may_have_the_same_name(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    """Their recipes differ in what names don't say, such as the batch; what is the same row twice is one."""
+    table = swept[1]
+    other = table.assign(lr=2 * table["lr"], domain_heldout=table["domain_heldout"] + 0.5)
+    other.to_csv(tmp_path / "other.csv", index=False)
+    both = read_table([swept[0], tmp_path / "other.csv", swept[0] / "table.csv"])
+    assert len(both) == 2 * len(table)
+
+
 def test_a_moved_study_finds_its_runs(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
     folder, table = swept
     moved = tmp_path / "elsewhere"
@@ -137,6 +146,28 @@ def test_what_is_done_is_not_trained_again(swept: tuple[Path, pd.DataFrame]) -> 
     again, _ = sweep(study_from(raw_study(folder.parent)), quiet())
     assert written == {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")}
     pd.testing.assert_frame_equal(again, table)
+
+
+def test_an_edited_study_is_refused_before_anything_is_trained(swept: tuple[Path, pd.DataFrame]) -> None:
+    folder, _ = swept
+    logs = {path: path.stat().st_mtime_ns for path in folder.glob("logs/*")}
+    raw = raw_study(folder.parent, seeds=[0, 1])
+    raw["stages"][0]["budgets"].insert(0, 5 * STEP)
+    for what in (lambda: costs(study_from(raw), jobs=1), lambda: sweep(study_from(raw), quiet())):
+        with pytest.raises(
+            RecipeError, match=r"study: .*another recipe; undo this(.|\n)*phases\.0\.tokens: 1280 → 640"
+        ):
+            what()
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("logs/*")} == logs
+
+
+def test_flags_of_ready_studies_are_refused_for_others(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(raw_study(tmp_path)))
+    with pytest.raises(RecipeError, match="--out: is for ready studies"):
+        load_study(str(study), given={"general": None, "out": tmp_path / "elsewhere"})
+    with pytest.raises(RecipeError, match="forgeting: no such file, and no ready study; did you mean 'forgetting'"):
+        load_study("forgeting")
 
 
 def test_costs_count_what_is_left(swept: tuple[Path, pd.DataFrame]) -> None:
