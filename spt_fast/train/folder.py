@@ -51,6 +51,8 @@ def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:
     for run in (named, folder.resolve().parent / named.name):
         if (run / "recipe.yaml").exists():
             return run, weights.name
+    if weights.exists():
+        return None
     raise CheckpointError(
         f"{folder}: started from {recipe.init}, and there is no run {named} any more; put it beside {folder}"
     )

@@ -26,9 +26,9 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
     """Train every phase of the recipe; returns summary.json as a dict.
 
     `resume` goes on from the newest whole checkpoint in the run folder, or starts afresh where there is nothing to
-    resume. Every process that a launcher started calls this. SIGTERM, SIGINT or SIGUSR1 in any of them ends the run at
-    the next safe place with a checkpoint and `status: stopped`. Raises RecipeError, DataError or CheckpointError for
-    what a user can mend.
+    resume. Every process that a launcher started calls this. SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 in any of them ends
+    the run at the next safe place with a checkpoint and `status: stopped`. Raises RecipeError, DataError or
+    CheckpointError for what a user can mend.
     """
     if recipe.engine.deterministic:
         use_deterministic_algorithms()

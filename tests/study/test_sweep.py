@@ -19,14 +19,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from spt_fast.cli import app
-from spt_fast.config import load_recipe
-from spt_fast.errors import RecipeError
+from spt_fast.config import load_recipe, recipe_from
+from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.study import launch
 from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
 from spt_fast.study.study import expand, study_from
 from spt_fast.study.sweep import costs, load_study, sweep
 from spt_fast.study.table import COLUMNS, read_table
+from spt_fast.train.folder import parent_of
 from tests.study.tiny_study import STEP, raw_study
 
 
@@ -138,6 +139,16 @@ def test_a_moved_study_finds_its_runs(swept: tuple[Path, pd.DataFrame], tmp_path
         recipe.write_text(recipe.read_text().replace(str(folder), "/gone"))
     again = read_table(sorted(moved.iterdir()), domain="chem")
     assert sorted(again["pretrain_tokens"].dropna()) == sorted(table["pretrain_tokens"].dropna())
+
+
+def test_foreign_weights_may_lie_in_a_folder_called_weights(tmp_path: Path) -> None:
+    study = raw_study(tmp_path)
+    foreign = tmp_path / "weights" / "foreign"
+    recipe = recipe_from(expand(study_from(study))[0].recipe.plain() | {"init": str(foreign)})
+    with pytest.raises(CheckpointError, match=r"there is no run .* any more"):
+        parent_of(tmp_path / "run", recipe)
+    foreign.mkdir(parents=True)
+    assert parent_of(tmp_path / "run", recipe) is None
 
 
 def test_what_is_done_is_not_trained_again(swept: tuple[Path, pd.DataFrame]) -> None:
