@@ -476,6 +476,8 @@ def sweep(
         costs = sweeping.costs(loaded, jobs=at_a_time, gpu=gpu, mfu=share)
         _print_costs(loaded.study, costs, at_a_time, per_gpu_hour, as_json=as_json)
         return
+    if (gpu, mfu, per_gpu_hour) != (None, None, None):
+        raise typer.BadParameter("--gpu, --mfu and --price say what a study would take: add --dry-run")
     workers: Cluster | Local = here
     if cluster is not None:
         options = sweeping.cluster_options(cluster_options or [])

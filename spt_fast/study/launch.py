@@ -30,7 +30,7 @@ from spt_fast.train.signals import StopRequest
 
 POLL_EVERY_S = 0.2
 PLAIN_LINE_EVERY_S = 15.0
-LAST_RECORD_BYTES = 4096
+LAST_RECORD_BYTES = 65_536
 LAST_LINES = 5
 USERS_MISTAKE = 2
 

@@ -23,6 +23,7 @@ import yaml
 from rich.console import Console
 
 from spt_fast.config import Recipe
+from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import RecipeError, nearest
 from spt_fast.fields import apply_overrides, parse_yaml, read_yaml
 from spt_fast.files import write_text
@@ -95,6 +96,7 @@ def sweep(
     runs = expand(study)
     workers = workers or Local(len(runs), jobs)
     with _held(study.folder):
+        _check_domain(study)
         _check_unchanged(runs)
         recipes = _write_recipes(study, runs)
         listed = [Job(recipes[run.name], recipes[run.after] if run.after else None) for run in runs]
@@ -108,6 +110,19 @@ def tabulate(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
     table = table_of(folders, study.domain, study.general)
     save_table(table, study.folder)
     return table
+
+
+def _check_domain(study: Study) -> None:
+    """RecipeError for a corpus that is smaller than what of it is to be read: arms would differ in name alone."""
+    source = study.sources[study.domain]
+    held = TokenDataset.open(source["train"], source.get("dtype")).num_tokens
+    for limit in study.limits:
+        if limit is not None and limit > held:
+            field = "simulate" if study.simulate else "domain_tokens"
+            raise RecipeError(
+                f"{field}: asks for {limit:,} tokens, and {source['train']} holds {held:,}; write at most as many, or "
+                "`domain_tokens: all`"
+            )
 
 
 def _check_unchanged(runs: Sequence[Run]) -> None:
@@ -184,6 +199,7 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
     `make_plan` raises.
     """
     runs = expand(study)
+    _check_domain(study)
     _check_unchanged(runs)
     plans = {run.name: make_plan(_without_parent(study, run)) for run in runs}
     done = {run.name for run in runs if is_done(run.recipe)}

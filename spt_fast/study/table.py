@@ -75,12 +75,13 @@ def read_table(paths: Sequence[str | Path], *, domain: str | None = None, genera
     """
     if not paths:
         raise DataError("no runs given; name a study's folder, its table.parquet or table.csv, or folders of runs")
-    tables, folders = [], []
+    tables: dict[str, pd.DataFrame] = {}
+    folders = []
     for path in map(Path, paths):
         if path.suffix in (".parquet", ".csv"):
-            tables.append(load_table(path))
+            tables[str(path)] = load_table(path)
         elif (path / "table.parquet").exists():
-            tables.append(load_table(path / "table.parquet"))
+            tables[str(path)] = load_table(path / "table.parquet")
         elif (path / "recipe.yaml").exists():
             folders.append(path)
         else:
@@ -89,9 +90,19 @@ def read_table(paths: Sequence[str | Path], *, domain: str | None = None, genera
                 "run; a study has its table once `spt-fast sweep` has trained its first run"
             )
     if folders:
-        tables.append(table_of(folders, *_domain_and_general(folders, domain, general)))
-    table = pd.concat(tables, ignore_index=True)
-    return table.drop_duplicates(ignore_index=True)
+        tables["runs"] = table_of(folders, *_domain_and_general(folders, domain, general))
+    return _in_one(tables)
+
+
+def _in_one(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Rows that are alike once; runs of one name in several tables that aren't are named after their table too."""
+    table = pd.concat([rows.assign(of=name) for name, rows in tables.items()], ignore_index=True)
+    table = table.drop_duplicates(list(COLUMNS), ignore_index=True)
+    several = table.groupby("run")["of"].nunique() > 1
+    for column in ("run", "after"):
+        ambiguous = table[column].isin(several.index[several])
+        table[column] = table[column].where(~ambiguous, table["of"] + ":" + table[column])
+    return table[list(COLUMNS)]
 
 
 def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str | None) -> tuple[str, str]:

@@ -131,6 +131,18 @@ def test_runs_of_two_studies_may_have_the_same_name(swept: tuple[Path, pd.DataFr
     assert len(both) == 2 * len(table)
 
 
+def test_runs_of_one_name_in_two_studies_stay_apart(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    folder, table = swept
+    other = table.assign(domain_heldout=table["domain_heldout"] + 1)
+    other.to_csv(tmp_path / "other.csv", index=False)
+    both = read_table([folder, tmp_path / "other.csv"])
+    assert len(both) == 2 * len(table)
+    assert both["run"].nunique() == 2 * table["run"].nunique()
+    tunes = both[both["stage"] == 1]
+    assert set(tunes["after"]) <= set(both["run"][both["stage"] == 0])
+    assert all(run.rpartition(":")[0] == after.rpartition(":")[0] for run, after in tunes[["run", "after"]].to_numpy())
+
+
 def test_a_moved_study_finds_its_runs(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
     folder, table = swept
     moved = tmp_path / "elsewhere"
@@ -263,9 +275,19 @@ def test_arms_that_start_from_less_know_what_they_start_from(tmp_path: Path) -> 
 
 def test_a_users_mistake_ends_the_sweep(tmp_path: Path) -> None:
     raw = raw_study(tmp_path)
-    raw["sources"]["chem"]["train"] = str(tmp_path / "nowhere")
+    raw["sources"]["general"]["train"] = str(tmp_path / "nowhere")
     with pytest.raises(RecipeError, match=r"failed with exit code 2(.|\n)*nowhere"):
         sweep(study_from(raw), quiet())
+
+
+def test_a_corpus_that_is_smaller_than_asked_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    raw = raw_study(tmp_path) | {"domain_tokens": [400, 5000]}
+    message = r"domain_tokens: asks for 5,000 tokens, and \S*chem holds 1,1\d\d; write at most as many, or `domain_tok"
+    with pytest.raises(RecipeError, match=message):
+        sweep(study_from(raw), quiet())
+    with pytest.raises(RecipeError, match=message):
+        costs(study_from(raw), jobs=1)
+    assert not (tmp_path / "study" / "runs").exists()
 
 
 def test_one_sweep_at_a_time(swept: tuple[Path, pd.DataFrame]) -> None:
