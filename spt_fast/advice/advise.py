@@ -18,7 +18,7 @@ import pandas as pd
 from spt_fast.advice import replay as replays
 from spt_fast.advice.arms import REGIMES, plain
 from spt_fast.advice.evidence import Evidence, gather
-from spt_fast.advice.next_step import next_step
+from spt_fast.advice.next_step import next_step, rates_of
 from spt_fast.advice.prior import FINETUNE_EPOCHS, SCPT_LAST, outside, prior
 from spt_fast.advice.support import support
 from spt_fast.advice.tax import factor_of, published_factor, tax
@@ -67,7 +67,7 @@ def advise(
     support     how far the question lies outside of the runs, a verdict, and what to run next; see support.py
     prior       what the papers say of the same question
     tax         see tax.py; None without inference_tokens
-    recipe      phases to paste
+    recipe      phases to paste; learning_rates, whose they are
 
     Raises RecipeError or DataError.
     """
@@ -94,6 +94,7 @@ def advise(
         epochs = plain(evidence.rows)["finetune_epochs"]
         mean_epochs, most_epochs = float(epochs.mean()), float(epochs.max())
     replay = replays.choose(chosen, evidence, effects, limit, table, params, domain_tokens)
+    rates = rates_of(table, None if evidence is None else evidence.params, params)
     decision = chosen | {"epochs": chosen["delta"] * budget / domain_tokens, "replay": replay["share"]}
     shares = None if evidence is None else _shares(evidence, allowed, budget / domain_tokens)
     regimes = None if evidence is None else _regimes(evidence, papers)
@@ -125,6 +126,7 @@ def advise(
             served=inference_tokens,
             larger=(evidence and factor_of(plain(evidence.all_sizes), params)) or published_factor(),
         ),
+        "learning_rates": rates.of,
         "recipe": next_step(
             regime=decision["regime"],
             delta=decision["delta"],
@@ -132,6 +134,7 @@ def advise(
             preset=preset or nearest_preset(params or (evidence.params if evidence else 1e9)),
             budget=budget,
             finetune_tokens=most_epochs * domain_tokens / (1 - decision["replay"]),
+            rates=rates,
             general=general,
             domain=domain,
         ),

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from spt_fast.advice.prior import SCPT_LAST
 
-LR, FINETUNE_LRS = 4e-4, [1e-5, 4e-5, 1e-4]
-"""Those of arXiv 2603.16177, for 1B parameters: a start for one's own."""
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak learning rates, and whose they are."""
+
+    pretrain: float
+    finetune: list[float]
+    of: str
+
+
+PUBLISHED = Rates(4e-4, [1e-5, 4e-5, 1e-4], "the paper's, for 1B parameters (arXiv 2603.16177)")
+ALIKE = 3.0
+"""A factor in model size, up to which rates carry over."""
+
+
+def rates_of(table: pd.DataFrame | None, runs_params: int | None, params: int | None) -> Rates:
+    """Those of the runs of `runs_params` parameters where the model is about as large, else the published ones."""
+    if table is None or runs_params is None or not 1 / ALIKE <= (params or runs_params) / runs_params <= ALIKE:
+        return PUBLISHED
+    runs = table[(table["params"] == runs_params) & (table["status"] == "done") & table["handed_on"].astype(bool)]
+    pretrain, finetune = (runs[on]["lr"].dropna() for on in (runs["stage"] == 0, runs["stage"] > 0))
+    if pretrain.empty or finetune.empty:
+        return PUBLISHED
+    return Rates(float(pretrain.mode()[0]), sorted(map(float, finetune.unique())), "the runs'")
 
 
 def next_step(
@@ -22,6 +46,7 @@ def next_step(
     preset: str,
     budget: int,
     finetune_tokens: float,
+    rates: Rates = PUBLISHED,
     general: str | Path | None = None,
     domain: str | Path | None = None,
 ) -> str:
@@ -33,7 +58,7 @@ def next_step(
             "name": "pretrain",
             "tokens": _count(budget - late),
             "mixture": _mixture(0 if late else delta),
-            "optimizer": {"lr": LR, "weight_decay": 0.1},
+            "optimizer": {"lr": rates.pretrain, "weight_decay": 0.1},
             "schedule": {"name": "cosine", "warmup": "2%", "horizon": _count(budget)},
         }
     ]
@@ -52,10 +77,10 @@ def next_step(
         "tokens": _count(round(finetune_tokens)),
         "mixture": _mixture(replay, of="general"),
         "untie": True,
-        "optimizer": {"lr": FINETUNE_LRS[1], "weight_decay": 1e-7},
+        "optimizer": {"lr": rates.finetune[len(rates.finetune) // 2], "weight_decay": 1e-7},
         "schedule": {"name": "constant", "warmup": "50 steps"},
         "stop": {"on": "domain"},
-        "grid": {"lr": FINETUNE_LRS},
+        "grid": {"lr": rates.finetune},
     }
     recipe = {
         "run": "runs/advised",

@@ -27,7 +27,8 @@ def print_advice(advice: dict[str, Any], console: Console) -> None:
     for table in (shares_table(advice), effects_table(advice), accounts_table(advice), facts_table(advice)):
         if table:
             console.print(table)
-    console.print("phases to paste; prefixes, tokenizer and learning rates are for you to fill in:\n", highlight=False)
+    rates = advice["learning_rates"]
+    console.print(f"phases to paste; learning rates are {rates}; prefixes and tokenizer are yours:\n", highlight=False)
     console.print(advice["recipe"], highlight=False, markup=False)
 
 

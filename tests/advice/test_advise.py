@@ -301,6 +301,20 @@ def test_the_recipe_can_be_pasted(domain_tokens: int, budget: int, mixtures: lis
     assert recipe.phases[-1].stop
 
 
+def test_learning_rates_are_those_of_runs_about_as_large() -> None:
+    table = pd.read_csv(STORED).fillna({"after": ""})
+    table.loc[(table["stage"] == 1) & (table["seed"] == 1), "lr"] = 3e-4
+    for size, of, pretrain, finetune in (
+        (2 * PARAMS, "the runs'", 1e-3, (1e-4, 3e-4)),
+        (4 * PARAMS, "the paper's", 4e-4, (1e-5, 4e-5, 1e-4)),
+    ):
+        given = advise(domain_tokens=DOMAIN_TOKENS, budget=200 * B, model=size, table=table)
+        recipe = recipe_from(yaml.safe_load(given["recipe"]))
+        assert given["learning_rates"].startswith(of)
+        assert recipe.phases[0].optimizer.lr == pretrain
+        assert (recipe.phases[-1].grid or {})["lr"] == finetune
+
+
 @pytest.mark.parametrize("delta", [1 / 49, 0.020833333333333332, 1 / 3, 0.05])
 def test_shares_of_a_recipe_sum_to_one(delta: float) -> None:
     text = next_step(regime="SPT", delta=delta, replay=1 / 97, preset="1m", budget=10**9, finetune_tokens=1e6)
