@@ -607,6 +607,7 @@ def report(
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Advise for so many pretraining tokens: 20B.")] = None,
     model: Annotated[str | None, typer.Option(help="Advise for this preset, or number of parameters.")] = None,
+    as_json: Json = False,
 ) -> None:
     """One HTML page: the decision, and the evidence for it."""
     from spt_fast.fields import parse_count
@@ -621,6 +622,9 @@ def report(
         budget=None if budget is None else parse_count(budget, "--budget"),
         model=model,
     )
+    if as_json:
+        _print_json({"report": str(out_file), "bytes": out_file.stat().st_size})
+        return
     out.print(f"{out_file}: open it in a browser", soft_wrap=True)
 
 

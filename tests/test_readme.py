@@ -45,6 +45,7 @@ REPORTING = [
     "checkpoint list runs/spt",
     "checkpoint verify runs/spt",
     "fit studies/chem",
+    "report studies/chem",
     "advise --domain-tokens 30M --budget 20B --runs studies/chem",
 ]
 SMALLER = {
@@ -167,7 +168,7 @@ def test_every_command_runs_in_the_order_of_the_readme(
         ("audit data", "holds no recipe.yaml"),
         ("compare runs/absent", "runs/absent"),
         ("tokenizer train nothing.jsonl --vocab-size 300 --out t.tiktoken", "nothing.jsonl"),
-        ("sweep absent.yaml", "absent.yaml: cannot be read"),
+        ("sweep absent.yaml", "absent.yaml: no such file, and no ready study"),
         ("sweep spt", "spt is a ready study and needs your data: give --general, --domain, --tokenizer, --out too"),
         ("fit absent", "absent: is neither a study"),
         ("report absent", "absent: is neither a study"),
