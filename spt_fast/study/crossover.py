@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from scipy.stats import norm, t
 
@@ -267,19 +266,7 @@ def _tokens(count: float) -> str:
     return f"{count:.3g}"
 
 
-# -------------------------------------------------------------------------------------------------------------- figure
-
-
-def draw_crossover(comparison: dict[str, Any], threshold: float = 0.01) -> Figure:
-    """A comparison of `crossover`'s: losses of the arms by the domain's tokens, and the gap with its fit."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, gap = figure.subplots(1, 2)
-    draw_losses(losses, comparison["arms"])
-    draw_gap(gap, comparison, threshold)
-    for axes in (losses, gap):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.93")
-    return figure
+# ------------------------------------------------------------------------------------------------------------- figures
 
 
 def _corpus_axis(axes: Axes) -> None:

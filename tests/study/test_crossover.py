@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from spt_fast.errors import DataError
-from spt_fast.study.crossover import crossover, draw_crossover
+from spt_fast.study.crossover import crossover, draw_gap, draw_losses
 from spt_fast.study.table import COLUMNS
 
 SUBSETS = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
@@ -234,9 +235,11 @@ def test_every_result_is_json_and_can_be_drawn(
     result = crossover(pd.DataFrame(rows))
     (comparison,) = json.loads(json.dumps(result, allow_nan=False))["comparisons"]
     assert comparison["where"] == request.node.callspec.id
-    figure = draw_crossover(comparison, result["threshold"])
+    figure = Figure()
+    losses, gap = figure.subplots(1, 2)
+    draw_losses(losses, comparison["arms"])
+    draw_gap(gap, comparison, result["threshold"])
     figure.savefig(tmp_path / "crossover.png")
-    losses, gap = figure.axes
     assert {text.get_text() for text in losses.get_legend().get_texts()} == set(comparison["arms"])
     drawn = gap.get_lines()
     assert any(
