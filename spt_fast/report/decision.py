@@ -330,6 +330,7 @@ def _advised(advice: Mapping[str, Any]) -> Answer:
         "FT": "Leave the domain to the finetune.",
         "SPT": f"Give the domain {share} of the pretraining tokens.",
         "SCPT": f"Bring the domain in late, with {share} of the pretraining tokens.",
+        "SPT or SCPT": f"Give the domain {share} of the pretraining tokens, from the start or late.",
     }[decision["regime"]]
     sure = [*support["verdict"].split("; "), *advice["missing"]]
     if support["next"]:

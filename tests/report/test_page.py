@@ -15,6 +15,7 @@ import pytest
 from markupsafe import escape
 
 from spt_fast import cli, laws
+from spt_fast.advice.advise import advise
 from spt_fast.errors import DataError
 from spt_fast.report.decision import decide
 from spt_fast.report.page import page, pretraining_section
@@ -300,6 +301,12 @@ def test_advice_can_be_asked_for_what_was_not_run(tmp_path: Path) -> None:
     assert "40B pretraining tokens" in said
     assert "Not supported by runs" in said
     assert "model: {preset: 1b}" in said
+
+
+def test_advice_that_leaves_the_regime_open_is_an_answer_too() -> None:
+    given = advise(domain_tokens=30_000_000, budget=100_000_000_000)
+    assert given["decision"]["regime"] == "SPT or SCPT"
+    assert "of the pretraining tokens, from the start or late." in page(dcpt_table(), [], given)
 
 
 def test_pretraining_without_domain_text_is_drawn_beside_every_corpus() -> None:
