@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spt_fast.study.views import usable
+from spt_fast.study.views import after_pretraining, usable
+from spt_fast.study.words import three_digits
 
 REGIMES = ("FT", "SPT", "SCPT")
 GROUP = ["params", "domain_tokens"]
@@ -35,7 +36,7 @@ def finetunes(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     steady, notes = usable(table)
     others = table[(table["status"] == "done") & ~_stages(table).isin(_stages(steady))]
     late = _described(others[others["after"].isin(_rising(others))])
-    late = late.assign(regime="SCPT", delta=late["delta"].map(_rounded))
+    late = late.assign(regime="SCPT", delta=late["delta"].map(three_digits))
     steady = _described(steady)
     steady = steady.assign(regime=np.where(steady["delta"] > 0, "SPT", "FT"))
     rows = pd.concat([steady, _best_rates(late)], ignore_index=True)
@@ -47,16 +48,14 @@ def _stages(table: pd.DataFrame) -> pd.MultiIndex:
 
 
 def _described(table: pd.DataFrame) -> pd.DataFrame:
-    done = table[table["handed_on"].astype(bool) & (table["stage"] > 0) & (table["start"] == "pretrained")]
-    done = done[(done["injected"] < 0.5) & (done["pretrain_tokens"] > 0)]
-    done = done.dropna(subset=["domain_heldout", "domain_before", "pretrain_delta"])
+    done = after_pretraining(table).dropna(subset=["domain_heldout", "domain_before"])
     return pd.DataFrame(
         {
             **{name: done[name] for name in (*GROUP, "seed", "lr", "anchor", "domain_select")},
             "delta": done["pretrain_delta"],
             "tokens": done["pretrain_tokens"],
             "epochs": done["pretrain_epochs"],
-            "injected": done["injected"].map(_rounded),
+            "injected": done["injected"].map(three_digits),
             "domain_before": done["domain_before"],
             "domain_after": done["domain_heldout"],
             "general_before": done["general_before"],
@@ -65,11 +64,6 @@ def _described(table: pd.DataFrame) -> pd.DataFrame:
             "finetune_epochs": done["epochs"],
         }
     ).reset_index(drop=True)
-
-
-def _rounded(share: float) -> float:
-    """To three digits: what was achieved differs from what was asked by a window."""
-    return float(f"{share:.3g}")
 
 
 def _rising(table: pd.DataFrame) -> set[str]:

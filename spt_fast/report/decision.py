@@ -22,7 +22,8 @@ from spt_fast.report.panels import percent
 from spt_fast.study.compare import Arm, compare_rows, judge, treatment_of
 from spt_fast.study.fits import Fitted
 from spt_fast.study.runs import Treatment
-from spt_fast.study.words import amount
+from spt_fast.study.views import after_pretraining
+from spt_fast.study.words import amount, three_digits
 
 SETTING = ["params", "domain_tokens"]
 """What runs must share to be compared."""
@@ -37,10 +38,8 @@ MAX_GENERAL_RISE = 0.03
 def finetunes_of(rows: pd.DataFrame) -> pd.DataFrame:
     """What finetunes, mostly on the domain, handed on after a pretraining of known mixture; shares to three digits,
     since runs come near to what they ask for only. Of several of one arm and seed the best by selection."""
-    kept = rows["handed_on"].astype(bool) & (rows["stage"] > 0) & (rows["start"] == "pretrained")
-    kept &= (rows["injected"] < 0.5) & (rows["pretrain_tokens"] > 0) & rows["pretrain_delta"].notna()
-    found = rows[kept]
-    shares = {name: found[name].map(lambda share: float(f"{share:.3g}")) for name in ("pretrain_delta", "injected")}
+    found = after_pretraining(rows)
+    shares = {name: found[name].map(three_digits) for name in ("pretrain_delta", "injected")}
     arm = [*SETTING, "pretrain_tokens", "pretrain_delta", "injected", "anchor", "seed"]
     return found.assign(**shares).sort_values("domain_select").drop_duplicates(arm).sort_index()
 

@@ -28,6 +28,7 @@ from scipy.stats import norm, t
 from spt_fast.errors import DataError, nearest
 from spt_fast.laws.table import ALIKE, Array
 from spt_fast.study.figures import NPT_COLOUR, SPT_COLOURS
+from spt_fast.study.words import amount
 
 ARMS = ("pretrained", "scratch", "embeddings", "frozen embeddings")
 NEEDED = (
@@ -215,7 +216,7 @@ def _crossing(gaps: _Gaps, threshold: float) -> dict[str, Any]:
     under = f"within {threshold:g}% of the pretrained one's loss"
     if gaps.line is None:
         says = (
-            f"One subset of {_tokens(smallest)} domain tokens shows a gap, not where it closes; train on more of them."
+            f"One subset of {amount(smallest)} domain tokens shows a gap, not where it closes; train on more of them."
         )
         return {**found, "where": "unknown", "says": says}
 
@@ -228,12 +229,12 @@ def _crossing(gaps: _Gaps, threshold: float) -> dict[str, Any]:
     where = "never"
     if at == -np.inf:
         where = "below"
-        says = f"Already with {_tokens(smallest)} domain tokens, the fewest tried, a model from scratch is {under}."
+        says = f"Already with {amount(smallest)} domain tokens, the fewest tried, a model from scratch is {under}."
     elif at <= gaps.log_tokens[-1] and gaps.mean[-1] <= threshold:
         where, found["crossover"], found["interval"] = "between", float(10**at), interval
-        says = f"From about {_tokens(10**at)} domain tokens on{_range(interval)} a model from scratch is {under}."
+        says = f"From about {amount(10**at)} domain tokens on{_range(interval)} a model from scratch is {under}."
     else:
-        says = f"With {_tokens(largest)} domain tokens, the most tried, a model from scratch is not {under}: "
+        says = f"With {amount(largest)} domain tokens, the most tried, a model from scratch is not {under}: "
         beyond = 10 ** (at - gaps.log_tokens[-1])
         if at == np.inf:
             says += "the gap does not shrink with more of them."
@@ -244,7 +245,7 @@ def _crossing(gaps: _Gaps, threshold: float) -> dict[str, Any]:
             where, found["interval"] = "beyond", interval
             found["extrapolated"], found["times_beyond"] = float(10**at), float(beyond)
             says += (
-                f"at this slope it would be from about {_tokens(10**at)} on{_range(interval)}, an extrapolation "
+                f"at this slope it would be from about {amount(10**at)} on{_range(interval)}, an extrapolation "
                 f"to {beyond:.2g} times as many."
             )
     return {**found, "where": where, "says": says}
@@ -254,16 +255,8 @@ def _range(interval: list[float | None] | None) -> str:
     if interval is None:
         return " (one seed: no interval)"
     low, high = interval
-    least = "less" if not low else _tokens(low)
-    return f" ({LEVEL:.0%}: {least} to {'any number' if high is None else _tokens(high)})"
-
-
-def _tokens(count: float) -> str:
-    """1234567 -> "1.23M"."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= 0.9995 * size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.3g}"
+    least = "less" if not low else amount(low)
+    return f" ({LEVEL:.0%}: {least} to {'any number' if high is None else amount(high)})"
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -271,7 +264,7 @@ def _tokens(count: float) -> str:
 
 def _corpus_axis(axes: Axes) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _tokens(count)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: amount(count)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("unique tokens of the domain")
 
@@ -312,7 +305,7 @@ def draw_gap(axes: Axes, comparison: dict[str, Any], threshold: float) -> None:
     axes.annotate(f"{level:g}%", (tokens[0], level), (0, 3), textcoords="offset points", color="0.4", fontsize=9)
     if at:
         axes.plot([at], [level], "D", color=SPT_COLOURS[1], markerfacecolor="white", zorder=3)
-        axes.annotate(_tokens(at), (at, level), (6, 6), textcoords="offset points", color=SPT_COLOURS[1])
+        axes.annotate(amount(at), (at, level), (6, 6), textcoords="offset points", color=SPT_COLOURS[1])
         if comparison["interval"]:
             low, high = comparison["interval"]
             axes.plot([max(low, tokens[0]), high or axes.get_xlim()[1]], [level] * 2, color=SPT_COLOURS[1])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -85,6 +85,19 @@ class Kind:
     """What is left out and predicted: in words, and how."""
 
 
+def _dcpt(of: Literal["domain", "general"]) -> Kind:
+    return Kind(
+        laws.DCPTLaw,
+        partial(views.dcpt, of=of),
+        "continued pretraining at four domain shares or more, 20% apart, with evaluations along the way",
+        differ=("own_ratio",),
+        settings=4,
+        apart=0.2,
+        rows=150,
+        splits={"each inner ratio": _between("own_ratio"), "outer ratios": _outer("own_ratio")},
+    )
+
+
 LAWS = {
     "overfitting": Kind(
         laws.OverfittingLaw,
@@ -116,32 +129,8 @@ LAWS = {
         settings=4,
         splits={f"largest {column}": _largest(column) for column in ("params", "unique_tokens")},
     ),
-    "dcpt-domain": Kind(
-        laws.DCPTLaw,
-        partial(views.dcpt, of="domain"),
-        "continued pretraining at four domain shares or more, 20% apart, with evaluations along the way",
-        differ=("own_ratio",),
-        settings=4,
-        apart=0.2,
-        rows=150,
-        splits={
-            "each inner ratio": _between("own_ratio"),
-            "outer ratios": _outer("own_ratio"),
-        },
-    ),
-    "dcpt-general": Kind(
-        laws.DCPTLaw,
-        partial(views.dcpt, of="general"),
-        "continued pretraining at four domain shares or more, 20% apart, with evaluations along the way",
-        differ=("own_ratio",),
-        settings=4,
-        apart=0.2,
-        rows=150,
-        splits={
-            "each inner ratio": _between("own_ratio"),
-            "outer ratios": _outer("own_ratio"),
-        },
-    ),
+    "dcpt-domain": _dcpt("domain"),
+    "dcpt-general": _dcpt("general"),
     "cmr": Kind(
         laws.CMRLaw,
         views.cmr,

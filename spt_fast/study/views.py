@@ -217,6 +217,13 @@ def _pretraining(table: pd.DataFrame) -> pd.DataFrame:
 # --------------------------------------------------------------------------------------------------------- adaptation
 
 
+def after_pretraining(rows: pd.DataFrame) -> pd.DataFrame:
+    """What finetunes, mostly on the domain, handed on after pretraining of a known mixture."""
+    kept = rows["handed_on"].astype(bool) & (rows["stage"] > 0) & (rows["start"] == "pretrained")
+    kept &= (rows["injected"] < 0.5) & (rows["pretrain_tokens"] > 0) & rows["pretrain_delta"].notna()
+    return rows[kept]
+
+
 def post_finetuning(table: pd.DataFrame) -> list[Group]:
     """For PostFinetuneLaw: finetunes on domain text alone, by the pretraining they began with, per model size and
     domain corpus."""

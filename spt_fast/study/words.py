@@ -13,5 +13,10 @@ def amount(count: float) -> str:
     return f"{count:.3g}"
 
 
+def three_digits(share: float) -> float:
+    """A share as it was asked for: what was achieved differs from that by a window."""
+    return float(f"{share:.3g}")
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.4g}%"
