@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from spt_fast.config import Model, Phase, Recipe
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.fields import plain
-from spt_fast.train.folder import parent_of, recipe_of, summary_of
+from spt_fast.train.folder import Trained, recipe_of, summary_of, trained_before
 
 FinetunePath = list[tuple[int, float, float]]
 """A finetune's evaluations in order: tokens finetuned, domain loss, general loss (held out, nats per token)."""
@@ -75,7 +75,10 @@ class Run:
                 f"{folder}: its status is {summary['status']!r}; finish it with `spt-fast train RECIPE --resume`"
             )
         recipe = recipe_of(folder)
-        pretraining, model = _before(folder, recipe, summary, recipe.phases[-1].name)
+        ancestors = trained_before(folder, recipe)
+        own = [Trained(recipe, summary, phase) for phase in recipe.phases[:-1]]
+        pretraining = [(at.phase, at.done) for at in (*ancestors, *own)]
+        model = ancestors[0].recipe.model if ancestors else recipe.model
         if not pretraining:
             raise CheckpointError(
                 f"{folder}: {recipe.phases[0].name!r} is its only phase; what is compared is a finetune, the last "
@@ -144,31 +147,6 @@ class Run:
             )
         later = [record for record in evaluations if record["arm"] == arm and record["step"] > 0]
         return [(record["tokens"], *self.heldout(record["heldout"])) for record in start + later]
-
-
-def _before(
-    folder: Path, recipe: Recipe, summary: dict[str, Any], last: str
-) -> tuple[list[tuple[Phase, dict[str, Any]]], Model]:
-    """The phases before phase `last`, back to where the weights were first drawn, and the model's shape there."""
-    found: list[tuple[Phase, dict[str, Any]]] = []
-    model = recipe.model
-    parent = parent_of(folder, recipe)
-    if parent is not None:
-        run, handed_on = parent
-        theirs, its_recipe = summary_of(run), recipe_of(run)
-        if theirs is None or handed_on not in theirs["phases"]:
-            raise CheckpointError(
-                f"{run}: has not finished {handed_on!r}, which {folder} started from; finish it first"
-            )
-        found, model = _before(run, its_recipe, theirs, handed_on)
-        found.append(
-            (next(phase for phase in its_recipe.phases if phase.name == handed_on), theirs["phases"][handed_on])
-        )
-    for phase in recipe.phases:
-        if phase.name == last:
-            break
-        found.append((phase, summary["phases"][phase.name]))
-    return found, model
 
 
 def check_comparable(runs: Sequence[Run]) -> None:

@@ -26,7 +26,7 @@ import pandas as pd
 from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, DataError, nearest
 from spt_fast.files import replacing
-from spt_fast.train.folder import parent_of, recipe_of, summary_of
+from spt_fast.train.folder import parent_of, recipe_of, summary_of, trained_before
 
 COLUMNS = {
     "run": "the run's name; rows of one stage of one run share it",
@@ -318,27 +318,17 @@ def _entering(past: Past, phase: Phase, recipe: Recipe, done: dict[str, Any]) ->
 
 def _past_of_start(folder: Path, recipe: Recipe, domain: str) -> Past:
     """What was trained before the run's first step."""
-    if recipe.init is None:
-        return Past()
-    parent = parent_of(folder, recipe)
-    if parent is None:
-        return UNKNOWN
-    run, last = parent
-    summary, before = summary_of(run), recipe_of(run)
-    if summary is None or last not in summary["phases"]:
-        raise CheckpointError(f"{run}: has not finished {last!r}, which {folder} started from; finish it first")
-    past = _past_of_start(run, before, domain)
-    for phase in before.phases:
-        past = _entering(past, phase, before, summary["phases"][phase.name])
-        past = past.after(
-            summary["phases"][phase.name]["tokens"],
-            Fraction(phase.mixture.get(domain, 0)),
-            summary["train_tokens"].get(domain, math.nan),
-            summary["flops_per_token"],
+    ancestors = trained_before(folder, recipe)
+    first = ancestors[0].recipe if ancestors else recipe
+    past = Past() if first.init is None else UNKNOWN
+    for at in ancestors:
+        past = _entering(past, at.phase, at.recipe, at.done).after(
+            at.done["tokens"],
+            Fraction(at.phase.mixture.get(domain, 0)),
+            at.summary["train_tokens"].get(domain, math.nan),
+            at.summary["flops_per_token"],
         )
-        if phase.name == last:
-            return past
-    raise AssertionError(f"{run} has no phase {last}")
+    return past
 
 
 def _evaluations(metrics: Path) -> dict[str, list[dict[str, Any]]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spt_fast.config import Recipe, load_recipe
+from spt_fast.config import Phase, Recipe, load_recipe
 from spt_fast.errors import CheckpointError, RecipeError
 
 
@@ -56,3 +57,32 @@ def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:
     raise CheckpointError(
         f"{folder}: started from {recipe.init}, and there is no run {named} any more; put it beside {folder}"
     )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A phase that a run went through."""
+
+    recipe: Recipe
+    summary: dict[str, Any]
+    phase: Phase
+
+    @property
+    def done(self) -> dict[str, Any]:
+        """What summary.json says of the phase."""
+        return self.summary["phases"][self.phase.name]
+
+
+def trained_before(folder: Path, recipe: Recipe) -> list[Trained]:
+    """The phases that a run's starting weights went through in other runs, oldest first. CheckpointError where one of
+    these has gone, or hasn't finished the phase."""
+    parent = parent_of(folder, recipe)
+    if parent is None:
+        return []
+    run, last = parent
+    summary, theirs = summary_of(run), recipe_of(run)
+    if summary is None or last not in summary["phases"]:
+        raise CheckpointError(f"{run}: has not finished {last!r}, which {folder} started from; finish it first")
+    names = [phase.name for phase in theirs.phases]
+    own = [Trained(theirs, summary, phase) for phase in theirs.phases[: names.index(last) + 1]]
+    return trained_before(run, theirs) + own
