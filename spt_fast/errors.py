@@ -29,6 +29,25 @@ class FailedElsewhere(Exception):
     """Another process of this run failed, and says why itself."""
 
 
+SHOWN = 80
+"""Characters of a value that a message shows."""
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: its repr, cut at `SHOWN` characters."""
+    written = repr(value)
+    return written if len(written) <= SHOWN else f"{written[: SHOWN - 1]}…"
+
+
+def invalid(field: str, given: object, expected: str) -> str:
+    """The message for a value that cannot be used: `FIELD: VALUE is invalid: what is expected; the remedy`.
+
+    field: a recipe's dotted path, a function's argument or a file. expected: what would do, and the remedy where that
+    alone does not say it.
+    """
+    return f"{field}: {shown(given)} is invalid: {expected}"
+
+
 def nearest(given: str, known: Iterable[str]) -> str:
     """A tail for an error message: the known name closest to `given`, or the list of them all."""
     known = sorted(known)

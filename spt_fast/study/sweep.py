@@ -30,7 +30,7 @@ from spt_fast.files import write_text
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.study.launch import Job, Local, Outcome, Workers, is_done, train_all
 from spt_fast.study.study import Run, Study, expand, study_from
-from spt_fast.study.table import save_table, table_of
+from spt_fast.study.table import Row, in_columns, rows_of, save_table
 from spt_fast.train.dry_run import dry_run
 from spt_fast.train.folder import recipe_of
 from spt_fast.train.plan import Plan, make_plan
@@ -100,16 +100,29 @@ def sweep(
         _check_unchanged(runs)
         recipes = _write_recipes(study, runs)
         listed = [Job(recipes[run.name], recipes[run.after] if run.after else None) for run in runs]
-        outcome = train_all(listed, study.folder / "logs", console, workers, ended=lambda _: tabulate(study, runs))
-        return tabulate(study, runs), outcome
+        table = _StudyTable(study, runs)
+        outcome = train_all(listed, study.folder / "logs", console, workers, ended=lambda _: table.write())
+        return table.write(), outcome
 
 
-def tabulate(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
-    """Write and return the table of the study's finished and failed runs."""
-    folders = [Path(run.recipe.run) for run in runs if Path(run.recipe.run).exists()]
-    table = table_of(folders, study.domain, study.general)
-    save_table(table, study.folder)
-    return table
+class _StudyTable:
+    """The table of a study's finished and failed runs; those that are done are read once."""
+
+    def __init__(self, study: Study, runs: Sequence[Run]) -> None:
+        self._study = study
+        self._folders = [Path(run.recipe.run) for run in runs]
+        self._done: dict[Path, list[Row]] = {}
+
+    def write(self) -> pd.DataFrame:
+        found: list[Row] = []
+        for folder in self._folders:
+            rows = self._done.get(folder) or rows_of(folder, self._study.domain, self._study.general)
+            if rows and rows[0]["status"] == "done":
+                self._done[folder] = rows
+            found += rows
+        table = in_columns(found)
+        save_table(table, self._study.folder)
+        return table
 
 
 def _check_domain(study: Study) -> None:

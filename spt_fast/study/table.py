@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -63,6 +63,8 @@ COLUMNS = {
 
 TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout"), str)
 SPLITS = ("train", "heldout", "select")
+
+Row = dict[str, Any]
 
 
 def read_table(paths: Sequence[str | Path], *, domain: str | None = None, general: str | None = None) -> pd.DataFrame:
@@ -160,8 +162,12 @@ def save_table(table: pd.DataFrame, folder: Path) -> None:
 
 def table_of(runs: Sequence[Path], domain: str, general: str) -> pd.DataFrame:
     """The table of finished or failed runs; others are left out. Raises CheckpointError for a damaged folder."""
-    rows = [row for run in runs for row in _rows(run, domain, general)]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(
+    return in_columns(row for run in runs for row in rows_of(run, domain, general))
+
+
+def in_columns(rows: Iterable[Row]) -> pd.DataFrame:
+    """Rows as a table."""
+    return pd.DataFrame(list(rows), columns=list(COLUMNS)).astype(
         {"tokens": "float", "domain_tokens": "float", "pretrain_tokens": "float"}
     )
 
@@ -214,7 +220,8 @@ UNKNOWN = Past(stage=0, tokens=math.nan, domain=math.nan, epochs=math.nan, flops
 """Before weights from elsewhere."""
 
 
-def _rows(folder: Path, domain: str, general: str) -> list[dict[str, Any]]:
+def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
+    """The rows of a run; none where it has neither finished nor failed. Raises CheckpointError for a damaged folder."""
     summary = summary_of(folder)
     if summary is None or summary["status"] == "stopped":
         return []
@@ -223,7 +230,7 @@ def _rows(folder: Path, domain: str, general: str) -> list[dict[str, Any]]:
     past = _past_of_start(folder, recipe, domain)
     if summary["status"] == "failed":
         return [facts | {"phase": recipe.phases[0].name, "after": "", "stage": past.stage + 1, "handed_on": False}]
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     evaluations = _evaluations(folder / "metrics.jsonl")
     parent = parent_of(folder, recipe)
     after = parent[0].name if parent else ""
