@@ -15,6 +15,8 @@ import pytest
 import spt_fast
 from spt_fast.study.sweep import ready_studies
 
+pytestmark = pytest.mark.long
+
 CHECKOUT = Path(__file__).parents[1]
 SHIPPED = [
     "csrc",

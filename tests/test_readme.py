@@ -18,6 +18,8 @@ from spt_fast.cli import main
 from spt_fast.config import load_recipe
 from spt_fast.fields import read_yaml
 
+pytestmark = pytest.mark.long
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [

@@ -15,6 +15,8 @@ from spt_fast.model import gpt
 from spt_fast.model.gpt import GPT, GPTConfig
 from tests.kernels.compare import DEVICE
 
+pytestmark = pytest.mark.long
+
 CONFIG = GPTConfig(
     layers=2, width=64, heads=4, kv_heads=2, head_dim=16, ffn=96, context=24, vocab_size=80, qk_norm=True
 )

@@ -11,6 +11,8 @@ import pytest
 from spt_fast.errors import DataError
 from spt_fast.study import corpora
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def domain(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,6 +19,8 @@ from spt_fast.config import load_recipe
 from spt_fast.study.compare import compare
 from spt_fast.study.demo import Scale, conclusion, demo, next_steps, write_recipes
 
+pytestmark = pytest.mark.long
+
 TINY = Scale(
     general_bytes=200_000,
     domain_bytes=100_000,

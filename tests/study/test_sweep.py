@@ -30,6 +30,8 @@ from spt_fast.study.table import COLUMNS, read_table
 from spt_fast.train.folder import parent_of
 from tests.study.tiny_study import STEP, raw_study
 
+pytestmark = pytest.mark.long
+
 
 def quiet() -> Console:
     return Console(file=io.StringIO())

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 from tests import tiny
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
 STEPS = 50

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 
 def survive(out: Path, *arguments: str) -> dict[str, Any]:
     """The results of a campaign that nothing failed in, with a seed of its own each time."""
