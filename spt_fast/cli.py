@@ -463,7 +463,7 @@ def sweep(
     from spt_fast.fields import parse_share
     from spt_fast.study import sweep as sweeping
     from spt_fast.study.cluster import Cluster
-    from spt_fast.study.launch import Local
+    from spt_fast.study.jobs import Local
     from spt_fast.study.study import expand
 
     given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out_folder}
@@ -534,7 +534,7 @@ def fit(
 ) -> None:
     """Scaling laws of finished runs, and how far each can be trusted."""
     from spt_fast.study import crossover, fits, views
-    from spt_fast.study.table import read_table
+    from spt_fast.study.runs_table import read_table
 
     table, notes = views.usable(read_table(runs, domain=domain_source, general=general_source))
     fitted = fits.fit_laws(table, law)
@@ -579,7 +579,7 @@ def advise(
     from spt_fast.advice import advise as advising
     from spt_fast.advice.text import print_advice
     from spt_fast.fields import parse_count, parse_share
-    from spt_fast.study.table import read_table
+    from spt_fast.study.runs_table import read_table
 
     given = advising.advise(
         domain_tokens=parse_count(domain_tokens, "--domain-tokens"),

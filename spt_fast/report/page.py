@@ -49,7 +49,7 @@ from spt_fast.study.crossover import asks_for_one, crossover, draw_gap, draw_los
 from spt_fast.study.figures import draw_plane
 from spt_fast.study.fits import Fitted, fit_laws
 from spt_fast.study.runs import Treatment
-from spt_fast.study.table import read_table
+from spt_fast.study.runs_table import read_table
 from spt_fast.study.views import usable
 from spt_fast.study.words import amount
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.errors import RecipeError
-from spt_fast.study.launch import Process, command
+from spt_fast.study.jobs import Process, command
 
 
 class Cluster:

@@ -21,7 +21,7 @@ from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
 from spt_fast.study.compare import arm_table, compare, treatment_of, write
 from spt_fast.study.corpora import write_domain, write_general
-from spt_fast.study.launch import minutes, train_side_by_side
+from spt_fast.study.jobs import minutes, train_side_by_side
 
 GENERAL, DOMAIN = "prose", "cpp"
 

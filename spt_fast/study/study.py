@@ -291,7 +291,7 @@ def study_from(raw: object) -> Study:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A run of a study: its recipe, and the run whose weights it starts from."""
 
     name: str
@@ -316,7 +316,7 @@ class _Branch:
     weights: str | None
 
 
-def expand(study: Study) -> list[Run]:
+def expand(study: Study) -> list[PlannedRun]:
     """Every run of the study, each after the one that it starts from.
 
     Raises RecipeError for a recipe that cannot be, and for a budget inside the fall of the learning rate.
@@ -326,7 +326,7 @@ def expand(study: Study) -> list[Run]:
         _Branch(model, seed, limit, label, label, None, study.init)
         for (model, label), limit, seed in product(_labelled(models), study.limits, study.seeds)
     ]
-    runs: dict[str, Run] = {}
+    runs: dict[str, PlannedRun] = {}
     for position, stage in enumerate(study.stages):
         branches = [below for branch in branches for below in _grow(study, position, stage, branch, runs)]
     return list(runs.values())
@@ -346,7 +346,7 @@ def _in_full(model: Model) -> str:
     return "-".join(f"{key.replace('_', '')}{value}" for key, value in vars(model).items() if value is not None)
 
 
-def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict[str, Run]) -> Iterator[_Branch]:
+def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict[str, PlannedRun]) -> Iterator[_Branch]:
     """The stage's runs below a branch; yields a branch for each point at which one hands its weights on."""
     axes = stage.axes
     arrivals = [(share, late) for share in axes.shares for late in (axes.domain_from if share else (Fraction(0),))]
@@ -386,7 +386,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
             recipe = recipe_from(raw)
             if len(budgets) > 1:
                 _check_plateau(study, recipe, branch, f"stages[{axes.name}]")
-            runs[name] = Run(name, position, recipe, branch.model, None if start == "scratch" else branch.after)
+            runs[name] = PlannedRun(name, position, recipe, branch.model, None if start == "scratch" else branch.after)
         for phase, budget in zip(phases[-len(budgets) :], budgets, strict=True):
             point = f"-at{_short(budget)}" if len(budgets) > 1 else ""
             yield dataclasses.replace(

@@ -28,9 +28,9 @@ from spt_fast.errors import RecipeError, nearest
 from spt_fast.fields import apply_overrides, parse_yaml, read_yaml
 from spt_fast.files import write_text
 from spt_fast.model.flops import train_flops_per_token
-from spt_fast.study.launch import Job, Local, Outcome, Workers, is_done, train_all
-from spt_fast.study.study import Run, Study, expand, study_from
-from spt_fast.study.table import Row, in_columns, rows_of, save_table
+from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
+from spt_fast.study.runs_table import Row, in_columns, rows_of, save_table
+from spt_fast.study.study import PlannedRun, Study, expand, study_from
 from spt_fast.train.dry_run import dry_run
 from spt_fast.train.folder import recipe_of
 from spt_fast.train.plan import Plan, make_plan
@@ -108,7 +108,7 @@ def sweep(
 class _StudyTable:
     """The table of a study's finished and failed runs; those that are done are read once."""
 
-    def __init__(self, study: Study, runs: Sequence[Run]) -> None:
+    def __init__(self, study: Study, runs: Sequence[PlannedRun]) -> None:
         self._study = study
         self._folders = [Path(run.recipe.run) for run in runs]
         self._done: dict[Path, list[Row]] = {}
@@ -138,7 +138,7 @@ def _check_domain(study: Study) -> None:
             )
 
 
-def _check_unchanged(runs: Sequence[Run]) -> None:
+def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
     """RecipeError for a study that was edited, or moved, since one of its runs was begun."""
     for run in runs:
         folder = Path(run.recipe.run)
@@ -151,7 +151,7 @@ def _check_unchanged(runs: Sequence[Run]) -> None:
             )
 
 
-def _write_recipes(study: Study, runs: Sequence[Run]) -> dict[str, Path]:
+def _write_recipes(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Path]:
     folder = study.folder / "recipes"
     folder.mkdir(exist_ok=True)
     paths = {}
@@ -240,14 +240,14 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
     return found
 
 
-def _without_parent(study: Study, run: Run) -> Recipe:
+def _without_parent(study: Study, run: PlannedRun) -> Recipe:
     """The recipe with weights of the same shape that are there already."""
     if run.after is None:
         return run.recipe
     return dataclasses.replace(run.recipe, init=study.init, init_only=None, model=run.model)
 
 
-def _speed(plan: Plan, finished: Sequence[Run], *, jobs: int, gpu: str | None, mfu: float | None) -> Speed:
+def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | None, mfu: float | None) -> Speed:
     machine = Machine.of(plan.recipe, gpu=gpu)
     if gpu is not None or mfu is not None:
         return speed_of(plan, machine, mfu=mfu)

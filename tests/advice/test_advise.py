@@ -22,7 +22,7 @@ from spt_fast.advice.advise import advise
 from spt_fast.advice.next_step import next_step
 from spt_fast.config import recipe_from
 from spt_fast.errors import DataError, RecipeError
-from spt_fast.study.table import read_table
+from spt_fast.study.runs_table import read_table
 from tests.study.synthetic import DOMAIN_TOKENS, FORGETTING, PARAMS, after, spt_table
 from tests.tiny import write_dataset
 

@@ -22,7 +22,7 @@ from spt_fast.report.page import page, pretraining_section
 from spt_fast.study import views
 from spt_fast.study.crossover import crossover
 from spt_fast.study.fits import Fitted
-from spt_fast.study.table import save_table
+from spt_fast.study.runs_table import save_table
 from tests.report.browser import NAMES, Browser, installed
 from tests.study.synthetic import dcpt_table, spt_table
 from tests.study.test_crossover import TRUTH, rows_of

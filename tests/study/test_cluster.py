@@ -16,7 +16,7 @@ from rich.console import Console
 from spt_fast.errors import RecipeError
 from spt_fast.study import cluster as clusters
 from spt_fast.study.cluster import Cluster
-from spt_fast.study.launch import Job, train_all
+from spt_fast.study.jobs import Job, train_all
 from spt_fast.study.sweep import cluster_options
 from tests.study.fake_runs import fake_run
 

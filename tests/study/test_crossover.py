@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from spt_fast.errors import DataError
 from spt_fast.study.crossover import crossover, draw_gap, draw_losses
-from spt_fast.study.table import COLUMNS
+from spt_fast.study.runs_table import COLUMNS
 
 SUBSETS = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 INTERCEPT, SLOPE = 25.0, -3.5

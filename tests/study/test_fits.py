@@ -20,7 +20,7 @@ from spt_fast import cli
 from spt_fast.errors import RecipeError
 from spt_fast.study import fits, views
 from spt_fast.study.fits import Fitted, fit_laws, holdout_error
-from spt_fast.study.table import save_table
+from spt_fast.study.runs_table import save_table
 from tests.study.synthetic import (
     CORPUS_EXPONENT,
     FORGETTING,
@@ -311,7 +311,7 @@ def test_fit_names_the_sources_of_runs_that_belong_to_no_study(
         assert (list(map(str, paths)), domain, general) == (["a", "b"], "chem", "web")
         return SPT
 
-    monkeypatch.setattr("spt_fast.study.table.read_table", read_table)
+    monkeypatch.setattr("spt_fast.study.runs_table.read_table", read_table)
     said(capsys, "a", "b", "--domain-source", "chem", "--general-source", "web", "--law", "cmr")
 
 

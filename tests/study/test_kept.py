@@ -14,7 +14,7 @@ import yaml
 
 from spt_fast import cli
 from spt_fast.study.compare import compare
-from spt_fast.study.table import read_table, save_table
+from spt_fast.study.runs_table import read_table, save_table
 from tests.study.fake_runs import fake_run
 from tests.study.synthetic import spt_table
 from tests.study.test_compare import NPT, SPT, shifted

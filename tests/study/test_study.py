@@ -14,7 +14,7 @@ import pytest
 from spt_fast.errors import RecipeError
 from spt_fast.model.gpt import GPTConfig
 from spt_fast.study import study as studies
-from spt_fast.study.study import Run, expand, study_from
+from spt_fast.study.study import PlannedRun, expand, study_from
 from spt_fast.study.sweep import load_study, ready_studies
 from tests.study.tiny_study import STEP, raw_study
 
@@ -32,7 +32,7 @@ def changed(raw: dict[str, Any], stage: int = 0, **changes: Any) -> dict[str, An
     return raw
 
 
-def runs_of(raw: dict[str, Any]) -> list[Run]:
+def runs_of(raw: dict[str, Any]) -> list[PlannedRun]:
     return expand(study_from(raw))
 
 

@@ -21,12 +21,12 @@ from typer.testing import CliRunner
 from spt_fast.cli import app
 from spt_fast.config import load_recipe, recipe_from
 from spt_fast.errors import CheckpointError, RecipeError
-from spt_fast.study import launch
+from spt_fast.study import jobs
 from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
+from spt_fast.study.runs_table import COLUMNS, read_table
 from spt_fast.study.study import expand, study_from
 from spt_fast.study.sweep import costs, load_study, sweep
-from spt_fast.study.table import COLUMNS, read_table
 from spt_fast.train.folder import parent_of
 from tests.study.tiny_study import STEP, raw_study
 
@@ -302,9 +302,9 @@ def test_one_sweep_at_a_time(swept: tuple[Path, pd.DataFrame]) -> None:
 
 
 def test_a_run_that_outlives_its_sweep_keeps_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "command", lambda recipe: ["sleep", "600"])
+    monkeypatch.setattr(jobs, "command", lambda recipe: ["sleep", "600"])
     with sweeping._held(tmp_path):
-        outlives = launch.Local(1).start(tmp_path / "recipe.yaml", tmp_path / "log")
+        outlives = jobs.Local(1).start(tmp_path / "recipe.yaml", tmp_path / "log")
     try:
         with pytest.raises(RecipeError, match="a run that outlived one, is at work"), sweeping._held(tmp_path):
             pass

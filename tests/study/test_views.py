@@ -11,7 +11,7 @@ import pytest
 
 from spt_fast.errors import DataError
 from spt_fast.study import views
-from spt_fast.study.table import COLUMNS, load_table, save_table
+from spt_fast.study.runs_table import COLUMNS, load_table, save_table
 from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, dcpt_table, spt_table
 
 SMALL = 41_000_000

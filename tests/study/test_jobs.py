@@ -13,8 +13,8 @@ from rich.console import Console
 
 from spt_fast.config import load_recipe
 from spt_fast.errors import RecipeError
-from spt_fast.study import launch
-from spt_fast.study.launch import Job, Local, progress_of, train_all, train_side_by_side, visible_gpus
+from spt_fast.study import jobs
+from spt_fast.study.jobs import Job, Local, progress_of, train_all, train_side_by_side, visible_gpus
 from tests.study.fake_runs import fake_run
 
 PATH = [(6.0, 5.0), (5.0, 6.0), (4.0, 7.0)]  # a finetune of two steps of 1000 tokens
@@ -78,8 +78,8 @@ def test_every_process_gets_its_share_of_the_cores(tmp_path: Path, monkeypatch: 
         "here.write_text(os.environ['OMP_NUM_THREADS'] + ' ' + str(others))\n"
     )
     script.chmod(0o755)
-    monkeypatch.setattr(launch.sys, "executable", str(script))
-    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(jobs.sys, "executable", str(script))
+    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda _: range(cores), raising=False)
     recipes = [fake_run(tmp_path / f"run{i}", PATH) / "recipe.yaml" for i in range(3)]
     for recipe in recipes:
         (recipe.parent / "summary.json").unlink()
@@ -108,16 +108,16 @@ def test_gpus_are_those_that_cuda_sees(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if named is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: count)
     assert visible_gpus() == gpus
 
 
 def test_every_gpu_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first GPU is given again once its run has ended, and no sooner."""
     code = "import os, sys, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(float(sys.argv[1]))"
-    monkeypatch.setattr(launch, "command", lambda recipe: [sys.executable, "-c", code, recipe.stem])
-    monkeypatch.setattr(launch, "visible_gpus", lambda: ["GPU-a", "GPU-b"])
+    monkeypatch.setattr(jobs, "command", lambda recipe: [sys.executable, "-c", code, recipe.stem])
+    monkeypatch.setattr(jobs, "visible_gpus", lambda: ["GPU-a", "GPU-b"])
     workers = Local(5)
     running = [workers.start(Path(name), tmp_path / str(i)) for i, name in enumerate(["0", "600"])]
     assert workers.jobs == 2
@@ -145,13 +145,13 @@ def test_those_under_way_save_side_by_side(tmp_path: Path, monkeypatch: pytest.M
         "while len(list(mine.parent.glob('*.asked'))) < 2 and time.monotonic() < until: time.sleep(0.02)\n"
         "if time.monotonic() < until: mine.with_suffix('.saved').touch()\n"
     )
-    monkeypatch.setattr(launch, "command", lambda recipe: [sys.executable, "-c", code, str(recipe)])
-    jobs = []
+    monkeypatch.setattr(jobs, "command", lambda recipe: [sys.executable, "-c", code, str(recipe)])
+    listed = []
     for i in range(3):
         run = fake_run(tmp_path / f"run{i}", PATH)
         (run / "summary.json").unlink()
-        jobs.append(Job((run / "recipe.yaml").rename(tmp_path / f"recipe{i}.yaml")))
+        listed.append(Job((run / "recipe.yaml").rename(tmp_path / f"recipe{i}.yaml")))
     workers = Local(3, jobs=3)
     with pytest.raises(RuntimeError, match="recipe0"):
-        train_all(jobs, tmp_path / "logs", Console(file=io.StringIO()), workers, keep_going=False)
+        train_all(listed, tmp_path / "logs", Console(file=io.StringIO()), workers, keep_going=False)
     assert sorted(path.stem for path in tmp_path.glob("*.saved")) == ["recipe1", "recipe2"]
