@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from spt_fast.advice import replay as replays
-from spt_fast.advice.arms import REGIMES, plain
+from spt_fast.advice.arms import REGIMES
 from spt_fast.advice.evidence import Evidence, gather
 from spt_fast.advice.next_step import next_step, rates_of
 from spt_fast.advice.prior import FINETUNE_EPOCHS, SCPT_LAST, outside, prior
@@ -28,6 +28,8 @@ from spt_fast.fields import parse_count
 from spt_fast.model.flops import matmul_parameters, parameters
 from spt_fast.model.gpt import GPTConfig
 from spt_fast.model.presets import PRESETS
+from spt_fast.study.finetunes import plainest
+from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount, percent
 
 SEEN_WITHIN = 2.0
@@ -41,7 +43,7 @@ def advise(
     domain_tokens: int,
     budget: int,
     model: str | int | None = None,
-    table: pd.DataFrame | None = None,
+    table: pd.DataFrame | UsableRows | None = None,
     general: str | Path | None = None,
     domain: str | Path | None = None,
     inference_tokens: int | None = None,
@@ -76,7 +78,8 @@ def advise(
     if inference_tokens is not None and params is None:
         raise RecipeError("model: missing; what serving costs depends on it: name a preset such as 1b, or its size")
     papers = prior(domain_tokens=domain_tokens, budget=budget, params=params)
-    evidence, missing = gather(table, domain_tokens=domain_tokens, budget=budget, params=params)
+    rows = None if table is None else usable(table)
+    evidence, missing = gather(rows, domain_tokens=domain_tokens, budget=budget, params=params)
     if evidence is None:
         limit, effects, allowed = None, [], {}
         chosen: Row = {"regime": papers["regime"], "delta": papers["delta"], "basis": "published"}
@@ -91,10 +94,10 @@ def advise(
                 f"no share and replay that were run keep the general loss within {max_general_rise:.3g} of the lowest "
                 "before finetuning; taken are those that come nearest"
             )
-        epochs = plain(evidence.rows)["finetune_epochs"]
+        epochs = plainest(evidence.rows)["epochs"]
         mean_epochs, most_epochs = float(epochs.mean()), float(epochs.max())
-    replay = replays.choose(chosen, evidence, effects, limit, table, params, domain_tokens)
-    rates = rates_of(table, None if evidence is None else evidence.params, params)
+    replay = replays.choose(chosen, evidence, effects, limit, rows, params, domain_tokens)
+    rates = rates_of(rows, None if evidence is None else evidence.params, params)
     decision = chosen | {"epochs": chosen["delta"] * budget / domain_tokens, "replay": replay["share"]}
     shares = None if evidence is None else _shares(evidence, allowed, budget / domain_tokens)
     regimes = None if evidence is None else _regimes(evidence, papers)
@@ -124,7 +127,7 @@ def advise(
             budget=budget,
             finetune_tokens=mean_epochs * domain_tokens,
             served=inference_tokens,
-            larger=(evidence and factor_of(plain(evidence.all_sizes), params)) or published_factor(),
+            larger=(evidence and factor_of(plainest(evidence.all_sizes), params)) or published_factor(),
         ),
         "learning_rates": rates.of,
         "recipe": next_step(

@@ -14,17 +14,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spt_fast.advice.arms import GROUP, arms, finetunes, plain
+from spt_fast.advice.arms import arms, finetunes
 from spt_fast.advice.forecast import Forecast, forecast
 from spt_fast.advice.prior import outside
 from spt_fast.errors import DataError
 from spt_fast.study import views
+from spt_fast.study.finetunes import SETTING, plainest
+from spt_fast.study.usable import UsableRows
 
 
 @dataclass(frozen=True)
 class Evidence:
     rows: pd.DataFrame
-    """Finetunes of one model size and domain corpus; see arms.py."""
+    """Finetunes of one model size and domain corpus, with the anchor of the plainest."""
     all_sizes: pd.DataFrame
     """Finetunes on the same corpus of models of any size."""
     budget: float
@@ -60,15 +62,18 @@ class Evidence:
 
 
 def gather(
-    table: pd.DataFrame | None, *, domain_tokens: int, budget: int, params: int | None
+    table: UsableRows | None, *, domain_tokens: int, budget: int, params: int | None
 ) -> tuple[Evidence | None, list[str]]:
-    """The evidence, and what is missing or was left out, a sentence each. Raises DataError for a table that mixes
-    tokenizers or held-out texts."""
+    """The evidence, and what is missing or was left out, a sentence each."""
     if table is None:
         return None, ["no runs were given; name them with --runs"]
-    everything, left_out = finetunes(table)
-    notes = [note.replace("left out", "left out by the laws", 1) for note in left_out]
-    groups = [group for _, group in everything.groupby(GROUP) if len(plain(group)["delta"].unique()) > 1]
+    everything = finetunes(table)
+    notes = [note.replace("left out", "left out by the laws", 1) for note in table.notes]
+    groups = [
+        own[own["anchor"].isin(plainest(own)["anchor"])]
+        for _, own in everything.groupby(SETTING)
+        if plainest(own)["pretrain_delta"].nunique() > 1
+    ]
     if not groups:
         return None, [
             *notes,
@@ -78,8 +83,8 @@ def gather(
     rows = min(groups, key=lambda group: _distance(group, domain_tokens, budget, params))
     corpus = rows["domain_tokens"].iloc[0]
     at = budget * float(corpus) / domain_tokens
-    least = plain(rows)
-    shares = least.groupby("tokens")["delta"].nunique()
+    least = plainest(rows)
+    shares = least.groupby("pretrain_tokens")["pretrain_delta"].nunique()
     comparable = shares.index[shares >= min(2, shares.max())]
     there = min(comparable, key=lambda tokens: abs(math.log(tokens / at)))
     predicted = None
@@ -88,21 +93,21 @@ def gather(
     except DataError as error:
         notes.append(str(error))
     same_corpus = everything[everything["domain_tokens"] == corpus]
-    return Evidence(rows, same_corpus, at, arms(least[least["tokens"] == there]), predicted), notes
+    return Evidence(rows, same_corpus, at, arms(least[least["pretrain_tokens"] == there]), predicted), notes
 
 
 def _distance(group: pd.DataFrame, domain_tokens: int, budget: int, params: int | None) -> float:
     """The product of the factors, as a logarithm, by which the question lies away from a group."""
-    corpus, tokens = float(group["domain_tokens"].iloc[0]), group["tokens"]
+    corpus, tokens = float(group["domain_tokens"].iloc[0]), group["pretrain_tokens"]
     factors = [corpus / domain_tokens, outside(budget * corpus / domain_tokens, tokens.min(), tokens.max())]
     if params is not None:
         factors.append(group["params"].iloc[0] / params)
     return float(np.abs(np.log(factors)).sum())
 
 
-def _curves(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame | None:
+def _curves(table: UsableRows, rows: pd.DataFrame) -> pd.DataFrame | None:
     """The pretraining of the same model size and corpus."""
     for group, curves in views.overfitting(table):
-        if all(group[name] == rows[name].iloc[0] for name in GROUP):
+        if all(group[name] == rows[name].iloc[0] for name in SETTING):
             return curves
     return None

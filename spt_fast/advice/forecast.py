@@ -51,20 +51,20 @@ class Forecast:
 
 
 def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> Forecast:
-    """`rows`: the plain finetunes of one group (see arms.py), pretrained with a fixed share; `curves`: its pretraining,
-    as OverfittingLaw takes it.
+    """`rows`: the plainest finetunes of one setting (see study/finetunes.py), pretrained with a fixed share; `curves`:
+    its pretraining, as OverfittingLaw takes it.
 
     Raises DataError where the laws cannot be fitted, saying what is missing.
     """
     rows = _enough(rows)
-    deltas = sorted(rows["delta"].unique())
+    deltas = sorted(rows["pretrain_delta"].unique())
     at: dict[str, Any] = {"tokens": np.full(len(deltas), tokens), "fraction": np.array(deltas)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         law, error, overfitting = _chosen(rows, curves)
         domain = np.stack(law.predict(interval=LEVEL, **at), axis=1)
         general = forgetting = None
-        if rows[["general_before", "general_after"]].notna().all(axis=None):
+        if rows[["general_before", "general_heldout"]].notna().all(axis=None):
             of_general = PostFinetuneLaw().fit(_columns(rows, "general"))
             general = np.stack(of_general.predict(interval=LEVEL, **at), axis=1)
             forgetting = general[:, 0] - of_general.predict(of="heldout_loss", **at)
@@ -78,7 +78,7 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
 
 def _enough(rows: pd.DataFrame) -> pd.DataFrame:
     """The shares with enough finetunes for a curve."""
-    by_share = rows.groupby("delta")["tokens"]
+    by_share = rows.groupby("pretrain_delta")["pretrain_tokens"]
     counts = pd.DataFrame({"budgets": by_share.nunique(), "points": by_share.size()})
     kept = counts[(counts["budgets"] >= FEWEST_BUDGETS) & (counts["points"] >= FEWEST_POINTS)].index
     if len(kept) < 2:
@@ -87,18 +87,18 @@ def _enough(rows: pd.DataFrame) -> pd.DataFrame:
             f"a law needs finetunes after {FEWEST_BUDGETS} budgets or more, {FEWEST_POINTS} in all, at two "
             f"shares or more; the runs have budgets (finetunes) at the shares {has or 'none'}"
         )
-    return rows[rows["delta"].isin(kept)]
+    return rows[rows["pretrain_delta"].isin(kept)]
 
 
 def _columns(rows: pd.DataFrame, corpus: str) -> pd.DataFrame:
     """Finetunes as PostFinetuneLaw takes them; those that follow one pretraining run share its errors."""
     return pd.DataFrame(
         {
-            "tokens": rows["tokens"],
-            "fraction": rows["delta"],
+            "tokens": rows["pretrain_tokens"],
+            "fraction": rows["pretrain_delta"],
             "heldout_loss": rows[f"{corpus}_before"],
-            "finetuned_loss": rows[f"{corpus}_after"],
-            "run": rows["delta"].astype(str) + " " + rows["seed"].astype(str),
+            "finetuned_loss": rows[f"{corpus}_heldout"],
+            "run": rows["pretrain_delta"].astype(str) + " " + rows["seed"].astype(str),
         }
     )
 
@@ -127,23 +127,23 @@ def _fitted(rows: pd.DataFrame, curves: pd.DataFrame | None) -> PostFinetuneLaw:
 
 def _heldout_error(rows: pd.DataFrame, curves: pd.DataFrame | None) -> dict[str, Any] | None:
     last = _last(rows)
-    before = float(last["tokens"].max())
+    before = float(last["pretrain_tokens"].max())
     try:
-        fewer = _enough(rows[rows["tokens"] < before])
+        fewer = _enough(rows[rows["pretrain_tokens"] < before])
         law = _fitted(fewer, None if curves is None else curves[curves["tokens"] < before])
     except DataError:
         return None
-    last = last[last["delta"].isin(law.fractions_)]
-    return None if last.empty else _against(law, last) | {"by": int(fewer["tokens"].max())}
+    last = last[last["pretrain_delta"].isin(law.fractions_)]
+    return None if last.empty else _against(law, last) | {"by": int(fewer["pretrain_tokens"].max())}
 
 
 def _last(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows["tokens"] == rows["tokens"].max()]
+    return rows[rows["pretrain_tokens"] == rows["pretrain_tokens"].max()]
 
 
 def _against(law: PostFinetuneLaw, rows: pd.DataFrame) -> dict[str, Any]:
     """A law's domain losses against finetunes after one budget."""
-    tokens, seen = rows["tokens"].max(), rows.groupby("delta")["domain_after"].mean()
+    tokens, seen = rows["pretrain_tokens"].max(), rows.groupby("pretrain_delta")["domain_heldout"].mean()
     predicted = law.predict(tokens=np.full(len(seen), tokens), fraction=seen.index.to_numpy())
     return {
         "tokens": int(tokens),

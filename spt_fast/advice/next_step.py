@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from spt_fast.advice.prior import SCPT_LAST
+from spt_fast.study.usable import UsableRows
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ ALIKE = 3.0
 """A factor in model size, up to which rates carry over."""
 
 
-def rates_of(table: pd.DataFrame | None, runs_params: int | None, params: int | None) -> Rates:
+def rates_of(table: UsableRows | None, runs_params: int | None, params: int | None) -> Rates:
     """Those of the runs of `runs_params` parameters where the model is about as large, else the published ones."""
     if table is None or runs_params is None or not 1 / ALIKE <= (params or runs_params) / runs_params <= ALIKE:
         return PUBLISHED
-    runs = table[(table["params"] == runs_params) & (table["status"] == "done") & table["handed_on"].astype(bool)]
+    done = pd.concat([table.rows, table.left_out])
+    runs = done[(done["params"] == runs_params) & done["handed_on"]]
     pretrain, finetune = (runs[on]["lr"].dropna() for on in (runs["stage"] == 0, runs["stage"] > 0))
     if pretrain.empty or finetune.empty:
         return PUBLISHED

@@ -19,8 +19,9 @@ from spt_fast.errors import DataError, RecipeError
 from spt_fast.laws import ForgettingLaw
 from spt_fast.laws.base import LawWarning
 from spt_fast.study import views
+from spt_fast.study.usable import UsableRows
 
-PAIR = ["regime", "delta", "tokens", "seed"]
+PAIR = ["regime", "pretrain_delta", "pretrain_tokens", "seed"]
 
 Row = dict[str, Any]
 
@@ -31,15 +32,15 @@ def effects(rows: pd.DataFrame) -> list[Row]:
     least = rows["injected"].min()
     base = rows[rows["injected"] == least]
     found = []
-    for injected, arm in rows.dropna(subset=["general_after"]).groupby("injected"):
+    for injected, arm in rows.dropna(subset=["general_heldout"]).groupby("injected"):
         pairs = arm.merge(base, on=PAIR, suffixes=("", "_least"))
         if pairs.empty:
             continue
-        domain = pairs["domain_after"] / pairs["domain_after_least"]
+        domain = pairs["domain_heldout"] / pairs["domain_heldout_least"]
         found.append(
             {
                 "injected": float(injected),
-                "general": float((pairs["general_after"] / pairs["general_after_least"]).mean()),
+                "general": float((pairs["general_heldout"] / pairs["general_heldout_least"]).mean()),
                 "domain": float(domain.mean()),
                 "domain_error": float(domain.std() / math.sqrt(len(pairs))) if len(pairs) > 1 else 0.0,
                 "pairs": len(pairs),
@@ -64,7 +65,7 @@ def choose(
     evidence: Evidence | None,
     effects: list[Row],
     limit: float | None,
-    table: pd.DataFrame | None,
+    table: UsableRows | None,
     params: int | None,
     domain_tokens: int,
 ) -> Row:
@@ -97,7 +98,7 @@ def choose(
     return {"share": share, "basis": basis, "says": says, "effects": effects}
 
 
-def _by_forgetting_law(table: pd.DataFrame, params: int, domain_tokens: int, rise: float) -> float | None:
+def _by_forgetting_law(table: UsableRows, params: int, domain_tokens: int, rise: float) -> float | None:
     """By the finetunes after the largest budget, to two digits; None where no law can be fitted to them, or no share up
     to a half keeps the limit."""
     groups = [rows for _, rows in views.forgetting(table)]

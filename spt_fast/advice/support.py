@@ -35,9 +35,9 @@ def support(
             "the domain corpus cut down as the budget is (simulated epoching); then ask again with --runs",
         }
     rows = evidence.rows
-    read = rows["epochs"][rows["epochs"] > 0]
+    read = rows["pretrain_epochs"][rows["pretrain_epochs"] > 0]
     factors = {
-        "budget": outside(evidence.budget, rows["tokens"].min(), rows["tokens"].max()),
+        "budget": outside(evidence.budget, rows["pretrain_tokens"].min(), rows["pretrain_tokens"].max()),
         "params": 1.0 if params is None else outside(params, evidence.params, evidence.params),
         "domain_tokens": outside(domain_tokens, evidence.domain_tokens, evidence.domain_tokens),
         "epochs": outside(decision["epochs"], read.min(), read.max()) if decision["epochs"] and len(read) else 1.0,
@@ -108,7 +108,7 @@ def _next(decision: Row, evidence: Evidence, factors: dict[str, float], shares: 
     if _is_largest(decision, shares):
         steps.append(f"run a share of {percent(2 * decision['delta'])} too")
     if factors["budget"] > NEAR:
-        most = evidence.rows["tokens"].max()
+        most = evidence.rows["pretrain_tokens"].max()
         tokens = evidence.budget if evidence.budget < most else min(4 * most, evidence.budget)
         steps.append(f"run shares {close} to {amount(tokens)} tokens to be surer")
     elif _seeds(evidence) < 2:

@@ -91,20 +91,20 @@ def published_factor() -> dict[str, Any]:
 
 
 def factor_of(rows: pd.DataFrame, params: float) -> dict[str, Any] | None:
-    """The same from plain finetunes (see arms.py) of several sizes: the size nearest to `params` by its best SPT, at
+    """The same from the plainest finetunes of several sizes: the size nearest to `params` by its best SPT, at
     the largest budget that has it and a larger one finetuned only; None where there is none.
 
     The ends are by the best and worst seeds of SPT.
     """
-    for budget in sorted(rows["tokens"].unique(), reverse=True):
-        here = rows[rows["tokens"] == budget]
+    for budget in sorted(rows["pretrain_tokens"].unique(), reverse=True):
+        here = rows[rows["pretrain_tokens"] == budget]
         spt, finetuned = here[here["regime"] == "SPT"], here[here["regime"] == "FT"]
-        curve = finetuned.groupby("params")["domain_after"].mean()
+        curve = finetuned.groupby("params")["domain_heldout"].mean()
         sizes = [size for size in spt["params"].unique() if size in curve.index and curve.index.max() > size]
         if not sizes:
             continue
         small = min(sizes, key=lambda size: abs(np.log(size / params)))
-        by_share = spt[spt["params"] == small].groupby("delta")["domain_after"]
+        by_share = spt[spt["params"] == small].groupby("pretrain_delta")["domain_heldout"]
         best = by_share.mean().idxmin()
         seeds = by_share.get_group(best)
         losses = {"mean": seeds.mean(), "low": seeds.max(), "high": seeds.min()}

@@ -18,36 +18,17 @@ import pandas as pd
 
 from spt_fast.errors import RecipeError
 from spt_fast.laws import DCPTLaw, best_ratio
-from spt_fast.report.panels import percent
 from spt_fast.study.compare import Arm, compare_rows, judge, treatment_of
+from spt_fast.study.finetunes import SETTING, Treatment
 from spt_fast.study.fits import Fitted
-from spt_fast.study.runs import Treatment
-from spt_fast.study.views import after_pretraining
-from spt_fast.study.words import amount, three_digits
+from spt_fast.study.words import amount, percent, three_digits
 
-SETTING = ["params", "domain_tokens"]
-"""What runs must share to be compared."""
 Setting = tuple[int, ...]
 MAX_GENERAL_RISE = 0.03
 """What continual pretraining may cost where nothing else is asked, as in the D-CPT paper."""
 
 
 # ------------------------------------------------------------------------------------------------ finetunes
-
-
-def finetunes_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """What finetunes, mostly on the domain, handed on after a pretraining of known mixture; shares to three digits,
-    since runs come near to what they ask for only. Of several of one arm and seed the best by selection."""
-    found = after_pretraining(rows)
-    shares = {name: found[name].map(three_digits) for name in ("pretrain_delta", "injected")}
-    arm = [*SETTING, "pretrain_tokens", "pretrain_delta", "injected", "anchor", "seed"]
-    return found.assign(**shares).sort_values("domain_select").drop_duplicates(arm).sort_index()
-
-
-def plain(finetunes: pd.DataFrame) -> pd.DataFrame:
-    """The finetunes with the least replay, and with the least anchor among those."""
-    least = finetunes[finetunes["injected"] == finetunes["injected"].min()]
-    return least[least["anchor"] == least["anchor"].min()]
 
 
 def compared_rows(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -112,8 +93,8 @@ class Decision:
     setting: Setting
     budget: int
     best: Treatment
-    plain: list[Treatment]
-    """The arms that were chosen from: those with the least replay and anchor."""
+    plainest: list[Treatment]
+    """The arms that were chosen from."""
     headline: str
     sure: list[str]
     costs: list[str]
@@ -124,8 +105,8 @@ class Decision:
 
 
 def decide(setting: Setting, rows: list[dict[str, Any]]) -> Decision | None:
-    """The δ with the lowest domain loss after plain finetuning, at the largest budget at which arms can be compared;
-    None where none can."""
+    """The δ with the lowest domain loss after the plainest finetune, at the largest budget at which arms can be
+    compared; None where none can."""
     if not rows:
         return None
     result = compare_rows(rows)
@@ -133,8 +114,8 @@ def decide(setting: Setting, rows: list[dict[str, Any]]) -> Decision | None:
     for row in result["runs"]:
         if row["tokens"] == result["tokens"]:
             arms.setdefault(treatment_of(row), {})[row["seed"]] = row
-    least = min(arm[1:] for arm in arms)
-    arms = {arm: runs for arm, runs in sorted(arms.items()) if arm[1:] == least}
+    least = min(arm.finetune for arm in arms)
+    arms = {arm: runs for arm, runs in sorted(arms.items()) if arm.finetune == least}
     if len(arms) < 2:
         return None
     best = min(arms, key=lambda arm: fmean(row["domain_select"] for row in arms[arm].values()))
@@ -148,7 +129,7 @@ def decide(setting: Setting, rows: list[dict[str, Any]]) -> Decision | None:
         setting=setting,
         budget=result["tokens"],
         best=best,
-        plain=list(arms),
+        plainest=list(arms),
         headline=_headline(best, base, against),
         sure=_how_sure(best, base, against),
         costs=_costs(best, base, arms, result),
@@ -319,7 +300,9 @@ def _continual(domain: Fitted, general: Fitted) -> Answer:
         f"{of.capitalize()} loss {_interval(dict(zip(('mean', 'low', 'high'), loss, strict=True)))}."
         for of, loss in losses.items()
     ]
-    return Answer(f"Give the domain {percent(share)} of the tokens.", f"{lead} It keeps {limit}.", sure, costs)
+    return Answer(
+        f"Give the domain {percent(three_digits(share))} of the tokens.", f"{lead} It keeps {limit}.", sure, costs
+    )
 
 
 def _advised(advice: Mapping[str, Any]) -> Answer:

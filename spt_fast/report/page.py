@@ -37,21 +37,19 @@ from spt_fast.report.decision import (
     by_setting,
     compared_rows,
     decide,
-    finetunes_of,
-    plain,
     setting_name,
     titled,
     with_shares,
 )
-from spt_fast.report.panels import Panel, panel, percent
+from spt_fast.report.panels import Panel, panel
 from spt_fast.study.compare import treatment_of
 from spt_fast.study.crossover import asks_for_one, crossover, draw_gap, draw_losses
 from spt_fast.study.figures import draw_plane
+from spt_fast.study.finetunes import Treatment, after_pretraining, plainest
 from spt_fast.study.fits import Fitted, fit_laws
-from spt_fast.study.runs import Treatment
 from spt_fast.study.runs_table import read_table
-from spt_fast.study.views import usable
-from spt_fast.study.words import amount
+from spt_fast.study.usable import UsableRows, usable
+from spt_fast.study.words import amount, percent
 
 
 @dataclass(frozen=True)
@@ -235,7 +233,7 @@ def plane_section(decisions: Sequence[Decision], finetunes: pd.DataFrame) -> Sec
 
 
 def _plane(axes: Axes, decision: Decision) -> None:
-    arms: dict[Treatment, list[dict[str, Any]]] = {arm: [] for arm in decision.plain}
+    arms: dict[Treatment, list[dict[str, Any]]] = {arm: [] for arm in decision.plainest}
     for row in decision.result["runs"]:
         if row["tokens"] == decision.budget and treatment_of(row) in arms:
             arms[treatment_of(row)].append(row)
@@ -435,17 +433,18 @@ def report(
     Raises DataError, RecipeError or CheckpointError.
     """
     table = read_table(runs, domain=domain, general=general)
-    advice = _advice(table, model, domain_tokens, budget)
-    html = page(table, fit_laws(table), advice, [str(run) for run in runs])
+    used = usable(table)
+    advice = _advice(used, model, domain_tokens, budget)
+    html = page(table, fit_laws(used), advice, [str(run) for run in runs])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, html)
 
 
 def _advice(
-    table: pd.DataFrame, model: str | int | None, domain_tokens: int | None, budget: int | None
+    table: UsableRows, model: str | int | None, domain_tokens: int | None, budget: int | None
 ) -> dict[str, Any] | None:
     """For what was asked, filled up with the runs' own; None where neither says enough."""
-    settings = with_shares(plain(finetunes_of(usable(table)[0])))
+    settings = with_shares(plainest(after_pretraining(table.rows)))
     if settings:
         (params, corpus), own = next(iter(settings.items()))
         model, domain_tokens = model or params, domain_tokens or corpus
@@ -459,9 +458,9 @@ def page(
     table: pd.DataFrame, fits: Sequence[Fitted], advice: Mapping[str, Any] | None, sources: Sequence[str] = ()
 ) -> str:
     """The page of a runs table, as HTML."""
-    rows, left_out = usable(table)
-    finetunes = finetunes_of(rows)
-    ordinary = plain(finetunes)
+    used = usable(table)
+    rows, finetunes = used.rows, after_pretraining(used.rows)
+    ordinary = plainest(finetunes)
     comparable = {setting: compared_rows(own, rows) for setting, own in by_setting(finetunes).items()}
     decisions = [decided for setting, own in comparable.items() if (decided := decide(setting, own))]
     with warnings.catch_warnings():
@@ -491,7 +490,7 @@ def page(
         columns=RUN_COLUMNS,
         runs=run_rows(table),
         provenance=provenance(table, sources),
-        left_out=left_out,
+        left_out=used.notes,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=style,

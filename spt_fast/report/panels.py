@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from spt_fast.laws import Law
 from spt_fast.study.figures import NPT_COLOUR, SPT_COLOURS
-from spt_fast.study.words import amount
+from spt_fast.study.words import amount, percent
 
 PAPER, INK, GRID, MUTED = "#ffffff", "#1c2024", "#ededed", "#80868d"
 """Found again in the SVG and turned into the page's variables."""
@@ -121,11 +121,6 @@ def shades(n: int) -> list[str]:
     return (
         [mpl.colors.to_hex(pale + (strong - pale) * at) for at in np.linspace(0, 1, n)] if n > 1 else [SPT_COLOURS[0]]
     )
-
-
-def percent(share: float) -> str:
-    """To three digits: runs come near to the share that they ask for only."""
-    return f"{100 * share:.3g}%"
 
 
 def label_lines(axes: Axes, lines: Sequence[Line], height_in: float = HEIGHT_IN) -> None:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from rich import box
@@ -29,7 +29,8 @@ from rich.table import Table
 
 from spt_fast.errors import RecipeError
 from spt_fast.study import figures
-from spt_fast.study.runs import FinetunePath, Run, Treatment, check_comparable, differences
+from spt_fast.study.finetunes import OverSeeds, Treatment, held_against
+from spt_fast.study.runs import FinetunePath, FinishedRun, check_comparable, differences
 
 FIGURES = (
     "domain_epochs",
@@ -76,7 +77,7 @@ def compare(run_folders: Sequence[str | Path]) -> dict[str, Any]:
     """
     if not run_folders:
         raise RecipeError("nothing to compare; give the folders of finished runs")
-    runs = [Run.read(folder) for folder in run_folders]
+    runs = [FinishedRun.read(folder) for folder in run_folders]
     check_comparable(runs)
     return {
         "domain": runs[0].domain,
@@ -103,7 +104,7 @@ def compare_rows(rows: list[Row]) -> dict[str, Any]:
         "r_gain": {
             treatment.key: _gain(arm, compared[base])
             for treatment, arm in compared.items()
-            if (base := _held_against(treatment, compared)) is not None
+            if (base := held_against(treatment, compared)) is not None
         }
         if any(treatment.delta == 0 for treatment in compared)
         else None,
@@ -120,15 +121,7 @@ def _at(arms: dict[tuple[Treatment, int], Arm], budget: int) -> dict[Treatment, 
     return {treatment: arm for (treatment, tokens), arm in arms.items() if tokens == budget}
 
 
-def _held_against(treatment: Treatment, arms: Iterable[Treatment]) -> Treatment | None:
-    """NPT with the same finetune, else with the plainest; None for that one itself, and where there is no NPT."""
-    npt = sorted(other for other in arms if other.delta == 0)
-    same = treatment._replace(delta=0.0)
-    found = same if treatment.delta and same in npt else next(iter(npt), None)
-    return None if found == treatment else found
-
-
-def _row(run: Run) -> Row:
+def _row(run: FinishedRun) -> Row:
     kept = run.finetuned["arm"]
     grid = run.finetune.arms()
     chosen = run.finetune.with_overrides(grid[kept])
@@ -204,7 +197,7 @@ def general_when(path: FinetunePath, domain_loss: float) -> float:
 
 
 def _arm_figures(treatment: Treatment, tokens: int, arm: Arm, others: dict[Treatment, Arm]) -> dict[str, Any]:
-    base = _held_against(treatment, others)
+    base = held_against(treatment, others)
     return {
         **treatment._asdict(),
         "tokens": tokens,
@@ -215,11 +208,8 @@ def _arm_figures(treatment: Treatment, tokens: int, arm: Arm, others: dict[Treat
 
 
 def _statistics(arm: Arm, figure: str) -> dict[str, float | None] | None:
-    values = [row[figure] for row in arm.values()]
-    if None in values:
-        return None
-    deviation = stdev(values) if len(values) > 1 else None
-    return {"mean": fmean(values), "min": min(values), "max": max(values), "std": deviation}
+    over = OverSeeds.of(row[figure] for row in arm.values())
+    return None if over is None else {"mean": over.mean, "min": over.low, "max": over.high, "std": over.std}
 
 
 def _gain(arm: Arm, npt: Arm) -> dict[str, Any] | None:
@@ -229,10 +219,8 @@ def _gain(arm: Arm, npt: Arm) -> dict[str, Any] | None:
         for seed, row in arm.items()
         if seed in npt
     }
-    if not per_seed:
-        return None
-    gains = list(per_seed.values())
-    return {"mean": fmean(gains), "low": min(gains), "high": max(gains), "per_seed": per_seed}
+    over = OverSeeds.of(per_seed.values())
+    return None if over is None else {"mean": over.mean, "low": over.low, "high": over.high, "per_seed": per_seed}
 
 
 def _compute_multipliers(arms: dict[tuple[Treatment, int], Arm]) -> dict[str, float | None] | None:
@@ -244,7 +232,7 @@ def _compute_multipliers(arms: dict[tuple[Treatment, int], Arm]) -> dict[str, fl
     return {
         treatment.key: compute_multiplier(curves[base], curve)
         for treatment, curve in sorted(curves.items())
-        if (base := _held_against(treatment, curves)) is not None
+        if (base := held_against(treatment, curves)) is not None
     }
 
 
@@ -264,7 +252,7 @@ def _verdicts(figure: str, arms: dict[Treatment, Arm]) -> dict[str, dict[str, An
     """Every arm against the NPT that it is held against; without NPT, against the one with the smallest delta."""
     verdicts = {}
     for treatment, arm in arms.items():
-        base = _held_against(treatment, arms) or min(arms)
+        base = held_against(treatment, arms) or min(arms)
         if treatment != base:
             names = f"{treatment.name} against {base.name}"
             verdicts[treatment.key] = judge(figure, arm, arms[base], names)

@@ -15,7 +15,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from spt_fast.study.runs import FinetunePath, Treatment
+from spt_fast.study.finetunes import Treatment
+from spt_fast.study.runs import FinetunePath
 
 NPT_COLOUR = "#4d4d4d"
 SPT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -27,6 +27,7 @@ from spt_fast.errors import DataError, RecipeError, nearest
 from spt_fast.files import replacing
 from spt_fast.laws import IdentificationWarning, Law, LawWarning
 from spt_fast.study import views
+from spt_fast.study.usable import UsableRows, usable
 
 Split = Callable[[pd.DataFrame], list[pd.Series]]
 """Masks of the rows to predict, each from all the others."""
@@ -68,7 +69,7 @@ class Kind:
     """How a law is fitted to a study."""
 
     make: Callable[[], Law]
-    view: Callable[[pd.DataFrame], list[views.Group]]
+    view: Callable[[UsableRows], list[views.Group]]
     takes: str
     """The runs that it needs, in words."""
     differ: tuple[str, ...] = ()
@@ -190,20 +191,22 @@ class Fitted:
         return self.table["run"].nunique() if self.rows else 0
 
 
-def fit_laws(table: pd.DataFrame, only: str | None = None, draws: int = 50, level: float = 0.9) -> list[Fitted]:
+def fit_laws(
+    table: pd.DataFrame | UsableRows, only: str | None = None, draws: int = 50, level: float = 0.9
+) -> list[Fitted]:
     """Fit every law, or `only` one (a key of LAWS), to each group of a runs table. A law without runs enough comes back
     without `law` and with its `problem`.
 
     Groups of a law that lack the same come back as one. draws, level: of the parameters' intervals.
 
-    Raises RecipeError for an unknown law, DataError for a table that no law can be fitted to (see views.usable).
+    Raises RecipeError for an unknown law, DataError for a table that no law can be fitted to (see usable).
     """
     if only is not None and only not in LAWS:
         raise RecipeError(f"there is no law {only!r}; {nearest(only, LAWS)}")
-    fitted = []
+    fitted, rows = [], usable(table)
     for name in [only] if only else LAWS:
-        groups = LAWS[name].view(table)
-        fitted += [_fitted(name, group, rows, draws, level) for group, rows in groups]
+        groups = LAWS[name].view(rows)
+        fitted += [_fitted(name, group, own, draws, level) for group, own in groups]
         if not groups:
             problem = f"takes {LAWS[name].takes}; there are no such runs"
             fitted.append(Fitted(name, {}, None, pd.DataFrame(), {}, {}, {}, [], problem))

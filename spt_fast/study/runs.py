@@ -13,44 +13,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from spt_fast.config import Model, Phase, Recipe
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.fields import plain
+from spt_fast.study.finetunes import Treatment
 from spt_fast.train.folder import Trained, recipe_of, summary_of, trained_before
 
 FinetunePath = list[tuple[int, float, float]]
 """A finetune's evaluations in order: tokens finetuned, domain loss, general loss (held out, nats per token)."""
 
 
-class Treatment(NamedTuple):
-    """What an arm does with the domain: alike in all its runs, which differ by budget and seed."""
-
-    delta: float
-    """The domain's share of all pretraining tokens."""
-    replay: float
-    """The share of all other sources in the finetune."""
-    anchor: float
-    """The finetune's decay toward the weights that it started from."""
-
-    @property
-    def key(self) -> str:
-        """How it is written where it is a key: "0", "0.05", "0.05 replay 0.01"."""
-        more = f" replay {self.replay:.12g}" if self.replay else ""
-        more += f" anchor {self.anchor:g}" if self.anchor else ""
-        return f"{self.delta:.12g}{more}"
-
-    @property
-    def name(self) -> str:
-        """What it is called in tables and pictures: "NPT", "SPT 5%", "NPT, 1% replay"."""
-        name = f"SPT {100 * self.delta:.4g}%" if self.delta else "NPT"
-        name += f", {100 * self.replay:.4g}% replay" if self.replay else ""
-        return name + (f", anchor {self.anchor:g}" if self.anchor else "")
-
-
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run."""
 
     folder: Path
@@ -64,7 +40,7 @@ class Run:
     """Its shape, as the recipe of the first of them gives it."""
 
     @classmethod
-    def read(cls, folder: str | Path) -> Run:
+    def read(cls, folder: str | Path) -> FinishedRun:
         """Read recipe.yaml, summary.json and metrics.jsonl; CheckpointError for a run that has nothing to compare."""
         folder = Path(folder)
         summary = summary_of(folder)
@@ -149,10 +125,10 @@ class Run:
         return [(record["tokens"], *self.heldout(record["heldout"])) for record in start + later]
 
 
-def check_comparable(runs: Sequence[Run]) -> None:
+def check_comparable(runs: Sequence[FinishedRun]) -> None:
     """RecipeError, naming two runs and what differs, where losses cannot be held against each other."""
 
-    def facts(run: Run) -> dict[str, object]:
+    def facts(run: FinishedRun) -> dict[str, object]:
         return {
             "domain (the largest share of the last phase)": run.domain,
             "general source": run.general,
@@ -172,10 +148,10 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 )
 
 
-def differences(runs: Sequence[Run]) -> list[str]:
+def differences(runs: Sequence[FinishedRun]) -> list[str]:
     """Warnings: what differs besides treatment, budget and seed, so that it may be why the losses differ."""
 
-    def settings(run: Run) -> dict[str, object]:
+    def settings(run: FinishedRun) -> dict[str, object]:
         recipe = run.recipe.plain()
         first, last = plain(run.pretraining[0][0]), recipe["phases"][-1]
         return (

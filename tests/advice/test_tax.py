@@ -5,8 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from spt_fast.advice.arms import finetunes, plain
+from spt_fast.advice.arms import finetunes
 from spt_fast.advice.tax import factor_of, published_factor, tax
+from spt_fast.study.finetunes import plainest
+from spt_fast.study.usable import usable
 from tests.study.synthetic import FLOOR, PARAMS, SIZE_EXPONENT, after, spt_table
 
 TWICE = {"factor": {"mean": 2.0, "low": 1.0, "high": 4.0}, "basis": "runs", "says": ""}
@@ -44,7 +46,7 @@ def sizes() -> pd.DataFrame:
         params=tuple(round(PARAMS * 1.4**i) for i in range(9)),
         noise=1e-5,
     )
-    return plain(finetunes(table)[0])
+    return plainest(finetunes(usable(table)))
 
 
 def test_the_size_that_reaches_the_loss_of_spt(sizes: pd.DataFrame) -> None:

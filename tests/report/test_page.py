@@ -23,6 +23,7 @@ from spt_fast.study import views
 from spt_fast.study.crossover import crossover
 from spt_fast.study.fits import Fitted
 from spt_fast.study.runs_table import save_table
+from spt_fast.study.usable import usable
 from tests.report.browser import NAMES, Browser, installed
 from tests.study.synthetic import dcpt_table, spt_table
 from tests.study.test_crossover import TRUTH, rows_of
@@ -274,7 +275,7 @@ def test_continual_pretraining_is_decided_by_the_dcpt_law() -> None:
     table = dcpt_table(params=(1_000_000_000,), evaluations=8)
     fits = []
     for of in ("domain", "general"):
-        ((group, rows),) = views.dcpt(table, of=of)
+        ((group, rows),) = views.dcpt(usable(table), of=of)
         law = laws.DCPTLaw().fit(rows)
         fits.append(Fitted(f"dcpt-{of}", group, law, rows, law.score(rows), {}, {}, [], None))
     said = Text(page(table, fits, None)).text

@@ -21,6 +21,7 @@ from spt_fast.errors import RecipeError
 from spt_fast.study import fits, views
 from spt_fast.study.fits import Fitted, fit_laws, holdout_error
 from spt_fast.study.runs_table import save_table
+from spt_fast.study.usable import usable
 from tests.study.synthetic import (
     CORPUS_EXPONENT,
     FORGETTING,
@@ -126,7 +127,7 @@ def test_a_long_log_is_thinned_evenly_in_every_run() -> None:
 
 def test_the_heldout_error_is_of_rows_that_were_not_fitted() -> None:
     """Every loss at the largest fraction is a quarter too high: nothing else in the table says so."""
-    ((_, frame),) = views.overfitting(SPT)
+    ((_, frame),) = views.overfitting(usable(SPT))
     honest = holdout_error("overfitting", frame)
     assert honest["last 40% of budget"]["mre"] < 0.004
     assert honest["largest fraction"]["rows"] == 2 * 18
@@ -143,7 +144,7 @@ def test_the_heldout_error_is_of_rows_that_were_not_fitted() -> None:
 
 
 def test_every_inner_ratio_is_predicted_from_the_others() -> None:
-    ((_, frame),) = views.dcpt(dcpt_table(deltas=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), evaluations=6), of="domain")
+    ((_, frame),) = views.dcpt(usable(dcpt_table(deltas=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), evaluations=6)), of="domain")
     one_off = frame.assign(loss=frame["loss"].where(frame["own_ratio"] != 0.4, 1.2 * frame["loss"]))
     error = holdout_error("dcpt-domain", one_off)["each inner ratio"]
     assert error["rows"] == (frame["own_ratio"].between(0.1, 0.9)).sum() == 4 * 12
@@ -162,7 +163,7 @@ def test_a_budget_that_only_one_short_curve_has_is_not_predicted() -> None:
 def test_the_start_is_never_left_out() -> None:
     """The row at tokens = 0 bears the ratio of the table's first run, an inner one here; CMR cannot do without it."""
     table = dcpt_table(deltas=(0.5, 0.0, 0.25, 0.75, 1.0), params=(200_000_000,))
-    ((_, frame),) = views.cmr(table)
+    ((_, frame),) = views.cmr(usable(table))
     assert frame["domain_ratio"][frame["tokens"] == 0].tolist() == [0.5]
     error = holdout_error("cmr", frame)["every other ratio"]
     assert error["rows"] == 3 * 12

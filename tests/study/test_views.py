@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,12 @@ import pytest
 from spt_fast.errors import DataError
 from spt_fast.study import views
 from spt_fast.study.runs_table import COLUMNS, load_table, save_table
+from spt_fast.study.usable import NUMBERS, usable
 from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, dcpt_table, spt_table
 
 SMALL = 41_000_000
 SPT = spt_table(deltas=(0.0, 0.01, 0.05), budgets=(20_000_000_000, 100_000_000_000), injected=(0.0, 0.02))
 DCPT = dcpt_table()
-
-View = Callable[[pd.DataFrame], list[views.Group]]
 
 
 def only(groups: list[views.Group]) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -41,7 +39,7 @@ def worse(table: pd.DataFrame, by: float) -> pd.DataFrame:
 
 
 def test_overfitting_takes_the_curves_of_pretraining() -> None:
-    group, frame = only(views.overfitting(SPT))
+    group, frame = only(views.overfitting(usable(SPT)))
     assert group == {"params": PARAMS, "domain_tokens": DOMAIN_TOKENS}
     rows = SPT[(SPT["stage"] == 0) & (SPT["tokens"] >= 0.2 * SPT["tokens"].max())]
     assert len(frame) == len(rows) == 3 * 2 * 17  # the first fifth of twenty evaluations is not settled
@@ -58,7 +56,7 @@ def test_overfitting_takes_the_curves_of_pretraining() -> None:
 def test_runs_without_domain_text_belong_to_every_corpus_of_their_size() -> None:
     table = spt_table(deltas=(0.0, 0.01), seeds=(0,), params=(SMALL, PARAMS), domain_tokens=(30_000_000, DOMAIN_TOKENS))
     shared = table[(table["delta"] > 0) | (table["domain_tokens"] == DOMAIN_TOKENS)]
-    groups = views.overfitting(shared)
+    groups = views.overfitting(usable(shared))
     assert [tuple(group.values()) for group, _ in groups] == [
         (size, corpus) for size in (SMALL, PARAMS) for corpus in (30_000_000, DOMAIN_TOKENS)
     ]
@@ -70,22 +68,22 @@ def test_runs_without_domain_text_belong_to_every_corpus_of_their_size() -> None
 
 def test_domain_text_alone_is_for_the_data_constrained_law() -> None:
     table = spt_table(deltas=(0.01, 1.0), seeds=(0,), domain_tokens=(30_000_000, DOMAIN_TOKENS))
-    group, frame = only(views.data_constrained(table))
+    group, frame = only(views.data_constrained(usable(table)))
     assert group == {}
     assert set(frame["unique_tokens"]) == {30e6, 300e6}
     assert len(frame) == ((table["stage"] == 0) & (table["delta"] == 1) & (table["tokens"] > 0)).sum()
-    assert all(set(rows["fraction"]) == {0.01} for _, rows in views.overfitting(table))
-    assert views.data_constrained(SPT) == []
+    assert all(set(rows["fraction"]) == {0.01} for _, rows in views.overfitting(usable(table)))
+    assert views.data_constrained(usable(SPT)) == []
 
 
 def test_chinchilla_takes_shares_that_were_run_at_two_sizes() -> None:
     table = pd.concat([SPT, spt_table(deltas=(0.01,), seeds=(0,), params=(SMALL,))])
-    group, frame = only(views.chinchilla(table))
+    group, frame = only(views.chinchilla(usable(table)))
     assert group == {"delta": 0.01}
     assert set(frame["params"]) == {SMALL, PARAMS}
     row = table[(table["stage"] == 0) & (table["delta"] == 0.01) & (table["tokens"] == 20e9)].iloc[0]
     assert row["general_heldout"] in set(frame["loss"][frame["tokens"] == 20e9])
-    of_domain, frame = only(views.chinchilla(table, of="domain"))
+    of_domain, frame = only(views.chinchilla(usable(table), of="domain"))
     assert of_domain == {"delta": 0.01, "domain_tokens": DOMAIN_TOKENS}
     assert row["domain_heldout"] in set(frame["loss"])
 
@@ -95,7 +93,7 @@ def test_chinchilla_takes_shares_that_were_run_at_two_sizes() -> None:
 
 def test_after_finetuning_tokens_and_fraction_are_those_of_pretraining() -> None:
     table = spt_table(deltas=(0.0, 0.05), injected=(0.0, 0.02), anchors=(0.0, 0.5))
-    group, frame = only(views.post_finetuning(table))
+    group, frame = only(views.post_finetuning(usable(table)))
     assert group == {"params": PARAMS, "domain_tokens": DOMAIN_TOKENS}
     assert len(frame) == 2 * 5 * 2  # deltas, budgets, seeds
     ends = table[(table["stage"] == 1) & table["handed_on"] & (table["injected"] == 0) & (table["anchor"] == 0)]
@@ -113,11 +111,11 @@ def test_after_finetuning_tokens_and_fraction_are_those_of_pretraining() -> None
 @pytest.mark.parametrize("start", ["embeddings", "frozen embeddings"])
 def test_what_began_from_embeddings_alone_is_no_finetune(start: str) -> None:
     table = SPT.assign(start=SPT["start"].replace("pretrained", start))
-    assert views.post_finetuning(table) == views.forgetting(table) == views.cmr(table) == []
+    assert views.post_finetuning(usable(table)) == views.forgetting(usable(table)) == views.cmr(usable(table)) == []
 
 
 def test_forgetting_is_read_where_finetunes_of_plain_pretraining_hand_on() -> None:
-    groups = views.forgetting(SPT)
+    groups = views.forgetting(usable(SPT))
     assert [group for group, _ in groups] == [
         {"pretrain_delta": 0, "pretrain_tokens": 20_000_000_000},
         {"pretrain_delta": 0, "pretrain_tokens": 100_000_000_000},
@@ -129,25 +127,25 @@ def test_forgetting_is_read_where_finetunes_of_plain_pretraining_hand_on() -> No
     mine = frame[frame["run"] == row["run"]].iloc[0]
     assert (mine["loss_before"], mine["loss"]) == (row["general_before"], row["general_heldout"])
 
-    _, of_domain = views.finetuning(SPT)[0]
+    _, of_domain = views.finetuning(usable(SPT))[0]
     assert of_domain["injected"].tolist() == [0, 0]
     assert row["domain_heldout"] in set(of_domain["loss"])
 
 
 def test_forgetting_of_a_study_whose_pretraining_always_had_domain_text() -> None:
-    groups = views.forgetting(SPT[(SPT["delta"] != 0) & (SPT["pretrain_delta"] != 0)])
+    groups = views.forgetting(usable(SPT[(SPT["delta"] != 0) & (SPT["pretrain_delta"] != 0)]))
     assert {group["pretrain_delta"] for group, _ in groups} == {0.01}
 
 
 def test_a_finetune_that_has_not_read_its_corpus_is_none() -> None:
-    assert views.forgetting(SPT.assign(epochs=0.5 * SPT["epochs"] / 4)) == []
-    _, frame = only(views.forgetting(DCPT))
+    assert views.forgetting(usable(SPT.assign(epochs=0.5 * SPT["epochs"] / 4))) == []
+    _, frame = only(views.forgetting(usable(DCPT)))
     assert len(frame) == 2  # of each size, the run on domain text alone, which reads it just once
 
 
 @pytest.mark.parametrize(("of", "share"), [("domain", "delta"), ("general", "injected")])
 def test_dcpt_takes_the_share_of_the_corpus_whose_loss_it_predicts(of: str, share: str) -> None:
-    group, frame = only(views.dcpt(DCPT, of=of))  # type: ignore[arg-type]
+    group, frame = only(views.dcpt(usable(DCPT), of=of))  # type: ignore[arg-type]
     assert group == {"domain_tokens": 20_000_000_000, "pretrain_delta": None, "pretrain_tokens": None}
     rows = DCPT[DCPT["tokens"] > 0]
     assert frame["own_ratio"].to_numpy() == pytest.approx(rows[share].to_numpy(), abs=1e-9)
@@ -156,7 +154,7 @@ def test_dcpt_takes_the_share_of_the_corpus_whose_loss_it_predicts(of: str, shar
 
 
 def test_what_comes_after_the_weights_that_are_handed_on_is_not_learning() -> None:
-    _, frame = views.dcpt(SPT, of="domain")[0]
+    _, frame = views.dcpt(usable(SPT), of="domain")[0]
     for run, curve in frame.groupby("run"):
         best = SPT[(SPT["run"] == run) & SPT["handed_on"]].iloc[0]
         assert curve["tokens"].max() == best["tokens"] < SPT["tokens"][SPT["run"] == run].max()
@@ -167,7 +165,7 @@ def test_cmr_takes_increments_from_each_runs_own_start() -> None:
     second = table["seed"] == 1
     for name in ("domain_heldout", "domain_before"):
         table.loc[second, name] += 0.5
-    groups = views.cmr(table)
+    groups = views.cmr(usable(table))
     assert [group["params"] for group, _ in groups] == [200_000_000, 1_000_000_000]
     frame = groups[0][1]
     start = frame[frame["tokens"] == 0]
@@ -183,32 +181,37 @@ def test_cmr_takes_increments_from_each_runs_own_start() -> None:
 # ------------------------------------------------------------------------------------------------------- what is used
 
 
+def used(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    found = usable(table)
+    return found.rows, found.notes
+
+
 def test_nothing_is_left_out_of_a_whole_study() -> None:
     for table in (SPT, DCPT):
-        rows, notes = views.usable(table)
+        rows, notes = used(table)
         assert len(rows) == len(table)
         assert notes == []
 
 
 def test_what_is_usable_stays_so() -> None:
     table = pd.concat([SPT, worse(SPT, 0.1)], ignore_index=True)
-    rows, _ = views.usable(table)
-    again, notes = views.usable(rows)
+    rows, _ = used(table)
+    again, notes = used(rows)
     assert again.equals(rows)
     assert notes == []
 
 
 def test_failed_runs_and_broken_losses_are_left_out_and_said() -> None:
     lost = SPT["run"].iloc[0]
-    failed = SPT[:1].assign(run="the-one-that-failed", status="failed", **dict.fromkeys(views.NUMBERS, np.nan))
+    failed = SPT[:1].assign(run="the-one-that-failed", status="failed", **dict.fromkeys(NUMBERS, np.nan))
     table = pd.concat([SPT, failed], ignore_index=True)
     broken = (table["run"] == lost) & (table["tokens"] >= 90e9)
     table.loc[broken, ["domain_heldout"]] = [np.nan, np.inf][: broken.sum()] + [np.nan] * (broken.sum() - 2)
-    _, notes = views.usable(table)
+    _, notes = used(table)
     assert len(notes) == 2
     assert "failed: the-one-that-failed" in notes[0]
     assert f"domain_heldout is not a number: {broken.sum()} evaluations of {lost}" in notes[1]
-    _, frame = only(views.overfitting(table))
+    _, frame = only(views.overfitting(usable(table)))
     assert np.isfinite(frame["heldout_loss"]).all()
     assert len(frame) == 102 - broken.sum()
 
@@ -222,8 +225,8 @@ def test_a_mixture_that_changes_within_a_stage_is_left_out_with_all_that_came_of
     scpt.loc[early & (scpt["stage"] == 0), "delta"] = 0.0
     scpt[["domain_heldout", "domain_before"]] *= 0.97
     table = pd.concat([steady, scpt], ignore_index=True)
-    rows, notes = views.usable(table)
-    assert rows.equals(views.usable(steady)[0])
+    rows, notes = used(table)
+    assert rows.equals(usable(steady).rows)
     assert "share changes within a stage" in notes[0]
     assert "-scpt" in notes[0]
     assert "the pretraining that they began with is" in notes[1]
@@ -237,7 +240,7 @@ def test_the_learning_rate_is_chosen_for_each_arm_by_the_mean_over_seeds() -> No
     for name in ("domain_select", "domain_heldout", "domain_before"):
         other.loc[lucky, name] -= by[lucky]
     table = pd.concat([SPT, other], ignore_index=True)
-    rows, notes = views.usable(table)
+    rows, notes = used(table)
     kept = rows[rows["stage"] == 0].groupby("delta")["run"].unique()
     assert all(run.endswith("-other") == (delta == 0.01) for delta, runs in kept.items() for run in runs)
     assert rows[rows["stage"] == 0].groupby("delta")["seed"].nunique().tolist() == [2, 2, 2]
@@ -251,23 +254,23 @@ def test_rates_that_a_phase_chose_by_itself_are_no_axis() -> None:
     """The grid of a finetune may keep another rate for each seed; every seed stays."""
     seed = (SPT["stage"] == 1) & (SPT["seed"] == 1)
     table = SPT.assign(lr=SPT["lr"].where(~seed, 4e-5))
-    assert len(views.usable(table)[0]) == len(SPT)
-    assert views.usable(table)[1] == []
+    assert len(usable(table).rows) == len(SPT)
+    assert usable(table).notes == []
 
 
 def test_a_rate_that_stops_early_is_still_the_same_arm() -> None:
     finetunes = SPT[SPT["stage"] == 1]
     other = worse(finetunes, 0.05)
     other = other[other["tokens"] <= 6 * DOMAIN_TOKENS]
-    rows, _ = views.usable(pd.concat([SPT, other], ignore_index=True))
+    rows, _ = used(pd.concat([SPT, other], ignore_index=True))
     assert not rows["run"].str.endswith("-other").any()
 
 
 def test_a_saved_table_gives_the_same_views(tmp_path: Any) -> None:
     save_table(SPT, tmp_path)
     for name in ("table.csv", "table.parquet"):
-        _, frame = only(views.post_finetuning(load_table(tmp_path / name)))
-        pd.testing.assert_frame_equal(frame, only(views.post_finetuning(SPT))[1], check_dtype=False)
+        _, frame = only(views.post_finetuning(usable(load_table(tmp_path / name))))
+        pd.testing.assert_frame_equal(frame, only(views.post_finetuning(usable(SPT)))[1], check_dtype=False)
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
@@ -289,7 +292,7 @@ def test_columns_that_mean_something_else_are_refused(column: str, value: Any, s
     table = SPT.assign(**{column: SPT[column].astype(object)})
     table.loc[table.index[-1], column] = value
     with pytest.raises(DataError, match=says):
-        views.overfitting(table)
+        views.overfitting(usable(table))
 
 
 @pytest.mark.parametrize("column", ["tokenizer", "heldout"])
@@ -298,20 +301,20 @@ def test_runs_of_two_studies_are_refused_by_name(column: str, stage: int) -> Non
     other = renamed(SPT[SPT["stage"] == stage], "-elsewhere", **{column: "feedbeef"})
     first = SPT["run"][SPT["stage"] == (stage if column == "heldout" else 0)].iloc[0]
     with pytest.raises(DataError) as refused:
-        views.forgetting(pd.concat([SPT, other], ignore_index=True))
+        views.forgetting(usable(pd.concat([SPT, other], ignore_index=True)))
     for part in (f"{first} and {other['run'].iloc[0]} differ in {column}", "feedbeef", "one study at a time"):
         assert part in str(refused.value)
 
 
 def test_pretraining_and_finetuning_may_be_held_out_on_texts_of_their_own() -> None:
     table = SPT.assign(heldout=np.where(SPT["stage"] == 0, "small", "large"))
-    assert len(views.overfitting(table)) == len(views.post_finetuning(table)) == 1
+    assert len(views.overfitting(usable(table))) == len(views.post_finetuning(usable(table))) == 1
 
 
 def test_what_is_no_runs_table_is_refused() -> None:
     with pytest.raises(DataError, match="no column 'domain_select'; did you mean 'domains_select'"):
-        views.cmr(SPT.rename(columns={"domain_select": "domains_select"}))
+        views.cmr(usable(SPT.rename(columns={"domain_select": "domains_select"})))
     with pytest.raises(DataError, match="a pandas DataFrame, as read_table makes it; got dict"):
-        views.cmr({"run": []})  # type: ignore[arg-type]
+        views.cmr(usable({"run": []}))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no finished run"):
-        views.cmr(SPT[:0])
+        views.cmr(usable(SPT[:0]))

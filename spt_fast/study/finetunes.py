@@ -1,0 +1,115 @@
+"""What a finetune after pretraining is, and how finetunes stand side by side: one definition for tables, comparisons,
+advice and pages.
+
+    treatment   the domain's share of all pretraining tokens, the replay in the finetune, the finetune's anchor
+    arm         a treatment at one pretraining budget; its runs differ by seed
+    best rate   of an arm's learning rates the one with the lowest mean `domain_select` over seeds
+    plainest    the finetunes with the least replay, and of these the ones with the least anchor. Replay comes first
+                because it changes what is trained on: the papers' figures and the laws are of finetunes on the domain
+                alone. An anchor changes only how far they go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from spt_fast.study.words import percent, three_digits
+
+SETTING = ["params", "domain_tokens"]
+"""What finetunes must share to be compared, and laws of them to be fitted."""
+
+
+class Treatment(NamedTuple):
+    """What an arm does with the domain: alike in all its runs, which differ by budget and seed."""
+
+    delta: float
+    """The domain's share of all pretraining tokens."""
+    replay: float
+    """The share of all other sources in the finetune."""
+    anchor: float
+    """The finetune's decay toward the weights that it started from."""
+
+    @property
+    def key(self) -> str:
+        """How it is written where it is a key: "0", "0.05", "0.05 replay 0.01"."""
+        more = f" replay {self.replay:.12g}" if self.replay else ""
+        more += f" anchor {self.anchor:g}" if self.anchor else ""
+        return f"{self.delta:.12g}{more}"
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables and pictures: "NPT", "SPT 5%", "NPT, 1% replay"."""
+        name = f"SPT {percent(self.delta)}" if self.delta else "NPT"
+        name += f", {percent(self.replay)} replay" if self.replay else ""
+        return name + (f", anchor {self.anchor:g}" if self.anchor else "")
+
+    @property
+    def finetune(self) -> tuple[float, float]:
+        """(replay, anchor); the least is the plainest."""
+        return self.replay, self.anchor
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """A figure over the seeds of an arm: its mean, least, largest, and standard deviation (None for one seed)."""
+
+    mean: float
+    low: float
+    high: float
+    std: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> OverSeeds | None:
+        """None where there are none, or one was not measured."""
+        given = [math.nan if value is None else float(value) for value in values]
+        if not given or not all(map(math.isfinite, given)):
+            return None
+        return cls(fmean(given), min(given), max(given), stdev(given) if len(given) > 1 else None)
+
+
+def plainest(finetunes: pd.DataFrame) -> pd.DataFrame:
+    """The finetunes of a table with the least replay, and of these the ones with the least anchor."""
+    least = finetunes[finetunes["injected"] == finetunes["injected"].min()]
+    return least[least["anchor"] == least["anchor"].min()]
+
+
+def held_against(treatment: Treatment, arms: Iterable[Treatment]) -> Treatment | None:
+    """NPT with the same finetune, else with the plainest; None for that one itself, and where there is no NPT."""
+    npt = sorted((other for other in arms if other.delta == 0), key=lambda other: other.finetune)
+    same = treatment._replace(delta=0.0)
+    found = same if treatment.delta and same in npt else next(iter(npt), None)
+    return None if found == treatment else found
+
+
+def after_pretraining(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per finetune, mostly on the domain, that handed on weights after pretraining of a known mixture, by the
+    best rate, one for each seed of an arm. Adds `regime`, FT or SPT.
+
+    Shares are rounded to three digits: runs come near to what they ask for only.
+    """
+    kept = rows["handed_on"] & (rows["stage"] > 0) & (rows["start"] == "pretrained") & (rows["injected"] < 0.5)
+    found = rows[kept & (rows["pretrain_tokens"] > 0) & rows["pretrain_delta"].notna()]
+    shares = {name: found[name].map(three_digits) for name in ("pretrain_delta", "injected")}
+    regime = np.where(shares["pretrain_delta"] > 0, "SPT", "FT")
+    arm = [*SETTING, "pretrain_tokens", "pretrain_delta", "injected", "anchor"]
+    found = found.assign(**shares, regime=regime)
+    found = found[~beaten(found, arm)]
+    return found.sort_values("domain_select").drop_duplicates([*arm, "seed"]).sort_index()
+
+
+def beaten(runs: pd.DataFrame, arm: Sequence[str]) -> pd.Series:
+    """Whether another learning rate of the same `arm` (columns) is better: one row per run. Where no seed has more than
+    one rate, each finetune's own grid has chosen already, maybe another for each seed, and none is beaten."""
+    rates = runs.groupby([*arm, "seed"], dropna=False)["lr"].transform("nunique")
+    searched = runs[rates.groupby([runs[name] for name in arm], dropna=False).transform("max") > 1]
+    means = searched.groupby([*arm, "lr"], dropna=False)["domain_select"].transform("mean").fillna(np.inf)
+    order = searched.assign(mean=means).sort_values(["mean", "lr"])
+    best = order.groupby(list(arm), dropna=False)["lr"].transform("first")
+    return searched["lr"].ne(best).reindex(runs.index, fill_value=False)

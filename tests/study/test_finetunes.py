@@ -1,0 +1,68 @@
+"""One table, several anchors and replays: advice, comparison and page speak of the same arms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from spt_fast.advice.advise import advise
+from spt_fast.report.decision import by_setting, compared_rows, decide
+from spt_fast.study.compare import compare_rows
+from spt_fast.study.finetunes import OverSeeds, Treatment, after_pretraining, held_against, plainest
+from spt_fast.study.usable import usable
+from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, spt_table
+
+BUDGET = 200_000_000_000
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    """Finetunes with replay but no anchor, of which 2% is the best share, and with an anchor but no replay, of which
+    5% is: least anchor first and least replay first differ."""
+    whole = spt_table(deltas=(0.0, 0.02, 0.05), budgets=(BUDGET,), injected=(0.0, 0.01), anchors=(0.0, 0.1), noise=1e-4)
+    rows = whole[(whole["stage"] == 0) | ((whole["injected"] > 1e-9) != (whole["anchor"] > 0))]
+    better = (rows["anchor"] > 0) & (rows["pretrain_delta"] == 0.05)
+    losses = ["domain_heldout", "domain_select"]
+    return rows.assign(**{name: rows[name] * np.where(better, 0.98, 1) for name in losses})
+
+
+def test_advice_comparison_and_page_name_the_same_arm(table: pd.DataFrame) -> None:
+    used = usable(table)
+    ((setting, finetunes),) = by_setting(after_pretraining(used.rows)).items()
+    rows = compared_rows(finetunes, used.rows)
+    arms = {(arm["delta"], arm["replay"], arm["anchor"]): arm for arm in compare_rows(rows)["arms"]}
+    assert len(arms) == 6
+
+    decided = decide(setting, rows)
+    assert decided is not None
+    assert decided.best == Treatment(0.05, 0.0, 0.1)
+    assert set(decided.plainest) == {arm for arm in arms if arm[1:] == (0.0, 0.1)}
+
+    seen = advise(domain_tokens=DOMAIN_TOKENS, budget=BUDGET, model=PARAMS, table=table)["seen"]["arms"]
+    assert (seen[0]["delta"], seen[0]["injected"]) == decided.best[:2]
+    for arm in seen:
+        same = arms[arm["delta"], arm["injected"], 0.1]
+        for ours, theirs in {"domain": "domain_after", "general": "general_after", "forgetting": "forgetting"}.items():
+            assert arm[ours]["mean"] == pytest.approx(same[theirs]["mean"])
+
+
+def test_npt_that_an_arm_is_held_against_has_its_finetune_or_the_plainest() -> None:
+    npt = [Treatment(0.0, 0.01, 0.0), Treatment(0.0, 0.0, 0.1), Treatment(0.0, 0.0, 0.5)]
+    assert held_against(Treatment(0.02, 0.01, 0.0), npt) == npt[0]
+    assert held_against(Treatment(0.02, 0.05, 0.0), npt) == held_against(npt[0], npt) == npt[1]
+    assert held_against(npt[1], npt) is None
+
+
+def test_the_plainest_finetunes_have_the_least_replay_and_then_the_least_anchor(table: pd.DataFrame) -> None:
+    found = plainest(after_pretraining(usable(table).rows))
+    assert set(zip(found["injected"], found["anchor"], strict=True)) == {(0.0, 0.1)}
+    assert sorted(found["pretrain_delta"].unique()) == [0.0, 0.02, 0.05]
+
+
+def test_a_figure_over_seeds() -> None:
+    assert OverSeeds.of([1.0, 3.0]) == OverSeeds(2.0, 1.0, 3.0, math.sqrt(2))
+    assert OverSeeds.of([1.0]) == OverSeeds(1.0, 1.0, 1.0, None)
+    assert OverSeeds.of([]) is OverSeeds.of([1.0, None]) is OverSeeds.of([1.0, math.nan]) is None
