@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from spt_fast.data.mixture import Mixture
     from spt_fast.data.shards import TokenDataset
     from spt_fast.data.tokenizer import Tokenizer
-    from spt_fast.model.gpt import GPT, GPTConfig
+    from spt_fast.model.config import GPTConfig
+    from spt_fast.model.gpt import GPT
     from spt_fast.train.run import run
 
     __version__: str
 
 _HOMES = {
     "GPT": "spt_fast.model.gpt",
-    "GPTConfig": "spt_fast.model.gpt",
+    "GPTConfig": "spt_fast.model.config",
     "Mixture": "spt_fast.data.mixture",
     "Recipe": "spt_fast.config",
     "TokenDataset": "spt_fast.data.shards",

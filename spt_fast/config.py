@@ -37,6 +37,7 @@ from spt_fast.fields import (
     setting,
     text,
 )
+from spt_fast.model.config import GPTConfig
 
 
 def _stage(value: object, where: str) -> int:
@@ -87,29 +88,22 @@ def _grid(value: object, where: str) -> dict[str, tuple[Any, ...]]:
 # ------------------------------------------------------------------------------------------------ the sections
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """The shape of the GPT: a preset, a preset with changes, or every field."""
+_Shape: Any = dataclasses.make_dataclass(
+    "_Shape",
+    [
+        ("preset", Any, setting(optional(text), None)),
+        *((item.name, Any, setting(optional(item.metadata["parse"]), None)) for item in dataclasses.fields(GPTConfig)),
+    ],
+    frozen=True,
+    kw_only=True,
+)
 
-    preset: str | None = setting(optional(text), None)
-    """A name from `spt_fast.model.PRESETS`: 1m … 8b."""
-    layers: int | None = setting(optional(integer(1)), None)
-    width: int | None = setting(optional(integer(1)), None)
-    heads: int | None = setting(optional(integer(1)), None)
-    kv_heads: int | None = setting(optional(integer(1)), None)
-    """Key/value heads; fewer than `heads` is grouped-query attention."""
-    head_dim: int | None = setting(optional(integer(1)), None)
-    """Width of one head; width / heads where it isn't given."""
-    ffn: int | None = setting(optional(integer(1)), None)
-    """Inner width of the SwiGLU."""
-    context: int | None = setting(optional(integer(1)), None)
-    """Tokens in one training window."""
-    vocab_size: int | None = setting(optional(integer(2)), None)
-    """Rows of the embedding; the tokenizer's vocabulary rounded up to a multiple of 64 where it isn't given."""
-    qk_norm: bool | None = setting(optional(boolean), None)
-    tied: bool | None = setting(optional(boolean), None)
-    rope_theta: float | None = setting(optional(number(0.0, open_low=True)), None)
-    norm_eps: float | None = setting(optional(number(0.0, open_low=True)), None)
+
+class Model(_Shape):
+    """The shape of the GPT: a preset, a preset with changes, or every field of a `GPTConfig`; None where not given.
+
+    preset: a name from `spt_fast.model.presets.PRESETS`, 1m … 8b.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from spt_fast.config import load_recipe, recipe_from
+from spt_fast.config import Model, load_recipe, recipe_from
 from spt_fast.errors import RecipeError
 from spt_fast.fields import Span, parse_count, parse_share
+from spt_fast.model.config import GPTConfig
 
 
 def raw_recipe(**changes: Any) -> dict[str, Any]:
@@ -335,3 +337,12 @@ def test_a_name_that_begins_like_a_boolean_is_a_name(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(raw_recipe()))
     for name in ("false-start", "trueno", "true.1"):
         assert load_recipe(path, [f"run={name}"]).run == name
+
+
+def test_the_model_section_is_a_partial_shape() -> None:
+    """A field of GPTConfig is one of the recipe, read the same way."""
+    names = [item.name for item in dataclasses.fields(Model)]
+    assert names == ["preset", *(item.name for item in dataclasses.fields(GPTConfig))]
+    assert set(vars(Model()).values()) == {None}
+    model = recipe_from(raw_recipe(model={"layers": 2, "norm_eps": "1e-6"})).model
+    assert (model.layers, model.norm_eps, model.width) == (2, 1e-6, None)

@@ -10,7 +10,8 @@ import re
 
 import torch
 
-from spt_fast.model.gpt import GPTConfig
+from spt_fast.model.config import GPTConfig
+from spt_fast.model.parameters import of_block, table
 
 MFU_CONVENTION = "6N+12LHQT"
 
@@ -44,11 +45,7 @@ PEAK_BF16_FLOPS = {
 
 def parameters(config: GPTConfig) -> int:
     """All parameters of the model; a tied head counts once."""
-    norms = config.layers * 2 * config.width + config.width
-    if config.qk_norm:
-        norms += config.layers * 2 * head_dim(config)
-    embeddings = (1 if config.tied else 2) * config.vocab_size * config.width
-    return block_matrices(config) + norms + embeddings
+    return sum(row.size for row in table(config).values())
 
 
 def matmul_parameters(config: GPTConfig) -> int:
@@ -63,7 +60,7 @@ def train_flops_per_token(config: GPTConfig, context: int | None = None) -> int:
     context T: tokens in a sequence, the model's context if None.
     """
     T = config.context if context is None else context
-    return 6 * matmul_parameters(config) + 12 * config.layers * config.heads * head_dim(config) * T
+    return 6 * matmul_parameters(config) + 12 * config.layers * config.heads * config.head_dim * T
 
 
 def peak_flops(device: torch.device | str) -> float | None:
@@ -88,13 +85,6 @@ def mfu_label(device: torch.device | str) -> str:
     return f"{MFU_CONVENTION}, bf16 dense {peak / 1e12:.4g}" if peak else f"{MFU_CONVENTION}, n/a"
 
 
-def head_dim(config: GPTConfig) -> int:
-    """Q, which a GPTConfig always holds once it is made."""
-    assert config.head_dim is not None
-    return config.head_dim
-
-
 def block_matrices(config: GPTConfig) -> int:
     """Parameters of the matrices of all blocks."""
-    attention = (2 * config.heads + 2 * config.kv_heads) * head_dim(config) * config.width
-    return config.layers * (attention + 3 * config.width * config.ffn)
+    return config.layers * sum(row.size for row in of_block(config) if row.kind.multiplies)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from spt_fast.model.gpt import GPT
+from spt_fast.errors import invalid
 
 
 @torch.no_grad()
 def generate(
-    model: GPT,
+    model: Callable[[Tensor], Tensor],
     tokens: list[int],
     new_tokens: int,
     *,
+    context: int,
+    device: torch.device,
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
@@ -24,19 +26,22 @@ def generate(
 ) -> list[int]:
     """The prompt `tokens` and up to `new_tokens` more, ending early with `stop_id` where that is drawn.
 
-    temperature 0 takes the likeliest token; top_k draws from that many likeliest only. Once the text is longer than
-    the model's context, each token sees the last `context` tokens. `vocab_size`: the tokenizer's, where the model's is
-    padded beyond it; only its ids are drawn. The draw depends on seed alone, not on the global generator.
+    model: tokens int64 [1, T] on `device` to logits [1, T, V]; T is at most `context`, so that in a longer text each
+    token sees the last `context` tokens only. temperature 0 takes the likeliest token; top_k draws from that many
+    likeliest only. vocab_size: the tokenizer's, where the model's is padded beyond it; only its ids are drawn. The draw
+    depends on seed alone, not on the global generator.
     ValueError: an empty prompt, a negative temperature or a top_k below 1.
     """
     if not tokens:
-        raise ValueError("generate: the prompt must have at least one token")
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f"generate: temperature must be >= 0 and top_k >= 1; given {temperature}, {top_k}")
+        raise ValueError(invalid("tokens", tokens, "a prompt of at least one token"))
+    if temperature < 0:
+        raise ValueError(invalid("temperature", temperature, "a number of at least 0"))
+    if top_k is not None and top_k < 1:
+        raise ValueError(invalid("top_k", top_k, "a whole number of at least 1"))
     generator = torch.Generator().manual_seed(seed)
     tokens = list(tokens)
     for _ in range(new_tokens):
-        seen = torch.tensor([tokens[-model.config.context :]], device=model.embedding.device)
+        seen = torch.tensor([tokens[-context:]], device=device)
         logits_V = model(seen)[0, -1, :vocab_size].float().cpu()
         if temperature == 0:
             token = int(logits_V.argmax())

@@ -16,8 +16,7 @@ All ops are those of spt_fast.kernels; all parameters have one dtype, that of th
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from spt_fast.errors import RecipeError, nearest
 from spt_fast.kernels import (
     add_rms_norm,
     embedding,
@@ -39,97 +37,35 @@ from spt_fast.kernels import (
     swiglu_packed,
 )
 from spt_fast.kernels.fp8 import MULTIPLE
-from spt_fast.model.presets import PRESETS
+from spt_fast.model import generate, hf
+from spt_fast.model.config import GPTConfig
+from spt_fast.model.parameters import Parameter, around_blocks, of_block, table
 
 if TYPE_CHECKING:
     from spt_fast.data.tokenizer import Tokenizer
 
-INIT_STD = 0.02
 FP8_WIDTH = 2048
-"""Products with a weight that is narrower either way are never taken in fp8: quantising costs more than is won."""
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a GPT. RecipeError (a ValueError) names the field that is wrong."""
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    """Key/value heads; a divisor of heads. Fewer than heads is grouped-query attention."""
-    ffn: int
-    """Width of the gated feed-forward layer."""
-    context: int
-    """The longest sequence, in tokens."""
-    vocab_size: int
-    head_dim: int | None = None
-    """None: width / heads, which is what the field then holds."""
-    qk_norm: bool = False
-    """RMSNorm of every query and key head, before RoPE (Qwen3)."""
-    tied: bool = True
-    """The head is the embedding."""
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "kv_heads", "ffn", "context", "vocab_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise RecipeError(f"model.{name}: must be a whole number of at least 1, not {value!r}")
-        for name in ("qk_norm", "tied"):
-            if type(getattr(self, name)) is not bool:
-                raise RecipeError(f"model.{name}: must be true or false, not {getattr(self, name)!r}")
-        for name in ("rope_theta", "norm_eps"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise RecipeError(f"model.{name}: must be a positive number, not {value!r}")
-            object.__setattr__(self, name, float(value))
-        if self.heads % self.kv_heads:
-            raise RecipeError(f"model.kv_heads: must divide heads ({self.heads}), not {self.kv_heads}")
-        if self.head_dim is None:
-            if self.width % self.heads:
-                raise RecipeError(
-                    f"model.heads: must divide width ({self.width}), not {self.heads}; or give head_dim as well"
-                )
-            object.__setattr__(self, "head_dim", self.width // self.heads)
-        if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
-            raise RecipeError(f"model.head_dim: must be an even whole number, not {self.head_dim!r}")
-
-    @classmethod
-    def preset(cls, name: str, **overrides: Any) -> GPTConfig:
-        """The shape that `name` stands for, at the vocabulary it is named for unless vocab_size is given.
-
-        Overrides replace single fields; where they change width or heads, head_dim is width / heads again unless given.
-        RecipeError for an unknown name or field.
-        """
-        if name not in PRESETS:
-            raise RecipeError(f"model.preset: {name!r} is unknown; {nearest(name, PRESETS)}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        for field in overrides:
-            if field not in known:
-                raise RecipeError(f"model.{field}: no such field; {nearest(field, known)}")
-        return cls(**{**PRESETS[name], **overrides})
+"""A matmul with a weight that is narrower either way is never taken in fp8: quantising costs more than is won."""
 
 
 class Block(nn.Module):
     """The parameters and the two layers of one block; the additions and norms between layers are the model's."""
 
+    attention_norm: nn.Parameter
+    wqkv: nn.Parameter
+    q_norm: nn.Parameter | None
+    k_norm: nn.Parameter | None
+    wo: nn.Parameter
+    ffn_norm: nn.Parameter
+    w_gate_up: nn.Parameter
+    w_down: nn.Parameter
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        D, H, K, Q, F_ = config.width, config.heads, config.kv_heads, config.head_dim, config.ffn
-        assert Q is not None
-        self.split = [H, K, K]
-        self.head_dim = Q
+        self.split = [config.heads, config.kv_heads, config.kv_heads]
+        self.head_dim = config.head_dim
         self.norm_eps = config.norm_eps
-        self.attention_norm = nn.Parameter(torch.empty(D))
-        self.wqkv = nn.Parameter(torch.empty((H + 2 * K) * Q, D))
-        self.q_norm = nn.Parameter(torch.empty(Q)) if config.qk_norm else None
-        self.k_norm = nn.Parameter(torch.empty(Q)) if config.qk_norm else None
-        self.wo = nn.Parameter(torch.empty(D, H * Q))
-        self.ffn_norm = nn.Parameter(torch.empty(D))
-        self.w_gate_up = nn.Parameter(torch.empty(2 * F_, D))
-        self.w_down = nn.Parameter(torch.empty(D, F_))
+        _register(self, of_block(config))
 
     def forward(
         self,
@@ -161,11 +97,17 @@ class Block(nn.Module):
 
 def linear(x: Tensor, weight: Tensor, fp8: bool) -> Tensor:
     """x @ weight.T, where `fp8` asks for it and the weight is wide enough with operands rounded to fp8."""
-    return fp8_linear(x, weight) if fp8 and gains_by_fp8(weight) else F.linear(x, weight)
+    return fp8_linear(x, weight) if fp8 and gains_by_fp8(weight.shape) else F.linear(x, weight)
 
 
-def gains_by_fp8(weight: Tensor) -> bool:
-    return all(size >= FP8_WIDTH and size % MULTIPLE == 0 for size in weight.shape)
+def gains_by_fp8(shape: Sequence[int]) -> bool:
+    return all(size >= FP8_WIDTH and size % MULTIPLE == 0 for size in shape)
+
+
+def _register(module: nn.Module, rows: Iterable[Parameter]) -> None:
+    """Give the module its parameters, not yet initialised; an absent one is None."""
+    for row in rows:
+        module.register_parameter(row.name, nn.Parameter(torch.empty(row.shape)) if row.present else None)
 
 
 class GPT(nn.Module):
@@ -176,19 +118,21 @@ class GPT(nn.Module):
     the same on every device and the global generator neither matters nor moves. On the meta device nothing is drawn.
     """
 
+    embedding: nn.Parameter
+    final_norm: nn.Parameter
+    head: nn.Parameter | None
+
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
         self.checkpointing = "none"
-        """What the backward pass makes again to save memory: nothing; within a block all but products of matrices and
-        attention ("selective"); or whole blocks ("full"). Changes no result."""
+        """What the backward pass recomputes to save memory: nothing; within a block all but matmuls and attention
+        ("selective"); or whole blocks ("full"). Changes no result."""
         self.fp8 = False
-        """Whether training takes the blocks' wide products in fp8 (kernels/fp8.py). Without gradients, in evaluation
+        """Whether training takes the blocks' wide matmuls in fp8 (kernels/fp8.py). Without gradients, in evaluation
         and generation, nothing is: those are losses and texts of the weights as they will be used."""
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        _register(self, around_blocks(config))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_norm = nn.Parameter(torch.empty(config.width))
-        self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.width))
         self._rope_tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         if not self.embedding.is_meta:
             self._init(seed)
@@ -196,14 +140,14 @@ class GPT(nn.Module):
     @torch.no_grad()
     def _init(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
+        rows = table(self.config)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1)
-                continue
-            into_stream = name.endswith(("wo", "w_down"))
-            std = INIT_STD / math.sqrt(2 * self.config.layers) if into_stream else INIT_STD
-            drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-            parameter.copy_(drawn.normal_(std=std, generator=generator))
+            kind = rows[name].kind
+            if kind.std:
+                drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                parameter.copy_(drawn.normal_(kind.mean, kind.std, generator=generator))
+            else:
+                parameter.fill_(kind.mean)
 
     @property
     def head_weight(self) -> Tensor:
@@ -269,9 +213,9 @@ class GPT(nn.Module):
 
     @property
     def fp8_share(self) -> float:
-        """Of the multiplications in the blocks' products, the share that `fp8` changes."""
-        weights = [parameter for parameter in self.blocks[0].parameters() if parameter.dim() == 2]
-        return sum(w.numel() for w in weights if gains_by_fp8(w)) / sum(w.numel() for w in weights)
+        """Of the blocks' matmuls, the share of FLOPs that `fp8` changes."""
+        weights = [row for row in of_block(self.config) if row.kind.multiplies]
+        return sum(row.size for row in weights if gains_by_fp8(row.shape)) / sum(row.size for row in weights)
 
     @torch.no_grad()
     def untie(self) -> None:
@@ -282,26 +226,25 @@ class GPT(nn.Module):
 
     @classmethod
     def from_hf(cls, folder: str | Path) -> GPT:
-        """The Llama or Qwen3 model in a Hugging Face folder; see spt_fast.model.hf.load."""
-        from spt_fast.model import hf
-
-        return hf.load(folder)
+        """The model in a Hugging Face folder, on the CPU, in the dtype that it is stored in; see spt_fast.model.hf."""
+        config, weights = hf.load(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        return model
 
     def save_hf(self, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None) -> None:
         """Writes a folder that transformers loads; see spt_fast.model.hf.save."""
-        from spt_fast.model import hf
-
-        hf.save(self, folder, tokenizer, dtype)
+        hf.save(self.config, dict(self.named_parameters()), folder, tokenizer, dtype)
 
     def generate(self, tokens: list[int], new_tokens: int, **sampling: Any) -> list[int]:
-        """Samples a continuation; see spt_fast.model.generate.generate."""
-        from spt_fast.model import generate
-
-        return generate.generate(self, tokens, new_tokens, **sampling)
+        """Samples a continuation; `sampling` as of spt_fast.model.generate.generate."""
+        device = self.embedding.device
+        return generate.generate(self, tokens, new_tokens, context=self.config.context, device=device, **sampling)
 
 
 def _keep_products() -> tuple[Any, Any]:
-    """Of a checkpointed block the products of matrices and attention are kept; what is cheap is made again."""
+    """Of a checkpointed block the results of matmuls and attention are kept; what is cheap is recomputed."""
 
     products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.spt_fast.fp8_linear.default)
 
@@ -315,7 +258,6 @@ def _keep_products() -> tuple[Any, Any]:
 def rope_tables(config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [context, Q] of position / theta^(2i/Q), halves repeated, in float32 throughout as in Hugging Face
     Llama."""
-    assert config.head_dim is not None
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     positions = torch.arange(config.context, dtype=torch.float32, device=device)
     angles = torch.outer(positions, 1 / config.rope_theta**exponents).repeat(1, 2)

@@ -1,10 +1,9 @@
-"""Llama and Qwen3 weights in and out of a Hugging Face folder: model.safetensors, config.json, tokenizer files.
+"""Weights in and out of a Hugging Face folder: model.safetensors, config.json, tokenizer files.
 
-The same folder is this project's own form of weights, so that every phase's result loads in transformers as it lies. A
-GPT with QK-norm is a Qwen3, one without is a Llama. Both keep an own head_dim, grouped queries, a tied or own head and
-rope theta; whatever else their configurations allow (scaled RoPE, biases, sliding windows …) is refused by name. The
-attention and feed-forward matrices that a GPT holds fused are the rows of several Hugging Face tensors one below the
-other. Only safetensors are read: a pickle can run code.
+The same folder is this project's own form of weights, so that every phase's result loads in transformers as it lies.
+Which family of transformers a GPT belongs to is in `FAMILIES`, which tensors hold a parameter is in parameters.py.
+Whatever else the families' configurations allow (scaled RoPE, biases, sliding windows …) is refused by
+name. Only safetensors are read: a pickle can run code.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +23,51 @@ from torch import Tensor
 
 from spt_fast.errors import CheckpointError
 from spt_fast.files import sync
-from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.model.config import GPTConfig
+from spt_fast.model.parameters import table
 
 if TYPE_CHECKING:
     from spt_fast.data.tokenizer import Tokenizer
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model in transformers."""
+
+    architecture: str
+    fields: Mapping[str, bool]
+    """What all of its models have in common, by field of a GPTConfig."""
+    head_dim: int | None = None
+    """Where config.json doesn't say; None: width / heads."""
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", {"qk_norm": False}),
+    "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, head_dim=128),
+}
+"""By model_type."""
+
+FIELDS = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn": "intermediate_size",
+    "context": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "tied": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+"""Fields of config.json by those of a GPTConfig that they equal."""
+
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
 
-def load(folder: str | Path) -> GPT:
-    """The model in `folder`, on the CPU, in the dtype that it is stored in (the widest, where they differ).
+def load(folder: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Shape and weights of the model in `folder`: the GPT's parameters by name, on the CPU, in the dtype that they are
+    stored in (float32 where they differ).
 
     CheckpointError: no such folder, no safetensors in it, a damaged or missing file or tensor, or a configuration that
     a GPT can't represent.
@@ -49,49 +82,51 @@ def load(folder: str | Path) -> GPT:
         )
     dtype = stored.pop() if len(stored) == 1 else torch.float32
 
-    with torch.device("meta"):
-        model = GPT(config)
-    state = {}
-    for name, parameter in model.named_parameters():
+    weights = {}
+    for name, parameter in table(config).items():
         parts = []
-        for source, rows in _sources(config, name):
+        for source, rows in parameter.sources.items():
             if source not in tensors:
                 raise CheckpointError(f"{folder}: tensor {source} is missing")
-            part = tensors.pop(source).to(dtype)
-            if part.shape != (rows, *parameter.shape[1:]):
-                raise CheckpointError(
-                    f"{folder}: tensor {source} is {list(part.shape)}; by {CONFIG} it is {[rows, *parameter.shape[1:]]}"
-                )
+            part, shape = tensors.pop(source).to(dtype), [rows, *parameter.shape[1:]]
+            if list(part.shape) != shape:
+                raise CheckpointError(f"{folder}: tensor {source} is {list(part.shape)}; by {CONFIG} it is {shape}")
             parts.append(part)
-        state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        weights[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     # Old files hold the rotary frequencies, which the configuration gives; some hold a tied head as well.
     left = [name for name in tensors if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight"]
     if left:
         raise CheckpointError(f"{folder}: a GPT has no place for tensor {left[0]} ({len(left)} such tensors)")
-    model.load_state_dict(state, assign=True)
-    return model
+    return config, weights
 
 
-def save(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None) -> None:
+def save(
+    config: GPTConfig,
+    weights: Mapping[str, Tensor],
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Writes model.safetensors, config.json and a tokenizer's files, for AutoModelForCausalLM and AutoTokenizer.
 
-    dtype float32, bfloat16 or float16; None keeps the parameters' own. Everything is written and flushed beside the
-    folder and then moved into it, config.json last; other files in the folder are left alone.
+    weights: the GPT's parameters by name. dtype float32, bfloat16 or float16; None keeps the weights' own. Everything
+    is written and flushed beside the folder and then moved into it, config.json last; other files in the folder are
+    left alone.
     """
     folder = Path(folder)
-    dtype = dtype or model.embedding.dtype
+    dtype = dtype or weights["embedding"].dtype
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype: weights can be saved as float32, bfloat16 or float16, not {dtype}")
-    if not model.config.qk_norm and model.config.width % model.config.heads:
+    if not config.qk_norm and config.width % config.heads:
         warnings.warn(
-            f"{folder}: transformers loads no Llama whose {model.config.heads} heads don't divide its width "
-            f"{model.config.width}; GPT.from_hf does",
-            stacklevel=2,
+            f"{folder}: transformers loads no Llama whose {config.heads} heads don't divide its width "
+            f"{config.width}; GPT.from_hf does",
+            stacklevel=3,
         )
     tensors = {}
-    for name, parameter in model.named_parameters():
-        sources = _sources(model.config, name)
-        for (source, _), part in zip(sources, parameter.detach().split([rows for _, rows in sources]), strict=True):
+    for name, parameter in table(config).items():
+        parts = weights[name].detach().split([*parameter.sources.values()])
+        for source, part in zip(parameter.sources, parts, strict=True):
             tensors[source] = part.to(device="cpu", dtype=dtype, copy=True)
 
     temporary = folder.absolute().with_name(f".{folder.absolute().name}.tmp")
@@ -101,8 +136,8 @@ def save(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, dty
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_hf(temporary)
-        config = _to_hf(model.config, dtype, None if tokenizer is None else tokenizer.eos_id)
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        described = _to_hf(config, dtype, None if tokenizer is None else tokenizer.eos_id)
+        (temporary / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
         for file in temporary.iterdir():
             sync(file)
         folder.mkdir(exist_ok=True)
@@ -121,20 +156,19 @@ def read_config(folder: str | Path) -> GPTConfig:
     """The shape that the folder's config.json describes; CheckpointError names what a GPT can't represent."""
     file = Path(folder) / CONFIG
     try:
-        hf = json.loads(file.read_text())
+        hf = {field: value for field, value in json.loads(file.read_text()).items() if value is not None}
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; a Hugging Face model folder has one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
 
     model_type = hf.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{file}: model_type {model_type!r} cannot be represented; {' and '.join(ARCHITECTURES)} can"
-        )
+    if model_type not in FAMILIES:
+        raise CheckpointError(f"{file}: model_type {model_type!r} cannot be represented; {' and '.join(FAMILIES)} can")
+    family = FAMILIES[model_type]
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     refused: dict[str, Callable[[Any], bool]] = {
-        "architectures": lambda names: bool(names) and names != [ARCHITECTURES[model_type]],
+        "architectures": lambda names: bool(names) and names != [family.architecture],
         "attention_bias": bool,
         "mlp_bias": bool,
         "hidden_act": lambda name: name not in (None, "silu", "swish"),
@@ -150,21 +184,16 @@ def read_config(folder: str | Path) -> GPTConfig:
         field, value = next(iter(found.items()))
         raise CheckpointError(f"{file}: {field} {json.dumps(value)} cannot be represented by a GPT")
 
+    unsaid = {
+        "num_key_value_heads": hf.get("num_attention_heads"),
+        "head_dim": family.head_dim,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+    }
     try:
-        return GPTConfig(
-            layers=hf["num_hidden_layers"],
-            width=hf["hidden_size"],
-            heads=hf["num_attention_heads"],
-            kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-            ffn=hf["intermediate_size"],
-            context=hf["max_position_embeddings"],
-            vocab_size=hf["vocab_size"],
-            head_dim=hf.get("head_dim") or (128 if model_type == "qwen3" else None),
-            qk_norm=model_type == "qwen3",
-            tied=hf.get("tie_word_embeddings", False),
-            rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0,
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-        )
+        shape: dict[str, Any] = {ours: (unsaid | hf)[theirs] for ours, theirs in FIELDS.items()}
+        theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
+        return GPTConfig(**shape, **family.fields, rope_theta=theta)
     except KeyError as error:
         raise CheckpointError(f"{file}: {error.args[0]} is missing") from None
     except ValueError as error:
@@ -173,23 +202,18 @@ def read_config(folder: str | Path) -> GPTConfig:
 
 def _to_hf(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) -> dict[str, Any]:
     """config.json, with what transformers 4 and 5 call differently under both names."""
-    model_type = "qwen3" if config.qk_norm else "llama"
+    model_type, family = next(
+        (name, family)
+        for name, family in FAMILIES.items()
+        if all(getattr(config, field) == value for field, value in family.fields.items())
+    )
     return {
-        "architectures": [ARCHITECTURES[model_type]],
+        "architectures": [family.architecture],
         "model_type": model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.ffn,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
         "hidden_act": "silu",
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tied,
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": eos_id,
@@ -197,34 +221,6 @@ def _to_hf(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) -> dict[st
         "dtype": DTYPES[dtype],
         "torch_dtype": DTYPES[dtype],
     }
-
-
-def _sources(config: GPTConfig, name: str) -> list[tuple[str, int]]:
-    """The Hugging Face tensors, with their numbers of rows, that stand one below the other in the parameter `name`."""
-    D, F, Q = config.width, config.ffn, config.head_dim
-    assert Q is not None
-    q_rows, kv_rows = config.heads * Q, config.kv_heads * Q
-    top = {
-        "embedding": ("model.embed_tokens", config.vocab_size),
-        "final_norm": ("model.norm", D),
-        "head": ("lm_head", config.vocab_size),
-    }
-    if name in top:
-        source, rows = top[name]
-        return [(f"{source}.weight", rows)]
-    _, layer, field = name.split(".")
-    attention, mlp = "self_attn.{}_proj", "mlp.{}_proj"
-    block = {
-        "attention_norm": [("input_layernorm", D)],
-        "wqkv": [(attention.format("q"), q_rows), (attention.format("k"), kv_rows), (attention.format("v"), kv_rows)],
-        "q_norm": [("self_attn.q_norm", Q)],
-        "k_norm": [("self_attn.k_norm", Q)],
-        "wo": [(attention.format("o"), D)],
-        "ffn_norm": [("post_attention_layernorm", D)],
-        "w_gate_up": [(mlp.format("gate"), F), (mlp.format("up"), F)],
-        "w_down": [(mlp.format("down"), D)],
-    }
-    return [(f"model.layers.{layer}.{source}.weight", rows) for source, rows in block[field]]
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

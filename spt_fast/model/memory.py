@@ -32,8 +32,8 @@ Where a step has several micro-batches, the gradients of the earlier ones are th
 Activations are what autograd keeps. Per token and layer: 4 D (both norms' results and what they normalised), (H + 2K) Q
 of the projection, (H + K) Q rotated, H Q of attention, 3 F (gate, up, their product), all of a bytes, and a few float32
 numbers; once 2 D. Where blocks are checkpointed "full" each keeps its 2 D inputs, "selective" besides the results of
-its products of matrices and of attention; the block in its backward pass is there whole. On a CPU without a kernel for
-it, documents cost a mask of T x T a sequence and layer.
+its matmuls and of attention; the block in its backward pass is there whole. On a CPU without a kernel for it, documents
+cost a mask of T x T a sequence and layer.
 
 Left out: what CUDA itself, cuBLAS and NCCL hold (0.5 to 2 GB), the allocator's rounding and fragments, evaluation
 (less than a step).
@@ -44,8 +44,9 @@ from __future__ import annotations
 import torch
 
 from spt_fast.kernels import attention_cpu, cross_entropy
-from spt_fast.model.flops import block_matrices, head_dim, parameters
-from spt_fast.model.gpt import GPTConfig
+from spt_fast.model.config import GPTConfig
+from spt_fast.model.flops import block_matrices, parameters
+from spt_fast.model.parameters import table
 
 CHECKPOINTING = ("none", "selective", "full")
 DISTRIBUTIONS = (
@@ -111,7 +112,7 @@ def memory_bytes(
     kept, whole = _of_a_block(config, dtype, device, checkpointing, documents, context)
     kept, whole = tokens * kept, tokens * max(kept, whole)
     x, activation = tokens * D * a, tokens * 2 * F * a
-    once = x + 16 * tokens * micro_batches + 8 * head_dim(config) * (context + (tokens if documents else 0))
+    once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (context + (tokens if documents else 0))
     logits = _chunk_of_logits(tokens, V, dtype, device) + (a * head if device == "cpu" and a < 4 else 0)
     moments = {
         "loss": (before, once + L * kept + x, 4 * head + x + logits),
@@ -148,7 +149,7 @@ def _what_stays(
     gradients, own = 4 * learning // gradients_of, a * P // parameters_of
     host = gathered = 0
     if offload != "none":
-        largest = a * max(head, 2 * config.ffn * config.width)
+        largest = a * max(row.size for row in table(config).values())
         host, optimizer = optimizer + 4 * learning // world, 0
         if stage < 3:  # gradients on their way to the update and parameters on their way back, in the compute dtype
             host += 2 * a * learning // world + largest
@@ -174,7 +175,7 @@ def _of_a_block(
     config: GPTConfig, dtype: torch.dtype, device: str, checkpointing: str, documents: bool, context: int
 ) -> tuple[int, int]:
     """Bytes a token that a block keeps until its backward pass, and that it has in it."""
-    D, H, K, Q, F, a = config.width, config.heads, config.kv_heads, head_dim(config), config.ffn, dtype.itemsize
+    D, H, K, Q, F, a = config.width, config.heads, config.kv_heads, config.head_dim, config.ffn, dtype.itemsize
     projected, rotated, attended = (H + 2 * K) * Q, (H + K) * Q, H * Q
     whole = a * (4 * D + projected + rotated + attended + 3 * F) + 4 * (H + 2)
     results = a * (4 * D + projected + attended + 2 * F) + 4 * H

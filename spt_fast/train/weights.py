@@ -31,7 +31,7 @@ def load_model(path: Path) -> GPT:
     """The model at `path`, fp32 on the CPU; of a run, what its last finished phase handed on."""
     path = locate(path)
     if not (path / "manifest.json").exists():
-        return hf.load(path).float()
+        return GPT.from_hf(path).float()
     state = checkpoint.read(path)
     return assemble(GPTConfig(**state["model"]), checkpoint.load(path)["current"])
 

@@ -135,7 +135,6 @@ def test_8b_on_the_meta_device_costs_nothing() -> None:
 def plain_forward(model: GPT, tokens_BT: Tensor) -> Tensor:
     """The same network from its textbook description: separate additions and norms, explicit heads and mask."""
     c = model.config
-    assert c.head_dim is not None
     B, T = tokens_BT.shape
     Q = c.head_dim
     angles = torch.outer(torch.arange(T), c.rope_theta ** -(torch.arange(0, Q, 2) / Q)).to(model.embedding.dtype)

@@ -1,0 +1,72 @@
+"""The shape of a GPT: each field with its parser, from which a recipe's `model:` section is made too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from spt_fast.errors import RecipeError, invalid, nearest
+from spt_fast.fields import boolean, integer, number, optional, setting
+from spt_fast.model.presets import PRESETS
+
+_count = integer(1)
+_positive: Callable[[object, str], float] = number(0.0, open_low=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape of a GPT. RecipeError (a ValueError) names the field that is wrong."""
+
+    layers: int = setting(_count)
+    width: int = setting(_count)
+    heads: int = setting(_count)
+    kv_heads: int = setting(_count)
+    """Key/value heads; a divisor of heads. Fewer than heads is grouped-query attention."""
+    head_dim: int = setting(optional(_count), None)
+    """Width of one head, an even number. None: width / heads, which is what the field then holds."""
+    ffn: int = setting(_count)
+    """Inner width of the SwiGLU."""
+    context: int = setting(_count)
+    """The longest sequence, in tokens; a training window has as many."""
+    vocab_size: int = setting(_count)
+    """Rows of the embedding. A recipe that leaves it out gets the tokenizer's vocabulary, rounded up to a multiple of
+    64."""
+    qk_norm: bool = setting(boolean, False)
+    """RMSNorm of every query and key head, before RoPE (Qwen3)."""
+    tied: bool = setting(boolean, True)
+    """The head is the embedding."""
+    rope_theta: float = setting(_positive, 10_000.0)
+    norm_eps: float = setting(_positive, 1e-6)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            where, value = f"model.{item.name}", getattr(self, item.name)
+            if isinstance(value, str):  # the parsers read numbers from text, as YAML needs it
+                raise RecipeError(invalid(where, value, "give a value that is not text"))
+            object.__setattr__(self, item.name, item.metadata["parse"](value, where))
+        if self.heads % self.kv_heads:
+            raise RecipeError(invalid("model.kv_heads", self.kv_heads, f"a divisor of heads ({self.heads})"))
+        if self.head_dim is None:
+            if self.width % self.heads:
+                raise RecipeError(
+                    invalid("model.heads", self.heads, f"a divisor of width ({self.width}); or give head_dim as well")
+                )
+            object.__setattr__(self, "head_dim", self.width // self.heads)
+        if self.head_dim % 2:
+            raise RecipeError(invalid("model.head_dim", self.head_dim, "an even whole number"))
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GPTConfig:
+        """The shape that `name` stands for, at the vocabulary it is named for unless vocab_size is given.
+
+        Overrides replace single fields; where they change width or heads, head_dim is width / heads again unless given.
+        RecipeError for an unknown name or field.
+        """
+        if name not in PRESETS:
+            raise RecipeError(invalid("model.preset", name, nearest(name, PRESETS)))
+        known = {field.name for field in fields(cls)}
+        for field in overrides:
+            if field not in known:
+                raise RecipeError(f"model.{field}: unknown key; {nearest(field, known)}")
+        return cls(**{**PRESETS[name], **overrides})

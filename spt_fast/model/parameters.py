@@ -1,0 +1,95 @@
+"""The table of a GPT's parameters, from which all else about them follows.
+
+That is: construction and initial values (gpt.py), counts, FLOPs and memory (flops.py, memory.py), the tensors of a
+Hugging Face folder (hf.py), and what the optimizer decays. A parameter that a GPT holds fused is the rows of several
+Hugging Face tensors, one below the other.
+
+Legend: D width, F feed-forward width, Q head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from spt_fast.model.config import GPTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What a parameter is: its initial values (normal, or all alike where std is 0) and what becomes of it."""
+
+    mean: float = 0.0
+    std: float = 0.0
+    decayed: bool = False
+    """Weight decay applies."""
+    multiplies: bool = False
+    """It multiplies every token: a matmul of 2 FLOPs a parameter and token in the forward pass."""
+
+
+MATRIX = Kind(std=0.02, decayed=True, multiplies=True)
+LOOKUP = Kind(std=0.02, decayed=True)
+NORM = Kind(mean=1.0)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the model or of a block."""
+
+    name: str
+    kind: Kind
+    sources: Mapping[str, int]
+    """Rows by Hugging Face tensor, from top to bottom."""
+    columns: int | None = None
+    """None for a vector."""
+    present: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = sum(self.sources.values())
+        return (rows,) if self.columns is None else (rows, self.columns)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def of_block(config: GPTConfig) -> tuple[Parameter, ...]:
+    """What each block holds, or could hold, in its order; sources are relative to the layer."""
+    D, F, Q = config.width, config.ffn, config.head_dim
+    q, kv = config.heads * Q, config.kv_heads * Q
+    # The two projections into the residual stream begin smaller, as in GPT-2.
+    into_stream = replace(MATRIX, std=MATRIX.std / math.sqrt(2 * config.layers))
+    qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+    return (
+        Parameter("attention_norm", NORM, {"input_layernorm.weight": D}),
+        Parameter("wqkv", MATRIX, {f"{projection}.weight": rows for projection, rows in qkv.items()}, D),
+        Parameter("q_norm", NORM, {"self_attn.q_norm.weight": Q}, present=config.qk_norm),
+        Parameter("k_norm", NORM, {"self_attn.k_norm.weight": Q}, present=config.qk_norm),
+        Parameter("wo", into_stream, {"self_attn.o_proj.weight": D}, q),
+        Parameter("ffn_norm", NORM, {"post_attention_layernorm.weight": D}),
+        Parameter("w_gate_up", MATRIX, {"mlp.gate_proj.weight": F, "mlp.up_proj.weight": F}, D),
+        Parameter("w_down", into_stream, {"mlp.down_proj.weight": D}, F),
+    )
+
+
+def around_blocks(config: GPTConfig) -> tuple[Parameter, ...]:
+    """What the model holds, or could hold, beside its blocks."""
+    D, V = config.width, config.vocab_size
+    return (
+        Parameter("embedding", LOOKUP, {"model.embed_tokens.weight": V}, D),
+        Parameter("final_norm", NORM, {"model.norm.weight": D}),
+        Parameter("head", MATRIX, {"lm_head.weight": V}, D, present=not config.tied),
+    )
+
+
+def table(config: GPTConfig) -> dict[str, Parameter]:
+    """Every parameter of the model by its full name, in the model's order."""
+    rows = {row.name: row for row in around_blocks(config) if row.present}
+    for layer in range(config.layers):
+        for row in of_block(config):
+            if row.present:
+                sources = {f"model.layers.{layer}.{source}": count for source, count in row.sources.items()}
+                rows[f"blocks.{layer}.{row.name}"] = replace(row, sources=sources)
+    return rows
