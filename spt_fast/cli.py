@@ -9,15 +9,16 @@ import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from spt_fast import __version__
 from spt_fast.errors import FailedElsewhere, SptError
+from spt_fast.printing import print_facts, print_table
 
 app = typer.Typer(
     help="Specialized pretraining: decide how much domain data goes into pretraining, then train that model fast.",
@@ -78,26 +79,6 @@ def _print_json(data: Any) -> None:
     print(json.dumps(data, indent=1))
 
 
-def _print_table(title: str, columns: list[str], rows: list[list[Any]], *, show_header: bool = True) -> None:
-    table = Table(*columns, title=title, title_justify="left", show_header=show_header)
-    for row in rows:
-        table.add_row(
-            *(
-                f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
-                for cell in row
-            )
-        )
-    out.print(table)
-
-
-def _print_facts(title: str, facts: dict[str, Any]) -> None:
-    rows: list[list[Any]] = []
-    for key, value in facts.items():
-        nested = value.items() if isinstance(value, dict) else [("", value)]
-        rows += [[f"{key} {inner}".replace("_", " ").strip(), leaf] for inner, leaf in nested if leaf is not None]
-    _print_table(title, ["", ""], rows, show_header=False)
-
-
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -155,7 +136,7 @@ def prepare(
         skip_bad=skip_bad,
         workers=workers,
     )
-    _print_json(summary) if as_json else _print_facts(str(out_prefix), summary)
+    _print_json(summary) if as_json else print_facts(out, str(out_prefix), summary)
 
 
 @app.command()
@@ -176,7 +157,7 @@ def inspect(
     from spt_fast.data.inspection import inspect as inspect_dataset
 
     facts = inspect_dataset(prefix, dtype=dtype, verify=verify, overlap=overlap, divergence=divergence)
-    _print_json(facts) if as_json else _print_facts(str(prefix), facts)
+    _print_json(facts) if as_json else print_facts(out, str(prefix), facts)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -226,11 +207,12 @@ def plan(
         for phase in phases
         for source, figures in phase["sources"].items()
     ]
-    _print_table(str(recipe), ["phase", "steps", "source", "share", "tokens", "epochs asked", "epochs"], rows)
+    print_table(out, str(recipe), ["phase", "steps", "source", "share", "tokens", "epochs asked", "epochs"], rows)
     times, ways, left_out = (price.pop(key) for key in ("times", "ways", "left_out"))
     columns = ["phase", "arms", "tokens", "step_s", "hours", "evaluation_hours"]
-    _print_table("time", columns, [[_known(time[column]) for column in columns] for time in times])
-    _print_table(
+    print_table(out, "time", columns, [[time[column] for column in columns] for time in times])
+    print_table(
+        out,
         f"memory of each of {gpus} × {machine.name or machine.device} (→ this recipe, ✗ doesn't fit)",
         ["ZeRO", "offload", *(f"checkpointing {way['checkpointing']}" for way in ways[:3]), "host"],
         [
@@ -238,21 +220,18 @@ def plan(
             for (stage, offload), three in _by_distribution(ways).items()
         ],
     )
-    _print_table(
+    print_table(
+        out,
         "hours by checkpointing",
         ["checkpointing", "step_s", "hours", "cost"],
-        [[_known(way[key]) for key in ("checkpointing", "step_s", "hours", "cost")] for way in ways[:3]],
+        [[way[key] for key in ("checkpointing", "step_s", "hours", "cost")] for way in ways[:3]],
     )
     parts = next(way["bytes"] for way in ways if way["recipe"])
     facts = {
         "memory": {part: _size(size) for part, size in parts.items()},
         "left out of the hours": "; ".join(left_out),
     }
-    _print_facts("the model and its cost", price | facts)
-
-
-def _known(figure: Any) -> Any:
-    return "n/a" if figure is None else figure
+    print_facts(out, "the model and its cost", price | facts)
 
 
 def _size(size_bytes: float) -> str:
@@ -293,7 +272,7 @@ def train(
         if not _is_first():
             return
         rows = [[_size(value) if key.endswith("bytes") else value for key, value in step.items()] for step in steps]
-        _print_table("dry run", [key.removesuffix("_bytes") for key in steps[0]], rows)
+        print_table(out, "dry run", [key.removesuffix("_bytes") for key in steps[0]], rows)
         out.print(f"all phases at this pace: {sum(step['hours'] for step in steps):,.4g} hours")
         return
     summary = run(loaded, resume=resume)
@@ -308,7 +287,7 @@ def train(
         for name, phase in summary["phases"].items()
         for source, loss in phase["heldout"].items()
     ]
-    _print_table(loaded.run, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
+    print_table(out, loaded.run, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
 
 
 @app.command("eval")
@@ -329,7 +308,7 @@ def evaluate(
         [prefix, r["loss"], r["perplexity"], r["bits_per_byte"] or "n/a", r["tokens"], r["bytes"] or "n/a"]
         for prefix, r in results.items()
     ]
-    _print_table(str(weights), ["dataset", "loss", "perplexity", "bits per byte", "tokens", "bytes"], rows)
+    print_table(out, str(weights), ["dataset", "loss", "perplexity", "bits per byte", "tokens", "bytes"], rows)
 
 
 @app.command()
@@ -348,7 +327,7 @@ def audit(
         if source is None:
             raise typer.BadParameter("--document needs --source: documents are counted within a source")
         facts = audit_document(run, source, document)
-        _print_json(facts) if as_json else _print_facts(f"{source}, document {document}", facts)
+        _print_json(facts) if as_json else print_facts(out, f"{source}, document {document}", facts)
         return
     sources = audit_run(run)
     if source is not None:
@@ -359,8 +338,8 @@ def audit(
         _print_json(sources)
         return
     columns = ["windows", "tokens", "epochs", "min_visits", "max_visits"]
-    _print_table(
-        str(run), ["source", *columns], [[name, *(facts[c] for c in columns)] for name, facts in sources.items()]
+    print_table(
+        out, str(run), ["source", *columns], [[name, *(facts[c] for c in columns)] for name, facts in sources.items()]
     )
 
 
@@ -380,8 +359,8 @@ def checkpoint_list(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json
     found = [
         {"name": path.name, "bytes": sum(f.stat().st_size for f in path.iterdir())} for path in _checkpoints_of(run)
     ]
-    _print_json(found) if as_json else _print_table(
-        str(run), ["checkpoint", "bytes"], [[c["name"], c["bytes"]] for c in found]
+    _print_json(found) if as_json else print_table(
+        out, str(run), ["checkpoint", "bytes"], [[c["name"], c["bytes"]] for c in found]
     )
 
 
@@ -398,7 +377,7 @@ def checkpoint_verify(run: Annotated[Path, typer.Argument(metavar="RUN")], as_js
             verdicts[path.name] = "whole"
         except CheckpointError as error:
             verdicts[path.name] = str(error)
-    _print_json(verdicts) if as_json else _print_facts(str(run), verdicts)
+    _print_json(verdicts) if as_json else print_facts(out, str(run), verdicts)
     if any(verdict != "whole" for verdict in verdicts.values()):
         raise typer.Exit(2)
 
@@ -474,7 +453,8 @@ def sweep(
         at_a_time = here.jobs if gpu is None else jobs or 1
         share = None if mfu is None else float(parse_share(mfu, "--mfu"))
         costs = sweeping.costs(loaded, jobs=at_a_time, gpu=gpu, mfu=share)
-        _print_costs(loaded.study, costs, at_a_time, per_gpu_hour, as_json=as_json)
+        price = sweeping.Price.of(costs, jobs=at_a_time, per_gpu_hour=per_gpu_hour)
+        _print_json(price.as_json()) if as_json else sweeping.print_price(price, loaded.study, out)
         return
     if (gpu, mfu, per_gpu_hour) != (None, None, None):
         raise typer.BadParameter("--gpu, --mfu and --price say what a study would take: add --dry-run")
@@ -483,44 +463,13 @@ def sweep(
         options = sweeping.cluster_options(cluster_options or [])
         workers = Cluster(cluster, loaded.folder / "jobs", jobs=jobs or len(runs), options=options)
     table, outcome = sweeping.sweep(loaded, Console(stderr=True, highlight=False), workers=workers)
-    facts = {
-        "runs": len(runs),
-        "done": int((table["status"] == "done").groupby(table["run"]).any().sum()),
-        "failed": {path.stem: said for path, said in outcome.failed.items()},
-        "left out, as they start from failed ones": len(outcome.skipped),
-        "table": str(loaded.folder / "table.parquet"),
-    }
-    _print_json(facts) if as_json else _print_facts(loaded.study, facts)
+    facts = sweeping.facts_of(loaded, len(runs), table, outcome)
+    _print_json(facts) if as_json else print_facts(out, loaded.study, facts)
     if outcome.interrupted:
         print("spt-fast: stopped; what was under way is saved: run the same line again to go on", file=sys.stderr)
         raise typer.Exit(75)
     if outcome.failed:
         raise typer.Exit(1)
-
-
-def _print_costs(name: str, costs: list[Any], jobs: int, per_gpu_hour: float | None, *, as_json: bool) -> None:
-    hours = None if any(cost.hours is None for cost in costs) else sum(cost.hours for cost in costs)
-    total = {
-        "runs": sum(cost.runs for cost in costs),
-        "done": sum(cost.done for cost in costs),
-        "tokens": sum(cost.tokens for cost in costs),
-        "flops": sum(cost.flops for cost in costs),
-        "hours": hours,
-    }
-    facts = {
-        "at a time": jobs,
-        "hours until all are done": None if hours is None else hours / jobs,
-        "cost": None if hours is None or per_gpu_hour is None else hours * per_gpu_hour,
-    }
-    if as_json:
-        _print_json({"stages": [vars(cost) for cost in costs], "total": total, "jobs": jobs, "cost": facts["cost"]})
-        return
-    columns = list(total)
-    rows = [[cost.stage, *(_known(getattr(cost, column)) for column in columns)] for cost in costs]
-    _print_table(
-        f"{name}: what is left to train", ["stage", *columns], [*rows, ["in all", *map(_known, total.values())]]
-    )
-    _print_facts("", facts)
 
 
 @app.command()
@@ -650,28 +599,10 @@ def reweight(
 
     loaded = load_recipe(recipe, overrides or ())
     result = doge.reweight(loaded, out_folder or Path(f"{loaded.run}-reweight"), target=target, resume=resume)
-    if result["status"] == "stopped":
-        print(f"spt-fast: stopped by {result['reason']}; saved: run again with --resume to go on", file=sys.stderr)
+    if isinstance(result, doge.Stopped):
+        print(f"spt-fast: stopped by {result.reason}; saved: run again with --resume to go on", file=sys.stderr)
         raise typer.Exit(75)
-    if as_json:
-        _print_json(result)
-        return
-    columns = ["weights", "scores", "clipped"]
-    first, last = (result["trajectory"][i]["losses"] for i in (0, -1))
-    _print_table(
-        str(recipe),
-        ["source", "weight", "mean score", "clipped", "epochs", "first loss", "last loss"],
-        [
-            [source, *(result[c].get(source, "target") for c in columns), epochs, first[source], last[source]]
-            for source, epochs in result["epochs"].items()
-        ],
-    )
-    out.print(
-        f"reach {result['reach']:.3g} (the paper's: {result['published_reach']:.3g}): with less, shares stay nearer to "
-        "equal",
-        soft_wrap=True,
-    )
-    out.print(doge.mixture_line(result), soft_wrap=True)
+    _print_json(asdict(result)) if as_json else doge.print_reweighting(result, str(recipe), out)
 
 
 # ------------------------------------------------------------------------------------------------ weights in and out
@@ -726,4 +657,4 @@ def kernels(as_json: Json = False) -> None:
     from spt_fast.kernels import chosen_backends
 
     chosen = chosen_backends()
-    _print_json(chosen) if as_json else _print_facts("kernels", chosen)
+    _print_json(chosen) if as_json else print_facts(out, "kernels", chosen)

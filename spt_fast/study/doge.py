@@ -31,8 +31,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ import numpy as np
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from spt_fast.config import Recipe, recipe_from
@@ -49,14 +48,16 @@ from spt_fast.data.loader import Batch, Loader
 from spt_fast.data.mixture import Mixture
 from spt_fast.data.schedule import Schedule
 from spt_fast.errors import CheckpointError, RecipeError, nearest
-from spt_fast.files import is_temporary, write_text
+from spt_fast.files import write_text
 from spt_fast.model.flops import parameters
+from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Checkpoint, Retention
 from spt_fast.train.engine import LocalEngine, pick_device, pick_dtype, use_deterministic_algorithms, weights_of
+from spt_fast.train.folder import is_begun
 from spt_fast.train.loop import MAX_SKIPPED_IN_A_ROW
 from spt_fast.train.lr import learning_rate
-from spt_fast.train.metrics import PLAIN_LINE_EVERY_S
+from spt_fast.train.metrics import Display
 from spt_fast.train.optim import Snapshot
 from spt_fast.train.plan import Plan, make_plan
 from spt_fast.train.signals import StopRequest
@@ -70,41 +71,123 @@ PUBLISHED_RATES = 2.975
 """Σ η of the authors' configuration: 10,000 steps, 500 of them warm-up to 5e-4, then a cosine to 1e-4."""
 
 
+@dataclass(frozen=True)
+class Point:
+    """A step of the trajectory: weights and scores by source, losses (nats per token) of the target too."""
+
+    step: int
+    lr: float
+    weights: dict[str, float]
+    scores: dict[str, float]
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the weights depend on."""
+
+    parameters: int
+    steps: int
+    tokens_per_source: int
+    mu: float
+    score_limit: float
+    lr: float
+    clip: float | None
+    seed: int
+    precision: str
+    device: str
+    data: dict[str, str]
+    """Digests, by the recipe's path to the dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reweighting:
+    """What weights.json says. Mappings are by source; of the target there are epochs and losses only."""
+
+    status: str = "done"
+    target: str | None
+    weights: dict[str, float]
+    """The averages over all steps."""
+    mixture: dict[str, str]
+    """The same in percent, rounded to tenths that sum to 100 exactly, as a recipe takes it."""
+    last_weights: dict[str, float]
+    scores: dict[str, float]
+    """Their means before clipping."""
+    clipped: dict[str, float]
+    """The share of steps in which a score was."""
+    reach: float
+    published_reach: float
+    """That of the authors' configuration."""
+    epochs: dict[str, float]
+    """That were read of each source."""
+    settings: Settings
+    skipped: int
+    """Steps whose gradients weren't finite."""
+    seconds: float
+    trajectory: list[Point]
+    """The first and last step, and every `log.every`."""
+
+    @classmethod
+    def read(cls, path: Path) -> Reweighting:
+        """From weights.json."""
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        points = [Point(**point) for point in raw["trajectory"]]
+        return cls(**raw | {"settings": Settings(**raw["settings"]), "trajectory": points})
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A signal has ended the run after a checkpoint."""
+
+    reason: str | None
+    """Which one."""
+
+
 def reweight(
     recipe: Recipe, out: Path, *, target: str | None = None, resume: bool = False, progress: bool = True
-) -> dict[str, Any]:
-    """Learn weights for the sources of the recipe's first phase (less the target); returns weights.json as a dict.
+) -> Reweighting | Stopped:
+    """Learn weights for the sources of the recipe's first phase (less the target); also written as OUT/weights.json.
 
-    `weights`: the average weight by source; `mixture`: the same in percent, rounded to tenths that sum to 100 exactly,
-    as a recipe takes it; `last_weights`; `scores`: their means before clipping; `clipped`: the share of steps in which
-    a score was; `reach` and that of the authors' configuration, `published_reach`; `epochs` that were read of each
-    source; `settings`; `skipped` steps, whose gradients weren't finite; `seconds`; `trajectory`: step, lr, weights,
-    scores and losses (nats per token) of the first and last step and every `log.every`.
-
-    SIGTERM, SIGINT or SIGUSR1 end it after a checkpoint with {"status": "stopped", "reason": …}; `resume` goes on from
-    there to the same bits, or starts afresh where there is nothing to go on from. Raises RecipeError, DataError or
-    CheckpointError for what a user can mend.
+    SIGTERM, SIGINT or SIGUSR1 end it after a checkpoint; `resume` goes on from there to the same bits, or starts afresh
+    where there is nothing to go on from. Raises RecipeError, DataError or CheckpointError for what a user can mend.
     """
     sources = _sources(recipe, target)
     if recipe.engine.deterministic:
         use_deterministic_algorithms()
-    finished = _check_folder(out, recipe, target, resume)
-    if finished:
-        return finished
+    begun, done = out / "reweight.json", out / "weights.json"
+    if is_begun(out, "out", begun.name, lambda: _changes(begun, recipe, target), resume=resume) and done.exists():
+        with _readable(out):
+            return Reweighting.read(done)
     plan = make_plan(recipe)
     found = checkpoint.newest(out / "checkpoints") if resume else None
     if found:
         plan.check_same_data(found.state["data"], found.path)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "reweight.json", json.dumps({"recipe": recipe.plain(), "target": target}, indent=1))
-    with StopRequest() as stop:
-        study = _Study(plan, sources, target, out, found, Console(quiet=not progress, stderr=True))
+    write_text(begun, json.dumps({"recipe": recipe.plain(), "target": target}, indent=1))
+    with StopRequest() as stop, closing(Display(progress)) as display:
+        study = _Study(plan, sources, target, out, found, display)
         if not study.run(stop):
-            return {"status": "stopped", "reason": stop.signal}
+            return Stopped(stop.signal)
     result = study.result()
-    write_text(out / "weights.json", json.dumps(result, indent=1))
+    write_text(done, json.dumps(asdict(result), indent=1))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the proxy model has served its purpose
     return result
+
+
+def _changes(begun: Path, recipe: Recipe, target: str | None) -> list[str]:
+    """What is asked for now and wasn't when the folder was begun."""
+    with _readable(begun.parent):
+        before = json.loads(begun.read_text(encoding="utf-8"))
+        retargeted = [f"target: {before['target']} → {target}"] if before["target"] != target else []
+        return recipe_from(before["recipe"]).changes(recipe) + retargeted
+
+
+@contextmanager
+def _readable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{out}: is damaged ({error}); choose another folder to start afresh") from None
 
 
 def alignments(gram: np.ndarray, *, target: bool) -> np.ndarray:
@@ -131,15 +214,15 @@ def percentages(weights: Mapping[str, float]) -> dict[str, str]:
     return {source: f"{parts // 10}.{parts % 10}%" for source, parts in tenths.items()}
 
 
-def mixture_line(result: Mapping[str, Any]) -> str:
+def mixture_line(mixture: Mapping[str, str]) -> str:
     """A line of YAML for the phase of a recipe: `mixture: {general: 61.2%, web: 38.8%}`."""
-    flow = yaml.safe_dump(result["mixture"], default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+    flow = yaml.safe_dump(dict(mixture), default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
     return f"mixture: {flow.strip()}"
 
 
 def _sources(recipe: Recipe, target: str | None) -> list[str]:
     if target is not None and target not in recipe.sources:
-        raise RecipeError(f"--target: no source {target!r}; {nearest(target, recipe.sources)}")
+        raise RecipeError(f"target: no source {target!r}; {nearest(target, recipe.sources)}")
     phase = recipe.phases[0]
     if phase.freeze != "none":
         raise RecipeError(f"phases[{phase.name}].freeze: scores are of whole gradients; leave it out")
@@ -151,34 +234,6 @@ def _sources(recipe: Recipe, target: str | None) -> list[str]:
             "some (their shares don't matter here)"
         )
     return sources
-
-
-def _check_folder(out: Path, recipe: Recipe, target: str | None, resume: bool) -> dict[str, Any] | None:
-    """Refuse to overwrite anything, or to go on with something else; the result of one that is done."""
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"--out: {out} is a file; choose another name")
-    begun = out / "reweight.json"
-    if not begun.exists():
-        if out.exists() and not all(is_temporary(path) for path in out.iterdir()):
-            raise RecipeError(f"--out: folder {out} exists and holds no reweighting; choose another name or empty it")
-        return None
-    if not resume:
-        raise RecipeError(f"--out: folder {out} exists; add --resume to go on with it, or choose another name")
-    try:
-        before = json.loads(begun.read_text(encoding="utf-8"))
-        changes = recipe_from(before["recipe"]).changes(recipe)
-        if before["target"] != target:
-            changes.append(f"--target: {before['target']} → {target}")
-        done = out / "weights.json"
-        finished = json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{out}: is damaged ({error}); choose another folder to start afresh") from None
-    if changes:
-        listed = "\n  ".join(changes)
-        raise RecipeError(
-            f"--out: folder {out} was begun with another recipe; undo this or choose another:\n  {listed}"
-        )
-    return finished
 
 
 @dataclass
@@ -195,7 +250,12 @@ class _State:
     """Steps that changed the weights: all but those with a gradient that is not finite."""
     skipped_in_a_row: int = 0
     seconds: float = 0.0
-    trajectory: list[dict[str, Any]] = field(default_factory=list)
+    trajectory: list[Point] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> _State:
+        """From a checkpoint."""
+        return cls(**saved | {"trajectory": [Point(**point) for point in saved["trajectory"]]})
 
     @classmethod
     def uniform(cls, sources: int) -> _State:
@@ -253,20 +313,20 @@ class _Study:
     """The steps of a reweighting, from where the newest checkpoint stands."""
 
     def __init__(
-        self, plan: Plan, sources: list[str], target: str | None, out: Path, found: Checkpoint | None, console: Console
+        self, plan: Plan, sources: list[str], target: str | None, out: Path, found: Checkpoint | None, display: Display
     ) -> None:
-        self.plan, self.sources, self.target, self.console = plan, sources, target, console
+        self.plan, self.sources, self.target, self.display = plan, sources, target, display
         self.rows = sources if target is None else [*sources, target]
         self.phase = plan.phases[0]
         self.mu = MU_UNIVERSAL if target is None else MU_TARGET
         self.state, self.saved_step = _State.uniform(len(sources)), -1
         self.dtype, current = pick_dtype(plan.recipe.precision, pick_device()), None
         if found:
-            self.state = _State(**found.state["study"])
+            self.state = _State.of(found.state["study"])
             self.saved_step = self.state.step
             self.dtype, current = getattr(torch, found.state["dtype"]), checkpoint.load(found.path)["current"]
             for path, reason in found.skipped.items():
-                console.print(f"skipped a damaged checkpoint: {reason}", highlight=False, soft_wrap=True)
+                display.say(f"skipped a damaged checkpoint: {reason}")
                 checkpoint.set_aside(path)
         self.proxy = _Proxy(plan, len(self.rows), self.dtype, current)
         self.writer = checkpoint.Writer(out / "checkpoints", ALONE, Retention(plan.recipe.checkpoint.keep))
@@ -275,9 +335,9 @@ class _Study:
         """All steps that are left; False, with a checkpoint written, where it was asked to stop."""
         state, steps, recipe = self.state, self.phase.steps, self.plan.recipe
         save_every = recipe.checkpoint.every.steps(self.phase.tokens_per_step, steps)
-        began, seconds_before, first = time.monotonic(), state.seconds, state.step
-        finished = True
-        with ExitStack() as open_, _Display(self.console, steps) as display:
+        began, seconds_before, finished = time.monotonic(), state.seconds, True
+        self.display.begin("reweight", state.step, steps)
+        with ExitStack() as open_:
             loaders = [open_.enter_context(self._loader(source)) for source in self.rows]
             for turns in zip(*loaders, strict=True):
                 measured = self.proxy.measure([micro_batches for _, micro_batches in turns], stop)
@@ -286,12 +346,14 @@ class _Study:
                     break
                 self._advance(*measured)
                 state.seconds = seconds_before + time.monotonic() - began
-                display.show(state.step, first, state.seconds - seconds_before, self._by_source(state.weights))
+                self.display.advance(state.step)
+                self.display.show(
+                    state.step, " ".join(f"{k} {w:.1%}" for k, w in self._by_source(state.weights).items())
+                )
                 if state.step % save_every == 0 and state.step < steps:
                     self._save()
-        if (
-            not finished and state.step != self.saved_step
-        ):  # else the only copy of this place would be replaced by itself
+        # the only copy of this place is not replaced by itself
+        if not finished and state.step != self.saved_step:
             self._save()
         self.writer.finish()
         return finished
@@ -325,15 +387,9 @@ class _Study:
         state.clipped = (np.array(state.clipped) + (scores != kept)).tolist()
         log_every = self.plan.recipe.log.every.steps(self.phase.tokens_per_step, self.phase.steps)
         if state.counted == 1 or state.step == self.phase.steps or state.step % log_every == 0:
-            state.trajectory.append(
-                {
-                    "step": state.step,
-                    "lr": lr,
-                    "weights": self._by_source(state.weights),
-                    "scores": self._by_source((lr * scores).tolist()),
-                    "losses": dict(zip(self.rows, losses.tolist(), strict=True)),
-                }
-            )
+            by_row = dict(zip(self.rows, losses.tolist(), strict=True))
+            scored = self._by_source((lr * scores).tolist())
+            state.trajectory.append(Point(state.step, lr, self._by_source(state.weights), scored, by_row))
 
     def _loader(self, source: str) -> Loader:
         plan, sequences = self.plan, self.phase.phase.batch.sequences
@@ -362,72 +418,54 @@ class _Study:
     def _by_source(self, values: Sequence[float], divisor: float = 1) -> dict[str, float]:
         return {source: value / divisor for source, value in zip(self.sources, values, strict=True)}
 
-    def result(self) -> dict[str, Any]:
-        """What weights.json says."""
+    def result(self) -> Reweighting:
         state, phase, by_source = self.state, self.phase, self._by_source
         windows = state.step * phase.phase.batch.sequences
         weights = by_source(state.weight_sums, sum(state.weight_sums))
-        return {
-            "status": "done",
-            "target": self.target,
-            "weights": weights,
-            "mixture": percentages(weights),
-            "last_weights": by_source(state.weights),
-            "scores": by_source(state.score_sums, state.counted),
-            "clipped": by_source(state.clipped, state.counted),
-            "reach": state.lr_sum / self.mu,
-            "published_reach": PUBLISHED_RATES / self.mu,
-            "epochs": {source: float(self.plan.epochs(source, windows)) for source in self.rows},
-            "settings": {
-                "parameters": parameters(self.plan.model),
-                "steps": phase.steps,
-                "tokens_per_source": windows * self.plan.model.context,
-                "mu": self.mu,
-                "score_limit": SCORE_LIMIT,
-                "lr": phase.phase.optimizer.lr,
-                "clip": phase.phase.optimizer.clip,
-                "seed": self.plan.recipe.seed,
-                "precision": str(self.dtype).removeprefix("torch."),
-                "device": self.proxy.engine.device.type,
-                "data": self.plan.digests(),
-            },
-            "skipped": state.step - state.counted,
-            "seconds": state.seconds,
-            "trajectory": state.trajectory,
-        }
-
-
-class _Display:
-    """A progress bar on a terminal, and a line now and then elsewhere."""
-
-    def __init__(self, console: Console, steps: int) -> None:
-        self._console, self._steps, self._last_line = console, steps, time.monotonic()
-        self._bar = Progress(
-            TextColumn("reweight"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} steps"),
-            TextColumn("{task.fields[weights]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=console.quiet or not console.is_terminal,
+        return Reweighting(
+            target=self.target,
+            weights=weights,
+            mixture=percentages(weights),
+            last_weights=by_source(state.weights),
+            scores=by_source(state.score_sums, state.counted),
+            clipped=by_source(state.clipped, state.counted),
+            reach=state.lr_sum / self.mu,
+            published_reach=PUBLISHED_RATES / self.mu,
+            epochs={source: float(self.plan.epochs(source, windows)) for source in self.rows},
+            settings=Settings(
+                parameters=parameters(self.plan.model),
+                steps=phase.steps,
+                tokens_per_source=windows * self.plan.model.context,
+                mu=self.mu,
+                score_limit=SCORE_LIMIT,
+                lr=phase.phase.optimizer.lr,
+                clip=phase.phase.optimizer.clip,
+                seed=self.plan.recipe.seed,
+                precision=str(self.dtype).removeprefix("torch."),
+                device=self.proxy.engine.device.type,
+                data=self.plan.digests(),
+            ),
+            skipped=state.step - state.counted,
+            seconds=state.seconds,
+            trajectory=state.trajectory,
         )
-        self._task = self._bar.add_task("", total=steps, weights="")
 
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, step: int, first: int, seconds: float, weights: Mapping[str, float]) -> None:
-        """`step` steps are done, those after `first` in the last `seconds`."""
-        listed = " ".join(f"{source} {weight:.1%}" for source, weight in weights.items())
-        self._bar.update(self._task, completed=step, weights=listed)
-        if not self._console.is_terminal and time.monotonic() - self._last_line >= PLAIN_LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            eta_s = seconds / (step - first) * (self._steps - step)
-            self._console.print(
-                f"reweight: step {step}/{self._steps} · {listed} · ETA {eta_s:.0f} s", highlight=False, soft_wrap=True
-            )
+def print_reweighting(result: Reweighting, title: str, console: Console) -> None:
+    """A row for each source, how far the weights could move at all, and the line for a recipe."""
+    first, last = (result.trajectory[i].losses for i in (0, -1))
+    by_source = (result.weights, result.scores, result.clipped)
+    print_table(
+        console,
+        title,
+        ["source", "weight", "mean score", "clipped", "epochs", "first loss", "last loss"],
+        [
+            [source, *(figures.get(source, "target") for figures in by_source), epochs, first[source], last[source]]
+            for source, epochs in result.epochs.items()
+        ],
+    )
+    console.print(
+        f"reach {result.reach:.3g} (the paper's: {result.published_reach:.3g}): with less, shares stay nearer to equal",
+        soft_wrap=True,
+    )
+    console.print(mixture_line(result.mixture), soft_wrap=True)

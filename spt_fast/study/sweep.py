@@ -28,6 +28,7 @@ from spt_fast.errors import RecipeError, nearest
 from spt_fast.fields import apply_overrides, parse_yaml, read_yaml
 from spt_fast.files import write_text
 from spt_fast.model.flops import train_flops_per_token
+from spt_fast.printing import print_facts, print_table
 from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
 from spt_fast.study.runs_table import Row, in_columns, rows_of, save_table
 from spt_fast.study.study import PlannedRun, Study, expand, study_from
@@ -202,6 +203,49 @@ class Cost:
     flops: float
     """Of training and evaluations."""
     hours: float | None
+
+
+@dataclass(frozen=True)
+class Price:
+    """Of all that is left of a study."""
+
+    stages: list[Cost]
+    total: Cost
+    jobs: int
+    """At a time."""
+    cost: float | None
+
+    @classmethod
+    def of(cls, stages: list[Cost], *, jobs: int, per_gpu_hour: float | None) -> Price:
+        runs, done, tokens = (sum(getattr(cost, name) for cost in stages) for name in ("runs", "done", "tokens"))
+        known = [cost.hours for cost in stages if cost.hours is not None]
+        hours = sum(known) if len(known) == len(stages) else None
+        total = Cost("in all", runs, done, tokens, sum(cost.flops for cost in stages), hours)
+        return cls(stages, total, jobs, None if hours is None or per_gpu_hour is None else hours * per_gpu_hour)
+
+    def as_json(self) -> dict[str, Any]:
+        total = {name: figure for name, figure in vars(self.total).items() if name != "stage"}
+        return dataclasses.asdict(self) | {"total": total}
+
+
+def print_price(price: Price, study: str, console: Console) -> None:
+    """A row for each stage and for all of them, then how long that takes and what it costs."""
+    columns = [field.name for field in dataclasses.fields(Cost)]
+    rows = [[getattr(cost, column) for column in columns] for cost in (*price.stages, price.total)]
+    print_table(console, f"{study}: what is left to train", columns, rows)
+    hours = None if price.total.hours is None else price.total.hours / price.jobs
+    print_facts(console, "", {"at a time": price.jobs, "hours until all are done": hours, "cost": price.cost})
+
+
+def facts_of(study: Study, runs: int, table: pd.DataFrame, outcome: Outcome) -> dict[str, Any]:
+    """What became of a study of so many runs, for people and as JSON."""
+    return {
+        "runs": runs,
+        "done": table.loc[table["status"] == "done", "run"].nunique(),
+        "failed": {path.stem: said for path, said in outcome.failed.items()},
+        "left out, as they start from failed ones": len(outcome.skipped),
+        "table": str(study.folder / "table.parquet"),
+    }
 
 
 def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None = None) -> list[Cost]:

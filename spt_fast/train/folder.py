@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spt_fast.config import Phase, Recipe, load_recipe
 from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.files import is_temporary
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -22,6 +24,29 @@ def recipe_of(run: Path) -> Recipe:
         raise CheckpointError(
             f"{path}: is damaged ({error}); put back the recipe that the run was started with"
         ) from None
+
+
+def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[str]], *, resume: bool) -> bool:
+    """Whether work in `folder` goes on, False where it begins afresh; RecipeError, in the name of `field`, rather than
+    overwrite anything or go on with something else.
+
+    holds: a file that is there once the work has begun. changes: what is asked for now and wasn't then.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{field}: {folder} is a file; choose another name")
+    if not (folder / holds).exists():
+        if folder.exists() and not all(is_temporary(path) for path in folder.iterdir()):
+            raise RecipeError(f"{field}: folder {folder} holds other files; choose another name or empty it")
+        return False
+    if not resume:
+        raise RecipeError(
+            f"{field}: folder {folder} exists; add `resume` to go on with it, choose another name, or delete it"
+        )
+    if listed := "\n  ".join(changes()):
+        raise RecipeError(
+            f"{field}: folder {folder} was begun with another recipe; undo this or choose another name:\n  {listed}"
+        )
+    return True
 
 
 def summary_of(run: Path) -> dict[str, Any] | None:

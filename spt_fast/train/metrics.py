@@ -23,7 +23,51 @@ from spt_fast.errors import CheckpointError
 PLAIN_LINE_EVERY_S = 15.0
 
 
-class RunLog:
+class Display:
+    """How far work has come: a progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, progress: bool) -> None:
+        self._console = Console(quiet=not progress, stderr=True)
+        self._last_line = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total} steps"),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[more]}"),
+            console=self._console,
+            disable=not (progress and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=1, figures="", more="")
+        self._bar.start()
+
+    def say(self, message: str) -> None:
+        """One line to the user, above the progress bar."""
+        self._bar.console.print(message, highlight=False, soft_wrap=True)
+
+    def begin(self, title: str, step: int, steps: int) -> None:
+        """New work, of which `step` of `steps` steps are done already."""
+        self._bar.reset(self._task, description=title, completed=step, total=steps, figures="", more="")
+        self._title, self._steps, self._began, self._first = title, steps, time.monotonic(), step
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, figures: str, more: str = "") -> None:
+        """The figures of a step, and what is shown behind the time that is left."""
+        self._bar.update(self._task, figures=figures, more=more)
+        if not self._console.is_terminal and time.monotonic() - self._last_line >= PLAIN_LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            eta_s = (time.monotonic() - self._began) / max(1, step - self._first) * (self._steps - step)
+            self.say(f"{self._title}: step {step}/{self._steps} · {figures} · ETA {eta_s:.0f} s{more}")
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class RunLog(Display):
     """Writes a run's metrics to `folder` and shows its progress."""
 
     def __init__(
@@ -34,35 +78,9 @@ class RunLog:
         os.truncate(path, min(keep_bytes, path.stat().st_size))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-        self._console = Console(quiet=not progress, stderr=True)
         self._convention = convention
-        self._last_line = 0.0
         self._last_eval = ""
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} steps"),
-            TextColumn("{task.fields[rates]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[evaluated]}"),
-            console=self._console,
-            disable=not (progress and self._console.is_terminal),
-        )
-        self._task = self._bar.add_task("", total=1, rates="", evaluated="")
-        self._bar.start()
-
-    def say(self, message: str) -> None:
-        """One line to the user, above the progress bar."""
-        self._bar.console.print(message, highlight=False, soft_wrap=True)
-
-    def begin(self, title: str, step: int, steps: int) -> None:
-        """A new phase or grid arm, of which `step` steps are done already."""
-        self._bar.reset(self._task, description=title, completed=step, total=steps, rates="", evaluated="")
-        self._title, self._steps, self._began, self._first = title, steps, time.monotonic(), step
-
-    def advance(self, step: int) -> None:
-        self._bar.update(self._task, completed=step)
+        super().__init__(progress)
 
     def train(self, record: dict[str, Any], total_step: int) -> None:
         """A logged training step; `total_step` counts over the whole run, for TensorBoard."""
@@ -72,12 +90,7 @@ class RunLog:
         mfu = "mfu n/a" if record["mfu"] is None else f"{record['mfu']:.1%} mfu[{self._convention}]"
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
         rates = f"loss {loss} · {record['tokens_per_s']:,.0f} tok/s · {mfu}"
-        self._bar.update(self._task, rates=rates)
-        if not self._console.is_terminal and time.monotonic() - self._last_line >= PLAIN_LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            done = record["step"]
-            eta_s = (time.monotonic() - self._began) / max(1, done - self._first) * (self._steps - done)
-            self.say(f"{self._title}: step {done}/{self._steps} · {rates} · ETA {eta_s:.0f} s{self._last_eval}")
+        self.show(record["step"], rates, self._last_eval)
 
     def evaluation(self, record: dict[str, Any], total_step: int) -> None:
         self._write({"kind": "eval", **record})
@@ -86,7 +99,7 @@ class RunLog:
                 self._board.add_scalar(f"{split}/{source}", loss, total_step)
         losses = " ".join(f"{source} {loss:.3f}" for source, loss in record["heldout"].items())
         self._last_eval = f" · held out: {losses}"
-        self._bar.update(self._task, evaluated=self._last_eval)
+        self._bar.update(self._task, more=self._last_eval)
 
     def _write(self, record: dict[str, Any]) -> None:
         try:
@@ -104,7 +117,7 @@ class RunLog:
         return self._file.tell()
 
     def close(self) -> None:
-        self._bar.stop()
+        super().close()
         self._board.close()
         self._file.close()
 

@@ -10,12 +10,11 @@ from typing import Any
 import yaml
 
 from spt_fast.config import Recipe
-from spt_fast.errors import RecipeError
-from spt_fast.files import is_temporary, write_text
+from spt_fast.files import write_text
 from spt_fast.train import checkpoint
 from spt_fast.train.engine import join, use_deterministic_algorithms
 from spt_fast.train.evaluate import Interrupted
-from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.train.folder import is_begun, recipe_of, summary_of
 from spt_fast.train.loop import Trainer
 from spt_fast.train.plan import make_plan
 from spt_fast.train.signals import StopRequest
@@ -63,27 +62,10 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """Refuse to overwrite a run or to resume a different one; the summary of a run that has nothing left to do.
-
-    That is one which is done, or which was asked to stop and whose launcher takes that for a failure and starts it
-    again.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"run: {folder} is a file; choose another name")
-    if not (folder / "recipe.yaml").exists():
-        if folder.exists() and not all(is_temporary(path) for path in folder.iterdir()):
-            raise RecipeError(f"run: folder {folder} exists and holds no run; choose another name or empty it")
+    """The summary of a run that has nothing left to do: it is done, or it was asked to stop and its launcher takes that
+    for a failure and starts it again. RecipeError for a folder that this recipe cannot be trained in."""
+    if not is_begun(folder, "run", "recipe.yaml", lambda: recipe_of(folder).changes(recipe), resume=resume):
         return None
-    if not resume:
-        raise RecipeError(
-            f"run: folder {folder} exists; add --resume to go on with it, choose another name, or delete it"
-        )
-    changes = recipe_of(folder).changes(recipe)
-    if changes:
-        listed = "\n  ".join(changes)
-        raise RecipeError(
-            f"run: folder {folder} was trained with another recipe; undo this or choose another name:\n  {listed}"
-        )
     summary = summary_of(folder)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     ended = ("done", "stopped") if restarted else ("done",)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from spt_fast.data.shards import DatasetWriter
 from spt_fast.errors import CheckpointError, DataError, RecipeError
 from spt_fast.kernels.adamw import adamw_step
 from spt_fast.study import doge
-from spt_fast.study.doge import mixture_line, percentages, reweight, reweighted
+from spt_fast.study.doge import Reweighting, Stopped, mixture_line, percentages, reweight, reweighted
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.plan import make_plan
 from tests.tiny import CONTEXT, EOS, VOCAB, write_dataset, write_recipe
@@ -115,29 +116,29 @@ def test_every_figure_is_that_of_the_papers_formulas(tmp_path: Path, target: str
     study = recipe(tmp_path, ["alike", "like", "noise", "other"], steps, optimizer={"lr": 3e-2, "clip": clip})
     result = reweight(study, tmp_path / "out", target=target, progress=False)
     expected = by_brute_force(study, target, steps)
-    assert len(result["trajectory"]) == steps
-    for found, wanted in zip(result["trajectory"], expected, strict=True):
-        assert (found["step"], found["lr"]) == (wanted["step"], wanted["lr"])
+    assert len(result.trajectory) == steps
+    for found, wanted in zip(result.trajectory, expected, strict=True):
+        assert (found.step, found.lr) == (wanted["step"], wanted["lr"])
         for key, tolerance in (("weights", 2e-4), ("losses", 2e-5)):
-            assert found[key] == pytest.approx(wanted[key], rel=tolerance)
-        assert found["scores"] == pytest.approx(wanted["scores"], rel=1e-3, abs=1e-3 * wanted["lr"])
-    for source, weight in result["weights"].items():
+            assert getattr(found, key) == pytest.approx(wanted[key], rel=tolerance)
+        assert found.scores == pytest.approx(wanted["scores"], rel=1e-3, abs=1e-3 * wanted["lr"])
+    for source, weight in result.weights.items():
         assert weight == pytest.approx(np.mean([record["weights"][source] for record in expected]), rel=2e-4)
-        assert result["scores"][source] == pytest.approx(
+        assert result.scores[source] == pytest.approx(
             np.mean([record["scores"][source] for record in expected]), rel=1e-3, abs=1e-5
         )
         out_of_bounds = [not 0 <= record["scores"][source] <= 5 * record["lr"] for record in expected]
-        assert result["clipped"][source] == np.mean(out_of_bounds)
-    assert result["reach"] == pytest.approx(sum(r["lr"] for r in expected) / (0.01 if target is None else 0.05))
-    assert result["published_reach"] == pytest.approx(297.5 if target is None else 59.5)
-    assert result["last_weights"] == pytest.approx(expected[-1]["weights"], rel=2e-4)
-    assert set(result["epochs"]) == set(study.sources)
-    assert max(result["weights"].values()) > 1.02 / len(result["weights"])  # they did move
+        assert result.clipped[source] == np.mean(out_of_bounds)
+    assert result.reach == pytest.approx(sum(r["lr"] for r in expected) / (0.01 if target is None else 0.05))
+    assert result.published_reach == pytest.approx(297.5 if target is None else 59.5)
+    assert result.last_weights == pytest.approx(expected[-1]["weights"], rel=2e-4)
+    assert set(result.epochs) == set(study.sources)
+    assert max(result.weights.values()) > 1.02 / len(result.weights)  # they did move
 
 
 def test_noise_gets_less_than_sources_that_help_each_other(tmp_path: Path) -> None:
     write_sources(tmp_path)
-    weights = reweight(recipe(tmp_path, ["alike", "like", "noise"], 40), tmp_path / "out", progress=False)["weights"]
+    weights = reweight(recipe(tmp_path, ["alike", "like", "noise"], 40), tmp_path / "out", progress=False).weights
     assert weights["noise"] < 0.1
     assert min(weights["like"], weights["alike"]) > 0.3
 
@@ -146,12 +147,12 @@ def test_what_is_like_the_target_wins(tmp_path: Path) -> None:
     write_sources(tmp_path)
     study = recipe(tmp_path, ["alike", "like", "other"], 40)
     result = reweight(study, tmp_path / "out", target="like", progress=False)
-    assert set(result["weights"]) == {"alike", "other"}
-    assert result["weights"]["alike"] > 0.6
-    losses = result["trajectory"][-1]["losses"]
+    assert set(result.weights) == {"alike", "other"}
+    assert result.weights["alike"] > 0.6
+    losses = result.trajectory[-1].losses
     assert losses["like"] == pytest.approx(losses["alike"], rel=0.1)
     other = reweight(study, tmp_path / "other", target="other", progress=False)
-    assert other["weights"]["alike"] == pytest.approx(0.5, abs=0.05)
+    assert other.weights["alike"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_the_target_may_stand_outside_the_mixture_and_what_has_no_share_does_not_count(tmp_path: Path) -> None:
@@ -163,13 +164,13 @@ def test_the_target_may_stand_outside_the_mixture_and_what_has_no_share_does_not
         reweight(study, tmp_path / name, target="like", progress=False)
         for name, study in (("in", inside), ("out", outside))
     ]
-    assert results[0]["weights"] == results[1]["weights"]
-    assert set(results[0]["weights"]) == {"alike", "other"}
+    assert results[0].weights == results[1].weights
+    assert set(results[0].weights) == {"alike", "other"}
 
 
-def same(result: dict[str, Any]) -> dict[str, Any]:
+def same(result: Reweighting | Stopped) -> Reweighting:
     """What doesn't depend on the clock."""
-    return {key: value for key, value in result.items() if key != "seconds"}
+    return replace(result, seconds=0.0)
 
 
 @pytest.mark.parametrize(("precision", "target"), [("fp32", None), ("bf16", "other")])
@@ -192,7 +193,7 @@ def test_a_study_that_is_stopped_or_dies_goes_on_to_the_same_bits(
 
     out = tmp_path / "out"
     monkeypatch.setattr(doge._Proxy, "measure", struck)
-    assert reweight(study, out, target=target, progress=False) == {"status": "stopped", "reason": "SIGTERM"}
+    assert reweight(study, out, target=target, progress=False) == Stopped("SIGTERM")
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-0000000003", "step-0000000004"]
     calls["left"] = -94  # dies with step 10 in the making
     with pytest.raises(OSError, match="died"):
@@ -201,7 +202,7 @@ def test_a_study_that_is_stopped_or_dies_goes_on_to_the_same_bits(
     calls["left"] = -1000
     resumed = reweight(study, out, target=target, resume=True, progress=False)
     assert same(resumed) == same(whole)
-    assert json.loads((out / "weights.json").read_text()) == resumed
+    assert json.loads((out / "weights.json").read_text()) == asdict(resumed)
     assert sorted(path.name for path in out.iterdir()) == ["reweight.json", "weights.json"]
     assert reweight(study, out, target=target, resume=True, progress=False) == resumed
 
@@ -242,11 +243,11 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: 
     calls: list[Any] = []
     seen: list[list[torch.Tensor]] = []
     result = reweight(study, tmp_path / "out", progress=False)
-    assert result["skipped"] == 1
-    assert [record["step"] for record in result["trajectory"]] == [1, 3, 4]
+    assert result.skipped == 1
+    assert [point.step for point in result.trajectory] == [1, 3, 4]
     assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(seen[2], seen[3], strict=True))
-    assert sum(result["weights"].values()) == pytest.approx(1, abs=1e-12)
+    assert sum(result.weights.values()) == pytest.approx(1, abs=1e-12)
 
     calls.clear()
     bad_steps[:] = [1, 2, 3, 4]
@@ -258,7 +259,7 @@ def test_the_trajectory_has_the_first_step_the_last_and_some_between(tmp_path: P
     write_sources(tmp_path)
     raw = raw_recipe(tmp_path, ["like", "other"], 8) | {"log": {"every": "3 steps"}}
     result = reweight(recipe_from(raw), tmp_path / "out", progress=False)
-    assert [record["step"] for record in result["trajectory"]] == [1, 3, 6, 8]
+    assert [point.step for point in result.trajectory] == [1, 3, 6, 8]
 
 
 def test_weights_follow_the_softmax_and_never_vanish() -> None:
@@ -282,7 +283,7 @@ def test_percentages_sum_to_the_whole_and_round_to_a_tenth(parts: list[float]) -
 
 def test_the_printed_line_goes_into_a_recipe(tmp_path: Path) -> None:
     assert percentages({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}) == {"a": "33.4%", "b": "33.3%", "c": "33.3%"}
-    line = mixture_line({"mixture": {"general": "61.2%", "on: air": "38.8%"}})
+    line = mixture_line({"general": "61.2%", "on: air": "38.8%"})
     assert line == "mixture: {general: 61.2%, 'on: air': 38.8%}"
     assert Mixture(yaml.safe_load(line)["mixture"]).weights["general"] == Mixture({"x": 612, "y": 388}).weights["x"]
 
@@ -290,7 +291,7 @@ def test_the_printed_line_goes_into_a_recipe(tmp_path: Path) -> None:
 def test_what_cannot_be_weighed_is_refused(tmp_path: Path) -> None:
     write_sources(tmp_path)
     two, out = recipe(tmp_path, ["like", "other"], 2), tmp_path / "out"
-    with pytest.raises(RecipeError, match=r"--target: no source 'lik'; did you mean 'like'\?"):
+    with pytest.raises(RecipeError, match=r"target: no source 'lik'; did you mean 'like'\?"):
         reweight(two, out, target="lik")
     with pytest.raises(RecipeError, match=r"phases\[pretrain\].mixture: names 1 source besides the target 'like'"):
         reweight(two, out, target="like")
@@ -305,9 +306,9 @@ def test_a_folder_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
     write_sources(tmp_path)
     study, out = recipe(tmp_path, ["alike", "like", "other"], 2), tmp_path / "out"
     result = reweight(study, out, progress=False)
-    with pytest.raises(RecipeError, match=r"--out: folder .* exists; add --resume"):
+    with pytest.raises(RecipeError, match=r"out: folder .* exists; add `resume`"):
         reweight(study, out)
-    with pytest.raises(RecipeError, match=r"--target: None → like"):
+    with pytest.raises(RecipeError, match=r"target: None → like"):
         reweight(study, out, target="like", resume=True)
     with pytest.raises(RecipeError, match=r"phases.0.tokens: 128 → 192"):
         reweight(recipe(tmp_path, ["alike", "like", "other"], 3), out, resume=True)
@@ -318,9 +319,9 @@ def test_a_folder_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "recipe.yaml").write_text("")
-        with pytest.raises(RecipeError, match="--out: "):
+        with pytest.raises(RecipeError, match="out: "):
             reweight(study, tmp_path / name, resume=True)
-    assert json.loads((out / "weights.json").read_text()) == result
+    assert json.loads((out / "weights.json").read_text()) == asdict(result)
 
 
 def test_other_text_is_noticed_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +329,7 @@ def test_other_text_is_noticed_on_resuming(tmp_path: Path, monkeypatch: pytest.M
     study, out = recipe(tmp_path, ["like", "other"], 4), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(doge._Proxy, "measure", lambda *_: None)
-        assert reweight(study, out, progress=False)["status"] == "stopped"
+        assert isinstance(reweight(study, out, progress=False), Stopped)
     for path in tmp_path.glob("like.*"):
         path.unlink()
     write_dataset(tmp_path / "like", 2, 4000)
@@ -355,7 +356,7 @@ def test_the_command_stops_goes_on_and_prints_a_mixture(
         assert said(patch, capsys, 75, *words) == ""
     printed = said(monkeypatch, capsys, 0, *words, "--resume")
     result = json.loads((tmp_path / "run-reweight" / "weights.json").read_text())
-    assert printed.splitlines()[-1] == mixture_line(result)
+    assert printed.splitlines()[-1] == mixture_line(result["mixture"])
     assert json.loads(said(monkeypatch, capsys, 0, *words, "--resume", "--json")) == result
     assert result["settings"]["seed"] == 3
 

@@ -1,9 +1,8 @@
-"""What other programs read stays as it is: the keys of every `--json`, and studies that an earlier version has made."""
+"""What other programs read stays as it is: the keys of every `--json` and of the files beside it."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,16 @@ import pytest
 import yaml
 
 from spt_fast import cli
-from spt_fast.study.compare import compare
-from spt_fast.study.runs_table import read_table, save_table
+from spt_fast.study.runs_table import save_table
 from tests.study.fake_runs import fake_run
 from tests.study.synthetic import spt_table
 from tests.study.test_compare import NPT, SPT, shifted
 from tests.study.test_crossover import rows_of
 from tests.study.test_doge import raw_recipe, write_sources
 from tests.study.tiny_study import raw_study
+from tests.test_version_before import FIXTURE
 
-BEFORE = Path(__file__).with_name("before")
-"""A study by version 0.1.0 of 2026-11-28: its table, and four of its six runs without their weights."""
-KEYS: dict[str, dict[str, str]] = json.loads((BEFORE / "json_keys.json").read_text())
+KEYS: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("json_keys.json").read_text())
 """By command, the paths into what it printed, with the kinds of value that stood there."""
 KINDS = {bool: "bool", int: "int", float: "float", str: "str", type(None): "null"}
 
@@ -86,7 +83,7 @@ def _sweep(folder: Path) -> list[str]:
 
 
 def _report(folder: Path) -> list[str]:
-    return ["report", str(BEFORE / "study"), "--out", str(folder / "report.html")]
+    return ["report", str(FIXTURE), "--out", str(folder / "report.html")]
 
 
 def _reweight(folder: Path) -> list[str]:
@@ -116,21 +113,3 @@ def test_the_keys_of_a_commands_json_stay(
     for file in ("comparison.json", "fits.json"):
         if (tmp_path / file).exists():
             assert json.loads((tmp_path / file).read_text()) == result
-
-
-def test_a_study_by_an_earlier_version_is_read(tmp_path: Path) -> None:
-    shutil.copytree(BEFORE / "study", tmp_path / "study")
-    runs = sorted((tmp_path / "study" / "runs").iterdir())
-    saved = read_table([tmp_path / "study"])
-    pd.testing.assert_frame_equal(read_table([tmp_path / "study" / "table.csv"]), saved)
-    order = ["run", "tokens"]
-    some = saved[saved["run"].isin([run.name for run in runs])].sort_values(order, ignore_index=True)
-    pd.testing.assert_frame_equal(
-        read_table(runs, domain="chem", general="general").sort_values(order, ignore_index=True),
-        some,
-        check_dtype=False,
-    )
-    npt, spt = compare([run for run in runs if "finetune" in run.name])["arms"]
-    assert (npt["delta"], spt["delta"], spt["tokens"]) == (0.0, 0.25, 2560)
-    ended = some[some["handed_on"] & (some["stage"] == 1) & (some["pretrain_delta"] > 0)]
-    assert spt["domain_after"]["mean"] == ended["domain_heldout"].item()
