@@ -134,7 +134,7 @@ def check(entry: Entry, budget: Budget, dry: bool) -> bool:
     """Whether every test passed."""
     files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
     names = [f.stem for f in files if f.stem != "test_aot"]  # which needs no GPU
-    weights = dict.fromkeys(["test_memory"] if dry else names, 1)
+    weights = dict.fromkeys(["test_allocator"] if dry else names, 1)
     environment = {"TRITON_INTERPRET": "1" if dry else "0"}
     parallel = ["-n", "4"] if version_of("pytest-xdist") != "absent" and not dry else []
     print("\n| | passed | failed | skipped | s | |\n|---|---|---|---|---|---|")

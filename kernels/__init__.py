@@ -6,12 +6,12 @@ differentiable, and sums in float32 inside (float64 for float64 inputs).
 
 from spt_fast.kernels.activation import swiglu, swiglu_packed
 from spt_fast.kernels.adamw import adamw_step, adamw_step_all
+from spt_fast.kernels.allocator import keep_freed_memory
 from spt_fast.kernels.attention import flash_attention
 from spt_fast.kernels.backend import auto_backends, chosen_backends, prefer
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
 from spt_fast.kernels.embedding import embedding
 from spt_fast.kernels.fp8 import fp8_linear
-from spt_fast.kernels.memory import keep_freed_memory
 from spt_fast.kernels.norm import add_rms_norm, rms_norm
 from spt_fast.kernels.rotary import qk_norm_rope, rope
 

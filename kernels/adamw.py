@@ -13,10 +13,6 @@ Where θ is kept twice, `master` in float32 is what is updated and `param` is it
 (float64 where θ is), whatever the dtypes of param, grad and moments.
 
 A bf16 parameter without a master loses every update smaller than half a unit in its last place, 1/256 to 1/512 of it.
-Stochastic rounding keeps them on average: between its two bf16 neighbours, θ goes up with the probability of its
-distance from the lower one. bf16 is float32 cut off after 16 bits, so this is to add a random 16-bit number before
-cutting. The number is a hash of (seed, step, element), the same on every backend and however the work is divided;
-since the step is hashed too, one seed for each parameter does for a whole run.
 
 Clipping and skipping need no word from the device: grad_scale (say min(1, clip / norm)) and skip may be 0-d tensors
 that it has just computed. A skipped step changes nothing, not the moments either, whatever grad and grad_scale hold
@@ -65,16 +61,13 @@ def adamw_step(
     grad_scale: float | Tensor = 1.0,
     skip: bool | Tensor | None = None,
     master: Tensor | None = None,
-    stochastic_rounding: int | None = None,
     backend: str = "auto",
 ) -> None:
     """One AdamW update of param, exp_avg, exp_avg_sq and master, in place.
 
     All tensors have param's shape, any strides (kernels copy what is not contiguous) and any floating dtypes. step, lr,
     grad_scale and skip may be 0-d tensors on param's device. step is the number of this update, from 1.
-    stochastic_rounding is the seed, in [0, 2^63), by which a bf16 param without master is rounded at random.
-    ValueError: shapes that differ, an anchor_decay without anchor, a stochastic_rounding of what is not such a param or
-    by a seed out of range, or a backend that cannot run for these tensors.
+    ValueError: shapes that differ, an anchor_decay without anchor, or a backend that cannot run for these tensors.
     """
     adamw_step_all(
         [param],
@@ -91,7 +84,6 @@ def adamw_step(
         grad_scale=grad_scale,
         skip=skip,
         masters=None if master is None else [master],
-        stochastic_rounding=None if stochastic_rounding is None else [stochastic_rounding],
         backend=backend,
     )
 
@@ -113,13 +105,12 @@ def adamw_step_all(
     grad_scale: float | Tensor = 1.0,
     skip: bool | Tensor | None = None,
     masters: Sequence[Tensor] | None = None,
-    stochastic_rounding: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> None:
     """`adamw_step` of every param, with the same numbers for all, in one call.
 
-    The lists are equally long and hold a tensor (of stochastic_rounding a seed) for each param; all tensors are on one
-    device, and no two that are updated share memory. One backend that can run for all of them is taken.
+    The lists are equally long and hold a tensor for each param; all tensors are on one device, and no two that are
+    updated share memory. One backend that can run for all of them is taken.
     ValueError: as adamw_step, lists of other lengths, or params of float64 among others.
     """
     lists = {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "anchor": anchors, "master": masters}
@@ -136,8 +127,6 @@ def adamw_step_all(
                 )
     if anchors is None and anchor_decay != 0:
         raise ValueError(f"adamw_step: anchor_decay={anchor_decay} needs an anchor")
-    if stochastic_rounding is not None:
-        _check_seeds(params, masters, stochastic_rounding)
     if not params:
         return
     if anchor_decay == 0:
@@ -164,22 +153,10 @@ def adamw_step_all(
             scalar(lr, dtype),
             scalar(grad_scale, dtype),
             None if skip is None else scalar(skip, torch.bool),
-            None if stochastic_rounding is None else torch.tensor(stochastic_rounding, device=device),
         ],
         [*betas, eps, weight_decay, anchor_decay],
         picked.pop() if len(picked) == 1 else "reference",
     )
-
-
-def _check_seeds(params: Sequence[Tensor], masters: Sequence[Tensor] | None, seeds: Sequence[int]) -> None:
-    if len(seeds) != len(params):
-        raise ValueError(f"adamw_step: {len(seeds)} seeds for {len(params)} params; give one for each")
-    for param, seed in zip(params, seeds, strict=True):
-        if param.dtype != torch.bfloat16 or masters is not None:
-            kept = f"{param.dtype}" + (" with a master" if masters is not None else "")
-            raise ValueError(f"adamw_step: stochastic_rounding is for a bfloat16 param without master, not {kept}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"adamw_step: stochastic_rounding={seed} must be a seed in [0, 2^63)")
 
 
 # ------------------------------------------------------------------------------------------------ custom op
@@ -198,9 +175,8 @@ def _step(
     backend: str,
 ) -> None:
     """masters and anchors: one for each param, or none. scalars: the 0-d tensors step, lr and grad_scale in the dtype
-    of the arithmetic, skip (bool or None), and the seeds (int64, one for each param, or None); numbers: beta1, beta2,
-    eps, weight_decay, anchor_decay. They are in lists because torch's Python side of a custom op takes time by the
-    square of the number of arguments.
+    of the arithmetic, and skip (bool or None); numbers: beta1, beta2, eps, weight_decay, anchor_decay. They are in
+    lists because torch's Python side of a custom op takes time by the square of the number of arguments.
     """
     given = [params, exp_avgs, exp_avg_sqs, masters, grads, anchors]
     if backend == "reference":
@@ -228,11 +204,9 @@ def _one_by_one(
     scalars: Sequence[Any],
     numbers: Sequence[float],
 ) -> None:
-    *shared, seeds = scalars
     absent = [None] * len(lists[0])
-    columns = [*lists, [] if seeds is None else seeds.unbind()]
-    for *tensors, seed in zip(*(column or absent for column in columns), strict=True):
-        update(*tensors, [*shared, seed], numbers)
+    for tensors in zip(*(tensors or absent for tensors in lists), strict=True):
+        update(*tensors, scalars, numbers)
 
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -248,7 +222,7 @@ def _reference(
     scalars: Sequence[Any],
     numbers: Sequence[float],
 ) -> None:
-    step, lr, grad_scale, skip, seed = scalars
+    step, lr, grad_scale, skip = scalars
     beta1, beta2, eps, weight_decay, anchor_decay = numbers
     theta, dtype = param if master is None else master, step.dtype
     new1, new2 = (torch.full_like(step, 1 - beta) for beta in (beta1, beta2))
@@ -257,7 +231,7 @@ def _reference(
     if skip is not None:
         new1, new2 = new1.masked_fill(skip, 0), new2.masked_fill(skip, 0)
 
-    for first, (param_, grad_, m_, v_, theta_, anchor_) in _blocks(param, grad, exp_avg, exp_avg_sq, theta, anchor):
+    for param_, grad_, m_, v_, theta_, anchor_ in _blocks(param, grad, exp_avg, exp_avg_sq, theta, anchor):
         g = grad_.to(dtype) * grad_scale
         if skip is not None:
             g.masked_fill_(skip, 0)
@@ -274,8 +248,7 @@ def _reference(
         if skip is not None:
             update.masked_fill_(skip, 0)
         w.sub_(update)
-        rounded = w if seed is None else _rounded_at_random(w, first, seed, step)
-        for stored, computed in ((m_, m), (v_, v), (theta_, w), (param_, rounded)):
+        for stored, computed in ((m_, m), (v_, v), (theta_, w), (param_, w)):
             if stored is not computed:
                 stored.copy_(computed)
 
@@ -284,47 +257,24 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta else -math.inf
 
 
-def _blocks(*tensors: Tensor | None) -> Iterator[tuple[int, list]]:
-    """(number of its first element, the tensors) in aligned flat views of BLOCK elements; whole where one of them is
-    not contiguous."""
+def _blocks(*tensors: Tensor | None) -> Iterator[list]:
+    """The tensors in aligned flat views of BLOCK elements; whole where one of them is not contiguous."""
     given = [tensor for tensor in tensors if tensor is not None]
     if not all(tensor.is_contiguous() for tensor in given):
-        yield 0, list(tensors)
+        yield list(tensors)
         return
     size = BLOCK.get(given[0].device.type, BLOCK_ELSEWHERE)
     for first in range(0, given[0].numel(), size):
-        yield first, [x if x is None else x.view(-1)[first : first + size] for x in tensors]
-
-
-def _rounded_at_random(w: Tensor, first: int, seed: Tensor, step: Tensor) -> Tensor:
-    """float32 w, whose elements are number first, first + 1, ..., as one of its two bf16 neighbours."""
-    element = torch.arange(first, first + w.numel(), device=w.device).view(w.shape)
-    key = _mix(_mix(_mix(seed & WORD) + (seed >> 32)) + step.long())
-    key = _mix(key + (element >> 32))
-    random = _mix(_mix((element & WORD) ^ key) + key) >> 16
-    bits = w.view(torch.int32) + random.int() & -1 << 16
-    return torch.where(w.isnan(), w, bits.view(torch.float32))
-
-
-WORD = 2**32 - 1
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The 32-bit finalizer lowbias32 of C. Wellons (github.com/skeeto/hash-prospector), of the low word of int64 x."""
-    x = x & WORD
-    x = (x ^ x >> 16) * 0x7FEB352D & WORD
-    x = (x ^ x >> 15) * 0x846CA68B & WORD
-    return x ^ x >> 16
+        yield [x if x is None else x.view(-1)[first : first + size] for x in tensors]
 
 
 # ------------------------------------------------------------------------------------------------ csrc/adamw.cpp
 
 
 def _cpu(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Any], numbers: Sequence[float]) -> None:
-    step, lr, grad_scale, skip = (None if scalar is None else scalar.item() for scalar in scalars[:4])
-    seeds = [] if scalars[4] is None else scalars[4].tolist()
+    step, lr, grad_scale, skip = (None if scalar is None else scalar.item() for scalar in scalars)
     if not skip:
-        native.ops().cpu_adamw_step(*lists, step, lr, grad_scale, seeds, *numbers)
+        native.ops().cpu_adamw_step(*lists, step, lr, grad_scale, [], *numbers)
 
 
 # ------------------------------------------------------------------------------------------------ Triton
@@ -344,22 +294,13 @@ def _bias(beta_log, step):
 
 
 @jit
-def _mix_kernel(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@jit
 def _kernel(
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, anchor_ptr,
-    step_ptr, lr_ptr, grad_scale_ptr, skip_ptr, seed_ptr,
+    step_ptr, lr_ptr, grad_scale_ptr, skip_ptr,
     N, new1, new2, log_beta1, log_beta2, eps, weight_decay, anchor_decay,
-    HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr, HAS_SKIP: tl.constexpr, AT_RANDOM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr, HAS_SKIP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
-    at = first + tl.arange(0, BLOCK_SIZE)
+    at = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = at < N
     if HAS_SKIP:
         mask &= tl.load(skip_ptr) == 0
@@ -383,13 +324,6 @@ def _kernel(
     tl.store(exp_avg_sq_ptr + at, v.to(exp_avg_sq_ptr.dtype.element_ty), mask)
     if HAS_MASTER:
         tl.store(master_ptr + at, theta.to(master_ptr.dtype.element_ty), mask)
-    if AT_RANDOM:
-        seed = tl.load(seed_ptr)
-        key = _mix_kernel(_mix_kernel(seed.to(tl.uint32)) + (seed >> 32).to(tl.uint32))
-        key = _mix_kernel(_mix_kernel(key + step.to(tl.int64).to(tl.uint32)) + (first >> 32).to(tl.uint32))
-        random = _mix_kernel(_mix_kernel(at.to(tl.uint32) ^ key) + key) >> 16
-        bits = ((theta.to(tl.uint32, bitcast=True) + random) >> 16) << 16
-        theta = tl.where(theta == theta, bits.to(tl.float32, bitcast=True), theta)
     tl.store(param_ptr + at, theta.to(param_ptr.dtype.element_ty), mask)
 
 
@@ -412,27 +346,26 @@ def _triton(
     scalars: Sequence[Any],
     numbers: Sequence[float],
 ) -> None:
-    step, lr, grad_scale, skip, seed = scalars
+    step, lr, grad_scale, skip = scalars
     beta1, beta2, eps, weight_decay, anchor_decay = numbers
     N = param.numel()
     if N:
         _kernel[(-(-N // TRITON_BLOCK),)](
-            param, grad, exp_avg, exp_avg_sq, master, anchor, step, lr, grad_scale, skip, seed,
+            param, grad, exp_avg, exp_avg_sq, master, anchor, step, lr, grad_scale, skip,
             N, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps, weight_decay, anchor_decay,
             HAS_MASTER=master is not None, HAS_ANCHOR=anchor is not None, HAS_SKIP=skip is not None,
-            AT_RANDOM=seed is not None, BLOCK_SIZE=TRITON_BLOCK, num_warps=TRITON_WARPS, maxnreg=_registers(N),
+            BLOCK_SIZE=TRITON_BLOCK, num_warps=TRITON_WARPS, maxnreg=_registers(N),
         )  # fmt: skip
 
 
 def variants() -> list[Variant]:
     """What the trainer calls (float32, or bf16 with master), with and without anchor and skip, in float16 too; and bf16
-    alone, rounded at random or not, with moments in float32 or in bf16. What the trainer calls also for tensors whose
-    size is no multiple of 16."""
+    alone, with moments in float32 or in bf16. What the trainer calls also for tensors whose size is no multiple of
+    16."""
     found = []
-    cases: list[tuple[str, str, str | None, bool]] = [("*fp32", "*fp32", None, False)]
-    cases += [(param, "*fp32", "*fp32", False) for param in ("*bf16", "*fp16")]
-    cases += [("*bf16", state, None, at_random) for state in ("*bf16", "*fp32") for at_random in (False, True)]
-    for (param, state, master, at_random), N in [(case, 16) for case in cases] + [(case, 1) for case in cases[:2]]:
+    cases: list[tuple[str, str, str | None]] = [("*fp32", "*fp32", None), ("*bf16", "*fp32", "*fp32")]
+    cases += [("*fp16", "*fp32", "*fp32"), ("*bf16", "*bf16", None), ("*bf16", "*fp32", None)]
+    for (param, state, master), N in [(case, 16) for case in cases] + [(case, 1) for case in cases[:2]]:
         for anchor, skip in ((False, True), (True, True), (False, False), (True, False)):
             arguments = {
                 "param_ptr": param,
@@ -440,14 +373,13 @@ def variants() -> list[Variant]:
                 "master_ptr": master,
                 "anchor_ptr": (master or param) if anchor else None,
                 "skip_ptr": "*i1" if skip else None,
-                "seed_ptr": "*i64" if at_random else None,
             }
             arguments |= dict.fromkeys(("step_ptr", "lr_ptr", "grad_scale_ptr"), "*fp32")
             arguments["N"] = "i32" if N % 16 else "i32:16"
             numbers = ("new1", "new2", "log_beta1", "log_beta2", "eps", "weight_decay", "anchor_decay")
             arguments |= dict.fromkeys(numbers, "fp32")
-            flags = {"HAS_MASTER": bool(master), "HAS_ANCHOR": anchor, "HAS_SKIP": skip, "AT_RANDOM": at_random}
-            default = skip and N == 16 and param != "*fp16" and at_random == (state == "*bf16")
+            flags = {"HAS_MASTER": bool(master), "HAS_ANCHOR": anchor, "HAS_SKIP": skip}
+            default = skip and N == 16 and param != "*fp16" and state == "*fp32"
             constants = {**flags, "BLOCK_SIZE": TRITON_BLOCK}
             found.append(Variant(_kernel, arguments, constants, TRITON_WARPS, maxnreg=_registers(N), default=default))
     return found

@@ -1,8 +1,8 @@
 """AdamW: python -m benchmarks.kernels.bench_adamw [--help]
 
 Bytes that must be moved (kernels/adamw.py): 28 a parameter in float32, 30 in bf16 with a float32 master copy and a
-float32 gradient, 24 in bf16 without a master, rounded stochastically. Ours is called as the trainer calls it, with the
-step's number, the clipping factor and the skip flag as device scalars, which the others don't take.
+float32 gradient. Ours is called as the trainer calls it, with the step's number, the clipping factor and the skip flag
+as device scalars, which the others don't take.
 
 One large matrix a width, and all parameters of a small GPT, where calls and launches count: all take lists of tensors.
 Checked is what two steps change in the weights.
@@ -10,7 +10,6 @@ Checked is what two steps change in the weights.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -24,8 +23,6 @@ from spt_fast.model.gpt import GPT, GPTConfig
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
 SETTINGS: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
-ROUNDED_ERROR = 0.2
-"""A weight of 0.05 in bf16 has steps of 2^-12, a quarter of an update of 1e-3: what rounding may change in it."""
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -36,7 +33,7 @@ def cases(run: Run) -> list[Callable[[], Case]]:
     preset = run.sizes(gpu="124m", cpu="10m", dry="1m")
     layouts = [(f"{numbers // width} x {width}", [(numbers // width, width)]) for width in widths]
     layouts.append(all_of(preset))
-    return [partial(case, run, *layout) for layout in layouts for case in (in_float32, in_bf16, rounded)]
+    return [partial(case, run, *layout) for layout in layouts for case in (in_float32, in_bf16)]
 
 
 def all_of(preset: str) -> tuple[str, Shapes]:
@@ -58,24 +55,13 @@ def _compared(run: Run, op: str, name: str, shapes: Shapes, dtype: torch.dtype, 
     contenders = [
         Contender("eager", lambda: TorchAdamW(count), "torch"),
         Contender("torch's own, fused", lambda: TorchAdamW(count, fused=True), "torch"),
-        *_ours(run, count),
+        *(Contender(c.name, partial(_counting, c, count), c.kind) for c in run.ours(ours)),
         Contender("flashoptim", partial(FlashOptim, count)),
     ]
     if count == 1:
         compiled = run.torch_contenders(partial(textbook, 1, Counter()))[1]
         contenders.insert(1, compiled)
     return _case(op, name, _inputs(run, shapes, dtype, master=dtype != torch.float32), count, contenders, weight_bytes)
-
-
-def rounded(run: Run, name: str, shapes: Shapes) -> Case:
-    count = len(shapes)
-    contenders = [
-        Contender("eager", lambda: partial(textbook, count, Counter()), "torch"),
-        *_ours(run, count, stochastic_rounding=range(count)),
-        Contender("torchao, bf16 moments", partial(TorchAO, count)),
-    ]
-    inputs = _inputs(run, shapes, torch.bfloat16, master=False)
-    return _case("adamw_step, bf16 rounded stochastically", name, inputs, count, contenders, 24, ROUNDED_ERROR)
 
 
 def _inputs(run: Run, shapes: Shapes, dtype: torch.dtype, *, master: bool) -> list[Tensor]:
@@ -99,7 +85,6 @@ def _case(
     count: int,
     contenders: list[Contender],
     weight_bytes: int,
-    allowed: float | None = None,
 ) -> Case:
     start = _groups(inputs, count)[-1]
 
@@ -114,7 +99,7 @@ def _case(
         return updates(weights)
 
     work = {"step": float(weight_bytes * sum(x.numel() for x in start))}
-    return Case(op, name, inputs, contenders, work, exact=exact, spot=updates, calls=2, allowed=allowed)
+    return Case(op, name, inputs, contenders, work, exact=exact, spot=updates, calls=2)
 
 
 class Counter:
@@ -128,22 +113,16 @@ class Counter:
         return self.count.to(like.dtype)
 
 
-def _ours(run: Run, count: int, **options: Any) -> list[Contender]:
-    def load(contender: Contender) -> Function:
-        missing = options.keys() - inspect.signature(adamw_step_all).parameters.keys()
-        if missing:
-            raise ImportError(f"adamw_step_all doesn't take {', '.join(missing)}")
-        return partial(contender.load(), count, Counter(), **options)
-
-    return [Contender(c.name, partial(load, c), c.kind) for c in run.ours(ours)]
+def _counting(contender: Contender, count: int) -> Function:
+    return partial(contender.load(), count, Counter())
 
 
-def ours(count: int, step: Counter, *inputs: Tensor, backend: str, **options: Any) -> tuple[Tensor, ...]:
+def ours(count: int, step: Counter, *inputs: Tensor, backend: str) -> tuple[Tensor, ...]:
     params, grads, m, v, weights = _groups(inputs, count)
     t = step.next(m[0])
     scalars: dict[str, Any] = {"step": t, "grad_scale": torch.ones_like(t), "skip": torch.zeros_like(t) > 0}
     masters = None if weights[0] is params[0] else weights
-    adamw_step_all(params, grads, m, v, masters=masters, backend=backend, **scalars, **SETTINGS, **options)
+    adamw_step_all(params, grads, m, v, masters=masters, backend=backend, **scalars, **SETTINGS)
     return tuple(weights)
 
 
@@ -226,28 +205,6 @@ class FlashOptim(Optimizer):
             p.grad = g.to(p.dtype)
         bits = 32 if narrow else None
         self.adamw = self.library.FlashAdamW(params, quantize=False, master_weight_bits=bits, **SETTINGS)
-
-    def step(self) -> tuple[Tensor, ...]:
-        self.adamw.step()
-        return tuple(self.params)
-
-
-class TorchAO(Optimizer):
-    """torchao's AdamW with stochastic rounding, whose gradient and moments are bf16 too: fewer bytes than ours."""
-
-    def __init__(self, count: int) -> None:
-        from torchao.optim import _AdamW
-
-        super().__init__(count)
-        self.library = _AdamW
-
-    def bind(
-        self, params: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor], w: list[Tensor]
-    ) -> None:
-        self.params = params
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g.to(p.dtype)
-        self.adamw = self.library(params, bf16_stochastic_round=True, **SETTINGS)
 
     def step(self) -> tuple[Tensor, ...]:
         self.adamw.step()

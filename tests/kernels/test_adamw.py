@@ -201,80 +201,6 @@ def test_training_on_after_skips_is_as_if_they_never_were(update: Update, skippe
         assert torch.equal(a, b)
 
 
-# ------------------------------------------------------------------------------------------------ stochastic rounding
-
-
-def neighbour(update: Update, theta: Tensor, change: float, step: int = 1, seed: int = 3) -> Tensor:
-    """bf16 theta - change, rounded at random. With betas of 0 Adam's step is exactly the gradient's sign, so that every
-    backend rounds the same float32 numbers."""
-    theta = theta.clone()
-    grad, m, v = (torch.ones_like(theta) for _ in range(3))
-    update(theta, grad, m, v, step=step, lr=change, betas=(0.0, 0.0), eps=0.0, stochastic_rounding=seed)
-    return theta
-
-
-def random_word(element: int, step: int, seed: int) -> int:
-    """What the docstring of adamw.py promises, in Python's integers."""
-
-    def mix(x: int) -> int:
-        x &= 0xFFFFFFFF
-        x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
-        x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
-        return x ^ x >> 16
-
-    key = 0
-    for word in (seed, seed >> 32, step, element >> 32):
-        key = mix(key + word)
-    return mix(mix((element & 0xFFFFFFFF) ^ key) + key) >> 16
-
-
-@pytest.mark.parametrize(("seed", "step"), [(0, 1), (1, 1), (2**63 - 1, 2), (5 << 32, 100_000)])
-def test_random_numbers_are_the_same_on_every_backend(update: Update, seed: int, step: int) -> None:
-    (theta,) = random_tensors([(2100,)], torch.bfloat16)
-    found = neighbour(update, theta, 1e-3, step, seed)
-    wide = theta.float() - 1e-3
-    words = torch.tensor([random_word(i, step, seed) for i in range(theta.numel())], dtype=torch.int32)
-    expected = ((wide.view(torch.int32) + words) >> 16 << 16).view(torch.float32)
-    assert torch.equal(found.float(), expected)
-
-
-def test_elements_beyond_32_bits_have_their_own_numbers() -> None:
-    wide, seed, step = torch.full((4,), 1 + 2**-8), torch.tensor(3), torch.tensor(1.0)
-    for first in (2**32 - 2, 2**40):
-        found = adamw._rounded_at_random(wide, first, seed, step)
-        up = [random_word(first + i, 1, 3) >= 2**15 for i in range(4)]
-        assert found.tolist() == [1 + 2**-7 * u for u in up]
-
-
-def test_rounds_up_or_down_in_proportion(update: Update) -> None:
-    """The mean of n roundings is off by at most 5 standard deviations of half a unit in the last place (seed 3)."""
-    n = 4096
-    for change in (2**-8 / 16, 2**-9, 2**-8 * 0.9):
-        found = neighbour(update, torch.ones(n).bfloat16(), change).float()
-        assert set(found.tolist()) == {1.0, 1.0 - 2**-8}
-        assert abs(found.mean() - (1 - change)) < 5 * 2**-9 * n**-0.5
-
-
-def test_one_seed_does_for_a_whole_run(update: Update) -> None:
-    """Steps of 1/40 of a unit in the last place add up; the mean is off by at most 5 standard deviations (seed 0)."""
-    n, steps, lr = 1000, 40, 1e-4
-    param, grad, m, v = torch.ones(n).bfloat16(), torch.ones(n), torch.zeros(n), torch.zeros(n)
-    for step in range(1, steps + 1):
-        update(param, grad, m, v, step=step, lr=lr, stochastic_rounding=0)
-    assert abs(param.float().mean() - (1 - steps * lr)) < 5 * (steps * lr * 2**-8 / n) ** 0.5
-
-
-def test_what_is_rounded_at_random_stays_what_it_is(update: Update) -> None:
-    """Numbers that bf16 has, infinities and NaN."""
-    special = torch.tensor([0.0, -0.0, 1.0, -3.140625, 3.3895e38, float("inf"), -float("inf")]).bfloat16()
-    zeros = [torch.zeros(7) for _ in range(3)]
-    theta = special.clone()
-    update(theta, *zeros, step=1, lr=0.0, stochastic_rounding=3)
-    assert torch.equal(theta[:5], special[:5])
-    update(theta, zeros[0] * float("nan"), *zeros[1:], step=1, lr=LR, stochastic_rounding=3)
-    assert theta.isnan().all()
-
-
 # ------------------------------------------------------------------------------------------------ manners of a kernel
 
 
@@ -298,11 +224,6 @@ def test_strides_don_t_matter(update: Update, half: torch.dtype, layout: Callabl
             update(param, grad, m, v, step=step, **HYPER, anchor=anchor, anchor_decay=0.1, master=master)
     for x, y in zip(tensors, moved, strict=True):
         assert torch.equal(x, y)
-    one, other = state((20, 30), torch.bfloat16), state((20, 30), torch.bfloat16)
-    other[0].copy_(one[0])
-    for theta, m, v in (one, [layout(x) for x in other]):
-        update(theta, tensors[1], m, v, step=1, lr=LR, stochastic_rounding=1)
-        assert torch.equal(theta, one[0])
 
 
 def test_threads_don_t_matter() -> None:
@@ -313,7 +234,7 @@ def test_threads_don_t_matter() -> None:
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         state = [theta.clone(), torch.zeros_like(theta), torch.zeros_like(theta)]
-        update(state[0], grad, *state[1:], step=1, **HYPER, stochastic_rounding=0)
+        update(state[0], grad, *state[1:], step=1, **HYPER)
         results.append(state)
     torch.set_num_threads(threads)
     for a, b, c in zip(*results, strict=True):
@@ -328,7 +249,7 @@ SHAPES = [(300, 70), (), (0, 3), (257,), (64, 256), (0,), (40, 700), (5, 5), (0,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["float32", "master and anchor", "stochastic rounding", "strided", "skipped"])
+@pytest.mark.parametrize("kind", ["float32", "master and anchor", "bf16", "strided", "skipped"])
 def test_many_tensors_at_once_are_as_each_alone(backend: str, half: torch.dtype, kind: str) -> None:
     """Bit for bit, whatever the number of threads."""
     usable(backend)
@@ -339,9 +260,8 @@ def test_many_tensors_at_once_are_as_each_alone(backend: str, half: torch.dtype,
         params, masters = [w.to(half) for w in weights], weights
         options = {"anchor_decay": 0.3}
         alone = [{"master": w.clone(), "anchor": a} for w, a in zip(weights, anchors, strict=True)]
-    elif kind == "stochastic rounding":
+    elif kind == "bf16":
         params = [w.bfloat16() for w in weights]
-        alone = [{"stochastic_rounding": seed << 30} for seed in range(len(shapes))]
     elif kind == "strided":
         params, grads = [transposed(w) for w in params], [strided(g) for g in grads]
     elif kind == "skipped":
@@ -360,7 +280,6 @@ def test_many_tensors_at_once_are_as_each_alone(backend: str, half: torch.dtype,
         adamw_step_all(
             found[0], grads, found[1], found[2], **numbers, masters=own_masters,
             anchors=anchors if kind == "master and anchor" else None,
-            stochastic_rounding=[a["stochastic_rounding"] for a in alone] if kind == "stochastic rounding" else None,
         )  # fmt: skip
         for one, many in zip(expected, zip(*found, strict=True), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
@@ -382,8 +301,6 @@ def test_lists_that_don_t_fit_are_refused() -> None:
         adamw_step_all([theta, m], [m], [m, m], [v, v], **two)
     with pytest.raises(ValueError, match="master 1 is"):
         adamw_step_all([theta, m], [m, m], [m, m], [v, v], masters=[theta, v[:3]], **two)
-    with pytest.raises(ValueError, match="1 seeds for 2 params"):
-        adamw_step_all([theta.bfloat16()] * 2, [m, m], [m, m], [v, v], stochastic_rounding=[1], **two)
     with pytest.raises(ValueError, match="float64"):
         adamw_step_all([theta, theta.double()], [m, m], [m, m], [v, v], **two)
 
@@ -416,7 +333,7 @@ def test_what_torch_asks_of_a_custom_op(backend: str, optional: bool) -> None:
     params, m, v, masters, grads, anchors = (random_tensors([(5, 8), (3,)], torch.float32) for _ in range(6))
     one = torch.ones(())
     lists = (params, m, [x.abs() for x in v], masters * optional, grads, anchors * optional)
-    scalars = [one, one, one, one > 2 if optional else None, None]
+    scalars = [one, one, one, one > 2 if optional else None]
     numbers = [*BETAS, EPS, 0.1, 0.1 * optional]
     torch.library.opcheck(torch.ops.spt_fast.adamw_step, (*lists, scalars, numbers, usable(backend)))
 
@@ -459,9 +376,3 @@ def test_bad_arguments_are_refused() -> None:
         adamw_step(theta, m, m, v[:3], step=1, lr=LR)
     with pytest.raises(ValueError, match="anchor"):
         adamw_step(theta, m, m, v, step=1, lr=LR, anchor_decay=0.1)
-    with pytest.raises(ValueError, match=r"without master, not torch\.float32"):
-        adamw_step(theta, m, m, v, step=1, lr=LR, stochastic_rounding=0)
-    with pytest.raises(ValueError, match="with a master"):
-        adamw_step(theta.bfloat16(), m, m, v, step=1, lr=LR, master=theta, stochastic_rounding=0)
-    with pytest.raises(ValueError, match="seed in"):
-        adamw_step(theta.bfloat16(), m, m, v, step=1, lr=LR, stochastic_rounding=-1)
