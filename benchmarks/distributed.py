@@ -27,14 +27,18 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from spt_fast.config import Engine, Optimizer
+from spt_fast.config import Engine, Phase
 from spt_fast.data.loader import Batch
 from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.optimizers import AdamW
 from spt_fast.train.checkpoint import Retention, Writer
-from spt_fast.train.engine import make_engine, pick_dtype, weights_of
+from spt_fast.train.device import pick_dtype
+from spt_fast.train.engines import make_engine
+from spt_fast.train.snapshot import weights_of
 from spt_fast.train.world import join_world
 
 SMALL = GPTConfig(layers=6, width=384, heads=6, kv_heads=6, ffn=1024, context=256, vocab_size=4096)
+PHASE = Phase(name="step", tokens=1, mixture={}, optimizer=AdamW(lr=1e-4))
 SEQUENCES, MICRO = 32, 8
 LAUNCHES = {
     "one": (1, None),
@@ -58,7 +62,7 @@ def worker(stage: int | None, steps: int) -> None:
     world = join_world(process_group=stage is not None)
     engine = make_engine(GPT(SMALL), settings, world=world, dtype=pick_dtype("auto", world.device))
     count = SEQUENCES // world.size // MICRO
-    engine.begin(Optimizer(lr=1e-4), 0.0, world.share(weights_of(GPT(SMALL))), micro_batches=count)
+    engine.begin(PHASE, weights_of(GPT(SMALL), world), micro_batches=count)
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()
@@ -114,7 +118,7 @@ def checkpoints(rounds: int) -> dict[str, Any]:
     config = GPTConfig.preset("124m", vocab_size=50_304, context=1024)
     world = join_world(process_group=False)
     engine = make_engine(GPT(config), Engine(), world=world, dtype=pick_dtype("auto", world.device))
-    engine.begin(Optimizer(lr=1e-4), 0.0, weights_of(GPT(config)))
+    engine.begin(PHASE, weights_of(GPT(config)))
     step_batches = batches(config, 1, 1)
 
     def steps(count: int) -> float:

@@ -57,7 +57,7 @@ from spt_fast.errors import CheckpointError
 from spt_fast.model.gpt import GPT
 from spt_fast.train import checkpoint, loop
 from spt_fast.train.audit import audit_run
-from spt_fast.train.engine import LocalEngine
+from spt_fast.train.local import LocalEngine
 from tests import tiny
 
 TRAINING, EVALUATING, STEPPING = 1, 2, 3

@@ -59,6 +59,7 @@ from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
 from spt_fast.train.plan import make_plan
+from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import ALONE
 from tests import tiny
 
@@ -356,7 +357,7 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "checkpoints"
         generator = torch.Generator().manual_seed(0)
-        snapshot = {f"weights/{i}": torch.randn(3, 2 + i, generator=generator) for i in range(4)}
+        snapshot = Snapshot({str(i): torch.randn(3, 2 + i, generator=generator) for i in range(4)})
         writer = checkpoint.Writer(self.folder, ALONE, checkpoint.Retention(1))
         state = {"model": {"layers": 1}, "train": {"phase": 0, "counts": {"a": 3}, "seconds": 1.5}, "data": {"a": "b"}}
         writer.save("step-0000000001-p00-a000", state, {"current": snapshot, "best": snapshot})
@@ -367,7 +368,7 @@ class Checkpoints:
 
     def bytes_of(self, path: Path) -> dict[str, dict[str, bytes]]:
         return {
-            kind: {name: tensor.numpy().tobytes() for name, tensor in snapshot.items()}
+            kind: {name: tensor.numpy().tobytes() for name, tensor in snapshot.tensors().items()}
             for kind, snapshot in checkpoint.load(path).items()
         }
 

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from benchmarks.kernels.harness import quartiles
 from benchmarks.machine import PEERS, machine
-from spt_fast.config import Optimizer
+from spt_fast.config import Phase
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
 from spt_fast.data.ring import Ring
@@ -55,7 +55,10 @@ from spt_fast.kernels import keep_freed_memory
 from spt_fast.model import gpt
 from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.train.engine import LocalEngine, pick_dtype, weights_of
+from spt_fast.optimizers import AdamW
+from spt_fast.train.device import pick_dtype
+from spt_fast.train.local import LocalEngine
+from spt_fast.train.snapshot import weights_of
 
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 FILE_TOKENS = 4_000_000
@@ -348,7 +351,8 @@ def ours(config: GPTConfig, file: Path, batch: int, device: torch.device, *, fp8
     model = GPT(config)
     model.fp8 = fp8
     engine = LocalEngine(model, device=device, dtype=pick_dtype("auto", device))
-    engine.begin(Optimizer(lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, clip=CLIP), 0.0, weights_of(model))
+    optimizer = AdamW(lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, clip=CLIP)
+    engine.begin(Phase(name="step", tokens=1, mixture={}, optimizer=optimizer), weights_of(model))
     steps = iter(loader)
 
     def step() -> Callable[[], float]:

@@ -38,6 +38,7 @@ from spt_fast.fields import (
     text,
 )
 from spt_fast.model.config import GPTConfig
+from spt_fast.optimizers import Optimizer, parse_optimizer
 
 
 def _stage(value: object, where: str) -> int:
@@ -51,15 +52,6 @@ def _steps(value: object, where: str) -> Span:
     if span.unit != "steps":
         raise RecipeError(f"{where}: {value!r} will not do; write a number of steps, such as `5000 steps`")
     return span
-
-
-def _betas(value: object, where: str) -> tuple[float, float]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise RecipeError(f"{where}: {value!r} will not do; write two numbers, such as [0.9, 0.95]")
-    first, second = (number(0.0, 1.0)(v, f"{where}[{i}]") for i, v in enumerate(value))
-    if 1.0 in (first, second):
-        raise RecipeError(f"{where}: {value!r} will not do; both must be below 1")
-    return first, second
 
 
 def _mixture(value: object, where: str) -> dict[str, Fraction]:
@@ -131,20 +123,6 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """AdamW with decoupled weight decay (on matrices only) and clipping by the global gradient norm."""
-
-    name: str = setting(one_of("adamw"), "adamw")
-    lr: float = setting(number(0.0, open_low=True))
-    """Peak learning rate."""
-    betas: tuple[float, float] = setting(_betas, (0.9, 0.95))
-    eps: float = setting(number(0.0, open_low=True), 1e-8)
-    weight_decay: float = setting(number(0.0), 0.1)
-    clip: float | None = setting(optional(number(0.0, open_low=True)), 1.0)
-    """Largest global gradient norm; null for no clipping."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """The learning rate over the phase: linear warm-up to the peak, then a shape."""
 
@@ -191,7 +169,7 @@ class Phase:
     documents: bool = setting(boolean, False)
     """Attention and positions stay inside a document."""
     batch: Batch = setting(section(Batch), Batch())
-    optimizer: Optimizer = setting(section(Optimizer))
+    optimizer: Optimizer = setting(parse_optimizer)
     schedule: Schedule = setting(section(Schedule), Schedule())
     evaluation: Evaluation = setting(section(Evaluation), Evaluation(), key="eval")
     untie: bool = setting(boolean, False)

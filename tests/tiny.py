@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from spt_fast.config import Recipe, recipe_from
+from spt_fast.config import Phase, Recipe, recipe_from
 from spt_fast.data.shards import DatasetWriter
+from spt_fast.optimizers import AdamW
 
 VOCAB = 64
 EOS = 63
@@ -78,6 +79,12 @@ def raw_recipe(folder: Path, run: str = "run") -> dict[str, Any]:
             },
         ],
     }
+
+
+def phase(lr: float = 1e-2, *, anchor: float = 0.0, freeze: str = "none", **settings: Any) -> Phase:
+    """A phase for an engine to begin, with these settings of AdamW."""
+    optimizer = AdamW(lr=lr, **settings)
+    return Phase(name="phase", tokens=1, mixture={}, optimizer=optimizer, anchor=anchor, freeze=freeze)
 
 
 def recipe(folder: Path, run: str = "run", **changes: Any) -> Recipe:

@@ -53,14 +53,15 @@ from spt_fast.model.flops import parameters
 from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Checkpoint, Retention
-from spt_fast.train.engine import LocalEngine, pick_device, pick_dtype, use_deterministic_algorithms, weights_of
+from spt_fast.train.device import pick_device, pick_dtype, use_deterministic_algorithms
 from spt_fast.train.folder import is_begun
+from spt_fast.train.local import LocalEngine
 from spt_fast.train.loop import MAX_SKIPPED_IN_A_ROW
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import Display
-from spt_fast.train.optim import Snapshot
 from spt_fast.train.plan import Plan, make_plan
 from spt_fast.train.signals import StopRequest
+from spt_fast.train.snapshot import Snapshot, weights_of
 from spt_fast.train.world import ALONE
 
 MU_UNIVERSAL = 0.01
@@ -272,7 +273,7 @@ class _Proxy:
             model.untie()
         start = weights_of(model)
         self.engine = LocalEngine(model, device=pick_device(), dtype=dtype)
-        self.engine.begin(phase.optimizer, phase.anchor, start, current=current)
+        self.engine.begin(phase, start, current=current)
         self.params = list(self.engine.model.parameters())
         count = sum(param.numel() for param in self.params)
         self.gradients_RN = torch.zeros(rows, count, dtype=torch.float32, device=self.engine.device)

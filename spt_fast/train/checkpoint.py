@@ -29,10 +29,11 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from spt_fast.errors import CheckpointError
 from spt_fast.files import sync, write_text
-from spt_fast.train.optim import Snapshot
+from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import ALONE, World
 
 FORMAT = 2
@@ -131,7 +132,7 @@ class Writer:
             written = [temporary / "state.json"] if world.is_first else []
             for kind, snapshot in snapshots.items():
                 written.append(temporary / f"{kind}-{world.rank:05d}.safetensors")
-                save_file(snapshot, written[-1])
+                save_file(snapshot.tensors(), written[-1])
             mine = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in written}
             for path in written:
                 sync(path)
@@ -228,12 +229,13 @@ def load(path: Path, world: World = ALONE) -> dict[str, Snapshot]:
         kind = file.stem.rpartition("-")[0]
         with safe_open(file, "pt") as opened:
             places.setdefault(kind, {}).update(dict.fromkeys(opened.keys(), file))
-    snapshots: dict[str, Snapshot] = {kind: {} for kind in places}
+    snapshots: dict[str, Snapshot] = {}
     for kind, files in places.items():
-        mine = world.share(files)
+        mine, tensors = world.share(files), dict[str, Tensor]()
         for file in sorted(set(mine.values())):
             with safe_open(file, "pt") as opened:
-                snapshots[kind] |= {name: opened.get_tensor(name) for name in mine if mine[name] == file}
+                tensors |= {name: opened.get_tensor(name) for name in mine if mine[name] == file}
+        snapshots[kind] = Snapshot.of(tensors)
     return snapshots
 
 

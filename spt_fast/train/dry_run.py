@@ -16,10 +16,12 @@ import torch
 from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS
-from spt_fast.train.engine import EngineInterface, join, make_engine, pick_dtype, untied, weights_of
-from spt_fast.train.optim import Snapshot
+from spt_fast.train.device import pick_dtype
+from spt_fast.train.engine import EngineInterface
+from spt_fast.train.engines import join, make_engine
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.price import FORWARD_SHARE, Machine, distribution_of, evaluated_tokens, phase_memory
+from spt_fast.train.snapshot import Snapshot, weights_of
 from spt_fast.train.world import World
 
 MICRO_BATCHES = 2
@@ -50,7 +52,7 @@ def dry_run(recipe: Recipe) -> list[dict[str, Any]]:
             torch.cuda.reset_peak_memory_stats(device)
         if phase.untie and engine.config.tied:
             engine.untie()
-            start = untied(start, "embedding", "head")
+            start = start.untied()
         try:
             loss, seconds = _steps(plan, planned, engine, start, world)
         except torch.OutOfMemoryError as error:
@@ -76,7 +78,7 @@ def _steps(
     """(loss, seconds of a whole step)."""
     phase = planned.phase
     whole = planned.micro_batches(world.size)
-    engine.begin(phase.optimizer, phase.anchor, start, micro_batches=min(whole, MICRO_BATCHES), freeze=phase.freeze)
+    engine.begin(phase, start, micro_batches=min(whole, MICRO_BATCHES))
     read = dict.fromkeys(plan.recipe.sources, 0)
     loader = plan.loader(planned.index, read, device=engine.device, last_step=1, rank=world.rank, world=world.size)
     with loader:

@@ -26,13 +26,15 @@ from spt_fast.kernels import auto_backends
 from spt_fast.model.flops import MFU_CONVENTION, parameters, peak_flops, train_flops_per_token
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Checkpoint, Retention
-from spt_fast.train.engine import StepResult, make_engine, pick_dtype, untied, weights_of
+from spt_fast.train.device import pick_dtype
+from spt_fast.train.engine import StepResult
+from spt_fast.train.engines import make_engine
 from spt_fast.train.evaluate import Interrupted, evaluation_texts, mean_loss
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import NoLog, RunLog
-from spt_fast.train.optim import Snapshot, weights_in
 from spt_fast.train.plan import PhasePlan, Plan
 from spt_fast.train.signals import StopRequest
+from spt_fast.train.snapshot import Snapshot, weights_of
 from spt_fast.train.state import Losses, ScheduleOrigin, TrainState
 from spt_fast.train.watch import LossWatch, Watch
 from spt_fast.train.weights import assemble
@@ -147,10 +149,10 @@ class Trainer:
         else:
             start = self.snapshots.pop("kept")
             if phase.optimizer_state == "reset":
-                start = weights_in(start)
+                start = start.without_state()
             if phase.untie and self.engine.config.tied:
                 self.engine.untie()
-                start = untied(start, "embedding", "head")
+                start = start.untied()
             self.snapshots["start"] = start
         self.texts = evaluation_texts(self.plan, phase.evaluation.tokens, documents=phase.documents)
 
@@ -162,14 +164,7 @@ class Trainer:
             for span in (recipe.checkpoint.every, phase.evaluation.every, recipe.log.every)
         )
         start, current = self.snapshots["start"], self.snapshots.pop("current", None)
-        self.engine.begin(
-            phase.optimizer,
-            phase.anchor,
-            start,
-            current=current,
-            micro_batches=plan.micro_batches(self.world.size),
-            freeze=phase.freeze,
-        )
+        self.engine.begin(phase, start, current=current, micro_batches=plan.micro_batches(self.world.size))
         if not needs_start(phase):
             del self.snapshots["start"]
         arms = len(phase.arms())
@@ -265,7 +260,7 @@ class Trainer:
 
     def write_weights(self, name: str) -> None:
         """weights/<name>, of the snapshot that is handed on."""
-        weights = self.world.collect(weights_in(self.snapshots["kept"]))
+        weights = self.world.collect(self.snapshots["kept"].weights)
         folder, tokenizer = self.folder / "weights" / name, self.plan.tokenizer
         self.world.on_first(lambda: assemble(self.engine.config, weights).save_hf(folder, tokenizer))
 

@@ -26,7 +26,7 @@ from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.kernels import fp8
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.train.engine import pick_device
+from spt_fast.train.device import pick_device
 from spt_fast.train.weights import load_model, read_config
 
 VOCABULARY_MULTIPLE = 64

@@ -28,7 +28,8 @@ from spt_fast.model.flops import (
     train_flops_per_token,
 )
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, memory_bytes
-from spt_fast.train.engine import pick_device, pick_dtype, uses_deepspeed
+from spt_fast.train.device import pick_device, pick_dtype
+from spt_fast.train.engines import uses_deepspeed
 from spt_fast.train.evaluate import evaluation_texts
 from spt_fast.train.folder import recipe_of
 from spt_fast.train.plan import Plan

@@ -12,7 +12,8 @@ import yaml
 from spt_fast.config import Recipe
 from spt_fast.files import write_text
 from spt_fast.train import checkpoint
-from spt_fast.train.engine import join, use_deterministic_algorithms
+from spt_fast.train.device import use_deterministic_algorithms
+from spt_fast.train.engines import join
 from spt_fast.train.evaluate import Interrupted
 from spt_fast.train.folder import is_begun, recipe_of, summary_of
 from spt_fast.train.loop import Trainer

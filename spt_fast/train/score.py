@@ -8,7 +8,7 @@ from typing import Any
 
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError
-from spt_fast.train.engine import pick_device, pick_dtype
+from spt_fast.train.device import pick_device, pick_dtype
 from spt_fast.train.evaluate import EvalSet, mean_loss
 from spt_fast.train.weights import load_model
 from spt_fast.train.world import World

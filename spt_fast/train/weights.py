@@ -33,7 +33,7 @@ def load_model(path: Path) -> GPT:
     if not (path / "manifest.json").exists():
         return GPT.from_hf(path).float()
     state = checkpoint.read(path)
-    return assemble(GPTConfig(**state["model"]), checkpoint.load(path)["current"])
+    return assemble(GPTConfig(**state["model"]), checkpoint.load(path)["current"].weights)
 
 
 def locate(path: Path) -> Path:
@@ -64,13 +64,10 @@ def tokenizer_of(path: Path, name: str | None) -> Tokenizer:
     raise CheckpointError(f"--tokenizer: missing; {path} does not say which tokenizer its ids come from")
 
 
-def assemble(config: GPTConfig, snapshot: Mapping[str, Tensor]) -> GPT:
-    """A model on the CPU with the weights of a snapshot."""
+def assemble(config: GPTConfig, weights: Mapping[str, Tensor]) -> GPT:
+    """A model on the CPU with these weights, by parameter."""
     with torch.device("meta"):
         model = GPT(config)
-    weights = {
-        name.removeprefix("weights/"): tensor for name, tensor in snapshot.items() if name.startswith("weights/")
-    }
     model.load_state_dict(weights, assign=True)
     return model
 

@@ -1,9 +1,9 @@
 """The engine for many processes, or for more state than one GPU holds: DeepSpeed ZeRO, stages 0 to 3.
 
-DeepSpeed moves gradients and parameters between processes and partitions what is to be partitioned; the update is our
-AdamW, on the flat float32 partitions that ZeRO hands to it, or at stage 0 on whole parameters. Where training starts
-anew, from a phase's first weights or from a checkpoint, model and DeepSpeed engine are built anew: masters, moments and
-anchor are then set tensor by tensor, whatever partitioned them before.
+DeepSpeed moves gradients and parameters between processes and partitions what is to be partitioned; the update is the
+recipe's optimizer, on the flat float32 partitions that ZeRO hands to it, or at stage 0 on whole parameters. Where
+training starts anew, from a phase's first weights or from a checkpoint, model and DeepSpeed engine are built anew:
+masters, state and anchor are then set tensor by tensor, whatever partitioned them before.
 
 Stage 0 keeps everything in every process; 1 partitions masters and moments (and the anchor); 2 the gradients too; 3 the
 parameters too (Rajbhandari et al., arXiv 1910.02054).
@@ -26,15 +26,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spt_fast.config import Engine, Optimizer
+from spt_fast.config import Engine, Phase
 from spt_fast.data.loader import Batch
 from spt_fast.errors import RecipeError
-from spt_fast.kernels import adamw_step, keep_freed_memory
+from spt_fast.kernels import keep_freed_memory
 from spt_fast.model.gpt import GPT
 from spt_fast.model.memory import REDUCE_BUCKET
+from spt_fast.optimizers import Group, Optimizer
 from spt_fast.train.engine import StepResult
-from spt_fast.train.optim import FROZEN, AdamW, Snapshot, frozen_in, weights_in
+from spt_fast.train.optim import FROZEN, ModelOptimizer, is_decayed
+from spt_fast.train.snapshot import COUNT, WEIGHTS, Snapshot, kind_and_name, tensor_name
 from spt_fast.train.world import World
+
+ANCHOR = "anchor"
+"""What the anchor is called beside the optimizer's kinds of state."""
 
 PERSISTENT_NUMBERS = 100_000
 """Stage 3 keeps parameters up to this size whole, the norms among them, which a block reads of the block after it."""
@@ -57,42 +62,26 @@ class ZeroEngine:
         return f"{self.device.type}, {self.world.size} processes, ZeRO stage {self.settings.stage}"
 
     def untie(self) -> None:
-        """The next `begin` makes a model whose head is its own parameter."""
         self.config = dataclasses.replace(self.config, tied=False)
 
-    def begin(
-        self,
-        settings: Optimizer,
-        anchor_decay: float,
-        start: Snapshot,
-        *,
-        current: Snapshot | None = None,
-        micro_batches: int = 1,
-        freeze: str = "none",
-    ) -> None:
-        """A fresh model and optimizer that take over `current` (or `start`), each process holding a part of either.
-
-        `start` is what an anchor holds on to. `micro_batches`: that a process runs through in a step. freeze: as in a
-        recipe's phase, which parameters no step moves.
-        """
-        self._let_go()
+    def begin(self, phase: Phase, start: Snapshot, *, current: Snapshot | None = None, micro_batches: int = 1) -> None:
+        self._release()
         snapshot = start if current is None else current
-        self.frozen = frozen_in(snapshot, freeze)
-        model = self._model(snapshot, freeze)
+        self.frozen = snapshot.only(FROZEN[phase.freeze])
+        model = self._model(snapshot, phase.freeze)
         self.params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        kind = WholeAdamW if self.settings.stage == 0 else PartitionedAdamW
-        self.optimizer: Any = kind(model, settings, anchor_decay)
+        kind = Whole if self.settings.stage == 0 else Partitioned
+        self.optimizer: Any = kind(model, phase.optimizer, phase.anchor)
         with contextlib.redirect_stdout(io.StringIO()):  # its tables of memory
             self._engine, *_ = self.deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
-                config=self._deepspeed_config(settings, micro_batches),
+                config=self._deepspeed_config(phase.optimizer, micro_batches),
                 dist_init_required=False,
             )
         self._restore(snapshot, start)
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
-        """As LocalEngine.step, over the global batch; after an interruption this engine makes no further step."""
         loss = torch.zeros((), device=self.device)
         self.optimizer.prepare(lr)
         for batch in micro_batches:
@@ -111,29 +100,26 @@ class ZeroEngine:
         return StepResult(torch.stack([loss / (len(micro_batches) * self.world.size), norm, skipped.float()]))
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """As LocalEngine.loss, of this process's own text; collective where parameters are partitioned."""
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(self.device)
         return self._engine.module(tokens_BT.to(self.device), targets_BT.to(self.device), cu_seqlens).float()
 
     @torch.no_grad()
     def snapshot(self, *, state: bool) -> Snapshot:
-        """This process's part of the fp32 weights and, where `state` is true, of moments and step count. Collective."""
-        kinds = ("weights", "exp_avg", "exp_avg_sq") if state else ("weights",)
-        taken: Snapshot = {}
-        names = sorted(f"{kind}/{name}" for kind in kinds for name in self.params)
-        mine = self.world.share(dict.fromkeys(names))
-        for name in names:
-            kind, _, param = name.partition("/")
-            whole = self._whole(kind, param)
-            if name in mine:
-                taken[name] = whole.detach().to("cpu", torch.float32, copy=True)
+        kinds = (WEIGHTS, *self.optimizer.settings.kinds) if state else (WEIGHTS,)
+        every = {tensor_name(kind, name): (kind, name) for kind in kinds for name in self.params}
+        mine = self.world.share(every)
+        taken: dict[str, Tensor] = {}
+        for given, (kind, name) in sorted(every.items()):
+            whole = self._whole(kind, name)
+            if given in mine:
+                taken[given] = whole.detach().to("cpu", torch.float32, copy=True)
         if state and self.world.is_first:
-            taken["count"] = self.optimizer.count.to("cpu", copy=True)
-        return taken | (self.frozen if state else weights_in(self.frozen))
+            taken[COUNT] = self.optimizer.count.to("cpu", copy=True)
+        return Snapshot.of(taken) | (self.frozen if state else self.frozen.without_state())
 
     # ------------------------------------------------------------------------------------------------ inside
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         """Free the model and the state of the phase before: DeepSpeed's own references outlive its `destroy`."""
         if self._engine is None:
             return
@@ -154,8 +140,7 @@ class ZeroEngine:
         for flag, value in self._flags.items():
             setattr(model, flag, value)
         weights = {
-            name.removeprefix("weights/"): tensor.to(self.device, self.dtype, copy=True)
-            for name, tensor in self.world.spread(weights_in(snapshot))
+            name: tensor.to(self.device, self.dtype, copy=True) for name, tensor in self.world.spread(snapshot.weights)
         }
         model.load_state_dict(weights, assign=True)
         for name, param in model.named_parameters():
@@ -164,18 +149,16 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _restore(self, snapshot: Snapshot, start: Snapshot) -> None:
-        anchors = self.optimizer.anchor_decay > 0
         self.optimizer.link(self._engine)
-        for name, tensor in self.world.spread(snapshot):
-            kind, _, param = name.partition("/")
-            if kind == "count":
+        for given, tensor in self.world.spread(snapshot.tensors()):
+            kind, name = kind_and_name(given)
+            if kind == COUNT:
                 self.optimizer.count.copy_(tensor)
-            elif param in self.params:
-                self._set(kind, param, tensor)
-        for name, tensor in self.world.spread(start) if anchors else ():
-            kind, _, param = name.partition("/")
-            if kind == "weights" and param in self.params:
-                self._set("anchor", param, tensor)
+            elif name in self.params:
+                self._set(kind, name, tensor)
+        for name, tensor in self.world.spread(start.weights) if self.optimizer.anchor_decay else ():
+            if name in self.params:
+                self._set(ANCHOR, name, tensor)
 
     def _whole(self, kind: str, name: str) -> Tensor:
         if self.settings.stage == 0:
@@ -183,7 +166,7 @@ class ZeroEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         param = self.params[name]
-        return safe_get_full_fp32_param(param) if kind == "weights" else safe_get_full_optimizer_state(param, kind)
+        return safe_get_full_fp32_param(param) if kind == WEIGHTS else safe_get_full_optimizer_state(param, kind)
 
     def _set(self, kind: str, name: str, tensor: Tensor) -> None:
         if self.settings.stage == 0:
@@ -192,7 +175,7 @@ class ZeroEngine:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         param, tensor = self.params[name], tensor.to(self.device)
-        if kind == "weights":
+        if kind == WEIGHTS:
             safe_set_full_fp32_param(param, tensor)
         else:
             safe_set_full_optimizer_state(param, tensor, kind)
@@ -226,14 +209,14 @@ class ZeroEngine:
         return merged(ours, user_config(self.settings.config))
 
 
-class PartitionedAdamW(torch.optim.Optimizer):
-    """AdamW on the flat partitions that ZeRO 1 to 3 put in the place of the parameters; clipping is ZeRO's."""
+class Partitioned(torch.optim.Optimizer):
+    """An optimizer on the flat partitions that ZeRO 1 to 3 put in the place of the parameters; clipping is ZeRO's."""
 
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
         params = [param for param in model.parameters() if param.requires_grad]
         groups = [
-            {"params": [p for p in params if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in params if is_decayed(p)], "decayed": True},
+            {"params": [p for p in params if not is_decayed(p)], "decayed": False},
         ]
         super().__init__(groups, {})
         self.settings, self.anchor_decay = settings, anchor_decay
@@ -243,13 +226,13 @@ class PartitionedAdamW(torch.optim.Optimizer):
     def link(self, engine: Any) -> None:
         """Make the state of every partition, and let DeepSpeed find each parameter's piece in it."""
         zero = engine.optimizer
+        kinds = (*self.settings.kinds, *((ANCHOR,) if self.anchor_decay else ()))
         for attribute in (
             "single_partition_of_fp32_groups",
             "fp32_groups_flat_partition",
             "fp32_partitioned_groups_flat",
         ):
             for partition in getattr(zero, attribute, ()):
-                kinds = ("exp_avg", "exp_avg_sq", *(("anchor",) if self.anchor_decay else ()))
                 self.state[partition] = {kind: torch.zeros_like(partition) for kind in kinds}
         if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
             zero._lazy_init_hp_params_optimizer_state()
@@ -273,49 +256,40 @@ class PartitionedAdamW(torch.optim.Optimizer):
             for partition in group["params"]:
                 if partition.grad is None:
                     continue
-                state = self.state[partition]
-                adamw_step(
-                    partition,
-                    partition.grad,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    step=(self.count + 1).to(partition.device),
-                    lr=self._lr,
-                    betas=self.settings.betas,
-                    eps=self.settings.eps,
-                    weight_decay=group["weight_decay"],
-                    anchor=state.get("anchor"),
-                    anchor_decay=self.anchor_decay,
-                )
+                state = {kind: [tensor] for kind, tensor in self.state[partition].items()}
+                anchors = state.pop(ANCHOR, None)
+                flat = Group([partition], state, group["decayed"], anchors=anchors)
+                count = (self.count + 1).to(partition.device)
+                self.settings.update(flat, count=count, lr=self._lr, anchor_decay=self.anchor_decay)
 
 
-class WholeAdamW(torch.optim.Optimizer):
-    """The AdamW of one process, for DeepSpeed's stage 0: gradients arrive averaged over the processes."""
+class Whole(torch.optim.Optimizer):
+    """An optimizer in one process on whole parameters, for DeepSpeed's stage 0: gradients arrive averaged."""
 
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
         super().__init__([param for param in model.parameters() if param.requires_grad], {})
-        self._adamw = AdamW(model, settings, anchor_decay)
-        self.anchor_decay = anchor_decay
-        self.count = self._adamw.count
+        self._inner = ModelOptimizer(model, settings, anchor_decay)
+        self.settings, self.anchor_decay = settings, anchor_decay
+        self.count = self._inner.count
         self.norm = self.skipped = self.count
 
     def link(self, engine: Any) -> None:
         pass
 
     def release(self) -> None:
-        del self._adamw
+        del self._inner
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        adamw = self._adamw
-        return {"weights": adamw.masters, "anchor": adamw.anchor}.get(kind) or getattr(adamw, kind)
+        inner = self._inner
+        return {**inner.state, WEIGHTS: inner.masters, ANCHOR: inner.anchor}[kind]
 
     def prepare(self, lr: float) -> None:
         self._lr = lr
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self.norm = self._adamw.grad_norm()
+        self.norm = self._inner.grad_norm()
         self.skipped = ~torch.isfinite(self.norm)
-        self._adamw.step(self._lr, self.norm, self.skipped)
+        self._inner.step(self._lr, self.norm, self.skipped)
 
 
 def check_deepspeed(settings: Engine) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from spt_fast.config import Optimizer
 from spt_fast.model.flops import parameters
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.model.memory import DISTRIBUTIONS, memory_bytes
-from spt_fast.train.optim import AdamW
+from spt_fast.optimizers import AdamW
+from spt_fast.train.optim import ModelOptimizer
 
 SHAPE = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 384, "context": 256, "vocab_size": 1024}
 GROUPED = {"kv_heads": 1, "qk_norm": True, "layers": 6}
@@ -58,7 +58,7 @@ def allocated_at_most(
         model = GPT(config).to(dtype)
         model.checkpointing = checkpointing
         model.embedding.requires_grad_(freeze == "none")
-        optimizer = AdamW(model, Optimizer(lr=1e-3), 0.1 if anchor else 0.0)
+        optimizer = ModelOptimizer(model, AdamW(lr=1e-3), 0.1 if anchor else 0.0)
         T = config.context
         cuts = torch.tensor([0, T // 3, T, micro * T], dtype=torch.int32) if documents else None
         batches = [torch.randint(config.vocab_size, (2, micro, T)).unbind() for _ in range(micro_batches)]

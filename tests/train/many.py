@@ -23,8 +23,9 @@ import torch
 from spt_fast.config import recipe_from
 from spt_fast.data.loader import Batch
 from spt_fast.model.gpt import GPT
-from spt_fast.train import engine, loop
+from spt_fast.train import engines, loop
 from spt_fast.train.run import run
+from tests.train import momentum as momentum  # an optimizer by that name
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -71,7 +72,7 @@ def main(path: Path) -> None:
         made: list[Watched] = []
 
         def make(*arguments: Any, _plan: dict[str, Any] = plan, _made: list[Watched] = made, **named: Any) -> Watched:
-            _made.append(Watched(engine.make_engine(*arguments, **named), _plan))
+            _made.append(Watched(engines.make_engine(*arguments, **named), _plan))
             return _made[-1]
 
         loop.make_engine = make  # type: ignore[assignment]

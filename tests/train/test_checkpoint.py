@@ -11,13 +11,14 @@ import torch
 
 from spt_fast.errors import CheckpointError
 from spt_fast.train import checkpoint
+from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import ALONE
 
 NAMES = [f"step-{i:010d}-p00-a000" for i in (5, 10, 100)]
 
 
 def write(folder: Path, name: str, value: float, keep: int = 9) -> Path:
-    snapshot = {"weights/a": torch.full((3, 2), value), "count": torch.tensor(value)}
+    snapshot = Snapshot({"a": torch.full((3, 2), value)}, count=torch.tensor(value))
     writer = checkpoint.Writer(folder, ALONE, checkpoint.Retention(keep))
     writer.save(name, {"value": value}, {"current": snapshot, "best": snapshot})
     writer.finish()
@@ -29,7 +30,7 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
     state, snapshots = checkpoint.read(path), checkpoint.load(path)
     assert state == {"value": 1.5}
     assert set(snapshots) == {"current", "best"}
-    assert torch.equal(snapshots["best"]["weights/a"], torch.full((3, 2), 1.5))
+    assert torch.equal(snapshots["best"].weights["a"], torch.full((3, 2), 1.5))
     assert [p.name for p in tmp_path.iterdir()] == [NAMES[0]], "no temporaries are left"
 
 

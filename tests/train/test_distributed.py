@@ -153,6 +153,20 @@ def test_a_run_goes_on_in_other_processes_and_stages(data: Path, alone: Path) ->
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(read, expected, strict=True))
 
 
+def test_an_optimizer_of_its_own_kinds_of_state_is_partitioned_too(data: Path) -> None:
+    def recipe(run: str, **engine: Any) -> dict[str, Any]:
+        raw = short_recipe(data, run, **engine)
+        raw["phases"][0]["optimizer"] = {"name": "momentum", "lr": 1e-2}
+        return raw
+
+    together(1, [{"recipe": recipe("momentum")}], data)
+    moved = recipe("momentum-moved", stage=1)
+    together(2, [{"recipe": recipe("momentum-3", stage=3)}, {"recipe": moved, "stop_at": 7}], data)
+    together(1, [{"recipe": moved | {"engine": {"name": "local"}}, "resume": True}], data)
+    for run in ("momentum-3", "momentum-moved"):
+        assert worst_difference(data / run, data / "momentum") < SAME, run
+
+
 def test_a_frozen_embedding_stays_in_every_stage_and_engine(data: Path) -> None:
     """Between two phases that learn, its moments waiting; the last run goes from one engine to the other while it is
     frozen."""

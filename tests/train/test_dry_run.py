@@ -13,7 +13,7 @@ import torch
 from spt_fast.config import recipe_from
 from spt_fast.errors import RecipeError
 from spt_fast.train.dry_run import dry_run
-from spt_fast.train.engine import LocalEngine
+from spt_fast.train.local import LocalEngine
 from tests import tiny
 
 
@@ -34,7 +34,7 @@ def test_every_phase_is_tried_as_it_will_be(
 
     def watched_step(self: LocalEngine, micro_batches: Any, *rest: Any) -> Any:
         optimizer = self.optimizer
-        state = (len(optimizer.exp_avg), bool(optimizer.anchor), self.model.head is not None)
+        state = (len(optimizer.masters), bool(optimizer.anchor), self.model.head is not None)
         seen.append(("step", len(micro_batches), tuple(micro_batches[0].tokens.shape), *state))
         return step(self, micro_batches, *rest)
 

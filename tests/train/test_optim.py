@@ -1,17 +1,26 @@
-"""AdamW over a model: torch's own as the reference, what is decayed, masters, clipping, snapshots."""
+"""An optimizer over a model, AdamW: torch's own as the reference, what is decayed, masters, clipping, snapshots."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from spt_fast.config import Optimizer
+from spt_fast.config import recipe_from
+from spt_fast.errors import RecipeError
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.train.engine import LocalEngine, untied, weights_of
-from spt_fast.train.optim import AdamW
+from spt_fast.optimizers import AdamW
+from spt_fast.train import checkpoint
+from spt_fast.train.local import LocalEngine
+from spt_fast.train.optim import ModelOptimizer
+from spt_fast.train.run import run
+from spt_fast.train.snapshot import Snapshot, weights_of
+from tests import tiny
+from tests.train.momentum import Momentum
+from tests.train.test_loop import StopAfter, assert_same_run
 
 CONFIG = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=8, vocab_size=32, qk_norm=True)
 
@@ -25,12 +34,17 @@ def backward(model: nn.Module, ids: torch.Tensor) -> None:
     model(ids[:, :-1], ids[:, 1:]).backward()
 
 
+def same(one: Snapshot, other: Snapshot) -> bool:
+    ours, theirs = one.tensors(), other.tensors()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_it_is_torchs_adamw_with_decay_on_matrices_only(clip: float | None) -> None:
     ours = GPT(CONFIG, seed=1)
     theirs = copy.deepcopy(ours)
-    settings = Optimizer(lr=1e-2, weight_decay=0.3, clip=clip)
-    optimizer = AdamW(ours, settings)
+    settings = AdamW(lr=1e-2, weight_decay=0.3, clip=clip)
+    optimizer = ModelOptimizer(ours, settings)
     groups = [
         {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.3},
         {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -52,7 +66,7 @@ def test_it_is_torchs_adamw_with_decay_on_matrices_only(clip: float | None) -> N
 
 def test_bf16_parameters_are_rounded_masters_and_small_updates_add_up() -> None:
     model = GPT(CONFIG, seed=1).to(torch.bfloat16)
-    optimizer = AdamW(model, Optimizer(lr=1e-6, weight_decay=0.0, clip=None))
+    optimizer = ModelOptimizer(model, AdamW(lr=1e-6, weight_decay=0.0, clip=None))
     before = optimizer.snapshot(state=False)
     for ids in batches(3):
         backward(model, ids)
@@ -60,14 +74,14 @@ def test_bf16_parameters_are_rounded_masters_and_small_updates_add_up() -> None:
         optimizer.step(1e-6, optimizer.grad_norm(), torch.tensor(False))
         optimizer.zero_grad()
     moved = optimizer.snapshot(state=False)
-    assert any(not torch.equal(before[name], moved[name]) for name in before)
+    assert not same(before, moved)
     for name, param in model.named_parameters():
-        assert torch.equal(param, moved[f"weights/{name}"].bfloat16())
+        assert torch.equal(param, moved.weights[name].bfloat16())
 
 
 def test_a_skipped_step_moves_nothing() -> None:
     model = GPT(CONFIG, seed=1)
-    optimizer = AdamW(model, Optimizer(lr=1e-2))
+    optimizer = ModelOptimizer(model, AdamW(lr=1e-2))
     before = optimizer.snapshot(state=True)
     backward(model, batches(1)[0])
     for param in model.parameters():
@@ -75,7 +89,7 @@ def test_a_skipped_step_moves_nothing() -> None:
         param.grad.fill_(float("nan"))
     optimizer.step(1e-2, optimizer.grad_norm(), torch.tensor(True))
     after = optimizer.snapshot(state=True)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert same(before, after)
 
 
 def test_a_snapshot_restored_trains_on_bit_for_bit() -> None:
@@ -89,29 +103,63 @@ def test_a_snapshot_restored_trains_on_bit_for_bit() -> None:
 
     first, data = engine(), batches(6)
     start = weights_of(GPT(CONFIG, seed=1))
-    first.begin(Optimizer(lr=1e-2), 0.1, start)
+    first.begin(tiny.phase(anchor=0.1), start)
     for ids in data[:3]:
         train(first, ids)
     snapshot = first.snapshot(state=True)
     for ids in data[3:]:
         train(first, ids)
     second = engine()
-    second.begin(Optimizer(lr=1e-2), 0.1, start, current=snapshot)
+    second.begin(tiny.phase(anchor=0.1), start, current=snapshot)
     for ids in data[3:]:
         train(second, ids)
     ours, theirs = first.snapshot(state=True), second.snapshot(state=True)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert same(ours, theirs)
 
 
 def test_untying_copies_the_embedding_and_its_moments() -> None:
     model = GPT(CONFIG, seed=1)
-    optimizer = AdamW(model, Optimizer(lr=1e-2))
+    optimizer = ModelOptimizer(model, AdamW(lr=1e-2))
     backward(model, batches(1)[0])
     optimizer.step(1e-2, optimizer.grad_norm(), torch.tensor(False))
-    snapshot = untied(optimizer.snapshot(state=True), "embedding", "head")
+    snapshot = optimizer.snapshot(state=True).untied()
     model.untie()
-    fresh = AdamW(model, Optimizer(lr=1e-2))
+    fresh = ModelOptimizer(model, AdamW(lr=1e-2))
     fresh.restore(snapshot)
-    assert torch.equal(fresh.exp_avg["head"], optimizer.exp_avg["embedding"])
+    assert torch.equal(fresh.state["exp_avg"]["head"], optimizer.state["exp_avg"]["embedding"])
     assert torch.equal(model.head_weight, model.embedding)
     assert model.head_weight.data_ptr() != model.embedding.data_ptr()
+
+
+def test_another_optimizer_is_its_class_and_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained, interrupted and resumed to the same weights, with a state of its own kind in the checkpoints."""
+    tiny.write_corpora(tmp_path)
+    runs = []
+    for name in ("whole", "parts"):
+        raw = tiny.raw_recipe(tmp_path, name)
+        for phase in raw["phases"]:
+            phase["optimizer"] = {"name": "momentum", "lr": 1e-2, "momentum": 0.8}
+        raw["phases"][1] |= {"optimizer_state": "keep", "anchor": 0}
+        runs.append(raw)
+    assert recipe_from(runs[0]).phases[0].optimizer == Momentum(lr=1e-2, momentum=0.8)
+    run(recipe_from(runs[0]), progress=False)
+    monkeypatch.setattr("spt_fast.train.run.StopRequest", StopAfter)
+    monkeypatch.setattr(StopAfter, "looks", 85)
+    while run(recipe_from(runs[1]), resume=True, progress=False)["status"] == "stopped":
+        newest = checkpoint.newest(tmp_path / "parts" / "checkpoints")
+        assert newest is not None
+        current = checkpoint.load(newest.path)["current"]
+        assert list(current.state) == ["velocity"]
+        assert current.state["velocity"].keys() == current.weights.keys()
+        StopAfter.looks = 85
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_an_optimizer_that_is_not_known_is_named_and_so_is_a_setting_of_another() -> None:
+    raw = tiny.raw_recipe(Path("."))
+    raw["phases"][0]["optimizer"] = {"name": "adam", "lr": 1}
+    with pytest.raises(RecipeError, match=r"phases\[pretrain\]\.optimizer\.name: 'adam'.*did you mean 'adamw'"):
+        recipe_from(raw)
+    raw["phases"][0]["optimizer"] = {"name": "momentum", "lr": 1, "betas": [0.9, 0.95]}
+    with pytest.raises(RecipeError, match=r"phases\[pretrain\]\.optimizer\.betas: unknown key"):
+        recipe_from(raw)

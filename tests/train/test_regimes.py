@@ -18,8 +18,8 @@ from spt_fast.data.loader import Batch
 from spt_fast.data.shards import DatasetWriter
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
-from spt_fast.train.engine import LocalEngine
 from spt_fast.train.evaluate import evaluation_texts, mean_loss
+from spt_fast.train.local import LocalEngine
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.plan import make_plan
 from tests import tiny
@@ -105,7 +105,9 @@ def test_scpt_changes_the_mixture_and_nothing_else(data: Path, read: list[int]) 
     assert all(later < rate for rate, later in pairwise(rates[4:])), "warmed up no more"
 
     folders = {path.name: path for path in checkpoint.listed(Path(raw["run"]) / "checkpoints")}
-    before, after = (checkpoint.load(folders[f"step-00000000{at}-a000"])["current"] for at in ("24-p00", "25-p01"))
+    before, after = (
+        checkpoint.load(folders[f"step-00000000{at}-a000"])["current"].tensors() for at in ("24-p00", "25-p01")
+    )
     assert (before["count"], after["count"]) == (24, 25)
     for name, moment in after.items():
         if name.startswith("exp_avg_sq/"):

@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from spt_fast.config import Optimizer, recipe_from
+from spt_fast.config import recipe_from
 from spt_fast.data.loader import Batch
 from spt_fast.errors import RecipeError
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
-from spt_fast.train.engine import LocalEngine, weights_of
 from spt_fast.train.evaluate import evaluation_texts, mean_loss
+from spt_fast.train.local import LocalEngine
 from spt_fast.train.plan import make_plan
 from spt_fast.train.run import run
+from spt_fast.train.snapshot import weights_of
 from spt_fast.train.weights import load_model
 from tests import tiny
 from tests.train.test_loop import StopAfter
@@ -129,14 +130,14 @@ def test_the_others_learn_by_torchs_adamw_of_the_others(clip: float | None) -> N
     config = GPTConfig(**SHAPE, tied=False)
     theirs = GPT(config, seed=1)
     engine = LocalEngine(copy.deepcopy(theirs), device=torch.device("cpu"), dtype=torch.float32)
-    settings = Optimizer(lr=1e-2, weight_decay=0.3, clip=clip)
-    engine.begin(settings, 0.0, weights_of(theirs), freeze="embeddings")
+    begun = tiny.phase(weight_decay=0.3, clip=clip, freeze="embeddings")
+    engine.begin(begun, weights_of(theirs))
     others = [param for name, param in theirs.named_parameters() if name != "embedding"]
     groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": 0.3},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    reference = torch.optim.AdamW(groups, lr=1e-2, betas=settings.betas, eps=settings.eps)
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
     generator = torch.Generator().manual_seed(3)
     for _ in range(5):
         ids = torch.randint(64, (4, 9), generator=generator)
@@ -191,7 +192,8 @@ def test_interrupted_anywhere_it_is_the_same_run_and_kept_moments_pass_through(
 
     folders = checkpoint.listed(Path(whole["run"]) / "checkpoints")
     first, frozen, free = (
-        [checkpoint.load(folder)["current"] for folder in folders if f"-p{i:02d}-" in folder.name] for i in range(3)
+        [checkpoint.load(folder)["current"].tensors() for folder in folders if f"-p{i:02d}-" in folder.name]
+        for i in range(3)
     )
     for kind in ("weights", "exp_avg", "exp_avg_sq"):
         name = f"{kind}/embedding"

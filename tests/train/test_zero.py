@@ -9,7 +9,7 @@ import pytest
 
 from spt_fast.config import Engine
 from spt_fast.errors import RecipeError
-from spt_fast.train.engine import uses_deepspeed
+from spt_fast.train.engines import uses_deepspeed
 from spt_fast.train.price import distribution_of
 from spt_fast.train.zero import merged, user_config
 

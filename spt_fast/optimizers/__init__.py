@@ -1,0 +1,17 @@
+"""Optimizers by the name that a recipe gives them. Another one is its file here and its import below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from spt_fast.fields import build, one_of
+from spt_fast.optimizers.adamw import AdamW as AdamW
+from spt_fast.optimizers.base import OPTIMIZERS, Group, Optimizer
+
+__all__ = ["OPTIMIZERS", "Group", "Optimizer", "parse_optimizer"]
+
+
+def parse_optimizer(raw: object, where: str) -> Optimizer:
+    """A recipe's `optimizer` section, whose `name` says which settings it takes. RecipeError for what it does not."""
+    name = raw.get("name", AdamW.name) if isinstance(raw, Mapping) else AdamW.name
+    return build(OPTIMIZERS[one_of(*OPTIMIZERS)(name, f"{where}.name")], raw, where)

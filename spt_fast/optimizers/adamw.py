@@ -1,0 +1,60 @@
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), with an optional decay toward an anchor (arXiv 2502.06042)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spt_fast.errors import RecipeError, invalid
+from spt_fast.fields import number, setting, text
+from spt_fast.kernels import adamw_step_all
+from spt_fast.optimizers.base import Group, Optimizer, register
+
+
+def _betas(value: object, where: str) -> tuple[float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise RecipeError(invalid(where, value, "write two numbers, such as [0.9, 0.95]"))
+    first, second = (number(0.0, 1.0)(v, f"{where}[{i}]") for i, v in enumerate(value))
+    if 1.0 in (first, second):
+        raise RecipeError(invalid(where, value, "both must be below 1"))
+    return first, second
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+    """Its moments are `exp_avg` and `exp_avg_sq`, its update is one fused kernel for all tensors of a group."""
+
+    name: str = setting(text, "adamw")
+    betas: tuple[float, float] = setting(_betas, (0.9, 0.95))
+    eps: float = setting(number(0.0, open_low=True), 1e-8)
+
+    kinds = ("exp_avg", "exp_avg_sq")
+
+    def update(
+        self,
+        group: Group,
+        *,
+        count: Tensor,
+        lr: float | Tensor,
+        anchor_decay: float,
+        scale: float | Tensor = 1.0,
+        skip: Tensor | None = None,
+    ) -> None:
+        adamw_step_all(
+            group.params,
+            group.grads,
+            group.state["exp_avg"],
+            group.state["exp_avg_sq"],
+            step=count,
+            lr=lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay if group.decayed else 0.0,
+            anchors=group.anchors,
+            anchor_decay=anchor_decay,
+            grad_scale=scale,
+            skip=skip,
+            masters=group.masters,
+        )

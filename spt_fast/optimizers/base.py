@@ -1,0 +1,81 @@
+"""What an optimizer is: settings that a recipe gives, kinds of state for every parameter, and an update of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from torch import Tensor
+
+from spt_fast.fields import number, optional, setting, text
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are updated alike; the other lists hold a tensor for each, of its shape.
+
+    Parameters are whole, or under ZeRO the flat fp32 partitions of them that a process holds.
+    """
+
+    params: Sequence[Tensor]
+    state: dict[str, list[Tensor]]
+    """By kind, fp32."""
+    decayed: bool
+    """Whether weight decay applies."""
+    masters: Sequence[Tensor] | None = None
+    """fp32; they take the update and are rounded into the parameters. None where these are fp32 themselves."""
+    anchors: Sequence[Tensor] | None = None
+    """fp32, what the parameters decay toward."""
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """fp32, one for every parameter."""
+        grads = [param.grad for param in self.params if param.grad is not None]
+        assert len(grads) == len(self.params), "a parameter has no gradient"
+        return grads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Settings that all optimizers have. A subclass gives `name` its default, adds its own and is registered."""
+
+    name: str = setting(text)
+    lr: float = setting(number(0.0, open_low=True))
+    """Peak learning rate."""
+    weight_decay: float = setting(number(0.0), 0.1)
+    """Decoupled, of matrices only."""
+    clip: float | None = setting(optional(number(0.0, open_low=True)), 1.0)
+    """Largest global gradient norm; null for no clipping."""
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    """The names of the state that it keeps for every parameter, as checkpoints have them: fp32, zero at the start."""
+
+    def update(
+        self,
+        group: Group,
+        *,
+        count: Tensor,
+        lr: float | Tensor,
+        anchor_decay: float,
+        scale: float | Tensor = 1.0,
+        skip: Tensor | None = None,
+    ) -> None:
+        """Update a group in place: the `count`-th update, from 1, at rate `lr`.
+
+        anchor_decay: decoupled decay toward the anchors. scale: times the gradients. skip: where true, nothing changes.
+        All but anchor_decay may be 0-d tensors on the group's device.
+        """
+        raise NotImplementedError
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {}
+"""By name."""
+
+Kind = TypeVar("Kind", bound=type[Optimizer])
+
+
+def register(kind: Kind) -> Kind:
+    """A decorator: recipes may name this optimizer."""
+    OPTIMIZERS[kind.name] = kind
+    return kind

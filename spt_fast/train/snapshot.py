@@ -1,0 +1,85 @@
+"""Weights and optimizer state at one moment, as fp32 copies on the CPU; and what their tensors are called on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from spt_fast.train.world import ALONE, World
+
+WEIGHTS, COUNT = "weights", "count"
+
+
+def tensor_name(kind: str, name: str) -> str:
+    """What a checkpoint calls the tensor that `kind` (WEIGHTS, or one of the optimizer's) has for a parameter."""
+    return f"{kind}/{name}"
+
+
+def kind_and_name(given: str) -> tuple[str, str]:
+    """Of a `tensor_name`; (COUNT, "") of the number of updates."""
+    kind, _, name = given.partition("/")
+    return kind, name
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One process's part of a snapshot: all of it where the process is alone."""
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """By parameter."""
+    state: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """The optimizer's, by kind and parameter; empty where only weights were taken."""
+    count: Tensor | None = None
+    """Updates that the optimizer has made, a 0-d tensor."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names in a checkpoint: "weights/NAME", "KIND/NAME" and "count"."""
+        named = {
+            tensor_name(kind, name): tensor
+            for kind, tensors in ((WEIGHTS, self.weights), *self.state.items())
+            for name, tensor in tensors.items()
+        }
+        return named if self.count is None else {**named, COUNT: self.count}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Snapshot:
+        """From `tensors()`."""
+        kinds: dict[str, dict[str, Tensor]] = {WEIGHTS: {}}
+        for given, tensor in tensors.items():
+            kind, name = kind_and_name(given)
+            if kind != COUNT:
+                kinds.setdefault(kind, {})[name] = tensor
+        return cls(kinds.pop(WEIGHTS), kinds, tensors.get(COUNT))
+
+    def without_state(self) -> Snapshot:
+        return Snapshot(self.weights)
+
+    def only(self, names: Collection[str]) -> Snapshot:
+        """Of these parameters what it holds."""
+        return Snapshot(
+            {name: self.weights[name] for name in names if name in self.weights},
+            {kind: {name: held[name] for name in names if name in held} for kind, held in self.state.items()},
+        )
+
+    def untied(self) -> Snapshot:
+        """That of a tied model with the head's own copy of the embedding (and of its state) added."""
+
+        def added(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return {**tensors, "head": tensors["embedding"].clone()} if "embedding" in tensors else tensors
+
+        state = {kind: added(tensors) for kind, tensors in self.state.items()}
+        return replace(self, weights=added(self.weights), state=state)
+
+    def __or__(self, other: Snapshot) -> Snapshot:
+        """What is in either, of this one's count."""
+        kinds = self.state.keys() | other.state.keys()
+        state = {kind: {**self.state.get(kind, {}), **other.state.get(kind, {})} for kind in kinds}
+        return replace(self, weights={**self.weights, **other.weights}, state=state)
+
+
+def weights_of(model: nn.Module, world: World = ALONE) -> Snapshot:
+    """A model's weights: this process's part of them."""
+    mine = world.share({name: param.detach() for name, param in model.named_parameters()})
+    return Snapshot({name: param.float().cpu().clone() for name, param in mine.items()})
