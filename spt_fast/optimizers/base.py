@@ -44,7 +44,7 @@ class Optimizer:
     lr: float = setting(number(0.0, open_low=True))
     """Peak learning rate."""
     weight_decay: float = setting(number(0.0), 0.1)
-    """Decoupled, of matrices only."""
+    """Decoupled; which parameters it applies to is in the model's table."""
     clip: float | None = setting(optional(number(0.0, open_low=True)), 1.0)
     """Largest global gradient norm; null for no clipping."""
 

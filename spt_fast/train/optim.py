@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spt_fast.model.gpt import GPT
+from spt_fast.model.parameters import table
 from spt_fast.optimizers import Group, Optimizer
 from spt_fast.train.snapshot import Snapshot
 
@@ -20,7 +22,7 @@ FROZEN = {"none": (), "embeddings": ("embedding",)}
 class ModelOptimizer:
     """The parameters that require a gradient: frozen ones have no state here and no part in the norm."""
 
-    def __init__(self, model: nn.Module, settings: Optimizer, anchor_decay: float = 0.0) -> None:
+    def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float = 0.0) -> None:
         self.settings = settings
         self.anchor_decay = anchor_decay
         self.params: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -33,13 +35,13 @@ class ModelOptimizer:
         }
         self.anchor = {name: master.clone() for name, master in self.masters.items()} if anchor_decay else {}
         self.count = torch.zeros((), device=next(iter(self.params.values())).device)
-        decayed = [name for name, param in self.params.items() if is_decayed(param)]
+        known = table(model.config)
         self._groups = [
-            self._group(decayed, decayed=True),
-            self._group([name for name in self.params if name not in decayed], decayed=False),
+            self._group([name for name in self.params if known[name].kind.decayed == decayed], decayed)
+            for decayed in (True, False)
         ]
 
-    def _group(self, names: list[str], *, decayed: bool) -> Group:
+    def _group(self, names: list[str], decayed: bool) -> Group:
         params = [self.params[name] for name in names]
         in_place = all(param.dtype == torch.float32 for param in params)
         return Group(
@@ -90,11 +92,6 @@ class ModelOptimizer:
                 tensors[name].copy_(held[name])
         if snapshot.count is not None:
             self.count.copy_(snapshot.count)
-
-
-def is_decayed(param: Tensor) -> bool:
-    """Whether weight decay applies: matrices are decayed, vectors are not."""
-    return param.ndim >= 2
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

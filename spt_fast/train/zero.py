@@ -32,9 +32,10 @@ from spt_fast.errors import RecipeError
 from spt_fast.kernels import keep_freed_memory
 from spt_fast.model.gpt import GPT
 from spt_fast.model.memory import REDUCE_BUCKET
+from spt_fast.model.parameters import table
 from spt_fast.optimizers import Group, Optimizer
 from spt_fast.train.engine import StepResult
-from spt_fast.train.optim import FROZEN, ModelOptimizer, is_decayed
+from spt_fast.train.optim import FROZEN, ModelOptimizer
 from spt_fast.train.snapshot import COUNT, WEIGHTS, Snapshot, kind_and_name, tensor_name
 from spt_fast.train.world import World
 
@@ -213,14 +214,15 @@ class Partitioned(torch.optim.Optimizer):
     """An optimizer on the flat partitions that ZeRO 1 to 3 put in the place of the parameters; clipping is ZeRO's."""
 
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
-        params = [param for param in model.parameters() if param.requires_grad]
-        groups = [
-            {"params": [p for p in params if is_decayed(p)], "decayed": True},
-            {"params": [p for p in params if not is_decayed(p)], "decayed": False},
+        known = table(model.config)
+        named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for name, p in named.items() if known[name].kind.decayed == decayed], "decayed": decayed}
+            for decayed in (True, False)
         ]
         super().__init__(groups, {})
         self.settings, self.anchor_decay = settings, anchor_decay
-        self.count = torch.zeros((), device=params[0].device)
+        self.count = torch.zeros((), device=model.embedding.device)
         self.norm = self.skipped = self.count
 
     def link(self, engine: Any) -> None:
