@@ -117,7 +117,7 @@ def save(
     dtype = dtype or weights["embedding"].dtype
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype: weights can be saved as float32, bfloat16 or float16, not {dtype}")
-    if not config.qk_norm and config.width % config.heads:
+    if _family(config) == "llama" and config.width % config.heads:
         warnings.warn(
             f"{folder}: transformers loads no Llama whose {config.heads} heads don't divide its width "
             f"{config.width}; GPT.from_hf does",
@@ -200,22 +200,25 @@ def read_config(folder: str | Path) -> GPTConfig:
         raise CheckpointError(f"{file}: {error}") from None
 
 
-def _to_hf(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) -> dict[str, Any]:
-    """config.json, with what transformers 4 and 5 call differently under both names."""
-    model_type, family = next(
-        (name, family)
+def _family(config: GPTConfig) -> str:
+    """The model_type that has all that the shape has."""
+    return next(
+        name
         for name, family in FAMILIES.items()
         if all(getattr(config, field) == value for field, value in family.fields.items())
     )
+
+
+def _to_hf(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) -> dict[str, Any]:
+    """config.json, with what transformers 4 and 5 call differently under both names."""
+    model_type = _family(config)
     return {
-        "architectures": [family.architecture],
+        "architectures": [FAMILIES[model_type].architecture],
         "model_type": model_type,
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": False,
-        "mlp_bias": False,
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
         "dtype": DTYPES[dtype],

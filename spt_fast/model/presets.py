@@ -4,9 +4,10 @@
 the data at hand. `124m` is GPT-2 small's depth and width, `350m` GPT-2 medium's, `3b` and `8b` have the shapes of
 Llama 3.2 3B and Llama 3 8B.
 
-The `olmo-…` four are for the sizes of the specialized-pretraining paper (arXiv 2603.16177), which names them but
-prints no shapes. Our reading is OLMo's own ladder: 16 layers of 16 heads, feed-forward four times the width, 50,304
-tokens, tied as in the paper. Tied, the 600M is 530M; its name counts an own head.
+The `olmo-…` four follow the sizes of the specialized-pretraining paper (arXiv 2603.16177): OLMo 1B with 16 layers, a 3B
+with twice as many, 600M and 300M with half. The paper prints no widths: where OLMo 1B's doesn't give the size that the
+name says, ours is the nearest that does. Heads are 128 wide, the feed-forward layer is four times the width, the head
+is tied and the vocabulary OLMo's.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1b": _shape(18, 2048, 16, 5632, 2048, 50_304),
     "3b": _shape(28, 3072, 24, 8192, 4096, 128_256, kv_heads=8, rope_theta=500_000.0),
     "8b": _shape(32, 4096, 32, 14_336, 8192, 128_256, kv_heads=8, rope_theta=500_000.0, tied=False),
-    "olmo-300m": _shape(16, 1024, 16, 4096, 2048, 50_304),
-    "olmo-600m": _shape(16, 1344, 16, 5376, 2048, 50_304),
+    "olmo-300m": _shape(8, 1408, 11, 5632, 2048, 50_304),
+    "olmo-600m": _shape(8, 2048, 16, 8192, 2048, 50_304),
     "olmo-1b": _shape(16, 2048, 16, 8192, 2048, 50_304),
-    "olmo-3b": _shape(16, 3328, 16, 13_312, 2048, 50_304),
+    "olmo-3b": _shape(32, 2432, 19, 9728, 2048, 50_304),
 }

@@ -126,6 +126,12 @@ def test_the_promised_presets_are_there() -> None:
     assert promised | {"olmo-300m", "olmo-600m", "olmo-1b", "olmo-3b"} <= set(PRESETS)
 
 
+def test_the_papers_sizes_differ_in_layers_as_it_says() -> None:
+    """3B has twice the layers of 1B, 600M and 300M half."""
+    layers = {name: GPTConfig.preset(f"olmo-{name}").layers for name in ("300m", "600m", "1b", "3b")}
+    assert layers == {"300m": 8, "600m": 8, "1b": 16, "3b": 32}
+
+
 def test_preset_overrides() -> None:
     config = GPTConfig.preset("10m", vocab_size=999, context=64, heads=12, kv_heads=4, qk_norm=True)
     assert (config.vocab_size, config.context, config.head_dim, config.qk_norm) == (999, 64, 32, True)

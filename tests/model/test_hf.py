@@ -16,12 +16,15 @@ transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
 
 
-def draw_config(rng: random.Random, qk_norm: bool) -> GPTConfig:
+FAMILIES: dict[str, dict[str, bool]] = {"Llama": {}, "Qwen3": {"qk_norm": True}}
+
+
+def draw_config(rng: random.Random, family: str) -> GPTConfig:
     kv_heads = rng.choice([1, 2, 3])
     heads = kv_heads * rng.choice([1, 2, 3])
     head_dim = rng.choice([4, 8, 14, 16])
     # transformers has Llamas with a head_dim of their own, but only where heads divide the width.
-    widths = [24, 40, 56] if qk_norm else [24 * heads, 8 * heads]
+    widths = [24 * heads, 8 * heads] if family == "Llama" else [24, 40, 56]
     return GPTConfig(
         layers=rng.randint(1, 3),
         width=rng.choice([*widths, heads * head_dim]),
@@ -31,10 +34,10 @@ def draw_config(rng: random.Random, qk_norm: bool) -> GPTConfig:
         context=rng.choice([16, 32, 64]),
         vocab_size=rng.randint(20, 300),
         head_dim=head_dim,
-        qk_norm=qk_norm,
         tied=rng.random() < 0.5,
         rope_theta=rng.choice([100.0, 10_000.0, 500_000.0, 1e6]),
         norm_eps=rng.choice([1e-5, 1e-6]),
+        **FAMILIES[family],
     )
 
 
@@ -75,15 +78,15 @@ def change_config(folder: Path, **fields: object) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
-def test_ours_in_transformers_and_back(seed: int, qk_norm: bool, tmp_path: Path) -> None:
-    config = draw_config(random.Random(seed), qk_norm)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ours_in_transformers_and_back(seed: int, family: str, tmp_path: Path) -> None:
+    config = draw_config(random.Random(seed), family)
     print(config)
     ours = GPT(config)
     randomise(ours, seed)
     ours.save_hf(tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    assert type(theirs).__name__ == f"{family}ForCausalLM"
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
     assert_same_logits(ours, theirs, seed)
 
@@ -95,14 +98,13 @@ def test_ours_in_transformers_and_back(seed: int, qk_norm: bool, tmp_path: Path)
 
 
 @pytest.mark.parametrize("seed", range(10, 16))
-@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
-def test_theirs_in_ours(seed: int, qk_norm: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_theirs_in_ours(seed: int, family: str, tmp_path: Path) -> None:
     """From a configuration that transformers itself writes, in shards."""
-    config = draw_config(random.Random(seed), qk_norm)
+    config = draw_config(random.Random(seed), family)
     print(config)
-    family = transformers.Qwen3Config if qk_norm else transformers.LlamaConfig
     theirs = transformers.AutoModelForCausalLM.from_config(
-        family(
+        getattr(transformers, f"{family}Config")(
             vocab_size=config.vocab_size,
             hidden_size=config.width,
             intermediate_size=config.ffn,
