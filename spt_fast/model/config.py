@@ -34,6 +34,8 @@ class GPTConfig:
     64."""
     qk_norm: bool = setting(boolean, False)
     """RMSNorm of every query and key head, before RoPE (Qwen3)."""
+    qkv_bias: bool = setting(boolean, False)
+    """A bias on queries, keys and values (Qwen2)."""
     tied: bool = setting(boolean, True)
     """The head is the embedding."""
     rope_theta: float = setting(_positive, 10_000.0)
@@ -45,6 +47,8 @@ class GPTConfig:
             if isinstance(value, str):  # the parsers read numbers from text, as YAML needs it
                 raise RecipeError(invalid(where, value, "give a value that is not text"))
             object.__setattr__(self, item.name, item.metadata["parse"](value, where))
+        if self.qkv_bias and self.qk_norm:  # a run's weights are Hugging Face folders
+            raise RecipeError(invalid("model.qkv_bias", True, "no family of models has it beside qk_norm; choose one"))
         if self.heads % self.kv_heads:
             raise RecipeError(invalid("model.kv_heads", self.kv_heads, f"a divisor of heads ({self.heads})"))
         if self.head_dim is None:

@@ -53,6 +53,7 @@ class Block(nn.Module):
 
     attention_norm: nn.Parameter
     wqkv: nn.Parameter
+    bqkv: nn.Parameter | None
     q_norm: nn.Parameter | None
     k_norm: nn.Parameter | None
     wo: nn.Parameter
@@ -83,7 +84,7 @@ class Block(nn.Module):
         return add_rms_norm(self.feed_forward(h_BTD, fp8), stream_BTD, next_norm, self.norm_eps)
 
     def attention(self, h_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, fp8: bool) -> Tensor:
-        qkv = linear(h_BTD, self.wqkv, fp8).unflatten(-1, (-1, self.head_dim))
+        qkv = linear(h_BTD, self.wqkv, fp8, self.bqkv).unflatten(-1, (-1, self.head_dim))
         q_BTHQ, k_BTKQ, v_BTKQ = qkv.split(self.split, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHQ, k_BTKQ = qk_norm_rope(q_BTHQ, k_BTKQ, self.q_norm, self.k_norm, cos, sin, self.norm_eps)
@@ -95,9 +96,11 @@ class Block(nn.Module):
         return linear(swiglu_packed(linear(h_BTD, self.w_gate_up, fp8)), self.w_down, fp8)
 
 
-def linear(x: Tensor, weight: Tensor, fp8: bool) -> Tensor:
-    """x @ weight.T, where `fp8` asks for it and the weight is wide enough with operands rounded to fp8."""
-    return fp8_linear(x, weight) if fp8 and gains_by_fp8(weight.shape) else F.linear(x, weight)
+def linear(x: Tensor, weight: Tensor, fp8: bool, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, where `fp8` asks for it and the weight is wide enough with operands rounded to fp8."""
+    if not (fp8 and gains_by_fp8(weight.shape)):
+        return F.linear(x, weight, bias)
+    return fp8_linear(x, weight) if bias is None else fp8_linear(x, weight) + bias
 
 
 def gains_by_fp8(shape: Sequence[int]) -> bool:

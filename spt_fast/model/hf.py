@@ -42,7 +42,8 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", {"qk_norm": False}),
+    "llama": Family("LlamaForCausalLM", {"qk_norm": False, "qkv_bias": False}),
+    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}),
     "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, head_dim=128),
 }
 """By model_type."""

@@ -31,6 +31,7 @@ class Kind:
 MATRIX = Kind(std=0.02, decayed=True, multiplies=True)
 LOOKUP = Kind(std=0.02, decayed=True)
 NORM = Kind(mean=1.0)
+BIAS = Kind()
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def of_block(config: GPTConfig) -> tuple[Parameter, ...]:
     qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
     return (
         Parameter("attention_norm", NORM, {"input_layernorm.weight": D}),
-        Parameter("wqkv", MATRIX, {f"{projection}.weight": rows for projection, rows in qkv.items()}, D),
+        Parameter("wqkv", MATRIX, {f"{part}.weight": rows for part, rows in qkv.items()}, D),
+        Parameter("bqkv", BIAS, {f"{part}.bias": rows for part, rows in qkv.items()}, present=config.qkv_bias),
         Parameter("q_norm", NORM, {"self_attn.q_norm.weight": Q}, present=config.qk_norm),
         Parameter("k_norm", NORM, {"self_attn.k_norm.weight": Q}, present=config.qk_norm),
         Parameter("wo", into_stream, {"self_attn.o_proj.weight": D}, q),

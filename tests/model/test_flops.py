@@ -13,6 +13,7 @@ SHAPES = [
     {"qk_norm": True, "head_dim": 24},
     {"tied": False, "kv_heads": 6},
     {"layers": 1, "ffn": 7},
+    {"qkv_bias": True},
 ]
 SMALL = {"layers": 3, "width": 48, "heads": 6, "kv_heads": 2, "ffn": 80, "context": 32, "vocab_size": 61}
 

@@ -49,6 +49,7 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
         ("head_dim", 7),
         ("head_dim", 0),
         ("qk_norm", 1),
+        ("qkv_bias", 1),
         ("tied", "yes"),
         ("rope_theta", 0.0),
         ("rope_theta", float("nan")),
@@ -67,6 +68,12 @@ def test_head_dim_is_resolved() -> None:
     assert GPTConfig(**SMALL, head_dim=16).head_dim == 16
     with pytest.raises(RecipeError, match=r"model\.heads.*head_dim"):
         GPTConfig(**{**SMALL, "width": 50})
+
+
+def test_a_bias_beside_qk_norm_is_refused() -> None:
+    """A run hands its weights on as Hugging Face folders, and no family has both."""
+    with pytest.raises(RecipeError, match=r"model\.qkv_bias: True is invalid: no family.*qk_norm; choose one"):
+        GPTConfig(**SMALL, qkv_bias=True, qk_norm=True)
 
 
 def test_config_is_frozen_and_round_trips() -> None:
@@ -150,7 +157,9 @@ def plain_forward(model: GPT, tokens_BT: Tensor) -> Tensor:
     for block in model.blocks:
         h = norm(x, block.attention_norm)
         wq, wk, wv = block.wqkv.split([c.heads * Q, c.kv_heads * Q, c.kv_heads * Q])
-        q, k, v = ((h @ w.T).view(B, T, -1, Q).transpose(1, 2) for w in (wq, wk, wv))
+        biases = block.bqkv.split([w.shape[0] for w in (wq, wk, wv)]) if c.qkv_bias else (0, 0, 0)
+        projected = (h @ w.T + b for w, b in zip((wq, wk, wv), biases, strict=True))
+        q, k, v = (x_BTP.view(B, T, -1, Q).transpose(1, 2) for x_BTP in projected)
         if c.qk_norm:
             q, k = norm(q, block.q_norm), norm(k, block.k_norm)
         q, k = rotate(q), rotate(k)
@@ -164,7 +173,13 @@ def plain_forward(model: GPT, tokens_BT: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"qk_norm": True, "head_dim": 12}, {"tied": False, "kv_heads": 6}, {"layers": 1, "rope_theta": 100.0}],
+    [
+        {},
+        {"qk_norm": True, "head_dim": 12},
+        {"tied": False, "kv_heads": 6},
+        {"layers": 1, "rope_theta": 100.0},
+        {"qkv_bias": True},
+    ],
 )
 def test_logits_and_gradients_equal_the_textbook(fields: dict) -> None:
     model = model_with_random_norms(**fields).double()
@@ -206,10 +221,10 @@ def test_no_position_sees_a_later_one() -> None:
     assert not torch.allclose(a[:, 19], b[:, 19])
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_documents_are_as_if_alone(qk_norm: bool) -> None:
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True}, {"qkv_bias": True}])
+def test_documents_are_as_if_alone(fields: dict) -> None:
     """cu_seqlens across rows: every piece of a document in a row is a text by itself."""
-    model = model_with_random_norms(qk_norm=qk_norm).double()
+    model = model_with_random_norms(**fields).double()
     batch = tokens(2, 16)
     cuts = [0, 5, 5, 13, 20, 32]
     logits = model(batch, cu_seqlens=torch.tensor(cuts, dtype=torch.int32)).flatten(0, 1)
@@ -359,7 +374,11 @@ def test_it_learns() -> None:
     assert loss.item() < 0.5
 
 
-@pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "kv_heads": 2}], ids=["plain", "QK-norm and grouped queries"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"qk_norm": True, "kv_heads": 2}, {"qkv_bias": True}],
+    ids=["plain", "QK-norm and grouped queries", "QKV bias"],
+)
 def test_checkpointing_changes_no_bit_and_recomputes_what_it_says(fields: dict) -> None:
     config = GPTConfig(**{**SMALL, **fields})
     tokens, targets = (torch.randint(config.vocab_size, (3, config.context)) for _ in range(2))
@@ -384,13 +403,15 @@ class CountProducts(TorchDispatchMode):
     products = in_fp8 = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.products += op is torch.ops.aten.mm.default
+        self.products += op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
         self.in_fp8 += op is torch.ops.spt_fast.fp8_linear.default
         return op(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"qk_norm": True, "kv_heads": 2, "tied": False}], ids=["plain", "QK-norm, untied"]
+    "fields",
+    [{}, {"qk_norm": True, "kv_heads": 2, "tied": False}, {"qkv_bias": True}],
+    ids=["plain", "QK-norm, untied", "QKV bias"],
 )
 def test_it_compiles_whole(fields: dict) -> None:
     config = GPTConfig(**{**SMALL, **fields})
@@ -419,7 +440,10 @@ def loss_and_gradients(model: GPT) -> list[Tensor]:
     return [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
 
-@pytest.mark.parametrize(("width", "fields", "taken"), [(48, {}, 4), (64, {"width": 64, "heads": 4}, 4), (49, {}, 0)])
+@pytest.mark.parametrize(
+    ("width", "fields", "taken"),
+    [(48, {}, 4), (64, {"width": 64, "heads": 4}, 4), (49, {}, 0), (48, {"qkv_bias": True}, 4)],
+)
 def test_wide_layers_alone_are_taken_in_fp8(
     width: int, fields: dict, taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
 
 
-FAMILIES: dict[str, dict[str, bool]] = {"Llama": {}, "Qwen3": {"qk_norm": True}}
+FAMILIES: dict[str, dict[str, bool]] = {"Llama": {}, "Qwen2": {"qkv_bias": True}, "Qwen3": {"qk_norm": True}}
 
 
 def draw_config(rng: random.Random, family: str) -> GPTConfig:

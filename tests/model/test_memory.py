@@ -38,6 +38,7 @@ CASES: list[tuple[dict[str, Any], int, torch.dtype, str, dict[str, Any]]] = [
     (WIDE_HEAD, 2, FP32, "full", {}),
     (UNTIED, 4, BF16, "none", {"micro_batches": 2, "freeze": "embeddings", "anchor": True}),
     (UNTIED, 4, FP32, "full", {"freeze": "embeddings"}),
+    ({"qkv_bias": True}, 4, BF16, "selective", {}),
     ({"width": 256, "ffn": 1024, "layers": 2, "vocab_size": 4096}, 4, FP32, "full", {}),
 ]
 
