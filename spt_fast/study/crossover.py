@@ -17,7 +17,7 @@ sqrt((n+1)/(n-1)), for the variance, and by Student's t for n seeds over the nor
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from scipy.stats import norm, t
 
-from spt_fast.errors import DataError, nearest
+from spt_fast.errors import DataError, invalid, nearest
 from spt_fast.laws.table import ALIKE, Array
 from spt_fast.study.figures import NPT_COLOUR, SPT_COLOURS
 from spt_fast.study.words import amount
@@ -36,46 +36,107 @@ NEEDED = (
     *("pretrain_tokens", "pretrain_delta", "domain_heldout", "domain_select", "handed_on", *ALIKE),
 )
 PRETRAINING = ["pretrain_tokens", "pretrain_delta"]
+THRESHOLD = 0.01
+"""Of the pretrained loss."""
 DRAWS, LEVEL = 2000, 0.9
 FARTHEST = 100.0
 """An extrapolation is named up to so many times the largest subset."""
+MOST_DIGITS = 300
+"""An interval is open beyond so many tokens."""
 
 
-def crossover(table: pd.DataFrame, threshold: float = 0.01) -> dict[str, Any]:
-    """The study of a runs table, as plain data for JSON: {"threshold", "level", "comparisons"}.
+Interval = tuple[float, float | None]
+"""[low, high]; 0 and None where it is open."""
 
-    A comparison is of one size of model and one pretraining:
 
-        params, pretrain_tokens, pretrain_delta    the latter two None where the weights came from elsewhere
-        arms        {arm: [{domain_tokens, mean, seeds: {seed: domain_heldout}, lr: {seed: rate}}]}, nats per token
-        gap         [{domain_tokens, nats, percent, interval, seeds: {seed: percent}}], of the means over seeds
-        fit         {intercept, slope, slope_interval}: percent at one token and per tenfold of the domain; or None
-        where       "between" two subsets, "below" the smallest, "beyond" the largest, "never", or "unknown"
-        crossover   domain tokens; None but for "between"
-        interval    of `crossover` or `extrapolated`: [low, high], 0 and None where it is open; None for a single seed
-        extrapolated, times_beyond   for "beyond": domain tokens by the fit, over the largest subset; None if too far
-        says        one sentence
+@dataclass(frozen=True)
+class Subset:
+    """An arm's runs on one subset of the domain. Losses are in nats per token."""
+
+    domain_tokens: int
+    mean: float
+    seeds: dict[str, float]
+    lr: dict[str, float]
+    """By seed."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Between the arms on one subset."""
+
+    domain_tokens: int
+    nats: float
+    """Of the means over seeds."""
+    percent: float
+    interval: Interval | None
+    seeds: dict[str, float]
+    """In percent."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Percent at one token, and per tenfold of the domain."""
+
+    intercept: float
+    slope: float
+    slope_interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Where the gap falls under the threshold."""
+
+    where: str
+    """ "between" two subsets, "below" the smallest, "beyond" the largest, "never", or "unknown"."""
+    says: str
+    """One sentence."""
+    fit: Line | None = None
+    """None for a single subset."""
+    crossover: float | None = None
+    """Domain tokens; None but for "between"."""
+    interval: Interval | None = None
+    """Of `crossover` or `extrapolated`; None for a single seed."""
+    extrapolated: float | None = None
+    """For "beyond": domain tokens by the fit; None if too far."""
+    times_beyond: float | None = None
+    """The same over the largest subset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossover(Crossing):
+    """Of one size of model and one pretraining."""
+
+    params: int
+    pretrain_tokens: float | None
+    pretrain_delta: float | None
+    """None, these two, where the weights came from elsewhere."""
+    arms: dict[str, list[Subset]]
+    gap: list[Gap]
+
+
+def crossovers(table: pd.DataFrame, threshold: float = THRESHOLD) -> list[Crossover]:
+    """Of every size of model and every pretraining of a runs table.
 
     `threshold` is a fraction of the pretrained loss. DataError: a table without scratch and pretrained arms of one size
     of model, or one that mixes tokenizers or held-out texts.
     """
     if not 0 < threshold < 1:
-        raise DataError(f"threshold: {threshold!r} will not do; write a fraction of the loss such as 0.01")
+        raise DataError(invalid("threshold", threshold, "write a fraction of the loss, such as 0.01"))
     rows = _arms(table)
     scratch, pretrained = (rows[rows["start"] == arm] for arm in ("scratch", "pretrained"))
-    comparisons = []
+    found = []
     for (params, *_), members in pretrained.groupby(["params", *PRETRAINING], dropna=False):
         begun = rows[(rows["params"] == params) & _same_pretraining(rows, members)]
         both = pd.concat([begun[begun["start"] != "scratch"], scratch[scratch["params"] == params]])
         common = members.merge(both[both["start"] == "scratch"], on=["domain_tokens", "seed"])
         if len(common):
-            comparisons.append(_compared(both, threshold))
-    if not comparisons:
+            found.append(_compared(both, threshold))
+    if not found:
         raise DataError(
             "no subset of the domain was trained on both from scratch and from pretrained weights, by the same size of "
             "model and seed; give a finetune stage `start: [pretrained, scratch]` and `delta: 1`"
         )
-    return {"threshold": threshold, "level": LEVEL, "comparisons": comparisons}
+    return found
 
 
 def asks_for_one(table: pd.DataFrame) -> bool:
@@ -109,7 +170,7 @@ def _same_pretraining(rows: pd.DataFrame, members: pd.DataFrame) -> pd.Series:
     return same
 
 
-def _compared(rows: pd.DataFrame, threshold: float) -> dict[str, Any]:
+def _compared(rows: pd.DataFrame, threshold: float) -> Crossover:
     pretraining = rows[rows["start"] == "pretrained"].iloc[0]
     losses = {arm: _by_subset(rows[rows["start"] == arm]) for arm in ARMS if (rows["start"] == arm).any()}
     percent = 100 * (losses["scratch"] / losses["pretrained"] - 1)
@@ -118,23 +179,18 @@ def _compared(rows: pd.DataFrame, threshold: float) -> dict[str, Any]:
     means = {arm: (losses[arm].reindex_like(percent).where(seeds)).mean(axis=1) for arm in ("scratch", "pretrained")}
     nats = means["scratch"] - means["pretrained"]
     gaps = _Gaps(np.log10(percent.index.to_numpy(float)), percent.to_numpy(float))
-    return {
-        "params": int(pretraining["params"]),
-        "pretrain_tokens": _plain(pretraining["pretrain_tokens"]),
-        "pretrain_delta": _plain(pretraining["pretrain_delta"]),
-        "arms": {arm: _plain_arm(rows[rows["start"] == arm]) for arm in losses},
-        "gap": [
-            {
-                "domain_tokens": int(tokens),
-                "nats": float(nats[tokens]),
-                "percent": float(gaps.mean[i]),
-                "interval": _interval(gaps.drawn[:, i]) if gaps.has_interval else None,
-                "seeds": _seeds(by_seed),
-            }
-            for i, (tokens, by_seed) in enumerate(percent.iterrows())
+    intervals = [_interval(drawn) if gaps.has_interval else None for drawn in gaps.drawn.T]
+    return Crossover(
+        params=int(pretraining["params"]),
+        pretrain_tokens=_known(pretraining["pretrain_tokens"]),
+        pretrain_delta=_known(pretraining["pretrain_delta"]),
+        arms={arm: _subsets(rows[rows["start"] == arm]) for arm in losses},
+        gap=[
+            Gap(int(tokens), float(nats[tokens]), float(mean), interval, _seeds(by_seed))
+            for (tokens, by_seed), mean, interval in zip(percent.iterrows(), gaps.mean, intervals, strict=True)
         ],
-        **_crossing(gaps, 100 * threshold),
-    }
+        **vars(_crossing(gaps, 100 * threshold)),
+    )
 
 
 def _by_subset(rows: pd.DataFrame) -> pd.DataFrame:
@@ -142,15 +198,11 @@ def _by_subset(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.pivot(index="domain_tokens", columns="seed", values="domain_heldout").sort_index()
 
 
-def _plain_arm(rows: pd.DataFrame) -> list[dict[str, Any]]:
+def _subsets(rows: pd.DataFrame) -> list[Subset]:
+    by_subset = rows.sort_values("seed").set_index("seed").groupby("domain_tokens")
     return [
-        {
-            "domain_tokens": int(tokens),
-            "mean": float(members["domain_heldout"].mean()),
-            "seeds": _seeds(members.set_index("seed")["domain_heldout"]),
-            "lr": _seeds(members.set_index("seed")["lr"]),
-        }
-        for tokens, members in rows.sort_values("seed").groupby("domain_tokens")
+        Subset(int(tokens), float(own["domain_heldout"].mean()), _seeds(own["domain_heldout"]), _seeds(own["lr"]))
+        for tokens, own in by_subset
     ]
 
 
@@ -158,7 +210,7 @@ def _seeds(by_seed: pd.Series) -> dict[str, float]:
     return {str(seed): float(value) for seed, value in by_seed.dropna().items()}
 
 
-def _plain(value: float) -> float | None:
+def _known(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
@@ -204,54 +256,48 @@ class _Gaps:
         return max(float(self.log_tokens[-1]), (threshold - intercept) / slope) if slope < 0 else np.inf
 
 
-def _interval(draws: Array) -> list[float]:
+def _interval(draws: Array) -> tuple[float, float]:
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
-    return [float(low), float(high)]
+    return float(low), float(high)
 
 
-def _crossing(gaps: _Gaps, threshold: float) -> dict[str, Any]:
-    """The fit, and where the gap falls under the threshold (percent)."""
-    smallest, largest = (float(10**edge) for edge in gaps.log_tokens[[0, -1]])
-    found: dict[str, Any] = dict.fromkeys(("fit", "crossover", "interval", "extrapolated", "times_beyond"))
+def _crossing(gaps: _Gaps, threshold: float) -> Crossing:
+    """`threshold` in percent."""
+    smallest, largest = (amount(float(10**edge)) for edge in gaps.log_tokens[[0, -1]])
     under = f"within {threshold:g}% of the pretrained one's loss"
     if gaps.line is None:
-        says = (
-            f"One subset of {amount(smallest)} domain tokens shows a gap, not where it closes; train on more of them."
-        )
-        return {**found, "where": "unknown", "says": says}
+        says = f"One subset of {smallest} domain tokens shows a gap, not where it closes; train on more of them."
+        return Crossing("unknown", says)
 
     intercept, slope = map(float, gaps.line)
-    slopes = _interval(gaps.lines[:, 1]) if gaps.has_interval else None
-    found["fit"] = {"intercept": intercept, "slope": slope, "slope_interval": slopes}
+    fit = Line(intercept, slope, _interval(gaps.lines[:, 1]) if gaps.has_interval else None)
     at = gaps.crossing(threshold, gaps.mean, gaps.line)
-    drawn = [gaps.crossing(threshold, *draw) for draw in zip(gaps.drawn, gaps.lines, strict=True)]
-    interval = [float(10**edge) if edge < np.inf else None for edge in _interval(np.array(drawn))] if drawn else None
-    where = "never"
+    interval = None
+    if gaps.has_interval:
+        drawn = [gaps.crossing(threshold, *draw) for draw in zip(gaps.drawn, gaps.lines, strict=True)]
+        low, high = _interval(np.array(drawn))
+        interval = float(10**low), float(10**high) if high < MOST_DIGITS else None
     if at == -np.inf:
-        where = "below"
-        says = f"Already with {amount(smallest)} domain tokens, the fewest tried, a model from scratch is {under}."
-    elif at <= gaps.log_tokens[-1] and gaps.mean[-1] <= threshold:
-        where, found["crossover"], found["interval"] = "between", float(10**at), interval
+        says = f"Already with {smallest} domain tokens, the fewest tried, a model from scratch is {under}."
+        return Crossing("below", says, fit)
+    if at <= gaps.log_tokens[-1] and gaps.mean[-1] <= threshold:
         says = f"From about {amount(10**at)} domain tokens on{_range(interval)} a model from scratch is {under}."
-    else:
-        says = f"With {amount(largest)} domain tokens, the most tried, a model from scratch is not {under}: "
-        beyond = 10 ** (at - gaps.log_tokens[-1])
-        if at == np.inf:
-            says += "the gap does not shrink with more of them."
-        elif beyond > FARTHEST:
-            where = "beyond"
-            says += f"at this slope not before {FARTHEST:g} times as many, too far to say."
-        else:
-            where, found["interval"] = "beyond", interval
-            found["extrapolated"], found["times_beyond"] = float(10**at), float(beyond)
-            says += (
-                f"at this slope it would be from about {amount(10**at)} on{_range(interval)}, an extrapolation "
-                f"to {beyond:.2g} times as many."
-            )
-    return {**found, "where": where, "says": says}
+        return Crossing("between", says, fit, crossover=float(10**at), interval=interval)
+    says = f"With {largest} domain tokens, the most tried, a model from scratch is not {under}: "
+    if at == np.inf:
+        return Crossing("never", f"{says}the gap does not shrink with more of them.", fit)
+    beyond = float(10 ** (at - gaps.log_tokens[-1]))
+    if beyond > FARTHEST:
+        says += f"at this slope not before {FARTHEST:g} times as many, too far to say."
+        return Crossing("beyond", says, fit)
+    says += (
+        f"at this slope it would be from about {amount(10**at)} on{_range(interval)}, an extrapolation "
+        f"to {beyond:.2g} times as many."
+    )
+    return Crossing("beyond", says, fit, interval=interval, extrapolated=float(10**at), times_beyond=beyond)
 
 
-def _range(interval: list[float | None] | None) -> str:
+def _range(interval: Interval | None) -> str:
     if interval is None:
         return " (one seed: no interval)"
     low, high = interval
@@ -269,45 +315,45 @@ def _corpus_axis(axes: Axes) -> None:
     axes.set_xlabel("unique tokens of the domain")
 
 
-def draw_losses(axes: Axes, arms: dict[str, list[dict[str, Any]]]) -> None:
+def draw_losses(axes: Axes, arms: dict[str, list[Subset]]) -> None:
     """The mean of every arm as a line, named in the legend by its own marker too; seeds as rings."""
     styles = dict(zip(ARMS, zip((SPT_COLOURS[0], NPT_COLOUR, *SPT_COLOURS[1:3]), "osD^", strict=True), strict=True))
     for arm, subsets in arms.items():
         colour, marker = styles[arm]
-        tokens = [subset["domain_tokens"] for subset in subsets]
-        axes.plot(tokens, [subset["mean"] for subset in subsets], color=colour, marker=marker, label=arm)
+        tokens = [subset.domain_tokens for subset in subsets]
+        axes.plot(tokens, [subset.mean for subset in subsets], color=colour, marker=marker, label=arm)
         for subset in subsets:
-            seeds = list(subset["seeds"].values())
-            axes.plot([subset["domain_tokens"]] * len(seeds), seeds, "o", color=colour, markerfacecolor="none", ms=4)
+            seeds = list(subset.seeds.values())
+            axes.plot([subset.domain_tokens] * len(seeds), seeds, "o", color=colour, markerfacecolor="none", ms=4)
     _corpus_axis(axes)
     axes.set_title("held-out loss on the domain (nats/token)", fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=9)
 
 
-def draw_gap(axes: Axes, comparison: dict[str, Any], threshold: float) -> None:
+def draw_gap(axes: Axes, found: Crossover, threshold: float = THRESHOLD) -> None:
     """The gap of every seed and the mean with its interval; the fit, dotted beyond the largest subset."""
-    gaps, fit, level = comparison["gap"], comparison["fit"], 100 * threshold
-    tokens = np.array([gap["domain_tokens"] for gap in gaps], float)
-    percent = np.array([gap["percent"] for gap in gaps])
+    gaps, fit, level = found.gap, found.fit, 100 * threshold
+    tokens = np.array([gap.domain_tokens for gap in gaps], float)
+    percent = np.array([gap.percent for gap in gaps])
     for gap in gaps:
-        seeds = list(gap["seeds"].values())
-        axes.plot([gap["domain_tokens"]] * len(seeds), seeds, "o", color=NPT_COLOUR, markerfacecolor="none", ms=4)
-    if gaps[0]["interval"]:
-        low, high = np.array([gap["interval"] for gap in gaps]).T
+        seeds = list(gap.seeds.values())
+        axes.plot([gap.domain_tokens] * len(seeds), seeds, "o", color=NPT_COLOUR, markerfacecolor="none", ms=4)
+    if gaps[0].interval:
+        low, high = np.array([gap.interval for gap in gaps]).T
         axes.fill_between(tokens, low, high, color=SPT_COLOURS[0], alpha=0.15, linewidth=0)
     axes.plot(tokens, percent, "-o", color=SPT_COLOURS[0])
-    at = comparison["crossover"] or comparison["extrapolated"]
+    at = found.crossover or found.extrapolated
     if fit:
         for ends, style in (((tokens[0], tokens[-1]), "-"), ((tokens[-1], max(at or 0, tokens[-1])), ":")):
             x = np.array(ends)
-            axes.plot(x, fit["intercept"] + fit["slope"] * np.log10(x), style, color=SPT_COLOURS[1], linewidth=1)
+            axes.plot(x, fit.intercept + fit.slope * np.log10(x), style, color=SPT_COLOURS[1], linewidth=1)
     axes.axhline(level, color="0.6", linewidth=0.8, linestyle="--")
     axes.annotate(f"{level:g}%", (tokens[0], level), (0, 3), textcoords="offset points", color="0.4", fontsize=9)
     if at:
         axes.plot([at], [level], "D", color=SPT_COLOURS[1], markerfacecolor="white", zorder=3)
         axes.annotate(amount(at), (at, level), (6, 6), textcoords="offset points", color=SPT_COLOURS[1])
-        if comparison["interval"]:
-            low, high = comparison["interval"]
+        if found.interval:
+            low, high = found.interval
             axes.plot([max(low, tokens[0]), high or axes.get_xlim()[1]], [level] * 2, color=SPT_COLOURS[1])
     _corpus_axis(axes)
     axes.set_title("from scratch, above the pretrained one's loss (%)", fontsize=10, loc="left")
