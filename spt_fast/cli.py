@@ -482,22 +482,14 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Scaling laws of finished runs, and how far each can be trusted."""
-    from spt_fast.study import crossover, fits
+    from spt_fast.study import fits
+    from spt_fast.study.findings import print_fits
     from spt_fast.study.runs_table import read_table
-    from spt_fast.study.usable import usable
 
-    used = usable(read_table(runs, domain=domain_source, general=general_source))
-    fitted = fits.fit_laws(used, law)
-    crossed = crossover.crossover(used.rows)["comparisons"] if crossover.asks_for_one(used.rows) else []
-    result = fits.described(fitted, used.notes) | {"crossover": crossed}
+    found = fits.fit(read_table(runs, domain=domain_source, general=general_source), law)
     if out_folder:
-        fits.write(result, out_folder)
-    if as_json:
-        _print_json(result)
-        return
-    fits.print_fits(fitted, used.notes, out, law is not None)
-    for comparison in crossed:
-        out.print(f"- to pretrain or not: {comparison['says']}")
+        fits.write(found, out_folder)
+    _print_json(found.as_json()) if as_json else print_fits(found, out, every_parameter=law is not None)
 
 
 @app.command()

@@ -19,6 +19,7 @@ import pandas as pd
 from spt_fast.errors import RecipeError
 from spt_fast.laws import DCPTLaw, best_ratio
 from spt_fast.study.compare import Arm, compare_rows, judge, treatment_of
+from spt_fast.study.findings import error_of
 from spt_fast.study.finetunes import SETTING, Treatment
 from spt_fast.study.fits import Fitted
 from spt_fast.study.words import amount, percent, three_digits
@@ -282,9 +283,9 @@ def _continual(domain: Fitted, general: Fitted) -> Answer:
     limit = f"a general loss at most {percent(MAX_GENERAL_RISE)} above that of general text alone"
     lead = f"For {amount(params)} parameters and {amount(tokens)} tokens of continual pretraining, by the D-CPT law."
     sure = [
-        _sentence(f"{100 * error['mre']:.2f}% mean error of the {of} loss when predicting what was left out ({what})")
+        _sentence(f"{error_of(errors)} mean error of the {of} loss when predicting what was left out ({what})")
         for of, fit in (("domain", domain), ("general", general))
-        for what, error in fit.holdout.items()
+        for what, errors in fit.holdout.items()
     ]
     assert isinstance(domain.law, DCPTLaw)
     assert isinstance(general.law, DCPTLaw)

@@ -43,8 +43,9 @@ from spt_fast.report.decision import (
 )
 from spt_fast.report.panels import Panel, panel
 from spt_fast.study.compare import treatment_of
-from spt_fast.study.crossover import asks_for_one, crossover, draw_gap, draw_losses
+from spt_fast.study.crossover import asks_for_crossover, crossovers
 from spt_fast.study.figures import draw_plane
+from spt_fast.study.findings import error_of, group_name, r2_of
 from spt_fast.study.finetunes import Treatment, after_pretraining, plainest
 from spt_fast.study.fits import Fitted, fit_laws
 from spt_fast.study.runs_table import read_table
@@ -179,21 +180,20 @@ def _treatment(delta: float, injected: float, anchor: float) -> str:
 
 def crossover_section(table: pd.DataFrame) -> Section:
     section = Section("crossover", "To pretrain or not")
-    result = crossover(table)
     drawn = []
-    for comparison in result["comparisons"]:
-        size = f"{amount(comparison['params'])} parameters"
-        section.says.append(comparison["says"])
+    for found in crossovers(table):
+        size = f"{amount(found.params)} parameters"
+        section.says.append(found.says)
         drawn += [
             panel(
                 f"Domain loss, {size}",
-                f"Domain loss over the size of the domain's corpus, a line per start: {comparison['says']}",
-                partial(draw_losses, arms=comparison["arms"]),
+                f"Domain loss over the size of the domain's corpus, a line per start: {found.says}",
+                partial(panels.draw_losses, arms=found.arms),
             ),
             panel(
                 f"Gap to training from scratch, {size}",
-                f"By how much the loss from scratch is higher, over the corpus: {comparison['says']}",
-                partial(draw_gap, comparison=comparison, threshold=result["threshold"]),
+                f"By how much the loss from scratch is higher, over the corpus: {found.says}",
+                partial(panels.draw_gap, found=found),
             ),
         ]
     section.figures.append(
@@ -301,31 +301,15 @@ DRAWN: tuple[tuple[str, tuple[tuple[str, str, Callable[..., None]], ...]], ...] 
 """Of each figure: its caption, and its panels as (law, title, how it is drawn)."""
 
 
-def group_name(group: Mapping[str, Any]) -> str:
-    """What the runs of a fit have in common, as far as it is known."""
-    words = {
-        "params": "{} parameters",
-        "domain_tokens": "{} domain tokens",
-        "pretrain_tokens": "pretrained on {} tokens",
-        "pretrain_delta": "pretrained with δ = {}",
-        "delta": "δ = {}",
-    }
-    return ", ".join(
-        words[name].format(percent(value) if name.endswith("delta") else amount(value))
-        for name, value in sorted(group.items(), key=lambda item: list(words).index(item[0]))
-        if value is not None
-    )
-
-
 def law_rows(fits: Sequence[Fitted]) -> list[list[str]]:
     return [
         [
             fit.law_name,
             group_name(fit.group),
             str(fit.runs),
-            f"{fit.score['r2']:.4f}".replace("-", "−"),
-            f"{100 * fit.score['mre']:.2f}%",
-            "; ".join(f"{100 * error['mre']:.2f}% ({what})" for what, error in fit.holdout.items()),
+            r2_of(fit.score).replace("-", "−"),
+            error_of(fit.score),
+            "; ".join(f"{error_of(errors)} ({what})" for what, errors in fit.holdout.items()),
         ]
         for fit in fits
         if fit.law is not None
@@ -472,7 +456,7 @@ def page(
             plane_section(decisions, ordinary),
             pretraining_section(rows),
         ]
-        if asks_for_one(table):
+        if asks_for_crossover(table):
             sections.insert(0, crossover_section(table))
     script, style = _asset("report.js"), _asset("report.css")
     environment = Environment(

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from spt_fast.laws import Law
+from spt_fast.study.crossover import ARMS, THRESHOLD, Crossover, Subset
 from spt_fast.study.figures import NPT_COLOUR, SPT_COLOURS
 from spt_fast.study.words import amount, percent
 
@@ -272,6 +273,50 @@ def general_before_and_after(axes: Axes, arms: Sequence[tuple[str, str, pd.DataF
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("held-out general loss (nats/token)")
     axes.spines["left"].set_visible(False)
+
+
+def draw_losses(axes: Axes, arms: Mapping[str, Sequence[Subset]]) -> None:
+    """The mean of every arm as a line, named in the legend by its own marker too; seeds as rings."""
+    styles = dict(zip(ARMS, zip((SPT_COLOURS[0], NPT_COLOUR, *SPT_COLOURS[1:3]), "osD^", strict=True), strict=True))
+    for arm, subsets in arms.items():
+        colour, marker = styles[arm]
+        tokens = [subset.domain_tokens for subset in subsets]
+        axes.plot(tokens, [subset.mean for subset in subsets], color=colour, marker=marker, label=arm)
+        for subset in subsets:
+            seeds = list(subset.seeds.values())
+            axes.plot([subset.domain_tokens] * len(seeds), seeds, "o", color=colour, markerfacecolor="none", ms=4)
+    token_axis(axes, "unique tokens of the domain")
+    axes.set_title("held-out loss on the domain (nats/token)", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def draw_gap(axes: Axes, found: Crossover, threshold: float = THRESHOLD) -> None:
+    """The gap of every seed and the mean with its interval; the fit, dotted beyond the largest subset."""
+    gaps, fit, level = found.gap, found.fit, 100 * threshold
+    tokens = np.array([gap.domain_tokens for gap in gaps], float)
+    means = np.array([gap.percent for gap in gaps])
+    for gap in gaps:
+        seeds = list(gap.seeds.values())
+        axes.plot([gap.domain_tokens] * len(seeds), seeds, "o", color=NPT_COLOUR, markerfacecolor="none", ms=4)
+    if gaps[0].interval:
+        low, high = np.array([gap.interval for gap in gaps]).T
+        axes.fill_between(tokens, low, high, color=SPT_COLOURS[0], alpha=0.15, linewidth=0)
+    axes.plot(tokens, means, "-o", color=SPT_COLOURS[0])
+    at = found.crossover or found.extrapolated
+    if fit:
+        for ends, style in (((tokens[0], tokens[-1]), "-"), ((tokens[-1], max(at or 0, tokens[-1])), ":")):
+            x = np.array(ends)
+            axes.plot(x, fit.intercept + fit.slope * np.log10(x), style, color=SPT_COLOURS[1], linewidth=1)
+    axes.axhline(level, color="0.6", linewidth=0.8, linestyle="--")
+    axes.annotate(f"{level:g}%", (tokens[0], level), (0, 3), textcoords="offset points", color="0.4", fontsize=9)
+    if at:
+        axes.plot([at], [level], "D", color=SPT_COLOURS[1], markerfacecolor="white", zorder=3)
+        axes.annotate(amount(at), (at, level), (6, 6), textcoords="offset points", color=SPT_COLOURS[1])
+        if found.interval:
+            low, high = found.interval
+            axes.plot([max(low, tokens[0]), high or axes.get_xlim()[1]], [level] * 2, color=SPT_COLOURS[1])
+    token_axis(axes, "unique tokens of the domain")
+    axes.set_title("from scratch, above the pretrained one's loss (%)", fontsize=10, loc="left")
 
 
 def height_of_rows(n: int) -> float:

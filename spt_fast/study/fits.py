@@ -10,24 +10,23 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from spt_fast import laws
 from spt_fast.errors import DataError, RecipeError, nearest
 from spt_fast.files import replacing
 from spt_fast.laws import IdentificationWarning, Law, LawWarning
 from spt_fast.study import views
+from spt_fast.study.crossover import Crossover, asks_for_crossover, crossovers
 from spt_fast.study.usable import UsableRows, usable
+from spt_fast.study.words import amount
 
 Split = Callable[[pd.DataFrame], list[pd.Series]]
 """Masks of the rows to predict, each from all the others."""
@@ -162,25 +161,50 @@ LAWS = {
 
 
 @dataclass(frozen=True)
+class Score:
+    """Of the rows that a law was fitted to; mre is the mean relative error."""
+
+    r2: float
+    huber: float
+    mre: float
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of predictions for rows that a law was not fitted to."""
+
+    mre: float
+    r2: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Its value, and an interval over fits to resampled runs."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Fitted:
     """A law of one group of runs, or why there is none."""
 
     law_name: str
     """A key of LAWS."""
-    group: dict[str, Any]
+    group: Mapping[str, float | None]
     """What its runs have in common; see views."""
-    law: Law | None
     table: pd.DataFrame
     """The law's rows."""
-    score: dict[str, float]
-    """r2, huber and mre of the rows that were fitted."""
-    holdout: dict[str, dict[str, float]]
-    """See `holdout_error`."""
-    intervals: dict[str, tuple[float, float]]
-    """Of each parameter, over fits to resampled runs."""
-    warnings: list[str]
-    problem: str | None
+    problem: str | None = None
     """What is missing, where there is no law."""
+    law: Law | None = None
+    score: Score | None = None
+    holdout: Mapping[str, Errors] = field(default_factory=dict)
+    """See `holdout_error`."""
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
     @property
     def rows(self) -> int:
@@ -189,6 +213,44 @@ class Fitted:
     @property
     def runs(self) -> int:
         return self.table["run"].nunique() if self.rows else 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "law": self.law_name,
+            "group": self.group,
+            "runs": self.runs,
+            "rows": self.rows,
+            "parameters": {name: asdict(parameter) for name, parameter in self.parameters.items()},
+            "score": asdict(self.score) if self.score else {},
+            "holdout": {what: asdict(errors) for what, errors in self.holdout.items()},
+            "unidentified": self.law.unidentified_ if self.law else [],
+            "warnings": list(self.warnings),
+            "problem": self.problem,
+        }
+
+
+@dataclass(frozen=True)
+class Fits:
+    """All that a runs table says by laws."""
+
+    laws: list[Fitted]
+    notes: list[str]
+    """What was left out of the table."""
+    crossovers: list[Crossover]
+    """From how much domain text on pretraining makes no difference, where the runs ask that."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What is not a number is None."""
+        crossovers = [asdict(crossover) for crossover in self.crossovers]
+        laws = [law.as_json() for law in self.laws]
+        return _finite({"laws": laws, "notes": self.notes, "crossover": crossovers})
+
+
+def fit(table: pd.DataFrame | UsableRows, only: str | None = None) -> Fits:
+    """See `fit_laws`."""
+    used = usable(table)
+    asked = asks_for_crossover(used.rows)
+    return Fits(fit_laws(used, only), used.notes, crossovers(used.rows) if asked else [])
 
 
 def fit_laws(
@@ -202,18 +264,18 @@ def fit_laws(
     Raises RecipeError for an unknown law, DataError for a table that no law can be fitted to (see usable).
     """
     if only is not None and only not in LAWS:
-        raise RecipeError(f"there is no law {only!r}; {nearest(only, LAWS)}")
+        raise RecipeError(f"law: there is no law {only!r}; {nearest(only, LAWS)}")
     fitted, rows = [], usable(table)
     for name in [only] if only else LAWS:
         groups = LAWS[name].view(rows)
         fitted += [_fitted(name, group, own, draws, level) for group, own in groups]
         if not groups:
             problem = f"takes {LAWS[name].takes}; there are no such runs"
-            fitted.append(Fitted(name, {}, None, pd.DataFrame(), {}, {}, {}, [], problem))
+            fitted.append(Fitted(name, {}, pd.DataFrame(), problem))
     return _without_repeats(fitted)
 
 
-def _fitted(name: str, group: dict[str, Any], table: pd.DataFrame, draws: int, level: float) -> Fitted:
+def _fitted(name: str, group: Mapping[str, float | None], table: pd.DataFrame, draws: int, level: float) -> Fitted:
     said: list[str] = []
     kind = LAWS[name]
     try:
@@ -225,7 +287,7 @@ def _fitted(name: str, group: dict[str, Any], table: pd.DataFrame, draws: int, l
             law = kind.make().fit(table)
             intervals = law.bootstrap(table, n=draws, level=level)
     except DataError as error:
-        return Fitted(name, group, None, table, {}, {}, {}, said, str(error))
+        return Fitted(name, group, table, str(error), warnings=said)
     said += [
         str(warning.message)
         for warning in caught
@@ -233,7 +295,9 @@ def _fitted(name: str, group: dict[str, Any], table: pd.DataFrame, draws: int, l
     ]
     if law.unidentified_:
         said.append(f"these runs leave {_some(law.unidentified_)} open; judge the law by its predictions")
-    return Fitted(name, group, law, table, law.score(table), holdout_error(name, table), intervals, said, None)
+    parameters = {key: Parameter(value, *intervals[key]) for key, value in law.params_.items()}
+    score, holdout = Score(**law.score(table)), holdout_error(name, table)
+    return Fitted(name, group, table, law=law, score=score, holdout=holdout, parameters=parameters, warnings=said)
 
 
 def _without_plain(table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
@@ -249,8 +313,8 @@ def _without_plain(table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
     if alone > BENT * bent:
         return table
     said.append(
-        f"left out fraction 0: with it the law is {_percent(bent)} off at the other fractions, without it "
-        f"{_percent(alone)}"
+        f"left out fraction 0: with it the law is {100 * bent:.2f}% off at the other fractions, without it "
+        f"{100 * alone:.2f}%"
     )
     return rest.reset_index(drop=True)
 
@@ -311,13 +375,13 @@ def _require_settings(kind: Kind, table: pd.DataFrame) -> None:
     found = later[list(kind.differ)].drop_duplicates()
     first = found[kind.differ[0]]
     if len(found) < kind.settings or first.max() - first.min() < kind.apart - 1e-9:
-        values = "; ".join(f"{name} {', '.join(map(_short, sorted(found[name].unique())))}" for name in kind.differ)
+        values = "; ".join(f"{name} {', '.join(map(amount, sorted(found[name].unique())))}" for name in kind.differ)
         raise DataError(f"takes {kind.takes}; the runs have {values}")
 
 
-def holdout_error(name: str, table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """{what was left out: {"mre", "r2", "rows"}} of predictions for rows that a law (a key of LAWS) was not fitted to,
-    for the law's own table. Parts without which the law cannot be fitted are not in it."""
+def holdout_error(name: str, table: pd.DataFrame) -> dict[str, Errors]:
+    """By what was left out: how a law (a key of LAWS) predicts rows of its own table that it was not fitted to. Parts without
+    which the law cannot be fitted are not in it."""
     kind = LAWS[name]
     measured = {}
     for what, split in kind.splits.items():
@@ -351,139 +415,22 @@ def _predicted(kind: Kind, table: pd.DataFrame, left_out: pd.Series) -> tuple[np
     return rest[of].to_numpy(float), np.atleast_1d(mean)
 
 
-def _errors(seen: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+def _errors(seen: np.ndarray, predicted: np.ndarray) -> Errors:
     total = np.square(seen - seen.mean()).sum()
-    return {
-        "mre": float(np.abs(seen / predicted - 1).mean()),
-        "r2": float(1 - np.square(seen - predicted).sum() / total) if total else math.nan,
-        "rows": len(seen),
-    }
+    r2 = float(1 - np.square(seen - predicted).sum() / total) if total else math.nan
+    return Errors(float(np.abs(seen / predicted - 1).mean()), r2, len(seen))
 
 
-# ------------------------------------------------------------------------------------------------ what people read
-
-
-def described(fitted: Sequence[Fitted], notes: Sequence[str]) -> dict[str, Any]:
-    """Plain data for JSON; what is not a number is None."""
-    return {
-        "laws": [
-            {
-                "law": one.law_name,
-                "group": one.group,
-                "runs": one.runs,
-                "rows": one.rows,
-                "parameters": {
-                    name: {"value": _number(value), "low": _number(low), "high": _number(high)}
-                    for name, value, (low, high) in _parameters(one)
-                },
-                "score": {name: _number(value) for name, value in one.score.items()},
-                "holdout": {
-                    what: {name: _number(value) for name, value in errors.items()}
-                    for what, errors in one.holdout.items()
-                },
-                "unidentified": one.law.unidentified_ if one.law else [],
-                "warnings": one.warnings,
-                "problem": one.problem,
-            }
-            for one in fitted
-        ],
-        "notes": list(notes),
-    }
-
-
-def _parameters(one: Fitted) -> list[tuple[str, float, tuple[float, float]]]:
-    return [(name, value, one.intervals[name]) for name, value in one.law.params_.items()] if one.law else []
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def write(result: dict[str, Any], folder: Path) -> None:
-    """Write fits.json: `described`, and what else there is to say."""
+def write(fits: Fits, folder: Path) -> None:
+    """Write fits.json."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "fits.json") as path:
-        path.write_text(json.dumps(result, indent=1, allow_nan=False), encoding="utf-8")
+        path.write_text(json.dumps(fits.as_json(), indent=1, allow_nan=False), encoding="utf-8")
 
 
-def print_fits(fitted: Sequence[Fitted], notes: Sequence[str], console: Console, every_parameter: bool = False) -> None:
-    """How well each law fits and predicts, its parameters, and what is missing for the others. `every_parameter`: also
-    of the laws that have some for each share."""
-    found = [one for one in fitted if one.law]
-    if found:
-        console.print(_quality_table(found))
-    for one in found:
-        if one.law and (one.law.names or every_parameter):
-            figures = (f"{name} {value:.4g} ({low:.4g} to {high:.4g})" for name, value, (low, high) in _parameters(one))
-            console.print(f"- {_title(one)}: {', '.join(figures)}")
-        for warning in one.warnings:
-            console.print(f"- {_title(one)}: {warning}")
-    for one in fitted:
-        if one.problem:
-            console.print(f"- not fitted: {_title(one)}: {one.problem}")
-    for note in notes:
-        console.print(f"- {note}")
-
-
-def _quality_table(found: Sequence[Fitted]) -> Table:
-    """A row per law and group, 80 columns wide."""
-    table = Table(
-        title="error: mean relative error, of the losses that a law was fitted to, and of losses that it predicted",
-        title_justify="left",
-        title_style="",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("law", max_width=26)
-    for heading in ("runs", "R²", "error"):
-        table.add_column(heading, justify="right")
-    table.add_column("left out and\npredicted", no_wrap=True)
-    for heading in ("R²", "error"):
-        table.add_column(heading, justify="right")
-    for one in found:
-        left_out = one.holdout.values()
-        table.add_row(
-            f"{one.law_name}\n{_of_group(one)}".rstrip(),
-            f"{one.runs:,}",
-            _r2(one.score),
-            _percent(one.score["mre"]),
-            "\n".join(one.holdout) or "nothing",
-            "\n".join(map(_r2, left_out)),
-            "\n".join(_percent(errors["mre"]) for errors in left_out),
-        )
-    return table
-
-
-def _r2(errors: dict[str, float]) -> str:
-    return f"{errors['r2']:.3f}" if math.isfinite(errors["r2"]) else ""
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}%"
-
-
-def _title(one: Fitted) -> str:
-    return ", ".join(filter(None, (one.law_name, _of_group(one))))
-
-
-def _of_group(one: Fitted) -> str:
-    """What is known of its runs."""
-    words: dict[str, Callable[[float], str]] = {
-        "params": lambda size: f"{_short(size)} parameters",
-        "domain_tokens": lambda tokens: f"{_short(tokens)} domain",
-        "delta": _regime,
-        "pretrain_delta": lambda delta: f"after {_regime(delta)}",
-        "pretrain_tokens": lambda tokens: f"{_short(tokens)} tokens",
-    }
-    return ", ".join(words[name](value) for name, value in one.group.items() if value is not None)
-
-
-def _regime(delta: float) -> str:
-    return f"SPT {100 * delta:.4g}%" if delta else "NPT"
-
-
-def _short(value: float) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}"
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -20,8 +20,8 @@ from spt_fast.errors import DataError
 from spt_fast.report.decision import decide
 from spt_fast.report.page import page, pretraining_section
 from spt_fast.study import views
-from spt_fast.study.crossover import crossover
-from spt_fast.study.fits import Fitted
+from spt_fast.study.crossover import crossovers
+from spt_fast.study.fits import Fitted, Score
 from spt_fast.study.runs_table import save_table
 from spt_fast.study.usable import usable
 from tests.report.browser import NAMES, Browser, installed
@@ -277,7 +277,7 @@ def test_continual_pretraining_is_decided_by_the_dcpt_law() -> None:
     for of in ("domain", "general"):
         ((group, rows),) = views.dcpt(usable(table), of=of)
         law = laws.DCPTLaw().fit(rows)
-        fits.append(Fitted(f"dcpt-{of}", group, law, rows, law.score(rows), {}, {}, [], None))
+        fits.append(Fitted(f"dcpt-{of}", group, rows, law=law, score=Score(**law.score(rows))))
     said = Text(page(table, fits, None)).text
     share = laws.best_ratio(domain=fits[0].law, general=fits[1].law, params=1e9, tokens=2e10, max_general_rise=0.03)
     assert f"Give the domain {100 * share:.3g}% of the tokens." in said
@@ -287,7 +287,7 @@ def test_continual_pretraining_is_decided_by_the_dcpt_law() -> None:
 
 def test_runs_that_decide_nothing_make_a_page_that_says_so() -> None:
     table = spt_table(deltas=(0.0, 0.02), budgets=(20_000_000_000,))
-    missing = Fitted("overfitting", {}, None, pd.DataFrame(), {}, {}, {}, [], "it takes <four> shares")
+    missing = Fitted("overfitting", {}, pd.DataFrame(), "it takes <four> shares")
     said = Text(page(table[table["stage"] == 0], [missing], None)).text
     assert "These runs decide nothing about pretraining yet." in said
     assert "No overfitting law: it takes <four> shares." in said
@@ -321,9 +321,9 @@ def test_pretraining_without_domain_text_is_drawn_beside_every_corpus() -> None:
 def test_whether_to_pretrain_is_a_section_where_the_runs_ask_it() -> None:
     table = pd.DataFrame(rows_of(seeds=3, noise=0.05)).assign(epochs=4.0, injected=0.0, phase="finetune", after="")
     html = page(table, [], None)
-    (comparison,) = crossover(table)["comparisons"]
-    assert comparison["crossover"] == pytest.approx(TRUTH, rel=0.1)
-    assert f"<p>{escape(comparison['says'])}</p>" in html
+    (found,) = crossovers(table)
+    assert found.crossover == pytest.approx(TRUTH, rel=0.1)
+    assert f"<p>{escape(found.says)}</p>" in html
     assert html.split('<section id="crossover">')[1].split("</section>")[0].count("<svg") == 2
     assert "To pretrain or not" not in page(spt_table(), [], None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from spt_fast.errors import DataError
-from spt_fast.study.crossover import crossover, draw_gap, draw_losses
+from spt_fast.report.panels import draw_gap, draw_losses
+from spt_fast.study.crossover import Crossover, crossovers
 from spt_fast.study.runs_table import COLUMNS
 
 SUBSETS = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
@@ -69,28 +71,28 @@ def rows_of(
     return rows
 
 
-def compared(rows: list[dict[str, Any]], **settings: float) -> dict[str, Any]:
-    (comparison,) = crossover(pd.DataFrame(rows), **settings)["comparisons"]
-    return comparison
+def compared(rows: list[dict[str, Any]], **settings: float) -> Crossover:
+    (found,) = crossovers(pd.DataFrame(rows), **settings)
+    return found
 
 
 def test_a_known_crossover_is_found_exactly() -> None:
     found = compared(rows_of())
-    assert found["where"] == "between"
-    assert found["crossover"] == pytest.approx(TRUTH)
-    assert found["fit"]["slope"] == pytest.approx(SLOPE)
-    assert found["fit"]["intercept"] == pytest.approx(INTERCEPT)
-    assert found["interval"] is None
-    assert [gap["percent"] for gap in found["gap"]] == pytest.approx([INTERCEPT + SLOPE * np.log10(n) for n in SUBSETS])
-    assert found["gap"][0]["nats"] == pytest.approx(4.0 * 0.075)
-    assert (found["params"], found["pretrain_tokens"], found["pretrain_delta"]) == (1_000_000, 6e7, 0.0)
+    assert found.where == "between"
+    assert found.crossover == pytest.approx(TRUTH)
+    assert found.fit.slope == pytest.approx(SLOPE)
+    assert found.fit.intercept == pytest.approx(INTERCEPT)
+    assert found.interval is None
+    assert [gap.percent for gap in found.gap] == pytest.approx([INTERCEPT + SLOPE * np.log10(n) for n in SUBSETS])
+    assert found.gap[0].nats == pytest.approx(4.0 * 0.075)
+    assert (found.params, found.pretrain_tokens, found.pretrain_delta) == (1_000_000, 6e7, 0.0)
     says = (
         "From about 7.2M domain tokens on (one seed: no interval) a model from scratch is within 1% of the pretrained"
     )
-    assert found["says"].startswith(says)
+    assert found.says.startswith(says)
     other = compared(rows_of(), threshold=0.04)
-    assert other["crossover"] == pytest.approx(10 ** (21 / 3.5))
-    assert "within 4% of" in other["says"]
+    assert other.crossover == pytest.approx(10 ** (21 / 3.5))
+    assert "within 4% of" in other.says
 
 
 @pytest.mark.parametrize("seeds", [2, 4])
@@ -101,44 +103,44 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
     for study in range(len(held)):
         for i, (subsets, threshold) in enumerate(((SUBSETS, 0.04), (SUBSETS[:4], 0.005))):
             found = compared(rows_of(subsets, seeds=seeds, noise=0.5, drawn_by=study), threshold=threshold)
-            low, high = found["interval"] or (0.0, None)
+            low, high = found.interval or (0.0, None)
             held[study, i] = low <= 10 ** ((INTERCEPT - 100 * threshold) / -SLOPE) <= (high or np.inf)
-        low, high = found["fit"]["slope_interval"]
+        low, high = found.fit.slope_interval
         held[study, 2] = low <= SLOPE <= high
     assert held.mean(0) == pytest.approx(0.9, abs=0.08)
 
 
 def test_beyond_the_largest_subset_it_is_marked_as_an_extrapolation() -> None:
     found = compared(rows_of(SUBSETS[:3], seeds=3, noise=0.1))
-    assert found["where"] == "beyond"
-    assert found["crossover"] is None
-    assert found["extrapolated"] == pytest.approx(TRUTH, rel=0.3)
-    assert found["times_beyond"] == pytest.approx(found["extrapolated"] / 1e6)
-    assert found["interval"][0] < found["extrapolated"] < found["interval"][1]
-    assert "With 1M domain tokens, the most tried, a model from scratch is not within 1%" in found["says"]
-    assert "an extrapolation to 7." in found["says"]
+    assert found.where == "beyond"
+    assert found.crossover is None
+    assert found.extrapolated == pytest.approx(TRUTH, rel=0.3)
+    assert found.times_beyond == pytest.approx(found.extrapolated / 1e6)
+    assert found.interval[0] < found.extrapolated < found.interval[1]
+    assert "With 1M domain tokens, the most tried, a model from scratch is not within 1%" in found.says
+    assert "an extrapolation to 7." in found.says
 
 
 def test_what_is_said_where_there_is_no_crossover() -> None:
     below = compared(rows_of(intercept=5.0, slope=-1.0), threshold=0.01)
-    assert (below["where"], below["crossover"]) == ("below", None)
-    assert "Already with 100K domain tokens, the fewest tried" in below["says"]
+    assert (below.where, below.crossover) == ("below", None)
+    assert "Already with 100K domain tokens, the fewest tried" in below.says
     never = compared(rows_of(slope=0.5))
-    assert (never["where"], never["crossover"], never["extrapolated"]) == ("never", None, None)
-    assert never["says"].endswith("the gap does not shrink with more of them.")
+    assert (never.where, never.crossover, never.extrapolated) == ("never", None, None)
+    assert never.says.endswith("the gap does not shrink with more of them.")
     far = compared(rows_of(slope=-0.5))
-    assert (far["where"], far["extrapolated"]) == ("beyond", None)
-    assert far["says"].endswith("not before 100 times as many, too far to say.")
+    assert (far.where, far.extrapolated) == ("beyond", None)
+    assert far.says.endswith("not before 100 times as many, too far to say.")
     one = compared(rows_of(SUBSETS[:1]))
-    assert (one["where"], one["fit"]) == ("unknown", None)
-    assert "One subset of 100K domain tokens" in one["says"]
+    assert (one.where, one.fit) == ("unknown", None)
+    assert "One subset of 100K domain tokens" in one.says
 
 
 def test_a_gap_that_opens_again_has_not_closed() -> None:
     rows = [row("pretrained", tokens, 4.0) for tokens in SUBSETS]
     gaps = (5.0, 0.5, 3.0, 0.0, 0.0)
     rows += [row("scratch", tokens, 4.0 * (1 + gap / 100)) for tokens, gap in zip(SUBSETS, gaps, strict=True)]
-    assert compared(rows)["crossover"] == pytest.approx(1e6 * 3 ** (2 / 3))
+    assert compared(rows).crossover == pytest.approx(1e6 * 3 ** (2 / 3))
 
 
 def test_an_arm_is_its_best_run_by_the_select_half_and_others_do_not_count() -> None:
@@ -158,22 +160,20 @@ def test_an_arm_is_its_best_run_by_the_select_half_and_others_do_not_count() -> 
     ]
     later = next(r for r in rows if r["start"] == "pretrained") | lucky | {"stage": 2, "domain_select": 0.1}
     found = compared([later, *(first | stranger for stranger in strangers), *rows])
-    assert {key: found[key] for key in found if key != "arms"} == {k: expected[k] for k in expected if k != "arms"}
+    assert replace(found, arms={}) == replace(expected, arms={})
     better = {**first, **lucky, "domain_heldout": 4.1, "domain_select": 1.0}
     found = compared([better, *rows])
-    assert found["gap"][0]["seeds"]["0"] == pytest.approx(2.5)
-    assert found["arms"]["scratch"][0]["lr"] == {"0": 1e-2, "1": 1e-3}
+    assert found.gap[0].seeds["0"] == pytest.approx(2.5)
+    assert found.arms["scratch"][0].lr == {"0": 1e-2, "1": 1e-3}
 
 
 def test_a_run_that_is_missing_leaves_the_others() -> None:
     rows = rows_of(seeds=3)
     rows = [r for r in rows if not (r["start"] == "scratch" and r["seed"] == 2 and r["domain_tokens"] == 1e6)]
     found = compared(rows)
-    assert [len(gap["seeds"]) for gap in found["gap"]] == [3, 3, 2, 3, 3]
-    assert found["crossover"] == pytest.approx(TRUTH)
-    assert found["gap"][2]["nats"] == pytest.approx(
-        0.01 * found["gap"][2]["percent"] * found["arms"]["pretrained"][2]["mean"]
-    )
+    assert [len(gap.seeds) for gap in found.gap] == [3, 3, 2, 3, 3]
+    assert found.crossover == pytest.approx(TRUTH)
+    assert found.gap[2].nats == pytest.approx(0.01 * found.gap[2].percent * found.arms["pretrained"][2].mean)
 
 
 def test_every_size_and_every_pretraining_is_compared_with_the_same_scratch_runs() -> None:
@@ -182,11 +182,11 @@ def test_every_size_and_every_pretraining_is_compared_with_the_same_scratch_runs
     foreign = {"pretrain_tokens": np.nan, "pretrain_delta": np.nan}
     rows += [r | foreign for r in rows if r["start"] == "pretrained" and r["pretrain_delta"] == 0.0]
     rows += [row("embeddings", tokens, 4.2, pretrain_delta=0.02) for tokens in SUBSETS]
-    found = crossover(pd.DataFrame(rows))["comparisons"]
-    pretrainings = [(c["pretrain_tokens"], c["pretrain_delta"]) for c in found]
+    found = crossovers(pd.DataFrame(rows))
+    pretrainings = [(c.pretrain_tokens, c.pretrain_delta) for c in found]
     assert pretrainings == [(6e7, 0.0), (6e7, 0.02), (None, None)]
-    assert [c["crossover"] for c in found] == pytest.approx([TRUTH] * 3)
-    assert [set(c["arms"]) for c in found] == [
+    assert [c.crossover for c in found] == pytest.approx([TRUTH] * 3)
+    assert [set(c.arms) for c in found] == [
         {"pretrained", "scratch"},
         {"pretrained", "scratch", "embeddings"},
         {"pretrained", "scratch"},
@@ -204,15 +204,15 @@ def test_every_size_and_every_pretraining_is_compared_with_the_same_scratch_runs
 def test_tables_that_say_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
     rows = [r | changes if r["start"] == "scratch" else r for r in rows_of()]
     with pytest.raises(DataError, match=message):
-        crossover(pd.DataFrame(rows))
+        crossovers(pd.DataFrame(rows))
 
 
 def test_a_missing_column_and_a_threshold_in_percent_are_named() -> None:
     table = pd.DataFrame(rows_of())
     with pytest.raises(DataError, match="no column 'domain_select'; did you mean 'domain_heldout'"):
-        crossover(table.drop(columns="domain_select"))
-    with pytest.raises(DataError, match=r"threshold: 1 will not do; write a fraction"):
-        crossover(table, threshold=1)
+        crossovers(table.drop(columns="domain_select"))
+    with pytest.raises(DataError, match=r"threshold: 1 is invalid: write a fraction"):
+        crossovers(table, threshold=1)
 
 
 @pytest.mark.parametrize(
@@ -232,18 +232,18 @@ def test_a_missing_column_and_a_threshold_in_percent_are_named() -> None:
 def test_every_result_is_json_and_can_be_drawn(
     rows: list[dict[str, Any]], request: pytest.FixtureRequest, tmp_path: Any
 ) -> None:
-    result = crossover(pd.DataFrame(rows))
-    (comparison,) = json.loads(json.dumps(result, allow_nan=False))["comparisons"]
-    assert comparison["where"] == request.node.callspec.id
+    comparison = compared(rows)
+    assert json.dumps(asdict(comparison), allow_nan=False)
+    assert comparison.where == request.node.callspec.id
     figure = Figure()
     losses, gap = figure.subplots(1, 2)
-    draw_losses(losses, comparison["arms"])
-    draw_gap(gap, comparison, result["threshold"])
+    draw_losses(losses, comparison.arms)
+    draw_gap(gap, comparison)
     figure.savefig(tmp_path / "crossover.png")
-    assert {text.get_text() for text in losses.get_legend().get_texts()} == set(comparison["arms"])
+    assert {text.get_text() for text in losses.get_legend().get_texts()} == set(comparison.arms)
     drawn = gap.get_lines()
     assert any(
-        np.allclose(line.get_ydata(), [g["percent"] for g in comparison["gap"]])
+        np.allclose(line.get_ydata(), [g.percent for g in comparison.gap])
         for line in drawn
-        if len(line.get_xdata()) == len(comparison["gap"])
+        if len(line.get_xdata()) == len(comparison.gap)
     )

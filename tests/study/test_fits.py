@@ -56,11 +56,11 @@ def test_overfitting_comes_back() -> None:
     given = {"tokens": np.array([40e9, 120e9, 200e9]), "fraction": np.array([0.002, 0.02, 0.05])}
     assert one.law is not None
     assert relative_error(one.law.predict(**given), OVERFITTING.predict(**given)).max() < 0.005
-    assert one.score["r2"] > 0.99
-    assert one.score["mre"] == pytest.approx(0.003 * np.sqrt(2 / np.pi), rel=0.3)  # the noise
-    assert set(one.intervals) == set(one.law.params_)
+    assert one.score.r2 > 0.99
+    assert one.score.mre == pytest.approx(0.003 * np.sqrt(2 / np.pi), rel=0.3)  # the noise
+    assert set(one.parameters) == set(one.law.params_)
     for name in ("alpha1", "alpha2", "b_gap_s"):  # kappas and A_train stand for each other
-        assert one.intervals[name][0] < OVERFITTING.params_[name] < one.intervals[name][1]
+        assert one.parameters[name].low < OVERFITTING.params_[name] < one.parameters[name].high
 
 
 def test_after_finetuning_comes_back() -> None:
@@ -99,16 +99,16 @@ def test_dcpt_comes_back_and_is_quick() -> None:
     assert one.law is not None
     given = {"params": 1e9, "tokens": 15e9, "own_ratio": np.array([0.15, 0.4, 0.75])}
     assert relative_error(one.law.predict(**given), DOMAIN.predict(**given)).max() < 0.005
-    assert one.holdout["each inner ratio"]["mre"] < 0.005
-    assert one.holdout["each inner ratio"]["r2"] > 0.99
+    assert one.holdout["each inner ratio"].mre < 0.005
+    assert one.holdout["each inner ratio"].r2 > 0.99
 
 
 def test_chinchilla_and_data_constrained_are_fitted_where_there_are_runs() -> None:
     table = spt_table(deltas=(0.0, 1.0), seeds=(0,), params=SIZES, domain_tokens=(3_000_000_000, 30_000_000_000))
     chinchilla = fitted(table, "chinchilla")
     assert chinchilla.group == {"delta": 0}
-    assert chinchilla.score["mre"] < 0.004
-    assert chinchilla.holdout["last 40% of budget"]["mre"] < 0.004
+    assert chinchilla.score.mre < 0.004
+    assert chinchilla.holdout["last 40% of budget"].mre < 0.004
     assert fitted(table, "data-constrained").law is not None
 
 
@@ -129,26 +129,26 @@ def test_the_heldout_error_is_of_rows_that_were_not_fitted() -> None:
     """Every loss at the largest fraction is a quarter too high: nothing else in the table says so."""
     ((_, frame),) = views.overfitting(usable(SPT))
     honest = holdout_error("overfitting", frame)
-    assert honest["last 40% of budget"]["mre"] < 0.004
-    assert honest["largest fraction"]["rows"] == 2 * 18
+    assert honest["last 40% of budget"].mre < 0.004
+    assert honest["largest fraction"].rows == 2 * 18
     largest = frame["fraction"] == 0.05
     frame.loc[largest, ["heldout_loss", "train_loss"]] *= 1.25
     wrong = holdout_error("overfitting", frame)
-    assert wrong["largest fraction"]["mre"] == pytest.approx(0.25, abs=0.03)
+    assert wrong["largest fraction"].mre == pytest.approx(0.25, abs=0.03)
     late = frame["tokens"] > 120e9
     frame.loc[largest, ["heldout_loss", "train_loss"]] /= 1.25
     frame.loc[late, ["heldout_loss", "train_loss"]] *= 1.25
     wrong = holdout_error("overfitting", frame)
-    assert wrong["last 40% of budget"]["mre"] == pytest.approx(0.25, abs=0.01)
-    assert wrong["last 40% of budget"]["rows"] == late.sum()
+    assert wrong["last 40% of budget"].mre == pytest.approx(0.25, abs=0.01)
+    assert wrong["last 40% of budget"].rows == late.sum()
 
 
 def test_every_inner_ratio_is_predicted_from_the_others() -> None:
     ((_, frame),) = views.dcpt(usable(dcpt_table(deltas=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), evaluations=6)), of="domain")
     one_off = frame.assign(loss=frame["loss"].where(frame["own_ratio"] != 0.4, 1.2 * frame["loss"]))
     error = holdout_error("dcpt-domain", one_off)["each inner ratio"]
-    assert error["rows"] == (frame["own_ratio"].between(0.1, 0.9)).sum() == 4 * 12
-    assert error["mre"] > 0.2 / 4
+    assert error.rows == (frame["own_ratio"].between(0.1, 0.9)).sum() == 4 * 12
+    assert error.mre > 0.2 / 4
 
 
 def test_a_budget_that_only_one_short_curve_has_is_not_predicted() -> None:
@@ -166,8 +166,8 @@ def test_the_start_is_never_left_out() -> None:
     ((_, frame),) = views.cmr(usable(table))
     assert frame["domain_ratio"][frame["tokens"] == 0].tolist() == [0.5]
     error = holdout_error("cmr", frame)["every other ratio"]
-    assert error["rows"] == 3 * 12
-    assert error["mre"] < 0.01
+    assert error.rows == 3 * 12
+    assert error.mre < 0.01
 
 
 def test_a_part_without_which_nothing_can_be_fitted_is_not_predicted() -> None:
@@ -221,7 +221,7 @@ def test_plain_pretraining_is_left_out_of_the_overfitting_law_where_it_bends_it(
     rising = SPT.assign(domain_heldout=SPT["domain_heldout"].where(~plain, 5 - SPT["domain_heldout"]))
     one = fitted(rising, "overfitting")
     assert one.table["fraction"].min() == 0.001
-    assert one.score["mre"] < 0.004
+    assert one.score.mre < 0.004
     assert any(warning.startswith("left out fraction 0: with it the law is ") for warning in one.warnings)
     three = (rising["delta"] == 0.02) | (rising["delta"] == 0.05)
     assert 0.0 in set(fitted(rising[~three], "overfitting").table["fraction"])  # three others are too few
@@ -241,7 +241,7 @@ def test_other_warnings_of_a_law_are_warnings_of_its_fit() -> None:
 
 
 def test_no_such_law() -> None:
-    with pytest.raises(RecipeError, match="there is no law 'overfiting'; did you mean 'overfitting'"):
+    with pytest.raises(RecipeError, match="law: there is no law 'overfiting'; did you mean 'overfitting'"):
         fit_laws(SPT, "overfiting")
 
 
@@ -275,8 +275,8 @@ def test_fit_prints_laws_and_what_is_missing(
         "109M parameters, 300M domain",
         "largest fraction",
         "last 40% of budget",
-        "- overfitting, 109M parameters, 300M domain: A_train ",
-        "- not fitted: cmr, 109M parameters, 300M domain, after NPT: takes continued pretraining",
+        "- overfitting, 109M parameters, 300M domain tokens: A_train ",
+        "- not fitted: cmr, 109M parameters, 300M domain tokens, after NPT: takes continued pretraining",
     ):
         assert part in text
     assert "a[0.01]" not in text
@@ -318,7 +318,7 @@ def test_fit_names_the_sources_of_runs_that_belong_to_no_study(
 
 def test_fit_refuses_in_one_message(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = said(capsys, study, "--law", "chinchila", fails=True)
-    assert message == "spt-fast: there is no law 'chinchila'; did you mean 'chinchilla'?\n"
+    assert message == "spt-fast: law: there is no law 'chinchila'; did you mean 'chinchilla'?\n"
     other = tmp_path / "other"
     other.mkdir()
     save_table(spt_table(seeds=(0,)).assign(tokenizer="feedbeef", seed=7), other)
