@@ -18,10 +18,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-OPS := norm activation rotary attention cross_entropy adamw embedding
+BENCHMARKS := $(basename $(notdir $(wildcard benchmarks/kernels/bench_*.py)))
 
 bench: $(VENV)/.ready
-	$(foreach op,$(OPS),$(BIN)/python -m benchmarks.kernels.bench_$(op) --seconds 60 &&) true
+	$(foreach benchmark,$(BENCHMARKS),$(BIN)/python -m benchmarks.kernels.$(benchmark) --seconds 60 &&) true
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.train_step

@@ -17,6 +17,7 @@ build/peers (`make peers`); SPT_COMMIT names the commit of a tree that came with
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -44,17 +45,6 @@ GRACE_SECONDS = 20.0
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """So that what one contender leaves in the cache has the form that the next one wants."""
 
-KERNELS = {
-    "norm": 2,
-    "activation": 1,
-    "rotary": 2,
-    "attention": 4,
-    "cross_entropy": 2,
-    "adamw": 2,
-    "embedding": 1,
-    "fp8": 2,
-}
-"""The ops' benchmarks and their shares of the time."""
 TRAINED = {"124m": 2, "10m": 1, "350m": 3, "1b": 4, "1b fp8": 2}
 """The presets that the training step is measured with, and the shares of the time. The last is ours alone, in fp8
 beside bf16, round by round: with batches that leave room for both."""
@@ -182,10 +172,19 @@ def _counts(report: Path) -> dict[str, Any]:
     return found
 
 
+def op_benchmarks() -> dict[str, int]:
+    """The ops' benchmarks and their shares of the time: 1, or what a benchmark says."""
+    names = sorted(file.stem for file in (ROOT / "benchmarks" / "kernels").glob("bench_*.py"))
+    return {
+        name.removeprefix("bench_"): getattr(importlib.import_module(f"benchmarks.kernels.{name}"), "SHARE", 1)
+        for name in names
+    }
+
+
 def kernels(entry: Entry, budget: Budget, dry: bool) -> bool:
     """Whether every op's benchmark ran."""
     right = True
-    for op, seconds in budget.shares(KERNELS):
+    for op, seconds in budget.shares(op_benchmarks()):
         arguments = ["--seconds", str(max(1.0, seconds - GRACE_SECONDS))]
         arguments += ["--dry", "--device=cpu", "--rounds=1", "--no-compile"] if dry else []
         right &= _part(entry, op, [f"benchmarks.kernels.bench_{op}", *arguments], seconds)

@@ -224,9 +224,14 @@ def variants() -> list[Variant]:
     return found
 
 
-_ORDER = {
-    "cuda": {"triton": "one pass over the bytes where PyTorch makes several; not measured yet"},
-    "cpu": {"cpu": "1.3 to 1.8 times PyTorch's ops forward, 1.4 to 2 times backward (AMD EPYC, 1 thread)"},
+_AUTO = {
+    "cuda": {
+        "triton": "one pass over the bytes where PyTorch makes several; not measured yet",
+        "reference": "PyTorch ops",
+    },
+    "cpu": {
+        "cpu": "1.3 to 1.8 times PyTorch's ops forward, 1.4 to 2 times backward (AMD EPYC, 1 thread)",
+        "reference": "PyTorch ops",
+    },
 }
-_SWIGLU = Op("swiglu", {device: {**order, "reference": "PyTorch ops"} for device, order in _ORDER.items()})
-_SWIGLU_PACKED = Op("swiglu_packed", _SWIGLU.auto)
+_SWIGLU, _SWIGLU_PACKED = (Op(name, _AUTO, variants) for name in ("swiglu", "swiglu_packed"))

@@ -398,4 +398,5 @@ _ADAMW_STEP = Op(
             "reference": "PyTorch ops",
         },
     },
+    variants,
 )

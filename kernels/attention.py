@@ -33,10 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast.kernels import attention_cpu, attention_triton, flash_attn
-from spt_fast.kernels.attention_triton import variants
 from spt_fast.kernels.backend import Op
-
-__all__ = ["flash_attention", "variants"]
 
 MAX_HEAD_DIM = 256
 """Of the Triton kernels and of flash-attn, which wants a multiple of 8 too."""
@@ -237,4 +234,5 @@ _FLASH_ATTENTION = Op(
             "reference": "PyTorch ops",
         },
     },
+    attention_triton.variants,
 )

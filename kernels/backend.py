@@ -1,7 +1,8 @@
 """Which implementation of an op runs.
 
-Each op is a `torch.library` custom op whose last argument is the name of a backend, and an `Op` that knows which
-backends there are, where each can run, and in what order `auto` prefers them on a device, with the measured reason.
+Each op is a `torch.library` custom op whose last argument is the name of a backend, and an `Op` that says which
+backends there are, in what order `auto` prefers them on a device, with the measured reason, and how its Triton kernels
+are launched. Whatever needs a list of the ops takes `OPS`.
 
 triton      kernels for GPUs; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), for tests
 cpu         csrc/, vectorised C++ for float32 and bf16
@@ -12,32 +13,46 @@ Attention has two more: sdpa, which is PyTorch's own, and flash_attn, the packag
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spt_fast import native
 from spt_fast.kernels import flash_attn
-from spt_fast.kernels.launch import INTERPRETED, TRITON_VERSION
+from spt_fast.kernels.launch import INTERPRETED, TRITON_VERSION, Variant
 
 CONTRACT_BACKENDS = ("auto", "triton", "cpu", "reference")
 
 OPS: dict[str, Op] = {}
+"""Every op by name. Importing `spt_fast.kernels` imports every file of the folder, and so completes it."""
 
 _preferred: list[str] = []
 
 CPU_LIBRARY = native.is_built()
 
 
+@dataclass(frozen=True)
 class Op:
-    """An op's name, and by type of device the backends that `auto` tries there, in order, each with its reason."""
+    """One op, which enters itself in `OPS`.
 
-    def __init__(self, name: str, auto: dict[str, dict[str, str]]) -> None:
-        self.name, self.auto = name, auto
-        self.backends = list(dict.fromkeys(backend for order in auto.values() for backend in order))
-        OPS[name] = self
+    name      of its public function
+    auto      by type of device the backends that `auto` tries there, in order, each with its reason
+    variants  the launches of its file's Triton kernels, for ahead-of-time compilation
+    """
+
+    name: str
+    auto: Mapping[str, Mapping[str, str]]
+    variants: Callable[[], list[Variant]]
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+
+    @property
+    def backends(self) -> list[str]:
+        return list(dict.fromkeys(backend for order in self.auto.values() for backend in order))
 
     def pick(self, backend: str, x: Tensor, *, passed_over: tuple[str, ...] = (), **obstacles: str | None) -> str:
         """The backend that runs for tensors like x; ValueError for a name that is unknown or cannot run for them.

@@ -476,4 +476,5 @@ _LINEAR_CROSS_ENTROPY = Op(
             "reference": "PyTorch ops",
         },
     },
+    variants,
 )

@@ -149,4 +149,5 @@ _EMBEDDING = Op(
             "reference": "PyTorch ops",
         },
     },
+    variants,
 )

@@ -278,4 +278,5 @@ _FP8_LINEAR = Op(
         },
         "cpu": {"reference": "float32 products of what fp8 holds: the same errors, no speed"},
     },
+    variants,
 )

@@ -312,9 +312,14 @@ def variants() -> list[Variant]:
     return found
 
 
-_ORDER = {
-    "cuda": {"triton": "one pass over the rows where PyTorch makes several; not measured yet"},
-    "cpu": {"cpu": "2 to 5 times PyTorch's ops forward, 10 to 20 times backward (AMD EPYC, 2 cores)"},
+_AUTO = {
+    "cuda": {
+        "triton": "one pass over the rows where PyTorch makes several; not measured yet",
+        "reference": "PyTorch ops",
+    },
+    "cpu": {
+        "cpu": "2 to 5 times PyTorch's ops forward, 10 to 20 times backward (AMD EPYC, 2 cores)",
+        "reference": "PyTorch ops",
+    },
 }
-_RMS_NORM = Op("rms_norm", {device: {**order, "reference": "PyTorch ops"} for device, order in _ORDER.items()})
-_ADD_RMS_NORM = Op("add_rms_norm", _RMS_NORM.auto)
+_RMS_NORM, _ADD_RMS_NORM = (Op(name, _AUTO, variants) for name in ("rms_norm", "add_rms_norm"))

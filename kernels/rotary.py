@@ -588,7 +588,7 @@ def variants() -> list[Variant]:
 def _op(name: str, on_cpu: str) -> Op:
     reference = {"reference": "PyTorch ops"}
     on_cuda = {"triton": "one pass over q and k where PyTorch makes several; not measured yet"}
-    return Op(name, {"cuda": on_cuda | reference, "cpu": {"cpu": on_cpu} | reference})
+    return Op(name, {"cuda": on_cuda | reference, "cpu": {"cpu": on_cpu} | reference}, variants)
 
 
 _ROPE = _op("rope", "4 times PyTorch's ops in bf16, 6 times in float32 (AMD EPYC, 1 thread)")

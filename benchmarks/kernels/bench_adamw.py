@@ -21,6 +21,7 @@ from benchmarks.kernels.harness import Case, Contender, Function, Run, main
 from spt_fast.kernels import adamw_step_all
 from spt_fast.model.gpt import GPT, GPTConfig
 
+SHARE = 2
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
 SETTINGS: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 

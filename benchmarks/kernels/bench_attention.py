@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.kernels.harness import Case, Contender, Function, Run, main
 from spt_fast.kernels import flash_attention
 
+SHARE = 4
 CHECKED_HEADS = 2
 
 

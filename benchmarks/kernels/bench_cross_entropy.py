@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.kernels.harness import Case, Contender, Function, Run, main
 from spt_fast.kernels import linear_cross_entropy
 
+SHARE = 2
 ROWS = 512
 """Rows at a time of the float64 result."""
 

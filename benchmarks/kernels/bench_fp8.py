@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.kernels.harness import Case, Contender, Function, Run, main
 
+SHARE = 2
 ALLOWED_ERROR = 0.1
 
 

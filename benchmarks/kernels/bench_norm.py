@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.kernels.harness import Case, Contender, Function, Run, main
 from spt_fast.kernels import add_rms_norm, rms_norm
 
+SHARE = 2
 EPS = 1e-6
 
 

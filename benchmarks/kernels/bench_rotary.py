@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.kernels.harness import Case, Contender, Function, Run, main
 from spt_fast.kernels import qk_norm_rope, rope
 
+SHARE = 2
 EPS = 1e-6
 
 

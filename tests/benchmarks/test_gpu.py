@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import Budget, Entry, _counts
+from benchmarks.gpu import Budget, Entry, _counts, op_benchmarks
 
 
 def test_results_are_added_to_and_never_overwritten(tmp_path: Path) -> None:
@@ -39,6 +39,11 @@ def test_what_one_part_leaves_over_the_later_ones_have(monkeypatch: pytest.Monke
         given.append((name, seconds))
         now[0] += 10
     assert given == [("a", 20.0), ("b", 67.5), ("c", 80.0)]
+
+
+def test_every_op_has_its_share() -> None:
+    shares = op_benchmarks()
+    assert (shares["attention"], shares["fp8"], shares["activation"]) == (4, 2, 1)
 
 
 def test_failures_are_read_from_pytests_report(tmp_path: Path) -> None:

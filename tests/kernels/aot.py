@@ -1,6 +1,6 @@
 """Every Triton kernel compiled ahead of time, without a GPU: registers, stack and shared memory on each architecture.
 
-    python -m tests.kernels.aot [--default] [--arch 80 90 100] [--op norm ...]
+    python -m tests.kernels.aot [--default] [--arch 80 90 100] [--file norm ...]
 
 A kernel fails where it spills registers (its stack is not 0) or asks for more shared memory than the GPU has. Must run
 without TRITON_INTERPRET. Prints one line for each kernel, variant and architecture; exit code 1 if any fails.
@@ -9,7 +9,6 @@ without TRITON_INTERPRET. Prints one line for each kernel, variant and architect
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import subprocess
 import sys
@@ -23,9 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from spt_fast.kernels.backend import OPS
 from spt_fast.kernels.launch import Variant
 
-OPS = ("norm", "rotary", "activation", "attention", "cross_entropy", "adamw", "embedding", "fp8")
+FILES = {op.variants.__module__.rpartition(".")[2]: op.variants for op in OPS.values()}
+"""The launches of each file with Triton kernels in it."""
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -70,14 +71,10 @@ def compile_for(variant: Variant, arch: int) -> Resources:
     return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared)
 
 
-def variants_of(op: str) -> list[Variant]:
-    """Each once, since many shapes are launched alike; the op's first, so list what is default first."""
-    try:
-        module = importlib.import_module(f"spt_fast.kernels.{op}")
-    except ModuleNotFoundError:
-        return []
+def variants_of(file: str) -> list[Variant]:
+    """Each once, since many shapes are launched alike; a file's first, so list what is default first."""
     distinct: dict[str, Variant] = {}
-    for variant in getattr(module, "variants", list)():
+    for variant in FILES[file]():
         distinct.setdefault(repr(replace(variant, default=True)), variant)
     return list(distinct.values())
 
@@ -86,12 +83,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--default", action="store_true", help="only what a usual call chooses")
     parser.add_argument("--arch", type=int, nargs="+", default=sorted(SHARED_LIMIT_BYTES))
-    parser.add_argument("--op", nargs="+", default=OPS)
+    parser.add_argument("--file", nargs="+", choices=FILES, default=list(FILES))
     options = parser.parse_args()
     compiled, failed, start = 0, 0, time.perf_counter()
     print(f"triton {triton.__version__}")
-    for op in options.op:
-        for variant in variants_of(op):
+    for file in options.file:
+        for variant in variants_of(file):
             if options.default and not variant.default:
                 continue
             constants = " ".join(f"{name}={value}" for name, value in variant.constants.items())
@@ -101,7 +98,7 @@ def main() -> None:
                 compiled += 1
                 failed += problem is not None
                 print(
-                    f"sm_{arch} {op}.{variant.kernel.__name__} warps={variant.num_warps} {constants}: "
+                    f"sm_{arch} {file}.{variant.kernel.__name__} warps={variant.num_warps} {constants}: "
                     f"{resources.registers} registers, {resources.shared_bytes:,} bytes shared"
                     + (f": FAILED, {problem}" if problem else ""),
                     flush=True,

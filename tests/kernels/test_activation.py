@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import swiglu, swiglu_packed
+from spt_fast.kernels import activation, swiglu, swiglu_packed
 from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
@@ -15,6 +15,7 @@ from tests.kernels.compare import (
     transposed,
     usable,
 )
+from tests.kernels.launches import BF16, FP16, FP32, compiled_launches
 
 every_backend = pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "cpu", "triton"))
 
@@ -186,3 +187,14 @@ def test_bad_shapes_are_refused() -> None:
         swiglu_packed(torch.randn(2, 7))
     with pytest.raises(ValueError, match="even number of columns"):
         swiglu_packed(torch.tensor(1.0))
+
+
+def test_every_launch_is_compiled_ahead_of_time() -> None:
+    with compiled_launches(activation):
+        cases = [(F, BF16) for F in (64, 128, 256, 1000, 1365, 4096)]
+        cases += [(F, FP32) for F in (256, 1000, 1365, 4096)] + [(256, FP16), (4096, FP16)]
+        for F, dtype in cases:
+            gate_up = torch.empty(2, 2 * F, dtype=dtype)
+            gate, up = gate_up.split(F, -1)
+            activation._triton_forward(gate, up)
+            activation._triton_backward(up, gate, up, *torch.empty_like(gate_up).split(F, -1))

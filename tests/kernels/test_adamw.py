@@ -14,6 +14,7 @@ from spt_fast import kernels
 from spt_fast.kernels import adamw, adamw_step, adamw_step_all
 from spt_fast.kernels.launch import INTERPRETED
 from tests.kernels.compare import DEVICE, ROUNDING, random_tensors, strided, transposed, usable
+from tests.kernels.launches import BF16, FP16, FP32, compiled_launches
 
 # What Triton's interpreter computes of masked elements.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
@@ -376,3 +377,24 @@ def test_bad_arguments_are_refused() -> None:
         adamw_step(theta, m, m, v[:3], step=1, lr=LR)
     with pytest.raises(ValueError, match="anchor"):
         adamw_step(theta, m, m, v, step=1, lr=LR, anchor_decay=0.1)
+
+
+def test_every_launch_is_compiled_ahead_of_time() -> None:
+    with compiled_launches(adamw):
+        for N, dtype, state, has_master in (
+            (64, FP32, FP32, False),
+            (99, FP32, FP32, False),
+            (64, BF16, FP32, True),
+            (99, BF16, FP32, True),
+            (64, FP16, FP32, True),
+            (64, BF16, BF16, False),
+            (64, BF16, FP32, False),
+        ):
+            param, moment = torch.empty(N, dtype=dtype), torch.empty(N, dtype=state)
+            master = torch.empty(N) if has_master else None
+            for anchor in (None, master if has_master else param):
+                for skip in (None, False):
+                    adamw.adamw_step(
+                        param, moment, moment.clone(), moment.clone(), step=1, lr=0.1, master=master, skip=skip,
+                        anchor=anchor, anchor_decay=0.1 if anchor is not None else 0.0, backend="triton",
+                    )  # fmt: skip

@@ -18,6 +18,7 @@ from tests.kernels.compare import (
     strided,
     usable,
 )
+from tests.kernels.launches import BF16, FP16, FP32, compiled_launches
 
 BACKENDS_AND_DTYPES = backends_and_dtypes("reference", "sdpa", "triton", "flash_attn")
 
@@ -409,3 +410,22 @@ def test_bad_arguments_are_refused() -> None:
         flash_attention(q, k.float(), v.float())
     with pytest.raises(ValueError, match="int32"):
         flash_attention(q, k, v, cu_seqlens=torch.tensor([0, 8]))
+
+
+def test_every_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_triton, "INTERPRETED", False)
+    with compiled_launches(attention_triton):
+        plain, documents, window = (None, None), (torch.tensor([0, 3, 8], dtype=torch.int32), None), (None, 4)
+        masks = [(True, *mask) for mask in (plain, documents, window, (documents[0], 4))]
+        masks += [(False, *mask) for mask in (plain, documents)]
+        cases = [(D, BF16, mask) for D in (64, 128) for mask in masks]
+        cases += [(D, BF16, mask) for D in (80, 96, 112, 256) for mask in masks[:2]]
+        cases += [(D, FP32, mask) for D in (64, 128) for mask in masks[:2]]
+        cases += [(D, dtype, masks[0]) for D, dtype in ((32, BF16), (32, FP32), (128, FP16))]
+        for arch in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, arch=arch: arch)
+            for D, dtype, (causal, cu_seqlens, seen) in cases:
+                for heads in ((4, 4), (4, 1), (6, 2)):
+                    q, k = (torch.zeros(2, 4, H, D, dtype=dtype) for H in heads)
+                    o, lse, spans = attention_triton.attention(q, k, k, cu_seqlens, causal, seen, 0.1)
+                    attention_triton._attention_backward(o, q, k, k, o, lse, spans, cu_seqlens, causal, seen, 0.1)

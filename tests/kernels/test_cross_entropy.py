@@ -15,6 +15,7 @@ from tests.kernels.compare import (
     strided,
     transposed,
 )
+from tests.kernels.launches import BF16, FP16, FP32, compiled_launches
 
 OPTIONS = [{}, {"z_loss": 1e-2}, {"softcap": 2.0}, {"softcap": 5.0, "z_loss": 0.1}]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -436,3 +437,17 @@ def test_bad_arguments_are_refused() -> None:
         linear_cross_entropy(x, weight, targets, reduction="average")
     with pytest.raises(ValueError, match="softcap"):
         linear_cross_entropy(x, weight, targets, softcap=0.0)
+
+
+def test_every_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with compiled_launches(cross_entropy):
+        cases = [(V, BF16) for V in (256, 4096, 8192, 32_000, 50_257, 151_936)]
+        cases += [(V, FP32) for V in (8192, 32_000, 50_257)] + [(V, FP16) for V in (8192, 32_000)]
+        for V, dtype in cases:
+            z_CV = cross_entropy._logits_buffer(torch.empty(1, 16, dtype=dtype), 1, V)
+            for softcap in (0.0, 30.0):
+                for wants_grad in (False, True):
+                    cross_entropy._triton_rows(
+                        z_CV, torch.zeros(1, dtype=torch.long), torch.ones(1), -100, 0.0, softcap, wants_grad
+                    )

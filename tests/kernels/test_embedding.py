@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +20,9 @@ from tests.kernels.compare import (
     transposed,
     usable,
 )
+from tests.kernels.launches import BF16, FP16, FP32, compiled_launches
 
+EMBEDDING = importlib.import_module("spt_fast.kernels.embedding")  # the function has the same name
 BACKENDS = ("reference", "cpu", "triton")
 
 
@@ -139,3 +142,10 @@ def test_the_cpu_gradient_writes_nowhere_else() -> None:
     with pytest.raises(RuntimeError, match="outside the vocabulary"):
         native.ops().cpu_embedding_backward(dy, torch.tensor([0, 5]), dw)
     assert not dw.any()
+
+
+def test_every_launch_is_compiled_ahead_of_time() -> None:
+    with compiled_launches(EMBEDDING):
+        cases = [(D, BF16) for D in (64, 128, 384, 1000, 4096)] + [(D, FP32) for D in (384, 1000, 4096)] + [(384, FP16)]
+        for D, dtype in cases:
+            EMBEDDING._triton(torch.empty(2, D, dtype=dtype), torch.zeros(2, dtype=torch.int64), 4)

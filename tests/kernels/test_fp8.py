@@ -7,6 +7,7 @@ from torch import Tensor
 from spt_fast.kernels import fp8, fp8_linear
 from spt_fast.kernels.launch import INTERPRETED
 from tests.kernels.compare import DEVICE, backends_and_dtypes, random_tensors, run, strided, transposed, usable
+from tests.kernels.launches import BF16, FP16, FP32, WIDTHS, compiled_launches
 
 every_backend = pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "triton"))
 
@@ -243,3 +244,12 @@ def test_the_products_are_such_as_the_gpu_takes() -> None:
             assert b.dtype == fp8.FORWARD
             a, a_scale, b, b_scale = (t.to("meta") for t in (a, a_scale, b, b_scale))
             assert torch._scaled_mm(a, b.T, a_scale, b_scale.T, out_dtype=dtype).shape == (len(a), len(b))
+
+
+def test_every_launch_is_compiled_ahead_of_time() -> None:
+    with compiled_launches(fp8):
+        cases = [(D, BF16) for D in WIDTHS if D > 1024] + [(D, dtype) for D in (1536, 2048) for dtype in (FP16, FP32)]
+        for D, dtype in cases:
+            for kind in (fp8.FORWARD, fp8.BACKWARD):
+                fp8._triton_rows(torch.empty(3, D, dtype=dtype), kind)
+                fp8._triton_columns(torch.empty(3, D, dtype=dtype), kind)

@@ -15,6 +15,7 @@ from tests.kernels.compare import (
     transposed,
     usable,
 )
+from tests.kernels.launches import BF16, FP16, FP32, WIDTHS, compiled_launches
 
 EPS = 1e-5
 
@@ -164,3 +165,16 @@ def test_bad_shapes_are_refused() -> None:
         add_rms_norm(torch.randn(2, 8), torch.randn(3, 8), torch.randn(8))
     with pytest.raises(ValueError, match="residual"):
         add_rms_norm(torch.randn(2, 8), torch.randn(2, 8).bfloat16(), torch.randn(8))
+
+
+def test_every_launch_is_compiled_ahead_of_time() -> None:
+    with compiled_launches(norm):
+        cases = [(D, BF16, whole) for D in WIDTHS for whole in (False, True)]
+        cases += [(D, FP32, True) for D in (768, 1024, 3072, 4096, 12288, 16384)]
+        cases += [(1024, FP32, False), (768, FP16, True)]
+        cases += [(1000, BF16, True), (3000, BF16, True), (5000, BF16, True), (1000, FP32, True)]
+        for D, dtype, whole in cases:
+            x, weight = torch.empty(2, D, dtype=dtype), torch.empty(D, dtype=dtype)
+            other = x if whole else None
+            norm._triton_forward(x, other, weight, 1e-6)
+            norm._triton_backward(x, other, x, weight, torch.empty(2))

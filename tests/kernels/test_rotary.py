@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import qk_norm_rope, rope
+from spt_fast.kernels import qk_norm_rope, rope, rotary
 from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
@@ -15,6 +15,7 @@ from tests.kernels.compare import (
     transposed,
     usable,
 )
+from tests.kernels.launches import BF16, FP32, compiled_launches
 
 EPS = 1e-6
 
@@ -324,3 +325,26 @@ def test_bad_shapes_are_refused() -> None:
         qk_norm_rope(q, k, w[:4], w, cos, sin)
     with pytest.raises(ValueError, match="k_weight must be"):
         qk_norm_rope(q, k, w, w[:4], cos, sin)
+
+
+def test_every_launch_is_compiled_ahead_of_time() -> None:
+    with compiled_launches(rotary):
+        models = (
+            (12, 12, 64), (16, 16, 64), (25, 25, 64), (6, 6, 64), (9, 3, 64), (15, 5, 64), (14, 2, 64), (32, 8, 64),
+            (16, 16, 128), (32, 32, 128), (16, 8, 128), (12, 2, 128), (28, 4, 128), (24, 8, 128), (32, 8, 128),
+            (40, 8, 128), (64, 8, 128), (4, 4, 32), (32, 32, 80), (32, 8, 80), (32, 32, 96), (24, 8, 96), (32, 32, 112),
+            (4, 1, 256), (8, 1, 256), (8, 4, 256),
+        )  # fmt: skip
+        heads = (4, 6, 8, 9, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 71, 96, 128)
+        cases = [(shape, BF16, True) for shape in models]
+        cases += [((12, 12, 64), FP32, True), ((32, 8, 128), FP32, True)]
+        cases += [
+            ((Hq, Hk, D), BF16, False) for Hq in heads for Hk in range(1, Hq + 1) if Hq % Hk == 0 for D in (64, 128)
+        ]
+        for (Hq, Hk, D), dtype, forward in cases:
+            q, k, weight = (torch.empty(*size, D, dtype=dtype) for size in ((1, 1, Hq), (1, 1, Hk), ()))
+            table = torch.empty(1, D)
+            if forward:
+                rotary._triton_rope(q, k, table, table, False)
+                rotary._triton_forward(q, k, weight, weight, table, table, 1e-6)
+            rotary._triton_backward(q, k, q, k, weight, weight, table, table, 1e-6)
