@@ -18,30 +18,22 @@ from rich.console import Console
 
 from spt_fast import __version__
 from spt_fast.errors import FailedElsewhere, SptError
+from spt_fast.flags import Commands, DomainSource, GeneralSource, Inputs, Json, Overrides, RecipePath, count, share
 from spt_fast.printing import print_facts, print_table
 
 app = typer.Typer(
+    cls=Commands,
     help="Specialized pretraining: decide how much domain data goes into pretraining, then train that model fast.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-tokenizer_app = typer.Typer(help="Tokenizers.", no_args_is_help=True)
-checkpoint_app = typer.Typer(help="Checkpoints of a run.", no_args_is_help=True)
+tokenizer_app = typer.Typer(cls=Commands, help="Tokenizers.", no_args_is_help=True)
+checkpoint_app = typer.Typer(cls=Commands, help="Checkpoints of a run.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(checkpoint_app, name="checkpoint")
 
 out = Console(highlight=False)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field; may be repeated.")
-]
-DomainSource = Annotated[
-    str | None, typer.Option(metavar="SOURCE", help="Which source is the domain, in runs that belong to no study.")
-]
-GeneralSource = Annotated[str | None, typer.Option(metavar="SOURCE", help="Which is the general corpus there.")]
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE")]
 
 
 def main() -> None:
@@ -91,9 +83,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @tokenizer_app.command("train")
 def tokenizer_train(
-    inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT…", help=".jsonl, .txt, .parquet, .gz, .zst, folders, or -")
-    ],
+    inputs: Inputs,
     vocab_size: Annotated[int, typer.Option(help="Ids in all, the end-of-text id included.")],
     out_file: Annotated[Path, typer.Option("--out", help="File for the tiktoken ranks.")],
     text_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
@@ -108,9 +98,7 @@ def tokenizer_train(
 
 @app.command()
 def prepare(
-    inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT…", help=".jsonl, .txt, .parquet, .gz, .zst, folders, or -")
-    ],
+    inputs: Inputs,
     out_prefix: Annotated[Path, typer.Option("--out", metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
     tokenizer: Annotated[str, typer.Option(help="A .tiktoken file, or a tiktoken encoding by name.")],
     text_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
@@ -124,15 +112,14 @@ def prepare(
     """Turn text into a token dataset."""
     from spt_fast.data.prepare import prepare as prepare_dataset
     from spt_fast.data.tokenizer import Tokenizer
-    from spt_fast.fields import parse_share
+    from spt_fast.fields import optional, parse_share
 
-    share = None if heldout is None else parse_share(heldout, "--heldout")
     summary = prepare_dataset(
         inputs,
         out_prefix,
         Tokenizer.load(tokenizer),
         text_key=text_key,
-        heldout=share,
+        heldout=optional(parse_share)(heldout, "--heldout"),
         skip_bad=skip_bad,
         workers=workers,
     )
@@ -181,7 +168,6 @@ def plan(
 ) -> None:
     """What a recipe would do: tokens and epochs asked and exactly achieved, FLOPs; memory, hours and cost."""
     from spt_fast.config import load_recipe
-    from spt_fast.fields import parse_share
     from spt_fast.train import price as pricing
     from spt_fast.train.plan import make_plan
 
@@ -189,7 +175,7 @@ def plan(
     memory = None if gpu_memory is None else pricing.parse_bytes(gpu_memory, "--gpu-memory")
     machine = pricing.Machine.of(loaded, gpus=gpus, gpu=gpu, memory=memory)
     made = make_plan(loaded, world=gpus)
-    speed = pricing.speed_of(made, machine, mfu=None if mfu is None else float(parse_share(mfu, "--mfu")), run=mfu_from)
+    speed = pricing.speed_of(made, machine, mfu=share(mfu, "--mfu"), run=mfu_from)
     phases, price = made.describe(), pricing.price(made, machine, speed, per_gpu_hour=per_gpu_hour)
     if as_json:
         _print_json({"phases": phases, **price})
@@ -439,7 +425,6 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Train a grid of runs, whatever of it is missing, and write the table of what they measured."""
-    from spt_fast.fields import parse_share
     from spt_fast.study import sweep as sweeping
     from spt_fast.study.cluster import Cluster
     from spt_fast.study.jobs import Local
@@ -451,8 +436,7 @@ def sweep(
     here = Local(len(runs), jobs)
     if dry_run:
         at_a_time = here.jobs if gpu is None else jobs or 1
-        share = None if mfu is None else float(parse_share(mfu, "--mfu"))
-        costs = sweeping.costs(loaded, jobs=at_a_time, gpu=gpu, mfu=share)
+        costs = sweeping.costs(loaded, jobs=at_a_time, gpu=gpu, mfu=share(mfu, "--mfu"))
         price = sweeping.Price.of(costs, jobs=at_a_time, per_gpu_hour=per_gpu_hour)
         _print_json(price.as_json()) if as_json else sweeping.print_price(price, loaded.study, out)
         return
@@ -520,7 +504,7 @@ def advise(
     """Share of domain data in pretraining, repeats, replay: by runs, or by the papers where there are none."""
     from spt_fast.advice import advise as advising
     from spt_fast.advice.text import print_advice
-    from spt_fast.fields import parse_count, parse_share
+    from spt_fast.fields import parse_count
     from spt_fast.study.runs_table import read_table
 
     given = advising.advise(
@@ -530,10 +514,8 @@ def advise(
         table=read_table(runs, domain=domain_source, general=general_source) if runs else None,
         general=general,
         domain=domain,
-        inference_tokens=None if inference_tokens is None else parse_count(inference_tokens, "--inference-tokens"),
-        max_general_rise=None
-        if max_general_rise is None
-        else float(parse_share(max_general_rise, "--max-general-rise")),
+        inference_tokens=count(inference_tokens, "--inference-tokens"),
+        max_general_rise=share(max_general_rise, "--max-general-rise"),
     )
     _print_json(given) if as_json else print_advice(given, out)
 
@@ -552,7 +534,6 @@ def report(
     as_json: Json = False,
 ) -> None:
     """One HTML page: the decision, and the evidence for it."""
-    from spt_fast.fields import parse_count
     from spt_fast.report.page import report as write_report
 
     write_report(
@@ -560,8 +541,8 @@ def report(
         out_file,
         domain=domain_source,
         general=general_source,
-        domain_tokens=None if domain_tokens is None else parse_count(domain_tokens, "--domain-tokens"),
-        budget=None if budget is None else parse_count(budget, "--budget"),
+        domain_tokens=count(domain_tokens, "--domain-tokens"),
+        budget=count(budget, "--budget"),
         model=model,
     )
     if as_json:

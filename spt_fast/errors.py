@@ -10,7 +10,15 @@ from collections.abc import Iterable
 
 
 class SptError(ValueError):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend.
+
+    argument: the name that the message begins with is an argument of a function. The command line writes it as its
+    flag, and does the same with a keyword argument in backticks, such as `resume=True`.
+    """
+
+    def __init__(self, message: str = "", *, argument: bool = False) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class RecipeError(SptError):

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 
 from spt_fast import cli
+from spt_fast.data import tokenizer
+from spt_fast.errors import SptError
+from spt_fast.flags import in_flags
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import metrics
 from tests import tiny
@@ -115,3 +118,30 @@ def test_our_own_mistakes_are_not_the_users(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "argv", ["spt-fast", "kernels"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    ("message", "argument", "said"),
+    [
+        ("gpu_memory: '80' is invalid: a size", True, "--gpu-memory: '80' is invalid: a size"),
+        ("gpu: 'H1' is unknown", False, "gpu: 'H1' is unknown"),
+        ("run: folder x exists; go on with `resume=True`", False, "run: folder x exists; go on with `resume=True`"),
+        ("x: holds no text; name it with `text_key=…`, or `gpu=H100`", False, "x: holds no text; name it with `text_key=…`, or --gpu H100"),
+        ("overrides: 'a' is invalid", True, "overrides: 'a' is invalid"),
+    ],
+)  # fmt: skip
+def test_errors_speak_of_the_flags_of_the_command_that_runs(message: str, argument: bool, said: str) -> None:
+    flags = {"gpu_memory": "--gpu-memory", "gpu": "--gpu"}
+    assert in_flags(SptError(message, argument=argument), flags) == said
+
+
+def test_flags_are_those_of_the_innermost_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise SptError("vocab_size: 7 is invalid: at least 257; or `skip_bad=True`", argument=True)
+
+    monkeypatch.setattr(tokenizer, "train_tokenizer", refuse)
+    words = ("tokenizer", "train", "x.txt", "--vocab-size", "7", "--out", tmp_path / "t")
+    said = said_on_failure(monkeypatch, capsys, *words)
+    assert said == "spt-fast: --vocab-size: 7 is invalid: at least 257; or --skip-bad\n"

@@ -1,0 +1,68 @@
+"""What the commands' flags share: their types, how their values are read, and how errors speak of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from spt_fast.errors import SptError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field; may be repeated.")
+]
+DomainSource = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="Which source is the domain, in runs that belong to no study.")
+]
+GeneralSource = Annotated[str | None, typer.Option(metavar="SOURCE", help="Which is the general corpus there.")]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE")]
+Inputs = Annotated[list[str], typer.Argument(metavar="INPUT…", help=".jsonl, .txt, .parquet, .gz, .zst, folders, or -")]
+
+
+def count(given: str | None, flag: str) -> int | None:
+    """300M as a number; None stays None. Raises RecipeError."""
+    from spt_fast.fields import optional, parse_count
+
+    return optional(parse_count)(given, flag)
+
+
+def share(given: str | None, flag: str) -> float | None:
+    """40% as a fraction; None stays None. Raises RecipeError."""
+    from spt_fast.fields import parse_share
+
+    return None if given is None else float(parse_share(given, flag))
+
+
+class Commands(TyperGroup):
+    """Commands whose errors speak of flags where the library speaks of arguments."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SptError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            error.args = (in_flags(error, flags_of(command)),)
+            raise
+
+
+def flags_of(command: Any) -> dict[str, str]:
+    """A command's flags by the names that they have as arguments: gpu_memory → --gpu-memory."""
+    flags = [flag for param in (command.params if command else ()) for flag in param.opts if flag.startswith("--")]
+    return {flag.removeprefix("--").replace("-", "_"): flag for flag in flags}
+
+
+def in_flags(error: SptError, flags: Mapping[str, str]) -> str:
+    """A library's message as the command line says it: `resume=True` is --resume, and so is a leading argument."""
+
+    def flag(keyword: re.Match[str]) -> str:
+        name, value = keyword.groups()
+        return keyword[0] if name not in flags else flags[name] + ("" if value == "True" else f" {value}")
+
+    message = re.sub(r"`(\w+)=([^`]+)`", flag, str(error))
+    name, colon, rest = message.partition(":")
+    return f"{flags.get(name, name)}{colon}{rest}" if error.argument else message
