@@ -126,10 +126,10 @@ def test_our_own_mistakes_are_not_the_users(monkeypatch: pytest.MonkeyPatch) -> 
         ("gpu_memory: '80' is invalid: a size", True, "--gpu-memory: '80' is invalid: a size"),
         ("gpu: 'H1' is unknown", False, "gpu: 'H1' is unknown"),
         ("run: folder x exists; go on with `resume=True`", False, "run: folder x exists; go on with `resume=True`"),
-        ("x: holds no text; name it with `text_key=…`, or `gpu=H100`", False, "x: holds no text; name it with `text_key=…`, or --gpu H100"),
+        ("x: is empty; add `text_key=…` or `gpu=H100`", False, "x: is empty; add `text_key=…` or --gpu H100"),
         ("overrides: 'a' is invalid", True, "overrides: 'a' is invalid"),
     ],
-)  # fmt: skip
+)
 def test_errors_speak_of_the_flags_of_the_command_that_runs(message: str, argument: bool, said: str) -> None:
     flags = {"gpu_memory": "--gpu-memory", "gpu": "--gpu"}
     assert in_flags(SptError(message, argument=argument), flags) == said

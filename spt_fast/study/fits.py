@@ -380,8 +380,10 @@ def _require_settings(kind: Kind, table: pd.DataFrame) -> None:
 
 
 def holdout_error(name: str, table: pd.DataFrame) -> dict[str, Errors]:
-    """By what was left out: how a law (a key of LAWS) predicts rows of its own table that it was not fitted to. Parts without
-    which the law cannot be fitted are not in it."""
+    """By what was left out: how a law (a key of LAWS) predicts rows of its own table that it was not fitted to.
+
+    Parts without which the law cannot be fitted are not in it.
+    """
     kind = LAWS[name]
     measured = {}
     for what, split in kind.splits.items():
