@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.data.mixture import Mixture
-from spt_fast.errors import RecipeError, nearest
+from spt_fast.errors import RecipeError, invalid, nearest
 from spt_fast.fields import (
     Span,
     apply_overrides,
@@ -39,40 +39,41 @@ from spt_fast.fields import (
 )
 from spt_fast.model.config import GPTConfig
 from spt_fast.optimizers import Optimizer, parse_optimizer
+from spt_fast.synonyms import unknown_key
 
 
 def _stage(value: object, where: str) -> int:
     if type(value) is not int or not 0 <= value <= 3:
-        raise RecipeError(f"{where}: {value!r} is no ZeRO stage; write 0, 1, 2 or 3")
+        raise RecipeError(invalid(where, value, "write 0, 1, 2 or 3"))
     return value
 
 
 def _steps(value: object, where: str) -> Span:
     span = cadence(value, where)
     if span.unit != "steps":
-        raise RecipeError(f"{where}: {value!r} will not do; write a number of steps, such as `5000 steps`")
+        raise RecipeError(invalid(where, value, "write a number of steps, such as `5000 steps`"))
     return span
 
 
 def _mixture(value: object, where: str) -> dict[str, Fraction]:
     if not isinstance(value, Mapping) or not value:
-        raise RecipeError(f"{where}: {value!r} will not do; write shares by source, such as {{general: 98%, chem: 2%}}")
+        raise RecipeError(invalid(where, value, "write shares by source, such as {general: 98%, chem: 2%}"))
     try:
         return dict(Mixture(value).weights)
     except ValueError as error:
-        raise RecipeError(f"{where}: {error}") from None
+        raise RecipeError(f"{where}: {str(error).removeprefix('mixture: ')}") from None
 
 
 def _grid(value: object, where: str) -> dict[str, tuple[Any, ...]]:
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{where}: {value!r} will not do; write lists by name, such as {{lr: [1e-5, 1e-4]}}")
+        raise RecipeError(invalid(where, value, "write lists by name, such as {lr: [1e-5, 1e-4]}"))
     axes: dict[str, tuple[Any, ...]] = {}
     parsers = {"lr": number(0.0, open_low=True), "weight_decay": number(0.0), "warmup": Span.parse}
     for key, choices in value.items():
         if key not in parsers:
-            raise RecipeError(f"{where}.{key}: unknown key; {nearest(str(key), parsers)}")
+            raise RecipeError(f"{where}.{key}: {unknown_key(key, parsers)}")
         if not isinstance(choices, (list, tuple)) or not choices:
-            raise RecipeError(f"{where}.{key}: {choices!r} will not do; write a list of values to try")
+            raise RecipeError(invalid(f"{where}.{key}", choices, "write a list of values to try"))
         axes[str(key)] = tuple(parsers[key](choice, f"{where}.{key}[{i}]") for i, choice in enumerate(choices))
     return axes
 
@@ -113,7 +114,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class BatchSize:
     """How many windows make one optimizer step."""
 
     sequences: int = setting(integer(1), 32)
@@ -168,7 +169,7 @@ class Phase:
     mixture: dict[str, Fraction] = setting(_mixture)
     documents: bool = setting(boolean, False)
     """Attention and positions stay inside a document."""
-    batch: Batch = setting(section(Batch), Batch())
+    batch: BatchSize = setting(section(BatchSize), BatchSize())
     optimizer: Optimizer = setting(parse_optimizer)
     schedule: Schedule = setting(section(Schedule), Schedule())
     evaluation: Evaluation = setting(section(Evaluation), Evaluation(), key="eval")
@@ -250,7 +251,7 @@ class Engine:
 
 def _sources(raw: object, where: str) -> dict[str, Source]:
     if not isinstance(raw, Mapping) or not raw:
-        raise RecipeError(f"{where}: {raw!r} will not do; name at least one source with its `train` prefix")
+        raise RecipeError(invalid(where, raw, "name at least one source with its `train` prefix"))
     return {str(name): build(Source, item, f"{where}.{name}") for name, item in raw.items()}
 
 
@@ -264,27 +265,23 @@ def _merged(before: object, given: object) -> object:
 
 def _phases(raw: object, where: str) -> tuple[Phase, ...]:
     if not isinstance(raw, list) or not raw:
-        raise RecipeError(f"{where}: {raw!r} will not do; write a list of at least one phase")
+        raise RecipeError(invalid(where, raw, "write a list of at least one phase"))
     phases: list[Phase] = []
     inherited: dict[str, Any] = {}
     for i, item in enumerate(raw):
         name = item.get("name", i) if isinstance(item, Mapping) else i
         here = f"{where}[{name}]"
         if not isinstance(item, Mapping):
-            raise RecipeError(f"{here}: {item!r} will not do; write a section with name, tokens, mixture and optimizer")
+            raise RecipeError(invalid(here, item, "write a section with name, tokens, mixture and optimizer"))
         inherited |= {key: _merged(inherited.get(key), item[key]) for key in INHERITED if key in item}
         phase = build(Phase, {**item, **inherited}, here)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", phase.name):
-            raise RecipeError(
-                f"{here}.name: {phase.name!r} will not do; use letters, digits, dots, dashes and underscores"
-            )
+            raise RecipeError(invalid(f"{here}.name", phase.name, "use letters, digits, dots, dashes and underscores"))
         if phase.name in [p.name for p in phases]:
             raise RecipeError(f"{here}.name: {phase.name!r} names two phases; give each its own name")
         if phase.batch.micro and phase.batch.sequences % phase.batch.micro:
-            raise RecipeError(
-                f"{here}.batch.micro: {phase.batch.micro} does not divide sequences = {phase.batch.sequences}; "
-                "choose a divisor"
-            )
+            expected = f"write a divisor of sequences ({phase.batch.sequences})"
+            raise RecipeError(invalid(f"{here}.batch.micro", phase.batch.micro, expected))
         if phase.schedule.carry_on and not phases:
             raise RecipeError(f"{here}.schedule.continue: the first phase has no schedule to carry on; name one")
         if phase.schedule.carry_on and phase.schedule != Schedule(carry_on=True):
@@ -293,7 +290,7 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
                 "keys out"
             )
         if phase.schedule.carry_on and "warmup" in (phase.grid or {}):
-            raise RecipeError(f"{here}.grid.warmup: a schedule that is carried on warms up no more; leave it out")
+            raise RecipeError(f"{here}.grid.warmup: a schedule that is carried on has no warm-up; leave it out")
         if phase.optimizer_state == "keep" and not phases:
             raise RecipeError(f"{here}.optimizer_state: the first phase has no optimizer state to keep; write reset")
         phases.append(phase)
@@ -328,25 +325,25 @@ class Recipe:
             where = f"phases[{phase.name}]"
             for source in phase.mixture:
                 if source not in self.sources:
-                    raise RecipeError(f"{where}.mixture.{source}: no such source; {nearest(source, self.sources)}")
+                    raise RecipeError(f"{where}.mixture.{source}: unknown source; {nearest(source, self.sources)}")
             chooses = phase.stop is not None or len(phase.arms()) > 1
             if phase.stop and phase.stop.on not in self.sources:
                 raise RecipeError(
-                    f"{where}.stop.on: no source {phase.stop.on!r}; {nearest(phase.stop.on, self.sources)}"
+                    invalid(f"{where}.stop.on", phase.stop.on, f"name a source; {nearest(phase.stop.on, self.sources)}")
                 )
             if chooses and not self.sources[phase.chosen_by].heldout:
                 raise RecipeError(
                     f"sources.{phase.chosen_by}.heldout: missing; {where} chooses its weights by the loss on it"
                 )
         if self.init_only and not self.init:
-            raise RecipeError(f"init_only: {self.init_only} of what? Give the weights to take them from as `init`")
+            raise RecipeError(invalid("init_only", self.init_only, "it needs `init`, the weights to take them from"))
         engine = self.engine
         if engine.offload == "optimizer" and engine.stage == 0:
-            raise RecipeError("engine.offload: optimizer needs ZeRO stage 1 or more, engine.stage is 0; write stage: 1")
+            raise RecipeError(invalid("engine.offload", "optimizer", "it needs ZeRO stage 1 or more; write stage: 1"))
         if engine.offload == "all" and engine.stage < 3:
-            raise RecipeError(f"engine.offload: all needs ZeRO stage 3, engine.stage is {engine.stage}; write stage: 3")
+            raise RecipeError(invalid("engine.offload", "all", "it needs ZeRO stage 3; write stage: 3"))
         if engine.name == "deepspeed" and engine.cuda_graphs:
-            raise RecipeError("engine.cuda_graphs: is for the local engine alone; set it to false")
+            raise RecipeError(invalid("engine.cuda_graphs", True, "only the local engine records graphs; write false"))
         if not self.init and not self.model.preset and not self.model.layers:
             raise RecipeError(
                 "model: missing; name a preset such as {preset: 10m}, give layers, width, …, or set `init`"
@@ -384,7 +381,7 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
 def recipe_from(raw: object) -> Recipe:
     """A Recipe from plain data, as YAML gives it."""
     if not isinstance(raw, Mapping):
-        raise RecipeError(f"the recipe: {raw!r} will not do; write keys such as run, model, sources and phases")
+        raise RecipeError(invalid("the recipe", raw, "write keys such as run, model, sources and phases"))
     return build(Recipe, raw, "")
 
 

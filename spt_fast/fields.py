@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import yaml
 
 from spt_fast.data.mixture import HUGE_EXPONENT
-from spt_fast.errors import RecipeError, nearest
+from spt_fast.errors import RecipeError, invalid, nearest
+from spt_fast.synonyms import unknown_key
 
 # -------------------------------------------------------------------------------------------- values and their units
 
@@ -33,7 +34,7 @@ def parse_count(value: object, where: str) -> int:
         exact = Fraction(match[1].replace("_", "")) * _UNITS[match[2].upper()]
         if exact.denominator == 1 and 0 < exact <= 2**62:
             return int(exact)
-    raise RecipeError(f"{where}: {value!r} is no count; write a positive whole number such as 300, 300K, 20M or 1.5B")
+    raise RecipeError(invalid(where, value, "write a positive whole number such as 300, 300K, 20M or 1.5B"))
 
 
 def parse_share(value: object, where: str) -> Fraction:
@@ -45,10 +46,10 @@ def parse_share(value: object, where: str) -> Fraction:
         share = Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise RecipeError(
-            f"{where}: {value!r} is no share; write a percent (2%), a decimal (0.02) or a fraction (1/50)"
+            invalid(where, value, "write a percent (2%), a decimal (0.02) or a fraction (1/50)")
         ) from None
     if not 0 <= share <= 1:
-        raise RecipeError(f"{where}: {value!r} lies outside 0…1; did you mean {text}%?")
+        raise RecipeError(invalid(where, value, f"write a share between 0 and 1; did you mean {text}%?"))
     return share
 
 
@@ -73,7 +74,7 @@ class Span:
             return cls(Fraction(0) if text == "0" else Fraction(parse_count(text, where)), "tokens")
         except RecipeError:
             raise RecipeError(
-                f"{where}: {value!r} is no span; write `500 steps`, `2M` (tokens) or `2%` (of the phase)"
+                invalid(where, value, "write `500 steps`, `2M` (tokens) or `2%` (of the phase)")
             ) from None
 
     def steps(self, tokens_per_step: int, phase_steps: int) -> int:
@@ -97,7 +98,7 @@ class Span:
 def cadence(value: object, where: str) -> Span:
     span = Span.parse(value, where)
     if span.amount == 0:
-        raise RecipeError(f"{where}: {value!r} will not do; write how often, such as `500 steps`, `2M` or `10%`")
+        raise RecipeError(invalid(where, value, "write how often, such as `500 steps`, `2M` or `10%`"))
     return span
 
 
@@ -111,7 +112,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = F
             bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
                 f" and at most {high:g}" if high < math.inf else ""
             )
-            raise RecipeError(f"{where}: {value!r} will not do; write a number {bounds}")
+            raise RecipeError(invalid(where, value, f"write a number {bounds}"))
         return number
 
     return parse
@@ -120,7 +121,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = F
 def integer(low: int) -> Callable[[object, str], int]:
     def parse(value: object, where: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
-            raise RecipeError(f"{where}: {value!r} will not do; write a whole number, at least {low} and below 2^63")
+            raise RecipeError(invalid(where, value, f"write a whole number, at least {low} and below 2^63"))
         return value
 
     return parse
@@ -128,20 +129,22 @@ def integer(low: int) -> Callable[[object, str], int]:
 
 def boolean(value: object, where: str) -> bool:
     if not isinstance(value, bool):
-        raise RecipeError(f"{where}: {value!r} will not do; write true or false")
+        raise RecipeError(invalid(where, value, "write true or false"))
     return value
 
 
 def text(value: object, where: str) -> str:
     if isinstance(value, (dict, list)) or value is None or not str(value).strip():
-        raise RecipeError(f"{where}: {value!r} will not do; write a name or path")
+        raise RecipeError(invalid(where, value, "write a name or path"))
     return str(value)
 
 
 def one_of(*choices: str) -> Callable[[object, str], str]:
     def parse(value: object, where: str) -> str:
         if value not in choices:
-            raise RecipeError(f"{where}: {value!r} is not one of {', '.join(choices)}; {nearest(str(value), choices)}")
+            raise RecipeError(
+                invalid(where, value, f"write one of {', '.join(choices)}; {nearest(str(value), choices)}")
+            )
         return str(value)
 
     return parse
@@ -170,13 +173,13 @@ def key_of(item: dataclasses.Field[Any]) -> str:
 def build(cls: type[Any], raw: object, where: str) -> Any:
     if not isinstance(raw, Mapping):
         raise RecipeError(
-            f"{where}: {raw!r} will not do; write a section with keys such as {', '.join(map(key_of, fields(cls)))}"
+            invalid(where, raw, f"write a section with keys such as {', '.join(map(key_of, fields(cls)))}")
         )
     known = {key_of(item): item for item in fields(cls)}
     dot = f"{where}." if where else ""
     for key in raw:
         if key not in known:
-            raise RecipeError(f"{dot}{key}: unknown key; {nearest(str(key), known)}")
+            raise RecipeError(f"{dot}{key}: {unknown_key(key, known)}")
     values = {}
     for key, item in known.items():
         if key in raw:

@@ -174,7 +174,7 @@ def test_every_command_runs_in_the_order_of_the_readme(
         ("sweep spt", "spt is a ready study and needs your data: give --general, --domain, --tokenizer, --out too"),
         ("fit absent", "absent: is neither a study"),
         ("report absent", "absent: is neither a study"),
-        ("advise --domain-tokens 30X --budget 20B", "--domain-tokens: '30X' is no count"),
+        ("advise --domain-tokens 30X --budget 20B", "--domain-tokens: '30X' is invalid"),
         ("reweight recipe.yaml --target cem", "--target: no source 'cem'; did you mean 'chem'"),
         ("train", "RECIPE"),
         ("train recipe.yaml --resum", "--resum"),

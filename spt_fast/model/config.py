@@ -9,6 +9,7 @@ from typing import Any
 from spt_fast.errors import RecipeError, invalid, nearest
 from spt_fast.fields import boolean, integer, number, optional, setting
 from spt_fast.model.presets import PRESETS
+from spt_fast.synonyms import unknown_key
 
 _count = integer(1)
 _positive: Callable[[object, str], float] = number(0.0, open_low=True)
@@ -72,5 +73,5 @@ class GPTConfig:
         known = {field.name for field in fields(cls)}
         for field in overrides:
             if field not in known:
-                raise RecipeError(f"model.{field}: unknown key; {nearest(field, known)}")
+                raise RecipeError(f"model.{field}: {unknown_key(field, known)}")
         return cls(**{**PRESETS[name], **overrides})

@@ -188,7 +188,7 @@ def test_simulated_epoching_repeats_the_domain_as_often_as_the_large_run(raw: di
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
-        (0, {"delta": [2]}, r"stages\[pretrain\]\.delta: 2 lies outside 0…1; did you mean 2%"),
+        (0, {"delta": [2]}, r"stages\[pretrain\]\.delta: 2 is invalid: write a share between 0 and 1; did you mean 2%"),
         (0, {"delta": [0, "1%", "1%"]}, r"stages\[pretrain\]\.delta\[2\]: '1%' is there twice"),
         (0, {"delta": []}, r"stages\[pretrain\]\.delta: is an empty list"),
         (0, {"replay": [0]}, r"stages\[pretrain\]: both are given, delta and replay"),
@@ -201,7 +201,7 @@ def test_simulated_epoching_repeats_the_domain_as_often_as_the_large_run(raw: di
         (0, {"optimizer": 3e-3}, r"stages\[pretrain\]\.optimizer: 0\.003 will not do; write a section"),
         (0, {"budgets": None, "tokens": 900, "domain_from": "100%"}, r"stages\[pretrain\]\.domain_from: after 100%"),
         (1, {"lr": [1e-3, 2e-3]}, r"stages\[finetune\]\.grid\.lr: lr is an axis too"),
-        (1, {"start": "scratsh"}, r"stages\[finetune\]\.start: 'scratsh' is not one of .*did you mean 'scratch'"),
+        (1, {"start": "scratsh"}, r"stages\[finetune\]\.start: 'scratsh' is invalid: .*did you mean 'scratch'"),
         (1, {"name": "pretrain"}, r"stages: pretrain, pretrain: two have the same name"),
         (
             0,
