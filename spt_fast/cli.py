@@ -589,7 +589,7 @@ def export_weights(
         str | None, typer.Option(help="Saved along, for AutoTokenizer; a run's own by default.")
     ] = None,
 ) -> None:
-    """Write a Hugging Face folder (Llama, or Qwen3 with QK-norm)."""
+    """Write a Hugging Face folder (Llama; Qwen2 with a QKV bias; Qwen3 with QK-norm)."""
     from spt_fast.train.weights import export
 
     export(weights, out_folder, tokenizer)
@@ -598,7 +598,7 @@ def export_weights(
 
 @app.command("import")
 def import_weights(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder: Llama or Qwen3, safetensors.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder: Llama, Qwen2 or Qwen3.")],
     out_folder: Annotated[Path, typer.Option("--out", metavar="CHECKPOINT")],
 ) -> None:
     """Check that a Hugging Face folder can be trained on, and copy it to where a recipe's `init` may point."""

@@ -7,12 +7,51 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from spt_fast.errors import RecipeError, invalid, nearest
-from spt_fast.fields import boolean, integer, number, optional, setting
+from spt_fast.fields import boolean, build, integer, number, one_of, optional, setting
 from spt_fast.model.presets import PRESETS
 from spt_fast.synonyms import unknown_key
 
 _count = integer(1)
 _positive: Callable[[object, str], float] = number(0.0, open_low=True)
+
+
+def _parse(settings: Any, where: str) -> None:
+    """Check every field of a frozen dataclass by its parser, and give it the type that it is declared with."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        parsed = item.metadata["parse"](value, f"{where}.{item.name}")
+        if isinstance(value, str) and parsed != value:  # parsers read numbers from text, as YAML needs it
+            raise RecipeError(invalid(f"{where}.{item.name}", value, "give a value that is not text"))
+        object.__setattr__(settings, item.name, parsed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """RoPE stretched to texts longer than those of pretraining, as Llama 3.1 has it ("llama3" in transformers).
+
+    A frequency is divided by `factor` where its wavelength is above original_max_position_embeddings / low_freq_factor
+    tokens, kept where it is below original_max_position_embeddings / high_freq_factor, and between in between.
+    """
+
+    rope_type: str = setting(one_of("llama3"), "llama3")
+    factor: float = setting(number(1.0))
+    low_freq_factor: float = setting(_positive)
+    high_freq_factor: float = setting(_positive)
+    original_max_position_embeddings: int = setting(_count)
+
+    def __post_init__(self) -> None:
+        _parse(self, "model.rope_scaling")
+        if self.high_freq_factor <= self.low_freq_factor:
+            above = f"a number above low_freq_factor ({self.low_freq_factor})"
+            raise RecipeError(invalid("model.rope_scaling.high_freq_factor", self.high_freq_factor, above))
+
+    def __str__(self) -> str:
+        """For the names of a study's runs."""
+        return "-".join(f"{value}" for value in vars(self).values())
+
+    @classmethod
+    def parse(cls, value: object, where: str) -> RopeScaling:
+        return value if isinstance(value, RopeScaling) else build(cls, value, where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +79,11 @@ class GPTConfig:
     tied: bool = setting(boolean, True)
     """The head is the embedding."""
     rope_theta: float = setting(_positive, 10_000.0)
+    rope_scaling: RopeScaling | None = setting(optional(RopeScaling.parse), None)
     norm_eps: float = setting(_positive, 1e-6)
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            where, value = f"model.{item.name}", getattr(self, item.name)
-            if isinstance(value, str):  # the parsers read numbers from text, as YAML needs it
-                raise RecipeError(invalid(where, value, "give a value that is not text"))
-            object.__setattr__(self, item.name, item.metadata["parse"](value, where))
+        _parse(self, "model")
         if self.qkv_bias and self.qk_norm:  # a run's weights are Hugging Face folders
             raise RecipeError(invalid("model.qkv_bias", True, "no family of models has it beside qk_norm; choose one"))
         if self.heads % self.kv_heads:

@@ -16,6 +16,7 @@ All ops are those of spt_fast.kernels; all parameters have one dtype, that of th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -260,8 +261,14 @@ def _keep_products() -> tuple[Any, Any]:
 
 def rope_tables(config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [context, Q] of position / theta^(2i/Q), halves repeated, in float32 throughout as in Hugging Face
-    Llama."""
+    Llama; with `rope_scaling` the frequencies are those of its docstring."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     positions = torch.arange(config.context, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, 1 / config.rope_theta**exponents).repeat(1, 2)
+    frequencies = 1 / config.rope_theta**exponents
+    if scaling := config.rope_scaling:
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    angles = torch.outer(positions, frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()

@@ -2,7 +2,7 @@
 
 The same folder is this project's own form of weights, so that every phase's result loads in transformers as it lies.
 Which family of transformers a GPT belongs to is in `FAMILIES`, which tensors hold a parameter is in parameters.py.
-Whatever else the families' configurations allow (scaled RoPE, biases, sliding windows …) is refused by
+Whatever else the families' configurations allow (other scalings of RoPE, biases, sliding windows …) is refused by
 name. Only safetensors are read: a pickle can run code.
 """
 
@@ -12,7 +12,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from spt_fast.errors import CheckpointError
 from spt_fast.files import sync
-from spt_fast.model.config import GPTConfig
+from spt_fast.model.config import GPTConfig, RopeScaling
 from spt_fast.model.parameters import table
 
 if TYPE_CHECKING:
@@ -167,7 +167,6 @@ def read_config(folder: str | Path) -> GPTConfig:
     if model_type not in FAMILIES:
         raise CheckpointError(f"{file}: model_type {model_type!r} cannot be represented; {' and '.join(FAMILIES)} can")
     family = FAMILIES[model_type]
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     refused: dict[str, Callable[[Any], bool]] = {
         "architectures": lambda names: bool(names) and names != [family.architecture],
         "attention_bias": bool,
@@ -179,8 +178,12 @@ def read_config(folder: str | Path) -> GPTConfig:
         "quantization_config": bool,
     }
     found = {field: hf.get(field) for field, wrong in refused.items() if wrong(hf.get(field))}
-    if rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1) != 1:
-        found["rope_parameters" if hf.get("rope_parameters") else "rope_scaling"] = rope
+    rope_field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"  # as transformers 5 prefers them
+    rope = {field: value for field, value in hf.get(rope_field, {}).items() if value is not None}
+    try:
+        scaling = _rope_scaling(hf, rope)
+    except (KeyError, ValueError):
+        found[rope_field] = rope
     if found:
         field, value = next(iter(found.items()))
         raise CheckpointError(f"{file}: {field} {json.dumps(value)} cannot be represented by a GPT")
@@ -194,11 +197,24 @@ def read_config(folder: str | Path) -> GPTConfig:
     try:
         shape: dict[str, Any] = {ours: (unsaid | hf)[theirs] for ours, theirs in FIELDS.items()}
         theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
-        return GPTConfig(**shape, **family.fields, rope_theta=theta)
+        return GPTConfig(**shape, **family.fields, rope_theta=theta, rope_scaling=scaling)
     except KeyError as error:
         raise CheckpointError(f"{file}: {error.args[0]} is missing") from None
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
+
+
+def _rope_scaling(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeScaling | None:
+    """What `rope` says in a config.json; KeyError or ValueError where a GPT can't represent it."""
+    if rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    factors = {field: rope[field] for field in ("factor", "low_freq_factor", "high_freq_factor")}
+    window = "original_max_position_embeddings"
+    whole = hf.get(window, rope.get(window, hf.get("max_position_embeddings")))
+    return RopeScaling(rope_type=kind, **factors, original_max_position_embeddings=whole)
 
 
 def _family(config: GPTConfig) -> str:
@@ -213,13 +229,15 @@ def _family(config: GPTConfig) -> str:
 def _to_hf(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) -> dict[str, Any]:
     """config.json, with what transformers 4 and 5 call differently under both names."""
     model_type = _family(config)
+    scaling = asdict(config.rope_scaling) if config.rope_scaling else None
     return {
         "architectures": [FAMILIES[model_type].architecture],
         "model_type": model_type,
         **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": config.rope_theta},
+        "rope_scaling": scaling,
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
         "dtype": DTYPES[dtype],

@@ -11,9 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_fast.errors import RecipeError
 from spt_fast.model import gpt
+from spt_fast.model.config import RopeScaling
 from spt_fast.model.gpt import GPT, GPTConfig
 
 SMALL = {"layers": 3, "width": 48, "heads": 6, "kv_heads": 2, "ffn": 80, "context": 32, "vocab_size": 61}
+
+
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def model_with_random_norms(seed: int = 0, **fields: object) -> GPT:
@@ -55,6 +59,11 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
         ("rope_theta", float("nan")),
         ("norm_eps", float("inf")),
         ("norm_eps", "1e-6"),
+        ("rope_scaling", 8.0),
+        ("rope_scaling", {"factor": 8.0}),
+        ("rope_scaling", SCALING | {"rope_type": "yarn"}),
+        ("rope_scaling", SCALING | {"factor": 0.5}),
+        ("rope_scaling", SCALING | {"low_freq_factor": 4.0}),
         ("heads", 5),
     ],
 )
@@ -77,8 +86,9 @@ def test_a_bias_beside_qk_norm_is_refused() -> None:
 
 
 def test_config_is_frozen_and_round_trips() -> None:
-    config = GPTConfig(**SMALL, rope_theta=500_000)
+    config = GPTConfig(**SMALL, rope_theta=500_000, rope_scaling=SCALING)
     assert GPTConfig(**dataclasses.asdict(config)) == config
+    assert config.rope_scaling == RopeScaling(**SCALING)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.layers = 5  # type: ignore[misc]
 

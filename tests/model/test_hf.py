@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from spt_fast.errors import CheckpointError
 from spt_fast.model import hf
+from spt_fast.model.config import RopeScaling
 from spt_fast.model.gpt import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
@@ -17,6 +19,9 @@ transformers.utils.logging.disable_progress_bar()
 
 
 FAMILIES: dict[str, dict[str, bool]] = {"Llama": {}, "Qwen2": {"qkv_bias": True}, "Qwen3": {"qk_norm": True}}
+
+
+LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=15)
 
 
 def draw_config(rng: random.Random, family: str) -> GPTConfig:
@@ -38,6 +43,7 @@ def draw_config(rng: random.Random, family: str) -> GPTConfig:
         rope_theta=rng.choice([100.0, 10_000.0, 500_000.0, 1e6]),
         norm_eps=rng.choice([1e-5, 1e-6]),
         **FAMILIES[family],
+        rope_scaling=rng.choice([None, LLAMA3]),
     )
 
 
@@ -114,7 +120,8 @@ def test_theirs_in_ours(seed: int, family: str, tmp_path: Path) -> None:
             head_dim=config.head_dim,
             max_position_embeddings=config.context,
             rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rope_parameters=(asdict(config.rope_scaling) if config.rope_scaling else {"rope_type": "default"})
+            | {"rope_theta": config.rope_theta},
             tie_word_embeddings=config.tied,
         )
     )
@@ -136,6 +143,35 @@ def test_config_is_what_transformers_4_reads(folder: Path) -> None:
     assert GPT.from_hf(folder).config.rope_theta == 777.0
     change_config(folder, rope_theta="drop")
     assert GPT.from_hf(folder).config.rope_theta == 10_000.0
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling", "both"])
+def test_llama3_scaling_under_the_names_of_both_versions(tmp_path: Path, name: str) -> None:
+    """Kept, divided and in-between frequencies all matter here, and so does where the window was once."""
+    plain = GPTConfig(layers=2, width=32, heads=2, kv_heads=1, ffn=48, context=64, vocab_size=50, rope_theta=100.0)
+    ours = GPT(replace(plain, rope_scaling=LLAMA3))
+    randomise(ours, 1)
+    ours.save_hf(tmp_path)
+    if name == "rope_parameters":
+        change_config(tmp_path, rope_scaling="drop", rope_theta="drop")
+    elif name == "rope_scaling":
+        change_config(tmp_path, rope_parameters="drop")
+    back, theirs = GPT.from_hf(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert back.config == ours.config
+    assert_same_logits(back, theirs, 1)
+    unscaled = GPT(plain)
+    unscaled.load_state_dict(ours.state_dict())
+    with pytest.raises(AssertionError):
+        assert_same_logits(unscaled, theirs, 1)
+
+
+def test_the_window_before_scaling_is_found_where_transformers_finds_it(folder: Path) -> None:
+    scaling = {"type": "llama3", "factor": 4, "low_freq_factor": 1, "high_freq_factor": 4}
+    change_config(folder, rope_parameters="drop", rope_scaling=scaling)
+    expected = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+    assert GPT.from_hf(folder).config.rope_scaling == expected
+    change_config(folder, original_max_position_embeddings=9)
+    assert GPT.from_hf(folder).config.rope_scaling == replace(expected, original_max_position_embeddings=9)
 
 
 def test_a_llama_that_transformers_refuses_is_ours_alone(tmp_path: Path) -> None:
@@ -277,7 +313,9 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder: Path) -> None:
     ("field", "value"),
     [
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_parameters", {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("partial_rotary_factor", 0.25),

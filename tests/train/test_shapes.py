@@ -17,7 +17,17 @@ from tests import tiny
 
 transformers = pytest.importorskip("transformers")
 
-SHAPES: list[dict[str, Any]] = [{"qkv_bias": True, "qk_norm": False}]
+SHAPES: list[dict[str, Any]] = [
+    {"qkv_bias": True, "qk_norm": False},
+    {
+        "rope_scaling": {
+            "factor": 4,
+            "low_freq_factor": 1,
+            "high_freq_factor": "4e0",
+            "original_max_position_embeddings": 8,
+        }
+    },
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: next(iter(shape)))
