@@ -326,9 +326,9 @@ class _Study:
             self.state = _State.of(found.state["study"])
             self.saved_step = self.state.step
             self.dtype, current = getattr(torch, found.state["dtype"]), checkpoint.load(found.path)["current"]
-            for path, reason in found.skipped.items():
+            for reason in found.skipped.values():
                 display.say(f"skipped a damaged checkpoint: {reason}")
-                checkpoint.set_aside(path)
+            checkpoint.set_aside(found.skipped)
         self.proxy = _Proxy(plan, len(self.rows), self.dtype, current)
         self.writer = checkpoint.Writer(out / "checkpoints", ALONE, Retention(plan.recipe.checkpoint.keep))
 

@@ -15,7 +15,7 @@ from spt_fast.errors import DataError
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.plan import Plan, make_plan
-from spt_fast.train.state import TrainState
+from spt_fast.train.state import SavedState
 
 
 def audit_run(run: Path) -> dict[str, dict[str, Any]]:
@@ -69,8 +69,9 @@ def _reading_of(run: Path) -> tuple[Plan, dict[str, int]]:
         return plan, counts
     found = checkpoint.newest(run / "checkpoints")
     if found:
-        plan.check_same_data(found.state["data"], found.path)
-        state = TrainState.from_plain(found.state["train"])
+        saved = SavedState.read(found.state, found.path)
+        plan.check_same_data(saved.data, found.path)
+        state = saved.train
         counts |= state.counts
         phase = plan.phases[state.phase]
         for source, windows in phase.mixture.counts(state.step * phase.phase.batch.sequences).items():

@@ -21,7 +21,7 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,12 +260,13 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint to damaged-<name>, so that it is neither read nor counted again."""
-    aside = path.with_name(f"damaged-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    with suppress(FileNotFoundError):
-        path.rename(aside)
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Rename damaged checkpoints to damaged-<name>, so that they are neither read nor counted again."""
+    for path in damaged:
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            path.rename(aside)
 
 
 def _steps(path: Path) -> int:

@@ -7,8 +7,9 @@ hardware multiplies bf16 fast, fp32 otherwise; never autocast.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,12 +57,26 @@ class EngineInterface(Protocol):
         ...
 
 
+class Figures(NamedTuple):
+    """What one step has to say."""
+
+    loss: float
+    """Nats per token."""
+    grad_norm: float
+    """Before clipping."""
+    skipped: bool
+    """Whether the step was left out."""
+    done_s: float
+    """When it was known to be done, by time.monotonic()."""
+
+
 class StepResult:
-    """What one step has to say, already on its way to the host: reading it waits for that step, not for later ones."""
+    """The figures of a step, already on their way to the host: reading them waits for that step, not for later ones."""
 
     def __init__(self, figures: Tensor) -> None:
         """figures: fp32 [3], loss, gradient norm, and 1 where the step was left out."""
         self._arrived: torch.cuda.Event | None = None
+        self._done_s = time.monotonic()  # on a CPU; a GPU has only been told to begin
         if figures.is_cuda:
             self._figures = torch.empty(3, pin_memory=True).copy_(figures, non_blocking=True)
             self._arrived = torch.cuda.Event()
@@ -69,9 +84,9 @@ class StepResult:
         else:
             self._figures = figures
 
-    def read(self) -> tuple[float, float, bool]:
-        """(loss in nats per token, gradient norm before clipping, whether the step was left out)."""
+    def read(self) -> Figures:
         if self._arrived is not None:
             self._arrived.synchronize()
+            self._done_s = time.monotonic()
         loss, grad_norm, skipped = self._figures.tolist()
-        return loss, grad_norm, bool(skipped)
+        return Figures(loss, grad_norm, bool(skipped), self._done_s)

@@ -13,35 +13,56 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from spt_fast.config import Phase
+from spt_fast.config import Phase, Recipe
 from spt_fast.fields import Span
 from spt_fast.files import write_text
 from spt_fast.kernels import auto_backends
 from spt_fast.model.flops import MFU_CONVENTION, parameters, peak_flops, train_flops_per_token
 from spt_fast.train import checkpoint
-from spt_fast.train.checkpoint import Checkpoint, Retention
+from spt_fast.train.checkpoint import Retention
+from spt_fast.train.clock import Clock
 from spt_fast.train.device import pick_dtype
 from spt_fast.train.engine import StepResult
 from spt_fast.train.engines import make_engine
-from spt_fast.train.evaluate import Interrupted, evaluation_texts, mean_loss
+from spt_fast.train.evaluate import EvalSet, Interrupted, evaluation_texts, mean_loss
+from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import NoLog, RunLog
 from spt_fast.train.plan import PhasePlan, Plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot, weights_of
-from spt_fast.train.state import Losses, ScheduleOrigin, TrainState
+from spt_fast.train.state import ArmResult, Compute, Evaluation, PhaseResult, SavedState, ScheduleOrigin, TrainState
+from spt_fast.train.state import plain as plain_data
 from spt_fast.train.watch import LossWatch, Watch
 from spt_fast.train.weights import assemble
 from spt_fast.train.world import World
 
 MAX_SKIPPED_IN_A_ROW = 20
 """So many steps in a row with a loss or gradient that is not finite end the run."""
+
+
+class Arm:
+    """What lives as long as a process trains one arm of a phase."""
+
+    def __init__(
+        self, plan: PhasePlan, index: int, recipe: Recipe, texts: dict[str, dict[str, EvalSet]], train_seconds: float
+    ) -> None:
+        self.plan, self.texts = plan, texts
+        self.values = plan.phase.arms()[index]
+        self.phase = plan.phase.with_overrides(self.values)
+        self.save_every, self.evaluate_every, self.log_every = (
+            max(1, span.steps(plan.tokens_per_step, plan.steps))
+            for span in (recipe.checkpoint.every, self.phase.evaluation.every, recipe.log.every)
+        )
+        self.clock, self.loss_watch = Clock(train_seconds), LossWatch()
+        self.pending: tuple[dict[str, Any], StepResult] | None = None
+        """The newest step's record, and its figures once they are there."""
+        self.steps_in_lap = 0
 
 
 class Trainer:
@@ -53,30 +74,28 @@ class Trainer:
         folder: Path,
         stop: StopRequest,
         watch: Watch,
-        found: Checkpoint | None,
+        resumed: Resumed | None,
         world: World,
         *,
         progress: bool,
     ) -> None:
         self.plan, self.folder, self.stop, self.watch, self.world = plan, folder, stop, watch, world
         self.began, self.seconds_before = time.monotonic(), 0.0
-        self.pending: tuple[dict[str, Any], StepResult] | None = None
         self.saved = ""
-        self.state = TrainState(counts=dict.fromkeys(plan.recipe.sources, 0))
+        self.state = TrainState.at_start(plan.recipe.sources)
         model = plan.starting_model()
         self.snapshots: dict[str, Snapshot] = {"kept": weights_of(model, world)}
         device = world.device
         dtype = world.on_first(lambda: pick_dtype(plan.recipe.precision, device))
         self.backends = auto_backends()
-        if found:
-            self.state = TrainState.from_plain(found.state["train"])
-            self.snapshots = checkpoint.load(found.path, world)
+        if resumed:
+            self.state = resumed.state.train
+            self.snapshots = checkpoint.load(resumed.checkpoint.path, world)
             self.seconds_before, self.saved = self.state.seconds, self.state.name
-            dtype = getattr(torch, found.state["compute"]["dtype"])
-            if not found.state["model"]["tied"]:
+            dtype = getattr(torch, resumed.state.compute.dtype)
+            if not resumed.state.model.tied:
                 model.untie()
         self.parameters = parameters(plan.model)
-        self.fp8_share = model.fp8_share if model.fp8 else None
         self.engine = make_engine(model, plan.recipe.engine, world=world, dtype=dtype)
         self.flops_per_token = train_flops_per_token(plan.model)
         self.peak_flops = peak_flops(device)
@@ -90,53 +109,26 @@ class Trainer:
             self.log = RunLog(
                 folder,
                 keep_bytes=self.state.metrics_bytes,
-                purge_step=self.state.total_steps if found else None,
+                purge_step=self.state.total_steps if resumed else None,
                 progress=progress,
                 convention=f"{MFU_CONVENTION}, bf16 dense {self.peak_flops / 1e12:.0f}" if self.peak_flops else None,
             )
-        world.on_first(lambda: self.introduce(found))
-
-    def introduce(self, found: Checkpoint | None) -> None:
-        """Say what runs where, and what the user should know about it."""
-        precision = "bf16, fp32 masters" if self.engine.dtype == torch.bfloat16 else "fp32"
-        if self.fp8_share is not None:
-            how = "in fp8" if self.engine.device.type == "cuda" else "as in fp8, which only costs time on a CPU"
-            precision += f" ({self.fp8_share:.0%} of the blocks' products {how})"
-        self.log.say(f"{self.folder}: {self.parameters:,} parameters in {precision} on {self.engine.describe()}")
-        chosen = sorted(set(self.backends.values()))
-        by_backend = {name: [op for op, backend in self.backends.items() if backend == name] for name in chosen}
-        self.log.say("kernels: " + "; ".join(f"{name} for {', '.join(ops)}" for name, ops in by_backend.items()))
-        if found is None:
-            for warning in self.plan.leaks():
-                self.log.say(f"warning: {warning}")
-            return
-        for path, reason in found.skipped.items():
-            self.log.say(f"skipped a damaged checkpoint: {reason}")
-            checkpoint.set_aside(path)
-        self.log.say(f"resuming from {found.path.name}")
-        before, now = found.state["compute"], self.compute()
-        changed = [
-            f"{op} {before['backends'].get(op)} → {backend}"
-            for op, backend in self.backends.items()
-            if before["backends"].get(op) != backend
-        ]
-        if before["engine"] != now["engine"]:
-            changed.append(f"{before['engine']} → {now['engine']}")
-        if changed:
-            self.log.say(f"warning: other kernels or processes than so far, so not bit-identical: {', '.join(changed)}")
+        lines = introduction(folder, self.engine, model, plan, self.backends, resumed)
+        world.on_first(lambda: self.log.say("\n".join(lines)))
 
     # ------------------------------------------------------------------------------------------------ the run
 
     def train(self) -> None:
-        """Every phase from where the state stands. Raises Interrupted only where `save` is exact."""
+        """Every phase from where the state stands. Raises Interrupted, after a checkpoint of the place."""
         state = self.state
         while state.phase < len(self.plan.phases):
             plan = self.plan.phases[state.phase]
-            arms = plan.phase.arms()
             self.begin_phase(plan)
-            while state.arm < len(arms):
-                self.train_arm(plan, plan.phase.with_overrides(arms[state.arm]))
-                self.finish_arm(plan, arms)
+            texts = evaluation_texts(self.plan, plan.phase.evaluation.tokens, documents=plan.phase.documents)
+            while state.arm < len(plan.phase.arms()):
+                arm = Arm(plan, state.arm, self.plan.recipe, texts, state.train_seconds)
+                self.train_arm(arm)
+                self.finish_arm(arm)
             self.finish_phase(plan)
 
     def begin_phase(self, plan: PhasePlan) -> None:
@@ -146,115 +138,115 @@ class Trainer:
             self.state.origin = ScheduleOrigin(plan.index)
         if "current" in self.snapshots:
             self.snapshots.setdefault("start", self.snapshots["current"])
-        else:
-            start = self.snapshots.pop("kept")
-            if phase.optimizer_state == "reset":
-                start = start.without_state()
-            if phase.untie and self.engine.config.tied:
-                self.engine.untie()
-                start = start.untied()
-            self.snapshots["start"] = start
-        self.texts = evaluation_texts(self.plan, phase.evaluation.tokens, documents=phase.documents)
+            return
+        start = self.snapshots.pop("kept")
+        if phase.optimizer_state == "reset":
+            start = start.without_state()
+        if phase.untie and self.engine.config.tied:
+            self.engine.untie()
+            start = start.untied()
+        self.snapshots["start"] = start
 
-    def train_arm(self, plan: PhasePlan, phase: Phase) -> None:
+    def train_arm(self, arm: Arm) -> None:
         """One arm, from its start or from where it was interrupted, to its last step or early stop."""
-        state, recipe = self.state, self.plan.recipe
-        save_every, evaluate_every, self.log_every = (
-            max(1, span.steps(plan.tokens_per_step, plan.steps))
-            for span in (recipe.checkpoint.every, phase.evaluation.every, recipe.log.every)
-        )
+        state, plan, world = self.state, arm.plan, self.world
         start, current = self.snapshots["start"], self.snapshots.pop("current", None)
-        self.engine.begin(phase, start, current=current, micro_batches=plan.micro_batches(self.world.size))
-        if not needs_start(phase):
-            del self.snapshots["start"]
-        arms = len(phase.arms())
-        self.log.begin(phase.name + (f" {state.arm + 1}/{arms}" if arms > 1 else ""), state.step, plan.steps)
-        self.clock, self.loss_watch = Clock(state.train_seconds), LossWatch()
+        self.engine.begin(arm.phase, start, current=current, micro_batches=plan.micro_batches(world.size))
+        if arm.phase.anchor == 0 and arm.phase.grid is None:
+            del self.snapshots["start"]  # nothing needs it after the first step
+        arms = len(arm.phase.arms())
+        self.log.begin(arm.phase.name + (f" {state.arm + 1}/{arms}" if arms > 1 else ""), state.step, plan.steps)
         loader = self.plan.loader(
             plan.index,
             state.counts,
             device=self.engine.device,
             first_step=state.step,
-            rank=self.world.rank,
-            world=self.world.size,
+            rank=world.rank,
+            world=world.size,
         )
-        try:
+        with loader:
             batches = iter(loader)
-            while True:
-                at_end = state.step == plan.steps
-                if not state.evaluated and (at_end or state.step % evaluate_every == 0):
-                    self.read_back(plan)
-                    self.evaluate(plan, phase)
-                ends = at_end or (phase.stop is not None and state.stale >= phase.stop.patience)
-                due = state.step % save_every == 0 and not ends
-                if recipe.checkpoint.keep_best:
-                    due = due or self.at_best()
-                if due and state.total_steps and state.name != self.saved:
-                    self.read_back(plan)
-                    self.save()
-                if ends:
-                    break
+            try:
+                while not self.ends_here(arm):
+                    _, micro_batches = next(batches)
+                    lr = self.learning_rate(plan, arm.phase)
+                    result = self.engine.step(micro_batches, lr, self.asked_to_stop)
+                    if result is None:
+                        raise Interrupted
+                    self.read_back(arm)
+                    state.step += 1
+                    state.total_steps += 1
+                    arm.pending = (self.position(arm) | {"lr": lr}, result)
+                    self.log.advance(state.step)
+            except Interrupted:
+                self.read_back(arm)
+                self.save(arm)
+                raise
+            finally:
+                self.read_back(arm)
 
-                _, micro_batches = next(batches)
-                lr = self.learning_rate(plan, phase)
-                result = self.engine.step(micro_batches, lr, self.asked_to_stop)
-                if result is None:
-                    raise Interrupted
-                self.read_back(plan)
-                state.step += 1
-                state.total_steps += 1
-                state.evaluated = False
-                self.pending = (self.position(plan) | {"lr": lr}, result)
-                self.log.advance(state.step)
-        finally:
-            self.read_back(plan)
-            loader.close()
+    def ends_here(self, arm: Arm) -> bool:
+        """Evaluate and save where it is due; whether the arm is at its last step or stops early."""
+        state, settings = self.state, self.plan.recipe.checkpoint
+        at_end = state.step == arm.plan.steps
+        if not state.evaluated and (at_end or state.step % arm.evaluate_every == 0):
+            self.read_back(arm)
+            self.evaluate(arm)
+        ends = at_end or (arm.phase.stop is not None and state.stale >= arm.phase.stop.patience)
+        due = (state.step % arm.save_every == 0 and not ends) or (settings.keep_best and state.at_best)
+        if due and state.total_steps:
+            self.read_back(arm)
+            self.save(arm)
+        return ends
 
-    def finish_arm(self, plan: PhasePlan, arms: list[dict[str, Any]]) -> None:
+    def finish_arm(self, arm: Arm) -> None:
         """Note what the arm reached; keep its weights where its `select` loss is the best of the arms so far."""
-        state, phase = self.state, plan.phase
+        state, plan = self.state, arm.plan
         assert state.best is not None
-        handed_on: dict[str, Any] = state.best if phase.stop else {"step": state.step, "losses": self.losses}
-        reached = {
-            **{key: str(value) if isinstance(value, Span) else value for key, value in arms[state.arm].items()},
-            "steps": state.step,
-            "tokens": state.step * plan.tokens_per_step,
-            "tokens_per_s": round(state.step * plan.tokens_per_step / max(self.clock.total_s, 1e-9), 1),
-            "handed_on": handed_on["step"],
-            "select": handed_on["losses"]["select"],
-            "heldout": handed_on["losses"]["heldout"],
-            "best_heldout": state.best["losses"]["heldout"],
-        }
-        if all(_deciding(reached, phase) < _deciding(arm, phase) for arm in state.arms):
-            best = self.snapshots.pop("best", None)
-            self.snapshots["kept"] = best if best is not None else self.engine.snapshot(state=self.hands_on_state(plan))
-        self.snapshots.pop("best", None)
+        assert state.newest is not None
+        handed_on = state.best if arm.phase.stop else state.newest
+        reached = ArmResult(
+            values={key: str(value) if isinstance(value, Span) else value for key, value in arm.values.items()},
+            steps=state.step,
+            tokens=state.step * plan.tokens_per_step,
+            tokens_per_s=round(state.step * plan.tokens_per_step / max(arm.clock.total_s, 1e-9), 1),
+            handed_on=handed_on.step,
+            select=handed_on.losses["select"],
+            heldout=handed_on.losses["heldout"],
+            best_heldout=state.best.losses["heldout"],
+        )
+        best = self.snapshots.pop("best", None)
+        if all(_deciding(reached.select, plan.phase) < _deciding(other.select, plan.phase) for other in state.arms):
+            self.snapshots["kept"] = best or self.engine.snapshot(state=self.hands_on_state(plan))
         state.arms.append(reached)
         state.next_arm()
 
     def finish_phase(self, plan: PhasePlan) -> None:
         """Write the phase's weights and figures, and carry the sources' counts on to the next phase."""
         state, phase = self.state, plan.phase
-        kept = min(range(len(state.arms)), key=lambda i: _deciding(state.arms[i], phase))
+        kept = min(range(len(state.arms)), key=lambda i: _deciding(state.arms[i].select, phase))
         arm = state.arms[kept]
-        windows = plan.mixture.counts(arm["steps"] * phase.batch.sequences)
-        state.finished[phase.name] = {
-            **{
-                key: arm[key]
-                for key in ("steps", "tokens", "handed_on", "heldout", "select", "best_heldout", "tokens_per_s")
-            },
-            "epochs": {source: float(self.plan.epochs(source, n)) for source, n in windows.items()},
-            "windows": {source: [state.counts[source], state.counts[source] + n] for source, n in windows.items()},
-            "arm": kept,
-            "grid": state.arms,
-        }
+        windows = plan.mixture.counts(arm.steps * phase.batch.sequences)
+        state.finished[phase.name] = PhaseResult(
+            steps=arm.steps,
+            tokens=arm.tokens,
+            handed_on=arm.handed_on,
+            heldout=arm.heldout,
+            select=arm.select,
+            best_heldout=arm.best_heldout,
+            tokens_per_s=arm.tokens_per_s,
+            epochs={source: float(self.plan.epochs(source, n)) for source, n in windows.items()},
+            windows={source: [state.counts[source], state.counts[source] + n] for source, n in windows.items()},
+            arm=kept,
+            grid=state.arms,
+        )
         self.write_weights(phase.name)
         for source, n in windows.items():
             state.counts[source] += n
         if state.origin.phase == plan.index:
-            state.origin = ScheduleOrigin(plan.index, kept, arm["tokens"])
+            state.origin = ScheduleOrigin(plan.index, kept, arm.tokens)
         else:
-            state.origin.tokens += arm["tokens"]
+            state.origin.tokens += arm.tokens
         state.next_phase()
         self.snapshots = {"kept": self.snapshots["kept"]}
 
@@ -284,93 +276,81 @@ class Trainer:
             schedule, phase.optimizer.lr, tokens // owner.tokens_per_step, owner.steps, owner.tokens_per_step
         )
 
-    def position(self, plan: PhasePlan) -> dict[str, Any]:
+    def position(self, arm: Arm) -> dict[str, Any]:
         step = self.state.step
-        return {"phase": plan.phase.name, "arm": self.state.arm, "step": step, "tokens": step * plan.tokens_per_step}
+        tokens = step * arm.plan.tokens_per_step
+        return {"phase": arm.phase.name, "arm": self.state.arm, "step": step, "tokens": tokens}
 
-    def read_back(self, plan: PhasePlan) -> None:
+    def read_back(self, arm: Arm) -> None:
         """Read and log the results of the step before; the step just queued runs on meanwhile."""
-        if self.pending is None:
+        if arm.pending is None:
             return
-        record, result = self.pending
-        self.pending = None
-        state = self.state
-        loss, grad_norm, skipped = result.read()
-        state.skipped += skipped
-        state.skipped_in_a_row = (state.skipped_in_a_row + 1) * skipped
-        self.clock.steps += 1
+        record, result = arm.pending
+        arm.pending = None
+        state, step, where = self.state, result.read(), f"step {record['step']} of {record['phase']}"
+        state.skipped += step.skipped
+        state.skipped_in_a_row = (state.skipped_in_a_row + 1) * step.skipped
+        arm.steps_in_lap += 1
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
-                f"the loss or its gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row (phase "
-                f"{record['phase']}, step {record['step']}), which left the weights as they were: lower "
-                "optimizer.lr or lengthen schedule.warmup"
+                f"{where}: the loss or its gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, which "
+                "left the weights as they were; lower optimizer.lr or lengthen schedule.warmup"
             )
-        usual = self.loss_watch.jump(loss) if math.isfinite(loss) else None
+        usual = arm.loss_watch.jump(step.loss) if math.isfinite(step.loss) else None
         if usual is not None:
             self.log.say(
-                f"warning: the loss jumped to {loss:.3f} at step {record['step']} of {record['phase']}, from around "
-                f"{usual:.3f}: look at the data there, or lower optimizer.lr if it happens again"
+                f"warning: the loss jumped to {step.loss:.3f} at {where}, from around {usual:.3f}: look at the data "
+                "there, or lower optimizer.lr if it happens again"
             )
-        if record["step"] % self.log_every == 0 or record["step"] == plan.steps:
-            tokens_per_s = self.clock.lap() * plan.tokens_per_step
+        if record["step"] % arm.log_every == 0 or record["step"] == arm.plan.steps:
+            tokens_per_s = arm.steps_in_lap * arm.plan.tokens_per_step / arm.clock.lap(step.done_s)
+            arm.steps_in_lap = 0
             mfu = tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
-            figures = {"loss": _finite(loss), "lr": record.pop("lr"), "grad_norm": _finite(grad_norm)}
+            figures = {"loss": _finite(step.loss), "lr": record.pop("lr"), "grad_norm": _finite(step.grad_norm)}
             self.log.train({**record, **figures, "tokens_per_s": tokens_per_s, "mfu": mfu}, state.total_steps)
 
-    def evaluate(self, plan: PhasePlan, phase: Phase) -> None:
+    def evaluate(self, arm: Arm) -> None:
         """Losses on every fixed text; a new best is remembered, with its weights where they may be handed on."""
-        self.clock.pause()
-        state = self.state
-        rows = plan.micro(self.world.size)
-        self.losses: Losses = {split: {} for split in self.texts}
-        for split, texts in self.texts.items():
-            for source, text in texts.items():
-                self.losses[split][source] = mean_loss(
-                    self.engine.loss, text, rows, interrupted=self.asked_to_stop, world=self.world
-                )
-        state.evaluated = True
-        self.log.evaluation({**self.position(plan), **self.losses}, state.total_steps)
-        if state.best is None or _deciding(self.losses, phase) < _deciding(state.best["losses"], phase):
-            state.best, state.stale = {"step": state.step, "losses": self.losses}, 0
-            if phase.stop:
-                self.snapshots["best"] = self.engine.snapshot(state=self.hands_on_state(plan))
-        else:
-            state.stale += 1
-        self.clock.go_on()
+        state, rows = self.state, arm.plan.micro(self.world.size)
+        with arm.clock.paused():
+            losses = {
+                split: {
+                    source: mean_loss(self.engine.loss, text, rows, interrupted=self.asked_to_stop, world=self.world)
+                    for source, text in texts.items()
+                }
+                for split, texts in arm.texts.items()
+            }
+            self.log.evaluation({**self.position(arm), **losses}, state.total_steps)
+            state.newest = Evaluation(state.step, losses)
+            chosen = _deciding(losses["select"], arm.phase)
+            if state.best is not None and chosen >= _deciding(state.best.losses["select"], arm.phase):
+                state.stale += 1
+                return
+            state.best, state.stale = state.newest, 0
+            if arm.phase.stop:
+                self.snapshots["best"] = self.engine.snapshot(state=self.hands_on_state(arm.plan))
 
     def hands_on_state(self, plan: PhasePlan) -> bool:
         """Whether the next phase goes on with this one's optimizer state."""
         following = self.plan.phases[plan.index + 1 :]
         return bool(following) and following[0].phase.optimizer_state == "keep"
 
-    def save(self) -> None:
-        """A checkpoint of exactly this position."""
-        self.clock.pause()
+    def save(self, arm: Arm) -> None:
+        """A checkpoint of exactly this position, unless there is one: to replace it would leave none for a moment."""
         state = self.state
-        state.metrics_bytes = self.log.sync()
-        state.seconds, state.train_seconds = self.seconds(), self.clock.total_s
-        snapshots = {**self.snapshots, "current": self.engine.snapshot(state=True)}
-        content = {
-            "model": asdict(self.engine.config),
-            "train": state.plain(),
-            "data": self.plan.digests(),
-            "compute": self.compute(),
-        }
-        best = self.plan.recipe.checkpoint.keep_best and self.at_best()
-        failed = self.writer.save(state.name, content, snapshots, best=best)
-        if failed:
-            self.log.say(f"warning: {failed}; the one after it is whole")
-        self.saved = state.name
-        self.clock.go_on()
-
-    def at_best(self) -> bool:
-        """Whether the weights are those of the arm's best evaluation."""
-        return self.state.best is not None and self.state.best["step"] == self.state.step
-
-    def compute(self) -> dict[str, Any]:
-        """How steps are computed: what a run that goes on from here keeps, or says that it changes."""
-        dtype = str(self.engine.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "backends": self.backends, "engine": self.engine.describe()}
+        if state.name == self.saved:
+            return
+        with arm.clock.paused():
+            state.metrics_bytes = self.log.sync()
+            state.seconds, state.train_seconds = self.seconds(), arm.clock.total_s
+            compute = Compute(_dtype(self.engine.dtype), self.backends, self.engine.describe())
+            content = SavedState(self.engine.config, state, self.plan.digests(), compute).plain()
+            snapshots = {**self.snapshots, "current": self.engine.snapshot(state=True)}
+            best = self.plan.recipe.checkpoint.keep_best and state.at_best
+            failed = self.writer.save(state.name, content, snapshots, best=best)
+            if failed:
+                self.log.say(f"warning: {failed}; the one after it is whole")
+            self.saved = state.name
 
     def seconds(self) -> float:
         """Wall time of the run, earlier processes included."""
@@ -385,58 +365,29 @@ class Trainer:
             "flops_per_token": self.flops_per_token,
             "tokenizer": self.plan.tokenizer_digest,
             "train_tokens": {source: data.num_tokens for source, data in self.plan.train.items()},
-            "precision": str(self.engine.dtype).removeprefix("torch."),
+            "precision": _dtype(self.engine.dtype),
             "device": str(self.engine.device),
             "seed": self.plan.recipe.seed,
             "seconds": round(self.seconds(), 2),
             "skipped_steps": self.state.skipped,
             "data": self.plan.digests(),
-            "phases": self.state.finished,
+            "phases": plain_data(self.state.finished),
         }
         if self.world.is_first:
             write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
 
 
-class Clock:
-    """Wall time of training alone, evaluations and checkpoints left out."""
-
-    def __init__(self, before_s: float) -> None:
-        self._before_s = before_s
-        self._since = self._lap_began = time.monotonic()
-        self._paused_s = self._lap_paused_s = 0.0
-        self.steps = 0
-
-    def pause(self) -> None:
-        self._pause_began = time.monotonic()
-
-    def go_on(self) -> None:
-        self._paused_s += time.monotonic() - self._pause_began
-
-    @property
-    def total_s(self) -> float:
-        return self._before_s + time.monotonic() - self._since - self._paused_s
-
-    def lap(self) -> float:
-        """Steps per second since the lap before."""
-        now = time.monotonic()
-        lap_s = now - self._lap_began - (self._paused_s - self._lap_paused_s)
-        rate = self.steps / max(lap_s, 1e-9)
-        self._lap_began, self._lap_paused_s, self.steps = now, self._paused_s, 0
-        return rate
-
-
-def needs_start(phase: Phase) -> bool:
-    """Whether the weights at the phase's start are needed again after its first step."""
-    return phase.anchor > 0 or phase.grid is not None
-
-
-def _deciding(losses: Mapping[str, Any], phase: Phase) -> float:
+def _deciding(select: Mapping[str, float], phase: Phase) -> float:
     """The `select` loss that early stopping and the grid go by; infinite where it is NaN or not measured."""
-    loss = losses["select"].get(phase.chosen_by, math.inf)
+    loss = select.get(phase.chosen_by, math.inf)
     return math.inf if math.isnan(loss) else loss
 
 
 def _finite(number: float) -> float | None:
     """A number for JSON, which has no NaN."""
     return number if math.isfinite(number) else None
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -16,9 +16,11 @@ from spt_fast.train.device import use_deterministic_algorithms
 from spt_fast.train.engines import join
 from spt_fast.train.evaluate import Interrupted
 from spt_fast.train.folder import is_begun, recipe_of, summary_of
+from spt_fast.train.introduction import Resumed
 from spt_fast.train.loop import Trainer
 from spt_fast.train.plan import make_plan
 from spt_fast.train.signals import StopRequest
+from spt_fast.train.state import SavedState
 from spt_fast.train.watch import Watch
 
 
@@ -39,19 +41,19 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
         return finished
     plan = world.everywhere(lambda: make_plan(recipe, world=world.size))
     found = world.on_first(lambda: checkpoint.newest(folder / "checkpoints") if resume else None)
-    if found:
-        world.everywhere(lambda: plan.check_same_data(found.state["data"], found.path))
+    resumed = Resumed(found, SavedState.read(found.state, found.path)) if found else None
+    if resumed:
+        world.everywhere(lambda: plan.check_same_data(resumed.state.data, resumed.checkpoint.path))
+        world.on_first(lambda: checkpoint.set_aside(resumed.checkpoint.skipped))
     world.on_first(lambda: _begin_folder(folder, recipe))
     with StopRequest() as stop, Watch(folder, world.rank, recipe.log.stall_s) as watch:
-        trainer = Trainer(plan, folder, stop, watch, found, world, progress=progress)
+        trainer = Trainer(plan, folder, stop, watch, resumed, world, progress=progress)
         ending: dict[str, str] = {"status": "done"}
         try:
             try:
                 trainer.train()
             except Interrupted:
                 ending = {"status": "stopped", "reason": next(filter(None, world.exchange(stop.signal)), "")}
-                if trainer.state.name != trainer.saved:  # else the only copy of this place would be replaced by itself
-                    trainer.save()
             trainer.writer.finish()
         except BaseException as error:
             with suppress(OSError):

@@ -1,15 +1,31 @@
-"""Where a run stands: everything besides tensors that a later process needs to go on as if nothing had happened."""
+"""Where a run stands: everything besides tensors that a later process needs to go on as if nothing had happened.
+
+`SavedState` is state.json of a checkpoint. To add, rename or remove a field takes a new VERSION and an entry in
+MIGRATIONS, by which checkpoints of all earlier versions are read. (A new field of GPTConfig needs only its default.)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
-from spt_fast.errors import CheckpointError
+from spt_fast.errors import CheckpointError, invalid
+from spt_fast.model.config import GPTConfig
+
+VERSION = 2
 
 Losses = dict[str, dict[str, float]]
 """By "heldout", "select" and "train", then by source; nats per token."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The losses after so many steps of an arm."""
+
+    step: int
+    losses: Losses
 
 
 @dataclass
@@ -22,29 +38,63 @@ class ScheduleOrigin:
     tokens: int = 0
 
 
+@dataclass(frozen=True)
+class ArmResult:
+    """A finished arm. Losses are by source and of the weights that it hands on, those after step `handed_on`."""
+
+    values: dict[str, Any]
+    """Of the grid, by axis; in JSON they stand beside the other fields."""
+    steps: int
+    tokens: int
+    tokens_per_s: float
+    handed_on: int
+    select: dict[str, float]
+    heldout: dict[str, float]
+    best_heldout: dict[str, float]
+    """At the best evaluation by the `select` loss."""
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """A finished phase: what its kept arm reached, and all arms."""
+
+    steps: int
+    tokens: int
+    handed_on: int
+    heldout: dict[str, float]
+    select: dict[str, float]
+    best_heldout: dict[str, float]
+    tokens_per_s: float
+    epochs: dict[str, float]
+    windows: dict[str, list[int]]
+    """By source, the first window that the phase read and the first one after it."""
+    arm: int
+    """The kept one's place in `grid`."""
+    grid: list[ArmResult]
+
+
 @dataclass
 class TrainState:
     """One position in the run. `phase`, `arm` and `step` say where; the rest is what was carried there."""
 
-    phase: int = 0
-    arm: int = 0
-    step: int = 0
-    """Steps of this arm that are done."""
-    evaluated: bool = False
-    """The evaluation due at this step has been made."""
-    total_steps: int = 0
-    """Steps of the whole run, every grid arm counted."""
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int]
     """Windows of each source read before this phase."""
-    origin: ScheduleOrigin = field(default_factory=lambda: ScheduleOrigin(0))
-    best: dict[str, Any] | None = None
-    """The arm's best evaluation so far: {"step", "losses"}."""
+    phase: int
+    arm: int
+    step: int
+    """Steps of this arm that are done."""
+    total_steps: int
+    """Steps of the whole run, every grid arm counted."""
+    origin: ScheduleOrigin
+    newest: Evaluation | None = None
+    """The arm's newest evaluation."""
+    best: Evaluation | None = None
+    """The arm's best evaluation."""
     stale: int = 0
     """Evaluations since the best one."""
-    arms: list[dict[str, Any]] = field(default_factory=list)
+    arms: list[ArmResult] = field(default_factory=list)
     """The finished arms of this phase."""
-    finished: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Summaries of the finished phases."""
+    finished: dict[str, PhaseResult] = field(default_factory=dict)
     skipped: int = 0
     """Steps left out because the loss or the gradient was not finite."""
     skipped_in_a_row: int = 0
@@ -55,26 +105,131 @@ class TrainState:
     metrics_bytes: int = 0
     """Length of metrics.jsonl at this point; after a crash it is cut back to this."""
 
+    @classmethod
+    def at_start(cls, sources: Mapping[str, Any]) -> TrainState:
+        return cls(dict.fromkeys(sources, 0), phase=0, arm=0, step=0, total_steps=0, origin=ScheduleOrigin(0))
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the evaluation due at this step has been made."""
+        return self.newest is not None and self.newest.step == self.step
+
+    @property
+    def at_best(self) -> bool:
+        """Whether the weights are those of the arm's best evaluation."""
+        return self.best is not None and self.best.step == self.step
+
     def next_arm(self) -> None:
         """Back to the phase's start, for the next arm of its grid."""
-        self.arm, self.step, self.evaluated = self.arm + 1, 0, False
-        self.best, self.stale, self.train_seconds = None, 0, 0.0
+        self.arm, self.step = self.arm + 1, 0
+        self.newest, self.best, self.stale, self.train_seconds = None, None, 0, 0.0
 
     def next_phase(self) -> None:
         self.phase, self.arm, self.arms = self.phase + 1, 0, []
-
-    def plain(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, raw: Mapping[str, Any]) -> TrainState:
-        if set(raw) != {item.name for item in fields(cls)}:
-            raise CheckpointError(
-                "state.json does not hold the fields of a training state; was it written by another version?"
-            )
-        return cls(**{**raw, "origin": ScheduleOrigin(**raw["origin"])})
 
     @property
     def name(self) -> str:
         """Of the checkpoint at this position; names sort in the order of training."""
         return f"step-{self.total_steps:010d}-p{self.phase:02d}-a{self.arm:03d}"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How steps are computed: what a run that is resumed keeps, or says that it changes."""
+
+    dtype: str
+    backends: dict[str, str]
+    """By op."""
+    engine: str
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a checkpoint of a run says besides its tensors."""
+
+    model: GPTConfig
+    train: TrainState
+    data: dict[str, str]
+    """The digest of every dataset, by recipe field."""
+    compute: Compute
+
+    def plain(self) -> dict[str, Any]:
+        return {"version": VERSION, **plain(self)}
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any], where: Path) -> SavedState:
+        """From state.json of the checkpoint at `where`, whichever version wrote it.
+
+        CheckpointError for a newer version, and for a field that is unknown or missing, which it names.
+        """
+        version = raw.get("version", 1)
+        if version not in range(1, VERSION + 1):
+            known = f"this version of spt_fast reads 1 to {VERSION}; update it"
+            raise CheckpointError(invalid(f"{where}: state.json: version", version, known))
+        current = {key: value for key, value in raw.items() if key != "version"}
+        for migrate in (MIGRATIONS[older] for older in range(version, VERSION)):
+            current = migrate(current)
+        at = f"{where}: state.json: "
+        content = _checked(cls, current, at)
+        train = _checked(TrainState, content["train"], f"{at}train.")
+        train["origin"] = ScheduleOrigin(**_checked(ScheduleOrigin, train["origin"], f"{at}train.origin."))
+        for name in ("newest", "best"):
+            if train[name] is not None:
+                train[name] = Evaluation(**_checked(Evaluation, train[name], f"{at}train.{name}."))
+        train["arms"] = [_arm(arm, f"{at}train.arms.") for arm in train["arms"]]
+        train["finished"] = {name: _phase(raw, f"{at}train.finished.") for name, raw in train["finished"].items()}
+        return cls(
+            GPTConfig(**_checked(GPTConfig, content["model"], f"{at}model.")),
+            TrainState(**train),
+            content["data"],
+            Compute(**_checked(Compute, content["compute"], f"{at}compute.")),
+        )
+
+
+def plain(value: Any) -> Any:
+    """Plain data for JSON, as state.json and summary.json have it."""
+    if isinstance(value, ArmResult):
+        rest = {item.name: getattr(value, item.name) for item in fields(value)}
+        return {**rest.pop("values"), **rest}
+    if is_dataclass(value):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _checked(cls: type[Any], raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values for all fields of a dataclass, but those in a GPTConfig that it has defaults for."""
+    known = {item.name: item for item in fields(cls)}
+    for name in raw:
+        if name not in known:
+            raise CheckpointError(f"{where}{name}: is not known to this version of spt_fast; update it")
+    for name, item in known.items():
+        if name not in raw and (cls is not GPTConfig or item.default is MISSING):
+            raise CheckpointError(f"{where}{name}: is missing; go on with the version of spt_fast that wrote this")
+    return dict(raw)
+
+
+def _arm(raw: Mapping[str, Any], where: str) -> ArmResult:
+    own = {item.name for item in fields(ArmResult)} - {"values"}
+    values = {key: value for key, value in raw.items() if key not in own}
+    return ArmResult(**_checked(ArmResult, {"values": values, **{key: raw[key] for key in own & raw.keys()}}, where))
+
+
+def _phase(raw: Mapping[str, Any], where: str) -> PhaseResult:
+    checked = _checked(PhaseResult, raw, where)
+    return PhaseResult(**{**checked, "grid": [_arm(arm, f"{where}grid.") for arm in checked["grid"]]})
+
+
+def _keep_the_newest_evaluation(state: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 has `evaluated`, not the losses. They are needed at an arm's last step only, and there version 1 wrote
+    a checkpoint only where they were the best."""
+    train = dict(state["train"])
+    here, best = {"step": train["step"], "losses": {}}, train["best"]
+    at_best = best is not None and best["step"] == train["step"]
+    train["newest"] = (best if at_best else here) if train.pop("evaluated") else None
+    return {**state, "train": train}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _keep_the_newest_evaluation}
+"""By version, what turns its state.json (as plain data) into the next version's."""

@@ -17,13 +17,14 @@ from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import recipe_of
+from spt_fast.train.state import SavedState
 
 
 def read_config(path: Path) -> GPTConfig:
     """The shape of the weights at `path`; CheckpointError where there are none."""
     path = locate(path)
     if (path / "manifest.json").exists():
-        return GPTConfig(**checkpoint.read(path)["model"])
+        return SavedState.read(checkpoint.read(path), path).model
     return hf.read_config(path)
 
 
@@ -32,8 +33,8 @@ def load_model(path: Path) -> GPT:
     path = locate(path)
     if not (path / "manifest.json").exists():
         return GPT.from_hf(path).float()
-    state = checkpoint.read(path)
-    return assemble(GPTConfig(**state["model"]), checkpoint.load(path)["current"].weights)
+    config = SavedState.read(checkpoint.read(path), path).model
+    return assemble(config, checkpoint.load(path)["current"].weights)
 
 
 def locate(path: Path) -> Path:

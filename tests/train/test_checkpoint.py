@@ -89,7 +89,7 @@ def test_damage_is_found_and_the_newest_whole_one_taken(tmp_path: Path, kind: st
     assert (found.state, found.path.name) == ({"value": 1}, NAMES[1])
     assert list(found.skipped) == [tmp_path / NAMES[2]]
     assert NAMES[2] in found.skipped[tmp_path / NAMES[2]]
-    checkpoint.set_aside(tmp_path / NAMES[2])
+    checkpoint.set_aside([tmp_path / NAMES[2]])
     assert [path.name for path in checkpoint.listed(tmp_path)] == NAMES[:2]
 
 

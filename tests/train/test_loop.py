@@ -27,12 +27,14 @@ from spt_fast.model.gpt import GPT
 from spt_fast.train import loop, plan
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import evaluation_texts, mean_loss
+from spt_fast.train.local import LocalEngine
 from spt_fast.train.plan import make_plan
 from spt_fast.train.run import run
 from spt_fast.train.score import score
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.weights import load_model
 from tests import tiny
+from tests.train.test_watch import until
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +387,7 @@ def test_a_run_in_fp8_is_resumed_in_fp8_to_the_same_run(
     monkeypatch.setattr(gpt, "FP8_WIDTH", 32)
     fp8 = {"engine": {"fp8": True}}
     run(tiny.recipe(data, "fp8-whole", **fp8))
-    assert "100% of the blocks' products as in fp8, which only costs time on a CPU" in " ".join(
+    assert "100% of the blocks' matmuls as in fp8, which only costs time on a CPU" in " ".join(
         capsys.readouterr().err.split()
     )
     with monkeypatch.context() as patch:
@@ -465,6 +467,48 @@ def test_what_a_crash_left_half_written_does_not_block_the_run(data: Path) -> No
     (data / "crashed").mkdir()
     (data / "crashed" / ".recipe.yaml.tmp").write_text("run: hal")
     assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
+
+
+def test_a_run_that_keeps_the_best_goes_on_after_the_checkpoint_at_an_arms_last_step(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That checkpoint is of the best evaluation; the process dies before it wrote the phase's weights."""
+    raws = [tiny.raw_recipe(data, name) for name in ("best-whole", "best-died")]
+    for raw in raws:
+        raw["checkpoint"] = {"every": "500 steps", "keep": 3, "keep_best": True}
+        raw["phases"] = [raw["phases"][0], raw["phases"][1] | {"stop": None, "tokens": 4 * 4 * 16}]
+    run(recipe_from(raws[0]), progress=False)
+    at_last_step = data / "best-died" / "checkpoints" / "step-0000000030-p00-a000"
+
+    def died(*_: object) -> None:
+        until(at_last_step.exists)
+        raise OSError("died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "save_hf", died)
+        with pytest.raises(OSError, match="died"):
+            run(recipe_from(raws[1]), progress=False)
+    assert run(recipe_from(raws[1]), resume=True, progress=False)["status"] == "done"
+    assert_same_run(data / "best-whole", data / "best-died")
+
+
+def test_the_throughput_of_every_logged_step_is_that_of_its_lap(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step too, which ends a lap early; steps take at least a tenth of a second, on a loaded machine more."""
+    seconds, step = 0.1, LocalEngine.step
+
+    def slow(self: LocalEngine, *arguments: Any) -> Any:
+        time.sleep(seconds)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(LocalEngine, "step", slow)
+    raw = tiny.raw_recipe(data, "laps")
+    raw["log"] = {"every": "2 steps"}
+    raw["phases"] = [raw["phases"][0] | {"tokens": 5 * 8 * 16, "eval": {"every": "3 steps", "tokens": 200}}]
+    run(recipe_from(raw), progress=False)
+    records = [json.loads(line) for line in (data / "laps" / "metrics.jsonl").read_text().splitlines()]
+    rates = {record["step"]: record["tokens_per_s"] for record in records if record["kind"] == "train"}
+    assert list(rates) == [2, 4, 5]
+    assert all(rate <= 8 * 16 / seconds for rate in rates.values()), rates
 
 
 @pytest.mark.parametrize("content", ["", '{"status": "do', "[]", '{"status": "done"}'])

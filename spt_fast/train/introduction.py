@@ -1,0 +1,60 @@
+"""What a run says before its first step: what runs where, and what the user should know about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spt_fast.model.flops import parameters
+from spt_fast.model.gpt import GPT
+from spt_fast.train.checkpoint import Checkpoint
+from spt_fast.train.engine import EngineInterface
+from spt_fast.train.plan import Plan
+from spt_fast.train.state import Compute, SavedState
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from, and what it says."""
+
+    checkpoint: Checkpoint
+    state: SavedState
+
+
+def introduction(
+    folder: Path,
+    engine: EngineInterface,
+    model: GPT,
+    plan: Plan,
+    backends: Mapping[str, str],
+    resumed: Resumed | None,
+) -> Iterator[str]:
+    """Lines of text. backends: by op, as they are now."""
+    precision = "bf16, fp32 masters" if engine.dtype == torch.bfloat16 else "fp32"
+    if model.fp8:
+        how = "in fp8" if engine.device.type == "cuda" else "as in fp8, which only costs time on a CPU"
+        precision += f" ({model.fp8_share:.0%} of the blocks' matmuls {how})"
+    yield f"{folder}: {parameters(plan.model):,} parameters in {precision} on {engine.describe()}"
+    by_backend = {
+        name: [op for op, backend in backends.items() if backend == name] for name in sorted(set(backends.values()))
+    }
+    yield "kernels: " + "; ".join(f"{name} for {', '.join(ops)}" for name, ops in by_backend.items())
+    if resumed is None:
+        yield from (f"warning: {warning}" for warning in plan.leaks())
+        return
+    yield from (f"skipped a damaged checkpoint: {reason}" for reason in resumed.checkpoint.skipped.values())
+    yield f"resuming from {resumed.checkpoint.path.name}"
+    if changed := _changes(resumed.state.compute, engine, backends):
+        yield f"warning: other kernels or processes than so far, so not bit-identical: {', '.join(changed)}"
+
+
+def _changes(before: Compute, engine: EngineInterface, backends: Mapping[str, str]) -> list[str]:
+    changed = [
+        f"{op} {before.backends.get(op)} → {backend}"
+        for op, backend in backends.items()
+        if before.backends.get(op) != backend
+    ]
+    return changed + ([] if before.engine == engine.describe() else [f"{before.engine} → {engine.describe()}"])
