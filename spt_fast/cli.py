@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from rich.console import Console
 from spt_fast import __version__
 from spt_fast.errors import FailedElsewhere, SptError
 from spt_fast.flags import Commands, DomainSource, GeneralSource, Inputs, Json, Overrides, RecipePath, count, share
-from spt_fast.printing import print_facts, print_table
+from spt_fast.printing import as_json, print_facts, print_table
 
 app = typer.Typer(
     cls=Commands,
@@ -68,7 +67,7 @@ def _is_first() -> bool:
 
 
 def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=1))
+    print(json.dumps(as_json(data), indent=1))
 
 
 @app.callback(invoke_without_command=True)
@@ -388,12 +387,13 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Finished runs side by side: domain loss, forgetting, R_gain, compute multiplier."""
-    from spt_fast.study import compare as comparison
+    from spt_fast.study import compare as comparing
+    from spt_fast.study.findings import print_comparison, write
 
-    result = comparison.compare(runs)
+    result = comparing.compare(runs)
     if out_folder:
-        comparison.write(result, out_folder)
-    _print_json(result) if as_json else comparison.print_comparison(result, out)
+        write(result, out_folder)
+    _print_json(result) if as_json else print_comparison(result, out)
 
 
 @app.command()
@@ -438,7 +438,7 @@ def sweep(
         at_a_time = here.jobs if gpu is None else jobs or 1
         costs = sweeping.costs(loaded, jobs=at_a_time, gpu=gpu, mfu=share(mfu, "--mfu"))
         price = sweeping.Price.of(costs, jobs=at_a_time, per_gpu_hour=per_gpu_hour)
-        _print_json(price.as_json()) if as_json else sweeping.print_price(price, loaded.study, out)
+        _print_json(price) if as_json else sweeping.print_price(price, loaded.study, out)
         return
     if (gpu, mfu, per_gpu_hour) != (None, None, None):
         raise typer.BadParameter("--gpu, --mfu and --price say what a study would take: add --dry-run")
@@ -473,7 +473,7 @@ def fit(
     found = fits.fit(read_table(runs, domain=domain_source, general=general_source), law)
     if out_folder:
         fits.write(found, out_folder)
-    _print_json(found.as_json()) if as_json else print_fits(found, out, every_parameter=law is not None)
+    _print_json(found) if as_json else print_fits(found, out, every_parameter=law is not None)
 
 
 @app.command()
@@ -575,7 +575,7 @@ def reweight(
     if isinstance(result, doge.Stopped):
         print(f"spt-fast: stopped by {result.reason}; saved: run again with --resume to go on", file=sys.stderr)
         raise typer.Exit(75)
-    _print_json(asdict(result)) if as_json else doge.print_reweighting(result, str(recipe), out)
+    _print_json(result) if as_json else doge.print_reweighting(result, str(recipe), out)
 
 
 # ------------------------------------------------------------------------------------------------ weights in and out

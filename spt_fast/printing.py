@@ -1,12 +1,28 @@
-"""Tables and facts as the commands print them: numbers to four digits, counts in groups of three."""
+"""Results as the commands print them: JSON; tables and facts, numbers to four digits and counts in groups of three."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+
+def as_json(result: Any) -> Any:
+    """A result of dataclasses, mappings and sequences as JSON has it; what is not a number is None. What has a method
+    `as_json` says itself what it is made of, and a key with an attribute `key` is called that."""
+    if hasattr(result, "as_json"):
+        result = result.as_json()
+    elif is_dataclass(result):
+        result = vars(result)
+    if isinstance(result, Mapping):
+        return {getattr(key, "key", key): as_json(value) for key, value in result.items()}
+    if isinstance(result, (list, tuple)):
+        return [as_json(value) for value in result]
+    return None if isinstance(result, float) and not math.isfinite(result) else result
 
 
 def print_table(

@@ -18,8 +18,8 @@ import pandas as pd
 
 from spt_fast.errors import RecipeError
 from spt_fast.laws import DCPTLaw, best_ratio
-from spt_fast.study.compare import Arm, compare_rows, judge, treatment_of
-from spt_fast.study.findings import error_of
+from spt_fast.study.compare import Arm, Comparison, Finetune, Verdict, compare_finetunes, judge
+from spt_fast.study.findings import arm_cells, error_of, multiplier, signed
 from spt_fast.study.finetunes import SETTING, Treatment
 from spt_fast.study.fits import Fitted
 from spt_fast.study.words import amount, percent, three_digits
@@ -32,7 +32,7 @@ MAX_GENERAL_RISE = 0.03
 # ------------------------------------------------------------------------------------------------ finetunes
 
 
-def compared_rows(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str, Any]]:
+def compared(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[Finetune]:
     """Finetunes as `compare` takes them; those without losses of both corpora are left out."""
     finetunes = finetunes.dropna(subset=["domain_heldout", "domain_before", "general_heldout", "general_before"])
     paths = {
@@ -40,24 +40,20 @@ def compared_rows(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[dict[str,
         for key, own in rows[rows["stage"] > 0].groupby(["run", "stage"])
     }
     return [
-        {
-            "name": row.run,
-            "folder": row.run,
-            "delta": row.pretrain_delta,
-            "replay": row.injected,
-            "anchor": row.anchor,
-            "seed": int(row.seed),
-            "tokens": int(row.pretrain_tokens),
-            "domain_epochs": row.pretrain_epochs,
-            "domain_before": row.domain_before,
-            "domain_after": row.domain_heldout,
-            "general_before": row.general_before,
-            "general_after": row.general_heldout,
-            "forgetting": row.general_heldout - row.general_before,
-            "domain_select": row.domain_select,
-            "arm": 0,
-            "paths": [[tuple(point) for point in paths[row.run, row.stage]]],
-        }
+        Finetune(
+            name=row.run,
+            folder=row.run,
+            treatment=Treatment(row.pretrain_delta, row.injected, row.anchor),
+            seed=int(row.seed),
+            tokens=int(row.pretrain_tokens),
+            domain_epochs=row.pretrain_epochs,
+            domain_before=row.domain_before,
+            domain_after=row.domain_heldout,
+            general_before=row.general_before,
+            general_after=row.general_heldout,
+            domain_select=row.domain_select,
+            paths=[[tuple(point) for point in paths[row.run, row.stage]]],
+        )
         for row in finetunes.itertuples()
     ]
 
@@ -88,6 +84,14 @@ def titled(what: str, setting: Setting, table: pd.DataFrame) -> str:
 
 
 @dataclass(frozen=True)
+class TableRow:
+    """What stands in a row of a table."""
+
+    cells: list[str]
+    best: bool = False
+
+
+@dataclass(frozen=True)
 class Decision:
     """What the runs of one setting say at one budget, in words and in figures."""
 
@@ -99,88 +103,74 @@ class Decision:
     headline: str
     sure: list[str]
     costs: list[str]
-    arms: list[dict[str, Any]]
-    """Cells of a row per arm."""
-    result: dict[str, Any]
-    """As `compare` gives it."""
+    arms: list[TableRow]
+    comparison: Comparison
 
 
-def decide(setting: Setting, rows: list[dict[str, Any]]) -> Decision | None:
+def decide(setting: Setting, finetunes: Sequence[Finetune]) -> Decision | None:
     """The δ with the lowest domain loss after the plainest finetune, at the largest budget at which arms can be
     compared; None where none can."""
-    if not rows:
+    if not finetunes:
         return None
-    result = compare_rows(rows)
-    arms: dict[Treatment, Arm] = {}
-    for row in result["runs"]:
-        if row["tokens"] == result["tokens"]:
-            arms.setdefault(treatment_of(row), {})[row["seed"]] = row
+    comparison = compare_finetunes(finetunes)
+    arms = comparison.compared
     least = min(arm.finetune for arm in arms)
-    arms = {arm: runs for arm, runs in sorted(arms.items()) if arm.finetune == least}
+    arms = {arm: runs for arm, runs in arms.items() if arm.finetune == least}
     if len(arms) < 2:
         return None
-    best = min(arms, key=lambda arm: fmean(row["domain_select"] for row in arms[arm].values()))
+    best = min(arms, key=lambda arm: fmean(run.domain_select for run in arms[arm].values()))
     base = min(arms)
-    against = {
-        arm: judge("domain_after", arms[best], runs, f"{best.name} against {arm.name}")
-        for arm, runs in arms.items()
-        if arm != best
-    }
+    against = {arm: judge("domain_after", best, arm, arms) for arm in arms if arm != best}
+    at_budget = [arm for arm in comparison.arms if arm.tokens == comparison.tokens]
     return Decision(
         setting=setting,
-        budget=result["tokens"],
+        budget=comparison.tokens,
         best=best,
         plainest=list(arms),
         headline=_headline(best, base, against),
         sure=_how_sure(best, base, against),
-        costs=_costs(best, base, arms, result),
-        arms=[_arm_cells(arm, best) for arm in result["arms"] if arm["tokens"] == result["tokens"]],
-        result=result,
+        costs=_costs(best, base, arms, comparison),
+        arms=[TableRow(arm_cells(arm), best=arm.treatment == best) for arm in at_budget],
+        comparison=comparison,
     )
 
 
-def _headline(best: Treatment, base: Treatment, against: Mapping[Treatment, Mapping[str, Any]]) -> str:
+def _headline(best: Treatment, base: Treatment, against: Mapping[Treatment, Verdict]) -> str:
     share = percent(best.delta)
     if best == base and base.delta == 0:
         return "No share beats NPT: leave the domain to the finetune."
     if best == base:
         return f"Give the domain {share} of the pretraining tokens, or less."
-    if against[base]["exceeds"]:
+    if against[base].exceeds:
         return f"Give the domain {share} of the pretraining tokens."
     return f"{share} of domain tokens is best so far, but it may be chance."
 
 
-def _how_sure(best: Treatment, base: Treatment, against: Mapping[Treatment, Mapping[str, Any]]) -> list[str]:
+def _how_sure(best: Treatment, base: Treatment, against: Mapping[Treatment, Verdict]) -> list[str]:
     """Against none, against the others, and whether the best lies at an edge."""
-    said = [_sentence(against[base]["says"])] if best != base else []
-    rivals = [percent(arm.delta) for arm, verdict in against.items() if not verdict["exceeds"] and arm != base]
+    said = [_sentence(against[base].says)] if best != base else []
+    rivals = [percent(arm.delta) for arm, verdict in against.items() if not verdict.exceeds and arm != base]
     if rivals:
         said.append(f"The runs cannot tell it from {_listed(rivals)}.")
     elif len(against) > 1:
         said.append("Every other share that was run is worse by more than seeds differ.")
     if base.delta > 0:
-        said.append("No run is without domain text in pretraining, so that nothing says what it gains.")
+        said.append("Every run has domain text in pretraining, so nothing says what that gains.")
     if best == max([best, *against]):
         said.append("It is the largest share that was run: a larger one may do better.")
     return said
 
 
-def _costs(best: Treatment, base: Treatment, arms: Mapping[Treatment, Arm], result: Mapping[str, Any]) -> list[str]:
+def _costs(best: Treatment, base: Treatment, arms: Mapping[Treatment, Arm], comparison: Comparison) -> list[str]:
     if best == base:
         return []
-    before = {arm: fmean(row["general_before"] for row in arms[arm].values()) for arm in (best, base)}
+    before = {arm: fmean(run.general_before for run in arms[arm].values()) for arm in (best, base)}
     said = [
         f"Before finetuning the general loss is {before[best]:.3f}, {before[best] - before[base]:+.3f} against "
-        f"{base.name}.".replace("-0.", "−0."),
-        *(
-            _sentence(judge(figure, arms[best], arms[base], f"{best.name} against {base.name}")["says"])
-            for figure in ("general_after", "forgetting")
-        ),
+        f"{base.name}.".replace("-0.", "−0.")
     ]
-    factor = (result["compute_multiplier"] or {}).get(best.key)
-    if factor:
-        said.append(f"NPT needs {factor:.2f} times the pretraining tokens for the same domain loss after finetuning.")
-    return said
+    found = [judge(figure, best, base, arms).says for figure in ("general_after", "forgetting")]
+    return said + [_sentence(says) for says in (*found, *multiplier(comparison, best))]
 
 
 def _sentence(says: str) -> str:
@@ -191,49 +181,20 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _arm_cells(arm: dict[str, Any], best: Treatment) -> dict[str, Any]:
-    gain = arm["r_gain"]
-    return {
-        "best": treatment_of(arm) == best,
-        "cells": [
-            treatment_of(arm).name,
-            f"{arm['domain_epochs']['mean']:.3g}",
-            str(len(arm["seeds"])),
-            *(
-                _with_spread(arm[name]["mean"], arm[name]["min"], arm[name]["max"])
-                for name in ("domain_after", "general_before", "general_after", "forgetting")
-            ),
-            _with_spread(gain["mean"], gain["low"], gain["high"], digits=2) if gain else "",
-        ],
-    }
-
-
-def _with_spread(mean: float, low: float, high: float, digits: int = 3) -> str:
-    """The mean ± half the range of the seeds."""
-    return f"{mean:.{digits}f}".replace("-", "−") + (f" ± {(high - low) / 2:.{digits}f}" if high > low else "")
-
-
-def best_by_budget(setting: Setting, rows: list[dict[str, Any]], table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A line per budget: its best δ."""
-    lines = []
-    for budget in sorted({row["tokens"] for row in rows}):
-        decided = decide(setting, [row for row in rows if row["tokens"] == budget])
+def best_by_budget(setting: Setting, finetunes: Sequence[Finetune], table: pd.DataFrame) -> list[TableRow]:
+    """A row per budget: its best δ."""
+    rows = []
+    for budget in sorted({run.tokens for run in finetunes}):
+        decided = decide(setting, [run for run in finetunes if run.tokens == budget])
         if decided is None:
             continue
-        key = decided.best.key
-        gain = (decided.result["r_gain"] or {}).get(key)
-        verdict = decided.result["verdict"]["domain_after"].get(key)
-        lines.append(
-            {
-                "cells": [
-                    titled(amount(budget), setting, table),
-                    decided.best.name,
-                    f"{gain['mean']:.2f}".replace("-", "−") if gain else "",
-                    {True: "yes", False: "no", None: "one seed"}[verdict["exceeds"]] if verdict else "",
-                ]
-            }
-        )
-    return lines
+        best, comparison = decided.best, decided.comparison
+        gain = (comparison.r_gain or {}).get(best)
+        verdict = comparison.verdict["domain_after"].get(best)
+        clear = {True: "yes", False: "no", None: "one seed"}[verdict.exceeds] if verdict else ""
+        title = titled(amount(budget), setting, table)
+        rows.append(TableRow([title, best.name, signed(gain.mean, 2) if gain else "", clear]))
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------ the answer
@@ -247,8 +208,8 @@ class Answer:
     lead: str
     sure: list[str] = field(default_factory=list)
     costs: list[str] = field(default_factory=list)
-    shares: list[dict[str, Any]] = field(default_factory=list)
-    """Cells of a row per share, as the laws expect it."""
+    shares: list[TableRow] = field(default_factory=list)
+    """A row per share, as the laws expect it."""
     recipe: str = ""
 
 
@@ -337,17 +298,17 @@ def _advised(advice: Mapping[str, Any]) -> Answer:
         ]
     costs.append(f"{percent(decision['replay'])} replay in the finetune: {advice['replay']['says']}")
     shares = [
-        {
-            "best": row["delta"] == decision["delta"],
-            "cells": [
+        TableRow(
+            [
                 percent(row["delta"]),
                 f"{row['epochs']:.3g}",
                 _interval(row["domain"]),
                 _interval(row["general"]) if row["general"] else "",
-                "" if row["forgetting"] is None else f"{row['forgetting']:.3f}".replace("-", "−"),
+                "" if row["forgetting"] is None else signed(row["forgetting"], 3),
                 f"{100 * row['best_in']:.0f}%",
             ],
-        }
+            best=row["delta"] == decision["delta"],
+        )
         for row in advice["shares"] or ()
     ]
     return Answer(

@@ -35,18 +35,17 @@ from spt_fast.report.decision import (
     answer,
     best_by_budget,
     by_setting,
-    compared_rows,
+    compared,
     decide,
     setting_name,
     titled,
     with_shares,
 )
 from spt_fast.report.panels import Panel, panel
-from spt_fast.study.compare import treatment_of
 from spt_fast.study.crossover import asks_for_crossover, crossovers
 from spt_fast.study.figures import draw_plane
 from spt_fast.study.findings import error_of, group_name, r2_of
-from spt_fast.study.finetunes import Treatment, after_pretraining, plainest
+from spt_fast.study.finetunes import after_pretraining, plainest
 from spt_fast.study.fits import Fitted, fit_laws
 from spt_fast.study.runs_table import read_table
 from spt_fast.study.usable import UsableRows, usable
@@ -233,13 +232,10 @@ def plane_section(decisions: Sequence[Decision], finetunes: pd.DataFrame) -> Sec
 
 
 def _plane(axes: Axes, decision: Decision) -> None:
-    arms: dict[Treatment, list[dict[str, Any]]] = {arm: [] for arm in decision.plainest}
-    for row in decision.result["runs"]:
-        if row["tokens"] == decision.budget and treatment_of(row) in arms:
-            arms[treatment_of(row)].append(row)
+    compared = decision.comparison.compared
+    arms = {arm: list(compared[arm].values()) for arm in decision.plainest}
     by_share = panels.colours_of(arm.delta for arm in arms)
-    colours = {arm: by_share[arm.delta] for arm in arms}
-    draw_plane(axes, decision.result | {"domain": "the domain", "general": "general text"}, arms, colours)
+    draw_plane(axes, decision.comparison, arms, {arm: by_share[arm.delta] for arm in arms})
     axes.set_title("", loc="left")
 
 
@@ -445,7 +441,7 @@ def page(
     used = usable(table)
     rows, finetunes = used.rows, after_pretraining(used.rows)
     ordinary = plainest(finetunes)
-    comparable = {setting: compared_rows(own, rows) for setting, own in by_setting(finetunes).items()}
+    comparable = {setting: compared(own, rows) for setting, own in by_setting(finetunes).items()}
     decisions = [decided for setting, own in comparable.items() if (decided := decide(setting, own))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LawWarning)

@@ -12,15 +12,15 @@ import time
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from spt_fast.config import load_recipe
 from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
-from spt_fast.study.compare import arm_table, compare, treatment_of, write
+from spt_fast.study.compare import Comparison, compare
 from spt_fast.study.corpora import write_domain, write_general
+from spt_fast.study.findings import arm_table, conclusion, write
 from spt_fast.study.jobs import minutes, train_side_by_side
 
 GENERAL, DOMAIN = "prose", "cpp"
@@ -46,7 +46,7 @@ class Scale:
     seeds: tuple[int, ...] = (0, 1)
 
 
-def demo(out: Path, scale: Scale | None = None) -> dict[str, Any]:
+def demo(out: Path, scale: Scale | None = None) -> Comparison:
     """Run or go on with the demo in folder `out`; returns the comparison, also written there as JSON and PNG.
 
     Exits the process with code 75 when interrupted: what was done is saved, and the same call goes on with it.
@@ -146,34 +146,6 @@ phases:
 def _quoted(path: Path) -> str:
     """For YAML, which takes JSON's strings."""
     return json.dumps(str(path))
-
-
-def conclusion(result: dict[str, Any]) -> list[str]:
-    """What came out, for someone who reads nothing else."""
-    npt, spt = result["arms"]
-    arm = treatment_of(spt)
-    verdicts = {figure: by_arm[arm.key] for figure, by_arm in result["verdict"].items()}
-    gain = result["r_gain"][arm.key]["mean"]
-    equal = {key: losses["mean"] for key, losses in result["general_at_equal_domain"]["general"].items()}
-    forgot = [figures["forgetting"]["mean"] for figures in (npt, spt)]
-    name, epochs = arm.name, spt["domain_epochs"]["mean"]
-    return [
-        f"In the domain, {name} ends {abs(gain):.1f}% {'better' if gain > 0 else 'worse'} than NPT, having read its "
-        f"text {epochs:.3g} times before the finetune: {_weighed(verdicts['domain_after'])}.",
-        f"In general text, the finetune costs {forgot[0]:.2f} nats/token after NPT and {forgot[1]:.2f} after {name}: "
-        f"{_weighed(verdicts['forgetting'])}. At the moment when both reach the same domain loss, NPT is at "
-        f"{equal['0']:.2f} in general text and {name} at {equal[arm.key]:.2f}: "
-        f"{_weighed(verdicts['general_at_equal_domain'])}.",
-        "A model this small, trained this briefly, shows which way it goes, not how far it will go for you.",
-    ]
-
-
-def _weighed(verdict: dict[str, Any]) -> str:
-    if verdict["exceeds"] is None:
-        return "one seed cannot say whether that is more than chance"
-    spread = f"the spread between {verdict['seeds']} seeds ({verdict['spread']:.3f} nats/token)"
-    relation = "exceeds" if verdict["exceeds"] else "does NOT clearly exceed"
-    return f"the difference, {abs(verdict['difference']):.3f} nats/token, {relation} {spread}"
 
 
 def next_steps(out: Path) -> str:

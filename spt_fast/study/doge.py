@@ -50,7 +50,7 @@ from spt_fast.data.schedule import Schedule
 from spt_fast.errors import CheckpointError, RecipeError, nearest
 from spt_fast.files import write_text
 from spt_fast.model.flops import parameters
-from spt_fast.printing import print_table
+from spt_fast.printing import as_json, print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Checkpoint, Retention
 from spt_fast.train.device import pick_device, pick_dtype, use_deterministic_algorithms
@@ -170,7 +170,7 @@ def reweight(
         if not study.run(stop):
             return Stopped(stop.signal)
     result = study.result()
-    write_text(done, json.dumps(asdict(result), indent=1))
+    write_text(done, json.dumps(as_json(result), indent=1))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the proxy model has served its purpose
     return result
 

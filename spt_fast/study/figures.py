@@ -7,14 +7,15 @@ the domain, and what was forgotten.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from spt_fast.study.compare import Comparison, Finetune
 from spt_fast.study.finetunes import Treatment
 from spt_fast.study.runs import FinetunePath
 
@@ -25,58 +26,53 @@ LINE_HEIGHT = 0.05
 """Room for a line of text, as a share of the plane's height."""
 
 
-def draw_comparison(result: dict[str, Any], path: Path) -> None:
-    """Draw the arms of the compared budget (`result` is `compare`'s) as a PNG, 1600 pixels wide."""
-    arms: dict[Treatment, list[dict[str, Any]]] = {}
-    for row in sorted(result["runs"], key=lambda row: row["seed"]):
-        if row["tokens"] == result["tokens"]:
-            arms.setdefault(Treatment(row["delta"], row["replay"], row["anchor"]), []).append(row)
-    arms = dict(sorted(arms.items()))
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """Draw the arms of the compared budget as a PNG, 1600 pixels wide."""
+    arms = {arm: list(runs.values()) for arm, runs in comparison.compared.items()}
     others = cycle(SPT_COLOURS)
     colours = {arm: NPT_COLOUR if arm == Treatment(0.0, 0.0, 0.0) else next(others) for arm in arms}
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
-    title = f"Finetuning on {result['domain']!r} after {result['tokens']:,} tokens of pretraining"
+    title = f"Finetuning on {comparison.domain!r} after {comparison.tokens:,} tokens of pretraining"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     grid = figure.add_gridspec(2, 2, width_ratios=(2, 1))
-    draw_plane(figure.add_subplot(grid[:, 0]), result, arms, colours)
+    draw_plane(figure.add_subplot(grid[:, 0]), comparison, arms, colours)
 
     upper, lower = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
-    gains = {arm: (result["r_gain"] or {}).get(arm.key) for arm in arms}
-    per_seed = {arm: list(gain["per_seed"].values()) for arm, gain in gains.items() if gain}
+    gains = comparison.r_gain or {}
+    per_seed = {arm: list(gain.per_seed.values()) for arm in arms if (gain := gains.get(arm))}
     if per_seed:
         _draw_seeds(upper, per_seed, colours, "R_gain in the domain, over NPT (%)")
         upper.axvline(0, color="0.6", linewidth=0.8)
     else:
-        domain_after = {arm: [row["domain_after"] for row in rows] for arm, rows in arms.items()}
+        domain_after = {arm: [run.domain_after for run in runs] for arm, runs in arms.items()}
         _draw_seeds(upper, domain_after, colours, "domain loss after FT (nats/token)")
-    forgotten = {arm: [row["forgetting"] for row in rows] for arm, rows in arms.items()}
+    forgotten = {arm: [run.forgetting for run in runs] for arm, runs in arms.items()}
     _draw_seeds(lower, forgotten, colours, "forgetting in FT (nats/token)")
     lower.axvline(0, color="0.6", linewidth=0.8)
     figure.savefig(path, dpi=160)
 
 
 def draw_plane(
-    axes: Axes, result: dict[str, Any], arms: dict[Treatment, list[dict[str, Any]]], colours: dict[Treatment, str]
+    axes: Axes, comparison: Comparison, arms: Mapping[Treatment, list[Finetune]], colours: Mapping[Treatment, str]
 ) -> None:
     """Every finetune's path; the kept grid arm is drawn strong up to the weights that are handed on."""
-    for arm, rows in arms.items():
+    for arm, runs in arms.items():
         colour = colours[arm]
-        for row in rows:
-            for position, path in enumerate(row["paths"]):
+        for run in runs:
+            for position, path in enumerate(run.paths):
                 axes.plot(*_domain_and_general(path), color=colour, linewidth=0.8, alpha=0.3, zorder=1)
-                if position == row["arm"]:
-                    handed_on = _until(path, (row["domain_after"], row["general_after"]))
+                if position == run.arm:
+                    handed_on = _until(path, (run.domain_after, run.general_after))
                     axes.plot(*_domain_and_general(handed_on), color=colour, linewidth=1.8, zorder=2)
-            axes.plot(row["domain_before"], row["general_before"], "o", color=colour, markerfacecolor="white", zorder=3)
-            axes.plot(row["domain_after"], row["general_after"], "o", color=colour, zorder=3)
+            axes.plot(run.domain_before, run.general_before, "o", color=colour, markerfacecolor="white", zorder=3)
+            axes.plot(run.domain_after, run.general_after, "o", color=colour, zorder=3)
     if len(arms) > 1:
-        axes.axvline(
-            result["general_at_equal_domain"]["domain_loss"], color="0.6", linewidth=0.8, linestyle="--", zorder=0
-        )
+        equal_domain = comparison.general_at_equal_domain.domain_loss
+        axes.axvline(equal_domain, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
     _label_ends(axes, arms, colours)
-    axes.set_xlabel(f"held-out loss on {result['domain']} (nats/token)")
-    axes.set_ylabel(f"held-out loss on {result['general']} (nats/token)")
+    axes.set_xlabel(f"held-out loss on {comparison.domain} (nats/token)")
+    axes.set_ylabel(f"held-out loss on {comparison.general} (nats/token)")
     axes.set_title("○ after pretraining   ● after finetuning   ┆ equal domain loss", fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.93")
@@ -92,7 +88,7 @@ def _until(path: FinetunePath, losses: tuple[float, float]) -> FinetunePath:
     return path[: ends[0] + 1] if ends else path
 
 
-def _label_ends(axes: Axes, arms: dict[Treatment, list[dict[str, Any]]], colours: dict[Treatment, str]) -> None:
+def _label_ends(axes: Axes, arms: Mapping[Treatment, list[Finetune]], colours: Mapping[Treatment, str]) -> None:
     """Name each arm to the left of where its finetunes end, names pushed apart so that none covers another."""
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
@@ -100,8 +96,8 @@ def _label_ends(axes: Axes, arms: dict[Treatment, list[dict[str, Any]]], colours
     axes.set_ylim(bottom, top)
     line = LINE_HEIGHT * (top - bottom)
     ends = {
-        arm: (min(row["domain_after"] for row in rows), fmean(row["general_after"] for row in rows))
-        for arm, rows in arms.items()
+        arm: (min(run.domain_after for run in runs), fmean(run.general_after for run in runs))
+        for arm, runs in arms.items()
     }
     free = bottom
     for arm, (domain, general) in sorted(ends.items(), key=lambda end: end[1][1]):
@@ -120,7 +116,9 @@ def _label_ends(axes: Axes, arms: dict[Treatment, list[dict[str, Any]]], colours
     axes.set_ylim(bottom, max(top, free - line / 2))
 
 
-def _draw_seeds(axes: Axes, values: dict[Treatment, list[float]], colours: dict[Treatment, str], title: str) -> None:
+def _draw_seeds(
+    axes: Axes, values: Mapping[Treatment, list[float]], colours: Mapping[Treatment, str], title: str
+) -> None:
     """A row per arm: a ring per seed, and the mean as a bar with its value."""
     for height, (arm, seeds) in enumerate(values.items()):
         mean = fmean(seeds)

@@ -1,17 +1,128 @@
-"""What people read of fits: a sentence or a cell for a fact, the same on a terminal and on a page."""
+"""What people read of comparisons and fits: one sentence or cell for a fact, on a terminal and on a page."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spt_fast.study.finetunes import Treatment
+from spt_fast.printing import as_json
+from spt_fast.study.compare import ArmFigures, Comparison
+from spt_fast.study.figures import draw_comparison
+from spt_fast.study.finetunes import OverSeeds, Treatment
 from spt_fast.study.fits import Errors, Fits, Fitted, Score
 from spt_fast.study.words import amount
+
+# --------------------------------------------------------------------------------------------------------- comparisons
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """The arms as a table, then what can be said about them."""
+    console.print(arm_table(comparison))
+    for line in findings(comparison):
+        console.print(f"- {line}", highlight=False)
+    for warning in comparison.warnings:
+        console.print(f"warning: {warning}", highlight=False)
+
+
+def write(comparison: Comparison, out_folder: str | Path) -> None:
+    """Write comparison.json and comparison.png."""
+    out_folder = Path(out_folder)
+    out_folder.mkdir(parents=True, exist_ok=True)
+    (out_folder / "comparison.json").write_text(json.dumps(as_json(comparison), indent=1, allow_nan=False))
+    draw_comparison(comparison, out_folder / "comparison.png")
+
+
+def arm_table(comparison: Comparison) -> Table:
+    """A row of figures per arm, 80 columns wide."""
+    sources = f"domain: {comparison.domain}, general: {comparison.general}"
+    table = Table(
+        title=f"{sources}; held-out nats/token\n± half the seeds' range",
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    table.add_column("arm", no_wrap=True)
+    headings = ("tokens", "epochs", "seeds", "domain\nbefore", "domain\nafter", "general\nbefore", "general\nafter")
+    for heading in (*headings, "forget-\nting", "R_gain\n%"):
+        table.add_column(heading, justify="right")
+    for arm in comparison.arms:
+        name, epochs, seeds, *figures = arm_cells(arm, "\n±", ("domain_before", *ARM_FIGURES))
+        table.add_row(name, amount(arm.tokens), epochs, seeds, *figures)
+    return table
+
+
+ARM_FIGURES = ("domain_after", "general_before", "general_after", "forgetting")
+
+
+def arm_cells(arm: ArmFigures, plus_minus: str = " ± ", figures: Sequence[str] = ARM_FIGURES) -> list[str]:
+    """Name, epochs, seeds, the figures and R_gain: means, and half the range of the seeds where there are several."""
+    return [
+        arm.treatment.name,
+        f"{arm.domain_epochs.mean:.3g}" if arm.domain_epochs else "",
+        str(len(arm.seeds)),
+        *(_with_spread(getattr(arm, figure), plus_minus) for figure in figures),
+        _with_spread(arm.r_gain, plus_minus, digits=2),
+    ]
+
+
+def _with_spread(over: OverSeeds | None, plus_minus: str, digits: int = 3) -> str:
+    if over is None:
+        return ""
+    return signed(over.mean, digits) + (
+        f"{plus_minus}{(over.high - over.low) / 2:.{digits}f}" if over.high > over.low else ""
+    )
+
+
+def signed(figure: float, digits: int) -> str:
+    """With a minus sign in place of a hyphen."""
+    return f"{figure:.{digits}f}".replace("-", "−")
+
+
+def findings(comparison: Comparison) -> list[str]:
+    """What the figures say, a sentence each."""
+    found = [verdict.says for by_arm in comparison.verdict.values() for verdict in by_arm.values()]
+    equal = comparison.general_at_equal_domain
+    if len(equal.general) > 1:
+        losses = ", ".join(f"{arm.name} {loss.mean:.3f}" for arm, loss in equal.general.items() if loss)
+        level = f"{equal.domain_loss:.3f}"
+        found.append(f"when the finetune comes down to a domain loss of {level}, the general loss is at: {losses}")
+    return found + [line for arm in comparison.compute_multiplier or {} for line in multiplier(comparison, arm)]
+
+
+def multiplier(comparison: Comparison, arm: Treatment) -> list[str]:
+    """What NPT needs to equal an arm, where that is known."""
+    factor = (comparison.compute_multiplier or {}).get(arm)
+    if not factor:
+        return []
+    return [f"NPT needs {factor:.2f} times the pretraining tokens of {arm.name} for its domain loss after finetuning"]
+
+
+def conclusion(comparison: Comparison) -> list[str]:
+    """What came out of NPT against one other arm, for someone who reads nothing else."""
+    npt, spt = comparison.arms
+    name, gain = spt.treatment.name, _mean(spt.r_gain)
+    verdicts = {figure: by_arm[spt.treatment].weighed for figure, by_arm in comparison.verdict.items()}
+    return [
+        f"In the domain, {name} ends {abs(gain):.1f}% {'better' if gain > 0 else 'worse'} than NPT, having read its "
+        f"text {_mean(spt.domain_epochs):.3g} times before the finetune: its loss is {verdicts['domain_after']}.",
+        f"In general text, the finetune costs {_mean(npt.forgetting):.2f} nats/token after NPT and "
+        f"{_mean(spt.forgetting):.2f} after {name}: {verdicts['forgetting']}. At the moment when both reach the same "
+        f"domain loss, NPT is at {_mean(npt.general_at_equal_domain):.2f} in general text and {name} at "
+        f"{_mean(spt.general_at_equal_domain):.2f}: {verdicts['general_at_equal_domain']}.",
+        "A model this small, trained this briefly, shows which way it goes, not how far it will go for you.",
+    ]
+
+
+def _mean(over: OverSeeds | None) -> float:
+    return math.nan if over is None else over.mean
+
 
 # ---------------------------------------------------------------------------------------------------------------- fits
 
@@ -33,7 +144,7 @@ def print_fits(fits: Fits, console: Console, *, every_parameter: bool = False) -
             console.print(f"- not fitted: {law_title(one)}: {one.problem}")
     for note in fits.notes:
         console.print(f"- {note}")
-    for crossover in fits.crossovers:
+    for crossover in fits.crossover:
         console.print(f"- to pretrain or not: {crossover.says}")
 
 
@@ -67,7 +178,7 @@ def _quality_table(found: Sequence[Fitted]) -> Table:
 
 
 def r2_of(score: Score | Errors | None) -> str:
-    return f"{score.r2:.3f}" if score and math.isfinite(score.r2) else ""
+    return f"{score.r2:.4f}" if score and math.isfinite(score.r2) else ""
 
 
 def error_of(score: Score | Errors | None) -> str:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -66,7 +66,7 @@ class OverSeeds:
     std: float | None
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> OverSeeds | None:
+    def of(cls, values: Iterable[float | None]) -> Self | None:
         """None where there are none, or one was not measured."""
         given = [math.nan if value is None else float(value) for value in values]
         if not given or not all(map(math.isfinite, given)):

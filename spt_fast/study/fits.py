@@ -11,7 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from spt_fast import laws
 from spt_fast.errors import DataError, RecipeError, nearest
 from spt_fast.files import replacing
 from spt_fast.laws import IdentificationWarning, Law, LawWarning
+from spt_fast.printing import as_json
 from spt_fast.study import views
 from spt_fast.study.crossover import Crossover, asks_for_crossover, crossovers
 from spt_fast.study.usable import UsableRows, usable
@@ -220,11 +221,11 @@ class Fitted:
             "group": self.group,
             "runs": self.runs,
             "rows": self.rows,
-            "parameters": {name: asdict(parameter) for name, parameter in self.parameters.items()},
-            "score": asdict(self.score) if self.score else {},
-            "holdout": {what: asdict(errors) for what, errors in self.holdout.items()},
+            "parameters": self.parameters,
+            "score": self.score or {},
+            "holdout": self.holdout,
             "unidentified": self.law.unidentified_ if self.law else [],
-            "warnings": list(self.warnings),
+            "warnings": self.warnings,
             "problem": self.problem,
         }
 
@@ -236,14 +237,8 @@ class Fits:
     laws: list[Fitted]
     notes: list[str]
     """What was left out of the table."""
-    crossovers: list[Crossover]
+    crossover: list[Crossover]
     """From how much domain text on pretraining makes no difference, where the runs ask that."""
-
-    def as_json(self) -> dict[str, Any]:
-        """What is not a number is None."""
-        crossovers = [asdict(crossover) for crossover in self.crossovers]
-        laws = [law.as_json() for law in self.laws]
-        return _finite({"laws": laws, "notes": self.notes, "crossover": crossovers})
 
 
 def fit(table: pd.DataFrame | UsableRows, only: str | None = None) -> Fits:
@@ -427,12 +422,4 @@ def write(fits: Fits, folder: Path) -> None:
     """Write fits.json."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "fits.json") as path:
-        path.write_text(json.dumps(fits.as_json(), indent=1, allow_nan=False), encoding="utf-8")
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+        path.write_text(json.dumps(as_json(fits), indent=1, allow_nan=False), encoding="utf-8")

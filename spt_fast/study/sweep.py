@@ -225,7 +225,7 @@ class Price:
 
     def as_json(self) -> dict[str, Any]:
         total = {name: figure for name, figure in vars(self.total).items() if name != "stage"}
-        return dataclasses.asdict(self) | {"total": total}
+        return vars(self) | {"total": total}
 
 
 def print_price(price: Price, study: str, console: Console) -> None:

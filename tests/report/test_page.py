@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,9 @@ from spt_fast.errors import DataError
 from spt_fast.report.decision import decide
 from spt_fast.report.page import page, pretraining_section
 from spt_fast.study import views
+from spt_fast.study.compare import Finetune
 from spt_fast.study.crossover import crossovers
+from spt_fast.study.finetunes import Treatment
 from spt_fast.study.fits import Fitted, Score
 from spt_fast.study.runs_table import save_table
 from spt_fast.study.usable import usable
@@ -215,12 +216,18 @@ def test_the_answer_stands_first(written: Path) -> None:
     assert f"TrainingFLOPs{6 * table['params'].max() * (pretrained + finetuned):.3g}" in said.replace(" ", "")
 
 
-def finetune(delta: float, seed: int, after: float, **other: float) -> dict[str, Any]:
-    """A row of a comparison."""
-    row = {"delta": delta, "seed": seed, "tokens": 1000, "name": "", "folder": "", "domain_epochs": 1.0, "arm": 0}
-    row |= {"replay": 0.0, "anchor": 0.0}
-    row |= {"domain_before": 3.0, "domain_after": after, "general_before": 2.0, "general_after": 2.5, "forgetting": 0.5}
-    return row | {"domain_select": after, "paths": [[(0, 3.0, 2.0), (1, after, 2.5)]]} | other
+def finetune(delta: float, seed: int, after: float, replay: float = 0.0, **other: float) -> Finetune:
+    figures = {"domain_epochs": 1.0, "domain_before": 3.0, "domain_after": after, "domain_select": after}
+    figures |= {"general_before": 2.0, "general_after": 2.5}
+    return Finetune(
+        name="",
+        folder="",
+        treatment=Treatment(delta, replay, 0.0),
+        seed=seed,
+        tokens=1000,
+        paths=[[(0, 3.0, 2.0), (1, after, 2.5)]],
+        **figures | other,
+    )
 
 
 def test_a_share_that_is_better_at_every_seed_is_given() -> None:
@@ -231,8 +238,8 @@ def test_a_share_that_is_better_at_every_seed_is_given() -> None:
     assert "0.200 lower, more than the spread between 2 seeds (0.010)" in decision.sure[0]
     assert decision.sure[1] == "Every other share that was run is worse by more than seeds differ."
     assert decision.costs[0] == "Before finetuning the general loss is 2.000, +0.000 against NPT."
-    assert [arm["best"] for arm in decision.arms] == [False, True, False]
-    assert decision.arms[1]["cells"][3] == "1.805 ± 0.005"
+    assert [arm.best for arm in decision.arms] == [False, True, False]
+    assert decision.arms[1].cells[3] == "1.805 ± 0.005"
 
 
 def test_what_chance_may_have_done_is_not_given_as_the_answer() -> None:
@@ -259,7 +266,7 @@ def test_replay_is_shown_but_the_share_is_chosen_without() -> None:
     decision = decide((10, 20), rows)
     assert decision is not None
     assert decision.best == (0.02, 0.0, 0.0)
-    assert [arm["cells"][0] for arm in decision.arms] == ["NPT", "NPT, 10% replay", "SPT 2%"]
+    assert [arm.cells[0] for arm in decision.arms] == ["NPT", "NPT, 10% replay", "SPT 2%"]
 
 
 def test_where_no_share_helps_that_is_the_answer() -> None:

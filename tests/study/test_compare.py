@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
 from spt_fast.errors import CheckpointError, RecipeError
-from spt_fast.study.compare import compare, compute_multiplier, general_when, print_comparison, write
+from spt_fast.printing import as_json
+from spt_fast.study.compare import compare, compute_multiplier, general_when
+from spt_fast.study.findings import print_comparison, write
 from tests.study.fake_runs import fake_run
 
 NPT = [(7.0, 5.0), (6.0, 6.0), (5.0, 8.0)]
@@ -20,6 +23,11 @@ SPT = [(5.5, 5.1), (5.0, 5.9), (4.5, 6.5)]
 
 def shifted(path: list[tuple[float, float]], by: float) -> list[tuple[float, float]]:
     return [(domain + by, general + by) for domain, general in path]
+
+
+def compared(runs: list[Path]) -> dict[str, Any]:
+    """What `compare --json` prints."""
+    return as_json(compare(runs))
 
 
 @pytest.fixture
@@ -37,7 +45,7 @@ def test_the_figures_of_a_run(tmp_path: Path) -> None:
     run = fake_run(
         tmp_path / "spt", [SPT, shifted(SPT, 0.25)], delta="0.05", seed=3, kept=1, handed_on=1, lr=(1e-4, 3e-4)
     )
-    row = compare([run])["runs"][0]
+    row = compared([run])["runs"][0]
     assert row["name"] == "spt"
     assert (row["delta"], row["seed"], row["tokens"]) == (0.05, 3, 1_000_000)
     assert row["domain_epochs"] == 5.0  # of pretraining, not the finetune's 7
@@ -45,11 +53,11 @@ def test_the_figures_of_a_run(tmp_path: Path) -> None:
     assert (row["general_before"], row["general_after"]) == (5.1, 6.15)
     assert row["forgetting"] == pytest.approx(1.05)
     assert (row["arm"], row["lr"], row["warmup"]) == (1, 3e-4, "5 steps")
-    assert row["paths"][0] == [(0, 5.5, 5.1), (1000, 5.0, 5.9), (2000, 4.5, 6.5)]
+    assert row["paths"][0] == [[0, 5.5, 5.1], [1000, 5.0, 5.9], [2000, 4.5, 6.5]]
 
 
 def test_gain_is_paired_by_seed(four_runs: list[Path]) -> None:
-    gain = compare(four_runs)["r_gain"]["0.05"]
+    gain = compared(four_runs)["r_gain"]["0.05"]
     first, second = 100 * (5.0 - 4.5) / 5.0, 100 * (5.1 - 4.7) / 5.1
     assert gain["per_seed"] == {"0": pytest.approx(first), "1": pytest.approx(second)}
     assert (gain["low"], gain["high"]) == (pytest.approx(second), pytest.approx(first))
@@ -57,7 +65,7 @@ def test_gain_is_paired_by_seed(four_runs: list[Path]) -> None:
 
 
 def test_arms_hold_the_spread_over_seeds(four_runs: list[Path]) -> None:
-    npt, spt = compare(four_runs)["arms"]
+    npt, spt = compared(four_runs)["arms"]
     assert (npt["delta"], npt["seeds"], spt["delta"], spt["seeds"]) == (0.0, [0, 1], 0.05, [0, 1])
     assert npt["domain_after"] == {
         "mean": pytest.approx(5.05),
@@ -71,7 +79,7 @@ def test_arms_hold_the_spread_over_seeds(four_runs: list[Path]) -> None:
 
 def test_arms_may_differ_in_their_finetune_alone(tmp_path: Path) -> None:
     replayed = {"phases.1.mixture": {"general": "1%", "code": "99%"}}
-    result = compare(
+    result = compared(
         [
             fake_run(tmp_path / "npt", NPT),
             fake_run(tmp_path / "replay", shifted(NPT, -0.5), change=replayed),
@@ -99,14 +107,14 @@ def test_arms_may_differ_in_their_finetune_alone(tmp_path: Path) -> None:
 
 
 def test_without_npt_there_is_no_gain(four_runs: list[Path]) -> None:
-    result = compare(four_runs[2:])
+    result = compared(four_runs[2:])
     assert result["r_gain"] is None
     assert result["compute_multiplier"] is None
     assert result["verdict"]["forgetting"] == {}
 
 
 def test_a_gain_needs_a_seed_in_common(four_runs: list[Path]) -> None:
-    result = compare([four_runs[0], four_runs[3]])
+    result = compared([four_runs[0], four_runs[3]])
     assert result["r_gain"] == {"0.05": None}
     assert result["verdict"]["forgetting"]["0.05"]["exceeds"] is None
     assert "no seed in common" in result["verdict"]["forgetting"]["0.05"]["says"]
@@ -125,7 +133,7 @@ def test_delta_is_the_exact_share_over_all_pretraining_phases(tmp_path: Path) ->
     summary["phases"]["pretrain"]["tokens"] = 900_000
     summary["phases"]["more"] = {"tokens": 100_000, "epochs": {"code": 2.5, "general": 1.0}}
     (folder / "summary.json").write_text(json.dumps(summary))
-    row = compare([folder])["runs"][0]
+    row = compared([folder])["runs"][0]
     assert row["delta"] == float(1 / 30)
     assert row["tokens"] == 1_000_000
     assert row["domain_epochs"] == 2.5
@@ -142,7 +150,7 @@ def test_domain_is_the_finetunes_largest_source_and_general_the_pretrainings(tmp
             "phases.1.mixture": {"code": "60%", "general": "40%"},
         },
     )
-    result = compare([run])
+    result = compared([run])
     assert (result["domain"], result["general"]) == ("code", "general")
 
 
@@ -152,7 +160,7 @@ def test_domain_is_the_finetunes_largest_source_and_general_the_pretrainings(tmp
 def test_general_at_equal_domain_is_interpolated_along_the_path(tmp_path: Path) -> None:
     npt = fake_run(tmp_path / "npt", [(7.0, 5.0), (6.0, 6.0), (5.0, 8.0), (5.2, 9.0)])
     spt = fake_run(tmp_path / "spt", [(5.6, 5.1), (4.8, 5.9), (4.6, 6.5)], delta="0.05")
-    equal = compare([npt, spt])["general_at_equal_domain"]
+    equal = compared([npt, spt])["general_at_equal_domain"]
     assert equal["domain_loss"] == 5.0  # NPT's best, though it ended worse: the lowest that both reach
     assert equal["general"]["0"]["mean"] == 8.0
     assert equal["general"]["0.05"]["mean"] == pytest.approx(5.1 + 0.8 * (5.6 - 5.0) / 0.8)
@@ -192,7 +200,7 @@ def test_several_budgets(tmp_path: Path) -> None:
         fake_run(tmp_path / "npt-4M", NPT, tokens=4_000_000),
         fake_run(tmp_path / "spt-1M", shifted(SPT, 1.0), tokens=1_000_000, delta="0.05"),
     ]
-    result = compare(runs)
+    result = compared(runs)
     assert result["tokens"] == 1_000_000
     assert result["compute_multiplier"] == {"0.05": pytest.approx(2.0)}  # 5.5 halfway between 6.0 and 5.0
     assert list(result["r_gain"]["0.05"]["per_seed"]) == ["0"]
@@ -207,7 +215,7 @@ def test_several_budgets(tmp_path: Path) -> None:
 
 
 def test_verdict_when_arms_differ_by_more_than_seeds(four_runs: list[Path]) -> None:
-    verdict = compare(four_runs)["verdict"]["domain_after"]["0.05"]
+    verdict = compared(four_runs)["verdict"]["domain_after"]["0.05"]
     assert verdict["difference"] == pytest.approx(-0.45)
     assert verdict["spread"] == pytest.approx(0.2)  # SPT's range, the larger one
     assert verdict["exceeds"] is True
@@ -218,7 +226,7 @@ def test_verdict_when_arms_differ_by_more_than_seeds(four_runs: list[Path]) -> N
 def test_verdict_when_seeds_differ_by_more_than_arms(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / f"npt{s}", shifted(NPT, 0.3 * s), seed=s) for s in (0, 1)]
     runs += [fake_run(tmp_path / f"spt{s}", shifted(NPT, 0.3 * s - 0.2), seed=s, delta="0.1") for s in (0, 1)]
-    verdict = compare(runs)["verdict"]["domain_after"]["0.1"]
+    verdict = compared(runs)["verdict"]["domain_after"]["0.1"]
     assert verdict["difference"] == pytest.approx(-0.2)
     assert verdict["exceeds"] is False
     assert "may be chance" in verdict["says"]
@@ -231,13 +239,13 @@ def test_verdict_wants_one_sign_at_every_seed(tmp_path: Path) -> None:
     for seed, (npt, spt) in enumerate(by_seed):
         runs += [fake_run(tmp_path / f"npt{seed}", shifted(NPT, npt), seed=seed)]
         runs += [fake_run(tmp_path / f"spt{seed}", shifted(NPT, spt), seed=seed, delta="0.1")]
-    verdict = compare(runs)["verdict"]["domain_after"]["0.1"]
+    verdict = compared(runs)["verdict"]["domain_after"]["0.1"]
     assert verdict["difference"] > verdict["spread"]
     assert verdict["exceeds"] is False
 
 
 def test_one_seed_cannot_say(four_runs: list[Path]) -> None:
-    verdict = compare([four_runs[0], four_runs[2]])["verdict"]
+    verdict = compared([four_runs[0], four_runs[2]])["verdict"]
     for figure in ("domain_after", "forgetting", "general_after", "general_at_equal_domain"):
         assert verdict[figure]["0.05"]["exceeds"] is None
         assert "one seed" in verdict[figure]["0.05"]["says"]
@@ -254,7 +262,7 @@ def refused(error: type[Exception], runs: list[Path], *words: str) -> None:
 
 
 def test_nothing_given() -> None:
-    refused(RecipeError, [], "nothing to compare")
+    refused(RecipeError, [], "runs: there is nothing to compare")
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "summary.json", "metrics.jsonl"])
@@ -332,13 +340,13 @@ def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
 def test_what_is_not_alike_is_warned_of(tmp_path: Path) -> None:
     npt = fake_run(tmp_path / "npt", [NPT, NPT], lr=(1e-4, 2e-4))
     spt = fake_run(tmp_path / "spt", [SPT, SPT], lr=(1e-4, 4e-4), delta="0.05")
-    warnings = compare([npt, spt])["warnings"]
+    warnings = compare([npt, spt]).warnings
     assert any("grid" in warning and str(npt) in warning and str(spt) in warning for warning in warnings)
-    assert compare([npt])["warnings"] == []
+    assert compare([npt]).warnings == []
 
 
 def test_arms_that_are_alike_bring_no_warning(four_runs: list[Path]) -> None:
-    assert compare(four_runs)["warnings"] == []
+    assert compare(four_runs).warnings == []
 
 
 # ------------------------------------------------------------------------------------------------ what people read
@@ -348,7 +356,7 @@ def test_written_files(four_runs: list[Path], tmp_path: Path) -> None:
     result = compare(four_runs)
     write(result, tmp_path / "out")
     text = (tmp_path / "out" / "comparison.json").read_text()
-    assert json.loads(text) == json.loads(json.dumps(result))
+    assert json.loads(text) == json.loads(json.dumps(as_json(result)))
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert picture.width == 1600
         colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 24) or []}

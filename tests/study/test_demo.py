@@ -11,13 +11,14 @@ import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from spt_fast.config import load_recipe
-from spt_fast.study.compare import compare
-from spt_fast.study.demo import Scale, conclusion, demo, next_steps, write_recipes
+from spt_fast.printing import as_json
+from spt_fast.study.compare import Comparison, compare
+from spt_fast.study.demo import Scale, demo, next_steps, write_recipes
+from spt_fast.study.findings import conclusion
 
 pytestmark = pytest.mark.long
 
@@ -35,30 +36,30 @@ TINY = Scale(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
     out = tmp_path_factory.mktemp("demo")
     return out, demo(out, TINY)
 
 
-def test_two_arms_of_two_seeds_with_the_share_asked_for(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_two_arms_of_two_seeds_with_the_share_asked_for(finished: tuple[Path, Comparison]) -> None:
     _, result = finished
-    assert [(run["delta"], run["seed"]) for run in result["runs"]] == [(0, 0), (0.125, 0), (0, 1), (0.125, 1)]
-    assert (result["domain"], result["general"]) == ("cpp", "prose")
-    assert result["warnings"] == []
-    assert set(result["r_gain"]) == {"0.125"}
-    npt, spt = result["arms"]
-    assert npt["domain_epochs"]["max"] == 0 < spt["domain_epochs"]["min"]
+    assert [(run.treatment.delta, run.seed) for run in result.runs] == [(0, 0), (0.125, 0), (0, 1), (0.125, 1)]
+    assert (result.domain, result.general) == ("cpp", "prose")
+    assert result.warnings == []
+    assert [arm.key for arm in result.r_gain or {}] == ["0.125"]
+    npt, spt = result.arms
+    assert npt.domain_epochs.high == 0 < spt.domain_epochs.low
 
 
-def test_what_it_leaves_behind(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_what_it_leaves_behind(finished: tuple[Path, Comparison]) -> None:
     out, result = finished
     assert (out / "comparison.png").stat().st_size > 20_000
-    assert json.loads((out / "comparison.json").read_text())["r_gain"] == result["r_gain"]
+    assert json.loads((out / "comparison.json").read_text()) == as_json(result)
     again = compare([out / "runs" / name for name in ("npt-seed0", "npt-seed1", "spt-seed0", "spt-seed1")])
-    assert again["verdict"] == result["verdict"]
+    assert again.verdict == result.verdict
 
 
-def test_arms_differ_in_nothing_but_mixture_and_seed(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_arms_differ_in_nothing_but_mixture_and_seed(finished: tuple[Path, Comparison]) -> None:
     out, _ = finished
     npt, spt = (load_recipe(out / "recipes" / f"{arm}-seed0.yaml") for arm in ("npt", "spt"))
     changed = {change.split(":")[0] for change in npt.changes(spt)}
@@ -67,7 +68,7 @@ def test_arms_differ_in_nothing_but_mixture_and_seed(finished: tuple[Path, dict[
     assert len(npt.phases[-1].arms()) > 1
 
 
-def test_called_again_it_makes_nothing_twice(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_called_again_it_makes_nothing_twice(finished: tuple[Path, Comparison]) -> None:
     out, result = finished
     written = {
         path: path.stat().st_mtime_ns for part in ("data", "recipes", "runs") for path in (out / part).rglob("*")
@@ -76,7 +77,7 @@ def test_called_again_it_makes_nothing_twice(finished: tuple[Path, dict[str, Any
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
-def test_interrupted_it_goes_on_where_it_stopped(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_interrupted_it_goes_on_where_it_stopped(finished: tuple[Path, Comparison], tmp_path: Path) -> None:
     """A signal while runs are under way: exit code 75, and the same call later ends at the same figures."""
     shutil.copytree(finished[0] / "data", tmp_path / "data")
     one_seed = replace(TINY, seeds=(0,))
@@ -95,8 +96,8 @@ def test_interrupted_it_goes_on_where_it_stopped(finished: tuple[Path, dict[str,
     assert not (tmp_path / "comparison.json").exists()
 
     resumed = demo(tmp_path, one_seed)
-    for ours, undisturbed in zip(resumed["runs"], finished[1]["runs"][:2], strict=True):
-        assert ours["paths"] == undisturbed["paths"]
+    for ours, undisturbed in zip(resumed.runs, finished[1].runs[:2], strict=True):
+        assert ours.paths == undisturbed.paths
 
 
 def test_an_edited_recipe_is_kept(tmp_path: Path) -> None:
@@ -118,13 +119,14 @@ def test_the_real_recipes_repeat_the_domain_ten_times(tmp_path: Path) -> None:
         assert load_recipe(recipe).phases[-1].stop is not None
 
 
-def test_the_conclusion_says_whether_the_difference_exceeds_the_spread(finished: tuple[Path, dict[str, Any]]) -> None:
-    result = json.loads(json.dumps(finished[1]))
-    for figure in ("domain_after", "forgetting"):
-        verdict = result["verdict"][figure]["0.125"]
-        for exceeds, words in ((True, "exceeds the spread between 2 seeds"), (False, "does NOT clearly exceed")):
-            verdict["exceeds"] = exceeds
-            assert words in conclusion(result)[("domain_after", "forgetting").index(figure)]
+def test_the_conclusion_says_whether_the_difference_exceeds_the_spread(finished: tuple[Path, Comparison]) -> None:
+    result = finished[1]
+    arm = result.arms[1].treatment
+    for position, figure in enumerate(("domain_after", "forgetting")):
+        for exceeds, words in ((True, "more than the spread between 2 seeds"), (False, "that may be chance")):
+            verdict = {arm: replace(result.verdict[figure][arm], exceeds=exceeds)}
+            changed = replace(result, verdict=result.verdict | {figure: verdict})
+            assert words in conclusion(changed)[position]
 
 
 def test_next_steps_name_commands_that_exist(tmp_path: Path) -> None:

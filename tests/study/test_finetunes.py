@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from spt_fast.advice.advise import advise
-from spt_fast.report.decision import by_setting, compared_rows, decide
-from spt_fast.study.compare import compare_rows
+from spt_fast.report.decision import by_setting, compared, decide
+from spt_fast.study.compare import compare_finetunes
 from spt_fast.study.finetunes import OverSeeds, Treatment, after_pretraining, held_against, plainest
 from spt_fast.study.usable import usable
 from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, spt_table
@@ -32,11 +32,11 @@ def table() -> pd.DataFrame:
 def test_advice_comparison_and_page_name_the_same_arm(table: pd.DataFrame) -> None:
     used = usable(table)
     ((setting, finetunes),) = by_setting(after_pretraining(used.rows)).items()
-    rows = compared_rows(finetunes, used.rows)
-    arms = {(arm["delta"], arm["replay"], arm["anchor"]): arm for arm in compare_rows(rows)["arms"]}
+    runs = compared(finetunes, used.rows)
+    arms = {arm.treatment: arm for arm in compare_finetunes(runs).arms}
     assert len(arms) == 6
 
-    decided = decide(setting, rows)
+    decided = decide(setting, runs)
     assert decided is not None
     assert decided.best == Treatment(0.05, 0.0, 0.1)
     assert set(decided.plainest) == {arm for arm in arms if arm[1:] == (0.0, 0.1)}
@@ -46,7 +46,7 @@ def test_advice_comparison_and_page_name_the_same_arm(table: pd.DataFrame) -> No
     for arm in seen:
         same = arms[arm["delta"], arm["injected"], 0.1]
         for ours, theirs in {"domain": "domain_after", "general": "general_after", "forgetting": "forgetting"}.items():
-            assert arm[ours]["mean"] == pytest.approx(same[theirs]["mean"])
+            assert arm[ours]["mean"] == pytest.approx(getattr(same, theirs).mean)
 
 
 def test_npt_that_an_arm_is_held_against_has_its_finetune_or_the_plainest() -> None:

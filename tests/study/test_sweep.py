@@ -102,16 +102,16 @@ def test_finetunes_that_start_from_other_runs_can_be_compared(swept: tuple[Path,
     folder, table = swept
     tunes = table[table["stage"] == 1]
     result = compare([folder / "runs" / run for run in tunes["run"].unique()])
-    assert (result["domain"], result["general"], result["tokens"]) == ("chem", "general", 20 * STEP)
-    found = {(row["tokens"], row["delta"]): row for row in result["runs"]}
+    assert (result.domain, result.general, result.tokens) == ("chem", "general", 20 * STEP)
+    found = {(run.tokens, run.treatment.delta): run for run in result.runs}
     ended = tunes[tunes["handed_on"]]
     assert len(found) == len(ended) == 4
     for _, row in ended.iterrows():
         figures = found[row["pretrain_tokens"], row["pretrain_delta"]]
-        assert figures["domain_after"] == row["domain_heldout"]
-        assert figures["general_before"] == row["general_before"]
-        assert figures["domain_epochs"] == pytest.approx(row["pretrain_epochs"], rel=0.05)
-    assert result["warnings"] == []
+        assert figures.domain_after == row["domain_heldout"]
+        assert figures.general_before == row["general_before"]
+        assert figures.domain_epochs == pytest.approx(row["pretrain_epochs"], rel=0.05)
+    assert result.warnings == []
 
 
 def test_the_table_is_the_same_from_every_place(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
