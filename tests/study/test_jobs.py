@@ -141,7 +141,7 @@ def test_those_under_way_save_side_by_side(tmp_path: Path, monkeypatch: pytest.M
         "    while len(list(mine.parent.glob('*.ready'))) < 2: time.sleep(0.02)\n"
         "    sys.exit(1)\n"
         "mine.with_suffix('.ready').touch()\n"
-        "until = time.monotonic() + 20\n"
+        "until = time.monotonic() + 300\n"
         "while len(list(mine.parent.glob('*.asked'))) < 2 and time.monotonic() < until: time.sleep(0.02)\n"
         "if time.monotonic() < until: mine.with_suffix('.saved').touch()\n"
     )

@@ -13,7 +13,7 @@ from spt_fast.train import watch
 from spt_fast.train.watch import LossWatch, Watch
 
 
-def until(condition: object, seconds: float = 10.0) -> None:
+def until(condition: object, seconds: float = 300.0) -> None:
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():
@@ -30,20 +30,23 @@ def test_the_heartbeat_tells_the_newest_sign_of_life(tmp_path: Path, monkeypatch
         until(lambda: file.exists() and json.loads(file.read_text()).get("step") == 7)
         beat = json.loads(file.read_text())
         assert beat["phase"] == "pretrain"
-        assert abs(beat["time"] - began) < 1
+        assert began <= beat["time"] <= time.time()
         time.sleep(0.2)
         assert json.loads(file.read_text()) == beat, "no news, no beat"
     assert not list(tmp_path.glob("stacks-*"))
 
 
 def test_a_run_that_hangs_writes_its_stacks_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def hang_here(seconds: float) -> None:
-        time.sleep(seconds)
+    stacks = tmp_path / "stacks-3.txt"
+
+    def hang_here() -> None:
+        until(lambda: stacks.exists() and "hang_here" in stacks.read_text())
+        time.sleep(0.5)
 
     with Watch(tmp_path, 3, stall_s=0.1) as watching:
         watching.sign_of_life(phase="pretrain", step=7)
-        hang_here(0.5)
-    said = (tmp_path / "stacks-3.txt").read_text()
+        hang_here()
+    said = stacks.read_text()
     assert "hang_here" in said
     assert "'step': 7" in said
     assert said.count("nothing for") == 1
