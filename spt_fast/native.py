@@ -1,6 +1,7 @@
 """The compiled half of the package: csrc/, built by setup.py against torch's stable ABI, behind typed functions.
 
-Nothing is loaded until the first call, so that `import spt_fast` works where the extension isn't built. Every call
+Nothing is loaded until the first call, torch neither, so that `import spt_fast` works where the extension isn't built
+and what reads recipes only starts without torch. Every call
 releases the GIL for its whole length. Arrays are NumPy's; int64 and contiguous unless said otherwise.
 """
 
@@ -8,10 +9,12 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _LIBRARY = Path(__file__).with_name("_C.abi3.so")
 
@@ -28,16 +31,20 @@ def ops() -> Any:
             f"{_LIBRARY} is not built; run `pip install --no-build-isolation --no-deps -e .` in the checkout "
             "(it needs a C++20 compiler)"
         )
+    import torch
+
     torch.ops.load_library(str(_LIBRARY))
     return torch.ops.spt_fast
 
 
-def _tensor(values: np.ndarray | tuple[int, ...] | list[Any]) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+def _tensor(values: np.ndarray | tuple[int, ...] | list[Any], dtype: type[np.integer] = np.int64) -> torch.Tensor:
+    from torch import from_numpy
+
+    return from_numpy(np.ascontiguousarray(values, dtype=dtype))
 
 
 def _words(key: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(np.array(key, dtype=np.uint64).view(np.int64))
+    return _tensor(np.array(key, dtype=np.uint64).view(np.int64))
 
 
 def permute(index: np.ndarray, size: int, key: tuple[int, ...], inverse: bool) -> np.ndarray:
@@ -67,7 +74,8 @@ def locate_table(
     source: np.ndarray, rank: np.ndarray, weights: list[int], first: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples first .. first + count of the endless repetition of a chairman's table."""
-    located = ops().locate_table(torch.from_numpy(source), torch.from_numpy(rank), _tensor(weights), first, count)
+    table = _tensor(source, np.int16), _tensor(rank, np.int32)
+    located = ops().locate_table(*table, _tensor(weights), first, count)
     return located[0].numpy(), located[1].numpy()
 
 
@@ -92,10 +100,10 @@ def gather(
 
     sources [S, 4]: file descriptor, first byte, tokens of the ring, bytes of an id (negative: signed).
     """
-    failure = ops().gather(_tensor(sources), torch.from_numpy(source), _tensor(start), vocab_size, batch)
+    failure = ops().gather(_tensor(sources), _tensor(source, np.int32), _tensor(start), vocab_size, batch)
     return GatherFailure(*failure.tolist())
 
 
 def advise(sources: np.ndarray, source: np.ndarray, start: np.ndarray, context: int) -> None:
     """Ask the kernel to bring the pages of these windows into memory (posix_fadvise WILLNEED)."""
-    ops().advise(_tensor(sources), torch.from_numpy(source), _tensor(start), context)
+    ops().advise(_tensor(sources), _tensor(source, np.int32), _tensor(start), context)

@@ -17,8 +17,8 @@ import numpy as np
 from scipy.stats import t as student
 
 from spt_fast.errors import DataError, RecipeError, nearest
+from spt_fast.laws.columns import Array, Column, Columns, Loss, Rows, arguments, read
 from spt_fast.laws.fitting import Curve, Fit, Parameter, solve
-from spt_fast.laws.table import Array, Column, Columns, Loss, Rows, arguments, read
 
 HUBER = 1e-3
 """Threshold of the Huber loss on log-losses that the papers fit with, and the least that is used here."""
@@ -65,7 +65,8 @@ class Law:
     # -------------------------------------------------------------------------------------------- what a law defines
 
     def _fit(self, rows: Rows, weights: Array | None, warm: dict[Any, Fit] | None) -> dict[Any, Fit]:
-        """Its curves, fitted; with each row's weight, and starting from an earlier fit, when resampled."""
+        """Its curves, fitted. When resampled: with weights [draws, rows], starting from an earlier fit `warm`, so that
+        each x is [draws, unknowns]."""
         raise NotImplementedError
 
     def _named(self, fits: dict[Any, Fit]) -> dict[str, float]:
@@ -194,10 +195,11 @@ class Law:
         rows = self._prepare(read(table, self.inputs, self.outputs))
         self._require_enough(rows)
         run = self._resampled(rows)
-        rng = np.random.default_rng(seed)
-        for _ in range(n):
+        weights = np.random.default_rng(seed).exponential(size=(n, run.max() + 1))[:, run]
+        drawn = self._fit(rows, weights, self._fits)
+        for i in range(n):
             law = copy(self)
-            law._fits = self._fit(rows, rng.exponential(size=run.max() + 1)[run], self._fits)
+            law._fits = {key: replace(fit, x=fit.x[i]) for key, fit in drawn.items()}
             law.params_ = {name: float(value) for name, value in self._named(law._fits).items()}
             yield law
 

@@ -13,8 +13,9 @@ from typing import ClassVar
 
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import FormulaLaw
+from spt_fast.laws.columns import LOSS, POSITIVE, Array, Column, Columns, Loss
 from spt_fast.laws.fitting import Parameter
-from spt_fast.laws.table import LOSS, POSITIVE, Array, Column, Columns, Loss
+from spt_fast.laws.powers import power
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 
@@ -47,7 +48,7 @@ class ChinchillaLaw(FormulaLaw):
     @staticmethod
     def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
         E, A, alpha, B, beta = unknowns
-        return E + A * columns["params"] ** -alpha + B * columns["tokens"] ** -beta
+        return E + A * power(columns["params"], -alpha) + B * power(columns["tokens"], -beta)
 
     def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
         p = params

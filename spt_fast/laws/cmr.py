@@ -21,9 +21,9 @@ from scipy.optimize import brentq
 
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.laws.base import ExtrapolationWarning, Law, require_points
+from spt_fast.laws.columns import NATURAL, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.fitting import STEP, Curve, Fit, Parameter, solve
 from spt_fast.laws.powers import in_tokens, power_parameters, rising
-from spt_fast.laws.table import NATURAL, SHARE, Array, Column, Columns, Loss, Rows
 
 DOMAIN = power_parameters(-2, 1, "alpha1", "s1", "beta1")
 GENERAL = (
@@ -156,7 +156,7 @@ class CMRLaw(Law):
         fits: dict[Any, Fit] = {}
         for ratio in np.unique(rows.columns["domain_ratio"][later]).tolist():
             mask = later & (rows.columns["domain_ratio"] == ratio)
-            own, w = rows.where(mask), None if weights is None else weights[mask]
+            own, w = rows.where(mask), None if weights is None else weights[:, mask]
             for of, parameters, formula in (("general_loss", GENERAL, _general), ("domain_loss", DOMAIN, _domain)):
                 curve = Curve(
                     parameters, formula, self._scaled(own.columns["tokens"]), own.columns[of] - self._start[of], own.run

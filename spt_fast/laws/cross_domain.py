@@ -15,9 +15,9 @@ import numpy as np
 
 from spt_fast.errors import RecipeError
 from spt_fast.laws.chinchilla import coefficient, exponent
+from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
 from spt_fast.laws.dcpt import DCPTLaw
 from spt_fast.laws.fitting import Parameter
-from spt_fast.laws.table import POSITIVE, Array, Column, Columns
 
 
 def learnability(losses: Any, w1: float = 1.0, w2: float = 1.0) -> float:

@@ -22,9 +22,9 @@ import numpy as np
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import FormulaLaw
 from spt_fast.laws.chinchilla import FLOPS_PER_PARAMETER_AND_TOKEN, IRREDUCIBLE, coefficient, exponent
+from spt_fast.laws.columns import LOSS, POSITIVE, Array, Column, Columns, Loss
 from spt_fast.laws.dcpt import lowest
 from spt_fast.laws.fitting import Parameter
-from spt_fast.laws.table import LOSS, POSITIVE, Array, Column, Columns, Loss
 
 PARAMS_PER_UNIQUE_TOKEN = 0.051
 

@@ -22,15 +22,11 @@ from scipy.optimize import brentq, minimize_scalar
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import FormulaLaw, LawWarning
 from spt_fast.laws.chinchilla import IRREDUCIBLE, allocation, coefficient, exponent
+from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, arguments
 from spt_fast.laws.fitting import Parameter
-from spt_fast.laws.table import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, arguments
+from spt_fast.laws.powers import power
 
 GRID = np.linspace(0, 1, 2001)
-
-
-def power_of_share(share: Array, exponent: Array) -> Array:
-    """share^exponent, also at share = 0, where a complex exponent would give NaN."""
-    return np.where(share > 0, np.where(share > 0, share, 1) ** exponent, 0)
 
 
 class DCPTLaw(FormulaLaw):
@@ -56,8 +52,9 @@ class DCPTLaw(FormulaLaw):
     def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
         E, A, alpha, B, eta, beta, C, epsilon, gamma = unknowns
         r = columns["own_ratio"]
-        of_size = A * columns["params"] ** -alpha
-        of_tokens = B * power_of_share(r, eta) * columns["tokens"] ** -beta
+        of_size = A * power(columns["params"], -alpha)
+        read = np.exp(eta * np.log(np.where(r > 0, r, 1)) - beta * np.log(columns["tokens"]))
+        of_tokens = B * np.where(r > 0, read, 0)
         return E + of_size + of_tokens + C * (r + epsilon) ** -gamma
 
     def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:

@@ -4,9 +4,10 @@ Every law goes through here. A formula is written once, in NumPy, and is analyti
 is taken by complex steps, Im f(x + ih)/h: exact to rounding like automatic differentiation, without a second formula.
 
     search     positive unknowns are searched by their logarithm, all within bounds; the best of many quasi-random
-               points, a few from different parts of the box, are polished by trust-region least squares (scipy)
+               points, a few from different parts of the box, are polished by Levenberg and Marquardt's method: all of
+               them at a time, as are the draws of a bootstrap, in arrays with one more dimension
     Huber      on residuals r: r² up to the threshold, linear beyond. Minimised as reweighted least squares, since the
-               curvature that scipy's own `loss="huber"` assumes vanishes beyond the threshold
+               curvature of the Huber loss itself vanishes beyond the threshold
     intervals  to first order a prediction moves linearly with each observation's error: by its *influence*, a row of
                g (JᵀJ + P)⁻¹ Jᵀ. Errors have a part of each point and a part that all points of a run share; their
                variances are estimated from the residuals. P keeps unknowns that the data say nothing about in their
@@ -16,21 +17,25 @@ is taken by complex steps, Im f(x + ih)/h: exact to rounding like automatic diff
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.optimize import least_squares
 from scipy.special import erf
 from scipy.stats import norm, qmc
 
-from spt_fast.laws.table import Array, Columns
+from spt_fast.laws.columns import Array, Columns
 
 Formula = Callable[[Sequence[Array], Columns], Array]
 """(unknowns, each broadcastable to [..., points]; columns) -> losses [..., points]; analytic in the unknowns."""
 
 STEP = 1e-20
 SCREENED, POLISHED = 256, 8
+SEARCHED = 256
+"""Points of a curve that the search for where to polish looks at; all of them are what is polished."""
+ITERATIONS, DAMPING = 300, 1e-3
+AT_ONCE = 2_000_000
+"""Of points × unknowns × draws: complex numbers of 16 bytes, a few of each at a time."""
 
 
 @dataclass(frozen=True)
@@ -75,31 +80,47 @@ class Curve:
         x = [np.log(max(v, 1e-300)) if p.log else v for p, v in zip(self.parameters, values, strict=True)]
         return np.clip(x, low + 1e-6 * (high - low), high - 1e-6 * (high - low))
 
+    def sample(self) -> Curve:
+        """The curve with at most SEARCHED of its observations."""
+        points = len(self.target)
+        if points <= SEARCHED:
+            return self
+        kept = np.sort(np.random.default_rng(0).choice(points, SEARCHED, replace=False))
+        columns = {name: values[kept] for name, values in self.columns.items()}
+        return replace(self, columns=columns, target=self.target[kept], run=self.run[kept])
+
     def value(self, x: Array, columns: Columns | None = None) -> Array:
         losses = self.formula(self.unknowns(x), self.columns if columns is None else columns)
         return np.log(losses) if self.log else losses
 
     def gradient(self, x: Array, columns: Columns | None = None) -> Array:
-        """[points, unknowns]"""
-        return self.value(x + 1j * STEP * np.eye(len(x)), columns).imag.T / STEP
+        """[..., points, unknowns] at x [..., unknowns]"""
+        steps = x[..., None, :] + 1j * STEP * np.eye(x.shape[-1])
+        return self.value(steps, columns).imag.swapaxes(-1, -2) / STEP
 
 
 def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None = None, seed: int = 0) -> Array:
     """The point of the search space that meets the observations best. `starts`: search from these only; the solution of
-    an earlier fit, where there is a Huber threshold."""
-    low, high = curve.bounds
+    an earlier fit, where there is a Huber threshold. With weights [draws, points] a point for each draw, searched from
+    the first start."""
+    (low, high), one = curve.bounds, np.ones(1)
+    if weights is not None:
+        assert starts
+        at_once = max(1, AT_ONCE // (len(curve.goal) * len(low)))
+        parts = [weights[i : i + at_once] for i in range(0, len(weights), at_once)]
+        x, tolerance = np.clip(starts[0], low, high), 1e-6 if curve.huber else 1e-9
+        return np.concatenate([_polish(curve, np.tile(x, (len(w), 1)), w, curve.huber, tolerance)[0] for w in parts])
     if starts and curve.huber:
-        return _polish(curve, np.clip(starts[0], low, high), weights, curve.huber, tolerance=1e-6)[0]
-    rough = [_polish(curve, np.clip(x, low, high), weights, tolerance=1e-5) for x in starts or promising(curve, seed)]
-    x, _ = min(rough, key=lambda found: found[1])
-    return _polish(curve, x, weights, curve.huber)[0]
+        return _polish(curve, np.clip(starts[:1], low, high), one, curve.huber, 1e-6)[0][0]
+    x, cost = _polish(curve.sample(), np.clip(starts or promising(curve, seed), low, high), one, None, 1e-5)
+    return _polish(curve, x[[cost.argmin()]], one, curve.huber)[0][0]
 
 
 def promising(curve: Curve, seed: int) -> list[Array]:
     """Where to search from: of even samples of the search space, those that meet the observations best."""
+    curve = curve.sample()
     low, high = curve.bounds
-    sample = qmc.Sobol(len(low), rng=np.random.default_rng(seed)).random(SCREENED * POLISHED)
-    x = low + sample * (high - low)
+    x = low + qmc.Sobol(len(low), rng=np.random.default_rng(seed)).random(SCREENED * POLISHED) * (high - low)
     with np.errstate(over="ignore", invalid="ignore"):
         error = np.square(curve.value(x) - curve.goal).sum(axis=1)
     error[~np.isfinite(error)] = np.inf
@@ -108,31 +129,61 @@ def promising(curve: Curve, seed: int) -> list[Array]:
 
 
 def _polish(
-    curve: Curve, x: Array, weights: Array | None, huber: float | None = None, tolerance: float = 1e-9
-) -> tuple[Array, float]:
-    """(the minimum that x leads to, its cost)"""
-    w = np.ones(len(curve.goal)) if weights is None else weights
+    curve: Curve, x: Array, weights: Array, huber: float | None = None, tolerance: float = 1e-9
+) -> tuple[Array, Array]:
+    """(the minima [n, unknowns] that x [n, unknowns] leads to, their costs [n]), by a projected Levenberg-Marquardt
+    search of all n at a time. `weights`: [points], or of each [n, points]."""
+    low, high = curve.bounds
+    weights = np.broadcast_to(weights, (len(x), len(curve.goal)))
+    x = x.astype(float)
+    unknowns = np.arange(x.shape[1])
 
-    def loss(squared: Array) -> Array:
+    def at(x: Array, w: Array) -> tuple[Array, Array, Array]:
+        """(residuals, weights of their squares, cost)"""
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            r = curve.value(x) - curve.goal
+        size = np.abs(r)
         if huber is None:
-            return np.array([w * squared, w, np.zeros_like(w)])
-        beyond = squared > huber**2
-        size = np.sqrt(np.where(beyond, squared, huber**2))
-        value = np.where(beyond, 2 * huber * size - huber**2, squared)
-        return np.array([w * value, w * huber / size, np.zeros_like(w)])
+            cost = (w * r * r).sum(1)
+        else:
+            cost = (w * np.where(size > huber, 2 * huber * size - huber**2, r * r)).sum(1)
+            w = w * (huber / np.maximum(size, huber))
+        return r, w, np.where(np.isfinite(cost), cost, np.inf)
 
-    found = least_squares(
-        lambda x: curve.value(x) - curve.goal,
-        x,
-        jac=curve.gradient,
-        bounds=curve.bounds,
-        loss=loss,
-        max_nfev=200,
-        xtol=tolerance,
-        ftol=tolerance,
-        gtol=1e-12,
-    )
-    return found.x, found.cost
+    residual, weight, cost = map(np.array, at(x, weights))
+    normal = np.zeros((len(x), len(unknowns), len(unknowns)))
+    slope = np.zeros_like(x)
+    damping, growth = np.full(len(x), np.nan), np.full(len(x), 2.0)
+    moved = going = np.arange(len(x))
+    for _ in range(ITERATIONS):
+        if len(moved):
+            J = curve.gradient(x[moved])
+            weighted = J * weight[moved][..., None]
+            normal[moved] = weighted.swapaxes(1, 2) @ J
+            slope[moved] = (weighted * residual[moved][..., None]).sum(1)
+        H, g, here = normal[going], slope[going], x[going]
+        diagonal = H[:, unknowns, unknowns]
+        damping[going] = np.where(np.isnan(damping[going]), DAMPING * diagonal.max(1), damping[going])
+        held = ((here <= low) & (g > 0)) | ((here >= high) & (g < 0))
+        H[held] = 0
+        H.swapaxes(1, 2)[held] = 0
+        H[:, unknowns, unknowns] = np.where(held, 1, diagonal + damping[going, None])
+        step = np.clip(here - np.linalg.solve(H, np.where(held, 0, g)[..., None])[..., 0], low, high) - here
+        r, w, c = at(here + step, weights[going])
+        fell = cost[going] - c
+        expected = -2 * (step * g).sum(1) - np.einsum("ni,nij,nj->n", step, normal[going], step)
+        better = fell > 0
+        share = np.where(better, fell, 0) / np.maximum(expected, 1e-300)
+        damping[going] *= np.where(better, np.where(share > 0.75, 0.1, 1), growth[going])
+        growth[going] = np.where(better, 2, 2 * growth[going])
+        moved = going[better]
+        x[moved], residual[moved], weight[moved], cost[moved] = (here + step)[better], r[better], w[better], c[better]
+        small = np.sqrt(np.square(step).sum(1)) < tolerance * (tolerance + np.sqrt(np.square(here).sum(1)))
+        settled = small | (better & (fell < tolerance * c) & (share > 0.25))
+        moved, going = going[better & ~settled], going[~settled]
+        if not len(going):
+            break
+    return x, cost
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import ClassVar
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import FormulaLaw
 from spt_fast.laws.chinchilla import coefficient, exponent
+from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss
 from spt_fast.laws.fitting import Parameter
-from spt_fast.laws.table import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss
 
 
 class ForgettingLaw(FormulaLaw):

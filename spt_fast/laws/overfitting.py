@@ -28,9 +28,9 @@ from scipy.optimize import brentq
 
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.laws.base import Law, require_points
+from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.dcpt import lowest
 from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, promising, solve
-from spt_fast.laws.table import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
 
 LARGEST_FRACTION = 0.1
 """Up to which b_gap(δ) < 1 must hold."""
@@ -136,7 +136,7 @@ class OverfittingLaw(Law):
         train = Curve(TRAIN, self._train, _centred(columns, self._at), columns["train_loss"], rows.run)
         overfit = Curve(GAP, self._gap, _centred(rows.where(mask).columns, self._at), gap, rows.run[mask])
         starts = {"train": [warm["train"].x], "gap": [warm["gap"].x]} if warm else self._starts(train, overfit)
-        of_gap = None if weights is None else weights[mask]
+        of_gap = None if weights is None else weights[:, mask]
         return {
             "train": Fit(train, solve(train, weights, starts["train"])),
             "gap": Fit(overfit, solve(overfit, of_gap, starts["gap"])),
@@ -161,8 +161,8 @@ class OverfittingLaw(Law):
         free = tuple(Parameter(f"C({d:g})", -20, 20, log=False) for d in delta)
         curve = Curve(
             (*TRAIN[:3], *free),
-            lambda u, c: _train_power(u[0], u[1], u[2], c) + _pick(u[3:], index),
-            train.columns,
+            lambda u, c: _train_power(u[0], u[1], u[2], c) + _pick(u[3:], c["index"]),
+            train.columns | {"index": index},
             train.target,
             train.run,
         )
@@ -175,12 +175,12 @@ class OverfittingLaw(Law):
             starts.append(train.point([a, g, steeper, c, k1, k2, k3]))
         starts.sort(key=lambda x: np.square(train.value(x) - train.goal).sum())
 
-        delta, at = np.unique(gap.columns["delta"], return_inverse=True)
+        delta, index = np.unique(gap.columns["delta"], return_inverse=True)
         free = tuple(Parameter(f"A({d:g})", 1e-6, 30) for d in delta)
         curve = Curve(
             (*GAP[1:3], *free),
-            lambda u, c: _gap_power(_pick(u[2:], at), u[0], u[1], c),
-            gap.columns,
+            lambda u, c: _gap_power(_pick(u[2:], c["index"]), u[0], u[1], c),
+            gap.columns | {"index": index},
             gap.target,
             gap.run,
         )

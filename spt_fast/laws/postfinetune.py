@@ -18,10 +18,10 @@ import numpy as np
 
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import Law, require_points
+from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, solve
 from spt_fast.laws.overfitting import OverfittingLaw, overtaking
 from spt_fast.laws.powers import in_tokens, power_parameters, rising
-from spt_fast.laws.table import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
 
 GAIN = power_parameters(-2, 1)
 POWER = power_parameters(-3, -1e-3)
@@ -113,7 +113,7 @@ class PostFinetuneLaw(Law):
         for delta in np.unique(rows.columns["fraction"]).tolist():
             mask = rows.columns["fraction"] == delta
             own = rows.where(mask)
-            w = None if weights is None else weights[mask]
+            w = None if weights is None else weights[:, mask]
             x, before = self._scaled(own.columns["tokens"]), own.columns["heldout_loss"]
             gain = Curve(GAIN, _power, x, before - own.columns["finetuned_loss"], own.run)
             fits["gain", delta] = Fit(gain, solve(gain, w, [warm["gain", delta].x] if warm else None, self.seed))

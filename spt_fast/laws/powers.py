@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from spt_fast.laws.columns import Array
 from spt_fast.laws.fitting import Parameter
-from spt_fast.laws.table import Array
+
+
+def power(base: Array, exponent: Array) -> Array:
+    """base^exponent of a base above 0, by its logarithm: NumPy's complex power takes twice as long."""
+    return np.exp(exponent * np.log(base))
 
 
 def rising(b: Array, x: Array) -> Array:

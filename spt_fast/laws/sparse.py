@@ -15,7 +15,7 @@ import numpy as np
 
 from spt_fast.errors import RecipeError
 from spt_fast.laws.chinchilla import ChinchillaLaw
-from spt_fast.laws.table import POSITIVE, Array, Column, Columns
+from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
 
 
 def average_params(params: Any, steps: Any = None) -> float:

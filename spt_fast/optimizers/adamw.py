@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from spt_fast.errors import RecipeError, invalid
 from spt_fast.fields import number, setting, text
-from spt_fast.kernels import adamw_step_all
 from spt_fast.optimizers.base import Group, Optimizer, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _betas(value: object, where: str) -> tuple[float, float]:
@@ -42,6 +43,8 @@ class AdamW(Optimizer):
         scale: float | Tensor = 1.0,
         skip: Tensor | None = None,
     ) -> None:
+        from spt_fast.kernels import adamw_step_all
+
         adamw_step_all(
             group.params,
             group.grads,

@@ -1,14 +1,18 @@
-"""What an optimizer is: settings that a recipe gives, kinds of state for every parameter, and an update of tensors."""
+"""What an optimizer is: settings that a recipe gives, kinds of state for every parameter, and an update of tensors.
+
+Settings are read without torch, which takes longer to import than `spt-fast fit` to read its runs and fit them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from spt_fast.fields import number, optional, setting, text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

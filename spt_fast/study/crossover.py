@@ -24,7 +24,7 @@ import pandas as pd
 from scipy.stats import norm, t
 
 from spt_fast.errors import DataError, invalid, nearest
-from spt_fast.laws.table import ALIKE, Array
+from spt_fast.laws.columns import ALIKE, Array
 from spt_fast.study.words import amount
 
 ARMS = ("pretrained", "scratch", "embeddings", "frozen embeddings")

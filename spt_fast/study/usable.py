@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from spt_fast.errors import DataError, nearest
-from spt_fast.laws.table import ALIKE, SHARE, check
+from spt_fast.laws.columns import ALIKE, SHARE, check
 from spt_fast.study.finetunes import beaten
 
 NUMBERS = (

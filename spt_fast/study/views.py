@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from spt_fast.laws.table import ALIKE
+from spt_fast.laws.columns import ALIKE
 from spt_fast.study.usable import STAGE, UsableRows
 
 Group = tuple[dict[str, Any], pd.DataFrame]

@@ -4,6 +4,7 @@ not seen, and what is said where there is too little to fit. And `spt-fast fit`.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 import warnings
@@ -45,6 +46,13 @@ def fitted(table: pd.DataFrame, law: str, draws: int = 10) -> Fitted:
 
 def relative_error(predicted: Any, true: Any) -> np.ndarray:
     return np.abs(np.asarray(predicted) / np.asarray(true) - 1)
+
+
+def test_fitting_starts_without_torch_and_matplotlib() -> None:
+    """They take longer to import than a fit."""
+    modules = "spt_fast.cli, spt_fast.study.crossover, spt_fast.study.fits, spt_fast.study.runs_table"
+    found = f"import sys, {modules}; assert not {{'torch', 'matplotlib'}} & sys.modules.keys()"
+    assert subprocess.run([sys.executable, "-c", found], check=False, capture_output=True).returncode == 0
 
 
 # -------------------------------------------------------------------------------------------- the laws that were drawn
