@@ -54,7 +54,7 @@ class RopeScaling:
         return value if isinstance(value, RopeScaling) else build(cls, value, where)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class GPTConfig:
     """The shape of a GPT. RecipeError (a ValueError) names the field that is wrong."""
 
@@ -63,8 +63,6 @@ class GPTConfig:
     heads: int = setting(_count)
     kv_heads: int = setting(_count)
     """Key/value heads; a divisor of heads. Fewer than heads is grouped-query attention."""
-    head_dim: int = setting(optional(_count), None)
-    """Width of one head, an even number. None: width / heads, which is what the field then holds."""
     ffn: int = setting(_count)
     """Inner width of the SwiGLU."""
     context: int = setting(_count)
@@ -72,15 +70,17 @@ class GPTConfig:
     vocab_size: int = setting(_count)
     """Rows of the embedding. A recipe that leaves it out gets the tokenizer's vocabulary, rounded up to a multiple of
     64."""
+    head_dim: int = setting(optional(_count), None)
+    """Width of one head, an even number. None: width / heads, which is what the field then holds."""
     qk_norm: bool = setting(boolean, False)
     """RMSNorm of every query and key head, before RoPE (Qwen3)."""
-    qkv_bias: bool = setting(boolean, False)
-    """A bias on queries, keys and values (Qwen2)."""
     tied: bool = setting(boolean, True)
     """The head is the embedding."""
     rope_theta: float = setting(_positive, 10_000.0)
-    rope_scaling: RopeScaling | None = setting(optional(RopeScaling.parse), None)
     norm_eps: float = setting(_positive, 1e-6)
+    qkv_bias: bool = setting(boolean, False)
+    """A bias on queries, keys and values (Qwen2)."""
+    rope_scaling: RopeScaling | None = setting(optional(RopeScaling.parse), None)
 
     def __post_init__(self) -> None:
         _parse(self, "model")

@@ -539,3 +539,10 @@ def test_a_model_in_fp8_compiles_whole(dtype: torch.dtype, monkeypatch: pytest.M
     rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6  # compiled, all gradients pass through the parameters' dtype
     for eager, made in zip(*results, strict=True):
         assert (made - eager).norm() <= rounding * eager.norm()
+
+
+def test_a_shape_may_be_given_by_position() -> None:
+    shape = GPTConfig(2, 64, 4, 2, 96, 24, 80, 32, True, False, 5000.0, 1e-5)
+    assert (shape.layers, shape.width, shape.heads, shape.kv_heads, shape.ffn, shape.context) == (2, 64, 4, 2, 96, 24)
+    assert (shape.vocab_size, shape.head_dim, shape.qk_norm, shape.tied) == (80, 32, True, False)
+    assert (shape.rope_theta, shape.norm_eps) == (5000.0, 1e-5)
