@@ -1,4 +1,4 @@
-"""How fast data arrives: windows gathered from the page cache, samples located, schedules built, any step reached.
+"""How fast data arrives: windows gathered from the page cache, samples located, orders built, any step reached.
 
     python -m benchmarks.loader [--json FILE]
 
@@ -23,8 +23,8 @@ from benchmarks.machine import machine
 from spt_fast import native
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
+from spt_fast.data.order import SampleOrder
 from spt_fast.data.ring import Ring
-from spt_fast.data.schedule import Schedule
 from spt_fast.data.shards import TokenDataset
 from spt_fast.kernels import keep_freed_memory
 
@@ -69,15 +69,15 @@ def gathering(folder: Path) -> dict[str, float]:
                     start.size * context / best_seconds(gather_all, clock=time.process_time) / 1e6
                 )
 
-            schedule = Schedule(Mixture({"a": 1}), {"a": ring}, rows, {"a": 0}, 0, 0)
+            order = SampleOrder(Mixture({"a": 1}), {"a": ring}, rows, {"a": 0}, 0, 0)
 
-            def load_all(schedule: Schedule = schedule, dataset: TokenDataset = dataset) -> None:
-                ring = schedule.rings["a"]
+            def load_all(order: SampleOrder = order, dataset: TokenDataset = dataset) -> None:
+                ring = order.rings["a"]
                 with Loader(
-                    schedule,
+                    order,
                     {"a": dataset},
                     ring.context,
-                    micro=schedule.sequences,
+                    micro=order.sequences,
                     vocab_size=VOCAB_SIZE,
                     last_step=16,
                 ) as loader:
@@ -97,22 +97,22 @@ def planning() -> dict[str, float]:
     sixty_four["s63"] += (1 << 16) - sum(sixty_four.values())
     rings = {"web": Ring(10**12, 2048, 0, "web"), "chem": Ring(10**9, 2048, 0, "chem")}
 
-    def build() -> Schedule:
-        return Schedule(Mixture(two), rings, 512, dict.fromkeys(two, 0), 0, 0)
+    def build() -> SampleOrder:
+        return SampleOrder(Mixture(two), rings, 512, dict.fromkeys(two, 0), 0, 0)
 
     build().windows(0)
     tracemalloc.start()
-    schedule = build()
-    schedule.windows(10**12 // 512)
+    order = build()
+    order.windows(10**12 // 512)
     held_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     steps = iter(range(10**9, 2 * 10**9, 12_345_678))
     tables = {"2 sources": Mixture(two), "64 sources, Q = 65536": Mixture(sixty_four)}
     return {
-        "schedule of 1e12 samples: build, ms": best_seconds(build) * 1e3,
-        "schedule of 1e12 samples: peak, MB": held_bytes / 1e6,
+        "order of 1e12 samples: build, ms": best_seconds(build) * 1e3,
+        "order of 1e12 samples: peak, MB": held_bytes / 1e6,
         "64 sources, Q = 65536: build, ms": best_seconds(lambda: Mixture(sixty_four)) * 1e3,
-        "reach a step near 1e9 (512 sequences), ms": best_seconds(lambda: schedule.windows(next(steps))) * 1e3,
+        "reach a step near 1e9 (512 sequences), ms": best_seconds(lambda: order.windows(next(steps))) * 1e3,
         **{
             f"locate {name}, M/s": 5.0 / best_seconds(lambda mixture=mixture: mixture.locate_many(10**12, 5_000_000))
             for name, mixture in tables.items()

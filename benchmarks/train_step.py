@@ -47,8 +47,8 @@ from benchmarks.machine import PEERS, machine
 from spt_fast.config import Phase
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
+from spt_fast.data.order import SampleOrder
 from spt_fast.data.ring import Ring
-from spt_fast.data.schedule import Schedule
 from spt_fast.data.shards import TokenDataset
 from spt_fast.files import write_text
 from spt_fast.kernels import keep_freed_memory
@@ -331,7 +331,7 @@ def table(report: dict[str, Any]) -> str:
 def ours(config: GPTConfig, file: Path, batch: int, device: torch.device, *, fp8: bool = False) -> Step:
     """A step of the trainer as it is."""
     dataset = TokenDataset.open(file, dtype="uint16")
-    schedule = Schedule(
+    order = SampleOrder(
         mixture=Mixture({"text": 1}),
         rings={"text": Ring(dataset.num_tokens, config.context, seed=0, source_name="text")},
         sequences=batch,
@@ -340,7 +340,7 @@ def ours(config: GPTConfig, file: Path, batch: int, device: torch.device, *, fp8
         phase=0,
     )
     loader = Loader(
-        schedule,
+        order,
         {"text": dataset},
         config.context,
         micro=batch,

@@ -1,9 +1,9 @@
-"""Batches of a schedule for one rank, read from the token files on a background thread, ahead of the trainer.
+"""Batches of a sample order for one rank, read from the token files on a background thread, ahead of the trainer.
 
 Shapes: R = rows of this rank in a step, B = `micro` rows, T = context, S = sources.
 
 Position p of the global batch goes to row i of micro-batch m of rank r by p = (m·world + r)·micro + i. So the order of
-the data is the schedule's alone: another world size or micro-batch deals the same global batch out differently.
+the data is that of the sample order alone: another world size or micro-batch deals the same global batch out differently.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from spt_fast import native
-from spt_fast.data.schedule import Schedule
+from spt_fast.data.order import SampleOrder
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError, RecipeError
 
@@ -45,19 +45,19 @@ class Batch:
 
 
 class Loader:
-    """Steps [first_step, last_step) of `schedule`: iterating gives (step, [Batch, ...]), the rank's micro-batches.
+    """Steps [first_step, last_step) of `order`: iterating gives (step, [Batch, ...]), the rank's micro-batches.
 
     datasets: by source of the mixture; context: T. `documents` asks for cu_seqlens. Batches for a CUDA `device` are
     read into pinned memory and copied without blocking. Ids are held against `vocab_size`. Draws no random numbers.
 
-    Raises RecipeError where the schedule's sequences don't divide by micro x world. Raises DataError, here or from the
+    Raises RecipeError where the order's sequences don't divide by micro x world. Raises DataError, here or from the
     iteration: `documents` without recorded document ends, ids that are no native integers, a file that changed its size
     since it was opened or cannot be read, an id of `vocab_size` or more. Close it, or use it as a context manager.
     """
 
     def __init__(
         self,
-        schedule: Schedule,
+        order: SampleOrder,
         datasets: Mapping[str, TokenDataset],
         context: int,
         *,
@@ -70,23 +70,23 @@ class Loader:
         documents: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        if schedule.sequences % (micro * world):
+        if order.sequences % (micro * world):
             raise RecipeError(
-                f"batch.sequences: {schedule.sequences} does not divide into {world} processes of micro-batches of "
+                f"batch.sequences: {order.sequences} does not divide into {world} processes of micro-batches of "
                 f"{micro}; choose a multiple of {micro * world}"
             )
-        for name in schedule.mixture.sources:
-            ring = schedule.rings[name]
+        for name in order.mixture.sources:
+            ring = order.rings[name]
             assert (ring.num_tokens, ring.context) == (datasets[name].num_tokens, context), name
-        self._schedule, self._context, self._vocab_size = schedule, context, vocab_size
+        self._order, self._context, self._vocab_size = order, context, vocab_size
         self._first_step, self._last_step = first_step, last_step
         self._micro, self._device = micro, torch.device(device)
-        self._positions = np.arange(schedule.sequences).reshape(-1, world, micro)[:, rank].reshape(-1)
+        self._positions = np.arange(order.sequences).reshape(-1, world, micro)[:, rank].reshape(-1)
         self._documents = documents
         self._files: list[_TokenFile] = []
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         try:
-            for name in schedule.mixture.sources:
+            for name in order.mixture.sources:
                 self._files.append(_TokenFile(name, datasets[name], documents))
         except DataError:
             self.close()
@@ -120,7 +120,7 @@ class Loader:
         """This rank's windows of each step, a few steps after asking for their pages."""
         advised: deque[_Windows] = deque()
         for step in range(self._first_step, self._last_step):
-            source_G, start_G = self._schedule.windows(step)
+            source_G, start_G = self._order.windows(step)
             advised.append((source_G[self._positions], start_G[self._positions]))
             native.advise(self._table_S4, *advised[-1], self._context)
             if len(advised) > ADVISED_STEPS:

@@ -19,7 +19,7 @@ from typing import Any
 from spt_fast.data.shards import DatasetWriter
 from spt_fast.data.text import Chunk, Inputs, TextReader
 from spt_fast.data.tokenizer import Tokenizer
-from spt_fast.data.workers import Batch, EncoderPool, Settings, Side
+from spt_fast.data.workers import EncoderPool, Settings, Side, TextBatch
 from spt_fast.errors import DataError
 
 BATCH_BYTES = 1 << 20
@@ -140,7 +140,7 @@ class _Progress:
         self._bar.update(self._task, completed=read_bytes, mb_per_s=rate)
 
 
-def _batches(reader: TextReader) -> Iterator[Batch]:
+def _batches(reader: TextReader) -> Iterator[TextBatch]:
     """Chunks, the small ones together: a message to a worker costs the time of encoding some kilobytes."""
     chunks: list[Chunk] = []
     num_bytes = 0
@@ -150,12 +150,12 @@ def _batches(reader: TextReader) -> Iterator[Batch]:
             chunks.append(chunk)
             num_bytes += len(chunk.data)
             if num_bytes >= BATCH_BYTES:
-                yield Batch(chunks, reader.read_bytes)
+                yield TextBatch(chunks, reader.read_bytes)
                 chunks, num_bytes = [], 0
     except DataError as caught:
         error = caught  # to be raised in its turn, after whatever is wrong with the documents before it
     if chunks:
-        yield Batch(chunks, reader.read_bytes)
+        yield TextBatch(chunks, reader.read_bytes)
     if error is not None:
         raise error
 

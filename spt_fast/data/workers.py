@@ -49,7 +49,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TextBatch:
     """read_bytes: what had been read of the input files (as they lie on disk) when this batch was complete."""
 
     chunks: list[Chunk]
@@ -94,13 +94,13 @@ class EncoderPool:
         self._closed = False
         self._changed = threading.Condition()
 
-    def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Encoded]]:
+    def encode(self, batches: Iterable[TextBatch]) -> Iterator[tuple[TextBatch, Encoded]]:
         """Encodes batches, which are read ahead on another thread, and yields them in their order.
 
         Raises, at the place of the batch in question, what reading it raised, DataError for a bad document, and
         DataError when a worker dies.
         """
-        order: queue.SimpleQueue[tuple[Batch, Future[Encoded]] | BaseException | None] = queue.SimpleQueue()
+        order: queue.SimpleQueue[tuple[TextBatch, Future[Encoded]] | BaseException | None] = queue.SimpleQueue()
         # A daemon, since a read from standard input may never return.
         threading.Thread(target=self._feed, args=(batches, order), daemon=True).start()
         while (item := order.get()) is not None:
@@ -112,7 +112,7 @@ class EncoderPool:
                 self._under_way_bytes -= batch.num_bytes
                 self._changed.notify()
 
-    def _feed(self, batches: Iterable[Batch], order: queue.SimpleQueue[Any]) -> None:
+    def _feed(self, batches: Iterable[TextBatch], order: queue.SimpleQueue[Any]) -> None:
         try:
             for batch in batches:
                 with self._changed:
@@ -129,7 +129,7 @@ class EncoderPool:
     def _has_room(self, num_bytes: int) -> bool:
         return self._under_way_bytes == 0 or self._under_way_bytes + num_bytes <= self._ahead_bytes
 
-    def _encode(self, batch: Batch) -> Encoded:
+    def _encode(self, batch: TextBatch) -> Encoded:
         new = not hasattr(self._mine, "process")
         process = self._start() if new else self._mine.process
         try:
@@ -220,7 +220,7 @@ def _start_worker() -> subprocess.Popen[bytes]:
     )
 
 
-def _exchange(process: subprocess.Popen[bytes], batch: Batch) -> Encoded:
+def _exchange(process: subprocess.Popen[bytes], batch: TextBatch) -> Encoded:
     heads = [
         {"source": chunk.source, "unit": chunk.unit, "first": chunk.first, "lengths": chunk.lengths}
         for chunk in batch.chunks

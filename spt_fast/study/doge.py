@@ -46,7 +46,7 @@ from torch import Tensor
 from spt_fast.config import Recipe, recipe_from
 from spt_fast.data.loader import Batch, Loader
 from spt_fast.data.mixture import Mixture
-from spt_fast.data.schedule import Schedule
+from spt_fast.data.order import SampleOrder
 from spt_fast.errors import CheckpointError, RecipeError, nearest
 from spt_fast.files import write_text
 from spt_fast.model.flops import parameters
@@ -396,7 +396,7 @@ class _Study:
         plan, sequences = self.plan, self.phase.phase.batch.sequences
         alone = Mixture({source: 1})
         return Loader(
-            Schedule(alone, {source: plan.rings[source]}, sequences, {source: 0}, plan.recipe.seed, 0),
+            SampleOrder(alone, {source: plan.rings[source]}, sequences, {source: 0}, plan.recipe.seed, 0),
             {source: plan.train[source]},
             plan.model.context,
             micro=self.phase.micro(1),

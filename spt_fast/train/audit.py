@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spt_fast.data.audit import document_visits
+from spt_fast.data.visits import document_visits
 from spt_fast.errors import DataError
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import recipe_of, summary_of

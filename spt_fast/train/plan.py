@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from spt_fast.config import Phase, Recipe
-from spt_fast.data.audit import epochs
 from spt_fast.data.inspection import overlap_share
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
+from spt_fast.data.order import SampleOrder, check_every_source_is_drawn
 from spt_fast.data.ring import Ring
-from spt_fast.data.schedule import Schedule, check_every_source_is_drawn
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.data.visits import epochs
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.kernels import fp8
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -76,12 +76,12 @@ class Plan:
     rings: dict[str, Ring]
     phases: tuple[PhasePlan, ...]
 
-    def schedule(self, index: int, start_counts: Mapping[str, int]) -> Schedule:
+    def order(self, index: int, start_counts: Mapping[str, int]) -> SampleOrder:
         """The order of phase `index`, given how many windows of each source were read before it."""
         phase = self.phases[index]
         rings = {source: self.rings[source] for source in phase.mixture.sources}
         starts = {source: start_counts[source] for source in phase.mixture.sources}
-        return Schedule(phase.mixture, rings, phase.phase.batch.sequences, starts, self.recipe.seed, index)
+        return SampleOrder(phase.mixture, rings, phase.phase.batch.sequences, starts, self.recipe.seed, index)
 
     def loader(
         self,
@@ -97,7 +97,7 @@ class Plan:
         """The batches of phase `index` for one of `world` processes, steps [first_step, last_step)."""
         plan = self.phases[index]
         return Loader(
-            self.schedule(index, start_counts),
+            self.order(index, start_counts),
             {source: self.train[source] for source in plan.mixture.sources},
             self.model.context,
             micro=plan.micro(world),

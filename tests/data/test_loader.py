@@ -14,8 +14,8 @@ import torch
 from spt_fast import native
 from spt_fast.data.loader import ADVISED_STEPS, Batch, Loader
 from spt_fast.data.mixture import Mixture
+from spt_fast.data.order import SampleOrder
 from spt_fast.data.ring import Ring
-from spt_fast.data.schedule import Schedule
 from spt_fast.data.shards import DatasetWriter, TokenDataset
 from spt_fast.data.shuffle import derive_key
 from spt_fast.errors import DataError, RecipeError
@@ -38,19 +38,19 @@ def datasets(tmp_path: Path) -> dict[str, TokenDataset]:
     return {"chem": write(tmp_path / "chem", 167, 1), "web": write(tmp_path / "web", 16 * 60, 2)}
 
 
-def schedule_of(datasets: dict[str, TokenDataset], sequences: int = 8, weights: dict | None = None) -> Schedule:
+def order_of(datasets: dict[str, TokenDataset], sequences: int = 8, weights: dict | None = None) -> SampleOrder:
     mixture = Mixture(weights or WEIGHTS)
     rings = {name: Ring(datasets[name].num_tokens, CONTEXT, 0, name) for name in mixture.sources}
-    return Schedule(mixture, rings, sequences, dict.fromkeys(mixture.sources, 0), 0, 0)
+    return SampleOrder(mixture, rings, sequences, dict.fromkeys(mixture.sources, 0), 0, 0)
 
 
 def read(datasets: dict[str, TokenDataset], **options: object) -> list[tuple[int, list[Batch]]]:
-    plan = schedule_of(datasets)
+    plan = order_of(datasets)
     with Loader(plan, datasets, CONTEXT, **{"micro": 8, "vocab_size": VOCAB, "last_step": 40} | options) as loader:
         return list(loader)
 
 
-def windows_by_hand(datasets: dict[str, TokenDataset], plan: Schedule, step: int) -> np.ndarray:
+def windows_by_hand(datasets: dict[str, TokenDataset], plan: SampleOrder, step: int) -> np.ndarray:
     """[sequences, T + 1], token by token."""
     source, start = plan.windows(step)
     rows = []
@@ -61,7 +61,7 @@ def windows_by_hand(datasets: dict[str, TokenDataset], plan: Schedule, step: int
 
 
 def test_batches_hold_what_a_reading_by_hand_finds(datasets: dict[str, TokenDataset]) -> None:
-    plan = schedule_of(datasets)
+    plan = order_of(datasets)
     steps = read(datasets)
     assert [step for step, _ in steps] == list(range(40))
     wrapped = 0
@@ -89,7 +89,7 @@ def test_ids_of_every_width_and_files_with_a_header(tmp_path: Path, dtype: str) 
         offset_bytes=os.path.getsize(tmp_path / "ids.npy") - ids.nbytes,
         tokens=ids,
     )
-    plan = schedule_of({"a": dataset}, weights={"a": 1})
+    plan = order_of({"a": dataset}, weights={"a": 1})
     with Loader(plan, {"a": dataset}, CONTEXT, micro=8, vocab_size=200_001, last_step=9) as loader:
         for step, (batch,) in loader:
             assert (batch.tokens.numpy() == windows_by_hand({"a": dataset}, plan, step)[:, :-1]).all()
@@ -118,7 +118,7 @@ def test_resuming_at_any_step_gives_the_undisturbed_order(datasets: dict[str, To
 
 
 def test_documents_start_where_the_index_says(datasets: dict[str, TokenDataset]) -> None:
-    plan = schedule_of(datasets)
+    plan = order_of(datasets)
     at_wrap = 0
     for step, batches in read(datasets, documents=True, micro=4):
         source, start = plan.windows(step)
@@ -140,7 +140,7 @@ def test_documents_start_where_the_index_says(datasets: dict[str, TokenDataset])
 
 def test_a_limited_dataset_is_a_ring_of_its_own(datasets: dict[str, TokenDataset]) -> None:
     limited = datasets | {"web": datasets["web"].limit(100)}
-    plan = schedule_of(limited)
+    plan = order_of(limited)
     for step, (batch,) in read(limited, documents=True):
         assert (batch.tokens.numpy() == windows_by_hand(limited, plan, step)[:, :-1]).all()
     assert limited["web"].num_tokens <= 100
@@ -163,7 +163,7 @@ def test_sequences_that_do_not_divide(datasets: dict[str, TokenDataset]) -> None
 def test_a_file_that_changes_its_size_while_read_is_an_error_not_a_signal(
     datasets: dict[str, TokenDataset], new_tokens: int
 ) -> None:
-    with Loader(schedule_of(datasets), datasets, CONTEXT, micro=8, vocab_size=VOCAB, last_step=1000) as loader:
+    with Loader(order_of(datasets), datasets, CONTEXT, micro=8, vocab_size=VOCAB, last_step=1000) as loader:
         batches = iter(loader)
         next(batches)
         os.truncate(datasets["web"].path, 2 * new_tokens)
@@ -237,15 +237,15 @@ def test_ids_of_another_byte_order(datasets: dict[str, TokenDataset]) -> None:
 def test_an_error_on_the_reading_thread_reaches_the_consumer(
     datasets: dict[str, TokenDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    windows = Schedule.windows
+    windows = SampleOrder.windows
 
-    def fail_at_20(plan: Schedule, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def fail_at_20(plan: SampleOrder, step: int) -> tuple[np.ndarray, np.ndarray]:
         if step == 20:
             raise OSError("the cable is out")
         return windows(plan, step)
 
-    monkeypatch.setattr(Schedule, "windows", fail_at_20)
-    with Loader(schedule_of(datasets), datasets, CONTEXT, micro=8, vocab_size=VOCAB, last_step=40) as loader:
+    monkeypatch.setattr(SampleOrder, "windows", fail_at_20)
+    with Loader(order_of(datasets), datasets, CONTEXT, micro=8, vocab_size=VOCAB, last_step=40) as loader:
         batches = iter(loader)
         for _ in range(20 - ADVISED_STEPS):
             next(batches)
@@ -257,7 +257,7 @@ def test_an_error_on_the_reading_thread_reaches_the_consumer(
 def test_closing_in_the_middle_stops_the_thread_and_closes_the_files(datasets: dict[str, TokenDataset]) -> None:
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        loader = Loader(schedule_of(datasets), datasets, CONTEXT, micro=8, vocab_size=VOCAB, last_step=10**9)
+        loader = Loader(order_of(datasets), datasets, CONTEXT, micro=8, vocab_size=VOCAB, last_step=10**9)
         next(iter(loader))
         assert threading.active_count() == threads + 1
         loader.close()

@@ -23,7 +23,7 @@ from spt_fast.data.prepare import prepare
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.text import Chunk, iter_documents
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
-from spt_fast.data.workers import AHEAD_BYTES, Batch, EncoderPool, Settings, is_held_out
+from spt_fast.data.workers import AHEAD_BYTES, EncoderPool, Settings, TextBatch, is_held_out
 from spt_fast.errors import DataError
 
 
@@ -309,12 +309,12 @@ def test_reading_ahead_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.Monk
     monkeypatch.setattr(workers, "AHEAD_BYTES", 10_000)
     taken_bytes = 0
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[TextBatch]:
         nonlocal taken_bytes
         for _ in range(200):
             data = b"a few words. " * 77
             taken_bytes += len(data)
-            yield Batch([Chunk("a.txt", "line", 1, data, [len(data)])], 0)
+            yield TextBatch([Chunk("a.txt", "line", 1, data, [len(data)])], 0)
 
     with EncoderPool(tokenizer, Settings("text", False, None), 2) as pool:
         encoded = pool.encode(batches())
@@ -331,7 +331,7 @@ def test_reading_ahead_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.Monk
 
 def test_leaving_early_ends_workers_and_threads(tokenizer: Tokenizer) -> None:
     data = b"a few words. " * 50_000
-    batch = Batch([Chunk("a.txt", "line", 1, data, [len(data)])], 0)
+    batch = TextBatch([Chunk("a.txt", "line", 1, data, [len(data)])], 0)
     before = threading.active_count()
     with EncoderPool(tokenizer, Settings("text", False, None), 2) as pool:
         for _ in pool.encode(batch for _ in range(10**9)):

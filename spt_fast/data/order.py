@@ -20,7 +20,7 @@ from spt_fast.errors import RecipeError
 
 
 @dataclass(frozen=True)
-class Schedule:
+class SampleOrder:
     """The global batches of one phase: `sequences` windows a step of `mixture`, from `rings`.
 
     start_counts: windows of each source that were consumed before the phase; seed and phase key the order in a batch.

@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 
 from spt_fast.data.mixture import Mixture
+from spt_fast.data.order import SampleOrder, check_every_source_is_drawn
 from spt_fast.data.ring import Ring
-from spt_fast.data.schedule import Schedule, check_every_source_is_drawn
 from spt_fast.errors import RecipeError
 
 CONTEXT = 16
 
 
-def schedule(
+def order(
     weights: dict, sequences: int, start_counts: dict[str, int] | None = None, seed: int = 0, phase: int = 0
-) -> Schedule:
+) -> SampleOrder:
     mixture = Mixture(weights)
     rings = {name: Ring(1000 + 111 * i, CONTEXT, seed, name) for i, name in enumerate(mixture.sources)}
-    return Schedule(mixture, rings, sequences, start_counts or dict.fromkeys(weights, 0), seed, phase)
+    return SampleOrder(mixture, rings, sequences, start_counts or dict.fromkeys(weights, 0), seed, phase)
 
 
-def named(plan: Schedule, step: int) -> list[tuple[str, int]]:
+def named(plan: SampleOrder, step: int) -> list[tuple[str, int]]:
     source, start = plan.windows(step)
     assert (source.dtype, start.dtype, len(source)) == (np.int32, np.int64, plan.sequences)
     return [(plan.mixture.sources[s], t) for s, t in zip(source, start.tolist(), strict=True)]
@@ -33,7 +33,7 @@ def named(plan: Schedule, step: int) -> list[tuple[str, int]]:
 )
 def test_a_batch_holds_the_samples_of_its_step(weights: dict) -> None:
     starts = {name: 100 * i for i, name in enumerate(weights)}
-    plan = schedule(weights, 12, starts)
+    plan = order(weights, 12, starts)
     consumed = Counter(starts)
     for step in range(50):
         assert plan.counts(step) == {name: consumed[name] for name in weights}
@@ -46,17 +46,17 @@ def test_a_batch_holds_the_samples_of_its_step(weights: dict) -> None:
 
 
 def test_any_step_is_the_same_whatever_was_asked_before() -> None:
-    plan = schedule({"a": "0.9", "b": "0.1"}, 8)
+    plan = order({"a": "0.9", "b": "0.1"}, 8)
     forwards = [named(plan, step) for step in range(20)]
-    backwards = [named(schedule({"a": "0.9", "b": "0.1"}, 8), step) for step in reversed(range(20))]
+    backwards = [named(order({"a": "0.9", "b": "0.1"}, 8), step) for step in reversed(range(20))]
     assert forwards == backwards[::-1]
 
 
 def test_a_new_phase_goes_on_where_the_last_one_stopped() -> None:
     """Windows of phase 0 (stopped early) and phase 1 together are each source's windows 0, 1, 2, ... each once."""
-    first = schedule({"a": "0.9", "b": "0.1"}, 8)
+    first = order({"a": "0.9", "b": "0.1"}, 8)
     stopped_at = 13
-    second = schedule({"a": 1, "b": 3}, 8, first.counts(stopped_at), phase=1)
+    second = order({"a": 1, "b": 3}, 8, first.counts(stopped_at), phase=1)
     read = [w for step in range(stopped_at) for w in named(first, step)]
     read += [w for step in range(10) for w in named(second, step)]
     totals = second.counts(10)
@@ -65,13 +65,13 @@ def test_a_new_phase_goes_on_where_the_last_one_stopped() -> None:
 
 
 def test_the_order_in_a_batch_depends_on_seed_phase_and_step() -> None:
-    def orders(plan: Schedule, step: int) -> tuple[int, ...]:
+    def orders(plan: SampleOrder, step: int) -> tuple[int, ...]:
         ranks = {window: i for i, window in enumerate(sorted(set(named(plan, step))))}
         return tuple(ranks[window] for window in named(plan, step))
 
     weights = {"a": 1}
     seen = [
-        orders(schedule(weights, 32, {"a": 62 - 62 * phase}, seed, phase), step)
+        orders(order(weights, 32, {"a": 62 - 62 * phase}, seed, phase), step)
         for seed in (0, 1)
         for phase in (0, 1)
         for step in range(5)
@@ -81,7 +81,7 @@ def test_the_order_in_a_batch_depends_on_seed_phase_and_step() -> None:
 
 def test_the_mixtures_period_does_not_alias_with_the_stride_of_ranks() -> None:
     """Period 200, 8 ranks: unpermuted, one rank would get every rare sample of a batch of 400."""
-    plan, world, steps = schedule({"web": "0.995", "rare": "0.005"}, 400), 8, 1500
+    plan, world, steps = order({"web": "0.995", "rare": "0.005"}, 400), 8, 1500
     for rank_of in (np.arange(400) % world, np.arange(400) // (400 // world)):
         drawn = np.zeros(world)
         for step in range(steps):
@@ -94,7 +94,7 @@ def test_the_mixtures_period_does_not_alias_with_the_stride_of_ranks() -> None:
 
 def test_a_far_step_costs_what_the_first_costs() -> None:
     rings = {"web": Ring(10**12, 2048, 0, "web"), "chem": Ring(10**6, 2048, 0, "chem")}
-    plan = Schedule(Mixture({"web": "0.98", "chem": "0.02"}), rings, 512, {"web": 2**60, "chem": 2**60}, 0, 1)
+    plan = SampleOrder(Mixture({"web": "0.98", "chem": "0.02"}), rings, 512, {"web": 2**60, "chem": 2**60}, 0, 1)
     for step in (0, 10**9, 2**52):
         assert min(timeit.repeat(lambda step=step: plan.windows(step), number=1, repeat=5)) < 0.01
         source, start = plan.windows(step)

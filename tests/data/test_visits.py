@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spt_fast.data import audit
-from spt_fast.data.audit import document_visits, epochs
+from spt_fast.data import visits
 from spt_fast.data.ring import Ring
+from spt_fast.data.visits import document_visits, epochs
 
 
 def counted(ring: Ring, count: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def test_against_reading_every_window(
 
 @pytest.mark.parametrize("num_tokens", [960, 967])
 def test_every_document_and_the_whole_source(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit, "_STRETCH_WINDOWS", 7)  # so that the whole source takes several stretches
+    monkeypatch.setattr(visits, "_STRETCH_WINDOWS", 7)  # so that the whole source takes several stretches
     ring = Ring(num_tokens, 16, 5, "chem")
     for count in (0, 1, 59, 60, 61, 333):
         total = 0
