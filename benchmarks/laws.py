@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import machine
-from benchmarks.synthetic_runs import (
+from spt_fast import laws
+from spt_fast.laws.base import Law
+from tests.synthetic_runs import (
     FRACTIONS,
     OVERFITTING,
     TABLES,
@@ -37,8 +39,6 @@ from benchmarks.synthetic_runs import (
     noisy,
     overfitting_grid,
 )
-from spt_fast import laws
-from spt_fast.laws.base import Law
 
 NOISE = 0.01
 LEVEL = 0.9

@@ -1,4 +1,4 @@
-"""A short campaign of benchmarks/fuzz.py: no damaged input ends in a traceback, a hang, or in being believed."""
+"""A short campaign of tests/fuzz.py: no damaged input ends in a traceback, a hang, or in being believed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fuzz
 from spt_fast.errors import DataError
+from tests import fuzz
 
 
 def test_nothing_damaged_is_believed_and_nothing_crashes() -> None:
     """With a seed of its own each time; in a process of its own, since it forks and must have computed nothing."""
     seed = str(int(time.time()))
-    command = [sys.executable, "-m", "benchmarks.fuzz", "--cases", "800", "--seed", seed]
+    command = [sys.executable, "-m", "tests.fuzz", "--cases", "800", "--seed", seed]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr

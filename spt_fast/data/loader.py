@@ -2,8 +2,8 @@
 
 Shapes: R = rows of this rank in a step, B = `micro` rows, T = context, S = sources.
 
-Position p of the global batch goes to row i of micro-batch m of rank r by p = (m·world + r)·micro + i. So the order of
-the data is that of the sample order alone: another world size or micro-batch deals the same global batch out differently.
+Position p of the global batch goes to row i of micro-batch m of rank r by p = (m·world + r)·micro + i. Another
+world size or micro-batch deals the same global batch out differently, and the order of the data stays.
 """
 
 from __future__ import annotations

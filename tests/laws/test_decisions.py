@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import spt_fast as spt
-from benchmarks.synthetic_runs import (
+from spt_fast import laws
+from spt_fast.errors import RecipeError
+from tests.synthetic_runs import (
     CHINCHILLA,
     CONSTRAINED,
     CROSS_DOMAIN,
@@ -26,8 +28,6 @@ from benchmarks.synthetic_runs import (
     increments,
     overfitting_grid,
 )
-from spt_fast import laws
-from spt_fast.errors import RecipeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
 

@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.synthetic_runs import (
+from spt_fast import laws
+from spt_fast.errors import DataError, RecipeError, SptError
+from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, solve
+from spt_fast.laws.powers import in_tokens, rising
+from tests.synthetic_runs import (
     CHINCHILLA,
     DCPT_GRID,
     DOMAIN,
@@ -25,10 +29,6 @@ from benchmarks.synthetic_runs import (
     grid,
     overfitting_grid,
 )
-from spt_fast import laws
-from spt_fast.errors import DataError, RecipeError, SptError
-from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, solve
-from spt_fast.laws.powers import in_tokens, rising
 
 TABLE = drawn(CHINCHILLA, TABLES["Chinchilla"][2], np.random.default_rng(0))
 OF_FINETUNING = finetuned(overfitting_grid(), np.random.default_rng(0))

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.synthetic_runs import (
+from spt_fast import laws
+from spt_fast.laws.fitting import Fit, solve
+from tests.synthetic_runs import (
     CROSS_DOMAIN,
     DCPT_GRID,
     DOMAIN,
@@ -29,8 +31,6 @@ from benchmarks.synthetic_runs import (
     noisy,
     overfitting_grid,
 )
-from spt_fast import laws
-from spt_fast.laws.fitting import Fit, solve
 
 pytestmark = pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.synthetic_runs import DOMAIN, GENERAL, OVERFITTING, gain
 from spt_fast import laws
 from spt_fast.study.runs_table import COLUMNS
+from tests.synthetic_runs import DOMAIN, GENERAL, OVERFITTING, gain
 
 PARAMS, DOMAIN_TOKENS = 109_000_000, 300_000_000
 """The size of model and corpus that OVERFITTING, and `gain` by finetuning, hold for as they are."""

@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from benchmarks.synthetic_runs import DOMAIN, OVERFITTING
 from spt_fast import cli
 from spt_fast.errors import RecipeError
 from spt_fast.study import fits, views
@@ -32,6 +31,7 @@ from tests.study.synthetic import (
     dcpt_table,
     spt_table,
 )
+from tests.synthetic_runs import DOMAIN, OVERFITTING
 
 SIZES = (41_000_000, PARAMS, 334_000_000)
 SPT = spt_table()

@@ -1,0 +1,580 @@
+"""Damaged input: recipes, `--set` values, token datasets and checkpoints, broken in every way that comes to mind.
+
+    python -m tests.fuzz [TARGET …] [--cases N] [--seed N] [--only TARGET:CASE] [--json FILE]
+
+recipe      YAML: cut short, bits flipped, fields deleted, swapped or given twice, values of the wrong type or size,
+            deep nesting, text that is no UTF-8. One that is accepted must read back as itself, and plan or be refused
+set         `--set KEY=VALUE`, keys and values of every kind
+dataset     our format, Megatron, llm.c, .npy and headerless ids with an index: headers, indices and ids damaged, hashes
+            made to fit again or not
+checkpoint  manifest, state and tensors damaged, names that lead out of the folder, the manifest's own hash made to fit
+weights     the header of model.safetensors
+
+Every case must end in a refusal (an SptError) or in something sound, within a time limit and a limit on memory. A crash
+of the process, another exception, and damage that is taken for the real thing are failures. Sound is: of our datasets
+what `verify` finds whole and equal to the original, or (its hashes made to fit) whole by its own hashes; of others, ids
+and document ends inside their file, with another digest than the original's unless they equal it, so that a resumed run
+refuses them; of a checkpoint, the same state and the same tensors, with every file's hash checked.
+
+A case depends on seed, target and number only; `--only` repeats one. Cases run in forked processes, so that one that
+dies or hangs costs the campaign nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import mmap
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes in: a pool of threads would not survive the fork
+
+import numpy as np
+import torch
+import yaml
+
+from spt_fast.config import load_recipe
+from spt_fast.data import formats
+from spt_fast.data.inspection import verify_all
+from spt_fast.data.shards import TokenDataset
+from spt_fast.errors import SptError
+from spt_fast.model import hf
+from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.train import checkpoint
+from spt_fast.train.plan import make_plan
+from spt_fast.train.snapshot import Snapshot
+from spt_fast.train.world import ALONE
+from tests import tiny
+
+CASE_SECONDS = 5
+CASE_BYTES = 1 << 30
+"""Of address space, beyond what the process has when the case begins."""
+
+HARD: list[Any] = [
+    *(None, True, False, 0, 1, -1, 255, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, -(2**63), 2**64, 10**30, 10**400),
+    *(0.0, -0.0, 0.5, 1e-320, 1e308, float("nan"), float("inf"), float("-inf")),
+    *("", " ", "x", "0", "-1", "1e3", "1e999999999", "1e-999999999", "9" * 5000, "1/0", "1/3", "100%", "1e99%", "NaN"),
+    *(
+        "../../../etc/passwd",
+        "/etc/passwd",
+        ".",
+        "..",
+        "a\0b",
+        "\ud800",
+        "é" * 300,
+        "x" * 10_000,
+        "1e999",
+        "1e1_000_000_000",
+        "uint16",
+        "float32",
+    ),
+    *([], {}, [[]], [1, 2], {"a": 1}, {1: 2}, [None], ["1e-3", "2"], {"lr": []}, {"general": "1/2", "chem": "1/2"}),
+]
+
+
+HARD_YAML = [
+    *("[", "{", "]", "{a: 1, a: 2}", "&a [*a]", "!!python/object:os.system x", "2024-13-45", "? x", "<<: 1", "\x00"),
+    *("{<<: [1]}", "[" * 3000, "0x" + "f" * 5000, "2e99999999", "1" * 5000, "1" * 5000 + "%", "1e1_000_000_000%"),
+]
+KEYS = [
+    "phases",
+    "0",
+    "-1",
+    "99",
+    "9" * 5000,
+    "²",
+    "",
+    "x",
+    "pretrain",
+    "optimizer",
+    "lr",
+    "model",
+    "stop",
+    "on",
+    "name",
+]
+"""Parts of `--set` keys."""
+PLAUSIBLE = ["1e-3", "0.5", "1", "7", "8", "10%", "3 steps", "true", "null", "2K", "cosine", "local", "fp32", "a/b"]
+
+
+class TooLong(BaseException):
+    """A case that went on for more than CASE_SECONDS."""
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+def hard_value(rng: random.Random) -> Any:
+    if rng.random() < 0.02:
+        value: Any = 1
+        for _ in range(rng.choice([20, 90])):
+            value = [value] if rng.random() < 0.5 else {"a": value}
+        return value
+    return rng.choice(HARD)
+
+
+def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
+    """One to three bits or stretches changed."""
+    content = bytearray(data)
+    for _ in range(rng.randint(1, 3)):
+        at, length = rng.randrange(len(content) + 1), rng.choice([1, 2, 4, 8, 50])
+        kind = rng.choice(["cut", "flip", "flip", "number", "insert", "delete", "double", "move", "no text", "nest"])
+        if kind == "cut":
+            del content[at:]
+        elif kind == "flip" and at < len(content):
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == "number":
+            at -= at % 8
+            content[at : at + 8] = struct.pack("<q", rng.choice([0, 1, -1, 2**31, 2**62, -(2**63), 2**63 - 1]))
+        elif kind == "insert":
+            content[at:at] = rng.randbytes(length)
+        elif kind == "delete":
+            del content[at : at + length]
+        elif kind == "double":
+            content[at:at] = content[at : at + 50]
+        elif kind == "move":
+            moved = content[at : at + length]
+            del content[at : at + length]
+            content[0:0] = moved
+        elif kind == "no text":
+            content[at:at] = b"\xff\xfe\x80"
+        elif kind == "nest":
+            content[at:at] = rng.choice([b"[", b"{", b'{"a":', b"(", b"- "]) * rng.choice([3, 100, 3000])
+    return bytes(content)
+
+
+def places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) of nested dicts and lists."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in list(items):
+        yield tree, key
+        yield from places(value)
+
+
+def damaged_tree(tree: Any, rng: random.Random) -> Any:
+    """One or two fields replaced, deleted, renamed, doubled in value, or swapped with another."""
+    tree = copy.deepcopy(tree)
+    for _ in range(rng.choice([1, 1, 2])):
+        all_places = list(places(tree))
+        if not all_places:
+            return tree
+        (node, key), (other, other_key) = rng.choice(all_places), rng.choice(all_places)
+        kind = rng.choice(["replace", "replace", "replace", "delete", "rename", "swap", "scale"])
+        if kind == "replace":
+            node[key] = hard_value(rng)
+        elif kind == "delete":
+            del node[key]
+        elif kind == "rename" and isinstance(node, dict):
+            renamed = rng.choice(["x", "../x", key + "x" if isinstance(key, str) else "y", "", "format", "state.json"])
+            node[renamed] = node.pop(key)
+        elif kind == "swap":
+            node[key], other[other_key] = copy.deepcopy(other[other_key]), copy.deepcopy(node[key])
+        elif kind == "scale" and isinstance(node[key], int):
+            node[key] *= rng.choice([-1, 0, 2, 10**9])
+    return tree
+
+
+def dotted(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every place of nested dicts and lists, as `--set` writes it, with what is there."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield f"{prefix}{key}", value
+        yield from dotted(value, f"{prefix}{key}.")
+
+
+def twice(text: str, rng: random.Random) -> str:
+    """The text with one of its lines given twice."""
+    lines = text.splitlines()
+    i = rng.randrange(len(lines))
+    return "\n".join([*lines[: i + 1], lines[i].rstrip(",") + ",", *lines[i + 1 :]])
+
+
+def as_json(tree: Any) -> bytes:
+    return json.dumps(tree, indent=1).encode("utf-8", "surrogatepass")
+
+
+# ------------------------------------------------------------------------------------------------ targets
+
+
+class Recipes:
+    """`recipe` and `set`."""
+
+    def __init__(self, folder: Path) -> None:
+        tiny.write_corpora(folder)
+        self.folder, self.path = folder, folder / "case.yaml"
+        self.raw = tiny.raw_recipe(folder)
+        self.raw["phases"][0]["batch"]["micro"] = 2
+        self.raw |= {"seed": 1, "precision": "auto", "engine": {"name": "local", "stage": 1, "offload": "none"}}
+        self.text, self.places = yaml.safe_dump(self.raw), list(dotted(self.raw))
+
+    def recipe(self, rng: random.Random) -> str:
+        kind = rng.random()
+        if kind < 0.4:
+            self.path.write_bytes(damaged_bytes(self.text.encode(), rng))
+        elif kind < 0.5:
+            self.path.write_text(twice(self.text, rng).replace(",\n", "\n"))
+        else:
+            text = yaml.safe_dump(damaged_tree(self.raw, rng), allow_unicode=True)
+            self.path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        return self.sound([])
+
+    def set(self, rng: random.Random) -> str:
+        self.path.write_text(self.text)
+        overrides = []
+        for _ in range(rng.randint(1, 3)):
+            key, before = rng.choice(self.places)
+            value = rng.choice([*PLAUSIBLE, *[json.dumps(before)] * 10])
+            if rng.random() < 0.2:
+                key = ".".join(rng.choice(KEYS) for _ in range(rng.randint(1, 4)))
+            if rng.random() < 0.4:
+                value = rng.choice([rng.choice(HARD_YAML), yaml.safe_dump(hard_value(rng), default_flow_style=True)])
+            overrides.append(rng.choice([*[f"{key}={value}"] * 9, key, f"={value}", f"{key}=={value}"]))
+        return self.sound(overrides)
+
+    def sound(self, overrides: list[str]) -> str:
+        recipe = load_recipe(self.path, overrides)
+        self.path.write_text(yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        assert load_recipe(self.path) == recipe, "the resolved recipe does not read back as itself"
+        assert recipe.changes(recipe) == []
+        make_plan(recipe)
+        return "accepted, reads back and plans"
+
+
+class Datasets:
+    """`dataset`: one of each format."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "data"
+        whole = tiny.write_dataset(self.folder / "ours" / "d", 1, 600)
+        ids, ends = np.fromfile(f"{whole}.bin", np.uint16), np.fromfile(f"{whole}.idx", np.int64)
+        for name in ("megatron", "llm.c", "npy", "headerless"):
+            (self.folder / name).mkdir()
+        lengths = np.diff(ends, prepend=0).astype(np.int32)
+        header = formats.MEGATRON_HEADER.pack(formats.MEGATRON_MAGIC, 1, 8, len(ends), len(ends) + 1)
+        starts = np.arange(len(ends) + 1, dtype=np.int64)
+        index = header + lengths.tobytes() + ((ends - lengths) * 2).tobytes() + starts.tobytes()
+        (self.folder / "megatron" / "d.idx").write_bytes(index)
+        ids.tofile(self.folder / "megatron" / "d.bin")
+        header = struct.pack("<iii", 20240520, 1, len(ids)).ljust(formats.LLMC_HEADER_BYTES, b"\0")
+        (self.folder / "llm.c" / "d.bin").write_bytes(header + ids.tobytes())
+        np.save(self.folder / "npy" / "d.npy", ids)
+        ids.tofile(self.folder / "headerless" / "d.bin")
+        ends.tofile(self.folder / "headerless" / "d.bin.index")
+        self.originals = {name: self.open(self.folder / name) for name in os.listdir(self.folder)}
+        self.files = {
+            name: {path.name: path.read_bytes() for path in sorted((self.folder / name).iterdir())}
+            for name in self.originals
+        }
+
+    def open(self, folder: Path) -> TokenDataset:
+        return TokenDataset.open(folder / "d", "uint16" if folder.name == "headerless" else None)
+
+    def dataset(self, rng: random.Random) -> str:
+        name = rng.choice(sorted(self.originals))
+        here = self.folder.parent / "case" / name
+        shutil.rmtree(here, ignore_errors=True)
+        here.mkdir(parents=True)
+        files = dict(self.files[name])
+        target = rng.choice([file for file in files for _ in range(1 if file == "d.bin" and len(files) > 1 else 3)])
+        forged = name == "ours" and rng.random() < 0.4
+        if forged:
+            files["d.json"] = self.forged(json.loads(files["d.json"]), rng)
+        elif target == "d.json" and rng.random() < 0.5:
+            damaged = damaged_tree(json.loads(files[target]), rng)
+            files[target] = rng.choice([as_json(damaged), twice(files[target].decode(), rng).encode()])
+        elif name == "npy" and rng.random() < 0.5:
+            files[target] = self.npy(files[target], rng)
+        elif rng.random() < 0.1:
+            del files[target]
+        else:
+            head = rng.choice([64, 1100, len(files[target])])
+            files[target] = damaged_bytes(files[target][:head], rng) + files[target][head:]
+        for file, content in files.items():
+            (here / file).write_bytes(content)
+        return self.sound(name, self.open(here), forged)
+
+    def forged(self, metadata: Any, rng: random.Random) -> bytes:
+        """Damaged metadata whose own hash fits."""
+        del metadata["sha256"]
+        damaged = damaged_tree(metadata, rng)
+        text = json.dumps(damaged, sort_keys=True)
+        return as_json(damaged | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+    def npy(self, content: bytes, rng: random.Random) -> bytes:
+        """A header of its own: well framed, oddly filled."""
+        shape = rng.choice(["(600,)", "(-1,)", "()", "(3, 200)", "(True,)", "600", "(1e3,)", "(" * 300, "(10**9,)"])
+        dtype = rng.choice(["'<u2'", "'>u2'", "'<f4'", "'O'", "'|b1'", "[('a','<u2')]", "'<M8[ns]'", "3", "''"])
+        header = f"{{'descr': {dtype}, 'fortran_order': {rng.choice(['False', 'True', '0'])}, 'shape': {shape}, }}"
+        header = damaged_bytes(header.encode(), rng).decode("latin1") if rng.random() < 0.5 else header
+        data = content[128:]
+        encoded = header.encode("latin1")[:60_000]
+        return (
+            formats.NPY_MAGIC + bytes([rng.choice([1, 1, 2, 3]), 0]) + struct.pack("<H", len(encoded)) + encoded + data
+        )
+
+    def sound(self, name: str, found: TokenDataset, forged: bool) -> str:
+        original = self.originals[name]
+        int(np.asarray(found.tokens, dtype=np.uint64).sum())  # every id is really there
+        verify_all(found)
+        ends = found.document_ends
+        if ends is not None and len(ends):
+            assert ends[0] >= 0, "a document ends before the text begins"
+            assert np.all(ends[1:] >= ends[:-1]), "document ends fall"
+            assert ends[-1] == found.num_tokens, "the last document does not end with the text"
+        equal = np.array_equal(found.tokens, original.tokens) and np.array_equal(ends, original.document_ends)
+        if found.metadata is not None and original.metadata is not None and not forged:
+            assert equal, "ids or documents changed, and verify found nothing"
+            assert found.metadata == original.metadata, "metadata changed, and nothing was found"
+            return "accepted, equal"
+        if found.metadata is not None:
+            for file in ("d.bin", "d.idx"):
+                assert (found.path.parent / file).read_bytes() == self.files[name][file]
+            assert equal, "forged metadata read other ids or documents out of the same files"
+            return "accepted, the same ids under metadata that was forged"
+        assert equal or found.digest != original.digest, "another content has the same digest"
+        return "accepted, equal" if equal else "accepted as another content with another digest"
+
+
+class Checkpoints:
+    """`checkpoint`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "checkpoints"
+        generator = torch.Generator().manual_seed(0)
+        snapshot = Snapshot({str(i): torch.randn(3, 2 + i, generator=generator) for i in range(4)})
+        writer = checkpoint.Writer(self.folder, ALONE, checkpoint.Retention(1))
+        state = {"model": {"layers": 1}, "train": {"phase": 0, "counts": {"a": 3}, "seconds": 1.5}, "data": {"a": "b"}}
+        writer.save("step-0000000001-p00-a000", state, {"current": snapshot, "best": snapshot})
+        writer.finish()
+        self.path = self.folder / "step-0000000001-p00-a000"
+        self.files = {path.name: path.read_bytes() for path in self.path.iterdir()}
+        self.state, self.tensors = checkpoint.read(self.path), self.bytes_of(self.path)
+
+    def bytes_of(self, path: Path) -> dict[str, dict[str, bytes]]:
+        return {
+            kind: {name: tensor.numpy().tobytes() for name, tensor in snapshot.tensors().items()}
+            for kind, snapshot in checkpoint.load(path).items()
+        }
+
+    def checkpoint(self, rng: random.Random) -> str:
+        here = self.folder.parent / "case" / "checkpoints" / self.path.name
+        shutil.rmtree(here.parent, ignore_errors=True)
+        shutil.copytree(self.path, here)
+        shutil.copytree(self.path, here.parent / "other")
+        file, kind = rng.choice(sorted(self.files)), rng.random()
+        manifest = json.loads(self.files["manifest.json"])
+        if kind < 0.35:
+            (here / file).write_bytes(damaged_bytes(self.files[file], rng))
+        elif kind < 0.4:
+            (here / file).unlink()
+            if rng.random() < 0.5:
+                (here / file).mkdir()
+        elif kind < 0.45:
+            (here / rng.choice(["current-00001.safetensors", "kept-00000.safetensors"])).write_bytes(self.files[file])
+        elif kind < 0.55:
+            (here / "manifest.json").write_bytes(as_json(damaged_tree(manifest, rng)))
+        elif kind < 0.6:
+            (here / "manifest.json").write_text(twice(self.files["manifest.json"].decode(), rng))
+        else:
+            del manifest["sha256"]
+            manifest = self.led_astray(manifest, rng) if kind < 0.8 else damaged_tree(manifest, rng)
+            text = json.dumps(manifest, sort_keys=True)
+            manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+            (here / "manifest.json").write_bytes(as_json(manifest))
+        return self.sound(here)
+
+    def led_astray(self, manifest: Any, rng: random.Random) -> Any:
+        """A manifest that speaks of other files than those of its folder, all of them there and whole."""
+        files, name = manifest["files"], rng.choice(sorted(manifest["files"]))
+        ways = [f"../other/{name}", f"../{self.path.name}/{name}", f"./{name}", str(self.path / name), f"x/../{name}"]
+        if rng.random() < 0.3:
+            del files[name]
+        else:
+            files[rng.choice(ways)] = files[name] if rng.random() < 0.3 else files.pop(name)
+        return manifest
+
+    def sound(self, here: Path) -> str:
+        state = checkpoint.read(here)
+        assert state == self.state, "another state"
+        assert self.bytes_of(here) == self.tensors, "other tensors"
+        listed = set(json.loads((here / "manifest.json").read_text())["files"])
+        assert listed == {path.name for path in here.iterdir()} - {"manifest.json"}, f"hashed were {sorted(listed)}"
+        return "accepted, equal"
+
+
+class Weights:
+    """`weights`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.case = folder / "weights", folder / "case" / "weights"
+        config = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=16, context=8, vocab_size=32)
+        GPT(config, seed=0).save_hf(self.folder)
+        self.content = (self.folder / hf.WEIGHTS).read_bytes()
+        self.header_bytes = 8 + struct.unpack("<Q", self.content[:8])[0]
+
+    def weights(self, rng: random.Random) -> str:
+        shutil.rmtree(self.case, ignore_errors=True)
+        shutil.copytree(self.folder, self.case)
+        header, data = self.content[: self.header_bytes], self.content[self.header_bytes :]
+        if rng.random() < 0.5:
+            header = damaged_bytes(header, rng)
+        else:
+            text = as_json(damaged_tree(json.loads(header[8:]), rng))
+            header = struct.pack("<Q", len(text)) + text
+        (self.case / hf.WEIGHTS).write_bytes(header + data[: rng.choice([len(data), len(data), 100])])
+        hf.load(self.case)
+        return "accepted, every tensor of the shape that the configuration gives"
+
+
+# ------------------------------------------------------------------------------------------------ the campaign
+
+SHARES = {"recipe": 0.35, "set": 0.15, "dataset": 0.3, "checkpoint": 0.15, "weights": 0.05}
+"""Of the cases."""
+
+
+def targets(folder: Path) -> dict[str, Callable[[random.Random], str]]:
+    """By name, what damages something by a random source and returns how it was taken, or raises."""
+    recipes = Recipes(folder)
+    return {
+        "recipe": recipes.recipe,
+        "set": recipes.set,
+        "dataset": Datasets(folder).dataset,
+        "checkpoint": Checkpoints(folder).checkpoint,
+        "weights": Weights(folder).weights,
+    }
+
+
+def outcome(act: Callable[[random.Random], str], seed: int, target: str, case: int) -> tuple[bool, str]:
+    """Whether the case ended as it should, and how."""
+
+    def too_long(number: int, frame: FrameType | None) -> None:
+        raise TooLong
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, CASE_SECONDS)
+    try:
+        return True, act(random.Random(f"{seed} {target} {case}"))
+    except SptError as error:
+        return bool(str(error)), "refused"
+    except BaseException as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if "spt_fast" in f.filename]
+        place = ours[-1] if ours else where
+        return False, f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}: {str(error)[:200]}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def run_cases(act: Callable[[random.Random], str], seed: int, target: str, cases: range) -> list[tuple[int, bool, str]]:
+    """(case, as it should, how) of every case, in forked processes: one that dies is followed by the next."""
+    results: list[tuple[int, bool, str]] = []
+    while len(results) < len(cases):
+        reader, writer = os.pipe()
+        at = mmap.mmap(-1, 8)
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            limit_memory()
+            with open(writer, "w") as file:
+                for case in cases[len(results) :]:
+                    at[:8] = struct.pack("<q", case)
+                    file.write(json.dumps([case, *outcome(act, seed, target, case)]) + "\n")
+                    file.flush()
+            os._exit(0)
+        os.close(writer)
+        with open(reader) as file, watched(pid, at):
+            results += [tuple(json.loads(line)) for line in file]
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if len(results) < len(cases):
+            died = struct.unpack("<q", at[:8])[0]
+            results.append((died, False, f"the process ended with {status}"))
+    return results
+
+
+class watched:
+    """While this lasts, a child that stays at one case for twice its time is killed: a hang inside a library."""
+
+    def __init__(self, pid: int, at: mmap.mmap) -> None:
+        self.pid, self.at, self.last, self.since = pid, at, b"", time.monotonic()
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGALRM, self.look)
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
+
+    def look(self, number: int, frame: FrameType | None) -> None:
+        if self.at[:8] != self.last:
+            self.last, self.since = self.at[:8], time.monotonic()
+        elif time.monotonic() - self.since > 2 * CASE_SECONDS:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def __exit__(self, *error: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def limit_memory() -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + CASE_BYTES, used + CASE_BYTES))
+
+
+def fuzz(folder: Path, names: list[str], *, cases: int, seed: int) -> dict[str, Any]:
+    """What came out of `cases` cases over these targets."""
+    began = time.monotonic()
+    acts, counts, failures = targets(folder), Counter[str](), []
+    for name in names:
+        share = round(cases * SHARES[name] / sum(SHARES[n] for n in names))
+        results = run_cases(acts[name], seed, name, range(share))
+        counts.update(f"{name}: {how if fine else 'FAILED'}" for _, fine, how in results)
+        failures += [f"{name}:{case}: {how}" for case, fine, how in results if not fine]
+        print(f"[{time.monotonic() - began:6.1f} s] {name}: {len(results)} cases, {len(failures)} failures", flush=True)
+    seconds = round(time.monotonic() - began, 1)
+    total = sum(counts.values())
+    return {"seed": seed, "cases": total, "counts": dict(counts), "failures": failures, "seconds": seconds}
+
+
+def main(machine: dict[str, Any] | None = None) -> None:
+    """machine: what stands beside the results in JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(SHARES) + "; all of them without any")
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="TARGET:CASE", help="repeat one case here, and show its error whole")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.targets) - set(SHARES))
+    if unknown:
+        parser.error(f"no target {unknown[0]!r}; there are {', '.join(SHARES)}")
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        if arguments.only:
+            name, _, case = arguments.only.partition(":")
+            print(targets(Path(folder))[name](random.Random(f"{arguments.seed} {name} {case}")))
+            return
+        results = fuzz(Path(folder), arguments.targets or list(SHARES), cases=arguments.cases, seed=arguments.seed)
+    for name, value in results["counts"].items():
+        print(f"{name:<80}{value:>6}")
+    for failure in results["failures"]:
+        print(failure)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    print(
+        f"seed {results['seed']}: {len(results['failures'])} failures of {results['cases']} in {results['seconds']} s"
+    )
+    sys.exit(bool(results["failures"]))
+
+
+if __name__ == "__main__":
+    main()
