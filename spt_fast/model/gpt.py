@@ -118,8 +118,9 @@ class GPT(nn.Module):
     """A GPT of the given shape, its parameters drawn by `seed` alone.
 
     Matrices are normal with standard deviation 0.02, the two projections into the residual stream of each block with
-    0.02 / sqrt(2·layers) (GPT-2); norms are 1. Numbers are drawn on the CPU by their own generator, so that they are
-    the same on every device and the global generator neither matters nor moves. On the meta device nothing is drawn.
+    0.02 / sqrt(2·layers) (GPT-2); norms are 1, biases 0. Numbers are drawn on the CPU by their own generator, so that
+    they are the same on every device and the global generator neither matters nor moves. On the meta device nothing is
+    drawn.
     """
 
     embedding: nn.Parameter
@@ -133,8 +134,8 @@ class GPT(nn.Module):
         """What the backward pass recomputes to save memory: nothing; within a block all but matmuls and attention
         ("selective"); or whole blocks ("full"). Changes no result."""
         self.fp8 = False
-        """Whether training takes the blocks' wide matmuls in fp8 (kernels/fp8.py). Without gradients, in evaluation
-        and generation, nothing is: those are losses and texts of the weights as they will be used."""
+        """Whether training takes the blocks' wide matmuls in fp8 (kernels/fp8.py). Evaluation and generation never do:
+        they measure the weights as they will be used."""
         _register(self, around_blocks(config))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self._rope_tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -175,7 +176,9 @@ class GPT(nn.Module):
         """
         B, T = tokens_BT.shape
         if self.config.context < T:
-            raise ValueError(f"GPT: {T} tokens in a sequence, but the model's context is {self.config.context}")
+            raise ValueError(
+                f"tokens: {T} tokens in a sequence, but the model's context is {self.config.context}; cut it"
+            )
         cos, sin = self._cos_sin(B, T, cu_seqlens)
         eps = self.config.norm_eps
 
@@ -194,7 +197,7 @@ class GPT(nn.Module):
                     *arguments,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=_keep_products if self.checkpointing == "selective" else checkpoint.noop_context_fn,
+                    context_fn=_keep_matmuls if self.checkpointing == "selective" else checkpoint.noop_context_fn,
                 )
 
         if targets_BT is None:
@@ -242,18 +245,18 @@ class GPT(nn.Module):
         hf.save(self.config, dict(self.named_parameters()), folder, tokenizer, dtype)
 
     def generate(self, tokens: list[int], new_tokens: int, **sampling: Any) -> list[int]:
-        """Samples a continuation; `sampling` as of spt_fast.model.generate.generate."""
+        """The tokens and up to `new_tokens` sampled after them; `sampling` as in spt_fast.model.generate.generate."""
         device = self.embedding.device
         return generate.generate(self, tokens, new_tokens, context=self.config.context, device=device, **sampling)
 
 
-def _keep_products() -> tuple[Any, Any]:
+def _keep_matmuls() -> tuple[Any, Any]:
     """Of a checkpointed block the results of matmuls and attention are kept; what is cheap is recomputed."""
 
-    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.spt_fast.fp8_linear.default)
+    matmuls = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.spt_fast.fp8_linear.default)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
-        dear = op in products or "attention" in str(op)
+        dear = op in matmuls or "attention" in str(op)
         return checkpoint.CheckpointPolicy.MUST_SAVE if dear else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
     return checkpoint.create_selective_checkpoint_contexts(policy)

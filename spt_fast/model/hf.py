@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spt_fast.errors import CheckpointError
+from spt_fast.errors import CheckpointError, invalid, shown
 from spt_fast.files import sync
 from spt_fast.model.config import GPTConfig, RopeScaling
 from spt_fast.model.parameters import table
@@ -117,7 +117,7 @@ def save(
     folder = Path(folder)
     dtype = dtype or weights["embedding"].dtype
     if dtype not in DTYPES:
-        raise CheckpointError(f"dtype: weights can be saved as float32, bfloat16 or float16, not {dtype}")
+        raise CheckpointError(invalid("dtype", dtype, "float32, bfloat16 or float16"))
     if _family(config) == "llama" and config.width % config.heads:
         warnings.warn(
             f"{folder}: transformers loads no Llama whose {config.heads} heads don't divide its width "
@@ -165,7 +165,7 @@ def read_config(folder: str | Path) -> GPTConfig:
 
     model_type = hf.get("model_type")
     if model_type not in FAMILIES:
-        raise CheckpointError(f"{file}: model_type {model_type!r} cannot be represented; {' and '.join(FAMILIES)} can")
+        raise CheckpointError(f"{file}: model_type {model_type!r} cannot be represented; known: {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     refused: dict[str, Callable[[Any], bool]] = {
         "architectures": lambda names: bool(names) and names != [family.architecture],
@@ -186,7 +186,7 @@ def read_config(folder: str | Path) -> GPTConfig:
         found[rope_field] = rope
     if found:
         field, value = next(iter(found.items()))
-        raise CheckpointError(f"{file}: {field} {json.dumps(value)} cannot be represented by a GPT")
+        raise CheckpointError(f"{file}: {field} {shown(value)} cannot be represented by a GPT")
 
     unsaid = {
         "num_key_value_heads": hf.get("num_attention_heads"),
