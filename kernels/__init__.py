@@ -28,4 +28,5 @@ from spt_fast.kernels.rotary import qk_norm_rope as qk_norm_rope
 from spt_fast.kernels.rotary import rope as rope
 
 for _file in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_file.name}")
+    # Not by __name__: transformers imports `kernels`, in a checkout this folder, and ops defined twice crash.
+    importlib.import_module(f"spt_fast.kernels.{_file.name}")

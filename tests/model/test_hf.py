@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import json
 import random
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -191,6 +193,13 @@ def test_an_untied_model_stays_untied(tmp_path: Path, folder: Path) -> None:
     assert back.head is not None
     assert torch.equal(back.head, model.head)
     assert_same_logits(back, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "untied"), 1)
+
+
+def test_that_transformers_imports_kernels_leaves_our_ops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a checkout that name is our folder; to define an op again takes the first one's code away."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    importlib.import_module("kernels")
+    assert not [name for name in sys.modules if name.startswith("kernels.")]
 
 
 # --------------------------------------------------------------------------------------------------------- precision
