@@ -1,19 +1,26 @@
 """How well laws are recovered from noisy runs: 100 tables drawn from each with 1% noise, fitted, and judged on new
 points.
 
-    python -m benchmarks.laws [--draws N] [--json FILE]
+    python -m benchmarks.laws [--draws N] [--json FILE] [--fits]
 
 Held-out points lie beyond the fitted ones: at twice the size (D-CPT: at ratios that were not run, too), or at up to
 1.67 times the budget (overfitting, finetuned, CMR; CMR at ratios that were not run). `error` is the mean relative
 error of their predictions against the truth without noise, the mean over draws and the worst draw; `covered` is the
 share of new noisy points inside of 90% prediction intervals, for the inputs of the fit and for the held-out ones.
 Seconds are of CPU time.
+
+Then `spt-fast fit` as a process of its own on whole tables of runs, from start to end: seconds by the clock and of CPU
+time, and the most memory that it held. `--fits` measures these only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -21,10 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from benchmarks.machine import machine
 from spt_fast import laws
 from spt_fast.laws.base import Law
+from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, dcpt_table, spt_table
 from tests.synthetic_runs import (
     FRACTIONS,
     OVERFITTING,
@@ -42,6 +51,27 @@ from tests.synthetic_runs import (
 
 NOISE = 0.01
 LEVEL = 0.9
+B = 10**9
+
+STUDIES: dict[str, Callable[[], pd.DataFrame]] = {
+    "42 runs, SPT": lambda: spt_table(
+        deltas=(0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1),
+        budgets=tuple(b * B for b in (20, 50, 100, 150, 200)),
+        seeds=(0,),
+    ),
+    "42 runs, D-CPT": lambda: dcpt_table(deltas=(0.0, 0.1, 0.2, 0.33, 0.5, 0.75, 1.0), seeds=(0, 1, 2)),
+    "5,040 runs, SPT": lambda: spt_table(
+        deltas=(0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1),
+        budgets=tuple(b * B for b in (20, 40, 60, 80, 100, 125, 150, 200)),
+        seeds=range(8),
+        params=tuple(round(PARAMS * 1.5**i) for i in range(5)),
+        domain_tokens=(DOMAIN_TOKENS // 10, DOMAIN_TOKENS),
+    ),
+    "5,000 runs, D-CPT": lambda: dcpt_table(
+        deltas=np.linspace(0, 1, 25).round(3).tolist(), params=[round(2e8 * 1.3**i) for i in range(10)], seeds=range(20)
+    ),
+}
+"""Tables of runs for `spt-fast fit`."""
 
 
 def held_out(name: str, table: Table) -> Table:
@@ -107,22 +137,27 @@ def critical_mixture(rng: np.random.Generator) -> dict[str, float]:
     return one_draw(laws.CMRLaw(), table, places, rng)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=100)
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore", laws.LawWarning)
-    draw_from = {name: by_formula(name) for name in TABLES}
-    draw_from |= {"after finetuning": post_finetune, "CMR, general": critical_mixture}
-    about = machine("numpy", "scipy")
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    print(f"{'':<20}{'fit s':>8}{'worst':>7}{'covered':>9}{'held-out':>9}{'error %':>9}{'worst':>7}")
+def fit_of_study(table: pd.DataFrame) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "table.parquet"
+        table.to_parquet(path, index=False)
+        began = time.perf_counter()
+        fit = subprocess.Popen(
+            [sys.executable, "-m", "spt_fast", "fit", str(path), "--json"], stdout=subprocess.DEVNULL
+        )
+        _, status, used = os.wait4(fit.pid, 0)
+        assert status == 0
+        seconds = time.perf_counter() - began
+    return {"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": 1024 * used.ru_maxrss}
+
+
+def recoveries(draw_from: dict[str, Callable[[np.random.Generator], dict[str, float]]], draws: int) -> dict[str, Any]:
     results = {}
+    print(f"{'':<20}{'fit s':>8}{'worst':>7}{'covered':>9}{'held-out':>9}{'error %':>9}{'worst':>7}")
     for name, draw in draw_from.items():
-        draws = [draw(np.random.default_rng(seed)) for seed in range(arguments.draws)]
-        mean = {key: float(np.mean([d[key] for d in draws])) for key in draws[0]}
-        worst = {key: float(np.max([d[key] for d in draws])) for key in draws[0]}
+        drawn_tables = [draw(np.random.default_rng(seed)) for seed in range(draws)]
+        mean = {key: float(np.mean([d[key] for d in drawn_tables])) for key in drawn_tables[0]}
+        worst = {key: float(np.max([d[key] for d in drawn_tables])) for key in drawn_tables[0]}
         results[name] = {"mean": mean, "worst": worst}
         print(
             f"{name:<20}{mean['seconds']:>8.2f}{worst['seconds']:>7.2f}{mean['fitted covered']:>9.3f}"
@@ -130,6 +165,25 @@ def main() -> None:
             f"{100 * worst['held-out error']:>7.2f}",
             flush=True,
         )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--fits", action="store_true", help="measure `spt-fast fit` only")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore", laws.LawWarning)
+    draw_from = {name: by_formula(name) for name in TABLES}
+    draw_from |= {"after finetuning": post_finetune, "CMR, general": critical_mixture}
+    about = machine("numpy", "scipy")
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    results = {} if arguments.fits else recoveries(draw_from, arguments.draws)
+    print(f"{'spt-fast fit':<20}{'s':>8}{'CPU s':>8}{'peak MB':>9}")
+    for name, study in STUDIES.items():
+        results[name] = fit = fit_of_study(study())
+        print(f"{name:<20}{fit['seconds']:>8.1f}{fit['cpu_seconds']:>8.1f}{fit['peak_bytes'] / 1e6:>9.0f}", flush=True)
     if arguments.json:
         arguments.json.write_text(
             json.dumps({"machine": about, "draws": arguments.draws, "results": results}, indent=1) + "\n"
