@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
+from spt_fast.errors import invalid
 from spt_fast.kernels import flash_attn
 from spt_fast.kernels.launch import INTERPRETED, TRITON_VERSION, Variant
 
@@ -32,6 +33,10 @@ OPS: dict[str, Op] = {}
 _preferred: list[str] = []
 
 CPU_LIBRARY = native.is_built()
+
+
+class BackendError(ValueError):
+    """A backend that the op doesn't have, or that cannot run for these tensors."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Op:
         return list(dict.fromkeys(backend for order in self.auto.values() for backend in order))
 
     def pick(self, backend: str, x: Tensor, *, passed_over: tuple[str, ...] = (), **obstacles: str | None) -> str:
-        """The backend that runs for tensors like x; ValueError for a name that is unknown or cannot run for them.
+        """The backend that runs for tensors like x; BackendError for one that is unknown or cannot run for them.
 
         `obstacles` says by backend why it cannot run this time, besides device and dtype; `auto` leaves out what is
         `passed_over`, too.
@@ -74,7 +79,7 @@ class Op:
         else:
             problem = "this op has no such backend" if backend in CONTRACT_BACKENDS else "unknown"
         known = ", ".join(("auto", *self.backends))
-        raise ValueError(f"{self.name}: backend {backend!r} cannot be used: {problem}; the op has {known}")
+        raise BackendError(invalid(f"{self.name}(backend)", backend, f"{problem}; the op has {known}"))
 
 
 @contextmanager

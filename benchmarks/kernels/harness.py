@@ -37,6 +37,7 @@ from torch import Tensor
 from benchmarks.machine import PEERS, machine
 from spt_fast.files import write_text
 from spt_fast.kernels import keep_freed_memory
+from spt_fast.kernels.backend import BackendError
 from spt_fast.kernels.launch import INTERPRETED
 from spt_fast.train.device import pick_dtype
 
@@ -376,8 +377,7 @@ def _told(problem: Exception) -> tuple[str, str]:
     said = f"{type(problem).__name__}: {lines[0][:160] if lines else ''}"
     if isinstance(problem, Absent):
         return "absent", said.removeprefix("Absent: ")
-    refused = isinstance(problem, ValueError) and "cannot be used" in said
-    return "absent" if refused else "failed", said
+    return "absent" if isinstance(problem, BackendError) else "failed", said
 
 
 def _timed(

@@ -11,10 +11,9 @@ from tests.kernels.compare import (
     backends_and_dtypes,
     random_tensors,
     run,
-    strided,
-    transposed,
     usable,
 )
+from tests.kernels.contract import Contract, Sample
 from tests.kernels.launches import BF16, FP16, FP32, compiled_launches
 
 every_backend = pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "cpu", "triton"))
@@ -26,6 +25,25 @@ def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def plain_swiglu_packed(gate_up: Tensor) -> Tensor:
     return plain_swiglu(*gate_up.chunk(2, dim=-1))
+
+
+FEW = {"rows": (2, 3, 24), "empty": ((0, 8), (3, 0), (0,), (2, 0, 4)), "many": (2000, 100), "loose": ("reference",)}
+
+
+class TestContract(Contract):
+    samples = (
+        Sample(
+            "swiglu", swiglu, plain_swiglu, lambda rows, dtype: random_tensors([rows] * 2, dtype), gradients=2, **FEW
+        ),
+        Sample(
+            "swiglu_packed",
+            swiglu_packed,
+            plain_swiglu_packed,
+            lambda rows, dtype: random_tensors([(*rows[:-1], 2 * rows[-1])], dtype),
+            gradients=1,
+            **FEW,
+        ),
+    )
 
 
 @every_backend
@@ -46,76 +64,6 @@ def test_a_single_number(backend: str, dtype: torch.dtype, shape: tuple[int, ...
     one = [x[0].view(shape) for x in (gate, up, upstream)]
     for e, f in zip(expected, run(lambda g, u: swiglu(g, u, backend=backend), one[:2], one[2:]), strict=True):
         torch.testing.assert_close(f, e[0].view(shape))
-
-
-@every_backend
-@pytest.mark.parametrize("layout", [strided, transposed])
-def test_strided_inputs_and_upstream_gradients(backend: str, dtype: torch.dtype, layout) -> None:
-    gate, up, upstream = random_tensors([(4, 6, 32)] * 3, dtype)
-    for function, inputs in (
-        (lambda g, u: swiglu(g, u, backend=backend), (gate, up)),
-        (lambda x: swiglu_packed(x, backend=backend), (torch.cat((gate, up), -1),)),
-    ):
-        expected = run(function, inputs, (upstream,))
-        for e, f in zip(expected, run(function, [layout(x) for x in inputs], (layout(upstream),)), strict=True):
-            assert torch.equal(e, f)
-
-
-@every_backend
-def test_rows_that_lie_apart(backend: str, dtype: torch.dtype) -> None:
-    """Every tensor at another distance, other numbers in between; to the last bit what rows side by side give, but in
-    the reference, whose PyTorch ops round otherwise at the end of a vector than within."""
-    same = {"rtol": 0, "atol": 0} if backend != "reference" else {}
-    apart, (gate, up, upstream) = [], random_tensors([(3, 5, 70)] * 3, dtype)
-    for x, columns in ((gate, 140), (up, 90), (upstream, 75)):
-        wide = torch.full((3, 5, columns), float("nan"), dtype=dtype, device=DEVICE)
-        wide[..., :70] = x
-        apart.append(wide[..., :70])
-    expected = run(lambda g, u: swiglu(g, u, backend=backend), (gate, up), (upstream,))
-    found = run(lambda g, u: swiglu(g, u, backend=backend), apart[:2], apart[2:])
-    y, dgate_up = run(lambda x: swiglu_packed(x, backend=backend), (torch.cat((gate, up), -1),), apart[2:])
-    for results in (found, [y, *dgate_up.chunk(2, dim=-1)]):
-        for e, f in zip(expected, results, strict=True):
-            torch.testing.assert_close(f, e, **same)
-    assert y.is_contiguous()
-    assert dgate_up.is_contiguous()
-
-
-@every_backend
-def test_an_upstream_gradient_that_is_one_number_everywhere(backend: str, dtype: torch.dtype) -> None:
-    gate, up = random_tensors([(3, 70)] * 2, dtype)
-    one = torch.ones((), dtype=dtype, device=DEVICE)
-    expanded = run(lambda g, u: swiglu(g, u, backend=backend), (gate, up), (one.expand(3, 70),))
-    for e, f in zip(
-        run(lambda g, u: swiglu(g, u, backend=backend), (gate, up), (one.repeat(3, 70),)), expanded, strict=True
-    ):
-        assert torch.equal(e, f)
-
-
-@every_backend
-def test_what_torch_asks_of_a_custom_op(backend: str, dtype: torch.dtype) -> None:
-    gate, up = (x.requires_grad_() for x in random_tensors([(5, 32)] * 2, dtype))
-    torch.library.opcheck(torch.ops.spt_fast.swiglu, (gate, up, backend))
-    torch.library.opcheck(torch.ops.spt_fast.swiglu, (gate, None, backend))
-
-
-def test_it_compiles_whole() -> None:
-    gate_up, upstream = random_tensors([(5, 64), (5, 32)], torch.float32)
-
-    def function(gate_up: Tensor) -> Tensor:
-        return swiglu_packed(gate_up) + swiglu(*gate_up.chunk(2, dim=-1))
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for e, f in zip(*(run(f, (gate_up,), (upstream,)) for f in (function, compiled)), strict=True):
-        assert torch.equal(e, f)
-
-
-def test_gradcheck() -> None:
-    torch.manual_seed(1)
-    gate, up = (torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(swiglu, (gate, up))
-    assert torch.autograd.gradcheck(swiglu_packed, (gate,))
-    assert torch.autograd.gradcheck(lambda up: swiglu(gate.detach(), up), (up,))
 
 
 @every_backend
@@ -141,18 +89,6 @@ def test_what_is_not_a_number_stays_so(backend: str, dtype: torch.dtype) -> None
         assert y.isnan().all()
         assert dgate.isnan().all()
         assert dup.isnan().all() == gate.isnan().all()
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0,), (2, 0, 4)])
-def test_empty_batch(backend: str, shape: tuple[int, ...]) -> None:
-    x = torch.empty(shape, device=DEVICE)
-    for result in run(lambda g, u: swiglu(g, u, backend=usable(backend)), (x, x.clone()), (x,)):
-        assert result.shape == shape
-    half = torch.empty(*shape[:-1], shape[-1] // 2, device=DEVICE)
-    y, dx = run(lambda x: swiglu_packed(x, backend=usable(backend)), (x,), (half,))
-    assert y.shape == half.shape
-    assert dx.shape == shape
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="takes 9 GB of a GPU")

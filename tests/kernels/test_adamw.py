@@ -14,6 +14,7 @@ from spt_fast import kernels
 from spt_fast.kernels import adamw, adamw_step, adamw_step_all
 from spt_fast.kernels.launch import INTERPRETED
 from tests.kernels.compare import DEVICE, ROUNDING, random_tensors, strided, transposed, usable
+from tests.kernels.contract import Contract, Sample, Shape
 from tests.kernels.launches import BF16, FP16, FP32, compiled_launches
 
 # What Triton's interpreter computes of masked elements.
@@ -59,6 +60,50 @@ def formula(
 def state(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     (theta,) = random_tensors([shape], dtype)
     return theta, torch.zeros_like(theta), torch.zeros_like(theta)
+
+
+def step_with_everything(
+    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, master: Tensor, anchor: Tensor, step: Tensor, *, backend: str
+) -> tuple[Tensor, ...]:
+    options = {**HYPER, "anchor": anchor, "anchor_decay": 0.1, "master": master, "backend": backend}
+    adamw_step(param, grad, m, v, step=step, **options, skip=step < 0)
+    adamw_step(param, grad, m, v, step=step + 1, **options, grad_scale=step)
+    return param, m, v, master
+
+
+def steps_of_one_and_of_two(
+    param: Tensor, grad: Tensor, m: Tensor, v: Tensor, other: Tensor, *, backend: str
+) -> tuple[Tensor, ...]:
+    adamw_step(param, grad, m, v, step=3, **HYPER, backend=backend)
+    numbers = {**HYPER, "anchors": [grad, grad], "anchor_decay": 0.1, "backend": backend}
+    adamw_step_all([param, other], [grad, grad], [m, m + 1], [v, v + 1], step=3, **numbers, skip=False)
+    return param, m, v, other
+
+
+def draw(kinds: str) -> Callable[[Shape, torch.dtype], list[Tensor]]:
+    """p: of the dtype of param, f: float32, v: not negative, t: the number of the step."""
+
+    def inputs(rows: Shape, dtype: torch.dtype) -> list[Tensor]:
+        tensors = random_tensors([() if kind == "t" else rows for kind in kinds], torch.float32)
+        made = {"p": lambda x: x.to(dtype), "f": lambda x: x, "v": torch.abs, "t": lambda x: torch.full_like(x, 3)}
+        return [made[kind](x) for kind, x in zip(kinds, tensors, strict=True)]
+
+    return inputs
+
+
+def unchanged(*tensors: Tensor) -> tuple[Tensor, ...]:
+    param, _, m, v, *others = tensors
+    return param, m, v, *others[:1]
+
+
+FEW = {"rows": (20, 30), "empty": ((0, 3), (0,)), "many": (50_001,), "gradients": 0}
+
+
+class TestContract(Contract):
+    samples = (
+        Sample("adamw_step", step_with_everything, unchanged, draw("pffvfft"), **FEW),
+        Sample("adamw_step", steps_of_one_and_of_two, unchanged, draw("pffvp"), **FEW),
+    )
 
 
 MIXES = ("f f f f - -", "f h f f - f", "h f f f f -", "h f f f f f", "h h f h f h", "h h h f - h", "f h h h f -")
@@ -214,35 +259,6 @@ def test_grad_and_anchor_are_left_alone(update: Update) -> None:
     assert torch.equal(anchor, before[1])
 
 
-@pytest.mark.parametrize("layout", [transposed, strided])
-def test_strides_don_t_matter(update: Update, half: torch.dtype, layout: Callable[[Tensor], Tensor]) -> None:
-    tensors = random_tensors([(20, 30)] * 6, torch.float32)
-    tensors[0] = tensors[4].to(half)
-    tensors[3].abs_()
-    moved = [layout(x) for x in tensors]
-    for param, grad, m, v, master, anchor in (tensors, moved):
-        for step in (1, 2):
-            update(param, grad, m, v, step=step, **HYPER, anchor=anchor, anchor_decay=0.1, master=master)
-    for x, y in zip(tensors, moved, strict=True):
-        assert torch.equal(x, y)
-
-
-def test_threads_don_t_matter() -> None:
-    update = partial(adamw_step, backend=usable("cpu"))
-    results = []
-    theta, grad = random_tensors([(50_001,)] * 2, torch.bfloat16)
-    threads = torch.get_num_threads()
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        state = [theta.clone(), torch.zeros_like(theta), torch.zeros_like(theta)]
-        update(state[0], grad, *state[1:], step=1, **HYPER)
-        results.append(state)
-    torch.set_num_threads(threads)
-    for a, b, c in zip(*results, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
-
-
 # ------------------------------------------------------------------------------------------------ many tensors
 
 SHAPES = [(300, 70), (), (0, 3), (257,), (64, 256), (0,), (40, 700), (5, 5), (0,)]
@@ -326,37 +342,6 @@ def test_no_kernel_is_autotuned() -> None:
     for module in pkgutil.iter_modules(kernels.__path__, "spt_fast.kernels."):
         for name, member in vars(importlib.import_module(module.name)).items():
             assert type(member).__name__ not in ("Autotuner", "Heuristics"), f"{module.name}.{name}"
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("optional", [False, True])
-def test_what_torch_asks_of_a_custom_op(backend: str, optional: bool) -> None:
-    params, m, v, masters, grads, anchors = (random_tensors([(5, 8), (3,)], torch.float32) for _ in range(6))
-    one = torch.ones(())
-    lists = (params, m, [x.abs() for x in v], masters * optional, grads, anchors * optional)
-    scalars = [one, one, one, one > 2 if optional else None]
-    numbers = [*BETAS, EPS, 0.1, 0.1 * optional]
-    torch.library.opcheck(torch.ops.spt_fast.adamw_step, (*lists, scalars, numbers, usable(backend)))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_it_compiles_whole(backend: str) -> None:
-    def function(param, grad, m, v, master, anchor, step, skip) -> Tensor:
-        numbers = {**HYPER, "anchor": anchor, "anchor_decay": 0.1, "backend": usable(backend)}
-        adamw_step(param, grad, m, v, step=step, **numbers, skip=skip, master=master)
-        adamw_step(grad, grad.clone(), m, v, step=step, **numbers)
-        numbers["anchors"] = [numbers.pop("anchor")] * 2
-        adamw_step_all([param, master], [grad, grad], [m, m + 1], [v, v + 1], step=step, **numbers, skip=skip)
-        return param + 1
-
-    tensors = random_tensors([(5, 8)] * 6, torch.float32)
-    tensors[3].abs_()
-    again = [x.clone() for x in tensors]
-    scalars = torch.tensor(1), torch.tensor(False)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(function(*tensors, *scalars), compiled(*again, *scalars))
-    for x, y in zip(tensors, again, strict=True):
-        assert torch.equal(x, y)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has nothing to wait for")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from spt_fast.kernels import attention_cpu, flash_attention
-from tests.kernels.compare import assert_as_exact_as_torch, random_tensors, run, strided
-from tests.kernels.test_attention import CUTS, plain_attention
+from tests.kernels.compare import assert_as_exact_as_torch, random_tensors, run
+from tests.kernels.contract import Contract
+from tests.kernels.test_attention import CUTS, plain_attention, samples
 
 pytestmark = pytest.mark.skipif(not attention_cpu.SUPPORTED, reason="this CPU has no AVX512-BF16")
 
@@ -45,6 +46,11 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1).nan_to_num(0)
     return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+class TestContract(Contract):
+    samples = samples(16, exact=False, many=(2, 100))
+    usable = staticmethod(lambda backend, dtype: (backend, dtype) == ("cpu", torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -120,46 +126,6 @@ def test_large_scores_stay_finite() -> None:
         assert result.isfinite().all()
     one_hot = plain(*(x.double() for x in inputs), visible(1, 80, None, None))
     torch.testing.assert_close(ours(*inputs).double(), one_hot, rtol=0.02, atol=0.02)
-
-
-def test_the_number_of_threads_changes_nothing() -> None:
-    *inputs, upstream = draw(2, 100, 4, 2, 64)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            results.append(run(ours, inputs, (upstream,)))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("layout", [strided, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)])
-def test_strided_inputs_and_upstream_gradients(layout) -> None:
-    *inputs, upstream = draw(2, 9, 4, 2, 16)
-    expected = run(ours, inputs, (upstream,))
-    found = run(ours, [layout(x) for x in inputs], (layout(upstream),))
-    assert all(torch.equal(e, f) for e, f in zip(expected, found, strict=True))
-
-
-def test_empty_batch() -> None:
-    results = run(ours, [torch.empty(0, 4, heads, 16).bfloat16() for heads in (4, 2, 2)], (torch.empty(0, 4, 4, 16),))
-    assert [tuple(x.shape) for x in results] == [(0, 4, 4, 16), (0, 4, 4, 16), (0, 4, 2, 16), (0, 4, 2, 16)]
-
-
-def test_what_torch_asks_of_a_custom_op() -> None:
-    q, k, v, _ = draw(1, 9, 2, 1, 16)
-    first = attention_cpu.first_keys(1, 9, None, None)
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.spt_fast.attention_cpu, (*leaves, first, 0.25))
-
-
-def test_it_compiles_whole() -> None:
-    *inputs, upstream = draw(2, 20, 4, 2, 16)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    expected, found = run(ours, inputs, (upstream,)), run(compiled, inputs, (upstream,))
-    assert all(torch.equal(e, f) for e, f in zip(expected, found, strict=True))
 
 
 def test_what_it_cannot_do_is_said_and_auto_goes_elsewhere() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,8 @@ from tests.kernels.compare import (
     backends_and_dtypes,
     random_tensors,
     run,
-    strided,
-    transposed,
 )
+from tests.kernels.contract import Contract, Sample
 from tests.kernels.launches import BF16, FP16, FP32, compiled_launches
 
 OPTIONS = [{}, {"z_loss": 1e-2}, {"softcap": 2.0}, {"softcap": 5.0, "z_loss": 0.1}]
@@ -64,6 +65,21 @@ def draw(N: int, D: int, V: int, dtype: torch.dtype = torch.float64) -> tuple[Te
     return x, weight / D**0.5, targets, upstream.abs().to(torch.promote_types(dtype, torch.float32))
 
 
+class TestContract(Contract):
+    samples = tuple(
+        Sample(
+            "linear_cross_entropy",
+            partial(linear_cross_entropy, reduction=reduction, **options),
+            partial(plain, reduction=reduction, **options),
+            lambda rows, dtype: draw(*rows, 5, 33, dtype)[:3],
+            rows=(17,),
+            empty=((0,),),
+            gradients=2,
+        )
+        for reduction, options in zip(REDUCTIONS, ({"z_loss": 0.01, "softcap": 3.0}, {}, {"z_loss": 0.01}), strict=True)
+    )
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_exact_in_float64(options: dict, reduction: str) -> None:
@@ -111,49 +127,6 @@ def test_as_exact_as_torch_at_a_real_size(backend: str, dtype: torch.dtype, monk
     )
 
 
-def test_gradcheck() -> None:
-    x, weight, targets, _ = draw(20, 4, 7)
-    x.requires_grad_()
-    weight.requires_grad_()
-    for reduction in REDUCTIONS:
-        assert torch.autograd.gradcheck(
-            lambda x, w, r=reduction: linear_cross_entropy(x, w, targets, reduction=r, z_loss=0.01, softcap=3.0),
-            (x, weight),
-        )
-
-
-@pytest.mark.parametrize(("backend", "dtype"), IN_HALF)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_what_torch_asks_of_a_custom_op(backend: str, dtype: torch.dtype, reduction: str) -> None:
-    x, weight, targets, upstream = draw(20, 8, 12, dtype)
-    leaves = x.requires_grad_(), weight.requires_grad_()
-    torch.library.opcheck(
-        torch.ops.spt_fast.linear_cross_entropy, (*leaves, targets, -100, 1e-2, 3.0, reduction, True, True, backend)
-    )
-    x, weight = x.detach(), weight.detach()
-    if reduction == "none":
-        torch.library.opcheck(
-            torch.ops.spt_fast.linear_cross_entropy_backward,
-            (upstream, x, weight, targets, -100, 1e-2, 3.0, True, True, backend),
-        )
-    else:
-        torch.library.opcheck(torch.ops.spt_fast.linear_cross_entropy_scale, (upstream[0], x, weight.float(), dtype))
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_it_compiles_whole(reduction: str) -> None:
-    x, weight, targets, upstream = draw(40, 8, 33, torch.float32)
-
-    def function(x: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(2 * x, weight, targets, reduction=reduction)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    upstream = upstream if reduction == "none" else upstream[0]
-    expected, found = (run(f, (x, weight), (upstream,)) for f in (function, compiled))
-    for e, f in zip(expected, found, strict=True):
-        torch.testing.assert_close(f, e, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(("backend", "dtype"), IN_FLOAT32)
 def test_none_takes_every_upstream_gradient_by_itself(backend: str, dtype: torch.dtype) -> None:
     """A known bug elsewhere: all rows scaled by the first row's gradient."""
@@ -193,40 +166,6 @@ def test_another_ignore_index(backend: str, dtype: torch.dtype) -> None:
         (upstream[0],),
         ROUNDINGS if dtype == torch.float32 else 1,
     )
-
-
-@pytest.mark.parametrize(("backend", "dtype"), EVERYWHERE)
-def test_empty_batch(backend: str, dtype: torch.dtype) -> None:
-    weight = torch.ones(7, 4, dtype=dtype, device=DEVICE, requires_grad=True)
-    x = torch.empty(0, 4, dtype=dtype, device=DEVICE, requires_grad=True)
-    targets = torch.empty(0, dtype=torch.long, device=DEVICE)
-    for reduction in REDUCTIONS:
-        loss = linear_cross_entropy(x, weight, targets, reduction=reduction, backend=backend)
-        loss.sum().backward()
-        assert loss.shape == ((0,) if reduction == "none" else ())
-        assert loss.sum() == 0
-        assert weight.grad is not None
-        assert not weight.grad.any()
-
-
-@pytest.mark.parametrize(("backend", "dtype"), EVERYWHERE)
-@pytest.mark.parametrize("layout", [strided, transposed])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_strided_inputs_and_upstream_gradients(backend: str, dtype: torch.dtype, layout, reduction: str) -> None:
-    x, weight, targets, upstream = draw(40, 8, 33, dtype)
-    strided_targets = torch.stack([targets, targets + 99], 1)[:, 0]
-    expected = run(
-        lambda x, w: linear_cross_entropy(x, w, targets, reduction=reduction, backend=backend),
-        (x, weight),
-        (upstream if reduction == "none" else upstream[0],),
-    )
-    found = run(
-        lambda x, w: linear_cross_entropy(x, w, strided_targets, reduction=reduction, backend=backend),
-        (layout(x), layout(weight)),
-        (strided(upstream) if reduction == "none" else upstream[0],),
-    )
-    for e, f in zip(expected, found, strict=True):
-        torch.testing.assert_close(f, e, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("targets_dtype", [torch.int32, torch.int16, torch.uint8])

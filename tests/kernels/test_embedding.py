@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,11 +14,9 @@ from tests.kernels.compare import (
     assert_as_exact_as_torch,
     backends_and_dtypes,
     random_tensors,
-    run,
-    strided,
-    transposed,
     usable,
 )
+from tests.kernels.contract import Contract, Sample
 from tests.kernels.launches import BF16, FP16, FP32, compiled_launches
 
 EMBEDDING = importlib.import_module("spt_fast.kernels.embedding")  # the function has the same name
@@ -33,6 +30,21 @@ def random_tokens(vocab_size: int, shape: tuple[int, ...], dtype: torch.dtype = 
     if tokens.numel():
         tokens.flatten()[-1] = vocab_size - 1
     return tokens
+
+
+class TestContract(Contract):
+    samples = (
+        Sample(
+            "embedding",
+            lambda weight, tokens, backend: embedding(tokens, weight, backend=backend),
+            lambda weight, tokens: F.embedding(tokens, weight),
+            lambda rows, dtype: [*random_tensors([(4, 200)], dtype), random_tokens(4, rows)],
+            rows=(2, 3),
+            empty=((0, 4), (0,)),
+            many=(3000,),
+            gradients=1,
+        ),
+    )
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(*BACKENDS))
@@ -62,53 +74,6 @@ def test_a_frequent_token_keeps_its_whole_gradient(backend: str) -> None:
     embedding(tokens, weight, backend=usable(backend)).sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [[0, 0], [5000, 5000], [0, 0]]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", [strided, transposed])
-def test_strided_tokens_weights_and_upstream_gradients(backend: str, layout: Callable[[Tensor], Tensor]) -> None:
-    weight, up = random_tensors([(5, 3), (4, 6, 3)], torch.float32)
-    tokens = random_tokens(5, (4, 6))
-    apart = torch.stack((tokens, tokens * 0), -1)[..., 0]
-    expected = run(lambda w: embedding(tokens, w, backend=usable(backend)), (weight,), (up,))
-    for given in (apart, tokens.mT.contiguous().mT):
-        found = run(lambda w, t=given: embedding(t, w, backend=backend), (layout(weight),), (layout(up),))
-        for e, f in zip(expected, found, strict=True):
-            assert torch.equal(e, f)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_the_sum_is_the_same_every_time_and_with_any_number_of_threads(backend: str) -> None:
-    weight, up = random_tensors([(4, 200), (3000, 200)], torch.float32)
-    tokens, threads = random_tokens(4, (3000,)), torch.get_num_threads()
-    sums = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        sums.append(run(lambda w: embedding(tokens, w, backend=usable(backend)), (weight,), (up,))[1])
-    torch.set_num_threads(threads)
-    assert torch.equal(sums[0], sums[1])
-    assert torch.equal(sums[0], sums[2])
-
-
-@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(*BACKENDS))
-def test_what_torch_asks_of_a_custom_op(backend: str, dtype: torch.dtype) -> None:
-    (weight,) = random_tensors([(5, 8)], dtype)
-    torch.library.opcheck(torch.ops.spt_fast.embedding, (random_tokens(5, (3, 4)), weight.requires_grad_(), backend))
-
-
-def test_it_compiles_whole() -> None:
-    weight, up = random_tensors([(5, 8), (3, 4, 8)], torch.float32)
-    tokens = random_tokens(5, (3, 4))
-    compiled = torch.compile(embedding, fullgraph=True, backend="aot_eager")
-    for e, f in zip(
-        *(run(lambda w, op=op: op(tokens, w) * 2, (weight,), (up,)) for op in (embedding, compiled)), strict=True
-    ):
-        assert torch.equal(e, f)
-
-
-def test_gradcheck() -> None:
-    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda w: embedding(torch.tensor([[1, 1], [4, 0]]), w), (weight,))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="an error on a GPU ends the process")

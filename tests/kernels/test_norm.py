@@ -1,20 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from spt_fast.kernels import add_rms_norm, norm, rms_norm
 from tests.kernels.compare import (
-    DEVICE,
     assert_as_exact_as_torch,
     backends_and_dtypes,
     random_tensors,
     run,
-    strided,
-    transposed,
-    usable,
 )
+from tests.kernels.contract import Contract, Sample, Shape
 from tests.kernels.launches import BF16, FP16, FP32, WIDTHS, compiled_launches
 
 EPS = 1e-5
@@ -27,6 +27,21 @@ def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 def plain_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     stream = x + residual
     return plain_rms_norm(stream, weight), stream
+
+
+def draw(tensors: int) -> Callable[[Shape, torch.dtype], list[Tensor]]:
+    """So many tensors and a weight."""
+    return lambda rows, dtype: random_tensors([(*rows, 24)] * tensors + [(24,)], dtype)
+
+
+FEW = {"rows": (3, 4), "empty": ((0,), (0, 5)), "many": (2000,)}
+
+
+class TestContract(Contract):
+    samples = (
+        Sample("rms_norm", partial(rms_norm, eps=EPS), plain_rms_norm, draw(1), gradients=2, **FEW),
+        Sample("add_rms_norm", partial(add_rms_norm, eps=EPS), plain_add_rms_norm, draw(2), gradients=3, **FEW),
+    )
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "cpu", "triton"))
@@ -54,82 +69,6 @@ def test_rows_that_are_read_twice_give_the_same(
     twice = run(lambda x, r, w: add_rms_norm(x, r, w, EPS, backend=backend), inputs, upstream)
     for expected, found in zip(once, twice, strict=True):
         torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "cpu", "triton"))
-@pytest.mark.parametrize("layout", [strided, transposed])
-def test_strided_inputs_and_upstream_gradients(backend: str, dtype: torch.dtype, layout) -> None:
-    x, residual, up, up2 = random_tensors([(6, 7, 32)] * 4, dtype)
-    (weight,) = random_tensors([(32,)], dtype)
-    for function, inputs, upstream in (
-        (lambda x, w: rms_norm(x, w, backend=backend), (x, weight), (up,)),
-        (lambda x, r, w: add_rms_norm(x, r, w, backend=backend), (x, residual, weight), (up, up2)),
-    ):
-        moved = [layout(t) if t.dim() > 1 else strided(t) for t in inputs]
-        for expected, found in zip(
-            run(function, inputs, upstream), run(function, moved, [layout(u) for u in upstream]), strict=True
-        ):
-            torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "cpu", "triton"))
-def test_what_torch_asks_of_a_custom_op(backend: str, dtype: torch.dtype) -> None:
-    x, residual = random_tensors([(5, 32)] * 2, dtype)
-    (weight,) = random_tensors([(32,)], dtype)
-    for given in (None, residual):
-        leaves = [t if t is None else t.clone().requires_grad_() for t in (x, given, weight)]
-        torch.library.opcheck(torch.ops.spt_fast.rms_norm, (*leaves, EPS, backend))
-
-
-def test_it_compiles_whole() -> None:
-    x, residual, up = random_tensors([(5, 32)] * 3, torch.float32)
-    (weight,) = random_tensors([(32,)], torch.float32)
-
-    def function(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-        y, stream = add_rms_norm(x, residual, weight)
-        return rms_norm(stream, weight) + y
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    expected, found = (run(f, (x, residual, weight), (up,)) for f in (function, compiled))
-    for e, f in zip(expected, found, strict=True):
-        torch.testing.assert_close(f, e, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_every_backend_sees_an_empty_batch(backend: str) -> None:
-    x, weight = torch.empty(0, 16, device=DEVICE), torch.ones(16, device=DEVICE)
-    y, stream, dx, dr, dw = run(
-        lambda x, r, w: add_rms_norm(x, r, w, backend=usable(backend)), (x, x.clone(), weight), (x, x)
-    )
-    assert y.shape == stream.shape == dx.shape == dr.shape == x.shape
-    assert not dw.any()
-
-
-def test_gradcheck() -> None:
-    torch.manual_seed(2)
-    x, residual = (torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, EPS), (x, weight))
-    assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, EPS), (x, residual, weight))
-
-
-def test_gradients_where_only_one_output_is_used() -> None:
-    torch.manual_seed(3)
-    x, residual = (torch.randn(4, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, r, w: add_rms_norm(x, r, w, EPS)[0], (x, residual, weight))
-    assert torch.autograd.gradcheck(lambda x, r: add_rms_norm(x, r, weight, EPS)[1], (x, residual))
-
-
-def test_empty_batch() -> None:
-    x = torch.empty(0, 5, 16, requires_grad=True)
-    weight = torch.ones(16, requires_grad=True)
-    y, stream = add_rms_norm(rms_norm(x, weight), x, weight)
-    (y.sum() + stream.sum()).backward()
-    assert y.shape == x.shape
-    assert x.grad is not None
-    assert weight.grad is not None
-    assert not weight.grad.any()
 
 
 def test_norm_is_of_the_rounded_stream() -> None:

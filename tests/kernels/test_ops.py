@@ -22,3 +22,4 @@ def test_an_op_has_a_name_a_test_and_a_benchmark(op: str) -> None:
     assert (ROOT / "benchmarks" / "kernels" / f"bench_{file}.py").is_file()
     test = importlib.import_module(f"tests.kernels.test_{file}")
     assert hasattr(test, "test_every_launch_is_compiled_ahead_of_time")
+    assert op in {sample.op for sample in test.TestContract.samples}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,10 +13,9 @@ from tests.kernels.compare import (
     backends_and_dtypes,
     random_tensors,
     run,
-    strided,
-    transposed,
     usable,
 )
+from tests.kernels.contract import Contract, Sample, Shape
 from tests.kernels.launches import BF16, FP32, compiled_launches
 
 EPS = 1e-6
@@ -42,7 +43,32 @@ def tables(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 
 
 ALL = backends_and_dtypes("reference", "cpu", "triton")
-LAYOUTS = [strided, transposed, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)]
+
+
+def draw(weights: int) -> Callable[[Shape, torch.dtype], list[Tensor]]:
+    """q, k, so many weights, and the tables."""
+
+    def inputs(rows: Shape, dtype: torch.dtype) -> list[Tensor]:
+        B, T = rows
+        tensors = random_tensors([(B, T, 4, 8), (B, T, 2, 8), *[(8,)] * weights], dtype)
+        return [*tensors, *tables(T, 8, dtype=torch.promote_types(dtype, torch.float32))]
+
+    return inputs
+
+
+FEW = {"rows": (2, 3), "empty": ((0, 4), (2, 0)), "many": (8, 300)}
+
+
+class TestContract(Contract):
+    samples = (
+        Sample("rope", rope, plain_rope, draw(0), gradients=2, **FEW),
+        Sample("qk_norm_rope", qk_norm_rope, plain_qk_norm_rope, draw(2), gradients=4, **FEW),
+    )
+
+
+def test_second_derivatives_of_a_rotation() -> None:
+    q, k, *tables = draw(0)((2, 3), torch.float64)
+    assert torch.autograd.gradgradcheck(lambda q, k: rope(q, k, *tables), (q.requires_grad_(), k.requires_grad_()))
 
 
 # Twice as many key heads as query heads is nobody's model, but the kernels' groups of heads are made of either.
@@ -69,61 +95,6 @@ def test_as_exact_as_torch(
         (q, k, wq, wk),
         (up_q, up_k),
     )
-
-
-@pytest.mark.parametrize(("backend", "dtype"), ALL)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strided_inputs_and_upstream_gradients(backend: str, dtype: torch.dtype, layout) -> None:
-    q, k, up_q, up_k, wq, wk = random_tensors([(2, 9, 4, 16), (2, 9, 2, 16)] * 2 + [(16,)] * 2, dtype)
-    cos, sin = tables(9, 16)
-    upstream, moved = (up_q, up_k), [layout(up_q), layout(up_k)]
-    expected = run(lambda q, k: rope(q, k, cos, sin, backend=backend), (q, k), upstream)
-    found = run(lambda q, k: rope(q, k, strided(cos), sin, backend=backend), [layout(q), layout(k)], moved)
-    expected += run(lambda *x: qk_norm_rope(*x, cos, sin, backend=backend), (q, k, wq, wk), upstream)
-    inputs = [layout(q), layout(k), strided(wq), strided(wk)]
-    found += run(lambda *x: qk_norm_rope(*x, cos, transposed(sin), backend=backend), inputs, moved)
-    for e, f in zip(expected, found, strict=True):
-        assert torch.equal(e, f)
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-def test_upstream_gradients_that_are_expanded(backend: str) -> None:
-    """The gradient of a sum is one number with strides of 0."""
-    backend = usable(backend)
-    q, k, wq, wk = random_tensors([(2, 3, 4, 8), (2, 3, 1, 8), (8,), (8,)], torch.float32)
-    cos, sin = tables(3, 8)
-    ones = torch.ones_like(q), torch.ones_like(k)
-    over_rows = tuple(one[:1].expand_as(one) for one in ones)
-    everywhere = tuple(one[0, 0, 0, 0].expand_as(one) for one in ones)
-    for function, inputs in (
-        (lambda *x: rope(*x, cos, sin, backend=backend), (q, k)),
-        (lambda *x: qk_norm_rope(*x, cos, sin, backend=backend), (q, k, wq, wk)),
-    ):
-        expected = run(function, inputs, ones)
-        for expanded in (over_rows, everywhere):
-            for e, f in zip(expected, run(function, inputs, expanded), strict=True):
-                assert torch.equal(e, f)
-
-
-@pytest.mark.parametrize(("backend", "dtype"), ALL)
-def test_slices_of_one_projection(backend: str, dtype: torch.dtype) -> None:
-    """As the model calls it: q and k are views of one tensor, which is read in place and not written to."""
-    qkv, up_q, up_k, wq, wk = random_tensors([(2, 8, 5, 16), (2, 8, 3, 16), (2, 8, 1, 16), (16,), (16,)], dtype)
-    before = qkv.clone()
-    cos, sin = tables(8, 16)
-
-    def of_slices(qkv: Tensor, wq: Tensor, wk: Tensor) -> tuple[Tensor, ...]:
-        q, k, _ = qkv.split([3, 1, 1], dim=2)
-        return *rope(q, k, cos, sin, backend=backend), *qk_norm_rope(q, k, wq, wk, cos, sin, backend=backend)
-
-    def of_copies(qkv: Tensor, wq: Tensor, wk: Tensor) -> tuple[Tensor, ...]:
-        q, k, _ = (x.contiguous() for x in qkv.split([3, 1, 1], dim=2))
-        return *rope(q, k, cos, sin, backend=backend), *qk_norm_rope(q, k, wq, wk, cos, sin, backend=backend)
-
-    upstream = (up_q, up_k, up_q, up_k)
-    for e, f in zip(run(of_copies, (qkv, wq, wk), upstream), run(of_slices, (qkv, wq, wk), upstream), strict=True):
-        assert torch.equal(e, f)
-    assert torch.equal(qkv, before)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [case for case in ALL if case[1] != torch.float32])
@@ -159,66 +130,6 @@ def test_tables_of_any_dtype_and_of_two_shapes(backend: str) -> None:
     for other in results[1:]:
         for e, f in zip(results[0], other, strict=True):
             assert torch.equal(e, f)
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-def test_what_torch_asks_of_a_custom_op(backend: str) -> None:
-    backend = usable(backend)
-    q, k, wq, wk = random_tensors([(2, 3, 4, 8), (2, 3, 2, 8), (8,), (8,)], torch.float32)
-    cos, sin = tables(3, 8)
-    leaves = [LAYOUTS[2](x).requires_grad_() for x in (q, k)]
-    weights = [x.requires_grad_() for x in (wq, wk)]
-    torch.library.opcheck(torch.ops.spt_fast.rope, (*leaves, cos, sin, False, backend))
-    torch.library.opcheck(torch.ops.spt_fast.qk_norm_rope, (*leaves, *weights, cos, sin, EPS, backend))
-
-
-def test_it_compiles_whole() -> None:
-    q, k, up_q, up_k, wq, wk = random_tensors([(2, 5, 4, 8), (2, 5, 2, 8)] * 2 + [(8,)] * 2, torch.float32)
-    cos, sin = tables(5, 8)
-
-    def function(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor) -> tuple[Tensor, Tensor]:
-        return rope(*qk_norm_rope(q, k, wq, wk, cos, sin), cos, sin)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    expected, found = (run(f, (q, k, wq, wk), (up_q, up_k)) for f in (function, compiled))
-    for e, f in zip(expected, found, strict=True):
-        assert torch.equal(e, f)
-
-
-def test_gradcheck() -> None:
-    torch.manual_seed(4)
-    q = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
-    k = torch.randn(2, 3, 2, 6, dtype=torch.float64, requires_grad=True)
-    wq, wk = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    cos, sin = (table.cpu() for table in tables(3, 6, dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda q, k: rope(q, k, cos, sin), (q, k))
-    assert torch.autograd.gradgradcheck(lambda q, k: rope(q, k, cos, sin), (q, k))
-    assert torch.autograd.gradcheck(lambda q, k, wq, wk: qk_norm_rope(q, k, wq, wk, cos, sin), (q, k, wq, wk))
-
-
-def test_gradients_where_only_one_output_is_used() -> None:
-    torch.manual_seed(5)
-    q, k = (torch.randn(1, 3, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (2, 1))
-    wq, wk = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    cos, sin = (table.cpu() for table in tables(3, 6, dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda q, wq: qk_norm_rope(q, k, wq, wk, cos, sin)[0], (q, wq))
-    assert torch.autograd.gradcheck(lambda k, wk: qk_norm_rope(q, k, wq, wk, cos, sin)[1], (k, wk))
-    assert torch.autograd.gradcheck(lambda k: rope(q, k, cos, sin)[1], (k,))
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-@pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0)])
-def test_every_backend_sees_an_empty_batch(backend: str, B: int, T: int) -> None:
-    backend = usable(backend)
-    q, k, wq, wk = random_tensors([(B, T, 2, 8), (B, T, 1, 8), (8,), (8,)], torch.float32)
-    cos, sin = tables(T, 8)
-    results = run(lambda q, k: rope(q, k, cos, sin, backend=backend), (q, k), (q, k))
-    assert [x.shape for x in results] == [q.shape, k.shape] * 2
-    *results, dwq, dwk = run(lambda *x: qk_norm_rope(*x, cos, sin, backend=backend), (q, k, wq, wk), (q, k))
-    assert [x.shape for x in results] == [q.shape, k.shape] * 2
-    assert dwq.shape == dwk.shape == wq.shape
-    assert not dwq.any()
-    assert not dwk.any()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
@@ -289,23 +200,6 @@ def test_weight_gradients_reach_a_float32_accumulator_unrounded() -> None:
         assert weight.grad is not None
         assert weight.grad.dtype == torch.float32
         torch.testing.assert_close(weight.grad.double(), e, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_the_result_is_the_same_every_time_and_with_any_number_of_threads(backend: str) -> None:
-    backend = usable(backend)
-    B, T = (8, 300) if backend == "cpu" else (2, 9)
-    q, k, up_q, up_k, wq, wk = random_tensors([(B, T, 4, 16), (B, T, 2, 16)] * 2 + [(16,)] * 2, torch.float32)
-    cos, sin = tables(T, 16)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            results.append(run(lambda *x: qk_norm_rope(*x, cos, sin, backend=backend), (q, k, wq, wk), (up_q, up_k)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(e, f) for e, f in zip(results[0], other, strict=True))
 
 
 def test_bad_shapes_are_refused() -> None:
