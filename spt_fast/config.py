@@ -81,11 +81,17 @@ def _grid(value: object, where: str) -> dict[str, tuple[Any, ...]]:
 # ------------------------------------------------------------------------------------------------ the sections
 
 
+_FIRST = ("layers", "width", "heads", "kv_heads", "head_dim")
+"""In the names of a study's runs the fields stand in the order of `Model`, these before the others."""
+
 _Shape: Any = dataclasses.make_dataclass(
     "_Shape",
     [
         ("preset", Any, setting(optional(text), None)),
-        *((item.name, Any, setting(optional(item.metadata["parse"]), None)) for item in dataclasses.fields(GPTConfig)),
+        *(
+            (item.name, Any, setting(optional(item.metadata["parse"]), None))
+            for item in sorted(dataclasses.fields(GPTConfig), key=lambda item: item.name not in _FIRST)
+        ),
     ],
     frozen=True,
     kw_only=True,
