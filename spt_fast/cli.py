@@ -470,7 +470,7 @@ def fit(
     from spt_fast.study.findings import print_fits
     from spt_fast.study.runs_table import read_table
 
-    found = fits.fit(read_table(runs, domain=domain_source, general=general_source), law)
+    found = fits.fit(read_table(runs, domain_source=domain_source, general_source=general_source), law)
     if out_folder:
         fits.write(found, out_folder)
     _print_json(found) if as_json else print_fits(found, out, every_parameter=law is not None)
@@ -511,7 +511,7 @@ def advise(
         domain_tokens=parse_count(domain_tokens, "--domain-tokens"),
         budget=parse_count(budget, "--budget"),
         model=model,
-        table=read_table(runs, domain=domain_source, general=general_source) if runs else None,
+        table=read_table(runs, domain_source=domain_source, general_source=general_source) if runs else None,
         general=general,
         domain=domain,
         inference_tokens=count(inference_tokens, "--inference-tokens"),
@@ -539,8 +539,8 @@ def report(
     write_report(
         runs,
         out_file,
-        domain=domain_source,
-        general=general_source,
+        domain_source=domain_source,
+        general_source=general_source,
         domain_tokens=count(domain_tokens, "--domain-tokens"),
         budget=count(budget, "--budget"),
         model=model,

@@ -24,12 +24,13 @@ class Cluster:
         try:
             import submitit
         except ImportError:
-            raise RecipeError("--cluster: needs submitit; install spt-fast[cluster]") from None
+            raise RecipeError("cluster: needs submitit; install spt-fast[cluster]", argument=True) from None
         try:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=name)
             self._executor.update_parameters(**{"name": "spt-fast", "gpus_per_node": 1, **options})
         except (ValueError, NameError, RuntimeError, FileNotFoundError) as error:
-            raise RecipeError(f"--cluster: {name} with {dict(options)} will not do ({error})") from None
+            given = f"{name} with {dict(options)}"
+            raise RecipeError(f"cluster: {given} is invalid: {error}", argument=True) from None
         self._most = jobs
         self._started: list[_ClusterProcess] = []
 

@@ -47,7 +47,7 @@ from spt_fast.config import Recipe, recipe_from
 from spt_fast.data.loader import Batch, Loader
 from spt_fast.data.mixture import Mixture
 from spt_fast.data.order import SampleOrder
-from spt_fast.errors import CheckpointError, RecipeError, nearest
+from spt_fast.errors import CheckpointError, RecipeError, invalid, nearest
 from spt_fast.files import write_text
 from spt_fast.model.flops import parameters
 from spt_fast.printing import as_json, print_table
@@ -223,7 +223,7 @@ def mixture_line(mixture: Mapping[str, str]) -> str:
 
 def _sources(recipe: Recipe, target: str | None) -> list[str]:
     if target is not None and target not in recipe.sources:
-        raise RecipeError(f"target: no source {target!r}; {nearest(target, recipe.sources)}")
+        raise RecipeError(invalid("target", target, f"name a source; {nearest(target, recipe.sources)}"), argument=True)
     phase = recipe.phases[0]
     if phase.freeze != "none":
         raise RecipeError(f"phases[{phase.name}].freeze: scores are of whole gradients; leave it out")

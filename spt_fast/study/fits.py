@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from spt_fast import laws
-from spt_fast.errors import DataError, RecipeError, nearest
+from spt_fast.errors import DataError, RecipeError, invalid, nearest
 from spt_fast.files import replacing
 from spt_fast.laws import IdentificationWarning, Law, LawWarning
 from spt_fast.printing import as_json
@@ -243,27 +243,27 @@ class Fits:
     """From how much domain text on pretraining makes no difference, where the runs ask that."""
 
 
-def fit(table: pd.DataFrame | UsableRows, only: str | None = None) -> Fits:
+def fit(table: pd.DataFrame | UsableRows, law: str | None = None) -> Fits:
     """See `fit_laws`."""
     used = usable(table)
     asked = asks_for_crossover(used.rows)
-    return Fits(fit_laws(used, only), used.notes, crossovers(used.rows) if asked else [])
+    return Fits(fit_laws(used, law), used.notes, crossovers(used.rows) if asked else [])
 
 
 def fit_laws(
-    table: pd.DataFrame | UsableRows, only: str | None = None, draws: int = 50, level: float = 0.9
+    table: pd.DataFrame | UsableRows, law: str | None = None, draws: int = 50, level: float = 0.9
 ) -> list[Fitted]:
-    """Fit every law, or `only` one (a key of LAWS), to each group of a runs table. A law without runs enough comes back
+    """Fit every law, or only `law` (a key of LAWS), to each group of a runs table. A law without runs enough comes back
     without `law` and with its `problem`.
 
     Groups of a law that lack the same come back as one. draws, level: of the parameters' intervals.
 
     Raises RecipeError for an unknown law, DataError for a table that no law can be fitted to (see usable).
     """
-    if only is not None and only not in LAWS:
-        raise RecipeError(f"law: there is no law {only!r}; {nearest(only, LAWS)}")
+    if law is not None and law not in LAWS:
+        raise RecipeError(invalid("law", law, f"write the name of a law; {nearest(law, LAWS)}"), argument=True)
     fitted, rows = [], usable(table)
-    for name in [only] if only else LAWS:
+    for name in [law] if law else LAWS:
         groups = LAWS[name].view(rows)
         fitted += [_fitted(name, group, own, draws, level) for group, own in groups]
         if not groups:

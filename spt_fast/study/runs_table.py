@@ -67,16 +67,20 @@ SPLITS = ("train", "heldout", "select")
 Row = dict[str, Any]
 
 
-def read_table(paths: Sequence[str | Path], *, domain: str | None = None, general: str | None = None) -> pd.DataFrame:
+def read_table(
+    paths: Sequence[str | Path], *, domain_source: str | None = None, general_source: str | None = None
+) -> pd.DataFrame:
     """The rows of studies (their folders), saved tables (.parquet or .csv) and runs (their folders), in one table.
 
-    `domain` and `general` are the sources' names in runs that belong to no study; without them the domain is the
+    `domain_source` and `general_source` are names in runs that belong to no study; without them the domain is the
     largest share of the last phase of a run that has one after pretraining, as in `compare`.
 
     Raises DataError or CheckpointError, naming the file and what would do.
     """
     if not paths:
-        raise DataError("no runs given; name a study's folder, its table.parquet or table.csv, or folders of runs")
+        raise DataError(
+            "runs: none are given; name a study's folder, its table.parquet or table.csv, or folders of runs"
+        )
     tables: dict[str, pd.DataFrame] = {}
     folders = []
     for path in map(Path, paths):
@@ -92,7 +96,7 @@ def read_table(paths: Sequence[str | Path], *, domain: str | None = None, genera
                 "run; a study has its table once `spt-fast sweep` has trained its first run"
             )
     if folders:
-        tables["runs"] = table_of(folders, *_domain_and_general(folders, domain, general))
+        tables["runs"] = table_of(folders, *_domain_and_general(folders, domain_source, general_source))
     return _in_one(tables)
 
 
@@ -120,14 +124,14 @@ def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str |
         if len(guessed) != 1:
             says = ", ".join(sorted(guessed)) or "nothing"
             raise DataError(
-                f"which source is the domain? the last phases of these runs say {says}; name it with --domain-source "
-                f"({', '.join(sorted(sources))})"
+                f"domain_source: the last phases of these runs say {says}; name one of {', '.join(sorted(sources))}",
+                argument=True,
             )
         (domain,) = guessed
     others = sorted(sources - {domain})
     if general is None:
         if len(others) != 1:
-            raise DataError(f"which source is the general corpus? name it with --general-source ({', '.join(others)})")
+            raise DataError(f"general_source: missing; name one of {', '.join(others)}", argument=True)
         (general,) = others
     return domain, general
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.config import Model, Phase, Recipe, recipe_from
-from spt_fast.errors import RecipeError, nearest
+from spt_fast.errors import RecipeError, invalid, nearest
 from spt_fast.fields import (
     Span,
     build,
@@ -84,7 +84,7 @@ def _seeds(value: object, where: str) -> tuple[int, ...]:
     """A list of seeds, or how many."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         if value > MOST_SEEDS:
-            raise RecipeError(f"{where}: {value} would be so many seeds; write [{value}] for that one alone")
+            raise RecipeError(invalid(where, value, f"at most {MOST_SEEDS} seeds; write [{value}] for that one alone"))
         return tuple(range(value))
     return several(integer(0))(value, where)
 
@@ -144,7 +144,7 @@ class Simulated:
 
 def _stages(raw: object, where: str) -> tuple[Stage, ...]:
     if not isinstance(raw, list) or not raw:
-        raise RecipeError(f"{where}: {raw!r} will not do; write a list of at least one stage")
+        raise RecipeError(invalid(where, raw, "write a list of at least one stage"))
     return tuple(_stage(item, f"{where}[{_name(item, i)}]", first=i == 0) for i, item in enumerate(raw))
 
 
@@ -154,7 +154,7 @@ def _name(item: object, position: int) -> object:
 
 def _stage(raw: object, where: str, *, first: bool) -> Stage:
     if not isinstance(raw, Mapping):
-        raise RecipeError(f"{where}: {raw!r} will not do; write a section with name, delta, tokens and optimizer")
+        raise RecipeError(invalid(where, raw, "write a section with name, delta, tokens and optimizer"))
     own = {item.name for item in dataclasses.fields(Axes)}
     axes = build(Axes, {key: value for key, value in raw.items() if key in own}, where)
     phase = {str(key): value for key, value in raw.items() if key not in own}
@@ -166,9 +166,7 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
     if "mixture" in phase:
         raise RecipeError(f"{where}.mixture: a study's mixtures are its axis; write delta or replay")
     if first and axes.start != ("pretrained",):
-        raise RecipeError(
-            f"{where}.start: the first stage has none before it whose weights it could take; leave it out"
-        )
+        raise RecipeError(f"{where}.start: no stage before the first one has weights to take; leave it out")
     if Fraction(1) in axes.domain_from:
         raise RecipeError(f"{where}.domain_from: after 100% of the stage nothing is left for the domain; write less")
     late, many = axes.domain_from != (0,), axes.budgets is not None and len(axes.budgets) > 1
@@ -177,13 +175,13 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
     for key in ("stop", "grid"):
         if key in phase and (late or many):
             raise RecipeError(
-                f"{where}.{key}: several phases share one schedule here, so none can stop early or try rates of its "
-                "own; try rates with the axis `lr`, and write `tokens` for a run per budget"
+                f"{where}.{key}: several phases share one schedule here and cannot stop early or try their own rates; "
+                "try rates with the axis `lr`, and write `tokens` for a run per budget"
             )
     optimizer = phase.get("optimizer")
     optimizer = {} if optimizer is None else optimizer
     if not isinstance(optimizer, Mapping):
-        raise RecipeError(f"{where}.optimizer: {optimizer!r} will not do; write a section such as {{lr: 1e-3}}")
+        raise RecipeError(invalid(f"{where}.optimizer", optimizer, "write a section such as {lr: 1e-3}"))
     grid = phase.get("grid")
     if axes.lr and isinstance(grid, Mapping) and "lr" in grid:
         raise RecipeError(
@@ -208,7 +206,7 @@ def _as_it_is(value: object, where: str) -> Any:
 def _mapping(value: object, where: str) -> Mapping[str, Any]:
     """A section whose keys a recipe will check."""
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{where}: {value!r} will not do; write a section of keys and values")
+        raise RecipeError(invalid(where, value, "write a section of keys and values"))
     return value
 
 
@@ -249,11 +247,11 @@ class Study:
             given = "both are given" if self.init else "neither is given"
             raise RecipeError(f"models: {given}, models and init; train from scratch, or start from weights")
         if self.simulate and self.domain_tokens != (None,):
-            raise RecipeError("simulate: domain_tokens is given too; the one says what the other is, so leave one out")
+            raise RecipeError("simulate: domain_tokens is given too, which it works out; leave one out")
         for field in ("domain", "general"):
             source = getattr(self, field)
             if source not in self.sources:
-                raise RecipeError(f"{field}: no source {source!r}; {nearest(source, self.sources)}")
+                raise RecipeError(invalid(field, source, f"name a source; {nearest(source, self.sources)}"))
         if self.domain == self.general:
             raise RecipeError(f"general: {self.general!r} is the domain too; name the source that fills the rest")
         names = [stage.axes.name for stage in self.stages]
@@ -283,7 +281,7 @@ class Study:
 def study_from(raw: object) -> Study:
     """A Study from plain data, as YAML gives it; RecipeError names the field, what was given and the remedy."""
     if not isinstance(raw, Mapping):
-        raise RecipeError(f"the study: {raw!r} will not do; write keys such as study, models, sources and stages")
+        raise RecipeError(invalid("the study", raw, "write keys such as study, models, sources and stages"))
     return build(Study, raw, "")
 
 
@@ -463,8 +461,8 @@ def _check_plateau(study: Study, recipe: Recipe, branch: _Branch, where: str) ->
         share = learning_rate(first.schedule, 1.0, steps, steps, tokens_per_step)
         if share < PLATEAU:
             raise RecipeError(
-                f"{where}.budgets: at {tokens:,} tokens the learning rate is {share:.0%} of its peak, and a checkpoint "
-                f"from below {PLATEAU:.0%} is no fair end of a run; give schedule.name: constant, a cosine whose "
+                f"{where}.budgets: at {tokens:,} tokens the learning rate is {share:.0%} of its peak, and a run of "
+                f"that length would end unfairly below {PLATEAU:.0%}; give schedule.name: constant, a cosine whose "
                 "schedule.horizon lies several times beyond the largest budget, or `tokens` for a run per budget"
             )
 
@@ -477,7 +475,7 @@ def _context(study: Study, model: Model) -> int:
     if model.preset is None:
         raise RecipeError("models: a shape needs a preset, or its context")
     if model.preset not in PRESETS:
-        raise RecipeError(f"models: no preset {model.preset!r}; {nearest(model.preset, PRESETS)}")
+        raise RecipeError(invalid("models", model.preset, f"write a preset; {nearest(model.preset, PRESETS)}"))
     return PRESETS[model.preset]["context"]
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from spt_fast.config import Recipe
 from spt_fast.data.shards import TokenDataset
-from spt_fast.errors import RecipeError, nearest
+from spt_fast.errors import RecipeError, invalid, nearest
 from spt_fast.fields import apply_overrides, parse_yaml, read_yaml
 from spt_fast.files import write_text
 from spt_fast.model.flops import train_flops_per_token
@@ -48,21 +48,22 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
     """
     ready = name in ready_studies()
     if not ready and not Path(name).exists():
-        raise RecipeError(f"{name}: no such file, and no ready study; {nearest(name, ready_studies())}")
+        raise RecipeError(f"{name}: neither a file nor a ready study; {nearest(name, ready_studies())}")
     raw = read_yaml(READY / f"{name}.yaml" if ready else name)
     if not isinstance(raw, dict):
         raise RecipeError(f"{name}: holds no study; write keys such as study, models, sources and stages")
     needless = [key for key, value in (given or {}).items() if value is not None]
     if needless and not ready:
         raise RecipeError(
-            f"--{needless[0]}: is for ready studies ({', '.join(ready_studies())}); {name} says itself what it "
-            "reads and where it writes, so change it there or by --set"
+            f"{needless[0]}: is for ready studies ({', '.join(ready_studies())}); {name} says itself what it reads and "
+            "where it writes, so change it there",
+            argument=True,
         )
     if ready:
         missing = [key for key, value in (given or {}).items() if value is None]
         if missing:
             raise RecipeError(
-                f"{name} is a ready study and needs your data: give {', '.join(f'--{key}' for key in missing)} too"
+                f"{name}: a ready study needs your data; give {', '.join(f'`{key}=…`' for key in missing)}"
             )
         raw = _with_data(raw, given or {})
     apply_overrides(raw, overrides)
@@ -168,8 +169,8 @@ def cluster_options(given: Sequence[str]) -> dict[str, Any]:
     for option in given:
         key, separator, value = option.partition("=")
         if not separator:
-            raise RecipeError(f"--cluster-set {option}: write KEY=VALUE, such as timeout_min=600")
-        options[key.strip()] = parse_yaml(value, f"--cluster-set {option}: the value")
+            raise RecipeError(invalid("cluster_set", option, "write KEY=VALUE, such as timeout_min=600"), argument=True)
+        options[key.strip()] = parse_yaml(value, f"cluster_set: {key.strip()}")
     return options
 
 

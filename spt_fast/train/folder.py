@@ -33,19 +33,18 @@ def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[st
     holds: a file that is there once the work has begun. changes: what is asked for now and wasn't then.
     """
     if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"{field}: {folder} is a file; choose another name")
+        raise RecipeError(f"{field}: {folder} is a file; choose another name", argument=True)
     if not (folder / holds).exists():
         if folder.exists() and not all(is_temporary(path) for path in folder.iterdir()):
-            raise RecipeError(f"{field}: folder {folder} holds other files; choose another name or empty it")
+            says = f"{field}: folder {folder} holds other files; choose another name or empty it"
+            raise RecipeError(says, argument=True)
         return False
     if not resume:
-        raise RecipeError(
-            f"{field}: folder {folder} exists; add `resume` to go on with it, choose another name, or delete it"
-        )
+        says = f"{field}: folder {folder} exists; add `resume=True` to go on with it, choose another name, or delete it"
+        raise RecipeError(says, argument=True)
     if listed := "\n  ".join(changes()):
-        raise RecipeError(
-            f"{field}: folder {folder} was begun with another recipe; undo this or choose another name:\n  {listed}"
-        )
+        says = f"{field}: folder {folder} was begun with another recipe; undo this or choose another name:\n  {listed}"
+        raise RecipeError(says, argument=True)
     return True
 
 

@@ -17,7 +17,8 @@ from spt_fast import cli, laws
 from spt_fast.advice.advise import advise
 from spt_fast.errors import DataError
 from spt_fast.report.decision import decide
-from spt_fast.report.page import page, pretraining_section
+from spt_fast.report.page import page
+from spt_fast.report.sections import pretraining
 from spt_fast.study import views
 from spt_fast.study.compare import Finetune
 from spt_fast.study.crossover import crossovers
@@ -320,7 +321,7 @@ def test_advice_that_leaves_the_regime_open_is_an_answer_too() -> None:
 def test_pretraining_without_domain_text_is_drawn_beside_every_corpus() -> None:
     table = spt_table(deltas=(0.0, 0.02), budgets=(20_000_000_000,)).query("stage == 0")
     table["domain_tokens"] = table["domain_tokens"].where(table["delta"] > 0, 9e9)
-    (figure,) = pretraining_section(table).figures
+    (figure,) = pretraining(table).figures
     assert [panel.title for panel in figure.panels] == ["Domain loss", "General loss"]
     assert all(">0%</text>" in panel.svg and ">2%</text>" in panel.svg for panel in figure.panels)
 

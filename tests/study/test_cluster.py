@@ -110,8 +110,8 @@ def test_a_run_saves_when_its_job_is_ended(tmp_path: Path) -> None:
 
 
 def test_what_a_cluster_does_not_know_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="--cluster: lsf"):
+    with pytest.raises(RecipeError, match="cluster: lsf"):
         Cluster("lsf", tmp_path, jobs=1, options={})
-    with pytest.raises(RecipeError, match="--cluster-set timeout: write KEY=VALUE"):
+    with pytest.raises(RecipeError, match="cluster_set: 'timeout' is invalid: write KEY=VALUE"):
         cluster_options(["timeout"])
     assert cluster_options(["timeout_min=600", "slurm_partition=gpu"]) == {"timeout_min": 600, "slurm_partition": "gpu"}

@@ -291,7 +291,7 @@ def test_the_printed_line_goes_into_a_recipe(tmp_path: Path) -> None:
 def test_what_cannot_be_weighed_is_refused(tmp_path: Path) -> None:
     write_sources(tmp_path)
     two, out = recipe(tmp_path, ["like", "other"], 2), tmp_path / "out"
-    with pytest.raises(RecipeError, match=r"target: no source 'lik'; did you mean 'like'\?"):
+    with pytest.raises(RecipeError, match=r"target: 'lik' is invalid: name a source; did you mean 'like'\?"):
         reweight(two, out, target="lik")
     with pytest.raises(RecipeError, match=r"phases\[pretrain\].mixture: names 1 source besides the target 'like'"):
         reweight(two, out, target="like")
@@ -306,7 +306,7 @@ def test_a_folder_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
     write_sources(tmp_path)
     study, out = recipe(tmp_path, ["alike", "like", "other"], 2), tmp_path / "out"
     result = reweight(study, out, progress=False)
-    with pytest.raises(RecipeError, match=r"out: folder .* exists; add `resume`"):
+    with pytest.raises(RecipeError, match=r"out: folder .* exists; add `resume=True`"):
         reweight(study, out)
     with pytest.raises(RecipeError, match=r"target: None → like"):
         reweight(study, out, target="like", resume=True)

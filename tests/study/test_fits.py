@@ -249,7 +249,9 @@ def test_other_warnings_of_a_law_are_warnings_of_its_fit() -> None:
 
 
 def test_no_such_law() -> None:
-    with pytest.raises(RecipeError, match="law: there is no law 'overfiting'; did you mean 'overfitting'"):
+    with pytest.raises(
+        RecipeError, match="law: 'overfiting' is invalid: write the name of a law; did you mean 'overfitting'"
+    ):
         fit_laws(SPT, "overfiting")
 
 
@@ -316,8 +318,8 @@ def test_fit_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_fit_names_the_sources_of_runs_that_belong_to_no_study(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def read_table(paths: Any, *, domain: str | None, general: str | None) -> pd.DataFrame:
-        assert (list(map(str, paths)), domain, general) == (["a", "b"], "chem", "web")
+    def read_table(paths: Any, *, domain_source: str | None, general_source: str | None) -> pd.DataFrame:
+        assert (list(map(str, paths)), domain_source, general_source) == (["a", "b"], "chem", "web")
         return SPT
 
     monkeypatch.setattr("spt_fast.study.runs_table.read_table", read_table)
@@ -326,7 +328,7 @@ def test_fit_names_the_sources_of_runs_that_belong_to_no_study(
 
 def test_fit_refuses_in_one_message(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = said(capsys, study, "--law", "chinchila", fails=True)
-    assert message == "spt-fast: law: there is no law 'chinchila'; did you mean 'chinchilla'?\n"
+    assert message == "spt-fast: --law: 'chinchila' is invalid: write the name of a law; did you mean 'chinchilla'?\n"
     other = tmp_path / "other"
     other.mkdir()
     save_table(spt_table(seeds=(0,)).assign(tokenizer="feedbeef", seed=7), other)

@@ -173,7 +173,7 @@ def test_every_ready_study_is_a_study() -> None:
         runs = expand(load_study(name, given=given))
         assert all(run.recipe.sources["domain"].heldout == "data/chem.heldout" for run in runs)
     assert ready_studies() == ["dcpt", "forgetting", "scratch-vs-pretrained", "spt"]
-    with pytest.raises(RecipeError, match="spt is a ready study and needs your data: give --tokenizer, --out too"):
+    with pytest.raises(RecipeError, match="spt: a ready study needs your data; give `tokenizer=…`, `out=…`"):
         load_study("spt", given=given | {"tokenizer": None, "out": None})
 
 
@@ -195,10 +195,10 @@ def test_simulated_epoching_repeats_the_domain_as_often_as_the_large_run(raw: di
         (0, {"budgets": None}, r"stages\[pretrain\]: neither is given, tokens and budgets"),
         (0, {"mixture": {"chem": 1}}, r"stages\[pretrain\]\.mixture: .* write delta or replay"),
         (0, {"shedule": {}}, r"stages\[pretrain\]\.shedule: unknown key; did you mean 'schedule'"),
-        (0, {"start": "scratch"}, r"stages\[pretrain\]\.start: the first stage"),
+        (0, {"start": "scratch"}, r"stages\[pretrain\]\.start: no stage before the first one has weights"),
         (0, {"stop": {"on": "chem"}}, r"stages\[pretrain\]\.stop: several phases share one schedule"),
         (0, {"optimizer": None}, r"stages\[pretrain\]\.lr: missing"),
-        (0, {"optimizer": 3e-3}, r"stages\[pretrain\]\.optimizer: 0\.003 will not do; write a section"),
+        (0, {"optimizer": 3e-3}, r"stages\[pretrain\]\.optimizer: 0\.003 is invalid: write a section"),
         (0, {"budgets": None, "tokens": 900, "domain_from": "100%"}, r"stages\[pretrain\]\.domain_from: after 100%"),
         (1, {"lr": [1e-3, 2e-3]}, r"stages\[finetune\]\.grid\.lr: lr is an axis too"),
         (1, {"start": "scratsh"}, r"stages\[finetune\]\.start: 'scratsh' is invalid: .*did you mean 'scratch'"),
@@ -223,18 +223,18 @@ def test_what_is_refused(raw: dict[str, Any], stage: int, changes: dict[str, Any
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"domain": "chemistry"}, "domain: no source 'chemistry'; did you mean 'chem'"),
+        ({"domain": "chemistry"}, "domain: 'chemistry' is invalid: name a source; did you mean 'chem'"),
         ({"general": "chem"}, "general: 'chem' is the domain too"),
         ({"models": []}, "models: is an empty list"),
-        ({"models": {"preset": "11m"}}, "models: no preset '11m'; did you mean '1m'"),
-        ({"seeds": 2026}, r"seeds: 2026 would be so many seeds; write \[2026\]"),
-        ({"sources": {"general": "data/general", "chem": {}}}, r"sources\.general: 'data/general' will not do"),
-        ({"checkpoint": "500 steps"}, "checkpoint: '500 steps' will not do"),
+        ({"models": {"preset": "11m"}}, "models: '11m' is invalid: write a preset; did you mean '1m'"),
+        ({"seeds": 2026}, r"seeds: 2026 is invalid: at most 1000 seeds; write \[2026\]"),
+        ({"sources": {"general": "data/general", "chem": {}}}, r"sources\.general: 'data/general' is invalid"),
+        ({"checkpoint": "500 steps"}, "checkpoint: '500 steps' is invalid"),
         ({"init": "weights"}, "models: both are given, models and init"),
         ({"seeds": [1, 1]}, r"seeds\[1\]: 1 is there twice"),
         ({"simulate": {"budget": "1B", "domain_tokens": "1M"}}, "simulate: domain_tokens is given too"),
         ({"stage": []}, "stage: unknown key; did you mean 'stages'"),
-        ({"stages": {}}, "stages: {} will not do; write a list"),
+        ({"stages": {}}, "stages: {} is invalid: write a list"),
     ],
 )
 def test_what_is_refused_of_the_whole(raw: dict[str, Any], changes: dict[str, Any], message: str) -> None:

@@ -118,7 +118,7 @@ def test_the_table_is_the_same_from_every_place(swept: tuple[Path, pd.DataFrame]
     folder, table = swept
     runs = sorted((folder / "runs").iterdir())
     for paths in ([folder], [folder / "table.csv"], [folder / "table.parquet"], [folder, folder / "table.csv"], runs):
-        again = read_table(paths, domain="chem").sort_values(["run", "tokens"], ignore_index=True)
+        again = read_table(paths, domain_source="chem").sort_values(["run", "tokens"], ignore_index=True)
         pd.testing.assert_frame_equal(
             again, table.sort_values(["run", "tokens"], ignore_index=True), check_dtype=False, rtol=1e-12
         )
@@ -151,7 +151,7 @@ def test_a_moved_study_finds_its_runs(swept: tuple[Path, pd.DataFrame], tmp_path
     subprocess.run(["cp", "-r", str(folder / "runs"), str(moved)], check=True)
     for recipe in moved.glob("*/recipe.yaml"):
         recipe.write_text(recipe.read_text().replace(str(folder), "/gone"))
-    again = read_table(sorted(moved.iterdir()), domain="chem")
+    again = read_table(sorted(moved.iterdir()), domain_source="chem")
     assert sorted(again["pretrain_tokens"].dropna()) == sorted(table["pretrain_tokens"].dropna())
 
 
@@ -189,9 +189,9 @@ def test_an_edited_study_is_refused_before_anything_is_trained(swept: tuple[Path
 def test_flags_of_ready_studies_are_refused_for_others(tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump(raw_study(tmp_path)))
-    with pytest.raises(RecipeError, match="--out: is for ready studies"):
+    with pytest.raises(RecipeError, match="out: is for ready studies"):
         load_study(str(study), given={"general": None, "out": tmp_path / "elsewhere"})
-    with pytest.raises(RecipeError, match="forgeting: no such file, and no ready study; did you mean 'forgetting'"):
+    with pytest.raises(RecipeError, match="forgeting: neither a file nor a ready study; did you mean 'forgetting'"):
         load_study("forgeting")
 
 

@@ -328,7 +328,7 @@ def test_resume_of_a_finished_run_does_nothing_and_of_nothing_starts_afresh(data
 
 
 def test_an_existing_run_folder_and_a_changed_recipe_are_refused(data: Path, undisturbed: Path) -> None:
-    with pytest.raises(RecipeError, match=r"run: folder .*undisturbed exists; add `resume`"):
+    with pytest.raises(RecipeError, match=r"run: folder .*undisturbed exists; add `resume=True`"):
         run(tiny.recipe(data, "undisturbed"), progress=False)
     changed = tiny.raw_recipe(data, "undisturbed")
     changed["phases"][0]["optimizer"]["lr"] = 1e-3

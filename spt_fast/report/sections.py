@@ -1,0 +1,261 @@
+"""The evidence of a page, a section each: figures with what to look for in them, and what could not be drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from spt_fast.report import panels
+from spt_fast.report.decision import Decision, by_setting, setting_name, titled, with_shares
+from spt_fast.report.panels import Panel, panel
+from spt_fast.study.crossover import crossovers
+from spt_fast.study.figures import draw_plane
+from spt_fast.study.findings import group_name
+from spt_fast.study.fits import Fitted
+from spt_fast.study.words import amount, percent
+
+
+@dataclass(frozen=True)
+class Figure:
+    caption: str
+    panels: list[Panel]
+
+
+@dataclass
+class Section:
+    """Evidence: figures, and a line for each thing that could not be drawn."""
+
+    id: str
+    title: str
+    says: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def finetuning(finetunes: pd.DataFrame, decisions: Sequence[Decision]) -> Section:
+    section = Section("finetuning", "Domain loss after finetuning")
+    best = {decision.setting: decision for decision in decisions}
+    drawn = []
+    for setting, own in with_shares(finetunes).items():
+        chosen = best[setting].best.delta if setting in best else None
+        lowest = f"; lowest at δ = {percent(chosen)} for {amount(best[setting].budget)}" if chosen is not None else ""
+        drawn.append(
+            panel(
+                titled("After finetuning", setting, finetunes),
+                f"Domain loss after finetuning against δ, a line per budget, {setting_name(setting)}{lowest}.",
+                partial(panels.loss_after_finetuning, finetunes=own, chosen=chosen),
+            )
+        )
+    if drawn:
+        section.figures.append(
+            Figure(
+                "Lower is better. Rings are seeds, lines go through their means, one for each pretraining budget; the "
+                "dashed line marks the best share at the largest budget. Look for how far down the curve the best "
+                "share lies below δ = 0, compared with how far apart the rings are, and whether it moves left as the "
+                "budget grows. Shares are spaced by their square roots.",
+                drawn,
+            )
+        )
+    else:
+        section.missing.append("No finetunes after pretraining at two shares or more.")
+    return section
+
+
+def pretraining(rows: pd.DataFrame) -> Section:
+    section = Section("pretraining", "Pretraining")
+    rows = rows[rows["stage"] == 0]
+    if not len(rows):
+        section.missing.append("No run here was pretrained from scratch.")
+        return section
+    colours = panels.colours_of(rows["delta"])
+    specialized = rows[(rows["delta"] > 0) | (rows.groupby("params")["delta"].transform("max") == 0)]
+    drawn = []
+    for setting in by_setting(specialized):
+        # what reads no domain text belongs to every corpus
+        of_corpus = (rows["domain_tokens"] == setting[1]) | (rows["delta"] == 0)
+        own = rows[(rows["params"] == setting[0]) & of_corpus]
+        for corpus in ("domain", "general"):
+            if own[f"{corpus}_heldout"].notna().any():
+                drawn.append(
+                    panel(
+                        titled(f"{corpus.capitalize()} loss", setting, specialized),
+                        f"Held-out {corpus} loss over pretraining tokens, a line per run, coloured by δ.",
+                        partial(panels.losses_in_pretraining, rows=own, column=f"{corpus}_heldout", colours=colours),
+                    )
+                )
+    section.figures.append(
+        Figure(
+            "A line for each run, named by δ at its end. A domain line that turns up has overfitted the repeated "
+            "corpus; a general line above that of δ = 0 is what the domain's share costs.",
+            drawn,
+        )
+    )
+    return section
+
+
+def forgetting(finetunes: pd.DataFrame) -> Section:
+    section = Section("forgetting", "Forgetting")
+    finetunes = finetunes.dropna(subset=["general_before", "general_heldout"])
+    colours = panels.colours_of(finetunes["pretrain_delta"])
+    drawn = []
+    for setting, own in by_setting(finetunes).items():
+        budget = own["pretrain_tokens"].max()
+        own = own[own["pretrain_tokens"] == budget]
+        arms = [
+            (_treatment(delta, injected, anchor), colours[delta], rows)
+            for (delta, injected, anchor), rows in own.groupby(["pretrain_delta", "injected", "anchor"])
+        ]
+        rises = ", ".join(
+            f"{name} {(rows['general_heldout'] - rows['general_before']).mean():+.3f}" for name, _, rows in arms
+        )
+        drawn.append(
+            panel(
+                titled(f"After {amount(budget)} tokens of pretraining", setting, finetunes),
+                f"General loss before and after finetuning; mean rise in nats: {rises}.",
+                partial(panels.general_before_and_after, arms=arms),
+                height_in=panels.height_of_rows(len(arms)),
+            )
+        )
+    if drawn:
+        section.figures.append(
+            Figure(
+                "General loss before (○) and after (●) finetuning, a point for each seed, with the mean rise beside "
+                "it. Shorter is less forgotten; further left is the better general model in the end.",
+                drawn,
+            )
+        )
+    else:
+        section.missing.append("No finetune here has a general held-out loss before and after.")
+    return section
+
+
+def _treatment(delta: float, injected: float, anchor: float) -> str:
+    return (
+        f"δ = {percent(delta)}"
+        + (f", {percent(injected)} replay" if injected else "")
+        + (f", anchor {anchor:g}" if anchor else "")
+    )
+
+
+def crossover(table: pd.DataFrame) -> Section:
+    section = Section("crossover", "To pretrain or not")
+    drawn = []
+    for found in crossovers(table):
+        size = f"{amount(found.params)} parameters"
+        section.says.append(found.says)
+        drawn += [
+            panel(
+                f"Domain loss, {size}",
+                f"Domain loss over the size of the domain's corpus, a line per start: {found.says}",
+                partial(panels.draw_losses, arms=found.arms),
+            ),
+            panel(
+                f"Gap to training from scratch, {size}",
+                f"By how much the loss from scratch is higher, over the corpus: {found.says}",
+                partial(panels.draw_gap, found=found),
+            ),
+        ]
+    section.figures.append(
+        Figure(
+            "The same finetune from pretrained weights, from nothing, and from the pretrained embeddings alone, on "
+            "nested subsets of the domain. Where the gap meets the dashed threshold, pretraining makes no difference "
+            "any more.",
+            drawn,
+        )
+    )
+    return section
+
+
+def plane(decisions: Sequence[Decision], finetunes: pd.DataFrame) -> Section:
+    section = Section("plane", "Domain against general loss")
+    drawn = [
+        panel(
+            titled(f"After {amount(decision.budget)} tokens of pretraining", decision.setting, finetunes),
+            "Paths of finetunes in the plane of domain loss and general loss, coloured by δ.",
+            partial(_plane, decision=decision),
+            height_in=4.4,
+        )
+        for decision in decisions
+    ]
+    if drawn:
+        section.figures.append(
+            Figure(
+                "Every finetune from where pretraining left it (○) to the weights that it hands on (●); down and left "
+                "is better. Where paths cross the dashed line their domain losses are equal: the lower one has "
+                "forgotten less for it.",
+                drawn,
+            )
+        )
+    else:
+        section.missing.append("No finetunes to draw.")
+    return section
+
+
+def _plane(axes: Axes, decision: Decision) -> None:
+    compared = decision.comparison.compared
+    arms = {arm: list(compared[arm].values()) for arm in decision.plainest}
+    by_share = panels.colours_of(arm.delta for arm in arms)
+    draw_plane(axes, decision.comparison, arms, {arm: by_share[arm.delta] for arm in arms})
+    axes.set_title("", loc="left")
+
+
+def laws(fits: Sequence[Fitted]) -> Section:
+    """Curves against points for the laws that have curves over tokens or shares; all of them are in the table."""
+    section = Section("laws", "Scaling laws against the runs")
+    fitted = [fit for fit in fits if fit.law is not None]
+    for caption, curves in DRAWN:
+        drawn = [
+            panel(
+                " · ".join(filter(None, (title, group_name(fit.group)))),
+                f"{title}, fitted curves against runs, {group_name(fit.group)}.",
+                partial(draw, law=fit.law, rows=fit.table),
+            )
+            for law_name, title, draw in curves
+            for fit in fitted
+            if fit.law_name == law_name
+        ]
+        if drawn:
+            section.figures.append(Figure(caption, drawn))
+    problems: dict[str, list[Fitted]] = {}
+    for fit in fits:
+        if fit.problem is not None:
+            problems.setdefault(fit.law_name, []).append(fit)
+    for law_name, groups in problems.items():
+        most = max(groups, key=lambda fit: fit.rows)
+        of = f" ({group_name(most.group)})" if most.group else ""
+        others = f" {len(groups) - 1} other groups of runs have none either." if len(groups) > 2 else ""
+        others = " Another group of runs has none either." if len(groups) == 2 else others
+        section.missing.append(f"No {law_name} law{of}: {most.problem}.{others}")
+    return section
+
+
+DRAWN: tuple[tuple[str, tuple[tuple[str, str, Callable[..., None]], ...]], ...] = (
+    (
+        "The overfitting law for domain text, trained on and held out, over pretraining tokens: curves with their 90% "
+        "intervals for a new run, and the runs as rings. Rings outside of the bands are what the law does not explain; "
+        "where two held-out curves cross, the better share changes.",
+        (
+            ("overfitting", "Domain text trained on", partial(panels.law_over_tokens, of="train_loss")),
+            ("overfitting", "Domain text held out", partial(panels.law_over_tokens, of="heldout_loss")),
+        ),
+    ),
+    (
+        "The domain loss after finetuning over pretraining tokens, for each share, with 90% intervals for a new run. "
+        "The lowest curve at your budget is the share to pay for.",
+        (("post-finetuning", "After finetuning", partial(panels.law_over_tokens, of="finetuned_loss")),),
+    ),
+    (
+        "The D-CPT law: loss against the domain's share of continual pretraining, at the most tokens that were run, a "
+        "line per model size, with 90% intervals for a new run. What the domain gains to the right, the general loss "
+        "pays.",
+        (
+            ("dcpt-domain", "Domain loss", partial(panels.law_over_ratio, of="domain")),
+            ("dcpt-general", "General loss", partial(panels.law_over_ratio, of="general")),
+        ),
+    ),
+)
+"""Of each figure: its caption, and its panels as (law, title, how it is drawn)."""
