@@ -61,7 +61,7 @@ def _mixture(value: object, where: str) -> dict[str, Fraction]:
     try:
         return dict(Mixture(value).weights)
     except ValueError as error:
-        raise RecipeError(f"{where}: {str(error).removeprefix('mixture: ')}") from None
+        raise RecipeError(f"{where}{str(error).removeprefix('mixture')}") from None
 
 
 def _grid(value: object, where: str) -> dict[str, tuple[Any, ...]]:

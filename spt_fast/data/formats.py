@@ -23,7 +23,7 @@ from tokenize import TokenError
 
 import numpy as np
 
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, invalid
 
 ID_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
@@ -95,7 +95,7 @@ def check_declared(path: Path, found: np.dtype, declared: np.dtype | None) -> No
 def id_dtype(name: str, what: str) -> np.dtype:
     """The little-endian dtype of that name; DataError, naming `what`, for one that token ids can't have."""
     if name not in ID_DTYPES:
-        raise DataError(f"{what} is {name!r}; token ids have one of {', '.join(ID_DTYPES)}")
+        raise DataError(invalid(what, name, f"token ids have one of {', '.join(ID_DTYPES)}"))
     return np.dtype(name).newbyteorder("<")
 
 
@@ -176,7 +176,7 @@ def _megatron(path: Path, index: Path) -> TokenFile:
     if version != 1:
         raise DataError(f"{index}: Megatron index version {version}; only version 1 can be read")
     if code not in MEGATRON_DTYPES:
-        raise DataError(f"{index}: dtype code {code} is no integer type of Megatron-LM's; token ids are integers")
+        raise DataError(f"{index}: dtype code {code} stands for no integer type in Megatron-LM; token ids are integers")
     dtype = np.dtype(MEGATRON_DTYPES[code]).newbyteorder("<")
 
     expected = MEGATRON_HEADER.size + 12 * sequences + 8 * boundaries

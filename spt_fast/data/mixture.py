@@ -30,7 +30,7 @@ from typing import Protocol
 import numpy as np
 
 from spt_fast import native
-from spt_fast.errors import RecipeError, nearest
+from spt_fast.errors import RecipeError, invalid, nearest
 
 MAX_SAMPLES = 1 << 62
 MAX_DENOMINATOR = 1 << 62
@@ -65,8 +65,8 @@ class Mixture:
         largest = MAX_DENOMINATOR if num_drawn <= _SPLIT_SOURCES else MAX_PERIOD
         if period > largest:
             raise RecipeError(
-                f"a mixture of {num_drawn} sources with these shares repeats only after Q = {period:,} samples, and at "
-                f"most {largest:,} can be held exactly; a nearby mixture that repeats after {_NEARBY_PERIOD:,}: "
+                f"mixture: these shares of {num_drawn} sources repeat only after Q = {period:,} samples, and at most "
+                f"{largest:,} can be held exactly; a nearby mixture that repeats after {_NEARBY_PERIOD:,}: "
                 f"{_nearby(self.weights)}"
             )
         self._order: _Order = _Splits(numerators) if num_drawn <= _SPLIT_SOURCES else _Table(numerators)
@@ -86,7 +86,7 @@ class Mixture:
     def index(self, source: str, k: int) -> int:
         """n such that locate(n) == (source, k). Raises ValueError for a source that never occurs."""
         if source not in self.weights:
-            raise ValueError(f"no source {source!r} in the mixture; {nearest(source, self.sources)}")
+            raise ValueError(invalid("source", source, f"name one of the mixture; {nearest(source, self.sources)}"))
         if self.weights[source] == 0:
             raise ValueError(f"source {source!r} has weight 0 and never occurs")
         return self._order.index(self.sources.index(source), _natural(k, "sample"))
@@ -260,12 +260,12 @@ def chairman_order(weights: list[int]) -> list[int]:
 def _exact_weights(weights: Mapping[str, int | str | Fraction | float]) -> dict[str, Fraction]:
     """The weights as exact shares that sum to 1, sorted by source."""
     if not weights:
-        raise RecipeError("the mixture is empty; name at least one source")
+        raise RecipeError("mixture: is empty; name at least one source")
     if len(weights) > MAX_SOURCES:
-        raise RecipeError(f"the mixture has {len(weights):,} sources; at most {MAX_SOURCES:,} will do")
+        raise RecipeError(f"mixture: has {len(weights):,} sources; give at most {MAX_SOURCES:,}")
     for source in weights:
         if not isinstance(source, str):
-            raise RecipeError(f"mixture: source {source!r} is not a name; write it as a string")
+            raise RecipeError(invalid("mixture", source, "a source is named by a string; put quotes around it"))
     exact = {source: _exact_weight(source, weights[source]) for source in sorted(weights)}
     relative = [source for source in exact if isinstance(weights[source], Integral)]
     total = sum(exact.values())
@@ -299,10 +299,8 @@ def _exact_weight(source: str, weight: object) -> Fraction:
         except (ValueError, ZeroDivisionError):
             value = None
     if value is None or value < 0 or (value > 1 and not isinstance(weight, Rational)):
-        raise RecipeError(
-            f"mixture: {weight!r} will not do as the weight of {source!r}; give a share such as '2%', 0.02 or '1/50', "
-            "or a whole number, neither below 0, and no share above 1"
-        )
+        expected = "give a share between 0 and 1, such as '2%', 0.02 or '1/50', or a whole number of at least 0"
+        raise RecipeError(invalid(f"mixture.{source}", weight, expected))
     return value
 
 

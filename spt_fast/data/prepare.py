@@ -20,7 +20,7 @@ from spt_fast.data.shards import DatasetWriter
 from spt_fast.data.text import Chunk, Inputs, TextReader
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.data.workers import EncoderPool, Settings, Side, TextBatch
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, invalid
 
 BATCH_BYTES = 1 << 20
 
@@ -54,9 +54,9 @@ def prepare(
     start_s = time.perf_counter()
     workers = _cores() if workers is None else workers
     if workers < 1:
-        raise DataError(f"workers {workers} is below 1; give at least 1, or leave it out for one a core")
+        raise DataError(invalid("workers", workers, "at least 1; leave it out for one a core"), argument=True)
     if heldout is not None and not 0 < heldout < 1:
-        raise DataError(f"held-out share {heldout} isn't between 0 and 1; give a share such as 0.5%")
+        raise DataError(invalid("heldout", str(heldout), "a share between 0 and 1, such as 0.5%"), argument=True)
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
     reader = TextReader(inputs, text_key, skip_bad=skip_bad)
     settings = Settings(text_key, skip_bad, (heldout.numerator, heldout.denominator) if heldout is not None else None)

@@ -75,7 +75,7 @@ class TokenDataset:
         header says. Hashes are left to `verify`, so that opening costs the same at any size.
         """
         base = base_prefix(Path(prefix))
-        declared = None if dtype is None else formats.id_dtype(dtype, f"the declared dtype of {prefix}")
+        declared = None if dtype is None else formats.id_dtype(dtype, f"{prefix}: the declared dtype")
         try:
             metadata = _read_metadata(files_of(base)[2])
             if metadata is None:
@@ -342,7 +342,7 @@ def _refuse_foreign(prefix: Path) -> None:
     there = [str(path) for path in files_of(prefix) if path.exists()]
     if there and not _is_ours(files_of(prefix)[2]):
         raise DataError(
-            f"{', '.join(there)} would be overwritten, and is no dataset of this program's (or an unfinished one); "
+            f"{', '.join(there)} would be overwritten, and is not a whole dataset of this program; "
             "move it away or choose another prefix"
         )
 

@@ -39,7 +39,7 @@ _BLOCK_BYTES = 1 << 20
 _FORMATS = (".jsonl", ".txt", ".parquet")
 _COMPRESSIONS = ("", ".gz", ".zst")
 _BOM = b"\xef\xbb\xbf"
-_SKIP = "or leave such documents out, counted, with --skip-bad"
+_SKIP = "or leave such documents out, counted, by `skip_bad=True`"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TextReader:
                 empty = False
                 yield chunk
             if empty and not self._skip_bad:
-                raise DataError(f"{_name(path)} holds no document; remove it, or pass it over with --skip-bad")
+                raise DataError(f"{_name(path)} holds no document; remove it, or pass it over by `skip_bad=True`")
             self.skipped["empty file"] += empty
 
     def _chunks(self, path: Path) -> Iterator[Chunk]:
@@ -238,11 +238,11 @@ def _decode(utf8: bytes) -> str:
 
 def _missing_key(what: str, text_key: str, keys: list[str]) -> str:
     has = ", ".join(map(repr, keys[:12])) if keys else "none"
-    return f"no text under {text_key!r} ({what} has {has}); name the one that holds the text with --text-key"
+    return f"no text under {text_key!r} ({what} has {has}); name the one that holds the text by `text_key=…`"
 
 
 def _not_a_string(text_key: str, given: str) -> str:
-    return f"{text_key!r} is {given}, not a string; name another key with --text-key, {_SKIP}"
+    return f"{text_key!r} is {given}, not a string; name another key by `text_key=…`, {_SKIP}"
 
 
 def _jsonl_chunks(blocks: Iterator[bytes], source: str) -> Iterator[Chunk]:
@@ -304,7 +304,7 @@ def _parquet_column(pa: Any, column: Any, name: str) -> tuple[bytes, list[int]]:
     try:
         documents = column.cast(pa.large_binary()).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise DataError(f"{name} holds {column.type}, not strings; name another with --text-key") from None
+        raise DataError(f"{name} holds {column.type}, not strings; name another by `text_key=…`") from None
     return b"".join(filter(None, documents)), [-1 if document is None else len(document) for document in documents]
 
 
@@ -366,8 +366,8 @@ def _split_name(path: Path) -> tuple[str, str]:
     stem = name.removesuffix(compression)
     if path != STDIN and not stem.endswith(_FORMATS):
         raise DataError(
-            f"{path} is no {_known_names()} file; rename it if it is one by another name (a .json of one object a line "
-            "is a .jsonl), or pipe JSON Lines in and give - as input"
+            f"{path}: is not a {_known_names()} file; rename it if it is one by another name (a .json of one object a "
+            "line is a .jsonl), or pipe JSON Lines in and give - as input"
         )
     return stem, compression
 

@@ -24,7 +24,7 @@ import numpy as np
 import tiktoken
 
 from spt_fast.data.text import STDIN, Inputs, TextReader, find_files, parse
-from spt_fast.errors import DataError, nearest
+from spt_fast.errors import DataError, invalid, nearest
 
 EOS = "<|endoftext|>"
 
@@ -71,9 +71,7 @@ class Tokenizer:
         if path.is_file():
             return cls.from_bytes(path.read_bytes(), str(path))
         if path.suffix or len(path.parts) != 1 or path.exists():
-            raise DataError(
-                f"tokenizer file {path} doesn't exist; make one with: spt-fast tokenizer train … --out {path}"
-            )
+            raise DataError(f"tokenizer: file {path} doesn't exist; make one with `spt-fast tokenizer train`")
         return cls._named(str(path))
 
     @classmethod
@@ -99,15 +97,16 @@ class Tokenizer:
             return cls(ranks, pattern, special_tokens)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(
-                f"{source} is no tokenizer file, or a damaged one ({error}); copy it again, or train another one and "
-                "prepare the data anew"
+                f"{source}: is damaged, or not a file of tiktoken ranks ({error}); copy it again, or train another one "
+                "and prepare the data again"
             ) from None
 
     @classmethod
     def _named(cls, name: str) -> Tokenizer:
         names = tiktoken.list_encoding_names()
         if name not in names:
-            raise DataError(f"tokenizer {name!r} is neither a file nor a tiktoken encoding: {nearest(name, names)}")
+            expected = f"give a file of ranks or a tiktoken encoding; {nearest(name, names)}"
+            raise DataError(invalid("tokenizer", name, expected))
         encoding = _get_encoding(name)
         if EOS not in encoding._special_tokens:
             raise DataError(f"tiktoken encoding {name!r} has no {EOS}, which ends each document; use another")
@@ -209,7 +208,7 @@ def train_tokenizer(
     and for a vocabulary that is below 257 (256 bytes and <|endoftext|>) or too large for the text.
     """
     if vocab_size < 257:
-        raise DataError(f"--vocab-size {vocab_size} is below 257 (256 bytes and {EOS}); give a larger one")
+        raise DataError(invalid("vocab_size", vocab_size, f"at least 257 (256 bytes and {EOS})"), argument=True)
     try:
         import rustbpe
     except ImportError:
@@ -219,10 +218,8 @@ def train_tokenizer(
     trainer.train_from_iterator(sample, vocab_size - 1, buffer_size=256, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - 1:
-        raise DataError(
-            f"--vocab-size {vocab_size} is too large for this text, which yields {len(ranks) + 1}; ask for at most "
-            "that, or give more text"
-        )
+        expected = f"this text yields at most {len(ranks) + 1} ids; ask for no more, or give more text"
+        raise DataError(invalid("vocab_size", vocab_size, expected), argument=True)
     tokenizer = Tokenizer(ranks, PATTERN, {EOS: len(ranks)})
     tokenizer.save(out)
     return tokenizer

@@ -154,23 +154,23 @@ def test_how_weights_are_read(weights: dict, exact: list[str]) -> None:
         ({"a": 0.1, "b": 0.2}, r"sum to 3/10 .* 7/10 is missing"),
         ({"a": 98, "b": "0.02"}, r"'a' is a whole number \(98\).*'b' is a share \('0.02'\)"),
         ({"a": 1, "b": 0.5}, "whole number"),
-        ({"a": -1, "b": 2}, "-1 will not do as the weight of 'a'"),
-        ({"a": "-10%", "b": "110%"}, "'-10%' will not do as the weight of 'a'"),
+        ({"a": -1, "b": 2}, "mixture.a: -1 is invalid"),
+        ({"a": "-10%", "b": "110%"}, "'-10%' is invalid"),
         ({"a": 0, "b": 0}, r"every weight is 0 \(a, b\)"),
         ({"a": "0", "b": 0.0}, "every weight is 0"),
-        ({"a": float("nan"), "b": 1.0}, "nan will not do as the weight of 'a'"),
-        ({"a": float("inf")}, "inf will not do"),
-        ({"a": True}, "True will not do"),
-        ({"a": "lots"}, "'lots' will not do as the weight of 'a'"),
-        ({"a": "1e999", "b": 0.5}, "'1e999' will not do as the weight of 'a'.*no share above 1"),
-        ({"a": "1e-1_000_000_000"}, "'1e-1_000_000_000' will not do as the weight of 'a'"),
-        ({"a": "1/0"}, "'1/0' will not do"),
-        ({"a": "1e-999999999"}, "will not do"),
-        ({"a": None}, "None will not do"),
-        ({1: 1}, "source 1 is not a name"),
+        ({"a": float("nan"), "b": 1.0}, "mixture.a: nan is invalid"),
+        ({"a": float("inf")}, "mixture.a: inf is invalid"),
+        ({"a": True}, "mixture.a: True is invalid"),
+        ({"a": "lots"}, "mixture.a: 'lots' is invalid"),
+        ({"a": "1e999", "b": 0.5}, "'1e999' is invalid.*a share between 0 and 1"),
+        ({"a": "1e-1_000_000_000"}, "'1e-1_000_000_000' is invalid"),
+        ({"a": "1/0"}, "mixture.a: '1/0' is invalid"),
+        ({"a": "1e-999999999"}, "is invalid"),
+        ({"a": None}, "mixture.a: None is invalid"),
+        ({1: 1}, "mixture: 1 is invalid"),
     ],
 )
-def test_weights_that_will_not_do(weights: dict, message: str) -> None:
+def test_invalid_weights(weights: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Mixture(weights)
 

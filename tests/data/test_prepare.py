@@ -202,16 +202,16 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for inputs, options, message in (
         (few, {"heldout": tiny}, r"d.heldout would be empty: of 5 documents none .* share of 1/1000000; give another"),
         (few, {"heldout": most}, r"d would be empty: of 5 documents none"),
-        (few, {"heldout": Fraction(1)}, "held-out share 1 isn't between 0 and 1"),
-        (few, {"workers": 0}, "workers 0 is below 1"),
-        (few, {"text_key": "body"}, r"few.jsonl:1: no text under 'body' .*--text-key"),
+        (few, {"heldout": Fraction(1)}, "heldout: '1' is invalid: a share between 0 and 1"),
+        (few, {"workers": 0}, "workers: 0 is invalid: at least 1"),
+        (few, {"text_key": "body"}, r"few.jsonl:1: no text under 'body' .*text_key="),
         (blank, {}, r"d: no document is left \(left out: 2 empty\)"),
         (empty, {}, "empty.jsonl holds no document"),
         (tmp_path / "none.jsonl", {}, "none.jsonl doesn't exist"),
     ):
         with pytest.raises(DataError, match=message):
             prepare(inputs, tmp_path / "d", tokenizer, progress=False, **options)
-    with pytest.raises(DataError, match="neither a file nor a tiktoken encoding"):
+    with pytest.raises(DataError, match="give a file of ranks or a tiktoken encoding"):
         prepare(few, tmp_path / "d", "nothing", progress=False)
     assert names(tmp_path) == ["blank.jsonl", "empty.jsonl", "few.jsonl"]
 

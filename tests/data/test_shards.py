@@ -271,7 +271,7 @@ def test_a_declared_dtype_must_agree(tmp_path: Path) -> None:
     assert TokenDataset.open(tmp_path / "d", dtype="uint16").num_tokens == 11
     with pytest.raises(DataError, match="uint32 was declared, but its header says uint16"):
         TokenDataset.open(tmp_path / "d", dtype="uint32")
-    with pytest.raises(DataError, match="'float32'; token ids have one of"):
+    with pytest.raises(DataError, match="'float32' is invalid: token ids have one of"):
         TokenDataset.open(tmp_path / "d", dtype="float32")
 
 

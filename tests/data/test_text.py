@@ -169,7 +169,7 @@ BAD_LINES = {
     "two objects": (b'{"text": "a"} {"text": "b"}', "broken JSON", "Extra data"),
     "no object": (b'["a"]', "broken JSON", "list where a JSON object is due"),
     "deep": (b"[" * 100_000, "broken JSON", "broken JSON"),
-    "no key": (b'{"id": 3, "body": "a"}', "missing key", r"'text' \(the line has 'id', 'body'\).*--text-key"),
+    "no key": (b'{"id": 3, "body": "a"}', "missing key", r"'text' \(the line has 'id', 'body'\).*text_key="),
     "number": (b'{"text": 3}', "not a string", "'text' is int, not a string"),
     "null": (b'{"text": null}', "not a string", "NoneType"),
     "not UTF-8": ('{"text": "café"}'.encode("latin-1"), "not UTF-8", "0xe9.*iconv"),
@@ -181,7 +181,7 @@ BAD_LINES = {
 def test_a_bad_line_is_named_or_counted(tmp_path: Path, name: str) -> None:
     line, kind, message = BAD_LINES[name]
     path = put(tmp_path / "a.jsonl", GOOD + b"\n" + line + b"\n" + GOOD)
-    with pytest.raises(DataError, match=rf"{path}:3: .*{message}.*--skip-bad"):
+    with pytest.raises(DataError, match=rf"{path}:3: .*{message}.*skip_bad=True"):
         list(iter_documents(path))
     assert read(path) == (["good", "good"], {kind: 1})
 
@@ -258,11 +258,15 @@ def test_inputs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(text, "LINE_BYTES", 8)
     monkeypatch.setattr(text, "_BLOCK_BYTES", 4)
     for inputs, key, message in (
-        (tmp_path / "a.json", "text", r"a\.json is no \.jsonl, \.txt, \.parquet \(plain, \.gz or \.zst\) file; rename"),
+        (
+            tmp_path / "a.json",
+            "text",
+            r"a\.json: is not a \.jsonl, \.txt, \.parquet \(plain, \.gz or \.zst\) file; rename",
+        ),
         (tmp_path / "none.jsonl", "text", "none.jsonl doesn't exist"),
         (tmp_path / "folder", "text", "folder holds no .jsonl"),
         ([], "text", "no input given"),
-        (tmp_path / "a.parquet", "body", r"a\.parquet: no text under 'body' \(it has 'id', 'text'\).*--text-key"),
+        (tmp_path / "a.parquet", "body", r"a\.parquet: no text under 'body' \(it has 'id', 'text'\).*text_key="),
         (tmp_path / "a.parquet", "text", r"a\.parquet: column 'text' holds int64, not strings"),
         (tmp_path / "b.jsonl", "text", r"b\.jsonl:1: over 0 MiB in one line"),
     ):

@@ -111,8 +111,8 @@ def test_training_is_deterministic_and_reads_a_fair_bounded_sample(tmp_path: Pat
 
 def test_what_training_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for vocab_size, message in (
-        (256, "--vocab-size 256 is below 257"),
-        (100_000, "too large for this text, which yields"),
+        (256, "vocab_size: 256 is invalid: at least 257"),
+        (100_000, "is invalid: this text yields at most"),
     ):
         with pytest.raises(DataError, match=message):
             train_tokenizer(folder / "text.jsonl", vocab_size, tmp_path / "t")
@@ -194,7 +194,9 @@ def test_digests_tell_tokenizers_apart(tokenizer: Tokenizer) -> None:
 
 
 def test_encodings_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="'gpt-2' is neither a file nor a tiktoken encoding: did you mean 'gpt2'"):
+    with pytest.raises(
+        DataError, match="'gpt-2' is invalid: give a file of ranks or a tiktoken encoding; did you mean 'gpt2'"
+    ):
         Tokenizer.load("gpt-2")
 
     def offline(name: str) -> None:
@@ -233,7 +235,7 @@ def test_damaged_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for name, data in damaged.items():
         path = tmp_path / name
         path.write_bytes(data)
-        with pytest.raises(DataError, match=f"{name} is no tokenizer file, or a damaged one"):
+        with pytest.raises(DataError, match=f"{name}: is damaged, or not a file of tiktoken ranks"):
             Tokenizer.load(path)
     for missing in (tmp_path / "none", "none.tiktoken"):
         with pytest.raises(DataError, match=r"none.*doesn't exist; make one"):
