@@ -177,62 +177,9 @@ def plan(
     speed = pricing.speed_of(made, machine, mfu=share(mfu, "--mfu"), run=mfu_from)
     phases, price = made.describe(), pricing.price(made, machine, speed, per_gpu_hour=per_gpu_hour)
     if as_json:
-        _print_json({"phases": phases, **price})
-        return
-    rows = [
-        [
-            phase["name"],
-            phase["steps"],
-            source,
-            figures["share"],
-            figures["tokens"],
-            figures["epochs_asked"],
-            figures["epochs"],
-        ]
-        for phase in phases
-        for source, figures in phase["sources"].items()
-    ]
-    print_table(out, str(recipe), ["phase", "steps", "source", "share", "tokens", "epochs asked", "epochs"], rows)
-    times, ways, left_out = (price.pop(key) for key in ("times", "ways", "left_out"))
-    columns = ["phase", "arms", "tokens", "step_s", "hours", "evaluation_hours"]
-    print_table(out, "time", columns, [[time[column] for column in columns] for time in times])
-    print_table(
-        out,
-        f"memory of each of {gpus} × {machine.name or machine.device} (→ this recipe, ✗ doesn't fit)",
-        ["ZeRO", "offload", *(f"checkpointing {way['checkpointing']}" for way in ways[:3]), "host"],
-        [
-            [stage, offload, *map(_memory, three), _size(max(way["bytes"]["host"] for way in three))]
-            for (stage, offload), three in _by_distribution(ways).items()
-        ],
-    )
-    print_table(
-        out,
-        "hours by checkpointing",
-        ["checkpointing", "step_s", "hours", "cost"],
-        [[way[key] for key in ("checkpointing", "step_s", "hours", "cost")] for way in ways[:3]],
-    )
-    parts = next(way["bytes"] for way in ways if way["recipe"])
-    facts = {
-        "memory": {part: _size(size) for part, size in parts.items()},
-        "left out of the hours": "; ".join(left_out),
-    }
-    print_facts(out, "the model and its cost", price | facts)
-
-
-def _size(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:,.3g} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:,.3g} MB"
-
-
-def _memory(way: dict[str, Any]) -> str:
-    marks = ("→ " if way["recipe"] else "") + ("✗ " if way["fits"] is False else "")
-    return marks + _size(way["bytes"]["total"])
-
-
-def _by_distribution(ways: list[dict[str, Any]]) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    distributions: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for way in ways:
-        distributions.setdefault((way["stage"], way["offload"]), []).append(way)
-    return distributions
+        _print_json({"phases": phases, **vars(price)})
+    else:
+        pricing.print_plan(recipe, phases, price, out)
 
 
 @app.command()
@@ -248,31 +195,22 @@ def train(
 ) -> None:
     """Train all phases of a recipe."""
     from spt_fast.config import load_recipe
-    from spt_fast.train.dry_run import dry_run as one_step_each
-    from spt_fast.train.run import run
+    from spt_fast.train import dry_run as trying
+    from spt_fast.train.run import print_summary, run
 
     loaded = load_recipe(recipe, overrides or ())
     if dry_run:
-        steps = one_step_each(loaded)
-        if not _is_first():
-            return
-        rows = [[_size(value) if key.endswith("bytes") else value for key, value in step.items()] for step in steps]
-        print_table(out, "dry run", [key.removesuffix("_bytes") for key in steps[0]], rows)
-        out.print(f"all phases at this pace: {sum(step['hours'] for step in steps):,.4g} hours")
+        trials = trying.dry_run(loaded)
+        if _is_first():
+            trying.print_trials(trials, out)
         return
     summary = run(loaded, resume=resume)
     if summary["status"] == "stopped":
         if _is_first():
             print(f"spt-fast: stopped by {summary['reason']}; saved: run again with --resume to go on", file=sys.stderr)
         raise typer.Exit(75)
-    if not _is_first():
-        return
-    rows = [
-        [name, phase["steps"], phase["tokens"], source, phase["epochs"].get(source, 0.0), loss]
-        for name, phase in summary["phases"].items()
-        for source, loss in phase["heldout"].items()
-    ]
-    print_table(out, loaded.run, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
+    if _is_first():
+        print_summary(loaded.run, summary, out)
 
 
 @app.command("eval")
@@ -283,17 +221,10 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and bits per byte; every token but the first of a dataset is scored once."""
-    from spt_fast.train.score import score
+    from spt_fast.train.score import print_scores, score
 
-    results = {str(prefix): score(weights, prefix, dtype=dtype) for prefix in data}
-    if as_json:
-        _print_json(results)
-        return
-    rows = [
-        [prefix, r["loss"], r["perplexity"], r["bits_per_byte"] or "n/a", r["tokens"], r["bytes"] or "n/a"]
-        for prefix, r in results.items()
-    ]
-    print_table(out, str(weights), ["dataset", "loss", "perplexity", "bits per byte", "tokens", "bytes"], rows)
+    scored = {str(prefix): score(weights, prefix, dtype=dtype) for prefix in data}
+    _print_json(scored) if as_json else print_scores(weights, scored, out)
 
 
 @app.command()
@@ -306,26 +237,16 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Exactly how often a run has read every source, or one document."""
-    from spt_fast.train.audit import audit_document, audit_run
+    from spt_fast.train.audit import audit_document, audit_run, print_audit
 
     if document is not None:
         if source is None:
             raise typer.BadParameter("--document needs --source: documents are counted within a source")
-        facts = audit_document(run, source, document)
-        _print_json(facts) if as_json else print_facts(out, f"{source}, document {document}", facts)
+        reading = audit_document(run, source, document)
+        _print_json(reading) if as_json else print_facts(out, f"{source}, document {document}", vars(reading))
         return
-    sources = audit_run(run)
-    if source is not None:
-        if source not in sources:
-            raise typer.BadParameter(f"no source {source!r} in {run}; it has {', '.join(sources)}")
-        sources = {source: sources[source]}
-    if as_json:
-        _print_json(sources)
-        return
-    columns = ["windows", "tokens", "epochs", "min_visits", "max_visits"]
-    print_table(
-        out, str(run), ["source", *columns], [[name, *(facts[c] for c in columns)] for name, facts in sources.items()]
-    )
+    readings = audit_run(run, source)
+    _print_json(readings) if as_json else print_audit(run, readings, out)
 
 
 def _checkpoints_of(run: Path) -> list[Path]:

@@ -48,3 +48,7 @@ def _written(cell: Any) -> str:
     if cell is None:
         return "n/a"
     return f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+
+def size(size_bytes: float) -> str:
+    return f"{size_bytes / 1e9:,.3g} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:,.3g} MB"

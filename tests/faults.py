@@ -54,6 +54,7 @@ from safetensors.numpy import load_file
 from spt_fast import cli
 from spt_fast.errors import CheckpointError
 from spt_fast.model.gpt import GPT
+from spt_fast.printing import as_json
 from spt_fast.train import checkpoint, loop
 from spt_fast.train.audit import audit_run
 from spt_fast.train.local import LocalEngine
@@ -235,7 +236,7 @@ def differences(undisturbed: Path, run: Path) -> list[str]:
         ours, theirs = (load_file(folder / "weights" / phase / "model.safetensors") for folder in (run, undisturbed))
         bits = [{name: array.tobytes() for name, array in weights.items()} for weights in (ours, theirs)]
         found += [f"weights of {phase} differ"] if bits[0] != bits[1] else []
-    if forked(lambda: audit_run(run)) != forked(lambda: audit_run(undisturbed)):
+    if forked(lambda: as_json(audit_run(run))) != forked(lambda: as_json(audit_run(undisturbed))):
         found.append("audits differ")
     return found + [f"left behind: {path}" for path in leftovers(run)]
 
@@ -514,7 +515,7 @@ class Campaign:
     def loss_problems(self, name: str, run: Path, reference: Path) -> list[str]:
         off = self.compare_losses(name, run, reference)
         problems = [f"losses are off by {off:.1e}"] if off > LOSS_TOLERANCE else []
-        if forked(lambda: audit_run(run)) != forked(lambda: audit_run(reference)):
+        if forked(lambda: as_json(audit_run(run))) != forked(lambda: as_json(audit_run(reference))):
             problems.append("audits differ")
         return problems + [f"left behind: {path}" for path in leftovers(run)]
 

@@ -163,7 +163,7 @@ def test_every_command_runs_in_the_order_of_the_readme(
     [
         ("train absent.yaml", "absent.yaml: cannot be read"),
         ("train recipe.yaml --set phases.pretrain.tokns=1M", "tokns: unknown key; did you mean 'tokens'"),
-        ("eval absent --data data/chem", "absent: is no folder"),
+        ("eval absent --data data/chem", "absent: is not a folder"),
         ("inspect data/absent", "data/absent"),
         ("prepare chem.jsonl --out data/x --tokenizer absent.tiktoken", "absent.tiktoken"),
         ("prepare chem.jsonl --out data/x --tokenizer data/bpe.tiktoken --heldout 5", "--heldout"),

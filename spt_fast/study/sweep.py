@@ -276,10 +276,10 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
             plan = plans[run.name]
             for index in range(len(plan.phases)):
                 time = phase_time(plan, index, speeds[run.model])
-                tokens += time["tokens"]
-                flops += time["tokens"] * train_flops_per_token(plan.model) + time["evaluation_flops"]
-                known = known and time["hours"] is not None
-                hours += (time["hours"] or 0.0) + (time["evaluation_hours"] or 0.0)
+                tokens += time.tokens
+                flops += time.tokens * train_flops_per_token(plan.model) + time.evaluation_flops
+                known = known and time.hours is not None
+                hours += (time.hours or 0.0) + (time.evaluation_hours or 0.0)
         skipped = sum(run.name in done for run in of_stage)
         found.append(Cost(stage.axes.name, len(of_stage), skipped, tokens, flops, hours if known else None))
     return found
@@ -301,7 +301,7 @@ def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | 
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // jobs))
     try:
-        step_s = dry_run(plan.recipe)[0]["step_s"]
+        step_s = dry_run(plan.recipe)[0].step_s
     finally:
         torch.set_num_threads(threads)
     flops = train_flops_per_token(plan.model) * plan.phases[0].tokens_per_step

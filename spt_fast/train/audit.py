@@ -7,53 +7,87 @@ whole checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+
+from rich.console import Console
 
 from spt_fast.data.visits import document_visits
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, invalid
+from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.plan import Plan, make_plan
 from spt_fast.train.state import SavedState
 
 
-def audit_run(run: Path) -> dict[str, dict[str, Any]]:
-    """By source: windows, tokens and epochs read, and the fewest and most visits of any of its tokens."""
+@dataclass(frozen=True)
+class SourceReading:
+    """What a run has read of a source; visits are the fewest and most of any of its tokens."""
+
+    windows: int
+    tokens: int
+    epochs: float
+    min_visits: int
+    max_visits: int
+
+
+@dataclass(frozen=True)
+class DocumentReading:
+    """How often the tokens of one document were read: in all, and the fewest and most of any of them."""
+
+    tokens: int
+    token_visits: int
+    min_visits: int
+    max_visits: int
+
+
+def audit_run(run: Path, source: str | None = None) -> dict[str, SourceReading]:
+    """What was read, by source; of `source` alone where it is given. Raises DataError where the run has no such one."""
     plan, counts = _reading_of(run)
-    return {
-        source: {
-            "windows": count,
-            "tokens": count * plan.model.context,
-            "epochs": float(plan.epochs(source, count)),
-            **_visits(plan, source, count, 0, plan.train[source].num_tokens),
-        }
-        for source, count in counts.items()
-    }
+    readings = {}
+    for name, count in ({source: _count(run, counts, source)} if source else counts).items():
+        visits = document_visits(plan.rings[name], count, 0, plan.train[name].num_tokens)
+        readings[name] = SourceReading(
+            windows=count,
+            tokens=count * plan.model.context,
+            epochs=float(plan.epochs(name, count)),
+            min_visits=visits["min_visits"],
+            max_visits=visits["max_visits"],
+        )
+    return readings
 
 
-def audit_document(run: Path, source: str, document: int) -> dict[str, Any]:
-    """Of one document: tokens, token_visits (over all its tokens), min_visits, max_visits.
-
-    `document` counts within the source's dataset, from 0. Raises DataError for a source or document that isn't there.
-    """
+def audit_document(run: Path, source: str, document: int) -> DocumentReading:
+    """`document` counts within the source's dataset, from 0. Raises DataError for a source or document that isn't
+    there."""
     plan, counts = _reading_of(run)
-    if source not in counts:
-        raise DataError(f"--source {source}: {run} has no such source; it has {', '.join(counts)}")
-    data = plan.train[source]
+    count, data = _count(run, counts, source), plan.train[source]
     ends = data.document_ends
     if ends is None:
-        raise DataError(f"--source {source}: {data.path} records no documents; audit the whole source instead")
+        raise DataError(
+            f"document: {data.path} records no documents; leave it out and audit the whole source", argument=True
+        )
     if not 0 <= document < len(ends):
-        raise DataError(f"--document {document}: {source} has documents 0 to {len(ends) - 1}")
+        expected = f"{source} has documents 0 to {len(ends) - 1}"
+        raise DataError(invalid("document", document, expected), argument=True)
     start, end = int(ends[document - 1]) if document else 0, int(ends[document])
-    visits = document_visits(plan.rings[source], counts[source], start, end)
-    return {"tokens": end - start, **{key: visits[key] for key in ("token_visits", "min_visits", "max_visits")}}
+    return DocumentReading(**document_visits(plan.rings[source], count, start, end))
 
 
-def _visits(plan: Plan, source: str, count: int, start: int, end: int) -> dict[str, int]:
-    visits = document_visits(plan.rings[source], count, start, end)
-    return {key: visits[key] for key in ("min_visits", "max_visits")}
+def print_audit(run: Path, readings: Mapping[str, SourceReading], console: Console) -> None:
+    """A row by source."""
+    columns = [column.name for column in fields(SourceReading)]
+    print_table(
+        console, str(run), ["source", *columns], [[name, *vars(reading).values()] for name, reading in readings.items()]
+    )
+
+
+def _count(run: Path, counts: Mapping[str, int], source: str) -> int:
+    if source not in counts:
+        raise DataError(invalid("source", source, f"{run} has {', '.join(counts)}"), argument=True)
+    return counts[source]
 
 
 def _reading_of(run: Path) -> tuple[Plan, dict[str, int]]:

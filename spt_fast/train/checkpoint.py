@@ -31,7 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spt_fast.errors import CheckpointError
+from spt_fast.errors import CheckpointError, invalid
 from spt_fast.files import sync, write_text
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import ALONE, World
@@ -173,7 +173,7 @@ class Writer:
     def _failure(self, name: str, why: str) -> CheckpointError:
         return CheckpointError(
             f"checkpoint {self._folder / name}: could not be written ({why}); make room or fix the folder, then run "
-            "again with --resume: older checkpoints are untouched"
+            "again with `resume=True`: older checkpoints are untouched"
         )
 
 
@@ -190,12 +190,13 @@ def read(path: Path) -> dict[str, Any]:
         if stated != _own_hash(manifest):
             raise CheckpointError(f"{path}: manifest.json does not match its own hash")
         if manifest["format"] != FORMAT:
-            raise OtherFormat(f"{path}: has format {manifest['format']}; this version of spt_fast reads {FORMAT}")
+            known = f"this version of spt_fast reads format {FORMAT}; use the version that wrote it"
+            raise OtherFormat(invalid(f"{path}: manifest.json: format", manifest["format"], known))
         if "state.json" not in manifest["files"]:
             raise CheckpointError(f"{path}: manifest.json lists no state.json")
         for name, facts in manifest["files"].items():
             if Path(name).name != name:
-                raise CheckpointError(f"{path}: manifest.json lists {name!r}, which is no file of this folder")
+                raise CheckpointError(f"{path}: manifest.json lists {name!r}, which is outside this folder")
             file = path / name
             if not file.exists():
                 raise CheckpointError(f"{path}: {name} is missing")
@@ -205,7 +206,7 @@ def read(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path}: {name} does not match its hash")
         strangers = {file.name for file in path.glob("*.safetensors")} - set(manifest["files"])
         if strangers:
-            raise CheckpointError(f"{path}: {min(strangers)} is not of this checkpoint")
+            raise CheckpointError(f"{path}: {min(strangers)} does not belong to this checkpoint")
         return json.loads((path / "state.json").read_text())
     except CheckpointError:
         raise
@@ -219,7 +220,7 @@ def read(path: Path) -> dict[str, Any]:
         AttributeError,
         RecursionError,
     ) as error:
-        raise CheckpointError(f"{path}: is no whole checkpoint ({error!r})") from error
+        raise CheckpointError(f"{path}: is not a whole checkpoint ({error!r})") from error
 
 
 def load(path: Path, world: World = ALONE) -> dict[str, Snapshot]:

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS
+from spt_fast.printing import print_table, size
 from spt_fast.train.device import pick_dtype
 from spt_fast.train.engine import EngineInterface
 from spt_fast.train.engines import join, make_engine
@@ -27,13 +31,27 @@ from spt_fast.train.world import World
 MICRO_BATCHES = 2
 
 
-def dry_run(recipe: Recipe) -> list[dict[str, Any]]:
-    """Per phase: its name, the loss of the starting weights on its first micro-batches, `step_s`, `peak_bytes` of
-    memory and what the plan estimates for it, and `hours` of all its steps and evaluations at this pace.
+@dataclass(frozen=True)
+class Trial:
+    """What trying a phase has shown."""
 
-    On a GPU the peak is the allocator's; on a CPU it is by how much the process has grown, all phases so far and the
-    copies of weights that a GPU's host would hold included. Writes nothing. Raises what `run` would raise before its
-    first step; RecipeError where memory doesn't suffice, with the settings that would change that.
+    phase: str
+    loss: float
+    """Of the starting weights on the first micro-batches."""
+    step_s: float
+    peak_bytes: int
+    """On a GPU the allocator's; on a CPU by how much the process has grown, all phases so far and the copies of weights
+    that a GPU's host would hold included."""
+    estimated_bytes: int
+    hours: float
+    """Of all its steps and evaluations at this pace."""
+
+
+def dry_run(recipe: Recipe) -> list[Trial]:
+    """Try every phase. Writes nothing.
+
+    Raises what `run` would raise before its first step; RecipeError where memory doesn't suffice, with the settings
+    that would change that.
     """
     world = join(recipe.engine)
     device = world.device
@@ -60,16 +78,23 @@ def dry_run(recipe: Recipe) -> list[dict[str, Any]]:
         steps = planned.steps * len(phase.arms())
         evaluated_steps = FORWARD_SHARE * evaluated / planned.tokens_per_step
         results.append(
-            {
-                "phase": phase.name,
-                "loss": loss,
-                "step_s": seconds,
-                "peak_bytes": _peak_bytes(device) - (0 if device.type == "cuda" else grown_before),
-                "estimated_bytes": phase_memory(plan, planned.index, machine, stage=stage, offload=offload)["total"],
-                "hours": (steps + evaluated_steps) * seconds / 3600,
-            }
+            Trial(
+                phase=phase.name,
+                loss=loss,
+                step_s=seconds,
+                peak_bytes=_peak_bytes(device) - (0 if device.type == "cuda" else grown_before),
+                estimated_bytes=phase_memory(plan, planned.index, machine, stage=stage, offload=offload)["total"],
+                hours=(steps + evaluated_steps) * seconds / 3600,
+            )
         )
     return results
+
+
+def print_trials(trials: Sequence[Trial], console: Console) -> None:
+    columns = ["phase", "loss", "step_s", "peak", "estimated", "hours"]
+    rows = [[t.phase, t.loss, t.step_s, size(t.peak_bytes), size(t.estimated_bytes), t.hours] for t in trials]
+    print_table(console, "dry run", columns, rows)
+    console.print(f"all phases at this pace: {sum(trial.hours for trial in trials):,.4g} hours")
 
 
 def _steps(
@@ -118,17 +143,17 @@ def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exce
         knobs.append((f"engine.checkpointing={checkpointing}", {"checkpointing": checkpointing}))
     for other, offloaded in DISTRIBUTIONS:
         if (other, offloaded) != (stage, offload) and other >= stage:
-            deepspeed = f"engine.name=deepspeed --set engine.stage={other}"
-            deepspeed += f" --set engine.offload={offloaded}" if offloaded != "none" else ""
+            deepspeed = f"engine.name=deepspeed engine.stage={other}"
+            deepspeed += f" engine.offload={offloaded}" if offloaded != "none" else ""
             knobs.append((deepspeed, {"stage": other, "offload": offloaded}))
     lines = []
     for knob, change in knobs:
         saved = needed - phase_memory(plan, planned.index, machine, **{**setting, **change})["total"]
         if saved > 0:
-            lines.append(f"  --set {knob} saves about {saved / 1e9:.3g} GB")
+            lines.append(f"  {knob} saves about {saved / 1e9:.3g} GB")
     has = "" if machine.memory_bytes is None else f" of {machine.memory_bytes / 1e9:.3g} GB"
     remedy = "\n".join(lines) if lines else "  a smaller model, a shorter model.context, or a GPU with more memory"
     return (
         f"phases[{planned.phase.name}]: a step does not fit into memory (about {needed / 1e9:.3g} GB{has} by the "
-        f"estimate; {str(error).splitlines()[0]}). Turn in this order:\n{remedy}"
+        f"estimate; {str(error).splitlines()[0]}). Set in this order:\n{remedy}"
     )

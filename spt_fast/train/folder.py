@@ -57,10 +57,10 @@ def summary_of(run: Path) -> dict[str, Any] | None:
         summary = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(summary["status"], str) and isinstance(summary["phases"], dict):
             return summary
-        problem = "its status is no text or its phases no mapping"
+        problem = "`status` must be text and `phases` a mapping"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = repr(error)
-    raise CheckpointError(f"{path}: is damaged ({problem}); delete it and train with --resume to have it written again")
+    raise CheckpointError(f"{path}: is damaged ({problem}); delete it and go on with `resume=True`, which writes it")
 
 
 def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:
@@ -78,9 +78,7 @@ def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:
             return run, weights.name
     if weights.exists():
         return None
-    raise CheckpointError(
-        f"{folder}: started from {recipe.init}, and there is no run {named} any more; put it beside {folder}"
-    )
+    raise CheckpointError(f"{folder}: started from {recipe.init}, but the run {named} has gone; put it beside {folder}")
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class RunLog(Display):
             self._file.flush()
         except OSError as error:
             raise CheckpointError(
-                f"{self._file.name}: could not be written ({error.strerror}); make room, then go on with --resume"
+                f"{self._file.name}: could not be written ({error.strerror}); make room, then go on with `resume=True`"
             ) from error
 
     def sync(self) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,7 +22,7 @@ from spt_fast.data.ring import Ring
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.data.visits import epochs
-from spt_fast.errors import DataError, RecipeError
+from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.kernels import fp8
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.device import pick_device
@@ -62,6 +61,28 @@ class PhasePlan:
     def samples(self) -> dict[str, int]:
         """Windows of each source that the whole phase reads."""
         return self.mixture.counts(self.steps * self.phase.batch.sequences)
+
+
+@dataclass(frozen=True)
+class SourceFigures:
+    """Of one source in a phase: what was asked, and what whole steps of whole windows achieve."""
+
+    share: str
+    tokens: int
+    epochs_asked: float
+    epochs: float
+
+
+@dataclass(frozen=True)
+class PhaseFigures:
+    """Of a phase: each of its `arms` makes all its steps."""
+
+    name: str
+    steps: int
+    tokens_asked: int
+    tokens: int
+    arms: int
+    sources: dict[str, SourceFigures]
 
 
 @dataclass(frozen=True)
@@ -150,29 +171,22 @@ class Plan:
         """How often `windows` windows go through the source's training text."""
         return epochs(self.rings[source], windows)
 
-    def describe(self) -> list[dict[str, Any]]:
+    def describe(self) -> list[PhaseFigures]:
         """Per phase: tokens and, per source, the share asked and the tokens and epochs exactly achieved."""
-        return [
-            {
-                "name": plan.phase.name,
-                "steps": plan.steps,
-                "tokens_asked": plan.phase.tokens,
-                "tokens": plan.tokens,
-                "arms": len(plan.phase.arms()),
-                "sources": {
-                    source: {
-                        "share": str(plan.mixture.weights[source]),
-                        "tokens": windows * self.model.context,
-                        "epochs_asked": float(
-                            plan.mixture.weights[source] * plan.phase.tokens / self.train[source].num_tokens
-                        ),
-                        "epochs": float(self.epochs(source, windows)),
-                    }
-                    for source, windows in plan.samples.items()
-                },
-            }
-            for plan in self.phases
-        ]
+        return [self._figures(plan) for plan in self.phases]
+
+    def _figures(self, plan: PhasePlan) -> PhaseFigures:
+        phase, shares = plan.phase, plan.mixture.weights
+        sources = {
+            source: SourceFigures(
+                share=str(shares[source]),
+                tokens=windows * self.model.context,
+                epochs_asked=float(shares[source] * phase.tokens / self.train[source].num_tokens),
+                epochs=float(self.epochs(source, windows)),
+            )
+            for source, windows in plan.samples.items()
+        }
+        return PhaseFigures(phase.name, plan.steps, phase.tokens, plan.tokens, len(phase.arms()), sources)
 
     def leaks(self) -> list[str]:
         """Warnings: held-out text that the training set of the same or another source holds too."""
@@ -272,14 +286,12 @@ def _model_config(recipe: Recipe, tokenizer: Tokenizer | None, datasets: list[To
         config = read_config(Path(recipe.init))
         stated = dataclasses.asdict(config)
         if "preset" in given:
-            raise RecipeError(
-                f"model.preset: {given['preset']!r} given along with init; the shape comes from {recipe.init}"
-            )
+            expected = f"the shape is that of the weights at {recipe.init}; leave it out"
+            raise RecipeError(invalid("model.preset", given["preset"], expected))
         for key, value in given.items():
             if key != "context" and stated[key] != value:
-                raise RecipeError(
-                    f"model.{key}: {value!r}, but the weights at {recipe.init} have {stated[key]!r}; leave it out"
-                )
+                expected = f"the weights at {recipe.init} have {stated[key]!r}; leave it out"
+                raise RecipeError(invalid(f"model.{key}", value, expected))
         config = dataclasses.replace(config, context=given.get("context", config.context))
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
             raise RecipeError(

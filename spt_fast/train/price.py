@@ -12,14 +12,15 @@ import dataclasses
 import json
 import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.console import Console
 
 from spt_fast.config import Engine, Recipe
-from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.errors import CheckpointError, RecipeError, invalid
 from spt_fast.model.flops import (
     matmul_parameters,
     parameters,
@@ -28,15 +29,16 @@ from spt_fast.model.flops import (
     train_flops_per_token,
 )
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, memory_bytes
+from spt_fast.printing import print_facts, print_table, size
 from spt_fast.train.device import pick_device, pick_dtype
 from spt_fast.train.engines import uses_deepspeed
 from spt_fast.train.evaluate import evaluation_texts
 from spt_fast.train.folder import recipe_of
-from spt_fast.train.plan import Plan
+from spt_fast.train.plan import PhaseFigures, Plan
 
 ASSUMED_MFU = 0.4
 TIME_FACTOR = {"none": 1.0, "selective": 1.0, "full": 4 / 3}
-"""Of a step by checkpointing; that "selective" makes cheap operations again is left out."""
+"""Of a step by checkpointing; that "selective" recomputes cheap operations is left out."""
 FORWARD_SHARE = 1 / 3
 """Of a training step's FLOPs, what an evaluation takes."""
 SPARE = 0.05
@@ -66,9 +68,8 @@ class Machine:
         if gpu is not None:
             peak = peak_flops_by_name(gpu)
             if peak is None:
-                raise RecipeError(
-                    f"--gpu: the peak of {gpu!r} is not known; give a name such as H100, H200, A100 or B200"
-                )
+                expected = "its peak is not known; give a name such as H100, H200, A100 or B200"
+                raise RecipeError(invalid("gpu", gpu, expected), argument=True)
             dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
             return cls(gpus, "cuda", gpu, dtype, peak, memory)
         here = pick_device()
@@ -90,6 +91,65 @@ class Speed:
     flops_per_s: float | None
     mfu: float | None
     source: str
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """One phase: all arms of its grid, all evaluations. Times are None where the speed isn't known."""
+
+    phase: str
+    steps: int
+    """Of each arm."""
+    arms: int
+    tokens: int
+    step_s: float | None
+    hours: float | None
+    """Without evaluations."""
+    evaluation_tokens: int
+    evaluation_flops: int
+    evaluation_hours: float | None
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train a plan: how processes divide the state, and what the backward pass recomputes."""
+
+    stage: int
+    offload: str
+    checkpointing: str
+    recipe: bool
+    """The recipe's own."""
+    bytes: dict[str, int]
+    """Of the phase that needs most, by part: see `memory_bytes`."""
+    fits: bool | None
+    step_s: float | None
+    hours: float | None
+    cost: float | None
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a plan takes, the recipe's own way, and the other ways."""
+
+    parameters: int
+    matmul_parameters: int
+    flops_per_token: int
+    tokens: int
+    flops: int
+    evaluation_flops: int
+    memory_bytes: int
+    gpus: int
+    gpu: str | None
+    gpu_memory_bytes: int | None
+    peak_flops: float | None
+    mfu: float | None
+    speed_from: str
+    hours: float | None
+    hours_at_40_percent_mfu: float | None
+    cost: float | None
+    left_out: Sequence[str]
+    times: list[PhaseTime]
+    ways: list[Way]
 
 
 def speed_of(plan: Plan, machine: Machine, *, mfu: float | None = None, run: Path | None = None) -> Speed:
@@ -130,8 +190,8 @@ def _measured(plan: Plan, machine: Machine, run: Path, *, required: bool) -> Spe
         return Speed(tokens_per_s * train_flops_per_token(plan.model), None, source)
     if required:
         raise RecipeError(
-            f"--mfu-from: {run} was measured on another kind of machine, which says nothing about this one; state "
-            "the share of the peak, such as --mfu 40%, and name the GPU, such as --gpu H100"
+            f"{run}: was measured on another kind of machine, which says nothing about this one; state the share of "
+            "the peak, such as `mfu=40%`, and name the GPU, such as `gpu=H100`"
         )
     return None
 
@@ -183,16 +243,15 @@ def distribution_of(engine: Engine, processes: int) -> tuple[int, str]:
     return (engine.stage, engine.offload) if uses_deepspeed(engine, processes) else (0, "none")
 
 
-def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | None = None) -> dict[str, Any]:
-    """Parameters and FLOPs, times of every phase, and of every way to train on `machine` memory, hours and cost.
+def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | None = None) -> Price:
+    """What the plan takes on `machine`, and every other way to train it there.
 
     Every arm of a grid and every evaluation is counted; `left_out` says what isn't. What isn't known is None.
     """
     flops_per_token = train_flops_per_token(plan.model)
     own = (*distribution_of(plan.recipe.engine, machine.gpus), plan.recipe.engine.checkpointing)
     times = [phase_time(plan, index, speed) for index in range(len(plan.phases))]
-    timed = speed.flops_per_s is not None
-    ways: list[dict[str, Any]] = []
+    ways = []
     for stage, offload in DISTRIBUTIONS:
         for checkpointing in CHECKPOINTING:
             needed = [
@@ -201,51 +260,59 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
             ]
             worst = max(needed, key=lambda parts: parts["total"])
             hours = step_s = None
-            if timed and offload == "none":
+            if offload == "none":
                 factor = TIME_FACTOR[checkpointing] / TIME_FACTOR[plan.recipe.engine.checkpointing]
-                step_s = factor * max(time["step_s"] for time in times)
-                hours = sum(factor * time["hours"] + time["evaluation_hours"] for time in times)
+                step_s, hours = _step_and_hours(times, factor)
             ways.append(
-                {
-                    "stage": stage,
-                    "offload": offload,
-                    "checkpointing": checkpointing,
-                    "recipe": (stage, offload, checkpointing) == own,
-                    "bytes": worst,
-                    "fits": machine.holds(worst["total"]),
-                    "step_s": step_s,
-                    "hours": hours,
-                    "cost": None if hours is None or per_gpu_hour is None else hours * machine.gpus * per_gpu_hour,
-                }
+                Way(
+                    stage=stage,
+                    offload=offload,
+                    checkpointing=checkpointing,
+                    recipe=(stage, offload, checkpointing) == own,
+                    bytes=worst,
+                    fits=machine.holds(worst["total"]),
+                    step_s=step_s,
+                    hours=hours,
+                    cost=None if hours is None or per_gpu_hour is None else hours * machine.gpus * per_gpu_hour,
+                )
             )
-    chosen = next(way for way in ways if way["recipe"])
-    tokens = sum(time["tokens"] for time in times)
+    chosen = next(way for way in ways if way.recipe)
+    tokens = sum(time.tokens for time in times)
     peak = machine.peak_flops
-    return {
-        "parameters": parameters(plan.model),
-        "matmul_parameters": matmul_parameters(plan.model),
-        "flops_per_token": flops_per_token,
-        "tokens": tokens,
-        "flops": flops_per_token * tokens,
-        "evaluation_flops": sum(time["evaluation_flops"] for time in times),
-        "memory_bytes": chosen["bytes"]["total"],
-        "gpus": machine.gpus,
-        "gpu": machine.name,
-        "gpu_memory_bytes": machine.memory_bytes,
-        "peak_flops": peak,
-        "mfu": speed.mfu,
-        "speed_from": speed.source,
-        "hours": chosen["hours"],
-        "hours_at_40_percent_mfu": flops_per_token * tokens / (0.4 * peak * machine.gpus) / 3600 if peak else None,
-        "cost": chosen["cost"],
-        "left_out": list(LEFT_OUT),
-        "times": times,
-        "ways": ways,
-    }
+    return Price(
+        parameters=parameters(plan.model),
+        matmul_parameters=matmul_parameters(plan.model),
+        flops_per_token=flops_per_token,
+        tokens=tokens,
+        flops=flops_per_token * tokens,
+        evaluation_flops=sum(time.evaluation_flops for time in times),
+        memory_bytes=chosen.bytes["total"],
+        gpus=machine.gpus,
+        gpu=machine.name,
+        gpu_memory_bytes=machine.memory_bytes,
+        peak_flops=peak,
+        mfu=speed.mfu,
+        speed_from=speed.source,
+        hours=chosen.hours,
+        hours_at_40_percent_mfu=flops_per_token * tokens / (0.4 * peak * machine.gpus) / 3600 if peak else None,
+        cost=chosen.cost,
+        left_out=LEFT_OUT,
+        times=times,
+        ways=ways,
+    )
 
 
-def phase_time(plan: Plan, index: int, speed: Speed) -> dict[str, Any]:
-    """Tokens, FLOPs and hours of one phase: every arm of its grid, every evaluation, the recipe's checkpointing."""
+def _step_and_hours(times: list[PhaseTime], factor: float) -> tuple[float | None, float | None]:
+    """Seconds of the longest step and hours in all, where a step takes `factor` times as long."""
+    steps = [time.step_s for time in times if time.step_s is not None]
+    if not steps:
+        return None, None
+    hours = sum(factor * (time.hours or 0.0) + (time.evaluation_hours or 0.0) for time in times)
+    return factor * max(steps), hours
+
+
+def phase_time(plan: Plan, index: int, speed: Speed) -> PhaseTime:
+    """Every arm of the phase's grid, every evaluation, the recipe's checkpointing."""
     planned = plan.phases[index]
     flops_per_token = train_flops_per_token(plan.model)
     phase, arms = planned.phase, len(planned.phase.arms())
@@ -257,22 +324,64 @@ def phase_time(plan: Plan, index: int, speed: Speed) -> dict[str, Any]:
         step_s *= TIME_FACTOR[plan.recipe.engine.checkpointing]
         hours = step_s * planned.steps * arms / 3600
         evaluation_hours = evaluation_flops / speed.flops_per_s / 3600
-    return {
-        "phase": phase.name,
-        "steps": planned.steps,
-        "arms": arms,
-        "tokens": planned.tokens * arms,
-        "step_s": step_s,
-        "hours": hours,
-        "evaluation_tokens": evaluated,
-        "evaluation_flops": evaluation_flops,
-        "evaluation_hours": evaluation_hours,
-    }
+    return PhaseTime(
+        phase=phase.name,
+        steps=planned.steps,
+        arms=arms,
+        tokens=planned.tokens * arms,
+        step_s=step_s,
+        hours=hours,
+        evaluation_tokens=evaluated,
+        evaluation_flops=evaluation_flops,
+        evaluation_hours=evaluation_hours,
+    )
+
+
+def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, console: Console) -> None:
+    """What the phases read; what they take in time, memory and money."""
+    columns = ["share", "tokens", "epochs_asked", "epochs"]
+    rows = [
+        [phase.name, phase.steps, source, *(getattr(figures, column) for column in columns)]
+        for phase in phases
+        for source, figures in phase.sources.items()
+    ]
+    headings = [column.replace("_", " ") for column in columns]
+    print_table(console, str(recipe), ["phase", "steps", "source", *headings], rows)
+    columns = ["phase", "arms", "tokens", "step_s", "hours", "evaluation_hours"]
+    print_table(console, "time", columns, [[getattr(time, column) for column in columns] for time in price.times])
+
+    by_distribution: dict[tuple[int, str], list[Way]] = {}
+    for way in price.ways:
+        by_distribution.setdefault((way.stage, way.offload), []).append(way)
+    print_table(
+        console,
+        f"memory of each of {price.gpus} × {price.gpu or 'cpu'} (→ this recipe, ✗ doesn't fit)",
+        ["ZeRO", "offload", *(f"checkpointing {name}" for name in CHECKPOINTING), "host"],
+        [
+            [*distribution, *map(_memory, ways), size(max(way.bytes["host"] for way in ways))]
+            for distribution, ways in by_distribution.items()
+        ],
+    )
+    columns = ["checkpointing", "step_s", "hours", "cost"]
+    undivided = price.ways[: len(CHECKPOINTING)]
+    print_table(
+        console, "hours by checkpointing", columns, [[getattr(way, column) for column in columns] for way in undivided]
+    )
+    parts = next(way.bytes for way in price.ways if way.recipe)
+    facts = {key: value for key, value in vars(price).items() if key not in ("times", "ways", "left_out")}
+    facts["memory"] = {part: size(size_bytes) for part, size_bytes in parts.items()}
+    facts["left out of the hours"] = "; ".join(price.left_out)
+    print_facts(console, "the model and its cost", facts)
+
+
+def _memory(way: Way) -> str:
+    marks = ("→ " if way.recipe else "") + ("✗ " if way.fits is False else "")
+    return marks + size(way.bytes["total"])
 
 
 def parse_bytes(value: str, where: str) -> int:
     """ "80GB" (10^9), "80GiB" (2^30)."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(G|Gi|M|Mi)B", value.strip())
     if not match or not float(match[1]):
-        raise RecipeError(f"{where}: {value!r} is no memory; write such as 80GB or 141GiB")
+        raise RecipeError(invalid(where, value, "write a size such as 80GB or 141GiB"))
     return round(float(match[1]) * {"G": 10**9, "Gi": 2**30, "M": 10**6, "Mi": 2**20}[match[2]])

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from spt_fast.config import Recipe
 from spt_fast.files import write_text
+from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.device import use_deterministic_algorithms
 from spt_fast.train.engines import join
@@ -62,6 +64,15 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
         finally:
             trainer.log.close()
         return trainer.summarise(**ending)
+
+
+def print_summary(name: str, summary: dict[str, Any], console: Console) -> None:
+    rows = [
+        [phase, done["steps"], done["tokens"], source, done["epochs"].get(source, 0.0), loss]
+        for phase, done in summary["phases"].items()
+        for source, loss in done["heldout"].items()
+    ]
+    print_table(console, name, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:

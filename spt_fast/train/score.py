@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from rich.console import Console
 
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError
+from spt_fast.printing import print_table
 from spt_fast.train.device import pick_device, pick_dtype
 from spt_fast.train.evaluate import EvalSet, mean_loss
 from spt_fast.train.weights import load_model
@@ -16,8 +20,22 @@ from spt_fast.train.world import World
 TOKENS_AT_A_TIME = 16_384
 
 
-def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> dict[str, Any]:
-    """Loss (nats per token), perplexity, bits_per_byte (None where bytes aren't recorded), tokens scored, bytes.
+@dataclass(frozen=True)
+class Scored:
+    """The loss on a dataset."""
+
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float | None
+    """None where the dataset doesn't record its bytes."""
+    tokens: int
+    """That were scored."""
+    bytes: int | None
+
+
+def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
+    """The loss of weights on the dataset at `prefix`.
 
     `weights` is a run, its weights/<phase>, a checkpoint or a Hugging Face folder. Every token but the first is scored
     once, in consecutive windows of the model's context. Raises DataError where the dataset doesn't fit the model.
@@ -25,11 +43,11 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> dict[str,
     model = load_model(weights)
     data = TokenDataset.open(prefix, dtype)
     if data.num_tokens < 2:
-        raise DataError(f"--data {prefix}: holds {data.num_tokens} tokens; at least two are needed to score one")
+        raise DataError(f"{prefix}: holds {data.num_tokens} tokens; at least two are needed to score one")
     largest = data.max_id if data.max_id is not None else int(data.tokens.max())
     if largest >= model.config.vocab_size:
         raise DataError(
-            f"--data {prefix}: holds token id {largest}, the model's vocabulary is {model.config.vocab_size}; "
+            f"{prefix}: holds token id {largest}, the model's vocabulary is {model.config.vocab_size}; "
             "prepare it with the model's own tokenizer"
         )
     device = pick_device()
@@ -42,10 +60,17 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> dict[str,
         world=World(0, 1, device),
     )
     nats = loss * text.num_targets
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": nats / math.log(2) / data.num_bytes if data.num_bytes else None,
-        "tokens": text.num_targets,
-        "bytes": data.num_bytes,
-    }
+    return Scored(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=nats / math.log(2) / data.num_bytes if data.num_bytes else None,
+        tokens=text.num_targets,
+        bytes=data.num_bytes,
+    )
+
+
+def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) -> None:
+    """A row by dataset."""
+    rows = [[prefix, s.loss, s.perplexity, s.bits_per_byte, s.tokens, s.bytes or None] for prefix, s in scored.items()]
+    columns = ["dataset", "loss", "perplexity", "bits per byte", "tokens", "bytes"]
+    print_table(console, str(weights), columns, rows)

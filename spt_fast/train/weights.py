@@ -41,7 +41,7 @@ def locate(path: Path) -> Path:
     """The folder of the weights that `path` means: of a run its newest weights/<phase>, else its newest checkpoint."""
     if not path.is_dir():
         raise CheckpointError(
-            f"{path}: is no folder; give a run, its weights/<phase>, a checkpoint or a Hugging Face folder"
+            f"{path}: is not a folder; give a run, its weights/<phase>, a checkpoint or a Hugging Face folder"
         )
     if not (path / "recipe.yaml").exists():
         return path
@@ -51,7 +51,7 @@ def locate(path: Path) -> Path:
         return done[0]
     found = checkpoint.newest(path / "checkpoints")
     if found is None:
-        raise CheckpointError(f"{path}: this run has neither finished a phase nor written a checkpoint yet")
+        raise CheckpointError(f"{path}: has no weights and no checkpoint yet; train the run further")
     return found.path
 
 
@@ -62,7 +62,9 @@ def tokenizer_of(path: Path, name: str | None) -> Tokenizer:
     for folder in (path, *path.resolve().parents[:2]):
         if (folder / "recipe.yaml").exists() and (known := recipe_of(folder).tokenizer):
             return Tokenizer.load(known)
-    raise CheckpointError(f"--tokenizer: missing; {path} does not say which tokenizer its ids come from")
+    raise CheckpointError(
+        f"tokenizer: missing; {path} does not say which tokenizer its ids come from: name it", argument=True
+    )
 
 
 def assemble(config: GPTConfig, weights: Mapping[str, Tensor]) -> GPT:

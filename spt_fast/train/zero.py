@@ -28,7 +28,7 @@ from torch import Tensor
 
 from spt_fast.config import Engine, Phase
 from spt_fast.data.loader import Batch
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, invalid, shown
 from spt_fast.kernels import keep_freed_memory
 from spt_fast.model.gpt import GPT
 from spt_fast.model.memory import REDUCE_BUCKET
@@ -301,7 +301,7 @@ def check_deepspeed(settings: Engine) -> None:
 
 
 def user_config(path: str | None) -> dict[str, Any]:
-    """The user's DeepSpeed JSON; RecipeError where it is none."""
+    """The user's DeepSpeed JSON. RecipeError where it is not an object."""
     if path is None:
         return {}
     try:
@@ -309,7 +309,9 @@ def user_config(path: str | None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecipeError(f"engine.config: {path} cannot be read as JSON ({error})") from None
     if not isinstance(given, dict):
-        raise RecipeError(f"engine.config: {path} must hold an object, as DeepSpeed's documentation describes it")
+        raise RecipeError(
+            invalid(f"engine.config: {path}", given, "write an object, as DeepSpeed's documentation says")
+        )
     return given
 
 
@@ -322,10 +324,10 @@ def merged(ours: Mapping[str, Any], given: Mapping[str, Any], where: str = "") -
             continue
         if path in DECIDED_BY_RECIPE:
             raise RecipeError(
-                f"engine.config: {path} = {value!r}, but {DECIDED_BY_RECIPE[path]} decides it; leave it out there"
+                f"engine.config: {path} = {shown(value)}, but {DECIDED_BY_RECIPE[path]} decides it; leave it out there"
             )
         if path in SECTIONS and not isinstance(value, dict):
-            raise RecipeError(f"engine.config: {path} = {value!r} will not do; it must be a section {{…}}")
+            raise RecipeError(f"engine.config: {path} = {shown(value)} is invalid: write a section {{…}}")
         result[key] = merged(inner or {}, value, f"{path}.") if path in SECTIONS else value
     return {key: value for key, value in result.items() if value != {}}
 

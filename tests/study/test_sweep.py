@@ -159,7 +159,7 @@ def test_foreign_weights_may_lie_in_a_folder_called_weights(tmp_path: Path) -> N
     study = raw_study(tmp_path)
     foreign = tmp_path / "weights" / "foreign"
     recipe = recipe_from(expand(study_from(study))[0].recipe.plain() | {"init": str(foreign)})
-    with pytest.raises(CheckpointError, match=r"there is no run .* any more"):
+    with pytest.raises(CheckpointError, match=r"the run .* has gone"):
         parent_of(tmp_path / "run", recipe)
     foreign.mkdir(parents=True)
     assert parent_of(tmp_path / "run", recipe) is None

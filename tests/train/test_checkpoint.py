@@ -62,9 +62,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (lambda p: flip(p / "best-00000.safetensors"), "best-00000.safetensors does not match its hash"),
     "missing": (lambda p: (p / "best-00000.safetensors").unlink(), "best-00000.safetensors is missing"),
     "state": (change_state, "state.json"),
-    "no manifest": (lambda p: (p / "manifest.json").unlink(), "no whole checkpoint"),
-    "empty manifest": (lambda p: (p / "manifest.json").write_text(""), "no whole checkpoint"),
-    "manifest is a list": (lambda p: (p / "manifest.json").write_text("[]"), "no whole checkpoint"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "not a whole checkpoint"),
+    "empty manifest": (lambda p: (p / "manifest.json").write_text(""), "not a whole checkpoint"),
+    "manifest is a list": (lambda p: (p / "manifest.json").write_text("[]"), "not a whole checkpoint"),
     "manifest edited": (
         lambda p: replace(p / "manifest.json", '"format": 2', '"format": 3'),
         "does not match its own hash",
@@ -105,7 +105,7 @@ def test_a_manifest_that_does_not_cover_its_own_folder_is_refused(tmp_path: Path
         manifest["files"] |= {"state.json": facts, elsewhere.format(absolute=path / "state.json"): facts}
     fitting = checkpoint._own_hash(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": fitting}))
-    with pytest.raises(CheckpointError, match=r"lists no state\.json|is no file of this folder"):
+    with pytest.raises(CheckpointError, match=r"lists no state\.json|is outside this folder"):
         checkpoint.read(path)
 
 

@@ -20,11 +20,14 @@ import yaml
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.train.test_watch import until
 
 pytestmark = pytest.mark.long
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
+PATIENCE_S = 600
+"""For processes that end by themselves, on a machine under any load."""
 STEPS = 50
 SAME = 1e-5
 """Of losses in fp32, relative: sums over processes round in another order."""
@@ -76,7 +79,7 @@ def start(processes: int, plans: list[dict[str, Any]], folder: Path) -> subproce
 
 def together(processes: int, plans: list[dict[str, Any]], folder: Path) -> str:
     process = start(processes, plans, folder)
-    _, said = process.communicate(timeout=600)
+    _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     return said
 
@@ -217,10 +220,8 @@ def test_a_loss_that_is_no_number_in_one_process_leaves_the_weights_alone(data: 
 def test_a_process_that_dies_takes_the_job_down(data: Path) -> None:
     """Long before the half hour that a collective would wait for it."""
     process = start(2, [{"recipe": raw_recipe(data, "dead", stage=1), "die_at": 7}], data)
-    while not (data / "dead" / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    _, said = process.communicate(timeout=600)
+    until(lambda: process.poll() is not None or (data / "dead" / "metrics.jsonl").exists())
+    _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode != 0
     assert "rank" in said
     assert "SIGKILL" in said or "-9" in said
@@ -235,11 +236,10 @@ def signalled(data: Path, raw: dict[str, Any], number: signal.Signals) -> tuple[
     command = [sys.executable, *launcher, "-m", "spt_fast.train", str(recipe_path), "--resume"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not list((run / "checkpoints").glob("step-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    until(lambda: process.poll() is not None or bool(list((run / "checkpoints").glob("step-*"))))
+    assert process.poll() is None
     os.kill(json.loads((run / "heartbeat.json").read_text())["pid"], number)
-    _, said = process.communicate(timeout=600)
+    _, said = process.communicate(timeout=PATIENCE_S)
     return process.returncode, said
 
 
@@ -272,7 +272,7 @@ def test_two_hosts_are_one_job(data: Path, short: Path) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         launchers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for launcher in launchers:
-        _, said = launcher.communicate(timeout=600)
+        _, said = launcher.communicate(timeout=PATIENCE_S)
         assert launcher.returncode == 0, said
     assert worst_difference(data / "hosts", short) < SAME
 
@@ -285,6 +285,6 @@ def free_port() -> int:
 
 def test_local_is_one_process(data: Path) -> None:
     process = start(2, [{"recipe": raw_recipe(data, "local-twice", name="local")}], data)
-    _, said = process.communicate(timeout=600)
+    _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode != 0
     assert "engine.name: local is one process, and 2 were started; write deepspeed" in said

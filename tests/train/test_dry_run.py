@@ -52,12 +52,12 @@ def test_every_phase_is_tried_as_it_will_be(
     second = ("step", 1, (4, 16), tensors + 1 - 1, True, True)
     evaluation = ("loss", (4, 16), False)
     assert seen == [first, first, evaluation, second, second, evaluation]
-    assert [result["phase"] for result in results] == ["pretrain", "finetune"]
+    assert [result.phase for result in results] == ["pretrain", "finetune"]
     for result in results:
-        assert result["loss"] == pytest.approx(math.log(64), rel=0.1)
-        assert result["hours"] > 0
-        assert result["step_s"] > 0
-        assert result["estimated_bytes"] > 0
+        assert result.loss == pytest.approx(math.log(64), rel=0.1)
+        assert result.hours > 0
+        assert result.step_s > 0
+        assert result.estimated_bytes > 0
 
 
 def test_running_out_of_memory_names_the_phase_and_the_knobs_in_order(
@@ -80,15 +80,15 @@ def test_running_out_of_memory_names_the_phase_and_the_knobs_in_order(
     assert said.startswith("phases[finetune]: a step does not fit into memory")
     assert "Tried to allocate 2.00 GiB" in said
     assert "See the documentation" not in said
-    knobs = re.findall(r"--set (.*) saves about ([0-9.e-]+) GB", said)
+    knobs = re.findall(r"  (.*) saves about ([0-9.e-]+) GB", said)
     assert [knob for knob, _ in knobs] == [
         "phases.finetune.batch.micro=12",
         "engine.checkpointing=selective",
         "engine.checkpointing=full",
-        "engine.name=deepspeed --set engine.stage=1 --set engine.offload=optimizer",
-        "engine.name=deepspeed --set engine.stage=2 --set engine.offload=optimizer",
-        "engine.name=deepspeed --set engine.stage=3 --set engine.offload=optimizer",
-        "engine.name=deepspeed --set engine.stage=3 --set engine.offload=all",
+        "engine.name=deepspeed engine.stage=1 engine.offload=optimizer",
+        "engine.name=deepspeed engine.stage=2 engine.offload=optimizer",
+        "engine.name=deepspeed engine.stage=3 engine.offload=optimizer",
+        "engine.name=deepspeed engine.stage=3 engine.offload=all",
     ]
     assert all(float(saved) > 0 for _, saved in knobs)
     assert float(knobs[2][1]) > float(knobs[1][1])

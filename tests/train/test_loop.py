@@ -116,7 +116,7 @@ def test_training_lowers_the_loss_and_writes_the_contract(undisturbed: Path) -> 
 def audit_tokens(run_folder: Path) -> int:
     """Tokens of the limited chem corpus: 60 of 240 pretraining windows are chem's."""
     facts = audit_run(run_folder)["chem"]
-    return round(facts["tokens"] / facts["epochs"])
+    return round(facts.tokens / facts.epochs)
 
 
 def test_summary_losses_are_those_of_the_weights_handed_on(undisturbed: Path, data: Path) -> None:
@@ -275,19 +275,33 @@ def test_a_run_interrupted_again_and_again_equals_the_undisturbed_one(
     assert_same_run(undisturbed, data / name)
 
 
+KILLED = """
+import os, signal, sys
+from spt_fast.config import load_recipe
+from spt_fast.train.checkpoint import Writer
+from spt_fast.train.run import run
+
+complete = Writer._complete
+
+def complete_and_die(writer, name, *rest):
+    complete(writer, name, *rest)
+    if name == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Writer._complete = complete_and_die
+run(load_recipe(sys.argv[1]), resume=True)
+"""
+"""Trains a recipe in a process that is killed as soon as a checkpoint is written, wherever the next steps are then."""
+
+
 def test_a_killed_process_resumes_to_the_same_run(data: Path, undisturbed: Path) -> None:
     """SIGKILL at two moments, the newest checkpoint damaged once; a file of metrics that ran ahead is cut back."""
-    raw = tiny.raw_recipe(data, "killed")
-    recipe_path = tiny.write_recipe(data, raw)
+    recipe_path = tiny.write_recipe(data, tiny.raw_recipe(data, "killed"))
     checkpoints = data / "killed" / "checkpoints"
     command = [sys.executable, "-m", "spt_fast.train", str(recipe_path), "--resume"]
-    for target in ("step-0000000014-p00-a000", "step-0000000030-p01-a000"):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 600
-        while not (checkpoints / target).exists() and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.001)
-        process.kill()
-        process.wait()
+    for last in ("step-0000000014-p00-a000", "step-0000000030-p01-a000"):
+        killed = subprocess.run([sys.executable, "-c", KILLED, str(recipe_path), last], capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
     newest = sorted(checkpoints.glob("step-*"))[-1]
     damaged = newest / "current-00000.safetensors"
     content = bytearray(damaged.read_bytes())
@@ -554,7 +568,7 @@ def test_a_full_disk_keeps_older_checkpoints(data: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(checkpoint, "save_file", full)
     raw = tiny.raw_recipe(data, "full")
     raw["phases"] = raw["phases"][:1]
-    with pytest.raises(CheckpointError, match=r"No space left.*make room.*--resume"):
+    with pytest.raises(CheckpointError, match=r"No space left.*make room.*`resume=True`"):
         run(recipe_from(raw), progress=False)
     folder = data / "full" / "checkpoints"
     assert len(list(folder.iterdir())) == 2
@@ -587,7 +601,7 @@ def recipe_with(data: Path, run_name: str, path: str, value: Any) -> Any:
         ("model.vocab_size", 40, DataError, r"token id 63, beyond the vocabulary of 40"),
         ("model.context", 5000, DataError, r"chem.*shorter than one window"),
         ("sources.chem.train", "absent/prefix", DataError, r"absent/prefix"),
-        ("init", "absent/folder", CheckpointError, r"absent/folder: is no folder"),
+        ("init", "absent/folder", CheckpointError, r"absent/folder: is not a folder"),
         ("model.heads", 5, RecipeError, r"model\.heads"),
     ],
 )
@@ -657,31 +671,31 @@ def test_heldout_text_in_the_training_set_is_warned_of(data: Path, capsys: pytes
 def test_audit_adds_up(undisturbed: Path) -> None:
     facts = audit_run(undisturbed)
     summary = json.loads((undisturbed / "summary.json").read_text())["phases"]
-    assert facts["general"]["windows"] == 180
-    assert facts["chem"]["windows"] == 60 + summary["finetune"]["steps"] * 4
-    assert facts["chem"]["max_visits"] - facts["chem"]["min_visits"] <= 2
+    assert facts["general"].windows == 180
+    assert facts["chem"].windows == 60 + summary["finetune"]["steps"] * 4
+    assert facts["chem"].max_visits - facts["chem"].min_visits <= 2
     first = audit_document(undisturbed, "chem", 0)
-    assert first["min_visits"] <= first["token_visits"] / first["tokens"] <= first["max_visits"]
+    assert first.min_visits <= first.token_visits / first.tokens <= first.max_visits
     documents = 0
     visits = 0
     with pytest.raises(DataError, match="chem has documents 0 to"):
         audit_document(undisturbed, "chem", 10_000)
     while True:
         try:
-            visits += audit_document(undisturbed, "chem", documents)["token_visits"]
+            visits += audit_document(undisturbed, "chem", documents).token_visits
         except DataError:
             break
         documents += 1
-    assert visits == facts["chem"]["tokens"]
+    assert visits == facts["chem"].tokens
 
 
 def test_scoring_takes_every_token_but_the_first_once(undisturbed: Path, data: Path) -> None:
     result = score(undisturbed, data / "chem.heldout")
     ids = np.fromfile(data / "chem.heldout.bin", np.uint16)
-    assert result["tokens"] == len(ids) - 1
-    assert result["bytes"] == 3 * len(ids)
-    assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
-    assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["tokens"] / np.log(2) / result["bytes"])
+    assert result.tokens == len(ids) - 1
+    assert result.bytes == 3 * len(ids)
+    assert result.perplexity == pytest.approx(np.exp(result.loss))
+    assert result.bits_per_byte == pytest.approx(result.loss * result.tokens / np.log(2) / result.bytes)
     assert score(undisturbed / "weights" / "finetune", data / "chem.heldout") == result
 
 

@@ -48,19 +48,19 @@ def test_hours_and_cost_by_hand(recipe: Recipe) -> None:
     priced = price(plan, machine, speed_of(plan, machine, mfu=0.5), per_gpu_hour=3.0)
     rate = 0.5 * H100 * 2
     a_token = train_flops_per_token(plan.model)
-    pretrain, finetune = priced["times"]
-    assert pretrain["step_s"] == pytest.approx(8 * 16 * a_token / rate)
-    assert pretrain["hours"] == pytest.approx(30 * 8 * 16 * a_token / rate / 3600)
-    assert finetune["arms"] == 2
-    assert finetune["hours"] == pytest.approx(2 * 16 * 4 * 16 * a_token / rate / 3600)
+    pretrain, finetune = priced.times
+    assert pretrain.step_s == pytest.approx(8 * 16 * a_token / rate)
+    assert pretrain.hours == pytest.approx(30 * 8 * 16 * a_token / rate / 3600)
+    assert finetune.arms == 2
+    assert finetune.hours == pytest.approx(2 * 16 * 4 * 16 * a_token / rate / 3600)
     evaluation_hours = sum(evaluated_tokens(plan, i) * a_token / 3 / rate / 3600 for i in (0, 1))
-    assert priced["hours"] == pytest.approx(pretrain["hours"] + finetune["hours"] + evaluation_hours)
-    assert priced["cost"] == pytest.approx(priced["hours"] * 2 * 3.0)
-    full = next(way for way in priced["ways"] if way["checkpointing"] == "full")
-    training_hours = pretrain["hours"] + finetune["hours"]
-    assert full["hours"] == pytest.approx(4 / 3 * training_hours + evaluation_hours)
-    assert all(way["fits"] for way in priced["ways"])
-    assert not any(way["fits"] for way in price(plan, machine_of(recipe, memory=10**5), Speed(None, None, ""))["ways"])
+    assert priced.hours == pytest.approx(pretrain.hours + finetune.hours + evaluation_hours)
+    assert priced.cost == pytest.approx(priced.hours * 2 * 3.0)
+    full = next(way for way in priced.ways if way.checkpointing == "full")
+    training_hours = pretrain.hours + finetune.hours
+    assert full.hours == pytest.approx(4 / 3 * training_hours + evaluation_hours)
+    assert all(way.fits for way in priced.ways)
+    assert not any(way.fits for way in price(plan, machine_of(recipe, memory=10**5), Speed(None, None, "")).ways)
 
 
 def test_what_is_evaluated_is_what_the_run_evaluates(recipe: Recipe) -> None:
@@ -97,13 +97,13 @@ def test_without_a_gpu_only_measured_tokens_give_a_time(recipe: Recipe, tmp_path
     assert speed_of(plan, here).flops_per_s is None
     assert speed_of(plan, here, mfu=0.5).flops_per_s is None
     priced = price(plan, here, speed_of(plan, here), per_gpu_hour=1.0)
-    assert [priced[key] for key in ("hours", "cost", "hours_at_40_percent_mfu")] == [None] * 3
+    assert [getattr(priced, key) for key in ("hours", "cost", "hours_at_40_percent_mfu")] == [None] * 3
     write_measurements(Path(recipe.run), recipe, [(50.0, None), (100.0, None)])
-    assert price(plan, here, speed_of(plan, here))["times"][0]["step_s"] == pytest.approx(8 * 16 / 100)
+    assert price(plan, here, speed_of(plan, here)).times[0].step_s == pytest.approx(8 * 16 / 100)
 
     other = recipe_from(recipe.plain() | {"run": str(tmp_path / "other"), "model": {"preset": "1m"}})
     write_measurements(tmp_path / "other", other, [(100.0, None)])
-    with pytest.raises(RecipeError, match=r"--mfu-from: .*another kind of machine.*--mfu 40%"):
+    with pytest.raises(RecipeError, match=r"other: was measured on another kind of machine.*`mfu=40%`"):
         speed_of(plan, here, run=tmp_path / "other")
     with pytest.raises(CheckpointError, match="no training step is logged"):
         speed_of(plan, here, run=tmp_path / "absent")
@@ -112,7 +112,7 @@ def test_without_a_gpu_only_measured_tokens_give_a_time(recipe: Recipe, tmp_path
 def test_memory_is_of_the_phase_that_needs_most(recipe: Recipe) -> None:
     plan, machine = make_plan(recipe), machine_of(recipe)
     needed = [phase_memory(plan, index, machine)["total"] for index in (0, 1)]
-    assert price(plan, machine, speed_of(plan, machine))["memory_bytes"] == max(needed)
+    assert price(plan, machine, speed_of(plan, machine)).memory_bytes == max(needed)
     assert phase_memory(plan, 1, machine)["optimizer"] == 16 * (20_704 + 64 * 32)  # the anchor, and a head of its own
     raw = recipe.plain()
     raw["phases"][1]["freeze"] = "embeddings"
@@ -127,10 +127,10 @@ def test_the_recipes_own_way_is_its_engines(recipe: Recipe) -> None:
         plan = make_plan(recipe_from(raw), world=gpus)
         machine = machine_of(plan.recipe, gpus=gpus)
         priced = price(plan, machine, speed_of(plan, machine, mfu=0.4))
-        (way,) = (way for way in priced["ways"] if way["recipe"])
-        assert (way["stage"], way["offload"], way["checkpointing"]) == own
-        assert (priced["hours"] is None) == (own[1] != "none")  # how long offloading takes is not known
-        assert priced["memory_bytes"] == way["bytes"]["total"]
+        (way,) = (way for way in priced.ways if way.recipe)
+        assert (way.stage, way.offload, way.checkpointing) == own
+        assert (priced.hours is None) == (own[1] != "none")  # how long offloading takes is not known
+        assert priced.memory_bytes == way.bytes["total"]
 
 
 def test_the_command_tells_it_all(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,9 +154,9 @@ def test_the_command_tells_it_all(recipe: Recipe, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--gpu", "H2"), "--gpu: the peak of 'H2' is not known"),
-        (("--gpu-memory", "80"), "--gpu-memory: '80' is no memory; write such as 80GB"),
-        (("--mfu", "40"), "--mfu: '40' lies outside"),
+        (("--gpu", "H2"), "--gpu: 'H2' is invalid: its peak is not known"),
+        (("--gpu-memory", "80"), "--gpu-memory: '80' is invalid: write a size such as 80GB"),
+        (("--mfu", "40"), "--mfu: '40' is invalid: write a share between 0 and 1"),
         (("--gpus", "3"), "does not divide into 3 processes"),
         (("--mfu-from", "absent"), "absent: no training step is logged"),
     ],
