@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast import native
-from spt_fast.kernels.backend import Op
+from spt_fast.kernels.backend import Op, custom_op
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 
 
@@ -63,13 +63,17 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
+def _empty_gradients(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else gate.shape)
+
+
 def _rows(x: Tensor) -> Tensor:
     """x as [N, F], in place if each row is in one piece and their distance is the same."""
     x = x.reshape(x.shape[:-1].numel(), x.shape[-1:].numel())
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("spt_fast::swiglu", mutates_args=())
+@custom_op("swiglu", lambda gate, up, *_: gate.new_empty(_halves(gate, up)[0].shape))
 def _swiglu(gate: Tensor, up: Tensor | None, backend: str) -> Tensor:
     """y [..., F]; without up, gate is [..., 2F] and holds both."""
     gate, up = _halves(gate, up)
@@ -77,24 +81,14 @@ def _swiglu(gate: Tensor, up: Tensor | None, backend: str) -> Tensor:
     return function(_rows(gate), _rows(up)).view(gate.shape)
 
 
-@_swiglu.register_fake
-def _(gate: Tensor, up: Tensor | None, backend: str) -> Tensor:
-    return gate.new_empty(_halves(gate, up)[0].shape)
-
-
-@torch.library.custom_op("spt_fast::swiglu_backward", mutates_args=())
+@custom_op("swiglu_backward", lambda dy, gate, up, *_: _empty_gradients(gate, up))
 def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up; of gate [..., 2F] and an empty one without up."""
-    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(0 if up is None else gate.shape)
+    dgate, dup = _empty_gradients(gate, up)
     function = {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}[backend]
     inputs, outputs = (dy, *_halves(gate, up)), _halves(dgate, None if up is None else dup)
     function(*(_rows(x) for x in inputs), *(_rows(x) for x in outputs))
     return dgate, dup
-
-
-@_swiglu_backward.register_fake
-def _(dy: Tensor, gate: Tensor, up: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else gate.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, str], output: Tensor) -> None:

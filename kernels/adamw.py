@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
-from spt_fast.kernels.backend import Op, accumulation_dtype
+from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op
 from spt_fast.kernels.launch import Variant, jit, tl
 
 # Elements that the reference updates together: on a CPU so many that tensors and temporaries fit its cache, on a GPU
@@ -162,7 +162,7 @@ def adamw_step_all(
 # ------------------------------------------------------------------------------------------------ custom op
 
 
-@torch.library.custom_op("spt_fast::adamw_step", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "masters"))
+@custom_op("adamw_step", lambda *_: None, mutates=("params", "exp_avgs", "exp_avg_sqs", "masters"))
 def _step(
     params: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -191,11 +191,6 @@ def _step(
         for tensor, updated in zip(tensors, updates, strict=True):
             if updated is not tensor:
                 tensor.copy_(updated)
-
-
-@_step.register_fake
-def _(*arguments: object) -> None:
-    return None
 
 
 def _one_by_one(

@@ -63,7 +63,11 @@ def flash_attention(
         window = None
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
     chosen = _pick(backend, q_BTHD, causal, masked=cu_seqlens is not None or window is not None)
-    function = {"triton": _triton, "flash_attn": _flash_attn, "cpu": _cpu, "sdpa": _sdpa, "reference": _sdpa}[chosen]
+    if chosen == "triton":
+        return attention_triton.attention(q_BTHD, k_BTHD, v_BTHD, cu_seqlens, causal, window, scale)[0]
+    if chosen == "cpu":
+        return attention_cpu.attend(q_BTHD, k_BTHD, v_BTHD, cu_seqlens, window, scale)
+    function = _flash_attn if chosen == "flash_attn" else _sdpa
     return function(q_BTHD, k_BTHD, v_BTHD, causal, cu_seqlens, window, scale)
 
 
@@ -172,30 +176,6 @@ def _padding(q_BTHD: Tensor, cu_seqlens: Tensor) -> Tensor:
     """
     B, T = q_BTHD.shape[:2]
     return (torch.arange(B * T, device=q_BTHD.device) >= cu_seqlens[-1]).view(B, T, 1, 1)
-
-
-def _triton(
-    q_BTHD: Tensor,
-    k_BTHD: Tensor,
-    v_BTHD: Tensor,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    window: int | None,
-    scale: float,
-) -> Tensor:
-    return attention_triton.attention(q_BTHD, k_BTHD, v_BTHD, cu_seqlens, causal, window, scale)[0]
-
-
-def _cpu(
-    q_BTHD: Tensor,
-    k_BTHD: Tensor,
-    v_BTHD: Tensor,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    window: int | None,
-    scale: float,
-) -> Tensor:
-    return attention_cpu.attend(q_BTHD, k_BTHD, v_BTHD, cu_seqlens, window, scale)
 
 
 def _flash_attn(

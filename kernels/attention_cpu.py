@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
+from spt_fast.kernels.backend import custom_op, new_like
 
 SUPPORTED = native.is_built() and native.ops().cpu_attention_supported()
 MAX_HEAD_DIM = 256
@@ -56,20 +57,19 @@ def first_keys(B: int, T: int, cu_seqlens: Tensor | None, window: int | None) ->
     return first_BT
 
 
-@torch.library.custom_op("spt_fast::attention_cpu", mutates_args=())
+def _empty_results(q_BTHD: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    B, T, H, D = q_BTHD.shape
+    return q_BTHD.new_empty(B, T, H, D), q_BTHD.new_empty(B, H, T, dtype=torch.float32)
+
+
+@custom_op("attention_cpu", _empty_results)
 def _attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, first_BT: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(o [B, T, H, D], log2 of the softmax's denominator, float32 [B, H, T])."""
     q, k, v = (_with_dense_heads(x) for x in (q_BTHD, k_BTHD, v_BTHD))
     return native.ops().cpu_attention_forward(q, k, v, first_BT, scale)
 
 
-@_attention.register_fake
-def _(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, first_BT: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    B, T, H, _ = q_BTHD.shape
-    return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty((B, H, T), dtype=torch.float32)
-
-
-@torch.library.custom_op("spt_fast::attention_cpu_backward", mutates_args=())
+@custom_op("attention_cpu_backward", lambda do_BTHD, q_BTHD, k_BTHD, v_BTHD, *_: new_like(q_BTHD, k_BTHD, v_BTHD))
 def _attention_backward(
     do_BTHD: Tensor,
     q_BTHD: Tensor,
@@ -82,20 +82,6 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     do, q, k, v, o = (_with_dense_heads(x) for x in (do_BTHD, q_BTHD, k_BTHD, v_BTHD, o_BTHD))
     return native.ops().cpu_attention_backward(do, q, k, v, first_BT, o, lse2_BHT, scale)
-
-
-@_attention_backward.register_fake
-def _(
-    do_BTHD: Tensor,
-    q_BTHD: Tensor,
-    k_BTHD: Tensor,
-    v_BTHD: Tensor,
-    first_BT: Tensor,
-    o_BTHD: Tensor,
-    lse2_BHT: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q_BTHD.new_empty(q_BTHD.shape), k_BTHD.new_empty(k_BTHD.shape), v_BTHD.new_empty(v_BTHD.shape)
 
 
 def _with_dense_heads(x_BTHD: Tensor) -> Tensor:

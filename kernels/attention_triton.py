@@ -29,12 +29,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spt_fast.kernels.backend import custom_op, new_like
 from spt_fast.kernels.launch import DTYPES, INTERPRETED, Variant, jit, next_power_of_2, tl
 
 # ------------------------------------------------------------------------------------------------ custom ops
 
 
-@torch.library.custom_op("spt_fast::flash_attention", mutates_args=())
+def _empty_results(
+    q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cu_seqlens: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, D = q_BTHD.shape
+    spans = q_BTHD.new_empty(0 if cu_seqlens is None else (2, B, T), dtype=torch.int32)
+    return q_BTHD.new_empty(B, T, H, D), q_BTHD.new_empty(B, H, T, dtype=torch.float32), spans
+
+
+@custom_op("flash_attention", _empty_results)
 def attention(
     q_BTHD: Tensor,
     k_BTKD: Tensor,
@@ -62,22 +71,7 @@ def attention(
     return o_BTHD, lse_BHT, o_BTHD.new_empty(0, dtype=torch.int32) if spans is None else spans
 
 
-@attention.register_fake
-def _(
-    q_BTHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, H, _ = q_BTHD.shape
-    spans = q_BTHD.new_empty(0 if cu_seqlens is None else (2, B, T), dtype=torch.int32)
-    return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty(B, H, T, dtype=torch.float32), spans
-
-
-@torch.library.custom_op("spt_fast::flash_attention_backward", mutates_args=())
+@custom_op("flash_attention_backward", lambda do_BTHD, q_BTHD, k_BTKD, v_BTKD, *_: new_like(q_BTHD, k_BTKD, v_BTKD))
 def _attention_backward(
     do_BTHD: Tensor,
     q_BTHD: Tensor,
@@ -95,7 +89,7 @@ def _attention_backward(
     do_BTHD, q_BTHD, k_BTKD, v_BTKD = (_rows_of_heads(x) for x in (do_BTHD, q_BTHD, k_BTKD, v_BTKD))
     B, T, H, _ = q_BTHD.shape
     K = k_BTKD.shape[2]
-    dq_BTHD, dk_BTKD, dv_BTKD = (x.new_empty(x.shape) for x in (q_BTHD, k_BTKD, v_BTKD))
+    dq_BTHD, dk_BTKD, dv_BTKD = new_like(q_BTHD, k_BTKD, v_BTKD)
     if not dq_BTHD.numel():
         return dq_BTHD, dk_BTKD.zero_(), dv_BTKD.zero_()
     delta_BHT = torch.empty_like(lse_BHT)
@@ -112,23 +106,6 @@ def _attention_backward(
         *strides, T, K, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, launch),
     )  # fmt: skip
     return dq_BTHD, dk_BTKD, dv_BTKD
-
-
-@_attention_backward.register_fake
-def _(
-    do_BTHD: Tensor,
-    q_BTHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    o_BTHD: Tensor,
-    lse_BHT: Tensor,
-    spans: Tensor,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q_BTHD.new_empty(q_BTHD.shape), k_BTKD.new_empty(k_BTKD.shape), v_BTKD.new_empty(v_BTKD.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:

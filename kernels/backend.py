@@ -13,12 +13,14 @@ Attention has two more: sdpa, which is PyTorch's own, and flash_attn, the packag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from spt_fast import native
 from spt_fast.errors import invalid
@@ -130,6 +132,26 @@ def chosen_backends() -> dict[str, str]:
 
 def _example() -> Tensor:
     return torch.empty(0, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable], CustomOpDef]:
+    """Makes a function the custom op `spt_fast::name`.
+
+    empty    (the leading arguments, *_) -> new tensors as the results are, by which torch.compile traces the op
+    mutates  the arguments that the op changes in place
+    """
+
+    def register(function: Callable) -> CustomOpDef:
+        op = torch.library.custom_op(f"spt_fast::{name}", function, mutates_args=mutates)
+        op.register_fake(empty)
+        return op
+
+    return register
+
+
+def new_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Of each tensor's shape and dtype, not written yet, and contiguous."""
+    return tuple(x.new_empty(x.shape) for x in tensors)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
-from spt_fast.kernels.backend import Op, accumulation_dtype
+from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 
 CHUNK_BYTES = {"cpu": 8 << 20}
@@ -98,7 +98,20 @@ def linear_cross_entropy(
 # ------------------------------------------------------------------------------------------------ custom ops
 
 
-@torch.library.custom_op("spt_fast::linear_cross_entropy", mutates_args=())
+def _empty_gradients(x_ND: Tensor, weight_VD: Tensor, needs_dx: bool, needs_dw: bool) -> tuple[Tensor, Tensor]:
+    """Space for dx or [0], and in the wide dtype for dw or [0]."""
+    dw_VD = weight_VD.new_empty(weight_VD.shape if needs_dw else (0,), dtype=accumulation_dtype(x_ND))
+    return x_ND.new_empty(x_ND.shape if needs_dx else (0,)), dw_VD
+
+
+@custom_op(
+    "linear_cross_entropy",
+    lambda x_ND, weight_VD, targets_N, ignore_index, z_loss, softcap, reduction, needs_dx, needs_dw, *_: (
+        x_ND.new_empty(x_ND.shape[:1] if reduction == "none" else (), dtype=accumulation_dtype(x_ND)),
+        *_empty_gradients(x_ND, weight_VD, needs_dx and reduction != "none", needs_dw and reduction != "none"),
+        x_ND.new_empty((), dtype=accumulation_dtype(x_ND)),
+    ),
+)
 def _loss(
     x_ND: Tensor,
     weight_VD: Tensor,
@@ -123,27 +136,12 @@ def _loss(
     return loss_N.sum() if now else loss_N, dx_ND, dw_VD, loss_N.new_ones(())
 
 
-@_loss.register_fake
-def _(
-    x_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    ignore_index: int,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
-    needs_dx: bool,
-    needs_dw: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype, now = accumulation_dtype(x_ND), reduction != "none"
-    loss = x_ND.new_empty(() if now else x_ND.shape[:1], dtype=dtype)
-    dx_ND = x_ND.new_empty(x_ND.shape if needs_dx and now else (0,))
-    dw_VD = weight_VD.new_empty(weight_VD.shape if needs_dw and now else (0,), dtype=dtype)
-    return loss, dx_ND, dw_VD, x_ND.new_empty((), dtype=dtype)
-
-
-@torch.library.custom_op("spt_fast::linear_cross_entropy_backward", mutates_args=())
+@custom_op(
+    "linear_cross_entropy_backward",
+    lambda dloss_N, x_ND, weight_VD, targets_N, ignore_index, z_loss, softcap, needs_dx, needs_dw, *_: _empty_gradients(
+        x_ND, weight_VD, needs_dx, needs_dw
+    ),
+)
 def _backward_none(
     dloss_N: Tensor,
     x_ND: Tensor,
@@ -160,33 +158,14 @@ def _backward_none(
     return _sweep(x_ND, weight_VD, targets_N, dloss_N, ignore_index, z_loss, softcap, needs_dx, needs_dw, backend)[1:]
 
 
-@_backward_none.register_fake
-def _(
-    dloss_N: Tensor,
-    x_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    ignore_index: int,
-    z_loss: float,
-    softcap: float,
-    needs_dx: bool,
-    needs_dw: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    dx_ND = x_ND.new_empty(x_ND.shape if needs_dx else (0,))
-    return dx_ND, weight_VD.new_empty(weight_VD.shape if needs_dw else (0,), dtype=dloss_N.dtype)
-
-
-@torch.library.custom_op("spt_fast::linear_cross_entropy_scale", mutates_args=())
+@custom_op(
+    "linear_cross_entropy_scale",
+    lambda scale, dx_ND, dw_VD, dw_dtype: (torch.empty_like(dx_ND), torch.empty_like(dw_VD, dtype=dw_dtype)),
+)
 def _backward_scaled(scale: Tensor, dx_ND: Tensor, dw_VD: Tensor, dw_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """For "mean" and "sum": what the forward pass has made, times one number; dw in the dtype that is wanted."""
     dx_scaled_ND = dx_ND.to(scale.dtype, copy=True).mul_(scale).to(dx_ND.dtype)
     return dx_scaled_ND, torch.mul(dw_VD, scale, out=torch.empty_like(dw_VD, dtype=dw_dtype))
-
-
-@_backward_scaled.register_fake
-def _(scale: Tensor, dx_ND: Tensor, dw_VD: Tensor, dw_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(dx_ND), torch.empty_like(dw_VD, dtype=dw_dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -242,8 +221,7 @@ def _sweep(
     rows = _chunk_rows(x_ND, V)
     z_CV = _logits_buffer(x_ND, min(rows, N), V)
     loss_N = x_ND.new_empty(N, dtype=dtype)
-    dx_ND = x_ND.new_empty(x_ND.shape if needs_dx else (0,))
-    dw_VD = weight_VD.new_empty(weight_VD.shape if needs_dw else (0,), dtype=dtype)
+    dx_ND, dw_VD = _empty_gradients(x_ND, weight_VD, needs_dx, needs_dw)
     product_VD = torch.empty_like(weight_VD) if needs_dw and _adds_separately(x_ND, dtype) else None
     if not N:
         dw_VD.zero_()
@@ -328,16 +306,8 @@ def _reference_rows(
 # ------------------------------------------------------------------------------------------------ C++
 
 
-def _cpu_rows(
-    z_CV: Tensor,
-    targets_C: Tensor,
-    dloss_C: Tensor,
-    ignore_index: int,
-    z_loss: float,
-    softcap: float,
-    wants_grad: bool,
-) -> Tensor:
-    return native.ops().cpu_cross_entropy_rows(z_CV, targets_C, dloss_C, ignore_index, z_loss, softcap, wants_grad)
+def _cpu_rows(*arguments: Any) -> Tensor:
+    return native.ops().cpu_cross_entropy_rows(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------ Triton

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast import native
-from spt_fast.kernels.backend import Op, accumulation_dtype
+from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 
 
@@ -40,26 +40,19 @@ def embedding(tokens: Tensor, weight_VD: Tensor, *, backend: str = "auto") -> Te
 # ------------------------------------------------------------------------------------------------ custom ops
 
 
-@torch.library.custom_op("spt_fast::embedding", mutates_args=())
+@custom_op("embedding", lambda tokens, weight_VD, *_: weight_VD.new_empty(*tokens.shape, weight_VD.shape[1]))
 def _embedding(tokens: Tensor, weight_VD: Tensor, backend: str) -> Tensor:
     return F.embedding(tokens, weight_VD)
 
 
-@_embedding.register_fake
-def _(tokens: Tensor, weight_VD: Tensor, backend: str) -> Tensor:
-    return weight_VD.new_empty(*tokens.shape, weight_VD.shape[1])
-
-
-@torch.library.custom_op("spt_fast::embedding_backward", mutates_args=())
+@custom_op(
+    "embedding_backward",
+    lambda dy, tokens, vocab_size, *_: dy.new_empty(vocab_size, dy.shape[-1], dtype=accumulation_dtype(dy)),
+)
 def _embedding_backward(dy: Tensor, tokens: Tensor, vocab_size: int, backend: str) -> Tensor:
     """dw [V, D] in the wide dtype."""
     dy_ND = dy.reshape(-1, dy.shape[-1]).contiguous()
     return {"reference": _reference, "cpu": _cpu, "triton": _triton}[backend](dy_ND, tokens.flatten(), vocab_size)
-
-
-@_embedding_backward.register_fake
-def _(dy: Tensor, tokens: Tensor, vocab_size: int, backend: str) -> Tensor:
-    return dy.new_empty(vocab_size, dy.shape[-1], dtype=accumulation_dtype(dy))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

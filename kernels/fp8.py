@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spt_fast.kernels.backend import Op
+from spt_fast.kernels.backend import Op, custom_op
 from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
@@ -69,19 +69,17 @@ def obstacle(device: torch.device) -> str | None:
 # ------------------------------------------------------------------------------------------------ custom ops
 
 
-@torch.library.custom_op("spt_fast::fp8_linear", mutates_args=())
+@custom_op("fp8_linear", lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]))
 def _linear(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     rows = _QUANTISE_ROWS[backend]
     y = _product(*rows(_flat(x), FORWARD), *rows(weight.contiguous(), FORWARD), torch.bfloat16, backend)
     return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
-@_linear.register_fake
-def _(x: Tensor, weight: Tensor, backend: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.custom_op("spt_fast::fp8_linear_backward", mutates_args=())
+@custom_op(
+    "fp8_linear_backward",
+    lambda dy, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)),
+)
 def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """(dx [..., I] in x's dtype, dw [O, I] in float32)."""
     if not dy.numel():
@@ -92,11 +90,6 @@ def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, backend: str) -> tup
     whole = not _rows_reach_float32(x.device)
     dw = _product(*columns(dy_NO, BACKWARD, whole), *columns(x_NI, FORWARD, whole), torch.float32, backend)
     return dx.to(x.dtype).view(x.shape), dw
-
-
-@_linear_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
-from spt_fast.kernels.backend import Op, accumulation_dtype
+from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op
 from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
 
 
@@ -72,7 +72,14 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------ custom ops
 
 
-@torch.library.custom_op("spt_fast::rms_norm", mutates_args=())
+@custom_op(
+    "rms_norm",
+    lambda x, residual, *_: (
+        x.new_empty(x.shape),
+        x.new_empty(0 if residual is None else x.shape),
+        x.new_empty(x.shape[:-1].numel(), dtype=accumulation_dtype(x)),
+    ),
+)
 def _norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,14 +91,10 @@ def _norm(
     )
 
 
-@_norm.register_fake
-def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.new_empty(x.shape)
-    stream = x.new_empty(0 if residual is None else x.shape)
-    return y, stream, x.new_empty(x.shape[:-1].numel(), dtype=accumulation_dtype(x))
-
-
-@torch.library.custom_op("spt_fast::rms_norm_backward", mutates_args=())
+@custom_op(
+    "rms_norm_backward",
+    lambda dy, dstream, x, weight, rstd, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=rstd.dtype)),
+)
 def _norm_backward(
     dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -101,13 +104,6 @@ def _norm_backward(
     return {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}[backend](
         dy, dstream, x, weight, rstd
     )
-
-
-@_norm_backward.register_fake
-def _(
-    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=rstd.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
-from spt_fast.kernels.backend import Op, accumulation_dtype
+from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, new_like
 from spt_fast.kernels.launch import Variant, jit, multiprocessors, next_power_of_2, tl
 
 
@@ -93,7 +93,7 @@ def _check(op: str, q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor) ->
 # ------------------------------------------------------------------------------------------------ custom ops
 
 
-@torch.library.custom_op("spt_fast::rope", mutates_args=())
+@custom_op("rope", lambda q_BTHD, k_BTHD, *_: new_like(q_BTHD, k_BTHD))
 def _rope(
     q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -101,11 +101,6 @@ def _rope(
     return {"reference": _reference_rope, "cpu": _cpu_rope, "triton": _triton_rope}[backend](
         _in_rows(q_BTHD), _in_rows(k_BTHD), *_tables(cos, sin), inverse
     )
-
-
-@_rope.register_fake
-def _(q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return q_BTHD.new_empty(q_BTHD.shape), k_BTHD.new_empty(k_BTHD.shape)
 
 
 def _rope_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -120,7 +115,7 @@ def _rope_gradients(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ..
 _rope.register_autograd(_rope_gradients, setup_context=_rope_context)
 
 
-@torch.library.custom_op("spt_fast::qk_norm_rope", mutates_args=())
+@custom_op("qk_norm_rope", lambda q_BTHD, k_BTHD, *_: new_like(q_BTHD, k_BTHD))
 def _qk_norm_rope(
     q_BTHD: Tensor,
     k_BTHD: Tensor,
@@ -136,21 +131,13 @@ def _qk_norm_rope(
     )
 
 
-@_qk_norm_rope.register_fake
-def _(
-    q_BTHD: Tensor,
-    k_BTHD: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return q_BTHD.new_empty(q_BTHD.shape), k_BTHD.new_empty(k_BTHD.shape)
-
-
-@torch.library.custom_op("spt_fast::qk_norm_rope_backward", mutates_args=())
+@custom_op(
+    "qk_norm_rope_backward",
+    lambda dy_q, dy_k, q_BTHD, k_BTHD, *_: (
+        *new_like(q_BTHD, k_BTHD),
+        q_BTHD.new_empty(2, q_BTHD.shape[-1], dtype=accumulation_dtype(q_BTHD)),
+    ),
+)
 def _qk_norm_rope_backward(
     dy_q: Tensor,
     dy_k: Tensor,
@@ -168,23 +155,6 @@ def _qk_norm_rope_backward(
     return {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}[backend](
         dy_q, dy_k, q_BTHD, k_BTHD, q_weight.contiguous(), k_weight.contiguous(), *_tables(cos, sin), eps
     )
-
-
-@_qk_norm_rope_backward.register_fake
-def _(
-    dy_q: Tensor,
-    dy_k: Tensor,
-    q_BTHD: Tensor,
-    k_BTHD: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dw = q_BTHD.new_empty(2, q_BTHD.shape[-1], dtype=accumulation_dtype(q_BTHD))
-    return q_BTHD.new_empty(q_BTHD.shape), k_BTHD.new_empty(k_BTHD.shape), dw
 
 
 def _qk_norm_rope_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -493,7 +463,7 @@ def _triton_rotation(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     (B, T, Hq, D), Hk = q_BTHD.shape, k_BTHD.shape[2]
-    q_out, k_out = q_BTHD.new_empty(q_BTHD.shape), k_BTHD.new_empty(k_BTHD.shape)
+    q_out, k_out = new_like(q_BTHD, k_BTHD)
     constants, warps = _launch(Hq, Hk, D, FORWARD_TILE, FORWARD_WARP)
     if B * T:
         _forward_kernel[(_programs(B, T, constants),)](
@@ -526,7 +496,7 @@ def _triton_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, Hq, D), Hk = q_BTHD.shape, k_BTHD.shape[2]
-    dq, dk = q_BTHD.new_empty(q_BTHD.shape), k_BTHD.new_empty(k_BTHD.shape)
+    dq, dk = new_like(q_BTHD, k_BTHD)
     if not B * T:
         return dq, dk, q_BTHD.new_zeros(2, D, dtype=torch.float32)
     constants, warps = _launch(Hq, Hk, D, BACKWARD_TILE, BACKWARD_WARP)
