@@ -394,7 +394,7 @@ def recipe_from(raw: object) -> Recipe:
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe from YAML.
 
-    `overrides` are "a.b=c" strings, as of `--set`: the value is YAML; phases go by name or position
+    `overrides` are "a.b=c" strings: the value is YAML; phases go by name or position
     ("phases.finetune.optimizer.lr=1e-4"). Raises RecipeError, which names the field, what was given and the remedy.
     """
     raw = read_yaml(path)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 from spt_fast.data.mixture import HUGE_EXPONENT
-from spt_fast.errors import RecipeError, invalid, nearest
+from spt_fast.errors import RecipeError, invalid, nearest, shown
 from spt_fast.synonyms import unknown_key
 
 # -------------------------------------------------------------------------------------------- values and their units
@@ -261,15 +261,20 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def apply_overrides(raw: Any, overrides: Sequence[str]) -> None:
-    """Set values of YAML data by "a.b=c" strings, as of `--set`: the value is YAML, list items go by name or position.
+    """Set values of YAML data by "a.b=c" strings: the value is YAML, list items go by name or position.
 
     Raises RecipeError.
     """
-    for override in overrides:
-        target, separator, value = override.partition("=")
-        if not separator:
-            raise RecipeError(f"--set {override}: write KEY=VALUE, such as --set phases.pretrain.tokens=40M")
-        _set(raw, target.strip().split("."), parse_yaml(value, f"--set {override}: the value"), target)
+    try:
+        for override in overrides:
+            target, separator, value = override.partition("=")
+            if not separator:
+                raise RecipeError(invalid("overrides", override, "write KEY=VALUE, such as phases.pretrain.tokens=40M"))
+            parsed = parse_yaml(value, f"overrides: {shown(override)}: the value")
+            _set(raw, target.strip().split("."), parsed, target)
+    except RecipeError as error:
+        error.argument = True
+        raise
 
 
 def _set(node: Any, path: list[str], value: Any, whole: str) -> None:
@@ -278,12 +283,13 @@ def _set(node: Any, path: list[str], value: Any, whole: str) -> None:
         names = [item.get("name") if isinstance(item, dict) else None for item in node]
         index = names.index(head) if head in names else int(head) if re.fullmatch("[0-9]{1,9}", head) else len(node)
         if index >= len(node):
-            raise RecipeError(f"--set {whole}: no item {head!r}; {nearest(head, [str(n) for n in names])}")
+            expected = f"there is no item {head!r}; {nearest(head, [str(n) for n in names])}"
+            raise RecipeError(invalid("overrides", whole, expected))
         key: Any = index
     elif isinstance(node, dict):
         key = head
     else:
-        raise RecipeError(f"--set {whole}: {head!r} lies below a plain value; check the path")
+        raise RecipeError(invalid("overrides", whole, f"{head!r} lies below a plain value; check the path"))
     if not rest:
         node[key] = value
         return

@@ -52,8 +52,12 @@ class Commands(TyperGroup):
 
 def flags_of(command: Any) -> dict[str, str]:
     """A command's flags by the names that they have as arguments: gpu_memory → --gpu-memory."""
-    flags = [flag for param in (command.params if command else ()) for flag in param.opts if flag.startswith("--")]
-    return {flag.removeprefix("--").replace("-", "_"): flag for flag in flags}
+    return {
+        name: param.opts[0]
+        for param in (command.params if command else ())
+        if param.opts[0].startswith("--")
+        for name in (param.name, param.opts[0].removeprefix("--").replace("-", "_"))
+    }
 
 
 def in_flags(error: SptError, flags: Mapping[str, str]) -> str:

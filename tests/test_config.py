@@ -309,7 +309,7 @@ def test_a_key_given_twice_and_broken_yaml_name_the_file(tmp_path: Path) -> None
         load_recipe(path)
     path.write_text(yaml.safe_dump(raw_recipe()))
     for value in ("[1", "{a: 1, a: 2}", "{{x}}"):
-        with pytest.raises(RecipeError, match=r"--set seed=.*: the value: "):
+        with pytest.raises(RecipeError, match=r"overrides: 'seed=.*: the value: "):
             load_recipe(path, [f"seed={value}"])
 
 
@@ -328,7 +328,7 @@ def test_yaml_that_python_cannot_hold_is_refused(tmp_path: Path, value: str, why
     with pytest.raises(RecipeError, match=rf"r\.yaml: .*{why}"):
         load_recipe(path)
     path.write_text(yaml.safe_dump(raw_recipe()))
-    with pytest.raises(RecipeError, match=rf"--set run=.*: the value: .*{why}"):
+    with pytest.raises(RecipeError, match=rf"overrides: 'run=.*: the value: .*{why}"):
         load_recipe(path, [f"run={value}"])
 
 

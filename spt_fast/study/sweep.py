@@ -44,7 +44,7 @@ READY = Path(__file__).with_name("ready")
 def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, Any] | None = None) -> Study:
     """A study from its YAML file, or one of the ready ones by name; `given` are keys that those leave open.
 
-    `overrides` are "a.b=c" strings, as of `--set`. Raises RecipeError.
+    `overrides` are "a.b=c" strings. Raises RecipeError.
     """
     ready = name in ready_studies()
     if not ready and not Path(name).exists():
