@@ -6,11 +6,11 @@
 Legend: N rows (all leading dimensions together), F the width of the feed-forward layer.
 
 Elementwise, so the time is the bytes: for bf16, 6NF forward (read g and u, write y) and 10NF backward (read g, u
-and dy, write dg and du). Only g and u are saved; s is made again. All is float32 inside and rounded once; the
+and dy, write dg and du). Only g and u are saved; s is recomputed. All is float32 inside and rounded once; the
 reference is PyTorch's own ops, each rounded.
 
-One matrix product makes g and u, side by side in each row of a tensor [N, 2F], and in its backward wants their
-gradients side by side again. Two ops on halves would leave it to autograd to put them together, 8NF bytes more. So the
+One matmul makes g and u, side by side in each row of a tensor [N, 2F], and in its backward wants their gradients side
+by side again. Two ops on halves would leave it to autograd to put them together, 8NF bytes more. So the
 kernels take tensors whose rows lie apart, and `swiglu_packed` reads and writes such halves in place.
 """
 
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast import native
+from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, custom_op
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 
@@ -46,8 +47,11 @@ def swiglu_packed(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(
-            f"swiglu_packed: the last dimension must be gate and up side by side, an even number of columns; "
-            f"given {tuple(gate_up.shape)}"
+            invalid(
+                "swiglu_packed(gate_up)",
+                tuple(gate_up.shape),
+                "its last dimension must be gate and up side by side, an even number of columns",
+            )
         )
     return _swiglu(gate_up, None, _SWIGLU_PACKED.pick(backend, gate_up))
 
@@ -131,7 +135,7 @@ def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tens
 # ------------------------------------------------------------------------------------------------ Triton
 
 TILE, COLUMNS = 2048, 256
-"""Numbers of each tensor in a program's tile, and its columns: of the usual widths, multiples of 256, none is idle."""
+"""Numbers of each tensor in a program's tile, and its columns: at the usual widths, multiples of 256, none is idle."""
 WARP_BYTES = 512
 """Of one tensor for each warp: every lane loads 16 bytes, the most that one instruction can."""
 

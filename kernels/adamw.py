@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
+from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op
 from spt_fast.kernels.launch import Variant, jit, tl
 
@@ -126,7 +127,7 @@ def adamw_step_all(
                     "they must agree"
                 )
     if anchors is None and anchor_decay != 0:
-        raise ValueError(f"adamw_step: anchor_decay={anchor_decay} needs an anchor")
+        raise ValueError(invalid("adamw_step(anchor_decay)", anchor_decay, "it needs an anchor; give `anchor`"))
     if not params:
         return
     if anchor_decay == 0:
@@ -355,8 +356,7 @@ def _triton(
 
 def variants() -> list[Variant]:
     """What the trainer calls (float32, or bf16 with master), with and without anchor and skip, in float16 too; and bf16
-    alone, with moments in float32 or in bf16. What the trainer calls also for tensors whose size is no multiple of
-    16."""
+    alone, with moments in float32 or in bf16. What the trainer calls also for sizes that are not multiples of 16."""
     found = []
     cases: list[tuple[str, str, str | None]] = [("*fp32", "*fp32", None), ("*bf16", "*fp32", "*fp32")]
     cases += [("*fp16", "*fp32", "*fp32"), ("*bf16", "*bf16", None), ("*bf16", "*fp32", None)]

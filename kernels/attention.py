@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spt_fast.errors import invalid
 from spt_fast.kernels import attention_cpu, attention_triton, flash_attn
 from spt_fast.kernels.backend import Op
 
@@ -95,9 +96,9 @@ def _check(
     window: int | None,
     scale: float | None,
 ) -> None:
-    shapes = f"q {tuple(q_BTHD.shape)}, k {tuple(k_BTHD.shape)}, v {tuple(v_BTHD.shape)}"
+    shapes = f"q is {tuple(q_BTHD.shape)}, k is {tuple(k_BTHD.shape)}, v is {tuple(v_BTHD.shape)}"
     if q_BTHD.dim() != 4 or k_BTHD.shape != v_BTHD.shape:
-        raise ValueError(f"flash_attention: q, k and v must be [B, T, H, D], k and v alike; given {shapes}")
+        raise ValueError(f"flash_attention: {shapes}; they must be [B, T, H, D], k and v alike")
     B, T, H, D = q_BTHD.shape
     if (
         k_BTHD.dim() != 4
@@ -105,30 +106,26 @@ def _check(
         or H % max(1, k_BTHD.shape[2])
     ):
         raise ValueError(
-            f"flash_attention: k and v must agree with q in B, T, D, and their heads must divide q's; given {shapes}"
+            f"flash_attention: {shapes}; k and v must agree with q in B, T and D, and their heads must divide q's"
         )
     if not q_BTHD.dtype == k_BTHD.dtype == v_BTHD.dtype:
         raise ValueError(
-            f"flash_attention: q, k and v must agree in dtype; given {q_BTHD.dtype}, {k_BTHD.dtype}, {v_BTHD.dtype}"
+            f"flash_attention: q is {q_BTHD.dtype}, k is {k_BTHD.dtype}, v is {v_BTHD.dtype}; they must have one dtype"
         )
     if window is not None and (window < 1 or not causal):
-        raise ValueError(
-            f"flash_attention: window must be at least 1, and with causal=True; given {window}, causal={causal}"
-        )
+        raise ValueError(invalid("flash_attention(window)", window, "it must be at least 1, and needs `causal`"))
     if scale is not None and not scale > 0:  # fused kernels, PyTorch's too, scale the largest score
-        raise ValueError(f"flash_attention: scale must be positive, not {scale}")
+        raise ValueError(invalid("flash_attention(scale)", scale, "it must be positive"))
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        raise ValueError(
-            f"flash_attention: cu_seqlens must be int32 [n+1], not {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
+        given = (cu_seqlens.dtype, tuple(cu_seqlens.shape))
+        raise ValueError(invalid("flash_attention(cu_seqlens)", given, "it must be int32 [n+1]"))
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends != sorted(ends) or ends[-1] > B * T:
-            raise ValueError(
-                f"flash_attention: cu_seqlens must start at 0, never fall and end by B·T = {B * T}; given {ends}"
-            )
+            expected = f"it must start at 0, never fall and end by B·T = {B * T}"
+            raise ValueError(invalid("flash_attention(cu_seqlens)", ends, expected))
 
 
 def _sdpa(

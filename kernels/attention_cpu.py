@@ -2,7 +2,7 @@
 
 What a query may see is a stretch of keys that ends with itself, so causality, rows, documents and a window come down
 to one number a query, `first_BT`: the first key in its row that it sees, or one beyond itself for padding. Scores exist
-one tile of 64 x 64 at a time, in float32; the backward pass makes them again from q, k and the base-2 logarithm of
+one tile of 64 x 64 at a time, in float32; the backward pass recomputes them from q, k and the base-2 logarithm of
 each softmax's denominator.
 """
 

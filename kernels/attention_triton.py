@@ -7,7 +7,7 @@
 Legend: B rows, T positions, H query heads, K key/value heads, D head dimension; M a block of queries, N one of keys.
 
 Forward, a program takes a block of queries of one head and walks over blocks of keys with a running maximum and sum. It
-saves lse, one number a query and head, from which the backward pass makes p again: 14 T²D multiply-adds a head instead
+saves lse, one number a query and head, from which the backward pass recomputes p: 14 T²D multiply-adds a head instead
 of 10, but nothing of size T². Backward is two kernels, each of which owns what it sums: one walks over keys for dq (and
 makes delta, which the other reads), one walks over queries for dk and dv, all query heads of its key/value head in
 turn. So nothing is added atomically, and the backward pass is deterministic: the same bits every time.
@@ -19,7 +19,7 @@ Where the document of each position starts and ends is found once, on the device
 taken for the end of a row: it is never loaded.
 
 p is a power of 2, scale times log2(e) being multiplied into s, and lse is kept in base 2. Sums are in float32. Both
-operands of a product have the dtype of the inputs: p and ds are rounded to it.
+operands of a matmul have the dtype of the inputs: p and ds are rounded to it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ attention.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _rows_of_heads(x_BTHD: Tensor) -> Tensor:
-    """As it is, any view of which the numbers of one head lie side by side; else a copy."""
+    """As it is where the numbers of one head lie side by side; else a copy."""
     return x_BTHD if x_BTHD.stride(-1) == 1 else x_BTHD.contiguous()
 
 

@@ -15,8 +15,8 @@ many again for their gradient. Here C rows at a time are made, turned into their
 
 For "mean" and "sum" this happens in the forward pass, since the upstream gradient is one number that can be multiplied
 in later: three GEMMs altogether (6NDV multiply-adds and additions), none repeated. For "none" every row has its own
-upstream gradient, which must be known first: the logits are made again in the backward pass (8NDV). Where nobody asks
-for a gradient, only the losses are made. Matrix products and logits are in x's dtype, everything else in float32
+upstream gradient, which must be known first: the logits are recomputed in the backward pass (8NDV). Where nobody asks
+for a gradient, only the losses are made. Matmuls and logits are in x's dtype, everything else in float32
 (float64 for float64 inputs), dz too until it is rounded once. Gradients of "mean" and "sum" are kept unscaled until the
 backward pass, so that float16 doesn't lose them at 1/N.
 
@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
+from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 
@@ -78,15 +79,15 @@ def linear_cross_entropy(
         or targets_N.shape != x_ND.shape[:1]
     ):
         raise ValueError(
-            "linear_cross_entropy: x, weight and targets must be [N, D], [V, D] and [N]; "
-            f"given {tuple(x_ND.shape)}, {tuple(weight_VD.shape)}, {tuple(targets_N.shape)}"
+            f"linear_cross_entropy: x is {tuple(x_ND.shape)}, weight is {tuple(weight_VD.shape)}, targets are "
+            f"{tuple(targets_N.shape)}; they must be [N, D], [V, D] and [N]"
         )
     if x_ND.dtype != weight_VD.dtype:
         raise ValueError(f"linear_cross_entropy: x is {x_ND.dtype}, weight is {weight_VD.dtype}; they must agree")
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"linear_cross_entropy: reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
+        raise ValueError(invalid("linear_cross_entropy(reduction)", reduction, "it must be 'mean', 'sum' or 'none'"))
     if softcap is not None and softcap <= 0:
-        raise ValueError(f"linear_cross_entropy: softcap must be positive or None, not {softcap}")
+        raise ValueError(invalid("linear_cross_entropy(softcap)", softcap, "it must be positive, or None"))
     backend = _LINEAR_CROSS_ENTROPY.pick(backend, x_ND)
     wanted = torch.is_grad_enabled()
     needs_dx, needs_dw = wanted and x_ND.requires_grad, wanted and weight_VD.requires_grad
@@ -154,7 +155,7 @@ def _backward_none(
     needs_dw: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """For "none": (dx or [0], dw in the wide dtype or [0]), from logits made again."""
+    """For "none": (dx or [0], dw in the wide dtype or [0]), from recomputed logits."""
     return _sweep(x_ND, weight_VD, targets_N, dloss_N, ignore_index, z_loss, softcap, needs_dx, needs_dw, backend)[1:]
 
 

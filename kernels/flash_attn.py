@@ -50,8 +50,8 @@ def attention(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Attention inside rows, or between the cuts of B·T positions, of which none is longer than T; `obstacle` must have
-    found none."""
+    """Attention inside rows, or between the cuts of B·T positions, no two further apart than T; `obstacle` must have
+    found nothing."""
     found = _found[torch.cuda.get_device_capability()[0]]
     assert not isinstance(found, str)
     rows, documents = found

@@ -1,4 +1,4 @@
-"""A linear layer whose three products are taken in fp8, for layers wide enough to gain by it: `engine: {fp8: true}`.
+"""A linear layer whose three matmuls are in fp8, for layers wide enough to gain by it: `engine: {fp8: true}`.
 
     y = x W^T        dx = dy W        dw = dy^T x           each operand q s, q in fp8 and s in float32
 
@@ -7,19 +7,19 @@ Legend: N rows (all leading dimensions together), I inputs, O outputs, D the wid
 Tensor cores multiply fp8 twice as fast as bf16. e4m3 (4 bits of exponent, 3 of mantissa, up to 448) holds what goes
 forward, x and W; e5m2 (5 and 2, up to 57,344) the gradient, whose range is wider (Micikevicius et al., arXiv
 2209.05433). Scales are dynamic: s = max |row| / the largest fp8 number, of the very tensor that is multiplied, so there
-is no history to keep; every row along which a product sums has its own, so that an outlier costs only its own row. y
+is no history to keep; every row along which a matmul sums has its own, so that an outlier costs only its own row. y
 sums along rows of x and W; dx along rows of dy and columns of W; dw along columns of dy and x. So each tensor is
 quantised by rows or columns or both, and since the hardware wants what it sums along side by side, columns are written
 transposed.
 
 By rows a tensor is read once, a program holding whole rows: for bf16, 2ND bytes read and ND written. By columns it is
-read twice, for the maxima and for the transpose: 4ND and ND. Against that, a product of width D saves half its time,
+read twice, for the maxima and for the transpose: 4ND and ND. Against that, a matmul of width D saves half its time,
 which grows with D: torchao's users find no gain below about 2,048. Saved for the backward pass are x and W as they
 came.
 
 What `torch._scaled_mm` asks: the first operand row-major, the second column-major; what it sums along and the columns
 that it puts out divisible by 16 (the rows of x need not be: the transposed copies are padded with zeros); and e5m2 on
-the left, which is where dy is in both products. With a scale for each row it puts out bf16 on every GPU, to which y and
+the left, which is where dy is in both matmuls. With a scale for each row it puts out bf16 on every GPU, to which y and
 dx are rounded; float32, in which dw is handed on as in kernels/norm.py, only through cuBLAS 12.9 on Hopper. Elsewhere
 dw takes one scale for each whole tensor. Sums of gradients are kept in float32; forward ones in the tensor core's own
 22 bits (`use_fast_accum`), still far finer than the numbers that are summed.
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, custom_op
 from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
 
@@ -49,11 +50,12 @@ def fp8_linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"fp8_linear: x must be [..., I], of two or more dimensions, and weight [O, I]; "
-            f"given {tuple(x.shape)} and {tuple(weight.shape)}"
+            f"fp8_linear: x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; "
+            "x must be [..., I], of two or more dimensions, and weight [O, I]"
         )
     if any(size % MULTIPLE for size in weight.shape):
-        raise ValueError(f"fp8_linear: both sizes of weight must be divisible by {MULTIPLE}, not {tuple(weight.shape)}")
+        expected = f"both sizes must be divisible by {MULTIPLE}"
+        raise ValueError(invalid("fp8_linear(weight)", tuple(weight.shape), expected))
     return _linear(x, weight, _FP8_LINEAR.pick(backend, x, triton=obstacle(x.device)))
 
 
@@ -117,7 +119,7 @@ def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torc
 
 
 def _rows_reach_float32(device: torch.device) -> bool:
-    """Whether a product with a scale for each row can be put out in float32."""
+    """Whether a matmul with a scale for each row can be put out in float32."""
     if device.type != "cuda":
         return True
     cuda = tuple(int(part) for part in (torch.version.cuda or "0").split("."))
@@ -267,9 +269,9 @@ _FP8_LINEAR = Op(
     {
         "cuda": {
             "triton": "quantised in Triton, multiplied by torch._scaled_mm; not measured yet",
-            "reference": "float32 products of what fp8 holds, for GPUs without it",
+            "reference": "float32 matmuls of what fp8 holds, for GPUs without it",
         },
-        "cpu": {"reference": "float32 products of what fp8 holds: the same errors, no speed"},
+        "cpu": {"reference": "float32 matmuls of what fp8 holds: the same errors, no speed"},
     },
     variants,
 )

@@ -38,8 +38,8 @@ DTYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float3
 class Variant:
     """One way in which a Triton kernel may be launched, for ahead-of-time compilation.
 
-    arguments   Triton types of the arguments that are no constants: "*bf16", "*fp32", "fp32", "i32", and "i32:16" for a
-                multiple of 16, of which the launcher makes a kernel of its own; None where nothing is given
+    arguments   Triton types of the arguments that are not constants: "*bf16", "*fp32", "fp32", "i32", and "i32:16" for
+                a multiple of 16, for which the launcher makes a kernel of its own; None where nothing is given
     constants   the tl.constexpr arguments
     maxnreg     at most so many registers a thread; None leaves it to the assembler
     default     among those that a usual call chooses

@@ -5,10 +5,10 @@
 
 Legend: N rows (all leading dimensions together), D the normalised width.
 
-What is saved for the backward pass is x, w and one r a row; x^ is made again. Bytes moved for bf16, in an ideal kernel:
+What is saved for the backward pass is x, w and one r a row; x^ is recomputed. Bytes moved for bf16, in an ideal kernel:
 forward 4ND (read x, write y), backward 6ND (read x and dy, write dx). In the pre-norm residual stream, the sum that the
-norm reads is a sum that the block before has to write, so `add_rms_norm` makes both in one pass: 8ND forward instead of
-10ND, 8ND backward instead of 12ND.
+norm reads is a sum that the block before has to write, so `add_rms_norm` computes both in one pass: 8ND forward instead
+of 10ND, 8ND backward instead of 12ND.
 
 Every sum is taken in float32 (float64 for float64 inputs) and rounded once, to the dtype of x. The weight's gradient is
 handed on in that wider dtype, unrounded, for those who accumulate in it (`weight.grad_dtype`); autograd casts it to the
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
+from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op
 from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
 
@@ -55,8 +56,8 @@ def add_rms_norm(
     _check("add_rms_norm", x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(
-            "add_rms_norm: x and residual must agree; "
-            f"given {x.dtype} {tuple(x.shape)} and {residual.dtype} {tuple(residual.shape)}"
+            f"add_rms_norm: x is {x.dtype} {tuple(x.shape)}, residual is {residual.dtype} {tuple(residual.shape)}; "
+            "they must agree"
         )
     y, stream, _ = _norm(x, residual, weight, eps, _ADD_RMS_NORM.pick(backend, x))
     return y, stream
@@ -64,9 +65,8 @@ def add_rms_norm(
 
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
     if x.dim() == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"{op}: weight must be [{x.shape[-1] if x.dim() else 'D'}] as x's last dimension, not {tuple(weight.shape)}"
-        )
+        D = x.shape[-1] if x.dim() else "D"
+        raise ValueError(invalid(f"{op}(weight)", tuple(weight.shape), f"it must be [{D}], as x's last dimension"))
 
 
 # ------------------------------------------------------------------------------------------------ custom ops
@@ -173,7 +173,7 @@ FORWARD_WARP, BACKWARD_WARP = 1024, 512
 """Bytes of one tensor for each warp: few enough that nothing is spilled."""
 PROGRAMS_PER_SM = 4
 WIDEST = 8192
-"""Columns of the widest rows of which a program's registers hold x, dy, the weight and its gradient at once."""
+"""Columns of the widest rows whose x, dy, weight and weight gradient fit in a program's registers at once."""
 
 
 def _tile(D: int, dtype: torch.dtype, numbers: int, warp_bytes: int) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ so its gradient is the rotation by the opposite angle, and nothing but the two t
     y = R (x^ w)        x^ = x r        r = (mean(x^2) + eps)^(-1/2)                   (Henry et al., arXiv 2010.04245)
     g = R^-1 dy         dw = sum over all heads of g x^         dx = r (g w - x^ mean(g w x^))
 
-where all that follows from x is made again from the saved q and k: a program holds the whole head anyway.
+where all that follows from x is recomputed from the saved q and k: a program holds the whole head anyway.
 
 Legend: B batch, T positions, H heads (queries and keys may have different numbers), D head dimension, h = D/2.
 
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
+from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, new_like
 from spt_fast.kernels.launch import Variant, jit, multiprocessors, next_power_of_2, tl
 
@@ -67,7 +68,8 @@ def qk_norm_rope(
     _check("qk_norm_rope", q_BTHD, k_BTHD, cos, sin)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != q_BTHD.shape[-1:]:
-            raise ValueError(f"qk_norm_rope: {name} must be [{q_BTHD.shape[-1]}], not {tuple(weight.shape)}")
+            expected = f"it must be [{q_BTHD.shape[-1]}]"
+            raise ValueError(invalid(f"qk_norm_rope({name})", tuple(weight.shape), expected))
     return _qk_norm_rope(q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, eps, _QK_NORM_ROPE.pick(backend, q_BTHD))
 
 
@@ -78,16 +80,18 @@ def _check(op: str, q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor) ->
         or q_BTHD.shape[:2] + q_BTHD.shape[3:] != k_BTHD.shape[:2] + k_BTHD.shape[3:]
     ):
         raise ValueError(
-            f"{op}: q {tuple(q_BTHD.shape)} and k {tuple(k_BTHD.shape)} must be [B, T, H, D] and agree in all but H"
+            f"{op}: q is {tuple(q_BTHD.shape)}, k is {tuple(k_BTHD.shape)}; "
+            "they must be [B, T, H, D] and agree in all but H"
         )
     if q_BTHD.dtype != k_BTHD.dtype:
-        raise ValueError(f"{op}: q and k must have one dtype, not {q_BTHD.dtype} and {k_BTHD.dtype}")
+        raise ValueError(f"{op}: q is {q_BTHD.dtype}, k is {k_BTHD.dtype}; they must have one dtype")
     B, T, _, D = q_BTHD.shape
     if D % 2:
-        raise ValueError(f"{op}: the head dimension must be even, not {D}")
+        raise ValueError(invalid(f"{op}(q_BTHD)", tuple(q_BTHD.shape), "the head dimension must be even"))
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape not in ((T, D), (B, T, D)):
-            raise ValueError(f"{op}: {name} must be [{T}, {D}] or [{B}, {T}, {D}], not {tuple(table.shape)}")
+            expected = f"it must be [{T}, {D}] or [{B}, {T}, {D}]"
+            raise ValueError(invalid(f"{op}({name})", tuple(table.shape), expected))
 
 
 # ------------------------------------------------------------------------------------------------ custom ops

@@ -28,7 +28,7 @@ def ops() -> Any:
     """The compiled functions, as `torch.ops.spt_fast`."""
     if not is_built():
         raise ImportError(
-            f"{_LIBRARY} is not built; run `pip install --no-build-isolation --no-deps -e .` in the checkout "
+            f"{_LIBRARY}: it is not built; run `pip install --no-build-isolation --no-deps -e .` in the checkout "
             "(it needs a C++20 compiler)"
         )
     import torch

@@ -1,7 +1,7 @@
 """Linear layer and cross-entropy in one: python -m benchmarks.kernels.bench_cross_entropy [--help]
 
-FLOPs (kernels/cross_entropy.py) for N tokens, width D, vocabulary V: three matrix products, 6NDV; what a contender does
-beyond that (a product made again, the softmax) is its loss of rate. The floor is these three products alone, timed in
+FLOPs (kernels/cross_entropy.py) for N tokens, width D, vocabulary V: three matmuls, 6NDV; what a contender does
+beyond that (a recomputed matmul, the softmax) lowers its rate. The floor is these three matmuls alone, timed in
 the same rounds. Contenders differ in what their forward pass already does, so that only "both" is ranked.
 """
 
@@ -44,7 +44,7 @@ def loss(run: Run, N: int, D: int, V: int) -> Case:
         Contender("liger", partial(liger, None)),
         Contender("liger, float32 sums", partial(liger, torch.float32)),
         Contender("cut-cross-entropy", cut_cross_entropy),
-        Contender("three products", lambda: three_products, "floor"),
+        Contender("three matmuls", lambda: three_products, "floor"),
     ]
     product = 2 * N * D * V
     work = {"forward": product, "backward": 2 * product, "both": 3 * product}

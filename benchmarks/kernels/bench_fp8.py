@@ -37,7 +37,7 @@ def linear(run: Run, N: int, D: int, F_: int) -> Case:
         Contender("ours, reference", partial(ours, "reference"), "ours"),
         Contender("torchao, tensorwise", partial(torchao, "tensorwise", (F_, D), run)),
         Contender("torchao, rowwise", partial(torchao, "rowwise", (F_, D), run)),
-        Contender("bf16 products", lambda: three_products, "floor"),
+        Contender("bf16 matmuls", lambda: three_products, "floor"),
     ]
     product = 2.0 * N * D * F_
     work = {"forward": product, "backward": 2 * product, "both": 3 * product}

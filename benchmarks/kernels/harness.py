@@ -13,8 +13,8 @@ the last cache is written. On a GPU the time is that between two CUDA events, an
 prepares, so that launches cost nothing unless the contender itself waits for the device; what the host needs stands
 beside it. The figure is the median over the rounds, with the quartiles.
 
-Ceilings, measured by the same process before anything else, the best of several: a copy for bytes, a square bf16 matrix
-product for FLOPs.
+Ceilings, measured by the same process before anything else, the best of several: a copy for bytes, a square bf16
+matmul for FLOPs.
 Extra memory is the peak of forward and backward above the inputs, outputs and gradients included.
 """
 
@@ -210,7 +210,7 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def measure_ceilings(clock: Clock) -> dict[str, float]:
-    """GB/s of a copy (read and written), TFLOP/s of a bf16 matrix product."""
+    """GB/s of a copy (read and written), TFLOP/s of a bf16 matmul."""
     device = clock.device
     numbers, n = COPY_BYTES[device.type] // 4, MATMUL_SIZE[device.type]
     source, target = torch.ones(numbers, device=device), torch.zeros(numbers, device=device)
