@@ -37,7 +37,7 @@ FIRST_PART = 0.6
 MOST_ROWS = 6000
 """Of a law, drawn at random and of every run about as many: with more, a fit takes longer and comes out the same."""
 BENT = 0.5
-"""Runs are no part of a law when the others' error falls to this share of itself without them."""
+"""Runs are left out of a law when the others' error falls to this share of itself without them."""
 
 
 def _largest(column: str) -> Split:

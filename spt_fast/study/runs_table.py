@@ -3,10 +3,10 @@
 A *stage* is a stretch of training with one learning-rate schedule. Stage 0 is pretraining from scratch; the stages
 after it adapt what it made: a finetune, or continual pretraining. Phases whose schedule is `continue: true` belong to
 the stage that they carry on, so one run at a plateau of its rate serves several budgets, and SCPT's change of mixture
-is no stage of its own. A run that starts from another run's weights/<phase> comes after that one; one that starts from
-foreign weights begins at stage 1 with an unknown past.
+does not begin another stage. A run that starts from another run's weights/<phase> comes after that one; one that starts
+from foreign weights begins at stage 1 with an unknown past.
 
-COLUMNS says what each column holds. Losses are in nats per token, shares are fractions, tokens are counted in the
+`Row` says what each column holds. Losses are in nats per token, shares are fractions, tokens are counted in the
 model's windows. Only the kept arm of a phase's own grid is in the table, with its learning rate.
 """
 
@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -28,43 +28,70 @@ from spt_fast.errors import CheckpointError, DataError, nearest
 from spt_fast.files import replacing
 from spt_fast.train.folder import parent_of, recipe_of, summary_of, trained_before
 
-COLUMNS = {
-    "run": "the run's name; rows of one stage of one run share it",
-    "phase": "the phase's name in the recipe",
-    "stage": "0: pretraining from scratch; 1, 2 …: what came after",
-    "status": "done, or failed: one row without losses",
-    "after": "the run whose weights the stage started from; empty where there is none, or it is unknown",
-    "start": "scratch, pretrained, embeddings (only those were taken over) or frozen embeddings",
-    "params": "parameters N",
-    "seed": "",
-    "lr": "peak learning rate of the stage",
-    "anchor": "decay toward the stage's starting weights",
-    "tokens": "of this stage, up to this evaluation",
-    "delta": "the domain's share of them: δ in pretraining, 1 − p in finetuning, r in D-CPT",
-    "injected": "1 − delta",
-    "domain_tokens": "unique tokens of the domain that training may read",
-    "epochs": "how often this stage has read them",
-    "pretrain_tokens": "tokens of the stages before; NaN where unknown",
-    "pretrain_delta": "the domain's share of them; NaN where there are none or it is unknown",
-    "pretrain_epochs": "how often they read the domain corpus as it was there",
-    "domain_train": "loss on fixed training windows of the domain",
-    "general_train": "loss on fixed training windows of the general corpus",
-    "domain_heldout": "loss on the half of the domain's held-out text that no choice is made on: the figure",
-    "general_heldout": "the same of the general corpus",
-    "domain_select": "loss on the other half, by which weights and learning rates are chosen",
-    "general_select": "the same of the general corpus",
-    "domain_before": "domain_heldout at the stage's start",
-    "general_before": "general_heldout at the stage's start",
-    "handed_on": "whether these are the weights that the phase hands on",
-    "flops": "training FLOPs of all stages up to here",
-    "tokenizer": "digest of the tokenizer",
-    "heldout": "digest of what the held-out losses are measured on",
-}
-
 TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout"), str)
 SPLITS = ("train", "heldout", "select")
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What the table says of an evaluation; of a failed run only what has no default."""
+
+    run: str
+    phase: str
+    """Their names."""
+    stage: int
+    """0: pretraining from scratch; 1, 2 …: what came after."""
+    status: str
+    """done, or failed: one row without losses."""
+    after: str
+    """The run whose weights the stage started from; empty where there is none, or it is unknown."""
+    start: str | None = None
+    """scratch, pretrained, embeddings (only those were taken over) or frozen embeddings."""
+    params: int
+    seed: int
+    lr: float = math.nan
+    """Peak learning rate of the stage."""
+    anchor: float = math.nan
+    """Decay toward the stage's starting weights."""
+    tokens: float = math.nan
+    """Of this stage, up to this evaluation."""
+    delta: float = math.nan
+    """The domain's share of them: δ in pretraining, 1 − p in finetuning, r in D-CPT."""
+    injected: float = math.nan
+    """1 − delta."""
+    domain_tokens: int
+    """Unique tokens of the domain that training may read."""
+    epochs: float = math.nan
+    """How often this stage has read them."""
+    pretrain_tokens: float = math.nan
+    """Tokens of the stages before; NaN where unknown."""
+    pretrain_delta: float = math.nan
+    """The domain's share of them; NaN where there are none or it is unknown."""
+    pretrain_epochs: float = math.nan
+    """How often they read the domain corpus as it was there."""
+    domain_train: float = math.nan
+    general_train: float = math.nan
+    """Losses on fixed training windows."""
+    domain_heldout: float = math.nan
+    general_heldout: float = math.nan
+    """Losses on the half of held-out text that no choice is made on: the figures."""
+    domain_select: float = math.nan
+    general_select: float = math.nan
+    """Losses on the other half, by which weights and learning rates are chosen."""
+    domain_before: float = math.nan
+    general_before: float = math.nan
+    """The figures at the stage's start."""
+    handed_on: bool
+    """Whether these are the weights that the phase hands on."""
+    flops: float = math.nan
+    """Training FLOPs of all stages up to here."""
+    tokenizer: str
+    """Digest of the tokenizer."""
+    heldout: str | None = None
+    """Digest of what the held-out losses are measured on."""
+
+
+COLUMNS = tuple(column.name for column in fields(Row))
 
 
 def read_table(
@@ -171,7 +198,7 @@ def table_of(runs: Sequence[Path], domain: str, general: str) -> pd.DataFrame:
 
 def in_columns(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows as a table."""
-    return pd.DataFrame(list(rows), columns=list(COLUMNS)).astype(
+    return pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS)).astype(
         {"tokens": "float", "domain_tokens": "float", "pretrain_tokens": "float"}
     )
 
@@ -230,20 +257,20 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
     if summary is None or summary["status"] == "stopped":
         return []
     recipe = recipe_of(folder)
-    facts = _facts(folder, recipe, summary, domain, general)
     past = _past_of_start(folder, recipe, domain)
+    row = replace(_first_row(folder, recipe, summary, domain, general), stage=past.stage + 1)
     if summary["status"] == "failed":
-        return [facts | {"phase": recipe.phases[0].name, "after": "", "stage": past.stage + 1, "handed_on": False}]
+        return [row]
     rows: list[Row] = []
     evaluations = _evaluations(folder / "metrics.jsonl")
-    parent = parent_of(folder, recipe)
-    after = parent[0].name if parent else ""
-    before: dict[str, float] = {}
+    if parent := parent_of(folder, recipe):
+        row = replace(row, after=parent[0].name)
     for phase in recipe.phases:
         done = summary["phases"][phase.name]
         new_stage = not phase.schedule.carry_on
         if new_stage and rows:
-            after = facts["run"]
+            row = replace(row, after=row.run)
+        row = replace(row, phase=phase.name, heldout=_heldout(summary, phase, domain, general))
         past = _entering(past, phase, recipe, done)
         share = Fraction(phase.mixture.get(domain, 0))
         for record in evaluations[phase.name]:
@@ -256,53 +283,52 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
                 for corpus, source in (("domain", domain), ("general", general))
             }
             if record["step"] == 0 and past.stage > 0:
-                before = {f"{corpus}_before": losses[f"{corpus}_heldout"] for corpus in ("domain", "general")}
-            here = past.after(record["tokens"], share, facts["domain_tokens"], summary["flops_per_token"])
-            rows.append(
-                facts
-                | losses
-                | before
-                | _described(here, share)
-                | {"phase": phase.name, "after": after, "handed_on": record["step"] == done["handed_on"]}
-                | {"heldout": _heldout(summary, phase, domain, general)}
-            )
-        past = past.after(done["tokens"], share, facts["domain_tokens"], summary["flops_per_token"])
+                row = replace(row, domain_before=losses["domain_heldout"], general_before=losses["general_heldout"])
+            here = past.after(record["tokens"], share, row.domain_tokens, summary["flops_per_token"])
+            at = _after_training(row, here, share)
+            rows.append(replace(at, handed_on=record["step"] == done["handed_on"], **losses))
+        past = past.after(done["tokens"], share, row.domain_tokens, summary["flops_per_token"])
     return rows
 
 
-def _described(past: Past, share: Fraction) -> dict[str, Any]:
+def _after_training(row: Row, past: Past, share: Fraction) -> Row:
     delta = Fraction(past.domain) / Fraction(past.tokens) if past.tokens else share
     known = past.before_tokens > 0
-    return {
-        "stage": past.stage,
-        "start": past.start,
-        "lr": past.lr,
-        "anchor": past.anchor,
-        "tokens": float(past.tokens),
-        "delta": float(delta),
-        "injected": float(1 - delta),
-        "epochs": past.epochs,
-        "pretrain_tokens": float(past.before_tokens),
-        "pretrain_delta": float(past.before_domain / Fraction(past.before_tokens)) if known else math.nan,
-        "pretrain_epochs": past.before_epochs,
-        "flops": past.flops,
-    }
+    return replace(
+        row,
+        stage=past.stage,
+        start=past.start,
+        lr=past.lr,
+        anchor=past.anchor,
+        tokens=float(past.tokens),
+        delta=float(delta),
+        injected=float(1 - delta),
+        epochs=past.epochs,
+        pretrain_tokens=float(past.before_tokens),
+        pretrain_delta=float(past.before_domain / Fraction(past.before_tokens)) if known else math.nan,
+        pretrain_epochs=past.before_epochs,
+        flops=past.flops,
+    )
 
 
-def _facts(folder: Path, recipe: Recipe, summary: dict[str, Any], domain: str, general: str) -> dict[str, Any]:
+def _first_row(folder: Path, recipe: Recipe, summary: dict[str, Any], domain: str, general: str) -> Row:
     """What all rows of a run have in common."""
     for source in (domain, general):
         if source not in recipe.sources:
             raise DataError(f"{folder}: has no source {source!r}; {nearest(source, recipe.sources)}")
     try:
-        return {
-            "run": folder.resolve().name,
-            "status": summary["status"],
-            "params": summary["parameters"],
-            "seed": summary["seed"],
-            "domain_tokens": summary["train_tokens"][domain],
-            "tokenizer": (summary["tokenizer"] or "unknown")[:16],
-        }
+        return Row(
+            run=folder.resolve().name,
+            phase=recipe.phases[0].name,
+            stage=0,
+            status=summary["status"],
+            after="",
+            params=summary["parameters"],
+            seed=summary["seed"],
+            domain_tokens=summary["train_tokens"][domain],
+            handed_on=False,
+            tokenizer=(summary["tokenizer"] or "unknown")[:16],
+        )
     except KeyError as error:
         raise CheckpointError(
             f"{folder}/summary.json: has no {error.args[0]!r}, so it was written by an earlier version; train it again"

@@ -119,7 +119,7 @@ class _StudyTable:
         found: list[Row] = []
         for folder in self._folders:
             rows = self._done.get(folder) or rows_of(folder, self._study.domain, self._study.general)
-            if rows and rows[0]["status"] == "done":
+            if rows and rows[0].status == "done":
                 self._done[folder] = rows
             found += rows
         table = in_columns(found)
