@@ -424,7 +424,7 @@ def advise(
 ) -> None:
     """Share of domain data in pretraining, repeats, replay: by runs, or by the papers where there are none."""
     from spt_fast.advice import advise as advising
-    from spt_fast.advice.text import print_advice
+    from spt_fast.advice.words import print_advice
     from spt_fast.fields import parse_count
     from spt_fast.study.runs_table import read_table
 

@@ -9,8 +9,8 @@ beside what the laws make of it.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,23 +19,36 @@ from spt_fast.advice import replay as replays
 from spt_fast.advice.arms import REGIMES
 from spt_fast.advice.evidence import Evidence, gather
 from spt_fast.advice.next_step import next_step, rates_of
-from spt_fast.advice.prior import FINETUNE_EPOCHS, SCPT_LAST, outside, prior
+from spt_fast.advice.prior import FINETUNE_EPOCHS, SCPT_LAST, Prior, outside, prior
+from spt_fast.advice.result import (
+    Advice,
+    Arm,
+    Asked,
+    Choice,
+    Decision,
+    Distance,
+    Effect,
+    Expected,
+    Of,
+    Regimes,
+    Seen,
+    Share,
+    Tax,
+)
 from spt_fast.advice.support import support
 from spt_fast.advice.tax import factor_of, published_factor, tax
 from spt_fast.data.divergence import divergence
-from spt_fast.errors import DataError, RecipeError, nearest
+from spt_fast.errors import DataError, RecipeError, invalid, nearest
 from spt_fast.fields import parse_count
 from spt_fast.model.flops import matmul_parameters, parameters
 from spt_fast.model.gpt import GPTConfig
 from spt_fast.model.presets import PRESETS
-from spt_fast.study.finetunes import plainest
+from spt_fast.study.finetunes import Interval, plainest
 from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount, percent
 
 SEEN_WITHIN = 2.0
 """A factor from the nearest budget that was run, up to which its best arm is taken where no law can be fitted."""
-
-Row = dict[str, Any]
 
 
 def advise(
@@ -48,8 +61,8 @@ def advise(
     domain: str | Path | None = None,
     inference_tokens: int | None = None,
     max_general_rise: float | None = None,
-) -> dict[str, Any]:
-    """What to do with `domain_tokens` unique domain tokens and `budget` pretraining tokens: plain data for JSON.
+) -> Advice:
+    """What to do with `domain_tokens` unique domain tokens and `budget` pretraining tokens.
 
     model             a preset, or a number of parameters; without it the nearest runs of any size count
     table             runs, as read_table gives them
@@ -57,38 +70,22 @@ def advise(
     inference_tokens  tokens that will be served, for the finetuner's tax
     max_general_rise  how far the general loss may end above the lowest one before finetuning at that budget: 0.03 is 3%
 
-    decision    regime, delta, epochs, replay, basis ("laws" | "seen" | "published"), and `says`
-    missing     why runs, or some of them, were not used
-    shares      a row per share that was run: delta, epochs, domain and general {mean, low, high}, forgetting, allowed,
-                and best_in, the part of resamplings in which its domain loss is the lowest; None without laws
-    expected    of the decision: domain, general, r_gain, and `of`, the runs whose losses these are; None without runs
-    seen        tokens, and the arms at that budget, the run one nearest to what is asked, best first; None without runs
-    regimes     the best arm of FT, SPT and SCPT there, and `says`
-    replay      share, basis, says, and effects: the factors on both losses of each share of general data that was run
-    distance    divergence, and the domain loss after plain finetuning
-    support     how far the question lies outside of the runs, a verdict, and what to run next; see support.py
-    prior       what the papers say of the same question
-    tax         see tax.py; None without inference_tokens
-    recipe      phases to paste; learning_rates, whose they are
-
-    Raises RecipeError or DataError.
+    Raises RecipeError, or DataError for a table that cannot be used.
     """
-    _check(domain_tokens, budget, general, domain, inference_tokens, max_general_rise)
-    preset, params, multiplied = size_of(model)
-    if inference_tokens is not None and params is None:
-        raise RecipeError("model: missing; what serving costs depends on it: name a preset such as 1b, or its size")
-    papers = prior(domain_tokens=domain_tokens, budget=budget, params=params)
+    size = size_of(model)
+    asked = Asked(domain_tokens, budget, model, size.params, inference_tokens, max_general_rise)
+    _check(asked, general, domain)
+    papers = prior(domain_tokens=domain_tokens, budget=budget, params=size.params)
     rows = None if table is None else usable(table)
-    evidence, missing = gather(rows, domain_tokens=domain_tokens, budget=budget, params=params)
-    if evidence is None:
-        limit, effects, allowed = None, [], {}
-        chosen: Row = {"regime": papers["regime"], "delta": papers["delta"], "basis": "published"}
-        mean_epochs = most_epochs = float(FINETUNE_EPOCHS)
-    else:
+    evidence, missing = gather(rows, domain_tokens=domain_tokens, budget=budget, params=size.params)
+    mean_epochs = most_epochs = float(FINETUNE_EPOCHS)
+    limit, effects, allowed = None, [], dict[float, bool]()
+    chosen = Choice(papers["regime"], papers["delta"], "published")
+    if evidence is not None:
         limit = _limit(evidence, max_general_rise)
         effects = replays.effects(evidence.rows)
         allowed = _allowed(evidence, effects, limit)
-        chosen = _choose(evidence, allowed, papers)
+        chosen = _choose(evidence, allowed, chosen)
         if allowed and not any(allowed.values()):
             missing.append(
                 f"no share and replay that were run keep the general loss within {max_general_rise:.3g} of the lowest "
@@ -96,91 +93,82 @@ def advise(
             )
         epochs = plainest(evidence.rows)["epochs"]
         mean_epochs, most_epochs = float(epochs.mean()), float(epochs.max())
-    replay = replays.choose(chosen, evidence, effects, limit, rows, params, domain_tokens)
-    rates = rates_of(rows, None if evidence is None else evidence.params, params)
-    decision = chosen | {"epochs": chosen["delta"] * budget / domain_tokens, "replay": replay["share"]}
+    replay = replays.choose(chosen, evidence, effects, limit, rows, size.params, domain_tokens)
+    rates = rates_of(rows, None if evidence is None else evidence.params, size.params)
+    decision = _decision(chosen, chosen.delta * budget / domain_tokens, replay.share, budget)
     shares = None if evidence is None else _shares(evidence, allowed, budget / domain_tokens)
-    regimes = None if evidence is None else _regimes(evidence, papers)
-    return {
-        "asked": {
-            "domain_tokens": domain_tokens,
-            "budget": budget,
-            "model": model,
-            "params": params,
-            "inference_tokens": inference_tokens,
-            "max_general_rise": max_general_rise,
-        },
-        "decision": decision | {"says": _says(decision, budget)},
-        "missing": missing,
-        "shares": shares,
-        "expected": None if evidence is None else _expected(decision, evidence, effects),
-        "seen": None if evidence is None else {"tokens": evidence.arms[0]["tokens"], "arms": evidence.arms},
-        "regimes": regimes,
-        "replay": replay,
-        "distance": _distance(general, domain, evidence),
-        "support": support(decision, evidence, shares, params, domain_tokens),
-        "prior": papers,
-        "tax": None
-        if inference_tokens is None or params is None or multiplied is None
-        else tax(
-            params=multiplied,
+    return Advice(
+        asked=asked,
+        decision=decision,
+        missing=missing,
+        shares=shares,
+        expected=None if evidence is None else _expected(decision, evidence, effects),
+        seen=None if evidence is None else Seen(evidence.arms[0].tokens, evidence.arms),
+        regimes=None if evidence is None else _regimes(evidence, papers),
+        replay=replay,
+        distance=_distance(general, domain, evidence),
+        support=support(decision, evidence, shares, size.params, domain_tokens),
+        prior=papers,
+        tax=_tax(asked, size, evidence, mean_epochs),
+        learning_rates=rates.of,
+        recipe=next_step(
+            regime=decision.regime,
+            delta=decision.delta,
+            replay=decision.replay,
+            preset=size.preset or nearest_preset(size.params or (evidence.params if evidence else 1e9)),
             budget=budget,
-            finetune_tokens=mean_epochs * domain_tokens,
-            served=inference_tokens,
-            larger=(evidence and factor_of(plainest(evidence.all_sizes), params)) or published_factor(),
-        ),
-        "learning_rates": rates.of,
-        "recipe": next_step(
-            regime=decision["regime"],
-            delta=decision["delta"],
-            replay=decision["replay"],
-            preset=preset or nearest_preset(params or (evidence.params if evidence else 1e9)),
-            budget=budget,
-            finetune_tokens=most_epochs * domain_tokens / (1 - decision["replay"]),
+            finetune_tokens=most_epochs * domain_tokens / (1 - decision.replay),
             rates=rates,
             general=general,
             domain=domain,
         ),
-    }
+    )
 
 
-def size_of(model: str | int | None) -> tuple[str | None, int | None, int | None]:
-    """(preset, parameters, those that multiply every token) of a preset, or of a number of parameters."""
+@dataclass(frozen=True)
+class Size:
+    preset: str | None
+    params: int | None
+    multiplied: int | None
+    """Parameters that multiply every token."""
+
+
+def size_of(model: str | int | None) -> Size:
+    """Of a preset, or of a number of parameters; all None without a model."""
     if model is None:
-        return None, None, None
+        return Size(None, None, None)
     if model in PRESETS:
         config = GPTConfig(**PRESETS[str(model)])
-        return str(model), parameters(config), matmul_parameters(config)
+        return Size(str(model), parameters(config), matmul_parameters(config))
     try:
         params = parse_count(model, "model")
     except RecipeError:
-        raise RecipeError(
-            f"model: {model!r} is neither a preset ({nearest(str(model), PRESETS)}) nor a count"
-        ) from None
-    return None, params, params
+        presets = nearest(str(model), PRESETS)
+        message = invalid("model", model, f"give a preset ({presets}) or a number of parameters")
+        raise RecipeError(message, argument=True) from None
+    return Size(None, params, params)
 
 
 def nearest_preset(params: float) -> str:
     return min(PRESETS, key=lambda name: abs(math.log(parameters(GPTConfig(**PRESETS[name])) / params)))
 
 
-def _check(
-    domain_tokens: int,
-    budget: int,
-    general: object,
-    domain: object,
-    inference_tokens: int | None,
-    max_general_rise: float | None,
-) -> None:
-    counts = {"domain_tokens": domain_tokens, "budget": budget, "inference_tokens": inference_tokens}
-    for name, count in counts.items():
+def _check(asked: Asked, general: object, domain: object) -> None:
+    for name in ("domain_tokens", "budget", "inference_tokens"):
+        count = getattr(asked, name)
         if count is not None and not count >= 1:
-            raise RecipeError(f"{name}: {count!r} is no count; give a positive number of tokens")
+            raise RecipeError(invalid(name, count, "give a positive number of tokens"), argument=True)
     if (general is None) != (domain is None):
         given, other = ("general", "domain") if domain is None else ("domain", "general")
-        raise RecipeError(f"{given}: given without {other}; how far they lie apart takes both datasets: add --{other}")
-    if max_general_rise is not None and not 0 < max_general_rise <= 1:
-        raise RecipeError(f"max_general_rise: {max_general_rise!r} is no fraction above 0 and up to 1; 0.03 is 3%")
+        raise RecipeError(f"{given}: how far two datasets lie apart takes both; add `{other}=PREFIX`", argument=True)
+    rise = asked.max_general_rise
+    if rise is not None and not 0 < rise <= 1:
+        expected = "give a fraction above 0 and up to 1; 0.03 is 3%"
+        raise RecipeError(invalid("max_general_rise", rise, expected), argument=True)
+    if asked.inference_tokens is not None and asked.params is None:
+        raise RecipeError(
+            "model: missing, and what serving costs depends on it; give a preset such as 1b, or its size", argument=True
+        )
 
 
 # ------------------------------------------------------------------------------------------------ the decision
@@ -192,13 +180,15 @@ def _limit(evidence: Evidence, max_general_rise: float | None) -> float | None:
         return None
     general = evidence.general()
     if not general:
-        raise DataError("max_general_rise: these runs have no general losses; give the general source a `heldout`")
+        raise DataError(
+            "max_general_rise: these runs have no general losses; name the general source's heldout", argument=True
+        )
     return (1 + max_general_rise) * min(before for before, _ in general.values())
 
 
-def _allowed(evidence: Evidence, effects: list[Row], limit: float | None) -> dict[float, bool]:
+def _allowed(evidence: Evidence, effects: list[Effect], limit: float | None) -> dict[float, bool]:
     """Whether a share can keep the limit, with some replay that was run."""
-    deltas = evidence.forecast.deltas if evidence.forecast else [arm["delta"] for arm in evidence.steady()]
+    deltas = evidence.forecast.deltas if evidence.forecast else [arm.delta for arm in evidence.steady()]
     general = evidence.general()
     return {
         delta: limit is None
@@ -207,136 +197,127 @@ def _allowed(evidence: Evidence, effects: list[Row], limit: float | None) -> dic
     }
 
 
-def _choose(evidence: Evidence, allowed: dict[float, bool], papers: Row) -> Row:
+def _choose(evidence: Evidence, allowed: dict[float, bool], published: Choice) -> Choice:
     """Regime, share, and on what basis: the lowest domain loss that is allowed, or the lowest general loss where none
     is."""
     general = {delta: after for delta, (_, after) in evidence.general().items()}
     if evidence.forecast:
         domain = dict(zip(evidence.forecast.deltas, evidence.forecast.domain[:, 0].tolist(), strict=True))
-        basis = "laws"
     else:
-        domain = {arm["delta"]: arm["domain"]["mean"] for arm in evidence.steady()}
-        basis = "seen"
-    near = outside(evidence.budget, *([evidence.arms[0]["tokens"]] * 2)) <= SEEN_WITHIN
-    steady, late = evidence.steady(), [arm for arm in evidence.arms if arm["regime"] == "SCPT"]
+        domain = {arm.delta: arm.domain.mean for arm in evidence.steady()}
+    near = outside(evidence.budget, *([evidence.arms[0].tokens] * 2)) <= SEEN_WITHIN
+    steady, late = evidence.steady(), [arm for arm in evidence.arms if arm.regime == "SCPT"]
     if near and late and (not steady or _clear(late[0], steady[0])):
-        return {"regime": "SCPT", "delta": late[0]["delta"], "basis": "seen"}
-    if not domain or (basis == "seen" and not near):
-        return {"regime": papers["regime"], "delta": papers["delta"], "basis": "published"}
+        return Choice("SCPT", late[0].delta, "seen")
+    if not domain or not (evidence.forecast or near):
+        return published
     if any(allowed.values()):
         delta = min((d for d in domain if allowed[d]), key=lambda d: domain[d])
     else:
         delta = min(general, key=lambda d: general[d])
-    return {"regime": "SPT" if delta else "FT", "delta": delta, "basis": basis}
+    return Choice("SPT" if delta else "FT", delta, "laws" if evidence.forecast else "seen")
 
 
-def _clear(ours: Row, theirs: Row) -> bool:
+def _clear(ours: Arm, theirs: Arm) -> bool:
     """Whether every seed of one arm has a lower domain loss than every seed of another."""
-    return ours["domain"]["high"] < theirs["domain"]["low"]
+    return ours.domain.high < theirs.domain.low
 
 
-def _says(decision: Row, budget: int) -> str:
-    delta, epochs, replay = percent(decision["delta"]), decision["epochs"], decision["replay"]
-    with_replay = "finetune on the domain" + (f" with {percent(replay)} of general data" if replay else "")
-    if decision["regime"] == "FT":
-        return f"FT only: pretrain on general data alone, {amount(budget)} tokens, then {with_replay}"
-    if decision["regime"] == "SCPT":
-        late, last = percent(decision["delta"] / SCPT_LAST), percent(SCPT_LAST)
-        return (
-            f"SCPT: pretrain on general data, mix {late} of the domain into the last {last} of {amount(budget)} "
-            f"tokens, which reads it {epochs:.3g} times, then {with_replay}"
-        )
-    return (
-        f"{decision['regime']}: mix {delta} of the domain into all of {amount(budget)} pretraining tokens, which reads "
-        f"it {epochs:.3g} times, then {with_replay}"
-    )
+def _decision(chosen: Choice, epochs: float, replay: float, budget: int) -> Decision:
+    finetune = "finetune on the domain" + (f" with {percent(replay)} of general data" if replay else "")
+    if chosen.regime == "FT":
+        says = f"pretrain on general data alone, {amount(budget)} tokens"
+    elif chosen.regime == "SCPT":
+        late, last = percent(chosen.delta / SCPT_LAST), percent(SCPT_LAST)
+        says = f"pretrain on general data, mix {late} of the domain into the last {last} of {amount(budget)} tokens"
+    else:
+        says = f"mix {percent(chosen.delta)} of the domain into all of {amount(budget)} pretraining tokens"
+    says += f", which reads it {epochs:.3g} times, then {finetune}" if chosen.regime != "FT" else f", then {finetune}"
+    name = "FT only" if chosen.regime == "FT" else chosen.regime
+    return Decision(**vars(chosen), epochs=epochs, replay=replay, says=f"{name}: {says}")
 
 
 # ------------------------------------------------------------------------------------------------ what it rests on
 
 
-def _shares(evidence: Evidence, allowed: dict[float, bool], per_token: float) -> list[Row] | None:
+def _shares(evidence: Evidence, allowed: dict[float, bool], per_token: float) -> list[Share] | None:
     known = evidence.forecast
     if known is None:
         return None
     best_in = known.best_in(np.array([allowed[delta] or not any(allowed.values()) for delta in known.deltas]))
     return [
-        {
-            "delta": delta,
-            "epochs": delta * per_token,
-            "domain": _interval(known.domain[i]),
-            "general": None if known.general is None else _interval(known.general[i]),
-            "forgetting": None if known.forgetting is None else float(known.forgetting[i]),
-            "allowed": allowed[delta],
-            "best_in": float(best_in[i]),
-        }
+        Share(
+            delta=delta,
+            epochs=delta * per_token,
+            domain=Interval(*known.domain[i].tolist()),
+            general=None if known.general is None else Interval(*known.general[i].tolist()),
+            forgetting=None if known.forgetting is None else float(known.forgetting[i]),
+            allowed=allowed[delta],
+            best_in=float(best_in[i]),
+        )
         for i, delta in enumerate(known.deltas)
     ]
 
 
-def _interval(values: np.ndarray) -> dict[str, float]:
-    return dict(zip(("mean", "low", "high"), values.tolist(), strict=True))
-
-
-def _expected(decision: Row, evidence: Evidence, effects: list[Row]) -> Row | None:
-    """Losses with the decided replay where it was run, else with the least that was."""
-    known, delta = evidence.forecast, decision["delta"]
-    if decision["basis"] == "published":
+def _expected(decision: Decision, evidence: Evidence, effects: list[Effect]) -> Expected | None:
+    known, delta = evidence.forecast, decision.delta
+    if decision.basis == "published":
         return None
-    if decision["basis"] == "laws":
+    if decision.basis == "laws":
         assert known is not None
         tokens, i = known.tokens, known.deltas.index(delta)
-        domain = _interval(known.domain[i])
-        general = None if known.general is None else _interval(known.general[i])
+        domain = Interval(*known.domain[i].tolist())
+        general = None if known.general is None else Interval(*known.general[i].tolist())
         finetuned = float(known.domain[0, 0]) if known.deltas[0] == 0 else None
     else:
-        arm = next(a for a in evidence.arms if (a["regime"], a["delta"]) == (decision["regime"], delta))
-        tokens, domain, general = arm["tokens"], arm["domain"], arm["general"]
-        finetuned = next((a["domain"]["mean"] for a in evidence.arms if a["regime"] == "FT"), None)
-    gain = 100 * (finetuned - domain["mean"]) / finetuned if finetuned else None
-    effect = next((e for e in effects if e["injected"] == decision["replay"]), effects[0] if effects else None)
+        arm = next(a for a in evidence.arms if (a.regime, a.delta) == (decision.regime, delta))
+        tokens, domain, general = arm.tokens, arm.domain, arm.general
+        finetuned = next((a.domain.mean for a in evidence.arms if a.regime == "FT"), None)
+    gain = 100 * (finetuned - domain.mean) / finetuned if finetuned else None
+    effect = next((e for e in effects if e.injected == decision.replay), effects[0] if effects else None)
     if effect:
-        domain = {edge: loss * effect["domain"] for edge, loss in domain.items()}
-        general = general and {edge: loss * effect["general"] for edge, loss in general.items()}
-    return {
-        "domain": domain,
-        "general": general,
-        "r_gain": gain,
-        "of": {
-            "params": evidence.params,
-            "domain_tokens": evidence.domain_tokens,
-            "tokens": int(tokens),
-            "injected": effect["injected"] if effect else None,
-        },
-    }
+        domain, general = domain.times(effect.domain), general and general.times(effect.general)
+    of = Of(evidence.params, evidence.domain_tokens, int(tokens), effect.injected if effect else None)
+    return Expected(domain, general, gain, of)
 
 
-def _regimes(evidence: Evidence, papers: Row) -> Row:
-    best = {regime: next((arm for arm in evidence.arms if arm["regime"] == regime), None) for regime in REGIMES}
-    run = {regime: arm for regime, arm in best.items() if arm}
-    first, *others = sorted(run.values(), key=lambda arm: arm["domain"]["mean"])
-    losses = ", ".join(f"{_name(arm)} {arm['domain']['mean']:.4f}" for arm in (first, *others))
-    says = [f"after {amount(first['tokens'])} tokens and a finetune, domain losses are {losses}"]
+def _regimes(evidence: Evidence, papers: Prior) -> Regimes:
+    best = {regime: next((arm for arm in evidence.arms if arm.regime == regime), None) for regime in REGIMES}
+    first, *others = sorted((arm for arm in best.values() if arm), key=lambda arm: arm.domain.mean)
+    losses = ", ".join(f"{_name(arm)} {arm.domain.mean:.4f}" for arm in (first, *others))
+    says = [f"after {amount(first.tokens)} tokens and a finetune, domain losses are {losses}"]
     for other in others:
-        seeds = min(first["seeds"], other["seeds"])
+        seeds = min(first.seeds, other.seeds)
         if seeds < 2:
             says.append(
                 f"with one seed nobody can say whether {_name(first)} and {_name(other)} differ by more than chance"
             )
         elif not _clear(first, other):
             says.append(f"{_name(first)} and {_name(other)} overlap between seeds: that may be chance")
-    if "SCPT" not in run and papers["regime"] != "SPT":
+    if not best["SCPT"] and papers["regime"] != "SPT":
         says.append(f"SCPT was not run; by the papers: {papers['why']}")
-    return best | {"says": says}
+    return Regimes(best, says)
 
 
-def _name(arm: Row) -> str:
-    return "FT only" if arm["regime"] == "FT" else f"{arm['regime']} {percent(arm['delta'])}"
+def _name(arm: Arm) -> str:
+    return "FT only" if arm.regime == "FT" else f"{arm.regime} {percent(arm.delta)}"
 
 
-def _distance(general: str | Path | None, domain: str | Path | None, evidence: Evidence | None) -> Row:
-    finetuned = evidence and next((arm for arm in evidence.arms if arm["regime"] == "FT"), None)
-    return {
-        "divergence": None if general is None or domain is None else divergence(domain, general),
-        "domain_after_plain_finetuning": finetuned and finetuned["domain"]["mean"],
-    }
+def _distance(general: str | Path | None, domain: str | Path | None, evidence: Evidence | None) -> Distance:
+    arms = evidence.arms if evidence else ()
+    return Distance(
+        divergence=None if general is None or domain is None else divergence(domain, general),
+        domain_after_plain_finetuning=next((arm.domain.mean for arm in arms if arm.regime == "FT"), None),
+    )
+
+
+def _tax(asked: Asked, size: Size, evidence: Evidence | None, finetune_epochs: float) -> Tax | None:
+    if asked.inference_tokens is None or size.params is None or size.multiplied is None:
+        return None
+    return tax(
+        params=size.multiplied,
+        budget=asked.budget,
+        finetune_tokens=finetune_epochs * asked.domain_tokens,
+        served=asked.inference_tokens,
+        larger=(evidence and factor_of(plainest(evidence.all_sizes), size.params)) or published_factor(),
+    )

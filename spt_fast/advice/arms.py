@@ -10,12 +10,11 @@ its runs differ by seed. Regimes:
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
-from spt_fast.study.finetunes import OverSeeds, after_pretraining
+from spt_fast.advice.result import Arm
+from spt_fast.study.finetunes import Interval, OverSeeds, after_pretraining
 from spt_fast.study.usable import UsableRows
 
 REGIMES = ("FT", "SPT", "SCPT")
@@ -41,29 +40,28 @@ def _rising(rows: pd.DataFrame) -> set[str]:
     return found
 
 
-def arms(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """What each arm of a group ended with, best domain loss first; losses as {mean, low, high} over its seeds, None
-    where they were not measured."""
-    found = [
-        {
-            "regime": regime,
-            "delta": float(delta),
-            "injected": float(injected),
-            "tokens": int(tokens),
-            "epochs": float(arm["pretrain_epochs"].mean()),
-            "seeds": len(arm),
-            "domain": over_seeds(arm["domain_heldout"]),
-            "general": over_seeds(arm["general_heldout"]),
-            "forgetting": over_seeds(arm["general_heldout"] - arm["general_before"]),
-        }
-        for (regime, delta, injected, tokens), arm in rows.groupby(
-            ["regime", "pretrain_delta", "injected", "pretrain_tokens"]
-        )
-    ]
-    return sorted(found, key=lambda arm: arm["domain"]["mean"])
+def arms(rows: pd.DataFrame) -> list[Arm]:
+    """The arms of a group, best domain loss first."""
+    by_arm = rows.groupby(["regime", "pretrain_delta", "injected", "pretrain_tokens"])
+    return sorted((_arm(own) for _, own in by_arm), key=lambda arm: arm.domain.mean)
 
 
-def over_seeds(values: pd.Series) -> dict[str, float] | None:
-    """{mean, low, high}"""
+def _arm(own: pd.DataFrame) -> Arm:
+    first, domain = own.iloc[0], _over_seeds(own["domain_heldout"])
+    assert domain is not None
+    return Arm(
+        regime=first["regime"],
+        delta=float(first["pretrain_delta"]),
+        injected=float(first["injected"]),
+        tokens=int(first["pretrain_tokens"]),
+        epochs=float(own["pretrain_epochs"].mean()),
+        seeds=len(own),
+        domain=domain,
+        general=_over_seeds(own["general_heldout"]),
+        forgetting=_over_seeds(own["general_heldout"] - own["general_before"]),
+    )
+
+
+def _over_seeds(values: pd.Series) -> Interval | None:
     over = OverSeeds.of(values)
-    return None if over is None else {"mean": over.mean, "low": over.low, "high": over.high}
+    return None if over is None else Interval(over.mean, over.low, over.high)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +16,7 @@ import pandas as pd
 from spt_fast.advice.arms import arms, finetunes
 from spt_fast.advice.forecast import Forecast, forecast
 from spt_fast.advice.prior import outside
+from spt_fast.advice.result import Arm
 from spt_fast.errors import DataError
 from spt_fast.study import views
 from spt_fast.study.finetunes import SETTING, plainest
@@ -31,7 +31,7 @@ class Evidence:
     """Finetunes on the same corpus of models of any size."""
     budget: float
     """At which these runs' corpus is read as often as the user's."""
-    arms: list[dict[str, Any]]
+    arms: list[Arm]
     """Those with the least general data in the finetune, at the run budget nearest to that; best first."""
     forecast: Forecast | None
 
@@ -43,9 +43,9 @@ class Evidence:
     def domain_tokens(self) -> int:
         return int(self.rows["domain_tokens"].iloc[0])
 
-    def steady(self) -> list[dict[str, Any]]:
+    def steady(self) -> list[Arm]:
         """The arms of FT and SPT."""
-        return [arm for arm in self.arms if arm["regime"] != "SCPT"]
+        return [arm for arm in self.arms if arm.regime != "SCPT"]
 
     def general(self) -> dict[float, tuple[float, float]]:
         """{delta: general loss before, and after, a finetune with the least general data}: by law, else as seen; empty
@@ -55,9 +55,10 @@ class Evidence:
             after = known.general[:, 0]
             pairs = zip((after - known.forgetting).tolist(), after.tolist(), strict=True)
             return dict(zip(known.deltas, pairs, strict=True))
-        seen = [arm for arm in self.steady() if arm["general"] and arm["forgetting"]]
         return {
-            arm["delta"]: (arm["general"]["mean"] - arm["forgetting"]["mean"], arm["general"]["mean"]) for arm in seen
+            arm.delta: (arm.general.mean - arm.forgetting.mean, arm.general.mean)
+            for arm in self.steady()
+            if arm.general and arm.forgetting
         }
 
 
@@ -66,7 +67,7 @@ def gather(
 ) -> tuple[Evidence | None, list[str]]:
     """The evidence, and what is missing or was left out, a sentence each."""
     if table is None:
-        return None, ["no runs were given; name them with --runs"]
+        return None, ["no runs were given"]
     everything = finetunes(table)
     notes = [note.replace("left out", "left out by the laws", 1) for note in table.notes]
     groups = [

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from spt_fast.advice.result import AtBudget, HeldOut
 from spt_fast.errors import DataError
 from spt_fast.laws import ExtrapolationWarning, OverfittingLaw, PostFinetuneLaw
 
@@ -36,10 +37,10 @@ class Forecast:
     draws: np.ndarray
     """[draw, share]: domain losses by laws fitted to resampled runs."""
     law: str
-    largest: dict[str, Any]
-    """At the largest budget that was run: tokens, mre, and the best share as `predicted` and as `seen`."""
-    heldout: dict[str, Any] | None
-    """The same when that budget is predicted from the others, up to `by` tokens; None where they are too few."""
+    largest: AtBudget
+    """At the largest budget that was run."""
+    heldout: HeldOut | None
+    """The same when that budget is predicted from the others; None where they are too few."""
     before_finetuning: float | None
     """The share with the lowest domain loss before finetuning, also between those run, by the OverfittingLaw."""
     warnings: list[str]
@@ -105,7 +106,7 @@ def _columns(rows: pd.DataFrame, corpus: str) -> pd.DataFrame:
 
 def _chosen(
     rows: pd.DataFrame, curves: pd.DataFrame | None
-) -> tuple[PostFinetuneLaw, dict[str, Any] | None, OverfittingLaw | None]:
+) -> tuple[PostFinetuneLaw, HeldOut | None, OverfittingLaw | None]:
     """The law that predicts the largest budget best from the others, how well, and the OverfittingLaw where the curves
     can be fitted."""
     law, error = _fitted(rows, None), _heldout_error(rows, None)
@@ -115,7 +116,7 @@ def _chosen(
         other, its_error = _fitted(rows, curves), _heldout_error(rows, curves)
     except DataError:
         return law, error, None
-    if error and its_error and its_error["mre"] < error["mre"]:
+    if error and its_error and its_error.mre < error.mre:
         return other, its_error, other.heldout
     return law, error, other.heldout
 
@@ -125,7 +126,7 @@ def _fitted(rows: pd.DataFrame, curves: pd.DataFrame | None) -> PostFinetuneLaw:
     return PostFinetuneLaw(heldout=before).fit(_columns(rows, "domain"))
 
 
-def _heldout_error(rows: pd.DataFrame, curves: pd.DataFrame | None) -> dict[str, Any] | None:
+def _heldout_error(rows: pd.DataFrame, curves: pd.DataFrame | None) -> HeldOut | None:
     last = _last(rows)
     before = float(last["pretrain_tokens"].max())
     try:
@@ -134,23 +135,23 @@ def _heldout_error(rows: pd.DataFrame, curves: pd.DataFrame | None) -> dict[str,
     except DataError:
         return None
     last = last[last["pretrain_delta"].isin(law.fractions_)]
-    return None if last.empty else _against(law, last) | {"by": int(fewer["pretrain_tokens"].max())}
+    return None if last.empty else HeldOut(**vars(_against(law, last)), by=int(fewer["pretrain_tokens"].max()))
 
 
 def _last(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["pretrain_tokens"] == rows["pretrain_tokens"].max()]
 
 
-def _against(law: PostFinetuneLaw, rows: pd.DataFrame) -> dict[str, Any]:
+def _against(law: PostFinetuneLaw, rows: pd.DataFrame) -> AtBudget:
     """A law's domain losses against finetunes after one budget."""
     tokens, seen = rows["pretrain_tokens"].max(), rows.groupby("pretrain_delta")["domain_heldout"].mean()
     predicted = law.predict(tokens=np.full(len(seen), tokens), fraction=seen.index.to_numpy())
-    return {
-        "tokens": int(tokens),
-        "mre": float(np.abs(predicted / seen.to_numpy() - 1).mean()),
-        "predicted": float(seen.index[predicted.argmin()]),
-        "seen": float(seen.idxmin()),
-    }
+    return AtBudget(
+        tokens=int(tokens),
+        mre=float(np.abs(predicted / seen.to_numpy() - 1).mean()),
+        predicted=float(seen.index[predicted.argmin()]),
+        seen=float(seen.idxmin()),
+    )
 
 
 def _resampled(law: PostFinetuneLaw, rows: pd.DataFrame, curves: pd.DataFrame | None) -> Any:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -106,19 +106,52 @@ FACTS: dict[str, Fact] = {
 }
 
 
-def prior(*, domain_tokens: int, budget: int, params: int | None = None) -> dict[str, Any]:
-    """What to do with `domain_tokens` unique tokens of domain text and `budget` tokens of pretraining, by the papers.
+class Worth(TypedDict):
+    """Of tokens `read` more than once."""
 
-    regime        "SPT", "SCPT", or "SPT or SCPT" where nothing is published
-    delta         the domain's share of all pretraining tokens; `delta_range` by 10 to 33 epochs
-    epochs        how often pretraining then reads the domain corpus
-    replay        the general data's share of the finetune
-    expected      {figure: [low, high]} over the published domains: r_gain in percent, compute_multiplier, gap_closed,
-                  and progress_lost (None without params)
-    worth         the repeated tokens, what they are worth in fresh ones, and what one more epoch would still be worth
-    outside       {what: factor} by which the question lies outside of the published runs; 1 is within
-    facts         what it rests on: what is said, where, and its standing
-    """
+    read: float
+    fresh: float
+    """Fresh ones that they are worth."""
+    next_epoch: float
+    """What one more epoch would be worth, as a share of a fresh one."""
+
+
+class Published(TypedDict):
+    """[low, high] over the published domains."""
+
+    r_gain: list[float]
+    """Percent."""
+    compute_multiplier: list[float]
+    gap_closed: list[float]
+    progress_lost: float | None
+    """None without params."""
+
+
+class Prior(TypedDict):
+    """What the papers say of a question: a dict, so that it can be printed as it is."""
+
+    says: str
+    regime: str
+    """"SPT", "SCPT", or "SPT or SCPT" where nothing is published."""
+    why: str
+    delta: float
+    """The domain's share of all pretraining tokens."""
+    delta_range: list[float] | None
+    """By 10 to 33 epochs."""
+    epochs: float
+    """How often pretraining then reads the domain corpus."""
+    replay: float
+    """The general data's share of the finetune."""
+    expected: Published
+    worth: Worth
+    outside: dict[str, float]
+    """The factor by which the question lies outside of the published runs; 1 is within."""
+    facts: list[dict[str, str]]
+    """What it rests on: what is said, where, and its standing."""
+
+
+def prior(*, domain_tokens: int, budget: int, params: int | None = None) -> Prior:
+    """What to do with `domain_tokens` unique domain tokens and `budget` pretraining tokens, by the papers."""
     per_token = budget / domain_tokens
     regime = "SPT" if per_token <= SPT_UP_TO else "SCPT" if per_token >= SCPT_FROM else "SPT or SCPT"
     if regime == "SCPT":
@@ -158,7 +191,7 @@ def progress_lost(params: float) -> float:
     return float(np.interp(math.log(params), [math.log(size) for size in PROGRESS_LOST], list(PROGRESS_LOST.values())))
 
 
-def worth(read: float, unique: float) -> dict[str, float]:
+def worth(read: float, unique: float) -> Worth:
     """What `read` tokens from `unique` ones are worth in fresh ones, and the next one, by the published fit."""
     law = DataConstrainedLaw.published()
     epochs = max(read / unique, 1.0)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Literal
 
 import pandas as pd
 
 from spt_fast.advice.evidence import Evidence
 from spt_fast.advice.prior import REPLAY
+from spt_fast.advice.result import Choice, Effect, Replay
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.laws import ForgettingLaw
 from spt_fast.laws.base import LawWarning
@@ -23,12 +24,9 @@ from spt_fast.study.usable import UsableRows
 
 PAIR = ["regime", "pretrain_delta", "pretrain_tokens", "seed"]
 
-Row = dict[str, Any]
 
-
-def effects(rows: pd.DataFrame) -> list[Row]:
-    """Of one group's finetunes: for each share of general data, `general` and `domain`, mean factors on the losses
-    after finetuning, against the smallest share; `domain_error`, the standard error; and `pairs`."""
+def effects(rows: pd.DataFrame) -> list[Effect]:
+    """Of one group's finetunes, for each share of general data."""
     least = rows["injected"].min()
     base = rows[rows["injected"] == least]
     found = []
@@ -38,40 +36,40 @@ def effects(rows: pd.DataFrame) -> list[Row]:
             continue
         domain = pairs["domain_heldout"] / pairs["domain_heldout_least"]
         found.append(
-            {
-                "injected": float(injected),
-                "general": float((pairs["general_heldout"] / pairs["general_heldout_least"]).mean()),
-                "domain": float(domain.mean()),
-                "domain_error": float(domain.std() / math.sqrt(len(pairs))) if len(pairs) > 1 else 0.0,
-                "pairs": len(pairs),
-            }
+            Effect(
+                injected=float(injected),
+                general=float((pairs["general_heldout"] / pairs["general_heldout_least"]).mean()),
+                domain=float(domain.mean()),
+                domain_error=float(domain.std() / math.sqrt(len(pairs))) if len(pairs) > 1 else 0.0,
+                pairs=len(pairs),
+            )
         )
     return found
 
 
-def least_within(found: list[Row], general: float, limit: float) -> Row | None:
+def least_within(found: list[Effect], general: float, limit: float) -> Effect | None:
     """The effect of the smallest share that brings a general loss of `general` under `limit`."""
-    return next((effect for effect in found if effect["general"] * general <= limit), None)
+    return next((effect for effect in found if effect.general * general <= limit), None)
 
 
-def costless(found: list[Row]) -> Row:
+def costless(found: list[Effect]) -> Effect:
     """The effect with the lowest general loss among those whose domain loss is not clearly higher."""
-    free = [effect for effect in found if effect["domain"] - 2 * effect["domain_error"] <= 1]
-    return min(free, key=lambda effect: effect["general"])
+    free = [effect for effect in found if effect.domain - 2 * effect.domain_error <= 1]
+    return min(free, key=lambda effect: effect.general)
 
 
 def choose(
-    chosen: Row,
+    chosen: Choice,
     evidence: Evidence | None,
-    effects: list[Row],
+    effects: list[Effect],
     limit: float | None,
     table: UsableRows | None,
     params: int | None,
     domain_tokens: int,
-) -> Row:
-    """For the chosen regime and share: {share, basis, says, effects}; by the finetunes with several shares of general
-    data, by the forgetting law, or published."""
-    before, after = evidence.general().get(chosen["delta"], (None, None)) if evidence else (None, None)
+) -> Replay:
+    """For the chosen regime and share: by the finetunes with several shares of general data, by the forgetting law, or
+    published."""
+    before, after = evidence.general().get(chosen.delta, (None, None)) if evidence else (None, None)
     found = by_law = None
     if limit is None and len(effects) > 1:
         found = costless(effects)
@@ -82,20 +80,22 @@ def choose(
     if not found and limit is not None and before is not None and table is not None and evidence is not None:
         by_law = _by_forgetting_law(table, params or evidence.params, domain_tokens, limit - before)
     if not found and by_law is None and limit is not None and len(effects) > 1:
-        found = min(effects, key=lambda effect: effect["general"])
+        found = min(effects, key=lambda effect: effect.general)
         says = f"of the shares run the one with the lowest general loss, which is over {limit:.4f} still"
+    share: float
+    basis: Literal["seen", "law", "published"]
     if found:
-        share, basis = found["injected"], "seen"
+        share, basis = found.injected, "seen"
     elif by_law is not None:
         share, basis = by_law, "law"
         says = f"by the forgetting law, of finetunes after the least domain text, for a general loss under {limit:.4f}"
-    elif chosen["regime"] == "SPT":
+    elif chosen.regime == "SPT":
         share, basis = 0.0, "published"
         says = "SPT was published to do better without replay than plain pretraining with any"
     else:
         share, basis = REPLAY, "published"
         says = "1% was published to stop forgetting at no cost in the finetune's loss"
-    return {"share": share, "basis": basis, "says": says, "effects": effects}
+    return Replay(share, basis, says, effects)
 
 
 def _by_forgetting_law(table: UsableRows, params: int, domain_tokens: int, rise: float) -> float | None:

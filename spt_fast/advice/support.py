@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from spt_fast.advice.evidence import Evidence
 from spt_fast.advice.prior import SAYS, outside
+from spt_fast.advice.result import Decision, Share, Support
 from spt_fast.study.words import amount, percent
 
 NEAR = 1.5
@@ -13,49 +12,39 @@ NEAR = 1.5
 SURE = 0.8
 """Share of the resamplings from which on the best share counts as settled."""
 
-Row = dict[str, Any]
-
 
 def support(
-    decision: Row, evidence: Evidence | None, shares: list[Row] | None, params: int | None, domain_tokens: int
-) -> Row:
-    """Plain data, all of it None without runs but the last two.
-
-    outside            {what: factor} by which the question lies outside of the runs; 1 is within
-    laws, warnings     which laws were fitted, and what they warned of
-    heldout, largest   the laws at the largest budget, see Forecast
-    before_finetuning  the best share then, see Forecast
-    verdict, next      a sentence on how far to trust the answer, and one on what to run to be surer (None: nothing)
-    """
+    decision: Decision, evidence: Evidence | None, shares: list[Share] | None, params: int | None, domain_tokens: int
+) -> Support:
     if evidence is None:
-        nothing = ("outside", "laws", "warnings", "heldout", "largest", "before_finetuning")
-        return dict.fromkeys(nothing) | {
-            "verdict": f"not supported by runs: {SAYS}",
-            "next": f"run shares of 0, {', '.join(map(percent, _around(decision['delta'])))} with a small model and "
-            "the domain corpus cut down as the budget is (simulated epoching); then ask again with --runs",
-        }
+        return Support(
+            *(None,) * 6,
+            verdict=f"not supported by runs: {SAYS}",
+            next=f"run shares of 0, {', '.join(map(percent, _around(decision.delta)))} with a small model and the "
+            "domain corpus cut down as the budget is (simulated epoching); then ask again with those runs",
+        )
     rows = evidence.rows
     read = rows["pretrain_epochs"][rows["pretrain_epochs"] > 0]
     factors = {
         "budget": outside(evidence.budget, rows["pretrain_tokens"].min(), rows["pretrain_tokens"].max()),
         "params": 1.0 if params is None else outside(params, evidence.params, evidence.params),
         "domain_tokens": outside(domain_tokens, evidence.domain_tokens, evidence.domain_tokens),
-        "epochs": outside(decision["epochs"], read.min(), read.max()) if decision["epochs"] and len(read) else 1.0,
+        "epochs": outside(decision.epochs, read.min(), read.max()) if decision.epochs and len(read) else 1.0,
     }
     known = evidence.forecast
-    return {
-        "outside": {what: float(factor) for what, factor in factors.items()},
-        "laws": known and known.law,
-        "heldout": known and known.heldout,
-        "largest": known and known.largest,
-        "before_finetuning": known and known.before_finetuning,
-        "warnings": known.warnings if known else [],
-        "verdict": _verdict(decision, evidence, factors, shares),
-        "next": _next(decision, evidence, factors, shares),
-    }
+    return Support(
+        outside={what: float(factor) for what, factor in factors.items()},
+        laws=known.law if known else None,
+        heldout=known.heldout if known else None,
+        largest=known.largest if known else None,
+        before_finetuning=known.before_finetuning if known else None,
+        warnings=known.warnings if known else [],
+        verdict=_verdict(decision, evidence, factors, shares),
+        next=_next(decision, evidence, factors, shares),
+    )
 
 
-def _verdict(decision: Row, evidence: Evidence, factors: dict[str, float], shares: list[Row] | None) -> str:
+def _verdict(decision: Decision, evidence: Evidence, factors: dict[str, float], shares: list[Share] | None) -> str:
     names = {
         "budget": "pretraining tokens",
         "params": "parameters",
@@ -63,7 +52,7 @@ def _verdict(decision: Row, evidence: Evidence, factors: dict[str, float], share
         "epochs": "epochs",
     }
     far = [f"{factor:.3g}× in {names[what]}" for what, factor in factors.items() if factor > NEAR]
-    if decision["basis"] == "published":
+    if decision.basis == "published":
         away = f"which lie {' and '.join(far)} away" if far else "which have no such arms"
         return f"not supported by the runs, {away} and give no law: {SAYS}"
     said = [f"extrapolates {', '.join(far)}" if far else "supported by the runs"]
@@ -75,45 +64,43 @@ def _verdict(decision: Row, evidence: Evidence, factors: dict[str, float], share
     if held is None:
         said.append("too few budgets to test the laws on one held out")
     else:
-        good = "" if held["mre"] < _lead(shares) else ", more than the best two shares differ by"
+        good = "" if held.mre < _lead(shares) else ", more than the best two shares differ by"
         said.append(
-            f"from budgets up to {amount(held['by'])} the laws predict {amount(held['tokens'])} within "
-            f"{100 * held['mre']:.2g}%{good}, and {percent(held['predicted'])} as its best share "
-            f"({percent(held['seen'])} was)"
+            f"from budgets up to {amount(held.by)} the laws predict {amount(held.tokens)} within "
+            f"{100 * held.mre:.2g}%{good}, and {percent(held.predicted)} as its best share "
+            f"({percent(held.seen)} was)"
         )
-    if largest["predicted"] != largest["seen"]:
+    if largest.predicted != largest.seen:
         said.append(
-            f"at {amount(largest['tokens'])} the laws have {percent(largest['predicted'])} as the best share, the runs "
-            f"themselves {percent(largest['seen'])}"
+            f"at {amount(largest.tokens)} the laws have {percent(largest.predicted)} as the best share, the runs "
+            f"themselves {percent(largest.seen)}"
         )
     if _is_largest(decision, shares):
-        said.append(f"{percent(decision['delta'])} is the largest share that was run: a larger one may be better")
+        said.append(f"{percent(decision.delta)} is the largest share that was run: a larger one may be better")
     if _seeds(evidence) < 2:
         said.append("with one seed, nothing says how much of it is chance")
-    likely = sorted((row for row in shares if row["best_in"] >= 0.05), key=lambda row: -row["best_in"])
-    said.append(
-        "resampled, they have " + ", ".join(f"{percent(r['delta'])} best in {r['best_in']:.0%}" for r in likely)
-    )
+    likely = sorted((row for row in shares if row.best_in >= 0.05), key=lambda row: -row.best_in)
+    said.append("resampled, they have " + ", ".join(f"{percent(r.delta)} best in {r.best_in:.0%}" for r in likely))
     return "; ".join(said)
 
 
-def _next(decision: Row, evidence: Evidence, factors: dict[str, float], shares: list[Row] | None) -> str | None:
+def _next(decision: Decision, evidence: Evidence, factors: dict[str, float], shares: list[Share] | None) -> str | None:
     """What to run to be surer; None where the runs say it."""
     if shares is None:
         return "add budgets: three or more for each share, with two seeds, and a law can be fitted"
-    likely = sorted(shares, key=lambda row: (-row["best_in"], row["domain"]["mean"]))
-    close = " and ".join(percent(row["delta"]) for row in sorted(likely[:2], key=lambda row: row["delta"]))
+    likely = sorted(shares, key=lambda row: (-row.best_in, row.domain.mean))
+    close = " and ".join(percent(row.delta) for row in sorted(likely[:2], key=lambda row: row.delta))
     held = evidence.forecast and evidence.forecast.heldout
     steps = []
     if _is_largest(decision, shares):
-        steps.append(f"run a share of {percent(2 * decision['delta'])} too")
+        steps.append(f"run a share of {percent(2 * decision.delta)} too")
     if factors["budget"] > NEAR:
         most = evidence.rows["pretrain_tokens"].max()
         tokens = evidence.budget if evidence.budget < most else min(4 * most, evidence.budget)
         steps.append(f"run shares {close} to {amount(tokens)} tokens to be surer")
     elif _seeds(evidence) < 2:
         steps.append(f"add seeds at shares {close}")
-    elif likely[0]["best_in"] < SURE or (held and held["mre"] > _lead(shares)):
+    elif likely[0].best_in < SURE or (held and held.mre > _lead(shares)):
         steps.append(f"add seeds at shares {close}, which these runs cannot tell apart for sure")
     elif factors["params"] > NEAR or factors["domain_tokens"] > NEAR:
         steps.append(
@@ -122,18 +109,18 @@ def _next(decision: Row, evidence: Evidence, factors: dict[str, float], shares: 
     return "; ".join(steps) or None
 
 
-def _is_largest(decision: Row, shares: list[Row]) -> bool:
-    return decision["basis"] == "laws" and decision["delta"] == max(row["delta"] for row in shares)
+def _is_largest(decision: Decision, shares: list[Share]) -> bool:
+    return decision.basis == "laws" and decision.delta == max(row.delta for row in shares)
 
 
-def _lead(shares: list[Row]) -> float:
+def _lead(shares: list[Share]) -> float:
     """By how much the best domain loss lies under the next, relative to it."""
-    best, second = sorted(row["domain"]["mean"] for row in shares)[:2]
+    best, second = sorted(row.domain.mean for row in shares)[:2]
     return 1 - best / second
 
 
 def _seeds(evidence: Evidence) -> int:
-    return min(arm["seeds"] for arm in evidence.arms)
+    return min(arm.seeds for arm in evidence.arms)
 
 
 def _around(delta: float) -> list[float]:

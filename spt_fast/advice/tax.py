@@ -13,13 +13,14 @@ they depend on a shape, which the larger model doesn't have. Two accounts: the l
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from spt_fast.advice.prior import GAP_CLOSED
+from spt_fast.advice.result import Account, BreakEven, Larger, Tax
 from spt_fast.laws.chinchilla import FLOPS_PER_PARAMETER_AND_TOKEN
+from spt_fast.study.finetunes import Interval
 from spt_fast.study.words import amount, percent
 
 FLOPS_PER_SERVED = FLOPS_PER_PARAMETER_AND_TOKEN / 3
@@ -28,69 +29,63 @@ PUBLISHED_STEP = 3.0
 """GAP_CLOSED is of the step from 1B to 3B."""
 
 
-def tax(*, params: float, budget: int, finetune_tokens: float, served: int, larger: dict[str, Any]) -> dict[str, Any]:
-    """A model of `params` by SPT beside one `larger["factor"]` times as large that was finetuned only, both pretrained
-    on `budget` tokens.
-
-    larger      as given: {factor: {mean, low, high}, basis, says}
-    accounts    [{what, params, pretraining, finetuning, serving, total}] in FLOPs, for `served` tokens
-    break_even  {"both paid" | "larger one for free": {mean, low, high}}: tokens served from which the small model has
-                cost less, by the factor and its ends; 0 from the start, None never
-    """
-    size = params * larger["factor"]["mean"]
+def tax(*, params: float, budget: int, finetune_tokens: float, served: int, larger: Larger) -> Tax:
+    """A model of `params` by SPT beside one `larger.factor` times as large that was finetuned only, both pretrained on
+    `budget` tokens, and `served` tokens by each."""
+    size = params * larger.factor.mean
     trained = {"budget": budget, "finetune_tokens": finetune_tokens}
-    return {
-        "larger": larger,
-        "served": served,
-        "accounts": [
+
+    def level(factor: float, paid: int) -> float | None:
+        larger = _account("", params * factor, 0, budget=paid, finetune_tokens=finetune_tokens)
+        return break_even(_account("", params, 0, **trained), larger)
+
+    return Tax(
+        larger=larger,
+        served=served,
+        accounts=[
             _account("SPT", params, served, **trained),
             _account("finetuned larger", size, served, **trained),
             _account("the same, pretrained by others", size, served, budget=0, finetune_tokens=finetune_tokens),
         ],
-        "break_even": {
-            name: {
-                edge: break_even(
-                    _account("", params, 0, **trained),
-                    _account("", params * factor, 0, budget=paid, finetune_tokens=finetune_tokens),
-                )
-                for edge, factor in larger["factor"].items()
-            }
+        break_even={
+            name: BreakEven(**{edge: level(factor, paid) for edge, factor in vars(larger.factor).items()})
             for name, paid in {"both paid": budget, "larger one for free": 0}.items()
         },
-    }
+    )
 
 
-def _account(what: str, params: float, served: float, *, budget: float, finetune_tokens: float) -> dict[str, Any]:
-    flops = {
-        "pretraining": FLOPS_PER_PARAMETER_AND_TOKEN * params * budget,
-        "finetuning": FLOPS_PER_PARAMETER_AND_TOKEN * params * finetune_tokens,
-        "serving": FLOPS_PER_SERVED * params * served,
-    }
-    return {"what": what, "params": params} | flops | {"total": sum(flops.values())}
+def _account(what: str, params: float, served: float, *, budget: float, finetune_tokens: float) -> Account:
+    return Account(
+        what=what,
+        params=params,
+        pretraining=FLOPS_PER_PARAMETER_AND_TOKEN * params * budget,
+        finetuning=FLOPS_PER_PARAMETER_AND_TOKEN * params * finetune_tokens,
+        serving=FLOPS_PER_SERVED * params * served,
+    )
 
 
-def break_even(small: dict[str, Any], large: dict[str, Any]) -> float | None:
+def break_even(small: Account, large: Account) -> float | None:
     """Tokens served at which the accounts, made up before any was served, are level; 0 where the small one is ahead at
     once, None where the larger one is not larger."""
-    if large["params"] <= small["params"]:
+    if large.params <= small.params:
         return None
-    return max(0.0, (small["total"] - large["total"]) / (FLOPS_PER_SERVED * (large["params"] - small["params"])))
+    return max(0.0, (small.total - large.total) / (FLOPS_PER_SERVED * (large.params - small.params)))
 
 
-def published_factor() -> dict[str, Any]:
+def published_factor() -> Larger:
     """How much larger a finetuned model must be, by the gaps closed from 1B to 3B: over the three domains, between the
     sizes by the logarithm of params."""
     low, middle, high = (PUBLISHED_STEP**closed for closed in sorted(GAP_CLOSED.values()))
-    return {
-        "factor": {"mean": middle, "low": low, "high": high},
-        "basis": "published",
-        "says": "the published 1B models by SPT made up for 23%, 81% and 133% of the step to 3B (arXiv 2603.16177); "
+    return Larger(
+        factor=Interval(middle, low, high),
+        basis="published",
+        says="the published 1B models by SPT made up for 23%, 81% and 133% of the step to 3B (arXiv 2603.16177); "
         "that they equal finetuned models 1.3, 2.4 and 4.3 times their size supposes a loss that falls evenly with "
         "log(params), also beyond 3B",
-    }
+    )
 
 
-def factor_of(rows: pd.DataFrame, params: float) -> dict[str, Any] | None:
+def factor_of(rows: pd.DataFrame, params: float) -> Larger | None:
     """The same from the plainest finetunes of several sizes: the size nearest to `params` by its best SPT, at
     the largest budget that has it and a larger one finetuned only; None where there is none.
 
@@ -107,17 +102,17 @@ def factor_of(rows: pd.DataFrame, params: float) -> dict[str, Any] | None:
         by_share = spt[spt["params"] == small].groupby("pretrain_delta")["domain_heldout"]
         best = by_share.mean().idxmin()
         seeds = by_share.get_group(best)
-        losses = {"mean": seeds.mean(), "low": seeds.max(), "high": seeds.min()}
+        loss = float(seeds.mean())
         curve = curve[curve.index >= small]
-        factor = {edge: float(_size_at(curve, loss) / small) for edge, loss in losses.items()}
-        bound = losses["mean"] < curve.iloc[-1]
-        return {
-            "factor": factor,
-            "basis": "runs",
-            "says": f"after {amount(budget)} tokens {amount(small)} parameters by SPT at {percent(best)} end with "
-            f"{losses['mean']:.4f}, as {'more than ' if bound else ''}{amount(factor['mean'] * small)} finetuned only "
-            f"({', '.join(f'{amount(size)}: {loss:.4f}' for size, loss in curve.items())})",
-        }
+        factor = Interval(*(_size_at(curve, at) / small for at in (loss, seeds.max(), seeds.min())))
+        bound = loss < curve.iloc[-1]
+        return Larger(
+            factor=factor,
+            basis="runs",
+            says=f"after {amount(budget)} tokens {amount(small)} parameters by SPT at {percent(best)} end with "
+            f"{loss:.4f}, as {'more than ' if bound else ''}{amount(factor.mean * small)} finetuned only "
+            f"({', '.join(f'{amount(size)}: {at:.4f}' for size, at in curve.items())})",
+        )
     return None
 
 

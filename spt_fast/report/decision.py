@@ -16,11 +16,13 @@ from typing import Any
 
 import pandas as pd
 
+from spt_fast.advice.result import Advice
+from spt_fast.advice.words import costs, headline, interval, share_cells, surety
 from spt_fast.errors import RecipeError
 from spt_fast.laws import DCPTLaw, best_ratio
 from spt_fast.study.compare import Arm, Comparison, Finetune, Verdict, compare_finetunes, judge
 from spt_fast.study.findings import arm_cells, error_of, multiplier, signed
-from spt_fast.study.finetunes import SETTING, Treatment
+from spt_fast.study.finetunes import SETTING, Interval, Treatment
 from spt_fast.study.fits import Fitted
 from spt_fast.study.words import amount, percent, three_digits
 
@@ -213,7 +215,7 @@ class Answer:
     recipe: str = ""
 
 
-def answer(advice: Mapping[str, Any] | None, decision: Decision | None, fits: Sequence[Fitted]) -> Answer:
+def answer(advice: Advice | None, decision: Decision | None, fits: Sequence[Fitted]) -> Answer:
     """From advice where there is some, else from what the runs show by themselves, else from the D-CPT law."""
     if advice is not None:
         return _advised(advice)
@@ -258,72 +260,18 @@ def _continual(domain: Fitted, general: Fitted) -> Answer:
         "domain": domain.law.predict(own_ratio=share, interval=0.9, **at),
         "general": general.law.predict(own_ratio=1 - share, interval=0.9, **at),
     }
-    costs = [
-        f"{of.capitalize()} loss {_interval(dict(zip(('mean', 'low', 'high'), loss, strict=True)))}."
-        for of, loss in losses.items()
-    ]
+    costs = [f"{of.capitalize()} loss {interval(Interval(*loss))}." for of, loss in losses.items()]
     return Answer(
         f"Give the domain {percent(three_digits(share))} of the tokens.", f"{lead} It keeps {limit}.", sure, costs
     )
 
 
-def _advised(advice: Mapping[str, Any]) -> Answer:
-    decision, expected, support = advice["decision"], advice["expected"], advice["support"]
-    share = percent(decision["delta"])
-    headline = {
-        "FT": "Leave the domain to the finetune.",
-        "SPT": f"Give the domain {share} of the pretraining tokens.",
-        "SCPT": f"Bring the domain in late, with {share} of the pretraining tokens.",
-        "SPT or SCPT": f"Give the domain {share} of the pretraining tokens, from the start or late.",
-    }[decision["regime"]]
-    sure = [*support["verdict"].split("; "), *advice["missing"]]
-    if support["next"]:
-        sure.append(f"to be surer: {support['next']}")
-    costs = []
-    if expected:
-        of = expected["of"]
-        alone = next((row for row in advice["shares"] or () if row["delta"] == 0 and row["general"]), None)
-        replayed = f" and {percent(of['injected'])} replay" if of["injected"] else ""
-        gain = f", {expected['r_gain']:.2f}% below finetuning alone" if expected["r_gain"] and decision["delta"] else ""
-        costs += [
-            f"domain loss {_interval(expected['domain'])} after finetuning{gain}",
-            *([f"general loss {_interval(expected['general'])} after finetuning"] if expected["general"] else []),
-            *(
-                [f"without domain text in pretraining they are {_loss(alone['domain'])} and {_loss(alone['general'])}"]
-                if alone and decision["delta"]
-                else []
-            ),
-            f"these are losses of {amount(of['params'])} parameters after {amount(of['tokens'])} tokens of pretraining "
-            f"with {amount(of['domain_tokens'])} domain tokens{replayed}",
-        ]
-    costs.append(f"{percent(decision['replay'])} replay in the finetune: {advice['replay']['says']}")
-    shares = [
-        TableRow(
-            [
-                percent(row["delta"]),
-                f"{row['epochs']:.3g}",
-                _interval(row["domain"]),
-                _interval(row["general"]) if row["general"] else "",
-                "" if row["forgetting"] is None else signed(row["forgetting"], 3),
-                f"{100 * row['best_in']:.0f}%",
-            ],
-            best=row["delta"] == decision["delta"],
-        )
-        for row in advice["shares"] or ()
-    ]
+def _advised(advice: Advice) -> Answer:
     return Answer(
-        headline,
-        _sentence(decision["says"]),
-        [*map(_sentence, sure)],
-        [*map(_sentence, costs)],
-        shares,
-        advice["recipe"],
+        headline(advice.decision),
+        _sentence(advice.decision.says),
+        [*map(_sentence, surety(advice))],
+        [*map(_sentence, costs(advice))],
+        [TableRow(share_cells(row), best=row.delta == advice.decision.delta) for row in advice.shares or ()],
+        advice.recipe,
     )
-
-
-def _loss(loss: Mapping[str, float]) -> str:
-    return f"{loss['mean']:.3f}"
-
-
-def _interval(loss: Mapping[str, float]) -> str:
-    return f"{_loss(loss)} ({loss['low']:.3f} to {loss['high']:.3f})"

@@ -12,7 +12,7 @@ import base64
 import hashlib
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -25,6 +25,7 @@ from markupsafe import Markup
 
 from spt_fast import __version__
 from spt_fast.advice.advise import advise
+from spt_fast.advice.result import Advice
 from spt_fast.files import write_text
 from spt_fast.laws import LawWarning
 from spt_fast.report import sections
@@ -174,9 +175,7 @@ def report(
     write_text(out, html)
 
 
-def _advice(
-    table: UsableRows, model: str | int | None, domain_tokens: int | None, budget: int | None
-) -> dict[str, Any] | None:
+def _advice(table: UsableRows, model: str | int | None, domain_tokens: int | None, budget: int | None) -> Advice | None:
     """For what was asked, filled up with the runs' own; None where neither says enough."""
     settings = with_shares(plainest(after_pretraining(table.rows)))
     if settings:
@@ -188,9 +187,7 @@ def _advice(
     return advise(table=table, model=model, domain_tokens=domain_tokens, budget=budget)
 
 
-def page(
-    table: pd.DataFrame, fits: Sequence[Fitted], advice: Mapping[str, Any] | None, sources: Sequence[str] = ()
-) -> str:
+def page(table: pd.DataFrame, fits: Sequence[Fitted], advice: Advice | None, sources: Sequence[str] = ()) -> str:
     """The page of a runs table, as HTML."""
     used = usable(table)
     rows, finetunes = used.rows, after_pretraining(used.rows)

@@ -57,12 +57,21 @@ class Treatment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class OverSeeds:
-    """A figure over the seeds of an arm: its mean, least, largest, and standard deviation (None for one seed)."""
+class Interval:
+    """A figure and its ends: over seeds the least and the largest, by a law those of its interval."""
 
     mean: float
     low: float
     high: float
+
+    def times(self, factor: float) -> Interval:
+        return Interval(self.mean * factor, self.low * factor, self.high * factor)
+
+
+@dataclass(frozen=True)
+class OverSeeds(Interval):
+    """A figure over the seeds of an arm, with the standard deviation (None for one seed)."""
+
     std: float | None
 
     @classmethod

@@ -17,17 +17,23 @@ import pytest
 import yaml
 
 from spt_fast import cli
+from spt_fast.advice import advise as advising
 from spt_fast.advice import forecast
-from spt_fast.advice.advise import advise
 from spt_fast.advice.next_step import next_step
 from spt_fast.config import recipe_from
 from spt_fast.errors import DataError, RecipeError
+from spt_fast.printing import as_json
 from spt_fast.study.runs_table import read_table
 from tests.study.synthetic import DOMAIN_TOKENS, FORGETTING, PARAMS, after, spt_table
 from tests.tiny import write_dataset
 
 STORED = Path(__file__).parent / "data" / "runs.csv"
 B = 10**9
+
+
+def advise(**asked: Any) -> dict[str, Any]:
+    """As `--json` prints it."""
+    return as_json(advising.advise(**asked))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -188,7 +194,7 @@ def test_no_runs() -> None:
     given = advise(domain_tokens=30_000_000, budget=20 * B, model="1b", inference_tokens=10**12)
     assert given["decision"]["basis"] == "published"
     assert given["decision"]["delta"] == given["prior"]["delta"] == 0.026
-    assert given["missing"] == ["no runs were given; name them with --runs"]
+    assert given["missing"] == ["no runs were given"]
     assert "not a measurement on your data" in given["support"]["verdict"]
     assert given["tax"]["larger"]["basis"] == "published"
     assert given["asked"]["params"] > 1e9
@@ -335,12 +341,12 @@ def test_how_far_the_domain_lies(tmp_path: Path, one_budget: pd.DataFrame) -> No
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"model": "1bb"}, "model: '1bb' is neither a preset (did you mean '1b'?)"),
+        ({"model": "1bb"}, "model: '1bb' is invalid: give a preset (did you mean '1b'?)"),
         ({"model": None, "inference_tokens": 10}, "model: missing"),
-        ({"general": "a"}, "general: given without domain"),
-        ({"domain": "a"}, "domain: given without general"),
-        ({"max_general_rise": 3.0}, "max_general_rise: 3.0 is no fraction"),
-        ({"domain_tokens": 0}, "domain_tokens: 0 is no count"),
+        ({"general": "a"}, "general: how far two datasets lie apart takes both; add `domain=PREFIX`"),
+        ({"domain": "a"}, "domain: how far two datasets lie apart takes both; add `general=PREFIX`"),
+        ({"max_general_rise": 3.0}, "max_general_rise: 3.0 is invalid: give a fraction"),
+        ({"domain_tokens": 0}, "domain_tokens: 0 is invalid: give a positive number"),
     ],
 )
 def test_what_cannot_be_asked(more: dict[str, Any], says: str) -> None:

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
 from spt_fast.advice.arms import finetunes
+from spt_fast.advice.result import BreakEven, Larger
 from spt_fast.advice.tax import factor_of, published_factor, tax
-from spt_fast.study.finetunes import plainest
+from spt_fast.study.finetunes import Interval, plainest
 from spt_fast.study.usable import usable
 from tests.study.synthetic import FLOOR, PARAMS, SIZE_EXPONENT, after, spt_table
 
-TWICE = {"factor": {"mean": 2.0, "low": 1.0, "high": 4.0}, "basis": "runs", "says": ""}
+TWICE = Larger(Interval(2.0, 1.0, 4.0), "runs", "")
 
 
 def test_accounts_side_by_side() -> None:
     given = tax(params=1e9, budget=20 * 10**9, finetune_tokens=1e8, served=10**12, larger=TWICE)
-    small, large, free = given["accounts"]
-    assert (small["pretraining"], small["finetuning"], small["serving"]) == (1.2e20, 6e17, 2e21)
-    assert (large["params"], large["pretraining"], large["finetuning"], large["serving"]) == (2e9, 2.4e20, 1.2e18, 4e21)
-    assert free == large | {"what": free["what"], "pretraining": 0, "total": large["total"] - 2.4e20}
-    assert small["total"] == pytest.approx(1.2e20 + 6e17 + 2e21)
+    small, large, free = given.accounts
+    assert (small.pretraining, small.finetuning, small.serving) == (1.2e20, 6e17, 2e21)
+    assert (large.params, large.pretraining, large.finetuning, large.serving) == (2e9, 2.4e20, 1.2e18, 4e21)
+    assert free == replace(large, what=free.what, pretraining=0)
+    assert free.total == large.total - 2.4e20
+    assert small.total == pytest.approx(1.2e20 + 6e17 + 2e21)
 
 
 def test_break_even_is_where_both_have_cost_the_same() -> None:
     given = {"params": 1e9, "budget": 20 * 10**9, "finetune_tokens": 1e8, "larger": TWICE}
-    served = tax(**given, served=1)["break_even"]
-    assert served["both paid"] == {"mean": 0.0, "low": None, "high": 0.0}
-    assert served["larger one for free"]["low"] is None
-    assert 0 < served["larger one for free"]["high"] < served["larger one for free"]["mean"]
-    small, _, free = tax(**given, served=round(served["larger one for free"]["mean"]))["accounts"]
-    assert small["total"] == pytest.approx(free["total"], rel=1e-9)
+    served = tax(**given, served=1).break_even
+    assert served["both paid"] == BreakEven(mean=0.0, low=None, high=0.0)
+    assert served["larger one for free"].low is None
+    assert 0 < served["larger one for free"].high < served["larger one for free"].mean
+    small, _, free = tax(**given, served=round(served["larger one for free"].mean)).accounts
+    assert small.total == pytest.approx(free.total, rel=1e-9)
 
 
 def test_the_published_gaps_as_sizes() -> None:
-    factor = published_factor()["factor"]
-    assert (factor["low"], factor["mean"], factor["high"]) == pytest.approx((1.287, 2.435, 4.311), abs=1e-3)
+    factor = published_factor().factor
+    assert (factor.low, factor.mean, factor.high) == pytest.approx((1.287, 2.435, 4.311), abs=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +58,17 @@ def test_the_size_that_reaches_the_loss_of_spt(sizes: pd.DataFrame) -> None:
     assert found is not None
     spt, finetuned = (after(200e9, delta, PARAMS, 300_000_000) for delta in (0.02, 0.0))
     size = ((spt - FLOOR) / (finetuned - FLOOR)) ** (-1 / SIZE_EXPONENT)
-    assert found["factor"]["mean"] == pytest.approx(size, rel=0.02)
-    assert found["factor"]["low"] <= found["factor"]["mean"] <= found["factor"]["high"]
-    assert found["basis"] == "runs"
-    assert "after 200B tokens 109M parameters by SPT at 2%" in found["says"]
+    assert found.factor.mean == pytest.approx(size, rel=0.02)
+    assert found.factor.low <= found.factor.mean <= found.factor.high
+    assert found.basis == "runs"
+    assert "after 200B tokens 109M parameters by SPT at 2%" in found.says
 
 
 def test_a_loss_that_no_size_reaches_is_a_bound(sizes: pd.DataFrame) -> None:
     found = factor_of(sizes[sizes["params"] < 1.5 * PARAMS], PARAMS)
     assert found is not None
-    assert found["factor"]["mean"] == pytest.approx(1.4, rel=1e-6)
-    assert "more than 153M" in found["says"]
+    assert found.factor.mean == pytest.approx(1.4, rel=1e-6)
+    assert "more than 153M" in found.says
 
 
 def test_without_a_larger_finetuned_model_there_is_no_factor(sizes: pd.DataFrame) -> None:

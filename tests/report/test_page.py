@@ -314,7 +314,7 @@ def test_advice_can_be_asked_for_what_was_not_run(tmp_path: Path) -> None:
 
 def test_advice_that_leaves_the_regime_open_is_an_answer_too() -> None:
     given = advise(domain_tokens=30_000_000, budget=100_000_000_000)
-    assert given["decision"]["regime"] == "SPT or SCPT"
+    assert given.decision.regime == "SPT or SCPT"
     assert "of the pretraining tokens, from the start or late." in page(dcpt_table(), [], given)
 
 

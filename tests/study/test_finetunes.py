@@ -41,12 +41,13 @@ def test_advice_comparison_and_page_name_the_same_arm(table: pd.DataFrame) -> No
     assert decided.best == Treatment(0.05, 0.0, 0.1)
     assert set(decided.plainest) == {arm for arm in arms if arm[1:] == (0.0, 0.1)}
 
-    seen = advise(domain_tokens=DOMAIN_TOKENS, budget=BUDGET, model=PARAMS, table=table)["seen"]["arms"]
-    assert (seen[0]["delta"], seen[0]["injected"]) == decided.best[:2]
-    for arm in seen:
-        same = arms[arm["delta"], arm["injected"], 0.1]
+    seen = advise(domain_tokens=DOMAIN_TOKENS, budget=BUDGET, model=PARAMS, table=table).seen
+    assert seen is not None
+    assert (seen.arms[0].delta, seen.arms[0].injected) == decided.best[:2]
+    for arm in seen.arms:
+        same = arms[arm.delta, arm.injected, 0.1]
         for ours, theirs in {"domain": "domain_after", "general": "general_after", "forgetting": "forgetting"}.items():
-            assert arm[ours]["mean"] == pytest.approx(getattr(same, theirs).mean)
+            assert getattr(arm, ours).mean == pytest.approx(getattr(same, theirs).mean)
 
 
 def test_npt_that_an_arm_is_held_against_has_its_finetune_or_the_plainest() -> None:

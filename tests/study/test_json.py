@@ -93,6 +93,25 @@ def _reweight(folder: Path) -> list[str]:
     return ["reweight", str(recipe), "--target", "other"]
 
 
+ASKED = ["advise", "--inference-tokens", "1T"]
+ROOT = Path(__file__).parents[2]
+
+
+def _by_laws(folder: Path) -> list[str]:
+    table = ROOT / "tests" / "advice" / "data" / "runs.csv"
+    words = ["--domain-tokens", "300M", "--budget", "200B", "--model", "100m", "--max-general-rise", "5%"]
+    return [*ASKED, *words, "--runs", str(table)]
+
+
+def _as_seen(folder: Path) -> list[str]:
+    table = ROOT / "benchmarks" / "results" / "2026-11-21-cpu2-spt-smiles.csv"
+    return ["advise", "--domain-tokens", "1M", "--budget", "20M", "--runs", str(table)]
+
+
+def _by_papers(folder: Path) -> list[str]:
+    return [*ASKED, "--domain-tokens", "30M", "--budget", "20B", "--model", "1b"]
+
+
 WORDS = {
     "compare": _compare,
     "fit": _fit,
@@ -100,6 +119,9 @@ WORDS = {
     "sweep": _sweep,
     "report": _report,
     "reweight": _reweight,
+    "advise by laws": _by_laws,
+    "advise as seen": _as_seen,
+    "advise by papers": _by_papers,
 }
 
 

@@ -1,0 +1,227 @@
+"""Advice in words, for a terminal and for a page: what is decided, what to expect, how far the runs support it."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from spt_fast.advice.forecast import LEVEL
+from spt_fast.advice.prior import PUBLISHED_RUNS, Prior
+from spt_fast.advice.result import Advice, BreakEven, Decision, Distance, Share, Tax
+from spt_fast.study.finetunes import Interval
+from spt_fast.study.words import amount, percent
+
+BASIS = {
+    "laws": "by laws fitted to the runs",
+    "seen": "as the runs themselves came out",
+    "published": "a prior: by published runs, nothing of yours was measured",
+}
+UNITS = {"budget": "pretraining tokens", "params": "parameters", "domain_tokens": "domain tokens"}
+SHARE_HEADINGS = ("share", "epochs", "domain loss", "general loss", "forgetting", "best in")
+
+
+# ------------------------------------------------------------------------------------------------ for both
+
+
+def headline(decision: Decision) -> str:
+    share = percent(decision.delta)
+    return {
+        "FT": "Leave the domain to the finetune.",
+        "SPT": f"Give the domain {share} of the pretraining tokens.",
+        "SCPT": f"Bring the domain in late, with {share} of the pretraining tokens.",
+        "SPT or SCPT": f"Give the domain {share} of the pretraining tokens, from the start or late.",
+    }[decision.regime]
+
+
+def surety(advice: Advice) -> list[str]:
+    """How far to trust the answer, why runs were not used, and what to run."""
+    more = [f"to be surer: {advice.support.next}"] if advice.support.next else []
+    return [*advice.support.verdict.split("; "), *advice.missing, *more]
+
+
+def costs(advice: Advice) -> list[str]:
+    """The losses to expect, of which runs they are, and the replay."""
+    replay = advice.replay
+    unseen = " (not seen in these runs)" if replay.effects and replay.basis != "seen" else ""
+    return [*_expected(advice), f"{percent(replay.share)} replay in the finetune: {replay.says}{unseen}"]
+
+
+def _expected(advice: Advice) -> list[str]:
+    expected, published = advice.expected, advice.prior["expected"]
+    if not expected:
+        (low, high), (less, more) = published["r_gain"], published["compute_multiplier"]
+        return [
+            f"expected losses: unknown without runs; published gains over FT only are {low:g} to {high:g}% of the "
+            f"domain loss, or {less:g} to {more:g} times fewer tokens for the same one"
+        ]
+    of, shared = expected.of, advice.decision.delta
+    gain = f", {expected.r_gain:.2g}% below FT only" if expected.r_gain is not None and shared else ""
+    found = [f"domain loss {interval(expected.domain)} after finetuning{gain}"]
+    if expected.general:
+        found.append(f"general loss {interval(expected.general)} after finetuning")
+    alone = next((row for row in advice.shares or () if row.delta == 0), None)
+    if alone and alone.general and shared:
+        found.append(
+            f"without domain text in pretraining they are {alone.domain.mean:.4f} and {alone.general.mean:.4f}"
+        )
+    within = f"{LEVEL:.0%} of runs" if advice.decision.basis == "laws" else "the seeds"
+    replayed = f" and {percent(of.injected)} replay" if of.injected else ""
+    return [
+        *found,
+        f"these are losses of {amount(of.params)} parameters after {amount(of.tokens)} tokens of pretraining with "
+        f"{amount(of.domain_tokens)} domain tokens{replayed}; {within} lie within",
+    ]
+
+
+def share_cells(share: Share) -> list[str]:
+    """Under SHARE_HEADINGS."""
+    return [
+        percent(share.delta),
+        f"{share.epochs:.3g}",
+        interval(share.domain),
+        interval(share.general) if share.general else "n/a",
+        "n/a" if share.forgetting is None else f"{share.forgetting:.4f}".replace("-", "−"),
+        f"{share.best_in:.0%}",
+    ]
+
+
+def interval(loss: Interval) -> str:
+    return f"{loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f})"
+
+
+# ------------------------------------------------------------------------------------------------ on a terminal
+
+
+def print_advice(advice: Advice, console: Console) -> None:
+    console.print(advice.decision.says, style="bold", highlight=False)
+    for line in findings(advice):
+        console.print(f"- {line}", highlight=False)
+    for table in (shares_table(advice), effects_table(advice), accounts_table(advice), facts_table(advice)):
+        if table:
+            console.print(table)
+    rates = advice.learning_rates
+    console.print(f"phases to paste; learning rates are {rates}; prefixes and tokenizer are yours:\n", highlight=False)
+    console.print(advice.recipe, highlight=False, markup=False)
+
+
+def findings(advice: Advice) -> list[str]:
+    """A sentence each."""
+    before = advice.support.before_finetuning
+    found = [BASIS[advice.decision.basis], *surety(advice)]
+    if advice.decision.basis == "laws" and before is not None:
+        best = percent(float(f"{before:.2g}"))
+        found.append(
+            f"before finetuning the best share is {best}, by the OverfittingLaw, which knows those between too"
+        )
+    found += [*costs(advice), *(advice.regimes.says if advice.regimes else ())]
+    return [*found, *_papers(advice.prior), *_distance(advice.distance), *_tax(advice.tax)]
+
+
+def _papers(papers: Prior) -> list[str]:
+    span = "" if papers["delta_range"] is None else f" ({' to '.join(map(percent, papers['delta_range']))})"
+    worth = papers["worth"]
+    far = [f"{factor:.3g}× in {UNITS[what]}" for what, factor in papers["outside"].items() if factor > 1]
+    beyond = f"; the question lies outside of theirs {', '.join(far)}" if far else ""
+    lost = papers["expected"]["progress_lost"]
+    found = [
+        f"the papers: {papers['regime']} at {percent(papers['delta'])}{span}; {papers['why']}{beyond}",
+        f"{amount(worth['read'])} tokens read from that corpus are worth {amount(worth['fresh'])} fresh ones, one more "
+        f"epoch {worth['next_epoch']:.0%} of a fresh one (arXiv 2305.16264)",
+    ]
+    if lost is not None:
+        found.append(
+            f"without replay after plain pretraining, a finetune at this size undoes about {lost:.0%} of what "
+            "pretraining has gained in general loss (arXiv 2502.06042)"
+        )
+    return found
+
+
+def _distance(distance: Distance) -> list[str]:
+    found = []
+    if distance.divergence:
+        d = distance.divergence
+        bits = ", ".join(f"{n} {d[n]:.3f} ({d[f'{n}_floor']:.3f})" for n in ("unigrams", "bigrams", "trigrams"))
+        found.append(
+            f"distance from the general corpus, n-gram Jensen-Shannon divergence in bits (between two samples of the "
+            f"general one): {bits}"
+        )
+    if distance.domain_after_plain_finetuning is not None:
+        found.append(
+            f"domain loss after FT only: {distance.domain_after_plain_finetuning:.4f}; of several domains the one "
+            "where it is higher has more to gain from SPT (it ranked the published three correctly)"
+        )
+    return found
+
+
+def _tax(tax: Tax | None) -> list[str]:
+    if tax is None:
+        return []
+    factor = tax.larger.factor
+    return [
+        f"finetuner's tax: as good as {factor.mean:.3g} ({factor.low:.3g} to {factor.high:.3g}) times as many "
+        f"parameters finetuned only; {tax.larger.says}",
+        f"the small one is cheaper {_from(tax.break_even['both paid'])} where both pretrainings are paid, and "
+        f"{_from(tax.break_even['larger one for free'])} where others have pretrained the larger one",
+    ]
+
+
+def _from(served: BreakEven) -> str:
+    mean, low, high = (
+        "never" if tokens is None else "from the start" if tokens == 0 else f"after {amount(tokens)} served tokens"
+        for tokens in (served.mean, served.high, served.low)
+    )
+    return mean if low == mean == high else f"{mean} ({low}, to {high})"
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left")
+    return table
+
+
+def shares_table(advice: Advice) -> Table | None:
+    """Losses after finetuning at the budget, by share."""
+    if not advice.shares:
+        return None
+    table = _table("after finetuning, by share of the domain in pretraining", *SHARE_HEADINGS, "")
+    for row in advice.shares:
+        chosen = "←" if advice.decision.delta == row.delta else "" if row.allowed else "over the limit"
+        table.add_row(*share_cells(row), chosen)
+    return table
+
+
+def effects_table(advice: Advice) -> Table | None:
+    """What replay did to the losses."""
+    if len(advice.replay.effects) < 2:
+        return None
+    headings = ("general data", "general loss", "domain loss", "pairs")
+    table = _table("replay in the finetune, factors on the losses", *headings)
+    for effect in advice.replay.effects:
+        domain = f"{effect.domain:.4f} ± {effect.domain_error:.4f}"
+        table.add_row(percent(effect.injected), f"{effect.general:.4f}", domain, str(effect.pairs))
+    return table
+
+
+def accounts_table(advice: Advice) -> Table | None:
+    """The finetuner's tax, side by side."""
+    if advice.tax is None:
+        return None
+    title = f"FLOPs with {amount(advice.tax.served)} tokens served"
+    table = _table(title, "", "params", "pretraining", "finetuning", "serving", "total")
+    for account in advice.tax.accounts:
+        flops = (account.pretraining, account.finetuning, account.serving, account.total)
+        table.add_row(account.what, amount(account.params), *(f"{part:.3g}" for part in flops))
+    return table
+
+
+def facts_table(advice: Advice) -> Table | None:
+    """What a prior rests on."""
+    if advice.decision.basis != "published":
+        return None
+    ranges = ", ".join(f"{amount(low)} to {amount(high)} {UNITS[what]}" for what, (low, high) in PUBLISHED_RUNS.items())
+    table = Table("", "source", "standing", title=f"published ({ranges})", title_justify="left", box=box.SIMPLE_HEAD)
+    for fact in advice.prior["facts"]:
+        table.add_row(fact["says"], fact["source"], fact["standing"])
+    return table
