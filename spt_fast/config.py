@@ -242,15 +242,15 @@ class Engine:
     config: str | None = setting(optional(text), None)
     """A DeepSpeed JSON whose keys are laid over ours; one that the recipe decides is an error."""
     checkpointing: str = setting(one_of("none", "selective", "full"), "none")
-    """Activation checkpointing: what the backward pass makes again to save memory. selective: all but products of
-    matrices and attention; full: whole blocks, for about a third more time. Changes no result."""
+    """Activation checkpointing: what the backward pass recomputes to save memory. selective: all but matmuls and
+    attention; full: whole blocks, for about a third more time. Changes no result."""
     cuda_graphs: bool = setting(boolean, False)
-    """On a GPU, record the step and replay it: for small models, whose kernels take less time than starting them.
+    """On a GPU, record the step and replay it: for small models, whose steps are launch-bound.
     Phases with `documents: true` go on without."""
     fp8: bool = setting(boolean, False)
     """In training, multiply in fp8 in the blocks' layers that are at least 2,048 wide both ways, on GPUs of compute
-    capability 8.9 (a CPU makes the same errors, slowly). Alone of these it changes what is computed, so a run keeps
-    what it began with."""
+    capability 8.9 (a CPU makes the same errors, slowly). It changes what is computed, so a run keeps what it began
+    with."""
     deterministic: bool = setting(boolean, False)
     """On a GPU, use only algorithms that give the same bits every time, even where they are slower; CPUs always do."""
 

@@ -13,7 +13,7 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: what the recipe says, or with "auto" bf16 where matrix products in it are fast."""
+    """The compute dtype: what the recipe says, or with "auto" bf16 where matmuls in it are fast."""
     if precision != "auto":
         return torch.bfloat16 if precision == "bf16" else torch.float32
     if device.type == "cuda":

@@ -228,13 +228,6 @@ class Trainer:
         arm = state.arms[kept]
         windows = plan.mixture.counts(arm.steps * phase.batch.sequences)
         state.finished[phase.name] = PhaseResult(
-            steps=arm.steps,
-            tokens=arm.tokens,
-            handed_on=arm.handed_on,
-            heldout=arm.heldout,
-            select=arm.select,
-            best_heldout=arm.best_heldout,
-            tokens_per_s=arm.tokens_per_s,
             epochs={source: float(self.plan.epochs(source, n)) for source, n in windows.items()},
             windows={source: [state.counts[source], state.counts[source] + n] for source, n in windows.items()},
             arm=kept,

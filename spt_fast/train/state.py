@@ -43,7 +43,7 @@ class ArmResult:
     """A finished arm. Losses are by source and of the weights that it hands on, those after step `handed_on`."""
 
     values: dict[str, Any]
-    """Of the grid, by axis; in JSON they stand beside the other fields."""
+    """Of the grid, by axis; in JSON these stand beside the other fields."""
     steps: int
     tokens: int
     tokens_per_s: float
@@ -56,15 +56,8 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """A finished phase: what its kept arm reached, and all arms."""
+    """A finished phase; in JSON what the kept arm reached stands beside these fields."""
 
-    steps: int
-    tokens: int
-    handed_on: int
-    heldout: dict[str, float]
-    select: dict[str, float]
-    best_heldout: dict[str, float]
-    tokens_per_s: float
     epochs: dict[str, float]
     windows: dict[str, list[int]]
     """By source, the first window that the phase read and the first one after it."""
@@ -189,13 +182,18 @@ class SavedState:
 def plain(value: Any) -> Any:
     """Plain data for JSON, as state.json and summary.json have it."""
     if isinstance(value, ArmResult):
-        rest = {item.name: getattr(value, item.name) for item in fields(value)}
-        return {**rest.pop("values"), **rest}
+        return {**value.values, **_reached(value)}
+    if isinstance(value, PhaseResult):
+        return {**_reached(value.grid[value.arm]), **vars(value), "grid": plain(value.grid)}
     if is_dataclass(value):
-        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        return {name: plain(item) for name, item in vars(value).items()}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _reached(arm: ArmResult) -> dict[str, Any]:
+    return {name: item for name, item in vars(arm).items() if name != "values"}
 
 
 def _checked(cls: type[Any], raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -217,7 +215,8 @@ def _arm(raw: Mapping[str, Any], where: str) -> ArmResult:
 
 
 def _phase(raw: Mapping[str, Any], where: str) -> PhaseResult:
-    checked = _checked(PhaseResult, raw, where)
+    own = {item.name for item in fields(PhaseResult)}
+    checked = _checked(PhaseResult, {key: raw[key] for key in own & raw.keys()}, where)
     return PhaseResult(**{**checked, "grid": [_arm(arm, f"{where}grid.") for arm in checked["grid"]]})
 
 
