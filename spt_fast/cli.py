@@ -14,10 +14,28 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from spt_fast import __version__
 from spt_fast.errors import FailedElsewhere, SptError
-from spt_fast.flags import Commands, DomainSource, GeneralSource, Inputs, Json, Overrides, RecipePath, count, share
+from spt_fast.flags import (
+    ClusterOptions,
+    Commands,
+    DomainSource,
+    Dtype,
+    GeneralSource,
+    Inputs,
+    Json,
+    Overrides,
+    Price,
+    RecipePath,
+    Resume,
+    RunPath,
+    Runs,
+    WeightsPath,
+    count,
+    share,
+)
 from spt_fast.printing import as_json, print_facts, print_table
 
 app = typer.Typer(
@@ -41,7 +59,7 @@ def main() -> None:
     SIGTERM interrupts as Ctrl-C does, so that what is half-written is removed; training takes both over and saves.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    me = "spt-fast" if os.environ.get("WORLD_SIZE", "1") == "1" else f"spt-fast, process {os.environ['RANK']}"
+    me = "spt-fast" if os.environ.get("WORLD_SIZE", "1") == "1" else f"spt-fast, process {os.environ.get('RANK', '0')}"
     try:
         app()
     except FailedElsewhere:
@@ -66,12 +84,19 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _stopped(reason: str | None) -> typer.Exit:
+    """Say that a run was interrupted and saved, and end with 75."""
+    if _is_first():
+        print(f"spt-fast: stopped by {reason}; saved: run again with --resume to go on", file=sys.stderr)
+    return typer.Exit(75)
+
+
 def _print_json(data: Any) -> None:
     print(json.dumps(as_json(data), indent=1))
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _version(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
     if version:
         print(f"spt-fast {__version__}")
         raise typer.Exit
@@ -83,10 +108,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @tokenizer_app.command("train")
 def tokenizer_train(
     inputs: Inputs,
-    vocab_size: Annotated[int, typer.Option(help="Ids in all, the end-of-text id included.")],
-    out_file: Annotated[Path, typer.Option("--out", help="File for the tiktoken ranks.")],
-    text_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
-    skip_bad: Annotated[bool, typer.Option(help="Leave broken lines out instead of stopping at the first.")] = False,
+    vocab_size: Annotated[int, Option(help="Ids in all, the end-of-text id included.")],
+    out_file: Annotated[Path, Option("--out", help="File for the tiktoken ranks.")],
+    text_key: Annotated[str, Option(help="Key or column of the text.")] = "text",
+    skip_bad: Annotated[bool, Option(help="Leave broken lines out instead of stopping at the first.")] = False,
 ) -> None:
     """Train a byte-level BPE and save it as tiktoken ranks."""
     from spt_fast.data.tokenizer import train_tokenizer
@@ -98,14 +123,12 @@ def tokenizer_train(
 @app.command()
 def prepare(
     inputs: Inputs,
-    out_prefix: Annotated[Path, typer.Option("--out", metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
-    tokenizer: Annotated[str, typer.Option(help="A .tiktoken file, or a tiktoken encoding by name.")],
-    text_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
-    heldout: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Hold out this share of documents, into PREFIX.heldout.")
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option(help="Count broken lines instead of stopping at the first.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
+    out_prefix: Annotated[Path, Option("--out", metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
+    tokenizer: Annotated[str, Option(help="A .tiktoken file, or a tiktoken encoding by name.")],
+    text_key: Annotated[str, Option(help="Key or column of the text.")] = "text",
+    heldout: Annotated[str | None, Option(metavar="SHARE", help="Of documents; they go into PREFIX.heldout.")] = None,
+    skip_bad: Annotated[bool, Option(help="Count broken lines instead of stopping at the first.")] = False,
+    workers: Annotated[int | None, Option(help="Processes; all cores by default.")] = None,
     as_json: Json = False,
 ) -> None:
     """Turn text into a token dataset."""
@@ -127,16 +150,11 @@ def prepare(
 
 @app.command()
 def inspect(
-    prefix: Annotated[Path, typer.Argument(metavar="PREFIX")],
-    verify: Annotated[bool, typer.Option(help="Check every hash and id.")] = False,
-    overlap: Annotated[
-        Path | None, typer.Option(metavar="PREFIX2", help="Share of text that PREFIX2 holds too.")
-    ] = None,
-    divergence: Annotated[
-        Path | None,
-        typer.Option(metavar="PREFIX2", help="Distance from PREFIX2, a general corpus, in bits; floor: its own noise."),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the ids, for headerless files.")] = None,
+    prefix: Annotated[Path, Argument(metavar="PREFIX")],
+    verify: Annotated[bool, Option(help="Check every hash and id.")] = False,
+    overlap: Annotated[Path | None, Option(metavar="PREFIX2", help="Share of text that PREFIX2 holds too.")] = None,
+    divergence: Annotated[Path | None, Option(metavar="PREFIX2", help="Distance from PREFIX2, in bits.")] = None,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """What a token dataset holds."""
@@ -153,16 +171,12 @@ def inspect(
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    gpus: Annotated[
-        int, typer.Option(envvar="WORLD_SIZE", min=1, help="Processes, each on a GPU; the launcher's by default.")
-    ] = 1,
-    gpu: Annotated[str | None, typer.Option(help="Its name, such as H100; this machine's own by default.")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="Of one GPU, such as 80GB; its own by default.")] = None,
-    mfu: Annotated[str | None, typer.Option(help="Share of the peak, such as 40%; measured by default.")] = None,
-    mfu_from: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Where it was measured; the recipe's own run by default.")
-    ] = None,
-    per_gpu_hour: Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")] = None,
+    gpus: Annotated[int, Option(envvar="WORLD_SIZE", min=1, help="Processes; the launcher's by default.")] = 1,
+    gpu: Annotated[str | None, Option(help="Its name, such as H100; this machine's own by default.")] = None,
+    gpu_memory: Annotated[str | None, Option(help="Of one GPU, such as 80GB; its own by default.")] = None,
+    mfu: Annotated[str | None, Option(help="Share of the peak, such as 40%; measured by default.")] = None,
+    mfu_from: Annotated[Path | None, Option(metavar="RUN", help="Take it from this run's metrics.")] = None,
+    per_gpu_hour: Price = None,
     as_json: Json = False,
 ) -> None:
     """What a recipe would do: tokens and epochs asked and exactly achieved, FLOPs; memory, hours and cost."""
@@ -186,12 +200,8 @@ def plan(
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option(help="Go on from the newest whole checkpoint; starts afresh where there is none.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option(help="Check everything and try a step of every phase, in memory only.")
-    ] = False,
+    resume: Resume = False,
+    dry_run: Annotated[bool, Option(help="Check everything and try a step of every phase, in memory only.")] = False,
 ) -> None:
     """Train all phases of a recipe."""
     from spt_fast.config import load_recipe
@@ -206,18 +216,16 @@ def train(
         return
     summary = run(loaded, resume=resume)
     if summary["status"] == "stopped":
-        if _is_first():
-            print(f"spt-fast: stopped by {summary['reason']}; saved: run again with --resume to go on", file=sys.stderr)
-        raise typer.Exit(75)
+        raise _stopped(summary["reason"])
     if _is_first():
         print_summary(loaded.run, summary, out)
 
 
 @app.command("eval")
 def evaluate(
-    weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
-    data: Annotated[list[Path], typer.Option("--data", metavar="PREFIX")],
-    dtype: Annotated[str | None, typer.Option(help="Of the ids, for headerless files.")] = None,
+    weights: WeightsPath,
+    data: Annotated[list[Path], Option("--data", metavar="PREFIX")],
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and bits per byte; every token but the first of a dataset is scored once."""
@@ -229,19 +237,15 @@ def evaluate(
 
 @app.command()
 def audit(
-    run: Annotated[Path, typer.Argument(metavar="RUN")],
-    source: Annotated[str | None, typer.Option(help="Only this source.")] = None,
-    document: Annotated[
-        int | None, typer.Option(help="One document of the source, by its position in the dataset.")
-    ] = None,
+    run: RunPath,
+    source: Annotated[str | None, Option(help="Only this source.")] = None,
+    document: Annotated[int | None, Option(help="One document of the source, by its position in the dataset.")] = None,
     as_json: Json = False,
 ) -> None:
     """Exactly how often a run has read every source, or one document."""
     from spt_fast.train.audit import audit_document, audit_run, print_audit
 
     if document is not None:
-        if source is None:
-            raise typer.BadParameter("--document needs --source: documents are counted within a source")
         reading = audit_document(run, source, document)
         _print_json(reading) if as_json else print_facts(out, f"{source}, document {document}", vars(reading))
         return
@@ -249,42 +253,26 @@ def audit(
     _print_json(readings) if as_json else print_audit(run, readings, out)
 
 
-def _checkpoints_of(run: Path) -> list[Path]:
-    from spt_fast.errors import CheckpointError
-    from spt_fast.train import checkpoint
-
-    found = checkpoint.listed(run / "checkpoints")
-    if not found:
-        raise CheckpointError(f"{run}: holds no checkpoints; give the folder of a run that has written one")
-    return found
-
-
 @checkpoint_app.command("list")
-def checkpoint_list(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
+def checkpoint_list(run: RunPath, as_json: Json = False) -> None:
     """Checkpoints of a run, oldest first."""
-    found = [
-        {"name": path.name, "bytes": sum(f.stat().st_size for f in path.iterdir())} for path in _checkpoints_of(run)
-    ]
-    _print_json(found) if as_json else print_table(
-        out, str(run), ["checkpoint", "bytes"], [[c["name"], c["bytes"]] for c in found]
-    )
+    from spt_fast.train.checkpoint import checkpoints_of
+
+    found = {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in checkpoints_of(run)}
+    if as_json:
+        _print_json([{"name": name, "bytes": size} for name, size in found.items()])
+    else:
+        print_table(out, str(run), ["checkpoint", "bytes"], found.items())
 
 
 @checkpoint_app.command("verify")
-def checkpoint_verify(run: Annotated[Path, typer.Argument(metavar="RUN")], as_json: Json = False) -> None:
+def checkpoint_verify(run: RunPath, as_json: Json = False) -> None:
     """Check every hash of every checkpoint; exit code 2 where one is damaged."""
-    from spt_fast.errors import CheckpointError
-    from spt_fast.train import checkpoint
+    from spt_fast.train.checkpoint import WHOLE, verdicts_of
 
-    verdicts = {}
-    for path in _checkpoints_of(run):
-        try:
-            checkpoint.read(path)
-            verdicts[path.name] = "whole"
-        except CheckpointError as error:
-            verdicts[path.name] = str(error)
+    verdicts = verdicts_of(run)
     _print_json(verdicts) if as_json else print_facts(out, str(run), verdicts)
-    if any(verdict != "whole" for verdict in verdicts.values()):
+    if set(verdicts.values()) != {WHOLE}:
         raise typer.Exit(2)
 
 
@@ -292,7 +280,7 @@ def checkpoint_verify(run: Annotated[Path, typer.Argument(metavar="RUN")], as_js
 
 
 @app.command()
-def demo(out_folder: Annotated[Path, typer.Option("--out", metavar="DIR")] = Path("demo")) -> None:
+def demo(out_folder: Annotated[Path, Option("--out", metavar="DIR")] = Path("demo")) -> None:
     """The whole main job on text that every machine has: specialized against standard pretraining."""
     from spt_fast.study.demo import demo as run_demo
 
@@ -301,10 +289,8 @@ def demo(out_folder: Annotated[Path, typer.Option("--out", metavar="DIR")] = Pat
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…")],
-    out_folder: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Also write comparison.json and comparison.png.")
-    ] = None,
+    runs: Annotated[list[Path], Argument(metavar="RUN…")],
+    out_folder: Annotated[Path | None, Option("--out", metavar="DIR", help="For comparison.json and .png.")] = None,
     as_json: Json = False,
 ) -> None:
     """Finished runs side by side: domain loss, forgetting, R_gain, compute multiplier."""
@@ -319,56 +305,35 @@ def compare(
 
 @app.command()
 def sweep(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study's YAML file, or the name of a ready study.")],
+    study: Annotated[str, Argument(metavar="STUDY", help="A study's YAML file, or the name of a ready study.")],
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option(help="Check every run, say what all of them would take, train none.")
-    ] = False,
-    general: Annotated[str | None, typer.Option(metavar="PREFIX", help="Of a ready study: the general corpus.")] = None,
-    domain: Annotated[str | None, typer.Option(metavar="PREFIX", help="Of a ready study: the domain corpus.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Of a ready study.")] = None,
-    out_folder: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Of a ready study: its folder.")
-    ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time; one per GPU, or per core where there is none.")
-    ] = None,
-    cluster: Annotated[
-        str | None, typer.Option(help="Make every run a job of it, through submitit: slurm, or local to try it.")
-    ] = None,
-    cluster_options: Annotated[
-        list[str] | None,
-        typer.Option("--cluster-set", metavar="KEY=VALUE", help="Such as timeout_min=600 or slurm_partition=gpu."),
-    ] = None,
-    gpu: Annotated[str | None, typer.Option(help="Price the study for it, such as H100; for this machine.")] = None,
-    mfu: Annotated[str | None, typer.Option(help="At this share of its peak, such as 40%.")] = None,
-    per_gpu_hour: Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")] = None,
+    dry_run: Annotated[bool, Option(help="Check every run, say what all of them would take, train none.")] = False,
+    general: Annotated[str | None, Option(metavar="PREFIX", help="Of a ready study: the general corpus.")] = None,
+    domain: Annotated[str | None, Option(metavar="PREFIX", help="Of a ready study: the domain corpus.")] = None,
+    tokenizer: Annotated[str | None, Option(help="Of a ready study.")] = None,
+    out_folder: Annotated[Path | None, Option("--out", metavar="DIR", help="Of a ready study: its folder.")] = None,
+    jobs: Annotated[int | None, Option(min=1, help="Runs at a time; by default one a GPU, or a core.")] = None,
+    cluster: Annotated[str | None, Option(help="Run as jobs of it, by submitit: slurm, local.")] = None,
+    cluster_options: ClusterOptions = None,
+    gpu: Annotated[str | None, Option(help="Price the study for it, such as H100; for this machine.")] = None,
+    mfu: Annotated[str | None, Option(help="At this share of its peak, such as 40%.")] = None,
+    per_gpu_hour: Price = None,
     as_json: Json = False,
 ) -> None:
     """Train a grid of runs, whatever of it is missing, and write the table of what they measured."""
     from spt_fast.study import sweep as sweeping
-    from spt_fast.study.cluster import Cluster
-    from spt_fast.study.jobs import Local
-    from spt_fast.study.study import expand
 
     given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out_folder}
     loaded = sweeping.load_study(study, overrides or (), given=given)
-    runs = expand(loaded)
-    here = Local(len(runs), jobs)
     if dry_run:
-        at_a_time = here.jobs if gpu is None else jobs or 1
-        costs = sweeping.costs(loaded, jobs=at_a_time, gpu=gpu, mfu=share(mfu, "--mfu"))
-        price = sweeping.Price.of(costs, jobs=at_a_time, per_gpu_hour=per_gpu_hour)
+        price = sweeping.price(loaded, jobs=jobs, gpu=gpu, mfu=share(mfu, "--mfu"), per_gpu_hour=per_gpu_hour)
         _print_json(price) if as_json else sweeping.print_price(price, loaded.study, out)
         return
     if (gpu, mfu, per_gpu_hour) != (None, None, None):
         raise typer.BadParameter("--gpu, --mfu and --price say what a study would take: add --dry-run")
-    workers: Cluster | Local = here
-    if cluster is not None:
-        options = sweeping.cluster_options(cluster_options or [])
-        workers = Cluster(cluster, loaded.folder / "jobs", jobs=jobs or len(runs), options=options)
+    workers = sweeping.workers_of(loaded, jobs, cluster, cluster_options or [])
     table, outcome = sweeping.sweep(loaded, Console(stderr=True, highlight=False), workers=workers)
-    facts = sweeping.facts_of(loaded, len(runs), table, outcome)
+    facts = sweeping.facts_of(loaded, table, outcome)
     _print_json(facts) if as_json else print_facts(out, loaded.study, facts)
     if outcome.interrupted:
         print("spt-fast: stopped; what was under way is saved: run the same line again to go on", file=sys.stderr)
@@ -379,11 +344,11 @@ def sweep(
 
 @app.command()
 def fit(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUNS…", help="Studies, tables (.parquet, .csv), run folders.")],
-    law: Annotated[str | None, typer.Option(metavar="NAME", help="Only this law, such as overfitting.")] = None,
+    runs: Runs,
+    law: Annotated[str | None, Option(metavar="NAME", help="Only this law, such as overfitting.")] = None,
     domain_source: DomainSource = None,
     general_source: GeneralSource = None,
-    out_folder: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Also write fits.json.")] = None,
+    out_folder: Annotated[Path | None, Option("--out", metavar="DIR", help="Also write fits.json.")] = None,
     as_json: Json = False,
 ) -> None:
     """Scaling laws of finished runs, and how far each can be trusted."""
@@ -399,27 +364,16 @@ def fit(
 
 @app.command()
 def advise(
-    domain_tokens: Annotated[
-        str, typer.Option(metavar="COUNT", help="Unique tokens of the domain corpus, such as 30M.")
-    ],
-    budget: Annotated[str, typer.Option(metavar="COUNT", help="Pretraining tokens, such as 20B.")],
-    model: Annotated[str | None, typer.Option(help="A preset, or a number of parameters.")] = None,
-    runs: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="RUNS", help="A study, a table or a run; may be repeated. Without: a prior from papers."),
-    ] = None,
-    general: Annotated[
-        Path | None, typer.Option(metavar="PREFIX", help="The general dataset, for the distance.")
-    ] = None,
-    domain: Annotated[Path | None, typer.Option(metavar="PREFIX", help="The domain dataset, for the distance.")] = None,
+    domain_tokens: Annotated[str, Option(metavar="COUNT", help="Unique tokens of the domain corpus, such as 30M.")],
+    budget: Annotated[str, Option(metavar="COUNT", help="Pretraining tokens, such as 20B.")],
+    model: Annotated[str | None, Option(help="A preset, or a number of parameters.")] = None,
+    runs: Annotated[list[Path] | None, Option(metavar="RUNS", help="Without: a prior from the papers.")] = None,
+    general: Annotated[Path | None, Option(metavar="PREFIX", help="The general dataset, for the distance.")] = None,
+    domain: Annotated[Path | None, Option(metavar="PREFIX", help="The domain dataset, for the distance.")] = None,
     domain_source: DomainSource = None,
     general_source: GeneralSource = None,
-    inference_tokens: Annotated[
-        str | None, typer.Option(metavar="COUNT", help="Tokens to be served: what a larger finetuned model costs.")
-    ] = None,
-    max_general_rise: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Limit on the general loss, such as 3%.")
-    ] = None,
+    inference_tokens: Annotated[str | None, Option(metavar="COUNT", help="To price a larger model.")] = None,
+    max_general_rise: Annotated[str | None, Option(metavar="SHARE", help="Of the general loss, such as 3%.")] = None,
     as_json: Json = False,
 ) -> None:
     """Share of domain data in pretraining, repeats, replay: by runs, or by the papers where there are none."""
@@ -443,15 +397,13 @@ def advise(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUNS…", help="Studies, tables (.parquet, .csv), run folders.")],
-    out_file: Annotated[Path, typer.Option("--out", metavar="FILE")] = Path("report.html"),
+    runs: Runs,
+    out_file: Annotated[Path, Option("--out", metavar="FILE")] = Path("report.html"),
     domain_source: DomainSource = None,
     general_source: GeneralSource = None,
-    domain_tokens: Annotated[
-        str | None, typer.Option(help="Advise for so many unique domain tokens instead of the runs' own: 300M.")
-    ] = None,
-    budget: Annotated[str | None, typer.Option(help="Advise for so many pretraining tokens: 20B.")] = None,
-    model: Annotated[str | None, typer.Option(help="Advise for this preset, or number of parameters.")] = None,
+    domain_tokens: Annotated[str | None, Option(help="Advise for so many unique tokens: 300M.")] = None,
+    budget: Annotated[str | None, Option(help="Advise for so many pretraining tokens: 20B.")] = None,
+    model: Annotated[str | None, Option(help="Advise for this preset, or number of parameters.")] = None,
     as_json: Json = False,
 ) -> None:
     """One HTML page: the decision, and the evidence for it."""
@@ -475,16 +427,10 @@ def report(
 @app.command()
 def reweight(
     recipe: RecipePath,
-    target: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="What the others shall help; all of each other by default.")
-    ] = None,
-    out_folder: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="The recipe's run with -reweight by default.")
-    ] = None,
+    target: Annotated[str | None, Option(metavar="SOURCE", help="What the others help; each other by default.")] = None,
+    out_folder: Annotated[Path | None, Option("--out", metavar="DIR", help="RUN-reweight by default.")] = None,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option(help="Go on from the newest checkpoint; starts afresh where there is none.")
-    ] = False,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Learn a mixture of sources by DoGE, with a recipe's first phase as the proxy run."""
@@ -494,8 +440,7 @@ def reweight(
     loaded = load_recipe(recipe, overrides or ())
     result = doge.reweight(loaded, out_folder or Path(f"{loaded.run}-reweight"), target=target, resume=resume)
     if isinstance(result, doge.Stopped):
-        print(f"spt-fast: stopped by {result.reason}; saved: run again with --resume to go on", file=sys.stderr)
-        raise typer.Exit(75)
+        raise _stopped(result.reason)
     _print_json(result) if as_json else doge.print_reweighting(result, str(recipe), out)
 
 
@@ -504,11 +449,9 @@ def reweight(
 
 @app.command("export")
 def export_weights(
-    weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
-    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR")],
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Saved along, for AutoTokenizer; a run's own by default.")
-    ] = None,
+    weights: WeightsPath,
+    out_folder: Annotated[Path, Option("--out", metavar="DIR")],
+    tokenizer: Annotated[str | None, Option(help="Saved along, for AutoTokenizer; a run's own by default.")] = None,
 ) -> None:
     """Write a Hugging Face folder (Llama; Qwen2 with a QKV bias; Qwen3 with QK-norm)."""
     from spt_fast.train.weights import export
@@ -519,8 +462,8 @@ def export_weights(
 
 @app.command("import")
 def import_weights(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder: Llama, Qwen2 or Qwen3.")],
-    out_folder: Annotated[Path, typer.Option("--out", metavar="CHECKPOINT")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="A Hugging Face folder: Llama, Qwen2 or Qwen3.")],
+    out_folder: Annotated[Path, Option("--out", metavar="CHECKPOINT")],
 ) -> None:
     """Check that a Hugging Face folder can be trained on, and copy it to where a recipe's `init` may point."""
     from spt_fast.model.gpt import GPT
@@ -531,13 +474,13 @@ def import_weights(
 
 @app.command()
 def generate(
-    weights: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    weights: WeightsPath,
     prompt: str = "",
-    tokens: Annotated[int, typer.Option(help="How many to generate.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest only.")] = 50,
+    tokens: Annotated[int, Option(help="How many to generate.")] = 100,
+    temperature: Annotated[float, Option(help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int | None, Option(help="Sample among the k likeliest only.")] = 50,
     seed: int = 0,
-    tokenizer: Annotated[str | None, typer.Option(help="A run's own by default.")] = None,
+    tokenizer: Annotated[str | None, Option(help="A run's own by default.")] = None,
 ) -> None:
     """Text from a trained model."""
     from spt_fast.train.weights import generate_text

@@ -20,7 +20,17 @@ DomainSource = Annotated[
     str | None, typer.Option(metavar="SOURCE", help="Which source is the domain, in runs that belong to no study.")
 ]
 GeneralSource = Annotated[str | None, typer.Option(metavar="SOURCE", help="Which is the general corpus there.")]
+Dtype = Annotated[str | None, typer.Option(help="Of the ids, for headerless files.")]
+Price = Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")]
+ClusterOptions = Annotated[
+    list[str] | None,
+    typer.Option("--cluster-set", metavar="KEY=VALUE", help="Such as timeout_min=600 or slurm_partition=gpu."),
+]
+Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint; starts afresh where there is none.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN")]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUNS…", help="Studies, tables (.parquet, .csv), run folders.")]
+WeightsPath = Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]
 Inputs = Annotated[list[str], typer.Argument(metavar="INPUT…", help=".jsonl, .txt, .parquet, .gz, .zst, folders, or -")]
 
 

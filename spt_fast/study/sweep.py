@@ -29,6 +29,7 @@ from spt_fast.fields import apply_overrides, parse_yaml, read_yaml
 from spt_fast.files import write_text
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.printing import print_facts, print_table
+from spt_fast.study.cluster import Cluster
 from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
 from spt_fast.study.runs_table import Row, in_columns, rows_of, save_table
 from spt_fast.study.study import PlannedRun, Study, expand, study_from
@@ -163,6 +164,14 @@ def _write_recipes(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Path]:
     return paths
 
 
+def workers_of(study: Study, jobs: int | None, cluster: str | None, options: Sequence[str]) -> Workers:
+    """Where the runs of a study go, `jobs` at a time: this machine, or the cluster that submitit knows by that name."""
+    runs = len(expand(study))
+    if cluster is None:
+        return Local(runs, jobs)
+    return Cluster(cluster, study.folder / "jobs", jobs=jobs or runs, options=cluster_options(options))
+
+
 def cluster_options(given: Sequence[str]) -> dict[str, Any]:
     """ "key=value" strings as keyword arguments; the values are YAML."""
     options: dict[str, Any] = {}
@@ -229,6 +238,12 @@ class Price:
         return vars(self) | {"total": total}
 
 
+def price(study: Study, *, jobs: int | None, gpu: str | None, mfu: float | None, per_gpu_hour: float | None) -> Price:
+    """Of what is left of a study, on this machine or on the GPU that is given; see `costs`."""
+    at_a_time = Local(len(expand(study)), jobs).jobs if gpu is None else jobs or 1
+    return Price.of(costs(study, jobs=at_a_time, gpu=gpu, mfu=mfu), jobs=at_a_time, per_gpu_hour=per_gpu_hour)
+
+
 def print_price(price: Price, study: str, console: Console) -> None:
     """A row for each stage and for all of them, then how long that takes and what it costs."""
     columns = [field.name for field in dataclasses.fields(Cost)]
@@ -238,10 +253,10 @@ def print_price(price: Price, study: str, console: Console) -> None:
     print_facts(console, "", {"at a time": price.jobs, "hours until all are done": hours, "cost": price.cost})
 
 
-def facts_of(study: Study, runs: int, table: pd.DataFrame, outcome: Outcome) -> dict[str, Any]:
-    """What became of a study of so many runs, for people and as JSON."""
+def facts_of(study: Study, table: pd.DataFrame, outcome: Outcome) -> dict[str, Any]:
+    """What became of a study, for people and as JSON."""
     return {
-        "runs": runs,
+        "runs": len(expand(study)),
         "done": table.loc[table["status"] == "done", "run"].nunique(),
         "failed": {path.stem: said for path, said in outcome.failed.items()},
         "left out, as they start from failed ones": len(outcome.skipped),

@@ -59,9 +59,11 @@ def audit_run(run: Path, source: str | None = None) -> dict[str, SourceReading]:
     return readings
 
 
-def audit_document(run: Path, source: str, document: int) -> DocumentReading:
+def audit_document(run: Path, source: str | None, document: int) -> DocumentReading:
     """`document` counts within the source's dataset, from 0. Raises DataError for a source or document that isn't
     there."""
+    if source is None:
+        raise DataError("document: counts within a source; name it by `source=…`", argument=True)
     plan, counts = _reading_of(run)
     count, data = _count(run, counts, source), plan.train[source]
     ends = data.document_ends

@@ -37,6 +37,7 @@ from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import ALONE, World
 
 FORMAT = 2
+WHOLE = "whole"
 BEST = "best"
 """A file with the name of the checkpoint that had the best evaluation."""
 
@@ -180,6 +181,26 @@ class Writer:
 def listed(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first (their names sort by steps, phase, arm)."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first; CheckpointError where there are none."""
+    found = listed(run / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{run}: holds no checkpoints; give the folder of a run that has written one")
+    return found
+
+
+def verdicts_of(run: Path) -> dict[str, str]:
+    """By checkpoint, `WHOLE` or what is damaged. CheckpointError where there are none."""
+    verdicts = {}
+    for path in checkpoints_of(run):
+        try:
+            read(path)
+            verdicts[path.name] = WHOLE
+        except CheckpointError as error:
+            verdicts[path.name] = str(error)
+    return verdicts
 
 
 def read(path: Path) -> dict[str, Any]:
