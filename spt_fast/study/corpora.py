@@ -181,7 +181,7 @@ def _drop_repeated_paragraphs(text: str, seen: set[str]) -> str:
 
 
 def _drop_repetitive_header(text: str, seen: set[str]) -> str:
-    """Keeps a header of which at least half the lines worth counting are new."""
+    """Keeps a header if at least half of its lines worth counting are new."""
     lines = {line.strip() for line in text.split("\n") if len(line.strip()) >= 20 and not line.startswith("#")}
     new = lines - seen
     if 2 * len(new) < len(lines):

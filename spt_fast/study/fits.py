@@ -250,13 +250,11 @@ def fit(table: pd.DataFrame | UsableRows, law: str | None = None) -> Fits:
     return Fits(fit_laws(used, law), used.notes, crossovers(used.rows) if asked else [])
 
 
-def fit_laws(
-    table: pd.DataFrame | UsableRows, law: str | None = None, draws: int = 50, level: float = 0.9
-) -> list[Fitted]:
+def fit_laws(table: pd.DataFrame | UsableRows, law: str | None = None, draws: int = 50) -> list[Fitted]:
     """Fit every law, or only `law` (a key of LAWS), to each group of a runs table. A law without runs enough comes back
     without `law` and with its `problem`.
 
-    Groups of a law that lack the same come back as one. draws, level: of the parameters' intervals.
+    Groups of a law that lack the same come back as one. draws: of the parameters' 90% intervals.
 
     Raises RecipeError for an unknown law, DataError for a table that no law can be fitted to (see usable).
     """
@@ -265,24 +263,24 @@ def fit_laws(
     fitted, rows = [], usable(table)
     for name in [law] if law else LAWS:
         groups = LAWS[name].view(rows)
-        fitted += [_fitted(name, group, own, draws, level) for group, own in groups]
+        fitted += [_fitted(name, group, own, draws) for group, own in groups]
         if not groups:
             problem = f"takes {LAWS[name].takes}; there are no such runs"
             fitted.append(Fitted(name, {}, pd.DataFrame(), problem))
     return _without_repeats(fitted)
 
 
-def _fitted(name: str, group: Mapping[str, float | None], table: pd.DataFrame, draws: int, level: float) -> Fitted:
+def _fitted(name: str, group: Mapping[str, float | None], table: pd.DataFrame, draws: int) -> Fitted:
     said: list[str] = []
     kind = LAWS[name]
     try:
         table = _thinned(_enough(kind, table, said), kind.rows)
         if kind.make is laws.OverfittingLaw:
-            table = _without_plain(table, said)
+            table = _without_npt(table, said)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             law = kind.make().fit(table)
-            intervals = law.bootstrap(table, n=draws, level=level)
+            intervals = law.bootstrap(table, n=draws)
     except DataError as error:
         return Fitted(name, group, table, str(error), warnings=said)
     said += [
@@ -297,7 +295,7 @@ def _fitted(name: str, group: Mapping[str, float | None], table: pd.DataFrame, d
     return Fitted(name, group, table, law=law, score=score, holdout=holdout, parameters=parameters, warnings=said)
 
 
-def _without_plain(table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
+def _without_npt(table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
     """Overfitting runs without fraction 0 where it bends the law for the others, which is said: a loss on text that a
     model never sees need not fall as the law has it."""
     rest = table[table["fraction"] > 0]

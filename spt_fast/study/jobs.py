@@ -89,7 +89,7 @@ class Local:
 
 
 def visible_gpus() -> list[str | None]:
-    """Their names for CUDA_VISIBLE_DEVICES; of a list there, CUDA itself takes those before the first that is none."""
+    """Their names for CUDA_VISIBLE_DEVICES; CUDA takes a list there up to its first invalid entry."""
     if not torch.cuda.is_available():
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -101,7 +101,7 @@ class Axes:
     tokens: tuple[int, ...] | None = setting(optional(several(parse_count)), None)
     """Each a run of its own."""
     budgets: tuple[int, ...] | None = setting(optional(several(parse_count)), None)
-    """Or all of them points of one run, at each of which it hands its weights on."""
+    """Or points of one run, which hands its weights on at each."""
     lr: tuple[float, ...] | None = setting(optional(several(number(0.0, open_low=True))), None)
     """Peak learning rates, each a run; optimizer.lr where it isn't given."""
     domain_from: tuple[Fraction, ...] = setting(several(parse_share), (Fraction(0),))
