@@ -94,7 +94,7 @@ class TableRow:
 
 
 @dataclass(frozen=True)
-class Decision:
+class RunsDecision:
     """What the runs of one setting say at one budget, in words and in figures."""
 
     setting: Setting
@@ -109,7 +109,7 @@ class Decision:
     comparison: Comparison
 
 
-def decide(setting: Setting, finetunes: Sequence[Finetune]) -> Decision | None:
+def decide(setting: Setting, finetunes: Sequence[Finetune]) -> RunsDecision | None:
     """The δ with the lowest domain loss after the plainest finetune, at the largest budget at which arms can be
     compared; None where none can."""
     if not finetunes:
@@ -124,7 +124,7 @@ def decide(setting: Setting, finetunes: Sequence[Finetune]) -> Decision | None:
     base = min(arms)
     against = {arm: judge("domain_after", best, arm, arms) for arm in arms if arm != best}
     at_budget = [arm for arm in comparison.arms if arm.tokens == comparison.tokens]
-    return Decision(
+    return RunsDecision(
         setting=setting,
         budget=comparison.tokens,
         best=best,
@@ -215,7 +215,7 @@ class Answer:
     recipe: str = ""
 
 
-def answer(advice: Advice | None, decision: Decision | None, fits: Sequence[Fitted]) -> Answer:
+def answer(advice: Advice | None, decision: RunsDecision | None, fits: Sequence[Fitted]) -> Answer:
     """From advice where there is some, else from what the runs show by themselves, else from the D-CPT law."""
     if advice is not None:
         return _advised(advice)

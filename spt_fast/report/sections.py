@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from spt_fast.report import panels
-from spt_fast.report.decision import Decision, by_setting, setting_name, titled, with_shares
+from spt_fast.report.decision import RunsDecision, by_setting, setting_name, titled, with_shares
 from spt_fast.report.panels import Panel, panel
 from spt_fast.study.crossover import crossovers
 from spt_fast.study.figures import draw_plane
@@ -36,7 +36,7 @@ class Section:
     missing: list[str] = field(default_factory=list)
 
 
-def finetuning(finetunes: pd.DataFrame, decisions: Sequence[Decision]) -> Section:
+def finetuning(finetunes: pd.DataFrame, decisions: Sequence[RunsDecision]) -> Section:
     section = Section("finetuning", "Domain loss after finetuning")
     best = {decision.setting: decision for decision in decisions}
     drawn = []
@@ -170,7 +170,7 @@ def crossover(table: pd.DataFrame) -> Section:
     return section
 
 
-def plane(decisions: Sequence[Decision], finetunes: pd.DataFrame) -> Section:
+def plane(decisions: Sequence[RunsDecision], finetunes: pd.DataFrame) -> Section:
     section = Section("plane", "Domain against general loss")
     drawn = [
         panel(
@@ -195,7 +195,7 @@ def plane(decisions: Sequence[Decision], finetunes: pd.DataFrame) -> Section:
     return section
 
 
-def _plane(axes: Axes, decision: Decision) -> None:
+def _plane(axes: Axes, decision: RunsDecision) -> None:
     compared = decision.comparison.compared
     arms = {arm: list(compared[arm].values()) for arm in decision.plainest}
     by_share = panels.colours_of(arm.delta for arm in arms)
