@@ -86,15 +86,3 @@ def assert_as_exact_as_torch(
             assert statistic(error) <= 2 * statistic(allowed) + rounding * share[name], (
                 f"result {number}: {name} error {statistic(error):.3g}, composition {statistic(allowed):.3g}"
             )
-
-
-def strided(x: Tensor) -> Tensor:
-    """The same numbers, with gaps of NaN between them."""
-    wide = torch.full((*x.shape, 2), float("nan"), dtype=x.dtype, device=x.device)
-    wide[..., 0] = x
-    return wide[..., 0]
-
-
-def transposed(x: Tensor) -> Tensor:
-    """The same numbers, the last two dimensions in the other order in memory."""
-    return x.mT.contiguous().mT

@@ -13,8 +13,8 @@ from torch import Tensor
 from spt_fast import kernels
 from spt_fast.kernels import adamw, adamw_step, adamw_step_all
 from spt_fast.kernels.launch import INTERPRETED
-from tests.kernels.compare import DEVICE, ROUNDING, random_tensors, strided, transposed, usable
-from tests.kernels.contract import Contract, Sample, Shape
+from tests.kernels.compare import DEVICE, ROUNDING, random_tensors, usable
+from tests.kernels.contract import Contract, Sample, Shape, last_two_swapped, with_gaps
 from tests.kernels.launches import BF16, FP16, FP32, compiled_launches
 
 # What Triton's interpreter computes of masked elements.
@@ -280,7 +280,7 @@ def test_many_tensors_at_once_are_as_each_alone(backend: str, half: torch.dtype,
     elif kind == "bf16":
         params = [w.bfloat16() for w in weights]
     elif kind == "strided":
-        params, grads = [transposed(w) for w in params], [strided(g) for g in grads]
+        params, grads = [last_two_swapped(w) for w in params], [with_gaps(g) for g in grads]
     elif kind == "skipped":
         options = {"skip": torch.tensor(True)}
     v = [x.abs() for x in v]

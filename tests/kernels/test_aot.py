@@ -9,7 +9,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.kernels.aot import FILES, Resources, variants_of
+
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 

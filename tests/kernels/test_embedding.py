@@ -43,6 +43,7 @@ class TestContract(Contract):
             empty=((0, 4), (0,)),
             many=(3000,),
             gradients=1,
+            loose=("reference",) if DEVICE == "cuda" else (),  # which adds atomically
         ),
     )
 
