@@ -295,7 +295,8 @@ def compare(
 ) -> None:
     """Finished runs side by side: domain loss, forgetting, R_gain, compute multiplier."""
     from spt_fast.study import compare as comparing
-    from spt_fast.study.findings import print_comparison, write
+    from spt_fast.study.figures import write
+    from spt_fast.study.findings import print_comparison
 
     result = comparing.compare(runs)
     if out_folder:

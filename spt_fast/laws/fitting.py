@@ -33,6 +33,8 @@ STEP = 1e-20
 SCREENED, POLISHED = 256, 8
 SEARCHED = 256
 """Points of a curve that the search for where to polish looks at; all of them are what is polished."""
+LARGE = 500
+"""Losses, from which on a gradient is taken one unknown at a time."""
 ITERATIONS, DAMPING = 300, 1e-3
 AT_ONCE = 2_000_000
 """Of points × unknowns × draws: complex numbers of 16 bytes, a few of each at a time."""
@@ -94,9 +96,18 @@ class Curve:
         return np.log(losses) if self.log else losses
 
     def gradient(self, x: Array, columns: Columns | None = None) -> Array:
-        """[..., points, unknowns] at x [..., unknowns]"""
-        steps = x[..., None, :] + 1j * STEP * np.eye(x.shape[-1])
-        return self.value(steps, columns).imag.swapaxes(-1, -2) / STEP
+        """[..., points, unknowns] at x [..., unknowns]. In large arrays one unknown after the other, so that most of a
+        formula is of real numbers."""
+        columns = self.columns if columns is None else columns
+        if x[..., 0].size * len(next(iter(columns.values()))) < LARGE:
+            steps = x[..., None, :] + 1j * STEP * np.eye(x.shape[-1])
+            return self.value(steps, columns).imag.swapaxes(-1, -2) / STEP
+        values, slopes = self.unknowns(x), []
+        for i, parameter in enumerate(self.parameters):
+            moved = values[i] * (1 + 1j * STEP) if parameter.log else values[i] + 1j * STEP
+            losses = self.formula([*values[:i], moved, *values[i + 1 :]], columns)
+            slopes.append(losses.imag / losses.real if self.log else losses.imag)
+        return np.stack(slopes, axis=-2).swapaxes(-1, -2) / STEP
 
 
 def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None = None, seed: int = 0) -> Array:

@@ -20,7 +20,8 @@ from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
 from spt_fast.study.compare import Comparison, compare
 from spt_fast.study.corpora import write_domain, write_general
-from spt_fast.study.findings import arm_table, conclusion, write
+from spt_fast.study.figures import write
+from spt_fast.study.findings import arm_table, conclusion
 from spt_fast.study.jobs import minutes, train_side_by_side
 
 GENERAL, DOMAIN = "prose", "cpp"

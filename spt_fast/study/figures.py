@@ -7,6 +7,7 @@ the domain, and what was forgotten.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
@@ -15,6 +16,7 @@ from statistics import fmean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from spt_fast.printing import as_json
 from spt_fast.study.compare import Comparison, Finetune
 from spt_fast.study.finetunes import Treatment
 from spt_fast.study.runs import FinetunePath
@@ -24,6 +26,14 @@ SPT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, which the colour-blind can tell apart."""
 LINE_HEIGHT = 0.05
 """Room for a line of text, as a share of the plane's height."""
+
+
+def write(comparison: Comparison, out_folder: str | Path) -> None:
+    """Write comparison.json and comparison.png."""
+    out_folder = Path(out_folder)
+    out_folder.mkdir(parents=True, exist_ok=True)
+    (out_folder / "comparison.json").write_text(json.dumps(as_json(comparison), indent=1, allow_nan=False))
+    draw_comparison(comparison, out_folder / "comparison.png")
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> None:

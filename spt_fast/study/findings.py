@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spt_fast.printing import as_json
 from spt_fast.study.compare import ArmFigures, Comparison
-from spt_fast.study.figures import draw_comparison
 from spt_fast.study.finetunes import OverSeeds, Treatment
 from spt_fast.study.fits import Errors, Fits, Fitted, Score
 from spt_fast.study.words import amount
@@ -28,14 +24,6 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(f"- {line}", highlight=False)
     for warning in comparison.warnings:
         console.print(f"warning: {warning}", highlight=False)
-
-
-def write(comparison: Comparison, out_folder: str | Path) -> None:
-    """Write comparison.json and comparison.png."""
-    out_folder = Path(out_folder)
-    out_folder.mkdir(parents=True, exist_ok=True)
-    (out_folder / "comparison.json").write_text(json.dumps(as_json(comparison), indent=1, allow_nan=False))
-    draw_comparison(comparison, out_folder / "comparison.png")
 
 
 def arm_table(comparison: Comparison) -> Table:

@@ -14,7 +14,8 @@ from rich.console import Console
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.printing import as_json
 from spt_fast.study.compare import compare, compute_multiplier, general_when
-from spt_fast.study.findings import print_comparison, write
+from spt_fast.study.figures import write
+from spt_fast.study.findings import print_comparison
 from tests.study.fake_runs import fake_run
 
 NPT = [(7.0, 5.0), (6.0, 6.0), (5.0, 8.0)]

@@ -50,7 +50,7 @@ def relative_error(predicted: Any, true: Any) -> np.ndarray:
 
 def test_fitting_starts_without_torch_and_matplotlib() -> None:
     """They take longer to import than a fit."""
-    modules = "spt_fast.cli, spt_fast.study.crossover, spt_fast.study.fits, spt_fast.study.runs_table"
+    modules = "spt_fast.cli, spt_fast.study.crossover, spt_fast.study.findings, spt_fast.study.runs_table"
     found = f"import sys, {modules}; assert not {{'torch', 'matplotlib'}} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", found], check=False, capture_output=True).returncode == 0
 
