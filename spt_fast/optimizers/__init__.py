@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from spt_fast.fields import build, one_of
 from spt_fast.optimizers.adamw import AdamW as AdamW
-from spt_fast.optimizers.base import OPTIMIZERS, Group, Optimizer
+from spt_fast.optimizers.base import OPTIMIZERS, Group, Optimizer, Update
 
-__all__ = ["OPTIMIZERS", "Group", "Optimizer", "parse_optimizer"]
+__all__ = ["OPTIMIZERS", "Group", "Optimizer", "Update", "parse_optimizer"]
 
 
 def parse_optimizer(raw: object, where: str) -> Optimizer:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from spt_fast.errors import RecipeError, invalid
 from spt_fast.fields import number, setting, text
-from spt_fast.optimizers.base import Group, Optimizer, register
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from spt_fast.optimizers.base import Group, Optimizer, Update, register
 
 
 def _betas(value: object, where: str) -> tuple[float, float]:
@@ -33,16 +29,7 @@ class AdamW(Optimizer):
 
     kinds = ("exp_avg", "exp_avg_sq")
 
-    def update(
-        self,
-        group: Group,
-        *,
-        count: Tensor,
-        lr: float | Tensor,
-        anchor_decay: float,
-        scale: float | Tensor = 1.0,
-        skip: Tensor | None = None,
-    ) -> None:
+    def update(self, group: Group, by: Update) -> None:
         from spt_fast.kernels import adamw_step_all
 
         adamw_step_all(
@@ -50,14 +37,14 @@ class AdamW(Optimizer):
             group.grads,
             group.state["exp_avg"],
             group.state["exp_avg_sq"],
-            step=count,
-            lr=lr,
+            step=by.count,
+            lr=by.lr,
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay if group.decayed else 0.0,
             anchors=group.anchors,
-            anchor_decay=anchor_decay,
-            grad_scale=scale,
-            skip=skip,
+            anchor_decay=by.anchor_decay,
+            grad_scale=by.scale,
+            skip=by.skip,
             masters=group.masters,
         )

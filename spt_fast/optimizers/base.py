@@ -40,6 +40,21 @@ class Group:
         return grads
 
 
+@dataclass(frozen=True)
+class Update:
+    """The numbers of one update. Tensors are 0-d and on the group's device: nothing waits for them."""
+
+    count: Tensor
+    """Which update it is, from 1."""
+    lr: float | Tensor
+    anchor_decay: float
+    """Decoupled decay toward the anchors."""
+    scale: float | Tensor = 1.0
+    """Times the gradients."""
+    skip: Tensor | None = None
+    """Where true, nothing changes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """Settings that all optimizers have. A subclass gives `name` its default, adds its own and is registered."""
@@ -55,21 +70,8 @@ class Optimizer:
     kinds: ClassVar[tuple[str, ...]] = ()
     """The names of the state that it keeps for every parameter, as checkpoints have them: fp32, zero at the start."""
 
-    def update(
-        self,
-        group: Group,
-        *,
-        count: Tensor,
-        lr: float | Tensor,
-        anchor_decay: float,
-        scale: float | Tensor = 1.0,
-        skip: Tensor | None = None,
-    ) -> None:
-        """Update a group in place: the `count`-th update, from 1, at rate `lr`.
-
-        anchor_decay: decoupled decay toward the anchors. scale: times the gradients. skip: where true, nothing changes.
-        All but anchor_decay may be 0-d tensors on the group's device.
-        """
+    def update(self, group: Group, by: Update) -> None:
+        """Update a group's parameters (through their masters) and state in place."""
         raise NotImplementedError
 
 

@@ -1,7 +1,7 @@
 """What a run has read, computed from the same functions that fed it.
 
-A visit is a token read as an input. Of a phase with a grid the kept arm's reading counts, as it is what the weights
-saw; of a phase that stopped early, every step until it stopped. A run that is not finished is audited up to its newest
+A visit is a token read as an input. In a phase with a grid the kept arm's reading counts, as it is what the weights
+saw; in a phase that stopped early, every step until it stopped. A run that is not finished is audited up to its newest
 whole checkpoint.
 """
 

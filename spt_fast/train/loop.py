@@ -3,7 +3,7 @@
     run ─ for every phase ─ for every arm of its grid ─ for every step: evaluate? save? train
                           └ keep the best arm, hand its weights on
 
-Everything that a later process needs stands in `TrainState` and three snapshots ("start", "best", "kept"), so a run
+Everything that a later process needs is in `TrainState` and three snapshots ("start", "best", "kept"), so a run
 that is interrupted anywhere and resumed gives the same weights and metrics to the last bit as one that is not.
 """
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spt_fast.model.gpt import GPT
 from spt_fast.model.parameters import table
-from spt_fast.optimizers import Group, Optimizer
+from spt_fast.optimizers import Group, Optimizer, Update
 from spt_fast.train.snapshot import Snapshot
 
 FROZEN = {"none": (), "embeddings": ("embedding",)}
@@ -66,7 +66,7 @@ class ModelOptimizer:
         lr = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=count.dtype, device=count.device)
         scale = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
         for group in self._groups:
-            self.settings.update(group, count=count, lr=lr, anchor_decay=self.anchor_decay, scale=scale, skip=skip)
+            self.settings.update(group, Update(count, lr, self.anchor_decay, scale, skip))
         self.count.copy_(torch.where(skip, self.count, count))
 
     def zero_grad(self) -> None:

@@ -65,7 +65,7 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class SourceFigures:
-    """Of one source in a phase: what was asked, and what whole steps of whole windows achieve."""
+    """What a phase asks of one source, and what whole steps of whole windows achieve."""
 
     share: str
     tokens: int
@@ -75,7 +75,7 @@ class SourceFigures:
 
 @dataclass(frozen=True)
 class PhaseFigures:
-    """Of a phase: each of its `arms` makes all its steps."""
+    """What a phase asks and reads. Each of its `arms` makes all its steps."""
 
     name: str
     steps: int
@@ -139,7 +139,7 @@ class Plan:
 
     @property
     def tokenizer_digest(self) -> str | None:
-        """Of the recipe's tokenizer, else of the one that the datasets record; None where nothing says."""
+        """The digest of the recipe's tokenizer, else of the one that the datasets record; None where there is none."""
         if self.tokenizer:
             return self.tokenizer.digest
         return next((data.tokenizer_digest for data in self.train.values() if data.tokenizer_digest), None)

@@ -2,8 +2,8 @@
 
 Time is FLOPs by the convention of `spt_fast.model.flops` over the rate of the whole machine, which is MFU times peak
 times GPUs. The MFU is stated, or measured by a run, or assumed. Blocks that are checkpointed whole are computed twice
-forward, so that a step takes 4/3 of the time. What offloading and ZeRO's messages cost in time depends on links that
-nobody has told us of: steps with offload have no time here, and messages are in the MFU or nowhere.
+forward, so that a step takes 4/3 of the time. How long offloading and ZeRO's messages take depends on links that are
+not known: steps with offload have no time here, and messages count only where they are in the MFU.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from spt_fast.train.plan import PhaseFigures, Plan
 
 ASSUMED_MFU = 0.4
 TIME_FACTOR = {"none": 1.0, "selective": 1.0, "full": 4 / 3}
-"""Of a step by checkpointing; that "selective" recomputes cheap operations is left out."""
+"""How much longer a step takes, by checkpointing; the cheap operations that "selective" recomputes are left out."""
 FORWARD_SHARE = 1 / 3
-"""Of a training step's FLOPs, what an evaluation takes."""
+"""The FLOPs of an evaluation, as a share of a training step's."""
 SPARE = 0.05
-"""Of a GPU's memory that must stay free for what the estimate leaves out, for a step to fit."""
+"""The share of a GPU's memory that must stay free, for what the estimate leaves out."""
 LEFT_OUT = (
     "start-up",
     "checkpoints",
@@ -120,7 +120,7 @@ class Way:
     recipe: bool
     """The recipe's own."""
     bytes: dict[str, int]
-    """Of the phase that needs most, by part: see `memory_bytes`."""
+    """By part, as `memory_bytes` has them, in the phase that needs most."""
     fits: bool | None
     step_s: float | None
     hours: float | None

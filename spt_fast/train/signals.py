@@ -1,5 +1,5 @@
-"""A request to stop: SIGTERM, SIGINT, or SIGUSR1 or SIGUSR2, a scheduler's notice. Honoured at the next safe place,
-with a checkpoint."""
+"""A request to stop: SIGTERM, SIGINT, or a scheduler's notice, SIGUSR1 or SIGUSR2. The run stops at the next safe
+place, with a checkpoint."""
 
 from __future__ import annotations
 

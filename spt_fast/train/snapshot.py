@@ -18,7 +18,7 @@ def tensor_name(kind: str, name: str) -> str:
 
 
 def kind_and_name(given: str) -> tuple[str, str]:
-    """Of a `tensor_name`; (COUNT, "") of the number of updates."""
+    """What a `tensor_name` was made of; (COUNT, "") for the number of updates."""
     kind, _, name = given.partition("/")
     return kind, name
 
@@ -57,7 +57,7 @@ class Snapshot:
         return Snapshot(self.weights)
 
     def only(self, names: Collection[str]) -> Snapshot:
-        """Of these parameters what it holds."""
+        """What it holds for these parameters."""
         return Snapshot(
             {name: self.weights[name] for name in names if name in self.weights},
             {kind: {name: held[name] for name in names if name in held} for kind, held in self.state.items()},

@@ -43,7 +43,7 @@ class ArmResult:
     """A finished arm. Losses are by source and of the weights that it hands on, those after step `handed_on`."""
 
     values: dict[str, Any]
-    """Of the grid, by axis; in JSON these stand beside the other fields."""
+    """The arm's values by axis of the grid; in JSON these stand beside the other fields."""
     steps: int
     tokens: int
     tokens_per_s: float
@@ -122,7 +122,7 @@ class TrainState:
 
     @property
     def name(self) -> str:
-        """Of the checkpoint at this position; names sort in the order of training."""
+        """The checkpoint's at this position; names sort in the order of training."""
         return f"step-{self.total_steps:010d}-p{self.phase:02d}-a{self.arm:03d}"
 
 

@@ -27,11 +27,11 @@ JUMP_DEVIATIONS = 8.0
 
 
 class Watch:
-    """Of one process: while steps are made, heartbeat.json says so; where they cease, stacks-<rank>.txt says why.
+    """Watches one process: heartbeat.json says that steps are made; stacks-<rank>.txt says where a process hangs.
 
-    heartbeat.json, of the first process: `time` (seconds since 1970) of the newest sign of life, what it was, host and
-    process id. After `stall_s` seconds without one, the stacks of all threads are appended to the other file, once, and
-    standard error says so; the run goes on.
+    The first process writes heartbeat.json: `time` (seconds since 1970) of the newest sign of life, what it was, host
+    and process id. After `stall_s` seconds without one, the stacks of all threads are appended to the other file, once,
+    and standard error says so; the run goes on.
     """
 
     def __init__(self, folder: Path, rank: int, stall_s: float) -> None:

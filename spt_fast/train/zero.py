@@ -1,7 +1,7 @@
 """The engine for many processes, or for more state than one GPU holds: DeepSpeed ZeRO, stages 0 to 3.
 
-DeepSpeed moves gradients and parameters between processes and partitions what is to be partitioned; the update is the
-recipe's optimizer, on the flat float32 partitions that ZeRO hands to it, or at stage 0 on whole parameters. Where
+DeepSpeed moves gradients and parameters between processes and partitions the state; the update is the recipe's
+optimizer, on the flat float32 partitions that ZeRO hands to it, or at stage 0 on whole parameters. Where
 training starts anew, from a phase's first weights or from a checkpoint, model and DeepSpeed engine are built anew:
 masters, state and anchor are then set tensor by tensor, whatever partitioned them before.
 
@@ -33,7 +33,7 @@ from spt_fast.kernels import keep_freed_memory
 from spt_fast.model.gpt import GPT
 from spt_fast.model.memory import REDUCE_BUCKET
 from spt_fast.model.parameters import table
-from spt_fast.optimizers import Group, Optimizer
+from spt_fast.optimizers import Group, Optimizer, Update
 from spt_fast.train.engine import StepResult
 from spt_fast.train.optim import FROZEN, ModelOptimizer
 from spt_fast.train.snapshot import COUNT, WEIGHTS, Snapshot, kind_and_name, tensor_name
@@ -262,7 +262,7 @@ class Partitioned(torch.optim.Optimizer):
                 anchors = state.pop(ANCHOR, None)
                 flat = Group([partition], state, group["decayed"], anchors=anchors)
                 count = (self.count + 1).to(partition.device)
-                self.settings.update(flat, count=count, lr=self._lr, anchor_decay=self.anchor_decay)
+                self.settings.update(flat, Update(count, self._lr, self.anchor_decay))
 
 
 class Whole(torch.optim.Optimizer):

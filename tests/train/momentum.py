@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from spt_fast.fields import number, setting, text
-from spt_fast.optimizers.base import Group, Optimizer, register
+from spt_fast.optimizers.base import Group, Optimizer, Update, register
 
 
 @register
@@ -22,15 +20,13 @@ class Momentum(Optimizer):
 
     kinds = ("velocity",)
 
-    def update(
-        self, group: Group, *, lr: float | Tensor, scale: float | Tensor = 1.0, skip: Tensor | None = None, **_: Any
-    ) -> None:
+    def update(self, group: Group, by: Update) -> None:
         masters = group.masters or group.params
-        left_out = torch.tensor(False) if skip is None else skip
+        left_out = torch.tensor(False) if by.skip is None else by.skip
         for param, master, grad, velocity in zip(
             group.params, masters, group.grads, group.state["velocity"], strict=True
         ):
-            moved = self.momentum * velocity + scale * grad
+            moved = self.momentum * velocity + by.scale * grad
             velocity.copy_(torch.where(left_out, velocity, moved))
-            master.copy_(torch.where(left_out, master, master - lr * moved))
+            master.copy_(torch.where(left_out, master, master - by.lr * moved))
             param.copy_(master)

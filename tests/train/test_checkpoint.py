@@ -109,6 +109,16 @@ def test_a_manifest_that_does_not_cover_its_own_folder_is_refused(tmp_path: Path
         checkpoint.read(path)
 
 
+def test_a_checkpoint_of_another_format_is_refused_by_name_and_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, NAMES[0], 0)
+    path = write(tmp_path, NAMES[1], 1) / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"format": 3}
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest | {"sha256": checkpoint._own_hash(manifest)}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: format: 3 is invalid: .* reads format 2"):
+        checkpoint.newest(tmp_path)
+
+
 def test_nothing_at_all_and_nothing_whole(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "absent") is None
     flip(write(tmp_path, NAMES[0], 0) / "current-00000.safetensors")
