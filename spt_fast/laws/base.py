@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from scipy.stats import t as student
 
-from spt_fast.errors import DataError, RecipeError, nearest
+from spt_fast.errors import DataError, RecipeError, invalid, nearest
 from spt_fast.laws.columns import Array, Column, Columns, Loss, Rows, arguments, read
 from spt_fast.laws.fitting import Curve, Fit, Parameter, solve
 
@@ -148,7 +148,7 @@ class Law:
         if interval is None:
             return _shaped(mean, shape)
         if not 0 < interval < 1:
-            raise RecipeError(f"interval is a probability between 0 and 1, such as 0.9; got {interval}")
+            raise RecipeError(invalid("interval", interval, "give a probability between 0 and 1, such as 0.9"))
         self._require("_fits", "an interval needs runs: fit it to a table")
         variance, freedom = self._variance(values, of)
         reach = student.ppf((1 + interval) / 2, freedom) * np.sqrt(variance)
@@ -182,7 +182,8 @@ class Law:
         loses so many runs that the parameters are no longer defined. Curves with a single run are resampled by points.
         """
         if n < 2 or not 0 < level < 1:
-            raise RecipeError(f"bootstrap needs n of at least 2 and a level between 0 and 1; got n={n}, level={level}")
+            name, given = ("n", n) if n < 2 else ("level", level)
+            raise RecipeError(invalid(name, given, "a bootstrap takes n of at least 2 and a level between 0 and 1"))
         draws = [law.params_ for law in self.resampled(table, n, seed)]
         tails = 100 * (1 - level) / 2, 100 * (1 + level) / 2
         edges = {name: np.percentile([draw[name] for draw in draws], tails) for name in draws[0]}

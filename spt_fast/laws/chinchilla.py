@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, invalid
 from spt_fast.laws.base import FormulaLaw
 from spt_fast.laws.columns import LOSS, POSITIVE, Array, Column, Columns, Loss
 from spt_fast.laws.fitting import Parameter
@@ -66,7 +66,7 @@ class ChinchillaLaw(FormulaLaw):
 def allocation(flops: float, A: float, alpha: float, B: float, beta: float) -> tuple[float, float]:
     """Where A/N^α + B/D^β is least on 6·N·D = flops: its derivative along that line vanishes at α·A/N^α = β·B/D^β."""
     if not flops > 0:
-        raise RecipeError(f"flops must be above 0; got {flops}")
+        raise RecipeError(invalid("flops", flops, "give a number above 0"))
     product = flops / FLOPS_PER_PARAMETER_AND_TOKEN
     params = (alpha * A / (beta * B) * product**beta) ** (1 / (alpha + beta))
     return params, product / params

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import brentq
 
-from spt_fast.errors import DataError, RecipeError
+from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.laws.base import ExtrapolationWarning, Law, require_points
 from spt_fast.laws.columns import NATURAL, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.fitting import STEP, Curve, Fit, Parameter, solve
@@ -69,7 +69,7 @@ class CMRLaw(Law):
         Raises RecipeError where no share is feasible; warns ExtrapolationWarning where all are.
         """
         if tokens == 0:
-            raise RecipeError("at tokens = 0 every ratio is feasible; give the budget")
+            raise RecipeError(invalid("tokens", tokens, "give the budget; at 0 every ratio is feasible"))
         self._given(tokens=tokens)
         ratios = np.array(self.ratios_)
         self._warn_beyond(tokens=tokens)

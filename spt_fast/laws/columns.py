@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spt_fast.errors import DataError, RecipeError, nearest
+from spt_fast.errors import DataError, RecipeError, invalid, nearest
 
 Array = np.ndarray
 Columns = dict[str, Array]
@@ -55,7 +55,7 @@ class Rows:
 def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) -> Rows:
     """Check and convert. Raises DataError."""
     if not hasattr(table, "keys") or not hasattr(table, "__getitem__"):
-        raise DataError(f"a table is a pandas DataFrame or a dict of columns; got {type(table).__name__}")
+        raise DataError(invalid("table", table, "give a pandas DataFrame or a dict of columns"))
     names = [str(name) for name in table.keys()]  # noqa: SIM118 - iterating a DataFrame does the same, a Mapping may not
     for name in (*inputs, *outputs):
         if name not in names:
@@ -76,7 +76,7 @@ def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) 
         check(name, columns[name], column, DataError)
     for name, loss in outputs.items():
         if (columns[name] <= 0).any() and not loss.signed:
-            raise DataError(f"{name} must be above 0 nats; got {columns[name][columns[name] <= 0][0]:g}")
+            raise DataError(invalid(name, float(columns[name].min()), "a loss must be above 0 nats"))
         bad = ~np.isfinite(columns[name]) & ~(np.isnan(columns[name]) & loss.nan)
         if bad.any():
             raise DataError(
@@ -91,7 +91,7 @@ def _numbers(name: str, values: Any) -> Array:
     try:
         return np.atleast_1d(np.asarray(values, dtype=float))
     except (TypeError, ValueError):
-        raise DataError(f"column {name!r} must hold numbers; got {np.asarray(values).ravel()[:1]}") from None
+        raise DataError(invalid(name, np.asarray(values).ravel()[:1].tolist(), "a column must hold numbers")) from None
 
 
 def check(name: str, values: Array, column: Column, error: type[Exception]) -> None:
@@ -99,12 +99,11 @@ def check(name: str, values: Array, column: Column, error: type[Exception]) -> N
     bad = ~np.isfinite(values) | (values < 0) | ((values == 0) & (not column.zero))
     if bad.any():
         least = "at least 0" if column.zero else "above 0"
-        raise error(f"{name} must be finite and {least}; got {values[bad][0]:g}")
+        raise error(invalid(name, float(values[bad][0]), f"{name} must be finite and {least}"))
     if column.share and (values > 1).any():
         given = values[values > 1][0]
-        raise error(
-            f"{name} is a fraction between 0 and 1, not a percentage; got {given:g} ({given:g}% is {given / 100:g})"
-        )
+        expected = f"a fraction between 0 and 1, not a percentage; {given:g}% is {given / 100:g}"
+        raise error(invalid(name, float(given), expected))
 
 
 def arguments(

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, invalid
 from spt_fast.laws.base import FormulaLaw
 from spt_fast.laws.chinchilla import FLOPS_PER_PARAMETER_AND_TOKEN, IRREDUCIBLE, coefficient, exponent
 from spt_fast.laws.columns import LOSS, POSITIVE, Array, Column, Columns, Loss
@@ -99,7 +99,7 @@ class DataConstrainedLaw(FormulaLaw):
         """Epochs after which one more token is worth only this share of a fresh one: e^(−R/R*_D) = marginal_worth."""
         self._require("params_", "fit it to a table")
         if not 0 < marginal_worth <= 1:
-            raise RecipeError(f"marginal_worth is a fraction above 0 and at most 1; got {marginal_worth:g}")
+            raise RecipeError(invalid("marginal_worth", marginal_worth, "give a fraction above 0 and at most 1"))
         return 1 - self.params_["R_star_D"] * math.log(marginal_worth)
 
     def best_allocation(self, *, flops: float, unique_tokens: float) -> tuple[float, float]:
@@ -107,7 +107,7 @@ class DataConstrainedLaw(FormulaLaw):
         repeat."""
         self._given(unique_tokens=unique_tokens)
         if not flops > 0:
-            raise RecipeError(f"flops must be above 0; got {flops:g}")
+            raise RecipeError(invalid("flops", flops, "give a number above 0"))
         product = flops / FLOPS_PER_PARAMETER_AND_TOKEN
 
         def loss(log_tokens: Array) -> Array:

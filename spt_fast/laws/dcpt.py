@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, invalid
 from spt_fast.laws.base import FormulaLaw, LawWarning
 from spt_fast.laws.chinchilla import IRREDUCIBLE, allocation, coefficient, exponent
 from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, arguments
@@ -97,7 +97,7 @@ class DCPTLaw(FormulaLaw):
         """(params, tokens) with 6 · params · tokens = `flops` at which the loss is lowest, for a fixed mixture."""
         self._given(own_ratio=own_ratio)
         if own_ratio == 0:
-            raise RecipeError("own_ratio must be above 0: at 0 no number of tokens helps")
+            raise RecipeError(invalid("own_ratio", own_ratio, "give a share above 0; at 0 no number of tokens helps"))
         p = self.params_
         params, tokens = allocation(flops, p["A"], p["alpha"], p["B"] * own_ratio ** p["eta"], p["beta"])
         self._warn_beyond(params=params, tokens=tokens, own_ratio=own_ratio)
@@ -126,7 +126,7 @@ def best_ratio(
     Raises RecipeError where no share is allowed.
     """
     if not 0 <= max_general_rise <= 1:
-        raise RecipeError(f"max_general_rise is a fraction, 0.03 for 3%; got {max_general_rise:g}")
+        raise RecipeError(invalid("max_general_rise", max_general_rise, "give a fraction, 0.03 for 3%"))
 
     for law in (domain, general):
         law._given(params=params, tokens=tokens)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, invalid
 from spt_fast.laws.base import FormulaLaw
 from spt_fast.laws.chinchilla import coefficient, exponent
 from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss
@@ -58,7 +58,7 @@ class ForgettingLaw(FormulaLaw):
         """
         self._given(params=params, unique_tokens=unique_tokens)
         if not max_rise > 0:
-            raise RecipeError(f"max_rise must be above 0 nats: the law never comes down to none; got {max_rise:g}")
+            raise RecipeError(invalid("max_rise", max_rise, "give nats above 0; the law never comes down to none"))
         p = self.params_
         room = max_rise - p.get("E", 0.0)
         size = (p["A"] * unique_tokens ** p["beta"] / room) ** (1 / p["alpha"]) if room > 0 else float("inf")

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy.optimize import brentq
 
-from spt_fast.errors import DataError, RecipeError
+from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.laws.base import Law, require_points
 from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.dcpt import lowest
@@ -252,7 +252,7 @@ class OverfittingLaw(Law):
         self._given(tokens=tokens)
         low, high = within or self._range("fraction", (0.0, LARGEST_FRACTION))
         if not 0 <= low < high <= 1:
-            raise RecipeError(f"within is two fractions in order, such as (0, 0.1); got ({low:g}, {high:g})")
+            raise RecipeError(invalid("within", (low, high), "give two fractions in order, such as (0, 0.1)"))
         delta = lowest(
             lambda d: self._mean({"tokens": np.array(tokens), "fraction": d}, "heldout_loss"),
             np.linspace(low, high, 2001),

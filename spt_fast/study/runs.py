@@ -48,7 +48,7 @@ class FinishedRun:
             raise CheckpointError(f"{folder}: holds no summary.json; give the folder of a finished run")
         if summary["status"] != "done":
             raise CheckpointError(
-                f"{folder}: its status is {summary['status']!r}; finish it with `spt-fast train RECIPE --resume`"
+                f"{folder}: its status is {summary['status']!r}; finish it by training with `resume=True`"
             )
         recipe = recipe_of(folder)
         ancestors = trained_before(folder, recipe)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from spt_fast.errors import DataError, nearest
+from spt_fast.errors import DataError, invalid, nearest
 from spt_fast.laws.columns import ALIKE, SHARE, check
 from spt_fast.study.finetunes import beaten
 
@@ -57,10 +57,10 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
         notes.append(f"left out, as they failed: {_listed(table['run'][failed])}")
     rows = table[~failed].reset_index(drop=True)
     if rows.empty:
-        raise DataError("the runs table has no finished run; fit it once the study has trained some")
+        raise DataError("the runs table has no finished run; train some first")
     rows = rows.assign(**{name: _numbers(rows[name]) for name in NUMBERS}, handed_on=rows["handed_on"].astype(bool))
     for name in SHARES:
-        check(f"{name} in the runs table", rows[name].dropna().to_numpy(), SHARE, DataError)
+        check(name, rows[name].dropna().to_numpy(), SHARE, DataError)
     _check_alike(rows)
     for name in ("domain_heldout", "general_heldout"):
         unknown = rows[name].isna()
@@ -87,7 +87,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
 
 def _check_columns(table: pd.DataFrame) -> None:
     if not isinstance(table, pd.DataFrame):
-        raise DataError(f"a runs table is a pandas DataFrame, as read_table makes it; got {type(table).__name__}")
+        raise DataError(invalid("table", table, "give a pandas DataFrame, as read_table makes it"))
     for name in NEEDED:
         if name not in table:
             raise DataError(f"the runs table has no column {name!r}; {nearest(name, map(str, table.columns))}")
@@ -98,7 +98,7 @@ def _numbers(column: pd.Series) -> pd.Series:
     try:
         return pd.to_numeric(column).astype(float).replace([np.inf, -np.inf], np.nan)
     except (TypeError, ValueError) as error:
-        raise DataError(f"column {column.name!r} of the runs table must hold numbers ({error})") from None
+        raise DataError(invalid(str(column.name), str(error), "a column of the runs table must hold numbers")) from None
 
 
 def _check_alike(rows: pd.DataFrame) -> None:

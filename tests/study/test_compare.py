@@ -286,7 +286,7 @@ def test_an_unfinished_run(tmp_path: Path, status: str) -> None:
     run = fake_run(tmp_path / "run", NPT)
     summary = json.loads((run / "summary.json").read_text()) | {"status": status}
     (run / "summary.json").write_text(json.dumps(summary))
-    refused(CheckpointError, [run], str(run), status, "--resume")
+    refused(CheckpointError, [run], str(run), status, "resume=True")
 
 
 def test_a_run_without_a_finetune(tmp_path: Path) -> None:

@@ -283,9 +283,9 @@ def test_the_synthetic_table_has_the_columns_of_a_real_one() -> None:
 @pytest.mark.parametrize(
     ("column", "value", "says"),
     [
-        ("delta", 5.0, "delta in the runs table is a fraction between 0 and 1, not a percentage; got 5"),
-        ("pretrain_delta", 2.0, "pretrain_delta in the runs table is a fraction between 0 and 1, not a percentage"),
-        ("lr", "high", "column 'lr' of the runs table must hold numbers"),
+        ("delta", 5.0, "delta: 5.0 is invalid: a fraction between 0 and 1, not a percentage; 5% is 0.05"),
+        ("pretrain_delta", 2.0, "pretrain_delta: 2.0 is invalid: a fraction between 0 and 1, not a percentage"),
+        ("lr", "high", "lr: .*high.* is invalid: a column of the runs table must hold numbers"),
     ],
 )
 def test_columns_that_mean_something_else_are_refused(column: str, value: Any, says: str) -> None:
@@ -314,7 +314,7 @@ def test_pretraining_and_finetuning_may_be_held_out_on_texts_of_their_own() -> N
 def test_what_is_no_runs_table_is_refused() -> None:
     with pytest.raises(DataError, match="no column 'domain_select'; did you mean 'domains_select'"):
         views.cmr(usable(SPT.rename(columns={"domain_select": "domains_select"})))
-    with pytest.raises(DataError, match="a pandas DataFrame, as read_table makes it; got dict"):
+    with pytest.raises(DataError, match=r"table: .* is invalid: give a pandas DataFrame, as read_table makes it"):
         views.cmr(usable({"run": []}))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no finished run"):
         views.cmr(usable(SPT[:0]))
