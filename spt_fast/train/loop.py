@@ -150,10 +150,14 @@ class Trainer:
     def train_arm(self, arm: Arm) -> None:
         """One arm, from its start or from where it was interrupted, to its last step or early stop."""
         state, plan, world = self.state, arm.plan, self.world
-        start, current = self.snapshots["start"], self.snapshots.pop("current", None)
-        self.engine.begin(arm.phase, start, current=current, micro_batches=plan.micro_batches(world.size))
+        self.engine.begin(
+            arm.phase,
+            self.snapshots["start"],
+            current=self.snapshots.pop("current", None),
+            micro_batches=plan.micro_batches(world.size),
+        )
         if arm.phase.anchor == 0 and arm.phase.grid is None:
-            del self.snapshots["start"]  # nothing needs it after the first step
+            del self.snapshots["start"]  # nothing needs it after the first step, so that its memory is free
         arms = len(arm.phase.arms())
         self.log.begin(arm.phase.name + (f" {state.arm + 1}/{arms}" if arms > 1 else ""), state.step, plan.steps)
         loader = self.plan.loader(
