@@ -35,7 +35,7 @@ SEARCHED = 256
 """Points of a curve that the search for where to polish looks at; all of them are what is polished."""
 LARGE = 500
 """Losses, from which on a gradient is taken one unknown at a time."""
-ITERATIONS, DAMPING = 300, 1e-3
+ITERATIONS, ROUGH, DAMPING = 300, 80, 1e-3
 AT_ONCE = 2_000_000
 """Of points × unknowns × draws: complex numbers of 16 bytes, a few of each at a time."""
 
@@ -123,7 +123,7 @@ def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None
         return np.concatenate([_polish(curve, np.tile(x, (len(w), 1)), w, curve.huber, tolerance)[0] for w in parts])
     if starts and curve.huber:
         return _polish(curve, np.clip(starts[:1], low, high), one, curve.huber, 1e-6)[0][0]
-    x, cost = _polish(curve.sample(), np.clip(starts or promising(curve, seed), low, high), one, None, 1e-5)
+    x, cost = _polish(curve.sample(), np.clip(starts or promising(curve, seed), low, high), one, None, 1e-5, ROUGH)
     return _polish(curve, x[[cost.argmin()]], one, curve.huber)[0][0]
 
 
@@ -140,7 +140,7 @@ def promising(curve: Curve, seed: int) -> list[Array]:
 
 
 def _polish(
-    curve: Curve, x: Array, weights: Array, huber: float | None = None, tolerance: float = 1e-9
+    curve: Curve, x: Array, weights: Array, huber: float | None = None, tolerance: float = 1e-9, most: int = ITERATIONS
 ) -> tuple[Array, Array]:
     """(the minima [n, unknowns] that x [n, unknowns] leads to, their costs [n]), by a projected Levenberg-Marquardt
     search of all n at a time. `weights`: [points], or of each [n, points]."""
@@ -166,7 +166,7 @@ def _polish(
     slope = np.zeros_like(x)
     damping, growth = np.full(len(x), np.nan), np.full(len(x), 2.0)
     moved = going = np.arange(len(x))
-    for _ in range(ITERATIONS):
+    for _ in range(most):
         if len(moved):
             J = curve.gradient(x[moved])
             weighted = J * weight[moved][..., None]
