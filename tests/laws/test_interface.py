@@ -6,10 +6,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
 
 from spt_fast import laws
 from spt_fast.errors import DataError, RecipeError, SptError
@@ -142,6 +144,36 @@ def test_gradients_are_exact() -> None:
                 step[i] = 1e-6
                 difference = (fit.curve.value(fit.x + step) - fit.curve.value(fit.x - step)) / 2e-6
                 assert gradient[:, i] == pytest.approx(difference, rel=1e-4, abs=1e-8)
+
+
+CURVES: list[tuple[type[laws.Law], Table]] = [
+    (laws.ChinchillaLaw, TABLE),
+    (laws.DCPTLaw, drawn(DOMAIN, DCPT_GRID, np.random.default_rng(0))),
+    (laws.OverfittingLaw, OF_OVERFITTING),
+    (laws.CMRLaw, OF_CONTINUING),
+]
+
+
+@pytest.mark.filterwarnings("ignore::spt_fast.laws.IdentificationWarning")
+@pytest.mark.parametrize(("law", "table"), CURVES)
+def test_the_search_ends_where_scipys_finds_nothing_better(law: type[laws.Law], table: Table) -> None:
+    for fit in law().fit(table)._fits.values():
+        curve = replace(fit.curve, huber=None)
+        x, (low, high) = solve(curve), curve.bounds
+        inside = np.clip(x, low + 1e-9 * (high - low), high - 1e-9 * (high - low))
+        better = least_squares(
+            lambda x, of=curve: of.value(x) - of.goal, inside, bounds=curve.bounds, xtol=1e-12, ftol=1e-12
+        )
+        assert np.square(curve.value(x) - curve.goal).sum() < 1.0001 * 2 * better.cost
+
+
+@pytest.mark.filterwarnings("ignore::spt_fast.laws.IdentificationWarning")
+@pytest.mark.parametrize(("law", "table"), CURVES)
+def test_draws_at_a_time_are_those_one_by_one(law: type[laws.Law], table: Table) -> None:
+    for fit in law().fit(table)._fits.values():
+        weights = np.random.default_rng(0).exponential(size=(5, len(fit.residual)))
+        together = solve(fit.curve, weights, [fit.x])
+        assert together == pytest.approx(np.concatenate([solve(fit.curve, w[None], [fit.x]) for w in weights]))
 
 
 def test_huber_ignores_what_least_squares_follows() -> None:
