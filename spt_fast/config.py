@@ -149,7 +149,7 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class EvalSettings:
     """When and on how much text the losses are measured; always at a phase's first and last step too."""
 
     every: Span = setting(cadence, Span(Fraction(1, 10), "share"))
@@ -178,7 +178,7 @@ class Phase:
     batch: BatchSize = setting(section(BatchSize), BatchSize())
     optimizer: Optimizer = setting(parse_optimizer)
     schedule: Schedule = setting(section(Schedule), Schedule())
-    evaluation: Evaluation = setting(section(Evaluation), Evaluation(), key="eval")
+    evaluation: EvalSettings = setting(section(EvalSettings), EvalSettings(), key="eval")
     untie: bool = setting(boolean, False)
     """Give the output head its own copy of the embedding at the phase's start."""
     anchor: float = setting(number(0.0), 0.0)

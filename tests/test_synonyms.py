@@ -23,7 +23,7 @@ SECTIONS: dict[str, Any] = {
     "phases[…].batch": config.BatchSize,
     "phases[…].optimizer": AdamW,
     "phases[…].schedule": config.Schedule,
-    "phases[…].eval": config.Evaluation,
+    "phases[…].eval": config.EvalSettings,
     "checkpoint": config.Checkpoints,
     "log": config.Log,
     "engine": config.Engine,

@@ -216,7 +216,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Price:
+class StudyPrice:
     """Of all that is left of a study."""
 
     stages: list[Cost]
@@ -226,7 +226,7 @@ class Price:
     cost: float | None
 
     @classmethod
-    def of(cls, stages: list[Cost], *, jobs: int, per_gpu_hour: float | None) -> Price:
+    def of(cls, stages: list[Cost], *, jobs: int, per_gpu_hour: float | None) -> StudyPrice:
         runs, done, tokens = (sum(getattr(cost, name) for cost in stages) for name in ("runs", "done", "tokens"))
         known = [cost.hours for cost in stages if cost.hours is not None]
         hours = sum(known) if len(known) == len(stages) else None
@@ -238,13 +238,15 @@ class Price:
         return vars(self) | {"total": total}
 
 
-def price(study: Study, *, jobs: int | None, gpu: str | None, mfu: float | None, per_gpu_hour: float | None) -> Price:
+def price(
+    study: Study, *, jobs: int | None, gpu: str | None, mfu: float | None, per_gpu_hour: float | None
+) -> StudyPrice:
     """Of what is left of a study, on this machine or on the GPU that is given; see `costs`."""
     at_a_time = Local(len(expand(study)), jobs).jobs if gpu is None else jobs or 1
-    return Price.of(costs(study, jobs=at_a_time, gpu=gpu, mfu=mfu), jobs=at_a_time, per_gpu_hour=per_gpu_hour)
+    return StudyPrice.of(costs(study, jobs=at_a_time, gpu=gpu, mfu=mfu), jobs=at_a_time, per_gpu_hour=per_gpu_hour)
 
 
-def print_price(price: Price, study: str, console: Console) -> None:
+def print_price(price: StudyPrice, study: str, console: Console) -> None:
     """A row for each stage and for all of them, then how long that takes and what it costs."""
     columns = [field.name for field in dataclasses.fields(Cost)]
     rows = [[getattr(cost, column) for column in columns] for cost in (*price.stages, price.total)]
