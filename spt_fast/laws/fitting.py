@@ -122,7 +122,7 @@ def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None
         x, tolerance = np.clip(starts[0], low, high), 1e-6 if curve.huber else 1e-9
         return np.concatenate([_polish(curve, np.tile(x, (len(w), 1)), w, curve.huber, tolerance)[0] for w in parts])
     if starts and curve.huber:
-        return _polish(curve, np.clip(starts[:1], low, high), one, curve.huber, 1e-6)[0][0]
+        return _polish(curve, np.clip(starts[:1], low, high), one, curve.huber)[0][0]
     x, cost = _polish(curve.sample(), np.clip(starts or promising(curve, seed), low, high), one, None, 1e-5, ROUGH)
     return _polish(curve, x[[cost.argmin()]], one, curve.huber)[0][0]
 
@@ -140,10 +140,11 @@ def promising(curve: Curve, seed: int) -> list[Array]:
 
 
 def _polish(
-    curve: Curve, x: Array, weights: Array, huber: float | None = None, tolerance: float = 1e-9, most: int = ITERATIONS
+    curve: Curve, x: Array, weights: Array, huber: float | None = None, tolerance: float = 1e-12, most: int = ITERATIONS
 ) -> tuple[Array, Array]:
     """(the minima [n, unknowns] that x [n, unknowns] leads to, their costs [n]), by a projected Levenberg-Marquardt
-    search of all n at a time. `weights`: [points], or of each [n, points]."""
+    search of all n at a time. `weights`: [points], or of each [n, points]. Damping is relative to each unknown's
+    curvature (Marquardt): in its own units the search would creep along valleys as flat as E's in a D-CPT law."""
     low, high = curve.bounds
     weights = np.broadcast_to(weights, (len(x), len(curve.goal)))
     x = x.astype(float)
@@ -164,7 +165,7 @@ def _polish(
     residual, weight, cost = map(np.array, at(x, weights))
     normal = np.zeros((len(x), len(unknowns), len(unknowns)))
     slope = np.zeros_like(x)
-    damping, growth = np.full(len(x), np.nan), np.full(len(x), 2.0)
+    damping, growth = np.full(len(x), DAMPING), np.full(len(x), 2.0)
     moved = going = np.arange(len(x))
     for _ in range(most):
         if len(moved):
@@ -174,11 +175,11 @@ def _polish(
             slope[moved] = (weighted * residual[moved][..., None]).sum(1)
         H, g, here = normal[going], slope[going], x[going]
         diagonal = H[:, unknowns, unknowns]
-        damping[going] = np.where(np.isnan(damping[going]), DAMPING * diagonal.max(1), damping[going])
+        scale = np.maximum(diagonal, 1e-12 * diagonal.max(1, keepdims=True))
         held = ((here <= low) & (g > 0)) | ((here >= high) & (g < 0))
         H[held] = 0
         H.swapaxes(1, 2)[held] = 0
-        H[:, unknowns, unknowns] = np.where(held, 1, diagonal + damping[going, None])
+        H[:, unknowns, unknowns] = np.where(held, 1, diagonal + damping[going, None] * scale)
         step = np.clip(here - np.linalg.solve(H, np.where(held, 0, g)[..., None])[..., 0], low, high) - here
         r, w, c = at(here + step, weights[going])
         fell = cost[going] - c

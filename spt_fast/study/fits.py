@@ -410,6 +410,9 @@ def _predicted(kind: Kind, table: pd.DataFrame, left_out: pd.Series) -> tuple[np
             rest = rest[rest["fraction"].isin(kept["fraction"])]
         if rest.empty:
             raise DataError("what was left out is of fractions that there are too few other runs of")
+        for name in law.inputs:
+            if kept[name].nunique() == 1 and (rest[name] != kept[name].iloc[0]).any():
+                raise DataError(f"the other runs are of one {name}, so they say nothing of another")
         of = next(iter(law.outputs))
         mean = law.predict(**{name: rest[name].to_numpy(float) for name in law.inputs})
     return rest[of].to_numpy(float), np.atleast_1d(mean)

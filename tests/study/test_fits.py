@@ -18,9 +18,10 @@ from rich.console import Console
 
 from spt_fast import cli
 from spt_fast.errors import RecipeError
+from spt_fast.laws.fitting import solve
 from spt_fast.study import fits, views
-from spt_fast.study.fits import Fitted, fit_laws, holdout_error
-from spt_fast.study.runs_table import save_table
+from spt_fast.study.fits import LAWS, Fitted, fit_laws, holdout_error
+from spt_fast.study.runs_table import load_table, save_table
 from spt_fast.study.usable import usable
 from tests.study.synthetic import (
     CORPUS_EXPONENT,
@@ -36,6 +37,7 @@ from tests.synthetic_runs import DOMAIN, OVERFITTING
 SIZES = (41_000_000, PARAMS, 334_000_000)
 SPT = spt_table()
 DCPT = dcpt_table()
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def fitted(table: pd.DataFrame, law: str, draws: int = 10) -> Fitted:
@@ -77,6 +79,26 @@ def test_after_finetuning_comes_back() -> None:
     for delta in (0.0, 0.01, 0.05):
         predicted = one.law.predict(tokens=120e9, fraction=delta)
         assert relative_error(predicted, after(120e9, delta, PARAMS, 300_000_000)) < 0.005
+
+
+def test_one_corpus_size_predicts_no_other() -> None:
+    """An exponent of what the other runs hold constant is wherever the search began."""
+    table = spt_table(
+        deltas=(0.0,), budgets=(100_000_000_000,), params=SIZES, domain_tokens=(3_000_000, 30_000_000), noise=0.001
+    )
+    one = fitted(table, "forgetting")
+    assert one.law is not None
+    assert "largest params" in one.holdout
+    assert "largest unique_tokens" not in one.holdout
+
+
+@pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
+def test_the_dcpt_law_of_real_runs_ends_at_the_bottom_of_a_flat_valley() -> None:
+    """E lowers the cost by 1e-4 of itself on its way to its bound; what stops before leaves it where it began."""
+    [(_, table)] = views.dcpt(usable(load_table(RESULTS / "2026-11-21-cpu2-dcpt-chem.csv")), of="general")
+    fit = LAWS["dcpt-general"].make().fit(table)._fits["loss"]
+    assert fit.values["E"] == pytest.approx(1e-3)
+    assert solve(fit.curve, starts=[fit.x]) == pytest.approx(fit.x, abs=1e-3)
 
 
 def test_forgetting_and_finetuning_come_back() -> None:
