@@ -36,7 +36,7 @@ class Cluster:
 
     @property
     def free(self) -> int:
-        self._started = [process for process in self._started if process.exit_code() is None]
+        self._started = [process for process in self._started if process.poll() is None]
         return self._most - len(self._started)
 
     def start(self, recipe: Path, log: Path) -> Process:
@@ -59,12 +59,12 @@ class _ClusterProcess:
     def __init__(self, job: Any) -> None:
         self._job = job
 
-    def exit_code(self) -> int | None:
+    def poll(self) -> int | None:
         if not self._job.done():
             return None
         return 1 if self._job.exception() is not None else self._job.result()
 
-    def stop(self) -> None:
+    def terminate(self) -> None:
         self._job.cancel()
 
     def wait(self) -> None:

@@ -36,15 +36,15 @@ USERS_MISTAKE = 2
 
 
 class Process(Protocol):
-    """A recipe in training."""
+    """A recipe in training; a `subprocess.Popen` is one."""
 
-    def exit_code(self) -> int | None:
-        """None while it runs."""
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
 
-    def stop(self) -> None:
+    def terminate(self) -> None:
         """Ask it to save and end."""
 
-    def wait(self) -> None:
+    def wait(self) -> object:
         """Until it has."""
 
 
@@ -66,25 +66,26 @@ class Local:
         devices: list[str | None] = visible_gpus() or [None]
         self.jobs = max(1, min(recipes, jobs or (cores if devices == [None] else len(devices))))
         self._threads = max(1, cores // self.jobs)
-        self._slots: list[tuple[str | None, _LocalProcess | None]] = [
-            (devices[i % len(devices)], None) for i in range(self.jobs)
-        ]
+        self._devices = [devices[i % len(devices)] for i in range(self.jobs)]
+        self._running: dict[int, Process] = {}
+        """By slot, an index of `_devices`."""
+
+    def _free_slots(self) -> list[int]:
+        return [i for i in range(self.jobs) if i not in self._running or self._running[i].poll() is not None]
 
     @property
     def free(self) -> int:
-        return sum(process is None or process.exit_code() is not None for _, process in self._slots)
+        return len(self._free_slots())
 
     def start(self, recipe: Path, log: Path) -> Process:
-        slot, device = next(
-            (i, device)
-            for i, (device, process) in enumerate(self._slots)
-            if process is None or process.exit_code() is not None
-        )
+        slot = self._free_slots()[0]
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
-        if device is not None:
+        if (device := self._devices[slot]) is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
-        process = _LocalProcess(recipe, log, environment)
-        self._slots[slot] = device, process
+        with log.open("wb") as said:
+            # it inherits open files: a study's lock holds until its last run has ended, even where the sweep was killed
+            process = subprocess.Popen(command(recipe), stdout=said, stderr=said, env=environment, close_fds=False)
+        self._running[slot] = process
         return process
 
 
@@ -95,25 +96,6 @@ def visible_gpus() -> list[str | None]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return [name.strip() for name in named.split(",")[:count]] if named else [str(i) for i in range(count)]
-
-
-class _LocalProcess:
-    """It inherits the lock of a study, which so holds until the last run has ended, even where the sweep was killed."""
-
-    def __init__(self, recipe: Path, log: Path, environment: Mapping[str, str]) -> None:
-        with log.open("wb") as said:
-            self._process = subprocess.Popen(
-                command(recipe), stdout=said, stderr=said, env=environment, close_fds=False
-            )
-
-    def exit_code(self) -> int | None:
-        return self._process.poll()
-
-    def stop(self) -> None:
-        self._process.terminate()
-
-    def wait(self) -> None:
-        self._process.wait()
 
 
 def command(recipe: Path) -> list[str]:
@@ -186,7 +168,7 @@ def train_all(
                     waiting.remove(job)
                     running[job.recipe] = workers.start(job.recipe, _log(logs, job.recipe))
             for recipe, process in list(running.items()):
-                code = process.exit_code()
+                code = process.poll()
                 if code is None:
                     continue
                 del running[recipe]
@@ -219,7 +201,7 @@ def _end_of(log: Path) -> str:
 def _stop_all(running: dict[Path, Process]) -> None:
     """Ask every process to save and end, and wait until it has."""
     for process in running.values():
-        process.stop()
+        process.terminate()
     for process in running.values():
         process.wait()
 

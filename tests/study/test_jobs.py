@@ -125,7 +125,7 @@ def test_every_gpu_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert workers.free == 1
     running.append(workers.start(Path("0"), tmp_path / "2"))
     running[2].wait()
-    running[1].stop()
+    running[1].terminate()
     running[1].wait()
     assert [(tmp_path / str(i)).read_text().strip() for i in (0, 2)] == ["GPU-a", "GPU-a"]
     assert (tmp_path / "1").read_text().strip() == "GPU-b"

@@ -309,7 +309,7 @@ def test_a_run_that_outlives_its_sweep_keeps_others_out(tmp_path: Path, monkeypa
         with pytest.raises(RecipeError, match="a run that outlived one, is at work"), sweeping._held(tmp_path):
             pass
     finally:
-        outlives.stop()
+        outlives.terminate()
         outlives.wait()
     with sweeping._held(tmp_path):
         pass
