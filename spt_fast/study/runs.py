@@ -60,11 +60,7 @@ class FinishedRun:
                 f"{folder}: {recipe.phases[0].name!r} is its only phase; what is compared is a finetune, the last "
                 "phase, after pretraining, the phases before it or those of the run that it starts from"
             )
-        metrics = folder / "metrics.jsonl"
-        lines = enumerate(_text(metrics).splitlines(), start=1)
-        records = [_json(f"{metrics}, line {number}", line) for number, line in lines]
-        evaluations = [record for record in records if record["kind"] == "eval"]
-        return cls(folder, recipe, summary, evaluations, pretraining, model)
+        return cls(folder, recipe, summary, evaluations_of(folder), pretraining, model)
 
     @property
     def finetune(self) -> Phase:
@@ -173,15 +169,11 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
     return list(found.values())
 
 
-def _text(path: Path) -> str:
+def evaluations_of(folder: Path) -> list[dict[str, Any]]:
+    """The "eval" records of a run's metrics.jsonl; CheckpointError for a damaged file."""
+    metrics = folder / "metrics.jsonl"
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; give the folder of a finished run") from None
-
-
-def _json(where: Path | str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where}: is not JSON ({error.msg}); train the run again") from None
+        records = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+        return [record for record in records if record["kind"] == "eval"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{metrics}: cannot be read as JSON lines ({error}); train the run again") from None

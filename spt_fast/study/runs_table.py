@@ -26,6 +26,7 @@ import pandas as pd
 from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, DataError, nearest
 from spt_fast.files import replacing
+from spt_fast.study.runs import evaluations_of
 from spt_fast.train.folder import parent_of, recipe_of, summary_of, trained_before
 
 TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout"), str)
@@ -262,7 +263,7 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
     if summary["status"] == "failed":
         return [row]
     rows: list[Row] = []
-    evaluations = _evaluations(folder / "metrics.jsonl")
+    evaluations = evaluations_of(folder)
     if parent := parent_of(folder, recipe):
         row = replace(row, after=parent[0].name)
     for phase in recipe.phases:
@@ -273,9 +274,9 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
         row = replace(row, phase=phase.name, heldout=_heldout(summary, phase, domain, general))
         past = _entering(past, phase, recipe, done)
         share = Fraction(phase.mixture.get(domain, 0))
-        for record in evaluations[phase.name]:
+        for record in evaluations:
             repeats = record["step"] == 0 and not new_stage  # the last evaluation of the phase before
-            if record["arm"] != done["arm"] or repeats:
+            if record["phase"] != phase.name or record["arm"] != done["arm"] or repeats:
                 continue
             losses = {
                 f"{corpus}_{split}": record[split].get(source, math.nan)
@@ -366,16 +367,3 @@ def _past_of_start(folder: Path, recipe: Recipe, domain: str) -> Past:
             at.summary["flops_per_token"],
         )
     return past
-
-
-def _evaluations(metrics: Path) -> dict[str, list[dict[str, Any]]]:
-    """The "eval" records of metrics.jsonl by phase."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        for record in map(json.loads, lines):
-            if record["kind"] == "eval":
-                found.setdefault(record["phase"], []).append(record)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{metrics}: cannot be read ({error}); train the run again") from None
-    return found

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from spt_fast.laws.columns import ALIKE
+from spt_fast.study.finetunes import SETTING
 from spt_fast.study.usable import STAGE, UsableRows
 
 Group = tuple[dict[str, Any], pd.DataFrame]
@@ -19,6 +20,8 @@ Group = tuple[dict[str, Any], pd.DataFrame]
 SETTLED = 0.2
 """Of a run's tokens: what is measured before is of the first steep fall, which no power law describes. The paper's own
 curves begin at 40B of 200B."""
+PRETRAINING = ("pretrain_delta", "pretrain_tokens")
+CONTINUED = ("domain_tokens", *PRETRAINING)
 WHOLE_CORPUS = 0.95
 """Epochs from which a finetune has read its corpus, but for what rounding to whole steps leaves."""
 
@@ -32,18 +35,11 @@ def overfitting(table: UsableRows) -> list[Group]:
     rows = _known(_pretraining(table), "domain_heldout")
     rows = rows[rows["tokens"] >= SETTLED * rows.groupby("run")["tokens"].transform("max")]
     rows = rows[(rows["delta"] == 0) | rows["domain_train"].notna() & (rows["delta"] < 1)]
-    frame = _named(
-        rows,
-        tokens=rows["tokens"],
-        fraction=rows["delta"],
-        train_loss=rows["domain_train"].where(rows["delta"] > 0),
-        heldout_loss=rows["domain_heldout"],
-        params=rows["params"],
-        domain_tokens=rows["domain_tokens"],
-        seed=rows["seed"],
-    )
+    same = ("params", "domain_tokens", "seed", "tokens")
+    frame = _named(rows, *same, fraction="delta", train_loss="domain_train", heldout_loss="domain_heldout")
+    frame["train_loss"] = frame["train_loss"].where(frame["fraction"] > 0)
     groups = []
-    for group, _ in _grouped(frame[frame["fraction"] > 0], "params", "domain_tokens"):
+    for group, _ in _grouped(frame[frame["fraction"] > 0], *SETTING):
         own = (frame["domain_tokens"] == group["domain_tokens"]) | (frame["fraction"] == 0)
         members = frame[own & (frame["params"] == group["params"])]
         groups.append((group, members.drop_duplicates(["fraction", "seed", "tokens", "heldout_loss"])))
@@ -55,14 +51,7 @@ def chinchilla(table: UsableRows, of: Literal["domain", "general"] = "general") 
     rows = _known(_pretraining(table), f"{of}_heldout")
     if of == "general":
         rows = rows[rows["delta"] < 1]
-    frame = _named(
-        rows,
-        params=rows["params"],
-        tokens=rows["tokens"],
-        loss=rows[f"{of}_heldout"],
-        delta=rows["delta"],
-        domain_tokens=rows["domain_tokens"],
-    )
+    frame = _named(rows, "params", "tokens", "delta", "domain_tokens", loss=f"{of}_heldout")
     by = ("delta",) if of == "general" else ("delta", "domain_tokens")
     return [(group, members) for group, members in _grouped(frame, *by) if members["params"].nunique() > 1]
 
@@ -71,13 +60,7 @@ def data_constrained(table: UsableRows) -> list[Group]:
     """For DataConstrainedLaw: pretraining on the domain corpus alone, where the unique tokens are known."""
     rows = _known(_pretraining(table), "domain_heldout")
     rows = rows[rows["delta"] == 1]
-    frame = _named(
-        rows,
-        params=rows["params"],
-        tokens=rows["tokens"],
-        unique_tokens=rows["domain_tokens"],
-        loss=rows["domain_heldout"],
-    )
+    frame = _named(rows, "params", "tokens", unique_tokens="domain_tokens", loss="domain_heldout")
     return [({}, frame)] if len(frame) else []
 
 
@@ -94,48 +77,24 @@ def post_finetuning(table: UsableRows) -> list[Group]:
     domain corpus."""
     rows = _known(_handed_on(table), "domain_heldout", "domain_before", "pretrain_delta")
     rows = rows[(rows["stage"] == 1) & (rows["injected"] == 0) & (rows["pretrain_tokens"] > 0)]
-    frame = _named(
-        rows,
-        tokens=rows["pretrain_tokens"],
-        fraction=rows["pretrain_delta"],
-        heldout_loss=rows["domain_before"],
-        finetuned_loss=rows["domain_heldout"],
-        params=rows["params"],
-        domain_tokens=rows["domain_tokens"],
-    )
-    return _grouped(frame, "params", "domain_tokens")
+    losses = {"heldout_loss": "domain_before", "finetuned_loss": "domain_heldout"}
+    frame = _named(rows, *SETTING, tokens="pretrain_tokens", fraction="pretrain_delta", **losses)
+    return _grouped(frame, *SETTING)
 
 
 def forgetting(table: UsableRows) -> list[Group]:
     """For ForgettingLaw: the general loss of finetunes that have read their corpus, per pretraining; of all pretraining
     shares the smallest, which is no domain text where there are such runs."""
     rows = _known(_finetunes(table), "general_heldout", "general_before")
-    frame = _named(
-        rows,
-        params=rows["params"],
-        unique_tokens=rows["domain_tokens"],
-        injected=rows["injected"],
-        loss_before=rows["general_before"],
-        loss=rows["general_heldout"],
-        pretrain_delta=rows["pretrain_delta"],
-        pretrain_tokens=rows["pretrain_tokens"],
-    )
-    return _grouped(frame, "pretrain_delta", "pretrain_tokens")
+    columns = {"unique_tokens": "domain_tokens", "loss_before": "general_before", "loss": "general_heldout"}
+    return _grouped(_named(rows, "params", "injected", *PRETRAINING, **columns), *PRETRAINING)
 
 
 def finetuning(table: UsableRows) -> list[Group]:
     """For FinetuneLaw: the domain loss of the same finetunes, with the smallest share of general text only."""
     rows = _known(_finetunes(table), "domain_heldout")
-    frame = _named(
-        rows,
-        params=rows["params"],
-        unique_tokens=rows["domain_tokens"],
-        loss=rows["domain_heldout"],
-        injected=rows["injected"],
-        pretrain_delta=rows["pretrain_delta"],
-        pretrain_tokens=rows["pretrain_tokens"],
-    )
-    groups = _grouped(frame, "pretrain_delta", "pretrain_tokens")
+    columns = {"unique_tokens": "domain_tokens", "loss": "domain_heldout"}
+    groups = _grouped(_named(rows, "params", "injected", *PRETRAINING, **columns), *PRETRAINING)
     return [(group, members[members["injected"] == members["injected"].min()]) for group, members in groups]
 
 
@@ -144,14 +103,8 @@ def dcpt(table: UsableRows, of: Literal["domain", "general"]) -> list[Group]:
     domain corpus."""
     rows = _known(_continued(table), f"{of}_heldout")
     rows = rows[rows["tokens"] > 0]
-    frame = _named(
-        rows,
-        params=rows["params"],
-        tokens=rows["tokens"],
-        own_ratio=rows["delta" if of == "domain" else "injected"],
-        loss=rows[f"{of}_heldout"],
-        **{key: rows[key] for key in CONTINUED},
-    )
+    columns = {"own_ratio": "delta" if of == "domain" else "injected", "loss": f"{of}_heldout"}
+    frame = _named(rows, "params", "tokens", *CONTINUED, **columns)
     return _grouped(frame, *CONTINUED)
 
 
@@ -164,18 +117,12 @@ def cmr(table: UsableRows) -> list[Group]:
     groups = []
     for group, members in _grouped(rows, "params", *CONTINUED):
         start = {of: members[f"{of}_before"].mean() for of in losses}
-        frame = _named(
-            members,
-            tokens=members["tokens"],
-            domain_ratio=members["delta"],
-            **{f"{of}_loss": members[f"{of}_heldout"] - members[f"{of}_before"] + start[of] for of in losses},
-        )
+        frame = _named(members, "tokens", domain_ratio="delta")
+        for of in losses:
+            frame[f"{of}_loss"] = members[f"{of}_heldout"] - members[f"{of}_before"] + start[of]
         first = frame.iloc[:1].assign(run="start", tokens=0.0, **{f"{of}_loss": loss for of, loss in start.items()})
         groups.append((group, pd.concat([first, frame], ignore_index=True)))
     return groups
-
-
-CONTINUED = ("domain_tokens", "pretrain_delta", "pretrain_tokens")
 
 
 def _adapted(table: UsableRows) -> pd.DataFrame:
@@ -210,8 +157,10 @@ def _known(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return rows.dropna(subset=list(columns))
 
 
-def _named(rows: pd.DataFrame, **columns: pd.Series) -> pd.DataFrame:
-    return pd.DataFrame({name: rows[name] for name in ("run", *ALIKE)} | columns).reset_index(drop=True)
+def _named(rows: pd.DataFrame, *same: str, **renamed: str) -> pd.DataFrame:
+    """Columns under their own names, and those that a law knows by another: new="old"."""
+    columns = {name: name for name in ("run", *ALIKE, *same)} | renamed
+    return pd.DataFrame({new: rows[old] for new, old in columns.items()}).reset_index(drop=True)
 
 
 def _grouped(frame: pd.DataFrame, *by: str) -> list[Group]:
