@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from spt_fast.errors import DataError, RecipeError, invalid, nearest
-from spt_fast.laws.columns import Array, Column, Columns, Loss, Rows, arguments, read
+from spt_fast.laws.columns import LOSS, Array, Column, Columns, Loss, Rows, arguments, read
 from spt_fast.laws.fitting import Curve, Fit, Parameter, solve
 
 HUBER = 1e-3
@@ -245,12 +245,17 @@ class Law:
                     )
 
 
+Units = dict[str, dict[str, str]]
+"""{coefficient: {column: the exponent by which the formula divides by it, "-beta" where it multiplies}}."""
+
+
 class FormulaLaw(Law):
     """A law of one formula. Columns in `units` are measured in their geometric means while it is fitted, so that the
     coefficients to search for are losses at the middle of the data."""
 
+    outputs: ClassVar[dict[str, Loss]] = {"loss": LOSS}
     parameters: ClassVar[tuple[Parameter, ...]]
-    units: ClassVar[tuple[str, ...]]
+    units: ClassVar[Units]
     _log_interval = True
 
     def __init_subclass__(cls) -> None:
@@ -262,7 +267,12 @@ class FormulaLaw(Law):
 
     def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
         """Parameters fitted to columns measured in `unit`, for columns as they are."""
-        raise NotImplementedError
+        found = dict(params)
+        for coefficient, powers in self.units.items():
+            for column, name in powers.items():
+                exponent = -params[name[1:]] if name.startswith("-") else params[name]
+                found[coefficient] *= unit[column] ** exponent
+        return found
 
     def _features(self, columns: Columns, unit: dict[str, float]) -> Columns:
         """What the formula takes, measured in `unit`."""
@@ -273,7 +283,8 @@ class FormulaLaw(Law):
 
     def _fit(self, rows: Rows, weights: Array | None, warm: dict[Any, Fit] | None) -> dict[Any, Fit]:
         if warm is None:
-            self._unit = {name: float(np.exp(np.log(rows.columns[name]).mean())) for name in self.units}
+            measured = {column for powers in self.units.values() for column in powers}
+            self._unit = {name: float(np.exp(np.log(rows.columns[name]).mean())) for name in measured}
         columns = self._features({name: rows.columns[name] for name in self.inputs}, self._unit)
         target = rows.columns[next(iter(self.outputs))]
         curve = Curve(self.parameters, self.formula, columns, target, rows.run, log=True)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from spt_fast.errors import RecipeError, invalid
-from spt_fast.laws.base import FormulaLaw
-from spt_fast.laws.columns import LOSS, POSITIVE, Array, Column, Columns, Loss
+from spt_fast.laws.base import FormulaLaw, Units
+from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
 from spt_fast.laws.fitting import Parameter
 from spt_fast.laws.powers import power
 
@@ -35,7 +35,6 @@ class ChinchillaLaw(FormulaLaw):
     """Columns: `params`, `tokens`, `loss`. Parameters: E, A, alpha, B, beta."""
 
     inputs: ClassVar[dict[str, Column]] = {"params": POSITIVE, "tokens": POSITIVE}
-    outputs: ClassVar[dict[str, Loss]] = {"loss": LOSS}
     parameters: ClassVar[tuple[Parameter, ...]] = (
         IRREDUCIBLE,
         coefficient("A"),
@@ -43,16 +42,12 @@ class ChinchillaLaw(FormulaLaw):
         coefficient("B"),
         exponent("beta"),
     )
-    units: ClassVar[tuple[str, ...]] = ("params", "tokens")
+    units: ClassVar[Units] = {"A": {"params": "alpha"}, "B": {"tokens": "beta"}}
 
     @staticmethod
     def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
         E, A, alpha, B, beta = unknowns
         return E + A * power(columns["params"], -alpha) + B * power(columns["tokens"], -beta)
-
-    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
-        p = params
-        return p | {"A": p["A"] * unit["params"] ** p["alpha"], "B": p["B"] * unit["tokens"] ** p["beta"]}
 
     def best_allocation(self, *, flops: float) -> tuple[float, float]:
         """(params, tokens) with 6 · params · tokens = `flops` at which the loss is lowest."""

@@ -23,7 +23,7 @@ from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.laws.base import ExtrapolationWarning, Law, require_points
 from spt_fast.laws.columns import NATURAL, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.fitting import STEP, Curve, Fit, Parameter, solve
-from spt_fast.laws.powers import in_tokens, power_parameters, rising
+from spt_fast.laws.powers import in_tokens, offset_power, power_parameters, rising
 
 DOMAIN = power_parameters(-2, 1, "alpha1", "s1", "beta1")
 GENERAL = (
@@ -34,15 +34,10 @@ GENERAL = (
 LOSSES = "general_loss", "domain_loss"
 
 
-def _domain(unknowns: Sequence[Array], columns: Columns) -> Array:
-    c, s, b = unknowns
-    return c + s * rising(b, columns["x"])
-
-
 def _general(unknowns: Sequence[Array], columns: Columns) -> Array:
     """The second exponent is searched by how far it lies above the first."""
-    c, s, b, s3, apart = unknowns
-    return c + s * rising(b, columns["x"]) + s3 * rising(b + apart, columns["x"])
+    *first, s3, apart = unknowns
+    return offset_power(first, columns) + s3 * rising(first[2] + apart, columns["x"])
 
 
 class CMRLaw(Law):
@@ -109,7 +104,7 @@ class CMRLaw(Law):
         require_points(budgets.size, len(DOMAIN), "The curve of critical ratios")
         ratios = np.array([self.critical_ratio(tokens=T, tolerance=tolerance) for T in budgets])
         middle = float(np.exp(np.log(budgets).mean()))
-        curve = Curve(DOMAIN, _domain, {"x": np.log(budgets / middle)}, ratios, np.arange(len(budgets)))
+        curve = Curve(DOMAIN, offset_power, {"x": np.log(budgets / middle)}, ratios, np.arange(len(budgets)))
         c, s, b = Fit(curve, solve(curve, seed=self.seed)).values.values()
         alpha4, s4, shift = in_tokens(s, b, middle)
         return {"alpha4": alpha4, "s4": s4, "beta3": c + shift}
@@ -157,7 +152,7 @@ class CMRLaw(Law):
         for ratio in np.unique(rows.columns["domain_ratio"][later]).tolist():
             mask = later & (rows.columns["domain_ratio"] == ratio)
             own, w = rows.where(mask), None if weights is None else weights[:, mask]
-            for of, parameters, formula in (("general_loss", GENERAL, _general), ("domain_loss", DOMAIN, _domain)):
+            for of, parameters, formula in (("general_loss", GENERAL, _general), ("domain_loss", DOMAIN, offset_power)):
                 curve = Curve(
                     parameters, formula, self._scaled(own.columns["tokens"]), own.columns[of] - self._start[of], own.run
                 )

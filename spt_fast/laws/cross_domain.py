@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from spt_fast.errors import RecipeError
+from spt_fast.laws.base import Units
 from spt_fast.laws.chinchilla import coefficient, exponent
 from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
 from spt_fast.laws.dcpt import DCPTLaw
@@ -45,13 +46,9 @@ class CrossDomainDCPTLaw(DCPTLaw):
 
     inputs: ClassVar[dict[str, Column]] = {**DCPTLaw.inputs, "learnability": POSITIVE}
     parameters: ClassVar[tuple[Parameter, ...]] = (*DCPTLaw.parameters, coefficient("F"), exponent("mu"))
-    units: ClassVar[tuple[str, ...]] = ("params", "tokens", "learnability")
+    units: ClassVar[Units] = DCPTLaw.units | {"F": {"learnability": "mu"}}
 
     @staticmethod
     def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
         *own, F, mu = unknowns
         return DCPTLaw.formula(own, columns) + F * columns["learnability"] ** -mu
-
-    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
-        p = super()._in_units(params, unit)
-        return p | {"F": p["F"] * unit["learnability"] ** p["mu"]}

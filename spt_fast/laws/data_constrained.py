@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from spt_fast.errors import RecipeError, invalid
-from spt_fast.laws.base import FormulaLaw
+from spt_fast.laws.base import FormulaLaw, Units
 from spt_fast.laws.chinchilla import FLOPS_PER_PARAMETER_AND_TOKEN, IRREDUCIBLE, coefficient, exponent
-from spt_fast.laws.columns import LOSS, POSITIVE, Array, Column, Columns, Loss
+from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
 from spt_fast.laws.dcpt import lowest
 from spt_fast.laws.fitting import Parameter
 
@@ -49,7 +49,6 @@ class DataConstrainedLaw(FormulaLaw):
     Parameters: E, A, alpha, B, beta, R_star_D, R_star_N (in repeats)."""
 
     inputs: ClassVar[dict[str, Column]] = {"params": POSITIVE, "tokens": POSITIVE, "unique_tokens": POSITIVE}
-    outputs: ClassVar[dict[str, Loss]] = {"loss": LOSS}
     parameters: ClassVar[tuple[Parameter, ...]] = (
         IRREDUCIBLE,
         coefficient("A"),
@@ -59,7 +58,7 @@ class DataConstrainedLaw(FormulaLaw):
         Parameter("R_star_D", 0.1, 1000),
         Parameter("R_star_N", 0.1, 1000),
     )
-    units: ClassVar[tuple[str, ...]] = ("params", "tokens")
+    units: ClassVar[Units] = {"A": {"params": "alpha"}, "B": {"tokens": "beta"}}
 
     @classmethod
     def published(cls) -> Self:
@@ -82,10 +81,6 @@ class DataConstrainedLaw(FormulaLaw):
         params = worth(columns["unique_params"], columns["param_repeats"], of_params)
         tokens = worth(columns["unique_tokens"], columns["token_repeats"], of_tokens)
         return E + A * params**-alpha + B * tokens**-beta
-
-    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
-        p = params
-        return p | {"A": p["A"] * unit["params"] ** p["alpha"], "B": p["B"] * unit["tokens"] ** p["beta"]}
 
     def effective_tokens(self, *, tokens: Any, unique_tokens: Any) -> Any:
         """D': how many tokens of fresh data `tokens` tokens read from `unique_tokens` are worth."""

@@ -20,9 +20,9 @@ import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 
 from spt_fast.errors import RecipeError, invalid
-from spt_fast.laws.base import FormulaLaw, LawWarning
+from spt_fast.laws.base import FormulaLaw, LawWarning, Units
 from spt_fast.laws.chinchilla import IRREDUCIBLE, allocation, coefficient, exponent
-from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, arguments
+from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns, arguments
 from spt_fast.laws.fitting import Parameter
 from spt_fast.laws.powers import power
 
@@ -34,7 +34,6 @@ class DCPTLaw(FormulaLaw):
     gamma."""
 
     inputs: ClassVar[dict[str, Column]] = {"params": POSITIVE, "tokens": POSITIVE, "own_ratio": SHARE}
-    outputs: ClassVar[dict[str, Loss]] = {"loss": LOSS}
     parameters: ClassVar[tuple[Parameter, ...]] = (
         IRREDUCIBLE,
         coefficient("A"),
@@ -46,7 +45,7 @@ class DCPTLaw(FormulaLaw):
         Parameter("epsilon", 1e-3, 3),
         exponent("gamma"),
     )
-    units: ClassVar[tuple[str, ...]] = ("params", "tokens")
+    units: ClassVar[Units] = {"A": {"params": "alpha"}, "B": {"tokens": "beta"}}
 
     @staticmethod
     def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
@@ -56,10 +55,6 @@ class DCPTLaw(FormulaLaw):
         read = np.exp(eta * np.log(np.where(r > 0, r, 1)) - beta * np.log(columns["tokens"]))
         of_tokens = B * np.where(r > 0, read, 0)
         return E + of_size + of_tokens + C * (r + epsilon) ** -gamma
-
-    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
-        p = params
-        return p | {"A": p["A"] * unit["params"] ** p["alpha"], "B": p["B"] * unit["tokens"] ** p["beta"]}
 
     def fit(self, table: Any) -> Self:
         super().fit(table)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from spt_fast.errors import RecipeError
-from spt_fast.laws.base import FormulaLaw
+from spt_fast.laws.base import FormulaLaw, Units
 from spt_fast.laws.chinchilla import IRREDUCIBLE, coefficient, exponent
-from spt_fast.laws.columns import LOSS, POSITIVE, Array, Column, Columns, Loss
+from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
 from spt_fast.laws.fitting import Parameter
 
 
@@ -22,18 +22,13 @@ class FinetuneLaw(FormulaLaw):
     """Columns: `params` N, `unique_tokens` D_ft, `loss` (domain, after finetuning). Parameters: A, alpha, beta, E."""
 
     inputs: ClassVar[dict[str, Column]] = {"params": POSITIVE, "unique_tokens": POSITIVE}
-    outputs: ClassVar[dict[str, Loss]] = {"loss": LOSS}
     parameters: ClassVar[tuple[Parameter, ...]] = (coefficient("A"), exponent("alpha"), exponent("beta"), IRREDUCIBLE)
-    units: ClassVar[tuple[str, ...]] = ("params", "unique_tokens")
+    units: ClassVar[Units] = {"A": {"params": "alpha", "unique_tokens": "beta"}}
 
     @staticmethod
     def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
         A, alpha, beta, E = unknowns
         return A * columns["params"] ** -alpha * columns["unique_tokens"] ** -beta + E
-
-    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
-        p = params
-        return p | {"A": p["A"] * unit["params"] ** p["alpha"] * unit["unique_tokens"] ** p["beta"]}
 
     def unique_tokens_for(self, *, loss: float, params: float) -> float:
         """Unique finetuning tokens with which a model of `params` reaches `loss`.

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from spt_fast.errors import RecipeError, invalid
-from spt_fast.laws.base import FormulaLaw
+from spt_fast.laws.base import FormulaLaw, Units
 from spt_fast.laws.chinchilla import coefficient, exponent
-from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss
+from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns
 from spt_fast.laws.fitting import Parameter
 
 
@@ -30,14 +30,13 @@ class ForgettingLaw(FormulaLaw):
         "injected": SHARE,
         "loss_before": POSITIVE,
     }
-    outputs: ClassVar[dict[str, Loss]] = {"loss": LOSS}
     parameters: ClassVar[tuple[Parameter, ...]] = (
         coefficient("A"),
         Parameter("B", 1, 1e7),
         exponent("alpha"),
         exponent("beta"),
     )
-    units: ClassVar[tuple[str, ...]] = ("params", "unique_tokens")
+    units: ClassVar[Units] = {"A": {"params": "alpha", "unique_tokens": "-beta"}}
 
     @staticmethod
     def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
@@ -45,10 +44,6 @@ class ForgettingLaw(FormulaLaw):
         held = (1 + B * columns["injected"]) * columns["params"]
         rise = A * columns["unique_tokens"] ** beta * held**-alpha
         return columns["loss_before"] + rise + sum(unknowns[4:])
-
-    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
-        p = params
-        return p | {"A": p["A"] * unit["params"] ** p["alpha"] / unit["unique_tokens"] ** p["beta"]}
 
     def injection(self, *, params: float, unique_tokens: float, max_rise: float) -> float:
         """The smallest share p of general data with which the general loss rises by at most `max_rise` nats; 0 where

@@ -21,21 +21,16 @@ from spt_fast.laws.base import Law, require_points
 from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, solve
 from spt_fast.laws.overfitting import OverfittingLaw, overtaking
-from spt_fast.laws.powers import in_tokens, power_parameters, rising
+from spt_fast.laws.powers import in_tokens, offset_power, power_parameters
 
 GAIN = power_parameters(-2, 1)
 POWER = power_parameters(-3, -1e-3)
 OVERFITTED = (*POWER, Parameter("G", 1e-6, 10), Parameter("g", 0.05, 1))
 
 
-def _power(unknowns: Sequence[Array], columns: Columns) -> Array:
-    c, s, b = unknowns
-    return c + s * rising(b, columns["x"])
-
-
 def _overfitted(unknowns: Sequence[Array], columns: Columns) -> Array:
     *power, G, g = unknowns
-    return _power(power, columns) + G * np.exp(g * columns["x"])
+    return offset_power(power, columns) + G * np.exp(g * columns["x"])
 
 
 class PostFinetuneLaw(Law):
@@ -115,12 +110,12 @@ class PostFinetuneLaw(Law):
             own = rows.where(mask)
             w = None if weights is None else weights[:, mask]
             x, before = self._scaled(own.columns["tokens"]), own.columns["heldout_loss"]
-            gain = Curve(GAIN, _power, x, before - own.columns["finetuned_loss"], own.run)
+            gain = Curve(GAIN, offset_power, x, before - own.columns["finetuned_loss"], own.run)
             fits["gain", delta] = Fit(gain, solve(gain, w, [warm["gain", delta].x] if warm else None, self.seed))
             if self.heldout is not None:
                 continue
             power, overfitted = (
-                Curve(POWER, _power, x, before, own.run),
+                Curve(POWER, offset_power, x, before, own.run),
                 Curve(OVERFITTED, _overfitted, x, before, own.run),
             )
             if warm:

@@ -7,9 +7,11 @@ c' is the value at T₀, the middle of the data, and s the slope there per log-t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from spt_fast.laws.columns import Array
+from spt_fast.laws.columns import Array, Columns
 from spt_fast.laws.fitting import Parameter
 
 
@@ -22,6 +24,12 @@ def rising(b: Array, x: Array) -> Array:
     """((T/T₀)^b − 1)/b at x = log(T/T₀); x itself at b = 0."""
     b = np.where(b == 0, 1e-9, b)
     return np.expm1(b * x) / b
+
+
+def offset_power(unknowns: Sequence[Array], columns: Columns) -> Array:
+    """The curve of `power_parameters`, at the column x = log(T/T₀)."""
+    c, s, b = unknowns
+    return c + s * rising(b, columns["x"])
 
 
 def power_parameters(low: float, high: float, a: str = "a", b: str = "b", c: str = "c") -> tuple[Parameter, ...]:

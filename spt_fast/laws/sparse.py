@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from spt_fast.errors import RecipeError
+from spt_fast.laws.base import Units
 from spt_fast.laws.chinchilla import ChinchillaLaw
 from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
 
@@ -37,11 +38,8 @@ class SparsePretrainingLaw(ChinchillaLaw):
     """
 
     inputs: ClassVar[dict[str, Column]] = {"average_params": POSITIVE, "tokens": POSITIVE}
-    units: ClassVar[tuple[str, ...]] = ("average_params", "tokens")
+    units: ClassVar[Units] = {"A": {"average_params": "alpha"}, "B": {"tokens": "beta"}}
 
     @staticmethod
     def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
         return ChinchillaLaw.formula(unknowns, {"params": columns["average_params"], "tokens": columns["tokens"]})
-
-    def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
-        return super()._in_units(params, unit | {"params": unit["average_params"]})
