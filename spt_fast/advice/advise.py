@@ -30,6 +30,7 @@ from spt_fast.advice.result import (
     Effect,
     Expected,
     Of,
+    Outcome,
     Regimes,
     Seen,
     Share,
@@ -43,7 +44,7 @@ from spt_fast.fields import parse_count
 from spt_fast.model.flops import matmul_parameters, parameters
 from spt_fast.model.gpt import GPTConfig
 from spt_fast.model.presets import PRESETS
-from spt_fast.study.finetunes import Interval, plainest
+from spt_fast.study.finetunes import plainest
 from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount, percent
 
@@ -112,9 +113,7 @@ def advise(
         tax=_tax(asked, size, evidence, mean_epochs),
         learning_rates=rates.of,
         recipe=next_step(
-            regime=decision.regime,
-            delta=decision.delta,
-            replay=decision.replay,
+            decision,
             preset=size.preset or nearest_preset(size.params or (evidence.params if evidence else 1e9)),
             budget=budget,
             finetune_tokens=most_epochs * domain_tokens / (1 - decision.replay),
@@ -188,12 +187,11 @@ def _limit(evidence: Evidence, max_general_rise: float | None) -> float | None:
 
 def _allowed(evidence: Evidence, effects: list[Effect], limit: float | None) -> dict[float, bool]:
     """Whether a share can keep the limit, with some replay that was run."""
-    deltas = evidence.forecast.deltas if evidence.forecast else [arm.delta for arm in evidence.steady()]
     general = evidence.general()
     return {
         delta: limit is None
         or (delta in general and replays.least_within(effects, general[delta][1], limit) is not None)
-        for delta in deltas
+        for delta in evidence.outcomes()
     }
 
 
@@ -201,10 +199,7 @@ def _choose(evidence: Evidence, allowed: dict[float, bool], published: Choice) -
     """Regime, share, and on what basis: the lowest domain loss that is allowed, or the lowest general loss where none
     is."""
     general = {delta: after for delta, (_, after) in evidence.general().items()}
-    if evidence.forecast:
-        domain = dict(zip(evidence.forecast.deltas, evidence.forecast.domain[:, 0].tolist(), strict=True))
-    else:
-        domain = {arm.delta: arm.domain.mean for arm in evidence.steady()}
+    domain = {delta: outcome.domain.mean for delta, outcome in evidence.outcomes().items()}
     near = outside(evidence.budget, *([evidence.arms[0].tokens] * 2)) <= SEEN_WITHIN
     steady, late = evidence.steady(), [arm for arm in evidence.arms if arm.regime == "SCPT"]
     if near and late and (not steady or _clear(late[0], steady[0])):
@@ -244,36 +239,26 @@ def _shares(evidence: Evidence, allowed: dict[float, bool], per_token: float) ->
     known = evidence.forecast
     if known is None:
         return None
-    best_in = known.best_in(np.array([allowed[delta] or not any(allowed.values()) for delta in known.deltas]))
+    best_in = known.best_in(np.array([allowed[delta] or not any(allowed.values()) for delta in known.outcomes]))
     return [
-        Share(
-            delta=delta,
-            epochs=delta * per_token,
-            domain=Interval(*known.domain[i].tolist()),
-            general=None if known.general is None else Interval(*known.general[i].tolist()),
-            forgetting=None if known.forgetting is None else float(known.forgetting[i]),
-            allowed=allowed[delta],
-            best_in=float(best_in[i]),
-        )
-        for i, delta in enumerate(known.deltas)
+        Share(**vars(outcome), delta=delta, epochs=delta * per_token, allowed=allowed[delta], best_in=best)
+        for (delta, outcome), best in zip(known.outcomes.items(), best_in.tolist(), strict=True)
     ]
 
 
 def _expected(decision: Decision, evidence: Evidence, effects: list[Effect]) -> Expected | None:
     known, delta = evidence.forecast, decision.delta
+    own: Outcome | Arm
     if decision.basis == "published":
         return None
     if decision.basis == "laws":
         assert known is not None
-        tokens, i = known.tokens, known.deltas.index(delta)
-        domain = Interval(*known.domain[i].tolist())
-        general = None if known.general is None else Interval(*known.general[i].tolist())
-        finetuned = float(known.domain[0, 0]) if known.deltas[0] == 0 else None
+        tokens, own = known.tokens, known.outcomes[delta]
     else:
         arm = next(a for a in evidence.arms if (a.regime, a.delta) == (decision.regime, delta))
-        tokens, domain, general = arm.tokens, arm.domain, arm.general
-        finetuned = next((a.domain.mean for a in evidence.arms if a.regime == "FT"), None)
-    gain = 100 * (finetuned - domain.mean) / finetuned if finetuned else None
+        tokens, own = arm.tokens, arm
+    domain, general, finetuned = own.domain, own.general, evidence.outcomes().get(0.0)
+    gain = 100 * (finetuned.domain.mean - domain.mean) / finetuned.domain.mean if finetuned else None
     effect = next((e for e in effects if e.injected == decision.replay), effects[0] if effects else None)
     if effect:
         domain, general = domain.times(effect.domain), general and general.times(effect.general)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from spt_fast.advice.result import Arm
-from spt_fast.study.finetunes import Interval, OverSeeds, after_pretraining
+from spt_fast.study.finetunes import Interval, after_pretraining
 from spt_fast.study.usable import UsableRows
 
 REGIMES = ("FT", "SPT", "SCPT")
@@ -47,7 +47,7 @@ def arms(rows: pd.DataFrame) -> list[Arm]:
 
 
 def _arm(own: pd.DataFrame) -> Arm:
-    first, domain = own.iloc[0], _over_seeds(own["domain_heldout"])
+    first, domain = own.iloc[0], Interval.of(own["domain_heldout"])
     assert domain is not None
     return Arm(
         regime=first["regime"],
@@ -57,11 +57,6 @@ def _arm(own: pd.DataFrame) -> Arm:
         epochs=float(own["pretrain_epochs"].mean()),
         seeds=len(own),
         domain=domain,
-        general=_over_seeds(own["general_heldout"]),
-        forgetting=_over_seeds(own["general_heldout"] - own["general_before"]),
+        general=Interval.of(own["general_heldout"]),
+        forgetting=Interval.of(own["general_heldout"] - own["general_before"]),
     )
-
-
-def _over_seeds(values: pd.Series) -> Interval | None:
-    over = OverSeeds.of(values)
-    return None if over is None else Interval(over.mean, over.low, over.high)

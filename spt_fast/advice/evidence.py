@@ -16,7 +16,7 @@ import pandas as pd
 from spt_fast.advice.arms import arms, finetunes
 from spt_fast.advice.forecast import Forecast, forecast
 from spt_fast.advice.prior import outside
-from spt_fast.advice.result import Arm
+from spt_fast.advice.result import Arm, Outcome
 from spt_fast.errors import DataError
 from spt_fast.study import views
 from spt_fast.study.finetunes import SETTING, plainest
@@ -47,19 +47,29 @@ class Evidence:
         """The arms of FT and SPT."""
         return [arm for arm in self.arms if arm.regime != "SCPT"]
 
+    def seen(self) -> dict[float, Outcome]:
+        """By share, of FT and SPT."""
+        return {
+            arm.delta: Outcome(arm.domain, arm.general, arm.forgetting.mean if arm.forgetting else None)
+            for arm in self.steady()
+        }
+
+    def outcomes(self) -> dict[float, Outcome]:
+        """By share, with the least general data: by law, else as seen."""
+        return self.forecast.outcomes if self.forecast else self.seen()
+
     def general(self) -> dict[float, tuple[float, float]]:
         """{delta: general loss before, and after, a finetune with the least general data}: by law, else as seen; empty
         where it was not measured."""
-        known = self.forecast
-        if known is not None and known.general is not None and known.forgetting is not None:
-            after = known.general[:, 0]
-            pairs = zip((after - known.forgetting).tolist(), after.tolist(), strict=True)
-            return dict(zip(known.deltas, pairs, strict=True))
-        return {
-            arm.delta: (arm.general.mean - arm.forgetting.mean, arm.general.mean)
-            for arm in self.steady()
-            if arm.general and arm.forgetting
-        }
+        by_law, seen = (
+            {
+                delta: (one.general.mean - one.forgetting, one.general.mean)
+                for delta, one in outcomes.items()
+                if one.general and one.forgetting is not None
+            }
+            for outcomes in (self.outcomes(), self.seen())
+        )
+        return by_law or seen
 
 
 def gather(

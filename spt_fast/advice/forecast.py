@@ -9,15 +9,17 @@ sure the best share is: the laws are fitted again to resampled runs, and the sha
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from spt_fast.advice.result import AtBudget, HeldOut
+from spt_fast.advice.result import AtBudget, HeldOut, Outcome
 from spt_fast.errors import DataError
 from spt_fast.laws import ExtrapolationWarning, OverfittingLaw, PostFinetuneLaw
+from spt_fast.study.finetunes import Interval
 
 LEVEL, DRAWS = 0.9, 100
 FEWEST_BUDGETS, FEWEST_POINTS = 3, 4
@@ -26,14 +28,10 @@ FEWEST_BUDGETS, FEWEST_POINTS = 3, 4
 
 @dataclass(frozen=True)
 class Forecast:
-    """For each of `deltas`, at `tokens` of pretraining; losses are [share, (mean, low, high)] at LEVEL."""
+    """After `tokens` of pretraining, by share; intervals at LEVEL."""
 
     tokens: float
-    deltas: list[float]
-    domain: np.ndarray
-    general: np.ndarray | None
-    forgetting: np.ndarray | None
-    """[share], general loss after finetuning − before."""
+    outcomes: dict[float, Outcome]
     draws: np.ndarray
     """[draw, share]: domain losses by laws fitted to resampled runs."""
     law: str
@@ -48,7 +46,7 @@ class Forecast:
     def best_in(self, allowed: np.ndarray) -> np.ndarray:
         """[share]: in what part of the draws it has the lowest domain loss of those allowed."""
         best = np.where(allowed, self.draws, np.inf).argmin(axis=1)
-        return np.bincount(best, minlength=len(self.deltas)) / len(self.draws)
+        return np.bincount(best, minlength=len(self.outcomes)) / len(self.draws)
 
 
 def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> Forecast:
@@ -63,18 +61,24 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         law, error, overfitting = _chosen(rows, curves)
-        domain = np.stack(law.predict(interval=LEVEL, **at), axis=1)
-        general = forgetting = None
+        domain = _intervals(law.predict(interval=LEVEL, **at))
+        general: Sequence[Interval | None] = [None] * len(deltas)
+        forgetting: Sequence[float | None] = [None] * len(deltas)
         if rows[["general_before", "general_heldout"]].notna().all(axis=None):
             of_general = PostFinetuneLaw().fit(_columns(rows, "general"))
-            general = np.stack(of_general.predict(interval=LEVEL, **at), axis=1)
-            forgetting = general[:, 0] - of_general.predict(of="heldout_loss", **at)
+            after = of_general.predict(interval=LEVEL, **at)
+            general, forgetting = _intervals(after), (after[0] - of_general.predict(of="heldout_loss", **at)).tolist()
         draws = np.stack([drawn.predict(**at) for drawn in _resampled(law, rows, curves)])
         before = overfitting.best_fraction(tokens=tokens) if overfitting else None
     said = {str(w.message): None for w in caught if not issubclass(w.category, ExtrapolationWarning)}
     name = "OverfittingLaw and PostFinetuneLaw" if law.heldout else "PostFinetuneLaw"
     largest = _against(law, _last(rows))
-    return Forecast(tokens, deltas, domain, general, forgetting, draws, name, largest, error, before, list(said))
+    outcomes = dict(zip(deltas, map(Outcome, domain, general, forgetting), strict=True))
+    return Forecast(tokens, outcomes, draws, name, largest, error, before, list(said))
+
+
+def _intervals(edges: tuple[np.ndarray, ...]) -> list[Interval]:
+    return [Interval(*edge) for edge in zip(*(values.tolist() for values in edges), strict=True)]
 
 
 def _enough(rows: pd.DataFrame) -> pd.DataFrame:

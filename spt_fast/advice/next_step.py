@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from spt_fast.advice.prior import SCPT_LAST
+from spt_fast.advice.result import Decision
 from spt_fast.study.usable import UsableRows
 
 
@@ -41,10 +42,8 @@ def rates_of(table: UsableRows | None, runs_params: int | None, params: int | No
 
 
 def next_step(
+    decision: Decision,
     *,
-    regime: str,
-    delta: float,
-    replay: float,
     preset: str,
     budget: int,
     finetune_tokens: float,
@@ -54,12 +53,12 @@ def next_step(
 ) -> str:
     """YAML; prefixes of datasets that aren't given, and the tokenizer, are placeholders."""
     prefixes = {"general": str(general or "data/general"), "domain": str(domain or "data/domain")}
-    late = round(budget * SCPT_LAST) if regime == "SCPT" else 0
+    late = round(budget * SCPT_LAST) if decision.regime == "SCPT" else 0
     phases: list[dict[str, Any]] = [
         {
             "name": "pretrain",
             "tokens": _count(budget - late),
-            "mixture": _mixture(0 if late else delta),
+            "mixture": _mixture(0 if late else decision.delta),
             "optimizer": {"lr": rates.pretrain, "weight_decay": 0.1},
             "schedule": {"name": "cosine", "warmup": "2%", "horizon": _count(budget)},
         }
@@ -68,7 +67,7 @@ def next_step(
         rising = {
             "name": "late",
             "tokens": _count(late),
-            "mixture": _mixture(delta * budget / late),
+            "mixture": _mixture(decision.delta * budget / late),
             "optimizer": phases[0]["optimizer"] | {},
             "optimizer_state": "keep",
             "schedule": {"continue": True},
@@ -77,7 +76,7 @@ def next_step(
     finetune = {
         "name": "finetune",
         "tokens": _count(round(finetune_tokens)),
-        "mixture": _mixture(replay, of="general"),
+        "mixture": _mixture(decision.replay, of="general"),
         "untie": True,
         "optimizer": {"lr": rates.finetune[len(rates.finetune) // 2], "weight_decay": 1e-7},
         "schedule": {"name": "constant", "warmup": "50 steps"},

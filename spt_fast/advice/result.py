@@ -52,14 +52,21 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Share:
+class Outcome:
+    """Losses after the finetune; None where they were not measured."""
+
+    domain: Interval
+    general: Interval | None
+    forgetting: float | None
+    """The general loss after it − before."""
+
+
+@dataclass(frozen=True)
+class Share(Outcome):
     """A share that was run, as the laws expect it at the budget."""
 
     delta: float
     epochs: float
-    domain: Interval
-    general: Interval | None
-    forgetting: float | None
     allowed: bool
     """Whether some replay that was run keeps the limit on the general loss."""
     best_in: float
@@ -185,8 +192,12 @@ class Account:
     serving: float
 
     @property
+    def training(self) -> float:
+        return self.pretraining + self.finetuning
+
+    @property
     def total(self) -> float:
-        return self.pretraining + self.finetuning + self.serving
+        return self.training + self.serving
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "total": self.total}

@@ -13,6 +13,19 @@ SURE = 0.8
 """Share of the resamplings from which on the best share counts as settled."""
 
 
+UNITS = {
+    "budget": "pretraining tokens",
+    "params": "parameters",
+    "domain_tokens": "domain tokens",
+    "epochs": "epochs",
+}
+
+
+def beyond(factors: dict[str, float], than: float = 1.0) -> list[str]:
+    """By how much a question lies outside of the runs, where by more than a factor of `than`."""
+    return [f"{factor:.3g}× in {UNITS[what]}" for what, factor in factors.items() if factor > than]
+
+
 def support(
     decision: Decision, evidence: Evidence | None, shares: list[Share] | None, params: int | None, domain_tokens: int
 ) -> Support:
@@ -45,13 +58,7 @@ def support(
 
 
 def _verdict(decision: Decision, evidence: Evidence, factors: dict[str, float], shares: list[Share] | None) -> str:
-    names = {
-        "budget": "pretraining tokens",
-        "params": "parameters",
-        "domain_tokens": "domain tokens",
-        "epochs": "epochs",
-    }
-    far = [f"{factor:.3g}× in {names[what]}" for what, factor in factors.items() if factor > NEAR]
+    far = beyond(factors, NEAR)
     if decision.basis == "published":
         away = f"which lie {' and '.join(far)} away" if far else "which have no such arms"
         return f"not supported by the runs, {away} and give no law: {SAYS}"

@@ -32,44 +32,34 @@ PUBLISHED_STEP = 3.0
 def tax(*, params: float, budget: int, finetune_tokens: float, served: int, larger: Larger) -> Tax:
     """A model of `params` by SPT beside one `larger.factor` times as large that was finetuned only, both pretrained on
     `budget` tokens, and `served` tokens by each."""
-    size = params * larger.factor.mean
-    trained = {"budget": budget, "finetune_tokens": finetune_tokens}
 
-    def level(factor: float, paid: int) -> float | None:
-        larger = _account("", params * factor, 0, budget=paid, finetune_tokens=finetune_tokens)
-        return break_even(_account("", params, 0, **trained), larger)
+    def account(what: str, factor: float, paid: int = budget) -> Account:
+        size = params * factor
+        trained = FLOPS_PER_PARAMETER_AND_TOKEN * size
+        return Account(what, size, trained * paid, trained * finetune_tokens, FLOPS_PER_SERVED * size * served)
 
+    small, factor = account("SPT", 1), larger.factor
     return Tax(
         larger=larger,
         served=served,
         accounts=[
-            _account("SPT", params, served, **trained),
-            _account("finetuned larger", size, served, **trained),
-            _account("the same, pretrained by others", size, served, budget=0, finetune_tokens=finetune_tokens),
+            small,
+            account("finetuned larger", factor.mean),
+            account("the same, pretrained by others", factor.mean, paid=0),
         ],
         break_even={
-            name: BreakEven(**{edge: level(factor, paid) for edge, factor in vars(larger.factor).items()})
+            name: BreakEven(**{edge: break_even(small, account("", by, paid)) for edge, by in vars(factor).items()})
             for name, paid in {"both paid": budget, "larger one for free": 0}.items()
         },
     )
 
 
-def _account(what: str, params: float, served: float, *, budget: float, finetune_tokens: float) -> Account:
-    return Account(
-        what=what,
-        params=params,
-        pretraining=FLOPS_PER_PARAMETER_AND_TOKEN * params * budget,
-        finetuning=FLOPS_PER_PARAMETER_AND_TOKEN * params * finetune_tokens,
-        serving=FLOPS_PER_SERVED * params * served,
-    )
-
-
 def break_even(small: Account, large: Account) -> float | None:
-    """Tokens served at which the accounts, made up before any was served, are level; 0 where the small one is ahead at
-    once, None where the larger one is not larger."""
+    """Tokens served at which the accounts are level; 0 where the small one is ahead at once, None where the larger one
+    is not larger."""
     if large.params <= small.params:
         return None
-    return max(0.0, (small.total - large.total) / (FLOPS_PER_SERVED * (large.params - small.params)))
+    return max(0.0, (small.training - large.training) / (FLOPS_PER_SERVED * (large.params - small.params)))
 
 
 def published_factor() -> Larger:

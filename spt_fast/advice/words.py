@@ -9,6 +9,7 @@ from rich.table import Table
 from spt_fast.advice.forecast import LEVEL
 from spt_fast.advice.prior import PUBLISHED_RUNS, Prior
 from spt_fast.advice.result import Advice, BreakEven, Decision, Distance, Share, Tax
+from spt_fast.advice.support import UNITS, beyond
 from spt_fast.study.finetunes import Interval
 from spt_fast.study.words import amount, percent
 
@@ -17,7 +18,6 @@ BASIS = {
     "seen": "as the runs themselves came out",
     "published": "a prior: by published runs, nothing of yours was measured",
 }
-UNITS = {"budget": "pretraining tokens", "params": "parameters", "domain_tokens": "domain tokens"}
 SHARE_HEADINGS = ("share", "epochs", "domain loss", "general loss", "forgetting", "best in")
 
 
@@ -121,11 +121,11 @@ def findings(advice: Advice) -> list[str]:
 def _papers(papers: Prior) -> list[str]:
     span = "" if papers["delta_range"] is None else f" ({' to '.join(map(percent, papers['delta_range']))})"
     worth = papers["worth"]
-    far = [f"{factor:.3g}× in {UNITS[what]}" for what, factor in papers["outside"].items() if factor > 1]
-    beyond = f"; the question lies outside of theirs {', '.join(far)}" if far else ""
+    far = beyond(papers["outside"])
+    outside = f"; the question lies outside of theirs {', '.join(far)}" if far else ""
     lost = papers["expected"]["progress_lost"]
     found = [
-        f"the papers: {papers['regime']} at {percent(papers['delta'])}{span}; {papers['why']}{beyond}",
+        f"the papers: {papers['regime']} at {percent(papers['delta'])}{span}; {papers['why']}{outside}",
         f"{amount(worth['read'])} tokens read from that corpus are worth {amount(worth['fresh'])} fresh ones, one more "
         f"epoch {worth['next_epoch']:.0%} of a fresh one (arXiv 2305.16264)",
     ]

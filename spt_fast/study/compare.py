@@ -20,11 +20,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from spt_fast.errors import RecipeError
-from spt_fast.study.finetunes import OverSeeds, Treatment, held_against
+from spt_fast.study.finetunes import Interval, Treatment, held_against
 from spt_fast.study.runs import FinetunePath, FinishedRun, check_comparable, differences
 
 FIGURES = (
@@ -114,15 +114,24 @@ Arm = dict[int, Finetune]
 """The runs of one arm by seed."""
 
 
-class Figure(OverSeeds):
-    """Of an arm."""
+@dataclass(frozen=True)
+class Figure(Interval):
+    """Of an arm, with the standard deviation over seeds (None for one seed)."""
+
+    std: float | None
+
+    @classmethod
+    def of(cls, seeds: Iterable[float | None]) -> Figure | None:
+        given = [math.nan if value is None else value for value in seeds]
+        over = Interval.of(given)
+        return None if over is None else cls(**vars(over), std=stdev(given) if len(given) > 1 else None)
 
     def as_json(self) -> dict[str, float | None]:
         return {"mean": self.mean, "min": self.low, "max": self.high, "std": self.std}
 
 
 @dataclass(frozen=True)
-class Gain(OverSeeds):
+class Gain(Interval):
     """R_gain in percent, seed by seed against NPT."""
 
     per_seed: dict[str, float]
@@ -135,11 +144,8 @@ class Gain(OverSeeds):
             for seed, run in arm.items()
             if seed in npt
         }
-        over = OverSeeds.of(per_seed.values())
+        over = Interval.of(per_seed.values())
         return None if over is None else cls(**vars(over), per_seed=per_seed)
-
-    def as_json(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "std"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +169,7 @@ class ArmFigures:
         return {**self.treatment._asdict(), **figures}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Verdict:
     """Whether an arm differs from another by more than seeds do, over the seeds that both have."""
 
@@ -172,11 +178,11 @@ class Verdict:
     arm: Treatment
     base: Treatment
     seeds: int
-    difference: float | None = None
+    difference: float | None
     """The mean over seeds."""
-    spread: float | None = None
+    spread: float | None
     """The larger of the two arms' ranges (max - min) over seeds."""
-    exceeds: bool | None = None
+    exceeds: bool | None
     """The difference has one sign at every seed and is larger than the spread; None with fewer than two seeds."""
 
     @property
@@ -355,13 +361,9 @@ def judge(figure: str, arm: Treatment, base: Treatment, arms: Mapping[Treatment,
     """How an arm differs from another in a figure."""
     seeds = sorted(arms[arm].keys() & arms[base].keys())
     pairs = [(getattr(arms[arm][seed], figure), getattr(arms[base][seed], figure)) for seed in seeds]
-    verdict = Verdict(figure=figure, arm=arm, base=base, seeds=len(seeds))
-    if not pairs:
-        return verdict
     by_seed = [ours - theirs for ours, theirs in pairs]
-    verdict = replace(verdict, difference=(difference := fmean(by_seed)))
-    if len(pairs) == 1:
-        return verdict
-    spread = max(max(values) - min(values) for values in zip(*pairs, strict=True))
-    exceeds = abs(difference) > spread and (max(by_seed) < 0 or min(by_seed) > 0)
-    return replace(verdict, spread=spread, exceeds=exceeds)
+    difference, spread, exceeds = fmean(by_seed) if pairs else None, None, None
+    if difference is not None and len(pairs) > 1:
+        spread = max(max(values) - min(values) for values in zip(*pairs, strict=True))
+        exceeds = abs(difference) > spread and (max(by_seed) < 0 or min(by_seed) > 0)
+    return Verdict(figure, arm, base, len(seeds), difference, spread, exceeds)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spt_fast.study.compare import ArmFigures, Comparison
-from spt_fast.study.finetunes import OverSeeds, Treatment
+from spt_fast.study.finetunes import Interval, Treatment
 from spt_fast.study.fits import Errors, Fits, Fitted, Score
 from spt_fast.study.words import amount
 
@@ -60,7 +60,7 @@ def arm_cells(arm: ArmFigures, plus_minus: str = " ± ", figures: Sequence[str] 
     ]
 
 
-def _with_spread(over: OverSeeds | None, plus_minus: str, digits: int = 3) -> str:
+def _with_spread(over: Interval | None, plus_minus: str, digits: int = 3) -> str:
     if over is None:
         return ""
     return signed(over.mean, digits) + (
@@ -108,7 +108,7 @@ def conclusion(comparison: Comparison) -> list[str]:
     ]
 
 
-def _mean(over: OverSeeds | None) -> float:
+def _mean(over: Interval | None) -> float:
     return math.nan if over is None else over.mean
 
 

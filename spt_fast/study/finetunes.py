@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
-from typing import NamedTuple, Self
+from statistics import fmean
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -64,23 +64,16 @@ class Interval:
     low: float
     high: float
 
-    def times(self, factor: float) -> Interval:
-        return Interval(self.mean * factor, self.low * factor, self.high * factor)
-
-
-@dataclass(frozen=True)
-class OverSeeds(Interval):
-    """A figure over the seeds of an arm, with the standard deviation (None for one seed)."""
-
-    std: float | None
-
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> Self | None:
-        """None where there are none, or one was not measured."""
-        given = [math.nan if value is None else float(value) for value in values]
+    def of(cls, seeds: Iterable[float]) -> Interval | None:
+        """Over the seeds of an arm; None where there are none, or one was not measured."""
+        given = [float(value) for value in seeds]
         if not given or not all(map(math.isfinite, given)):
             return None
-        return cls(fmean(given), min(given), max(given), stdev(given) if len(given) > 1 else None)
+        return Interval(fmean(given), min(given), max(given))
+
+    def times(self, factor: float) -> Interval:
+        return Interval(self.mean * factor, self.low * factor, self.high * factor)
 
 
 def plainest(finetunes: pd.DataFrame) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from spt_fast import cli
 from spt_fast.advice import advise as advising
 from spt_fast.advice import forecast
 from spt_fast.advice.next_step import next_step
+from spt_fast.advice.result import Decision
 from spt_fast.config import recipe_from
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.printing import as_json
@@ -323,7 +324,8 @@ def test_learning_rates_are_those_of_runs_about_as_large() -> None:
 
 @pytest.mark.parametrize("delta", [1 / 49, 0.020833333333333332, 1 / 3, 0.05])
 def test_shares_of_a_recipe_sum_to_one(delta: float) -> None:
-    text = next_step(regime="SPT", delta=delta, replay=1 / 97, preset="1m", budget=10**9, finetune_tokens=1e6)
+    decision = Decision("SPT", delta, "laws", epochs=1, replay=1 / 97, says="")
+    text = next_step(decision, preset="1m", budget=10**9, finetune_tokens=1e6)
     first, last = recipe_from(yaml.safe_load(text)).phases
     assert sum(first.mixture.values()) == sum(last.mixture.values()) == 1
     assert float(first.mixture["domain"]) == pytest.approx(delta, rel=1e-3)

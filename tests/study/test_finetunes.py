@@ -10,8 +10,8 @@ import pytest
 
 from spt_fast.advice.advise import advise
 from spt_fast.report.decision import by_setting, compared, decide
-from spt_fast.study.compare import compare_finetunes
-from spt_fast.study.finetunes import OverSeeds, Treatment, after_pretraining, held_against, plainest
+from spt_fast.study.compare import Figure, compare_finetunes
+from spt_fast.study.finetunes import Treatment, after_pretraining, held_against, plainest
 from spt_fast.study.usable import usable
 from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, spt_table
 
@@ -64,6 +64,6 @@ def test_the_plainest_finetunes_have_the_least_replay_and_then_the_least_anchor(
 
 
 def test_a_figure_over_seeds() -> None:
-    assert OverSeeds.of([1.0, 3.0]) == OverSeeds(2.0, 1.0, 3.0, math.sqrt(2))
-    assert OverSeeds.of([1.0]) == OverSeeds(1.0, 1.0, 1.0, None)
-    assert OverSeeds.of([]) is OverSeeds.of([1.0, None]) is OverSeeds.of([1.0, math.nan]) is None
+    assert Figure.of([1.0, 3.0]) == Figure(2.0, 1.0, 3.0, math.sqrt(2))
+    assert Figure.of([1.0]) == Figure(1.0, 1.0, 1.0, None)
+    assert Figure.of([]) is Figure.of([1.0, None]) is Figure.of([1.0, math.nan]) is None
