@@ -19,7 +19,7 @@ from typing import Any
 from spt_fast.data.shards import DatasetWriter
 from spt_fast.data.text import Chunk, Inputs, TextReader
 from spt_fast.data.tokenizer import Tokenizer
-from spt_fast.data.workers import EncoderPool, Settings, Side, TextBatch
+from spt_fast.data.workers import EncoderPool, Settings, TextBatch
 from spt_fast.errors import DataError, invalid
 
 BATCH_BYTES = 1 << 20
@@ -62,27 +62,29 @@ def prepare(
     settings = Settings(text_key, skip_bad, (heldout.numerator, heldout.denominator) if heldout is not None else None)
     skipped: Counter[str] = Counter()
     with ExitStack() as stack:
-        train = _Output(stack, os.fspath(out), tokenizer)
-        held_out = _Output(stack, f"{os.fspath(out)}.heldout", tokenizer) if heldout is not None else None
+        prefixes = [os.fspath(out), *([] if heldout is None else [f"{os.fspath(out)}.heldout"])]
+        writers = [_writer(stack, prefix, tokenizer) for prefix in prefixes]
         bar = stack.enter_context(_Progress(Path(out).name, reader.total_bytes)) if progress else None
         pool = stack.enter_context(EncoderPool(tokenizer, settings, workers))
         for batch, encoded in pool.encode(_batches(reader)):
-            train.append(encoded.train)
-            if held_out is not None:
-                held_out.append(encoded.heldout)
+            for writer, side in zip(writers, (encoded.train, encoded.heldout), strict=False):
+                writer.write(side.tokens, side.document_lengths, side.num_bytes)
             skipped += encoded.skipped
             if bar is not None:
                 bar.advance(batch.read_bytes, encoded.train.num_bytes + encoded.heldout.num_bytes)
         skipped += reader.skipped
-        _refuse_empty(train, held_out, heldout, skipped)
-        train.writer.commit()
-        if held_out is not None:
-            held_out.writer.commit()
+        _refuse_empty(writers, heldout, skipped)
+        for writer in writers:
+            writer.commit()
     seconds = time.perf_counter() - start_s
-    num_bytes = train.counts["bytes"] + (held_out.counts["bytes"] if held_out else 0)
+    num_bytes = sum(writer.num_bytes for writer in writers)
+    train, *held_out = (
+        {"documents": writer.num_documents, "tokens": writer.num_tokens, "bytes": writer.num_bytes}
+        for writer in writers
+    )
     return {
-        **train.counts,
-        "heldout": held_out.counts if held_out else None,
+        **train,
+        "heldout": held_out[0] if held_out else None,
         "skipped": dict(skipped),
         "seconds": seconds,
         "mb_per_s": num_bytes / seconds / 1e6,
@@ -90,21 +92,13 @@ def prepare(
     }
 
 
-class _Output:
+def _writer(stack: ExitStack, prefix: str, tokenizer: Tokenizer) -> DatasetWriter:
     """One side of the split on its way to disk; `stack` removes what is not committed."""
-
-    def __init__(self, stack: ExitStack, prefix: str, tokenizer: Tokenizer) -> None:
-        self.writer = DatasetWriter(
-            prefix, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, tokenizer_digest=tokenizer.digest
-        )
-        stack.callback(self.writer.abort)
-        self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
-
-    def append(self, side: Side) -> None:
-        self.writer.write(side.tokens, side.document_lengths, side.num_bytes)
-        self.counts["documents"] += len(side.document_lengths)
-        self.counts["tokens"] += len(side.tokens)
-        self.counts["bytes"] += side.num_bytes
+    writer = DatasetWriter(
+        prefix, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, tokenizer_digest=tokenizer.digest
+    )
+    stack.callback(writer.abort)
+    return writer
 
 
 class _Progress:
@@ -160,15 +154,15 @@ def _batches(reader: TextReader) -> Iterator[TextBatch]:
         raise error
 
 
-def _refuse_empty(train: _Output, held_out: _Output | None, share: Fraction | None, skipped: Counter[str]) -> None:
-    documents = train.counts["documents"] + (held_out.counts["documents"] if held_out else 0)
+def _refuse_empty(writers: list[DatasetWriter], share: Fraction | None, skipped: Counter[str]) -> None:
+    documents = sum(writer.num_documents for writer in writers)
     if documents == 0:
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in skipped.items())
-        raise DataError(f"{train.writer.prefix}: no document is left (left out: {left_out or 'none'}); mend the input")
-    for side in (train, held_out):
-        if side is not None and side.counts["documents"] == 0:
+        raise DataError(f"{writers[0].prefix}: no document is left (left out: {left_out or 'none'}); mend the input")
+    for writer in writers:
+        if writer.num_documents == 0:
             raise DataError(
-                f"{side.writer.prefix} would be empty: of {documents:,} documents none falls on this side of a "
+                f"{writer.prefix} would be empty: of {documents:,} documents none falls on this side of a "
                 f"held-out share of {share}; give another share, or more documents (a .txt file is one document, a "
                 ".jsonl file has one a line)"
             )

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -190,7 +189,7 @@ class DatasetWriter:
         self.prefix = base_prefix(Path(prefix))
         self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._vocab_size, self._eos_id, self._tokenizer_digest = vocab_size, eos_id, tokenizer_digest
-        self._num_tokens = self._num_documents = self._num_bytes = 0
+        self.num_tokens = self.num_documents = self.num_bytes = 0
         self._max_id: int | None = None
         self._idx_hash = hashlib.sha256()
         self._block_hash, self._block_filled = hashlib.sha256(), 0
@@ -209,8 +208,8 @@ class DatasetWriter:
         tokens: integers [sum of document_lengths]; document_lengths: integers [documents], in tokens; num_bytes: UTF-8
         bytes of their text. Raises DataError (and aborts) for an id outside the vocabulary or a failing disk.
         """
-        ends = self._num_tokens + np.cumsum(document_lengths, dtype=END_DTYPE)
-        assert len(tokens) == (int(ends[-1]) - self._num_tokens if len(ends) else 0), "lengths don't sum to the tokens"
+        ends = self.num_tokens + np.cumsum(document_lengths, dtype=END_DTYPE)
+        assert len(tokens) == (int(ends[-1]) - self.num_tokens if len(ends) else 0), "lengths don't sum to the tokens"
         if len(tokens):
             smallest, largest = int(tokens.min()), int(tokens.max())
             if smallest < 0 or largest >= self._vocab_size:
@@ -226,9 +225,9 @@ class DatasetWriter:
         with self._clean_failure():
             self._files[0].write(data)
             self._files[1].write(end_bytes)
-        self._num_tokens += len(tokens)
-        self._num_documents += len(ends)
-        self._num_bytes += num_bytes
+        self.num_tokens += len(tokens)
+        self.num_documents += len(ends)
+        self.num_bytes += num_bytes
 
     def commit(self) -> dict[str, Any]:
         """Make the dataset durable and visible; returns its metadata, the content of PREFIX.json."""
@@ -241,9 +240,9 @@ class DatasetWriter:
             "vocab_size": self._vocab_size,
             "tokenizer_digest": self._tokenizer_digest,
             "eos_id": self._eos_id,
-            "num_tokens": self._num_tokens,
-            "num_documents": self._num_documents,
-            "num_bytes": self._num_bytes,
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "num_bytes": self.num_bytes,
             "max_id": self._max_id,
             "block_bytes": BLOCK_BYTES,
             "blocks_sha256": self._blocks,
@@ -276,9 +275,7 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.commit()
         else:

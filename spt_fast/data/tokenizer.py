@@ -10,7 +10,6 @@ Special tokens are never read out of text: where a document says "<|endoftext|>"
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import os
@@ -23,8 +22,9 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from spt_fast.data.text import STDIN, Inputs, TextReader, find_files, parse
+from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
 from spt_fast.errors import DataError, invalid, nearest
+from spt_fast.files import replacing
 
 EOS = "<|endoftext|>"
 
@@ -120,17 +120,11 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a tokenizer file, atomically. Raises DataError where that can't be done."""
         path = Path(path)
-        partial = Path(f"{path}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(self.to_bytes())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(self.to_bytes())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
             raise DataError(
                 f"{path} can't be written ({error.strerror}); choose another place, or make room"
             ) from error
@@ -230,19 +224,13 @@ def _sample(inputs: Inputs, text_key: str, skip_bad: bool, sample_bytes: int) ->
     files = sorted(find_files(inputs), key=lambda path: float("inf") if path == STDIN else path.stat().st_size)
     for position, path in enumerate(files):
         share_bytes = left_bytes = sample_bytes // (len(files) - position)
-        for utf8_bytes, piece in _document_pieces(path, text_key, skip_bad):
+        documents = iter_documents(path, text_key, skip_bad=skip_bad)
+        for piece in (piece for text in documents for piece in _pieces(text)):
             yield piece
-            left_bytes -= utf8_bytes
+            left_bytes -= len(piece.encode())
             if left_bytes <= 0:
                 break
         sample_bytes -= share_bytes - left_bytes
-
-
-def _document_pieces(path: Path, text_key: str, skip_bad: bool) -> Iterator[tuple[int, str]]:
-    for chunk in TextReader(path, text_key, skip_bad=skip_bad):
-        for text, _ in parse(chunk, text_key, skip_bad=skip_bad):
-            for piece in _pieces(text):
-                yield len(piece.encode()), piece
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -5,8 +5,8 @@ A *visit* of a token is its being read as an input; the last token that a window
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypedDict
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from spt_fast.data.ring import Ring
 _STRETCH_WINDOWS = 1 << 20
 
 
-class Visits(TypedDict):
+@dataclass(frozen=True)
+class Visits:
     """Of a stretch of a source: its tokens, the visits to all of them, and the fewest and most of any one."""
 
     tokens: int
@@ -38,12 +39,12 @@ def document_visits(ring: Ring, count: int, start: int, end: int) -> Visits:
     assert 0 <= start <= end <= ring.num_tokens
     stretch_tokens = _STRETCH_WINDOWS * ring.context
     parts = [_visits(ring, count, a, min(a + stretch_tokens, end)) for a in range(start, end, stretch_tokens)]
-    return {
-        "tokens": end - start,
-        "token_visits": sum(part["token_visits"] for part in parts),
-        "min_visits": min((part["min_visits"] for part in parts), default=0),
-        "max_visits": max((part["max_visits"] for part in parts), default=0),
-    }
+    return Visits(
+        tokens=end - start,
+        token_visits=sum(part.token_visits for part in parts),
+        min_visits=min((part.min_visits for part in parts), default=0),
+        max_visits=max((part.max_visits for part in parts), default=0),
+    )
 
 
 def _visits(ring: Ring, count: int, start: int, end: int) -> Visits:
@@ -66,9 +67,4 @@ def _visits(ring: Ring, count: int, start: int, end: int) -> Visits:
     order = np.argsort(places, kind="stable")
     lengths = np.diff(places[order])
     visits = (rounds - 1 + np.cumsum(steps[order])[:-1])[lengths > 0]
-    return {
-        "tokens": end - start,
-        "token_visits": int(visits @ lengths[lengths > 0]),
-        "min_visits": int(visits.min()),
-        "max_visits": int(visits.max()),
-    }
+    return Visits(end - start, int(visits @ lengths[lengths > 0]), int(visits.min()), int(visits.max()))

@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -157,9 +156,7 @@ class EncoderPool:
     def __enter__(self) -> EncoderPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -221,10 +218,7 @@ def _start_worker() -> subprocess.Popen[bytes]:
 
 
 def _exchange(process: subprocess.Popen[bytes], batch: TextBatch) -> Encoded:
-    heads = [
-        {"source": chunk.source, "unit": chunk.unit, "first": chunk.first, "lengths": chunk.lengths}
-        for chunk in batch.chunks
-    ]
+    heads = [{key: value for key, value in vars(chunk).items() if key != "data"} for chunk in batch.chunks]
     _send(process.stdin, {"chunks": heads}, [chunk.data for chunk in batch.chunks])
     frame = _receive(process.stdout)
     if frame is None:

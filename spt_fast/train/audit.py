@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from spt_fast.data.visits import document_visits
+from spt_fast.data.visits import Visits, document_visits
 from spt_fast.errors import DataError, invalid
 from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
@@ -33,16 +33,6 @@ class SourceReading:
     max_visits: int
 
 
-@dataclass(frozen=True)
-class DocumentReading:
-    """How often the tokens of one document were read: in all, and the fewest and most of any of them."""
-
-    tokens: int
-    token_visits: int
-    min_visits: int
-    max_visits: int
-
-
 def audit_run(run: Path, source: str | None = None) -> dict[str, SourceReading]:
     """What was read, by source; of `source` alone where it is given. Raises DataError where the run has no such one."""
     plan, counts = _reading_of(run)
@@ -53,13 +43,13 @@ def audit_run(run: Path, source: str | None = None) -> dict[str, SourceReading]:
             windows=count,
             tokens=count * plan.model.context,
             epochs=float(plan.epochs(name, count)),
-            min_visits=visits["min_visits"],
-            max_visits=visits["max_visits"],
+            min_visits=visits.min_visits,
+            max_visits=visits.max_visits,
         )
     return readings
 
 
-def audit_document(run: Path, source: str | None, document: int) -> DocumentReading:
+def audit_document(run: Path, source: str | None, document: int) -> Visits:
     """`document` counts within the source's dataset, from 0. Raises DataError for a source or document that isn't
     there."""
     if source is None:
@@ -75,7 +65,7 @@ def audit_document(run: Path, source: str | None, document: int) -> DocumentRead
         expected = f"{source} has documents 0 to {len(ends) - 1}"
         raise DataError(invalid("document", document, expected), argument=True)
     start, end = int(ends[document - 1]) if document else 0, int(ends[document])
-    return DocumentReading(**document_visits(plan.rings[source], count, start, end))
+    return document_visits(plan.rings[source], count, start, end)
 
 
 def print_audit(run: Path, readings: Mapping[str, SourceReading], console: Console) -> None:

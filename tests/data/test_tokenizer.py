@@ -75,7 +75,7 @@ def test_training_gives_tiktoken_ranks_of_the_size_asked(folder: Path, tokenizer
     own = tiktoken.Encoding("own", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}).encode_ordinary(text)
     assert tokenizer.encode(text) == own
     assert len(own) < len(text) / 2
-    assert list(folder.glob("*.partial")) == []
+    assert list(folder.glob("*.tmp")) == []
 
 
 @given(ANY_TEXT)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spt_fast.data import visits
 from spt_fast.data.ring import Ring
-from spt_fast.data.visits import document_visits, epochs
+from spt_fast.data.visits import Visits, document_visits, epochs
 
 
 def counted(ring: Ring, count: int) -> np.ndarray:
@@ -21,12 +21,8 @@ def counted(ring: Ring, count: int) -> np.ndarray:
 
 def check(ring: Ring, count: int, start: int, end: int) -> None:
     visits = counted(ring, count)[start:end]
-    assert document_visits(ring, count, start, end) == {
-        "tokens": end - start,
-        "token_visits": visits.sum(),
-        "min_visits": visits.min(),
-        "max_visits": visits.max(),
-    }
+    expected = Visits(end - start, visits.sum(), visits.min(), visits.max())
+    assert document_visits(ring, count, start, end) == expected
 
 
 @settings(max_examples=400, deadline=None)
@@ -54,18 +50,13 @@ def test_every_document_and_the_whole_source(num_tokens: int, monkeypatch: pytes
         for start in range(0, num_tokens, 23):
             end = min(start + 23, num_tokens)
             check(ring, count, start, end)
-            total += document_visits(ring, count, start, end)["token_visits"]
+            total += document_visits(ring, count, start, end).token_visits
         check(ring, count, 0, num_tokens)
         assert total == count * 16
 
 
 def test_an_empty_document() -> None:
-    assert document_visits(Ring(100, 16, 0, "a"), 7, 5, 5) == {
-        "tokens": 0,
-        "token_visits": 0,
-        "min_visits": 0,
-        "max_visits": 0,
-    }
+    assert document_visits(Ring(100, 16, 0, "a"), 7, 5, 5) == Visits(0, 0, 0, 0)
 
 
 def test_a_document_of_an_immense_run_takes_no_time() -> None:
@@ -74,9 +65,9 @@ def test_a_document_of_an_immense_run_takes_no_time() -> None:
     seconds = timeit.repeat(lambda: document_visits(ring, count, 10**12, 10**12 + 100_000), number=1, repeat=5)
     assert min(seconds) < 0.02
     about = count * 2048 / ring.num_tokens
-    assert visits["max_visits"] - visits["min_visits"] <= 2
-    assert abs(visits["min_visits"] - about) <= 2
-    assert visits["min_visits"] <= visits["token_visits"] / visits["tokens"] <= visits["max_visits"]
+    assert visits.max_visits - visits.min_visits <= 2
+    assert abs(visits.min_visits - about) <= 2
+    assert visits.min_visits <= visits.token_visits / visits.tokens <= visits.max_visits
 
 
 def test_epochs_are_exact() -> None:
