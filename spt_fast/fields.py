@@ -167,7 +167,7 @@ def setting(parse: Callable[[object, str], Any], default: Any = dataclasses.MISS
 
 
 def key_of(item: dataclasses.Field[Any]) -> str:
-    return item.metadata["key"] or item.name
+    return item.metadata.get("key") or item.name
 
 
 def build(cls: type[Any], raw: object, where: str) -> Any:
@@ -193,7 +193,10 @@ def section(cls: type[Section]) -> Callable[[object, str], Section]:
     return lambda raw, where: build(cls, raw, where)
 
 
-def plain(value: object) -> Any:
+def plain(value: Any) -> Any:
+    """What YAML and JSON write of settings and results. A method `as_json` says itself what a value is made of."""
+    if hasattr(value, "as_json"):
+        value = value.as_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, (type, Span)):
         return {key_of(item): plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):

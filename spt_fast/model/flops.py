@@ -53,14 +53,10 @@ def matmul_parameters(config: GPTConfig) -> int:
     return block_matrices(config) + config.vocab_size * config.width
 
 
-def train_flops_per_token(config: GPTConfig, context: int | None = None) -> int:
-    """6N + 12·L·H·Q·T: a forward and a backward pass, with no discount for the causal mask.
-
-    (PaLM, arXiv 2204.02311, appendix B.)
-    context T: tokens in a sequence, the model's context if None.
-    """
-    T = config.context if context is None else context
-    return 6 * matmul_parameters(config) + 12 * config.layers * config.heads * config.head_dim * T
+def train_flops_per_token(config: GPTConfig) -> int:
+    """6N + 12·L·H·Q·T: a forward and a backward pass over sequences of the model's context, with no discount for the
+    causal mask (PaLM, arXiv 2204.02311, appendix B)."""
+    return 6 * matmul_parameters(config) + 12 * config.layers * config.heads * config.head_dim * config.context
 
 
 def peak_flops(device: torch.device | str) -> float | None:

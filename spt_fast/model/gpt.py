@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -234,7 +234,11 @@ class GPT(nn.Module):
     @classmethod
     def from_hf(cls, folder: str | Path) -> GPT:
         """The model in a Hugging Face folder, on the CPU, in the dtype that it is stored in; see spt_fast.model.hf."""
-        config, weights = hf.load(folder)
+        return cls.with_weights(*hf.load(folder))
+
+    @classmethod
+    def with_weights(cls, config: GPTConfig, weights: Mapping[str, Tensor]) -> GPT:
+        """A model whose parameters are these tensors, by name."""
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(weights, assign=True)

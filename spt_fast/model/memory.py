@@ -67,7 +67,6 @@ def memory_bytes(
     micro: int,
     *,
     dtype: torch.dtype,
-    context: int | None = None,
     checkpointing: str = "none",
     micro_batches: int = 1,
     documents: bool = False,
@@ -77,13 +76,12 @@ def memory_bytes(
     stage: int = 0,
     world: int = 1,
     offload: str = "none",
-    bucket: int = REDUCE_BUCKET,
 ) -> dict[str, int]:
     """Bytes that a step of `micro_batches` times `micro` sequences takes of one of `world` processes, at its peak.
 
-    dtype: of parameters and computation, bfloat16 or float32. context: tokens in a sequence, the model's if None.
-    device: "cuda" or "cpu". stage, offload, bucket (numbers): of ZeRO; stage 0 is the local engine. Of a phase that
-    unties a tied model, `replace(config, tied=False)` is the model. freeze: as in the recipe's phase.
+    dtype: of parameters and computation, bfloat16 or float32. device: "cuda" or "cpu". stage, offload: of ZeRO; stage 0
+    is the local engine. A phase that unties a tied model has `replace(config, tied=False)`. freeze: as in the recipe's
+    phase.
     Keys: parameters, gradients, optimizer, activations, logits (what the loss and the head's gradient take besides),
     communication (buckets) and their sum `total`, on the device; `host`, what is offloaded.
     """
@@ -91,9 +89,8 @@ def memory_bytes(
     D, V, F, L, a = config.width, config.vocab_size, config.ffn, config.layers, dtype.itemsize
     P, head, block = parameters(config), V * D, block_matrices(config) // L
     frozen = head if freeze == "embeddings" else 0
-    context = config.context if context is None else context
-    tokens = micro * context
-    stays, gradients = _what_stays(config, dtype, device, anchor, frozen, stage, world, offload, bucket)
+    tokens = micro * config.context
+    stays, gradients = _what_stays(config, dtype, device, anchor, frozen, stage, world, offload)
 
     # Gradients at each moment. Autograd's own are float32 in the local engine, else accumulated beside them.
     made = 4 if stage == 0 else a
@@ -109,10 +106,10 @@ def memory_bytes(
     at_update = gradients + (beside if stage == 1 else 0)
     waiting = made_head if config.tied or stage else 0  # the head's, until the embedding's is there to be added
 
-    kept, whole = _of_a_block(config, dtype, device, checkpointing, documents, context)
+    kept, whole = _of_a_block(config, dtype, device, checkpointing, documents)
     kept, whole = tokens * kept, tokens * max(kept, whole)
     x, activation = tokens * D * a, tokens * 2 * F * a
-    once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (context + (tokens if documents else 0))
+    once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (config.context + (tokens if documents else 0))
     logits = _chunk_of_logits(tokens, V, dtype, device) + (a * head if device == "cpu" and a < 4 else 0)
     moments = {
         "loss": (before, once + L * kept + x, 4 * head + x + logits),
@@ -137,7 +134,6 @@ def _what_stays(
     stage: int,
     world: int,
     offload: str,
-    bucket: int,
 ) -> tuple[dict[str, int], int]:
     """({parameters, optimizer, communication, host}, accumulated gradients at their fullest)."""
     P, a = parameters(config), dtype.itemsize
@@ -160,7 +156,7 @@ def _what_stays(
     if stage == 3:
         root = head if config.tied else 2 * head
         gathered = a * min(P, root + block + STAGE_3_PREFETCH + STAGE_3_REUSE // 2)
-    bucket = min(bucket, learning)
+    bucket = min(REDUCE_BUCKET, learning)
     filling = a * bucket * (2 if device == "cuda" else 1)  # one more where messages run beside the computation
     buckets = (4 * bucket if world > 1 else 0, 4 * bucket, filling + 4 * bucket, 8 * max(bucket, head))[stage]
     return {"parameters": own + gathered, "optimizer": optimizer, "communication": buckets, "host": host}, gradients
@@ -172,7 +168,7 @@ def _chunk_of_logits(tokens: int, vocab_size: int, dtype: torch.dtype, device: s
 
 
 def _of_a_block(
-    config: GPTConfig, dtype: torch.dtype, device: str, checkpointing: str, documents: bool, context: int
+    config: GPTConfig, dtype: torch.dtype, device: str, checkpointing: str, documents: bool
 ) -> tuple[int, int]:
     """Bytes a token that a block keeps until its backward pass, and that it has in it."""
     D, H, K, Q, F, a = config.width, config.heads, config.kv_heads, config.head_dim, config.ffn, dtype.itemsize
@@ -181,7 +177,7 @@ def _of_a_block(
     results = a * (4 * D + projected + attended + 2 * F) + 4 * H
     if device == "cpu" and documents and attention_cpu.obstacle(torch.empty(0, 0, 0, Q, dtype=dtype), True):
         # q, k, v and the result exist with and without padding; of the projection v is not needed then.
-        whole += 4 * context + a * (attended + K * Q - (0 if config.qk_norm else projected))
+        whole += 4 * config.context + a * (attended + K * Q - (0 if config.qk_norm else projected))
     elif documents or device == "cpu":
         whole, results = whole + 8, results + 8  # where the keys of each query lie
     return {"none": whole, "selective": results, "full": 2 * a * D}[checkpointing], whole

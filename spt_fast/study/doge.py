@@ -53,7 +53,6 @@ from spt_fast.model.flops import parameters
 from spt_fast.printing import as_json, print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Checkpoint, Retention
-from spt_fast.train.device import pick_device, pick_dtype, use_deterministic_algorithms
 from spt_fast.train.folder import is_begun
 from spt_fast.train.local import LocalEngine
 from spt_fast.train.loop import MAX_SKIPPED_IN_A_ROW
@@ -62,7 +61,7 @@ from spt_fast.train.metrics import Display
 from spt_fast.train.plan import Plan, make_plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot, weights_of
-from spt_fast.train.world import ALONE
+from spt_fast.train.world import ALONE, pick_device, pick_dtype, use_deterministic_algorithms
 
 MU_UNIVERSAL = 0.01
 MU_TARGET = 0.05

@@ -20,13 +20,12 @@ from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS
 from spt_fast.printing import print_table, size
-from spt_fast.train.device import pick_dtype
 from spt_fast.train.engine import EngineInterface
 from spt_fast.train.engines import join, make_engine
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.price import FORWARD_SHARE, Machine, distribution_of, evaluated_tokens, phase_memory
 from spt_fast.train.snapshot import Snapshot, weights_of
-from spt_fast.train.world import World
+from spt_fast.train.world import World, pick_dtype
 
 MICRO_BATCHES = 2
 
@@ -57,7 +56,6 @@ def dry_run(recipe: Recipe) -> list[Trial]:
     device = world.device
     plan = make_plan(recipe, world=world.size)
     machine = Machine.of(recipe, gpus=world.size)
-    stage, offload = distribution_of(recipe.engine, world.size)
     grown_before = _peak_bytes(device)
     model = plan.starting_model()
     start = weights_of(model, world)
@@ -83,7 +81,7 @@ def dry_run(recipe: Recipe) -> list[Trial]:
                 loss=loss,
                 step_s=seconds,
                 peak_bytes=_peak_bytes(device) - (0 if device.type == "cuda" else grown_before),
-                estimated_bytes=phase_memory(plan, planned.index, machine, stage=stage, offload=offload)["total"],
+                estimated_bytes=phase_memory(plan, planned.index, machine)["total"],
                 hours=(steps + evaluated_steps) * seconds / 3600,
             )
         )
@@ -131,8 +129,7 @@ def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exce
     """What to turn, in the order to turn it: what costs no time first."""
     engine, batch = plan.recipe.engine, planned.phase.batch
     stage, offload = distribution_of(engine, machine.gpus)
-    setting: dict[str, Any] = {"stage": stage, "offload": offload, "checkpointing": engine.checkpointing}
-    needed = phase_memory(plan, planned.index, machine, **setting)["total"]
+    needed = phase_memory(plan, planned.index, machine)["total"]
     share = batch.sequences // machine.gpus
     micro = batch.micro or share
     knobs: list[tuple[str, dict[str, Any]]] = []
@@ -148,7 +145,7 @@ def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exce
             knobs.append((deepspeed, {"stage": other, "offload": offloaded}))
     lines = []
     for knob, change in knobs:
-        saved = needed - phase_memory(plan, planned.index, machine, **{**setting, **change})["total"]
+        saved = needed - phase_memory(plan, planned.index, machine, **change)["total"]
         if saved > 0:
             lines.append(f"  {knob} saves about {saved / 1e9:.3g} GB")
     has = "" if machine.memory_bytes is None else f" of {machine.memory_bytes / 1e9:.3g} GB"

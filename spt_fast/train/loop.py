@@ -19,28 +19,25 @@ from typing import Any
 import torch
 
 from spt_fast.config import Phase, Recipe
-from spt_fast.fields import Span
+from spt_fast.fields import plain
 from spt_fast.files import write_text
 from spt_fast.kernels import auto_backends
-from spt_fast.model.flops import MFU_CONVENTION, parameters, peak_flops, train_flops_per_token
+from spt_fast.model import hf
+from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_per_token
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Retention
-from spt_fast.train.clock import Clock
-from spt_fast.train.device import pick_dtype
 from spt_fast.train.engine import StepResult
 from spt_fast.train.engines import make_engine
 from spt_fast.train.evaluate import EvalSet, Interrupted, evaluation_texts, mean_loss
 from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
-from spt_fast.train.metrics import NoLog, RunLog
+from spt_fast.train.metrics import Clock, NoLog, RunLog
 from spt_fast.train.plan import PhasePlan, Plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot, weights_of
 from spt_fast.train.state import ArmResult, Compute, Evaluation, PhaseResult, SavedState, ScheduleOrigin, TrainState
-from spt_fast.train.state import plain as plain_data
 from spt_fast.train.watch import LossWatch, Watch
-from spt_fast.train.weights import assemble
-from spt_fast.train.world import World
+from spt_fast.train.world import World, pick_dtype
 
 MAX_SKIPPED_IN_A_ROW = 20
 """So many steps in a row with a loss or gradient that is not finite end the run."""
@@ -111,7 +108,7 @@ class Trainer:
                 keep_bytes=self.state.metrics_bytes,
                 purge_step=self.state.total_steps if resumed else None,
                 progress=progress,
-                convention=f"{MFU_CONVENTION}, bf16 dense {self.peak_flops / 1e12:.0f}" if self.peak_flops else None,
+                mfu_label=mfu_label(device),
             )
         lines = introduction(folder, self.engine, model, plan, self.backends, resumed)
         world.on_first(lambda: self.log.say("\n".join(lines)))
@@ -183,7 +180,6 @@ class Trainer:
                     arm.pending = (self.position(arm) | {"lr": lr}, result)
                     self.log.advance(state.step)
             except Interrupted:
-                self.read_back(arm)
                 self.save(arm)
                 raise
             finally:
@@ -194,12 +190,10 @@ class Trainer:
         state, settings = self.state, self.plan.recipe.checkpoint
         at_end = state.step == arm.plan.steps
         if not state.evaluated and (at_end or state.step % arm.evaluate_every == 0):
-            self.read_back(arm)
             self.evaluate(arm)
         ends = at_end or (arm.phase.stop is not None and state.stale >= arm.phase.stop.patience)
         due = (state.step % arm.save_every == 0 and not ends) or (settings.keep_best and state.at_best)
         if due and state.total_steps:
-            self.read_back(arm)
             self.save(arm)
         return ends
 
@@ -210,7 +204,7 @@ class Trainer:
         assert state.newest is not None
         handed_on = state.best if arm.phase.stop else state.newest
         reached = ArmResult(
-            values={key: str(value) if isinstance(value, Span) else value for key, value in arm.values.items()},
+            values=plain(arm.values),
             steps=state.step,
             tokens=state.step * plan.tokens_per_step,
             tokens_per_s=round(state.step * plan.tokens_per_step / max(arm.clock.total_s, 1e-9), 1),
@@ -251,7 +245,7 @@ class Trainer:
         """weights/<name>, of the snapshot that is handed on."""
         weights = self.world.collect(self.snapshots["kept"].weights)
         folder, tokenizer = self.folder / "weights" / name, self.plan.tokenizer
-        self.world.on_first(lambda: assemble(self.engine.config, weights).save_hf(folder, tokenizer))
+        self.world.on_first(lambda: hf.save(self.engine.config, weights, folder, tokenizer))
 
     # ------------------------------------------------------------------------------------------------ its steps
 
@@ -308,6 +302,7 @@ class Trainer:
 
     def evaluate(self, arm: Arm) -> None:
         """Losses on every fixed text; a new best is remembered, with its weights where they may be handed on."""
+        self.read_back(arm)
         state, rows = self.state, arm.plan.micro(self.world.size)
         with arm.clock.paused():
             losses = {
@@ -334,6 +329,7 @@ class Trainer:
 
     def save(self, arm: Arm) -> None:
         """A checkpoint of exactly this position, unless there is one: to replace it would leave none for a moment."""
+        self.read_back(arm)
         state = self.state
         if state.name == self.saved:
             return
@@ -368,7 +364,7 @@ class Trainer:
             "seconds": round(self.seconds(), 2),
             "skipped_steps": self.state.skipped,
             "data": self.plan.digests(),
-            "phases": plain_data(self.state.finished),
+            "phases": plain(self.state.finished),
         }
         if self.world.is_first:
             write_text(self.folder / "summary.json", json.dumps(summary, indent=1))

@@ -11,6 +11,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +73,14 @@ class RunLog(Display):
     """Writes a run's metrics to `folder` and shows its progress."""
 
     def __init__(
-        self, folder: Path, *, keep_bytes: int, purge_step: int | None, progress: bool, convention: str | None
+        self, folder: Path, *, keep_bytes: int, purge_step: int | None, progress: bool, mfu_label: str
     ) -> None:
         path = folder / "metrics.jsonl"
         path.touch()
         os.truncate(path, min(keep_bytes, path.stat().st_size))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-        self._convention = convention
+        self._mfu_label = mfu_label
         self._last_eval = ""
         super().__init__(progress)
 
@@ -87,7 +89,7 @@ class RunLog(Display):
         self._write({"kind": "train", **record})
         for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
             self._board.add_scalar(f"train/{key}", math.nan if record[key] is None else record[key], total_step)
-        mfu = "mfu n/a" if record["mfu"] is None else f"{record['mfu']:.1%} mfu[{self._convention}]"
+        mfu = "mfu n/a" if record["mfu"] is None else f"{record['mfu']:.1%} mfu[{self._mfu_label}]"
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
         rates = f"loss {loss} · {record['tokens_per_s']:,.0f} tok/s · {mfu}"
         self.show(record["step"], rates, self._last_eval)
@@ -139,3 +141,34 @@ class NoLog:
         return 0
 
     def close(self) -> None: ...
+
+
+class Clock:
+    """Wall time of training alone, from where it is made: evaluations and checkpoints are left out.
+
+    A lap ends where a step does, which may be known only later.
+    """
+
+    def __init__(self, before_s: float) -> None:
+        """before_s: what `total_s` begins with."""
+        self._before_s = before_s
+        self._began_s = self._lap_began_s = time.monotonic()
+        self._paused_s = self._lap_paused_s = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused_s += time.monotonic() - began_s
+
+    @property
+    def total_s(self) -> float:
+        return self._before_s + time.monotonic() - self._began_s - self._paused_s
+
+    def lap(self, done_s: float) -> float:
+        """Seconds from the end of the lap before to `done_s`, by time.monotonic(); no pause lies after `done_s`."""
+        lap_s = done_s - self._lap_began_s - (self._paused_s - self._lap_paused_s)
+        self._lap_began_s, self._lap_paused_s = done_s, self._paused_s
+        return max(lap_s, 1e-9)

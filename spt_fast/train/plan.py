@@ -25,8 +25,8 @@ from spt_fast.data.visits import epochs
 from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.kernels import fp8
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.train.device import pick_device
 from spt_fast.train.weights import load_model, read_config
+from spt_fast.train.world import pick_device
 
 VOCABULARY_MULTIPLE = 64
 """Rows of the embedding are rounded up to this, which matrix units want."""

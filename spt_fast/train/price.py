@@ -30,11 +30,11 @@ from spt_fast.model.flops import (
 )
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, memory_bytes
 from spt_fast.printing import print_facts, print_table, size
-from spt_fast.train.device import pick_device, pick_dtype
 from spt_fast.train.engines import uses_deepspeed
 from spt_fast.train.evaluate import evaluation_texts
 from spt_fast.train.folder import recipe_of
 from spt_fast.train.plan import PhaseFigures, Plan
+from spt_fast.train.world import pick_device, pick_dtype
 
 ASSUMED_MFU = 0.4
 TIME_FACTOR = {"none": 1.0, "selective": 1.0, "full": 4 / 3}
@@ -201,14 +201,14 @@ def phase_memory(
     index: int,
     machine: Machine,
     *,
-    stage: int = 0,
-    offload: str = "none",
+    stage: int | None = None,
+    offload: str | None = None,
     checkpointing: str | None = None,
     micro: int | None = None,
 ) -> dict[str, int]:
-    """`memory_bytes` of a step of phase `index`, with the recipe's checkpointing and micro-batch unless others are
-    given."""
+    """`memory_bytes` of a step of phase `index`, by the recipe's engine and micro-batch unless others are given."""
     phase = plan.phases[index].phase
+    own_stage, own_offload = distribution_of(plan.recipe.engine, machine.gpus)
     share = phase.batch.sequences // machine.gpus
     micro = micro or phase.batch.micro or share
     untied = any(earlier.phase.untie for earlier in plan.phases[: index + 1])
@@ -222,9 +222,9 @@ def phase_memory(
         anchor=phase.anchor > 0,
         freeze=phase.freeze,
         device=machine.device,
-        stage=stage,
+        stage=own_stage if stage is None else stage,
         world=machine.gpus,
-        offload=offload,
+        offload=offload or own_offload,
     )
 
 

@@ -14,7 +14,6 @@ from spt_fast.config import Recipe
 from spt_fast.files import write_text
 from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
-from spt_fast.train.device import use_deterministic_algorithms
 from spt_fast.train.engines import join
 from spt_fast.train.evaluate import Interrupted
 from spt_fast.train.folder import is_begun, recipe_of, summary_of
@@ -24,6 +23,7 @@ from spt_fast.train.plan import make_plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
 from spt_fast.train.watch import Watch
+from spt_fast.train.world import use_deterministic_algorithms
 
 
 def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:

@@ -12,10 +12,9 @@ from rich.console import Console
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError
 from spt_fast.printing import print_table
-from spt_fast.train.device import pick_device, pick_dtype
 from spt_fast.train.evaluate import EvalSet, mean_loss
 from spt_fast.train.weights import load_model
-from spt_fast.train.world import World
+from spt_fast.train.world import World, pick_device, pick_dtype
 
 TOKENS_AT_A_TIME = 16_384
 

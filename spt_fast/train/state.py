@@ -7,11 +7,13 @@ MIGRATIONS, by which checkpoints of all earlier versions are read. (A new field 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spt_fast.errors import CheckpointError, invalid
+from spt_fast.fields import optional, plain
 from spt_fast.model.config import GPTConfig
 
 VERSION = 2
@@ -53,6 +55,12 @@ class ArmResult:
     best_heldout: dict[str, float]
     """At the best evaluation by the `select` loss."""
 
+    def reached(self) -> dict[str, Any]:
+        return {name: item for name, item in vars(self).items() if name != "values"}
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.values, **self.reached()}
+
 
 @dataclass(frozen=True)
 class PhaseResult:
@@ -64,6 +72,9 @@ class PhaseResult:
     arm: int
     """The kept one's place in `grid`."""
     grid: list[ArmResult]
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.grid[self.arm].reached(), **vars(self)}
 
 
 @dataclass
@@ -147,7 +158,7 @@ class SavedState:
     compute: Compute
 
     def plain(self) -> dict[str, Any]:
-        return {"version": VERSION, **plain(self)}
+        return {"version": VERSION, **plain(vars(self))}
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: Path) -> SavedState:
@@ -162,42 +173,11 @@ class SavedState:
         current = {key: value for key, value in raw.items() if key != "version"}
         for migrate in (MIGRATIONS[older] for older in range(version, VERSION)):
             current = migrate(current)
-        at = f"{where}: state.json: "
-        content = _checked(cls, current, at)
-        train = _checked(TrainState, content["train"], f"{at}train.")
-        train["origin"] = ScheduleOrigin(**_checked(ScheduleOrigin, train["origin"], f"{at}train.origin."))
-        for name in ("newest", "best"):
-            if train[name] is not None:
-                train[name] = Evaluation(**_checked(Evaluation, train[name], f"{at}train.{name}."))
-        train["arms"] = [_arm(arm, f"{at}train.arms.") for arm in train["arms"]]
-        train["finished"] = {name: _phase(raw, f"{at}train.finished.") for name, raw in train["finished"].items()}
-        return cls(
-            GPTConfig(**_checked(GPTConfig, content["model"], f"{at}model.")),
-            TrainState(**train),
-            content["data"],
-            Compute(**_checked(Compute, content["compute"], f"{at}compute.")),
-        )
+        return _read(cls, current, f"{where}: state.json: ")
 
 
-def plain(value: Any) -> Any:
-    """Plain data for JSON, as state.json and summary.json have it."""
-    if isinstance(value, ArmResult):
-        return {**value.values, **_reached(value)}
-    if isinstance(value, PhaseResult):
-        return {**_reached(value.grid[value.arm]), **vars(value), "grid": plain(value.grid)}
-    if is_dataclass(value):
-        return {name: plain(item) for name, item in vars(value).items()}
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else value
-
-
-def _reached(arm: ArmResult) -> dict[str, Any]:
-    return {name: item for name, item in vars(arm).items() if name != "values"}
-
-
-def _checked(cls: type[Any], raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Values for all fields of a dataclass, but those in a GPTConfig that it has defaults for."""
+def _read(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:
+    """A dataclass with all its fields given, but those of a GPTConfig that have defaults."""
     known = {item.name: item for item in fields(cls)}
     for name in raw:
         if name not in known:
@@ -205,19 +185,32 @@ def _checked(cls: type[Any], raw: Mapping[str, Any], where: str) -> dict[str, An
     for name, item in known.items():
         if name not in raw and (cls is not GPTConfig or item.default is MISSING):
             raise CheckpointError(f"{where}{name}: is missing; go on with the version of spt_fast that wrote this")
-    return dict(raw)
+    return cls(**{name: PARTS[name](item, f"{where}{name}.") if name in PARTS else item for name, item in raw.items()})
 
 
 def _arm(raw: Mapping[str, Any], where: str) -> ArmResult:
     own = {item.name for item in fields(ArmResult)} - {"values"}
     values = {key: value for key, value in raw.items() if key not in own}
-    return ArmResult(**_checked(ArmResult, {"values": values, **{key: raw[key] for key in own & raw.keys()}}, where))
+    return _read(ArmResult, {"values": values, **{key: raw[key] for key in own & raw.keys()}}, where)
 
 
 def _phase(raw: Mapping[str, Any], where: str) -> PhaseResult:
     own = {item.name for item in fields(PhaseResult)}
-    checked = _checked(PhaseResult, {key: raw[key] for key in own & raw.keys()}, where)
-    return PhaseResult(**{**checked, "grid": [_arm(arm, f"{where}grid.") for arm in checked["grid"]]})
+    return _read(PhaseResult, {key: raw[key] for key in own & raw.keys()}, where)
+
+
+PARTS: dict[str, Callable[[Any, str], Any]] = {
+    "model": partial(_read, GPTConfig),
+    "train": partial(_read, TrainState),
+    "compute": partial(_read, Compute),
+    "origin": partial(_read, ScheduleOrigin),
+    "newest": optional(partial(_read, Evaluation)),
+    "best": optional(partial(_read, Evaluation)),
+    "arms": lambda raws, where: [_arm(raw, where) for raw in raws],
+    "grid": lambda raws, where: [_arm(raw, where) for raw in raws],
+    "finished": lambda raws, where: {name: _phase(raw, where) for name, raw in raws.items()},
+}
+"""What reads the fields that hold dataclasses, by their names."""
 
 
 def _keep_the_newest_evaluation(state: dict[str, Any]) -> dict[str, Any]:

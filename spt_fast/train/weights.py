@@ -5,11 +5,7 @@ weights/<phase> is a Hugging Face folder itself, so that a run's result needs no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import CheckpointError
@@ -34,7 +30,7 @@ def load_model(path: Path) -> GPT:
     if not (path / "manifest.json").exists():
         return GPT.from_hf(path).float()
     config = SavedState.read(checkpoint.read(path), path).model
-    return assemble(config, checkpoint.load(path)["current"].weights)
+    return GPT.with_weights(config, checkpoint.load(path)["current"].weights)
 
 
 def locate(path: Path) -> Path:
@@ -65,14 +61,6 @@ def tokenizer_of(path: Path, name: str | None) -> Tokenizer:
     raise CheckpointError(
         f"tokenizer: missing; {path} does not say which tokenizer its ids come from: name it", argument=True
     )
-
-
-def assemble(config: GPTConfig, weights: Mapping[str, Tensor]) -> GPT:
-    """A model on the CPU with these weights, by parameter."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict(weights, assign=True)
-    return model
 
 
 def export(path: Path, folder: Path, tokenizer: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The processes that train one model together, as torchrun or deepspeed started them.
+"""The processes that train one model together, as torchrun or deepspeed started them, and what each computes on.
 
 Every process makes the same decisions at the same moments: what only one of them can know (a signal, an error, a file)
 is exchanged here first. Messages from host to host go over gloo, so that they wait for no GPU.
@@ -125,15 +125,14 @@ def join_world(*, process_group: bool) -> World:
             "which starts the rest (docs/distributed.md)"
         )
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCHED)
-    device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise RecipeError(
                 f"launch: this host has {torch.cuda.device_count()} GPUs and process {local_rank} would need one more; "
                 "start one process a GPU"
             )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local_rank)
+    device = pick_device()
     if (size > 1 or process_group) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if size == 1 and "MASTER_ADDR" not in os.environ:
@@ -158,3 +157,26 @@ def _attempt() -> str:
 def _leave() -> None:
     with suppress(RuntimeError):
         dist.destroy_process_group()
+
+
+def pick_device() -> torch.device:
+    """The current GPU where there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The compute dtype: what the recipe says, or with "auto" bf16 where matmuls in it are fast."""
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def use_deterministic_algorithms() -> None:
+    """Give the same bits every time, even where that is slower. To be called before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

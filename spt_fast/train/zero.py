@@ -136,14 +136,12 @@ class ZeroEngine:
         gc.collect()
 
     def _model(self, snapshot: Snapshot, freeze: str) -> GPT:
-        with torch.device("meta"):
-            model = GPT(self.config)
-        for flag, value in self._flags.items():
-            setattr(model, flag, value)
         weights = {
             name: tensor.to(self.device, self.dtype, copy=True) for name, tensor in self.world.spread(snapshot.weights)
         }
-        model.load_state_dict(weights, assign=True)
+        model = GPT.with_weights(self.config, weights)
+        for flag, value in self._flags.items():
+            setattr(model, flag, value)
         for name, param in model.named_parameters():
             param.requires_grad_(name not in FROZEN[freeze])
         return model

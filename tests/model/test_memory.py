@@ -87,10 +87,10 @@ def test_the_estimate_is_the_allocators_peak(
 
 
 def test_what_stays_is_counted_by_hand() -> None:
-    config = GPTConfig(**SHAPE)
+    config = GPTConfig(**{**SHAPE, "context": 1})
     count = parameters(config)
     low, full, held = (
-        memory_bytes(config, 1, dtype=dtype, context=1, micro_batches=2, anchor=anchor)
+        memory_bytes(config, 1, dtype=dtype, micro_batches=2, anchor=anchor)
         for dtype, anchor in ((BF16, False), (FP32, False), (BF16, True))
     )
     assert [low[part] for part in ("parameters", "gradients", "optimizer")] == [2 * count, 4 * count, 12 * count]
