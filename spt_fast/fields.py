@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from spt_fast.data.mixture import HUGE_EXPONENT
+from spt_fast.data.mixture import exact_share
 from spt_fast.errors import RecipeError, invalid, nearest, shown
 from spt_fast.synonyms import unknown_key
 
@@ -41,9 +41,7 @@ def parse_share(value: object, where: str) -> Fraction:
     """An exact share in [0, 1]: "2%", 0.02, "1/50". Floats are read by their repr, as exact decimals."""
     text = str(value).strip()
     try:
-        if isinstance(value, bool) or HUGE_EXPONENT.search(text):
-            raise ValueError
-        share = Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(text)
+        share = exact_share("" if isinstance(value, bool) else text)
     except (ValueError, ZeroDivisionError):
         raise RecipeError(
             invalid(where, value, "write a percent (2%), a decimal (0.02) or a fraction (1/50)")

@@ -21,6 +21,7 @@ import math
 import operator
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -36,10 +37,9 @@ MAX_SAMPLES = 1 << 62
 MAX_DENOMINATOR = 1 << 62
 MAX_PERIOD = 1 << 20
 MAX_SOURCES = (1 << 15) - 1
-HUGE_EXPONENT = re.compile(r"e[+-]?[0-9_]{4}", re.IGNORECASE)
-"""Of a share whose exact value would fill the memory."""
 _SPLIT_SOURCES = 4
 _NEARBY_PERIOD = 10**6
+_HUGE_EXPONENT = re.compile(r"e[+-]?[0-9_]{4}", re.IGNORECASE)
 
 
 class Mixture:
@@ -292,16 +292,21 @@ def _exact_weight(source: str, weight: object) -> Fraction:
         value = Fraction(int(weight.numerator), int(weight.denominator))
     elif isinstance(weight, float) and math.isfinite(weight):
         value = Fraction(repr(float(weight)))
-    elif isinstance(weight, str) and not HUGE_EXPONENT.search(weight):
-        text = weight.strip()
-        try:
-            value = Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(text)
-        except (ValueError, ZeroDivisionError):
-            value = None
+    elif isinstance(weight, str):
+        with suppress(ValueError, ZeroDivisionError):
+            value = exact_share(weight.strip())
     if value is None or value < 0 or (value > 1 and not isinstance(weight, Rational)):
         expected = "give a share between 0 and 1, such as '2%', 0.02 or '1/50', or a whole number of at least 0"
         raise RecipeError(invalid(f"mixture.{source}", weight, expected))
     return value
+
+
+def exact_share(text: str) -> Fraction:
+    """The value of "2%", "0.02" or "1/50". ValueError or ZeroDivisionError for anything else, and for an exponent whose
+    exact value would fill the memory."""
+    if _HUGE_EXPONENT.search(text):
+        raise ValueError(text)
+    return Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(text)
 
 
 def _nearby(weights: Mapping[str, Fraction]) -> dict[str, str]:

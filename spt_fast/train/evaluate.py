@@ -5,7 +5,7 @@ B windows, T context. The windows are cut once at the start, so every evaluation
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,14 +32,12 @@ class Interrupted(Exception):
 class EvalSet:
     """Windows of one text: whole ones stacked, and at most one short one at the end."""
 
-    full: np.ndarray  # [windows, T + 1] ids, consecutive windows sharing one token
-    tail: np.ndarray  # [t + 1] ids, t < T
-    full_begins: np.ndarray | None = None  # bool [windows, T]: which inputs begin a document, where that matters
-    tail_begins: np.ndarray | None = None  # bool [t]
+    stacks: Sequence[tuple[np.ndarray, np.ndarray | None]]
+    """Ids [windows, t + 1], t <= T; and, where it matters, which inputs begin a document, bool [windows, t]."""
 
     @property
     def num_targets(self) -> int:
-        return self.full.shape[0] * (self.full.shape[1] - 1) + max(0, len(self.tail) - 1)
+        return sum(ids[:, 1:].size for ids, _ in self.stacks)
 
     @classmethod
     def of_tokens(cls, tokens: np.ndarray, context: int, marks: np.ndarray | None = None) -> EvalSet:
@@ -47,15 +45,13 @@ class EvalSet:
 
         `marks`, bool [n], says which tokens begin a document.
         """
-        windows = (len(tokens) - 1) // context
-        if windows:
-            full = np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[::context]
-        else:
-            full = np.empty((0, context + 1), tokens.dtype)
-        cut = windows * context
-        if marks is None:
-            return cls(full, tokens[cut:])
-        return cls(full, tokens[cut:], marks[:cut].reshape(windows, context), marks[cut:-1])
+        cut = (len(tokens) - 1) // context * context
+        stacks = []
+        for part, width in ((slice(0, cut + 1), context), (slice(cut, None), len(tokens) - 1 - cut)):
+            if len(tokens[part]) > 1:
+                ids = np.lib.stride_tricks.sliding_window_view(tokens[part], width + 1)[::width]
+                stacks.append((ids, None if marks is None else marks[part][:-1].reshape(-1, width)))
+        return cls(stacks)
 
 
 @torch.no_grad()
@@ -73,13 +69,11 @@ def mean_loss(
     what begins a document, attention stays inside documents. Raises Interrupted between batches where `interrupted()`
     turns true.
     """
-    marks = text.full_begins
     batches = [
-        (text.full[i : i + rows], None if marks is None else marks[i : i + rows])
-        for i in range(0, len(text.full), rows)
+        (ids[i : i + rows], None if marks is None else marks[i : i + rows])
+        for ids, marks in text.stacks
+        for i in range(0, len(ids), rows)
     ]
-    if len(text.tail) > 1:
-        batches.append((text.tail[None], None if text.tail_begins is None else text.tail_begins[None]))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for turn in range(-(-len(batches) // world.size)):
         if interrupted():
@@ -129,7 +123,5 @@ def evaluation_texts(plan: Plan, tokens: int, *, documents: bool) -> dict[str, d
         windows = checked(source, "train", data, training_windows(data, context, half))
         starts = training_starts(data, context, half)
         marks = begins(data, np.stack([starts, starts + context], axis=1)) if documents else None
-        texts["train"][source] = EvalSet(
-            windows, np.empty(0, np.int64), None if marks is None else marks.reshape(-1, context)
-        )
+        texts["train"][source] = EvalSet([(windows, None if marks is None else marks.reshape(-1, context))])
     return texts

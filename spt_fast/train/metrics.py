@@ -124,14 +124,11 @@ class RunLog(Display):
         self._file.close()
 
 
-class NoLog:
+class NoLog(Display):
     """RunLog's silence, for the processes that are not the first."""
 
-    def say(self, message: str) -> None: ...
-
-    def begin(self, title: str, step: int, steps: int) -> None: ...
-
-    def advance(self, step: int) -> None: ...
+    def __init__(self) -> None:
+        super().__init__(progress=False)
 
     def train(self, record: dict[str, Any], total_step: int) -> None: ...
 
@@ -139,8 +136,6 @@ class NoLog:
 
     def sync(self) -> int:
         return 0
-
-    def close(self) -> None: ...
 
 
 class Clock:

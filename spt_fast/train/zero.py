@@ -70,7 +70,6 @@ class ZeroEngine:
         snapshot = start if current is None else current
         self.frozen = snapshot.only(FROZEN[phase.freeze])
         model = self._model(snapshot, phase.freeze)
-        self.params = {name: param for name, param in model.named_parameters() if param.requires_grad}
         kind = Whole if self.settings.stage == 0 else Partitioned
         self.optimizer: Any = kind(model, phase.optimizer, phase.anchor)
         with contextlib.redirect_stdout(io.StringIO()):  # its tables of memory
@@ -107,11 +106,11 @@ class ZeroEngine:
     @torch.no_grad()
     def snapshot(self, *, state: bool) -> Snapshot:
         kinds = (WEIGHTS, *self.optimizer.settings.kinds) if state else (WEIGHTS,)
-        every = {tensor_name(kind, name): (kind, name) for kind in kinds for name in self.params}
+        every = {tensor_name(kind, name): (kind, name) for kind in kinds for name in self.optimizer.params}
         mine = self.world.share(every)
         taken: dict[str, Tensor] = {}
         for given, (kind, name) in sorted(every.items()):
-            whole = self._whole(kind, name)
+            whole = self.optimizer.read(kind, name)
             if given in mine:
                 taken[given] = whole.detach().to("cpu", torch.float32, copy=True)
         if state and self.world.is_first:
@@ -127,12 +126,11 @@ class ZeroEngine:
         from deepspeed.runtime.zero import parameter_offload
 
         self._engine.destroy()
-        self.optimizer.release()
-        for param in self.params.values():
+        for param in self.optimizer.params.values():
             param.grad = None
+        self.optimizer.release()
         parameter_offload.FWD_MODULE_STACK.clear()
         self._engine = self.optimizer = None
-        self.params = {}
         gc.collect()
 
     def _model(self, snapshot: Snapshot, freeze: str) -> GPT:
@@ -153,31 +151,11 @@ class ZeroEngine:
             kind, name = kind_and_name(given)
             if kind == COUNT:
                 self.optimizer.count.copy_(tensor)
-            elif name in self.params:
-                self._set(kind, name, tensor)
+            elif name in self.optimizer.params:
+                self.optimizer.write(kind, name, tensor)
         for name, tensor in self.world.spread(start.weights) if self.optimizer.anchor_decay else ():
-            if name in self.params:
-                self._set(ANCHOR, name, tensor)
-
-    def _whole(self, kind: str, name: str) -> Tensor:
-        if self.settings.stage == 0:
-            return self.optimizer.tensors(kind)[name]
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        param = self.params[name]
-        return safe_get_full_fp32_param(param) if kind == WEIGHTS else safe_get_full_optimizer_state(param, kind)
-
-    def _set(self, kind: str, name: str, tensor: Tensor) -> None:
-        if self.settings.stage == 0:
-            self.optimizer.tensors(kind)[name].copy_(tensor)
-            return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        param, tensor = self.params[name], tensor.to(self.device)
-        if kind == WEIGHTS:
-            safe_set_full_fp32_param(param, tensor)
-        else:
-            safe_set_full_optimizer_state(param, tensor, kind)
+            if name in self.optimizer.params:
+                self.optimizer.write(ANCHOR, name, tensor)
 
     def _deepspeed_config(self, optimizer: Optimizer, micro_batches: int) -> dict[str, Any]:
         stage, offload = self.settings.stage, self.settings.offload
@@ -213,9 +191,12 @@ class Partitioned(torch.optim.Optimizer):
 
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
         known = table(model.config)
-        named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        self.params = {name: param for name, param in model.named_parameters() if param.requires_grad}
         groups: list[dict[str, Any]] = [
-            {"params": [p for name, p in named.items() if known[name].kind.decayed == decayed], "decayed": decayed}
+            {
+                "params": [p for name, p in self.params.items() if known[name].kind.decayed == decayed],
+                "decayed": decayed,
+            }
             for decayed in (True, False)
         ]
         super().__init__(groups, {})
@@ -237,11 +218,28 @@ class Partitioned(torch.optim.Optimizer):
         if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
             zero._lazy_init_hp_params_optimizer_state()
 
+    def read(self, kind: str, name: str) -> Tensor:
+        """What `kind` has for a parameter, whole. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        param = self.params[name]
+        return safe_get_full_fp32_param(param) if kind == WEIGHTS else safe_get_full_optimizer_state(param, kind)
+
+    def write(self, kind: str, name: str, tensor: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        param, tensor = self.params[name], tensor.to(self.count.device)
+        if kind == WEIGHTS:
+            safe_set_full_fp32_param(param, tensor)
+        else:
+            safe_set_full_optimizer_state(param, tensor, kind)
+
     def release(self) -> None:
         for partition, state in self.state.items():
             state.clear()
             partition.data, partition.grad = partition.data.new_empty(0), None
         self.state.clear()
+        self.params.clear()
 
     def prepare(self, lr: float) -> None:
         self._lr = lr
@@ -270,18 +268,21 @@ class Whole(torch.optim.Optimizer):
         super().__init__([param for param in model.parameters() if param.requires_grad], {})
         self._inner = ModelOptimizer(model, settings, anchor_decay)
         self.settings, self.anchor_decay = settings, anchor_decay
-        self.count = self._inner.count
+        self.params, self.count = self._inner.params, self._inner.count
         self.norm = self.skipped = self.count
 
     def link(self, engine: Any) -> None:
         pass
 
     def release(self) -> None:
-        del self._inner
+        del self._inner, self.params
 
-    def tensors(self, kind: str) -> dict[str, Tensor]:
+    def read(self, kind: str, name: str) -> Tensor:
         inner = self._inner
-        return {**inner.state, WEIGHTS: inner.masters, ANCHOR: inner.anchor}[kind]
+        return {**inner.state, WEIGHTS: inner.masters, ANCHOR: inner.anchor}[kind][name]
+
+    def write(self, kind: str, name: str, tensor: Tensor) -> None:
+        self.read(kind, name).copy_(tensor)
 
     def prepare(self, lr: float) -> None:
         self._lr = lr

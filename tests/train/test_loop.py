@@ -22,7 +22,7 @@ from spt_fast.data.heldout import heldout_stretches
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import CheckpointError, DataError, RecipeError
 from spt_fast.kernels import auto_backends
-from spt_fast.model import gpt
+from spt_fast.model import gpt, hf
 from spt_fast.model.gpt import GPT
 from spt_fast.train import loop, plan
 from spt_fast.train.audit import audit_document, audit_run
@@ -499,7 +499,7 @@ def test_a_run_that_keeps_the_best_goes_on_after_the_checkpoint_at_an_arms_last_
         raise OSError("died")
 
     with monkeypatch.context() as patch:
-        patch.setattr(GPT, "save_hf", died)
+        patch.setattr(hf, "save", died)
         with pytest.raises(OSError, match="died"):
             run(recipe_from(raws[1]), progress=False)
     assert run(recipe_from(raws[1]), resume=True, progress=False)["status"] == "done"
