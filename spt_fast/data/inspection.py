@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def inspect(
         report["verified"] = verify_all(dataset)
     if overlap is not None:
         other = TokenDataset.open(overlap, dtype)
-        report["overlap"] = {"with": str(overlap), **overlap_share(dataset, other, max_train_tokens=None)}
+        report["overlap"] = {"with": str(overlap), **vars(overlap_share(dataset, other, max_train_tokens=None))}
     if divergence is not None:
         report["divergence"] = divergence_from(prefix, divergence, dtype=dtype)
     return report
@@ -101,24 +102,29 @@ def verify_all(dataset: TokenDataset) -> dict[str, Any]:
     return {"hashes": blocks, "max_id": largest if dataset.num_tokens else None}
 
 
-def overlap_share(
-    heldout: TokenDataset, train: TokenDataset, *, max_train_tokens: int | None = 100_000_000
-) -> dict[str, float | None]:
+@dataclass(frozen=True)
+class Overlap:
+    """Shares of a text that another one holds too."""
+
+    documents: float | None
+    """Of the non-empty documents; None where either text records no documents."""
+    ngrams: float | None
+    """Of the 32-token n-grams; None where there are none."""
+    searched: float
+    """Of the other text, what was looked through."""
+
+
+def overlap_share(heldout: TokenDataset, train: TokenDataset, *, max_train_tokens: int | None = 100_000_000) -> Overlap:
     """How much of `heldout` is in `train`.
 
-    Returns {"documents": share of the non-empty documents (None where either records no documents), "ngrams": share of
-    the 32-token n-grams (None where there is none), "searched": share of `train` that was looked through}. Of a `train`
-    larger than `max_train_tokens`, stretches of about a million tokens spread evenly over it are searched, and the
-    shares are lower bounds: it takes about a second on one core. None searches it all, at about 100M tokens a second.
-    Raises DataError where the two come from different tokenizers.
+    If `train` is larger than `max_train_tokens`, stretches of about a million tokens spread evenly over it are searched
+    and the shares are lower bounds: it takes about a second on one core. None searches it all, at about 100M tokens a
+    second. Raises DataError where the two come from different tokenizers.
     """
     check_same_tokenizer(heldout, train)
     stretches = _stretches(train.num_tokens, max_train_tokens)
-    return {
-        "documents": _document_share(heldout, train, stretches),
-        "ngrams": _ngram_share(heldout, train, stretches),
-        "searched": sum(end - start for start, end in stretches) / max(1, train.num_tokens),
-    }
+    searched = sum(end - start for start, end in stretches) / max(1, train.num_tokens)
+    return Overlap(_document_share(heldout, train, stretches), _ngram_share(heldout, train, stretches), searched)
 
 
 def _length_summary(ends: np.ndarray | None) -> dict[str, float] | None:

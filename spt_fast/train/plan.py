@@ -194,7 +194,7 @@ class Plan:
         for heldout_of, heldout in self.heldout.items():
             for source, train in self.train.items():
                 share = overlap_share(heldout, train)
-                documents, ngrams = share["documents"] or 0.0, share["ngrams"] or 0.0
+                documents, ngrams = share.documents or 0.0, share.ngrams or 0.0
                 if documents > 0 or ngrams > NOTABLE_NGRAM_SHARE:
                     found.append(
                         f"{documents:.1%} of the held-out documents of {heldout_of!r} and {ngrams:.1%} of their long "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spt_fast.data import inspection, shards
-from spt_fast.data.inspection import NGRAM, inspect, overlap_share
+from spt_fast.data.inspection import NGRAM, Overlap, inspect, overlap_share
 from spt_fast.data.shards import DatasetWriter, TokenDataset
 from spt_fast.errors import DataError
 
@@ -123,15 +123,15 @@ def test_overlap_is_exact_where_all_ngrams_are_looked_for(tmp_path: Path) -> Non
     assert 0.1 < expected["documents"] < 0.2
     assert expected["documents"] < expected["ngrams"] < 0.5
     a, b = dataset_of(tmp_path / "a", heldout), dataset_of(tmp_path / "b", train)
-    assert overlap_share(a, b) == pytest.approx(expected)
+    assert vars(overlap_share(a, b)) == pytest.approx(expected)
     for stretch, chunk in ((1000, 300), (997, 997), (64, 33), (1 << 20, 50)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(inspection, "_STRETCH", stretch)
             patch.setattr(inspection, "_CHUNK", chunk)
-            assert overlap_share(a, b) == pytest.approx(expected)
+            assert vars(overlap_share(a, b)) == pytest.approx(expected)
     assert inspect(tmp_path / "a", overlap=tmp_path / "b")["overlap"] == {
         "with": str(tmp_path / "b"),
-        **overlap_share(a, b),
+        **vars(overlap_share(a, b)),
     }
 
 
@@ -139,14 +139,14 @@ def test_ngrams_that_repeat_count_as_often_as_they_occur(tmp_path: Path) -> None
     repeated, other = random_documents(17, 2)
     heldout, train = [repeated] * 5 + [other], [repeated]
     shares = overlap_share(dataset_of(tmp_path / "a", heldout), dataset_of(tmp_path / "b", train))
-    assert shares == pytest.approx(brute_force(heldout, train))
+    assert vars(shares) == pytest.approx(brute_force(heldout, train))
 
 
 def test_overlap_of_a_dataset_with_itself_and_with_a_stranger(tmp_path: Path) -> None:
     a = dataset_of(tmp_path / "a", random_documents(4, 300))
     b = dataset_of(tmp_path / "b", random_documents(5, 300))
-    assert overlap_share(a, a) == {"documents": 1.0, "ngrams": 1.0, "searched": 1.0}
-    assert overlap_share(a, b)["ngrams"] == 0.0
+    assert overlap_share(a, a) == Overlap(1.0, 1.0, 1.0)
+    assert overlap_share(a, b).ngrams == 0.0
 
 
 def test_a_tiny_vocabulary_gives_no_false_hits(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_tiny_vocabulary_gives_no_false_hits(tmp_path: Path) -> None:
     train[5:5] = heldout[:4]
     expected = brute_force(heldout, train)
     shares = overlap_share(dataset_of(tmp_path / "a", heldout), dataset_of(tmp_path / "b", train))
-    assert shares == pytest.approx(expected)
+    assert vars(shares) == pytest.approx(expected)
     assert 0.1 <= expected["documents"] < 0.2
 
 
@@ -164,7 +164,7 @@ def test_equal_lengths_and_ends_do_not_make_documents_equal(tmp_path: Path) -> N
     near = list(document)
     near[3] += 1
     a, b = dataset_of(tmp_path / "a", [document]), dataset_of(tmp_path / "b", [near])
-    assert overlap_share(a, b)["documents"] == 0.0
+    assert overlap_share(a, b).documents == 0.0
 
 
 def test_eos_around_documents_does_not_matter(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_eos_around_documents_does_not_matter(tmp_path: Path) -> None:
     for heldout in (plain, behind, before):
         for train in (plain, behind, before):
             if heldout is not plain or train is not plain:
-                assert overlap_share(heldout, train) == {"documents": 1.0, "ngrams": 1.0, "searched": 1.0}
+                assert overlap_share(heldout, train) == Overlap(1.0, 1.0, 1.0)
 
 
 def test_dtypes_may_differ(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_dtypes_may_differ(tmp_path: Path) -> None:
     narrow, wide = dataset_of(tmp_path / "n", documents), dataset_of(tmp_path / "w", documents, vocab_size=100_000)
     assert (narrow.tokens.dtype, wide.tokens.dtype) == (np.uint16, np.uint32)
     for a, b in ((narrow, wide), (wide, narrow)):
-        assert overlap_share(a, b) == {"documents": 1.0, "ngrams": 1.0, "searched": 1.0}
+        assert overlap_share(a, b) == Overlap(1.0, 1.0, 1.0)
 
 
 def test_without_documents_only_ngrams_are_compared(tmp_path: Path) -> None:
@@ -191,8 +191,8 @@ def test_without_documents_only_ngrams_are_compared(tmp_path: Path) -> None:
     a = dataset_of(tmp_path / "a", documents)
     np.array([i for document in documents for i in document], "<u2").tofile(tmp_path / "raw.bin")
     raw = TokenDataset.open(tmp_path / "raw", dtype="uint16")
-    assert overlap_share(a, raw) == {"documents": None, "ngrams": 1.0, "searched": 1.0}
-    assert overlap_share(raw, a) == {"documents": None, "ngrams": 1.0, "searched": 1.0}
+    assert overlap_share(a, raw) == Overlap(None, 1.0, 1.0)
+    assert overlap_share(raw, a) == Overlap(None, 1.0, 1.0)
 
 
 def test_too_short_for_an_ngram(tmp_path: Path) -> None:
@@ -200,20 +200,20 @@ def test_too_short_for_an_ngram(tmp_path: Path) -> None:
     a = dataset_of(tmp_path / "a", [long])
     short = dataset_of(tmp_path / "short", [long[:-1]] * 3)
     empty = dataset_of(tmp_path / "empty", [])
-    assert overlap_share(a, a)["ngrams"] == 1.0
-    assert overlap_share(short, a) == {"documents": 0.0, "ngrams": None, "searched": 1.0}
-    assert overlap_share(a, short)["ngrams"] == 0.0
-    assert overlap_share(a, empty) == {"documents": 0.0, "ngrams": 0.0, "searched": 0.0}
-    assert overlap_share(empty, a) == {"documents": None, "ngrams": None, "searched": 1.0}
+    assert overlap_share(a, a).ngrams == 1.0
+    assert overlap_share(short, a) == Overlap(0.0, None, 1.0)
+    assert overlap_share(a, short).ngrams == 0.0
+    assert overlap_share(a, empty) == Overlap(0.0, 0.0, 0.0)
+    assert overlap_share(empty, a) == Overlap(None, None, 1.0)
 
 
 def test_sampled_ngrams_estimate_the_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heldout, train = random_documents(12, 400), random_documents(13, 400)
     train += [heldout[i] for i in range(0, 400, 3)]
     a, b = dataset_of(tmp_path / "a", heldout), dataset_of(tmp_path / "b", train)
-    exact = overlap_share(a, b)["ngrams"]
+    exact = overlap_share(a, b).ngrams
     monkeypatch.setattr(inspection, "MAX_NGRAMS", 3000)
-    sampled = overlap_share(a, b)["ngrams"]
+    sampled = overlap_share(a, b).ngrams
     assert exact is not None
     assert sampled is not None
     assert sampled != exact
@@ -242,9 +242,8 @@ def test_a_bounded_search_looks_at_stretches_spread_over_the_text(
     heldout = random_documents(15, 300)
     a, b = dataset_of(tmp_path / "a", heldout), dataset_of(tmp_path / "b", random_documents(16, 300) + heldout)
     shares = overlap_share(a, b, max_train_tokens=b.num_tokens // 4)
-    assert shares["searched"] == pytest.approx(0.25, abs=0.03)
-    for kind in ("documents", "ngrams"):
-        share = shares[kind]
+    assert shares.searched == pytest.approx(0.25, abs=0.03)
+    for share in (shares.documents, shares.ngrams):
         assert share is not None
         assert share == pytest.approx(0.25, abs=0.08)
 
