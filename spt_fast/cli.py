@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _is_first() -> bool:
-    """Of the processes that a launcher started, the one that talks."""
+    """Whether this is the one process that talks, of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -309,10 +309,10 @@ def sweep(
     study: Annotated[str, Argument(metavar="STUDY", help="A study's YAML file, or the name of a ready study.")],
     overrides: Overrides = None,
     dry_run: Annotated[bool, Option(help="Check every run, say what all of them would take, train none.")] = False,
-    general: Annotated[str | None, Option(metavar="PREFIX", help="Of a ready study: the general corpus.")] = None,
-    domain: Annotated[str | None, Option(metavar="PREFIX", help="Of a ready study: the domain corpus.")] = None,
-    tokenizer: Annotated[str | None, Option(help="Of a ready study.")] = None,
-    out_folder: Annotated[Path | None, Option("--out", metavar="DIR", help="Of a ready study: its folder.")] = None,
+    general: Annotated[str | None, Option(metavar="PREFIX", help="The general corpus of a ready study.")] = None,
+    domain: Annotated[str | None, Option(metavar="PREFIX", help="The domain corpus of a ready study.")] = None,
+    tokenizer: Annotated[str | None, Option(help="The tokenizer of a ready study.")] = None,
+    out_folder: Annotated[Path | None, Option("--out", metavar="DIR", help="The folder of a ready study.")] = None,
     jobs: Annotated[int | None, Option(min=1, help="Runs at a time; by default one a GPU, or a core.")] = None,
     cluster: Annotated[str | None, Option(help="Run as jobs of it, by submitit: slurm, local.")] = None,
     cluster_options: ClusterOptions = None,
@@ -402,8 +402,8 @@ def report(
     out_file: Annotated[Path, Option("--out", metavar="FILE")] = Path("report.html"),
     domain_source: DomainSource = None,
     general_source: GeneralSource = None,
-    domain_tokens: Annotated[str | None, Option(help="Advise for so many unique tokens: 300M.")] = None,
-    budget: Annotated[str | None, Option(help="Advise for so many pretraining tokens: 20B.")] = None,
+    domain_tokens: Annotated[str | None, Option(help="Unique domain tokens to advise for: 300M.")] = None,
+    budget: Annotated[str | None, Option(help="Pretraining tokens to advise for: 20B.")] = None,
     model: Annotated[str | None, Option(help="Advise for this preset, or number of parameters.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -114,7 +114,7 @@ class Source:
     heldout: str | None = setting(optional(text), None)
     """Prefix of text that is never trained on; losses on it are the figures."""
     limit_tokens: int | None = setting(optional(parse_count), None)
-    """Use only the first whole documents up to so many tokens of `train`."""
+    """Use only the first whole documents of `train`, up to this many tokens."""
     dtype: str | None = setting(optional(one_of("uint8", "uint16", "uint32", "int32", "int64")), None)
     """For headerless files: the type of a token id."""
 
@@ -168,7 +168,7 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """So many tokens of an exact mixture, optimised in one way."""
+    """A number of tokens of an exact mixture, optimised in one way."""
 
     name: str = setting(text)
     tokens: int = setting(parse_count)
@@ -214,9 +214,9 @@ class Phase:
 class Checkpoints:
     every: Span = setting(cadence, Span(Fraction(500), "steps"))
     keep: int = setting(integer(1), 3)
-    """The newest so many are kept."""
+    """How many of the newest are kept."""
     keep_every: Span | None = setting(optional(_steps), None)
-    """Those at multiples of so many steps (of the whole run) are kept as well."""
+    """Those at multiples of this number of steps (of the whole run) are kept as well."""
     keep_best: bool = setting(boolean, False)
     """Also write one at every new best `select` loss, and keep the newest of these."""
 
@@ -225,7 +225,7 @@ class Checkpoints:
 class Log:
     every: Span = setting(cadence, Span(Fraction(10), "steps"))
     stall_s: float = setting(number(0.0, open_low=True), 600.0)
-    """After so many seconds without a step, the stacks of all threads are written to stacks-<process>.txt."""
+    """After this many seconds without a step, the stacks of all threads are written to stacks-<process>.txt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +262,7 @@ def _sources(raw: object, where: str) -> dict[str, Source]:
 
 
 INHERITED = ("batch", "eval", "documents")
-"""Of these a phase has the phase before's, key by key, where it doesn't give its own."""
+"""A phase takes these from the phase before, key by key, where it doesn't give its own."""
 
 
 def _merged(before: object, given: object) -> object:
@@ -314,7 +314,7 @@ class Recipe:
     init: str | None = setting(optional(text), None)
     """Weights to start from: a Hugging Face folder, a run's weights/<phase>, or a checkpoint. The shape is theirs."""
     init_only: str | None = setting(optional(one_of("embeddings")), None)
-    """embeddings: take over nothing but the token embedding (with it a tied head) and draw the rest by `seed`."""
+    """embeddings: take over only the token embedding (with it a tied head) and draw the rest by `seed`."""
     precision: str = setting(one_of("auto", "bf16", "fp32"), "auto")
     """auto: bf16 with fp32 master weights where the hardware multiplies bf16 fast, else fp32."""
     model: Model = setting(section(Model), Model())

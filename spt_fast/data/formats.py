@@ -9,7 +9,7 @@ A format is recognised by its magic number, never by its name (OLMo calls header
 | .npy        | `\\x93NUMPY`                                          | any integer, 1-D     | none                |
 | headerless  | a dtype that the user declares                       | that dtype           | in datatrove .index |
 
-Every count in a header is held against the size of the file here, before anything is mapped: a map that reaches past
+Every count in a header is compared with the size of the file here, before anything is mapped: a map that reaches past
 the end of its file kills the process (SIGBUS) when it is read.
 """
 
@@ -245,11 +245,11 @@ def _npy(path: Path) -> TokenFile:
 
 
 def _headerless(path: Path, dtype: np.dtype) -> TokenFile:
-    """nanoGPT, OLMo and datatrove: nothing but ids. datatrove's FILE.index holds u64 document ends, in tokens."""
+    """nanoGPT, OLMo and datatrove: ids only. datatrove's FILE.index holds u64 document ends, in tokens."""
     size = path.stat().st_size
     if size % dtype.itemsize:
         raise DataError(
-            f"{path} has {size:,} bytes, no multiple of the {dtype.itemsize} bytes of the declared dtype {dtype}; "
+            f"{path} has {size:,} bytes, not a multiple of the {dtype.itemsize} bytes of the declared dtype {dtype}; "
             "it is truncated, or of another dtype"
         )
     num_tokens = size // dtype.itemsize

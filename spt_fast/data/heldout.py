@@ -85,7 +85,7 @@ def training_windows(dataset: TokenDataset, context: int, limit_tokens: int | No
 
 
 def begins(dataset: TokenDataset, stretches: np.ndarray) -> np.ndarray:
-    """Of the tokens of stretches, int64 [stretches, 2], one after the other: which ones begin a document or a stretch.
+    """Which tokens of stretches, int64 [stretches, 2], one after the other, begin a document or a stretch.
 
     Returns bool [tokens]. The dataset must record its documents.
     """

@@ -10,7 +10,7 @@ Held-out text that the training set holds as well fakes every gain, so overlap i
 
 The search reads the other text once, in chunks that fit the cache: a rolling 32-bit hash of 16 ids finds, through a
 table, the few positions where one of the n-grams may start, and only there the whole n-gram is compared (by a 64-bit
-multilinear hash). Memory is bounded, but for some 100 bytes a document of the text and a shared document.
+multilinear hash). Memory is bounded, apart from some 100 bytes a document of the text and a shared document.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def inspect(
 
     verify: check every hash, that the document ends rise, and that no id reaches the vocabulary size; DataError if not.
     overlap: another dataset, looked through for the documents and n-grams of this one (`overlap_share`).
-    divergence: another dataset, a general corpus, that this one's n-grams are held against (spt_fast.data.divergence).
+    divergence: another dataset, a general corpus, that this one's n-grams are compared with (spt_fast.data.divergence).
     dtype: declared for headerless files, of all datasets.
     """
     dataset = TokenDataset.open(prefix, dtype)

@@ -47,10 +47,10 @@ class Loader:
     """Steps [first_step, last_step) of `order`: iterating gives (step, [Batch, ...]), the rank's micro-batches.
 
     datasets: by source of the mixture; context: T. `documents` asks for cu_seqlens. Batches for a CUDA `device` are
-    read into pinned memory and copied without blocking. Ids are held against `vocab_size`. Draws no random numbers.
+    read into pinned memory and copied without blocking. Ids are checked against `vocab_size`. Draws no random numbers.
 
     Raises RecipeError where the order's sequences don't divide by micro x world. Raises DataError, here or from the
-    iteration: `documents` without recorded document ends, ids that are no native integers, a file that changed its size
+    iteration: `documents` without recorded document ends, ids that aren't native integers, a file that changed its size
     since it was opened or cannot be read, an id of `vocab_size` or more. Close it, or use it as a context manager.
     """
 

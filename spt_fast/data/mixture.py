@@ -229,7 +229,7 @@ def chairman_order(weights: list[int]) -> list[int]:
 
     K states of weights λ_i = weights[i] / Q elect a chairman each year. With ε = 1/(2K - 2), |counts - n·λ_i| <= 1 - ε
     asks that state i's k-th turn (from 0) be no earlier than slot ceil((k + ε)/λ_i) - 1, nor later than slot
-    floor((k + 1 - ε)/λ_i). Of the states whose turn may come, the one whose deadline is nearest gets it (ties: the
+    floor((k + 1 - ε)/λ_i). The state with the nearest deadline, among those whose turn may come, gets it (ties: the
     first): an order that keeps every deadline whenever one exists, and Tijdeman's theorem says that one does. States
     of weight 0 don't count.
     """

@@ -147,7 +147,7 @@ class TokenDataset:
         """Hash the files again (of a limited dataset, the whole files), reading them without a map.
 
         Raises DataError naming the damaged block of .bin, or the .idx. Foreign formats record no hashes: their sizes
-        were held against their headers at open, and nothing more can be checked here.
+        were compared with their headers at open, and nothing more can be checked here.
         """
         if self.metadata is None:
             return
@@ -179,7 +179,7 @@ class DatasetWriter:
 
     As a context manager it commits on success and aborts on any exception. A crash leaves at worst `*.partial` files,
     which the next writer overwrites, or .bin and .idx without a .json, which don't open. A dataset already at PREFIX
-    stays as it is until `commit`; files there that are none of ours are never overwritten (DataError). Ids are uint16
+    stays as it is until `commit`; other programs' files there are never overwritten (DataError). Ids are uint16
     where `vocab_size` <= 65,536, else uint32. A failing disk is a DataError too, and leaves nothing behind.
     """
 

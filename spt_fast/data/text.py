@@ -1,4 +1,4 @@
-"""Text as it lies in files: .jsonl, .txt and .parquet, plain, .gz or .zst, folders of them, and standard input.
+"""Text in files: .jsonl, .txt and .parquet, plain, .gz or .zst, folders of them, and standard input.
 
 Reading and parsing are apart, so that one process can read while many parse. `TextReader` cuts files of any size into
 chunks of whole documents and never holds more than one document and one block; `parse` makes strings of a chunk.
@@ -8,7 +8,7 @@ chunks of whole documents and never holds more than one document and one block; 
   temporary file first.
 - .txt: one file is one document, except that a file over 8 MiB is cut, at the last blank line before each 8 MiB (or
   line end, or space, where there is none), into several: a document is what has to fit into memory.
-- A folder stands for every such file below it, in the order of their paths; other and hidden files are passed over.
+- A folder stands for every such file below it, in the order of their paths; other and hidden files are left out.
 
 A byte-order mark at the start of a file is dropped. Otherwise text is taken as it is.
 """
@@ -33,7 +33,7 @@ Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 STDIN = Path("-")
 TXT_BYTES = 8 << 20  # a longer .txt is more than one document
-LINE_BYTES = 128 << 20  # a longer line is no JSON Lines
+LINE_BYTES = 128 << 20  # a longer line isn't JSON Lines
 
 _BLOCK_BYTES = 1 << 20
 _FORMATS = (".jsonl", ".txt", ".parquet")
@@ -340,7 +340,7 @@ def _read(stream: Any, path: Path) -> bytes:
 
 
 def _unpacked(stream: Any, path: Path) -> BinaryIO:
-    file = tempfile.TemporaryFile()  # noqa: SIM115 (it goes when its last user lets go of it)
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (it is deleted when its last user is gone)
     try:
         while block := _read(stream, path):
             file.write(block)

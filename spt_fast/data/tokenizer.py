@@ -147,7 +147,7 @@ class Tokenizer:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, special tokens included; U+FFFD for what is no UTF-8. Raises DataError for unknown ids."""
+        """Text of ids, special tokens included; U+FFFD for what isn't UTF-8. Raises DataError for unknown ids."""
         try:
             return self._encoding.decode(list(ids))
         except KeyError as error:
@@ -156,7 +156,7 @@ class Tokenizer:
     def save_hf(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json, for transformers' AutoTokenizer.
 
-        Ids and decoding are the same, but as is usual there, special tokens *are* read out of text.
+        Ids and decoding are the same, but special tokens *are* read out of text, as usual there.
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
@@ -197,9 +197,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE of `vocab_size` ids, <|endoftext|> included, and save it at `out`.
 
-    Of larger inputs it reads the first documents of every file, `sample_bytes` of text in all, shared evenly (what
-    short files leave goes to the longer ones): equal inputs, equal tokenizer. Raises DataError for unreadable inputs,
-    and for a vocabulary that is below 257 (256 bytes and <|endoftext|>) or too large for the text.
+    It reads the first documents of every file, `sample_bytes` of text in all where the inputs are larger, shared evenly
+    (what short files leave goes to the longer ones): equal inputs, equal tokenizer. Raises DataError for unreadable
+    inputs, and for a vocabulary that is below 257 (256 bytes and <|endoftext|>) or too large for the text.
     """
     if vocab_size < 257:
         raise DataError(invalid("vocab_size", vocab_size, f"at least 257 (256 bytes and {EOS})"), argument=True)
@@ -254,7 +254,7 @@ def _rank_lines(ranks: dict[bytes, int]) -> bytes:
 
 
 def _get_encoding(name: str) -> tiktoken.Encoding:
-    """tiktoken's encoding, from its cache or the network, but without waiting for ever."""
+    """tiktoken's encoding, from its cache or the network, waiting a minute at most."""
     result: list[Any] = []
 
     def fetch() -> None:

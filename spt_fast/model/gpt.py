@@ -220,7 +220,7 @@ class GPT(nn.Module):
 
     @property
     def fp8_share(self) -> float:
-        """Of the blocks' matmuls, the share of FLOPs that `fp8` changes."""
+        """The share of the FLOPs of the blocks' matmuls that `fp8` changes."""
         weights = [row for row in of_block(self.config) if row.kind.multiplies]
         return sum(row.size for row in weights if gains_by_fp8(row.shape)) / sum(row.size for row in weights)
 
@@ -255,7 +255,7 @@ class GPT(nn.Module):
 
 
 def _keep_matmuls() -> tuple[Any, Any]:
-    """Of a checkpointed block the results of matmuls and attention are kept; what is cheap is recomputed."""
+    """A checkpointed block keeps the results of matmuls and attention; what is cheap is recomputed."""
 
     matmuls = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.spt_fast.fp8_linear.default)
 

@@ -1,6 +1,6 @@
 """Weights in and out of a Hugging Face folder: model.safetensors, config.json, tokenizer files.
 
-The same folder is this project's own form of weights, so that every phase's result loads in transformers as it lies.
+This is the project's own form of weights too, so that every phase's result loads in transformers as it is.
 Which family of transformers a GPT belongs to is in `FAMILIES`, which tensors hold a parameter is in parameters.py.
 Whatever else the families' configurations allow (other scalings of RoPE, biases, sliding windows …) is refused by
 name. Only safetensors are read: a pickle can run code.

@@ -4,7 +4,7 @@ Legend: L layers, H query heads, K key/value heads, Q head dimension, D width, F
 context, N tokens of a micro-batch, P parameters, W processes, a bytes of a number in the compute dtype.
 
 What stays: aP of parameters, and in float32 4P of gradients, two moments (8P), a master copy of what is computed in
-bf16 (4P), the anchor (4P); of an embedding that is frozen nothing but the parameters. ZeRO divides these among the
+bf16 (4P), the anchor (4P); a frozen embedding has its parameters only. ZeRO divides these among the
 processes (Rajbhandari et al., arXiv 1910.02054, section 5), with what DeepSpeed 0.19.8 allocates for it:
 
     stage 1   masters, moments and anchor / W. Gradients whole, in float32, and beside them, until the update, in bf16
@@ -88,57 +88,10 @@ def memory_bytes(
     assert (stage, offload) in DISTRIBUTIONS, (stage, offload)
     D, V, F, L, a = config.width, config.vocab_size, config.ffn, config.layers, dtype.itemsize
     P, head, block = parameters(config), V * D, block_matrices(config) // L
-    frozen = head if freeze == "embeddings" else 0
+    learning = P - (head if freeze == "embeddings" else 0)
     tokens = micro * config.context
-    stays, gradients = _what_stays(config, dtype, device, anchor, frozen, stage, world, offload)
 
-    # Gradients at each moment. Autograd's own are float32 in the local engine, else accumulated beside them.
-    made = 4 if stage == 0 else a
-    made_head = made * head
-    accumulates = stage > 0 or micro_batches > 1
-    before = gradients if accumulates else 0
-    beside = a * (P - frozen) if a < 4 and (stage == 2 or (stage == 1 and offload == "none")) else 0
-    if micro_batches > 1:
-        before += beside
-    with_head = before if accumulates or config.tied else made_head
-    after_first = P - block + F * D - (head if config.tied else 2 * head)  # the first block's last matrix is there too
-    at_first = before if accumulates else 4 * after_first + (0 if config.tied else made_head)
-    at_update = gradients + (beside if stage == 1 else 0)
-    waiting = made_head if config.tied or stage else 0  # the head's, until the embedding's is there to be added
-
-    kept, whole = _of_a_block(config, dtype, device, checkpointing, documents)
-    kept, whole = tokens * kept, tokens * max(kept, whole)
-    x, activation = tokens * D * a, tokens * 2 * F * a
-    once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (config.context + (tokens if documents else 0))
-    logits = _chunk_of_logits(tokens, V, dtype, device) + (a * head if device == "cpu" and a < 4 else 0)
-    moments = {
-        "loss": (before, once + L * kept + x, 4 * head + x + logits),
-        "widen": (before, once + L * kept, 4 * head + x + 4 * tokens * D + (x if a < 4 else 0)),
-        "scale": (before, once + L * kept, 4 * head + 2 * x + made_head),
-        "last": (with_head, once + (L - 1) * kept + whole + activation, waiting),
-        "first": (at_first, once + whole + activation, waiting),
-        "update": (at_update, once, waiting + (made_head if accumulates and not frozen else 0)),
-    }
-    at_peak = dict(zip(("gradients", "activations", "logits"), max(moments.values(), key=sum), strict=True))
-    on_device = {**stays, **at_peak}
-    host = on_device.pop("host")
-    return {**on_device, "total": sum(on_device.values()), "host": host}
-
-
-def _what_stays(
-    config: GPTConfig,
-    dtype: torch.dtype,
-    device: str,
-    anchor: bool,
-    frozen: int,
-    stage: int,
-    world: int,
-    offload: str,
-) -> tuple[dict[str, int], int]:
-    """({parameters, optimizer, communication, host}, accumulated gradients at their fullest)."""
-    P, a = parameters(config), dtype.itemsize
-    learning = P - frozen
-    head, block = config.vocab_size * config.width, block_matrices(config) // config.layers
+    # What stays; gradients at their fullest, where they are accumulated.
     states_of, gradients_of, parameters_of = (1 if stage < first else world for first in (1, 2, 3))
     masters = 4 if a < 4 or stage in (1, 2) else 0
     optimizer = (masters + 8 + (4 if anchor else 0)) * learning // states_of
@@ -159,7 +112,37 @@ def _what_stays(
     bucket = min(REDUCE_BUCKET, learning)
     filling = a * bucket * (2 if device == "cuda" else 1)  # one more where messages run beside the computation
     buckets = (4 * bucket if world > 1 else 0, 4 * bucket, filling + 4 * bucket, 8 * max(bucket, head))[stage]
-    return {"parameters": own + gathered, "optimizer": optimizer, "communication": buckets, "host": host}, gradients
+
+    # Gradients at each moment. Autograd's own are float32 in the local engine, else accumulated beside them.
+    made = 4 if stage == 0 else a
+    made_head = made * head
+    accumulates = stage > 0 or micro_batches > 1
+    before = gradients if accumulates else 0
+    beside = a * learning if a < 4 and (stage == 2 or (stage == 1 and offload == "none")) else 0
+    if micro_batches > 1:
+        before += beside
+    with_head = before if accumulates or config.tied else made_head
+    after_first = P - block + F * D - (head if config.tied else 2 * head)  # the first block's last matrix is there too
+    at_first = before if accumulates else 4 * after_first + (0 if config.tied else made_head)
+    at_update = gradients + (beside if stage == 1 else 0)
+    waiting = made_head if config.tied or stage else 0  # the head's, until the embedding's is there to be added
+
+    kept, whole = _of_a_block(config, dtype, device, checkpointing, documents)
+    kept, whole = tokens * kept, tokens * max(kept, whole)
+    x, activation = tokens * D * a, tokens * 2 * F * a
+    once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (config.context + (tokens if documents else 0))
+    logits = _chunk_of_logits(tokens, V, dtype, device) + (a * head if device == "cpu" and a < 4 else 0)
+    moments = {
+        "loss": (before, once + L * kept + x, 4 * head + x + logits),
+        "widen": (before, once + L * kept, 4 * head + x + 4 * tokens * D + (x if a < 4 else 0)),
+        "scale": (before, once + L * kept, 4 * head + 2 * x + made_head),
+        "last": (with_head, once + (L - 1) * kept + whole + activation, waiting),
+        "first": (at_first, once + whole + activation, waiting),
+        "update": (at_update, once, waiting + (made_head if accumulates and learning == P else 0)),
+    }
+    at_peak = dict(zip(("gradients", "activations", "logits"), max(moments.values(), key=sum), strict=True))
+    on_device = {"parameters": own + gathered, "optimizer": optimizer, "communication": buckets, **at_peak}
+    return {**on_device, "total": sum(on_device.values()), "host": host}
 
 
 def _chunk_of_logits(tokens: int, vocab_size: int, dtype: torch.dtype, device: str) -> int:

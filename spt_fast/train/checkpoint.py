@@ -7,7 +7,7 @@ A checkpoint is a folder `step-<total steps>-p<phase>-a<arm>`:
     start|best|kept-<process>.safetensors   snapshots that an anchor, early stopping or a grid still need
     manifest.json                   bytes and sha256 of every file, and of the manifest itself
 
-Which process wrote a tensor, and how many there were, means nothing to who reads it: any number of processes, any
+Which process wrote a tensor, and how many there were, doesn't matter to a reader: any number of processes, any
 engine and any ZeRO stage goes on from the same folder. On several hosts it must be on a file system that all share.
 
 Everything is written to a temporary folder and synced, the manifest last, and the folder is renamed into place: a
@@ -53,7 +53,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest so many, those at multiples of so many steps, and the best."""
+    """Which checkpoints stay: the `newest`, those at multiples of `every_steps`, and the best."""
 
     newest: int
     every_steps: int | None = None

@@ -40,7 +40,7 @@ from spt_fast.train.watch import LossWatch, Watch
 from spt_fast.train.world import World, pick_dtype
 
 MAX_SKIPPED_IN_A_ROW = 20
-"""So many steps in a row with a loss or gradient that is not finite end the run."""
+"""This many steps in a row with a loss or gradient that is not finite end the run."""
 
 
 class Arm:

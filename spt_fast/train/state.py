@@ -24,7 +24,7 @@ Losses = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The losses after so many steps of an arm."""
+    """The losses after `step` steps of an arm."""
 
     step: int
     losses: Losses

@@ -1,4 +1,4 @@
-"""Trained weights, wherever they lie: a run, its weights/<phase>, one of its checkpoints, or a Hugging Face folder.
+"""Trained weights, wherever they are: a run, its weights/<phase>, one of its checkpoints, or a Hugging Face folder.
 
 weights/<phase> is a Hugging Face folder itself, so that a run's result needs no conversion.
 """

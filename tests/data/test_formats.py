@@ -273,7 +273,7 @@ def test_a_dtype_that_no_ids_have(tmp_path: Path, dtype: str) -> None:
 
 def test_headerless_of_an_odd_size(tmp_path: Path) -> None:
     (tmp_path / "d.bin").write_bytes(bytes(13))
-    with pytest.raises(DataError, match="13 bytes, no multiple of the 2 bytes"):
+    with pytest.raises(DataError, match="13 bytes, not a multiple of the 2 bytes"):
         TokenDataset.open(tmp_path / "d", dtype="uint16")
 
 
