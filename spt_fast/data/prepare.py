@@ -16,6 +16,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
 from spt_fast.data.shards import DatasetWriter
 from spt_fast.data.text import Chunk, Inputs, TextReader
 from spt_fast.data.tokenizer import Tokenizer
@@ -64,14 +67,13 @@ def prepare(
     with ExitStack() as stack:
         prefixes = [os.fspath(out), *([] if heldout is None else [f"{os.fspath(out)}.heldout"])]
         writers = [_writer(stack, prefix, tokenizer) for prefix in prefixes]
-        bar = stack.enter_context(_Progress(Path(out).name, reader.total_bytes)) if progress else None
+        bar = stack.enter_context(_Progress(Path(out).name, reader.total_bytes, disable=not progress))
         pool = stack.enter_context(EncoderPool(tokenizer, settings, workers))
         for batch, encoded in pool.encode(_batches(reader)):
             for writer, side in zip(writers, (encoded.train, encoded.heldout), strict=False):
                 writer.write(side.tokens, side.document_lengths, side.num_bytes)
             skipped += encoded.skipped
-            if bar is not None:
-                bar.advance(batch.read_bytes, encoded.train.num_bytes + encoded.heldout.num_bytes)
+            bar.show(batch.read_bytes, encoded.train.num_bytes + encoded.heldout.num_bytes)
         skipped += reader.skipped
         _refuse_empty(writers, heldout, skipped)
         for writer in writers:
@@ -101,37 +103,28 @@ def _writer(stack: ExitStack, prefix: str, tokenizer: Tokenizer) -> DatasetWrite
     return writer
 
 
-class _Progress:
+class _Progress(Progress):
     """A bar over the bytes of the input files, with the rate at which text is encoded and the time left."""
 
-    def __init__(self, name: str, total_bytes: int | None) -> None:
-        from rich import progress
-        from rich.console import Console
-
-        self._bar = progress.Progress(
-            progress.TextColumn("prepare {task.description}"),
-            progress.BarColumn(),
-            progress.DownloadColumn(),
-            progress.TextColumn("{task.fields[mb_per_s]:.1f} MB/s of text"),
-            progress.TextColumn("ETA"),
-            progress.TimeRemainingColumn(elapsed_when_finished=True),
+    def __init__(self, name: str, total_bytes: int | None, *, disable: bool) -> None:
+        super().__init__(
+            TextColumn("prepare {task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TextColumn("{task.fields[mb_per_s]:.1f} MB/s of text"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=True),
             console=Console(stderr=True),
+            disable=disable,
         )
-        self._task = self._bar.add_task(name, total=total_bytes, mb_per_s=0.0)
+        self._file_bytes = self.add_task(name, total=total_bytes, mb_per_s=0.0)
         self._text_bytes, self._start_s = 0, time.perf_counter()
 
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def advance(self, read_bytes: int, text_bytes: int) -> None:
+    def show(self, read_bytes: int, text_bytes: int) -> None:
         """`read_bytes` of the files have been read for what is done; `text_bytes` were encoded since the last call."""
         self._text_bytes += text_bytes
         rate = self._text_bytes / (time.perf_counter() - self._start_s) / 1e6
-        self._bar.update(self._task, completed=read_bytes, mb_per_s=rate)
+        self.update(self._file_bytes, completed=read_bytes, mb_per_s=rate)
 
 
 def _batches(reader: TextReader) -> Iterator[TextBatch]:

@@ -12,6 +12,8 @@ tokens, the last as a target only: a *visit* of a token is its being read as an 
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 
 from spt_fast import native
@@ -37,6 +39,10 @@ class Ring:
         self.num_tokens, self.context, self.source_name = num_tokens, context, source_name
         self.windows_per_epoch = num_tokens // context
         self._key = derive_key(seed, "ring", source_name)
+
+    def epochs(self, count: int) -> Fraction:
+        """How often the first `count` windows go through the corpus: visits per token."""
+        return Fraction(count * self.context, self.num_tokens)
 
     def epoch_start(self, epoch: int) -> int:
         """The token at which window 0 of `epoch` begins."""

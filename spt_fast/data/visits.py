@@ -6,7 +6,6 @@ A *visit* of a token is its being read as an input; the last token that a window
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
@@ -23,11 +22,6 @@ class Visits:
     token_visits: int
     min_visits: int
     max_visits: int
-
-
-def epochs(ring: Ring, count: int) -> Fraction:
-    """How often the source was gone through by its first `count` windows: visits per token."""
-    return Fraction(count * ring.context, ring.num_tokens)
 
 
 def document_visits(ring: Ring, count: int, start: int, end: int) -> Visits:

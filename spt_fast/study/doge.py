@@ -431,7 +431,7 @@ class _Study:
             clipped=by_source(state.clipped, state.counted),
             reach=state.lr_sum / self.mu,
             published_reach=PUBLISHED_RATES / self.mu,
-            epochs={source: float(self.plan.epochs(source, windows)) for source in self.rows},
+            epochs={source: float(self.plan.rings[source].epochs(windows)) for source in self.rows},
             settings=Settings(
                 parameters=parameters(self.plan.model),
                 steps=phase.steps,

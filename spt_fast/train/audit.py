@@ -42,7 +42,7 @@ def audit_run(run: Path, source: str | None = None) -> dict[str, SourceReading]:
         readings[name] = SourceReading(
             windows=count,
             tokens=count * plan.model.context,
-            epochs=float(plan.epochs(name, count)),
+            epochs=float(plan.rings[name].epochs(count)),
             min_visits=visits.min_visits,
             max_visits=visits.max_visits,
         )

@@ -226,7 +226,7 @@ class Trainer:
         arm = state.arms[kept]
         windows = plan.mixture.counts(arm.steps * phase.batch.sequences)
         state.finished[phase.name] = PhaseResult(
-            epochs={source: float(self.plan.epochs(source, n)) for source, n in windows.items()},
+            epochs={source: float(self.plan.rings[source].epochs(n)) for source, n in windows.items()},
             windows={source: [state.counts[source], state.counts[source] + n] for source, n in windows.items()},
             arm=kept,
             grid=state.arms,

@@ -21,7 +21,6 @@ from spt_fast.data.order import SampleOrder, check_every_source_is_drawn
 from spt_fast.data.ring import Ring
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import Tokenizer
-from spt_fast.data.visits import epochs
 from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.kernels import fp8
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -167,10 +166,6 @@ class Plan:
         model.fp8 = self.recipe.engine.fp8
         return model
 
-    def epochs(self, source: str, windows: int) -> Fraction:
-        """How often `windows` windows go through the source's training text."""
-        return epochs(self.rings[source], windows)
-
     def describe(self) -> list[PhaseFigures]:
         """Per phase: tokens and, per source, the share asked and the tokens and epochs exactly achieved."""
         return [self._figures(plan) for plan in self.phases]
@@ -182,7 +177,7 @@ class Plan:
                 share=str(shares[source]),
                 tokens=windows * self.model.context,
                 epochs_asked=float(shares[source] * phase.tokens / self.train[source].num_tokens),
-                epochs=float(self.epochs(source, windows)),
+                epochs=float(self.rings[source].epochs(windows)),
             )
             for source, windows in plan.samples.items()
         }

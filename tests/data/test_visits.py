@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spt_fast.data import visits
 from spt_fast.data.ring import Ring
-from spt_fast.data.visits import Visits, document_visits, epochs
+from spt_fast.data.visits import Visits, document_visits
 
 
 def counted(ring: Ring, count: int) -> np.ndarray:
@@ -71,5 +71,5 @@ def test_a_document_of_an_immense_run_takes_no_time() -> None:
 
 
 def test_epochs_are_exact() -> None:
-    assert epochs(Ring(1000, 16, 0, "a"), 125) == Fraction(2)
-    assert epochs(Ring(1001, 16, 0, "a"), 1) == Fraction(16, 1001)
+    assert Ring(1000, 16, 0, "a").epochs(125) == Fraction(2)
+    assert Ring(1001, 16, 0, "a").epochs(1) == Fraction(16, 1001)
