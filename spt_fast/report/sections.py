@@ -35,9 +35,16 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
+    def show(self, panels: list[Panel], caption: str, missing: str) -> Section:
+        """With a figure of these panels; where there are none, what is missing instead."""
+        if panels:
+            self.figures.append(Figure(caption, panels))
+        else:
+            self.missing.append(missing)
+        return self
+
 
 def finetuning(finetunes: pd.DataFrame, decisions: Sequence[RunsDecision]) -> Section:
-    section = Section("finetuning", "Domain loss after finetuning")
     best = {decision.setting: decision for decision in decisions}
     drawn = []
     for setting, own in with_shares(finetunes).items():
@@ -50,27 +57,18 @@ def finetuning(finetunes: pd.DataFrame, decisions: Sequence[RunsDecision]) -> Se
                 partial(panels.loss_after_finetuning, finetunes=own, chosen=chosen),
             )
         )
-    if drawn:
-        section.figures.append(
-            Figure(
-                "Lower is better. Rings are seeds, lines go through their means, one for each pretraining budget; the "
-                "dashed line marks the best share at the largest budget. Look for how far down the curve the best "
-                "share lies below δ = 0, compared with how far apart the rings are, and whether it moves left as the "
-                "budget grows. Shares are spaced by their square roots.",
-                drawn,
-            )
-        )
-    else:
-        section.missing.append("No finetunes after pretraining at two shares or more.")
-    return section
+    return Section("finetuning", "Domain loss after finetuning").show(
+        drawn,
+        "Lower is better. Rings are seeds, lines go through their means, one for each pretraining budget; the dashed "
+        "line marks the best share at the largest budget. Look for how far down the curve the best share lies below "
+        "δ = 0, compared with how far apart the rings are, and whether it moves left as the budget grows. Shares are "
+        "spaced by their square roots.",
+        missing="No finetunes after pretraining at two shares or more.",
+    )
 
 
 def pretraining(rows: pd.DataFrame) -> Section:
-    section = Section("pretraining", "Pretraining")
     rows = rows[rows["stage"] == 0]
-    if not len(rows):
-        section.missing.append("No run here was pretrained from scratch.")
-        return section
     colours = panels.colours_of(rows["delta"])
     specialized = rows[(rows["delta"] > 0) | (rows.groupby("params")["delta"].transform("max") == 0)]
     drawn = []
@@ -87,18 +85,15 @@ def pretraining(rows: pd.DataFrame) -> Section:
                         partial(panels.losses_in_pretraining, rows=own, column=f"{corpus}_heldout", colours=colours),
                     )
                 )
-    section.figures.append(
-        Figure(
-            "A line for each run, named by δ at its end. A domain line that turns up has overfitted the repeated "
-            "corpus; a general line above that of δ = 0 is what the domain's share costs.",
-            drawn,
-        )
+    return Section("pretraining", "Pretraining").show(
+        drawn,
+        "A line for each run, named by δ at its end. A domain line that turns up has overfitted the repeated corpus; a "
+        "general line above that of δ = 0 is what the domain's share costs.",
+        missing="No run here was pretrained from scratch." if rows.empty else "No held-out losses of pretraining here.",
     )
-    return section
 
 
 def forgetting(finetunes: pd.DataFrame) -> Section:
-    section = Section("forgetting", "Forgetting")
     finetunes = finetunes.dropna(subset=["general_before", "general_heldout"])
     colours = panels.colours_of(finetunes["pretrain_delta"])
     drawn = []
@@ -120,25 +115,17 @@ def forgetting(finetunes: pd.DataFrame) -> Section:
                 height_in=panels.height_of_rows(len(arms)),
             )
         )
-    if drawn:
-        section.figures.append(
-            Figure(
-                "General loss before (○) and after (●) finetuning, a point for each seed, with the mean rise beside "
-                "it. Shorter is less forgotten; further left is the better general model in the end.",
-                drawn,
-            )
-        )
-    else:
-        section.missing.append("No finetune here has a general held-out loss before and after.")
-    return section
+    return Section("forgetting", "Forgetting").show(
+        drawn,
+        "General loss before (○) and after (●) finetuning, a point for each seed, with the mean rise beside it. "
+        "Shorter is less forgotten; further left is the better general model in the end.",
+        missing="No finetune here has a general held-out loss before and after.",
+    )
 
 
 def _treatment(delta: float, injected: float, anchor: float) -> str:
-    return (
-        f"δ = {percent(delta)}"
-        + (f", {percent(injected)} replay" if injected else "")
-        + (f", anchor {anchor:g}" if anchor else "")
-    )
+    replay = f", {percent(injected)} replay" if injected else ""
+    return f"δ = {percent(delta)}{replay}" + (f", anchor {anchor:g}" if anchor else "")
 
 
 def crossover(table: pd.DataFrame) -> Section:
@@ -171,7 +158,6 @@ def crossover(table: pd.DataFrame) -> Section:
 
 
 def plane(decisions: Sequence[RunsDecision], finetunes: pd.DataFrame) -> Section:
-    section = Section("plane", "Domain against general loss")
     drawn = [
         panel(
             titled(f"After {amount(decision.budget)} tokens of pretraining", decision.setting, finetunes),
@@ -181,18 +167,13 @@ def plane(decisions: Sequence[RunsDecision], finetunes: pd.DataFrame) -> Section
         )
         for decision in decisions
     ]
-    if drawn:
-        section.figures.append(
-            Figure(
-                "Every finetune from where pretraining left it (○) to the weights that it hands on (●); down and left "
-                "is better. Where paths cross the dashed line their domain losses are equal: the lower one has "
-                "forgotten less for it.",
-                drawn,
-            )
-        )
-    else:
-        section.missing.append("No finetunes to draw.")
-    return section
+    return Section("plane", "Domain against general loss").show(
+        drawn,
+        "Every finetune from where pretraining left it (○) to the weights that it hands on (●); down and left is "
+        "better. Where paths cross the dashed line their domain losses are equal: the lower one has forgotten less for "
+        "it.",
+        missing="No finetunes to draw.",
+    )
 
 
 def _plane(axes: Axes, decision: RunsDecision) -> None:
@@ -220,11 +201,8 @@ def laws(fits: Sequence[Fitted]) -> Section:
         ]
         if drawn:
             section.figures.append(Figure(caption, drawn))
-    problems: dict[str, list[Fitted]] = {}
-    for fit in fits:
-        if fit.problem is not None:
-            problems.setdefault(fit.law_name, []).append(fit)
-    for law_name, groups in problems.items():
+    for law_name in dict.fromkeys(fit.law_name for fit in fits if fit.problem is not None):
+        groups = [fit for fit in fits if fit.law_name == law_name and fit.problem is not None]
         most = max(groups, key=lambda fit: fit.rows)
         of = f" ({group_name(most.group)})" if most.group else ""
         others = f" {len(groups) - 1} other groups of runs have none either." if len(groups) > 2 else ""
