@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +57,7 @@ def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) 
     if not hasattr(table, "keys") or not hasattr(table, "__getitem__"):
         raise DataError(invalid("table", table, "give a pandas DataFrame or a dict of columns"))
     names = [str(name) for name in table.keys()]  # noqa: SIM118 - iterating a DataFrame does the same, a Mapping may not
-    for name in (*inputs, *outputs):
-        if name not in names:
-            raise DataError(f"the table has no column {name!r}; {nearest(name, names)}")
+    require_columns(names, (*inputs, *outputs), "the table")
     columns = {name: _numbers(name, table[name]) for name in (*inputs, *outputs)}
     run = np.asarray(table["run"]) if "run" in names else None
     lengths = {name: len(values) for name, values in columns.items()} | ({} if run is None else {"run": len(run)})
@@ -85,6 +83,14 @@ def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) 
             )
     numbered = np.arange(len(next(iter(columns.values())))) if run is None else np.unique(run, return_inverse=True)[1]
     return Rows(columns, numbered)
+
+
+def require_columns(found: Iterable[Any], needed: Iterable[str], table: str) -> None:
+    """Raise DataError for a table without one of the columns that are needed. table: what it is called."""
+    names = [str(name) for name in found]
+    for name in needed:
+        if name not in names:
+            raise DataError(f"{table} has no column {name!r}; {nearest(name, names)}")
 
 
 def _numbers(name: str, values: Any) -> Array:

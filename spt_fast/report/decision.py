@@ -20,7 +20,7 @@ from spt_fast.advice.result import Advice
 from spt_fast.advice.words import costs, headline, interval, share_cells, surety
 from spt_fast.errors import RecipeError
 from spt_fast.laws import DCPTLaw, best_ratio
-from spt_fast.study.compare import Arm, Comparison, Finetune, Verdict, compare_finetunes, judge
+from spt_fast.study.compare import Arms, Comparison, Finetune, Verdict, compare_finetunes, judge
 from spt_fast.study.findings import arm_cells, error_of, multiplier, signed
 from spt_fast.study.finetunes import SETTING, Interval, Treatment
 from spt_fast.study.fits import Fitted
@@ -163,7 +163,7 @@ def _how_sure(best: Treatment, base: Treatment, against: Mapping[Treatment, Verd
     return said
 
 
-def _costs(best: Treatment, base: Treatment, arms: Mapping[Treatment, Arm], comparison: Comparison) -> list[str]:
+def _costs(best: Treatment, base: Treatment, arms: Arms, comparison: Comparison) -> list[str]:
     if best == base:
         return []
     before = {arm: fmean(run.general_before for run in arms[arm].values()) for arm in (best, base)}

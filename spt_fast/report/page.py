@@ -56,26 +56,26 @@ def law_rows(fits: Sequence[Fitted]) -> list[list[str]]:
 
 # ------------------------------------------------------------------------------------------------ runs and provenance
 
-RUN_COLUMNS: dict[str, Callable[[float], str] | None] = {
-    "run": None,
-    "phase": None,
-    "status": None,
-    "params": amount,
-    "seed": "{:.0f}".format,
-    "share": percent,
-    "tokens": amount,
-    "epochs": "{:.3g}".format,
-    "domain": "{:.3f}".format,
-    "general": "{:.3f}".format,
-    "pretrain δ": percent,
-    "pretrain tokens": amount,
-    "domain before": "{:.3f}".format,
-    "general before": "{:.3f}".format,
-    "lr": "{:g}".format,
-    "anchor": "{:g}".format,
-    "start": None,
+RUN_COLUMNS: dict[str, tuple[str, Callable[[float], str] | None]] = {
+    "run": ("run", None),
+    "phase": ("phase", None),
+    "status": ("status", None),
+    "params": ("params", amount),
+    "seed": ("seed", "{:.0f}".format),
+    "share": ("delta", percent),
+    "tokens": ("tokens", amount),
+    "epochs": ("epochs", "{:.3g}".format),
+    "domain": ("domain_heldout", "{:.3f}".format),
+    "general": ("general_heldout", "{:.3f}".format),
+    "pretrain δ": ("pretrain_delta", percent),
+    "pretrain tokens": ("pretrain_tokens", amount),
+    "domain before": ("domain_before", "{:.3f}".format),
+    "general before": ("general_before", "{:.3f}".format),
+    "lr": ("lr", "{:g}".format),
+    "anchor": ("anchor", "{:g}".format),
+    "start": ("start", None),
 }
-"""Of the table of runs, with how a number is written; text where None."""
+"""Of the table of runs: each one's column there, and how a number is written; text where None."""
 
 
 @dataclass(frozen=True)
@@ -97,22 +97,11 @@ def run_rows(table: pd.DataFrame) -> list[RunRow]:
     """A row per phase of a run: the weights that it handed on, or that it failed."""
     failed = table["status"] != "done"
     rows = table[table["handed_on"] | failed].sort_values(["stage", "params", "run", "tokens"])
-    later = rows["stage"] > 0
-    shown = rows.assign(
-        **{
-            "share": rows["delta"],
-            "domain": rows["domain_heldout"],
-            "general": rows["general_heldout"],
-            "pretrain δ": rows["pretrain_delta"].where(later),
-            "pretrain tokens": rows["pretrain_tokens"].where(later),
-            "domain before": rows["domain_before"],
-            "general before": rows["general_before"],
-            "anchor": rows["anchor"].where(later),
-        }
-    )[list(RUN_COLUMNS)]
+    of_adaptation = ["pretrain_delta", "pretrain_tokens", "anchor"]
+    rows[of_adaptation] = rows[of_adaptation].where(rows["stage"] > 0)
     return [
-        RunRow([_cell(value, RUN_COLUMNS[name]) for name, value in row.items()], failed=bad)
-        for bad, row in zip(failed[rows.index], shown.to_dict("records"), strict=True)
+        RunRow([_cell(row[column], written) for column, written in RUN_COLUMNS.values()], failed=bad)
+        for bad, row in zip(failed[rows.index], rows.to_dict("records"), strict=True)
     ]
 
 

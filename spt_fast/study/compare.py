@@ -112,6 +112,8 @@ class Finetune:
 
 Arm = dict[int, Finetune]
 """The runs of one arm by seed."""
+Arms = dict[Treatment, Arm]
+"""Those of one budget."""
 
 
 @dataclass(frozen=True)
@@ -236,9 +238,9 @@ class Comparison:
     """What else differs between the runs."""
 
     @property
-    def compared(self) -> dict[Treatment, Arm]:
+    def compared(self) -> Arms:
         """The arms of the budget, ascending."""
-        return _at(_by_arm(self.runs), self.tokens)
+        return _by_budget(self.runs)[self.tokens]
 
 
 def compare(run_folders: Sequence[str | Path]) -> Comparison:
@@ -257,15 +259,15 @@ def compare(run_folders: Sequence[str | Path]) -> Comparison:
 
 def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:
     """Compare finetunes by their figures, wherever they come from."""
-    budget = _widest_budget(_by_arm(runs))
+    budget = _widest(_by_budget(runs))
     equal_domain = max(min(domain for _, domain, _ in run.path) for run in runs if run.tokens == budget)
     runs = [
         replace(run, general_at_equal_domain=general_when(run.path, equal_domain)) if run.tokens == budget else run
         for run in runs
     ]
-    arms = _by_arm(runs)
-    compared = _at(arms, budget)
-    figures = [_arm_figures(treatment, tokens, arm, _at(arms, tokens)) for (treatment, tokens), arm in arms.items()]
+    budgets = _by_budget(runs)
+    compared = budgets[budget]
+    figures = [_arm_figures(treatment, tokens, arms) for tokens, arms in budgets.items() for treatment in arms]
     here = {arm.treatment: arm for arm in figures if arm.tokens == budget}
     has_npt = any(treatment.delta == 0 for treatment in compared)
     gains = {arm: here[arm].r_gain for arm in compared if held_against(arm, compared) is not None}
@@ -274,7 +276,7 @@ def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:
         runs=runs,
         arms=figures,
         r_gain=gains if has_npt else None,
-        compute_multiplier=_compute_multipliers(arms),
+        compute_multiplier=_compute_multipliers(budgets),
         general_at_equal_domain=EqualDomain(
             equal_domain, {arm: own.general_at_equal_domain for arm, own in here.items()}
         ),
@@ -282,31 +284,27 @@ def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:
     )
 
 
-def _at(arms: Mapping[tuple[Treatment, int], Arm], budget: int) -> dict[Treatment, Arm]:
-    return {treatment: arm for (treatment, tokens), arm in arms.items() if tokens == budget}
-
-
-def _by_arm(runs: Iterable[Finetune]) -> dict[tuple[Treatment, int], Arm]:
-    """Runs by treatment and tokens, then by seed; budgets, treatments and seeds ascend."""
-    arms: dict[tuple[Treatment, int], Arm] = {}
+def _by_budget(runs: Iterable[Finetune]) -> dict[int, Arms]:
+    """Budgets, treatments and seeds ascend."""
+    budgets: dict[int, Arms] = {}
     for run in sorted(runs, key=lambda run: (run.tokens, run.treatment, run.seed)):
-        same = arms.setdefault((run.treatment, run.tokens), {}).setdefault(run.seed, run)
+        same = budgets.setdefault(run.tokens, {}).setdefault(run.treatment, {}).setdefault(run.seed, run)
         if same is not run:
             raise RecipeError(
                 f"runs: {same.folder} and {run.folder} have the same delta ({run.treatment.key}), the same "
                 f"pretraining tokens ({run.tokens:,}) and the same seed ({run.seed}); give one of them"
             )
-    return arms
+    return budgets
 
 
-def _widest_budget(arms: Mapping[tuple[Treatment, int], Arm]) -> int:
+def _widest(budgets: Mapping[int, Arms]) -> int:
     """That at which the most arms, NPT among them, can be compared."""
 
     def breadth(tokens: int) -> tuple[bool, int, int]:
-        treatments = _at(arms, tokens)
-        return any(t.delta == 0 for t in treatments) and len(treatments) > 1, len(treatments), tokens
+        arms = budgets[tokens]
+        return any(arm.delta == 0 for arm in arms) and len(arms) > 1, len(arms), tokens
 
-    return max({tokens for _, tokens in arms}, key=breadth)
+    return max(budgets, key=breadth)
 
 
 def general_when(path: FinetunePath, domain_loss: float) -> float:
@@ -319,17 +317,18 @@ def general_when(path: FinetunePath, domain_loss: float) -> float:
     raise AssertionError(f"the path never reaches {domain_loss}")
 
 
-def _arm_figures(treatment: Treatment, tokens: int, arm: Arm, others: dict[Treatment, Arm]) -> ArmFigures:
-    base = held_against(treatment, others)
+def _arm_figures(treatment: Treatment, tokens: int, arms: Arms) -> ArmFigures:
+    arm, base = arms[treatment], held_against(treatment, arms)
     figures = {figure: Figure.of(getattr(run, figure) for run in arm.values()) for figure in FIGURES}
-    gain = None if base is None else Gain.against(others[base], arm)
+    gain = None if base is None else Gain.against(arms[base], arm)
     return ArmFigures(treatment=treatment, tokens=tokens, seeds=list(arm), r_gain=gain, **figures)
 
 
-def _compute_multipliers(arms: Mapping[tuple[Treatment, int], Arm]) -> dict[Treatment, float | None] | None:
+def _compute_multipliers(budgets: Mapping[int, Arms]) -> dict[Treatment, float | None] | None:
     curves: dict[Treatment, dict[int, float]] = {}
-    for (treatment, tokens), arm in arms.items():
-        curves.setdefault(treatment, {})[tokens] = fmean(run.domain_after for run in arm.values())
+    for tokens, arms in budgets.items():
+        for treatment, arm in arms.items():
+            curves.setdefault(treatment, {})[tokens] = fmean(run.domain_after for run in arm.values())
     if not any(treatment.delta == 0 for treatment in curves):
         return None
     return {
@@ -351,13 +350,13 @@ def compute_multiplier(npt: dict[int, float], spt: dict[int, float]) -> float | 
     return None
 
 
-def _verdicts(figure: str, arms: Mapping[Treatment, Arm]) -> dict[Treatment, Verdict]:
+def _verdicts(figure: str, arms: Arms) -> dict[Treatment, Verdict]:
     """Every arm against the NPT that it is held against; without NPT, against the one with the smallest delta."""
     against = {arm: held_against(arm, arms) or min(arms) for arm in arms}
     return {arm: judge(figure, arm, base, arms) for arm, base in against.items() if arm != base}
 
 
-def judge(figure: str, arm: Treatment, base: Treatment, arms: Mapping[Treatment, Arm]) -> Verdict:
+def judge(figure: str, arm: Treatment, base: Treatment, arms: Arms) -> Verdict:
     """How an arm differs from another in a figure."""
     seeds = sorted(arms[arm].keys() & arms[base].keys())
     pairs = [(getattr(arms[arm][seed], figure), getattr(arms[base][seed], figure)) for seed in seeds]

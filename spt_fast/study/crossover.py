@@ -23,8 +23,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, t
 
-from spt_fast.errors import DataError, invalid, nearest
-from spt_fast.laws.columns import ALIKE, Array
+from spt_fast.errors import DataError, invalid
+from spt_fast.laws.columns import ALIKE, Array, require_columns
 from spt_fast.study.words import amount
 
 ARMS = ("pretrained", "scratch", "embeddings", "frozen embeddings")
@@ -123,7 +123,8 @@ def crossovers(table: pd.DataFrame, threshold: float = THRESHOLD) -> list[Crosso
     scratch, pretrained = (rows[rows["start"] == arm] for arm in ("scratch", "pretrained"))
     found = []
     for (params, *_), members in pretrained.groupby(["params", *PRETRAINING], dropna=False):
-        begun = rows[(rows["params"] == params) & _same_pretraining(rows, members)]
+        same = (rows[PRETRAINING].fillna(-1) == members[PRETRAINING].iloc[0].fillna(-1)).all(axis=1)
+        begun = rows[(rows["params"] == params) & same]
         both = pd.concat([begun[begun["start"] != "scratch"], scratch[scratch["params"] == params]])
         common = members.merge(both[both["start"] == "scratch"], on=["domain_tokens", "seed"])
         if len(common):
@@ -144,9 +145,7 @@ def asks_for_crossover(table: pd.DataFrame) -> bool:
 
 def _arms(table: pd.DataFrame) -> pd.DataFrame:
     """A row per arm, subset and seed: the best of its runs by `domain_select`."""
-    for name in NEEDED:
-        if name not in table:
-            raise DataError(f"the runs table has no column {name!r}; {nearest(name, map(str, table.columns))}")
+    require_columns(table, NEEDED, "the runs table")
     begins = np.where(table["start"] == "scratch", table["stage"] == 0, table["stage"] <= 1)
     used = (table["status"] == "done") & table["handed_on"].astype(bool) & begins & table["start"].isin(ARMS)
     used &= np.isclose(table["delta"], 1) & (table["anchor"] == 0)
@@ -159,17 +158,13 @@ def _arms(table: pd.DataFrame) -> pd.DataFrame:
     return rows.drop_duplicates(["params", "start", *PRETRAINING, "domain_tokens", "seed"])
 
 
-def _same_pretraining(rows: pd.DataFrame, members: pd.DataFrame) -> pd.Series:
-    same = pd.Series(True, rows.index)
-    for name in PRETRAINING:
-        value = members[name].iloc[0]
-        same &= rows[name].isna() if np.isnan(value) else rows[name] == value
-    return same
-
-
 def _compared(rows: pd.DataFrame, threshold: float) -> Crossover:
     pretraining = rows[rows["start"] == "pretrained"].iloc[0]
-    losses = {arm: _by_subset(rows[rows["start"] == arm]) for arm in ARMS if (rows["start"] == arm).any()}
+    losses = {
+        arm: own.pivot(index="domain_tokens", columns="seed", values="domain_heldout")
+        for arm in ARMS
+        if len(own := rows[rows["start"] == arm])
+    }
     percent = 100 * (losses["scratch"] / losses["pretrained"] - 1)
     percent = percent.dropna(how="all").dropna(how="all", axis=1)
     seeds = percent.notna().to_numpy()
@@ -188,11 +183,6 @@ def _compared(rows: pd.DataFrame, threshold: float) -> Crossover:
         ],
         **vars(_crossing(gaps, 100 * threshold)),
     )
-
-
-def _by_subset(rows: pd.DataFrame) -> pd.DataFrame:
-    """[domain tokens, seeds], both ascending; NaN where a run is missing."""
-    return rows.pivot(index="domain_tokens", columns="seed", values="domain_heldout").sort_index()
 
 
 def _subsets(rows: pd.DataFrame) -> list[Subset]:

@@ -141,7 +141,7 @@ def train_all(
     workers: Workers,
     *,
     keep_going: bool = True,
-    ended: Callable[[Path], None] = lambda recipe: None,
+    ended: Callable[[Path], object] = lambda recipe: None,
 ) -> Outcome:
     """Train what isn't done yet, each job after the one that it starts from; `ended` is called after each.
 

@@ -103,29 +103,19 @@ def sweep(
         _check_unchanged(runs)
         recipes = _write_recipes(study, runs)
         listed = [Job(recipes[run.name], recipes[run.after] if run.after else None) for run in runs]
-        table = _StudyTable(study, runs)
-        outcome = train_all(listed, study.folder / "logs", console, workers, ended=lambda _: table.write())
-        return table.write(), outcome
+        read: dict[str, list[Row]] = {}
 
+        def write_table(_: Path) -> pd.DataFrame:
+            """Of the runs that have finished or failed; those that are done are read once."""
+            for run in runs:
+                if not (read.get(run.name) and read[run.name][0].status == "done"):
+                    read[run.name] = rows_of(Path(run.recipe.run), study.domain, study.general)
+            table = in_columns(row for rows in read.values() for row in rows)
+            save_table(table, study.folder)
+            return table
 
-class _StudyTable:
-    """The table of a study's finished and failed runs; those that are done are read once."""
-
-    def __init__(self, study: Study, runs: Sequence[PlannedRun]) -> None:
-        self._study = study
-        self._folders = [Path(run.recipe.run) for run in runs]
-        self._done: dict[Path, list[Row]] = {}
-
-    def write(self) -> pd.DataFrame:
-        found: list[Row] = []
-        for folder in self._folders:
-            rows = self._done.get(folder) or rows_of(folder, self._study.domain, self._study.general)
-            if rows and rows[0].status == "done":
-                self._done[folder] = rows
-            found += rows
-        table = in_columns(found)
-        save_table(table, self._study.folder)
-        return table
+        outcome = train_all(listed, study.folder / "logs", console, workers, ended=write_table)
+        return write_table(study.folder), outcome
 
 
 def _check_domain(study: Study) -> None:

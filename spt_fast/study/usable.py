@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from spt_fast.errors import DataError, invalid, nearest
-from spt_fast.laws.columns import ALIKE, SHARE, check
+from spt_fast.errors import DataError, invalid
+from spt_fast.laws.columns import ALIKE, SHARE, check, require_columns
 from spt_fast.study.finetunes import beaten
 
 NUMBERS = (
@@ -88,9 +88,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
 def _check_columns(table: pd.DataFrame) -> None:
     if not isinstance(table, pd.DataFrame):
         raise DataError(invalid("table", table, "give a pandas DataFrame, as read_table makes it"))
-    for name in NEEDED:
-        if name not in table:
-            raise DataError(f"the runs table has no column {name!r}; {nearest(name, map(str, table.columns))}")
+    require_columns(table, NEEDED, "the runs table")
 
 
 def _numbers(column: pd.Series) -> pd.Series:
