@@ -10,22 +10,35 @@ written by hand, since a type checker reads them: tests/kernels/test_ops.py says
 import importlib
 import pkgutil
 
-from spt_fast.kernels.activation import swiglu as swiglu
-from spt_fast.kernels.activation import swiglu_packed as swiglu_packed
-from spt_fast.kernels.adamw import adamw_step as adamw_step
-from spt_fast.kernels.adamw import adamw_step_all as adamw_step_all
-from spt_fast.kernels.allocator import keep_freed_memory as keep_freed_memory
-from spt_fast.kernels.attention import flash_attention as flash_attention
-from spt_fast.kernels.backend import auto_backends as auto_backends
-from spt_fast.kernels.backend import chosen_backends as chosen_backends
-from spt_fast.kernels.backend import prefer as prefer
-from spt_fast.kernels.cross_entropy import linear_cross_entropy as linear_cross_entropy
-from spt_fast.kernels.embedding import embedding as embedding
-from spt_fast.kernels.fp8 import fp8_linear as fp8_linear
-from spt_fast.kernels.norm import add_rms_norm as add_rms_norm
-from spt_fast.kernels.norm import rms_norm as rms_norm
-from spt_fast.kernels.rotary import qk_norm_rope as qk_norm_rope
-from spt_fast.kernels.rotary import rope as rope
+from spt_fast.kernels.activation import swiglu, swiglu_packed
+from spt_fast.kernels.adamw import adamw_step, adamw_step_all
+from spt_fast.kernels.allocator import keep_freed_memory
+from spt_fast.kernels.attention import flash_attention
+from spt_fast.kernels.backend import auto_backends, chosen_backends, prefer
+from spt_fast.kernels.cross_entropy import linear_cross_entropy
+from spt_fast.kernels.embedding import embedding
+from spt_fast.kernels.fp8 import fp8_linear
+from spt_fast.kernels.norm import add_rms_norm, rms_norm
+from spt_fast.kernels.rotary import qk_norm_rope, rope
+
+__all__ = [
+    "adamw_step",
+    "adamw_step_all",
+    "add_rms_norm",
+    "auto_backends",
+    "chosen_backends",
+    "embedding",
+    "flash_attention",
+    "fp8_linear",
+    "keep_freed_memory",
+    "linear_cross_entropy",
+    "prefer",
+    "qk_norm_rope",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "swiglu_packed",
+]
 
 for _file in pkgutil.iter_modules(__path__):
     # Not by __name__: transformers imports `kernels`, in a checkout this folder, and ops defined twice crash.

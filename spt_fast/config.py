@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -38,7 +38,8 @@ from spt_fast.fields import (
     text,
 )
 from spt_fast.model.config import GPTConfig
-from spt_fast.optimizers import Optimizer, parse_optimizer
+from spt_fast.model.presets import PRESETS
+from spt_fast.optimizers import OPTIMIZERS, Optimizer, parse_optimizer
 from spt_fast.synonyms import unknown_key
 
 
@@ -68,7 +69,8 @@ def _grid(value: object, where: str) -> dict[str, tuple[Any, ...]]:
     if not isinstance(value, Mapping):
         raise RecipeError(invalid(where, value, "write lists by name, such as {lr: [1e-5, 1e-4]}"))
     axes: dict[str, tuple[Any, ...]] = {}
-    parsers = {"lr": number(0.0, open_low=True), "weight_decay": number(0.0), "warmup": Span.parse}
+    settings = [item for kind in OPTIMIZERS.values() for item in dataclasses.fields(kind) if item.name != "name"]
+    parsers = {item.name: item.metadata["parse"] for item in settings} | {"warmup": Span.parse}
     for key, choices in value.items():
         if key not in parsers:
             raise RecipeError(f"{where}.{key}: {unknown_key(key, parsers)}")
@@ -103,6 +105,12 @@ class Model(_Shape):
 
     preset: a name from `spt_fast.model.presets.PRESETS`, 1m … 8b.
     """
+
+    def with_defaults(self) -> dict[str, Any]:
+        """As plain data, with the preset's or GPTConfig's value where none is given; vocab_size is the tokenizer's."""
+        defaults = {item.name: item.default for item in dataclasses.fields(GPTConfig) if item.default is not MISSING}
+        shape = defaults | PRESETS.get(self.preset, {}) | {"vocab_size": None}
+        return plain(vars(self) | {name: value for name, value in shape.items() if getattr(self, name) is None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +305,11 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
             )
         if phase.schedule.carry_on and "warmup" in (phase.grid or {}):
             raise RecipeError(f"{here}.grid.warmup: a schedule that is carried on has no warm-up; leave it out")
+        for key in (phase.grid or {}).keys() - {"warmup"} - vars(phase.optimizer).keys():
+            raise RecipeError(f"{here}.grid.{key}: {phase.optimizer.name} has no such setting; leave it out")
+        if phase.optimizer_state == "keep" and phases and phase.optimizer.name != phases[-1].optimizer.name:
+            given = f"{phases[-1].optimizer.name}'s state means nothing to {phase.optimizer.name}; write reset"
+            raise RecipeError(invalid(f"{here}.optimizer_state", "keep", given))
         if phase.optimizer_state == "keep" and not phases:
             raise RecipeError(f"{here}.optimizer_state: the first phase has no optimizer state to keep; write reset")
         phases.append(phase)
@@ -362,7 +375,8 @@ class Recipe:
     def changes(self, other: Recipe) -> list[str]:
         """What differs in `other` and would change what the run computes: "phases.0.tokens: 20000000 → 30000000"."""
         harmless = ("run", "log", "checkpoint", "engine")
-        mine, theirs = _flat(self.plain()), _flat(other.plain())
+        shapes = [plain(recipe.model) if self.init else recipe.model.with_defaults() for recipe in (self, other)]
+        mine, theirs = (_flat({**recipe.plain(), "model": m}) for recipe, m in zip((self, other), shapes, strict=True))
         return [
             f"{key}: {mine.get(key, 'absent')} → {theirs.get(key, 'absent')}"
             for key in sorted(mine.keys() | theirs.keys())

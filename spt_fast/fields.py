@@ -7,6 +7,7 @@ what is wrong, what was given and what would do; `plain` turns it back.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,8 @@ def parse_share(value: object, where: str) -> Fraction:
             invalid(where, value, "write a percent (2%), a decimal (0.02) or a fraction (1/50)")
         ) from None
     if not 0 <= share <= 1:
-        raise RecipeError(invalid(where, value, f"write a share between 0 and 1; did you mean {text}%?"))
+        meant = "" if text.endswith("%") else f"; did you mean {text}%?"
+        raise RecipeError(invalid(where, value, f"write a share between 0 and 1{meant}"))
     return share
 
 
@@ -140,9 +142,9 @@ def text(value: object, where: str) -> str:
 def one_of(*choices: str) -> Callable[[object, str], str]:
     def parse(value: object, where: str) -> str:
         if value not in choices:
-            raise RecipeError(
-                invalid(where, value, f"write one of {', '.join(choices)}; {nearest(str(value), choices)}")
-            )
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(invalid(where, value, f"write one of {', '.join(choices)}{meant}"))
         return str(value)
 
     return parse

@@ -28,7 +28,7 @@ SYNONYMS = {
     "model.norm_eps": "rms_norm_eps layer_norm_eps layernorm_eps layer_norm_epsilon",
     "sources.NAME.train": "path paths file prefix data_path train_data train_path",
     "sources.NAME.heldout": "val validation valid eval_data val_data test held_out",
-    "sources.NAME.limit_tokens": "max_repetitions max_docs num_train_tokens token_limit",
+    "sources.NAME.limit_tokens": "max_docs num_train_tokens token_limit",
     "phases[…].tokens": "max_steps num_steps total_tokens max_tokens train_tokens num_tokens steps train_steps "
     "max_iters num_iterations total_steps max_duration num_train_epochs epochs num_epochs",
     "phases[…].mixture": "mix weights proportions sampling_weights data_weights ratios mixture_weights",
@@ -63,14 +63,22 @@ SYNONYMS = {
 }
 """Our field, by its path in a recipe: other names for it."""
 
-_OURS = {name: path for path, names in SYNONYMS.items() for name in names.split()}
+_FOREIGN = {name: path for path, names in SYNONYMS.items() for name in names.split()}
+_LAST = [path.rpartition(".")[2] for path in SYNONYMS]
+_OURS = {name: path for name, path in zip(_LAST, SYNONYMS, strict=True) if _LAST.count(name) == 1}
+"""The fields that one section only has."""
+
+_NOTES = {"phases[…].batch.micro": ", the windows of one forward pass; how many passes make a step follows from it"}
 
 
 def unknown_key(given: object, known: Iterable[str]) -> str:
     """A tail for the message about a key that has no field here: the field it means, or the nearest known one."""
     known = list(known)
-    path = _OURS.get(str(given).lower().replace("-", "_"))
+    near = nearest(str(given), known)
+    path = _FOREIGN.get(str(given).lower().replace("-", "_")) or (None if "did you" in near else _OURS.get(str(given)))
     if path is None:
-        return f"unknown key; {nearest(str(given), known)}"
-    name = path.rpartition(".")[2]
-    return f"unknown key; here it is {name if name in known else path}"
+        return f"unknown key; {near}"
+    section, _, name = path.rpartition(".")
+    of = {"": "at the top of the recipe", "phases[…]": "in a phase", "sources.NAME": "in a source"}
+    where = "" if name in known else f" {of.get(section, f'in {section.rpartition(chr(46))[2]}')}"
+    return f"unknown key; here it is {name}{where}{_NOTES.get(path, '')}"

@@ -145,3 +145,29 @@ def test_flags_are_those_of_the_innermost_command(
     words = ("tokenizer", "train", "x.txt", "--vocab-size", "7", "--out", tmp_path / "t")
     said = said_on_failure(monkeypatch, capsys, *words)
     assert said == "spt-fast: --vocab-size: 7 is invalid: at least 257; or --skip-bad\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--temperature", -1), "--temperature: -1.0 is invalid: write a number of at least 0"),
+        (("--temperature", "nan"), "--temperature: nan is invalid"),
+        (("--top-k", 0), "--top-k: 0 is invalid: write a whole number of at least 1"),
+        (("--tokenizer", "nosuch"), "--tokenizer: 'nosuch' is invalid: give a file of ranks or a tiktoken encoding"),
+    ],
+)
+def test_what_generate_cannot_use(
+    flags: tuple[object, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train_text = tmp_path / "a.txt"
+    train_text.write_text("some words and more words " * 50)
+    ranks = tmp_path / "t.tiktoken"
+    encoding = tokenizer.train_tokenizer([str(train_text)], 260, ranks)
+    shape = GPTConfig(layers=1, width=16, heads=1, kv_heads=1, ffn=16, context=8, vocab_size=encoding.vocab_size)
+    GPT(shape).save_hf(tmp_path / "hf")
+    words = ("generate", tmp_path / "hf", "--prompt", "some", "--tokenizer", ranks, *flags)
+    assert said in said_on_failure(monkeypatch, capsys, *words)

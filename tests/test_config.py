@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import yaml
 
 from spt_fast.config import Model, load_recipe, recipe_from
 from spt_fast.errors import RecipeError
-from spt_fast.fields import Span, parse_count, parse_share
+from spt_fast.fields import Span, parse_count, parse_share, setting, text
 from spt_fast.model.config import GPTConfig
+from spt_fast.optimizers import OPTIMIZERS
+from spt_fast.optimizers.adamw import AdamW
 
 
 def raw_recipe(**changes: Any) -> dict[str, Any]:
@@ -220,7 +223,7 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("phases.1.name", "pretrain", "names two phases"),
         ("phases.1.name", "../x", r"name: '\.\./x' is invalid"),
         ("phases.1.grid", {"lr": []}, r"grid\.lr: \[\] is invalid"),
-        ("phases.1.grid", {"rl": [1]}, r"grid\.rl: unknown key; known: lr, warmup, weight_decay"),
+        ("phases.1.grid", {"rl": [1]}, r"grid\.rl: unknown key; known: betas, clip, eps, lr, warmup, weight_decay"),
         (
             "phases.1.freeze",
             "embedding",
@@ -357,3 +360,39 @@ def test_the_model_section_is_a_partial_shape() -> None:
     assert set(vars(Model()).values()) == {None}
     model = recipe_from(raw_recipe(model={"layers": 2, "norm_eps": "1e-6"})).model
     assert (model.layers, model.norm_eps, model.width) == (2, 1e-6, None)
+
+
+def test_a_default_that_is_written_out_changes_nothing() -> None:
+    shape = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 1, "ffn": 48, "context": 16}
+    first = recipe_from(raw_recipe(model=shape))
+    assert (
+        first.changes(recipe_from(raw_recipe(model=shape | {"tied": True, "qkv_bias": False, "rope_theta": 10_000})))
+        == []
+    )
+    assert first.changes(recipe_from(raw_recipe(model=shape | {"tied": False}))) == ["model.tied: True → False"]
+    preset = recipe_from(raw_recipe(model={"preset": "8b"}))
+    assert preset.changes(recipe_from(raw_recipe(model={"preset": "8b", "tied": False}))) == []
+    assert preset.changes(recipe_from(raw_recipe(model={"preset": "8b", "tied": True}))) == ["model.tied: False → True"]
+
+
+def test_every_setting_of_the_optimizer_is_an_axis_of_a_grid() -> None:
+    phase = raw_recipe()["phases"][0]
+    axes = {"betas": [[0.9, 0.95], [0.9, 0.99]], "clip": [1.0, None], "eps": ["1e-8"]}
+    grid = recipe_from(raw_recipe(phases=[phase | {"grid": axes}])).phases[0]
+    arms = [grid.with_overrides(arm).optimizer for arm in grid.arms()]
+    assert {(arm.betas, arm.clip, arm.eps) for arm in arms} == {
+        ((0.9, second), clip, 1e-8) for second in (0.95, 0.99) for clip in (1.0, None)
+    }
+    assert {arm.lr for arm in arms} == {grid.optimizer.lr}
+
+
+def test_the_state_of_another_optimizer_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Other(AdamW):
+        name: str = setting(text, "other")
+
+    monkeypatch.setitem(OPTIMIZERS, "other", Other)
+    first, second = raw_recipe()["phases"]
+    kept = second | {"optimizer": {"name": "other", "lr": 1e-4}, "optimizer_state": "keep"}
+    with pytest.raises(RecipeError, match=r"phases\[finetune\]\.optimizer_state: 'keep' is invalid: adamw's state"):
+        recipe_from(raw_recipe(phases=[first, kept]))

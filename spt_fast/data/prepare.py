@@ -59,7 +59,9 @@ def prepare(
     if workers < 1:
         raise DataError(invalid("workers", workers, "at least 1; leave it out for one a core"), argument=True)
     if heldout is not None and not 0 < heldout < 1:
-        raise DataError(invalid("heldout", str(heldout), "a share between 0 and 1, such as 0.5%"), argument=True)
+        raise DataError(
+            invalid("heldout", str(heldout), "write a share above 0 and below 1, such as 0.5%"), argument=True
+        )
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
     reader = TextReader(inputs, text_key, skip_bad=skip_bad)
     settings = Settings(text_key, skip_bad, (heldout.numerator, heldout.denominator) if heldout is not None else None)

@@ -71,7 +71,8 @@ class Tokenizer:
         if path.is_file():
             return cls.from_bytes(path.read_bytes(), str(path))
         if path.suffix or len(path.parts) != 1 or path.exists():
-            raise DataError(f"tokenizer: file {path} doesn't exist; make one with `spt-fast tokenizer train`")
+            missing = f"tokenizer: file {path} doesn't exist; make one with `spt-fast tokenizer train`"
+            raise DataError(missing, argument=True)
         return cls._named(str(path))
 
     @classmethod
@@ -106,7 +107,7 @@ class Tokenizer:
         names = tiktoken.list_encoding_names()
         if name not in names:
             expected = f"give a file of ranks or a tiktoken encoding; {nearest(name, names)}"
-            raise DataError(invalid("tokenizer", name, expected))
+            raise DataError(invalid("tokenizer", name, expected), argument=True)
         encoding = _get_encoding(name)
         if EOS not in encoding._special_tokens:
             raise DataError(f"tiktoken encoding {name!r} has no {EOS}, which ends each document; use another")

@@ -42,7 +42,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         _parse(self, "model.rope_scaling")
         if self.high_freq_factor <= self.low_freq_factor:
-            above = f"a number above low_freq_factor ({self.low_freq_factor})"
+            above = f"write a number above low_freq_factor ({self.low_freq_factor})"
             raise RecipeError(invalid("model.rope_scaling.high_freq_factor", self.high_freq_factor, above))
 
     def __str__(self) -> str:
@@ -87,15 +87,17 @@ class GPTConfig:
         if self.qkv_bias and self.qk_norm:  # a run's weights are Hugging Face folders
             raise RecipeError(invalid("model.qkv_bias", True, "no family of models has it beside qk_norm; choose one"))
         if self.heads % self.kv_heads:
-            raise RecipeError(invalid("model.kv_heads", self.kv_heads, f"a divisor of heads ({self.heads})"))
+            raise RecipeError(invalid("model.kv_heads", self.kv_heads, f"write a divisor of heads ({self.heads})"))
         if self.head_dim is None:
             if self.width % self.heads:
                 raise RecipeError(
-                    invalid("model.heads", self.heads, f"a divisor of width ({self.width}); or give head_dim as well")
+                    invalid(
+                        "model.heads", self.heads, f"write a divisor of width ({self.width}), or give head_dim as well"
+                    )
                 )
             object.__setattr__(self, "head_dim", self.width // self.heads)
         if self.head_dim % 2:
-            raise RecipeError(invalid("model.head_dim", self.head_dim, "an even whole number"))
+            raise RecipeError(invalid("model.head_dim", self.head_dim, "write an even whole number"))
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTConfig:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from spt_fast.errors import invalid
+from spt_fast.errors import SptError, invalid
 
 
 @torch.no_grad()
@@ -30,14 +31,16 @@ def generate(
     token sees the last `context` tokens only. temperature 0 takes the likeliest token; top_k draws from that many
     likeliest only. vocab_size: the tokenizer's, where the model's is padded beyond it; only its ids are drawn. The draw
     depends on seed alone, not on the global generator.
-    ValueError: an empty prompt, a negative temperature or a top_k below 1.
+    SptError (a ValueError): an empty prompt, new_tokens below 0, a temperature below 0 or not finite, a top_k below 1.
     """
     if not tokens:
-        raise ValueError(invalid("tokens", tokens, "a prompt of at least one token"))
-    if temperature < 0:
-        raise ValueError(invalid("temperature", temperature, "a number of at least 0"))
+        raise SptError(invalid("tokens", tokens, "give a prompt of at least one token"))
+    if new_tokens < 0:
+        raise SptError(invalid("new_tokens", new_tokens, "write a whole number of at least 0"), argument=True)
+    if not 0 <= temperature < math.inf:
+        raise SptError(invalid("temperature", temperature, "write a number of at least 0"), argument=True)
     if top_k is not None and top_k < 1:
-        raise ValueError(invalid("top_k", top_k, "a whole number of at least 1"))
+        raise SptError(invalid("top_k", top_k, "write a whole number of at least 1"), argument=True)
     generator = torch.Generator().manual_seed(seed)
     tokens = list(tokens)
     for _ in range(new_tokens):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, invalid
 from spt_fast.study.jobs import Process, command
 
 
@@ -29,8 +29,9 @@ class Cluster:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=name)
             self._executor.update_parameters(**{"name": "spt-fast", "gpus_per_node": 1, **options})
         except (ValueError, NameError, RuntimeError, FileNotFoundError) as error:
-            given = f"{name} with {dict(options)}"
-            raise RecipeError(f"cluster: {given} is invalid: {error}", argument=True) from None
+            raise RecipeError(
+                invalid("cluster", name, f"{error}; its options are {dict(options)}"), argument=True
+            ) from None
         self._most = jobs
         self._started: list[_ClusterProcess] = []
 

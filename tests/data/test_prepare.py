@@ -202,7 +202,7 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for inputs, options, message in (
         (few, {"heldout": tiny}, r"d.heldout would be empty: of 5 documents none .* share of 1/1000000; give another"),
         (few, {"heldout": most}, r"d would be empty: of 5 documents none"),
-        (few, {"heldout": Fraction(1)}, "heldout: '1' is invalid: a share between 0 and 1"),
+        (few, {"heldout": Fraction(1)}, "heldout: '1' is invalid: write a share above 0 and below 1"),
         (few, {"workers": 0}, "workers: 0 is invalid: at least 1"),
         (few, {"text_key": "body"}, r"few.jsonl:1: no text under 'body' .*text_key="),
         (blank, {}, r"d: no document is left \(left out: 2 empty\)"),

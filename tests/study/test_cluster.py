@@ -110,7 +110,7 @@ def test_a_run_saves_when_its_job_is_ended(tmp_path: Path) -> None:
 
 
 def test_what_a_cluster_does_not_know_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="cluster: lsf"):
+    with pytest.raises(RecipeError, match="cluster: 'lsf' is invalid"):
         Cluster("lsf", tmp_path, jobs=1, options={})
     with pytest.raises(RecipeError, match="cluster_set: 'timeout' is invalid: write KEY=VALUE"):
         cluster_options(["timeout"])
