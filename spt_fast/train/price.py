@@ -219,6 +219,7 @@ def phase_memory(
         checkpointing=checkpointing or plan.recipe.engine.checkpointing,
         micro_batches=share // micro,
         documents=phase.documents,
+        states=len(phase.optimizer.kinds),
         anchor=phase.anchor > 0,
         freeze=phase.freeze,
         device=machine.device,

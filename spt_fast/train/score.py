@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from rich.console import Console
 
@@ -19,8 +19,7 @@ from spt_fast.train.world import World, pick_device, pick_dtype
 TOKENS_AT_A_TIME = 16_384
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(TypedDict):
     """The loss on a dataset."""
 
     loss: float
@@ -70,6 +69,6 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
 
 def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) -> None:
     """A row by dataset."""
-    rows = [[prefix, s.loss, s.perplexity, s.bits_per_byte, s.tokens, s.bytes or None] for prefix, s in scored.items()]
+    rows = [[prefix, *s.values()] for prefix, s in scored.items()]
     columns = ["dataset", "loss", "perplexity", "bits per byte", "tokens", "bytes"]
     print_table(console, str(weights), columns, rows)

@@ -135,3 +135,9 @@ def test_checkpointing_keeps_less(stage: int, offload: str) -> None:
     ]
     assert totals == sorted(totals, reverse=True)
     assert len(set(totals)) == 3
+
+
+def test_an_optimizer_with_one_state_takes_half_of_what_two_take() -> None:
+    config = GPTConfig.preset("1m")
+    one, two = (memory_bytes(config, 1, dtype=torch.float32, states=states)["optimizer"] for states in (1, 2))
+    assert (one, two) == (4 * parameters(config), 8 * parameters(config))
