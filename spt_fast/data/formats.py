@@ -66,10 +66,8 @@ def find(prefix: Path, declared: np.dtype | None) -> TokenFile:
     path = _locate(prefix)
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty: it holds no tokens")
-    with path.open("rb") as file:
-        head = file.read(8)
-    index = path.with_suffix(".idx")
-    if path.suffix == ".bin" and _starts_with(index, MEGATRON_MAGIC):
+    head, index = _head(path), path.with_suffix(".idx")
+    if path.suffix == ".bin" and _head(index, len(MEGATRON_MAGIC)) == MEGATRON_MAGIC:
         found = _megatron(path, index)
     elif len(head) == 8 and (key := struct.unpack("<ii", head))[0] in {magic for magic, _ in LLMC_DTYPES}:
         found = _llmc(path, key)
@@ -150,11 +148,12 @@ def _locate(prefix: Path) -> Path:
     raise DataError(f"no token dataset at {prefix}: none of {', '.join(map(str, candidates))} exists")
 
 
-def _starts_with(path: Path, magic: bytes) -> bool:
+def _head(path: Path, size: int = 8) -> bytes:
+    """The first bytes of a file, none where there is no such file."""
     if not path.is_file():
-        return False
+        return b""
     with path.open("rb") as file:
-        return file.read(len(magic)) == magic
+        return file.read(size)
 
 
 def _unfinished(path: Path) -> str:

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from numbers import Integral, Rational
-from typing import Protocol
 
 import numpy as np
 
@@ -69,7 +68,7 @@ class Mixture:
                 f"{largest:,} can be held exactly; a nearby mixture that repeats after {_NEARBY_PERIOD:,}: "
                 f"{_nearby(self.weights)}"
             )
-        self._order: _Order = _Splits(numerators) if num_drawn <= _SPLIT_SOURCES else _Table(numerators)
+        self._order = _Splits(numerators) if num_drawn <= _SPLIT_SOURCES else _Table(numerators)
 
     def __repr__(self) -> str:
         return f"Mixture({ {source: str(weight) for source, weight in self.weights.items()} })"
@@ -102,15 +101,6 @@ class Mixture:
         return self._order.locate_many(first, count)
 
 
-class _Order(Protocol):
-    """Sources are numbers here: their places in Mixture.sources."""
-
-    def locate(self, n: int) -> tuple[int, int]: ...
-    def counts(self, n: int) -> list[int]: ...
-    def index(self, source: int, k: int) -> int: ...
-    def locate_many(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]: ...
-
-
 @dataclass(frozen=True)
 class _Split:
     """Rounded Bresenham: two streams share one in proportion weight : total - weight.
@@ -137,7 +127,7 @@ class _Split:
 
 
 class _Splits:
-    """One to four sources: a balanced binary tree of splits, the root first, parents before children."""
+    """One to four sources, by their places in Mixture.sources: a balanced binary tree of splits, the root first."""
 
     def __init__(self, weights: list[int]) -> None:
         self._weights = weights
@@ -197,7 +187,7 @@ class _Splits:
 
 
 class _Table:
-    """Five sources and more: one period of `chairman_order`, about 10 bytes a slot."""
+    """Five sources and more, by their places likewise: one period of `chairman_order`, about 10 bytes a slot."""
 
     def __init__(self, weights: list[int]) -> None:
         self._weights, self._period = weights, sum(weights)

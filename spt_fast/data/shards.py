@@ -78,16 +78,12 @@ class TokenDataset:
         try:
             metadata = _read_metadata(files_of(base)[2])
             if metadata is None:
-                return cls._open_foreign(Path(prefix), declared)
+                found = formats.find(Path(prefix), declared)
+                tokens = formats.map_ids(found.path, found.dtype, found.offset_bytes, found.num_tokens)
+                return cls(found.format, found.path, found.offset_bytes, tokens, found.document_ends, found.digest)
             return cls._open_own(base, metadata, declared)
         except OSError as error:
             raise DataError(f"{prefix} can't be read: {error.strerror} ({error.filename})") from error
-
-    @classmethod
-    def _open_foreign(cls, prefix: Path, declared: np.dtype | None) -> TokenDataset:
-        found = formats.find(prefix, declared)
-        tokens = formats.map_ids(found.path, found.dtype, found.offset_bytes, found.num_tokens)
-        return cls(found.format, found.path, found.offset_bytes, tokens, found.document_ends, found.digest)
 
     @classmethod
     def _open_own(cls, base: Path, metadata: dict[str, Any], declared: np.dtype | None) -> TokenDataset:

@@ -103,8 +103,7 @@ def _steps(
     whole = planned.micro_batches(world.size)
     engine.begin(phase, start, micro_batches=min(whole, MICRO_BATCHES))
     read = dict.fromkeys(plan.recipe.sources, 0)
-    loader = plan.loader(planned.index, read, device=engine.device, last_step=1, rank=world.rank, world=world.size)
-    with loader:
+    with plan.loader(planned.index, read, world, last_step=1) as loader:
         _, micro_batches = next(iter(loader))
     some = micro_batches[:MICRO_BATCHES]
     losses = []

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.config import Phase
 from spt_fast.data.heldout import Half, begins, heldout_stretches, heldout_tokens, training_starts, training_windows
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError
@@ -95,13 +96,13 @@ def document_cuts(begins_BT: np.ndarray) -> Tensor:
     return torch.from_numpy(np.append(np.flatnonzero(cuts), cuts.size).astype(np.int32))
 
 
-def evaluation_texts(plan: Plan, tokens: int, *, documents: bool) -> dict[str, dict[str, EvalSet]]:
-    """By "heldout" (the report half), "select" and "train", then by source; halves of `tokens` each.
+def evaluation_texts(plan: Plan, phase: Phase) -> dict[str, dict[str, EvalSet]]:
+    """By "heldout" (the report half), "select" and "train", then by source; halves of the phase's `tokens` each.
 
-    `documents` keeps attention inside documents. Raises DataError for a text that is too short, or holds an id that the
+    Raises DataError for a text that is too short, or holds an id that the
     model doesn't have.
     """
-    context, half = plan.model.context, max(1, tokens // 2)
+    context, half = plan.model.context, max(1, phase.evaluation.tokens // 2)
     texts: dict[str, dict[str, EvalSet]] = {"heldout": {}, "select": {}, "train": {}}
 
     def checked(source: str, field: str, data: TokenDataset, ids: np.ndarray) -> np.ndarray:
@@ -117,11 +118,11 @@ def evaluation_texts(plan: Plan, tokens: int, *, documents: bool) -> dict[str, d
     for source, data in plan.heldout.items():
         for split, name in HALVES.items():
             ids = checked(source, "heldout", data, heldout_tokens(data, name, half))
-            marks = begins(data, heldout_stretches(data, name, half)) if documents else None
+            marks = begins(data, heldout_stretches(data, name, half)) if phase.documents else None
             texts[split][source] = EvalSet.of_tokens(ids, context, marks)
     for source, data in plan.train.items():
         windows = checked(source, "train", data, training_windows(data, context, half))
         starts = training_starts(data, context, half)
-        marks = begins(data, np.stack([starts, starts + context], axis=1)) if documents else None
+        marks = begins(data, np.stack([starts, starts + context], axis=1)) if phase.documents else None
         texts["train"][source] = EvalSet([(windows, None if marks is None else marks.reshape(-1, context))])
     return texts

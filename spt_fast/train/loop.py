@@ -79,7 +79,7 @@ class Trainer:
         self.plan, self.folder, self.stop, self.watch, self.world = plan, folder, stop, watch, world
         self.began, self.seconds_before = time.monotonic(), 0.0
         self.saved = ""
-        self.state = TrainState.at_start(plan.recipe.sources)
+        self.state = TrainState(dict.fromkeys(plan.recipe.sources, 0))
         model = plan.starting_model()
         self.snapshots: dict[str, Snapshot] = {"kept": weights_of(model, world)}
         device = world.device
@@ -121,7 +121,7 @@ class Trainer:
         while state.phase < len(self.plan.phases):
             plan = self.plan.phases[state.phase]
             self.begin_phase(plan)
-            texts = evaluation_texts(self.plan, plan.phase.evaluation.tokens, documents=plan.phase.documents)
+            texts = evaluation_texts(self.plan, plan.phase)
             while state.arm < len(plan.phase.arms()):
                 arm = Arm(plan, state.arm, self.plan.recipe, texts, state.train_seconds)
                 self.train_arm(arm)
@@ -157,15 +157,7 @@ class Trainer:
             del self.snapshots["start"]  # nothing needs it after the first step, so that its memory is free
         arms = len(arm.phase.arms())
         self.log.begin(arm.phase.name + (f" {state.arm + 1}/{arms}" if arms > 1 else ""), state.step, plan.steps)
-        loader = self.plan.loader(
-            plan.index,
-            state.counts,
-            device=self.engine.device,
-            first_step=state.step,
-            rank=world.rank,
-            world=world.size,
-        )
-        with loader:
+        with self.plan.loader(plan.index, state.counts, world, first_step=state.step) as loader:
             batches = iter(loader)
             try:
                 while not self.ends_here(arm):

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import torch
-
 from spt_fast.config import Phase, Recipe
 from spt_fast.data.inspection import overlap_share
 from spt_fast.data.loader import Loader
@@ -25,7 +23,7 @@ from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.kernels import fp8
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.weights import load_model, read_config
-from spt_fast.train.world import pick_device
+from spt_fast.train.world import World, pick_device
 
 VOCABULARY_MULTIPLE = 64
 """Rows of the embedding are rounded up to this, which matrix units want."""
@@ -96,38 +94,33 @@ class Plan:
     rings: dict[str, Ring]
     phases: tuple[PhasePlan, ...]
 
-    def order(self, index: int, start_counts: Mapping[str, int]) -> SampleOrder:
-        """The order of phase `index`, given how many windows of each source were read before it."""
-        phase = self.phases[index]
-        rings = {source: self.rings[source] for source in phase.mixture.sources}
-        starts = {source: start_counts[source] for source in phase.mixture.sources}
-        return SampleOrder(phase.mixture, rings, phase.phase.batch.sequences, starts, self.recipe.seed, index)
-
     def loader(
         self,
         index: int,
         start_counts: Mapping[str, int],
+        world: World,
         *,
-        device: torch.device,
         first_step: int = 0,
         last_step: int | None = None,
-        rank: int = 0,
-        world: int = 1,
     ) -> Loader:
-        """The batches of phase `index` for one of `world` processes, steps [first_step, last_step)."""
+        """This process's batches of phase `index`, steps [first_step, last_step).
+
+        start_counts: how many windows of each source were read before the phase.
+        """
         plan = self.phases[index]
+        sequences = plan.phase.batch.sequences
         return Loader(
-            self.order(index, start_counts),
-            {source: self.train[source] for source in plan.mixture.sources},
+            SampleOrder(plan.mixture, self.rings, sequences, start_counts, self.recipe.seed, index),
+            self.train,
             self.model.context,
-            micro=plan.micro(world),
+            micro=plan.micro(world.size),
             vocab_size=self.model.vocab_size,
             first_step=first_step,
             last_step=plan.steps if last_step is None else last_step,
-            rank=rank,
-            world=world,
+            rank=world.rank,
+            world=world.size,
             documents=plan.phase.documents,
-            device=device,
+            device=world.device,
         )
 
     def digests(self) -> dict[str, str]:

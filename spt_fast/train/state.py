@@ -34,7 +34,7 @@ class Evaluation:
 class ScheduleOrigin:
     """Whose learning-rate schedule is running, and how far it had got when this phase began."""
 
-    phase: int
+    phase: int = 0
     arm: int = 0
     """The arm of its grid that was kept."""
     tokens: int = 0
@@ -83,13 +83,13 @@ class TrainState:
 
     counts: dict[str, int]
     """Windows of each source read before this phase."""
-    phase: int
-    arm: int
-    step: int
+    phase: int = 0
+    arm: int = 0
+    step: int = 0
     """Steps of this arm that are done."""
-    total_steps: int
+    total_steps: int = 0
     """Steps of the whole run, every grid arm counted."""
-    origin: ScheduleOrigin
+    origin: ScheduleOrigin = field(default_factory=ScheduleOrigin)
     newest: Evaluation | None = None
     """The arm's newest evaluation."""
     best: Evaluation | None = None
@@ -108,10 +108,6 @@ class TrainState:
     """Wall time of this arm's training steps."""
     metrics_bytes: int = 0
     """Length of metrics.jsonl at this point; after a crash it is cut back to this."""
-
-    @classmethod
-    def at_start(cls, sources: Mapping[str, Any]) -> TrainState:
-        return cls(dict.fromkeys(sources, 0), phase=0, arm=0, step=0, total_steps=0, origin=ScheduleOrigin(0))
 
     @property
     def evaluated(self) -> bool:

@@ -83,7 +83,7 @@ class ZeroEngine:
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
         loss = torch.zeros((), device=self.device)
-        self.optimizer.prepare(lr)
+        self.optimizer.lr = lr
         for batch in micro_batches:
             if interrupted():
                 return None
@@ -96,7 +96,7 @@ class ZeroEngine:
         if self.settings.stage > 0:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
             skipped = torch.tensor(not self._engine.was_step_applied(), device=self.device)
-            self.optimizer.advance(skipped)
+            self.optimizer.count += 1 - skipped.float()
         return StepResult(torch.stack([loss / (len(micro_batches) * self.world.size), norm, skipped.float()]))
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -203,6 +203,7 @@ class Partitioned(torch.optim.Optimizer):
         self.settings, self.anchor_decay = settings, anchor_decay
         self.count = torch.zeros((), device=model.embedding.device)
         self.norm = self.skipped = self.count
+        self.lr = 0.0
 
     def link(self, engine: Any) -> None:
         """Make the state of every partition, and let DeepSpeed find each parameter's piece in it."""
@@ -241,12 +242,6 @@ class Partitioned(torch.optim.Optimizer):
         self.state.clear()
         self.params.clear()
 
-    def prepare(self, lr: float) -> None:
-        self._lr = lr
-
-    def advance(self, skipped: Tensor) -> None:
-        self.count += 1 - skipped.float()
-
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the partitions that have a gradient; DeepSpeed calls this once for each of them."""
@@ -258,7 +253,7 @@ class Partitioned(torch.optim.Optimizer):
                 anchors = state.pop(ANCHOR, None)
                 flat = Group([partition], state, group["decayed"], anchors=anchors)
                 count = (self.count + 1).to(partition.device)
-                self.settings.update(flat, Update(count, self._lr, self.anchor_decay))
+                self.settings.update(flat, Update(count, self.lr, self.anchor_decay))
 
 
 class Whole(torch.optim.Optimizer):
@@ -270,6 +265,7 @@ class Whole(torch.optim.Optimizer):
         self.settings, self.anchor_decay = settings, anchor_decay
         self.params, self.count = self._inner.params, self._inner.count
         self.norm = self.skipped = self.count
+        self.lr = 0.0
 
     def link(self, engine: Any) -> None:
         pass
@@ -284,13 +280,10 @@ class Whole(torch.optim.Optimizer):
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
         self.read(kind, name).copy_(tensor)
 
-    def prepare(self, lr: float) -> None:
-        self._lr = lr
-
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         self.norm = self._inner.grad_norm()
         self.skipped = ~torch.isfinite(self.norm)
-        self._inner.step(self._lr, self.norm, self.skipped)
+        self._inner.step(self.lr, self.norm, self.skipped)
 
 
 def check_deepspeed(settings: Engine) -> None:

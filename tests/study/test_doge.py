@@ -26,6 +26,7 @@ from spt_fast.study import doge
 from spt_fast.study.doge import Reweighting, Stopped, mixture_line, percentages, reweight, reweighted
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.plan import make_plan
+from spt_fast.train.world import ALONE
 from tests.tiny import CONTEXT, EOS, VOCAB, write_dataset, write_recipe
 
 SEQUENCES = 4
@@ -212,7 +213,7 @@ def test_gradients_of_micro_batches_add_up_in_fp32(tmp_path: Path, precision: to
     write_sources(tmp_path)
     plan = make_plan(recipe(tmp_path, ["like", "other"], 4))
     proxy = doge._Proxy(plan, 2, precision, None)
-    with plan.loader(0, {"like": 0, "other": 0}, device=torch.device("cpu")) as loader:
+    with plan.loader(0, {"like": 0, "other": 0}, ALONE) as loader:
         batches = [micro_batches for _, micro_batches in loader][:2]
     measured = proxy.measure(batches, lambda: False)
     assert measured is not None

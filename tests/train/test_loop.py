@@ -708,7 +708,8 @@ def test_init_from_a_checkpoint_and_from_weights(undisturbed: Path, data: Path) 
         raw["phases"] = [raw["phases"][0] | {"tokens": 8 * 16}]
         run(recipe_from(raw), progress=False)
         first = tiny.metrics(data / f"continued-{i}")[0]
-        texts = evaluation_texts(make_plan(recipe_from(raw)), 400, documents=False)["heldout"]
+        plan = make_plan(recipe_from(raw))
+        texts = evaluation_texts(plan, plan.phases[0].phase)["heldout"]
         model = load_model(source).eval()
         for name, text in texts.items():
             expected = mean_loss(lambda tokens, targets, _, model=model: model(tokens, targets), text, 8)

@@ -71,7 +71,7 @@ def test_what_is_evaluated_is_what_the_run_evaluates(recipe: Recipe) -> None:
     run(recipe, progress=False)
     records = [r for r in tiny.metrics(Path(recipe.run)) if r["kind"] == "eval"]
     for planned in plan.phases:
-        texts = evaluation_texts(plan, planned.phase.evaluation.tokens, documents=False)
+        texts = evaluation_texts(plan, planned.phase)
         targets = sum(text.num_targets for by_source in texts.values() for text in by_source.values())
         evaluations = sum(record["phase"] == planned.phase.name for record in records)
         assert evaluated_tokens(plan, planned.index) == evaluations * targets

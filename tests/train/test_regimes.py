@@ -127,7 +127,8 @@ def test_continual_pretraining_of_a_hugging_face_folder(data: Path, read: list[i
     assert_exact(read, r)
     assert sum(read) == r * 25 * SEQUENCES
     begin = tiny.metrics(Path(raw["run"]))[0]["heldout"]
-    for source, text in evaluation_texts(make_plan(recipe_from(raw)), 200, documents=False)["heldout"].items():
+    plan = make_plan(recipe_from(raw))
+    for source, text in evaluation_texts(plan, plan.phases[0].phase)["heldout"].items():
         expected = mean_loss(lambda tokens, targets, _: given(tokens, targets), text, 8)
         assert begin[source] == pytest.approx(expected, rel=1e-5)
         assert summary["phases"]["dcpt"]["heldout"][source] < begin[source] - 0.1

@@ -93,7 +93,8 @@ def test_a_run_begins_with_the_embedding_of_another_runs_weights(data: Path) -> 
     trained(raw)
     by_hand = GPT(GPTConfig(**SHAPE), seed=7)
     by_hand.embedding = load_model(Path(before["run"])).embedding
-    texts = evaluation_texts(make_plan(recipe_from(raw)), 200, documents=False)["heldout"]
+    plan = make_plan(recipe_from(raw))
+    texts = evaluation_texts(plan, plan.phases[0].phase)["heldout"]
     for source, text in texts.items():
         expected = mean_loss(lambda tokens, targets, _: by_hand(tokens, targets), text, 8)
         assert tiny.metrics(Path(raw["run"]))[0]["heldout"][source] == pytest.approx(expected, rel=1e-5)
