@@ -56,16 +56,11 @@ def heldout_stretches(dataset: TokenDataset, half: Half, limit_tokens: int | Non
     return stretches
 
 
-def heldout_tokens(dataset: TokenDataset, half: Half, limit_tokens: int | None = None) -> np.ndarray:
-    """The tokens of `heldout_stretches`, one after the other: ids [tokens] in the dataset's dtype."""
-    return np.concatenate([dataset.tokens[a:b] for a, b in heldout_stretches(dataset, half, limit_tokens)])
+def training_stretches(dataset: TokenDataset, context: int, limit_tokens: int | None = None) -> np.ndarray:
+    """Fixed windows of training text, spread evenly over it, none sharing a target.
 
-
-def training_starts(dataset: TokenDataset, context: int, limit_tokens: int | None = None) -> np.ndarray:
-    """The first tokens of fixed windows of training text, spread evenly over it, none sharing a target.
-
-    Returns int64 [windows], the same ones at every call: as many as `limit_tokens` targets hold, at least one. Raises
-    DataError where the text is shorter than one window.
+    Returns int64 [windows, 2] of (first input, last target), the same ones at every call: as many as `limit_tokens`
+    targets hold, at least one. Raises DataError where the text is shorter than one window.
     """
     most = (dataset.num_tokens - 1) // context
     if most < 1:
@@ -75,13 +70,13 @@ def training_starts(dataset: TokenDataset, context: int, limit_tokens: int | Non
         )
     windows = most if limit_tokens is None else min(most, max(1, limit_tokens // context))
     last_start = dataset.num_tokens - (context + 1)
-    return np.arange(windows) * last_start // max(1, windows - 1)
+    starts = np.arange(windows) * last_start // max(1, windows - 1)
+    return np.stack([starts, starts + context], axis=1)
 
 
-def training_windows(dataset: TokenDataset, context: int, limit_tokens: int | None = None) -> np.ndarray:
-    """The windows at `training_starts`: ids [windows, context + 1] in the dataset's dtype."""
-    starts = training_starts(dataset, context, limit_tokens)
-    return np.stack([dataset.tokens[start : start + context + 1] for start in starts])
+def tokens_in(dataset: TokenDataset, stretches: np.ndarray) -> np.ndarray:
+    """The tokens of stretches, int64 [stretches, 2], one after the other: ids [tokens] in the dataset's dtype."""
+    return np.concatenate([dataset.tokens[start:end] for start, end in stretches])
 
 
 def begins(dataset: TokenDataset, stretches: np.ndarray) -> np.ndarray:

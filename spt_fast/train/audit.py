@@ -99,7 +99,6 @@ def _reading_of(run: Path) -> tuple[Plan, dict[str, int]]:
         plan.check_same_data(saved.data, found.path)
         state = saved.train
         counts |= state.counts
-        phase = plan.phases[state.phase]
-        for source, windows in phase.mixture.counts(state.step * phase.phase.batch.sequences).items():
+        for source, windows in plan.phases[state.phase].windows(state.step).items():
             counts[source] += windows
     return plan, counts

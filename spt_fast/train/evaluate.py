@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.config import Phase
-from spt_fast.data.heldout import Half, begins, heldout_stretches, heldout_tokens, training_starts, training_windows
+from spt_fast.data.heldout import Half, begins, heldout_stretches, tokens_in, training_stretches
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError
 from spt_fast.train.plan import Plan
@@ -117,12 +117,13 @@ def evaluation_texts(plan: Plan, phase: Phase) -> dict[str, dict[str, EvalSet]]:
 
     for source, data in plan.heldout.items():
         for split, name in HALVES.items():
-            ids = checked(source, "heldout", data, heldout_tokens(data, name, half))
-            marks = begins(data, heldout_stretches(data, name, half)) if phase.documents else None
+            stretches = heldout_stretches(data, name, half)
+            ids = checked(source, "heldout", data, tokens_in(data, stretches))
+            marks = begins(data, stretches) if phase.documents else None
             texts[split][source] = EvalSet.of_tokens(ids, context, marks)
     for source, data in plan.train.items():
-        windows = checked(source, "train", data, training_windows(data, context, half))
-        starts = training_starts(data, context, half)
-        marks = begins(data, np.stack([starts, starts + context], axis=1)) if phase.documents else None
-        texts["train"][source] = EvalSet([(windows, None if marks is None else marks.reshape(-1, context))])
+        stretches = training_stretches(data, context, half)
+        windows = checked(source, "train", data, tokens_in(data, stretches + np.array([0, 1]))).reshape(-1, context + 1)
+        marks = begins(data, stretches).reshape(-1, context) if phase.documents else None
+        texts["train"][source] = EvalSet([(windows, marks)])
     return texts

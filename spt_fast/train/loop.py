@@ -216,7 +216,7 @@ class Trainer:
         state, phase = self.state, plan.phase
         kept = min(range(len(state.arms)), key=lambda i: _deciding(state.arms[i].select, phase))
         arm = state.arms[kept]
-        windows = plan.mixture.counts(arm.steps * phase.batch.sequences)
+        windows = plan.windows(arm.steps)
         state.finished[phase.name] = PhaseResult(
             epochs={source: float(self.plan.rings[source].epochs(n)) for source, n in windows.items()},
             windows={source: [state.counts[source], state.counts[source] + n] for source, n in windows.items()},

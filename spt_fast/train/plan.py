@@ -54,10 +54,9 @@ class PhasePlan:
         """Forward passes that each of `world` processes makes in a step."""
         return self.phase.batch.sequences // world // self.micro(world)
 
-    @property
-    def samples(self) -> dict[str, int]:
-        """Windows of each source that the whole phase reads."""
-        return self.mixture.counts(self.steps * self.phase.batch.sequences)
+    def windows(self, steps: int) -> dict[str, int]:
+        """Windows of each source that the phase's first `steps` steps read."""
+        return self.mixture.counts(steps * self.phase.batch.sequences)
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Plan:
                 epochs_asked=float(shares[source] * phase.tokens / self.train[source].num_tokens),
                 epochs=float(self.rings[source].epochs(windows)),
             )
-            for source, windows in plan.samples.items()
+            for source, windows in plan.windows(plan.steps).items()
         }
         return PhaseFigures(phase.name, plan.steps, phase.tokens, plan.tokens, len(phase.arms()), sources)
 

@@ -7,11 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spt_fast.data.heldout import begins, heldout_tokens, split_heldout, training_windows
+from spt_fast.data.heldout import Half, begins, heldout_stretches, split_heldout, tokens_in, training_stretches
 from spt_fast.data.shards import DatasetWriter, TokenDataset
 from spt_fast.errors import DataError
 
 HALVES = ("select", "report")
+
+
+def heldout_tokens(dataset: TokenDataset, half: Half, limit: int | None = None) -> np.ndarray:
+    return tokens_in(dataset, heldout_stretches(dataset, half, limit))
+
+
+def training_windows(dataset: TokenDataset, context: int, limit: int | None = None) -> np.ndarray:
+    return tokens_in(dataset, training_stretches(dataset, context, limit) + np.array([0, 1])).reshape(-1, context + 1)
 
 
 def dataset_of(prefix: Path, documents: list[np.ndarray], vocab_size: int = 1000) -> TokenDataset:

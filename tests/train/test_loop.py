@@ -121,16 +121,15 @@ def audit_tokens(run_folder: Path) -> int:
 
 def test_summary_losses_are_those_of_the_weights_handed_on(undisturbed: Path, data: Path) -> None:
     """Score the written weights on the report half by an independent path."""
-    from spt_fast.data.heldout import heldout_tokens
+    from spt_fast.data.heldout import tokens_in
     from spt_fast.data.shards import TokenDataset
 
     summary = json.loads((undisturbed / "summary.json").read_text())
     for phase in ("pretrain", "finetune"):
         model = GPT.from_hf(undisturbed / "weights" / phase)
         for source in ("general", "chem"):
-            ids = torch.from_numpy(
-                heldout_tokens(TokenDataset.open(data / f"{source}.heldout"), "report", 200).astype(np.int64)
-            )
+            heldout = TokenDataset.open(data / f"{source}.heldout")
+            ids = torch.from_numpy(tokens_in(heldout, heldout_stretches(heldout, "report", 200)).astype(np.int64))
             losses = []
             for start in range(0, len(ids) - 1, tiny.CONTEXT):
                 window = ids[start : start + tiny.CONTEXT + 1]
