@@ -164,7 +164,7 @@ class TokenDataset:
                 f"{bin_path} is damaged: block {named} of {len(expected)} lacks the sha256 that {json_path} gives "
                 f"(the first is bytes {first:,} to {min(first + block_bytes, size):,}); copy or prepare it again"
             )
-        if _sha256_of_stretch(idx_path, 0, None) != self.metadata["idx_sha256"]:
+        if _sha256_of_stretch(idx_path, 0, idx_path.stat().st_size) != self.metadata["idx_sha256"]:
             raise DataError(
                 f"{idx_path} is damaged: its sha256 is not the one in {json_path}; copy or prepare it again"
             )
@@ -390,13 +390,12 @@ def _sha256_of(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256_of_stretch(path: Path, start: int, num_bytes: int | None) -> str:
-    """sha256 of `num_bytes` of the file from `start` on, or of all that follows."""
+def _sha256_of_stretch(path: Path, start: int, num_bytes: int) -> str:
+    """sha256 of `num_bytes` of the file from `start` on, or of what there is of them."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(start)
-        left = path.stat().st_size - start if num_bytes is None else num_bytes
-        while left > 0 and (data := file.read(min(left, _READ_BYTES))):
+        while num_bytes > 0 and (data := file.read(min(num_bytes, _READ_BYTES))):
             digest.update(data)
-            left -= len(data)
+            num_bytes -= len(data)
     return digest.hexdigest()

@@ -53,7 +53,7 @@ class Arm:
         self.values = plan.phase.arms()[index]
         self.phase = plan.phase.with_overrides(self.values)
         self.save_every, self.evaluate_every, self.log_every = (
-            max(1, span.steps(plan.tokens_per_step, plan.steps))
+            span.steps(plan.tokens_per_step, plan.steps)
             for span in (recipe.checkpoint.every, self.phase.evaluation.every, recipe.log.every)
         )
         self.clock, self.loss_watch = Clock(train_seconds), LossWatch()
@@ -92,7 +92,6 @@ class Trainer:
             dtype = getattr(torch, resumed.state.compute.dtype)
             if not resumed.state.model.tied:
                 model.untie()
-        self.parameters = parameters(plan.model)
         self.engine = make_engine(model, plan.recipe.engine, world=world, dtype=dtype)
         self.flops_per_token = train_flops_per_token(plan.model)
         self.peak_flops = peak_flops(device)
@@ -346,7 +345,7 @@ class Trainer:
         summary = {
             "status": status,
             **more,
-            "parameters": self.parameters,
+            "parameters": parameters(self.plan.model),
             "flops_per_token": self.flops_per_token,
             "tokenizer": self.plan.tokenizer_digest,
             "train_tokens": {source: data.num_tokens for source, data in self.plan.train.items()},

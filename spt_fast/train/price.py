@@ -233,7 +233,7 @@ def evaluated_tokens(plan: Plan, index: int) -> int:
     """Tokens scored by all evaluations of phase `index`: at its first and last step and in between, in every arm."""
     planned = plan.phases[index]
     phase = planned.phase
-    every = max(1, phase.evaluation.every.steps(planned.tokens_per_step, planned.steps))
+    every = phase.evaluation.every.steps(planned.tokens_per_step, planned.steps)
     evaluations = len(phase.arms()) * (len(range(0, planned.steps, every)) + 1)
     texts = evaluation_texts(plan, phase)
     return evaluations * sum(text.num_targets for by_source in texts.values() for text in by_source.values())
