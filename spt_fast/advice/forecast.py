@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from spt_fast.advice.result import AtBudget, HeldOut, Outcome
+from spt_fast.advice.result import AtBudget, HeldOut, Outcome, Standing
 from spt_fast.errors import DataError
 from spt_fast.laws import ExtrapolationWarning, OverfittingLaw, PostFinetuneLaw
 from spt_fast.study.finetunes import Interval
@@ -34,14 +34,7 @@ class Forecast:
     outcomes: dict[float, Outcome]
     draws: np.ndarray
     """[draw, share]: domain losses by laws fitted to resampled runs."""
-    law: str
-    largest: AtBudget
-    """At the largest budget that was run."""
-    heldout: HeldOut | None
-    """The same when that budget is predicted from the others; None where they are too few."""
-    before_finetuning: float | None
-    """The share with the lowest domain loss before finetuning, also between those run, by the OverfittingLaw."""
-    warnings: list[str]
+    standing: Standing
 
     def best_in(self, allowed: np.ndarray) -> np.ndarray:
         """[share]: in what part of the draws it has the lowest domain loss of those allowed."""
@@ -72,9 +65,9 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
         before = overfitting.best_fraction(tokens=tokens) if overfitting else None
     said = {str(w.message): None for w in caught if not issubclass(w.category, ExtrapolationWarning)}
     name = "OverfittingLaw and PostFinetuneLaw" if law.heldout else "PostFinetuneLaw"
-    largest = _against(law, _last(rows))
+    standing = Standing(name, error, _against(law, _last(rows)), before, list(said))
     outcomes = dict(zip(deltas, map(Outcome, domain, general, forgetting), strict=True))
-    return Forecast(tokens, outcomes, draws, name, largest, error, before, list(said))
+    return Forecast(tokens, outcomes, draws, standing)
 
 
 def _intervals(edges: tuple[np.ndarray, ...]) -> list[Interval]:

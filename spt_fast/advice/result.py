@@ -156,17 +156,26 @@ class HeldOut(AtBudget):
 
 
 @dataclass(frozen=True)
-class Support:
-    """How far the runs support the answer. Without runs all but the last two are None."""
+class Standing:
+    """How laws fared; without runs, or without laws, nothing of it is known."""
+
+    laws: str | None = None
+    """Which they are."""
+    heldout: HeldOut | None = None
+    """At the largest budget that was run, predicted from the others; None where they are too few."""
+    largest: AtBudget | None = None
+    """The same when it is fitted too."""
+    before_finetuning: float | None = None
+    """The share with the lowest domain loss then, also between those run, by the OverfittingLaw."""
+    warnings: list[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Support(Standing):
+    """How far the runs support the answer."""
 
     outside: dict[str, float] | None
-    """The factor by which the question lies outside of the runs; 1 is within."""
-    laws: str | None
-    heldout: HeldOut | None
-    largest: AtBudget | None
-    before_finetuning: float | None
-    """The best share then, see Forecast."""
-    warnings: list[str] | None
+    """The factor by which the question lies outside of the runs; 1 is within. None without runs."""
     verdict: str
     next: str | None
     """What to run to be surer."""

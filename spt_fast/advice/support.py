@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spt_fast.advice.evidence import Evidence
 from spt_fast.advice.prior import SAYS, outside
-from spt_fast.advice.result import Decision, Share, Support
+from spt_fast.advice.result import Decision, Share, Standing, Support
 from spt_fast.study.words import amount, percent
 
 NEAR = 1.5
@@ -31,7 +31,7 @@ def support(
 ) -> Support:
     if evidence is None:
         return Support(
-            *(None,) * 6,
+            outside=None,
             verdict=f"not supported by runs: {SAYS}",
             next=f"run shares of 0, {', '.join(map(percent, _around(decision.delta)))} with a small model and the "
             "domain corpus cut down as the budget is (simulated epoching); then ask again with those runs",
@@ -47,11 +47,7 @@ def support(
     known = evidence.forecast
     return Support(
         outside={what: float(factor) for what, factor in factors.items()},
-        laws=known.law if known else None,
-        heldout=known.heldout if known else None,
-        largest=known.largest if known else None,
-        before_finetuning=known.before_finetuning if known else None,
-        warnings=known.warnings if known else [],
+        **vars(known.standing if known else Standing(warnings=[])),
         verdict=_verdict(decision, evidence, factors, shares),
         next=_next(decision, evidence, factors, shares),
     )
@@ -67,7 +63,8 @@ def _verdict(decision: Decision, evidence: Evidence, factors: dict[str, float], 
     if known is None or shares is None:
         said.append("as seen in the nearest arms; no law could be fitted")
         return "; ".join(said)
-    held, largest = known.heldout, known.largest
+    held, largest = known.standing.heldout, known.standing.largest
+    assert largest is not None
     if held is None:
         said.append("too few budgets to test the laws on one held out")
     else:
@@ -97,7 +94,7 @@ def _next(decision: Decision, evidence: Evidence, factors: dict[str, float], sha
         return "add budgets: three or more for each share, with two seeds, and a law can be fitted"
     likely = sorted(shares, key=lambda row: (-row.best_in, row.domain.mean))
     close = " and ".join(percent(row.delta) for row in sorted(likely[:2], key=lambda row: row.delta))
-    held = evidence.forecast and evidence.forecast.heldout
+    held = evidence.forecast and evidence.forecast.standing.heldout
     steps = []
     if _is_largest(decision, shares):
         steps.append(f"run a share of {percent(2 * decision.delta)} too")

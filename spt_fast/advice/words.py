@@ -41,7 +41,7 @@ def surety(advice: Advice) -> list[str]:
 
 
 def costs(advice: Advice) -> list[str]:
-    """The losses to expect, of which runs they are, and the replay."""
+    """The losses to expect, whose they are, and the replay."""
     replay = advice.replay
     unseen = " (not seen in these runs)" if replay.effects and replay.basis != "seen" else ""
     return [*_expected(advice), f"{percent(replay.share)} replay in the finetune: {replay.says}{unseen}"]

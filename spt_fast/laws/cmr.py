@@ -22,6 +22,7 @@ from scipy.optimize import brentq
 from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.laws.base import ExtrapolationWarning, Law, require_points
 from spt_fast.laws.columns import NATURAL, SHARE, Array, Column, Columns, Loss, Rows
+from spt_fast.laws.dcpt import first_fall
 from spt_fast.laws.fitting import STEP, Curve, Fit, Parameter, solve
 from spt_fast.laws.powers import in_tokens, offset_power, power_parameters, rising
 
@@ -116,12 +117,7 @@ class CMRLaw(Law):
         grid = np.geomspace(tokens[tokens > 0].min() / 100, tokens.max() * 100, 2001)
         ratio = float(self._within(np.array([domain_ratio]))[0])
 
-        def slope(T: Any) -> Array:
-            return self._between(self._slopes(T, multiplier), ratio)
-
-        falling = slope(grid) <= 0
-        turns = np.flatnonzero(~falling[:-1] & falling[1:])
-        return float(brentq(lambda T: slope(T)[0], grid[turns[0]], grid[turns[0] + 1])) if len(turns) else None
+        return first_fall(lambda T: self._between(self._slopes(T, multiplier), ratio), grid)
 
     # ---------------------------------------------------------------------------------------------------------- inside
 

@@ -160,6 +160,13 @@ def _last_allowed(excess: Callable[[float], float], allowed: float, forbidden: f
     return brentq(excess, allowed, forbidden) if excess(allowed) < 0 else allowed
 
 
+def first_fall(of: Callable[[Array], Array], grid: Array) -> float | None:
+    """The first zero at which `of` comes down from above, between two points of the grid; None without one."""
+    above = of(grid) > 0
+    turns = np.flatnonzero(above[:-1] & ~above[1:])
+    return brentq(lambda x: of(np.array([x]))[0], grid[turns[0]], grid[turns[0] + 1]) if len(turns) else None
+
+
 def lowest(loss: Callable[[Array], Array], grid: Array) -> float:
     """Where a loss is least between the grid's ends: its least grid point, refined between its neighbours."""
     best = int(np.argmin(loss(grid)))

@@ -24,12 +24,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy.optimize import brentq
 
 from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.laws.base import Law, require_points
 from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
-from spt_fast.laws.dcpt import lowest
+from spt_fast.laws.dcpt import first_fall, lowest
 from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, promising, solve
 
 LARGEST_FRACTION = 0.1
@@ -291,13 +290,9 @@ def overtaking(
 ) -> float | None:
     """The first tokens at which the loss of `fraction` comes down to that of `other` from above."""
 
-    def ahead(log_T: Any) -> Array:
-        T = np.exp(np.atleast_1d(log_T))
+    def ahead(log_T: Array) -> Array:
+        T = np.exp(log_T)
         return loss(T, fraction) - loss(T, other)
 
-    grid = np.linspace(np.log(within[0]), np.log(within[1]), 1001)
-    behind = ahead(grid) > 0
-    turns = np.flatnonzero(behind[:-1] & ~behind[1:])
-    if not len(turns):
-        return None
-    return float(np.exp(brentq(lambda x: ahead(x)[0], grid[turns[0]], grid[turns[0] + 1])))
+    log_T = first_fall(ahead, np.linspace(np.log(within[0]), np.log(within[1]), 1001))
+    return None if log_T is None else float(np.exp(log_T))

@@ -41,8 +41,7 @@ FARTHEST = 100.0
 MOST_DIGITS = 300
 """An interval is open beyond so many tokens."""
 
-
-Interval = tuple[float, float | None]
+Range = tuple[float, float | None]
 """[low, high]; 0 and None where it is open."""
 
 
@@ -65,7 +64,7 @@ class Gap:
     nats: float
     """Of the means over seeds."""
     percent: float
-    interval: Interval | None
+    interval: Range | None
     seeds: dict[str, float]
     """In percent."""
 
@@ -76,7 +75,7 @@ class Line:
 
     intercept: float
     slope: float
-    slope_interval: Interval | None
+    slope_interval: Range | None
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ class Crossing:
     fit: Line | None = None
     """None for a single subset."""
     crossover: float | None = None
-    """Domain tokens; None but for "between"."""
-    interval: Interval | None = None
+    """Domain tokens; None unless "between"."""
+    interval: Range | None = None
     """Of `crossover` or `extrapolated`; None for a single seed."""
     extrapolated: float | None = None
     """For "beyond": domain tokens by the fit; None if too far."""
@@ -284,7 +283,7 @@ def _crossing(gaps: _Gaps, threshold: float) -> Crossing:
     return Crossing("beyond", says, fit, interval=interval, extrapolated=float(10**at), times_beyond=beyond)
 
 
-def _range(interval: Interval | None) -> str:
+def _range(interval: Range | None) -> str:
     if interval is None:
         return " (one seed: no interval)"
     low, high = interval

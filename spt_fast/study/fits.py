@@ -182,8 +182,8 @@ class Errors:
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """Its value, and an interval over fits to resampled runs."""
+class Estimate:
+    """A parameter's value, and an interval over fits to resampled runs."""
 
     value: float
     low: float
@@ -206,7 +206,7 @@ class Fitted:
     score: Score | None = None
     holdout: Mapping[str, Errors] = field(default_factory=dict)
     """See `holdout_error`."""
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    parameters: Mapping[str, Estimate] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
     @property
@@ -290,7 +290,7 @@ def _fitted(name: str, group: Mapping[str, float | None], table: pd.DataFrame, d
     ]
     if law.unidentified_:
         said.append(f"these runs leave {_some(law.unidentified_)} open; judge the law by its predictions")
-    parameters = {key: Parameter(value, *intervals[key]) for key, value in law.params_.items()}
+    parameters = {key: Estimate(value, *intervals[key]) for key, value in law.params_.items()}
     score, holdout = Score(**law.score(table)), holdout_error(name, table)
     return Fitted(name, group, table, law=law, score=score, holdout=holdout, parameters=parameters, warnings=said)
 

@@ -119,7 +119,7 @@ def sweep(
 
 
 def _check_domain(study: Study) -> None:
-    """RecipeError for a corpus that is smaller than what of it is to be read: arms would differ in name alone."""
+    """RecipeError for a corpus with fewer tokens than the study asks for: arms would differ in name alone."""
     source = study.sources[study.domain]
     held = TokenDataset.open(source["train"], source.get("dtype")).num_tokens
     for limit in study.limits:
@@ -210,22 +210,30 @@ class StudyPrice:
     """Of all that is left of a study."""
 
     stages: list[Cost]
-    total: Cost
     jobs: int
     """At a time."""
-    cost: float | None
+    per_gpu_hour: float | None
 
-    @classmethod
-    def of(cls, stages: list[Cost], *, jobs: int, per_gpu_hour: float | None) -> StudyPrice:
-        runs, done, tokens = (sum(getattr(cost, name) for cost in stages) for name in ("runs", "done", "tokens"))
-        known = [cost.hours for cost in stages if cost.hours is not None]
-        hours = sum(known) if len(known) == len(stages) else None
-        total = Cost("in all", runs, done, tokens, sum(cost.flops for cost in stages), hours)
-        return cls(stages, total, jobs, None if hours is None or per_gpu_hour is None else hours * per_gpu_hour)
+    @property
+    def total(self) -> Cost:
+        runs, done, tokens, flops = (
+            sum(getattr(cost, name) for cost in self.stages) for name in ("runs", "done", "tokens", "flops")
+        )
+        return Cost("in all", runs, done, tokens, flops, _sum([cost.hours for cost in self.stages]))
+
+    @property
+    def cost(self) -> float | None:
+        hours = self.total.hours
+        return None if hours is None or self.per_gpu_hour is None else hours * self.per_gpu_hour
 
     def as_json(self) -> dict[str, Any]:
         total = {name: figure for name, figure in vars(self.total).items() if name != "stage"}
-        return vars(self) | {"total": total}
+        return {"stages": self.stages, "total": total, "jobs": self.jobs, "cost": self.cost}
+
+
+def _sum(hours: Sequence[float | None]) -> float | None:
+    known = [value for value in hours if value is not None]
+    return sum(known, 0.0) if len(known) == len(hours) else None
 
 
 def price(
@@ -233,7 +241,7 @@ def price(
 ) -> StudyPrice:
     """Of what is left of a study, on this machine or on the GPU that is given; see `costs`."""
     at_a_time = Local(len(expand(study)), jobs).jobs if gpu is None else jobs or 1
-    return StudyPrice.of(costs(study, jobs=at_a_time, gpu=gpu, mfu=mfu), jobs=at_a_time, per_gpu_hour=per_gpu_hour)
+    return StudyPrice(costs(study, jobs=at_a_time, gpu=gpu, mfu=mfu), at_a_time, per_gpu_hour)
 
 
 def print_price(price: StudyPrice, study: str, console: Console) -> None:
@@ -271,12 +279,10 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
     speeds: dict[object, Speed] = {}
     found = []
     for position, stage in enumerate(study.stages):
-        tokens, flops, hours = 0, 0.0, 0.0
+        tokens, flops, hours = 0, 0.0, list[float | None]()
         of_stage = [run for run in runs if run.stage == position]
-        known = True
-        for run in of_stage:
-            if run.name in done:
-                continue
+        left = [run for run in of_stage if run.name not in done]
+        for run in left:
             if run.model not in speeds:
                 finished = [other for other in runs if other.model == run.model and other.name in done]
                 speeds[run.model] = _speed(plans[run.name], finished, jobs=jobs, gpu=gpu, mfu=mfu)
@@ -285,10 +291,8 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
                 time = phase_time(plan, index, speeds[run.model])
                 tokens += time.tokens
                 flops += time.tokens * train_flops_per_token(plan.model) + time.evaluation_flops
-                known = known and time.hours is not None
-                hours += (time.hours or 0.0) + (time.evaluation_hours or 0.0)
-        skipped = sum(run.name in done for run in of_stage)
-        found.append(Cost(stage.axes.name, len(of_stage), skipped, tokens, flops, hours if known else None))
+                hours += [time.hours, time.evaluation_hours or 0.0]
+        found.append(Cost(stage.axes.name, len(of_stage), len(of_stage) - len(left), tokens, flops, _sum(hours)))
     return found
 
 

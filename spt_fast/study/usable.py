@@ -107,7 +107,7 @@ def _check_alike(rows: pd.DataFrame) -> None:
         if len(one) > 1:
             (first, ours), (second, theirs) = one[["run", name]].astype(str).to_numpy()[:2].tolist()
             raise DataError(
-                f"{first} and {second} differ in {name} ({ours} and {theirs}), and so their losses are not comparable; "
+                f"{first} and {second} differ in {name} ({ours} and {theirs}), so their losses are not comparable; "
                 "give the runs of one study at a time"
             )
 

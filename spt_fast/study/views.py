@@ -23,7 +23,7 @@ curves begin at 40B of 200B."""
 PRETRAINING = ("pretrain_delta", "pretrain_tokens")
 CONTINUED = ("domain_tokens", *PRETRAINING)
 WHOLE_CORPUS = 0.95
-"""Epochs from which a finetune has read its corpus, but for what rounding to whole steps leaves."""
+"""Epochs from which a finetune has read its corpus, less what rounding to whole steps leaves."""
 
 
 # -------------------------------------------------------------------------------------------------------- pretraining
