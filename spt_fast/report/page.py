@@ -192,8 +192,8 @@ def page(table: pd.DataFrame, fits: Sequence[Fitted], advice: Advice | None, sou
             sections.plane(decisions, ordinary),
             sections.pretraining(rows),
         ]
-        if asks_for_crossover(table):
-            evidence.insert(0, sections.crossover(table))
+        if asks_for_crossover(rows):
+            evidence.insert(0, sections.crossover(rows))
     script, style = _asset("report.js"), _asset("report.css")
     environment = Environment(
         loader=PackageLoader("spt_fast.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True

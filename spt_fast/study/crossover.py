@@ -2,8 +2,8 @@
 
 Arms are what training on the domain begins with: a pretrained model, nothing ("scratch"), or of a pretrained model the
 embeddings alone, free or frozen. Their corpora are nested subsets of the domain. Every seed of an arm stands for itself
-with the weights that it hands on; of its learning rates and lengths those with the lowest `domain_select`, the same
-rule for every arm.
+with the weights that it hands on; of several runs the one with the lowest `domain_select`, the same rule for every arm.
+(Usable rows, which fits and reports are of, have one learning rate per arm already.)
 
     gap         100 (loss from scratch / loss of the pretrained one - 1), in percent, of the same seed
     fit         the gap over log10 of the domain's tokens: a line through all seeds' points, by least squares

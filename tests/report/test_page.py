@@ -23,7 +23,7 @@ from spt_fast.study import views
 from spt_fast.study.compare import Finetune
 from spt_fast.study.crossover import crossovers
 from spt_fast.study.finetunes import Treatment
-from spt_fast.study.fits import Fitted, Score
+from spt_fast.study.fits import Fitted, Score, fit
 from spt_fast.study.runs_table import save_table
 from spt_fast.study.usable import usable
 from tests.report.browser import NAMES, Browser, installed
@@ -334,6 +334,17 @@ def test_whether_to_pretrain_is_a_section_where_the_runs_ask_it() -> None:
     assert f"<p>{escape(found.says)}</p>" in html
     assert html.split('<section id="crossover">')[1].split("</section>")[0].count("<svg") == 2
     assert "To pretrain or not" not in page(spt_table(), [], None)
+
+
+def test_the_page_and_fit_take_the_same_runs_for_whether_to_pretrain() -> None:
+    """Each seed of scratch is best at another rate; the arm has one, that with the lower mean."""
+    table = pd.DataFrame(rows_of(seeds=2)).assign(epochs=4.0, injected=0.0, phase="finetune", after="")
+    other = table[table["start"] == "scratch"].assign(lr=2e-3)
+    by_seed = other["seed"].map({0: 0.97, 1: 1.01})
+    losses = {name: other[name] * by_seed for name in ("domain_heldout", "domain_select")}
+    table = pd.concat([table, other.assign(run=other["run"] + "-fast", **losses)], ignore_index=True)
+    (found,) = fit(table).crossover
+    assert f"<p>{escape(found.says)}</p>" in page(table, [], None)
 
 
 def test_a_table_without_general_losses_still_makes_a_page() -> None:
