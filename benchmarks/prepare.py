@@ -99,18 +99,18 @@ def measure(inputs: list[str], tokenizer: Tokenizer, workers: int | None, repeat
             summary = prepare(
                 inputs, folder / "tokens", tokenizer, heldout=Fraction(1, 200), workers=workers, progress=False
             )
-        text_mb = (summary["bytes"] + summary["heldout"]["bytes"]) / 1e6
+        text_mb = (summary.bytes + summary.heldout.bytes) / 1e6
         runs.append(
             {
                 "tiktoken_mb_per_s": text_mb / own_s,
-                "prepare_mb_per_s": text_mb / summary["seconds"],
-                "ratio": own_s / (summary["seconds"] * summary["workers"]),
+                "prepare_mb_per_s": text_mb / summary.seconds,
+                "ratio": own_s / (summary.seconds * summary.workers),
                 "cpu_ratio": own_cpu_s / (processor_seconds() - cpu_began),
                 "peak_mb": memory.peak_mb,
             }
         )
     medians = {key: statistics.median(run[key] for run in runs) for key in ("ratio", "cpu_ratio", "peak_mb")}
-    return {"workers": summary["workers"], "text_mb": text_mb, **medians, "runs": runs}
+    return {"workers": summary.workers, "text_mb": text_mb, **medians, "runs": runs}
 
 
 def main() -> None:

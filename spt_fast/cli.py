@@ -247,7 +247,7 @@ def audit(
 
     if document is not None:
         reading = audit_document(run, source, document)
-        _print_json(reading) if as_json else print_facts(out, f"{source}, document {document}", vars(reading))
+        _print_json(reading) if as_json else print_facts(out, f"{source}, document {document}", reading)
         return
     readings = audit_run(run, source)
     _print_json(readings) if as_json else print_audit(run, readings, out)

@@ -35,10 +35,10 @@ def print_table(
     console.print(table)
 
 
-def print_facts(console: Console, title: str, facts: Mapping[str, Any]) -> None:
-    """A row for each fact that is known, and for each inner one of a mapping."""
+def print_facts(console: Console, title: str, facts: Any) -> None:
+    """A row for each fact of a mapping or dataclass that is known, and for each inner one."""
     rows = []
-    for key, value in facts.items():
+    for key, value in as_json(facts).items():
         nested = value.items() if isinstance(value, Mapping) else [("", value)]
         rows += [(f"{key} {inner}".replace("_", " ").strip(), leaf) for inner, leaf in nested if leaf is not None]
     print_table(console, title, ["", ""], rows, show_header=False)

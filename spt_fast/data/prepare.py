@@ -12,9 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,6 +28,29 @@ from spt_fast.errors import DataError, invalid
 BATCH_BYTES = 1 << 20
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a dataset holds, in bytes of UTF-8 text."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Prepared(Counts):
+    """What OUT holds, and how it was made."""
+
+    heldout: Counts | None
+    """Of OUT.heldout."""
+    skipped: dict[str, int]
+    """Documents left out, by kind."""
+    seconds: float
+    mb_per_s: float
+    """10^6 bytes of text, the held-out ones too."""
+    workers: int
+
+
 def prepare(
     inputs: Inputs,
     out: str | os.PathLike[str],
@@ -38,7 +61,7 @@ def prepare(
     skip_bad: bool = False,
     workers: int | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> Prepared:
     """Encode the documents of `inputs` (see spt_fast.data.text) into the dataset OUT.bin, OUT.idx and OUT.json.
 
     tokenizer   a Tokenizer, a tokenizer file, or a tiktoken encoding by name
@@ -47,9 +70,6 @@ def prepare(
     skip_bad    leave out broken documents and empty files, and count them, instead of raising
     workers     processes; by default one for each core that this process may use
     progress    show a bar on standard error
-
-    Returns {"documents", "tokens", "bytes"} of OUT, "heldout": the same of OUT.heldout, or None; "skipped": {kind:
-    documents}; "seconds", "mb_per_s" (10^6 bytes of UTF-8 text), "workers".
 
     Raises DataError for inputs, tokenizers and options that can't be used, a bad document (with file and line), a
     split that leaves a side empty, a full disk, and a worker that dies. Then, and when interrupted, it leaves nothing.
@@ -81,19 +101,15 @@ def prepare(
         for writer in writers:
             writer.commit()
     seconds = time.perf_counter() - start_s
-    num_bytes = sum(writer.num_bytes for writer in writers)
-    train, *held_out = (
-        {"documents": writer.num_documents, "tokens": writer.num_tokens, "bytes": writer.num_bytes}
-        for writer in writers
+    train, *held_out = ((writer.num_documents, writer.num_tokens, writer.num_bytes) for writer in writers)
+    return Prepared(
+        *train,
+        heldout=Counts(*held_out[0]) if held_out else None,
+        skipped=dict(skipped),
+        seconds=seconds,
+        mb_per_s=sum(writer.num_bytes for writer in writers) / seconds / 1e6,
+        workers=workers,
     )
-    return {
-        **train,
-        "heldout": held_out[0] if held_out else None,
-        "skipped": dict(skipped),
-        "seconds": seconds,
-        "mb_per_s": num_bytes / seconds / 1e6,
-        "workers": workers,
-    }
 
 
 def _writer(stack: ExitStack, prefix: str, tokenizer: Tokenizer) -> DatasetWriter:

@@ -94,7 +94,8 @@ def prepare_data(folder: Path, scale: Scale, console: Console) -> None:
     for name, heldout in ((GENERAL, Fraction(1, 20)), (DOMAIN, Fraction(1, 2))):
         if not (folder / f"{name}.heldout.json").exists():
             made = prepare(texts[name], folder / name, Tokenizer.load(tokenizer_file), heldout=heldout, progress=False)
-            console.print(f"{folder / name}: {made['tokens']:,} tokens, {made['heldout']['tokens']:,} more held out")
+            assert made.heldout is not None
+            console.print(f"{folder / name}: {made.tokens:,} tokens, {made.heldout.tokens:,} more held out")
 
 
 def write_recipes(out: Path, scale: Scale) -> list[Path]:

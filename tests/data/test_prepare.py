@@ -82,7 +82,7 @@ def test_the_dataset_is_the_documents_in_order(tmp_path: Path, tokenizer: Tokeni
     assert (dataset.num_documents, dataset.num_bytes, dataset.eos_id) == (300, num_bytes, tokenizer.eos_id)
     assert (dataset.vocab_size, dataset.tokenizer_digest) == (tokenizer.vocab_size, tokenizer.digest)
     assert dataset.tokens.dtype == np.uint16
-    assert summary | {"seconds": 1, "mb_per_s": 1} == {
+    assert vars(summary) | {"seconds": 1, "mb_per_s": 1} == {
         "documents": 300,
         "tokens": dataset.num_tokens,
         "bytes": num_bytes,
@@ -92,7 +92,7 @@ def test_the_dataset_is_the_documents_in_order(tmp_path: Path, tokenizer: Tokeni
         "mb_per_s": 1,
         "workers": 2,
     }
-    assert summary["mb_per_s"] == pytest.approx(num_bytes / summary["seconds"] / 1e6)
+    assert summary.mb_per_s == pytest.approx(num_bytes / summary.seconds / 1e6)
     assert names(tmp_path / "out") == ["d.bin", "d.idx", "d.json"]
 
 
@@ -132,11 +132,11 @@ def test_held_out_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert not {bare(ids) for ids in train} & {bare(ids) for ids in held_out}
     distinct = len({bare(ids) for ids in held_out})
     assert abs(distinct - 4000 / 8) < 4 * (4000 * 7 / 64) ** 0.5
-    assert summary["heldout"]["documents"] == len(held_out)
-    assert summary["heldout"]["tokens"] == sum(map(len, held_out))
-    assert summary["tokens"] == sum(map(len, train))
+    assert summary.heldout.documents == len(held_out)
+    assert summary.heldout.tokens == sum(map(len, held_out))
+    assert summary.tokens == sum(map(len, train))
     both = [TokenDataset.open(prefix).num_bytes for prefix in (tmp_path / "d", f"{tmp_path / 'd'}.heldout")]
-    assert both == [summary["bytes"], summary["heldout"]["bytes"]]
+    assert both == [summary.bytes, summary.heldout.bytes]
     assert sum(both) == sum(len(text.encode()) for text in texts + copies)
 
 
@@ -173,7 +173,7 @@ def test_bad_documents_stop_it_or_are_counted(tmp_path: Path, tokenizer: Tokeniz
     assert names(tmp_path) == ["a.jsonl", "b.txt"]
     summary = prepare(inputs, tmp_path / "d", tokenizer, skip_bad=True, progress=False)
     assert read(tmp_path / "d") == encode(tokenizer, texts)
-    assert summary["skipped"] == {
+    assert summary.skipped == {
         "broken JSON": 2,
         "missing key": 1,
         "not a string": 1,
