@@ -126,11 +126,10 @@ def _peak_bytes(device: torch.device) -> int:
 
 def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exception) -> str:
     """What to turn, in the order to turn it: what costs no time first."""
-    engine, batch = plan.recipe.engine, planned.phase.batch
+    engine = plan.recipe.engine
     stage, offload = distribution_of(engine, machine.gpus)
     needed = phase_memory(plan, planned.index, machine)["total"]
-    share = batch.sequences // machine.gpus
-    micro = batch.micro or share
+    share, micro = planned.phase.batch.sequences // machine.gpus, planned.micro(machine.gpus)
     knobs: list[tuple[str, dict[str, Any]]] = []
     smaller = max((m for m in range(1, micro) if share % m == 0), default=None)
     if smaller:

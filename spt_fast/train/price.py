@@ -209,15 +209,14 @@ def phase_memory(
     """`memory_bytes` of a step of phase `index`, by the recipe's engine and micro-batch unless others are given."""
     phase = plan.phases[index].phase
     own_stage, own_offload = distribution_of(plan.recipe.engine, machine.gpus)
-    share = phase.batch.sequences // machine.gpus
-    micro = micro or phase.batch.micro or share
+    micro = micro or plan.phases[index].micro(machine.gpus)
     untied = any(earlier.phase.untie for earlier in plan.phases[: index + 1])
     return memory_bytes(
         dataclasses.replace(plan.model, tied=False) if untied else plan.model,
         micro,
         dtype=machine.dtype,
         checkpointing=checkpointing or plan.recipe.engine.checkpointing,
-        micro_batches=share // micro,
+        micro_batches=phase.batch.sequences // machine.gpus // micro,
         documents=phase.documents,
         states=len(phase.optimizer.kinds),
         anchor=phase.anchor > 0,
