@@ -29,8 +29,7 @@ def load_model(path: Path) -> GPT:
     path = locate(path)
     if not (path / "manifest.json").exists():
         return GPT.from_hf(path).float()
-    config = SavedState.read(checkpoint.read(path), path).model
-    return GPT.with_weights(config, checkpoint.load(path)["current"].weights)
+    return GPT.with_weights(read_config(path), checkpoint.load(path)["current"].weights)
 
 
 def locate(path: Path) -> Path:
