@@ -691,10 +691,10 @@ def test_audit_adds_up(undisturbed: Path) -> None:
 def test_scoring_takes_every_token_but_the_first_once(undisturbed: Path, data: Path) -> None:
     result = score(undisturbed, data / "chem.heldout")
     ids = np.fromfile(data / "chem.heldout.bin", np.uint16)
-    assert result.tokens == len(ids) - 1
-    assert result.bytes == 3 * len(ids)
-    assert result.perplexity == pytest.approx(np.exp(result.loss))
-    assert result.bits_per_byte == pytest.approx(result.loss * result.tokens / np.log(2) / result.bytes)
+    assert result["tokens"] == len(ids) - 1
+    assert result["bytes"] == 3 * len(ids)
+    assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["tokens"] / np.log(2) / result["bytes"])
     assert score(undisturbed / "weights" / "finetune", data / "chem.heldout") == result
 
 
