@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 namespace spt {
 namespace {
 
-constexpr int64_t kBlock = 256;  // a power of 2, so that the high word of an element's number is the same in a block
+constexpr int64_t kBlock = 256;
 constexpr int64_t kGrainBlocks = 64;
 
 struct Numbers {
@@ -46,22 +46,6 @@ SPT_SIMD void widen(const bf16* from, float* to, int64_t n) {
 SPT_SIMD void narrow(const float* from, bf16* to, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) store(to[i], from[i]);
-}
-
-SPT_INLINE uint32_t mix(uint32_t x) {
-  x = (x ^ x >> 16) * 0x7feb352du;
-  x = (x ^ x >> 15) * 0x846ca68bu;
-  return x ^ x >> 16;
-}
-
-// Rounds up or down at random; `first` and `key` are those of the block.
-SPT_SIMD void narrow_at_random(const float* from, bf16* to, int64_t n, uint32_t first, uint32_t key) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t random = mix(mix((first + static_cast<uint32_t>(i)) ^ key) + key) >> 16;
-    const uint32_t rounded = (std::bit_cast<uint32_t>(from[i]) + random) >> 16;
-    to[i].bits = static_cast<uint16_t>(from[i] != from[i] ? 0x7fc0 : rounded);
-  }
 }
 
 // A tensor's memory, by one of two pointers.
@@ -93,15 +77,13 @@ struct Memory {
 struct Part {
   Memory param, exp_avg, exp_avg_sq, theta, grad, anchor;
   int64_t numel, begin, end;
-  uint32_t seed_key;
 };
 
-// masters, anchors and seeds hold one for each of params, or none.
+// masters and anchors hold one for each of params, or none.
 void adamw_step(const std::vector<Tensor>& params, const std::vector<Tensor>& exp_avgs,
                 const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& masters,
                 const std::vector<Tensor>& grads, const std::vector<Tensor>& anchors, double step, double lr,
-                double grad_scale, const std::vector<int64_t>& seeds, double beta1, double beta2, double eps,
-                double weight_decay, double anchor_decay) {
+                double grad_scale, double beta1, double beta2, double eps, double weight_decay, double anchor_decay) {
   const Numbers numbers{.grad_scale = static_cast<float>(grad_scale),
                         .new1 = static_cast<float>(1 - beta1),
                         .new2 = static_cast<float>(1 - beta2),
@@ -110,20 +92,17 @@ void adamw_step(const std::vector<Tensor>& params, const std::vector<Tensor>& ex
                         .eps = static_cast<float>(eps),
                         .decay = static_cast<float>(lr * weight_decay),
                         .pull = static_cast<float>(lr * anchor_decay)};
-  const bool has_masters = !masters.empty(), has_anchors = !anchors.empty(), at_random = !seeds.empty();
+  const bool has_masters = !masters.empty(), has_anchors = !anchors.empty();
   std::vector<Part> parts;
   int64_t blocks = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const int64_t numel = params[i].numel();
     if (numel == 0) continue;
-    const uint64_t words = at_random ? static_cast<uint64_t>(seeds[i]) : 0;
-    const uint32_t seed_key = mix(mix(mix(static_cast<uint32_t>(words)) + static_cast<uint32_t>(words >> 32)) +
-                                  static_cast<uint32_t>(static_cast<int64_t>(step)));
     const int64_t begin = blocks;
     blocks += (numel + kBlock - 1) / kBlock;
     parts.push_back({Memory(params[i]), Memory(exp_avgs[i]), Memory(exp_avg_sqs[i]),
                      Memory(has_masters ? masters[i] : params[i]), Memory(grads[i]),
-                     Memory(has_anchors ? anchors[i] : params[i]), numel, begin, blocks, seed_key});
+                     Memory(has_anchors ? anchors[i] : params[i]), numel, begin, blocks});
   }
 
   torch::stable::parallel_for(0, blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
@@ -140,12 +119,7 @@ void adamw_step(const std::vector<Tensor>& params, const std::vector<Tensor>& ex
       part->exp_avg.write(first, n, m);
       part->exp_avg_sq.write(first, n, v);
       if (has_masters) part->theta.write(first, n, w);
-      if (at_random) {
-        const uint32_t key = mix(part->seed_key + static_cast<uint32_t>(first >> 32));
-        narrow_at_random(w, part->param.half + first, n, static_cast<uint32_t>(first), key);
-      } else {
-        part->param.write(first, n, w);
-      }
+      part->param.write(first, n, w);
     }
   });
 }
@@ -155,7 +129,7 @@ void adamw_step(const std::vector<Tensor>& params, const std::vector<Tensor>& ex
 STABLE_TORCH_LIBRARY_FRAGMENT(spt_fast, m) {
   m.def(
       "cpu_adamw_step(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, "
-      "Tensor[] grads, Tensor[] anchors, float step, float lr, float grad_scale, int[] seeds, float beta1, "
+      "Tensor[] grads, Tensor[] anchors, float step, float lr, float grad_scale, float beta1, "
       "float beta2, float eps, float weight_decay, float anchor_decay) -> ()");
 }
 

@@ -270,7 +270,7 @@ def _blocks(*tensors: Tensor | None) -> Iterator[list]:
 def _cpu(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Any], numbers: Sequence[float]) -> None:
     step, lr, grad_scale, skip = (None if scalar is None else scalar.item() for scalar in scalars)
     if not skip:
-        native.ops().cpu_adamw_step(*lists, step, lr, grad_scale, [], *numbers)
+        native.ops().cpu_adamw_step(*lists, step, lr, grad_scale, *numbers)
 
 
 # ------------------------------------------------------------------------------------------------ Triton
