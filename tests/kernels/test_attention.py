@@ -14,6 +14,7 @@ from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
     backends_and_dtypes,
+    by_more_than_chance,
     random_tensors,
     run,
     usable,
@@ -118,6 +119,7 @@ CUTS = {
     ("B", "T", "H", "K", "D"),
     [(2, 37, 3, 1, 64), (4, 3, 2, 2, 8), (1, 20, 4, 4, 16), (1, 70, 2, 1, 128), (1, 64, 2, 1, 40)],
 )
+@by_more_than_chance
 def test_as_exact_as_torch(backend: str, dtype: torch.dtype, B: int, T: int, H: int, K: int, D: int) -> None:
     *inputs, upstream = draw(B, T, H, K, D, dtype)
     assert_as_exact_as_torch(
@@ -142,6 +144,7 @@ def test_a_single_position(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
 @pytest.mark.parametrize("window", [None, 3])
+@by_more_than_chance
 def test_documents_as_exact_as_torch(backend: str, dtype: torch.dtype, cuts: list[int], window: int | None) -> None:
     *inputs, upstream = draw(2, 12, 2, 1, 8, dtype)
     assert_as_exact_as_torch(
@@ -166,6 +169,7 @@ def test_documents_as_exact_as_torch(backend: str, dtype: torch.dtype, cuts: lis
         (True, [0, 50, 100], None),
     ],
 )
+@by_more_than_chance
 def test_documents_and_windows_over_many_blocks(
     backend: str, dtype: torch.dtype, causal: bool, cuts: list[int] | None, window: int | None
 ) -> None:
@@ -199,6 +203,7 @@ def test_every_combination_in_float64(
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
+@by_more_than_chance
 def test_scale(backend: str, dtype: torch.dtype) -> None:
     scale = 0.2
     *inputs, upstream = draw(1, 20, 2, 2, 16, dtype)
@@ -247,6 +252,7 @@ def test_padding_harms_nothing_whatever_it_holds(backend: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [dtype for backend, dtype in BACKENDS_AND_DTYPES if backend == "triton"])
 @pytest.mark.parametrize("D", [64, 128])
+@by_more_than_chance
 def test_the_blocks_of_a_gpu(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, D: int) -> None:
     """With the sizes that are launched on an H100, which in the interpreter are smaller."""
     monkeypatch.setattr(attention_triton, "INTERPRETED", False)

@@ -12,6 +12,7 @@ from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
     backends_and_dtypes,
+    by_more_than_chance,
     random_tensors,
     run,
 )
@@ -101,6 +102,7 @@ def test_exact_in_float64(options: dict, reduction: str) -> None:
     ("reduction", "options"), [("mean", 0), ("none", 0), ("sum", 1), ("mean", 2), ("none", 3), ("mean", 3)]
 )
 @pytest.mark.parametrize("shape", [(20, 64, 301), (17, 16, 256), (60, 3, 2)])
+@by_more_than_chance
 def test_as_exact_as_torch(backend: str, dtype: torch.dtype, reduction: str, options: int, shape: tuple) -> None:
     """With ROUNDINGS in float32, which chance may put between two equally exact results: of the sum of exponentials, of
     its logarithm, and of the difference to the target's logit. In half precision the logits' own errors hide them."""
@@ -115,6 +117,7 @@ def test_as_exact_as_torch(backend: str, dtype: torch.dtype, reduction: str, opt
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [case for case in EVERYWHERE if case[0] != "triton" or DEVICE == "cuda"])
+@by_more_than_chance
 def test_as_exact_as_torch_at_a_real_size(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     x, weight, targets, upstream = draw(1100, 128, 2053, dtype)
@@ -156,6 +159,7 @@ def test_all_ignored_is_zero(backend: str, dtype: torch.dtype, reduction: str) -
 
 
 @pytest.mark.parametrize(("backend", "dtype"), EVERYWHERE)
+@by_more_than_chance
 def test_another_ignore_index(backend: str, dtype: torch.dtype) -> None:
     x, weight, targets, upstream = draw(30, 4, 9, dtype)
     targets[targets < 0] = 3

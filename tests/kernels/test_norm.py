@@ -11,6 +11,7 @@ from spt_fast.kernels import add_rms_norm, norm, rms_norm
 from tests.kernels.compare import (
     assert_as_exact_as_torch,
     backends_and_dtypes,
+    by_more_than_chance,
     random_tensors,
     run,
 )
@@ -46,6 +47,7 @@ class TestContract(Contract):
 
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "cpu", "triton"))
 @pytest.mark.parametrize("shape", [(64, 384), (3, 5, 127), (2, 3, 4, 64), (257, 33), (384,), (300, 1000)])
+@by_more_than_chance
 def test_as_exact_as_torch(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, residual, up, up2 = random_tensors([shape] * 4, dtype)
     (weight,) = random_tensors([shape[-1:]], dtype)
