@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer import Argument, Option
 
 from spt_fast import __version__
@@ -36,7 +35,7 @@ from spt_fast.flags import (
     count,
     share,
 )
-from spt_fast.printing import as_json, print_facts, print_table
+from spt_fast.printing import as_json, print_facts, print_table, readable_anywhere, terminal
 
 app = typer.Typer(
     cls=Commands,
@@ -50,7 +49,7 @@ checkpoint_app = typer.Typer(cls=Commands, help="Checkpoints of a run.", no_args
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(checkpoint_app, name="checkpoint")
 
-out = Console(highlight=False)
+out = terminal()
 
 
 def main() -> None:
@@ -59,7 +58,9 @@ def main() -> None:
     SIGTERM interrupts as Ctrl-C does, so that what is half-written is removed; training takes both over and saves.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    me = "spt-fast" if os.environ.get("WORLD_SIZE", "1") == "1" else f"spt-fast, process {os.environ.get('RANK', '0')}"
+    readable_anywhere()
+    rank = os.environ.get("RANK")
+    me = "spt-fast" if rank is None or os.environ.get("WORLD_SIZE", "1") == "1" else f"spt-fast, process {rank}"
     try:
         app()
     except FailedElsewhere:
@@ -117,7 +118,7 @@ def tokenizer_train(
     from spt_fast.data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(inputs, vocab_size, out_file, text_key=text_key, skip_bad=skip_bad)
-    out.print(f"{out_file}: {tokenizer.vocab_size:,} ids, end of text {tokenizer.eos_id}")
+    out.print(f"{out_file}: {tokenizer.vocab_size:,} ids, end of text {tokenizer.eos_id}", soft_wrap=True)
 
 
 @app.command()
@@ -333,7 +334,7 @@ def sweep(
     if (gpu, mfu, per_gpu_hour) != (None, None, None):
         raise typer.BadParameter("--gpu, --mfu and --price say what a study would take: add --dry-run")
     workers = sweeping.workers_of(loaded, jobs, cluster, cluster_options or [])
-    table, outcome = sweeping.sweep(loaded, Console(stderr=True, highlight=False), workers=workers)
+    table, outcome = sweeping.sweep(loaded, terminal(stderr=True), workers=workers)
     facts = sweeping.facts_of(loaded, table, outcome)
     _print_json(facts) if as_json else print_facts(out, loaded.study, facts)
     if outcome.interrupted:
@@ -458,7 +459,7 @@ def export_weights(
     from spt_fast.train.weights import export
 
     export(weights, out_folder, tokenizer)
-    out.print(f"{out_folder}: load it with AutoModelForCausalLM.from_pretrained")
+    out.print(f"{out_folder}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True)
 
 
 @app.command("import")
@@ -470,7 +471,7 @@ def import_weights(
     from spt_fast.model.gpt import GPT
 
     GPT.from_hf(folder).save_hf(out_folder)
-    out.print(f"{out_folder}: name it in a recipe as `init: {out_folder}`")
+    out.print(f"{out_folder}: name it in a recipe as `init: {out_folder}`", soft_wrap=True)
 
 
 @app.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
@@ -25,11 +27,25 @@ def as_json(result: Any) -> Any:
     return None if isinstance(result, float) and not math.isfinite(result) else result
 
 
+def readable_anywhere() -> None:
+    """Write what the terminal's encoding lacks as an escape (\\u2192), instead of ending there."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Where people read: names are printed as they are, brackets and colons included."""
+    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+
+
 def print_table(
     console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, show_header: bool = True
 ) -> None:
     """A row of cells each; what is unknown (None) is n/a."""
-    table = Table(*columns, title=title, title_justify="left", show_header=show_header)
+    if title:
+        console.print(title, style="table.title", soft_wrap=True)
+    table = Table(*columns, show_header=show_header)
     for row in rows:
         table.add_row(*map(_written, row))
     console.print(table)

@@ -94,15 +94,15 @@ def interval(loss: Interval) -> str:
 
 
 def print_advice(advice: Advice, console: Console) -> None:
-    console.print(advice.decision.says, style="bold", highlight=False)
+    console.print(advice.decision.says, style="bold")
     for line in findings(advice):
-        console.print(f"- {line}", highlight=False)
+        console.print(f"- {line}")
     for table in (shares_table(advice), effects_table(advice), accounts_table(advice), facts_table(advice)):
         if table:
             console.print(table)
     rates = advice.learning_rates
-    console.print(f"phases to paste; learning rates are {rates}; prefixes and tokenizer are yours:\n", highlight=False)
-    console.print(advice.recipe, highlight=False, markup=False)
+    console.print(f"phases to paste; learning rates are {rates}; prefixes and tokenizer are yours:\n")
+    console.print(advice.recipe, soft_wrap=True)
 
 
 def findings(advice: Advice) -> list[str]:

@@ -126,7 +126,7 @@ class _Progress(Progress):
 
     def __init__(self, name: str, total_bytes: int | None, *, disable: bool) -> None:
         super().__init__(
-            TextColumn("prepare {task.description}"),
+            TextColumn("prepare {task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TextColumn("{task.fields[mb_per_s]:.1f} MB/s of text"),

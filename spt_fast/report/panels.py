@@ -14,16 +14,13 @@ from io import StringIO
 from itertools import cycle
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from spt_fast.laws import Law
 from spt_fast.study.crossover import ARMS, THRESHOLD, Crossover, Subset
+from spt_fast.study.drawing import PLAIN, Axes, Figure, FuncFormatter, LogLocator, NullFormatter, mpl
 from spt_fast.study.figures import NPT_COLOUR, SPT_COLOURS
 from spt_fast.study.words import amount, percent
 
@@ -38,6 +35,7 @@ VARIABLES = {
 }
 WIDTH_IN, HEIGHT_IN = 4.8, 3.3
 STYLE: dict[Any, Any] = {
+    **PLAIN,
     "svg.fonttype": "none",
     "svg.hashsalt": "",
     "font.size": 9,

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from spt_fast.report import panels
 from spt_fast.report.decision import RunsDecision, by_setting, setting_name, titled, with_shares
 from spt_fast.report.panels import Panel, panel
 from spt_fast.study.crossover import crossovers
+from spt_fast.study.drawing import Axes
 from spt_fast.study.figures import draw_plane
 from spt_fast.study.findings import group_name
 from spt_fast.study.fits import Fitted

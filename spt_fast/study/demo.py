@@ -18,6 +18,7 @@ from rich.console import Console
 from spt_fast.config import load_recipe
 from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
+from spt_fast.printing import terminal
 from spt_fast.study.compare import Comparison, compare
 from spt_fast.study.corpora import write_domain, write_general
 from spt_fast.study.figures import write
@@ -53,7 +54,7 @@ def demo(out: Path, scale: Scale | None = None) -> Comparison:
     Exits the process with code 75 when interrupted: what was done is saved, and the same call goes on with it.
     """
     out, scale = Path(out), scale or Scale()
-    console = Console(highlight=False)
+    console = terminal()
     began_s = time.monotonic()
     console.print(
         "Specialized pretraining (SPT) mixes a scarce domain into pretraining from the first step; standard "
@@ -87,15 +88,17 @@ def prepare_data(folder: Path, scale: Scale, console: Console) -> None:
     for name, (write_text, limit_bytes) in writers.items():
         if not texts[name].exists():
             size_bytes = write_text(texts[name], limit_bytes)
-            console.print(f"{texts[name]}: {size_bytes / 1e6:.1f} MB of text")
+            console.print(f"{texts[name]}: {size_bytes / 1e6:.1f} MB of text", soft_wrap=True)
     if not tokenizer_file.exists():
         train_tokenizer(list(texts.values()), scale.vocab_size, tokenizer_file)
-        console.print(f"{tokenizer_file}: {scale.vocab_size:,} byte pairs")
+        console.print(f"{tokenizer_file}: {scale.vocab_size:,} byte pairs", soft_wrap=True)
     for name, heldout in ((GENERAL, Fraction(1, 20)), (DOMAIN, Fraction(1, 2))):
         if not (folder / f"{name}.heldout.json").exists():
             made = prepare(texts[name], folder / name, Tokenizer.load(tokenizer_file), heldout=heldout, progress=False)
             assert made.heldout is not None
-            console.print(f"{folder / name}: {made.tokens:,} tokens, {made.heldout.tokens:,} more held out")
+            console.print(
+                f"{folder / name}: {made.tokens:,} tokens, {made.heldout.tokens:,} more held out", soft_wrap=True
+            )
 
 
 def write_recipes(out: Path, scale: Scale) -> list[Path]:

@@ -13,11 +13,9 @@ from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from spt_fast.printing import as_json
 from spt_fast.study.compare import Comparison, Finetune
+from spt_fast.study.drawing import PLAIN, Axes, Figure, mpl
 from spt_fast.study.finetunes import Treatment
 from spt_fast.study.runs import FinetunePath
 
@@ -36,6 +34,7 @@ def write(comparison: Comparison, out_folder: str | Path) -> None:
     draw_comparison(comparison, out_folder / "comparison.png")
 
 
+@mpl.rc_context(PLAIN)
 def draw_comparison(comparison: Comparison, path: Path) -> None:
     """Draw the arms of the compared budget as a PNG, 1600 pixels wide."""
     arms = {arm: list(runs.values()) for arm, runs in comparison.compared.items()}

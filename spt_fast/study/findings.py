@@ -21,9 +21,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """The arms as a table, then what can be said about them."""
     console.print(arm_table(comparison))
     for line in findings(comparison):
-        console.print(f"- {line}", highlight=False)
+        console.print(f"- {line}")
     for warning in comparison.warnings:
-        console.print(f"warning: {warning}", highlight=False)
+        console.print(f"warning: {warning}")
 
 
 def arm_table(comparison: Comparison) -> Table:

@@ -226,9 +226,9 @@ class _Display:
         self._began_s = self._last_line_s = time.monotonic()
         self._share_before = self._share(set(unfinished), {path: progress_of(recipes[path]) for path in unfinished})
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}% {task.fields[says]}"),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[says]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from spt_fast.errors import CheckpointError
+from spt_fast.printing import terminal
 
 PLAIN_LINE_EVERY_S = 15.0
 
@@ -29,16 +29,16 @@ class Display:
     """How far work has come: a progress bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, progress: bool) -> None:
-        self._console = Console(quiet=not progress, stderr=True)
+        self._console = terminal(quiet=not progress, stderr=True)
         self._last_line = 0.0
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total} steps"),
             TextColumn("{task.fields[figures]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[more]}"),
+            TextColumn("{task.fields[more]}", markup=False),
             console=self._console,
             disable=not (progress and self._console.is_terminal),
         )
@@ -47,7 +47,7 @@ class Display:
 
     def say(self, message: str) -> None:
         """One line to the user, above the progress bar."""
-        self._bar.console.print(message, highlight=False, soft_wrap=True)
+        self._bar.console.print(message, soft_wrap=True)
 
     def begin(self, title: str, step: int, steps: int) -> None:
         """New work, of which `step` of `steps` steps are done already."""

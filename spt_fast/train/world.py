@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spt_fast.errors import FailedElsewhere, RecipeError
+from spt_fast.errors import FailedElsewhere, RecipeError, invalid
 
 Result = TypeVar("Result")
 
@@ -117,14 +118,14 @@ def join_world(*, process_group: bool) -> World:
     """This process's place among those that the launcher started (RANK, WORLD_SIZE, LOCAL_RANK; alone without them).
 
     `process_group`: set up torch.distributed even for a process alone, as DeepSpeed needs it.
-    RecipeError where there are more processes on this host than GPUs.
+    RecipeError where there are more processes on this host than GPUs, or the launcher's variables are set by half.
     """
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in os.environ:
         raise RecipeError(
             "launch: srun started several processes that would not know of each other; start one a host, torchrun, "
             "which starts the rest (docs/distributed.md)"
         )
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCHED)
+    rank, size, local_rank = _launched()
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise RecipeError(
@@ -144,7 +145,26 @@ def join_world(*, process_group: bool) -> World:
     return World(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
 
 
-_LAUNCHED = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+def _launched() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK."""
+    values = []
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        given = os.environ.get(name) or str(default)
+        if not re.fullmatch("[0-9]{1,9}", given):
+            raise RecipeError(invalid(name, given, f"a whole number, as torchrun sets it; unset {name} to train alone"))
+        values.append(int(given))
+    rank, size, local_rank = values
+    together = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in together if not os.environ.get(name)]
+    if missing and (rank, size) != (0, 1):
+        given = " and ".join(name for name in together[:2] if name not in missing)
+        raise RecipeError(
+            f"launch: {', '.join(missing)} missing beside {given}; start with torchrun, which sets all of them, or "
+            f"unset {given} to train alone"
+        )
+    if rank >= size:
+        raise RecipeError(invalid("RANK", rank, f"below WORLD_SIZE ({size}), as torchrun sets it"))
+    return rank, size, local_rank
 
 
 def _attempt() -> str:

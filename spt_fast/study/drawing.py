@@ -1,0 +1,24 @@
+"""matplotlib as the pictures use it: drawn to files, which takes no backend, and names written as they are.
+
+Jupyter hands its backend on in MPLBACKEND to all that it starts, and matplotlib can't be imported where the package of
+that backend isn't installed.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+try:
+    import matplotlib as mpl
+except ValueError:
+    del os.environ["MPLBACKEND"]
+    import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+__all__ = ["PLAIN", "Axes", "Figure", "FuncFormatter", "LogLocator", "NullFormatter", "mpl"]
+
+PLAIN: dict[Any, Any] = {"text.parse_math": False}
+"""For `mpl.rc_context`: a dollar in a name begins no formula."""

@@ -1,0 +1,107 @@
+"""Names and signs that a terminal, a picture or a board could read as something else: each shows them as they are."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from spt_fast import cli
+from spt_fast.printing import print_facts, readable_anywhere, terminal
+from spt_fast.report.panels import panel
+from spt_fast.study.compare import compare
+from spt_fast.study.figures import draw_comparison
+from spt_fast.train.metrics import Display
+from tests import tiny
+from tests.study.fake_runs import fake_run
+
+ROOT = Path(__file__).parents[1]
+ODD = ("chem[small]", "d[/v2]", ":smile:", "[red]x", "a/b", "$x_{", "<b>&amp;", "-", "50%")
+
+
+def test_a_table_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    long = "/".join(ODD * 3)
+    print_facts(terminal(), long, dict.fromkeys(ODD, "d[/v2]"))
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0] == long  # neither wrapped nor cut
+    assert all(name in shown for name in ODD)
+
+
+def test_progress_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Console, "is_terminal", property(lambda _: True))
+    monkeypatch.setenv("COLUMNS", "200")
+    display = Display(progress=True)
+    display.begin("d[/v2]", 0, 2)
+    display.show(1, "loss 1", " · held out: chem[small] 1.000")
+    display.say("warning: a[/b]")
+    display.close()
+    shown = capsys.readouterr().err
+    assert all(words in shown for words in ("d[/v2]", "held out: chem[small] 1.000", "warning: a[/b]"))
+
+
+def test_every_line_goes_through_a_terminal_without_markup() -> None:
+    sources = {path: path.read_text() for path in (ROOT / "spt_fast").rglob("*.py")}
+    assert {path.name for path, text in sources.items() if re.search(r"\bConsole\(", text)} <= {
+        "printing.py",
+        "prepare.py",
+    }
+    columns = [call for text in sources.values() for call in re.findall(r"TextColumn\(.*", text)]
+    names = [call for call in columns if re.search(r"task\.(description|fields\[(more|says)\])", call)]
+    assert len(names) > 3
+    assert all("markup=False" in call for call in names)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_the_sign_gets_its_escape(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    readable_anywhere()
+    print_facts(terminal(), "memory (→ this recipe)", {"δ": "\udcff"})
+    sys.stdout.flush()
+    assert b"memory (\\u2192 this recipe)" in written.getvalue()
+    assert b"\\u03b4" in written.getvalue()
+    assert b"\\udcff" in written.getvalue()
+
+
+def test_a_run_of_sources_with_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained, evaluated, audited; on the board each under its own tag."""
+    tiny.write_corpora(tmp_path)
+    raw = tiny.raw_recipe(tmp_path, "run[/x] $y_{")
+    names = [name for name in ODD if name != "-"]
+    raw["sources"] = {name: raw["sources"]["general"] for name in names}
+    phase = raw["phases"][0] | {"tokens": 8 * tiny.CONTEXT, "mixture": dict.fromkeys(names, f"1/{len(names)}")}
+    raw["phases"] = [phase | {"eval": {"every": "100%", "tokens": 32}}]
+    recipe = tiny.write_recipe(tmp_path, raw)
+    run = Path(raw["run"])
+    for words in (["plan", recipe], ["train", recipe], ["audit", run], ["eval", run, "--data", tmp_path / "general"]):
+        monkeypatch.setattr(sys, "argv", ["spt-fast", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert not exit_.value.code
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert {f"heldout/{name}" for name in names} <= set(board.Tags()["scalars"])
+
+
+def test_a_dollar_in_a_name_begins_no_formula(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / "a", [(7.0, 5.0), (6.0, 6.0)]), fake_run(tmp_path / "b", [(6.0, 5.0), (5.0, 6.0)])]
+    draw_comparison(replace(compare(runs[:1]), domain="$x_{$", general="<b>"), tmp_path / "c.png")
+    drawn = panel("$x_{$", "<b>", lambda axes: axes.set_ylabel("held-out $x_{$ <b>"))
+    assert "held-out $x_{$ &lt;b&gt;" in drawn.svg
+
+
+def test_pictures_need_no_backend() -> None:
+    """matplotlib is imported in one place, which holds where the backend that a notebook names isn't installed."""
+    importing = [path.name for path in (ROOT / "spt_fast").rglob("*.py") if "import matplotlib" in path.read_text()]
+    importing += [path.name for path in (ROOT / "spt_fast").rglob("*.py") if "from matplotlib" in path.read_text()]
+    assert set(importing) == {"drawing.py"}
+    environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", "import spt_fast.study.drawing"], env=environment, check=True)

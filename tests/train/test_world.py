@@ -1,0 +1,37 @@
+"""A process's place among those that a launcher started."""
+
+from __future__ import annotations
+
+import pytest
+
+from spt_fast.errors import RecipeError
+from spt_fast.train.world import join_world
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "8"}, "launch: RANK, MASTER_ADDR, MASTER_PORT missing beside WORLD_SIZE; start with torchrun"),
+        ({"RANK": "3"}, "launch: WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing beside RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "launch: MASTER_ADDR, MASTER_PORT missing beside RANK and WORLD_SIZE"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            r"RANK: 2 is invalid: below .*\(2\)",
+        ),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is invalid: a whole number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: '-1' is invalid: a whole number"),
+    ],
+)
+def test_a_launchers_variables_that_are_set_by_half(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=said):
+        join_world(process_group=False)
+
+
+def test_a_world_of_one_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "")
+    assert (join_world(process_group=False).rank, join_world(process_group=False).size) == (0, 1)
