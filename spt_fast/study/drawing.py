@@ -7,13 +7,19 @@ that backend isn't installed.
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
 from typing import Any
 
-try:
-    import matplotlib as mpl
-except ValueError:
-    del os.environ["MPLBACKEND"]
-    import matplotlib as mpl
+if "matplotlib" not in sys.modules:
+    backend = os.environ.pop("MPLBACKEND", "")
+    import matplotlib
+
+    if backend:
+        os.environ["MPLBACKEND"] = backend
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
