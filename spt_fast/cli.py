@@ -202,6 +202,7 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     resume: Resume = False,
+    verify: Annotated[bool, Option(help="Compare every block of the datasets with its hash, not only some.")] = False,
     dry_run: Annotated[bool, Option(help="Check everything and try a step of every phase, in memory only.")] = False,
 ) -> None:
     """Train all phases of a recipe."""
@@ -211,11 +212,11 @@ def train(
 
     loaded = load_recipe(recipe, overrides or ())
     if dry_run:
-        trials = trying.dry_run(loaded)
+        trials = trying.dry_run(loaded, verify=verify)
         if _is_first():
             trying.print_trials(trials, out)
         return
-    summary = run(loaded, resume=resume)
+    summary = run(loaded, resume=resume, verify=verify)
     if summary["status"] == "stopped":
         raise _stopped(summary["reason"])
     if _is_first():

@@ -373,7 +373,10 @@ class Recipe:
         return plain(self)
 
     def changes(self, other: Recipe) -> list[str]:
-        """What differs in `other` and would change what the run computes: "phases.0.tokens: 20000000 → 30000000"."""
+        """What differs in `other` and would change what the run computes: "phases.0.tokens: 20000000 → 30000000".
+
+        Another path to data, a tokenizer or weights is no change: these are known by their digests.
+        """
         harmless = ("run", "log", "checkpoint", "engine")
         shapes = [plain(recipe.model) if self.init else recipe.model.with_defaults() for recipe in (self, other)]
         mine, theirs = (_flat({**recipe.plain(), "model": m}) for recipe, m in zip((self, other), shapes, strict=True))
@@ -382,7 +385,12 @@ class Recipe:
             for key in sorted(mine.keys() | theirs.keys())
             if (key == "engine.fp8" or key.split(".")[0] not in harmless)
             and mine.get(key, "absent") != theirs.get(key, "absent")
+            and not (_KNOWN_BY_DIGEST.fullmatch(key) and mine.get(key) and theirs.get(key))
         ]
+
+
+_KNOWN_BY_DIGEST = re.compile(r"tokenizer|init|sources\..+\.(train|heldout)", re.DOTALL)
+"""Fields with paths."""
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:

@@ -133,6 +133,11 @@ def sampled_digest(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def is_sampled_whole(path: Path) -> bool:
+    """Whether `sampled_digest` reads all of the file."""
+    return path.stat().st_size <= _SAMPLES * _SAMPLE_BYTES
+
+
 def _locate(prefix: Path) -> Path:
     """The file that `prefix` names: itself, PREFIX.bin or PREFIX.npy; for PREFIX.idx and PREFIX.json, PREFIX.bin."""
     if prefix.suffix in (".idx", ".json"):

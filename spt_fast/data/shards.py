@@ -26,6 +26,8 @@ from spt_fast.files import sync
 FORMAT = "spt_fast tokens"
 VERSION = 1
 BLOCK_BYTES = 64 << 20
+SAMPLED_BLOCKS = 4
+"""Blocks that are hashed where a glance must do."""
 END_DTYPE = np.dtype("<i8")  # u64 on disk: below 2^63 the same bytes, and int64 mixes with Python's and NumPy's ints
 
 _READ_BYTES = 1 << 20
@@ -64,6 +66,12 @@ class TokenDataset:
     @property
     def num_documents(self) -> int | None:
         return None if self.document_ends is None else len(self.document_ends)
+
+    @property
+    def modified_ns(self) -> int:
+        """When its files were last written, in nanoseconds since 1970."""
+        siblings = [self.path, self.path.with_suffix(".idx"), Path(f"{self.path}.index")]
+        return max(path.stat().st_mtime_ns for path in siblings if path.exists())
 
     @classmethod
     def open(cls, prefix: str | os.PathLike[str], dtype: str | None = None) -> TokenDataset:
@@ -139,24 +147,27 @@ class TokenDataset:
         digest = _sha256_of([self.digest, "first", tokens])
         return replace(self, tokens=self.tokens[:tokens], document_ends=ends, num_bytes=None, digest=digest)
 
-    def verify(self) -> None:
-        """Hash the files again (of a limited dataset, the whole files), reading them without a map.
+    def verify(self, most_blocks: int | None = None) -> bool:
+        """Hash the files again (of a limited dataset, the whole files), reading them without a map; of more than
+        `most_blocks` blocks only so many, the first and the last among them. Returns whether every byte is known to be
+        what it was.
 
         Raises DataError naming the damaged block of .bin, or the .idx. Foreign formats record no hashes: their sizes
         were compared with their headers at open, and nothing more can be checked here.
         """
         if self.metadata is None:
-            return
+            return formats.is_sampled_whole(self.path)
         bin_path, idx_path, json_path = files_of(base_prefix(self.path))
         block_bytes, expected = self.metadata["block_bytes"], self.metadata["blocks_sha256"]
         size = self.metadata["num_tokens"] * self.tokens.dtype.itemsize
         formats.check_size(bin_path, size, str(json_path))
         if len(expected) != -(-size // block_bytes):
             raise DataError(f"{json_path} was edited: it has {len(expected)} block hashes; prepare the dataset again")
+        most = len(expected) if most_blocks is None else min(most_blocks, len(expected))
+        blocks = np.unique(np.linspace(0, len(expected) - 1, most).astype(np.int64)).tolist()
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            starts = range(0, size, block_bytes)
-            digests = pool.map(lambda start: _sha256_of_stretch(bin_path, start, block_bytes), starts)
-            damaged = [i for i, digest in enumerate(digests) if digest != expected[i]]
+            digests = pool.map(lambda i: _sha256_of_stretch(bin_path, i * block_bytes, block_bytes), blocks)
+            damaged = [i for i, digest in zip(blocks, digests, strict=True) if digest != expected[i]]
         if damaged:
             first = damaged[0] * block_bytes
             named = ", ".join(map(str, damaged[:8])) + (", ..." if len(damaged) > 8 else "")
@@ -164,10 +175,14 @@ class TokenDataset:
                 f"{bin_path} is damaged: block {named} of {len(expected)} lacks the sha256 that {json_path} gives "
                 f"(the first is bytes {first:,} to {min(first + block_bytes, size):,}); copy or prepare it again"
             )
-        if _sha256_of_stretch(idx_path, 0, idx_path.stat().st_size) != self.metadata["idx_sha256"]:
+        idx_bytes = idx_path.stat().st_size
+        if most_blocks is not None and idx_bytes > most_blocks * block_bytes:
+            return False
+        if _sha256_of_stretch(idx_path, 0, idx_bytes) != self.metadata["idx_sha256"]:
             raise DataError(
                 f"{idx_path} is damaged: its sha256 is not the one in {json_path}; copy or prepare it again"
             )
+        return most == len(expected)
 
 
 class DatasetWriter:

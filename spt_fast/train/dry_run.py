@@ -46,8 +46,8 @@ class Trial:
     """Of all its steps and evaluations at this pace."""
 
 
-def dry_run(recipe: Recipe) -> list[Trial]:
-    """Try every phase. Writes nothing.
+def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
+    """Try every phase. Writes nothing. `verify`: compare all blocks of the datasets with their hashes, not only some.
 
     Raises what `run` would raise before its first step; RecipeError where memory doesn't suffice, with the settings
     that would change that.
@@ -55,6 +55,7 @@ def dry_run(recipe: Recipe) -> list[Trial]:
     world = join(recipe.engine)
     device = world.device
     plan = make_plan(recipe, world=world.size)
+    world.on_first(lambda: plan.check_files(None, verify=verify))
     machine = Machine.of(recipe, gpus=world.size)
     grown_before = _peak_bytes(device)
     model = plan.starting_model()

@@ -48,6 +48,10 @@ def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[st
     return True
 
 
+TOKENIZER = "tokenizer.tiktoken"
+"""The file of a run, of weights and of an export that holds the tokenizer."""
+
+
 def summary_of(run: Path) -> dict[str, Any] | None:
     """summary.json of a run, None where it has none yet; CheckpointError where it cannot be read."""
     path = run / "summary.json"

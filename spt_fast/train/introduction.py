@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ class Resumed:
 
     checkpoint: Checkpoint
     state: SavedState
+    warnings: Sequence[str] = ()
+    """About what it cannot know."""
 
 
 def introduction(
@@ -47,6 +49,7 @@ def introduction(
         return
     yield from (f"skipped a damaged checkpoint: {reason}" for reason in resumed.checkpoint.skipped.values())
     yield f"resuming from {resumed.checkpoint.path.name}"
+    yield from (f"warning: {warning}" for warning in resumed.warnings)
     if changed := _changes(resumed.state.compute, engine, backends):
         yield f"warning: other kernels or processes than so far, so not bit-identical: {', '.join(changed)}"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -328,7 +329,8 @@ class Trainer:
             state.metrics_bytes = self.log.sync()
             state.seconds, state.train_seconds = self.seconds(), arm.clock.total_s
             compute = Compute(_dtype(self.engine.dtype), self.backends, self.engine.describe())
-            content = SavedState(self.engine.config, state, self.plan.digests(), compute).plain()
+            data, texts = self.plan.digests(), self.plan.known_texts()
+            content = SavedState(self.engine.config, state, data, compute, texts, os.getcwd()).plain()
             snapshots = {**self.snapshots, "current": self.engine.snapshot(state=True)}
             best = self.plan.recipe.checkpoint.keep_best and state.at_best
             failed = self.writer.save(state.name, content, snapshots, best=best)
@@ -355,6 +357,7 @@ class Trainer:
             "seconds": round(self.seconds(), 2),
             "skipped_steps": self.state.skipped,
             "data": self.plan.digests(),
+            "directory": os.getcwd(),
             "phases": plain(self.state.finished),
         }
         if self.world.is_first:

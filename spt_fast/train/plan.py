@@ -17,12 +17,13 @@ from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
 from spt_fast.data.order import SampleOrder, check_every_source_is_drawn
 from spt_fast.data.ring import Ring
-from spt_fast.data.shards import TokenDataset
+from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.kernels import fp8
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.train.weights import load_model, read_config
+from spt_fast.train.state import KnownText
+from spt_fast.train.weights import digest_of, load_model, read_config
 from spt_fast.train.world import World, pick_device
 
 VOCABULARY_MULTIPLE = 64
@@ -88,6 +89,8 @@ class Plan:
     recipe: Recipe
     model: GPTConfig
     tokenizer: Tokenizer | None
+    init_digest: str | None
+    """Of the weights that `init` names."""
     train: dict[str, TokenDataset]
     heldout: dict[str, TokenDataset]
     rings: dict[str, Ring]
@@ -122,11 +125,22 @@ class Plan:
             device=world.device,
         )
 
-    def digests(self) -> dict[str, str]:
-        """What identifies the content of every dataset, by recipe field."""
-        return {f"sources.{name}.train": data.digest for name, data in self.train.items()} | {
-            f"sources.{name}.heldout": data.digest for name, data in self.heldout.items()
+    @property
+    def texts(self) -> dict[str, TokenDataset]:
+        """Every dataset, by recipe field."""
+        return {f"sources.{name}.train": data for name, data in self.train.items()} | {
+            f"sources.{name}.heldout": data for name, data in self.heldout.items()
         }
+
+    def digests(self) -> dict[str, str]:
+        """What identifies the content of every dataset, the tokenizer and the starting weights, by recipe field."""
+        others = {"tokenizer": self.tokenizer_digest, "init": self.init_digest}
+        return {field: data.digest for field, data in self.texts.items()} | {
+            field: digest for field, digest in others.items() if digest
+        }
+
+    def known_texts(self) -> dict[str, KnownText]:
+        return {field: KnownText(data.num_tokens, data.modified_ns) for field, data in self.texts.items()}
 
     @property
     def tokenizer_digest(self) -> str | None:
@@ -136,13 +150,38 @@ class Plan:
         return next((data.tokenizer_digest for data in self.train.values() if data.tokenizer_digest), None)
 
     def check_same_data(self, recorded: Mapping[str, str], where: Path) -> None:
-        """DataError for a dataset whose content is not what `recorded`, the `digests` kept at `where`, says."""
+        """DataError for a dataset, tokenizer or starting weights that aren't what `recorded`, the `digests` kept at
+        `where`, says."""
         for field, digest in self.digests().items():
-            if recorded[field] != digest:
+            if recorded.get(field, digest) != digest:
+                what = {"init": "weights", "tokenizer": "tokens"}.get(field, "text")
                 raise DataError(
-                    f"{field}: holds other text than when {where} was written; put the old dataset back, or start a "
+                    f"{field}: holds other {what} than when {where} was written; put the old {what} back, or start a "
                     "run of another name"
                 )
+
+    def unrecorded(self, recorded: Mapping[str, str]) -> list[str]:
+        """Warnings: what a checkpoint of an earlier version doesn't know."""
+        return [
+            f"{field}: the checkpoint is of an earlier version and doesn't record it; it is taken to be the same"
+            for field in self.digests()
+            if field not in recorded
+        ]
+
+    def check_files(self, before: Mapping[str, KnownText] | None, *, verify: bool) -> list[str]:
+        """Compare every dataset with its hashes: some blocks of it, or all with `verify`.
+
+        before: the datasets as they were at the checkpoint that a run goes on from. Returns warnings: files that may
+        have been written since, and were not compared as a whole. DataError for a dataset that is damaged.
+        """
+        warnings = []
+        for field, data in self.texts.items():
+            whole = data.verify(None if verify else SAMPLED_BLOCKS)
+            if whole or before is None or (field in before and before[field].modified_ns == data.modified_ns):
+                continue
+            remedy = f"{data.format} files record no hashes" if data.metadata is None else "`verify=True` compares all"
+            warnings.append(f"{field}: only parts of {data.path} were compared with what was trained on; {remedy}")
+        return warnings
 
     def starting_model(self) -> GPT:
         """Fresh weights by the recipe's seed, or those that `init` names, or of these the embedding; on the CPU."""
@@ -190,8 +229,10 @@ class Plan:
         return found
 
 
-def make_plan(recipe: Recipe, *, world: int = 1) -> Plan:
+def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = None) -> Plan:
     """Open what the recipe names and check that every phase can be trained as written.
+
+    tokenizer: the recipe's, where it is known already.
 
     Raises RecipeError or DataError, naming the field or file: a dataset that doesn't open or was made with another
     tokenizer, an id beyond the vocabulary, a corpus shorter than a window, a source whose share gives it no sample,
@@ -201,7 +242,9 @@ def make_plan(recipe: Recipe, *, world: int = 1) -> Plan:
         raise RecipeError("engine.cuda_graphs: there is no GPU here; set it to false")
     if recipe.engine.fp8 and (problem := fp8.obstacle(pick_device())):
         raise RecipeError(f"engine.fp8: {problem}; set it to false, or take a newer GPU")
-    tokenizer = Tokenizer.load(recipe.tokenizer) if recipe.tokenizer else None
+    if recipe.tokenizer and tokenizer is None:
+        tokenizer = Tokenizer.load(recipe.tokenizer)
+    init_digest = digest_of(Path(recipe.init)) if recipe.init else None
     train, heldout = {}, {}
     for name, source in recipe.sources.items():
         train[name] = TokenDataset.open(source.train, source.dtype)
@@ -250,7 +293,7 @@ def make_plan(recipe: Recipe, *, world: int = 1) -> Plan:
                         "or prepare the text with `spt-fast prepare`"
                     )
         phases.append(PhasePlan(index, phase, mixture, steps, tokens_per_step))
-    return Plan(recipe, model, tokenizer, train, heldout, rings, tuple(phases))
+    return Plan(recipe, model, tokenizer, init_digest, train, heldout, rings, tuple(phases))
 
 
 def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: Tokenizer | None) -> None:

@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 
-from spt_fast.config import Recipe
+from spt_fast.config import Model, Recipe
+from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.errors import DataError, RecipeError
 from spt_fast.files import write_text
 from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.engines import join
 from spt_fast.train.evaluate import Interrupted
-from spt_fast.train.folder import is_begun, recipe_of, summary_of
+from spt_fast.train.folder import TOKENIZER, is_begun, recipe_of, summary_of
 from spt_fast.train.introduction import Resumed
 from spt_fast.train.loop import Trainer
-from spt_fast.train.plan import make_plan
+from spt_fast.train.plan import Plan, make_plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
 from spt_fast.train.watch import Watch
 from spt_fast.train.world import use_deterministic_algorithms
 
 
-def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress: bool = True) -> dict[str, Any]:
     """Train every phase of the recipe; returns summary.json as a dict.
 
     `resume` goes on from the newest whole checkpoint in the run folder, or starts afresh where there is nothing to
-    resume. Every process that a launcher started calls this. SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 in any of them ends
-    the run at the next safe place with a checkpoint and `status: stopped`. Raises RecipeError, DataError or
-    CheckpointError for what a user can mend.
+    resume. Datasets are compared with their hashes first: some blocks of each, or with `verify` all. Every process that
+    a launcher started calls this. SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 in any of them ends the run at the next safe
+    place with a checkpoint and `status: stopped`. Raises RecipeError, DataError or CheckpointError for what a user can
+    mend.
     """
     if recipe.engine.deterministic:
         use_deterministic_algorithms()
@@ -41,13 +45,17 @@ def run(recipe: Recipe, *, resume: bool = False, progress: bool = True) -> dict[
     finished = world.on_first(lambda: _check_folder(folder, recipe, resume))
     if finished:
         return finished
-    plan = world.everywhere(lambda: make_plan(recipe, world=world.size))
     found = world.on_first(lambda: checkpoint.newest(folder / "checkpoints") if resume else None)
-    resumed = Resumed(found, SavedState.read(found.state, found.path)) if found else None
+    state = SavedState.read(found.state, found.path) if found else None
+    plan = world.everywhere(lambda: _plan(folder, recipe, state, world.size))
+    if found and state:
+        where = found.path
+        world.everywhere(lambda: plan.check_same_data(state.data, where))
+    warnings = world.on_first(lambda: plan.check_files(state.texts if state else None, verify=verify))
+    resumed = Resumed(found, state, [*warnings, *plan.unrecorded(state.data)]) if found and state else None
     if resumed:
-        world.everywhere(lambda: plan.check_same_data(resumed.state.data, resumed.checkpoint.path))
         world.on_first(lambda: checkpoint.set_aside(resumed.checkpoint.skipped))
-    world.on_first(lambda: _begin_folder(folder, recipe))
+    world.on_first(lambda: _begin_folder(folder, recipe, plan.tokenizer))
     with StopRequest() as stop, Watch(folder, world.rank, recipe.log.stall_s) as watch:
         trainer = Trainer(plan, folder, stop, watch, resumed, world, progress=progress)
         ending: dict[str, str] = {"status": "done"}
@@ -86,7 +94,36 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] 
     return summary if summary and summary["status"] in ended else None
 
 
-def _begin_folder(folder: Path, recipe: Recipe) -> None:
+def _plan(folder: Path, recipe: Recipe, state: SavedState | None, world: int) -> Plan:
+    """The recipe's plan; of a run that goes on from `state`, by the tokenizer and shape that it began with."""
+    if state is None:
+        return make_plan(recipe, world=world)
+    tokenizer = _own_tokenizer(folder, recipe)
+    if recipe.init and not Path(recipe.init).exists():  # the checkpoint has the weights, and so the shape
+        untied = any(phase.untie for phase in recipe.phases[: state.train.phase + 1])
+        shape = replace(state.model, tied=state.model.tied or untied)
+        recipe = replace(recipe, init=None, init_only=None, model=Model(**vars(shape)))
+    plan = make_plan(recipe, world=world, tokenizer=tokenizer)
+    return replace(plan, init_digest=plan.init_digest or state.data.get("init"))
+
+
+def _own_tokenizer(folder: Path, recipe: Recipe) -> Tokenizer | None:
+    """The one in the run's folder; None where an earlier version, or a recipe without one, left none there."""
+    if recipe.tokenizer is None or not (folder / TOKENIZER).exists():
+        return None
+    own = Tokenizer.load(folder / TOKENIZER)
+    with suppress(DataError):  # the recipe's may have gone
+        if Tokenizer.load(recipe.tokenizer).digest != own.digest:
+            raise RecipeError(
+                f"tokenizer: {recipe.tokenizer} is another than {folder / TOKENIZER}, which the run began with; put "
+                "the old one back, or start a run of another name"
+            )
+    return own
+
+
+def _begin_folder(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").unlink(missing_ok=True)  # of an earlier life, whose ending is not this one's
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
+    if tokenizer:
+        tokenizer.save(folder / TOKENIZER)

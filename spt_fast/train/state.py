@@ -16,7 +16,7 @@ from spt_fast.errors import CheckpointError, invalid
 from spt_fast.fields import optional, plain
 from spt_fast.model.config import GPTConfig
 
-VERSION = 2
+VERSION = 3
 
 Losses = dict[str, dict[str, float]]
 """By "heldout", "select" and "train", then by source; nats per token."""
@@ -144,14 +144,28 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class KnownText:
+    """A dataset as a run reads it."""
+
+    tokens: int
+    """After `limit_tokens`."""
+    modified_ns: int
+    """When its files were last written, in nanoseconds since 1970."""
+
+
+@dataclass(frozen=True)
 class SavedState:
     """What a checkpoint of a run says besides its tensors."""
 
     model: GPTConfig
     train: TrainState
     data: dict[str, str]
-    """The digest of every dataset, by recipe field."""
+    """By recipe field the digest of every dataset; from version 3 also of the tokenizer and of `init`."""
     compute: Compute
+    texts: dict[str, KnownText]
+    """Every dataset, by recipe field; none before version 3."""
+    directory: str
+    """Where relative paths of the recipe lead from; empty before version 3."""
 
     def plain(self) -> dict[str, Any]:
         return {"version": VERSION, **plain(vars(self))}
@@ -199,6 +213,7 @@ PARTS: dict[str, Callable[[Any, str], Any]] = {
     "model": partial(_read, GPTConfig),
     "train": partial(_read, TrainState),
     "compute": partial(_read, Compute),
+    "texts": lambda raws, where: {field: _read(KnownText, raw, where) for field, raw in raws.items()},
     "origin": partial(_read, ScheduleOrigin),
     "newest": optional(partial(_read, Evaluation)),
     "best": optional(partial(_read, Evaluation)),
@@ -219,5 +234,9 @@ def _keep_the_newest_evaluation(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "train": train}
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _keep_the_newest_evaluation}
+def _know_no_texts(state: dict[str, Any]) -> dict[str, Any]:
+    return {**state, "texts": {}, "directory": ""}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _keep_the_newest_evaluation, 2: _know_no_texts}
 """By version, what turns its state.json (as plain data) into the next version's."""

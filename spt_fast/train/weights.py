@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from spt_fast.data.formats import sampled_digest
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import CheckpointError
 from spt_fast.model import hf
@@ -22,6 +23,11 @@ def read_config(path: Path) -> GPTConfig:
     if (path / "manifest.json").exists():
         return SavedState.read(checkpoint.read(path), path).model
     return hf.read_config(path)
+
+
+def digest_of(path: Path) -> str:
+    """Identifies the weights at `path` by samples of them; CheckpointError where there are none."""
+    return sampled_digest(*sorted(locate(path).glob("*.safetensors")))
 
 
 def load_model(path: Path) -> GPT:
