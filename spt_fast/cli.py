@@ -93,7 +93,7 @@ def _stopped(reason: str | None) -> typer.Exit:
 
 
 def _print_json(data: Any) -> None:
-    print(json.dumps(as_json(data), indent=1))
+    print(json.dumps(as_json(data), indent=1, allow_nan=False))
 
 
 @app.callback(invoke_without_command=True)
@@ -219,6 +219,8 @@ def train(
     summary = run(loaded, resume=resume, verify=verify)
     if summary["status"] == "stopped":
         raise _stopped(summary["reason"])
+    if summary["status"] == "failed":
+        raise RuntimeError(summary["reason"])
     if _is_first():
         print_summary(loaded.run, summary, out)
 

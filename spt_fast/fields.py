@@ -194,7 +194,8 @@ def section(cls: type[Section]) -> Callable[[object, str], Section]:
 
 
 def plain(value: Any) -> Any:
-    """What YAML and JSON write of settings and results. A method `as_json` says itself what a value is made of."""
+    """What YAML and JSON write of settings and results: what is not a finite number is None, as JSON has no other word
+    for it. A method `as_json` says itself what a value is made of."""
     if hasattr(value, "as_json"):
         value = value.as_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, (type, Span)):
@@ -205,7 +206,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, (Span, Fraction)):
         return str(value)
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _StrictLoader(yaml.SafeLoader):

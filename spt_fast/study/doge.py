@@ -54,8 +54,8 @@ from spt_fast.printing import as_json, print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Checkpoint, Retention
 from spt_fast.train.folder import is_begun
+from spt_fast.train.health import MAX_SKIPPED_IN_A_ROW, Diverged, too_many_skipped
 from spt_fast.train.local import LocalEngine
-from spt_fast.train.loop import MAX_SKIPPED_IN_A_ROW
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import Display
 from spt_fast.train.plan import Plan, make_plan
@@ -168,6 +168,12 @@ def reweight(
         study = _Study(plan, sources, target, out, found, display)
         if not study.run(stop):
             return Stopped(stop.signal)
+    skipped, steps = study.state.step - study.state.counted, study.state.step
+    if too_many_skipped(skipped, steps):
+        raise Diverged(
+            f"{skipped} of {steps} steps were skipped, as a loss or gradient was not finite; lower optimizer.lr or "
+            "lengthen schedule.warmup"
+        )
     result = study.result()
     write_text(done, json.dumps(as_json(result), indent=1))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the proxy model has served its purpose

@@ -173,7 +173,13 @@ def evaluations_of(folder: Path) -> list[dict[str, Any]]:
     """The "eval" records of a run's metrics.jsonl; CheckpointError for a damaged file."""
     metrics = folder / "metrics.jsonl"
     try:
-        records = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        records = (json.loads(line, object_hook=_with_nan) for line in lines)
         return [record for record in records if record["kind"] == "eval"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{metrics}: cannot be read as JSON lines ({error}); train the run again") from None
+
+
+def _with_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with what JSON has no number for."""
+    return {key: math.nan if value is None else value for key, value in record.items()}

@@ -93,7 +93,7 @@ class Writer:
         """
         failed = next(filter(None, self._world.exchange(str(self._outcome() or ""))), None)
         self._world.on_first(lambda: self._make_room(name))
-        text = json.dumps(state, indent=1)
+        text = json.dumps(state, indent=1, allow_nan=False)
         self._thread = threading.Thread(target=self._write, args=(name, text, snapshots, best), daemon=True)
         self._thread.start()
         if failed:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,12 @@ from spt_fast.files import write_text
 from spt_fast.kernels import auto_backends
 from spt_fast.model import hf
 from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_per_token
-from spt_fast.train import checkpoint
+from spt_fast.train import checkpoint, health
 from spt_fast.train.checkpoint import Retention
 from spt_fast.train.engine import StepResult
 from spt_fast.train.engines import make_engine
 from spt_fast.train.evaluate import EvalSet, Interrupted, evaluation_texts, mean_loss
+from spt_fast.train.health import MAX_SKIPPED_IN_A_ROW, deciding, standing
 from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import Clock, NoLog, RunLog
@@ -39,9 +39,6 @@ from spt_fast.train.snapshot import Snapshot, weights_of
 from spt_fast.train.state import ArmResult, Compute, Evaluation, PhaseResult, SavedState, ScheduleOrigin, TrainState
 from spt_fast.train.watch import LossWatch, Watch
 from spt_fast.train.world import World, pick_dtype
-
-MAX_SKIPPED_IN_A_ROW = 20
-"""This many steps in a row with a loss or gradient that is not finite end the run."""
 
 
 class Arm:
@@ -200,21 +197,26 @@ class Trainer:
             steps=state.step,
             tokens=state.step * plan.tokens_per_step,
             tokens_per_s=round(state.step * plan.tokens_per_step / max(arm.clock.total_s, 1e-9), 1),
+            skipped=state.skipped_in_arm,
             handed_on=handed_on.step,
             select=handed_on.losses["select"],
             heldout=handed_on.losses["heldout"],
+            training=handed_on.losses["train"],
             best_heldout=state.best.losses["heldout"],
         )
         best = self.snapshots.pop("best", None)
-        if all(_deciding(reached.select, plan.phase) < _deciding(other.select, plan.phase) for other in state.arms):
+        if all(standing(reached, plan.phase) < standing(other, plan.phase) for other in state.arms):
             self.snapshots["kept"] = best or self.engine.snapshot(state=self.hands_on_state(plan))
         state.arms.append(reached)
         state.next_arm()
 
     def finish_phase(self, plan: PhasePlan) -> None:
-        """Write the phase's weights and figures, and carry the sources' counts on to the next phase."""
+        """Write the phase's weights and figures, and carry the sources' counts on to the next phase.
+
+        Raises Diverged, with the figures noted and no weights written, where the weights are no result.
+        """
         state, phase = self.state, plan.phase
-        kept = min(range(len(state.arms)), key=lambda i: _deciding(state.arms[i].select, phase))
+        kept = min(range(len(state.arms)), key=lambda i: standing(state.arms[i], phase))
         arm = state.arms[kept]
         windows = plan.windows(arm.steps)
         state.finished[phase.name] = PhaseResult(
@@ -223,6 +225,7 @@ class Trainer:
             arm=kept,
             grid=state.arms,
         )
+        health.check(arm, phase)
         self.write_weights(phase.name)
         for source, n in windows.items():
             state.counts[source] += n
@@ -271,7 +274,10 @@ class Trainer:
         record, result = arm.pending
         arm.pending = None
         state, step, where = self.state, result.read(), f"step {record['step']} of {record['phase']}"
+        if step.skipped and not state.skipped_in_arm:
+            self.log.say(f"warning: {where} was skipped, as the loss or its gradient was not finite")
         state.skipped += step.skipped
+        state.skipped_in_arm += step.skipped
         state.skipped_in_a_row = (state.skipped_in_a_row + 1) * step.skipped
         arm.steps_in_lap += 1
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -289,8 +295,9 @@ class Trainer:
             tokens_per_s = arm.steps_in_lap * arm.plan.tokens_per_step / arm.clock.lap(step.done_s)
             arm.steps_in_lap = 0
             mfu = tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
-            figures = {"loss": _finite(step.loss), "lr": record.pop("lr"), "grad_norm": _finite(step.grad_norm)}
-            self.log.train({**record, **figures, "tokens_per_s": tokens_per_s, "mfu": mfu}, state.total_steps)
+            figures = {"loss": step.loss, "lr": record.pop("lr"), "grad_norm": step.grad_norm}
+            figures |= {"tokens_per_s": tokens_per_s, "mfu": mfu, "skipped": state.skipped_in_arm}
+            self.log.train({**record, **figures}, state.total_steps)
 
     def evaluate(self, arm: Arm) -> None:
         """Losses on every fixed text; a new best is remembered, with its weights where they may be handed on."""
@@ -306,8 +313,8 @@ class Trainer:
             }
             self.log.evaluation({**self.position(arm), **losses}, state.total_steps)
             state.newest = Evaluation(state.step, losses)
-            chosen = _deciding(losses["select"], arm.phase)
-            if state.best is not None and chosen >= _deciding(state.best.losses["select"], arm.phase):
+            chosen = deciding(losses["select"], arm.phase)
+            if state.best is not None and chosen >= deciding(state.best.losses["select"], arm.phase):
                 state.stale += 1
                 return
             state.best, state.stale = state.newest, 0
@@ -361,19 +368,8 @@ class Trainer:
             "phases": plain(self.state.finished),
         }
         if self.world.is_first:
-            write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
+            write_text(self.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
         return summary
-
-
-def _deciding(select: Mapping[str, float], phase: Phase) -> float:
-    """The `select` loss that early stopping and the grid go by; infinite where it is NaN or not measured."""
-    loss = select.get(phase.chosen_by, math.inf)
-    return math.inf if math.isnan(loss) else loss
-
-
-def _finite(number: float) -> float | None:
-    """A number for JSON, which has no NaN."""
-    return number if math.isfinite(number) else None
 
 
 def _dtype(dtype: torch.dtype) -> str:

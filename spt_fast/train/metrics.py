@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from spt_fast.errors import CheckpointError
-from spt_fast.printing import terminal
+from spt_fast.printing import as_json, terminal
 
 PLAIN_LINE_EVERY_S = 15.0
 
@@ -88,10 +88,10 @@ class RunLog(Display):
         """A logged training step; `total_step` counts over the whole run, for TensorBoard."""
         self._write({"kind": "train", **record})
         for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
-            self._board.add_scalar(f"train/{key}", math.nan if record[key] is None else record[key], total_step)
+            self._board.add_scalar(f"train/{key}", record[key], total_step)
         mfu = "mfu n/a" if record["mfu"] is None else f"{record['mfu']:.1%} mfu[{self._mfu_label}]"
-        loss = "not finite" if record["loss"] is None else f"{record['loss']:.3f}"
-        rates = f"loss {loss} · {record['tokens_per_s']:,.0f} tok/s · {mfu}"
+        skipped = f" · {record['skipped']} steps skipped" if record["skipped"] else ""
+        rates = f"loss {_loss(record['loss'])} · {record['tokens_per_s']:,.0f} tok/s · {mfu}{skipped}"
         self.show(record["step"], rates, self._last_eval)
 
     def evaluation(self, record: dict[str, Any], total_step: int) -> None:
@@ -99,13 +99,13 @@ class RunLog(Display):
         for split in ("heldout", "select", "train"):
             for source, loss in record[split].items():
                 self._board.add_scalar(f"{split}/{source}", loss, total_step)
-        losses = " ".join(f"{source} {loss:.3f}" for source, loss in record["heldout"].items())
+        losses = " ".join(f"{source} {_loss(loss)}" for source, loss in record["heldout"].items())
         self._last_eval = f" · held out: {losses}"
         self._bar.update(self._task, more=self._last_eval)
 
     def _write(self, record: dict[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(as_json(record), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise CheckpointError(
@@ -122,6 +122,10 @@ class RunLog(Display):
         super().close()
         self._board.close()
         self._file.close()
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:.3f}" if math.isfinite(loss) else "not finite"
 
 
 class NoLog(Display):

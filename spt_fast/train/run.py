@@ -20,6 +20,7 @@ from spt_fast.train import checkpoint
 from spt_fast.train.engines import join
 from spt_fast.train.evaluate import Interrupted
 from spt_fast.train.folder import TOKENIZER, is_begun, recipe_of, summary_of
+from spt_fast.train.health import Diverged
 from spt_fast.train.introduction import Resumed
 from spt_fast.train.loop import Trainer
 from spt_fast.train.plan import Plan, make_plan
@@ -35,8 +36,8 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
     `resume` goes on from the newest whole checkpoint in the run folder, or starts afresh where there is nothing to
     resume. Datasets are compared with their hashes first: some blocks of each, or with `verify` all. Every process that
     a launcher started calls this. SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 in any of them ends the run at the next safe
-    place with a checkpoint and `status: stopped`. Raises RecipeError, DataError or CheckpointError for what a user can
-    mend.
+    place with a checkpoint and `status: stopped`; a phase that diverged ends it with `status: failed` and the reason.
+    Raises RecipeError, DataError or CheckpointError for what a user can mend.
     """
     if recipe.engine.deterministic:
         use_deterministic_algorithms()
@@ -64,6 +65,8 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
                 trainer.train()
             except Interrupted:
                 ending = {"status": "stopped", "reason": next(filter(None, world.exchange(stop.signal)), "")}
+            except Diverged as error:
+                ending = {"status": "failed", "reason": str(error)}
             trainer.writer.finish()
         except BaseException as error:
             with suppress(OSError):

@@ -6,6 +6,7 @@ MIGRATIONS, by which checkpoints of all earlier versions are read. (A new field 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
@@ -16,10 +17,10 @@ from spt_fast.errors import CheckpointError, invalid
 from spt_fast.fields import optional, plain
 from spt_fast.model.config import GPTConfig
 
-VERSION = 3
+VERSION = 4
 
 Losses = dict[str, dict[str, float]]
-"""By "heldout", "select" and "train", then by source; nats per token."""
+"""By "heldout", "select" and "train", then by source; nats per token. One that is not finite is null in JSON."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,12 @@ class ArmResult:
     steps: int
     tokens: int
     tokens_per_s: float
+    skipped: int
+    """Steps left out because the loss or the gradient was not finite."""
     handed_on: int
     select: dict[str, float]
     heldout: dict[str, float]
+    training: dict[str, float]
     best_heldout: dict[str, float]
     """At the best evaluation by the `select` loss."""
 
@@ -101,6 +105,7 @@ class TrainState:
     finished: dict[str, PhaseResult] = field(default_factory=dict)
     skipped: int = 0
     """Steps left out because the loss or the gradient was not finite."""
+    skipped_in_arm: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     """Wall time of the run so far, over all its processes."""
@@ -122,7 +127,7 @@ class TrainState:
     def next_arm(self) -> None:
         """Back to the phase's start, for the next arm of its grid."""
         self.arm, self.step = self.arm + 1, 0
-        self.newest, self.best, self.stale, self.train_seconds = None, None, 0, 0.0
+        self.newest, self.best, self.stale, self.train_seconds, self.skipped_in_arm = None, None, 0, 0.0, 0
 
     def next_phase(self) -> None:
         self.phase, self.arm, self.arms = self.phase + 1, 0, []
@@ -198,6 +203,10 @@ def _read(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:
     return cls(**{name: PARTS[name](item, f"{where}{name}.") if name in PARTS else item for name, item in raw.items()})
 
 
+def _losses(raw: Mapping[str, float | None], where: str) -> dict[str, float]:
+    return {source: math.nan if loss is None else loss for source, loss in raw.items()}
+
+
 def _arm(raw: Mapping[str, Any], where: str) -> ArmResult:
     own = {item.name for item in fields(ArmResult)} - {"values"}
     values = {key: value for key, value in raw.items() if key not in own}
@@ -210,6 +219,8 @@ def _phase(raw: Mapping[str, Any], where: str) -> PhaseResult:
 
 
 PARTS: dict[str, Callable[[Any, str], Any]] = {
+    **dict.fromkeys(("heldout", "select", "training", "best_heldout"), _losses),
+    "losses": lambda raws, where: {split: _losses(raw, where) for split, raw in raws.items()},
     "model": partial(_read, GPTConfig),
     "train": partial(_read, TrainState),
     "compute": partial(_read, Compute),
@@ -238,5 +249,20 @@ def _know_no_texts(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "texts": {}, "directory": ""}
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _keep_the_newest_evaluation, 2: _know_no_texts}
+def _count_skipped_steps_by_arm(state: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 counts those of the whole run only, and doesn't keep what arms reached on training text."""
+
+    def arms(before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**arm, "skipped": 0, "training": {}} for arm in before]
+
+    train = state["train"]
+    finished = {name: {**phase, "grid": arms(phase["grid"])} for name, phase in train["finished"].items()}
+    return {**state, "train": {**train, "skipped_in_arm": 0, "arms": arms(train["arms"]), "finished": finished}}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _keep_the_newest_evaluation,
+    2: _know_no_texts,
+    3: _count_skipped_steps_by_arm,
+}
 """By version, what turns its state.json (as plain data) into the next version's."""

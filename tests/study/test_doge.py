@@ -24,6 +24,7 @@ from spt_fast.errors import CheckpointError, DataError, RecipeError
 from spt_fast.kernels.adamw import adamw_step
 from spt_fast.study import doge
 from spt_fast.study.doge import Reweighting, Stopped, mixture_line, percentages, reweight, reweighted
+from spt_fast.train.health import Diverged
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.plan import make_plan
 from spt_fast.train.world import ALONE
@@ -249,6 +250,11 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: 
     assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(seen[2], seen[3], strict=True))
     assert sum(result.weights.values()) == pytest.approx(1, abs=1e-12)
+
+    calls.clear()
+    bad_steps[:] = [1, 3]
+    with pytest.raises(Diverged, match="2 of 4 steps were skipped"):
+        reweight(study, tmp_path / "half", progress=False)
 
     calls.clear()
     bad_steps[:] = [1, 2, 3, 4]

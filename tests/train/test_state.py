@@ -34,6 +34,11 @@ def test_what_is_written_is_read_back_and_looks_as_before() -> None:
     assert new.pop("version") == VERSION
     assert (old["train"].pop("evaluated"), new["train"].pop("newest")) == (False, None)
     assert (new.pop("texts"), new.pop("directory")) == ({}, ""), "what version 2 doesn't know"
+    arms = [*new["train"]["arms"], *(arm for phase in new["train"]["finished"].values() for arm in phase["grid"])]
+    assert {(arm.pop("skipped"), str(arm.pop("training"))) for arm in arms} == {(0, "{}")}
+    for phase in new["train"]["finished"].values():
+        assert (phase.pop("skipped"), phase.pop("training")) == (0, {})
+    assert new["train"].pop("skipped_in_arm") == 0
     assert new.pop("model").items() >= old.pop("model").items(), "a shape may have got fields since"
     assert new == old
 
@@ -51,8 +56,11 @@ def test_version_1_tells_the_losses_of_its_best_evaluation_only() -> None:
 
 def test_another_version_is_refused_by_name() -> None:
     state = SavedState.read(written(), WHERE).plain()
-    with pytest.raises(CheckpointError, match=r"step: state\.json: version: 4 is invalid: .* reads 1 to 3; update it"):
-        SavedState.read(state | {"version": 4}, WHERE)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"step: state\.json: version: {VERSION + 1} is invalid: .* reads 1 to {VERSION}; update it",
+    ):
+        SavedState.read(state | {"version": VERSION + 1}, WHERE)
     with pytest.raises(CheckpointError, match=r"state\.json: version: 'new' is invalid"):
         SavedState.read(state | {"version": "new"}, WHERE)
 

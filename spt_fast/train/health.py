@@ -1,0 +1,52 @@
+"""Whether what was trained counts: steps that were skipped, and losses that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from spt_fast.config import Phase
+from spt_fast.train.state import ArmResult
+
+MAX_SKIPPED_IN_A_ROW = 20
+"""This many steps in a row with a loss or gradient that is not finite end the run."""
+
+MAX_SKIPPED_SHARE = 0.05
+"""A phase with a larger share of skipped steps was not trained as its recipe says."""
+
+
+class Diverged(RuntimeError):
+    """A phase whose weights are no result. The message names the phase, the reason and the remedy."""
+
+
+def too_many_skipped(skipped: int, steps: int) -> bool:
+    """Whether so many of so many steps are more than the odd one that a run survives."""
+    return skipped > max(1, MAX_SKIPPED_SHARE * steps) or 2 * skipped > steps
+
+
+def failure(arm: ArmResult) -> str | None:
+    """Why a finished arm's weights are no result; None where they are one."""
+    if too_many_skipped(arm.skipped, arm.steps):
+        return f"{arm.skipped} of {arm.steps} steps were skipped, as the loss or its gradient was not finite"
+    for split, losses in (("held-out", arm.heldout), ("select", arm.select), ("training", arm.training)):
+        for source, loss in losses.items():
+            if not math.isfinite(loss):
+                return f"the {split} loss of {source} is not finite at the end"
+    return None
+
+
+def check(arm: ArmResult, phase: Phase) -> None:
+    """Diverged where the kept arm of a phase is no result."""
+    if reason := failure(arm):
+        raise Diverged(f"phases[{phase.name}]: {reason}; lower optimizer.lr or lengthen schedule.warmup")
+
+
+def deciding(select: Mapping[str, float], phase: Phase) -> float:
+    """The `select` loss that early stopping and the grid go by; infinite where it is NaN or not measured."""
+    loss = select.get(phase.chosen_by, math.inf)
+    return math.inf if math.isnan(loss) else loss
+
+
+def standing(arm: ArmResult, phase: Phase) -> float:
+    """By what the arms of a grid are compared, the lower the better: one that failed loses to any other."""
+    return math.inf if failure(arm) else deciding(arm.select, phase)

@@ -1,0 +1,125 @@
+"""Training that did not train says so, and what it writes of it is JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from spt_fast import cli
+from spt_fast.config import recipe_from
+from spt_fast.errors import CheckpointError
+from spt_fast.model.gpt import GPT
+from spt_fast.study.runs import FinishedRun, evaluations_of
+from spt_fast.train import checkpoint
+from spt_fast.train.health import too_many_skipped
+from spt_fast.train.run import run
+from spt_fast.train.state import SavedState
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny.write_corpora(folder)
+    return folder
+
+
+def raw_recipe(data: Path, name: str, steps: int, **phase: Any) -> dict[str, Any]:
+    raw = tiny.raw_recipe(data, name) | {"precision": "fp32", "checkpoint": {"every": "2 steps", "keep": 9}}
+    raw["phases"] = [raw["phases"][0] | {"tokens": steps * 8 * tiny.CONTEXT, "schedule": {"name": "constant"}} | phase]
+    return raw
+
+
+def strictly(text: str) -> Any:
+    """JSON as other languages read it."""
+
+    def refuse(word: str) -> NoReturn:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def files_of(folder: Path) -> list[Any]:
+    """Everything that a run says in JSON."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    states = [path.read_text() for path in folder.glob("checkpoints/*/state.json")]
+    return [strictly(text) for text in ((folder / "summary.json").read_text(), *lines, *states)]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """Make the loss of every so-many-th training step not a number; a step is two micro-batches."""
+    real, calls = GPT.forward, iter(range(10**9))
+
+    def forward(self: GPT, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = real(self, *args, **kwargs)
+        return loss * math.nan if torch.is_grad_enabled() and next(calls) % (2 * every) == 0 else loss
+
+    monkeypatch.setattr(GPT, "forward", forward)
+
+
+def test_a_run_whose_loss_is_nan_at_the_end_failed_and_says_so_in_json(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = raw_recipe(data, "diverged", 6, optimizer={"lr": 1e38}, eval={"every": "2 steps", "tokens": 200})
+    folder = Path(raw["run"])
+    summary = run(recipe_from(raw))
+    assert summary["status"] == "failed"
+    assert "phases[pretrain]: 5 of 6 steps were skipped" in summary["reason"]
+    assert "lower optimizer.lr" in summary["reason"]
+    assert summary["phases"]["pretrain"]["heldout"] == {"general": None, "chem": None}
+    assert summary["phases"]["pretrain"]["skipped"] == summary["skipped_steps"] == 5
+    assert files_of(folder)[0] == summary
+    assert not (folder / "weights").exists(), "these weights are no result"
+    with pytest.raises(CheckpointError, match="its status is 'failed'"):
+        FinishedRun.read(folder)
+    assert math.isnan(evaluations_of(folder)[-1]["heldout"]["chem"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "warning: step 2 of pretrain was skipped" in said
+
+    recipe = tiny.write_recipe(data, raw)
+    monkeypatch.setattr(sys, "argv", ["spt-fast", "train", str(recipe), "--resume"])
+    with pytest.raises(SystemExit) as ending:
+        cli.main()
+    assert ending.value.code == 1
+    assert "spt-fast: phases[pretrain]: 5 of 6 steps were skipped" in " ".join(capsys.readouterr().err.split())
+    verdict = CliRunner().invoke(cli.app, ["checkpoint", "list", str(folder), "--json"])
+    strictly(verdict.stdout)
+
+    found = checkpoint.newest(folder / "checkpoints")
+    assert found is not None
+    train = SavedState.read(found.state, found.path).train
+    assert train.newest is not None
+    assert train.best is not None
+    assert math.isnan(train.newest.losses["select"]["chem"])
+    assert math.isfinite(train.best.losses["select"]["chem"])
+
+
+def test_a_phase_with_more_than_a_few_percent_of_its_steps_skipped_failed(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, every=5)
+    raw = raw_recipe(data, "skips", 12)
+    summary = run(recipe_from(raw), progress=False)
+    assert summary["status"] == "failed"
+    assert "3 of 12 steps were skipped" in summary["reason"]
+    skipped = [record["skipped"] for record in files_of(Path(raw["run"])) if record.get("kind") == "train"]
+    assert skipped == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3]
+    given = ((1, 1), (1, 2), (1, 12), (2, 12), (5, 100), (6, 100))
+    assert [too_many_skipped(*steps) for steps in given] == [True, False, False, True, False, True]
+
+
+def test_an_arm_that_diverges_loses_to_one_that_does_not(data: Path) -> None:
+    grid = {"lr": ["1e38", "1e-3"]}
+    raw = raw_recipe(data, "grid", 4, grid=grid, batch={"sequences": 4, "micro": 4})
+    summary = run(recipe_from(raw), progress=False)
+    assert (summary["status"], summary["phases"]["pretrain"]["arm"]) == ("done", 1)
+    assert summary["phases"]["pretrain"]["grid"][0]["heldout"]["chem"] is None
+    assert (summary["phases"]["pretrain"]["skipped"], summary["skipped_steps"]) == (0, 7)
+    files_of(Path(raw["run"]))
