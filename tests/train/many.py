@@ -1,18 +1,24 @@
-"""What each process of a distributed test runs: the recipes of a JSON file, one after the other, watched.
+"""What each process of a distributed test runs: recipes, one after the other, watched.
 
-    torchrun --nproc_per_node=N -m tests.train.many PLAN.json
+    torchrun --nproc_per_node=N -m tests.train.many PLANS.json
 
 The file holds a list of {"recipe", "resume", and optionally "stop_at", "poison_at", "die_at"}: steps (of the process's
 whole life in that run) at which the last process gets SIGTERM, gets a loss that is not a number, or is killed. Every
 process writes down the tokens of every step: `<run>.tokens-<rank>.npz`.
+
+A fresh interpreter takes seconds to import torch and DeepSpeed. So `Ranks` forks its processes from a server that has
+imported them, and hands them the variables that torchrun would.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +33,9 @@ from spt_fast.train import engines, loop
 from spt_fast.train.run import run
 from tests.train import momentum as momentum  # an optimizer by that name
 
-RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+def is_last() -> bool:
+    return int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
 
 
 class Watched:
@@ -42,11 +50,11 @@ class Watched:
         return getattr(self._inner, name)
 
     def step(self, micro_batches: Sequence[Batch], *rest: Any) -> Any:
-        if RANK == SIZE - 1 and self.steps == self._plan.get("stop_at"):
+        if is_last() and self.steps == self._plan.get("stop_at"):
             os.kill(os.getpid(), signal.SIGTERM)
-        if RANK == SIZE - 1 and self.steps == self._plan.get("die_at"):
+        if is_last() and self.steps == self._plan.get("die_at"):
             os.kill(os.getpid(), signal.SIGKILL)
-        Poison.on = RANK == SIZE - 1 and self.steps == self._plan.get("poison_at")
+        Poison.on = is_last() and self.steps == self._plan.get("poison_at")
         result = self._inner.step(micro_batches, *rest)
         Poison.on = False
         if result is not None:
@@ -66,9 +74,10 @@ class Poison:
         return Poison.forward(model, *arguments, **named) * (float("nan") if Poison.on else 1.0)
 
 
-def main(path: Path) -> None:
+def train(plans: list[dict[str, Any]]) -> None:
+    torch.set_num_threads(1)
     GPT.forward = Poison.poisoned  # type: ignore[method-assign, assignment]
-    for plan in json.loads(path.read_text()):
+    for plan in plans:
         made: list[Watched] = []
 
         def make(*arguments: Any, _plan: dict[str, Any] = plan, _made: list[Watched] = made, **named: Any) -> Watched:
@@ -78,9 +87,53 @@ def main(path: Path) -> None:
         loop.make_engine = make  # type: ignore[assignment]
         run(recipe_from(plan["recipe"]), resume=plan.get("resume", False), progress=False)
         for watched in made:
-            np.savez(f"{plan['recipe']['run']}.tokens-{RANK}.npz", *watched.tokens)
+            np.savez(f"{plan['recipe']['run']}.tokens-{os.environ.get('RANK', '0')}.npz", *watched.tokens)
+
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([__name__, "deepspeed"])
+
+
+class Ranks:
+    """`processes` processes on this host that run the plans; what they say goes into one file."""
+
+    def __init__(self, processes: int, plans: list[dict[str, Any]], said_in: Path) -> None:
+        self._said_in = said_in
+        job = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+        job = job | {"MASTER_PORT": free_port()} if processes > 1 else {}
+        self._ranks = [
+            SERVER.Process(target=_rank, args=(job | {"RANK": rank, "LOCAL_RANK": rank} if job else {}, plans, said_in))
+            for rank in range(processes)
+        ]
+        for rank in self._ranks:
+            rank.start()
+
+    def end(self, seconds: float) -> tuple[bool, str]:
+        """Whether all of them ended well, and what they said. One that fails or hangs takes the others down."""
+        deadline = time.monotonic() + seconds
+        codes: list[int | None] = [None]
+        while None in codes and not any(codes) and time.monotonic() < deadline:
+            self._ranks[codes.index(None)].join(0.05)
+            codes = [rank.exitcode for rank in self._ranks]
+        for rank in self._ranks:
+            rank.kill()
+            rank.join()
+        return codes == [0] * len(self._ranks), self._said_in.read_text()
+
+
+def _rank(environment: dict[str, Any], plans: list[dict[str, Any]], said_in: Path) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    said = os.open(said_in, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    train(plans)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    train(json.loads(Path(sys.argv[1]).read_text()))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.train.many import Ranks, free_port
 from tests.train.test_watch import until
 
 pytestmark = pytest.mark.long
@@ -67,21 +67,15 @@ def short(data: Path) -> Path:
     return data / "short"
 
 
-def start(processes: int, plans: list[dict[str, Any]], folder: Path) -> subprocess.Popen[str]:
-    """The plans in so many processes, each with one thread."""
-    path = folder / f"plans-{processes}-{time.monotonic_ns()}.json"
-    path.write_text(json.dumps(plans))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*(launcher if processes > 1 else [sys.executable]), "-m", "tests.train.many", str(path)]
+def together(processes: int, plans: list[dict[str, Any]], folder: Path) -> None:
+    ended, said = Ranks(processes, plans, folder / f"said-{time.monotonic_ns()}").end(PATIENCE_S)
+    assert ended, said
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *command]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def together(processes: int, plans: list[dict[str, Any]], folder: Path) -> str:
-    process = start(processes, plans, folder)
-    _, said = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, said
-    return said
 
 
 def losses(run: Path) -> list[tuple[tuple[Any, ...], list[float]]]:
@@ -219,8 +213,9 @@ def test_a_loss_that_is_no_number_in_one_process_leaves_the_weights_alone(data: 
 
 def test_a_process_that_dies_takes_the_job_down(data: Path) -> None:
     """Long before the half hour that a collective would wait for it."""
-    process = start(2, [{"recipe": raw_recipe(data, "dead", stage=1), "die_at": 7}], data)
-    until(lambda: process.poll() is not None or (data / "dead" / "metrics.jsonl").exists())
+    path = data / "dead.json"
+    path.write_text(json.dumps([{"recipe": raw_recipe(data, "dead", stage=1), "die_at": 7}]))
+    process = start(["--standalone", "--nproc_per_node=2", "-m", "tests.train.many", str(path)])
     _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode != 0
     assert "rank" in said
@@ -232,10 +227,8 @@ def signalled(data: Path, raw: dict[str, Any], number: signal.Signals) -> tuple[
     run = Path(raw["run"])
     recipe_path = run.with_suffix(".yaml")
     recipe_path.write_text(yaml.safe_dump(raw | {"checkpoint": {"every": "3 steps", "keep": 9}}))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    command = [sys.executable, *launcher, "-m", "spt_fast.train", str(recipe_path), "--resume"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    launcher = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    process = start([*launcher, "-m", "spt_fast.train", str(recipe_path), "--resume"])
     until(lambda: process.poll() is not None or bool(list((run / "checkpoints").glob("step-*"))))
     assert process.poll() is None
     os.kill(json.loads((run / "heartbeat.json").read_text())["pid"], number)
@@ -265,26 +258,16 @@ def test_two_hosts_are_one_job(data: Path, short: Path) -> None:
     plan = data / "hosts.json"
     plan.write_text(json.dumps([{"recipe": short_recipe(data, "hosts", stage=2)}]))
     meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=hosts"]
-    launchers = []
-    for host in range(2):
-        place = ["--nnodes=2", f"--node_rank={host}", "--nproc_per_node=1", "--local_addr=127.0.0.1", *meeting]
-        command = [sys.executable, "-m", "torch.distributed.run", *place, "-m", "tests.train.many", str(plan)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        launchers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for launcher in launchers:
+    launcher = ["--nnodes=2", "--nproc_per_node=1", "--local_addr=127.0.0.1", *meeting]
+    hosts = [start([*launcher, f"--node_rank={host}", "-m", "tests.train.many", str(plan)]) for host in range(2)]
+    for launcher in hosts:
         _, said = launcher.communicate(timeout=PATIENCE_S)
         assert launcher.returncode == 0, said
     assert worst_difference(data / "hosts", short) < SAME
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def test_local_is_one_process(data: Path) -> None:
-    process = start(2, [{"recipe": raw_recipe(data, "local-twice", name="local")}], data)
-    _, said = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode != 0
+    ranks = Ranks(2, [{"recipe": raw_recipe(data, "local-twice", name="local")}], data / "local-twice.said")
+    ended, said = ranks.end(PATIENCE_S)
+    assert not ended
     assert "engine.name: local is one process, and 2 were started; write deepspeed" in said
