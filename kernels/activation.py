@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, custom_op
+from spt_fast.kernels.backend import Op, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 
 
@@ -106,7 +106,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dgate, None if up is None else dup, None
 
 
-_swiglu.register_autograd(_gradients, setup_context=_setup_context)
+differentiable(_swiglu, _gradients, _setup_context)
 
 
 # ------------------------------------------------------------------------------------------------ reference

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
-from spt_fast.kernels.backend import custom_op, new_like
+from spt_fast.kernels.backend import custom_op, differentiable, new_like
 
 SUPPORTED = native.is_built() and native.ops().cpu_attention_supported()
 MAX_HEAD_DIM = 256
@@ -99,4 +99,4 @@ def _gradients(ctx: Any, do_BTHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...
     return dq, dk, dv, None, None
 
 
-_attention.register_autograd(_gradients, setup_context=_setup_context)
+differentiable(_attention, _gradients, _setup_context)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spt_fast.kernels.backend import custom_op, new_like
+from spt_fast.kernels.backend import custom_op, differentiable, new_like
 from spt_fast.kernels.launch import DTYPES, INTERPRETED, Variant, jit, next_power_of_2, tl
 
 # ------------------------------------------------------------------------------------------------ custom ops
@@ -121,7 +121,7 @@ def _gradients(ctx: Any, do_BTHD: Tensor | None, *_: Tensor | None) -> tuple[Ten
     return *gradients, None, None, None, None
 
 
-attention.register_autograd(_gradients, setup_context=_setup_context)
+differentiable(attention, _gradients, _setup_context)
 
 
 def _rows_of_heads(x_BTHD: Tensor) -> Tensor:

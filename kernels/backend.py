@@ -16,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._ops import OpOverload
 
 from spt_fast import native
 from spt_fast.errors import invalid
@@ -134,19 +135,63 @@ def _example() -> Tensor:
     return torch.empty(0, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable], CustomOpDef]:
+_LIBRARY = torch.library.Library("spt_fast", "FRAGMENT")
+"""Not `torch.library.custom_op`: the first call of one imports torch.compile, a second of every process."""
+
+_formulas: dict[OpOverload, tuple[Callable, Callable]] = {}
+"""By op, what saves for its gradients and what computes them."""
+
+
+def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable], OpOverload]:
     """Makes a function the custom op `spt_fast::name`.
 
     empty    (the leading arguments, *_) -> new tensors as the results are, by which torch.compile traces the op
-    mutates  the arguments that the op changes in place
+    mutates  the arguments, each a list of tensors, that the op changes in place; such an op has no gradients
     """
 
-    def register(function: Callable) -> CustomOpDef:
-        op = torch.library.custom_op(f"spt_fast::{name}", function, mutates_args=mutates)
-        op.register_fake(empty)
+    def register(function: Callable) -> OpOverload:
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"spt_fast::{name}", empty, lib=_LIBRARY)
+        op = getattr(torch.ops.spt_fast, name).default
+        if mutates:
+            _LIBRARY.impl(name, _in_place(op, mutates), "Autograd", with_keyset=True)
+        else:
+            saved, computed = partial(_save, op), partial(_differentiate, op)
+            torch.library.register_autograd(op, computed, setup_context=saved, lib=_LIBRARY)
         return op
 
     return register
+
+
+def differentiable(op: OpOverload, gradients: Callable, setup_context: Callable) -> None:
+    """Gives a custom op its gradients, in the form of `torch.library.register_autograd`."""
+    _formulas[op] = setup_context, gradients
+
+
+def _save(op: OpOverload, ctx: Any, inputs: tuple, output: Any) -> None:
+    if op in _formulas:
+        _formulas[op][0](ctx, inputs, output)
+
+
+def _differentiate(op: OpOverload, ctx: Any, *gradients: Tensor) -> Any:
+    if op not in _formulas:
+        raise RuntimeError(f"{op} has no derivative")
+    return _formulas[op][1](ctx, *gradients)
+
+
+def _in_place(op: OpOverload, mutates: Sequence[str]) -> Callable:
+    """The op without autograd, which is told that what it saved of these arguments is overwritten."""
+    places = [place for place, argument in enumerate(op._schema.arguments) if argument.name in mutates]
+
+    def run(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        for place in places:
+            torch.autograd.graph.increment_version(arguments[place])
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    return run
 
 
 def new_like(*tensors: Tensor) -> tuple[Tensor, ...]:

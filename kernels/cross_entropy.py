@@ -39,7 +39,7 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op
+from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 
 CHUNK_BYTES = {"cpu": 8 << 20}
@@ -192,7 +192,7 @@ def _gradients(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tenso
     return dx_ND if ctx.needs_dx else None, dw_VD if ctx.needs_dw else None, *nothing
 
 
-_loss.register_autograd(_gradients, setup_context=_setup_context)
+differentiable(_loss, _gradients, _setup_context)
 
 
 # ------------------------------------------------------------------------------------------------ chunk by chunk

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast import native
-from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op
+from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 
 
@@ -66,7 +66,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
     return None, _embedding_backward(dy, tokens, ctx.vocab_size, ctx.backend), None
 
 
-_embedding.register_autograd(_gradients, setup_context=_setup_context)
+differentiable(_embedding, _gradients, _setup_context)
 
 
 # ------------------------------------------------------------------------------------------------ backward

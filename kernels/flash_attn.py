@@ -19,7 +19,6 @@ MODULES = {9: ("flash_attn_interface", "flash_attn.cute", "flash_attn"), 10: ("f
 _found: dict[int, tuple[Callable, Callable] | str] = {}
 
 
-@torch.compiler.assume_constant_result
 def obstacle() -> str | None:
     """Why flash-attn can't be used on the current GPU; None where it can."""
     major = torch.cuda.get_device_capability()[0]
@@ -27,6 +26,10 @@ def obstacle() -> str | None:
         _found[major] = _import(MODULES.get(major, ("flash_attn",)))
     found = _found[major]
     return f"flash-attn cannot be imported ({found})" if isinstance(found, str) else None
+
+
+if torch.version.cuda:  # it imports all of torch.compile, a second that a machine without a GPU is spared
+    obstacle = torch.compiler.assume_constant_result(obstacle)
 
 
 def _import(modules: tuple[str, ...]) -> tuple[Callable, Callable] | str:

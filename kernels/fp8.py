@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, custom_op
+from spt_fast.kernels.backend import Op, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
@@ -103,7 +103,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *_linear_backward(dy, *ctx.saved_tensors, ctx.backend), None
 
 
-_linear.register_autograd(_gradients, setup_context=_setup_context)
+differentiable(_linear, _gradients, _setup_context)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op
+from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
 
 
@@ -124,7 +124,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dstream: Tensor | None, _: Tensor | 
     return dx, dx if ctx.has_residual else None, dw, None, None
 
 
-_norm.register_autograd(_gradients, setup_context=_setup_context)
+differentiable(_norm, _gradients, _setup_context)
 
 
 # ------------------------------------------------------------------------------------------------ reference

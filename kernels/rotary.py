@@ -35,7 +35,7 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, new_like
+from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable, new_like
 from spt_fast.kernels.launch import Variant, jit, multiprocessors, next_power_of_2, tl
 
 
@@ -116,7 +116,7 @@ def _rope_gradients(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ..
     return *_rope(dq, dk, *ctx.saved_tensors, not ctx.inverse, ctx.backend), None, None, None, None
 
 
-_rope.register_autograd(_rope_gradients, setup_context=_rope_context)
+differentiable(_rope, _rope_gradients, _rope_context)
 
 
 @custom_op("qk_norm_rope", lambda q_BTHD, k_BTHD, *_: new_like(q_BTHD, k_BTHD))
@@ -171,7 +171,7 @@ def _qk_norm_rope_gradients(ctx: Any, dy_q: Tensor, dy_k: Tensor) -> tuple[Tenso
     return dq, dk, dw[0], dw[1], None, None, None, None
 
 
-_qk_norm_rope.register_autograd(_qk_norm_rope_gradients, setup_context=_qk_norm_rope_context)
+differentiable(_qk_norm_rope, _qk_norm_rope_gradients, _qk_norm_rope_context)
 
 
 def _in_rows(x: Tensor) -> Tensor:
