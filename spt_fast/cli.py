@@ -35,7 +35,7 @@ from spt_fast.flags import (
     count,
     share,
 )
-from spt_fast.printing import as_json, print_facts, print_table, readable_anywhere, terminal
+from spt_fast.printing import as_json, print_facts, print_table, set_up, terminal
 
 app = typer.Typer(
     cls=Commands,
@@ -58,7 +58,7 @@ def main() -> None:
     SIGTERM interrupts as Ctrl-C does, so that what is half-written is removed; training takes both over and saves.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    readable_anywhere()
+    set_up()
     rank = os.environ.get("RANK")
     me = "spt-fast" if rank is None or os.environ.get("WORLD_SIZE", "1") == "1" else f"spt-fast, process {rank}"
     try:
@@ -471,9 +471,9 @@ def import_weights(
     out_folder: Annotated[Path, Option("--out", metavar="CHECKPOINT")],
 ) -> None:
     """Check that a Hugging Face folder can be trained on, and copy it to where a recipe's `init` may point."""
-    from spt_fast.model.gpt import GPT
+    from spt_fast.model import hf
 
-    GPT.from_hf(folder).save_hf(out_folder)
+    hf.save(*hf.load(folder), out_folder, like=folder)
     out.print(f"{out_folder}: name it in a recipe as `init: {out_folder}`", soft_wrap=True)
 
 

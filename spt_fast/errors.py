@@ -38,13 +38,24 @@ class FailedElsewhere(Exception):
 
 
 SHOWN = 80
-"""Characters of a value that a message shows."""
+"""Characters of a value or key that a message shows."""
 
 
 def shown(value: object) -> str:
     """A value as messages show it: its repr, cut at `SHOWN` characters."""
-    written = repr(value)
-    return written if len(written) <= SHOWN else f"{written[: SHOWN - 1]}…"
+    try:
+        return _cut(repr(value))
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def shown_key(key: object) -> str:
+    """A key as messages show it: as it was written, cut at `SHOWN` characters."""
+    return _cut(key) if isinstance(key, str) and key.isprintable() else shown(key)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 def invalid(field: str, given: object, expected: str) -> str:

@@ -118,10 +118,11 @@ def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = F
     return parse
 
 
-def integer(low: int) -> Callable[[object, str], int]:
+def integer(low: int, high: int = 2**63 - 1) -> Callable[[object, str], int]:
     def parse(value: object, where: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
-            raise RecipeError(invalid(where, value, f"write a whole number, at least {low} and below 2^63"))
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            most = "below 2^63" if high == 2**63 - 1 else f"at most {high:,}"
+            raise RecipeError(invalid(where, value, f"write a whole number, at least {low} and {most}"))
         return value
 
     return parse

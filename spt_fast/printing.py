@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
@@ -27,11 +28,13 @@ def as_json(result: Any) -> Any:
     return None if isinstance(result, float) and not math.isfinite(result) else result
 
 
-def readable_anywhere() -> None:
-    """Write what the terminal's encoding lacks as an escape (\\u2192), instead of ending there."""
+def set_up() -> None:
+    """Write what the terminal's encoding lacks as an escape (\\u2192) instead of ending there, and a warning as one
+    line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *_, **__: f"spt-fast: warning: {message}\n"
 
 
 def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:

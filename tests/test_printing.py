@@ -15,7 +15,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spt_fast import cli
-from spt_fast.printing import print_facts, readable_anywhere, terminal
+from spt_fast.printing import print_facts, set_up, terminal
 from spt_fast.report.panels import panel
 from spt_fast.study.compare import compare
 from spt_fast.study.figures import draw_comparison
@@ -64,7 +64,7 @@ def test_every_line_goes_through_a_terminal_without_markup() -> None:
 def test_a_terminal_without_the_sign_gets_its_escape(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
-    readable_anywhere()
+    set_up()
     print_facts(terminal(), "memory (→ this recipe)", {"δ": "\udcff"})
     sys.stdout.flush()
     assert b"memory (\\u2192 this recipe)" in written.getvalue()

@@ -11,7 +11,7 @@ from spt_fast.fields import boolean, build, integer, number, one_of, optional, s
 from spt_fast.model.presets import PRESETS
 from spt_fast.synonyms import unknown_key
 
-_count = integer(1)
+_size = integer(1, 2**31 - 1)
 _positive: Callable[[object, str], float] = number(0.0, open_low=True)
 
 
@@ -37,7 +37,7 @@ class RopeScaling:
     factor: float = setting(number(1.0))
     low_freq_factor: float = setting(_positive)
     high_freq_factor: float = setting(_positive)
-    original_max_position_embeddings: int = setting(_count)
+    original_max_position_embeddings: int = setting(_size)
 
     def __post_init__(self) -> None:
         _parse(self, "model.rope_scaling")
@@ -58,19 +58,19 @@ class RopeScaling:
 class GPTConfig:
     """The shape of a GPT. RecipeError (a ValueError) names the field that is wrong."""
 
-    layers: int = setting(_count)
-    width: int = setting(_count)
-    heads: int = setting(_count)
-    kv_heads: int = setting(_count)
+    layers: int = setting(integer(1, 10_000))
+    width: int = setting(_size)
+    heads: int = setting(_size)
+    kv_heads: int = setting(_size)
     """Key/value heads; a divisor of heads. Fewer than heads is grouped-query attention."""
-    ffn: int = setting(_count)
+    ffn: int = setting(_size)
     """Inner width of the SwiGLU."""
-    context: int = setting(_count)
+    context: int = setting(integer(1, 2**24))
     """The longest sequence, in tokens; a training window has as many."""
-    vocab_size: int = setting(_count)
+    vocab_size: int = setting(_size)
     """Rows of the embedding. A recipe that leaves it out gets the tokenizer's vocabulary, rounded up to a multiple of
     64."""
-    head_dim: int = setting(optional(_count), None)
+    head_dim: int = setting(optional(_size), None)
     """Width of one head, an even number. None: width / heads, which is what the field then holds."""
     qk_norm: bool = setting(boolean, False)
     """RMSNorm of every query and key head, before RoPE (Qwen3)."""

@@ -16,7 +16,6 @@ All ops are those of spt_fast.kernels; all parameters have one dtype, that of th
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -41,6 +40,7 @@ from spt_fast.kernels.fp8 import MULTIPLE
 from spt_fast.model import generate, hf
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.parameters import Parameter, around_blocks, of_block, table
+from spt_fast.model.rotary import frequencies
 
 if TYPE_CHECKING:
     from spt_fast.data.tokenizer import Tokenizer
@@ -267,15 +267,8 @@ def _keep_matmuls() -> tuple[Any, Any]:
 
 
 def rope_tables(config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [context, Q] of position / theta^(2i/Q), halves repeated, in float32 throughout as in Hugging Face
-    Llama; with `rope_scaling` the frequencies are those of its docstring."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    """cos and sin [context, Q] of position times frequency, halves repeated, in float32 throughout as in Hugging Face
+    Llama."""
     positions = torch.arange(config.context, dtype=torch.float32, device=device)
-    frequencies = 1 / config.rope_theta**exponents
-    if scaling := config.rope_scaling:
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    angles = torch.outer(positions, frequencies).repeat(1, 2)
+    angles = torch.outer(positions, frequencies(config, device)).repeat(1, 2)
     return angles.cos(), angles.sin()

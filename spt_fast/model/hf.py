@@ -1,9 +1,8 @@
 """Weights in and out of a Hugging Face folder: model.safetensors, config.json, tokenizer files.
 
 This is the project's own form of weights too, so that every phase's result loads in transformers as it is.
-Which family of transformers a GPT belongs to is in `FAMILIES`, which tensors hold a parameter is in parameters.py.
-Whatever else the families' configurations allow (other scalings of RoPE, biases, sliding windows …) is refused by
-name. Only safetensors are read: a pickle can run code.
+What config.json means is in hf_config.py, which tensors hold a parameter in parameters.py; a tensor that has no place
+in a GPT is refused by name. Only safetensors are read: a pickle can run code.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,49 +21,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spt_fast.errors import CheckpointError, invalid, shown
+from spt_fast.errors import CheckpointError, invalid, shown, shown_key
 from spt_fast.files import sync
-from spt_fast.model.config import GPTConfig, RopeScaling
+from spt_fast.model import hf_config, rotary
+from spt_fast.model.config import GPTConfig
+from spt_fast.model.hf_config import CONFIG
 from spt_fast.model.parameters import table
 
 if TYPE_CHECKING:
     from spt_fast.data.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of model in transformers."""
-
-    architecture: str
-    fields: Mapping[str, bool]
-    """What all of its models have in common, by field of a GPTConfig."""
-    head_dim: int | None = None
-    """Where config.json doesn't say; None: width / heads."""
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", {"qk_norm": False, "qkv_bias": False}),
-    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}),
-    "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, head_dim=128),
-}
-"""By model_type."""
-
-FIELDS = {
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "ffn": "intermediate_size",
-    "context": "max_position_embeddings",
-    "vocab_size": "vocab_size",
-    "tied": "tie_word_embeddings",
-    "norm_eps": "rms_norm_eps",
-}
-"""Fields of config.json by those of a GPTConfig that they equal."""
+CARRIED = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD, EMBEDDING, FREQUENCIES = "lm_head.weight", "model.embed_tokens.weight", "rotary_emb.inv_freq"
 
 
 def load(folder: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -75,7 +51,8 @@ def load(folder: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """
     folder = Path(folder)
     config = read_config(folder)
-    tensors = _read_tensors(folder)
+    files = _files_of_tensors(folder)
+    tensors = {name: _read(file, name) for name, file in files.items()}
     stored = {tensor.dtype for tensor in tensors.values()}
     if not stored <= DTYPES.keys():
         raise CheckpointError(
@@ -88,16 +65,25 @@ def load(folder: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         parts = []
         for source, rows in parameter.sources.items():
             if source not in tensors:
-                raise CheckpointError(f"{folder}: tensor {source} is missing")
+                raise CheckpointError(f"{folder}: tensor {source} is missing; copy the folder again")
             part, shape = tensors.pop(source).to(dtype), [rows, *parameter.shape[1:]]
             if list(part.shape) != shape:
                 raise CheckpointError(f"{folder}: tensor {source} is {list(part.shape)}; by {CONFIG} it is {shape}")
             parts.append(part)
         weights[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    # Old files hold the rotary frequencies, which the configuration gives; some hold a tied head as well.
-    left = [name for name in tensors if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight"]
-    if left:
-        raise CheckpointError(f"{folder}: a GPT has no place for tensor {left[0]} ({len(left)} such tensors)")
+    for name in [
+        name for name in tensors if name.endswith(FREQUENCIES)
+    ]:  # old files hold what follows from config.json
+        found, expected = tensors.pop(name).float(), rotary.frequencies(config, torch.device("cpu"))
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.01):
+            raise CheckpointError(
+                f"{folder}: tensor {name} holds other frequencies than those of {CONFIG}; mend either"
+            )
+    if config.tied:
+        tensors.pop(HEAD, None)
+    if tensors:
+        name = shown_key(next(iter(tensors)))
+        raise CheckpointError(f"{folder}: a GPT has no place for tensor {name} ({len(tensors)} such tensors)")
     return config, weights
 
 
@@ -107,18 +93,21 @@ def save(
     folder: str | Path,
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    like: Path | None = None,
 ) -> None:
     """Writes model.safetensors, config.json and a tokenizer's files, for AutoModelForCausalLM and AutoTokenizer.
 
-    weights: the GPT's parameters by name. dtype float32, bfloat16 or float16; None keeps the weights' own. Everything
-    is written and flushed beside the folder and then moved into it, config.json last; other files in the folder are
+    weights: the GPT's parameters by name. dtype float32, bfloat16 or float16; None keeps the weights' own. like: a
+    Hugging Face folder whose tokenizer, settings of generation and special ids go along as they are. Everything is
+    written and flushed beside the folder and then moved into it, config.json last; other files in the folder are
     left alone.
     """
     folder = Path(folder)
     dtype = dtype or weights["embedding"].dtype
     if dtype not in DTYPES:
         raise CheckpointError(invalid("dtype", dtype, "float32, bfloat16 or float16"))
-    if _family(config) == "llama" and config.width % config.heads:
+    if hf_config.family_of(config) == "llama" and config.width % config.heads:
         warnings.warn(
             f"{folder}: transformers loads no Llama whose {config.heads} heads don't divide its width "
             f"{config.width}; GPT.from_hf does",
@@ -137,7 +126,12 @@ def save(
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_hf(temporary)
-        described = _to_hf(config, dtype, None if tokenizer is None else tokenizer.eos_id)
+        described = hf_config.to_hf(config, DTYPES[dtype], None if tokenizer is None else tokenizer.eos_id)
+        if like is not None:
+            for file in like.iterdir():
+                if file.name in CARRIED:
+                    shutil.copyfile(file, temporary / file.name)
+            described |= {field: hf_config.read_json(like / CONFIG).get(field) for field in SPECIAL_IDS}
         (temporary / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
         for file in temporary.iterdir():
             sync(file)
@@ -154,124 +148,76 @@ def save(
 
 
 def read_config(folder: str | Path) -> GPTConfig:
-    """The shape that the folder's config.json describes; CheckpointError names what a GPT can't represent."""
-    file = Path(folder) / CONFIG
-    try:
-        hf = {field: value for field, value in json.loads(file.read_text()).items() if value is not None}
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; a Hugging Face model folder has one") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from None
-
-    model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
-        raise CheckpointError(f"{file}: model_type {model_type!r} cannot be represented; known: {', '.join(FAMILIES)}")
-    family = FAMILIES[model_type]
-    refused: dict[str, Callable[[Any], bool]] = {
-        "architectures": lambda names: bool(names) and names != [family.architecture],
-        "attention_bias": bool,
-        "mlp_bias": bool,
-        "hidden_act": lambda name: name not in (None, "silu", "swish"),
-        "use_sliding_window": bool,
-        "layer_types": lambda types: any(type_ != "full_attention" for type_ in types or []),
-        "partial_rotary_factor": lambda share: share not in (None, 1, 1.0),
-        "quantization_config": bool,
-    }
-    found = {field: hf.get(field) for field, wrong in refused.items() if wrong(hf.get(field))}
-    rope_field = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"  # as transformers 5 prefers them
-    rope = {field: value for field, value in hf.get(rope_field, {}).items() if value is not None}
-    try:
-        scaling = _rope_scaling(hf, rope)
-    except (KeyError, ValueError):
-        found[rope_field] = rope
-    if found:
-        field, value = next(iter(found.items()))
-        raise CheckpointError(f"{file}: {field} {shown(value)} cannot be represented by a GPT")
-
-    unsaid = {
-        "num_key_value_heads": hf.get("num_attention_heads"),
-        "head_dim": family.head_dim,
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
-    }
-    try:
-        shape: dict[str, Any] = {ours: (unsaid | hf)[theirs] for ours, theirs in FIELDS.items()}
-        theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
-        return GPTConfig(**shape, **family.fields, rope_theta=theta, rope_scaling=scaling)
-    except KeyError as error:
-        raise CheckpointError(f"{file}: {error.args[0]} is missing") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-
-
-def _rope_scaling(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> RopeScaling | None:
-    """What `rope` says in a config.json; KeyError or ValueError where a GPT can't represent it."""
-    if rope.get("partial_rotary_factor", 1) != 1 or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    factors = {field: rope[field] for field in ("factor", "low_freq_factor", "high_freq_factor")}
-    window = "original_max_position_embeddings"
-    whole = hf.get(window, rope.get(window, hf.get("max_position_embeddings")))
-    return RopeScaling(rope_type=kind, **factors, original_max_position_embeddings=whole)
-
-
-def _family(config: GPTConfig) -> str:
-    """The model_type that has all that the shape has."""
-    return next(
-        name
-        for name, family in FAMILIES.items()
-        if all(getattr(config, field) == value for field, value in family.fields.items())
+    """The shape of the model in `folder`: that of its config.json, but with a head of its own where the weights hold
+    one that differs from the embedding. CheckpointError names what a GPT can't represent."""
+    folder = Path(folder)
+    config = hf_config.read_config(folder)
+    if not config.tied or not any((folder / file).exists() for file in (WEIGHTS, INDEX)):
+        return config
+    files = _files_of_tensors(folder)
+    if HEAD not in files or EMBEDDING not in files or _equal(*(_read(files[name], name) for name in (HEAD, EMBEDDING))):
+        return config
+    warnings.warn(
+        f"{folder}: {HEAD} differs from {EMBEDDING}, though {CONFIG} says tie_word_embeddings: true; it is kept",
+        stacklevel=3,
     )
+    return replace(config, tied=False)
 
 
-def _to_hf(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) -> dict[str, Any]:
-    """config.json, with what transformers 4 and 5 call differently under both names."""
-    model_type = _family(config)
-    scaling = asdict(config.rope_scaling) if config.rope_scaling else None
-    return {
-        "architectures": [FAMILIES[model_type].architecture],
-        "model_type": model_type,
-        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
-        "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": config.rope_theta},
-        "rope_scaling": scaling,
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
-        "dtype": DTYPES[dtype],
-        "torch_dtype": DTYPES[dtype],
-    }
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a == b).all())
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                tensors |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from None
-    return tensors
+def _files_of_tensors(folder: Path) -> dict[str, Path]:
+    """The file of the folder that holds a tensor, by the tensor's name."""
+    listed = {} if (folder / WEIGHTS).exists() else _index(folder)
+    found: dict[str, Path] = {}
+    for file in [folder / name for name in sorted(set(listed.values()) or {WEIGHTS})]:
+        with _opened(file) as stored:
+            for name in stored.keys():  # noqa: SIM118
+                if name in found:
+                    raise CheckpointError(
+                        f"{file}: tensor {shown_key(name)} is in {found[name].name} too; keep one file"
+                    )
+                found[name] = file
+    if lost := sorted(listed.keys() - found.keys()):
+        raise CheckpointError(f"{folder / INDEX}: tensor {shown_key(lost[0])} is in no shard; copy the folder again")
+    return found
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).exists():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{folder / INDEX}: cannot be read as an index of shards: {error!r}") from None
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise CheckpointError(f"{folder / INDEX}: shard {outside[0]!r} is not a file of this folder")
-        return [folder / name for name in names]
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); copy it again") from None
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with _opened(file) as stored:
+        tensor: Tensor = stored.get_tensor(name)
+    return tensor
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """The file of each tensor, by model.safetensors.index.json."""
+    if not (folder / INDEX).exists():
+        raise _without_weights(folder)
+    listed = hf_config.read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{folder / INDEX}: weight_map names no shards ({shown(listed)}); copy it again")
+    for name in listed.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{folder / INDEX}: shard {shown(name)} is not a file of this folder")
+    return listed
+
+
+def _without_weights(folder: Path) -> CheckpointError:
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickles:
-        raise CheckpointError(
+        return CheckpointError(
             f"{folder}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors, for "
             "example by transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    raise CheckpointError(f"{folder}: no {WEIGHTS} or {INDEX} in this folder")
+    return CheckpointError(f"{folder}: no {WEIGHTS} or {INDEX} in this folder; give a folder of weights")

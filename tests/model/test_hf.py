@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spt_fast.errors import CheckpointError
-from spt_fast.model import hf
+from spt_fast.model import hf, hf_config
 from spt_fast.model.config import RopeScaling
 from spt_fast.model.gpt import GPT, GPTConfig
 
@@ -249,6 +249,20 @@ def test_the_tokenizer_goes_along(tmp_path: Path, folder: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] is None
 
 
+def test_what_stands_beside_the_weights_goes_along(tmp_path: Path, folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    change_config(folder, eos_token_id=[3, 4], pad_token_id=0)
+    hf.save(*hf.load(folder), tmp_path / "there", like=folder)
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    config = json.loads((tmp_path / "there" / "config.json").read_text())
+    assert (config["eos_token_id"], config["pad_token_id"], config["bos_token_id"]) == ([3, 4], 0, None)
+
+
 # ------------------------------------------------------------------------------------------------------------ safety
 
 
@@ -318,6 +332,90 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder: Path) -> None:
         GPT.from_hf(folder)
 
 
+def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(tmp_path: Path) -> None:
+    model = GPT(GPTConfig(layers=1, width=32, heads=2, kv_heads=1, ffn=48, context=16, vocab_size=50, tied=False))
+    randomise(model, 1)
+    model.save_hf(tmp_path)
+    change_config(tmp_path, tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match=r"lm_head\.weight differs from model\.embed_tokens\.weight.*it is kept"):
+        assert hf.read_config(tmp_path) == model.config  # the shape that a run with `init` plans by
+    with pytest.warns(UserWarning, match="it is kept"):
+        back = GPT.from_hf(tmp_path)
+    assert back.head is not None
+    assert torch.equal(back.head, model.head)
+    tensors = load_file(tmp_path / hf.WEIGHTS)
+    save_file(tensors | {hf.HEAD: tensors[hf.EMBEDDING].clone()}, tmp_path / hf.WEIGHTS)
+    assert GPT.from_hf(tmp_path).head is None
+    change_config(tmp_path, tie_word_embeddings=False)
+    assert GPT.from_hf(tmp_path).head is not None
+
+
+def test_stored_frequencies_are_those_of_the_configuration(folder: Path) -> None:
+    tensors, name = load_file(folder / hf.WEIGHTS), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(tensors | {name: (1 / 10_000 ** (torch.arange(0, 8, 2) / 8)).bfloat16()}, folder / hf.WEIGHTS)
+    GPT.from_hf(folder)
+    change_config(folder, rope_theta=1e6, rope_parameters="drop")
+    with pytest.raises(CheckpointError, match=rf"tensor {name} holds other frequencies"):
+        GPT.from_hf(folder)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}},
+        {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_theta": 5e5, "type": "default"}},
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": asdict(LLAMA3)},
+        {"rope_parameters": asdict(LLAMA3), "rope_scaling": asdict(replace(LLAMA3, factor=4.0))},
+    ],
+    ids=str,
+)
+def test_rope_settings_that_contradict_each_other_are_refused(folder: Path, places: dict[str, object]) -> None:
+    change_config(folder, **{"rope_theta": "drop", "rope_parameters": "drop", **places})
+    with pytest.raises(CheckpointError, match=r"rope_\w+, rope_\w+ contradict each other"):
+        GPT.from_hf(folder)
+
+
+@pytest.mark.parametrize("fields", ["Llama", "Qwen2", "Qwen3", "SmolLM2", "TinyLlama"])
+def test_what_changes_nothing_is_taken_without_a_word(
+    folder: Path, fields: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Every field that transformers writes for a family, and those of files on the hub."""
+    hub = {
+        "SmolLM2": {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}},
+        "TinyLlama": {"pretraining_tp": 1, "_name_or_path": "x", "rope_scaling": None, "attention_multiplier": None},
+    }
+    given = hub.get(fields) or getattr(transformers, f"{fields}Config")(num_hidden_layers=2).to_dict()
+    ours = json.loads((folder / "config.json").read_text())
+    change_config(folder, **{name: value for name, value in given.items() if name not in ours})
+    change_config(folder, residual_multiplier=1.0, logits_scaling=1)
+    GPT.from_hf(folder)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_field_that_nothing_is_known_about_is_named(folder: Path) -> None:
+    change_config(folder, unsloth_fixed=True, **{"x" * 1000: 1})
+    with pytest.warns(UserWarning, match=r"config\.json: a GPT has no place for 'unsloth_fixed, x+…; left out"):
+        assert GPT.from_hf(folder).config == GPT.from_hf(folder).config
+
+
+def test_a_damaged_index_of_shards_is_named(folder: Path) -> None:
+    tensors = load_file(folder / hf.WEIGHTS)
+    (folder / hf.WEIGHTS).rename(folder / "a.safetensors")
+    save_file({hf.EMBEDDING: tensors[hf.EMBEDDING]}, folder / "b.safetensors")
+    for weight_map, said in [
+        (dict.fromkeys(tensors, "a.safetensors") | {hf.EMBEDDING: "b.safetensors"}, "is in a.safetensors too; keep"),
+        (dict.fromkeys([*tensors, "model.more"], "a.safetensors"), r"index\.json: tensor model\.more is in no shard"),
+        ({hf.EMBEDDING: 5}, "shard 5 is not a file"),
+        ({}, "names no shards"),
+        ([], "names no shards"),
+    ]:
+        (folder / hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=said):
+            GPT.from_hf(folder)
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": {hf.EMBEDDING: "a.safetensors"}}))
+    assert GPT.from_hf(folder).config.layers == 2  # what the shards hold counts
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -328,6 +426,19 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder: Path) -> None:
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         ("partial_rotary_factor", 0.25),
+        ("rope_parameters", 5),
+        ("rope_parameters", {"rope_type": "default", "factor": 8.0}),
+        ("rope_scaling", {"type": "linear", "rope_type": "llama3", **dict.fromkeys(hf_config.FACTORS, 2.0)}),
+        ("rope_interleaved", True),
+        ("rotary_pct", 0.25),
+        ("final_logit_softcapping", 30.0),
+        ("attention_multiplier", 1.0),
+        ("residual_multiplier", 0.22),
+        ("logits_scaling", True),
+        ("sliding_window", 4096),
+        ("num_local_experts", 8),
+        ("layer_types", 5),
+        ("model_type", []),
         ("attention_bias", True),
         ("mlp_bias", True),
         ("hidden_act", "gelu"),
@@ -350,7 +461,7 @@ def test_incomplete_and_wrong_configs_name_the_field(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="hidden_size is missing"):
         GPT.from_hf(folder)
     change_config(folder, hidden_size=-1)
-    with pytest.raises(CheckpointError, match=r"config\.json: model\.width"):
+    with pytest.raises(CheckpointError, match=r"config\.json: hidden_size: -1 is invalid: write a whole"):
         GPT.from_hf(folder)
 
 
