@@ -9,14 +9,15 @@ import json
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer import Argument, Option
 
 from spt_fast import __version__
-from spt_fast.errors import FailedElsewhere, SptError
+from spt_fast.errors import FailedElsewhere, SptError, SptWarning
 from spt_fast.flags import (
     ClusterOptions,
     Commands,
@@ -59,6 +60,7 @@ def main() -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     set_up()
+    warnings.showwarning = _show_warning
     rank = os.environ.get("RANK")
     me = "spt-fast" if rank is None or os.environ.get("WORLD_SIZE", "1") == "1" else f"spt-fast, process {rank}"
     try:
@@ -78,6 +80,23 @@ def main() -> None:
     except RuntimeError as error:
         print(f"{me}: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+_show_elsewhere = warnings.showwarning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    if issubclass(category, SptWarning):
+        print(f"spt-fast: warning: {message}", file=sys.stderr)
+    else:
+        _show_elsewhere(message, category, filename, lineno, file, line)
 
 
 def _is_first() -> bool:
@@ -459,7 +478,7 @@ def export_weights(
     tokenizer: Annotated[str | None, Option(help="Saved along, for AutoTokenizer; a run's own by default.")] = None,
 ) -> None:
     """Write a Hugging Face folder (Llama; Qwen2 with a QKV bias; Qwen3 with QK-norm)."""
-    from spt_fast.train.weights import export
+    from spt_fast.train.release import export
 
     export(weights, out_folder, tokenizer)
     out.print(f"{out_folder}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True)
@@ -488,7 +507,7 @@ def generate(
     tokenizer: Annotated[str | None, Option(help="A run's own by default.")] = None,
 ) -> None:
     """Text from a trained model."""
-    from spt_fast.train.weights import generate_text
+    from spt_fast.train.release import generate_text
 
     print(generate_text(weights, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed, tokenizer=tokenizer))
 

@@ -33,6 +33,10 @@ class CheckpointError(SptError):
     """A run folder, checkpoint or weights folder that cannot be used."""
 
 
+class SptWarning(UserWarning):
+    """What a user should know about a result, such as what could not be checked."""
+
+
 class FailedElsewhere(Exception):
     """Another process of this run failed, and says why itself."""
 

@@ -27,6 +27,8 @@ from spt_fast.errors import DataError, invalid, nearest
 from spt_fast.files import replacing
 
 EOS = "<|endoftext|>"
+FILE = "tokenizer.tiktoken"
+"""What the tokenizer's file is called in the folder of a run, of weights and of an export."""
 
 # How text is cut before merging, in tokenizer files that name no other pattern: the pattern of GPT-4 as rustbpe has it.
 # Contractions; letters with one leading space or sign; up to three digits; signs with newlines; newlines; spaces.
@@ -155,7 +157,7 @@ class Tokenizer:
             raise DataError(f"{error}: not an id of this tokenizer, which has {self.vocab_size:,}") from None
 
     def save_hf(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json, for transformers' AutoTokenizer.
+        """Write tokenizer.json and tokenizer_config.json, for transformers' AutoTokenizer, and the ranks beside them.
 
         Ids and decoding are the same, but special tokens *are* read out of text, as usual there.
         """
@@ -185,6 +187,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         hf.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self.save(folder / FILE)
 
 
 def train_tokenizer(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CARRIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    "tokenizer.tiktoken",
 )
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -93,14 +94,16 @@ def save(
     folder: str | Path,
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
     *,
     like: Path | None = None,
 ) -> None:
     """Writes model.safetensors, config.json and a tokenizer's files, for AutoModelForCausalLM and AutoTokenizer.
 
     weights: the GPT's parameters by name. dtype float32, bfloat16 or float16; None keeps the weights' own. like: a
-    Hugging Face folder whose tokenizer, settings of generation and special ids go along as they are. Everything is
-    written and flushed beside the folder and then moved into it, config.json last; other files in the folder are
+    Hugging Face folder whose tokenizer, settings of generation, special ids and metadata go along as they are.
+    metadata: what is to be known of the weights, kept in model.safetensors; `read_metadata` gives it back. Everything
+    is written and flushed beside the folder and then moved into it, config.json last; other files in the folder are
     left alone.
     """
     folder = Path(folder)
@@ -123,7 +126,8 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        known = {**(read_metadata(like) if like else {}), **(metadata or {}), "format": "pt"}
+        save_file(tensors, temporary / WEIGHTS, metadata=known)
         if tokenizer is not None:
             tokenizer.save_hf(temporary)
         described = hf_config.to_hf(config, DTYPES[dtype], None if tokenizer is None else tokenizer.eos_id)
@@ -162,6 +166,14 @@ def read_config(folder: str | Path) -> GPTConfig:
         stacklevel=3,
     )
     return replace(config, tied=False)
+
+
+def read_metadata(folder: Path) -> dict[str, str]:
+    """What `save` was told to keep beside the weights; empty where another program wrote them."""
+    if not (folder / WEIGHTS).exists():
+        return {}
+    with _opened(folder / WEIGHTS) as stored:
+        return stored.metadata() or {}
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -8,18 +8,25 @@ whole checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
+from spt_fast.config import Recipe
+from spt_fast.data.mixture import Mixture
+from spt_fast.data.ring import Ring
+from spt_fast.data.shards import TokenDataset
 from spt_fast.data.visits import Visits, document_visits
 from spt_fast.errors import DataError, invalid
 from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import recipe_of, summary_of
-from spt_fast.train.plan import Plan, make_plan
+from spt_fast.train.plan import make_plan, not_the_same, open_source
 from spt_fast.train.state import SavedState
+from spt_fast.train.weights import read_config
 
 
 @dataclass(frozen=True)
@@ -35,14 +42,15 @@ class SourceReading:
 
 def audit_run(run: Path, source: str | None = None) -> dict[str, SourceReading]:
     """What was read, by source; of `source` alone where it is given. Raises DataError where the run has no such one."""
-    plan, counts = _reading_of(run)
+    reading = _reading_of(run)
     readings = {}
-    for name, count in ({source: _count(run, counts, source)} if source else counts).items():
-        visits = document_visits(plan.rings[name], count, 0, plan.train[name].num_tokens)
+    for name, count in ({source: _count(run, reading.windows, source)} if source else reading.windows).items():
+        ring = reading.rings[name]
+        visits = document_visits(ring, count, 0, ring.num_tokens)
         readings[name] = SourceReading(
             windows=count,
-            tokens=count * plan.model.context,
-            epochs=float(plan.rings[name].epochs(count)),
+            tokens=count * ring.context,
+            epochs=float(ring.epochs(count)),
             min_visits=visits.min_visits,
             max_visits=visits.max_visits,
         )
@@ -54,8 +62,13 @@ def audit_document(run: Path, source: str | None, document: int) -> Visits:
     there."""
     if source is None:
         raise DataError("document: counts within a source; name it by `source=…`", argument=True)
-    plan, counts = _reading_of(run)
-    count, data = _count(run, counts, source), plan.train[source]
+    reading = _reading_of(run)
+    count, data = _count(run, reading.windows, source), reading.texts.get(source)
+    if data is None:
+        path = recipe_of(run).sources[source].train
+        raise DataError(
+            f"sources.{source}.train: {path}, which says where documents end, has gone or is damaged; put it back"
+        )
     ends = data.document_ends
     if ends is None:
         raise DataError(
@@ -65,7 +78,7 @@ def audit_document(run: Path, source: str | None, document: int) -> Visits:
         expected = f"{source} has documents 0 to {len(ends) - 1}"
         raise DataError(invalid("document", document, expected), argument=True)
     start, end = int(ends[document - 1]) if document else 0, int(ends[document])
-    return document_visits(plan.rings[source], count, start, end)
+    return document_visits(reading.rings[source], count, start, end)
 
 
 def print_audit(run: Path, readings: Mapping[str, SourceReading], console: Console) -> None:
@@ -82,23 +95,62 @@ def _count(run: Path, counts: Mapping[str, int], source: str) -> int:
     return counts[source]
 
 
-def _reading_of(run: Path) -> tuple[Plan, dict[str, int]]:
-    """The run's plan, and how many windows of each source it has read."""
-    plan = make_plan(recipe_of(run))
-    counts = dict.fromkeys(plan.recipe.sources, 0)
-    summary = summary_of(run)
+@dataclass(frozen=True)
+class _Reading:
+    """How far a run has read."""
+
+    rings: dict[str, Ring]
+    windows: dict[str, int]
+    texts: dict[str, TokenDataset]
+    """By source, those that are still there."""
+
+
+def _reading_of(run: Path) -> _Reading:
+    """From what the run has recorded. DataError for text that isn't what it has read, and for text that has gone and of
+    which an earlier version recorded too little."""
+    recipe, summary = recipe_of(run), summary_of(run)
     if summary and summary["status"] == "done":
-        plan.check_same_data(summary["data"], run)
+        texts = _texts(recipe, summary["data"], summary.get("directory"), run)
+        windows = dict.fromkeys(recipe.sources, 0)
         for phase in summary["phases"].values():
-            for source, (_, end) in phase["windows"].items():
-                counts[source] = end
-        return plan, counts
-    found = checkpoint.newest(run / "checkpoints")
-    if found:
+            windows |= {source: end for source, (_, end) in phase["windows"].items()}
+        context, tokens = summary.get("context") or read_config(run).context, summary["train_tokens"]
+    elif found := checkpoint.newest(run / "checkpoints"):
         saved = SavedState.read(found.state, found.path)
-        plan.check_same_data(saved.data, found.path)
-        state = saved.train
-        counts |= state.counts
-        for source, windows in plan.phases[state.phase].windows(state.step).items():
-            counts[source] += windows
-    return plan, counts
+        texts, state = _texts(recipe, saved.data, saved.directory, found.path), saved.train
+        of_phase = recipe.phases[state.phase]
+        read = Mixture(of_phase.mixture).counts(state.step * of_phase.batch.sequences)
+        windows = {source: state.counts[source] + read.get(source, 0) for source in recipe.sources}
+        recorded = {name: saved.texts.get(f"sources.{name}.train") for name in recipe.sources}
+        context, tokens = saved.model.context, {name: text.tokens for name, text in recorded.items() if text}
+    else:
+        plan = make_plan(recipe)
+        return _Reading(plan.rings, dict.fromkeys(recipe.sources, 0), plan.train)
+    for name, source in recipe.sources.items():
+        if name not in tokens and name not in texts:
+            raise DataError(f"sources.{name}.train: {source.train} has gone or is damaged; put it back")
+    held = {name: tokens[name] if name in tokens else texts[name].num_tokens for name in recipe.sources}
+    return _Reading({name: Ring(held[name], context, recipe.seed, name) for name in held}, windows, texts)
+
+
+def _texts(recipe: Recipe, recorded: Mapping[str, str], directory: str | None, where: Path) -> dict[str, TokenDataset]:
+    """The training text that is still where the recipe's paths lead, from `directory` or from here, by source.
+
+    recorded: the digests kept at `where`. DataError where only other text is there, held-out text too.
+    """
+    found = {}
+    for name, source in recipe.sources.items():
+        kinds: dict[Literal["train", "heldout"], str] = {"train": source.train}
+        if source.heldout:
+            kinds["heldout"] = source.heldout
+        for kind, path in kinds.items():
+            field, there = f"sources.{name}.{kind}", list[TokenDataset]()
+            for place in dict.fromkeys((Path(directory or "", path), Path(path))):
+                with suppress(DataError):
+                    there.append(open_source(source, kind, place))
+            same = [data for data in there if data.digest == recorded.get(field)]
+            if there and not same:
+                raise not_the_same(field, where)
+            if same and kind == "train":
+                found[name] = same[0]
+    return found

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.config import Phase, Recipe, load_recipe
+from spt_fast.data.formats import sampled_digest
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.files import is_temporary
 
@@ -48,10 +49,6 @@ def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[st
     return True
 
 
-TOKENIZER = "tokenizer.tiktoken"
-"""The file of a run, of weights and of an export that holds the tokenizer."""
-
-
 def summary_of(run: Path) -> dict[str, Any] | None:
     """summary.json of a run, None where it has none yet; CheckpointError where it cannot be read."""
     path = run / "summary.json"
@@ -67,22 +64,35 @@ def summary_of(run: Path) -> dict[str, Any] | None:
     raise CheckpointError(f"{path}: is damaged ({problem}); delete it and go on with `resume=True`, which writes it")
 
 
+def weights_digest(folder: Path) -> str:
+    """Identifies the weights in a folder by samples of its safetensors."""
+    return sampled_digest(*sorted(folder.glob("*.safetensors")))
+
+
 def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:
     """The run and the phase whose weights a run started from; None for one that started
     from scratch or from foreign weights.
 
-    Where `init` doesn't lead there any more, because the study was moved, the run is looked for beside this one.
+    It is looked for where `init` leads from here, where it led when the run was trained, and, in case the study was
+    moved, beside this run. CheckpointError where it has gone, or holds other weights by now.
     """
     weights = Path(recipe.init or "")
     if weights.parent.name != "weights":
         return None
-    named = weights.parent.parent
-    for run in (named, folder.resolve().parent / named.name):
-        if (run / "recipe.yaml").exists():
+    summary = summary_of(folder) or {}
+    named, digest = weights.parent.parent, summary.get("data", {}).get("init")
+    places = (named, summary.get("directory", "") / named, folder.resolve().parent / named.name)
+    found = [run for run in places if (run / "recipe.yaml").exists()]
+    for run in found:
+        theirs = run / "weights" / weights.name
+        if digest is None or not theirs.exists() or weights_digest(theirs) == digest:
             return run, weights.name
-    if weights.exists():
+    if not found and weights.exists():
         return None
-    raise CheckpointError(f"{folder}: started from {recipe.init}, but the run {named} has gone; put it beside {folder}")
+    what = "holds other weights by now" if found else "has gone"
+    raise CheckpointError(
+        f"{folder}: started from {recipe.init}, but the run {named} {what}; put the one that it was beside {folder}"
+    )
 
 
 @dataclass(frozen=True)

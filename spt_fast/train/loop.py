@@ -33,6 +33,7 @@ from spt_fast.train.health import MAX_SKIPPED_IN_A_ROW, deciding, standing
 from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import Clock, NoLog, RunLog
+from spt_fast.train.origin import Origin
 from spt_fast.train.plan import PhasePlan, Plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot, weights_of
@@ -240,7 +241,9 @@ class Trainer:
         """weights/<name>, of the snapshot that is handed on."""
         weights = self.world.collect(self.snapshots["kept"].weights)
         folder, tokenizer = self.folder / "weights" / name, self.plan.tokenizer
-        self.world.on_first(lambda: hf.save(self.engine.config, weights, folder, tokenizer))
+        documents = self.plan.phases[self.state.phase].phase.documents
+        known = Origin(self.plan.tokenizer_digest, documents, _dtype(self.engine.dtype)).as_metadata()
+        self.world.on_first(lambda: hf.save(self.engine.config, weights, folder, tokenizer, None, known))
 
     # ------------------------------------------------------------------------------------------------ its steps
 
@@ -357,6 +360,7 @@ class Trainer:
             "parameters": parameters(self.plan.model),
             "flops_per_token": self.flops_per_token,
             "tokenizer": self.plan.tokenizer_digest,
+            "context": self.plan.model.context,
             "train_tokens": {source: data.num_tokens for source, data in self.plan.train.items()},
             "precision": _dtype(self.engine.dtype),
             "device": str(self.engine.device),

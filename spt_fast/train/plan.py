@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
-from spt_fast.config import Phase, Recipe
+from spt_fast.config import Phase, Recipe, Source
 from spt_fast.data.inspection import overlap_share
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
@@ -154,11 +155,7 @@ class Plan:
         `where`, says."""
         for field, digest in self.digests().items():
             if recorded.get(field, digest) != digest:
-                what = {"init": "weights", "tokenizer": "tokens"}.get(field, "text")
-                raise DataError(
-                    f"{field}: holds other {what} than when {where} was written; put the old {what} back, or start a "
-                    "run of another name"
-                )
+                raise not_the_same(field, where)
 
     def unrecorded(self, recorded: Mapping[str, str]) -> list[str]:
         """Warnings: what a checkpoint of an earlier version doesn't know."""
@@ -229,6 +226,21 @@ class Plan:
         return found
 
 
+def open_source(source: Source, kind: Literal["train", "heldout"], path: str | Path) -> TokenDataset:
+    """The text of a source at `path`, cut as its recipe says."""
+    data = TokenDataset.open(path, source.dtype)
+    return data.limit(source.limit_tokens) if kind == "train" and source.limit_tokens else data
+
+
+def not_the_same(field: str, where: Path) -> DataError:
+    """What a recipe's field names is not what it was when `where` was written."""
+    what = {"init": "weights", "tokenizer": "tokens"}.get(field, "text")
+    return DataError(
+        f"{field}: holds other {what} than when {where} was written; put the old {what} back, or start a run of "
+        "another name"
+    )
+
+
 def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = None) -> Plan:
     """Open what the recipe names and check that every phase can be trained as written.
 
@@ -247,11 +259,9 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
     init_digest = digest_of(Path(recipe.init)) if recipe.init else None
     train, heldout = {}, {}
     for name, source in recipe.sources.items():
-        train[name] = TokenDataset.open(source.train, source.dtype)
-        if source.limit_tokens:
-            train[name] = train[name].limit(source.limit_tokens)
+        train[name] = open_source(source, "train", source.train)
         if source.heldout:
-            heldout[name] = TokenDataset.open(source.heldout, source.dtype)
+            heldout[name] = open_source(source, "heldout", source.heldout)
     datasets = [(f"sources.{name}.train", data) for name, data in train.items()]
     datasets += [(f"sources.{name}.heldout", data) for name, data in heldout.items()]
     _check_tokenizers(datasets, tokenizer)

@@ -12,14 +12,14 @@ import yaml
 from rich.console import Console
 
 from spt_fast.config import Model, Recipe
-from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.data.tokenizer import FILE, Tokenizer
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.files import write_text
 from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.engines import join
 from spt_fast.train.evaluate import Interrupted
-from spt_fast.train.folder import TOKENIZER, is_begun, recipe_of, summary_of
+from spt_fast.train.folder import is_begun, recipe_of, summary_of
 from spt_fast.train.health import Diverged
 from spt_fast.train.introduction import Resumed
 from spt_fast.train.loop import Trainer
@@ -112,13 +112,13 @@ def _plan(folder: Path, recipe: Recipe, state: SavedState | None, world: int) ->
 
 def _own_tokenizer(folder: Path, recipe: Recipe) -> Tokenizer | None:
     """The one in the run's folder; None where an earlier version, or a recipe without one, left none there."""
-    if recipe.tokenizer is None or not (folder / TOKENIZER).exists():
+    if recipe.tokenizer is None or not (folder / FILE).exists():
         return None
-    own = Tokenizer.load(folder / TOKENIZER)
+    own = Tokenizer.load(folder / FILE)
     with suppress(DataError):  # the recipe's may have gone
         if Tokenizer.load(recipe.tokenizer).digest != own.digest:
             raise RecipeError(
-                f"tokenizer: {recipe.tokenizer} is another than {folder / TOKENIZER}, which the run began with; put "
+                f"tokenizer: {recipe.tokenizer} is another than {folder / FILE}, which the run began with; put "
                 "the old one back, or start a run of another name"
             )
     return own
@@ -129,4 +129,4 @@ def _begin_folder(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> 
     (folder / "summary.json").unlink(missing_ok=True)  # of an earlier life, whose ending is not this one's
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
     if tokenizer:
-        tokenizer.save(folder / TOKENIZER)
+        tokenizer.save(folder / FILE)

@@ -7,13 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
+import torch
 from rich.console import Console
+from torch import Tensor
 
+from spt_fast.data.heldout import begins
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError
 from spt_fast.printing import print_table
 from spt_fast.train.evaluate import EvalSet, mean_loss
-from spt_fast.train.weights import load_model
+from spt_fast.train.folder import summary_of
+from spt_fast.train.origin import origin_of, run_of
+from spt_fast.train.weights import load_model, locate
 from spt_fast.train.world import World, pick_device, pick_dtype
 
 TOKENS_AT_A_TIME = 16_384
@@ -30,18 +36,36 @@ class Scored(TypedDict):
     tokens: int
     """That were scored."""
     bytes: int | None
+    documents: int | None
+    """None where the dataset doesn't record them."""
+    inside_documents: bool
+    """Whether attention and positions stayed inside a document, as in the phase that trained the weights."""
+    dtype: str
+    """What was computed in: what the weights were trained in, where that is known."""
+    same_tokenizer: bool | None
+    """Whether the ids are of the weights' tokenizer; None where the dataset or the weights don't record theirs."""
+    reported: float | None
+    """The loss that the run reported, of the report half, where this is held-out text of the run."""
 
 
 def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
     """The loss of weights on the dataset at `prefix`.
 
     `weights` is a run, its weights/<phase>, a checkpoint or a Hugging Face folder. Every token but the first is scored
-    once, in consecutive windows of the model's context. Raises DataError where the dataset doesn't fit the model.
+    once, in consecutive windows of the model's context, and documents are cut as in training. Raises DataError where
+    the dataset doesn't fit the model.
     """
-    model = load_model(weights)
+    weights = locate(weights)
+    model, origin = load_model(weights), origin_of(weights)
     data = TokenDataset.open(prefix, dtype)
     if data.num_tokens < 2:
         raise DataError(f"{prefix}: holds {data.num_tokens} tokens; at least two are needed to score one")
+    same = None if None in (origin.tokenizer, data.tokenizer_digest) else origin.tokenizer == data.tokenizer_digest
+    if same is False:
+        raise DataError(
+            f"{prefix}: was made with another tokenizer ({str(data.tokenizer_digest)[:12]}) than the one that the "
+            f"weights at {weights} were trained with ({str(origin.tokenizer)[:12]}); prepare it with that one"
+        )
     largest = data.max_id if data.max_id is not None else int(data.tokens.max())
     if largest >= model.config.vocab_size:
         raise DataError(
@@ -49,10 +73,18 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
             "prepare it with the model's own tokenizer"
         )
     device = pick_device()
-    model.to(device=device, dtype=pick_dtype("auto", device)).requires_grad_(False)
-    text = EvalSet.of_tokens(data.tokens, model.config.context)
+    computed_in = getattr(torch, origin.dtype) if origin.dtype else pick_dtype("auto", device)
+    model.to(device=device, dtype=computed_in).requires_grad_(False)
+    inside = bool(origin.documents) and data.document_ends is not None
+    marks = begins(data, np.array([[0, data.num_tokens]])) if inside else None
+    text = EvalSet.of_tokens(data.tokens, model.config.context, marks)
+
+    def of_batch(tokens: Tensor, targets: Tensor, cuts: Tensor | None) -> Tensor:
+        cuts = None if cuts is None else cuts.to(device)
+        return model(tokens.to(device), targets.to(device), cuts).float()
+
     loss = mean_loss(
-        lambda tokens, targets, _: model(tokens.to(device), targets.to(device)).float(),
+        of_batch,
         text,
         max(1, TOKENS_AT_A_TIME // model.config.context),
         world=World(0, 1, device),
@@ -64,11 +96,33 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
         bits_per_byte=nats / math.log(2) / data.num_bytes if data.num_bytes else None,
         tokens=text.num_targets,
         bytes=data.num_bytes,
+        documents=data.num_documents,
+        inside_documents=inside,
+        dtype=str(computed_in).removeprefix("torch."),
+        same_tokenizer=same,
+        reported=_reported(weights, data.digest),
     )
 
 
+def _reported(weights: Path, digest: str) -> float | None:
+    """What the run of weights/<phase> says of them and this held-out text."""
+    run = run_of(weights)
+    summary = summary_of(run) if run else None
+    if summary is None or weights.name not in summary["phases"]:
+        return None
+    losses = summary["phases"][weights.name]["heldout"]
+    known = {summary["data"].get(f"sources.{source}.heldout"): loss for source, loss in losses.items()}
+    return known.get(digest)
+
+
 def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) -> None:
-    """A row by dataset."""
-    rows = [[prefix, *s.values()] for prefix, s in scored.items()]
-    columns = ["dataset", "loss", "perplexity", "bits per byte", "tokens", "bytes"]
-    print_table(console, str(weights), columns, rows)
+    """A row by dataset, then how it was scored."""
+    shown = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "documents")
+    rows = [[prefix, *map(s.get, shown)] for prefix, s in scored.items()]
+    print_table(console, str(weights), ["dataset", *(name.replace("_", " ") for name in shown)], rows)
+    for prefix, s in scored.items():
+        where = "inside documents" if s["inside_documents"] else "across documents"
+        unknown = "" if s["same_tokenizer"] else "; whether its ids are of the weights' tokenizer is not recorded"
+        console.print(f"{prefix}: in {s['dtype']}, attention {where}{unknown}", soft_wrap=True)
+        if s["reported"] is not None:
+            console.print(f"{prefix}: the run reported {s['reported']:.4g} on the report half of it", soft_wrap=True)

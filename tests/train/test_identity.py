@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,11 +14,17 @@ import pytest
 
 from spt_fast.config import recipe_from
 from spt_fast.data import shards
+from spt_fast.data.heldout import begins
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
-from spt_fast.errors import DataError, RecipeError
+from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
+from spt_fast.model.gpt import GPT
+from spt_fast.train.audit import audit_document, audit_run
+from spt_fast.train.evaluate import EvalSet, mean_loss
 from spt_fast.train.plan import make_plan
+from spt_fast.train.release import export, generate_text
 from spt_fast.train.run import run
+from spt_fast.train.score import score
 from spt_fast.train.state import KnownText
 from tests import tiny
 from tests.train.test_loop import StopAfter
@@ -118,3 +125,114 @@ def test_a_glance_hashes_some_blocks_and_says_where_it_may_not_have_seen_all(
     np.save(tmp_path / "ids.npy", np.arange(3_000_000, dtype=np.uint16))
     foreign = TokenDataset.open(tmp_path / "ids.npy")
     assert not foreign.verify()
+
+
+@pytest.fixture
+def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run with relative paths, moved, and used from where other data lies at these paths."""
+    for name, shift in (("home", 0), ("elsewhere", 1)):
+        raw = raw_recipe(tmp_path / name)
+        byte_tokenizer(shift).save(tmp_path / name / "bytes.tiktoken")
+    for source in ("general", "chem"):
+        raw["sources"][source] |= {"train": source, "heldout": f"{source}.heldout"}
+        tiny.write_dataset(tmp_path / "elsewhere" / source, 9, 900, vocab=257)
+    raw["phases"][0] |= {"documents": True, "tokens": 8 * 8 * 16}
+    raw["precision"] = "fp32"
+    monkeypatch.chdir(tmp_path / "home")
+    run(recipe_from(raw | {"run": "run", "tokenizer": "bytes.tiktoken"}), progress=False)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return (tmp_path / "home" / "run").rename(tmp_path / "moved")
+
+
+def greedy(weights: Path, tokenizer: str | None = None) -> str:
+    return generate_text(weights, "ab", 3, temperature=0, tokenizer=tokenizer)
+
+
+def test_a_run_is_read_anywhere_by_what_it_carries(moved: Path, tmp_path: Path) -> None:
+    text, out = greedy(moved), tmp_path / "out"
+    assert text.startswith("ab")
+    export(moved, out)
+    checkpoint = next((moved / "checkpoints").glob("step-*"))
+    assert greedy(out) == greedy(moved / "weights" / "pretrain") == greedy(moved, "../home/bytes.tiktoken") == text
+    assert greedy(checkpoint).startswith("ab")
+    for weights in (moved, out, checkpoint):
+        with pytest.raises(CheckpointError, match=r"tokenizer: bytes.tiktoken .* is another than the weights"):
+            greedy(weights, "bytes.tiktoken")
+        with pytest.raises(CheckpointError, match="is another than the weights"):
+            export(weights, tmp_path / "other", "bytes.tiktoken")
+    for part in ("", "weights", "weights/pretrain", "checkpoints", f"checkpoints/{checkpoint.name}"):
+        with pytest.raises(CheckpointError, match=r"out: .* belongs to the run"):
+            export(moved, moved / part)
+    export(moved, moved / "hf")
+    shutil.copy("bytes.tiktoken", out / "tokenizer.tiktoken")
+    with pytest.raises(CheckpointError, match="is another than the weights"):
+        greedy(out)
+
+    audited, document = audit_run(moved), audit_document(moved, "chem", 2)
+    assert audited["general"].windows == 48
+    assert document.token_visits > 0
+    shutil.rmtree(tmp_path / "home")
+    with pytest.raises(DataError, match=r"sources\.general\.train: holds other text than when .*moved was"):
+        audit_run(moved)
+    for path in Path().iterdir():
+        path.unlink()
+    assert audit_run(moved) == audited
+    with pytest.raises(DataError, match="which says where documents end, has gone"):
+        audit_document(moved, "chem", 2)
+    (moved / "summary.json").unlink()
+    assert audit_run(moved)["general"].windows == 6 * 7, "up to the newest checkpoint"
+
+
+def test_eval_scores_as_the_run_did(moved: Path, tmp_path: Path) -> None:
+    heldout = tmp_path / "home" / "chem.heldout"
+    scored = score(moved, heldout)
+    data = TokenDataset.open(heldout)
+    model = GPT.from_hf(moved / "weights" / "pretrain")
+    marks = begins(data, np.array([[0, data.num_tokens]]))
+    assert scored["loss"] == pytest.approx(mean_loss(model, EvalSet.of_tokens(data.tokens, 16, marks), 8), rel=1e-6)
+    assert scored["loss"] != pytest.approx(mean_loss(model, EvalSet.of_tokens(data.tokens, 16), 8), rel=1e-6)
+    summary = json.loads((moved / "summary.json").read_text())
+    assert (scored["inside_documents"], scored["documents"], scored["same_tokenizer"]) == (
+        True,
+        data.num_documents,
+        True,
+    )
+    assert scored["dtype"] == summary["precision"]
+    assert scored["reported"] == summary["phases"]["pretrain"]["heldout"]["chem"]
+    export(moved, tmp_path / "out")
+    assert score(tmp_path / "out", heldout) == scored | {"reported": None}
+    checkpoint = next((moved / "checkpoints").glob("step-*"))
+    assert score(checkpoint, heldout)["inside_documents"]
+    tiny.write_dataset(tmp_path / "foreign", 3, 300, vocab=257, tokenizer_digest=byte_tokenizer(1).digest)
+    for weights in (moved, tmp_path / "out", checkpoint):
+        with pytest.raises(DataError, match="foreign: was made with another tokenizer"):
+            score(weights, tmp_path / "foreign")
+    tiny.write_dataset(tmp_path / "foreign", 3, 300, vocab=257)
+    assert score(moved, tmp_path / "foreign")["same_tokenizer"] is None
+
+
+def test_a_run_of_an_earlier_version_is_read_by_what_it_recorded(
+    moved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, audited = greedy(moved), audit_run(moved)
+    weights = moved / "weights" / "pretrain"
+    old = GPT.from_hf(weights)
+    shutil.rmtree(weights)
+    old.save_hf(weights)
+    (moved / "tokenizer.tiktoken").unlink()
+    summary = json.loads((moved / "summary.json").read_text())
+    del summary["directory"], summary["context"], summary["data"]["tokenizer"]
+    (moved / "summary.json").write_text(json.dumps(summary))
+    assert score(moved, tmp_path / "home" / "chem.heldout")["inside_documents"]
+    with pytest.raises(CheckpointError, match=r"tokenizer: bytes.tiktoken .* is another than the weights"):
+        greedy(moved)
+    monkeypatch.chdir(tmp_path / "home")
+    assert greedy(moved) == text
+    assert audit_run(moved) == audited
+    (moved / "summary.json").unlink()
+    with pytest.warns(SptWarning, match="earlier version and doesn't record its tokenizer: bytes.tiktoken is taken"):
+        assert greedy(moved) == text
+    with pytest.warns(SptWarning):
+        export(moved, tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.tiktoken").unlink()
+    assert greedy(tmp_path / "out") == text, "by tokenizer.json, as any folder of Hugging Face"

@@ -1,0 +1,62 @@
+"""What is known of weights besides their tensors, so that whoever uses them does as the run did that trained them.
+
+A run notes it in the metadata of its weights' safetensors, which an export keeps. Of a checkpoint its state.json and
+the run's recipe say it, of weights that an earlier version wrote the run's summary and recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from spt_fast.model import hf
+from spt_fast.train import checkpoint
+from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.train.state import SavedState
+from spt_fast.train.weights import locate
+
+_KEY = "spt_fast"
+"""Of the metadata."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How weights were trained; None is unknown."""
+
+    tokenizer: str | None = None
+    """The digest of the tokenizer that their ids are of."""
+    documents: bool | None = None
+    """Whether attention and positions stayed inside a document."""
+    dtype: str | None = None
+    """What was computed in, such as bfloat16."""
+
+    def as_metadata(self) -> dict[str, str]:
+        return {_KEY: json.dumps(asdict(self))}
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that weights or a checkpoint belong to; None for those that lie in no run."""
+    if (path / "recipe.yaml").exists():
+        return path
+    inside = path.resolve().parent
+    belongs = inside.name in ("weights", "checkpoints") and (inside.parent / "recipe.yaml").exists()
+    return inside.parent if belongs else None
+
+
+def origin_of(path: Path) -> Origin:
+    """Of the weights at `path`: a run, its weights/<phase>, a checkpoint or a Hugging Face folder."""
+    path = locate(path)
+    run = run_of(path)
+    if (path / "manifest.json").exists():
+        state = SavedState.read(checkpoint.read(path), path)
+        documents = recipe_of(run).phases[state.train.phase].documents if run else None
+        return Origin(state.data.get("tokenizer"), documents, state.compute.dtype)
+    metadata = hf.read_metadata(path)
+    if _KEY in metadata:
+        return Origin(**json.loads(metadata[_KEY]))
+    summary = summary_of(run) if run else None
+    if run is None or summary is None:
+        return Origin()
+    documents = next((phase.documents for phase in recipe_of(run).phases if phase.name == path.name), None)
+    return Origin(summary.get("tokenizer"), documents, summary.get("precision"))

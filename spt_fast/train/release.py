@@ -1,0 +1,103 @@
+"""What leaves a run: text that its weights continue, and a Hugging Face folder; both by the tokenizer of the run."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from spt_fast.data.tokenizer import FILE, Tokenizer
+from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid
+from spt_fast.model import hf
+from spt_fast.train.folder import recipe_of
+from spt_fast.train.origin import origin_of, run_of
+from spt_fast.train.weights import load_model, locate, read_config
+
+HF_FILE = "tokenizer.json"
+
+
+class HuggingFaceTokenizer:
+    """The tokenizer of a Hugging Face folder that this program did not write."""
+
+    def __init__(self, folder: Path) -> None:
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / HF_FILE))
+            eos = json.loads((folder / hf.CONFIG).read_text()).get("eos_token_id")
+        except Exception as error:  # tokenizers raises Exception itself
+            raise DataError(f"{folder / HF_FILE}: cannot be read ({error}); name the tokenizer") from None
+        self.eos_id: int | None = eos[0] if isinstance(eos, list) else eos
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def tokenizer_of(path: Path, name: str | None = None) -> Tokenizer | HuggingFaceTokenizer | None:
+    """The tokenizer by name, else the one that lies beside the weights at `path` or in their run; None where there is
+    none.
+
+    CheckpointError for another than the weights were trained with, and for one with more ids than they have.
+    """
+    weights = locate(path)
+    run, known = run_of(weights), origin_of(weights).tokenizer
+    found: Tokenizer | HuggingFaceTokenizer
+    own = [folder / FILE for folder in (weights, run) if folder and (folder / FILE).exists()]
+    if name or own:
+        source = name or str(own[0])
+        found = Tokenizer.load(source)
+    elif run and (recorded := recipe_of(run).tokenizer):
+        source = recorded
+        found = Tokenizer.load(source)
+        if known is None:
+            warnings.warn(
+                f"{run} is of an earlier version and doesn't record its tokenizer: {source} is taken to be the same",
+                SptWarning,
+                stacklevel=2,
+            )
+    elif (weights / HF_FILE).exists() and known is None:
+        source = str(weights / HF_FILE)
+        found = HuggingFaceTokenizer(weights)
+    else:
+        return None
+    if known and isinstance(found, Tokenizer) and found.digest != known:
+        raise CheckpointError(
+            f"tokenizer: {source} ({found.digest[:12]}) is another than the weights at {path} were trained with "
+            f"({known[:12]}); give that one",
+            argument=True,
+        )
+    if found.vocab_size > (rows := read_config(weights).vocab_size):
+        expected = f"it has {found.vocab_size:,} ids, the weights at {path} {rows:,}; give the one that these are of"
+        raise CheckpointError(invalid("tokenizer", source, expected), argument=True)
+    return found
+
+
+def export(path: Path, folder: Path, tokenizer: str | None = None) -> None:
+    """Write the weights at `path` as a Hugging Face folder, with their tokenizer where it is known."""
+    if run := run_of(folder) or run_of(folder / "weights"):
+        raise CheckpointError(f"out: {folder} belongs to the run {run}; choose a folder outside it", argument=True)
+    weights = locate(path)
+    model, found = load_model(weights), tokenizer_of(weights, tokenizer)
+    like, own = (weights, None) if isinstance(found, HuggingFaceTokenizer) else (None, found)
+    known = origin_of(weights).as_metadata()
+    hf.save(model.config, dict(model.named_parameters()), folder, own, like=like, metadata=known)
+
+
+def generate_text(path: Path, prompt: str, tokens: int, *, tokenizer: str | None = None, **sampling: Any) -> str:
+    """Text that continues `prompt`, or begins a document where it is empty; `sampling` as in `GPT.generate`."""
+    weights = locate(path)
+    encoding = tokenizer_of(weights, tokenizer)
+    if encoding is None:
+        raise CheckpointError(
+            f"tokenizer: missing; {path} does not say which tokenizer its ids come from: name it", argument=True
+        )
+    ids = encoding.encode(prompt) or ([] if encoding.eos_id is None else [encoding.eos_id])
+    continued = load_model(weights).generate(
+        ids, tokens, stop_id=encoding.eos_id, vocab_size=encoding.vocab_size, **sampling
+    )
+    return encoding.decode(continued[0 if prompt else 1 :])
