@@ -20,13 +20,14 @@ The run has over 200 steps on a tiny model: two sources that repeat, a phase bou
 fresh interpreter takes seconds to import everything, so each life is forked from this process, which has imported all
 of it and has computed nothing yet: no thread and no lock is inherited, and a life starts in a fraction of a second. The
 child runs the command line's own `main`, so that exit codes are the real ones. Several processes are started by
-torchrun itself.
+torchrun itself where one of them is disturbed.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import mmap
 import os
@@ -42,6 +43,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ from spt_fast.train import checkpoint, loop
 from spt_fast.train.audit import audit_run
 from spt_fast.train.local import LocalEngine
 from tests import tiny
+from tests.train.many import DEEPSPEED, free_port
 
 TRAINING, EVALUATING, STEPPING = 1, 2, 3
 """What a life says it is doing, in the first byte that it shares; the second is 1 while a checkpoint is written."""
@@ -113,16 +116,18 @@ def forked(act: Callable[[], Any]) -> Any:
 class Life:
     """One process of a run, from the fork to its end."""
 
-    def __init__(self, recipe: Path, prepare: Callable[[], object] = lambda: None) -> None:
-        """`prepare` runs in the child first, to break what is to be broken."""
+    def __init__(
+        self, recipe: Path, prepare: Callable[[], object] = lambda: None, *settings: str, said_in: str = ".said"
+    ) -> None:
+        """`prepare` runs in the child first, to break what is to be broken; settings: of the command line."""
         self._shared = mmap.mmap(-1, 2)
-        self.said_in = recipe.with_suffix(".said")
+        self.said_in = recipe.with_suffix(said_in)
         self._pid = os.fork()
         if self._pid == 0:
-            os._exit(self._live(recipe, prepare))
+            os._exit(self._live(recipe, prepare, settings))
         self.status: int | None = None
 
-    def _live(self, recipe: Path, prepare: Callable[[], object]) -> int:
+    def _live(self, recipe: Path, prepare: Callable[[], object], settings: tuple[str, ...]) -> int:
         try:  # whatever happens, the child must not go on as its parent
             descriptor = os.open(self.said_in, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
@@ -132,7 +137,7 @@ class Life:
             self._mark(LocalEngine, "step", 0, STEPPING)
             self._mark(checkpoint.Writer, "_write", 1, 1)
             prepare()
-            sys.argv = ["spt-fast", "train", str(recipe), "--resume"]
+            sys.argv = ["spt-fast", "train", str(recipe), "--resume", *settings]
             cli.main()
             return 0
         except SystemExit as ending:
@@ -487,17 +492,16 @@ class Campaign:
         return job, recipe, run
 
     def finish_in_two(self, recipe: Path, run: Path) -> list[str]:
-        job = Job(recipe, 2, "stage=1")
-        code = job.end()
-        return [f"exit {code}: {job.said}"] if code else differences(self.reference(2), run)
+        said = together(recipe, 2)
+        return [said] if said else differences(self.reference(2), run)
 
     def reference(self, processes: int) -> Path:
         """The run that nothing disturbed, in so many processes."""
         recipe = self.folder / f"reference-{processes}.yaml"
         if not recipe.exists():
             write_recipe(plain_recipe(self.folder, recipe.stem))
-            job = Job(recipe, processes, "stage=1")
-            assert job.end() == 0, job.said
+            said = together(recipe, processes)
+            assert not said, said
         return recipe.with_suffix("")
 
     def stop_one_rank(self, job: Job, run: Path, rank: int) -> list[str]:
@@ -672,7 +676,24 @@ def tensors_of(run: Path, step: int) -> dict[str, bytes]:
     return {name: array.tobytes() for part in parts for name, array in load_file(part).items()}
 
 
-# ------------------------------------------------------------------------------------------------ torchrun
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def together(recipe: Path, processes: int) -> str:
+    """The run to its end in processes that nothing disturbs, forked with the variables that torchrun would set; what
+    they said where one failed."""
+    if processes > 1:
+        for module in DEEPSPEED:
+            importlib.import_module(module)
+    job = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+    job["MASTER_PORT"] = free_port()
+    lives = []
+    for rank in range(processes):
+        variables = {name: str(value) for name, value in (job | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        settings = ["--set", f"engine.name={'deepspeed' if processes > 1 else 'local'}", "--set", "engine.stage=1"]
+        lives.append(Life(recipe, partial(os.environ.update, variables), *settings, said_in=f".said-{rank}"))
+    codes = [life.end() for life in lives]
+    return f"exit {codes}: {' '.join(life.said for life in lives)}" if any(codes) else ""
 
 
 class Job:

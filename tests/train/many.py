@@ -90,8 +90,10 @@ def train(plans: list[dict[str, Any]]) -> None:
             np.savez(f"{plan['recipe']['run']}.tokens-{os.environ.get('RANK', '0')}.npz", *watched.tokens)
 
 
+DEEPSPEED = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+"""What DeepSpeed imports in every process, most of it when an engine is made."""
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([__name__, "deepspeed"])
+SERVER.set_forkserver_preload([__name__, *DEEPSPEED])
 
 
 class Ranks:
