@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.data.mixture import Mixture
-from spt_fast.errors import RecipeError, invalid, nearest
+from spt_fast.errors import RecipeError, invalid, nearest, shown_key
 from spt_fast.fields import (
     Span,
     apply_overrides,
@@ -26,6 +26,7 @@ from spt_fast.fields import (
     build,
     cadence,
     integer,
+    naming,
     number,
     one_of,
     optional,
@@ -73,7 +74,7 @@ def _grid(value: object, where: str) -> dict[str, tuple[Any, ...]]:
     parsers = {item.name: item.metadata["parse"] for item in settings} | {"warmup": Span.parse}
     for key, choices in value.items():
         if key not in parsers:
-            raise RecipeError(f"{where}.{key}: {unknown_key(key, parsers)}")
+            raise RecipeError(f"{where}.{shown_key(key)}: {unknown_key(key, parsers)}")
         if not isinstance(choices, (list, tuple)) or not choices:
             raise RecipeError(invalid(f"{where}.{key}", choices, "write a list of values to try"))
         axes[str(key)] = tuple(parsers[key](choice, f"{where}.{key}[{i}]") for i, choice in enumerate(choices))
@@ -266,7 +267,7 @@ class Engine:
 def _sources(raw: object, where: str) -> dict[str, Source]:
     if not isinstance(raw, Mapping) or not raw:
         raise RecipeError(invalid(where, raw, "name at least one source with its `train` prefix"))
-    return {str(name): build(Source, item, f"{where}.{name}") for name, item in raw.items()}
+    return {text(name, where): build(Source, item, f"{where}.{shown_key(name)}") for name, item in raw.items()}
 
 
 INHERITED = ("batch", "eval", "documents")
@@ -284,7 +285,7 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
     inherited: dict[str, Any] = {}
     for i, item in enumerate(raw):
         name = item.get("name", i) if isinstance(item, Mapping) else i
-        here = f"{where}[{name}]"
+        here = f"{where}[{shown_key(name)}]"
         if not isinstance(item, Mapping):
             raise RecipeError(invalid(here, item, "write a section with name, tokens, mixture and optimizer"))
         inherited |= {key: _merged(inherited.get(key), item[key]) for key in INHERITED if key in item}
@@ -344,7 +345,9 @@ class Recipe:
             where = f"phases[{phase.name}]"
             for source in phase.mixture:
                 if source not in self.sources:
-                    raise RecipeError(f"{where}.mixture.{source}: unknown source; {nearest(source, self.sources)}")
+                    raise RecipeError(
+                        f"{where}.mixture.{shown_key(source)}: unknown source; {nearest(source, self.sources)}"
+                    )
             chooses = phase.stop is not None or len(phase.arms()) > 1
             if phase.stop and phase.stop.on not in self.sources:
                 raise RecipeError(
@@ -420,5 +423,6 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     ("phases.finetune.optimizer.lr=1e-4"). Raises RecipeError, which names the field, what was given and the remedy.
     """
     raw = read_yaml(path)
-    apply_overrides(raw, overrides)
-    return recipe_from(raw)
+    with naming(path):
+        apply_overrides(raw, overrides)
+        return recipe_from(raw)

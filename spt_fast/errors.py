@@ -48,18 +48,19 @@ SHOWN = 80
 def shown(value: object) -> str:
     """A value as messages show it: its repr, cut at `SHOWN` characters."""
     try:
-        return _cut(repr(value))
+        return cut(repr(value))
     except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
         return f"a {type(value).__name__}"
 
 
 def shown_key(key: object) -> str:
     """A key as messages show it: as it was written, cut at `SHOWN` characters."""
-    return _cut(key) if isinstance(key, str) and key.isprintable() else shown(key)
+    return cut(key) if isinstance(key, str) and key.isprintable() else shown(key)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+def cut(text: str, characters: int = SHOWN) -> str:
+    """`text`, or its beginning where it is longer."""
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
 def invalid(field: str, given: object, expected: str) -> str:
@@ -75,4 +76,4 @@ def nearest(given: str, known: Iterable[str]) -> str:
     """A tail for an error message: the known name closest to `given`, or the list of them all."""
     known = sorted(known)
     close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return f"did you mean {close[0]!r}?" if close else f"known: {cut(', '.join(known), 5 * SHOWN)}"

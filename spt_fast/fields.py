@@ -10,16 +10,17 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import yaml
 
 from spt_fast.data.mixture import exact_share
-from spt_fast.errors import RecipeError, invalid, nearest, shown
+from spt_fast.errors import RecipeError, cut, invalid, nearest, shown, shown_key
 from spt_fast.synonyms import unknown_key
 
 # -------------------------------------------------------------------------------------------- values and their units
@@ -120,6 +121,8 @@ def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = F
 
 def integer(low: int, high: int = 2**63 - 1) -> Callable[[object, str], int]:
     def parse(value: object, where: str) -> int:
+        if isinstance(value, str) and re.fullmatch(r"[1-9][0-9]{0,18}(_[0-9]{3}){1,6}", value):
+            value = int(value)  # 1_000
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             most = "below 2^63" if high == 2**63 - 1 else f"at most {high:,}"
             raise RecipeError(invalid(where, value, f"write a whole number, at least {low} and {most}"))
@@ -134,9 +137,14 @@ def boolean(value: object, where: str) -> bool:
     return value
 
 
+_NO_NAME = re.compile(r"\s*|.*[\x00-\x1f\x7f\ud800-\udfff].*", re.DOTALL)
+
+
 def text(value: object, where: str) -> str:
-    if isinstance(value, (dict, list)) or value is None or not str(value).strip():
-        raise RecipeError(invalid(where, value, "write a name or path"))
+    """A name or path as it was written: what YAML reads as another kind of value may have lost something (1.10)."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, PurePath)) or _NO_NAME.fullmatch(str(value)):
+        quotes = "" if value is None or isinstance(value, (str, dict, list)) else ", in quotes"
+        raise RecipeError(invalid(where, value, f"write a name or path{quotes}"))
     return str(value)
 
 
@@ -180,7 +188,7 @@ def build(cls: type[Any], raw: object, where: str) -> Any:
     dot = f"{where}." if where else ""
     for key in raw:
         if key not in known:
-            raise RecipeError(f"{dot}{key}: {unknown_key(key, known)}")
+            raise RecipeError(f"{dot}{shown_key(key)}: {unknown_key(key, known)}")
     values = {}
     for key, item in known.items():
         if key in raw:
@@ -210,35 +218,76 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error, not a silent override, and `on` a word, as in YAML 1.2."""
+# ------------------------------------------------------------------------------------------------ YAML
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+MAX_CHARACTERS = 1_000_000
+"""Of a YAML file, and of what its aliases unfold to."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that says what it means: what isn't plainly a number, true, false or null is text, and so is every key.
+
+    Sexagesimal (1:30) and octal (010) numbers, dates and the many names of true and false stay as they are written;
+    nothing becomes a number that `yaml.safe_dump` writes as text. A key given twice is an error.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._unfolded: dict[yaml.Node, int] = {}
+        """Characters of each node, those of its aliases included."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        assert node
+        if is_alias and node not in self._unfolded:
+            raise self._error(node, "an alias stands inside of what it names; write it out")
+        if not is_alias:
+            self._unfolded[node] = self._size(node)
+        if self._unfolded[node] > MAX_CHARACTERS:
+            raise self._error(node, f"aliases unfold to more than {MAX_CHARACTERS:,} characters; write less")
+        return node
+
+    def _size(self, node: yaml.Node) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            return 1 + len(node.value)
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        return 1 + sum(self._unfolded[part] for part in parts)
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise RecipeError(
-                    f"line {key_node.start_mark.line + 1}: a key must be a plain word; put braces in quotes"
-                )
-            if key_node.value in seen:
-                raise RecipeError(
-                    f"line {key_node.start_mark.line + 1}: key {key_node.value!r} is given twice; keep one"
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise self._error(key, "a key must be a plain word; put braces in quotes")
+            if key.value in seen:
+                raise self._error(key, f"key {shown(key.value)} is given twice; keep one")
+            seen.add(key.value)
+            if key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"
+        return node
 
     def construct_yaml_int(self, node: Any) -> int:
-        number = super().construct_yaml_int(node)
+        number = int(node.value)
         if abs(number) >= 2**64:  # Python computes with thousands of digits, and refuses to print them
-            raise RecipeError(f"line {node.start_mark.line + 1}: a whole number of 2^64 or more; nothing is that large")
+            raise self._error(node, "a whole number of 2^64 or more; nothing is that large")
         return number
 
+    @staticmethod
+    def _error(node: yaml.Node, problem: str) -> RecipeError:
+        return RecipeError(f"line {node.start_mark.line + 1}: {problem}")
 
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|false)\Z"), list("tf"))
+
+_StrictLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", "true|false", ["t", "f"]),
+    ("int", "-?(0|[1-9][0-9]*)", list("-0123456789")),
+    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+    ("merge", "<<", ["<"]),
+):
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})\Z"), _first)
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
@@ -250,19 +299,36 @@ def parse_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: {error}") from None
     except RecursionError:
         raise RecipeError(f"{where}: is nested too deeply; no recipe needs more than a few levels") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that Python can't hold
-        raise RecipeError(f"{where}: is not valid YAML: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise RecipeError(f"{where}: is not valid YAML: {line}{cut(str(error.problem))}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number that Python can't hold
+        raise RecipeError(f"{where}: is not valid YAML: {cut(str(error).splitlines()[0])}") from None
 
 
 def read_yaml(path: str | Path) -> Any:
     """The data of a YAML file; RecipeError names the file and line of what is wrong."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe in YAML") from None
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise RecipeError(f"{path}: is not valid YAML: {error}") from None
+    if len(text) > MAX_CHARACTERS:
+        raise RecipeError(f"{path}: holds more than {MAX_CHARACTERS:,} characters; give the path of a recipe in YAML")
     return parse_yaml(text, str(path))
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """A RecipeError about a field says which file it is in."""
+    try:
+        yield
+    except RecipeError as error:
+        if not error.argument and not str(error).startswith(f"{path}: "):
+            error.args = (f"{path}: {error}",)
+        raise
 
 
 def apply_overrides(raw: Any, overrides: Sequence[str]) -> None:

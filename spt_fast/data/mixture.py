@@ -30,7 +30,7 @@ from numbers import Integral, Rational
 import numpy as np
 
 from spt_fast import native
-from spt_fast.errors import RecipeError, invalid, nearest
+from spt_fast.errors import RecipeError, cut, invalid, nearest
 
 MAX_SAMPLES = 1 << 62
 MAX_DENOMINATOR = 1 << 62
@@ -266,11 +266,11 @@ def _exact_weights(weights: Mapping[str, int | str | Fraction | float]) -> dict[
             f"is a share ({weights[share]!r}); write all as whole numbers, or all as shares that sum to 1"
         )
     if total == 0:
-        raise RecipeError(f"mixture: every weight is 0 ({', '.join(exact)}); give at least one source more")
+        raise RecipeError(f"mixture: every weight is 0 ({cut(', '.join(exact))}); give at least one source more")
     if not relative and total != 1:
         off = f"{1 - total} is missing" if total < 1 else f"{total - 1} is too much"
         raise RecipeError(
-            f"mixture: the shares of {', '.join(exact)} sum to {total} (about {float(total):.6g}), not 1: {off}; "
+            f"mixture: the shares of {cut(', '.join(exact))} sum to {total} (about {float(total):.6g}), not 1: {off}; "
             "change them, or write whole numbers for relative weights"
         )
     return {source: weight / total for source, weight in exact.items()}

@@ -25,7 +25,7 @@ from rich.console import Console
 from spt_fast.config import Recipe
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import RecipeError, invalid, nearest
-from spt_fast.fields import apply_overrides, parse_yaml, read_yaml
+from spt_fast.fields import apply_overrides, naming, parse_yaml, read_yaml
 from spt_fast.files import write_text
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.printing import print_facts, print_table
@@ -67,8 +67,9 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
                 f"{name}: a ready study needs your data; give {', '.join(f'`{key}=…`' for key in missing)}"
             )
         raw = _with_data(raw, given or {})
-    apply_overrides(raw, overrides)
-    return study_from(raw)
+    with naming(name):
+        apply_overrides(raw, overrides)
+        return study_from(raw)
 
 
 def _with_data(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,9 @@ def recipe_of(run: Path) -> Recipe:
     try:
         return load_recipe(path)
     except RecipeError as error:
+        problem = str(error).removeprefix(f"{path}: ")
         raise CheckpointError(
-            f"{path}: is damaged ({error}); put back the recipe that the run was started with"
+            f"{path}: is damaged ({problem}); put back the recipe that the run was started with"
         ) from None
 
 
