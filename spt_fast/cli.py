@@ -9,15 +9,14 @@ import json
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from spt_fast import __version__
-from spt_fast.errors import FailedElsewhere, SptError, SptWarning
+from spt_fast.errors import FailedElsewhere, SptError
 from spt_fast.flags import (
     ClusterOptions,
     Commands,
@@ -60,7 +59,6 @@ def main() -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     set_up()
-    warnings.showwarning = _show_warning
     rank = os.environ.get("RANK")
     me = "spt-fast" if rank is None or os.environ.get("WORLD_SIZE", "1") == "1" else f"spt-fast, process {rank}"
     try:
@@ -80,23 +78,6 @@ def main() -> None:
     except RuntimeError as error:
         print(f"{me}: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-_show_elsewhere = warnings.showwarning
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    if issubclass(category, SptWarning):
-        print(f"spt-fast: warning: {message}", file=sys.stderr)
-    else:
-        _show_elsewhere(message, category, filename, lineno, file, line)
 
 
 def _is_first() -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from spt_fast.errors import SptWarning
+
 
 def as_json(result: Any) -> Any:
     """A result of dataclasses, mappings and sequences as JSON has it; what is not a number is None. What has a method
@@ -29,12 +31,21 @@ def as_json(result: Any) -> Any:
 
 
 def set_up() -> None:
-    """Write what the terminal's encoding lacks as an escape (\\u2192) instead of ending there, and a warning as one
-    line."""
+    """Write what the terminal's encoding lacks as an escape (\\u2192) instead of ending there, and our warnings as one
+    line each."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    warnings.formatwarning = lambda message, *_, **__: f"spt-fast: warning: {message}\n"
+    warnings.formatwarning = _as_one_line
+
+
+_format_elsewhere = warnings.formatwarning
+
+
+def _as_one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+    if issubclass(category, SptWarning):
+        return f"spt-fast: warning: {message}\n"
+    return _format_elsewhere(message, category, *where, **line)
 
 
 def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from spt_fast.errors import SptError, invalid
 from spt_fast.kernels import (
     add_rms_norm,
     embedding,
@@ -249,7 +250,14 @@ class GPT(nn.Module):
         hf.save(self.config, dict(self.named_parameters()), folder, tokenizer, dtype)
 
     def generate(self, tokens: list[int], new_tokens: int, **sampling: Any) -> list[int]:
-        """The tokens and up to `new_tokens` sampled after them; `sampling` as in spt_fast.model.generate.generate."""
+        """The tokens and up to `new_tokens` sampled after them; `sampling` as in spt_fast.model.generate.generate.
+
+        SptError, too, for a token that the model has no embedding of.
+        """
+        for token in tokens:
+            if not 0 <= token < self.config.vocab_size:
+                expected = f"the model knows ids from 0 to {self.config.vocab_size - 1}; use its own tokenizer"
+                raise SptError(invalid("tokens", token, expected))
         device = self.embedding.device
         return generate.generate(self, tokens, new_tokens, context=self.config.context, device=device, **sampling)
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spt_fast.errors import CheckpointError, invalid, shown, shown_key
+from spt_fast.errors import CheckpointError, SptWarning, invalid, shown, shown_key
 from spt_fast.files import sync
 from spt_fast.model import hf_config, rotary
 from spt_fast.model.config import GPTConfig
@@ -114,6 +114,7 @@ def save(
         warnings.warn(
             f"{folder}: transformers loads no Llama whose {config.heads} heads don't divide its width "
             f"{config.width}; GPT.from_hf does",
+            SptWarning,
             stacklevel=3,
         )
     tensors = {}
@@ -163,6 +164,7 @@ def read_config(folder: str | Path) -> GPTConfig:
         return config
     warnings.warn(
         f"{folder}: {HEAD} differs from {EMBEDDING}, though {CONFIG} says tie_word_embeddings: true; it is kept",
+        SptWarning,
         stacklevel=3,
     )
     return replace(config, tied=False)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spt_fast.errors import CheckpointError, shown, shown_key
+from spt_fast.errors import CheckpointError, SptWarning, shown, shown_key
 from spt_fast.model.config import GPTConfig, RopeScaling
 
 CONFIG = "config.json"
@@ -151,7 +151,7 @@ def _check_fields(hf: Mapping[str, Any], family: Family, file: Path) -> None:
         else:
             unknown.append(field)
     if unknown:
-        warnings.warn(f"{file}: a GPT has no place for {shown(', '.join(unknown))}; left out", stacklevel=5)
+        warnings.warn(f"{file}: a GPT has no place for {shown(', '.join(unknown))}; left out", SptWarning, stacklevel=5)
 
 
 def _rope(hf: Mapping[str, Any], file: Path) -> tuple[Any, RopeScaling | None]:

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+from spt_fast.errors import SptError
 from spt_fast.model.gpt import GPT, GPTConfig
 
 
@@ -64,3 +65,23 @@ def test_bad_arguments_are_refused(model: GPT) -> None:
         model.generate([1], 3, temperature=-1.0)
     with pytest.raises(ValueError, match="top_k"):
         model.generate([1], 3, top_k=0)
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(SptError, match=r"seed: .* is invalid: write a whole number of at most 64 bits"):
+            model.generate([1], 3, seed=seed)
+    for token in (13, -1):
+        with pytest.raises(SptError, match=f"tokens: {token} is invalid: the model knows ids from 0 to 12"):
+            model.generate([1, token], 3)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-320])
+def test_the_coldest_temperatures_take_the_likeliest(model: GPT, temperature: float) -> None:
+    assert model.generate([1], 5, temperature=temperature) == model.generate([1], 5, temperature=0)
+
+
+def test_weights_of_a_run_that_diverged_are_refused() -> None:
+    model = GPT(GPTConfig(layers=1, width=32, heads=2, kv_heads=1, ffn=64, context=8, vocab_size=13))
+    with torch.no_grad():
+        model.final_norm.fill_(float("nan"))
+    for temperature in (0, 1):
+        with pytest.raises(SptError, match="logits that are not finite"):
+            model.generate([1], 3, temperature=temperature)
