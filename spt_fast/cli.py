@@ -249,12 +249,12 @@ def audit(
     """Exactly how often a run has read every source, or one document."""
     from spt_fast.train.audit import audit_document, audit_run, print_audit
 
-    if document is not None:
+    if document is None:
+        readings = audit_run(run, source)
+        _print_json(readings) if as_json else print_audit(run, readings, out)
+    else:
         reading = audit_document(run, source, document)
         _print_json(reading) if as_json else print_facts(out, f"{source}, document {document}", reading)
-        return
-    readings = audit_run(run, source)
-    _print_json(readings) if as_json else print_audit(run, readings, out)
 
 
 @checkpoint_app.command("list")
@@ -423,10 +423,8 @@ def report(
         budget=count(budget, "--budget"),
         model=model,
     )
-    if as_json:
-        _print_json({"report": str(out_file), "bytes": out_file.stat().st_size})
-        return
-    out.print(f"{out_file}: open it in a browser", soft_wrap=True)
+    facts = {"report": str(out_file), "bytes": out_file.stat().st_size}
+    _print_json(facts) if as_json else out.print(f"{out_file}: open it in a browser", soft_wrap=True)
 
 
 @app.command()

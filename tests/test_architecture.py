@@ -107,3 +107,9 @@ def test_tests_need_no_benchmark() -> None:
     files = [file for file in (ROOT / "tests").rglob("*.py") if file.parent.name != "benchmarks"]
     uses = re.compile(r"^\s*(from|import) benchmarks\b|\"-m\", \"benchmarks", re.MULTILINE)
     assert [str(file) for file in files if uses.search(file.read_text())] == []
+
+
+def test_what_is_read_in_one_sitting_stays_short() -> None:
+    lines = {path: len((ROOT / "spt_fast" / path).read_text().splitlines()) for path in ("train/loop.py", "cli.py")}
+    assert lines["train/loop.py"] <= 400
+    assert lines["cli.py"] <= 500

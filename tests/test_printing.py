@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spt_fast import cli
+from spt_fast.errors import SptWarning
 from spt_fast.printing import print_facts, set_up, terminal
 from spt_fast.report.panels import panel
 from spt_fast.study.compare import compare
@@ -105,3 +107,13 @@ def test_pictures_need_no_backend() -> None:
     assert set(importing) == {"drawing.py"}
     environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", "import spt_fast.study.figures"], env=environment, check=True)
+
+
+def test_our_warnings_are_one_line_and_others_as_python_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", usual := warnings.formatwarning)
+    set_up()
+    assert warnings.formatwarning(SptWarning("no place for x"), SptWarning, "f.py", 3) == (
+        "spt-fast: warning: no place for x\n"
+    )
+    theirs = ("old", DeprecationWarning, "f.py", 3)
+    assert warnings.formatwarning(*theirs) == usual(*theirs)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from scipy.stats import t as student
 
-from spt_fast.errors import DataError, RecipeError, invalid, nearest
+from spt_fast.errors import DataError, RecipeError, SptWarning, invalid, nearest
 from spt_fast.laws.columns import LOSS, Array, Column, Columns, Loss, Rows, arguments, read
 from spt_fast.laws.fitting import Curve, Fit, Parameter, solve
 
@@ -29,7 +29,7 @@ REWEIGHTED = 3
 """Times that noise and threshold are taken from the last fit."""
 
 
-class LawWarning(UserWarning):
+class LawWarning(SptWarning):
     """A law is asked for more than its runs support."""
 
 
