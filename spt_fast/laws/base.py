@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from spt_fast.errors import DataError, RecipeError, SptWarning, invalid, nearest
 from spt_fast.laws.columns import LOSS, Array, Column, Columns, Loss, Rows, arguments, read
@@ -151,7 +151,7 @@ class Law:
             raise RecipeError(invalid("interval", interval, "give a probability between 0 and 1, such as 0.9"))
         self._require("_fits", "an interval needs runs: fit it to a table")
         variance, freedom = self._variance(values, of)
-        reach = student.ppf((1 + interval) / 2, freedom) * np.sqrt(variance)
+        reach = stdtrit(freedom, (1 + interval) / 2) * np.sqrt(variance)
         low, high = (
             (mean * np.exp(-reach), mean * np.exp(reach)) if self._log_interval else (mean - reach, mean + reach)
         )

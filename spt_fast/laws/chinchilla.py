@@ -19,12 +19,12 @@ from spt_fast.laws.powers import power
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 
-IRREDUCIBLE = Parameter("E", 1e-3, 20)
+IRREDUCIBLE = Parameter("E", 1e-3, 20, linear=True)
 
 
 def coefficient(name: str) -> Parameter:
     """A term's size, in nats, at the middle of the data."""
-    return Parameter(name, 1e-6, 30)
+    return Parameter(name, 1e-6, 30, linear=True)
 
 
 def exponent(name: str) -> Parameter:

@@ -29,7 +29,7 @@ from spt_fast.laws.powers import in_tokens, offset_power, power_parameters, risi
 DOMAIN = power_parameters(-2, 1, "alpha1", "s1", "beta1")
 GENERAL = (
     *power_parameters(-2, 1, "alpha2", "s2", "beta2"),
-    Parameter("alpha3", -20, 20, log=False),
+    Parameter("alpha3", -20, 20, log=False, linear=True),
     Parameter("s3", 0.2, 2),
 )
 LOSSES = "general_loss", "domain_loss"

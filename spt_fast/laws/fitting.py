@@ -3,9 +3,10 @@
 Every law goes through here. A formula is written once, in NumPy, and is analytic in its unknowns, so that its gradient
 is taken by complex steps, Im f(x + ih)/h: exact to rounding like automatic differentiation, without a second formula.
 
-    search     positive unknowns are searched by their logarithm, all within bounds; the best of many quasi-random
-               points, a few from different parts of the box, are polished by Levenberg and Marquardt's method: all of
-               them at a time, as are the draws of a bootstrap, in arrays with one more dimension
+    search     positive unknowns are searched by their logarithm, all within bounds; of many quasi-random points, with
+               the coefficients that the formula is linear in solved for, the best few are polished by Levenberg and
+               Marquardt's method: all of them at a time, as are the draws of a bootstrap, in arrays with one more
+               dimension
     Huber      on residuals r: r² up to the threshold, linear beyond. Minimised as reweighted least squares, since the
                curvature of the Huber loss itself vanishes beyond the threshold
     intervals  to first order a prediction moves linearly with each observation's error: by its *influence*, a row of
@@ -21,8 +22,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.special import erf
-from scipy.stats import norm, qmc
+from scipy.special import erf, ndtri
 
 from spt_fast.laws.columns import Array, Columns
 
@@ -30,24 +30,28 @@ Formula = Callable[[Sequence[Array], Columns], Array]
 """(unknowns, each broadcastable to [..., points]; columns) -> losses [..., points]; analytic in the unknowns."""
 
 STEP = 1e-20
-SCREENED, POLISHED = 256, 8
+SCREENED, POLISHED = 64, 4
 SEARCHED = 256
 """Points of a curve that the search for where to polish looks at; all of them are what is polished."""
 LARGE = 500
 """Losses, from which on a gradient is taken one unknown at a time."""
-ITERATIONS, ROUGH, DAMPING = 300, 80, 1e-3
+ITERATIONS, ROUGH, DAMPING = 300, 40, 1e-3
+AHEAD = 0.1
+"""Of a step, at which its bend is measured."""
 AT_ONCE = 2_000_000
 """Of points × unknowns × draws: complex numbers of 16 bytes, a few of each at a time."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """An unknown and its bounds; searched by its logarithm unless `log` is False."""
+    """An unknown and its bounds; searched by its logarithm unless `log` is False. `linear`: the formula is, in all of
+    these together."""
 
     name: str
     low: float
     high: float
     log: bool = True
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,8 @@ def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None
         assert starts
         at_once = max(1, AT_ONCE // (len(curve.goal) * len(low)))
         parts = [weights[i : i + at_once] for i in range(0, len(weights), at_once)]
-        x, tolerance = np.clip(starts[0], low, high), 1e-6 if curve.huber else 1e-9
-        return np.concatenate([_polish(curve, np.tile(x, (len(w), 1)), w, curve.huber, tolerance)[0] for w in parts])
+        x = np.clip(starts[0], low, high)
+        return np.concatenate([_polish(curve, np.tile(x, (len(w), 1)), w, curve.huber, 1e-9)[0] for w in parts])
     if starts and curve.huber:
         return _polish(curve, np.clip(starts[:1], low, high), one, curve.huber)[0][0]
     x, cost = _polish(curve.sample(), np.clip(starts or promising(curve, seed), low, high), one, None, 1e-5, ROUGH)
@@ -128,15 +132,52 @@ def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None
 
 
 def promising(curve: Curve, seed: int) -> list[Array]:
-    """Where to search from: of even samples of the search space, those that meet the observations best."""
+    """Where to search from: of even samples of the search space, those that meet the observations best with the
+    coefficients that suit them."""
     curve = curve.sample()
     low, high = curve.bounds
-    x = low + qmc.Sobol(len(low), rng=np.random.default_rng(seed)).random(SCREENED * POLISHED) * (high - low)
+    x = low + spread_out(SCREENED * POLISHED, len(low), seed) * (high - low)
     with np.errstate(over="ignore", invalid="ignore"):
+        x = _with_coefficients(curve, x)
         error = np.square(curve.value(x) - curve.goal).sum(axis=1)
     error[~np.isfinite(error)] = np.inf
     best = error.reshape(POLISHED, SCREENED).argmin(axis=1) + SCREENED * np.arange(POLISHED)
     return list(x[best])
+
+
+def _with_coefficients(curve: Curve, x: Array) -> Array:
+    """Points of the search space [n, unknowns] with the unknowns that the formula is linear in where the squared errors
+    are least (relative errors, where the curve is of logarithms), moved inside of their bounds."""
+    linear = [i for i, p in enumerate(curve.parameters) if p.linear]
+    if not linear:
+        return x
+    values = curve.unknowns(x)
+
+    def formula(one: int | None) -> Array:
+        at = [np.full((1, 1), float(i == one)) if p.linear else values[i] for i, p in enumerate(curve.parameters)]
+        return np.broadcast_to(curve.formula(at, curve.columns), (len(x), len(curve.goal)))
+
+    unit = curve.target if curve.log else 1.0
+    base = formula(None)
+    basis = np.nan_to_num(np.stack([(formula(i) - base) / unit for i in linear], axis=1))
+    normal, goal = (
+        basis @ basis.swapaxes(1, 2),
+        (basis @ np.nan_to_num((curve.target - base) / unit)[..., None])[..., 0],
+    )
+    normal += 1e-9 * normal * np.eye(len(linear)) + 1e-300 * np.eye(len(linear))
+    x = x.copy()
+    for i, best in zip(linear, np.linalg.solve(normal, goal[..., None])[..., 0].T, strict=True):
+        parameter = curve.parameters[i]
+        best = np.clip(best, parameter.low, parameter.high)
+        x[:, i] = np.log(best) if parameter.log else best
+    return x
+
+
+def spread_out(points: int, dimensions: int, seed: int) -> Array:
+    """Points [points, dimensions] of the unit cube, one in each of as many slices of every axis (a Latin hypercube)."""
+    rng = np.random.default_rng(seed)
+    slices = rng.permuted(np.tile(np.arange(points)[:, None], dimensions), axis=0)
+    return (slices + rng.random(slices.shape)) / points
 
 
 def _polish(
@@ -144,7 +185,8 @@ def _polish(
 ) -> tuple[Array, Array]:
     """(the minima [n, unknowns] that x [n, unknowns] leads to, their costs [n]), by a projected Levenberg-Marquardt
     search of all n at a time. `weights`: [points], or of each [n, points]. Damping is relative to each unknown's
-    curvature (Marquardt): in its own units the search would creep along valleys as flat as E's in a D-CPT law."""
+    curvature (Marquardt): in its own units the search would creep along valleys as flat as E's in a D-CPT law. A step
+    follows the bend of the residuals along it (geodesic acceleration, arXiv 1201.5885): valleys are curved too."""
     low, high = curve.bounds
     weights = np.broadcast_to(weights, (len(x), len(curve.goal)))
     x = x.astype(float)
@@ -163,6 +205,7 @@ def _polish(
         return r, w, np.where(np.isfinite(cost), cost, np.inf)
 
     residual, weight, cost = map(np.array, at(x, weights))
+    jacobian = np.zeros((len(x), len(curve.goal), len(unknowns)))
     normal = np.zeros((len(x), len(unknowns), len(unknowns)))
     slope = np.zeros_like(x)
     damping, growth = np.full(len(x), DAMPING), np.full(len(x), 2.0)
@@ -171,7 +214,7 @@ def _polish(
         if len(moved):
             J = curve.gradient(x[moved])
             weighted = J * weight[moved][..., None]
-            normal[moved] = weighted.swapaxes(1, 2) @ J
+            jacobian[moved], normal[moved] = J, weighted.swapaxes(1, 2) @ J
             slope[moved] = (weighted * residual[moved][..., None]).sum(1)
         H, g, here = normal[going], slope[going], x[going]
         diagonal = H[:, unknowns, unknowns]
@@ -180,7 +223,15 @@ def _polish(
         H[held] = 0
         H.swapaxes(1, 2)[held] = 0
         H[:, unknowns, unknowns] = np.where(held, 1, diagonal + damping[going, None] * scale)
-        step = np.clip(here - np.linalg.solve(H, np.where(held, 0, g)[..., None])[..., 0], low, high) - here
+        inverse = np.linalg.inv(H) * ~held[:, None]
+        step = -(inverse @ g[..., None])[..., 0]
+        J, r = jacobian[going], residual[going]
+        with np.errstate(over="ignore", invalid="ignore"):
+            ahead = at(here + AHEAD * step, weights[going])[0]
+            bend = 2 / AHEAD * ((ahead - r) / AHEAD - (J @ step[..., None])[..., 0])
+            second = -(inverse @ (J.swapaxes(1, 2) @ (weight[going] * bend)[..., None]))[..., 0]
+            gentle = (scale * second**2).sum(1) < (scale * step**2).sum(1)
+        step = np.clip(here + np.where(gentle[:, None], step + second / 2, step), low, high) - here
         r, w, c = at(here + step, weights[going])
         fell = cost[going] - c
         expected = -2 * (step * g).sum(1) - np.einsum("ni,nij,nj->n", step, normal[going], step)
@@ -254,7 +305,7 @@ class Fit:
     def scale(self) -> float:
         """Standard deviation of the residuals, by their median size: outliers don't move it."""
         freedom = max(len(self.residual) - len(self.x), 1)
-        return float(np.median(np.abs(self.residual)) / norm.ppf(0.75) * np.sqrt(len(self.residual) / freedom))
+        return float(np.median(np.abs(self.residual)) / ndtri(0.75) * np.sqrt(len(self.residual) / freedom))
 
     @cached_property
     def noise(self) -> Noise:
@@ -282,7 +333,7 @@ class Fit:
             return 1.0
         c = self.curve.huber / np.sqrt(self.noise.new)
         inside = erf(c / np.sqrt(2))
-        return float((inside - 2 * c * norm.pdf(c) + c**2 * (1 - inside)) / inside**2)
+        return float((inside - 2 * c * np.exp(-c * c / 2) / np.sqrt(2 * np.pi) + c**2 * (1 - inside)) / inside**2)
 
     def influence(self, columns: Columns) -> tuple[Array, Array]:
         """How predictions move with each observation's error [predictions, points], and their variance by what the

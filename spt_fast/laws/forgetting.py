@@ -70,4 +70,4 @@ class ForgettingLaw(FormulaLaw):
 class OffsetForgettingLaw(ForgettingLaw):
     """The same with E, a rise that neither size nor injection undoes. Parameters: A, B, alpha, beta, E."""
 
-    parameters: ClassVar[tuple[Parameter, ...]] = (*ForgettingLaw.parameters, Parameter("E", 1e-6, 5))
+    parameters: ClassVar[tuple[Parameter, ...]] = (*ForgettingLaw.parameters, Parameter("E", 1e-6, 5, linear=True))

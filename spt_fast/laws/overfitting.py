@@ -35,17 +35,17 @@ LARGEST_FRACTION = 0.1
 """Up to which b_gap(δ) < 1 must hold."""
 
 TRAIN = (
-    Parameter("A_train", 1e-6, 30),
+    Parameter("A_train", 1e-6, 30, linear=True),
     Parameter("b_train_g", 1e-3, 3),
     Parameter("b_train_s", 1e-3, 30),
-    Parameter("kappa0", -20, 20, log=False),
-    Parameter("kappa1", 1e-6, 5),
+    Parameter("kappa0", -20, 20, log=False, linear=True),
+    Parameter("kappa1", 1e-6, 5, linear=True),
     Parameter("kappa2", 1e-6, 1),
-    Parameter("kappa3", 0, 100, log=False),
+    Parameter("kappa3", 0, 100, log=False, linear=True),
 )
 """Searched as: the power at the middle of the data, −b_g, b_g − b_s, C_train at the middle, and κ1 to κ3."""
 GAP = (
-    Parameter("alpha1", 1e-6, 30),
+    Parameter("alpha1", 1e-6, 30, linear=True),
     Parameter("b_gap_g", 1e-3, 3),
     Parameter("b_gap_s", 1e-3, 1 / LARGEST_FRACTION),
     Parameter("alpha2", 0.01, 5),
@@ -157,7 +157,7 @@ class OverfittingLaw(Law):
         """Stage one: C_train and A_gap free for each δ; from their shape, where to start stage two. Beside that,
         samples of the whole space: curves whose C_train does not fall with δ lead it astray."""
         delta, index = np.unique(train.columns["delta"], return_inverse=True)
-        free = tuple(Parameter(f"C({d:g})", -20, 20, log=False) for d in delta)
+        free = tuple(Parameter(f"C({d:g})", -20, 20, log=False, linear=True) for d in delta)
         curve = Curve(
             (*TRAIN[:3], *free),
             lambda u, c: _train_power(u[0], u[1], u[2], c) + _pick(u[3:], c["index"]),
@@ -175,7 +175,7 @@ class OverfittingLaw(Law):
         starts.sort(key=lambda x: np.square(train.value(x) - train.goal).sum())
 
         delta, index = np.unique(gap.columns["delta"], return_inverse=True)
-        free = tuple(Parameter(f"A({d:g})", 1e-6, 30) for d in delta)
+        free = tuple(Parameter(f"A({d:g})", 1e-6, 30, linear=True) for d in delta)
         curve = Curve(
             (*GAP[1:3], *free),
             lambda u, c: _gap_power(_pick(u[2:], c["index"]), u[0], u[1], c),

@@ -25,7 +25,7 @@ from spt_fast.laws.powers import in_tokens, offset_power, power_parameters
 
 GAIN = power_parameters(-2, 1)
 POWER = power_parameters(-3, -1e-3)
-OVERFITTED = (*POWER, Parameter("G", 1e-6, 10), Parameter("g", 0.05, 1))
+OVERFITTED = (*POWER, Parameter("G", 1e-6, 10, linear=True), Parameter("g", 0.05, 1))
 
 
 def _overfitted(unknowns: Sequence[Array], columns: Columns) -> Array:

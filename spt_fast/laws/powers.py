@@ -34,7 +34,8 @@ def offset_power(unknowns: Sequence[Array], columns: Columns) -> Array:
 
 def power_parameters(low: float, high: float, a: str = "a", b: str = "b", c: str = "c") -> tuple[Parameter, ...]:
     """c', s, and b between `low` and `high`, under the names of what they stand for."""
-    return Parameter(c, -20, 20, log=False), Parameter(a, -20, 20, log=False), Parameter(b, low, high, log=False)
+    offset, slope = (Parameter(name, -20, 20, log=False, linear=True) for name in (c, a))
+    return offset, slope, Parameter(b, low, high, log=False)
 
 
 def in_tokens(slope: float, exponent: float, middle: float) -> tuple[float, float, float]:

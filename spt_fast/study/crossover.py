@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtrit
 
 from spt_fast.errors import DataError, invalid
 from spt_fast.laws.columns import ALIKE, Array, require_columns
@@ -215,7 +215,7 @@ class _Gaps:
         self.line = line if len(log_tokens) > 1 else None
         means, lines = self._of(np.random.default_rng(0).exponential(size=(DRAWS if self.has_interval else 0, seeds)))
         tail = (1 + LEVEL) / 2
-        wider = np.sqrt((n + 1) / (n - 1)) * t.ppf(tail, n - 1) / norm.ppf(tail) if self.has_interval else 1.0
+        wider = np.sqrt((n + 1) / (n - 1)) * stdtrit(n - 1, tail) / ndtri(tail) if self.has_interval else 1.0
         self.drawn = self.mean + wider * (means - self.mean)
         self.lines = line + wider * (lines - line)
 

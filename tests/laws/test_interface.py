@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from scipy.optimize import least_squares
 
 from spt_fast import laws
 from spt_fast.errors import DataError, RecipeError, SptError
-from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, solve
+from spt_fast.laws.columns import Columns
+from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, _polish, promising, solve, spread_out
 from spt_fast.laws.powers import in_tokens, rising
 from tests.synthetic_runs import (
     CHINCHILLA,
@@ -174,6 +176,36 @@ def test_draws_at_a_time_are_those_one_by_one(law: type[laws.Law], table: Table)
         weights = np.random.default_rng(0).exponential(size=(5, len(fit.residual)))
         together = solve(fit.curve, weights, [fit.x])
         assert together == pytest.approx(np.concatenate([solve(fit.curve, w[None], [fit.x]) for w in weights]))
+
+
+def test_the_search_follows_a_valley_that_bends() -> None:
+    """Rosenbrock's, ten times as narrow: without the bend of a step it has not come half of the way after 100."""
+    valley = (Parameter("along", -5, 5, log=False), Parameter("across", -5, 5, log=False))
+
+    def formula(unknowns: Sequence[np.ndarray], columns: Columns) -> np.ndarray:
+        along, across = unknowns
+        return np.where(columns["i"] == 0, 100 * (across - along**2), along - 1)
+
+    curve = Curve(valley, formula, {"i": np.arange(2)}, np.zeros(2), np.arange(2))
+    assert _polish(curve, np.array([[-1.2, 1.0]]), np.ones(1), most=60)[0] == pytest.approx(np.ones((1, 2)))
+
+
+def test_a_search_starts_with_the_coefficients_that_suit_the_other_unknowns() -> None:
+    fit = laws.ChinchillaLaw().fit(TABLE)._fits["loss"]
+    start = promising(replace(fit.curve, target=fit.mean(fit.curve.columns)), seed=0)[0]
+    values = [float(value[0]) for value in fit.curve.unknowns(start)]
+    _, _, alpha, _, beta = values
+    scaled, by_hand = fit.curve.columns, fit.mean(fit.curve.columns)
+    basis = np.stack([np.ones(len(by_hand)), scaled["params"] ** -alpha, scaled["tokens"] ** -beta], axis=1)
+    coefficients = np.linalg.lstsq(basis / by_hand[:, None], np.ones(len(by_hand)))[0]
+    assert values[0:1] + values[1:4:2] == pytest.approx(np.clip(coefficients, [1e-3, 1e-6, 1e-6], [20, 30, 30]))
+
+
+def test_points_to_search_from_are_even_in_every_direction() -> None:
+    points = spread_out(256, 9, seed=1)
+    for axis in points.T:
+        assert np.histogram(axis, bins=256, range=(0, 1))[0].tolist() == [1] * 256
+    assert not np.array_equal(points, spread_out(256, 9, seed=2))
 
 
 def test_huber_ignores_what_least_squares_follows() -> None:

@@ -50,10 +50,10 @@ def relative_error(predicted: Any, true: Any) -> np.ndarray:
     return np.abs(np.asarray(predicted) / np.asarray(true) - 1)
 
 
-def test_fitting_starts_without_torch_and_matplotlib() -> None:
+def test_fitting_starts_without_torch_matplotlib_and_scipys_statistics() -> None:
     """They take longer to import than a fit."""
     modules = "spt_fast.cli, spt_fast.study.crossover, spt_fast.study.findings, spt_fast.study.runs_table"
-    found = f"import sys, {modules}; assert not {{'torch', 'matplotlib'}} & sys.modules.keys()"
+    found = f"import sys, {modules}; assert not {{'torch', 'matplotlib', 'scipy.stats'}} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", found], check=False, capture_output=True).returncode == 0
 
 
