@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from fractions import Fraction
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,10 @@ class Phase:
         """One dict of overrides per grid combination; a single empty one where there is no grid."""
         grid = self.grid or {}
         return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+    def steps(self, context: int) -> int:
+        """Whole steps of windows of `context` tokens, at least one."""
+        return max(1, round(Fraction(self.tokens, self.batch.sequences * context)))
 
     @property
     def chosen_by(self) -> str:
@@ -406,11 +410,56 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
     return {path: leaf for key, item in items for path, leaf in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
 
 
+def check_schedules(recipe: Recipe, context: int) -> None:
+    """RecipeError for a warm-up that is longer than what runs on its schedule, or that reaches into the fall: the rate
+    would never get to its peak, or jump."""
+    for i, phase in enumerate(recipe.phases):
+        if phase.schedule.carry_on:
+            continue
+        steps, carried = phase.steps(context), takewhile(lambda p: p.schedule.carry_on, recipe.phases[i + 1 :])
+        tokens_per_step = phase.batch.sequences * context
+        last = steps + sum(Fraction(following.tokens, tokens_per_step) for following in carried)
+        for arm in phase.arms():
+            schedule = phase.with_overrides(arm).schedule
+            horizon = Fraction(schedule.horizon, tokens_per_step) if schedule.horizon else Fraction(steps)
+            warmup = schedule.warmup.exact_steps(tokens_per_step, steps)
+            decay = schedule.decay.exact_steps(tokens_per_step, horizon)
+            where = f"phases[{phase.name}].{'grid' if 'warmup' in arm else 'schedule'}.warmup"
+            given, ends = str(schedule.warmup), f"the horizon of {float(horizon):.4g} steps"
+            falls = schedule.name in ("cosine", "linear")
+            if warmup > last:
+                says = f"its schedule runs for {float(last):.4g} steps; write a shorter warm-up or more tokens"
+            elif falls and warmup >= horizon and last > horizon:
+                says = f"it reaches to {ends}, where the rate would jump; write a shorter one, or a longer horizon"
+            elif schedule.name == "wsd" and (warmup + decay > horizon or (not decay and last > horizon)):
+                where, given = f"phases[{phase.name}].schedule.decay", str(schedule.decay)
+                says = (
+                    "it takes no step" if not decay else f"with the warm-up of {schedule.warmup} it takes longer than"
+                )
+                says = f"{says} to {ends}, and the rate would jump; write a {'shorter' if decay else 'longer'} one"
+            else:
+                continue
+            raise RecipeError(invalid(where, given, says))
+
+
 # ------------------------------------------------------------------------------------------------ reading
 
 
 def recipe_from(raw: object) -> Recipe:
     """A Recipe from plain data, as YAML gives it."""
+    recipe = _built(raw)
+    context = recipe.model.context or PRESETS.get(recipe.model.preset, {}).get("context")
+    if context:
+        check_schedules(recipe, context)
+    return recipe
+
+
+def recorded_recipe(path: Path) -> Recipe:
+    """The recipe that a run recorded, whose schedules an earlier version may have let through."""
+    return _built(read_yaml(path))
+
+
+def _built(raw: object) -> Recipe:
     if not isinstance(raw, Mapping):
         raise RecipeError(invalid("the recipe", raw, "write keys such as run, model, sources and phases"))
     return build(Recipe, raw, "")

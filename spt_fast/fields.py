@@ -80,14 +80,15 @@ class Span:
 
     def steps(self, tokens_per_step: int, phase_steps: int) -> int:
         """The span in whole steps, rounded; never less than one unless the span is zero."""
-        if self.amount == 0:
-            return 0
-        exact = {
+        return max(1, round(self.exact_steps(tokens_per_step, phase_steps))) if self.amount else 0
+
+    def exact_steps(self, tokens_per_step: int, phase_steps: int | Fraction) -> Fraction:
+        """The span in steps and parts of one."""
+        return {
             "steps": self.amount,
             "tokens": self.amount / tokens_per_step,
             "share": self.amount * phase_steps,
         }[self.unit]
-        return max(1, round(exact))
 
     def __str__(self) -> str:
         if self.unit == "share":

@@ -455,9 +455,11 @@ def test_a_default_that_is_written_out_changes_nothing() -> None:
         == []
     )
     assert first.changes(recipe_from(raw_recipe(model=shape | {"tied": False}))) == ["model.tied: True → False"]
-    preset = recipe_from(raw_recipe(model={"preset": "8b"}))
-    assert preset.changes(recipe_from(raw_recipe(model={"preset": "8b", "tied": False}))) == []
-    assert preset.changes(recipe_from(raw_recipe(model={"preset": "8b", "tied": True}))) == ["model.tied: False → True"]
+    preset = recipe_from(raw_recipe(model={"preset": "8b", "context": 64}))
+    assert preset.changes(recipe_from(raw_recipe(model={"preset": "8b", "context": 64, "tied": False}))) == []
+    assert preset.changes(recipe_from(raw_recipe(model={"preset": "8b", "context": 64, "tied": True}))) == [
+        "model.tied: False → True"
+    ]
 
 
 def test_every_setting_of_the_optimizer_is_an_axis_of_a_grid() -> None:

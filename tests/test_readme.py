@@ -53,7 +53,7 @@ REPORTING = [
 SMALLER = {
     "model": {"layers": 1, "width": 32, "heads": 2, "context": 32},
     "phases.pretrain": {"tokens": "8K", "batch": {"sequences": 8}, "eval": {"every": "50%", "tokens": "2K"}},
-    "phases.finetune": {"tokens": "2K", "batch": {"sequences": 4}},
+    "phases.finetune": {"tokens": "2K", "batch": {"sequences": 4}, "schedule": {"name": "constant", "warmup": "10%"}},
 }
 SMALLER_STUDY = {
     "seeds": "1",
@@ -67,6 +67,7 @@ SMALLER_STUDY = {
     "stages.finetune.batch": "{sequences: 4}",
     "stages.finetune.eval": "{every: 50%, tokens: 2K}",
     "stages.finetune.grid": "null",
+    "stages.finetune.schedule": "{name: constant, warmup: 10%}",
 }
 
 

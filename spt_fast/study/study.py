@@ -35,7 +35,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from spt_fast.config import Model, Phase, Recipe, recipe_from
+from spt_fast.config import Model, Phase, Recipe, check_schedules, recipe_from
 from spt_fast.errors import RecipeError, invalid, nearest
 from spt_fast.fields import (
     Span,
@@ -382,6 +382,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
                 raw["init"] = branch.weights
                 raw["init_only"] = None if start == "pretrained" else "embeddings"
             recipe = recipe_from(raw)
+            check_schedules(recipe, _context(study, branch.model))
             if len(budgets) > 1:
                 _check_plateau(study, recipe, branch, f"stages[{axes.name}]")
             runs[name] = PlannedRun(name, position, recipe, branch.model, None if start == "scratch" else branch.after)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spt_fast.config import Phase, Recipe, load_recipe
+from spt_fast.config import Phase, Recipe, recorded_recipe
 from spt_fast.data.formats import sampled_digest
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.files import is_temporary
@@ -20,7 +20,7 @@ def recipe_of(run: Path) -> Recipe:
     if not path.exists():
         raise CheckpointError(f"{run}: holds no recipe.yaml; give the folder of a run")
     try:
-        return load_recipe(path)
+        return recorded_recipe(path)
     except RecipeError as error:
         problem = str(error).removeprefix(f"{path}: ")
         raise CheckpointError(

@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-from spt_fast.config import Phase, Recipe, Source
+from spt_fast.config import Phase, Recipe, Source, check_schedules
 from spt_fast.data.inspection import overlap_share
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
@@ -266,6 +265,7 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
     datasets += [(f"sources.{name}.heldout", data) for name, data in heldout.items()]
     _check_tokenizers(datasets, tokenizer)
     model = _model_config(recipe, tokenizer, [data for _, data in datasets])
+    check_schedules(recipe, model.context)
     for where, data in datasets:
         if data.max_id is not None and data.max_id >= model.vocab_size:
             raise DataError(
@@ -284,7 +284,7 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
                 f"{micro}; choose a multiple of {micro * world}"
             )
         tokens_per_step = sequences * model.context
-        steps = max(1, round(Fraction(phase.tokens, tokens_per_step)))
+        steps = phase.steps(model.context)
         mixture = Mixture(phase.mixture)
         try:
             check_every_source_is_drawn(mixture, steps * sequences)

@@ -39,7 +39,7 @@ def fake_run(
     recipe: dict[str, Any] = {
         "run": str(folder),
         "seed": seed,
-        "model": {"preset": "1m"},
+        "model": {"preset": "1m", "context": 50},
         "tokenizer": "bpe.tiktoken",
         "sources": {name: {"train": f"data/{name}", "heldout": f"data/{name}.heldout"} for name in ("general", "code")},
         "phases": [
@@ -48,6 +48,7 @@ def fake_run(
                 "name": "finetune",
                 "tokens": STEP_TOKENS * (len(paths[0]) - 1),
                 "mixture": {"code": "100%"},
+                "batch": {"sequences": 1},
                 "optimizer": {"lr": lr[0]},
                 "schedule": {"name": "constant", "warmup": "5 steps"},
                 "grid": {"lr": list(lr)} if len(lr) > 1 else None,

@@ -87,7 +87,7 @@ def test_runs_are_named_after_what_they_are(raw: dict[str, Any]) -> None:
 
 def test_lengths_and_rates_that_are_nearly_alike_are_runs_of_their_own(raw: dict[str, Any]) -> None:
     lengths = [1_234_567_000, 1_234_568_000]
-    raw = changed(raw, budgets=None, delta=0, tokens=lengths, lr=[0.12345678, 0.12345679])
+    raw = changed(raw, budgets=None, delta=0, tokens=lengths, lr=[0.12345678, 0.12345679], schedule=None)
     pretraining = [run for run in runs_of(raw) if run.stage == 0]
     assert {(run.recipe.phases[0].tokens, run.recipe.phases[0].optimizer.lr) for run in pretraining} == {
         (tokens, lr) for tokens in lengths for lr in (0.12345678, 0.12345679)

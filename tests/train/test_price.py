@@ -101,7 +101,7 @@ def test_without_a_gpu_only_measured_tokens_give_a_time(recipe: Recipe, tmp_path
     write_measurements(Path(recipe.run), recipe, [(50.0, None), (100.0, None)])
     assert price(plan, here, speed_of(plan, here)).times[0].step_s == pytest.approx(8 * 16 / 100)
 
-    other = recipe_from(recipe.plain() | {"run": str(tmp_path / "other"), "model": {"preset": "1m"}})
+    other = recipe_from(recipe.plain() | {"run": str(tmp_path / "other"), "model": {"preset": "1m", "context": 16}})
     write_measurements(tmp_path / "other", other, [(100.0, None)])
     with pytest.raises(RecipeError, match=r"other: was measured on another kind of machine.*`mfu=40%`"):
         speed_of(plan, here, run=tmp_path / "other")
