@@ -129,6 +129,8 @@ def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
         "Domain corpora": values("domain_tokens", lambda n: f"{int(n):,} tokens"),
         "Tokenizer": values("tokenizer"),
         "Held-out text": values("heldout"),
+        "Training text, domain": values("domain_text"),
+        "Training text, general": values("general_text"),
         "Training FLOPs": f"{flops:.3g}",
         "Versions": f"spt-fast {__version__}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scipy", "pandas", "matplotlib"))

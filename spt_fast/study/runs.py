@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from spt_fast.config import Model, Phase, Recipe
+from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.fields import plain
 from spt_fast.study.finetunes import Treatment
@@ -36,8 +36,8 @@ class FinishedRun:
     """The "eval" records of metrics.jsonl."""
     pretraining: list[tuple[Phase, dict[str, Any]]]
     """The phases before the finetune, and what summary.json says of each."""
-    model: Model
-    """Its shape, as the recipe of the first of them gives it."""
+    start: Trained
+    """The first of them."""
 
     @classmethod
     def read(cls, folder: str | Path) -> FinishedRun:
@@ -53,14 +53,13 @@ class FinishedRun:
         recipe = recipe_of(folder)
         ancestors = trained_before(folder, recipe)
         own = [Trained(recipe, summary, phase) for phase in recipe.phases[:-1]]
-        pretraining = [(at.phase, at.done) for at in (*ancestors, *own)]
-        model = ancestors[0].recipe.model if ancestors else recipe.model
-        if not pretraining:
+        if not (pretraining := [*ancestors, *own]):
             raise CheckpointError(
                 f"{folder}: {recipe.phases[0].name!r} is its only phase; what is compared is a finetune, the last "
                 "phase, after pretraining, the phases before it or those of the run that it starts from"
             )
-        return cls(folder, recipe, summary, evaluations_of(folder), pretraining, model)
+        phases = [(at.phase, at.done) for at in pretraining]
+        return cls(folder, recipe, summary, evaluations_of(folder), phases, pretraining[0])
 
     @property
     def finetune(self) -> Phase:
@@ -121,6 +120,30 @@ class FinishedRun:
         return [(record["tokens"], *self.heldout(record["heldout"])) for record in start + later]
 
 
+@dataclass(frozen=True, eq=False)
+class Content:
+    """What a field of a recipe names: known by its digest or, where an earlier version recorded none, by the field."""
+
+    field: object
+    digest: str | None
+
+    @classmethod
+    def of(cls, run: FinishedRun | Trained, source: str, kind: str) -> Content:
+        """The training or held-out text of a source."""
+        given = run.recipe.plain()["sources"].get(source)
+        field = given["heldout"] if given and kind == "heldout" else given
+        return cls(field, run.summary.get("data", {}).get(f"sources.{source}.{kind}"))
+
+    def __eq__(self, other: object) -> bool:
+        assert isinstance(other, Content)
+        if self.digest and other.digest:
+            return self.digest == other.digest
+        return self.field == other.field
+
+    def __str__(self) -> str:
+        return f"{self.field} ({self.digest[:12]})" if self.digest else str(self.field)
+
+
 def check_comparable(runs: Sequence[FinishedRun]) -> None:
     """RecipeError, naming two runs and what differs, where losses cannot be held against each other."""
 
@@ -128,10 +151,10 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
         return {
             "domain (the largest share of the last phase)": run.domain,
             "general source": run.general,
-            "tokenizer": run.recipe.tokenizer,
-            "model": {key: value for key, value in vars(run.model).items() if value is not None},
-            f"sources.{run.domain}.heldout": run.recipe.sources[run.domain].heldout,
-            f"sources.{run.general}.heldout": run.recipe.sources[run.general].heldout,
+            "tokenizer": Content(run.recipe.tokenizer, run.summary.get("tokenizer")),
+            "model": {key: value for key, value in vars(run.start.recipe.model).items() if value is not None},
+            f"sources.{run.domain}.heldout": Content.of(run, run.domain, "heldout"),
+            f"sources.{run.general}.heldout": Content.of(run, run.general, "heldout"),
             f"phases[{run.finetune.name}].eval.tokens": run.finetune.evaluation.tokens,
         }
 
@@ -151,7 +174,9 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
         recipe = run.recipe.plain()
         first, last = plain(run.pretraining[0][0]), recipe["phases"][-1]
         return (
-            {f"sources.{source}": recipe["sources"][source] for source in (run.domain, run.general)}
+            {f"sources.{source}": Content.of(run, source, "train") for source in (run.domain, run.general)}
+            | {f"pretraining's {run.general}": Content.of(run.start, run.general, "train")}
+            | {"precision": run.summary.get("precision")}
             | {f"pretraining's {key}": first[key] for key in ("batch", "optimizer", "schedule", "documents")}
             | {f"finetune's {key}": value for key, value in last.items() if key not in ("name", "mixture", "anchor")}
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -24,12 +25,14 @@ from typing import Any
 import pandas as pd
 
 from spt_fast.config import Phase, Recipe
-from spt_fast.errors import CheckpointError, DataError, nearest
+from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, nearest
 from spt_fast.files import replacing
 from spt_fast.study.runs import evaluations_of
 from spt_fast.train.folder import parent_of, recipe_of, summary_of, trained_before
 
-TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout"), str)
+CONTENT = ("domain", "general", "domain_text", "general_text")
+"""Columns that tables of earlier versions lack."""
+TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout", *CONTENT), str)
 SPLITS = ("train", "heldout", "select")
 
 
@@ -90,6 +93,12 @@ class Row:
     """Digest of the tokenizer."""
     heldout: str | None = None
     """Digest of what the held-out losses are measured on."""
+    domain: str | None = None
+    general: str | None = None
+    """The sources' names."""
+    domain_text: str | None = None
+    general_text: str | None = None
+    """Digests of their training text."""
 
 
 COLUMNS = tuple(column.name for column in fields(Row))
@@ -101,7 +110,7 @@ def read_table(
     """The rows of studies (their folders), saved tables (.parquet or .csv) and runs (their folders), in one table.
 
     `domain_source` and `general_source` are names in runs that belong to no study; without them the domain is the
-    largest share of the last phase of a run that has one after pretraining, as in `compare`.
+    largest share of the last phase of a run that has one after pretraining, as in `compare`. A study has its own.
 
     Raises DataError or CheckpointError, naming the file and what would do.
     """
@@ -123,15 +132,32 @@ def read_table(
                 f"{path}: is neither a study with a table.parquet, nor a table (.parquet, .csv), nor the folder of a "
                 "run; a study has its table once `spt-fast sweep` has trained its first run"
             )
+    for name, rows in tables.items():
+        for field, asked in (("domain_source", domain_source), ("general_source", general_source)):
+            if asked is not None:
+                _check_source(name, rows, field, asked)
     if folders:
         tables["runs"] = table_of(folders, *_domain_and_general(folders, domain_source, general_source))
     return _in_one(tables)
 
 
+def _check_source(path: str, rows: pd.DataFrame, field: str, asked: str) -> None:
+    """DataError where a study's source is another than the one that is asked for; a warning where it is unknown."""
+    known = rows[field.removesuffix("_source")].dropna().unique()
+    if len(known) == 0:
+        warnings.warn(
+            f"{field}: {path} is of an earlier version and keeps the one of its study", SptWarning, stacklevel=3
+        )
+    for own in known:
+        if own != asked:
+            says = f"{path} is a study, whose own is {own!r}; leave it out, or give the folders of runs"
+            raise DataError(invalid(field, asked, says), argument=True)
+
+
 def _in_one(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Rows that are alike once; runs of one name in several tables that aren't are named after their table too."""
     table = pd.concat([rows.assign(of=name) for name, rows in tables.items()], ignore_index=True)
-    table = table.drop_duplicates(list(COLUMNS), ignore_index=True)
+    table = table.drop_duplicates([column for column in COLUMNS if column not in CONTENT], ignore_index=True)
     several = table.groupby("run")["of"].nunique() > 1
     for column in ("run", "after"):
         ambiguous = table[column].isin(several.index[several])
@@ -175,6 +201,7 @@ def load_table(path: Path) -> pd.DataFrame:
         table = table.fillna({"after": ""})
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a table ({error}); give a table.parquet or table.csv") from None
+    table = table.assign(**{column: None for column in CONTENT if column not in table})
     for column in COLUMNS:
         if column not in table:
             raise DataError(
@@ -329,6 +356,10 @@ def _first_row(folder: Path, recipe: Recipe, summary: dict[str, Any], domain: st
             domain_tokens=summary["train_tokens"][domain],
             handed_on=False,
             tokenizer=(summary["tokenizer"] or "unknown")[:16],
+            domain=domain,
+            general=general,
+            domain_text=summary["data"].get(f"sources.{domain}.train", "")[:16] or None,
+            general_text=summary["data"].get(f"sources.{general}.train", "")[:16] or None,
         )
     except KeyError as error:
         raise CheckpointError(

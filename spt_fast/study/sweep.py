@@ -12,7 +12,7 @@ import dataclasses
 import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ import torch
 import yaml
 from rich.console import Console
 
-from spt_fast.config import Recipe
+from spt_fast.config import Recipe, Source
 from spt_fast.data.shards import TokenDataset
-from spt_fast.errors import RecipeError, invalid, nearest
+from spt_fast.errors import DataError, RecipeError, invalid, nearest
 from spt_fast.fields import apply_overrides, naming, parse_yaml, read_yaml
 from spt_fast.files import write_text
 from spt_fast.model.flops import train_flops_per_token
@@ -34,8 +34,8 @@ from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
 from spt_fast.study.runs_table import Row, in_columns, rows_of, save_table
 from spt_fast.study.study import PlannedRun, Study, expand, study_from
 from spt_fast.train.dry_run import dry_run
-from spt_fast.train.folder import recipe_of
-from spt_fast.train.plan import Plan, make_plan
+from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.train.plan import KINDS, Plan, make_plan, open_source
 from spt_fast.train.price import Machine, Speed, phase_time, speed_of
 
 READY = Path(__file__).with_name("ready")
@@ -133,7 +133,9 @@ def _check_domain(study: Study) -> None:
 
 
 def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
-    """RecipeError for a study that was edited, or moved, since one of its runs was begun."""
+    """RecipeError for a study that was edited since one of its runs was begun, or whose text was replaced since one was
+    finished."""
+    digests: dict[tuple[Source, str], str] = {}
     for run in runs:
         folder = Path(run.recipe.run)
         changes = recipe_of(folder).changes(run.recipe) if (folder / "recipe.yaml").exists() else []
@@ -143,6 +145,18 @@ def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
                 f"study: {folder} was trained with another recipe; undo this, or give the study another folder:\n"
                 f"  {listed}"
             )
+        recorded = (summary_of(folder) or {}).get("data", {})
+        for name, source in run.recipe.sources.items():
+            for kind in KINDS:
+                known = recorded.get(field := f"sources.{name}.{kind}")
+                if known and (source, kind) not in digests:
+                    with suppress(DataError):  # text that isn't there any more is missed by the runs to come
+                        digests[source, kind] = open_source(source, kind).digest
+                if known and digests.get((source, kind), known) != known:
+                    raise RecipeError(
+                        f"study: {field} holds other text than {folder} was trained on; put the old text back, or give "
+                        "the study another folder"
+                    )
 
 
 def _write_recipes(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Path]:

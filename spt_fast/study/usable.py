@@ -62,6 +62,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     for name in SHARES:
         check(name, rows[name].dropna().to_numpy(), SHARE, DataError)
     _check_alike(rows)
+    notes += _other_texts(rows)
     for name in ("domain_heldout", "general_heldout"):
         unknown = rows[name].isna()
         broken = unknown & ~unknown.groupby([rows[key] for key in STAGE]).transform("all")
@@ -110,6 +111,22 @@ def _check_alike(rows: pd.DataFrame) -> None:
                 f"{first} and {second} differ in {name} ({ours} and {theirs}), so their losses are not comparable; "
                 "give the runs of one study at a time"
             )
+
+
+def _other_texts(rows: pd.DataFrame) -> list[str]:
+    """Notes where runs that count as alike were trained on different texts, as far as the table knows."""
+    notes = []
+    for column, alike in (("domain_text", ["domain_tokens"]), ("general_text", [])):
+        if column not in rows:
+            continue
+        of_stage = [rows["stage"] > 0, *(rows[name] for name in alike)]
+        several = rows.groupby(of_stage)[column].transform("nunique") > 1
+        if several.any():
+            text = column.replace("_", " training ")
+            notes.append(
+                f"not of one {text}, so that their losses may differ for that reason: {_listed(rows['run'][several])}"
+            )
+    return notes
 
 
 def _other_rate(rows: pd.DataFrame, among: pd.Series) -> pd.Series:

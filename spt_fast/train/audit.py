@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
@@ -24,7 +23,7 @@ from spt_fast.errors import DataError, invalid
 from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import recipe_of, summary_of
-from spt_fast.train.plan import make_plan, not_the_same, open_source
+from spt_fast.train.plan import KINDS, make_plan, not_the_same, open_source
 from spt_fast.train.state import SavedState
 from spt_fast.train.weights import read_config
 
@@ -140,14 +139,11 @@ def _texts(recipe: Recipe, recorded: Mapping[str, str], directory: str | None, w
     """
     found = {}
     for name, source in recipe.sources.items():
-        kinds: dict[Literal["train", "heldout"], str] = {"train": source.train}
-        if source.heldout:
-            kinds["heldout"] = source.heldout
-        for kind, path in kinds.items():
+        for kind in KINDS if source.heldout else KINDS[:1]:
             field, there = f"sources.{name}.{kind}", list[TokenDataset]()
-            for place in dict.fromkeys((Path(directory or "", path), Path(path))):
+            for start in dict.fromkeys((directory or "", "")):
                 with suppress(DataError):
-                    there.append(open_source(source, kind, place))
+                    there.append(open_source(source, kind, start))
             same = [data for data in there if data.digest == recorded.get(field)]
             if there and not same:
                 raise not_the_same(field, where)

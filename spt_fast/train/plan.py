@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from spt_fast.config import Phase, Recipe, Source, check_schedules
 from spt_fast.data.inspection import overlap_share
@@ -225,9 +225,16 @@ class Plan:
         return found
 
 
-def open_source(source: Source, kind: Literal["train", "heldout"], path: str | Path) -> TokenDataset:
-    """The text of a source at `path`, cut as its recipe says."""
-    data = TokenDataset.open(path, source.dtype)
+Kind = Literal["train", "heldout"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""Of a source's texts."""
+
+
+def open_source(source: Source, kind: Kind, directory: str | Path = "") -> TokenDataset:
+    """A text of a source, cut as its recipe says, whose relative path leads from `directory`. It must name one."""
+    path = source.train if kind == "train" else source.heldout
+    assert path is not None
+    data = TokenDataset.open(Path(directory, path), source.dtype)
     return data.limit(source.limit_tokens) if kind == "train" and source.limit_tokens else data
 
 
@@ -258,9 +265,9 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
     init_digest = digest_of(Path(recipe.init)) if recipe.init else None
     train, heldout = {}, {}
     for name, source in recipe.sources.items():
-        train[name] = open_source(source, "train", source.train)
+        train[name] = open_source(source, "train")
         if source.heldout:
-            heldout[name] = open_source(source, "heldout", source.heldout)
+            heldout[name] = open_source(source, "heldout")
     datasets = [(f"sources.{name}.train", data) for name, data in train.items()]
     datasets += [(f"sources.{name}.heldout", data) for name, data in heldout.items()]
     _check_tokenizers(datasets, tokenizer)

@@ -204,4 +204,8 @@ def completed(rows: list[dict[str, Any]]) -> pd.DataFrame:
         flops=6.0 * table["params"] * (table["tokens"] + table["pretrain_tokens"].fillna(0)),
         tokenizer="4f5ca1b2",
         heldout="90e3dd11",
+        domain="chem",
+        general="web",
+        domain_text="77ab" + table["domain_tokens"].astype(str),
+        general_text="1c9f",
     )[list(COLUMNS)].astype({"tokens": "float", "domain_tokens": "float", "handed_on": "bool"})

@@ -21,6 +21,7 @@ from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
 from spt_fast.model.gpt import GPT
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import EvalSet, mean_loss
+from spt_fast.train.folder import parent_of, recipe_of
 from spt_fast.train.plan import make_plan
 from spt_fast.train.release import export, generate_text
 from spt_fast.train.run import run
@@ -66,6 +67,7 @@ def test_a_run_goes_on_with_the_same_data_at_another_path_and_refuses_other_data
     run(recipe_from(raw_recipe(tmp_path) | {"run": str(start)}), progress=False)
     raw = raw_recipe(tmp_path, "whole") | {"init": str(start / "weights" / "pretrain"), "model": {}}
     run(recipe_from(raw), progress=False)
+    assert parent_of(tmp_path / "whole", recipe_of(tmp_path / "whole")) == (start, "pretrain")
     raw["run"] = str(tmp_path / "moved")
     stop(raw, monkeypatch)
 
@@ -87,6 +89,8 @@ def test_a_run_goes_on_with_the_same_data_at_another_path_and_refuses_other_data
     in_bytes(weights, lambda data: data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(DataError, match=r"init: holds other weights than when .*step-"):
         run(recipe_from(raw), resume=True, progress=False)
+    with pytest.raises(CheckpointError, match=r"the run .*start holds other weights by now"):
+        parent_of(tmp_path / "whole", recipe_of(tmp_path / "whole"))
 
     store = tmp_path / "store"
     store.mkdir()
