@@ -1,0 +1,92 @@
+"""One process at a time where two would spoil each other's files; who comes second is told who came first."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from spt_fast.errors import SptError
+
+NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What a file system without flock answers."""
+
+
+class InUse(SptError):
+    """Another process works there. The message names it."""
+
+
+@contextmanager
+def locked(file: Path, what: str, *, argument: bool = False, inherited: bool = False) -> Iterator[None]:
+    """Hold the lock `file`, which names its owner while it exists, and remove it at the end.
+
+    what       begins the message of InUse, such as "run: runs/a"
+    argument   whether that begins with an argument's name
+    inherited  whether processes that this one starts hold it too, until the last of them has ended
+
+    The kernel releases the lock of a process that dies, and the next one takes its file over. Where the file system has
+    no locks, the owner's name must do: a process of this host that lives no more owns nothing.
+    """
+    descriptor = _taken(file)
+    if descriptor is None:
+        owner = _owner(file)
+        who = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
+        raise InUse(f"{what}: in use by {who}; wait until it has ended, or stop it", argument=argument)
+    try:
+        os.set_inheritable(descriptor, inherited)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()
+        os.close(descriptor)
+
+
+def _taken(file: Path) -> int | None:
+    """The lock's open file; None where another process has it."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS_HERE or _lives_elsewhere(_owner(file)):
+                os.close(descriptor)
+                return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), file.lstat()):
+                return descriptor
+        os.close(descriptor)  # its last owner removed it between our open and our lock
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+
+
+def _owner(file: Path) -> dict[str, Any]:
+    """What the lock says of its owner; nothing where it doesn't say it yet."""
+    try:
+        found = json.loads(file.read_bytes())
+        return found if found.keys() == _me().keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _lives_elsewhere(owner: dict[str, Any]) -> bool:
+    """Whether the owner may be at work: a process of this host that lives, or any process of another."""
+    if not owner or owner["host"] != socket.gethostname():
+        return bool(owner)
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
