@@ -73,7 +73,7 @@ def raw_recipe(folder: Path, run: str = "run") -> dict[str, Any]:
                 "batch": {"sequences": 4, "micro": 4},
                 "eval": {"every": "2 steps", "tokens": 400},
                 "optimizer": {"lr": 1e-3, "weight_decay": 1e-7},
-                "schedule": {"name": "constant", "warmup": "2 steps"},
+                "schedule": {"name": "constant", "warmup": "12%"},
                 "stop": {"on": "chem", "patience": 2},
                 "grid": {"lr": ["1e-3", "2e-2"]},
             },

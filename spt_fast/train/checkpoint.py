@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, and the same whatever wrote them.
 
-A checkpoint is a folder `step-<total steps>-p<phase>-a<arm>`:
+A checkpoint is a folder `step-<total steps>-p<phase>-a<arm>`, by exactly this name and the same one in its manifest;
+whatever else lies beside it, such as a copy that a user made, is left alone:
 
     state.json                      where the run stands: plain data
     current-<process>.safetensors   fp32 weights, moments and step count: whole tensors, those that this process wrote
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterable, Mapping
@@ -32,10 +34,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spt_fast.errors import CheckpointError, invalid
-from spt_fast.files import sync, write_text
+from spt_fast.files import is_temporary, sync, write_text
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import ALONE, World
 
+NAME = re.compile(r"step-[0-9]{10,}(-p[0-9]{2,}-a[0-9]{3,})?")
 FORMAT = 2
 WHOLE = "whole"
 BEST = "best"
@@ -59,8 +62,9 @@ class Retention:
     every_steps: int | None = None
 
     def drops(self, folder: Path) -> list[Path]:
-        best = folder / BEST
-        name = best.read_text() if best.exists() else ""
+        name = ""
+        with suppress(OSError, ValueError):
+            name = (folder / BEST).read_text()
         return [
             path
             for path in listed(folder)[: -self.newest]
@@ -118,8 +122,9 @@ class Writer:
     def _make_room(self, name: str) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for left_by_a_crash in self._folder.glob(".step-*.tmp"):
-                shutil.rmtree(left_by_a_crash)
+            for path in self._folder.iterdir():
+                if is_temporary(path) and NAME.fullmatch(path.name[1:-4]):  # left by a crash
+                    shutil.rmtree(path)
             self._temporary(name).mkdir()
         except OSError as error:
             raise self._failure(name, str(error)) from error
@@ -179,8 +184,21 @@ class Writer:
 
 
 def listed(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first (their names sort by steps, phase, arm)."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """Checkpoint folders, oldest first (their names sort by steps, phase, arm); OSError where that can't be known."""
+    try:
+        return sorted(path for path in folder.iterdir() if _is_checkpoint(path))
+    except FileNotFoundError:
+        return []
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint was written here, which may be damaged now; a renamed copy of one was not."""
+    if not NAME.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    try:
+        return json.loads((path / "manifest.json").read_text()).get("name", path.name) == path.name
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return True
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -231,16 +249,7 @@ def read(path: Path) -> dict[str, Any]:
         return json.loads((path / "state.json").read_text())
     except CheckpointError:
         raise
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not a whole checkpoint ({error!r})") from error
 
 

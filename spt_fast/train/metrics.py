@@ -23,6 +23,7 @@ from spt_fast.errors import CheckpointError
 from spt_fast.printing import as_json, terminal
 
 PLAIN_LINE_EVERY_S = 15.0
+LONGEST_LINE_BYTES = 1 << 20
 
 
 class Display:
@@ -77,12 +78,18 @@ class RunLog(Display):
     ) -> None:
         path = folder / "metrics.jsonl"
         path.touch()
-        os.truncate(path, min(keep_bytes, path.stat().st_size))
+        whole_bytes = _whole_lines(path, min(keep_bytes, path.stat().st_size))
+        os.truncate(path, whole_bytes)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
         self._mfu_label = mfu_label
         self._last_eval = ""
         super().__init__(progress)
+        if whole_bytes < keep_bytes:
+            self.say(
+                f"warning: {path}: has {whole_bytes:,} of the {keep_bytes:,} bytes that were written up to here; the "
+                "records of some steps are missing, and stay so"
+            )
 
     def train(self, record: dict[str, Any], total_step: int) -> None:
         """A logged training step; `total_step` counts over the whole run, for TensorBoard."""
@@ -122,6 +129,14 @@ class RunLog(Display):
         super().close()
         self._board.close()
         self._file.close()
+
+
+def _whole_lines(path: Path, end: int) -> int:
+    """Where the last line ends that ends before `end` bytes."""
+    with path.open("rb") as file:
+        file.seek(max(0, end - LONGEST_LINE_BYTES))
+        tail = file.read(end - file.tell())
+    return end - len(tail) + tail.rfind(b"\n") + 1
 
 
 def _loss(loss: float) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -38,6 +40,54 @@ def test_the_newest_so_many_are_kept(tmp_path: Path) -> None:
     for i, name in enumerate(NAMES):
         write(tmp_path, name, i, keep=2)
     assert [path.name for path in checkpoint.listed(tmp_path)] == NAMES[1:]
+
+
+def test_what_a_user_put_beside_checkpoints_is_neither_read_nor_counted_nor_deleted(tmp_path: Path) -> None:
+    run, folder = tmp_path, tmp_path / "checkpoints"
+    for i, name in enumerate(NAMES):
+        write(folder, name, i)
+    foreign = [f"{NAMES[2]}.bak", "step-final", "step-99999999999-p00-a000", f"{NAMES[2]} copy", ".step-mine.tmp"]
+    for name in foreign:
+        shutil.copytree(folder / NAMES[2], folder / name)
+    (folder / "step-8888888888-p00-a000").symlink_to(folder / NAMES[0])
+    (folder / "step-7777777777-p00-a000").write_text("a file")
+    (folder / f".{NAMES[0]}.tmp").mkdir()
+    assert [path.name for path in checkpoint.listed(folder)] == NAMES
+    assert list(checkpoint.verdicts_of(run)) == NAMES
+    found = checkpoint.newest(folder)
+    assert found is not None
+    assert (found.path.name, found.skipped) == (NAMES[2], {})
+    last = "step-0000000200-p00-a000"
+    write(folder, last, 5, keep=2)
+    left = {*foreign, NAMES[2], last, "step-8888888888-p00-a000", "step-7777777777-p00-a000"}
+    assert {path.name for path in folder.iterdir()} == left
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_what_cannot_be_read_is_damaged_and_a_folder_that_cannot_be_read_is_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    for i, name in enumerate(NAMES[:2]):
+        write(tmp_path, name, i)
+    real = checkpoint._sha256
+
+    def failing(path: Path) -> str:
+        if path.parent.name == NAMES[1]:
+            raise error
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", failing)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.path.name == NAMES[0]
+    assert str(error.strerror) in found.skipped[tmp_path / NAMES[1]]
+
+    def unreadable(path: Path) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(Path, "iterdir", unreadable)
+    with pytest.raises(OSError, match=str(error.strerror)):
+        checkpoint.newest(tmp_path)
 
 
 def flip(path: Path) -> None:

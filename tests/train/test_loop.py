@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from spt_fast.config import recipe_from
@@ -24,7 +25,7 @@ from spt_fast.errors import CheckpointError, DataError, RecipeError
 from spt_fast.kernels import auto_backends
 from spt_fast.model import gpt, hf
 from spt_fast.model.gpt import GPT
-from spt_fast.train import loop, plan
+from spt_fast.train import checkpoint, loop, plan
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import evaluation_texts, mean_loss
 from spt_fast.train.local import LocalEngine
@@ -505,6 +506,53 @@ def test_a_run_that_keeps_the_best_goes_on_after_the_checkpoint_at_an_arms_last_
     assert_same_run(data / "best-whole", data / "best-died")
 
 
+def test_a_run_goes_on_from_every_boundary_between_phases_and_arms(data: Path, tmp_path: Path) -> None:
+    """Where best weights, moments of a phase that kept them and the start of an anchor have to be there again."""
+    raw = tiny.raw_recipe(data, "every-boundary")
+    raw["checkpoint"] = {"every": "1 steps", "keep": 999, "keep_best": True}
+    first, second = raw["phases"]
+    raw["phases"] = [
+        first | {"tokens": 3 * 8 * 16, "eval": {"every": "1 steps", "tokens": 200}},
+        second | {"tokens": 3 * 4 * 16, "optimizer_state": "keep", "stop": None, "untie": True},
+        second | {"name": "last", "tokens": 2 * 4 * 16, "optimizer_state": "keep", "untie": False, "grid": None},
+    ]
+    run(recipe_from(raw), progress=False)
+    whole = data / "every-boundary"
+    names = [path.name for path in checkpoint.listed(whole / "checkpoints")]
+    boundaries = [name for name in names if int(name[5:15]) in (0, 3, 6, 9)]
+    assert {name[-8:] for name in boundaries} >= {"p00-a000", "p01-a000", "p01-a001", "p02-a000"}
+    for name in boundaries:
+        folder = tmp_path / name
+        shutil.copytree(whole, folder)
+        (folder / "summary.json").unlink()
+        for later in names[names.index(name) + 1 :]:
+            shutil.rmtree(folder / "checkpoints" / later)
+        assert run(recipe_from(raw | {"run": str(folder)}), resume=True, progress=False)["status"] == "done", name
+        assert tiny.metrics(folder) == tiny.metrics(whole)
+        for phase in ("pretrain", "finetune", "last"):
+            ours, theirs = weights(folder, phase), weights(whole, phase)
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs), f"{name} {phase}"
+
+
+@pytest.mark.parametrize("lost", ["a line", "half a line", "everything"])
+def test_metrics_that_are_shorter_than_the_checkpoint_knows_are_said_and_stay_lines(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    raw, folder = stopped_run(data, f"shorter-{lost}", monkeypatch, looks=45)
+    metrics, text = folder / "metrics.jsonl", (folder / "metrics.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    metrics.write_text({"a line": "".join(lines[:-1]), "half a line": text[:-9], "everything": ""}[lost])
+    kept = 0 if lost == "everything" else len("".join(lines[:-1]))
+    raw["phases"] = raw["phases"][:1]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_from(raw).plain()))
+    run(recipe_from(raw), resume=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"metrics.jsonl: has {kept:,} of the {len(text):,} bytes" in said
+    steps = [record["step"] for record in tiny.metrics(folder) if record["kind"] == "train"]
+    assert steps[-1] == 30
+    assert len(steps) == len(set(steps))
+
+
 def test_the_throughput_of_every_logged_step_is_that_of_its_lap(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last step too, which ends a lap early; steps take at least a tenth of a second, on a loaded machine more."""
     seconds, step = 0.1, LocalEngine.step
@@ -555,8 +603,6 @@ def test_all_checkpoints_damaged_is_said(data: Path) -> None:
 
 
 def test_a_full_disk_keeps_older_checkpoints(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spt_fast.train import checkpoint
-
     real, calls = checkpoint.save_file, iter(range(10**9))
 
     def full(*args: Any, **kwargs: Any) -> None:
