@@ -138,7 +138,7 @@ def boolean(value: object, where: str) -> bool:
     return value
 
 
-_NO_NAME = re.compile(r"\s*|.*[\x00-\x1f\x7f\ud800-\udfff].*", re.DOTALL)
+_NO_NAME = re.compile(r"\s*|.*[\x00-\x1f\x7f-\x9f\ud800-\udfff].*", re.DOTALL)
 
 
 def text(value: object, where: str) -> str:

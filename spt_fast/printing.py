@@ -37,6 +37,7 @@ def set_up() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = _as_one_line
+    warnings.filterwarnings("ignore", "Glyph")  # of a name, that matplotlib's font lacks
 
 
 _format_elsewhere = warnings.formatwarning

@@ -9,6 +9,11 @@ dataset     our format, Megatron, llm.c, .npy and headerless ids with an index: 
             made to fit again or not
 checkpoint  manifest, state and tensors damaged, names that lead out of the folder, the manifest's own hash made to fit
 weights     the header of model.safetensors
+config      config.json of model folders, and the index of their shards; what is accepted must read back as itself, and
+            no field may be left out in silence
+names       names of runs, phases and sources with brackets, dollars, HTML, control signs: on the terminal, in pictures,
+            on the page; those that are accepted must be seen there as they are
+flags       the flags of `generate` and others, and a launcher's variables: exit code 0, or 2 and a short message
 
 Every case must end in a refusal (an SptError) or in something sound, within a time limit and a limit on memory. A crash
 of the process, another exception, and damage that is taken for the real thing are failures. Sound is: of our datasets
@@ -25,6 +30,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -37,6 +43,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,18 +55,26 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes in: a pool of threads 
 import numpy as np
 import torch
 import yaml
+from markupsafe import escape
+from safetensors.torch import load, save
 
+from spt_fast import cli
 from spt_fast.config import load_recipe
 from spt_fast.data import formats
 from spt_fast.data.inspection import verify_all
 from spt_fast.data.shards import TokenDataset
-from spt_fast.errors import SptError
-from spt_fast.model import hf
+from spt_fast.data.tokenizer import train_tokenizer
+from spt_fast.errors import SptError, shown_key
+from spt_fast.model import hf, hf_config
+from spt_fast.model.config import RopeScaling
 from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.printing import print_table, set_up, terminal
+from spt_fast.report.panels import panel
 from spt_fast.train import checkpoint
+from spt_fast.train.metrics import RunLog
 from spt_fast.train.plan import make_plan
 from spt_fast.train.snapshot import Snapshot
-from spt_fast.train.world import ALONE
+from spt_fast.train.world import ALONE, join_world
 from tests import tiny
 
 CASE_SECONDS = 5
@@ -89,6 +104,29 @@ HARD: list[Any] = [
 
 
 HARD_YAML = [
+    *(
+        "010",
+        "1:30",
+        "yes",
+        "1_000",
+        "2026-11-28",
+        "1.10",
+        "!!int 010",
+        "!!binary YQ==",
+        "!!timestamp 2026-11-28",
+        "=",
+        "? ",
+    ),
+    *(
+        "!!set {a}",
+        "!!bool yes",
+        "&a {<<: *a}",
+        "[&a [1], *a, *b]",
+        "{null: 1}",
+        "{1.10: 2}",
+        "{&k a: 1, *k : 2}",
+        "\ufeff1",
+    ),
     *("[", "{", "]", "{a: 1, a: 2}", "&a [*a]", "!!python/object:os.system x", "2024-13-45", "? x", "<<: 1", "\x00"),
     *("{<<: [1]}", "[" * 3000, "0x" + "f" * 5000, "2e99999999", "1" * 5000, "1" * 5000 + "%", "1e1_000_000_000%"),
 ]
@@ -417,6 +455,255 @@ class Checkpoints:
         return "accepted, equal"
 
 
+def stretched(rng: random.Random, scaling: RopeScaling) -> GPTConfig:
+    """A tiny model of one of the families."""
+    shape: dict[str, Any] = {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "ffn": 16, "context": 8}
+    family = rng.choice([{}, {"qkv_bias": True}, {"qk_norm": True}])
+    more = {"tied": rng.random() < 0.5, "rope_scaling": rng.choice([None, scaling])}
+    return GPTConfig(**shape, vocab_size=32, **family, **more)
+
+
+FOREIGN = [
+    *("attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "partial_rotary_factor", "rope_scaling"),
+    *("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "embedding_multiplier"),
+    *("residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale", "rope_interleaved", "alibi"),
+    *("layer_types", "num_local_experts", "quantization_config", "norm_eps", "layer_norm_eps", "hidden_activation"),
+    *("rotary_pct", "rope_local_base_freq", "no_rope_layers", "use_qk_norm", "auto_map", "unsloth_fixed", "_x", "é"),
+    *("head_dim", "rope_theta", "original_max_position_embeddings", "architectures", "torch_dtype", "bos_token_id"),
+]
+"""Fields that other models' config.json have, or that stand elsewhere there."""
+
+
+class Configs:
+    """`config`: for each kind of model its folder, in one file and in shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.case, rng = folder / "case" / "config", random.Random(0)
+        scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=4)
+        self.models: list[tuple[dict[str, bytes], GPTConfig]] = []
+        for kind in range(12):
+            config = stretched(rng, scaling)
+            model = GPT(config, seed=kind)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(20 if parameter.dim() == 2 else 1)
+            model.save_hf(self.case)
+            files = {path.name: path.read_bytes() for path in self.case.iterdir()}
+            shutil.rmtree(self.case)
+            if kind % 2:
+                tensors = load(files.pop(hf.WEIGHTS))
+                halves = {f"{i}.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
+                files |= {name: save(half) for name, half in halves.items()}
+                weight_map = {name: file for file, half in halves.items() for name in half}
+                files[hf.INDEX] = as_json({"metadata": {"total_size": 1}, "weight_map": weight_map})
+            self.models.append((files, config))
+
+    def config(self, rng: random.Random) -> str:
+        files, before = rng.choice(self.models)
+        files = dict(files)
+        target = hf.INDEX if hf.INDEX in files and rng.random() < 0.3 else hf.CONFIG
+        tree, kind = json.loads(files[target]), rng.random()
+        if kind < 0.1:
+            files[target] = damaged_bytes(files[target], rng)
+        elif kind < 0.15:
+            files[target] = as_json(hard_value(rng))
+        elif kind < 0.2:
+            files[target] = twice(files[target].decode(), rng).replace(",\n}", "\n}").encode()
+        elif kind < 0.5 and target == hf.CONFIG:
+            for _ in range(rng.randint(1, 3)):
+                tree[rng.choice(FOREIGN)] = rng.choice([hard_value(rng), True, 0.5, 2, "gelu"])
+            for name in rng.sample(["rope_theta", "rope_parameters", "rope_scaling"], rng.randint(0, 2)):
+                tree.pop(name, None)
+            files[target] = as_json(tree)
+        else:
+            files[target] = as_json(damaged_tree(tree, rng))
+        shutil.rmtree(self.case, ignore_errors=True)
+        self.case.mkdir(parents=True)
+        for name, content in files.items():
+            (self.case / name).write_bytes(content)
+        return self.sound(before)
+
+    def sound(self, before: GPTConfig) -> str:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model = GPT.from_hf(self.case)
+            assert hf.read_config(self.case) == model.config
+        given = json.loads((self.case / hf.CONFIG).read_text())
+        named = " ".join(str(warning.message) for warning in said)
+        for field in given.keys() - {*hf_config.FIELDS.values(), *hf_config.ROPE, *hf_config.WITHOUT_EFFECT}:
+            silent = not given[field] or field.startswith("_") or field in hf_config.ONLY or given[field] == 1
+            assert silent or shown_key(field) in named or "…" in named, f"{field} was left out in silence"
+        model.save_hf(self.case / "again")
+        assert GPT.from_hf(self.case / "again").config == model.config
+        model.generate([1], 1, temperature=0)
+        return "accepted, equal" if model.config == before else "accepted as another shape"
+
+
+PIECES = [
+    *("[", "]", "[/]", "[red]", "[/v2]", "[link=x]", "$", "$x_{", "\\", "\\frac", "{", "}", "{0}", "%", "%s", "50%"),
+    *(
+        "<b>",
+        "</script>",
+        "<!--",
+        "-->",
+        "&amp;",
+        "&",
+        '"',
+        "'",
+        "/",
+        "//",
+        ":smile:",
+        ":",
+        "a",
+        "chem",
+        "é",
+        "化",
+        "🙂",
+    ),
+    *("\u202e", "\u200b", " ", "#", "~", "-", ".", "..", "=", ",", "*", "@", "!", "|", "`", "\xa0", "#ffffff"),
+    *("\0", "\n", "\r", "\t", "\x1b[31m", "\x9b", "\ud800", "x" * 300, "no", "null", "1.10", "010", "true"),
+]
+
+
+class Names:
+    """`names`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "names.yaml"
+        self.raw = tiny.raw_recipe(folder)
+
+    def name(self, rng: random.Random) -> str:
+        return "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 4)))
+
+    def names(self, rng: random.Random) -> str:
+        raw, (one, two) = copy.deepcopy(self.raw), (self.name(rng), self.name(rng) + "2")
+        called = {"general": one, "chem": two}
+        raw["sources"] = {called[name]: source for name, source in raw["sources"].items()}
+        for phase in raw["phases"]:
+            phase["mixture"] = {called[name]: share for name, share in phase["mixture"].items()}
+        raw["phases"][1]["stop"]["on"] = two
+        if rng.random() < 0.3:
+            raw["run"] = f"runs/{self.name(rng)}"
+        if rng.random() < 0.1:
+            raw["phases"][0]["name"] = self.name(rng)
+        self.path.write_bytes(yaml.safe_dump(raw, allow_unicode=True).encode("utf-8", "surrogatepass"))
+        recipe = load_recipe(self.path)
+        assert {*recipe.sources} == {one, two}
+        make_plan(recipe)
+        for encoding in ("utf-8", "ascii"):
+            written = io.BytesIO()
+            sys.stdout = io.TextIOWrapper(written, encoding)
+            set_up()
+            print_table(terminal(), recipe.run, ["source", "x"], [[one, 1.0], [two, None]])
+            sys.stdout.flush()
+            seen = written.getvalue().decode(encoding)
+            sys.stdout = sys.__stdout__
+        folded = "".join(seen.split()).replace("|", "")
+        assert "".join(recipe.run.encode("ascii", "backslashreplace").decode().split()).replace("|", "") in folded
+        if rng.random() < 0.1:
+            board = RunLog(self.folder, keep_bytes=0, purge_step=None, progress=False, mfu_label="")
+            losses = {one: 1.0, two: 2.0}
+            board.evaluation({"heldout": losses, "select": losses, "train": losses}, 1)
+            board.close()
+            drawn = panel(one, two, lambda axes: axes.set_ylabel(f"loss on {one}"))
+            assert drawn.svg.count("<svg") == 1
+            assert "<script" not in drawn.svg.replace(str(escape("<script")), "")
+        return "accepted and shown"
+
+
+class Flags:
+    """`flags`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        text = folder / "words.txt"
+        text.write_text("some words and more words " * 50)
+        encoding = train_tokenizer([str(text)], 260, folder / "words.tiktoken")
+        shape = GPTConfig(layers=1, width=16, heads=1, kv_heads=1, ffn=16, context=8, vocab_size=encoding.vocab_size)
+        GPT(shape).save_hf(folder / "hf", encoding)
+        tiny.write_recipe(folder, tiny.raw_recipe(folder))
+
+    def value(self, rng: random.Random) -> str:
+        plain = [
+            "1",
+            "0",
+            "2",
+            "0.5",
+            "1e-9",
+            "10%",
+            "1K",
+            "7",
+            "80GB",
+            "H100",
+            "general",
+            "0x1",
+            "1_0",
+            "١",
+            "+1",
+            "-0",
+        ]
+        value = rng.choice([*plain, *plain, *[str(hard) for hard in HARD[:48] if not isinstance(hard, bool)], *PIECES])
+        return "1" if len(value) > 4000 else value.replace("\0", "0")
+
+    def flags(self, rng: random.Random) -> str:
+        if rng.random() < 0.1:
+            return self.launched(rng)
+        words: list[str] = [
+            *rng.choice(
+                [
+                    ("generate", str(self.folder / "hf"), "--tokens", "2"),
+                    ("generate", str(self.folder / "hf"), "--tokens", "2"),
+                    ("plan", str(self.folder / "recipe.yaml"), "--mfu", "40%"),
+                    ("eval", str(self.folder / "hf"), "--data", str(self.folder / "general")),
+                    ("advise", "--domain-tokens", "30M", "--budget", "20B"),
+                ]
+            )
+        ]
+        known = {
+            "generate": ["--prompt", "--temperature", "--top-k", "--seed", "--tokenizer"],
+            "plan": ["--gpus", "--gpu", "--gpu-memory", "--mfu", "--mfu-from", "--price"],
+            "eval": ["--data", "--dtype"],
+            "advise": ["--model", "--domain-tokens", "--budget", "--inference-tokens", "--max-general-rise"],
+        }[words[0]]
+        for flag in rng.sample(known, rng.randint(1, 2)):
+            words += [flag, self.value(rng)]
+        if rng.random() < 0.05:
+            words[rng.randrange(len(words))] = self.value(rng)
+        code, said = self.ended(words)
+        assert code in (0, 2), f"{words}: exit code {code}: {said[-300:]}"
+        assert "Traceback" not in said
+        assert code == 0 or 0 < len(said.splitlines()) <= 12, f"{words}: {len(said.splitlines())} lines"
+        assert len(said) < 4000, f"{words}: {len(said)} characters"
+        return "done" if code == 0 else "refused"
+
+    def ended(self, words: list[str]) -> tuple[object, str]:
+        """Exit code of a command, and what it said on stderr."""
+        sys.argv, out, err = ["spt-fast", *words], io.BytesIO(), io.BytesIO()
+        sys.stdout, sys.stderr = io.TextIOWrapper(out, "utf-8"), io.TextIOWrapper(err, "utf-8")
+        cli.out = terminal()
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            sys.stderr.flush()
+            return exit_.code or 0, err.getvalue().decode("utf-8", "replace")
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        raise AssertionError("the command line came back")
+
+    def launched(self, rng: random.Random) -> str:
+        values = ["0", "1", "2", "8", "-1", "", "x", "1.0", "9" * 30, "1e3", " 1"]
+        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"]
+        given = {name: rng.choice(values) for name in rng.sample(names, rng.randint(1, 4))}
+        os.environ.update(given)
+        try:
+            world = join_world(process_group=False)
+        finally:
+            for name in given:
+                del os.environ[name]
+        assert (world.rank, world.size) == (0, 1)
+        return "alone"
+
+
 class Weights:
     """`weights`."""
 
@@ -443,7 +730,10 @@ class Weights:
 
 # ------------------------------------------------------------------------------------------------ the campaign
 
-SHARES = {"recipe": 0.35, "set": 0.15, "dataset": 0.3, "checkpoint": 0.15, "weights": 0.05}
+SHARES = {
+    **{"recipe": 0.2, "set": 0.1, "dataset": 0.25, "checkpoint": 0.1, "weights": 0.05},
+    **{"config": 0.15, "names": 0.1, "flags": 0.05},
+}
 """Of the cases."""
 
 
@@ -456,6 +746,9 @@ def targets(folder: Path) -> dict[str, Callable[[random.Random], str]]:
         "dataset": Datasets(folder).dataset,
         "checkpoint": Checkpoints(folder).checkpoint,
         "weights": Weights(folder).weights,
+        "config": Configs(folder).config,
+        "names": Names(folder).names,
+        "flags": Flags(folder).flags,
     }
 
 

@@ -76,8 +76,8 @@ class GPTConfig:
     """RMSNorm of every query and key head, before RoPE (Qwen3)."""
     tied: bool = setting(boolean, True)
     """The head is the embedding."""
-    rope_theta: float = setting(_positive, 10_000.0)
-    norm_eps: float = setting(_positive, 1e-6)
+    rope_theta: float = setting(number(0.0, 1e30, open_low=True), 10_000.0)
+    norm_eps: float = setting(number(0.0, 1.0, open_low=True), 1e-6)
     qkv_bias: bool = setting(boolean, False)
     """A bias on queries, keys and values (Qwen2)."""
     rope_scaling: RopeScaling | None = setting(optional(RopeScaling.parse), None)

@@ -36,7 +36,6 @@ CARRIED = (
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
     "tokenizer.tiktoken",
 )
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -136,7 +135,7 @@ def save(
             for file in like.iterdir():
                 if file.name in CARRIED:
                     shutil.copyfile(file, temporary / file.name)
-            described |= {field: hf_config.read_json(like / CONFIG).get(field) for field in SPECIAL_IDS}
+            described |= {field: hf_config.read_json(like / CONFIG).get(field) for field in hf_config.SPECIAL_IDS}
         (temporary / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
         for file in temporary.iterdir():
             sync(file)
@@ -204,7 +203,7 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as stored:
             yield stored
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UnicodeError) as error:
         raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); copy it again") from None
 
 

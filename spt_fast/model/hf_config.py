@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spt_fast.errors import CheckpointError, SptWarning, shown, shown_key
+from spt_fast.errors import CheckpointError, SptWarning, invalid, shown, shown_key
 from spt_fast.model.config import GPTConfig, RopeScaling
 
 CONFIG = "config.json"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,10 @@ def _check_fields(hf: Mapping[str, Any], family: Family, file: Path) -> None:
     """Refuse what a GPT doesn't compute, and warn of what nothing is known about."""
     if hf.get("architectures") not in (None, [], [family.architecture]):
         raise _refused(file, "architectures", hf["architectures"])
+    for field in SPECIAL_IDS:
+        ids = hf.get(field, 0)
+        if not all(type(id_) is int for id_ in (ids if isinstance(ids, list) and ids else [ids])):
+            raise CheckpointError(f"{file}: {invalid(field, ids, 'a token id, or a list of some')}")
     only = ONLY
     if hf.get("use_sliding_window") is False:  # Qwen's files hold the size of a window that isn't used
         only = {**ONLY, "sliding_window": lambda _: True}

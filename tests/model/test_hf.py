@@ -460,7 +460,10 @@ def test_incomplete_and_wrong_configs_name_the_field(folder: Path) -> None:
     change_config(folder, hidden_size="drop")
     with pytest.raises(CheckpointError, match="hidden_size is missing"):
         GPT.from_hf(folder)
-    change_config(folder, hidden_size=-1)
+    change_config(folder, hidden_size=32, eos_token_id=[2, "x"])
+    with pytest.raises(CheckpointError, match=r"eos_token_id: \[2, 'x'\] is invalid: a token id, or a list of some"):
+        GPT.from_hf(folder)
+    change_config(folder, hidden_size=-1, eos_token_id=[2, 3])
     with pytest.raises(CheckpointError, match=r"config\.json: hidden_size: -1 is invalid: write a whole"):
         GPT.from_hf(folder)
 
