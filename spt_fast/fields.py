@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from spt_fast.data.mixture import exact_share
-from spt_fast.errors import RecipeError, cut, invalid, nearest, shown, shown_key
+from spt_fast.errors import RecipeError, SptError, cut, invalid, nearest, shown, shown_key
 from spt_fast.synonyms import unknown_key
 
 # -------------------------------------------------------------------------------------------- values and their units
@@ -322,13 +322,13 @@ def read_yaml(path: str | Path) -> Any:
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """A RecipeError about a field says which file it is in."""
+def naming(where: object) -> Iterator[None]:
+    """An error in here says where it comes from: the file of a field, or the field that names a file."""
     try:
         yield
-    except RecipeError as error:
-        if not error.argument and not str(error).startswith(f"{path}: "):
-            error.args = (f"{path}: {error}",)
+    except SptError as error:
+        if not error.argument and not str(error).startswith(f"{where}: "):
+            error.args = (f"{where}: {error}",)
         raise
 
 

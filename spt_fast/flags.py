@@ -43,9 +43,9 @@ def count(given: str | None, flag: str) -> int | None:
 
 def share(given: str | None, flag: str) -> float | None:
     """40% as a fraction; None stays None. Raises RecipeError."""
-    from spt_fast.fields import parse_share
+    from spt_fast.fields import optional, parse_share
 
-    return None if given is None else float(parse_share(given, flag))
+    return optional(lambda text, where: float(parse_share(text, where)))(given, flag)
 
 
 class Commands(TyperGroup):

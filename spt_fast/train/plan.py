@@ -20,6 +20,7 @@ from spt_fast.data.ring import Ring
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import DataError, RecipeError, invalid
+from spt_fast.fields import naming
 from spt_fast.kernels import fp8
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.state import KnownText
@@ -262,12 +263,15 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
         raise RecipeError(f"engine.fp8: {problem}; set it to false, or take a newer GPU")
     if recipe.tokenizer and tokenizer is None:
         tokenizer = Tokenizer.load(recipe.tokenizer)
-    init_digest = digest_of(Path(recipe.init)) if recipe.init else None
+    with naming("init"):
+        init_digest = digest_of(Path(recipe.init)) if recipe.init else None
     train, heldout = {}, {}
     for name, source in recipe.sources.items():
-        train[name] = open_source(source, "train")
+        with naming(f"sources.{name}.train"):
+            train[name] = open_source(source, "train")
         if source.heldout:
-            heldout[name] = open_source(source, "heldout")
+            with naming(f"sources.{name}.heldout"):
+                heldout[name] = open_source(source, "heldout")
     datasets = [(f"sources.{name}.train", data) for name, data in train.items()]
     datasets += [(f"sources.{name}.heldout", data) for name, data in heldout.items()]
     _check_tokenizers(datasets, tokenizer)
@@ -330,7 +334,8 @@ def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: Token
 def _model_config(recipe: Recipe, tokenizer: Tokenizer | None, datasets: list[TokenDataset]) -> GPTConfig:
     given = {k: v for k, v in dataclasses.asdict(recipe.model).items() if v is not None}
     if recipe.init:
-        config = read_config(Path(recipe.init))
+        with naming("init"):
+            config = read_config(Path(recipe.init))
         stated = dataclasses.asdict(config)
         if "preset" in given:
             expected = f"the shape is that of the weights at {recipe.init}; leave it out"

@@ -645,8 +645,8 @@ def recipe_with(data: Path, run_name: str, path: str, value: Any) -> Any:
         ),
         ("model.vocab_size", 40, DataError, r"token id 63, beyond the vocabulary of 40"),
         ("model.context", 5000, DataError, r"chem.*shorter than one window"),
-        ("sources.chem.train", "absent/prefix", DataError, r"absent/prefix"),
-        ("init", "absent/folder", CheckpointError, r"absent/folder: is not a folder"),
+        ("sources.chem.train", "absent/prefix", DataError, r"^sources\.chem\.train: no token dataset at absent/prefix"),
+        ("init", "absent/folder", CheckpointError, r"^init: absent/folder: is not a folder"),
         ("model.heads", 5, RecipeError, r"model\.heads"),
     ],
 )
