@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
 from spt_fast import __version__
 from spt_fast.errors import FailedElsewhere, SptError
@@ -26,6 +26,8 @@ from spt_fast.flags import (
     Inputs,
     Json,
     Overrides,
+    PathArgument,
+    PathOption,
     Price,
     RecipePath,
     Resume,
@@ -33,7 +35,9 @@ from spt_fast.flags import (
     Runs,
     WeightsPath,
     count,
+    is_first,
     share,
+    stopped,
 )
 from spt_fast.printing import as_json, print_facts, print_table, set_up, terminal
 
@@ -80,18 +84,6 @@ def main() -> None:
         sys.exit(1)
 
 
-def _is_first() -> bool:
-    """Whether this is the one process that talks, of those that a launcher started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _stopped(reason: str | None) -> typer.Exit:
-    """Say that a run was interrupted and saved, and end with 75."""
-    if _is_first():
-        print(f"spt-fast: stopped by {reason}; saved: run again with --resume to go on", file=sys.stderr)
-    return typer.Exit(75)
-
-
 def _print_json(data: Any) -> None:
     print(json.dumps(as_json(data), indent=1, allow_nan=False))
 
@@ -110,7 +102,7 @@ def _version(version: Annotated[bool, Option("--version", help="Print the versio
 def tokenizer_train(
     inputs: Inputs,
     vocab_size: Annotated[int, Option(help="Ids in all, the end-of-text id included.")],
-    out_file: Annotated[Path, Option("--out", help="File for the tiktoken ranks.")],
+    out_file: Annotated[Path, PathOption("--out", help="File for the tiktoken ranks.")],
     text_key: Annotated[str, Option(help="Key or column of the text.")] = "text",
     skip_bad: Annotated[bool, Option(help="Leave broken lines out instead of stopping at the first.")] = False,
 ) -> None:
@@ -124,8 +116,8 @@ def tokenizer_train(
 @app.command()
 def prepare(
     inputs: Inputs,
-    out_prefix: Annotated[Path, Option("--out", metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
-    tokenizer: Annotated[str, Option(help="A .tiktoken file, or a tiktoken encoding by name.")],
+    out_prefix: Annotated[Path, PathOption("--out", metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
+    tokenizer: Annotated[Path, PathOption(help="A .tiktoken file, or a tiktoken encoding by name.")],
     text_key: Annotated[str, Option(help="Key or column of the text.")] = "text",
     heldout: Annotated[str | None, Option(metavar="SHARE", help="Of documents; they go into PREFIX.heldout.")] = None,
     skip_bad: Annotated[bool, Option(help="Count broken lines instead of stopping at the first.")] = False,
@@ -151,10 +143,10 @@ def prepare(
 
 @app.command()
 def inspect(
-    prefix: Annotated[Path, Argument(metavar="PREFIX")],
+    prefix: Annotated[Path, PathArgument(metavar="PREFIX")],
     verify: Annotated[bool, Option(help="Check every hash and id.")] = False,
-    overlap: Annotated[Path | None, Option(metavar="PREFIX2", help="Share of text that PREFIX2 holds too.")] = None,
-    divergence: Annotated[Path | None, Option(metavar="PREFIX2", help="Distance from PREFIX2, in bits.")] = None,
+    overlap: Annotated[Path | None, PathOption(metavar="PREFIX2", help="Share of text that PREFIX2 holds too.")] = None,
+    divergence: Annotated[Path | None, PathOption(metavar="PREFIX2", help="Distance from PREFIX2, in bits.")] = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -176,7 +168,7 @@ def plan(
     gpu: Annotated[str | None, Option(help="Its name, such as H100; this machine's own by default.")] = None,
     gpu_memory: Annotated[str | None, Option(help="Of one GPU, such as 80GB; its own by default.")] = None,
     mfu: Annotated[str | None, Option(help="Share of the peak, such as 40%; measured by default.")] = None,
-    mfu_from: Annotated[Path | None, Option(metavar="RUN", help="Take it from this run's metrics.")] = None,
+    mfu_from: Annotated[Path | None, PathOption(metavar="RUN", help="Take it from this run's metrics.")] = None,
     per_gpu_hour: Price = None,
     as_json: Json = False,
 ) -> None:
@@ -213,22 +205,22 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     if dry_run:
         trials = trying.dry_run(loaded, verify=verify)
-        if _is_first():
+        if is_first():
             trying.print_trials(trials, out)
         return
     summary = run(loaded, resume=resume, verify=verify)
     if summary["status"] == "stopped":
-        raise _stopped(summary["reason"])
+        raise stopped(summary["reason"])
     if summary["status"] == "failed":
         raise RuntimeError(summary["reason"])
-    if _is_first():
+    if is_first():
         print_summary(loaded.run, summary, out)
 
 
 @app.command("eval")
 def evaluate(
     weights: WeightsPath,
-    data: Annotated[list[Path], Option("--data", metavar="PREFIX")],
+    data: Annotated[list[Path], PathOption("--data", metavar="PREFIX")],
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -284,7 +276,7 @@ def checkpoint_verify(run: RunPath, as_json: Json = False) -> None:
 
 
 @app.command()
-def demo(out_folder: Annotated[Path, Option("--out", metavar="DIR")] = Path("demo")) -> None:
+def demo(out_folder: Annotated[Path, PathOption("--out", metavar="DIR")] = Path("demo")) -> None:
     """The whole main job on text that every machine has: specialized against standard pretraining."""
     from spt_fast.study.demo import demo as run_demo
 
@@ -293,8 +285,8 @@ def demo(out_folder: Annotated[Path, Option("--out", metavar="DIR")] = Path("dem
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], Argument(metavar="RUN…")],
-    out_folder: Annotated[Path | None, Option("--out", metavar="DIR", help="For comparison.json and .png.")] = None,
+    runs: Annotated[list[Path], PathArgument(metavar="RUN…")],
+    out_folder: Annotated[Path | None, PathOption("--out", metavar="DIR", help="For comparison.json and .png.")] = None,
     as_json: Json = False,
 ) -> None:
     """Finished runs side by side: domain loss, forgetting, R_gain, compute multiplier."""
@@ -310,13 +302,13 @@ def compare(
 
 @app.command()
 def sweep(
-    study: Annotated[str, Argument(metavar="STUDY", help="A study's YAML file, or the name of a ready study.")],
+    study: Annotated[Path, PathArgument(metavar="STUDY", help="A study's YAML file, or the name of a ready study.")],
     overrides: Overrides = None,
     dry_run: Annotated[bool, Option(help="Check every run, say what all of them would take, train none.")] = False,
-    general: Annotated[str | None, Option(metavar="PREFIX", help="The general corpus of a ready study.")] = None,
-    domain: Annotated[str | None, Option(metavar="PREFIX", help="The domain corpus of a ready study.")] = None,
-    tokenizer: Annotated[str | None, Option(help="The tokenizer of a ready study.")] = None,
-    out_folder: Annotated[Path | None, Option("--out", metavar="DIR", help="The folder of a ready study.")] = None,
+    general: Annotated[Path | None, PathOption(metavar="PREFIX", help="The general corpus of a ready study.")] = None,
+    domain: Annotated[Path | None, PathOption(metavar="PREFIX", help="The domain corpus of a ready study.")] = None,
+    tokenizer: Annotated[Path | None, PathOption(help="The tokenizer of a ready study.")] = None,
+    out_folder: Annotated[Path | None, PathOption("--out", metavar="DIR", help="The folder of a ready study.")] = None,
     jobs: Annotated[int | None, Option(min=1, help="Runs at a time; by default one a GPU, or a core.")] = None,
     cluster: Annotated[str | None, Option(help="Run as jobs of it, by submitit: slurm, local.")] = None,
     cluster_options: ClusterOptions = None,
@@ -329,7 +321,7 @@ def sweep(
     from spt_fast.study import sweep as sweeping
 
     given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out_folder}
-    loaded = sweeping.load_study(study, overrides or (), given=given)
+    loaded = sweeping.load_study(str(study), overrides or (), given=given)
     if dry_run:
         price = sweeping.price(loaded, jobs=jobs, gpu=gpu, mfu=share(mfu, "--mfu"), per_gpu_hour=per_gpu_hour)
         _print_json(price) if as_json else sweeping.print_price(price, loaded.study, out)
@@ -353,7 +345,7 @@ def fit(
     law: Annotated[str | None, Option(metavar="NAME", help="Only this law, such as overfitting.")] = None,
     domain_source: DomainSource = None,
     general_source: GeneralSource = None,
-    out_folder: Annotated[Path | None, Option("--out", metavar="DIR", help="Also write fits.json.")] = None,
+    out_folder: Annotated[Path | None, PathOption("--out", metavar="DIR", help="Also write fits.json.")] = None,
     as_json: Json = False,
 ) -> None:
     """Scaling laws of finished runs, and how far each can be trusted."""
@@ -372,9 +364,9 @@ def advise(
     domain_tokens: Annotated[str, Option(metavar="COUNT", help="Unique tokens of the domain corpus, such as 30M.")],
     budget: Annotated[str, Option(metavar="COUNT", help="Pretraining tokens, such as 20B.")],
     model: Annotated[str | None, Option(help="A preset, or a number of parameters.")] = None,
-    runs: Annotated[list[Path] | None, Option(metavar="RUNS", help="Without: a prior from the papers.")] = None,
-    general: Annotated[Path | None, Option(metavar="PREFIX", help="The general dataset, for the distance.")] = None,
-    domain: Annotated[Path | None, Option(metavar="PREFIX", help="The domain dataset, for the distance.")] = None,
+    runs: Annotated[list[Path] | None, PathOption(metavar="RUNS", help="Without: a prior from the papers.")] = None,
+    general: Annotated[Path | None, PathOption(metavar="PREFIX", help="The general dataset, for the distance.")] = None,
+    domain: Annotated[Path | None, PathOption(metavar="PREFIX", help="The domain dataset, for the distance.")] = None,
     domain_source: DomainSource = None,
     general_source: GeneralSource = None,
     inference_tokens: Annotated[str | None, Option(metavar="COUNT", help="To price a larger model.")] = None,
@@ -403,7 +395,7 @@ def advise(
 @app.command()
 def report(
     runs: Runs,
-    out_file: Annotated[Path, Option("--out", metavar="FILE")] = Path("report.html"),
+    out_file: Annotated[Path, PathOption("--out", metavar="FILE")] = Path("report.html"),
     domain_source: DomainSource = None,
     general_source: GeneralSource = None,
     domain_tokens: Annotated[str | None, Option(help="Unique domain tokens to advise for: 300M.")] = None,
@@ -431,7 +423,7 @@ def report(
 def reweight(
     recipe: RecipePath,
     target: Annotated[str | None, Option(metavar="SOURCE", help="What the others help; each other by default.")] = None,
-    out_folder: Annotated[Path | None, Option("--out", metavar="DIR", help="RUN-reweight by default.")] = None,
+    out_folder: Annotated[Path | None, PathOption("--out", metavar="DIR", help="RUN-reweight by default.")] = None,
     overrides: Overrides = None,
     resume: Resume = False,
     as_json: Json = False,
@@ -443,7 +435,7 @@ def reweight(
     loaded = load_recipe(recipe, overrides or ())
     result = doge.reweight(loaded, out_folder or Path(f"{loaded.run}-reweight"), target=target, resume=resume)
     if isinstance(result, doge.Stopped):
-        raise _stopped(result.reason)
+        raise stopped(result.reason)
     _print_json(result) if as_json else doge.print_reweighting(result, str(recipe), out)
 
 
@@ -453,8 +445,8 @@ def reweight(
 @app.command("export")
 def export_weights(
     weights: WeightsPath,
-    out_folder: Annotated[Path, Option("--out", metavar="DIR")],
-    tokenizer: Annotated[str | None, Option(help="Saved along, for AutoTokenizer; a run's own by default.")] = None,
+    out_folder: Annotated[Path, PathOption("--out", metavar="DIR")],
+    tokenizer: Annotated[Path | None, PathOption(help="Saved along for AutoTokenizer; a run's own by default")] = None,
 ) -> None:
     """Write a Hugging Face folder (Llama; Qwen2 with a QKV bias; Qwen3 with QK-norm)."""
     from spt_fast.train.release import export
@@ -465,8 +457,8 @@ def export_weights(
 
 @app.command("import")
 def import_weights(
-    folder: Annotated[Path, Argument(metavar="DIR", help="A Hugging Face folder: Llama, Qwen2 or Qwen3.")],
-    out_folder: Annotated[Path, Option("--out", metavar="CHECKPOINT")],
+    folder: Annotated[Path, PathArgument(metavar="DIR", help="A Hugging Face folder: Llama, Qwen2 or Qwen3.")],
+    out_folder: Annotated[Path, PathOption("--out", metavar="CHECKPOINT")],
 ) -> None:
     """Check that a Hugging Face folder can be trained on, and copy it to where a recipe's `init` may point."""
     from spt_fast.model import hf
@@ -483,7 +475,7 @@ def generate(
     temperature: Annotated[float, Option(help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int | None, Option(help="Sample among the k likeliest only.")] = 50,
     seed: int = 0,
-    tokenizer: Annotated[str | None, Option(help="A run's own by default.")] = None,
+    tokenizer: Annotated[Path | None, PathOption(help="A run's own by default.")] = None,
 ) -> None:
     """Text from a trained model."""
     from spt_fast.train.release import generate_text

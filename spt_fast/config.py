@@ -1,9 +1,10 @@
 """The recipe: everything a run does, as nested dataclasses read from YAML.
 
 Each field is documented and validated where it is defined. Counts take K / M / B / T, shares take percents, decimals or
-fractions and stay exact, spans are steps, tokens or a share of the phase. A key that no field has is an error that
-suggests the nearest one. `Recipe.plain()` is the resolved recipe as plain YAML data; reading it back gives the same
-recipe, and two of them are compared key by key when a run is resumed.
+fractions and stay exact, spans are steps, tokens or a share of the phase. Relative paths lead from the working
+directory; `~` and `$NAME` are expanded. A key that no field has is an error that suggests the nearest one.
+`Recipe.plain()` is the resolved recipe as plain YAML data; reading it back gives the same recipe, and two of them are
+compared key by key when a run is resumed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from spt_fast.fields import (
     optional,
     parse_count,
     parse_share,
+    path,
     plain,
     read_yaml,
     section,
@@ -118,9 +120,9 @@ class Model(_Shape):
 class Source:
     """One corpus: token datasets made by `spt-fast prepare`, or foreign ones read in place."""
 
-    train: str = setting(text)
+    train: str = setting(path)
     """Prefix of the training dataset."""
-    heldout: str | None = setting(optional(text), None)
+    heldout: str | None = setting(optional(path), None)
     """Prefix of text that is never trained on; losses on it are the figures."""
     limit_tokens: int | None = setting(optional(parse_count), None)
     """Use only the first whole documents of `train`, up to this many tokens."""
@@ -252,7 +254,7 @@ class Engine:
     offload: str = setting(one_of("none", "optimizer", "all"), "none")
     """What lies in the host's memory instead of the GPU's: the optimizer's state and its update, or (stage 3) the
     parameters too."""
-    config: str | None = setting(optional(text), None)
+    config: str | None = setting(optional(path), None)
     """A DeepSpeed JSON whose keys are laid over ours; one that the recipe decides is an error."""
     checkpointing: str = setting(one_of("none", "selective", "full"), "none")
     """Activation checkpointing: what the backward pass recomputes to save memory. selective: all but matmuls and
@@ -325,18 +327,18 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
 class Recipe:
     """Everything that decides what a run computes. Same recipe, same run, to the last bit on one machine."""
 
-    run: str = setting(text)
+    run: str = setting(path)
     """The run's folder."""
     seed: int = setting(integer(0), 0)
     """Of the initial weights and of the order of the data."""
-    init: str | None = setting(optional(text), None)
+    init: str | None = setting(optional(path), None)
     """Weights to start from: a Hugging Face folder, a run's weights/<phase>, or a checkpoint. The shape is theirs."""
     init_only: str | None = setting(optional(one_of("embeddings")), None)
     """embeddings: take over only the token embedding (with it a tied head) and draw the rest by `seed`."""
     precision: str = setting(one_of("auto", "bf16", "fp32"), "auto")
     """auto: bf16 with fp32 master weights where the hardware multiplies bf16 fast, else fp32."""
     model: Model = setting(section(Model), Model())
-    tokenizer: str | None = setting(optional(text), None)
+    tokenizer: str | None = setting(optional(path), None)
     """A .tiktoken file, or a tiktoken encoding by name; datasets made with another one are refused."""
     checkpoint: Checkpoints = setting(section(Checkpoints), Checkpoints())
     log: Log = setting(section(Log), Log())

@@ -21,6 +21,7 @@ import yaml
 
 from spt_fast.data.mixture import exact_share
 from spt_fast.errors import RecipeError, SptError, cut, invalid, nearest, shown, shown_key
+from spt_fast.files import expanded
 from spt_fast.synonyms import unknown_key
 
 # -------------------------------------------------------------------------------------------- values and their units
@@ -147,6 +148,18 @@ def text(value: object, where: str) -> str:
         quotes = "" if value is None or isinstance(value, (str, dict, list)) else ", in quotes"
         raise RecipeError(invalid(where, value, f"write a name or path{quotes}"))
     return str(value)
+
+
+def path(value: object, where: str) -> str:
+    """A path or name with ~ and variables of the environment expanded."""
+    given = text(value, where)
+    found = expanded(given)
+    if unset := re.search(r"(?:^|/)\$([A-Za-z_]\w*|\{\w+\})(?:/|$)", found):  # elsewhere a dollar may be a name's own
+        name = unset[1].strip("{}")
+        raise RecipeError(invalid(where, given, f"the environment has no {name}; set it, or write the path itself"))
+    if found.startswith("~"):
+        raise RecipeError(invalid(where, given, "no user of this machine has that name; write ./~… for a file's name"))
+    return found
 
 
 def one_of(*choices: str) -> Callable[[object, str], str]:

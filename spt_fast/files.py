@@ -8,6 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def expanded(path: str) -> str:
+    """A path with ~, ~user, $NAME and ${NAME} replaced by what the environment has for them, where it has it."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all, even in a crash."""
     with replacing(path) as temporary:

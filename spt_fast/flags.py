@@ -1,9 +1,12 @@
-"""What the commands' flags share: their types, how their values are read, and how errors speak of them."""
+"""What the commands share: types of flags, how values are read, how errors speak of flags, how commands are stopped."""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +14,15 @@ import typer
 from typer.core import TyperGroup
 
 from spt_fast.errors import SptError
+from spt_fast.files import expanded
+
+
+def path(given: str | Path) -> Path:
+    """A path of the command line: shells leave `~` alone in --out=~/x."""
+    return Path(expanded(str(given)))
+
+
+PathArgument, PathOption = partial(typer.Argument, parser=path), partial(typer.Option, parser=path)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overrides = Annotated[
@@ -27,11 +39,14 @@ ClusterOptions = Annotated[
     typer.Option("--cluster-set", metavar="KEY=VALUE", help="Such as timeout_min=600 or slurm_partition=gpu."),
 ]
 Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint; starts afresh where there is none.")]
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN")]
-Runs = Annotated[list[Path], typer.Argument(metavar="RUNS…", help="Studies, tables (.parquet, .csv), run folders.")]
-WeightsPath = Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")]
-Inputs = Annotated[list[str], typer.Argument(metavar="INPUT…", help=".jsonl, .txt, .parquet, .gz, .zst, folders, or -")]
+RecipePath = Annotated[Path, PathArgument(metavar="RECIPE")]
+RunPath = Annotated[Path, PathArgument(metavar="RUN")]
+Runs = Annotated[list[Path], PathArgument(metavar="RUNS…", help="Studies, tables (.parquet, .csv), run folders.")]
+WeightsPath = Annotated[Path, PathArgument(metavar="RUN_OR_CHECKPOINT")]
+Inputs = Annotated[
+    list[str],
+    typer.Argument(parser=expanded, metavar="INPUT…", help=".jsonl, .txt, .parquet, .gz, .zst, folders, or -"),
+]
 
 
 def count(given: str | None, flag: str) -> int | None:
@@ -46,6 +61,18 @@ def share(given: str | None, flag: str) -> float | None:
     from spt_fast.fields import optional, parse_share
 
     return optional(lambda text, where: float(parse_share(text, where)))(given, flag)
+
+
+def is_first() -> bool:
+    """Whether this is the one process that talks, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def stopped(reason: str | None) -> typer.Exit:
+    """Say that a run was interrupted and saved, and end with 75."""
+    if is_first():
+        print(f"spt-fast: stopped by {reason}; saved: run again with --resume to go on", file=sys.stderr)
+    return typer.Exit(75)
 
 
 class Commands(TyperGroup):

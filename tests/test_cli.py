@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -171,3 +171,28 @@ def test_what_generate_cannot_use(
     GPT(shape).save_hf(tmp_path / "hf")
     words = ("generate", tmp_path / "hf", "--prompt", "some", "--tokenizer", ranks, *flags)
     assert said in said_on_failure(monkeypatch, capsys, *words)
+
+
+def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    expanded = set()
+    for app in (cli.app, cli.tokenizer_app, cli.checkpoint_app):
+        for command in app.registered_commands:
+            for name, hint in get_type_hints(command.callback, include_extras=True).items():
+                parser = getattr(next(iter(getattr(hint, "__metadata__", ())), None), "parser", None)
+                assert parser or "Path" not in str(hint), f"{command.callback.__name__} {name}"  # type: ignore[union-attr]
+                if parser:
+                    assert str(parser("~/x")) == "/home/me/x"
+                    expanded.add(name)
+    assert expanded >= {
+        "recipe",
+        "run",
+        "runs",
+        "weights",
+        "inputs",
+        "out_folder",
+        "tokenizer",
+        "study",
+        "data",
+        "prefix",
+    }

@@ -483,3 +483,25 @@ def test_the_state_of_another_optimizer_cannot_be_kept(monkeypatch: pytest.Monke
     kept = second | {"optimizer": {"name": "other", "lr": 1e-4}, "optimizer_state": "keep"}
     with pytest.raises(RecipeError, match=r"phases\[finetune\]\.optimizer_state: 'keep' is invalid: adamw's state"):
         recipe_from(raw_recipe(phases=[first, kept]))
+
+
+def test_the_home_folder_and_variables_are_expanded_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.delenv("UNSET", raising=False)
+    raw = raw_recipe(run="~/runs/x", tokenizer="$SCRATCH/t", init="${SCRATCH}/w", engine={"config": "~/ds.json"})
+    raw["sources"]["chem"] = {"train": "~/chem", "heldout": "$SCRATCH/chem.heldout"}
+    recipe = recipe_from(raw)
+    assert (recipe.run, recipe.tokenizer, recipe.init) == ("/home/me/runs/x", "/scratch/t", "/scratch/w")
+    assert recipe.engine.config == "/home/me/ds.json"
+    assert (recipe.sources["chem"].train, recipe.sources["chem"].heldout) == ("/home/me/chem", "/scratch/chem.heldout")
+    assert recipe_from(recipe.plain()) == recipe
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe()))
+    assert load_recipe(path, ["run=~/x"]).run == "/home/me/x"
+    assert recipe_from(raw_recipe(run="runs/a $UNSET b")).run == "runs/a $UNSET b"
+    for value, why in (("$UNSET/x", "the environment has no UNSET; set it"), ("~nobody-has-it/x", "no user of this")):
+        with pytest.raises(RecipeError, match=rf"run: '{re.escape(value)}' is invalid: {why}"):
+            recipe_from(raw_recipe(run=value))

@@ -46,6 +46,7 @@ from spt_fast.fields import (
     optional,
     parse_count,
     parse_share,
+    path,
     section,
     setting,
     text,
@@ -219,12 +220,12 @@ def _sections(value: object, where: str) -> dict[str, Mapping[str, Any]]:
 class Study:
     """Everything that a study's YAML says."""
 
-    study: str = setting(text)
+    study: str = setting(path)
     """The study's folder."""
     seeds: tuple[int, ...] = setting(_seeds, (0,))
     """Of the weights and of the order of the data, alike in every arm; `3` means 0, 1, 2."""
     models: tuple[Model, ...] | None = setting(optional(several(section(Model))), None)
-    init: str | None = setting(optional(text), None)
+    init: str | None = setting(optional(path), None)
     """Weights that the first stage starts from, instead of `models` from scratch."""
     domain: str = setting(text)
     """The source whose share and repetition are in question."""

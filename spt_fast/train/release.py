@@ -38,7 +38,7 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def tokenizer_of(path: Path, name: str | None = None) -> Tokenizer | HuggingFaceTokenizer | None:
+def tokenizer_of(path: Path, name: str | Path | None = None) -> Tokenizer | HuggingFaceTokenizer | None:
     """The tokenizer by name, else the one that lies beside the weights at `path` or in their run; None where there is
     none.
 
@@ -49,7 +49,7 @@ def tokenizer_of(path: Path, name: str | None = None) -> Tokenizer | HuggingFace
     found: Tokenizer | HuggingFaceTokenizer
     own = [folder / FILE for folder in (weights, run) if folder and (folder / FILE).exists()]
     if name or own:
-        source = name or str(own[0])
+        source = str(name or own[0])
         found = Tokenizer.load(source)
     elif run and (recorded := recipe_of(run).tokenizer):
         source = recorded
@@ -77,7 +77,7 @@ def tokenizer_of(path: Path, name: str | None = None) -> Tokenizer | HuggingFace
     return found
 
 
-def export(path: Path, folder: Path, tokenizer: str | None = None) -> None:
+def export(path: Path, folder: Path, tokenizer: str | Path | None = None) -> None:
     """Write the weights at `path` as a Hugging Face folder, with their tokenizer where it is known."""
     if run := run_of(folder) or run_of(folder / "weights"):
         raise CheckpointError(f"out: {folder} belongs to the run {run}; choose a folder outside it", argument=True)
@@ -88,7 +88,7 @@ def export(path: Path, folder: Path, tokenizer: str | None = None) -> None:
     hf.save(model.config, dict(model.named_parameters()), folder, own, like=like, metadata=known)
 
 
-def generate_text(path: Path, prompt: str, tokens: int, *, tokenizer: str | None = None, **sampling: Any) -> str:
+def generate_text(path: Path, prompt: str, tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any) -> str:
     """Text that continues `prompt`, or begins a document where it is empty; `sampling` as in `GPT.generate`."""
     weights = locate(path)
     encoding = tokenizer_of(weights, tokenizer)

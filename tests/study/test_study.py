@@ -267,3 +267,15 @@ def _paths(node: Any) -> list[tuple[Any, ...]]:
     """To every value of nested data."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     return [path for key, item in items for path in [(key,), *((key, *below) for below in _paths(item))]]
+
+
+def test_a_study_expands_its_paths_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    sources = {name: {"train": f"~/{name}", "heldout": f"~/{name}.heldout"} for name in ("web", "chem")}
+    stage = {"name": "pretrain", "delta": [0], "tokens": ["1M"], "optimizer": {"lr": 1e-3}}
+    raw = {"study": "~/study", "models": [{"preset": "1m"}], "general": "web", "domain": "chem", "stages": [stage]}
+    study = study_from(raw | {"sources": sources, "tokenizer": "~/t"})
+    recipe = expand(study)[0].recipe
+    assert study.folder == Path("/home/me/study")
+    assert recipe.run.startswith("/home/me/study/runs/")
+    assert (recipe.tokenizer, recipe.sources["web"].train) == ("/home/me/t", "/home/me/web")
