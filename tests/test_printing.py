@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import re
@@ -60,6 +61,17 @@ def test_every_line_goes_through_a_terminal_without_markup() -> None:
     names = [call for call in columns if re.search(r"task\.(description|fields\[(more|says)\])", call)]
     assert len(names) > 3
     assert all("markup=False" in call for call in names)
+
+
+def test_text_in_files_is_utf_8_whatever_the_terminal() -> None:
+    calls = [
+        (path.name, call.lineno)
+        for path in (ROOT / "spt_fast").rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("read_text", "write_text")
+        if "encoding" not in [keyword.arg for keyword in call.keywords]
+    ]
+    assert calls == []
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spt_fast.errors import CheckpointError, SptWarning, invalid, shown, shown_key
+from spt_fast.errors import CheckpointError, SptWarning, cut, invalid, shown, shown_key
 from spt_fast.files import sync
 from spt_fast.model import hf_config, rotary
 from spt_fast.model.config import GPTConfig
@@ -136,7 +136,7 @@ def save(
                 if file.name in CARRIED:
                     shutil.copyfile(file, temporary / file.name)
             described |= {field: hf_config.read_json(like / CONFIG).get(field) for field in hf_config.SPECIAL_IDS}
-        (temporary / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+        (temporary / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         for file in temporary.iterdir():
             sync(file)
         folder.mkdir(exist_ok=True)
@@ -204,7 +204,9 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as stored:
             yield stored
     except (OSError, SafetensorError, UnicodeError) as error:
-        raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); copy it again") from None
+        raise CheckpointError(
+            f"{file}: cannot be read as safetensors ({cut(str(error), 160)}); copy it again"
+        ) from None
 
 
 def _read(file: Path, name: str) -> Tensor:

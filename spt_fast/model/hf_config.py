@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spt_fast.errors import CheckpointError, SptWarning, invalid, shown, shown_key
+from spt_fast.errors import CheckpointError, SptWarning, cut, invalid, shown, shown_key
 from spt_fast.model.config import GPTConfig, RopeScaling
 
 CONFIG = "config.json"
+MAX_CHARACTERS = 50_000_000
+"""Of config.json, or of the index of shards."""
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -118,14 +121,25 @@ def read_config(folder: str | Path) -> GPTConfig:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a file of a model folder; CheckpointError where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8-sig") as opened:
+            text = opened.read(MAX_CHARACTERS + 1)
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"more than {MAX_CHARACTERS:,} characters")
+        content = json.loads(text, object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; a Hugging Face model folder has one") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); copy it again") from None
+        raise CheckpointError(f"{file}: cannot be read as JSON ({cut(str(error), 160)}); copy it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds {shown(content)} instead of fields by name; copy it again")
     return content
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, times in Counter(key for key, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"{shown(key)} is given twice")
+    return dict(pairs)
 
 
 def _refused(file: Path, field: str, value: object) -> CheckpointError:

@@ -109,7 +109,9 @@ def write_recipes(out: Path, scale: Scale) -> list[Path]:
         for arm, delta in (("npt", Fraction(0)), ("spt", scale.delta)):
             recipe = out / "recipes" / f"{arm}-seed{seed}.yaml"
             if not recipe.exists():
-                recipe.write_text(_recipe(out / "runs" / recipe.stem, out / "data", delta, seed, scale))
+                recipe.write_text(
+                    _recipe(out / "runs" / recipe.stem, out / "data", delta, seed, scale), encoding="utf-8"
+                )
             recipes.append(recipe)
     return recipes
 

@@ -30,7 +30,9 @@ def write(comparison: Comparison, out_folder: str | Path) -> None:
     """Write comparison.json and comparison.png."""
     out_folder = Path(out_folder)
     out_folder.mkdir(parents=True, exist_ok=True)
-    (out_folder / "comparison.json").write_text(json.dumps(as_json(comparison), indent=1, allow_nan=False))
+    (out_folder / "comparison.json").write_text(
+        json.dumps(as_json(comparison), indent=1, allow_nan=False), encoding="utf-8"
+    )
     draw_comparison(comparison, out_folder / "comparison.png")
 
 

@@ -192,7 +192,7 @@ def _log(logs: Path, recipe: Path) -> Path:
 
 def _end_of(log: Path) -> str:
     """Its last lines, or more where that is what the message of `spt-fast` takes."""
-    said = log.read_text(errors="replace") if log.exists() else ""
+    said = log.read_text(errors="replace", encoding="utf-8") if log.exists() else ""
     lines = (said.strip() or "it was ended before it said anything").splitlines()
     messages = [i for i, line in enumerate(lines) if line.startswith("spt-fast: ")]
     return "\n  ".join(lines[min([max(0, len(lines) - LAST_LINES), *messages[-1:]]) :])

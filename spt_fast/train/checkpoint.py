@@ -64,7 +64,7 @@ class Retention:
     def drops(self, folder: Path) -> list[Path]:
         name = ""
         with suppress(OSError, ValueError):
-            name = (folder / BEST).read_text()
+            name = (folder / BEST).read_text(encoding="utf-8")
         return [
             path
             for path in listed(folder)[: -self.newest]
@@ -134,7 +134,7 @@ class Writer:
         mine: dict[str, Any] | str
         try:
             if world.is_first:
-                (temporary / "state.json").write_text(state)
+                (temporary / "state.json").write_text(state, encoding="utf-8")
             written = [temporary / "state.json"] if world.is_first else []
             for kind, snapshot in snapshots.items():
                 written.append(temporary / f"{kind}-{world.rank:05d}.safetensors")
@@ -161,7 +161,7 @@ class Writer:
         temporary, final = self._temporary(name), self._folder / name
         manifest = {"format": FORMAT, "name": name, "files": dict(sorted(files.items()))}
         text = json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1)
-        (temporary / "manifest.json").write_text(text)
+        (temporary / "manifest.json").write_text(text, encoding="utf-8")
         sync(temporary / "manifest.json")
         sync(temporary)
         if final.exists():
@@ -196,7 +196,7 @@ def _is_checkpoint(path: Path) -> bool:
     if not NAME.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         return False
     try:
-        return json.loads((path / "manifest.json").read_text()).get("name", path.name) == path.name
+        return json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("name", path.name) == path.name
     except (OSError, ValueError, AttributeError, RecursionError):
         return True
 
@@ -224,7 +224,7 @@ def verdicts_of(run: Path) -> dict[str, str]:
 def read(path: Path) -> dict[str, Any]:
     """The state of one checkpoint, every hash of it checked. CheckpointError says what is damaged."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         stated = manifest.pop("sha256", None)
         if stated != _own_hash(manifest):
             raise CheckpointError(f"{path}: manifest.json does not match its own hash")
@@ -246,7 +246,7 @@ def read(path: Path) -> dict[str, Any]:
         strangers = {file.name for file in path.glob("*.safetensors")} - set(manifest["files"])
         if strangers:
             raise CheckpointError(f"{path}: {min(strangers)} does not belong to this checkpoint")
-        return json.loads((path / "state.json").read_text())
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

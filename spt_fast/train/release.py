@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from spt_fast.data.tokenizer import FILE, Tokenizer
-from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid
-from spt_fast.model import hf
+from spt_fast.errors import CheckpointError, DataError, SptWarning, cut, invalid
+from spt_fast.model import hf, hf_config
 from spt_fast.train.folder import recipe_of
 from spt_fast.train.origin import origin_of, run_of
 from spt_fast.train.weights import load_model, locate, read_config
@@ -25,9 +24,11 @@ class HuggingFaceTokenizer:
 
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / HF_FILE))
-            eos = json.loads((folder / hf.CONFIG).read_text()).get("eos_token_id")
+            eos = hf_config.read_json(folder / hf.CONFIG).get("eos_token_id")
         except Exception as error:  # tokenizers raises Exception itself
-            raise DataError(f"{folder / HF_FILE}: cannot be read ({error}); name the tokenizer") from None
+            raise DataError(
+                f"{folder / HF_FILE}: cannot be read ({cut(str(error), 160)}); name the tokenizer"
+            ) from None
         self.eos_id: int | None = eos[0] if isinstance(eos, list) else eos
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 

@@ -71,7 +71,7 @@ class Watch:
 
     def _dump_stacks(self, silent_s: float) -> None:
         path = self._folder / f"stacks-{self._rank}.txt"
-        with suppress(OSError), path.open("a") as file:
+        with suppress(OSError), path.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: nothing for {silent_s:.0f} s, last {self._where}\n")
             file.flush()
             faulthandler.dump_traceback(file)

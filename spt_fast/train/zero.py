@@ -297,7 +297,7 @@ def user_config(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        given = json.loads(Path(path).read_text())
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"engine.config: {path} cannot be read as JSON ({error})") from None
     if not isinstance(given, dict):

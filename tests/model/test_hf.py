@@ -466,6 +466,14 @@ def test_incomplete_and_wrong_configs_name_the_field(folder: Path) -> None:
     change_config(folder, hidden_size=-1, eos_token_id=[2, 3])
     with pytest.raises(CheckpointError, match=r"config\.json: hidden_size: -1 is invalid: write a whole"):
         GPT.from_hf(folder)
+    (folder / "config.json").write_text('{"hidden_size": 32, "x": {"y": 1, "z": 2, "y": 3}}')
+    with pytest.raises(CheckpointError, match=r"cannot be read as JSON \('y' is given twice\)"):
+        GPT.from_hf(folder)
+
+
+def test_a_mark_of_byte_order_is_no_damage(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
+    assert GPT.from_hf(folder).config.width == 32
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
