@@ -8,6 +8,7 @@ signals       SIGTERM during evaluations, during steps of several micro-batches,
 disk          a disk that fills up and is made larger, a folder that turns read-only and back
 damage        the newest checkpoints torn, flipped, without a file
 nan           a loss that is not a number: weights and moments of that step stay as they were
+prepare       `prepare` over an older split, killed at each of its calls that concern a file, and called again
 worlds        the same run in one and two processes by turns, and at other ZeRO stages
 rank_killed, rank_stopped, rank_nan
               one rank of two: killed, told to stop, with a loss that is not a number
@@ -40,21 +41,27 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes in: a pool of threads would not survive the fork
 
+import numpy as np
 import torch
 import yaml
 from safetensors.numpy import load_file
 
 from spt_fast import cli
-from spt_fast.errors import CheckpointError
+from spt_fast.data.prepare import prepare
+from spt_fast.data.shards import TokenDataset, files_of
+from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
+from spt_fast.errors import CheckpointError, DataError, SptWarning
 from spt_fast.model.gpt import GPT
 from spt_fast.printing import as_json
 from spt_fast.train import checkpoint, loop
@@ -438,6 +445,30 @@ class Campaign:
             problems = [f"exit {code}: {life.said}"] if code else nan_problems(recipe.with_suffix(""), step)
             self.check("losses that are not a number", problems, recipe)
 
+    # -------------------------------------------------------------------------------------------- every call
+
+    def prepare(self, each: int) -> None:
+        """Killed at 4 × `each` of its calls, or at all: whatever opens then is whole, no document is on both sides, and
+        the same command works."""
+        for heldout in (Fraction(1, 20), None):
+            folder = self.folder / f"prepare-{heldout is None}"
+            folder.mkdir()
+            forked(lambda folder=folder: split(folder, Fraction(3, 10)))
+            calls = forked(lambda folder=folder, heldout=heldout: file_calls(folder, split, folder, heldout))
+            for number in self.random("prepare", heldout is None).sample(range(calls), min(4 * each, calls)):
+                shutil.rmtree(folder)
+                folder.mkdir()
+                forked(lambda folder=folder: split(folder, Fraction(3, 10)))
+                pid = os.fork()
+                if pid == 0:
+                    die_at_call(folder, number)
+                    split(folder, heldout)
+                    os._exit(1)
+                problems = [] if os.waitpid(pid, 0)[1] == signal.SIGKILL else [f"not killed at call {number}"]
+                problems += forked(lambda folder=folder, heldout=heldout: split_problems(folder, heldout))
+                self.check("prepare killed at a call", problems, folder / "kept")
+            self.figures[f"calls of prepare, {'with' if heldout else 'without'} held-out text"] = calls
+
     # -------------------------------------------------------------------------------------------- distributed
 
     def worlds(self) -> None:
@@ -628,6 +659,82 @@ def read_only(run: Path) -> Iterator[None]:
         subprocess.run(["umount", str(run)], check=True)
 
 
+FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+"""Of Python's audit, raised right before the call."""
+
+
+def on_file_calls(folder: Path, act: Callable[[], None]) -> None:
+    """`act` right before every call of this process that concerns a file inside `folder`, or writes one to the disk."""
+
+    def audited(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in FILE_EVENTS and any(str(folder) in os.fsdecode(a) for a in arguments if isinstance(a, str | bytes)):
+            act()
+
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        act()
+        sync(descriptor)
+
+    os.fsync = fsync
+    sys.addaudithook(audited)
+
+
+def file_calls(folder: Path, act: Callable[..., object], *arguments: Any) -> int:
+    """How many such calls `act` makes."""
+    calls: list[None] = []
+    on_file_calls(folder, lambda: calls.append(None))
+    act(*arguments)
+    return len(calls)
+
+
+def die_at_call(folder: Path, number: int) -> None:
+    """Be killed right before the call of that number, counted from 0."""
+    calls = iter(range(number + 1))
+
+    def count() -> None:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    on_file_calls(folder, count)
+
+
+def split(folder: Path, heldout: Fraction | None) -> None:
+    """`prepare` a text of 200 different documents, with so much of it held out."""
+    text = folder / "text.jsonl"
+    if not text.exists():
+        text.write_text("".join(json.dumps({"text": f"document {i} of many"}) + "\n" for i in range(200)))
+    tokenizer = Tokenizer({bytes([i]): i for i in range(256)}, PATTERN, {EOS: 256})
+    prepare([text], folder / "d", tokenizer, heldout=heldout, workers=1, progress=False)
+
+
+def split_problems(folder: Path, heldout: Fraction | None) -> list[str]:
+    """What is wrong after a kill, and after the same command was given again."""
+    found = both_sides(folder)
+    warnings.simplefilter("ignore", SptWarning)
+    split(folder, heldout)
+    names = {"text.jsonl", *(f"{part}.{end}" for part in ("d", "d.heldout") for end in ("bin", "idx", "json"))}
+    expected = names if heldout else {name for name in names if "heldout" not in name}
+    left = set(os.listdir(folder))
+    return found + both_sides(folder) + ([f"files: {sorted(left ^ expected)}"] if left != expected else [])
+
+
+def both_sides(folder: Path) -> list[str]:
+    """Whether a part that opens is damaged, or a document lies in both."""
+    documents: list[set[bytes]] = []
+    for prefix in (folder / "d", folder / "d.heldout"):
+        try:
+            data = TokenDataset.open(prefix)
+            data.verify()
+        except DataError as error:
+            if "damaged" in str(error) and files_of(prefix)[2].exists():
+                return [str(error)]
+            continue
+        assert data.document_ends is not None
+        documents.append({bytes(d.astype("u1")) for d in np.split(data.tokens, data.document_ends[:-1])})
+    return ["a document is on both sides"] if len(documents) == 2 and documents[0] & documents[1] else []
+
+
 def poison(micro_batch: int) -> None:
     """Make the loss of that training forward pass of this process not a number."""
     real, calls = GPT.forward, iter(range(10**9))
@@ -751,7 +858,7 @@ def be_a_rank(arguments: list[str]) -> None:
 
 # ------------------------------------------------------------------------------------------------ the command
 
-PARTS = ("kills", "signals", "disk", "damage", "nan", "worlds", "rank_killed", "rank_stopped", "rank_nan")
+PARTS = ("kills", "signals", "disk", "damage", "nan", "prepare", "worlds", "rank_killed", "rank_stopped", "rank_nan")
 
 
 def survive(folder: Path, parts: list[str], *, chains: int, kills: int, each: int, seed: int) -> dict[str, Any]:
@@ -759,7 +866,7 @@ def survive(folder: Path, parts: list[str], *, chains: int, kills: int, each: in
     began = time.monotonic()
     campaign = Campaign(folder, seed, lambda line: print(f"[{time.monotonic() - began:6.1f} s] {line}", flush=True))
     for part in parts:
-        arguments = {"kills": (chains, kills)} | dict.fromkeys(("signals", "disk", "damage", "nan"), (each,))
+        arguments = {"kills": (chains, kills)} | dict.fromkeys(("signals", "disk", "damage", "nan", "prepare"), (each,))
         getattr(campaign, part)(*arguments.get(part, ()))
         campaign.say(f"{part}: done; {len(campaign.failures)} failures so far")
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,11 +20,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from spt_fast.data.shards import DatasetWriter
+from spt_fast.data.shards import DatasetWriter, base_prefix, commit, part_of
 from spt_fast.data.text import Chunk, Inputs, TextReader
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.data.workers import EncoderPool, Settings, TextBatch
-from spt_fast.errors import DataError, invalid
+from spt_fast.errors import DataError, SptWarning, invalid
 
 BATCH_BYTES = 1 << 20
 
@@ -87,8 +88,9 @@ def prepare(
     settings = Settings(text_key, skip_bad, (heldout.numerator, heldout.denominator) if heldout is not None else None)
     skipped: Counter[str] = Counter()
     with ExitStack() as stack:
-        prefixes = [os.fspath(out), *([] if heldout is None else [f"{os.fspath(out)}.heldout"])]
-        writers = [_writer(stack, prefix, tokenizer) for prefix in prefixes]
+        parts = ["whole"] if heldout is None else ["train", "heldout"]
+        writers = [_writer(stack, out, tokenizer, part) for part in parts]
+        obsolete = _older_split(writers[0].prefix) if heldout is None else None
         bar = stack.enter_context(_Progress(Path(out).name, reader.total_bytes, disable=not progress))
         pool = stack.enter_context(EncoderPool(tokenizer, settings, workers))
         for batch, encoded in pool.encode(_batches(reader)):
@@ -98,8 +100,7 @@ def prepare(
             bar.show(batch.read_bytes, encoded.train.num_bytes + encoded.heldout.num_bytes)
         skipped += reader.skipped
         _refuse_empty(writers, heldout, skipped)
-        for writer in writers:
-            writer.commit()
+        commit(*writers, obsolete=obsolete)
     seconds = time.perf_counter() - start_s
     train, *held_out = ((writer.num_documents, writer.num_tokens, writer.num_bytes) for writer in writers)
     return Prepared(
@@ -112,13 +113,37 @@ def prepare(
     )
 
 
-def _writer(stack: ExitStack, prefix: str, tokenizer: Tokenizer) -> DatasetWriter:
+def _writer(stack: ExitStack, out: str | os.PathLike[str], tokenizer: Tokenizer, part: str) -> DatasetWriter:
     """One side of the split on its way to disk; `stack` removes what is not committed."""
     writer = DatasetWriter(
-        prefix, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, tokenizer_digest=tokenizer.digest
+        heldout_prefix(out) if part == "heldout" else out,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        tokenizer_digest=tokenizer.digest,
+        part=part,
     )
     stack.callback(writer.abort)
     return writer
+
+
+def heldout_prefix(out: str | os.PathLike[str]) -> Path:
+    return Path(f"{base_prefix(Path(out))}.heldout")
+
+
+def _older_split(prefix: Path) -> Path | None:
+    """The held-out part of what was at `prefix`, which must not outlive it: its documents are among the new ones."""
+    beside = heldout_prefix(prefix)
+    part = part_of(beside)
+    if part == "unknown":
+        raise DataError(
+            f"out: {beside} may be the held-out part of an older {prefix}, whose text would be trained on now; delete "
+            "it or move it away",
+            argument=True,
+        )
+    if part == "heldout":
+        warnings.warn(f"{beside}: is removed, as the held-out part of an older {prefix}", SptWarning, stacklevel=3)
+        return beside
+    return None
 
 
 class _Progress(Progress):

@@ -22,6 +22,7 @@ import numpy as np
 from spt_fast.data import formats
 from spt_fast.errors import DataError
 from spt_fast.files import sync
+from spt_fast.locks import locked
 
 FORMAT = "spt_fast tokens"
 VERSION = 1
@@ -188,18 +189,28 @@ class TokenDataset:
 class DatasetWriter:
     """Writes a dataset under temporary names beside PREFIX and moves it into place, whole, at `commit`.
 
-    As a context manager it commits on success and aborts on any exception. A crash leaves at worst `*.partial` files,
-    which the next writer overwrites, or .bin and .idx without a .json, which don't open. A dataset already at PREFIX
-    stays as it is until `commit`; other programs' files there are never overwritten (DataError). Ids are uint16
-    where `vocab_size` <= 65,536, else uint32. A failing disk is a DataError too, and leaves nothing behind.
+    As a context manager it commits on success and aborts on any exception. Until it has ended, no other process writes
+    there (InUse). A dataset already at PREFIX stays as it is until `commit`; other programs' files there are never
+    overwritten (DataError). A crash leaves at worst temporary files, or files without a .json, which don't open; the
+    next writer removes them. Ids are uint16 where `vocab_size` <= 65,536, else uint32. A failing disk is a DataError
+    too, and leaves nothing behind.
+
+    part: what the dataset is of the text that it was made from, "whole", "train" or "heldout".
     """
 
     def __init__(
-        self, prefix: str | os.PathLike[str], *, vocab_size: int, eos_id: int | None, tokenizer_digest: str | None
+        self,
+        prefix: str | os.PathLike[str],
+        *,
+        vocab_size: int,
+        eos_id: int | None,
+        tokenizer_digest: str | None,
+        part: str = "whole",
     ) -> None:
         self.prefix = base_prefix(Path(prefix))
         self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._vocab_size, self._eos_id, self._tokenizer_digest = vocab_size, eos_id, tokenizer_digest
+        self._part = part
         self.num_tokens = self.num_documents = self.num_bytes = 0
         self._max_id: int | None = None
         self._idx_hash = hashlib.sha256()
@@ -207,11 +218,21 @@ class DatasetWriter:
         self._blocks: list[str] = []
         self._partial = [Path(f"{path}.partial") for path in files_of(self.prefix)]
         self._files: list[BinaryIO] = []
-        _refuse_foreign(self.prefix)
+        self._is_replacing = False
+        self._lock = contextlib.ExitStack()
         with self._clean_failure():
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            for path in self._partial[:2]:
-                self._files.append(path.open("wb"))
+            lock = self.prefix.parent / f".{self.prefix.name}.lock"
+            self._lock.enter_context(locked(lock, f"out: {self.prefix}", argument=True))
+        try:
+            _refuse_foreign(self.prefix)
+            with self._clean_failure():
+                _remove_leftovers(self.prefix)
+                for path in self._partial[:2]:
+                    self._files.append(path.open("xb"))
+        except BaseException:
+            self._lock.close()
+            raise
 
     def write(self, tokens: np.ndarray, document_lengths: np.ndarray, num_bytes: int) -> None:
         """Append whole documents.
@@ -242,11 +263,16 @@ class DatasetWriter:
 
     def commit(self) -> dict[str, Any]:
         """Make the dataset durable and visible; returns its metadata, the content of PREFIX.json."""
+        return commit(self)[0]
+
+    def _seal(self) -> dict[str, Any]:
+        """Make everything durable under its temporary names."""
         if self._block_filled:
             self._close_block()
         metadata: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
+            "part": self._part,
             "dtype": self._dtype.name,
             "vocab_size": self._vocab_size,
             "tokenizer_digest": self._tokenizer_digest,
@@ -260,28 +286,25 @@ class DatasetWriter:
             "idx_sha256": self._idx_hash.hexdigest(),
         }
         metadata["sha256"] = _sha256_of(metadata)
-        final = files_of(self.prefix)
         with self._clean_failure():
-            self._files.append(self._partial[2].open("wb"))
+            self._files.append(self._partial[2].open("xb"))
             self._files[2].write(json.dumps(metadata, indent=1).encode())
             for file in self._files:
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
-            final[2].unlink(missing_ok=True)  # else a crash between the renames could pair old metadata with new ids
-            for partial, path in zip(self._partial, final, strict=True):
-                partial.rename(path)
-            sync(self.prefix.parent)
         return metadata
 
     def abort(self) -> None:
-        """Remove everything written so far."""
+        """Remove everything written so far; nothing after a commit."""
         for file in self._files:
             with contextlib.suppress(OSError):  # a full disk fails the flush in close() once more
                 file.close()
-        for path in self._partial:
+        torn = files_of(self.prefix) if self._is_replacing else ()
+        for path in (*torn, *self._partial):
             with contextlib.suppress(OSError):  # such as a folder that turned out to be a file
                 path.unlink()
+        self._lock.close()
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -318,6 +341,33 @@ class DatasetWriter:
         self._block_hash, self._block_filled = hashlib.sha256(), 0
 
 
+def commit(*writers: DatasetWriter, obsolete: Path | None = None) -> list[dict[str, Any]]:
+    """Make the parts of one text visible together, and remove the dataset at `obsolete`; returns their metadata.
+
+    At no moment, nor after a kill, does the first open beside an older one of the others.
+    """
+    try:
+        metadata = [writer._seal() for writer in writers]
+        with writers[0]._clean_failure():
+            for writer in writers:
+                writer._is_replacing = True
+                files_of(writer.prefix)[2].unlink(missing_ok=True)
+            for path in files_of(obsolete) if obsolete else ():  # the .json last, by which the rest is known as ours
+                path.unlink(missing_ok=True)
+            for writer in reversed(writers):
+                for partial, path in zip(writer._partial, files_of(writer.prefix), strict=True):
+                    partial.rename(path)
+            sync(writers[0].prefix.parent)
+    except BaseException:
+        for writer in writers:
+            writer.abort()
+        raise
+    for writer in writers:
+        writer._is_replacing = False
+        writer._lock.close()
+    return metadata
+
+
 def check_same_tokenizer(a: TokenDataset, b: TokenDataset) -> None:
     """DataError where both record a tokenizer and it is not the same: their ids mean different text."""
     if None not in (digests := (a.tokenizer_digest, b.tokenizer_digest)) and digests[0] != digests[1]:
@@ -346,13 +396,34 @@ def _is_ours(json_path: Path) -> bool:
 
 
 def _refuse_foreign(prefix: Path) -> None:
-    """DataError where writing to `prefix` would replace something that isn't a dataset of ours."""
-    there = [str(path) for path in files_of(prefix) if path.exists()]
-    if there and not _is_ours(files_of(prefix)[2]):
+    """DataError where writing to `prefix` would replace something that isn't a dataset of ours, or what is left of
+    one."""
+    there = [str(path) for path in files_of(prefix) if os.path.lexists(path)]
+    if there and not _is_ours(files_of(prefix)[2]) and not _is_torn(prefix):
         raise DataError(
             f"{', '.join(there)} would be overwritten, and is not a whole dataset of this program; "
             "move it away or choose another prefix"
         )
+
+
+def _is_torn(prefix: Path) -> bool:
+    """Whether a commit was killed there: the .json comes last, and was complete under its temporary name before."""
+    final = files_of(prefix)[2]
+    return not os.path.lexists(final) and _is_ours(Path(f"{final}.partial"))
+
+
+def _remove_leftovers(prefix: Path) -> None:
+    """Of a writer that was killed. The temporary .json, by which a torn commit is known, goes last."""
+    torn = files_of(prefix)[:2] if _is_torn(prefix) else ()
+    for path in (*torn, *(Path(f"{path}.partial") for path in files_of(prefix))):
+        path.unlink(missing_ok=True)
+
+
+def part_of(prefix: Path) -> str | None:
+    """What a dataset of ours is of its text: "whole", "train", "heldout"; "unknown" of an earlier version's; None where
+    there is none."""
+    metadata = _read_metadata(files_of(prefix)[2])
+    return None if metadata is None else str(metadata.get("part", "unknown"))
 
 
 def _read_metadata(path: Path) -> dict[str, Any] | None:

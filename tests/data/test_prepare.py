@@ -20,11 +20,11 @@ import pytest
 from spt_fast.data import prepare as module
 from spt_fast.data import workers
 from spt_fast.data.prepare import prepare
-from spt_fast.data.shards import TokenDataset
+from spt_fast.data.shards import TokenDataset, _sha256_of
 from spt_fast.data.text import Chunk, iter_documents
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
 from spt_fast.data.workers import AHEAD_BYTES, EncoderPool, Settings, TextBatch, is_held_out
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, SptWarning
 
 
 @pytest.fixture(scope="module")
@@ -368,3 +368,19 @@ def test_a_tokenizer_and_input_by_path(tmp_path: Path, tokenizer: Tokenizer, mon
     prepare("-", "d", "t.tiktoken", workers=1, progress=False)
     assert read("d") == encode(tokenizer, documents(10))
     assert list(iter_documents(write_jsonl(tmp_path / "a.jsonl", documents(10)))) == documents(10)
+
+
+def test_an_older_held_out_part_never_outlives_its_training_part(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_jsonl(tmp_path / "a.jsonl", documents(200))
+    prepare(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, heldout=Fraction(1, 4), progress=False)
+    with pytest.warns(SptWarning, match="d.heldout: is removed, as the held-out part of an older"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, progress=False)
+    assert names(tmp_path) == ["a.jsonl", "d.bin", "d.idx", "d.json"]
+    prepare(tmp_path / "a.jsonl", tmp_path / "d.heldout", tokenizer, progress=False)  # a text of its own
+    prepare(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, progress=False)
+    assert len(read(tmp_path / "d.heldout")) == 200
+    metadata = json.loads((tmp_path / "d.heldout.json").read_text())
+    del metadata["part"], metadata["sha256"]  # as an earlier version wrote it
+    (tmp_path / "d.heldout.json").write_text(json.dumps(metadata | {"sha256": _sha256_of(metadata)}))
+    with pytest.raises(DataError, match=r"out: .*d.heldout may be the held-out part of an older .*delete it or move"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, progress=False)

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spt_fast.data import shards
-from spt_fast.data.shards import DatasetWriter, TokenDataset
+from spt_fast.data.shards import DatasetWriter, TokenDataset, commit
 from spt_fast.errors import DataError
+from spt_fast.locks import InUse
 
 
 def write(prefix: Path, documents: list[list[int]], vocab_size: int = 1000, num_bytes: int = 0) -> dict:
@@ -52,6 +54,7 @@ def test_the_three_files_byte_for_byte(tmp_path: Path) -> None:
     assert metadata == {
         "format": "spt_fast tokens",
         "version": 1,
+        "part": "whole",
         "dtype": "uint16",
         "vocab_size": 1000,
         "tokenizer_digest": "t",
@@ -374,8 +377,8 @@ def test_a_commit_is_on_the_disk_before_and_after_it_is_visible(
         os, "fsync", lambda descriptor: synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), names(tmp_path)))
     )
     write(tmp_path / "d", DOCUMENTS)
-    partial = ["d.bin.partial", "d.idx.partial", "d.json.partial"]
-    assert synced == [(False, partial)] * 3 + [(True, ["d.bin", "d.idx", "d.json"])]
+    partial = [".d.lock", "d.bin.partial", "d.idx.partial", "d.json.partial"]
+    assert synced == [(False, partial)] * 3 + [(True, [".d.lock", "d.bin", "d.idx", "d.json"])]
 
 
 def test_a_commit_replaces_the_old_dataset(tmp_path: Path) -> None:
@@ -409,7 +412,7 @@ with DatasetWriter(prefix, vocab_size=1000, eos_id=0, tokenizer_digest="t") as w
     writer.write(np.arange(11), np.array([11]), 1)
 """
     outcomes = set()
-    for steps in range(10):
+    for steps in range(14):
         prefix = tmp_path / str(steps) / "d"
         if over_an_old_one:
             write(prefix, DOCUMENTS)  # 11 tokens too: sizes alone can't tell the new .bin from the old
@@ -481,6 +484,46 @@ def test_a_file_that_is_none_of_ours_is_never_overwritten(tmp_path: Path, name: 
     with pytest.raises(DataError, match=f"{name} would be overwritten"):
         write(tmp_path / "d", DOCUMENTS)
     assert names(tmp_path) == [name]
+
+
+def test_one_writer_at_a_time_and_no_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "d.bin.partial").symlink_to(tmp_path / "precious")
+    with DatasetWriter(tmp_path / "d", vocab_size=10, eos_id=None, tokenizer_digest=None) as first:
+        first.write(np.arange(5), np.array([5]), 5)
+        with pytest.raises(InUse, match=rf"out: .*/d: in use by process {os.getpid()} on .* since .*; wait until"):
+            write(tmp_path / "d", DOCUMENTS)
+    assert TokenDataset.open(tmp_path / "d").verify()
+    assert TokenDataset.open(tmp_path / "d").num_tokens == 5
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_parts_of_a_text_are_replaced_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails at any of the six renames leaves neither part, and the next writer has its way."""
+
+    def pair() -> list[DatasetWriter]:
+        made = [DatasetWriter(tmp_path / n, vocab_size=10, eos_id=None, tokenizer_digest=None) for n in ("d", "d.h")]
+        for writer in made:
+            writer.write(np.arange(5), np.array([5]), 5)
+        return made
+
+    commit(*pair())
+    rename = Path.rename
+    for failing in range(6):
+        calls = iter(range(7))
+
+        def broken(path: Path, to: Path, calls: Iterator[int] = calls, failing: int = failing) -> Path:
+            if next(calls) == failing:
+                raise OSError(5, "Input/output error")
+            return rename(path, to)
+
+        monkeypatch.setattr(Path, "rename", broken)
+        with pytest.raises(DataError, match="Input/output error"):
+            commit(*pair())
+        assert names(tmp_path) == []
+        monkeypatch.setattr(Path, "rename", rename)
+        commit(*pair())
+        assert len(names(tmp_path)) == 6
 
 
 def test_leftovers_of_a_killed_writer_are_overwritten(tmp_path: Path) -> None:
