@@ -384,15 +384,22 @@ class Recipe:
     def changes(self, other: Recipe) -> list[str]:
         """What differs in `other` and would change what the run computes: "phases.0.tokens: 20000000 → 30000000".
 
-        Another path to data, a tokenizer or weights is no change: these are known by their digests.
+        Another path to data, a tokenizer or weights is no change: these are known by their digests. Nor is how often
+        losses are measured, but in a phase whose early stop counts evaluations.
         """
-        harmless = ("run", "log", "checkpoint", "engine")
+        free = "|".join(
+            [
+                "(run|log|checkpoint|engine)(?!.fp8$).*",
+                r"phases\.[0-9]+\.batch\.micro",
+                *(rf"phases\.{i}\.eval\.every" for i, phase in enumerate(self.phases) if not phase.stop),
+            ]
+        )
         shapes = [plain(recipe.model) if self.init else recipe.model.with_defaults() for recipe in (self, other)]
         mine, theirs = (_flat({**recipe.plain(), "model": m}) for recipe, m in zip((self, other), shapes, strict=True))
         return [
             f"{key}: {mine.get(key, 'absent')} → {theirs.get(key, 'absent')}"
             for key in sorted(mine.keys() | theirs.keys())
-            if (key == "engine.fp8" or key.split(".")[0] not in harmless)
+            if not re.fullmatch(free, key, re.DOTALL)
             and mine.get(key, "absent") != theirs.get(key, "absent")
             and not (_KNOWN_BY_DIGEST.fullmatch(key) and mine.get(key) and theirs.get(key))
         ]

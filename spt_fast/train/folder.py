@@ -13,6 +13,9 @@ from spt_fast.data.formats import sampled_digest
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.files import is_temporary
 
+MOST_LISTED = 12
+"""Changes that a message shows."""
+
 
 def recipe_of(run: Path) -> Recipe:
     """The resolved recipe of a run; CheckpointError where the folder holds none that can be read."""
@@ -44,7 +47,8 @@ def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[st
     if not resume:
         says = f"{field}: folder {folder} exists; add `resume=True` to go on with it, choose another name, or delete it"
         raise RecipeError(says, argument=True)
-    if listed := "\n  ".join(changes()):
+    if found := changes():
+        listed = "\n  ".join([*found[:MOST_LISTED], *(["…"] if found[MOST_LISTED:] else [])])
         says = f"{field}: folder {folder} was begun with another recipe; undo this or choose another name:\n  {listed}"
         raise RecipeError(says, argument=True)
     return True

@@ -86,6 +86,7 @@ class Trainer:
         self.backends = auto_backends()
         if resumed:
             self.state = resumed.state.train
+            self.state.counts = dict.fromkeys(plan.recipe.sources, 0) | self.state.counts
             self.snapshots = checkpoint.load(resumed.checkpoint.path, world)
             self.seconds_before, self.saved = self.state.seconds, self.state.name
             dtype = getattr(torch, resumed.state.compute.dtype)

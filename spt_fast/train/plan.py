@@ -162,7 +162,7 @@ class Plan:
         return [
             f"{field}: the checkpoint is of an earlier version and doesn't record it; it is taken to be the same"
             for field in self.digests()
-            if field not in recorded
+            if field not in recorded and not field.startswith("sources.")
         ]
 
     def check_files(self, before: Mapping[str, KnownText] | None, *, verify: bool) -> list[str]:

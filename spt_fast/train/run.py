@@ -24,6 +24,7 @@ from spt_fast.train.health import Diverged
 from spt_fast.train.introduction import Resumed
 from spt_fast.train.loop import Trainer
 from spt_fast.train.plan import Plan, make_plan
+from spt_fast.train.resume import refused, rounding
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
 from spt_fast.train.watch import Watch
@@ -34,10 +35,11 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
     """Train every phase of the recipe; returns summary.json as a dict.
 
     `resume` goes on from the newest whole checkpoint in the run folder, or starts afresh where there is nothing to
-    resume. Datasets are compared with their hashes first: some blocks of each, or with `verify` all. Every process that
-    a launcher started calls this. SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 in any of them ends the run at the next safe
-    place with a checkpoint and `status: stopped`; a phase that diverged ends it with `status: failed` and the reason.
-    Raises RecipeError, DataError or CheckpointError for what a user can mend.
+    resume; a finished run goes on where the recipe has become longer (`spt_fast.train.resume`). Datasets are compared
+    with their hashes first: some blocks of each, or with `verify` all. Every process that a launcher started calls
+    this. SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 in any of them ends the run at the next safe place with a checkpoint and
+    `status: stopped`; a phase that diverged ends it with `status: failed` and the reason. Raises RecipeError, DataError
+    or CheckpointError for what a user can mend.
     """
     if recipe.engine.deterministic:
         use_deterministic_algorithms()
@@ -53,8 +55,10 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
         where = found.path
         world.everywhere(lambda: plan.check_same_data(state.data, where))
     warnings = world.on_first(lambda: plan.check_files(state.texts if state else None, verify=verify))
-    resumed = Resumed(found, state, [*warnings, *plan.unrecorded(state.data)]) if found and state else None
-    if resumed:
+    before = world.on_first(lambda: recipe_of(folder) if (folder / "recipe.yaml").exists() else recipe)
+    resumed = None
+    if found and state:
+        resumed = Resumed(found, state, [*warnings, *plan.unrecorded(state.data), *rounding(before, recipe)])
         world.on_first(lambda: checkpoint.set_aside(resumed.checkpoint.skipped))
     world.on_first(lambda: _begin_folder(folder, recipe, plan.tokenizer))
     with StopRequest() as stop, Watch(folder, world.rank, recipe.log.stall_s) as watch:
@@ -89,8 +93,10 @@ def print_summary(name: str, summary: dict[str, Any], console: Console) -> None:
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do: it is done, or it was asked to stop and its launcher takes that
     for a failure and starts it again. RecipeError for a folder that this recipe cannot be trained in."""
-    if not is_begun(folder, "run", "recipe.yaml", lambda: recipe_of(folder).changes(recipe), resume=resume):
+    if not is_begun(folder, "run", "recipe.yaml", lambda: refused(recipe_of(folder), recipe), resume=resume):
         return None
+    if recipe_of(folder).changes(recipe):
+        return None  # it has become longer
     summary = summary_of(folder)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     ended = ("done", "stopped") if restarted else ("done",)

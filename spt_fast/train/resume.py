@@ -1,0 +1,68 @@
+"""What may change in the recipe of a run that goes on, and what may not and why.
+
+Free are the run's folder, logging, checkpoints, the engine but for fp8, micro-batches, how often losses are measured
+where no early stop counts on it, and paths to the same content. A run may also be made longer, by more tokens of its
+last phase or by more phases: it goes on to what the longer recipe would have reached from the first step.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from spt_fast.config import Phase, Recipe
+
+REASONS = {
+    r"phases\.\d+\.name": "its weights and figures are filed under the name",
+    r"phases\.\d+\.tokens": "only the last phase can be made longer, and none shorter",
+    r"phases\.\d+\.eval\.every": "early stopping counts evaluations",
+    r"phases\.\d+\.eval\.tokens": "losses before and after it would be of different text",
+    r"phases\..*": "the run trained by it so far",
+    r"model\..*|init|init_only": "the weights came from it",
+    r"sources\..*|tokenizer": "the run trained on it so far",
+    r".*": "a run keeps what it began with",
+}
+
+
+def refused(before: Recipe, now: Recipe) -> list[str]:
+    """What keeps a run that was begun by `before` from going on by `now`, each change with its reason."""
+    last, added = before.phases[-1], now.phases[len(before.phases) :]
+    phases, obstacle = list(now.phases[: len(before.phases)]), ""
+    if len(phases) == len(before.phases) and phases[-1].tokens > last.tokens:
+        obstacle = _obstacle(last)
+        phases[-1] = phases[-1] if obstacle else replace(phases[-1], tokens=last.tokens)
+    read = {source for phase in phases for source in (*phase.mixture, *([phase.stop.on] if phase.stop else []))}
+    sources = {name: source for name, source in now.sources.items() if name in before.sources or name in read}
+    problems = []
+    for change in before.changes(replace(now, phases=tuple(phases), sources=sources)):
+        key = change.split(":")[0]
+        reason = next(reason for pattern, reason in REASONS.items() if re.fullmatch(pattern, key, re.DOTALL))
+        longer = key == f"phases.{len(before.phases) - 1}.tokens" and obstacle
+        problems.append(f"{change} ({longer or reason})")
+    if added and added[0].optimizer_state == "keep" and (last.stop or last.grid):
+        problems.append(
+            f"phases.{len(before.phases)}.optimizer_state: keep (the weights that {last.name} handed on were kept "
+            "without the optimizer's state; write reset)"
+        )
+    return problems
+
+
+def _obstacle(phase: Phase) -> str:
+    """Why a phase can't be made longer: the steps that are made would have been others."""
+    schedule = phase.schedule
+    if phase.grid or phase.stop:
+        return f"{'a grid' if phase.grid else 'an early stop'} has ended it; add a phase instead"
+    if not schedule.carry_on and schedule.name != "constant" and not schedule.horizon:
+        return f"its {schedule.name} schedule falls to the phase's end; add a phase instead"
+    if schedule.warmup.unit == "share" and schedule.warmup.amount:
+        return "its warm-up is a share of the phase; add a phase instead"
+    return ""
+
+
+def rounding(before: Recipe, now: Recipe) -> list[str]:
+    """Warnings: changes that are free, and make the sums of a step round otherwise."""
+    return [
+        f"phases[{old.name}].batch.micro: {old.batch.micro} → {new.batch.micro}, so not bit-identical from here"
+        for old, new in zip(before.phases, now.phases, strict=False)
+        if old.batch.micro != new.batch.micro
+    ]
