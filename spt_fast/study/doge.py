@@ -162,6 +162,7 @@ def reweight(
     found = checkpoint.newest(out / "checkpoints") if resume else None
     if found:
         plan.check_same_data(found.state["data"], found.path)
+    plan.check_files(None, verify=False)
     out.mkdir(parents=True, exist_ok=True)
     write_text(begun, json.dumps({"recipe": recipe.plain(), "target": target}, indent=1))
     with StopRequest() as stop, closing(Display(progress)) as display:

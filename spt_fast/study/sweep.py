@@ -37,6 +37,7 @@ from spt_fast.train.dry_run import dry_run
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.plan import KINDS, Plan, make_plan, open_source
 from spt_fast.train.price import Machine, Speed, phase_time, speed_of
+from spt_fast.train.weights import digest_of
 
 READY = Path(__file__).with_name("ready")
 """Studies to start from: <name>.yaml, without the data."""
@@ -146,7 +147,12 @@ def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
                 f"study: {folder} was trained with another recipe; undo this, or give the study another folder:\n"
                 f"  {listed}"
             )
-        recorded = (summary_of(folder) or {}).get("data", {})
+        recorded, init = (summary_of(folder) or {}).get("data", {}), Path(run.recipe.init or "")
+        if "init" in recorded and init.name and init.exists() and digest_of(init) != recorded["init"]:
+            raise RecipeError(
+                f"study: {init} holds other weights than {folder} was trained from; put the old ones back, or delete "
+                f"{folder} to train it again"
+            )
         for name, source in run.recipe.sources.items():
             for kind in KINDS:
                 known = recorded.get(field := f"sources.{name}.{kind}")

@@ -109,11 +109,11 @@ def _reading_of(run: Path) -> _Reading:
     which an earlier version recorded too little."""
     recipe, summary = recipe_of(run), summary_of(run)
     if summary and summary["status"] == "done":
-        texts = _texts(recipe, summary["data"], summary.get("directory"), run)
+        texts = _texts(recipe, summary.get("data", {}), summary.get("directory"), run)
         windows = dict.fromkeys(recipe.sources, 0)
         for phase in summary["phases"].values():
             windows |= {source: end for source, (_, end) in phase["windows"].items()}
-        context, tokens = summary.get("context") or read_config(run).context, summary["train_tokens"]
+        context, tokens = summary.get("context") or read_config(run).context, summary.get("train_tokens", {})
     elif found := checkpoint.newest(run / "checkpoints"):
         saved = SavedState.read(found.state, found.path)
         texts, state = _texts(recipe, saved.data, saved.directory, found.path), saved.train
@@ -144,7 +144,7 @@ def _texts(recipe: Recipe, recorded: Mapping[str, str], directory: str | None, w
             for start in dict.fromkeys((directory or "", "")):
                 with suppress(DataError):
                     there.append(open_source(source, kind, start))
-            same = [data for data in there if data.digest == recorded.get(field)]
+            same = [data for data in there if data.digest == recorded.get(field, data.digest)]
             if there and not same:
                 raise not_the_same(field, where)
             if same and kind == "train":

@@ -7,9 +7,10 @@ the run's recipe say it, of weights that an earlier version wrote the run's summ
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from spt_fast.errors import CheckpointError
 from spt_fast.model import hf
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import recipe_of, summary_of
@@ -54,7 +55,11 @@ def origin_of(path: Path) -> Origin:
         return Origin(state.data.get("tokenizer"), documents, state.compute.dtype)
     metadata = hf.read_metadata(path)
     if _KEY in metadata:
-        return Origin(**json.loads(metadata[_KEY]))
+        try:
+            known = json.loads(metadata[_KEY])
+            return Origin(**{field.name: known.get(field.name) for field in fields(Origin)})
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: its metadata is damaged ({error}); copy it again") from None
     summary = summary_of(run) if run else None
     if run is None or summary is None:
         return Origin()

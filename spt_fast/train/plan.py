@@ -23,6 +23,7 @@ from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.fields import naming
 from spt_fast.kernels import fp8
 from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.train.origin import origin_of
 from spt_fast.train.state import KnownText
 from spt_fast.train.weights import digest_of, load_model, read_config
 from spt_fast.train.world import World, pick_device
@@ -274,7 +275,7 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
                 heldout[name] = open_source(source, "heldout")
     datasets = [(f"sources.{name}.train", data) for name, data in train.items()]
     datasets += [(f"sources.{name}.heldout", data) for name, data in heldout.items()]
-    _check_tokenizers(datasets, tokenizer)
+    _check_tokenizers(datasets, tokenizer, recipe.init)
     model = _model_config(recipe, tokenizer, [data for _, data in datasets])
     check_schedules(recipe, model.context)
     for where, data in datasets:
@@ -317,7 +318,7 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
     return Plan(recipe, model, tokenizer, init_digest, train, heldout, rings, tuple(phases))
 
 
-def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: Tokenizer | None) -> None:
+def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: Tokenizer | None, init: str | None) -> None:
     expected, by = (tokenizer.digest, "the recipe's tokenizer") if tokenizer else (None, "")
     for where, data in datasets:
         if data.tokenizer_digest is None:
@@ -329,6 +330,12 @@ def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: Token
                 f"{where}: {data.path} was made with another tokenizer ({data.tokenizer_digest[:12]}) than {by} "
                 f"({expected[:12]}); prepare it again with the one that this run uses"
             )
+    known = origin_of(Path(init)).tokenizer if init and expected else None
+    if expected and known and known != expected:
+        raise RecipeError(
+            f"init: the weights at {init} were trained with another tokenizer ({known[:12]}) than {by} "
+            f"({expected[:12]}); prepare the data with theirs, or start from other weights"
+        )
 
 
 def _model_config(recipe: Recipe, tokenizer: Tokenizer | None, datasets: list[TokenDataset]) -> GPTConfig:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import Tensor
 
 from spt_fast.data.heldout import begins
-from spt_fast.data.shards import TokenDataset
+from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
 from spt_fast.errors import DataError
+from spt_fast.model import hf
 from spt_fast.printing import print_table
 from spt_fast.train.evaluate import EvalSet, mean_loss
 from spt_fast.train.folder import summary_of
@@ -58,6 +58,7 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
     weights = locate(weights)
     model, origin = load_model(weights), origin_of(weights)
     data = TokenDataset.open(prefix, dtype)
+    data.verify(SAMPLED_BLOCKS)
     if data.num_tokens < 2:
         raise DataError(f"{prefix}: holds {data.num_tokens} tokens; at least two are needed to score one")
     same = None if None in (origin.tokenizer, data.tokenizer_digest) else origin.tokenizer == data.tokenizer_digest
@@ -73,7 +74,8 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
             "prepare it with the model's own tokenizer"
         )
     device = pick_device()
-    computed_in = getattr(torch, origin.dtype) if origin.dtype else pick_dtype("auto", device)
+    by_name = {name: dtype for dtype, name in hf.DTYPES.items()}
+    computed_in = by_name.get(origin.dtype or "", pick_dtype("auto", device))
     model.to(device=device, dtype=computed_in).requires_grad_(False)
     inside = bool(origin.documents) and data.document_ends is not None
     marks = begins(data, np.array([[0, data.num_tokens]])) if inside else None

@@ -14,6 +14,7 @@ from spt_fast.study.compare import compare
 from spt_fast.study.runs_table import CONTENT, read_table, save_table
 from spt_fast.study.sweep import costs, load_study
 from spt_fast.study.usable import usable
+from spt_fast.train.folder import recipe_of
 from tests import tiny
 from tests.study.fake_runs import fake_run
 from tests.study.synthetic import spt_table
@@ -86,4 +87,14 @@ def test_a_study_whose_text_was_replaced_is_refused(tmp_path: Path, monkeypatch:
     assert [cost.done for cost in costs(study, jobs=1, gpu="H100", mfu=0.5)] == [4, 8]
     tiny.write_dataset(Path("chem.heldout"), 7, 700)
     with pytest.raises(RecipeError, match=r"study: sources\.chem\.heldout holds other text than .* was trained on"):
+        costs(study, jobs=1)
+    tiny.write_corpora(Path())
+    child = next(Path("study/runs").glob("*finetune*"))
+    summary = json.loads((child / "summary.json").read_text())
+    summary["data"]["init"] = "other"
+    (child / "summary.json").write_text(json.dumps(summary))
+    weights = Path(recipe_of(child).init or "")
+    weights.mkdir(parents=True)
+    (weights / "model.safetensors").write_text("retrained")
+    with pytest.raises(RecipeError, match=r"study: .*weights.* holds other weights than .*finetune.* was trained from"):
         costs(study, jobs=1)

@@ -68,6 +68,11 @@ def test_a_run_goes_on_with_the_same_data_at_another_path_and_refuses_other_data
     raw = raw_recipe(tmp_path, "whole") | {"init": str(start / "weights" / "pretrain"), "model": {}}
     run(recipe_from(raw), progress=False)
     assert parent_of(tmp_path / "whole", recipe_of(tmp_path / "whole")) == (start, "pretrain")
+    byte_tokenizer(1).save(tmp_path / "other.tiktoken")
+    unknown = str(tiny.write_dataset(tmp_path / "unknown", 1, 900, vocab=257))
+    other = {source: {"train": unknown, "heldout": unknown} for source in raw["sources"]}
+    with pytest.raises(RecipeError, match=r"init: the weights at .* were trained with another tokenizer"):
+        make_plan(recipe_from(raw | {"tokenizer": str(tmp_path / "other.tiktoken"), "sources": other}))
     raw["run"] = str(tmp_path / "moved")
     stop(raw, monkeypatch)
 
@@ -205,6 +210,11 @@ def test_eval_scores_as_the_run_did(moved: Path, tmp_path: Path) -> None:
     assert scored["reported"] == summary["phases"]["pretrain"]["heldout"]["chem"]
     export(moved, tmp_path / "out")
     assert score(tmp_path / "out", heldout) == scored | {"reported": None}
+    before = heldout.with_suffix(".heldout.bin").read_bytes()
+    in_bytes(heldout.with_suffix(".heldout.bin"), lambda data: data[2:] + data[:2])
+    with pytest.raises(DataError, match="damaged"):
+        score(moved, heldout)
+    heldout.with_suffix(".heldout.bin").write_bytes(before)
     checkpoint = next((moved / "checkpoints").glob("step-*"))
     assert score(checkpoint, heldout)["inside_documents"]
     tiny.write_dataset(tmp_path / "foreign", 3, 300, vocab=257, tokenizer_digest=byte_tokenizer(1).digest)
