@@ -30,6 +30,9 @@ def as_json(result: Any) -> Any:
     return None if isinstance(result, float) and not math.isfinite(result) else result
 
 
+MIN_WIDTH = 40
+
+
 def set_up() -> None:
     """Write what the terminal's encoding lacks as an escape (\\u2192) instead of ending there, and our warnings as one
     line each."""
@@ -51,7 +54,10 @@ def _as_one_line(message: Warning | str, category: type[Warning], *where: Any, *
 
 def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
     """Where people read: names are printed as they are, brackets and colons included."""
-    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+    console = Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+    if console.width < MIN_WIDTH:  # of a terminal that doesn't know its own, such as COLUMNS=0: nothing would be seen
+        console.width = 80
+    return console
 
 
 def print_table(
@@ -60,7 +66,9 @@ def print_table(
     """A row of cells each; what is unknown (None) is n/a."""
     if title:
         console.print(title, style="table.title", soft_wrap=True)
-    table = Table(*columns, show_header=show_header)
+    table = Table(show_header=show_header)
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(_written, row))
     console.print(table)

@@ -33,10 +33,14 @@ ODD = ("chem[small]", "d[/v2]", ":smile:", "[red]x", "a/b", "$x_{", "<b>&amp;", 
 def test_a_table_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     long = "/".join(ODD * 3)
-    print_facts(terminal(), long, dict.fromkeys(ODD, "d[/v2]"))
+    print_facts(terminal(), long, dict.fromkeys(ODD, "d[/v2]") | {"v" * 50: 1})
     shown = capsys.readouterr().out
     assert shown.splitlines()[0] == long  # neither wrapped nor cut
     assert all(name in shown for name in ODD)
+    assert shown.count("v") >= 50 + len(ODD)
+    monkeypatch.setenv("COLUMNS", "0")
+    print_facts(terminal(), "a", {"b": 1})
+    assert "b" in capsys.readouterr().out
 
 
 def test_progress_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ CARRIED = (
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 HEAD, EMBEDDING, FREQUENCIES = "lm_head.weight", "model.embed_tokens.weight", "rotary_emb.inv_freq"
 
 
@@ -156,6 +157,8 @@ def read_config(folder: str | Path) -> GPTConfig:
     one that differs from the embedding. CheckpointError names what a GPT can't represent."""
     folder = Path(folder)
     config = hf_config.read_config(folder)
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(f"{folder / ADAPTER}: a GPT has no place for an adapter; merge it into the weights")
     if not config.tied or not any((folder / file).exists() for file in (WEIGHTS, INDEX)):
         return config
     files = _files_of_tensors(folder)

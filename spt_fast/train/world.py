@@ -120,7 +120,7 @@ def join_world(*, process_group: bool) -> World:
     `process_group`: set up torch.distributed even for a process alone, as DeepSpeed needs it.
     RecipeError where there are more processes on this host than GPUs, or the launcher's variables are set by half.
     """
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "RANK" not in os.environ:
+    if _whole("SLURM_STEP_NUM_TASKS", 1) > 1 and "RANK" not in os.environ:
         raise RecipeError(
             "launch: srun started several processes that would not know of each other; start one a host, torchrun, "
             "which starts the rest (docs/distributed.md)"
@@ -136,7 +136,7 @@ def join_world(*, process_group: bool) -> World:
     device = pick_device()
     if (size > 1 or process_group) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if size == 1 and "MASTER_ADDR" not in os.environ:
+        if size == 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             store, _, _ = next(dist.rendezvous("env://", rank, size))
@@ -147,17 +147,12 @@ def join_world(*, process_group: bool) -> World:
 
 def _launched() -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK."""
-    values = []
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-        given = os.environ.get(name) or str(default)
-        if not re.fullmatch("[0-9]{1,9}", given):
-            raise RecipeError(invalid(name, given, f"a whole number, as torchrun sets it; unset {name} to train alone"))
-        values.append(int(given))
-    rank, size, local_rank = values
+    rank, size, local_rank = _whole("RANK", 0), _whole("WORLD_SIZE", 1), _whole("LOCAL_RANK", 0)
+    _whole("MASTER_PORT", 0)
     together = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in together if not os.environ.get(name)]
-    if missing and (rank, size) != (0, 1):
-        given = " and ".join(name for name in together[:2] if name not in missing)
+    if missing and (rank, size, local_rank) != (0, 1, 0):
+        given = " and ".join(name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if os.environ.get(name))
         raise RecipeError(
             f"launch: {', '.join(missing)} missing beside {given}; start with torchrun, which sets all of them, or "
             f"unset {given} to train alone"
@@ -165,6 +160,14 @@ def _launched() -> tuple[int, int, int]:
     if rank >= size:
         raise RecipeError(invalid("RANK", rank, f"below WORLD_SIZE ({size}), as torchrun sets it"))
     return rank, size, local_rank
+
+
+def _whole(name: str, default: int) -> int:
+    """A variable of the environment."""
+    given = os.environ.get(name) or str(default)
+    if not re.fullmatch("[0-9]{1,9}", given):
+        raise RecipeError(invalid(name, given, f"a whole number, as launchers set it; unset {name} to train alone"))
+    return int(given)
 
 
 def _attempt() -> str:

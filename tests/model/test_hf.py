@@ -471,6 +471,12 @@ def test_incomplete_and_wrong_configs_name_the_field(folder: Path) -> None:
         GPT.from_hf(folder)
 
 
+def test_an_adapter_beside_the_weights_is_not_left_out_in_silence(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: a GPT has no place for an adapter; merge it"):
+        GPT.from_hf(folder)
+
+
 def test_a_mark_of_byte_order_is_no_damage(folder: Path) -> None:
     (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
     assert GPT.from_hf(folder).config.width == 32

@@ -19,6 +19,9 @@ from spt_fast.train.world import join_world
             r"RANK: 2 is invalid: below .*\(2\)",
         ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE: 'two' is invalid: a whole number"),
+        ({"LOCAL_RANK": "1"}, "launch: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing beside LOCAL_RANK"),
+        ({"MASTER_ADDR": "x", "MASTER_PORT": "http"}, "MASTER_PORT: 'http' is invalid: a whole number"),
+        ({"SLURM_STEP_NUM_TASKS": "2(x3)"}, r"SLURM_STEP_NUM_TASKS: '2\(x3\)' is invalid: a whole number"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: '-1' is invalid: a whole number"),
     ],
 )
