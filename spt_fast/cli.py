@@ -119,7 +119,7 @@ def prepare(
     out_prefix: Annotated[Path, PathOption("--out", metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
     tokenizer: Annotated[Path, PathOption(help="A .tiktoken file, or a tiktoken encoding by name.")],
     text_key: Annotated[str, Option(help="Key or column of the text.")] = "text",
-    heldout: Annotated[str | None, Option(metavar="SHARE", help="Of documents; they go into PREFIX.heldout.")] = None,
+    heldout: Annotated[str | None, Option(metavar="SHARE", help="Of the text, in bytes; for PREFIX.heldout.")] = None,
     skip_bad: Annotated[bool, Option(help="Count broken lines instead of stopping at the first.")] = False,
     workers: Annotated[int | None, Option(help="Processes; all cores by default.")] = None,
     as_json: Json = False,

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spt_fast.data.shards import DatasetWriter, base_prefix, commit, part_of
+from spt_fast.data.split import Split
 from spt_fast.data.text import Chunk, Inputs, TextReader
 from spt_fast.data.tokenizer import Tokenizer
-from spt_fast.data.workers import EncoderPool, Settings, TextBatch
+from spt_fast.data.workers import Encoded, EncoderPool, Settings, TextBatch
 from spt_fast.errors import DataError, SptWarning, invalid
 
 BATCH_BYTES = 1 << 20
@@ -66,8 +67,9 @@ def prepare(
     """Encode the documents of `inputs` (see spt_fast.data.text) into the dataset OUT.bin, OUT.idx and OUT.json.
 
     tokenizer   a Tokenizer, a tokenizer file, or a tiktoken encoding by name
-    heldout     share of the documents, in expectation, that goes to OUT.heldout instead: those whose text has a low
-                hash, white space aside, so that copies of a document stay on one side
+    heldout     share of the text that goes to OUT.heldout instead, in bytes, within one document and its copies: those
+                documents whose text has the lowest hash, white space aside. The folder of OUT needs room for all
+                tokens twice then.
     skip_bad    leave out broken documents and empty files, and count them, instead of raising
     workers     processes; by default one for each core that this process may use
     progress    show a bar on standard error
@@ -85,7 +87,7 @@ def prepare(
         )
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
     reader = TextReader(inputs, text_key, skip_bad=skip_bad)
-    settings = Settings(text_key, skip_bad, (heldout.numerator, heldout.denominator) if heldout is not None else None)
+    settings = Settings(text_key, skip_bad, hashed=heldout is not None)
     skipped: Counter[str] = Counter()
     with ExitStack() as stack:
         parts = ["whole"] if heldout is None else ["train", "heldout"]
@@ -93,11 +95,17 @@ def prepare(
         obsolete = _older_split(writers[0].prefix) if heldout is None else None
         bar = stack.enter_context(_Progress(Path(out).name, reader.total_bytes, disable=not progress))
         pool = stack.enter_context(EncoderPool(tokenizer, settings, workers))
+        whole = None if heldout is None else stack.enter_context(Split(writers[0].prefix.parent, writers[0].dtype))
         for batch, encoded in pool.encode(_batches(reader)):
-            for writer, side in zip(writers, (encoded.train, encoded.heldout), strict=False):
-                writer.write(side.tokens, side.document_lengths, side.num_bytes)
+            with writers[0].clean_failure():
+                _write(writers[0], encoded) if whole is None else whole.add(encoded)
             skipped += encoded.skipped
-            bar.show(batch.read_bytes, encoded.train.num_bytes + encoded.heldout.num_bytes)
+            bar.show(batch.read_bytes, encoded.num_bytes)
+        if whole is not None and heldout is not None:
+            with writers[0].clean_failure():
+                for sides in whole.parts(heldout):
+                    for writer, side in zip(writers, sides, strict=True):
+                        _write(writer, side)
         skipped += reader.skipped
         _refuse_empty(writers, heldout, skipped)
         commit(*writers, obsolete=obsolete)
@@ -124,6 +132,10 @@ def _writer(stack: ExitStack, out: str | os.PathLike[str], tokenizer: Tokenizer,
     )
     stack.callback(writer.abort)
     return writer
+
+
+def _write(writer: DatasetWriter, encoded: Encoded) -> None:
+    writer.write(encoded.tokens, encoded.document_lengths, encoded.num_bytes)
 
 
 def heldout_prefix(out: str | os.PathLike[str]) -> Path:
@@ -198,9 +210,8 @@ def _refuse_empty(writers: list[DatasetWriter], share: Fraction | None, skipped:
     for writer in writers:
         if writer.num_documents == 0:
             raise DataError(
-                f"{writer.prefix} would be empty: of {documents:,} documents none falls on this side of a "
-                f"held-out share of {share}; give another share, or more documents (a .txt file is one document, a "
-                ".jsonl file has one a line)"
+                f"{writer.prefix} would be empty: {documents:,} documents of one text can't be divided with {share} "
+                "held out; give more documents (a .txt file is one document, a .jsonl file has one a line)"
             )
 
 

@@ -195,7 +195,8 @@ class DatasetWriter:
     next writer removes them. Ids are uint16 where `vocab_size` <= 65,536, else uint32. A failing disk is a DataError
     too, and leaves nothing behind.
 
-    part: what the dataset is of the text that it was made from, "whole", "train" or "heldout".
+    part   what the dataset is of the text that it was made from, "whole", "train" or "heldout"
+    dtype  of the ids on disk
     """
 
     def __init__(
@@ -208,7 +209,7 @@ class DatasetWriter:
         part: str = "whole",
     ) -> None:
         self.prefix = base_prefix(Path(prefix))
-        self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._vocab_size, self._eos_id, self._tokenizer_digest = vocab_size, eos_id, tokenizer_digest
         self._part = part
         self.num_tokens = self.num_documents = self.num_bytes = 0
@@ -220,13 +221,13 @@ class DatasetWriter:
         self._files: list[BinaryIO] = []
         self._is_replacing = False
         self._lock = contextlib.ExitStack()
-        with self._clean_failure():
+        with self.clean_failure():
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             lock = self.prefix.parent / f".{self.prefix.name}.lock"
             self._lock.enter_context(locked(lock, f"out: {self.prefix}", argument=True))
         try:
             _refuse_foreign(self.prefix)
-            with self._clean_failure():
+            with self.clean_failure():
                 _remove_leftovers(self.prefix)
                 for path in self._partial[:2]:
                     self._files.append(path.open("xb"))
@@ -251,10 +252,10 @@ class DatasetWriter:
                     f"{self._vocab_size:,}; the tokenizer isn't the one that the vocabulary size is of"
                 )
             self._max_id = max(largest, self._max_id or 0)
-        data, end_bytes = tokens.astype(self._dtype).tobytes(), ends.tobytes()
+        data, end_bytes = tokens.astype(self.dtype).tobytes(), ends.tobytes()
         self._idx_hash.update(end_bytes)
         self._hash_blocks(data)
-        with self._clean_failure():
+        with self.clean_failure():
             self._files[0].write(data)
             self._files[1].write(end_bytes)
         self.num_tokens += len(tokens)
@@ -273,7 +274,7 @@ class DatasetWriter:
             "format": FORMAT,
             "version": VERSION,
             "part": self._part,
-            "dtype": self._dtype.name,
+            "dtype": self.dtype.name,
             "vocab_size": self._vocab_size,
             "tokenizer_digest": self._tokenizer_digest,
             "eos_id": self._eos_id,
@@ -286,7 +287,7 @@ class DatasetWriter:
             "idx_sha256": self._idx_hash.hexdigest(),
         }
         metadata["sha256"] = _sha256_of(metadata)
-        with self._clean_failure():
+        with self.clean_failure():
             self._files.append(self._partial[2].open("xb"))
             self._files[2].write(json.dumps(metadata, indent=1).encode())
             for file in self._files:
@@ -316,7 +317,8 @@ class DatasetWriter:
             self.abort()
 
     @contextlib.contextmanager
-    def _clean_failure(self) -> Iterator[None]:
+    def clean_failure(self) -> Iterator[None]:
+        """Within it, a failing disk is a DataError, and nothing is left of what was written."""
         try:
             yield
         except OSError as error:
@@ -348,7 +350,7 @@ def commit(*writers: DatasetWriter, obsolete: Path | None = None) -> list[dict[s
     """
     try:
         metadata = [writer._seal() for writer in writers]
-        with writers[0]._clean_failure():
+        with writers[0].clean_failure():
             for writer in writers:
                 writer._is_replacing = True
                 files_of(writer.prefix)[2].unlink(missing_ok=True)

@@ -40,11 +40,11 @@ _HASH_PERSON = b"spt held-out"
 
 @dataclass(frozen=True)
 class Settings:
-    """heldout: share of documents to hold out, as (numerator, denominator)."""
+    """hashed: whether each document's text is hashed, to tell the held-out ones."""
 
     text_key: str
     skip_bad: bool
-    heldout: tuple[int, int] | None
+    hashed: bool
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,29 @@ class TextBatch:
 
 
 @dataclass(frozen=True)
-class Side:
-    """Encoded documents of one side of the held-out split.
+class Encoded:
+    """Encoded documents.
 
     tokens            uint16 or uint32 [tokens], each document's end-of-text id included
     document_lengths  int64 [documents], in tokens
-    num_bytes         UTF-8 bytes of the text
+    document_bytes    int64 [documents], UTF-8 bytes of the text
+    hashes            uint64 [documents], of the text without its white space (ASCII); empty where none was asked for
+    skipped           documents left out, by kind
     """
 
     tokens: np.ndarray
     document_lengths: np.ndarray
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class Encoded:
-    train: Side
-    heldout: Side
+    document_bytes: np.ndarray
+    hashes: np.ndarray
     skipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.document_bytes.sum())
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.tokens, self.document_lengths, self.document_bytes, self.hashes
 
 
 class EncoderPool:
@@ -171,38 +176,36 @@ class EncoderPool:
 
 
 def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, settings: Settings) -> Encoded:
-    """What a worker does: parse, encode, add the end-of-text id, and tell the held-out documents from the others."""
-    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    lengths: tuple[list[int], list[int]] = ([], [])
-    num_bytes = [0, 0]
+    """What a worker does: parse, encode, and add the end-of-text id."""
+    tokens: list[np.ndarray] = []
+    lengths: list[int] = []
+    sizes: list[int] = []
+    hashes: list[int] = []
     skipped: Counter[str] = Counter()
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     eos = np.array([tokenizer.eos_id], dtype)
     for chunk in chunks:
         # All are parsed before any is encoded: taking turns costs 2% of the time, in cache misses.
         for text, utf8 in list(parse(chunk, settings.text_key, skip_bad=settings.skip_bad, skipped=skipped)):
-            side = int(is_held_out(utf8, settings.heldout))
             ids = tokenizer.encode_array(text)
-            sides[side].extend((ids, eos))
-            lengths[side].append(len(ids) + 1)
-            num_bytes[side] += len(utf8)
-    train, heldout = (
-        Side(np.concatenate([*ids, eos[:0]], dtype=dtype, casting="unsafe"), np.array(each, np.int64), size)
-        for ids, each, size in zip(sides, lengths, num_bytes, strict=True)
+            tokens.extend((ids, eos))
+            lengths.append(len(ids) + 1)
+            sizes.append(len(utf8))
+            if settings.hashed:
+                hashes.append(hash_of(utf8))
+    return Encoded(
+        np.concatenate([*tokens, eos[:0]], dtype=dtype, casting="unsafe"),
+        np.array(lengths, np.int64),
+        np.array(sizes, np.int64),
+        np.array(hashes, np.uint64),
+        skipped,
     )
-    return Encoded(train, heldout, skipped)
 
 
-def is_held_out(utf8: bytes, share: tuple[int, int] | None) -> bool:
-    """Whether a document is held out: by a hash of its text, in which white space (ASCII) doesn't count.
-
-    Copies of a document, also those wrapped or indented otherwise, are therefore on the same side, in every file and
-    every run. Of distinct documents the expected share is held out.
-    """
-    if share is None:
-        return False
+def hash_of(utf8: bytes) -> int:
+    """64 bits of a document's text, in which white space (ASCII) doesn't count."""
     digest = hashlib.blake2b(utf8.translate(None, _WHITE_SPACE), digest_size=8, person=_HASH_PERSON).digest()
-    return int.from_bytes(digest, "little") * share[1] < share[0] << 64
+    return int.from_bytes(digest, "little")
 
 
 def _start_worker() -> subprocess.Popen[bytes]:
@@ -227,8 +230,8 @@ def _exchange(process: subprocess.Popen[bytes], batch: TextBatch) -> Encoded:
     if "error" in head:
         raise DataError(head["error"])
     arrays = [np.frombuffer(buffer, dtype) for buffer, dtype in zip(buffers, head["dtypes"], strict=True)]
-    train, heldout = (Side(arrays[2 * i], arrays[2 * i + 1], size) for i, size in enumerate(head["num_bytes"]))
-    return Encoded(train, heldout, Counter(head["skipped"]))
+    tokens, lengths, sizes, hashes = arrays
+    return Encoded(tokens, lengths, sizes, hashes, Counter(head["skipped"]))
 
 
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
@@ -244,14 +247,8 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
         except DataError as error:
             _send(replies, {"error": str(error)}, [])
             continue
-        sides = (encoded.train, encoded.heldout)
-        arrays = [array for side in sides for array in (side.tokens, side.document_lengths)]
-        head = {
-            "dtypes": [array.dtype.name for array in arrays],
-            "num_bytes": [side.num_bytes for side in sides],
-            "skipped": encoded.skipped,
-        }
-        _send(replies, head, [array.data for array in arrays])
+        head = {"dtypes": [array.dtype.name for array in encoded.arrays], "skipped": encoded.skipped}
+        _send(replies, head, [array.data for array in encoded.arrays])
 
 
 def _send(pipe: Any, head: dict[str, Any], buffers: list[Any]) -> None:

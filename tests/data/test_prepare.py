@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from spt_fast.data import prepare as module
-from spt_fast.data import workers
+from spt_fast.data import split, workers
 from spt_fast.data.prepare import prepare
 from spt_fast.data.shards import TokenDataset, _sha256_of
 from spt_fast.data.text import Chunk, iter_documents
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
-from spt_fast.data.workers import AHEAD_BYTES, EncoderPool, Settings, TextBatch, is_held_out
+from spt_fast.data.workers import AHEAD_BYTES, EncoderPool, Settings, TextBatch
 from spt_fast.errors import DataError, SptWarning
 
 
@@ -130,8 +130,8 @@ def test_held_out_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
         return "".join(tokenizer.decode(ids[:-1]).split())
 
     assert not {bare(ids) for ids in train} & {bare(ids) for ids in held_out}
-    distinct = len({bare(ids) for ids in held_out})
-    assert abs(distinct - 4000 / 8) < 4 * (4000 * 7 / 64) ** 0.5
+    total, longest = summary.bytes + summary.heldout.bytes, max(map(len, texts)) * 4
+    assert abs(summary.heldout.bytes - share * total) <= longest * 3  # a document and its copies
     assert summary.heldout.documents == len(held_out)
     assert summary.heldout.tokens == sum(map(len, held_out))
     assert summary.tokens == sum(map(len, train))
@@ -140,14 +140,28 @@ def test_held_out_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert sum(both) == sum(len(text.encode()) for text in texts + copies)
 
 
-def test_a_larger_share_holds_out_more_of_the_same() -> None:
-    texts = [text.encode() for text in documents(2000)]
-    shares = [(1, 100), (1, 10), (1, 3), (99, 100)]
-    chosen = [{text for text in texts if is_held_out(text, share)} for share in shares]
-    assert chosen[0] < chosen[1] < chosen[2] < chosen[3]
-    for (numerator, denominator), each in zip(shares, chosen, strict=True):
-        share = numerator / denominator
-        assert abs(len(each) - 2000 * share) < 4 * (2000 * share * (1 - share)) ** 0.5
+def test_a_share_is_of_the_bytes_within_one_document_and_a_larger_one_holds_out_more_of_the_same(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where documents are few, and some of them hold most of the text; and read in many small pieces."""
+    monkeypatch.setattr(split, "DOCUMENTS_AT_A_TIME", 7)
+    monkeypatch.setattr(split, "TOKENS_AT_A_TIME", 300)
+    rng = random.Random(5)
+    for count, most in ((3, 30), (60, 50), (400, 3000)):
+        texts = [f"{i} " + "x" * rng.choice([1, 5, most]) for i in range(count)]
+        total, longest = sum(map(len, texts)), max(map(len, texts))
+        write_jsonl(tmp_path / "a.jsonl", texts)
+        smaller: set[tuple[int, ...]] = set()
+        for share in (Fraction(1, 10**6), Fraction(1, 100), Fraction(1, 20), Fraction(1, 3), Fraction(99, 100)):
+            summary = prepare(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, heldout=share, progress=False)
+            assert summary.heldout is not None
+            assert summary.documents + summary.heldout.documents == count
+            assert summary.bytes + summary.heldout.bytes == total
+            assert min(summary.documents, summary.heldout.documents) >= 1
+            assert abs(summary.heldout.bytes - share * total) <= longest
+            held_out = {tuple(ids) for ids in read(tmp_path / "d.heldout")}
+            assert smaller <= held_out
+            smaller = held_out
 
 
 def test_ids_beyond_65535_get_uint32(tmp_path: Path) -> None:
@@ -198,10 +212,9 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
     few = write_jsonl(tmp_path / "few.jsonl", documents(5))
     blank = write_jsonl(tmp_path / "blank.jsonl", ["", ""])
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
-    tiny, most = Fraction(1, 10**6), Fraction(10**6 - 1, 10**6)
+    one_text = write_jsonl(tmp_path / "one_text.jsonl", ["a b", "a  b"])
     for inputs, options, message in (
-        (few, {"heldout": tiny}, r"d.heldout would be empty: of 5 documents none .* share of 1/1000000; give another"),
-        (few, {"heldout": most}, r"d would be empty: of 5 documents none"),
+        (one_text, {"heldout": Fraction(1, 9)}, r"d would be empty: 2 documents of one text can't be divided with 1/9"),
         (few, {"heldout": Fraction(1)}, "heldout: '1' is invalid: write a share above 0 and below 1"),
         (few, {"workers": 0}, "workers: 0 is invalid: at least 1"),
         (few, {"text_key": "body"}, r"few.jsonl:1: no text under 'body' .*text_key="),
@@ -213,7 +226,7 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
             prepare(inputs, tmp_path / "d", tokenizer, progress=False, **options)
     with pytest.raises(DataError, match="give a file of ranks or a tiktoken encoding"):
         prepare(few, tmp_path / "d", "nothing", progress=False)
-    assert names(tmp_path) == ["blank.jsonl", "empty.jsonl", "few.jsonl"]
+    assert names(tmp_path) == ["blank.jsonl", "empty.jsonl", "few.jsonl", "one_text.jsonl"]
 
 
 def test_a_failing_run_leaves_the_old_dataset(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -316,7 +329,7 @@ def test_reading_ahead_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.Monk
             taken_bytes += len(data)
             yield TextBatch([Chunk("a.txt", "line", 1, data, [len(data)])], 0)
 
-    with EncoderPool(tokenizer, Settings("text", False, None), 2) as pool:
+    with EncoderPool(tokenizer, Settings("text", skip_bad=False, hashed=False), 2) as pool:
         encoded = pool.encode(batches())
         for taken in range(1, 4):
             next(encoded)
@@ -333,7 +346,7 @@ def test_leaving_early_ends_workers_and_threads(tokenizer: Tokenizer) -> None:
     data = b"a few words. " * 50_000
     batch = TextBatch([Chunk("a.txt", "line", 1, data, [len(data)])], 0)
     before = threading.active_count()
-    with EncoderPool(tokenizer, Settings("text", False, None), 2) as pool:
+    with EncoderPool(tokenizer, Settings("text", skip_bad=False, hashed=False), 2) as pool:
         for _ in pool.encode(batch for _ in range(10**9)):
             break
     assert all(process.returncode is not None for process in pool._processes)
