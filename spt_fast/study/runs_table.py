@@ -183,6 +183,9 @@ def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str |
             )
         (domain,) = guessed
     others = sorted(sources - {domain})
+    for field, given in (("domain_source", domain), ("general_source", general)):
+        if given is not None and given not in sources:
+            raise DataError(invalid(field, given, f"name a source; {nearest(given, sources)}"), argument=True)
     if general is None:
         if len(others) != 1:
             raise DataError(f"general_source: missing; name one of {', '.join(others)}", argument=True)

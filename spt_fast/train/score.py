@@ -118,13 +118,14 @@ def _reported(weights: Path, digest: str) -> float | None:
 
 
 def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) -> None:
-    """A row by dataset, then how it was scored."""
-    shown = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "documents")
+    """A row by dataset, then what it was scored on and how."""
+    shown = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
     rows = [[prefix, *map(s.get, shown)] for prefix, s in scored.items()]
     print_table(console, str(weights), ["dataset", *(name.replace("_", " ") for name in shown)], rows)
     for prefix, s in scored.items():
+        documents = "documents not recorded" if s["documents"] is None else f"{s['documents']:,} documents"
         where = "inside documents" if s["inside_documents"] else "across documents"
         unknown = "" if s["same_tokenizer"] else "; whether its ids are of the weights' tokenizer is not recorded"
-        console.print(f"{prefix}: in {s['dtype']}, attention {where}{unknown}", soft_wrap=True)
+        console.print(f"{prefix}: {documents}, in {s['dtype']}, attention {where}{unknown}", soft_wrap=True)
         if s["reported"] is not None:
             console.print(f"{prefix}: the run reported {s['reported']:.4g} on the report half of it", soft_wrap=True)

@@ -79,6 +79,13 @@ def test_a_study_has_its_own_sources(tmp_path: Path) -> None:
         assert f"not of one {column.replace('_', ' training ')}" in usable(table).notes[-1]
 
 
+def test_a_source_that_no_run_has_is_named(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", NPT)
+    for field in ("domain_source", "general_source"):
+        with pytest.raises(DataError, match=f"{field}: 'cod' is invalid: name a source; did you mean 'code'"):
+            read_table([run], **{field: "cod"})
+
+
 def test_a_study_whose_text_was_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(Path(__file__).parents[1] / "fixtures" / "study", tmp_path / "study")
     monkeypatch.chdir(tmp_path)
