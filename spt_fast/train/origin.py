@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from spt_fast.data.tokenizer import FILE
 from spt_fast.errors import CheckpointError
 from spt_fast.model import hf
 from spt_fast.train import checkpoint
@@ -43,6 +44,12 @@ def run_of(path: Path) -> Path | None:
     inside = path.resolve().parent
     belongs = inside.name in ("weights", "checkpoints") and (inside.parent / "recipe.yaml").exists()
     return inside.parent if belongs else None
+
+
+def tokenizer_file(weights: Path) -> Path | None:
+    """The file of ranks that lies beside weights, or in their run."""
+    files = [folder / FILE for folder in (weights, run_of(weights)) if folder]
+    return next((file for file in files if file.exists()), None)
 
 
 def origin_of(path: Path) -> Origin:

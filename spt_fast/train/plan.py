@@ -23,9 +23,9 @@ from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.fields import naming
 from spt_fast.kernels import fp8
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.train.origin import origin_of
+from spt_fast.train.origin import origin_of, tokenizer_file
 from spt_fast.train.state import KnownText
-from spt_fast.train.weights import digest_of, load_model, read_config
+from spt_fast.train.weights import digest_of, load_model, locate, read_config
 from spt_fast.train.world import World, pick_device
 
 VOCABULARY_MULTIPLE = 64
@@ -276,6 +276,9 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
     datasets = [(f"sources.{name}.train", data) for name, data in train.items()]
     datasets += [(f"sources.{name}.heldout", data) for name, data in heldout.items()]
     _check_tokenizers(datasets, tokenizer, recipe.init)
+    if recipe.init and tokenizer is None and (file := tokenizer_file(locate(Path(recipe.init)))):
+        theirs = Tokenizer.load(file)
+        tokenizer = theirs if theirs.digest in {data.tokenizer_digest for data in train.values()} else None
     model = _model_config(recipe, tokenizer, [data for _, data in datasets])
     check_schedules(recipe, model.context)
     for where, data in datasets:

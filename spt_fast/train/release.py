@@ -6,11 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from spt_fast.data.tokenizer import FILE, Tokenizer
+from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import CheckpointError, DataError, SptWarning, cut, invalid
 from spt_fast.model import hf, hf_config
 from spt_fast.train.folder import recipe_of
-from spt_fast.train.origin import origin_of, run_of
+from spt_fast.train.origin import origin_of, run_of, tokenizer_file
 from spt_fast.train.weights import load_model, locate, read_config
 
 HF_FILE = "tokenizer.json"
@@ -48,10 +48,9 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> Tokenizer | Hugg
     weights = locate(path)
     run, known = run_of(weights), origin_of(weights).tokenizer
     found: Tokenizer | HuggingFaceTokenizer
-    own = [folder / FILE for folder in (weights, run) if folder and (folder / FILE).exists()]
-    if name or own:
-        source = str(name or own[0])
-        found = Tokenizer.load(source)
+    if own := name or tokenizer_file(weights):
+        source = str(own)
+        found = Tokenizer.load(own)
     elif run and (recorded := recipe_of(run).tokenizer):
         source = recorded
         found = Tokenizer.load(source)

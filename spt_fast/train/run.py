@@ -28,6 +28,7 @@ from spt_fast.train.resume import refused, rounding
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
 from spt_fast.train.watch import Watch
+from spt_fast.train.weights import locate
 from spt_fast.train.world import use_deterministic_algorithms
 
 
@@ -117,12 +118,12 @@ def _plan(folder: Path, recipe: Recipe, state: SavedState | None, world: int) ->
 
 
 def _own_tokenizer(folder: Path, recipe: Recipe) -> Tokenizer | None:
-    """The one in the run's folder; None where an earlier version, or a recipe without one, left none there."""
-    if recipe.tokenizer is None or not (folder / FILE).exists():
+    """The one in the run's folder; None where an earlier version, or a run that knew none, left none there."""
+    if not (folder / FILE).exists():
         return None
     own = Tokenizer.load(folder / FILE)
     with suppress(DataError):  # the recipe's may have gone
-        if Tokenizer.load(recipe.tokenizer).digest != own.digest:
+        if recipe.tokenizer and Tokenizer.load(recipe.tokenizer).digest != own.digest:
             raise RecipeError(
                 f"tokenizer: {recipe.tokenizer} is another than {folder / FILE}, which the run began with; put "
                 "the old one back, or start a run of another name"
@@ -132,6 +133,8 @@ def _own_tokenizer(folder: Path, recipe: Recipe) -> Tokenizer | None:
 
 def _begin_folder(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    if recipe.init and (Path(recipe.init) / "recipe.yaml").exists():  # a run, which may go on: of it these weights
+        recipe = replace(recipe, init=str(locate(Path(recipe.init))))
     (folder / "summary.json").unlink(missing_ok=True)  # of an earlier life, whose ending is not this one's
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
     if tokenizer:

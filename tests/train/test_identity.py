@@ -66,8 +66,11 @@ def test_a_run_goes_on_with_the_same_data_at_another_path_and_refuses_other_data
     start = tmp_path / "start"
     run(recipe_from(raw_recipe(tmp_path) | {"run": str(start)}), progress=False)
     raw = raw_recipe(tmp_path, "whole") | {"init": str(start / "weights" / "pretrain"), "model": {}}
-    run(recipe_from(raw), progress=False)
+    run(recipe_from(raw | {"init": str(start)}), progress=False)
     assert parent_of(tmp_path / "whole", recipe_of(tmp_path / "whole")) == (start, "pretrain")
+    carried = make_plan(recipe_from(raw | {"tokenizer": None})).tokenizer
+    assert carried is not None, "that of the weights"
+    assert carried.digest == byte_tokenizer().digest
     byte_tokenizer(1).save(tmp_path / "other.tiktoken")
     unknown = str(tiny.write_dataset(tmp_path / "unknown", 1, 900, vocab=257))
     other = {source: {"train": unknown, "heldout": unknown} for source in raw["sources"]}
