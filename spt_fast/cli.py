@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +40,7 @@ from spt_fast.flags import (
     stopped,
 )
 from spt_fast.printing import as_json, print_facts, print_table, set_up, terminal
+from spt_fast.train.signals import StopRequest, interrupt_by_signals
 
 app = typer.Typer(
     cls=Commands,
@@ -61,7 +62,7 @@ def main() -> None:
 
     SIGTERM interrupts as Ctrl-C does, so that what is half-written is removed; training takes both over and saves.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_by_signals()
     set_up()
     rank = os.environ.get("RANK")
     me = "spt-fast" if rank is None or os.environ.get("WORLD_SIZE", "1") == "1" else f"spt-fast, process {rank}"
@@ -198,17 +199,18 @@ def train(
     dry_run: Annotated[bool, Option(help="Check everything and try a step of every phase, in memory only.")] = False,
 ) -> None:
     """Train all phases of a recipe."""
-    from spt_fast.config import load_recipe
-    from spt_fast.train import dry_run as trying
-    from spt_fast.train.run import print_summary, run
+    with nullcontext() if dry_run else StopRequest():  # the run takes over what is heard while torch is imported
+        from spt_fast.config import load_recipe
+        from spt_fast.train import dry_run as trying
+        from spt_fast.train.run import print_summary, run
 
-    loaded = load_recipe(recipe, overrides or ())
-    if dry_run:
-        trials = trying.dry_run(loaded, verify=verify)
-        if is_first():
-            trying.print_trials(trials, out)
-        return
-    summary = run(loaded, resume=resume, verify=verify)
+        loaded = load_recipe(recipe, overrides or ())
+        if dry_run:
+            trials = trying.dry_run(loaded, verify=verify)
+            if is_first():
+                trying.print_trials(trials, out)
+            return
+        summary = run(loaded, resume=resume, verify=verify)
     if summary["status"] == "stopped":
         raise stopped(summary["reason"])
     if summary["status"] == "failed":

@@ -33,6 +33,15 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def with_usual_mode(path: Path) -> Iterator[None]:
+    """Give the file that is written meanwhile the mode of the umask: safetensors lets nobody but its owner read it."""
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(mode)
+
+
 def is_temporary(path: Path) -> bool:
     """Whether a crash left this behind in the middle of writing."""
     return path.name.startswith(".") and path.name.endswith(".tmp")

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spt_fast.errors import CheckpointError, SptWarning, cut, invalid, shown, shown_key
-from spt_fast.files import sync
+from spt_fast.files import sync, with_usual_mode
 from spt_fast.model import hf_config, rotary
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.hf_config import CONFIG
@@ -128,7 +128,8 @@ def save(
     try:
         temporary.mkdir(parents=True)
         known = {**(read_metadata(like) if like else {}), **(metadata or {}), "format": "pt"}
-        save_file(tensors, temporary / WEIGHTS, metadata=known)
+        with with_usual_mode(temporary / WEIGHTS):
+            save_file(tensors, temporary / WEIGHTS, metadata=known)
         if tokenizer is not None:
             tokenizer.save_hf(temporary)
         described = hf_config.to_hf(config, DTYPES[dtype], None if tokenizer is None else tokenizer.eos_id)

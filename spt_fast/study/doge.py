@@ -53,7 +53,7 @@ from spt_fast.model.flops import parameters
 from spt_fast.printing import as_json, print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Checkpoint, Retention
-from spt_fast.train.folder import is_begun
+from spt_fast.train.folder import is_begun, owned
 from spt_fast.train.health import MAX_SKIPPED_IN_A_ROW, Diverged, too_many_skipped
 from spt_fast.train.local import LocalEngine
 from spt_fast.train.lr import learning_rate
@@ -158,12 +158,20 @@ def reweight(
     if is_begun(out, "out", begun.name, lambda: _changes(begun, recipe, target), resume=resume) and done.exists():
         with _readable(out):
             return Reweighting.read(done)
+    with owned(out, "out"):
+        return _reweight(recipe, sources, out, target=target, resume=resume, progress=progress)
+
+
+def _reweight(
+    recipe: Recipe, sources: list[str], out: Path, *, target: str | None, resume: bool, progress: bool
+) -> Reweighting | Stopped:
+    """`reweight` in a folder that nobody else works in."""
+    begun, done = out / "reweight.json", out / "weights.json"
     plan = make_plan(recipe)
     found = checkpoint.newest(out / "checkpoints") if resume else None
     if found:
         plan.check_same_data(found.state["data"], found.path)
     plan.check_files(None, verify=False)
-    out.mkdir(parents=True, exist_ok=True)
     write_text(begun, json.dumps({"recipe": recipe.plain(), "target": target}, indent=1))
     with StopRequest() as stop, closing(Display(progress)) as display:
         study = _Study(plan, sources, target, out, found, display)

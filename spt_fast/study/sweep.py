@@ -9,10 +9,8 @@ grid has grown trains only what is new.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
 from spt_fast.study.runs_table import Row, in_columns, rows_of, save_table
 from spt_fast.study.study import PlannedRun, Study, expand, study_from
 from spt_fast.train.dry_run import dry_run
-from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.train.folder import owned, recipe_of, summary_of
 from spt_fast.train.plan import KINDS, Plan, make_plan, open_source
 from spt_fast.train.price import Machine, Speed, phase_time, speed_of
 from spt_fast.train.weights import digest_of
@@ -100,7 +98,7 @@ def sweep(
     """
     runs = expand(study)
     workers = workers or Local(len(runs), jobs)
-    with _held(study.folder):
+    with owned(study.folder, "study", inherited=True):  # until the last run has ended, even where the sweep was killed
         _check_domain(study)
         _check_unchanged(runs)
         recipes = _write_recipes(study, runs)
@@ -193,21 +191,6 @@ def cluster_options(given: Sequence[str]) -> dict[str, Any]:
             raise RecipeError(invalid("cluster_set", option, "write KEY=VALUE, such as timeout_min=600"), argument=True)
         options[key.strip()] = parse_yaml(value, f"cluster_set: {key.strip()}")
     return options
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """One sweep at a time in a study's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecipeError(
-                f"study: another sweep, or a run that outlived one, is at work in {folder}; wait for it, or stop it"
-            ) from None
-        os.set_inheritable(lock.fileno(), True)
-        yield
 
 
 # ------------------------------------------------------------------------------------------------ what it would take

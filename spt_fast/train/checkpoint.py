@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spt_fast.errors import CheckpointError, invalid
-from spt_fast.files import is_temporary, sync, write_text
+from spt_fast.files import is_temporary, sync, with_usual_mode, write_text
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import ALONE, World
 
@@ -138,7 +138,8 @@ class Writer:
             written = [temporary / "state.json"] if world.is_first else []
             for kind, snapshot in snapshots.items():
                 written.append(temporary / f"{kind}-{world.rank:05d}.safetensors")
-                save_file(snapshot.tensors(), written[-1])
+                with with_usual_mode(written[-1]):
+                    save_file(snapshot.tensors(), written[-1])
             mine = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in written}
             for path in written:
                 sync(path)

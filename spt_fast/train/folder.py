@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from spt_fast.config import Phase, Recipe, recorded_recipe
 from spt_fast.data.formats import sampled_digest
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.files import is_temporary
+from spt_fast.locks import locked
+from spt_fast.train import checkpoint
 
 MOST_LISTED = 12
 """Changes that a message shows."""
@@ -31,6 +34,34 @@ def recipe_of(run: Path) -> Recipe:
         ) from None
 
 
+LOCK = ".lock"
+HEARTBEAT = "heartbeat.json"
+
+
+@contextmanager
+def owned(folder: Path, field: str, *, inherited: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder, which is made for it and removed again where nothing came of it; see `locked`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder / LOCK, f"{field}: {folder}", argument=True, inherited=inherited):
+            yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was begun here, by what only a run leaves: anyone may have a file called recipe.yaml."""
+    with suppress(OSError, ValueError):
+        beat = json.loads((folder / HEARTBEAT).read_text(encoding="utf-8"))
+        if isinstance(beat, dict) and beat.keys() >= {"time", "host", "pid"}:
+            return True
+    with suppress(CheckpointError):
+        if summary_of(folder):
+            return True
+    return bool(checkpoint.listed(folder / "checkpoints"))
+
+
 def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[str]], *, resume: bool) -> bool:
     """Whether work in `folder` goes on, False where it begins afresh; RecipeError, in the name of `field`, rather than
     overwrite anything or go on with something else.
@@ -40,7 +71,8 @@ def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[st
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{field}: {folder} is a file; choose another name", argument=True)
     if not (folder / holds).exists():
-        if folder.exists() and not all(is_temporary(path) for path in folder.iterdir()):
+        own = (LOCK, HEARTBEAT)
+        if folder.exists() and not all(is_temporary(path) or path.name in own for path in folder.iterdir()):
             says = f"{field}: folder {folder} holds other files; choose another name or empty it"
             raise RecipeError(says, argument=True)
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.engines import join
 from spt_fast.train.evaluate import Interrupted
-from spt_fast.train.folder import is_begun, recipe_of, summary_of
+from spt_fast.train.folder import is_begun, is_run, owned, recipe_of, summary_of
 from spt_fast.train.health import Diverged
 from spt_fast.train.introduction import Resumed
 from spt_fast.train.loop import Trainer
@@ -29,7 +29,7 @@ from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
 from spt_fast.train.watch import Watch
 from spt_fast.train.weights import locate
-from spt_fast.train.world import use_deterministic_algorithms
+from spt_fast.train.world import World, use_deterministic_algorithms
 
 
 def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -46,9 +46,16 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
         use_deterministic_algorithms()
     world = join(recipe.engine)
     folder = Path(recipe.run)
-    finished = world.on_first(lambda: _check_folder(folder, recipe, resume))
-    if finished:
-        return finished
+    with ExitStack() as held:
+        finished = world.on_first(lambda: _check_folder(folder, recipe, resume))
+        if finished is None:
+            world.on_first(lambda: held.enter_context(owned(folder, "run")))
+            finished = world.on_first(lambda: _check_folder(folder, recipe, resume))  # another may have ended meanwhile
+        return finished or _train(recipe, folder, world, resume=resume, verify=verify, progress=progress)
+
+
+def _train(recipe: Recipe, folder: Path, world: World, *, resume: bool, verify: bool, progress: bool) -> dict[str, Any]:
+    """`run` in a folder that nobody else works in."""
     found = world.on_first(lambda: checkpoint.newest(folder / "checkpoints") if resume else None)
     state = SavedState.read(found.state, found.path) if found else None
     plan = world.everywhere(lambda: _plan(folder, recipe, state, world.size))
@@ -61,8 +68,8 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
     if found and state:
         resumed = Resumed(found, state, [*warnings, *plan.unrecorded(state.data), *rounding(before, recipe)])
         world.on_first(lambda: checkpoint.set_aside(resumed.checkpoint.skipped))
-    world.on_first(lambda: _begin_folder(folder, recipe, plan.tokenizer))
     with StopRequest() as stop, Watch(folder, world.rank, recipe.log.stall_s) as watch:
+        world.on_first(lambda: _begin_folder(folder, recipe, plan.tokenizer))
         trainer = Trainer(plan, folder, stop, watch, resumed, world, progress=progress)
         ending: dict[str, str] = {"status": "done"}
         try:
@@ -94,6 +101,9 @@ def print_summary(name: str, summary: dict[str, Any], console: Console) -> None:
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do: it is done, or it was asked to stop and its launcher takes that
     for a failure and starts it again. RecipeError for a folder that this recipe cannot be trained in."""
+    if (folder / "recipe.yaml").exists() and not is_run(folder):
+        says = f"run: folder {folder} holds a recipe.yaml, and no run; choose another name"
+        raise RecipeError(says, argument=True)
     if not is_begun(folder, "run", "recipe.yaml", lambda: refused(recipe_of(folder), recipe), resume=resume):
         return None
     if recipe_of(folder).changes(recipe):
@@ -132,7 +142,6 @@ def _own_tokenizer(folder: Path, recipe: Recipe) -> Tokenizer | None:
 
 
 def _begin_folder(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     if recipe.init and (Path(recipe.init) / "recipe.yaml").exists():  # a run, which may go on: of it these weights
         recipe = replace(recipe, init=str(locate(Path(recipe.init))))
     (folder / "summary.json").unlink(missing_ok=True)  # of an earlier life, whose ending is not this one's

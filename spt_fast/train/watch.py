@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.files import write_text
+from spt_fast.train.folder import HEARTBEAT
 
 HEARTBEAT_EVERY_S = 5.0
 
@@ -67,7 +68,7 @@ class Watch:
     def _write_heartbeat(self, at: float) -> None:
         beat = {"time": round(at, 3), **self._where, "host": socket.gethostname(), "pid": os.getpid()}
         with suppress(OSError):  # a full disk is the checkpoint's to report
-            write_text(self._folder / "heartbeat.json", json.dumps(beat))
+            write_text(self._folder / HEARTBEAT, json.dumps(beat))
 
     def _dump_stacks(self, silent_s: float) -> None:
         path = self._folder / f"stacks-{self._rank}.txt"

@@ -55,9 +55,9 @@ def test_what_is_done_is_not_started_and_what_was_edited_since_is_refused(tmp_pa
 
 
 def test_a_recipe_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
-    recipe = fake_run(tmp_path / "run", PATH) / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("data/code", str(tmp_path / "nowhere")))
-    (tmp_path / "run" / "summary.json").unlink()
+    run, recipe = fake_run(tmp_path / "run", PATH), tmp_path / "recipe.yaml"
+    text = (run / "recipe.yaml").read_text().replace("data/code", str(tmp_path / "nowhere"))
+    recipe.write_text(text.replace(str(run), str(tmp_path / "other")))
     with pytest.raises(RecipeError, match=r"recipe\.yaml: failed with exit code 2(.|\n)*nowhere|bpe\.tiktoken"):
         train_side_by_side([recipe], tmp_path / "logs", Console(file=io.StringIO()))
     assert (tmp_path / "logs" / "recipe.log").stat().st_size > 0

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,14 +23,15 @@ from typer.testing import CliRunner
 from spt_fast.cli import app
 from spt_fast.config import load_recipe, recipe_from
 from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.locks import InUse
 from spt_fast.study import jobs
-from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
 from spt_fast.study.runs_table import COLUMNS, read_table
 from spt_fast.study.study import expand, study_from
 from spt_fast.study.sweep import costs, load_study, sweep
-from spt_fast.train.folder import parent_of
+from spt_fast.train.folder import owned, parent_of
 from tests.study.tiny_study import STEP, raw_study
+from tests.train.test_watch import until
 
 pytestmark = pytest.mark.long
 
@@ -293,26 +296,32 @@ def test_a_corpus_that_is_smaller_than_asked_is_refused_before_anything_is_train
 
 
 def test_one_sweep_at_a_time(swept: tuple[Path, pd.DataFrame]) -> None:
-    import fcntl
-
-    with (swept[0] / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RecipeError, match="another sweep, or a run that outlived one, is at work"):
-            sweep(study_from(raw_study(swept[0].parent)), quiet())
+    who = rf"study: \S+: in use by process {os.getpid()} on .* since"
+    with owned(swept[0], "study"), pytest.raises(InUse, match=who):
+        sweep(study_from(raw_study(swept[0].parent)), quiet())
 
 
 def test_a_run_that_outlives_its_sweep_keeps_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "command", lambda recipe: ["sleep", "600"])
-    with sweeping._held(tmp_path):
-        outlives = jobs.Local(1).start(tmp_path / "recipe.yaml", tmp_path / "log")
-    try:
-        with pytest.raises(RecipeError, match="a run that outlived one, is at work"), sweeping._held(tmp_path):
-            pass
-    finally:
-        outlives.terminate()
-        outlives.wait()
-    with sweeping._held(tmp_path):
+    reader, writer = os.pipe()
+    killed = os.fork()
+    if killed == 0:
+        with owned(tmp_path, "study", inherited=True):
+            process: Any = jobs.Local(1).start(tmp_path / "recipe.yaml", tmp_path / "log")
+            os.write(writer, str(process.pid).encode())
+            os._exit(9)
+    outlives = int(os.read(reader, 20))
+    os.waitpid(killed, 0)
+    with pytest.raises(InUse, match=f"in use by process {killed}"), owned(tmp_path, "study"):
         pass
+    os.kill(outlives, signal.SIGKILL)
+
+    def is_free() -> bool:
+        with suppress(InUse), owned(tmp_path, "study"):
+            return True
+        return False
+
+    until(is_free)
 
 
 def test_a_dry_run_trains_nothing_and_says_what_it_would_take(tmp_path: Path) -> None:

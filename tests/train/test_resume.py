@@ -94,6 +94,7 @@ def test_a_changed_recipe_is_refused_in_one_message_of_a_few_lines(data: Path) -
     raw = tiny.raw_recipe(data, "refused")
     folder = Path(raw["run"])
     folder.mkdir()
+    (folder / "heartbeat.json").write_text(json.dumps({"time": 1.0, "host": "here", "pid": 1}))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_from(raw).plain()))
     other = changed(raw, {"model": {"preset": "1m"}, "phases": [{**raw["phases"][0], "name": "other"}]})
     with pytest.raises(RecipeError, match=r"undo this or choose another name:\n  model\.") as refusal:

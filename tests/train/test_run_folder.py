@@ -1,0 +1,164 @@
+"""A run's folder is its own: nothing of a user's is replaced in it, and one process at a time works there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from spt_fast.config import recipe_from
+from spt_fast.errors import RecipeError
+from spt_fast.locks import InUse
+from spt_fast.study import doge
+from spt_fast.train import loop
+from spt_fast.train.folder import owned
+from spt_fast.train.run import run
+from spt_fast.train.signals import PATIENCE_S, StopRequest, interrupt_by_signals
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny.write_corpora(folder)
+    return folder
+
+
+def short(data: Path, name: str) -> dict[str, Any]:
+    raw = tiny.raw_recipe(data, name)
+    raw["phases"] = [raw["phases"][0] | {"tokens": 2 * 8 * 16}]
+    return raw
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_project_with_its_own_recipe_and_metrics_is_left_alone(data: Path, tmp_path: Path, resume: bool) -> None:
+    raw = short(data, "x") | {"run": str(tmp_path)}
+    (tmp_path / "recipe.yaml").write_text("# mine\n" + yaml.safe_dump(raw))
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    (tmp_path / "summary.json").write_text("mine")
+    (tmp_path / "heartbeat.json").write_text("[1]")
+    (tmp_path / "checkpoints" / "step-final").mkdir(parents=True)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(RecipeError, match=r"run: folder \S+ holds a recipe\.yaml, and no run; choose another name"):
+        run(recipe_from(raw), resume=resume, progress=False)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("died_after", ["nothing", "the lock", "the heartbeat", "the recipe"])
+def test_a_run_that_died_at_its_very_beginning_begins_again(data: Path, tmp_path: Path, died_after: str) -> None:
+    raw = short(data, "x") | {"run": str(tmp_path / "run")}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    files = {
+        ".lock": '{"host": "there", "pid": 1, "since": "long ago"}',
+        "heartbeat.json": '{"time": 1.0, "host": "here", "pid": 1}',
+        "recipe.yaml": yaml.safe_dump(recipe_from(raw).plain()),
+    }
+    for name in list(files)[: ["nothing", "the lock", "the heartbeat", "the recipe"].index(died_after)]:
+        (folder / name).write_text(files[name])
+    assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
+    assert not (folder / ".lock").exists()
+
+
+def test_the_second_process_in_a_folder_is_told_of_the_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    who = rf"run: \S+: in use by process {os.getpid()} on \S+ since .*; wait until it has ended, or stop it"
+    raw = short(data, "twice")
+    train = loop.Trainer.train
+
+    def meanwhile(trainer: loop.Trainer) -> None:
+        for resume in (False, True):
+            with pytest.raises((InUse, RecipeError)):
+                run(recipe_from(raw), resume=resume, progress=False)
+        with pytest.raises(InUse, match=who):
+            run(recipe_from(raw), resume=True, progress=False)
+        train(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "train", meanwhile)
+    assert run(recipe_from(raw), progress=False)["status"] == "done"
+    steps = [record["step"] for record in tiny.metrics(data / "twice") if record["kind"] == "train"]
+    assert steps == [1, 2]
+    with owned(data / "weights-of-sources", "out"), pytest.raises(InUse, match=who.replace("run", "out", 1)):
+        doge.reweight(recipe_from(raw), data / "weights-of-sources", progress=False)
+    assert not (data / "weights-of-sources").exists()
+
+
+def test_files_have_the_mode_that_the_umask_says(data: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        raw = short(data, "modes") | {"checkpoint": {"every": "1 steps"}}
+        run(recipe_from(raw), progress=False)
+    finally:
+        os.umask(before)
+    files = [path for path in (data / "modes").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert {oct(stat.S_IMODE(path.stat().st_mode)) for path in files} == {"0o640"}
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+STORM = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+
+
+def test_a_storm_of_signals_makes_one_request_and_a_late_sigint_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {number: signal.getsignal(number) for number in STORM}
+    at_s = 0.0
+    monkeypatch.setattr("spt_fast.train.signals.time.monotonic", lambda: at_s)
+    try:
+        interrupt_by_signals()
+        with StopRequest() as early:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            with StopRequest() as stop:
+                for number in STORM * 20:
+                    os.kill(os.getpid(), number)
+                assert (stop.signal, early.signal) == ("SIGUSR2", "SIGUSR2")
+                at_s = PATIENCE_S + 1
+                with pytest.raises(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGINT)
+        at_s = 0.0
+        for number in STORM:
+            os.kill(os.getpid(), number)  # what is left to do is to end
+        interrupt_by_signals()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+HEARD = """
+import os
+from spt_fast import cli
+enter = cli.StopRequest.__enter__
+def entered(request):
+    enter(request)
+    os.write(1, b"!")
+    return request
+cli.StopRequest.__enter__ = entered
+cli.main()
+"""
+
+
+def test_a_storm_from_before_the_first_step_to_the_very_end_ends_in_75(data: Path) -> None:
+    path = tiny.write_recipe(data, tiny.raw_recipe(data, "storm"))
+    command = [sys.executable, "-c", HEARD, "train", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    while process.poll() is None:
+        for number in STORM:
+            process.send_signal(number)
+        time.sleep(0.01)
+    said = process.stderr.read().decode()
+    assert process.returncode == 75, said
+    assert "saved: run again with --resume" in said
