@@ -36,10 +36,10 @@ def arm_table(comparison: Comparison) -> Table:
         box=box.SIMPLE_HEAD,
         padding=0,
     )
-    table.add_column("arm", no_wrap=True)
+    table.add_column("arm")
     headings = ("tokens", "epochs", "seeds", "domain\nbefore", "domain\nafter", "general\nbefore", "general\nafter")
     for heading in (*headings, "forget-\nting", "R_gain\n%"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for arm in comparison.arms:
         name, epochs, seeds, *figures = arm_cells(arm, "\n±", ("domain_before", *ARM_FIGURES))
         table.add_row(name, amount(arm.tokens), epochs, seeds, *figures)
