@@ -25,7 +25,7 @@ def test_nothing_damaged_is_believed_and_nothing_crashes() -> None:
 
 
 def refuses(rng: random.Random) -> str:
-    raise DataError("d.bin is damaged")
+    raise DataError("d.bin: is damaged")
 
 
 def forgets(rng: random.Random) -> str:

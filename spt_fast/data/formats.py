@@ -112,7 +112,7 @@ def check_size(path: Path, expected: int, says: str) -> None:
     if found != expected:
         state = "truncated" if found < expected else "longer than it should be"
         raise DataError(
-            f"{path} is {state}: {found:,} bytes found, {expected:,} expected from {says}; copy or make it again"
+            f"{path}: is {state}: {found:,} bytes found, {expected:,} expected from {says}; copy or make it again"
         )
 
 
@@ -174,7 +174,9 @@ def _megatron(path: Path, index: Path) -> TokenFile:
     """
     size = index.stat().st_size
     if size < MEGATRON_HEADER.size:
-        raise DataError(f"{index} is truncated: {size} bytes found, its header alone has {MEGATRON_HEADER.size}")
+        raise DataError(
+            f"{index}: is truncated: {size} bytes found, its header alone has {MEGATRON_HEADER.size}; copy it again"
+        )
     with index.open("rb") as file:
         _, version, code, sequences, boundaries = MEGATRON_HEADER.unpack(file.read(MEGATRON_HEADER.size))
     if version != 1:
@@ -186,8 +188,8 @@ def _megatron(path: Path, index: Path) -> TokenFile:
     expected = MEGATRON_HEADER.size + 12 * sequences + 8 * boundaries
     if size not in (expected, expected + sequences):
         raise DataError(
-            f"{index} is damaged: {size:,} bytes found, {expected:,} (or {expected + sequences:,} with modes) expected "
-            f"from its {sequences:,} sequences and {boundaries:,} document boundaries; copy or make it again"
+            f"{index}: is damaged: {size:,} bytes found, {expected:,} (or {expected + sequences:,} with modes) "
+            f"expected from its {sequences:,} sequences and {boundaries:,} document boundaries; copy or make it again"
         )
     lengths = map_ids(index, np.dtype("<i4"), MEGATRON_HEADER.size, sequences)
     pointers = map_ids(index, np.dtype("<i8"), MEGATRON_HEADER.size + 4 * sequences, sequences)
@@ -196,7 +198,10 @@ def _megatron(path: Path, index: Path) -> TokenFile:
     num_tokens = _contiguous_tokens(index, lengths, pointers, dtype.itemsize)
     check_size(path, num_tokens * dtype.itemsize, f"the sequence lengths in {index}")
     if boundaries == 0 or starts[0] != 0 or starts[-1] != sequences or np.any(starts[1:] < starts[:-1]):
-        raise DataError(f"{index} is damaged: its document boundaries don't run from 0 to its {sequences:,} sequences")
+        raise DataError(
+            f"{index}: is damaged: its document boundaries don't run from 0 to its {sequences:,} sequences; "
+            "copy or make it again"
+        )
     sequence_starts = np.append(pointers // dtype.itemsize, num_tokens)
     return TokenFile("megatron", path, 0, dtype, num_tokens, sequence_starts[starts[1:]], sampled_digest(path, index))
 
@@ -223,7 +228,9 @@ def _llmc(path: Path, key: tuple[int, int]) -> TokenFile:
         raise DataError(f"{path}: llm.c magic {key[0]} with version {key[1]}; known are {known}")
     size = path.stat().st_size
     if size < LLMC_HEADER_BYTES:
-        raise DataError(f"{path} is truncated: {size} bytes found, its header alone has {LLMC_HEADER_BYTES}")
+        raise DataError(
+            f"{path}: is truncated: {size} bytes found, its header alone has {LLMC_HEADER_BYTES}; copy it again"
+        )
     with path.open("rb") as file:
         num_tokens = struct.unpack("<iii", file.read(12))[2]
     dtype = np.dtype(LLMC_DTYPES[key]).newbyteorder("<")

@@ -111,7 +111,8 @@ class TokenDataset:
         checked = ends[:_ENDS_CHECKED]
         if num_documents and (checked[0] < 0 or np.any(checked[1:] < checked[:-1]) or ends[-1] != num_tokens):
             raise DataError(
-                f"{idx_path} is damaged: its document ends don't rise to the {num_tokens:,} tokens of {bin_path}"
+                f"{idx_path}: is damaged: its document ends don't rise to the {num_tokens:,} tokens of {bin_path}; "
+                "copy or prepare the dataset again"
             )
         return cls(
             format="spt_fast",
@@ -173,7 +174,7 @@ class TokenDataset:
             first = damaged[0] * block_bytes
             named = ", ".join(map(str, damaged[:8])) + (", ..." if len(damaged) > 8 else "")
             raise DataError(
-                f"{bin_path} is damaged: block {named} of {len(expected)} lacks the sha256 that {json_path} gives "
+                f"{bin_path}: is damaged: block {named} of {len(expected)} lacks the sha256 that {json_path} gives "
                 f"(the first is bytes {first:,} to {min(first + block_bytes, size):,}); copy or prepare it again"
             )
         idx_bytes = idx_path.stat().st_size
@@ -181,7 +182,7 @@ class TokenDataset:
             return False
         if _sha256_of_stretch(idx_path, 0, idx_bytes) != self.metadata["idx_sha256"]:
             raise DataError(
-                f"{idx_path} is damaged: its sha256 is not the one in {json_path}; copy or prepare it again"
+                f"{idx_path}: is damaged: its sha256 is not the one in {json_path}; copy or prepare it again"
             )
         return most == len(expected)
 
@@ -435,14 +436,14 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
     try:
         metadata = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: it isn't JSON ({error}); copy or prepare the dataset again") from error
+        raise DataError(f"{path}: is damaged: it isn't JSON ({error}); copy or prepare the dataset again") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise DataError(f"{path} is damaged or was edited: it isn't a dataset's metadata any more; prepare it again")
+        raise DataError(f"{path}: is damaged or was edited: it isn't a dataset's metadata any more; prepare it again")
     if metadata.get("version") != VERSION:
         raise DataError(f"{path} has format version {metadata.get('version')!r}; this program reads {VERSION}")
     stored = metadata.pop("sha256", None)
     if stored != _sha256_of(metadata):
-        raise DataError(f"{path} is damaged or was edited: its content doesn't match its own sha256; prepare it again")
+        raise DataError(f"{path}: is damaged or was edited: its content doesn't match its own sha256; prepare it again")
     for field, is_right in _FIELDS.items():
         if field not in metadata or not is_right(metadata[field]):
             found = repr(metadata.get(field, "missing"))

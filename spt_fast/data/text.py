@@ -336,7 +336,7 @@ def _read(stream: Any, path: Path) -> bytes:
     try:
         return stream.read(_BLOCK_BYTES)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{_name(path)} is damaged or cut off ({error}); fetch or compress it again") from error
+        raise DataError(f"{_name(path)}: is damaged or cut off ({error}); fetch or compress it again") from error
 
 
 def _unpacked(stream: Any, path: Path) -> BinaryIO:

@@ -298,7 +298,7 @@ def user_config(path: str | None) -> dict[str, Any]:
         return {}
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"engine.config: {path} cannot be read as JSON ({error})") from None
     if not isinstance(given, dict):
         raise RecipeError(

@@ -90,7 +90,7 @@ def test_megatron_at_every_truncation_of_the_index(tmp_path: Path) -> None:
     whole = (tmp_path / "d.idx").read_bytes()
     for size in range(9, len(whole)):
         (tmp_path / "d.idx").write_bytes(whole[:size])
-        with pytest.raises(DataError, match=r"d\.idx is (truncated|damaged)"):
+        with pytest.raises(DataError, match=r"d\.idx: is (truncated|damaged)"):
             TokenDataset.open(tmp_path / "d")
 
 
@@ -99,7 +99,7 @@ def test_megatron_index_that_has_grown(tmp_path: Path, extra: int) -> None:
     write_megatron(tmp_path / "d", DOCUMENTS)
     with (tmp_path / "d.idx").open("ab") as file:
         file.write(bytes(extra))
-    with pytest.raises(DataError, match=r"d\.idx is damaged"):
+    with pytest.raises(DataError, match=r"d\.idx: is damaged"):
         TokenDataset.open(tmp_path / "d")
 
 
@@ -123,7 +123,7 @@ def test_a_megatron_index_belongs_to_the_bin_of_its_name_only(tmp_path: Path) ->
 def test_megatron_bin_of_another_size(tmp_path: Path, change: int) -> None:
     write_megatron(tmp_path / "d", DOCUMENTS)
     os.truncate(tmp_path / "d.bin", 14 + change)
-    with pytest.raises(DataError, match=rf"d\.bin is .*: {14 + change} bytes found, 14 expected"):
+    with pytest.raises(DataError, match=rf"d\.bin: is .*: {14 + change} bytes found, 14 expected"):
         TokenDataset.open(tmp_path / "d")
 
 

@@ -91,7 +91,7 @@ def test_verify_finds_a_damaged_block(tmp_path: Path) -> None:
     data[30] ^= 1
     (tmp_path / "d.bin").write_bytes(data)
     inspect(tmp_path / "d")
-    with pytest.raises(DataError, match=r"d\.bin is damaged: block 0 of 1"):
+    with pytest.raises(DataError, match=r"d\.bin: is damaged: block 0 of 1"):
         inspect(tmp_path / "d", verify=True)
 
 

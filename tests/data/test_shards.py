@@ -143,7 +143,7 @@ def test_every_blocks_bit_flip_is_found_and_named(tmp_path: Path, monkeypatch: p
     for byte in range(len(whole)):
         flip(tmp_path / "d.bin", byte)
         dataset = TokenDataset.open(tmp_path / "d")
-        with pytest.raises(DataError, match=rf"d\.bin is damaged: block {byte // 16} of 5 "):
+        with pytest.raises(DataError, match=rf"d\.bin: is damaged: block {byte // 16} of 5 "):
             dataset.verify()
         (tmp_path / "d.bin").write_bytes(whole)
     TokenDataset.open(tmp_path / "d").verify()
@@ -152,17 +152,17 @@ def test_every_blocks_bit_flip_is_found_and_named(tmp_path: Path, monkeypatch: p
 def test_a_flipped_bit_in_the_document_ends_is_found(tmp_path: Path) -> None:
     write(tmp_path / "d", DOCUMENTS)
     flip(tmp_path / "d.idx", 3 * 8)  # the last end: held against the token count at open
-    with pytest.raises(DataError, match=r"d\.idx is damaged"):
+    with pytest.raises(DataError, match=r"d\.idx: is damaged"):
         TokenDataset.open(tmp_path / "d")
     flip(tmp_path / "d.idx", 3 * 8)
     flip(tmp_path / "d.idx", 1)  # the first becomes 4099
-    with pytest.raises(DataError, match=r"d\.idx is damaged"):
+    with pytest.raises(DataError, match=r"d\.idx: is damaged"):
         TokenDataset.open(tmp_path / "d")
     flip(tmp_path / "d.idx", 1)
     ends = np.fromfile(tmp_path / "d.idx", "<u8")
     ends[0] = 2  # plausible, so only the hash can tell
     ends.tofile(tmp_path / "d.idx")
-    with pytest.raises(DataError, match=r"d\.idx is damaged: its sha256"):
+    with pytest.raises(DataError, match=r"d\.idx: is damaged: its sha256"):
         TokenDataset.open(tmp_path / "d").verify()
 
 
@@ -170,7 +170,7 @@ def test_a_flipped_bit_in_the_document_ends_is_found(tmp_path: Path) -> None:
 def test_truncated_files_are_found_at_open(tmp_path: Path, name: str, bytes_found: int, bytes_expected: int) -> None:
     write(tmp_path / "d", DOCUMENTS)
     os.truncate(tmp_path / name, bytes_found)
-    with pytest.raises(DataError, match=rf"{name} is truncated: {bytes_found} bytes found, {bytes_expected} expected"):
+    with pytest.raises(DataError, match=rf"{name}: is truncated: {bytes_found} bytes found, {bytes_expected} expected"):
         TokenDataset.open(tmp_path / "d")
 
 
@@ -180,7 +180,7 @@ def test_grown_files_are_found_at_open(tmp_path: Path, name: str, extra: int) ->
     write(tmp_path / "d", DOCUMENTS)
     with (tmp_path / name).open("ab") as file:
         file.write(bytes(extra))
-    with pytest.raises(DataError, match=rf"{name} is longer than it should be"):
+    with pytest.raises(DataError, match=rf"{name}: is longer than it should be"):
         TokenDataset.open(tmp_path / "d")
 
 
@@ -244,7 +244,7 @@ def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "d", DOCUMENTS)
     text = (tmp_path / "d.json").read_text()
     (tmp_path / "d.json").write_text(text.rstrip("}") + ', "x": ' + "[" * 100_000)
-    with pytest.raises(DataError, match=r"d\.json is damaged: it isn't JSON"):
+    with pytest.raises(DataError, match=r"d\.json: is damaged: it isn't JSON"):
         TokenDataset.open(tmp_path / "d")
 
 
