@@ -45,7 +45,7 @@ Runs = Annotated[list[Path], PathArgument(metavar="RUNS…", help="Studies, tabl
 WeightsPath = Annotated[Path, PathArgument(metavar="RUN_OR_CHECKPOINT")]
 Inputs = Annotated[
     list[str],
-    typer.Argument(parser=expanded, metavar="INPUT…", help=".jsonl, .txt, .parquet, .gz, .zst, folders, or -"),
+    typer.Argument(parser=expanded, metavar="INPUT…", help=".jsonl, .txt, .parquet, also compressed; folders; or -"),
 ]
 
 

@@ -1,33 +1,42 @@
-"""Text in files: .jsonl, .txt and .parquet, plain, .gz or .zst, folders of them, and standard input.
+"""Text in files: .jsonl, .txt and .parquet, plain or compressed, folders of them, pipes and standard input.
 
 Reading and parsing are apart, so that one process can read while many parse. `TextReader` cuts files of any size into
 chunks of whole documents and never holds more than one document and one block; `parse` makes strings of a chunk.
 
-- .jsonl: one JSON object a line, whose `text_key` holds the text. Standard input (`-`) is read as .jsonl.
+- .jsonl, .ndjson: one JSON object a line, whose `text_key` holds the text. Standard input (`-`) and other pipes are
+  read as .jsonl.
 - .parquet: one document a row of the column `text_key`. Compressed once more (.parquet.gz), it is unpacked to a
   temporary file first.
 - .txt: one file is one document, except that a file over 8 MiB is cut, at the last blank line before each 8 MiB (or
   line end, or space, where there is none), into several: a document is what has to fit into memory.
-- A folder stands for every such file below it, in the order of their paths; other and hidden files are left out.
+- A folder stands for every such file below it, in the order of their paths. What is passed over there is counted and
+  named: other and hidden files, links to folders, and a text that is there twice, such as a.jsonl and a.jsonl.gz.
 
-A byte-order mark at the start of a file is dropped. Otherwise text is taken as it is.
+A byte-order mark at the start of a file is dropped. Otherwise text is taken as it is. A small file may unfold to much
+more than memory holds: compressed, as a Parquet dictionary, as nested JSON. None is unfolded further than a document
+needs, and what would need more is refused.
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import re
 import sys
 import tempfile
+import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, SptWarning
 
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -36,8 +45,15 @@ TXT_BYTES = 8 << 20  # a longer .txt is more than one document
 LINE_BYTES = 128 << 20  # a longer line isn't JSON Lines
 
 _BLOCK_BYTES = 1 << 20
-_FORMATS = (".jsonl", ".txt", ".parquet")
-_COMPRESSIONS = ("", ".gz", ".zst")
+PAGE_BYTES = 256 << 20  # of a Parquet column's dictionary, unfolded
+XZ_MEMORY_BYTES = 256 << 20
+STRUCTURE_BYTES = 1 << 30  # that a long line's JSON may take in memory, besides its text
+
+_FORMATS = (".jsonl", ".ndjson", ".txt", ".parquet")
+_COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
+_LONG_LINE_BYTES = 16 << 20
+_UNFOLDED_ROWS_BYTES = 64 << 20
+_NAMED = 5  # of the files that are passed over
 _BOM = b"\xef\xbb\xbf"
 _SKIP = "or leave such documents out, counted, by `skip_bad=True`"
 
@@ -58,21 +74,31 @@ class Chunk:
     lengths: list[int] | None = None
 
 
+@dataclass(frozen=True)
+class Found:
+    """The files that stand for some inputs, in reading order, and what lies beside them, by why it is not read."""
+
+    files: list[Path]
+    passed_over: dict[str, list[Path]]
+
+
 class TextReader:
     """Iterates over the chunks of `inputs`, in order, and says how far it is.
 
-    total_bytes   of all files, as they lie on disk; None where standard input is among them
+    total_bytes   of all files, as they lie on disk; None where standard input or a pipe is among them
     read_bytes    of these, so far
-    skipped       with `skip_bad`, files without a document: {"empty file": how many}
+    skipped       by kind, files that are passed over; with `skip_bad`, also those without a document ("empty file"),
+                  and lines that are too long
 
     Raises DataError for inputs that don't exist, can't be read, are damaged or cut off, or hold no document.
     """
 
     def __init__(self, inputs: Inputs, text_key: str = "text", *, skip_bad: bool = False) -> None:
-        self.files = find_files(inputs)
-        self.total_bytes = None if STDIN in self.files else sum(path.stat().st_size for path in self.files)
+        found = find_files(inputs)
+        self.files = found.files
+        self.total_bytes = None if any(map(_is_pipe, self.files)) else sum(path.stat().st_size for path in self.files)
         self.read_bytes = 0
-        self.skipped: Counter[str] = Counter()
+        self.skipped = Counter({why: len(paths) for why, paths in found.passed_over.items()})
         self._text_key, self._skip_bad = text_key, skip_bad
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -86,8 +112,9 @@ class TextReader:
             self.skipped["empty file"] += empty
 
     def _chunks(self, path: Path) -> Iterator[Chunk]:
-        if path == STDIN:
-            yield from _jsonl_chunks(self._blocks(_standard_input(), path), _name(path))
+        if _is_pipe(path):
+            with nullcontext(_standard_input()) if path == STDIN else _open(path, "") as pipe:
+                yield from self._jsonl_chunks(self._blocks(pipe, path), _name(path))
             return
         before = self.read_bytes
         stem, compression = _split_name(path)
@@ -95,8 +122,8 @@ class TextReader:
             stream = _decompressed(file, compression)
             if stem.endswith(".parquet"):
                 yield from self._parquet_chunks(_unpacked(stream, path) if compression else file, path)
-            elif stem.endswith(".jsonl"):
-                yield from _jsonl_chunks(self._blocks(stream, path, file), str(path))
+            elif stem.endswith((".jsonl", ".ndjson")):
+                yield from self._jsonl_chunks(self._blocks(stream, path, file), str(path))
             else:
                 yield from _txt_chunks(self._blocks(stream, path, file), str(path))
         self.read_bytes = before + path.stat().st_size
@@ -107,6 +134,32 @@ class TextReader:
             self.read_bytes = before + file.tell() if file is not None else self.read_bytes + len(block)
             yield block.removeprefix(_BOM) if start else block
             start = False
+
+    def _jsonl_chunks(self, blocks: Iterator[bytes], source: str) -> Iterator[Chunk]:
+        first, rest, rest_bytes, is_too_long = 1, [b""], 0, False
+        for block in blocks:
+            cut = block.rfind(b"\n") + 1
+            if cut:
+                start = block.find(b"\n") + 1 if is_too_long else 0
+                data = b"".join([*rest, memoryview(block)[start:cut]])
+                first += is_too_long
+                if data and not data.isspace():
+                    yield Chunk(source, "line", first, data)
+                first += data.count(b"\n")
+                rest, rest_bytes, is_too_long = [], 0, False
+            if is_too_long:
+                continue
+            rest.append(block[cut:])
+            rest_bytes += len(block) - cut
+            if rest_bytes > LINE_BYTES:
+                too_long = f"line over {LINE_BYTES >> 20} MiB"
+                if not self._skip_bad:
+                    raise DataError(f"{source}:{first}: {too_long}; write one JSON object a line, {_SKIP}")
+                self.skipped[too_long] += 1
+                rest, is_too_long = [], True
+        data = b"".join(rest)
+        if data and not data.isspace():
+            yield Chunk(source, "line", first, data)
 
     def _parquet_chunks(self, file: BinaryIO, path: Path) -> Iterator[Chunk]:
         pa = _pyarrow(path)
@@ -120,7 +173,9 @@ class TextReader:
             if self._text_key not in table.schema_arrow.names:
                 raise DataError(f"{path}: {_missing_key('it', self._text_key, table.schema_arrow.names)}")
             rows = table.metadata.num_rows
-            for batch in table.iter_batches(_rows_per_block(table, self._text_key), columns=[self._text_key]):
+            for batch in table.iter_batches(
+                _rows_per_block(table, self._text_key, file, path), columns=[self._text_key]
+            ):
                 data, lengths = _parquet_column(pa, batch.column(0), f"{path}: column {self._text_key!r}")
                 yield Chunk(str(path), "row", first, data, lengths)
                 first += len(lengths)
@@ -129,23 +184,67 @@ class TextReader:
             raise DataError(f"{path} can't be read as Parquet ({error}); write or fetch it again") from error
 
 
-def find_files(inputs: Inputs) -> list[Path]:
-    """The files that `inputs` (paths, folders, "-") stand for, in reading order. Raises DataError."""
+def find_files(inputs: Inputs) -> Found:
+    """What `inputs` (paths, folders, "-") stand for. Warns of what is passed over; DataError for what doesn't exist."""
     files: list[Path] = []
+    passed_over: dict[str, list[Path]] = {}
     for path in map(Path, [inputs] if isinstance(inputs, str | os.PathLike) else inputs):
-        if path == STDIN or path.is_file():
+        if _is_pipe(path) or path.is_file():
             _split_name(path)
             files.append(path)
         elif path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if _is_text(file.relative_to(path)) and file.is_file()]
+            found = _files_in(path, passed_over)
             if not found:
-                raise DataError(f"{path} holds no {_known_names()} file")
+                said = f"; {_listed(passed_over)}" if passed_over else ""
+                raise DataError(f"{path} holds no {_known_names()} file{said}")
             files += found
         else:
             raise DataError(f"{path} doesn't exist; give files, folders, or - for standard input")
     if not files:
         raise DataError("no input given; give files, folders, or - for standard input")
-    return files
+    if passed_over:
+        warnings.warn(f"input: {_listed(passed_over)}", SptWarning, stacklevel=2)
+    texts = Counter(_text_of(path) for path in files if not _is_pipe(path))
+    if again := sorted({path.name for path in files if texts.get(_text_of(path), 0) > 1}):
+        warnings.warn(f"input: the same text is read more than once: {_few(again)}", SptWarning, stacklevel=2)
+    return Found(files, passed_over)
+
+
+def _files_in(folder: Path, passed_over: dict[str, list[Path]]) -> list[Path]:
+    files: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        why = _not_read(path, folder)
+        if why is None and path.is_file() and _is_text(path):
+            why = "same text twice" if _text_of(path) in files else None
+            files.setdefault(_text_of(path), path)
+        if why:
+            passed_over.setdefault(why, []).append(path)
+    return list(files.values())
+
+
+def _text_of(path: Path) -> str:
+    """The same for a file, links to it, and the file compressed."""
+    return os.path.realpath(path).removesuffix(_split_name(path)[1])
+
+
+def _not_read(path: Path, folder: Path) -> str | None:
+    """Why what lies in a folder isn't read; None where it is, or is a folder, or hidden and no text anyway."""
+    if any(part.startswith(".") for part in path.relative_to(folder).parts):
+        return "hidden file" if path.is_file() and _is_text(path) else None
+    if path.is_dir():
+        return "link to a folder" if path.is_symlink() else None
+    if not path.is_file():
+        return "broken link" if path.is_symlink() else "not a file"
+    return None if _is_text(path) else "other file"
+
+
+def _listed(passed_over: Mapping[str, list[Path]]) -> str:
+    kinds = [f"{len(p)} × {why} ({_few([path.name for path in p])})" for why, p in passed_over.items()]
+    return f"passed over: {'; '.join(kinds)}"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 
 def parse(
@@ -201,6 +300,10 @@ def _records(chunk: Chunk) -> Iterator[tuple[int, bytes | None]]:
 
 def _json_text(line: bytes | None, text_key: str) -> tuple[str, bytes]:
     assert line is not None
+    if len(line) > _LONG_LINE_BYTES and _structure_bytes(line) > STRUCTURE_BYTES:
+        raise _BadDocument(
+            "broken JSON", f"more than {STRUCTURE_BYTES >> 30} GiB of JSON in one line; split it, {_SKIP}"
+        )
     try:
         record = json.loads(_decode(line))
     except json.JSONDecodeError as error:
@@ -220,6 +323,13 @@ def _json_text(line: bytes | None, text_key: str) -> tuple[str, bytes]:
         return text, text.encode()
     except UnicodeEncodeError as error:
         raise _BadDocument("not UTF-8", f"half a surrogate pair at character {error.start}; mend it, {_SKIP}") from None
+
+
+def _structure_bytes(line: bytes) -> int:
+    """About what a line's JSON takes in memory, besides its text: up to 72 bytes for each string, and for each empty
+    list, which is three bytes of the line."""
+    outside, strings = re.subn(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', b"", line, flags=re.DOTALL)
+    return 72 * strings + 24 * len(outside)
 
 
 def _plain_text(utf8: bytes | None, text_key: str) -> tuple[str, bytes]:
@@ -245,25 +355,6 @@ def _not_a_string(text_key: str, given: str) -> str:
     return f"{text_key!r} is {given}, not a string; name another key by `text_key=…`, {_SKIP}"
 
 
-def _jsonl_chunks(blocks: Iterator[bytes], source: str) -> Iterator[Chunk]:
-    first, rest, rest_bytes = 1, [b""], 0
-    for block in blocks:
-        cut = block.rfind(b"\n") + 1
-        if cut:
-            data = b"".join([*rest, memoryview(block)[:cut]])
-            if not data.isspace():
-                yield Chunk(source, "line", first, data)
-            first += data.count(b"\n")
-            rest, rest_bytes = [], 0
-        rest.append(block[cut:])
-        rest_bytes += len(block) - cut
-        if rest_bytes > LINE_BYTES:
-            raise DataError(f"{source}:{first}: over {LINE_BYTES >> 20} MiB in one line; is it one JSON object a line?")
-    data = b"".join(rest)
-    if data and not data.isspace():
-        yield Chunk(source, "line", first, data)
-
-
 def _txt_chunks(blocks: Iterator[bytes], source: str) -> Iterator[Chunk]:
     first, rest = 1, bytearray()
     for block in blocks:
@@ -286,15 +377,38 @@ def _document_end(text: bytearray) -> int:
     return next(starts, TXT_BYTES)
 
 
-def _rows_per_block(table: Any, text_key: str) -> int:
-    """Rows that hold about a block of text by what the footer says of the column, which is little if text repeats."""
-    column_bytes = sum(
-        group.column(index).total_uncompressed_size
+def _rows_per_block(table: Any, text_key: str, file: BinaryIO, path: Path) -> int:
+    """Rows that hold about a block of text by what the footer says of the column, and few where each of them could be
+    all of a large dictionary: that is stored once however often it is used."""
+    columns = [
+        group.column(index)
         for group in map(table.metadata.row_group, range(table.metadata.num_row_groups))
         for index in range(group.num_columns)
         if group.column(index).path_in_schema == text_key
-    )
-    return max(1, min(256, _BLOCK_BYTES * table.metadata.num_rows // max(1, column_bytes)))
+    ]
+    pages = [_unfolded_bytes(file, c.dictionary_page_offset) for c in columns if c.has_dictionary_page]
+    if (largest := max(pages, default=0)) > PAGE_BYTES:
+        raise DataError(
+            f"{path}: column {text_key!r} unfolds to {largest >> 20:,} MiB in one page, over {PAGE_BYTES >> 20}; write "
+            "it without a dictionary, in smaller documents"
+        )
+    column_bytes = sum(column.total_uncompressed_size for column in columns)
+    typical = _BLOCK_BYTES * table.metadata.num_rows // max(1, column_bytes)
+    return max(1, min(256, typical, _UNFOLDED_ROWS_BYTES // max(1, largest)))
+
+
+def _unfolded_bytes(file: BinaryIO, offset: int) -> int:
+    """What the Parquet page at `offset` unfolds to: the second number of its header, in Thrift's compact form."""
+    file.seek(offset)
+    header, numbers, at = file.read(32), [0, 0], 0
+    for i in range(2):
+        at += 1  # the field's type
+        for shift in range(0, 35, 7):
+            byte, at = header[at], at + 1
+            numbers[i] |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                break
+    return numbers[1] >> 1
 
 
 def _parquet_column(pa: Any, column: Any, name: str) -> tuple[bytes, list[int]]:
@@ -325,6 +439,10 @@ def _standard_input() -> BinaryIO:
 def _decompressed(file: Any, compression: str) -> Any:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=file)
+    if compression == ".bz2":
+        return bz2.BZ2File(file)
+    if compression == ".xz":
+        return _XzFile(file)
     if compression == ".zst":
         import pyarrow
 
@@ -335,8 +453,36 @@ def _decompressed(file: Any, compression: str) -> Any:
 def _read(stream: Any, path: Path) -> bytes:
     try:
         return stream.read(_BLOCK_BYTES)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if "memory" in str(error).lower():
+            raise DataError(
+                f"{_name(path)}: was compressed with a window too large to unpack here ({error}); compress it again "
+                "with a smaller one (zstd without --long, xz -9 or less)"
+            ) from error
         raise DataError(f"{_name(path)}: is damaged or cut off ({error}); fetch or compress it again") from error
+
+
+class _XzFile:
+    """The streams of an .xz file, one after the other, unpacked with bounded memory."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._stream = file, self._new()
+
+    def _new(self) -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(memlimit=XZ_MEMORY_BYTES)
+
+    def read(self, size: int) -> bytes:
+        while True:
+            packed = b""
+            if self._stream.eof:
+                packed = self._stream.unused_data.lstrip(b"\0") or self._file.read(size)  # zeros may pad a stream
+                if not packed.strip(b"\0"):
+                    return b""
+                self._stream = self._new()
+            elif self._stream.needs_input and not (packed := self._file.read(size)):
+                raise EOFError("the file ends in the middle of a stream")
+            if unpacked := self._stream.decompress(packed, size):
+                return unpacked
 
 
 def _unpacked(stream: Any, path: Path) -> BinaryIO:
@@ -364,7 +510,7 @@ def _split_name(path: Path) -> tuple[str, str]:
     name = path.name.lower()
     compression = next((ending for ending in _COMPRESSIONS[1:] if name.endswith(ending)), "")
     stem = name.removesuffix(compression)
-    if path != STDIN and not stem.endswith(_FORMATS):
+    if not _is_pipe(path) and not stem.endswith(_FORMATS):
         raise DataError(
             f"{path}: is not a {_known_names()} file; rename it if it is one by another name (a .json of one object a "
             "line is a .jsonl), or pipe JSON Lines in and give - as input"
@@ -373,12 +519,16 @@ def _split_name(path: Path) -> tuple[str, str]:
 
 
 def _is_text(path: Path) -> bool:
-    known = tuple(form + compression for form in _FORMATS for compression in _COMPRESSIONS)
-    return path.name.lower().endswith(known) and not any(part.startswith(".") for part in path.parts)
+    return path.name.lower().endswith(tuple(form + packed for form in _FORMATS for packed in _COMPRESSIONS))
+
+
+def _is_pipe(path: Path) -> bool:
+    """Standard input, a named pipe, or what a shell gives for `<(command)`."""
+    return path == STDIN or path.is_fifo() or (path.is_relative_to("/dev") and path.exists())
 
 
 def _known_names() -> str:
-    return f"{', '.join(_FORMATS)} (plain, {' or '.join(_COMPRESSIONS[1:])})"
+    return f"{', '.join(_FORMATS)} (plain, {', '.join(_COMPRESSIONS[1:])})"
 
 
 def _name(path: Path) -> str:

@@ -225,7 +225,7 @@ def train_tokenizer(
 
 def _sample(inputs: Inputs, text_key: str, skip_bad: bool, sample_bytes: int) -> Iterator[str]:
     """Pieces of the first documents of every file, the small files first."""
-    files = sorted(find_files(inputs), key=lambda path: float("inf") if path == STDIN else path.stat().st_size)
+    files = sorted(find_files(inputs).files, key=lambda path: float("inf") if path == STDIN else path.stat().st_size)
     for position, path in enumerate(files):
         share_bytes = left_bytes = sample_bytes // (len(files) - position)
         documents = iter_documents(path, text_key, skip_bad=skip_bad)

@@ -188,6 +188,9 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, settings: Setti
         # All are parsed before any is encoded: taking turns costs 2% of the time, in cache misses.
         for text, utf8 in list(parse(chunk, settings.text_key, skip_bad=settings.skip_bad, skipped=skipped)):
             ids = tokenizer.encode_array(text)
+            if not len(ids):
+                skipped["without tokens"] += 1
+                continue
             tokens.extend((ids, eos))
             lengths.append(len(ids) + 1)
             sizes.append(len(utf8))

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 
 from spt_fast.data import text
 from spt_fast.data.text import TextReader, find_files, iter_documents, parse
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, SptWarning
 
 DOCUMENTS = ["one\ntwo  \n", "naïve 日本語 😀", 'say "hi"\\\t\u2028', " ", "x" * 5000]
 
@@ -29,7 +32,7 @@ def compress(data: bytes, compression: str) -> bytes:
         with pa.CompressedOutputStream(sink, "zstd") as stream:
             stream.write(data)
         return sink.getvalue().to_pybytes()
-    return data
+    return {".xz": lzma.compress, ".bz2": bz2.compress}.get(compression, bytes)(data)
 
 
 def jsonl(documents: list[str], key: str = "text") -> bytes:
@@ -55,20 +58,21 @@ def read(inputs: Any, key: str = "text") -> tuple[list[str], Counter[str]]:
     return documents, +(skipped + reader.skipped)
 
 
-@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst", ".xz", ".bz2"])
 @pytest.mark.parametrize("key", ["text", "content"])
 def test_every_format_and_compression(tmp_path: Path, compression: str, key: str) -> None:
     lines = put(tmp_path / f"a.jsonl{compression}", compress(jsonl(DOCUMENTS, key), compression))
+    lines_too = put(tmp_path / f"a.ndjson{compression}", lines.read_bytes())
     table = put(tmp_path / f"a.parquet{compression}", compress(parquet(DOCUMENTS, key), compression))
     plain = put(tmp_path / f"a.txt{compression}", compress(DOCUMENTS[1].encode(), compression))
-    for path, expected in ((lines, DOCUMENTS), (table, DOCUMENTS), (plain, DOCUMENTS[1:2])):
+    for path, expected in ((lines, DOCUMENTS), (lines_too, DOCUMENTS), (table, DOCUMENTS), (plain, DOCUMENTS[1:2])):
         assert list(iter_documents(path, key)) == expected
         reader = TextReader(str(path), key)
         assert [utf8.decode() for chunk in reader for _, utf8 in parse(chunk, key)] == expected
         assert reader.read_bytes == reader.total_bytes == path.stat().st_size
 
 
-@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("compression", [".gz", ".zst", ".xz", ".bz2"])
 def test_frames_one_after_another_are_one_file(tmp_path: Path, compression: str) -> None:
     parts = [jsonl(DOCUMENTS[:2]), b"", jsonl(DOCUMENTS[2:])[:-20], jsonl(DOCUMENTS[2:])[-20:]]
     path = put(tmp_path / f"a.jsonl{compression}", b"".join(compress(part, compression) for part in parts))
@@ -93,7 +97,84 @@ def test_a_folder_is_read_in_order_of_paths(tmp_path: Path) -> None:
     expected = ["a.txt", "b/10.txt", "b/2.txt", "b/deep/x.JSONL", "b.txt"]
     assert list(iter_documents(tmp_path)) == expected
     assert list(iter_documents([tmp_path / "b.txt", tmp_path])) == ["b.txt", *expected]
-    assert find_files(tmp_path) == [tmp_path / name for name in expected]
+    assert find_files(tmp_path).files == [tmp_path / name for name in expected]
+
+
+def test_what_is_passed_over_is_counted_and_named(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for name in ("a.jsonl", "a.jsonl.gz", "b.json.gz", "c.csv", ".d.txt", ".DS_Store", "sub/e.txt"):
+        put(folder / name, compress(jsonl([name]), ".gz" if name.endswith(".gz") else ""))
+    put(tmp_path / "elsewhere" / "f.txt", b"not here")
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    (folder / "z.jsonl").symlink_to(folder / "a.jsonl")
+    said = (
+        r"input: passed over: 1 × hidden file \(.d.txt\); 2 × same text twice \(a.jsonl.gz, z.jsonl\); "
+        r"2 × other file \(b.json.gz, c.csv\); 1 × broken link \(gone.txt\); 1 × link to a folder \(more\)$"
+    )
+    with pytest.warns(SptWarning, match=said):
+        documents, skipped = read(folder)
+    assert documents == ["a.jsonl", jsonl(["sub/e.txt"]).decode()]
+    kinds = {"hidden file": 1, "same text twice": 2, "other file": 2, "broken link": 1, "link to a folder": 1}
+    assert skipped == kinds
+    with pytest.warns(SptWarning, match="the same text is read more than once: a.jsonl, a.jsonl.gz"):
+        assert list(iter_documents([folder / "a.jsonl", folder / "a.jsonl.gz"])) == ["a.jsonl", "a.jsonl.gz"]
+    put(tmp_path / "none" / "x.json", b"{}")
+    with pytest.raises(DataError, match=r"none holds no .* file; passed over: 1 × other file \(x.json\)"):
+        find_files(tmp_path / "none")
+
+
+def test_a_pipe_is_read_as_lines_of_json(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, jsonl(DOCUMENTS))
+    os.close(writing)
+    reader = TextReader(f"/dev/fd/{reading}")
+    assert reader.total_bytes is None
+    assert [text for chunk in reader for text, _ in parse(chunk)] == DOCUMENTS
+    os.close(reading)
+
+
+def test_a_line_that_is_too_long_can_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(tmp_path / "a.jsonl", jsonl(["one", "x" * 400, "two", "y" * 999, "z" * 99]) + b"{")
+    monkeypatch.setattr(text, "LINE_BYTES", 300)
+    for block in (1, 7, 64, 500, 1 << 20):
+        monkeypatch.setattr(text, "_BLOCK_BYTES", block)
+        if block < 300:  # in a block of many lines nothing is cut off
+            documents, skipped = read(path)
+            assert documents == ["one", "two", "z" * 99]
+            assert skipped == {"line over 0 MiB": 2, "broken JSON": 1}
+            with pytest.raises(DataError, match=r"a\.jsonl:2: line over 0 MiB"):
+                list(iter_documents(path))
+            *_, last = TextReader(path, skip_bad=True)
+            with pytest.raises(DataError, match=r"a\.jsonl:6: broken JSON"):
+                list(parse(last))
+
+
+def test_a_small_file_that_unfolds_to_much_takes_little_memory_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = "a b c d e f g h " * (1 << 16)
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), pa.array([big]))
+    bomb = put(tmp_path / "a.parquet", parquet(column, compression="zstd", dictionary_pagesize_limit=1 << 30))
+    assert bomb.stat().st_size < 20_000
+    chunk = next(iter(TextReader(bomb)))
+    assert len(chunk.data) <= 64 << 20
+    assert set(chunk.lengths or ()) == {len(big)}
+    monkeypatch.setattr(text, "PAGE_BYTES", 1 << 20 - 1)
+    with pytest.raises(DataError, match="column 'text' unfolds to 1 MiB in one page, over 0; write"):
+        next(iter(TextReader(bomb)))
+
+    monkeypatch.setattr(text, "_LONG_LINE_BYTES", 1000)
+    monkeypatch.setattr(text, "STRUCTURE_BYTES", 100_000)
+    for line in (b"[" + b"[]," * 2000 + b"1]", b'{"text": [' + b'"a",' * 2000 + b"1]}"):
+        with pytest.raises(DataError, match=r"a\.jsonl:1: more than 0 GiB of JSON in one line; split it"):
+            list(iter_documents(put(tmp_path / "a.jsonl", line)))
+    much = 'quotes \\" and [brackets], ' * 1000
+    assert list(iter_documents(put(tmp_path / "a.jsonl", jsonl([much])))) == [much]
+
+    monkeypatch.setattr(text, "XZ_MEMORY_BYTES", 1 << 16)
+    with pytest.raises(DataError, match=r"a\.jsonl\.xz: was compressed with a window too large .*smaller one"):
+        list(iter_documents(put(tmp_path / "a.jsonl.xz", compress(GOOD, ".xz"))))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -261,14 +342,14 @@ def test_inputs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (
             tmp_path / "a.json",
             "text",
-            r"a\.json: is not a \.jsonl, \.txt, \.parquet \(plain, \.gz or \.zst\) file; rename",
+            r"a\.json: is not a \.jsonl, \.ndjson, \.txt, \.parquet \(plain, \.gz, \.zst, \.xz, \.bz2\) file; rename",
         ),
         (tmp_path / "none.jsonl", "text", "none.jsonl doesn't exist"),
         (tmp_path / "folder", "text", "folder holds no .jsonl"),
         ([], "text", "no input given"),
         (tmp_path / "a.parquet", "body", r"a\.parquet: no text under 'body' \(it has 'id', 'text'\).*text_key="),
         (tmp_path / "a.parquet", "text", r"a\.parquet: column 'text' holds int64, not strings"),
-        (tmp_path / "b.jsonl", "text", r"b\.jsonl:1: over 0 MiB in one line"),
+        (tmp_path / "b.jsonl", "text", r"b\.jsonl:1: line over 0 MiB; write one JSON object a line, or leave"),
     ):
         with pytest.raises(DataError, match=message):
             list(iter_documents(inputs, key))
