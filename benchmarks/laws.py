@@ -1,7 +1,7 @@
 """How well laws are recovered from noisy runs: 100 tables drawn from each with 1% noise, fitted, and judged on new
 points.
 
-    python -m benchmarks.laws [--draws N] [--json FILE] [--fits]
+    python -m benchmarks.laws [--draws N] [--json FILE] [--fits | --intervals [--tables FOLDER]]
 
 Held-out points lie beyond the fitted ones: at twice the size (D-CPT: at ratios that were not run, too), or at up to
 1.67 times the budget (overfitting, finetuned, CMR; CMR at ratios that were not run). `error` is the mean relative
@@ -11,6 +11,10 @@ Seconds are of CPU time.
 
 Then `spt-fast fit` as a process of its own on whole tables of runs, from start to end: seconds by the clock and of CPU
 time, and the most memory that it held. `--fits` measures these only.
+
+`--intervals`: what share of new runs 90% intervals hold, among the runs and at ten times their size, where the points
+of a run share an error: of studies with 1 to 3 seeds and 2 to 6 sizes. Their width is in those of an interval that
+knew the law and the noise. `--tables`: also of public tables of real runs, with the largest budgets left out.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ from spt_fast import laws
 from spt_fast.laws.base import Law
 from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, dcpt_table, spt_table
 from tests.synthetic_runs import (
+    CHINCHILLA,
+    DOMAIN,
     FRACTIONS,
     OVERFITTING,
     TABLES,
@@ -137,6 +143,94 @@ def critical_mixture(rng: np.random.Generator) -> dict[str, float]:
     return one_draw(laws.CMRLaw(), table, places, rng)
 
 
+def intervals_of_study(truth: Law, table: Table, places: list[Table], by_run: float, noise: float, draws: int) -> Any:
+    """[(share held, width)] by place."""
+    rng = np.random.default_rng(7)
+    held: list[list[tuple[float, float]]] = [[] for _ in places]
+    for _ in range(draws):
+        errors = np.exp(by_run * rng.standard_normal(table["run"].max() + 1)[table["run"]])
+        drawn_table = drawn(truth, table, rng, noise)
+        law = type(truth)().fit(drawn_table | {of: drawn_table[of] * errors for of in truth.outputs})
+        for place, found in zip(places, held, strict=True):
+            true = truth.predict(**place)
+            _, low, high = law.predict(interval=LEVEL, **place)
+            new = noisy(true, rng, float(np.hypot(by_run, noise)))
+            width = np.median((high - low) / true) / (2 * 1.645 * np.hypot(by_run, noise))
+            found.append((float(np.mean((low <= new) & (new <= high))), float(width)))
+    return [(float(np.mean([h for h, _ in found])), float(np.median([w for _, w in found]))) for found in held]
+
+
+def studies_of_runs() -> dict[str, tuple[Law, Table, list[Table]]]:
+    """name: (the law, its runs, inputs among them and at ten times their size)"""
+    found: dict[str, tuple[Law, Table, list[Table]]] = {}
+    for seeds in (1, 2, 3):
+        for sizes in (2, 3, 4, 6):
+            params = np.geomspace(1e7, 1e8 if sizes < 4 else 1e9, sizes)
+            inside = {"params": np.sqrt(params[0] * params[-1]), "tokens": np.array([1e9, 3e9])}
+            far = {"params": 10 * params[-1], "tokens": np.array([1e10, 1e11])}
+            runs = grid(seed=range(seeds), params=params, tokens=np.geomspace(1e8, 1e10, 10))
+            found[f"Chinchilla, {sizes} sizes, {seeds} seeds"] = CHINCHILLA, runs, [inside, far]
+        for sizes in (2, 3, 5):
+            params, ratios = np.geomspace(2e8, 1e9, sizes), [0, 0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 1]
+            runs = grid(seed=range(seeds), params=params, own_ratio=ratios, tokens=np.linspace(1e9, 20e9, 10))
+            inside = {"params": 5e8, "tokens": 8e9, "own_ratio": np.array([0.15, 0.4])}
+            far = {"params": 1e10, "tokens": np.array([2e10, 2e11]), "own_ratio": 0.3}
+            found[f"D-CPT, {sizes} sizes, {seeds} seeds"] = DOMAIN, runs, [inside, far]
+        runs = grid(seed=range(seeds), fraction=FRACTIONS, tokens=np.linspace(0.1, 1, 20) * 200e9)
+        inside, far = ({"tokens": t, "fraction": np.array([0.003, 0.02])} for t in (100e9, 1000e9))
+        found[f"overfitting, 5 shares, {seeds} seeds"] = OVERFITTING, runs, [inside, far]
+    return found
+
+
+def left_out_of_tables(folder: Path) -> dict[str, tuple[Law, pd.DataFrame, pd.Series]]:
+    """name: (the law, a table of real runs, what is left out: the largest budgets)"""
+    chinchilla, repeated = (pd.read_csv(folder / f"{name}.csv") for name in ("chinchilla", "datablations"))
+    found: dict[str, tuple[Law, pd.DataFrame, pd.Series]] = {}
+    for name, law, table in (
+        ("Chinchilla", laws.ChinchillaLaw(), chinchilla),
+        ("repeated data", laws.DataConstrainedLaw(), repeated),
+    ):
+        flops = table["params"] * table["tokens"]
+        found[f"{name}, largest tenth"] = law, table, flops > flops.quantile(0.9)
+        found[f"{name}, a tenth of the FLOPs"] = law, table, flops > flops.max() / 10
+    mixed = pd.read_csv(folder / "mix2.csv").rename(columns={"steps": "tokens"})
+    for domain, table in mixed.groupby("domain"):
+        found[f"two domains, {domain}"] = laws.DCPTLaw(), table, table["params"] == table["params"].max()
+    continued_runs = pd.read_csv(folder / "ct_pythia70m_python.csv").rename(columns={"steps": "tokens"})
+    found["continued, last fifth"] = laws.CMRLaw(), continued_runs, continued_runs["tokens"] > 8000
+    tuned = pd.read_csv(folder / "finetune_flan.csv").rename(columns={"examples": "unique_tokens"})
+    for family, table in tuned[tuned["unique_tokens"] > 0].groupby("family"):
+        if table["params"].nunique() > 1:
+            found[f"finetunes, {family}"] = laws.FinetuneLaw(), table, table["unique_tokens"] > 2e5
+    return {
+        name: (law, table.drop(columns=["name", "seed"], errors="ignore"), out)
+        for name, (law, table, out) in found.items()
+    }
+
+
+def intervals(draws: int, folder: Path | None) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    print(f"{'90% intervals hold':<36}{'inside':>8}{'width':>7}{'beyond':>8}{'width':>7}")
+
+    def show(name: str, places: list[tuple[float, float]]) -> None:
+        results[name] = places
+        print(f"{name:<36}" + "".join(f"{held:>8.3f}{width:>7.2f}" for held, width in places), flush=True)
+
+    for name, (truth, runs, places) in studies_of_runs().items():
+        for by_run, noise in ((0.003, 0.003), (0.006, 0.002)):
+            label = f"{name}, {100 * by_run:.1f}% {100 * noise:.1f}%"
+            show(label, intervals_of_study(truth, runs, places, by_run, noise, draws))
+    for name, (law, table, out) in (left_out_of_tables(folder) if folder else {}).items():
+        of, found = next(iter(law.outputs)), []
+        law.fit(table[~out])
+        for part in (table[~out], table[out]):
+            mean, low, high = law.predict(interval=LEVEL, **{i: part[i].to_numpy(float) for i in law.inputs})
+            inside = (low <= part[of]) & (part[of] <= high)
+            found.append((float(inside.mean()), float(np.median((high - low) / mean))))
+        show(name, found)
+    return results
+
+
 def fit_of_study(table: pd.DataFrame) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.parquet"
@@ -173,21 +267,32 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--fits", action="store_true", help="measure `spt-fast fit` only")
+    parser.add_argument("--intervals", action="store_true", help="measure what intervals hold only")
+    parser.add_argument("--tables", type=Path, help="with --intervals: a folder of public tables of runs")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", laws.LawWarning)
     draw_from = {name: by_formula(name) for name in TABLES}
     draw_from |= {"after finetuning": post_finetune, "CMR, general": critical_mixture}
     about = machine("numpy", "scipy")
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    results = {} if arguments.fits else recoveries(draw_from, arguments.draws)
-    print(f"{'spt-fast fit':<20}{'s':>8}{'CPU s':>8}{'peak MB':>9}")
-    for name, study in STUDIES.items():
-        results[name] = fit = fit_of_study(study())
-        print(f"{name:<20}{fit['seconds']:>8.1f}{fit['cpu_seconds']:>8.1f}{fit['peak_bytes'] / 1e6:>9.0f}", flush=True)
+    if arguments.intervals:
+        results = intervals(arguments.draws, arguments.tables)
+    else:
+        results = {} if arguments.fits else recoveries(draw_from, arguments.draws)
+        results |= fits_of_studies()
     if arguments.json:
         arguments.json.write_text(
             json.dumps({"machine": about, "draws": arguments.draws, "results": results}, indent=1) + "\n"
         )
+
+
+def fits_of_studies() -> dict[str, Any]:
+    results = {}
+    print(f"{'spt-fast fit':<20}{'s':>8}{'CPU s':>8}{'peak MB':>9}")
+    for name, study in STUDIES.items():
+        results[name] = fit = fit_of_study(study())
+        print(f"{name:<20}{fit['seconds']:>8.1f}{fit['cpu_seconds']:>8.1f}{fit['peak_bytes'] / 1e6:>9.0f}", flush=True)
+    return results
 
 
 if __name__ == "__main__":

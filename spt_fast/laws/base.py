@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import chdtri, ndtri
 
 from spt_fast.errors import DataError, RecipeError, SptWarning, invalid, nearest
 from spt_fast.laws.columns import LOSS, Array, Column, Columns, Loss, Rows, arguments, read
-from spt_fast.laws.fitting import Curve, Fit, Parameter, solve
+from spt_fast.laws.fitting import DRAWS, LIKELY, QUANTILES, Curve, Fit, Parameter, reach, solve
 
 HUBER = 1e-3
 """Threshold of the Huber loss on log-losses that the papers fit with, and the least that is used here."""
@@ -27,6 +27,12 @@ EFFICIENT = 1.345
 noise is normal. At 0.001, noise of 1% would make it one of least absolute deviations, which varies 57% more."""
 REWEIGHTED = 3
 """Times that noise and threshold are taken from the last fit."""
+
+
+LEFT_OUT = 1 / 3
+"""Of the logarithm of a column's range, to measure how a law errs beyond its runs."""
+MISFIT_FREEDOM = 2
+"""Degrees of freedom of that measurement: the errors of one law are alike."""
 
 
 class LawWarning(SptWarning):
@@ -61,6 +67,7 @@ class Law:
     """Parameters that the runs leave open."""
     _fits: dict[Any, Fit]
     _rows: Rows
+    _misfits: dict[tuple[tuple[str, ...], str], float]
 
     # -------------------------------------------------------------------------------------------- what a law defines
 
@@ -75,8 +82,8 @@ class Law:
     def _mean(self, columns: Columns, of: str) -> Array:
         raise NotImplementedError
 
-    def _variance(self, columns: Columns, of: str) -> tuple[Array, int]:
-        """Of a new observation, of its logarithm where `_log_interval`; and the degrees of freedom behind it."""
+    def _variance(self, columns: Columns, of: str) -> Array:
+        """[draws, predictions]: of a new run's observation, of its logarithm where `_log_interval`."""
         raise NotImplementedError
 
     _log_interval: ClassVar[bool] = False
@@ -106,7 +113,7 @@ class Law:
         rows = self._prepare(read(table, self.inputs, self.outputs))
         self._require_enough(rows)
         fits = self._fit(rows, None, None)
-        self._rows, self._fits = rows, fits
+        self._rows, self._fits, self._misfits = rows, fits, {}
         self.params_ = {name: float(value) for name, value in self._named(fits).items()}
         self.unidentified_ = [name for key, fit in fits.items() for name in self._unsure(key, fit)]
         if self.unidentified_:
@@ -150,10 +157,16 @@ class Law:
         if not 0 < interval < 1:
             raise RecipeError(invalid("interval", interval, "give a probability between 0 and 1, such as 0.9"))
         self._require("_fits", "an interval needs runs: fit it to a table")
-        variance, freedom = self._variance(values, of)
-        reach = stdtrit(freedom, (1 + interval) / 2) * np.sqrt(variance)
+        error = reach(self._variance(values, of) + self._misfit(values, of), interval)
+        if not all(fit.noise.told for fit in self._fits.values()):
+            _warn(
+                f"{type(self).__name__}: these runs do not tell how much two runs of one setting differ; the interval "
+                f"takes that to be about {LIKELY:g} times what evaluations of a run differ; run settings with two "
+                "seeds or more",
+                IdentificationWarning,
+            )
         low, high = (
-            (mean * np.exp(-reach), mean * np.exp(reach)) if self._log_interval else (mean - reach, mean + reach)
+            (mean * np.exp(-error), mean * np.exp(error)) if self._log_interval else (mean - error, mean + error)
         )
         return tuple(_shaped(edge, shape) for edge in (mean, low, high))
 
@@ -212,6 +225,47 @@ class Law:
         alone = np.isin(groups, [g for g in np.unique(groups) if len(np.unique(run[groups == g])) == 1])
         points = np.arange(len(run)) + run.max() + 1
         return np.unique(np.where(alone, points, run), return_inverse=True)[1]
+
+    def _misfit(self, columns: Columns, of: str) -> Array:
+        """Variance [draws, predictions] by the law's own error beyond the runs, in each column and in all of them at
+        once (the budget): as large, for the distance, as for the largest runs when the law is fitted to the others."""
+        scales = [n for n, c in self.inputs.items() if not c.share and len(np.unique(self._rows.columns[n])) > 1]
+        variance = np.zeros((DRAWS, len(next(iter(columns.values())))))
+        draws = MISFIT_FREEDOM / chdtri(MISFIT_FREEDOM, QUANTILES)
+        for names in dict.fromkeys([*((name,) for name in scales), tuple(scales)]):
+            seen, asked = _size(self._rows.columns, names), _size(columns, names)
+            seen = seen[np.isfinite(seen)]
+            distance = np.where(np.isfinite(asked), np.maximum(asked - seen.max(), seen.min() - asked).clip(0), 0)
+            if (distance > 1e-6).any():
+                if (names, of) not in self._misfits:
+                    self._misfits[names, of] = self._misfit_of(names, of)
+                variance += np.outer(draws, self._misfits[names, of] * np.square(distance))
+        return variance
+
+    def _misfit_of(self, names: tuple[str, ...], of: str) -> float:
+        """Variance for a distance of 1; 0 where the other runs leave the law open, which is no error of its own."""
+        size = _size(self._rows.columns, names)
+        finite = size[np.isfinite(size)]
+        edge = finite.max() - LEFT_OUT * np.ptp(finite)
+        kept, left = self._rows.where(size <= edge), self._rows.where(size > edge)
+        for name in self.inputs:
+            seen, asked = np.unique(kept.columns[name]), np.unique(left.columns[name])
+            if len(seen) == 1 and not np.array_equal(seen, asked):
+                return 0.0
+        law = copy(self)
+        try:
+            law._require_enough(kept)
+            law._rows, law._fits = kept, law._fit(kept, None, None)
+            law.params_ = law._named(law._fits)
+            if any(len(fit.elsewhere) for fit in law._fits.values()):
+                return 0.0
+            mean, expected = (f(left.columns, of) for f in (law._mean, law._variance))
+        except (DataError, RecipeError):
+            return 0.0
+        loss = left.columns[of]
+        error = np.square(np.log(loss / mean) if self._log_interval else loss - mean)
+        excess = float(np.median(error) / ndtri(0.75) ** 2 - np.median(expected))
+        return max(excess, 0.0) / float(np.square(size[size > edge] - size[size <= edge].max()).mean())
 
     def _given(self, **columns: Any) -> Columns:
         """Columns of a decision, checked and broadcast; the law must have its parameters."""
@@ -303,9 +357,8 @@ class FormulaLaw(Law):
     def _mean(self, columns: Columns, of: str) -> Array:
         return self.formula([np.array([self.params_[name]]) for name in self.names], self._features(columns, {}))
 
-    def _variance(self, columns: Columns, of: str) -> tuple[Array, int]:
-        fit = self._fits["loss"]
-        return fit.variance(self._features(columns, self._unit)), fit.noise.freedom
+    def _variance(self, columns: Columns, of: str) -> Array:
+        return self._fits["loss"].variance(self._features(columns, self._unit))
 
 
 def require_points(points: int, unknowns: int, law: str, where: str = "") -> None:
@@ -315,6 +368,12 @@ def require_points(points: int, unknowns: int, law: str, where: str = "") -> Non
             f"{law} has {unknowns} parameters and needs at least {unknowns + 1} runs or points{where}; "
             f"the table has {points}"
         )
+
+
+def _size(columns: Columns, names: Sequence[str]) -> Array:
+    """Sum of the columns' logarithms; -inf where one is 0."""
+    with np.errstate(divide="ignore"):
+        return np.sum([np.log(columns[name]) for name in names], axis=0)
 
 
 def _shaped(values: Array, shape: tuple[int, ...]) -> Any:

@@ -23,7 +23,7 @@ from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.laws.base import ExtrapolationWarning, Law, require_points
 from spt_fast.laws.columns import NATURAL, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.dcpt import first_fall
-from spt_fast.laws.fitting import STEP, Curve, Fit, Parameter, solve
+from spt_fast.laws.fitting import DRAWS, STEP, Curve, Fit, Parameter, solve
 from spt_fast.laws.powers import in_tokens, offset_power, power_parameters, rising
 
 DOMAIN = power_parameters(-2, 1, "alpha1", "s1", "beta1")
@@ -203,17 +203,20 @@ class CMRLaw(Law):
             losses[mask] += self._between(self._increments(columns["tokens"][mask], of), ratio)
         return losses
 
-    def _variance(self, columns: Columns, of: str) -> tuple[Array, int]:
+    def _variance(self, columns: Columns, of: str) -> Array:
         """Between two ratios, the larger of theirs."""
         asked, ratios = self._within(columns["domain_ratio"]), np.array(self.ratios_)
         started = columns["tokens"] > 0
         at = self._scaled(np.where(started, columns["tokens"], self._unit))
-        by_ratio = [np.where(started, fit.variance(at), fit.noise.new) for fit in (self._fits[of, r] for r in ratios)]
         above = np.searchsorted(ratios, asked)
         below = np.where(ratios[above] == asked, above, above - 1)
-        points = np.arange(len(asked))
-        variance = np.maximum(np.array(by_ratio)[above, points], np.array(by_ratio)[below, points])
-        return variance, min(self._fits[of, r].noise.freedom for r in ratios)
+        widest = np.zeros((DRAWS, len(asked)))
+        for i, ratio in enumerate(ratios):
+            fit = self._fits[of, ratio]
+            nothing = np.zeros((len(asked), len(fit.residual)))
+            own = np.where(started, fit.variance(at), fit.noise.spread(nothing, fit.curve.run, observed=True))
+            widest = np.where((above == i) | (below == i), np.maximum(own, widest), widest)
+        return widest
 
     def _between(self, by_ratio: Array, ratio: float) -> Array:
         """Values at every ratio that was run [ratios, ...], interpolated."""

@@ -10,9 +10,12 @@ is taken by complex steps, Im f(x + ih)/h: exact to rounding like automatic diff
     Huber      on residuals r: r² up to the threshold, linear beyond. Minimised as reweighted least squares, since the
                curvature of the Huber loss itself vanishes beyond the threshold
     intervals  to first order a prediction moves linearly with each observation's error: by its *influence*, a row of
-               g (JᵀJ + P)⁻¹ Jᵀ. Errors have a part of each point and a part that all points of a run share; their
-               variances are estimated from the residuals. P keeps unknowns that the data say nothing about in their
-               bounds. A prediction interval adds the noise of a new run to that of the fit.
+               g (JᵀJ + P)⁻¹ Jᵀ. Errors have a part of each point and a part that all points of a run share; how large
+               their variances may be is drawn from what the residuals say, with as many degrees of freedom between runs
+               as there are runs more than unknowns that tell them apart. P keeps unknowns that the data say nothing
+               about in their bounds; other values of these that meet the data as well widen a prediction too. A
+               prediction interval adds the noise of a new run to that of the fit, and base.py what the law itself is
+               off beyond its runs.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.special import erf, ndtri
+from scipy.special import chdtri, erf, ndtr, ndtri
 
 from spt_fast.laws.columns import Array, Columns
 
@@ -36,8 +39,22 @@ SEARCHED = 256
 LARGE = 500
 """Losses, from which on a gradient is taken one unknown at a time."""
 ITERATIONS, ROUGH, DAMPING = 300, 40, 1e-3
+LEAST_DAMPING = 1e-12
+"""Less would leave the equations of unknowns that the data say nothing about without a solution."""
 AHEAD = 0.1
 """Of a step, at which its bend is measured."""
+OUTLIER = 3
+"""Standard deviations, beyond which a residual counts as no more."""
+LIKELY = 0.5
+"""Standard deviation of runs over that of points, as far as is known beforehand."""
+DIFFERS = 2.7
+"""Squared standard deviations that are the edge of a 90% interval."""
+ELSEWHERE = 5
+"""Values of an unknown that is left open."""
+VISIBLE = 0.1
+"""Of a run's error must be left over by the unknowns for it to say how much runs differ."""
+DRAWS = 200
+QUANTILES = (np.arange(DRAWS) + 0.5) / DRAWS
 AT_ONCE = 2_000_000
 """Of points × unknowns × draws: complex numbers of 16 bytes, a few of each at a time."""
 
@@ -238,6 +255,7 @@ def _polish(
         better = fell > 0
         share = np.where(better, fell, 0) / np.maximum(expected, 1e-300)
         damping[going] *= np.where(better, np.where(share > 0.75, 0.1, 1), growth[going])
+        damping[going] = np.maximum(damping[going], LEAST_DAMPING)
         growth[going] = np.where(better, 2, 2 * growth[going])
         moved = going[better]
         x[moved], residual[moved], weight[moved], cost[moved] = (here + step)[better], r[better], w[better], c[better]
@@ -251,35 +269,60 @@ def _polish(
 
 @dataclass(frozen=True)
 class Noise:
-    """Variances of the errors: of each point, and of a run, shared by its points. `freedom`: degrees left."""
+    """Variances of the errors, of each point and of a run, shared by its points: DRAWS of how large they may be."""
 
-    point: float
-    run: float
-    freedom: int
+    point: Array
+    run: Array
+    told: bool
+    """Whether the residuals say how much runs differ."""
 
     @classmethod
-    def of(cls, residual: Array, run: Array, unknowns: int) -> Noise:
-        """By the mean squares within and between runs, both short by the share that the unknowns have taken up."""
-        points, left = len(residual), max(len(residual) - unknowns, 1)
-        kept = left / points
-        _, index, sizes = np.unique(run, return_inverse=True, return_counts=True)
-        if len(sizes) in (1, points):
-            return cls(float(residual @ residual / left), 0.0, left)
-        means = np.bincount(index, residual) / sizes
-        within = np.square(residual - means[index]).sum() / (points - len(sizes)) / kept
-        between = (sizes * means**2).sum() / len(sizes) / kept
-        of_run = max(0.0, (between - within) / sizes.mean())
-        return cls(float(within if of_run else residual @ residual / left), float(of_run), left)
+    def of(cls, residual: Array, run: Array, jacobian: Array) -> Noise:
+        """From the squares within runs and between them that the unknowns leave over. Few runs say little of the
+        variance between them, and as few as there are unknowns that tell runs apart say nothing. The prior for its
+        square root is a half-Cauchy distribution whose median is LIKELY times that of points. Of the residuals, a tenth
+        may be outliers, which count as OUTLIER standard deviations."""
+        size = np.abs(residual)
+        most = max(OUTLIER * float(np.median(size)) / ndtri(0.75), float(np.quantile(size, 0.9)))
+        basis = _basis(jacobian)
+        rest = np.clip(residual, -most, most)
+        rest = rest - basis @ (basis.T @ rest)
+        index, sizes = np.unique(run, return_inverse=True, return_counts=True)[1:]
+        points, unknowns = basis.shape
+        shared = np.zeros(0)
+        if len(sizes) < points:
+            by_run = np.stack([np.bincount(index, column) for column in basis.T], axis=1)
+            shares, directions = np.linalg.eigh(np.diag(sizes.astype(float)) - by_run @ by_run.T)
+            found = shares > VISIBLE * sizes.mean()
+            shares = shares[found]
+            shared = np.square(directions[:, found].T @ np.bincount(index, rest)) / shares
+        freedom = max(points - unknowns - len(shared), 1)
+        within = max(float(rest @ rest - shared.sum()), 0.0)
+        point = within / chdtri(freedom, QUANTILES)
+        if len(sizes) == points:
+            return cls(point, np.zeros(DRAWS), told=True)
+        ratio = np.geomspace(1e-3, 1e3, 601)
+        spread = 1 + shares * np.square(ratio)[:, None]
+        likely = -(np.log(spread) + shared / spread / max(within / freedom, 1e-300)).sum(axis=1) / 2
+        weight = np.cumsum(np.exp(likely - likely.max()) * ratio / (1 + np.square(ratio / LIKELY)))
+        ratio = np.interp(QUANTILES, weight / weight[-1], ratio)
+        point = np.random.default_rng(0).permutation(point)
+        return cls(point, point * np.square(ratio), told=len(shared) > 0)
 
-    def spread(self, influence: Array, run: Array) -> Array:
-        """Variance of predictions that move by `influence` [predictions, points] with the points' errors."""
-        by_run = np.stack([influence[:, run == r].sum(axis=1) for r in np.unique(run)], axis=1) if self.run else 0.0
-        return self.point * np.square(influence).sum(axis=1) + self.run * np.square(by_run).sum(-1)
+    def spread(self, influence: Array, run: Array, observed: bool) -> Array:
+        """Variance [draws, predictions] of predictions that move by `influence` [predictions, points] with the points'
+        errors; `observed`: of points of a new run there."""
+        index = np.unique(run, return_inverse=True)[1]
+        by_run = np.stack([np.bincount(index, row) for row in influence])
+        own, shared = (np.square(by).sum(axis=1) + observed for by in (influence, by_run))
+        return np.outer(self.point, own) + np.outer(self.run, shared)
 
-    @property
-    def new(self) -> float:
-        """Variance of a point of a new run."""
-        return self.point + self.run
+
+def _basis(columns: Array) -> Array:
+    """An orthonormal basis [points, rank] of columns [points, n]."""
+    sized = columns / np.maximum(np.sqrt(np.square(columns).sum(axis=0)), 1e-300)
+    left, singular, _ = np.linalg.svd(sized, full_matrices=False)
+    return left[:, singular > 1e-6 * max(singular[0], 1.0)]
 
 
 @dataclass(frozen=True)
@@ -309,29 +352,43 @@ class Fit:
 
     @cached_property
     def noise(self) -> Noise:
-        return Noise.of(self.residual, self.curve.run, len(self.x))
+        return Noise.of(self.residual, self.curve.run, self.jacobian)
 
     @cached_property
-    def _jacobian(self) -> Array:
+    def jacobian(self) -> Array:
         return self.curve.gradient(self.x)
 
     @cached_property
     def _prior(self) -> Array:
-        """Inverse variance of a normal distribution as wide as the bounds."""
+        """Inverse variance of a normal distribution as wide as the bounds; of the size of a part of the losses, as wide
+        as the largest of them: its logarithm may lie at a bound where it says nothing of how far it is from the rest.
+        """
         low, high = self.curve.bounds
-        return np.square(2 / (high - low))
+        largest = np.abs(self.curve.target).max()
+        part = np.array([p.linear and p.log for p in self.curve.parameters])
+        return np.square(2 * np.where(part, np.exp(np.where(part, self.x, 0)) / largest, 1 / (high - low)))
+
+    def _whitened(self, columns: Array) -> Array:
+        """Columns [points, n] for which the errors are of variance 1 and independent, those of a run too."""
+        point, run = (float(np.median(of)) for of in (self.noise.point, self.noise.run))
+        index, sizes = np.unique(self.curve.run, return_inverse=True, return_counts=True)[1:]
+        shrink = (1 - np.sqrt(point / (point + sizes * run + 1e-300))) / sizes
+        sums = np.stack([np.bincount(index, column) for column in columns.T], axis=1)
+        return (columns - (shrink[:, None] * sums)[index]) / np.sqrt(max(point, 1e-16) * self._inefficiency)
 
     @cached_property
     def _covariance(self) -> Array:
-        variance = max(self.noise.new * self._inefficiency, 1e-16)
-        return np.linalg.inv(self._jacobian.T @ self._jacobian / variance + np.diag(self._prior))
+        """Of the unknowns, by the observations and their bounds."""
+        white = self._whitened(self.jacobian)
+        return np.linalg.inv(white.T @ white + np.diag(self._prior))
 
     @cached_property
     def _inefficiency(self) -> float:
         """How much more a Huber estimate varies than least squares would, were the errors normal."""
-        if self.curve.huber is None or not self.noise.new:
+        new = float(np.median(self.noise.point + self.noise.run))
+        if self.curve.huber is None or not new:
             return 1.0
-        c = self.curve.huber / np.sqrt(self.noise.new)
+        c = self.curve.huber / np.sqrt(new)
         inside = erf(c / np.sqrt(2))
         return float((inside - 2 * c * np.exp(-c * c / 2) / np.sqrt(2 * np.pi) + c**2 * (1 - inside)) / inside**2)
 
@@ -339,15 +396,40 @@ class Fit:
         """How predictions move with each observation's error [predictions, points], and their variance by what the
         observations leave open [predictions]."""
         gradient = self.curve.gradient(self.x, columns)
-        scale = max(self.noise.new * self._inefficiency, 1e-16)
-        moved = gradient @ self._covariance
-        left_open = np.square(moved) @ self._prior
-        return np.sqrt(self._inefficiency) * moved @ self._jacobian.T / scale, left_open
+        elsewhere = np.square(self.curve.value(self.elsewhere, columns) - self.curve.value(self.x, columns))
+        left_open = np.maximum(
+            np.square(gradient @ self._covariance) @ self._prior, elsewhere.max(axis=0, initial=0) / DIFFERS
+        )
+        bounded = max(float(np.median(self.noise.point)) * self._inefficiency, 1e-16) * np.diag(self._prior)
+        moved = gradient @ np.linalg.solve(self.jacobian.T @ self.jacobian + bounded, self.jacobian.T)
+        return np.sqrt(self._inefficiency) * moved, left_open
+
+    @cached_property
+    def elsewhere(self) -> Array:
+        """Points of the search space [n, unknowns] that meet the observations about as well, far from x along unknowns
+        that are left open: what the gradient at x, of an exponent whose term has vanished, say, knows nothing of."""
+        found, (low, high) = [], self.curve.bounds
+        for i, parameter in enumerate(self.curve.parameters):
+            if parameter.name not in self.unidentified or parameter.linear:
+                continue
+            for place in np.linspace(low[i], high[i], ELSEWHERE + 2)[1:-1]:
+                value = float(np.exp(place)) if parameter.log else float(place)
+                held = replace(parameter, low=value, high=value)
+                parameters = (*self.curve.parameters[:i], held, *self.curve.parameters[i + 1 :])
+                curve = replace(self.curve, parameters=parameters)
+                x = _polish(curve, np.clip(self.x, *curve.bounds)[None], np.ones(1), curve.huber, 1e-6, ROUGH)[0][0]
+                worse = self._misses(x) - self._misses(self.x)
+                found += [x] if worse < DIFFERS else []
+        return np.array(found).reshape(-1, len(self.x))
+
+    def _misses(self, x: Array) -> float:
+        """Sum of the squared errors at x, were they of variance 1 and independent."""
+        return float(np.square(self._whitened((self.curve.value(x) - self.curve.goal)[:, None])).sum())
 
     def variance(self, columns: Columns) -> Array:
-        """Of a new observation (of its logarithm, where the curve is of logarithms)."""
+        """[draws, predictions]: of a new run's observation (of its logarithm, where the curve is of logarithms)."""
         influence, left_open = self.influence(columns)
-        return self.noise.spread(influence, self.curve.run) + left_open + self.noise.new
+        return self.noise.spread(influence, self.curve.run, observed=True) + left_open
 
     @property
     def unidentified(self) -> list[str]:
@@ -356,3 +438,14 @@ class Fit:
         low, high = self.curve.bounds
         at_edge = np.minimum(self.x - low, high - self.x) < 1e-3 * (high - low)
         return [p.name for p, bad in zip(self.curve.parameters, (open_share > 0.25) | at_edge, strict=True) if bad]
+
+
+def reach(variance: Array, interval: float) -> Array:
+    """How far from its prediction an observation lies at most so often [predictions], its variance one of
+    [draws, predictions]."""
+    low, high = np.zeros(variance.shape[1]), 40 * np.sqrt(variance.max(axis=0))
+    for _ in range(50):
+        middle = (low + high) / 2
+        inside = ndtr(middle / np.sqrt(np.maximum(variance, 1e-300))).mean(axis=0) < (1 + interval) / 2
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    return high

@@ -221,12 +221,12 @@ class OverfittingLaw(Law):
         size = p["alpha1"] * delta ** p["alpha2"] * np.exp(p["alpha3"] * delta)
         return train + size * T ** (delta * p["b_gap_s"] + (1 - delta) * p["b_gap_g"])
 
-    def _variance(self, columns: Columns, of: str) -> tuple[Array, int]:
+    def _variance(self, columns: Columns, of: str) -> Array:
         """The train fit moves with the errors of train losses, the gap fit with held-out minus train."""
         train, gap, rows = self._fits["train"], self._fits["gap"], self._rows
         at = _centred(columns, self._at)
         if of == "train_loss":
-            return train.variance(at), train.noise.freedom
+            return train.variance(at)
         by_train, left_open = train.influence(at)
         by_gap, gap_left_open = gap.influence(at)
         repeated = columns["fraction"] > 0
@@ -235,13 +235,12 @@ class OverfittingLaw(Law):
         by_heldout = np.where(trained, 0.0, by_train)
         by_heldout[:, trained] = by_gap
         by_train = np.where(trained, by_train - by_heldout, 0.0)
-        heldout = self._heldout_noise()
-        spread = train.noise.spread(by_train, rows.run) + heldout.spread(by_heldout, rows.run)
-        return spread + left_open + gap_left_open + heldout.new, heldout.freedom
+        spread = train.noise.spread(by_train, rows.run, observed=False)
+        return spread + self._heldout_noise().spread(by_heldout, rows.run, observed=True) + left_open + gap_left_open
 
     def _heldout_noise(self) -> Noise:
         residual = self._rows.columns["heldout_loss"] - self._mean(self._rows.columns, "heldout_loss")
-        return Noise.of(residual, self._rows.run, len(TRAIN))
+        return Noise.of(residual, self._rows.run, self._fits["train"].jacobian)
 
     # ------------------------------------------------------------------------------------------------------- decisions
 

@@ -19,7 +19,7 @@ import numpy as np
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import Law, require_points
 from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
-from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, solve
+from spt_fast.laws.fitting import DRAWS, Curve, Fit, Noise, Parameter, solve
 from spt_fast.laws.overfitting import OverfittingLaw, overtaking
 from spt_fast.laws.powers import in_tokens, offset_power, power_parameters
 
@@ -166,33 +166,33 @@ class PostFinetuneLaw(Law):
             losses[mask] = before if of == "heldout_loss" else before - self._fits["gain", delta].mean(at)
         return losses
 
-    def _variance(self, columns: Columns, of: str) -> tuple[Array, int]:
+    def _variance(self, columns: Columns, of: str) -> Array:
         """The curve before finetuning moves with the errors of held-out losses, the gain with theirs minus those
         after."""
-        variance, freedom = np.empty(len(columns["fraction"])), []
+        variance = np.empty((DRAWS, len(columns["fraction"])))
         for delta, mask, at in self._by_delta(columns):
             gain = self._fits["gain", delta]
-            freedom.append(gain.noise.freedom)
             given = {"tokens": columns["tokens"][mask], "fraction": np.full(mask.sum(), delta)}
             if "heldout_loss" in columns:
-                variance[mask] = gain.variance(at)
+                own = gain.variance(at)
             elif self.heldout is not None:
-                before = self.heldout._variance(given, "heldout_loss")[0]
-                variance[mask] = before if of == "heldout_loss" else before + gain.variance(at)
+                own = self.heldout._variance(given, "heldout_loss")
+                own = own if of == "heldout_loss" else own + gain.variance(at)
             elif of == "heldout_loss":
-                variance[mask] = self._fits["heldout", delta].variance(at)
+                own = self._fits["heldout", delta].variance(at)
             else:
-                variance[mask] = self._variance_after(self._fits["heldout", delta], gain, at, delta)
-        return variance, min(freedom)
+                own = self._variance_after(self._fits["heldout", delta], gain, at, delta)
+            variance[:, mask] = own
+        return variance
 
     def _variance_after(self, before: Fit, gain: Fit, at: Columns, delta: float) -> Array:
         own = self._rows.where(self._rows.columns["fraction"] == delta)
         by_before, left_open = before.influence(at)
         by_gain, gain_left_open = gain.influence(at)
         residual = own.columns["finetuned_loss"] - (before.mean(before.curve.columns) - gain.mean(gain.curve.columns))
-        after = Noise.of(residual, own.run, len(GAIN))
-        spread = before.noise.spread(by_before - by_gain, own.run) + after.spread(by_gain, own.run)
-        return spread + left_open + gain_left_open + after.new
+        after = Noise.of(residual, own.run, gain.jacobian)
+        spread = before.noise.spread(by_before - by_gain, own.run, observed=False)
+        return spread + after.spread(by_gain, own.run, observed=True) + left_open + gain_left_open
 
 
 def _criterion(fit: Fit) -> float:

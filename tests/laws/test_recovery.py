@@ -15,11 +15,13 @@ import pytest
 from spt_fast import laws
 from spt_fast.laws.fitting import Fit, solve
 from tests.synthetic_runs import (
+    CHINCHILLA,
     CROSS_DOMAIN,
     DCPT_GRID,
     DOMAIN,
     FRACTIONS,
     OVERFITTING,
+    RATIOS,
     TABLES,
     Table,
     continued,
@@ -171,14 +173,84 @@ def test_intervals_hold_what_they_promise(name: str) -> None:
     assert 0.8 <= np.mean(inside) <= 0.97
 
 
+@pytest.mark.parametrize(("sizes", "seeds", "by_run"), [(2, 1, 0.003), (3, 1, 0.003), (4, 2, 0.006)])
+def test_intervals_hold_a_new_run_where_runs_differ(sizes: int, seeds: int, by_run: float) -> None:
+    """Errors of a run are shared by its points, and as few runs as unknowns that tell them apart hide them."""
+    runs = grid(seed=range(seeds), params=np.geomspace(1e7, 1e8, sizes), tokens=np.geomspace(1e8, 1e10, 10))
+    places = {"params": np.array([3e7, 1e9]), "tokens": np.array([1e9, 1e10])}
+    truth, inside = CHINCHILLA.predict(**places), []
+    for seed in range(12):
+        rng = generator(seed)
+        errors = by_run * rng.standard_normal(runs["run"].max() + 1)[runs["run"]]
+        table = drawn(CHINCHILLA, runs, rng, noise=0.003)
+        law = laws.ChinchillaLaw().fit(table | {"loss": table["loss"] * np.exp(errors)})
+        _, low, high = law.predict(interval=0.9, **places)
+        new = noisy(truth, rng, np.hypot(by_run, 0.003))
+        inside.append((low <= new) & (new <= high))
+    assert (np.mean(inside, axis=0) >= 0.75).all()
+
+
+def test_two_sizes_leave_the_loss_of_a_third_open() -> None:
+    """Every alpha meets two sizes as well; where the search ends at a large one, nothing of A is left at 1e10."""
+    runs = grid(params=[2e8, 1e9], own_ratio=[0, *RATIOS, 1], tokens=np.linspace(1e9, 20e9, 10))
+    far = {"params": 1e10, "tokens": 2e10, "own_ratio": 0.15}
+    for seed in (0, 1, 2):
+        rng = generator(seed)
+        table = drawn(DOMAIN, runs, rng, noise=0.003)
+        table["loss"] = table["loss"] * np.exp(0.003 * rng.standard_normal(18)[runs["run"]])
+        law = laws.DCPTLaw().fit(table)
+        _, low, high = law.predict(interval=0.9, **far)
+        assert low < DOMAIN.predict(**far) < high
+        assert "alpha" in law.unidentified_ or "A" in law.unidentified_
+
+
+def test_five_outliers_do_not_widen_every_interval() -> None:
+    table = drawn(
+        CHINCHILLA,
+        grid(seed=range(6), params=np.geomspace(4e7, 1e9, 6), tokens=np.geomspace(1e9, 5e10, 7)),
+        generator(),
+    )
+    points = {name: values for name, values in table.items() if name != "run"}
+    off = points | {"loss": points["loss"] * np.where(np.arange(252) % 50 == 7, 1.5, 1)}
+    widths = [
+        np.ptp(laws.ChinchillaLaw().fit(t).predict(params=2e8, tokens=1e10, interval=0.9)[1:]) for t in (points, off)
+    ]
+    assert widths[1] < 1.15 * widths[0]
+
+
+def test_beyond_its_runs_an_interval_is_as_wide_as_the_law_errs_there() -> None:
+    """The losses' exponent is half as large from 4e9 tokens on, which a law fitted to all up to 2e10 half sees."""
+    runs = grid(params=np.geomspace(4e7, 1e9, 5), tokens=np.geomspace(1e8, 2e10, 12))
+    bent = drawn(CHINCHILLA, runs, generator(), noise=0.002)
+    bent["loss"] = bent["loss"] * np.maximum(runs["tokens"] / 4e9, 1) ** 0.05
+    law = laws.ChinchillaLaw().fit(bent)
+    truth = CHINCHILLA.predict(params=4e8, tokens=2e11) * (2e11 / 4e9) ** 0.05
+    for edge, far in (2e10, False), (2e11, True):
+        mean, low, high = law.predict(params=4e8, tokens=edge, interval=0.9)
+        assert ((high - low) / mean > 0.1) is far
+    assert low < truth < high
+
+
+def test_what_runs_without_a_second_seed_leave_unsaid_is_warned_of() -> None:
+    for seeds in (1, 2):
+        runs = grid(seed=range(seeds), params=np.geomspace(1e7, 1e8, 3), tokens=np.geomspace(1e8, 1e10, 10))
+        law = laws.ChinchillaLaw().fit(drawn(CHINCHILLA, runs, generator(), noise=0.003))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            law.predict(params=3e7, tokens=1e9, interval=0.9)
+        assert any("two seeds or more" in str(warning.message) for warning in caught) is (seeds == 1)
+
+
 def test_the_spread_of_overfitting_predictions_is_what_their_intervals_say() -> None:
     """Two fits share the train losses' errors; 24 draws tell the spread of their sum to about 15%."""
     at = {"tokens": np.array([60e9, 200e9]), "fraction": np.array([0.02, 0.05])}
+    points = {name: values for name, values in overfitting_grid().items() if name != "run"}
     predicted, said = [], []
     for seed in range(24):
-        law = laws.OverfittingLaw().fit(drawn(OVERFITTING, overfitting_grid(), generator(seed)))
+        law = laws.OverfittingLaw().fit(drawn(OVERFITTING, points, generator(seed)))
         predicted.append(law.predict(**at))
-        said.append(law._variance(at, "heldout_loss")[0] - law._heldout_noise().new)
+        noise = law._heldout_noise()
+        said.append(np.median(law._variance(at, "heldout_loss") - (noise.point + noise.run)[:, None], axis=0))
     assert np.mean(said, axis=0) ** 0.5 == pytest.approx(np.std(predicted, axis=0), rel=0.4)
 
 
