@@ -26,6 +26,7 @@ from spt_fast.flags import (
     Inputs,
     Json,
     Overrides,
+    Overwrite,
     PathArgument,
     PathOption,
     Price,
@@ -449,11 +450,12 @@ def export_weights(
     weights: WeightsPath,
     out_folder: Annotated[Path, PathOption("--out", metavar="DIR")],
     tokenizer: Annotated[Path | None, PathOption(help="Saved along for AutoTokenizer; a run's own by default")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a Hugging Face folder (Llama; Qwen2 with a QKV bias; Qwen3 with QK-norm)."""
     from spt_fast.train.release import export
 
-    export(weights, out_folder, tokenizer)
+    export(weights, out_folder, tokenizer, overwrite=overwrite)
     out.print(f"{out_folder}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True)
 
 
@@ -461,11 +463,14 @@ def export_weights(
 def import_weights(
     folder: Annotated[Path, PathArgument(metavar="DIR", help="A Hugging Face folder: Llama, Qwen2 or Qwen3.")],
     out_folder: Annotated[Path, PathOption("--out", metavar="CHECKPOINT")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Check that a Hugging Face folder can be trained on, and copy it to where a recipe's `init` may point."""
     from spt_fast.model import hf
+    from spt_fast.train.folder import owned
 
-    hf.save(*hf.load(folder), out_folder, like=folder)
+    with owned(out_folder, "out"):
+        hf.save(*hf.load(folder), out_folder, like=folder, overwrite=overwrite)
     out.print(f"{out_folder}: name it in a recipe as `init: {out_folder}`", soft_wrap=True)
 
 

@@ -38,6 +38,7 @@ ClusterOptions = Annotated[
     list[str] | None,
     typer.Option("--cluster-set", metavar="KEY=VALUE", help="Such as timeout_min=600 or slurm_partition=gpu."),
 ]
+Overwrite = Annotated[bool, typer.Option(help="Replace another model that lies there.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint; starts afresh where there is none.")]
 RecipePath = Annotated[Path, PathArgument(metavar="RECIPE")]
 RunPath = Annotated[Path, PathArgument(metavar="RUN")]

@@ -60,7 +60,7 @@ def room_of(module: str) -> str:
     return "cli" if module.endswith("__main__") else module.split(".")[0]
 
 
-EVERYWHERE = {"errors", "files", "locks"}
+EVERYWHERE = {"errors", "files", "locks", "outputs"}
 """Rooms that all others may use; their edges are not drawn."""
 
 

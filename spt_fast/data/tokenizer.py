@@ -25,6 +25,7 @@ import tiktoken
 from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
 from spt_fast.errors import DataError, invalid, nearest
 from spt_fast.files import replacing
+from spt_fast.outputs import check_output, is_tokenizer
 
 EOS = "<|endoftext|>"
 FILE = "tokenizer.tiktoken"
@@ -211,6 +212,7 @@ def train_tokenizer(
         import rustbpe
     except ImportError:
         raise DataError("training a tokenizer needs rustbpe: pip install rustbpe") from None
+    check_output(Path(out), "out", is_tokenizer)
     trainer = rustbpe.Tokenizer()
     sample = _sample(inputs, text_key, skip_bad, sample_bytes)
     trainer.train_from_iterator(sample, vocab_size - 1, buffer_size=256, pattern=PATTERN)

@@ -7,11 +7,12 @@ in a GPT is refused by name. Only safetensors are read: a pickle can run code.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,14 +98,16 @@ def save(
     metadata: Mapping[str, str] | None = None,
     *,
     like: Path | None = None,
+    overwrite: bool | None = None,
 ) -> None:
     """Writes model.safetensors, config.json and a tokenizer's files, for AutoModelForCausalLM and AutoTokenizer.
 
     weights: the GPT's parameters by name. dtype float32, bfloat16 or float16; None keeps the weights' own. like: a
     Hugging Face folder whose tokenizer, settings of generation, special ids and metadata go along as they are.
     metadata: what is to be known of the weights, kept in model.safetensors; `read_metadata` gives it back. Everything
-    is written and flushed beside the folder and then moved into it, config.json last; other files in the folder are
-    left alone.
+    is written and flushed in a folder of its own and then moved into place, config.json last; other files in the folder
+    are left alone. overwrite: False raises CheckpointError rather than replace anything that differs, or be read
+    together with another model's shards; True has another model's files removed.
     """
     folder = Path(folder)
     dtype = dtype or weights["embedding"].dtype
@@ -123,7 +126,7 @@ def save(
         for source, part in zip(parameter.sources, parts, strict=True):
             tensors[source] = part.to(device="cpu", dtype=dtype, copy=True)
 
-    temporary = folder.absolute().with_name(f".{folder.absolute().name}.tmp")
+    temporary = folder / ".weights.tmp"  # inside: the folder may be a mount point
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -141,7 +144,8 @@ def save(
         (temporary / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         for file in temporary.iterdir():
             sync(file)
-        folder.mkdir(exist_ok=True)
+        if overwrite is not None:
+            _make_way(folder, {file.name for file in temporary.iterdir()}, temporary, overwrite=overwrite)
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
             file.replace(folder / file.name)
         sync(folder)
@@ -151,6 +155,25 @@ def save(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            folder.rmdir()  # where nothing came into it
+
+
+def _make_way(folder: Path, names: Collection[str], temporary: Path, *, overwrite: bool) -> None:
+    """Remove what would be taken for a part of the model whose files are `temporary`; CheckpointError instead where
+    that isn't wanted."""
+    others = {INDEX, "pytorch_model.bin", *CARRIED} | {path.name for path in folder.glob("*.safetensors")}
+    for name in sorted({*names, *others}):
+        file = folder / name
+        equal = name in names and file.is_file() and filecmp.cmp(file, temporary / name, shallow=False)
+        if equal or not file.exists():
+            continue
+        if not overwrite:
+            raise CheckpointError(
+                f"out: {folder} holds {name} of another model; choose another folder, or add `overwrite=True`",
+                argument=True,
+            )
+        file.unlink()
 
 
 def read_config(folder: str | Path) -> GPTConfig:

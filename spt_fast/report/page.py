@@ -28,6 +28,7 @@ from spt_fast.advice.advise import advise
 from spt_fast.advice.result import Advice
 from spt_fast.files import write_text
 from spt_fast.laws import LawWarning
+from spt_fast.outputs import check_output, head
 from spt_fast.report import sections
 from spt_fast.report.decision import answer, best_by_budget, by_setting, compared, decide, setting_name, with_shares
 from spt_fast.study.crossover import asks_for_crossover
@@ -158,6 +159,7 @@ def report(
 
     Raises DataError, RecipeError or CheckpointError.
     """
+    check_output(out, "out", lambda file: b"spt-fast report</title>" in head(file))
     table = read_table(runs, domain_source=domain_source, general_source=general_source)
     used = usable(table)
     advice = _advice(used, model, domain_tokens, budget)

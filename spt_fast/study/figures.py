@@ -13,6 +13,8 @@ from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 
+from spt_fast.files import replacing, write_text
+from spt_fast.outputs import check_output, is_figure, is_json_with
 from spt_fast.printing import as_json
 from spt_fast.study.compare import Comparison, Finetune
 from spt_fast.study.drawing import PLAIN, Axes, Figure, mpl
@@ -29,11 +31,12 @@ LINE_HEIGHT = 0.05
 def write(comparison: Comparison, out_folder: str | Path) -> None:
     """Write comparison.json and comparison.png."""
     out_folder = Path(out_folder)
+    check_output(out_folder / "comparison.json", "out", is_json_with("runs", "arms", "r_gain"))
+    check_output(out_folder / "comparison.png", "out", is_figure)
     out_folder.mkdir(parents=True, exist_ok=True)
-    (out_folder / "comparison.json").write_text(
-        json.dumps(as_json(comparison), indent=1, allow_nan=False), encoding="utf-8"
-    )
-    draw_comparison(comparison, out_folder / "comparison.png")
+    write_text(out_folder / "comparison.json", json.dumps(as_json(comparison), indent=1, allow_nan=False))
+    with replacing(out_folder / "comparison.png") as path:
+        draw_comparison(comparison, path)
 
 
 @mpl.rc_context(PLAIN)
@@ -61,7 +64,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     forgotten = {arm: [run.forgetting for run in runs] for arm, runs in arms.items()}
     _draw_seeds(lower, forgotten, colours, "forgetting in FT (nats/token)")
     lower.axvline(0, color="0.6", linewidth=0.8)
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=160, format="png")
 
 
 def draw_plane(

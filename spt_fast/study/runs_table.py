@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, nearest
 from spt_fast.files import replacing
+from spt_fast.outputs import check_output, head
 from spt_fast.study.runs import evaluations_of
 from spt_fast.train.folder import parent_of, recipe_of, summary_of, trained_before
 
@@ -212,6 +214,12 @@ def load_table(path: Path) -> pd.DataFrame:
                 "written by `spt-fast sweep`"
             )
     return table
+
+
+def check_place(folder: Path) -> None:
+    """SptError where a study's folder holds a table that isn't a study's."""
+    check_output(folder / "table.csv", "study", lambda file: head(file).startswith(b"run,phase,stage,"))
+    check_output(folder / "table.parquet", "study", lambda file: "handed_on" in pq.read_schema(file).names)
 
 
 def save_table(table: pd.DataFrame, folder: Path) -> None:

@@ -29,7 +29,7 @@ from spt_fast.model.flops import train_flops_per_token
 from spt_fast.printing import print_facts, print_table
 from spt_fast.study.cluster import Cluster
 from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
-from spt_fast.study.runs_table import Row, in_columns, rows_of, save_table
+from spt_fast.study.runs_table import Row, check_place, in_columns, rows_of, save_table
 from spt_fast.study.study import PlannedRun, Study, expand, study_from
 from spt_fast.train.dry_run import dry_run
 from spt_fast.train.folder import owned, recipe_of, summary_of
@@ -99,6 +99,7 @@ def sweep(
     runs = expand(study)
     workers = workers or Local(len(runs), jobs)
     with owned(study.folder, "study", inherited=True):  # until the last run has ended, even where the sweep was killed
+        check_place(study.folder)
         _check_domain(study)
         _check_unchanged(runs)
         recipes = _write_recipes(study, runs)

@@ -9,7 +9,7 @@ from typing import Any
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import CheckpointError, DataError, SptWarning, cut, invalid
 from spt_fast.model import hf, hf_config
-from spt_fast.train.folder import recipe_of
+from spt_fast.train.folder import owned, recipe_of
 from spt_fast.train.origin import origin_of, run_of, tokenizer_file
 from spt_fast.train.weights import load_model, locate, read_config
 
@@ -77,15 +77,18 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> Tokenizer | Hugg
     return found
 
 
-def export(path: Path, folder: Path, tokenizer: str | Path | None = None) -> None:
-    """Write the weights at `path` as a Hugging Face folder, with their tokenizer where it is known."""
+def export(path: Path, folder: Path, tokenizer: str | Path | None = None, *, overwrite: bool = False) -> None:
+    """Write the weights at `path` as a Hugging Face folder, with their tokenizer where it is known; over another model
+    that lies there only with `overwrite`."""
     if run := run_of(folder) or run_of(folder / "weights"):
         raise CheckpointError(f"out: {folder} belongs to the run {run}; choose a folder outside it", argument=True)
     weights = locate(path)
     model, found = load_model(weights), tokenizer_of(weights, tokenizer)
     like, own = (weights, None) if isinstance(found, HuggingFaceTokenizer) else (None, found)
     known = origin_of(weights).as_metadata()
-    hf.save(model.config, dict(model.named_parameters()), folder, own, like=like, metadata=known)
+    weights_by_name = dict(model.named_parameters())
+    with owned(folder, "out"):
+        hf.save(model.config, weights_by_name, folder, own, like=like, metadata=known, overwrite=overwrite)
 
 
 def generate_text(path: Path, prompt: str, tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any) -> str:

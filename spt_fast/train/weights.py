@@ -45,7 +45,7 @@ def locate(path: Path) -> Path:
     if not (path / "recipe.yaml").exists():
         return path
     folders = [path / "weights" / phase.name for phase in reversed(recipe_of(path).phases)]
-    done = [folder for folder in folders if folder.exists()]
+    done = [folder for folder in folders if (folder / hf.CONFIG).exists()]  # which is written last
     if done:
         return done[0]
     found = checkpoint.newest(path / "checkpoints")

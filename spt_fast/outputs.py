@@ -1,0 +1,59 @@
+"""Where a user has results written: what is replaced there is an earlier result of the same kind, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from spt_fast.errors import SptError
+
+HEAD_BYTES = 4096
+
+
+def check_output(file: Path, argument: str, is_ours: Callable[[Path], bool]) -> None:
+    """SptError, in the name of an argument, where `file` is there and neither empty nor, by `is_ours`, of the kind that
+    is to be written: before any work is done for it."""
+    if file.is_symlink():
+        problem = f"is a link; name the file that it leads to, {file.resolve()}"
+    elif not file.exists():
+        return
+    elif not file.is_file():
+        problem = "is no regular file; name one"
+    elif file.stat().st_size and not is_ours(file):
+        problem = "is another kind of file and would be replaced; choose another name, or delete it"
+    else:
+        return
+    raise SptError(f"{argument}: {file} {problem}", argument=True)
+
+
+def head(file: Path) -> bytes:
+    """How a file begins."""
+    with file.open("rb") as opened:
+        return opened.read(HEAD_BYTES)
+
+
+def is_tokenizer(file: Path) -> bool:
+    """Whether these are tiktoken ranks from 0 on, as the tokenizer's training writes them."""
+    lines = [line for line in head(file).split(b"\n")[:-1] if not line.startswith(b'#{"')]
+    ranks = [re.fullmatch(rb"[A-Za-z0-9+/]+=* ([0-9]+)", line) for line in lines]
+    return bool(ranks) and all(rank and int(rank[1]) == i for i, rank in enumerate(ranks))
+
+
+def is_json_with(*keys: str) -> Callable[[Path], bool]:
+    """A check for a JSON object that has all these keys."""
+
+    def check(file: Path) -> bool:
+        try:
+            found = json.loads(file.read_bytes())
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(found, dict) and found.keys() >= set(keys)
+
+    return check
+
+
+def is_figure(file: Path) -> bool:
+    """Whether Matplotlib drew this PNG."""
+    return head(file).startswith(b"\x89PNG") and b"Matplotlib" in head(file)
