@@ -159,11 +159,12 @@ class Plan:
                 raise not_the_same(field, where)
 
     def unrecorded(self, recorded: Mapping[str, str]) -> list[str]:
-        """Warnings: what a checkpoint of an earlier version doesn't know."""
+        """Warnings: what a checkpoint of an earlier version doesn't know, not even by the texts that it knows."""
+        known = {*recorded} | {"tokenizer" for text in self.texts.values() if text.tokenizer_digest}
         return [
             f"{field}: the checkpoint is of an earlier version and doesn't record it; it is taken to be the same"
             for field in self.digests()
-            if field not in recorded and not field.startswith("sources.")
+            if field not in known and not field.startswith("sources.")
         ]
 
     def check_files(self, before: Mapping[str, KnownText] | None, *, verify: bool) -> list[str]:

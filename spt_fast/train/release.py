@@ -53,7 +53,11 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> Tokenizer | Hugg
         found = Tokenizer.load(own)
     elif run and (recorded := recipe_of(run).tokenizer):
         source = recorded
-        found = Tokenizer.load(source)
+        try:
+            found = Tokenizer.load(source)
+        except DataError:
+            says = f"{run} is of an earlier version and carries none, and {source} has gone; name the one that it was"
+            raise CheckpointError(f"tokenizer: {says} trained with", argument=True) from None
         if known is None:
             warnings.warn(
                 f"{run} is of an earlier version and doesn't record its tokenizer: {source} is taken to be the same",

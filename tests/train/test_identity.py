@@ -246,6 +246,10 @@ def test_a_run_of_an_earlier_version_is_read_by_what_it_recorded(
     monkeypatch.chdir(tmp_path / "home")
     assert greedy(moved) == text
     assert audit_run(moved) == audited
+    Path("bytes.tiktoken").rename("kept")
+    with pytest.raises(CheckpointError, match=r"carries none, and bytes\.tiktoken has gone; name the one that it was"):
+        greedy(moved)
+    Path("kept").rename("bytes.tiktoken")
     (moved / "summary.json").unlink()
     with pytest.warns(SptWarning, match="earlier version and doesn't record its tokenizer: bytes.tiktoken is taken"):
         assert greedy(moved) == text
