@@ -7,7 +7,6 @@ in a GPT is refused by name. Only safetensors are read: a pickle can run code.
 
 from __future__ import annotations
 
-import filecmp
 import json
 import shutil
 import warnings
@@ -37,6 +36,8 @@ CARRIED = (
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
     "tokenizer.tiktoken",
 )
+
+COPIED_BYTES = 1 << 24
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -165,8 +166,7 @@ def _make_way(folder: Path, names: Collection[str], temporary: Path, *, overwrit
     others = {INDEX, "pytorch_model.bin", *CARRIED} | {path.name for path in folder.glob("*.safetensors")}
     for name in sorted({*names, *others}):
         file = folder / name
-        equal = name in names and file.is_file() and filecmp.cmp(file, temporary / name, shallow=False)
-        if equal or not file.exists():
+        if not file.exists() or (name in names and _is_same(file, temporary / name)):
             continue
         if not overwrite:
             raise CheckpointError(
@@ -174,6 +174,19 @@ def _make_way(folder: Path, names: Collection[str], temporary: Path, *, overwrit
                 argument=True,
             )
         file.unlink()
+
+
+def _is_same(file: Path, new: Path) -> bool:
+    """Whether two files hold the same; of safetensors the header may be in another order."""
+    if not file.is_file() or file.stat().st_size != new.stat().st_size:
+        return False
+    with file.open("rb") as one, new.open("rb") as other:
+        if file.name == WEIGHTS:
+            with suppress(ValueError):
+                headers = [json.loads(opened.read(int.from_bytes(opened.read(8), "little"))) for opened in (one, other)]
+                if headers[0] != headers[1]:
+                    return False
+        return all(one.read(COPIED_BYTES) == part for part in iter(lambda: other.read(COPIED_BYTES), b""))
 
 
 def read_config(folder: str | Path) -> GPTConfig:
