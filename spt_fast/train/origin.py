@@ -14,7 +14,7 @@ from spt_fast.data.tokenizer import FILE
 from spt_fast.errors import CheckpointError
 from spt_fast.model import hf
 from spt_fast.train import checkpoint
-from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.train.folder import is_run, recipe_of, summary_of
 from spt_fast.train.state import SavedState
 from spt_fast.train.weights import locate
 
@@ -39,11 +39,9 @@ class Origin:
 
 def run_of(path: Path) -> Path | None:
     """The run that weights or a checkpoint belong to; None for those that lie in no run."""
-    if (path / "recipe.yaml").exists():
-        return path
     inside = path.resolve().parent
-    belongs = inside.name in ("weights", "checkpoints") and (inside.parent / "recipe.yaml").exists()
-    return inside.parent if belongs else None
+    folders = [path, *([inside.parent] if inside.name in ("weights", "checkpoints") else [])]
+    return next((folder for folder in folders if (folder / "recipe.yaml").exists() and is_run(folder)), None)
 
 
 def tokenizer_file(weights: Path) -> Path | None:

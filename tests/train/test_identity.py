@@ -256,4 +256,10 @@ def test_a_run_of_an_earlier_version_is_read_by_what_it_recorded(
     with pytest.warns(SptWarning):
         export(moved, tmp_path / "out")
     (tmp_path / "out" / "tokenizer.tiktoken").unlink()
+    project = tmp_path / "project"
+    (project / "weights").mkdir(parents=True)
+    shutil.copy(moved / "recipe.yaml", project / "recipe.yaml")
+    shutil.copytree(tmp_path / "out", project / "weights" / "pretrain")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert greedy(project / "weights" / "pretrain") == text, "a recipe beside weights makes no run"
     assert greedy(tmp_path / "out") == text, "by tokenizer.json, as any folder of Hugging Face"
