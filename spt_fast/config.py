@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.data.mixture import Mixture
-from spt_fast.errors import RecipeError, invalid, nearest, shown_key
+from spt_fast.errors import RecipeError, invalid, nearest, shown, shown_key
 from spt_fast.fields import (
     Span,
     apply_overrides,
@@ -299,7 +299,7 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", phase.name):
             raise RecipeError(invalid(f"{here}.name", phase.name, "use letters, digits, dots, dashes and underscores"))
         if phase.name in [p.name for p in phases]:
-            raise RecipeError(f"{here}.name: {phase.name!r} names two phases; give each its own name")
+            raise RecipeError(f"{here}.name: {shown(phase.name)} names two phases; give each its own name")
         if phase.batch.micro and phase.batch.sequences % phase.batch.micro:
             expected = f"write a divisor of sequences ({phase.batch.sequences})"
             raise RecipeError(invalid(f"{here}.batch.micro", phase.batch.micro, expected))

@@ -139,7 +139,7 @@ def boolean(value: object, where: str) -> bool:
     return value
 
 
-_NO_NAME = re.compile(r"\s*|.*[\x00-\x1f\x7f-\x9f\ud800-\udfff].*", re.DOTALL)
+_NO_NAME = re.compile(r"\s*|.{1001,}|.*[\x00-\x1f\x7f-\x9f\ud800-\udfff].*", re.DOTALL)
 
 
 def text(value: object, where: str) -> str:
@@ -368,13 +368,13 @@ def _set(node: Any, path: list[str], value: Any, whole: str) -> None:
         names = [item.get("name") if isinstance(item, dict) else None for item in node]
         index = names.index(head) if head in names else int(head) if re.fullmatch("[0-9]{1,9}", head) else len(node)
         if index >= len(node):
-            expected = f"there is no item {head!r}; {nearest(head, [str(n) for n in names])}"
+            expected = f"there is no item {shown(head)}; {nearest(head, [str(n) for n in names])}"
             raise RecipeError(invalid("overrides", whole, expected))
         key: Any = index
     elif isinstance(node, dict):
         key = head
     else:
-        raise RecipeError(invalid("overrides", whole, f"{head!r} lies below a plain value; check the path"))
+        raise RecipeError(invalid("overrides", whole, f"{shown(head)} lies below a plain value; check the path"))
     if not rest:
         node[key] = value
         return

@@ -5,6 +5,7 @@
 recipe      YAML: cut short, bits flipped, fields deleted, swapped or given twice, values of the wrong type or size,
             deep nesting, text that is no UTF-8. One that is accepted must read back as itself, and plan or be refused
 set         `--set KEY=VALUE`, keys and values of every kind
+study       the YAML of a study, as that of recipes; every refusal names the file
 dataset     our format, Megatron, llm.c, .npy and headerless ids with an index: headers, indices and ids damaged, hashes
             made to fit again or not
 checkpoint  manifest, state and tensors damaged, names that lead out of the folder, the manifest's own hash made to fit
@@ -70,12 +71,15 @@ from spt_fast.model.config import RopeScaling
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.printing import print_table, set_up, terminal
 from spt_fast.report.panels import panel
+from spt_fast.study.study import expand
+from spt_fast.study.sweep import load_study
 from spt_fast.train import checkpoint
 from spt_fast.train.metrics import RunLog
 from spt_fast.train.plan import make_plan
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import ALONE, join_world
 from tests import tiny
+from tests.study import tiny_study
 
 CASE_SECONDS = 5
 CASE_BYTES = 1 << 30
@@ -250,7 +254,7 @@ def as_json(tree: Any) -> bytes:
 
 
 class Recipes:
-    """`recipe` and `set`."""
+    """`recipe`, `set` and `study`."""
 
     def __init__(self, folder: Path) -> None:
         tiny.write_corpora(folder)
@@ -258,6 +262,7 @@ class Recipes:
         self.raw = tiny.raw_recipe(folder)
         self.raw["phases"][0]["batch"]["micro"] = 2
         self.raw |= {"seed": 1, "precision": "auto", "engine": {"name": "local", "stage": 1, "offload": "none"}}
+        self.raw_study = tiny_study.raw_study(folder)
         self.text, self.places = yaml.safe_dump(self.raw), list(dotted(self.raw))
 
     def recipe(self, rng: random.Random) -> str:
@@ -283,6 +288,21 @@ class Recipes:
                 value = rng.choice([rng.choice(HARD_YAML), yaml.safe_dump(hard_value(rng), default_flow_style=True)])
             overrides.append(rng.choice([*[f"{key}={value}"] * 9, key, f"={value}", f"{key}=={value}"]))
         return self.sound(overrides)
+
+    def study(self, rng: random.Random) -> str:
+        if rng.random() < 0.3:
+            self.path.write_bytes(damaged_bytes(yaml.safe_dump(self.raw_study).encode(), rng))
+        else:
+            text = yaml.safe_dump(damaged_tree(self.raw_study, rng), allow_unicode=True)
+            self.path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        try:
+            runs = expand(load_study(str(self.path)))
+        except SptError as error:
+            if not str(error).startswith(f"{self.path}: "):
+                raise AssertionError(f"names no file: {error}") from error
+            raise
+        assert all(run.recipe.changes(run.recipe) == [] for run in runs)
+        return "accepted and expanded"
 
     def sound(self, overrides: list[str]) -> str:
         recipe = load_recipe(self.path, overrides)
@@ -731,7 +751,7 @@ class Weights:
 # ------------------------------------------------------------------------------------------------ the campaign
 
 SHARES = {
-    **{"recipe": 0.2, "set": 0.1, "dataset": 0.25, "checkpoint": 0.1, "weights": 0.05},
+    **{"recipe": 0.15, "set": 0.1, "study": 0.05, "dataset": 0.25, "checkpoint": 0.1, "weights": 0.05},
     **{"config": 0.15, "names": 0.1, "flags": 0.05},
 }
 """Of the cases."""
@@ -743,6 +763,7 @@ def targets(folder: Path) -> dict[str, Callable[[random.Random], str]]:
     return {
         "recipe": recipes.recipe,
         "set": recipes.set,
+        "study": recipes.study,
         "dataset": Datasets(folder).dataset,
         "checkpoint": Checkpoints(folder).checkpoint,
         "weights": Weights(folder).weights,
@@ -763,7 +784,8 @@ def outcome(act: Callable[[random.Random], str], seed: int, target: str, case: i
     try:
         return True, act(random.Random(f"{seed} {target} {case}"))
     except SptError as error:
-        return bool(str(error)), "refused"
+        short = 0 < len(str(error)) < 2000 and str(error).count("\n") < 5
+        return short, "refused" if short else f"a message of {len(str(error))} characters: {str(error)[:200]}"
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         ours = [f for f in traceback.extract_tb(error.__traceback__) if "spt_fast" in f.filename]

@@ -30,7 +30,7 @@ from numbers import Integral, Rational
 import numpy as np
 
 from spt_fast import native
-from spt_fast.errors import RecipeError, cut, invalid, nearest
+from spt_fast.errors import RecipeError, cut, invalid, nearest, shown
 
 MAX_SAMPLES = 1 << 62
 MAX_DENOMINATOR = 1 << 62
@@ -262,8 +262,9 @@ def _exact_weights(weights: Mapping[str, int | str | Fraction | float]) -> dict[
     if relative and len(relative) < len(exact):
         share = next(source for source in exact if source not in relative)
         raise RecipeError(
-            f"mixture: {relative[0]!r} is a whole number ({weights[relative[0]]!r}), a relative weight, but {share!r} "
-            f"is a share ({weights[share]!r}); write all as whole numbers, or all as shares that sum to 1"
+            f"mixture: {shown(relative[0])} is a whole number ({shown(weights[relative[0]])}), a relative weight, but "
+            f"{shown(share)} is a share ({shown(weights[share])}); write all as whole numbers, or all as "
+            "shares that sum to 1"
         )
     if total == 0:
         raise RecipeError(f"mixture: every weight is 0 ({cut(', '.join(exact))}); give at least one source more")

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.config import Model, Phase, Recipe, check_schedules, recipe_from
-from spt_fast.errors import RecipeError, invalid, nearest
+from spt_fast.errors import RecipeError, invalid, nearest, shown
 from spt_fast.fields import (
     Span,
     build,
@@ -71,7 +71,7 @@ def several(parse: Any) -> Any:
         parsed = tuple(parse(item, f"{where}[{i}]" if len(values) > 1 else where) for i, item in enumerate(values))
         for i, item in enumerate(parsed):
             if item in parsed[:i]:
-                raise RecipeError(f"{where}[{i}]: {values[i]!r} is there twice; name every value once")
+                raise RecipeError(f"{where}[{i}]: {shown(values[i])} is there twice; name every value once")
         return parsed
 
     return parse_all
@@ -254,7 +254,7 @@ class Study:
             if source not in self.sources:
                 raise RecipeError(invalid(field, source, f"name a source; {nearest(source, self.sources)}"))
         if self.domain == self.general:
-            raise RecipeError(f"general: {self.general!r} is the domain too; name the source that fills the rest")
+            raise RecipeError(f"general: {shown(self.general)} is the domain too; name the source that fills the rest")
         names = [stage.axes.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise RecipeError(f"stages: {', '.join(names)}: two have the same name; give each its own")

@@ -68,7 +68,9 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
         raw = _with_data(raw, given or {})
     with naming(name):
         apply_overrides(raw, overrides)
-        return study_from(raw)
+        loaded = study_from(raw)
+        expand(loaded)  # recipes that cannot be are found here
+    return loaded
 
 
 def _with_data(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

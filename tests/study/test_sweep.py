@@ -196,6 +196,11 @@ def test_flags_of_ready_studies_are_refused_for_others(tmp_path: Path) -> None:
         load_study(str(study), given={"general": None, "out": tmp_path / "elsewhere"})
     with pytest.raises(RecipeError, match="forgeting: neither a file nor a ready study; did you mean 'forgetting'"):
         load_study("forgeting")
+    raw = raw_study(tmp_path)
+    raw["stages"][1]["name"] = "a/b"
+    study.write_text(yaml.safe_dump(raw))
+    with pytest.raises(RecipeError, match=r"^.*\.yaml: phases\[a/b\]\.name: 'a/b' is invalid"):
+        load_study(str(study))
 
 
 def test_costs_count_what_is_left(swept: tuple[Path, pd.DataFrame]) -> None:
