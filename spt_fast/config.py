@@ -34,6 +34,7 @@ from spt_fast.fields import (
     parse_count,
     parse_share,
     path,
+    paths,
     plain,
     read_yaml,
     section,
@@ -120,9 +121,9 @@ class Model(_Shape):
 class Source:
     """One corpus: token datasets made by `spt-fast prepare`, or foreign ones read in place."""
 
-    train: str = setting(path)
-    """Prefix of the training dataset."""
-    heldout: str | None = setting(optional(path), None)
+    train: str | tuple[str, ...] = setting(paths)
+    """Prefix of the training dataset; of one in many files a folder, a pattern or a list."""
+    heldout: str | tuple[str, ...] | None = setting(optional(paths), None)
     """Prefix of text that is never trained on; losses on it are the figures."""
     limit_tokens: int | None = setting(optional(parse_count), None)
     """Use only the first whole documents of `train`, up to this many tokens."""

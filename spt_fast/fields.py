@@ -162,6 +162,15 @@ def path(value: object, where: str) -> str:
     return found
 
 
+def paths(value: object, where: str) -> str | tuple[str, ...]:
+    """A path, or a list of them."""
+    if not isinstance(value, (list, tuple)):
+        return path(value, where)
+    if not value:
+        raise RecipeError(invalid(where, value, "name at least one path"))
+    return tuple(path(item, f"{where}.{i}") for i, item in enumerate(value))
+
+
 def one_of(*choices: str) -> Callable[[object, str], str]:
     def parse(value: object, where: str) -> str:
         if value not in choices:

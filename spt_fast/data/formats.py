@@ -146,10 +146,6 @@ def _locate(prefix: Path) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    if prefix.is_dir() or any(c in prefix.name for c in "*?["):
-        raise DataError(
-            f"{prefix} is a folder or a pattern; a dataset is one token file: name one, or list each as its own source"
-        )
     raise DataError(f"no token dataset at {prefix}: none of {', '.join(map(str, candidates))} exists")
 
 

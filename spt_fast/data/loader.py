@@ -82,15 +82,17 @@ class Loader:
         self._micro, self._device = micro, torch.device(device)
         self._positions = np.arange(order.sequences).reshape(-1, world, micro)[:, rank].reshape(-1)
         self._documents = documents
-        self._files: list[_TokenFile] = []
+        self._sources: list[_Source] = []
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         try:
             for name in order.mixture.sources:
-                self._files.append(_TokenFile(name, datasets[name], documents))
+                self._sources.append(_Source(name, datasets[name], documents))
         except DataError:
             self.close()
             raise
-        self._table_S4 = np.array([file.row for file in self._files], dtype=np.int64)
+        self._files = [file for source in self._sources for file in source.files]
+        self._table_F4 = np.array([file.row for file in self._files], dtype=np.int64)
+        self._first_S = np.cumsum([0, *(len(source.files) for source in self._sources)])[:-1].astype(np.int32)
 
     def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
         windows = self._windows_advised_ahead()
@@ -106,8 +108,8 @@ class Loader:
     def close(self) -> None:
         """Stop reading ahead and close the files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for file in self._files:
-            file.close()
+        for source in self._sources:
+            source.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -121,7 +123,7 @@ class Loader:
         for step in range(self._first_step, self._last_step):
             source_G, start_G = self._order.windows(step)
             advised.append((source_G[self._positions], start_G[self._positions]))
-            native.advise(self._table_S4, *advised[-1], self._context)
+            native.advise(self._table_F4, *self._in_files(*advised[-1])[:2], self._context)
             if len(advised) > ADVISED_STEPS:
                 yield advised.popleft()
         yield from advised
@@ -136,16 +138,38 @@ class Loader:
         source_R, start_R = next(windows)
         for file in self._files:
             file.check_size()
-        failure = native.gather(self._table_S4, source_R, start_R, self._vocab_size, batch_2RT)
+        file_R, first_R, whole_R = self._in_files(source_R, start_R)
+        rows = np.flatnonzero(whole_R)
+        into = batch_2RT if len(rows) == len(whole_R) else batch_2RT.new_empty(2, len(rows), self._context)
+        failure = native.gather(self._table_F4, file_R[rows], first_R[rows], self._vocab_size, into)
         if failure.outcome:
-            raise self._files[source_R[failure.row]].error(failure, self._vocab_size)
+            raise self._files[file_R[rows[failure.row]]].error(failure, self._vocab_size)
+        if into is not batch_2RT:
+            batch_2RT[:, torch.from_numpy(rows)] = into
+        for row in np.flatnonzero(~whole_R).tolist():
+            ids = self._sources[source_R[row]].window(int(start_R[row]), self._context, self._vocab_size)
+            batch_2RT[:, row] = torch.from_numpy(np.stack([ids[:-1], ids[1:]]))
         micro_batches = zip(source_R.reshape(-1, self._micro), start_R.reshape(-1, self._micro), strict=True)
         return [self._document_starts(*window_B) if self._documents else None for window_B in micro_batches]
+
+    def _in_files(self, source_R: np.ndarray, start_R: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each window the file that it begins in (int32), its first token there, and whether it can be gathered from
+        that file alone."""
+        file_R, first_R, whole_R = self._first_S[source_R], start_R, np.ones(len(source_R), bool)
+        for number, source in enumerate(self._sources):
+            if len(source.files) > 1:
+                rows = np.flatnonzero(source_R == number)
+                shard = np.searchsorted(source.edges, start_R[rows], "right") - 1
+                first_R = first_R.copy()
+                first_R[rows] -= source.edges[shard]
+                file_R[rows] += shard.astype(np.int32)
+                whole_R[rows] = start_R[rows] + self._context < source.edges[shard + 1]
+        return file_R, first_R, whole_R
 
     def _document_starts(self, source_B: np.ndarray, start_B: np.ndarray) -> torch.Tensor:
         """cu_seqlens int32 of a micro-batch."""
         starts = [
-            row * self._context + self._files[source].document_starts(start, self._context)
+            row * self._context + self._sources[source].document_starts(start, self._context)
             for row, (source, start) in enumerate(zip(source_B.tolist(), start_B.tolist(), strict=True))
         ]
         starts.append(np.array([len(source_B) * self._context]))
@@ -159,20 +183,65 @@ class Loader:
         return list(map(Batch, tokens_RT.split(self._micro), targets_RT.split(self._micro), cu_seqlens))
 
 
-class _TokenFile:
-    """The open file of one source's ids."""
+class _Source:
+    """The open files of one source, one after the other a ring of tokens.
+
+    edges: int64 [files + 1], where each file begins in the source, then its end
+    """
 
     def __init__(self, name: str, dataset: TokenDataset, documents: bool) -> None:
-        dtype = dataset.tokens.dtype
-        if dtype.kind not in "iu" or not dtype.isnative:
-            raise DataError(f"source {name!r}: {dataset.path} holds {dtype.str}; ids must be native integers")
         if documents and dataset.document_ends is None:
             raise DataError(
                 f"source {name!r}: {dataset.path} records no document ends, which `documents: true` needs; set it to "
                 "false, or prepare the text with `spt-fast prepare`"
             )
-        self._name, self._path, self._num_tokens = name, dataset.path, dataset.num_tokens
         self._ends = np.asarray(dataset.document_ends if documents else [], dtype=np.int64)
+        self.files: list[_TokenFile] = []
+        shards = [shard for shard in dataset.shards or (dataset,) if shard.num_tokens or not dataset.shards]
+        try:
+            for shard in shards:
+                self.files.append(_TokenFile(name, shard))
+        except DataError:
+            self.close()
+            raise
+        self.edges = np.cumsum([0, *(shard.num_tokens for shard in shards)])
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def window(self, start: int, context: int, vocab_size: int) -> np.ndarray:
+        """`context` + 1 ids, int64, from `start` on, across as many files as it takes and the end of the ring."""
+        found, missing = [], context + 1
+        while missing:
+            shard = int(np.searchsorted(self.edges, start, "right")) - 1
+            taken = min(missing, int(self.edges[shard + 1]) - start)
+            found.append(self.files[shard].read(start - int(self.edges[shard]), taken, vocab_size))
+            start, missing = (start + taken) % int(self.edges[-1]), missing - taken
+        return np.concatenate(found)
+
+    def document_starts(self, start: int, context: int) -> np.ndarray:
+        """Where documents begin in a window: int64, from 0 up, strictly increasing, below `context`."""
+        num_tokens = int(self.edges[-1])
+        starts = [np.array([0]), self._ends_between(start, min(start + context, num_tokens)) - start]
+        beyond = start + context - num_tokens
+        if beyond > 0:
+            starts += [np.array([context - beyond]), self._ends_between(0, beyond) + context - beyond]
+        return np.unique(np.concatenate(starts))
+
+    def _ends_between(self, low: int, high: int) -> np.ndarray:
+        """The document ends in (low, high)."""
+        return self._ends[np.searchsorted(self._ends, low, "right") : np.searchsorted(self._ends, high, "left")]
+
+
+class _TokenFile:
+    """An open file of one source's ids."""
+
+    def __init__(self, name: str, dataset: TokenDataset) -> None:
+        dtype = dataset.tokens.dtype
+        if dtype.kind not in "iu" or not dtype.isnative:
+            raise DataError(f"source {name!r}: {dataset.path} holds {dtype.str}; ids must be native integers")
+        self._name, self._path = name, dataset.path
         try:
             self._file = dataset.path.open("rb", buffering=0)
         except OSError as error:
@@ -190,6 +259,16 @@ class _TokenFile:
 
     def close(self) -> None:
         self._file.close()
+
+    def read(self, first: int, count: int, vocab_size: int) -> np.ndarray:
+        """`count` ids, int64, from the file's token `first` on."""
+        batch_21T = torch.empty(2, 1, max(1, count - 1), dtype=torch.int64)
+        table, source, start = np.array([self.row]), np.zeros(1, np.int32), np.array([first])
+        failure = native.gather(table, source, start, vocab_size, batch_21T)
+        if failure.outcome:
+            raise self.error(failure, vocab_size)
+        inputs, targets = batch_21T[:, 0].numpy()
+        return np.append(inputs, targets[-1])[:count]
 
     def check_size(self) -> None:
         size_bytes = os.fstat(self._file.fileno()).st_size
@@ -213,15 +292,3 @@ class _TokenFile:
                     "this run's tokenizer, or raise model.vocab_size"
                 )
         raise AssertionError(failure)
-
-    def document_starts(self, start: int, context: int) -> np.ndarray:
-        """Where documents begin in a window: int64, from 0 up, strictly increasing, below `context`."""
-        starts = [np.array([0]), self._ends_between(start, min(start + context, self._num_tokens)) - start]
-        beyond = start + context - self._num_tokens
-        if beyond > 0:
-            starts += [np.array([context - beyond]), self._ends_between(0, beyond) + context - beyond]
-        return np.unique(np.concatenate(starts))
-
-    def _ends_between(self, low: int, high: int) -> np.ndarray:
-        """The document ends in (low, high)."""
-        return self._ends[np.searchsorted(self._ends, low, "right") : np.searchsorted(self._ends, high, "left")]

@@ -8,10 +8,12 @@ each 64 MiB block of .bin, of .idx, and of itself. The .json comes into being la
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from spt_fast.data import formats
+from spt_fast.data.joined import JoinedTokens
 from spt_fast.errors import DataError
 from spt_fast.files import sync
 from spt_fast.locks import locked
@@ -31,6 +34,12 @@ SAMPLED_BLOCKS = 4
 """Blocks that are hashed where a glance must do."""
 END_DTYPE = np.dtype("<i8")  # u64 on disk: below 2^63 the same bytes, and int64 mixes with Python's and NumPy's ints
 
+Prefix = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""Of a token dataset; a folder, pattern or list of one in many files."""
+
+_ENDINGS = (".bin", ".npy", ".ds")
+_PATTERN = re.compile(r"[*?[]")
+_HELD_OUT = re.compile(r"(?:^|[._-])(?:heldout|valid|validation|val|test|dev|eval)(?=[._-]|$)", re.IGNORECASE)
 _READ_BYTES = 1 << 20
 _ENDS_CHECKED = 1 << 16  # at open; the hash covers them all
 
@@ -39,12 +48,14 @@ _ENDS_CHECKED = 1 << 16  # at open; the hash covers them all
 class TokenDataset:
     """Token ids of one corpus, mapped from disk and never loaded whole.
 
-    tokens          [num_tokens], read-only memmap; uint16 or uint32 in our format, any integer dtype in others
+    tokens          [num_tokens], read-only memmap; uint16 or uint32 in our format, any integer dtype in others; of many
+                    files JoinedTokens, which index like one
     document_ends   int64 [num_documents], non-decreasing exclusive ends in tokens; None where the format has none
     num_bytes       UTF-8 bytes of the text, where recorded
     max_id          largest id, where recorded (after `limit`, an upper bound)
     digest          identifies the content: in our format a hash of the block hashes; elsewhere of sizes and samples
-    path            the file that holds the ids, which start at `offset_bytes`
+    path            the file that holds the ids, which start at `offset_bytes`; of many files the folder or pattern
+    shards          the datasets that it consists of, one after the other; none where it is one file
     """
 
     format: str
@@ -59,6 +70,7 @@ class TokenDataset:
     eos_id: int | None = None
     tokenizer_digest: str | None = None
     metadata: dict[str, Any] | None = None  # the .json of our format
+    shards: tuple[TokenDataset, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -71,17 +83,24 @@ class TokenDataset:
     @property
     def modified_ns(self) -> int:
         """When its files were last written, in nanoseconds since 1970."""
+        if self.shards:
+            return max(shard.modified_ns for shard in self.shards)
         siblings = [self.path, self.path.with_suffix(".idx"), Path(f"{self.path}.index")]
         return max(path.stat().st_mtime_ns for path in siblings if path.exists())
 
     @classmethod
-    def open(cls, prefix: str | os.PathLike[str], dtype: str | None = None) -> TokenDataset:
+    def open(cls, prefix: Prefix, dtype: str | None = None) -> TokenDataset:
         """Open PREFIX in any supported format: ours, else Megatron, llm.c, .npy, else headerless ids of `dtype`.
+
+        A folder, a pattern (`shards/train_*.bin`) or a list is one corpus in many files: those of the folder, or that
+        match, in the order of their names, or those of the list in its order.
 
         `prefix` may carry its extension. `dtype` (uint16, uint32, ...) is needed for headerless files and must agree
         with a header where there is one. Raises DataError for what is missing, damaged, or of another size than its
         header says. Hashes are left to `verify`, so that opening costs the same at any size.
         """
+        if not isinstance(prefix, (str, os.PathLike)) or is_many(Path(prefix)):
+            return _join(prefix, dtype)
         base = base_prefix(Path(prefix))
         declared = None if dtype is None else formats.id_dtype(dtype, f"{prefix}: the declared dtype")
         try:
@@ -147,7 +166,16 @@ class TokenDataset:
             if tokens == self.num_tokens:
                 return self
         digest = _sha256_of([self.digest, "first", tokens])
-        return replace(self, tokens=self.tokens[:tokens], document_ends=ends, num_bytes=None, digest=digest)
+        cut = replace(self, document_ends=ends, num_bytes=None, digest=digest)
+        if not self.shards:
+            return replace(cut, tokens=self.tokens[:tokens])
+        starts = np.cumsum([0, *(shard.num_tokens for shard in self.shards)])
+        kept = tuple(
+            replace(shard, tokens=shard.tokens[: tokens - start])
+            for shard, start in zip(self.shards, starts.tolist(), strict=False)
+            if start < tokens
+        )
+        return replace(cut, tokens=_joined(kept), shards=kept)
 
     def verify(self, most_blocks: int | None = None) -> bool:
         """Hash the files again (of a limited dataset, the whole files), reading them without a map; of more than
@@ -157,6 +185,8 @@ class TokenDataset:
         Raises DataError naming the damaged block of .bin, or the .idx. Foreign formats record no hashes: their sizes
         were compared with their headers at open, and nothing more can be checked here.
         """
+        if self.shards:
+            return all([shard.verify(most_blocks) for shard in self.shards])
         if self.metadata is None:
             return formats.is_sampled_whole(self.path)
         bin_path, idx_path, json_path = files_of(base_prefix(self.path))
@@ -185,6 +215,75 @@ class TokenDataset:
                 f"{idx_path}: is damaged: its sha256 is not the one in {json_path}; copy or prepare it again"
             )
         return most == len(expected)
+
+
+def is_many(prefix: Path) -> bool:
+    """Whether a path is a folder or a pattern, and so stands for many token files: nothing of that very name is one."""
+    if any(Path(f"{prefix}{ending}").is_file() for ending in ("", *_ENDINGS)):
+        return False
+    return prefix.is_dir() or bool(_PATTERN.search(str(prefix)))
+
+
+def _join(given: Prefix, dtype: str | None) -> TokenDataset:
+    """The datasets of a folder, a pattern or a list as one."""
+    items = [Path(given)] if isinstance(given, (str, os.PathLike)) else [Path(item) for item in given]
+    what = Path(", ".join(map(str, items)))
+    prefixes = [prefix for item in items for prefix in (_matching(item) if is_many(item) else [item])]
+    if not prefixes:
+        raise DataError(f"{what}: holds no token files ({', '.join(_ENDINGS)})")
+    if len({os.path.realpath(base_prefix(prefix)) for prefix in prefixes}) < len(prefixes):
+        raise DataError(f"{what}: names a file twice; name every shard once")
+    shards = tuple(TokenDataset.open(prefix, dtype) for prefix in prefixes)
+    first = shards[0]
+    _refuse_mixed(what, prefixes, shards)
+    ends, starts = [shard.document_ends for shard in shards], np.cumsum([0, *(shard.num_tokens for shard in shards)])
+    return replace(
+        first,
+        path=what,
+        tokens=_joined(shards),
+        document_ends=None
+        if any(end is None for end in ends)
+        else np.concatenate(
+            [end + start for end, start in zip(ends, starts.tolist(), strict=False) if end is not None]
+        ),
+        digest=_sha256_of([shard.digest for shard in shards]) if len(shards) > 1 else first.digest,
+        num_bytes=_of_all(sum, [shard.num_bytes for shard in shards]),
+        max_id=_of_all(max, [shard.max_id for shard in shards if shard.num_tokens]),
+        metadata=None,
+        shards=shards,
+    )
+
+
+def _matching(given: Path) -> list[Path]:
+    """Token files of a folder or pattern, sorted by name."""
+    pattern = str(Path(glob.escape(str(given)), "*")) if given.is_dir() else str(given)
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    files = [path for path in found if path.suffix in _ENDINGS and path.is_file()]
+    return list(dict.fromkeys(base_prefix(path) if path.suffix == ".bin" else path for path in files))
+
+
+def _refuse_mixed(what: Path, prefixes: list[Path], shards: tuple[TokenDataset, ...]) -> None:
+    """DataError for files that don't make one corpus: of different ids, or of text to train on and text held out."""
+    kinds = {_HELD_OUT.search(prefix.name) is not None for prefix in prefixes}
+    if len(kinds) > 1:
+        apart = next(prefix.name for prefix in prefixes if _HELD_OUT.search(prefix.name))
+        raise DataError(
+            f"{what}: holds {apart}, which looks held out, beside other text; name what is meant by a pattern"
+        )
+    for shard, prefix in zip(shards, prefixes, strict=True):
+        for field in ("dtype", "tokenizer_digest", "vocab_size", "eos_id"):
+            ours, theirs = (getattr(x.tokens if field == "dtype" else x, field) for x in (shards[0], shard))
+            if ours != theirs:
+                raise DataError(f"{what}: {prefix} has {field} {theirs}, {prefixes[0]} {ours}; prepare them alike")
+
+
+def _joined(shards: Sequence[TokenDataset]) -> Any:
+    return JoinedTokens([shard.tokens for shard in shards])
+
+
+def _of_all(combine: Callable[[list[int]], int], values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return combine(known) if known and len(known) == len(values) else None
 
 
 class DatasetWriter:

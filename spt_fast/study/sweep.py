@@ -23,7 +23,7 @@ from rich.console import Console
 from spt_fast.config import Recipe, Source
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError, RecipeError, invalid, nearest
-from spt_fast.fields import apply_overrides, naming, parse_yaml, path, read_yaml
+from spt_fast.fields import apply_overrides, naming, parse_yaml, paths, read_yaml
 from spt_fast.files import write_text
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.printing import print_facts, print_table
@@ -124,7 +124,7 @@ def sweep(
 def _check_domain(study: Study) -> None:
     """RecipeError for a corpus with fewer tokens than the study asks for: arms would differ in name alone."""
     source = study.sources[study.domain]
-    train = path(source["train"], f"sources.{study.domain}.train")
+    train = paths(source["train"], f"sources.{study.domain}.train")
     held = TokenDataset.open(train, source.get("dtype")).num_tokens
     for limit in study.limits:
         if limit is not None and limit > held:

@@ -235,9 +235,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 def open_source(source: Source, kind: Kind, directory: str | Path = "") -> TokenDataset:
     """A text of a source, cut as its recipe says, whose relative path leads from `directory`. It must name one."""
-    path = source.train if kind == "train" else source.heldout
-    assert path is not None
-    data = TokenDataset.open(Path(directory, path), source.dtype)
+    named = source.train if kind == "train" else source.heldout
+    assert named is not None
+    places = Path(directory, named) if isinstance(named, str) else [Path(directory, path) for path in named]
+    data = TokenDataset.open(places, source.dtype)
     return data.limit(source.limit_tokens) if kind == "train" and source.limit_tokens else data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from pathlib import Path
@@ -327,10 +328,70 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         TokenDataset.open(tmp_path / "empty", dtype="uint16")
 
 
-def test_folders_and_patterns_are_refused(tmp_path: Path) -> None:
-    for name in (tmp_path, tmp_path / "part-*.bin"):
-        with pytest.raises(DataError, match="folder or a pattern; a dataset is one token file"):
-            TokenDataset.open(name)
+def test_many_files_are_one_dataset(tmp_path: Path) -> None:
+    """A folder, a pattern or a list of llm.c shards, in the order of their names; indexed like the one file of all."""
+    parts = [IDS, IDS[::-1], IDS[:1], IDS * 3]
+    for i, ids in enumerate(parts):
+        write_llmc(tmp_path / f"train_{i:06d}.bin", ids)
+    (tmp_path / "README").write_text("not ids")
+    whole = np.concatenate(parts)
+    names = [tmp_path / f"train_{i:06d}.bin" for i in range(4)]
+    opened = [TokenDataset.open(given) for given in (tmp_path, tmp_path / "train_*.bin", names, list(map(str, names)))]
+    for data in opened:
+        assert (len(data.tokens), data.num_tokens, data.tokens.dtype) == (len(whole), len(whole), np.uint16)
+        for start, stop in itertools.combinations(range(0, len(whole) + 1, 3), 2):
+            assert data.tokens[start:stop].tolist() == whole[start:stop].tolist()
+        places = np.array([[0, -1], [len(IDS), 2 * len(IDS)]])
+        assert data.tokens[places].tolist() == whole[places].tolist()
+        assert data.tokens[-2] == whole[-2]
+        assert (data.tokens.min(), data.tokens.max()) == (whole.min(), whole.max())
+        assert np.asarray(data.tokens).tolist() == whole.tolist()
+    assert len({data.digest for data in opened}) == 1
+    assert TokenDataset.open(names[::-1]).digest != opened[0].digest
+    assert TokenDataset.open(names[:1]).digest == TokenDataset.open(names[0]).digest
+    for limit in (1, len(IDS), len(IDS) + 3, len(whole) - 1):
+        cut = opened[0].limit(limit)
+        assert cut.tokens[:].tolist() == whole[:limit].tolist()
+        assert sum(shard.num_tokens for shard in cut.shards) == limit
+    assert opened[0].verify()
+    assert opened[0].modified_ns == max(name.stat().st_mtime_ns for name in names)
+
+
+def test_documents_of_many_files_are_one_after_the_other(tmp_path: Path) -> None:
+    lengths = [[3, 0, 2], [], [4]]
+    for i, each in enumerate(lengths):
+        with DatasetWriter(tmp_path / f"d{i}", vocab_size=9, eos_id=0, tokenizer_digest="t") as writer:
+            writer.write(np.full(sum(each), i), np.array(each, np.int64), 10)
+    data = TokenDataset.open(tmp_path)
+    assert data.document_ends is not None
+    assert data.document_ends.tolist() == [3, 3, 5, 9]
+    assert (data.num_bytes, data.max_id, data.eos_id, data.tokenizer_digest) == (30, 2, 0, "t")
+    assert data.limit(6).tokens[:].tolist() == [0] * 5
+    (tmp_path / "d0.bin").write_bytes(b"\1" * 10)
+    with pytest.raises(DataError, match=r"d0\.bin: is damaged: block 0"):
+        data.verify()
+
+
+def test_files_that_make_no_one_corpus(tmp_path: Path) -> None:
+    def own(name: str, tokenizer: str = "t", vocab: int = 9) -> Path:
+        with DatasetWriter(tmp_path / name, vocab_size=vocab, eos_id=0, tokenizer_digest=tokenizer) as writer:
+            writer.write(np.ones(5, int), np.array([5]), 5)
+        return tmp_path / name
+
+    a, b, wide = own("in/a"), own("other/b", tokenizer="u"), own("wide/c", vocab=70_000)
+    own("in/a.heldout")
+    (tmp_path / "empty").mkdir()
+    for given, message in (
+        (tmp_path / "in", r"in: holds a.heldout, which looks held out, beside other text; name what is meant"),
+        (tmp_path / "empty", r"empty: holds no token files \(.bin, .npy, .ds\)"),
+        (tmp_path / "in" / "x*", r"x\*: holds no token files"),
+        ([a, b], r"other/b has tokenizer_digest u, .*in/a t; prepare them alike"),
+        ([a, wide], r"wide/c has dtype uint32, .*in/a uint16"),
+        ([a, Path(f"{a}.bin")], "names a file twice"),
+        ([a, tmp_path / "none"], "no token dataset at .*none"),
+    ):
+        with pytest.raises(DataError, match=message):
+            TokenDataset.open(given)
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_file(tmp_path: Path) -> None:

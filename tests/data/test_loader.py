@@ -78,6 +78,34 @@ def test_batches_hold_what_a_reading_by_hand_finds(datasets: dict[str, TokenData
     assert wrapped > 5
 
 
+def test_many_files_read_as_the_one_that_they_are_cut_from(tmp_path: Path, datasets: dict[str, TokenDataset]) -> None:
+    """Files shorter than a window too, and windows across the end of the last one."""
+    web = datasets["web"]
+    assert web.document_ends is not None
+    for cuts in ([30], [1, 2, 3, 9, 40, 41], [10, 80, 90]):
+        folder = tmp_path / str(cuts)
+        documents = np.split(np.arange(len(web.document_ends)), cuts)
+        for i, each in enumerate(documents):
+            edges = [0, *web.document_ends.tolist()]
+            ids = web.tokens[edges[each[0]] : edges[each[-1] + 1]]
+            with DatasetWriter(folder / f"{i:03}", vocab_size=VOCAB, eos_id=0, tokenizer_digest="t") as writer:
+                writer.write(ids, np.diff(edges)[each], num_bytes=0)
+        many = datasets | {"web": TokenDataset.open(folder)}
+        for options in ({"documents": True}, {"micro": 2, "rank": 1, "world": 2}):
+            expected = [batch for _, batches in read(datasets, **options) for batch in batches]
+            found = [batch for _, batches in read(many, **options) for batch in batches]
+            assert len(found) == len(expected)
+            for one, other in zip(found, expected, strict=True):
+                assert torch.equal(one.tokens, other.tokens)
+                assert torch.equal(one.targets, other.targets)
+                assert (one.cu_seqlens is None) or torch.equal(one.cu_seqlens, other.cu_seqlens)
+    with pytest.raises(DataError, match=r"source 'web': .*00\d\.bin, token .* is not in the vocabulary of 9"):
+        read({"chem": write(tmp_path / "low", 167, 1), "web": many["web"]}, vocab_size=9)
+    os.truncate(folder / "003.bin", 8)
+    with pytest.raises(DataError, match=r"source 'web': .*003\.bin has 8 bytes and its"):
+        read(many)
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
 def test_ids_of_every_width_and_files_with_a_header(tmp_path: Path, dtype: str) -> None:
     limit = np.iinfo(dtype).max
