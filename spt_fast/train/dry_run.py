@@ -20,10 +20,12 @@ from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS
 from spt_fast.printing import print_table, size
+from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.engine import EngineInterface
 from spt_fast.train.engines import join, make_engine
+from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
-from spt_fast.train.price import FORWARD_SHARE, Machine, distribution_of, evaluated_tokens, phase_memory
+from spt_fast.train.price import Machine, distribution_of, phase_memory
 from spt_fast.train.snapshot import Snapshot, weights_of
 from spt_fast.train.world import World, pick_dtype
 
@@ -56,6 +58,7 @@ def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
     device = world.device
     plan = make_plan(recipe, world=world.size)
     world.on_first(lambda: plan.check_files(None, verify=verify))
+    world.on_first(lambda: warn(doubts(plan)))
     machine = Machine.of(recipe, gpus=world.size)
     grown_before = _peak_bytes(device)
     model = plan.starting_model()

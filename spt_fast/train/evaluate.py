@@ -22,6 +22,9 @@ from spt_fast.train.world import ALONE, World
 HALVES: dict[str, Half] = {"heldout": "report", "select": "select"}
 """By the name of a loss, the half of the held-out text that it is of."""
 
+FORWARD_SHARE = 1 / 3
+"""The FLOPs of an evaluation, as a share of a training step's."""
+
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -127,3 +130,13 @@ def evaluation_texts(plan: Plan, phase: Phase) -> dict[str, dict[str, EvalSet]]:
         marks = begins(data, stretches).reshape(-1, context) if phase.documents else None
         texts["train"][source] = EvalSet([(windows, marks)])
     return texts
+
+
+def evaluated_tokens(plan: Plan, index: int) -> int:
+    """Tokens scored by all evaluations of phase `index`: at its first and last step and in between, in every arm."""
+    planned = plan.phases[index]
+    phase = planned.phase
+    every = phase.evaluation.every.steps(planned.tokens_per_step, planned.steps)
+    evaluations = len(phase.arms()) * (len(range(0, planned.steps, every)) + 1)
+    texts = evaluation_texts(plan, phase)
+    return evaluations * sum(text.num_targets for by_source in texts.values() for text in by_source.values())

@@ -11,6 +11,7 @@ import torch
 from spt_fast.model.flops import parameters
 from spt_fast.model.gpt import GPT
 from spt_fast.train.checkpoint import Checkpoint
+from spt_fast.train.doubts import doubts
 from spt_fast.train.engine import EngineInterface
 from spt_fast.train.plan import Plan
 from spt_fast.train.state import Compute, SavedState
@@ -45,7 +46,7 @@ def introduction(
     }
     yield "kernels: " + "; ".join(f"{name} for {', '.join(ops)}" for name, ops in by_backend.items())
     if resumed is None:
-        yield from (f"warning: {warning}" for warning in plan.leaks())
+        yield from (f"warning: {warning}" for warning in (*doubts(plan), *plan.leaks()))
         return
     yield from (f"skipped a damaged checkpoint: {reason}" for reason in resumed.checkpoint.skipped.values())
     yield f"resuming from {resumed.checkpoint.path.name}"

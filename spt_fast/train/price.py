@@ -30,8 +30,9 @@ from spt_fast.model.flops import (
 )
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, memory_bytes
 from spt_fast.printing import print_facts, print_table, size
+from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.engines import uses_deepspeed
-from spt_fast.train.evaluate import evaluation_texts
+from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.folder import recipe_of
 from spt_fast.train.plan import PhaseFigures, Plan
 from spt_fast.train.world import pick_device, pick_dtype
@@ -39,8 +40,6 @@ from spt_fast.train.world import pick_device, pick_dtype
 ASSUMED_MFU = 0.4
 TIME_FACTOR = {"none": 1.0, "selective": 1.0, "full": 4 / 3}
 """How much longer a step takes, by checkpointing; the cheap operations that "selective" recomputes are left out."""
-FORWARD_SHARE = 1 / 3
-"""The FLOPs of an evaluation, as a share of a training step's."""
 SPARE = 0.05
 """The share of a GPU's memory that must stay free, for what the estimate leaves out."""
 LEFT_OUT = (
@@ -148,6 +147,7 @@ class Price:
     hours_at_40_percent_mfu: float | None
     cost: float | None
     left_out: Sequence[str]
+    warnings: list[str]
     times: list[PhaseTime]
     ways: list[Way]
 
@@ -228,16 +228,6 @@ def phase_memory(
     )
 
 
-def evaluated_tokens(plan: Plan, index: int) -> int:
-    """Tokens scored by all evaluations of phase `index`: at its first and last step and in between, in every arm."""
-    planned = plan.phases[index]
-    phase = planned.phase
-    every = phase.evaluation.every.steps(planned.tokens_per_step, planned.steps)
-    evaluations = len(phase.arms()) * (len(range(0, planned.steps, every)) + 1)
-    texts = evaluation_texts(plan, phase)
-    return evaluations * sum(text.num_targets for by_source in texts.values() for text in by_source.values())
-
-
 def distribution_of(engine: Engine, processes: int) -> tuple[int, str]:
     """(ZeRO stage, offload) of an engine; the local one divides nothing."""
     return (engine.stage, engine.offload) if uses_deepspeed(engine, processes) else (0, "none")
@@ -297,6 +287,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
         hours_at_40_percent_mfu=flops_per_token * tokens / (0.4 * peak * machine.gpus) / 3600 if peak else None,
         cost=chosen.cost,
         left_out=LEFT_OUT,
+        warnings=doubts(plan),
         times=times,
         ways=ways,
     )
@@ -368,10 +359,11 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
         console, "hours by checkpointing", columns, [[getattr(way, column) for column in columns] for way in undivided]
     )
     parts = next(way.bytes for way in price.ways if way.recipe)
-    facts = {key: value for key, value in vars(price).items() if key not in ("times", "ways", "left_out")}
+    facts = {key: value for key, value in vars(price).items() if key not in ("times", "ways", "left_out", "warnings")}
     facts["memory"] = {part: size(size_bytes) for part, size_bytes in parts.items()}
     facts["left out of the hours"] = "; ".join(price.left_out)
     print_facts(console, "the model and its cost", facts)
+    warn(price.warnings)
 
 
 def _memory(way: Way) -> str:

@@ -1,0 +1,72 @@
+"""What a plan does that is likely a mistake, with its number: said by `plan`, the dry run and the log, and done."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+
+from spt_fast.errors import SptWarning
+from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
+from spt_fast.train.plan import Plan
+
+MOST_EPOCHS = 40
+"""Beyond about so many, repeated text teaches nothing more (arXiv 2305.16264)."""
+
+
+def doubts(plan: Plan) -> list[str]:
+    """Warnings: text repeated beyond reason, a limit that is less than a document, evaluations that cost more than the
+    training, a rate that jumps where a schedule is carried on."""
+    return [*_limits(plan), *_repetitions(plan), *_evaluations(plan), *_jumps(plan)]
+
+
+def warn(found: Iterable[str]) -> None:
+    """Say them as Python's warnings are said."""
+    for doubt in found:
+        warnings.warn(doubt, SptWarning, stacklevel=3)
+
+
+def _limits(plan: Plan) -> list[str]:
+    return [
+        f"sources.{name}.limit_tokens: {limit:,} is less than the first document, so its {tokens:,} tokens are read"
+        for name, source in plan.recipe.sources.items()
+        if (limit := source.limit_tokens) and (tokens := plan.train[name].num_tokens) > limit
+    ]
+
+
+def _repetitions(plan: Plan) -> list[str]:
+    windows: Counter[str] = Counter()
+    for planned in plan.phases:
+        windows.update(planned.windows(planned.steps))
+    epochs = {name: float(plan.rings[name].epochs(n)) for name, n in windows.items()}
+    return [
+        f"sources.{name}: its {plan.train[name].num_tokens:,} tokens are read {times:,.0f} times; beyond about "
+        f"{MOST_EPOCHS} repetitions nothing more is learned: take more text, or train on fewer tokens"
+        for name, times in epochs.items()
+        if times > MOST_EPOCHS
+    ]
+
+
+def _evaluations(plan: Plan) -> list[str]:
+    found = []
+    for planned in plan.phases:
+        trained, evaluated = planned.tokens * len(planned.phase.arms()), evaluated_tokens(plan, planned.index)
+        if evaluated * FORWARD_SHARE > trained:
+            found.append(
+                f"phases[{planned.phase.name}].eval: evaluations score {evaluated:,} tokens, which takes longer than "
+                f"training on {trained:,}; write fewer `tokens` there, or a longer `every`"
+            )
+    return found
+
+
+def _jumps(plan: Plan) -> list[str]:
+    found, peak = [], None
+    for planned in plan.phases:
+        phase, lr = planned.phase, planned.phase.optimizer.lr
+        if phase.schedule.carry_on and peak and lr != peak:
+            found.append(
+                f"phases[{phase.name}].optimizer.lr: {lr:g} is the peak of a schedule that is carried on from one of "
+                f"{peak:g}, so the rate jumps to {lr / peak:.3g} of what it was"
+            )
+        peak = None if "lr" in (phase.grid or {}) else lr
+    return found

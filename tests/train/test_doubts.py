@@ -1,0 +1,86 @@
+"""What is likely a mistake is said, with its number, wherever a plan is shown, tried or trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from spt_fast import cli
+from spt_fast.config import recipe_from
+from spt_fast.errors import SptWarning
+from spt_fast.train.doubts import doubts
+from spt_fast.train.dry_run import dry_run
+from spt_fast.train.plan import make_plan
+from spt_fast.train.run import run
+from tests import tiny
+
+STEP = 8 * tiny.CONTEXT
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    tiny.write_corpora(folder)
+    return folder
+
+
+def of(raw: dict[str, Any]) -> list[str]:
+    return doubts(make_plan(recipe_from(raw)))
+
+
+def test_nothing_is_said_of_a_plan_in_which_nothing_is_odd(data: Path) -> None:
+    raw = tiny.raw_recipe(data)
+    raw["phases"][1]["eval"] = {"every": "50%", "tokens": 200}
+    assert of(raw) == []
+
+
+def test_repetition_a_short_limit_costly_evaluations_and_a_jump_are_said_with_their_numbers(data: Path) -> None:
+    raw = tiny.raw_recipe(data)
+    first = raw["phases"][0]
+    raw["phases"] = [first | {"tokens": 2000 * STEP, "schedule": {"name": "constant"}}]
+    (chem,) = of(raw)
+    tokens = make_plan(recipe_from(raw)).train["chem"].num_tokens
+    times = f"{2000 * STEP / 4 / tokens:.0f} times; beyond about 40 repetitions nothing more is learned"
+    assert chem.startswith(f"sources.chem: its {tokens} tokens are read {times}")
+
+    raw = tiny.raw_recipe(data)
+    raw["sources"]["chem"]["limit_tokens"] = 5
+    raw["phases"] = [first | {"mixture": {"general": 1}}]
+    (limit,) = of(raw)
+    tokens = make_plan(recipe_from(raw)).train["chem"].num_tokens
+    assert limit == f"sources.chem.limit_tokens: 5 is less than the first document, so its {tokens} tokens are read"
+
+    raw = tiny.raw_recipe(data)
+    raw["phases"] = [first | {"eval": {}, "tokens": 2 * STEP}]
+    (evaluation,) = of(raw)
+    assert evaluation.startswith("phases[pretrain].eval: evaluations score 2")
+    assert "which takes longer than training on 256; write fewer `tokens`" in evaluation
+
+    carried = first | {"name": "on", "schedule": {"continue": True}, "optimizer": {"lr": 3e-4}}
+    raw["phases"] = [first, carried]
+    assert of(raw) == [
+        "phases[on].optimizer.lr: 0.0003 is the peak of a schedule that is carried on from one of 0.003, so the rate "
+        "jumps to 0.1 of what it was"
+    ]
+    raw["phases"] = [first, carried | {"optimizer": {"lr": 3e-3}}]
+    assert of(raw) == []
+
+
+def test_doubts_are_said_by_plan_the_dry_run_and_the_log(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tiny.raw_recipe(data, "doubted")
+    raw["phases"] = [raw["phases"][0] | {"eval": {}, "tokens": 2 * STEP}]
+    path = tiny.write_recipe(data, raw)
+    told = json.loads(CliRunner().invoke(cli.app, ["plan", str(path), "--json"]).stdout)["warnings"]
+    assert told == of(raw)
+    with pytest.warns(SptWarning, match="evaluations score"):
+        CliRunner().invoke(cli.app, ["plan", str(path)])
+    with pytest.warns(SptWarning, match="evaluations score"):
+        dry_run(recipe_from(raw))
+    run(recipe_from(raw))
+    assert f"warning: {told[0]}" in " ".join(capsys.readouterr().err.split())
