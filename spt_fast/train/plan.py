@@ -175,7 +175,8 @@ class Plan:
         """
         warnings = []
         for field, data in self.texts.items():
-            whole = data.verify(None if verify else SAMPLED_BLOCKS)
+            with naming(field):
+                whole = data.verify(None if verify else SAMPLED_BLOCKS)
             if whole or before is None or (field in before and before[field].modified_ns == data.modified_ns):
                 continue
             remedy = f"{data.format} files record no hashes" if data.metadata is None else "`verify=True` compares all"

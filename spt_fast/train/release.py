@@ -17,7 +17,7 @@ HF_FILE = "tokenizer.json"
 
 
 class HuggingFaceTokenizer:
-    """The tokenizer of a Hugging Face folder that this program did not write."""
+    """The tokenizer of a Hugging Face folder that this program did not write; it may begin a text with a token."""
 
     def __init__(self, folder: Path) -> None:
         import tokenizers
@@ -33,10 +33,10 @@ class HuggingFaceTokenizer:
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(text).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self._tokenizer.decode(ids)
 
 
 def tokenizer_of(path: Path, name: str | Path | None = None) -> Tokenizer | HuggingFaceTokenizer | None:
@@ -84,7 +84,9 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> Tokenizer | Hugg
 def export(path: Path, folder: Path, tokenizer: str | Path | None = None, *, overwrite: bool = False) -> None:
     """Write the weights at `path` as a Hugging Face folder, with their tokenizer where it is known; over another model
     that lies there only with `overwrite`."""
-    if run := run_of(folder) or run_of(folder / "weights"):
+    place = folder.resolve()
+    around = [part.parent for part in (place, *place.parents) if part.name in ("weights", "checkpoints")]
+    if run := next(filter(None, map(run_of, (place, *around))), None):
         raise CheckpointError(f"out: {folder} belongs to the run {run}; choose a folder outside it", argument=True)
     weights = locate(path)
     model, found = load_model(weights), tokenizer_of(weights, tokenizer)

@@ -79,10 +79,10 @@ def test_a_run_goes_on_with_the_same_data_at_another_path_and_refuses_other_data
     raw["run"] = str(tmp_path / "moved")
     stop(raw, monkeypatch)
 
-    for name, why in (("chem.bin", "damaged"), ("general.heldout.bin", "damaged"), ("chem.idx", "damaged")):
+    for name, field in (("chem.bin", "train"), ("chem.heldout.bin", "heldout"), ("chem.idx", "train")):
         before = (tmp_path / name).read_bytes()
         in_bytes(tmp_path / name, lambda data: data[:64] + data[66:64:-1] + data[66:])
-        with pytest.raises(DataError, match=why):
+        with pytest.raises(DataError, match=rf"sources\.chem\.{field}: .* is damaged"):
             run(recipe_from(raw), resume=True, progress=False)
         in_bytes(tmp_path / name, lambda _, data=before: data)
     byte_tokenizer(1).save(tmp_path / "bytes.tiktoken")
@@ -172,7 +172,7 @@ def test_a_run_is_read_anywhere_by_what_it_carries(moved: Path, tmp_path: Path) 
             greedy(weights, "bytes.tiktoken")
         with pytest.raises(CheckpointError, match="is another than the weights"):
             export(weights, tmp_path / "other", "bytes.tiktoken")
-    for part in ("", "weights", "weights/pretrain", "checkpoints", f"checkpoints/{checkpoint.name}"):
+    for part in ("", "weights", "weights/pretrain", "checkpoints", f"checkpoints/{checkpoint.name}/hf"):
         with pytest.raises(CheckpointError, match=r"out: .* belongs to the run"):
             export(moved, moved / part)
     export(moved, moved / "hf")
