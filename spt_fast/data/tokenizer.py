@@ -44,6 +44,11 @@ _CUT = re.compile(r"[^\W_](?=[\s,.;:!?…。、，；：！？])")
 
 _DOWNLOAD_S = 60.0
 
+_ALL_KINDS = (
+    "Ab don't 日本 naïve e\u0301 1 12345 ²½ $x+y=z_\"#… \t  \u00a0\n\r\n\n \U0001f600\u200d\x00\x7f\ue000 end \n"
+)
+"""Text with characters of every kind, which a pattern must cut without leaving any out."""
+
 
 class Tokenizer:
     """A byte-level BPE tokenizer with an end-of-text token.
@@ -72,7 +77,9 @@ class Tokenizer:
         """
         path = Path(name_or_path)
         if path.is_file():
-            return cls.from_bytes(path.read_bytes(), str(path))
+            tokenizer = cls.from_bytes(path.read_bytes(), str(path))
+            tokenizer._check_hf(str(path))
+            return tokenizer
         if path.suffix or len(path.parts) != 1 or path.exists():
             missing = f"tokenizer: file {path} doesn't exist; make one with `spt-fast tokenizer train`"
             raise DataError(missing, argument=True)
@@ -81,6 +88,7 @@ class Tokenizer:
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "tokenizer") -> Tokenizer:
         """From the content of a tokenizer file; `source` names it in errors. Raises DataError for a damaged one."""
+        data = data.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
         head, lines = None, data.split(b"\n")
         try:
             if data.startswith(b"#"):
@@ -98,7 +106,10 @@ class Tokenizer:
                 raise ValueError("a token or a rank comes twice")
             if not head and list(ranks.values()) != list(range(len(ranks))):
                 raise ValueError("its ranks aren't 0, 1, 2 … in this order")
-            return cls(ranks, pattern, special_tokens)
+            tokenizer = cls(ranks, pattern, special_tokens)
+            if tokenizer.decode(tokenizer.encode(_ALL_KINDS)) != _ALL_KINDS:
+                raise ValueError("its pattern leaves text out: a match must begin where the one before it ends")
+            return tokenizer
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"{source}: is damaged, or not a file of tiktoken ranks ({error}); copy it again, or train another one "
@@ -115,6 +126,20 @@ class Tokenizer:
         if EOS not in encoding._special_tokens:
             raise DataError(f"tiktoken encoding {name!r} has no {EOS}, which ends each document; use another")
         return cls(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
+
+    def _check_hf(self, source: str) -> None:
+        """DataError where an export could not express the pattern: better now than at the end of a training."""
+        if self.pattern == PATTERN:
+            return
+        import tokenizers
+
+        try:
+            tokenizers.Regex(_oniguruma(self.pattern))
+        except Exception as error:  # tokenizers raises Exception itself
+            raise DataError(
+                f"{source}: Hugging Face's tokenizers cannot read its pattern ({error}), so that the trained "
+                "model could not be exported; write it without what only tiktoken knows"
+            ) from None
 
     def to_bytes(self) -> bytes:
         """The content of a tokenizer file."""

@@ -286,3 +286,22 @@ def test_hugging_face_letters_are_those_of_byte_level_bpe(tokenizer: Tokenizer, 
     assert saved["Ġ"] == tokenizer.ranks[b" "]
     assert saved["Ċ"] == tokenizer.ranks[b"\n"]
     assert base64.b64encode(b"\n") + b" %d\n" % tokenizer.ranks[b"\n"] in tokenizer.to_bytes()
+
+
+def test_a_pattern_must_cover_all_text_and_be_one_that_an_export_can_say(tmp_path: Path) -> None:
+    ranks = b"".join(b"%b %d\n" % (base64.b64encode(bytes([byte])), byte) for byte in range(256))
+
+    def file(pattern: str) -> Path:
+        head = json.dumps({"pattern": pattern, "special_tokens": {EOS: 256}}).encode()
+        (tmp_path / "t.tiktoken").write_bytes(b"#" + head + b"\n" + ranks)
+        return tmp_path / "t.tiktoken"
+
+    for lossy in ("x{5}", r"\p{L}+", r"\p{L}+|\s+", "."):
+        with pytest.raises(DataError, match=r"t\.tiktoken: .*its pattern leaves text out"):
+            Tokenizer.load(file(lossy))
+    with pytest.raises(DataError, match="Hugging Face's tokenizers cannot read its pattern"):
+        Tokenizer.load(file(r"\p{Script=Han}+|[\s\S]"))
+    assert Tokenizer.load(file(r"[\s\S]")).encode("añ") == [97, 195, 177]
+    with_mark = tmp_path / "bom.tiktoken"
+    with_mark.write_bytes(b"\xef\xbb\xbf" + ranks)
+    assert Tokenizer.load(with_mark).digest == Tokenizer.from_bytes(ranks).digest
