@@ -35,7 +35,6 @@ from spt_fast.fields import (
     parse_share,
     path,
     paths,
-    plain,
     read_yaml,
     section,
     setting,
@@ -44,6 +43,7 @@ from spt_fast.fields import (
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.presets import PRESETS
 from spt_fast.optimizers import OPTIMIZERS, Optimizer, parse_optimizer
+from spt_fast.printing import plain
 from spt_fast.synonyms import unknown_key
 
 

@@ -1,7 +1,7 @@
 """What settings are made of: counts, shares and spans read exactly, dataclasses built from YAML, YAML read strictly.
 
 A field of a settings dataclass is a `setting` with its parser; `build` makes the dataclass from plain data and names
-what is wrong, what was given and what would do; `plain` turns it back.
+what is wrong, what was given and what would do.
 """
 
 from __future__ import annotations
@@ -90,6 +90,9 @@ class Span:
             "tokens": self.amount / tokens_per_step,
             "share": self.amount * phase_steps,
         }[self.unit]
+
+    def as_json(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         if self.unit == "share":
@@ -223,22 +226,6 @@ def build(cls: type[Any], raw: object, where: str) -> Any:
 
 def section(cls: type[Section]) -> Callable[[object, str], Section]:
     return lambda raw, where: build(cls, raw, where)
-
-
-def plain(value: Any) -> Any:
-    """What YAML and JSON write of settings and results: what is not a finite number is None, as JSON has no other word
-    for it. A method `as_json` says itself what a value is made of."""
-    if hasattr(value, "as_json"):
-        value = value.as_json()
-    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Span)):
-        return {key_of(item): plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (Span, Fraction)):
-        return str(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------------------------ YAML

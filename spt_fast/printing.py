@@ -7,7 +7,8 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
+from fractions import Fraction
 from typing import Any
 
 from rich.console import Console
@@ -16,18 +17,28 @@ from rich.table import Table
 from spt_fast.errors import SptWarning
 
 
+def plain(value: Any) -> Any:
+    """Settings and results as YAML and JSON write them. What has a method `as_json` says itself what it is made of; a
+    field or key with a name for files (`key`) is called that."""
+    if hasattr(value, "as_json"):
+        value = value.as_json()
+    elif is_dataclass(value):
+        value = {item.metadata.get("key") or item.name: getattr(value, item.name) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {getattr(key, "key", key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Fraction) else value
+
+
 def as_json(result: Any) -> Any:
-    """A result of dataclasses, mappings and sequences as JSON has it; what is not a number is None. What has a method
-    `as_json` says itself what it is made of, and a key with an attribute `key` is called that."""
-    if hasattr(result, "as_json"):
-        result = result.as_json()
-    elif is_dataclass(result):
-        result = vars(result)
-    if isinstance(result, Mapping):
-        return {getattr(key, "key", key): as_json(value) for key, value in result.items()}
-    if isinstance(result, (list, tuple)):
-        return [as_json(value) for value in result]
-    return None if isinstance(result, float) and not math.isfinite(result) else result
+    """Plain data for JSON, in which what is not a number is None."""
+    if isinstance(result, float):
+        return result if math.isfinite(result) else None
+    result = plain(result)
+    if isinstance(result, dict):
+        return {key: as_json(value) for key, value in result.items()}
+    return [as_json(value) for value in result] if isinstance(result, list) else result
 
 
 MIN_WIDTH = 40

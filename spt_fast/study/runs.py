@@ -17,7 +17,7 @@ from typing import Any
 
 from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, RecipeError
-from spt_fast.fields import plain
+from spt_fast.printing import plain
 from spt_fast.study.finetunes import Treatment
 from spt_fast.train.folder import Trained, recipe_of, summary_of, trained_before
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from spt_fast.config import Phase, Recipe
-from spt_fast.fields import plain
 from spt_fast.files import write_text
 from spt_fast.kernels import auto_backends
 from spt_fast.model import hf
 from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_per_token
+from spt_fast.printing import plain
 from spt_fast.train import checkpoint, health
 from spt_fast.train.checkpoint import Retention
 from spt_fast.train.engine import StepResult

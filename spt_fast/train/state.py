@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.errors import CheckpointError, invalid
-from spt_fast.fields import optional, plain
+from spt_fast.fields import optional
 from spt_fast.model.config import GPTConfig
+from spt_fast.printing import plain
 
 VERSION = 4
 
