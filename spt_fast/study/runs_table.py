@@ -382,6 +382,7 @@ def _heldout(summary: dict[str, Any], phase: Phase, domain: str, general: str) -
     """What a phase's held-out losses are measured on, and how."""
     text = [summary["data"].get(f"sources.{source}.heldout") for source in (domain, general)]
     how = [phase.evaluation.tokens, phase.documents]
+    how += [halves] if (halves := summary.get("heldout_halves", "documents")) != "documents" else []
     return hashlib.sha256(json.dumps([*text, *how]).encode()).hexdigest()[:16]
 
 

@@ -19,6 +19,7 @@ from tests import tiny
 from tests.study.fake_runs import fake_run
 from tests.study.synthetic import spt_table
 
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "study"
 NPT, SPT = [(7.0, 5.0), (5.0, 8.0)], [(5.5, 5.1), (4.5, 6.5)]
 NAMES = ("general", "code")
 DATA = {f"sources.{name}.{kind}": f"{name} {kind}" for name in NAMES for kind in ("train", "heldout")}
@@ -86,8 +87,18 @@ def test_a_source_that_no_run_has_is_named(tmp_path: Path) -> None:
             read_table([run], **{field: "cod"})
 
 
+def test_halves_that_are_cut_in_another_way_are_other_text(tmp_path: Path) -> None:
+    study = shutil.copytree(FIXTURE, tmp_path / "study")
+    runs = sorted(study.glob("runs/*pretrain-d0-2.56K_s?"))
+    usable(read_table(runs, domain_source="chem"))
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    (runs[0] / "summary.json").write_text(json.dumps(summary | {"heldout_halves": "windows"}))
+    with pytest.raises(DataError, match="differ in heldout"):
+        usable(read_table(runs, domain_source="chem"))
+
+
 def test_a_study_whose_text_was_replaced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(Path(__file__).parents[1] / "fixtures" / "study", tmp_path / "study")
+    shutil.copytree(FIXTURE, tmp_path / "study")
     monkeypatch.chdir(tmp_path)
     tiny.write_corpora(Path())
     study = load_study("study/study.yaml")
