@@ -7,6 +7,7 @@ in a GPT is refused by name. Only safetensors are read: a pickle can run code.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 import warnings
@@ -36,8 +37,6 @@ CARRIED = (
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
     "tokenizer.tiktoken",
 )
-
-COPIED_BYTES = 1 << 24
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -134,6 +133,7 @@ def save(
         known = {**(read_metadata(like) if like else {}), **(metadata or {}), "format": "pt"}
         with with_usual_mode(temporary / WEIGHTS):
             save_file(tensors, temporary / WEIGHTS, metadata=known)
+        _sort_metadata(temporary / WEIGHTS)
         if tokenizer is not None:
             tokenizer.save_hf(temporary)
         described = hf_config.to_hf(config, DTYPES[dtype], None if tokenizer is None else tokenizer.eos_id)
@@ -166,7 +166,8 @@ def _make_way(folder: Path, names: Collection[str], temporary: Path, *, overwrit
     others = {INDEX, "pytorch_model.bin", *CARRIED} | {path.name for path in folder.glob("*.safetensors")}
     for name in sorted({*names, *others}):
         file = folder / name
-        if not file.exists() or (name in names and _is_same(file, temporary / name)):
+        equal = name in names and file.is_file() and filecmp.cmp(file, temporary / name, shallow=False)
+        if equal or not file.exists():
             continue
         if not overwrite:
             raise CheckpointError(
@@ -176,17 +177,14 @@ def _make_way(folder: Path, names: Collection[str], temporary: Path, *, overwrit
         file.unlink()
 
 
-def _is_same(file: Path, new: Path) -> bool:
-    """Whether two files hold the same; of safetensors the header may be in another order."""
-    if not file.is_file() or file.stat().st_size != new.stat().st_size:
-        return False
-    with file.open("rb") as one, new.open("rb") as other:
-        if file.name == WEIGHTS:
-            with suppress(ValueError):
-                headers = [json.loads(opened.read(int.from_bytes(opened.read(8), "little"))) for opened in (one, other)]
-                if headers[0] != headers[1]:
-                    return False
-        return all(one.read(COPIED_BYTES) == part for part in iter(lambda: other.read(COPIED_BYTES), b""))
+def _sort_metadata(file: Path) -> None:
+    """Bring the metadata of safetensors, which come in any order, into one: equal weights make equal files."""
+    with file.open("r+b") as stored:
+        size = int.from_bytes(stored.read(8), "little")
+        header = json.loads(stored.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        stored.seek(8)
+        stored.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def read_config(folder: str | Path) -> GPTConfig:

@@ -164,6 +164,9 @@ def test_a_run_is_read_anywhere_by_what_it_carries(moved: Path, tmp_path: Path) 
     text, out = greedy(moved), tmp_path / "out"
     assert text.startswith("ab")
     export(moved, out)
+    for again in ("1", "2", "3", "4", "5"):
+        export(moved, tmp_path / again)
+        assert (tmp_path / again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     checkpoint = next((moved / "checkpoints").glob("step-*"))
     assert greedy(out) == greedy(moved / "weights" / "pretrain") == greedy(moved, "../home/bytes.tiktoken") == text
     assert greedy(checkpoint).startswith("ab")
