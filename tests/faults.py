@@ -8,8 +8,11 @@ signals       SIGTERM during evaluations, during steps of several micro-batches,
 disk          a disk that fills up and is made larger, a folder that turns read-only and back
 damage        the newest checkpoints torn, flipped, without a file
 nan           a loss that is not a number: weights and moments of that step stay as they were
-prepare       `prepare` over an older split, killed at each of its calls that concern a file, and called again
-worlds        the same run in one and two processes by turns, and at other ZeRO stages
+prepare, train, sweep, export
+              each killed at its calls that concern a file, and called again: `prepare` over an older split, a run that
+              keeps its best checkpoints and has a grid and no early stop, a study, an export over another model
+twice         two processes that want one run's folder, the first of which may be killed
+worlds        the same run in one, two and three processes by turns, and at other ZeRO stages
 rank_killed, rank_stopped, rank_nan
               one rank of two: killed, told to stop, with a loss that is not a number
 
@@ -48,6 +51,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes in: a pool of threads would not survive the fork
@@ -55,19 +59,28 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes in: a pool of threads 
 import numpy as np
 import torch
 import yaml
+from rich.console import Console
 from safetensors.numpy import load_file
 
 from spt_fast import cli
+from spt_fast.config import load_recipe
 from spt_fast.data.prepare import prepare
 from spt_fast.data.shards import TokenDataset, files_of
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
 from spt_fast.errors import CheckpointError, DataError, SptWarning
-from spt_fast.model.gpt import GPT
+from spt_fast.model import hf
+from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.printing import as_json
+from spt_fast.study import jobs
+from spt_fast.study.study import study_from
+from spt_fast.study.sweep import sweep
 from spt_fast.train import checkpoint, loop
 from spt_fast.train.audit import audit_run
 from spt_fast.train.local import LocalEngine
+from spt_fast.train.release import export
+from spt_fast.train.run import run
 from tests import tiny
+from tests.study.tiny_study import raw_study
 from tests.train.many import DEEPSPEED, free_port
 
 TRAINING, EVALUATING, STEPPING = 1, 2, 3
@@ -129,8 +142,8 @@ class Life:
         """`prepare` runs in the child first, to break what is to be broken; settings: of the command line."""
         self._shared = mmap.mmap(-1, 2)
         self.said_in = recipe.with_suffix(said_in)
-        self._pid = os.fork()
-        if self._pid == 0:
+        self.pid = os.fork()
+        if self.pid == 0:
             os._exit(self._live(recipe, prepare, settings))
         self.status: int | None = None
 
@@ -183,7 +196,7 @@ class Life:
 
     def alive(self) -> bool:
         if self.status is None:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
         return self.status is None
@@ -197,14 +210,14 @@ class Life:
     def signal(self, number: int) -> bool:
         """Whether it was still alive."""
         if self.alive():
-            os.kill(self._pid, number)
+            os.kill(self.pid, number)
         return self.alive()
 
     def end(self, seconds: float = LIFE_SECONDS) -> int:
         """The exit code, negative for a signal; one that hangs is killed, and ends with that."""
         self.wait(seconds=seconds)
         if self.alive():
-            os.kill(self._pid, signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
             self.wait()
         assert self.status is not None
         return self.status
@@ -261,6 +274,7 @@ ITINERARIES = {
     "2 → 1 → 2 processes": [(2, "stage=1"), (1, "name=local"), (2, "stage=1")],
     "ZeRO stage 2 → 1": [(2, "stage=2"), (2, "stage=1")],
     "local → deepspeed → local": [(1, "name=local"), (2, "stage=2"), (1, "name=local")],
+    "3 → 1 → 3 processes": [(3, "stage=1"), (1, "name=local"), (3, "stage=2")],
 }
 
 
@@ -294,11 +308,12 @@ class Campaign:
         else:
             shutil.rmtree(recipe.with_suffix(""), ignore_errors=True)
 
-    def finish(self, recipe: Path) -> list[str]:
+    def finish(self, recipe: Path, undisturbed: Path | None = None) -> list[str]:
         """Leave the run to itself; what is wrong with it then."""
         life = Life(recipe)
-        code = life.end()
-        return differences(self.undisturbed, recipe.with_suffix("")) if code == 0 else [f"exit {code}: {life.said}"]
+        if (code := life.end()) != 0:
+            return [f"exit {code}: {life.said}"]
+        return differences(undisturbed or self.undisturbed, recipe.with_suffix(""))
 
     # -------------------------------------------------------------------------------------------- kills
 
@@ -306,7 +321,9 @@ class Campaign:
         """At least `chains` chains and chains × kills kills in all: a chain may finish before its share is spent."""
         chain = 0
         while chain < chains or self.counts["kills"] < chains * kills:
-            rng, recipe = self.random("kills", chain), write_recipe(long_recipe(self.folder, f"killed-{chain}"))
+            raw = long_recipe(self.folder, f"killed-{chain}")
+            raw["checkpoint"] |= {"keep_best": chain % 2 == 1}  # which changes nothing else
+            rng, recipe = self.random("kills", chain), write_recipe(raw)
             before = self.counts["kills"]
             for i in range(kills):
                 if not self.kill_once(recipe, rng, aimed=i % 2 == 1, reach_s=2 * self.run_seconds / kills):
@@ -469,14 +486,83 @@ class Campaign:
                 self.check("prepare killed at a call", problems, folder / "kept")
             self.figures[f"calls of prepare, {'with' if heldout else 'without'} held-out text"] = calls
 
+    def train(self, each: int) -> None:
+        """Killed at 2 × `each` of its calls, every second time once more in the life after that."""
+        reference = write_recipe(varied_recipe(self.folder, "varied"))
+        calls = forked(lambda: file_calls(reference.with_suffix(""), train_in_silence, reference))
+        self.figures["calls of train"] = calls
+        for i in range(2 * each):
+            rng, recipe = self.random("train", i), write_recipe(varied_recipe(self.folder, f"varied-{i}"))
+            run, problems = recipe.with_suffix(""), []
+            for _ in range(1 + i % 2):
+                life = Life(recipe, partial(die_at_call, run, rng.randrange(calls)))
+                if (code := life.end()) not in (0, -signal.SIGKILL):
+                    problems.append(f"exit {code}: {life.said}")
+                self.counts["kills at calls of train"] += code != 0
+            self.check("train killed at a call", problems + self.finish(recipe, reference.with_suffix("")), recipe)
+
+    def sweep(self, each: int) -> None:
+        """Killed at `each` of its calls, while no run is under way."""
+        folder = self.folder / "swept"
+        calls = forked(lambda: file_calls(folder, sweep_in_turn, folder))
+        expected, self.figures["calls of sweep"] = (folder / "study" / "table.csv").read_text(), calls
+        for i in range(each):
+            rng, again = self.random("sweep", i), self.folder / f"swept-{i}"
+            number = rng.randrange(calls)
+            killed = in_child(lambda again=again, n=number: (die_at_call(again, n), sweep_in_turn(again)))
+            problems = [] if killed in (0, -signal.SIGKILL) else [f"exit {killed}"]
+            self.counts["kills at calls of sweep"] += killed != 0
+            forked(lambda again=again: sweep_in_turn(again))
+            if (again / "study" / "table.csv").read_text() != expected:
+                problems.append("another table")
+            left = [str(path) for path in again.rglob(".*") if path.name.endswith((".tmp", ".lock"))]
+            self.check("sweep killed at a call", problems + left, again / "kept")
+
+    def export(self, each: int) -> None:
+        """Killed at 4 × `each` of its calls: what lies there is no model, the one before or the new one."""
+        folder = self.folder / "exported"
+        forked(lambda: [write_model(folder / name, seed) for seed, name in enumerate(("old", "new"))] and None)
+        wanted = [load_file(folder / name / "model.safetensors") for name in ("old", "new")]
+        shutil.copytree(folder / "old", folder / "counted")
+        calls = forked(lambda: file_calls(folder / "counted", export_over, folder / "new", folder / "counted"))
+        self.figures["calls of export"] = calls
+        for i in range(4 * each):
+            out = folder / f"out-{i}"
+            shutil.copytree(folder / "old", out)
+            number = self.random("export", i).randrange(calls)
+            killed = in_child(lambda out=out, n=number: (die_at_call(out, n), export_over(folder / "new", out)))
+            self.counts["kills at calls of export"] += killed == -signal.SIGKILL
+            problems = [] if forked(lambda out=out: is_whole_model(out, wanted)) else ["a model of two"]
+            forked(lambda out=out: export_over(folder / "new", out))
+            if not forked(lambda out=out: is_whole_model(out, wanted[1:], required=True)):
+                problems.append("not the new model after all")
+            problems += [path.name for path in out.iterdir() if path.name.startswith(".")]
+            self.check("export killed at a call", problems, out / "kept")
+
+    # -------------------------------------------------------------------------------------------- two at once
+
+    def twice(self, each: int) -> None:
+        for i in range(each):
+            rng, recipe = self.random("twice", i), write_recipe(long_recipe(self.folder, f"twice-{i}"))
+            first = Life(recipe)
+            time.sleep(rng.uniform(0, self.run_seconds / 2))
+            second = Life(recipe, said_in=".second")
+            problems, code = [], second.end()
+            if code != 2 or f"in use by process {first.pid}" not in second.said:
+                problems.append(f"the second: exit {code}: {second.said}")
+            if i % 2:
+                first.signal(signal.SIGKILL)
+            first.end()
+            self.check("two processes in one folder", problems + self.finish(recipe), recipe)
+
     # -------------------------------------------------------------------------------------------- distributed
 
     def worlds(self) -> None:
         """By turns in two processes and alone; each time it is stopped by SIGTERM to one rank only."""
-        alone, two = self.reference(1), self.reference(2)
-        self.compare_losses("2 processes", two, alone)
+        self.compare_losses("2 processes", self.reference(2), self.reference(1))
         for i, (name, legs) in enumerate(ITINERARIES.items()):
-            raw = plain_recipe(self.folder, f"itinerary-{i}")
+            made_by = thirds_recipe if legs[0][0] == 3 else plain_recipe
+            alone, raw = self.reference(1, made_by), made_by(self.folder, f"itinerary-{i}")
             run, problems = Path(raw["run"]), []
             for leg, (processes, engine) in enumerate(legs):
                 job = Job(write_recipe(raw), processes, engine)
@@ -526,11 +612,12 @@ class Campaign:
         said = together(recipe, 2)
         return [said] if said else differences(self.reference(2), run)
 
-    def reference(self, processes: int) -> Path:
+    def reference(self, processes: int, made_by: Callable[[Path, str], dict[str, Any]] | None = None) -> Path:
         """The run that nothing disturbed, in so many processes."""
-        recipe = self.folder / f"reference-{processes}.yaml"
+        made_by = made_by or plain_recipe
+        recipe = self.folder / f"{made_by.__name__}-{processes}.yaml"
         if not recipe.exists():
-            write_recipe(plain_recipe(self.folder, recipe.stem))
+            write_recipe(made_by(self.folder, recipe.stem))
             said = together(recipe, processes)
             assert not said, said
         return recipe.with_suffix("")
@@ -690,13 +777,65 @@ def file_calls(folder: Path, act: Callable[..., object], *arguments: Any) -> int
 
 def die_at_call(folder: Path, number: int) -> None:
     """Be killed right before the call of that number, counted from 0."""
-    calls = iter(range(number + 1))
+    calls, process = iter(range(number + 1)), os.getpid()
 
     def count() -> None:
-        if next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if os.getpid() == process and next(calls) == number:
+            os.kill(process, signal.SIGKILL)
 
     on_file_calls(folder, count)
+
+
+def in_child(act: Callable[[], object]) -> int:
+    """The exit code of a child that does this, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def train_in_silence(recipe: Path) -> None:
+    run(load_recipe(recipe), resume=True, progress=False)
+
+
+class InTurn:
+    """Workers that train a recipe to its end in a child of this process before they go on."""
+
+    free = 1
+
+    def start(self, recipe: Path, log: Path) -> Any:
+        code = in_child(lambda: train_in_silence(recipe))
+        return SimpleNamespace(poll=lambda: code, terminate=lambda: None, wait=lambda: None)
+
+
+def sweep_in_turn(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    study = study_from(raw_study(folder, domain_tokens=400))
+    jobs.POLL_EVERY_S = 0.0
+    table, _ = sweep(study, Console(quiet=True), workers=InTurn())
+    assert set(table["status"]) == {"done"}
+
+
+def write_model(folder: Path, seed: int) -> None:
+    GPT(GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=8, vocab_size=64), seed=seed).save_hf(folder)
+
+
+def export_over(model: Path, out: Path) -> None:
+    export(model, out, overwrite=True)
+
+
+def is_whole_model(folder: Path, wanted: list[dict[str, Any]], *, required: bool = False) -> bool:
+    """Whether what loads there is one of these; where nothing does, whether that may be."""
+    try:
+        found = {name: tensor.numpy() for name, tensor in hf.load(folder)[1].items()}["embedding"]
+    except CheckpointError:
+        return not required
+    return any((found == weights["model.embed_tokens.weight"]).all() for weights in wanted)
 
 
 def split(folder: Path, heldout: Fraction | None) -> None:
@@ -758,6 +897,26 @@ def plain_recipe(folder: Path, name: str) -> dict[str, Any]:
     raw = long_recipe(folder, name)
     raw["phases"][1] |= {"grid": None, "stop": None}
     return raw | {"precision": "fp32"}
+
+
+def thirds_recipe(folder: Path, name: str) -> dict[str, Any]:
+    """The plain one in batches for three processes, whose turns at the evaluations don't come out even."""
+    raw = plain_recipe(folder, name)
+    for phase in raw["phases"]:
+        phase["batch"] = {"sequences": 6, "micro": 1}
+    return raw
+
+
+def varied_recipe(folder: Path, name: str) -> dict[str, Any]:
+    """Three short phases: one that only goes on to the next, a grid without early stop, and one that stops early; with
+    the best checkpoints kept."""
+    raw = tiny.raw_recipe(folder, name)
+    first, second = raw["phases"]
+    first |= {"tokens": 4 * 8 * tiny.CONTEXT, "eval": {"every": "2 steps", "tokens": 200}}
+    second |= {"tokens": 3 * 4 * tiny.CONTEXT, "eval": {"every": "1 steps", "tokens": 200}}
+    last = second | {"name": "last", "grid": None, "untie": False, "optimizer_state": "keep", "tokens": "300"}
+    raw["phases"] = [first, second | {"stop": None, "optimizer_state": "keep"}, last]
+    return raw | {"checkpoint": {"every": "2 steps", "keep": 2, "keep_best": True}}
 
 
 def nan_problems(run: Path, step: int) -> list[str]:
@@ -858,7 +1017,9 @@ def be_a_rank(arguments: list[str]) -> None:
 
 # ------------------------------------------------------------------------------------------------ the command
 
-PARTS = ("kills", "signals", "disk", "damage", "nan", "prepare", "worlds", "rank_killed", "rank_stopped", "rank_nan")
+TIMES = ("signals", "disk", "damage", "nan", "prepare", "train", "sweep", "export", "twice")
+"""Parts that are done so many times."""
+PARTS = ("kills", *TIMES, "worlds", "rank_killed", "rank_stopped", "rank_nan")
 
 
 def survive(folder: Path, parts: list[str], *, chains: int, kills: int, each: int, seed: int) -> dict[str, Any]:
@@ -866,7 +1027,7 @@ def survive(folder: Path, parts: list[str], *, chains: int, kills: int, each: in
     began = time.monotonic()
     campaign = Campaign(folder, seed, lambda line: print(f"[{time.monotonic() - began:6.1f} s] {line}", flush=True))
     for part in parts:
-        arguments = {"kills": (chains, kills)} | dict.fromkeys(("signals", "disk", "damage", "nan", "prepare"), (each,))
+        arguments = {"kills": (chains, kills)} | dict.fromkeys(TIMES, (each,))
         getattr(campaign, part)(*arguments.get(part, ()))
         campaign.say(f"{part}: done; {len(campaign.failures)} failures so far")
     return {

@@ -164,17 +164,19 @@ def _make_way(folder: Path, names: Collection[str], temporary: Path, *, overwrit
     """Remove what would be taken for a part of the model whose files are `temporary`; CheckpointError instead where
     that isn't wanted."""
     others = {INDEX, "pytorch_model.bin", *CARRIED} | {path.name for path in folder.glob("*.safetensors")}
+    differing = []
     for name in sorted({*names, *others}):
         file = folder / name
         equal = name in names and file.is_file() and filecmp.cmp(file, temporary / name, shallow=False)
-        if equal or not file.exists():
-            continue
-        if not overwrite:
-            raise CheckpointError(
-                f"out: {folder} holds {name} of another model; choose another folder, or add `overwrite=True`",
-                argument=True,
-            )
-        file.unlink()
+        if not equal and file.exists():
+            differing.append(name)
+    if differing and not overwrite:
+        raise CheckpointError(
+            f"out: {folder} holds {differing[0]} of another model; choose another folder, or add `overwrite=True`",
+            argument=True,
+        )
+    for name in [CONFIG, *differing] if differing else ():  # without the first, what is left is no model
+        (folder / name).unlink(missing_ok=True)
 
 
 def _sort_metadata(file: Path) -> None:

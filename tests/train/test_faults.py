@@ -25,7 +25,7 @@ def survive(out: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_a_run_survives_kills_signals_full_disks_damage_and_losses_that_are_no_number(tmp_path: Path) -> None:
-    parts = ["kills", "signals", "disk", "damage", "nan", "prepare"]
+    parts = ["kills", "signals", "disk", "damage", "nan", "prepare", "train", "export"]
     results = survive(tmp_path / "results.json", *parts, "--chains", "1", "--kills", "4", "--each", "1")
     assert results["steps"] >= 200
     counts = results["counts"]
@@ -38,6 +38,8 @@ def test_a_run_survives_kills_signals_full_disks_damage_and_losses_that_are_no_n
         "damaged checkpoints: survived": 1,
         "losses that are not a number: survived": 1,
         "prepare killed at a call: survived": 8,
+        "train killed at a call: survived": 2,
+        "export killed at a call: survived": 4,
     }
 
 
