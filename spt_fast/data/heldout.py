@@ -16,34 +16,55 @@ from spt_fast.errors import DataError
 
 Half = Literal["select", "report"]
 
+WINDOW_TOKENS = 1024
+"""Longer documents are dealt out in windows of at most so many tokens."""
 _SMALLEST_HALF = 0.1  # of the tokens; below it, documents are too few or too unequal to be dealt out
 _HASH_PERSON = b"heldout halves"  # keeps this hash apart from the one that held the text out
 
 
-def split_heldout(dataset: TokenDataset) -> tuple[np.ndarray, np.ndarray]:
+def split_heldout(dataset: TokenDataset, *, windows: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """The stretches of tokens, int64 [stretches, 2] of (start, end), of the `select` and of the `report` half.
 
     Each document goes by a hash of its ids, so that duplicates stay together and neither order nor dtype nor seed
-    matters. Where that leaves either half below 10% of the tokens (few documents, or one that outweighs the others),
-    or the format records no documents, the text is cut in the middle: the first half selects, the second reports.
+    matters; one of more than WINDOW_TOKENS is cut into windows, which go to one half and the other in turn: a handful
+    of long documents would make halves of different text. A format without documents is one document. Where that
+    leaves either half below 10% of the tokens, the text is cut in the middle: the first half selects, the second
+    reports. `windows=False` never cuts a document, as runs did before there were windows.
     """
-    if dataset.document_ends is not None:
-        edges = np.concatenate([[0], dataset.document_ends])
-        documents = np.stack([edges[:-1], edges[1:]], axis=1)
-        reports = np.fromiter((_reports(dataset.tokens[start:end]) for start, end in documents), bool, len(documents))
-        select, report = documents[~reports], documents[reports]
+    ends = dataset.document_ends
+    if ends is not None or windows:
+        edges = np.concatenate([[0], [dataset.num_tokens] if ends is None else ends]).astype(np.int64)
+        texts = np.stack([edges[:-1], edges[1:]], axis=1)
+        known = () if ends is None else texts
+        reports = np.fromiter((_reports(dataset.tokens[start:end]) for start, end in known), bool, len(known))
+        stretches, document, place = _windows(texts, WINDOW_TOKENS if windows else dataset.num_tokens)
+        reports = (reports[document] if len(reports) else False) ^ (place % 2 == 1)
+        select, report = stretches[~reports], stretches[reports]
         if min(_count(select), _count(report)) >= _SMALLEST_HALF * dataset.num_tokens:
             return select, report
     middle = dataset.num_tokens // 2
     return np.array([[0, middle]]), np.array([[middle, dataset.num_tokens]])
 
 
-def heldout_stretches(dataset: TokenDataset, half: Half, limit_tokens: int | None = None) -> np.ndarray:
-    """Where the documents of one half lie, in the dataset's order, cut off at `limit_tokens`: int64 [stretches, 2].
+def _windows(texts: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Texts [n, 2] of (start, end), cut into equal windows of at most `most` tokens: these, [windows, 2], and of each
+    its text and its place in it."""
+    length = texts[:, 1] - texts[:, 0]
+    count = np.maximum(-(-length // max(most, 1)), 1)
+    text = np.repeat(np.arange(len(texts)), count)
+    place = np.arange(len(text)) - np.repeat(np.cumsum(count) - count, count)
+    starts, ends = (texts[text, 0] + length[text] * at // count[text] for at in (place, place + 1))
+    return np.stack([starts, ends], axis=1), text, place
+
+
+def heldout_stretches(
+    dataset: TokenDataset, half: Half, limit_tokens: int | None = None, *, windows: bool = True
+) -> np.ndarray:
+    """Where the text of one half lies, in the dataset's order, cut off at `limit_tokens`: int64 [stretches, 2].
 
     Raises DataError where they hold fewer than the two tokens that one prediction takes.
     """
-    stretches = split_heldout(dataset)[("select", "report").index(half)].astype(np.int64)
+    stretches = split_heldout(dataset, windows=windows)[("select", "report").index(half)].astype(np.int64)
     if limit_tokens is not None:
         left = limit_tokens - np.cumsum(stretches[:, 1] - stretches[:, 0])  # after each stretch
         stretches[:, 1] += np.minimum(left, 0)
@@ -75,8 +96,30 @@ def training_stretches(dataset: TokenDataset, context: int, limit_tokens: int | 
 
 
 def tokens_in(dataset: TokenDataset, stretches: np.ndarray) -> np.ndarray:
-    """The tokens of stretches, int64 [stretches, 2], one after the other: ids [tokens] in the dataset's dtype."""
+    """The tokens of stretches, int64 [stretches, 2], one after the other: ids [tokens] in the dataset's dtype; a view
+    where there is one stretch."""
+    if len(stretches) == 1:
+        return dataset.tokens[stretches[0, 0] : stretches[0, 1]]
     return np.concatenate([dataset.tokens[start:end] for start, end in stretches])
+
+
+def documents_at(dataset: TokenDataset, stretches: np.ndarray, places: np.ndarray) -> np.ndarray | None:
+    """By number, which documents the tokens at `places`, int64 [n], of stretches one after the other lie in; None where
+    the format records no documents."""
+    if dataset.document_ends is None:
+        return None
+    before = np.cumsum(stretches[:, 1] - stretches[:, 0])
+    stretch = np.searchsorted(before, places, "right")
+    at = stretches[stretch, 1] - (before[stretch] - places)
+    return np.searchsorted(dataset.document_ends, at, "right")
+
+
+def documents_in(dataset: TokenDataset, stretches: np.ndarray) -> int | None:
+    """How many documents the stretches, ascending int64 [stretches, 2], are of; None where none are recorded."""
+    if dataset.document_ends is None:
+        return None
+    first, last = (np.searchsorted(dataset.document_ends, at, "right") for at in (stretches[:, 0], stretches[:, 1] - 1))
+    return int((last - first + 1).sum() - (first[1:] == last[:-1]).sum())
 
 
 def begins(dataset: TokenDataset, stretches: np.ndarray) -> np.ndarray:

@@ -45,6 +45,23 @@ JUDGED = {
 """The figures by which arms are judged, in words; less is better in each."""
 
 
+@dataclass(frozen=True)
+class Behind:
+    """What a loss rests on."""
+
+    documents: int | None
+    """None where they aren't recorded."""
+    tokens: int
+    standard_error: float
+    """Over documents, nats per token."""
+
+    @classmethod
+    def of(cls, phase: Mapping[str, Any], source: str) -> Behind | None:
+        """Of a source's held-out loss after a phase of summary.json; None for runs before these were written."""
+        scored, errors = (phase.get(key, {}).get("heldout", {}).get(source) for key in ("scored", "standard_errors"))
+        return None if scored is None else cls(**scored, standard_error=math.nan if errors is None else errors)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
     """The figures of one run."""
@@ -61,6 +78,9 @@ class Finetune:
     domain_after: float
     general_before: float
     general_after: float
+    domain_behind: Behind | None = None
+    general_behind: Behind | None = None
+    """What the losses after finetuning rest on, these two."""
     paths: list[FinetunePath]
     """Of each arm of its grid."""
     arm: int = 0
@@ -99,6 +119,8 @@ class Finetune:
             domain_after=domain_after,
             general_before=general_before,
             general_after=general_after,
+            domain_behind=Behind.of(run.finetuned, run.domain),
+            general_behind=Behind.of(run.finetuned, run.general),
             paths=paths,
             arm=kept,
             lr=chosen.optimizer.lr,

@@ -81,7 +81,25 @@ def findings(comparison: Comparison) -> list[str]:
         losses = ", ".join(f"{arm.name} {loss.mean:.3f}" for arm, loss in equal.general.items() if loss)
         level = f"{equal.domain_loss:.3f}"
         found.append(f"when the finetune comes down to a domain loss of {level}, the general loss is at: {losses}")
+    found += behind(comparison)
     return found + [line for arm in comparison.compute_multiplier or {} for line in multiplier(comparison, arm)]
+
+
+def behind(comparison: Comparison) -> list[str]:
+    """What the losses rest on, where the runs say so, and what was chosen on other text."""
+    texts = []
+    for name, of in ((comparison.domain, "domain_behind"), (comparison.general, "general_behind")):
+        known = [one for run in comparison.runs if (one := getattr(run, of)) is not None]
+        if not known:
+            return []
+        documents = [one.documents for one in known if one.documents is not None]
+        counted = f"{min(documents):,} documents, " if documents else ""
+        error = max(one.standard_error for one in known)
+        texts.append(f"{name} {counted}{min(one.tokens for one in known):,} tokens, standard error {error:.3f}")
+    return [
+        f"losses are of the report half of the held-out text ({'; '.join(texts)}); learning rates and checkpoints were "
+        "chosen on the select half"
+    ]
 
 
 def multiplier(comparison: Comparison, arm: Treatment) -> list[str]:

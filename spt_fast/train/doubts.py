@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Iterable
 
 from spt_fast.errors import SptWarning
-from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
+from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens, evaluation_texts
 from spt_fast.train.plan import Plan
 
+FEW_DOCUMENTS = 30
+"""One of fewer may move a loss by more than a mixture does."""
 MOST_EPOCHS = 40
 """Beyond about so many, repeated text teaches nothing more (arXiv 2305.16264)."""
 
 
 def doubts(plan: Plan) -> list[str]:
     """Warnings: text repeated beyond reason, a limit that is less than a document, evaluations that cost more than the
-    training, a rate that jumps where a schedule is carried on."""
-    return [*_limits(plan), *_repetitions(plan), *_evaluations(plan), *_jumps(plan)]
+    training, losses of little text, a rate that jumps where a schedule is carried on."""
+    return [*_limits(plan), *_repetitions(plan), *_evaluations(plan), *_thin_texts(plan), *_jumps(plan)]
 
 
 def warn(found: Iterable[str]) -> None:
@@ -57,6 +59,28 @@ def _evaluations(plan: Plan) -> list[str]:
                 f"training on {trained:,}; write fewer `tokens` there, or a longer `every`"
             )
     return found
+
+
+def _thin_texts(plan: Plan) -> list[str]:
+    found: dict[tuple[str, str], str] = {}
+    for planned in plan.phases:
+        asked = planned.phase.evaluation.tokens
+        for source, text in evaluation_texts(plan, planned.phase)["heldout"].items():
+            scored = text.num_targets + 1
+            if text.documents is not None and text.documents < FEW_DOCUMENTS:
+                remedy = "hold out more text" if scored < asked // 2 else "raise `eval.tokens`, or hold out more text"
+                found.setdefault(
+                    (source, "documents"),
+                    f"sources.{source}.heldout: a half of what is scored has {text.documents} documents, fewer than "
+                    f"{FEW_DOCUMENTS}, so differences below its standard error mean nothing; {remedy}",
+                )
+            if scored < asked // 2:
+                found.setdefault(
+                    (source, "tokens"),
+                    f"phases[{planned.phase.name}].eval.tokens: asks for {asked:,}, but a half of the held-out text of "
+                    f"{source!r} has {scored:,} tokens; hold out more text",
+                )
+    return list(found.values())
 
 
 def _jumps(plan: Plan) -> list[str]:

@@ -118,7 +118,7 @@ def _steps(
         losses.append(result.read()[0])
         seconds = (time.monotonic() - began) * len(micro_batches) / len(some)
     with torch.no_grad():
-        engine.loss(some[0].tokens, some[0].targets, some[0].cu_seqlens).item()
+        engine.loss(some[0].tokens, some[0].targets, some[0].cu_seqlens).mean().item()
     return losses[0], seconds
 
 

@@ -49,7 +49,7 @@ class EngineInterface(Protocol):
         """
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Mean loss in nats per token, a 0-d fp32 tensor on the device, of this process's own text."""
+        """Nats of every target [B·T], fp32 on the device, of this process's own text."""
         ...
 
     def snapshot(self, *, state: bool) -> Snapshot:

@@ -6,14 +6,22 @@ B windows, T context. The windows are cut once at the start, so every evaluation
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spt_fast.config import Phase
-from spt_fast.data.heldout import Half, begins, heldout_stretches, tokens_in, training_stretches
+from spt_fast.data.heldout import (
+    Half,
+    begins,
+    documents_at,
+    documents_in,
+    heldout_stretches,
+    tokens_in,
+    training_stretches,
+)
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError
 from spt_fast.train.plan import Plan
@@ -26,6 +34,7 @@ FORWARD_SHARE = 1 / 3
 """The FLOPs of an evaluation, as a share of a training step's."""
 
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(tokens [B, T], targets [B, T], cu_seqlens) -> nats of every target [B·T], or their mean."""
 
 
 class Interrupted(Exception):
@@ -38,10 +47,17 @@ class EvalSet:
 
     stacks: Sequence[tuple[np.ndarray, np.ndarray | None]]
     """Ids [windows, t + 1], t <= T; and, where it matters, which inputs begin a document, bool [windows, t]."""
+    documents: int | None = None
+    """That it is of; None where they aren't recorded."""
+    document: np.ndarray | None = None
+    """In which each window begins, int64 [windows]: windows of one document err together."""
 
     @property
     def num_targets(self) -> int:
         return sum(ids[:, 1:].size for ids, _ in self.stacks)
+
+    def size(self) -> dict[str, int | None]:
+        return {"documents": self.documents, "tokens": self.num_targets}
 
     @classmethod
     def of_tokens(cls, tokens: np.ndarray, context: int, marks: np.ndarray | None = None) -> EvalSet:
@@ -57,28 +73,57 @@ class EvalSet:
                 stacks.append((ids, None if marks is None else marks[part][:-1].reshape(-1, width)))
         return cls(stacks)
 
+    @classmethod
+    def of_stretches(cls, data: TokenDataset, stretches: np.ndarray, context: int, *, inside: bool) -> EvalSet:
+        """Of stretches, int64 [stretches, 2], of a dataset, one after the other; `inside`: attention stays inside
+        documents."""
+        text = cls.of_tokens(tokens_in(data, stretches), context, begins(data, stretches) if inside else None)
+        windows = sum(len(ids) for ids, _ in text.stacks)
+        document = documents_at(data, stretches, np.arange(windows) * context)
+        return replace(text, documents=documents_in(data, stretches), document=document)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A loss, nats per token."""
+
+    loss: float
+    standard_error: float
+    """Over documents, or over windows where those are shorter; NaN where there is but one."""
+
+    @classmethod
+    def of(cls, text: EvalSet, nats: np.ndarray) -> Measured:
+        """From the sums of nats of each window [windows]."""
+        targets = np.concatenate([np.full(len(ids), ids.shape[1] - 1) for ids, _ in text.stacks])
+        loss = float(nats.sum() / targets.sum())
+        apart = np.arange(len(nats)) if text.document is None else np.unique(text.document, return_inverse=True)[1]
+        off = np.bincount(apart, nats - loss * targets)
+        n = len(off)
+        error = np.sqrt(n / (n - 1) * np.square(off).sum()) / targets.sum() if n > 1 else np.nan
+        return cls(loss, float(error))
+
 
 @torch.no_grad()
-def mean_loss(
+def measure(
     loss: LossFunction,
     text: EvalSet,
     rows: int,
     *,
     interrupted: Callable[[], bool] = lambda: False,
     world: World = ALONE,
-) -> float:
+) -> Measured:
     """Mean loss over every target of `text`, nats per token, summed in fp64.
 
-    `rows` windows go through at a time; the processes of `world` take turns, and all get the mean. Where the text says
-    what begins a document, attention stays inside documents. Raises Interrupted between batches where `interrupted()`
-    turns true.
+    `rows` windows go through at a time; the processes of `world` take turns, and all get the result. Where the text
+    says what begins a document, attention stays inside documents. Raises Interrupted between batches where
+    `interrupted()` turns true.
     """
     batches = [
         (ids[i : i + rows], None if marks is None else marks[i : i + rows])
         for ids, marks in text.stacks
         for i in range(0, len(ids), rows)
     ]
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    nats = [torch.zeros(len(ids), dtype=torch.float64, device=world.device) for ids, _ in batches]
     for turn in range(-(-len(batches) // world.size)):
         if interrupted():
             raise Interrupted
@@ -88,8 +133,10 @@ def mean_loss(
         windows = torch.from_numpy(batch.astype(np.int64))
         tokens, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         cuts = None if batch_begins is None else document_cuts(batch_begins)
-        total += loss(tokens, targets, cuts).double() * (targets.numel() if mine < len(batches) else 0)
-    return float(world.sum_(total)) / text.num_targets
+        each = loss(tokens, targets, cuts).double().expand(targets.numel()).view(targets.shape)
+        if mine < len(batches):
+            nats[mine] = each.sum(dim=1)
+    return Measured.of(text, world.sum_(torch.cat(nats)).cpu().numpy())
 
 
 def document_cuts(begins_BT: np.ndarray) -> Tensor:
@@ -99,8 +146,10 @@ def document_cuts(begins_BT: np.ndarray) -> Tensor:
     return torch.from_numpy(np.append(np.flatnonzero(cuts), cuts.size).astype(np.int32))
 
 
-def evaluation_texts(plan: Plan, phase: Phase) -> dict[str, dict[str, EvalSet]]:
+def evaluation_texts(plan: Plan, phase: Phase, *, windows: bool = True) -> dict[str, dict[str, EvalSet]]:
     """By "heldout" (the report half), "select" and "train", then by source; halves of the phase's `tokens` each.
+
+    windows  see `split_heldout`
 
     Raises DataError for a text that is too short, or holds an id that the
     model doesn't have.
@@ -108,27 +157,28 @@ def evaluation_texts(plan: Plan, phase: Phase) -> dict[str, dict[str, EvalSet]]:
     context, half = plan.model.context, max(1, phase.evaluation.tokens // 2)
     texts: dict[str, dict[str, EvalSet]] = {"heldout": {}, "select": {}, "train": {}}
 
-    def checked(source: str, field: str, data: TokenDataset, ids: np.ndarray) -> np.ndarray:
-        least, most = int(ids.min()), int(ids.max())
+    def checked(source: str, field: str, data: TokenDataset, text: EvalSet) -> EvalSet:
+        least, most = (int(of([of(ids) for ids, _ in text.stacks])) for of in (np.min, np.max))
         if least < 0 or most >= plan.model.vocab_size:
             raise DataError(
                 f"sources.{source}.{field}: {data.path} holds token id {least if least < 0 else most}, outside the "
                 f"vocabulary of {plan.model.vocab_size}; prepare it with this run's tokenizer, or raise "
                 "model.vocab_size"
             )
-        return ids
+        return text
 
     for source, data in plan.heldout.items():
         for split, name in HALVES.items():
-            stretches = heldout_stretches(data, name, half)
-            ids = checked(source, "heldout", data, tokens_in(data, stretches))
-            marks = begins(data, stretches) if phase.documents else None
-            texts[split][source] = EvalSet.of_tokens(ids, context, marks)
+            stretches = heldout_stretches(data, name, half, windows=windows)
+            text = EvalSet.of_stretches(data, stretches, context, inside=phase.documents)
+            texts[split][source] = checked(source, "heldout", data, text)
     for source, data in plan.train.items():
         stretches = training_stretches(data, context, half)
-        windows = checked(source, "train", data, tokens_in(data, stretches + np.array([0, 1]))).reshape(-1, context + 1)
+        ids = tokens_in(data, stretches + np.array([0, 1])).reshape(-1, context + 1)
         marks = begins(data, stretches).reshape(-1, context) if phase.documents else None
-        texts["train"][source] = EvalSet([(windows, marks)])
+        document = documents_at(data, stretches, np.arange(len(stretches)) * context)
+        text = EvalSet([(ids, marks)], documents_in(data, stretches), document)
+        texts["train"][source] = checked(source, "train", data, text)
     return texts
 
 

@@ -109,7 +109,7 @@ class LocalEngine:
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(self.device)
-        return self.model(tokens_BT.to(self.device), targets_BT.to(self.device), cu_seqlens).float()
+        return self.model(tokens_BT.to(self.device), targets_BT.to(self.device), cu_seqlens, "none").float()
 
     def snapshot(self, *, state: bool) -> Snapshot:
         return self.optimizer.snapshot(state=state) | (self.frozen if state else self.frozen.without_state())

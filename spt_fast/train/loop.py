@@ -28,7 +28,7 @@ from spt_fast.train import checkpoint, health
 from spt_fast.train.checkpoint import Retention
 from spt_fast.train.engine import StepResult
 from spt_fast.train.engines import make_engine
-from spt_fast.train.evaluate import EvalSet, Interrupted, evaluation_texts, mean_loss
+from spt_fast.train.evaluate import EvalSet, Interrupted, evaluation_texts, measure
 from spt_fast.train.health import MAX_SKIPPED_IN_A_ROW, deciding, standing
 from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
@@ -120,7 +120,7 @@ class Trainer:
         while state.phase < len(self.plan.phases):
             plan = self.plan.phases[state.phase]
             self.begin_phase(plan)
-            texts = evaluation_texts(self.plan, plan.phase)
+            texts = evaluation_texts(self.plan, plan.phase, windows=state.windows)
             while state.arm < len(plan.phase.arms()):
                 arm = Arm(plan, state.arm, self.plan.recipe, texts, state.train_seconds)
                 self.train_arm(arm)
@@ -205,6 +205,8 @@ class Trainer:
             heldout=handed_on.losses["heldout"],
             training=handed_on.losses["train"],
             best_heldout=state.best.losses["heldout"],
+            standard_errors=handed_on.errors,
+            scored={split: {of: text.size() for of, text in texts.items()} for split, texts in arm.texts.items()},
         )
         best = self.snapshots.pop("best", None)
         if all(standing(reached, plan.phase) < standing(other, plan.phase) for other in state.arms):
@@ -308,15 +310,19 @@ class Trainer:
         self.read_back(arm)
         state, rows = self.state, arm.plan.micro(self.world.size)
         with arm.clock.paused():
-            losses = {
+            measured = {
                 split: {
-                    source: mean_loss(self.engine.loss, text, rows, interrupted=self.asked_to_stop, world=self.world)
+                    source: measure(self.engine.loss, text, rows, interrupted=self.asked_to_stop, world=self.world)
                     for source, text in texts.items()
                 }
                 for split, texts in arm.texts.items()
             }
-            self.log.evaluation({**self.position(arm), **losses}, state.total_steps)
-            state.newest = Evaluation(state.step, losses)
+            losses, errors = (
+                {split: {of: getattr(one, name) for of, one in by.items()} for split, by in measured.items()}
+                for name in ("loss", "standard_error")
+            )
+            self.log.evaluation({**self.position(arm), **losses, "standard_errors": errors}, state.total_steps)
+            state.newest = Evaluation(state.step, losses, errors)
             chosen = deciding(losses["select"], arm.phase)
             if state.best is not None and chosen >= deciding(state.best.losses["select"], arm.phase):
                 state.stale += 1
@@ -368,6 +374,7 @@ class Trainer:
             "seed": self.plan.recipe.seed,
             "seconds": round(self.seconds(), 2),
             "skipped_steps": self.state.skipped,
+            "heldout_halves": "windows" if self.state.windows else "documents",
             "data": self.plan.digests(),
             "directory": os.getcwd(),
             "phases": plain(self.state.finished),

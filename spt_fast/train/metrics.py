@@ -106,7 +106,10 @@ class RunLog(Display):
         for split in ("heldout", "select", "train"):
             for source, loss in record[split].items():
                 self._board.add_scalar(f"{split}/{source}", loss, total_step)
-        losses = " ".join(f"{source} {_loss(loss)}" for source, loss in record["heldout"].items())
+        errors = record["standard_errors"]["heldout"]
+        losses = " ".join(
+            f"{source} {_loss(loss)}{_error(errors[source])}" for source, loss in record["heldout"].items()
+        )
         self._last_eval = f" · held out: {losses}"
         self._bar.update(self._task, more=self._last_eval)
 
@@ -141,6 +144,10 @@ def _whole_lines(path: Path, end: int) -> int:
 
 def _loss(loss: float) -> str:
     return f"{loss:.3f}" if math.isfinite(loss) else "not finite"
+
+
+def _error(standard_error: float) -> str:
+    return f" ± {standard_error:.3f}" if math.isfinite(standard_error) else ""
 
 
 class NoLog(Display):

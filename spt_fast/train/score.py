@@ -11,12 +11,11 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
-from spt_fast.data.heldout import begins
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
 from spt_fast.errors import DataError
 from spt_fast.model import hf
 from spt_fast.printing import print_table
-from spt_fast.train.evaluate import EvalSet, mean_loss
+from spt_fast.train.evaluate import EvalSet, measure
 from spt_fast.train.folder import summary_of
 from spt_fast.train.origin import origin_of, run_of
 from spt_fast.train.weights import load_model, locate
@@ -36,6 +35,8 @@ class Scored(TypedDict):
     tokens: int
     """That were scored."""
     bytes: int | None
+    standard_error: float | None
+    """Of the loss, over documents or windows; None where it is of one."""
     documents: int | None
     """None where the dataset doesn't record them."""
     inside_documents: bool
@@ -78,23 +79,23 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
     computed_in = by_name.get(origin.dtype or "", pick_dtype("auto", device))
     model.to(device=device, dtype=computed_in).requires_grad_(False)
     inside = bool(origin.documents) and data.document_ends is not None
-    marks = begins(data, np.array([[0, data.num_tokens]])) if inside else None
-    text = EvalSet.of_tokens(data.tokens, model.config.context, marks)
+    text = EvalSet.of_stretches(data, np.array([[0, data.num_tokens]]), model.config.context, inside=inside)
 
     def of_batch(tokens: Tensor, targets: Tensor, cuts: Tensor | None) -> Tensor:
         cuts = None if cuts is None else cuts.to(device)
         return model(tokens.to(device), targets.to(device), cuts).float()
 
-    loss = mean_loss(
+    measured = measure(
         of_batch,
         text,
         max(1, TOKENS_AT_A_TIME // model.config.context),
         world=World(0, 1, device),
     )
-    nats = loss * text.num_targets
+    nats = measured.loss * text.num_targets
     return Scored(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
+        loss=measured.loss,
+        standard_error=measured.standard_error if math.isfinite(measured.standard_error) else None,
+        perplexity=math.exp(min(measured.loss, 700.0)),
         bits_per_byte=nats / math.log(2) / data.num_bytes if data.num_bytes else None,
         tokens=text.num_targets,
         bytes=data.num_bytes,
@@ -119,7 +120,7 @@ def _reported(weights: Path, digest: str) -> float | None:
 
 def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) -> None:
     """A row by dataset, then what it was scored on and how."""
-    shown = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
+    shown = ("loss", "standard_error", "perplexity", "bits_per_byte", "tokens", "bytes")
     rows = [[prefix, *map(s.get, shown)] for prefix, s in scored.items()]
     print_table(console, str(weights), ["dataset", *(name.replace("_", " ") for name in shown)], rows)
     for prefix, s in scored.items():

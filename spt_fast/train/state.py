@@ -18,7 +18,7 @@ from spt_fast.fields import optional
 from spt_fast.model.config import GPTConfig
 from spt_fast.printing import plain
 
-VERSION = 4
+VERSION = 5
 
 Losses = dict[str, dict[str, float]]
 """By "heldout", "select" and "train", then by source; nats per token. One that is not finite is null in JSON."""
@@ -26,10 +26,11 @@ Losses = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The losses after `step` steps of an arm."""
+    """The losses after `step` steps of an arm, and their standard errors."""
 
     step: int
     losses: Losses
+    errors: Losses = field(default_factory=dict)
 
 
 @dataclass
@@ -59,6 +60,10 @@ class ArmResult:
     training: dict[str, float]
     best_heldout: dict[str, float]
     """At the best evaluation by the `select` loss."""
+    standard_errors: Losses
+    """Of `heldout`, `select` and training losses, over documents; empty before version 5, as the next one."""
+    scored: dict[str, dict[str, dict[str, int | None]]]
+    """The `documents` (None where they aren't recorded) and `tokens` that these losses are of."""
 
     def reached(self) -> dict[str, Any]:
         return {name: item for name, item in vars(self).items() if name != "values"}
@@ -112,6 +117,8 @@ class TrainState:
     """Wall time of the run so far, over all its processes."""
     train_seconds: float = 0.0
     """Wall time of this arm's training steps."""
+    windows: bool = True
+    """Whether held-out halves are of windows of documents; runs begun before version 5 keep whole documents."""
     metrics_bytes: int = 0
     """Length of metrics.jsonl at this point; after a crash it is cut back to this."""
 
@@ -208,6 +215,10 @@ def _losses(raw: Mapping[str, float | None], where: str) -> dict[str, float]:
     return {source: math.nan if loss is None else loss for source, loss in raw.items()}
 
 
+def _by_split(raws: Mapping[str, Mapping[str, float | None]], where: str) -> Losses:
+    return {split: _losses(raw, where) for split, raw in raws.items()}
+
+
 def _arm(raw: Mapping[str, Any], where: str) -> ArmResult:
     own = {item.name for item in fields(ArmResult)} - {"values"}
     values = {key: value for key, value in raw.items() if key not in own}
@@ -221,7 +232,7 @@ def _phase(raw: Mapping[str, Any], where: str) -> PhaseResult:
 
 PARTS: dict[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(("heldout", "select", "training", "best_heldout"), _losses),
-    "losses": lambda raws, where: {split: _losses(raw, where) for split, raw in raws.items()},
+    **dict.fromkeys(("losses", "errors", "standard_errors"), _by_split),
     "model": partial(_read, GPTConfig),
     "train": partial(_read, TrainState),
     "compute": partial(_read, Compute),
@@ -261,9 +272,22 @@ def _count_skipped_steps_by_arm(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "train": {**train, "skipped_in_arm": 0, "arms": arms(train["arms"]), "finished": finished}}
 
 
+def _know_no_standard_errors(state: dict[str, Any]) -> dict[str, Any]:
+    """Version 4 has none, and deals whole documents out to the held-out halves."""
+
+    def arms(before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**arm, "standard_errors": {}, "scored": {}} for arm in before]
+
+    train = state["train"]
+    seen = {name: train[name] and {**train[name], "errors": {}} for name in ("newest", "best")}
+    finished = {name: {**phase, "grid": arms(phase["grid"])} for name, phase in train["finished"].items()}
+    return {**state, "train": {**train, **seen, "windows": False, "arms": arms(train["arms"]), "finished": finished}}
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _keep_the_newest_evaluation,
     2: _know_no_texts,
     3: _count_skipped_steps_by_arm,
+    4: _know_no_standard_errors,
 }
 """By version, what turns its state.json (as plain data) into the next version's."""

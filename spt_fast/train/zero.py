@@ -101,7 +101,7 @@ class ZeroEngine:
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(self.device)
-        return self._engine.module(tokens_BT.to(self.device), targets_BT.to(self.device), cu_seqlens).float()
+        return self._engine.module(tokens_BT.to(self.device), targets_BT.to(self.device), cu_seqlens, "none").float()
 
     @torch.no_grad()
     def snapshot(self, *, state: bool) -> Snapshot:

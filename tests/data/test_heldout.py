@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spt_fast.data.heldout import Half, begins, heldout_stretches, split_heldout, tokens_in, training_stretches
+from spt_fast.data.heldout import (
+    Half,
+    begins,
+    documents_at,
+    heldout_stretches,
+    split_heldout,
+    tokens_in,
+    training_stretches,
+)
+from spt_fast.data.heldout import documents_in as documents_in_stretches
 from spt_fast.data.shards import DatasetWriter, TokenDataset
 from spt_fast.errors import DataError
 
@@ -67,6 +76,37 @@ def test_the_split_is_the_same_for_ever(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path / "d", [np.full(10, i) for i in range(1, 17)])
     _, report = split_heldout(dataset)
     assert [document[0] for document in documents_in(dataset, report)] == [3, 4, 5, 6, 7, 9, 11, 13, 14]
+
+
+def test_a_handful_of_long_documents_is_dealt_out_by_windows(tmp_path: Path) -> None:
+    """Each is of its own ids: the halves are alike when they have as many of each."""
+    lengths = [5000, 12_000, 1100, 700, 300, 9000]
+    documents = [np.full(length, i) for i, length in enumerate(lengths, start=1)]
+    dataset = dataset_of(tmp_path / "d", [*documents, documents[1]])
+    halves = [np.bincount(tokens_in(dataset, half), minlength=7) for half in split_heldout(dataset)]
+    assert (halves[0] + halves[1] == np.bincount(np.concatenate([*documents, documents[1]]))).all()
+    for i in (1, 2, 3, 6):
+        assert abs(halves[0][i] - halves[1][i]) <= 2 * 1024
+    select, report = (set(map(bytes, (dataset.tokens[a:b] for a, b in half))) for half in split_heldout(dataset))
+    assert {len(window) for window in select | report} <= set(range(2 * 1025))
+    order = dataset_of(tmp_path / "order", [documents[1], *documents[::-1]])
+    assert (np.bincount(tokens_in(order, split_heldout(order)[0]), minlength=7) == halves[0]).all()
+    whole = split_heldout(dataset, windows=False)
+    assert sorted(np.concatenate(whole)[:, 1].tolist()) == np.cumsum([*lengths, 12_000]).tolist()
+    np.arange(5000, dtype="<u2").tofile(tmp_path / "bare.bin")
+    bare = TokenDataset.open(tmp_path / "bare", dtype="uint16")
+    assert split_heldout(bare)[0].tolist() == [[0, 1000], [2000, 3000], [4000, 5000]]
+
+
+def test_documents_of_stretches_are_counted_and_found(tmp_path: Path) -> None:
+    lengths = np.array([4, 7, 1, 20, 3])
+    dataset = dataset_of(tmp_path / "d", [np.full(length, i) for i, length in enumerate(lengths, start=1)])
+    stretches = np.array([[2, 5], [6, 12], [13, 20], [21, 22]])
+    ids = tokens_in(dataset, stretches)
+    assert documents_in_stretches(dataset, stretches) == len(set(ids.tolist())) == 4
+    found = documents_at(dataset, stretches, np.arange(len(ids)))
+    assert found is not None
+    assert (found + 1).tolist() == ids.tolist()
 
 
 @pytest.mark.parametrize(

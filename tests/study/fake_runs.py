@@ -78,7 +78,15 @@ def fake_run(
         "seed": seed,
         "phases": {
             "pretrain": {"steps": 1, "tokens": tokens, "epochs": {"code": float(share) * tokens / 10_000}, "arm": 0},
-            "finetune": {"steps": 1, "tokens": 1, "epochs": {"code": 7.0}, "heldout": by_source(end), "arm": kept},
+            "finetune": {
+                "steps": 1,
+                "tokens": 1,
+                "epochs": {"code": 7.0},
+                "heldout": by_source(end),
+                "arm": kept,
+                "scored": {"heldout": {name: {"documents": 12, "tokens": 3456} for name in ("code", "general")}},
+                "standard_errors": {"heldout": {"code": 0.02, "general": 0.03}},
+            },
         },
     }
     folder.mkdir(parents=True)

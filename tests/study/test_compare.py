@@ -15,7 +15,7 @@ from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.printing import as_json
 from spt_fast.study.compare import compare, compute_multiplier, general_when
 from spt_fast.study.figures import write
-from spt_fast.study.findings import print_comparison
+from spt_fast.study.findings import findings, print_comparison
 from tests.study.fake_runs import fake_run
 
 NPT = [(7.0, 5.0), (6.0, 6.0), (5.0, 8.0)]
@@ -55,6 +55,27 @@ def test_the_figures_of_a_run(tmp_path: Path) -> None:
     assert row["forgetting"] == pytest.approx(1.05)
     assert (row["arm"], row["lr"], row["warmup"]) == (1, 3e-4, "5 steps")
     assert row["paths"][0] == [[0, 5.5, 5.1], [1000, 5.0, 5.9], [2000, 4.5, 6.5]]
+
+
+def test_what_losses_rest_on_and_what_was_chosen_on_other_text_is_said(four_runs: list[Path]) -> None:
+    found = compare(four_runs)
+    assert as_json(found)["runs"][0]["domain_behind"] == {"documents": 12, "tokens": 3456, "standard_error": 0.02}
+    says = (
+        "losses are of the report half of the held-out text (code 12 documents, 3,456 tokens, standard error 0.020; "
+        "general 12 documents, 3,456 tokens, standard error 0.030); learning rates and checkpoints were chosen on the "
+        "select half"
+    )
+    assert says in findings(found)
+    for folder in four_runs:  # as runs were before these were written
+        summary = json.loads((folder / "summary.json").read_text())
+        del summary["phases"]["finetune"]["scored"], summary["phases"]["finetune"]["standard_errors"]
+        (folder / "summary.json").write_text(json.dumps(summary))
+    assert compare(four_runs).runs[0].domain_behind is None
+    assert findings(compare(four_runs)) == [line for line in findings(found) if line != says]
+    changed = json.loads((four_runs[0] / "summary.json").read_text()) | {"heldout_halves": "windows"}
+    (four_runs[0] / "summary.json").write_text(json.dumps(changed))
+    with pytest.raises(RecipeError, match="what held-out halves are made of is windows in one and documents in"):
+        compare(four_runs)
 
 
 def test_gain_is_paired_by_seed(four_runs: list[Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spt_fast.train.evaluate import EvalSet, Interrupted, document_cuts, mean_loss
+from spt_fast.train.evaluate import EvalSet, Interrupted, Measured, document_cuts, measure
 
 
 def mean_target(tokens: Tensor, targets: Tensor, cuts: Tensor | None) -> Tensor:
@@ -29,10 +31,34 @@ def test_every_token_but_the_first_is_scored_exactly_once(length: int, context: 
         return mean_target(tokens, targets, cuts)
 
     text = EvalSet.of_tokens(np.arange(length), context)
-    loss = mean_loss(record, text, rows)
+    loss = measure(record, text, rows).loss
     assert seen == list(range(1, length))
     assert text.num_targets == length - 1
     assert loss == pytest.approx(length / 2)
+
+
+def test_the_standard_error_is_over_documents_where_these_are_longer_than_windows() -> None:
+    """By hand: sums of nats of windows of two targets, 4 windows in document 0, 1 each in documents 1 and 2."""
+    text = EvalSet.of_tokens(np.arange(13), 2)
+    nats = np.array([2.0, 4.0, 2.0, 4.0, 8.0, 4.0])
+    mean = 24 / 12
+    for document, off in (
+        (None, nats - 2 * mean),
+        (np.array([0, 0, 0, 0, 1, 2]), np.array([12 - 8 * mean, 8 - 2 * mean, 4 - 2 * mean])),
+    ):
+        found = Measured.of(replace(text, document=document), nats)
+        n = len(off)
+        assert found.loss == mean
+        assert found.standard_error == pytest.approx((n / (n - 1) * (off**2).sum()) ** 0.5 / 12)
+    assert np.isnan(Measured.of(replace(text, document=np.zeros(6)), nats).standard_error)
+
+
+def test_every_targets_loss_is_counted_in_its_own_window() -> None:
+    text = replace(EvalSet.of_tokens(np.arange(12), 4), document=np.array([0, 1, 2]))
+    found = measure(lambda tokens, targets, _: targets.double().flatten(), text, 2)
+    sums = np.array([1 + 2 + 3 + 4, 5 + 6 + 7 + 8, 9 + 10 + 11])
+    assert found == Measured.of(text, sums.astype(float))
+    assert found.loss == 6
 
 
 def test_windows_of_a_memory_map_are_views(tmp_path: pytest.TempPathFactory) -> None:
@@ -65,7 +91,7 @@ def test_the_cuts_of_every_batch_are_where_documents_begin(length: int, context:
         seen.extend(marks.tolist())
         return mean_target(tokens, targets, cuts)
 
-    mean_loss(record, EvalSet.of_tokens(np.arange(length), context, begins), rows)
+    measure(record, EvalSet.of_tokens(np.arange(length), context, begins), rows)
     expected = begins[:-1].copy()
     expected[::context] = True
     assert seen == expected.tolist()
@@ -75,4 +101,4 @@ def test_it_stops_between_batches_when_asked_to() -> None:
     text = EvalSet.of_tokens(np.arange(100), 4)
     looks = iter([False, False, True])
     with pytest.raises(Interrupted):
-        mean_loss(mean_target, text, 2, interrupted=lambda: next(looks))
+        measure(mean_target, text, 2, interrupted=lambda: next(looks))

@@ -20,7 +20,7 @@ from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
 from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
 from spt_fast.model.gpt import GPT
 from spt_fast.train.audit import audit_document, audit_run
-from spt_fast.train.evaluate import EvalSet, mean_loss
+from spt_fast.train.evaluate import EvalSet, measure
 from spt_fast.train.folder import parent_of, recipe_of
 from spt_fast.train.plan import make_plan
 from spt_fast.train.release import HuggingFaceTokenizer, export, generate_text, tokenizer_of
@@ -204,8 +204,8 @@ def test_eval_scores_as_the_run_did(moved: Path, tmp_path: Path) -> None:
     data = TokenDataset.open(heldout)
     model = GPT.from_hf(moved / "weights" / "pretrain")
     marks = begins(data, np.array([[0, data.num_tokens]]))
-    assert scored["loss"] == pytest.approx(mean_loss(model, EvalSet.of_tokens(data.tokens, 16, marks), 8), rel=1e-6)
-    assert scored["loss"] != pytest.approx(mean_loss(model, EvalSet.of_tokens(data.tokens, 16), 8), rel=1e-6)
+    assert scored["loss"] == pytest.approx(measure(model, EvalSet.of_tokens(data.tokens, 16, marks), 8).loss, rel=1e-6)
+    assert scored["loss"] != pytest.approx(measure(model, EvalSet.of_tokens(data.tokens, 16), 8).loss, rel=1e-6)
     summary = json.loads((moved / "summary.json").read_text())
     assert (scored["inside_documents"], scored["documents"], scored["same_tokenizer"]) == (
         True,

@@ -27,7 +27,7 @@ from spt_fast.model import gpt, hf
 from spt_fast.model.gpt import GPT
 from spt_fast.train import checkpoint, loop, plan
 from spt_fast.train.audit import audit_document, audit_run
-from spt_fast.train.evaluate import evaluation_texts, mean_loss
+from spt_fast.train.evaluate import evaluation_texts, measure
 from spt_fast.train.local import LocalEngine
 from spt_fast.train.plan import make_plan
 from spt_fast.train.run import run
@@ -110,6 +110,12 @@ def test_training_lowers_the_loss_and_writes_the_contract(undisturbed: Path) -> 
     assert arms == {0, 1}
     assert finetune["arm"] == min((0, 1), key=lambda i: finetune["grid"][i]["select"]["chem"])
     assert finetune["heldout"] == finetune["grid"][finetune["arm"]]["heldout"]
+    for split in ("heldout", "select", "train"):
+        assert all(0 < first["standard_errors"][split][source] < 1 for source in ("general", "chem"))
+        assert 0 < finetune["standard_errors"][split]["chem"] < 1
+        assert finetune["scored"][split]["chem"]["documents"] > 1
+    assert finetune["scored"]["heldout"]["chem"]["tokens"] == 199  # eval.tokens of 400, the first one scored by nothing
+    assert summary["heldout_halves"] == "windows"
     assert len(list((undisturbed / "checkpoints").glob("step-*"))) == 2
     assert (undisturbed / "tensorboard").is_dir()
 
@@ -757,5 +763,5 @@ def test_init_from_a_checkpoint_and_from_weights(undisturbed: Path, data: Path) 
         texts = evaluation_texts(plan, plan.phases[0].phase)["heldout"]
         model = load_model(source).eval()
         for name, text in texts.items():
-            expected = mean_loss(lambda tokens, targets, _, model=model: model(tokens, targets), text, 8)
+            expected = measure(lambda tokens, targets, _, model=model: model(tokens, targets), text, 8).loss
             assert first["heldout"][name] == pytest.approx(expected, rel=5e-3)

@@ -18,7 +18,7 @@ from spt_fast.data.loader import Batch
 from spt_fast.data.shards import DatasetWriter
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
-from spt_fast.train.evaluate import evaluation_texts, mean_loss
+from spt_fast.train.evaluate import evaluation_texts, measure
 from spt_fast.train.local import LocalEngine
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.plan import make_plan
@@ -129,7 +129,7 @@ def test_continual_pretraining_of_a_hugging_face_folder(data: Path, read: list[i
     begin = tiny.metrics(Path(raw["run"]))[0]["heldout"]
     plan = make_plan(recipe_from(raw))
     for source, text in evaluation_texts(plan, plan.phases[0].phase)["heldout"].items():
-        expected = mean_loss(lambda tokens, targets, _: given(tokens, targets), text, 8)
+        expected = measure(lambda tokens, targets, _: given(tokens, targets), text, 8).loss
         assert begin[source] == pytest.approx(expected, rel=1e-5)
         assert summary["phases"]["dcpt"]["heldout"][source] < begin[source] - 0.1
     result = GPT.from_hf(Path(raw["run"]) / "weights" / "dcpt")

@@ -16,7 +16,7 @@ from spt_fast.data.loader import Batch
 from spt_fast.errors import RecipeError
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
-from spt_fast.train.evaluate import evaluation_texts, mean_loss
+from spt_fast.train.evaluate import evaluation_texts, measure
 from spt_fast.train.local import LocalEngine
 from spt_fast.train.plan import make_plan
 from spt_fast.train.run import run
@@ -96,7 +96,7 @@ def test_a_run_begins_with_the_embedding_of_another_runs_weights(data: Path) -> 
     plan = make_plan(recipe_from(raw))
     texts = evaluation_texts(plan, plan.phases[0].phase)["heldout"]
     for source, text in texts.items():
-        expected = mean_loss(lambda tokens, targets, _: by_hand(tokens, targets), text, 8)
+        expected = measure(lambda tokens, targets, _: by_hand(tokens, targets), text, 8).loss
         assert tiny.metrics(Path(raw["run"]))[0]["heldout"][source] == pytest.approx(expected, rel=1e-5)
 
 
