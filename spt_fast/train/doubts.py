@@ -65,7 +65,9 @@ def _thin_texts(plan: Plan) -> list[str]:
     found: dict[tuple[str, str], str] = {}
     for planned in plan.phases:
         asked = planned.phase.evaluation.tokens
-        for source, text in evaluation_texts(plan, planned.phase)["heldout"].items():
+        texts = evaluation_texts(plan, planned.phase)["heldout"]
+        for source in sorted(texts):
+            text = texts[source]
             scored = text.num_targets + 1
             if text.documents is not None and text.documents < FEW_DOCUMENTS:
                 remedy = "hold out more text" if scored < asked // 2 else "raise `eval.tokens`, or hold out more text"
