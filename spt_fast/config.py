@@ -411,6 +411,8 @@ _KNOWN_BY_DIGEST = re.compile(r"tokenizer|init|sources\..+\.(train|heldout)", re
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(value, list) and _KNOWN_BY_DIGEST.fullmatch(prefix):
+        value = ", ".join(value)
     if isinstance(value, dict):
         items: Any = value.items()
     elif isinstance(value, list):

@@ -111,6 +111,7 @@ def test_a_run_goes_on_with_the_same_data_at_another_path_and_refuses_other_data
         name: source | {field: str(store / Path(source[field]).name) for field in ("train", "heldout")}
         for name, source in raw["sources"].items()
     }
+    raw["sources"]["chem"]["train"] = [raw["sources"]["chem"]["train"]]
     assert run(recipe_from(raw), resume=True, progress=False)["data"].keys() >= {"init", "tokenizer"}
     assert tiny.metrics(tmp_path / "moved") == tiny.metrics(tmp_path / "whole")
 
@@ -134,6 +135,13 @@ def test_a_glance_hashes_some_blocks_and_says_where_it_may_not_have_seen_all(
     assert plan.check_files(None, verify=False) == []
     with pytest.raises(DataError, match="block 1 of"):
         plan.check_files(None, verify=True)
+    parts = [tiny.write_dataset(tmp_path / "parts" / str(seed), seed, 900) for seed in range(5)]
+    joined = TokenDataset.open(tmp_path / "parts")
+    assert (joined.verify(), joined.verify(most_blocks=200), joined.verify(most_blocks=4)) == (True, True, False)
+    in_bytes(parts[-1].with_suffix(".bin"), lambda data: bytes([data[0] ^ 1]) + data[1:])
+    for most in (None, 200, 4):
+        with pytest.raises(DataError, match=r"4\.bin: is damaged: block 0 of"):
+            joined.verify(most)
     np.save(tmp_path / "ids.npy", np.arange(3_000_000, dtype=np.uint16))
     foreign = TokenDataset.open(tmp_path / "ids.npy")
     assert not foreign.verify()
