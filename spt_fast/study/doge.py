@@ -181,7 +181,7 @@ def _reweight(
     if too_many_skipped(skipped, steps):
         raise Diverged(
             f"{skipped} of {steps} steps were skipped, as a loss or gradient was not finite; lower optimizer.lr or "
-            "lengthen schedule.warmup"
+            "lengthen schedule.warmup, and give another folder"
         )
     result = study.result()
     write_text(done, json.dumps(as_json(result), indent=1))
@@ -379,6 +379,8 @@ class _Study:
         lr = learning_rate(phase.schedule, phase.optimizer.lr, state.step, self.phase.steps, self.phase.tokens_per_step)
         state.step += 1
         if not (np.isfinite(gram).all() and np.isfinite(losses).all()):
+            if state.step - state.counted == 1:
+                self.display.say(f"warning: step {state.step} was skipped, as a loss or gradient was not finite")
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= min(MAX_SKIPPED_IN_A_ROW, self.phase.steps):
                 raise RuntimeError(

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from spt_fast.errors import CheckpointError, invalid
 from spt_fast.files import is_temporary, sync, with_usual_mode, write_text
+from spt_fast.printing import as_json
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import ALONE, World
 
@@ -97,7 +98,7 @@ class Writer:
         """
         failed = next(filter(None, self._world.exchange(str(self._outcome() or ""))), None)
         self._world.on_first(lambda: self._make_room(name))
-        text = json.dumps(state, indent=1, allow_nan=False)
+        text = json.dumps(as_json(state), indent=1, allow_nan=False)
         self._thread = threading.Thread(target=self._write, args=(name, text, snapshots, best), daemon=True)
         self._thread.start()
         if failed:

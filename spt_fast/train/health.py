@@ -15,6 +15,9 @@ MAX_SKIPPED_SHARE = 0.05
 """A phase with a larger share of skipped steps was not trained as its recipe says."""
 
 
+REMEDY = "lower optimizer.lr or lengthen schedule.warmup, in a run of another name"
+
+
 class Diverged(RuntimeError):
     """A phase whose weights are no result. The message names the phase, the reason and the remedy."""
 
@@ -38,7 +41,7 @@ def failure(arm: ArmResult) -> str | None:
 def check(arm: ArmResult, phase: Phase) -> None:
     """Diverged where the kept arm of a phase is no result."""
     if reason := failure(arm):
-        raise Diverged(f"phases[{phase.name}]: {reason}; lower optimizer.lr or lengthen schedule.warmup")
+        raise Diverged(f"phases[{phase.name}]: {reason}; {REMEDY}")
 
 
 def deciding(select: Mapping[str, float], phase: Phase) -> float:

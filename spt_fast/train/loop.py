@@ -23,7 +23,7 @@ from spt_fast.files import write_text
 from spt_fast.kernels import auto_backends
 from spt_fast.model import hf
 from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_per_token
-from spt_fast.printing import plain
+from spt_fast.printing import as_json, plain
 from spt_fast.train import checkpoint, health
 from spt_fast.train.checkpoint import Retention
 from spt_fast.train.engine import StepResult
@@ -208,6 +208,11 @@ class Trainer:
             standard_errors=handed_on.errors,
             scored={split: {of: text.size() for of, text in texts.items()} for split, texts in arm.texts.items()},
         )
+        if state.best.step == 0 < state.newest.step and math.isfinite(first := deciding(reached.select, arm.phase)):
+            self.log.say(
+                f"warning: phases[{arm.phase.name}]: no evaluation was better than the first; the loss of "
+                f"{arm.phase.chosen_by} that it goes by is {first:.3f}: lower optimizer.lr, or train on other text"
+            )
         best = self.snapshots.pop("best", None)
         if all(standing(reached, plan.phase) < standing(other, plan.phase) for other in state.arms):
             self.snapshots["kept"] = best or self.engine.snapshot(state=self.hands_on_state(plan))
@@ -289,7 +294,7 @@ class Trainer:
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
                 f"{where}: the loss or its gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, which "
-                "left the weights as they were; lower optimizer.lr or lengthen schedule.warmup"
+                f"left the weights as they were; {health.REMEDY}"
             )
         usual = arm.loss_watch.jump(step.loss) if math.isfinite(step.loss) else None
         if usual is not None:
@@ -377,7 +382,7 @@ class Trainer:
             "heldout_halves": "windows" if self.state.windows else "documents",
             "data": self.plan.digests(),
             "directory": os.getcwd(),
-            "phases": plain(self.state.finished),
+            "phases": as_json(self.state.finished),
         }
         if self.world.is_first:
             write_text(self.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))

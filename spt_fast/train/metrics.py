@@ -78,13 +78,16 @@ class RunLog(Display):
     ) -> None:
         path = folder / "metrics.jsonl"
         path.touch()
-        whole_bytes = _whole_lines(path, min(keep_bytes, path.stat().st_size))
+        size = path.stat().st_size
+        whole_bytes = _whole_lines(path, min(keep_bytes, size))
         os.truncate(path, whole_bytes)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
         self._mfu_label = mfu_label
         self._last_eval = ""
         super().__init__(progress)
+        if size > 0 and purge_step is None:
+            self.say("no checkpoint to go on from: starting at the first step")
         if whole_bytes < keep_bytes:
             self.say(
                 f"warning: {path}: has {whole_bytes:,} of the {keep_bytes:,} bytes that were written up to here; the "

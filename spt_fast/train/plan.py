@@ -283,7 +283,8 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
         theirs = Tokenizer.load(file)
         tokenizer = theirs if theirs.digest in {data.tokenizer_digest for data in train.values()} else None
     model = _model_config(recipe, tokenizer, [data for _, data in datasets])
-    check_schedules(recipe, model.context)
+    if recipe.init and not recipe.model.context:  # else it was known when the recipe was read
+        check_schedules(recipe, model.context)
     for where, data in datasets:
         if data.max_id is not None and data.max_id >= model.vocab_size:
             raise DataError(

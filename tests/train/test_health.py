@@ -115,6 +115,14 @@ def test_a_phase_with_more_than_a_few_percent_of_its_steps_skipped_failed(
     assert [too_many_skipped(*steps) for steps in given] == [True, False, False, True, False, True]
 
 
+def test_a_phase_in_which_nothing_got_better_says_so(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(recipe_from(raw_recipe(data, "worse", 3, optimizer={"lr": 3.0}, eval={"every": "1 steps", "tokens": 200})))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "warning: phases[pretrain]: no evaluation was better than the first; the loss of general" in said
+    run(recipe_from(raw_recipe(data, "better", 3, eval={"every": "1 steps", "tokens": 200})))
+    assert "no evaluation was better" not in capsys.readouterr().err
+
+
 def test_an_arm_that_diverges_loses_to_one_that_does_not(data: Path) -> None:
     grid = {"lr": ["1e38", "1e-3"]}
     raw = raw_recipe(data, "grid", 4, grid=grid, batch={"sequences": 4, "micro": 4})

@@ -53,7 +53,9 @@ def test_a_project_with_its_own_recipe_and_metrics_is_left_alone(data: Path, tmp
 
 
 @pytest.mark.parametrize("died_after", ["nothing", "the lock", "the heartbeat", "the recipe"])
-def test_a_run_that_died_at_its_very_beginning_begins_again(data: Path, tmp_path: Path, died_after: str) -> None:
+def test_a_run_that_died_at_its_very_beginning_begins_again(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], died_after: str
+) -> None:
     raw = short(data, "x") | {"run": str(tmp_path / "run")}
     folder = tmp_path / "run"
     folder.mkdir()
@@ -64,8 +66,12 @@ def test_a_run_that_died_at_its_very_beginning_begins_again(data: Path, tmp_path
     }
     for name in list(files)[: ["nothing", "the lock", "the heartbeat", "the recipe"].index(died_after)]:
         (folder / name).write_text(files[name])
-    assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
+    if died_after == "the recipe":
+        (folder / "metrics.jsonl").write_text("{}\n")
+    assert run(recipe_from(raw), resume=True)["status"] == "done"
     assert not (folder / ".lock").exists()
+    begun = "no checkpoint to go on from: starting at the first step" in capsys.readouterr().err
+    assert begun == (died_after == "the recipe")
 
 
 def test_the_second_process_in_a_folder_is_told_of_the_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
