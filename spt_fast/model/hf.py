@@ -263,7 +263,7 @@ def _index(folder: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{folder / INDEX}: weight_map names no shards ({shown(listed)}); copy it again")
     for name in listed.values():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
             raise CheckpointError(f"{folder / INDEX}: shard {shown(name)} is not a file of this folder")
     return listed
 
