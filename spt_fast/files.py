@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,9 +22,16 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` once it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """A file to write, which takes the place of `path` once it is whole and on the disk.
+
+    It is this process's own, whatever lies there by its name; what processes left that have died is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if left == temporary or not _lives(left.name.split(".")[-2]):
+                left.unlink(missing_ok=True)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
         yield temporary
         sync(temporary)
         temporary.replace(path)
@@ -31,6 +39,17 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _lives(pid: str) -> bool:
+    """Whether a process of this host has that number; True where it is none."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError, OverflowError):
+        pass
+    return True
 
 
 @contextmanager

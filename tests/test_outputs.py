@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from spt_fast import cli
 from spt_fast.data.tokenizer import train_tokenizer
 from spt_fast.errors import CheckpointError, SptError
-from spt_fast.files import is_temporary
+from spt_fast.files import is_temporary, write_text
 from spt_fast.locks import InUse
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.outputs import check_output, is_figure, is_json_with, is_tokenizer
@@ -85,6 +86,19 @@ def test_a_result_is_replaced_by_the_next(tmp_path: Path) -> None:
     assert is_json_with("laws", "notes")(tmp_path / "fits.json")
     figures.Figure().savefig(tmp_path / "comparison.png")
     assert is_figure(tmp_path / "comparison.png")
+
+
+def test_a_file_is_written_under_a_name_of_its_own_and_never_through_a_link(tmp_path: Path) -> None:
+    precious, place, dead = tmp_path / "precious", tmp_path / "place [1]", subprocess.Popen(["true"])
+    dead.wait()
+    precious.write_text("mine")
+    (tmp_path / f".{place.name}.{os.getpid()}.tmp").symlink_to(precious)
+    (tmp_path / f".{place.name}.{dead.pid}.tmp").write_text("half")
+    another = tmp_path / f".{place.name}.{os.getppid()}.tmp"
+    another.write_text("another process writes there, too")
+    write_text(place, "whole")
+    assert (place.read_text(), precious.read_text()) == ("whole", "mine")
+    assert {path.name for path in tmp_path.iterdir()} == {"precious", place.name, another.name}
 
 
 # ------------------------------------------------------------------------------------------------ models

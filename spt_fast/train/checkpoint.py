@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import threading
 from collections.abc import Iterable, Mapping
@@ -36,10 +35,10 @@ from torch import Tensor
 from spt_fast.errors import CheckpointError, invalid
 from spt_fast.files import is_temporary, sync, with_usual_mode, write_text
 from spt_fast.printing import as_json
+from spt_fast.train.folder import CHECKPOINT, listed
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import ALONE, World
 
-NAME = re.compile(r"step-[0-9]{10,}(-p[0-9]{2,}-a[0-9]{3,})?")
 FORMAT = 2
 WHOLE = "whole"
 BEST = "best"
@@ -124,7 +123,7 @@ class Writer:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._folder.iterdir():
-                if is_temporary(path) and NAME.fullmatch(path.name[1:-4]):  # left by a crash
+                if is_temporary(path) and CHECKPOINT.fullmatch(path.name[1:-4]):  # left by a crash
                     shutil.rmtree(path)
             self._temporary(name).mkdir()
         except OSError as error:
@@ -183,24 +182,6 @@ class Writer:
             f"checkpoint {self._folder / name}: could not be written ({why}); make room or fix the folder, then run "
             "again with `resume=True`: older checkpoints are untouched"
         )
-
-
-def listed(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first (their names sort by steps, phase, arm); OSError where that can't be known."""
-    try:
-        return sorted(path for path in folder.iterdir() if _is_checkpoint(path))
-    except FileNotFoundError:
-        return []
-
-
-def _is_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint was written here, which may be damaged now; a renamed copy of one was not."""
-    if not NAME.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
-        return False
-    try:
-        return json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("name", path.name) == path.name
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return True
 
 
 def checkpoints_of(run: Path) -> list[Path]:

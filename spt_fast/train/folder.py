@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from spt_fast.data.formats import sampled_digest
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.files import is_temporary
 from spt_fast.locks import locked
-from spt_fast.train import checkpoint
 
 MOST_LISTED = 12
 """Changes that a message shows."""
@@ -36,6 +36,8 @@ def recipe_of(run: Path) -> Recipe:
 
 LOCK = ".lock"
 HEARTBEAT = "heartbeat.json"
+CHECKPOINT = re.compile(r"step-[0-9]{10,}(-p[0-9]{2,}-a[0-9]{3,})?")
+"""The name of a checkpoint's folder."""
 
 
 @contextmanager
@@ -50,6 +52,24 @@ def owned(folder: Path, field: str, *, inherited: bool = False) -> Iterator[None
             folder.rmdir()
 
 
+def listed(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first (their names sort by steps, phase, arm); OSError where that can't be known."""
+    try:
+        return sorted(path for path in folder.iterdir() if _is_checkpoint(path))
+    except FileNotFoundError:
+        return []
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint was written here, which may be damaged now; a renamed copy of one was not."""
+    if not CHECKPOINT.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    try:
+        return json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("name", path.name) == path.name
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return True
+
+
 def is_run(folder: Path) -> bool:
     """Whether a run was begun here, by what only a run leaves: anyone may have a file called recipe.yaml."""
     with suppress(OSError, ValueError):
@@ -59,7 +79,7 @@ def is_run(folder: Path) -> bool:
     with suppress(CheckpointError):
         if summary_of(folder):
             return True
-    return bool(checkpoint.listed(folder / "checkpoints"))
+    return bool(listed(folder / "checkpoints"))
 
 
 def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[str]], *, resume: bool) -> bool:
