@@ -81,6 +81,11 @@ class TokenDataset:
         return None if self.document_ends is None else len(self.document_ends)
 
     @property
+    def has_hashes(self) -> bool:
+        """Whether `verify` has something to compare all its files with."""
+        return all(shard.has_hashes for shard in self.shards) if self.shards else self.metadata is not None
+
+    @property
     def modified_ns(self) -> int:
         """When its files were last written, in nanoseconds since 1970."""
         if self.shards:

@@ -179,7 +179,7 @@ class Plan:
                 whole = data.verify(None if verify else SAMPLED_BLOCKS)
             if whole or before is None or (field in before and before[field].modified_ns == data.modified_ns):
                 continue
-            remedy = f"{data.format} files record no hashes" if data.metadata is None else "`verify=True` compares all"
+            remedy = "`verify=True` compares all" if data.has_hashes else f"{data.format} files record no hashes"
             warnings.append(f"{field}: only parts of {data.path} were compared with what was trained on; {remedy}")
         return warnings
 

@@ -144,7 +144,14 @@ def test_a_glance_hashes_some_blocks_and_says_where_it_may_not_have_seen_all(
             joined.verify(most)
     np.save(tmp_path / "ids.npy", np.arange(3_000_000, dtype=np.uint16))
     foreign = TokenDataset.open(tmp_path / "ids.npy")
-    assert not foreign.verify()
+    assert (foreign.verify(), foreign.has_hashes, joined.has_hashes) == (False, False, True)
+    raw["sources"]["general"]["train"] = str(tmp_path / "ids.npy")
+    raw["model"]["vocab_size"] = 1 << 16
+    plan = make_plan(recipe_from(raw))
+    rewritten = {field: KnownText(text.tokens, 0) for field, text in plan.known_texts().items()}
+    (said,) = plan.check_files(rewritten, verify=True)
+    assert said.startswith("sources.general.train: only parts of ")
+    assert said.endswith("npy files record no hashes")
 
 
 @pytest.fixture
