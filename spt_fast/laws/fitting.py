@@ -307,7 +307,7 @@ class Noise:
         weight = np.cumsum(np.exp(likely - likely.max()) * ratio / (1 + np.square(ratio / LIKELY)))
         ratio = np.interp(QUANTILES, weight / weight[-1], ratio)
         point = np.random.default_rng(0).permutation(point)
-        return cls(point, point * np.square(ratio), told=len(shared) > 0)
+        return cls(point, point * np.square(ratio), told=len(shared) > 1)
 
     def spread(self, influence: Array, run: Array, observed: bool) -> Array:
         """Variance [draws, predictions] of predictions that move by `influence` [predictions, points] with the points'

@@ -52,14 +52,14 @@ class Behind:
     documents: int | None
     """None where they aren't recorded."""
     tokens: int
-    standard_error: float
-    """Over documents, nats per token."""
+    standard_error: float | None
+    """Over documents, nats per token; None where it is of one."""
 
     @classmethod
     def of(cls, phase: Mapping[str, Any], source: str) -> Behind | None:
         """Of a source's held-out loss after a phase of summary.json; None for runs before these were written."""
-        scored, errors = (phase.get(key, {}).get("heldout", {}).get(source) for key in ("scored", "standard_errors"))
-        return None if scored is None else cls(**scored, standard_error=math.nan if errors is None else errors)
+        scored, error = (phase.get(key, {}).get("heldout", {}).get(source) for key in ("scored", "standard_errors"))
+        return None if scored is None else cls(**scored, standard_error=error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +129,7 @@ class Finetune:
 
     def as_json(self) -> dict[str, Any]:
         figures = {name: value for name, value in vars(self).items() if name not in ("treatment", "domain_select")}
+        figures = {name: value for name, value in figures.items() if value is not None or not name.endswith("_behind")}
         return {**self.treatment._asdict(), **figures, "forgetting": self.forgetting}
 
 

@@ -94,8 +94,9 @@ def behind(comparison: Comparison) -> list[str]:
             return []
         documents = [one.documents for one in known if one.documents is not None]
         counted = f"{min(documents):,} documents, " if documents else ""
-        error = max(one.standard_error for one in known)
-        texts.append(f"{name} {counted}{min(one.tokens for one in known):,} tokens, standard error {error:.3f}")
+        errors = [one.standard_error for one in known if one.standard_error is not None]
+        error = f", standard error {max(errors):.3f}" if errors else ""
+        texts.append(f"{name} {counted}{min(one.tokens for one in known):,} tokens{error}")
     return [
         f"losses are of the report half of the held-out text ({'; '.join(texts)}); learning rates and checkpoints were "
         "chosen on the select half"

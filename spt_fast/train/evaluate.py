@@ -88,8 +88,8 @@ class Measured:
     """A loss, nats per token."""
 
     loss: float
-    standard_error: float
-    """Over documents, or over windows where those are shorter; NaN where there is but one."""
+    standard_error: float | None
+    """Over documents, or over windows where those are shorter; None for one, and where the loss is not finite."""
 
     @classmethod
     def of(cls, text: EvalSet, nats: np.ndarray) -> Measured:
@@ -99,8 +99,8 @@ class Measured:
         apart = np.arange(len(nats)) if text.document is None else np.unique(text.document, return_inverse=True)[1]
         off = np.bincount(apart, nats - loss * targets)
         n = len(off)
-        error = np.sqrt(n / (n - 1) * np.square(off).sum()) / targets.sum() if n > 1 else np.nan
-        return cls(loss, float(error))
+        known = n > 1 and np.isfinite(loss)
+        return cls(loss, float(np.sqrt(n / (n - 1) * np.square(off).sum()) / targets.sum()) if known else None)
 
 
 @torch.no_grad()

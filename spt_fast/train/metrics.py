@@ -149,8 +149,8 @@ def _loss(loss: float) -> str:
     return f"{loss:.3f}" if math.isfinite(loss) else "not finite"
 
 
-def _error(standard_error: float) -> str:
-    return f" ± {standard_error:.3f}" if math.isfinite(standard_error) else ""
+def _error(standard_error: float | None) -> str:
+    return "" if standard_error is None else f" ± {standard_error:.3f}"
 
 
 class NoLog(Display):

@@ -94,7 +94,7 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
     nats = measured.loss * text.num_targets
     return Scored(
         loss=measured.loss,
-        standard_error=measured.standard_error if math.isfinite(measured.standard_error) else None,
+        standard_error=measured.standard_error,
         perplexity=math.exp(min(measured.loss, 700.0)),
         bits_per_byte=nats / math.log(2) / data.num_bytes if data.num_bytes else None,
         tokens=text.num_targets,

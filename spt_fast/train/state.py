@@ -20,6 +20,8 @@ from spt_fast.printing import plain
 
 VERSION = 5
 
+Errors = dict[str, dict[str, float | None]]
+"""Standard errors of losses; None where there is one document."""
 Losses = dict[str, dict[str, float]]
 """By "heldout", "select" and "train", then by source; nats per token. One that is not finite is null in JSON."""
 
@@ -30,7 +32,7 @@ class Evaluation:
 
     step: int
     losses: Losses
-    errors: Losses = field(default_factory=dict)
+    errors: Errors = field(default_factory=dict)
 
 
 @dataclass
@@ -60,7 +62,7 @@ class ArmResult:
     training: dict[str, float]
     best_heldout: dict[str, float]
     """At the best evaluation by the `select` loss."""
-    standard_errors: Losses
+    standard_errors: Errors
     """Of `heldout`, `select` and training losses, over documents; empty before version 5, as the next one."""
     scored: dict[str, dict[str, dict[str, int | None]]]
     """The `documents` (None where they aren't recorded) and `tokens` that these losses are of."""
@@ -215,10 +217,6 @@ def _losses(raw: Mapping[str, float | None], where: str) -> dict[str, float]:
     return {source: math.nan if loss is None else loss for source, loss in raw.items()}
 
 
-def _by_split(raws: Mapping[str, Mapping[str, float | None]], where: str) -> Losses:
-    return {split: _losses(raw, where) for split, raw in raws.items()}
-
-
 def _arm(raw: Mapping[str, Any], where: str) -> ArmResult:
     own = {item.name for item in fields(ArmResult)} - {"values"}
     values = {key: value for key, value in raw.items() if key not in own}
@@ -232,7 +230,7 @@ def _phase(raw: Mapping[str, Any], where: str) -> PhaseResult:
 
 PARTS: dict[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(("heldout", "select", "training", "best_heldout"), _losses),
-    **dict.fromkeys(("losses", "errors", "standard_errors"), _by_split),
+    "losses": lambda raws, where: {split: _losses(raw, where) for split, raw in raws.items()},
     "model": partial(_read, GPTConfig),
     "train": partial(_read, TrainState),
     "compute": partial(_read, Compute),

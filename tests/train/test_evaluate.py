@@ -50,7 +50,8 @@ def test_the_standard_error_is_over_documents_where_these_are_longer_than_window
         n = len(off)
         assert found.loss == mean
         assert found.standard_error == pytest.approx((n / (n - 1) * (off**2).sum()) ** 0.5 / 12)
-    assert np.isnan(Measured.of(replace(text, document=np.zeros(6)), nats).standard_error)
+    assert Measured.of(replace(text, document=np.zeros(6)), nats).standard_error is None
+    assert Measured.of(text, np.full(6, np.nan)).standard_error is None
 
 
 def test_every_targets_loss_is_counted_in_its_own_window() -> None:
