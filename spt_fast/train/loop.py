@@ -179,7 +179,7 @@ class Trainer:
     def ends_here(self, arm: Arm) -> bool:
         """Evaluate and save where it is due; whether the arm is at its last step or stops early."""
         state, settings = self.state, self.plan.recipe.checkpoint
-        at_end = state.step == arm.plan.steps
+        at_end = state.step == arm.plan.steps or self.given_up()
         if not state.evaluated and (at_end or state.step % arm.evaluate_every == 0):
             self.evaluate(arm)
         ends = at_end or (arm.phase.stop is not None and state.stale >= arm.phase.stop.patience)
@@ -194,6 +194,7 @@ class Trainer:
         assert state.best is not None
         assert state.newest is not None
         handed_on = state.best if arm.phase.stop else state.newest
+        losses = handed_on.losses["train"]
         reached = ArmResult(
             values=plain(arm.values),
             steps=state.step,
@@ -203,7 +204,7 @@ class Trainer:
             handed_on=handed_on.step,
             select=handed_on.losses["select"],
             heldout=handed_on.losses["heldout"],
-            training=handed_on.losses["train"],
+            training=dict.fromkeys(losses, math.nan) if self.given_up() else losses,
             best_heldout=state.best.losses["heldout"],
             standard_errors=handed_on.errors,
             scored={split: {of: text.size() for of, text in texts.items()} for split, texts in arm.texts.items()},
@@ -260,6 +261,10 @@ class Trainer:
         self.watch.sign_of_life(phase=self.plan.phases[self.state.phase].phase.name, step=self.state.step)
         return self.world.any(self.stop())
 
+    def given_up(self) -> bool:
+        """Whether the arm has diverged for good; others of its grid go on."""
+        return self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
     def learning_rate(self, plan: PhasePlan, phase: Phase) -> float:
         """The rate of the step to come; a carried-on schedule counts from where its own phase began."""
         origin = self.state.origin
@@ -291,7 +296,7 @@ class Trainer:
         state.skipped_in_arm += step.skipped
         state.skipped_in_a_row = (state.skipped_in_a_row + 1) * step.skipped
         arm.steps_in_lap += 1
-        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if self.given_up() and len(self.plan.phases[state.phase].phase.arms()) == 1:
             raise RuntimeError(
                 f"{where}: the loss or its gradient was not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row, which "
                 f"left the weights as they were; {health.REMEDY}"

@@ -137,7 +137,8 @@ class TrainState:
     def next_arm(self) -> None:
         """Back to the phase's start, for the next arm of its grid."""
         self.arm, self.step = self.arm + 1, 0
-        self.newest, self.best, self.stale, self.train_seconds, self.skipped_in_arm = None, None, 0, 0.0, 0
+        self.newest, self.best, self.stale, self.train_seconds = None, None, 0, 0.0
+        self.skipped_in_arm = self.skipped_in_a_row = 0
 
     def next_phase(self) -> None:
         self.phase, self.arm, self.arms = self.phase + 1, 0, []

@@ -124,10 +124,12 @@ def test_a_phase_in_which_nothing_got_better_says_so(data: Path, capsys: pytest.
 
 
 def test_an_arm_that_diverges_loses_to_one_that_does_not(data: Path) -> None:
-    grid = {"lr": ["1e38", "1e-3"]}
-    raw = raw_recipe(data, "grid", 4, grid=grid, batch={"sequences": 4, "micro": 4})
-    summary = run(recipe_from(raw), progress=False)
-    assert (summary["status"], summary["phases"]["pretrain"]["arm"]) == ("done", 1)
-    assert summary["phases"]["pretrain"]["grid"][0]["heldout"]["chem"] is None
-    assert (summary["phases"]["pretrain"]["skipped"], summary["skipped_steps"]) == (0, 7)
-    files_of(Path(raw["run"]))
+    for steps, name in ((8, "grid"), (30, "given-up")):
+        raw = raw_recipe(data, name, steps, grid={"lr": ["1e38", "1e-3"]})
+        summary = run(recipe_from(raw), progress=False)
+        phase, hot = summary["phases"]["pretrain"], summary["phases"]["pretrain"]["grid"][0]
+        assert (summary["status"], phase["arm"], phase["steps"], phase["skipped"]) == ("done", 1, steps, 0)
+        assert (hot["heldout"]["chem"], hot["training"]["chem"]) == (None, None)
+        assert (hot["skipped"], hot["steps"]) == ((7, 8) if name == "grid" else (21, 22)), "it was given up"
+        assert summary["skipped_steps"] == hot["skipped"]
+        files_of(Path(raw["run"]))
