@@ -158,6 +158,7 @@ def _how_sure(best: Treatment, base: Treatment, against: Mapping[Treatment, Verd
         said.append("Every other share that was run is worse by more than seeds differ.")
     if base.delta > 0:
         said.append("Every run has domain text in pretraining, so nothing says what that gains.")
+    said.append("It was chosen on the select half of the held-out text; the losses are of the report half.")
     if best == max([best, *against]):
         said.append("It is the largest share that was run: a larger one may do better.")
     return said

@@ -248,6 +248,7 @@ def test_what_chance_may_have_done_is_not_given_as_the_answer() -> None:
     decision = decide((10, 20), rows)
     assert decision is not None
     assert decision.headline == "2% of domain tokens is best so far, but it may be chance."
+    assert "It was chosen on the select half of the held-out text; the losses are of the report half." in decision.sure
     assert decision.sure[-1] == "It is the largest share that was run: a larger one may do better."
 
 
