@@ -147,10 +147,12 @@ _NO_NAME = re.compile(r"\s*|.{1001,}|.*[\x00-\x1f\x7f-\x9f\ud800-\udfff].*", re.
 
 def text(value: object, where: str) -> str:
     """A name or path as it was written: what YAML reads as another kind of value may have lost something (1.10)."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, PurePath)) or _NO_NAME.fullmatch(str(value)):
+    written = str(value) if isinstance(value, (str, int, PurePath)) and not isinstance(value, bool) else ""
+    longest_name_bytes = 255
+    if _NO_NAME.fullmatch(written) or any(len(part.encode()) > longest_name_bytes for part in written.split("/")):
         quotes = "" if value is None or isinstance(value, (str, dict, list)) else ", in quotes"
         raise RecipeError(invalid(where, value, f"write a name or path{quotes}"))
-    return str(value)
+    return written
 
 
 def path(value: object, where: str) -> str:
