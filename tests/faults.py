@@ -504,11 +504,13 @@ class Campaign:
     def sweep(self, each: int) -> None:
         """Killed at `each` of its calls, while no run is under way."""
         folder = self.folder / "swept"
+        tiny.write_corpora(folder)
         calls = forked(lambda: file_calls(folder, sweep_in_turn, folder))
         expected, self.figures["calls of sweep"] = (folder / "study" / "table.csv").read_text(), calls
         for i in range(each):
             rng, again = self.random("sweep", i), self.folder / f"swept-{i}"
             number = rng.randrange(calls)
+            shutil.copytree(folder, again, ignore=lambda _, names: {"study"} & set(names))
             killed = in_child(lambda again=again, n=number: (die_at_call(again, n), sweep_in_turn(again)))
             problems = [] if killed in (0, -signal.SIGKILL) else [f"exit {killed}"]
             self.counts["kills at calls of sweep"] += killed != 0
@@ -814,7 +816,6 @@ class InTurn:
 
 
 def sweep_in_turn(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
     study = study_from(raw_study(folder, domain_tokens=400))
     jobs.POLL_EVERY_S = 0.0
     table, _ = sweep(study, Console(quiet=True), workers=InTurn())

@@ -122,9 +122,7 @@ class Writer:
     def _make_room(self, name: str) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for path in self._folder.iterdir():
-                if is_temporary(path) and CHECKPOINT.fullmatch(path.name[1:-4]):  # left by a crash
-                    shutil.rmtree(path)
+            remove_unfinished(self._folder)
             self._temporary(name).mkdir()
         except OSError as error:
             raise self._failure(name, str(error)) from error
@@ -182,6 +180,15 @@ class Writer:
             f"checkpoint {self._folder / name}: could not be written ({why}); make room or fix the folder, then run "
             "again with `resume=True`: older checkpoints are untouched"
         )
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a crash left among the checkpoints; nobody else may be writing there."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if is_temporary(path) and CHECKPOINT.fullmatch(path.name[1:-4]):
+            shutil.rmtree(path)
+        elif is_temporary(path) and path.name.startswith(f".{BEST}."):
+            path.unlink()
 
 
 def checkpoints_of(run: Path) -> list[Path]:

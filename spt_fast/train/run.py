@@ -144,6 +144,7 @@ def _own_tokenizer(folder: Path, recipe: Recipe) -> Tokenizer | None:
 def _begin_folder(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> None:
     if recipe.init and (Path(recipe.init) / "recipe.yaml").exists():  # a run, which may go on: of it these weights
         recipe = replace(recipe, init=str(locate(Path(recipe.init))))
+    checkpoint.remove_unfinished(folder / "checkpoints")
     (folder / "summary.json").unlink(missing_ok=True)  # of an earlier life, whose ending is not this one's
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
     if tokenizer:

@@ -52,6 +52,7 @@ def test_what_a_user_put_beside_checkpoints_is_neither_read_nor_counted_nor_dele
     (folder / "step-8888888888-p00-a000").symlink_to(folder / NAMES[0])
     (folder / "step-7777777777-p00-a000").write_text("a file")
     (folder / f".{NAMES[0]}.tmp").mkdir()
+    (folder / ".best.123.tmp").touch()
     assert [path.name for path in checkpoint.listed(folder)] == NAMES
     assert list(checkpoint.verdicts_of(run)) == NAMES
     found = checkpoint.newest(folder)
