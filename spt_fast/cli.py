@@ -466,11 +466,9 @@ def import_weights(
     overwrite: Overwrite = False,
 ) -> None:
     """Check that a Hugging Face folder can be trained on, and copy it to where a recipe's `init` may point."""
-    from spt_fast.model import hf
-    from spt_fast.train.folder import owned
+    from spt_fast.train.release import take_over
 
-    with owned(out_folder, "out"):
-        hf.save(*hf.load(folder), out_folder, like=folder, overwrite=overwrite)
+    take_over(folder, out_folder, overwrite=overwrite)
     out.print(f"{out_folder}: name it in a recipe as `init: {out_folder}`", soft_wrap=True)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +86,29 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> Tokenizer | Hugg
 def export(path: Path, folder: Path, tokenizer: str | Path | None = None, *, overwrite: bool = False) -> None:
     """Write the weights at `path` as a Hugging Face folder, with their tokenizer where it is known; over another model
     that lies there only with `overwrite`."""
+    with _outside_runs(folder):
+        weights = locate(path)
+        model, found = load_model(weights), tokenizer_of(weights, tokenizer)
+        like, own = (weights, None) if isinstance(found, HuggingFaceTokenizer) else (None, found)
+        known, named = origin_of(weights).as_metadata(), dict(model.named_parameters())
+        hf.save(model.config, named, folder, own, like=like, metadata=known, overwrite=overwrite)
+
+
+def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:
+    """Copy a Hugging Face folder, checked and by our names, to where a recipe's `init` may point."""
+    with _outside_runs(folder):
+        hf.save(*hf.load(model), folder, like=model, overwrite=overwrite)
+
+
+@contextmanager
+def _outside_runs(folder: Path) -> Iterator[None]:
+    """Work alone in a folder that no run has; CheckpointError for one of a run."""
     place = folder.resolve()
     around = [part.parent for part in (place, *place.parents) if part.name in ("weights", "checkpoints")]
     if run := next(filter(None, map(run_of, (place, *around))), None):
         raise CheckpointError(f"out: {folder} belongs to the run {run}; choose a folder outside it", argument=True)
-    weights = locate(path)
-    model, found = load_model(weights), tokenizer_of(weights, tokenizer)
-    like, own = (weights, None) if isinstance(found, HuggingFaceTokenizer) else (None, found)
-    known = origin_of(weights).as_metadata()
-    weights_by_name = dict(model.named_parameters())
     with owned(folder, "out"):
-        hf.save(model.config, weights_by_name, folder, own, like=like, metadata=known, overwrite=overwrite)
+        yield
 
 
 def generate_text(path: Path, prompt: str, tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any) -> str:

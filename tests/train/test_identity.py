@@ -23,7 +23,7 @@ from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import EvalSet, measure
 from spt_fast.train.folder import parent_of, recipe_of
 from spt_fast.train.plan import make_plan
-from spt_fast.train.release import HuggingFaceTokenizer, export, generate_text, tokenizer_of
+from spt_fast.train.release import HuggingFaceTokenizer, export, generate_text, take_over, tokenizer_of
 from spt_fast.train.run import run
 from spt_fast.train.score import score
 from spt_fast.train.state import KnownText
@@ -193,6 +193,8 @@ def test_a_run_is_read_anywhere_by_what_it_carries(moved: Path, tmp_path: Path) 
     for part in ("", "weights", "weights/pretrain", "checkpoints", f"checkpoints/{checkpoint.name}/hf"):
         with pytest.raises(CheckpointError, match=r"out: .* belongs to the run"):
             export(moved, moved / part)
+        with pytest.raises(CheckpointError, match=r"out: .* belongs to the run"):
+            take_over(out, moved / part)
     export(moved, moved / "hf")
     shutil.copy("bytes.tiktoken", out / "tokenizer.tiktoken")
     with pytest.raises(CheckpointError, match="is another than the weights"):
