@@ -547,6 +547,7 @@ class Campaign:
         for i in range(each):
             rng, recipe = self.random("twice", i), write_recipe(long_recipe(self.folder, f"twice-{i}"))
             first = Life(recipe)
+            first.wait(lambda first=first: first.doing > 0)
             time.sleep(rng.uniform(0, self.run_seconds / 2))
             second = Life(recipe, said_in=".second")
             problems, code = [], second.end()

@@ -100,7 +100,7 @@ class RunLog(Display):
         for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
             self._board.add_scalar(f"train/{key}", record[key], total_step)
         mfu = "mfu n/a" if record["mfu"] is None else f"{record['mfu']:.1%} mfu[{self._mfu_label}]"
-        skipped = f" · {record['skipped']} steps skipped" if record["skipped"] else ""
+        skipped = f" · skipped steps: {record['skipped']}" if record["skipped"] else ""
         rates = f"loss {_loss(record['loss'])} · {record['tokens_per_s']:,.0f} tok/s · {mfu}{skipped}"
         self.show(record["step"], rates, self._last_eval)
 

@@ -96,6 +96,8 @@ def print_summary(name: str, summary: dict[str, Any], console: Console) -> None:
         for source, loss in done["heldout"].items()
     ]
     print_table(console, name, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
+    if skipped := summary["skipped_steps"]:
+        console.print(f"skipped steps: {skipped}, as the loss or its gradient was not finite", soft_wrap=True)
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:

@@ -115,6 +115,18 @@ def test_a_phase_with_more_than_a_few_percent_of_its_steps_skipped_failed(
     assert [too_many_skipped(*steps) for steps in given] == [True, False, False, True, False, True]
 
 
+def test_the_odd_skipped_step_is_told_at_the_end(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, every=20)
+    recipe = tiny.write_recipe(data, raw_recipe(data, "odd", 12))
+    monkeypatch.setattr(sys, "argv", ["spt-fast", "train", str(recipe)])
+    with pytest.raises(SystemExit) as ending:
+        cli.main()
+    assert ending.value.code == 0
+    assert "skipped steps: 1, as the loss or its gradient was not finite" in capsys.readouterr().out
+
+
 def test_a_phase_in_which_nothing_got_better_says_so(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(recipe_from(raw_recipe(data, "worse", 3, optimizer={"lr": 3.0}, eval={"every": "1 steps", "tokens": 200})))
     said = " ".join(capsys.readouterr().err.split())
