@@ -83,8 +83,8 @@ WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT.split())
 """In training by spt_fast, evaluation and generation. So have names that begin with an underscore."""
 
 _OF_THE_FUNCTION = re.compile(
-    "act|alibi|attention|attn|auto_map|bias|cap|clip|conv|decoder|embed|expert|gate|head|latent|layer|lora|mlp|moe|"
-    "mul|mup|norm|parallel|position|quant|qk|residual|rope|rotary|scal|ssm|temper|window"
+    "(?!.*(dropout|pdrop)).*(act|alibi|attention|attn|auto_map|bias|cap|clip|conv|decoder|embed|expert|gate|head|"
+    "latent|layer|lora|mlp|moe|mul|mup|norm|parallel|position|quant|qk|residual|rope|rotary|scal|ssm|temper|window)"
 )
 _ONE_IS_NEUTRAL = re.compile("(?!.*(attention|attn)).*(factor|multiplier|pct|scal|temper)")
 
@@ -164,7 +164,7 @@ def _check_fields(hf: Mapping[str, Any], family: Family, file: Path) -> None:
                 raise _refused(file, field, value)
         elif field in FIELDS.values() or field in ROPE or field in WITHOUT_EFFECT or field.startswith("_") or not value:
             continue
-        elif _OF_THE_FUNCTION.search(field.lower()):
+        elif _OF_THE_FUNCTION.match(field.lower()):
             if isinstance(value, bool) or value != 1 or not _ONE_IS_NEUTRAL.match(field.lower()):
                 raise _refused(file, field, value)
         else:

@@ -393,8 +393,8 @@ def test_what_changes_nothing_is_taken_without_a_word(
 
 
 def test_a_field_that_nothing_is_known_about_is_named(folder: Path) -> None:
-    change_config(folder, unsloth_fixed=True, **{"x" * 1000: 1})
-    with pytest.warns(UserWarning, match=r"config\.json: a GPT has no place for 'unsloth_fixed, x+…; left out"):
+    change_config(folder, unsloth_fixed=True, attn_pdrop=0.1, **{"x" * 1000: 1})
+    with pytest.warns(UserWarning, match=r"config\.json: a GPT has no place for 'unsloth_fixed, attn_pdrop, x+…; left"):
         assert GPT.from_hf(folder).config == GPT.from_hf(folder).config
 
 
