@@ -51,6 +51,8 @@ DIFFERS = 2.7
 """Squared standard deviations that are the edge of a 90% interval."""
 ELSEWHERE = 5
 """Values of an unknown that is left open."""
+MANY_RUNS = 500
+"""From which on the unknowns, which are few, take so little of each that runs are as good as independent."""
 VISIBLE = 0.1
 """Of a run's error must be left over by the unknowns for it to say how much runs differ."""
 DRAWS = 200
@@ -292,10 +294,14 @@ class Noise:
         shared = np.zeros(0)
         if len(sizes) < points:
             by_run = np.stack([np.bincount(index, column) for column in basis.T], axis=1)
-            shares, directions = np.linalg.eigh(np.diag(sizes.astype(float)) - by_run @ by_run.T)
+            sums = np.bincount(index, rest)
+            if len(sizes) < MANY_RUNS:
+                shares, directions = np.linalg.eigh(np.diag(sizes.astype(float)) - by_run @ by_run.T)
+                sums = directions.T @ sums
+            else:
+                shares = sizes - np.square(by_run).sum(axis=1)
             found = shares > VISIBLE * sizes.mean()
-            shares = shares[found]
-            shared = np.square(directions[:, found].T @ np.bincount(index, rest)) / shares
+            shares, shared = shares[found], np.square(sums[found]) / shares[found]
         freedom = max(points - unknowns - len(shared), 1)
         within = max(float(rest @ rest - shared.sum()), 0.0)
         point = within / chdtri(freedom, QUANTILES)

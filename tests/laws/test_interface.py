@@ -16,6 +16,7 @@ from scipy.optimize import least_squares
 
 from spt_fast import laws
 from spt_fast.errors import DataError, RecipeError, SptError
+from spt_fast.laws import fitting
 from spt_fast.laws.columns import Columns
 from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, _polish, promising, solve, spread_out
 from spt_fast.laws.powers import in_tokens, rising
@@ -135,6 +136,19 @@ def test_intervals_know_that_points_of_a_run_err_together() -> None:
     for observed, new in ((False, 0), (True, 1 + 4)):
         spread = known.spread(influence, np.array([0, 0, 1, 1]), observed)
         assert spread == pytest.approx(np.array([[by_hand + new]]))
+
+
+def test_many_runs_are_as_good_as_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 400 with four points each, which a matrix of all runs by all runs tells as well."""
+    rng, run = np.random.default_rng(0), np.repeat(np.arange(400), 4)
+    unknowns = np.concatenate([rng.standard_normal((400, 4))[run], rng.standard_normal((1600, 3))], axis=1)
+    errors = 0.3 * rng.standard_normal(400)[run] + 0.2 * rng.standard_normal(1600)
+    residual = errors - unknowns @ np.linalg.lstsq(unknowns, errors)[0]
+    for most in (500, 300):
+        monkeypatch.setattr(fitting, "MANY_RUNS", most)
+        noise = Noise.of(residual, run, unknowns)
+        assert np.median(noise.run) ** 0.5 == pytest.approx(0.3, rel=0.05)
+        assert np.median(noise.point) ** 0.5 == pytest.approx(0.2, rel=0.05)
 
 
 def test_gradients_are_exact() -> None:
