@@ -46,6 +46,12 @@ def split_heldout(dataset: TokenDataset, *, windows: bool = True) -> tuple[np.nd
     return np.array([[0, middle]]), np.array([[middle, dataset.num_tokens]])
 
 
+def has_long_documents(dataset: TokenDataset) -> bool:
+    """Whether windows make other halves of it than whole documents do."""
+    ends = dataset.document_ends
+    return bool(np.diff([dataset.num_tokens] if ends is None else ends, prepend=0).max(initial=0) > WINDOW_TOKENS)
+
+
 def _windows(texts: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Texts [n, 2] of (start, end), cut into equal windows of at most `most` tokens: these, [windows, 2], and of each
     its text and its place in it."""

@@ -384,7 +384,7 @@ class Trainer:
             "seed": self.plan.recipe.seed,
             "seconds": round(self.seconds(), 2),
             "skipped_steps": self.state.skipped,
-            "heldout_halves": "windows" if self.state.windows else "documents",
+            "heldout_halves": "windows" if self.state.windows and self.plan.has_long_heldout else "documents",
             "data": self.plan.digests(),
             "directory": os.getcwd(),
             "phases": as_json(self.state.finished),

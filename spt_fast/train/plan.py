@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from spt_fast.config import Phase, Recipe, Source, check_schedules
+from spt_fast.data.heldout import has_long_documents
 from spt_fast.data.inspection import overlap_share
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
@@ -140,6 +141,11 @@ class Plan:
         return {field: data.digest for field, data in self.texts.items()} | {
             field: digest for field, digest in others.items() if digest
         }
+
+    @property
+    def has_long_heldout(self) -> bool:
+        """Whether held-out halves are of windows of documents."""
+        return any(map(has_long_documents, self.heldout.values()))
 
     def known_texts(self) -> dict[str, KnownText]:
         return {field: KnownText(data.num_tokens, data.modified_ns) for field, data in self.texts.items()}

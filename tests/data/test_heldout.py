@@ -11,6 +11,7 @@ from spt_fast.data.heldout import (
     Half,
     begins,
     documents_at,
+    has_long_documents,
     heldout_stretches,
     split_heldout,
     tokens_in,
@@ -91,6 +92,8 @@ def test_a_handful_of_long_documents_is_dealt_out_by_windows(tmp_path: Path) -> 
     assert {len(window) for window in select | report} <= set(range(2 * 1025))
     order = dataset_of(tmp_path / "order", [documents[1], *documents[::-1]])
     assert (np.bincount(tokens_in(order, split_heldout(order)[0]), minlength=7) == halves[0]).all()
+    assert has_long_documents(dataset)
+    assert not has_long_documents(dataset_of(tmp_path / "short", [np.ones(1024, int), np.arange(1, 9)]))
     whole = split_heldout(dataset, windows=False)
     assert sorted(np.concatenate(whole)[:, 1].tolist()) == np.cumsum([*lengths, 12_000]).tolist()
     np.arange(5000, dtype="<u2").tofile(tmp_path / "bare.bin")
