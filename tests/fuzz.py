@@ -8,6 +8,9 @@ set         `--set KEY=VALUE`, keys and values of every kind
 study       the YAML of a study, as that of recipes; every refusal names the file
 dataset     our format, Megatron, llm.c, .npy and headerless ids with an index: headers, indices and ids damaged, hashes
             made to fit again or not
+shards      token files of a corpus in many: some damaged, doubled, of another kind or name; what opens is all of them
+text        documents in every format and compression, damaged before or after they are compressed; bombs
+tokenizer   files of ranks; what is accepted must encode every text so that it decodes to itself
 checkpoint  manifest, state and tensors damaged, names that lead out of the folder, the manifest's own hash made to fit
 weights     the header of model.safetensors
 config      config.json of model folders, and the index of their shards; what is accepted must read back as itself, and
@@ -29,10 +32,13 @@ dies or hangs costs the campaign nothing.
 from __future__ import annotations
 
 import argparse
+import bz2
 import copy
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import mmap
 import os
 import random
@@ -52,8 +58,11 @@ from types import FrameType
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch comes in: a pool of threads would not survive the fork
+os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # the others reserve more addresses than a case may
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import yaml
 from markupsafe import escape
@@ -64,7 +73,8 @@ from spt_fast.config import load_recipe
 from spt_fast.data import formats
 from spt_fast.data.inspection import verify_all
 from spt_fast.data.shards import TokenDataset
-from spt_fast.data.tokenizer import train_tokenizer
+from spt_fast.data.text import iter_documents
+from spt_fast.data.tokenizer import EOS, Tokenizer, train_tokenizer
 from spt_fast.errors import SptError, shown_key
 from spt_fast.model import hf, hf_config
 from spt_fast.model.config import RopeScaling
@@ -749,9 +759,87 @@ class Weights:
         return "accepted, every tensor of the shape that the configuration gives"
 
 
+class Texts:
+    """`text`, `tokenizer` and `shards`."""
+
+    documents = ("one\ntwo", "naïve 日本 😀", 'say "hi"\\\t', "x" * 300, " a b ")
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "text"
+        self.folder.mkdir()
+        tokenizer = Tokenizer(
+            {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}, r"\p{L}+|[\s\S]", {EOS: 258}
+        )
+        self.ranks = tokenizer.to_bytes()
+
+    def text(self, rng: random.Random) -> str:
+        packing = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+        form, ending = rng.choice([".jsonl", ".ndjson", ".txt", ".parquet"]), rng.choice(list(packing))
+        plain = self.plain(form, rng)
+        inside, outside = rng.choice([(True, False), (False, True), (False, False)])
+        content = packing[ending](damaged_bytes(plain, rng) if inside else plain)
+        path = self.folder / f"a{form}{ending}"
+        path.write_bytes(damaged_bytes(content, rng) if outside else content)
+        try:
+            found = list(iter_documents(path, skip_bad=rng.random() < 0.5))
+        finally:
+            path.unlink()
+        assert all(isinstance(document, str) and document for document in found)
+        if not inside and not (outside and ending == ""):  # else there is no checksum
+            expected = ["".join(self.documents)] if form == ".txt" else list(self.documents)
+            assert found in (expected, [*expected, *expected]), "damage was believed"  # an archive may be doubled
+        return "read"
+
+    def plain(self, form: str, rng: random.Random) -> bytes:
+        if form == ".txt":
+            return "".join(self.documents).encode()
+        if form == ".parquet":
+            sink = pa.BufferOutputStream()
+            column = pa.array(self.documents)
+            options = {"compression": rng.choice(["none", "snappy", "zstd"]), "use_dictionary": rng.random() < 0.5}
+            pq.write_table(pa.table({"text": column}), sink, row_group_size=rng.choice([1, 3, 9]), **options)
+            return sink.getvalue().to_pybytes()
+        lines = b"".join(json.dumps({"text": document}).encode() + b"\n" for document in self.documents)
+        return lines
+
+    def tokenizer(self, rng: random.Random) -> str:
+        content = damaged_bytes(self.ranks, rng)
+        if rng.random() < 0.3:
+            head, rest = self.ranks.split(b"\n", 1)
+            content = b"#" + as_json(damaged_tree(json.loads(head[1:]), rng)).replace(b"\n", b"") + b"\n" + rest
+        path = self.folder / "t.tiktoken"
+        path.write_bytes(content)
+        tokenizer = Tokenizer.load(path)
+        for document in self.documents:
+            assert tokenizer.decode(tokenizer.encode(document)) == document
+        assert Tokenizer.from_bytes(tokenizer.to_bytes()).digest == tokenizer.digest
+        return "accepted, every text decodes to itself"
+
+    def shards(self, rng: random.Random) -> str:
+        folder = self.folder / "shards"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        names = rng.sample(["a.bin", "b.bin", "c-[1].bin", "d e.bin", "train_1.bin", "val_1.bin", "x.npy", "é.bin"], 3)
+        for name in names:
+            magic, version, dtype = rng.choices([(20240520, 1, "<u2"), (20240801, 7, "<u4")], [15, 1])[0]
+            ids, header = np.arange(rng.choice([1, 50, 50]), dtype=dtype), np.zeros(256, "<i4")
+            header[:3] = magic, version, len(ids)
+            content = header.tobytes() + ids.tobytes()
+            (folder / name).write_bytes(damaged_bytes(content, rng) if rng.random() < 0.2 else content)
+        given: Any = rng.choice([folder, folder / "*.bin", folder / "**" / "*", [folder / name for name in names]])
+        data = TokenDataset.open(given)
+        ids = np.asarray(data.tokens)
+        assert len(ids) == data.num_tokens == sum(shard.num_tokens for shard in data.shards)
+        assert ids.tolist() == [i for shard in data.shards for i in shard.tokens.tolist()]
+        limit = rng.randint(1, data.num_tokens + 1)
+        assert data.limit(limit).num_tokens == min(limit, data.num_tokens)
+        return f"{len(data.shards)} shards are one"
+
+
 # ------------------------------------------------------------------------------------------------ the campaign
 
 SHARES = {
+    **{"text": 0.2, "tokenizer": 0.1, "shards": 0.1},
     **{"recipe": 0.15, "set": 0.1, "study": 0.05, "dataset": 0.25, "checkpoint": 0.1, "weights": 0.05},
     **{"config": 0.15, "names": 0.1, "flags": 0.05},
 }
@@ -766,6 +854,9 @@ def targets(folder: Path) -> dict[str, Callable[[random.Random], str]]:
         "set": recipes.set,
         "study": recipes.study,
         "dataset": Datasets(folder).dataset,
+        "text": (texts := Texts(folder)).text,
+        "tokenizer": texts.tokenizer,
+        "shards": texts.shards,
         "checkpoint": Checkpoints(folder).checkpoint,
         "weights": Weights(folder).weights,
         "config": Configs(folder).config,
