@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from spt_fast.errors import DataError, SptWarning
+from spt_fast.errors import DataError, SptWarning, shown_key
 
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -347,7 +347,7 @@ def _decode(utf8: bytes) -> str:
 
 
 def _missing_key(what: str, text_key: str, keys: list[str]) -> str:
-    has = ", ".join(map(repr, keys[:12])) if keys else "none"
+    has = ", ".join(repr(shown_key(key)) for key in keys[:12]) if keys else "none"
     return f"no text under {text_key!r} ({what} has {has}); name the one that holds the text by `text_key=…`"
 
 

@@ -102,10 +102,14 @@ class Tokenizer:
                 raise ValueError("its last line is cut off")
             if not all(bytes([byte]) in ranks for byte in range(256)):
                 raise ValueError("some of the 256 single bytes are missing")
+            if b"" in ranks:
+                raise ValueError("a token is empty")
             if len({*ranks.values(), *special_tokens.values()}) != len(pairs) + len(special_tokens):
                 raise ValueError("a token or a rank comes twice")
             if not head and list(ranks.values()) != list(range(len(ranks))):
                 raise ValueError("its ranks aren't 0, 1, 2 … in this order")
+            if _matches_nothing(pattern):
+                raise ValueError("its pattern matches where there is nothing")
             tokenizer = cls(ranks, pattern, special_tokens)
             if tokenizer.decode(tokenizer.encode(_ALL_KINDS)) != _ALL_KINDS:
                 raise ValueError("its pattern leaves text out: a match must begin where the one before it ends")
@@ -273,6 +277,14 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def _matches_nothing(pattern: str) -> bool:
+    """Whether it matches an empty text, which tiktoken's engine does not survive; False where Python's can't say."""
+    try:
+        return re.match(re.sub(r"\\[pP]\{\^?[\w=]*\}", r"\\w", pattern), "") is not None
+    except re.error:
+        return False
 
 
 def _header(pattern: str, special_tokens: dict[str, int]) -> bytes:

@@ -299,6 +299,9 @@ def test_a_pattern_must_cover_all_text_and_be_one_that_an_export_can_say(tmp_pat
     for lossy in ("x{5}", r"\p{L}+", r"\p{L}+|\s+", "."):
         with pytest.raises(DataError, match=r"t\.tiktoken: .*its pattern leaves text out"):
             Tokenizer.load(file(lossy))
+    for empty in ("", "a*", r"\p{L}*|[\s\S]", "a|"):
+        with pytest.raises(DataError, match=r"t\.tiktoken: .*matches where there is nothing"):
+            Tokenizer.load(file(empty))
     with pytest.raises(DataError, match="Hugging Face's tokenizers cannot read its pattern"):
         Tokenizer.load(file(r"\p{Script=Han}+|[\s\S]"))
     assert Tokenizer.load(file(r"[\s\S]")).encode("añ") == [97, 195, 177]
