@@ -66,6 +66,9 @@ def _taken(file: Path) -> int | None:
         os.close(descriptor)  # its last owner removed it between our open and our lock
 
 
+_OWNER = {"host": str, "pid": int, "since": str}
+
+
 def _me() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
 
@@ -74,7 +77,7 @@ def _owner(file: Path) -> dict[str, Any]:
     """What the lock says of its owner; nothing where it doesn't say it yet."""
     try:
         found = json.loads(file.read_bytes())
-        return found if found.keys() == _me().keys() else {}
+        return found if {key: type(value) for key, value in found.items()} == _OWNER else {}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -87,6 +90,6 @@ def _lives_elsewhere(owner: dict[str, Any]) -> bool:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         pass
     return True

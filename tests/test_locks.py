@@ -63,6 +63,17 @@ def test_where_there_are_no_locks_the_owners_name_must_do(tmp_path: Path, monkey
                 pass
 
 
+def test_a_damaged_lock_names_nobody_and_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "no locks here")
+
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    for content in ("", "{", "[1]", '{"host": 1}', json.dumps({"host": socket.gethostname(), "pid": "x", "since": ""})):
+        (tmp_path / ".lock").write_text(content)
+        with locked(tmp_path / ".lock", "x"):
+            pass
+
+
 def test_no_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
