@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.config import Model, Phase, Recipe, check_schedules, recipe_from
-from spt_fast.errors import RecipeError, invalid, nearest, shown
+from spt_fast.errors import RecipeError, invalid, nearest, shown, shown_key
 from spt_fast.fields import (
     Span,
     build,
@@ -146,7 +146,7 @@ class Simulated:
 def _stages(raw: object, where: str) -> tuple[Stage, ...]:
     if not isinstance(raw, list) or not raw:
         raise RecipeError(invalid(where, raw, "write a list of at least one stage"))
-    return tuple(_stage(item, f"{where}[{_name(item, i)}]", first=i == 0) for i, item in enumerate(raw))
+    return tuple(_stage(item, f"{where}[{shown_key(_name(item, i))}]", first=i == 0) for i, item in enumerate(raw))
 
 
 def _name(item: object, position: int) -> object:
@@ -262,8 +262,8 @@ class Study:
             for stage in self.stages:
                 if "scratch" in stage.axes.start:
                     raise RecipeError(
-                        f"stages[{stage.axes.name}].start: scratch needs a shape, and `init` has its own; give models "
-                        "instead of init"
+                        f"stages[{shown_key(stage.axes.name)}].start: scratch needs a shape, and `init` has its own; give "
+                        "models instead of init"
                     )
 
     @property
@@ -385,7 +385,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
             recipe = recipe_from(raw)
             check_schedules(recipe, _context(study, branch.model))
             if len(budgets) > 1:
-                _check_plateau(study, recipe, branch, f"stages[{axes.name}]")
+                _check_plateau(study, recipe, branch, f"stages[{shown_key(axes.name)}]")
             runs[name] = PlannedRun(name, position, recipe, branch.model, None if start == "scratch" else branch.after)
         for phase, budget in zip(phases[-len(budgets) :], budgets, strict=True):
             point = f"-at{_short(budget)}" if len(budgets) > 1 else ""
@@ -430,9 +430,9 @@ def _phases(
     if len(parts) > 1:
         schedule = {"horizon": whole, **(phase.get("schedule") or {})}
         for key in schedule.keys() & {"warmup", "decay"}:
-            schedule[key] = _of_whole(schedule[key], whole, f"stages[{name}].schedule.{key}")
+            schedule[key] = _of_whole(schedule[key], whole, f"stages[{shown_key(name)}].schedule.{key}")
         every = (phase.get("eval") or {}).get("every", "10%")
-        every = _of_whole(every, whole, f"stages[{name}].eval.every")
+        every = _of_whole(every, whole, f"stages[{shown_key(name)}].eval.every")
         phase |= {"schedule": schedule, "eval": {**(phase.get("eval") or {}), "every": every}}
     carried_on = {"schedule": {"continue": True}, "optimizer_state": "keep", "untie": False}
     return [

@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spt_fast.errors import CheckpointError, invalid
+from spt_fast.errors import CheckpointError, cut, invalid
 from spt_fast.files import is_temporary, sync, with_usual_mode, write_text
 from spt_fast.printing import as_json
 from spt_fast.train.folder import CHECKPOINT, listed
@@ -240,7 +240,7 @@ def read(path: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not a whole checkpoint ({error!r})") from error
+        raise CheckpointError(f"{path}: is not a whole checkpoint ({cut(repr(error), 200)})") from error
 
 
 def load(path: Path, world: World = ALONE) -> dict[str, Snapshot]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from spt_fast.config import Phase, Recipe, recorded_recipe
 from spt_fast.data.formats import sampled_digest
-from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.errors import CheckpointError, RecipeError, cut
 from spt_fast.files import is_temporary
 from spt_fast.locks import locked
 
@@ -117,7 +117,7 @@ def summary_of(run: Path) -> dict[str, Any] | None:
             return summary
         problem = "`status` must be text and `phases` a mapping"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = repr(error)
+        problem = cut(repr(error), 200)
     raise CheckpointError(f"{path}: is damaged ({problem}); delete it and go on with `resume=True`, which writes it")
 
 
