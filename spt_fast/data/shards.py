@@ -23,7 +23,7 @@ import numpy as np
 
 from spt_fast.data import formats
 from spt_fast.data.joined import JoinedTokens
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, cut
 from spt_fast.files import sync
 from spt_fast.locks import locked
 
@@ -104,11 +104,11 @@ class TokenDataset:
         with a header where there is one. Raises DataError for what is missing, damaged, or of another size than its
         header says. Hashes are left to `verify`, so that opening costs the same at any size.
         """
-        if not isinstance(prefix, (str, os.PathLike)) or is_many(Path(prefix)):
-            return _join(prefix, dtype)
-        base = base_prefix(Path(prefix))
         declared = None if dtype is None else formats.id_dtype(dtype, f"{prefix}: the declared dtype")
         try:
+            if not isinstance(prefix, (str, os.PathLike)) or is_many(Path(prefix)):
+                return _join(prefix, dtype)
+            base = base_prefix(Path(prefix))
             metadata = _read_metadata(files_of(base)[2])
             if metadata is None:
                 found = formats.find(Path(prefix), declared)
@@ -116,7 +116,8 @@ class TokenDataset:
                 return cls(found.format, found.path, found.offset_bytes, tokens, found.document_ends, found.digest)
             return cls._open_own(base, metadata, declared)
         except OSError as error:
-            raise DataError(f"{prefix} can't be read: {error.strerror} ({error.filename})") from error
+            where = cut(str(error.filename or prefix), 200)
+            raise DataError(f"{where}: can't be read ({error.strerror}); mend that, or name another") from error
 
     @classmethod
     def _open_own(cls, base: Path, metadata: dict[str, Any], declared: np.dtype | None) -> TokenDataset:

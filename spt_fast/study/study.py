@@ -262,8 +262,8 @@ class Study:
             for stage in self.stages:
                 if "scratch" in stage.axes.start:
                     raise RecipeError(
-                        f"stages[{shown_key(stage.axes.name)}].start: scratch needs a shape, and `init` has its own; give "
-                        "models instead of init"
+                        f"stages[{shown_key(stage.axes.name)}].start: scratch needs a shape, and `init` has its own; "
+                        "give models instead of init"
                     )
 
     @property
