@@ -23,7 +23,7 @@ from tokenize import TokenError
 
 import numpy as np
 
-from spt_fast.errors import DataError, invalid
+from spt_fast.errors import DataError, cut, invalid
 
 ID_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
@@ -241,7 +241,7 @@ def _npy(path: Path) -> TokenFile:
         try:
             shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)
         except (ValueError, KeyError, TypeError, SyntaxError, TokenError, MemoryError, RecursionError) as error:
-            raise DataError(f"{path}: its .npy header is damaged or of an unknown version ({error})") from error
+            raise DataError(f"{path}: its .npy header is damaged or of an unknown version ({cut(str(error), 200)})") from error
         offset = file.tell()
     if len(shape) != 1 or dtype.kind not in "iu":
         raise DataError(f"{path} holds {dtype} of shape {shape}; token ids are integers in one dimension")
