@@ -241,7 +241,8 @@ def _npy(path: Path) -> TokenFile:
         try:
             shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)
         except (ValueError, KeyError, TypeError, SyntaxError, TokenError, MemoryError, RecursionError) as error:
-            raise DataError(f"{path}: its .npy header is damaged or of an unknown version ({cut(str(error), 200)})") from error
+            problem = cut(str(error), 200)
+            raise DataError(f"{path}: its .npy header is damaged or of an unknown version ({problem})") from error
         offset = file.tell()
     if len(shape) != 1 or dtype.kind not in "iu":
         raise DataError(f"{path} holds {dtype} of shape {shape}; token ids are integers in one dimension")
