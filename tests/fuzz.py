@@ -779,13 +779,14 @@ class Texts:
         inside, outside = rng.choice([(True, False), (False, True), (False, False)])
         content = packing[ending](damaged_bytes(plain, rng) if inside else plain)
         path = self.folder / f"a{form}{ending}"
-        path.write_bytes(damaged_bytes(content, rng) if outside else content)
+        content = damaged_bytes(content, rng) if outside else content
+        path.write_bytes(content)
         try:
             found = list(iter_documents(path, skip_bad=rng.random() < 0.5))
         finally:
             path.unlink()
         assert all(isinstance(document, str) and document for document in found)
-        if not inside and not (outside and ending == ""):  # else there is no checksum
+        if content and not inside and not (outside and ending == ""):  # else there is no checksum
             expected = ["".join(self.documents)] if form == ".txt" else list(self.documents)
             assert found in (expected, [*expected, *expected]), "damage was believed"  # an archive may be doubled
         return "read"
