@@ -130,6 +130,8 @@ def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
         "Domain corpora": values("domain_tokens", lambda n: f"{int(n):,} tokens"),
         "Tokenizer": values("tokenizer"),
         "Held-out text": values("heldout"),
+        "Domain losses are of": _behind(done, "domain"),
+        "General losses are of": _behind(done, "general"),
         "Training text, domain": values("domain_text"),
         "Training text, general": values("general_text"),
         "Training FLOPs": f"{flops:.3g}",
@@ -137,6 +139,15 @@ def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scipy", "pandas", "matplotlib"))
         + f", Python {platform.python_version()}",
     }
+
+
+def _behind(done: pd.DataFrame, corpus: str) -> str:
+    """What the held-out losses of a corpus rest on."""
+    documents, errors = done[f"{corpus}_documents"].dropna(), done[f"{corpus}_error"].dropna()
+    if errors.empty:
+        return "text that is not recorded"
+    of = f"{documents.min():,.0f} documents" if len(documents) else "text without documents"
+    return f"{of}, standard error up to {errors.max():.2g} nats"
 
 
 # ------------------------------------------------------------------------------------------------ the page

@@ -33,6 +33,8 @@ from spt_fast.study.runs import evaluations_of
 from spt_fast.train.folder import parent_of, recipe_of, summary_of, trained_before
 
 CONTENT = ("domain", "general", "domain_text", "general_text")
+BEHIND = ("domain_error", "general_error", "domain_documents", "general_documents")
+NEWER = (*CONTENT, *BEHIND)
 """Columns that tables of earlier versions lack."""
 TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout", *CONTENT), str)
 SPLITS = ("train", "heldout", "select")
@@ -101,6 +103,12 @@ class Row:
     domain_text: str | None = None
     general_text: str | None = None
     """Digests of their training text."""
+    domain_error: float = math.nan
+    general_error: float = math.nan
+    """Standard errors of the figures."""
+    domain_documents: float = math.nan
+    general_documents: float = math.nan
+    """How many held-out documents they are of; NaN where these are not recorded."""
 
 
 COLUMNS = tuple(column.name for column in fields(Row))
@@ -159,7 +167,7 @@ def _check_source(path: str, rows: pd.DataFrame, field: str, asked: str) -> None
 def _in_one(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Rows that are alike once; runs of one name in several tables that aren't are named after their table too."""
     table = pd.concat([rows.assign(of=name) for name, rows in tables.items()], ignore_index=True)
-    table = table.drop_duplicates([column for column in COLUMNS if column not in CONTENT], ignore_index=True)
+    table = table.drop_duplicates([column for column in COLUMNS if column not in NEWER], ignore_index=True)
     several = table.groupby("run")["of"].nunique() > 1
     for column in ("run", "after"):
         ambiguous = table[column].isin(several.index[several])
@@ -206,7 +214,8 @@ def load_table(path: Path) -> pd.DataFrame:
         table = table.fillna({"after": ""})
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a table ({error}); give a table.parquet or table.csv") from None
-    table = table.assign(**{column: None for column in CONTENT if column not in table})
+    lacking = {column: None if column in TEXT else math.nan for column in NEWER if column not in table}
+    table = table.assign(**lacking)
     for column in COLUMNS:
         if column not in table:
             raise DataError(
@@ -301,7 +310,7 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
     if summary["status"] == "failed":
         return [row]
     rows: list[Row] = []
-    evaluations = evaluations_of(folder)
+    evaluations, sources = evaluations_of(folder), {"domain": domain, "general": general}
     if parent := parent_of(folder, recipe):
         row = replace(row, after=parent[0].name)
     for phase in recipe.phases:
@@ -309,7 +318,12 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
         new_stage = not phase.schedule.carry_on
         if new_stage and rows:
             row = replace(row, after=row.run)
-        row = replace(row, phase=phase.name, heldout=_heldout(summary, phase, domain, general))
+        scored = done.get("scored", {}).get("heldout", {})
+        documents: dict[str, Any] = {
+            f"{corpus}_documents": scored.get(source, {}).get("documents") or math.nan
+            for corpus, source in sources.items()
+        }
+        row = replace(row, phase=phase.name, heldout=_heldout(summary, phase, domain, general), **documents)
         past = _entering(past, phase, recipe, done)
         share = Fraction(phase.mixture.get(domain, 0))
         for record in evaluations:
@@ -319,8 +333,10 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
             losses = {
                 f"{corpus}_{split}": record[split].get(source, math.nan)
                 for split in SPLITS
-                for corpus, source in (("domain", domain), ("general", general))
+                for corpus, source in sources.items()
             }
+            errors = record.get("standard_errors", {}).get("heldout", {})
+            losses |= {f"{corpus}_error": errors.get(source) or math.nan for corpus, source in sources.items()}
             if record["step"] == 0 and past.stage > 0:
                 row = replace(row, domain_before=losses["domain_heldout"], general_before=losses["general_heldout"])
             here = past.after(record["tokens"], share, row.domain_tokens, summary["flops_per_token"])

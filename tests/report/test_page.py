@@ -17,7 +17,7 @@ from spt_fast import cli, laws
 from spt_fast.advice.advise import advise
 from spt_fast.errors import DataError
 from spt_fast.report.decision import decide
-from spt_fast.report.page import page
+from spt_fast.report.page import page, provenance
 from spt_fast.report.sections import pretraining
 from spt_fast.study import views
 from spt_fast.study.compare import Finetune
@@ -355,6 +355,14 @@ def test_a_table_without_general_losses_still_makes_a_page() -> None:
     assert "These runs decide nothing about pretraining yet." in said
     assert "No finetune here has a general held-out loss before and after." in said
     assert "Lower is better." in said
+
+
+def test_the_page_says_what_its_losses_rest_on() -> None:
+    table = spt_table()
+    says = provenance(table, ["a"])
+    assert says["Domain losses are of"] == "40 documents, standard error up to 0.01 nats"
+    unknown = provenance(table.assign(domain_error=np.nan, domain_documents=np.nan), ["a"])
+    assert unknown["Domain losses are of"] == "text that is not recorded"
 
 
 def test_a_table_without_a_finished_run_is_refused(

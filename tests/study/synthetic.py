@@ -208,4 +208,8 @@ def completed(rows: list[dict[str, Any]]) -> pd.DataFrame:
         general="web",
         domain_text="77ab" + table["domain_tokens"].astype(str),
         general_text="1c9f",
+        domain_error=0.01,
+        general_error=0.02,
+        domain_documents=40.0,
+        general_documents=50.0,
     )[list(COLUMNS)].astype({"tokens": "float", "domain_tokens": "float", "handed_on": "bool"})

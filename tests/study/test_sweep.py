@@ -60,6 +60,8 @@ def test_the_table_says_what_the_runs_say(swept: tuple[Path, pd.DataFrame]) -> N
         assert ended["domain_heldout"] == last["heldout"]["chem"]
         assert ended["general_heldout"] == last["heldout"]["general"]
         assert ended["domain_select"] == last["select"]["chem"]
+        assert ended["domain_error"] == last["standard_errors"]["heldout"]["chem"] > 0
+        assert ended["general_documents"] == last["scored"]["heldout"]["general"]["documents"] > 0
         assert ended["params"] == summary["parameters"]
         assert set(rows["domain_tokens"]) == {summary["train_tokens"]["chem"]}
         assert rows["handed_on"].sum() == len(recipe.phases)
