@@ -13,11 +13,12 @@ class SptError(ValueError):
     """Base of every error that a user can cause and mend.
 
     argument: the name that the message begins with is an argument of a function. The command line writes it as its
-    flag, and does the same with a keyword argument in backticks, such as `resume=True`.
+    flag, and does the same with a keyword argument in backticks, such as `resume=True`. A message is cut at `LONGEST`
+    characters, whatever the file holds that it quotes.
     """
 
     def __init__(self, message: str = "", *, argument: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(cut(message, LONGEST))
         self.argument = argument
 
 
@@ -41,6 +42,8 @@ class FailedElsewhere(Exception):
     """Another process of this run failed, and says why itself."""
 
 
+LONGEST = 1900
+"""Characters of a message."""
 SHOWN = 80
 """Characters of a value or key that a message shows."""
 

@@ -13,7 +13,7 @@ import pytest
 
 from spt_fast import cli
 from spt_fast.data import tokenizer
-from spt_fast.errors import SptError
+from spt_fast.errors import LONGEST, RecipeError, SptError
 from spt_fast.flags import in_flags
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import metrics
@@ -196,3 +196,8 @@ def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPa
         "data",
         "prefix",
     }
+
+
+def test_no_message_is_longer_than_a_reader_wants() -> None:
+    assert len(str(RecipeError("run: " + "9" * 10_000))) == LONGEST
+    assert str(RecipeError("run: short")) == "run: short"
