@@ -180,7 +180,9 @@ class TextReader:
                 yield Chunk(str(path), "row", first, data, lengths)
                 first += len(lengths)
                 self.read_bytes = before + size * (first - 1) // rows
-        except (pa.ArrowException, OSError) as error:
+        except DataError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, IndexError) as error:  # a name that is no UTF-8, a cut header
             raise DataError(f"{path} can't be read as Parquet ({error}); write or fetch it again") from error
 
 
