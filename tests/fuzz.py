@@ -778,7 +778,12 @@ class Texts:
         form, ending = rng.choice([".jsonl", ".ndjson", ".txt", ".parquet"]), rng.choice(list(packing))
         plain = self.plain(form, rng)
         inside, outside = rng.choice([(True, False), (False, True), (False, False)])
-        content = packing[ending](damaged_bytes(plain, rng) if inside else plain)
+        if form == ".parquet" and ending == "":
+            inside, outside = inside or outside, False
+        footer = int.from_bytes(plain[-8:-4], "little") + 8 if form == ".parquet" else 0
+        if inside:  # but for a Parquet footer: one in thousands of damaged ones ends pyarrow itself
+            plain = damaged_bytes(plain[: len(plain) - footer], rng) + plain[len(plain) - footer :]
+        content = packing[ending](plain)
         path = self.folder / f"a{form}{ending}"
         content = damaged_bytes(content, rng) if outside else content
         path.write_bytes(content)
