@@ -34,7 +34,7 @@ FORWARD_SHARE = 1 / 3
 """The FLOPs of an evaluation, as a share of a training step's."""
 
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(tokens [B, T], targets [B, T], cu_seqlens) -> nats of every target [B·T], or their mean."""
+"""(tokens [B, T], targets [B, T], cu_seqlens) -> nats of every target [B·T]."""
 
 
 class Interrupted(Exception):
@@ -133,7 +133,7 @@ def measure(
         windows = torch.from_numpy(batch.astype(np.int64))
         tokens, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         cuts = None if batch_begins is None else document_cuts(batch_begins)
-        each = loss(tokens, targets, cuts).double().expand(targets.numel()).view(targets.shape)
+        each = loss(tokens, targets, cuts).double().view(targets.shape)
         if mine < len(batches):
             nats[mine] = each.sum(dim=1)
     return Measured.of(text, world.sum_(torch.cat(nats)).cpu().numpy())

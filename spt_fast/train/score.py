@@ -83,7 +83,7 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
 
     def of_batch(tokens: Tensor, targets: Tensor, cuts: Tensor | None) -> Tensor:
         cuts = None if cuts is None else cuts.to(device)
-        return model(tokens.to(device), targets.to(device), cuts).float()
+        return model(tokens.to(device), targets.to(device), cuts, "none").float()
 
     measured = measure(
         of_batch,

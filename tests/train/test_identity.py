@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,9 @@ def test_eval_scores_as_the_run_did(moved: Path, tmp_path: Path) -> None:
     data = TokenDataset.open(heldout)
     model = GPT.from_hf(moved / "weights" / "pretrain")
     marks = begins(data, np.array([[0, data.num_tokens]]))
-    assert scored["loss"] == pytest.approx(measure(model, EvalSet.of_tokens(data.tokens, 16, marks), 8).loss, rel=1e-6)
-    assert scored["loss"] != pytest.approx(measure(model, EvalSet.of_tokens(data.tokens, 16), 8).loss, rel=1e-6)
+    loss = partial(model, reduction="none")
+    assert scored["loss"] == pytest.approx(measure(loss, EvalSet.of_tokens(data.tokens, 16, marks), 8).loss, rel=1e-6)
+    assert scored["loss"] != pytest.approx(measure(loss, EvalSet.of_tokens(data.tokens, 16), 8).loss, rel=1e-6)
     summary = json.loads((moved / "summary.json").read_text())
     assert (scored["inside_documents"], scored["documents"], scored["same_tokenizer"]) == (
         True,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -740,7 +741,9 @@ def test_audit_adds_up(undisturbed: Path) -> None:
     assert visits == facts["chem"].tokens
 
 
-def test_scoring_takes_every_token_but_the_first_once(undisturbed: Path, data: Path) -> None:
+def test_scoring_takes_every_token_but_the_first_once(
+    undisturbed: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = score(undisturbed, data / "chem.heldout")
     ids = np.fromfile(data / "chem.heldout.bin", np.uint16)
     assert result["tokens"] == len(ids) - 1
@@ -748,6 +751,9 @@ def test_scoring_takes_every_token_but_the_first_once(undisturbed: Path, data: P
     assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["tokens"] / np.log(2) / result["bytes"])
     assert score(undisturbed / "weights" / "finetune", data / "chem.heldout") == result
+    monkeypatch.setattr("spt_fast.train.score.TOKENS_AT_A_TIME", 1)
+    one_by_one = score(undisturbed, data / "chem.heldout")
+    assert one_by_one["standard_error"] == pytest.approx(result["standard_error"], rel=1e-3)
 
 
 def test_init_from_a_checkpoint_and_from_weights(undisturbed: Path, data: Path) -> None:
@@ -763,5 +769,5 @@ def test_init_from_a_checkpoint_and_from_weights(undisturbed: Path, data: Path) 
         texts = evaluation_texts(plan, plan.phases[0].phase)["heldout"]
         model = load_model(source).eval()
         for name, text in texts.items():
-            expected = measure(lambda tokens, targets, _, model=model: model(tokens, targets), text, 8).loss
+            expected = measure(partial(model, reduction="none"), text, 8).loss
             assert first["heldout"][name] == pytest.approx(expected, rel=5e-3)
