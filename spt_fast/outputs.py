@@ -14,8 +14,10 @@ HEAD_BYTES = 4096
 
 def check_output(file: Path, argument: str, is_ours: Callable[[Path], bool]) -> None:
     """SptError, in the name of an argument, where `file` is there and neither empty nor, by `is_ours`, of the kind that
-    is to be written: before any work is done for it."""
-    if file.is_symlink():
+    is to be written, or would lie among a run's own files: before any work is done for it."""
+    if (file.parent / "recipe.yaml").exists() and (file.parent / "checkpoints").is_dir():
+        problem = f"lies in the run {file.parent}; choose another place"
+    elif file.is_symlink():
         problem = f"is a link; name the file that it leads to, {file.resolve()}"
     elif not file.exists():
         return

@@ -43,7 +43,14 @@ def test_a_place_is_free_or_holds_a_result_of_the_kind(tmp_path: Path) -> None:
     assert refusal.value.argument
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to(place)
-    for name, problem in (("fifo", "is no regular file"), (".", "is no regular file"), ("link", "is a link")):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").touch()
+    for name, problem in (
+        ("run/x", "lies in the run"),
+        ("fifo", "is no regular file"),
+        (".", "is no regular file"),
+        ("link", "is a link"),
+    ):
         with pytest.raises(SptError, match=problem):
             check_output(tmp_path / name, "out", ours)
 

@@ -47,9 +47,9 @@ class FinishedRun:
         if summary is None:
             raise CheckpointError(f"{folder}: holds no summary.json; give the folder of a finished run")
         if summary["status"] != "done":
-            raise CheckpointError(
-                f"{folder}: its status is {summary['status']!r}; finish it by training with `resume=True`"
-            )
+            why = f" ({summary['reason']})" if summary.get("reason") else ""
+            remedy = "resume its training" if summary["status"] == "stopped" else "train it by a mended recipe"
+            raise CheckpointError(f"{folder}: its status is {summary['status']!r}{why}; {remedy}")
         recipe = recipe_of(folder)
         ancestors = trained_before(folder, recipe)
         own = [Trained(recipe, summary, phase) for phase in recipe.phases[:-1]]

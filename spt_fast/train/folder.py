@@ -118,7 +118,7 @@ def summary_of(run: Path) -> dict[str, Any] | None:
         problem = "`status` must be text and `phases` a mapping"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = cut(repr(error), 200)
-    raise CheckpointError(f"{path}: is damaged ({problem}); delete it and go on with `resume=True`, which writes it")
+    raise CheckpointError(f"{path}: is damaged ({problem}); delete it and resume the training, which writes it")
 
 
 def weights_digest(folder: Path) -> str:

@@ -13,7 +13,7 @@ from spt_fast.errors import CheckpointError, DataError, SptWarning, cut, invalid
 from spt_fast.model import hf, hf_config
 from spt_fast.train.folder import owned, recipe_of
 from spt_fast.train.origin import origin_of, run_of, tokenizer_file
-from spt_fast.train.weights import load_model, locate, read_config
+from spt_fast.train.weights import chosen, load_model, locate, read_config
 
 HF_FILE = "tokenizer.json"
 
@@ -87,7 +87,7 @@ def export(path: Path, folder: Path, tokenizer: str | Path | None = None, *, ove
     """Write the weights at `path` as a Hugging Face folder, with their tokenizer where it is known; over another model
     that lies there only with `overwrite`."""
     with _outside_runs(folder):
-        weights = locate(path)
+        weights = chosen(path)
         model, found = load_model(weights), tokenizer_of(weights, tokenizer)
         like, own = (weights, None) if isinstance(found, HuggingFaceTokenizer) else (None, found)
         known, named = origin_of(weights).as_metadata(), dict(model.named_parameters())
@@ -113,7 +113,7 @@ def _outside_runs(folder: Path) -> Iterator[None]:
 
 def generate_text(path: Path, prompt: str, tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any) -> str:
     """Text that continues `prompt`, or begins a document where it is empty; `sampling` as in `GPT.generate`."""
-    weights = locate(path)
+    weights = chosen(path)
     encoding = tokenizer_of(weights, tokenizer)
     if encoding is None:
         raise CheckpointError(

@@ -18,7 +18,7 @@ from spt_fast.printing import print_table
 from spt_fast.train.evaluate import EvalSet, measure
 from spt_fast.train.folder import summary_of
 from spt_fast.train.origin import origin_of, run_of
-from spt_fast.train.weights import load_model, locate
+from spt_fast.train.weights import chosen, load_model
 from spt_fast.train.world import World, pick_device, pick_dtype
 
 TOKENS_AT_A_TIME = 16_384
@@ -56,7 +56,7 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
     once, in consecutive windows of the model's context, and documents are cut as in training. Raises DataError where
     the dataset doesn't fit the model.
     """
-    weights = locate(weights)
+    weights = chosen(weights)
     model, origin = load_model(weights), origin_of(weights)
     data = TokenDataset.open(prefix, dtype)
     data.verify(SAMPLED_BLOCKS)

@@ -5,13 +5,14 @@ weights/<phase> is a Hugging Face folder itself, so that a run's result needs no
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from spt_fast.errors import CheckpointError
+from spt_fast.errors import CheckpointError, SptWarning
 from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
-from spt_fast.train.folder import recipe_of, weights_digest
+from spt_fast.train.folder import recipe_of, summary_of, weights_digest
 from spt_fast.train.state import SavedState
 
 
@@ -34,6 +35,17 @@ def load_model(path: Path) -> GPT:
     if not (path / "manifest.json").exists():
         return GPT.from_hf(path).float()
     return GPT.with_weights(read_config(path), checkpoint.load(path)["current"].weights)
+
+
+def chosen(path: Path) -> Path:
+    """As `locate`, with a warning that names the weights of a run that isn't done."""
+    weights = locate(path)
+    if weights != path:
+        summary = summary_of(path) or {"status": "not finished"}
+        if summary["status"] != "done":
+            why = f" ({summary['reason']})" if summary.get("reason") else ""
+            warnings.warn(f"{path}: is {summary['status']}{why}; {weights} is taken", SptWarning, stacklevel=3)
+    return weights
 
 
 def locate(path: Path) -> Path:

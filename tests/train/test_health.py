@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from spt_fast import cli
 from spt_fast.config import recipe_from
-from spt_fast.errors import CheckpointError
+from spt_fast.errors import CheckpointError, SptWarning
 from spt_fast.model.gpt import GPT
 from spt_fast.study.runs import FinishedRun, evaluations_of
 from spt_fast.train import checkpoint
 from spt_fast.train.health import too_many_skipped
 from spt_fast.train.run import run
+from spt_fast.train.score import score
 from spt_fast.train.state import SavedState
 from tests import tiny
 
@@ -77,8 +78,10 @@ def test_a_run_whose_loss_is_nan_at_the_end_failed_and_says_so_in_json(
     assert summary["phases"]["pretrain"]["skipped"] == summary["skipped_steps"] == 5
     assert files_of(folder)[0] == summary
     assert not (folder / "weights").exists(), "these weights are no result"
-    with pytest.raises(CheckpointError, match="its status is 'failed'"):
+    with pytest.raises(CheckpointError, match=r"its status is 'failed' \(phases\[pretrain\]: 5 of 6 .*mended recipe"):
         FinishedRun.read(folder)
+    with pytest.warns(SptWarning, match=r"diverged: is failed \(phases\[pretrain\]: 5 of 6 .*; \S+step-0\S+ is taken"):
+        score(folder, data / "chem.heldout")
     assert math.isnan(evaluations_of(folder)[-1]["heldout"]["chem"])
     said = " ".join(capsys.readouterr().err.split())
     assert "warning: step 2 of pretrain was skipped" in said

@@ -115,6 +115,10 @@ def test_a_run_goes_on_with_the_same_data_at_another_path_and_refuses_other_data
     raw["sources"]["chem"]["train"] = [raw["sources"]["chem"]["train"]]
     assert run(recipe_from(raw), resume=True, progress=False)["data"].keys() >= {"init", "tokenizer"}
     assert tiny.metrics(tmp_path / "moved") == tiny.metrics(tmp_path / "whole")
+    for field in ("train", "heldout"):
+        others = raw["sources"] | {"chem": raw["sources"]["chem"] | {field: raw["sources"]["general"][field]}}
+        with pytest.raises(DataError, match=rf"sources\.chem\.{field}: holds other text than when .*summary\.json"):
+            run(recipe_from(raw | {"sources": others}), resume=True, progress=False)
 
 
 def test_a_glance_hashes_some_blocks_and_says_where_it_may_not_have_seen_all(
