@@ -48,8 +48,10 @@ class FinishedRun:
             raise CheckpointError(f"{folder}: holds no summary.json; give the folder of a finished run")
         if summary["status"] != "done":
             why = f" ({summary['reason']})" if summary.get("reason") else ""
-            remedy = "resume its training" if summary["status"] == "stopped" else "train it by a mended recipe"
-            raise CheckpointError(f"{folder}: its status is {summary['status']!r}{why}; {remedy}")
+            raise CheckpointError(
+                f"{folder}: its status is {summary['status']!r}{why}; finish it by training with `resume=True`, or, where "
+                "it diverged, train it anew by a mended recipe"
+            )
         recipe = recipe_of(folder)
         ancestors = trained_before(folder, recipe)
         own = [Trained(recipe, summary, phase) for phase in recipe.phases[:-1]]
