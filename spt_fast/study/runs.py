@@ -49,8 +49,8 @@ class FinishedRun:
         if summary["status"] != "done":
             why = f" ({summary['reason']})" if summary.get("reason") else ""
             raise CheckpointError(
-                f"{folder}: its status is {summary['status']!r}{why}; finish it by training with `resume=True`, or, where "
-                "it diverged, train it anew by a mended recipe"
+                f"{folder}: its status is {summary['status']!r}{why}; finish it by training with `resume=True`, or, "
+                "where it diverged, train it anew by a mended recipe"
             )
         recipe = recipe_of(folder)
         ancestors = trained_before(folder, recipe)
