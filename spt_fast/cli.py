@@ -476,7 +476,7 @@ def import_weights(
 def generate(
     weights: WeightsPath,
     prompt: str = "",
-    tokens: Annotated[int, Option(min=0, help="How many to generate.")] = 100,
+    tokens: Annotated[int, Option(min=0, max=1_000_000, help="How many to generate.")] = 100,
     temperature: Annotated[float, Option(help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int | None, Option(help="Sample among the k likeliest only.")] = 50,
     seed: int = 0,

@@ -70,7 +70,8 @@ def _thin_texts(plan: Plan) -> list[str]:
             text = texts[source]
             scored = text.num_targets + 1
             if text.documents is not None and text.documents < FEW_DOCUMENTS:
-                remedy = "hold out more text" if scored < asked // 2 else "raise `eval.tokens`, or hold out more text"
+                more = "hold out more text"
+                remedy = more if scored < asked // 2 else f"raise the phase's `eval.tokens`, or {more}"
                 found.setdefault(
                     (source, "documents"),
                     f"sources.{source}.heldout: a half of what is scored has {text.documents} documents, fewer than "

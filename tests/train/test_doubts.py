@@ -82,7 +82,7 @@ def test_losses_of_little_text_are_said_once_for_a_source(data: Path) -> None:
     more = evaluation_texts(plan, plan.phases[1].phase)["heldout"]["chem"]
     assert chem == [
         f"sources.chem.heldout: a half of what is scored has {text.documents} documents, fewer than 30, so differences "
-        "below its standard error mean nothing; raise `eval.tokens`, or hold out more text",
+        "below its standard error mean nothing; raise the phase's `eval.tokens`, or hold out more text",
         f"phases[{raw['phases'][1]['name']}].eval.tokens: asks for 100,000, but a half of the held-out text of 'chem' "
         f"has {more.num_targets + 1:,} tokens; hold out more text",
     ]
