@@ -314,6 +314,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise RecipeError(f"{where}: is not valid YAML: {line}{cut(str(error.problem))}") from None
+    except (KeyError, AttributeError, TypeError) as error:  # a tag such as !!bool on what has no such value
+        raise RecipeError(f"{where}: is not valid YAML: a tag doesn't fit its value ({cut(str(error))})") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number that Python can't hold
         raise RecipeError(f"{where}: is not valid YAML: {cut(str(error).splitlines()[0])}") from None
 

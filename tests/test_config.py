@@ -395,6 +395,10 @@ def test_aliases_unfold_to_little(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("run: &a [x, *a]")
     with pytest.raises(RecipeError, match=r"r\.yaml: line 1: an alias stands inside of what it names"):
         load_recipe(tmp_path / "r.yaml")
+    for tagged in ("!!bool maybe", "!!timestamp never"):
+        (tmp_path / "r.yaml").write_text(f"run: {tagged}")
+        with pytest.raises(RecipeError, match=r"r\.yaml: is not valid YAML: a tag doesn't fit its value"):
+            load_recipe(tmp_path / "r.yaml")
     (tmp_path / "r.yaml").write_text("x" * 2_000_000)
     with pytest.raises(RecipeError, match="holds more than 1,000,000 characters"):
         load_recipe(tmp_path / "r.yaml")

@@ -23,7 +23,7 @@ import numpy as np
 
 from spt_fast.data import formats
 from spt_fast.data.joined import JoinedTokens
-from spt_fast.errors import DataError, cut
+from spt_fast.errors import DataError, cut, invalid
 from spt_fast.files import sync
 from spt_fast.locks import locked
 
@@ -243,9 +243,9 @@ def _join(given: Prefix, dtype: str | None) -> TokenDataset:
     prefixes = [prefix for item in items for prefix in (_matching(item) if is_many(item) else [item])]
     if not prefixes:
         raise DataError(f"{what}: holds no token files ({', '.join(_ENDINGS)})")
-    if len({os.path.realpath(base_prefix(prefix)) for prefix in prefixes}) < len(prefixes):
-        raise DataError(f"{what}: names a file twice; name every shard once")
     shards = tuple(TokenDataset.open(prefix, dtype) for prefix in prefixes)
+    if len({os.path.realpath(shard.path) for shard in shards}) < len(shards):
+        raise DataError(f"{what}: names a file twice, maybe by a link; name every shard once")
     first = shards[0]
     _refuse_mixed(what, prefixes, shards)
     ends, starts = [shard.document_ends for shard in shards], np.cumsum([0, *(shard.num_tokens for shard in shards)])
@@ -321,6 +321,9 @@ class DatasetWriter:
         part: str = "whole",
     ) -> None:
         self.prefix = base_prefix(Path(prefix))
+        if self.prefix.name in ("", ".."):
+            expected = "name the files, not only their folder, such as data/general"
+            raise DataError(invalid("out", str(prefix), expected), argument=True)
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._vocab_size, self._eos_id, self._tokenizer_digest = vocab_size, eos_id, tokenizer_digest
         self._part = part

@@ -30,7 +30,7 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +172,9 @@ class TextReader:
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BLOCK_BYTES)
             if self._text_key not in table.schema_arrow.names:
                 raise DataError(f"{path}: {_missing_key('it', self._text_key, table.schema_arrow.names)}")
+            kind = table.schema_arrow.field(self._text_key).type
+            if pa.types.is_nested(kind):  # before it unfolds
+                raise DataError(f"{path}: column {self._text_key!r} {_not_strings(kind)}")
             rows = table.metadata.num_rows
             for batch in table.iter_batches(
                 _rows_per_block(table, self._text_key, file, path), columns=[self._text_key]
@@ -395,6 +398,12 @@ def _rows_per_block(table: Any, text_key: str, file: BinaryIO, path: Path) -> in
             "it without a dictionary, in smaller documents"
         )
     column_bytes = sum(column.total_uncompressed_size for column in columns)
+    texts = [column for column in columns if column.physical_type == "BYTE_ARRAY"]
+    if any(column.total_uncompressed_size > LINE_BYTES * max(1, column.num_values) for column in texts):
+        raise DataError(f"{path}: column {text_key!r} holds documents over {LINE_BYTES >> 20} MiB; write shorter ones")
+    # By DELTA_BYTE_ARRAY a text may repeat all of the one before it: each may be as long as the column is on disk.
+    longest = [column.total_uncompressed_size for column in columns if "DELTA_BYTE_ARRAY" in column.encodings]
+    largest = max([largest, *longest])
     typical = _BLOCK_BYTES * table.metadata.num_rows // max(1, column_bytes)
     return max(1, min(256, typical, _UNFOLDED_ROWS_BYTES // max(1, largest)))
 
@@ -413,6 +422,10 @@ def _unfolded_bytes(file: BinaryIO, offset: int) -> int:
     return numbers[1] >> 1
 
 
+def _not_strings(kind: Any) -> str:
+    return f"holds {kind}, not strings; name another by `text_key=…`"
+
+
 def _parquet_column(pa: Any, column: Any, name: str) -> tuple[bytes, list[int]]:
     """The documents of one column back to back, and their lengths, -1 for nulls."""
     if pa.types.is_dictionary(column.type):
@@ -420,7 +433,7 @@ def _parquet_column(pa: Any, column: Any, name: str) -> tuple[bytes, list[int]]:
     try:
         documents = column.cast(pa.large_binary()).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise DataError(f"{name} holds {column.type}, not strings; name another by `text_key=…`") from None
+        raise DataError(f"{name} {_not_strings(column.type)}") from None
     return b"".join(filter(None, documents)), [-1 if document is None else len(document) for document in documents]
 
 
@@ -432,6 +445,8 @@ def _open(path: Path, compression: str) -> Any:
 
 
 def _standard_input() -> BinaryIO:
+    if sys.stdin is None:
+        raise DataError("standard input is closed; give files or folders, or pipe JSON Lines in")
     try:
         return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
     except OSError:  # no real file, as where a test stands in for it
@@ -442,9 +457,9 @@ def _decompressed(file: Any, compression: str) -> Any:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=file)
     if compression == ".bz2":
-        return bz2.BZ2File(file)
+        return _Streams(file, bz2.BZ2Decompressor)
     if compression == ".xz":
-        return _XzFile(file)
+        return _Streams(file, lambda: lzma.LZMADecompressor(memlimit=XZ_MEMORY_BYTES))
     if compression == ".zst":
         import pyarrow
 
@@ -464,14 +479,12 @@ def _read(stream: Any, path: Path) -> bytes:
         raise DataError(f"{_name(path)}: is damaged or cut off ({error}); fetch or compress it again") from error
 
 
-class _XzFile:
-    """The streams of an .xz file, one after the other, unpacked with bounded memory."""
+class _Streams:
+    """The streams of an .xz or .bz2 file, one after the other, unpacked with bounded memory; what follows them and is
+    none is an error, not the end."""
 
-    def __init__(self, file: Any) -> None:
-        self._file, self._stream = file, self._new()
-
-    def _new(self) -> lzma.LZMADecompressor:
-        return lzma.LZMADecompressor(memlimit=XZ_MEMORY_BYTES)
+    def __init__(self, file: Any, new: Callable[[], Any]) -> None:
+        self._file, self._new, self._stream = file, new, new()
 
     def read(self, size: int) -> bytes:
         while True:
@@ -526,7 +539,8 @@ def _is_text(path: Path) -> bool:
 
 def _is_pipe(path: Path) -> bool:
     """Standard input, a named pipe, or what a shell gives for `<(command)`."""
-    return path == STDIN or path.is_fifo() or (path.is_relative_to("/dev") and path.exists())
+    is_descriptor = path == Path("/dev/stdin") or path.parent in (Path("/dev/fd"), Path("/proc/self/fd"))
+    return path == STDIN or path.is_fifo() or path.is_char_device() or (is_descriptor and path.exists())
 
 
 def _known_names() -> str:

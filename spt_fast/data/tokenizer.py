@@ -114,7 +114,7 @@ class Tokenizer:
             if tokenizer.decode(tokenizer.encode(_ALL_KINDS)) != _ALL_KINDS:
                 raise ValueError("its pattern leaves text out: a match must begin where the one before it ends")
             return tokenizer
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(
                 f"{source}: is damaged, or not a file of tiktoken ranks ({error}); copy it again, or train another one "
                 "and prepare the data again"
@@ -280,9 +280,11 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _matches_nothing(pattern: str) -> bool:
-    """Whether it matches an empty text, which tiktoken's engine does not survive; False where Python's can't say."""
+    """Whether it may match no character, as `\\b` and `(?=x)` do, which tiktoken's engine does not survive; False where
+    Python's can't say."""
     try:
-        return re.match(re.sub(r"\\[pP]\{\^?[\w=]*\}", r"\\w", pattern), "") is not None
+        parsed = re._parser.parse(re.sub(r"\\[pP]\{\^?[\w=]*\}", r"\\w", pattern))  # type: ignore[attr-defined]
+        return bool(parsed.getwidth()[0] == 0)
     except re.error:
         return False
 

@@ -380,6 +380,10 @@ def test_files_that_make_no_one_corpus(tmp_path: Path) -> None:
 
     a, b, wide = own("in/a"), own("other/b", tokenizer="u"), own("wide/c", vocab=70_000)
     own("in/a.heldout")
+    ids, link = tmp_path / "linked" / "a.npy", tmp_path / "linked" / "b.npy"
+    ids.parent.mkdir()
+    np.save(ids, np.ones(5, np.uint16))
+    link.symlink_to(ids)
     (tmp_path / "empty").mkdir()
     for given, message in (
         (tmp_path / "in", r"in: holds a.heldout, which looks held out, beside other text; name what is meant"),
@@ -388,6 +392,7 @@ def test_files_that_make_no_one_corpus(tmp_path: Path) -> None:
         ([a, b], r"other/b has tokenizer_digest u, .*in/a t; prepare them alike"),
         ([a, wide], r"wide/c has dtype uint32, .*in/a uint16"),
         ([a, Path(f"{a}.bin")], "names a file twice"),
+        (ids.parent, "linked: names a file twice, maybe by a link"),
         ([a, tmp_path / "none"], "no token dataset at .*none"),
     ):
         with pytest.raises(DataError, match=message):

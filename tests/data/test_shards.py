@@ -486,6 +486,14 @@ def test_a_file_that_is_none_of_ours_is_never_overwritten(tmp_path: Path, name: 
     assert names(tmp_path) == [name]
 
 
+@pytest.mark.parametrize("folder", [".", "..", "", "a/.."])
+def test_a_prefix_must_name_files(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"out: .* is invalid: name the files, not only their folder"):
+        write(Path(folder), DOCUMENTS)
+    assert names(tmp_path) == []
+
+
 def test_one_writer_at_a_time_and_no_link_is_written_through(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "d.bin.partial").symlink_to(tmp_path / "precious")

@@ -79,7 +79,14 @@ def test_frames_one_after_another_are_one_file(tmp_path: Path, compression: str)
     assert list(iter_documents(path)) == DOCUMENTS
 
 
-def test_standard_input(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compression", [".gz", ".zst", ".xz", ".bz2"])
+def test_what_follows_a_frame_and_is_none_is_not_dropped(tmp_path: Path, compression: str) -> None:
+    path = put(tmp_path / f"a.jsonl{compression}", compress(GOOD, compression) + compress(GOOD, compression)[1:])
+    with pytest.raises(DataError, match="is damaged or cut off"):
+        list(iter_documents(path))
+
+
+def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "from spt_fast.data.text import *; import json; print(json.dumps(list(iter_documents(['-', 'b.txt']))))"
     put(tmp_path / "b.txt", b"last")
     done = subprocess.run(
@@ -88,6 +95,9 @@ def test_standard_input(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == [*DOCUMENTS, "last"]
     nothing = subprocess.run([sys.executable, "-c", code], input=b"", cwd=tmp_path, capture_output=True)
     assert b"DataError: standard input holds no document" in nothing.stderr
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it where the shell says <&-
+    with pytest.raises(DataError, match="standard input is closed; give files"):
+        list(iter_documents("-"))
 
 
 def test_a_folder_is_read_in_order_of_paths(tmp_path: Path) -> None:
@@ -134,6 +144,13 @@ def test_a_pipe_is_read_as_lines_of_json(tmp_path: Path) -> None:
     os.close(reading)
 
 
+def test_only_devices_and_descriptors_below_dev_are_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    for name in ("-", "/dev/stdin", "/dev/fd/9", "/dev/null"):
+        assert text._is_pipe(Path(name)), name
+    assert not text._is_pipe(Path("/dev/shm/a.jsonl.gz"))
+
+
 def test_a_line_that_is_too_long_can_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = put(tmp_path / "a.jsonl", jsonl(["one", "x" * 400, "two", "y" * 999, "z" * 99]) + b"{")
     monkeypatch.setattr(text, "LINE_BYTES", 300)
@@ -163,6 +180,15 @@ def test_a_small_file_that_unfolds_to_much_takes_little_memory_or_is_refused(
     monkeypatch.setattr(text, "PAGE_BYTES", 1 << 20 - 1)
     with pytest.raises(DataError, match="column 'text' unfolds to 1 MiB in one page, over 0; write"):
         next(iter(TextReader(bomb)))
+
+    for column, message in ((pa.array([[big]]), "holds list<.*>, not strings"), ([big], "holds documents over 0 MiB")):
+        monkeypatch.setattr(text, "LINE_BYTES", 1 << 20 - 1)
+        with pytest.raises(DataError, match=f"column 'text' {message}"):
+            next(iter(TextReader(put(tmp_path / "b.parquet", parquet(column, use_dictionary=False)))))
+    monkeypatch.setattr(text, "LINE_BYTES", 2 << 20)
+    repeating = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    chunk = next(iter(TextReader(put(tmp_path / "c.parquet", parquet([big] * 100, **repeating)))))
+    assert len(chunk.data) <= 64 << 20
 
     monkeypatch.setattr(text, "_LONG_LINE_BYTES", 1000)
     monkeypatch.setattr(text, "STRUCTURE_BYTES", 100_000)

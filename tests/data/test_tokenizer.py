@@ -230,6 +230,7 @@ def test_damaged_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
         "head cut": copy[10:],
         "head without pattern": copy.replace(b'"pattern"', b'"patter"'),
         "head broken": copy.replace(b"}", b"", 1),
+        "head nested": b"#" + b"[" * 100_000 + b"\n" + good,
         "no regex": copy.replace(b"S+", b"S+["),
     }
     for name, data in damaged.items():
@@ -299,7 +300,7 @@ def test_a_pattern_must_cover_all_text_and_be_one_that_an_export_can_say(tmp_pat
     for lossy in ("x{5}", r"\p{L}+", r"\p{L}+|\s+", "."):
         with pytest.raises(DataError, match=r"t\.tiktoken: .*its pattern leaves text out"):
             Tokenizer.load(file(lossy))
-    for empty in ("", "a*", r"\p{L}*|[\s\S]", "a|"):
+    for empty in ("", "a*", r"\p{L}*|[\s\S]", "a|", r"\b|[\s\S]", r"(?=Q)|[\s\S]", r"(?<=9)|[\s\S]"):
         with pytest.raises(DataError, match=r"t\.tiktoken: .*matches where there is nothing"):
             Tokenizer.load(file(empty))
     with pytest.raises(DataError, match="Hugging Face's tokenizers cannot read its pattern"):
