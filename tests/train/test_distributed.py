@@ -33,13 +33,6 @@ SAME = 1e-5
 """Of losses in fp32, relative: sums over processes round in another order."""
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny.write_corpora(folder)
-    return folder
-
-
 def raw_recipe(data: Path, run: str, **engine: Any) -> dict[str, Any]:
     """50 steps over several epochs of `chem`; then a finetune that is anchored, untied, stopped early, with a grid."""
     raw = tiny.raw_recipe(data, run)

@@ -23,13 +23,6 @@ from tests import tiny
 STEP = 8 * tiny.CONTEXT
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny.write_corpora(folder)
-    return folder
-
-
 def of(raw: dict[str, Any]) -> list[str]:
     """Those of anything but how little text is held out here."""
     return [doubt for doubt in doubts(make_plan(recipe_from(raw))) if not re.search(r"heldout:|eval\.tokens:", doubt)]

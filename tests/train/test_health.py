@@ -25,13 +25,6 @@ from spt_fast.train.state import SavedState
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny.write_corpora(folder)
-    return folder
-
-
 def raw_recipe(data: Path, name: str, steps: int, **phase: Any) -> dict[str, Any]:
     raw = tiny.raw_recipe(data, name) | {"precision": "fp32", "checkpoint": {"every": "2 steps", "keep": 9}}
     raw["phases"] = [raw["phases"][0] | {"tokens": steps * 8 * tiny.CONTEXT, "schedule": {"name": "constant"}} | phase]

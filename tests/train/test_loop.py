@@ -40,13 +40,6 @@ from tests.train.test_watch import until
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny.write_corpora(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def undisturbed(data: Path) -> Path:
     summary = run(tiny.recipe(data, "undisturbed"), progress=False)
     assert summary["status"] == "done"

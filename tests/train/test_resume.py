@@ -22,13 +22,6 @@ from tests.train.test_loop import stopped_run, weights
 STEP = 8 * tiny.CONTEXT
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny.write_corpora(folder)
-    return folder
-
-
 def changed(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """The recipe with other values, by dotted path."""
     raw = copy.deepcopy(raw)

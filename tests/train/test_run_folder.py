@@ -25,13 +25,6 @@ from spt_fast.train.signals import PATIENCE_S, StopRequest, interrupt_by_signals
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny.write_corpora(folder)
-    return folder
-
-
 def short(data: Path, name: str) -> dict[str, Any]:
     raw = tiny.raw_recipe(data, name)
     raw["phases"] = [raw["phases"][0] | {"tokens": 2 * 8 * 16}]

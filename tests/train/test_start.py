@@ -31,13 +31,6 @@ STEP = 4 * tiny.CONTEXT
 """Tokens of a step."""
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    tiny.write_corpora(folder)
-    return folder
-
-
 def phase(name: str, steps: int, mixture: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {
         "name": name,
