@@ -8,13 +8,11 @@ whole checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rich.console import Console
 
-from spt_fast.config import Recipe
 from spt_fast.data.mixture import Mixture
 from spt_fast.data.ring import Ring
 from spt_fast.data.shards import TokenDataset
@@ -23,7 +21,7 @@ from spt_fast.errors import DataError, invalid
 from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import recipe_of, summary_of
-from spt_fast.train.plan import KINDS, make_plan, not_the_same, open_source
+from spt_fast.train.plan import make_plan, recorded_texts
 from spt_fast.train.state import SavedState
 from spt_fast.train.weights import read_config
 
@@ -109,14 +107,14 @@ def _reading_of(run: Path) -> _Reading:
     which an earlier version recorded too little."""
     recipe, summary = recipe_of(run), summary_of(run)
     if summary and summary["status"] == "done":
-        texts = _texts(recipe, summary.get("data", {}), summary.get("directory"), run)
+        texts = recorded_texts(recipe, summary.get("data", {}), run, summary.get("directory") or "")
         windows = dict.fromkeys(recipe.sources, 0)
         for phase in summary["phases"].values():
             windows |= {source: end for source, (_, end) in phase["windows"].items()}
         context, tokens = summary.get("context") or read_config(run).context, summary.get("train_tokens", {})
     elif found := checkpoint.newest(run / "checkpoints"):
         saved = SavedState.read(found.state, found.path)
-        texts, state = _texts(recipe, saved.data, saved.directory, found.path), saved.train
+        texts, state = recorded_texts(recipe, saved.data, found.path, saved.directory), saved.train
         of_phase = recipe.phases[state.phase]
         read = Mixture(of_phase.mixture).counts(state.step * of_phase.batch.sequences)
         windows = {source: state.counts[source] + read.get(source, 0) for source in recipe.sources}
@@ -130,23 +128,3 @@ def _reading_of(run: Path) -> _Reading:
             raise DataError(f"sources.{name}.train: {source.train} has gone or is damaged; put it back")
     held = {name: tokens[name] if name in tokens else texts[name].num_tokens for name in recipe.sources}
     return _Reading({name: Ring(held[name], context, recipe.seed, name) for name in held}, windows, texts)
-
-
-def _texts(recipe: Recipe, recorded: Mapping[str, str], directory: str | None, where: Path) -> dict[str, TokenDataset]:
-    """The training text that is still where the recipe's paths lead, from `directory` or from here, by source.
-
-    recorded: the digests kept at `where`. DataError where only other text is there, held-out text too.
-    """
-    found = {}
-    for name, source in recipe.sources.items():
-        for kind in KINDS if source.heldout else KINDS[:1]:
-            field, there = f"sources.{name}.{kind}", list[TokenDataset]()
-            for start in dict.fromkeys((directory or "", "")):
-                with suppress(DataError):
-                    there.append(open_source(source, kind, start))
-            same = [data for data in there if data.digest == recorded.get(field, data.digest)]
-            if there and not same:
-                raise not_the_same(field, where)
-            if same and kind == "train":
-                found[name] = same[0]
-    return found

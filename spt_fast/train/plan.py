@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -256,6 +257,28 @@ def not_the_same(field: str, where: Path) -> DataError:
         f"{field}: holds other {what} than when {where} was written; put the old {what} back, or start a run of "
         "another name"
     )
+
+
+def recorded_texts(
+    recipe: Recipe, recorded: Mapping[str, str], where: Path, directory: str = ""
+) -> dict[str, TokenDataset]:
+    """The training text that is still where the recipe's paths lead, from `directory` or from here, by source.
+
+    recorded: the digests kept at `where`. DataError where only other text is there, held-out text too.
+    """
+    found = {}
+    for name, source in recipe.sources.items():
+        for kind in KINDS if source.heldout else KINDS[:1]:
+            field, there = f"sources.{name}.{kind}", list[TokenDataset]()
+            for start in dict.fromkeys((directory, "")):
+                with suppress(DataError):
+                    there.append(open_source(source, kind, start))
+            same = [data for data in there if data.digest == recorded.get(field, data.digest)]
+            if there and not same:
+                raise not_the_same(field, where)
+            if same and kind == "train":
+                found[name] = same[0]
+    return found
 
 
 def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = None) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from spt_fast.train.folder import is_begun, is_run, owned, recipe_of, summary_of
 from spt_fast.train.health import Diverged
 from spt_fast.train.introduction import Resumed
 from spt_fast.train.loop import Trainer
-from spt_fast.train.plan import KINDS, Plan, make_plan, not_the_same, open_source
+from spt_fast.train.plan import Plan, make_plan, recorded_texts
 from spt_fast.train.resume import refused, rounding
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
@@ -53,7 +52,7 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
             world.on_first(lambda: held.enter_context(owned(folder, "run")))
             finished = world.on_first(lambda: _check_folder(folder, recipe, resume))  # another may have ended meanwhile
         if finished and recipe_of(folder).sources != recipe.sources:  # other paths, which may lead to other text
-            world.on_first(lambda: _check_sources(recipe, finished.get("data", {}), folder / "summary.json"))
+            world.on_first(lambda: recorded_texts(recipe, finished.get("data", {}), folder / "summary.json"))
         return finished or _train(recipe, folder, world, resume=resume, verify=verify, progress=progress)
 
 
@@ -117,17 +116,6 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] 
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     ended = ("done", "stopped") if restarted else ("done",)
     return summary if summary and summary["status"] in ended else None
-
-
-def _check_sources(recipe: Recipe, recorded: Mapping[str, str], where: Path) -> None:
-    """DataError where a recipe's paths lead to other text than `where` records; what has gone is not needed."""
-    for name, source in recipe.sources.items():
-        for kind in KINDS if source.heldout else KINDS[:1]:
-            field, digest = f"sources.{name}.{kind}", None
-            with suppress(DataError):
-                digest = open_source(source, kind).digest
-            if digest and recorded.get(field, digest) != digest:
-                raise not_the_same(field, where)
 
 
 def _plan(folder: Path, recipe: Recipe, state: SavedState | None, world: int) -> Plan:
