@@ -7,6 +7,7 @@ fake them. The held-out text is therefore cut in two disjoint halves: `select` i
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ _SMALLEST_HALF = 0.1  # of the tokens; below it, documents are too few or too un
 _HASH_PERSON = b"heldout halves"  # keeps this hash apart from the one that held the text out
 
 
+@lru_cache(maxsize=16)
 def split_heldout(dataset: TokenDataset, *, windows: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """The stretches of tokens, int64 [stretches, 2] of (start, end), of the `select` and of the `report` half.
 
@@ -29,7 +31,8 @@ def split_heldout(dataset: TokenDataset, *, windows: bool = True) -> tuple[np.nd
     matters; one of more than WINDOW_TOKENS is cut into windows, which go to one half and the other in turn: a handful
     of long documents would make halves of different text. A format without documents is one document. Where that
     leaves either half below 10% of the tokens, the text is cut in the middle: the first half selects, the second
-    reports. `windows=False` never cuts a document, as runs did before there were windows.
+    reports. `windows=False` never cuts a document, as runs did before there were windows. Halves of an open dataset are
+    remembered: all of its text is read for them, and every phase, warning and price asks for them.
     """
     ends = dataset.document_ends
     if ends is not None or windows:
