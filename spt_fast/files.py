@@ -29,7 +29,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if left == temporary or not _lives(left.name.split(".")[-2]):
+            owner = left.name.split(".")[-2]
+            if left == temporary or (owner.isdecimal() and not lives(int(owner))):
                 left.unlink(missing_ok=True)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
         yield temporary
@@ -41,13 +42,13 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def _lives(pid: str) -> bool:
-    """Whether a process of this host has that number; True where it is none."""
+def lives(pid: int) -> bool:
+    """Whether a process of this host has that number; True where that can't be known."""
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, ValueError, OverflowError):
+    except (PermissionError, OverflowError):
         pass
     return True
 

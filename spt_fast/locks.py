@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.errors import SptError
+from spt_fast.files import lives
 
 NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """What a file system without flock answers."""
@@ -84,12 +85,4 @@ def _owner(file: Path) -> dict[str, Any]:
 
 def _lives_elsewhere(owner: dict[str, Any]) -> bool:
     """Whether the owner may be at work: a process of this host that lives, or any process of another."""
-    if not owner or owner["host"] != socket.gethostname():
-        return bool(owner)
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
+    return bool(owner) and (owner["host"] != socket.gethostname() or lives(owner["pid"]))
