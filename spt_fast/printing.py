@@ -33,12 +33,15 @@ def plain(value: Any) -> Any:
 
 def as_json(result: Any) -> Any:
     """Plain data for JSON, in which what is not a number is None."""
-    if isinstance(result, float):
-        return result if math.isfinite(result) else None
-    result = plain(result)
-    if isinstance(result, dict):
-        return {key: as_json(value) for key, value in result.items()}
-    return [as_json(value) for value in result] if isinstance(result, list) else result
+    return _finite(plain(result))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 MIN_WIDTH = 40
