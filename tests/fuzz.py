@@ -712,7 +712,6 @@ class Flags:
         """Exit code of a command, and what it said on stderr."""
         sys.argv, out, err = ["spt-fast", *words], io.BytesIO(), io.BytesIO()
         sys.stdout, sys.stderr = io.TextIOWrapper(out, "utf-8"), io.TextIOWrapper(err, "utf-8")
-        cli.out = terminal()
         try:
             cli.main()
         except SystemExit as exit_:

@@ -12,9 +12,10 @@ from typing import Any, get_type_hints
 import pytest
 
 from spt_fast import cli
+from spt_fast.cli.flags import in_flags
+from spt_fast.cli.program import checkpoint_app, tokenizer_app
 from spt_fast.data import tokenizer
 from spt_fast.errors import LONGEST, RecipeError, SptError
-from spt_fast.flags import in_flags
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import metrics
 from tests import tiny
@@ -176,7 +177,7 @@ def test_what_generate_cannot_use(
 def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     expanded = set()
-    for app in (cli.app, cli.tokenizer_app, cli.checkpoint_app):
+    for app in (cli.app, tokenizer_app, checkpoint_app):
         for command in app.registered_commands:
             for name, hint in get_type_hints(command.callback, include_extras=True).items():
                 parser = getattr(next(iter(getattr(hint, "__metadata__", ())), None), "parser", None)

@@ -130,7 +130,7 @@ def test_the_conclusion_says_whether_the_difference_exceeds_the_spread(finished:
 
 
 def test_next_steps_name_commands_that_exist(tmp_path: Path) -> None:
-    from spt_fast.cli import app, tokenizer_app
+    from spt_fast.cli.program import app, tokenizer_app
 
     known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     commands = [line.split()[1] for line in next_steps(tmp_path).splitlines() if line.strip().startswith("spt-fast")]

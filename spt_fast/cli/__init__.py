@@ -1,0 +1,45 @@
+"""The command line: `spt-fast`, also `python -m spt_fast`. Each command reads its flags, calls the library, and prints.
+
+Exit codes: 0 the work is done; 75 interrupted and saved; 2 a bad recipe, file or flag, with one message; 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from spt_fast.cli import data, models, studies, training
+from spt_fast.cli.program import app
+from spt_fast.errors import FailedElsewhere, SptError
+from spt_fast.printing import set_up
+from spt_fast.train.signals import interrupt_by_signals
+
+__all__ = ["app", "data", "main", "models", "studies", "training"]
+
+
+def main() -> None:
+    """Entry point: runs the command line and turns a user's mistake into one message and exit code 2.
+
+    SIGTERM interrupts as Ctrl-C does, so that what is half-written is removed; training takes both over and saves.
+    """
+    interrupt_by_signals()
+    set_up()
+    rank = os.environ.get("RANK")
+    me = "spt-fast" if rank is None or os.environ.get("WORLD_SIZE", "1") == "1" else f"spt-fast, process {rank}"
+    try:
+        app()
+    except FailedElsewhere:
+        sys.exit(1)
+    except SptError as error:
+        print(f"{me}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("spt-fast: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"{me}: {what}; make room there, or give a file or folder that this user may use", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        print(f"{me}: {error}", file=sys.stderr)
+        sys.exit(1)

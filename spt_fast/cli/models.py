@@ -1,0 +1,64 @@
+"""Commands for weights: out, in, and what they write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from spt_fast.cli.flags import Json, Overwrite, PathArgument, PathOption, WeightsPath
+from spt_fast.cli.program import app, out, print_json
+from spt_fast.printing import print_facts
+
+
+@app.command("export")
+def export_weights(
+    weights: WeightsPath,
+    out_folder: Annotated[Path, PathOption("--out", metavar="DIR")],
+    tokenizer: Annotated[Path | None, PathOption(help="Saved along for AutoTokenizer; a run's own by default")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a Hugging Face folder (Llama; Qwen2 with a QKV bias; Qwen3 with QK-norm)."""
+    from spt_fast.train.release import export
+
+    export(weights, out_folder, tokenizer, overwrite=overwrite)
+    out.print(f"{out_folder}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True)
+
+
+@app.command("import")
+def import_weights(
+    folder: Annotated[Path, PathArgument(metavar="DIR", help="A Hugging Face folder: Llama, Qwen2 or Qwen3.")],
+    out_folder: Annotated[Path, PathOption("--out", metavar="CHECKPOINT")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Check that a Hugging Face folder can be trained on, and copy it to where a recipe's `init` may point."""
+    from spt_fast.train.release import take_over
+
+    take_over(folder, out_folder, overwrite=overwrite)
+    out.print(f"{out_folder}: name it in a recipe as `init: {out_folder}`", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    weights: WeightsPath,
+    prompt: str = "",
+    tokens: Annotated[int, Option(min=0, max=1_000_000, help="How many to generate.")] = 100,
+    temperature: Annotated[float, Option(help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int | None, Option(help="Sample among the k likeliest only.")] = 50,
+    seed: int = 0,
+    tokenizer: Annotated[Path | None, PathOption(help="A run's own by default.")] = None,
+) -> None:
+    """Text from a trained model."""
+    from spt_fast.train.release import generate_text
+
+    print(generate_text(weights, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed, tokenizer=tokenizer))
+
+
+@app.command()
+def kernels(as_json: Json = False) -> None:
+    """The backend that each op uses on this machine, and why."""
+    from spt_fast.kernels import chosen_backends
+
+    chosen = chosen_backends()
+    print_json(chosen) if as_json else print_facts(out, "kernels", chosen)

@@ -1,0 +1,38 @@
+"""The program that the commands belong to, and where they print."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from spt_fast import __version__
+from spt_fast.cli.flags import Commands
+from spt_fast.printing import as_json, terminal
+
+app = typer.Typer(
+    cls=Commands,
+    help="Specialized pretraining: decide how much domain data goes into pretraining, then train that model fast.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+tokenizer_app = typer.Typer(cls=Commands, help="Tokenizers.", no_args_is_help=True)
+checkpoint_app = typer.Typer(cls=Commands, help="Checkpoints of a run.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+out = terminal()
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(as_json(data), indent=1, allow_nan=False))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"spt-fast {__version__}")
+        raise typer.Exit

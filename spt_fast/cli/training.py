@@ -1,0 +1,141 @@
+"""Commands that plan, train and look at runs."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from spt_fast.cli.flags import (
+    Dtype,
+    Json,
+    Overrides,
+    PathOption,
+    Price,
+    RecipePath,
+    Resume,
+    RunPath,
+    WeightsPath,
+    is_first,
+    share,
+    stopped,
+)
+from spt_fast.cli.program import app, checkpoint_app, out, print_json
+from spt_fast.printing import print_facts, print_table
+from spt_fast.train.signals import StopRequest
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[int, Option(envvar="WORLD_SIZE", min=1, help="Processes; the launcher's by default.")] = 1,
+    gpu: Annotated[str | None, Option(help="Its name, such as H100; this machine's own by default.")] = None,
+    gpu_memory: Annotated[str | None, Option(help="Of one GPU, such as 80GB; its own by default.")] = None,
+    mfu: Annotated[str | None, Option(help="Share of the peak, such as 40%; measured by default.")] = None,
+    mfu_from: Annotated[Path | None, PathOption(metavar="RUN", help="Take it from this run's metrics.")] = None,
+    per_gpu_hour: Price = None,
+    as_json: Json = False,
+) -> None:
+    """What a recipe would do: tokens and epochs asked and exactly achieved, FLOPs; memory, hours and cost."""
+    from spt_fast.config import load_recipe
+    from spt_fast.train import price as pricing
+    from spt_fast.train.plan import make_plan
+
+    loaded = load_recipe(recipe, overrides or ())
+    memory = None if gpu_memory is None else pricing.parse_bytes(gpu_memory, "--gpu-memory")
+    machine = pricing.Machine.of(loaded, gpus=gpus, gpu=gpu, memory=memory)
+    made = make_plan(loaded, world=gpus)
+    speed = pricing.speed_of(made, machine, mfu=share(mfu, "--mfu"), run=mfu_from)
+    phases, price = made.describe(), pricing.price(made, machine, speed, per_gpu_hour=per_gpu_hour)
+    if as_json:
+        print_json({"phases": phases, **vars(price)})
+    else:
+        pricing.print_plan(recipe, phases, price, out)
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    verify: Annotated[bool, Option(help="Compare every block of the datasets with its hash, not only some.")] = False,
+    dry_run: Annotated[bool, Option(help="Check everything and try a step of every phase, in memory only.")] = False,
+) -> None:
+    """Train all phases of a recipe."""
+    with nullcontext() if dry_run else StopRequest():  # the run takes over what is heard while torch is imported
+        from spt_fast.config import load_recipe
+        from spt_fast.train import dry_run as trying
+        from spt_fast.train.run import print_summary, run
+
+        loaded = load_recipe(recipe, overrides or ())
+        if dry_run:
+            trials = trying.dry_run(loaded, verify=verify)
+            if is_first():
+                trying.print_trials(trials, out)
+            return
+        summary = run(loaded, resume=resume, verify=verify)
+    if summary["status"] == "stopped":
+        raise stopped(summary["reason"])
+    if summary["status"] == "failed":
+        raise RuntimeError(summary["reason"])
+    if is_first():
+        print_summary(loaded.run, summary, out)
+
+
+@app.command("eval")
+def evaluate(
+    weights: WeightsPath,
+    data: Annotated[list[Path], PathOption("--data", metavar="PREFIX")],
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte; every token but the first of a dataset is scored once."""
+    from spt_fast.train.score import print_scores, score
+
+    scored = {str(prefix): score(weights, prefix, dtype=dtype) for prefix in data}
+    print_json(scored) if as_json else print_scores(weights, scored, out)
+
+
+@app.command()
+def audit(
+    run: RunPath,
+    source: Annotated[str | None, Option(help="Only this source.")] = None,
+    document: Annotated[int | None, Option(help="One document of the source, by its position in the dataset.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Exactly how often a run has read every source, or one document."""
+    from spt_fast.train.audit import audit_document, audit_run, print_audit
+
+    if document is None:
+        readings = audit_run(run, source)
+        print_json(readings) if as_json else print_audit(run, readings, out)
+    else:
+        reading = audit_document(run, source, document)
+        print_json(reading) if as_json else print_facts(out, f"{source}, document {document}", reading)
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(run: RunPath, as_json: Json = False) -> None:
+    """Checkpoints of a run, oldest first."""
+    from spt_fast.train.checkpoint import checkpoints_of
+
+    found = {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in checkpoints_of(run)}
+    if as_json:
+        print_json([{"name": name, "bytes": size} for name, size in found.items()])
+    else:
+        print_table(out, str(run), ["checkpoint", "bytes"], found.items())
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(run: RunPath, as_json: Json = False) -> None:
+    """Check every hash of every checkpoint; exit code 2 where one is damaged."""
+    from spt_fast.train.checkpoint import WHOLE, verdicts_of
+
+    verdicts = verdicts_of(run)
+    print_json(verdicts) if as_json else print_facts(out, str(run), verdicts)
+    if set(verdicts.values()) != {WHOLE}:
+        raise typer.Exit(2)
