@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 import sys
 
-from spt_fast.cli import data, models, studies, training
 from spt_fast.cli.program import app
 from spt_fast.errors import FailedElsewhere, SptError
 from spt_fast.printing import set_up
 from spt_fast.train.signals import interrupt_by_signals
+
+# --help lists the commands in this order.
+# isort: off
+from spt_fast.cli import data, training, studies, models
+# isort: on
 
 __all__ = ["app", "data", "main", "models", "studies", "training"]
 
