@@ -15,6 +15,7 @@ import json
 import os
 import re
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from spt_fast.files import replacing
 from spt_fast.outputs import check_output, is_tokenizer
 
 EOS = "<|endoftext|>"
+MOST_IDS = 1 << 24
+"""Of a tokenizer: an embedding has a row for each."""
 FILE = "tokenizer.tiktoken"
 """What the tokenizer's file is called in the folder of a run, of weights and of an export."""
 
@@ -43,6 +46,7 @@ PIECE_CHARS = 100_000
 _CUT = re.compile(r"[^\W_](?=[\s,.;:!?…。、，；：！？])")
 
 _DOWNLOAD_S = 60.0
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 _ALL_KINDS = (
     "Ab don't 日本 naïve e\u0301 1 12345 ²½ $x+y=z_\"#… \t  \u00a0\n\r\n\n \U0001f600\u200d\x00\x7f\ue000 end \n"
@@ -108,13 +112,23 @@ class Tokenizer:
                 raise ValueError("a token or a rank comes twice")
             if not head and list(ranks.values()) != list(range(len(ranks))):
                 raise ValueError("its ranks aren't 0, 1, 2 … in this order")
+            if max(0, *special_tokens.values(), *ranks.values()) >= MOST_IDS:
+                raise ValueError(f"an id is {MOST_IDS:,} or more")
             if _matches_nothing(pattern):
-                raise ValueError("its pattern matches where there is nothing")
+                raise ValueError(
+                    "its pattern matches where there is nothing, or drops what it matched (\\K); mend it in the first "
+                    "line"
+                )
             tokenizer = cls(ranks, pattern, special_tokens)
             if tokenizer.decode(tokenizer.encode(_ALL_KINDS)) != _ALL_KINDS:
-                raise ValueError("its pattern leaves text out: a match must begin where the one before it ends")
+                raise ValueError(
+                    "its pattern leaves text out: a match must begin where the one before it ends; mend it in the "
+                    "first line"
+                )
             return tokenizer
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except BaseException as error:
+            if not isinstance(error, _DAMAGE) and type(error).__name__ != "PanicException":  # tiktoken's own
+                raise
             raise DataError(
                 f"{source}: is damaged, or not a file of tiktoken ranks ({error}); copy it again, or train another one "
                 "and prepare the data again"
@@ -280,13 +294,14 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _matches_nothing(pattern: str) -> bool:
-    """Whether it may match no character, as `\\b` and `(?=x)` do, which tiktoken's engine does not survive; False where
-    Python's can't say."""
+    """Whether it may match no character, as `\\b`, `(?=x)` and `x\\K` do, which tiktoken's engine does not survive;
+    False where Python's can't say."""
     try:
-        parsed = re._parser.parse(re.sub(r"\\[pP]\{\^?[\w=]*\}", r"\\w", pattern))  # type: ignore[attr-defined]
+        with warnings.catch_warnings(action="ignore"):  # of what Python may read otherwise one day
+            parsed = re._parser.parse(re.sub(r"\\[pP]\{\^?[\w=]*\}", r"\\w", pattern))  # type: ignore[attr-defined]
         return bool(parsed.getwidth()[0] == 0)
     except re.error:
-        return False
+        return re.search(r"(?<!\\)(\\\\)*\\K", pattern) is not None
 
 
 def _header(pattern: str, special_tokens: dict[str, int]) -> bytes:

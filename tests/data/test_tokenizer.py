@@ -232,6 +232,7 @@ def test_damaged_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
         "head broken": copy.replace(b"}", b"", 1),
         "head nested": b"#" + b"[" * 100_000 + b"\n" + good,
         "no regex": copy.replace(b"S+", b"S+["),
+        "huge id": copy.replace(b"5000", b"2147483648"),
     }
     for name, data in damaged.items():
         path = tmp_path / name
@@ -300,9 +301,11 @@ def test_a_pattern_must_cover_all_text_and_be_one_that_an_export_can_say(tmp_pat
     for lossy in ("x{5}", r"\p{L}+", r"\p{L}+|\s+", "."):
         with pytest.raises(DataError, match=r"t\.tiktoken: .*its pattern leaves text out"):
             Tokenizer.load(file(lossy))
-    for empty in ("", "a*", r"\p{L}*|[\s\S]", "a|", r"\b|[\s\S]", r"(?=Q)|[\s\S]", r"(?<=9)|[\s\S]"):
-        with pytest.raises(DataError, match=r"t\.tiktoken: .*matches where there is nothing"):
+    for empty in ("", "a*", r"\p{L}*|[\s\S]", "a|", r"\b|[\s\S]", r"(?=Q)|[\s\S]", r"(?<=9)|[\s\S]", r"[\s\S]\K"):
+        with pytest.raises(DataError, match=r"t\.tiktoken: .*matches where there is nothing.*; mend it"):
             Tokenizer.load(file(empty))
+    with pytest.raises(DataError, match="not a file of tiktoken ranks"):
+        Tokenizer.load(file(r"[[:alpha:]]*|[\s\S]"))  # Python knows no such class, so the engine is asked, and panics
     with pytest.raises(DataError, match="Hugging Face's tokenizers cannot read its pattern"):
         Tokenizer.load(file(r"\p{Script=Han}+|[\s\S]"))
     assert Tokenizer.load(file(r"[\s\S]")).encode("añ") == [97, 195, 177]
