@@ -162,6 +162,8 @@ def path(value: object, where: str) -> str:
     if unset := re.search(r"(?:^|/)\$([A-Za-z_]\w*|\{\w+\})(?:/|$)", found):  # elsewhere a dollar may be a name's own
         name = unset[1].strip("{}")
         raise RecipeError(invalid(where, given, f"the environment has no {name}; set it, or write the path itself"))
+    if not found:
+        raise RecipeError(invalid(where, given, "the environment has nothing there; set it, or write the path itself"))
     if found.startswith("~"):
         raise RecipeError(invalid(where, given, "no user of this machine has that name; write ./~… for a file's name"))
     return found

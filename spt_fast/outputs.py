@@ -10,13 +10,14 @@ from pathlib import Path
 from spt_fast.errors import SptError
 
 HEAD_BYTES = 4096
+RUN_FOLDERS = ("checkpoints", "weights")
 
 
 def check_output(file: Path, argument: str, is_ours: Callable[[Path], bool]) -> None:
     """SptError, in the name of an argument, where `file` is there and neither empty nor, by `is_ours`, of the kind that
     is to be written, or would lie among a run's own files: before any work is done for it."""
-    if (file.parent / "recipe.yaml").exists() and (file.parent / "checkpoints").is_dir():
-        problem = f"lies in the run {file.parent}; choose another place"
+    if run := run_around(file):
+        problem = f"lies in the run {run}; choose another place"
     elif file.is_symlink():
         problem = f"is a link; name the file that it leads to, {file.resolve()}"
     elif not file.exists():
@@ -28,6 +29,15 @@ def check_output(file: Path, argument: str, is_ours: Callable[[Path], bool]) -> 
     else:
         return
     raise SptError(f"{argument}: {file} {problem}", argument=True)
+
+
+def run_around(file: Path) -> Path | None:
+    """The run whose own files a file would lie among."""
+    for folder in file.absolute().parents:
+        inside = folder == file.absolute().parent or file.absolute().relative_to(folder).parts[0] in RUN_FOLDERS
+        if inside and (folder / "recipe.yaml").exists() and (folder / "checkpoints").is_dir():
+            return folder
+    return None
 
 
 def head(file: Path) -> bytes:

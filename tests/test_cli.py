@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
+import typer
 
-from spt_fast import cli
+from spt_fast import cli, fields
 from spt_fast.cli.flags import in_flags
 from spt_fast.cli.program import checkpoint_app, tokenizer_app
 from spt_fast.data import tokenizer
@@ -176,6 +177,9 @@ def test_what_generate_cannot_use(
 
 def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("NOTHING", "")
+    with pytest.raises(RecipeError, match=r"run: '\$NOTHING' is invalid: the environment has nothing there"):
+        fields.path("$NOTHING", "run")
     expanded = set()
     for app in (cli.app, tokenizer_app, checkpoint_app):
         for command in app.registered_commands:
@@ -184,6 +188,9 @@ def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPa
                 assert parser or "Path" not in str(hint), f"{command.callback.__name__} {name}"  # type: ignore[union-attr]
                 if parser:
                     assert str(parser("~/x")) == "/home/me/x"
+                    for empty in ("", "$NOTHING"):
+                        with pytest.raises(typer.BadParameter, match="the path is empty; name a file or folder"):
+                            parser(empty)
                     expanded.add(name)
     assert expanded >= {
         "recipe",

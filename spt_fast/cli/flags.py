@@ -19,7 +19,14 @@ from spt_fast.files import expanded
 
 def path(given: str | Path) -> Path:
     """A path of the command line: shells leave `~` alone in --out=~/x."""
-    return Path(expanded(str(given)))
+    return Path(named(str(given)))
+
+
+def named(given: str) -> str:
+    """A path, expanded; an empty one, as an unset variable leaves it, is not the working directory."""
+    if found := expanded(given):
+        return found
+    raise typer.BadParameter("the path is empty; name a file or folder, or write . for the working directory")
 
 
 PathArgument, PathOption = partial(typer.Argument, parser=path), partial(typer.Option, parser=path)
@@ -46,7 +53,7 @@ Runs = Annotated[list[Path], PathArgument(metavar="RUNS…", help="Studies, tabl
 WeightsPath = Annotated[Path, PathArgument(metavar="RUN_OR_CHECKPOINT")]
 Inputs = Annotated[
     list[str],
-    typer.Argument(parser=expanded, metavar="INPUT…", help=".jsonl, .txt, .parquet, also compressed; folders; or -"),
+    typer.Argument(parser=named, metavar="INPUT…", help=".jsonl, .txt, .parquet, also compressed; folders; or -"),
 ]
 
 

@@ -90,6 +90,7 @@ def prepare(
     settings = Settings(text_key, skip_bad, hashed=heldout is not None)
     skipped: Counter[str] = Counter()
     with ExitStack() as stack:
+        _refuse_heldout(base_prefix(Path(out)))
         parts = ["whole"] if heldout is None else ["train", "heldout"]
         writers = [_writer(stack, out, tokenizer, part) for part in parts]
         obsolete = _older_split(writers[0].prefix) if heldout is None else None
@@ -140,6 +141,16 @@ def _write(writer: DatasetWriter, encoded: Encoded) -> None:
 
 def heldout_prefix(out: str | os.PathLike[str]) -> Path:
     return Path(f"{base_prefix(Path(out))}.heldout")
+
+
+def _refuse_heldout(prefix: Path) -> None:
+    """DataError where another dataset's held-out part lies at `prefix`."""
+    if part_of(prefix) == "heldout":
+        whole = prefix.with_suffix("")
+        raise DataError(
+            f"out: {prefix} is the held-out part of {whole}; choose another prefix, or prepare {whole} again",
+            argument=True,
+        )
 
 
 def _older_split(prefix: Path) -> Path | None:

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +24,10 @@ import numpy as np
 
 from spt_fast.data import formats
 from spt_fast.data.joined import JoinedTokens
-from spt_fast.errors import DataError, cut, invalid
+from spt_fast.errors import DataError, SptWarning, cut, invalid
 from spt_fast.files import sync
 from spt_fast.locks import locked
+from spt_fast.outputs import run_around
 
 FORMAT = "spt_fast tokens"
 VERSION = 1
@@ -38,6 +40,8 @@ Prefix = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """Of a token dataset; a folder, pattern or list of one in many files."""
 
 _ENDINGS = (".bin", ".npy", ".ds")
+_ABOUT = (".idx", ".json", ".index", ".metadata")
+_NAMED = 5
 _PATTERN = re.compile(r"[*?[]")
 _HELD_OUT = re.compile(r"(?:^|[._-])(?:heldout|valid|validation|val|test|dev|eval)(?=[._-]|$)", re.IGNORECASE)
 _READ_BYTES = 1 << 20
@@ -104,6 +108,8 @@ class TokenDataset:
         with a header where there is one. Raises DataError for what is missing, damaged, or of another size than its
         header says. Hashes are left to `verify`, so that opening costs the same at any size.
         """
+        if "" in ([prefix] if isinstance(prefix, (str, os.PathLike)) else prefix):
+            raise DataError(invalid("prefix", prefix, "name a token dataset; . is the working directory"))
         declared = None if dtype is None else formats.id_dtype(dtype, f"{prefix}: the declared dtype")
         try:
             if not isinstance(prefix, (str, os.PathLike)) or is_many(Path(prefix)):
@@ -244,7 +250,7 @@ def _join(given: Prefix, dtype: str | None) -> TokenDataset:
     if not prefixes:
         raise DataError(f"{what}: holds no token files ({', '.join(_ENDINGS)})")
     shards = tuple(TokenDataset.open(prefix, dtype) for prefix in prefixes)
-    if len({os.path.realpath(shard.path) for shard in shards}) < len(shards):
+    if len({(status.st_dev, status.st_ino) for status in (shard.path.stat() for shard in shards)}) < len(shards):
         raise DataError(f"{what}: names a file twice, maybe by a link; name every shard once")
     first = shards[0]
     _refuse_mixed(what, prefixes, shards)
@@ -267,11 +273,33 @@ def _join(given: Prefix, dtype: str | None) -> TokenDataset:
 
 
 def _matching(given: Path) -> list[Path]:
-    """Token files of a folder or pattern, sorted by name."""
-    pattern = str(Path(glob.escape(str(given)), "*")) if given.is_dir() else str(given)
-    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    files = [path for path in found if path.suffix in _ENDINGS and path.is_file()]
-    return list(dict.fromkeys(base_prefix(path) if path.suffix == ".bin" else path for path in files))
+    """Token files of a folder or pattern, sorted by name. Warns of what else is there."""
+    names = [Path(given, name) for name in os.listdir(given)] if given.is_dir() else map(Path, _found(given))
+    found = sorted(names)
+    files = [path for path in found if path.suffix in _ENDINGS and path.is_file() and not path.name.startswith(".")]
+    by_stem = {path.with_suffix(""): path for path in files}
+    if len(by_stem) < len(files):
+        twice = next(path for path in files if by_stem[path.with_suffix("")] != path)
+        raise DataError(
+            f"{given}: holds both {twice.name} and {by_stem[twice.with_suffix('')].name}, maybe the same ids twice; "
+            "name what is meant by a pattern"
+        )
+    others = [path.name for path in found if path not in files and not _belongs(path, by_stem)]
+    if others and files:
+        named = ", ".join(others[:_NAMED]) + (", …" if len(others) > _NAMED else "")
+        warnings.warn(f"{given}: passed over: {len(others)} × not a token file ({named})", SptWarning, stacklevel=4)
+    return [base_prefix(path) if path.suffix == ".bin" else path for path in files]
+
+
+def _found(pattern: Path) -> list[str]:
+    deep = "**" in pattern.parts
+    return [name for name in glob.glob(str(pattern), recursive=True) if not (deep and os.path.isdir(name))]
+
+
+def _belongs(path: Path, stems: Mapping[Path, Path]) -> bool:
+    """Whether a file says something of a token file beside it (index, documents, metadata), or is a writer's own."""
+    about = {path.with_suffix(""), path.with_suffix("").with_suffix("")} if path.suffix in _ABOUT else set()
+    return not about.isdisjoint(stems) or re.fullmatch(r"\..*\.(lock|tmp)", path.name) is not None
 
 
 def _refuse_mixed(what: Path, prefixes: list[Path], shards: tuple[TokenDataset, ...]) -> None:
@@ -332,7 +360,9 @@ class DatasetWriter:
         self._idx_hash = hashlib.sha256()
         self._block_hash, self._block_filled = hashlib.sha256(), 0
         self._blocks: list[str] = []
-        self._partial = [Path(f"{path}.partial") for path in files_of(self.prefix)]
+        if run := run_around(self.prefix):
+            raise DataError(f"out: {self.prefix} lies in the run {run}; choose another place", argument=True)
+        self._partial = _partial(self.prefix)
         self._files: list[BinaryIO] = []
         self._is_replacing = False
         self._lock = contextlib.ExitStack()
@@ -504,6 +534,11 @@ def files_of(prefix: Path) -> tuple[Path, Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
 
 
+def _partial(prefix: Path) -> list[Path]:
+    """What the three files are called while they are written: no one else's names."""
+    return [path.with_name(f".{path.name}.spt-fast.tmp") for path in files_of(prefix)]
+
+
 def _is_ours(json_path: Path) -> bool:
     """Whether the file says near its start that it describes a dataset of ours."""
     if not json_path.is_file():
@@ -525,14 +560,13 @@ def _refuse_foreign(prefix: Path) -> None:
 
 def _is_torn(prefix: Path) -> bool:
     """Whether a commit was killed there: the .json comes last, and was complete under its temporary name before."""
-    final = files_of(prefix)[2]
-    return not os.path.lexists(final) and _is_ours(Path(f"{final}.partial"))
+    return not os.path.lexists(files_of(prefix)[2]) and _is_ours(_partial(prefix)[2])
 
 
 def _remove_leftovers(prefix: Path) -> None:
     """Of a writer that was killed. The temporary .json, by which a torn commit is known, goes last."""
     torn = files_of(prefix)[:2] if _is_torn(prefix) else ()
-    for path in (*torn, *(Path(f"{path}.partial") for path in files_of(prefix))):
+    for path in (*torn, *_partial(prefix)):
         path.unlink(missing_ok=True)
 
 

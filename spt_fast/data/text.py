@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from spt_fast.errors import DataError, SptWarning, shown_key
+from spt_fast.errors import DataError, SptWarning, invalid, shown_key
 
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -193,7 +193,12 @@ def find_files(inputs: Inputs) -> Found:
     """What `inputs` (paths, folders, "-") stand for. Warns of what is passed over; DataError for what doesn't exist."""
     files: list[Path] = []
     passed_over: dict[str, list[Path]] = {}
-    for path in map(Path, [inputs] if isinstance(inputs, str | os.PathLike) else inputs):
+    for given in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
+        path = Path(given)
+        if not os.fspath(given):
+            raise DataError(
+                invalid("inputs", given, "name files or folders; . is the working directory"), argument=True
+            )
         if _is_pipe(path) or path.is_file():
             _split_name(path)
             files.append(path)
@@ -209,27 +214,43 @@ def find_files(inputs: Inputs) -> Found:
         raise DataError("no input given; give files, folders, or - for standard input")
     if passed_over:
         warnings.warn(f"input: {_listed(passed_over)}", SptWarning, stacklevel=2)
-    texts = Counter(_text_of(path) for path in files if not _is_pipe(path))
-    if again := sorted({path.name for path in files if texts.get(_text_of(path), 0) > 1}):
+    texts = Counter(text for path in files for text in _texts_of(path))
+    if again := sorted({path.name for path in files if any(texts[text] > 1 for text in _texts_of(path))}):
         warnings.warn(f"input: the same text is read more than once: {_few(again)}", SptWarning, stacklevel=2)
     return Found(files, passed_over)
 
 
 def _files_in(folder: Path, passed_over: dict[str, list[Path]]) -> list[Path]:
-    files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        why = _not_read(path, folder)
+    files: list[Path] = []
+    texts: set[object] = set()
+    closed: list[Path] = []
+    below = [
+        Path(parent, name)
+        for parent, folders, names in os.walk(folder, onerror=lambda error: closed.append(Path(error.filename)))
+        for name in (*folders, *names)
+    ]
+    for path in sorted(below):
+        why = "folder that can't be read" if path in closed else _not_read(path, folder)
         if why is None and path.is_file() and _is_text(path):
-            why = "same text twice" if _text_of(path) in files else None
-            files.setdefault(_text_of(path), path)
+            if texts.isdisjoint(_texts_of(path)):
+                files.append(path)
+            else:
+                why = "same text twice"
+            texts.update(_texts_of(path))
         if why:
             passed_over.setdefault(why, []).append(path)
-    return list(files.values())
+    if folder in closed:
+        raise DataError(f"{folder} can't be read; give this user the right to list it")
+    return files
 
 
-def _text_of(path: Path) -> str:
-    """The same for a file, links to it, and the file compressed."""
-    return os.path.realpath(path).removesuffix(_split_name(path)[1])
+def _texts_of(path: Path) -> list[object]:
+    """By what a file is known: one is the same for links to it and for the file compressed, one for hard links to it;
+    nothing of a pipe."""
+    if _is_pipe(path):
+        return []
+    status = path.stat()
+    return [os.path.realpath(path).removesuffix(_split_name(path)[1]), (status.st_dev, status.st_ino)]
 
 
 def _not_read(path: Path, folder: Path) -> str | None:

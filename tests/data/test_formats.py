@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spt_fast.data import formats
+from spt_fast.data import formats, shards
 from spt_fast.data.shards import DatasetWriter, TokenDataset
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, SptWarning
 
 MEGATRON_CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
@@ -336,7 +336,9 @@ def test_many_files_are_one_dataset(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("not ids")
     whole = np.concatenate(parts)
     names = [tmp_path / f"train_{i:06d}.bin" for i in range(4)]
-    opened = [TokenDataset.open(given) for given in (tmp_path, tmp_path / "train_*.bin", names, list(map(str, names)))]
+    with pytest.warns(SptWarning, match=r"passed over: 1 × not a token file \(README\)$"):
+        opened = [TokenDataset.open(tmp_path)]
+    opened += [TokenDataset.open(given) for given in (tmp_path / "train_*.bin", names, list(map(str, names)))]
     for data in opened:
         assert (len(data.tokens), data.num_tokens, data.tokens.dtype) == (len(whole), len(whole), np.uint16)
         for start, stop in itertools.combinations(range(0, len(whole) + 1, 3), 2):
@@ -385,7 +387,15 @@ def test_files_that_make_no_one_corpus(tmp_path: Path) -> None:
     np.save(ids, np.ones(5, np.uint16))
     link.symlink_to(ids)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "hard").mkdir()
+    (tmp_path / "hard" / "a.npy").hardlink_to(ids)
+    (tmp_path / "hard" / "b.npy").hardlink_to(ids)
+    own("stem/a")
+    np.save(tmp_path / "stem" / "a.npy", np.ones(5, np.uint16))
     for given, message in (
+        ("", r"prefix: '' is invalid: name a token dataset; \. is"),
+        (tmp_path / "hard", "hard: names a file twice, maybe by a link"),
+        (tmp_path / "stem", r"stem: holds both a\.bin and a\.npy, maybe the same ids twice; name what"),
         (tmp_path / "in", r"in: holds a.heldout, which looks held out, beside other text; name what is meant"),
         (tmp_path / "empty", r"empty: holds no token files \(.bin, .npy, .ds\)"),
         (tmp_path / "in" / "x*", r"x\*: holds no token files"),
@@ -397,6 +407,20 @@ def test_files_that_make_no_one_corpus(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             TokenDataset.open(given)
+
+
+def test_what_a_folder_holds_besides_token_files_is_counted_and_named(tmp_path: Path) -> None:
+    write_llmc(tmp_path / "t_0.bin", IDS)
+    write_megatron(tmp_path / "m", DOCUMENTS)
+    for name in ("t_1.bin.gz", "t_2.bin.part", ".t_3.bin", "t_4.idx", "t_0.json", "m.json", ".m.lock"):
+        (tmp_path / name).touch()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "t_5.bin").symlink_to(tmp_path / "nothing")
+    others = r"6 × not a token file \(\.t_3\.bin, sub, t_1\.bin\.gz, t_2\.bin\.part, t_4\.idx, …\)"
+    with pytest.warns(SptWarning, match=f"passed over: {others}"):
+        shards._matching(tmp_path)
+    with pytest.warns(SptWarning, match=r"passed over: 4 × not a token file \(t_1\.bin\.gz, "):
+        TokenDataset.open(tmp_path / "t_*")
 
 
 def test_a_folder_of_the_same_name_does_not_hide_the_file(tmp_path: Path) -> None:

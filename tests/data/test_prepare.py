@@ -221,12 +221,19 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
         (blank, {}, r"d: no document is left \(left out: 2 empty\)"),
         (empty, {}, "empty.jsonl holds no document"),
         (tmp_path / "none.jsonl", {}, "none.jsonl doesn't exist"),
+        ("", {}, r"inputs: '' is invalid: name files or folders; \. is"),
+        ([few, ""], {}, r"inputs: '' is invalid"),
     ):
         with pytest.raises(DataError, match=message):
             prepare(inputs, tmp_path / "d", tokenizer, progress=False, **options)
     with pytest.raises(DataError, match="give a file of ranks or a tiktoken encoding"):
         prepare(few, tmp_path / "d", "nothing", progress=False)
     assert names(tmp_path) == ["blank.jsonl", "empty.jsonl", "few.jsonl", "one_text.jsonl"]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").touch()
+    for place in ("run/d", "run/checkpoints/d"):
+        with pytest.raises(DataError, match=r"out: .* lies in the run .*/run; choose another place"):
+            prepare(few, tmp_path / place, tokenizer, progress=False)
 
 
 def test_a_failing_run_leaves_the_old_dataset(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -290,7 +297,7 @@ def test_an_interruption_leaves_nothing_and_nobody(tmp_path: Path, tokenizer: To
     assert process.stderr is not None
     process.stdin.write(lines)
     process.stdin.flush()  # and leave it open: more may come
-    _until(lambda: len(children(process.pid)) > 0 and (tmp_path / "d.bin.partial").exists())
+    _until(lambda: len(children(process.pid)) > 0 and (tmp_path / ".d.bin.spt-fast.tmp").exists())
     found = children(process.pid)
     time.sleep(0.3)
     process.send_signal(how)
@@ -386,6 +393,9 @@ def test_a_tokenizer_and_input_by_path(tmp_path: Path, tokenizer: Tokenizer, mon
 def test_an_older_held_out_part_never_outlives_its_training_part(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_jsonl(tmp_path / "a.jsonl", documents(200))
     prepare(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, heldout=Fraction(1, 4), progress=False)
+    for heldout in (None, Fraction(1, 4)):
+        with pytest.raises(DataError, match=r"out: .*d.heldout is the held-out part of .*/d; choose another prefix"):
+            prepare(tmp_path / "a.jsonl", tmp_path / "d.heldout.bin", tokenizer, heldout=heldout, progress=False)
     with pytest.warns(SptWarning, match="d.heldout: is removed, as the held-out part of an older"):
         prepare(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, progress=False)
     assert names(tmp_path) == ["a.jsonl", "d.bin", "d.idx", "d.json"]

@@ -377,7 +377,7 @@ def test_a_commit_is_on_the_disk_before_and_after_it_is_visible(
         os, "fsync", lambda descriptor: synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), names(tmp_path)))
     )
     write(tmp_path / "d", DOCUMENTS)
-    partial = [".d.lock", "d.bin.partial", "d.idx.partial", "d.json.partial"]
+    partial = [".d.bin.spt-fast.tmp", ".d.idx.spt-fast.tmp", ".d.json.spt-fast.tmp", ".d.lock"]
     assert synced == [(False, partial)] * 3 + [(True, [".d.lock", "d.bin", "d.idx", "d.json"])]
 
 
@@ -496,7 +496,7 @@ def test_a_prefix_must_name_files(folder: str, tmp_path: Path, monkeypatch: pyte
 
 def test_one_writer_at_a_time_and_no_link_is_written_through(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
-    (tmp_path / "d.bin.partial").symlink_to(tmp_path / "precious")
+    (tmp_path / ".d.bin.spt-fast.tmp").symlink_to(tmp_path / "precious")
     with DatasetWriter(tmp_path / "d", vocab_size=10, eos_id=None, tokenizer_digest=None) as first:
         first.write(np.arange(5), np.array([5]), 5)
         with pytest.raises(InUse, match=rf"out: .*/d: in use by process {os.getpid()} on .* since .*; wait until"):
@@ -535,8 +535,8 @@ def test_parts_of_a_text_are_replaced_together_or_not_at_all(tmp_path: Path, mon
 
 
 def test_leftovers_of_a_killed_writer_are_overwritten(tmp_path: Path) -> None:
-    for name in ("d.bin.partial", "d.idx.partial", "d.json.partial"):
+    for name in (".d.bin.spt-fast.tmp", ".d.idx.spt-fast.tmp", ".d.json.spt-fast.tmp", "d.bin.partial", "d.bin.tmp"):
         (tmp_path / name).write_bytes(bytes(1000))
     write(tmp_path / "d", DOCUMENTS)
-    assert names(tmp_path) == ["d.bin", "d.idx", "d.json"]
+    assert names(tmp_path) == ["d.bin", "d.bin.partial", "d.bin.tmp", "d.idx", "d.json"]  # a user's own stay
     TokenDataset.open(tmp_path / "d").verify()

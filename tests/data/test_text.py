@@ -110,7 +110,7 @@ def test_a_folder_is_read_in_order_of_paths(tmp_path: Path) -> None:
     assert find_files(tmp_path).files == [tmp_path / name for name in expected]
 
 
-def test_what_is_passed_over_is_counted_and_named(tmp_path: Path) -> None:
+def test_what_is_passed_over_is_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "in"
     for name in ("a.jsonl", "a.jsonl.gz", "b.json.gz", "c.csv", ".d.txt", ".DS_Store", "sub/e.txt"):
         put(folder / name, compress(jsonl([name]), ".gz" if name.endswith(".gz") else ""))
@@ -129,6 +129,27 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path: Path) -> None:
     assert skipped == kinds
     with pytest.warns(SptWarning, match="the same text is read more than once: a.jsonl, a.jsonl.gz"):
         assert list(iter_documents([folder / "a.jsonl", folder / "a.jsonl.gz"])) == ["a.jsonl", "a.jsonl.gz"]
+    put(tmp_path / "hard" / "sub" / "a.jsonl", jsonl(["once"]))
+    (tmp_path / "hard" / "b.jsonl").hardlink_to(tmp_path / "hard" / "sub" / "a.jsonl")
+    with pytest.warns(SptWarning, match=r"passed over: 1 × same text twice \(a.jsonl\)"):
+        assert read(tmp_path / "hard")[0] == ["once"]
+    with pytest.warns(SptWarning, match="the same text is read more than once: a.jsonl, b.jsonl"):
+        find_files([tmp_path / "hard" / "b.jsonl", tmp_path / "hard" / "sub" / "a.jsonl"])
+    scan = os.scandir
+
+    def closed(path: str) -> Any:
+        if str(path).endswith(str(refused)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    refused = "sub"
+    with pytest.warns(SptWarning, match=r"passed over: 1 × folder that can't be read \(sub\)"):
+        assert find_files(tmp_path / "hard").files == [tmp_path / "hard" / "b.jsonl"]
+    refused = "hard"
+    with pytest.raises(DataError, match="hard can't be read; give this user"):
+        find_files(tmp_path / "hard")
+    monkeypatch.undo()
     put(tmp_path / "none" / "x.json", b"{}")
     with pytest.raises(DataError, match=r"none holds no .* file; passed over: 1 × other file \(x.json\)"):
         find_files(tmp_path / "none")
