@@ -89,15 +89,44 @@ def train(
 @app.command("eval")
 def evaluate(
     weights: WeightsPath,
-    data: Annotated[list[Path], PathOption("--data", metavar="PREFIX")],
+    data: Annotated[list[Path] | None, PathOption("--data", metavar="PREFIX", help="Loss on this dataset.")] = None,
+    tasks: Annotated[list[str] | None, Option(metavar="TASK,…", help="lm-eval's names and .yaml; .jsonl.")] = None,
+    num_fewshot: Annotated[int | None, Option(help="Solved examples before each question.")] = None,
+    limit: Annotated[int | None, Option(help="Questions at most, of each task.")] = None,
+    context: Annotated[int | None, Option(help="Tokens that tasks see; the model's own by default.")] = None,
+    batch: Annotated[int | None, Option(help="Texts of a task at a time; as many as fit by default.")] = None,
+    tokenizer: Annotated[Path | None, PathOption(help="For tasks; the weights' own by default.")] = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Loss, perplexity and bits per byte; every token but the first of a dataset is scored once."""
+    """Loss, perplexity and bits per byte on datasets, every token but the first scored once; accuracy in tasks."""
     from spt_fast.train.score import print_scores, score
+    from spt_fast.train.tasks import print_tasks, score_tasks
 
-    scored = {str(prefix): score(weights, prefix, dtype=dtype) for prefix in data}
-    print_json(scored) if as_json else print_scores(weights, scored, out)
+    if not data and not tasks:
+        raise typer.BadParameter("give --data PREFIX, --tasks TASK or both")
+    names = [name.strip() for given in tasks or () for name in given.split(",")]
+    scored = {str(prefix): score(weights, prefix, dtype=dtype) for prefix in data or ()}
+    results = (
+        score_tasks(
+            weights,
+            names,
+            tokenizer=tokenizer,
+            context=context,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch=batch,
+        )
+        if names
+        else {}
+    )
+    if as_json:
+        print_json({**scored, **({"tasks": results} if names else {})})
+        return
+    if scored:
+        print_scores(weights, scored, out)
+    if results:
+        print_tasks(weights, results, out)
 
 
 @app.command()

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import CheckpointError, DataError, SptWarning, cut, invalid
 from spt_fast.model import hf, hf_config
@@ -34,8 +36,13 @@ class HuggingFaceTokenizer:
         self.eos_id: int | None = eos[0] if isinstance(eos, list) else eos
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+        self.bos_id: int | None = next(iter(self._tokenizer.encode("").ids), None)
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)

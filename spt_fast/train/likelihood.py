@@ -1,0 +1,202 @@
+"""Log-likelihoods of text, which is cut into tokens as lm-eval's own model for Hugging Face folders cuts it, so that
+both give the same numbers.
+
+B rows, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.errors import CheckpointError, SptError, SptWarning, invalid
+from spt_fast.model.gpt import GPT
+from spt_fast.train.release import tokenizer_of
+from spt_fast.train.weights import load_model
+from spt_fast.train.world import pick_device, pick_dtype
+
+TOKENS_AT_A_TIME = 16_384
+LOGITS_BYTES = 1 << 30
+"""Of the float32 logits of a batch."""
+LOOK_EVERY = 32
+"""Tokens that are generated before stop strings are looked for."""
+
+
+class Pair(NamedTuple):
+    """Ids, the context at least one."""
+
+    context: list[int]
+    continuation: list[int]
+
+
+class Likelihood(NamedTuple):
+    """Of a continuation after its context."""
+
+    nats: float
+    """The logarithm of its probability."""
+    greedy: bool
+    """Whether each of its tokens is the likeliest."""
+
+
+class TextModel:
+    """A model that scores and continues text.
+
+    context: tokens that it sees at most. bos: the id that every text begins with; None for none. Where a context is
+    empty, the end-of-text id stands in for it. batch: rows at a time; None takes as many as fit.
+    SptError for a context that the model doesn't have.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, context: int | None = None, batch: int | None = None):
+        longest = model.config.context
+        if context is not None and not 1 < context <= longest:
+            raise SptError(invalid("context", context, f"from 2 to {longest}, the model's own"), argument=True)
+        if batch is not None and batch < 1:
+            raise SptError(invalid("batch", batch, "write a whole number of at least 1"), argument=True)
+        self.context = context or longest
+        self.bos: int | None = getattr(tokenizer, "bos_id", None)
+        self.batch = batch
+        self._model, self._tokenizer = model.eval().requires_grad_(False), tokenizer
+
+    @classmethod
+    def load(
+        cls, weights: Path, tokenizer: Path | None = None, *, context: int | None = None, batch: int | None = None
+    ) -> TextModel:
+        """The model at `weights` on this machine's device, in the dtype that matmuls are fast in: the same for all
+        weights. CheckpointError where their tokenizer is unknown."""
+        found = tokenizer_of(weights, tokenizer)
+        if found is None:
+            raise CheckpointError(
+                f"tokenizer: missing; {weights} does not say which tokenizer its ids come from: name it", argument=True
+            )
+        device = pick_device()
+        model = load_model(weights).to(device=device, dtype=pick_dtype("auto", device))
+        return cls(model, found, context=context, batch=batch)  # type: ignore[arg-type]
+
+    @property
+    def dtype(self) -> str:
+        """What is computed in."""
+        return str(self._model.embedding.dtype).removeprefix("torch.")
+
+    def encode(self, text: str) -> list[int]:
+        return [*([] if self.bos is None else [self.bos]), *self._ids(text)]
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode_array(text).tolist()
+
+    @property
+    def _prefix(self) -> int:
+        return self._tokenizer.eos_id if self.bos is None else self.bos
+
+    def pair(self, context: str, continuation: str) -> Pair:
+        """Encoded as one text and cut where the context alone ends; spaces at the end of the context belong to the
+        continuation. SptError for a continuation without tokens."""
+        if context:
+            kept = context.rstrip()
+            whole, before = self.encode(context + continuation), self.encode(kept)
+            pair = Pair(before, whole[len(before) :])
+        else:
+            ids = self._ids(continuation)
+            pair = Pair(ids[:1], ids[1:]) if ids[:1] == [self._prefix] else Pair([self._prefix], ids)
+        if not pair.continuation:
+            raise SptError(f"{continuation!r} has no tokens of its own after its context; write a longer answer")
+        return pair
+
+    def windows(self, text: str) -> list[Pair]:
+        """Every token of `text` once, each window but the first after as much context as fits. The begin-of-text id is
+        scored too, as lm-eval does."""
+        ids, T = self.encode(text), self.context
+        starts = range(0, len(ids), T)
+        ends = [min(start + T, len(ids)) for start in starts]
+        return [
+            Pair(ids[end - T - 1 : start] if start else [self._prefix], ids[start:end])
+            for start, end in zip(starts, ends, strict=True)
+        ]
+
+    def likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
+        """In the order of `pairs`; the longest go first, in batches of about one length.
+
+        Of a pair that is longer than the context, the beginning is dropped, with a warning. SptError where that would
+        drop some of the continuation.
+        """
+        longest = max((len(pair.continuation) for pair in pairs), default=0)
+        if longest > self.context:
+            raise SptError(
+                invalid("context", self.context, f"at least {longest}, the tokens of the longest answer"), argument=True
+            )
+        rows = [[*pair.context, *pair.continuation] for pair in pairs]
+        cut = sum(len(row) > self.context + 1 for row in rows)
+        if cut:
+            warnings.warn(
+                f"context: {cut:,} of {len(rows):,} texts are longer than {self.context:,} tokens and lost their "
+                "beginning",
+                SptWarning,
+                stacklevel=2,
+            )
+        rows = [row[-self.context - 1 :] for row in rows]
+        left = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        found: dict[int, Likelihood] = {}
+        while left:
+            T = len(rows[left[0]]) - 1
+            fit = min(TOKENS_AT_A_TIME // T, LOGITS_BYTES // (4 * T * self._model.config.vocab_size))
+            B = self.batch or max(1, fit)
+            batch, left = left[:B], left[B:]
+            scored = self._score([rows[i] for i in batch], [len(pairs[i].continuation) for i in batch])
+            found |= zip(batch, scored, strict=True)
+        return [found[i] for i in range(len(rows))]
+
+    @torch.no_grad()
+    def _score(self, rows: Sequence[list[int]], counts: Sequence[int]) -> list[Likelihood]:
+        """Of the last `counts` tokens of each row; the first row is the longest."""
+        device = self._model.embedding.device
+        tokens_BT = torch.zeros(len(rows), len(rows[0]) - 1, dtype=torch.int64)
+        scored_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            end = len(row) - 1
+            tokens_BT[i, :end] = torch.tensor(row[:-1])
+            scored_BT[i, end - count : end] = True
+        targets = torch.tensor([id for row, count in zip(rows, counts, strict=True) for id in row[-count:]])
+        logits_NV = self._model(tokens_BT.to(device))[scored_BT.to(device)].float()
+        nats = -F.cross_entropy(logits_NV, targets.to(device), reduction="none").double().cpu()
+        greedy = logits_NV.argmax(-1).cpu() == targets
+        return [
+            Likelihood(float(n.sum()), bool(g.all()))
+            for n, g in zip(nats.split([*counts]), greedy.split([*counts]), strict=True)
+        ]
+
+    def continuation(
+        self, context: str, until: Sequence[str], tokens: int, *, temperature: float = 0.0, top_k: int | None = None
+    ) -> str:
+        """What follows `context`: at most so many tokens, up to the end of the text or the first of the strings
+        `until`. SptError where the model's context has no room for so many."""
+        if tokens >= self.context:
+            raise SptError(
+                invalid("context", self.context, f"more than the {tokens} tokens that are to be generated"),
+                argument=True,
+            )
+        ids = (self.encode(context) or [self._prefix])[-(self.context - tokens) :]
+        start, text = len(ids), ""
+        for _ in range(0, tokens, LOOK_EVERY):
+            new = min(LOOK_EVERY, start + tokens - len(ids))
+            before = len(ids)
+            ids = self._model.generate(
+                ids,
+                new,
+                temperature=temperature,
+                top_k=top_k,
+                stop_id=self._tokenizer.eos_id,
+                vocab_size=self._tokenizer.vocab_size,
+            )
+            ended = ids[-1] == self._tokenizer.eos_id or len(ids) < before + new
+            text = self._tokenizer.decode(ids[start : -1 if ended and ids[-1] == self._tokenizer.eos_id else None])
+            ends = [place for stop in until if stop and (place := text.find(stop)) >= 0]
+            if ends:
+                return text[: min(ends)]
+            if ended:
+                break
+        return text

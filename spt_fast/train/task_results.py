@@ -1,0 +1,132 @@
+"""Results of tasks, kept beside the weights: a file for each, so that several tasks may be scored at once.
+
+Of a run they are in RUN/tasks, for its phases and checkpoints, of other weights in the `tasks` folder beside them. Two
+results may be compared where their settings are equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from spt_fast.errors import CheckpointError, SptWarning, cut
+from spt_fast.files import write_text
+from spt_fast.train.origin import run_of
+from spt_fast.train.weights import digest_of, locate
+
+FOLDER = "tasks"
+FEW_QUESTIONS = 100
+"""Of fewer, the standard error of an accuracy is up to 5 points and more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides a result besides the weights."""
+
+    version: str
+    """Of the task: a digest of its questions and prompts."""
+    library: str
+    """That made the prompts and the metrics, with its version."""
+    num_fewshot: int
+    """Solved examples before each question."""
+    limit: int | None
+    """Questions at most; None for all."""
+    context: int
+    """Tokens that the model saw at most."""
+    bos: int | None
+    """The id that each text began with; None for none."""
+    dtype: str
+    """What was computed in."""
+
+    @property
+    def says(self) -> str:
+        """In words, without the version."""
+        begin = "no begin-of-text id" if self.bos is None else f"begin-of-text id {self.bos}"
+        limit = "" if self.limit is None else f"limit {self.limit:,}, "
+        return f"{self.library}, {self.num_fewshot} examples, {limit}context {self.context:,}, {begin}, in {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The mean of what each question has, or another statistic of it."""
+
+    value: float
+    standard_error: float | None
+    """None for one question, and where it is not known."""
+    each: Sequence[float] | None = None
+    """By question, in their order; None where the metric is no mean of such."""
+
+    @classmethod
+    def mean(cls, each: Sequence[float]) -> Metric:
+        return cls(fmean(each), standard_error(each), each)
+
+    def as_json(self) -> dict[str, float | None]:
+        return {"value": self.value, "standard_error": self.standard_error}
+
+
+def standard_error(each: Sequence[float]) -> float | None:
+    """Of the mean."""
+    return stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What weights scored in a task."""
+
+    task: str
+    questions: int
+    metrics: dict[str, Metric]
+    settings: Settings
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> TaskResult:
+        metrics = {name: Metric(**metric) for name, metric in data["metrics"].items()}
+        return cls(
+            task=data["task"],
+            questions=data["questions"],
+            metrics=metrics,
+            settings=Settings(**data["settings"]),
+        )
+
+
+def save(result: TaskResult, weights: Path) -> None:
+    """Keep a result, in place of one of the same weights and settings; a warning where nothing can be written there."""
+    folder, prefix = _place(weights)
+    settings = hashlib.sha256(json.dumps(asdict(result.settings)).encode()).hexdigest()
+    kept = {"weights": weights.name, "digest": digest_of(weights), **asdict(result)}
+    try:
+        folder.mkdir(exist_ok=True)
+        write_text(folder / f"{prefix}{result.task}-{settings[:12]}.json", json.dumps(kept, indent=1) + "\n")
+    except OSError as error:
+        warnings.warn(f"{folder}: the result is not kept ({error.strerror})", SptWarning, stacklevel=2)
+
+
+def results_of(weights: Path) -> list[TaskResult]:
+    """The results of weights by task; those of other weights that lay there before are left out. CheckpointError for a
+    damaged file."""
+    folder, _ = _place(weights)
+    digest = digest_of(weights) if weights.is_dir() else None
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if kept["weights"] == weights.name and digest in (None, kept["digest"]):
+                found.append(TaskResult.of(kept))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{file}: is damaged ({cut(repr(error), 200)}); delete it and score the task again"
+            ) from None
+    return found
+
+
+def _place(weights: Path) -> tuple[Path, str]:
+    """Where the results of weights are kept, and how their names begin."""
+    run = run_of(weights)
+    return (run / FOLDER, f"{weights.name}-") if run else (locate(weights) / FOLDER, "")

@@ -1,0 +1,102 @@
+"""Tasks: questions that weights are asked, by lm-eval or from a file of one's own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from spt_fast import __version__
+from spt_fast.errors import DataError, SptError, SptWarning, invalid
+from spt_fast.printing import print_table
+from spt_fast.train import questions as own
+from spt_fast.train.likelihood import TextModel
+from spt_fast.train.task_results import FEW_QUESTIONS, Metric, Settings, TaskResult, save
+from spt_fast.train.weights import chosen
+
+
+def score_tasks(
+    weights: Path,
+    tasks: Sequence[str],
+    *,
+    tokenizer: Path | None = None,
+    context: int | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch: int | None = None,
+) -> dict[str, TaskResult]:
+    """What weights score in tasks, by their names; kept beside the weights.
+
+    `weights` is a run, its weights/<phase>, a checkpoint or a Hugging Face folder. tasks: files of questions (.jsonl),
+    lm-eval's task files (.yaml), and names of its tasks. context: tokens that the model sees; its own by default.
+    num_fewshot: solved examples before each question; of a file of one's own its first ones, which are not scored.
+    SptError for tasks that don't exist or hold bad lines, before the model is loaded.
+    """
+    for name, given, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1)):
+        if given is not None and given < least:
+            raise SptError(invalid(name, given, f"write a whole number of at least {least}"), argument=True)
+    files = {Path(task).name: own.read_questions(Path(task)) for task in tasks if task.lower().endswith(own.FILES)}
+    others = [task for task in tasks if not task.lower().endswith(own.FILES)]
+    if len(files) + len(others) < len(tasks):
+        raise DataError(invalid("tasks", ",".join(tasks), "two files have one name; rename one"), argument=True)
+    for name, questions in files.items():
+        if len(questions) <= (num_fewshot or 0):
+            says = f"at most {len(questions) - 1}, since the examples are the first of the questions in {name}"
+            raise SptError(invalid("num_fewshot", num_fewshot, says), argument=True)
+    if others:
+        expected = "give files of questions (.jsonl): one JSON object a line, {question, choices, answer}"
+        raise DataError(invalid("tasks", others[0], expected), argument=True)
+    weights = chosen(weights)
+    model = TextModel.load(weights, tokenizer, context=context, batch=batch)
+    found = [_ask(model, name, questions, num_fewshot or 0, limit) for name, questions in files.items()]
+    for result in found:
+        save(result, weights)
+        if result.questions < FEW_QUESTIONS:
+            warnings.warn(
+                f"{result.task}: {result.questions} questions are few; differences below two standard errors mean "
+                "nothing",
+                SptWarning,
+                stacklevel=2,
+            )
+    return {result.task: result for result in found}
+
+
+def _ask(
+    model: TextModel, name: str, questions: Sequence[own.Question], num_fewshot: int, limit: int | None
+) -> TaskResult:
+    examples, asked = questions[:num_fewshot], questions[num_fewshot:][:limit]
+    settings = settings_of(
+        model,
+        version=own.digest_of(questions),
+        library=f"spt-fast {__version__}",
+        num_fewshot=num_fewshot,
+        limit=limit if limit is not None and limit <= len(asked) < len(questions) - num_fewshot else None,
+    )
+    metrics = {metric: Metric.mean(each) for metric, each in own.answer(model, asked, examples).items()}
+    return TaskResult(task=name, questions=len(asked), metrics=metrics, settings=settings)
+
+
+def settings_of(model: TextModel, *, version: str, library: str, num_fewshot: int, limit: int | None) -> Settings:
+    return Settings(
+        version=version,
+        library=library,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        context=model.context,
+        bos=model.bos,
+        dtype=model.dtype,
+    )
+
+
+def print_tasks(weights: Path, results: Mapping[str, TaskResult], console: Console) -> None:
+    """A row by metric, then how each task was scored."""
+    rows = [
+        [name, metric, m.value, m.standard_error, result.questions]
+        for name, result in results.items()
+        for metric, m in result.metrics.items()
+    ]
+    print_table(console, str(weights), ["task", "metric", "value", "standard error", "questions"], rows)
+    for name, result in results.items():
+        console.print(f"{name}: {result.settings.says}", soft_wrap=True)

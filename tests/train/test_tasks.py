@@ -1,0 +1,232 @@
+"""Questions put to weights, and what is kept of the answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spt_fast.cli import main
+from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
+from spt_fast.errors import DataError, SptError, SptWarning
+from spt_fast.model import hf
+from spt_fast.model.config import GPTConfig
+from spt_fast.model.gpt import GPT
+from spt_fast.train import questions as own
+from spt_fast.train.likelihood import Pair, TextModel
+from spt_fast.train.task_results import results_of, standard_error
+from spt_fast.train.tasks import score_tasks
+
+CONTEXT = 64
+TEXT = "Which gas do plants take in by day? oxygen carbon dioxide Answer: Question: acid base heat water salt. " * 20
+QUESTIONS = [
+    {"question": "Which gas do plants take in?", "choices": ["oxygen", "carbon dioxide", "salt"], "answer": 1},
+    {"question": "Which is salt water?", "choices": ["acid", "base"], "answer": "B", "id": 7},
+    {"question": "Heat?", "choices": ["water heat by day", "base"], "answer": "base"},
+    {"question": "Which do plants take in by day?", "choices": ["acid", "heat", "salt water"], "answer": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text(TEXT)
+    return train_tokenizer(folder / "text.txt", 300, folder / "bpe.tiktoken")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A Hugging Face folder whose tokenizer lies with it, of a vocabulary that is padded."""
+    folder = tmp_path_factory.mktemp("weights")
+    config = GPTConfig(vocab_size=320, layers=2, width=32, heads=2, kv_heads=1, ffn=64, context=CONTEXT, qk_norm=True)
+    model = GPT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # far from uniform
+    model.save_hf(folder, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def model(weights: Path, tokenizer: Tokenizer) -> TextModel:
+    """In float32."""
+    return TextModel(GPT.from_hf(weights), tokenizer)
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def one_by_one(weights: Path, pair: Pair, context: int = CONTEXT) -> tuple[float, bool]:
+    """The likelihood of a continuation without batches or padding."""
+    row = torch.tensor([[*pair.context, *pair.continuation]])[:, -context - 1 :]
+    with torch.no_grad():
+        logits = GPT.from_hf(weights)(row[:, :-1])[0, -len(pair.continuation) :]
+    of_target = logits.double().log_softmax(-1)[range(len(pair.continuation)), pair.continuation]
+    return float(of_target.sum()), logits.argmax(-1).tolist() == pair.continuation
+
+
+def test_likelihoods_are_those_of_each_text_alone(weights: Path, tokenizer: Tokenizer, model: TextModel) -> None:
+    texts = [("Which gas", " do plants"), ("Heat? ", "water"), ("", "acid base"), ("salt " * 90, " heat")]
+    pairs = [model.pair(*text) for text in texts]
+    greedy = GPT.from_hf(weights).generate(pairs[0].context, 3, temperature=0)[-3:]
+    pairs.append(Pair(pairs[0].context, greedy))
+    expected = [one_by_one(weights, pair) for pair in pairs]
+    with pytest.warns(SptWarning, match="1 of 5 texts are longer than 64 tokens"):
+        found = model.likelihoods(pairs)
+    with pytest.warns(SptWarning, match="lost their beginning"):
+        two = TextModel(GPT.from_hf(weights), tokenizer, batch=2).likelihoods(pairs)
+    for each in (found, two):
+        assert [one.nats for one in each] == pytest.approx([nats for nats, _ in expected], rel=1e-5)
+        assert [one.greedy for one in each] == [is_greedy for _, is_greedy in expected]
+    assert found[-1].greedy
+    short = TextModel(GPT.from_hf(weights), tokenizer, context=8).likelihoods(pairs[:1])
+    assert short[0].nats == pytest.approx(one_by_one(weights, pairs[0], context=8)[0], rel=1e-5)
+    with pytest.raises(SptError, match=r"context: 2 is invalid: at least 3"):
+        TextModel(GPT.from_hf(weights), tokenizer, context=2).likelihoods(pairs[-1:])
+
+
+def test_texts_are_cut_where_the_context_alone_ends(weights: Path, tokenizer: Tokenizer) -> None:
+    model = TextModel(GPT.from_hf(weights), tokenizer)
+    ids = tokenizer.encode
+    assert model.pair("Heat?", " water") == (ids("Heat?"), ids("Heat? water")[len(ids("Heat?")) :])
+    assert model.pair("Heat? ", "water") == model.pair("Heat?", " water")
+    assert model.pair("", "water") == ([tokenizer.eos_id], ids("water"))
+    begins = SimpleNamespace(encode_array=tokenizer.encode_array, eos_id=tokenizer.eos_id, bos_id=299)
+    model = TextModel(GPT.from_hf(weights), begins)  # type: ignore[arg-type]
+    assert model.pair("Heat?", " water").context == [299, *ids("Heat?")]
+    assert model.pair("", "water") == ([299], ids("water"))
+    windows = model.windows("acid base heat " * 40)
+    assert [id for window in windows for id in window.continuation] == [299, *ids("acid base heat " * 40)]
+    assert windows[0].context == [299]
+    assert {len(w.context) + len(w.continuation) for w in windows} == {CONTEXT + 1}
+    with pytest.raises(SptError, match="has no tokens"):
+        model.pair("Heat?", "")
+
+
+def test_generation_ends_at_a_string_or_the_end_of_the_text(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = model._tokenizer.encode(" heat water acid base salt") * 8
+    given: list[int] = []
+
+    def generate(ids: list[int], new: int, **settings: Any) -> list[int]:
+        given.append(len(ids))
+        return [*ids, *words[:new]]
+
+    monkeypatch.setattr(model._model, "generate", generate)
+    assert model.continuation("Heat?", ["acid", "water"], 40) == " heat "
+    assert len(given) == 1
+    assert model.continuation("Heat? " * 90, [], 40) == model._tokenizer.decode([*words[:32], *words[:8]])
+    assert given[1:] == [CONTEXT - 40, CONTEXT - 40 + 32]
+    words[2] = model._tokenizer.eos_id
+    monkeypatch.setattr(model._model, "generate", lambda ids, new, **_: [*ids, *words[:3]])
+    assert model.continuation("Heat?", ["acid"], 40) == model._tokenizer.decode(words[:2])
+    with pytest.raises(SptError, match=r"context: 64 is invalid"):
+        model.continuation("Heat?", [], CONTEXT)
+
+
+def test_choices_are_judged_by_likelihood_and_by_likelihood_a_character(weights: Path, model: TextModel) -> None:
+    asked = [own.Question(q["question"], q["choices"], a) for q, a in zip(QUESTIONS, (1, 1, 1, 2), strict=True)]
+    example = own.Question("Heat?", ["base", "water"], 1)
+    found = own.answer(model, asked, [example])
+    for place, question in enumerate(asked):
+        prompt = f"Question: Heat?\nAnswer: water\n\nQuestion: {question.text}\nAnswer:"
+        nats = [one_by_one(weights, model.pair(prompt, f" {choice}"))[0] for choice in question.choices]
+        assert found["acc"][place] == (np.argmax(nats) == question.answer)
+        a_character = [n / len(choice) for n, choice in zip(nats, question.choices, strict=True)]
+        assert found["acc_norm"][place] == (np.argmax(a_character) == question.answer)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "broken JSON"),
+        (b'{"question": "\xff"}'.decode("latin-1"), "no 'choices'"),
+        ('{"question": "\\ud800", "choices": ["a", "b"], "answer": 0}', "broken JSON"),
+        ("[1]", "list where a JSON object is due"),
+        ({"prompt": "x", "choices": ["a", "b"], "answer": 0}, "no 'question' (the line has 'prompt', 'choices'"),
+        ({"question": " ", "choices": ["a", "b"], "answer": 0}, "question: ' ' is invalid"),
+        ({"question": "x", "choices": ["a"], "answer": 0}, "choices: ['a'] is invalid"),
+        ({"question": "x", "choices": ["a", "a"], "answer": 0}, "at least two different texts"),
+        ({"question": "x", "choices": ["a", 2], "answer": 0}, "choices: ['a', 2] is invalid"),
+        ({"question": "x", "choices": ["a", ""], "answer": 0}, "choices: ['a', ''] is invalid"),
+        ({"question": "x", "choices": "ab", "answer": 0}, "choices: 'ab' is invalid"),
+        ({"question": "x", "choices": ["p", "q"], "answer": 2}, "answer: 2 is invalid"),
+        ({"question": "x", "choices": ["p", "q"], "answer": True}, "answer: True is invalid"),
+        ({"question": "x", "choices": ["p", "q"], "answer": "C"}, "from 0 to 1, its letter, or its text"),
+        ({"question": "x", "choices": ["C", "D", "E"], "answer": "C"}, "the text of one choice and the letter of an"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: Any, says: str) -> None:
+    path = write(tmp_path / "questions.jsonl", [QUESTIONS[0], "", line])
+    with pytest.raises(DataError) as error:
+        own.read_questions(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert says in str(error.value)
+
+
+def test_answers_are_places_letters_and_texts(tmp_path: Path) -> None:
+    path = write(tmp_path / "questions.jsonl", QUESTIONS)
+    assert [question.answer for question in own.read_questions(path)] == [1, 1, 1, 2]
+    notes = {"question": "Tonic of A?", "choices": ["A", "B"], "answer": "A"}
+    assert own.read_questions(write(tmp_path / "notes.jsonl", [notes]))[0].answer == 0
+    with pytest.raises(DataError, match="holds no question"):
+        own.read_questions(write(tmp_path / "empty.jsonl", []))
+    with pytest.raises(DataError, match="doesn't exist"):
+        own.read_questions(tmp_path / "absent.jsonl")
+
+
+def test_results_are_kept_with_what_decided_them(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "notes.jsonl", QUESTIONS)
+
+    def scored(*flags: str, code: int = 0) -> Any:
+        monkeypatch.setattr(sys, "argv", ["spt-fast", "eval", str(weights), "--tasks", str(path), *flags, "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        assert ended.value.code == code, said.err
+        return json.loads(said.out)["tasks"]["notes.jsonl"] if code == 0 else said.err
+
+    with pytest.warns(SptWarning, match="4 questions are few"):
+        first = scored()
+    assert first["questions"] == 4
+    assert first["metrics"].keys() == {"acc", "acc_norm"}
+    assert first["settings"]["context"] == CONTEXT
+    assert first["settings"]["bos"] is None
+    (kept,) = results_of(weights)
+    each = kept.metrics["acc"].each
+    assert each is not None
+    assert kept.metrics["acc"].value == first["metrics"]["acc"]["value"] == sum(each) / 4
+    assert kept.metrics["acc"].standard_error == pytest.approx(np.std(each, ddof=1) / 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SptWarning)
+        assert scored("--limit", "9") == first, "the same questions"
+        fewer = scored("--limit", "2", "--num-fewshot", "1", "--context", "32", "--batch", "1")
+    assert (fewer["questions"], fewer["settings"]["limit"], fewer["settings"]["num_fewshot"]) == (2, 2, 1)
+    assert len(results_of(weights)) == 2
+    assert "--num-fewshot: 4 is invalid: at most 3" in scored("--num-fewshot", "4", code=2)
+    assert "--limit: 0 is invalid" in scored("--limit", "0", code=2)
+    assert "--context: 65 is invalid: from 2 to 64" in scored("--context", "65", code=2)
+    GPT(dataclasses.replace(hf.read_config(weights), layers=1)).save_hf(tmp_path / "other")
+    (tmp_path / "other" / "tasks").mkdir()
+    for file in (weights / "tasks").iterdir():
+        (tmp_path / "other" / "tasks" / file.name).write_text(file.read_text().replace(weights.name, "other"))
+    assert results_of(tmp_path / "other") == [], "these are of other weights"
+    with pytest.raises(SptError, match="tokenizer: missing"):
+        score_tasks(tmp_path / "other", [str(path)])
+
+
+def test_the_standard_error_is_of_a_sample() -> None:
+    assert standard_error([0, 1, 1, 0, 1]) == pytest.approx(math.sqrt(0.24 / 4))
+    assert standard_error([1]) is None
