@@ -233,9 +233,10 @@ class GPT(nn.Module):
             self.config = dataclasses.replace(self.config, tied=False)
 
     @classmethod
-    def from_hf(cls, folder: str | Path) -> GPT:
-        """The model in a Hugging Face folder, on the CPU, in the dtype that it is stored in; see spt_fast.model.hf."""
-        return cls.with_weights(*hf.load(folder))
+    def from_hf(cls, folder: str | Path, dtype: torch.dtype | None = None) -> GPT:
+        """The model in a Hugging Face folder, on the CPU, in `dtype`, by default the one that it is stored in; see
+        spt_fast.model.hf."""
+        return cls.with_weights(*hf.load(folder, dtype))
 
     @classmethod
     def with_weights(cls, config: GPTConfig, weights: Mapping[str, Tensor]) -> GPT:

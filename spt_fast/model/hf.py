@@ -11,23 +11,22 @@ import filecmp
 import json
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from spt_fast.errors import CheckpointError, SptWarning, cut, invalid, shown, shown_key
-from spt_fast.files import sync, with_usual_mode
+from spt_fast.errors import CheckpointError, SptWarning, invalid, shown, shown_key
+from spt_fast.files import sync
 from spt_fast.model import hf_config, rotary
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.hf_config import CONFIG
 from spt_fast.model.parameters import table
+from spt_fast.model.stored import Stored, contents, fill, opened, pieces, write
 
 if TYPE_CHECKING:
     from spt_fast.data.tokenizer import Tokenizer
@@ -44,54 +43,65 @@ ADAPTER = "adapter_config.json"
 HEAD, EMBEDDING, FREQUENCIES = "lm_head.weight", "model.embed_tokens.weight", "rotary_emb.inv_freq"
 
 
-def load(folder: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Shape and weights of the model in `folder`: the GPT's parameters by name, on the CPU, in the dtype that they are
-    stored in (float32 where they differ).
+def load(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Shape and weights of the model in `folder`: the GPT's parameters by name, on the CPU, in `dtype`, by default the
+    one that they are stored in (float32 where they differ).
 
     CheckpointError: no such folder, no safetensors in it, a damaged or missing file or tensor, or a configuration that
     a GPT can't represent.
     """
+    config, weights = stored_weights(folder, dtype)
+    return config, dict(weights)
+
+
+def stored_weights(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[GPTConfig, Stored]:
+    """As `load`, but a parameter is read when it is asked for. Names and shapes are checked now."""
     folder = Path(folder)
     config = read_config(folder)
-    files = _files_of_tensors(folder)
-    tensors = {name: _read(file, name) for name, file in files.items()}
-    stored = {tensor.dtype for tensor in tensors.values()}
-    if not stored <= DTYPES.keys():
+    places = _places(folder)
+    dtypes = {like.dtype for _, like in places.values()}
+    if not dtypes <= DTYPES.keys():
         raise CheckpointError(
-            f"{folder}: tensors are stored as {stored - DTYPES.keys()}; float32, bfloat16 or float16 can be read"
+            f"{folder}: tensors are stored as {dtypes - DTYPES.keys()}; float32, bfloat16 or float16 can be read"
         )
-    dtype = stored.pop() if len(stored) == 1 else torch.float32
+    dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
 
-    weights = {}
-    for name, parameter in table(config).items():
-        parts = []
+    parameters, left = table(config), dict(places)
+    for parameter in parameters.values():
         for source, rows in parameter.sources.items():
-            if source not in tensors:
+            if source not in left:
                 raise CheckpointError(f"{folder}: tensor {source} is missing; copy the folder again")
-            part, shape = tensors.pop(source).to(dtype), [rows, *parameter.shape[1:]]
-            if list(part.shape) != shape:
-                raise CheckpointError(f"{folder}: tensor {source} is {list(part.shape)}; by {CONFIG} it is {shape}")
-            parts.append(part)
-        weights[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    for name in [
-        name for name in tensors if name.endswith(FREQUENCIES)
-    ]:  # old files hold what follows from config.json
-        found, expected = tensors.pop(name).float(), rotary.frequencies(config, torch.device("cpu"))
-        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.01):
+            found, shape = [*left.pop(source)[1].shape], [rows, *parameter.shape[1:]]
+            if found != shape:
+                raise CheckpointError(f"{folder}: tensor {source} is {found}; by {CONFIG} it is {shape}")
+    for name in [name for name in left if name.endswith(FREQUENCIES)]:  # old files hold what follows from config.json
+        file, like = left.pop(name)
+        held, expected = torch.empty(like.shape), rotary.frequencies(config, torch.device("cpu"))
+        fill(held, file, name)
+        if held.shape != expected.shape or not torch.allclose(held, expected, rtol=0.01):
             raise CheckpointError(
                 f"{folder}: tensor {name} holds other frequencies than those of {CONFIG}; mend either"
             )
     if config.tied:
-        tensors.pop(HEAD, None)
-    if tensors:
-        name = shown_key(next(iter(tensors)))
-        raise CheckpointError(f"{folder}: a GPT has no place for tensor {name} ({len(tensors)} such tensors)")
-    return config, weights
+        left.pop(HEAD, None)
+    if left:
+        name = shown_key(next(iter(left)))
+        raise CheckpointError(f"{folder}: a GPT has no place for tensor {name} ({len(left)} such tensors)")
+
+    def read(name: str) -> Tensor:
+        parameter = parameters[name]
+        whole = torch.empty(parameter.shape, dtype=dtype)
+        for source, part in zip(parameter.sources, whole.split([*parameter.sources.values()]), strict=True):
+            fill(part, places[source][0], source)
+        return whole
+
+    likes = {name: torch.empty(parameter.shape, dtype=dtype, device="meta") for name, parameter in parameters.items()}
+    return config, Stored(likes, read)
 
 
 def save(
     config: GPTConfig,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     folder: str | Path,
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype | None = None,
@@ -102,7 +112,8 @@ def save(
 ) -> None:
     """Writes model.safetensors, config.json and a tokenizer's files, for AutoModelForCausalLM and AutoTokenizer.
 
-    weights: the GPT's parameters by name. dtype float32, bfloat16 or float16; None keeps the weights' own. like: a
+    weights: the GPT's parameters by name, or pairs of both, which are written as they come. dtype float32, bfloat16 or
+    float16; None keeps the weights' own. like: a
     Hugging Face folder whose tokenizer, settings of generation, special ids and metadata go along as they are.
     metadata: what is to be known of the weights, kept in model.safetensors; `read_metadata` gives it back. Everything
     is written and flushed in a folder of its own and then moved into place, config.json last; other files in the folder
@@ -110,7 +121,9 @@ def save(
     together with another model's shards; True has another model's files removed.
     """
     folder = Path(folder)
-    dtype = dtype or weights["embedding"].dtype
+    if dtype is None:
+        assert isinstance(weights, Mapping)
+        dtype = (weights.like if isinstance(weights, Stored) else weights)["embedding"].dtype
     if dtype not in DTYPES:
         raise CheckpointError(invalid("dtype", dtype, "float32, bfloat16 or float16"))
     if hf_config.family_of(config) == "llama" and config.width % config.heads:
@@ -120,20 +133,12 @@ def save(
             SptWarning,
             stacklevel=3,
         )
-    tensors = {}
-    for name, parameter in table(config).items():
-        parts = weights[name].detach().split([*parameter.sources.values()])
-        for source, part in zip(parameter.sources, parts, strict=True):
-            tensors[source] = part.to(device="cpu", dtype=dtype, copy=True)
-
     temporary = folder / ".weights.tmp"  # inside: the folder may be a mount point
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         known = {**(read_metadata(like) if like else {}), **(metadata or {}), "format": "pt"}
-        with with_usual_mode(temporary / WEIGHTS):
-            save_file(tensors, temporary / WEIGHTS, metadata=known)
-        _sort_metadata(temporary / WEIGHTS)
+        _write(config, weights, temporary / WEIGHTS, dtype, known)
         if tokenizer is not None:
             tokenizer.save_hf(temporary)
         described = hf_config.to_hf(config, DTYPES[dtype], None if tokenizer is None else tokenizer.eos_id)
@@ -150,7 +155,7 @@ def save(
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
             file.replace(folder / file.name)
         sync(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"{folder}: the weights could not be written ({error}); make room or choose another place"
         ) from error
@@ -179,14 +184,26 @@ def _make_way(folder: Path, names: Collection[str], temporary: Path, *, overwrit
         (folder / name).unlink(missing_ok=True)
 
 
-def _sort_metadata(file: Path) -> None:
-    """Bring the metadata of safetensors, which come in any order, into one: equal weights make equal files."""
-    with file.open("r+b") as stored:
-        size = int.from_bytes(stored.read(8), "little")
-        header = json.loads(stored.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        stored.seek(8)
-        stored.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+def _write(
+    config: GPTConfig,
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    file: Path,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+) -> None:
+    parameters = table(config)
+
+    def parts() -> Iterator[tuple[str, Tensor]]:
+        for name, whole in weights.items() if isinstance(weights, Mapping) else weights:
+            sources = parameters[name].sources
+            yield from zip(sources, whole.split([*sources.values()]), strict=True)
+
+    shapes = {
+        source: (rows, *parameter.shape[1:])
+        for parameter in parameters.values()
+        for source, rows in parameter.sources.items()
+    }
+    write(file, shapes, parts(), dtype, metadata)
 
 
 def read_config(folder: str | Path) -> GPTConfig:
@@ -198,8 +215,8 @@ def read_config(folder: str | Path) -> GPTConfig:
         raise CheckpointError(f"{folder / ADAPTER}: a GPT has no place for an adapter; merge it into the weights")
     if not config.tied or not any((folder / file).exists() for file in (WEIGHTS, INDEX)):
         return config
-    files = _files_of_tensors(folder)
-    if HEAD not in files or EMBEDDING not in files or _equal(*(_read(files[name], name) for name in (HEAD, EMBEDDING))):
+    places = _places(folder)
+    if HEAD not in places or EMBEDDING not in places or _equal(places, HEAD, EMBEDDING):
         return config
     warnings.warn(
         f"{folder}: {HEAD} differs from {EMBEDDING}, though {CONFIG} says tie_word_embeddings: true; it is kept",
@@ -213,46 +230,30 @@ def read_metadata(folder: Path) -> dict[str, str]:
     """What `save` was told to keep beside the weights; empty where another program wrote them."""
     if not (folder / WEIGHTS).exists():
         return {}
-    with _opened(folder / WEIGHTS) as stored:
+    with opened(folder / WEIGHTS) as stored:
         return stored.metadata() or {}
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool((a == b).all())
+def _equal(places: Mapping[str, tuple[Path, Tensor]], a: str, b: str) -> bool:
+    """Whether two tensors are equal, read as far as that takes."""
+    (file_a, like_a), (file_b, like_b) = places[a], places[b]
+    both = zip(pieces(file_a, a), pieces(file_b, b), strict=True)
+    return like_a.shape == like_b.shape and all(bool((x == y).all()) for x, y in both)
 
 
-def _files_of_tensors(folder: Path) -> dict[str, Path]:
-    """The file of the folder that holds a tensor, by the tensor's name."""
+def _places(folder: Path) -> dict[str, tuple[Path, Tensor]]:
+    """Of each tensor in the folder its file, and its shape and dtype."""
     listed = {} if (folder / WEIGHTS).exists() else _index(folder)
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[Path, Tensor]] = {}
     for file in [folder / name for name in sorted(set(listed.values()) or {WEIGHTS})]:
-        with _opened(file) as stored:
-            for name in stored.keys():  # noqa: SIM118
-                if name in found:
-                    raise CheckpointError(
-                        f"{file}: tensor {shown_key(name)} is in {found[name].name} too; keep one file"
-                    )
-                found[name] = file
+        for name, like in contents(file).items():
+            if name in found:
+                other = found[name][0].name
+                raise CheckpointError(f"{file}: tensor {shown_key(name)} is in {other} too; keep one file")
+            found[name] = file, like
     if lost := sorted(listed.keys() - found.keys()):
         raise CheckpointError(f"{folder / INDEX}: tensor {shown_key(lost[0])} is in no shard; copy the folder again")
     return found
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as stored:
-            yield stored
-    except (OSError, SafetensorError, UnicodeError) as error:
-        raise CheckpointError(
-            f"{file}: cannot be read as safetensors ({cut(str(error), 160)}); copy it again"
-        ) from None
-
-
-def _read(file: Path, name: str) -> Tensor:
-    with _opened(file) as stored:
-        tensor: Tensor = stored.get_tensor(name)
-    return tensor
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -265,14 +266,26 @@ def _index(folder: Path) -> dict[str, str]:
     for name in listed.values():
         if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
             raise CheckpointError(f"{folder / INDEX}: shard {shown(name)} is not a file of this folder")
+    shards = set(listed.values())
+    if absent := sorted(name for name in shards if not (folder / name).exists()):
+        raise CheckpointError(
+            f"{folder / absent[0]}: cannot be read, as it is not there; {INDEX} lists {len(shards)} shards, and "
+            f"{len(absent)} of them are missing: download the rest of the folder"
+        )
     return listed
 
 
 def _without_weights(folder: Path) -> CheckpointError:
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    if pickles:
+    def found(*patterns: str) -> str | None:
+        return min((file.name for pattern in patterns for file in folder.glob(pattern)), default=None)
+
+    if shard := found("*.safetensors"):
+        return CheckpointError(f"{folder}: {shard} is there without {INDEX}, which lists its shards; copy that as well")
+    if pickle := found("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"):
         return CheckpointError(
-            f"{folder}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors, for "
+            f"{folder}: {pickle} is a pickle, which can run code and is never read; convert it to safetensors, for "
             "example by transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
+    if other := found("*.gguf", "*.h5", "*.msgpack", "*.onnx"):
+        return CheckpointError(f"{folder}: {other} holds weights in another format; download the model's safetensors")
     return CheckpointError(f"{folder}: no {WEIGHTS} or {INDEX} in this folder; give a folder of weights")

@@ -18,6 +18,7 @@ from typing import Any
 
 from spt_fast.errors import CheckpointError, SptWarning, cut, invalid, shown, shown_key
 from spt_fast.model.config import GPTConfig, RopeScaling
+from spt_fast.model.stored import mistaken
 
 CONFIG = "config.json"
 MAX_CHARACTERS = 50_000_000
@@ -127,12 +128,29 @@ def read_json(file: Path) -> dict[str, Any]:
             raise ValueError(f"more than {MAX_CHARACTERS:,} characters")
         content = json.loads(text, object_pairs_hook=_each_once)
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; a Hugging Face model folder has one") from None
+        remedy = download(file.parent) or "a Hugging Face model folder has one"
+        raise CheckpointError(f"{file}: no such file; {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({cut(str(error), 160)}); copy it again") from None
+        why = mistaken(file) or f"cannot be read as JSON ({cut(str(error), 160)}); copy it again"
+        raise CheckpointError(f"{file}: {why}") from None
+    if isinstance(content, dict) and content.keys() == {"error"}:
+        raise CheckpointError(f"{file}: {mistaken(file)}")
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds {shown(content)} instead of fields by name; copy it again")
     return content
+
+
+def download(folder: Path) -> str | None:
+    """How to get a model's folder, where the path is a name on Hugging Face or a place in its cache."""
+    if folder.is_dir():
+        inside = sorted(folder.glob("snapshots/*/"))
+        return f"give the folder {inside[-1]}" if inside else None
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)) and not folder.parent.exists():
+        return (
+            f"nothing is downloaded here: run `hf download {folder} --local-dir {folder.name}` where there is a "
+            "network, and give that folder"
+        )
+    return None
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from spt_fast.kernels import fp8
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.origin import origin_of, tokenizer_file
 from spt_fast.train.state import KnownText
-from spt_fast.train.weights import digest_of, load_model, locate, read_config
+from spt_fast.train.weights import digest_of, load_model, locate, stored_weights
 from spt_fast.train.world import World, pick_device
 
 VOCABULARY_MULTIPLE = 64
@@ -378,7 +378,7 @@ def _model_config(recipe: Recipe, tokenizer: Tokenizer | None, datasets: list[To
     given = {k: v for k, v in dataclasses.asdict(recipe.model).items() if v is not None}
     if recipe.init:
         with naming("init"):
-            config = read_config(Path(recipe.init))
+            config, _ = stored_weights(Path(recipe.init))
         stated = dataclasses.asdict(config)
         if "preset" in given:
             expected = f"the shape is that of the weights at {recipe.init}; leave it out"

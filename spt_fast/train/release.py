@@ -104,7 +104,7 @@ def export(path: Path, folder: Path, tokenizer: str | Path | None = None, *, ove
 def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:
     """Copy a Hugging Face folder, checked and by our names, to where a recipe's `init` may point."""
     with _outside_runs(folder):
-        hf.save(*hf.load(model), folder, like=model, overwrite=overwrite)
+        hf.save(*hf.stored_weights(model), folder, like=model, overwrite=overwrite)
 
 
 @contextmanager

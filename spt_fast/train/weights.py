@@ -6,10 +6,14 @@ weights/<phase> is a Hugging Face folder itself, so that a run's result needs no
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from spt_fast.errors import CheckpointError, SptWarning
-from spt_fast.model import hf
+from spt_fast.model import hf, hf_config
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import recipe_of, summary_of, weights_digest
@@ -29,12 +33,19 @@ def digest_of(path: Path) -> str:
     return weights_digest(locate(path))
 
 
-def load_model(path: Path) -> GPT:
-    """The model at `path`, fp32 on the CPU; of a run, what its last finished phase handed on."""
+def stored_weights(path: Path) -> tuple[GPTConfig, Mapping[str, Tensor]]:
+    """Shape and weights at `path`, fp32 on the CPU, each read when it is asked for; of a run, what its last finished
+    phase handed on. CheckpointError where something of them is missing."""
     path = locate(path)
     if not (path / "manifest.json").exists():
-        return GPT.from_hf(path).float()
-    return GPT.with_weights(read_config(path), checkpoint.load(path)["current"].weights)
+        return hf.stored_weights(path, torch.float32)
+    return read_config(path), checkpoint.load(path)["current"].weights
+
+
+def load_model(path: Path) -> GPT:
+    """The model of `stored_weights`."""
+    config, weights = stored_weights(path)
+    return GPT.with_weights(config, dict(weights))
 
 
 def chosen(path: Path) -> Path:
@@ -51,9 +62,9 @@ def chosen(path: Path) -> Path:
 def locate(path: Path) -> Path:
     """The folder of the weights that `path` means: of a run its newest weights/<phase>, else its newest checkpoint."""
     if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: is not a folder; give a run, its weights/<phase>, a checkpoint or a Hugging Face folder"
-        )
+        remedy = "give the folder that holds it" if path.is_file() else hf_config.download(path)
+        expected = "give a run, its weights/<phase>, a checkpoint or a Hugging Face folder"
+        raise CheckpointError(f"{path}: is not a folder; {remedy or expected}")
     if not (path / "recipe.yaml").exists():
         return path
     folders = [path / "weights" / phase.name for phase in reversed(recipe_of(path).phases)]

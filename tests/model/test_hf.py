@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spt_fast.errors import CheckpointError
-from spt_fast.model import hf, hf_config
+from spt_fast.model import hf, hf_config, stored
 from spt_fast.model.config import RopeScaling
 from spt_fast.model.gpt import GPT, GPTConfig
 
@@ -205,6 +205,19 @@ def test_that_transformers_imports_kernels_leaves_our_ops_alone(monkeypatch: pyt
 # --------------------------------------------------------------------------------------------------------- precision
 
 
+def test_files_are_read_and_written_in_pieces_as_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit what safetensors write, so that folders of earlier versions have the digests that they had."""
+    whole, before = hf.load(folder)[1], (folder / hf.WEIGHTS).read_bytes()
+    save_file(dict(sorted(load_file(folder / hf.WEIGHTS).items())), folder / hf.WEIGHTS, metadata={"format": "pt"})
+    assert (folder / hf.WEIGHTS).read_bytes() == before
+    monkeypatch.setattr(stored, "PIECE", 1000)
+    pieces = hf.stored_weights(folder, torch.bfloat16)[1]
+    assert all(torch.equal(pieces[name], tensor.bfloat16()) for name, tensor in whole.items())
+    GPT.from_hf(folder).save_hf(folder)
+    assert (folder / hf.WEIGHTS).read_bytes() == before
+    assert hf.load(folder, torch.float16)[1]["embedding"].dtype == torch.float16
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtypes(tmp_path: Path, folder: Path, dtype: torch.dtype) -> None:
     model = GPT.from_hf(folder)
@@ -313,6 +326,55 @@ def test_missing_and_damaged_files_are_named(folder: Path, tmp_path: Path) -> No
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         GPT.from_hf(folder)
+
+
+def test_what_a_download_left_in_the_place_of_files_is_named(folder: Path) -> None:
+    weights, config = folder / hf.WEIGHTS, folder / "config.json"
+    whole = {file: file.read_bytes() for file in (weights, config)}
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2471645608\n"
+    refusals = (
+        b"Access to model meta-llama/Llama-3.2-1B is restricted. You must have access to it and be authenticated.",
+        b"Invalid username or password.",
+        b"<!doctype html><html><body>Sign in</body></html>",
+        b'{"error":"Repository not found"}',
+    )
+    for file in (weights, config):
+        file.write_bytes(pointer)
+        with pytest.raises(CheckpointError, match=rf"{file.name}: is a Git LFS pointer.*`git lfs pull`"):
+            GPT.from_hf(folder)
+        for refusal in refusals:
+            file.write_bytes(refusal)
+            with pytest.raises(CheckpointError, match=rf"{file.name}: holds a server's refusal.*ask for access.*again"):
+                GPT.from_hf(folder)
+        file.write_bytes(whole[file])
+    weights.write_bytes(b"\xff\xfe\x00" * 9)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read as safetensors"):
+        GPT.from_hf(folder)
+
+
+def test_missing_shards_other_formats_and_names_on_a_hub_say_what_to_do(folder: Path, tmp_path: Path) -> None:
+    (folder / hf.WEIGHTS).rename(folder / "model-00002-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is there without model\.saf.*index"):
+        GPT.from_hf(folder)
+    listed = {f"t{n}": f"model-{n:05}-of-00003.safetensors" for n in (1, 2, 3)}
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(
+        CheckpointError, match=r"model-00001-of-00003\.safetensors: cannot.*3 shards, and 2 of them are"
+    ):
+        GPT.from_hf(folder)
+    (folder / hf.INDEX).unlink()
+    (folder / "model-00002-of-00003.safetensors").rename(folder / "model-Q4_K_M.gguf")
+    with pytest.raises(CheckpointError, match=r"Q4_K_M\.gguf holds weights in another format; .* safetensors"):
+        GPT.from_hf(folder)
+    with pytest.raises(
+        CheckpointError, match=r"no such file; nothing is downloaded.*`hf download a-b/C-1\.5 --local-d"
+    ):
+        GPT.from_hf("a-b/C-1.5")
+    (tmp_path / "models--a-b--C").mkdir()
+    folder.rename(tmp_path / "models--a-b--C" / "snapshots")
+    (tmp_path / "models--a-b--C" / "snapshots" / "1f0").mkdir()
+    with pytest.raises(CheckpointError, match=r"no such file; give the folder .*models--a-b--C/snapshots/1f0"):
+        GPT.from_hf(tmp_path / "models--a-b--C")
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(folder: Path) -> None:
@@ -489,7 +551,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path: Path, monkeypa
         pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf, "save_file", lambda *args, **kwargs: 1 / 0)
+        patch.setattr(hf, "write", lambda *args, **kwargs: 1 / 0)
         patch.setattr(hf.shutil, "rmtree", killed)
         with pytest.raises(ZeroDivisionError):
             model.save_hf(tmp_path / "weights")

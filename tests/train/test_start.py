@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from spt_fast.config import recipe_from
 from spt_fast.data.loader import Batch
-from spt_fast.errors import RecipeError
+from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
 from spt_fast.train.evaluate import evaluation_texts, measure
@@ -92,6 +93,17 @@ def test_a_run_begins_with_the_embedding_of_another_runs_weights(data: Path) -> 
     for source, text in texts.items():
         expected = measure(partial(by_hand, reduction="none"), text, 8).loss
         assert tiny.metrics(Path(raw["run"]))[0]["heldout"][source] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_plan_misses_weights_as_a_run_would(data: Path) -> None:
+    folder = data / "incomplete"
+    GPT(GPTConfig(**SHAPE)).save_hf(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    recipe = recipe_from(raw_recipe(data, "none", phase("all", 1, {"chem": 1}), init=str(folder), model={}))
+    with pytest.raises(CheckpointError, match=r"^init: .*incomplete: pytorch_model\.bin is a pickle"):
+        make_plan(recipe)
+    with pytest.raises(CheckpointError, match=r"^init: .*pytorch_model\.bin: is not a folder; give the folder that"):
+        make_plan(replace(recipe, init=str(folder / "pytorch_model.bin")))
 
 
 # ------------------------------------------------------------------------------------------------ freeze
