@@ -692,7 +692,7 @@ class Flags:
             )
         ]
         known = {
-            "generate": ["--prompt", "--temperature", "--top-k", "--seed", "--tokenizer"],
+            "generate": ["--prompt", "--prompts", "--temperature", "--top-k", "--seed", "--tokenizer"],
             "plan": ["--gpus", "--gpu", "--gpu-memory", "--mfu", "--mfu-from", "--price"],
             "eval": ["--data", "--dtype"],
             "advise": ["--model", "--domain-tokens", "--budget", "--inference-tokens", "--max-general-rise"],

@@ -42,17 +42,29 @@ def import_weights(
 @app.command()
 def generate(
     weights: WeightsPath,
-    prompt: str = "",
+    prompt: Annotated[list[str] | None, Option(help="May be repeated; without any, a document begins.")] = None,
+    prompts: Annotated[
+        Path | None, PathOption(metavar="FILE", help='.jsonl with "prompt", or a prompt a line.')
+    ] = None,
     tokens: Annotated[int, Option(min=0, max=1_000_000, help="How many to generate.")] = 100,
     temperature: Annotated[float, Option(help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int | None, Option(help="Sample among the k likeliest only.")] = 50,
     seed: int = 0,
     tokenizer: Annotated[Path | None, PathOption(help="A run's own by default.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Text from a trained model."""
-    from spt_fast.train.release import generate_text
+    """Text from a trained model; each text is drawn by the seed alone."""
+    from spt_fast.train.prompts import read_prompts
+    from spt_fast.train.release import generate_texts
 
-    print(generate_text(weights, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed, tokenizer=tokenizer))
+    asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or [""]
+    sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    generated = generate_texts(weights, asked, tokens, tokenizer=tokenizer, **sampling)
+    if as_json:
+        print_json([*generated])
+        return
+    for i, one in enumerate(generated):
+        print(f"\n---\n\n{one.text}" if i else one.text, flush=True)
 
 
 @app.command()

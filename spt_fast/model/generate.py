@@ -1,41 +1,60 @@
-"""Sampling from a GPT, one token at a time, without a cache of keys and values: for a look at what it has learnt."""
+"""Sampling from a GPT, one token at a time, of many texts side by side."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from spt_fast.errors import SptError, invalid
+from spt_fast.errors import SptError, SptWarning, invalid
+from spt_fast.model.cache import Cache
+from spt_fast.model.config import GPTConfig
+
+
+class Model(Protocol):
+    """What is needed of a GPT."""
+
+    config: GPTConfig
+
+    @property
+    def embedding(self) -> Tensor: ...
+
+    def next_logits(self, tokens_NT: Tensor, cache: Cache | None = None) -> Tensor: ...
 
 
 @torch.no_grad()
 def generate(
-    model: Callable[[Tensor], Tensor],
-    tokens: list[int],
+    model: Model,
+    prompts: Sequence[Sequence[int]],
     new_tokens: int,
     *,
-    context: int,
-    device: torch.device,
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
     stop_id: int | None = None,
     vocab_size: int | None = None,
-) -> list[int]:
-    """The prompt `tokens` and up to `new_tokens` more, ending early with `stop_id` where that is drawn.
+) -> list[list[int]]:
+    """Each prompt and up to `new_tokens` more, ending early with `stop_id` where that is drawn.
 
-    model: tokens int64 [1, T] on `device` to logits [1, T, V]; T is at most `context`, so that in a longer text each
-    token sees the last `context` tokens only. temperature 0 takes the likeliest token; top_k draws from that many
-    likeliest only. vocab_size: the tokenizer's, where the model's is padded beyond it; only its ids are drawn. The draw
-    depends on seed alone, not on the global generator.
-    SptError (a ValueError): an empty prompt, new_tokens below 0, a temperature below 0 or not finite, a top_k below 1,
-    a seed that isn't one of 64 bits, logits that are not finite.
+    A token sees the last `context` tokens before it. As long as that is the whole text, keys and values are kept and a
+    token costs one position; in a longer text every token costs a pass over `context` positions, and a warning says so.
+    temperature 0 takes the likeliest token; top_k draws from that many likeliest only. vocab_size: the tokenizer's,
+    where the model's is padded beyond it; only its ids are drawn. Each text is drawn by `seed` alone, whatever stands
+    beside it; the global generator stays as it is.
+    SptError (a ValueError): an empty prompt, an id that the model has no embedding of, new_tokens below 0, a
+    temperature below 0 or not finite, a top_k below 1, a seed that isn't one of 64 bits, logits that are not finite.
     """
-    if not tokens:
-        raise SptError(invalid("tokens", tokens, "give a prompt of at least one token"))
+    for tokens in prompts:
+        if not tokens:
+            raise SptError(invalid("tokens", tokens, "give a prompt of at least one token"))
+        for token in tokens:
+            if not 0 <= token < model.config.vocab_size:
+                expected = f"the model knows ids from 0 to {model.config.vocab_size - 1}; use its own tokenizer"
+                raise SptError(invalid("tokens", token, expected))
     if new_tokens < 0:
         raise SptError(invalid("new_tokens", new_tokens, "write a whole number of at least 0"), argument=True)
     if not 0 <= temperature < math.inf:
@@ -44,22 +63,70 @@ def generate(
         raise SptError(invalid("top_k", top_k, "write a whole number of at least 1"), argument=True)
     if not -(2**63) <= seed < 2**64:
         raise SptError(invalid("seed", seed, "write a whole number of at most 64 bits"), argument=True)
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(tokens)
+    texts = [list(tokens) for tokens in prompts]
+    generators = [torch.Generator().manual_seed(seed) for _ in texts]
+    reader, growing = _Reader(model, texts, new_tokens), list(range(len(texts)))
     for _ in range(new_tokens):
-        seen = torch.tensor([tokens[-context:]], device=device)
-        logits_V = model(seen)[0, -1, :vocab_size].double().cpu()
-        if not logits_V.isfinite().all():
-            raise SptError("weights: give logits that are not finite; the run diverged, so take an earlier checkpoint")
-        if temperature == 0:
-            token = int(logits_V.argmax())
-        else:
-            if top_k is not None and top_k < len(logits_V):
-                logits_V[logits_V < logits_V.topk(top_k).values[-1]] = -torch.inf
-            token = int(
-                torch.multinomial(((logits_V - logits_V.max()) / temperature).softmax(0), 1, generator=generator)
-            )
-        tokens.append(token)
-        if token == stop_id:
+        for n, logits_V in reader.read(growing).items():
+            texts[n].append(_draw(logits_V[:vocab_size].double().cpu(), temperature, top_k, generators[n]))
+        growing = [n for n in growing if texts[n][-1] != stop_id]
+        if not growing:
             break
-    return tokens
+    return texts
+
+
+def _draw(logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if not logits_V.isfinite().all():
+        raise SptError("weights: give logits that are not finite; the run diverged, so take an earlier checkpoint")
+    if temperature == 0:
+        return int(logits_V.argmax())
+    if top_k is not None and top_k < len(logits_V):
+        logits_V[logits_V < logits_V.topk(top_k).values[-1]] = -torch.inf
+    probabilities_V = ((logits_V - logits_V.max()) / temperature).softmax(0)
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))
+
+
+class _Reader:
+    """Reads growing texts: by a cache while the model sees all of a text, else its last `context` tokens anew."""
+
+    def __init__(self, model: Model, texts: list[list[int]], new_tokens: int) -> None:
+        self.model, self.texts, self.new_tokens = model, texts, new_tokens
+        self.cache: Cache | None = None
+        self.rows: list[int] = []
+        """The texts that the cache holds."""
+        self.warned = False
+
+    def read(self, growing: list[int]) -> dict[int, Tensor]:
+        """Logits [V] of what follows each of these texts, by its number."""
+        context = self.model.config.context
+        seen = [n for n in growing if len(self.texts[n]) <= context]
+        found = self._read_cached(seen) if seen else {}
+        if cut := [n for n in growing if n not in found]:
+            if not self.warned:
+                warnings.warn(
+                    f"context: the text is longer than the model's context of {context:,} tokens; from here on each "
+                    f"token sees the last {context:,} only and is slow: ask for fewer tokens, or give a shorter prompt",
+                    SptWarning,
+                    stacklevel=5,
+                )
+                self.warned = True
+            windows = self._tensor([self.texts[n][-context:] for n in cut])
+            found |= zip(cut, self.model.next_logits(windows), strict=True)
+        return found
+
+    def _read_cached(self, rows: list[int]) -> dict[int, Tensor]:
+        if self.cache is None:
+            lengths = [len(self.texts[n]) for n in rows]
+            last = min(max(lengths) + self.new_tokens, max(lengths) - min(lengths) + self.model.config.context)
+            self.cache, self.rows = Cache(self.model.config, lengths, last, self.model.embedding), rows
+            whole = [self._tensor([self.texts[n]]) for n in rows]
+            logits = [self.model.next_logits(tokens, self.cache.row(i))[0] for i, tokens in enumerate(whole)]
+            return dict(zip(rows, logits, strict=True))
+        if rows != self.rows:
+            self.cache.keep([self.rows.index(n) for n in rows])
+            self.rows = rows
+        newest = self._tensor([self.texts[n][-1:] for n in rows])
+        return dict(zip(rows, self.model.next_logits(newest, self.cache), strict=True))
+
+    def _tensor(self, tokens: list[list[int]]) -> Tensor:
+        return torch.tensor(tokens, device=self.model.embedding.device)

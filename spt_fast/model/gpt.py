@@ -16,7 +16,8 @@ All ops are those of spt_fast.kernels; all parameters have one dtype, that of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from spt_fast.errors import SptError, invalid
 from spt_fast.kernels import (
     add_rms_norm,
     embedding,
@@ -39,6 +39,7 @@ from spt_fast.kernels import (
 )
 from spt_fast.kernels.fp8 import MULTIPLE
 from spt_fast.model import generate, hf
+from spt_fast.model.cache import Cache
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.parameters import Parameter, around_blocks, of_block, table
 from spt_fast.model.rotary import frequencies
@@ -79,20 +80,30 @@ class Block(nn.Module):
         sin: Tensor,
         cu_seqlens: Tensor | None,
         fp8: bool,
+        attend: Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(the next block's h, the stream after this block)."""
-        attended_BTD = self.attention(h_BTD, cos, sin, cu_seqlens, fp8)
+        """(the next block's h, the stream after this block); `attend`: a cache's, in the place of attention to h."""
+        attended_BTD = self.attention(h_BTD, cos, sin, cu_seqlens, fp8, attend)
         h_BTD, stream_BTD = add_rms_norm(attended_BTD, stream_BTD, self.ffn_norm, self.norm_eps)
         return add_rms_norm(self.feed_forward(h_BTD, fp8), stream_BTD, next_norm, self.norm_eps)
 
-    def attention(self, h_BTD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, fp8: bool) -> Tensor:
+    def attention(
+        self,
+        h_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor | None,
+        fp8: bool,
+        attend: Callable[..., Tensor] | None,
+    ) -> Tensor:
         qkv = linear(h_BTD, self.wqkv, fp8, self.bqkv).unflatten(-1, (-1, self.head_dim))
         q_BTHQ, k_BTKQ, v_BTKQ = qkv.split(self.split, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHQ, k_BTKQ = qk_norm_rope(q_BTHQ, k_BTKQ, self.q_norm, self.k_norm, cos, sin, self.norm_eps)
         else:
             q_BTHQ, k_BTKQ = rope(q_BTHQ, k_BTKQ, cos, sin)
-        return linear(flash_attention(q_BTHQ, k_BTKQ, v_BTKQ, cu_seqlens=cu_seqlens).flatten(2), self.wo, fp8)
+        attend = attend or partial(flash_attention, cu_seqlens=cu_seqlens)
+        return linear(attend(q_BTHQ, k_BTKQ, v_BTKQ).flatten(2), self.wo, fp8)
 
     def feed_forward(self, h_BTD: Tensor, fp8: bool) -> Tensor:
         return linear(swiglu_packed(linear(h_BTD, self.w_gate_up, fp8)), self.w_down, fp8)
@@ -175,12 +186,29 @@ class GPT(nn.Module):
         each row).
         ValueError: more than config.context tokens.
         """
-        B, T = tokens_BT.shape
+        T = tokens_BT.shape[1]
         if self.config.context < T:
             raise ValueError(
                 f"tokens: {T} tokens in a sequence, but the model's context is {self.config.context}; cut it"
             )
-        cos, sin = self._cos_sin(B, T, cu_seqlens)
+        h_BTD = self._hidden(tokens_BT, cu_seqlens)
+        if targets_BT is None:
+            return F.linear(h_BTD, self.head_weight)
+        return linear_cross_entropy(h_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), reduction=reduction)
+
+    @torch.no_grad()
+    def next_logits(self, tokens_NT: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits [N, V] of what follows each row of tokens, or the text in the cache and then the row, which the cache
+        holds from then on."""
+        h_NTD = self._hidden(tokens_NT, None, cache)
+        if cache is not None:
+            cache.end += tokens_NT.shape[1]
+        return F.linear(h_NTD[:, -1], self.head_weight)
+
+    def _hidden(self, tokens_BT: Tensor, cu_seqlens: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """What the head reads [B, T, D]."""
+        B, T = tokens_BT.shape
+        cos, sin = self._cos_sin(B, T, cu_seqlens, cache)
         eps = self.config.norm_eps
 
         stream_BTD = embedding(tokens_BT, self.embedding)
@@ -188,9 +216,11 @@ class GPT(nn.Module):
         h_BTD = rms_norm(stream_BTD, blocks[0].attention_norm, eps)
         next_norms = [*(block.attention_norm for block in blocks[1:]), self.final_norm]
         fp8 = self.fp8 and torch.is_grad_enabled()
-        for block, next_norm in zip(blocks, next_norms, strict=True):
+        for i, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
             arguments = (h_BTD, stream_BTD, next_norm, cos, sin, cu_seqlens, fp8)
-            if self.checkpointing == "none" or not torch.is_grad_enabled():
+            if cache is not None:
+                h_BTD, stream_BTD = block(*arguments, partial(cache.attend, i))
+            elif self.checkpointing == "none" or not torch.is_grad_enabled():
                 h_BTD, stream_BTD = block(*arguments)
             else:
                 h_BTD, stream_BTD = checkpoint.checkpoint(
@@ -200,18 +230,18 @@ class GPT(nn.Module):
                     preserve_rng_state=False,
                     context_fn=_keep_matmuls if self.checkpointing == "selective" else checkpoint.noop_context_fn,
                 )
+        return h_BTD
 
-        if targets_BT is None:
-            return F.linear(h_BTD, self.head_weight)
-        return linear_cross_entropy(h_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), reduction=reduction)
-
-    def _cos_sin(self, B: int, T: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The rotary tables in float32: [T, Q], or [B, T, Q] where documents restart the positions."""
+    def _cos_sin(self, B: int, T: int, cu_seqlens: Tensor | None, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+        """The rotary tables in float32: [T, Q], or [B, T, Q] where positions are others in each row."""
         device = self.embedding.device
         if device not in self._rope_tables:
             with torch.inference_mode(False):
                 self._rope_tables[device] = rope_tables(self.config, device)
         cos, sin = self._rope_tables[device]
+        if cache is not None:
+            positions_BT = cache.positions(T).to(device)
+            return cos[positions_BT], sin[positions_BT]
         if cu_seqlens is None:
             return cos[:T], sin[:T]
         flat = torch.arange(B * T, device=device, dtype=torch.int32)
@@ -251,16 +281,12 @@ class GPT(nn.Module):
         hf.save(self.config, dict(self.named_parameters()), folder, tokenizer, dtype)
 
     def generate(self, tokens: list[int], new_tokens: int, **sampling: Any) -> list[int]:
-        """The tokens and up to `new_tokens` sampled after them; `sampling` as in spt_fast.model.generate.generate.
+        """The tokens and up to `new_tokens` sampled after them; `sampling` as in spt_fast.model.generate.generate."""
+        return self.generate_batch([tokens], new_tokens, **sampling)[0]
 
-        SptError, too, for a token that the model has no embedding of.
-        """
-        for token in tokens:
-            if not 0 <= token < self.config.vocab_size:
-                expected = f"the model knows ids from 0 to {self.config.vocab_size - 1}; use its own tokenizer"
-                raise SptError(invalid("tokens", token, expected))
-        device = self.embedding.device
-        return generate.generate(self, tokens, new_tokens, context=self.config.context, device=device, **sampling)
+    def generate_batch(self, prompts: Sequence[Sequence[int]], new_tokens: int, **sampling: Any) -> list[list[int]]:
+        """As `generate` for each prompt, with all of them in one batch."""
+        return generate.generate(self, prompts, new_tokens, **sampling)
 
 
 def _keep_matmuls() -> tuple[Any, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ from spt_fast.model import hf, hf_config
 from spt_fast.train.folder import owned, recipe_of
 from spt_fast.train.origin import origin_of, run_of, tokenizer_file
 from spt_fast.train.weights import chosen, load_model, locate, read_config
+from spt_fast.train.world import pick_device
 
 HF_FILE = "tokenizer.json"
+
+AT_A_TIME = 32
+"""Texts that are generated side by side."""
 
 
 class HuggingFaceTokenizer:
@@ -118,16 +124,38 @@ def _outside_runs(folder: Path) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Generated:
+    """Text that was drawn."""
+
+    prompt: str
+    text: str
+    """The prompt and what follows it."""
+    new_tokens: int
+    ended: bool
+    """Whether the end-of-text token was drawn, which `text` leaves out."""
+
+
 def generate_text(path: Path, prompt: str, tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any) -> str:
     """Text that continues `prompt`, or begins a document where it is empty; `sampling` as in `GPT.generate`."""
+    return next(generate_texts(path, [prompt], tokens, tokenizer=tokenizer, **sampling)).text
+
+
+def generate_texts(
+    path: Path, prompts: Iterable[str], tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any
+) -> Iterator[Generated]:
+    """As `generate_text` for each prompt, in their order, `AT_A_TIME` of them side by side."""
     weights = chosen(path)
     encoding = tokenizer_of(weights, tokenizer)
     if encoding is None:
         raise CheckpointError(
             f"tokenizer: missing; {path} does not say which tokenizer its ids come from: name it", argument=True
         )
-    ids = encoding.encode(prompt) or ([] if encoding.eos_id is None else [encoding.eos_id])
-    continued = load_model(weights).generate(
-        ids, tokens, stop_id=encoding.eos_id, vocab_size=encoding.vocab_size, **sampling
-    )
-    return encoding.decode(continued[0 if prompt else 1 :])
+    model, eos, waiting = load_model(weights).to(pick_device()), encoding.eos_id, iter(prompts)
+    while batch := list(islice(waiting, AT_A_TIME)):
+        before = [encoding.encode(prompt) or ([] if eos is None else [eos]) for prompt in batch]
+        after = model.generate_batch(before, tokens, stop_id=eos, vocab_size=encoding.vocab_size, **sampling)
+        for prompt, given, ids in zip(batch, before, after, strict=True):
+            ended = len(ids) > len(given) and ids[-1] == eos
+            shown = ids[0 if prompt else len(given) : len(ids) - ended]
+            yield Generated(prompt, encoding.decode(shown), len(ids) - len(given), ended)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import random
+import warnings
 from collections import Counter
 
 import pytest
 import torch
 
-from spt_fast.errors import SptError
+from spt_fast.errors import SptError, SptWarning
+from spt_fast.model.config import RopeScaling
 from spt_fast.model.gpt import GPT, GPTConfig
 
 
@@ -25,6 +28,77 @@ def test_greedy_takes_the_likeliest_and_slides_past_the_context(model: GPT) -> N
     for i in range(3, 23):
         seen = torch.tensor([tokens[max(0, i - 8) : i]])
         assert tokens[i] == model(seen)[0, -1].argmax().item()
+
+
+def drawn_model(rng: random.Random) -> GPT:
+    """Of any shape that a configuration may have, with weights that spread the logits."""
+    kv_heads, qk_norm = rng.choice([1, 2, 3]), rng.random() < 0.5
+    scaling = RopeScaling(
+        factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=rng.choice([4, 16])
+    )
+    config = GPTConfig(
+        layers=rng.choice([1, 3]),
+        width=rng.choice([16, 40]),
+        heads=kv_heads * rng.choice([1, 2, 4]),
+        kv_heads=kv_heads,
+        ffn=24,
+        context=rng.choice([9, 24]),
+        vocab_size=rng.choice([17, 64]),
+        head_dim=rng.choice([4, 8, 16]),
+        qk_norm=qk_norm,
+        qkv_bias=not qk_norm and rng.random() < 0.5,
+        tied=rng.random() < 0.5,
+        rope_theta=rng.choice([100.0, 10_000.0]),
+        rope_scaling=rng.choice([None, scaling]),
+    )
+    model = GPT(config, seed=rng.randrange(1000))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8) if parameter.dim() == 2 else parameter.add_(torch.rand(parameter.shape))
+    return model
+
+
+def uncached(model: GPT, tokens: list[int], new_tokens: int) -> list[int]:
+    for _ in range(new_tokens):
+        seen = torch.tensor([tokens[-model.config.context :]])
+        tokens = [*tokens, int(model(seen)[0, -1].argmax())]
+    return tokens
+
+
+@pytest.mark.filterwarnings("ignore:context")
+@pytest.mark.parametrize("seed", range(8))
+def test_the_cache_changes_no_text_nor_does_the_batch(seed: int) -> None:
+    """Prompts shorter and longer than the context, texts that grow past it, and texts that end while others go on."""
+    rng = random.Random(seed)
+    model = drawn_model(rng)
+    vocab, context = model.config.vocab_size, model.config.context
+    prompts = [
+        [rng.randrange(vocab) for _ in range(length)]
+        for length in (3, 1, context - 2, 3, context, context + 3, rng.randint(1, context))
+    ]
+    expected = [uncached(model, prompt, 14) for prompt in prompts]
+    assert [model.generate(prompt, 14, temperature=0) for prompt in prompts[:3]] == expected[:3], model.config
+    assert model.generate_batch(prompts, 14, temperature=0) == expected, model.config
+    stop = expected[0][-4]
+    ended = [
+        text[: text.index(stop, len(p)) + 1] if stop in text[len(p) :] else text
+        for p, text in zip(prompts, expected, strict=True)
+    ]
+    assert model.generate_batch(prompts, 14, temperature=0, stop_id=stop) == ended
+    alone = [model.generate(prompt, 14, temperature=0.9, top_k=5, seed=seed) for prompt in prompts]
+    assert model.generate_batch(prompts, 14, temperature=0.9, top_k=5, seed=seed) == alone
+    assert model.generate_batch([], 14) == []
+
+
+def test_a_text_beyond_the_context_says_so_once(model: GPT) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.generate([1, 2, 3], 6)  # the last token needs no reading
+        assert not said
+        model.generate_batch([[1, 2, 3], [1] * 9], 9)
+    (warning,) = said
+    assert warning.category is SptWarning
+    assert "context: the text is longer than the model's context of 8 tokens" in str(warning.message)
 
 
 def test_the_draw_depends_on_the_seed_alone(model: GPT) -> None:

@@ -1,0 +1,81 @@
+"""Text that trained weights continue: many prompts, files of them, and where a text ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spt_fast import cli
+from spt_fast.errors import DataError
+from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.train import release
+from spt_fast.train.prompts import read_prompts
+from tests.train.test_identity import byte_tokenizer
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Weights that say what they say loudly, and often that a text is at its end."""
+    shape = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=64, vocab_size=257)
+    model = GPT(shape, seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+        model.embedding[256] *= 5
+    model.save_hf(tmp_path / "hf", byte_tokenizer(0))
+    return tmp_path / "hf"
+
+
+def test_prompts_are_continued_as_each_alone(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["ab", "", "a longer prompt", "ab", "c"]
+    alone = [release.generate_text(weights, prompt, 30, top_k=9, seed=2) for prompt in prompts]
+    monkeypatch.setattr(release, "AT_A_TIME", 2)
+    together = list(release.generate_texts(weights, iter(prompts), 30, top_k=9, seed=2))
+    assert [one.text for one in together] == alone
+    assert [one.prompt for one in together] == prompts
+    assert all(one.ended == (one.new_tokens < 30) for one in together)
+    assert any(one.ended for one in together)
+    assert all("<|endoftext|>" not in one.text for one in together)
+    file = weights / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts[1:]))
+    words = ["generate", weights, "--prompt", "ab", "--prompts", file, "--tokens", 30, "--top-k", 9, "--seed", 2]
+    words += ["--temperature", "1"]
+
+    def said(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["spt-fast", *map(str, words), *flags])
+        cli.app(standalone_mode=False)
+        return capsys.readouterr().out
+
+    found: list[dict[str, Any]] = json.loads(said("--json"))
+    assert found == [vars(one) for one in together]
+    assert said() == "\n---\n\n".join(f"{text}\n" for text in alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "one\r\n\n two \n", ["one", " two "]),
+        ("a.jsonl", '\ufeff{"prompt": "a\\nb"}\n\n{"prompt": "", "id": 3}\n', ["a\nb", ""]),
+        ("a.txt", "\n", r"^prompts: \S+ is empty"),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', r"^prompts: \S+, line 2: has no text under 'prompt'"),
+        ("a.jsonl", '["a"]\n', r"line 1: has no text under 'prompt'"),
+        ("a.jsonl", "a\n", r"line 1: is not JSON"),
+        ("a.txt", b"\xff\xfe", r"^prompts: \S+ cannot be read"),
+        ("a.txt", None, r"^prompts: \S+ cannot be read"),
+    ],
+)
+def test_files_of_prompts(tmp_path: Path, name: str, content: Any, expected: Any) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(expected, list):
+        assert read_prompts(tmp_path / name) == expected
+    else:
+        with pytest.raises(DataError, match=expected):
+            read_prompts(tmp_path / name)
