@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from spt_fast.errors import SptError
 from spt_fast.files import expanded
@@ -46,6 +46,7 @@ ClusterOptions = Annotated[
     typer.Option("--cluster-set", metavar="KEY=VALUE", help="Such as timeout_min=600 or slurm_partition=gpu."),
 ]
 Overwrite = Annotated[bool, typer.Option(help="Replace another model that lies there.")]
+WeightsDtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; as stored by default.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint; starts afresh where there is none.")]
 RecipePath = Annotated[Path, PathArgument(metavar="RECIPE")]
 RunPath = Annotated[Path, PathArgument(metavar="RUN")]
@@ -93,6 +94,30 @@ class Commands(TyperGroup):
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             error.args = (in_flags(error, flags_of(command)),)
             raise
+
+
+class ManyValues(TyperCommand):
+    """A command one of whose flags takes all the numbers that follow it: --weights 0.9 0.1."""
+
+    flag = ""
+
+    @classmethod
+    def of(cls, flag: str) -> type[ManyValues]:
+        return type("ManyValues", (cls,), {"flag": flag})
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, inside = list[str](), False
+        for i, arg in enumerate(args):
+            if inside := arg == self.flag or (inside and (args[i - 1] == self.flag or is_number(arg))):
+                given += [] if arg == self.flag else [f"{self.flag}={arg}"]
+            else:
+                given.append(arg)
+        return super().parse_args(ctx, given)
+
+
+def is_number(text: str) -> bool:
+    """Also a share, such as 10% or 1/10."""
+    return re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?(%|/[0-9]+)?|nan|-?inf", text, re.IGNORECASE) is not None
 
 
 def flags_of(command: Any) -> dict[str, str]:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from typer import Option
 
-from spt_fast.cli.flags import Json, Overwrite, PathArgument, PathOption, WeightsPath
+from spt_fast.cli.flags import Json, ManyValues, Overwrite, PathArgument, PathOption, WeightsDtype, WeightsPath
 from spt_fast.cli.program import app, out, print_json
-from spt_fast.printing import print_facts
+from spt_fast.printing import print_facts, print_table
 
 
 @app.command("export")
@@ -17,13 +17,35 @@ def export_weights(
     weights: WeightsPath,
     out_folder: Annotated[Path, PathOption("--out", metavar="DIR")],
     tokenizer: Annotated[Path | None, PathOption(help="Saved along for AutoTokenizer; a run's own by default")] = None,
+    dtype: WeightsDtype = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a Hugging Face folder (Llama; Qwen2 with a QKV bias; Qwen3 with QK-norm)."""
     from spt_fast.train.release import export
 
-    export(weights, out_folder, tokenizer, overwrite=overwrite)
+    export(weights, out_folder, tokenizer, dtype=dtype, overwrite=overwrite)
     out.print(f"{out_folder}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True)
+
+
+@app.command("merge", cls=ManyValues.of("--weights"))
+def merge_weights(
+    models: Annotated[list[Path], PathArgument(metavar="MODEL…", help="Two or more runs or folders of weights.")],
+    weights: Annotated[list[str], Option(metavar="WEIGHT…", help="One a model, such as 0.9 0.1.")],
+    out_folder: Annotated[Path, PathOption("--out", metavar="DIR")],
+    tokenizer: Annotated[Path | None, PathOption(help="Saved along; the first model's own by default.")] = None,
+    dtype: WeightsDtype = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Average the weights of models, such as a finetuned one and its base, into a Hugging Face folder."""
+    from spt_fast.train.merge import merge
+
+    shares = merge(models, weights, out_folder, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite)
+    parts = [{"model": str(model), "share": str(share)} for model, share in zip(models, shares, strict=True)]
+    if as_json:
+        print_json({"out": str(out_folder), "parts": parts})
+    else:
+        print_table(out, str(out_folder), ["model", "share"], [[*part.values()] for part in parts])
 
 
 @app.command("import")

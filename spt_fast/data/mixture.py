@@ -56,7 +56,7 @@ class Mixture:
     """In the order of `sources`; they sum to 1."""
 
     def __init__(self, weights: Mapping[str, int | str | Fraction | float]) -> None:
-        self.weights = _exact_weights(weights)
+        self.weights = exact_weights(weights)
         self.sources = tuple(self.weights)
         period = math.lcm(*(weight.denominator for weight in self.weights.values()))
         numerators = [int(weight * period) for weight in self.weights.values()]
@@ -247,7 +247,7 @@ def chairman_order(weights: list[int]) -> list[int]:
     return order
 
 
-def _exact_weights(weights: Mapping[str, int | str | Fraction | float]) -> dict[str, Fraction]:
+def exact_weights(weights: Mapping[str, int | str | Fraction | float]) -> dict[str, Fraction]:
     """The weights as exact shares that sum to 1, sorted by source."""
     if not weights:
         raise RecipeError("mixture: is empty; name at least one source")

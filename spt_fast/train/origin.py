@@ -7,6 +7,7 @@ the run's recipe say it, of weights that an earlier version wrote the run's summ
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -23,6 +24,16 @@ _KEY = "spt_fast"
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the models that an average is of."""
+
+    path: str
+    digest: str
+    share: str
+    """Exactly, such as 9/10."""
+
+
+@dataclass(frozen=True)
 class Origin:
     """How weights were trained; None is unknown."""
 
@@ -32,6 +43,8 @@ class Origin:
     """Whether attention and positions stayed inside a document."""
     dtype: str | None = None
     """What was computed in, such as bfloat16."""
+    merged: Sequence[Part] = ()
+    """What the weights are an average of."""
 
     def as_metadata(self) -> dict[str, str]:
         return {_KEY: json.dumps(asdict(self))}
@@ -62,8 +75,9 @@ def origin_of(path: Path) -> Origin:
     if _KEY in metadata:
         try:
             known = json.loads(metadata[_KEY])
+            known["merged"] = [Part(**part) for part in known.get("merged", ())]
             return Origin(**{field.name: known.get(field.name) for field in fields(Origin)})
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path}: its metadata is damaged ({error}); copy it again") from None
     summary = summary_of(run) if run else None
     if run is None or summary is None:

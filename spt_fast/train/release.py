@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import CheckpointError, DataError, SptWarning, cut, invalid
 from spt_fast.model import hf, hf_config
+from spt_fast.model.config import GPTConfig
 from spt_fast.train.folder import owned, recipe_of
-from spt_fast.train.origin import origin_of, run_of, tokenizer_file
-from spt_fast.train.weights import chosen, load_model, locate, read_config
+from spt_fast.train.origin import Origin, origin_of, run_of, tokenizer_file
+from spt_fast.train.weights import chosen, load_model, locate, read_config, stored_dtype, stored_weights
 from spt_fast.train.world import pick_device
 
 HF_FILE = "tokenizer.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 AT_A_TIME = 32
 """Texts that are generated side by side."""
@@ -96,25 +100,50 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> Tokenizer | Hugg
     return found
 
 
-def export(path: Path, folder: Path, tokenizer: str | Path | None = None, *, overwrite: bool = False) -> None:
+def export(
+    path: Path,
+    folder: Path,
+    tokenizer: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write the weights at `path` as a Hugging Face folder, with their tokenizer where it is known; over another model
-    that lies there only with `overwrite`."""
-    with _outside_runs(folder):
+    that lies there only with `overwrite`. dtype: fp32, bf16 or fp16; by default what they are stored in."""
+    with outside_runs(folder):
         weights = chosen(path)
-        model, found = load_model(weights), tokenizer_of(weights, tokenizer)
-        like, own = (weights, None) if isinstance(found, HuggingFaceTokenizer) else (None, found)
-        known, named = origin_of(weights).as_metadata(), dict(model.named_parameters())
-        hf.save(model.config, named, folder, own, like=like, metadata=known, overwrite=overwrite)
+        shape_and_tensors, origin = stored_weights(weights), origin_of(weights)
+        write_release(weights, *shape_and_tensors, folder, tokenizer, origin, dtype=dtype, overwrite=overwrite)
+
+
+def write_release(
+    weights: Path,
+    config: GPTConfig,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    tokenizer: str | Path | None,
+    origin: Origin,
+    *,
+    dtype: str | None,
+    overwrite: bool,
+) -> None:
+    """Write tensors as a Hugging Face folder, with what goes along with `weights`, as `export` does."""
+    if dtype not in (None, *DTYPES):
+        raise CheckpointError(invalid("dtype", dtype, f"write {', '.join(DTYPES)}"), argument=True)
+    found = tokenizer_of(weights, tokenizer)
+    like, own = (weights, None) if isinstance(found, HuggingFaceTokenizer) else (None, found)
+    stored_in, known = DTYPES[dtype] if dtype else stored_dtype(weights), origin.as_metadata()
+    hf.save(config, tensors, folder, own, stored_in, known, like=like, overwrite=overwrite)
 
 
 def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:
     """Copy a Hugging Face folder, checked and by our names, to where a recipe's `init` may point."""
-    with _outside_runs(folder):
+    with outside_runs(folder):
         hf.save(*hf.stored_weights(model), folder, like=model, overwrite=overwrite)
 
 
 @contextmanager
-def _outside_runs(folder: Path) -> Iterator[None]:
+def outside_runs(folder: Path) -> Iterator[None]:
     """Work alone in a folder that no run has; CheckpointError for one of a run."""
     place = folder.resolve()
     around = [part.parent for part in (place, *place.parents) if part.name in ("weights", "checkpoints")]

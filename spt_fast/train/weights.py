@@ -42,6 +42,13 @@ def stored_weights(path: Path) -> tuple[GPTConfig, Mapping[str, Tensor]]:
     return read_config(path), checkpoint.load(path)["current"].weights
 
 
+def stored_dtype(path: Path) -> torch.dtype:
+    """What the weights at `path` are stored in; float32 where their tensors differ in it."""
+    path = locate(path)
+    is_checkpoint = (path / "manifest.json").exists()
+    return torch.float32 if is_checkpoint else hf.stored_weights(path)[1].like["embedding"].dtype
+
+
 def load_model(path: Path) -> GPT:
     """The model of `stored_weights`."""
     config, weights = stored_weights(path)

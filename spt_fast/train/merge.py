@@ -1,0 +1,121 @@
+"""The average of several models' weights: of a finetuned model and its base, say, which takes back some of what was
+forgotten (WiSE-FT, arXiv 2109.01903)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spt_fast.data.mixture import exact_weights
+from spt_fast.errors import CheckpointError, RecipeError, invalid
+from spt_fast.model.config import GPTConfig
+from spt_fast.model.parameters import table
+from spt_fast.model.stored import Stored
+from spt_fast.train.origin import Origin, Part, origin_of
+from spt_fast.train.release import outside_runs, write_release
+from spt_fast.train.weights import chosen, digest_of, read_config, stored_weights
+
+Weight = int | float | str | Fraction
+
+
+def merge(
+    models: Sequence[Path],
+    weights: Sequence[Weight],
+    folder: Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> list[Fraction]:
+    """Write the average of the models' weights as a Hugging Face folder, and return each one's share of it.
+
+    models: runs, their weights/<phase>, checkpoints or Hugging Face folders, of one shape and one tokenizer; where some
+    have a head of their own, the others' embedding stands for theirs. weights: one each, above 0; all whole numbers,
+    which are relative, or shares that sum to exactly 1. The average is made in float32, a tensor at a time, and stored
+    in `dtype`, by default that of the first model, whose tokenizer and other files go along.
+    RecipeError for the weights, CheckpointError for models that don't fit together.
+    """
+    shares = _shares(weights, models)
+    with outside_runs(folder):
+        parts = [chosen(model) for model in models]
+        config = _shape_of(parts)
+        origin = _origin_of(parts, shares)
+        read = [_untied(*stored_weights(part), config) for part in parts]
+        likes = {
+            name: torch.empty(parameter.shape, dtype=torch.float32, device="meta")
+            for name, parameter in table(config).items()
+        }
+
+        def average(name: str) -> Tensor:
+            first = read[0][name].float()  # equal tensors average to themselves, to the last bit
+            total = first.clone()
+            for tensors, share in zip(read[1:], shares[1:], strict=True):
+                total.add_(tensors[name].float().sub_(first), alpha=float(share))
+            return total
+
+        merged = Stored(likes, average)
+        write_release(parts[0], config, merged, folder, tokenizer, origin, dtype=dtype, overwrite=overwrite)
+    return shares
+
+
+def _shares(weights: Sequence[Weight], models: Sequence[Path]) -> list[Fraction]:
+    if len(models) < 2:
+        raise RecipeError(invalid("models", len(models), "give at least two"), argument=True)
+    if len(weights) != len(models):
+        expected = f"give a weight for each of the {len(models)} models"
+        raise RecipeError(invalid("weights", [str(weight) for weight in weights], expected), argument=True)
+    given = {f"{i}": int(w) if isinstance(w, str) and w.isdecimal() else w for i, w in enumerate(weights, 1)}
+    try:
+        shares = exact_weights(given)
+    except RecipeError as error:
+        raise RecipeError(f"weights{str(error).removeprefix('mixture')}", argument=True) from None
+    for name, share in shares.items():
+        if not share:
+            expected = "write a weight above 0, or leave this model out"
+            raise RecipeError(invalid("weights", str(given[name]), expected), argument=True)
+    return [shares[name] for name in given]
+
+
+def _shape_of(parts: Sequence[Path]) -> GPTConfig:
+    """The shape of the average; CheckpointError where the parts have several."""
+    configs = [read_config(part) for part in parts]
+    first = configs[0]
+    for part, config in zip(parts, configs, strict=True):
+        for field in fields(GPTConfig):
+            mine, theirs = getattr(first, field.name), getattr(config, field.name)
+            if mine != theirs and field.name != "tied":
+                raise CheckpointError(
+                    f"{part}: {field.name} is {theirs}, but {mine} in {parts[0]}; an average is of models of one shape"
+                )
+    return replace(first, tied=all(config.tied for config in configs))
+
+
+def _origin_of(parts: Sequence[Path], shares: Sequence[Fraction]) -> Origin:
+    """What is known of the average; CheckpointError where the parts are of several tokenizers."""
+    origins = [origin_of(part) for part in parts]
+    known = {origin.tokenizer: part for origin, part in zip(origins, parts, strict=True) if origin.tokenizer}
+    if len(known) > 1:
+        (mine, one), (theirs, other), *_ = known.items()
+        raise CheckpointError(
+            f"{other}: is of another tokenizer ({theirs[:12]}) than {one} ({mine[:12]}); the same ids mean other text"
+        )
+    merged = [Part(str(part), digest_of(part), str(share)) for part, share in zip(parts, shares, strict=True)]
+
+    def first(field: str) -> Any:
+        return next((value for origin in origins if (value := getattr(origin, field)) is not None), None)
+
+    return Origin(first("tokenizer"), first("documents"), first("dtype"), merged)
+
+
+def _untied(config: GPTConfig, tensors: Mapping[str, Tensor], wanted: GPTConfig) -> Mapping[str, Tensor]:
+    """The tensors of a model, with the embedding for its head where only `wanted` has one of its own."""
+    if config.tied == wanted.tied:
+        return tensors
+    likes = {name: torch.empty(row.shape, device="meta") for name, row in table(wanted).items()}
+    return Stored(likes, lambda name: tensors["embedding" if name == "head" else name])

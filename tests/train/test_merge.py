@@ -1,0 +1,118 @@
+"""Averages of weights: what they hold, what they keep of their parts, and what has none."""
+
+from __future__ import annotations
+
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spt_fast import cli
+from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.model import hf
+from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.train import weights as stored
+from spt_fast.train.merge import merge
+from spt_fast.train.origin import Origin, origin_of
+from spt_fast.train.release import generate_text, tokenizer_of
+from tests.train.test_identity import byte_tokenizer
+
+SHAPE: dict[str, Any] = {
+    **{"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "ffn": 32, "context": 32, "vocab_size": 257},
+    "qk_norm": True,
+}
+
+
+def write(folder: Path, seed: int, origin: Origin | None = None, dtype: Any = None, **shape: Any) -> dict[str, Tensor]:
+    model = GPT(GPTConfig(**SHAPE | shape), seed=seed).to(dtype)
+    named = {name: param.detach().clone() for name, param in model.named_parameters()}
+    known = (origin or Origin(byte_tokenizer().digest, documents=True, dtype="float32")).as_metadata()
+    hf.save(model.config, named, folder, byte_tokenizer(), None, known)
+    return named
+
+
+def test_an_average_is_that_of_every_number_and_keeps_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    a, b = write(Path("a"), 1), write(Path("b"), 2, Origin())
+    words = ["merge", "a", "--weights", "0.9", "10%", "b", "--out", "out"]
+    monkeypatch.setattr(sys, "argv", ["spt-fast", *words])
+    cli.app(standalone_mode=False)
+    assert "9/10" in capsys.readouterr().out
+    config, found = hf.load("out")
+    assert config == GPTConfig(**SHAPE)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, 0.9 * a[name] + 0.1 * b[name])
+    origin = origin_of(Path("out"))
+    assert (origin.tokenizer, origin.documents, origin.dtype) == (byte_tokenizer().digest, True, "float32")
+    assert [(part.path, part.share) for part in origin.merged] == [("a", "9/10"), ("b", "1/10")]
+    assert [part.digest for part in origin.merged] == [stored.digest_of(Path(name)) for name in ("a", "b")]
+    assert tokenizer_of(Path("out"))
+    assert generate_text(Path("out"), "ab", 3, temperature=0).startswith("ab")
+
+    merge([Path("a")] * 3, [1, 2, "5"], Path("same"))
+    assert all(torch.equal(tensor, a[name]) for name, tensor in hf.load("same")[1].items())
+    assert merge([Path("a"), Path("out")], ["3/4", Fraction(1, 4)], Path("again"), dtype="bf16")[0] == Fraction(3, 4)
+    assert {tensor.dtype for tensor in hf.load("again")[1].values()} == {torch.bfloat16}
+    with pytest.raises(CheckpointError, match="of another model"):
+        merge([Path("a"), Path("b")], [1, 1], Path("again"))
+    with pytest.raises(CheckpointError, match=r"^dtype: 'int8' is invalid: write fp32, bf16, fp16"):
+        merge([Path("a"), Path("b")], [1, 1], Path("other"), dtype="int8")
+    assert not Path("other").exists()
+
+
+def test_an_average_is_made_in_float32_and_stored_as_the_first(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", 1, dtype=torch.bfloat16)
+    b = write(tmp_path / "b", 2)
+    merge([tmp_path / "a", tmp_path / "b"], [0.9, 0.1], tmp_path / "out")
+    for name, tensor in hf.load(tmp_path / "out")[1].items():
+        assert torch.equal(tensor, a[name].float().lerp(b[name], 0.1).bfloat16())
+
+
+def test_a_tied_head_is_averaged_as_the_embedding_that_it_is(tmp_path: Path) -> None:
+    base, tuned = write(tmp_path / "base", 1), write(tmp_path / "tuned", 2, tied=False)
+    for order in (("tuned", "base"), ("base", "tuned")):
+        merge([tmp_path / name for name in order], [1, 1], tmp_path / "-".join(order))
+        config, found = hf.load(tmp_path / "-".join(order))
+        assert not config.tied
+        torch.testing.assert_close(found["head"], (base["embedding"] + tuned["head"]) / 2)
+        torch.testing.assert_close(found["embedding"], (base["embedding"] + tuned["embedding"]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        ([0.9], r"^weights: \['0.9'\] is invalid: give a weight for each of the 2 models"),
+        ([0.9, 0.2], "^weights: the shares of 1, 2 sum to 11/10 .* 1/10 is too much"),
+        (["0.1", "0.2"], "^weights: .* 7/10 is missing"),
+        ([1, 0], "^weights: '0' is invalid: write a weight above 0"),
+        ([1, "0.5"], "^weights: '1' is a whole number"),
+        (["nan", "1.0"], r"^weights.1: 'nan' is invalid"),
+        ([-1, 2], r"^weights.1: -1 is invalid"),
+        ([float("inf"), 0.5], r"^weights.1: inf is invalid"),
+    ],
+)
+def test_weights_that_give_no_average(tmp_path: Path, weights: list[Any], problem: str) -> None:
+    with pytest.raises(RecipeError, match=problem):
+        merge([tmp_path / "a", tmp_path / "b"], weights, tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"^models: 1 is invalid: give at least two"):
+        merge([tmp_path / "a"], [1], tmp_path / "out")
+
+
+def test_models_that_have_no_average_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a", 1)
+    for field, value in (("ffn", 48), ("rope_theta", 500.0), ("layers", 2), ("context", 64)):
+        write(tmp_path / field, 1, **{field: value})
+        with pytest.raises(
+            CheckpointError, match=rf"{field}: {field} is {value}, but {SHAPE.get(field, 10000.0)} in \S+a;"
+        ):
+            merge([tmp_path / "a", tmp_path / field], [1, 1], tmp_path / "out")
+    write(tmp_path / "foreign", 1, Origin("0123456789abcdef"))
+    with pytest.raises(CheckpointError, match=r"foreign: is of another tokenizer \(0123456789ab\) than \S+a "):
+        merge([tmp_path / "a", tmp_path / "foreign"], [1, 1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
