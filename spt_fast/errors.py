@@ -66,6 +66,11 @@ def cut(text: str, characters: int = SHOWN) -> str:
     return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
+def counted(number: int, what: str) -> str:
+    """1 document, 2,000 documents."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def invalid(field: str, given: object, expected: str) -> str:
     """The message for a value that cannot be used: `FIELD: VALUE is invalid: what is expected; the remedy`.
 

@@ -25,9 +25,11 @@ from spt_fast.data.split import Split
 from spt_fast.data.text import Chunk, Inputs, TextReader
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.data.workers import Encoded, EncoderPool, Settings, TextBatch
-from spt_fast.errors import DataError, SptWarning, invalid
+from spt_fast.errors import DataError, SptWarning, counted, invalid
 
 BATCH_BYTES = 1 << 20
+FAR_OFF = 0.25
+"""A held-out part is further from the share that was asked for than rounding to documents explains."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ def prepare(
         skipped += reader.skipped
         _refuse_empty(writers, heldout, skipped)
         commit(*writers, obsolete=obsolete)
+    if heldout is not None:
+        _say_share(writers[1].num_bytes, sum(writer.num_bytes for writer in writers), heldout)
     seconds = time.perf_counter() - start_s
     train, *held_out = ((writer.num_documents, writer.num_tokens, writer.num_bytes) for writer in writers)
     return Prepared(
@@ -213,6 +217,17 @@ def _batches(reader: TextReader) -> Iterator[TextBatch]:
         raise error
 
 
+def _say_share(held_bytes: int, all_bytes: int, share: Fraction) -> None:
+    """Warn where documents are too few, or one of them too much of the text, for the share."""
+    if abs(Fraction(held_bytes, all_bytes) / share - 1) > FAR_OFF:
+        warnings.warn(
+            f"heldout: {held_bytes / all_bytes:.2%} of the text is held out, not {float(share):.2%}: a document and "
+            "its copies stay on one side; give more or shorter documents",
+            SptWarning,
+            stacklevel=3,
+        )
+
+
 def _refuse_empty(writers: list[DatasetWriter], share: Fraction | None, skipped: Counter[str]) -> None:
     documents = sum(writer.num_documents for writer in writers)
     if documents == 0:
@@ -221,8 +236,8 @@ def _refuse_empty(writers: list[DatasetWriter], share: Fraction | None, skipped:
     for writer in writers:
         if writer.num_documents == 0:
             raise DataError(
-                f"{writer.prefix} would be empty: {documents:,} documents of one text can't be divided with {share} "
-                "held out; give more documents (a .txt file is one document, a .jsonl file has one a line)"
+                f"{writer.prefix} would be empty: {counted(documents, 'document')} of one text can't be divided "
+                f"with {share} held out; give more documents (a .txt file is one, a .jsonl file has one a line)"
             )
 
 

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from spt_fast.data.parquet_pages import rows_per_block
 from spt_fast.errors import DataError, SptWarning, invalid, shown_key
 
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -45,16 +46,24 @@ TXT_BYTES = 8 << 20  # a longer .txt is more than one document
 LINE_BYTES = 128 << 20  # a longer line isn't JSON Lines
 
 _BLOCK_BYTES = 1 << 20
-PAGE_BYTES = 256 << 20  # of a Parquet column's dictionary, unfolded
 XZ_MEMORY_BYTES = 256 << 20
 STRUCTURE_BYTES = 1 << 30  # that a long line's JSON may take in memory, besides its text
 
 _FORMATS = (".jsonl", ".ndjson", ".txt", ".parquet")
 _COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
 _LONG_LINE_BYTES = 16 << 20
-_UNFOLDED_ROWS_BYTES = 64 << 20
 _NAMED = 5  # of the files that are passed over
 _BOM = b"\xef\xbb\xbf"
+_HEAD_BYTES = 10
+_PACKED = {
+    rb"\x1f\x8b\x08": "gzip, which zcat unpacks",
+    rb"\x28\xb5\x2f\xfd": "zstd, which zstdcat unpacks",
+    rb"\xfd7zXZ\0": "xz, which xzcat unpacks",
+    rb"BZh[1-9]1AY&SY": "bzip2, which bzcat unpacks",
+    rb"PK\x03\x04": "a zip archive, which unzip -p unpacks",
+    rb"PAR1": "Parquet, which is read from a file that is called .parquet",
+}
+"""How files begin that are no text, and what they are."""
 _SKIP = "or leave such documents out, counted, by `skip_bad=True`"
 
 
@@ -131,8 +140,13 @@ class TextReader:
     def _blocks(self, stream: Any, path: Path, file: Any = None) -> Iterator[bytes]:
         before, start = self.read_bytes, True
         while block := _read(stream, path):
+            while start and len(block) < _HEAD_BYTES and (more := _read(stream, path)):  # of a slow pipe
+                block += more
             self.read_bytes = before + file.tell() if file is not None else self.read_bytes + len(block)
-            yield block.removeprefix(_BOM) if start else block
+            if start:
+                _refuse_packed(block, path)
+                block = block.removeprefix(_BOM)
+            yield block
             start = False
 
     def _jsonl_chunks(self, blocks: Iterator[bytes], source: str) -> Iterator[Chunk]:
@@ -176,17 +190,45 @@ class TextReader:
             if pa.types.is_nested(kind):  # before it unfolds
                 raise DataError(f"{path}: column {self._text_key!r} {_not_strings(kind)}")
             rows = table.metadata.num_rows
-            for batch in table.iter_batches(
-                _rows_per_block(table, self._text_key, file, path), columns=[self._text_key]
-            ):
-                data, lengths = _parquet_column(pa, batch.column(0), f"{path}: column {self._text_key!r}")
-                yield Chunk(str(path), "row", first, data, lengths)
-                first += len(lengths)
+            batch_rows = rows_per_block(table, self._text_key, file, path, LINE_BYTES)
+            for batch in table.iter_batches(batch_rows, columns=[self._text_key]):
+                column = _as_bytes(pa, batch.column(0), f"{path}: column {self._text_key!r}")
+                for start, lengths in self._documents_apart(column, first, path):
+                    data = b"".join(filter(None, column.slice(start, len(lengths)).to_pylist()))
+                    yield Chunk(str(path), "row", first + start, data, lengths)
+                first += len(column)
                 self.read_bytes = before + size * (first - 1) // rows
         except DataError:
             raise
-        except (pa.ArrowException, OSError, ValueError, IndexError) as error:  # a name that is no UTF-8, a cut header
+        except (
+            pa.ArrowException,
+            OSError,
+            ValueError,
+            LookupError,
+            RecursionError,
+        ) as error:  # a damaged name or header
             raise DataError(f"{path} can't be read as Parquet ({error}); write or fetch it again") from error
+
+    def _documents_apart(self, column: Any, first: int, path: Path) -> Iterator[tuple[int, list[int]]]:
+        """Runs of rows that hold about a block of text: the first row of each, and the lengths, -1 for nulls."""
+        import pyarrow.compute
+
+        start, run, run_bytes = 0, list[int](), 0
+        for row, length in enumerate(pyarrow.compute.binary_length(column).fill_null(-1).to_pylist()):
+            if run and (run_bytes + length > _BLOCK_BYTES or length > LINE_BYTES):
+                yield start, run
+                start, run, run_bytes = row, [], 0
+            if length > LINE_BYTES:
+                too_long = f"row over {LINE_BYTES >> 20} MiB"
+                if not self._skip_bad:
+                    raise DataError(f"{path}, row {first + row}: {too_long}; write shorter documents, {_SKIP}")
+                self.skipped[too_long] += 1
+                start = row + 1
+            else:
+                run.append(length)
+                run_bytes += length
+        if run:
+            yield start, run
 
 
 def find_files(inputs: Inputs) -> Found:
@@ -403,59 +445,17 @@ def _document_end(text: bytearray) -> int:
     return next(starts, TXT_BYTES)
 
 
-def _rows_per_block(table: Any, text_key: str, file: BinaryIO, path: Path) -> int:
-    """Rows that hold about a block of text by what the footer says of the column, and few where each of them could be
-    all of a large dictionary: that is stored once however often it is used."""
-    columns = [
-        group.column(index)
-        for group in map(table.metadata.row_group, range(table.metadata.num_row_groups))
-        for index in range(group.num_columns)
-        if group.column(index).path_in_schema == text_key
-    ]
-    pages = [_unfolded_bytes(file, c.dictionary_page_offset) for c in columns if c.has_dictionary_page]
-    if (largest := max(pages, default=0)) > PAGE_BYTES:
-        raise DataError(
-            f"{path}: column {text_key!r} unfolds to {largest >> 20:,} MiB in one page, over {PAGE_BYTES >> 20}; write "
-            "it without a dictionary, in smaller documents"
-        )
-    column_bytes = sum(column.total_uncompressed_size for column in columns)
-    texts = [column for column in columns if column.physical_type == "BYTE_ARRAY"]
-    if any(column.total_uncompressed_size > LINE_BYTES * max(1, column.num_values) for column in texts):
-        raise DataError(f"{path}: column {text_key!r} holds documents over {LINE_BYTES >> 20} MiB; write shorter ones")
-    # By DELTA_BYTE_ARRAY a text may repeat all of the one before it: each may be as long as the column is on disk.
-    longest = [column.total_uncompressed_size for column in columns if "DELTA_BYTE_ARRAY" in column.encodings]
-    largest = max([largest, *longest])
-    typical = _BLOCK_BYTES * table.metadata.num_rows // max(1, column_bytes)
-    return max(1, min(256, typical, _UNFOLDED_ROWS_BYTES // max(1, largest)))
-
-
-def _unfolded_bytes(file: BinaryIO, offset: int) -> int:
-    """What the Parquet page at `offset` unfolds to: the second number of its header, in Thrift's compact form."""
-    file.seek(offset)
-    header, numbers, at = file.read(32), [0, 0], 0
-    for i in range(2):
-        at += 1  # the field's type
-        for shift in range(0, 35, 7):
-            byte, at = header[at], at + 1
-            numbers[i] |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                break
-    return numbers[1] >> 1
-
-
 def _not_strings(kind: Any) -> str:
     return f"holds {kind}, not strings; name another by `text_key=…`"
 
 
-def _parquet_column(pa: Any, column: Any, name: str) -> tuple[bytes, list[int]]:
-    """The documents of one column back to back, and their lengths, -1 for nulls."""
+def _as_bytes(pa: Any, column: Any, name: str) -> Any:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:
-        documents = column.cast(pa.large_binary()).to_pylist()
+        return column.cast(pa.large_binary())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise DataError(f"{name} {_not_strings(column.type)}") from None
-    return b"".join(filter(None, documents)), [-1 if document is None else len(document) for document in documents]
 
 
 def _open(path: Path, compression: str) -> Any:
@@ -566,6 +566,16 @@ def _is_pipe(path: Path) -> bool:
 
 def _known_names() -> str:
     return f"{', '.join(_FORMATS)} (plain, {', '.join(_COMPRESSIONS[1:])})"
+
+
+def _refuse_packed(head: bytes, path: Path) -> None:
+    """DataError where what should be text is something packed."""
+    for begins, what in _PACKED.items():
+        if re.match(begins, head, re.DOTALL):
+            raise DataError(
+                f"{_name(path)}: holds no text but {what}; unpack it first, or rename the file by what it is "
+                f"({_known_names()})"
+            )
 
 
 def _name(path: Path) -> str:

@@ -26,6 +26,7 @@ from markupsafe import Markup
 from spt_fast import __version__
 from spt_fast.advice.advise import advise
 from spt_fast.advice.result import Advice
+from spt_fast.errors import counted
 from spt_fast.files import write_text
 from spt_fast.laws import LawWarning
 from spt_fast.outputs import check_output, head
@@ -146,7 +147,7 @@ def _behind(done: pd.DataFrame, corpus: str) -> str:
     documents, errors = done[f"{corpus}_documents"].dropna(), done[f"{corpus}_error"].dropna()
     if errors.empty:
         return "text that is not recorded"
-    of = f"{documents.min():,.0f} documents" if len(documents) else "text without documents"
+    of = counted(int(documents.min()), "document") if len(documents) else "text without documents"
     return f"{of}, standard error up to {errors.max():.2g} nats"
 
 

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from spt_fast.errors import counted
 from spt_fast.study.compare import ArmFigures, Comparison
 from spt_fast.study.finetunes import Interval, Treatment
 from spt_fast.study.fits import Errors, Fits, Fitted, Score
@@ -93,10 +94,10 @@ def behind(comparison: Comparison) -> list[str]:
         if not known:
             return []
         documents = [one.documents for one in known if one.documents is not None]
-        counted = f"{min(documents):,} documents, " if documents else ""
+        behind_it = f"{counted(min(documents), 'document')}, " if documents else ""
         errors = [one.standard_error for one in known if one.standard_error is not None]
         error = f", standard error {max(errors):.3f}" if errors else ""
-        texts.append(f"{name} {counted}{min(one.tokens for one in known):,} tokens{error}")
+        texts.append(f"{name} {behind_it}{min(one.tokens for one in known):,} tokens{error}")
     return [
         f"losses are of the report half of the held-out text ({'; '.join(texts)}); learning rates and checkpoints were "
         "chosen on the select half"

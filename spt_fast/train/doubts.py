@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 
-from spt_fast.errors import SptWarning
+from spt_fast.errors import SptWarning, counted
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens, evaluation_texts
 from spt_fast.train.plan import Plan
 
@@ -74,8 +74,8 @@ def _thin_texts(plan: Plan) -> list[str]:
                 remedy = more if scored < asked // 2 else f"raise the phase's `eval.tokens`, or {more}"
                 found.setdefault(
                     (source, "documents"),
-                    f"sources.{source}.heldout: a half of what is scored has {text.documents} documents, fewer than "
-                    f"{FEW_DOCUMENTS}, so differences below its standard error mean nothing; {remedy}",
+                    f"sources.{source}.heldout: a half of what is scored has {counted(text.documents, 'document')}, "
+                    f"fewer than {FEW_DOCUMENTS}, so differences below its standard error mean nothing; {remedy}",
                 )
             if scored < asked // 2:
                 found.setdefault(

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, counted
 from spt_fast.model import hf
 from spt_fast.printing import print_table
 from spt_fast.train.evaluate import EvalSet, measure
@@ -124,7 +124,7 @@ def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) 
     rows = [[prefix, *map(s.get, shown)] for prefix, s in scored.items()]
     print_table(console, str(weights), ["dataset", *(name.replace("_", " ") for name in shown)], rows)
     for prefix, s in scored.items():
-        documents = "documents not recorded" if s["documents"] is None else f"{s['documents']:,} documents"
+        documents = "documents not recorded" if s["documents"] is None else counted(s["documents"], "document")
         where = "inside documents" if s["inside_documents"] else "across documents"
         unknown = "" if s["same_tokenizer"] else "; whether its ids are of the weights' tokenizer is not recorded"
         console.print(f"{prefix}: {documents}, in {s['dtype']}, attention {where}{unknown}", soft_wrap=True)

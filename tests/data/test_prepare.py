@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -164,6 +165,19 @@ def test_a_share_is_of_the_bytes_within_one_document_and_a_larger_one_holds_out_
             smaller = held_out
 
 
+def test_a_share_that_documents_do_not_allow_is_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for texts, share, expected in (
+        (["a" * 90_000, *documents(3)], Fraction(1, 20), r"0\.\d\d% of the text is held out, not 5\.00%: a document"),
+        (["a" * 9_000, "b" * 1_000], Fraction(1, 2), r"10\.00% of the text is held out, not 50\.00%"),
+    ):
+        write_jsonl(tmp_path / "a.jsonl", texts)
+        with pytest.warns(SptWarning, match=f"heldout: {expected}"):
+            prepare(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, heldout=share, progress=False)
+    write_jsonl(tmp_path / "a.jsonl", documents(400))
+    with warnings.catch_warnings(action="error"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, heldout=Fraction(1, 20), progress=False)
+
+
 def test_ids_beyond_65535_get_uint32(tmp_path: Path) -> None:
     tokenizer = large_tokenizer()
     texts = ["日本語 日本語", "\x00\x02 plain"]
@@ -213,7 +227,9 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
     blank = write_jsonl(tmp_path / "blank.jsonl", ["", ""])
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
     one_text = write_jsonl(tmp_path / "one_text.jsonl", ["a b", "a  b"])
+    single = write_jsonl(tmp_path / "single.jsonl", ["a b"])
     for inputs, options, message in (
+        (single, {"heldout": Fraction(1, 9)}, r"d would be empty: 1 document of one text can't be divided with 1/9"),
         (one_text, {"heldout": Fraction(1, 9)}, r"d would be empty: 2 documents of one text can't be divided with 1/9"),
         (few, {"heldout": Fraction(1)}, "heldout: '1' is invalid: write a share above 0 and below 1"),
         (few, {"workers": 0}, "workers: 0 is invalid: at least 1"),
@@ -228,7 +244,7 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
             prepare(inputs, tmp_path / "d", tokenizer, progress=False, **options)
     with pytest.raises(DataError, match="give a file of ranks or a tiktoken encoding"):
         prepare(few, tmp_path / "d", "nothing", progress=False)
-    assert names(tmp_path) == ["blank.jsonl", "empty.jsonl", "few.jsonl", "one_text.jsonl"]
+    assert names(tmp_path) == ["blank.jsonl", "empty.jsonl", "few.jsonl", "one_text.jsonl", "single.jsonl"]
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "recipe.yaml").touch()
     for place in ("run/d", "run/checkpoints/d"):

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spt_fast.data import text
+from spt_fast.data import parquet_pages, text
 from spt_fast.data.text import TextReader, find_files, iter_documents, parse
 from spt_fast.errors import DataError, SptWarning
 
@@ -33,6 +33,9 @@ def compress(data: bytes, compression: str) -> bytes:
             stream.write(data)
         return sink.getvalue().to_pybytes()
     return {".xz": lzma.compress, ".bz2": bz2.compress}.get(compression, bytes)(data)
+
+
+TOOLS = ("zcat", "zstdcat", "xzcat", "bzcat")
 
 
 def jsonl(documents: list[str], key: str = "text") -> bytes:
@@ -165,6 +168,26 @@ def test_a_pipe_is_read_as_lines_of_json(tmp_path: Path) -> None:
     os.close(reading)
 
 
+def test_what_is_packed_under_another_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = {how: compress(GOOD, ending) for ending, how in zip((".gz", ".zst", ".xz", ".bz2"), TOOLS, strict=True)}
+    for how, data in (packed | {"Parquet, which": parquet(["a"]), "zip archive": b"PK\3\4" + bytes(99)}).items():
+        for name in ("a.jsonl", "a.txt", "a.jsonl.gz"):
+            path = put(tmp_path / name, compress(data, ".gz") if name.endswith(".gz") else data)
+            with pytest.raises(DataError, match=rf"{name}: holds no text but .*{how}.*; unpack it first, or rename"):
+                read(path)
+        reading, writing = os.pipe()
+        os.write(writing, data[:2])
+        monkeypatch.setattr(text, "_BLOCK_BYTES", 2)
+        os.write(writing, data[2:])
+        os.close(writing)
+        with pytest.raises(DataError, match=rf"/dev/fd/{reading}: holds no text but .*{how}"):
+            read(f"/dev/fd/{reading}")
+        os.close(reading)
+        monkeypatch.undo()
+    for plain in ("BZh9 is how bzip2 begins", "PAR2", "\x1f"):
+        assert read(put(tmp_path / "a.txt", plain.encode()))[0] == [plain]
+
+
 def test_only_devices_and_descriptors_below_dev_are_pipes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda path: True)
     for name in ("-", "/dev/stdin", "/dev/fd/9", "/dev/null"):
@@ -198,9 +221,24 @@ def test_a_small_file_that_unfolds_to_much_takes_little_memory_or_is_refused(
     chunk = next(iter(TextReader(bomb)))
     assert len(chunk.data) <= 64 << 20
     assert set(chunk.lengths or ()) == {len(big)}
-    monkeypatch.setattr(text, "PAGE_BYTES", 1 << 20 - 1)
+    monkeypatch.setattr(parquet_pages, "DICTIONARY_BYTES", 1 << 20 - 1)
     with pytest.raises(DataError, match="column 'text' unfolds to 1 MiB in one page, over 0; write"):
         next(iter(TextReader(bomb)))
+    uneven = ["y"] * 300 + [big + big] + ["y"] * 700 + [big, "y"]  # in two groups of a page each
+    for options in ({}, {"data_page_version": "2.0", "compression": "zstd"}, {"column_encoding": {"text": "PLAIN"}}):
+        path = put(tmp_path / "d.parquet", parquet(uneven, use_dictionary=False, row_group_size=1001, **options))
+        assert [text for chunk in TextReader(path) for text, _ in parse(chunk)] == uneven
+        monkeypatch.setattr(parquet_pages, "PAGE_BYTES", 3 << 20 - 1)
+        with pytest.raises(DataError, match=r"unfolds to 2 MiB in one page, over 1; write .* fewer rows a page"):
+            next(iter(TextReader(path)))
+        monkeypatch.undo()
+        monkeypatch.setattr(parquet_pages, "DICTIONARY_BYTES", 1 << 20 - 1)
+    monkeypatch.setattr(text, "LINE_BYTES", 1 << 20)
+    with pytest.raises(DataError, match=r"d\.parquet, row 301: row over 1 MiB; write shorter documents, or"):
+        list(TextReader(path))
+    documents, skipped = read(path)
+    assert documents == [document for document in uneven if len(document) < 2 << 20]
+    assert skipped == {"row over 1 MiB": 1}
 
     for column, message in ((pa.array([[big]]), "holds list<.*>, not strings"), ([big], "holds documents over 0 MiB")):
         monkeypatch.setattr(text, "LINE_BYTES", 1 << 20 - 1)
