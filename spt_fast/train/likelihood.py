@@ -96,12 +96,11 @@ class TextModel:
     def pair(self, context: str, continuation: str) -> Pair:
         """Encoded as one text and cut where the context alone ends; spaces at the end of the context belong to the
         continuation. SptError for a continuation without tokens."""
-        if context:
-            kept = context.rstrip()
+        if kept := context.rstrip():
             whole, before = self.encode(context + continuation), self.encode(kept)
             pair = Pair(before, whole[len(before) :])
         else:
-            ids = self._ids(continuation)
+            ids = self._ids(context + continuation)
             pair = Pair(ids[:1], ids[1:]) if ids[:1] == [self._prefix] else Pair([self._prefix], ids)
         if not pair.continuation:
             raise SptError(f"{continuation!r} has no tokens of its own after its context; write a longer answer")

@@ -18,6 +18,7 @@ from typing import Any
 
 from spt_fast.errors import CheckpointError, SptWarning, cut
 from spt_fast.files import write_text
+from spt_fast.train.likelihood import TextModel
 from spt_fast.train.origin import run_of
 from spt_fast.train.weights import digest_of, locate
 
@@ -51,6 +52,18 @@ class Settings:
         begin = "no begin-of-text id" if self.bos is None else f"begin-of-text id {self.bos}"
         limit = "" if self.limit is None else f"limit {self.limit:,}, "
         return f"{self.library}, {self.num_fewshot} examples, {limit}context {self.context:,}, {begin}, in {self.dtype}"
+
+
+def settings_of(model: TextModel, *, version: str, library: str, num_fewshot: int, limit: int | None) -> Settings:
+    return Settings(
+        version=version,
+        library=library,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        context=model.context,
+        bos=model.bos,
+        dtype=model.dtype,
+    )
 
 
 @dataclass(frozen=True)

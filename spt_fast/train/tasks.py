@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from spt_fast.errors import DataError, SptError, SptWarning, invalid
 from spt_fast.printing import print_table
 from spt_fast.train import questions as own
 from spt_fast.train.likelihood import TextModel
-from spt_fast.train.task_results import FEW_QUESTIONS, Metric, Settings, TaskResult, save
+from spt_fast.train.task_results import FEW_QUESTIONS, Metric, TaskResult, save, settings_of
 from spt_fast.train.weights import chosen
 
 
@@ -45,12 +46,19 @@ def score_tasks(
         if len(questions) <= (num_fewshot or 0):
             says = f"at most {len(questions) - 1}, since the examples are the first of the questions in {name}"
             raise SptError(invalid("num_fewshot", num_fewshot, says), argument=True)
-    if others:
-        expected = "give files of questions (.jsonl): one JSON object a line, {question, choices, answer}"
-        raise DataError(invalid("tasks", others[0], expected), argument=True)
+    for task in others:
+        if task.endswith((".yaml", ".yml")) != Path(task).is_file():
+            expected = (
+                "give a file of questions (.jsonl), a task file of lm-eval (.yaml), or the name of one of its tasks"
+            )
+            raise DataError(invalid("tasks", task, expected), argument=True)
+    harness = _harness(others) if others else None
+    manager = harness.find(others) if harness else None
     weights = chosen(weights)
     model = TextModel.load(weights, tokenizer, context=context, batch=batch)
     found = [_ask(model, name, questions, num_fewshot or 0, limit) for name, questions in files.items()]
+    if harness:
+        found += harness.score(model, manager, others, num_fewshot, limit)
     for result in found:
         save(result, weights)
         if result.questions < FEW_QUESTIONS:
@@ -61,6 +69,19 @@ def score_tasks(
                 stacklevel=2,
             )
     return {result.task: result for result in found}
+
+
+def _harness(tasks: Sequence[str]) -> ModuleType:
+    """The module that needs lm-eval."""
+    try:
+        from spt_fast.train import harness
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f'tasks: {", ".join(tasks)} needs lm-eval ({error.name} isn\'t installed): pip install "spt-fast[eval]"; '
+            "files of questions (.jsonl) need nothing",
+            argument=True,
+        ) from None
+    return harness
 
 
 def _ask(
@@ -76,18 +97,6 @@ def _ask(
     )
     metrics = {metric: Metric.mean(each) for metric, each in own.answer(model, asked, examples).items()}
     return TaskResult(task=name, questions=len(asked), metrics=metrics, settings=settings)
-
-
-def settings_of(model: TextModel, *, version: str, library: str, num_fewshot: int, limit: int | None) -> Settings:
-    return Settings(
-        version=version,
-        library=library,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        context=model.context,
-        bos=model.bos,
-        dtype=model.dtype,
-    )
 
 
 def print_tasks(weights: Path, results: Mapping[str, TaskResult], console: Console) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from spt_fast import train
 from spt_fast.cli import main
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
 from spt_fast.errors import DataError, SptError, SptWarning
@@ -23,7 +27,7 @@ from spt_fast.model.config import GPTConfig
 from spt_fast.model.gpt import GPT
 from spt_fast.train import questions as own
 from spt_fast.train.likelihood import Pair, TextModel
-from spt_fast.train.task_results import results_of, standard_error
+from spt_fast.train.task_results import Metric, results_of, standard_error
 from spt_fast.train.tasks import score_tasks
 
 CONTEXT = 64
@@ -225,6 +229,110 @@ def test_results_are_kept_with_what_decided_them(
     assert results_of(tmp_path / "other") == [], "these are of other weights"
     with pytest.raises(SptError, match="tokenizer: missing"):
         score_tasks(tmp_path / "other", [str(path)])
+
+
+class Instance:
+    """What lm-eval asks."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+
+@pytest.fixture
+def fake_lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """What is used of lm-eval, saying what it said of a task whose two questions have two choices each."""
+    fakes = {name: ModuleType(name) for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.tasks")}
+    lm_eval: Any = fakes["lm_eval"]
+
+    def simple_evaluate(model: Any, *, tasks: list[str], num_fewshot: int, limit: int, task_manager: Any) -> Any:
+        if tasks == ["far"]:
+            raise ConnectionError("Couldn't reach 'far/far'\non the Hub")
+        asked = [Instance("Heat?", " water"), Instance("Heat?", " base"), Instance("", "salt")]
+        lm_eval.said = model.loglikelihood(asked)
+        hashes = {"doc_hash": "d", "prompt_hash": "p", "target_hash": "t", "filter": "none"}
+        samples = [{"doc_id": i, "acc": float(i < 1), "f1": (0, 1)} | hashes for i in (2, 0, 1)]
+        metrics = {"acc,none": 1 / 3, "acc_stderr,none": 1 / 3, "f1,none": 0.5, "f1_stderr,none": "N/A"}
+        return {
+            "results": {"near": {"name": "near", "alias": "near", "sample_len": 3, **metrics}},
+            "samples": {"near": samples},
+            "versions": {"near": 1.0},
+            "n-shot": {"near": num_fewshot},
+            "n-samples": {"near": {"original": 3, "effective": 3}},
+        }
+
+    lm_eval.simple_evaluate, lm_eval.__version__, lm_eval.evaluator = simple_evaluate, "0.4.13", SimpleNamespace()
+    fakes["lm_eval.api.model"].LM = type("LM", (), {})  # type: ignore[attr-defined]
+    fakes["lm_eval.tasks"].TaskManager = lambda: SimpleNamespace(all_tasks=["near", "far"])  # type: ignore[attr-defined]
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.delitem(sys.modules, "spt_fast.train.harness", raising=False)
+    monkeypatch.delattr(train, "harness", raising=False)
+    yield lm_eval
+    sys.modules.pop("spt_fast.train.harness", None)
+    vars(train).pop("harness", None)
+
+
+@pytest.mark.filterwarnings("ignore::spt_fast.errors.SptWarning")
+def test_lm_eval_is_answered_and_its_answers_are_kept(weights: Path, model: TextModel, fake_lm_eval: Any) -> None:
+    near = score_tasks(weights, ["near"], num_fewshot=2, limit=3)["near"]
+    assert near.questions == 3
+    assert near.settings.library == "lm-eval 0.4.13"
+    assert (near.settings.num_fewshot, near.settings.limit) == (2, None), "there are no more"
+    assert near.metrics == {"acc": Metric(1 / 3, 1 / 3, [1.0, 0.0, 0.0]), "f1": Metric(0.5, None)}
+    assert near in results_of(weights)
+    for (nats, greedy), pair in zip(
+        fake_lm_eval.said, (("Heat?", " water"), ("Heat?", " base"), ("", "salt")), strict=True
+    ):
+        assert nats == pytest.approx(one_by_one(weights, model.pair(*pair))[0], rel=0.05), "bf16, on some machines"
+        assert isinstance(greedy, bool)
+    with pytest.raises(DataError, match=r"'nea' is invalid: .*did you mean 'near'\?"):
+        score_tasks(weights, ["nea"])
+    with pytest.raises(
+        DataError, match=r"lm-eval cannot run far \(ConnectionError: Couldn't reach 'far/far' on the Hub\)"
+    ):
+        score_tasks(weights, ["far"])
+    harness = importlib.import_module("spt_fast.train.harness")
+    asked = harness.HarnessModel(model)
+    text = "acid base heat " * 40
+    windows = model.windows(text)
+    assert asked.loglikelihood_rolling([Instance(text), Instance("salt")]) == pytest.approx(
+        [sum(one_by_one(weights, window)[0] for window in windows), one_by_one(weights, model.pair("", "salt"))[0]]
+    )
+    said = asked.generate_until([Instance("Heat?", {"until": "\n\n", "max_gen_toks": 5, "do_sample": False})])
+    assert said == [model.continuation("Heat?", ["\n\n"], 5)]
+
+
+def test_without_lm_eval_one_message_says_what_to_install(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(DataError, match=r'near needs lm-eval .*: pip install "spt-fast\[eval\]"'):
+        score_tasks(weights, ["near"])
+    for task in (str(tmp_path / "absent.yaml"), str(write(tmp_path / "table.csv", []))):
+        with pytest.raises(DataError, match=r"is invalid: give a file of questions \(\.jsonl\)"):
+            score_tasks(weights, [task])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_gives_the_same_numbers(weights: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    answers = [{**question, "answer": place} for question, place in zip(QUESTIONS, (1, 1, 1, 2), strict=True)]
+    task = {
+        "task": "notes",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(write(tmp_path / "notes.jsonl", answers))}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (tmp_path / "notes.yaml").write_text(yaml.safe_dump(task))
+    found = score_tasks(weights, [str(tmp_path / "notes.jsonl"), str(tmp_path / "notes.yaml")])
+    for name, own_metric in found["notes.jsonl"].metrics.items():
+        assert found["notes"].metrics[name].each == own_metric.each
+        assert found["notes"].metrics[name].standard_error == pytest.approx(own_metric.standard_error)
 
 
 def test_the_standard_error_is_of_a_sample() -> None:
