@@ -78,6 +78,7 @@ from spt_fast.data.tokenizer import EOS, Tokenizer, train_tokenizer
 from spt_fast.errors import SptError, shown_key
 from spt_fast.model import hf, hf_config
 from spt_fast.model.config import RopeScaling
+from spt_fast.model.families import FAMILIES
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.printing import print_table, set_up, terminal
 from spt_fast.report.panels import panel
@@ -489,7 +490,18 @@ class Checkpoints:
 def stretched(rng: random.Random, scaling: RopeScaling) -> GPTConfig:
     """A tiny model of one of the families."""
     shape: dict[str, Any] = {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "ffn": 16, "context": 8}
-    family = rng.choice([{}, {"qkv_bias": True}, {"qk_norm": True}])
+    family = rng.choice(
+        [
+            {},
+            {"qkv_bias": True},
+            {"qk_norm": True},
+            {"norms": "after", "qk_norm": True, "qk_norm_over": "width"},
+            {"norms": "after", "qk_norm": True, "qk_norm_over": "width", "window": 4},
+            {"window": 4, "family": "mistral"},
+            {"window": 4, "full_layers": [0], "no_rope_layers": [0]},
+            {"qkv_bias": True, "mlp_bias": True},
+        ]
+    )
     more = {"tied": rng.random() < 0.5, "rope_scaling": rng.choice([None, scaling])}
     return GPTConfig(**shape, vocab_size=32, **family, **more)
 
@@ -561,7 +573,10 @@ class Configs:
             assert hf.read_config(self.case) == model.config
         given = json.loads((self.case / hf.CONFIG).read_text())
         named = " ".join(str(warning.message) for warning in said)
-        for field in given.keys() - {*hf_config.FIELDS.values(), *hf_config.ROPE, *hf_config.WITHOUT_EFFECT}:
+        family = FAMILIES[given["model_type"]]
+        of_family = {*family.written.values(), *family.unsaid, "sliding_window", "layer_types", "no_rope_layers"}
+        known = {*hf_config.FIELDS.values(), *hf_config.ROPE, *hf_config.WITHOUT_EFFECT, *of_family}
+        for field in given.keys() - known:
             silent = not given[field] or field.startswith("_") or field in hf_config.ONLY or given[field] == 1
             assert silent or shown_key(field) in named or "…" in named, f"{field} was left out in silence"
         model.save_hf(self.case / "again")

@@ -52,8 +52,11 @@ class Cache:
         """Of the T tokens that are read next, int64 [N, T]."""
         return torch.arange(self.end, self.end + T) - torch.tensor(self.starts).unsqueeze(1)
 
-    def attend(self, layer: int, q_NTHQ: Tensor, k_NTKQ: Tensor, v_NTKQ: Tensor) -> Tensor:
-        """Causal attention of the tokens that are read next, to themselves and all before: [N, T, H, Q].
+    def attend(
+        self, layer: int, q_NTHQ: Tensor, k_NTKQ: Tensor, v_NTKQ: Tensor, *, window: int | None = None
+    ) -> Tensor:
+        """Causal attention of the tokens that are read next, to themselves and all before, or as many keys as the
+        window has: [N, T, H, Q].
 
         They are a whole text, or one token of every text.
         """
@@ -61,13 +64,13 @@ class Cache:
         now = self.end + T
         keys[:, self.end : now], values[:, self.end : now] = k_NTKQ, v_NTKQ
         if self.end == 0:
-            return flash_attention(q_NTHQ, k_NTKQ, v_NTKQ)
+            return flash_attention(q_NTHQ, k_NTKQ, v_NTKQ, window=window)
         assert T == 1
-        seen = None
-        if any(self.starts):
+        first, seen = max(0, now - (window or now)), None
+        if max(self.starts) > first:
             starts_N1 = torch.tensor(self.starts, device=keys.device).unsqueeze(1)
-            seen = (torch.arange(now, device=keys.device) >= starts_N1)[:, None, None]
+            seen = (torch.arange(first, now, device=keys.device) >= starts_N1)[:, None, None]
         # The queries that share a key's head stand where other attention has positions: nothing is repeated for them.
         q_NKGQ = q_NTHQ.squeeze(1).unflatten(1, (keys.shape[2], -1))
-        k_NKSQ, v_NKSQ = keys[:, :now].transpose(1, 2), values[:, :now].transpose(1, 2)
+        k_NKSQ, v_NKSQ = keys[:, first:now].transpose(1, 2), values[:, first:now].transpose(1, 2)
         return F.scaled_dot_product_attention(q_NKGQ, k_NKSQ, v_NKSQ, attn_mask=seen).flatten(1, 2).unsqueeze(1)

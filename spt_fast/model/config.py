@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from spt_fast.errors import RecipeError, invalid, nearest
 from spt_fast.fields import boolean, build, integer, number, one_of, optional, setting
+from spt_fast.model.families import FAMILIES, PLAIN, family_of
 from spt_fast.model.presets import PRESETS
 from spt_fast.synonyms import unknown_key
 
@@ -26,8 +27,30 @@ def _parse(settings: Any, where: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """RoPE stretched to texts longer than those of pretraining, as Llama 3.1 has it ("llama3" in transformers).
+class Scaling:
+    """RoPE stretched to texts longer than those of pretraining; the kinds are named as in transformers."""
+
+    rope_type: str
+    factor: float
+
+    def __post_init__(self) -> None:
+        _parse(self, "model.rope_scaling")
+
+    def __str__(self) -> str:
+        """For the names of a study's runs."""
+        return "-".join(f"{value}" for value in vars(self).values() if value is not None)
+
+    @staticmethod
+    def parse(value: object, where: str) -> Scaling:
+        if isinstance(value, Scaling):
+            return value
+        kind = value.get("rope_type", "llama3") if isinstance(value, Mapping) else "llama3"
+        return build(SCALINGS[one_of(*SCALINGS)(kind, f"{where}.rope_type")], value, where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling(Scaling):
+    """As Llama 3.1 has it.
 
     A frequency is divided by `factor` where its wavelength is above original_max_position_embeddings / low_freq_factor
     tokens, kept where it is below original_max_position_embeddings / high_freq_factor, and between in between.
@@ -40,18 +63,54 @@ class RopeScaling:
     original_max_position_embeddings: int = setting(_size)
 
     def __post_init__(self) -> None:
-        _parse(self, "model.rope_scaling")
+        super().__post_init__()
         if self.high_freq_factor <= self.low_freq_factor:
             above = f"write a number above low_freq_factor ({self.low_freq_factor})"
             raise RecipeError(invalid("model.rope_scaling.high_freq_factor", self.high_freq_factor, above))
 
-    def __str__(self) -> str:
-        """For the names of a study's runs."""
-        return "-".join(f"{value}" for value in vars(self).values())
 
-    @classmethod
-    def parse(cls, value: object, where: str) -> RopeScaling:
-        return value if isinstance(value, RopeScaling) else build(cls, value, where)
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling(Scaling):
+    """Every frequency divided by `factor` (Chen et al., arXiv 2306.15595)."""
+
+    rope_type: str = setting(one_of("linear"), "linear")
+    factor: float = setting(number(1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling(Scaling):
+    """YaRN (Peng et al., arXiv 2309.00071).
+
+    Pairs of a head that turn more than beta_fast times in original_max_position_embeddings tokens keep their frequency,
+    those that turn less than beta_slow times have it divided by `factor`, with a ramp over the pairs in between, whose
+    ends are whole numbers where `truncate` says so. Queries and keys are multiplied by attention_factor; None: by
+    0.1 ln(factor) + 1, or by (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1) where both are given.
+    """
+
+    rope_type: str = setting(one_of("yarn"), "yarn")
+    factor: float = setting(number(1.0))
+    original_max_position_embeddings: int = setting(_size)
+    beta_fast: float = setting(_positive, 32.0)
+    beta_slow: float = setting(_positive, 1.0)
+    attention_factor: float | None = setting(optional(_positive), None)
+    mscale: float | None = setting(optional(_positive), None)
+    mscale_all_dim: float | None = setting(optional(_positive), None)
+    truncate: bool = setting(boolean, True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta_fast <= self.beta_slow:
+            above = f"write a number above beta_slow ({self.beta_slow})"
+            raise RecipeError(invalid("model.rope_scaling.beta_fast", self.beta_fast, above))
+
+
+SCALINGS: dict[str, type[Scaling]] = {"llama3": RopeScaling, "linear": LinearScaling, "yarn": YarnScaling}
+
+
+def _layer_numbers(value: object, where: str) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise RecipeError(invalid(where, value, "write a list of layers, counted from 0"))
+    return tuple(sorted({integer(0, 9_999)(layer, f"{where}.{i}") for i, layer in enumerate(value)}))
 
 
 @dataclass(frozen=True)
@@ -73,19 +132,36 @@ class GPTConfig:
     head_dim: int = setting(optional(_size), None)
     """Width of one head, an even number. None: width / heads, which is what the field then holds."""
     qk_norm: bool = setting(boolean, False)
-    """RMSNorm of every query and key head, before RoPE (Qwen3)."""
+    """RMSNorm of queries and keys, before RoPE (Qwen3, OLMo 2)."""
     tied: bool = setting(boolean, True)
     """The head is the embedding."""
     rope_theta: float = setting(number(0.0, 1e30, open_low=True), 10_000.0)
     norm_eps: float = setting(number(0.0, 1.0, open_low=True), 1e-6)
     qkv_bias: bool = setting(boolean, False)
     """A bias on queries, keys and values (Qwen2)."""
-    rope_scaling: RopeScaling | None = setting(optional(RopeScaling.parse), None)
+    rope_scaling: Scaling | None = setting(optional(Scaling.parse), None)
+    qk_norm_over: str = setting(one_of("head", "width"), "head")
+    """What `qk_norm` normalises: every head alone (Qwen3), or all heads together (OLMo 2)."""
+    norms: str = setting(one_of("before", "after"), "before")
+    """Where a block's norms stand: before its layers (Llama), or after them, ahead of the addition to the stream
+    (OLMo 2)."""
+    o_bias: bool = setting(boolean, False)
+    """A bias on attention's result."""
+    mlp_bias: bool = setting(boolean, False)
+    """Biases in the feed-forward layer."""
+    window: int | None = setting(optional(_size), None)
+    """Keys that a query sees, its own included; None: all up to its own."""
+    full_layers: tuple[int, ...] = setting(_layer_numbers, ())
+    """Layers without the window, counted from 0."""
+    scaled_windows: bool = setting(boolean, True)
+    """`rope_scaling` holds for layers with the window too; false in OLMo 3."""
+    no_rope_layers: tuple[int, ...] = setting(_layer_numbers, ())
+    """Layers without RoPE, counted from 0 (SmolLM3)."""
+    family: str | None = setting(optional(one_of(*FAMILIES)), None)
+    """The name in transformers of what the weights are written as, where several families have such models."""
 
     def __post_init__(self) -> None:
         _parse(self, "model")
-        if self.qkv_bias and self.qk_norm:  # a run's weights are Hugging Face folders
-            raise RecipeError(invalid("model.qkv_bias", True, "no family of models has it beside qk_norm; choose one"))
         if self.heads % self.kv_heads:
             raise RecipeError(invalid("model.kv_heads", self.kv_heads, f"write a divisor of heads ({self.heads})"))
         if self.head_dim is None:
@@ -98,6 +174,24 @@ class GPTConfig:
             object.__setattr__(self, "head_dim", self.width // self.heads)
         if self.head_dim % 2:
             raise RecipeError(invalid("model.head_dim", self.head_dim, "write an even whole number"))
+        for name in ("full_layers", "no_rope_layers"):
+            if (last := max(getattr(self, name), default=0)) >= self.layers:
+                raise RecipeError(invalid(f"model.{name}", last, f"write layers from 0 to {self.layers - 1}"))
+        for name, needed in (("full_layers", self.window), ("scaled_windows", self.window and self.rope_scaling)):
+            if getattr(self, name) != PLAIN[name] and not needed:
+                needs = "window" if name == "full_layers" else "window and rope_scaling"
+                raise RecipeError(invalid(f"model.{name}", getattr(self, name), f"give {needs} as well"))
+        family_of(self)  # a run's weights are Hugging Face folders
+
+    def window_of(self, layer: int) -> int | None:
+        return None if layer in self.full_layers else self.window
+
+    def rope_of(self, layer: int) -> str:
+        """The rotary embedding of a layer: "none", "plain", or "scaled" as `rope_scaling` says."""
+        if layer in self.no_rope_layers:
+            return "none"
+        unscaled = self.rope_scaling is None or (self.window_of(layer) and not self.scaled_windows)
+        return "plain" if unscaled else "scaled"
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTConfig:

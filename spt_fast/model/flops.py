@@ -55,8 +55,9 @@ def matmul_parameters(config: GPTConfig) -> int:
 
 def train_flops_per_token(config: GPTConfig) -> int:
     """6N + 12·L·H·Q·T: a forward and a backward pass over sequences of the model's context, with no discount for the
-    causal mask (PaLM, arXiv 2204.02311, appendix B)."""
-    return 6 * matmul_parameters(config) + 12 * config.layers * config.heads * config.head_dim * config.context
+    causal mask (PaLM, arXiv 2204.02311, appendix B); in layers with a window, T is at most that."""
+    keys = sum(min(config.context, config.window_of(layer) or config.context) for layer in range(config.layers))
+    return 6 * matmul_parameters(config) + 12 * config.heads * config.head_dim * keys
 
 
 def peak_flops(device: torch.device | str) -> float | None:

@@ -1,4 +1,4 @@
-"""The lean GPT: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU, optional QK-norm, tied or untied head.
+"""The lean GPT: RMSNorm, RoPE, grouped-query attention, SwiGLU, optional QK-norm, tied or untied head.
 
 Legend: B sequences, T positions, D width, H query heads, K key/value heads, Q head dimension, F feed-forward width,
 V vocabulary.
@@ -9,6 +9,11 @@ stream, so the stream runs through `add_rms_norm`: h is what the next layer sees
     h = norm(stream)
     for each block:   h, stream = add_norm(attention(h), stream);   h, stream = add_norm(feed_forward(h), stream)
     loss = linear_cross_entropy(h, head)
+
+Where norms stand after the layers (OLMo 2), layers read the stream itself, and only the head reads a norm of it:
+
+    for each block:   stream = stream + norm(attention(stream));   stream = stream + norm(feed_forward(stream))
+    h = norm(stream)
 
 All ops are those of spt_fast.kernels; all parameters have one dtype, that of the computation.
 """
@@ -38,11 +43,10 @@ from spt_fast.kernels import (
     swiglu_packed,
 )
 from spt_fast.kernels.fp8 import MULTIPLE
-from spt_fast.model import generate, hf
+from spt_fast.model import generate, hf, rotary
 from spt_fast.model.cache import Cache
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.parameters import Parameter, around_blocks, of_block, table
-from spt_fast.model.rotary import frequencies
 
 if TYPE_CHECKING:
     from spt_fast.data.tokenizer import Tokenizer
@@ -60,15 +64,22 @@ class Block(nn.Module):
     q_norm: nn.Parameter | None
     k_norm: nn.Parameter | None
     wo: nn.Parameter
+    bo: nn.Parameter | None
     ffn_norm: nn.Parameter
     w_gate_up: nn.Parameter
+    b_gate_up: nn.Parameter | None
     w_down: nn.Parameter
+    b_down: nn.Parameter | None
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.split = [config.heads, config.kv_heads, config.kv_heads]
         self.head_dim = config.head_dim
         self.norm_eps = config.norm_eps
+        self.norms_after = config.norms == "after"
+        self.norm_over_width = config.qk_norm_over == "width"
+        self.rope = config.rope_of(layer)
+        self.window = config.window_of(layer)
         _register(self, of_block(config))
 
     def forward(
@@ -76,37 +87,54 @@ class Block(nn.Module):
         h_BTD: Tensor,
         stream_BTD: Tensor,
         next_norm: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         cu_seqlens: Tensor | None,
         fp8: bool,
         attend: Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(the next block's h, the stream after this block); `attend`: a cache's, in the place of attention to h."""
         attended_BTD = self.attention(h_BTD, cos, sin, cu_seqlens, fp8, attend)
+        if self.norms_after:
+            stream_BTD = stream_BTD + rms_norm(attended_BTD, self.attention_norm, self.norm_eps)
+            stream_BTD = stream_BTD + rms_norm(self.feed_forward(stream_BTD, fp8), self.ffn_norm, self.norm_eps)
+            return stream_BTD, stream_BTD
         h_BTD, stream_BTD = add_rms_norm(attended_BTD, stream_BTD, self.ffn_norm, self.norm_eps)
         return add_rms_norm(self.feed_forward(h_BTD, fp8), stream_BTD, next_norm, self.norm_eps)
 
     def attention(
         self,
         h_BTD: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         cu_seqlens: Tensor | None,
         fp8: bool,
         attend: Callable[..., Tensor] | None,
     ) -> Tensor:
         qkv = linear(h_BTD, self.wqkv, fp8, self.bqkv).unflatten(-1, (-1, self.head_dim))
         q_BTHQ, k_BTKQ, v_BTKQ = qkv.split(self.split, dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTHQ, k_BTKQ = qk_norm_rope(q_BTHQ, k_BTKQ, self.q_norm, self.k_norm, cos, sin, self.norm_eps)
-        else:
-            q_BTHQ, k_BTKQ = rope(q_BTHQ, k_BTKQ, cos, sin)
+        q_BTHQ, k_BTKQ = self.positioned(q_BTHQ, k_BTKQ, cos, sin)
         attend = attend or partial(flash_attention, cu_seqlens=cu_seqlens)
-        return linear(attend(q_BTHQ, k_BTKQ, v_BTKQ).flatten(2), self.wo, fp8)
+        o_BTHQ = attend(q_BTHQ, k_BTKQ, v_BTKQ, window=self.window)
+        return linear(o_BTHQ.flatten(2), self.wo, fp8, self.bo)
+
+    def positioned(
+        self, q_BTHQ: Tensor, k_BTKQ: Tensor, cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys as attention takes them: normalised, and rotated to their positions."""
+        if cos is None or sin is None:
+            return q_BTHQ, k_BTKQ
+        if self.q_norm is None or self.k_norm is None:
+            return rope(q_BTHQ, k_BTKQ, cos, sin)
+        if not self.norm_over_width:
+            return qk_norm_rope(q_BTHQ, k_BTKQ, self.q_norm, self.k_norm, cos, sin, self.norm_eps)
+        q_BTHQ = rms_norm(q_BTHQ.flatten(2), self.q_norm, self.norm_eps).view(q_BTHQ.shape)
+        k_BTKQ = rms_norm(k_BTKQ.flatten(2), self.k_norm, self.norm_eps).view(k_BTKQ.shape)
+        return rope(q_BTHQ, k_BTKQ, cos, sin)
 
     def feed_forward(self, h_BTD: Tensor, fp8: bool) -> Tensor:
-        return linear(swiglu_packed(linear(h_BTD, self.w_gate_up, fp8)), self.w_down, fp8)
+        gate_up = linear(h_BTD, self.w_gate_up, fp8, self.b_gate_up)
+        return linear(swiglu_packed(gate_up), self.w_down, fp8, self.b_down)
 
 
 def linear(x: Tensor, weight: Tensor, fp8: bool, bias: Tensor | None = None) -> Tensor:
@@ -149,8 +177,8 @@ class GPT(nn.Module):
         """Whether training takes the blocks' wide matmuls in fp8 (kernels/fp8.py). Evaluation and generation never do:
         they measure the weights as they will be used."""
         _register(self, around_blocks(config))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self._rope_tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self._rope_tables: dict[tuple[torch.device, str, int], tuple[Tensor, Tensor]] = {}
         if not self.embedding.is_meta:
             self._init(seed)
 
@@ -208,16 +236,17 @@ class GPT(nn.Module):
     def _hidden(self, tokens_BT: Tensor, cu_seqlens: Tensor | None, cache: Cache | None = None) -> Tensor:
         """What the head reads [B, T, D]."""
         B, T = tokens_BT.shape
-        cos, sin = self._cos_sin(B, T, cu_seqlens, cache)
         eps = self.config.norm_eps
+        blocks = cast("list[Block]", [*self.blocks])
+        tables = {kind: self._cos_sin(B, T, cu_seqlens, kind, cache) for kind in {block.rope for block in blocks}}
 
         stream_BTD = embedding(tokens_BT, self.embedding)
-        blocks = cast("list[Block]", [*self.blocks])
-        h_BTD = rms_norm(stream_BTD, blocks[0].attention_norm, eps)
+        after = self.config.norms == "after"
+        h_BTD = stream_BTD if after else rms_norm(stream_BTD, blocks[0].attention_norm, eps)
         next_norms = [*(block.attention_norm for block in blocks[1:]), self.final_norm]
         fp8 = self.fp8 and torch.is_grad_enabled()
         for i, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
-            arguments = (h_BTD, stream_BTD, next_norm, cos, sin, cu_seqlens, fp8)
+            arguments = (h_BTD, stream_BTD, next_norm, *tables[block.rope], cu_seqlens, fp8)
             if cache is not None:
                 h_BTD, stream_BTD = block(*arguments, partial(cache.attend, i))
             elif self.checkpointing == "none" or not torch.is_grad_enabled():
@@ -230,15 +259,24 @@ class GPT(nn.Module):
                     preserve_rng_state=False,
                     context_fn=_keep_matmuls if self.checkpointing == "selective" else checkpoint.noop_context_fn,
                 )
-        return h_BTD
+        return rms_norm(stream_BTD, self.final_norm, eps) if after else h_BTD
 
-    def _cos_sin(self, B: int, T: int, cu_seqlens: Tensor | None, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
-        """The rotary tables in float32: [T, Q], or [B, T, Q] where positions are others in each row."""
-        device = self.embedding.device
-        if device not in self._rope_tables:
+    def _cos_sin(
+        self, B: int, T: int, cu_seqlens: Tensor | None, kind: str, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The rotary tables in float32: [T, Q], or [B, T, Q] where positions are others in each row.
+
+        kind: as of GPTConfig.rope_of. Tables are kept, since a recorded CUDA graph reads them where they lie; they have
+        a power of two of rows, so that all of them together are at most twice the longest.
+        """
+        if kind == "none":
+            return None, None
+        device, positions = self.embedding.device, T if cache is None else cache.end + T
+        key = (device, kind, 1 << (positions - 1).bit_length())
+        if key not in self._rope_tables:
             with torch.inference_mode(False):
-                self._rope_tables[device] = rope_tables(self.config, device)
-        cos, sin = self._rope_tables[device]
+                self._rope_tables[key] = rotary.tables(self.config, key[2], device, scaled=kind == "scaled")
+        cos, sin = self._rope_tables[key]
         if cache is not None:
             positions_BT = cache.positions(T).to(device)
             return cos[positions_BT], sin[positions_BT]
@@ -299,11 +337,3 @@ def _keep_matmuls() -> tuple[Any, Any]:
         return checkpoint.CheckpointPolicy.MUST_SAVE if dear else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
     return checkpoint.create_selective_checkpoint_contexts(policy)
-
-
-def rope_tables(config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [context, Q] of position times frequency, halves repeated, in float32 throughout as in Hugging Face
-    Llama."""
-    positions = torch.arange(config.context, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, frequencies(config, device)).repeat(1, 2)
-    return angles.cos(), angles.sin()

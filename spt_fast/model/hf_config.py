@@ -1,7 +1,8 @@
 """config.json of a Hugging Face folder, and the shape of a GPT: read into each other, or refused by name.
 
-Every field is one of: a field of a GPTConfig (`FIELDS`), part of the rotary embedding, one that a GPT has at a single
-value (`ONLY`), or one that changes nothing that is computed (`WITHOUT_EFFECT`). Any other is refused where its name
+Every field is one of: a field of a GPTConfig (`FIELDS`, and what a family writes), part of the rotary embedding or of
+the window, one that a GPT has at a single value (`ONLY`), or one that changes nothing that is computed
+(`WITHOUT_EFFECT`). Any other is refused where its name
 speaks of what a model computes, and named in a warning where not: none is left out in silence.
 """
 
@@ -12,12 +13,14 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from spt_fast.errors import CheckpointError, SptWarning, cut, invalid, shown, shown_key
-from spt_fast.model.config import GPTConfig, RopeScaling
+from spt_fast.fields import integer
+from spt_fast.model.config import SCALINGS, GPTConfig, Scaling, YarnScaling
+from spt_fast.model.families import FAMILIES, Family, family_of
 from spt_fast.model.stored import mistaken
 
 CONFIG = "config.json"
@@ -26,23 +29,18 @@ MAX_CHARACTERS = 50_000_000
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-@dataclass(frozen=True)
-class Family:
-    """A kind of model in transformers."""
-
-    architecture: str
-    fields: Mapping[str, bool]
-    """What all of its models have in common, by field of a GPTConfig."""
-    head_dim: int | None = None
-    """Where config.json doesn't say; None: width / heads."""
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", {"qk_norm": False, "qkv_bias": False}),
-    "qwen2": Family("Qwen2ForCausalLM", {"qkv_bias": True}),
-    "qwen3": Family("Qwen3ForCausalLM", {"qk_norm": True}, head_dim=128),
+UNLIKE = {
+    "gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text": "its norms multiply by 1 + weight, and "
+    "it multiplies its embedding by the square root of the width",
+    "gpt2 opt gpt_bigcode openai-gpt": "its positions are learnt and its norms are LayerNorms",
+    "gpt_neox gpt_neo gptj phi falcon stablelm starcoder2 codegen": "its norms are LayerNorms",
+    "bloom mpt": "its positions are ALiBi and its norms are LayerNorms",
+    "olmo cohere cohere2": "its norms are LayerNorms without bias",
+    "granite": "it multiplies its embedding, residuals and logits",
+    "mixtral llama4 llama4_text gpt_oss dbrx deepseek_v2 deepseek_v3": "it has experts",
+    "mamba mamba2 falcon_mamba rwkv": "it has no attention",
 }
-"""By model_type."""
+"""Why well-known models, by model_type, cannot be represented by a GPT."""
 
 FIELDS = {
     "layers": "num_hidden_layers",
@@ -61,8 +59,9 @@ FIELDS = {
 ROPE_TABLES = ("rope_parameters", "rope_scaling")
 """Where transformers 5 and 4 write the rotary embedding."""
 ROPE = (*ROPE_TABLES, "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-WINDOW = "original_max_position_embeddings"
-FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+LENGTH = "original_max_position_embeddings"
+LAYER_TYPES = {"sliding_attention": True, "full_attention": False}
+"""Whether a layer of that type has the window."""
 
 ONLY: dict[str, Callable[[Any], bool]] = {
     "hidden_act": lambda name: name in ("silu", "swish"),
@@ -74,6 +73,7 @@ ONLY: dict[str, Callable[[Any], bool]] = {
 _WITHOUT_EFFECT = (
     "model_type architectures torch_dtype dtype transformers_version initializer_range use_cache pretraining_tp "
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id attention_dropout hidden_dropout "
+    "resid_pdrop embd_pdrop residual_dropout "
     "max_window_layers is_llama_config return_dict output_attentions output_hidden_states chunk_size_feed_forward "
     "id2label label2id problem_type tokenizer_class vocab_file task_specific_params attn_implementation "
     "use_flash_attention use_flash_attention_2 max_sequence_length top_k top_p temperature repetition_penalty "
@@ -93,30 +93,46 @@ _ONE_IS_NEUTRAL = re.compile("(?!.*(attention|attn)).*(factor|multiplier|pct|sca
 def read_config(folder: str | Path) -> GPTConfig:
     """The shape that the folder's config.json describes; CheckpointError names what a GPT can't represent."""
     file = Path(folder) / CONFIG
-    hf = {field: value for field, value in read_json(file).items() if value is not None}
-    model_type = hf.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    given = read_json(file)
+    if given.get("auto_map"):
         raise CheckpointError(
-            f"{file}: model_type {shown(model_type)} cannot be represented; known: {', '.join(FAMILIES)}"
+            f"{file}: auto_map {shown(given['auto_map'])} cannot be represented by a GPT: code that comes with a model "
+            "is never run; remove auto_map where the model needs no code of its own"
         )
+    model_type = given.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        why = next((f", since {why}" for names, why in UNLIKE.items() if model_type in names.split()), "")
+        known = ", ".join(FAMILIES)
+        raise CheckpointError(f"{file}: model_type {shown(model_type)} cannot be represented{why}; known: {known}")
     family = FAMILIES[model_type]
+    hf = {field: value for field, value in {**family.unsaid, **given}.items() if value is not None}
     _check_fields(hf, family, file)
     unsaid = {
         "num_key_value_heads": hf.get("num_attention_heads"),
-        "head_dim": family.head_dim,
+        "head_dim": None,
         "tie_word_embeddings": False,
         "rms_norm_eps": 1e-6,
+        **dict.fromkeys(family.written.values(), False),
     }
+    names = {**FIELDS, **family.written}
     try:
-        shape: dict[str, Any] = {ours: (unsaid | hf)[theirs] for ours, theirs in FIELDS.items()}
+        shape: dict[str, Any] = {ours: (unsaid | hf)[theirs] for ours, theirs in names.items()}
     except KeyError as error:
         raise CheckpointError(f"{file}: {error.args[0]} is missing; copy the file again") from None
-    theta, scaling = _rope(hf, file)
+    theta, scaling, scaled_windows = _rope(hf, file, by_layer_type="scaled_windows" in family.free)
+    rope = {"rope_theta": family.rope_theta if theta is None else theta, "rope_scaling": scaling}
     try:
-        return GPTConfig(**shape, **family.fields, rope_theta=theta, rope_scaling=scaling)
+        layers = range(integer(1, 10_000)(shape["layers"], "layers"))
+        of_layers = _of_layers(hf, family, layers, file)
+        everything = {**family.fixed, **shape, **rope, "scaled_windows": scaled_windows, **of_layers}
+        config = GPTConfig(**everything, family=model_type)
+    except CheckpointError:
+        raise
     except ValueError as error:
         ours, _, wrong = str(error).removeprefix("model.").partition(":")
-        raise CheckpointError(f"{file}: {FIELDS.get(ours, ours)}:{wrong}") from None
+        raise CheckpointError(f"{file}: {({'window': 'sliding_window'} | names).get(ours, ours)}:{wrong}") from None
+    unnamed = replace(config, family=None)
+    return unnamed if family_of(unnamed) == model_type else config
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -172,15 +188,19 @@ def _check_fields(hf: Mapping[str, Any], family: Family, file: Path) -> None:
         ids = hf.get(field, 0)
         if not all(type(id_) is int for id_ in (ids if isinstance(ids, list) and ids else [ids])):
             raise CheckpointError(f"{file}: {invalid(field, ids, 'a token id, or a list of some')}")
-    only = ONLY
+    read = {*FIELDS.values(), *family.written.values(), *family.unsaid, *ROPE, *WITHOUT_EFFECT}
+    read |= {"sliding_window", "layer_types"} if family.windowed else set()
+    read |= {"no_rope_layers", "no_rope_layer_interval"} if "no_rope_layers" in family.free else set()
     if hf.get("use_sliding_window") is False:  # Qwen's files hold the size of a window that isn't used
-        only = {**ONLY, "sliding_window": lambda _: True}
+        read |= {"sliding_window"}
     unknown = []
     for field, value in hf.items():
-        if field in only:
-            if not only[field](value):
+        if field in read or field.startswith("_"):
+            continue
+        if field in ONLY:
+            if not ONLY[field](value):
                 raise _refused(file, field, value)
-        elif field in FIELDS.values() or field in ROPE or field in WITHOUT_EFFECT or field.startswith("_") or not value:
+        elif not value:
             continue
         elif _OF_THE_FUNCTION.match(field.lower()):
             if isinstance(value, bool) or value != 1 or not _ONE_IS_NEUTRAL.match(field.lower()):
@@ -191,16 +211,56 @@ def _check_fields(hf: Mapping[str, Any], family: Family, file: Path) -> None:
         warnings.warn(f"{file}: a GPT has no place for {shown(', '.join(unknown))}; left out", SptWarning, stacklevel=5)
 
 
-def _rope(hf: Mapping[str, Any], file: Path) -> tuple[Any, RopeScaling | None]:
-    """Base and scaling of the rotary embedding, which may stand in several places that have to agree."""
-    thetas, scalings = [hf["rope_theta"]] if "rope_theta" in hf else [], []
+def _of_layers(hf: Mapping[str, Any], family: Family, layers: range, file: Path) -> dict[str, Any]:
+    """The window, and the layers without it and without RoPE; another ValueError for wrong values."""
+    found: dict[str, Any] = {}
+    if "no_rope_layers" in family.free:
+        interval = integer(1)(hf.get("no_rope_layer_interval", 4), "no_rope_layer_interval")
+        rotated = hf.get("no_rope_layers", [(layer + 1) % interval for layer in layers])
+        if not isinstance(rotated, list) or len(rotated) < len(layers) or {type(one) for one in rotated} != {int}:
+            raise ValueError(invalid("no_rope_layers", rotated, f"a 1 or a 0 for each of {len(layers)} layers"))
+        hf = {**hf, "no_rope_layers": rotated}
+        found["no_rope_layers"] = [layer for layer in layers if not rotated[layer]]
+    if family.windowed is None:
+        return found
+    if "max_window_layers" in family.unsaid:
+        integer(0)(hf.get("max_window_layers"), "max_window_layers")
+    window, types = hf.get("sliding_window"), hf.get("layer_types")
+    if "use_sliding_window" in family.unsaid and not hf["use_sliding_window"]:
+        window = None
+    if types is not None:
+        known = isinstance(types, list) and all(isinstance(name, str) and name in LAYER_TYPES for name in types)
+        if not known or len(types) != len(layers):
+            raise _refused(file, "layer_types", types)
+    if "full_layers" in family.free and window is not None and types is not None:
+        windowed = [LAYER_TYPES[name] for name in types]
+    else:
+        windowed = [window is not None and family.windowed(hf, layer) for layer in layers]
+        if types is not None and windowed != [LAYER_TYPES[name] for name in types]:
+            raise _refused(file, "layer_types", types)
+    return {**found, "window": window, "full_layers": [i for i in layers if window is not None and not windowed[i]]}
+
+
+def _rope(hf: Mapping[str, Any], file: Path, *, by_layer_type: bool) -> tuple[Any, Scaling | None, bool]:
+    """Base and scaling of the rotary embedding, which may stand in several places that have to agree; and whether
+    layers with a window are scaled too."""
+    thetas, scalings, scaled_windows = [hf["rope_theta"]] if "rope_theta" in hf else [], [], not by_layer_type
     if hf.get("partial_rotary_factor", 1) != 1:
         raise _refused(file, "partial_rotary_factor", hf["partial_rotary_factor"])
     for name in ROPE_TABLES:
         if (rope := hf.get(name, {})) == {}:
             continue
         try:
-            theta, scaling = _rope_table(hf, rope)
+            if by_layer_type and name == "rope_parameters":
+                of_types = {layer_type: _rope_table(hf, table) for layer_type, table in rope.items()}
+                theta, scaling = of_types["full_attention"]
+                scaled_windows = of_types["sliding_attention"] == (theta, scaling)
+                if (not scaled_windows and of_types["sliding_attention"] != (theta, None)) or len(of_types) > 2:
+                    raise ValueError
+            else:
+                theta, scaling = _rope_table(hf, rope)
+            if by_layer_type and isinstance(scaling, YarnScaling) and not scaling.truncate:
+                raise ValueError  # transformers looks for it where it isn't
         except (AttributeError, KeyError, TypeError, ValueError):
             raise _refused(file, name, rope) from None
         thetas += [] if theta is None else [theta]
@@ -208,51 +268,68 @@ def _rope(hf: Mapping[str, Any], file: Path) -> tuple[Any, RopeScaling | None]:
     if any(theta != thetas[0] for theta in thetas) or any(scaling != scalings[0] for scaling in scalings):
         said = {field: hf[field] for field in ROPE if field in hf}
         raise CheckpointError(f"{file}: {', '.join(said)} contradict each other ({shown(said)}); keep the right one")
-    return thetas[0] if thetas else 10_000.0, scalings[0] if scalings else None
+    scaling = scalings[0] if scalings else None
+    return thetas[0] if thetas else None, scaling, scaled_windows or scaling is None
 
 
-def _rope_table(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
+def _rope_table(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> tuple[Any, Scaling | None]:
     """What one place says; another exception where a GPT can't represent it."""
     rope = {field: value for field, value in rope.items() if value is not None}
     kinds = {rope[name] for name in ("rope_type", "type") if name in rope} or {"default"}
-    scaled = kinds == {"llama3"}
-    left = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(FACTORS if scaled else ())}
-    if left - {WINDOW} or rope.get("partial_rotary_factor", 1) != 1:
+    (kind,) = kinds
+    own = [] if kind == "default" else [field.name for field in fields(SCALINGS[kind]) if field.name != "rope_type"]
+    left = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *own}
+    if left - {LENGTH} or rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError
-    if not scaled:
-        if kinds != {"default"}:
-            raise ValueError
+    if kind == "default":
         return rope.get("rope_theta"), None
-    windows = [place[WINDOW] for place in (hf, rope) if WINDOW in place] or [hf.get("max_position_embeddings")]
-    if windows[0] != windows[-1]:
-        raise ValueError
-    factors = {field: rope[field] for field in FACTORS}
-    return rope.get("rope_theta"), RopeScaling(**factors, original_max_position_embeddings=windows[0])
-
-
-def family_of(config: GPTConfig) -> str:
-    """The model_type that has all that the shape has."""
-    return next(
-        name
-        for name, family in FAMILIES.items()
-        if all(getattr(config, field) == value for field, value in family.fields.items())
-    )
+    factors = {field: rope[field] for field in own if field in rope}
+    if LENGTH in own:
+        lengths = [place[LENGTH] for place in (hf, rope) if LENGTH in place] or [hf.get("max_position_embeddings")]
+        if lengths[0] != lengths[-1]:
+            raise ValueError
+        factors[LENGTH] = lengths[0]
+    return rope.get("rope_theta"), SCALINGS[kind](**factors)
 
 
 def to_hf(config: GPTConfig, dtype: str, eos_id: int | None) -> dict[str, Any]:
     """config.json, with what transformers 4 and 5 call differently under both names."""
     model_type = family_of(config)
-    scaling = asdict(config.rope_scaling) if config.rope_scaling else None
+    family = FAMILIES[model_type]
+    scaling = None
+    if config.rope_scaling:
+        scaling = {name: value for name, value in asdict(config.rope_scaling).items() if value is not None}
+    plain = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope = {**(scaling or plain), "rope_theta": config.rope_theta}
+    if "scaled_windows" in family.free:
+        rope = {"full_attention": rope, "sliding_attention": rope if config.scaled_windows else plain}
     return {
-        "architectures": [FAMILIES[model_type].architecture],
+        "architectures": [family.architecture],
         "model_type": model_type,
-        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in {**FIELDS, **family.written}.items()},
+        **_said_of_layers(config, family),
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
-        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": config.rope_theta},
+        "rope_parameters": rope,
         "rope_scaling": scaling,
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
+        "pad_token_id": None,
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+
+
+def _said_of_layers(config: GPTConfig, family: Family) -> dict[str, Any]:
+    """What differs from layer to layer."""
+    said: dict[str, Any] = {}
+    if "no_rope_layers" in family.free:
+        said["no_rope_layers"] = [int(layer not in config.no_rope_layers) for layer in range(config.layers)]
+    if config.window or "sliding_window" in family.unsaid:
+        said["sliding_window"] = config.window
+    if "full_layers" in family.free:
+        types = {windowed: type_ for type_, windowed in LAYER_TYPES.items()}
+        said["layer_types"] = [types[config.window_of(layer) is not None] for layer in range(config.layers)]
+        if "use_sliding_window" in family.unsaid:
+            said["use_sliding_window"] = config.window is not None
+    return said

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from spt_fast.model.config import GPTConfig
+from spt_fast.model.families import FAMILIES, family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +64,27 @@ def of_block(config: GPTConfig) -> tuple[Parameter, ...]:
     # The two projections into the residual stream begin smaller, as in GPT-2.
     into_stream = replace(MATRIX, std=MATRIX.std / math.sqrt(2 * config.layers))
     qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+    gate_up = {"mlp.gate_proj": F, "mlp.up_proj": F}
+    if FAMILIES[family_of(config)].fused:
+        qkv, gate_up = {"self_attn.qkv_proj": q + 2 * kv}, {"mlp.gate_up_proj": 2 * F}
+    norms = {
+        "before": ("input_layernorm", "post_attention_layernorm"),
+        "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    }[config.norms]
+    normed_q, normed_k = (q, kv) if config.qk_norm_over == "width" else (Q, Q)
     return (
-        Parameter("attention_norm", NORM, {"input_layernorm.weight": D}),
+        Parameter("attention_norm", NORM, {f"{norms[0]}.weight": D}),
         Parameter("wqkv", MATRIX, {f"{part}.weight": rows for part, rows in qkv.items()}, D),
         Parameter("bqkv", BIAS, {f"{part}.bias": rows for part, rows in qkv.items()}, present=config.qkv_bias),
-        Parameter("q_norm", NORM, {"self_attn.q_norm.weight": Q}, present=config.qk_norm),
-        Parameter("k_norm", NORM, {"self_attn.k_norm.weight": Q}, present=config.qk_norm),
+        Parameter("q_norm", NORM, {"self_attn.q_norm.weight": normed_q}, present=config.qk_norm),
+        Parameter("k_norm", NORM, {"self_attn.k_norm.weight": normed_k}, present=config.qk_norm),
         Parameter("wo", into_stream, {"self_attn.o_proj.weight": D}, q),
-        Parameter("ffn_norm", NORM, {"post_attention_layernorm.weight": D}),
-        Parameter("w_gate_up", MATRIX, {"mlp.gate_proj.weight": F, "mlp.up_proj.weight": F}, D),
+        Parameter("bo", BIAS, {"self_attn.o_proj.bias": D}, present=config.o_bias),
+        Parameter("ffn_norm", NORM, {f"{norms[1]}.weight": D}),
+        Parameter("w_gate_up", MATRIX, {f"{part}.weight": rows for part, rows in gate_up.items()}, D),
+        Parameter("b_gate_up", BIAS, {f"{part}.bias": rows for part, rows in gate_up.items()}, present=config.mlp_bias),
         Parameter("w_down", into_stream, {"mlp.down_proj.weight": D}, F),
+        Parameter("b_down", BIAS, {"mlp.down_proj.bias": D}, present=config.mlp_bias),
     )
 
 

@@ -16,6 +16,9 @@ SHAPES = [
     {"tied": False, "kv_heads": 6},
     {"layers": 1, "ffn": 7},
     {"qkv_bias": True},
+    {"qk_norm": True, "qk_norm_over": "width", "norms": "after"},
+    {"o_bias": True, "qkv_bias": True, "mlp_bias": True, "no_rope_layers": [0]},
+    {"family": "phi3", "window": 5},
 ]
 SMALL = {"layers": 3, "width": 48, "heads": 6, "kv_heads": 2, "ffn": 80, "context": 32, "vocab_size": 61}
 
@@ -50,7 +53,10 @@ def test_train_flops_are_those_that_torch_counts() -> None:
     of_the_loss = 3 * 2 * 64 * config.width * config.vocab_size
     assert linear + of_the_loss == 64 * 6 * flops.matmul_parameters(config)
     assert flops.train_flops_per_token(config) == 6 * flops.matmul_parameters(config) + 12 * 3 * 6 * 8 * 32
+    windows = replace(config, window=8, full_layers=(1,))
+    assert flops.train_flops_per_token(windows) == 6 * flops.matmul_parameters(config) + 12 * 6 * 8 * (32 + 8 + 8)
     short = replace(config, context=16)
+    assert flops.train_flops_per_token(replace(short, window=20)) == flops.train_flops_per_token(short)
     assert flops.train_flops_per_token(short) == 6 * flops.matmul_parameters(config) + 12 * 3 * 6 * 8 * 16
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,20 @@ def test_greedy_takes_the_likeliest_and_slides_past_the_context(model: GPT) -> N
         assert tokens[i] == model(seen)[0, -1].argmax().item()
 
 
+OLMO: dict[str, Any] = {"norms": "after", "qk_norm": True, "qk_norm_over": "width"}
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"qk_norm": True},
+    {"qkv_bias": True, "window": 1},
+    OLMO,
+    OLMO | {"window": 4, "full_layers": [0]},
+    {"window": 5, "no_rope_layers": [0]},
+]
+
+
 def drawn_model(rng: random.Random) -> GPT:
     """Of any shape that a configuration may have, with weights that spread the logits."""
-    kv_heads, qk_norm = rng.choice([1, 2, 3]), rng.random() < 0.5
+    kv_heads = rng.choice([1, 2, 3])
     scaling = RopeScaling(
         factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=rng.choice([4, 16])
     )
@@ -45,8 +57,7 @@ def drawn_model(rng: random.Random) -> GPT:
         context=rng.choice([9, 24]),
         vocab_size=rng.choice([17, 64]),
         head_dim=rng.choice([4, 8, 16]),
-        qk_norm=qk_norm,
-        qkv_bias=not qk_norm and rng.random() < 0.5,
+        **rng.choice(KINDS),
         tied=rng.random() < 0.5,
         rope_theta=rng.choice([100.0, 10_000.0]),
         rope_scaling=rng.choice([None, scaling]),

@@ -20,6 +20,11 @@ SMALL = {"layers": 3, "width": 48, "heads": 6, "kv_heads": 2, "ffn": 80, "contex
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 
+OLMO = {"norms": "after", "qk_norm": True, "qk_norm_over": "width"}
+WINDOWS = {"window": 3, "full_layers": [1]}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+
+
 def model_with_random_norms(seed: int = 0, **fields: object) -> GPT:
     """Norm weights away from 1 and larger matrices, so that a wrong or forgotten weight shows."""
     model = GPT(GPTConfig(**{**SMALL, **fields}), seed)
@@ -64,11 +69,27 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
         ("rope_scaling", SCALING | {"rope_type": "yarn"}),
         ("rope_scaling", SCALING | {"factor": 0.5}),
         ("rope_scaling", SCALING | {"low_freq_factor": 4.0}),
+        ("rope_scaling", YARN | {"factor": "much"}),
+        ("rope_scaling", YARN | {"beta_slow": 32.0}),
+        ("rope_scaling", YARN | {"low_freq_factor": 1.0}),
+        ("rope_scaling", {"rope_type": "linear"}),
         ("heads", 5),
+        ("norms", "between"),
+        ("norms", "after"),
+        ("qk_norm_over", "width"),
+        ("window", 0),
+        ("full_layers", [0]),
+        ("no_rope_layers", 1),
+        ("no_rope_layers", [3]),
+        ("no_rope_layers", [True]),
+        ("scaled_windows", False),
+        ("family", "gpt2"),
+        ("family", "qwen3"),
     ],
 )
 def test_a_wrong_field_is_named(field: str, value: object) -> None:
-    with pytest.raises(RecipeError, match=rf"model\.({field}|kv_heads)"):
+    named = "qk_norm" if field == "family" and value == "qwen3" else field
+    with pytest.raises(RecipeError, match=rf"model\.({named}|kv_heads)"):
         GPTConfig(**{**SMALL, field: value})
 
 
@@ -83,12 +104,18 @@ def test_a_bias_beside_qk_norm_is_refused() -> None:
     """A run hands its weights on as Hugging Face folders, and no family has both."""
     with pytest.raises(RecipeError, match=r"model\.qkv_bias: True is invalid: no family.*qk_norm; choose one"):
         GPTConfig(**SMALL, qkv_bias=True, qk_norm=True)
+    with pytest.raises(RecipeError, match=r"model\.window: 8 is invalid: the family olmo2 has no such models"):
+        GPTConfig(**SMALL, **OLMO, window=8, family="olmo2")
 
 
 def test_config_is_frozen_and_round_trips() -> None:
     config = GPTConfig(**SMALL, rope_theta=500_000, rope_scaling=SCALING)
     assert GPTConfig(**dataclasses.asdict(config)) == config
     assert config.rope_scaling == RopeScaling(**SCALING)
+    olmo3 = GPTConfig(**SMALL, **OLMO, **WINDOWS, rope_scaling=YARN, scaled_windows=False)
+    assert GPTConfig(**dataclasses.asdict(olmo3)) == olmo3
+    assert [olmo3.window_of(layer) for layer in range(3)] == [3, None, 3]
+    assert [olmo3.rope_of(layer) for layer in range(3)] == ["plain", "scaled", "plain"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.layers = 5  # type: ignore[misc]
 
@@ -231,7 +258,16 @@ def test_no_position_sees_a_later_one() -> None:
     assert not torch.allclose(a[:, 19], b[:, 19])
 
 
-@pytest.mark.parametrize("fields", [{}, {"qk_norm": True}, {"qkv_bias": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"qk_norm": True},
+        {"qkv_bias": True},
+        OLMO | WINDOWS | {"rope_scaling": YARN, "scaled_windows": False},
+        WINDOWS | {"no_rope_layers": [2], "mlp_bias": True},
+    ],
+)
 def test_documents_are_as_if_alone(fields: dict) -> None:
     """cu_seqlens across rows: every piece of a document in a row is a text by itself."""
     model = model_with_random_norms(**fields).double()
@@ -319,7 +355,8 @@ def test_rotary_tables_stay_float32() -> None:
     cast = GPT(config)
     cast(tokens(1, 4))
     cast.to(torch.bfloat16)
-    for tables in (cast._cos_sin(1, 4096, None), cast._cos_sin(1, 4096, torch.tensor([0, 4096], dtype=torch.int32))):
+    for cuts in (None, torch.tensor([0, 4096], dtype=torch.int32)):
+        tables = cast._cos_sin(1, 4096, cuts, "plain")
         exact = torch.arange(4096, dtype=torch.float64)
         assert tables[0].dtype == torch.float32
         torch.testing.assert_close(tables[0].reshape(4096, -1)[:, 0].double(), exact.cos(), rtol=0, atol=1e-5)
@@ -386,8 +423,14 @@ def test_it_learns() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"qk_norm": True, "kv_heads": 2}, {"qkv_bias": True}],
-    ids=["plain", "QK-norm and grouped queries", "QKV bias"],
+    [
+        {},
+        {"qk_norm": True, "kv_heads": 2},
+        {"qkv_bias": True},
+        OLMO | WINDOWS,
+        {"mlp_bias": True, "no_rope_layers": [0]},
+    ],
+    ids=["plain", "QK-norm and grouped queries", "QKV bias", "OLMo 3", "layers without RoPE"],
 )
 def test_checkpointing_changes_no_bit_and_recomputes_what_it_says(fields: dict) -> None:
     config = GPTConfig(**{**SMALL, **fields})
@@ -420,8 +463,8 @@ class CountProducts(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"qk_norm": True, "kv_heads": 2, "tied": False}, {"qkv_bias": True}],
-    ids=["plain", "QK-norm, untied", "QKV bias"],
+    [{}, {"qk_norm": True, "kv_heads": 2, "tied": False}, {"qkv_bias": True}, OLMO | WINDOWS],
+    ids=["plain", "QK-norm, untied", "QKV bias", "OLMo 3"],
 )
 def test_it_compiles_whole(fields: dict) -> None:
     config = GPTConfig(**{**SMALL, **fields})
@@ -452,7 +495,14 @@ def loss_and_gradients(model: GPT) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("width", "fields", "taken"),
-    [(48, {}, 4), (64, {"width": 64, "heads": 4}, 4), (49, {}, 0), (48, {"qkv_bias": True}, 4)],
+    [
+        (48, {}, 4),
+        (64, {"width": 64, "heads": 4}, 4),
+        (49, {}, 0),
+        (48, {"qkv_bias": True}, 4),
+        (48, OLMO, 4),
+        (48, {"qkv_bias": True, "o_bias": True, "mlp_bias": True}, 4),
+    ],
 )
 def test_wide_layers_alone_are_taken_in_fp8(
     width: int, fields: dict, taken: int, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,9 @@ SHAPES = [
     {"tied": False, "kv_heads": 6},
     {"layers": 1, "ffn": 7},
     {"qkv_bias": True},
+    {"qk_norm": True, "qk_norm_over": "width", "norms": "after"},
+    {"o_bias": True, "qkv_bias": True, "mlp_bias": True, "no_rope_layers": [0]},
+    {"family": "phi3", "window": 5},
 ]
 SMALL = {"layers": 3, "width": 48, "heads": 6, "kv_heads": 2, "ffn": 80, "context": 32, "vocab_size": 61}
 
@@ -28,7 +31,7 @@ def test_the_table_is_the_model(fields: dict) -> None:
     for name, parameter in parameters.items():
         assert rows[name].kind.decayed == (parameter.dim() == 2), name
         if parameter.dim() == 1:
-            assert (parameter == (0 if "bqkv" in name else 1)).all(), name
+            assert (parameter == (0 if ".b" in name else 1)).all(), name
 
 
 def test_untying_adds_the_heads_row() -> None:
