@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any
 
 import lm_eval
+from lm_eval import evaluator
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
@@ -74,11 +75,9 @@ def score(
     """The results of tasks and groups of tasks; DataError where lm-eval can't run one."""
     for chatty in ("lm_eval", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    lm_eval.evaluator.get_git_commit_hash = lambda: (
-        None
-    )  # where there is no repository, git itself says that it is fatal
+    evaluator.get_git_commit_hash = lambda: None  # where there is no repository, git itself says that it is fatal
     try:
-        said = lm_eval.simple_evaluate(
+        said = evaluator.simple_evaluate(
             HarnessModel(model), tasks=[*names], num_fewshot=num_fewshot, limit=limit, task_manager=manager
         )
     except SptError:

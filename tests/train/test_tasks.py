@@ -260,7 +260,7 @@ def fake_lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
             "n-samples": {"near": {"original": 3, "effective": 3}},
         }
 
-    lm_eval.simple_evaluate, lm_eval.__version__, lm_eval.evaluator = simple_evaluate, "0.4.13", SimpleNamespace()
+    lm_eval.__version__, lm_eval.evaluator = "0.4.13", SimpleNamespace(simple_evaluate=simple_evaluate)
     fakes["lm_eval.api.model"].LM = type("LM", (), {})  # type: ignore[attr-defined]
     fakes["lm_eval.tasks"].TaskManager = lambda: SimpleNamespace(all_tasks=["near", "far"])  # type: ignore[attr-defined]
     for name, fake in fakes.items():
