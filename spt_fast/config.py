@@ -133,12 +133,14 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSize:
-    """How many windows make one optimizer step."""
+    """How many windows of which length make one optimizer step."""
 
     sequences: int = setting(integer(1), 32)
     """Windows in the global batch of one step."""
     micro: int | None = setting(optional(integer(1)), None)
     """Windows in one forward pass of one process; all of a process's share at once where it isn't given."""
+    context: int | None = setting(optional(integer(1)), None)
+    """Tokens of a window, in training and evaluation: at most the model's context, and that where it isn't given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +210,17 @@ class Phase:
         grid = self.grid or {}
         return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
+    def window(self, context: int) -> int:
+        """Tokens of a window, with a model of `context`."""
+        return self.batch.context or context
+
+    def tokens_per_step(self, context: int) -> int:
+        """Tokens of a step, with a model of `context`."""
+        return self.batch.sequences * self.window(context)
+
     def steps(self, context: int) -> int:
-        """Whole steps of windows of `context` tokens, at least one."""
-        return max(1, round(Fraction(self.tokens, self.batch.sequences * context)))
+        """Whole steps with a model of `context`, at least one."""
+        return max(1, round(Fraction(self.tokens, self.tokens_per_step(context))))
 
     @property
     def chosen_by(self) -> str:
@@ -382,6 +392,15 @@ class Recipe:
         """The resolved recipe as plain data for YAML; `load_recipe` of it gives an equal recipe."""
         return plain(self)
 
+    def _with_defaults(self) -> dict[str, Any]:
+        """`plain`, with the model's shape and the windows that it means; weights to start from have their own."""
+        given = self.plain()
+        if not self.init:
+            given["model"] = self.model.with_defaults()
+            for phase in given["phases"]:
+                phase["batch"]["context"] = phase["batch"]["context"] or given["model"]["context"]
+        return given
+
     def changes(self, other: Recipe) -> list[str]:
         """What differs in `other` and would change what the run computes: "phases.0.tokens: 20000000 → 30000000".
 
@@ -395,8 +414,7 @@ class Recipe:
                 *(rf"phases\.{i}\.eval\.every" for i, phase in enumerate(self.phases) if not phase.stop),
             ]
         )
-        shapes = [plain(recipe.model) if self.init else recipe.model.with_defaults() for recipe in (self, other)]
-        mine, theirs = (_flat({**recipe.plain(), "model": m}) for recipe, m in zip((self, other), shapes, strict=True))
+        mine, theirs = (_flat(recipe._with_defaults()) for recipe in (self, other))
         return [
             f"{key}: {mine.get(key, 'absent')} → {theirs.get(key, 'absent')}"
             for key in sorted(mine.keys() | theirs.keys())
@@ -422,14 +440,17 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
     return {path: leaf for key, item in items for path, leaf in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def check_schedules(recipe: Recipe, context: int) -> None:
-    """RecipeError for a warm-up that is longer than what runs on its schedule, or that reaches into the fall: the rate
-    would never get to its peak, or jump."""
+def check_lengths(recipe: Recipe, context: int) -> None:
+    """RecipeError for windows that are longer than `context`, the model's, and for a warm-up that is longer than what
+    runs on its schedule, or that reaches into the fall: the rate would never get to its peak, or jump."""
     for i, phase in enumerate(recipe.phases):
+        if (window := phase.window(context)) > context:
+            expected = f"the model's context is {context:,} tokens; write at most as many"
+            raise RecipeError(invalid(f"phases[{phase.name}].batch.context", window, expected))
         if phase.schedule.carry_on:
             continue
         steps, carried = phase.steps(context), takewhile(lambda p: p.schedule.carry_on, recipe.phases[i + 1 :])
-        tokens_per_step = phase.batch.sequences * context
+        tokens_per_step = phase.tokens_per_step(context)
         last = steps + sum(Fraction(following.tokens, tokens_per_step) for following in carried)
         for arm in phase.arms():
             schedule = phase.with_overrides(arm).schedule
@@ -462,7 +483,7 @@ def recipe_from(raw: object) -> Recipe:
     recipe = _built(raw)
     context = recipe.model.context or PRESETS.get(recipe.model.preset, {}).get("context")
     if context:
-        check_schedules(recipe, context)
+        check_lengths(recipe, context)
     return recipe
 
 

@@ -37,6 +37,7 @@ SYNONYMS = {
     "phases[…].batch.sequences": "batch_size global_batch_size train_batch_size total_batch_size",
     "phases[…].batch.micro": "micro_batch_size device_batch_size per_device_train_batch_size "
     "train_micro_batch_size_per_gpu gradient_accumulation_steps grad_accum_steps grad_accum accumulate_grad_batches",
+    "phases[…].batch.context": "window window_size window_length train_context training_context",
     "phases[…].optimizer.lr": "learning_rate max_lr peak_lr base_lr adam_lr",
     "phases[…].optimizer.betas": "beta1 beta2 beta adam_beta1 adam_beta2 adam_betas",
     "phases[…].optimizer.eps": "epsilon adam_eps adam_epsilon",
@@ -75,7 +76,10 @@ def unknown_key(given: object, known: Iterable[str]) -> str:
     """A tail for the message about a key that has no field here: the field it means, or the nearest known one."""
     known = list(known)
     near = nearest(str(given), known)
-    path = _FOREIGN.get(str(given).lower().replace("-", "_")) or (None if "did you" in near else _OURS.get(str(given)))
+    path = _FOREIGN.get(str(given).lower().replace("-", "_"))
+    if path is None and "did you" not in near:
+        below = (name for name in SYNONYMS if name.endswith(f".{given}") and name.split(".")[-2] in known)
+        path = _OURS.get(str(given)) or next(below, None)
     if path is None:
         return f"unknown key; {near}"
     section, _, name = path.rpartition(".")

@@ -93,7 +93,7 @@ def evaluate(
     tasks: Annotated[list[str] | None, Option(metavar="TASK,…", help="lm-eval's names and .yaml; .jsonl.")] = None,
     num_fewshot: Annotated[int | None, Option(help="Solved examples before each question.")] = None,
     limit: Annotated[int | None, Option(help="Questions at most, of each task.")] = None,
-    context: Annotated[int | None, Option(help="Tokens that tasks see; the model's own by default.")] = None,
+    context: Annotated[int | None, Option(min=1, help="Tokens seen at a time; as in training, or the model's.")] = None,
     batch: Annotated[int | None, Option(help="Texts of a task at a time; as many as fit by default.")] = None,
     tokenizer: Annotated[Path | None, PathOption(help="For tasks; the weights' own by default.")] = None,
     dtype: Dtype = None,
@@ -106,7 +106,7 @@ def evaluate(
     if not data and not tasks:
         raise typer.BadParameter("give --data PREFIX, --tasks TASK or both")
     names = [name.strip() for given in tasks or () for name in given.split(",")]
-    scored = {str(prefix): score(weights, prefix, dtype=dtype) for prefix in data or ()}
+    scored = {str(prefix): score(weights, prefix, dtype=dtype, context=context) for prefix in data or ()}
     results = (
         score_tasks(
             weights,

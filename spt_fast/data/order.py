@@ -1,9 +1,9 @@
 """From a step to its windows: the data of a run as a pure function, with no state and nothing built ahead.
 
 Sample n of a phase is `mixture.locate(n)` = (source, k), and its window is number start_counts[source] + k of the
-source's ring, so that a phase goes on where the last one stopped. Step t holds the samples [t·B, (t + 1)·B) of a global
-batch of B sequences. Inside the batch they are permuted, with a key of its own for each step: else the mixture's period
-and the stride of the ranks could alias, and one rank get all samples of a rare source.
+source's ring, so that a phase goes on where the last one with windows as long has stopped. Step t holds the samples
+[t·B, (t + 1)·B) of a global batch of B sequences. Inside the batch they are permuted, with a key of its own for each
+step: else the mixture's period and the stride of the ranks could alias, and one rank get all samples of a rare source.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ lie end to end on the endless repetition, the visits of any two tokens differ by
 T doesn't divide D the cuts fall elsewhere in each epoch by themselves. Where it does, epoch e is turned by a keyed
 rotation r_e instead: window j begins at (r_e + j·T) mod D, and each epoch visits each token exactly once.
 
+Windows of another length T are another ring over the same corpus, with epochs of its own: the part of an epoch that was
+read in some windows can't be taken out of longer or shorter ones without seeing tokens twice.
+
 Within an epoch the windows come in the order of a keyed permutation, another one in each epoch. A window reads T + 1
 tokens, the last as a target only: a *visit* of a token is its being read as an input.
 """
@@ -31,8 +34,8 @@ class Ring:
         if num_tokens <= context:
             raise DataError(
                 f"source {source_name!r} has {num_tokens:,} tokens: a corpus shorter than one window of "
-                f"{context + 1:,} (context {context:,} and the next token); give it more text, or the model a shorter "
-                "context"
+                f"{context + 1:,} (context {context:,} and the next token); give it more text, or the batch a context "
+                f"of at most {num_tokens - 1:,}"
             )
         assert context >= 1
         assert num_tokens <= MAX_SIZE

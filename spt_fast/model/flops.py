@@ -53,10 +53,11 @@ def matmul_parameters(config: GPTConfig) -> int:
     return block_matrices(config) + config.vocab_size * config.width
 
 
-def train_flops_per_token(config: GPTConfig) -> int:
-    """6N + 12·L·H·Q·T: a forward and a backward pass over sequences of the model's context, with no discount for the
-    causal mask (PaLM, arXiv 2204.02311, appendix B); in layers with a window, T is at most that."""
-    keys = sum(min(config.context, config.window_of(layer) or config.context) for layer in range(config.layers))
+def train_flops_per_token(config: GPTConfig, context: int | None = None) -> int:
+    """6N + 12·L·H·Q·T: a forward and a backward pass over sequences of `context` tokens, the model's by default, with
+    no discount for the causal mask (PaLM, arXiv 2204.02311, appendix B); in layers with a window, T is at most that."""
+    T = context or config.context
+    keys = sum(min(T, config.window_of(layer) or T) for layer in range(config.layers))
     return 6 * matmul_parameters(config) + 12 * config.heads * config.head_dim * keys
 
 

@@ -1,7 +1,7 @@
 """What a training step needs of memory, part by part, on one of the processes that train together.
 
 Legend: L layers, H query heads, K key/value heads, Q head dimension, D width, F feed-forward width, V vocabulary, T
-context, N tokens of a micro-batch, P parameters, W processes, a bytes of a number in the compute dtype.
+tokens of a sequence, N tokens of a micro-batch, P parameters, W processes, a bytes of a number in the compute dtype.
 
 What stays: aP of parameters, and in float32 4P of gradients, two moments (8P), a master copy of what is computed in
 bf16 (4P), the anchor (4P); a frozen embedding has its parameters only. ZeRO divides these among the
@@ -67,6 +67,7 @@ def memory_bytes(
     micro: int,
     *,
     dtype: torch.dtype,
+    context: int | None = None,
     checkpointing: str = "none",
     micro_batches: int = 1,
     documents: bool = False,
@@ -80,9 +81,9 @@ def memory_bytes(
 ) -> dict[str, int]:
     """Bytes that a step of `micro_batches` times `micro` sequences takes of one of `world` processes, at its peak.
 
-    dtype: of parameters and computation, bfloat16 or float32. states: numbers that the optimizer keeps for each
-    parameter. device: "cuda" or "cpu". stage, offload: of ZeRO; stage 0 is the local engine. A phase that unties a tied
-    model has `replace(config, tied=False)`. freeze: as in the recipe's phase.
+    dtype: of parameters and computation, bfloat16 or float32. context: T, the model's by default. states: numbers that
+    the optimizer keeps for each parameter. device: "cuda" or "cpu". stage, offload: of ZeRO; stage 0 is the local
+    engine. A phase that unties a tied model has `replace(config, tied=False)`. freeze: as in the recipe's phase.
     Keys: parameters, gradients, optimizer, activations, logits (what the loss and the head's gradient take besides),
     communication (buckets) and their sum `total`, on the device; `host`, what is offloaded.
     """
@@ -90,7 +91,8 @@ def memory_bytes(
     D, V, F, L, a = config.width, config.vocab_size, config.ffn, config.layers, dtype.itemsize
     P, head, block = parameters(config), V * D, block_matrices(config) // L
     learning = P - (head if freeze == "embeddings" else 0)
-    tokens = micro * config.context
+    T = context or config.context
+    tokens = micro * T
 
     # What stays; gradients at their fullest, where they are accumulated.
     states_of, gradients_of, parameters_of = (1 if stage < first else world for first in (1, 2, 3))
@@ -128,10 +130,10 @@ def memory_bytes(
     at_update = gradients + (beside if stage == 1 else 0)
     waiting = made_head if config.tied or stage else 0  # the head's, until the embedding's is there to be added
 
-    kept, whole = _of_a_block(config, dtype, device, checkpointing, documents)
+    kept, whole = _of_a_block(config, T, dtype, device, checkpointing, documents)
     kept, whole = tokens * kept, tokens * max(kept, whole)
     x, activation = tokens * D * a, tokens * 2 * F * a
-    once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (config.context + (tokens if documents else 0))
+    once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (T + (tokens if documents else 0))
     logits = _chunk_of_logits(tokens, V, dtype, device) + (a * head if device == "cpu" and a < 4 else 0)
     moments = {
         "loss": (before, once + L * kept + x, 4 * head + x + logits),
@@ -152,7 +154,7 @@ def _chunk_of_logits(tokens: int, vocab_size: int, dtype: torch.dtype, device: s
 
 
 def _of_a_block(
-    config: GPTConfig, dtype: torch.dtype, device: str, checkpointing: str, documents: bool
+    config: GPTConfig, T: int, dtype: torch.dtype, device: str, checkpointing: str, documents: bool
 ) -> tuple[int, int]:
     """Bytes a token that a block keeps until its backward pass, and that it has in it."""
     D, H, K, Q, F, a = config.width, config.heads, config.kv_heads, config.head_dim, config.ffn, dtype.itemsize
@@ -161,7 +163,7 @@ def _of_a_block(
     results = a * (4 * D + projected + attended + 2 * F) + 4 * H
     if device == "cpu" and documents and attention_cpu.obstacle(torch.empty(0, 0, 0, Q, dtype=dtype), True):
         # q, k, v and the result exist with and without padding; of the projection v is not needed then.
-        whole += 4 * config.context + a * (attended + K * Q - (0 if config.qk_norm else projected))
+        whole += 4 * T + a * (attended + K * Q - (0 if config.qk_norm else projected))
     elif documents or device == "cpu":
         whole, results = whole + 8, results + 8  # where the keys of each query lie
     return {"none": whole, "selective": results, "full": 2 * a * D}[checkpointing], whole

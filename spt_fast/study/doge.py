@@ -412,9 +412,9 @@ class _Study:
         plan, sequences = self.plan, self.phase.phase.batch.sequences
         alone = Mixture({source: 1})
         return Loader(
-            SampleOrder(alone, {source: plan.rings[source]}, sequences, {source: 0}, plan.recipe.seed, 0),
+            SampleOrder(alone, {source: self.phase.rings[source]}, sequences, {source: 0}, plan.recipe.seed, 0),
             {source: plan.train[source]},
-            plan.model.context,
+            self.phase.context,
             micro=self.phase.micro(1),
             vocab_size=plan.model.vocab_size,
             first_step=self.state.step,
@@ -448,11 +448,11 @@ class _Study:
             clipped=by_source(state.clipped, state.counted),
             reach=state.lr_sum / self.mu,
             published_reach=PUBLISHED_RATES / self.mu,
-            epochs={source: float(self.plan.rings[source].epochs(windows)) for source in self.rows},
+            epochs={source: float(phase.rings[source].epochs(windows)) for source in self.rows},
             settings=Settings(
                 parameters=parameters(self.plan.model),
                 steps=phase.steps,
-                tokens_per_source=windows * self.plan.model.context,
+                tokens_per_source=windows * phase.context,
                 mu=self.mu,
                 score_limit=SCORE_LIMIT,
                 lr=phase.phase.optimizer.lr,

@@ -158,6 +158,7 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
             f"sources.{run.domain}.heldout": Content.of(run, run.domain, "heldout"),
             f"sources.{run.general}.heldout": Content.of(run, run.general, "heldout"),
             f"phases[{run.finetune.name}].eval.tokens": run.finetune.evaluation.tokens,
+            f"phases[{run.finetune.name}].batch.context": run.finetuned.get("context", run.summary.get("context")),
             "what held-out halves are made of": run.summary.get("heldout_halves", "documents"),
         }
 

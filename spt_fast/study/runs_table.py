@@ -326,6 +326,7 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
         row = replace(row, phase=phase.name, heldout=_heldout(summary, phase, domain, general), **documents)
         past = _entering(past, phase, recipe, done)
         share = Fraction(phase.mixture.get(domain, 0))
+        flops_per_token = done.get("flops_per_token", summary["flops_per_token"])
         for record in evaluations:
             repeats = record["step"] == 0 and not new_stage  # the last evaluation of the phase before
             if record["phase"] != phase.name or record["arm"] != done["arm"] or repeats:
@@ -339,10 +340,10 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
             losses |= {f"{corpus}_error": errors.get(source) or math.nan for corpus, source in sources.items()}
             if record["step"] == 0 and past.stage > 0:
                 row = replace(row, domain_before=losses["domain_heldout"], general_before=losses["general_heldout"])
-            here = past.after(record["tokens"], share, row.domain_tokens, summary["flops_per_token"])
+            here = past.after(record["tokens"], share, row.domain_tokens, flops_per_token)
             at = _after_training(row, here, share)
             rows.append(replace(at, handed_on=record["step"] == done["handed_on"], **losses))
-        past = past.after(done["tokens"], share, row.domain_tokens, summary["flops_per_token"])
+        past = past.after(done["tokens"], share, row.domain_tokens, flops_per_token)
     return rows
 
 
@@ -397,7 +398,8 @@ def _first_row(folder: Path, recipe: Recipe, summary: dict[str, Any], domain: st
 def _heldout(summary: dict[str, Any], phase: Phase, domain: str, general: str) -> str:
     """What a phase's held-out losses are measured on, and how."""
     text = [summary["data"].get(f"sources.{source}.heldout") for source in (domain, general)]
-    how = [phase.evaluation.tokens, phase.documents]
+    how: list[object] = [phase.evaluation.tokens, phase.documents]
+    how += [phase.batch.context] if phase.batch.context else []
     how += [halves] if (halves := summary.get("heldout_halves", "documents")) != "documents" else []
     return hashlib.sha256(json.dumps([*text, *how]).encode()).hexdigest()[:16]
 
@@ -423,6 +425,6 @@ def _past_of_start(folder: Path, recipe: Recipe, domain: str) -> Past:
             at.done["tokens"],
             Fraction(at.phase.mixture.get(domain, 0)),
             at.summary["train_tokens"].get(domain, math.nan),
-            at.summary["flops_per_token"],
+            at.done.get("flops_per_token", at.summary["flops_per_token"]),
         )
     return past

@@ -35,7 +35,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from spt_fast.config import Model, Phase, Recipe, check_schedules, recipe_from
+from spt_fast.config import Model, Phase, Recipe, check_lengths, recipe_from
 from spt_fast.errors import RecipeError, invalid, nearest, shown, shown_key
 from spt_fast.fields import (
     Span,
@@ -383,7 +383,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
                 raw["init"] = branch.weights
                 raw["init_only"] = None if start == "pretrained" else "embeddings"
             recipe = recipe_from(raw)
-            check_schedules(recipe, _context(study, branch.model))
+            check_lengths(recipe, _context(study, branch.model))
             if len(budgets) > 1:
                 _check_plateau(study, recipe, branch, f"stages[{shown_key(axes.name)}]")
             runs[name] = PlannedRun(name, position, recipe, branch.model, None if start == "scratch" else branch.after)
@@ -455,7 +455,7 @@ def _of_whole(value: object, whole: int, where: str) -> str:
 def _check_plateau(study: Study, recipe: Recipe, branch: _Branch, where: str) -> None:
     """Every budget must be fair to its length: its rate still near the peak, or else the largest alone would profit."""
     first = recipe.phases[0]
-    tokens_per_step = first.batch.sequences * _context(study, branch.model)
+    tokens_per_step = first.tokens_per_step(_context(study, branch.model))
     tokens = 0
     for phase in recipe.phases:
         tokens += phase.tokens

@@ -25,7 +25,6 @@ from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError, RecipeError, invalid, nearest
 from spt_fast.fields import apply_overrides, naming, parse_yaml, paths, read_yaml
 from spt_fast.files import write_text
-from spt_fast.model.flops import train_flops_per_token
 from spt_fast.printing import print_facts, print_table
 from spt_fast.study.cluster import Cluster
 from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
@@ -298,7 +297,7 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
             for index in range(len(plan.phases)):
                 time = phase_time(plan, index, speeds[run.model])
                 tokens += time.tokens
-                flops += time.tokens * train_flops_per_token(plan.model) + time.evaluation_flops
+                flops += time.tokens * plan.flops_per_token(index) + time.evaluation_flops
                 hours += [time.hours, time.evaluation_hours or 0.0]
         found.append(Cost(stage.axes.name, len(of_stage), len(of_stage) - len(left), tokens, flops, _sum(hours)))
     return found
@@ -323,5 +322,5 @@ def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | 
         step_s = dry_run(plan.recipe)[0].step_s
     finally:
         torch.set_num_threads(threads)
-    flops = train_flops_per_token(plan.model) * plan.phases[0].tokens_per_step
+    flops = plan.flops_per_token(0) * plan.phases[0].tokens_per_step
     return Speed(flops / step_s, None, "a step made now")

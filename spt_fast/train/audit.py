@@ -41,13 +41,12 @@ def audit_run(run: Path, source: str | None = None) -> dict[str, SourceReading]:
     """What was read, by source; of `source` alone where it is given. Raises DataError where the run has no such one."""
     reading = _reading_of(run)
     readings = {}
-    for name, count in ({source: _count(run, reading.windows, source)} if source else reading.windows).items():
-        ring = reading.rings[name]
-        visits = document_visits(ring, count, 0, ring.num_tokens)
+    for name, read in ({source: _read(run, reading, source)} if source else reading.read).items():
+        visits = document_visits(read, 0, read[0][0].num_tokens)
         readings[name] = SourceReading(
-            windows=count,
-            tokens=count * ring.context,
-            epochs=float(ring.epochs(count)),
+            windows=sum(count for _, count in read),
+            tokens=sum(count * ring.context for ring, count in read),
+            epochs=float(sum(ring.epochs(count) for ring, count in read)),
             min_visits=visits.min_visits,
             max_visits=visits.max_visits,
         )
@@ -60,7 +59,7 @@ def audit_document(run: Path, source: str | None, document: int) -> Visits:
     if source is None:
         raise DataError("document: counts within a source; name it by `source=…`", argument=True)
     reading = _reading_of(run)
-    count, data = _count(run, reading.windows, source), reading.texts.get(source)
+    read, data = _read(run, reading, source), reading.texts.get(source)
     if data is None:
         path = recipe_of(run).sources[source].train
         raise DataError(
@@ -75,7 +74,7 @@ def audit_document(run: Path, source: str | None, document: int) -> Visits:
         expected = f"{source} has documents 0 to {len(ends) - 1}"
         raise DataError(invalid("document", document, expected), argument=True)
     start, end = int(ends[document - 1]) if document else 0, int(ends[document])
-    return document_visits(reading.rings[source], count, start, end)
+    return document_visits(read, start, end)
 
 
 def print_audit(run: Path, readings: Mapping[str, SourceReading], console: Console) -> None:
@@ -86,18 +85,18 @@ def print_audit(run: Path, readings: Mapping[str, SourceReading], console: Conso
     )
 
 
-def _count(run: Path, counts: Mapping[str, int], source: str) -> int:
-    if source not in counts:
-        raise DataError(invalid("source", source, f"{run} has {', '.join(counts)}"), argument=True)
-    return counts[source]
+def _read(run: Path, reading: _Reading, source: str) -> list[tuple[Ring, int]]:
+    if source not in reading.read:
+        raise DataError(invalid("source", source, f"{run} has {', '.join(reading.read)}"), argument=True)
+    return reading.read[source]
 
 
 @dataclass(frozen=True)
 class _Reading:
     """How far a run has read."""
 
-    rings: dict[str, Ring]
-    windows: dict[str, int]
+    read: dict[str, list[tuple[Ring, int]]]
+    """By source, of each length of windows how many."""
     texts: dict[str, TokenDataset]
     """By source, those that are still there."""
 
@@ -106,25 +105,37 @@ def _reading_of(run: Path) -> _Reading:
     """From what the run has recorded. DataError for text that isn't what it has read, and for text that has gone and of
     which an earlier version recorded too little."""
     recipe, summary = recipe_of(run), summary_of(run)
+    read = {source: dict[int, int]() for source in recipe.sources}
     if summary and summary["status"] == "done":
         texts = recorded_texts(recipe, summary.get("data", {}), run, summary.get("directory") or "")
-        windows = dict.fromkeys(recipe.sources, 0)
-        for phase in summary["phases"].values():
-            windows |= {source: end for source, (_, end) in phase["windows"].items()}
         context, tokens = summary.get("context") or read_config(run).context, summary.get("train_tokens", {})
+        finished = {name: phase["windows"] for name, phase in summary["phases"].items()}
     elif found := checkpoint.newest(run / "checkpoints"):
         saved = SavedState.read(found.state, found.path)
         texts, state = recorded_texts(recipe, saved.data, found.path, saved.directory), saved.train
-        of_phase = recipe.phases[state.phase]
-        read = Mixture(of_phase.mixture).counts(state.step * of_phase.batch.sequences)
-        windows = {source: state.counts[source] + read.get(source, 0) for source in recipe.sources}
         recorded = {name: saved.texts.get(f"sources.{name}.train") for name in recipe.sources}
         context, tokens = saved.model.context, {name: text.tokens for name, text in recorded.items() if text}
+        finished = {name: phase.windows for name, phase in state.finished.items()}
+        under_way = recipe.phases[state.phase]
+        drawn = Mixture(under_way.mixture).counts(state.step * under_way.batch.sequences)
+        finished[under_way.name] = {
+            source: [before, before + drawn.get(source, 0)] for source, before in state.counts.items()
+        }
     else:
         plan = make_plan(recipe)
-        return _Reading(plan.rings, dict.fromkeys(recipe.sources, 0), plan.train)
+        context, tokens, finished, texts = plan.model.context, {}, {}, plan.train
+    for phase in recipe.phases:
+        for source, (_, end) in finished.get(phase.name, {}).items():
+            read[source][phase.window(context)] = end
     for name, source in recipe.sources.items():
         if name not in tokens and name not in texts:
             raise DataError(f"sources.{name}.train: {source.train} has gone or is damaged; put it back")
     held = {name: tokens[name] if name in tokens else texts[name].num_tokens for name in recipe.sources}
-    return _Reading({name: Ring(held[name], context, recipe.seed, name) for name in held}, windows, texts)
+    first = recipe.phases[0].window(context)
+    return _Reading(
+        {
+            name: [(Ring(held[name], length, recipe.seed, name), n) for length, n in (lengths or {first: 0}).items()]
+            for name, lengths in read.items()
+        },
+        texts,
+    )

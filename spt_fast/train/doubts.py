@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterable
+from fractions import Fraction
 
 from spt_fast.errors import SptWarning, counted
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens, evaluation_texts
@@ -18,8 +18,10 @@ MOST_EPOCHS = 40
 
 def doubts(plan: Plan) -> list[str]:
     """Warnings: text repeated beyond reason, a limit that is less than a document, evaluations that cost more than the
-    training, losses of little text, a rate that jumps where a schedule is carried on."""
-    return [*_limits(plan), *_repetitions(plan), *_evaluations(plan), *_thin_texts(plan), *_jumps(plan)]
+    training, losses of little text, a rate that jumps where a schedule is carried on, a source that windows of another
+    length begin anew."""
+    found = (_limits, _repetitions, _evaluations, _thin_texts, _jumps, _begun_anew)
+    return [doubt for find in found for doubt in find(plan)]
 
 
 def warn(found: Iterable[str]) -> None:
@@ -37,14 +39,14 @@ def _limits(plan: Plan) -> list[str]:
 
 
 def _repetitions(plan: Plan) -> list[str]:
-    windows: Counter[str] = Counter()
+    epochs: dict[str, Fraction] = {}
     for planned in plan.phases:
-        windows.update(planned.windows(planned.steps))
-    epochs = {name: float(plan.rings[name].epochs(n)) for name, n in windows.items()}
+        for name, n in planned.windows(planned.steps).items():
+            epochs[name] = epochs.get(name, Fraction(0)) + planned.rings[name].epochs(n)
     return [
         f"sources.{name}: its {plan.train[name].num_tokens:,} tokens are read {times:,.0f} times; beyond about "
         f"{MOST_EPOCHS} repetitions nothing more is learned: take more text, or train on fewer tokens"
-        for name, times in epochs.items()
+        for name, times in zip(epochs, map(float, epochs.values()), strict=True)
         if times > MOST_EPOCHS
     ]
 
@@ -96,4 +98,19 @@ def _jumps(plan: Plan) -> list[str]:
                 f"{peak:g}, so the rate jumps to {lr / peak:.3g} of what it was"
             )
         peak = None if "lr" in (phase.grid or {}) else lr
+    return found
+
+
+def _begun_anew(plan: Plan) -> list[str]:
+    found, before = [], dict[str, set[int]]()
+    for planned in plan.phases:
+        for source in planned.mixture.sources:
+            lengths = before.setdefault(source, set())
+            if lengths - {planned.context} and planned.context not in lengths:
+                found.append(
+                    f"phases[{planned.phase.name}].batch.context: windows of {planned.context:,} begin {source!r} "
+                    f"anew after those of {', '.join(f'{n:,}' for n in sorted(lengths))}, so how often any two of its "
+                    "tokens are seen may differ by one more; `audit` counts both"
+                )
+            lengths.add(planned.context)
     return found

@@ -151,7 +151,7 @@ def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exce
         if saved > 0:
             lines.append(f"  {knob} saves about {saved / 1e9:.3g} GB")
     has = "" if machine.memory_bytes is None else f" of {machine.memory_bytes / 1e9:.3g} GB"
-    remedy = "\n".join(lines) if lines else "  a smaller model, a shorter model.context, or a GPU with more memory"
+    remedy = "\n".join(lines) if lines else "  a smaller model, a shorter batch.context, or a GPU with more memory"
     return (
         f"phases[{planned.phase.name}]: a step does not fit into memory (about {needed / 1e9:.3g} GB{has} by the "
         f"estimate; {str(error).splitlines()[0]}). Set in this order:\n{remedy}"

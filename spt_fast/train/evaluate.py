@@ -154,7 +154,7 @@ def evaluation_texts(plan: Plan, phase: Phase, *, windows: bool = True) -> dict[
     Raises DataError for a text that is too short, or holds an id that the
     model doesn't have.
     """
-    context, half = plan.model.context, max(1, phase.evaluation.tokens // 2)
+    context, half = phase.window(plan.model.context), max(1, phase.evaluation.tokens // 2)
     texts: dict[str, dict[str, EvalSet]] = {"heldout": {}, "select": {}, "train": {}}
 
     def checked(source: str, field: str, data: TokenDataset, text: EvalSet) -> EvalSet:

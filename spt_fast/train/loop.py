@@ -22,7 +22,7 @@ from spt_fast.config import Phase, Recipe
 from spt_fast.files import write_text
 from spt_fast.kernels import auto_backends
 from spt_fast.model import hf
-from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_per_token
+from spt_fast.model.flops import mfu_label, parameters, peak_flops
 from spt_fast.printing import as_json, plain
 from spt_fast.train import checkpoint, health
 from spt_fast.train.checkpoint import Retention
@@ -93,7 +93,6 @@ class Trainer:
             if not resumed.state.model.tied:
                 model.untie()
         self.engine = make_engine(model, plan.recipe.engine, world=world, dtype=dtype)
-        self.flops_per_token = train_flops_per_token(plan.model)
         self.peak_flops = peak_flops(device)
 
         settings = plan.recipe.checkpoint
@@ -230,20 +229,20 @@ class Trainer:
         arm = state.arms[kept]
         windows = plan.windows(arm.steps)
         state.finished[phase.name] = PhaseResult(
-            epochs={source: float(self.plan.rings[source].epochs(n)) for source, n in windows.items()},
+            epochs={source: float(plan.rings[source].epochs(n)) for source, n in windows.items()},
             windows={source: [state.counts[source], state.counts[source] + n] for source, n in windows.items()},
             arm=kept,
             grid=state.arms,
         )
         health.check(arm, phase)
         self.write_weights(phase.name)
-        for source, n in windows.items():
-            state.counts[source] += n
         if state.origin.phase == plan.index:
             state.origin = ScheduleOrigin(plan.index, kept, arm.tokens)
         else:
             state.origin.tokens += arm.tokens
         state.next_phase()
+        if state.phase < len(self.plan.phases):
+            state.counts = self.plan.read_before(state.phase, state.finished)
         self.snapshots = {"kept": self.snapshots["kept"]}
 
     def write_weights(self, name: str) -> None:
@@ -251,7 +250,8 @@ class Trainer:
         weights = self.world.collect(self.snapshots["kept"].weights)
         folder, tokenizer = self.folder / "weights" / name, self.plan.tokenizer
         documents = self.plan.phases[self.state.phase].phase.documents
-        known = Origin(self.plan.tokenizer_digest, documents, _dtype(self.engine.dtype)).as_metadata()
+        context = self.plan.phases[self.state.phase].context
+        known = Origin(self.plan.tokenizer_digest, documents, _dtype(self.engine.dtype), context=context).as_metadata()
         self.world.on_first(lambda: hf.save(self.engine.config, weights, folder, tokenizer, None, known))
 
     # ------------------------------------------------------------------------------------------------ its steps
@@ -310,7 +310,8 @@ class Trainer:
         if record["step"] % arm.log_every == 0 or record["step"] == arm.plan.steps:
             tokens_per_s = arm.steps_in_lap * arm.plan.tokens_per_step / arm.clock.lap(step.done_s)
             arm.steps_in_lap = 0
-            mfu = tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
+            flops_per_s = tokens_per_s * self.plan.flops_per_token(arm.plan.index)
+            mfu = flops_per_s / self.peak_flops if self.peak_flops else None
             figures = {"loss": step.loss, "lr": record.pop("lr"), "grad_norm": step.grad_norm}
             figures |= {"tokens_per_s": tokens_per_s, "mfu": mfu, "skipped": state.skipped_in_arm}
             self.log.train({**record, **figures}, state.total_steps)
@@ -365,6 +366,11 @@ class Trainer:
                 self.log.say(f"warning: {failed}; the one after it is whole")
             self.saved = state.name
 
+    def figures(self, plan: PhasePlan) -> dict[str, Any]:
+        """What summary.json says of a finished phase."""
+        own = {"context": plan.context, "flops_per_token": self.plan.flops_per_token(plan.index)}
+        return {**self.state.finished[plan.phase.name].as_json(), **own}
+
     def seconds(self) -> float:
         """Wall time of the run, earlier processes included."""
         return self.seconds_before + time.monotonic() - self.began
@@ -375,7 +381,7 @@ class Trainer:
             "status": status,
             **more,
             "parameters": parameters(self.plan.model),
-            "flops_per_token": self.flops_per_token,
+            "flops_per_token": self.plan.flops_per_token(0),
             "tokenizer": self.plan.tokenizer_digest,
             "context": self.plan.model.context,
             "train_tokens": {source: data.num_tokens for source, data in self.plan.train.items()},
@@ -387,7 +393,9 @@ class Trainer:
             "heldout_halves": "windows" if self.state.windows and self.plan.has_long_heldout else "documents",
             "data": self.plan.digests(),
             "directory": os.getcwd(),
-            "phases": as_json(self.state.finished),
+            "phases": as_json(
+                {plan.phase.name: self.figures(plan) for plan in self.plan.phases[: len(self.state.finished)]}
+            ),
         }
         if self.world.is_first:
             write_text(self.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))

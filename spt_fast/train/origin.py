@@ -45,6 +45,8 @@ class Origin:
     """What was computed in, such as bfloat16."""
     merged: Sequence[Part] = ()
     """What the weights are an average of."""
+    context: int | None = None
+    """Tokens of a window."""
 
     def as_metadata(self) -> dict[str, str]:
         return {_KEY: json.dumps(asdict(self))}
@@ -69,8 +71,9 @@ def origin_of(path: Path) -> Origin:
     run = run_of(path)
     if (path / "manifest.json").exists():
         state = SavedState.read(checkpoint.read(path), path)
-        documents = recipe_of(run).phases[state.train.phase].documents if run else None
-        return Origin(state.data.get("tokenizer"), documents, state.compute.dtype)
+        phase = recipe_of(run).phases[state.train.phase] if run else None
+        documents, context = (phase.documents, phase.window(state.model.context)) if phase else (None, None)
+        return Origin(state.data.get("tokenizer"), documents, state.compute.dtype, context=context)
     metadata = hf.read_metadata(path)
     if _KEY in metadata:
         try:

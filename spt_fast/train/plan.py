@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from spt_fast.config import Phase, Recipe, Source, check_schedules
+from spt_fast.config import Phase, Recipe, Source, check_lengths
 from spt_fast.data.heldout import has_long_documents
 from spt_fast.data.inspection import overlap_share
 from spt_fast.data.loader import Loader
@@ -24,9 +24,10 @@ from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.fields import naming
 from spt_fast.kernels import fp8
+from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.origin import origin_of, tokenizer_file
-from spt_fast.train.state import KnownText
+from spt_fast.train.state import KnownText, PhaseResult
 from spt_fast.train.weights import digest_of, load_model, locate, stored_weights
 from spt_fast.train.world import World, pick_device
 
@@ -45,7 +46,14 @@ class PhasePlan:
     phase: Phase
     mixture: Mixture
     steps: int
-    tokens_per_step: int
+    context: int
+    """Tokens of a window."""
+    rings: Mapping[str, Ring]
+    """Every source in such windows."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.phase.batch.sequences * self.context
 
     @property
     def tokens(self) -> int:
@@ -79,6 +87,8 @@ class PhaseFigures:
     """What a phase asks and reads. Each of its `arms` makes all its steps."""
 
     name: str
+    context: int
+    """Tokens of a window."""
     steps: int
     tokens_asked: int
     tokens: int
@@ -97,7 +107,6 @@ class Plan:
     """Of the weights that `init` names."""
     train: dict[str, TokenDataset]
     heldout: dict[str, TokenDataset]
-    rings: dict[str, Ring]
     phases: tuple[PhasePlan, ...]
 
     def loader(
@@ -111,14 +120,14 @@ class Plan:
     ) -> Loader:
         """This process's batches of phase `index`, steps [first_step, last_step).
 
-        start_counts: how many windows of each source were read before the phase.
+        start_counts: how many windows of each source were read before the phase, of those as long as its own.
         """
         plan = self.phases[index]
         sequences = plan.phase.batch.sequences
         return Loader(
-            SampleOrder(plan.mixture, self.rings, sequences, start_counts, self.recipe.seed, index),
+            SampleOrder(plan.mixture, plan.rings, sequences, start_counts, self.recipe.seed, index),
             self.train,
-            self.model.context,
+            plan.context,
             micro=plan.micro(world.size),
             vocab_size=self.model.vocab_size,
             first_step=first_step,
@@ -128,6 +137,18 @@ class Plan:
             documents=plan.phase.documents,
             device=world.device,
         )
+
+    def read_before(self, index: int, finished: Mapping[str, PhaseResult]) -> dict[str, int]:
+        """The `start_counts` of phase `index`, by what the phases before have read."""
+        counts = dict.fromkeys(self.train, 0)
+        for before in self.phases[:index]:
+            if before.context == self.phases[index].context:
+                counts |= {source: end for source, (_, end) in finished[before.phase.name].windows.items()}
+        return counts
+
+    def flops_per_token(self, index: int) -> int:
+        """To train on a token in phase `index`."""
+        return train_flops_per_token(self.model, self.phases[index].context)
 
     @property
     def texts(self) -> dict[str, TokenDataset]:
@@ -213,13 +234,13 @@ class Plan:
         sources = {
             source: SourceFigures(
                 share=str(shares[source]),
-                tokens=windows * self.model.context,
+                tokens=windows * plan.context,
                 epochs_asked=float(shares[source] * phase.tokens / self.train[source].num_tokens),
-                epochs=float(self.rings[source].epochs(windows)),
+                epochs=float(plan.rings[source].epochs(windows)),
             )
             for source, windows in plan.windows(plan.steps).items()
         }
-        return PhaseFigures(phase.name, plan.steps, phase.tokens, plan.tokens, len(phase.arms()), sources)
+        return PhaseFigures(phase.name, plan.context, plan.steps, phase.tokens, plan.tokens, len(phase.arms()), sources)
 
     def leaks(self) -> list[str]:
         """Warnings: held-out text that the training set of the same or another source holds too."""
@@ -312,8 +333,8 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
         theirs = Tokenizer.load(file)
         tokenizer = theirs if theirs.digest in {data.tokenizer_digest for data in train.values()} else None
     model = _model_config(recipe, tokenizer, [data for _, data in datasets])
-    if recipe.init and not recipe.model.context:  # else it was known when the recipe was read
-        check_schedules(recipe, model.context)
+    if recipe.init:  # else the context was known when the recipe was read
+        check_lengths(recipe, model.context)
     for where, data in datasets:
         if data.max_id is not None and data.max_id >= model.vocab_size:
             raise DataError(
@@ -321,7 +342,6 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
                 "prepare it with this run's tokenizer, or raise model.vocab_size"
             )
 
-    rings = {name: Ring(data.num_tokens, model.context, recipe.seed, name) for name, data in train.items()}
     phases = []
     for index, phase in enumerate(recipe.phases):
         where = f"phases[{phase.name}]"
@@ -331,8 +351,9 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
                 f"{where}.batch.sequences: {sequences} does not divide into {world} processes of micro-batches of "
                 f"{micro}; choose a multiple of {micro * world}"
             )
-        tokens_per_step = sequences * model.context
-        steps = phase.steps(model.context)
+        context, steps = phase.window(model.context), phase.steps(model.context)
+        with naming(f"{where}.batch.context"):
+            rings = {name: Ring(data.num_tokens, context, recipe.seed, name) for name, data in train.items()}
         mixture = Mixture(phase.mixture)
         try:
             check_every_source_is_drawn(mixture, steps * sequences)
@@ -350,8 +371,8 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
                         f"{field}: {data.path} records no documents, which {where}.documents needs; set it to false, "
                         "or prepare the text with `spt-fast prepare`"
                     )
-        phases.append(PhasePlan(index, phase, mixture, steps, tokens_per_step))
-    return Plan(recipe, model, tokenizer, init_digest, train, heldout, rings, tuple(phases))
+        phases.append(PhasePlan(index, phase, mixture, steps, context, rings))
+    return Plan(recipe, model, tokenizer, init_digest, train, heldout, tuple(phases))
 
 
 def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: Tokenizer | None, init: str | None) -> None:
@@ -384,10 +405,11 @@ def _model_config(recipe: Recipe, tokenizer: Tokenizer | None, datasets: list[To
             expected = f"the shape is that of the weights at {recipe.init}; leave it out"
             raise RecipeError(invalid("model.preset", given["preset"], expected))
         for key, value in given.items():
-            if key != "context" and stated[key] != value:
+            if stated[key] != value:
                 expected = f"the weights at {recipe.init} have {stated[key]!r}; leave it out"
+                if key == "context" and value < config.context:
+                    expected += f", and train in shorter windows by a phase's `batch.context: {value}`"
                 raise RecipeError(invalid(f"model.{key}", value, expected))
-        config = dataclasses.replace(config, context=given.get("context", config.context))
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
             raise RecipeError(
                 f"tokenizer: {recipe.tokenizer} has {tokenizer.vocab_size} ids, the weights at {recipe.init} only "

@@ -133,6 +133,7 @@ class Price:
     parameters: int
     matmul_parameters: int
     flops_per_token: int
+    """Of the first phase: windows of another length have another number."""
     tokens: int
     flops: int
     evaluation_flops: int
@@ -171,7 +172,7 @@ def _measured(plan: Plan, machine: Machine, run: Path, *, required: bool) -> Spe
     path = run / "metrics.jsonl"
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        rates = [(r["tokens_per_s"], r["mfu"]) for r in records if r["kind"] == "train"]
+        rates = [(r.get("phase"), r["tokens_per_s"], r["mfu"]) for r in records if r["kind"] == "train"]
     except (OSError, ValueError, KeyError, TypeError):
         rates = []
     if not rates:
@@ -181,13 +182,16 @@ def _measured(plan: Plan, machine: Machine, run: Path, *, required: bool) -> Spe
     rates = rates[1:] or rates  # the first has the start-up in it
     recipe = recipe_of(run)
     factor, source = TIME_FACTOR[recipe.engine.checkpointing], f"measured in {path}"
-    shares = [mfu for _, mfu in rates if mfu is not None]
+    shares = [mfu for _, _, mfu in rates if mfu is not None]
     if shares and machine.peak_flops is not None:
         mfu = factor * statistics.median(shares)
         return Speed(mfu * machine.peak_flops * machine.gpus, mfu, source)
     if not shares and machine.peak_flops is None and recipe.model == plan.recipe.model:
-        tokens_per_s = factor * statistics.median(tokens_per_s for tokens_per_s, _ in rates)
-        return Speed(tokens_per_s * train_flops_per_token(plan.model), None, source)
+        own = plan.model.context
+        a_token = {phase.name: train_flops_per_token(plan.model, phase.window(own)) for phase in recipe.phases}
+        first = a_token[recipe.phases[0].name]
+        flops_per_s = statistics.median(tokens_per_s * a_token.get(phase, first) for phase, tokens_per_s, _ in rates)
+        return Speed(factor * flops_per_s, None, source)
     if required:
         raise RecipeError(
             f"{run}: was measured on another kind of machine, which says nothing about this one; state the share of "
@@ -215,6 +219,7 @@ def phase_memory(
         dataclasses.replace(plan.model, tied=False) if untied else plan.model,
         micro,
         dtype=machine.dtype,
+        context=plan.phases[index].context,
         checkpointing=checkpointing or plan.recipe.engine.checkpointing,
         micro_batches=phase.batch.sequences // machine.gpus // micro,
         documents=phase.documents,
@@ -238,7 +243,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
 
     Every arm of a grid and every evaluation is counted; `left_out` says what isn't. What isn't known is None.
     """
-    flops_per_token = train_flops_per_token(plan.model)
+    flops_per_token = [plan.flops_per_token(index) for index in range(len(plan.phases))]
     own = (*distribution_of(plan.recipe.engine, machine.gpus), plan.recipe.engine.checkpointing)
     times = [phase_time(plan, index, speed) for index in range(len(plan.phases))]
     ways = []
@@ -268,13 +273,14 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
             )
     chosen = next(way for way in ways if way.recipe)
     tokens = sum(time.tokens for time in times)
+    flops = sum(each * time.tokens for each, time in zip(flops_per_token, times, strict=True))
     peak = machine.peak_flops
     return Price(
         parameters=parameters(plan.model),
         matmul_parameters=matmul_parameters(plan.model),
-        flops_per_token=flops_per_token,
+        flops_per_token=flops_per_token[0],
         tokens=tokens,
-        flops=flops_per_token * tokens,
+        flops=flops,
         evaluation_flops=sum(time.evaluation_flops for time in times),
         memory_bytes=chosen.bytes["total"],
         gpus=machine.gpus,
@@ -284,7 +290,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
         mfu=speed.mfu,
         speed_from=speed.source,
         hours=chosen.hours,
-        hours_at_40_percent_mfu=flops_per_token * tokens / (0.4 * peak * machine.gpus) / 3600 if peak else None,
+        hours_at_40_percent_mfu=flops / (0.4 * peak * machine.gpus) / 3600 if peak else None,
         cost=chosen.cost,
         left_out=LEFT_OUT,
         warnings=doubts(plan),
@@ -305,7 +311,7 @@ def _step_and_hours(times: list[PhaseTime], factor: float) -> tuple[float | None
 def phase_time(plan: Plan, index: int, speed: Speed) -> PhaseTime:
     """Every arm of the phase's grid, every evaluation, the recipe's checkpointing."""
     planned = plan.phases[index]
-    flops_per_token = train_flops_per_token(plan.model)
+    flops_per_token = plan.flops_per_token(index)
     phase, arms = planned.phase, len(planned.phase.arms())
     evaluated = evaluated_tokens(plan, index)
     evaluation_flops = round(FORWARD_SHARE * flops_per_token * evaluated)
@@ -332,12 +338,12 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
     """What the phases read; what they take in time, memory and money."""
     columns = ["share", "tokens", "epochs_asked", "epochs"]
     rows = [
-        [phase.name, phase.steps, source, *(getattr(figures, column) for column in columns)]
+        [phase.name, phase.context, phase.steps, source, *(getattr(figures, column) for column in columns)]
         for phase in phases
         for source, figures in phase.sources.items()
     ]
     headings = [column.replace("_", " ") for column in columns]
-    print_table(console, str(recipe), ["phase", "steps", "source", *headings], rows)
+    print_table(console, str(recipe), ["phase", "window", "steps", "source", *headings], rows)
     columns = ["phase", "arms", "tokens", "step_s", "hours", "evaluation_hours"]
     print_table(console, "time", columns, [[getattr(time, column) for column in columns] for time in price.times])
 

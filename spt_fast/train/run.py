@@ -14,6 +14,7 @@ from rich.console import Console
 from spt_fast.config import Model, Recipe
 from spt_fast.data.tokenizer import FILE, Tokenizer
 from spt_fast.errors import DataError, RecipeError
+from spt_fast.fields import naming
 from spt_fast.files import write_text
 from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
@@ -28,7 +29,7 @@ from spt_fast.train.resume import refused, rounding
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
 from spt_fast.train.watch import Watch
-from spt_fast.train.weights import locate
+from spt_fast.train.weights import digest_of, locate
 from spt_fast.train.world import World, use_deterministic_algorithms
 
 
@@ -123,12 +124,15 @@ def _plan(folder: Path, recipe: Recipe, state: SavedState | None, world: int) ->
     if state is None:
         return make_plan(recipe, world=world)
     tokenizer = _own_tokenizer(folder, recipe)
-    if recipe.init and not Path(recipe.init).exists():  # the checkpoint has the weights, and so the shape
+    init = Path(recipe.init) if recipe.init and Path(recipe.init).exists() else None
+    with naming("init"):
+        digest = digest_of(init) if init else state.data.get("init")
+    if recipe.init and (init is None or recipe.model.context):  # the checkpoint has the weights, and so the shape
         untied = any(phase.untie for phase in recipe.phases[: state.train.phase + 1])
         shape = replace(state.model, tied=state.model.tied or untied)
         recipe = replace(recipe, init=None, init_only=None, model=Model(**vars(shape)))
     plan = make_plan(recipe, world=world, tokenizer=tokenizer)
-    return replace(plan, init_digest=plan.init_digest or state.data.get("init"))
+    return replace(plan, init_digest=digest)
 
 
 def _own_tokenizer(folder: Path, recipe: Recipe) -> Tokenizer | None:

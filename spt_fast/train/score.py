@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
-from spt_fast.errors import DataError, counted
+from spt_fast.errors import DataError, counted, invalid
 from spt_fast.model import hf
 from spt_fast.printing import print_table
 from spt_fast.train.evaluate import EvalSet, measure
@@ -37,6 +37,8 @@ class Scored(TypedDict):
     bytes: int | None
     standard_error: float | None
     """Of the loss, over documents or windows; None where it is of one."""
+    context: int
+    """Tokens of a window."""
     documents: int | None
     """None where the dataset doesn't record them."""
     inside_documents: bool
@@ -49,12 +51,12 @@ class Scored(TypedDict):
     """The loss that the run reported, of the report half, where this is held-out text of the run."""
 
 
-def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
+def score(weights: Path, prefix: Path, *, dtype: str | None = None, context: int | None = None) -> Scored:
     """The loss of weights on the dataset at `prefix`.
 
     `weights` is a run, its weights/<phase>, a checkpoint or a Hugging Face folder. Every token but the first is scored
-    once, in consecutive windows of the model's context, and documents are cut as in training. Raises DataError where
-    the dataset doesn't fit the model.
+    once, in consecutive windows of `context` tokens, or else as long as in training, or as the model's context; and
+    documents are cut as in training. Raises DataError where the dataset doesn't fit the model.
     """
     weights = chosen(weights)
     model, origin = load_model(weights), origin_of(weights)
@@ -74,12 +76,16 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
             f"{prefix}: holds token id {largest}, the model's vocabulary is {model.config.vocab_size}; "
             "prepare it with the model's own tokenizer"
         )
+    window = context or origin.context or model.config.context
+    if not 0 < window <= model.config.context:
+        expected = f"write 1 to {model.config.context:,}, the model's own"
+        raise DataError(invalid("context", window, expected), argument=True)
     device = pick_device()
     by_name = {name: dtype for dtype, name in hf.DTYPES.items()}
     computed_in = by_name.get(origin.dtype or "", pick_dtype("auto", device))
     model.to(device=device, dtype=computed_in).requires_grad_(False)
     inside = bool(origin.documents) and data.document_ends is not None
-    text = EvalSet.of_stretches(data, np.array([[0, data.num_tokens]]), model.config.context, inside=inside)
+    text = EvalSet.of_stretches(data, np.array([[0, data.num_tokens]]), window, inside=inside)
 
     def of_batch(tokens: Tensor, targets: Tensor, cuts: Tensor | None) -> Tensor:
         cuts = None if cuts is None else cuts.to(device)
@@ -88,7 +94,7 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
     measured = measure(
         of_batch,
         text,
-        max(1, TOKENS_AT_A_TIME // model.config.context),
+        max(1, TOKENS_AT_A_TIME // window),
         world=World(0, 1, device),
     )
     nats = measured.loss * text.num_targets
@@ -99,6 +105,7 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None) -> Scored:
         bits_per_byte=nats / math.log(2) / data.num_bytes if data.num_bytes else None,
         tokens=text.num_targets,
         bytes=data.num_bytes,
+        context=window,
         documents=data.num_documents,
         inside_documents=inside,
         dtype=str(computed_in).removeprefix("torch."),
@@ -127,6 +134,7 @@ def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) 
         documents = "documents not recorded" if s["documents"] is None else counted(s["documents"], "document")
         where = "inside documents" if s["inside_documents"] else "across documents"
         unknown = "" if s["same_tokenizer"] else "; whether its ids are of the weights' tokenizer is not recorded"
-        console.print(f"{prefix}: {documents}, in {s['dtype']}, attention {where}{unknown}", soft_wrap=True)
+        how = f"windows of {s['context']:,} tokens, in {s['dtype']}, attention {where}"
+        console.print(f"{prefix}: {documents}, {how}{unknown}", soft_wrap=True)
         if s["reported"] is not None:
             console.print(f"{prefix}: the run reported {s['reported']:.4g} on the report half of it", soft_wrap=True)

@@ -94,7 +94,7 @@ class TrainState:
     """One position in the run. `phase`, `arm` and `step` say where; the rest is what was carried there."""
 
     counts: dict[str, int]
-    """Windows of each source read before this phase."""
+    """Windows of each source read before this phase, of those as long as its own."""
     phase: int = 0
     arm: int = 0
     step: int = 0

@@ -22,7 +22,7 @@ def counted(ring: Ring, count: int) -> np.ndarray:
 def check(ring: Ring, count: int, start: int, end: int) -> None:
     visits = counted(ring, count)[start:end]
     expected = Visits(end - start, visits.sum(), visits.min(), visits.max())
-    assert document_visits(ring, count, start, end) == expected
+    assert document_visits([(ring, count)], start, end) == expected
 
 
 @settings(max_examples=400, deadline=None)
@@ -50,19 +50,19 @@ def test_every_document_and_the_whole_source(num_tokens: int, monkeypatch: pytes
         for start in range(0, num_tokens, 23):
             end = min(start + 23, num_tokens)
             check(ring, count, start, end)
-            total += document_visits(ring, count, start, end).token_visits
+            total += document_visits([(ring, count)], start, end).token_visits
         check(ring, count, 0, num_tokens)
         assert total == count * 16
 
 
 def test_an_empty_document() -> None:
-    assert document_visits(Ring(100, 16, 0, "a"), 7, 5, 5) == Visits(0, 0, 0, 0)
+    assert document_visits([(Ring(100, 16, 0, "a"), 7)], 5, 5) == Visits(0, 0, 0, 0)
 
 
 def test_a_document_of_an_immense_run_takes_no_time() -> None:
     ring, count = Ring(10**13 + 1, 2048, 0, "web"), 2**61 + 12345
-    visits = document_visits(ring, count, 10**12, 10**12 + 100_000)
-    seconds = timeit.repeat(lambda: document_visits(ring, count, 10**12, 10**12 + 100_000), number=1, repeat=5)
+    visits = document_visits([(ring, count)], 10**12, 10**12 + 100_000)
+    seconds = timeit.repeat(lambda: document_visits([(ring, count)], 10**12, 10**12 + 100_000), number=1, repeat=5)
     assert min(seconds) < 0.02
     about = count * 2048 / ring.num_tokens
     assert visits.max_visits - visits.min_visits <= 2

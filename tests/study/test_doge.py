@@ -84,7 +84,7 @@ def by_brute_force(recipe: Recipe, target: str | None, steps: int) -> list[dict[
         lr = learning_rate(phase.phase.schedule, settings.lr, step, phase.steps, phase.tokens_per_step)
         gradients, losses = {}, {}
         for source in rows:
-            starts = plan.rings[source].starts(np.arange(step * SEQUENCES, (step + 1) * SEQUENCES))
+            starts = plan.phases[0].rings[source].starts(np.arange(step * SEQUENCES, (step + 1) * SEQUENCES))
             text = np.resize(plan.train[source].tokens, plan.train[source].num_tokens + CONTEXT + 1).astype(np.int64)
             windows = torch.from_numpy(np.stack([text[start : start + CONTEXT + 1] for start in starts]))
             loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())

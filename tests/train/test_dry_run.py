@@ -104,5 +104,5 @@ def test_where_nothing_saves_the_model_is_too_large(raw: dict[str, Any], monkeyp
 
     monkeypatch.setattr(LocalEngine, "step", no_memory)
     monkeypatch.setattr("spt_fast.train.dry_run.DISTRIBUTIONS", ((0, "none"),))
-    with pytest.raises(RecipeError, match=r"phases\[pretrain\].*\n  a smaller model, a shorter model.context"):
+    with pytest.raises(RecipeError, match=r"phases\[pretrain\].*\n  a smaller model, a shorter batch.context"):
         dry_run(recipe_from(raw))
