@@ -366,11 +366,6 @@ class Trainer:
                 self.log.say(f"warning: {failed}; the one after it is whole")
             self.saved = state.name
 
-    def figures(self, plan: PhasePlan) -> dict[str, Any]:
-        """What summary.json says of a finished phase."""
-        own = {"context": plan.context, "flops_per_token": self.plan.flops_per_token(plan.index)}
-        return {**self.state.finished[plan.phase.name].as_json(), **own}
-
     def seconds(self) -> float:
         """Wall time of the run, earlier processes included."""
         return self.seconds_before + time.monotonic() - self.began
@@ -393,9 +388,7 @@ class Trainer:
             "heldout_halves": "windows" if self.state.windows and self.plan.has_long_heldout else "documents",
             "data": self.plan.digests(),
             "directory": os.getcwd(),
-            "phases": as_json(
-                {plan.phase.name: self.figures(plan) for plan in self.plan.phases[: len(self.state.finished)]}
-            ),
+            "phases": as_json(self.plan.figures(self.state.finished)),
         }
         if self.world.is_first:
             write_text(self.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))

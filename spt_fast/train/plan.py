@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from spt_fast.config import Phase, Recipe, Source, check_lengths
 from spt_fast.data.heldout import has_long_documents
@@ -149,6 +149,13 @@ class Plan:
     def flops_per_token(self, index: int) -> int:
         """To train on a token in phase `index`."""
         return train_flops_per_token(self.model, self.phases[index].context)
+
+    def figures(self, finished: Mapping[str, PhaseResult]) -> dict[str, dict[str, Any]]:
+        """What summary.json says of the finished phases."""
+        return {
+            name: {**result.as_json(), "context": plan.context, "flops_per_token": self.flops_per_token(plan.index)}
+            for plan, (name, result) in zip(self.phases, finished.items(), strict=False)
+        }
 
     @property
     def texts(self) -> dict[str, TokenDataset]:
