@@ -21,7 +21,7 @@ All ops are those of spt_fast.kernels; all parameters have one dtype, that of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -184,15 +184,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        rows = table(self.config)
-        for name, parameter in self.named_parameters():
-            kind = rows[name].kind
-            if kind.std:
-                drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-                parameter.copy_(drawn.normal_(kind.mean, kind.std, generator=generator))
-            else:
-                parameter.fill_(kind.mean)
+        parameters = dict(self.named_parameters())
+        for name, values in drawn(self.config, seed):
+            parameters[name].copy_(values)
 
     @property
     def head_weight(self) -> Tensor:
@@ -307,10 +301,15 @@ class GPT(nn.Module):
         return cls.with_weights(*hf.load(folder, dtype))
 
     @classmethod
+    def without_weights(cls, config: GPTConfig) -> GPT:
+        """A model on the meta device, which has shapes only."""
+        with torch.device("meta"):
+            return cls(config)
+
+    @classmethod
     def with_weights(cls, config: GPTConfig, weights: Mapping[str, Tensor]) -> GPT:
         """A model whose parameters are these tensors, by name."""
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls.without_weights(config)
         model.load_state_dict(weights, assign=True)
         return model
 
@@ -325,6 +324,16 @@ class GPT(nn.Module):
     def generate_batch(self, prompts: Sequence[Sequence[int]], new_tokens: int, **sampling: Any) -> list[list[int]]:
         """As `generate` for each prompt, with all of them in one batch."""
         return generate.generate(self, prompts, new_tokens, **sampling)
+
+
+def drawn(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The initial values of every parameter of a GPT, fp32 on the CPU, one after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in table(config).items():
+        values = torch.full(parameter.shape, parameter.kind.mean, dtype=torch.float32, device="cpu")
+        if parameter.kind.std:
+            values.normal_(parameter.kind.mean, parameter.kind.std, generator=generator)
+        yield name, values
 
 
 def _keep_matmuls() -> tuple[Any, Any]:

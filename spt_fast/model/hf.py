@@ -26,7 +26,7 @@ from spt_fast.model import hf_config, rotary
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.hf_config import CONFIG
 from spt_fast.model.parameters import table
-from spt_fast.model.stored import Stored, contents, fill, opened, pieces, write
+from spt_fast.model.stored import Stored, contents, fill, opened, pieces, unread, write
 
 if TYPE_CHECKING:
     from spt_fast.data.tokenizer import Tokenizer
@@ -123,7 +123,7 @@ def save(
     folder = Path(folder)
     if dtype is None:
         assert isinstance(weights, Mapping)
-        dtype = (weights.like if isinstance(weights, Stored) else weights)["embedding"].dtype
+        dtype = unread(weights)["embedding"].dtype
     if dtype not in DTYPES:
         raise CheckpointError(invalid("dtype", dtype, "float32, bfloat16 or float16"))
     if hf_config.family_of(config) == "llama" and config.width % config.heads:

@@ -34,9 +34,6 @@ class Stored(Mapping[str, Tensor]):
         """like: of each tensor its shape and dtype, on the meta device."""
         self.like, self._read = like, read
 
-    def only(self, names: Iterable[str]) -> Stored:
-        return Stored({name: self.like[name] for name in names}, self._read)
-
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.like:
             raise KeyError(name)
@@ -50,6 +47,18 @@ class Stored(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.like)
+
+
+def unread(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the same shapes and dtypes, for which nothing is read."""
+    return tensors.like if isinstance(tensors, Stored) else tensors
+
+
+def picked(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[str, Tensor]:
+    """Some of the tensors, by new names for theirs; what is stored is not read for it."""
+    if not isinstance(tensors, Stored):
+        return {new: tensors[old] for new, old in names.items()}
+    return Stored({new: tensors.like[old] for new, old in names.items()}, lambda new: tensors[names[new]])
 
 
 def contents(file: Path) -> dict[str, Tensor]:

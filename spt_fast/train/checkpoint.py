@@ -28,12 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from spt_fast.errors import CheckpointError, cut, invalid
 from spt_fast.files import is_temporary, sync, with_usual_mode, write_text
+from spt_fast.model.stored import Stored, contents, fill
 from spt_fast.printing import as_json
 from spt_fast.train.folder import CHECKPOINT, listed
 from spt_fast.train.snapshot import Snapshot
@@ -137,7 +138,7 @@ class Writer:
             for kind, snapshot in snapshots.items():
                 written.append(temporary / f"{kind}-{world.rank:05d}.safetensors")
                 with with_usual_mode(written[-1]):
-                    save_file(snapshot.tensors(), written[-1])
+                    save_file(dict(snapshot.tensors()), written[-1])
             mine = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in written}
             for path in written:
                 sync(path)
@@ -244,20 +245,23 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, world: World = ALONE) -> dict[str, Snapshot]:
-    """By kind, this process's part of the tensors of a checkpoint that `read` found whole."""
-    places: dict[str, dict[str, Path]] = {}
+    """By kind, this process's part of the tensors of a checkpoint that `read` found whole; in its files until they are
+    asked for, so only as long as it exists."""
+    places: dict[str, dict[str, tuple[Path, Tensor]]] = {}
     for file in sorted(path.glob("*.safetensors")):
-        kind = file.stem.rpartition("-")[0]
-        with safe_open(file, "pt") as opened:
-            places.setdefault(kind, {}).update(dict.fromkeys(opened.keys(), file))
-    snapshots: dict[str, Snapshot] = {}
-    for kind, files in places.items():
-        mine, tensors = world.share(files), dict[str, Tensor]()
-        for file in sorted(set(mine.values())):
-            with safe_open(file, "pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in mine if mine[name] == file}
-        snapshots[kind] = Snapshot.of(tensors)
-    return snapshots
+        held = {name: (file, like) for name, like in contents(file).items()}
+        places.setdefault(file.stem.rpartition("-")[0], {}).update(held)
+    return {kind: Snapshot.of(_stored(world.share(held))) for kind, held in places.items()}
+
+
+def _stored(places: Mapping[str, tuple[Path, Tensor]]) -> Stored:
+    def read(name: str) -> Tensor:
+        file, like = places[name]
+        whole = torch.empty_like(like, device="cpu")
+        fill(whole, file, name)
+        return whole
+
+    return Stored({name: like for name, (_, like) in places.items()}, read)
 
 
 def newest(folder: Path) -> Checkpoint | None:

@@ -26,7 +26,7 @@ from spt_fast.train.engines import join, make_engine
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.price import Machine, distribution_of, phase_memory
-from spt_fast.train.snapshot import Snapshot, weights_of
+from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import World, pick_dtype
 
 MICRO_BATCHES = 2
@@ -61,9 +61,9 @@ def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
     world.on_first(lambda: warn(doubts(plan)))
     machine = Machine.of(recipe, gpus=world.size)
     grown_before = _peak_bytes(device)
-    model = plan.starting_model()
-    start = weights_of(model, world)
-    engine = make_engine(model, recipe.engine, world=world, dtype=pick_dtype(recipe.precision, device))
+    start = Snapshot(plan.starting_weights(world))
+    model, dtype = plan.model_without_weights(), pick_dtype(recipe.precision, device)
+    engine = make_engine(model, recipe.engine, world=world, dtype=dtype)
     results = []
     for planned in plan.phases:
         phase = planned.phase

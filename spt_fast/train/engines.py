@@ -37,7 +37,7 @@ def join(settings: Engine) -> World:
 
 
 def make_engine(model: GPT, settings: Engine, *, world: World, dtype: torch.dtype) -> EngineInterface:
-    """The engine that the recipe names, which `check_engine` found fit."""
+    """The engine that the recipe names, which `check_engine` found fit. model: its weights are those of `begin`."""
     if uses_deepspeed(settings, world.size):
         return ZeroEngine(model, settings, world=world, dtype=dtype)
     return LocalEngine(model, device=world.device, dtype=dtype, cuda_graphs=settings.cuda_graphs)

@@ -41,7 +41,8 @@ class RecordedStep:
 
 
 class LocalEngine:
-    """One process, one device. `cuda_graphs`: record the step once it is warm; not for batches with documents."""
+    """One process, one device. The model may be on the meta device, as its weights come with `begin`. `cuda_graphs`:
+    record the step once it is warm; not for batches with documents."""
 
     def __init__(self, model: GPT, *, device: torch.device, dtype: torch.dtype, cuda_graphs: bool = False) -> None:
         if device.type == "cpu":
@@ -49,6 +50,8 @@ class LocalEngine:
         self.device = device
         self.dtype = dtype
         self.cuda_graphs = cuda_graphs
+        if model.embedding.is_meta:
+            model = model.to(dtype).to_empty(device=device)
         self.model = model.to(device=device, dtype=dtype)
         self.optimizer: ModelOptimizer
 

@@ -36,7 +36,7 @@ from spt_fast.train.metrics import Clock, NoLog, RunLog
 from spt_fast.train.origin import Origin
 from spt_fast.train.plan import PhasePlan, Plan
 from spt_fast.train.signals import StopRequest
-from spt_fast.train.snapshot import Snapshot, weights_of
+from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.state import ArmResult, Compute, Evaluation, PhaseResult, SavedState, ScheduleOrigin, TrainState
 from spt_fast.train.watch import LossWatch, Watch
 from spt_fast.train.world import World, pick_dtype
@@ -79,8 +79,8 @@ class Trainer:
         self.began, self.seconds_before = time.monotonic(), 0.0
         self.saved = ""
         self.state = TrainState(dict.fromkeys(plan.recipe.sources, 0))
-        model = plan.starting_model()
-        self.snapshots: dict[str, Snapshot] = {"kept": weights_of(model, world)}
+        model = plan.model_without_weights()
+        self.snapshots = {} if resumed else {"kept": Snapshot(plan.starting_weights(world))}
         device = world.device
         dtype = world.on_first(lambda: pick_dtype(plan.recipe.precision, device))
         self.backends = auto_backends()
@@ -153,6 +153,7 @@ class Trainer:
         )
         if arm.phase.anchor == 0 and arm.phase.grid is None:
             del self.snapshots["start"]  # nothing needs it after the first step, so that its memory is free
+        self.snapshots = {kind: snapshot.in_memory() for kind, snapshot in self.snapshots.items()}  # files may go
         arms = len(arm.phase.arms())
         self.log.begin(arm.phase.name + (f" {state.arm + 1}/{arms}" if arms > 1 else ""), state.step, plan.steps)
         with self.plan.loader(plan.index, state.counts, world, first_step=state.step) as loader:
@@ -247,12 +248,11 @@ class Trainer:
 
     def write_weights(self, name: str) -> None:
         """weights/<name>, of the snapshot that is handed on."""
-        weights = self.world.collect(self.snapshots["kept"].weights)
-        folder, tokenizer = self.folder / "weights" / name, self.plan.tokenizer
-        documents = self.plan.phases[self.state.phase].phase.documents
-        context = self.plan.phases[self.state.phase].context
-        known = Origin(self.plan.tokenizer_digest, documents, _dtype(self.engine.dtype), context=context).as_metadata()
-        self.world.on_first(lambda: hf.save(self.engine.config, weights, folder, tokenizer, None, known))
+        plan, tokenizer, config = self.plan.phases[self.state.phase], self.plan.tokenizer, self.engine.config
+        weights, folder = self.snapshots["kept"].weights, self.folder / "weights" / name
+        dtype = _dtype(self.engine.dtype)
+        known = Origin(self.plan.tokenizer_digest, plan.phase.documents, dtype, context=plan.context).as_metadata()
+        self.world.collect(weights, lambda each: hf.save(config, each, folder, tokenizer, torch.float32, known))
 
     # ------------------------------------------------------------------------------------------------ its steps
 

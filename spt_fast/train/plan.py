@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from spt_fast.config import Phase, Recipe, Source, check_lengths
 from spt_fast.data.heldout import has_long_documents
 from spt_fast.data.inspection import overlap_share
@@ -25,11 +27,13 @@ from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.fields import naming
 from spt_fast.kernels import fp8
 from spt_fast.model.flops import train_flops_per_token
-from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.model.gpt import GPT, GPTConfig, drawn
+from spt_fast.model.parameters import table
+from spt_fast.model.stored import picked
 from spt_fast.train.origin import origin_of, tokenizer_file
 from spt_fast.train.state import KnownText, PhaseResult
-from spt_fast.train.weights import digest_of, load_model, locate, stored_weights
-from spt_fast.train.world import World, pick_device
+from spt_fast.train.weights import digest_of, locate, stored_weights
+from spt_fast.train.world import ALONE, World, pick_device
 
 VOCABULARY_MULTIPLE = 64
 """Rows of the embedding are rounded up to this, which matrix units want."""
@@ -219,18 +223,27 @@ class Plan:
         return warnings
 
     def starting_model(self) -> GPT:
-        """Fresh weights by the recipe's seed, or those that `init` names, or of these the embedding; on the CPU."""
-        init, only_embedding = self.recipe.init, self.recipe.init_only == "embeddings"
-        if init and not only_embedding:
-            model = load_model(Path(init))
-            model.config = self.model
-        else:
-            model = GPT(self.model, seed=self.recipe.seed)
-        if init and only_embedding:
-            model.embedding = load_model(Path(init)).embedding
+        """The model with all of its `starting_weights`, on the CPU."""
+        return self._set_up(GPT.with_weights(self.model, dict(self.starting_weights())))
+
+    def model_without_weights(self) -> GPT:
+        """The model on the meta device, to be given weights by an engine."""
+        return self._set_up(GPT.without_weights(self.model))
+
+    def _set_up(self, model: GPT) -> GPT:
         model.checkpointing = self.recipe.engine.checkpointing
         model.fp8 = self.recipe.engine.fp8
         return model
+
+    def starting_weights(self, world: World = ALONE) -> Mapping[str, Tensor]:
+        """This process's part of fresh weights by the recipe's seed, or of those that `init` names, which are read when
+        they are asked for, or of these the embedding; fp32 on the CPU."""
+        mine = world.share({name: name for name in table(self.model)})
+        theirs = stored_weights(Path(self.recipe.init))[1] if self.recipe.init else {}
+        if theirs and self.recipe.init_only is None:
+            return picked(theirs, mine)
+        fresh = {name: values for name, values in drawn(self.model, self.recipe.seed) if name in mine}
+        return {**fresh, **picked(theirs, {"embedding": "embedding"})} if theirs and "embedding" in mine else fresh
 
     def describe(self) -> list[PhaseFigures]:
         """Per phase: tokens and, per source, the share asked and the tokens and epochs exactly achieved."""

@@ -1,4 +1,5 @@
-"""Weights and optimizer state at one moment, as fp32 copies on the CPU; and what their tensors are called on disk."""
+"""Weights and optimizer state at one moment, fp32 on the CPU or in files still; and what their tensors are called on
+disk."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from spt_fast.model.stored import Stored, picked, unread
 from spt_fast.train.world import ALONE, World
 
 WEIGHTS, COUNT = "weights", "count"
@@ -34,24 +36,35 @@ class Snapshot:
     count: Tensor | None = None
     """Updates that the optimizer has made, a 0-d tensor."""
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Stored:
         """By the names in a checkpoint: "weights/NAME", "KIND/NAME" and "count"."""
-        named = {
-            tensor_name(kind, name): tensor
-            for kind, tensors in ((WEIGHTS, self.weights), *self.state.items())
-            for name, tensor in tensors.items()
+        kinds = {WEIGHTS: self.weights, **self.state, COUNT: {} if self.count is None else {"": self.count}}
+        places = {
+            COUNT if kind == COUNT else tensor_name(kind, name): (kind, name)
+            for kind, tensors in kinds.items()
+            for name in tensors
         }
-        return named if self.count is None else {**named, COUNT: self.count}
+
+        def read(given: str) -> Tensor:
+            kind, name = places[given]
+            return kinds[kind][name]
+
+        return Stored({given: unread(kinds[kind])[name] for given, (kind, name) in places.items()}, read)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Snapshot:
         """From `tensors()`."""
-        kinds: dict[str, dict[str, Tensor]] = {WEIGHTS: {}}
-        for given, tensor in tensors.items():
+        kinds: dict[str, dict[str, str]] = {WEIGHTS: {}}
+        for given in tensors:
             kind, name = kind_and_name(given)
             if kind != COUNT:
-                kinds.setdefault(kind, {})[name] = tensor
-        return cls(kinds.pop(WEIGHTS), kinds, tensors.get(COUNT))
+                kinds.setdefault(kind, {})[name] = given
+        parts = {kind: picked(tensors, names) for kind, names in kinds.items()}
+        return cls(parts.pop(WEIGHTS), parts, tensors.get(COUNT))
+
+    def in_memory(self) -> Snapshot:
+        """With nothing left to read."""
+        return Snapshot(dict(self.weights), {kind: dict(held) for kind, held in self.state.items()}, self.count)
 
     def without_state(self) -> Snapshot:
         return Snapshot(self.weights)
@@ -67,7 +80,11 @@ class Snapshot:
         """That of a tied model with the head's own copy of the embedding (and of its state) added."""
 
         def added(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return {**tensors, "head": tensors["embedding"].clone()} if "embedding" in tensors else tensors
+            if "embedding" not in tensors:
+                return tensors
+            if isinstance(tensors, Stored):
+                return picked(tensors, {**dict(zip(tensors, tensors, strict=True)), "head": "embedding"})
+            return {**tensors, "head": tensors["embedding"].clone()}
 
         state = {kind: added(tensors) for kind, tensors in self.state.items()}
         return replace(self, weights=added(self.weights), state=state)

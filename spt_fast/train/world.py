@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spt_fast.errors import FailedElsewhere, RecipeError, invalid
+from spt_fast.model.stored import unread
 
 Result = TypeVar("Result")
 
@@ -93,9 +95,9 @@ class World:
     def spread(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that some process holds, one at a time on the device of each, in the order of their names."""
         if self.size == 1:
-            yield from sorted(tensors.items())
+            yield from ((name, tensors[name]) for name in sorted(tensors))
             return
-        mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in unread(tensors).items()}
         holders = {name: (rank, *kind) for rank, held in enumerate(self.exchange(mine)) for name, kind in held.items()}
         for name, (rank, shape, dtype) in sorted(holders.items()):
             if rank == self.rank:
@@ -105,9 +107,19 @@ class World:
             dist.broadcast(tensor, src=rank)
             yield name, tensor
 
-    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every tensor that some process holds, in the first one's memory; nothing in the others."""
-        return {name: tensor.cpu() for name, tensor in self.spread(tensors) if self.is_first}
+    def collect(self, tensors: Mapping[str, Tensor], act: Callable[[Iterator[tuple[str, Tensor]]], None]) -> None:
+        """Give `act`, in the first process, every tensor that some process holds, one at a time; where it raises, all
+        do."""
+        arriving = self.spread(tensors)
+
+        def receive() -> None:
+            try:
+                if self.is_first:
+                    act(arriving)
+            finally:
+                deque(arriving, 0)  # the others send what they hold, whatever became of `act`
+
+        self.everywhere(receive)
 
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spt_fast.config import Engine, Phase
 from spt_fast.data.loader import Batch
@@ -69,14 +69,15 @@ class ZeroEngine:
         self._release()
         snapshot = start if current is None else current
         self.frozen = snapshot.only(FROZEN[phase.freeze])
-        model = self._model(snapshot, phase.freeze)
+        config = self._deepspeed_config(phase.optimizer, micro_batches)
+        model = self._model(snapshot, phase.freeze, config)
         kind = Whole if self.settings.stage == 0 else Partitioned
         self.optimizer: Any = kind(model, phase.optimizer, phase.anchor)
         with contextlib.redirect_stdout(io.StringIO()):  # its tables of memory
             self._engine, *_ = self.deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
-                config=self._deepspeed_config(phase.optimizer, micro_batches),
+                config=config,
                 dist_init_required=False,
             )
         self._restore(snapshot, start)
@@ -133,15 +134,17 @@ class ZeroEngine:
         self._engine = self.optimizer = None
         gc.collect()
 
-    def _model(self, snapshot: Snapshot, freeze: str) -> GPT:
-        weights = {
-            name: tensor.to(self.device, self.dtype, copy=True) for name, tensor in self.world.spread(snapshot.weights)
-        }
-        model = GPT.with_weights(self.config, weights)
+    def _model(self, snapshot: Snapshot, freeze: str, config: dict[str, Any]) -> GPT:
+        """Whole parameters in every process; at stage 3 each is partitioned before the next one arrives."""
+        model = GPT.without_weights(self.config)
         for flag, value in self._flags.items():
             setattr(model, flag, value)
-        for name, param in model.named_parameters():
-            param.requires_grad_(name not in FROZEN[freeze])
+        for name, tensor in self.world.spread(snapshot.weights):
+            param = nn.Parameter(tensor.to(self.device, self.dtype, copy=True), name not in FROZEN[freeze])
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, param)
+            if self.settings.stage == 3:
+                self.deepspeed.zero.Init(nn.ParameterList([param]), config_dict_or_path=config)
         return model
 
     @torch.no_grad()
