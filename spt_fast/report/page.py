@@ -37,6 +37,7 @@ from spt_fast.study.findings import error_of, group_name, r2_of
 from spt_fast.study.finetunes import after_pretraining, plainest
 from spt_fast.study.fits import Fitted, fit_laws
 from spt_fast.study.runs_table import read_table
+from spt_fast.study.tasks import TaskTable, task_tables, with_results
 from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount, percent
 
@@ -175,7 +176,8 @@ def report(
     table = read_table(runs, domain_source=domain_source, general_source=general_source)
     used = usable(table)
     advice = _advice(used, model, domain_tokens, budget)
-    html = page(table, fit_laws(used), advice, [str(run) for run in runs])
+    tasks = task_tables(with_results([Path(run) for run in runs]))
+    html = page(table, fit_laws(used), advice, [str(run) for run in runs], tasks)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, html)
 
@@ -192,7 +194,13 @@ def _advice(table: UsableRows, model: str | int | None, domain_tokens: int | Non
     return advise(table=table, model=model, domain_tokens=domain_tokens, budget=budget)
 
 
-def page(table: pd.DataFrame, fits: Sequence[Fitted], advice: Advice | None, sources: Sequence[str] = ()) -> str:
+def page(
+    table: pd.DataFrame,
+    fits: Sequence[Fitted],
+    advice: Advice | None,
+    sources: Sequence[str] = (),
+    tasks: Sequence[TaskTable] = (),
+) -> str:
     """The page of a runs table, as HTML."""
     used = usable(table)
     rows, finetunes = used.rows, after_pretraining(used.rows)
@@ -208,6 +216,8 @@ def page(table: pd.DataFrame, fits: Sequence[Fitted], advice: Advice | None, sou
             sections.plane(decisions, ordinary),
             sections.pretraining(rows),
         ]
+        if tasks:
+            evidence.insert(1, sections.tasks(tasks))
         if asks_for_crossover(rows):
             evidence.insert(0, sections.crossover(rows))
     script, style = _asset("report.js"), _asset("report.css")

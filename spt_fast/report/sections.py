@@ -9,13 +9,14 @@ from functools import partial
 import pandas as pd
 
 from spt_fast.report import panels
-from spt_fast.report.decision import RunsDecision, by_setting, setting_name, titled, with_shares
+from spt_fast.report.decision import RunsDecision, TableRow, by_setting, setting_name, titled, with_shares
 from spt_fast.report.panels import Panel, panel
 from spt_fast.study.crossover import crossovers
 from spt_fast.study.drawing import Axes
 from spt_fast.study.figures import draw_plane
 from spt_fast.study.findings import group_name
 from spt_fast.study.fits import Fitted
+from spt_fast.study.tasks import COLUMNS, TaskTable, cells, title_of
 from spt_fast.study.words import amount, percent
 
 
@@ -23,6 +24,15 @@ from spt_fast.study.words import amount, percent
 class Figure:
     caption: str
     panels: list[Panel]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text, the first column left."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: list[TableRow]
 
 
 @dataclass
@@ -33,6 +43,7 @@ class Section:
     title: str
     says: list[str] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     def show(self, panels: list[Panel], caption: str, missing: str) -> Section:
@@ -126,6 +137,20 @@ def forgetting(finetunes: pd.DataFrame) -> Section:
 def _treatment(delta: float, injected: float, anchor: float) -> str:
     replay = f", {percent(injected)} replay" if injected else ""
     return f"δ = {percent(delta)}{replay}" + (f", anchor {anchor:g}" if anchor else "")
+
+
+def tasks(tables: Sequence[TaskTable]) -> Section:
+    """What runs score in tasks."""
+    section = Section("tasks", "Tasks")
+    section.says.append(
+        "Scores before and after each run's last phase, ± standard errors. Changes, and differences from the first run "
+        "of a table, are over the same questions; below two standard errors they may be chance."
+    )
+    for table in tables:
+        rows = [TableRow(cells(score)) for score in table.scores]
+        section.tables.append(Table(f"{title_of(table)}.", COLUMNS, rows))
+        section.missing += [f"{table.task}: {note}." for note in table.notes]
+    return section
 
 
 def crossover(table: pd.DataFrame) -> Section:

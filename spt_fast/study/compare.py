@@ -26,6 +26,7 @@ from typing import Any
 from spt_fast.errors import RecipeError
 from spt_fast.study.finetunes import Interval, Treatment, held_against
 from spt_fast.study.runs import FinetunePath, FinishedRun, check_comparable, differences
+from spt_fast.study.tasks import TaskTable, task_tables
 
 FIGURES = (
     "domain_epochs",
@@ -259,6 +260,11 @@ class Comparison:
     """By figure."""
     warnings: Sequence[str] = ()
     """What else differs between the runs."""
+    tasks: Sequence[TaskTable] = ()
+    """What they score, in the order of `runs`."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "tasks" or value}
 
     @property
     def compared(self) -> Arms:
@@ -277,7 +283,8 @@ def compare(run_folders: Sequence[str | Path]) -> Comparison:
     runs = [FinishedRun.read(folder) for folder in run_folders]
     check_comparable(runs)
     found = compare_finetunes([Finetune.of(run) for run in runs])
-    return replace(found, domain=runs[0].domain, general=runs[0].general, warnings=differences(runs))
+    tasks = task_tables([Path(run.folder) for run in found.runs])
+    return replace(found, domain=runs[0].domain, general=runs[0].general, warnings=differences(runs), tasks=tasks)
 
 
 def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from spt_fast.errors import counted
+from spt_fast.printing import print_table
 from spt_fast.study.compare import ArmFigures, Comparison
 from spt_fast.study.finetunes import Interval, Treatment
 from spt_fast.study.fits import Errors, Fits, Fitted, Score
+from spt_fast.study.tasks import COLUMNS, cells, title_of
 from spt_fast.study.words import amount
 
 # --------------------------------------------------------------------------------------------------------- comparisons
@@ -25,6 +27,10 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(f"- {line}")
     for warning in comparison.warnings:
         console.print(f"warning: {warning}")
+    for table in comparison.tasks:
+        print_table(console, f"\n{title_of(table)}", COLUMNS, (cells(score, "\n±") for score in table.scores))
+        for note in table.notes:
+            console.print(f"- {note}")
 
 
 def arm_table(comparison: Comparison) -> Table:

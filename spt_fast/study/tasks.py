@@ -1,0 +1,178 @@
+"""What runs score in tasks, side by side: before and after their last phase, and against the first of them.
+
+Differences are of the same questions, asked alike, so their standard errors are of each question's difference: smaller
+than those of the scores where both models know the same answers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from spt_fast.errors import CheckpointError
+from spt_fast.train.folder import parent_of, recipe_of, summary_of
+from spt_fast.train.task_results import FEW_QUESTIONS, FOLDER, Metric, Settings, TaskResult, results_of, standard_error
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a metric, by how much it is higher."""
+
+    value: float
+    standard_error: float | None
+    """Over questions; None for one question, and where the metric is no mean over them."""
+
+    @classmethod
+    def between(cls, one: Metric, other: Metric | None) -> Difference | None:
+        if other is None:
+            return None
+        if one.each is None or other.each is None or len(one.each) != len(other.each):
+            return cls(one.value - other.value, None)
+        each = [a - b for a, b in zip(one.each, other.each, strict=True)]
+        return cls(fmean(each), standard_error(each))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunScore:
+    """One metric of a run."""
+
+    run: str
+    metric: str
+    before: Metric | None
+    """Of the weights that the last phase started from; None where these were not scored alike."""
+    after: Metric
+    change: Difference | None
+    against_first: Difference | None
+    """None for the first run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskTable:
+    """The runs that were scored alike in a task."""
+
+    task: str
+    questions: int
+    settings: Settings
+    scores: list[RunScore]
+    notes: list[str]
+    """Runs that are not in the table, and why; few questions."""
+
+
+def task_tables(folders: Sequence[Path]) -> list[TaskTable]:
+    """A table for each task that runs (their folders) were scored in. CheckpointError for damaged results."""
+    names = Counter(folder.resolve().name for folder in folders)
+    runs = {str(folder) if names[name := folder.resolve().name] > 1 else name: folder for folder in folders}
+    after = {name: _results(_last(folder)) for name, folder in runs.items()}
+    tasks = sorted({task for results in after.values() for task, _ in results})
+    if not tasks:
+        return []
+    before = {name: _results(_start(folder)) for name, folder in runs.items()}
+    return [_table(task, after, before) for task in tasks]
+
+
+def with_results(folders: Sequence[Path]) -> list[Path]:
+    """The run folders among these, and in these where they are studies, that hold results of tasks."""
+    runs = [run for folder in folders for run in (folder, *sorted(folder.glob("runs/*")))]
+    return [run for run in runs if (run / FOLDER).is_dir() and (run / "recipe.yaml").exists()]
+
+
+Results = dict[tuple[str, Settings], TaskResult]
+"""By task and how it was asked."""
+
+
+def _table(task: str, after: dict[str, Results], before: dict[str, Results]) -> TaskTable:
+    asked = Counter(settings for results in after.values() for name, settings in results if name == task)
+    settings = max(asked, key=lambda one: (asked[one], one.limit is None, str(one)))
+    key, notes = (task, settings), []
+    found = [run for run in after if key in after[run]]
+    for run in after:
+        if run not in found:
+            notes.append(f"{run} is left out: {_missing(task, settings, after[run])}")
+        elif key not in before[run] and any(name == task for name, _ in before[run]):
+            notes.append(f"{run}: what it started from is left out: {_missing(task, settings, before[run])}")
+    first = after[found[0]][key]
+    if first.questions < FEW_QUESTIONS:
+        notes.append(f"{first.questions} questions are few; differences below two standard errors mean nothing")
+    scores = []
+    for run in found:
+        start = before[run].get(key)
+        for name, metric in after[run][key].metrics.items():
+            at_start = start.metrics.get(name) if start else None
+            of_first = None if run == found[0] else first.metrics.get(name)
+            scores.append(
+                RunScore(
+                    run=run,
+                    metric=name,
+                    before=at_start,
+                    after=metric,
+                    change=Difference.between(metric, at_start),
+                    against_first=Difference.between(metric, of_first),
+                )
+            )
+    return TaskTable(task=task, questions=first.questions, settings=settings, scores=scores, notes=notes)
+
+
+def _missing(task: str, settings: Settings, results: Results) -> str:
+    """Why weights have no result of a task with these settings."""
+    others = [vars(other) for name, other in results if name == task]
+    if not others:
+        return "it was not scored"
+    differs = ", ".join(
+        f"{name} {others[0][name]} instead of {value}"
+        for name, value in vars(settings).items()
+        if others[0][name] != value
+    )
+    return f"it was scored otherwise ({differs}); score it alike"
+
+
+def _results(weights: Path | None) -> Results:
+    return {} if weights is None else {(result.task, result.settings): result for result in results_of(weights)}
+
+
+def _last(folder: Path) -> Path:
+    """The weights that a run hands on."""
+    return folder / "weights" / recipe_of(folder).phases[-1].name
+
+
+def _start(folder: Path) -> Path | None:
+    """The weights that a run's last phase started from; None for none, and where they have gone."""
+    recipe = recipe_of(folder)
+    if len(recipe.phases) > 1:
+        return folder / "weights" / recipe.phases[-2].name
+    try:
+        parent = parent_of(folder, recipe)
+    except CheckpointError:
+        return None
+    if parent is not None:
+        return parent[0] / "weights" / parent[1]
+    if recipe.init is None:
+        return None
+    named = Path(recipe.init)
+    places: tuple[Any, ...] = (named, (summary_of(folder) or {}).get("directory", "") / named)
+    return next((place for place in places if place.is_dir()), None)
+
+
+COLUMNS = ("run", "metric", "before", "after", "change", "against the first")
+
+
+def cells(score: RunScore, plus_minus: str = " ± ") -> list[str]:
+    """What a row of `COLUMNS` shows."""
+    figures = (score.before, score.after, score.change, score.against_first)
+    signs = ("", "", "+", "+")
+    return [score.run, score.metric, *(_figure(f, sign, plus_minus) for f, sign in zip(figures, signs, strict=True))]
+
+
+def _figure(figure: Metric | Difference | None, sign: str, plus_minus: str) -> str:
+    if figure is None:
+        return ""
+    error = "" if figure.standard_error is None else f"{plus_minus}{figure.standard_error:.3f}"
+    return f"{figure.value:{sign}.3f}".replace("-", "−") + error
+
+
+def title_of(table: TaskTable) -> str:
+    """What a table is of."""
+    return f"{table.task}: {table.questions:,} questions, {table.settings.says}"

@@ -1,0 +1,137 @@
+"""Scores in tasks side by side: the same questions asked alike, or the reason why not."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from spt_fast.cli import main
+from spt_fast.report.page import page
+from spt_fast.study.tasks import task_tables, with_results
+from spt_fast.train.task_results import Metric, Settings, TaskResult, save
+from tests.study.fake_runs import fake_run
+from tests.study.synthetic import spt_table
+from tests.study.test_compare import NPT, SPT
+
+ALIKE = Settings(
+    version="1", library="lm-eval 0.4.13", num_fewshot=0, limit=None, context=64, bos=None, dtype="float32"
+)
+BEFORE, NPT_AFTER, SPT_AFTER = np.random.default_rng(0).integers(0, 2, (3, 120)).astype(float).tolist()
+
+
+def scored(folder: Path, weights: str, each: list[float], task: str = "notes.jsonl", **settings: Any) -> None:
+    """Keep a result of weights, which are made where there are none."""
+    place = folder / "weights" / weights
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "model.safetensors").write_bytes(f"{folder} {weights}".encode())
+    metrics = {"acc": Metric.mean(each), "f1": Metric(0.5, None)}
+    asked = replace(ALIKE, **settings)
+    save(TaskResult(task=task, questions=len(each), metrics=metrics, settings=asked), place)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """NPT and SPT, whose finetunes were scored alike, and what NPT's started from."""
+    npt, spt = fake_run(tmp_path / "npt", NPT), fake_run(tmp_path / "spt", SPT, delta="1/20")
+    scored(npt, "pretrain", BEFORE)
+    scored(npt, "finetune", NPT_AFTER)
+    scored(spt, "finetune", SPT_AFTER)
+    return [npt, spt]
+
+
+def paired(one: list[float], other: list[float]) -> tuple[float, float]:
+    each = np.subtract(one, other)
+    return float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each)))
+
+
+def test_differences_are_of_the_same_questions(runs: list[Path]) -> None:
+    (table,) = task_tables(runs)
+    assert (table.task, table.questions, table.notes) == ("notes.jsonl", 120, [])
+    npt, _, spt, spt_f1 = table.scores
+    assert npt.change is not None
+    assert spt.against_first is not None
+    assert (npt.change.value, npt.change.standard_error) == pytest.approx(paired(NPT_AFTER, BEFORE))
+    assert (spt.against_first.value, spt.against_first.standard_error) == pytest.approx(paired(SPT_AFTER, NPT_AFTER))
+    assert npt.against_first is spt.before is spt.change is None
+    assert spt_f1.against_first is not None
+    assert spt_f1.against_first.standard_error is None, "no mean over questions"
+
+
+def test_what_was_scored_otherwise_is_left_out_by_name(runs: list[Path], tmp_path: Path) -> None:
+    other = fake_run(tmp_path / "other", SPT, delta="1/10")
+    scored(other, "finetune", SPT_AFTER, context=32, bos=1)
+    scored(runs[1], "pretrain", BEFORE[:20], limit=20)
+    (table,) = task_tables([*runs, other, fake_run(tmp_path / "none", NPT, seed=1)])
+    assert {score.run for score in table.scores} == {"npt", "spt"}
+    assert table.notes == [
+        "spt: what it started from is left out: it was scored otherwise (limit 20 instead of None); score it alike",
+        "other is left out: it was scored otherwise (context 32 instead of 64, bos 1 instead of None); score it alike",
+        "none is left out: it was not scored",
+    ]
+    (runs[1] / "weights" / "finetune" / "model.safetensors").write_bytes(b"trained again")
+    assert {score.run for score in task_tables(runs)[0].scores} == {"npt"}, "the results are of other weights"
+    few = fake_run(tmp_path / "few", NPT, seed=2)
+    scored(few, "finetune", [1.0, 0.0], task="arc_easy")
+    assert task_tables([few])[0].notes[0].startswith("2 questions are few")
+
+
+def test_a_finetune_is_held_against_the_weights_of_the_run_that_it_continues(runs: list[Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"base")
+    recorded = TaskResult(task="notes.jsonl", questions=120, metrics={"acc": Metric.mean(BEFORE)}, settings=ALIKE)
+    save(recorded, base)
+    for init in (runs[0] / "weights" / "pretrain", base):
+        tuned = fake_run(tmp_path / f"after-{init.name}", SPT, seed=5, change={"init": str(init)})
+        recipe = (tuned / "recipe.yaml").read_text()
+        (tuned / "recipe.yaml").write_text(_only_the_finetune(recipe))
+        scored(tuned, "finetune", SPT_AFTER)
+        (score, _) = task_tables([tuned])[0].scores
+        assert score.change is not None
+        assert (score.change.value, score.change.standard_error) == pytest.approx(paired(SPT_AFTER, BEFORE))
+
+
+def _only_the_finetune(recipe: str) -> str:
+    plain = yaml.safe_load(recipe)
+    plain["phases"] = plain["phases"][1:]
+    return yaml.safe_dump(plain)
+
+
+def test_compare_and_report_show_them(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["spt-fast", "compare", *map(str, runs), *flags])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    (table,) = json.loads(said("--json"))["tasks"]
+    assert [score["run"] for score in table["scores"]] == ["npt", "npt", "spt", "spt"], "the first given comes first"
+    change = paired(SPT_AFTER, NPT_AFTER)
+    assert table["scores"][2]["against_first"]["standard_error"] == pytest.approx(change[1])
+    assert "each" not in table["scores"][0]["after"], "it is long"
+    shown = said()
+    assert "notes.jsonl: 120 questions, lm-eval 0.4.13, 0 examples, context 64" in shown
+    assert f"{change[0]:+.3f}".replace("-", "−") in shown
+    assert f"±{change[1]:.3f}" in shown
+    study = tmp_path / "study"
+    study.mkdir()
+    (study / "runs").symlink_to(tmp_path)
+    assert with_results([study, fake_run(tmp_path / "unscored", NPT)]) == [
+        study / "runs" / "npt",
+        study / "runs" / "spt",
+    ]
+    html = page(spt_table(seeds=(0,)).query("stage == 0 and delta == 0"), [], None, tasks=task_tables(runs))
+    assert '<a href="#tasks">Tasks</a>' in html
+    assert f"{paired(NPT_AFTER, BEFORE)[0]:+.3f}".replace("-", "−") in html
