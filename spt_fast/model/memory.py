@@ -31,9 +31,9 @@ Where a step has several micro-batches, the gradients of the earlier ones are th
 
 Activations are what autograd keeps. Per token and layer: 4 D (both norms' results and what they normalised), (H + 2K) Q
 of the projection, (H + K) Q rotated, H Q of attention, 3 F (gate, up, their product), all of a bytes, and a few float32
-numbers; once 2 D. Where blocks are checkpointed "full" each keeps its 2 D inputs, "selective" besides the results of
-its matmuls and of attention; the block in its backward pass is there whole. On a CPU without a kernel for it, documents
-cost a mask of T x T a sequence and layer.
+numbers; once 2 D. Where blocks are checkpointed "full" each keeps its 2 D inputs (D where norms stand after the
+layers), "selective" besides the results of its matmuls and of attention; the block in its backward pass is there whole.
+On a CPU without a kernel for it, documents cost a mask of T x T a sequence and layer, a window one of T x T a layer.
 
 Left out: what CUDA itself, cuBLAS and NCCL hold (0.5 to 2 GB), the allocator's rounding and fragments, evaluation
 (less than a step).
@@ -130,7 +130,7 @@ def memory_bytes(
     at_update = gradients + (beside if stage == 1 else 0)
     waiting = made_head if config.tied or stage else 0  # the head's, until the embedding's is there to be added
 
-    kept, whole = _of_a_block(config, T, dtype, device, checkpointing, documents)
+    kept, whole = _of_a_block(config, micro, T, dtype, device, checkpointing, documents)
     kept, whole = tokens * kept, tokens * max(kept, whole)
     x, activation = tokens * D * a, tokens * 2 * F * a
     once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (T + (tokens if documents else 0))
@@ -154,16 +154,21 @@ def _chunk_of_logits(tokens: int, vocab_size: int, dtype: torch.dtype, device: s
 
 
 def _of_a_block(
-    config: GPTConfig, T: int, dtype: torch.dtype, device: str, checkpointing: str, documents: bool
+    config: GPTConfig, micro: int, T: int, dtype: torch.dtype, device: str, checkpointing: str, documents: bool
 ) -> tuple[int, int]:
-    """Bytes a token that a block keeps until its backward pass, and that it has in it."""
+    """Bytes a token that a block keeps until its backward pass, and that it has in it, on average."""
     D, H, K, Q, F, a = config.width, config.heads, config.kv_heads, config.head_dim, config.ffn, dtype.itemsize
-    projected, rotated, attended = (H + 2 * K) * Q, (H + K) * Q, H * Q
+    L, inputs = config.layers, D if config.norms == "after" else 2 * D  # the stream, and a norm of it
+    projected, attended = (H + 2 * K) * Q, H * Q
+    rotated = (H + K) * Q * (L - len(config.no_rope_layers)) // L
     whole = a * (4 * D + projected + rotated + attended + 3 * F) + 4 * (H + 2)
-    results = a * (4 * D + projected + attended + 2 * F) + 4 * H
-    if device == "cpu" and documents and attention_cpu.obstacle(torch.empty(0, 0, 0, Q, dtype=dtype), True):
+    results = a * (inputs + 2 * D + projected + attended + 2 * F) + 4 * H
+    simple = device == "cpu" and attention_cpu.obstacle(torch.empty(0, 0, 0, Q, dtype=dtype), True)
+    if simple and documents:
         # q, k, v and the result exist with and without padding; of the projection v is not needed then.
         whole += 4 * T + a * (attended + K * Q - (0 if config.qk_norm else projected))
     elif documents or device == "cpu":
         whole, results = whole + 8, results + 8  # where the keys of each query lie
-    return {"none": whole, "selective": results, "full": 2 * a * D}[checkpointing], whole
+    if simple and not documents and config.window and config.window < T:
+        whole += a * T * (L - len(config.full_layers)) // (L * micro)
+    return {"none": whole, "selective": results, "full": a * inputs}[checkpointing], whole

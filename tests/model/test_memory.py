@@ -19,6 +19,7 @@ SHAPE = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 384, "cont
 GROUPED = {"kv_heads": 1, "qk_norm": True, "layers": 6}
 UNTIED = {"tied": False, "vocab_size": 8192, "kv_heads": 2}
 WIDE_HEAD = {"vocab_size": 16_384, "qk_norm": True}
+OLMO = {"norms": "after", "qk_norm": True, "qk_norm_over": "width"}
 BF16, FP32 = torch.bfloat16, torch.float32
 
 CASES: list[tuple[dict[str, Any], int, torch.dtype, str, dict[str, Any]]] = [
@@ -40,6 +41,9 @@ CASES: list[tuple[dict[str, Any], int, torch.dtype, str, dict[str, Any]]] = [
     (UNTIED, 4, FP32, "full", {"freeze": "embeddings"}),
     ({"qkv_bias": True}, 4, BF16, "selective", {}),
     ({"width": 256, "ffn": 1024, "layers": 2, "vocab_size": 4096}, 4, FP32, "full", {}),
+    (OLMO, 4, FP32, "selective", {"documents": True}),
+    (OLMO | {"kv_heads": 1}, 4, FP32, "full", {}),
+    ({"window": 64, "full_layers": [1], "no_rope_layers": [1, 2]}, 1, FP32, "none", {}),
 ]
 
 

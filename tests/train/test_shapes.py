@@ -27,6 +27,14 @@ SHAPES: list[dict[str, Any]] = [
             "original_max_position_embeddings": 8,
         }
     },
+    {
+        "norms": "after",
+        "qk_norm_over": "width",
+        "window": 3,
+        "full_layers": [1],
+        "rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 8},
+        "scaled_windows": False,
+    },
 ]
 
 
