@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,19 @@ from pathlib import Path
 def expanded(path: str) -> str:
     """A path with ~, ~user, $NAME and ${NAME} replaced by what the environment has for them, where it has it."""
     return os.path.expanduser(os.path.expandvars(path))
+
+
+def download(folder: Path) -> str | None:
+    """How to get a model's or tokenizer's folder, where the path is a name on Hugging Face or a place in its cache."""
+    if folder.is_dir():
+        inside = sorted(folder.glob("snapshots/*/"))
+        return f"give the folder {inside[-1]}" if inside else None
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)) and not folder.parent.exists():
+        return (
+            f"nothing is downloaded here: run `hf download {folder} --local-dir {folder.name}` where there is a "
+            "network, and give that folder"
+        )
+    return None
 
 
 def write_text(path: Path, text: str) -> None:

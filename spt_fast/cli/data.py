@@ -31,7 +31,9 @@ def tokenizer_train(
 def prepare(
     inputs: Inputs,
     out_prefix: Annotated[Path, PathOption("--out", metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
-    tokenizer: Annotated[Path, PathOption(help="A .tiktoken file, or a tiktoken encoding by name.")],
+    tokenizer: Annotated[Path, PathOption(help="A Hugging Face folder, a .tiktoken file, or a tiktoken name.")],
+    eos: Annotated[str | None, Option(metavar="TOKEN", help="Ends each document; the tokenizer's by default.")] = None,
+    bos: Annotated[str | None, Option(metavar="TOKEN", help="Begins each document; none by default.")] = None,
     text_key: Annotated[str, Option(help="Key or column of the text.")] = "text",
     heldout: Annotated[str | None, Option(metavar="SHARE", help="Of the text, in bytes; for PREFIX.heldout.")] = None,
     skip_bad: Annotated[bool, Option(help="Count broken lines instead of stopping at the first.")] = False,
@@ -40,13 +42,14 @@ def prepare(
 ) -> None:
     """Turn text into a token dataset."""
     from spt_fast.data.prepare import prepare as prepare_dataset
-    from spt_fast.data.tokenizer import Tokenizer
     from spt_fast.fields import optional, parse_share
 
     summary = prepare_dataset(
         inputs,
         out_prefix,
-        Tokenizer.load(tokenizer),
+        tokenizer,
+        eos=eos,
+        bos=bos,
         text_key=text_key,
         heldout=optional(parse_share)(heldout, "--heldout"),
         skip_bad=skip_bad,

@@ -67,6 +67,7 @@ def inspect(
         "vocab_size": dataset.vocab_size,
         "max_id": dataset.max_id,
         "eos_id": dataset.eos_id,
+        **({} if dataset.bos_id is None else {"bos_id": dataset.bos_id}),
         "tokenizer_digest": dataset.tokenizer_digest,
         "digest": dataset.digest,
     }

@@ -1,8 +1,8 @@
 """From text to a token dataset: read, encode in parallel, write; one pass, bounded memory.
 
 The documents of the dataset are those of the input in its order, whatever the number of workers, each ended by the
-end-of-text id. The dataset comes into being whole or not at all, and so does its held-out part: until the last document
-is encoded, what was at PREFIX stays there.
+end-of-text id, and begun by another where one is named. The dataset comes into being whole or not at all, and so does
+its held-out part: until the last document is encoded, what was at PREFIX stays there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.shards import DatasetWriter, base_prefix, commit, part_of
 from spt_fast.data.split import Split
 from spt_fast.data.text import Chunk, Inputs, TextReader
@@ -58,8 +60,10 @@ class Prepared(Counts):
 def prepare(
     inputs: Inputs,
     out: str | os.PathLike[str],
-    tokenizer: Tokenizer | str | os.PathLike[str],
+    tokenizer: BaseTokenizer | str | os.PathLike[str],
     *,
+    eos: str | None = None,
+    bos: str | None = None,
     text_key: str = "text",
     heldout: Fraction | None = None,
     skip_bad: bool = False,
@@ -68,7 +72,9 @@ def prepare(
 ) -> Prepared:
     """Encode the documents of `inputs` (see spt_fast.data.text) into the dataset OUT.bin, OUT.idx and OUT.json.
 
-    tokenizer   a Tokenizer, a tokenizer file, or a tiktoken encoding by name
+    tokenizer   as `Tokenizer.load` gives or takes it
+    eos, bos    tokens that end and begin each document; by default the one to end it is that of the tokenizer, and none
+                begins it
     heldout     share of the text that goes to OUT.heldout instead, in bytes, within one document and its copies: those
                 documents whose text has the lowest hash, white space aside. The folder of OUT needs room for all
                 tokens twice then.
@@ -87,10 +93,19 @@ def prepare(
         raise DataError(
             invalid("heldout", str(heldout), "write a share above 0 and below 1, such as 0.5%"), argument=True
         )
-    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+    if isinstance(tokenizer, BaseTokenizer):
+        tokenizer = copy(tokenizer)
+        tokenizer.set_ends(eos, bos)
+    else:
+        tokenizer = Tokenizer.load(tokenizer, eos=eos, bos=bos)
+    if tokenizer.eos_id is None:
+        raise DataError(
+            "tokenizer: names no token that ends a text; name the one that ends each document as `eos=…`", argument=True
+        )
     reader = TextReader(inputs, text_key, skip_bad=skip_bad)
     settings = Settings(text_key, skip_bad, hashed=heldout is not None)
     skipped: Counter[str] = Counter()
+    ends_inside = 0
     with ExitStack() as stack:
         _refuse_heldout(base_prefix(Path(out)))
         parts = ["whole"] if heldout is None else ["train", "heldout"]
@@ -103,6 +118,7 @@ def prepare(
             with writers[0].clean_failure():
                 _write(writers[0], encoded) if whole is None else whole.add(encoded)
             skipped += encoded.skipped
+            ends_inside += encoded.ends_inside
             bar.show(batch.read_bytes, encoded.num_bytes)
         if whole is not None and heldout is not None:
             with writers[0].clean_failure():
@@ -114,6 +130,13 @@ def prepare(
         commit(*writers, obsolete=obsolete)
     if heldout is not None:
         _say_share(writers[1].num_bytes, sum(writer.num_bytes for writer in writers), heldout)
+    if ends_inside:
+        warnings.warn(
+            f"{out}: {ends_inside:,} documents hold the token that ends documents in their text; a model sees an end "
+            "there, while the dataset records where documents really end",
+            SptWarning,
+            stacklevel=2,
+        )
     seconds = time.perf_counter() - start_s
     train, *held_out = ((writer.num_documents, writer.num_tokens, writer.num_bytes) for writer in writers)
     return Prepared(
@@ -126,12 +149,13 @@ def prepare(
     )
 
 
-def _writer(stack: ExitStack, out: str | os.PathLike[str], tokenizer: Tokenizer, part: str) -> DatasetWriter:
+def _writer(stack: ExitStack, out: str | os.PathLike[str], tokenizer: BaseTokenizer, part: str) -> DatasetWriter:
     """One side of the split on its way to disk; `stack` removes what is not committed."""
     writer = DatasetWriter(
         heldout_prefix(out) if part == "heldout" else out,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
+        bos_id=tokenizer.bos_id,
         tokenizer_digest=tokenizer.digest,
         part=part,
     )

@@ -72,6 +72,7 @@ class TokenDataset:
     vocab_size: int | None = None
     max_id: int | None = None
     eos_id: int | None = None
+    bos_id: int | None = None
     tokenizer_digest: str | None = None
     metadata: dict[str, Any] | None = None  # the .json of our format
     shards: tuple[TokenDataset, ...] = ()
@@ -156,6 +157,7 @@ class TokenDataset:
             vocab_size=metadata["vocab_size"],
             max_id=metadata["max_id"],
             eos_id=metadata["eos_id"],
+            bos_id=metadata.get("bos_id"),
             tokenizer_digest=metadata["tokenizer_digest"],
             metadata=metadata,
         )
@@ -311,7 +313,7 @@ def _refuse_mixed(what: Path, prefixes: list[Path], shards: tuple[TokenDataset, 
             f"{what}: holds {apart}, which looks held out, beside other text; name what is meant by a pattern"
         )
     for shard, prefix in zip(shards, prefixes, strict=True):
-        for field in ("dtype", "tokenizer_digest", "vocab_size", "eos_id"):
+        for field in ("dtype", "tokenizer_digest", "vocab_size", "eos_id", "bos_id"):
             ours, theirs = (getattr(x.tokens if field == "dtype" else x, field) for x in (shards[0], shard))
             if ours != theirs:
                 raise DataError(f"{what}: {prefix} has {field} {theirs}, {prefixes[0]} {ours}; prepare them alike")
@@ -346,6 +348,7 @@ class DatasetWriter:
         vocab_size: int,
         eos_id: int | None,
         tokenizer_digest: str | None,
+        bos_id: int | None = None,
         part: str = "whole",
     ) -> None:
         self.prefix = base_prefix(Path(prefix))
@@ -354,6 +357,7 @@ class DatasetWriter:
             raise DataError(invalid("out", str(prefix), expected), argument=True)
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._vocab_size, self._eos_id, self._tokenizer_digest = vocab_size, eos_id, tokenizer_digest
+        self._bos = {} if bos_id is None else {"bos_id": bos_id}
         self._part = part
         self.num_tokens = self.num_documents = self.num_bytes = 0
         self._max_id: int | None = None
@@ -423,6 +427,7 @@ class DatasetWriter:
             "vocab_size": self._vocab_size,
             "tokenizer_digest": self._tokenizer_digest,
             "eos_id": self._eos_id,
+            **self._bos,
             "num_tokens": self.num_tokens,
             "num_documents": self.num_documents,
             "num_bytes": self.num_bytes,

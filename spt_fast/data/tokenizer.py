@@ -1,4 +1,5 @@
-"""Byte-level BPE: trained here, loaded from a file of ranks, or one of tiktoken's encodings by name.
+"""Byte-level BPE: trained here, loaded from a file of ranks, or one of tiktoken's encodings by name. `Tokenizer.load`
+also finds Hugging Face's tokenizers, of any kind.
 
 A tokenizer file is tiktoken's own: a line per token, base64 bytes and rank, in the order of the ranks 0, 1, 2 …; text
 is cut by `PATTERN` before merging, and `<|endoftext|>` has the id after the last rank. Only where pattern or special
@@ -23,14 +24,14 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer
+from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
 from spt_fast.errors import DataError, invalid, nearest
-from spt_fast.files import replacing
+from spt_fast.files import download, replacing
 from spt_fast.outputs import check_output, is_tokenizer
 
 EOS = "<|endoftext|>"
-MOST_IDS = 1 << 24
-"""Of a tokenizer: an embedding has a row for each."""
 FILE = "tokenizer.tiktoken"
 """What the tokenizer's file is called in the folder of a run, of weights and of an export."""
 
@@ -54,14 +55,13 @@ _ALL_KINDS = (
 """Text with characters of every kind, which a pattern must cut without leaving any out."""
 
 
-class Tokenizer:
+class Tokenizer(BaseTokenizer):
     """A byte-level BPE tokenizer with an end-of-text token.
 
     ranks             {bytes of a token: its id}
     special_tokens    {name: id}
-    vocab_size        largest id + 1, special tokens included
-    eos_id            id of <|endoftext|>
-    digest            sha256 of ranks, pattern and special tokens: equal digests, equal ids
+    eos_id            id of <|endoftext|>, unless `load` was told another
+    digest            sha256 of ranks, pattern and special tokens
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> None:
@@ -73,21 +73,18 @@ class Tokenizer:
             f"spt_fast-{self.digest[:12]}", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
         )
 
-    @classmethod
-    def load(cls, name_or_path: str | os.PathLike[str]) -> Tokenizer:
-        """From a tokenizer file, or a tiktoken encoding by name ("gpt2", "cl100k_base", …).
+    @staticmethod
+    def load(name_or_path: str | os.PathLike[str], *, eos: str | None = None, bos: str | None = None) -> BaseTokenizer:
+        """From a file of ranks, a Hugging Face folder or tokenizer.json, or a tiktoken encoding by name ("gpt2",
+        "cl100k_base", …).
 
-        Raises DataError for a file that doesn't exist or is damaged, an unknown name, or an encoding that can't be had.
+        eos, bos: the tokens that end and begin each document, where others than the tokenizer's files say; without
+        `bos` none begins it. Raises DataError for a file that doesn't exist or is damaged, an unknown name or token,
+        or an encoding that can't be had.
         """
-        path = Path(name_or_path)
-        if path.is_file():
-            tokenizer = cls.from_bytes(path.read_bytes(), str(path))
-            tokenizer._check_hf(str(path))
-            return tokenizer
-        if path.suffix or len(path.parts) != 1 or path.exists():
-            missing = f"tokenizer: file {path} doesn't exist; make one with `spt-fast tokenizer train`"
-            raise DataError(missing, argument=True)
-        return cls._named(str(path))
+        tokenizer = _found(Path(name_or_path), with_eos=eos is None)
+        tokenizer.set_ends(eos, bos)
+        return tokenizer
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "tokenizer") -> Tokenizer:
@@ -138,7 +135,8 @@ class Tokenizer:
     def _named(cls, name: str) -> Tokenizer:
         names = tiktoken.list_encoding_names()
         if name not in names:
-            expected = f"give a file of ranks or a tiktoken encoding; {nearest(name, names)}"
+            near = nearest(name, names)
+            expected = f"give a file of ranks or a tiktoken encoding; {near} A Hugging Face folder goes by its path"
             raise DataError(invalid("tokenizer", name, expected), argument=True)
         encoding = _get_encoding(name)
         if EOS not in encoding._special_tokens:
@@ -164,6 +162,9 @@ class Tokenizer:
         plain = self.pattern == PATTERN and self.special_tokens == {EOS: len(self.ranks)}
         return (b"" if plain else b"#" + _header(self.pattern, self.special_tokens) + b"\n") + _rank_lines(self.ranks)
 
+    def keep(self, folder: str | os.PathLike[str]) -> None:
+        self.save(Path(folder, FILE))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a tokenizer file, atomically. Raises DataError where that can't be done."""
         path = Path(path)
@@ -176,9 +177,8 @@ class Tokenizer:
                 f"{path} can't be written ({error.strerror}); choose another place, or make room"
             ) from error
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
-        return self.encode_array(text).tolist()
+    def named_tokens(self) -> dict[str, int]:
+        return self.special_tokens
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of a text, uint32 [tokens], without special tokens.
@@ -231,7 +231,12 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         hf.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        self.save(folder / FILE)
+        self.keep(folder)
+
+
+def rebuilt(data: bytes) -> BaseTokenizer:
+    """The tokenizer whose `to_bytes` gave this."""
+    return HFTokenizer(data) if _is_json(data) else Tokenizer.from_bytes(data)
 
 
 def train_tokenizer(
@@ -266,6 +271,29 @@ def train_tokenizer(
     tokenizer = Tokenizer(ranks, PATTERN, {EOS: len(ranks)})
     tokenizer.save(out)
     return tokenizer
+
+
+def _found(path: Path, *, with_eos: bool) -> BaseTokenizer:
+    """with_eos: whether it matters what the files say ends a document."""
+    if path.is_dir():
+        return _found(path / FILE, with_eos=with_eos) if (path / FILE).exists() else HFTokenizer.load(path, with_eos)
+    if path.is_file():
+        data = path.read_bytes()
+        if path.suffix in (".json", ".model") or _is_json(data):
+            return HFTokenizer.load(path, with_eos)
+        tokenizer = Tokenizer.from_bytes(data, str(path))
+        tokenizer._check_hf(str(path))
+        return tokenizer
+    if path.suffix not in (".tiktoken", ".json", ".model", ".txt") and (remedy := download(path)):
+        raise DataError(f"tokenizer: there is no folder {path} here; {remedy}", argument=True)
+    if path.suffix or len(path.parts) != 1 or path.exists():
+        missing = f"tokenizer: file {path} doesn't exist; make one with `spt-fast tokenizer train`"
+        raise DataError(missing, argument=True)
+    return Tokenizer._named(str(path))
+
+
+def _is_json(data: bytes) -> bool:
+    return data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
 def _sample(inputs: Inputs, text_key: str, skip_bad: bool, sample_bytes: int) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """Worker processes that parse and encode: batches of chunks go in, arrays of ids come out, in the same order.
 
-A worker is a fresh interpreter that imports NumPy and tiktoken only, and talks in frames over its standard input and
-output: raw buffers behind a JSON header, nothing pickled. It needs no fork (safe beside torch's threads), doesn't run
-the caller's main module again, ignores Ctrl-C, and ends when its input does, however its parent died.
+A worker is a fresh interpreter that imports NumPy and tiktoken (or tokenizers) only, and talks in frames over its
+standard input and output: raw buffers behind a JSON header, nothing pickled. It needs no fork (safe beside torch's
+threads), doesn't run the caller's main module again, ignores Ctrl-C, and ends when its input does, however its parent
+died.
 
 In the parent one thread a worker waits on those pipes, and one more reads ahead. The text under way, read and not yet
 taken as ids, is bounded by AHEAD_BYTES a worker (or is a single document). That one thread is what limits many cores:
@@ -28,8 +29,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.text import Chunk, parse
-from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.data.tokenizer import rebuilt
 from spt_fast.errors import DataError
 
 AHEAD_BYTES = 16 << 20
@@ -63,11 +65,12 @@ class TextBatch:
 class Encoded:
     """Encoded documents.
 
-    tokens            uint16 or uint32 [tokens], each document's end-of-text id included
+    tokens            uint16 or uint32 [tokens], the ids that begin and end each document included
     document_lengths  int64 [documents], in tokens
     document_bytes    int64 [documents], UTF-8 bytes of the text
     hashes            uint64 [documents], of the text without its white space (ASCII); empty where none was asked for
     skipped           documents left out, by kind
+    ends_inside       documents whose text itself names the token that ends documents, where such are read out of text
     """
 
     tokens: np.ndarray
@@ -75,6 +78,7 @@ class Encoded:
     document_bytes: np.ndarray
     hashes: np.ndarray
     skipped: Counter[str] = field(default_factory=Counter)
+    ends_inside: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -88,8 +92,9 @@ class Encoded:
 class EncoderPool:
     """`workers` processes that encode. A context manager: leaving it ends them at once, whatever they are doing."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: Settings, workers: int) -> None:
-        self._setup = ({"settings": asdict(settings)}, [tokenizer.to_bytes()])
+    def __init__(self, tokenizer: BaseTokenizer, settings: Settings, workers: int) -> None:
+        ends = {"eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id}
+        self._setup = ({"settings": asdict(settings), "ends": ends}, [tokenizer.to_bytes()])
         self._ahead_bytes = workers * AHEAD_BYTES
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
         self._mine = threading.local()
@@ -175,15 +180,16 @@ class EncoderPool:
                     pipe.close()  # type: ignore[union-attr]
 
 
-def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, settings: Settings) -> Encoded:
-    """What a worker does: parse, encode, and add the end-of-text id."""
+def encode_chunks(chunks: Iterable[Chunk], tokenizer: BaseTokenizer, settings: Settings) -> Encoded:
+    """What a worker does: parse, encode, and add the ids that begin and end a document."""
     tokens: list[np.ndarray] = []
     lengths: list[int] = []
     sizes: list[int] = []
     hashes: list[int] = []
     skipped: Counter[str] = Counter()
+    ends_inside = 0
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    eos = np.array([tokenizer.eos_id], dtype)
+    bos, eos = (np.array([] if id_ is None else [id_], dtype) for id_ in (tokenizer.bos_id, tokenizer.eos_id))
     for chunk in chunks:
         # All are parsed before any is encoded: taking turns costs 2% of the time, in cache misses.
         for text, utf8 in list(parse(chunk, settings.text_key, skip_bad=settings.skip_bad, skipped=skipped)):
@@ -191,8 +197,9 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, settings: Setti
             if not len(ids):
                 skipped["without tokens"] += 1
                 continue
-            tokens.extend((ids, eos))
-            lengths.append(len(ids) + 1)
+            ends_inside += tokenizer.eos_id in ids
+            tokens.extend((bos, ids, eos))
+            lengths.append(len(bos) + len(ids) + len(eos))
             sizes.append(len(utf8))
             if settings.hashed:
                 hashes.append(hash_of(utf8))
@@ -202,6 +209,7 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: Tokenizer, settings: Setti
         np.array(sizes, np.int64),
         np.array(hashes, np.uint64),
         skipped,
+        ends_inside,
     )
 
 
@@ -213,7 +221,8 @@ def hash_of(utf8: bytes) -> int:
 
 def _start_worker() -> subprocess.Popen[bytes]:
     paths = [path or os.getcwd() for path in sys.path]
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+    one_thread = {**dict.fromkeys(threads, "1"), "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", __name__],
         stdin=subprocess.PIPE,
@@ -234,14 +243,15 @@ def _exchange(process: subprocess.Popen[bytes], batch: TextBatch) -> Encoded:
         raise DataError(head["error"])
     arrays = [np.frombuffer(buffer, dtype) for buffer, dtype in zip(buffers, head["dtypes"], strict=True)]
     tokens, lengths, sizes, hashes = arrays
-    return Encoded(tokens, lengths, sizes, hashes, Counter(head["skipped"]))
+    return Encoded(tokens, lengths, sizes, hashes, Counter(head["skipped"]), head["ends_inside"])
 
 
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
     setup = _receive(requests)
     if setup is None:
         return
-    settings, tokenizer = Settings(**setup[0]["settings"]), Tokenizer.from_bytes(setup[1][0])
+    settings, tokenizer = Settings(**setup[0]["settings"]), rebuilt(setup[1][0])
+    tokenizer.eos_id, tokenizer.bos_id = setup[0]["ends"]["eos_id"], setup[0]["ends"]["bos_id"]
     while (frame := _receive(requests)) is not None:
         heads, buffers = frame[0]["chunks"], frame[1]
         chunks = [Chunk(data=data, **head) for head, data in zip(heads, buffers, strict=True)]
@@ -250,7 +260,11 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
         except DataError as error:
             _send(replies, {"error": str(error)}, [])
             continue
-        head = {"dtypes": [array.dtype.name for array in encoded.arrays], "skipped": encoded.skipped}
+        head = {
+            "dtypes": [array.dtype.name for array in encoded.arrays],
+            "skipped": encoded.skipped,
+            "ends_inside": encoded.ends_inside,
+        }
         _send(replies, head, [array.data for array in encoded.arrays])
 
 

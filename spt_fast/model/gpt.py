@@ -49,7 +49,7 @@ from spt_fast.model.config import GPTConfig
 from spt_fast.model.parameters import Parameter, around_blocks, of_block, table
 
 if TYPE_CHECKING:
-    from spt_fast.data.tokenizer import Tokenizer
+    from spt_fast.data.base_tokenizer import BaseTokenizer
 
 FP8_WIDTH = 2048
 """A matmul with a weight that is narrower either way is never taken in fp8: quantising costs more than is won."""
@@ -313,7 +313,9 @@ class GPT(nn.Module):
         model.load_state_dict(weights, assign=True)
         return model
 
-    def save_hf(self, folder: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None) -> None:
+    def save_hf(
+        self, folder: str | Path, tokenizer: BaseTokenizer | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Writes a folder that transformers loads; see spt_fast.model.hf.save."""
         hf.save(self.config, dict(self.named_parameters()), folder, tokenizer, dtype)
 

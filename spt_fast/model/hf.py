@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from spt_fast.data.hf_tokenizer import HF_FILES
 from spt_fast.errors import CheckpointError, SptWarning, invalid, shown, shown_key
 from spt_fast.files import sync
 from spt_fast.model import hf_config, rotary
@@ -29,13 +30,12 @@ from spt_fast.model.parameters import table
 from spt_fast.model.stored import Stored, contents, fill, opened, pieces, unread, write
 
 if TYPE_CHECKING:
-    from spt_fast.data.tokenizer import Tokenizer
+    from spt_fast.data.base_tokenizer import BaseTokenizer
 
-CARRIED = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-    "tokenizer.tiktoken",
-)
+CARRIED = (*HF_FILES, "generation_config.json", "tokenizer.tiktoken")
+"""Files beside the weights that go along with them, byte for byte."""
+BASE_CONFIG = "base_config.json"
+"""In a run's folder, the config.json of the base that it began with."""
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -103,7 +103,7 @@ def save(
     config: GPTConfig,
     weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     folder: str | Path,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: BaseTokenizer | None = None,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
     *,
@@ -113,8 +113,8 @@ def save(
     """Writes model.safetensors, config.json and a tokenizer's files, for AutoModelForCausalLM and AutoTokenizer.
 
     weights: the GPT's parameters by name, or pairs of both, which are written as they come. dtype float32, bfloat16 or
-    float16; None keeps the weights' own. like: a
-    Hugging Face folder whose tokenizer, settings of generation, special ids and metadata go along as they are.
+    float16; None keeps the weights' own. like: a Hugging Face folder, or a run that began with one, whose tokenizer,
+    settings of generation, special ids and metadata go along as they are.
     metadata: what is to be known of the weights, kept in model.safetensors; `read_metadata` gives it back. Everything
     is written and flushed in a folder of its own and then moved into place, config.json last; other files in the folder
     are left alone. overwrite: False raises CheckpointError rather than replace anything that differs, or be read
@@ -142,11 +142,14 @@ def save(
         if tokenizer is not None:
             tokenizer.save_hf(temporary)
         described = hf_config.to_hf(config, DTYPES[dtype], None if tokenizer is None else tokenizer.eos_id)
+        if tokenizer is not None and tokenizer.bos_id is not None:
+            described["bos_token_id"] = tokenizer.bos_id
         if like is not None:
-            for file in like.iterdir():
-                if file.name in CARRIED:
-                    shutil.copyfile(file, temporary / file.name)
-            described |= {field: hf_config.read_json(like / CONFIG).get(field) for field in hf_config.SPECIAL_IDS}
+            for file in carried_files(like):
+                shutil.copyfile(file, temporary / file.name)
+            theirs = hf_config.read_json(like / (BASE_CONFIG if (like / BASE_CONFIG).exists() else CONFIG))
+            ids = {field: theirs.get(field) for field in hf_config.SPECIAL_IDS}
+            described |= ids if any(id_ is not None for id_ in ids.values()) else {}
         (temporary / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         for file in temporary.iterdir():
             sync(file)
@@ -163,6 +166,11 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             folder.rmdir()  # where nothing came into it
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """What goes along with the weights in a folder."""
+    return sorted(file for file in folder.iterdir() if file.name in CARRIED)
 
 
 def _make_way(folder: Path, names: Collection[str], temporary: Path, *, overwrite: bool) -> None:

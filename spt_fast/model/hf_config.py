@@ -19,6 +19,7 @@ from typing import Any
 
 from spt_fast.errors import CheckpointError, SptWarning, cut, invalid, shown, shown_key
 from spt_fast.fields import integer
+from spt_fast.files import download
 from spt_fast.model.config import SCALINGS, GPTConfig, Scaling, YarnScaling
 from spt_fast.model.families import FAMILIES, Family, family_of
 from spt_fast.model.stored import mistaken
@@ -154,19 +155,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds {shown(content)} instead of fields by name; copy it again")
     return content
-
-
-def download(folder: Path) -> str | None:
-    """How to get a model's folder, where the path is a name on Hugging Face or a place in its cache."""
-    if folder.is_dir():
-        inside = sorted(folder.glob("snapshots/*/"))
-        return f"give the folder {inside[-1]}" if inside else None
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)) and not folder.parent.exists():
-        return (
-            f"nothing is downloaded here: run `hf download {folder} --local-dir {folder.name}` where there is a "
-            "network, and give that folder"
-        )
-    return None
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.errors import CheckpointError, SptError, SptWarning, invalid
 from spt_fast.model.gpt import GPT
 from spt_fast.train.release import tokenizer_of
@@ -52,14 +52,18 @@ class TextModel:
     SptError for a context that the model doesn't have.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, *, context: int | None = None, batch: int | None = None):
+    def __init__(self, model: GPT, tokenizer: BaseTokenizer, *, context: int | None = None, batch: int | None = None):
         longest = model.config.context
         if context is not None and not 1 < context <= longest:
             raise SptError(invalid("context", context, f"from 2 to {longest}, the model's own"), argument=True)
         if batch is not None and batch < 1:
             raise SptError(invalid("batch", batch, "write a whole number of at least 1"), argument=True)
         self.context = context or longest
-        self.bos: int | None = getattr(tokenizer, "bos_id", None)
+        self.bos = tokenizer.bos_id
+        prefix = tokenizer.eos_id if self.bos is None else self.bos
+        if prefix is None:
+            raise SptError("tokenizer: names no token that ends or begins a text; add it to its tokenizer_config.json")
+        self._prefix = prefix
         self.batch = batch
         self._model, self._tokenizer = model.eval().requires_grad_(False), tokenizer
 
@@ -76,7 +80,7 @@ class TextModel:
             )
         device = pick_device()
         model = load_model(weights).to(device=device, dtype=pick_dtype("auto", device))
-        return cls(model, found, context=context, batch=batch)  # type: ignore[arg-type]
+        return cls(model, found, context=context, batch=batch)
 
     @property
     def dtype(self) -> str:
@@ -88,10 +92,6 @@ class TextModel:
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode_array(text).tolist()
-
-    @property
-    def _prefix(self) -> int:
-        return self._tokenizer.eos_id if self.bos is None else self.bos
 
     def pair(self, context: str, continuation: str) -> Pair:
         """Encoded as one text and cut where the context alone ends; spaces at the end of the context belong to the

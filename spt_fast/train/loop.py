@@ -33,7 +33,6 @@ from spt_fast.train.health import MAX_SKIPPED_IN_A_ROW, deciding, standing
 from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import Clock, NoLog, RunLog
-from spt_fast.train.origin import Origin
 from spt_fast.train.plan import PhasePlan, Plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot
@@ -248,11 +247,13 @@ class Trainer:
 
     def write_weights(self, name: str) -> None:
         """weights/<name>, of the snapshot that is handed on."""
-        plan, tokenizer, config = self.plan.phases[self.state.phase], self.plan.tokenizer, self.engine.config
-        weights, folder = self.snapshots["kept"].weights, self.folder / "weights" / name
-        dtype = _dtype(self.engine.dtype)
-        known = Origin(self.plan.tokenizer_digest, plan.phase.documents, dtype, context=plan.context).as_metadata()
-        self.world.collect(weights, lambda each: hf.save(config, each, folder, tokenizer, torch.float32, known))
+        weights, config = self.snapshots["kept"].weights, self.engine.config
+        folder, tokenizer = self.folder / "weights" / name, self.plan.tokenizer
+        like = self.folder if (self.folder / hf.BASE_CONFIG).exists() else None
+        known = self.plan.origin(self.state.phase, _dtype(self.engine.dtype)).as_metadata()
+        self.world.collect(
+            weights, lambda each: hf.save(config, each, folder, tokenizer, torch.float32, known, like=like)
+        )
 
     # ------------------------------------------------------------------------------------------------ its steps
 

@@ -110,7 +110,8 @@ def _origin_of(parts: Sequence[Path], shares: Sequence[Fraction]) -> Origin:
     def first(field: str) -> Any:
         return next((value for origin in origins if (value := getattr(origin, field)) is not None), None)
 
-    return Origin(first("tokenizer"), first("documents"), first("dtype"), merged, first("context"))
+    ends = {name: first(name) for name in ("context", "eos_id", "bos_id")}
+    return Origin(first("tokenizer"), first("documents"), first("dtype"), merged, **ends)
 
 
 def _untied(config: GPTConfig, tensors: Mapping[str, Tensor], wanted: GPTConfig) -> Mapping[str, Tensor]:

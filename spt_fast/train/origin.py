@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from spt_fast.data.hf_tokenizer import HF_FILE
 from spt_fast.data.tokenizer import FILE
 from spt_fast.errors import CheckpointError
 from spt_fast.model import hf
@@ -47,6 +48,10 @@ class Origin:
     """What the weights are an average of."""
     context: int | None = None
     """Tokens of a window."""
+    eos_id: int | None = None
+    """What ended each document."""
+    bos_id: int | None = None
+    """What began each document."""
 
     def as_metadata(self) -> dict[str, str]:
         return {_KEY: json.dumps(asdict(self))}
@@ -60,9 +65,17 @@ def run_of(path: Path) -> Path | None:
 
 
 def tokenizer_file(weights: Path) -> Path | None:
-    """The file of ranks that lies beside weights, or in their run."""
-    files = [folder / FILE for folder in (weights, run_of(weights)) if folder]
+    """The tokenizer that lies beside weights or in their run: a file of ranks, else a tokenizer.json."""
+    run = run_of(weights)
+    files = [folder / FILE for folder in (weights, run) if folder] + [(run or weights) / HF_FILE]
     return next((file for file in files if file.exists()), None)
+
+
+def carrier_of(weights: Path) -> Path | None:
+    """The folder whose files go along with weights: their own, or of a checkpoint that of the run, where it began with
+    a base."""
+    folders = {weights: hf.CONFIG, run_of(weights): hf.BASE_CONFIG}
+    return next((folder for folder, file in folders.items() if folder and (folder / file).exists()), None)
 
 
 def origin_of(path: Path) -> Origin:

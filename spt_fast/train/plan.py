@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from spt_fast.config import Phase, Recipe, Source, check_lengths
+from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.heldout import has_long_documents
 from spt_fast.data.inspection import overlap_share
 from spt_fast.data.loader import Loader
@@ -30,7 +31,7 @@ from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig, drawn
 from spt_fast.model.parameters import table
 from spt_fast.model.stored import picked
-from spt_fast.train.origin import origin_of, tokenizer_file
+from spt_fast.train.origin import Origin, origin_of, tokenizer_file
 from spt_fast.train.state import KnownText, PhaseResult
 from spt_fast.train.weights import digest_of, locate, stored_weights
 from spt_fast.train.world import ALONE, World, pick_device
@@ -106,7 +107,7 @@ class Plan:
 
     recipe: Recipe
     model: GPTConfig
-    tokenizer: Tokenizer | None
+    tokenizer: BaseTokenizer | None
     init_digest: str | None
     """Of the weights that `init` names."""
     train: dict[str, TokenDataset]
@@ -189,6 +190,15 @@ class Plan:
         if self.tokenizer:
             return self.tokenizer.digest
         return next((data.tokenizer_digest for data in self.train.values() if data.tokenizer_digest), None)
+
+    def origin(self, index: int, dtype: str) -> Origin:
+        """What is to be known of the weights that phase `index` hands on; dtype: what was computed in."""
+        plan = self.phases[index]
+        data = next((data for data in self.texts.values() if data.eos_id is not None), None)
+        eos_id, bos_id = (data.eos_id, data.bos_id) if data else (None, None)
+        return Origin(
+            self.tokenizer_digest, plan.phase.documents, dtype, context=plan.context, eos_id=eos_id, bos_id=bos_id
+        )
 
     def check_same_data(self, recorded: Mapping[str, str], where: Path) -> None:
         """DataError for a dataset, tokenizer or starting weights that aren't what `recorded`, the `digests` kept at
@@ -322,7 +332,7 @@ def recorded_texts(
     return found
 
 
-def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = None) -> Plan:
+def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None = None) -> Plan:
     """Open what the recipe names and check that every phase can be trained as written.
 
     tokenizer: the recipe's, where it is known already.
@@ -348,10 +358,13 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
                 heldout[name] = open_source(source, "heldout")
     datasets = [(f"sources.{name}.train", data) for name, data in train.items()]
     datasets += [(f"sources.{name}.heldout", data) for name, data in heldout.items()]
-    _check_tokenizers(datasets, tokenizer, recipe.init)
-    if recipe.init and tokenizer is None and (file := tokenizer_file(locate(Path(recipe.init)))):
-        theirs = Tokenizer.load(file)
-        tokenizer = theirs if theirs.digest in {data.tokenizer_digest for data in train.values()} else None
+    if tokenizer:
+        _check_tokenizers(datasets, tokenizer)
+    if recipe.init:
+        tokenizer = _that_of_the_weights(recipe, datasets, tokenizer)
+    _check_tokenizers(datasets, tokenizer)
+    if tokenizer and (made := [data for _, data in datasets if data.tokenizer_digest == tokenizer.digest]):
+        tokenizer.eos_id, tokenizer.bos_id = made[0].eos_id, made[0].bos_id
     model = _model_config(recipe, tokenizer, [data for _, data in datasets])
     if recipe.init:  # else the context was known when the recipe was read
         check_lengths(recipe, model.context)
@@ -395,7 +408,29 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: Tokenizer | None = N
     return Plan(recipe, model, tokenizer, init_digest, train, heldout, tuple(phases))
 
 
-def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: Tokenizer | None, init: str | None) -> None:
+def _that_of_the_weights(
+    recipe: Recipe, datasets: list[tuple[str, TokenDataset]], tokenizer: BaseTokenizer | None
+) -> BaseTokenizer | None:
+    """The recipe's tokenizer, else the one that lies with the weights that `init` names; RecipeError where these were
+    trained with another than the recipe's or a dataset's."""
+    weights = locate(Path(str(recipe.init)))
+    place = tokenizer_file(weights)
+    with naming("init"):
+        theirs = Tokenizer.load(place) if place else None
+    known = origin_of(weights).tokenizer or (theirs and theirs.digest)
+    given = [(f"the recipe's tokenizer {recipe.tokenizer}", tokenizer.digest)] if tokenizer else []
+    given += [(where, data.tokenizer_digest) for where, data in datasets if data.tokenizer_digest]
+    for by, digest in given:
+        if known and digest != known:
+            remedy = f"prepare the data with theirs (`tokenizer={place}`)" if place else "prepare the data with theirs"
+            raise RecipeError(
+                f"init: the weights at {recipe.init} were trained with another tokenizer ({known[:12]}) than {by} "
+                f"({digest[:12]}); {remedy}, or start from other weights"
+            )
+    return tokenizer or (theirs if theirs and theirs.digest == known else None)
+
+
+def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: BaseTokenizer | None) -> None:
     expected, by = (tokenizer.digest, "the recipe's tokenizer") if tokenizer else (None, "")
     for where, data in datasets:
         if data.tokenizer_digest is None:
@@ -407,15 +442,17 @@ def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: Token
                 f"{where}: {data.path} was made with another tokenizer ({data.tokenizer_digest[:12]}) than {by} "
                 f"({expected[:12]}); prepare it again with the one that this run uses"
             )
-    known = origin_of(Path(init)).tokenizer if init and expected else None
-    if expected and known and known != expected:
-        raise RecipeError(
-            f"init: the weights at {init} were trained with another tokenizer ({known[:12]}) than {by} "
-            f"({expected[:12]}); prepare the data with theirs, or start from other weights"
-        )
+    known = [(where, data) for where, data in datasets if data.eos_id is not None]
+    for where, data in known[1:]:
+        for name in ("eos_id", "bos_id"):
+            if (this := getattr(data, name)) != (first := getattr(known[0][1], name)):
+                raise DataError(
+                    f"{where}: {data.path} has {name} {this}, {known[0][0]} has {first}; prepare both with the same "
+                    "tokens that begin and end a document"
+                )
 
 
-def _model_config(recipe: Recipe, tokenizer: Tokenizer | None, datasets: list[TokenDataset]) -> GPTConfig:
+def _model_config(recipe: Recipe, tokenizer: BaseTokenizer | None, datasets: list[TokenDataset]) -> GPTConfig:
     given = {k: v for k, v in dataclasses.asdict(recipe.model).items() if v is not None}
     if recipe.init:
         with naming("init"):
@@ -432,8 +469,8 @@ def _model_config(recipe: Recipe, tokenizer: Tokenizer | None, datasets: list[To
                 raise RecipeError(invalid(f"model.{key}", value, expected))
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
             raise RecipeError(
-                f"tokenizer: {recipe.tokenizer} has {tokenizer.vocab_size} ids, the weights at {recipe.init} only "
-                f"{config.vocab_size}; use the tokenizer that they were trained with"
+                f"tokenizer: {recipe.tokenizer or 'the one beside the weights'} has {tokenizer.vocab_size} ids, the "
+                f"weights at {recipe.init} only {config.vocab_size}; use the tokenizer that they were trained with"
             )
         return config
 

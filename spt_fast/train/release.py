@@ -10,63 +10,35 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.data.base_tokenizer import BaseTokenizer
+from spt_fast.data.hf_tokenizer import HF_FILE, HFTokenizer
 from spt_fast.data.tokenizer import Tokenizer
-from spt_fast.errors import CheckpointError, DataError, SptWarning, cut, invalid
-from spt_fast.model import hf, hf_config
+from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid
+from spt_fast.model import hf
 from spt_fast.model.config import GPTConfig
 from spt_fast.train.folder import owned, recipe_of
-from spt_fast.train.origin import Origin, origin_of, run_of, tokenizer_file
+from spt_fast.train.origin import Origin, carrier_of, origin_of, run_of, tokenizer_file
 from spt_fast.train.weights import chosen, load_model, locate, read_config, stored_dtype, stored_weights
 from spt_fast.train.world import pick_device
 
-HF_FILE = "tokenizer.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 AT_A_TIME = 32
 """Texts that are generated side by side."""
 
 
-class HuggingFaceTokenizer:
-    """The tokenizer of a Hugging Face folder that this program did not write; it may begin a text with a token."""
-
-    def __init__(self, folder: Path) -> None:
-        import tokenizers
-
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / HF_FILE))
-            eos = hf_config.read_json(folder / hf.CONFIG).get("eos_token_id")
-        except Exception as error:  # tokenizers raises Exception itself
-            raise DataError(
-                f"{folder / HF_FILE}: cannot be read ({cut(str(error), 160)}); name the tokenizer"
-            ) from None
-        self.eos_id: int | None = eos[0] if isinstance(eos, list) else eos
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-
-        self.bos_id: int | None = next(iter(self._tokenizer.encode("").ids), None)
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).ids
-
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
-
-
-def tokenizer_of(path: Path, name: str | Path | None = None) -> Tokenizer | HuggingFaceTokenizer | None:
+def tokenizer_of(path: Path, name: str | Path | None = None) -> BaseTokenizer | None:
     """The tokenizer by name, else the one that lies beside the weights at `path` or in their run; None where there is
     none.
 
     CheckpointError for another than the weights were trained with, and for one with more ids than they have.
     """
     weights = locate(path)
-    run, known = run_of(weights), origin_of(weights).tokenizer
-    found: Tokenizer | HuggingFaceTokenizer
+    run, origin = run_of(weights), origin_of(weights)
+    known = origin.tokenizer
     if own := name or tokenizer_file(weights):
         source = str(own)
         found = Tokenizer.load(own)
@@ -83,12 +55,12 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> Tokenizer | Hugg
                 SptWarning,
                 stacklevel=2,
             )
-    elif (weights / HF_FILE).exists() and known is None:
+    elif (weights / HF_FILE).exists():  # of a run of an earlier version
         source = str(weights / HF_FILE)
-        found = HuggingFaceTokenizer(weights)
+        found = Tokenizer.load(weights)
     else:
         return None
-    if known and isinstance(found, Tokenizer) and found.digest != known:
+    if known and found.digest != known:
         raise CheckpointError(
             f"tokenizer: {source} ({found.digest[:12]}) is another than the weights at {path} were trained with "
             f"({known[:12]}); give that one",
@@ -97,6 +69,10 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> Tokenizer | Hugg
     if found.vocab_size > (rows := read_config(weights).vocab_size):
         expected = f"it has {found.vocab_size:,} ids, the weights at {path} {rows:,}; give the one that these are of"
         raise CheckpointError(invalid("tokenizer", source, expected), argument=True)
+    if origin.eos_id is not None:
+        found.eos_id, found.bos_id = origin.eos_id, origin.bos_id
+    elif isinstance(found, HFTokenizer):
+        found.bos_id = found.usual_bos_id
     return found
 
 
@@ -131,9 +107,8 @@ def write_release(
     if dtype not in (None, *DTYPES):
         raise CheckpointError(invalid("dtype", dtype, f"write {', '.join(DTYPES)}"), argument=True)
     found = tokenizer_of(weights, tokenizer)
-    like, own = (weights, None) if isinstance(found, HuggingFaceTokenizer) else (None, found)
     stored_in, known = DTYPES[dtype] if dtype else stored_dtype(weights), origin.as_metadata()
-    hf.save(config, tensors, folder, own, stored_in, known, like=like, overwrite=overwrite)
+    hf.save(config, tensors, folder, found, stored_in, known, like=carrier_of(weights), overwrite=overwrite)
 
 
 def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:
@@ -182,9 +157,9 @@ def generate_texts(
         )
     model, eos, waiting = load_model(weights).to(pick_device()), encoding.eos_id, iter(prompts)
     while batch := list(islice(waiting, AT_A_TIME)):
-        before = [encoding.encode(prompt) or ([] if eos is None else [eos]) for prompt in batch]
+        before = [encoding.prompt(prompt) or ([] if eos is None else [eos]) for prompt in batch]
         after = model.generate_batch(before, tokens, stop_id=eos, vocab_size=encoding.vocab_size, **sampling)
         for prompt, given, ids in zip(batch, before, after, strict=True):
             ended = len(ids) > len(given) and ids[-1] == eos
-            shown = ids[0 if prompt else len(given) : len(ids) - ended]
+            shown = ids[(encoding.bos_id is not None) if prompt else len(given) : len(ids) - ended]
             yield Generated(prompt, encoding.decode(shown), len(ids) - len(given), ended)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ import yaml
 from rich.console import Console
 
 from spt_fast.config import Model, Recipe
-from spt_fast.data.tokenizer import FILE, Tokenizer
+from spt_fast.data.base_tokenizer import BaseTokenizer
+from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.fields import naming
 from spt_fast.files import write_text
+from spt_fast.model import hf
 from spt_fast.printing import print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.engines import join
@@ -24,6 +27,7 @@ from spt_fast.train.folder import is_begun, is_run, owned, recipe_of, summary_of
 from spt_fast.train.health import Diverged
 from spt_fast.train.introduction import Resumed
 from spt_fast.train.loop import Trainer
+from spt_fast.train.origin import carrier_of, tokenizer_file
 from spt_fast.train.plan import Plan, make_plan, recorded_texts
 from spt_fast.train.resume import refused, rounding
 from spt_fast.train.signals import StopRequest
@@ -135,25 +139,30 @@ def _plan(folder: Path, recipe: Recipe, state: SavedState | None, world: int) ->
     return replace(plan, init_digest=digest)
 
 
-def _own_tokenizer(folder: Path, recipe: Recipe) -> Tokenizer | None:
+def _own_tokenizer(folder: Path, recipe: Recipe) -> BaseTokenizer | None:
     """The one in the run's folder; None where an earlier version, or a run that knew none, left none there."""
-    if not (folder / FILE).exists():
+    if (place := tokenizer_file(folder)) is None:
         return None
-    own = Tokenizer.load(folder / FILE)
+    own = Tokenizer.load(place)
     with suppress(DataError):  # the recipe's may have gone
         if recipe.tokenizer and Tokenizer.load(recipe.tokenizer).digest != own.digest:
             raise RecipeError(
-                f"tokenizer: {recipe.tokenizer} is another than {folder / FILE}, which the run began with; put "
+                f"tokenizer: {recipe.tokenizer} is another than {place}, which the run began with; put "
                 "the old one back, or start a run of another name"
             )
     return own
 
 
-def _begin_folder(folder: Path, recipe: Recipe, tokenizer: Tokenizer | None) -> None:
+def _begin_folder(folder: Path, recipe: Recipe, tokenizer: BaseTokenizer | None) -> None:
     if recipe.init and (Path(recipe.init) / "recipe.yaml").exists():  # a run, which may go on: of it these weights
         recipe = replace(recipe, init=str(locate(Path(recipe.init))))
     checkpoint.remove_unfinished(folder / "checkpoints")
     (folder / "summary.json").unlink(missing_ok=True)  # of an earlier life, whose ending is not this one's
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
-    if tokenizer:
-        tokenizer.save(folder / FILE)
+    if tokenizer and tokenizer_file(folder) is None:
+        tokenizer.keep(folder)
+    if recipe.init and not (folder / hf.BASE_CONFIG).exists() and (base := carrier_of(locate(Path(recipe.init)))):
+        for file in hf.carried_files(base):
+            shutil.copyfile(file, folder / file.name)
+        config = base / (hf.BASE_CONFIG if (base / hf.BASE_CONFIG).exists() else hf.CONFIG)
+        shutil.copyfile(config, folder / hf.BASE_CONFIG)

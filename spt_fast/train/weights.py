@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from spt_fast.errors import CheckpointError, SptWarning
-from spt_fast.model import hf, hf_config
+from spt_fast.files import download
+from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import recipe_of, summary_of, weights_digest
@@ -69,7 +70,7 @@ def chosen(path: Path) -> Path:
 def locate(path: Path) -> Path:
     """The folder of the weights that `path` means: of a run its newest weights/<phase>, else its newest checkpoint."""
     if not path.is_dir():
-        remedy = "give the folder that holds it" if path.is_file() else hf_config.download(path)
+        remedy = "give the folder that holds it" if path.is_file() else download(path)
         expected = "give a run, its weights/<phase>, a checkpoint or a Hugging Face folder"
         raise CheckpointError(f"{path}: is not a folder; {remedy or expected}")
     if not (path / "recipe.yaml").exists():

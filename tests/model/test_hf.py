@@ -312,6 +312,7 @@ def test_unsavable_dtype_is_refused(tmp_path: Path, folder: Path) -> None:
 
 class FakeTokenizer:
     eos_id = 7
+    bos_id = None
 
     def save_hf(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")

@@ -16,6 +16,7 @@ import pytest
 from spt_fast.config import recipe_from
 from spt_fast.data import shards
 from spt_fast.data.heldout import begins
+from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
 from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
@@ -24,7 +25,7 @@ from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import EvalSet, measure
 from spt_fast.train.folder import parent_of, recipe_of
 from spt_fast.train.plan import make_plan
-from spt_fast.train.release import HuggingFaceTokenizer, export, generate_text, take_over, tokenizer_of
+from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
 from spt_fast.train.run import run
 from spt_fast.train.score import score
 from spt_fast.train.state import KnownText
@@ -287,4 +288,4 @@ def test_a_run_of_an_earlier_version_is_read_by_what_it_recorded(
     shutil.copy(moved / "recipe.yaml", project / "recipe.yaml")
     shutil.copytree(tmp_path / "out", project / "weights" / "pretrain")
     beside = tokenizer_of(project / "weights" / "pretrain")
-    assert isinstance(beside, HuggingFaceTokenizer), "a recipe makes no run"
+    assert isinstance(beside, HFTokenizer), "a recipe makes no run"

@@ -1,0 +1,76 @@
+"""What every tokenizer can do, whatever kind it is of."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import numpy as np
+
+from spt_fast.errors import DataError, invalid, nearest
+
+MOST_IDS = 1 << 24
+"""Of a tokenizer: an embedding has a row for each."""
+
+
+class BaseTokenizer(ABC):
+    """Turns text into ids and back.
+
+    vocab_size        largest id + 1, special and added tokens included
+    digest            equal digests, equal ids of any text
+    eos_id            the id that ends each document; None where none is known
+    bos_id            the id that begins each document; None where none does
+    """
+
+    vocab_size: int
+    digest: str
+    eos_id: int | None
+    bos_id: int | None = None
+
+    @abstractmethod
+    def named_tokens(self) -> dict[str, int]:
+        """The tokens that may begin or end a document, with their ids."""
+
+    @abstractmethod
+    def encode_array(self, text: str) -> np.ndarray:
+        """Ids of a text, uint32 [tokens], without a token that begins or ends it. DataError for half a surrogate pair,
+        which has no UTF-8."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids."""
+
+    @abstractmethod
+    def to_bytes(self) -> bytes:
+        """What another process rebuilds it from, apart from eos_id and bos_id."""
+
+    @abstractmethod
+    def keep(self, folder: str | os.PathLike[str]) -> None:
+        """Write the files that `Tokenizer.load` reads it from."""
+
+    @abstractmethod
+    def save_hf(self, folder: str | os.PathLike[str]) -> None:
+        """Write what transformers' AutoTokenizer reads."""
+
+    def encode(self, text: str) -> list[int]:
+        """As `encode_array`, as a list."""
+        return self.encode_array(text).tolist()
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a text that begins a document."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(text)]
+
+    def set_ends(self, eos: str | None, bos: str | None) -> None:
+        """Take other tokens to end and begin each document, by name. DataError for an unknown one."""
+        if eos is not None:
+            self.eos_id = self._id_of("eos", eos)
+        if bos is not None:
+            self.bos_id = self._id_of("bos", bos)
+
+    def _id_of(self, argument: str, token: str) -> int:
+        known = self.named_tokens()
+        if token not in known:
+            expected = f"name a token of the tokenizer; {nearest(token, known)}"
+            raise DataError(invalid(argument, token, expected), argument=True)
+        return known[token]

@@ -1,0 +1,188 @@
+"""Tokenizers of Hugging Face: whatever a tokenizer.json holds, with the ids that the `tokenizers` library gives.
+
+That is BPE (of bytes, or with a fallback to bytes), Unigram, WordPiece and WordLevel, with normalisers and added
+tokens. As in transformers, added and special tokens *are* read out of text: where a document says "<|endoftext|>", its
+ids hold that token. Truncation and padding are left out. A tokenizer is known by what decides ids: model, normaliser,
+pre-tokeniser and added tokens, not by how the file is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer
+from spt_fast.errors import DataError, cut, invalid
+from spt_fast.files import replacing
+
+HF_FILE = "tokenizer.json"
+SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
+"""What transformers' tokenizers in Python read, and `tokenizers` doesn't."""
+HF_FILES = (
+    *(HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "tekken.json", *SLOW_FILES),
+)
+"""All that a tokenizer may consist of."""
+_NAMING = ("tokenizer_config.json", "special_tokens_map.json")
+_NUMBERING = ("generation_config.json", "config.json")
+"""Where the token that ends a text is given by name, and by id; the first that says so counts."""
+
+
+class HFTokenizer(BaseTokenizer):
+    """A Hugging Face tokenizer; `files` is what it consists of, byte for byte, by name."""
+
+    def __init__(self, data: bytes, source: str = HF_FILE, files: Mapping[str, bytes] | None = None) -> None:
+        import tokenizers
+
+        try:
+            content = json.loads(data)
+            self._theirs = tokenizers.Tokenizer.from_str(data.decode("utf-8-sig"))
+            self.digest = _digest(content)
+            vocab = self._theirs.get_vocab(with_added_tokens=True)
+            self._named = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers
+                raise
+            pointer = data.startswith(b"version https://git-lfs")
+            remedy = "it is a pointer of Git LFS: run `git lfs pull`" if pointer else "copy it again"
+            raise DataError(
+                f"{source}: is damaged, or not a Hugging Face tokenizer.json ({cut(str(error), 160)}); {remedy}"
+            ) from None
+        if content["model"].get("dropout"):
+            raise DataError(f"{source}: model.dropout makes ids a matter of chance; set it to null")
+        self.vocab_size = 1 + max(vocab.values(), default=-1)
+        if not 0 < self.vocab_size <= MOST_IDS:
+            raise DataError(f"{source}: has {self.vocab_size:,} ids; from 1 to {MOST_IDS:,} can be used")
+        self.eos_id = None
+        self.files = {HF_FILE: data, **(files or {})}
+        self._theirs.no_truncation()
+        self._theirs.no_padding()
+
+    @classmethod
+    def load(cls, path: Path, with_eos: bool = True) -> HFTokenizer:
+        """From a folder with a tokenizer.json, or from such a file; what belongs to it lies beside it.
+
+        with_eos: read which token ends a document. DataError for a folder without one and for a damaged file.
+        """
+        file = path / HF_FILE if path.is_dir() else path
+        if not file.is_file() or file.name in SLOW_FILES:
+            raise without_hf_file(path)
+        beside = {}
+        if file.name.endswith(HF_FILE):  # maybe after a prefix, which the others have too
+            prefix = file.name.removesuffix(HF_FILE)
+            names = (*HF_FILES, *_NUMBERING)
+            places = {name: file.with_name(prefix + name) for name in names}
+            beside = {name: place.read_bytes() for name, place in places.items() if place.is_file()}
+        files = {name: data for name, data in beside.items() if name in HF_FILES}
+        tokenizer = cls(file.read_bytes(), str(file), files)
+        if with_eos:
+            tokenizer.eos_id = tokenizer._stated_eos(beside, file)
+        return tokenizer
+
+    def _stated_eos(self, beside: Mapping[str, bytes], file: Path) -> int | None:
+        for name in (*_NAMING, *_NUMBERING):
+            if name not in beside:
+                continue
+            where = file.with_name(file.name.removesuffix(HF_FILE) + name)
+            try:
+                stated = json.loads(beside[name].decode("utf-8-sig"))
+                eos = stated.get("eos_token" if name in _NAMING else "eos_token_id")
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise DataError(f"{where}: cannot be read as JSON ({cut(str(error), 160)}); copy it again") from None
+            if isinstance(eos, dict):
+                eos = eos.get("content")
+            if isinstance(eos, list) and eos:
+                eos = eos[0]
+            if isinstance(eos, str):
+                eos_id = self._theirs.token_to_id(eos)
+            elif type(eos) is int and 0 <= eos < self.vocab_size:
+                eos_id = eos
+            elif eos is None:
+                continue
+            else:
+                eos_id = None
+            if eos_id is None:
+                raise DataError(f"{where}: {invalid('eos_token', eos, 'a token of ' + file.name)}")
+            return eos_id
+        return None
+
+    def named_tokens(self) -> dict[str, int]:
+        return self._named
+
+    def _id_of(self, argument: str, token: str) -> int:
+        found = self._theirs.token_to_id(token)
+        return super()._id_of(argument, token) if found is None else found
+
+    @property
+    def usual_bos_id(self) -> int | None:
+        """What transformers puts before a text."""
+        return next(iter(self._theirs.encode("").ids), None)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        try:
+            (encoding,) = self._theirs.encode_batch_fast([text], add_special_tokens=False)
+        except TypeError:  # what it says of a string that has no UTF-8
+            at = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+            raise DataError(f"text holds half a surrogate pair at character {at}: mend it") from None
+        return np.array(encoding.ids, np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, without special tokens."""
+        return self._theirs.decode(list(ids))
+
+    def to_bytes(self) -> bytes:
+        return self.files[HF_FILE]
+
+    def keep(self, folder: str | os.PathLike[str]) -> None:
+        for name, data in self.files.items():
+            with replacing(Path(folder, name)) as temporary:
+                temporary.write_bytes(data)
+
+    save_hf = keep
+
+
+def without_hf_file(path: Path) -> DataError:
+    """Why there is no tokenizer.json at `path`, and how to come by one."""
+    folder = path if path.is_dir() else path.parent
+    slow = path.name if path.is_file() else next((name for name in SLOW_FILES if (path / name).exists()), None)
+    if slow is None:
+        return DataError(f"tokenizer: {path} holds no {HF_FILE}; name a folder or file that does", argument=True)
+    return DataError(
+        f"tokenizer: {folder / slow} is of a slow tokenizer, without {HF_FILE}; convert it, for example by "
+        f"transformers' AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(new_folder), and name the new "
+        "folder",
+        argument=True,
+    )
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    model = dict(content["model"])
+    model.pop("type", None)  # which older files leave out
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.pop("merges", None) or ()]
+    vocab = model.pop("vocab")
+    parts = [
+        _stated({key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer")}),
+        _stated(model),
+    ]
+    return hashlib.sha256(json.dumps([*parts, vocab, merges], sort_keys=True).encode()).hexdigest()
+
+
+def _stated(value: Any) -> Any:
+    """`value` without what says no more than leaving it out, and without what decides no id."""
+    if isinstance(value, list):
+        return [_stated(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    stated = {key: _stated(item) for key, item in value.items() if key != "trim_offsets"}
+    unsaid: tuple[object, ...] = (None, "", [], {})
+    return {
+        key: item
+        for key, item in stated.items()
+        if item is not False and item not in unsaid and (key, item) != ("use_regex", True)
+    }

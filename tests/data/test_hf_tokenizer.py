@@ -1,0 +1,153 @@
+"""Tokenizers of Hugging Face: their ids are those of the `tokenizers` library, whatever the text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from spt_fast.data.hf_tokenizer import HFTokenizer
+from spt_fast.data.prepare import prepare
+from spt_fast.data.shards import TokenDataset
+from spt_fast.data.tokenizer import EOS, Tokenizer, rebuilt
+from spt_fast.errors import DataError, SptWarning
+from tests import hf_tokenizers
+from tests.data.test_prepare import read, write_jsonl
+
+KINDS = ("byte_level", "digits", "nfc", "byte_fallback", "unigram", "wordpiece")
+
+NASTY = [
+    *("", " ", "\n", "\0", "a\0b", "  leading", "trailing  ", "a\r\nb\r\rc\n\n\n d", "\t\t x", " \n \n", "\ufeff"),
+    *("don't DON'T 'ſ 'LL we'Ll", "1234567890123 ١٢٣٤ ½²Ⅷ", "a1b22c333", "e\u0301 é \u1100\u1161\u11a8 각 ｆｕｌｌ"),
+    *(
+        "👩‍👩‍👧‍👦 \u200d\u200c\u200b",
+        "日本語、中文。한국어",
+        "\x85\u2028\u2029\u3000\u00a0\u202f\x1c\x0b",
+        "ﬃ ǅ İı ß ẞ",
+    ),
+    *("".join(map(chr, range(0x250))), f"a{hf_tokenizers.EOS}b <tool>x{hf_tokenizers.BOS}", f"see {EOS} here"),
+    *("[UNK] <unk> <0x41> ▁a▁▁b", "\U0001f600\U0010ffff\ue000\ufffd", "x" * 3000, " " * 3000, "1" * 3000, "ab " * 3000),
+    *("\u0378\U000323af\U0001cc00\u1c89\ua7cb", "(a) [b] {c} <d> a_b-c/d\\e", "http://x.org/?q=1&r=%20#z"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: hf_tokenizers.write(tmp_path_factory.mktemp("tokenizers") / kind, kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_theirs(folders: dict[str, Path], kind: str) -> None:
+    own, library = Tokenizer.load(folders[kind]), tokenizers.Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
+    again = rebuilt(own.to_bytes())
+    for text in [*NASTY, *hf_tokenizers.TEXTS]:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert own.encode(text) == again.encode(text) == ids, repr(text)
+        assert own.encode_array(text).dtype == np.uint32
+    assert own.eos_id == library.token_to_id(hf_tokenizers.EOS)
+    assert own.bos_id is None
+    assert own.vocab_size == library.get_vocab_size()
+    assert isinstance(own, HFTokenizer)
+    own.bos_id = own.usual_bos_id
+    begun = [library.token_to_id(hf_tokenizers.BOS), *own.encode("fox")]
+    assert own.prompt("fox") == library.encode("fox").ids == begun
+    assert own.decode([*own.encode("fox"), own.eos_id]).strip() == "fox"
+    with pytest.raises(DataError, match="half a surrogate pair"):
+        own.encode("a\ud800b")
+
+
+def test_prepare_begins_and_ends_documents_by_the_tokens_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    texts = [text for text in NASTY if text]
+    inputs, folder = write_jsonl(tmp_path / "a.jsonl", texts), folders["byte_level"]
+    with pytest.warns(SptWarning, match="1 documents hold the token that ends documents in their text"):
+        prepare(inputs, tmp_path / "d", folder, workers=2, progress=False)
+    own = Tokenizer.load(folder)
+    assert read(tmp_path / "d") == [[*own.encode(text), own.eos_id] for text in texts]
+    data = TokenDataset.open(tmp_path / "d")
+    assert (data.tokenizer_digest, data.eos_id, data.bos_id) == (own.digest, own.eos_id, None)
+    assert "bos_id" not in (data.metadata or {})
+    with pytest.warns(SptWarning, match="1 documents hold"):
+        prepare(inputs, tmp_path / "e", folder / "tokenizer.json", eos="<tool>", bos=hf_tokenizers.BOS, progress=False)
+    tool, begin = (own.named_tokens()[name] for name in ("<tool>", hf_tokenizers.BOS))
+    assert read(tmp_path / "e") == [[begin, *own.encode(text), tool] for text in texts]
+    data = TokenDataset.open(tmp_path / "e")
+    assert (data.tokenizer_digest, data.eos_id, data.bos_id) == (own.digest, tool, begin)
+    with pytest.raises(DataError, match=r"has eos_id .*; prepare them alike"):
+        TokenDataset.open([tmp_path / "d", tmp_path / "e"])  # type: ignore[arg-type]
+    for ends, message in (
+        ({"eos": "<|nd|>"}, r"eos: '<\|nd\|>' is invalid: .*did you mean '<\|end\|>'"),
+        ({"bos": ""}, "bos: ''"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare(inputs, tmp_path / "f", folder, progress=False, **ends)
+    (folder / "tokenizer_config.json").rename(folder / "kept")
+    try:
+        with pytest.raises(DataError, match=r"tokenizer: names no token that ends a text; .*`eos=…`"):
+            prepare(inputs, tmp_path / "f", folder, progress=False)
+        for name, stated, eos in (
+            ("config.json", {"eos_token_id": 7}, 7),
+            ("generation_config.json", {"eos_token_id": [8, 9]}, 8),
+            ("special_tokens_map.json", {"eos_token": {"content": "<tool>"}}, tool),
+        ):
+            (folder / name).write_text(json.dumps(stated))
+            assert Tokenizer.load(folder).eos_id == eos
+        (folder / "special_tokens_map.json").write_text('{"eos_token": "gone"}')
+        with pytest.raises(DataError, match=r"special_tokens_map.json: eos_token: 'gone' is invalid"):
+            Tokenizer.load(folder)
+        assert Tokenizer.load(folder, eos="<tool>").eos_id == tool
+    finally:
+        (folder / "kept").rename(folder / "tokenizer_config.json")
+
+
+def test_digests_are_of_what_decides_ids(folders: dict[str, Path], tmp_path: Path) -> None:
+    content = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    digest = Tokenizer.load(folders["byte_level"]).digest
+
+    def digest_of(**changes: object) -> str:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | changes, indent=3))
+        return Tokenizer.load(tmp_path).digest
+
+    model = {key: value for key, value in content["model"].items() if value not in (None, False)}
+    old = model | {"merges": [" ".join(pair) for pair in model["merges"]]}
+    assert digest_of() == digest_of(model=old, decoder=None, post_processor=None, version="1.0") == digest
+    for changes in (
+        {"added_tokens": content["added_tokens"][:-1]},
+        {"normalizer": {"type": "NFC"}},
+        {"model": model | {"ignore_merges": True}},
+        {"model": model | {"merges": model["merges"][:-1]}},
+    ):
+        assert digest_of(**changes) != digest
+    limits = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    assert digest_of(truncation=limits) == digest
+    assert len(Tokenizer.load(tmp_path).encode("a b c d e f g h i j")) > 5, "no text is left out"
+
+
+def test_what_a_tokenizer_that_cannot_be_used_is_answered(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    convert = (
+        r"slow/tokenizer.model is of a slow tokenizer, .*AutoTokenizer.from_pretrained\('.*slow'\).save_pretrained"
+    )
+    for path, message in (
+        (tmp_path / "slow", convert),
+        (tmp_path / "slow" / "tokenizer.model", convert),
+        (tmp_path, "holds no tokenizer.json"),
+        ("Qwen/Qwen2.5-0.5B", "no folder Qwen/Qwen2.5-0.5B here.*hf download Qwen/Qwen2.5-0.5B --local-dir"),
+    ):
+        with pytest.raises(DataError, match=f"tokenizer: .*{message}"):
+            Tokenizer.load(path)
+    content = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    for damage, message in (
+        ("{}", "damaged, or not a Hugging Face tokenizer.json"),
+        (json.dumps(content)[:-9], "damaged"),
+        (json.dumps(content | {"model": {"type": "BPE"}}), "damaged"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        (json.dumps(content | {"model": content["model"] | {"dropout": 0.1}}), "a matter of chance"),
+    ):
+        (tmp_path / "slow" / "tokenizer.json").write_text(damage)
+        with pytest.raises(DataError, match=rf"tokenizer\.json: .*{message}"):
+            Tokenizer.load(tmp_path / "slow")
+    assert isinstance(Tokenizer.load(folders["unigram"]), HFTokenizer)

@@ -1,0 +1,150 @@
+"""What stands beside a base's weights goes along: into the run, its weights and its exports, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from spt_fast.config import recipe_from
+from spt_fast.data.prepare import prepare
+from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
+from spt_fast.errors import CheckpointError, DataError, RecipeError
+from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.train.origin import origin_of
+from spt_fast.train.plan import make_plan
+from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
+from spt_fast.train.run import run
+from spt_fast.train.score import score
+from tests import hf_tokenizers, tiny
+from tests.data.test_prepare import documents, write_jsonl
+from tests.train.test_identity import stop
+
+IDS = {"bos_token_id": 257, "eos_token_id": [256, 300], "pad_token_id": 3}
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A model with more rows than its tokenizer has ids."""
+    folder = hf_tokenizers.write(tmp_path / "base")
+    config = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=tiny.CONTEXT, vocab_size=448)
+    GPT(config).save_hf(folder)
+    described = json.loads((folder / "config.json").read_text()) | IDS
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [256, 300],\n "temperature": 0.6}')
+    return folder
+
+
+@pytest.fixture
+def raw(tmp_path: Path, base: Path) -> dict[str, Any]:
+    """Two phases from the base on text of its tokenizer, which the recipe doesn't name."""
+    texts = write_jsonl(tmp_path / "text.jsonl", documents(60))
+    prepare(texts, tmp_path / "text", base, eos="<tool>", heldout=Fraction(1, 5), workers=1, progress=False)
+    phase = tiny.raw_recipe(tmp_path)["phases"][0] | {"tokens": 10 * 8 * 16, "mixture": {"text": 1}}
+    return tiny.raw_recipe(tmp_path) | {
+        "init": str(base),
+        "model": {},
+        "sources": {"text": {"train": str(tmp_path / "text"), "heldout": str(tmp_path / "text.heldout")}},
+        "phases": [phase, phase | {"name": "second"}],
+    }
+
+
+def carries(folder: Path, base: Path) -> bool:
+    return all(
+        (folder / name).read_bytes() == (base / name).read_bytes() for name in (*CARRIED, "generation_config.json")
+    )
+
+
+def special_ids(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text())
+    return {field: config[field] for field in IDS}
+
+
+def test_the_files_of_a_base_go_into_the_run_its_weights_and_its_exports(
+    tmp_path: Path, base: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_over(base, tmp_path / "imported")
+    assert carries(tmp_path / "imported", base)
+    assert special_ids(tmp_path / "imported") == IDS
+    expected = tmp_path / "as_it_was"
+    shutil.copytree(base, expected)
+    stop(raw, monkeypatch)
+    shutil.rmtree(base)
+    assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
+    folder = tmp_path / "run"
+    assert carries(folder, expected)
+    checkpoint = next((folder / "checkpoints").glob("step-*"))
+    for weights in (folder / "weights" / "pretrain", folder / "weights" / "second", folder, checkpoint):
+        out = tmp_path / "out" / weights.name
+        export(weights, out)
+        assert carries(out, expected)
+        assert special_ids(out) == IDS
+    own = Tokenizer.load(expected, eos="<tool>")
+    origin = origin_of(folder)
+    assert (origin.tokenizer, origin.eos_id, origin.bos_id) == (own.digest, own.eos_id, None)
+    exported = tokenizer_of(tmp_path / "out" / "second")
+    assert exported is not None
+    assert exported.eos_id == own.eos_id, "that of the data"
+    text = generate_text(folder, "the fox", 4, temperature=0)
+    assert text.startswith("the fox")
+    assert generate_text(tmp_path / "out" / "second", "the fox", 4, temperature=0) == text
+    assert score(tmp_path / "out" / "second", tmp_path / "text.heldout")["same_tokenizer"]
+    again = raw | {"run": str(tmp_path / "again"), "init": str(folder / "weights" / "second")}
+    plan = make_plan(recipe_from(again))
+    assert plan.tokenizer is not None
+    assert plan.tokenizer.digest == own.digest
+    from_checkpoint = recipe_from(again | {"init": str(checkpoint), "phases": raw["phases"][:1]})
+    run(from_checkpoint, progress=False)
+    assert carries(tmp_path / "again" / "weights" / "pretrain", expected)
+    assert special_ids(tmp_path / "again" / "weights" / "pretrain") == IDS
+
+
+def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, Any]) -> None:
+    ranks = Tokenizer({bytes([byte]): byte for byte in range(256)}, PATTERN, {EOS: 256})
+    for kind, tokenizer in (("ranks", ranks), ("nfc", hf_tokenizers.write(tmp_path / "nfc", "nfc"))):
+        prepare(tmp_path / "text.jsonl", tmp_path / kind, tokenizer, workers=1, progress=False)
+        wrong = raw | {"sources": {"text": raw["sources"]["text"] | {"train": str(tmp_path / kind)}}}
+        says = r"init: .*base were trained with another tokenizer .* than sources\.text\.train .*`tokenizer=.*base"
+        with pytest.raises(RecipeError, match=says):
+            make_plan(recipe_from(wrong))
+    with pytest.raises(DataError, match=r"sources\.text\.train: .* another tokenizer .* than the recipe's tokenizer"):
+        make_plan(recipe_from(raw | {"tokenizer": str(tmp_path / "nfc")}))
+    assert make_plan(recipe_from(raw | {"tokenizer": str(base / "tokenizer.json")})).tokenizer is not None
+    prepare(tmp_path / "text.jsonl", tmp_path / "other", base, workers=1, progress=False)
+    wrong = raw | {"sources": {"text": raw["sources"]["text"] | {"train": str(tmp_path / "other")}}}
+    with pytest.raises(DataError, match=r"sources\.text\.heldout: .* has eos_id .*sources\.text\.train has"):
+        make_plan(recipe_from(wrong))
+
+    (base / "tokenizer.json").rename(tmp_path / "kept")
+    foreign = make_plan(recipe_from(raw))
+    assert foreign.tokenizer is None, "nothing is known"
+    larger = tokenizers.Tokenizer.from_file(str(tmp_path / "kept"))
+    larger.add_tokens([f"<{i}>" for i in range(100)])
+    larger.save(str(base / "tokenizer.json"))
+    prepare(tmp_path / "text.jsonl", tmp_path / "text", base, heldout=Fraction(1, 5), workers=1, progress=False)
+    with pytest.raises(RecipeError, match=r"tokenizer: the one beside the weights has 503 ids, .*only 448"):
+        make_plan(recipe_from(raw))
+    with pytest.raises(CheckpointError, match="it has 503 ids"):
+        generate_text(base, "fox", 1)
+    with pytest.raises(CheckpointError, match=r"gone/base: is not a folder; .*`hf download gone/base"):
+        make_plan(recipe_from(raw | {"init": "gone/base"}))
+
+
+def test_a_fresh_model_on_a_hugging_face_tokenizer(tmp_path: Path, base: Path, raw: dict[str, Any]) -> None:
+    fresh = {"init": None, "tokenizer": str(base), "model": tiny.raw_recipe(tmp_path)["model"]}
+    run(recipe_from(raw | fresh | {"phases": raw["phases"][:1]}), progress=False)
+    shutil.rmtree(base)
+    weights = tmp_path / "run" / "weights" / "pretrain"
+    export(tmp_path / "run", tmp_path / "out")
+    for folder in (tmp_path / "run", weights, tmp_path / "out"):
+        assert all((folder / name).exists() for name in CARRIED)
+        assert not (folder / "generation_config.json").exists()
+    tool = Tokenizer.load(weights).named_tokens()["<tool>"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == tool
+    assert generate_text(tmp_path / "run", "fox", 2, temperature=0).startswith("fox")
