@@ -62,6 +62,9 @@ def sweep(
     general: Annotated[Path | None, PathOption(metavar="PREFIX", help="The general corpus of a ready study.")] = None,
     domain: Annotated[Path | None, PathOption(metavar="PREFIX", help="The domain corpus of a ready study.")] = None,
     tokenizer: Annotated[Path | None, PathOption(help="The tokenizer of a ready study.")] = None,
+    init: Annotated[
+        list[Path] | None, PathOption(metavar="WEIGHTS", help="Go on from these; dcpt, forgetting.")
+    ] = None,
     out_folder: Annotated[Path | None, PathOption("--out", metavar="DIR", help="The folder of a ready study.")] = None,
     jobs: Annotated[int | None, Option(min=1, help="Runs at a time; by default one a GPU, or a core.")] = None,
     cluster: Annotated[str | None, Option(help="Run as jobs of it, by submitit: slurm, local.")] = None,
@@ -74,7 +77,7 @@ def sweep(
     """Train a grid of runs, whatever of it is missing, and write the table of what they measured."""
     from spt_fast.study import sweep as sweeping
 
-    given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out_folder}
+    given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out_folder, "init": init}
     loaded = sweeping.load_study(str(study), overrides or (), given=given)
     if dry_run:
         price = sweeping.price(loaded, jobs=jobs, gpu=gpu, mfu=share(mfu, "--mfu"), per_gpu_hour=per_gpu_hour)

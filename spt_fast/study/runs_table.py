@@ -30,13 +30,13 @@ from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, nea
 from spt_fast.files import replacing
 from spt_fast.outputs import check_output, head
 from spt_fast.study.runs import evaluations_of
-from spt_fast.train.folder import parent_of, recipe_of, summary_of, trained_before
+from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
 
 CONTENT = ("domain", "general", "domain_text", "general_text")
 BEHIND = ("domain_error", "general_error", "domain_documents", "general_documents")
-NEWER = (*CONTENT, *BEHIND)
+NEWER = (*CONTENT, *BEHIND, "base")
 """Columns that tables of earlier versions lack."""
-TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout", *CONTENT), str)
+TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout", "base", *CONTENT), str)
 SPLITS = ("train", "heldout", "select")
 
 
@@ -51,6 +51,8 @@ class Row:
     """0: pretraining from scratch; 1, 2 …: what came after."""
     status: str
     """done, or failed: one row without losses."""
+    base: str | None = None
+    """The weights, trained elsewhere, that the first of its runs started from; None for one from scratch."""
     after: str
     """The run whose weights the stage started from; empty where there is none, or it is unknown."""
     start: str | None = None
@@ -305,8 +307,10 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
     if summary is None or summary["status"] == "stopped":
         return []
     recipe = recipe_of(folder)
-    past = _past_of_start(folder, recipe, domain)
-    row = replace(_first_row(folder, recipe, summary, domain, general), stage=past.stage + 1)
+    ancestors = trained_before(folder, recipe)
+    base = (ancestors[0].recipe if ancestors else recipe).init
+    past = _past_of_start(ancestors, base, domain)
+    row = replace(_first_row(folder, recipe, summary, domain, general), stage=past.stage + 1, base=base)
     if summary["status"] == "failed":
         return [row]
     rows: list[Row] = []
@@ -415,11 +419,9 @@ def _entering(past: Past, phase: Phase, recipe: Recipe, done: dict[str, Any]) ->
     return past.begin_stage(optimizer.lr, phase.anchor, start)
 
 
-def _past_of_start(folder: Path, recipe: Recipe, domain: str) -> Past:
+def _past_of_start(ancestors: Sequence[Trained], base: str | None, domain: str) -> Past:
     """What was trained before the run's first step."""
-    ancestors = trained_before(folder, recipe)
-    first = ancestors[0].recipe if ancestors else recipe
-    past = Past() if first.init is None else UNKNOWN
+    past = Past() if base is None else UNKNOWN
     for at in ancestors:
         past = _entering(past, at.phase, at.recipe, at.done).after(
             at.done["tokens"],

@@ -2,7 +2,7 @@
 
     study: studies/chem                  # its folder: recipes, runs, logs and the runs table
     seeds: 3
-    models: [{preset: 1m}, {preset: 3m}]
+    models: [{preset: 1m}, {preset: 3m}] # or [{init: SmolLM2-135M}], to go on from weights
     tokenizer: data/bpe4096.tiktoken
     sources: {general: {train: …, heldout: …}, chem: {train: …, heldout: …}}
     general: general
@@ -28,6 +28,7 @@ pretraining without domain text serves every `domain_tokens`.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -41,6 +42,7 @@ from spt_fast.fields import (
     Span,
     build,
     integer,
+    naming,
     number,
     one_of,
     optional,
@@ -199,6 +201,24 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
     return Stage(axes=axes, phase=phase)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Weights to start from, in place of a shape."""
+
+    init: str = setting(path)
+
+
+def _model(value: object, where: str) -> Model | Base:
+    """A shape, or weights, which have one of their own."""
+    if not isinstance(value, Mapping) or "init" not in value:
+        return section(Model)(value, where)
+    for key in value.keys() - {"init"}:
+        window = f", and write shorter windows as `batch: {{context: {value[key]}}}` in the stages"
+        expected = f"the shape is that of the weights at {shown(value['init'])}; leave it out"
+        raise RecipeError(invalid(f"{where}.{key}", value[key], expected + (window if key == "context" else "")))
+    return build(Base, value, where)
+
+
 def _as_it_is(value: object, where: str) -> Any:
     """What a recipe will check."""
     return value
@@ -224,9 +244,10 @@ class Study:
     """The study's folder."""
     seeds: tuple[int, ...] = setting(_seeds, (0,))
     """Of the weights and of the order of the data, alike in every arm; `3` means 0, 1, 2."""
-    models: tuple[Model, ...] | None = setting(optional(several(section(Model))), None)
+    models: tuple[Model | Base, ...] | None = setting(optional(several(_model)), None)
+    """Shapes to train from scratch, or {init: WEIGHTS} to go on from."""
     init: str | None = setting(optional(path), None)
-    """Weights that the first stage starts from, instead of `models` from scratch."""
+    """One of the latter alone."""
     domain: str = setting(text)
     """The source whose share and repetition are in question."""
     general: str = setting(text)
@@ -258,17 +279,36 @@ class Study:
         names = [stage.axes.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise RecipeError(f"stages: {', '.join(names)}: two have the same name; give each its own")
-        if self.init:
-            for stage in self.stages:
-                if "scratch" in stage.axes.start:
-                    raise RecipeError(
-                        f"stages[{shown_key(stage.axes.name)}].start: scratch needs a shape, and `init` has its own; "
-                        "give models instead of init"
-                    )
+        bases = [model for model, _ in self.starts if isinstance(model, Base)]
+        if bases and len(bases) < len(self.starts):
+            raise RecipeError(
+                "models: some are trained from scratch and some go on from weights, so their first stages are not "
+                "alike; give them a study each"
+            )
+        for stage in self.stages if bases else ():
+            if "scratch" in stage.axes.start:
+                raise RecipeError(
+                    f"stages[{shown_key(stage.axes.name)}].start: scratch needs a shape, and `init` has its own; "
+                    "give models instead of init"
+                )
 
     @property
     def folder(self) -> Path:
         return Path(self.study)
+
+    @property
+    def starts(self) -> list[tuple[Model | Base, str]]:
+        """What the first stage trains or goes on from, each with a name: its preset, layers x width or folder, with all
+        else that is given where one before it is called that. So those that come in later leave the names of those
+        before as they were."""
+        if self.init:
+            return [(Base(init=self.init), "init")]
+        models = self.models or ()
+        short = [_called(model) for model in models]
+        return [
+            (model, _in_full(model) if name in short[:i] else name)
+            for i, (model, name) in enumerate(zip(models, short, strict=True))
+        ]
 
     @property
     def limits(self) -> tuple[int | None, ...]:
@@ -296,8 +336,8 @@ class PlannedRun:
     name: str
     stage: int
     recipe: Recipe
-    model: Model
-    """Its shape, which the recipe of a run that starts from weights doesn't say."""
+    model: Model | Base
+    """Its shape, or whose it is, which the recipe of a run that starts from weights of the study doesn't say."""
     after: str | None
 
 
@@ -305,7 +345,7 @@ class PlannedRun:
 class _Branch:
     """A way down the tree so far: what every run below it has in common, and where its weights lie."""
 
-    model: Model
+    model: Model | Base
     seed: int
     limit: int | None
     root: str
@@ -320,10 +360,9 @@ def expand(study: Study) -> list[PlannedRun]:
 
     Raises RecipeError for a recipe that cannot be, and for a budget inside the fall of the learning rate.
     """
-    models = study.models or (Model(),)
     branches = [
-        _Branch(model, seed, limit, label, label, None, study.init)
-        for (model, label), limit, seed in product(_labelled(models), study.limits, study.seeds)
+        _Branch(model, seed, limit, label, label, None, model.init if isinstance(model, Base) else None)
+        for (model, label), limit, seed in product(study.starts, study.limits, study.seeds)
     ]
     runs: dict[str, PlannedRun] = {}
     for position, stage in enumerate(study.stages):
@@ -331,18 +370,22 @@ def expand(study: Study) -> list[PlannedRun]:
     return list(runs.values())
 
 
-def _labelled(models: tuple[Model, ...]) -> list[tuple[Model, str]]:
-    """Each with a name: its preset or layers x width, with all else that is given where one before it is called that.
-    So those that come in later leave the names of those before as they were."""
-    short = [model.preset or f"{model.layers}x{model.width}" if model != Model() else "init" for model in models]
-    return [
-        (model, _in_full(model) if name in short[:i] else name)
-        for i, (model, name) in enumerate(zip(models, short, strict=True))
-    ]
+def _called(model: Model | Base) -> str:
+    if isinstance(model, Model):
+        return model.preset or f"{model.layers}x{model.width}"
+    folder = Path(model.init).absolute()
+    name = f"{folder.parent.parent.name}-{folder.name}" if folder.parent.name == "weights" else folder.name
+    return _for_a_name(name)
 
 
-def _in_full(model: Model) -> str:
+def _in_full(model: Model | Base) -> str:
+    if isinstance(model, Base):
+        return _for_a_name(model.init)
     return "-".join(f"{key.replace('_', '')}{value}" for key, value in vars(model).items() if value is not None)
+
+
+def _for_a_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
 
 
 def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict[str, PlannedRun]) -> Iterator[_Branch]:
@@ -383,7 +426,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
                 raw["init"] = branch.weights
                 raw["init_only"] = None if start == "pretrained" else "embeddings"
             recipe = recipe_from(raw)
-            check_lengths(recipe, _context(study, branch.model))
+            check_lengths(recipe, _context(branch.model))
             if len(budgets) > 1:
                 _check_plateau(study, recipe, branch, f"stages[{shown_key(axes.name)}]")
             runs[name] = PlannedRun(name, position, recipe, branch.model, None if start == "scratch" else branch.after)
@@ -455,7 +498,7 @@ def _of_whole(value: object, whole: int, where: str) -> str:
 def _check_plateau(study: Study, recipe: Recipe, branch: _Branch, where: str) -> None:
     """Every budget must be fair to its length: its rate still near the peak, or else the largest alone would profit."""
     first = recipe.phases[0]
-    tokens_per_step = first.tokens_per_step(_context(study, branch.model))
+    tokens_per_step = first.tokens_per_step(_context(branch.model))
     tokens = 0
     for phase in recipe.phases:
         tokens += phase.tokens
@@ -469,11 +512,12 @@ def _check_plateau(study: Study, recipe: Recipe, branch: _Branch, where: str) ->
             )
 
 
-def _context(study: Study, model: Model) -> int:
+def _context(model: Model | Base) -> int:
+    if isinstance(model, Base):
+        with naming("init"):
+            return read_config(Path(model.init)).context
     if model.context:
         return model.context
-    if study.init:
-        return read_config(Path(study.init)).context
     if model.preset is None:
         raise RecipeError("models: a shape needs a preset, or its context")
     if model.preset not in PRESETS:

@@ -20,7 +20,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from spt_fast.config import Recipe, Source
+from spt_fast.config import Model, Recipe, Source
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError, RecipeError, invalid, nearest
 from spt_fast.fields import apply_overrides, naming, parse_yaml, paths, read_yaml
@@ -29,21 +29,24 @@ from spt_fast.printing import print_facts, print_table
 from spt_fast.study.cluster import Cluster
 from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
 from spt_fast.study.runs_table import Row, check_place, in_columns, rows_of, save_table
-from spt_fast.study.study import PlannedRun, Study, expand, study_from
+from spt_fast.study.study import Base, PlannedRun, Study, expand, study_from
 from spt_fast.train.dry_run import dry_run
 from spt_fast.train.folder import owned, recipe_of, summary_of
 from spt_fast.train.plan import KINDS, Plan, make_plan, open_source
 from spt_fast.train.price import Machine, Speed, phase_time, speed_of
-from spt_fast.train.weights import digest_of
+from spt_fast.train.weights import digest_of, read_config
 
 READY = Path(__file__).with_name("ready")
-"""Studies to start from: <name>.yaml, without the data."""
+"""Studies to start from: <name>.yaml, without the data; what `from_base` has is in place of the rest with `init`."""
+WINDOW = 2048
+"""Tokens of a window of those that go on from weights, whose own context may be far longer."""
 
 
 def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, Any] | None = None) -> Study:
-    """A study from its YAML file, or one of the ready ones by name; `given` are keys that those leave open.
+    """A study from its YAML file, or one of the ready ones by name; `given` is what those leave open: general, domain,
+    tokenizer, out and init, the weights to go on from, which have a tokenizer.
 
-    `overrides` are "a.b=c" strings. Raises RecipeError.
+    `overrides` are "a.b=c" strings. Raises RecipeError, and CheckpointError for `init` without weights.
     """
     ready = name in ready_studies()
     if not ready and not Path(name).exists():
@@ -51,7 +54,8 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
     raw = read_yaml(READY / f"{name}.yaml" if ready else name)
     if not isinstance(raw, dict):
         raise RecipeError(f"{name}: holds no study; write keys such as study, models, sources and stages")
-    needless = [key for key, value in (given or {}).items() if value is not None]
+    given = {key: value for key, value in (given or {}).items() if value}
+    needless = list(given)
     if needless and not ready:
         raise RecipeError(
             f"{needless[0]}: is for ready studies ({', '.join(ready_studies())}); {name} says itself what it reads and "
@@ -59,12 +63,12 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
             argument=True,
         )
     if ready:
-        missing = [key for key, value in (given or {}).items() if value is None]
-        if missing:
+        needed = ("general", "domain", "out") if "init" in given else ("general", "domain", "tokenizer", "out")
+        if missing := [key for key in needed if key not in given]:
             raise RecipeError(
                 f"{name}: a ready study needs your data; give {', '.join(f'`{key}=…`' for key in missing)}"
             )
-        raw = _with_data(raw, given or {})
+        raw = _with_data(name, raw, given)
     with naming(name):
         apply_overrides(raw, overrides)
         loaded = study_from(raw)
@@ -72,11 +76,22 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
     return loaded
 
 
-def _with_data(raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _with_data(name: str, raw: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    from_base = raw.pop("from_base", None)
+    if inits := [str(init) for init in given.get("init", ())]:
+        if from_base is None:
+            expected = f"{name} trains from scratch; leave it out, or take dcpt or forgetting"
+            raise RecipeError(invalid("init", inits[0], expected), argument=True)
+        raw |= from_base | {"models": [{"init": init} for init in inits]}
+        with naming("init"):
+            contexts = [read_config(Path(init)).context for init in inits]
+        if max(contexts) > (window := min(WINDOW, *contexts)):
+            for stage in raw["stages"]:
+                stage["batch"]["context"] = window
     sources = {name: {"train": str(given[name]), "heldout": f"{given[name]}.heldout"} for name in ("general", "domain")}
     return {
         "study": str(given["out"]),
-        "tokenizer": str(given["tokenizer"]),
+        "tokenizer": str(given["tokenizer"]) if "tokenizer" in given else None,
         "sources": sources,
         "general": "general",
         "domain": "domain",
@@ -281,7 +296,7 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
     runs = expand(study)
     _check_domain(study)
     _check_unchanged(runs)
-    plans = {run.name: make_plan(_without_parent(study, run)) for run in runs}
+    plans = {run.name: make_plan(_without_parent(run)) for run in runs}
     done = {run.name for run in runs if is_done(run.recipe)}
     speeds: dict[object, Speed] = {}
     found = []
@@ -303,11 +318,12 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
     return found
 
 
-def _without_parent(study: Study, run: PlannedRun) -> Recipe:
+def _without_parent(run: PlannedRun) -> Recipe:
     """The recipe with weights of the same shape that are there already."""
     if run.after is None:
         return run.recipe
-    return dataclasses.replace(run.recipe, init=study.init, init_only=None, model=run.model)
+    init, model = (run.model.init, Model()) if isinstance(run.model, Base) else (None, run.model)
+    return dataclasses.replace(run.recipe, init=init, init_only=None, model=model)
 
 
 def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | None, mfu: float | None) -> Speed:

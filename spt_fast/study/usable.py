@@ -116,13 +116,13 @@ def _check_alike(rows: pd.DataFrame) -> None:
 def _other_texts(rows: pd.DataFrame) -> list[str]:
     """Notes where runs that count as alike were trained on different texts, as far as the table knows."""
     notes = []
-    for column, alike in (("domain_text", ["domain_tokens"]), ("general_text", [])):
+    for column, alike in (("domain_text", ["domain_tokens"]), ("general_text", []), ("base", ["params"])):
         if column not in rows:
             continue
         of_stage = [rows["stage"] > 0, *(rows[name] for name in alike)]
         several = rows.groupby(of_stage)[column].transform("nunique") > 1
         if several.any():
-            text = column.replace("_", " training ")
+            text = "base" if column == "base" else column.replace("_", " training ")
             notes.append(
                 f"not of one {text}, so that their losses may differ for that reason: {_listed(rows['run'][several])}"
             )

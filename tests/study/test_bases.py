@@ -1,0 +1,136 @@
+"""Studies that go on from weights: several bases, the ready ones with `init`, and what their table says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from spt_fast.cli import app
+from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.model.flops import parameters
+from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.study.runs_table import table_of
+from spt_fast.study.study import expand, study_from
+from spt_fast.study.sweep import load_study
+from spt_fast.study.usable import usable
+from spt_fast.train.run import run
+from tests.study.tiny_study import raw_study
+from tests.tiny import CONTEXT, VOCAB
+
+SHAPE = {"layers": 1, "heads": 2, "kv_heads": 1, "ffn": 32, "context": 8 * CONTEXT, "vocab_size": VOCAB}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two bases of one family, and the tiny corpora."""
+    folder = tmp_path_factory.mktemp("bases")
+    for name, width in (("small_one", 16), ("large", 32)):
+        GPT(GPTConfig(**SHAPE, width=width), seed=width).save_hf(folder / name)
+    raw_study(folder)
+    return folder
+
+
+def raw(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A finetune of both, in windows far below their context."""
+    raw = raw_study(folder)
+    stage = raw["stages"][1] | {"replay": [0, "1/4"], "grid": None, "batch": {"sequences": 4, "context": CONTEXT}}
+    models = [{"init": str(folder / name)} for name in ("small_one", "large")]
+    return raw | {"models": models, "stages": [stage], **changes}
+
+
+def ready(folder: Path, name: str, *more: str) -> list[str]:
+    prefixes = ["--general", str(folder / "general"), "--domain", str(folder / "chem"), "--out", str(folder / name)]
+    return ["sweep", name, *prefixes, *more]
+
+
+def test_several_bases_are_trained_and_named_in_the_table(folder: Path) -> None:
+    study = study_from(raw(folder))
+    runs = expand(study)
+    assert [run.name.split("_")[0] for run in runs] == ["small-one"] * 2 + ["large"] * 2
+    for planned in runs:
+        run(planned.recipe, progress=False)
+    table = table_of([Path(planned.recipe.run) for planned in runs], "chem", "general")
+    for width, name in ((16, "small_one"), (32, "large")):
+        own = table[table["base"] == str(folder / name)]
+        assert set(own["params"]) == {parameters(GPTConfig(**SHAPE, width=width))}
+        assert set(own["stage"]) == {1}
+        assert own["run"].nunique() == 2
+        weights = folder / "study" / "runs" / own["run"].iloc[0] / "weights" / "finetune"
+        assert json.loads((weights / "config.json").read_text())["max_position_embeddings"] == 8 * CONTEXT
+    mixed = table.assign(params=1.0)  # as if they were of one size
+    assert any("not of one base" in note for note in usable(mixed).notes)
+    assert not any("not of one base" in note for note in usable(table).notes)
+
+
+@pytest.mark.parametrize("name", ["dcpt", "forgetting"])
+def test_the_ready_studies_go_on_from_weights(folder: Path, name: str) -> None:
+    given = {"general": folder / "general", "domain": folder / "chem", "out": folder / name, "tokenizer": None}
+    bases = [folder / "small_one", folder / "large"]
+    study = load_study(name, given=given | {"init": bases})
+    assert [stage.axes.name for stage in study.stages] == ["continue" if name == "dcpt" else "finetune"]
+    assert {run.recipe.init for run in expand(study)} == {str(base) for base in bases}
+    assert {run.recipe.phases[0].batch.context for run in expand(study)} == {None}  # their own is short
+
+
+def test_the_command_prices_a_study_of_a_base(folder: Path) -> None:
+    tiny = [f"stages.0.batch.context={CONTEXT}", "domain_tokens=all", "stages.0.delta=[0, 1]", "stages.0.tokens=8K"]
+    flags = ["--init", str(folder / "large"), "--dry-run", "--json", "--mfu", "40%"]
+    result = CliRunner().invoke(app, ready(folder, "dcpt", *flags, *(flag for key in tiny for flag in ("--set", key))))
+    assert result.exit_code == 0, result.output
+    total = json.loads(result.stdout)["total"]
+    assert (total["runs"], total["tokens"]) == (2, 2 * 8000 // 256 * 256)
+
+
+def test_a_window_is_cut_where_a_base_has_a_longer_context(folder: Path) -> None:
+    config = folder / "large" / "config.json"
+    short = config.read_text()
+    config.write_text(short.replace(f'"max_position_embeddings": {8 * CONTEXT}', '"max_position_embeddings": 131072'))
+    given = {"general": folder / "general", "domain": folder / "chem", "out": folder / "cut"}
+    runs = expand(load_study("dcpt", given=given | {"init": [folder / "large"]}))
+    assert {run.recipe.phases[0].batch.context for run in runs} == {2048}
+    config.write_text(short)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"models": [{"init": "absent"}]}, CheckpointError, r"^init: absent: is not a folder"),
+        (
+            {"models": [{"init": "a"}, {"preset": "1m"}]},
+            RecipeError,
+            r"^models: some are trained from scratch",
+        ),
+        (
+            {"models": [{"init": "a", "context": 64}]},
+            RecipeError,
+            r"^models.context: 64 is inv.*`batch: \{context: 64",
+        ),
+        ({"models": [{"init": "a", "width": 64}]}, RecipeError, r"^models.width: 64 is invalid.*leave it out$"),
+        ({"models": [{"init": "a"}], "init": "a"}, RecipeError, r"^models: both are given"),
+    ],
+)
+def test_what_a_study_cannot_go_on_from(
+    folder: Path, changes: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        expand(study_from(raw(folder, **changes)))
+
+
+def test_a_start_from_scratch_needs_shapes(folder: Path) -> None:
+    with pytest.raises(RecipeError, match=r"start: scratch needs a shape"):
+        study_from(
+            raw(folder, stages=[*raw(folder)["stages"], {**raw(folder)["stages"][0], "name": "x", "start": "scratch"}])
+        )
+
+
+@pytest.mark.parametrize("name", ["spt", "scratch-vs-pretrained"])
+def test_studies_of_pretraining_take_no_weights(folder: Path, name: str) -> None:
+    result = CliRunner().invoke(
+        app, ready(folder, name, "--init", str(folder / "large"), "--tokenizer", "t", "--dry-run")
+    )
+    assert re.search(r"--init: '.*large' is invalid: .*trains from scratch; leave it out", str(result.exception))
