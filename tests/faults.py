@@ -11,10 +11,11 @@ nan           a loss that is not a number: weights and moments of that step stay
 prepare, train, sweep, export
               each killed at its calls that concern a file, and called again: `prepare` over an older split, a run that
               keeps its best checkpoints and has a grid and no early stop, a study, an export over another model
-twice         two processes that want one run's folder, the first of which may be killed
+twice, sweeps
+              two processes that want one run's folder, or one study's, the first of which may be killed
 worlds        the same run in one, two and three processes by turns, and at other ZeRO stages
 rank_killed, rank_stopped, rank_nan
-              one rank of two: killed, told to stop, with a loss that is not a number
+              one rank of two: killed, told to stop; of two or three, with a loss that is not a number
 
 A run that survived is, against one that nothing disturbed: the same weights to the last bit, the same metrics but for
 the clock, every step logged once, the same visits of every source by `audit`, and no temporary file left. Only where
@@ -50,6 +51,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -558,6 +560,37 @@ class Campaign:
             first.end()
             self.check("two processes in one folder", problems + self.finish(recipe), recipe)
 
+    def sweeps(self, each: int) -> None:
+        """Two processes that sweep one study, each of whose runs is a process too; the first may be killed."""
+        for i in range(each):
+            folder = self.folder / f"sweeps-{i}"
+            tiny.write_corpora(folder)
+            study, table = folder / "study.yaml", folder / "study" / "table.csv"
+            study.write_text(yaml.safe_dump(raw_study(folder, domain_tokens=400)))
+            first, begun = started_sweep(study), time.monotonic()
+            while (
+                len(list(folder.glob("study/*/summary.json"))) < 1 + i % 3 and time.monotonic() < begun + LIFE_SECONDS
+            ):
+                time.sleep(0.05)
+            second = started_sweep(study)
+            said, code = second.communicate()[0], second.returncode
+            problems = [] if code == 2 and f"in use by process {first.pid}" in said else [f"the second: {code}: {said}"]
+            if i % 2:
+                first.kill()
+            first.communicate()
+            code = 2
+            while code == 2 and time.monotonic() < begun + 3 * LIFE_SECONDS:  # until the runs of the killed one end
+                last = started_sweep(study)
+                said, code = last.communicate()[0], last.returncode
+            problems += [f"the last: {code}: {said}"] if code else []
+            shutil.copytree(
+                folder, alone := self.folder / f"sweeps-{i}-alone", ignore=lambda _, names: {"study"} & {*names}
+            )
+            forked(lambda alone=alone: sweep_in_turn(alone))
+            if table.read_text() != (alone / "study" / "table.csv").read_text():
+                problems.append("another table")
+            self.check("two sweeps of one study", problems, folder / "kept")
+
     # -------------------------------------------------------------------------------------------- distributed
 
     def worlds(self) -> None:
@@ -597,12 +630,18 @@ class Campaign:
 
     def rank_nan(self) -> None:
         """Its second micro-batch of the fifth step; weights and moments of that step stay as they were everywhere."""
-        for stage in (0, 1, 2, 3):
-            recipe = write_recipe(short_recipe(self.folder, f"rank-nan-{stage}"))
-            job = Job(recipe, 2, f"stage={stage}", poisoned="1:9")
+        for stage, processes in product((0, 1, 2, 3), (2, 3)):
+            raw = short_recipe(self.folder, f"rank-nan-{stage}-{processes}")
+            micro = 4 // processes
+            raw["phases"][0] |= {
+                "batch": {"sequences": 2 * processes * micro, "micro": micro},
+                "tokens": 12 * 2 * processes * micro * tiny.CONTEXT,
+            }
+            recipe = write_recipe(raw)
+            job = Job(recipe, processes, f"stage={stage}", poisoned="1:9")
             code = job.end()
             problems = [f"exit {code}: {job.said}"] if code else nan_problems(recipe.with_suffix(""), 5)
-            self.check(f"NaN at one rank, stage {stage}", problems, recipe)
+            self.check(f"NaN at one rank of {processes}, stage {stage}", problems, recipe)
 
     def job_at_step(self, step: int, name: str) -> tuple[Job, Path, Path]:
         self.reference(2)
@@ -823,6 +862,16 @@ def sweep_in_turn(folder: Path) -> None:
     assert set(table["status"]) == {"done"}
 
 
+def started_sweep(study: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "spt_fast", "sweep", str(study), "--jobs", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+
 def write_model(folder: Path, seed: int) -> None:
     GPT(GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=8, vocab_size=64), seed=seed).save_hf(folder)
 
@@ -1019,7 +1068,7 @@ def be_a_rank(arguments: list[str]) -> None:
 
 # ------------------------------------------------------------------------------------------------ the command
 
-TIMES = ("signals", "disk", "damage", "nan", "prepare", "train", "sweep", "export", "twice")
+TIMES = ("signals", "disk", "damage", "nan", "prepare", "train", "sweep", "export", "twice", "sweeps")
 """Parts that are done so many times."""
 PARTS = ("kills", *TIMES, "worlds", "rank_killed", "rank_stopped", "rank_nan")
 
