@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass
 from fractions import Fraction
 from itertools import product, takewhile
@@ -58,6 +59,13 @@ def _steps(value: object, where: str) -> Span:
     if span.unit != "steps":
         raise RecipeError(invalid(where, value, "write a number of steps, such as `5000 steps`"))
     return span
+
+
+def _phase_name(value: object, where: str) -> str:
+    name = text(value, where)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise RecipeError(invalid(where, name, "use letters, digits, dots, dashes and underscores"))
+    return name
 
 
 def _mixture(value: object, where: str) -> dict[str, Fraction]:
@@ -184,7 +192,7 @@ class Stop:
 class Phase:
     """A number of tokens of an exact mixture, optimised in one way."""
 
-    name: str = setting(text)
+    name: str = setting(_phase_name)
     tokens: int = setting(parse_count)
     mixture: dict[str, Fraction] = setting(_mixture)
     documents: bool = setting(boolean, False)
@@ -307,8 +315,6 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
             raise RecipeError(invalid(here, item, "write a section with name, tokens, mixture and optimizer"))
         inherited |= {key: _merged(inherited.get(key), item[key]) for key in INHERITED if key in item}
         phase = build(Phase, {**item, **inherited}, here)
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", phase.name):
-            raise RecipeError(invalid(f"{here}.name", phase.name, "use letters, digits, dots, dashes and underscores"))
         if phase.name in [p.name for p in phases]:
             raise RecipeError(f"{here}.name: {shown(phase.name)} names two phases; give each its own name")
         if phase.batch.micro and phase.batch.sequences % phase.batch.micro:
@@ -460,7 +466,7 @@ def check_lengths(recipe: Recipe, context: int) -> None:
             where = f"phases[{phase.name}].{'grid' if 'warmup' in arm else 'schedule'}.warmup"
             given, ends = str(schedule.warmup), f"the horizon of {float(horizon):.4g} steps"
             falls = schedule.name in ("cosine", "linear")
-            if warmup > last:
+            if warmup >= last > 1 or warmup > last:
                 says = f"its schedule runs for {float(last):.4g} steps; write a shorter warm-up or more tokens"
             elif falls and warmup >= horizon and last > horizon:
                 says = f"it reaches to {ends}, where the rate would jump; write a shorter one, or a longer horizon"
@@ -472,7 +478,15 @@ def check_lengths(recipe: Recipe, context: int) -> None:
                 says = f"{says} to {ends}, and the rate would jump; write a {'shorter' if decay else 'longer'} one"
             else:
                 continue
-            raise RecipeError(invalid(where, given, says))
+            if not _has_begun(recipe):
+                raise RecipeError(invalid(where, given, says))
+
+
+def _has_begun(recipe: Recipe) -> bool:
+    """Whether its run began with these very phases, by an earlier version that let their schedules through."""
+    with suppress(RecipeError):
+        return recorded_recipe(Path(recipe.run) / "recipe.yaml").phases == recipe.phases
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -505,6 +519,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     ("phases.finetune.optimizer.lr=1e-4"). Raises RecipeError, which names the field, what was given and the remedy.
     """
     raw = read_yaml(path)
+    if isinstance(raw, dict) and "stages" in raw and "phases" not in raw:
+        raise RecipeError(f"{path}: is a study, not a recipe; train its runs by `spt-fast sweep`")
     with naming(path):
         apply_overrides(raw, overrides)
         return recipe_from(raw)

@@ -6,6 +6,7 @@ The command line turns any of these into one message and exit code 2. What *we* 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -18,7 +19,7 @@ class SptError(ValueError):
     """
 
     def __init__(self, message: str = "", *, argument: bool = False) -> None:
-        super().__init__(cut(message, LONGEST))
+        super().__init__(readable(message))
         self.argument = argument
 
 
@@ -44,8 +45,15 @@ class FailedElsewhere(Exception):
 
 LONGEST = 1900
 """Characters of a message."""
+LONGEST_WORD = 300
 SHOWN = 80
 """Characters of a value or key that a message shows."""
+
+
+def readable(message: str) -> str:
+    """A message cut at `LONGEST` characters, and every word of it, such as a path, at `LONGEST_WORD` in its middle."""
+    half = LONGEST_WORD // 2
+    return cut(re.sub(rf"\S{{{LONGEST_WORD},}}", lambda w: f"{w[0][:half]}…{w[0][-half:]}", message), LONGEST)
 
 
 def shown(value: object) -> str:

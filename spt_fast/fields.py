@@ -21,12 +21,13 @@ import yaml
 
 from spt_fast.data.mixture import exact_share
 from spt_fast.errors import RecipeError, SptError, cut, invalid, nearest, shown, shown_key
-from spt_fast.files import expanded
+from spt_fast.files import check_regular, expanded
 from spt_fast.synonyms import unknown_key
 
 # -------------------------------------------------------------------------------------------- values and their units
 
 _COUNT = re.compile(r"([0-9][0-9_]{0,29}(?:\.[0-9]{1,30})?(?:[eE]\+?[0-9]{1,2})?)\s*([kKmMbBtT]?)")
+_FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -111,7 +112,7 @@ def cadence(value: object, where: str) -> Span:
 def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> Callable[[object, str], float]:
     def parse(value: object, where: str) -> float:
         try:
-            number = float("nan") if isinstance(value, bool) else float(str(value))
+            number = float("nan") if isinstance(value, bool) or not _FLOAT.fullmatch(str(value)) else float(str(value))
         except (TypeError, ValueError):
             number = float("nan")
         if not (low <= number <= high) or (open_low and number == low) or math.isinf(number):
@@ -325,6 +326,7 @@ def parse_yaml(text: str, where: str) -> Any:
 def read_yaml(path: str | Path) -> Any:
     """The data of a YAML file; RecipeError names the file and line of what is wrong."""
     try:
+        check_regular(Path(path))
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(MAX_CHARACTERS + 1)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -26,6 +27,12 @@ def download(folder: Path) -> str | None:
             "network, and give that folder"
         )
     return None
+
+
+def check_regular(path: Path) -> None:
+    """OSError for a pipe or device, from which reading might never end; what a shell gives for `<(command)` is fine."""
+    if path.exists() and not (path.is_file() or path.is_dir()) and path.parts[1:2] not in (("dev",), ("proc",)):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -31,6 +31,12 @@ def check_output(file: Path, argument: str, is_ours: Callable[[Path], bool]) -> 
     raise SptError(f"{argument}: {file} {problem}", argument=True)
 
 
+def check_folder(folder: Path, argument: str) -> None:
+    """SptError, in the name of an argument, where results are to be written into what is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise SptError(f"{argument}: {folder} is a file; name a folder", argument=True)
+
+
 def run_around(file: Path) -> Path | None:
     """The run whose own files a file would lie among."""
     for folder in file.absolute().parents:

@@ -567,10 +567,8 @@ class Campaign:
             tiny.write_corpora(folder)
             study, table = folder / "study.yaml", folder / "study" / "table.csv"
             study.write_text(yaml.safe_dump(raw_study(folder, domain_tokens=400)))
-            first, begun = started_sweep(study), time.monotonic()
-            while (
-                len(list(folder.glob("study/*/summary.json"))) < 1 + i % 3 and time.monotonic() < begun + LIFE_SECONDS
-            ):
+            first = started_sweep(study)
+            while len([*folder.glob("study/runs/*/summary.json")]) < 1 + i % 3 and first.poll() is None:
                 time.sleep(0.05)
             second = started_sweep(study)
             said, code = second.communicate()[0], second.returncode
@@ -578,8 +576,8 @@ class Campaign:
             if i % 2:
                 first.kill()
             first.communicate()
-            code = 2
-            while code == 2 and time.monotonic() < begun + 3 * LIFE_SECONDS:  # until the runs of the killed one end
+            code, ended = 2, time.monotonic()
+            while code == 2 and time.monotonic() < ended + LIFE_SECONDS:  # until the runs of the killed one end
                 last = started_sweep(study)
                 said, code = last.communicate()[0], last.returncode
             problems += [f"the last: {code}: {said}"] if code else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
@@ -13,11 +14,13 @@ import pytest
 import typer
 
 from spt_fast import cli, fields
+from spt_fast.cli import flags
 from spt_fast.cli.flags import in_flags
 from spt_fast.cli.program import checkpoint_app, tokenizer_app
 from spt_fast.data import tokenizer
 from spt_fast.errors import LONGEST, RecipeError, SptError
 from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.study import figures, fits
 from spt_fast.train import metrics
 from tests import tiny
 
@@ -115,6 +118,44 @@ def test_what_is_not_there_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_of_another_kind_is_named_with_the_command_for_it(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, study = recipe.parent / "file", recipe.parent / "study.yaml"
+    file.write_text("")
+    study.write_text("study: s\nstages: []\n")
+    (recipe.parent / "run").mkdir()
+    (recipe.parent / "run" / "summary.json").write_text('{"status": "stopped", "phases": {}}')
+    pipe = recipe.parent / "weights" / "config.json"
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)
+    shape = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=8, vocab_size=64)
+    GPT(shape).save_hf(file.parent / "hf")
+    for words, message in (
+        (("sweep", recipe), f"{recipe}: is a recipe, not a study; train it by `spt-fast train`"),
+        (("train", study), f"{study}: is a study, not a recipe; train its runs by `spt-fast sweep`"),
+        (("compare", recipe.parent / "run"), "is 'stopped'; finish it with `spt-fast train --resume`, or"),
+        (("export", file.parent / "hf", "--out", file), f"--out: {file} is a file; name a folder"),
+        (("demo", "--out", file), f"--out: {file} is a file; name a folder"),
+        (("import", pipe.parent, "--out", "o"), "config.json: cannot be read as JSON ([Errno 22] Not a reg"),
+        (("import", file.parent / "hf", "--out", file), f"--out: {file} is a file; name a folder"),
+        (("plan", pipe), f"{pipe}: cannot be read (Not a regular file)"),
+    ):
+        assert message in said_on_failure(monkeypatch, capsys, *words)
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    said = said_on_failure(monkeypatch, capsys, "plan", recipe)
+    assert said.startswith("spt-fast: WORLD_SIZE: 'abc' is invalid: a whole number")
+    for write in (partial(figures.write, None), partial(fits.write, None)):
+        with pytest.raises(SptError, match=r"out: .*file is a file; name a folder"):
+            write(file)
+
+
+def test_text_of_the_command_line_is_utf8_in_every_locale() -> None:
+    assert flags.text("naïve") == flags.text("na\udcc3\udcafve") == "naïve"  # as Python reads it where that is ASCII
+    with pytest.raises(typer.BadParameter, match="is not UTF-8"):
+        flags.text("na\udcefve")
+
+
 def test_our_own_mistakes_are_not_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spt_fast.kernels.chosen_backends", lambda: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["spt-fast", "kernels"])
@@ -186,7 +227,7 @@ def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPa
             for name, hint in get_type_hints(command.callback, include_extras=True).items():
                 parser = getattr(next(iter(getattr(hint, "__metadata__", ())), None), "parser", None)
                 assert parser or "Path" not in str(hint), f"{command.callback.__name__} {name}"  # type: ignore[union-attr]
-                if parser:
+                if parser not in (None, flags.text):
                     assert str(parser("~/x")) == "/home/me/x"
                     for empty in ("", "$NOTHING"):
                         with pytest.raises(typer.BadParameter, match="the path is empty; name a file or folder"):
@@ -207,5 +248,7 @@ def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPa
 
 
 def test_no_message_is_longer_than_a_reader_wants() -> None:
-    assert len(str(RecipeError("run: " + "9" * 10_000))) == LONGEST
+    assert len(str(RecipeError("run: " + "9 " * 10_000))) == LONGEST
+    assert len(str(RecipeError("run: " + "a/" * 2_000 + " is no folder; name one"))) < 400
+    assert str(RecipeError("run: " + "a/" * 2_000 + " is no folder; name one")).endswith("a/a/ is no folder; name one")
     assert str(RecipeError("run: short")) == "run: short"

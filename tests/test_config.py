@@ -200,6 +200,9 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("phases.0.batch.micro", 7, r"micro: 7 is invalid: write a divisor of sequences \(32\)"),
         ("phases.0.optimizer.lr", -1, r"optimizer\.lr: -1 is invalid"),
         ("phases.0.optimizer.lr", float("nan"), r"optimizer\.lr: nan is invalid"),
+        ("phases.0.optimizer.lr", "1_0e-4", r"optimizer\.lr: '1_0e-4' is invalid: write a number"),
+        ("phases.0.optimizer.lr", "\uff11e-4", r"optimizer\.lr: '.e-4' is invalid: write a number"),
+        ("phases.0.schedule.final", "\uff11%", r"schedule\.final: '.%' is invalid: write a percent"),
         ("phases.0.optimizer.betas", [0.9, 1.0], r"optimizer\.betas"),
         ("phases.0.optimizer.name", "sgd", r"optimizer\.name: 'sgd' is invalid: write one of adamw"),
         (

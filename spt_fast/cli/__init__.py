@@ -9,7 +9,7 @@ import os
 import sys
 
 from spt_fast.cli.program import app
-from spt_fast.errors import FailedElsewhere, SptError
+from spt_fast.errors import FailedElsewhere, SptError, readable
 from spt_fast.printing import set_up
 from spt_fast.train.signals import interrupt_by_signals
 
@@ -42,7 +42,8 @@ def main() -> None:
         sys.exit(130)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"{me}: {what}; make room there, or give a file or folder that this user may use", file=sys.stderr)
+        said = readable(f"{me}: {what}; make room there, or give a file or folder that this user may use")
+        print(said, file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         print(f"{me}: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from spt_fast.cli.flags import Dtype, Inputs, Json, PathArgument, PathOption
+from spt_fast.cli.flags import Dtype, Inputs, Json, PathArgument, PathOption, text
 from spt_fast.cli.program import app, out, print_json, tokenizer_app
 from spt_fast.printing import print_facts
 
@@ -17,7 +17,7 @@ def tokenizer_train(
     inputs: Inputs,
     vocab_size: Annotated[int, Option(help="Ids in all, the end-of-text id included.")],
     out_file: Annotated[Path, PathOption("--out", help="File for the tiktoken ranks.")],
-    text_key: Annotated[str, Option(help="Key or column of the text.")] = "text",
+    text_key: Annotated[str, Option(parser=text, help="Key or column of the text.")] = "text",
     skip_bad: Annotated[bool, Option(help="Leave broken lines out instead of stopping at the first.")] = False,
 ) -> None:
     """Train a byte-level BPE and save it as tiktoken ranks."""
@@ -34,7 +34,7 @@ def prepare(
     tokenizer: Annotated[Path, PathOption(help="A Hugging Face folder, a .tiktoken file, or a tiktoken name.")],
     eos: Annotated[str | None, Option(metavar="TOKEN", help="Ends each document; the tokenizer's by default.")] = None,
     bos: Annotated[str | None, Option(metavar="TOKEN", help="Begins each document; none by default.")] = None,
-    text_key: Annotated[str, Option(help="Key or column of the text.")] = "text",
+    text_key: Annotated[str, Option(parser=text, help="Key or column of the text.")] = "text",
     heldout: Annotated[str | None, Option(metavar="SHARE", help="Of the text, in bytes; for PREFIX.heldout.")] = None,
     skip_bad: Annotated[bool, Option(help="Count broken lines instead of stopping at the first.")] = False,
     workers: Annotated[int | None, Option(help="Processes; all cores by default.")] = None,

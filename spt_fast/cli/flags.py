@@ -29,6 +29,14 @@ def named(given: str) -> str:
     raise typer.BadParameter("the path is empty; name a file or folder, or write . for the working directory")
 
 
+def text(given: str) -> str:
+    """Text of the command line, whatever the locale: it is UTF-8."""
+    try:
+        return os.fsencode(given).decode()
+    except UnicodeDecodeError:
+        raise typer.BadParameter("is not UTF-8; write it in a terminal that is") from None
+
+
 PathArgument, PathOption = partial(typer.Argument, parser=path), partial(typer.Option, parser=path)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -92,7 +100,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except SptError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            error.args = (in_flags(error, flags_of(command)),)
+            error.args = (in_flags(error, flags_of(command), of_others=OF_TRAIN),)
             raise
 
 
@@ -130,12 +138,17 @@ def flags_of(command: Any) -> dict[str, str]:
     }
 
 
-def in_flags(error: SptError, flags: Mapping[str, str]) -> str:
-    """A library's message as the command line says it: `resume=True` is --resume, and so is a leading argument."""
+OF_TRAIN = {"resume": "`spt-fast train --resume`", "verify": "`spt-fast train --verify`"}
+
+
+def in_flags(error: SptError, flags: Mapping[str, str], *, of_others: Mapping[str, str] | None = None) -> str:
+    """A library's message as the command line says it: `resume=True` is --resume, and so is a leading argument.
+    `of_others` are flags that the command doesn't have."""
 
     def flag(keyword: re.Match[str]) -> str:
         name, value = keyword.groups()
-        return keyword[0] if name not in flags else flags[name] + ("" if value == "True" else f" {value}")
+        said = flags.get(name) or (of_others or {}).get(name)
+        return keyword[0] if said is None else said + ("" if value == "True" else f" {value}")
 
     message = re.sub(r"`(\w+)=([^`]+)`", flag, str(error))
     name, colon, rest = message.partition(":")

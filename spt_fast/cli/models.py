@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from spt_fast.cli.flags import Json, ManyValues, Overwrite, PathArgument, PathOption, WeightsDtype, WeightsPath
+from spt_fast.cli.flags import Json, ManyValues, Overwrite, PathArgument, PathOption, WeightsDtype, WeightsPath, text
 from spt_fast.cli.program import app, out, print_json
 from spt_fast.printing import print_facts, print_table
 
@@ -64,7 +64,9 @@ def import_weights(
 @app.command()
 def generate(
     weights: WeightsPath,
-    prompt: Annotated[list[str] | None, Option(help="May be repeated; without any, a document begins.")] = None,
+    prompt: Annotated[
+        list[str] | None, Option(parser=text, help="May be repeated; without any, a document begins.")
+    ] = None,
     prompts: Annotated[
         Path | None, PathOption(metavar="FILE", help='.jsonl with "prompt", or a prompt a line.')
     ] = None,

@@ -32,7 +32,7 @@ from spt_fast.train.signals import StopRequest
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    gpus: Annotated[int, Option(envvar="WORLD_SIZE", min=1, help="Processes; the launcher's by default.")] = 1,
+    gpus: Annotated[int | None, Option(min=1, help="Processes; the launcher's, or one, by default.")] = None,
     gpu: Annotated[str | None, Option(help="Its name, such as H100; this machine's own by default.")] = None,
     gpu_memory: Annotated[str | None, Option(help="Of one GPU, such as 80GB; its own by default.")] = None,
     mfu: Annotated[str | None, Option(help="Share of the peak, such as 40%; measured by default.")] = None,
@@ -44,7 +44,9 @@ def plan(
     from spt_fast.config import load_recipe
     from spt_fast.train import price as pricing
     from spt_fast.train.plan import make_plan
+    from spt_fast.train.world import launched_processes
 
+    gpus = gpus or launched_processes()
     loaded = load_recipe(recipe, overrides or ())
     memory = None if gpu_memory is None else pricing.parse_bytes(gpu_memory, "--gpu-memory")
     machine = pricing.Machine.of(loaded, gpus=gpus, gpu=gpu, memory=memory)

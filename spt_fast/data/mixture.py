@@ -295,7 +295,7 @@ def _exact_weight(source: str, weight: object) -> Fraction:
 def exact_share(text: str) -> Fraction:
     """The value of "2%", "0.02" or "1/50". ValueError or ZeroDivisionError for anything else, and for an exponent whose
     exact value would fill the memory."""
-    if _HUGE_EXPONENT.search(text):
+    if _HUGE_EXPONENT.search(text) or "_" in text or not text.isascii():
         raise ValueError(text)
     return Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(text)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from spt_fast.errors import CheckpointError, SptWarning, cut, invalid, shown, shown_key
 from spt_fast.fields import integer
-from spt_fast.files import download
+from spt_fast.files import check_regular, download
 from spt_fast.model.config import SCALINGS, GPTConfig, Scaling, YarnScaling
 from spt_fast.model.families import FAMILIES, Family, family_of
 from spt_fast.model.stored import mistaken
@@ -139,6 +139,7 @@ def read_config(folder: str | Path) -> GPTConfig:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a file of a model folder; CheckpointError where there is none."""
     try:
+        check_regular(file)
         with file.open(encoding="utf-8-sig") as opened:
             text = opened.read(MAX_CHARACTERS + 1)
         if len(text) > MAX_CHARACTERS:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spt_fast.errors import CheckpointError, cut, shown
+from spt_fast.files import check_regular
 
 PIECE = 32 * 2**20
 """Bytes of a file that are mapped into memory at once."""
@@ -94,6 +95,7 @@ def fill(target: Tensor, file: Path, name: str) -> None:
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     try:
+        check_regular(file)
         with safe_open(file, framework="pt") as stored:
             yield stored
     except (OSError, SafetensorError, UnicodeError) as error:
@@ -104,6 +106,7 @@ def opened(file: Path) -> Iterator[Any]:
 def mistaken(file: Path) -> str | None:
     """What a download left in the place of the file, and the remedy; None where it is nothing of that kind."""
     try:
+        check_regular(file)
         with file.open("rb") as content:
             head = content.read(200).decode("utf-8", "replace").strip()
     except OSError:

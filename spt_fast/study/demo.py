@@ -18,6 +18,7 @@ from rich.console import Console
 from spt_fast.config import load_recipe
 from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
+from spt_fast.outputs import check_folder
 from spt_fast.printing import terminal
 from spt_fast.study.compare import Comparison, compare
 from spt_fast.study.corpora import write_domain, write_general
@@ -54,6 +55,7 @@ def demo(out: Path, scale: Scale | None = None) -> Comparison:
     Exits the process with code 75 when interrupted: what was done is saved, and the same call goes on with it.
     """
     out, scale = Path(out), scale or Scale()
+    check_folder(out, "out")
     console = terminal()
     began_s = time.monotonic()
     console.print(

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from spt_fast.files import replacing, write_text
-from spt_fast.outputs import check_output, is_figure, is_json_with
+from spt_fast.outputs import check_folder, check_output, is_figure, is_json_with
 from spt_fast.printing import as_json
 from spt_fast.study.compare import Comparison, Finetune
 from spt_fast.study.drawing import PLAIN, Axes, Figure, mpl
@@ -31,6 +31,7 @@ LINE_HEIGHT = 0.05
 def write(comparison: Comparison, out_folder: str | Path) -> None:
     """Write comparison.json and comparison.png."""
     out_folder = Path(out_folder)
+    check_folder(out_folder, "out")
     check_output(out_folder / "comparison.json", "out", is_json_with("runs", "arms", "r_gain"))
     check_output(out_folder / "comparison.png", "out", is_figure)
     out_folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from spt_fast import laws
 from spt_fast.errors import DataError, RecipeError, invalid, nearest
 from spt_fast.files import replacing
 from spt_fast.laws import IdentificationWarning, Law, LawWarning
-from spt_fast.outputs import check_output, is_json_with
+from spt_fast.outputs import check_folder, check_output, is_json_with
 from spt_fast.printing import as_json
 from spt_fast.study import views
 from spt_fast.study.crossover import Crossover, asks_for_crossover, crossovers
@@ -427,6 +427,7 @@ def _errors(seen: np.ndarray, predicted: np.ndarray) -> Errors:
 
 def write(fits: Fits, folder: Path) -> None:
     """Write fits.json."""
+    check_folder(folder, "out")
     check_output(folder / "fits.json", "out", is_json_with("laws", "notes"))
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "fits.json") as path:

@@ -17,6 +17,7 @@ from typing import Any
 
 from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.files import check_regular
 from spt_fast.printing import plain
 from spt_fast.study.finetunes import Treatment
 from spt_fast.train.folder import Trained, recipe_of, summary_of, trained_before
@@ -49,7 +50,7 @@ class FinishedRun:
         if summary["status"] != "done":
             why = f" ({summary['reason']})" if summary.get("reason") else ""
             raise CheckpointError(
-                f"{folder}: its status is {summary['status']!r}{why}; finish it by training with `resume=True`, or, "
+                f"{folder}: its status is {summary['status']!r}{why}; finish it with `resume=True`, or, "
                 "where it diverged, train it anew by a mended recipe"
             )
         recipe = recipe_of(folder)
@@ -186,6 +187,12 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
         )
 
     found: dict[str, str] = {}
+    unknown = [str(run.folder) for run in runs if not (run.recipe.tokenizer or run.summary.get("tokenizer"))]
+    if unknown:
+        found["tokenizer"] = (
+            f"the tokenizer of {', '.join(unknown)} is not recorded, so whether all losses are of the same tokens is "
+            "unknown"
+        )
     for run in runs[1:]:
         ours, theirs = settings(runs[0]), settings(run)
         for what, value in ours.items():
@@ -202,6 +209,7 @@ def evaluations_of(folder: Path) -> list[dict[str, Any]]:
     """The "eval" records of a run's metrics.jsonl; CheckpointError for a damaged file."""
     metrics = folder / "metrics.jsonl"
     try:
+        check_regular(metrics)
         lines = metrics.read_text(encoding="utf-8").splitlines()
         records = (json.loads(line, object_hook=_with_nan) for line in lines)
         return [record for record in records if record["kind"] == "eval"]

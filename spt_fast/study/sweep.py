@@ -54,6 +54,8 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
     raw = read_yaml(READY / f"{name}.yaml" if ready else name)
     if not isinstance(raw, dict):
         raise RecipeError(f"{name}: holds no study; write keys such as study, models, sources and stages")
+    if "phases" in raw and "stages" not in raw:
+        raise RecipeError(f"{name}: is a recipe, not a study; train it by `spt-fast train`")
     given = {key: value for key, value in (given or {}).items() if value}
     needless = list(given)
     if needless and not ready:

@@ -18,9 +18,9 @@ MOST_EPOCHS = 40
 
 def doubts(plan: Plan) -> list[str]:
     """Warnings: text repeated beyond reason, a limit that is less than a document, evaluations that cost more than the
-    training, losses of little text, a rate that jumps where a schedule is carried on, a source that windows of another
-    length begin anew."""
-    found = (_limits, _repetitions, _evaluations, _thin_texts, _jumps, _begun_anew)
+    training, losses of little text or of text that is trained on, a rate that jumps where a schedule is carried on, a
+    source that windows of another length begin anew."""
+    found = (_limits, _repetitions, _evaluations, _thin_texts, Plan.leaks, _jumps, _begun_anew)
     return [doubt for find in found for doubt in find(plan)]
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from spt_fast.config import Phase, Recipe, recorded_recipe
 from spt_fast.data.formats import sampled_digest
 from spt_fast.errors import CheckpointError, RecipeError, cut
-from spt_fast.files import is_temporary
+from spt_fast.files import check_regular, is_temporary
 from spt_fast.locks import locked
+from spt_fast.outputs import check_folder
 
 MOST_LISTED = 12
 """Changes that a message shows."""
@@ -43,6 +44,7 @@ CHECKPOINT = re.compile(r"step-[0-9]{10,}(-p[0-9]{2,}-a[0-9]{3,})?")
 @contextmanager
 def owned(folder: Path, field: str, *, inherited: bool = False) -> Iterator[None]:
     """Hold the lock of a folder, which is made for it and removed again where nothing came of it; see `locked`."""
+    check_folder(folder, field)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder / LOCK, f"{field}: {folder}", argument=True, inherited=inherited):
@@ -112,6 +114,7 @@ def summary_of(run: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        check_regular(path)
         summary = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(summary["status"], str) and isinstance(summary["phases"], dict):
             return summary

@@ -46,7 +46,7 @@ def introduction(
     }
     yield "kernels: " + "; ".join(f"{name} for {', '.join(ops)}" for name, ops in by_backend.items())
     if resumed is None:
-        yield from (f"warning: {warning}" for warning in (*doubts(plan), *plan.leaks()))
+        yield from (f"warning: {warning}" for warning in doubts(plan))
         return
     yield from (f"skipped a damaged checkpoint: {reason}" for reason in resumed.checkpoint.skipped.values())
     yield f"resuming from {resumed.checkpoint.path.name}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from spt_fast.config import Phase, Recipe, Source, check_lengths
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.heldout import has_long_documents
-from spt_fast.data.inspection import overlap_share
+from spt_fast.data.inspection import Overlap, overlap_share
 from spt_fast.data.loader import Loader
 from spt_fast.data.mixture import Mixture
 from spt_fast.data.order import SampleOrder, check_every_source_is_drawn
@@ -277,15 +277,28 @@ class Plan:
         found = []
         for heldout_of, heldout in self.heldout.items():
             for source, train in self.train.items():
-                share = overlap_share(heldout, train)
-                documents, ngrams = share.documents or 0.0, share.ngrams or 0.0
-                if documents > 0 or ngrams > NOTABLE_NGRAM_SHARE:
+                share = _overlap(heldout, train)
+                documents, ngrams = share.documents, share.ngrams or 0.0
+                if documents or ngrams > NOTABLE_NGRAM_SHARE:
+                    what = f"{ngrams:.1%} of the long n-grams of the held-out text of {heldout_of!r}"
+                    if documents is not None:
+                        what = f"{documents:.1%} of the held-out documents of {heldout_of!r} and {ngrams:.1%} of their "
+                        what += "long n-grams"
                     found.append(
-                        f"{documents:.1%} of the held-out documents of {heldout_of!r} and {ngrams:.1%} of their long "
-                        f"n-grams are in the training text of {source!r} too: the loss will look better than it is"
+                        f"{what} are in the training text of {source!r} too: the loss will look better than it is"
                     )
         return found
 
+
+def _overlap(heldout: TokenDataset, train: TokenDataset) -> Overlap:
+    """Remembered, since a plan may be made for every run of a study, and the text is read for it."""
+    key = heldout.digest, train.digest
+    if key not in _OVERLAPS:
+        _OVERLAPS[key] = overlap_share(heldout, train)
+    return _OVERLAPS[key]
+
+
+_OVERLAPS: dict[tuple[str, str], Overlap] = {}
 
 Kind = Literal["train", "heldout"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

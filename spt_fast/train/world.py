@@ -174,6 +174,13 @@ def _launched() -> tuple[int, int, int]:
     return rank, size, local_rank
 
 
+def launched_processes() -> int:
+    """WORLD_SIZE, 1 without it. Raises RecipeError."""
+    if not (size := _whole("WORLD_SIZE", 1)):
+        raise RecipeError(invalid("WORLD_SIZE", "0", "at least 1; unset it to train alone"))
+    return size
+
+
 def _whole(name: str, default: int) -> int:
     """A variable of the environment."""
     given = os.environ.get(name) or str(default)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 from rich.console import Console
 
@@ -365,6 +366,12 @@ def test_what_is_not_alike_is_warned_of(tmp_path: Path) -> None:
     warnings = compare([npt, spt]).warnings
     assert any("grid" in warning and str(npt) in warning and str(spt) in warning for warning in warnings)
     assert compare([npt]).warnings == []
+    summary = json.loads((spt / "summary.json").read_text())
+    (spt / "summary.json").write_text(json.dumps({k: v for k, v in summary.items() if k != "tokenizer"}))
+    recipe = yaml.safe_load((spt / "recipe.yaml").read_text())
+    (spt / "recipe.yaml").write_text(yaml.safe_dump({k: v for k, v in recipe.items() if k != "tokenizer"}))
+    unknown = f"the tokenizer of {spt} is not recorded, so whether all losses are of the same tokens is unknown"
+    assert unknown in compare([spt]).warnings
 
 
 def test_arms_that_are_alike_bring_no_warning(four_runs: list[Path]) -> None:

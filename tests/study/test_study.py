@@ -188,6 +188,7 @@ def test_simulated_epoching_repeats_the_domain_as_often_as_the_large_run(raw: di
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
+        (0, {"name": "pre train"}, r"stages\[pre train\]\.name: .pre train. is invalid: use letters, digits, dots"),
         (0, {"delta": [2]}, r"stages\[pretrain\]\.delta: 2 is invalid: write a share between 0 and 1; did you mean 2%"),
         (0, {"delta": [0, "1%", "1%"]}, r"stages\[pretrain\]\.delta\[2\]: '1%' is there twice"),
         (0, {"delta": []}, r"stages\[pretrain\]\.delta: is an empty list"),

@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from spt_fast import cli
 from spt_fast.config import recipe_from
+from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import SptWarning
 from spt_fast.train.doubts import doubts
 from spt_fast.train.dry_run import dry_run
@@ -66,6 +68,17 @@ def test_repetition_a_short_limit_costly_evaluations_and_a_jump_are_said_with_th
     assert of(raw) == []
 
 
+def test_a_leak_of_text_without_documents_is_told_by_its_n_grams(data: Path) -> None:
+    raw = tiny.raw_recipe(data)
+    np.save(data / "ids.npy", TokenDataset.open(raw["sources"]["chem"]["train"]).tokens)
+    raw["sources"]["chem"] = dict.fromkeys(("train", "heldout"), str(data / "ids.npy"))
+    leaks = [doubt for doubt in of(raw) if "n-grams" in doubt]
+    assert leaks == [
+        "100.0% of the long n-grams of the held-out text of 'chem' are in the training text of 'chem' too: the loss "
+        "will look better than it is"
+    ]
+
+
 def test_losses_of_little_text_are_said_once_for_a_source(data: Path) -> None:
     raw = tiny.raw_recipe(data)
     raw["phases"] = [raw["phases"][0] | {"eval": {"tokens": 200}}, raw["phases"][1] | {"eval": {"tokens": 100_000}}]
@@ -86,9 +99,14 @@ def test_doubts_are_said_by_plan_the_dry_run_and_the_log(
 ) -> None:
     raw = tiny.raw_recipe(data, "doubted")
     raw["phases"] = [raw["phases"][0] | {"eval": {}, "tokens": 2 * STEP}]
+    raw["sources"]["chem"]["heldout"] = raw["sources"]["chem"]["train"]
     path = tiny.write_recipe(data, raw)
     told = json.loads(CliRunner().invoke(cli.app, ["plan", str(path), "--json"]).stdout)["warnings"]
     assert told == doubts(make_plan(recipe_from(raw)))
+    leak = (
+        r"\d+\.\d% of the held-out documents of 'chem' and \d+\.\d% of their long n-grams are in the training text of"
+    )
+    assert sum(bool(re.match(leak, doubt)) for doubt in told) == 1
     with pytest.warns(SptWarning, match="evaluations score"):
         CliRunner().invoke(cli.app, ["plan", str(path)])
     with pytest.warns(SptWarning, match="evaluations score"):

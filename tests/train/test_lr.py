@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from spt_fast.config import Recipe, Schedule, recipe_from
 from spt_fast.errors import RecipeError
@@ -62,6 +64,8 @@ def recipe(*schedules: dict[str, Any], **phase: Any) -> Recipe:
     ("schedule", "message"),
     [
         ({"name": "constant", "warmup": "11 steps"}, r"warmup: '11 steps' is invalid: its schedule runs for 10 steps;"),
+        ({"name": "constant", "warmup": "10K"}, r"warmup: '10000' is invalid: its schedule runs for 10 steps;"),
+        ({"name": "cosine", "warmup": "100%"}, r"warmup: '100%' is invalid: its schedule runs for 10 steps; write a"),
         ({"name": "constant", "warmup": "10.1K"}, r"warmup: '10100' is invalid: its schedule runs for 10 steps;"),
         ({"name": "cosine", "warmup": "5 steps", "horizon": "4K"}, r"it reaches to the horizon of 4 steps, where the"),
         ({"name": "linear", "warmup": "50%", "horizon": "5K"}, r"warmup: '50%' is invalid: it reaches to the horizon"),
@@ -84,6 +88,20 @@ def test_a_rate_that_would_jump_or_never_reach_its_peak_is_refused_at_reading(
         recipe(schedule)
 
 
+def test_a_run_that_an_earlier_version_began_keeps_the_schedule_that_would_be_refused_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overlapping = {"name": "wsd", "warmup": "3 steps", "decay": "80%"}
+    good = recipe({"name": "wsd", "warmup": "3 steps", "decay": "50%"}).plain()
+    good["phases"][0]["schedule"]["decay"] = "80%"
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "recipe.yaml").write_text(yaml.safe_dump(good))
+    assert recipe(overlapping).phases[0].schedule.decay == Span.parse("80%", "")
+    with pytest.raises(RecipeError, match="decay: '90%' is invalid"):
+        recipe(overlapping | {"decay": "90%"})
+
+
 def test_a_warm_up_of_a_grid_is_checked_and_one_that_the_next_phase_carries_on_may_be_longer() -> None:
     with pytest.raises(RecipeError, match=r"^phases\[p0\]\.grid\.warmup: '12 steps' is invalid"):
         recipe({"name": "constant"}, grid={"warmup": ["2 steps", "12 steps"]})
@@ -95,12 +113,12 @@ def test_a_warm_up_of_a_grid_is_checked_and_one_that_the_next_phase_carries_on_m
 @pytest.mark.parametrize(
     "schedule",
     [
-        {"name": "cosine", "warmup": "100%"},
+        {"name": "cosine", "warmup": "90%"},
         {"name": "linear", "warmup": "2 steps", "horizon": "8K"},
         {"name": "wsd", "warmup": "80%"},
         {"name": "wsd", "decay": 0},
         {"name": "wsd", "warmup": "5 steps", "horizon": "20K", "decay": "75%"},
-        {"name": "constant", "warmup": "10K"},
+        {"name": "constant", "warmup": "9K"},
     ],
 )
 def test_what_is_let_through_reaches_its_peak_and_falls_no_faster_than_it_says(schedule: dict[str, Any]) -> None:
