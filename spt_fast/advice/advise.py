@@ -75,7 +75,8 @@ def advise(
     """
     size = size_of(model)
     asked = Asked(domain_tokens, budget, model, size.params, inference_tokens, max_general_rise)
-    _check(asked, general, domain)
+    check(asked)
+    _check_distance(general, domain)
     papers = prior(domain_tokens=domain_tokens, budget=budget, params=size.params)
     rows = None if table is None else usable(table)
     evidence, missing = gather(rows, domain_tokens=domain_tokens, budget=budget, params=size.params)
@@ -152,14 +153,12 @@ def nearest_preset(params: float) -> str:
     return min(PRESETS, key=lambda name: abs(math.log(parameters(GPTConfig(**PRESETS[name])) / params)))
 
 
-def _check(asked: Asked, general: object, domain: object) -> None:
+def check(asked: Asked) -> None:
+    """RecipeError for a question without an answer."""
     for name in ("domain_tokens", "budget", "inference_tokens"):
         count = getattr(asked, name)
         if count is not None and not count >= 1:
             raise RecipeError(invalid(name, count, "give a positive number of tokens"), argument=True)
-    if (general is None) != (domain is None):
-        given, other = ("general", "domain") if domain is None else ("domain", "general")
-        raise RecipeError(f"{given}: how far two datasets lie apart takes both; add `{other}=PREFIX`", argument=True)
     rise = asked.max_general_rise
     if rise is not None and not 0 < rise <= 1:
         expected = "give a fraction above 0 and up to 1; 0.03 is 3%"
@@ -168,6 +167,12 @@ def _check(asked: Asked, general: object, domain: object) -> None:
         raise RecipeError(
             "model: missing, and what serving costs depends on it; give a preset such as 1b, or its size", argument=True
         )
+
+
+def _check_distance(general: object, domain: object) -> None:
+    if (general is None) != (domain is None):
+        given, other = ("general", "domain") if domain is None else ("domain", "general")
+        raise RecipeError(f"{given}: how far two datasets lie apart takes both; add `{other}=PREFIX`", argument=True)
 
 
 # ------------------------------------------------------------------------------------------------ the decision

@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from spt_fast.advice.bases import BaseAdvice
 from spt_fast.advice.forecast import LEVEL
 from spt_fast.advice.prior import PUBLISHED_RUNS, Prior
 from spt_fast.advice.result import Advice, BreakEven, Decision, Distance, Share, Tax
@@ -87,7 +88,7 @@ def share_cells(share: Share) -> list[str]:
 
 
 def interval(loss: Interval) -> str:
-    return f"{loss.mean:.4f} ({loss.low:.4f} to {loss.high:.4f})"
+    return str(loss)
 
 
 # ------------------------------------------------------------------------------------------------ on a terminal
@@ -102,6 +103,23 @@ def print_advice(advice: Advice, console: Console) -> None:
             console.print(table)
     rates = advice.learning_rates
     console.print(f"phases to paste; learning rates are {rates}; prefixes and tokenizer are yours:\n")
+    console.print(advice.recipe, soft_wrap=True)
+
+
+def print_base_advice(advice: BaseAdvice, console: Console) -> None:
+    console.print(advice.decision.says, style="bold")
+    for line in [BASIS[advice.decision.basis], *advice.missing, advice.general_text]:
+        console.print(f"- {line}")
+    if advice.arms:
+        headings = ("general text", "anchor", "average", "epochs", "domain loss", "general loss", "forgetting", "seeds")
+        table = _table(f"runs from {advice.base}", *headings)
+        for arm in advice.arms:
+            rise = "n/a" if arm.forgetting is None else f"{arm.forgetting.mean:.4f}".replace("-", "−")
+            general = interval(arm.general) if arm.general else "n/a"
+            how = (percent(arm.replay), f"{arm.anchor:g}", percent(arm.average), f"{arm.epochs:.3g}")
+            table.add_row(*how, interval(arm.domain), general, rise, str(arm.seeds))
+        console.print(table)
+    console.print("a recipe to paste; prefixes are yours:\n")
     console.print(advice.recipe, soft_wrap=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -119,9 +119,10 @@ def fit(
 @app.command()
 def advise(
     domain_tokens: Annotated[str, Option(metavar="COUNT", help="Unique tokens of the domain corpus, such as 30M.")],
-    budget: Annotated[str, Option(metavar="COUNT", help="Pretraining tokens, such as 20B.")],
+    budget: Annotated[str, Option(metavar="COUNT", help="Tokens of pretraining, or from a base, such as 20B.")],
     model: Annotated[str | None, Option(help="A preset, or a number of parameters.")] = None,
     runs: Annotated[list[Path] | None, PathOption(metavar="RUNS", help="Without: a prior from the papers.")] = None,
+    init: Annotated[Path | None, PathOption(metavar="WEIGHTS", help="The base to go on from.")] = None,
     general: Annotated[Path | None, PathOption(metavar="PREFIX", help="The general dataset, for the distance.")] = None,
     domain: Annotated[Path | None, PathOption(metavar="PREFIX", help="The domain dataset, for the distance.")] = None,
     domain_source: DomainSource = None,
@@ -132,20 +133,32 @@ def advise(
 ) -> None:
     """Share of domain data in pretraining, repeats, replay: by runs, or by the papers where there are none."""
     from spt_fast.advice import advise as advising
-    from spt_fast.advice.words import print_advice
+    from spt_fast.advice.bases import advise_base, of_bases
+    from spt_fast.advice.words import print_advice, print_base_advice
     from spt_fast.fields import parse_count
     from spt_fast.study.runs_table import read_table
+    from spt_fast.study.usable import usable
+    from spt_fast.train.weights import parameters_of
 
-    given = advising.advise(
-        domain_tokens=parse_count(domain_tokens, "--domain-tokens"),
-        budget=parse_count(budget, "--budget"),
-        model=model,
-        table=read_table(runs, domain_source=domain_source, general_source=general_source) if runs else None,
-        general=general,
-        domain=domain,
-        inference_tokens=count(inference_tokens, "--inference-tokens"),
-        max_general_rise=share(max_general_rise, "--max-general-rise"),
-    )
+    table = usable(read_table(runs, domain_source=domain_source, general_source=general_source)) if runs else None
+    asked: dict[str, Any] = {
+        "domain_tokens": parse_count(domain_tokens, "--domain-tokens"),
+        "budget": parse_count(budget, "--budget"),
+        "table": table,
+        "general": general,
+        "domain": domain,
+        "max_general_rise": share(max_general_rise, "--max-general-rise"),
+    }
+    served = count(inference_tokens, "--inference-tokens")
+    if init or (table and of_bases(table)):
+        if served is not None:
+            raise typer.BadParameter("--inference-tokens prices a model that is pretrained; leave it out for a base")
+        on = advise_base(
+            **asked, model=model or (parameters_of(init) if init else None), base=str(init) if init else None
+        )
+        print_json(on) if as_json else print_base_advice(on, out)
+        return
+    given = advising.advise(**asked, model=model, inference_tokens=served)
     print_json(given) if as_json else print_advice(given, out)
 
 

@@ -25,6 +25,7 @@ from markupsafe import Markup
 
 from spt_fast import __version__
 from spt_fast.advice.advise import advise
+from spt_fast.advice.bases import of_bases
 from spt_fast.advice.result import Advice
 from spt_fast.errors import counted
 from spt_fast.files import write_text
@@ -184,6 +185,8 @@ def report(
 
 def _advice(table: UsableRows, model: str | int | None, domain_tokens: int | None, budget: int | None) -> Advice | None:
     """For what was asked, filled up with the runs' own; None where neither says enough."""
+    if of_bases(table):
+        return None
     settings = with_shares(plainest(after_pretraining(table.rows)))
     if settings:
         (params, corpus), own = next(iter(settings.items()))

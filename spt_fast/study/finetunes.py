@@ -72,6 +72,9 @@ class Interval:
             return None
         return Interval(fmean(given), min(given), max(given))
 
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ({self.low:.4f} to {self.high:.4f})"
+
     def times(self, factor: float) -> Interval:
         return Interval(self.mean * factor, self.low * factor, self.high * factor)
 

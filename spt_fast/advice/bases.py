@@ -1,0 +1,296 @@
+"""From runs that went on from a base to how to go on from it: the shares of domain and general text, anchor, average.
+
+    the runs of the base that is asked for, or nearest in size  →  arms side by side  →  what costs the domain nothing
+                                                                →  D-CPT laws, for a limit on the general loss
+
+How the base was pretrained is unknown, so that no law of pretraining says anything. Without runs the answer is the
+published share of replay.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import yaml
+
+from spt_fast.advice.advise import check, size_of
+from spt_fast.advice.next_step import PUBLISHED
+from spt_fast.advice.prior import FACTS, REPLAY, progress_lost
+from spt_fast.advice.result import Asked
+from spt_fast.laws import DCPTLaw, best_ratio
+from spt_fast.laws.base import LawWarning
+from spt_fast.study import views
+from spt_fast.study.finetunes import SETTING, Interval
+from spt_fast.study.usable import UsableRows, usable
+from spt_fast.study.words import amount, percent, three_digits
+
+TREATMENT = ["injected", "anchor", "average"]
+GENERAL_TEXT = (
+    "replay is of the base's own text only where its pretraining data is open (SmolLM2, OLMo 2, Pythia); for another "
+    "base the general corpus is a stand-in, and forgetting is measured on that"
+)
+FEWEST_SHARES = 4
+"""That a D-CPT law is fitted to."""
+
+
+@dataclass(frozen=True)
+class BaseArm:
+    """Runs from one base that differ by seed only, as they ended. Losses are None where they were not measured."""
+
+    delta: float
+    replay: float
+    anchor: float
+    average: float
+    tokens: int
+    """The most that one of them has handed on after."""
+    epochs: float
+    seeds: int
+    domain: Interval
+    general: Interval | None
+    forgetting: Interval | None
+
+
+@dataclass(frozen=True)
+class BaseDecision:
+    delta: float
+    """The domain's share of the tokens."""
+    replay: float
+    """The general corpus's."""
+    anchor: float
+    average: float
+    epochs: float
+    """How often that reads the domain corpus."""
+    basis: Literal["laws", "seen", "published"]
+    says: str
+
+
+@dataclass(frozen=True)
+class BaseAdvice:
+    asked: Asked
+    base: str | None
+    """Whose runs these are, or what was asked for."""
+    decision: BaseDecision
+    arms: list[BaseArm]
+    """Of that base, the lowest domain loss first."""
+    missing: list[str]
+    general_text: str
+    """What replay and forgetting are worth on it."""
+    recipe: str
+    """Phases to paste, YAML."""
+
+
+def of_bases(table: UsableRows) -> bool:
+    """Whether all runs went on from weights that were trained elsewhere."""
+    return "base" in table.rows and bool(table.rows["base"].notna().all())
+
+
+def advise_base(
+    *,
+    domain_tokens: int,
+    budget: int,
+    model: str | int | None = None,
+    table: pd.DataFrame | UsableRows | None = None,
+    base: str | None = None,
+    general: str | Path | None = None,
+    domain: str | Path | None = None,
+    max_general_rise: float | None = None,
+) -> BaseAdvice:
+    """How to go on for `budget` tokens from `base`, or from that of the runs; otherwise as `advise`.
+
+    max_general_rise  how far the general loss may end above that of the base
+
+    Raises RecipeError, or DataError for a table that cannot be used.
+    """
+    asked = Asked(domain_tokens, budget, model, size_of(model).params, None, max_general_rise)
+    check(asked)
+    rows = None if table is None else usable(table)
+    notes, own = ["no runs were given"], pd.DataFrame()
+    if rows is not None:
+        notes, own = list(rows.notes), _nearest(rows, asked, base)
+        if own.empty:
+            notes.append("no run went on from a base on domain text: nothing to choose among")
+    arms = _arms(own) if len(own) else []
+    lr = PUBLISHED.finetune[1]
+    if arms and rows is not None:
+        base = str(own["base"].iloc[0])
+        arm, decided, more = _decide(arms, own, rows, asked)
+        lr = float(own["lr"][_is(own, arm)].mode()[0])
+        notes += more
+    else:
+        decided = _decision(REPLAY, 0.0, 0.0, asked, "published", _published(asked))
+    return BaseAdvice(
+        asked, base, decided, arms, notes, GENERAL_TEXT, _recipe(decided, asked, base, lr, general, domain)
+    )
+
+
+def _nearest(table: UsableRows, asked: Asked, base: str | None) -> pd.DataFrame:
+    """The weights that runs of one base and corpus handed on, after as many tokens as come nearest where all arms have
+    runs of several lengths."""
+    rows = table.rows.assign(average=table.rows.get("average", 0.0))
+    rows = rows[(rows["stage"] == 1) & rows["handed_on"] & (rows["start"] == "pretrained") & (rows["delta"] > 0)]
+    rows = rows[rows["base"].notna()].dropna(subset=["domain_heldout"])
+    if base is not None and (rows["base"] == base).any():
+        rows = rows[rows["base"] == base]
+    if rows.empty:
+        return rows
+    rows = rows.assign(injected=rows["injected"].map(three_digits))
+
+    def distance(group: tuple[Any, pd.DataFrame]) -> float:
+        (params, corpus, _), _ = group
+        return abs(math.log(params / (asked.params or params))) + abs(math.log(corpus / asked.domain_tokens))
+
+    _, own = min(rows.groupby([*SETTING, "base"]), key=distance)
+    lengths = set.intersection(*(set(arm["tokens"]) for _, arm in own.groupby(TREATMENT)))
+    if lengths:
+        own = own[own["tokens"] == min(lengths, key=lambda tokens: abs(math.log(tokens / asked.budget)))]
+    return own
+
+
+def _arms(own: pd.DataFrame) -> list[BaseArm]:
+    found = []
+    for (replay, anchor, average), arm in own.groupby(TREATMENT):
+        domain = Interval.of(arm["domain_heldout"])
+        assert domain is not None
+        found.append(
+            BaseArm(
+                delta=_rest(replay),
+                replay=replay,
+                anchor=anchor,
+                average=average,
+                tokens=int(arm["tokens"].max()),
+                epochs=float(arm["epochs"].mean()),
+                seeds=len(arm),
+                domain=domain,
+                general=Interval.of(arm["general_heldout"]),
+                forgetting=Interval.of(arm["general_heldout"] - arm["general_before"]),
+            )
+        )
+    return sorted(found, key=lambda arm: arm.domain.mean)
+
+
+def _is(own: pd.DataFrame, arm: BaseArm) -> pd.Series:
+    return (own[TREATMENT] == [arm.replay, arm.anchor, arm.average]).all(axis=1)
+
+
+def _decide(
+    arms: list[BaseArm], own: pd.DataFrame, table: UsableRows, asked: Asked
+) -> tuple[BaseArm, BaseDecision, list[str]]:
+    """The arm, what is decided, and what to know of it."""
+    before, rise, notes = float(own["general_before"].mean()), asked.max_general_rise, []
+    measured = [arm for arm in arms if arm.general]
+    if rise is None:
+        free = [arm for arm in measured if arm.domain.low <= arms[0].domain.high]
+        chosen = min(free, key=_general, default=arms[0])
+        why = (
+            "of the arms whose domain loss is not clearly higher than the lowest, the one with the lowest general loss"
+        )
+    else:
+        limit = (1 + rise) * before
+        allowed = [arm for arm in measured if _general(arm) <= limit]
+        chosen = allowed[0] if allowed else min(measured, key=_general, default=arms[0])
+        why = f"the lowest domain loss of the arms whose general loss ends at {limit:.4f} or less"
+        if not allowed:
+            why = f"the arm with the lowest general loss: none ends at {limit:.4f} or less"
+    if min(arm.seeds for arm in arms) < 2:
+        notes.append("with one seed, nothing says how much of the differences is chance")
+    share = None if rise is None else _by_law(table, own, asked, before)
+    replay = chosen.replay if share is None else _rest(share)
+    says = f"{_text(replay, chosen.anchor, chosen.average)}: "
+    if share is None:
+        says += f"{why}; domain loss {chosen.domain}"
+        says += f", general loss {chosen.general}, of {before:.4f} before" if chosen.general else ""
+        says += f", with {amount(float(own['params'].iloc[0]))} parameters after {amount(chosen.tokens)} tokens"
+    else:
+        says += f"by the D-CPT laws the lowest domain loss whose general loss rises by {percent(rise or 0)} at most"
+    return (
+        chosen,
+        _decision(replay, chosen.anchor, chosen.average, asked, "seen" if share is None else "laws", says),
+        notes,
+    )
+
+
+def _by_law(table: UsableRows, own: pd.DataFrame, asked: Asked, before: float) -> float | None:
+    """The share that keeps the limit at the budget; None where no law can say it."""
+    fitted = {}
+    for of in ("domain", "general"):
+        for group, rows in views.dcpt(table, of):
+            if group["domain_tokens"] == own["domain_tokens"].iloc[0] and rows["own_ratio"].nunique() >= FEWEST_SHARES:
+                fitted[of] = rows
+    if len(fitted) < 2:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LawWarning)
+            share = best_ratio(
+                domain=DCPTLaw().fit(fitted["domain"]),
+                general=DCPTLaw().fit(fitted["general"]),
+                params=float(own["params"].iloc[0]),
+                tokens=asked.budget,
+                max_general_rise=asked.max_general_rise or 0.0,
+                general_before=before,
+            )
+    except ValueError:
+        return None
+    return three_digits(share) or None
+
+
+def _general(arm: BaseArm) -> float:
+    return arm.general.mean if arm.general else math.inf
+
+
+def _text(replay: float, anchor: float, average: float) -> str:
+    text = f"go on with {percent(_rest(replay))} of domain and {percent(replay)} of general text"
+    text += f", anchor {anchor:g}" if anchor else ""
+    return text + (f", and average with {percent(average)} of the base" if average else "")
+
+
+def _rest(share: float) -> float:
+    return round(1 - share, 9)
+
+
+def _decision(
+    replay: float, anchor: float, average: float, asked: Asked, basis: Literal["laws", "seen", "published"], says: str
+) -> BaseDecision:
+    delta = _rest(replay)
+    return BaseDecision(delta, replay, anchor, average, delta * asked.budget / asked.domain_tokens, basis, says)
+
+
+def _published(asked: Asked) -> str:
+    says = f"{_text(REPLAY, 0.0, 0.0)}: {FACTS['replay'].says} ({FACTS['replay'].source})"
+    if asked.params is not None:
+        says += f"; without it about {progress_lost(asked.params):.0%} of the pretraining is undone at this size"
+    return f"{says}. To know it of your text, run the ready studies forgetting and dcpt from the base"
+
+
+def _recipe(
+    decided: BaseDecision,
+    asked: Asked,
+    base: str | None,
+    lr: float,
+    general: str | Path | None,
+    domain: str | Path | None,
+) -> str:
+    prefixes = {"general": str(general or "data/general"), "domain": str(domain or "data/domain")}
+    shares = {"general": decided.replay, "domain": decided.delta}
+    treatment = {"anchor": decided.anchor, "average": decided.average}
+    phase = {
+        "name": "continue",
+        "tokens": asked.budget,
+        "mixture": {name: f"{100 * share:.12g}%" for name, share in shares.items() if share},
+        "batch": {"sequences": 16, "context": 2048},
+        "optimizer": {"lr": lr},
+        "schedule": {"name": "cosine", "warmup": "5%"},
+        **{name: value for name, value in treatment.items() if value},
+    }
+    recipe = {
+        "run": "runs/advised",
+        "init": base or "BASE",
+        "sources": {name: {"train": prefix, "heldout": f"{prefix}.heldout"} for name, prefix in prefixes.items()},
+        "phases": [phase],
+    }
+    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=120)

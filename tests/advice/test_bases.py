@@ -1,0 +1,122 @@
+"""Advice for going on from a base: by its runs, by laws where a limit asks for them, by the papers without runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from spt_fast.advice.bases import BaseArm, advise_base, of_bases
+from spt_fast.cli import app
+from spt_fast.config import recipe_from
+from spt_fast.errors import RecipeError
+from spt_fast.fields import parse_yaml
+from spt_fast.model.flops import parameters
+from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.study.runs_table import COLUMNS, save_table
+from spt_fast.study.usable import usable
+from tests.study.synthetic import dcpt_table
+
+M = 10**6
+ARMS = {  # (replay, anchor): domain and general loss; 2.0 and 3.0 before
+    (0.0, 0.0): (1.80, 3.30),
+    (0.01, 0.0): (1.80, 3.10),
+    (0.05, 0.0): (1.84, 3.02),
+    (0.01, 1.0): (1.85, 3.01),
+}
+
+
+def row(replay: float, anchor: float, losses: tuple[float, float], **more: Any) -> dict[str, Any]:
+    domain, general = losses
+    values = {
+        **{"stage": 1, "status": "done", "after": "", "start": "pretrained", "params": 135 * M, "seed": 0, "lr": 3e-5},
+        **{"run": f"r{replay}-{anchor}", "phase": "continue", "anchor": anchor, "tokens": 10 * M, "delta": 1 - replay},
+        **{"injected": replay, "domain_tokens": 3 * M, "epochs": (1 - replay) * 10 / 3, "handed_on": True},
+        **{"domain_heldout": domain, "general_heldout": general, "domain_select": domain, "base": "SmolLM2-135M"},
+        **{"domain_before": 2.0, "general_before": 3.0, "tokenizer": "t", "heldout": "h", "average": 0.0},
+    }
+    return {**dict.fromkeys(COLUMNS, np.nan), **values, **more}
+
+
+def table_of(*bases: str) -> pd.DataFrame:
+    rows = [
+        row(
+            replay,
+            anchor,
+            (domain + 0.004 * seed, general),
+            seed=seed,
+            run=f"{base}-{replay}-{anchor}-{seed}",
+            base=base,
+        )
+        for base in bases
+        for (replay, anchor), (domain, general) in ARMS.items()
+        for seed in (0, 1)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_the_arm_that_costs_the_domain_nothing_and_forgets_least_is_advised() -> None:
+    table = table_of("SmolLM2-135M")
+    assert of_bases(usable(table))
+    advice = advise_base(domain_tokens=3 * M, budget=20 * M, table=table)
+    decided = advice.decision
+    assert (decided.replay, decided.delta, decided.anchor, decided.average) == (0.01, 0.99, 0.0, 0.0)
+    assert (decided.basis, decided.epochs) == ("seen", pytest.approx(0.99 * 20 / 3))
+    assert [arm.replay for arm in advice.arms] == [0.0, 0.01, 0.05, 0.01]
+    assert all(isinstance(arm, BaseArm) and arm.seeds == 2 for arm in advice.arms)
+    assert "data is open (SmolLM2, OLMo 2, Pythia)" in advice.general_text
+    recipe = recipe_from(parse_yaml(advice.recipe, "recipe"))
+    assert (recipe.init, recipe.phases[0].tokens, str(recipe.phases[0].mixture["general"])) == (
+        "SmolLM2-135M",
+        20 * M,
+        "1/100",
+    )
+    assert recipe.phases[0].optimizer.lr == 3e-5
+
+
+def test_a_limit_on_the_general_loss_takes_what_keeps_it() -> None:
+    table = table_of("a")
+    limited = advise_base(domain_tokens=3 * M, budget=20 * M, table=table, max_general_rise=0.01)
+    assert (limited.decision.replay, limited.decision.anchor) == (0.05, 0.0)
+    none = advise_base(domain_tokens=3 * M, budget=20 * M, table=table, max_general_rise=0.001)
+    assert (none.decision.replay, none.decision.anchor) == (0.01, 1.0)
+    assert "none ends at" in none.decision.says
+
+
+def test_an_average_is_an_arm_and_the_base_that_is_asked_for_counts() -> None:
+    table = table_of("a", "b")
+    averaged = [row(0.01, 0.0, (1.80, 3.0), seed=seed, run=f"avg-{seed}", base="b", average=0.1) for seed in (0, 1)]
+    both = pd.concat([table, pd.DataFrame(averaged)], ignore_index=True)
+    assert advise_base(domain_tokens=3 * M, budget=M, table=both, base="b").decision.average == 0.1
+    assert advise_base(domain_tokens=3 * M, budget=M, table=both, base="a").decision.average == 0.0
+
+
+def test_d_cpt_laws_choose_the_share_where_a_limit_is_asked() -> None:
+    table = dcpt_table().assign(base="a")
+    corpus, asked = int(table["domain_tokens"].iloc[0]), {"budget": 20_000 * M, "model": 200 * M}
+    shares = [
+        advise_base(domain_tokens=corpus, table=table, max_general_rise=rise, **asked).decision for rise in (0.03, 0.1)
+    ]
+    assert {decided.basis for decided in shares} == {"laws"}
+    assert 0 < shares[0].delta < shares[1].delta <= 1
+
+
+def test_the_command_answers_for_a_base_with_and_without_runs(tmp_path: Path) -> None:
+    config = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=64, vocab_size=64)
+    GPT(config).save_hf(tmp_path / "base")
+    asked = ["advise", "--domain-tokens", "3M", "--budget", "20M"]
+    papers = CliRunner().invoke(app, [*asked, "--init", str(tmp_path / "base"), "--json"])
+    advice = json.loads(papers.stdout)
+    assert advice["asked"]["params"] == parameters(config)
+    assert (advice["decision"]["replay"], advice["decision"]["basis"]) == (0.01, "published")
+    save_table(table_of("SmolLM2-135M"), tmp_path)
+    said = CliRunner().invoke(app, [*asked, "--runs", str(tmp_path)])
+    assert said.exit_code == 0, said.output
+    assert "go on with 99% of domain and 1% of general text" in said.stdout
+    with pytest.raises(RecipeError, match="budget"):
+        advise_base(domain_tokens=3 * M, budget=0)
