@@ -321,4 +321,6 @@ def _said_of_layers(config: GPTConfig, family: Family) -> dict[str, Any]:
         said["layer_types"] = [types[config.window_of(layer) is not None] for layer in range(config.layers)]
         if "use_sliding_window" in family.unsaid:
             said["use_sliding_window"] = config.window is not None
+        if "max_window_layers" in family.unsaid and config.window:  # what programs read that know no layer_types
+            said["max_window_layers"] = len(config.full_layers)
     return said

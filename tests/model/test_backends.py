@@ -18,7 +18,17 @@ from tests.kernels.compare import DEVICE
 pytestmark = pytest.mark.long
 
 CONFIG = GPTConfig(
-    layers=2, width=64, heads=4, kv_heads=2, head_dim=16, ffn=96, context=24, vocab_size=80, qk_norm=True
+    layers=2,
+    width=64,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    ffn=96,
+    context=24,
+    vocab_size=80,
+    qk_norm=True,
+    window=9,
+    full_layers=(1,),
 )
 STEPS = 12
 

@@ -43,7 +43,7 @@ CASES: list[tuple[dict[str, Any], int, torch.dtype, str, dict[str, Any]]] = [
     ({"width": 256, "ffn": 1024, "layers": 2, "vocab_size": 4096}, 4, FP32, "full", {}),
     (OLMO, 4, FP32, "selective", {"documents": True}),
     (OLMO | {"kv_heads": 1}, 4, FP32, "full", {}),
-    ({"window": 64, "full_layers": [1], "no_rope_layers": [1, 2]}, 1, FP32, "none", {}),
+    ({"window": 64, "full_layers": [1], "no_rope_layers": [0, 1, 2, 3]}, 1, FP32, "none", {}),
 ]
 
 
