@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from spt_fast.data.base_tokenizer import BaseTokenizer
+from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.errors import CheckpointError, SptError, SptWarning, invalid
 from spt_fast.model.gpt import GPT
 from spt_fast.train.release import tokenizer_of
@@ -59,7 +60,9 @@ class TextModel:
         if batch is not None and batch < 1:
             raise SptError(invalid("batch", batch, "write a whole number of at least 1"), argument=True)
         self.context = context or longest
-        self.bos = tokenizer.bos_id
+        # Of a Hugging Face tokenizer what it puts before a text itself, however a run's documents began: base and
+        # finetune see the same, and so they do where the weights are served.
+        self.bos = tokenizer.usual_bos_id if isinstance(tokenizer, HFTokenizer) else tokenizer.bos_id
         prefix = tokenizer.eos_id if self.bos is None else self.bos
         if prefix is None:
             raise SptError("tokenizer: names no token that ends or begins a text; add it to its tokenizer_config.json")

@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import yaml
 
 from spt_fast import train
 from spt_fast.cli import main
-from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
+from spt_fast.data.base_tokenizer import BaseTokenizer
+from spt_fast.data.hf_tokenizer import HFTokenizer
+from spt_fast.data.tokenizer import EOS, Tokenizer, train_tokenizer
 from spt_fast.errors import DataError, SptError, SptWarning
 from spt_fast.model import hf
 from spt_fast.model.config import GPTConfig
@@ -100,7 +103,20 @@ def test_likelihoods_are_those_of_each_text_alone(weights: Path, tokenizer: Toke
         TextModel(GPT.from_hf(weights), tokenizer, context=2).likelihoods(pairs[-1:])
 
 
-def test_texts_are_cut_where_the_context_alone_ends(weights: Path, tokenizer: Tokenizer) -> None:
+def _that_begins_texts(tokenizer: Tokenizer, folder: Path) -> BaseTokenizer:
+    """A Hugging Face tokenizer that puts an id before a text, although no document of a run began with it."""
+    tokenizer.save_hf(folder)
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{EOS} $A", special_tokens=[(EOS, tokenizer.eos_id)]
+    )
+    theirs.save(str(folder / "tokenizer.json"))
+    found = HFTokenizer.load(folder)
+    assert found.bos_id is None
+    return found
+
+
+def test_texts_are_cut_where_the_context_alone_ends(weights: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = TextModel(GPT.from_hf(weights), tokenizer)
     ids = tokenizer.encode
     assert model.pair("Heat?", " water") == (ids("Heat?"), ids("Heat? water")[len(ids("Heat?")) :])
@@ -114,6 +130,10 @@ def test_texts_are_cut_where_the_context_alone_ends(weights: Path, tokenizer: To
     assert [id for window in windows for id in window.continuation] == [299, *ids("acid base heat " * 40)]
     assert windows[0].context == [299]
     assert {len(w.context) + len(w.continuation) for w in windows} == {CONTEXT + 1}
+    assert TextModel(GPT.from_hf(weights), _that_begins_texts(tokenizer, tmp_path)).pair("Heat?", " water") == (
+        [tokenizer.eos_id, *ids("Heat?")],
+        model.pair("Heat?", " water").continuation,
+    )
     with pytest.raises(SptError, match="has no tokens"):
         model.pair("Heat?", "")
 
