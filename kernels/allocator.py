@@ -12,7 +12,7 @@ import ctypes
 import os
 
 # The numbers of mallopt(3) and madvise(2) in glibc.
-M_TRIM_THRESHOLD, M_MMAP_MAX, MADV_HUGEPAGE = -1, -4, 14
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, MADV_HUGEPAGE = -1, -3, -4, 14
 NEVER = -1
 HUGE_PAGE_BYTES = 2 << 20
 
@@ -34,6 +34,17 @@ def keep_freed_memory() -> bool:
         _reserve_huge_pages(libc, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
         _reserved = True
     return True
+
+
+def return_freed_memory() -> bool:
+    """Until `keep_freed_memory`, freed blocks of a megabyte and more go back to the system at once; False where the C
+    library has no such setting.
+
+    For a process that makes its model from parts: glibc begins to keep blocks of the size that it has seen freed, up to
+    32 MiB, and what is allocated next is larger than the gaps between them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, 1 << 20))
 
 
 def _reserve_huge_pages(libc: ctypes.CDLL, size: int) -> None:

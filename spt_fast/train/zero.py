@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from spt_fast.config import Engine, Phase
 from spt_fast.data.loader import Batch
 from spt_fast.errors import RecipeError, invalid, shown
-from spt_fast.kernels import keep_freed_memory
+from spt_fast.kernels import keep_freed_memory, return_freed_memory
 from spt_fast.model.gpt import GPT
 from spt_fast.model.memory import REDUCE_BUCKET
 from spt_fast.model.parameters import table
@@ -52,7 +52,7 @@ class ZeroEngine:
     def __init__(self, model: GPT, settings: Engine, *, world: World, dtype: torch.dtype) -> None:
         self.deepspeed = _deepspeed()
         if world.device.type == "cpu":
-            keep_freed_memory()
+            return_freed_memory()
         self.world, self.device, self.dtype = world, world.device, dtype
         self.settings = settings
         self.config = model.config
@@ -81,6 +81,8 @@ class ZeroEngine:
                 dist_init_required=False,
             )
         self._restore(snapshot, start)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
         loss = torch.zeros((), device=self.device)
@@ -150,6 +152,8 @@ class ZeroEngine:
     @torch.no_grad()
     def _restore(self, snapshot: Snapshot, start: Snapshot) -> None:
         self.optimizer.link(self._engine)
+        if self.dtype == torch.float32:  # its masters are copies of the parameters
+            snapshot = dataclasses.replace(snapshot, weights={})
         for given, tensor in self.world.spread(snapshot.tensors()):
             kind, name = kind_and_name(given)
             if kind == COUNT:

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from spt_fast.model import hf
+from spt_fast.model.gpt import GPTConfig, drawn
 from tests import tiny
 from tests.train.many import Ranks, free_port
 from tests.train.test_watch import until
@@ -120,6 +122,29 @@ def test_every_stage_trains_the_same_model_on_the_same_tokens(data: Path, alone:
         read = global_batches(data / name, processes)
         assert len(read) == len(expected) >= STEPS
         assert all(np.array_equal(ours, theirs) for ours, theirs in zip(read, expected, strict=True)), name
+
+
+def test_an_imported_base_is_partitioned_as_it_is_loaded(data: Path) -> None:
+    """Of shards in bf16 that no one process reads whole, in the two kinds of engine that partition."""
+    shape = GPTConfig(layers=3, width=32, heads=4, kv_heads=2, ffn=96, context=tiny.CONTEXT, vocab_size=70, tied=False)
+    folder = data / "base"
+    hf.save(shape, drawn(shape, 4), folder, dtype=torch.bfloat16)
+    tensors = load_file(folder / hf.WEIGHTS)
+    (folder / hf.WEIGHTS).unlink()
+    listed = {name: f"{i % 3}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(listed.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if listed[name] == file}, folder / file)
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": listed}))
+
+    def recipe(run: str, **engine: Any) -> dict[str, Any]:
+        raw = raw_recipe(data, f"base-{run}", **engine) | {"init": str(folder), "model": {}}
+        pretrain, finetune = raw["phases"]
+        return raw | {"phases": [{**pretrain, "anchor": finetune["anchor"], "tokens": 6 * 8 * tiny.CONTEXT}]}
+
+    together(1, [{"recipe": recipe("alone")}], data)
+    together(2, [{"recipe": recipe("z1", stage=1)}, {"recipe": recipe("z3", stage=3)}], data)
+    for run in ("base-z1", "base-z3"):
+        assert worst_difference(data / run, data / "base-alone") < SAME, run
 
 
 def test_a_run_goes_on_in_other_processes_and_stages(data: Path, alone: Path) -> None:

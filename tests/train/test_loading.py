@@ -1,0 +1,91 @@
+"""A base is loaded once, piece by piece, into what stays of it: its memory at the peak is hardly more."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from spt_fast.errors import CheckpointError
+from spt_fast.model import hf, stored
+from spt_fast.model.gpt import GPT, GPTConfig, drawn
+from spt_fast.train.local import LocalEngine
+from spt_fast.train.snapshot import Snapshot
+from spt_fast.train.weights import load_model, stored_weights
+from spt_fast.train.world import World
+from tests import tiny
+
+CONFIG = GPTConfig(layers=16, width=384, heads=6, kv_heads=2, ffn=1536, context=64, vocab_size=8000)
+BYTES = 4 * sum(values.numel() for _, values in drawn(CONFIG, 0))
+CPU = torch.device("cpu")
+
+
+def resident(field: str = "VmRSS") -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def _run(act: Callable[[Path], object], folder: Path, said: multiprocessing.SimpleQueue[int]) -> None:
+    torch.set_num_threads(1)  # those of the process before the fork are gone
+    stored.PIECE = 1 << 20
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    held = act(folder)
+    said.put(resident("VmHWM") - before)
+    del held
+
+
+def peak(act: Callable[[Path], object], folder: Path) -> int:
+    """Bytes of memory, mapped files included, that a process grows by while it acts."""
+    context = multiprocessing.get_context("fork")
+    said = context.SimpleQueue()
+    process = context.Process(target=_run, args=(act, folder, said))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return said.get()
+
+
+def begin(folder: Path) -> LocalEngine:
+    config, weights = stored_weights(folder)
+    engine = LocalEngine(GPT.without_weights(config), device=CPU, dtype=torch.float32)
+    engine.begin(tiny.phase(), Snapshot(weights))
+    return engine
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_the_peak_is_what_stays(tmp_path: Path) -> None:
+    hf.save(CONFIG, drawn(CONFIG, 0), tmp_path / "fp32", dtype=torch.float32)
+    hf.save(CONFIG, hf.stored_weights(tmp_path / "fp32")[1], tmp_path / "bf16", dtype=torch.bfloat16)
+    for act, name, stays in (
+        (GPT.from_hf, "fp32", BYTES),
+        (GPT.from_hf, "bf16", BYTES / 2),
+        (load_model, "bf16", BYTES),
+        (begin, "bf16", 3 * BYTES),  # weights and two moments
+    ):
+        needed = peak(act, tmp_path / name)
+        assert 0.8 * stays < needed < 1.2 * stays, (act, name, needed / stays)  # less, as freed blocks are used again
+
+
+def test_weights_that_could_not_be_written_raise_in_every_process_once_all_is_sent() -> None:
+    """In one process: that `spread` comes to its end."""
+    sent = []
+
+    class Sent(World):
+        def spread(self, tensors):  # type: ignore[no-untyped-def]
+            for pair in super().spread(tensors):
+                sent.append(pair[0])
+                yield pair
+
+    def full(each: object) -> None:
+        next(each)  # type: ignore[call-overload]
+        raise CheckpointError("no space")
+
+    tensors = {name: torch.zeros(1) for name in "cab"}
+    with pytest.raises(CheckpointError, match="no space"):
+        Sent(0, 1, CPU).collect(tensors, full)
+    assert sent == ["a", "b", "c"]
