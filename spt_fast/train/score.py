@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -11,12 +12,14 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
+from spt_fast.config import Phase
+from spt_fast.data.heldout import heldout_stretches
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
 from spt_fast.errors import DataError, counted, invalid
 from spt_fast.model import hf
 from spt_fast.printing import print_table
-from spt_fast.train.evaluate import EvalSet, measure
-from spt_fast.train.folder import summary_of
+from spt_fast.train.evaluate import EvalSet, Measured, measure
+from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.origin import origin_of, run_of
 from spt_fast.train.weights import chosen, load_model
 from spt_fast.train.world import World, pick_device, pick_dtype
@@ -49,6 +52,8 @@ class Scored(TypedDict):
     """Whether the ids are of the weights' tokenizer; None where the dataset or the weights don't record theirs."""
     reported: float | None
     """The loss that the run reported, of the report half, where this is held-out text of the run."""
+    rescored: float | None
+    """The loss of that half as it is scored here; the same up to rounding."""
 
 
 def score(weights: Path, prefix: Path, *, dtype: str | None = None, context: int | None = None) -> Scored:
@@ -91,12 +96,16 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None, context: int
         cuts = None if cuts is None else cuts.to(device)
         return model(tokens.to(device), targets.to(device), cuts, "none").float()
 
-    measured = measure(
-        of_batch,
-        text,
-        max(1, TOKENS_AT_A_TIME // window),
-        world=World(0, 1, device),
-    )
+    def measured_on(text: EvalSet) -> Measured:
+        return measure(of_batch, text, max(1, TOKENS_AT_A_TIME // window), world=World(0, 1, device))
+
+    measured, rescored = measured_on(text), None
+    if reported := _reported(weights, data.digest):
+        half = heldout_stretches(
+            data, "report", max(1, reported.phase.evaluation.tokens // 2), windows=reported.windows
+        )
+        length = reported.phase.window(model.config.context)
+        rescored = measured_on(EvalSet.of_stretches(data, half, length, inside=reported.phase.documents)).loss
     nats = measured.loss * text.num_targets
     return Scored(
         loss=measured.loss,
@@ -110,11 +119,21 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None, context: int
         inside_documents=inside,
         dtype=str(computed_in).removeprefix("torch."),
         same_tokenizer=same,
-        reported=_reported(weights, data.digest),
+        reported=reported.loss if reported else None,
+        rescored=rescored,
     )
 
 
-def _reported(weights: Path, digest: str) -> float | None:
+@dataclass(frozen=True)
+class _Reported:
+    """A loss of the report half, and how the run scored it. windows: see `split_heldout`."""
+
+    loss: float
+    phase: Phase
+    windows: bool
+
+
+def _reported(weights: Path, digest: str) -> _Reported | None:
     """What the run of weights/<phase> says of them and this held-out text."""
     run = run_of(weights)
     summary = summary_of(run) if run else None
@@ -122,7 +141,10 @@ def _reported(weights: Path, digest: str) -> float | None:
         return None
     losses = summary["phases"][weights.name]["heldout"]
     known = {summary["data"].get(f"sources.{source}.heldout"): loss for source, loss in losses.items()}
-    return known.get(digest)
+    phase = next((phase for phase in recipe_of(run).phases if phase.name == weights.name), None) if run else None
+    if phase is None or (loss := known.get(digest)) is None:
+        return None
+    return _Reported(loss, phase, summary.get("heldout_halves", "documents") == "windows")
 
 
 def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) -> None:
@@ -137,4 +159,5 @@ def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) 
         how = f"windows of {s['context']:,} tokens, in {s['dtype']}, attention {where}"
         console.print(f"{prefix}: {documents}, {how}{unknown}", soft_wrap=True)
         if s["reported"] is not None:
-            console.print(f"{prefix}: the run reported {s['reported']:.4g} on the report half of it", soft_wrap=True)
+            half = f"the run reported {s['reported']:.4g} on the report half of it, which has {s['rescored']:.4g} here"
+            console.print(f"{prefix}: {half}", soft_wrap=True)

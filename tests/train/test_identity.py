@@ -238,8 +238,10 @@ def test_eval_scores_as_the_run_did(moved: Path, tmp_path: Path) -> None:
     )
     assert scored["dtype"] == summary["precision"]
     assert scored["reported"] == summary["phases"]["pretrain"]["heldout"]["chem"]
+    assert scored["rescored"] == pytest.approx(scored["reported"], rel=1e-4)
+    assert scored["rescored"] != pytest.approx(scored["loss"], rel=3e-4), "half of the text is other text"
     export(moved, tmp_path / "out")
-    assert score(tmp_path / "out", heldout) == scored | {"reported": None}
+    assert score(tmp_path / "out", heldout) == scored | {"reported": None, "rescored": None}
     before = heldout.with_suffix(".heldout.bin").read_bytes()
     in_bytes(heldout.with_suffix(".heldout.bin"), lambda data: data[2:] + data[:2])
     with pytest.raises(DataError, match="damaged"):
