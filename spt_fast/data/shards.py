@@ -582,6 +582,16 @@ def part_of(prefix: Path) -> str | None:
     return None if metadata is None else str(metadata.get("part", "unknown"))
 
 
+def datasets_in(folder: Path) -> dict[str, str | None]:
+    """The datasets of ours in a folder, with the digests of their tokenizers."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(DataError):
+            if metadata := _read_metadata(path):
+                found[path.stem] = metadata["tokenizer_digest"]
+    return found
+
+
 def _read_metadata(path: Path) -> dict[str, Any] | None:
     """The metadata in `path`; None where there is no such file, or it is another program's. DataError if damaged."""
     if not _is_ours(path):

@@ -269,8 +269,25 @@ def train_tokenizer(
         expected = f"this text yields at most {len(ranks) + 1} ids; ask for no more, or give more text"
         raise DataError(invalid("vocab_size", vocab_size, expected), argument=True)
     tokenizer = Tokenizer(ranks, PATTERN, {EOS: len(ranks)})
+    _check_unused(Path(out), tokenizer)
     tokenizer.save(out)
     return tokenizer
+
+
+def _check_unused(out: Path, new: Tokenizer) -> None:
+    """DataError where datasets lie beside the tokenizer at `out` that are of it, and `new` is another."""
+    from spt_fast.data.shards import datasets_in
+
+    if not out.exists() or out.stat().st_size == 0:
+        return
+    old = Tokenizer.from_bytes(out.read_bytes(), str(out)).digest
+    users = [name for name, digest in datasets_in(out.parent).items() if digest == old != new.digest]
+    if users:
+        raise DataError(
+            f"out: {out} is the tokenizer of the dataset {users[0]} beside it, which another could not read; choose "
+            "another name, or delete what was prepared with it",
+            argument=True,
+        )
 
 
 def _found(path: Path, *, with_eos: bool) -> BaseTokenizer:

@@ -23,7 +23,7 @@ from spt_fast.data import split, workers
 from spt_fast.data.prepare import prepare
 from spt_fast.data.shards import TokenDataset, _sha256_of
 from spt_fast.data.text import Chunk, iter_documents
-from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
+from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer, train_tokenizer
 from spt_fast.data.workers import AHEAD_BYTES, EncoderPool, Settings, TextBatch
 from spt_fast.errors import DataError, SptWarning
 
@@ -404,6 +404,19 @@ def test_a_tokenizer_and_input_by_path(tmp_path: Path, tokenizer: Tokenizer, mon
     prepare("-", "d", "t.tiktoken", workers=1, progress=False)
     assert read("d") == encode(tokenizer, documents(10))
     assert list(iter_documents(write_jsonl(tmp_path / "a.jsonl", documents(10)))) == documents(10)
+
+
+def test_a_tokenizer_that_datasets_beside_it_need_is_not_replaced(tmp_path: Path) -> None:
+    text, file = write_jsonl(tmp_path / "a.jsonl", documents(50)), tmp_path / "t.tiktoken"
+    train_tokenizer(text, 270, file)
+    train_tokenizer(text, 271, file)  # nothing is of it yet
+    prepare(text, tmp_path / "d", file, progress=False)
+    train_tokenizer(text, 271, file)  # the same again
+    with pytest.raises(
+        DataError, match=r"out: .*t\.tiktoken is the tokenizer of the dataset d beside it, which another"
+    ):
+        train_tokenizer(text, 270, file)
+    assert Tokenizer.load(file).digest == TokenDataset.open(tmp_path / "d").tokenizer_digest
 
 
 def test_an_older_held_out_part_never_outlives_its_training_part(tmp_path: Path, tokenizer: Tokenizer) -> None:
