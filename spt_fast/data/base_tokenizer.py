@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -12,6 +14,11 @@ from spt_fast.errors import DataError, invalid, nearest
 
 MOST_IDS = 1 << 24
 """Of a tokenizer: an embedding has a row for each."""
+
+# tiktoken's regex engine overflows its stack in runs of some 500,000 spaces: longer text is encoded in pieces, cut
+# between a letter or digit and the white space or punctuation after it, where every known pattern cuts as well.
+PIECE_CHARS = 100_000
+CUT = re.compile(r"[^\W_](?=[\s,.;:!?…。、，；：！？])")
 
 
 class BaseTokenizer(ABC):
@@ -74,3 +81,28 @@ class BaseTokenizer(ABC):
             expected = f"name a token of the tokenizer; {nearest(token, known)}"
             raise DataError(invalid(argument, token, expected), argument=True)
         return known[token]
+
+
+def pieces(text: str) -> Iterator[str]:
+    """`text` in order, in pieces of at most PIECE_CHARS characters."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        cut = CUT.search(text, start + PIECE_CHARS // 2, start + PIECE_CHARS)
+        end = cut.end() if cut else start + PIECE_CHARS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def byte_letters() -> list[str]:
+    """The printable character that stands for each byte in byte-level BPE files, since GPT-2."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    codes = {byte: byte for byte in printable} | {byte: 256 + place for place, byte in enumerate(others)}
+    return [chr(codes[byte]) for byte in range(256)]
+
+
+def rank_lines(ranks: dict[bytes, int]) -> bytes:
+    """A file of tiktoken ranks."""
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%b %d\n" % (base64.b64encode(token), rank) for token, rank in by_rank)

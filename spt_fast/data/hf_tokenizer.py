@@ -12,16 +12,20 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer
+from spt_fast.data.fast_bpe import FastBPE, fast_bpe
 from spt_fast.errors import DataError, cut, invalid
 from spt_fast.files import replacing
 
 HF_FILE = "tokenizer.json"
+SENT = b"hugging face "
+"""How the bytes begin that one process sends another."""
 SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
 """What transformers' tokenizers in Python read, and `tokenizers` doesn't."""
 HF_FILES = (
@@ -38,13 +42,11 @@ class HFTokenizer(BaseTokenizer):
     """A Hugging Face tokenizer; `files` is what it consists of, byte for byte, by name."""
 
     def __init__(self, data: bytes, source: str = HF_FILE, files: Mapping[str, bytes] | None = None) -> None:
-        import tokenizers
-
         try:
             content = json.loads(data)
-            self._theirs = tokenizers.Tokenizer.from_str(data.decode("utf-8-sig"))
             self.digest = _digest(content)
-            vocab = self._theirs.get_vocab(with_added_tokens=True)
+            self.files = {HF_FILE: data, **(files or {})}
+            self.vocab_size = 1 + max(self._theirs.get_vocab(with_added_tokens=True).values(), default=-1)
             self._named = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers
@@ -56,13 +58,19 @@ class HFTokenizer(BaseTokenizer):
             ) from None
         if content["model"].get("dropout"):
             raise DataError(f"{source}: model.dropout makes ids a matter of chance; set it to null")
-        self.vocab_size = 1 + max(vocab.values(), default=-1)
         if not 0 < self.vocab_size <= MOST_IDS:
             raise DataError(f"{source}: has {self.vocab_size:,} ids; from 1 to {MOST_IDS:,} can be used")
         self.eos_id = None
-        self.files = {HF_FILE: data, **(files or {})}
-        self._theirs.no_truncation()
-        self._theirs.no_padding()
+        self._fast: FastBPE | None = None
+
+    @cached_property
+    def _theirs(self) -> Any:
+        import tokenizers
+
+        theirs = tokenizers.Tokenizer.from_str(self.files[HF_FILE].decode("utf-8-sig"))
+        theirs.no_truncation()
+        theirs.no_padding()
+        return theirs
 
     @classmethod
     def load(cls, path: Path, with_eos: bool = True) -> HFTokenizer:
@@ -125,6 +133,8 @@ class HFTokenizer(BaseTokenizer):
         return next(iter(self._theirs.encode("").ids), None)
 
     def encode_array(self, text: str) -> np.ndarray:
+        if self._fast is not None and (ids := self._fast.encode(text)) is not None:
+            return ids
         try:
             (encoding,) = self._theirs.encode_batch_fast([text], add_special_tokens=False)
         except TypeError:  # what it says of a string that has no UTF-8
@@ -136,8 +146,28 @@ class HFTokenizer(BaseTokenizer):
         """Text of ids, without special tokens."""
         return self._theirs.decode(list(ids))
 
+    def prove(self, texts: list[str]) -> bool:
+        """Try a faster way to encode on some of the texts to come; True where all ids are equal, and it is taken from
+        here on."""
+        fast = fast_bpe(json.loads(self.files[HF_FILE]), self._theirs.model)
+        if fast is not None and fast.agrees(self._theirs, texts):
+            self._fast = fast
+        return self._fast is not None
+
     def to_bytes(self) -> bytes:
-        return self.files[HF_FILE]
+        fast = self._fast.to_bytes() if self._fast else b""
+        head = {"digest": self.digest, "vocab_size": self.vocab_size, "_named": self._named}
+        return b"\n".join((SENT + json.dumps([head, len(fast)]).encode(), fast + self.files[HF_FILE]))
+
+    @classmethod
+    def rebuilt(cls, data: bytes) -> HFTokenizer:
+        """From what `to_bytes` gave; what is slow to load is loaded once it is needed."""
+        head, _, body = data.removeprefix(SENT).partition(b"\n")
+        fields, fast_bytes = json.loads(head)
+        tokenizer = cls.__new__(cls)
+        vars(tokenizer).update(fields, files={HF_FILE: body[fast_bytes:]}, eos_id=None)
+        tokenizer._fast = FastBPE.from_bytes(body[:fast_bytes]) if fast_bytes else None
+        return tokenizer
 
     def keep(self, folder: str | os.PathLike[str]) -> None:
         for name, data in self.files.items():

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer
+from spt_fast.data import hf_tokenizer
+from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer, byte_letters, pieces, rank_lines
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
 from spt_fast.errors import DataError, invalid, nearest
@@ -40,11 +41,6 @@ FILE = "tokenizer.tiktoken"
 PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
-
-# tiktoken's regex engine overflows its stack in runs of some 500,000 spaces: longer text is encoded in pieces, cut
-# between a letter or digit and the white space or punctuation after it, where every known pattern cuts as well.
-PIECE_CHARS = 100_000
-_CUT = re.compile(r"[^\W_](?=[\s,.;:!?…。、，；：！？])")
 
 _DOWNLOAD_S = 60.0
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -68,7 +64,7 @@ class Tokenizer(BaseTokenizer):
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.eos_id = special_tokens[EOS]
         self.vocab_size = 1 + max(max(ranks.values()), max(special_tokens.values()))
-        self.digest = hashlib.sha256(_header(pattern, special_tokens) + _rank_lines(ranks)).hexdigest()
+        self.digest = hashlib.sha256(_header(pattern, special_tokens) + rank_lines(ranks)).hexdigest()
         self._encoding = tiktoken.Encoding(
             f"spt_fast-{self.digest[:12]}", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
         )
@@ -160,7 +156,7 @@ class Tokenizer(BaseTokenizer):
     def to_bytes(self) -> bytes:
         """The content of a tokenizer file."""
         plain = self.pattern == PATTERN and self.special_tokens == {EOS: len(self.ranks)}
-        return (b"" if plain else b"#" + _header(self.pattern, self.special_tokens) + b"\n") + _rank_lines(self.ranks)
+        return (b"" if plain else b"#" + _header(self.pattern, self.special_tokens) + b"\n") + rank_lines(self.ranks)
 
     def keep(self, folder: str | os.PathLike[str]) -> None:
         self.save(Path(folder, FILE))
@@ -188,10 +184,10 @@ class Tokenizer(BaseTokenizer):
         anyhow. Raises DataError for half a surrogate pair, which has no UTF-8.
         """
         try:
-            pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+            parts = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
         except UnicodeEncodeError as error:
             raise DataError(f"text holds half a surrogate pair at character {error.start}: mend it") from None
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens included; U+FFFD for what isn't UTF-8. Raises DataError for unknown ids."""
@@ -208,7 +204,7 @@ class Tokenizer(BaseTokenizer):
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
 
-        letters = _byte_letters()
+        letters = byte_letters()
         names = {token: "".join(letters[byte] for byte in token) for token in self.ranks}
         vocab = {names[token]: rank for token, rank in self.ranks.items()} | self.special_tokens
         merges = [(names[left], names[right]) for left, right in _merges(self.ranks)]
@@ -236,7 +232,7 @@ class Tokenizer(BaseTokenizer):
 
 def rebuilt(data: bytes) -> BaseTokenizer:
     """The tokenizer whose `to_bytes` gave this."""
-    return HFTokenizer(data) if _is_json(data) else Tokenizer.from_bytes(data)
+    return HFTokenizer.rebuilt(data) if data.startswith(hf_tokenizer.SENT) else Tokenizer.from_bytes(data)
 
 
 def train_tokenizer(
@@ -319,23 +315,12 @@ def _sample(inputs: Inputs, text_key: str, skip_bad: bool, sample_bytes: int) ->
     for position, path in enumerate(files):
         share_bytes = left_bytes = sample_bytes // (len(files) - position)
         documents = iter_documents(path, text_key, skip_bad=skip_bad)
-        for piece in (piece for text in documents for piece in _pieces(text)):
+        for piece in (piece for text in documents for piece in pieces(text)):
             yield piece
             left_bytes -= len(piece.encode())
             if left_bytes <= 0:
                 break
         sample_bytes -= share_bytes - left_bytes
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """`text` in order, in pieces of at most PIECE_CHARS characters."""
-    start = 0
-    while len(text) - start > PIECE_CHARS:
-        cut = _CUT.search(text, start + PIECE_CHARS // 2, start + PIECE_CHARS)
-        end = cut.end() if cut else start + PIECE_CHARS
-        yield text[start:end]
-        start = end
-    yield text[start:]
 
 
 def _matches_nothing(pattern: str) -> bool:
@@ -351,11 +336,6 @@ def _matches_nothing(pattern: str) -> bool:
 
 def _header(pattern: str, special_tokens: dict[str, int]) -> bytes:
     return json.dumps({"pattern": pattern, "special_tokens": special_tokens}, sort_keys=True).encode()
-
-
-def _rank_lines(ranks: dict[bytes, int]) -> bytes:
-    by_rank = sorted(ranks.items(), key=lambda item: item[1])
-    return b"".join(b"%b %d\n" % (base64.b64encode(token), rank) for token, rank in by_rank)
 
 
 def _get_encoding(name: str) -> tiktoken.Encoding:
@@ -379,14 +359,6 @@ def _get_encoding(name: str) -> tiktoken.Encoding:
         "TIKTOKEN_CACHE_DIR to a folder that another machine's tiktoken has filled, or train a tokenizer of your own "
         "(spt-fast tokenizer train)"
     ) from (result[0] if result else None)
-
-
-def _byte_letters() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE files, since GPT-2."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in printable)
-    codes = {byte: byte for byte in printable} | {byte: 256 + place for place, byte in enumerate(others)}
-    return [chr(codes[byte]) for byte in range(256)]
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from spt_fast.data import fast_bpe
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.prepare import prepare
 from spt_fast.data.shards import TokenDataset
@@ -32,6 +33,10 @@ NASTY = [
     *("[UNK] <unk> <0x41> ▁a▁▁b", "\U0001f600\U0010ffff\ue000\ufffd", "x" * 3000, " " * 3000, "1" * 3000, "ab " * 3000),
     *("\u0378\U000323af\U0001cc00\u1c89\ua7cb", "(a) [b] {c} <d> a_b-c/d\\e", "http://x.org/?q=1&r=%20#z"),
 ]
+
+
+FEW = ((0, 0x300, 1),)
+"""Of the characters that are tried: those tests that need no others have no time for them."""
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +156,75 @@ def test_what_a_tokenizer_that_cannot_be_used_is_answered(folders: dict[str, Pat
         with pytest.raises(DataError, match=rf"tokenizer\.json: .*{message}"):
             Tokenizer.load(tmp_path / "slow")
     assert isinstance(Tokenizer.load(folders["unigram"]), HFTokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fast_way_gives_the_same_ids_or_is_not_taken(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    if kind != "nfc":
+        monkeypatch.setattr(fast_bpe, "_RANGES", FEW)
+    own, library = Tokenizer.load(folders[kind]), tokenizers.Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
+    assert isinstance(own, HFTokenizer)
+    assert own.prove(hf_tokenizers.TEXTS) == (kind in ("byte_level", "digits", "nfc"))
+    again = rebuilt(own.to_bytes())
+    assert "_theirs" not in vars(again), "a worker loads it where it must"
+    long = "The fox, naïve. " * 7_000
+    for text in [*NASTY, *hf_tokenizers.TEXTS, long, " " * 101_000]:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert own.encode(text) == again.encode(text) == ids, repr(text)
+    assert (again.digest, again.vocab_size, again.named_tokens()) == (own.digest, own.vocab_size, own.named_tokens())
+
+
+def test_what_could_give_other_ids_is_left_to_hugging_face(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    model = content["model"]
+    monkeypatch.setattr(fast_bpe, "_RANGES", FEW)
+    texts = [*NASTY, *hf_tokenizers.TEXTS]
+
+    def proven(**changes: object) -> bool:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"model": model | changes}))
+        own = Tokenizer.load(tmp_path)
+        assert isinstance(own, HFTokenizer)
+        taken = own.prove(texts[:1])
+        library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        for text in texts:
+            assert own.encode(text) == library.encode(text, add_special_tokens=False).ids, repr(text)
+        return taken
+
+    merges = model["merges"]
+    assert proven()
+    assert proven(merges=merges[:-5]), "five tokens are never made"
+    assert not proven(merges=merges[:-5], ignore_merges=True), "they are where they are whole words"
+    assert not proven(merges=merges[::-1]), "another order"
+    assert not proven(vocab={name: id_ for name, id_ in model["vocab"].items() if name != "A"})
+    assert not proven(continuing_subword_prefix="##", merges=merges[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_bpe, "_pattern", lambda _: r"\p{L}+|[^\p{L}]+")
+        assert not proven(), "cut elsewhere"
+        patch.setattr(fast_bpe, "_pattern", lambda _: r"(?<x")
+        assert not proven(), "no pattern"
+    for pattern in (r"\w+|\s+", hf_tokenizers.LLAMA3.replace("{1,3}", "{1,2}")):
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+        proven()
+
+
+def test_prepare_takes_the_fast_way_after_a_sample(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [text for text in NASTY if text and hf_tokenizers.EOS not in text]
+    monkeypatch.setattr(fast_bpe, "_RANGES", FEW)
+    inputs = write_jsonl(tmp_path / "a.jsonl", texts)
+    prepare(inputs, tmp_path / "slow", folders["nfc"], workers=1, progress=False)
+    sent: list[bytes] = []
+    to_bytes = HFTokenizer.to_bytes
+    monkeypatch.setattr(HFTokenizer, "to_bytes", lambda self: sent.append(to_bytes(self)) or sent[-1])
+    monkeypatch.setattr("spt_fast.data.prepare.SAMPLE_BYTES", 2000)
+    prepare(inputs, tmp_path / "fast", folders["nfc"], workers=1, progress=False)
+    assert rebuilt(sent[0])._fast is not None
+    assert read(tmp_path / "fast") == read(tmp_path / "slow")
+    inputs.write_text(inputs.read_text() + '{"text": 3}\n')
+    with pytest.raises(DataError, match=rf"a.jsonl:{len(texts) + 1}: "):
+        prepare(inputs, tmp_path / "fast", folders["nfc"], workers=1, progress=False)

@@ -17,6 +17,7 @@ import tiktoken_ext.openai_public
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spt_fast.data import base_tokenizer
 from spt_fast.data import tokenizer as module
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer, train_tokenizer
 from spt_fast.errors import DataError
@@ -137,12 +138,12 @@ def test_pieces_of_long_text_give_the_same_ids(patterns: dict[str, Tokenizer], p
     text = "".join(parts)
     whole = {name: each.encode(text) for name, each in patterns.items()}
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(module, "PIECE_CHARS", 16)
-        pieces = list(module._pieces(text))
+        monkeypatch.setattr(base_tokenizer, "PIECE_CHARS", 16)
+        pieces = list(base_tokenizer.pieces(text))
         assert "".join(pieces) == text
         assert all(len(piece) <= 16 for piece in pieces)
         ends = itertools.accumulate(map(len, pieces[:-1]))
-        if all(module._CUT.match(text, end - 1) for end in ends):  # none was cut anyhow
+        if all(base_tokenizer.CUT.match(text, end - 1) for end in ends):  # none was cut anyhow
             assert {name: each.encode(text) for name, each in patterns.items()} == whole
 
 
@@ -156,8 +157,8 @@ def test_endless_runs(tokenizer: Tokenizer, text: str) -> None:
 
 def test_long_text_is_the_same_as_short_text(tokenizer: Tokenizer) -> None:
     text = SOURCES[1].read_text() * 3
-    assert len(text) > 3 * module.PIECE_CHARS
-    assert len(list(module._pieces(text))) >= 4
+    assert len(text) > 3 * base_tokenizer.PIECE_CHARS
+    assert len(list(base_tokenizer.pieces(text))) >= 4
     own = tiktoken.Encoding("own", pat_str=PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens={})
     assert tokenizer.encode(text) == own.encode_ordinary(text)
 
