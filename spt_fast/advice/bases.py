@@ -186,9 +186,7 @@ def _decide(
     if rise is None:
         free = [arm for arm in measured if arm.domain.low <= arms[0].domain.high]
         chosen = min(free, key=_general, default=arms[0])
-        why = (
-            "of the arms whose domain loss is not clearly higher than the lowest, the one with the lowest general loss"
-        )
+        why = "the lowest general loss of the arms whose domain loss is not clearly higher than the lowest"
     else:
         limit = (1 + rise) * before
         allowed = [arm for arm in measured if _general(arm) <= limit]

@@ -115,9 +115,9 @@ def print_base_advice(advice: BaseAdvice, console: Console) -> None:
         table = _table(f"runs from {advice.base}", *headings)
         for arm in advice.arms:
             rise = "n/a" if arm.forgetting is None else f"{arm.forgetting.mean:.4f}".replace("-", "−")
-            general = interval(arm.general) if arm.general else "n/a"
+            losses = (f"{loss.mean:.4f}" if loss else "n/a" for loss in (arm.domain, arm.general))
             how = (percent(arm.replay), f"{arm.anchor:g}", percent(arm.average), f"{arm.epochs:.3g}")
-            table.add_row(*how, interval(arm.domain), general, rise, str(arm.seeds))
+            table.add_row(*how, *losses, rise, str(arm.seeds))
         console.print(table)
     console.print("a recipe to paste; prefixes are yours:\n")
     console.print(advice.recipe, soft_wrap=True)
