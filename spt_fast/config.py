@@ -205,6 +205,10 @@ class Phase:
     """Give the output head its own copy of the embedding at the phase's start."""
     anchor: float = setting(number(0.0), 0.0)
     """Decoupled decay toward the weights that the phase starts from (Anchored AdamW, arXiv 2502.06042)."""
+    average: Fraction = setting(parse_share, Fraction(0))
+    """The share of the phase's starting weights in those that it hands on, (1 − average) · trained + average · starting
+    (WiSE-FT, arXiv 2109.01903). The phase's losses, by which a grid's arms are chosen too, are of this average; an
+    early stop, which comes before it, goes by the trained weights."""
     freeze: str = setting(one_of("none", "embeddings"), "none")
     """embeddings: the token embedding stays as it is in this phase. It needs a head of its own: `untie: true`, or a
     model that isn't tied."""

@@ -26,7 +26,7 @@ from spt_fast.study.usable import UsableRows
 @dataclass(frozen=True)
 class Evidence:
     rows: pd.DataFrame
-    """Finetunes of one model size and domain corpus, with the anchor of the plainest."""
+    """Finetunes of one model size and domain corpus, with the anchor and the average of the plainest."""
     all_sizes: pd.DataFrame
     """Finetunes on the same corpus of models of any size."""
     budget: float
@@ -81,7 +81,7 @@ def gather(
     everything = finetunes(table)
     notes = [note.replace("left out", "left out by the laws", 1) for note in table.notes]
     groups = [
-        own[own["anchor"].isin(plainest(own)["anchor"])]
+        own[own["anchor"].isin(plainest(own)["anchor"]) & own["average"].isin(plainest(own)["average"])]
         for _, own in everything.groupby(SETTING)
         if plainest(own)["pretrain_delta"].nunique() > 1
     ]

@@ -37,15 +37,15 @@ MAX_GENERAL_RISE = 0.03
 def compared(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[Finetune]:
     """Finetunes as `compare` takes them; those without losses of both corpora are left out."""
     finetunes = finetunes.dropna(subset=["domain_heldout", "domain_before", "general_heldout", "general_before"])
-    paths = {
-        key: list(own.sort_values("tokens")[["tokens", "domain_heldout", "general_heldout"]].itertuples(index=False))
-        for key, own in rows[rows["stage"] > 0].groupby(["run", "stage"])
-    }
+    paths = {}
+    for key, own in rows[rows["stage"] > 0].groupby(["run", "stage"]):
+        path = own[(own["average"] == own["average"].max()) | (own["tokens"] == 0)].sort_values("tokens")
+        paths[key] = list(path[["tokens", "domain_heldout", "general_heldout"]].itertuples(index=False))
     return [
         Finetune(
             name=row.run,
             folder=row.run,
-            treatment=Treatment(row.pretrain_delta, row.injected, row.anchor),
+            treatment=Treatment(row.pretrain_delta, row.injected, row.anchor, row.average),
             seed=int(row.seed),
             tokens=int(row.pretrain_tokens),
             domain_epochs=row.pretrain_epochs,

@@ -77,6 +77,7 @@ RUN_COLUMNS: dict[str, tuple[str, Callable[[float], str] | None]] = {
     "general before": ("general_before", "{:.3f}".format),
     "lr": ("lr", "{:g}".format),
     "anchor": ("anchor", "{:g}".format),
+    "average": ("average", percent),
     "start": ("start", None),
 }
 """Of the table of runs: each one's column there, and how a number is written; text where None."""
@@ -101,7 +102,7 @@ def run_rows(table: pd.DataFrame) -> list[RunRow]:
     """A row per phase of a run: the weights that it handed on, or that it failed."""
     failed = table["status"] != "done"
     rows = table[table["handed_on"] | failed].sort_values(["stage", "params", "run", "tokens"])
-    of_adaptation = ["pretrain_delta", "pretrain_tokens", "anchor"]
+    of_adaptation = ["pretrain_delta", "pretrain_tokens", "anchor", "average"]
     rows[of_adaptation] = rows[of_adaptation].where(rows["stage"] > 0)
     return [
         RunRow([_cell(row[column], written) for column, written in RUN_COLUMNS.values()], failed=bad)

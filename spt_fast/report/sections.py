@@ -112,8 +112,8 @@ def forgetting(finetunes: pd.DataFrame) -> Section:
         budget = own["pretrain_tokens"].max()
         own = own[own["pretrain_tokens"] == budget]
         arms = [
-            (_treatment(delta, injected, anchor), colours[delta], rows)
-            for (delta, injected, anchor), rows in own.groupby(["pretrain_delta", "injected", "anchor"])
+            (_treatment(*treatment), colours[treatment[0]], rows)
+            for treatment, rows in own.groupby(["pretrain_delta", "injected", "anchor", "average"])
         ]
         rises = ", ".join(
             f"{name} {(rows['general_heldout'] - rows['general_before']).mean():+.3f}" for name, _, rows in arms
@@ -134,9 +134,10 @@ def forgetting(finetunes: pd.DataFrame) -> Section:
     )
 
 
-def _treatment(delta: float, injected: float, anchor: float) -> str:
+def _treatment(delta: float, injected: float, anchor: float, average: float) -> str:
     replay = f", {percent(injected)} replay" if injected else ""
-    return f"δ = {percent(delta)}{replay}" + (f", anchor {anchor:g}" if anchor else "")
+    anchored = f", anchor {anchor:g}" if anchor else ""
+    return f"δ = {percent(delta)}{replay}{anchored}" + (f", {percent(average)} averaged" if average else "")
 
 
 def tasks(tables: Sequence[TaskTable]) -> Section:

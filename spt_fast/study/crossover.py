@@ -25,11 +25,12 @@ from scipy.special import ndtri, stdtrit
 
 from spt_fast.errors import DataError, invalid
 from spt_fast.laws.columns import ALIKE, Array, require_columns
+from spt_fast.study.usable import with_average
 from spt_fast.study.words import amount
 
 ARMS = ("pretrained", "scratch", "embeddings", "frozen embeddings")
 NEEDED = (
-    *("stage", "status", "start", "params", "seed", "lr", "anchor", "delta", "domain_tokens"),
+    *("stage", "status", "start", "params", "seed", "lr", "anchor", "average", "delta", "domain_tokens"),
     *("pretrain_tokens", "pretrain_delta", "domain_heldout", "domain_select", "handed_on", *ALIKE),
 )
 PRETRAINING = ["pretrain_tokens", "pretrain_delta"]
@@ -144,10 +145,11 @@ def asks_for_crossover(table: pd.DataFrame) -> bool:
 
 def _arms(table: pd.DataFrame) -> pd.DataFrame:
     """A row per arm, subset and seed: the best of its runs by `domain_select`."""
+    table = with_average(table)
     require_columns(table, NEEDED, "the runs table")
     begins = np.where(table["start"] == "scratch", table["stage"] == 0, table["stage"] <= 1)
     used = (table["status"] == "done") & table["handed_on"].astype(bool) & begins & table["start"].isin(ARMS)
-    used &= np.isclose(table["delta"], 1) & (table["anchor"] == 0)
+    used &= np.isclose(table["delta"], 1) & (table["anchor"] == 0) & (table["average"] == 0)
     rows = table[used].dropna(subset=["domain_heldout", "domain_select"])
     for name in ALIKE:
         if rows[name].nunique() > 1:

@@ -1,12 +1,12 @@
 """What a finetune after pretraining is, and how finetunes stand side by side: one definition for tables, comparisons,
 advice and pages.
 
-    treatment   the domain's share of all pretraining tokens, the replay in the finetune, the finetune's anchor
+    treatment   the domain's share of all pretraining tokens; the finetune's replay, anchor and average
     arm         a treatment at one pretraining budget; its runs differ by seed
     best rate   of an arm's learning rates the one with the lowest mean `domain_select` over seeds
-    plainest    the finetunes with the least replay, and of these the ones with the least anchor. Replay comes first
-                because it changes what is trained on: the papers' figures and the laws are of finetunes on the domain
-                alone. An anchor changes only how far they go.
+    plainest    the finetunes with the least replay, of these the ones with the least anchor, then the least average.
+                Replay comes first because it changes what is trained on: the papers' figures and the laws are of
+                finetunes on the domain alone. An anchor and an average change only how far they go.
 """
 
 from __future__ import annotations
@@ -35,12 +35,15 @@ class Treatment(NamedTuple):
     """The share of all other sources in the finetune."""
     anchor: float
     """The finetune's decay toward the weights that it started from."""
+    average: float = 0.0
+    """The share of these in the weights that it handed on."""
 
     @property
     def key(self) -> str:
         """How it is written where it is a key: "0", "0.05", "0.05 replay 0.01"."""
         more = f" replay {self.replay:.12g}" if self.replay else ""
         more += f" anchor {self.anchor:g}" if self.anchor else ""
+        more += f" average {self.average:g}" if self.average else ""
         return f"{self.delta:.12g}{more}"
 
     @property
@@ -48,12 +51,13 @@ class Treatment(NamedTuple):
         """What it is called in tables and pictures: "NPT", "SPT 5%", "NPT, 1% replay"."""
         name = f"SPT {percent(self.delta)}" if self.delta else "NPT"
         name += f", {percent(self.replay)} replay" if self.replay else ""
-        return name + (f", anchor {self.anchor:g}" if self.anchor else "")
+        name += f", anchor {self.anchor:g}" if self.anchor else ""
+        return name + (f", {percent(self.average)} averaged" if self.average else "")
 
     @property
-    def finetune(self) -> tuple[float, float]:
-        """(replay, anchor); the least is the plainest."""
-        return self.replay, self.anchor
+    def finetune(self) -> tuple[float, float, float]:
+        """(replay, anchor, average); the least is the plainest."""
+        return self.replay, self.anchor, self.average
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,10 @@ class Interval:
 
 
 def plainest(finetunes: pd.DataFrame) -> pd.DataFrame:
-    """The finetunes of a table with the least replay, and of these the ones with the least anchor."""
-    least = finetunes[finetunes["injected"] == finetunes["injected"].min()]
-    return least[least["anchor"] == least["anchor"].min()]
+    """The finetunes of a table with the least replay, of these those with the least anchor, then the least average."""
+    for name in ("injected", "anchor", "average"):
+        finetunes = finetunes[finetunes[name] == finetunes[name].min()]
+    return finetunes
 
 
 def held_against(treatment: Treatment, arms: Iterable[Treatment]) -> Treatment | None:
@@ -103,7 +108,7 @@ def after_pretraining(rows: pd.DataFrame) -> pd.DataFrame:
     found = rows[kept & (rows["pretrain_tokens"] > 0) & rows["pretrain_delta"].notna()]
     shares = {name: found[name].map(three_digits) for name in ("pretrain_delta", "injected")}
     regime = np.where(shares["pretrain_delta"] > 0, "SPT", "FT")
-    arm = [*SETTING, "pretrain_tokens", "pretrain_delta", "injected", "anchor"]
+    arm = [*SETTING, "pretrain_tokens", "pretrain_delta", "injected", "anchor", "average"]
     found = found.assign(**shares, regime=regime)
     found = found[~beaten(found, arm)]
     return found.sort_values("domain_select").drop_duplicates([*arm, "seed"]).sort_index()

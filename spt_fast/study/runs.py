@@ -22,6 +22,9 @@ from spt_fast.printing import plain
 from spt_fast.study.finetunes import Treatment
 from spt_fast.train.folder import Trained, recipe_of, summary_of, trained_before
 
+PER_ARM = ("name", "mixture", "anchor", "average")
+"""Fields of a finetune that its treatment is made of, and its name."""
+
 FinetunePath = list[tuple[int, float, float]]
 """A finetune's evaluations in order: tokens finetuned, domain loss, general loss (held out, nats per token)."""
 
@@ -89,7 +92,8 @@ class FinishedRun:
     @property
     def treatment(self) -> Treatment:
         replay = 1 - self.finetune.mixture[self.domain]
-        return Treatment(float(self.pretraining_share(self.domain)), float(replay), self.finetune.anchor)
+        share = float(self.pretraining_share(self.domain))
+        return Treatment(share, float(replay), self.finetune.anchor, float(self.finetune.average))
 
     def pretraining_share(self, source: str) -> Fraction:
         """The exact share of `source` in the pretraining tokens that the recipes ask for, over all phases."""
@@ -111,7 +115,7 @@ class FinishedRun:
         return losses[self.domain], losses[self.general]
 
     def finetune_path(self, arm: int) -> FinetunePath:
-        """The evaluations of one arm of the finetune's grid, from the common start on."""
+        """The evaluations of one arm of the finetune's grid, from the common start on; of an average those two."""
         evaluations = [record for record in self.evaluations if record["phase"] == self.finetune.name]
         start = [record for record in evaluations if record["step"] == 0][:1]
         if not start:
@@ -119,7 +123,8 @@ class FinishedRun:
                 f"{self.folder}/metrics.jsonl: no evaluation at the start of {self.finetune.name!r}; "
                 "train the run again"
             )
-        later = [record for record in evaluations if record["arm"] == arm and record["step"] > 0]
+        own = [record for record in evaluations if record.get("average", 0.0) == float(self.finetune.average)]
+        later = [record for record in own if record["arm"] == arm and record["step"] > 0]
         return [(record["tokens"], *self.heldout(record["heldout"])) for record in start + later]
 
 
@@ -168,7 +173,7 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
             if first != other:
                 raise RecipeError(
                     f"{runs[0].folder} and {run.folder} cannot be compared: {what} is {first} in one and {other} in "
-                    "the other; compare runs that differ in mixture, anchor, budget and seed only"
+                    "the other; compare runs that differ in mixture, anchor, average, budget and seed only"
                 )
 
 
@@ -183,7 +188,7 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
             | {f"pretraining's {run.general}": Content.of(run.start, run.general, "train")}
             | {"precision": run.summary.get("precision")}
             | {f"pretraining's {key}": first[key] for key in ("batch", "optimizer", "schedule", "documents")}
-            | {f"finetune's {key}": value for key, value in last.items() if key not in ("name", "mixture", "anchor")}
+            | {f"finetune's {key}": value for key, value in last.items() if key not in PER_ARM}
         )
 
     found: dict[str, str] = {}

@@ -30,6 +30,7 @@ from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, nea
 from spt_fast.files import replacing
 from spt_fast.outputs import check_output, head
 from spt_fast.study.runs import evaluations_of
+from spt_fast.study.usable import with_average
 from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
 
 CONTENT = ("domain", "general", "domain_text", "general_text")
@@ -63,6 +64,8 @@ class Row:
     """Peak learning rate of the stage."""
     anchor: float = math.nan
     """Decay toward the stage's starting weights."""
+    average: float = 0.0
+    """The share of these in the weights that were evaluated, where that is an average of both."""
     tokens: float = math.nan
     """Of this stage, up to this evaluation."""
     delta: float = math.nan
@@ -217,7 +220,7 @@ def load_table(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a table ({error}); give a table.parquet or table.csv") from None
     lacking = {column: None if column in TEXT else math.nan for column in NEWER if column not in table}
-    table = table.assign(**lacking)
+    table = with_average(table.assign(**lacking))
     for column in COLUMNS:
         if column not in table:
             raise DataError(
@@ -345,8 +348,9 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
             if record["step"] == 0 and past.stage > 0:
                 row = replace(row, domain_before=losses["domain_heldout"], general_before=losses["general_heldout"])
             here = past.after(record["tokens"], share, row.domain_tokens, flops_per_token)
-            at = _after_training(row, here, share)
-            rows.append(replace(at, handed_on=record["step"] == done["handed_on"], **losses))
+            at, average = _after_training(row, here, share), record.get("average", 0.0)
+            handed_on = record["step"] == done["handed_on"] and average == float(phase.average)
+            rows.append(replace(at, handed_on=handed_on, average=average, **losses))
         past = past.after(done["tokens"], share, row.domain_tokens, flops_per_token)
     return rows
 

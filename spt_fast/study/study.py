@@ -20,9 +20,9 @@
         …
 
 A stage is a phase template (any key of a recipe's phase) with axes: `delta` or `replay`, `budgets` or `tokens`,
-`domain_from`, `lr`, `anchor` and `start`. Every combination is a run that starts from the weights that each run of the
-stage before hands on. Every arm has the same axes, learning rates above all. Runs that would be alike are one run:
-pretraining without domain text serves every `domain_tokens`.
+`domain_from`, `lr`, `anchor`, `average` and `start`. Every combination is a run that starts from the weights that each
+run of the stage before hands on. Every arm has the same axes, learning rates above all. Runs that would be alike are
+one run: pretraining without domain text serves every `domain_tokens`.
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ class Axes:
     """The share of the stage's tokens after which the domain comes in; SCPT is one above 0."""
     anchor: tuple[float, ...] = setting(several(number(0.0)), (0.0,))
     """Decay toward the stage's starting weights."""
+    average: tuple[Fraction, ...] = setting(several(parse_share), (Fraction(0),))
+    """The share of the stage's starting weights in those that it hands on."""
     start: tuple[str, ...] = setting(several(one_of(*STARTS)), ("pretrained",))
     """What is taken over from the stage before: everything, nothing, or the embeddings."""
 
@@ -175,6 +177,11 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
     late, many = axes.domain_from != (0,), axes.budgets is not None and len(axes.budgets) > 1
     if late and many:
         raise RecipeError(f"{where}.domain_from: needs a run for every length; write `tokens` instead of budgets")
+    if axes.average != (0,) and (late or many):
+        raise RecipeError(
+            f"{where}.average: several phases share this stage, and each would be averaged with its own start; write "
+            "`tokens` for a run per budget, and leave domain_from out"
+        )
     for key in ("stop", "grid"):
         if key in phase and (late or many):
             raise RecipeError(
@@ -392,8 +399,8 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
     """The stage's runs below a branch; yields a branch for each point at which one hands its weights on."""
     axes = stage.axes
     arrivals = [(share, late) for share in axes.shares for late in (axes.domain_from if share else (Fraction(0),))]
-    for (share, late), budgets, lr, anchor, start in product(
-        arrivals, axes.runs, axes.lr or (None,), axes.anchor, axes.start
+    for (share, late), budgets, lr, anchor, average, start in product(
+        arrivals, axes.runs, axes.lr or (None,), axes.anchor, axes.average, axes.start
     ):
         limit = branch.limit if share else None
         label = f"{axes.name}-d{float(share):.12g}"
@@ -402,11 +409,12 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
         label += f"-{_short(budgets[-1])}"
         label += "" if lr is None else f"-lr{lr:.12g}"
         label += f"-anchor{anchor:.12g}" if anchor else ""
+        label += f"-average{float(average):.12g}" if average else ""
         label += "" if start == "pretrained" else f"-{start.replace(' ', '-')}"
         trunk = branch.root if start == "scratch" else branch.label
         name = f"{trunk}_{label}_s{branch.seed}"
         folder = study.folder / "runs" / name
-        phases = _phases(study, stage, share, budgets, late, lr, anchor)
+        phases = _phases(study, stage, share, budgets, late, lr, {"anchor": anchor, "average": str(average)})
         if start == "frozen embeddings":
             phases = [phase | {"freeze": "embeddings"} for phase in phases]
         if name not in runs:
@@ -455,7 +463,7 @@ def _phases(
     budgets: tuple[int, ...],
     late: Fraction,
     lr: float | None,
-    anchor: float,
+    treatment: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """A phase per budget, after one without the domain where that comes in late: one schedule over all of them."""
     name, whole = stage.axes.name, budgets[-1]
@@ -467,7 +475,7 @@ def _phases(
         parts = [
             (f"{name}-{_short(end)}", end - start, share) for start, end in zip((0, *budgets), budgets, strict=False)
         ]
-    phase = {**stage.phase, "anchor": anchor}
+    phase = {**stage.phase, **treatment}
     if lr is not None:
         phase["optimizer"] = {**stage.phase["optimizer"], "lr": lr}
     if len(parts) > 1:

@@ -18,14 +18,14 @@ from spt_fast.laws.columns import ALIKE, SHARE, check, require_columns
 from spt_fast.study.finetunes import beaten
 
 NUMBERS = (
-    *("stage", "params", "seed", "lr", "anchor", "tokens", "delta", "injected", "domain_tokens", "epochs"),
+    *("stage", "params", "seed", "lr", "anchor", "average", "tokens", "delta", "injected", "domain_tokens", "epochs"),
     *("pretrain_tokens", "pretrain_delta", "domain_train", "domain_heldout", "general_heldout", "domain_select"),
     *("domain_before", "general_before"),
 )
 NEEDED = ("run", "after", "status", "start", "handed_on", *ALIKE, *NUMBERS)
 SHARES = ["delta", "injected", "pretrain_delta"]
 STAGE = ["run", "stage"]
-ARM = ["stage", "start", "params", "domain_tokens", "anchor", "delta", "pretrain_tokens", "pretrain_delta"]
+ARM = ["stage", "start", "params", "domain_tokens", "anchor", "average", "delta", "pretrain_tokens", "pretrain_delta"]
 """What runs of one arm share; they differ by seed and, where it is searched, by learning rate."""
 
 DIGITS = 9
@@ -50,7 +50,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     """
     if isinstance(table, UsableRows):
         return table
-    _check_columns(table)
+    table = _check_columns(table)
     notes: list[str] = []
     failed = table["status"] != "done"
     if failed.any():
@@ -86,10 +86,17 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     return UsableRows(rows[~dropped].reset_index(drop=True), rows[dropped].reset_index(drop=True), notes)
 
 
-def _check_columns(table: pd.DataFrame) -> None:
+def with_average(table: pd.DataFrame) -> pd.DataFrame:
+    """A runs table with the column `average`, which those of earlier versions lack."""
+    return table.assign(average=table["average"].fillna(0.0) if "average" in table else 0.0)
+
+
+def _check_columns(table: pd.DataFrame) -> pd.DataFrame:
     if not isinstance(table, pd.DataFrame):
         raise DataError(invalid("table", table, "give a pandas DataFrame, as read_table makes it"))
+    table = with_average(table)
     require_columns(table, NEEDED, "the runs table")
+    return table
 
 
 def _numbers(column: pd.Series) -> pd.Series:

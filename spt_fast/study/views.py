@@ -126,9 +126,10 @@ def cmr(table: UsableRows) -> list[Group]:
 
 
 def _adapted(table: UsableRows) -> pd.DataFrame:
-    """All evaluations of stages that went on from a whole model, without an anchor."""
+    """All evaluations of stages that went on from a whole model, without an anchor or an average."""
     rows = table.rows
-    return rows[(rows["stage"] >= 1) & (rows["start"] == "pretrained") & (rows["anchor"] == 0)]
+    plain = (rows["anchor"] == 0) & (rows["average"] == 0)
+    return rows[(rows["stage"] >= 1) & (rows["start"] == "pretrained") & plain]
 
 
 def _handed_on(table: UsableRows) -> pd.DataFrame:

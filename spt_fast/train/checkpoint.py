@@ -5,7 +5,7 @@ whatever else lies beside it, such as a copy that a user made, is left alone:
 
     state.json                      where the run stands: plain data
     current-<process>.safetensors   fp32 weights, moments and step count: whole tensors, those that this process wrote
-    start|best|kept-<process>.safetensors   snapshots that an anchor, early stopping or a grid still need
+    start|best|kept-<process>.safetensors   snapshots that an anchor, an average, early stopping or a grid needs
     manifest.json                   bytes and sha256 of every file, and of the manifest itself
 
 Which process wrote a tensor, and how many there were, doesn't matter to a reader: any number of processes, any

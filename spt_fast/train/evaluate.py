@@ -5,7 +5,7 @@ B windows, T context. The windows are cut once at the start, so every evaluation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +25,7 @@ from spt_fast.data.heldout import (
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError
 from spt_fast.train.plan import Plan
+from spt_fast.train.state import Errors, Losses
 from spt_fast.train.world import ALONE, World
 
 HALVES: dict[str, Half] = {"heldout": "report", "select": "select"}
@@ -139,6 +140,25 @@ def measure(
     return Measured.of(text, world.sum_(torch.cat(nats)).cpu().numpy())
 
 
+def measure_all(
+    loss: LossFunction,
+    texts: Mapping[str, Mapping[str, EvalSet]],
+    rows: int,
+    interrupted: Callable[[], bool],
+    world: World,
+) -> tuple[Losses, Errors]:
+    """As `measure` of every text, by split and source: losses and their standard errors."""
+    measured = {
+        split: {of: measure(loss, text, rows, interrupted=interrupted, world=world) for of, text in by.items()}
+        for split, by in texts.items()
+    }
+    losses, errors = (
+        {split: {of: getattr(one, name) for of, one in by.items()} for split, by in measured.items()}
+        for name in ("loss", "standard_error")
+    )
+    return losses, errors
+
+
 def document_cuts(begins_BT: np.ndarray) -> Tensor:
     """cu_seqlens int32 [n+1] over the flattened batch: a cut at every row's start and where a document begins."""
     cuts = begins_BT.copy()
@@ -183,10 +203,11 @@ def evaluation_texts(plan: Plan, phase: Phase, *, windows: bool = True) -> dict[
 
 
 def evaluated_tokens(plan: Plan, index: int) -> int:
-    """Tokens scored by all evaluations of phase `index`: at its first and last step and in between, in every arm."""
+    """Tokens scored by all evaluations of phase `index`: at its first and last step and in between, and of an average,
+    in every arm."""
     planned = plan.phases[index]
     phase = planned.phase
     every = phase.evaluation.every.steps(planned.tokens_per_step, planned.steps)
-    evaluations = len(phase.arms()) * (len(range(0, planned.steps, every)) + 1)
+    evaluations = len(phase.arms()) * (len(range(0, planned.steps, every)) + 1 + bool(phase.average))
     texts = evaluation_texts(plan, phase)
     return evaluations * sum(text.num_targets for by_source in texts.values() for text in by_source.values())

@@ -44,6 +44,13 @@ def check(arm: ArmResult, phase: Phase) -> None:
         raise Diverged(f"phases[{phase.name}]: {reason}; {REMEDY}")
 
 
+def never_better(select: Mapping[str, float], phase: Phase) -> str:
+    return (
+        f"warning: phases[{phase.name}]: no evaluation was better than the first; the loss of {phase.chosen_by} that "
+        f"it goes by is {deciding(select, phase):.3f}: lower optimizer.lr, or train on other text"
+    )
+
+
 def deciding(select: Mapping[str, float], phase: Phase) -> float:
     """The `select` loss that early stopping and the grid go by; infinite where it is NaN or not measured."""
     loss = select.get(phase.chosen_by, math.inf)

@@ -28,7 +28,7 @@ from spt_fast.train import checkpoint, health
 from spt_fast.train.checkpoint import Retention
 from spt_fast.train.engine import StepResult
 from spt_fast.train.engines import make_engine
-from spt_fast.train.evaluate import EvalSet, Interrupted, evaluation_texts, measure
+from spt_fast.train.evaluate import EvalSet, Interrupted, evaluation_texts, measure_all
 from spt_fast.train.health import MAX_SKIPPED_IN_A_ROW, deciding, standing
 from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
@@ -38,7 +38,7 @@ from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.state import ArmResult, Compute, Evaluation, PhaseResult, SavedState, ScheduleOrigin, TrainState
 from spt_fast.train.watch import LossWatch, Watch
-from spt_fast.train.world import World, pick_dtype
+from spt_fast.train.world import World, dtype_name, pick_dtype
 
 
 class Arm:
@@ -150,7 +150,7 @@ class Trainer:
             current=self.snapshots.pop("current", None),
             micro_batches=plan.micro_batches(world.size),
         )
-        if arm.phase.anchor == 0 and arm.phase.grid is None:
+        if arm.phase.anchor == 0 and arm.phase.average == 0 and arm.phase.grid is None:
             del self.snapshots["start"]  # nothing needs it after the first step, so that its memory is free
         self.snapshots = {kind: snapshot.in_memory() for kind, snapshot in self.snapshots.items()}  # files may go
         arms = len(arm.phase.arms())
@@ -167,7 +167,7 @@ class Trainer:
                     self.read_back(arm)
                     state.step += 1
                     state.total_steps += 1
-                    arm.pending = (self.position(arm) | {"lr": lr}, result)
+                    arm.pending = (self.position(arm, state.step) | {"lr": lr}, result)
                     self.log.advance(state.step)
             except Interrupted:
                 self.save(arm)
@@ -193,6 +193,8 @@ class Trainer:
         assert state.best is not None
         assert state.newest is not None
         handed_on = state.best if arm.phase.stop else state.newest
+        if arm.phase.average:
+            handed_on = self.average(arm, handed_on)
         losses = handed_on.losses["train"]
         reached = ArmResult(
             values=plain(arm.values),
@@ -208,16 +210,23 @@ class Trainer:
             standard_errors=handed_on.errors,
             scored={split: {of: text.size() for of, text in texts.items()} for split, texts in arm.texts.items()},
         )
-        if state.best.step == 0 < state.newest.step and math.isfinite(first := deciding(reached.select, arm.phase)):
-            self.log.say(
-                f"warning: phases[{arm.phase.name}]: no evaluation was better than the first; the loss of "
-                f"{arm.phase.chosen_by} that it goes by is {first:.3f}: lower optimizer.lr, or train on other text"
-            )
+        if state.best.step == 0 < state.newest.step and math.isfinite(deciding(reached.select, arm.phase)):
+            self.log.say(health.never_better(reached.select, arm.phase))
         best = self.snapshots.pop("best", None)
         if all(standing(reached, plan.phase) < standing(other, plan.phase) for other in state.arms):
             self.snapshots["kept"] = best or self.engine.snapshot(state=self.hands_on_state(plan))
         state.arms.append(reached)
         state.next_arm()
+
+    def average(self, arm: Arm, trained: Evaluation) -> Evaluation:
+        """Average the trained weights with the arm's start; their losses. An interruption comes after a checkpoint."""
+        self.save(arm)  # before the engine takes on other weights
+        with arm.clock.paused():
+            weights = self.snapshots.get("best") or self.engine.snapshot(state=self.hands_on_state(arm.plan))
+            share, start = float(arm.phase.average), self.snapshots["start"]
+            self.snapshots["best"] = weights.averaged(start, share, self.world)
+            self.engine.begin(arm.phase, self.snapshots["best"])
+            return self.measure(arm, trained.step, average=share)
 
     def finish_phase(self, plan: PhasePlan) -> None:
         """Write the phase's weights and figures, and carry the sources' counts on to the next phase.
@@ -250,7 +259,7 @@ class Trainer:
         weights, config = self.snapshots["kept"].weights, self.engine.config
         folder, tokenizer = self.folder / "weights" / name, self.plan.tokenizer
         like = self.folder if (self.folder / hf.BASE_CONFIG).exists() else None
-        known = self.plan.origin(self.state.phase, _dtype(self.engine.dtype)).as_metadata()
+        known = self.plan.origin(self.state.phase, dtype_name(self.engine.dtype)).as_metadata()
         self.world.collect(
             weights, lambda each: hf.save(config, each, folder, tokenizer, torch.float32, known, like=like)
         )
@@ -279,10 +288,8 @@ class Trainer:
             schedule, phase.optimizer.lr, tokens // owner.tokens_per_step, owner.steps, owner.tokens_per_step
         )
 
-    def position(self, arm: Arm) -> dict[str, Any]:
-        step = self.state.step
-        tokens = step * arm.plan.tokens_per_step
-        return {"phase": arm.phase.name, "arm": self.state.arm, "step": step, "tokens": tokens}
+    def position(self, arm: Arm, step: int) -> dict[str, Any]:
+        return {"phase": arm.phase.name, "arm": self.state.arm, "step": step, "tokens": step * arm.plan.tokens_per_step}
 
     def read_back(self, arm: Arm) -> None:
         """Read and log the results of the step before; the step just queued runs on meanwhile."""
@@ -320,28 +327,24 @@ class Trainer:
     def evaluate(self, arm: Arm) -> None:
         """Losses on every fixed text; a new best is remembered, with its weights where they may be handed on."""
         self.read_back(arm)
-        state, rows = self.state, arm.plan.micro(self.world.size)
+        state = self.state
         with arm.clock.paused():
-            measured = {
-                split: {
-                    source: measure(self.engine.loss, text, rows, interrupted=self.asked_to_stop, world=self.world)
-                    for source, text in texts.items()
-                }
-                for split, texts in arm.texts.items()
-            }
-            losses, errors = (
-                {split: {of: getattr(one, name) for of, one in by.items()} for split, by in measured.items()}
-                for name in ("loss", "standard_error")
-            )
-            self.log.evaluation({**self.position(arm), **losses, "standard_errors": errors}, state.total_steps)
-            state.newest = Evaluation(state.step, losses, errors)
-            chosen = deciding(losses["select"], arm.phase)
+            state.newest = self.measure(arm, state.step)
+            chosen = deciding(state.newest.losses["select"], arm.phase)
             if state.best is not None and chosen >= deciding(state.best.losses["select"], arm.phase):
                 state.stale += 1
                 return
             state.best, state.stale = state.newest, 0
             if arm.phase.stop:
                 self.snapshots["best"] = self.engine.snapshot(state=self.hands_on_state(arm.plan))
+
+    def measure(self, arm: Arm, step: int, **more: float) -> Evaluation:
+        """Evaluate the engine's weights, which are those after `step` steps, and log it with `more`."""
+        rows = arm.plan.micro(self.world.size)
+        losses, errors = measure_all(self.engine.loss, arm.texts, rows, self.asked_to_stop, self.world)
+        record = {**self.position(arm, step), **more, **losses, "standard_errors": errors}
+        self.log.evaluation(record, self.state.total_steps)
+        return Evaluation(step, losses, errors)
 
     def hands_on_state(self, plan: PhasePlan) -> bool:
         """Whether the next phase goes on with this one's optimizer state."""
@@ -357,7 +360,7 @@ class Trainer:
         with arm.clock.paused():
             state.metrics_bytes = self.log.sync()
             state.seconds, state.train_seconds = self.seconds(), arm.clock.total_s
-            compute = Compute(_dtype(self.engine.dtype), self.backends, self.engine.describe())
+            compute = Compute(dtype_name(self.engine.dtype), self.backends, self.engine.describe())
             data, texts = self.plan.digests(), self.plan.known_texts()
             content = SavedState(self.engine.config, state, data, compute, texts, os.getcwd()).plain()
             snapshots = {**self.snapshots, "current": self.engine.snapshot(state=True)}
@@ -381,7 +384,7 @@ class Trainer:
             "tokenizer": self.plan.tokenizer_digest,
             "context": self.plan.model.context,
             "train_tokens": {source: data.num_tokens for source, data in self.plan.train.items()},
-            "precision": _dtype(self.engine.dtype),
+            "precision": dtype_name(self.engine.dtype),
             "device": str(self.engine.device),
             "seed": self.plan.recipe.seed,
             "seconds": round(self.seconds(), 2),
@@ -394,7 +397,3 @@ class Trainer:
         if self.world.is_first:
             write_text(self.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
         return summary
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -89,6 +89,15 @@ class Snapshot:
         state = {kind: added(tensors) for kind, tensors in self.state.items()}
         return replace(self, weights=added(self.weights), state=state)
 
+    def averaged(self, start: Snapshot, share: float, world: World) -> Snapshot:
+        """With (1 − share) of these weights and `share` of those of `start`, of which each process may hold another
+        part."""
+        weights = dict(self.weights)
+        for name, tensor in world.spread(start.weights):
+            if name in weights:
+                weights[name] = weights[name].lerp(tensor.to(weights[name]), share)
+        return replace(self, weights=weights)
+
     def __or__(self, other: Snapshot) -> Snapshot:
         """What is in either, of this one's count."""
         kinds = self.state.keys() | other.state.keys()

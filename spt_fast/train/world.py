@@ -217,6 +217,11 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As checkpoints and summaries write it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def use_deterministic_algorithms() -> None:
     """Give the same bits every time, even where that is slower. To be called before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -267,7 +267,7 @@ def test_replay_is_shown_but_the_share_is_chosen_without() -> None:
     rows = [finetune(0.0, 0, 2.0), finetune(0.02, 0, 1.9), finetune(0.0, 0, 1.8, replay=0.1, general_after=2.1)]
     decision = decide((10, 20), rows)
     assert decision is not None
-    assert decision.best == (0.02, 0.0, 0.0)
+    assert decision.best == Treatment(0.02, 0.0, 0.0)
     assert [arm.cells[0] for arm in decision.arms] == ["NPT", "NPT, 10% replay", "SPT 2%"]
 
 

@@ -199,6 +199,7 @@ def completed(rows: list[dict[str, Any]]) -> pd.DataFrame:
     table["after"] = table["after"].fillna("") if "after" in table else ""
     return table.assign(
         status="done",
+        average=0.0,
         injected=1 - table["delta"],
         epochs=table["tokens"] * table["delta"] / table["domain_tokens"],
         flops=6.0 * table["params"] * (table["tokens"] + table["pretrain_tokens"].fillna(0)),

@@ -39,13 +39,13 @@ def test_advice_comparison_and_page_name_the_same_arm(table: pd.DataFrame) -> No
     decided = decide(setting, runs)
     assert decided is not None
     assert decided.best == Treatment(0.05, 0.0, 0.1)
-    assert set(decided.plainest) == {arm for arm in arms if arm[1:] == (0.0, 0.1)}
+    assert set(decided.plainest) == {arm for arm in arms if arm[1:] == (0.0, 0.1, 0.0)}
 
     seen = advise(domain_tokens=DOMAIN_TOKENS, budget=BUDGET, model=PARAMS, table=table).seen
     assert seen is not None
     assert (seen.arms[0].delta, seen.arms[0].injected) == decided.best[:2]
     for arm in seen.arms:
-        same = arms[arm.delta, arm.injected, 0.1]
+        same = arms[arm.delta, arm.injected, 0.1, 0.0]
         for ours, theirs in {"domain": "domain_after", "general": "general_after", "forgetting": "forgetting"}.items():
             assert getattr(arm, ours).mean == pytest.approx(getattr(same, theirs).mean)
 

@@ -116,6 +116,18 @@ def test_axes_multiply(raw: dict[str, Any]) -> None:
     }
 
 
+def test_averages_are_an_axis_of_stages_of_one_phase(raw: dict[str, Any]) -> None:
+    tunes = [run for run in runs_of(changed(raw, 1, average=[0, "10%"])) if run.stage == 1]
+    assert {run.name.split("_")[2] for run in tunes} == {"finetune-d1-u400-512", "finetune-d1-u400-512-average0.1"}
+    assert {("average" in run.name, run.recipe.phases[0].average) for run in tunes} == {
+        (False, 0),
+        (True, Fraction(1, 10)),
+    }
+    for axes in ({"tokens": None, "budgets": [200, 400]}, {"domain_from": [0, "50%"]}):
+        with pytest.raises(RecipeError, match=r"stages\[finetune\].average: several phases share this stage"):
+            runs_of(changed(raw, 1, average=[0, "10%"], stop=None, grid=None, **axes))
+
+
 def test_scpt_is_one_schedule_in_which_the_domain_comes_in_late(raw: dict[str, Any]) -> None:
     raw = changed(raw, budgets=None, tokens=20 * STEP, delta=[0, "1/4"], domain_from=[0, "90%"])
     recipes = [run.recipe for run in runs_of(raw) if run.stage == 0]

@@ -36,7 +36,8 @@ SAME = 1e-5
 
 
 def raw_recipe(data: Path, run: str, **engine: Any) -> dict[str, Any]:
-    """50 steps over several epochs of `chem`; then a finetune that is anchored, untied, stopped early, with a grid."""
+    """50 steps over several epochs of `chem`; then a finetune that is anchored, untied, stopped early, with a grid, and
+    averaged with its start."""
     raw = tiny.raw_recipe(data, run)
     pretrain, finetune = raw["phases"]
     pretrain |= {"tokens": STEPS * 8 * tiny.CONTEXT, "batch": {"sequences": 8, "micro": 2}}
@@ -45,6 +46,7 @@ def raw_recipe(data: Path, run: str, **engine: Any) -> dict[str, Any]:
         "batch": {"sequences": 8, "micro": 1},
         "grid": {"lr": ["1e-3", "2e-3"]},
         "tokens": 6 * 8 * tiny.CONTEXT,
+        "average": "20%",
     }
     return raw | {"precision": "fp32", "engine": engine, "checkpoint": {"every": "20 steps", "keep": 9}}
 

@@ -1,0 +1,92 @@
+"""Weights that a phase hands on averaged with those that it started from: what they are, what is said of them, and that
+interrupting changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spt_fast.config import recipe_from
+from spt_fast.model import hf
+from spt_fast.study.runs import FinishedRun
+from spt_fast.study.runs_table import table_of
+from spt_fast.train.loop import Arm, Trainer
+from spt_fast.train.run import run
+from spt_fast.train.state import Evaluation
+from tests import tiny
+from tests.train.test_loop import assert_same_run
+
+SHARE = 0.25
+
+
+def raw_recipe(data: Path, name: str, average: object) -> dict[str, Any]:
+    """A pretraining, then a finetune with an early stop and a grid, of which every arm is averaged."""
+    raw = tiny.raw_recipe(data, name)
+    raw["phases"][0] |= {"tokens": 10 * 8 * tiny.CONTEXT, "eval": {"every": "5 steps", "tokens": 400}}
+    raw["phases"][1] |= {"anchor": 0.0, "tokens": 8 * 4 * tiny.CONTEXT, "average": average}
+    return raw | {"precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def averaged(data: Path) -> Path:
+    for name, average in (("plain", 0), ("averaged", "25%")):
+        assert run(recipe_from(raw_recipe(data, name, average)), progress=False)["status"] == "done"
+    return data / "averaged"
+
+
+def test_what_is_handed_on_is_the_average_and_so_are_its_losses(averaged: Path, data: Path) -> None:
+    (_, start), (_, plain), (config, handed_on) = (
+        hf.load(folder / "weights" / phase)
+        for folder, phase in ((averaged, "pretrain"), (data / "plain", "finetune"), (averaged, "finetune"))
+    )
+    summary = json.loads((averaged / "summary.json").read_text())["phases"]["finetune"]
+    trained = json.loads((data / "plain" / "summary.json").read_text())["phases"]["finetune"]
+    assert (summary["arm"], summary["handed_on"]) == (trained["arm"], trained["handed_on"])  # or choose another recipe
+    assert not config.tied
+    for name, tensor in handed_on.items():
+        began = start["embedding" if name == "head" else name]
+        torch.testing.assert_close(tensor, (1 - SHARE) * plain[name] + SHARE * began)
+    records = [record for record in tiny.metrics(averaged) if record["kind"] == "eval" and "average" in record]
+    assert [(record["arm"], record["average"]) for record in records] == [(0, SHARE), (1, SHARE)]
+    for record, arm in zip(records, summary["grid"], strict=True):
+        assert (record["step"], record["tokens"]) == (arm["handed_on"], arm["handed_on"] * 4 * tiny.CONTEXT)
+        assert (record["heldout"], record["select"], record["train"]) == (
+            *(arm["heldout"], arm["select"], arm["training"]),
+        )
+        assert arm["standard_errors"] == record["standard_errors"]
+    assert summary["heldout"] != trained["heldout"]
+
+
+def test_a_run_that_is_interrupted_in_every_average_equals_the_undisturbed_one(
+    data: Path, averaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    average, interrupted = Trainer.average, set[int]()
+
+    def asked_to_stop_in_it(trainer: Trainer, arm: Arm, trained: Evaluation) -> Evaluation:
+        if trainer.state.arm not in interrupted:
+            interrupted.add(trainer.state.arm)
+            trainer.stop.signal = "SIGTERM"
+        return average(trainer, arm, trained)
+
+    monkeypatch.setattr(Trainer, "average", asked_to_stop_in_it)
+    recipe = recipe_from(raw_recipe(data, "interrupted", "25%"))
+    endings = [run(recipe, resume=True, progress=False)["status"] for _ in range(3)]
+    assert endings == ["stopped", "stopped", "done"]
+    assert_same_run(averaged, data / "interrupted")
+
+
+def test_tables_and_comparisons_take_the_average_for_the_end_of_its_finetune(averaged: Path, data: Path) -> None:
+    table = table_of([data / "plain", averaged], "chem", "general")
+    ends = table[table["handed_on"] & (table["stage"] == 1)]
+    assert list(ends["average"]) == [0.0, SHARE]
+    summary = json.loads((averaged / "summary.json").read_text())["phases"]["finetune"]
+    assert ends["general_heldout"].iloc[1] == summary["heldout"]["general"]
+    finished = FinishedRun.read(averaged)
+    assert finished.treatment.key == "0.25 average 0.25"
+    path = finished.finetune_path(summary["arm"])
+    assert [tokens for tokens, *_ in path] == [0, summary["handed_on"] * 4 * tiny.CONTEXT]
+    assert path[-1][1:] == (summary["heldout"]["chem"], summary["heldout"]["general"])
