@@ -181,6 +181,8 @@ class GPTConfig:
             if getattr(self, name) != PLAIN[name] and not needed:
                 needs = "window" if name == "full_layers" else "window and rope_scaling"
                 raise RecipeError(invalid(f"model.{name}", getattr(self, name), f"give {needs} as well"))
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta <= 1:
+            raise RecipeError(invalid("model.rope_theta", self.rope_theta, "YaRN needs a number above 1"))
         family_of(self)  # a run's weights are Hugging Face folders
 
     def window_of(self, layer: int) -> int | None:

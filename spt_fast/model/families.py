@@ -139,7 +139,7 @@ def family_of(shape: Any) -> str:
         if not family.misfits(shape):
             return name
     *others, last = [name for name, plain in PLAIN.items() if getattr(shape, name) != plain]
-    beside = f"beside {', '.join(others)}" if others else "alone"
-    raise RecipeError(
-        invalid(f"model.{last}", getattr(shape, last), f"no family of models has it {beside}; choose one")
-    )
+    expected = f"no family of models has it beside {', '.join(others)}; choose one"
+    if not others:
+        expected = "no family of models has it alone; docs/families.md says what goes with it"
+    raise RecipeError(invalid(f"model.{last}", getattr(shape, last), expected))

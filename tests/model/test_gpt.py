@@ -106,6 +106,8 @@ def test_a_bias_beside_qk_norm_is_refused() -> None:
         GPTConfig(**SMALL, qkv_bias=True, qk_norm=True)
     with pytest.raises(RecipeError, match=r"model\.window: 8 is invalid: the family olmo2 has no such models"):
         GPTConfig(**SMALL, **OLMO, window=8, family="olmo2")
+    with pytest.raises(RecipeError, match=r"model\.rope_theta: 1\.0 is invalid: YaRN needs a number above 1"):
+        GPTConfig(**SMALL, rope_scaling=YARN, rope_theta=1.0)
 
 
 def test_config_is_frozen_and_round_trips() -> None:
