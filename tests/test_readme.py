@@ -44,6 +44,7 @@ REPORTING = [
     "inspect data/chem",
     "kernels",
     "eval runs/spt --data data/chem.heldout",
+    "eval runs/spt --tasks questions.jsonl",
     "checkpoint list runs/spt",
     "checkpoint verify runs/spt",
     "fit studies/chem",
@@ -100,6 +101,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 stream.write(text)
         else:
             (folder / "chem.jsonl").write_bytes(text)
+    question = {"question": "Which reacts?", "choices": ["acid", "river"], "answer": "A"}
+    (folder / "questions.jsonl").write_text(json.dumps(question))
     (folder / "recipe.yaml").write_text(next(block for language, block in BLOCKS if language == "yaml"))
     raw = read_yaml(folder / "recipe.yaml")
     raw["model"] = SMALLER["model"]

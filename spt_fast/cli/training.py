@@ -107,7 +107,7 @@ def evaluate(
 
     if not data and not tasks:
         raise typer.BadParameter("give --data PREFIX, --tasks TASK or both")
-    names = [name.strip() for given in tasks or () for name in given.split(",")]
+    names = [name.strip() for given in tasks or () for name in given.split(",") if name.strip()]
     scored = {str(prefix): score(weights, prefix, dtype=dtype, context=context) for prefix in data or ()}
     results = (
         score_tasks(
@@ -119,11 +119,11 @@ def evaluate(
             limit=limit,
             batch=batch,
         )
-        if names
+        if tasks
         else {}
     )
     if as_json:
-        print_json({**scored, **({"tasks": results} if names else {})})
+        print_json({**scored, **({"tasks": results} if results else {})})
         return
     if scored:
         print_scores(weights, scored, out)

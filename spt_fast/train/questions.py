@@ -58,7 +58,7 @@ def read_questions(path: Path) -> list[Question]:
 
 def digest_of(questions: Sequence[Question]) -> str:
     """Identifies the questions and how they are asked."""
-    return hashlib.sha256(json.dumps([TEMPLATE, *questions]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([TEMPLATE, *questions]).encode()).hexdigest()[:16]
 
 
 def answer(model: TextModel, questions: Sequence[Question], examples: Sequence[Question]) -> dict[str, list[float]]:
@@ -78,6 +78,8 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Each line that isn't empty, with its place."""
     if not path.name.lower().endswith(FILES):
         raise DataError(f"{path}: is not a .jsonl file; write one JSON object a line, {{question, choices, answer}}")
+    if not path.exists():
+        raise DataError(f"{path}: doesn't exist; name a .jsonl file of {{question, choices, answer}}")
     for chunk in TextReader(path, skip_bad=True):
         for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
             if line and not line.isspace():

@@ -116,7 +116,7 @@ def save(result: TaskResult, weights: Path) -> None:
     kept = {"weights": weights.name, "digest": digest_of(weights), **asdict(result)}
     try:
         folder.mkdir(exist_ok=True)
-        write_text(folder / f"{prefix}{result.task}-{settings[:12]}.json", json.dumps(kept, indent=1) + "\n")
+        write_text(folder / f"{prefix}{result.task}-{settings[:12]}.json", json.dumps(kept) + "\n")
     except OSError as error:
         warnings.warn(f"{folder}: the result is not kept ({error.strerror})", SptWarning, stacklevel=2)
 

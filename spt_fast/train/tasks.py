@@ -40,8 +40,9 @@ def score_tasks(
             raise SptError(invalid(name, given, f"write a whole number of at least {least}"), argument=True)
     files = {Path(task).name: own.read_questions(Path(task)) for task in tasks if task.lower().endswith(own.FILES)}
     others = [task for task in tasks if not task.lower().endswith(own.FILES)]
-    if len(files) + len(others) < len(tasks):
-        raise DataError(invalid("tasks", ",".join(tasks), "two files have one name; rename one"), argument=True)
+    if not tasks or len(files) + len({*others}) < len(tasks):
+        expected = "name at least one task, each once, and files of different names"
+        raise DataError(invalid("tasks", ",".join(tasks), expected), argument=True)
     for name, questions in files.items():
         if len(questions) <= (num_fewshot or 0):
             says = f"at most {len(questions) - 1}, since the examples are the first of the questions in {name}"

@@ -70,6 +70,7 @@ def model(weights: Path, tokenizer: Tokenizer) -> TextModel:
 
 
 def write(path: Path, lines: list[Any]) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
     return path
 
@@ -249,6 +250,8 @@ def test_results_are_kept_with_what_decided_them(
     assert results_of(tmp_path / "other") == [], "these are of other weights"
     with pytest.raises(SptError, match="tokenizer: missing"):
         score_tasks(tmp_path / "other", [str(path)])
+    path = Path(",")
+    assert "--tasks: '' is invalid: name at least one task" in scored(code=2)
 
 
 class Instance:
@@ -328,6 +331,12 @@ def test_without_lm_eval_one_message_says_what_to_install(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(DataError, match=r'near needs lm-eval .*: pip install "spt-fast\[eval\]"'):
         score_tasks(weights, ["near"])
+    same = [str(write(tmp_path / name, QUESTIONS)) for name in ("notes.jsonl", "Notes/notes.jsonl")]
+    for tasks in ([], ["near", "near"], same):
+        with pytest.raises(DataError, match=r"tasks: .* is invalid: name at least one task, each once"):
+            score_tasks(weights, tasks)
+    with pytest.raises(DataError, match=r"absent\.jsonl: doesn't exist"):
+        score_tasks(weights, [str(tmp_path / "absent.jsonl")])
     for task in (str(tmp_path / "absent.yaml"), str(write(tmp_path / "table.csv", []))):
         with pytest.raises(DataError, match=r"is invalid: give a file of questions \(\.jsonl\)"):
             score_tasks(weights, [task])
