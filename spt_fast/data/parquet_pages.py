@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,24 @@ PAGE_BYTES = 512 << 20
 """Of a page, unfolded: reading takes about twice that."""
 DICTIONARY_BYTES = 256 << 20
 
+_BYTE_ARRAY = 6  # of physical types
+_DELTA_BYTE_ARRAY = 7  # of encodings
 _BLOCK_BYTES = 1 << 20
 _ROWS_BYTES = 64 << 20
 _HEADER_BYTES = (1 << 14, 1 << 24)  # tried in this order: statistics may hold long texts
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column chunk. dictionary_at and data_at: where its pages begin in the file; the first is None without one."""
+
+    encodings: list[int]
+    num_values: int
+    unfolded_bytes: int
+    packed_bytes: int
+    data_at: int
+    dictionary_at: int | None
+    holds_bytes: bool
 
 
 @dataclass(frozen=True)
@@ -26,20 +42,25 @@ class Page:
     num_values: int
 
 
-def rows_per_block(table: Any, text_key: str, file: BinaryIO, path: Path, longest_bytes: int) -> int:
+def rows_per_block(file: BinaryIO, text_key: str, path: Path, longest_bytes: int) -> int:
     """Rows that hold about a MiB of text by what the footer and the pages say of the column, and few where each of them
     could be all of a large dictionary: that is stored once however often it is used.
 
-    DataError for a page that takes too much memory, or documents that are longer than `longest_bytes` on average.
+    DataError for a page that takes too much memory, or documents that are longer than `longest_bytes` on average;
+    ValueError or LookupError for what is damaged.
     """
-    columns = [
-        group.column(index)
-        for group in map(table.metadata.row_group, range(table.metadata.num_row_groups))
-        for index in range(group.num_columns)
-        if group.column(index).path_in_schema == text_key
+    try:
+        return _rows_per_block(file, text_key, path, longest_bytes)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"a field is of another type than Parquet's ({error})") from None
+
+
+def _rows_per_block(file: BinaryIO, text_key: str, path: Path, longest_bytes: int) -> int:
+    num_rows, columns = _footer(file, text_key)
+    dictionaries = [
+        next(_pages(file, column), Page(0, 0)).num_bytes for column in columns if column.dictionary_at is not None
     ]
-    dictionaries = [next(_pages(file, column)).num_bytes for column in columns if column.has_dictionary_page]
-    large = [column for column in columns if column.total_uncompressed_size > DICTIONARY_BYTES]
+    large = [column for column in columns if column.unfolded_bytes > DICTIONARY_BYTES]
     pages = [page for column in large for page in _pages(file, column)]
     for most, largest in (
         (DICTIONARY_BYTES, max(dictionaries, default=0)),
@@ -50,23 +71,35 @@ def rows_per_block(table: Any, text_key: str, file: BinaryIO, path: Path, longes
                 f"{path}: column {text_key!r} unfolds to {largest >> 20:,} MiB in one page, over {most >> 20}; write "
                 "it without a dictionary, in shorter documents or fewer rows a page (pyarrow's write_batch_size)"
             )
-    texts = [column for column in columns if column.physical_type == "BYTE_ARRAY"]
-    if any(column.total_uncompressed_size > longest_bytes * max(1, column.num_values) for column in texts):
+    texts = [column for column in columns if column.holds_bytes]
+    if any(column.unfolded_bytes > longest_bytes * max(1, column.num_values) for column in texts):
         raise DataError(
             f"{path}: column {text_key!r} holds documents over {longest_bytes >> 20} MiB; write shorter ones"
         )
     # By DELTA_BYTE_ARRAY a text may repeat all of the one before it: each may be as long as the column is on disk.
-    repeating = [column.total_uncompressed_size for column in columns if "DELTA_BYTE_ARRAY" in column.encodings]
+    repeating = [column.unfolded_bytes for column in columns if _DELTA_BYTE_ARRAY in column.encodings]
     dense = [page.num_bytes // page.num_values for page in pages if page.num_values]
     longest = max([*dictionaries, *repeating, *dense], default=0)
-    typical = _BLOCK_BYTES * table.metadata.num_rows // max(1, sum(c.total_uncompressed_size for c in columns))
+    typical = _BLOCK_BYTES * num_rows // max(1, sum(column.unfolded_bytes for column in columns))
     return max(1, min(256, typical, _ROWS_BYTES // max(1, longest)))
 
 
-def _pages(file: BinaryIO, column: Any) -> Iterator[Page]:
+def _footer(file: BinaryIO, name: str) -> tuple[int, list[Column]]:
+    """Rows, and the chunks of a column. By our own eyes: asked for a chunk of a damaged footer, pyarrow may end the
+    process."""
+    end = file.seek(0, os.SEEK_END) - 8
+    file.seek(end)
+    length = int.from_bytes(file.read(4), "little")
+    file.seek(end - length)
+    footer = _Thrift(file.read(length)).struct()
+    found = [chunk[3] for group in footer[4] for chunk in group[1] if chunk[3][3] == [name.encode()]]
+    return footer[3], [Column(c[2], c[5], c[6], c[7], c[9], c.get(11), holds_bytes=c[1] == _BYTE_ARRAY) for c in found]
+
+
+def _pages(file: BinaryIO, column: Column) -> Iterator[Page]:
     """The pages of a column chunk, of which only the headers are read."""
-    at = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
-    end = at + column.total_compressed_size
+    at = column.data_at if column.dictionary_at is None else column.dictionary_at
+    end = at + column.packed_bytes
     while at < end:
         header, length = _header(file, at)
         data = header.get(5) or header.get(8) or {}
@@ -90,7 +123,7 @@ def _header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
 
 
 class _Thrift:
-    """Thrift's compact form, as far as page headers use it. IndexError where it ends too early."""
+    """Thrift's compact form, as far as footers and page headers use it. IndexError where it ends too early."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self.at = data, 0
@@ -111,13 +144,14 @@ class _Thrift:
             return self.struct()
         if kind == 9:
             size = self._byte()
-            for _ in range(self._unsigned() if size >> 4 == 15 else size >> 4):
-                self._value(3 if size & 15 in (1, 2) else size & 15)
-        elif kind in (3, 7, 8):
-            length = {3: 1, 7: 8}.get(kind) or self._unsigned()
+            inner = 3 if size & 15 in (1, 2) else size & 15
+            return [self._value(inner) for _ in range(self._unsigned() if size >> 4 == 15 else size >> 4)]
+        if kind in (3, 7, 8):
+            length = {3: 1, 7: 8}[kind] if kind != 8 else self._unsigned()
             self.at += length
-        elif kind not in (1, 2):
-            raise ValueError(f"a page header with a field of type {kind}")
+            return self._data[self.at - length : self.at]
+        if kind not in (1, 2):
+            raise ValueError(f"a field of type {kind}")
         return None
 
     def _byte(self) -> int:

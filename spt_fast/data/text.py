@@ -190,7 +190,7 @@ class TextReader:
             if pa.types.is_nested(kind):  # before it unfolds
                 raise DataError(f"{path}: column {self._text_key!r} {_not_strings(kind)}")
             rows = table.metadata.num_rows
-            batch_rows = rows_per_block(table, self._text_key, file, path, LINE_BYTES)
+            batch_rows = rows_per_block(file, self._text_key, path, LINE_BYTES)
             for batch in table.iter_batches(batch_rows, columns=[self._text_key]):
                 column = _as_bytes(pa, batch.column(0), f"{path}: column {self._text_key!r}")
                 for start, lengths in self._documents_apart(column, first, path):

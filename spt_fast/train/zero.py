@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spt_fast.config import Engine, Phase
@@ -234,13 +236,18 @@ class Partitioned(torch.optim.Optimizer):
         return safe_get_full_fp32_param(param) if kind == WEIGHTS else safe_get_full_optimizer_state(param, kind)
 
     def write(self, kind: str, name: str, tensor: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed import utils
 
-        param, tensor = self.params[name], tensor.to(self.count.device)
-        if kind == WEIGHTS:
-            safe_set_full_fp32_param(param, tensor)
+        param: Any = self.params[name]
+        tensor = tensor.to(self.count.device)
+        if hasattr(param, "ds_tensor"):  # of stage 3, whose setters of whole tensors take only what divides evenly
+            size, group = param.ds_tensor.numel(), param.ds_process_group
+            padding = size * dist.get_world_size(group) - tensor.numel()
+            tensor = F.pad(tensor.flatten(), (0, padding)).narrow(0, size * dist.get_rank(group), size)
+            write_weights, write_state = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
         else:
-            safe_set_full_optimizer_state(param, tensor, kind)
+            write_weights, write_state = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state
+        write_weights(param, tensor) if kind == WEIGHTS else write_state(param, tensor, kind)
 
     def release(self) -> None:
         for partition, state in self.state.items():

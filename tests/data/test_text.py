@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -166,6 +168,19 @@ def test_a_pipe_is_read_as_lines_of_json(tmp_path: Path) -> None:
     assert reader.total_bytes is None
     assert [text for chunk in reader for text, _ in parse(chunk)] == DOCUMENTS
     os.close(reading)
+
+
+def test_a_damaged_parquet_footer_never_ends_the_process(tmp_path: Path) -> None:
+    """pyarrow's own reader of a column's metadata does in a few of these."""
+    good, damaged = parquet([f"document {i}" for i in range(40)]), tmp_path / "a.parquet"
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    rng = random.Random(5)
+    for _ in range(400):
+        data = bytearray(good)
+        data[rng.randrange(footer, len(good) - 8)] = rng.randrange(256)
+        damaged.write_bytes(data)
+        with contextlib.suppress(DataError):
+            list(TextReader(damaged))
 
 
 def test_what_is_packed_under_another_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,8 +127,11 @@ def test_every_stage_trains_the_same_model_on_the_same_tokens(data: Path, alone:
 
 
 def test_an_imported_base_is_partitioned_as_it_is_loaded(data: Path) -> None:
-    """Of shards in bf16 that no one process reads whole, in the two kinds of engine that partition."""
-    shape = GPTConfig(layers=3, width=32, heads=4, kv_heads=2, ffn=96, context=tiny.CONTEXT, vocab_size=70, tied=False)
+    """Of shards in bf16 that no one process reads whole, in the two kinds of engine that partition; with tensors that
+    two processes can't divide evenly."""
+    shape = GPTConfig(
+        layers=3, width=31, heads=4, head_dim=8, kv_heads=2, ffn=96, context=tiny.CONTEXT, vocab_size=70, tied=False
+    )
     folder = data / "base"
     hf.save(shape, drawn(shape, 4), folder, dtype=torch.bfloat16)
     tensors = load_file(folder / hf.WEIGHTS)
