@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spt_fast.errors import CheckpointError
-from spt_fast.model import hf, hf_config, stored
+from spt_fast.model import flops, hf, hf_config, stored
 from spt_fast.model.config import LinearScaling, RopeScaling, YarnScaling
 from spt_fast.model.families import FAMILIES, family_of
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -666,6 +666,59 @@ def test_what_a_file_leaves_out_is_as_transformers_has_it(
     change_config(folder, **drop | fields)
     found = hf_config.read_config(folder)
     assert {name: getattr(found, name) for name in expected} == expected
+
+
+def shape_of(model_type: str, *sizes: int, **more: object) -> dict[str, object]:
+    """What a config.json says of width, feed-forward width, layers, heads, key/value heads, vocabulary and context."""
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
+    names = [*names.split(), "max_position_embeddings"]
+    return {"model_type": model_type, "hidden_act": "silu", **dict(zip(names, sizes, strict=True)), **more}
+
+
+YARN_OF_OLMO_3 = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
+QWEN = {"use_sliding_window": False, "tie_word_embeddings": False}
+PUBLISHED = {
+    "Mistral 7B v0.3": (shape_of("mistral", 4096, 14336, 32, 32, 8, 32768, 32768, sliding_window=None), 7_248_023_552),
+    "Mistral Nemo": (
+        shape_of("mistral", 5120, 14336, 40, 32, 8, 131072, 131072, head_dim=128, sliding_window=None),
+        12_247_782_400,
+    ),
+    "OLMo 2 7B": (shape_of("olmo2", 4096, 11008, 32, 32, 32, 100352, 4096, attention_bias=False), 7_298_617_344),
+    "OLMo 3 7B": (
+        shape_of(
+            "olmo3", 4096, 11008, 32, 32, 32, 100278, 65536, rope_theta=500000, rope_scaling=YARN_OF_OLMO_3,
+            layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 8,
+        ),
+        7_298_011_136,
+    ),
+    "SmolLM3 3B": (
+        shape_of("smollm3", 2048, 11008, 36, 16, 4, 128256, 65536, no_rope_layers=[1, 1, 1, 0] * 9, mlp_bias=False),
+        3_075_098_624,
+    ),
+    "Phi-4": (
+        shape_of("phi3", 5120, 17920, 40, 40, 10, 100352, 16384, original_max_position_embeddings=16384),
+        14_659_507_200,
+    ),
+    "Seed-OSS 36B": (
+        shape_of("seed_oss", 5120, 27648, 64, 80, 8, 155136, 524288, head_dim=128, attention_bias=True),
+        36_151_104_512,
+    ),
+    "Qwen2.5 7B": (
+        shape_of("qwen2", 3584, 18944, 28, 28, 4, 152064, 131072, sliding_window=131072, **QWEN),
+        7_615_616_512,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_models_have_the_parameters_that_they_are_published_with(tmp_path: Path, name: str) -> None:
+    """Padding of the vocabulary included, as with Qwen2.5's 152,064 rows for 151,665 ids."""
+    described, count = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    config = hf_config.read_config(tmp_path)
+    assert flops.parameters(config) == count
+    (tmp_path / "config.json").write_text(json.dumps(hf_config.to_hf(config, "bfloat16", None)))
+    assert hf_config.read_config(tmp_path) == config
 
 
 def test_incomplete_and_wrong_configs_name_the_field(folder: Path) -> None:
