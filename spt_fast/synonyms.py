@@ -71,7 +71,8 @@ SYNONYMS = {
 _FOREIGN = {name: path for path, names in SYNONYMS.items() for name in names.split()}
 _LAST = [path.rpartition(".")[2] for path in SYNONYMS]
 _OURS = {name: path for name, path in zip(_LAST, SYNONYMS, strict=True) if _LAST.count(name) == 1}
-"""The fields that one section only has."""
+_OURS["context"] = "model.context"
+"""The fields that one section only has, or mostly."""
 
 _NOTES = {"phases[…].batch.micro": ", the windows of one forward pass; how many passes make a step follows from it"}
 
@@ -80,10 +81,9 @@ def unknown_key(given: object, known: Iterable[str]) -> str:
     """A tail for the message about a key that has no field here: the field it means, or the nearest known one."""
     known = list(known)
     near = nearest(str(given), known)
-    path = _FOREIGN.get(str(given).lower().replace("-", "_"))
-    if path is None and "did you" not in near:
-        below = (name for name in SYNONYMS if name.endswith(f".{given}") and name.split(".")[-2] in known)
-        path = _OURS.get(str(given)) or next(below, None)
+    path = _FOREIGN.get(str(given).lower().replace("-", "_")) or (None if "did you" in near else _OURS.get(str(given)))
+    if path == "model.context" and "batch" in known:  # in a phase, where it is the window
+        path = "phases[…].batch.context"
     if path is None:
         return f"unknown key; {near}"
     section, _, name = path.rpartition(".")

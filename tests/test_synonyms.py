@@ -52,6 +52,9 @@ def test_no_name_means_two_things_or_is_a_key_in_the_same_place() -> None:
     [
         ({"model": {"hidden_size": 64}}, "model.hidden_size: unknown key; here it is width"),
         ({"model": {"max-seq-len": 64}}, "model.max-seq-len: unknown key; here it is context"),
+        ({"phases": [{"name": "a", "seq_len": 64}]}, r"seq_len: unknown key; here it is context in batch"),
+        ({"phases": [{"name": "a", "context": 64}]}, r"context: unknown key; here it is context in batch"),
+        ({"context": 64}, r"context: unknown key; here it is context in model"),
         ({"batch_size": 8}, r"batch_size: unknown key; here it is sequences in batch"),
         (
             {"phases": [{"name": "a", "batch": {"micro_batch_size": 4}}]},
