@@ -131,7 +131,7 @@ def advise_base(
 def _nearest(table: UsableRows, asked: Asked, base: str | None) -> pd.DataFrame:
     """The weights that runs of one base and corpus handed on, after as many tokens as come nearest where all arms have
     runs of several lengths."""
-    rows = table.rows.assign(average=table.rows.get("average", 0.0))
+    rows = table.rows
     rows = rows[(rows["stage"] == 1) & rows["handed_on"] & (rows["start"] == "pretrained") & (rows["delta"] > 0)]
     rows = rows[rows["base"].notna()].dropna(subset=["domain_heldout"])
     if base is not None and (rows["base"] == base).any():
