@@ -125,8 +125,17 @@ def test_a_model_is_exported_over_another_only_where_that_is_said(tmp_path: Path
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     (out / "tokenizer.json").write_text("of the model before")
     (out / "model-00001-of-00002.safetensors").write_text("of the model before")
+    assert "## Training\n\nIt is not recorded here." in (out / "README.md").read_text()
     (out / "README.md").write_text("mine")
+    (other / "README.md").write_text("of the other")
+    with pytest.raises(CheckpointError, match="of another model"):
+        export(other, out)
+    export(other, tmp_path / "third")
+    (tmp_path / "third" / "README.md").write_text("mine")
+    export(other, tmp_path / "third")
+    assert [folder.read_text() for folder in (out / "README.md", tmp_path / "third" / "README.md")] == ["mine"] * 2
     export(other, out, overwrite=True)
+    assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     assert (out / "model.safetensors").stat().st_mode == (other / "config.json").stat().st_mode
 

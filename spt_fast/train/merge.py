@@ -17,8 +17,8 @@ from spt_fast.errors import CheckpointError, RecipeError, invalid
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.parameters import table
 from spt_fast.model.stored import Stored
-from spt_fast.train.origin import Origin, Part, origin_of
-from spt_fast.train.release import outside_runs, write_release
+from spt_fast.train.origin import Origin, Part, named, origin_of
+from spt_fast.train.release import outside_runs, tokenizer_of, write_release
 from spt_fast.train.weights import chosen, digest_of, read_config, stored_weights
 
 Weight = int | float | str | Fraction
@@ -99,19 +99,23 @@ def _shape_of(parts: Sequence[Path]) -> GPTConfig:
 def _origin_of(parts: Sequence[Path], shares: Sequence[Fraction]) -> Origin:
     """What is known of the average; CheckpointError where the parts are of several tokenizers."""
     origins = [origin_of(part) for part in parts]
-    known = {origin.tokenizer: part for origin, part in zip(origins, parts, strict=True) if origin.tokenizer}
+    known: dict[str, Path] = {}
+    for origin, part in zip(origins, parts, strict=True):
+        beside = None if origin.tokenizer else tokenizer_of(part)
+        if digest := origin.tokenizer or (beside and beside.digest):
+            known[digest] = part
     if len(known) > 1:
         (mine, one), (theirs, other), *_ = known.items()
         raise CheckpointError(
             f"{other}: is of another tokenizer ({theirs[:12]}) than {one} ({mine[:12]}); the same ids mean other text"
         )
-    merged = [Part(str(part), digest_of(part), str(share)) for part, share in zip(parts, shares, strict=True)]
+    merged = [Part(named(part), digest_of(part), str(share)) for part, share in zip(parts, shares, strict=True)]
 
     def first(field: str) -> Any:
         return next((value for origin in origins if (value := getattr(origin, field)) is not None), None)
 
-    ends = {name: first(name) for name in ("context", "eos_id", "bos_id")}
-    return Origin(first("tokenizer"), first("documents"), first("dtype"), merged, **ends)
+    ends = {name: first(name) for name in ("context", "eos_id", "bos_id", "history")}
+    return Origin(next(iter(known), None), first("documents"), first("dtype"), merged, **ends)
 
 
 def _untied(config: GPTConfig, tensors: Mapping[str, Tensor], wanted: GPTConfig) -> Mapping[str, Tensor]:

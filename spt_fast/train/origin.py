@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from spt_fast.data.hf_tokenizer import HF_FILE
 from spt_fast.data.tokenizer import FILE
@@ -35,6 +36,77 @@ class Part:
 
 
 @dataclass(frozen=True)
+class PhaseFacts:
+    """A phase that weights went through."""
+
+    name: str
+    tokens: int
+    mixture: dict[str, str]
+    lr: float
+    optimizer: str
+    anchor: float
+    average: str
+    heldout: dict[str, float | None]
+    """Losses of what it handed on, by source; nats per token."""
+    standard_errors: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run trained weights on; paths are there by their last part only."""
+
+    base: str | None
+    digests: dict[str, str]
+    """By recipe field, of the base (`init`), the tokenizer and every dataset."""
+    names: dict[str, str]
+    """By recipe field, of every dataset."""
+    phases: list[PhaseFacts]
+
+    @classmethod
+    def of(cls, run: Path, last: str) -> History | None:
+        """Up to the phase `last`; None where the run has not finished it."""
+        recipe, summary = recipe_of(run), summary_of(run) or {"phases": {}}
+        if last not in summary["phases"]:
+            return None
+        digests = summary.get("data", {})
+        return cls(
+            base=recipe.init and named(Path(recipe.init)),
+            digests=digests,
+            names={
+                f"sources.{source}.{kind}": ", ".join(Path(part).name for part in prefixes)
+                for source, of in recipe.sources.items()
+                for kind, given in (("train", of.train), ("heldout", of.heldout))
+                if (prefixes := (given,) if isinstance(given, str) else given)
+            },
+            phases=[
+                PhaseFacts(
+                    name=phase.name,
+                    tokens=done["tokens"],
+                    mixture={source: str(share) for source, share in phase.mixture.items()},
+                    lr=phase.with_overrides(phase.arms()[done["arm"]]).optimizer.lr,
+                    optimizer=phase.optimizer.name,
+                    anchor=phase.anchor,
+                    average=str(phase.average),
+                    heldout=done["heldout"],
+                    standard_errors=done.get("standard_errors", {}).get("heldout", {}),
+                )
+                for phase in recipe.phases[: [phase.name for phase in recipe.phases].index(last) + 1]
+                if (done := summary["phases"].get(phase.name))
+            ],
+        )
+
+    @classmethod
+    def read(cls, raw: dict[str, Any]) -> History:
+        return cls(**raw | {"phases": [PhaseFacts(**phase) for phase in raw["phases"]]})
+
+
+def named(weights: Path) -> str:
+    """runs/npt/weights/pretrain is npt/pretrain."""
+    in_run = weights.parent.name == "weights"
+    return f"{weights.parents[1].name}/{weights.name}" if in_run else weights.name
+
+
+@dataclass(frozen=True)
 class Origin:
     """How weights were trained; None is unknown."""
 
@@ -52,6 +124,8 @@ class Origin:
     """What ended each document."""
     bos_id: int | None = None
     """What began each document."""
+    history: History | None = None
+    """A run's weights lie beside it, and only exports hold it themselves."""
 
     def as_metadata(self) -> dict[str, str]:
         return {_KEY: json.dumps(asdict(self))}
@@ -92,11 +166,14 @@ def origin_of(path: Path) -> Origin:
         try:
             known = json.loads(metadata[_KEY])
             known["merged"] = [Part(**part) for part in known.get("merged", ())]
-            return Origin(**{field.name: known.get(field.name) for field in fields(Origin)})
-        except (ValueError, AttributeError, TypeError) as error:
+            known["history"] = History.read(raw) if (raw := known.get("history")) else None
+            origin = Origin(**{field.name: known.get(field.name) for field in fields(Origin)})
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: its metadata is damaged ({error}); copy it again") from None
+        return replace(origin, history=History.of(run, path.name)) if run else origin
     summary = summary_of(run) if run else None
     if run is None or summary is None:
         return Origin()
     documents = next((phase.documents for phase in recipe_of(run).phases if phase.name == path.name), None)
-    return Origin(summary.get("tokenizer"), documents, summary.get("precision"))
+    origin = Origin(summary.get("tokenizer"), documents, summary.get("precision"))
+    return replace(origin, history=History.of(run, path.name))

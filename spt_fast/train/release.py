@@ -17,8 +17,11 @@ from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HF_FILE, HFTokenizer
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid
+from spt_fast.files import write_text
 from spt_fast.model import hf
 from spt_fast.model.config import GPTConfig
+from spt_fast.train.card import FILE as CARD
+from spt_fast.train.card import model_card
 from spt_fast.train.folder import owned, recipe_of
 from spt_fast.train.origin import Origin, carrier_of, origin_of, run_of, tokenizer_file
 from spt_fast.train.weights import chosen, load_model, locate, read_config, stored_dtype, stored_weights
@@ -103,12 +106,15 @@ def write_release(
     dtype: str | None,
     overwrite: bool,
 ) -> None:
-    """Write tensors as a Hugging Face folder, with what goes along with `weights`, as `export` does."""
+    """Write tensors as a Hugging Face folder, with what goes along with `weights`, as `export` does, and a model card,
+    which takes the place of a README.md only with `overwrite`."""
     if dtype not in (None, *DTYPES):
         raise CheckpointError(invalid("dtype", dtype, f"write {', '.join(DTYPES)}"), argument=True)
     found = tokenizer_of(weights, tokenizer)
     stored_in, known = DTYPES[dtype] if dtype else stored_dtype(weights), origin.as_metadata()
     hf.save(config, tensors, folder, found, stored_in, known, like=carrier_of(weights), overwrite=overwrite)
+    if overwrite or not (folder / CARD).exists():
+        write_text(folder / CARD, model_card(folder.resolve().name, origin, config, stored_in))
 
 
 def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:

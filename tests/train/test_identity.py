@@ -185,6 +185,20 @@ def test_a_run_is_read_anywhere_by_what_it_carries(moved: Path, tmp_path: Path) 
     text, out = greedy(moved), tmp_path / "out"
     assert text.startswith("ab")
     export(moved, out)
+    card = (out / "README.md").read_text()
+    losses = json.loads((moved / "summary.json").read_text())["phases"]["pretrain"]
+    assert (
+        f"| pretrain | chem | {losses['heldout']['chem']:.4f} ± {losses['standard_errors']['heldout']['chem']:.4f} |"
+        in card
+    )
+    assert "| pretrain | 1,024 | chem 1/4, general 3/4 | 0.003 | adamw | — |" in card
+    assert f"| general.train | `general` | `{TokenDataset.open(tmp_path / 'home' / 'general').digest}` |" in card
+    assert "Base: none, from scratch." in card
+    assert "\n# license: yours to choose" in card
+    assert str(tmp_path) not in card
+    export(out, tmp_path / "twice", dtype="bf16")
+    twice = (tmp_path / "twice" / "README.md").read_text()
+    assert twice == card.replace("# out\n", "# twice\n").replace("stored in float32", "stored in bfloat16")
     for again in ("1", "2", "3", "4", "5"):
         export(moved, tmp_path / again)
         assert (tmp_path / again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()

@@ -52,6 +52,8 @@ def test_an_average_is_that_of_every_number_and_keeps_what_is_known(
     assert (origin.tokenizer, origin.documents, origin.dtype) == (byte_tokenizer().digest, True, "float32")
     assert [(part.path, part.share) for part in origin.merged] == [("a", "9/10"), ("b", "1/10")]
     assert [part.digest for part in origin.merged] == [stored.digest_of(Path(name)) for name in ("a", "b")]
+    card = Path("out/README.md").read_text()
+    assert all(f"| `{part.path}` | {part.share} | `{part.digest}` |" in card for part in origin.merged)
     assert tokenizer_of(Path("out"))
     assert generate_text(Path("out"), "ab", 3, temperature=0).startswith("ab")
 

@@ -1,0 +1,104 @@
+"""The model card of an export: what is known of the weights, as README.md with the header that model hubs read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from spt_fast import __version__
+from spt_fast.model.config import GPTConfig
+from spt_fast.model.families import family_of
+from spt_fast.model.flops import parameters
+from spt_fast.train.origin import History, Origin
+from spt_fast.train.world import dtype_name
+
+FILE = "README.md"
+
+LICENCE = "# license: yours to choose; those of the base and of the data apply"
+
+LOADING = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+With spt_fast: `spt-fast generate FOLDER`, `spt-fast eval FOLDER --data PREFIX`, or `init: FOLDER` in a recipe."""
+
+
+def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype) -> str:
+    """In Markdown. The field for the licence is left to the user."""
+    shape = f"{parameters(config):,} parameters ({family_of(config)}), {config.context:,} tokens of context"
+    parts = [
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{LICENCE}\n---",
+        f"# {name}",
+        f"{shape}, stored in {dtype_name(dtype)}. Written by spt_fast {__version__}.",
+        f"## Loading\n\n{LOADING}",
+    ]
+    if origin.merged:
+        rows = [[f"`{part.path}`", part.share, f"`{part.digest}`"] for part in origin.merged]
+        parts.append(f"## Average\n\nOf the weights of:\n\n{_table(['model', 'share', 'digest'], rows)}")
+    parts.append("## Training\n\n" + (_training(origin.history) if origin.history else "It is not recorded here."))
+    known = {
+        "Computed in": origin.dtype,
+        "Training window": origin.context and f"{origin.context:,} tokens",
+        "Attention": origin.documents and "inside documents",
+        "Tokenizer": origin.tokenizer and f"`{origin.tokenizer}`",
+    }
+    if lines := [f"- {what}: {value}" for what, value in known.items() if value]:
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _training(history: History) -> str:
+    base = f"`{history.base}` (`{history.digests.get('init', 'unknown')}`)" if history.base else "none, from scratch"
+    phases = [
+        [
+            *(
+                phase.name,
+                f"{phase.tokens:,}",
+                ", ".join(f"{source} {share}" for source, share in phase.mixture.items()),
+            ),
+            *(f"{phase.lr:g}", phase.optimizer, _treatment(phase.anchor, phase.average)),
+        ]
+        for phase in history.phases
+    ]
+    losses = [
+        [phase.name, source, _loss(loss, phase.standard_errors.get(source))]
+        for phase in history.phases
+        for source, loss in phase.heldout.items()
+    ]
+    data = [
+        [field.removeprefix("sources."), f"`{history.names.get(field, '')}`", f"`{digest}`"]
+        for field, digest in sorted(history.digests.items())
+        if field.startswith("sources.")
+    ]
+    return "\n\n".join(
+        [
+            f"Base: {base}.",
+            _table(["phase", "tokens", "mixture", "learning rate", "optimizer", "kept near the start by"], phases),
+            "Loss on held-out text, nats per token ± its standard error, of the weights that each phase handed on:",
+            _table(["phase", "source", "loss"], losses),
+            "Data, by the digests of its token datasets:",
+            _table(["source", "dataset", "digest"], data),
+        ]
+    )
+
+
+def _treatment(anchor: float, average: str) -> str:
+    parts = [f"anchor {anchor:g}"] if anchor else []
+    return ", ".join(parts + ([f"average {average}"] if average not in ("", "0") else [])) or "—"
+
+
+def _loss(loss: float | None, error: float | None) -> str:
+    if loss is None or not math.isfinite(loss):
+        return "not a number"
+    return f"{loss:.4f}" + (f" ± {error:.4f}" if error else "")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
