@@ -23,9 +23,10 @@ NUMBERS = (
     *("domain_before", "general_before"),
 )
 NEEDED = ("run", "after", "status", "start", "handed_on", *ALIKE, *NUMBERS)
+PRETRAINING = ["pretrain_tokens", "pretrain_delta"]
 SHARES = ["delta", "injected", "pretrain_delta"]
 STAGE = ["run", "stage"]
-ARM = ["stage", "start", "params", "domain_tokens", "anchor", "average", "delta", "pretrain_tokens", "pretrain_delta"]
+ARM = ["stage", "start", "base", "params", "domain_tokens", "anchor", "average", "delta", *PRETRAINING]
 """What runs of one arm share; they differ by seed and, where it is searched, by learning rate."""
 
 DIGITS = 9
@@ -56,6 +57,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     if failed.any():
         notes.append(f"left out, as they failed: {_listed(table['run'][failed])}")
     rows = table[~failed].reset_index(drop=True)
+    rows = rows if "base" in rows else rows.assign(base=None)
     if rows.empty:
         raise DataError("the runs table has no finished run; train some first")
     rows = rows.assign(**{name: _numbers(rows[name]) for name in NUMBERS}, handed_on=rows["handed_on"].astype(bool))

@@ -96,6 +96,17 @@ def test_an_average_is_an_arm_and_the_base_that_is_asked_for_counts() -> None:
     assert advise_base(domain_tokens=3 * M, budget=M, table=both, base="a").decision.average == 0.0
 
 
+def test_the_best_rate_is_of_each_base() -> None:
+    """Two of one size: what is best for one isn't for the other."""
+    rows = [
+        row(0.0, 0.0, (1.8 + 0.1 * (lr != best), 3.0), lr=lr, run=f"{base}-{lr}", base=base)
+        for base, best in (("a", 1e-5), ("b", 1e-4))
+        for lr in (1e-5, 1e-4)
+    ]
+    kept = usable(pd.DataFrame(rows)).rows
+    assert dict(zip(kept["base"], kept["lr"], strict=True)) == {"a": 1e-5, "b": 1e-4}
+
+
 def test_d_cpt_laws_choose_the_share_where_a_limit_is_asked() -> None:
     table = dcpt_table().assign(base="a")
     corpus, asked = int(table["domain_tokens"].iloc[0]), {"budget": 20_000 * M, "model": 200 * M}
