@@ -44,19 +44,22 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Of (context, settings)."""
-        return [self._continuation(*request.args) for request in requests]
-
-    def _continuation(self, context: str, settings: dict[str, Any]) -> str:
-        until = settings.get("until") or []
-        tokens = next((settings[name] for name in LENGTHS if settings.get(name)), MOST_GENERATED)
-        sampled = settings.get("do_sample", False)
-        return self._model.continuation(
-            context,
-            [until] if isinstance(until, str) else until,
-            tokens,
-            temperature=settings.get("temperature", 1.0) if sampled else 0.0,
-            top_k=settings.get("top_k") if sampled else None,
-        )
+        alike: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
+        said: dict[int, str] = {}
+        for places in alike.values():
+            settings = requests[places[0]].args[1]
+            until, sampled = settings.get("until") or [], settings.get("do_sample", False)
+            continued = self._model.continuations(
+                [requests[i].args[0] for i in places],
+                [until] if isinstance(until, str) else until,
+                next((settings[name] for name in LENGTHS if settings.get(name)), MOST_GENERATED),
+                temperature=settings.get("temperature", 1.0) if sampled else 0.0,
+                top_k=settings.get("top_k") if sampled else None,
+            )
+            said |= zip(places, continued, strict=True)
+        return [said[i] for i in range(len(requests))]
 
 
 def find(names: Sequence[str]) -> TaskManager:

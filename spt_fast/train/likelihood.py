@@ -25,6 +25,8 @@ from spt_fast.train.world import pick_device, pick_dtype
 TOKENS_AT_A_TIME = 16_384
 LOGITS_BYTES = 1 << 30
 """Of the float32 logits of a batch."""
+TEXTS_AT_A_TIME = 32
+"""That are continued side by side."""
 LOOK_EVERY = 32
 """Tokens that are generated before stop strings are looked for."""
 
@@ -171,34 +173,44 @@ class TextModel:
             for n, g in zip(nats.split([*counts]), greedy.split([*counts]), strict=True)
         ]
 
-    def continuation(
-        self, context: str, until: Sequence[str], tokens: int, *, temperature: float = 0.0, top_k: int | None = None
-    ) -> str:
-        """What follows `context`: at most so many tokens, up to the end of the text or the first of the strings
+    def continuations(
+        self,
+        contexts: Sequence[str],
+        until: Sequence[str],
+        tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+    ) -> list[str]:
+        """What follows each context: at most so many tokens, up to the end of the text or the first of the strings
         `until`. SptError where the model's context has no room for so many."""
         if tokens >= self.context:
             raise SptError(
                 invalid("context", self.context, f"more than the {tokens} tokens that are to be generated"),
                 argument=True,
             )
-        ids = (self.encode(context) or [self._prefix])[-(self.context - tokens) :]
-        start, text = len(ids), ""
-        for _ in range(0, tokens, LOOK_EVERY):
-            new = min(LOOK_EVERY, start + tokens - len(ids))
-            before = len(ids)
-            ids = self._model.generate(
-                ids,
-                new,
-                temperature=temperature,
-                top_k=top_k,
-                stop_id=self._tokenizer.eos_id,
-                vocab_size=self._tokenizer.vocab_size,
-            )
-            ended = ids[-1] == self._tokenizer.eos_id or len(ids) < before + new
-            text = self._tokenizer.decode(ids[start : -1 if ended and ids[-1] == self._tokenizer.eos_id else None])
-            ends = [place for stop in until if stop and (place := text.find(stop)) >= 0]
-            if ends:
-                return text[: min(ends)]
-            if ended:
-                break
-        return text
+        rows = [(self.encode(context) or [self._prefix])[-(self.context - tokens) :] for context in contexts]
+        starts, eos, size = [*map(len, rows)], self._tokenizer.eos_id, self.batch or TEXTS_AT_A_TIME
+        found: dict[int, str] = {}
+        for first in range(0, len(rows), size):
+            left = [*range(first, min(first + size, len(rows)))]
+            for made in range(0, tokens, LOOK_EVERY):
+                new = min(LOOK_EVERY, tokens - made)
+                longer = self._model.generate_batch(
+                    [rows[i] for i in left],
+                    new,
+                    temperature=temperature,
+                    top_k=top_k,
+                    stop_id=eos,
+                    vocab_size=self._tokenizer.vocab_size,
+                )
+                for i, row in zip(left, longer, strict=True):
+                    rows[i], ended = row, row[-1] == eos
+                    text = self._tokenizer.decode(row[starts[i] : len(row) - ended])
+                    ends = [place for stop in until if stop and (place := text.find(stop)) >= 0]
+                    if ends or ended or made + new == tokens:
+                        found[i] = text[: min(ends, default=len(text))]
+                left = [i for i in left if i not in found]
+                if not left:
+                    break
+        return [found[i] for i in range(len(rows))]

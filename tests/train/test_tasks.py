@@ -141,22 +141,24 @@ def test_texts_are_cut_where_the_context_alone_ends(weights: Path, tokenizer: To
 
 def test_generation_ends_at_a_string_or_the_end_of_the_text(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     words = model._tokenizer.encode(" heat water acid base salt") * 8
-    given: list[int] = []
+    decode, given = model._tokenizer.decode, []
 
-    def generate(ids: list[int], new: int, **settings: Any) -> list[int]:
-        given.append(len(ids))
-        return [*ids, *words[:new]]
+    def generate(rows: list[list[int]], new: int, **settings: Any) -> list[list[int]]:
+        given.append([*map(len, rows)])
+        return [[*row, *words[:new]] for row in rows]
 
-    monkeypatch.setattr(model._model, "generate", generate)
-    assert model.continuation("Heat?", ["acid", "water"], 40) == " heat "
+    monkeypatch.setattr(model._model, "generate_batch", generate)
+    assert model.continuations(["Heat?", "Salt?"], ["acid", "water"], 40) == [" heat "] * 2
     assert len(given) == 1
-    assert model.continuation("Heat? " * 90, [], 40) == model._tokenizer.decode([*words[:32], *words[:8]])
-    assert given[1:] == [CONTEXT - 40, CONTEXT - 40 + 32]
+    assert model.continuations(["Heat? " * 90], [], 40) == [decode([*words[:32], *words[:8]])]
+    assert given[1:] == [[CONTEXT - 40], [CONTEXT - 40 + 32]]
     words[2] = model._tokenizer.eos_id
-    monkeypatch.setattr(model._model, "generate", lambda ids, new, **_: [*ids, *words[:3]])
-    assert model.continuation("Heat?", ["acid"], 40) == model._tokenizer.decode(words[:2])
+    monkeypatch.setattr(model._model, "generate_batch", lambda rows, new, **_: [[*row, *words[:3]] for row in rows])
+    assert model.continuations(["Heat?"], ["acid"], 40) == [decode(words[:2])]
+    model.batch = 1
+    assert model.continuations(["Heat?", "Salt?"], [], 3) == [decode(words[:2])] * 2
     with pytest.raises(SptError, match=r"context: 64 is invalid"):
-        model.continuation("Heat?", [], CONTEXT)
+        model.continuations(["Heat?"], [], CONTEXT)
 
 
 def test_choices_are_judged_by_likelihood_and_by_likelihood_a_character(weights: Path, model: TextModel) -> None:
@@ -321,8 +323,10 @@ def test_lm_eval_is_answered_and_its_answers_are_kept(weights: Path, model: Text
     assert asked.loglikelihood_rolling([Instance(text), Instance("salt")]) == pytest.approx(
         [sum(one_by_one(weights, window)[0] for window in windows), one_by_one(weights, model.pair("", "salt"))[0]]
     )
-    said = asked.generate_until([Instance("Heat?", {"until": "\n\n", "max_gen_toks": 5, "do_sample": False})])
-    assert said == [model.continuation("Heat?", ["\n\n"], 5)]
+    five, three = ({"until": "\n\n", "max_gen_toks": tokens, "do_sample": False} for tokens in (5, 3))
+    said = asked.generate_until([Instance("Heat?", five), Instance("Salt water?", three), Instance("Salt", five)])
+    texts = (("Heat?", 5), ("Salt water?", 3), ("Salt", 5))
+    assert said == [model.continuations([text], ["\n\n"], tokens)[0] for text, tokens in texts]
 
 
 def test_without_lm_eval_one_message_says_what_to_install(
