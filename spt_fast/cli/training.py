@@ -108,7 +108,6 @@ def evaluate(
     if not data and not tasks:
         raise typer.BadParameter("give --data PREFIX, --tasks TASK or both")
     names = [name.strip() for given in tasks or () for name in given.split(",") if name.strip()]
-    scored = {str(prefix): score(weights, prefix, dtype=dtype, context=context) for prefix in data or ()}
     results = (
         score_tasks(
             weights,
@@ -122,6 +121,7 @@ def evaluate(
         if tasks
         else {}
     )
+    scored = {str(prefix): score(weights, prefix, dtype=dtype, context=context) for prefix in data or ()}
     if as_json:
         print_json({**scored, **({"tasks": results} if results else {})})
         return

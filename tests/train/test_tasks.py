@@ -32,6 +32,7 @@ from spt_fast.train import questions as own
 from spt_fast.train.likelihood import Pair, TextModel
 from spt_fast.train.task_results import Metric, results_of, standard_error
 from spt_fast.train.tasks import score_tasks
+from tests import tiny
 
 CONTEXT = 64
 TEXT = "Which gas do plants take in by day? oxygen carbon dioxide Answer: Question: acid base heat water salt. " * 20
@@ -252,6 +253,16 @@ def test_results_are_kept_with_what_decided_them(
     assert results_of(tmp_path / "other") == [], "these are of other weights"
     with pytest.raises(SptError, match="tokenizer: missing"):
         score_tasks(tmp_path / "other", [str(path)])
+    data = tiny.write_dataset(tmp_path / "data", 0, 200, tokenizer_digest=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SptWarning)
+        monkeypatch.setattr(sys, "argv", ["spt-fast", "eval", str(weights), "--json"])
+        sys.argv += ["--data", str(data), "--tasks", str(path)]
+        with pytest.raises(SystemExit):
+            main()
+    both = json.loads(capsys.readouterr().out)
+    assert both.keys() == {str(data), "tasks"}
+    assert both["tasks"]["notes.jsonl"] == first, "beside the losses"
     path = Path(",")
     assert "--tasks: '' is invalid: name at least one task" in scored(code=2)
 
