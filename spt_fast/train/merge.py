@@ -17,7 +17,7 @@ from spt_fast.errors import CheckpointError, RecipeError, invalid
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.parameters import table
 from spt_fast.model.stored import Stored
-from spt_fast.train.origin import Origin, Part, named, origin_of
+from spt_fast.train.origin import Origin, Part, named, with_history
 from spt_fast.train.release import outside_runs, tokenizer_of, write_release
 from spt_fast.train.weights import chosen, digest_of, read_config, stored_weights
 
@@ -53,11 +53,11 @@ def merge(
         }
 
         def average(name: str) -> Tensor:
-            first = read[0][name].float()  # equal tensors average to themselves, to the last bit
-            total = first.clone()
+            mean, so_far = read[0][name].float(), shares[0]
             for tensors, share in zip(read[1:], shares[1:], strict=True):
-                total.add_(tensors[name].float().sub_(first), alpha=float(share))
-            return total
+                so_far += share
+                mean.lerp_(tensors[name].float(), float(share / so_far))  # leaves what is equal as it is
+            return mean
 
         merged = Stored(likes, average)
         write_release(parts[0], config, merged, folder, tokenizer, origin, dtype=dtype, overwrite=overwrite)
@@ -98,7 +98,7 @@ def _shape_of(parts: Sequence[Path]) -> GPTConfig:
 
 def _origin_of(parts: Sequence[Path], shares: Sequence[Fraction]) -> Origin:
     """What is known of the average; CheckpointError where the parts are of several tokenizers."""
-    origins = [origin_of(part) for part in parts]
+    origins = [with_history(part) for part in parts]
     known: dict[str, Path] = {}
     for origin, part in zip(origins, parts, strict=True):
         beside = None if origin.tokenizer else tokenizer_of(part)

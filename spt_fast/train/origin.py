@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -167,13 +168,19 @@ def origin_of(path: Path) -> Origin:
             known = json.loads(metadata[_KEY])
             known["merged"] = [Part(**part) for part in known.get("merged", ())]
             known["history"] = History.read(raw) if (raw := known.get("history")) else None
-            origin = Origin(**{field.name: known.get(field.name) for field in fields(Origin)})
+            return Origin(**{field.name: known.get(field.name) for field in fields(Origin)})
         except (ValueError, AttributeError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: its metadata is damaged ({error}); copy it again") from None
-        return replace(origin, history=History.of(run, path.name)) if run else origin
     summary = summary_of(run) if run else None
     if run is None or summary is None:
         return Origin()
     documents = next((phase.documents for phase in recipe_of(run).phases if phase.name == path.name), None)
-    origin = Origin(summary.get("tokenizer"), documents, summary.get("precision"))
-    return replace(origin, history=History.of(run, path.name))
+    return Origin(summary.get("tokenizer"), documents, summary.get("precision"))
+
+
+def with_history(path: Path) -> Origin:
+    """As `origin_of`; of a run's weights/<phase> with what lies beside them, as far as it can be read."""
+    origin, run = origin_of(path), run_of(path)
+    with suppress(CheckpointError):
+        return replace(origin, history=History.of(run, path.name)) if run else origin
+    return origin

@@ -23,7 +23,7 @@ from spt_fast.model.config import GPTConfig
 from spt_fast.train.card import FILE as CARD
 from spt_fast.train.card import model_card
 from spt_fast.train.folder import owned, recipe_of
-from spt_fast.train.origin import Origin, carrier_of, origin_of, run_of, tokenizer_file
+from spt_fast.train.origin import Origin, carrier_of, origin_of, run_of, tokenizer_file, with_history
 from spt_fast.train.weights import chosen, load_model, locate, read_config, stored_dtype, stored_weights
 from spt_fast.train.world import pick_device
 
@@ -91,7 +91,7 @@ def export(
     that lies there only with `overwrite`. dtype: fp32, bf16 or fp16; by default what they are stored in."""
     with outside_runs(folder):
         weights = chosen(path)
-        shape_and_tensors, origin = stored_weights(weights), origin_of(weights)
+        shape_and_tensors, origin = stored_weights(weights), with_history(weights)
         write_release(weights, *shape_and_tensors, folder, tokenizer, origin, dtype=dtype, overwrite=overwrite)
 
 
