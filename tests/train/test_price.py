@@ -139,7 +139,7 @@ def test_the_command_tells_it_all(recipe: Recipe, tmp_path: Path, capsys: pytest
     words += ["--set", "phases.pretrain.batch.micro=2", "--set", "phases.finetune.batch.micro=2"]
     cli.app(words, standalone_mode=False)
     said = capsys.readouterr().out
-    for part in ("→", "optimizer", "stated", "early stopping", "hours"):
+    for part in ("→", "window", "optimizer", "stated", "early stopping", "hours"):
         assert part in said
     cli.app([*words, "--json"], standalone_mode=False)
     plan = json.loads(capsys.readouterr().out)
