@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HFTokenizer
-from spt_fast.errors import CheckpointError, SptError, SptWarning, invalid
+from spt_fast.errors import SptError, SptWarning, invalid
 from spt_fast.model.gpt import GPT
-from spt_fast.train.release import tokenizer_of
+from spt_fast.train.release import tokenizer_for
 from spt_fast.train.weights import load_model
 from spt_fast.train.world import pick_device, pick_dtype
 
@@ -78,11 +78,7 @@ class TextModel:
     ) -> TextModel:
         """The model at `weights` on this machine's device, in the dtype that matmuls are fast in: the same for all
         weights. CheckpointError where their tokenizer is unknown."""
-        found = tokenizer_of(weights, tokenizer)
-        if found is None:
-            raise CheckpointError(
-                f"tokenizer: missing; {weights} does not say which tokenizer its ids come from: name it", argument=True
-            )
+        found = tokenizer_for(weights, tokenizer)
         device = pick_device()
         model = load_model(weights).to(device=device, dtype=pick_dtype("auto", device))
         return cls(model, found, context=context, batch=batch)

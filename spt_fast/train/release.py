@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.data.base_tokenizer import BaseTokenizer
-from spt_fast.data.hf_tokenizer import HF_FILE, HFTokenizer
+from spt_fast.data.hf_tokenizer import HF_FILE, SLOW_FILES, HFTokenizer, without_hf_file
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid
 from spt_fast.files import write_text
@@ -77,6 +77,17 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> BaseTokenizer | 
     elif isinstance(found, HFTokenizer):
         found.bos_id = found.usual_bos_id
     return found
+
+
+def tokenizer_for(path: Path, name: str | Path | None = None) -> BaseTokenizer:
+    """As `tokenizer_of`; CheckpointError where there is none, DataError where it is one that must be converted."""
+    if found := tokenizer_of(path, name):
+        return found
+    if any((path / file).exists() for file in SLOW_FILES):
+        raise without_hf_file(path)
+    raise CheckpointError(
+        f"tokenizer: missing; {path} does not say which tokenizer its ids come from: name it", argument=True
+    )
 
 
 def export(
@@ -156,11 +167,7 @@ def generate_texts(
 ) -> Iterator[Generated]:
     """As `generate_text` for each prompt, in their order, `AT_A_TIME` of them side by side."""
     weights = chosen(path)
-    encoding = tokenizer_of(weights, tokenizer)
-    if encoding is None:
-        raise CheckpointError(
-            f"tokenizer: missing; {path} does not say which tokenizer its ids come from: name it", argument=True
-        )
+    encoding = tokenizer_for(weights, tokenizer)
     model, eos, waiting = load_model(weights).to(pick_device()), encoding.eos_id, iter(prompts)
     while batch := list(islice(waiting, AT_A_TIME)):
         before = [encoding.prompt(prompt) or ([] if eos is None else [eos]) for prompt in batch]

@@ -124,6 +124,9 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
     (base / "tokenizer.json").rename(tmp_path / "kept")
     foreign = make_plan(recipe_from(raw))
     assert foreign.tokenizer is None, "nothing is known"
+    (base / "tokenizer.model").write_bytes(b"\n")
+    with pytest.raises(DataError, match=r"tokenizer: .*base/tokenizer.model is of a slow tokenizer, .*save_pretrained"):
+        generate_text(base, "fox", 1)
     larger = tokenizers.Tokenizer.from_file(str(tmp_path / "kept"))
     larger.add_tokens([f"<{i}>" for i in range(100)])
     larger.save(str(base / "tokenizer.json"))
