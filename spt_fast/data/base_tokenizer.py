@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import tiktoken
 
 from spt_fast.errors import DataError, invalid, nearest
 
@@ -92,6 +93,13 @@ def pieces(text: str) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def encode_ordinary(encoding: tiktoken.Encoding, texts: Iterable[str]) -> np.ndarray:
+    """Ids of all texts, uint32 [tokens], without special tokens. UnicodeEncodeError for half a surrogate pair."""
+    # By way of lists, which takes 5/6 of the time of tiktoken's own way to an array, and mends no text.
+    parts = [np.array(encoding._core_bpe.encode_ordinary(text), np.uint32) for text in texts]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def byte_letters() -> list[str]:

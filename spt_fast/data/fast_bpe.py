@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from spt_fast.data.base_tokenizer import CUT, PIECE_CHARS, byte_letters, rank_lines
+from spt_fast.data.base_tokenizer import CUT, PIECE_CHARS, byte_letters, encode_ordinary, rank_lines
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_AFTER_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -62,19 +62,21 @@ class FastBPE:
 
     def encode(self, text: str, piece_chars: int = PIECE_CHARS) -> np.ndarray | None:
         """Ids of a text, uint32 [tokens]; None where it must be left to Hugging Face."""
-        if self.nfc and not text.isascii() and not self._is_marked(text):
-            text = self._normalizer.normalize_str(text)
-        if self._is_marked(text):
-            return None
-        pieces, start = [], 0
-        while len(text) - start > piece_chars:
-            cut = CUT.search(text, start + piece_chars // 2, start + piece_chars)
-            if cut is None:
+        try:
+            if self.nfc and not text.isascii() and not self._is_marked(text):
+                text = self._normalizer.normalize_str(text)
+            if self._is_marked(text):
                 return None
-            pieces.append(text[start : cut.end()])
-            start = cut.end()
-        ids = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in [*pieces, text[start:]]]
-        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+            pieces, start = [], 0
+            while len(text) - start > piece_chars:
+                cut = CUT.search(text, start + piece_chars // 2, start + piece_chars)
+                if cut is None:
+                    return None
+                pieces.append(text[start : cut.end()])
+                start = cut.end()
+            return encode_ordinary(self._encoding, [*pieces, text[start:]])
+        except (UnicodeEncodeError, TypeError):  # of half a surrogate pair
+            return None
 
     def agrees(self, theirs: Any, texts: list[str]) -> bool:
         """Whether ids of the texts are those of the `tokenizers.Tokenizer`, and so of characters of all kinds."""
@@ -84,7 +86,7 @@ class FastBPE:
             for text, encoding in zip(texts, encodings, strict=True):
                 for piece_chars in (PIECE_CHARS, SAMPLE_PIECE_CHARS):
                     ids = self.encode(text, piece_chars)
-                    if ids is not None and ids.tolist() != encoding.ids:
+                    if ids is not None and not np.array_equal(ids, encoding.ids):
                         return False
         except BaseException as error:  # a pattern that tiktoken can't compile, or panics of
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

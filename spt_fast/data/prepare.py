@@ -32,7 +32,7 @@ from spt_fast.data.workers import Encoded, EncoderPool, Settings, TextBatch
 from spt_fast.errors import DataError, SptWarning, counted, invalid
 
 BATCH_BYTES = 1 << 20
-SAMPLE_BYTES = 2_000_000
+SAMPLE_BYTES = 1_000_000
 SAMPLE_DOCUMENTS = 2000
 """Of the text that a faster way to encode is tried on."""
 FAR_OFF = 0.25

@@ -25,7 +25,7 @@ import numpy as np
 import tiktoken
 
 from spt_fast.data import hf_tokenizer
-from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer, byte_letters, pieces, rank_lines
+from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer, byte_letters, encode_ordinary, pieces, rank_lines
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
 from spt_fast.errors import DataError, invalid, nearest
@@ -184,10 +184,9 @@ class Tokenizer(BaseTokenizer):
         anyhow. Raises DataError for half a surrogate pair, which has no UTF-8.
         """
         try:
-            parts = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
+            return encode_ordinary(self._encoding, pieces(text))
         except UnicodeEncodeError as error:
             raise DataError(f"text holds half a surrogate pair at character {error.start}: mend it") from None
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, special tokens included; U+FFFD for what isn't UTF-8. Raises DataError for unknown ids."""

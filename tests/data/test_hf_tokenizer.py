@@ -173,6 +173,9 @@ def test_the_fast_way_gives_the_same_ids_or_is_not_taken(
     for text in [*NASTY, *hf_tokenizers.TEXTS, long, " " * 101_000]:
         ids = library.encode(text, add_special_tokens=False).ids
         assert own.encode(text) == again.encode(text) == ids, repr(text)
+    for each in (own, again):
+        with pytest.raises(DataError, match="half a surrogate pair at character 2"):
+            each.encode("é \ud800b")
     assert (again.digest, again.vocab_size, again.named_tokens()) == (own.digest, own.vocab_size, own.named_tokens())
 
 
@@ -199,6 +202,8 @@ def test_what_could_give_other_ids_is_left_to_hugging_face(
     assert proven(merges=merges[:-5]), "five tokens are never made"
     assert not proven(merges=merges[:-5], ignore_merges=True), "they are where they are whole words"
     assert not proven(merges=merges[::-1]), "another order"
+    swapped = {name: {300: 301, 301: 300}.get(id_, id_) for name, id_ in model["vocab"].items()}
+    assert not proven(vocab=swapped), "an order of ids that isn't that of the merges"
     assert not proven(vocab={name: id_ for name, id_ in model["vocab"].items() if name != "A"})
     assert not proven(continuing_subword_prefix="##", merges=merges[:1])
     with monkeypatch.context() as patch:
