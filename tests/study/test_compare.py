@@ -107,6 +107,7 @@ def test_arms_may_differ_in_their_finetune_alone(tmp_path: Path) -> None:
             fake_run(tmp_path / "npt", NPT),
             fake_run(tmp_path / "replay", shifted(NPT, -0.5), change=replayed),
             fake_run(tmp_path / "anchor", shifted(NPT, -0.25), change={"phases.1.anchor": 0.1}),
+            fake_run(tmp_path / "average", shifted(NPT, -0.125), change={"phases.1.average": "10%"}),
             fake_run(tmp_path / "spt", SPT, delta="1/20"),
             fake_run(tmp_path / "spt-replay", shifted(SPT, 0.5), delta="1/20", change=replayed),
         ]
@@ -114,16 +115,18 @@ def test_arms_may_differ_in_their_finetune_alone(tmp_path: Path) -> None:
     assert {key: gain["mean"] for key, gain in result["r_gain"].items()} == {
         "0 replay 0.01": pytest.approx(100 * 0.5 / 5.0),  # against NPT with the plainest finetune
         "0 anchor 0.1": pytest.approx(100 * 0.25 / 5.0),
+        "0 average 0.1": pytest.approx(100 * 0.125 / 5.0),
         "0.05": pytest.approx(100 * 0.5 / 5.0),
         "0.05 replay 0.01": pytest.approx(100 * -0.5 / 4.5),  # against NPT with the same finetune
     }
-    assert [row["replay"] for row in result["runs"]] == [0, 0.01, 0, 0, 0.01]
-    assert [(arm["delta"], arm["replay"], arm["anchor"]) for arm in result["arms"]] == [
-        (0, 0, 0),
-        (0, 0, 0.1),
-        (0, 0.01, 0),
-        (0.05, 0, 0),
-        (0.05, 0.01, 0),
+    assert [row["replay"] for row in result["runs"]] == [0, 0.01, 0, 0, 0, 0.01]
+    assert [(arm["delta"], arm["replay"], arm["anchor"], arm["average"]) for arm in result["arms"]] == [
+        (0, 0, 0, 0),
+        (0, 0, 0, 0.1),
+        (0, 0, 0.1, 0),
+        (0, 0.01, 0, 0),
+        (0.05, 0, 0, 0),
+        (0.05, 0.01, 0, 0),
     ]
     assert "SPT 5%, 1% replay against NPT, 1% replay" in result["verdict"]["forgetting"]["0.05 replay 0.01"]["says"]
     assert result["warnings"] == []

@@ -59,6 +59,10 @@ def test_an_average_is_that_of_every_number_and_keeps_what_is_known(
 
     merge([Path("a")] * 3, [1, 2, "5"], Path("same"))
     assert all(torch.equal(tensor, a[name]) for name, tensor in hf.load("same")[1].items())
+    c = write(Path("c"), 3)
+    merge([Path("a"), Path("b"), Path("c")], [1, 2, 5], Path("three"))
+    for name, tensor in hf.load("three")[1].items():
+        torch.testing.assert_close(tensor, (a[name] + 2 * b[name] + 5 * c[name]) / 8)
     assert merge([Path("a"), Path("out")], ["3/4", Fraction(1, 4)], Path("again"), dtype="bf16")[0] == Fraction(3, 4)
     assert {tensor.dtype for tensor in hf.load("again")[1].values()} == {torch.bfloat16}
     with pytest.raises(CheckpointError, match="of another model"):
