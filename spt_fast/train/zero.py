@@ -201,13 +201,10 @@ class Partitioned(torch.optim.Optimizer):
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
         known = table(model.config)
         self.params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        groups: list[dict[str, Any]] = [
-            {
-                "params": [p for name, p in self.params.items() if known[name].kind.decayed == decayed],
-                "decayed": decayed,
-            }
-            for decayed in (True, False)
-        ]
+        groups: list[dict[str, Any]] = []
+        for decayed in (True, False):
+            params = [param for name, param in self.params.items() if known[name].kind.decayed == decayed]
+            groups += [{"params": part, "decayed": decayed} for part in _eighths(params)]
         super().__init__(groups, {})
         self.settings, self.anchor_decay = settings, anchor_decay
         self.count = torch.zeros((), device=model.embedding.device)
@@ -268,6 +265,16 @@ class Partitioned(torch.optim.Optimizer):
                 flat = Group([partition], state, group["decayed"], anchors=anchors)
                 count = (self.count + 1).to(partition.device)
                 self.settings.update(flat, Update(count, self.lr, self.anchor_decay))
+
+
+def _eighths(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in parts, since ZeRO 1 and 2 copy a group as a whole to one flat tensor before they free it."""
+    sizes = torch.tensor([getattr(param, "ds_numel", param.numel()) for param in params])
+    ends = sizes.cumsum(0) - 1
+    parts: dict[int, list[nn.Parameter]] = {}
+    for param, end in zip(params, ends.tolist(), strict=True):
+        parts.setdefault(8 * end // int(sizes.sum()), []).append(param)
+    return list(parts.values())
 
 
 class Whole(torch.optim.Optimizer):
