@@ -61,7 +61,7 @@ def windows(text: Path, tokenizer: tokenizers.Tokenizer, family: str, tokens: in
 
     for document in documents():
         ids += [] if begin is None else [begin]
-        ids += tokenizer.encode(document, add_special_tokens=False).ids + [end]
+        ids += [*tokenizer.encode(document, add_special_tokens=False).ids, end]
         if len(ids) > tokens:
             break
     whole = (len(ids) - 1) // WINDOW

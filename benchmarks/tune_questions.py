@@ -1,0 +1,54 @@
+"""Questions about held-out tunes, for `spt-fast eval --tasks`: which bars go on from here?
+
+    python -m benchmarks.tune_questions music.heldout.jsonl tunes.questions.jsonl
+
+A line a question: {"question", "choices", "answer"}. The question is a tune in ABC up to the middle of its bars; the
+choices are its next four bars and the four that stand at the same place of three other tunes in its metre.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+BARS, CHOICES = 4, 4
+
+
+def halves(text: str) -> tuple[str, str, str] | None:
+    """Metre, the tune up to its middle, and the next bars; None where it is no tune, or a short one."""
+    metre, key = re.search(r"^M: *(\S+)", text, re.MULTILINE), re.search(r"^K:.*\n", text, re.MULTILINE)
+    if not metre or not key:
+        return None
+    bars = re.findall(r"[^|]+\|+", text[key.end() :])
+    middle = len(bars) // 2
+    if middle < BARS:
+        return None
+    after = "".join(bars[middle : middle + BARS])
+    return metre[1], text[: key.end()] + "".join(bars[:middle]), after
+
+
+def main(source: Path, out: Path) -> None:
+    rng = random.Random(0)
+    documents = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
+    tunes = [tune for tune in map(halves, documents) if tune]
+    by_metre = defaultdict(list)
+    for metre, _, after in tunes:
+        by_metre[metre].append(after)
+    questions = []
+    for metre, before, after in tunes:
+        others = sorted({other for other in by_metre[metre] if other != after})
+        if len(others) < CHOICES - 1:
+            continue
+        choices = [after, *rng.sample(others, CHOICES - 1)]
+        rng.shuffle(choices)
+        questions.append({"question": before, "choices": choices, "answer": choices.index(after)})
+    out.write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
+    print(f"{out}: {len(questions)} questions of {len(tunes)} tunes")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:3]))
