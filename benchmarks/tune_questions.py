@@ -3,7 +3,8 @@
     python -m benchmarks.tune_questions music.heldout.jsonl tunes.questions.jsonl
 
 A line a question: {"question", "choices", "answer"}. The question is a tune in ABC up to the middle of its bars; the
-choices are its next four bars and the four that stand at the same place of three other tunes in its metre.
+choices are its next four bars and the four that stand at the same place of three other tunes in its metre, with chords
+where it has some.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BARS, CHOICES = 4, 4
 
 
 def halves(text: str) -> tuple[str, str, str] | None:
-    """Metre, the tune up to its middle, and the next bars; None where it is no tune, or a short one."""
+    """Its kind, the tune up to its middle, and the next bars; None where it isn't a tune, or a short one."""
     metre, key = re.search(r"^M: *(\S+)", text, re.MULTILINE), re.search(r"^K:.*\n", text, re.MULTILINE)
     if not metre or not key:
         return None
@@ -27,20 +28,21 @@ def halves(text: str) -> tuple[str, str, str] | None:
     middle = len(bars) // 2
     if middle < BARS:
         return None
-    after = "".join(bars[middle : middle + BARS])
-    return metre[1], text[: key.end()] + "".join(bars[:middle]), after
+    after = "".join(bars[middle : middle + BARS]).strip()
+    kind = metre[1] + (" with chords" if '"' in after else "")
+    return kind, text[: key.end()] + "".join(bars[:middle]).rstrip(), after
 
 
 def main(source: Path, out: Path) -> None:
     rng = random.Random(0)
     documents = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
     tunes = [tune for tune in map(halves, documents) if tune]
-    by_metre = defaultdict(list)
-    for metre, _, after in tunes:
-        by_metre[metre].append(after)
+    by_kind = defaultdict(list)
+    for kind, _, after in tunes:
+        by_kind[kind].append(after)
     questions = []
-    for metre, before, after in tunes:
-        others = sorted({other for other in by_metre[metre] if other != after})
+    for kind, before, after in tunes:
+        others = sorted({other for other in by_kind[kind] if other != after})
         if len(others) < CHOICES - 1:
             continue
         choices = [after, *rng.sample(others, CHOICES - 1)]
