@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SptError(ValueError):
@@ -72,6 +72,11 @@ def shown_key(key: object) -> str:
 def cut(text: str, characters: int = SHOWN) -> str:
     """`text`, or its beginning where it is longer."""
     return text if len(text) <= characters else f"{text[: characters - 1]}…"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list that may be long."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def counted(number: int, what: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from spt_fast import laws
-from spt_fast.errors import DataError, RecipeError, invalid, nearest
+from spt_fast.errors import DataError, RecipeError, invalid, nearest, some
 from spt_fast.files import replacing
 from spt_fast.laws import IdentificationWarning, Law, LawWarning
 from spt_fast.outputs import check_folder, check_output, is_json_with
@@ -290,7 +290,7 @@ def _fitted(name: str, group: Mapping[str, float | None], table: pd.DataFrame, d
         if issubclass(warning.category, LawWarning) and not issubclass(warning.category, IdentificationWarning)
     ]
     if law.unidentified_:
-        said.append(f"these runs leave {_some(law.unidentified_)} open; judge the law by its predictions")
+        said.append(f"these runs leave {some(law.unidentified_)} open; judge the law by its predictions")
     parameters = {key: Estimate(value, *intervals[key]) for key, value in law.params_.items()}
     score, holdout = Score(**law.score(table)), holdout_error(name, table)
     return Fitted(name, group, table, law=law, score=score, holdout=holdout, parameters=parameters, warnings=said)
@@ -313,10 +313,6 @@ def _without_npt(table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
         f"{100 * alone:.2f}%"
     )
     return rest.reset_index(drop=True)
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _without_repeats(fitted: list[Fitted]) -> list[Fitted]:

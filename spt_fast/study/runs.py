@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.config import Phase, Recipe
-from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.errors import CheckpointError, RecipeError, some
 from spt_fast.files import check_regular
 from spt_fast.printing import plain
 from spt_fast.study.finetunes import Treatment
@@ -195,8 +195,7 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
     unknown = [str(run.folder) for run in runs if not (run.recipe.tokenizer or run.summary.get("tokenizer"))]
     if unknown:
         found["tokenizer"] = (
-            f"the tokenizer of {', '.join(unknown)} is not recorded, so whether all losses are of the same tokens is "
-            "unknown"
+            f"the tokenizer of {some(unknown)} is not recorded, so whether all losses are of the same tokens is unknown"
         )
     for run in runs[1:]:
         ours, theirs = settings(runs[0]), settings(run)

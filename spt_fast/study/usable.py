@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from spt_fast.errors import DataError, invalid
+from spt_fast.errors import DataError, invalid, some
 from spt_fast.laws.columns import ALIKE, SHARE, check, require_columns
 from spt_fast.study.finetunes import beaten
 
@@ -55,7 +55,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     notes: list[str] = []
     failed = table["status"] != "done"
     if failed.any():
-        notes.append(f"left out, as they failed: {_listed(table['run'][failed])}")
+        notes.append(f"left out, as they failed: {some(table['run'][failed].unique())}")
     rows = table[~failed].reset_index(drop=True)
     rows = rows if "base" in rows else rows.assign(base=None)
     if rows.empty:
@@ -70,7 +70,8 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
         broken = unknown & ~unknown.groupby([rows[key] for key in STAGE]).transform("all")
         if broken.any():
             notes.append(
-                f"left out, as {name} is not a number: {broken.sum()} evaluations of {_listed(rows['run'][broken])}"
+                f"left out, as {name} is not a number: {broken.sum()} evaluations of "
+                f"{some(rows['run'][broken].unique())}"
             )
     rows[SHARES] = rows[SHARES].round(DIGITS)
     unsteady = rows.groupby(STAGE)["delta"].transform("nunique") > 1
@@ -83,7 +84,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
         (orphaned, "the pretraining that they began with is"),
     ):
         if which.any():
-            notes.append(f"left out, as {why}: {_listed(rows['run'][which])}")
+            notes.append(f"left out, as {why}: {some(rows['run'][which].unique())}")
     dropped = unsteady | other_rate | orphaned
     return UsableRows(rows[~dropped].reset_index(drop=True), rows[dropped].reset_index(drop=True), notes)
 
@@ -133,7 +134,8 @@ def _other_texts(rows: pd.DataFrame) -> list[str]:
         if several.any():
             text = "base" if column == "base" else column.replace("_", " training ")
             notes.append(
-                f"not of one {text}, so that their losses may differ for that reason: {_listed(rows['run'][several])}"
+                f"not of one {text}, so that their losses may differ for that reason: "
+                f"{some(rows['run'][several].unique())}"
             )
     return notes
 
@@ -157,9 +159,3 @@ def _descend(rows: pd.DataFrame, dropped: pd.Series) -> pd.Series:
         if (later == found).all():
             return found
         found = later
-
-
-def _listed(runs: pd.Series, most: int = 3) -> str:
-    names = runs.drop_duplicates().tolist()
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spt_fast.errors import CheckpointError, SptWarning, cut
 from spt_fast.files import write_text
-from spt_fast.train.likelihood import TextModel
-from spt_fast.train.origin import run_of
-from spt_fast.train.weights import digest_of, locate
+
+if TYPE_CHECKING:
+    from spt_fast.train.likelihood import TextModel
 
 FOLDER = "tasks"
 FEW_QUESTIONS = 100
@@ -111,9 +111,9 @@ class TaskResult:
 
 def save(result: TaskResult, weights: Path) -> None:
     """Keep a result, in place of one of the same weights and settings; a warning where nothing can be written there."""
-    folder, prefix = _place(weights)
+    folder, prefix, digest = _place(weights)
     settings = hashlib.sha256(json.dumps(asdict(result.settings)).encode()).hexdigest()
-    kept = {"weights": weights.name, "digest": digest_of(weights), **asdict(result)}
+    kept = {"weights": weights.name, "digest": digest, **asdict(result)}
     try:
         folder.mkdir(exist_ok=True)
         write_text(folder / f"{prefix}{result.task}-{settings[:12]}.json", json.dumps(kept) + "\n")
@@ -124,8 +124,7 @@ def save(result: TaskResult, weights: Path) -> None:
 def results_of(weights: Path) -> list[TaskResult]:
     """The results of weights by task; those of other weights that lay there before are left out. CheckpointError for a
     damaged file."""
-    folder, _ = _place(weights)
-    digest = digest_of(weights) if weights.is_dir() else None
+    folder, _, digest = _place(weights)
     found = []
     for file in sorted(folder.glob("*.json")):
         try:
@@ -139,7 +138,11 @@ def results_of(weights: Path) -> list[TaskResult]:
     return found
 
 
-def _place(weights: Path) -> tuple[Path, str]:
-    """Where the results of weights are kept, and how their names begin."""
+def _place(weights: Path) -> tuple[Path, str, str | None]:
+    """Where results of weights are kept, how their names begin, and the weights' digest, None where they have gone."""
+    from spt_fast.train.origin import run_of  # these import torch, which is slow, and most runs have no results
+    from spt_fast.train.weights import digest_of, locate
+
+    digest = digest_of(weights) if weights.is_dir() else None
     run = run_of(weights)
-    return (run / FOLDER, f"{weights.name}-") if run else (locate(weights) / FOLDER, "")
+    return (run / FOLDER, f"{weights.name}-", digest) if run else (locate(weights) / FOLDER, "", digest)

@@ -299,7 +299,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: object, fails: bool = False
 def test_fit_prints_laws_and_what_is_missing(
     study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "out", Console(highlight=False, width=80))
+    monkeypatch.setattr(cli.studies, "out", Console(highlight=False, width=80))
     lines = said(capsys, study)
     assert max(map(len, lines.splitlines())) <= 80
     text = " ".join(lines.split())

@@ -137,12 +137,13 @@ def test_a_storm_of_signals_makes_one_request_and_a_late_sigint_interrupts(monke
 HEARD = """
 import os
 from spt_fast import cli
-enter = cli.StopRequest.__enter__
+from spt_fast.train.signals import StopRequest
+enter = StopRequest.__enter__
 def entered(request):
     enter(request)
     os.write(1, b"!")
     return request
-cli.StopRequest.__enter__ = entered
+StopRequest.__enter__ = entered
 cli.main()
 """
 
