@@ -287,6 +287,8 @@ def _without_weights(folder: Path) -> CheckpointError:
     def found(*patterns: str) -> str | None:
         return min((file.name for pattern in patterns for file in folder.glob(pattern)), default=None)
 
+    if (folder / WEIGHTS).is_symlink():  # as in Hugging Face's cache, where a download was broken off
+        return CheckpointError(f"{folder / WEIGHTS}: is a link to a file that is not there; download it again")
     if shard := found("*.safetensors"):
         return CheckpointError(f"{folder}: {shard} is there without {INDEX}, which lists its shards; copy that as well")
     if pickle := found("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"):

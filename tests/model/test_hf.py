@@ -418,6 +418,10 @@ def test_what_a_download_left_in_the_place_of_files_is_named(folder: Path) -> No
 
 def test_missing_shards_other_formats_and_names_on_a_hub_say_what_to_do(folder: Path, tmp_path: Path) -> None:
     (folder / hf.WEIGHTS).rename(folder / "model-00002-of-00003.safetensors")
+    (folder / hf.WEIGHTS).symlink_to("../blobs/4d7a")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is a link to a file that is not there; download"):
+        GPT.from_hf(folder)
+    (folder / hf.WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors is there without model\.saf.*index"):
         GPT.from_hf(folder)
     listed = {f"t{n}": f"model-{n:05}-of-00003.safetensors" for n in (1, 2, 3)}
