@@ -126,7 +126,7 @@ def summary_of(run: Path) -> dict[str, Any] | None:
 
 def weights_digest(folder: Path) -> str:
     """Identifies the weights in a folder by samples of its safetensors."""
-    return sampled_digest(*sorted(folder.glob("*.safetensors")))
+    return sampled_digest(*sorted(file for file in folder.glob("*.safetensors") if file.is_file()))
 
 
 def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:

@@ -102,6 +102,9 @@ def test_a_plan_misses_weights_as_a_run_would(data: Path) -> None:
     recipe = recipe_from(raw_recipe(data, "none", phase("all", 1, {"chem": 1}), init=str(folder), model={}))
     with pytest.raises(CheckpointError, match=r"^init: .*incomplete: pytorch_model\.bin is a pickle"):
         make_plan(recipe)
+    (folder / "model.safetensors").symlink_to("gone")
+    with pytest.raises(CheckpointError, match=r"^init: .*model\.safetensors: is a link to a file that is not there"):
+        make_plan(recipe)
     with pytest.raises(CheckpointError, match=r"^init: .*pytorch_model\.bin: is not a folder; give the folder that"):
         make_plan(replace(recipe, init=str(folder / "pytorch_model.bin")))
 
