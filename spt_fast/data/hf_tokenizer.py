@@ -21,7 +21,7 @@ import numpy as np
 from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer
 from spt_fast.data.fast_bpe import FastBPE, fast_bpe
 from spt_fast.errors import DataError, cut, invalid
-from spt_fast.files import replacing
+from spt_fast.files import download, replacing
 
 HF_FILE = "tokenizer.json"
 SENT = b"hugging face "
@@ -182,7 +182,8 @@ def without_hf_file(path: Path) -> DataError:
     folder = path if path.is_dir() else path.parent
     slow = path.name if path.is_file() else next((name for name in SLOW_FILES if (path / name).exists()), None)
     if slow is None:
-        return DataError(f"tokenizer: {path} holds no {HF_FILE}; name a folder or file that does", argument=True)
+        remedy = download(path) or "name a folder or file that does"
+        return DataError(f"tokenizer: {path} holds no {HF_FILE}; {remedy}", argument=True)
     return DataError(
         f"tokenizer: {folder / slow} is of a slow tokenizer, without {HF_FILE}; convert it, for example by "
         f"transformers' AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(new_folder), and name the new "

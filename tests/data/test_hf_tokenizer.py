@@ -132,6 +132,7 @@ def test_digests_are_of_what_decides_ids(folders: dict[str, Path], tmp_path: Pat
 
 def test_what_a_tokenizer_that_cannot_be_used_is_answered(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "slow").mkdir()
+    (tmp_path / "cache" / "snapshots" / "1").mkdir(parents=True)
     (tmp_path / "slow" / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     convert = (
         r"slow/tokenizer.model is of a slow tokenizer, .*AutoTokenizer.from_pretrained\('.*slow'\).save_pretrained"
@@ -139,7 +140,8 @@ def test_what_a_tokenizer_that_cannot_be_used_is_answered(folders: dict[str, Pat
     for path, message in (
         (tmp_path / "slow", convert),
         (tmp_path / "slow" / "tokenizer.model", convert),
-        (tmp_path, "holds no tokenizer.json"),
+        (tmp_path, "holds no tokenizer.json; name a folder"),
+        (tmp_path / "cache", "holds no tokenizer.json; give the folder .*cache/snapshots/1"),
         ("Qwen/Qwen2.5-0.5B", "no folder Qwen/Qwen2.5-0.5B here.*hf download Qwen/Qwen2.5-0.5B --local-dir"),
     ):
         with pytest.raises(DataError, match=f"tokenizer: .*{message}"):
