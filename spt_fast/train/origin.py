@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from spt_fast.config import Recipe
 from spt_fast.data.hf_tokenizer import HF_FILE
+from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import FILE
-from spt_fast.errors import CheckpointError
+from spt_fast.errors import CheckpointError, DataError
 from spt_fast.model import hf
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import is_run, recipe_of, summary_of
@@ -153,6 +155,16 @@ def carrier_of(weights: Path) -> Path | None:
     return next((folder for folder, file in folders.items() if folder and (folder / file).exists()), None)
 
 
+def _with_ends(origin: Origin, recipe: Recipe) -> Origin:
+    """What begins and ends documents too, where a dataset that the weights' tokenizer made is still at its path."""
+    for source in recipe.sources.values():
+        with suppress(DataError):
+            data = TokenDataset.open(source.train, source.dtype)
+            if data.eos_id is not None and data.tokenizer_digest == origin.tokenizer:
+                return replace(origin, eos_id=data.eos_id, bos_id=data.bos_id)
+    return origin
+
+
 def origin_of(path: Path) -> Origin:
     """Of the weights at `path`: a run, its weights/<phase>, a checkpoint or a Hugging Face folder."""
     path = locate(path)
@@ -161,7 +173,8 @@ def origin_of(path: Path) -> Origin:
         state = SavedState.read(checkpoint.read(path), path)
         phase = recipe_of(run).phases[state.train.phase] if run else None
         documents, context = (phase.documents, phase.window(state.model.context)) if phase else (None, None)
-        return Origin(state.data.get("tokenizer"), documents, state.compute.dtype, context=context)
+        known = Origin(state.data.get("tokenizer"), documents, state.compute.dtype, context=context)
+        return _with_ends(known, recipe_of(run)) if run else known
     metadata = hf.read_metadata(path)
     if _KEY in metadata:
         try:

@@ -74,7 +74,7 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> BaseTokenizer | 
         raise CheckpointError(invalid("tokenizer", source, expected), argument=True)
     if origin.eos_id is not None:
         found.eos_id, found.bos_id = origin.eos_id, origin.bos_id
-    elif isinstance(found, HFTokenizer):
+    elif known is None and isinstance(found, HFTokenizer):
         found.bos_id = found.usual_bos_id
     return found
 

@@ -88,6 +88,7 @@ def test_the_files_of_a_base_go_into_the_run_its_weights_and_its_exports(
     own = Tokenizer.load(expected, eos="<tool>")
     origin = origin_of(folder)
     assert (origin.tokenizer, origin.eos_id, origin.bos_id) == (own.digest, own.eos_id, None)
+    assert origin_of(checkpoint).eos_id == own.eos_id
     exported = tokenizer_of(tmp_path / "out" / "second")
     assert exported is not None
     assert exported.eos_id == own.eos_id, "that of the data"
