@@ -16,7 +16,7 @@ from typing import Any
 from spt_fast.config import Recipe
 from spt_fast.data.hf_tokenizer import HF_FILE
 from spt_fast.data.shards import TokenDataset
-from spt_fast.data.tokenizer import FILE
+from spt_fast.data.tokenizer import FILE, Tokenizer
 from spt_fast.errors import CheckpointError, DataError
 from spt_fast.model import hf
 from spt_fast.train import checkpoint
@@ -146,6 +146,15 @@ def tokenizer_file(weights: Path) -> Path | None:
     run = run_of(weights)
     files = [folder / FILE for folder in (weights, run) if folder] + [(run or weights) / HF_FILE]
     return next((file for file in files if file.exists()), None)
+
+
+def tokenizer_digest(weights: Path) -> str | None:
+    """Of the tokenizer that weights were trained with: the one that is recorded, else the one that lies beside a base;
+    None where neither is, or that one cannot be read."""
+    if (digest := origin_of(weights).tokenizer) is None and (place := tokenizer_file(weights)):
+        with suppress(DataError):
+            return Tokenizer.load(place).digest
+    return digest
 
 
 def carrier_of(weights: Path) -> Path | None:

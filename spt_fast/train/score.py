@@ -20,7 +20,7 @@ from spt_fast.model import hf
 from spt_fast.printing import print_table
 from spt_fast.train.evaluate import EvalSet, Measured, measure
 from spt_fast.train.folder import recipe_of, summary_of
-from spt_fast.train.origin import origin_of, run_of
+from spt_fast.train.origin import origin_of, run_of, tokenizer_digest
 from spt_fast.train.weights import chosen, load_model
 from spt_fast.train.world import World, pick_device, pick_dtype
 
@@ -69,11 +69,12 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None, context: int
     data.verify(SAMPLED_BLOCKS)
     if data.num_tokens < 2:
         raise DataError(f"{prefix}: holds {data.num_tokens} tokens; at least two are needed to score one")
-    same = None if None in (origin.tokenizer, data.tokenizer_digest) else origin.tokenizer == data.tokenizer_digest
+    theirs = tokenizer_digest(weights)
+    same = None if None in (theirs, data.tokenizer_digest) else theirs == data.tokenizer_digest
     if same is False:
         raise DataError(
             f"{prefix}: was made with another tokenizer ({str(data.tokenizer_digest)[:12]}) than the one that the "
-            f"weights at {weights} were trained with ({str(origin.tokenizer)[:12]}); prepare it with that one"
+            f"weights at {weights} were trained with ({str(theirs)[:12]}); prepare it with that one"
         )
     largest = data.max_id if data.max_id is not None else int(data.tokens.max())
     if largest >= model.config.vocab_size:

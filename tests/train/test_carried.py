@@ -107,6 +107,7 @@ def test_the_files_of_a_base_go_into_the_run_its_weights_and_its_exports(
 
 
 def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, Any]) -> None:
+    assert score(base, tmp_path / "text.heldout")["same_tokenizer"]
     ranks = Tokenizer({bytes([byte]): byte for byte in range(256)}, PATTERN, {EOS: 256})
     for kind, tokenizer in (("ranks", ranks), ("nfc", hf_tokenizers.write(tmp_path / "nfc", "nfc"))):
         prepare(tmp_path / "text.jsonl", tmp_path / kind, tokenizer, workers=1, progress=False)
@@ -114,6 +115,8 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
         says = r"init: .*base were trained with another tokenizer .* than sources\.text\.train .*`tokenizer=.*base"
         with pytest.raises(RecipeError, match=says):
             make_plan(recipe_from(wrong))
+        with pytest.raises(DataError, match="was made with another tokenizer"):
+            score(base, tmp_path / kind)
     with pytest.raises(DataError, match=r"sources\.text\.train: .* another tokenizer .* than the recipe's tokenizer"):
         make_plan(recipe_from(raw | {"tokenizer": str(tmp_path / "nfc")}))
     assert make_plan(recipe_from(raw | {"tokenizer": str(base / "tokenizer.json")})).tokenizer is not None
