@@ -130,14 +130,15 @@ class HFTokenizer(BaseTokenizer):
     @property
     def usual_bos_id(self) -> int | None:
         """What transformers puts before a text."""
-        return next(iter(self._theirs.encode("").ids), None)
+        begun = self._theirs.encode("a")
+        return begun.ids[0] if begun.special_tokens_mask[:1] == [1] and 0 in begun.special_tokens_mask else None
 
     def encode_array(self, text: str) -> np.ndarray:
-        if self._fast is not None and (ids := self._fast.encode(text)) is not None:
-            return ids
         try:
+            if self._fast is not None and (ids := self._fast.encode(text)) is not None:
+                return ids
             (encoding,) = self._theirs.encode_batch_fast([text], add_special_tokens=False)
-        except TypeError:  # what it says of a string that has no UTF-8
+        except (TypeError, UnicodeEncodeError):  # what both say of a string that has no UTF-8
             at = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
             raise DataError(f"text holds half a surrogate pair at character {at}: mend it") from None
         return np.array(encoding.ids, np.uint32)
@@ -194,7 +195,8 @@ def without_hf_file(path: Path) -> DataError:
 
 def _digest(content: Mapping[str, Any]) -> str:
     model = dict(content["model"])
-    model.pop("type", None)  # which older files leave out
+    if model.get("type") == "BPE":
+        del model["type"]  # which older files leave out
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.pop("merges", None) or ()]
     vocab = model.pop("vocab")
     parts = [
@@ -204,6 +206,10 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([*parts, vocab, merges], sort_keys=True).encode()).hexdigest()
 
 
+_UNSAID: Mapping[str, object] = {"use_regex": True, "split": True, "strip_accents": None}
+"""What leaving out a field says that doesn't stand for False."""
+
+
 def _stated(value: Any) -> Any:
     """`value` without what says no more than leaving it out, and without what decides no id."""
     if isinstance(value, list):
@@ -211,9 +217,5 @@ def _stated(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     stated = {key: _stated(item) for key, item in value.items() if key != "trim_offsets"}
-    unsaid: tuple[object, ...] = (None, "", [], {})
-    return {
-        key: item
-        for key, item in stated.items()
-        if item is not False and item not in unsaid and (key, item) != ("use_regex", True)
-    }
+    empty: tuple[object, ...] = (None, "", [], {})
+    return {key: item for key, item in stated.items() if item not in empty and item is not _UNSAID.get(key, False)}

@@ -60,6 +60,10 @@ def test_ids_are_theirs(folders: dict[str, Path], kind: str) -> None:
     begun = [library.token_to_id(hf_tokenizers.BOS), *own.encode("fox")]
     assert own.prompt("fox") == library.encode("fox").ids == begun
     assert own.decode([*own.encode("fox"), own.eos_id]).strip() == "fox"
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A <|end|>", special_tokens=[("<|end|>", own.eos_id)]
+    )
+    assert HFTokenizer(library.to_str().encode()).usual_bos_id is None, "it ends texts and begins none"
     with pytest.raises(DataError, match="half a surrogate pair"):
         own.encode("a\ud800b")
 
@@ -125,6 +129,20 @@ def test_digests_are_of_what_decides_ids(folders: dict[str, Path], tmp_path: Pat
         {"model": model | {"merges": model["merges"][:-1]}},
     ):
         assert digest_of(**changes) != digest
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    words = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}
+    accents = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "lowercase": True}
+    for field, unsaid, said, other in (
+        ("pre_tokenizer", bytes_, {"use_regex": True}, {"use_regex": False}),
+        ("pre_tokenizer", words, {"split": True}, {"split": False}),
+        ("normalizer", accents, {"strip_accents": None}, {"strip_accents": False}),
+    ):
+        digests = [digest_of(**{field: unsaid | one}) for one in (said, other)]
+        assert digests[0] != digests[1]
+        assert field == "normalizer" or digests[0] == digest_of(**{field: unsaid})
+    letters = {"vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"}
+    both = [digest_of(model=letters | kind, added_tokens=[]) for kind in ({"type": "WordLevel"}, {"merges": []})]
+    assert both[0] != both[1], "words, or parts of words"
     limits = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
     assert digest_of(truncation=limits) == digest
     assert len(Tokenizer.load(tmp_path).encode("a b c d e f g h i j")) > 5, "no text is left out"
@@ -178,6 +196,8 @@ def test_the_fast_way_gives_the_same_ids_or_is_not_taken(
     for each in (own, again):
         with pytest.raises(DataError, match="half a surrogate pair at character 2"):
             each.encode("é \ud800b")
+    with pytest.raises(DataError, match="half a surrogate pair at character 1"):
+        own.encode("a\ud800b")
     assert (again.digest, again.vocab_size, again.named_tokens()) == (own.digest, own.vocab_size, own.named_tokens())
 
 
