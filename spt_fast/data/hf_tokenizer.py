@@ -45,7 +45,9 @@ class HFTokenizer(BaseTokenizer):
         try:
             content = json.loads(data)
             self.digest = _digest(content)
+            _check_merges(content["model"])
             self.files = {HF_FILE: data, **(files or {})}
+            self._theirs.encode("")  # tries what is put around a text
             self.vocab_size = 1 + max(self._theirs.get_vocab(with_added_tokens=True).values(), default=-1)
             self._named = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
         except BaseException as error:
@@ -130,7 +132,7 @@ class HFTokenizer(BaseTokenizer):
     @property
     def usual_bos_id(self) -> int | None:
         """What transformers puts before a text."""
-        begun = self._theirs.encode("a")
+        begun = self._theirs.encode(next(iter(self._named), "a"))
         return begun.ids[0] if begun.special_tokens_mask[:1] == [1] and 0 in begun.special_tokens_mask else None
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -141,6 +143,10 @@ class HFTokenizer(BaseTokenizer):
         except (TypeError, UnicodeEncodeError):  # what both say of a string that has no UTF-8
             at = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
             raise DataError(f"text holds half a surrogate pair at character {at}: mend it") from None
+        except Exception as error:  # tokenizers raises Exception itself
+            raise DataError(
+                f"text is unknown to the tokenizer ({error}); give it a token for what it doesn't know"
+            ) from None
         return np.array(encoding.ids, np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -191,6 +197,16 @@ def without_hf_file(path: Path) -> DataError:
         "folder",
         argument=True,
     )
+
+
+def _check_merges(model: Mapping[str, Any]) -> None:
+    """ValueError for merges that end the process in `tokenizers`, which cuts the prefix off without a look."""
+    if prefix := (model.get("continuing_subword_prefix") or "").encode():
+        for pair in model.get("merges") or ():
+            second = (pair.split(" ") if isinstance(pair, str) else pair)[1].encode()
+            if len(second) < len(prefix):
+                raise ValueError(f"merge {pair} is shorter than continuing_subword_prefix")
+            second[len(prefix) :].decode()
 
 
 def _digest(content: Mapping[str, Any]) -> str:

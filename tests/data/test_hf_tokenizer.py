@@ -169,6 +169,8 @@ def test_what_a_tokenizer_that_cannot_be_used_is_answered(folders: dict[str, Pat
         ("{}", "damaged, or not a Hugging Face tokenizer.json"),
         (json.dumps(content)[:-9], "damaged"),
         (json.dumps(content | {"model": {"type": "BPE"}}), "damaged"),
+        (json.dumps(content | {"model": content["model"] | {"continuing_subword_prefix": "long##"}}), "shorter than"),
+        (json.dumps(content | {"post_processor": content["post_processor"] | {"special_tokens": {}}}), "damaged"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
         (json.dumps(content | {"model": content["model"] | {"dropout": 0.1}}), "a matter of chance"),
     ):
@@ -176,6 +178,11 @@ def test_what_a_tokenizer_that_cannot_be_used_is_answered(folders: dict[str, Pat
         with pytest.raises(DataError, match=rf"tokenizer\.json: .*{message}"):
             Tokenizer.load(tmp_path / "slow")
     assert isinstance(Tokenizer.load(folders["unigram"]), HFTokenizer)
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": words, "added_tokens": []}))
+    assert Tokenizer.load(tmp_path).encode("a") == [0]
+    with pytest.raises(DataError, match=r"text is unknown to the tokenizer \(.*; give it a token for what it doesn't"):
+        Tokenizer.load(tmp_path).encode("b")
 
 
 @pytest.mark.parametrize("kind", KINDS)
