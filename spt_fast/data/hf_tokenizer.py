@@ -53,10 +53,8 @@ class HFTokenizer(BaseTokenizer):
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers
                 raise
-            pointer = data.startswith(b"version https://git-lfs")
-            remedy = "it is a pointer of Git LFS: run `git lfs pull`" if pointer else "copy it again"
             raise DataError(
-                f"{source}: is damaged, or not a Hugging Face tokenizer.json ({cut(str(error), 160)}); {remedy}"
+                f"{source}: is damaged, or not a Hugging Face tokenizer.json ({cut(str(error), 160)}); {_remedy(data)}"
             ) from None
         if content["model"].get("dropout"):
             raise DataError(f"{source}: model.dropout makes ids a matter of chance; set it to null")
@@ -104,7 +102,8 @@ class HFTokenizer(BaseTokenizer):
                 stated = json.loads(beside[name].decode("utf-8-sig"))
                 eos = stated.get("eos_token" if name in _NAMING else "eos_token_id")
             except (ValueError, AttributeError, RecursionError) as error:
-                raise DataError(f"{where}: cannot be read as JSON ({cut(str(error), 160)}); copy it again") from None
+                says = f"{where}: cannot be read as JSON ({cut(str(error), 160)}); {_remedy(beside[name])}"
+                raise DataError(says) from None
             if isinstance(eos, dict):
                 eos = eos.get("content")
             if isinstance(eos, list) and eos:
@@ -197,6 +196,12 @@ def without_hf_file(path: Path) -> DataError:
         "folder",
         argument=True,
     )
+
+
+def _remedy(data: bytes) -> str:
+    """Of a file that cannot be read."""
+    pointer = data.startswith(b"version https://git-lfs")
+    return "it is a pointer of Git LFS: run `git lfs pull`" if pointer else "copy it again"
 
 
 def _check_merges(model: Mapping[str, Any]) -> None:

@@ -61,9 +61,8 @@ def stored_weights(folder: str | Path, dtype: torch.dtype | None = None) -> tupl
     places = _places(folder)
     dtypes = {like.dtype for _, like in places.values()}
     if not dtypes <= DTYPES.keys():
-        raise CheckpointError(
-            f"{folder}: tensors are stored as {dtypes - DTYPES.keys()}; float32, bfloat16 or float16 can be read"
-        )
+        others = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - DTYPES.keys()))
+        raise CheckpointError(f"{folder}: tensors are stored as {others}; float32, bfloat16 or float16 can be read")
     dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
 
     parameters, left = table(config), dict(places)

@@ -430,7 +430,7 @@ def _that_of_the_weights(
     place = tokenizer_file(weights)
     with naming("init"):
         theirs = Tokenizer.load(place) if place else None
-    known = origin_of(weights).tokenizer or (theirs and theirs.digest)
+        known = origin_of(weights).tokenizer or (theirs and theirs.digest)
     given = [(f"the recipe's tokenizer {recipe.tokenizer}", tokenizer.digest)] if tokenizer else []
     given += [(where, data.tokenizer_digest) for where, data in datasets if data.tokenizer_digest]
     for by, digest in given:

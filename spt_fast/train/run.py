@@ -131,7 +131,7 @@ def _plan(folder: Path, recipe: Recipe, state: SavedState | None, world: int) ->
     init = Path(recipe.init) if recipe.init and Path(recipe.init).exists() else None
     with naming("init"):
         digest = digest_of(init) if init else state.data.get("init")
-    if recipe.init and (init is None or recipe.model.context):  # the checkpoint has the weights, and so the shape
+    if recipe.init:  # the checkpoint has the weights, and so the shape; the base's files may be others by now
         untied = any(phase.untie for phase in recipe.phases[: state.train.phase + 1])
         shape = replace(state.model, tied=state.model.tied or untied)
         recipe = replace(recipe, init=None, init_only=None, model=Model(**vars(shape)))

@@ -107,6 +107,9 @@ def test_prepare_begins_and_ends_documents_by_the_tokens_named(folders: dict[str
         with pytest.raises(DataError, match=r"special_tokens_map.json: eos_token: 'gone' is invalid"):
             Tokenizer.load(folder)
         assert Tokenizer.load(folder, eos="<tool>").eos_id == tool
+        (folder / "special_tokens_map.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(DataError, match=r"special_tokens_map.json: cannot be read as JSON .*; .*git lfs pull"):
+            Tokenizer.load(folder)
     finally:
         (folder / "kept").rename(folder / "tokenizer_config.json")
 

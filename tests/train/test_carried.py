@@ -21,6 +21,7 @@ from spt_fast.train.plan import make_plan
 from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
 from spt_fast.train.run import run
 from spt_fast.train.score import score
+from spt_fast.train.weights import read_config
 from tests import hf_tokenizers, tiny
 from tests.data.test_prepare import documents, write_jsonl
 from tests.train.test_identity import stop
@@ -104,6 +105,22 @@ def test_the_files_of_a_base_go_into_the_run_its_weights_and_its_exports(
     run(from_checkpoint, progress=False)
     assert carries(tmp_path / "again" / "weights" / "pretrain", expected)
     assert special_ids(tmp_path / "again" / "weights" / "pretrain") == IDS
+
+
+def test_a_run_goes_on_by_what_it_began_with_whatever_has_become_of_the_base(
+    tmp_path: Path, base: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, own = read_config(base), Tokenizer.load(base).digest
+    stop(raw, monkeypatch)
+    config = json.loads((base / "config.json").read_text())
+    other = {"rope_theta": 5e5, "rope_parameters": None, "rms_norm_eps": 1e-3, "max_position_embeddings": 64}
+    (base / "config.json").write_text(json.dumps(config | other))
+    content = json.loads((base / "tokenizer.json").read_text())
+    content["model"]["merges"].pop()
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
+    assert read_config(tmp_path / "run" / "weights" / "second") == shape
+    assert Tokenizer.load(tmp_path / "run").digest == own
 
 
 def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, Any]) -> None:
