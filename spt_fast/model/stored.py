@@ -130,7 +130,8 @@ def write(
 ) -> None:
     """Write tensors as they come, in any order, cast to `dtype` (float32, bfloat16 or float16).
 
-    shapes: of all that will come. Equal tensors and metadata make equal files.
+    shapes: of all that will come. Equal tensors and metadata make equal files. CheckpointError for a number that
+    float16 cannot hold.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
@@ -147,5 +148,11 @@ def write(
             missing.remove(name)
             written.seek(8 + len(text) + header[name]["data_offsets"][0])
             for piece in tensor.detach().split(_rows(tensor)):
-                written.write(piece.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+                cast = piece.to("cpu", dtype).contiguous()
+                if dtype == torch.float16 and bool((cast.isinf() & piece.cpu().isfinite()).any()):
+                    says = (
+                        f"float16 is invalid: it cannot hold the {piece.abs().max():.4g} in {name}; take bf16 or fp32"
+                    )
+                    raise CheckpointError(f"dtype: {says}", argument=True)
+                written.write(cast.view(torch.uint8).numpy())
     assert not missing, missing

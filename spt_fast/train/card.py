@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -34,12 +35,12 @@ def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype)
     shape = f"{parameters(config):,} parameters ({family_of(config)}), {config.context:,} tokens of context"
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{LICENCE}\n---",
-        f"# {name}",
+        f"# {_text(name)}",
         f"{shape}, stored in {dtype_name(dtype)}. Written by spt_fast {__version__}.",
         f"## Loading\n\n{LOADING}",
     ]
     if origin.merged:
-        rows = [[f"`{part.path}`", part.share, f"`{part.digest}`"] for part in origin.merged]
+        rows = [[_code(part.path), part.share, f"`{part.digest}`"] for part in origin.merged]
         parts.append(f"## Average\n\nOf the weights of:\n\n{_table(['model', 'share', 'digest'], rows)}")
     parts.append("## Training\n\n" + (_training(origin.history) if origin.history else "It is not recorded here."))
     known = {
@@ -54,25 +55,27 @@ def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype)
 
 
 def _training(history: History) -> str:
-    base = f"`{history.base}` (`{history.digests.get('init', 'unknown')}`)" if history.base else "none, from scratch"
+    base = (
+        f"{_code(history.base)} (`{history.digests.get('init', 'unknown')}`)" if history.base else "none, from scratch"
+    )
     phases = [
         [
             *(
                 phase.name,
                 f"{phase.tokens:,}",
-                ", ".join(f"{source} {share}" for source, share in phase.mixture.items()),
+                ", ".join(f"{_text(source)} {share}" for source, share in phase.mixture.items()),
             ),
             *(f"{phase.lr:g}", phase.optimizer, _treatment(phase.anchor, phase.average)),
         ]
         for phase in history.phases
     ]
     losses = [
-        [phase.name, source, _loss(loss, phase.standard_errors.get(source))]
+        [phase.name, _text(source), _loss(loss, phase.standard_errors.get(source))]
         for phase in history.phases
         for source, loss in phase.heldout.items()
     ]
     data = [
-        [field.removeprefix("sources."), f"`{history.names.get(field, '')}`", f"`{digest}`"]
+        [_text(field.removeprefix("sources.")), _code(history.names.get(field, "unknown")), f"`{digest}`"]
         for field, digest in sorted(history.digests.items())
         if field.startswith("sources.")
     ]
@@ -97,6 +100,15 @@ def _loss(loss: float | None, error: float | None) -> str:
     if loss is None or not math.isfinite(loss):
         return "not a number"
     return f"{loss:.4f}" + (f" ± {error:.4f}" if error else "")
+
+
+def _text(name: str) -> str:
+    """A name as it is, without what would be markup."""
+    return re.sub(r"[\\`*~<>\[\]]", r"\\\g<0>", name)
+
+
+def _code(name: str) -> str:
+    return f"`` {name} ``" if "`" in name else f"`{name}`"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

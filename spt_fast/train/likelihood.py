@@ -197,6 +197,7 @@ class TextModel:
                     new,
                     temperature=temperature,
                     top_k=top_k,
+                    seed=made,  # else the draws of each part were those of the first
                     stop_id=eos,
                     vocab_size=self._tokenizer.vocab_size,
                 )

@@ -16,8 +16,9 @@ from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import weights as stored
+from spt_fast.train.card import model_card
 from spt_fast.train.merge import merge
-from spt_fast.train.origin import Origin, origin_of
+from spt_fast.train.origin import History, Origin, Part, origin_of
 from spt_fast.train.release import generate_text, tokenizer_of
 from tests.train.test_identity import byte_tokenizer
 
@@ -78,6 +79,18 @@ def test_an_average_is_made_in_float32_and_stored_as_the_first(tmp_path: Path) -
     merge([tmp_path / "a", tmp_path / "b"], [0.9, 0.1], tmp_path / "out")
     for name, tensor in hf.load(tmp_path / "out")[1].items():
         assert torch.equal(tensor, a[name].float().lerp(b[name], 0.1).bfloat16())
+    GPT.with_weights(GPTConfig(**SHAPE), {name: tensor * 1e7 for name, tensor in b.items()}).save_hf(tmp_path / "large")
+    with pytest.raises(CheckpointError, match=r"^dtype: float16 is invalid: it cannot hold the .* in .*; take bf16"):
+        merge([tmp_path / "large"] * 2, [1, 1], tmp_path / "half", dtype="fp16")
+    assert not (tmp_path / "half").exists()
+
+
+def test_a_card_shows_names_as_they_are() -> None:
+    origin = Origin(merged=[Part("a`|b", "d", "1/2")], history=History("<i>", {}, {}, []))
+    card = model_card("*m* <b>", origin, GPTConfig(**SHAPE), torch.float32)
+    assert "\n# \\*m\\* \\<b\\>\n" in card
+    assert "| `` a`\\|b `` | 1/2 | `d` |" in card
+    assert "Base: `<i>` (`unknown`)" in card
 
 
 def test_a_tied_head_is_averaged_as_the_embedding_that_it_is(tmp_path: Path) -> None:

@@ -142,10 +142,11 @@ def test_texts_are_cut_where_the_context_alone_ends(weights: Path, tokenizer: To
 
 def test_generation_ends_at_a_string_or_the_end_of_the_text(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     words = model._tokenizer.encode(" heat water acid base salt") * 8
-    decode, given = model._tokenizer.decode, []
+    decode, given, seeds = model._tokenizer.decode, [], []
 
     def generate(rows: list[list[int]], new: int, **settings: Any) -> list[list[int]]:
         given.append([*map(len, rows)])
+        seeds.append(settings["seed"])
         return [[*row, *words[:new]] for row in rows]
 
     monkeypatch.setattr(model._model, "generate_batch", generate)
@@ -153,6 +154,7 @@ def test_generation_ends_at_a_string_or_the_end_of_the_text(model: TextModel, mo
     assert len(given) == 1
     assert model.continuations(["Heat? " * 90], [], 40) == [decode([*words[:32], *words[:8]])]
     assert given[1:] == [[CONTEXT - 40], [CONTEXT - 40 + 32]]
+    assert seeds[1] != seeds[2], "no part of a text is drawn as the one before it"
     words[2] = model._tokenizer.eos_id
     monkeypatch.setattr(model._model, "generate_batch", lambda rows, new, **_: [[*row, *words[:3]] for row in rows])
     assert model.continuations(["Heat?"], ["acid"], 40) == [decode(words[:2])]
