@@ -1,8 +1,9 @@
 """Finished run folders, read for comparison: what was pretrained, how it was finetuned, what came out.
 
 A run is some phases of pretraining, its own or those of the run whose weights it started from, and, as its last phase,
-a finetune. Its *domain* is the source with the largest share of the finetune, its *general* source the other one with
-the largest share of the pretraining.
+a finetune. Of a base that was pretrained elsewhere nothing is known but its digest: it counts as 0 tokens. Its *domain*
+is the source with the largest share of the finetune, its *general* source the other one with the largest share of the
+pretraining, or else of the finetune.
 """
 
 from __future__ import annotations
@@ -38,10 +39,8 @@ class FinishedRun:
     summary: dict[str, Any]
     evaluations: list[dict[str, Any]]
     """The "eval" records of metrics.jsonl."""
-    pretraining: list[tuple[Phase, dict[str, Any]]]
-    """The phases before the finetune, and what summary.json says of each."""
-    start: Trained
-    """The first of them."""
+    pretraining: list[Trained]
+    """The phases before the finetune; none of a base that was pretrained elsewhere."""
 
     @classmethod
     def read(cls, folder: str | Path) -> FinishedRun:
@@ -59,13 +58,13 @@ class FinishedRun:
         recipe = recipe_of(folder)
         ancestors = trained_before(folder, recipe)
         own = [Trained(recipe, summary, phase) for phase in recipe.phases[:-1]]
-        if not (pretraining := [*ancestors, *own]):
+        pretraining = [*ancestors, *own]
+        if not pretraining and recipe.init is None:
             raise CheckpointError(
                 f"{folder}: {recipe.phases[0].name!r} is its only phase; what is compared is a finetune, the last "
                 "phase, after pretraining, the phases before it or those of the run that it starts from"
             )
-        phases = [(at.phase, at.done) for at in pretraining]
-        return cls(folder, recipe, summary, evaluations_of(folder), phases, pretraining[0])
+        return cls(folder, recipe, summary, evaluations_of(folder), pretraining)
 
     @property
     def finetune(self) -> Phase:
@@ -87,7 +86,9 @@ class FinishedRun:
             raise RecipeError(
                 f"{self.folder}: {self.domain!r} is its only source; a comparison needs a general one too"
             )
-        return max(others, key=self.pretraining_share)
+        return max(
+            others, key=lambda name: (self.pretraining_share(name), self.finetune.mixture.get(name, Fraction(0)))
+        )
 
     @property
     def treatment(self) -> Treatment:
@@ -97,9 +98,9 @@ class FinishedRun:
 
     def pretraining_share(self, source: str) -> Fraction:
         """The exact share of `source` in the pretraining tokens that the recipes ask for, over all phases."""
-        phases = [phase for phase, _ in self.pretraining]
+        phases = [trained.phase for trained in self.pretraining]
         from_source = sum((phase.mixture.get(source, Fraction(0)) * phase.tokens for phase in phases), Fraction(0))
-        return from_source / sum(phase.tokens for phase in phases)
+        return from_source / sum(phase.tokens for phase in phases) if phases else Fraction(0)
 
     def heldout(self, losses: dict[str, float]) -> tuple[float, float]:
         """(domain, general) of held-out losses by source; CheckpointError where one is missing or not a number."""
@@ -156,11 +157,14 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
     """RecipeError, naming two runs and what differs, where losses cannot be held against each other."""
 
     def facts(run: FinishedRun) -> dict[str, object]:
+        first: FinishedRun | Trained = run.pretraining[0] if run.pretraining else run
+        base, shape = first.recipe.init, vars(first.recipe.model)
         return {
             "domain (the largest share of the last phase)": run.domain,
             "general source": run.general,
             "tokenizer": Content(run.recipe.tokenizer, run.summary.get("tokenizer")),
-            "model": {key: value for key, value in vars(run.start.recipe.model).items() if value is not None},
+            "model": {key: value for key, value in shape.items() if value is not None},
+            "base": Content(base, first.summary.get("data", {}).get("init")) if base else None,
             f"sources.{run.domain}.heldout": Content.of(run, run.domain, "heldout"),
             f"sources.{run.general}.heldout": Content.of(run, run.general, "heldout"),
             f"phases[{run.finetune.name}].eval.tokens": run.finetune.evaluation.tokens,
@@ -169,10 +173,10 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
         }
 
     for run in runs[1:]:
-        for (what, first), other in zip(facts(runs[0]).items(), facts(run).values(), strict=True):
-            if first != other:
+        for (what, mine), other in zip(facts(runs[0]).items(), facts(run).values(), strict=True):
+            if mine != other:
                 raise RecipeError(
-                    f"{runs[0].folder} and {run.folder} cannot be compared: {what} is {first} in one and {other} in "
+                    f"{runs[0].folder} and {run.folder} cannot be compared: {what} is {mine} in one and {other} in "
                     "the other; compare runs that differ in mixture, anchor, average, budget and seed only"
                 )
 
@@ -182,12 +186,14 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
 
     def settings(run: FinishedRun) -> dict[str, object]:
         recipe = run.recipe.plain()
-        first, last = plain(run.pretraining[0][0]), recipe["phases"][-1]
+        last = recipe["phases"][-1]
+        start = run.pretraining[0] if run.pretraining else None
+        first = plain(start.phase) if start else {}
         return (
             {f"sources.{source}": Content.of(run, source, "train") for source in (run.domain, run.general)}
-            | {f"pretraining's {run.general}": Content.of(run.start, run.general, "train")}
+            | {f"pretraining's {run.general}": start and Content.of(start, run.general, "train")}
             | {"precision": run.summary.get("precision")}
-            | {f"pretraining's {key}": first[key] for key in ("batch", "optimizer", "schedule", "documents")}
+            | {f"pretraining's {key}": first.get(key) for key in ("batch", "optimizer", "schedule", "documents")}
             | {f"finetune's {key}": value for key, value in last.items() if key not in PER_ARM}
         )
 

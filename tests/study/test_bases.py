@@ -14,6 +14,7 @@ from spt_fast.cli import app
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.model.flops import parameters
 from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.study.compare import compare
 from spt_fast.study.runs_table import table_of
 from spt_fast.study.study import expand, study_from
 from spt_fast.study.sweep import load_study
@@ -62,6 +63,15 @@ def test_several_bases_are_trained_and_named_in_the_table(folder: Path) -> None:
         assert own["run"].nunique() == 2
         weights = folder / "study" / "runs" / own["run"].iloc[0] / "weights" / "finetune"
         assert json.loads((weights / "config.json").read_text())["max_position_embeddings"] == 8 * CONTEXT
+    small = [Path(planned.recipe.run) for planned in runs[:2]]
+    compared = compare(small)
+    assert (compared.tokens, compared.domain, compared.general) == (0, "chem", "general")
+    assert [(arm.treatment.delta, arm.treatment.replay) for arm in compared.arms] == [(0.0, 0.0), (0.0, 0.25)]
+    for figures in compared.runs:
+        before = json.loads((Path(figures.folder) / "metrics.jsonl").read_text().splitlines()[0])["heldout"]
+        assert (figures.domain_before, figures.general_before) == (before["chem"], before["general"])
+    with pytest.raises(RecipeError, match=r"cannot be compared: base is .*small_one .* in one and .*large"):
+        compare([small[0], Path(runs[2].recipe.run)])
     mixed = table.assign(params=1.0)  # as if they were of one size
     assert any("not of one base" in note for note in usable(mixed).notes)
     assert not any("not of one base" in note for note in usable(table).notes)

@@ -48,7 +48,7 @@ def raw_recipe(folder: Path, sources: Sequence[str], steps: int, **changes: Any)
                 "mixture": dict.fromkeys(sources, 1),
                 "batch": {"sequences": SEQUENCES, "micro": 2},
                 "optimizer": {"lr": 1e-2},
-                "schedule": {"name": "cosine", "warmup": "2 steps"},
+                "schedule": {"name": "cosine", "warmup": f"{min(2, steps - 1)} steps"},
                 **changes,
             }
         ],

@@ -494,7 +494,7 @@ def test_a_run_that_keeps_the_best_goes_on_after_the_checkpoint_at_an_arms_last_
     run(recipe_from(raws[0]), progress=False)
     at_last_step = data / "best-died" / "checkpoints" / "step-0000000030-p00-a000"
 
-    def died(*_: object) -> None:
+    def died(*_: object, **__: object) -> None:
         until(at_last_step.exists)
         raise OSError("died")
 
