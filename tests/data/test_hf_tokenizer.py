@@ -71,15 +71,19 @@ def test_ids_are_theirs(folders: dict[str, Path], kind: str) -> None:
 def test_prepare_begins_and_ends_documents_by_the_tokens_named(folders: dict[str, Path], tmp_path: Path) -> None:
     texts = [text for text in NASTY if text]
     inputs, folder = write_jsonl(tmp_path / "a.jsonl", texts), folders["byte_level"]
-    with pytest.warns(SptWarning, match="1 documents hold the token that ends documents in their text"):
+    with pytest.warns(SptWarning) as said:
         prepare(inputs, tmp_path / "d", folder, workers=2, progress=False)
+    words = ("begins every text with '<|begin|>'", "1 documents hold the token that ends documents in their text")
+    assert len(said) == 2
+    assert all(part in str(one.message) for part, one in zip(words, said, strict=True))
     own = Tokenizer.load(folder)
     assert read(tmp_path / "d") == [[*own.encode(text), own.eos_id] for text in texts]
     data = TokenDataset.open(tmp_path / "d")
     assert (data.tokenizer_digest, data.eos_id, data.bos_id) == (own.digest, own.eos_id, None)
     assert "bos_id" not in (data.metadata or {})
-    with pytest.warns(SptWarning, match="1 documents hold"):
+    with pytest.warns(SptWarning, match="1 documents hold") as said:
         prepare(inputs, tmp_path / "e", folder / "tokenizer.json", eos="<tool>", bos=hf_tokenizers.BOS, progress=False)
+    assert len(said) == 1, "a token that begins documents is named"
     tool, begin = (own.named_tokens()[name] for name in ("<tool>", hf_tokenizers.BOS))
     assert read(tmp_path / "e") == [[begin, *own.encode(text), tool] for text in texts]
     data = TokenDataset.open(tmp_path / "e")
@@ -254,14 +258,14 @@ def test_prepare_takes_the_fast_way_after_a_sample(
     texts = [text for text in NASTY if text and hf_tokenizers.EOS not in text]
     monkeypatch.setattr(fast_bpe, "_RANGES", FEW)
     inputs = write_jsonl(tmp_path / "a.jsonl", texts)
-    prepare(inputs, tmp_path / "slow", folders["nfc"], workers=1, progress=False)
+    prepare(inputs, tmp_path / "slow", folders["nfc"], workers=1, progress=False, bos=hf_tokenizers.BOS)
     sent: list[bytes] = []
     to_bytes = HFTokenizer.to_bytes
     monkeypatch.setattr(HFTokenizer, "to_bytes", lambda self: sent.append(to_bytes(self)) or sent[-1])
     monkeypatch.setattr("spt_fast.data.prepare.SAMPLE_BYTES", 2000)
-    prepare(inputs, tmp_path / "fast", folders["nfc"], workers=1, progress=False)
+    prepare(inputs, tmp_path / "fast", folders["nfc"], workers=1, progress=False, bos=hf_tokenizers.BOS)
     assert rebuilt(sent[0])._fast is not None
     assert read(tmp_path / "fast") == read(tmp_path / "slow")
     inputs.write_text(inputs.read_text() + '{"text": 3}\n')
     with pytest.raises(DataError, match=rf"a.jsonl:{len(texts) + 1}: "):
-        prepare(inputs, tmp_path / "fast", folders["nfc"], workers=1, progress=False)
+        prepare(inputs, tmp_path / "fast", folders["nfc"], workers=1, progress=False, bos=hf_tokenizers.BOS)
