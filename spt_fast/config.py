@@ -471,7 +471,10 @@ def check_lengths(recipe: Recipe, context: int) -> None:
             given, ends = str(schedule.warmup), f"the horizon of {float(horizon):.4g} steps"
             falls = schedule.name in ("cosine", "linear")
             if warmup >= last > 1 or warmup > last:
-                says = f"its schedule runs for {float(last):.4g} steps; write a shorter warm-up or more tokens"
+                says = (
+                    f"its schedule runs for {float(last):.4g} step{'s' * (last != 1)}; write a shorter warm-up or more "
+                    f"tokens, or smaller steps than {tokens_per_step:,} tokens by `batch.sequences` or `batch.context`"
+                )
             elif falls and warmup >= horizon and last > horizon:
                 says = f"it reaches to {ends}, where the rate would jump; write a shorter one, or a longer horizon"
             elif schedule.name == "wsd" and (warmup + decay > horizon or (not decay and last > horizon)):

@@ -79,7 +79,7 @@ class Local:
 
     def start(self, recipe: Path, log: Path) -> Process:
         slot = self._free_slots()[0]
-        environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
+        environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ}
         if (device := self._devices[slot]) is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         with log.open("wb") as said:

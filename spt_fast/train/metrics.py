@@ -113,7 +113,7 @@ class RunLog(Display):
         losses = " ".join(
             f"{source} {_loss(loss)}{_error(errors[source])}" for source, loss in record["heldout"].items()
         )
-        self._last_eval = f" · held out: {losses}"
+        self._last_eval = f" · held out at step {record['step']}: {losses}"
         self._bar.update(self._task, more=self._last_eval)
 
     def _write(self, record: dict[str, Any]) -> None:

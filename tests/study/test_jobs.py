@@ -80,6 +80,7 @@ def test_every_process_gets_its_share_of_the_cores(tmp_path: Path, monkeypatch: 
     script.chmod(0o755)
     monkeypatch.setattr(jobs.sys, "executable", str(script))
     monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
     recipes = [fake_run(tmp_path / f"run{i}", PATH) / "recipe.yaml" for i in range(3)]
     for recipe in recipes:
         (recipe.parent / "summary.json").unlink()
@@ -88,6 +89,9 @@ def test_every_process_gets_its_share_of_the_cores(tmp_path: Path, monkeypatch: 
     assert len(notes) == 3
     assert {threads for threads, _ in notes} == {str(cores // min(cores, 3))}
     assert max(int(others) for _, others in notes) <= min(cores, 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert train_side_by_side(recipes[:1], tmp_path / "logs", Console(file=io.StringIO()))
+    assert any(note.read_text()[0] == "5" for note in (tmp_path / "ran").iterdir()), "the user's own number holds"
 
 
 @pytest.mark.parametrize(

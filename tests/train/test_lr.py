@@ -63,7 +63,10 @@ def recipe(*schedules: dict[str, Any], **phase: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ({"name": "constant", "warmup": "11 steps"}, r"warmup: '11 steps' is invalid: its schedule runs for 10 steps;"),
+        (
+            {"name": "constant", "warmup": "11 steps"},
+            r"warmup: '11 steps' is invalid: its schedule runs for 10 steps;.* 1,000 tokens by",
+        ),
         ({"name": "constant", "warmup": "10K"}, r"warmup: '10000' is invalid: its schedule runs for 10 steps;"),
         ({"name": "cosine", "warmup": "100%"}, r"warmup: '100%' is invalid: its schedule runs for 10 steps; write a"),
         ({"name": "constant", "warmup": "10.1K"}, r"warmup: '10100' is invalid: its schedule runs for 10 steps;"),
