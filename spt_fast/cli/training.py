@@ -107,6 +107,9 @@ def evaluate(
 
     if not data and not tasks:
         raise typer.BadParameter("give --data PREFIX, --tasks TASK or both")
+    of_tasks = {"--num-fewshot": num_fewshot, "--limit": limit, "--batch": batch, "--tokenizer": tokenizer}
+    if not tasks and (unused := [flag for flag, given in of_tasks.items() if given is not None]):
+        raise typer.BadParameter(f"{unused[0]} is for tasks; give --tasks as well, or leave it out")
     names = [name.strip() for given in tasks or () for name in given.split(",") if name.strip()]
     results = (
         score_tasks(

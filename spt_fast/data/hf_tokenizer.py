@@ -51,7 +51,7 @@ class HFTokenizer(BaseTokenizer):
             self.vocab_size = 1 + max(self._theirs.get_vocab(with_added_tokens=True).values(), default=-1)
             self._named = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
         except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers
+            if not _theirs_says(error):
                 raise
             raise DataError(
                 f"{source}: is damaged, or not a Hugging Face tokenizer.json ({cut(str(error), 160)}); {_remedy(data)}"
@@ -142,10 +142,11 @@ class HFTokenizer(BaseTokenizer):
         except (TypeError, UnicodeEncodeError):  # what both say of a string that has no UTF-8
             at = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
             raise DataError(f"text holds half a surrogate pair at character {at}: mend it") from None
-        except Exception as error:  # tokenizers raises Exception itself
-            raise DataError(
-                f"text is unknown to the tokenizer ({error}); give it a token for what it doesn't know"
-            ) from None
+        except BaseException as error:
+            if not _theirs_says(error):
+                raise
+            says = f"text cannot be encoded ({error}); mend tokenizer.json, where unknown text needs a token"
+            raise DataError(says) from None
         return np.array(encoding.ids, np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -196,6 +197,11 @@ def without_hf_file(path: Path) -> DataError:
         "folder",
         argument=True,
     )
+
+
+def _theirs_says(error: BaseException) -> bool:
+    """Whether it may be of `tokenizers`, which raises Exception itself, and panics."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _remedy(data: bytes) -> str:

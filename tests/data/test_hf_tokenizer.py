@@ -188,7 +188,7 @@ def test_what_a_tokenizer_that_cannot_be_used_is_answered(folders: dict[str, Pat
     words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": words, "added_tokens": []}))
     assert Tokenizer.load(tmp_path).encode("a") == [0]
-    with pytest.raises(DataError, match=r"text is unknown to the tokenizer \(.*; give it a token for what it doesn't"):
+    with pytest.raises(DataError, match=r"text cannot be encoded \(.*\); mend tokenizer\.json, where unknown"):
         Tokenizer.load(tmp_path).encode("b")
 
 
