@@ -34,6 +34,8 @@ GENERAL_TEXT = (
     "replay is of the base's own text only where its pretraining data is open (SmolLM2, OLMo 2, Pythia); for another "
     "base the general corpus is a stand-in, and forgetting is measured on that"
 )
+GIVEN_UP = 0.01
+"""Of the domain loss, for what the base could do before; a limit on the general loss asks for another exchange."""
 FEWEST_SHARES = 4
 """That a D-CPT law is fitted to."""
 
@@ -184,9 +186,10 @@ def _decide(
     before, rise, notes = float(own["general_before"].mean()), asked.max_general_rise, []
     measured = [arm for arm in arms if arm.general]
     if rise is None:
-        free = [arm for arm in measured if arm.domain.low <= arms[0].domain.high]
+        most = max(arms[0].domain.high, (1 + GIVEN_UP) * arms[0].domain.mean)
+        free = [arm for arm in measured if arm.domain.low <= most]
         chosen = min(free, key=_general, default=arms[0])
-        why = "the lowest general loss of the arms whose domain loss is not clearly higher than the lowest"
+        why = f"the lowest general loss of the arms that end within {percent(GIVEN_UP)} of the lowest domain loss"
     else:
         limit = (1 + rise) * before
         allowed = [arm for arm in measured if _general(arm) <= limit]
@@ -201,6 +204,7 @@ def _decide(
     says = f"{_text(replay, chosen.anchor, chosen.average)}: "
     if share is None:
         says += f"{why}; domain loss {chosen.domain}"
+        says += "" if chosen is arms[0] else f", {arms[0].domain.mean:.4f} at the lowest"
         says += f", general loss {chosen.general}, of {before:.4f} before" if chosen.general else ""
         says += f", with {amount(float(own['params'].iloc[0]))} parameters after {amount(chosen.tokens)} tokens"
     else:
