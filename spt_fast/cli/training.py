@@ -102,8 +102,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and bits per byte on datasets, every token but the first scored once; accuracy in tasks."""
-    from spt_fast.train.score import print_scores, score
-    from spt_fast.train.tasks import print_tasks, score_tasks
+    from spt_fast.evaluation.score import print_scores, score
+    from spt_fast.evaluation.tasks import print_tasks, score_tasks
 
     if not data and not tasks:
         raise typer.BadParameter("give --data PREFIX, --tasks TASK or both")

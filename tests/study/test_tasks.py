@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from spt_fast.cli import main
+from spt_fast.evaluation.results import Metric, Settings, TaskResult, save
 from spt_fast.report.page import page
 from spt_fast.study.tasks import task_tables, with_results
-from spt_fast.train.task_results import Metric, Settings, TaskResult, save
 from tests.study.fake_runs import fake_run
 from tests.study.synthetic import spt_table
 from tests.study.test_compare import NPT, SPT

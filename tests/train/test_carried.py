@@ -15,12 +15,12 @@ from spt_fast.config import recipe_from
 from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
 from spt_fast.errors import CheckpointError, DataError, RecipeError
+from spt_fast.evaluation.score import score
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.origin import origin_of
 from spt_fast.train.plan import make_plan
 from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
 from spt_fast.train.run import run
-from spt_fast.train.score import score
 from spt_fast.train.weights import read_config
 from tests import hf_tokenizers, tiny
 from tests.data.test_prepare import documents, write_jsonl

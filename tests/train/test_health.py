@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from spt_fast import cli
 from spt_fast.config import recipe_from
 from spt_fast.errors import CheckpointError, SptWarning
+from spt_fast.evaluation.score import score
 from spt_fast.model.gpt import GPT
 from spt_fast.study.runs import FinishedRun, evaluations_of
 from spt_fast.train import checkpoint
 from spt_fast.train.health import too_many_skipped
 from spt_fast.train.run import run
-from spt_fast.train.score import score
 from spt_fast.train.state import SavedState
 from tests import tiny
 

@@ -20,6 +20,7 @@ from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
 from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
+from spt_fast.evaluation.score import score
 from spt_fast.model.gpt import GPT
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import EvalSet, measure
@@ -27,7 +28,6 @@ from spt_fast.train.folder import parent_of, recipe_of
 from spt_fast.train.plan import make_plan
 from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
 from spt_fast.train.run import run
-from spt_fast.train.score import score
 from spt_fast.train.state import KnownText
 from tests import tiny
 from tests.train.test_loop import StopAfter

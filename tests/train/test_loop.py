@@ -23,6 +23,7 @@ from spt_fast.config import recipe_from
 from spt_fast.data.heldout import heldout_stretches
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import CheckpointError, DataError, RecipeError
+from spt_fast.evaluation.score import score
 from spt_fast.kernels import auto_backends
 from spt_fast.model import gpt, hf
 from spt_fast.model.gpt import GPT
@@ -32,7 +33,6 @@ from spt_fast.train.evaluate import evaluation_texts, measure
 from spt_fast.train.local import LocalEngine
 from spt_fast.train.plan import make_plan
 from spt_fast.train.run import run
-from spt_fast.train.score import score
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.weights import load_model
 from tests import tiny
@@ -744,7 +744,7 @@ def test_scoring_takes_every_token_but_the_first_once(
     assert result["perplexity"] == pytest.approx(np.exp(result["loss"]))
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["tokens"] / np.log(2) / result["bytes"])
     assert score(undisturbed / "weights" / "finetune", data / "chem.heldout") == result
-    monkeypatch.setattr("spt_fast.train.score.TOKENS_AT_A_TIME", 1)
+    monkeypatch.setattr("spt_fast.evaluation.score.TOKENS_AT_A_TIME", 1)
     one_by_one = score(undisturbed, data / "chem.heldout")
     assert one_by_one["standard_error"] == pytest.approx(result["standard_error"], rel=1e-3)
 

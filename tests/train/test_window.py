@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from spt_fast.config import load_recipe, recipe_from
 from spt_fast.data.shards import DatasetWriter, TokenDataset
 from spt_fast.errors import DataError, RecipeError
+from spt_fast.evaluation.score import score
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.model.memory import memory_bytes
@@ -26,7 +27,6 @@ from spt_fast.train.plan import make_plan
 from spt_fast.train.price import Machine, Speed, phase_memory, phase_time, price
 from spt_fast.train.release import export
 from spt_fast.train.run import run
-from spt_fast.train.score import score
 from spt_fast.train.weights import load_model, read_config
 from spt_fast.train.world import ALONE
 from tests import tiny

@@ -15,8 +15,8 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from spt_fast.errors import DataError, SptError, cut, invalid, nearest
-from spt_fast.train.likelihood import TextModel
-from spt_fast.train.task_results import Metric, TaskResult, settings_of
+from spt_fast.evaluation.likelihood import TextModel
+from spt_fast.evaluation.results import Metric, TaskResult, settings_of
 
 MOST_GENERATED = 256
 """Tokens of an answer, where a task says nothing else: lm-eval's own."""

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from spt_fast import __version__
 from spt_fast.errors import DataError, SptError, SptWarning, invalid
+from spt_fast.evaluation import questions as own
+from spt_fast.evaluation.likelihood import TextModel
+from spt_fast.evaluation.results import FEW_QUESTIONS, Metric, TaskResult, save, settings_of
 from spt_fast.printing import print_table
-from spt_fast.train import questions as own
-from spt_fast.train.likelihood import TextModel
-from spt_fast.train.task_results import FEW_QUESTIONS, Metric, TaskResult, save, settings_of
 from spt_fast.train.weights import chosen
 
 
@@ -75,7 +75,7 @@ def score_tasks(
 def _harness(tasks: Sequence[str]) -> ModuleType:
     """The module that needs lm-eval."""
     try:
-        from spt_fast.train import harness
+        from spt_fast.evaluation import harness
     except ModuleNotFoundError as error:
         raise DataError(
             f'tasks: {", ".join(tasks)} needs lm-eval ({error.name} isn\'t installed): pip install "spt-fast[eval]"; '

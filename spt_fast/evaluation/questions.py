@@ -26,7 +26,7 @@ import numpy as np
 
 from spt_fast.data.text import TextReader
 from spt_fast.errors import DataError, invalid, shown_key
-from spt_fast.train.likelihood import TextModel
+from spt_fast.evaluation.likelihood import TextModel
 
 TEMPLATE = "Question: {}\nAnswer:"
 FILES = tuple(form + packed for form in (".jsonl", ".ndjson") for packed in ("", ".gz", ".zst", ".xz", ".bz2"))

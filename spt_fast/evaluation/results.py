@@ -20,7 +20,7 @@ from spt_fast.errors import CheckpointError, SptWarning, cut
 from spt_fast.files import write_text
 
 if TYPE_CHECKING:
-    from spt_fast.train.likelihood import TextModel
+    from spt_fast.evaluation.likelihood import TextModel
 
 FOLDER = "tasks"
 FEW_QUESTIONS = 100

@@ -25,13 +25,13 @@ from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.tokenizer import EOS, Tokenizer, train_tokenizer
 from spt_fast.errors import DataError, SptError, SptWarning
+from spt_fast.evaluation import questions as own
+from spt_fast.evaluation.likelihood import Pair, TextModel
+from spt_fast.evaluation.results import Metric, results_of, standard_error
+from spt_fast.evaluation.tasks import score_tasks
 from spt_fast.model import hf
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.gpt import GPT
-from spt_fast.train import questions as own
-from spt_fast.train.likelihood import Pair, TextModel
-from spt_fast.train.task_results import Metric, results_of, standard_error
-from spt_fast.train.tasks import score_tasks
 from tests import tiny
 
 CONTEXT = 64
@@ -307,10 +307,10 @@ def fake_lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     fakes["lm_eval.tasks"].TaskManager = lambda: SimpleNamespace(all_tasks=["near", "far"])  # type: ignore[attr-defined]
     for name, fake in fakes.items():
         monkeypatch.setitem(sys.modules, name, fake)
-    monkeypatch.delitem(sys.modules, "spt_fast.train.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "spt_fast.evaluation.harness", raising=False)
     monkeypatch.delattr(train, "harness", raising=False)
     yield lm_eval
-    sys.modules.pop("spt_fast.train.harness", None)
+    sys.modules.pop("spt_fast.evaluation.harness", None)
     vars(train).pop("harness", None)
 
 
@@ -333,7 +333,7 @@ def test_lm_eval_is_answered_and_its_answers_are_kept(weights: Path, model: Text
         DataError, match=r"lm-eval cannot run far \(ConnectionError: Couldn't reach 'far/far' on the Hub\)"
     ):
         score_tasks(weights, ["far"])
-    harness = importlib.import_module("spt_fast.train.harness")
+    harness = importlib.import_module("spt_fast.evaluation.harness")
     asked = harness.HarnessModel(model)
     text = "acid base heat " * 40
     windows = model.windows(text)
