@@ -19,7 +19,7 @@ import tokenizers
 import torch
 import yaml
 
-from spt_fast import train
+from spt_fast import evaluation
 from spt_fast.cli import main
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HFTokenizer
@@ -308,10 +308,10 @@ def fake_lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     for name, fake in fakes.items():
         monkeypatch.setitem(sys.modules, name, fake)
     monkeypatch.delitem(sys.modules, "spt_fast.evaluation.harness", raising=False)
-    monkeypatch.delattr(train, "harness", raising=False)
+    monkeypatch.delattr(evaluation, "harness", raising=False)
     yield lm_eval
     sys.modules.pop("spt_fast.evaluation.harness", None)
-    vars(train).pop("harness", None)
+    vars(evaluation).pop("harness", None)
 
 
 @pytest.mark.filterwarnings("ignore::spt_fast.errors.SptWarning")
