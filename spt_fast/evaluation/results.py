@@ -122,11 +122,11 @@ def save(result: TaskResult, weights: Path) -> None:
 
 
 def results_of(weights: Path) -> list[TaskResult]:
-    """The results of weights by task; those of other weights that lay there before are left out. CheckpointError for a
-    damaged file."""
+    """The results of weights by task, the newest last; those of other weights that lay there before are left out.
+    CheckpointError for a damaged file."""
     folder, _, digest = _place(weights)
     found = []
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name)):
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
             if kept["weights"] == weights.name and digest in (None, kept["digest"]):

@@ -215,7 +215,7 @@ def _of_layers(hf: Mapping[str, Any], family: Family, layers: range, file: Path)
     if "max_window_layers" in family.unsaid:
         integer(0)(hf.get("max_window_layers"), "max_window_layers")
     window, types = hf.get("sliding_window"), hf.get("layer_types")
-    if "use_sliding_window" in family.unsaid and not hf["use_sliding_window"]:
+    if "use_sliding_window" in family.unsaid and not hf.get("use_sliding_window"):
         window = None
     if types is not None:
         known = isinstance(types, list) and all(isinstance(name, str) and name in LAYER_TYPES for name in types)

@@ -86,7 +86,8 @@ Results = dict[tuple[str, Settings], TaskResult]
 
 def _table(task: str, after: dict[str, Results], before: dict[str, Results]) -> TaskTable:
     asked = Counter(settings for results in after.values() for name, settings in results if name == task)
-    settings = max(asked, key=lambda one: (asked[one], one.limit is None, str(one)))
+    order = {one: place for place, one in enumerate(asked)}  # the newest last, after a task was changed, say
+    settings = max(asked, key=lambda one: (asked[one], one.limit is None, order[one]))
     key, notes = (task, settings), []
     found = [run for run in after if key in after[run]]
     for run in after:

@@ -646,6 +646,7 @@ def test_what_a_family_does_not_have_is_refused_with_the_reason(
         ({"model_type": "mistral"}, {"window": 4096, "family": None}),
         ({"model_type": "mistral", "sliding_window": None}, {"window": None, "family": "mistral"}),
         ({"model_type": "qwen2", "sliding_window": 9}, {"window": None}),
+        ({"model_type": "qwen2", "use_sliding_window": None}, {"window": None}),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
             {"window": 4096, "full_layers": (0,)},

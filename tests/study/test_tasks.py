@@ -83,6 +83,15 @@ def test_what_was_scored_otherwise_is_left_out_by_name(runs: list[Path], tmp_pat
     assert task_tables([few])[0].notes[0].startswith("2 questions are few")
 
 
+def test_of_a_task_that_was_changed_the_newest_is_shown(runs: list[Path]) -> None:
+    for version in ("3", "0", "2"):
+        for weights, each in (("pretrain", BEFORE), ("finetune", NPT_AFTER)):
+            scored(runs[0], weights, each, version=version)
+        (table,) = task_tables(runs[:1])
+        assert table.settings.version == version
+        assert table.scores[0].change is not None
+
+
 def test_a_finetune_is_held_against_the_weights_of_the_run_that_it_continues(runs: list[Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
