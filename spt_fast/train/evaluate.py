@@ -23,8 +23,7 @@ from spt_fast.data.heldout import (
     training_stretches,
 )
 from spt_fast.data.shards import TokenDataset
-from spt_fast.errors import DataError
-from spt_fast.train.plan import Plan
+from spt_fast.train.plan import Plan, unknown_id
 from spt_fast.train.state import Errors, Losses
 from spt_fast.train.world import ALONE, World
 
@@ -180,11 +179,8 @@ def evaluation_texts(plan: Plan, phase: Phase, *, windows: bool = True) -> dict[
     def checked(source: str, field: str, data: TokenDataset, text: EvalSet) -> EvalSet:
         least, most = (int(of([of(ids) for ids, _ in text.stacks])) for of in (np.min, np.max))
         if least < 0 or most >= plan.model.vocab_size:
-            raise DataError(
-                f"sources.{source}.{field}: {data.path} holds token id {least if least < 0 else most}, outside the "
-                f"vocabulary of {plan.model.vocab_size}; prepare it with this run's tokenizer, or raise "
-                "model.vocab_size"
-            )
+            bad = least if least < 0 else most
+            raise unknown_id(plan.recipe, f"sources.{source}.{field}", data, bad, plan.model)
         return text
 
     for source, data in plan.heldout.items():

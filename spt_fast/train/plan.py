@@ -371,8 +371,6 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
                 heldout[name] = open_source(source, "heldout")
     datasets = [(f"sources.{name}.train", data) for name, data in train.items()]
     datasets += [(f"sources.{name}.heldout", data) for name, data in heldout.items()]
-    if tokenizer:
-        _check_tokenizers(datasets, tokenizer)
     if recipe.init:
         tokenizer = _that_of_the_weights(recipe, datasets, tokenizer)
     _check_tokenizers(datasets, tokenizer)
@@ -383,10 +381,7 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
         check_lengths(recipe, model.context)
     for where, data in datasets:
         if data.max_id is not None and data.max_id >= model.vocab_size:
-            raise DataError(
-                f"{where}: {data.path} holds token id {data.max_id}, beyond the vocabulary of {model.vocab_size}; "
-                "prepare it with this run's tokenizer, or raise model.vocab_size"
-            )
+            raise unknown_id(recipe, where, data, data.max_id, model)
 
     phases = []
     for index, phase in enumerate(recipe.phases):
@@ -421,6 +416,15 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
     return Plan(recipe, model, tokenizer, init_digest, train, heldout, tuple(phases))
 
 
+def unknown_id(recipe: Recipe, where: str, data: TokenDataset, id_: int, model: GPTConfig) -> DataError:
+    """Why a dataset cannot be read by the model, and the remedy."""
+    remedy = "this run's tokenizer, or raise model.vocab_size"
+    if recipe.init:
+        remedy = f"the tokenizer of the weights at {recipe.init}, or correct its dtype"
+    says = f"{where}: {data.path} holds token id {id_}, outside the vocabulary of {model.vocab_size}"
+    return DataError(f"{says}; prepare it with {remedy}")
+
+
 def _that_of_the_weights(
     recipe: Recipe, datasets: list[tuple[str, TokenDataset]], tokenizer: BaseTokenizer | None
 ) -> BaseTokenizer | None:
@@ -436,6 +440,8 @@ def _that_of_the_weights(
     for by, digest in given:
         if known and digest != known:
             remedy = f"prepare the data with theirs (`tokenizer={place}`)" if place else "prepare the data with theirs"
+            if by.startswith("the recipe's"):
+                remedy = "leave `tokenizer` out of the recipe" if place else "name theirs"
             raise RecipeError(
                 f"init: the weights at {recipe.init} were trained with another tokenizer ({known[:12]}) than {by} "
                 f"({digest[:12]}); {remedy}, or start from other weights"

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -17,6 +18,7 @@ from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
 from spt_fast.errors import CheckpointError, DataError, RecipeError
 from spt_fast.evaluation.score import score
 from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.train.evaluate import evaluation_texts
 from spt_fast.train.origin import origin_of
 from spt_fast.train.plan import make_plan
 from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
@@ -134,7 +136,7 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
             make_plan(recipe_from(wrong))
         with pytest.raises(DataError, match="was made with another tokenizer"):
             score(base, tmp_path / kind)
-    with pytest.raises(DataError, match=r"sources\.text\.train: .* another tokenizer .* than the recipe's tokenizer"):
+    with pytest.raises(RecipeError, match=r"init: .* than the recipe's tokenizer .*nfc .*leave `tokenizer` out"):
         make_plan(recipe_from(raw | {"tokenizer": str(tmp_path / "nfc")}))
     assert make_plan(recipe_from(raw | {"tokenizer": str(base / "tokenizer.json")})).tokenizer is not None
     prepare(tmp_path / "text.jsonl", tmp_path / "other", base, workers=1, progress=False)
@@ -172,3 +174,13 @@ def test_a_fresh_model_on_a_hugging_face_tokenizer(tmp_path: Path, base: Path, r
     tool = Tokenizer.load(weights).named_tokens()["<tool>"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == tool
     assert generate_text(tmp_path / "run", "fox", 2, temperature=0).startswith("fox")
+
+
+def test_an_id_that_a_base_lacks_is_answered_with_its_tokenizer(
+    tmp_path: Path, base: Path, raw: dict[str, Any]
+) -> None:
+    np.arange(4000, dtype=np.uint16).tofile(tmp_path / "foreign.bin")
+    foreign = raw | {"sources": {"text": {"train": str(tmp_path / "foreign.bin"), "dtype": "uint16"}}}
+    plan = make_plan(recipe_from(foreign))
+    with pytest.raises(DataError, match=r"sources\.text\.train: .*the tokenizer of the weights at .*base, or correct"):
+        evaluation_texts(plan, plan.recipe.phases[0])

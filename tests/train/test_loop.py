@@ -643,7 +643,7 @@ def recipe_with(data: Path, run_name: str, path: str, value: Any) -> Any:
             RecipeError,
             r"phases\[pretrain\]\.mixture: source 'chem'.*would get none",
         ),
-        ("model.vocab_size", 40, DataError, r"token id 63, beyond the vocabulary of 40"),
+        ("model.vocab_size", 40, DataError, r"token id 63, outside the vocabulary of 40; .*or raise model.vocab_size"),
         ("model.context", 5000, DataError, r"chem.*shorter than one window"),
         ("sources.chem.train", "absent/prefix", DataError, r"^sources\.chem\.train: no token dataset at absent/prefix"),
         ("init", "absent/folder", CheckpointError, r"^init: absent/folder: is not a folder"),
