@@ -33,7 +33,7 @@ from spt_fast.train.resume import refused, rounding
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
 from spt_fast.train.watch import Watch
-from spt_fast.train.weights import digest_of, locate
+from spt_fast.train.weights import digest_of, locate, read_config
 from spt_fast.train.world import World, use_deterministic_algorithms
 
 
@@ -133,6 +133,7 @@ def _plan(folder: Path, recipe: Recipe, state: SavedState | None, world: int) ->
         digest = digest_of(init) if init else state.data.get("init")
     if recipe.init:  # the checkpoint has the weights, and so the shape; the base's files may be others by now
         untied = any(phase.untie for phase in recipe.phases[: state.train.phase + 1])
+        untied = untied and (init is None or read_config(init).tied)
         shape = replace(state.model, tied=state.model.tied or untied)
         recipe = replace(recipe, init=None, init_only=None, model=Model(**vars(shape)))
     plan = make_plan(recipe, world=world, tokenizer=tokenizer)

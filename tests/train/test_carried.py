@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from spt_fast.train.weights import read_config
 from tests import hf_tokenizers, tiny
 from tests.data.test_prepare import documents, write_jsonl
 from tests.train.test_identity import stop
+from tests.train.test_loop import StopAfter
 
 IDS = {"bos_token_id": 257, "eos_token_id": [256, 300], "pad_token_id": 3}
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -123,6 +125,21 @@ def test_a_run_goes_on_by_what_it_began_with_whatever_has_become_of_the_base(
     assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
     assert read_config(tmp_path / "run" / "weights" / "second") == shape
     assert Tokenizer.load(tmp_path / "run").digest == own
+
+
+def test_a_base_with_a_head_of_its_own_stays_one_where_a_phase_would_untie_it(
+    tmp_path: Path, base: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GPT(replace(read_config(base), tied=False)).save_hf(base)
+    first, second = raw["phases"]
+    frozen = first | {"freeze": "embeddings", "tokens": 8 * 16}
+    raw["phases"] = [frozen, second | {"untie": True}]
+    with monkeypatch.context() as patch:
+        patch.setattr("spt_fast.train.run.StopRequest", StopAfter)
+        StopAfter.looks = 50
+        assert run(recipe_from(raw), progress=False)["status"] == "stopped"
+    assert (tmp_path / "run" / "weights" / "pretrain").exists()
+    assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
 
 
 def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, Any]) -> None:
