@@ -48,7 +48,8 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     colours = {arm: NPT_COLOUR if arm == Treatment(0.0, 0.0, 0.0) else next(others) for arm in arms}
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
-    title = f"Finetuning on {comparison.domain!r} after {comparison.tokens:,} tokens of pretraining"
+    after = f"after {comparison.tokens:,} tokens of pretraining" if comparison.tokens else "of a base"
+    title = f"Finetuning on {comparison.domain!r} {after}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     grid = figure.add_gridspec(2, 2, width_ratios=(2, 1))
     draw_plane(figure.add_subplot(grid[:, 0]), comparison, arms, colours)

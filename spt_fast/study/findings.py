@@ -49,7 +49,7 @@ def arm_table(comparison: Comparison) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for arm in comparison.arms:
         name, epochs, seeds, *figures = arm_cells(arm, "\n±", ("domain_before", *ARM_FIGURES))
-        table.add_row(name, amount(arm.tokens), epochs, seeds, *figures)
+        table.add_row(name, amount(arm.tokens) if arm.tokens else "base", epochs, seeds, *figures)
     return table
 
 

@@ -59,7 +59,7 @@ class FinishedRun:
         ancestors = trained_before(folder, recipe)
         own = [Trained(recipe, summary, phase) for phase in recipe.phases[:-1]]
         pretraining = [*ancestors, *own]
-        if not pretraining and recipe.init is None:
+        if not pretraining and (recipe.init is None or recipe.init_only):
             raise CheckpointError(
                 f"{folder}: {recipe.phases[0].name!r} is its only phase; what is compared is a finetune, the last "
                 "phase, after pretraining, the phases before it or those of the run that it starts from"

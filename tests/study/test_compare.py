@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +325,28 @@ def test_a_run_without_a_finetune(tmp_path: Path) -> None:
         "only phase",
         "finetune",
     )
+
+
+def test_finetunes_of_one_base_are_held_against_the_plainest(tmp_path: Path) -> None:
+    def of_base(path: list[tuple[float, float]], base: str, mixture: dict[str, str], **more: Any) -> Path:
+        phase = {"name": "finetune", "tokens": "3K", "mixture": mixture, "optimizer": {"lr": 1e-4}}
+        change = {"init": "hf", "model": {}, "tokenizer": None, "phases": [phase], **more}
+        run = fake_run(tmp_path / f"{base}-{len(mixture)}", path, change=change)
+        summary = json.loads((run / "summary.json").read_text()) | {"data": {"init": base}, "tokenizer": "t"}
+        (run / "summary.json").write_text(json.dumps(summary))
+        return run
+
+    plain, replayed = of_base(NPT, "b", {"code": "1"}), of_base(SPT, "b", {"code": "95%", "general": "5%"})
+    found = compare([replayed, plain])
+    (verdict,) = found.verdict["forgetting"].values()
+    assert (found.general, found.tokens, verdict.base.finetune) == ("general", 0, (0, 0, 0))
+    assert verdict.difference == pytest.approx(SPT[-1][1] - SPT[0][1] - (NPT[-1][1] - NPT[0][1]))
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_comparison(found, console)
+    assert re.search(r"NPT +base ", console.export_text()), "how many tokens it was pretrained on is unknown"
+    refused(RecipeError, [plain, of_base(SPT, "c", {"code": "1"})], str(plain), "base is hf (b)")
+    part = of_base(SPT, "d", {"code": "1"}, init_only="embeddings")
+    refused(CheckpointError, [part], "only phase")
 
 
 def test_a_run_with_one_source(tmp_path: Path) -> None:
