@@ -39,6 +39,16 @@ def same(one: Snapshot, other: Snapshot) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_norm_of_millions_of_gradients_is_right_to_fp32() -> None:
+    model = GPT(GPTConfig(layers=1, width=64, heads=2, kv_heads=1, ffn=64, context=8, vocab_size=50_000))
+    optimizer = ModelOptimizer(model, AdamW(lr=1e-3))
+    generator = torch.Generator().manual_seed(0)
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=generator)
+    exact = sum(param.grad.double().square().sum() for param in model.parameters() if param.grad is not None) ** 0.5
+    assert float(optimizer.grad_norm()) == pytest.approx(float(exact), rel=1e-7)
+
+
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_it_is_torchs_adamw_with_decay_on_matrices_only(clip: float | None) -> None:
     ours = GPT(CONFIG, seed=1)
