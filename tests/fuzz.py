@@ -650,7 +650,7 @@ class Names:
             board = RunLog(self.folder, keep_bytes=0, purge_step=None, progress=False, mfu_label="")
             losses = {one: 1.0, two: 2.0}
             halves = {"heldout": losses, "select": losses, "train": losses}
-            board.evaluation({**halves, "standard_errors": halves}, 1)
+            board.evaluation({**halves, "standard_errors": halves, "step": 1}, 1)
             board.close()
             drawn = panel(one, two, lambda axes: axes.set_ylabel(f"loss on {one}"))
             assert drawn.svg.count("<svg") == 1
