@@ -6,6 +6,7 @@ import base64
 import os
 import re
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -97,8 +98,9 @@ def pieces(text: str) -> Iterator[str]:
 
 def encode_ordinary(encoding: tiktoken.Encoding, texts: Iterable[str]) -> np.ndarray:
     """Ids of all texts, uint32 [tokens], without special tokens. UnicodeEncodeError for half a surrogate pair."""
-    # By way of lists, which takes 5/6 of the time of tiktoken's own way to an array, and mends no text.
-    parts = [np.array(encoding._core_bpe.encode_ordinary(text), np.uint32) for text in texts]
+    # By way of lists, which is faster than tiktoken's own way to an array and mends no text; NumPy reads a list at a
+    # third of the speed of `array`.
+    parts = [np.frombuffer(array("I", encoding._core_bpe.encode_ordinary(text)), np.uint32) for text in texts]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
