@@ -119,8 +119,8 @@ def fast_bpe(content: Mapping[str, Any], model: Any) -> FastBPE | None:
         return None
     bytes_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     names = {name: id_ for name, id_ in stated["vocab"].items() if all(letter in bytes_of for letter in name)}
-    merges = {tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in stated["merges"]}
-    made = [names.get("".join(pair.split(" ") if isinstance(pair, str) else pair)) for pair in stated["merges"]]
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in stated["merges"]]
+    made = [names.get("".join(pair)) for pair in pairs]
     if None in made or any(a > b for a, b in pairwise(made)) or not bytes_of.keys() <= names.keys():  # type: ignore[operator]
         return None
     looked_up = bool(stated.get("ignore_merges"))
@@ -129,6 +129,7 @@ def fast_bpe(content: Mapping[str, Any], model: Any) -> FastBPE | None:
         unmade = [name for name in names if len(model.tokenize(name)) != 1]
     finally:
         model.ignore_merges = looked_up
+    merges = set(pairs)
     for name in unmade:
         splits = [(name[:at], name[at:]) for at in range(1, len(name))]
         if looked_up and any(a in names and b in names and (a, b) not in merges for a, b in splits):

@@ -111,9 +111,9 @@ class TaskResult:
 
 def save(result: TaskResult, weights: Path) -> None:
     """Keep a result, in place of one of the same weights and settings; a warning where nothing can be written there."""
-    folder, prefix, digest = _place(weights)
+    folder, prefix = _place(weights)
     settings = hashlib.sha256(json.dumps(asdict(result.settings)).encode()).hexdigest()
-    kept = {"weights": weights.name, "digest": digest, **asdict(result)}
+    kept = {"weights": weights.name, "digest": _digest_of(weights), **asdict(result)}
     try:
         folder.mkdir(exist_ok=True)
         write_text(folder / f"{prefix}{result.task}-{settings[:12]}.json", json.dumps(kept) + "\n")
@@ -124,9 +124,11 @@ def save(result: TaskResult, weights: Path) -> None:
 def results_of(weights: Path) -> list[TaskResult]:
     """The results of weights by task, the newest last; those of other weights that lay there before are left out.
     CheckpointError for a damaged file."""
-    folder, _, digest = _place(weights)
+    folder, _ = _place(weights)
+    files = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+    digest = _digest_of(weights) if files else None
     found = []
-    for file in sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name)):
+    for file in files:
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
             if kept["weights"] == weights.name and digest in (None, kept["digest"]):
@@ -138,11 +140,17 @@ def results_of(weights: Path) -> list[TaskResult]:
     return found
 
 
-def _place(weights: Path) -> tuple[Path, str, str | None]:
-    """Where results of weights are kept, how their names begin, and the weights' digest, None where they have gone."""
+def _place(weights: Path) -> tuple[Path, str]:
+    """Where the results of weights are kept, and how their names begin."""
     from spt_fast.train.origin import run_of  # these import torch, which is slow, and most runs have no results
-    from spt_fast.train.weights import digest_of, locate
+    from spt_fast.train.weights import locate
 
-    digest = digest_of(weights) if weights.is_dir() else None
     run = run_of(weights)
-    return (run / FOLDER, f"{weights.name}-", digest) if run else (locate(weights) / FOLDER, "", digest)
+    return (run / FOLDER, f"{weights.name}-") if run else (locate(weights) / FOLDER, "")
+
+
+def _digest_of(weights: Path) -> str | None:
+    """None where they have gone."""
+    from spt_fast.train.weights import digest_of
+
+    return digest_of(weights) if weights.is_dir() else None
