@@ -387,6 +387,15 @@ class Recipe:
         if self.init_only and not self.init:
             raise RecipeError(invalid("init_only", self.init_only, "it needs `init`, the weights to take them from"))
         engine = self.engine
+        for phase in self.phases:
+            if phase.optimizer.whole_matrices and (engine.stage > 1 or engine.offload != "none"):
+                needs = "it needs whole matrices, and ZeRO stages 2 and 3 and offloading cut them"
+                where = f"phases[{phase.name}].optimizer.name"
+                raise RecipeError(
+                    invalid(
+                        where, phase.optimizer.name, f"{needs}; write engine: {{stage: 1, offload: none}}, or adamw"
+                    )
+                )
         if engine.offload == "optimizer" and engine.stage == 0:
             raise RecipeError(invalid("engine.offload", "optimizer", "it needs ZeRO stage 1 or more; write stage: 1"))
         if engine.offload == "all" and engine.stage < 3:

@@ -72,6 +72,7 @@ def memory_bytes(
     micro_batches: int = 1,
     documents: bool = False,
     states: int = 2,
+    hidden_states: int | None = None,
     anchor: bool = False,
     freeze: str = "none",
     device: str = "cuda",
@@ -82,8 +83,9 @@ def memory_bytes(
     """Bytes that a step of `micro_batches` times `micro` sequences takes of one of `world` processes, at its peak.
 
     dtype: of parameters and computation, bfloat16 or float32. context: T, the model's by default. states: numbers that
-    the optimizer keeps for each parameter. device: "cuda" or "cpu". stage, offload: of ZeRO; stage 0 is the local
-    engine. A phase that unties a tied model has `replace(config, tied=False)`. freeze: as in the recipe's phase.
+    the optimizer keeps for each parameter; hidden_states: for each of a block's matrices, where these differ.
+    device: "cuda" or "cpu". stage, offload: of ZeRO; stage 0 is the local engine. A phase that unties a tied model has
+    `replace(config, tied=False)`. freeze: as in the recipe's phase.
     Keys: parameters, gradients, optimizer, activations, logits (what the loss and the head's gradient take besides),
     communication (buckets) and their sum `total`, on the device; `host`, what is offloaded.
     """
@@ -97,7 +99,9 @@ def memory_bytes(
     # What stays; gradients at their fullest, where they are accumulated.
     states_of, gradients_of, parameters_of = (1 if stage < first else world for first in (1, 2, 3))
     masters = 4 if a < 4 or stage in (1, 2) else 0
-    optimizer = (masters + 4 * states + (4 if anchor else 0)) * learning // states_of
+    hidden = block_matrices(config) if hidden_states is not None else 0
+    kept = states * (learning - hidden) + (hidden_states or 0) * hidden
+    optimizer = ((masters + (4 if anchor else 0)) * learning + 4 * kept) // states_of
     gradients, own = 4 * learning // gradients_of, a * P // parameters_of
     host = gathered = 0
     if offload != "none":

@@ -27,9 +27,12 @@ class Kind:
     """Weight decay applies."""
     multiplies: bool = False
     """It multiplies every token: a matmul of 2 FLOPs a parameter and token in the forward pass."""
+    hidden: bool = False
+    """A matrix of a block, between hidden activations."""
 
 
-MATRIX = Kind(std=0.02, decayed=True, multiplies=True)
+MATRIX = Kind(std=0.02, decayed=True, multiplies=True, hidden=True)
+HEAD = replace(MATRIX, hidden=False)
 LOOKUP = Kind(std=0.02, decayed=True)
 NORM = Kind(mean=1.0)
 BIAS = Kind()
@@ -45,12 +48,19 @@ class Parameter:
     """Rows by Hugging Face tensor, from top to bottom."""
     columns: int | None = None
     """None for a vector."""
+    parts: tuple[int, ...] = ()
+    """Rows by matrix, where several lie in it."""
     present: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
         rows = sum(self.sources.values())
         return (rows,) if self.columns is None else (rows, self.columns)
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """The rows of the matrices that lie in it, one below the other."""
+        return self.parts or self.shape[:1]
 
     @property
     def size(self) -> int:
@@ -74,14 +84,14 @@ def of_block(config: GPTConfig) -> tuple[Parameter, ...]:
     normed_q, normed_k = (q, kv) if config.qk_norm_over == "width" else (Q, Q)
     return (
         Parameter("attention_norm", NORM, {f"{norms[0]}.weight": D}),
-        Parameter("wqkv", MATRIX, {f"{part}.weight": rows for part, rows in qkv.items()}, D),
+        Parameter("wqkv", MATRIX, {f"{part}.weight": rows for part, rows in qkv.items()}, D, (q, kv, kv)),
         Parameter("bqkv", BIAS, {f"{part}.bias": rows for part, rows in qkv.items()}, present=config.qkv_bias),
         Parameter("q_norm", NORM, {"self_attn.q_norm.weight": normed_q}, present=config.qk_norm),
         Parameter("k_norm", NORM, {"self_attn.k_norm.weight": normed_k}, present=config.qk_norm),
         Parameter("wo", into_stream, {"self_attn.o_proj.weight": D}, q),
         Parameter("bo", BIAS, {"self_attn.o_proj.bias": D}, present=config.o_bias),
         Parameter("ffn_norm", NORM, {f"{norms[1]}.weight": D}),
-        Parameter("w_gate_up", MATRIX, {f"{part}.weight": rows for part, rows in gate_up.items()}, D),
+        Parameter("w_gate_up", MATRIX, {f"{part}.weight": rows for part, rows in gate_up.items()}, D, (F, F)),
         Parameter("b_gate_up", BIAS, {f"{part}.bias": rows for part, rows in gate_up.items()}, present=config.mlp_bias),
         Parameter("w_down", into_stream, {"mlp.down_proj.weight": D}, F),
         Parameter("b_down", BIAS, {"mlp.down_proj.bias": D}, present=config.mlp_bias),
@@ -94,7 +104,7 @@ def around_blocks(config: GPTConfig) -> tuple[Parameter, ...]:
     return (
         Parameter("embedding", LOOKUP, {"model.embed_tokens.weight": V}, D),
         Parameter("final_norm", NORM, {"model.norm.weight": D}),
-        Parameter("head", MATRIX, {"lm_head.weight": V}, D, present=not config.tied),
+        Parameter("head", HEAD, {"lm_head.weight": V}, D, present=not config.tied),
     )
 
 

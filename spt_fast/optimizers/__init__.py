@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from spt_fast.fields import build, one_of
 from spt_fast.optimizers.adamw import AdamW as AdamW
 from spt_fast.optimizers.base import OPTIMIZERS, Group, Optimizer, Update
+from spt_fast.optimizers.muon import Muon as Muon
 
 __all__ = ["OPTIMIZERS", "Group", "Optimizer", "Update", "parse_optimizer"]
 

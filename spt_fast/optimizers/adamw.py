@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from spt_fast.errors import RecipeError, invalid
 from spt_fast.fields import number, setting, text
@@ -27,7 +28,7 @@ class AdamW(Optimizer):
     betas: tuple[float, float] = setting(_betas, (0.9, 0.95))
     eps: float = setting(number(0.0, open_low=True), 1e-8)
 
-    kinds = ("exp_avg", "exp_avg_sq")
+    kinds: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def update(self, group: Group, by: Update) -> None:
         from spt_fast.kernels import adamw_step_all

@@ -31,6 +31,9 @@ class Group:
     """fp32; they take the update and are rounded into the parameters. None where these are fp32 themselves."""
     anchors: Sequence[Tensor] | None = None
     """fp32, what the parameters decay toward."""
+    matrices: Sequence[tuple[int, ...]] | None = None
+    """Where the parameters are matrices of blocks and the optimizer wants these whole: for each the rows of the
+    matrices that lie in it, one below the other."""
 
     @property
     def grads(self) -> list[Tensor]:
@@ -68,7 +71,13 @@ class Optimizer:
     """Largest global gradient norm; null for no clipping."""
 
     kinds: ClassVar[tuple[str, ...]] = ()
-    """The names of the state that it keeps for every parameter, as checkpoints have them: fp32, zero at the start."""
+    """The names of its state, as checkpoints have them: fp32, of a parameter's shape, zero at the start."""
+    whole_matrices: ClassVar[bool] = False
+    """Whether it updates a block's matrix as a whole. ZeRO's stages 2 and 3 cut matrices, so it cannot run there."""
+
+    def kinds_of(self, hidden: bool) -> tuple[str, ...]:
+        """The kinds that a parameter has; hidden: a matrix of a block."""
+        return self.kinds
 
     def update(self, group: Group, by: Update) -> None:
         """Update a group's parameters (through their masters) and state in place."""

@@ -18,14 +18,14 @@ from rich.console import Console
 
 from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
-from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS
+from spt_fast.model.memory import CHECKPOINTING
 from spt_fast.printing import print_table, size
 from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.engine import EngineInterface
 from spt_fast.train.engines import join, make_engine
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
-from spt_fast.train.price import Machine, distribution_of, phase_memory
+from spt_fast.train.price import Machine, distribution_of, distributions, phase_memory
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import World, pick_dtype
 
@@ -140,7 +140,7 @@ def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exce
         knobs.append((f"phases.{planned.phase.name}.batch.micro={smaller}", {"micro": smaller}))
     for checkpointing in CHECKPOINTING[CHECKPOINTING.index(engine.checkpointing) + 1 :]:
         knobs.append((f"engine.checkpointing={checkpointing}", {"checkpointing": checkpointing}))
-    for other, offloaded in DISTRIBUTIONS:
+    for other, offloaded in distributions(plan.recipe):
         if (other, offloaded) != (stage, offload) and other >= stage:
             deepspeed = f"engine.name=deepspeed engine.stage={other}"
             deepspeed += f" engine.offload={offloaded}" if offloaded != "none" else ""

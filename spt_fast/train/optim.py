@@ -7,11 +7,13 @@ tensor from the host.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from spt_fast.model.gpt import GPT
-from spt_fast.model.parameters import table
+from spt_fast.model.parameters import Parameter, table
 from spt_fast.optimizers import Group, Optimizer, Update
 from spt_fast.train.snapshot import Snapshot
 
@@ -25,34 +27,42 @@ NORM_PIECE = 1 << 16
 class ModelOptimizer:
     """The parameters that require a gradient: frozen ones have no state here and no part in the norm."""
 
-    def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float = 0.0) -> None:
+    def __init__(
+        self, model: GPT, settings: Optimizer, anchor_decay: float = 0.0, own: Callable[[str], bool] = lambda name: True
+    ) -> None:
+        """own: which parameters it has the state of, and updates."""
         self.settings = settings
         self.anchor_decay = anchor_decay
         self.params: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {}
         for name, param in self.params.items():
             param.grad_dtype = torch.float32
-            self.masters[name] = param.detach() if param.dtype == torch.float32 else param.detach().float()
-        self.state = {
-            kind: {name: torch.zeros_like(master) for name, master in self.masters.items()} for kind in settings.kinds
-        }
+            if own(name):
+                self.masters[name] = param.detach() if param.dtype == torch.float32 else param.detach().float()
+        known = table(model.config)
+        self.state: dict[str, dict[str, Tensor]] = {kind: {} for kind in settings.kinds}
+        for name, master in self.masters.items():
+            for kind in settings.kinds_of(known[name].kind.hidden):
+                self.state[kind][name] = torch.zeros_like(master)
         self.anchor = {name: master.clone() for name, master in self.masters.items()} if anchor_decay else {}
         self.count = torch.zeros((), device=next(iter(self.params.values())).device)
-        known = table(model.config)
-        self._groups = [
-            self._group([name for name in self.params if known[name].kind.decayed == decayed], decayed)
-            for decayed in (True, False)
-        ]
+        alike: dict[tuple[bool, bool], dict[str, Parameter]] = {}
+        for name in self.masters:
+            what = known[name].kind
+            alike.setdefault((what.decayed, what.hidden and settings.whole_matrices), {})[name] = known[name]
+        self._groups = [self._group(rows, decayed, whole) for (decayed, whole), rows in alike.items()]
 
-    def _group(self, names: list[str], decayed: bool) -> Group:
+    def _group(self, rows: dict[str, Parameter], decayed: bool, whole: bool) -> Group:
+        names = list(rows)
         params = [self.params[name] for name in names]
         in_place = all(param.dtype == torch.float32 for param in params)
         return Group(
             params,
-            {kind: [tensors[name] for name in names] for kind, tensors in self.state.items()},
+            {kind: [tensors[name] for name in names] for kind, tensors in self.state.items() if names[0] in tensors},
             decayed,
             masters=None if in_place else [self.masters[name] for name in names],
             anchors=[self.anchor[name] for name in names] if self.anchor else None,
+            matrices=[row.stacked for row in rows.values()] if whole else None,
         )
 
     def grad_norm(self) -> Tensor:

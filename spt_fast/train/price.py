@@ -223,7 +223,8 @@ def phase_memory(
         checkpointing=checkpointing or plan.recipe.engine.checkpointing,
         micro_batches=phase.batch.sequences // machine.gpus // micro,
         documents=phase.documents,
-        states=len(phase.optimizer.kinds),
+        states=len(phase.optimizer.kinds_of(hidden=False)),
+        hidden_states=len(phase.optimizer.kinds_of(hidden=True)),
         anchor=phase.anchor > 0,
         freeze=phase.freeze,
         device=machine.device,
@@ -238,6 +239,12 @@ def distribution_of(engine: Engine, processes: int) -> tuple[int, str]:
     return (engine.stage, engine.offload) if uses_deepspeed(engine, processes) else (0, "none")
 
 
+def distributions(recipe: Recipe) -> list[tuple[int, str]]:
+    """Every (ZeRO stage, offload) in which the recipe can train."""
+    whole = any(phase.optimizer.whole_matrices for phase in recipe.phases)
+    return [(stage, offload) for stage, offload in DISTRIBUTIONS if not whole or (stage < 2 and offload == "none")]
+
+
 def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | None = None) -> Price:
     """What the plan takes on `machine`, and every other way to train it there.
 
@@ -247,7 +254,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
     own = (*distribution_of(plan.recipe.engine, machine.gpus), plan.recipe.engine.checkpointing)
     times = [phase_time(plan, index, speed) for index in range(len(plan.phases))]
     ways = []
-    for stage, offload in DISTRIBUTIONS:
+    for stage, offload in distributions(plan.recipe):
         for checkpointing in CHECKPOINTING:
             needed = [
                 phase_memory(plan, index, machine, stage=stage, offload=offload, checkpointing=checkpointing)

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from spt_fast.errors import RecipeError, invalid, shown
 from spt_fast.kernels import keep_freed_memory, return_freed_memory
 from spt_fast.model.gpt import GPT
 from spt_fast.model.memory import REDUCE_BUCKET
-from spt_fast.model.parameters import table
+from spt_fast.model.parameters import Parameter, table
 from spt_fast.optimizers import Group, Optimizer, Update
 from spt_fast.train.engine import StepResult
 from spt_fast.train.optim import FROZEN, ModelOptimizer
@@ -73,8 +73,13 @@ class ZeroEngine:
         self.frozen = snapshot.only(FROZEN[phase.freeze])
         config = self._deepspeed_config(phase.optimizer, micro_batches)
         model = self._model(snapshot, phase.freeze, config)
-        kind = Whole if self.settings.stage == 0 else Partitioned
-        self.optimizer: Any = kind(model, phase.optimizer, phase.anchor)
+        self.optimizer: Any
+        if self.settings.stage == 0:
+            self.optimizer = Whole(model, phase.optimizer, phase.anchor)
+        elif phase.optimizer.whole_matrices:
+            self.optimizer = Dealt(model, phase.optimizer, phase.anchor, self.world)
+        else:
+            self.optimizer = Partitioned(model, phase.optimizer, phase.anchor)
         with contextlib.redirect_stdout(io.StringIO()):  # its tables of memory
             self._engine, *_ = self.deepspeed.initialize(
                 model=model,
@@ -98,7 +103,7 @@ class ZeroEngine:
             self._engine.step()
         self.world.sum_(loss)
         norm, skipped = self.optimizer.norm, self.optimizer.skipped
-        if self.settings.stage > 0:
+        if isinstance(self.optimizer, Partitioned):
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
             skipped = torch.tensor(not self._engine.was_step_applied(), device=self.device)
             self.optimizer.count += 1 - skipped.float()
@@ -110,8 +115,10 @@ class ZeroEngine:
 
     @torch.no_grad()
     def snapshot(self, *, state: bool) -> Snapshot:
-        kinds = (WEIGHTS, *self.optimizer.settings.kinds) if state else (WEIGHTS,)
-        every = {tensor_name(kind, name): (kind, name) for kind in kinds for name in self.optimizer.params}
+        settings, known = self.optimizer.settings, table(self.config)
+        every = {tensor_name(WEIGHTS, name): (WEIGHTS, name) for name in self.optimizer.params}
+        for name in self.optimizer.params if state else ():
+            every |= {tensor_name(kind, name): (kind, name) for kind in settings.kinds_of(known[name].kind.hidden)}
         mine = self.world.share(every)
         taken: dict[str, Tensor] = {}
         for given, (kind, name) in sorted(every.items()):
@@ -168,6 +175,8 @@ class ZeroEngine:
 
     def _deepspeed_config(self, optimizer: Optimizer, micro_batches: int) -> dict[str, Any]:
         stage, offload = self.settings.stage, self.settings.offload
+        if optimizer.whole_matrices:
+            stage = 0  # Dealt divides the state
         zero: dict[str, Any] = {
             "stage": stage,
             "overlap_comm": self.device.type == "cuda",
@@ -282,11 +291,14 @@ class Whole(torch.optim.Optimizer):
 
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
         super().__init__([param for param in model.parameters() if param.requires_grad], {})
-        self._inner = ModelOptimizer(model, settings, anchor_decay)
+        self._inner = self._optimizer(model, settings, anchor_decay)
         self.settings, self.anchor_decay = settings, anchor_decay
         self.params, self.count = self._inner.params, self._inner.count
         self.norm = self.skipped = self.count
         self.lr = 0.0
+
+    def _optimizer(self, model: GPT, settings: Optimizer, anchor_decay: float) -> ModelOptimizer:
+        return ModelOptimizer(model, settings, anchor_decay)
 
     def link(self, engine: Any) -> None:
         pass
@@ -305,6 +317,62 @@ class Whole(torch.optim.Optimizer):
         self.norm = self._inner.grad_norm()
         self.skipped = ~torch.isfinite(self.norm)
         self._inner.step(self.lr, self.norm, self.skipped)
+
+
+class Dealt(Whole):
+    """Stage 1 for an optimizer that needs matrices whole: each process updates some parameters and sends them on."""
+
+    def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float, world: World) -> None:
+        self._world, self._owners = world, dealt(table(model.config), world.size)
+        super().__init__(model, settings, anchor_decay)
+
+    def _optimizer(self, model: GPT, settings: Optimizer, anchor_decay: float) -> ModelOptimizer:
+        return ModelOptimizer(model, settings, anchor_decay, lambda name: self._owners[name] == self._world.rank)
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """What `kind` has for a parameter, whole. Collective."""
+        mine = self._owners[name] == self._world.rank
+        tensor = super().read(kind, name) if mine else self.params[name].detach().new_empty((), dtype=torch.float32)
+        tensor = tensor if mine else tensor.new_empty(self.params[name].shape)
+        dist.broadcast(tensor, src=self._owners[name])
+        return tensor
+
+    def write(self, kind: str, name: str, tensor: Tensor) -> None:
+        if self._owners[name] == self._world.rank:
+            super().read(kind, name).copy_(tensor)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step()
+        for owner in range(self._world.size):
+            theirs = [param.detach() for name, param in self.params.items() if self._owners[name] == owner]
+            for part in _up_to(REDUCE_BUCKET, theirs):
+                flat = torch.cat([tensor.flatten() for tensor in part])
+                dist.broadcast(flat, src=owner)
+                if owner != self._world.rank:
+                    for tensor, values in zip(part, flat.split([t.numel() for t in part]), strict=True):
+                        tensor.copy_(values.view_as(tensor))
+
+
+def dealt(rows: Mapping[str, Parameter], processes: int) -> dict[str, int]:
+    """The process that each parameter belongs to: the largest first, always to the one that has least."""
+    held = [0] * processes
+    owners = {}
+    for name in sorted(rows, key=lambda name: (-rows[name].size, name)):
+        owners[name] = held.index(min(held))
+        held[owners[name]] += rows[name].size
+    return owners
+
+
+def _up_to(size: int, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in parts of up to so many numbers, or of one tensor."""
+    part: list[Tensor] = []
+    for tensor in tensors:
+        if part and sum(t.numel() for t in part) + tensor.numel() > size:
+            yield part
+            part = []
+        part.append(tensor)
+    if part:
+        yield part
 
 
 def check_deepspeed(settings: Engine) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from spt_fast.model.flops import parameters
+from spt_fast.model.flops import block_matrices, parameters
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.model.memory import DISTRIBUTIONS, memory_bytes
 from spt_fast.optimizers import AdamW
@@ -145,3 +145,5 @@ def test_an_optimizer_with_one_state_takes_half_of_what_two_take() -> None:
     config = GPTConfig.preset("1m")
     one, two = (memory_bytes(config, 1, dtype=torch.float32, states=states)["optimizer"] for states in (1, 2))
     assert (one, two) == (4 * parameters(config), 8 * parameters(config))
+    muon = memory_bytes(config, 1, dtype=torch.float32, states=2, hidden_states=1)["optimizer"]
+    assert muon == two - 4 * block_matrices(config)

@@ -179,12 +179,16 @@ def test_an_optimizer_of_its_own_kinds_of_state_is_partitioned_too(data: Path) -
         raw["phases"][0]["optimizer"] = {"name": "momentum", "lr": 1e-2}
         return raw
 
-    together(1, [{"recipe": recipe("momentum")}], data)
+    muon = recipe("muon-moved", stage=1)
+    muon["phases"][0]["optimizer"]["name"] = "muon"
+    together(1, [{"recipe": recipe("momentum")}, {"recipe": muon | {"run": str(data / "muon")}}], data)
     moved = recipe("momentum-moved", stage=1)
-    together(2, [{"recipe": recipe("momentum-3", stage=3)}, {"recipe": moved, "stop_at": 7}], data)
-    together(1, [{"recipe": moved | {"engine": {"name": "local"}}, "resume": True}], data)
-    for run in ("momentum-3", "momentum-moved"):
-        assert worst_difference(data / run, data / "momentum") < SAME, run
+    plans = [{"recipe": recipe("momentum-3", stage=3)}, {"recipe": moved, "stop_at": 7}, {"recipe": muon, "stop_at": 7}]
+    together(2, plans, data)
+    back = [{"recipe": raw | {"engine": {"name": "local"}}, "resume": True} for raw in (moved, muon)]
+    together(1, back, data)
+    for run, reference in (("momentum-3", "momentum"), ("momentum-moved", "momentum"), ("muon-moved", "muon")):
+        assert worst_difference(data / run, data / reference) < SAME, run
 
 
 def test_a_frozen_embedding_stays_in_every_stage_and_engine(data: Path) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 from spt_fast.config import recipe_from
 from spt_fast.errors import RecipeError
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.optimizers import AdamW
+from spt_fast.model.parameters import table
+from spt_fast.optimizers import AdamW, Muon, Optimizer
 from spt_fast.train import checkpoint
 from spt_fast.train.local import LocalEngine
 from spt_fast.train.optim import ModelOptimizer
@@ -141,17 +142,76 @@ def test_untying_copies_the_embedding_and_its_moments() -> None:
     assert model.head_weight.data_ptr() != model.embedding.data_ptr()
 
 
-def test_another_optimizer_is_its_class_and_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trained, interrupted and resumed to the same weights, with a state of its own kind in the checkpoints."""
+@pytest.mark.parametrize("skip", [False, True])
+def test_muon_updates_each_matrix_as_torchs_does_and_the_rest_as_adamw_does(skip: bool) -> None:
+    """In bf16, as torch's: what lies in one parameter are matrices of their own, and equal shapes go together."""
+    decay, lr = 0.1, 0.02
+    ours = GPT(CONFIG, seed=1).to(torch.bfloat16)
+    adamw, theirs = copy.deepcopy(ours), {}
+    optimizer = ModelOptimizer(ours, Muon(lr=lr, weight_decay=decay, clip=None))
+    other = ModelOptimizer(adamw, AdamW(lr=lr, weight_decay=decay, clip=None))
+    before = {name: master.clone() for name, master in optimizer.masters.items()}
+    for name, row in table(CONFIG).items():
+        if row.kind.hidden:
+            parts = before[name].split(row.stacked)
+            theirs[name] = [nn.Parameter(part.clone()) for part in parts]
+            assert len(parts) == {"wqkv": 3, "w_gate_up": 2}.get(row.name, 1)
+    matrices = [matrix for parts in theirs.values() for matrix in parts]
+    reference = torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for name, param in ours.named_parameters():
+            param.grad = torch.randn(param.shape, generator=generator)
+            adamw.get_parameter(name).grad = param.grad.clone()
+            if name in theirs:
+                for matrix, grad in zip(theirs[name], param.grad.split([len(m) for m in theirs[name]]), strict=True):
+                    matrix.grad = grad.clone()
+        for each in (optimizer, other):
+            each.step(lr, torch.tensor(1.0), torch.tensor(skip))
+        reference.step()
+    for name, master in optimizer.masters.items():
+        if skip:
+            assert torch.equal(master, before[name])
+        elif name in theirs:
+            moved, expected = master - before[name], torch.cat(theirs[name]).detach() - before[name]
+            assert (moved - expected).norm() < 0.01 * expected.norm(), name
+        else:
+            assert torch.equal(master, other.masters[name]), name
+        assert torch.equal(ours.get_parameter(name), master.bfloat16())
+    assert all(not tensor.any() for kind in optimizer.state.values() for tensor in kind.values()) == skip
+
+
+def test_muon_pulls_toward_the_anchor() -> None:
+    model = GPT(CONFIG, seed=1)
+    optimizer = ModelOptimizer(model, Muon(lr=1e-2, weight_decay=0.0), anchor_decay=0.5)
+    for name, master in optimizer.masters.items():
+        master.add_(1.0)
+        model.get_parameter(name).grad = torch.zeros_like(master)
+    optimizer.step(1e-2, torch.tensor(0.0), torch.tensor(False))
+    for name, master in optimizer.masters.items():
+        torch.testing.assert_close(master - optimizer.anchor[name], torch.full_like(master, 0.995), msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        (Momentum(lr=1e-2, momentum=0.8), ["velocity"]),
+        (Muon(lr=1e-2, momentum=0.8), ["exp_avg", "exp_avg_sq", "momentum"]),
+    ],
+)
+def test_another_optimizer_is_its_class_and_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Optimizer, kinds: list[str]
+) -> None:
+    """Trained, interrupted and resumed to the same weights, with a state of its own kinds in the checkpoints."""
     tiny.write_corpora(tmp_path)
     runs = []
     for name in ("whole", "parts"):
         raw = tiny.raw_recipe(tmp_path, name)
         for phase in raw["phases"]:
-            phase["optimizer"] = {"name": "momentum", "lr": 1e-2, "momentum": 0.8}
+            phase["optimizer"] = {"name": settings.name, "lr": 1e-2, "momentum": 0.8}
         raw["phases"][1] |= {"optimizer_state": "keep", "anchor": 0}
         runs.append(raw)
-    assert recipe_from(runs[0]).phases[0].optimizer == Momentum(lr=1e-2, momentum=0.8)
+    assert recipe_from(runs[0]).phases[0].optimizer == settings
     run(recipe_from(runs[0]), progress=False)
     monkeypatch.setattr("spt_fast.train.run.StopRequest", StopAfter)
     monkeypatch.setattr(StopAfter, "looks", 85)
@@ -159,8 +219,13 @@ def test_another_optimizer_is_its_class_and_its_name(tmp_path: Path, monkeypatch
         newest = checkpoint.newest(tmp_path / "parts" / "checkpoints")
         assert newest is not None
         current = checkpoint.load(newest.path)["current"]
-        assert list(current.state) == ["velocity"]
-        assert current.state["velocity"].keys() == current.weights.keys()
+        assert list(current.state) == kinds
+        for kind, tensors in current.state.items():
+            hidden = {name for name in current.weights if name.endswith(("wqkv", "wo", "w_gate_up", "w_down"))}
+            others = current.weights.keys() - hidden
+            assert tensors.keys() == {
+                n for part in (hidden, others) if kind in settings.kinds_of(part is hidden) for n in part
+            }
         StopAfter.looks = 85
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
