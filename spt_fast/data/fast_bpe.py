@@ -16,7 +16,6 @@ is long text with no place to cut.
 
 from __future__ import annotations
 
-import base64
 import json
 import unicodedata
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from spt_fast.data.base_tokenizer import CUT, PIECE_CHARS, byte_letters, encode_ordinary, rank_lines
+from spt_fast.data.base_tokenizer import CUT, PIECE_CHARS, byte_letters, encode_ordinary
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_AFTER_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
@@ -98,14 +97,18 @@ class FastBPE:
         return any(begin in text and any(name in text for name in names) for begin, names in self.marks.items())
 
     def to_bytes(self) -> bytes:
-        head = json.dumps({"pattern": self.pattern, "nfc": self.nfc, "marks": self.marks}).encode()
-        return head + b"\n" + rank_lines(self.ranks)
+        head = json.dumps([len(self.ranks), {"pattern": self.pattern, "nfc": self.nfc, "marks": self.marks}]).encode()
+        ids, lengths = np.array([*self.ranks.values()], np.uint32), np.array([*map(len, self.ranks)], np.uint32)
+        return b"".join((head, b"\n", ids.tobytes(), lengths.tobytes(), *self.ranks))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> FastBPE:
-        head, *lines = data.split(b"\n")
-        pairs = (line.split(b" ") for line in lines if line)
-        return cls(**json.loads(head), ranks={base64.b64decode(token): int(id_) for token, id_ in pairs})
+        head, _, body = data.partition(b"\n")
+        count, fields = json.loads(head)
+        ids, lengths = np.frombuffer(body, np.uint32, 2 * count).reshape(2, -1)
+        ends = (8 * count + np.cumsum(lengths)).tolist()
+        tokens = (body[start:end] for start, end in pairwise((8 * count, *ends)))
+        return cls(**fields, ranks=dict(zip(tokens, ids.tolist(), strict=True)))
 
 
 def fast_bpe(content: Mapping[str, Any], model: Any) -> FastBPE | None:
@@ -117,11 +120,12 @@ def fast_bpe(content: Mapping[str, Any], model: Any) -> FastBPE | None:
     others = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
     if not stated.get("merges") or any(stated.get(name) for name in others) or pattern is None or not plain:
         return None
-    bytes_of = {letter: byte for byte, letter in enumerate(byte_letters())}
-    names = {name: id_ for name, id_ in stated["vocab"].items() if all(letter in bytes_of for letter in name)}
-    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in stated["merges"]]
-    made = [names.get("".join(pair)) for pair in pairs]
-    if None in made or any(a > b for a, b in pairwise(made)) or not bytes_of.keys() <= names.keys():  # type: ignore[operator]
+    letters = byte_letters()
+    is_bytes = frozenset(letters).issuperset
+    names = {name: id_ for name, id_ in stated["vocab"].items() if is_bytes(name)}
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in stated["merges"]]
+    made = [names.get(a + b) for a, b in pairs]
+    if None in made or any(a > b for a, b in pairwise(made)) or not names.keys() >= {*letters}:  # type: ignore[operator]
         return None
     looked_up = bool(stated.get("ignore_merges"))
     model.ignore_merges = False
@@ -129,14 +133,15 @@ def fast_bpe(content: Mapping[str, Any], model: Any) -> FastBPE | None:
         unmade = [name for name in names if len(model.tokenize(name)) != 1]
     finally:
         model.ignore_merges = looked_up
-    merges = set(pairs)
+    merges = {(a, b) for a, b in pairs} if looked_up and unmade else set()
     for name in unmade:
         splits = [(name[:at], name[at:]) for at in range(1, len(name))]
         if looked_up and any(a in names and b in names and (a, b) not in merges for a, b in splits):
             return None
         if not looked_up:
             del names[name]
-    ranks = {bytes(bytes_of[letter] for letter in name): id_ for name, id_ in names.items()}
+    bytes_of = {ord(letter): byte for byte, letter in enumerate(letters)}
+    ranks = {name.translate(bytes_of).encode("latin-1"): id_ for name, id_ in names.items()}
     added = [token["content"] for token in content.get("added_tokens") or ()]
     marks: dict[str, list[str]] = {}
     for name in sorted({*added, *(unicodedata.normalize("NFC", name) for name in added)}):

@@ -48,7 +48,9 @@ class HFTokenizer(BaseTokenizer):
             _check_merges(content["model"])
             self.files = {HF_FILE: data, **(files or {})}
             self._theirs.encode("")  # tries what is put around a text
-            self.vocab_size = 1 + max(self._theirs.get_vocab(with_added_tokens=True).values(), default=-1)
+            known = content["model"]["vocab"]
+            ids = known.values() if isinstance(known, dict) else [len(known) - 1]
+            self.vocab_size = 1 + max(*ids, *self._theirs.get_added_tokens_decoder(), -1)
             self._named = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
         except BaseException as error:
             if not _theirs_says(error):
@@ -226,6 +228,10 @@ def _digest(content: Mapping[str, Any]) -> str:
         del model["type"]  # which older files leave out
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.pop("merges", None) or ()]
     vocab = model.pop("vocab")
+    if isinstance(vocab, dict):
+        vocab = {
+            name: vocab[name] for name in sorted(vocab)
+        }  # json would compare pairs, which takes three times as long
     parts = [
         _stated({key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer")}),
         _stated(model),

@@ -32,9 +32,11 @@ from spt_fast.data.workers import Encoded, EncoderPool, Settings, TextBatch
 from spt_fast.errors import DataError, SptWarning, counted, invalid
 
 BATCH_BYTES = 1 << 20
-SAMPLE_BYTES = 1_000_000
-SAMPLE_DOCUMENTS = 2000
-"""Of the text that a faster way to encode is tried on."""
+ENOUGH_BYTES = 4_000_000
+"""Of less text, to encode it takes less time than to try a faster way."""
+SAMPLE_CHARS = 250_000
+SAMPLE_DOCUMENTS = 250
+"""Of the text that a faster way is tried on."""
 FAR_OFF = 0.25
 """A held-out part is further from the share that was asked for than rounding to documents explains."""
 
@@ -126,10 +128,10 @@ def prepare(
         writers = [_writer(stack, out, tokenizer, part) for part in parts]
         obsolete = _older_split(writers[0].prefix) if heldout is None else None
         bar = stack.enter_context(_Progress(Path(out).name, reader.total_bytes, disable=not progress))
-        batches = _proven(tokenizer, _batches(reader), text_key)
-        pool = stack.enter_context(EncoderPool(tokenizer, settings, workers))
+        batches = workers if reader.total_bytes is None else -(-reader.total_bytes // BATCH_BYTES)
+        pool = stack.enter_context(EncoderPool(tokenizer, settings, workers, starting=min(workers, batches)))
         whole = None if heldout is None else stack.enter_context(Split(writers[0].prefix.parent, writers[0].dtype))
-        for batch, encoded in pool.encode(batches):
+        for batch, encoded in pool.encode(_proven(tokenizer, _batches(reader), text_key)):
             with writers[0].clean_failure():
                 _write(writers[0], encoded) if whole is None else whole.add(encoded)
             skipped += encoded.skipped
@@ -274,11 +276,12 @@ def _proven(tokenizer: BaseTokenizer, batches: Iterator[TextBatch], text_key: st
     first: list[TextBatch] = []
     error = None
     try:
-        while sum(batch.num_bytes for batch in first) < SAMPLE_BYTES:
+        while sum(batch.num_bytes for batch in first) < ENOUGH_BYTES:
             first.append(next(batches))
         chunks = [chunk for batch in first for chunk in batch.chunks]
         texts = [text for chunk in chunks for text, _ in parse(chunk, text_key, skip_bad=True)]
-        tokenizer.prove([text for text in texts[:SAMPLE_DOCUMENTS] if len(text) < SAMPLE_BYTES])
+        sample = texts[:: len(texts) // SAMPLE_DOCUMENTS + 1]
+        tokenizer.prove([text[: SAMPLE_CHARS // len(sample)] for text in sample])
     except StopIteration:
         pass
     except DataError as caught:

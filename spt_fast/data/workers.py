@@ -90,15 +90,19 @@ class Encoded:
 
 
 class EncoderPool:
-    """`workers` processes that encode. A context manager: leaving it ends them at once, whatever they are doing."""
+    """`workers` processes that encode. A context manager: leaving it ends them at once, whatever they are doing.
 
-    def __init__(self, tokenizer: BaseTokenizer, settings: Settings, workers: int) -> None:
-        ends = {"eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id}
-        self._setup = ({"settings": asdict(settings), "ends": ends}, [tokenizer.to_bytes()])
+    starting: how many are started at once, so that they come up while the tokenizer is made ready; others as they are
+    needed.
+    """
+
+    def __init__(self, tokenizer: BaseTokenizer, settings: Settings, workers: int, *, starting: int = 0) -> None:
+        self._tokenizer, self._settings, self._starting = tokenizer, settings, starting
         self._ahead_bytes = workers * AHEAD_BYTES
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
         self._mine = threading.local()
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._idle: list[subprocess.Popen[bytes]] = []
         self._under_way_bytes = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -109,6 +113,8 @@ class EncoderPool:
         Raises, at the place of the batch in question, what reading it raised, DataError for a bad document, and
         DataError when a worker dies.
         """
+        ends = {"eos_id": self._tokenizer.eos_id, "bos_id": self._tokenizer.bos_id}
+        self._setup = ({"settings": asdict(self._settings), "ends": ends}, [self._tokenizer.to_bytes()])
         order: queue.SimpleQueue[tuple[TextBatch, Future[Encoded]] | BaseException | None] = queue.SimpleQueue()
         # A daemon, since a read from standard input may never return.
         threading.Thread(target=self._feed, args=(batches, order), daemon=True).start()
@@ -159,11 +165,15 @@ class EncoderPool:
         with self._changed:
             if self._closed:
                 raise EOFError
-            self._mine.process = _start_worker()
-            self._processes.append(self._mine.process)
+            self._mine.process = self._idle.pop() if self._idle else self._new()
         return self._mine.process
 
+    def _new(self) -> subprocess.Popen[bytes]:
+        self._processes.append(_start_worker())
+        return self._processes[-1]
+
     def __enter__(self) -> EncoderPool:
+        self._idle = [self._new() for _ in range(self._starting)]
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -262,7 +262,7 @@ def test_prepare_takes_the_fast_way_after_a_sample(
     sent: list[bytes] = []
     to_bytes = HFTokenizer.to_bytes
     monkeypatch.setattr(HFTokenizer, "to_bytes", lambda self: sent.append(to_bytes(self)) or sent[-1])
-    monkeypatch.setattr("spt_fast.data.prepare.SAMPLE_BYTES", 2000)
+    monkeypatch.setattr("spt_fast.data.prepare.ENOUGH_BYTES", 2000)
     prepare(inputs, tmp_path / "fast", folders["nfc"], workers=1, progress=False, bos=hf_tokenizers.BOS)
     assert rebuilt(sent[0])._fast is not None
     assert read(tmp_path / "fast") == read(tmp_path / "slow")

@@ -369,9 +369,12 @@ def test_leaving_early_ends_workers_and_threads(tokenizer: Tokenizer) -> None:
     data = b"a few words. " * 50_000
     batch = TextBatch([Chunk("a.txt", "line", 1, data, [len(data)])], 0)
     before = threading.active_count()
-    with EncoderPool(tokenizer, Settings("text", skip_bad=False, hashed=False), 2) as pool:
+    with EncoderPool(tokenizer, Settings("text", skip_bad=False, hashed=False), 2, starting=2) as pool:
+        ahead = [*pool._processes]
         for _ in pool.encode(batch for _ in range(10**9)):
             break
+    assert len(ahead) == 2
+    assert pool._processes == ahead, "those that were started before there was text are the workers"
     assert all(process.returncode is not None for process in pool._processes)
     _until(lambda: threading.active_count() == before)
 
