@@ -6,12 +6,14 @@ import io
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from spt_fast.errors import SptWarning
@@ -42,6 +44,16 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def progress_bar(what: str, total: int, *, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error with the time left; the function that is given moves it on by so much of `total`."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TextColumn("ETA"))
+    left = TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(*columns, left, console=terminal(stderr=True), disable=not show) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
 
 
 MIN_WIDTH = 40

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Annotated, Any
 
 import typer
 from typer import Option
 
 from spt_fast import __version__
-from spt_fast.cli.flags import Commands
+from spt_fast.cli.flags import Commands, is_first
 from spt_fast.printing import as_json, terminal
 
 app = typer.Typer(
@@ -32,7 +33,12 @@ def print_json(data: Any) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, Option("--version", help="Print the version.")] = False) -> None:
+def _program(
+    context: typer.Context, version: Annotated[bool, Option("--version", help="Print the version.")] = False
+) -> None:
+    """Only training is the work of several processes; of all that a launcher starts, the first does other commands."""
+    if context.invoked_subcommand != "train" and os.environ.get("WORLD_SIZE", "1") != "1" and not is_first():
+        raise typer.Exit
     if version:
         print(f"spt-fast {__version__}")
         raise typer.Exit

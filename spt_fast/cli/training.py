@@ -98,6 +98,9 @@ def evaluate(
     context: Annotated[int | None, Option(min=1, help="Tokens seen at a time; as in training, or the model's.")] = None,
     batch: Annotated[int | None, Option(help="Texts of a task at a time; as many as fit by default.")] = None,
     tokenizer: Annotated[Path | None, PathOption(help="For tasks; the weights' own by default.")] = None,
+    bos: Annotated[
+        str | None, Option(metavar="TOKEN", help="Begins each text of a task; as in training by default.")
+    ] = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -107,7 +110,13 @@ def evaluate(
 
     if not data and not tasks:
         raise typer.BadParameter("give --data PREFIX, --tasks TASK or both")
-    of_tasks = {"--num-fewshot": num_fewshot, "--limit": limit, "--batch": batch, "--tokenizer": tokenizer}
+    of_tasks = {
+        "--num-fewshot": num_fewshot,
+        "--limit": limit,
+        "--batch": batch,
+        "--tokenizer": tokenizer,
+        "--bos": bos,
+    }
     if not tasks and (unused := [flag for flag, given in of_tasks.items() if given is not None]):
         raise typer.BadParameter(f"{unused[0]} is for tasks; give --tasks as well, or leave it out")
     names = [name.strip() for given in tasks or () for name in given.split(",") if name.strip()]
@@ -120,6 +129,7 @@ def evaluate(
             num_fewshot=num_fewshot,
             limit=limit,
             batch=batch,
+            bos=bos,
         )
         if tasks
         else {}

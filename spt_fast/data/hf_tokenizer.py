@@ -130,6 +130,10 @@ class HFTokenizer(BaseTokenizer):
         found = self._theirs.token_to_id(token)
         return super()._id_of(argument, token) if found is None else found
 
+    def name_of(self, id_: int) -> str:
+        """The token of an id."""
+        return str(self._theirs.id_to_token(id_))
+
     @property
     def usual_bos_id(self) -> int | None:
         """What transformers puts before a text."""

@@ -110,8 +110,8 @@ def prepare(
             "tokenizer: names no token that ends a text; name the one that ends each document as `eos=…`", argument=True
         )
     usual = tokenizer.usual_bos_id if isinstance(tokenizer, HFTokenizer) else None
-    if usual is not None and tokenizer.bos_id is None:
-        begin = next((name for name, id_ in tokenizer.named_tokens().items() if id_ == usual), usual)
+    if isinstance(tokenizer, HFTokenizer) and usual is not None and tokenizer.bos_id is None:
+        begin = tokenizer.name_of(usual)
         warnings.warn(
             f"tokenizer: transformers begins every text with {begin!r}, and documents begin without it here; prepare "
             f"with `bos={begin!r}` where the model was pretrained with it, as is likely",

@@ -198,10 +198,11 @@ class Tokenizer(BaseTokenizer):
     def save_hf(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json, for transformers' AutoTokenizer, and the ranks beside them.
 
-        Ids and decoding are the same, but special tokens *are* read out of text, as usual there.
+        Ids and decoding are the same, but special tokens *are* read out of text, as usual there, and the token that
+        begins documents, where one does, is put before a text.
         """
         import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers
+        from tokenizers import decoders, models, pre_tokenizers, processors
 
         letters = byte_letters()
         names = {token: "".join(letters[byte] for byte in token) for token in self.ranks}
@@ -222,6 +223,12 @@ class Tokenizer(BaseTokenizer):
             "eos_token": EOS,
             "clean_up_tokenization_spaces": False,
         }
+        if self.bos_id is not None:
+            config["bos_token"] = self.decode([self.bos_id])
+            begin = {"id": "begin", "ids": [self.bos_id], "tokens": [config["bos_token"]]}
+            hf.post_processor = processors.TemplateProcessing(
+                single="begin $A", pair="begin $A begin $B", special_tokens=[begin]
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         hf.save(str(folder / "tokenizer.json"))

@@ -18,6 +18,7 @@ from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.errors import SptError, SptWarning, invalid
 from spt_fast.model.gpt import GPT
+from spt_fast.printing import progress_bar
 from spt_fast.train.release import tokenizer_for
 from spt_fast.train.weights import load_model
 from spt_fast.train.world import pick_device, pick_dtype
@@ -51,37 +52,59 @@ class TextModel:
     """A model that scores and continues text.
 
     context: tokens that it sees at most. bos: the id that every text begins with; None for none. Where a context is
-    empty, the end-of-text id stands in for it. batch: rows at a time; None takes as many as fit.
-    SptError for a context that the model doesn't have.
+    empty, the end-of-text id stands in for it. batch: rows at a time; None takes as many as fit. progress: show a bar
+    on standard error. SptError for a context that the model doesn't have.
     """
 
-    def __init__(self, model: GPT, tokenizer: BaseTokenizer, *, context: int | None = None, batch: int | None = None):
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: BaseTokenizer,
+        *,
+        context: int | None = None,
+        batch: int | None = None,
+        progress: bool = False,
+    ) -> None:
         longest = model.config.context
         if context is not None and not 1 < context <= longest:
             raise SptError(invalid("context", context, f"from 2 to {longest}, the model's own"), argument=True)
         if batch is not None and batch < 1:
             raise SptError(invalid("batch", batch, "write a whole number of at least 1"), argument=True)
         self.context = context or longest
-        # Of a Hugging Face tokenizer what it puts before a text itself, however a run's documents began: base and
+        # Where a run's documents began with none, still what its Hugging Face tokenizer puts before a text: base and
         # finetune see the same, and so they do where the weights are served.
-        self.bos = tokenizer.usual_bos_id if isinstance(tokenizer, HFTokenizer) else tokenizer.bos_id
+        usual = tokenizer.usual_bos_id if isinstance(tokenizer, HFTokenizer) else None
+        self.bos = usual if tokenizer.bos_id is None else tokenizer.bos_id
         prefix = tokenizer.eos_id if self.bos is None else self.bos
         if prefix is None:
             raise SptError("tokenizer: names no token that ends or begins a text; add it to its tokenizer_config.json")
         self._prefix = prefix
-        self.batch = batch
+        self.batch, self.progress = batch, progress
         self._model, self._tokenizer = model.eval().requires_grad_(False), tokenizer
 
     @classmethod
     def load(
-        cls, weights: Path, tokenizer: Path | None = None, *, context: int | None = None, batch: int | None = None
+        cls,
+        weights: Path,
+        tokenizer: Path | None = None,
+        *,
+        bos: str | None = None,
+        context: int | None = None,
+        batch: int | None = None,
+        progress: bool = False,
     ) -> TextModel:
         """The model at `weights` on this machine's device, in the dtype that matmuls are fast in: the same for all
-        weights. CheckpointError where their tokenizer is unknown."""
+        weights. bos: the token that texts begin with, where another than the weights' own. CheckpointError where their
+        tokenizer is unknown, DataError for an unknown token."""
         found = tokenizer_for(weights, tokenizer)
+        found.set_ends(None, bos)
         device = pick_device()
         model = load_model(weights).to(device=device, dtype=pick_dtype("auto", device))
-        return cls(model, found, context=context, batch=batch)
+        return cls(model, found, context=context, batch=batch, progress=progress)
+
+    @property
+    def tokenizer_digest(self) -> str:
+        return self._tokenizer.digest
 
     @property
     def dtype(self) -> str:
@@ -141,13 +164,15 @@ class TextModel:
         rows = [row[-self.context - 1 :] for row in rows]
         left = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found: dict[int, Likelihood] = {}
-        while left:
-            T = len(rows[left[0]]) - 1
-            fit = min(TOKENS_AT_A_TIME // T, LOGITS_BYTES // (4 * T * self._model.config.vocab_size))
-            B = self.batch or max(1, fit)
-            batch, left = left[:B], left[B:]
-            scored = self._score([rows[i] for i in batch], [len(pairs[i].continuation) for i in batch])
-            found |= zip(batch, scored, strict=True)
+        with progress_bar(f"score {len(rows):,} texts", sum(map(len, rows)), show=self.progress) as advance:
+            while left:
+                T = len(rows[left[0]]) - 1
+                fit = min(TOKENS_AT_A_TIME // T, LOGITS_BYTES // (4 * T * self._model.config.vocab_size))
+                B = self.batch or max(1, fit)
+                batch, left = left[:B], left[B:]
+                scored = self._score([rows[i] for i in batch], [len(pairs[i].continuation) for i in batch])
+                found |= zip(batch, scored, strict=True)
+                advance(sum(len(rows[i]) for i in batch))
         return [found[i] for i in range(len(rows))]
 
     @torch.no_grad()
@@ -188,26 +213,28 @@ class TextModel:
         rows = [(self.encode(context) or [self._prefix])[-(self.context - tokens) :] for context in contexts]
         starts, eos, size = [*map(len, rows)], self._tokenizer.eos_id, self.batch or TEXTS_AT_A_TIME
         found: dict[int, str] = {}
-        for first in range(0, len(rows), size):
-            left = [*range(first, min(first + size, len(rows)))]
-            for made in range(0, tokens, LOOK_EVERY):
-                new = min(LOOK_EVERY, tokens - made)
-                longer = self._model.generate_batch(
-                    [rows[i] for i in left],
-                    new,
-                    temperature=temperature,
-                    top_k=top_k,
-                    seed=made,  # else the draws of each part were those of the first
-                    stop_id=eos,
-                    vocab_size=self._tokenizer.vocab_size,
-                )
-                for i, row in zip(left, longer, strict=True):
-                    rows[i], ended = row, row[-1] == eos
-                    text = self._tokenizer.decode(row[starts[i] : len(row) - ended])
-                    ends = [place for stop in until if stop and (place := text.find(stop)) >= 0]
-                    if ends or ended or made + new == tokens:
-                        found[i] = text[: min(ends, default=len(text))]
-                left = [i for i in left if i not in found]
-                if not left:
-                    break
+        with progress_bar(f"continue {len(rows):,} texts", len(rows), show=self.progress) as advance:
+            for first in range(0, len(rows), size):
+                left = [*range(first, min(first + size, len(rows)))]
+                for made in range(0, tokens, LOOK_EVERY):
+                    new = min(LOOK_EVERY, tokens - made)
+                    longer = self._model.generate_batch(
+                        [rows[i] for i in left],
+                        new,
+                        temperature=temperature,
+                        top_k=top_k,
+                        seed=made,  # else the draws of each part were those of the first
+                        stop_id=eos,
+                        vocab_size=self._tokenizer.vocab_size,
+                    )
+                    for i, row in zip(left, longer, strict=True):
+                        rows[i], ended = row, row[-1] == eos
+                        text = self._tokenizer.decode(row[starts[i] : len(row) - ended])
+                        ends = [place for stop in until if stop and (place := text.find(stop)) >= 0]
+                        if ends or ended or made + new == tokens:
+                            found[i] = text[: min(ends, default=len(text))]
+                    advance(sum(i in found for i in left))
+                    left = [i for i in left if i not in found]
+                    if not left:
+                        break
         return [found[i] for i in range(len(rows))]

@@ -109,11 +109,12 @@ class TaskResult:
         )
 
 
-def save(result: TaskResult, weights: Path) -> None:
-    """Keep a result, in place of one of the same weights and settings; a warning where nothing can be written there."""
+def save(result: TaskResult, weights: Path, tokenizer: str) -> None:
+    """Keep a result, in place of one of the same weights and settings; a warning where nothing can be written there.
+    tokenizer: the digest of the one that was used."""
     folder, prefix = _place(weights)
     settings = hashlib.sha256(json.dumps(asdict(result.settings)).encode()).hexdigest()
-    kept = {"weights": weights.name, "digest": _digest_of(weights), **asdict(result)}
+    kept = {"weights": weights.name, **_digests_of(weights), "tokenizer": tokenizer, **asdict(result)}
     try:
         folder.mkdir(exist_ok=True)
         write_text(folder / f"{prefix}{result.task}-{settings[:12]}.json", json.dumps(kept) + "\n")
@@ -122,16 +123,17 @@ def save(result: TaskResult, weights: Path) -> None:
 
 
 def results_of(weights: Path) -> list[TaskResult]:
-    """The results of weights by task, the newest last; those of other weights that lay there before are left out.
-    CheckpointError for a damaged file."""
+    """The results of weights by task, the newest last; those of other weights, or of another config.json or tokenizer,
+    that lay there before are left out. CheckpointError for a damaged file."""
     folder, _ = _place(weights)
     files = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
-    digest = _digest_of(weights) if files else None
+    now = {**_digests_of(weights), "tokenizer": _tokenizer_of(weights)} if files else {}
     found = []
     for file in files:
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["weights"] == weights.name and digest in (None, kept["digest"]):
+            changed = any(digest and kept.get(name) not in (None, digest) for name, digest in now.items())
+            if kept["weights"] == weights.name and not changed:
                 found.append(TaskResult.of(kept))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -149,8 +151,18 @@ def _place(weights: Path) -> tuple[Path, str]:
     return (run / FOLDER, f"{weights.name}-") if run else (locate(weights) / FOLDER, "")
 
 
-def _digest_of(weights: Path) -> str | None:
-    """None where they have gone."""
-    from spt_fast.train.weights import digest_of
+def _digests_of(weights: Path) -> dict[str, str | None]:
+    """Of weights and of their config.json, which checkpoints don't have; None where they have gone."""
+    from spt_fast.train.weights import digest_of, locate
 
-    return digest_of(weights) if weights.is_dir() else None
+    if not weights.is_dir():
+        return {"digest": None, "config": None}
+    file = locate(weights) / "config.json"
+    config = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+    return {"digest": digest_of(weights), "config": config}
+
+
+def _tokenizer_of(weights: Path) -> str | None:
+    from spt_fast.train.origin import tokenizer_digest
+
+    return tokenizer_digest(weights) if weights.is_dir() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ from torch import Tensor
 from spt_fast.config import Phase
 from spt_fast.data.heldout import heldout_stretches
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
-from spt_fast.errors import DataError, counted, invalid
+from spt_fast.errors import DataError, SptWarning, counted, invalid
 from spt_fast.model import hf
-from spt_fast.printing import print_table
+from spt_fast.printing import print_table, progress_bar
 from spt_fast.train.evaluate import EvalSet, Measured, measure
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.origin import origin_of, run_of, tokenizer_digest
@@ -56,12 +57,15 @@ class Scored(TypedDict):
     """The loss of that half as it is scored here; the same up to rounding."""
 
 
-def score(weights: Path, prefix: Path, *, dtype: str | None = None, context: int | None = None) -> Scored:
+def score(
+    weights: Path, prefix: Path, *, dtype: str | None = None, context: int | None = None, progress: bool = True
+) -> Scored:
     """The loss of weights on the dataset at `prefix`.
 
     `weights` is a run, its weights/<phase>, a checkpoint or a Hugging Face folder. Every token but the first is scored
     once, in consecutive windows of `context` tokens, or else as long as in training, or as the model's context; and
-    documents are cut as in training. Raises DataError where the dataset doesn't fit the model.
+    documents are cut as in training. progress: show a bar on standard error. Raises DataError where the dataset doesn't
+    fit the model, and warns where its documents begin or end with other ids than those of the run.
     """
     weights = chosen(weights)
     model, origin = load_model(weights), origin_of(weights)
@@ -76,6 +80,14 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None, context: int
             f"{prefix}: was made with another tokenizer ({str(data.tokenizer_digest)[:12]}) than the one that the "
             f"weights at {weights} were trained with ({str(theirs)[:12]}); prepare it with that one"
         )
+    for name in ("eos_id", "bos_id") if None not in (data.eos_id, origin.eos_id) else ():
+        if (this := getattr(data, name)) != (trained := getattr(origin, name)):
+            warnings.warn(
+                f"{prefix}: has {name} {this}, what the weights were trained on has {trained}; prepare it with the "
+                "same tokens that begin and end a document",
+                SptWarning,
+                stacklevel=2,
+            )
     largest = data.max_id if data.max_id is not None else int(data.tokens.max())
     if largest >= model.config.vocab_size:
         raise DataError(
@@ -93,12 +105,16 @@ def score(weights: Path, prefix: Path, *, dtype: str | None = None, context: int
     inside = bool(origin.documents) and data.document_ends is not None
     text = EvalSet.of_stretches(data, np.array([[0, data.num_tokens]]), window, inside=inside)
 
-    def of_batch(tokens: Tensor, targets: Tensor, cuts: Tensor | None) -> Tensor:
-        cuts = None if cuts is None else cuts.to(device)
-        return model(tokens.to(device), targets.to(device), cuts, "none").float()
-
     def measured_on(text: EvalSet) -> Measured:
-        return measure(of_batch, text, max(1, TOKENS_AT_A_TIME // window), world=World(0, 1, device))
+        with progress_bar(f"eval {prefix}", text.num_targets, show=progress) as advance:
+
+            def of_batch(tokens: Tensor, targets: Tensor, cuts: Tensor | None) -> Tensor:
+                cuts = None if cuts is None else cuts.to(device)
+                nats = model(tokens.to(device), targets.to(device), cuts, "none").float()
+                advance(targets.numel())
+                return nats
+
+            return measure(of_batch, text, max(1, TOKENS_AT_A_TIME // window), world=World(0, 1, device))
 
     measured, rescored = measured_on(text), None
     if reported := _reported(weights, data.digest):

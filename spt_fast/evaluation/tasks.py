@@ -27,12 +27,16 @@ def score_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch: int | None = None,
+    bos: str | None = None,
+    progress: bool = True,
 ) -> dict[str, TaskResult]:
     """What weights score in tasks, by their names; kept beside the weights.
 
     `weights` is a run, its weights/<phase>, a checkpoint or a Hugging Face folder. tasks: files of questions (.jsonl),
     lm-eval's task files (.yaml), and names of its tasks. context: tokens that the model sees; its own by default.
     num_fewshot: solved examples before each question; of a file of one's own its first ones, which are not scored.
+    bos: the token that every text begins with; by default the one that the documents of the weights' run began with,
+    else the one that their Hugging Face tokenizer puts there. progress: show a bar on standard error.
     SptError for tasks that don't exist or hold bad lines, before the model is loaded.
     """
     for name, given, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1)):
@@ -56,12 +60,12 @@ def score_tasks(
     harness = _harness(others) if others else None
     manager = harness.find(others) if harness else None
     weights = chosen(weights)
-    model = TextModel.load(weights, tokenizer, context=context, batch=batch)
+    model = TextModel.load(weights, tokenizer, bos=bos, context=context, batch=batch, progress=progress)
     found = [_ask(model, name, questions, num_fewshot or 0, limit) for name, questions in files.items()]
     if harness:
         found += harness.score(model, manager, others, num_fewshot, limit)
     for result in found:
-        save(result, weights)
+        save(result, weights, model.tokenizer_digest)
         if result.questions < FEW_QUESTIONS:
             warnings.warn(
                 f"{result.task}: {result.questions} questions are few; differences below two standard errors mean "

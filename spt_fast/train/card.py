@@ -30,8 +30,9 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 With spt_fast: `spt-fast generate FOLDER`, `spt-fast eval FOLDER --data PREFIX`, or `init: FOLDER` in a recipe."""
 
 
-def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype) -> str:
-    """In Markdown. The field for the licence is left to the user."""
+def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype, begin: str | None = None) -> str:
+    """In Markdown. begin: the token that began documents, where the tokenizer's files don't put it before a text. The
+    field for the licence is left to the user."""
     shape = f"{parameters(config):,} parameters ({family_of(config)}), {config.context:,} tokens of context"
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{LICENCE}\n---",
@@ -48,6 +49,7 @@ def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype)
         "Training window": origin.context and f"{origin.context:,} tokens",
         "Attention": origin.documents and "inside documents",
         "Tokenizer": origin.tokenizer and f"`{origin.tokenizer}`",
+        "Documents began with": begin and f"{_code(begin)}; the tokenizer does not add it: prompts need it",
     }
     if lines := [f"- {what}: {value}" for what, value in known.items() if value]:
         parts.append("\n".join(lines))

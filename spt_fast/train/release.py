@@ -124,8 +124,17 @@ def write_release(
     found = tokenizer_of(weights, tokenizer)
     stored_in, known = DTYPES[dtype] if dtype else stored_dtype(weights), origin.as_metadata()
     hf.save(config, tensors, folder, found, stored_in, known, like=carrier_of(weights), overwrite=overwrite)
+    begin = None
+    if isinstance(found, HFTokenizer) and found.bos_id not in (None, found.usual_bos_id):
+        begin = found.name_of(found.bos_id)
+        warnings.warn(
+            f"{folder}: documents began with {begin!r} in training, but the tokenizer does not add it; write it before "
+            "each prompt",
+            SptWarning,
+            stacklevel=2,
+        )
     if overwrite or not (folder / CARD).exists():
-        write_text(folder / CARD, model_card(folder.resolve().name, origin, config, stored_in))
+        write_text(folder / CARD, model_card(folder.resolve().name, origin, config, stored_in, begin))
 
 
 def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:

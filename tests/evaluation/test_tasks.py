@@ -33,6 +33,7 @@ from spt_fast.model import hf
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.gpt import GPT
 from tests import tiny
+from tests.train.test_identity import byte_tokenizer
 
 CONTEXT = 64
 TEXT = "Which gas do plants take in by day? oxygen carbon dioxide Answer: Question: acid base heat water salt. " * 20
@@ -219,17 +220,20 @@ def test_results_are_kept_with_what_decided_them(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "notes.jsonl", QUESTIONS)
+    said: list[str] = []
 
     def scored(*flags: str, code: int = 0) -> Any:
         monkeypatch.setattr(sys, "argv", ["spt-fast", "eval", str(weights), "--tasks", str(path), *flags, "--json"])
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
-        assert ended.value.code == code, said.err
-        return json.loads(said.out)["tasks"]["notes.jsonl"] if code == 0 else said.err
+        out, err = capsys.readouterr()
+        said.append(err)
+        assert ended.value.code == code, err
+        return json.loads(out)["tasks"]["notes.jsonl"] if code == 0 else err
 
     with pytest.warns(SptWarning, match="4 questions are few"):
         first = scored()
+    assert "score 10 texts" in said[-1]
     assert first["questions"] == 4
     assert first["metrics"].keys() == {"acc", "acc_norm"}
     assert first["settings"]["context"] == CONTEXT
@@ -248,6 +252,28 @@ def test_results_are_kept_with_what_decided_them(
     assert "--num-fewshot: 4 is invalid: at most 3" in scored("--num-fewshot", "4", code=2)
     assert "--limit: 0 is invalid" in scored("--limit", "0", code=2)
     assert "--context: 65 is invalid: from 2 to 64" in scored("--context", "65", code=2)
+    assert "--bos: 'x' is invalid: name a token of the tokenizer" in scored("--bos", "x", code=2)
+    for name, other in (
+        ("config.json", (weights / "config.json").read_bytes().replace(b"10000", b"20000")),
+        ("tokenizer.tiktoken", byte_tokenizer(0).to_bytes()),
+    ):
+        kept_as, changed = (weights / name).read_bytes(), tmp_path / name
+        assert other != kept_as
+        (weights / name).rename(changed)
+        (weights / name).write_bytes(other)
+        assert results_of(weights) == [], f"of another {name}"
+        changed.replace(weights / name)
+    (file, _) = (weights / "tasks").iterdir()
+    old = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in old.items() if key not in ("config", "tokenizer")}))
+    assert len(results_of(weights)) == 2, "also of a version that noted neither"
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("RANK", "1")
+        patch.setattr(sys, "argv", ["spt-fast", "eval", str(weights), "--tasks", "gone.jsonl"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code, *capsys.readouterr()) == (0, "", ""), "the first process does it"
     GPT(dataclasses.replace(hf.read_config(weights), layers=1)).save_hf(tmp_path / "other")
     (tmp_path / "other" / "tasks").mkdir()
     for file in (weights / "tasks").iterdir():

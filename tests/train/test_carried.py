@@ -14,20 +14,23 @@ import pytest
 import tokenizers
 
 from spt_fast.config import recipe_from
+from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer
-from spt_fast.errors import CheckpointError, DataError, RecipeError
+from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
+from spt_fast.evaluation.likelihood import TextModel
 from spt_fast.evaluation.score import score
+from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.evaluate import evaluation_texts
-from spt_fast.train.origin import origin_of
+from spt_fast.train.origin import Origin, origin_of
 from spt_fast.train.plan import make_plan
 from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
 from spt_fast.train.run import run
 from spt_fast.train.weights import read_config
 from tests import hf_tokenizers, tiny
 from tests.data.test_prepare import documents, write_jsonl
-from tests.train.test_identity import stop
+from tests.train.test_identity import byte_tokenizer, stop
 from tests.train.test_loop import StopAfter
 
 IDS = {"bos_token_id": 257, "eos_token_id": [256, 300], "pad_token_id": 3}
@@ -64,6 +67,33 @@ def carries(folder: Path, base: Path) -> bool:
     return all(
         (folder / name).read_bytes() == (base / name).read_bytes() for name in (*CARRIED, "generation_config.json")
     )
+
+
+def test_a_token_that_begins_documents_is_kept_and_said(tmp_path: Path, base: Path, raw: dict[str, Any]) -> None:
+    own = Tokenizer.load(base, bos="<tool>")
+    assert isinstance(own, HFTokenizer)
+    origin, trained, out = Origin(own.digest, eos_id=own.eos_id, bos_id=own.bos_id), tmp_path / "tool", tmp_path / "out"
+    hf.save(*hf.load(base), trained, own, metadata=origin.as_metadata(), like=base)
+    with pytest.warns(SptWarning, match=r"documents began with '<tool>' in training, but the tokenizer does not add"):
+        export(trained, out)
+    assert "- Documents began with: `<tool>`; the tokenizer does not add it" in (out / "README.md").read_text()
+    assert carries(out, base)
+    assert own.bos_id != own.usual_bos_id
+    begun = [TextModel.load(*given).bos for given in ((out,), (base,))]
+    assert [*begun, TextModel.load(base, bos="<tool>").bos] == [own.bos_id, own.usual_bos_id, own.bos_id]
+    with pytest.warns(SptWarning) as said:
+        score(out, tmp_path / "text", progress=False)
+    tool = own.bos_id  # which ends the documents there
+    assert [str(one.message).split("; ")[0] for one in said] == [
+        f"{tmp_path / 'text'}: has eos_id {tool}, what the weights were trained on has {own.eos_id}",
+        f"{tmp_path / 'text'}: has bos_id None, what the weights were trained on has {tool}",
+    ]
+    ranks = byte_tokenizer(0)
+    ranks.set_ends(None, EOS)
+    ranks.save_hf(tmp_path / "ranks")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "ranks" / "tokenizer.json"))
+    assert theirs.encode("ab").ids == ranks.prompt("ab") == [256, 97, 98]
+    assert json.loads((tmp_path / "ranks" / "tokenizer_config.json").read_text())["bos_token"] == EOS
 
 
 def special_ids(folder: Path) -> dict[str, Any]:
