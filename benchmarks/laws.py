@@ -198,7 +198,7 @@ def left_out_of_tables(folder: Path) -> dict[str, tuple[Law, pd.DataFrame, pd.Se
         found[f"two domains, {domain}"] = laws.DCPTLaw(), table, table["params"] == table["params"].max()
     continued_runs = pd.read_csv(folder / "ct_pythia70m_python.csv").rename(columns={"steps": "tokens"})
     found["continued, last fifth"] = laws.CMRLaw(), continued_runs, continued_runs["tokens"] > 8000
-    tuned = pd.read_csv(folder / "finetune_flan.csv").rename(columns={"examples": "unique_tokens"})
+    tuned = pd.read_csv(folder / "finetune_flan.csv").rename(columns={"examples": "unique_tokens", "model": "run"})
     for family, table in tuned[tuned["unique_tokens"] > 0].groupby("family"):
         if table["params"].nunique() > 1:
             found[f"finetunes, {family}"] = laws.FinetuneLaw(), table, table["unique_tokens"] > 2e5

@@ -21,6 +21,7 @@ CHINCHILLA = laws.ChinchillaLaw.from_params(E=1.87, A=521, alpha=0.35, B=1488, b
 SPARSE = laws.SparsePretrainingLaw.from_params(E=1.87, A=521, alpha=0.35, B=1488, beta=0.35)
 CONSTRAINED = laws.DataConstrainedLaw.published()
 FINETUNE = laws.FinetuneLaw.from_params(A=120, alpha=0.12, beta=0.16, E=0.9)
+RECTIFIED = laws.FinetuneLaw.from_params(A=20_000, alpha=0.15, beta=0.4, E=1.1, D_l=600)
 FORGETTING = laws.ForgettingLaw.from_params(A=14, B=829, alpha=0.38, beta=0.28)
 DOMAIN = laws.DCPTLaw.from_params(E=1.1, A=400, alpha=0.32, B=300, eta=0.25, beta=0.3, C=0.35, epsilon=0.08, gamma=0.6)
 GENERAL = laws.DCPTLaw.from_params(E=1.8, A=350, alpha=0.32, B=200, eta=0.3, beta=0.3, C=0.2, epsilon=0.05, gamma=0.35)
@@ -108,6 +109,11 @@ TABLES: dict[str, tuple[Law, Callable[[], Law], Table]] = {
         grid(params=SIZES, unique_tokens=[1e8, 1e9, 1e10], tokens=[1e9, 4e9, 1.5e10, 5e10]),
     ),
     "finetuning": (FINETUNE, laws.FinetuneLaw, grid(params=SIZES, unique_tokens=[3e5, 1e6, 3e6, 1e7, 3e7])),
+    "finetuning of what is known": (
+        RECTIFIED,
+        laws.FinetuneLaw,
+        grid(params=SIZES, unique_tokens=np.geomspace(1e5, 1e8, 30)),
+    ),
     "forgetting": (FORGETTING, laws.ForgettingLaw, FORGETTING_GRID),
     "D-CPT, domain": (DOMAIN, laws.DCPTLaw, DCPT_GRID),
     "D-CPT, general": (GENERAL, laws.DCPTLaw, DCPT_GRID),

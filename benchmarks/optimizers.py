@@ -1,0 +1,94 @@
+"""Muon against AdamW on text: how many tokens each needs for the same held-out loss, both tuned alike.
+
+    python -m benchmarks.optimizers --train PREFIX --heldout PREFIX --preset 3m --tokens 2M --out DIR
+
+Both get the same grid of learning rates and decays, one seed, half of the tokens; then the best of each three other
+seeds, at half of the tokens and at all of them, cosine to a tenth each time. Muon's tokens to AdamW's final loss are
+read off the line through its two losses in the logarithm of tokens. Interrupted, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from spt_fast.config import recipe_from
+from spt_fast.fields import parse_count
+from spt_fast.train.run import run
+
+RATES = {"adamw": [1e-3, 2e-3, 4e-3, 8e-3], "muon": [1e-3, 2e-3, 4e-3, 8e-3]}
+DECAYS = [0.1, 0.3]
+SEEDS = (1, 2, 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--train", required=True, help="prefix of a dataset")
+    parser.add_argument("--heldout", required=True)
+    parser.add_argument("--preset", default="3m")
+    parser.add_argument("--tokens", default="2M")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    tokens = parse_count(args.tokens, "--tokens")
+
+    def trained(name: str, seed: int, tokens: int, optimizer: dict[str, Any], **grid: Any) -> dict[str, Any]:
+        phase = {
+            "name": "pretrain",
+            "tokens": tokens,
+            "mixture": {"text": "100%"},
+            "batch": {"sequences": args.sequences},
+            "optimizer": optimizer,
+            "schedule": {"name": "cosine", "warmup": "5%", "final": "10%"},
+            "eval": {"every": tokens, "tokens": 80_000},
+            **grid,
+        }
+        recipe = recipe_from(
+            {
+                "run": str(args.out / name),
+                "seed": seed,
+                "model": {"preset": args.preset},
+                "sources": {"text": {"train": args.train, "heldout": args.heldout}},
+                "checkpoint": {"every": "200 steps", "keep": 1},
+                "phases": [phase],
+            }
+        )
+        return run(recipe, resume=True, progress=False)["phases"]["pretrain"]
+
+    found: dict[str, Any] = {"machine": machine(), "preset": args.preset, "tokens": tokens}
+    losses: dict[str, dict[int, list[float]]] = {}
+    for optimizer, rates in RATES.items():
+        first = {"name": optimizer, "lr": rates[0]}
+        grid = {"lr": rates, "weight_decay": DECAYS}
+        best = trained(f"{args.preset}-{optimizer}-grid", 0, tokens // 2, first, grid=grid)
+        found[f"{optimizer} grid"] = [
+            {"lr": arm["lr"], "weight_decay": arm["weight_decay"], "loss": arm["heldout"]["text"]}
+            for arm in best["grid"]
+        ]
+        arm = best["grid"][best["arm"]]
+        settings = {"name": optimizer, "lr": arm["lr"], "weight_decay": arm["weight_decay"]}
+        losses[optimizer] = {
+            budget: [
+                trained(f"{args.preset}-{optimizer}-{budget}-{seed}", seed, budget, settings)["heldout"]["text"]
+                for seed in SEEDS
+            ]
+            for budget in (tokens // 2, tokens)
+        }
+        print(optimizer, settings, losses[optimizer], flush=True)
+    found["losses"] = losses
+    half, whole = (statistics.mean(losses["muon"][budget]) for budget in (tokens // 2, tokens))
+    goal = statistics.mean(losses["adamw"][tokens])
+    found["tokens to AdamW's loss"] = tokens * math.exp((whole - goal) / (half - whole) * math.log(2))
+    print(json.dumps(found, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
