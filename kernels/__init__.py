@@ -18,10 +18,12 @@ from spt_fast.kernels.backend import auto_backends, chosen_backends, prefer
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
 from spt_fast.kernels.embedding import embedding
 from spt_fast.kernels.fp8 import fp8_linear
+from spt_fast.kernels.linear import accumulate_in_place, linear
 from spt_fast.kernels.norm import add_rms_norm, rms_norm
 from spt_fast.kernels.rotary import qk_norm_rope, rope
 
 __all__ = [
+    "accumulate_in_place",
     "adamw_step",
     "adamw_step_all",
     "add_rms_norm",
@@ -31,6 +33,7 @@ __all__ = [
     "flash_attention",
     "fp8_linear",
     "keep_freed_memory",
+    "linear",
     "linear_cross_entropy",
     "prefer",
     "qk_norm_rope",

@@ -20,6 +20,10 @@ for a gradient, only the losses are made. Matmuls and logits are in x's dtype, e
 (float64 for float64 inputs), dz too until it is rounded once. Gradients of "mean" and "sum" are kept unscaled until the
 backward pass, so that float16 doesn't lose them at 1/N.
 
+That backward pass reads and writes dx and dw once more, 4ND + 8VD bytes for bf16, for the sake of one number. Where it
+is known ahead (`scale`), dz is made with it. Nothing is then left for the backward pass, and the products can be added
+to a `weight.grad` that accumulates in place (kernels/linear.py), which saves a second dw and 12VD bytes more.
+
 The GEMMs are PyTorch's. What a backend adds is the pass between them, from logits to their gradient, in place. A Triton
 program reads its row twice, for the exponentials' sum and for the gradient, and writes it once. csrc/cross_entropy.cpp
 reads it once, into a float32 copy in cache. PyTorch's ops make some ten passes, most of them in float32.
@@ -41,6 +45,7 @@ from spt_fast import native
 from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
+from spt_fast.kernels.linear import accumulates_in_place, add_product
 
 CHUNK_BYTES = {"cpu": 8 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
@@ -60,6 +65,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy in nats of the logits x_ND @ weight_VDᵀ against targets_N.
@@ -68,9 +74,14 @@ def linear_cross_entropy(
     (float64 for float64 inputs): a scalar for "mean" (over the tokens not ignored; 0 if there are none) and "sum", [N]
     for "none". The gradient of weight_VD is handed on in that dtype too where `weight.grad_dtype` takes it, and in the
     weight's dtype elsewhere.
-    ValueError: shapes, dtypes, reduction or softcap that don't fit, or a backend that cannot run for x.
-    RuntimeError (on a CPU): a target outside the vocabulary. On a GPU the Triton kernel makes that row's loss and
-    gradient NaN, since an exception would have to wait for the GPU.
+
+    scale, for "mean" and "sum": the loss times this number, of which `backward()` is called as it is, whose upstream
+    gradient is 1 therefore. Gradients are made in the forward pass, which also adds them to `weight.grad` where that
+    accumulates in place. Not for float16, whose smallest numbers are too large.
+    ValueError: shapes, dtypes, reduction, scale or softcap that don't fit, or a backend that cannot run for x.
+    RuntimeError (on a CPU): an upstream gradient other than 1 of a loss with `scale`, or a target outside the
+    vocabulary. On a GPU the Triton kernel makes that row's loss and gradient NaN, since an exception would have to wait
+    for the GPU.
     """
     if (
         x_ND.dim() != 2
@@ -88,12 +99,60 @@ def linear_cross_entropy(
         raise ValueError(invalid("linear_cross_entropy(reduction)", reduction, "it must be 'mean', 'sum' or 'none'"))
     if softcap is not None and softcap <= 0:
         raise ValueError(invalid("linear_cross_entropy(softcap)", softcap, "it must be positive, or None"))
+    if scale is not None and (reduction == "none" or x_ND.dtype == torch.float16):
+        expected = 'None for reduction="none" and for float16'
+        raise ValueError(invalid("linear_cross_entropy(scale)", scale, expected))
     backend = _LINEAR_CROSS_ENTROPY.pick(backend, x_ND)
     wanted = torch.is_grad_enabled()
     needs_dx, needs_dw = wanted and x_ND.requires_grad, wanted and weight_VD.requires_grad
-    return _loss(
-        x_ND, weight_VD, targets_N, ignore_index, z_loss, softcap or 0.0, reduction, needs_dx, needs_dw, backend
-    )[0]
+    arguments = (
+        x_ND, weight_VD, targets_N, ignore_index, z_loss, softcap or 0.0, reduction, needs_dx, needs_dw, backend,
+    )  # fmt: skip
+    return _loss(*arguments)[0] if scale is None else _Scaled.apply(*arguments, scale)
+
+
+class _Scaled(torch.autograd.Function):
+    """The loss times a number, and in the same pass the gradients of just that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        ignore_index: int,
+        z_loss: float,
+        softcap: float,
+        reduction: str,
+        needs_dx: bool,
+        needs_dw: bool,
+        backend: str,
+        scale: float,
+    ) -> Tensor:
+        dloss = x_ND.new_full((), scale, dtype=accumulation_dtype(x_ND))
+        if reduction == "mean":
+            dloss /= _count(targets_N, ignore_index)
+        in_place = needs_dw and accumulates_in_place(weight_VD)
+        loss_N, dx_ND, dw_VD = _sweep(
+            x_ND, weight_VD, targets_N, dloss.expand(len(x_ND)), ignore_index, z_loss, softcap, needs_dx, needs_dw,
+            backend, weight_VD.grad if in_place else None,
+        )  # fmt: skip
+        if in_place:
+            weight_VD.grad = dw_VD
+        ctx.save_for_backward(dx_ND if needs_dx else None, dw_VD if needs_dw and not in_place else None)
+        return loss_N.sum() * dloss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        if dloss.device.type == "cpu" and dloss != 1:
+            raise RuntimeError(
+                f"linear_cross_entropy: the upstream gradient is {dloss.item():.6g}; with `scale` it must be 1"
+            )
+        return *ctx.saved_tensors, *[None] * 9
+
+
+def _count(targets_N: Tensor, ignore_index: int) -> Tensor:
+    return (targets_N != ignore_index).sum().clamp_(min=1)
 
 
 # ------------------------------------------------------------------------------------------------ custom ops
@@ -132,7 +191,7 @@ def _loss(
         x_ND, weight_VD, targets_N, dloss_N, ignore_index, z_loss, softcap, needs_dx and now, needs_dw and now, backend
     )
     if reduction == "mean":
-        count = (targets_N != ignore_index).sum().clamp_(min=1).to(loss_N.dtype)
+        count = _count(targets_N, ignore_index).to(loss_N.dtype)
         return loss_N.sum() / count, dx_ND, dw_VD, count.reciprocal()
     return loss_N.sum() if now else loss_N, dx_ND, dw_VD, loss_N.new_ones(())
 
@@ -209,9 +268,11 @@ def _sweep(
     needs_dx: bool,
     needs_dw: bool,
     backend: str,
+    total_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N], gradients of sum(dloss_N * losses) by x_ND and, in the wide dtype, by weight_VD, or [0]).
 
+    total_VD: what the gradient by weight_VD is added to, in place.
     All chunks use the same buffers: memory that is new costs a CPU more than the arithmetic on it.
     """
     turn_rows = {"reference": _reference_rows, "cpu": _cpu_rows, "triton": _triton_rows}[backend]
@@ -222,10 +283,8 @@ def _sweep(
     rows = _chunk_rows(x_ND, V)
     z_CV = _logits_buffer(x_ND, min(rows, N), V)
     loss_N = x_ND.new_empty(N, dtype=dtype)
-    dx_ND, dw_VD = _empty_gradients(x_ND, weight_VD, needs_dx, needs_dw)
-    product_VD = torch.empty_like(weight_VD) if needs_dw and _adds_separately(x_ND, dtype) else None
-    if not N:
-        dw_VD.zero_()
+    dx_ND = x_ND.new_empty(x_ND.shape if needs_dx else (0,))
+    product_VD = torch.empty_like(weight_VD) if needs_dw and rows < N and not x_ND.is_cuda else None
     for start in range(0, N, rows):
         chunk = slice(start, start + rows)
         x_CD = x_ND[chunk]
@@ -237,8 +296,10 @@ def _sweep(
         if needs_dx:
             torch.mm(z_CV, weight_VD, out=dx_ND[chunk])
         if needs_dw:
-            _add_product(dw_VD, z_CV, x_CD, product_VD, first=start == 0)
-    return loss_N, dx_ND, dw_VD
+            total_VD = add_product(total_VD, z_CV.T, x_CD, product_VD)
+    if total_VD is None:
+        total_VD = weight_VD.new_zeros(weight_VD.shape if needs_dw else (0,), dtype=dtype)
+    return loss_N, dx_ND, total_VD
 
 
 def _chunk_rows(x_ND: Tensor, vocab_size: int) -> int:
@@ -252,22 +313,6 @@ def _chunk_rows(x_ND: Tensor, vocab_size: int) -> int:
 def _logits_buffer(x_ND: Tensor, rows: int, vocab_size: int) -> Tensor:
     numbers = ROW_BYTES // x_ND.itemsize
     return x_ND.new_empty(rows, -(-vocab_size // numbers) * numbers)[:, :vocab_size]
-
-
-def _adds_separately(x_ND: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a product of x's dtype must be made before it can be added to a sum in dtype."""
-    return x_ND.dtype != dtype and not x_ND.is_cuda
-
-
-def _add_product(dw_VD: Tensor, dz_CV: Tensor, x_CD: Tensor, product_VD: Tensor | None, first: bool) -> None:
-    """dw += dzᵀ x; the first time dw = dzᵀ x, which saves a pass over dw."""
-    if product_VD is not None:
-        torch.mm(dz_CV.T, x_CD, out=product_VD)
-        dw_VD.copy_(product_VD) if first else dw_VD.add_(product_VD)
-    elif dw_VD.dtype == x_CD.dtype:
-        torch.addmm(dw_VD, dz_CV.T, x_CD, beta=0 if first else 1, out=dw_VD)
-    else:
-        torch.addmm(dw_VD, dz_CV.T, x_CD, beta=0 if first else 1, out_dtype=dw_VD.dtype, out=dw_VD)
 
 
 # What follows are passes over a chunk: (z_CV without softcap, targets_C, dloss_C, ignore_index, z_loss, softcap or 0,

@@ -10,10 +10,12 @@ don't.
 Legend: N tokens, V vocabulary, D width. Bytes moved for bf16, in an ideal kernel: forward 4ND, backward 2ND + 4VD. The
 lookup is PyTorch's own on every backend. Its gradient is PyTorch's index_add in the reference, which on a GPU adds by
 atomics, in another order each time. On a GPU the tokens are sorted instead, so that those of a word lie together, in
-their order: one program sums the rows of one word, and writes every row of dw just once, zeros too. Words sorted by
-frequency, as in a byte-pair vocabulary, start the long sums first. On a CPU threads share the columns and add in the
-order of the tokens (csrc/embedding.cpp): sorting them took 1.5 times as long at V = 50,304. Both give the same result
-every time.
+their order: one program sums the rows of one word, and writes every row of dw just once, zeros too. One word may have a
+tenth of all rows, and its program would run many times as long as all others together: more than CHUNK rows are summed
+in parts first, one for each CHUNK places that they lie in, and then the parts. Where dw is added to a gradient in place
+(kernels/linear.py), only rows of words that occur are read and written: 2ND + 8D bytes a word. On a CPU threads share
+the columns and add in the order of the tokens (csrc/embedding.cpp): sorting them took 1.5 times as long at V = 50,304.
+Both give the same result every time.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 from spt_fast import native
 from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
+from spt_fast.kernels.linear import accumulates_in_place
 
 
 def embedding(tokens: Tensor, weight_VD: Tensor, *, backend: str = "auto") -> Tensor:
@@ -34,7 +37,24 @@ def embedding(tokens: Tensor, weight_VD: Tensor, *, backend: str = "auto") -> Te
 
     ValueError: a backend that cannot run for the weight. IndexError (on a CPU): a token outside the vocabulary.
     """
-    return _embedding(tokens, weight_VD, _EMBEDDING.pick(backend, weight_VD))
+    backend = _EMBEDDING.pick(backend, weight_VD)
+    if torch.is_grad_enabled() and accumulates_in_place(weight_VD):
+        return _InPlace.apply(tokens, weight_VD, backend)
+    return _embedding(tokens, weight_VD, backend)
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight_VD: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.weight_VD, ctx.backend = weight_VD, backend
+        return _embedding(tokens, weight_VD, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
+        (tokens,), weight_VD = ctx.saved_tensors, ctx.weight_VD
+        weight_VD.grad = _sum(dy, tokens, weight_VD.shape[0], ctx.backend, weight_VD.grad)
+        return None, None, None
 
 
 # ------------------------------------------------------------------------------------------------ custom ops
@@ -51,8 +71,14 @@ def _embedding(tokens: Tensor, weight_VD: Tensor, backend: str) -> Tensor:
 )
 def _embedding_backward(dy: Tensor, tokens: Tensor, vocab_size: int, backend: str) -> Tensor:
     """dw [V, D] in the wide dtype."""
+    return _sum(dy, tokens, vocab_size, backend)
+
+
+def _sum(dy: Tensor, tokens: Tensor, vocab_size: int, backend: str, total_VD: Tensor | None = None) -> Tensor:
+    """total_VD + dw, in place; without it dw."""
     dy_ND = dy.reshape(-1, dy.shape[-1]).contiguous()
-    return {"reference": _reference, "cpu": _cpu, "triton": _triton}[backend](dy_ND, tokens.flatten(), vocab_size)
+    function = {"reference": _reference, "cpu": _cpu, "triton": _triton}[backend]
+    return function(dy_ND, tokens.flatten(), vocab_size, total_VD)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -72,50 +98,96 @@ differentiable(_embedding, _gradients, _setup_context)
 # ------------------------------------------------------------------------------------------------ backward
 
 
-def _reference(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int) -> Tensor:
-    dweight_VD = dy_ND.new_zeros(vocab_size, dy_ND.shape[1], dtype=accumulation_dtype(dy_ND))
-    return dweight_VD.index_add_(0, tokens_N, dy_ND.to(dweight_VD.dtype))
+def _reference(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int, total_VD: Tensor | None = None) -> Tensor:
+    if total_VD is None:
+        total_VD = dy_ND.new_zeros(vocab_size, dy_ND.shape[1], dtype=accumulation_dtype(dy_ND))
+    return total_VD.index_add_(0, tokens_N, dy_ND.to(total_VD.dtype))
 
 
-def _cpu(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int) -> Tensor:
+def _cpu(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int, total_VD: Tensor | None = None) -> Tensor:
     dweight_VD = dy_ND.new_empty(vocab_size, dy_ND.shape[1], dtype=torch.float32)
     native.ops().cpu_embedding_backward(dy_ND, tokens_N.long().contiguous(), dweight_VD)
-    return dweight_VD
+    return dweight_VD if total_VD is None else total_VD.add_(dweight_VD)
 
 
 ROWS, MAX_COLUMNS, WARPS = 8, 256, 4
 """Of dy, what a program reads at once: 8 rows in flight for words that occur often."""
+CHUNK = 128
+"""The most rows that one program sums."""
 
 
 @jit
-def _backward_kernel(dy_ptr, order_ptr, start_ptr, dw_ptr, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _add_rows(total, dy_ptr, order_ptr, first, end, D, columns, ROWS: tl.constexpr):
+    """total + the rows of dy in the sorted places from first to end."""
+    for place in range(first, end, ROWS):
+        places = place + tl.arange(0, ROWS)
+        rows = tl.load(order_ptr + places, places < end, 0)
+        mask = (places < end)[:, None] & (columns < D)[None, :]
+        total += tl.load(dy_ptr + rows[:, None] * D + columns[None, :], mask, 0.0).to(tl.float32)
+    return total
+
+
+@jit
+def _part_kernel(
+    dy_ptr, order_ptr, words_ptr, start_ptr, part_ptr, N, D,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of a chunk of sorted places, the part of a word with more than CHUNK of them: of the word at the chunk's first
+    place, or, where that is another, at its last. No third one can be there."""
+    chunk, last = tl.program_id(0) // 2, tl.program_id(0) % 2
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    begin, end = chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, N)
+    word = tl.load(words_ptr + tl.where(last == 1, end - 1, begin))
+    start, stop = tl.load(start_ptr + word), tl.load(start_ptr + word + 1)
+    if (stop - start > CHUNK) & ((last == 0) | (start > begin)):
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        total = _add_rows(total, dy_ptr, order_ptr, tl.maximum(start, begin), tl.minimum(stop, end), D, columns, ROWS)
+        tl.store(part_ptr + tl.program_id(0).to(tl.int64) * D + columns, tl.sum(total, 0), columns < D)
+
+
+@jit
+def _word_kernel(
+    dy_ptr, order_ptr, start_ptr, part_ptr, dw_ptr, D,
+    ADD: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A word's rows, or the parts that their sum was made in, in order. ADD: to what is in dw already."""
     word = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     start, end = tl.load(start_ptr + word), tl.load(start_ptr + word + 1)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(start, end, ROWS):
-        places = first + tl.arange(0, ROWS)
-        rows = tl.load(order_ptr + places, places < end, 0)
-        mask = (places < end)[:, None] & (columns < D)[None, :]
-        total += tl.load(dy_ptr + rows[:, None] * D + columns[None, :], mask, 0.0).to(tl.float32)
-    tl.store(dw_ptr + word * D + columns, tl.sum(total, 0), columns < D)
+    if end - start <= CHUNK:
+        total = _add_rows(total, dy_ptr, order_ptr, start, end, D, columns, ROWS)
+    else:
+        for chunk in range(start // CHUNK, (end - 1) // CHUNK + 1, ROWS):
+            chunks = chunk + tl.arange(0, ROWS)
+            parts = 2 * chunks + (start > chunks * CHUNK)
+            mask = (chunks * CHUNK < end)[:, None] & (columns < D)[None, :]
+            total += tl.load(part_ptr + parts[:, None] * D + columns[None, :], mask, 0.0)
+    dw, at = tl.sum(total, 0), dw_ptr + word * D + columns
+    mask_D = (columns < D) & ((end > start) | (not ADD))
+    if ADD:
+        dw += tl.load(at, mask_D, 0.0)
+    tl.store(at, dw, mask_D)
 
 
 def _columns(D: int) -> int:
     return min(MAX_COLUMNS, next_power_of_2(D))
 
 
-def _triton(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int) -> Tensor:
-    D = dy_ND.shape[1]
-    dweight_VD = dy_ND.new_empty(vocab_size, D, dtype=torch.float32)
+def _triton(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int, total_VD: Tensor | None = None) -> Tensor:
+    N, D = dy_ND.shape
+    dw_VD = dy_ND.new_empty(vocab_size, D, dtype=torch.float32) if total_VD is None else total_VD
+    if not dw_VD.numel():
+        return dw_VD
     words_N, order_N = torch.sort(tokens_N.int(), stable=True)
     start_V1 = torch.searchsorted(words_N, torch.arange(vocab_size + 1, dtype=torch.int32, device=dy_ND.device))
-    columns = _columns(D)
-    if dweight_VD.numel():
-        _backward_kernel[(vocab_size, -(-D // columns))](
-            dy_ND, order_N, start_V1, dweight_VD, D, ROWS=ROWS, COLUMNS=columns, num_warps=WARPS
-        )
-    return dweight_VD
+    chunks, across = -(-N // CHUNK), -(-D // _columns(D))
+    part_CD = dy_ND.new_empty(2 * chunks, D, dtype=torch.float32)
+    sizes: dict[str, Any] = {"CHUNK": CHUNK, "ROWS": ROWS, "COLUMNS": _columns(D), "num_warps": WARPS}
+    if chunks > 1:
+        _part_kernel[(2 * chunks, across)](dy_ND, order_N, words_N, start_V1, part_CD, N, D, **sizes)
+    _word_kernel[(vocab_size, across)](dy_ND, order_N, start_V1, part_CD, dw_VD, D, ADD=total_VD is not None, **sizes)
+    return dw_VD
 
 
 def variants() -> list[Variant]:
@@ -124,9 +196,16 @@ def variants() -> list[Variant]:
     cases = [(D, "*bf16", "i32:16") for D in (64, 128)] + [(MAX_COLUMNS, dtype, "i32:16") for dtype in DTYPES]
     cases += [(1000, dtype, "i32") for dtype in ("*bf16", "*fp32")]
     for D, dtype, size in cases:
-        arguments = {"dy_ptr": dtype, "order_ptr": "*i64", "start_ptr": "*i64", "dw_ptr": "*fp32", "D": size}
-        constants, default = {"ROWS": ROWS, "COLUMNS": _columns(D)}, D == MAX_COLUMNS and dtype == "*bf16"
-        found.append(Variant(_backward_kernel, arguments, constants, WARPS, default=default))
+        sizes = {"CHUNK": CHUNK, "ROWS": ROWS, "COLUMNS": _columns(D)}
+        default = D == MAX_COLUMNS and dtype == "*bf16"
+        arguments: dict[str, str | None] = {
+            "dy_ptr": dtype, "order_ptr": "*i64", "start_ptr": "*i64", "part_ptr": "*fp32", "D": size,
+        }  # fmt: skip
+        part = arguments | {"words_ptr": "*i32", "N": "i32"}
+        found.append(Variant(_part_kernel, part, sizes, WARPS, default=default))
+        for add in (False, True):
+            word, constants = arguments | {"dw_ptr": "*fp32"}, sizes | {"ADD": add}
+            found.append(Variant(_word_kernel, word, constants, WARPS, default=default))
     return found
 
 

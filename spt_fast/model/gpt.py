@@ -36,6 +36,7 @@ from spt_fast.kernels import (
     embedding,
     flash_attention,
     fp8_linear,
+    linear,
     linear_cross_entropy,
     qk_norm_rope,
     rms_norm,
@@ -111,12 +112,12 @@ class Block(nn.Module):
         fp8: bool,
         attend: Callable[..., Tensor] | None,
     ) -> Tensor:
-        qkv = linear(h_BTD, self.wqkv, fp8, self.bqkv).unflatten(-1, (-1, self.head_dim))
+        qkv = product(h_BTD, self.wqkv, fp8, self.bqkv).unflatten(-1, (-1, self.head_dim))
         q_BTHQ, k_BTKQ, v_BTKQ = qkv.split(self.split, dim=2)
         q_BTHQ, k_BTKQ = self.positioned(q_BTHQ, k_BTKQ, cos, sin)
         attend = attend or partial(flash_attention, cu_seqlens=cu_seqlens)
         o_BTHQ = attend(q_BTHQ, k_BTKQ, v_BTKQ, window=self.window)
-        return linear(o_BTHQ.flatten(2), self.wo, fp8, self.bo)
+        return product(o_BTHQ.flatten(2), self.wo, fp8, self.bo)
 
     def positioned(
         self, q_BTHQ: Tensor, k_BTKQ: Tensor, cos: Tensor | None, sin: Tensor | None
@@ -133,14 +134,14 @@ class Block(nn.Module):
         return rope(q_BTHQ, k_BTKQ, cos, sin)
 
     def feed_forward(self, h_BTD: Tensor, fp8: bool) -> Tensor:
-        gate_up = linear(h_BTD, self.w_gate_up, fp8, self.b_gate_up)
-        return linear(swiglu_packed(gate_up), self.w_down, fp8, self.b_down)
+        gate_up = product(h_BTD, self.w_gate_up, fp8, self.b_gate_up)
+        return product(swiglu_packed(gate_up), self.w_down, fp8, self.b_down)
 
 
-def linear(x: Tensor, weight: Tensor, fp8: bool, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, fp8: bool, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, where `fp8` asks for it and the weight is wide enough with operands rounded to fp8."""
     if not (fp8 and gains_by_fp8(weight.shape)):
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     return fp8_linear(x, weight) if bias is None else fp8_linear(x, weight) + bias
 
 
@@ -199,13 +200,14 @@ class GPT(nn.Module):
         targets_BT: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         reduction: str = "mean",
+        scale: float | None = None,
     ) -> Tensor:
         """Logits [B, T, V] in the parameters' dtype; with targets the loss instead, in float32, its logits never whole.
 
         tokens_BT and targets_BT are integers [B, T]; a target of -100 is left out, and the mean is over the others.
         reduction is "mean" or "sum" (scalars), or "none" ([B·T]), in nats. cu_seqlens int32 [n+1] cuts the B·T tokens,
         read as one line, into documents: attention stays inside a document and positions start anew in each (and in
-        each row).
+        each row). scale: as in linear_cross_entropy, of a loss that is only made for its `backward()`.
         ValueError: more than config.context tokens.
         """
         T = tokens_BT.shape[1]
@@ -216,7 +218,9 @@ class GPT(nn.Module):
         h_BTD = self._hidden(tokens_BT, cu_seqlens)
         if targets_BT is None:
             return F.linear(h_BTD, self.head_weight)
-        return linear_cross_entropy(h_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), reduction=reduction)
+        return linear_cross_entropy(
+            h_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), reduction=reduction, scale=scale
+        )
 
     @torch.no_grad()
     def next_logits(self, tokens_NT: Tensor, cache: Cache | None = None) -> Tensor:

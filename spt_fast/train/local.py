@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spt_fast.config import Phase
 from spt_fast.data.loader import Batch
-from spt_fast.kernels import keep_freed_memory
+from spt_fast.kernels import accumulate_in_place, keep_freed_memory
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.engine import StepResult
 from spt_fast.train.optim import FROZEN, ModelOptimizer
@@ -78,6 +78,7 @@ class LocalEngine:
                 if not param.requires_grad:
                     param.copy_(self.frozen.weights[name])
         self.optimizer = ModelOptimizer(self.model, phase.optimizer, phase.anchor)
+        accumulate_in_place(self.optimizer.params.values())
         self.optimizer.restore(snapshot, anchor=start)
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
@@ -101,7 +102,7 @@ class LocalEngine:
             if interrupted():
                 self.optimizer.zero_grad()
                 return None
-            micro_loss = self.model(batch.tokens, batch.targets, batch.cu_seqlens) / len(micro_batches)
+            micro_loss = self.model(batch.tokens, batch.targets, batch.cu_seqlens, scale=1 / len(micro_batches))
             micro_loss.backward()
             loss += micro_loss.detach()
         norm = self.optimizer.grad_norm()

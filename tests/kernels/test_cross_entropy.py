@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spt_fast.kernels import cross_entropy, linear_cross_entropy
+from spt_fast.kernels import accumulate_in_place, cross_entropy, linear_cross_entropy
 from tests.kernels.compare import (
     DEVICE,
+    ROUNDING,
     assert_as_exact_as_torch,
     backends_and_dtypes,
     by_more_than_chance,
@@ -394,3 +395,49 @@ def test_every_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch)
                     cross_entropy._triton_rows(
                         z_CV, torch.zeros(1, dtype=torch.long), torch.ones(1), -100, 0.0, softcap, wants_grad
                     )
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [case for case in EVERYWHERE if case[1] != torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@by_more_than_chance
+def test_a_scale_known_ahead_is_as_exact_as_one_that_comes_later(
+    backend: str, dtype: torch.dtype, reduction: str
+) -> None:
+    x, weight, targets, _ = draw(70, 64, 301, dtype)
+    assert_as_exact_as_torch(
+        lambda x, w: linear_cross_entropy(x, w, targets, reduction=reduction, scale=0.3, **OPTIONS[3], backend=backend),
+        lambda x, w: 0.3 * plain(x, w, targets, reduction=reduction, **OPTIONS[3]),
+        (x, 3 * weight),
+        (torch.ones((), device=DEVICE),),
+        ROUNDINGS,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_place_micro_batches_add_up(dtype: torch.dtype) -> None:
+    weight = torch.nn.Parameter(draw(1, 8, 33, dtype)[1])
+    accumulate_in_place([weight])
+    expected = torch.zeros(33, 8, device=DEVICE)
+    for _ in range(3):
+        x, _, targets, _ = draw(40, 8, 33, dtype)
+        held = weight.grad
+        linear_cross_entropy(x.requires_grad_(), weight, targets, scale=1 / 3).backward()
+        assert weight.grad is not None
+        assert held is None or weight.grad is held
+        assert weight.grad.dtype == torch.float32
+        expected += run(lambda x, w, t=targets: plain(x, w, t), (x.float(), weight.float()), (torch.tensor(1 / 3),))[2]
+    torch.testing.assert_close(weight.grad, expected, rtol=0, atol=4 * ROUNDING[dtype] * float(expected.abs().max()))
+    with torch.no_grad():
+        linear_cross_entropy(x, weight, targets, scale=1.0)
+    assert weight.grad is held
+
+
+def test_a_scale_that_cannot_be_is_refused() -> None:
+    x, weight, targets, _ = draw(4, 8, 33, torch.float32)
+    with pytest.raises(ValueError, match=r"scale\): 0.5 is invalid: None for reduction"):
+        linear_cross_entropy(x, weight, targets, scale=0.5, reduction="none")
+    with pytest.raises(ValueError, match=r"scale\)"):
+        linear_cross_entropy(x.half(), weight.half(), targets, scale=0.5)
+    if DEVICE == "cpu":
+        with pytest.raises(RuntimeError, match=r"the upstream gradient is 0.5; .* must be 1"):
+            (linear_cross_entropy(x.requires_grad_(), weight, targets, scale=1.0) / 2).backward()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast import native
-from spt_fast.kernels import embedding
+from spt_fast.kernels import accumulate_in_place, embedding
 from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
@@ -79,6 +79,37 @@ def test_a_frequent_token_keeps_its_whole_gradient(backend: str) -> None:
     assert weight.grad.tolist() == [[0, 0], [5000, 5000], [0, 0]]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_it_adds_to_the_gradient_that_is_there(backend: str) -> None:
+    weight, dy = random_tensors([(9, 300), (50, 300)], torch.float32)
+    weight.requires_grad_()
+    accumulate_in_place([weight])
+    tokens = random_tokens(7, (50,)).to(DEVICE)
+    for held in (None, torch.ones(9, 300, device=DEVICE)):
+        weight.grad = held
+        embedding(tokens, weight, backend=usable(backend)).backward(dy)
+        assert held is None or weight.grad is held
+        expected = torch.zeros(9, 300, device=DEVICE).index_add_(0, tokens, dy)
+        torch.testing.assert_close(weight.grad, expected if held is None else 1 + expected)
+
+
+@pytest.mark.parametrize("width", [5, 300])
+def test_long_runs_of_a_word_are_summed_in_parts(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton, of any place in the order of words: at a chunk's begin, middle and end, two in one, over many."""
+    usable("triton")
+    monkeypatch.setattr(EMBEDDING, "CHUNK", 16)
+    for counts in ([40, 2, 100, 17, 0, 16, 3], [16, 16, 17, 15], [300], [1, 31, 33], [7, 200, 1]):
+        words = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        (dy,) = random_tensors([(len(words), width)], torch.float32)
+        tokens = words[torch.randperm(len(words))].to(DEVICE)
+        expected = torch.zeros(len(counts), width, dtype=torch.float64, device=DEVICE).index_add_(
+            0, tokens, dy.double()
+        )
+        for total in (None, torch.zeros(len(counts), width, device=DEVICE)):
+            found = EMBEDDING._triton(dy, tokens, len(counts), total)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="an error on a GPU ends the process")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("token", [5, -1])
@@ -116,4 +147,5 @@ def test_every_launch_is_compiled_ahead_of_time() -> None:
     with compiled_launches(EMBEDDING):
         cases = [(D, BF16) for D in (64, 128, 384, 1000, 4096)] + [(D, FP32) for D in (384, 1000, 4096)] + [(384, FP16)]
         for D, dtype in cases:
-            EMBEDDING._triton(torch.empty(2, D, dtype=dtype), torch.zeros(2, dtype=torch.int64), 4)
+            for total in (None, torch.empty(4, D)):
+                EMBEDDING._triton(torch.empty(200, D, dtype=dtype), torch.zeros(200, dtype=torch.int64), 4, total)

@@ -1,0 +1,109 @@
+"""A linear layer whose weight's gradient is summed in float32 where it is kept, in `weight.grad`.
+
+    y = x wᵀ + b        dx = dy w        dw += dyᵀ x        db += sum over rows of dy
+
+Legend: N rows (all leading dimensions together), I inputs, O outputs.
+
+The products are PyTorch's. Autograd makes dw in the dtype of w, converts it to `weight.grad_dtype` and adds it to what
+earlier micro-batches have left: of a bf16 weight, bytes for each number 2 written, 2 + 4 for the conversion, and 12 for
+the addition, in three kernels, and every micro-batch's part is rounded to bf16. Once `accumulate_in_place` was told of
+a parameter, the product itself adds to `.grad` (beta = 1): 8 bytes, 4 the first time, one kernel, nothing rounded. A
+CPU has no product of bf16 numbers with float32 sums: there it is rounded once, and added in a single pass.
+
+In place, nothing reaches the parameter's own node of the autograd graph, nor hooks on it, which DeepSpeed needs; and
+`torch.autograd.grad` finds no gradient. So it is asked for by those who call `backward()` and read `.grad`. It holds
+for all ops with large weights: linear, swiglu_linear, embedding, and linear_cross_entropy where it is given `scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spt_fast.kernels.backend import Op, accumulation_dtype
+from spt_fast.kernels.launch import Variant
+
+
+def accumulate_in_place(parameters: Iterable[Tensor]) -> None:
+    """From now on the ops add these leaves' gradients to their `.grad` as they make them, in float32 (float64 for
+    float64 parameters); where it is None they begin it."""
+    for parameter in parameters:
+        parameter.grad_dtype = accumulation_dtype(parameter)
+        parameter.accumulates_in_place = True  # type: ignore[attr-defined]
+
+
+def accumulates_in_place(parameter: Tensor | None) -> bool:
+    """Whether the backward pass of an op adds to this parameter's `.grad` itself, and hands on none."""
+    return parameter is not None and parameter.requires_grad and getattr(parameter, "accumulates_in_place", False)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """x @ weight.T + bias: x [..., I], weight [O, I], bias [O], of one dtype, the result's too.
+
+    ValueError: a backend that isn't available. RuntimeError: shapes or dtypes that don't fit.
+    """
+    _LINEAR.pick(backend, x)
+    if torch.is_grad_enabled() and accumulates_in_place(weight):
+        return _InPlace.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias = weight, bias  # themselves, which a checkpoint's copies of what is saved are not
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (x,) = ctx.saved_tensors
+        dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
+        return dx, None, weight_gradients(dy, x, ctx.weight, ctx.bias, ctx.needs_input_grad[1:])[1]
+
+
+def weight_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias of y = x wᵀ + b where they are `wanted`; None for what was added in place."""
+    dy_NO, x_NI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dweight = dbias = None
+    if wanted[0] and accumulates_in_place(weight):
+        weight.grad = add_product(weight.grad, dy_NO.T, x_NI)
+    elif wanted[0]:
+        dweight = dy_NO.T @ x_NI
+    if wanted[1] and bias is not None:
+        dbias = dy_NO.sum(0, dtype=accumulation_dtype(dy))
+        if accumulates_in_place(bias):
+            bias.grad = dbias if bias.grad is None else bias.grad.add_(dbias)
+            dbias = None
+    return dweight, dbias
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor, product: Tensor | None = None) -> Tensor:
+    """total + a b, in place, in float32 (float64 for float64 factors); a b where there is no total yet.
+
+    product: where a CPU may put a b in the factors' dtype, memory that would otherwise be new.
+    """
+    dtype = accumulation_dtype(a)
+    if a.dtype != dtype and not a.is_cuda:
+        product = torch.mm(a, b, out=product) if product is not None else a @ b
+        return product.to(dtype) if total is None else total.add_(product)
+    first = total is None
+    if total is None:
+        total = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    beta = 0 if first else 1
+    if a.dtype == dtype:
+        return torch.addmm(total, a, b, beta=beta, out=total)
+    return torch.addmm(total, a, b, beta=beta, out_dtype=dtype, out=total)
+
+
+def variants() -> list[Variant]:
+    return []
+
+
+_LINEAR = Op("linear", {device: {"reference": "PyTorch's products"} for device in ("cuda", "cpu")}, variants)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from spt_fast.kernels import accumulate_in_place, linear
+from spt_fast.kernels.linear import add_product, variants
+from tests.kernels.compare import DEVICE, ROUNDING, by_more_than_chance, random_tensors
+from tests.kernels.contract import Contract, Sample
+
+
+class TestContract(Contract):
+    samples = (
+        Sample(
+            "linear",
+            linear,
+            F.linear,
+            lambda rows, dtype: random_tensors([(*rows, 6), (5, 6), (5,)], dtype),
+            rows=(2, 7),
+            empty=((0,), (3, 0)),
+            gradients=3,
+            loose=("reference",),
+        ),
+    )
+
+
+def parameters(values: list[Tensor]) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(x.clone()) for x in values]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@by_more_than_chance
+def test_in_place_as_exact_as_autograd(dtype: torch.dtype, recomputed: bool) -> None:
+    """Several micro-batches, in float32; autograd's parts are rounded to the dtype and then added in float32."""
+    weight, bias, *rest = random_tensors([(48, 64), (48,), *[(3, 20, 64), (3, 20, 48)] * 3], dtype)
+    batches = list(zip(rest[::2], rest[1::2], strict=True))
+    wide = torch.promote_types(dtype, torch.float32)
+    exact, plain, ours = (parameters([x.double() if i == 0 else x for x in (weight, bias)]) for i in range(3))
+    for parameter in plain:
+        parameter.grad_dtype = wide
+    accumulate_in_place(ours)
+    for x, dy in batches:
+        F.linear(x.double(), *exact).backward(dy.double())
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        F.linear(inputs[0], *plain).backward(dy)
+        y = checkpoint(linear, inputs[1], *ours, use_reentrant=False) if recomputed else linear(inputs[1], *ours)
+        y.backward(dy)
+        assert torch.equal(*(x.grad for x in inputs))
+    for e, p, o in zip(exact, plain, ours, strict=True):
+        assert o.grad.dtype == wide
+        allowed = 2 * (p.grad.double() - e.grad).abs().max() + 16 * ROUNDING[wide] * e.grad.abs().max()
+        assert (o.grad.double() - e.grad).abs().max() <= allowed
+
+
+def test_in_place_it_adds_where_the_gradient_lies_and_hands_on_none() -> None:
+    x, weight = random_tensors([(7, 4), (5, 4)], torch.float32)
+    weight.requires_grad_()
+    accumulate_in_place([weight])
+    weight.grad = held = torch.ones(5, 4, device=DEVICE)
+    linear(x, weight).sum().backward()
+    assert weight.grad is held
+    torch.testing.assert_close(held, 1 + x.sum(0).expand(5, 4))
+    with torch.no_grad():
+        assert linear(x, weight).grad_fn is None
+    weight.requires_grad_(False)
+    assert not linear(x, weight).requires_grad
+    weight.requires_grad_()
+    x.requires_grad_()
+    dx, dw = torch.autograd.grad(linear(x, weight).sum(), (x, weight), allow_unused=True)
+    assert dw is None
+    torch.testing.assert_close(dx, weight.detach().sum(0).expand(7, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_added_to_a_total(dtype: torch.dtype) -> None:
+    """Of factors in any layout; of none it is 0, whatever memory held before."""
+    a, b = random_tensors([(6, 9), (6, 4)], dtype)
+    first = add_product(None, a.T, b)
+    assert first.dtype == torch.float32
+    torch.testing.assert_close(first, a.float().T @ b.float(), rtol=0.01, atol=0.05)
+    total, room = first.clone(), torch.empty(9, 4, dtype=dtype, device=DEVICE)
+    assert add_product(total, a.T, b, room if dtype == torch.bfloat16 else None) is total
+    torch.testing.assert_close(total, 2 * first)
+    assert not add_product(None, a[:0].T, b[:0]).any()
+
+
+def test_every_launch_is_compiled_ahead_of_time() -> None:
+    assert not variants()  # no kernel of our own
