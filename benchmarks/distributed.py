@@ -33,8 +33,9 @@ from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.optimizers import AdamW
 from spt_fast.train.checkpoint import Retention, Writer
 from spt_fast.train.engines import make_engine
+from spt_fast.train.precision import pick_dtype
 from spt_fast.train.snapshot import weights_of
-from spt_fast.train.world import join_world, pick_dtype
+from spt_fast.train.world import join_world
 
 SMALL = GPTConfig(layers=6, width=384, heads=6, kv_heads=6, ffn=1024, context=256, vocab_size=4096)
 PHASE = Phase(name="step", tokens=1, mixture={}, optimizer=AdamW(lr=1e-4))

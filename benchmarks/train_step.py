@@ -57,8 +57,8 @@ from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.optimizers import AdamW
 from spt_fast.train.local import LocalEngine
+from spt_fast.train.precision import pick_dtype
 from spt_fast.train.snapshot import weights_of
-from spt_fast.train.world import pick_dtype
 
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 FILE_TOKENS = 4_000_000

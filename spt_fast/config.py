@@ -357,7 +357,11 @@ class Recipe:
     init_only: str | None = setting(optional(one_of("embeddings")), None)
     """embeddings: take over only the token embedding (with it a tied head) and draw the rest by `seed`."""
     precision: str = setting(one_of("auto", "bf16", "fp32"), "auto")
-    """auto: bf16 with fp32 master weights where the hardware multiplies bf16 fast, else fp32."""
+    """auto: bf16 with fp32 master weights where this machine multiplies it faster, else fp32: on a CPU by a test at the
+    run's start, on a GPU by its compute capability. A run that goes on keeps what it began with."""
+    precision_file: str | None = setting(optional(path), None)
+    """Where `precision: auto` is decided once for all runs that name this file, such as those of a study: by the first
+    of them."""
     model: Model = setting(section(Model), Model())
     tokenizer: str | None = setting(optional(path), None)
     """A .tiktoken file, or a tiktoken encoding by name; datasets made with another one are refused."""
@@ -428,7 +432,7 @@ class Recipe:
         """
         free = "|".join(
             [
-                "(run|log|checkpoint|engine)(?!.fp8$).*",
+                "(run|log|checkpoint|engine|precision_file)(?!.fp8$).*",
                 r"phases\.[0-9]+\.batch\.micro",
                 *(rf"phases\.{i}\.eval\.every" for i, phase in enumerate(self.phases) if not phase.stop),
             ]

@@ -4,9 +4,12 @@ Modules marked `long` are started first, so that at the end no worker is left al
 
 Triton's interpreter patches all of `triton.language` anew whenever a kernel calls a function, a quarter of the time of
 a launch. The launch itself has patched what our functions use, and what Triton's own use stays patched for ever.
+
+What is measured here is kept apart from what the user's own runs have measured.
 """
 
 import os
+import tempfile
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +17,8 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), f"spt-fast-tests-{os.getuid()}")
 
 with suppress(ImportError):
     from triton.runtime.interpreter import InterpretedFunction

@@ -39,7 +39,7 @@ from spt_fast.files import write_text
 from spt_fast.kernels import keep_freed_memory
 from spt_fast.kernels.backend import BackendError
 from spt_fast.kernels.launch import INTERPRETED
-from spt_fast.train.world import pick_dtype
+from spt_fast.train.precision import pick_dtype
 
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23}
 PASSES = ("forward", "backward", "both")

@@ -44,13 +44,15 @@ def plan(
     from spt_fast.config import load_recipe
     from spt_fast.train import price as pricing
     from spt_fast.train.plan import make_plan
-    from spt_fast.train.world import launched_processes
+    from spt_fast.train.precision import precision_of
+    from spt_fast.train.world import launched_processes, pick_device
 
     gpus = gpus or launched_processes()
     loaded = load_recipe(recipe, overrides or ())
     memory = None if gpu_memory is None else pricing.parse_bytes(gpu_memory, "--gpu-memory")
-    machine = pricing.Machine.of(loaded, gpus=gpus, gpu=gpu, memory=memory)
     made = make_plan(loaded, world=gpus)
+    here = None if gpu else precision_of(loaded, pick_device(), made.model)
+    machine = pricing.Machine.of(loaded, gpus=gpus, gpu=gpu, memory=memory, precision=here)
     speed = pricing.speed_of(made, machine, mfu=share(mfu, "--mfu"), run=mfu_from)
     phases, price = made.describe(), pricing.price(made, machine, speed, per_gpu_hour=per_gpu_hour)
     if as_json:

@@ -19,9 +19,10 @@ from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.errors import SptError, SptWarning, invalid
 from spt_fast.model.gpt import GPT
 from spt_fast.printing import progress_bar
+from spt_fast.train.precision import pick_dtype
 from spt_fast.train.release import tokenizer_for
 from spt_fast.train.weights import load_model
-from spt_fast.train.world import pick_device, pick_dtype
+from spt_fast.train.world import pick_device
 
 TOKENS_AT_A_TIME = 16_384
 LOGITS_BYTES = 1 << 30

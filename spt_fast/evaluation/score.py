@@ -22,8 +22,9 @@ from spt_fast.printing import print_table, progress_bar
 from spt_fast.train.evaluate import EvalSet, Measured, measure
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.origin import origin_of, run_of, tokenizer_digest
+from spt_fast.train.precision import pick_dtype
 from spt_fast.train.weights import chosen, load_model
-from spt_fast.train.world import World, pick_device, pick_dtype
+from spt_fast.train.world import World, pick_device
 
 TOKENS_AT_A_TIME = 16_384
 
@@ -100,7 +101,7 @@ def score(
         raise DataError(invalid("context", window, expected), argument=True)
     device = pick_device()
     by_name = {name: dtype for dtype, name in hf.DTYPES.items()}
-    computed_in = by_name.get(origin.dtype or "", pick_dtype("auto", device))
+    computed_in = by_name.get(origin.dtype or "") or pick_dtype("auto", device)
     model.to(device=device, dtype=computed_in).requires_grad_(False)
     inside = bool(origin.documents) and data.document_ends is not None
     text = EvalSet.of_stretches(data, np.array([[0, data.num_tokens]]), window, inside=inside)

@@ -59,9 +59,10 @@ from spt_fast.train.local import LocalEngine
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import Display
 from spt_fast.train.plan import Plan, make_plan
+from spt_fast.train.precision import precision_of
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot, weights_of
-from spt_fast.train.world import ALONE, pick_device, pick_dtype, use_deterministic_algorithms
+from spt_fast.train.world import ALONE, pick_device, use_deterministic_algorithms
 
 MU_UNIVERSAL = 0.01
 MU_TARGET = 0.05
@@ -335,7 +336,7 @@ class _Study:
         self.phase = plan.phases[0]
         self.mu = MU_UNIVERSAL if target is None else MU_TARGET
         self.state, self.saved_step = _State.uniform(len(sources)), -1
-        self.dtype, current = pick_dtype(plan.recipe.precision, pick_device()), None
+        current = None
         if found:
             self.state = _State.of(found.state["study"])
             self.saved_step = self.state.step
@@ -343,6 +344,10 @@ class _Study:
             for reason in found.skipped.values():
                 display.say(f"skipped a damaged checkpoint: {reason}")
             checkpoint.set_aside(found.skipped)
+        else:
+            precision = precision_of(plan.recipe, pick_device(), plan.model)
+            self.dtype = precision.dtype
+            display.say(f"precision: {precision}")
         self.proxy = _Proxy(plan, len(self.rows), self.dtype, current)
         self.writer = checkpoint.Writer(out / "checkpoints", ALONE, Retention(plan.recipe.checkpoint.keep))
 

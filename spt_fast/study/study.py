@@ -423,6 +423,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
                 "seed": branch.seed,
                 "tokenizer": study.tokenizer,
                 "precision": study.precision,
+                "precision_file": str(study.folder / "precision.json"),
                 "checkpoint": {"keep": 1, **(study.checkpoint or {})},
                 "engine": study.engine or {},
                 "sources": _sources(study, limit),

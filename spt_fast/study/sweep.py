@@ -33,8 +33,10 @@ from spt_fast.study.study import Base, PlannedRun, Study, expand, study_from
 from spt_fast.train.dry_run import dry_run
 from spt_fast.train.folder import owned, recipe_of, summary_of
 from spt_fast.train.plan import KINDS, Plan, make_plan, open_source
+from spt_fast.train.precision import Precision, precision_of, write_precision
 from spt_fast.train.price import Machine, Speed, phase_time, speed_of
 from spt_fast.train.weights import digest_of, read_config
+from spt_fast.train.world import pick_device
 
 READY = Path(__file__).with_name("ready")
 """Studies to start from: <name>.yaml, without the data; what `from_base` has is in place of the rest with `init`."""
@@ -121,6 +123,7 @@ def sweep(
         _check_domain(study)
         _check_unchanged(runs)
         recipes = _write_recipes(study, runs)
+        _keep_precision(runs)
         listed = [Job(recipes[run.name], recipes[run.after] if run.after else None) for run in runs]
         read: dict[str, list[Row]] = {}
 
@@ -181,6 +184,15 @@ def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
                         f"study: {field} holds other text than {folder} was trained on; put the old text back, or give "
                         "the study another folder"
                     )
+
+
+def _keep_precision(runs: Sequence[PlannedRun]) -> None:
+    """Record what the runs of a study that an earlier version began are computed in, for those to come."""
+    summaries = (summary_of(Path(run.recipe.run)) for run in runs)
+    dtype = next((summary["precision"] for summary in summaries if summary and "precision" in summary), None)
+    file = runs[0].recipe.precision_file
+    if dtype and file:
+        write_precision(Path(file), Precision(getattr(torch, dtype), "as the runs before"))
 
 
 def _write_recipes(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Path]:
@@ -329,7 +341,8 @@ def _without_parent(run: PlannedRun) -> Recipe:
 
 
 def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | None, mfu: float | None) -> Speed:
-    machine = Machine.of(plan.recipe, gpu=gpu)
+    precision = None if gpu else precision_of(plan.recipe, pick_device(), plan.model)
+    machine = Machine.of(plan.recipe, gpu=gpu, precision=precision)
     if gpu is not None or mfu is not None:
         return speed_of(plan, machine, mfu=mfu)
     if finished:

@@ -25,9 +25,10 @@ from spt_fast.train.engine import EngineInterface
 from spt_fast.train.engines import join, make_engine
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
+from spt_fast.train.precision import precision_of
 from spt_fast.train.price import Machine, distribution_of, distributions, phase_memory
 from spt_fast.train.snapshot import Snapshot
-from spt_fast.train.world import World, pick_dtype
+from spt_fast.train.world import World
 
 MICRO_BATCHES = 2
 
@@ -44,6 +45,8 @@ class Trial:
     """On a GPU the allocator's; on a CPU by how much the process has grown, all phases so far and the copies of weights
     that a GPU's host would hold included."""
     estimated_bytes: int
+    precision: str
+    """What it was computed in, and why."""
     hours: float
     """Of all its steps and evaluations at this pace."""
 
@@ -59,11 +62,11 @@ def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
     plan = make_plan(recipe, world=world.size)
     world.on_first(lambda: plan.check_files(None, verify=verify))
     world.on_first(lambda: warn(doubts(plan)))
-    machine = Machine.of(recipe, gpus=world.size)
+    precision = world.on_first(lambda: precision_of(recipe, device, plan.model))
+    machine = Machine.of(recipe, gpus=world.size, precision=precision)
     grown_before = _peak_bytes(device)
     start = Snapshot(plan.starting_weights(world))
-    model, dtype = plan.model_without_weights(), pick_dtype(recipe.precision, device)
-    engine = make_engine(model, recipe.engine, world=world, dtype=dtype)
+    engine = make_engine(plan.model_without_weights(), recipe.engine, world=world, dtype=precision.dtype)
     results = []
     for planned in plan.phases:
         phase = planned.phase
@@ -86,6 +89,7 @@ def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
                 step_s=seconds,
                 peak_bytes=_peak_bytes(device) - (0 if device.type == "cuda" else grown_before),
                 estimated_bytes=phase_memory(plan, planned.index, machine)["total"],
+                precision=str(precision),
                 hours=(steps + evaluated_steps) * seconds / 3600,
             )
         )
@@ -96,6 +100,7 @@ def print_trials(trials: Sequence[Trial], console: Console) -> None:
     columns = ["phase", "loss", "step_s", "peak", "estimated", "hours"]
     rows = [[t.phase, t.loss, t.step_s, size(t.peak_bytes), size(t.estimated_bytes), t.hours] for t in trials]
     print_table(console, "dry run", columns, rows)
+    console.print(f"precision: {trials[0].precision}", soft_wrap=True)
     console.print(f"all phases at this pace: {sum(trial.hours for trial in trials):,.4g} hours")
 
 

@@ -14,6 +14,7 @@ from spt_fast.train.checkpoint import Checkpoint
 from spt_fast.train.doubts import doubts
 from spt_fast.train.engine import EngineInterface
 from spt_fast.train.plan import Plan
+from spt_fast.train.precision import Precision
 from spt_fast.train.state import Compute, SavedState
 
 
@@ -32,15 +33,18 @@ def introduction(
     engine: EngineInterface,
     model: GPT,
     plan: Plan,
+    precision: Precision,
     backends: Mapping[str, str],
     resumed: Resumed | None,
 ) -> Iterator[str]:
     """Lines of text. backends: by op, as they are now."""
-    precision = "bf16, fp32 masters" if engine.dtype == torch.bfloat16 else "fp32"
+    kind = "bf16, fp32 masters" if engine.dtype == torch.bfloat16 else "fp32"
     if model.fp8:
         how = "in fp8" if engine.device.type == "cuda" else "as in fp8, which only costs time on a CPU"
-        precision += f" ({model.fp8_share:.0%} of the blocks' matmuls {how})"
-    yield f"{folder}: {parameters(plan.model):,} parameters in {precision} on {engine.describe()}"
+        kind += f" ({model.fp8_share:.0%} of the blocks' matmuls {how})"
+    yield f"{folder}: {parameters(plan.model):,} parameters in {kind} on {engine.describe()}"
+    if plan.recipe.precision == "auto":
+        yield f"precision: {precision}"
     by_backend = {
         name: [op for op, backend in backends.items() if backend == name] for name in sorted(set(backends.values()))
     }

@@ -34,11 +34,12 @@ from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import Clock, NoLog, RunLog
 from spt_fast.train.plan import PhasePlan, Plan
+from spt_fast.train.precision import begin_or_keep
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.state import ArmResult, Compute, Evaluation, PhaseResult, SavedState, ScheduleOrigin, TrainState
 from spt_fast.train.watch import LossWatch, Watch
-from spt_fast.train.world import World, dtype_name, pick_dtype
+from spt_fast.train.world import World, dtype_name
 
 
 class Arm:
@@ -80,18 +81,17 @@ class Trainer:
         self.state = TrainState(dict.fromkeys(plan.recipe.sources, 0))
         model = plan.model_without_weights()
         self.snapshots = {} if resumed else {"kept": Snapshot(plan.starting_weights(world))}
-        device = world.device
-        dtype = world.on_first(lambda: pick_dtype(plan.recipe.precision, device))
+        device, before = world.device, resumed.state.compute if resumed else None
+        self.precision = world.on_first(lambda: begin_or_keep(plan.recipe, device, plan.model, before))
         self.backends = auto_backends()
         if resumed:
             self.state = resumed.state.train
             self.state.counts = dict.fromkeys(plan.recipe.sources, 0) | self.state.counts
             self.snapshots = checkpoint.load(resumed.checkpoint.path, world)
             self.seconds_before, self.saved = self.state.seconds, self.state.name
-            dtype = getattr(torch, resumed.state.compute.dtype)
             if not resumed.state.model.tied:
                 model.untie()
-        self.engine = make_engine(model, plan.recipe.engine, world=world, dtype=dtype)
+        self.engine = make_engine(model, plan.recipe.engine, world=world, dtype=self.precision.dtype)
         self.peak_flops = peak_flops(device)
 
         settings = plan.recipe.checkpoint
@@ -107,7 +107,7 @@ class Trainer:
                 progress=progress,
                 mfu_label=mfu_label(device),
             )
-        lines = introduction(folder, self.engine, model, plan, self.backends, resumed)
+        lines = introduction(folder, self.engine, model, plan, self.precision, self.backends, resumed)
         world.on_first(lambda: self.log.say("\n".join(lines)))
 
     # ------------------------------------------------------------------------------------------------ the run
@@ -360,8 +360,8 @@ class Trainer:
         with arm.clock.paused():
             state.metrics_bytes = self.log.sync()
             state.seconds, state.train_seconds = self.seconds(), arm.clock.total_s
-            compute = Compute(dtype_name(self.engine.dtype), self.backends, self.engine.describe())
-            data, texts = self.plan.digests(), self.plan.known_texts()
+            measured, data, texts = {"precision": self.precision.reason}, self.plan.digests(), self.plan.known_texts()
+            compute = Compute(dtype_name(self.engine.dtype), self.backends, self.engine.describe(), measured)
             content = SavedState(self.engine.config, state, data, compute, texts, os.getcwd()).plain()
             snapshots = {**self.snapshots, "current": self.engine.snapshot(state=True)}
             best = self.plan.recipe.checkpoint.keep_best and state.at_best
@@ -385,6 +385,7 @@ class Trainer:
             "context": self.plan.model.context,
             "train_tokens": {source: data.num_tokens for source, data in self.plan.train.items()},
             "precision": dtype_name(self.engine.dtype),
+            "precision_reason": self.precision.reason,
             "device": str(self.engine.device),
             "seed": self.plan.recipe.seed,
             "seconds": round(self.seconds(), 2),

@@ -35,7 +35,8 @@ from spt_fast.train.engines import uses_deepspeed
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.folder import recipe_of
 from spt_fast.train.plan import PhaseFigures, Plan
-from spt_fast.train.world import pick_device, pick_dtype
+from spt_fast.train.precision import Precision, pick_precision
+from spt_fast.train.world import pick_device
 
 ASSUMED_MFU = 0.4
 TIME_FACTOR = {"none": 1.0, "selective": 1.0, "full": 4 / 3}
@@ -57,26 +58,37 @@ class Machine:
     gpus: int
     device: str  # "cuda" | "cpu"
     name: str | None
-    dtype: torch.dtype
+    precision: Precision
     peak_flops: float | None
     memory_bytes: int | None
 
     @classmethod
-    def of(cls, recipe: Recipe, *, gpus: int = 1, gpu: str | None = None, memory: int | None = None) -> Machine:
-        """This machine, or with `gpu` one with GPUs of that name; `memory` overrides a GPU's own, in bytes."""
+    def of(
+        cls,
+        recipe: Recipe,
+        *,
+        gpus: int = 1,
+        gpu: str | None = None,
+        memory: int | None = None,
+        precision: Precision | None = None,
+    ) -> Machine:
+        """This machine, or with `gpu` one with GPUs of that name; `memory` overrides a GPU's own, in bytes.
+        `precision`: that of the plan on this machine, where it is known."""
         if gpu is not None:
             peak = peak_flops_by_name(gpu)
             if peak is None:
                 expected = "its peak is not known; give a name such as H100, H200, A100 or B200"
                 raise RecipeError(invalid("gpu", gpu, expected), argument=True)
-            dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
-            return cls(gpus, "cuda", gpu, dtype, peak, memory)
+            there = Precision(torch.bfloat16, "every GPU whose peak is known multiplies it faster")
+            if recipe.precision != "auto":
+                there = pick_precision(recipe.precision, torch.device("cuda"))
+            return cls(gpus, "cuda", gpu, there, peak, memory)
         here = pick_device()
-        dtype = pick_dtype(recipe.precision, here)
+        precision = precision or pick_precision(recipe.precision, here)
         if here.type == "cpu":
-            return cls(gpus, "cpu", None, dtype, None, memory)
+            return cls(gpus, "cpu", None, precision, None, memory)
         own = torch.cuda.get_device_properties(here).total_memory
-        return cls(gpus, "cuda", torch.cuda.get_device_name(here), dtype, peak_flops(here), memory or own)
+        return cls(gpus, "cuda", torch.cuda.get_device_name(here), precision, peak_flops(here), memory or own)
 
     def holds(self, needed_bytes: int) -> bool | None:
         """Whether a step that needs so much fits; None where the memory isn't known."""
@@ -138,6 +150,8 @@ class Price:
     flops: int
     evaluation_flops: int
     memory_bytes: int
+    precision: str
+    """What the steps are computed in, and why."""
     gpus: int
     gpu: str | None
     gpu_memory_bytes: int | None
@@ -218,7 +232,7 @@ def phase_memory(
     return memory_bytes(
         dataclasses.replace(plan.model, tied=False) if untied else plan.model,
         micro,
-        dtype=machine.dtype,
+        dtype=machine.precision.dtype,
         context=plan.phases[index].context,
         checkpointing=checkpointing or plan.recipe.engine.checkpointing,
         micro_batches=phase.batch.sequences // machine.gpus // micro,
@@ -290,6 +304,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
         flops=flops,
         evaluation_flops=sum(time.evaluation_flops for time in times),
         memory_bytes=chosen.bytes["total"],
+        precision=str(machine.precision),
         gpus=machine.gpus,
         gpu=machine.name,
         gpu_memory_bytes=machine.memory_bytes,

@@ -18,7 +18,7 @@ from spt_fast.fields import optional
 from spt_fast.model.config import GPTConfig
 from spt_fast.printing import plain
 
-VERSION = 5
+VERSION = 6
 
 Errors = dict[str, dict[str, float | None]]
 """Standard errors of losses; None where there is one document."""
@@ -157,6 +157,8 @@ class Compute:
     backends: dict[str, str]
     """By op."""
     engine: str
+    measured: dict[str, Any]
+    """What this machine, or the recipe, decided "precision" by; empty before version 6."""
 
 
 @dataclass(frozen=True)
@@ -283,10 +285,15 @@ def _know_no_standard_errors(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "train": {**train, **seen, "windows": False, "arms": arms(train["arms"]), "finished": finished}}
 
 
+def _know_no_measurements(state: dict[str, Any]) -> dict[str, Any]:
+    return {**state, "compute": {**state["compute"], "measured": {}}}
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: _keep_the_newest_evaluation,
     2: _know_no_texts,
     3: _count_skipped_steps_by_arm,
     4: _know_no_standard_errors,
+    5: _know_no_measurements,
 }
 """By version, what turns its state.json (as plain data) into the next version's."""

@@ -206,17 +206,6 @@ def pick_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The compute dtype: what the recipe says, or with "auto" bf16 where matmuls in it are fast."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bf16" else torch.float32
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """As checkpoints and summaries write it: bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -27,11 +27,12 @@ from spt_fast.evaluation.score import score
 from spt_fast.kernels import auto_backends
 from spt_fast.model import gpt, hf
 from spt_fast.model.gpt import GPT
-from spt_fast.train import checkpoint, loop, plan
+from spt_fast.train import checkpoint, loop, plan, precision
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import evaluation_texts, measure
 from spt_fast.train.local import LocalEngine
 from spt_fast.train.plan import make_plan
+from spt_fast.train.precision import Precision
 from spt_fast.train.run import run
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.weights import load_model
@@ -387,7 +388,7 @@ def test_a_run_goes_on_in_the_dtype_it_began_in_and_says_what_kernels_changed(
     raw, folder = stopped_run(data, "dtype", monkeypatch)
     began = json.loads((folder / "summary.json").read_text())["precision"]
     other = {"bfloat16": torch.float32, "float32": torch.bfloat16}[began]
-    monkeypatch.setattr(loop, "pick_dtype", lambda precision, device: other)
+    monkeypatch.setattr(precision, "pick_precision", lambda *_: Precision(other, "of another day"))
     monkeypatch.setattr(loop, "auto_backends", lambda: {"rms_norm": "abacus"})
     assert run(recipe_from(raw), resume=True)["precision"] == began
     change = f"rms_norm {auto_backends()['rms_norm']} → abacus"

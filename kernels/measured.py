@@ -1,0 +1,105 @@
+"""What was measured on this machine, kept for later processes in $XDG_CACHE_HOME/spt_fast.
+
+A record is a small JSON file whose name is a digest of everything that it depends on. Who measures holds a lock, so
+that processes that begin together neither measure against each other nor come to different answers. A folder that
+cannot be written, and a file that cannot be read, only cost the measurement again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spt_fast.files import write_text
+from spt_fast.kernels.launch import TRITON_VERSION
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What a measurement on this device holds for."""
+    known = {"torch": torch.__version__, "triton": TRITON_VERSION or "none"}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        driver = _read("/proc/driver/nvidia/version").partition("\n")[0]
+        return known | {"device": f"{properties.name}, {properties.multi_processor_count} SMs", "driver": driver}
+    facts = re.findall(r"^(?:cpu family|model|model name|stepping|flags)\s*: .*", _read("/proc/cpuinfo"), re.MULTILINE)[
+        :5
+    ]
+    name = next((fact.partition(": ")[2] for fact in facts if fact.startswith("model name")), platform.machine())
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]  # models of one name differ in instructions
+    return known | {"device": f"{name} ({digest})", "threads": str(torch.get_num_threads())}
+
+
+def remembered(kind: str, key: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured of this kind by this key, here or by an earlier process."""
+    text = json.dumps(key, sort_keys=True)
+    file = cache_folder() / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+    if (found := _found(file, key)) is not None:
+        return found
+    with _alone(file.with_suffix(".lock")):
+        if (found := _found(file, key)) is not None:
+            return found
+        found = measure()
+        with suppress(OSError):
+            write_text(file, json.dumps({"key": dict(key), "found": found}, indent=1))
+    return found
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spt_fast"
+
+
+def medians(rivals: Sequence[Callable[[], object]], *, rounds: int, seconds: float) -> list[float]:
+    """Seconds of each, taken in turns so that what else the machine does meets all alike: the medians of `rounds`, or
+    of as many as fit into `seconds`, at least one, after a first that isn't counted."""
+    taken: list[list[float]] = [[] for _ in rivals]
+    ends = time.perf_counter() + seconds
+    for turn in range(rounds + 1):
+        for rival, times in zip(rivals, taken, strict=True):
+            began = time.perf_counter()
+            rival()
+            if turn:
+                times.append(time.perf_counter() - began)
+        if turn and time.perf_counter() > ends:
+            break
+    return [statistics.median(times) for times in taken]
+
+
+def _found(file: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return kept["found"] if kept["key"] == dict(key) and isinstance(kept["found"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Until others have ended; without a lock where none can be had."""
+    descriptor = None
+    with suppress(OSError):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _read(path: str) -> str:
+    with suppress(OSError):
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    return ""
