@@ -1,12 +1,13 @@
 """The critical mixture ratio: the most domain data that continued pretraining takes without losing general ability.
 
     ΔL_dom(T) = α1·T^s1 + β1,   ΔL_gen(T) = α2·T^s2 + α3·T^s3 + β2   for each domain share R, from T = 0
-    R is feasible at T_max  ⇔  ΔL_gen(T_max) ≤ ε and ΔL_dom(T_max) < 0;   CMR = the largest feasible R
+    ΔL(R) = α·R^s + β                                                 at a budget, through the ratios that were run
+    R is feasible at T_max  ⇔  ΔL_gen(T_max) ≤ ε, ΔL_dom(T_max) < 0 and T0 ≤ T_max
+    T0 solves dΔL_dom/dT + λ·dΔL_gen/dT = 0;   CMR = the largest feasible R
     R_CMR(T) = α4·T^s4 + β3                                           across budgets
 
-CMR scaling law, arXiv 2407.17467 (ε = 0.05). The paper states the same trade by a multiplier λ (100 to 7000): T0 solves
-dΔL_dom/dT + λ·dΔL_gen/dT = 0, and R is feasible where T0 < T_max; with `multiplier` that is required too, as a falling
-sum at T_max. Least squares for each R; between the ratios that were run, losses are interpolated in R.
+CMR scaling law, arXiv 2407.17467 (ε = 0.05, λ from 100 to 7000). That T0 is past is required as a falling sum at T_max.
+Least squares for each R, and through the ratios.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
-from scipy.optimize import brentq
 
 from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.laws.base import ExtrapolationWarning, Law, require_points
@@ -35,6 +34,34 @@ GENERAL = (
 LOSSES = "general_loss", "domain_loss"
 
 
+LEAST_MULTIPLIER = 100.0
+"""The least λ that the paper names: the larger, the more the general loss decides."""
+EARLIER = 1.05
+"""How many times shorter a budget is that says whether a loss rises or falls."""
+GRID = 2000
+"""Ratios that are tried."""
+EXPONENTS = np.geomspace(1 / 20, 20, 241)
+"""Of R, that are tried."""
+
+
+def joined(ratios: Sequence[float], values: Array, variance: Array, at: Array) -> Array:
+    """α·R^s + β through values [draws, ratios] of the given variance [ratios], at other ratios: [draws, at]. s is 1 for
+    two ratios."""
+    known = np.array(ratios)
+    exponents = EXPONENTS if len(known) > 2 else np.ones(1)
+    weights = 1 / np.maximum(variance, 1e-3 * variance.max() + 1e-300)
+    weights = weights / weights.sum()
+    powers, asked = known ** exponents[:, None], at ** exponents[:, None]
+    middle = powers @ weights
+    centred = powers - middle[:, None]
+    mean = values @ weights
+    slope = ((values * weights) @ centred.T) / (np.square(centred) @ weights)
+    error = np.square(values[:, None] - mean[:, None, None] - slope[..., None] * centred) @ weights
+    best = error.argmin(axis=1)
+    alpha = slope[np.arange(len(values)), best]
+    return mean[:, None] + alpha[:, None] * (asked[best] - middle[best, None])
+
+
 def _general(unknowns: Sequence[Array], columns: Columns) -> Array:
     """The second exponent is searched by how far it lies above the first."""
     *first, s3, apart = unknowns
@@ -44,7 +71,7 @@ def _general(unknowns: Sequence[Array], columns: Columns) -> Array:
 class CMRLaw(Law):
     """Columns: `tokens` T (0 is the start), `domain_ratio` R, `general_loss`, `domain_loss`. Increments are taken from
     the rows at tokens = 0, one model for all ratios; a table without them must hold increments already.
-    Predicts general_loss, or domain_loss with `of="domain_loss"`, for ratios among those of the table.
+    Predicts general_loss, or domain_loss with `of="domain_loss"`, for any ratio.
 
     Parameters, for each R: alpha1[R], s1[R], beta1[R]; alpha2[R], s2[R], alpha3[R], s3[R], beta2[R] (T in tokens).
     """
@@ -58,11 +85,21 @@ class CMRLaw(Law):
         self._require("_fits", "fit it to a table")
         return sorted({ratio for _, ratio in self._fits})
 
-    def critical_ratio(self, *, tokens: float, tolerance: float = 0.05, multiplier: float | None = None) -> float:
+    def critical_ratio(
+        self,
+        *,
+        tokens: float,
+        tolerance: float = 0.05,
+        multiplier: float = LEAST_MULTIPLIER,
+        interval: float | None = None,
+    ) -> Any:
         """The largest domain share with which, after `tokens`, the general loss is at most `tolerance` nats above its
-        start and the domain loss has fallen; between the smallest and the largest share that were run.
+        start, the domain loss has fallen, and the turning point T0 of λ = `multiplier` is past.
 
-        Raises RecipeError where no share is feasible; warns ExtrapolationWarning where all are.
+        interval  e.g. 0.9: (ratio, low, high) instead, by how sure the fits of the ratios are
+
+        Raises RecipeError where no share is feasible, and where these runs leave the answer open: its 90% interval is
+        wider than half of the range of ratios that were run. Warns ExtrapolationWarning beyond that range.
         """
         if tokens == 0:
             raise RecipeError(invalid("tokens", tokens, "give the budget; at 0 every ratio is feasible"))
@@ -71,33 +108,68 @@ class CMRLaw(Law):
         self._warn_beyond(tokens=tokens)
         if len(ratios) < 2:
             raise RecipeError("a critical ratio needs runs at two domain ratios or more")
-        general, domain = (self._increments(tokens, of)[:, 0] for of in LOSSES)
-        limits = [PchipInterpolator(ratios, general - tolerance), PchipInterpolator(ratios, domain)]
-        if multiplier is not None:
-            limits.append(PchipInterpolator(ratios, self._slopes(tokens, multiplier)[:, 0]))
-
-        def excess(r: Any) -> Array:
-            return np.max([limit(r) for limit in limits], axis=0)
-
-        grid = np.linspace(ratios[0], ratios[-1], 4001)
-        feasible = np.flatnonzero(excess(grid) <= 0)
-        if not len(feasible):
+        now, before = (self._drawn_increments(T) for T in (tokens, tokens / EARLIER))
+        found = self._largest_feasible(now, before, tolerance, multiplier)
+        if np.isnan(found[0]):
+            general, domain = (now[of][0][0] for of in LOSSES)
             raise RecipeError(
                 f"no domain ratio from {ratios[0]:g} to {ratios[-1]:g} is feasible at {tokens:g} tokens: the general "
                 f"loss rises by {general.min():.3g} at least (tolerance {tolerance:g}), the domain loss "
                 f"changes by {domain.min():.3g}"
             )
-        last = feasible[-1]
-        if last == len(grid) - 1:
+        drawn = np.nan_to_num(found[1:], nan=0.0)
+        low, high = np.quantile(drawn, (0.05, 0.95))
+        if high - low > np.ptp(ratios) / 2:
+            raise RecipeError(
+                f"these runs leave the critical ratio at {tokens:g} tokens open: it is {found[0]:.3g}, and with 90% "
+                f"certainty from {low:.2g} to {high:.2g}; run more ratios, longer, or each with a second seed"
+            )
+        if not ratios[0] - 1e-9 <= found[0] <= ratios[-1] + 1e-9:
             warnings.warn(
-                f"CMRLaw extrapolates: at {tokens:g} tokens even the largest ratio that was run ({ratios[-1]:g}) is "
-                "feasible; the critical one lies beyond it",
+                f"CMRLaw extrapolates: at {tokens:g} tokens the critical ratio, {found[0]:.3g}, lies beyond the ratios "
+                f"that were run ({ratios[0]:g} to {ratios[-1]:g})",
                 ExtrapolationWarning,
                 stacklevel=2,
             )
-            return float(ratios[-1])
-        edges = grid[last], grid[last + 1]
-        return float(brentq(lambda r: float(excess(r)), *edges)) if excess(edges[0]) < 0 else float(edges[0])
+        if interval is None:
+            return float(found[0])
+        edges = np.quantile(drawn, ((1 - interval) / 2, (1 + interval) / 2))
+        return float(found[0]), float(edges[0]), float(edges[1])
+
+    def _drawn_increments(self, tokens: float) -> dict[str, tuple[Array, Array]]:
+        """By loss: the increments after `tokens` at every ratio, [1 + DRAWS, ratios], first as fitted and then as they
+        may be; and their variance [ratios]. Draws of all budgets are alike."""
+        found = {}
+        for i, of in enumerate(LOSSES):
+            mean = self._increments(tokens, of)[:, 0]
+            at = self._scaled(np.atleast_1d(float(tokens)))
+            variance = np.array([self._fits[of, ratio].variance(at)[:, 0] for ratio in self.ratios_]).T
+            rng = np.random.default_rng([self.seed, i])
+            order = rng.permuted(np.tile(np.arange(DRAWS)[:, None], len(mean)), axis=0)
+            drawn = mean + np.sqrt(np.take_along_axis(variance, order, 0)) * rng.standard_normal((DRAWS, len(mean)))
+            found[of] = np.concatenate([mean[None], drawn]), np.median(variance, axis=0)
+        return found
+
+    def _largest_feasible(
+        self,
+        now: dict[str, tuple[Array, Array]],
+        before: dict[str, tuple[Array, Array]],
+        tolerance: float,
+        multiplier: float,
+    ) -> Array:
+        """[draws]; NaN where no ratio is feasible."""
+        grid, at = np.linspace(1 / GRID, 1, GRID), self.ratios_
+        rise, fall = (joined(at, *now[of], grid) for of in LOSSES)
+        earlier_rise, earlier_fall = (joined(at, *before[of], grid) for of in LOSSES)
+        slope = fall - earlier_fall + multiplier * (rise - earlier_rise)
+        excess = np.maximum(np.maximum(rise - tolerance, fall), slope / multiplier)
+        feasible = excess <= 0
+        last = GRID - 1 - feasible[:, ::-1].argmax(axis=1)
+        draws = np.arange(len(last))
+        after = np.minimum(last + 1, GRID - 1)
+        inside, outside = excess[draws, last], excess[draws, after]
+        share = np.where(after > last, -inside / np.maximum(outside - inside, 1e-300), 0)
+        return np.where(feasible.any(axis=1), grid[last] + share / GRID, np.nan)
 
     def critical_ratio_curve(self, *, tokens: Any, tolerance: float = 0.05) -> dict[str, float]:
         """{"alpha4", "s4", "beta3"} of R_CMR(T) = α4·T^s4 + β3 through the critical ratios at these budgets."""
@@ -115,25 +187,19 @@ class CMRLaw(Law):
         between a hundredth of the smallest and a hundred times the largest budget that was run."""
         tokens = self._rows.columns["tokens"]
         grid = np.geomspace(tokens[tokens > 0].min() / 100, tokens.max() * 100, 2001)
-        ratio = float(self._within(np.array([domain_ratio]))[0])
-
-        return first_fall(lambda T: self._between(self._slopes(T, multiplier), ratio), grid)
+        return first_fall(lambda T: self._between(self._slopes(T, multiplier), float(domain_ratio)), grid)
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
     def _groups(self, rows: Rows) -> Array:
         return np.unique(rows.columns["domain_ratio"], return_inverse=True)[1]
 
-    def _prepare(self, rows: Rows) -> Rows:
-        starts = rows.columns["tokens"] == 0
-        if not starts.any() and not (rows.columns["domain_loss"] < 0).any():
+    def _require_enough(self, rows: Rows) -> None:
+        if (rows.columns["tokens"] > 0).all() and not (rows.columns["domain_loss"] < 0).any():
             raise DataError(
                 "CMRLaw takes increments from tokens = 0, and the table has no row there; add the losses of the model "
                 "that was continued, with tokens = 0"
             )
-        return rows
-
-    def _require_enough(self, rows: Rows) -> None:
         for ratio in np.unique(rows.columns["domain_ratio"]):
             points = int(((rows.columns["domain_ratio"] == ratio) & (rows.columns["tokens"] > 0)).sum())
             if points:
@@ -174,14 +240,6 @@ class CMRLaw(Law):
     def _unsure(self, key: Any, fit: Fit) -> list[str]:
         return [f"{name}[{key[1]:g}]" for name in fit.unidentified]
 
-    def _within(self, ratios: Array) -> Array:
-        for ratio in ratios[(ratios < self.ratios_[0] - 1e-9) | (ratios > self.ratios_[-1] + 1e-9)]:
-            raise RecipeError(
-                f"domain_ratio {ratio:g} lies outside of the runs that were fitted ({self.ratios_[0]:g} to "
-                f"{self.ratios_[-1]:g}), and CMRLaw has no formula in it"
-            )
-        return np.clip(ratios, self.ratios_[0], self.ratios_[-1])
-
     def _increments(self, tokens: Any, of: str) -> Array:
         """[ratios, tokens]"""
         return np.array([self._fits[of, r].mean(self._scaled(np.atleast_1d(tokens))) for r in self.ratios_])
@@ -197,27 +255,32 @@ class CMRLaw(Law):
 
     def _mean(self, columns: Columns, of: str) -> Array:
         losses = np.full(len(columns["tokens"]), self._start[of])
-        asked = self._within(columns["domain_ratio"])
+        asked = columns["domain_ratio"]
         for ratio in np.unique(asked):
             mask = (asked == ratio) & (columns["tokens"] > 0)
             losses[mask] += self._between(self._increments(columns["tokens"][mask], of), ratio)
         return losses
 
     def _variance(self, columns: Columns, of: str) -> Array:
-        """Between two ratios, the larger of theirs."""
-        asked, ratios = self._within(columns["domain_ratio"]), np.array(self.ratios_)
+        """Between two ratios, the larger of theirs; beyond them, of the last one, growing with the distance."""
+        asked, ratios = columns["domain_ratio"], np.array(self.ratios_)
         started = columns["tokens"] > 0
         at = self._scaled(np.where(started, columns["tokens"], self._unit))
-        above = np.searchsorted(ratios, asked)
-        below = np.where(ratios[above] == asked, above, above - 1)
+        above = np.searchsorted(ratios, asked).clip(max=len(ratios) - 1)
+        below = np.where((ratios[above] == asked) | (asked < ratios[0]), above, np.maximum(above - 1, 0))
         widest = np.zeros((DRAWS, len(asked)))
         for i, ratio in enumerate(ratios):
             fit = self._fits[of, ratio]
             nothing = np.zeros((len(asked), len(fit.residual)))
             own = np.where(started, fit.variance(at), fit.noise.spread(nothing, fit.curve.run, observed=True))
             widest = np.where((above == i) | (below == i), np.maximum(own, widest), widest)
-        return widest
+        beyond = np.maximum(asked - ratios[-1], ratios[0] - asked).clip(0)
+        return widest * np.square(1 + beyond / max(float(np.ptp(ratios)) / max(len(ratios) - 1, 1), 1e-9))
 
     def _between(self, by_ratio: Array, ratio: float) -> Array:
-        """Values at every ratio that was run [ratios, ...], interpolated."""
-        return PchipInterpolator(self.ratios_, by_ratio)(ratio) if len(self.ratios_) > 1 else by_ratio[0]
+        """At a ratio, of values at every ratio that was run [ratios, tokens]."""
+        if ratio in self.ratios_:
+            return by_ratio[self.ratios_.index(ratio)]
+        if len(self.ratios_) == 1:
+            raise RecipeError(invalid("domain_ratio", ratio, f"only {self.ratios_[0]:g} was run; run another"))
+        return joined(self.ratios_, by_ratio.T, np.ones(len(self.ratios_)), np.array([ratio]))[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -224,8 +225,25 @@ def test_no_feasible_ratio_and_nothing_but() -> None:
     law = laws.CMRLaw().fit(continued(np.random.default_rng(0), noise=1e-5))
     with pytest.raises(RecipeError, match=r"no domain ratio from 0\.1 to 0\.7 is feasible"):
         law.critical_ratio(tokens=1e10, tolerance=-1)
-    with pytest.warns(laws.ExtrapolationWarning, match="lies beyond it"):
-        assert law.critical_ratio(tokens=1e10, tolerance=1) == 0.7
+    with pytest.warns(
+        laws.ExtrapolationWarning, match=r"critical ratio, 1, lies beyond the ratios .* \(0\.1 to 0\.7\)"
+    ):
+        assert law.critical_ratio(tokens=1e10, tolerance=1, multiplier=1e-9) == 1
+
+
+def test_ratios_are_joined_by_a_power_law_between_and_beyond_them_and_runs_left_out_are_scored() -> None:
+    law = laws.CMRLaw().fit(continued(np.random.default_rng(0), noise=1e-5))
+    for ratio in (0.15, 0.6, 0.8):
+        general, domain = increments(np.array([1e10]), np.array([ratio]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", laws.ExtrapolationWarning)
+            for of, loss in (("general_loss", 2.6 + general[0]), ("domain_loss", 2.2 + domain[0])):
+                mean, low, high = law.predict(tokens=1e10, domain_ratio=ratio, of=of, interval=0.9)
+                assert mean == pytest.approx(loss, abs=2e-3)
+                assert low < mean < high
+    left_out = continued(np.random.default_rng(1), noise=1e-5, ratios=[0.25, 0.6])
+    later = {name: values[left_out["tokens"] > 0] for name, values in left_out.items()}
+    assert law.score(later)["r2"] > 0.99
 
 
 def test_average_parameters_of_a_pruning_schedule() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from spt_fast import laws
+from spt_fast.errors import RecipeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
 
@@ -38,3 +39,48 @@ def test_finetunes_on_eight_times_the_data_are_predicted_where_the_plain_power_l
         assert law.params_["D_l"] > 0
     assert worst == pytest.approx(dict.fromkeys(ON_FLAN, 0.0), abs=0.05)  # plain: 0.20, 0.04, 0.14
     assert np.mean(list(worst.values())) < 0.02
+
+
+CONTINUED = {
+    0.5: (
+        [2.8548, 2.8582, 2.8553, 2.8552, 2.8496, 2.8459, 2.8433, 2.8415, 2.8394, 2.8388],
+        [1.5523, 1.5102, 1.4838, 1.4696, 1.4566, 1.4451, 1.4399, 1.4346, 1.4319, 1.4309],
+    ),
+    0.625: (
+        [2.8666, 2.8760, 2.8706, 2.8720, 2.8635, 2.8631, 2.8598, 2.8571, 2.8561, 2.8571],
+        [1.5364, 1.4929, 1.4673, 1.4499, 1.4317, 1.4241, 1.4158, 1.4116, 1.4090, 1.4084],
+    ),
+    0.71484375: (
+        [2.8842, 2.8844, 2.8809, 2.8831, 2.8792, 2.8905, 2.8766, 2.8740, 2.8725, 2.8721],
+        [1.5266, 1.4819, 1.4514, 1.4341, 1.4179, 1.4101, 1.4021, 1.3973, 1.3947, 1.3933],
+    ),
+    0.75: (
+        [2.8835, 2.8836, 2.8964, 2.8916, 2.8882, 2.8865, 2.8865, 2.8832, 2.8813, 2.8805],
+        [1.5236, 1.4696, 1.4486, 1.4249, 1.4136, 1.4020, 1.3961, 1.3913, 1.3885, 1.3863],
+    ),
+    0.875: (
+        [2.9037, 2.9201, 2.9295, 2.9295, 2.9339, 2.9334, 2.9297, 2.9278, 2.9266, 2.9262],
+        [1.5079, 1.4587, 1.4301, 1.4107, 1.3947, 1.3860, 1.3786, 1.3726, 1.3699, 1.3679],
+    ),
+}
+"""By share of Python, losses on the Pile and on Python after 1,000 to 10,000 steps of Pythia 70M, whose own are START
+(github.com/yegcjs/mixinglaws, arXiv 2403.16952; the critical share there, checked by a run, is 0.714)."""
+STEPS = range(1000, 11_000, 1000)
+START = (2.8734, 1.8381)
+
+
+def test_the_critical_share_of_code_is_the_published_one_and_is_left_open_by_early_steps() -> None:
+    def fitted(last: int) -> laws.CMRLaw:
+        rows = [(0, share, *START) for share in CONTINUED]
+        for share, losses in CONTINUED.items():
+            rows += [(step, share, *both) for step, both in zip(STEPS, zip(*losses, strict=True), strict=True)]
+        table = np.array([row for row in rows if row[0] <= last]).T
+        return laws.CMRLaw().fit(
+            dict(zip(("tokens", "domain_ratio", "general_loss", "domain_loss"), table, strict=True))
+        )
+
+    share, low, high = fitted(10_000).critical_ratio(tokens=10_000, tolerance=0, interval=0.9)
+    assert share == pytest.approx(0.714, abs=0.015)
+    assert low < 0.714 < high < low + 0.1
+    with pytest.raises(RecipeError, match=r"leave the critical ratio at 10000 tokens open: .* run more ratios"):
+        fitted(6000).critical_ratio(tokens=10_000, tolerance=0)
