@@ -73,6 +73,7 @@ def generate(
     tokens: Annotated[int, Option(min=0, max=1_000_000, help="How many to generate.")] = 100,
     temperature: Annotated[float, Option(help="0 takes the likeliest token each time.")] = 0.8,
     top_k: Annotated[int | None, Option(help="Sample among the k likeliest only.")] = 50,
+    top_p: Annotated[float | None, Option(help="And among the likeliest whose probabilities sum to this.")] = None,
     seed: int = 0,
     tokenizer: Annotated[Path | None, PathOption(help="A run's own by default.")] = None,
     as_json: Json = False,
@@ -82,7 +83,7 @@ def generate(
     from spt_fast.train.release import generate_texts
 
     asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])] or [""]
-    sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     generated = generate_texts(weights, asked, tokens, tokenizer=tokenizer, **sampling)
     if as_json:
         print_json([*generated])

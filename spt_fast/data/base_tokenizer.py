@@ -47,8 +47,8 @@ class BaseTokenizer(ABC):
         which has no UTF-8."""
 
     @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids."""
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Text of ids. special: with the special tokens that can be read out of text."""
 
     @abstractmethod
     def to_bytes(self) -> bytes:

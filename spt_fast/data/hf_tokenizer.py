@@ -32,7 +32,8 @@ HF_FILES = (
     *(HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "tekken.json", *SLOW_FILES),
 )
-"""All that a tokenizer may consist of."""
+"""All that a tokenizer may consist of, with `TEMPLATES`."""
+TEMPLATES = "additional_chat_templates/*.jinja"
 _NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 _NUMBERING = ("generation_config.json", "config.json")
 """Where the token that ends a text is given by name, and by id; the first that says so counts."""
@@ -86,10 +87,11 @@ class HFTokenizer(BaseTokenizer):
         beside = {}
         if file.name.endswith(HF_FILE):  # maybe after a prefix, which the others have too
             prefix = file.name.removesuffix(HF_FILE)
-            names = (*HF_FILES, *_NUMBERING)
-            places = {name: file.with_name(prefix + name) for name in names}
+            templates = [place.relative_to(file.parent).as_posix() for place in file.parent.glob(TEMPLATES)]
+            places = {name: file.with_name(prefix + name) for name in (*HF_FILES, *_NUMBERING)}
+            places |= {name: file.parent / name for name in templates}
             beside = {name: place.read_bytes() for name, place in places.items() if place.is_file()}
-        files = {name: data for name, data in beside.items() if name in HF_FILES}
+        files = {name: data for name, data in beside.items() if name not in _NUMBERING}
         tokenizer = cls(file.read_bytes(), str(file), files)
         if with_eos:
             tokenizer.eos_id = tokenizer._stated_eos(beside, file)
@@ -123,6 +125,10 @@ class HFTokenizer(BaseTokenizer):
             return eos_id
         return None
 
+    def vocab(self) -> dict[str, int]:
+        """Every token's id."""
+        return dict(self._theirs.get_vocab(with_added_tokens=True))
+
     def named_tokens(self) -> dict[str, int]:
         return self._named
 
@@ -155,9 +161,9 @@ class HFTokenizer(BaseTokenizer):
             raise DataError(says) from None
         return np.array(encoding.ids, np.uint32)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, without special tokens."""
-        return self._theirs.decode(list(ids))
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Text of ids; with special tokens only where `special` says so."""
+        return self._theirs.decode(list(ids), skip_special_tokens=not special)
 
     def prove(self, texts: list[str]) -> bool:
         """Try a faster way to encode on some of the texts to come; True where all ids are equal, and it is taken from
@@ -184,6 +190,7 @@ class HFTokenizer(BaseTokenizer):
 
     def keep(self, folder: str | os.PathLike[str]) -> None:
         for name, data in self.files.items():
+            Path(folder, name).parent.mkdir(exist_ok=True)
             with replacing(Path(folder, name)) as temporary:
                 temporary.write_bytes(data)
 

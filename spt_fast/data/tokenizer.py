@@ -26,7 +26,7 @@ import tiktoken
 
 from spt_fast.data import hf_tokenizer
 from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer, byte_letters, encode_ordinary, pieces, rank_lines
-from spt_fast.data.hf_tokenizer import HFTokenizer
+from spt_fast.data.hf_tokenizer import HF_FILE, HFTokenizer
 from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
 from spt_fast.errors import DataError, invalid, nearest
 from spt_fast.files import download, replacing
@@ -45,6 +45,7 @@ PATTERN = (
 _DOWNLOAD_S = 60.0
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
+_LETTERS = dict(enumerate(byte_letters()))
 _ALL_KINDS = (
     "Ab don't 日本 naïve e\u0301 1 12345 ²½ $x+y=z_\"#… \t  \u00a0\n\r\n\n \U0001f600\u200d\x00\x7f\ue000 end \n"
 )
@@ -188,12 +189,15 @@ class Tokenizer(BaseTokenizer):
         except UnicodeEncodeError as error:
             raise DataError(f"text holds half a surrogate pair at character {error.start}: mend it") from None
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Text of ids, special tokens included; U+FFFD for what isn't UTF-8. Raises DataError for unknown ids."""
         try:
             return self._encoding.decode(list(ids))
         except KeyError as error:
             raise DataError(f"{error}: not an id of this tokenizer, which has {self.vocab_size:,}") from None
+
+    def _hf_vocab(self) -> dict[str, int]:
+        return {_name(token): rank for token, rank in self.ranks.items()} | self.special_tokens
 
     def save_hf(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json, for transformers' AutoTokenizer, and the ranks beside them.
@@ -204,11 +208,8 @@ class Tokenizer(BaseTokenizer):
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, processors
 
-        letters = byte_letters()
-        names = {token: "".join(letters[byte] for byte in token) for token in self.ranks}
-        vocab = {names[token]: rank for token, rank in self.ranks.items()} | self.special_tokens
-        merges = [(names[left], names[right]) for left, right in _merges(self.ranks)]
-        hf = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+        merges = [(_name(left), _name(right)) for left, right in _merges(self.ranks)]
+        hf = tokenizers.Tokenizer(models.BPE(vocab=self._hf_vocab(), merges=merges, ignore_merges=True))
         hf.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(tokenizers.Regex(_oniguruma(self.pattern)), behavior="isolated"),
@@ -234,6 +235,11 @@ class Tokenizer(BaseTokenizer):
         hf.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.keep(folder)
+
+
+def _name(token: bytes) -> str:
+    """What Hugging Face calls a token."""
+    return token.decode("latin-1").translate(_LETTERS)
 
 
 def rebuilt(data: bytes) -> BaseTokenizer:
@@ -294,8 +300,12 @@ def _check_unused(out: Path, new: Tokenizer) -> None:
 
 def _found(path: Path, *, with_eos: bool) -> BaseTokenizer:
     """with_eos: whether it matters what the files say ends a document."""
+    if path.is_dir() and not (path / FILE).exists():
+        return HFTokenizer.load(path, with_eos)
     if path.is_dir():
-        return _found(path / FILE, with_eos=with_eos) if (path / FILE).exists() else HFTokenizer.load(path, with_eos)
+        tokenizer = _found(path / FILE, with_eos=with_eos)
+        check_alike(tokenizer, path)
+        return tokenizer
     if path.is_file():
         data = path.read_bytes()
         if path.suffix in (".json", ".model") or _is_json(data):
@@ -309,6 +319,19 @@ def _found(path: Path, *, with_eos: bool) -> BaseTokenizer:
         missing = f"tokenizer: file {path} doesn't exist; make one with `spt-fast tokenizer train`"
         raise DataError(missing, argument=True)
     return Tokenizer._named(str(path))
+
+
+def check_alike(ours: BaseTokenizer, folder: Path) -> None:
+    """DataError where the tokenizer.json of a folder is of another tokenizer than `ours`, its ranks."""
+    if not isinstance(ours, Tokenizer) or not (folder / HF_FILE).exists():
+        return
+    theirs = HFTokenizer.load(folder, with_eos=False)
+    if theirs.vocab() != ours._hf_vocab() or theirs.encode(_ALL_KINDS) != ours.encode(_ALL_KINDS):
+        raise DataError(
+            f"tokenizer: {folder} holds two that give different ids, {FILE} and {HF_FILE}; remove the one "
+            "that isn't the model's",
+            argument=True,
+        )
 
 
 def _is_json(data: bytes) -> bool:

@@ -57,6 +57,7 @@ class HarnessModel(LM):
                 next((settings[name] for name in LENGTHS if settings.get(name)), MOST_GENERATED),
                 temperature=settings.get("temperature", 1.0) if sampled else 0.0,
                 top_k=settings.get("top_k") if sampled else None,
+                top_p=settings.get("top_p") if sampled else None,
             )
             said |= zip(places, continued, strict=True)
         return [said[i] for i in range(len(requests))]

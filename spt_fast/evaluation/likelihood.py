@@ -203,6 +203,7 @@ class TextModel:
         *,
         temperature: float = 0.0,
         top_k: int | None = None,
+        top_p: float | None = None,
     ) -> list[str]:
         """What follows each context: at most so many tokens, up to the end of the text or the first of the strings
         `until`. SptError where the model's context has no room for so many."""
@@ -224,6 +225,7 @@ class TextModel:
                         new,
                         temperature=temperature,
                         top_k=top_k,
+                        top_p=top_p,
                         seed=made,  # else the draws of each part were those of the first
                         stop_id=eos,
                         vocab_size=self._tokenizer.vocab_size,

@@ -34,6 +34,7 @@ def generate(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     stop_id: int | None = None,
     vocab_size: int | None = None,
@@ -42,11 +43,13 @@ def generate(
 
     A token sees the last `context` tokens before it. As long as that is the whole text, keys and values are kept and a
     token costs one position; in a longer text every token costs a pass over `context` positions, and a warning says so.
-    temperature 0 takes the likeliest token; top_k draws from that many likeliest only. vocab_size: the tokenizer's,
-    where the model's is padded beyond it; only its ids are drawn. Each text is drawn by `seed` alone, whatever stands
-    beside it; the global generator stays as it is.
+    temperature 0 takes the likeliest token; top_k draws from that many likeliest only, top_p of these, at the
+    temperature, from the fewest whose probabilities sum to at least that (Holtzman et al. 2019, 3.1). vocab_size: the
+    tokenizer's, where the model's is padded beyond it; only its ids are drawn. Each text is drawn by `seed` alone,
+    whatever stands beside it; the global generator stays as it is.
     SptError (a ValueError): an empty prompt, an id that the model has no embedding of, new_tokens below 0, a
-    temperature below 0 or not finite, a top_k below 1, a seed that isn't one of 64 bits, logits that are not finite.
+    temperature below 0 or not finite, a top_k below 1, a top_p that isn't above 0 and at most 1, a seed that isn't one
+    of 64 bits, logits that are not finite.
     """
     for tokens in prompts:
         if not tokens:
@@ -61,6 +64,8 @@ def generate(
         raise SptError(invalid("temperature", temperature, "write a number of at least 0"), argument=True)
     if top_k is not None and top_k < 1:
         raise SptError(invalid("top_k", top_k, "write a whole number of at least 1"), argument=True)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise SptError(invalid("top_p", top_p, "write a number above 0 and at most 1"), argument=True)
     if not -(2**63) <= seed < 2**64:
         raise SptError(invalid("seed", seed, "write a whole number of at most 64 bits"), argument=True)
     texts = [list(tokens) for tokens in prompts]
@@ -68,14 +73,16 @@ def generate(
     reader, growing = _Reader(model, texts, new_tokens), list(range(len(texts)))
     for _ in range(new_tokens):
         for n, logits_V in reader.read(growing).items():
-            texts[n].append(_draw(logits_V[:vocab_size].double().cpu(), temperature, top_k, generators[n]))
+            texts[n].append(_draw(logits_V[:vocab_size].double().cpu(), temperature, top_k, top_p, generators[n]))
         growing = [n for n in growing if texts[n][-1] != stop_id]
         if not growing:
             break
     return texts
 
 
-def _draw(logits_V: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+def _draw(
+    logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
     if not logits_V.isfinite().all():
         raise SptError("weights: give logits that are not finite; the run diverged, so take an earlier checkpoint")
     if temperature == 0:
@@ -83,6 +90,9 @@ def _draw(logits_V: Tensor, temperature: float, top_k: int | None, generator: to
     if top_k is not None and top_k < len(logits_V):
         logits_V[logits_V < logits_V.topk(top_k).values[-1]] = -torch.inf
     probabilities_V = ((logits_V - logits_V.max()) / temperature).softmax(0)
+    if top_p is not None:
+        falling_V, order_V = probabilities_V.sort(descending=True, stable=True)
+        probabilities_V[order_V[falling_V.cumsum(0) - falling_V >= top_p]] = 0
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
 
 

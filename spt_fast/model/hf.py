@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spt_fast.data.hf_tokenizer import HF_FILES
+from spt_fast.data.hf_tokenizer import HF_FILES, TEMPLATES
 from spt_fast.errors import CheckpointError, SptWarning, invalid, shown, shown_key
 from spt_fast.files import sync
 from spt_fast.model import hf_config, rotary
@@ -144,18 +144,19 @@ def save(
         if tokenizer is not None and tokenizer.bos_id is not None:
             described["bos_token_id"] = tokenizer.bos_id
         if like is not None:
-            for file in carried_files(like):
-                shutil.copyfile(file, temporary / file.name)
+            carry(like, temporary)
             theirs = hf_config.read_json(like / (BASE_CONFIG if (like / BASE_CONFIG).exists() else CONFIG))
             ids = {field: theirs.get(field) for field in hf_config.SPECIAL_IDS}
             described |= ids if any(id_ is not None for id_ in ids.values()) else {}
         (temporary / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        for file in temporary.iterdir():
-            sync(file)
+        names = [str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file()]
+        for name in names:
+            sync(temporary / name)
         if overwrite is not None:
-            _make_way(folder, {file.name for file in temporary.iterdir()}, temporary, overwrite=overwrite)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
-            file.replace(folder / file.name)
+            _make_way(folder, names, temporary, overwrite=overwrite)
+        for name in sorted(names, key=lambda name: name == CONFIG):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (temporary / name).replace(folder / name)
         sync(folder)
     except OSError as error:
         raise CheckpointError(
@@ -167,15 +168,22 @@ def save(
             folder.rmdir()  # where nothing came into it
 
 
-def carried_files(folder: Path) -> list[Path]:
-    """What goes along with the weights in a folder."""
-    return sorted(file for file in folder.iterdir() if file.name in CARRIED)
+def carry(source: Path, folder: Path) -> None:
+    """Copy what goes along with the weights in a folder to another."""
+    for name in _carried(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+
+
+def _carried(folder: Path) -> list[str]:
+    templates = [str(file.relative_to(folder)) for file in folder.glob(TEMPLATES)]
+    return [name for name in (*CARRIED, *templates) if (folder / name).is_file()]
 
 
 def _make_way(folder: Path, names: Collection[str], temporary: Path, *, overwrite: bool) -> None:
     """Remove what would be taken for a part of the model whose files are `temporary`; CheckpointError instead where
     that isn't wanted."""
-    others = {INDEX, "pytorch_model.bin", *CARRIED} | {path.name for path in folder.glob("*.safetensors")}
+    others = {INDEX, "pytorch_model.bin", *_carried(folder)} | {path.name for path in folder.glob("*.safetensors")}
     differing = []
     for name in sorted({*names, *others}):
         file = folder / name

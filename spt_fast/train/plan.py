@@ -23,7 +23,7 @@ from spt_fast.data.mixture import Mixture
 from spt_fast.data.order import SampleOrder, check_every_source_is_drawn
 from spt_fast.data.ring import Ring
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
-from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.data.tokenizer import Tokenizer, check_alike
 from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.fields import naming
 from spt_fast.kernels import fp8
@@ -446,6 +446,8 @@ def _that_of_the_weights(
                 f"init: the weights at {recipe.init} were trained with another tokenizer ({known[:12]}) than {by} "
                 f"({digest[:12]}); {remedy}, or start from other weights"
             )
+    if theirs and place:
+        check_alike(theirs, place.parent)
     return tokenizer or (theirs if theirs and theirs.digest == known else None)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HF_FILE, SLOW_FILES, HFTokenizer, without_hf_file
-from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.data.tokenizer import Tokenizer, check_alike
 from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid
 from spt_fast.files import write_text
 from spt_fast.model import hf
@@ -69,6 +69,8 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> BaseTokenizer | 
             f"({known[:12]}); give that one",
             argument=True,
         )
+    if own and not name:
+        check_alike(found, Path(own).parent)
     if found.vocab_size > (rows := read_config(weights).vocab_size):
         expected = f"it has {found.vocab_size:,} ids, the weights at {path} {rows:,}; give the one that these are of"
         raise CheckpointError(invalid("tokenizer", source, expected), argument=True)
@@ -184,4 +186,4 @@ def generate_texts(
         for prompt, given, ids in zip(batch, before, after, strict=True):
             ended = len(ids) > len(given) and ids[-1] == eos
             shown = ids[(encoding.bos_id is not None) if prompt else len(given) : len(ids) - ended]
-            yield Generated(prompt, encoding.decode(shown), len(ids) - len(given), ended)
+            yield Generated(prompt, encoding.decode(shown, special=True), len(ids) - len(given), ended)

@@ -163,7 +163,6 @@ def _begin_folder(folder: Path, recipe: Recipe, tokenizer: BaseTokenizer | None)
     if tokenizer and tokenizer_file(folder) is None:
         tokenizer.keep(folder)
     if recipe.init and not (folder / hf.BASE_CONFIG).exists() and (base := carrier_of(locate(Path(recipe.init)))):
-        for file in hf.carried_files(base):
-            shutil.copyfile(file, folder / file.name)
+        hf.carry(base, folder)
         config = base / (hf.BASE_CONFIG if (base / hf.BASE_CONFIG).exists() else hf.CONFIG)
         shutil.copyfile(config, folder / hf.BASE_CONFIG)

@@ -10,6 +10,7 @@ import torch
 
 from spt_fast.errors import SptError, SptWarning
 from spt_fast.model.config import RopeScaling
+from spt_fast.model.generate import _draw
 from spt_fast.model.gpt import GPT, GPTConfig
 
 
@@ -128,6 +129,21 @@ def test_samples_follow_the_distribution_and_top_k(model: GPT) -> None:
     drawn = Counter(model.generate([4], 1, temperature=0.7, seed=seed)[1] for seed in range(2000))
     for token, probability in enumerate(probabilities.tolist()):
         assert drawn[token] / 2000 == pytest.approx(probability, abs=4.5 * (0.25 / 2000) ** 0.5)
+    generator, halves = torch.Generator().manual_seed(0), torch.tensor([1, 4, 2, 8.0]).double().log()
+    for top_p, expected in (
+        (1e-9, {3}),
+        (0.53, {3}),
+        (0.54, {1, 3}),
+        (0.79, {1, 3}),
+        (0.81, {1, 2, 3}),
+        (1, {0, 1, 2, 3}),
+    ):
+        draws = {_draw(halves.clone(), 1.0, None, top_p, generator) for _ in range(200)}
+        assert draws == expected, "the fewest that sum to it"
+    assert {_draw(halves.clone(), 9.0, 3, 0.5, generator) for _ in range(50)} == {1, 3}, (
+        "of the top k, at the temperature"
+    )
+    assert model.generate([4], 8, top_p=1.0, seed=3) == model.generate([4], 8, seed=3)
     best = set(probabilities.topk(2).indices.tolist())
     assert {model.generate([4], 1, top_k=2, temperature=3.0, seed=seed)[1] for seed in range(60)} == best
 
@@ -150,6 +166,9 @@ def test_bad_arguments_are_refused(model: GPT) -> None:
         model.generate([1], 3, temperature=-1.0)
     with pytest.raises(ValueError, match="top_k"):
         model.generate([1], 3, top_k=0)
+    for top_p in (0.0, 1.1, float("nan")):
+        with pytest.raises(SptError, match=r"top_p: .* is invalid: write a number above 0 and at most 1"):
+            model.generate([1], 3, top_p=top_p)
     for seed in (2**64, -(2**63) - 1):
         with pytest.raises(SptError, match=r"seed: .* is invalid: write a whole number of at most 64 bits"):
             model.generate([1], 3, seed=seed)

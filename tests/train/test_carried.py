@@ -34,7 +34,8 @@ from tests.train.test_identity import byte_tokenizer, stop
 from tests.train.test_loop import StopAfter
 
 IDS = {"bos_token_id": 257, "eos_token_id": [256, 300], "pad_token_id": 3}
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TEMPLATE = "additional_chat_templates/rag.jinja"
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", TEMPLATE)
 
 
 @pytest.fixture
@@ -43,6 +44,8 @@ def base(tmp_path: Path) -> Path:
     folder = hf_tokenizers.write(tmp_path / "base")
     config = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=tiny.CONTEXT, vocab_size=448)
     GPT(config).save_hf(folder)
+    (folder / TEMPLATE).parent.mkdir()
+    (folder / TEMPLATE).write_text("{{ documents }}")
     described = json.loads((folder / "config.json").read_text()) | IDS
     (folder / "config.json").write_text(json.dumps(described))
     (folder / "generation_config.json").write_text('{"eos_token_id": [256, 300],\n "temperature": 0.6}')
@@ -94,6 +97,12 @@ def test_a_token_that_begins_documents_is_kept_and_said(tmp_path: Path, base: Pa
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "ranks" / "tokenizer.json"))
     assert theirs.encode("ab").ids == ranks.prompt("ab") == [256, 97, 98]
     assert json.loads((tmp_path / "ranks" / "tokenizer_config.json").read_text())["bos_token"] == EOS
+    assert Tokenizer.load(tmp_path / "ranks").digest == ranks.digest
+    GPT(read_config(base)).save_hf(tmp_path / "ranks", ranks)
+    shutil.copy(base / "tokenizer.json", tmp_path / "ranks")
+    for use in (Tokenizer.load, tokenizer_of):
+        with pytest.raises(DataError, match=r"tokenizer: .*ranks holds two that give different ids, tokenizer\.tikt"):
+            use(tmp_path / "ranks")
 
 
 def special_ids(folder: Path) -> dict[str, Any]:
@@ -109,6 +118,8 @@ def test_the_files_of_a_base_go_into_the_run_its_weights_and_its_exports(
     assert special_ids(tmp_path / "imported") == IDS
     expected = tmp_path / "as_it_was"
     shutil.copytree(base, expected)
+    Tokenizer.load(base).keep(tmp_path / "kept")
+    assert (tmp_path / "kept" / TEMPLATE).read_text() == "{{ documents }}"
     stop(raw, monkeypatch)
     shutil.rmtree(base)
     assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
@@ -127,9 +138,10 @@ def test_the_files_of_a_base_go_into_the_run_its_weights_and_its_exports(
     exported = tokenizer_of(tmp_path / "out" / "second")
     assert exported is not None
     assert exported.eos_id == own.eos_id, "that of the data"
-    text = generate_text(folder, "the fox", 4, temperature=0)
-    assert text.startswith("the fox")
-    assert generate_text(tmp_path / "out" / "second", "the fox", 4, temperature=0) == text
+    prompt = f"<tool>{hf_tokenizers.BOS}the fox"
+    text = generate_text(folder, prompt, 4, temperature=0)
+    assert text.startswith(prompt), "its tokens are read out of a prompt, and shown"
+    assert generate_text(tmp_path / "out" / "second", prompt, 4, temperature=0) == text
     assert score(tmp_path / "out" / "second", tmp_path / "text.heldout")["same_tokenizer"]
     again = raw | {"run": str(tmp_path / "again"), "init": str(folder / "weights" / "second")}
     plan = make_plan(recipe_from(again))
