@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -138,52 +138,92 @@ def _example() -> Tensor:
 _LIBRARY = torch.library.Library("spt_fast", "FRAGMENT")
 """Not `torch.library.custom_op`: the first call of one imports torch.compile, a second of every process."""
 
-_formulas: dict[OpOverload, tuple[Callable, Callable]] = {}
-"""By op, what saves for its gradients and what computes them."""
+_formulas: dict[Callable, tuple[Callable, Callable]] = {}
+"""By custom op, what saves for its gradients and what computes them."""
 
 
-def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable], OpOverload]:
-    """Makes a function the custom op `spt_fast::name`.
+def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+    """Makes a function of positional arguments the custom op `spt_fast::name`.
+
+    The registered op costs 30 µs of Python and dispatcher a call, and its gradients as much again. Only what looks at
+    ops needs it: torch.compile and export, selective checkpointing, transforms, fake and meta tensors. All others get
+    the function itself, under autograd as a `torch.autograd.Function`.
 
     empty    (the leading arguments, *_) -> new tensors as the results are, by which torch.compile traces the op
     mutates  the arguments, each a list of tensors, that the op changes in place; such an op has no gradients
     """
 
-    def register(function: Callable) -> OpOverload:
+    def register(function: Callable) -> Callable:
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"spt_fast::{name}", empty, lib=_LIBRARY)
         op = getattr(torch.ops.spt_fast, name).default
+        places = [place for place, argument in enumerate(op._schema.arguments) if argument.name in mutates]
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling() or _is_looked_at(arguments):
+                return op(*arguments)
+            if mutates:
+                for place in places:
+                    torch.autograd.graph.increment_version(arguments[place])
+                return function(*arguments)
+            return direct.apply(*arguments) if torch.is_grad_enabled() else function(*arguments)
+
+        class direct(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *arguments: Any) -> Any:
+                output = function(*arguments)
+                _save(call, ctx, arguments, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: Tensor) -> Any:
+                return _differentiate(call, ctx, *gradients)
+
         if mutates:
-            _LIBRARY.impl(name, _in_place(op, mutates), "Autograd", with_keyset=True)
+            _LIBRARY.impl(name, _in_place(op, places), "Autograd", with_keyset=True)
         else:
-            saved, computed = partial(_save, op), partial(_differentiate, op)
+            saved, computed = partial(_save, call), partial(_differentiate, call)
             torch.library.register_autograd(op, computed, setup_context=saved, lib=_LIBRARY)
-        return op
+        return call
 
     return register
 
 
-def differentiable(op: OpOverload, gradients: Callable, setup_context: Callable) -> None:
+def _is_looked_at(arguments: Sequence[Any]) -> bool:
+    """Whether something follows which ops are called, or a tensor isn't plain memory."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return True
+    for given in arguments:
+        kind = type(given)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if given.is_meta:
+                return True
+        elif isinstance(given, Tensor):
+            return True
+    return False
+
+
+def differentiable(op: Callable, gradients: Callable, setup_context: Callable) -> None:
     """Gives a custom op its gradients, in the form of `torch.library.register_autograd`."""
     _formulas[op] = setup_context, gradients
 
 
-def _save(op: OpOverload, ctx: Any, inputs: tuple, output: Any) -> None:
+def _save(op: Callable, ctx: Any, inputs: tuple, output: Any) -> None:
     if op in _formulas:
         _formulas[op][0](ctx, inputs, output)
 
 
-def _differentiate(op: OpOverload, ctx: Any, *gradients: Tensor) -> Any:
+def _differentiate(op: Callable, ctx: Any, *gradients: Tensor) -> Any:
     if op not in _formulas:
-        raise RuntimeError(f"{op} has no derivative")
+        raise RuntimeError(f"{op.__name__} has no derivative")
     return _formulas[op][1](ctx, *gradients)
 
 
-def _in_place(op: OpOverload, mutates: Sequence[str]) -> Callable:
+def _in_place(op: OpOverload, places: Sequence[int]) -> Callable:
     """The op without autograd, which is told that what it saved of these arguments is overwritten."""
-    places = [place for place, argument in enumerate(op._schema.arguments) if argument.name in mutates]
 
     def run(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         for place in places:

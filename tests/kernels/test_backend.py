@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_fast import kernels
 from spt_fast.kernels import chosen_backends, rms_norm
@@ -59,3 +62,48 @@ def test_without_the_extension_auto_falls_back(monkeypatch: pytest.MonkeyPatch) 
     assert set(kernels.auto_backends().values()) == {"reference"}
     with pytest.raises(ValueError, match="extension is not built"):
         rms_norm(X, W, backend="cpu")
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: Any = None) -> Any:
+        self.names = {*getattr(self, "names", ()), str(function)}
+        return function(*arguments, **(options or {}))
+
+
+def test_an_op_is_a_plain_function_unless_something_looks_at_ops() -> None:
+    """Then it is the registered op, of which results and gradients are the same bits."""
+
+    def run() -> list[torch.Tensor]:
+        leaves = [X.clone().requires_grad_(), W.clone().requires_grad_()]
+        y = rms_norm(*leaves)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    with torch.autograd.profiler.profile() as plain:
+        found = run()
+    assert not [event.name for event in plain.function_events if event.name.startswith("spt_fast::rms_norm")]
+    with torch.autograd.profiler.profile() as looked_at, Seen() as seen:
+        expected = run()
+    names = {event.name for event in looked_at.function_events}
+    assert names >= {"spt_fast::rms_norm", "spt_fast::rms_norm_backward"}
+    assert seen.names >= {"spt_fast.rms_norm.default", "spt_fast.rms_norm_backward.default"}
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    class Named(torch.Tensor):
+        pass
+
+    for x in (X.to("meta"), X.as_subclass(Named)):
+        with torch.autograd.profiler.profile() as other:
+            assert rms_norm(x, W.to(x.device)).shape == X.shape
+        assert "spt_fast::rms_norm" in {event.name for event in other.function_events}
+
+
+def test_a_gradient_of_a_gradient_is_refused_and_an_update_in_place_is_known_to_autograd() -> None:
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(rms_norm(x, w).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        dx.sum().backward()
+    param = torch.ones(3)
+    y = (torch.ones(3, requires_grad=True) * param).sum()  # keeps param
+    kernels.adamw_step(param, torch.ones(3), torch.zeros(3), torch.zeros(3), step=1, lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
