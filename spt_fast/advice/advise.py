@@ -8,18 +8,19 @@ beside what the laws make of it.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from spt_fast.advice import replay as replays
 from spt_fast.advice.arms import REGIMES
+from spt_fast.advice.bases import BaseAdvice, advise_base, of_bases
 from spt_fast.advice.evidence import Evidence, gather
 from spt_fast.advice.next_step import next_step, rates_of
 from spt_fast.advice.prior import FINETUNE_EPOCHS, SCPT_LAST, Prior, outside, prior
+from spt_fast.advice.question import Size, check, nearest_preset, size_of
 from spt_fast.advice.result import (
     Advice,
     Arm,
@@ -39,11 +40,7 @@ from spt_fast.advice.result import (
 from spt_fast.advice.support import support
 from spt_fast.advice.tax import factor_of, published_factor, tax
 from spt_fast.data.divergence import divergence
-from spt_fast.errors import DataError, RecipeError, invalid, nearest
-from spt_fast.fields import parse_count
-from spt_fast.model.flops import matmul_parameters, parameters
-from spt_fast.model.gpt import GPTConfig
-from spt_fast.model.presets import PRESETS
+from spt_fast.errors import DataError, RecipeError
 from spt_fast.study.finetunes import plainest
 from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount, percent
@@ -62,17 +59,42 @@ def advise(
     domain: str | Path | None = None,
     inference_tokens: int | None = None,
     max_general_rise: float | None = None,
-) -> Advice:
-    """What to do with `domain_tokens` unique domain tokens and `budget` pretraining tokens.
+    base: str | None = None,
+) -> Advice | BaseAdvice:
+    """What to do with `domain_tokens` unique domain tokens and `budget` tokens: how to go on from a base, as
+    `advise_base` says, where one is named or all runs go on from one; else how to pretrain.
 
     model             a preset, or a number of parameters; without it the nearest runs of any size count
     table             runs, as read_table gives them
     general, domain   dataset prefixes, for how far the domain lies from the general corpus
     inference_tokens  tokens that will be served, for the finetuner's tax
     max_general_rise  how far the general loss may end above the lowest one before finetuning at that budget: 0.03 is 3%
+    base              weights to go on from: a Hugging Face folder, or a run
 
     Raises RecipeError, or DataError for a table that cannot be used.
     """
+    rows = None if table is None else usable(table)
+    own: dict[str, Any] = {"domain_tokens": domain_tokens, "budget": budget, "model": model, "table": rows}
+    own |= {"general": general, "domain": domain, "max_general_rise": max_general_rise}
+    if base is None and (rows is None or not of_bases(rows)):
+        return advise_pretraining(**own, inference_tokens=inference_tokens)
+    if inference_tokens is not None:
+        raise RecipeError("inference_tokens: prices a model that is pretrained; leave it out for a base", argument=True)
+    return advise_base(**own, base=base)
+
+
+def advise_pretraining(
+    *,
+    domain_tokens: int,
+    budget: int,
+    model: str | int | None = None,
+    table: pd.DataFrame | UsableRows | None = None,
+    general: str | Path | None = None,
+    domain: str | Path | None = None,
+    inference_tokens: int | None = None,
+    max_general_rise: float | None = None,
+) -> Advice:
+    """The mixture of pretraining; as `advise`."""
     size = size_of(model)
     asked = Asked(domain_tokens, budget, model, size.params, inference_tokens, max_general_rise)
     check(asked)
@@ -123,50 +145,6 @@ def advise(
             domain=domain,
         ),
     )
-
-
-@dataclass(frozen=True)
-class Size:
-    preset: str | None
-    params: int | None
-    multiplied: int | None
-    """Parameters that multiply every token."""
-
-
-def size_of(model: str | int | None) -> Size:
-    """Of a preset, or of a number of parameters; all None without a model."""
-    if model is None:
-        return Size(None, None, None)
-    if model in PRESETS:
-        config = GPTConfig(**PRESETS[str(model)])
-        return Size(str(model), parameters(config), matmul_parameters(config))
-    try:
-        params = parse_count(model, "model")
-    except RecipeError:
-        presets = nearest(str(model), PRESETS)
-        message = invalid("model", model, f"give a preset ({presets}) or a number of parameters")
-        raise RecipeError(message, argument=True) from None
-    return Size(None, params, params)
-
-
-def nearest_preset(params: float) -> str:
-    return min(PRESETS, key=lambda name: abs(math.log(parameters(GPTConfig(**PRESETS[name])) / params)))
-
-
-def check(asked: Asked) -> None:
-    """RecipeError for a question without an answer."""
-    for name in ("domain_tokens", "budget", "inference_tokens"):
-        count = getattr(asked, name)
-        if count is not None and not count >= 1:
-            raise RecipeError(invalid(name, count, "give a positive number of tokens"), argument=True)
-    rise = asked.max_general_rise
-    if rise is not None and not 0 < rise <= 1:
-        expected = "give a fraction above 0 and up to 1; 0.03 is 3%"
-        raise RecipeError(invalid("max_general_rise", rise, expected), argument=True)
-    if asked.inference_tokens is not None and asked.params is None:
-        raise RecipeError(
-            "model: missing, and what serving costs depends on it; give a preset such as 1b, or its size", argument=True
-        )
 
 
 def _check_distance(general: object, domain: object) -> None:

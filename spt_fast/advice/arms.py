@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from spt_fast.advice.result import Arm
-from spt_fast.study.finetunes import Interval, after_pretraining
+from spt_fast.study.finetunes import after_pretraining
 from spt_fast.study.usable import UsableRows
 
 REGIMES = ("FT", "SPT", "SCPT")
@@ -47,16 +47,12 @@ def arms(rows: pd.DataFrame) -> list[Arm]:
 
 
 def _arm(own: pd.DataFrame) -> Arm:
-    first, domain = own.iloc[0], Interval.of(own["domain_heldout"])
-    assert domain is not None
+    first = own.iloc[0]
     return Arm(
         regime=first["regime"],
         delta=float(first["pretrain_delta"]),
         injected=float(first["injected"]),
         tokens=int(first["pretrain_tokens"]),
         epochs=float(own["pretrain_epochs"].mean()),
-        seeds=len(own),
-        domain=domain,
-        general=Interval.of(own["general_heldout"]),
-        forgetting=Interval.of(own["general_heldout"] - own["general_before"]),
+        **Arm.losses(own),
     )

@@ -18,16 +18,19 @@ from typing import Any, Literal
 import pandas as pd
 import yaml
 
-from spt_fast.advice.advise import check, size_of
 from spt_fast.advice.next_step import PUBLISHED
 from spt_fast.advice.prior import FACTS, REPLAY, progress_lost
-from spt_fast.advice.result import Asked
+from spt_fast.advice.question import check, size_of
+from spt_fast.advice.result import Asked, Ended
 from spt_fast.laws import DCPTLaw, best_ratio
 from spt_fast.laws.base import LawWarning
+from spt_fast.model.flops import parameters
 from spt_fast.study import views
-from spt_fast.study.finetunes import SETTING, Interval
+from spt_fast.study.finetunes import SETTING
+from spt_fast.study.sweep import WINDOW
 from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount, percent, three_digits
+from spt_fast.train.weights import read_config
 
 TREATMENT = ["injected", "anchor", "average"]
 GENERAL_TEXT = (
@@ -40,21 +43,13 @@ FEWEST_SHARES = 4
 """That a D-CPT law is fitted to."""
 
 
-@dataclass(frozen=True)
-class BaseArm:
-    """Runs from one base that differ by seed only, as they ended. Losses are None where they were not measured."""
+@dataclass(frozen=True, kw_only=True)
+class BaseArm(Ended):
+    """Of runs from one base; `tokens` are the most that one of them has handed on after."""
 
-    delta: float
     replay: float
     anchor: float
     average: float
-    tokens: int
-    """The most that one of them has handed on after."""
-    epochs: float
-    seeds: int
-    domain: Interval
-    general: Interval | None
-    forgetting: Interval | None
 
 
 @dataclass(frozen=True)
@@ -104,30 +99,39 @@ def advise_base(
 ) -> BaseAdvice:
     """How to go on for `budget` tokens from `base`, or from that of the runs; otherwise as `advise`.
 
+    model             by default as large as `base`
     max_general_rise  how far the general loss may end above that of the base
 
-    Raises RecipeError, or DataError for a table that cannot be used.
+    Raises RecipeError, DataError for a table that cannot be used, or CheckpointError for a base that is neither there
+    nor that of a run.
     """
+    rows = None if table is None else usable(table)
+    known = rows is not None and base in set(rows.rows["base"])
+    shape = read_config(Path(base)) if base and not (known and not Path(base).is_dir()) else None
+    model = parameters(shape) if model is None and shape else model
     asked = Asked(domain_tokens, budget, model, size_of(model).params, None, max_general_rise)
     check(asked)
-    rows = None if table is None else usable(table)
     notes, own = ["no runs were given"], pd.DataFrame()
     if rows is not None:
         notes, own = list(rows.notes), _nearest(rows, asked, base)
         if own.empty:
             notes.append("no run went on from a base on domain text: nothing to choose among")
     arms = _arms(own) if len(own) else []
-    lr = PUBLISHED.finetune[1]
+    lr, batch = PUBLISHED.finetune[1], {"sequences": 16, "context": WINDOW}
     if arms and rows is not None:
         base = str(own["base"].iloc[0])
         arm, decided, more = _decide(arms, own, rows, asked)
-        lr = float(own["lr"][_is(own, arm)].mode()[0])
+        ran = own[_is(own, arm)]
+        lr = float(ran["lr"].mode()[0])
+        usual = ran.reindex(columns=["sequences", "window"]).dropna().mode()
+        batch = dict(zip(batch, map(int, usual.iloc[0]), strict=True)) if len(usual) else batch
         notes += more
     else:
         decided = _decision(REPLAY, 0.0, 0.0, asked, "published", _published(asked))
-    return BaseAdvice(
-        asked, base, decided, arms, notes, GENERAL_TEXT, _recipe(decided, asked, base, lr, general, domain)
-    )
+    if shape:
+        batch["context"] = min(batch["context"], shape.context)
+    recipe = _recipe(decided, asked, base, {"batch": batch, "optimizer": {"lr": lr}}, general, domain)
+    return BaseAdvice(asked, base, decided, arms, notes, GENERAL_TEXT, recipe)
 
 
 def _nearest(table: UsableRows, asked: Asked, base: str | None) -> pd.DataFrame:
@@ -156,8 +160,6 @@ def _nearest(table: UsableRows, asked: Asked, base: str | None) -> pd.DataFrame:
 def _arms(own: pd.DataFrame) -> list[BaseArm]:
     found = []
     for (replay, anchor, average), arm in own.groupby(TREATMENT):
-        domain = Interval.of(arm["domain_heldout"])
-        assert domain is not None
         found.append(
             BaseArm(
                 delta=_rest(replay),
@@ -166,10 +168,7 @@ def _arms(own: pd.DataFrame) -> list[BaseArm]:
                 average=average,
                 tokens=int(arm["tokens"].max()),
                 epochs=float(arm["epochs"].mean()),
-                seeds=len(arm),
-                domain=domain,
-                general=Interval.of(arm["general_heldout"]),
-                forgetting=Interval.of(arm["general_heldout"] - arm["general_before"]),
+                **BaseArm.losses(arm),
             )
         )
     return sorted(found, key=lambda arm: arm.domain.mean)
@@ -273,7 +272,7 @@ def _recipe(
     decided: BaseDecision,
     asked: Asked,
     base: str | None,
-    lr: float,
+    steps: dict[str, Any],
     general: str | Path | None,
     domain: str | Path | None,
 ) -> str:
@@ -284,8 +283,7 @@ def _recipe(
         "name": "continue",
         "tokens": asked.budget,
         "mixture": {name: f"{100 * share:.12g}%" for name, share in shares.items() if share},
-        "batch": {"sequences": 16, "context": 2048},
-        "optimizer": {"lr": lr},
+        **steps,
         "schedule": {"name": "cosine", "warmup": "5%"},
         **{name: value for name, value in treatment.items() if value},
     }

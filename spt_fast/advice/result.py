@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pandas as pd
+
 from spt_fast.advice.prior import Prior
 from spt_fast.study.finetunes import Interval
 
@@ -36,19 +38,37 @@ class Decision(Choice):
     says: str
 
 
-@dataclass(frozen=True)
-class Arm:
-    """What finetunes that differ by seed only ended with; see arms.py. Losses are None where they were not measured."""
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """What runs that differ by seed only ended with. Losses are None where they were not measured."""
 
-    regime: str
     delta: float
-    injected: float
     tokens: int
     epochs: float
     seeds: int
     domain: Interval
     general: Interval | None
     forgetting: Interval | None
+
+    @staticmethod
+    def losses(runs: pd.DataFrame) -> dict[str, Any]:
+        """The last four, of rows of the runs table."""
+        domain = Interval.of(runs["domain_heldout"])
+        assert domain is not None
+        return {
+            "seeds": len(runs),
+            "domain": domain,
+            "general": Interval.of(runs["general_heldout"]),
+            "forgetting": Interval.of(runs["general_heldout"] - runs["general_before"]),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm(Ended):
+    """Of finetunes; see arms.py."""
+
+    regime: str
+    injected: float
 
 
 @dataclass(frozen=True)

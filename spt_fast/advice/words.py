@@ -94,7 +94,10 @@ def interval(loss: Interval) -> str:
 # ------------------------------------------------------------------------------------------------ on a terminal
 
 
-def print_advice(advice: Advice, console: Console) -> None:
+def print_advice(advice: Advice | BaseAdvice, console: Console) -> None:
+    if isinstance(advice, BaseAdvice):
+        _print_base_advice(advice, console)
+        return
     console.print(advice.decision.says, style="bold")
     for line in findings(advice):
         console.print(f"- {line}")
@@ -106,7 +109,7 @@ def print_advice(advice: Advice, console: Console) -> None:
     console.print(advice.recipe, soft_wrap=True)
 
 
-def print_base_advice(advice: BaseAdvice, console: Console) -> None:
+def _print_base_advice(advice: BaseAdvice, console: Console) -> None:
     console.print(advice.decision.says, style="bold")
     for line in [BASIS[advice.decision.basis], *advice.missing, advice.general_text]:
         console.print(f"- {line}")

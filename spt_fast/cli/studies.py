@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer import Option
@@ -133,32 +133,21 @@ def advise(
 ) -> None:
     """Share of domain data in pretraining, repeats, replay: by runs, or by the papers where there are none."""
     from spt_fast.advice import advise as advising
-    from spt_fast.advice.bases import advise_base, of_bases
-    from spt_fast.advice.words import print_advice, print_base_advice
+    from spt_fast.advice.words import print_advice
     from spt_fast.fields import parse_count
     from spt_fast.study.runs_table import read_table
-    from spt_fast.study.usable import usable
-    from spt_fast.train.weights import parameters_of
 
-    table = usable(read_table(runs, domain_source=domain_source, general_source=general_source)) if runs else None
-    asked: dict[str, Any] = {
-        "domain_tokens": parse_count(domain_tokens, "--domain-tokens"),
-        "budget": parse_count(budget, "--budget"),
-        "table": table,
-        "general": general,
-        "domain": domain,
-        "max_general_rise": share(max_general_rise, "--max-general-rise"),
-    }
-    served = count(inference_tokens, "--inference-tokens")
-    if init or (table and of_bases(table)):
-        if served is not None:
-            raise typer.BadParameter("--inference-tokens prices a model that is pretrained; leave it out for a base")
-        on = advise_base(
-            **asked, model=model or (parameters_of(init) if init else None), base=str(init) if init else None
-        )
-        print_json(on) if as_json else print_base_advice(on, out)
-        return
-    given = advising.advise(**asked, model=model, inference_tokens=served)
+    given = advising.advise(
+        domain_tokens=parse_count(domain_tokens, "--domain-tokens"),
+        budget=parse_count(budget, "--budget"),
+        model=model,
+        table=read_table(runs, domain_source=domain_source, general_source=general_source) if runs else None,
+        general=general,
+        domain=domain,
+        inference_tokens=count(inference_tokens, "--inference-tokens"),
+        max_general_rise=share(max_general_rise, "--max-general-rise"),
+        base=str(init) if init else None,
+    )
     print_json(given) if as_json else print_advice(given, out)
 
 

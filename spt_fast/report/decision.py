@@ -16,8 +16,9 @@ from typing import Any
 
 import pandas as pd
 
+from spt_fast.advice.bases import BaseAdvice
 from spt_fast.advice.result import Advice
-from spt_fast.advice.words import costs, headline, interval, share_cells, surety
+from spt_fast.advice.words import BASIS, costs, headline, interval, share_cells, surety
 from spt_fast.errors import RecipeError
 from spt_fast.laws import DCPTLaw, best_ratio
 from spt_fast.study.compare import Arms, Comparison, Finetune, Verdict, compare_finetunes, judge
@@ -216,9 +217,10 @@ class Answer:
     recipe: str = ""
 
 
-def answer(advice: Advice | None, decision: RunsDecision | None, fits: Sequence[Fitted]) -> Answer:
-    """From advice where there is some, else from what the runs show by themselves, else from the D-CPT law."""
-    if advice is not None:
+def answer(advice: Advice | BaseAdvice | None, decision: RunsDecision | None, fits: Sequence[Fitted]) -> Answer:
+    """From advice where there is some, else from what the runs show by themselves. Of runs from a base it is from the
+    D-CPT law where there is one."""
+    if isinstance(advice, Advice):
         return _advised(advice)
     if decision is not None:
         lead = f"For {setting_name(decision.setting)}, {amount(decision.budget)} tokens of pretraining and a finetune."
@@ -232,6 +234,8 @@ def answer(advice: Advice | None, decision: RunsDecision | None, fits: Sequence[
     for domain, general in pairs:
         if domain.law is not None and general.law is not None:
             return _continual(domain, general)
+    if advice is not None:
+        return _on_a_base(advice)
     return Answer(
         "These runs decide nothing about pretraining yet.",
         "That takes finetunes after pretraining at two domain shares or more, 0 among them, with held-out losses of "
@@ -265,6 +269,13 @@ def _continual(domain: Fitted, general: Fitted) -> Answer:
     return Answer(
         f"Give the domain {percent(three_digits(share))} of the tokens.", f"{lead} It keeps {limit}.", sure, costs
     )
+
+
+def _on_a_base(advice: BaseAdvice) -> Answer:
+    decided = advice.decision
+    headline = f"Go on with {percent(decided.delta)} of domain and {percent(decided.replay)} of general text."
+    sure = [BASIS[decided.basis], *advice.missing, advice.general_text]
+    return Answer(headline, _sentence(decided.says), [*map(_sentence, sure)], recipe=advice.recipe)
 
 
 def _advised(advice: Advice) -> Answer:

@@ -24,8 +24,8 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from spt_fast import __version__
-from spt_fast.advice.advise import advise
-from spt_fast.advice.bases import of_bases
+from spt_fast.advice.advise import advise_pretraining
+from spt_fast.advice.bases import BaseAdvice, advise_base, of_bases
 from spt_fast.advice.result import Advice
 from spt_fast.errors import counted
 from spt_fast.files import write_text
@@ -184,10 +184,14 @@ def report(
     write_text(out, html)
 
 
-def _advice(table: UsableRows, model: str | int | None, domain_tokens: int | None, budget: int | None) -> Advice | None:
+def _advice(
+    table: UsableRows, model: str | int | None, domain_tokens: int | None, budget: int | None
+) -> Advice | BaseAdvice | None:
     """For what was asked, filled up with the runs' own; None where neither says enough."""
     if of_bases(table):
-        return None
+        corpus, most = (int(table.rows[column].max()) for column in ("domain_tokens", "tokens"))
+        found = advise_base(table=table, model=model, domain_tokens=domain_tokens or corpus, budget=budget or most)
+        return found if found.arms else None
     settings = with_shares(plainest(after_pretraining(table.rows)))
     if settings:
         (params, corpus), own = next(iter(settings.items()))
@@ -195,13 +199,13 @@ def _advice(table: UsableRows, model: str | int | None, domain_tokens: int | Non
         budget = budget or int(own["pretrain_tokens"].max())
     if domain_tokens is None or budget is None:
         return None
-    return advise(table=table, model=model, domain_tokens=domain_tokens, budget=budget)
+    return advise_pretraining(table=table, model=model, domain_tokens=domain_tokens, budget=budget)
 
 
 def page(
     table: pd.DataFrame,
     fits: Sequence[Fitted],
-    advice: Advice | None,
+    advice: Advice | BaseAdvice | None,
     sources: Sequence[str] = (),
     tasks: Sequence[TaskTable] = (),
 ) -> str:

@@ -35,7 +35,7 @@ from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, tra
 
 CONTENT = ("domain", "general", "domain_text", "general_text")
 BEHIND = ("domain_error", "general_error", "domain_documents", "general_documents")
-NEWER = (*CONTENT, *BEHIND, "base")
+NEWER = (*CONTENT, *BEHIND, "base", "sequences", "window")
 """Columns that tables of earlier versions lack."""
 TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout", "base", *CONTENT), str)
 SPLITS = ("train", "heldout", "select")
@@ -76,6 +76,9 @@ class Row:
     """Unique tokens of the domain that training may read."""
     epochs: float = math.nan
     """How often this stage has read them."""
+    sequences: float = math.nan
+    window: float = math.nan
+    """Of a step of the phase: how many windows, of how many tokens; NaN in tables of earlier versions."""
     pretrain_tokens: float = math.nan
     """Tokens of the stages before; NaN where unknown."""
     pretrain_delta: float = math.nan
@@ -252,7 +255,7 @@ def table_of(runs: Sequence[Path], domain: str, general: str) -> pd.DataFrame:
 def in_columns(rows: Iterable[Row]) -> pd.DataFrame:
     """Rows as a table."""
     return pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS)).astype(
-        {"tokens": "float", "domain_tokens": "float", "pretrain_tokens": "float"}
+        dict.fromkeys(("tokens", "domain_tokens", "pretrain_tokens", "sequences", "window"), "float")
     )
 
 
@@ -331,6 +334,8 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
             for corpus, source in sources.items()
         }
         row = replace(row, phase=phase.name, heldout=_heldout(summary, phase, domain, general), **documents)
+        window = done.get("context") or phase.batch.context or summary.get("context", math.nan)
+        row = replace(row, sequences=phase.batch.sequences, window=window)
         past = _entering(past, phase, recipe, done)
         share = Fraction(phase.mixture.get(domain, 0))
         flops_per_token = done.get("flops_per_token", summary["flops_per_token"])

@@ -15,7 +15,6 @@ from torch import Tensor
 from spt_fast.errors import CheckpointError, SptWarning
 from spt_fast.files import download
 from spt_fast.model import hf
-from spt_fast.model.flops import parameters
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import recipe_of, summary_of, weights_digest
@@ -28,11 +27,6 @@ def read_config(path: Path) -> GPTConfig:
     if (path / "manifest.json").exists():
         return SavedState.read(checkpoint.read(path), path).model
     return hf.read_config(path)
-
-
-def parameters_of(path: Path) -> int:
-    """How many parameters the weights at `path` have; CheckpointError where there are none."""
-    return parameters(read_config(path))
 
 
 def digest_of(path: Path) -> str:

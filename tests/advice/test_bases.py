@@ -11,14 +11,18 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from spt_fast.advice.bases import BaseArm, advise_base, of_bases
+from spt_fast.advice.advise import advise
+from spt_fast.advice.bases import BaseAdvice, BaseArm, advise_base, of_bases
+from spt_fast.advice.result import Advice
 from spt_fast.cli import app
-from spt_fast.config import recipe_from
-from spt_fast.errors import RecipeError
+from spt_fast.config import Phase, recipe_from
+from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.fields import parse_yaml
 from spt_fast.model.flops import parameters
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.study.runs_table import COLUMNS, save_table
+from spt_fast.printing import as_json
+from spt_fast.report.page import report
+from spt_fast.study.runs_table import COLUMNS, read_table, save_table
 from spt_fast.study.usable import usable
 from tests.study.synthetic import dcpt_table
 
@@ -39,6 +43,7 @@ def row(replay: float, anchor: float, losses: tuple[float, float], **more: Any) 
         **{"injected": replay, "domain_tokens": 3 * M, "epochs": (1 - replay) * 10 / 3, "handed_on": True},
         **{"domain_heldout": domain, "general_heldout": general, "domain_select": domain, "base": "SmolLM2-135M"},
         **{"domain_before": 2.0, "general_before": 3.0, "tokenizer": "t", "heldout": "h", "average": 0.0},
+        **{"sequences": 4, "window": 512},
     }
     return {**dict.fromkeys(COLUMNS, np.nan), **values, **more}
 
@@ -77,6 +82,39 @@ def test_the_arm_that_costs_the_domain_nothing_and_forgets_least_is_advised() ->
         "1/100",
     )
     assert recipe.phases[0].optimizer.lr == 3e-5
+    assert (recipe.phases[0].batch.sequences, recipe.phases[0].batch.context) == (4, 512)
+
+
+def test_a_table_of_runs_from_a_base_is_answered_as_such_wherever_it_is_asked(tmp_path: Path) -> None:
+    table = table_of("SmolLM2-135M")
+    asked: dict[str, Any] = {"domain_tokens": 3 * M, "budget": 20 * M}
+    given = advise(**asked, table=table)
+    assert given == advise_base(**asked, table=table)
+    assert isinstance(advise(**asked, base=None, table=pd.concat([table, table.assign(base=None, stage=0)])), Advice)
+    save_table(table, tmp_path)
+    flags = ["--domain-tokens", "3M", "--budget", "20M", "--runs", str(tmp_path), "--json"]
+    assert json.loads(CliRunner().invoke(app, ["advise", *flags]).stdout) == as_json(given)
+    with pytest.raises(RecipeError, match=r"^inference_tokens: prices a model that is pretrained"):
+        advise(**asked, table=table, inference_tokens=M)
+    report([tmp_path], tmp_path / "page.html")
+    assert "Go on with 99% of domain and 1% of general text." in (tmp_path / "page.html").read_text()
+
+
+def test_tables_that_know_no_window_and_bases_that_read_less(tmp_path: Path) -> None:
+    old = table_of("a").drop(columns=["sequences", "window"])
+    save_table(old, tmp_path)
+    (batch,) = (phase.batch for phase in _recipe(advise(domain_tokens=3 * M, budget=M, table=read_table([tmp_path]))))
+    assert (batch.sequences, batch.context) == (16, 2048)
+    GPT(GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=64, vocab_size=64)).save_hf(tmp_path / "b")
+    for table in (None, table_of("a")):
+        (phase,) = _recipe(advise(domain_tokens=3 * M, budget=M, table=table, base=str(tmp_path / "b")))
+        assert phase.batch.context == 64
+    with pytest.raises(CheckpointError, match=r"^absent: is not a folder"):
+        advise(domain_tokens=3 * M, budget=M, base="absent")
+
+
+def _recipe(advice: Advice | BaseAdvice) -> tuple[Phase, ...]:
+    return recipe_from(parse_yaml(advice.recipe, "recipe")).phases
 
 
 def test_a_limit_on_the_general_loss_takes_what_keeps_it() -> None:
@@ -91,9 +129,11 @@ def test_a_limit_on_the_general_loss_takes_what_keeps_it() -> None:
 def test_an_average_is_an_arm_and_the_base_that_is_asked_for_counts() -> None:
     table = table_of("a", "b")
     averaged = [row(0.01, 0.0, (1.80, 3.0), seed=seed, run=f"avg-{seed}", base="b", average=0.1) for seed in (0, 1)]
+    averaged = [of_run | {"window": 256} for of_run in averaged]
     both = pd.concat([table, pd.DataFrame(averaged)], ignore_index=True)
-    assert advise_base(domain_tokens=3 * M, budget=M, table=both, base="b").decision.average == 0.1
-    assert advise_base(domain_tokens=3 * M, budget=M, table=both, base="a").decision.average == 0.0
+    for base, average, window in (("b", 0.1, 256), ("a", 0.0, 512)):
+        given = advise_base(domain_tokens=3 * M, budget=M, table=both, base=base)
+        assert (given.decision.average, _recipe(given)[0].batch.context) == (average, window)
 
 
 def test_the_best_rate_is_of_each_base() -> None:

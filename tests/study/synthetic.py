@@ -213,5 +213,7 @@ def completed(rows: list[dict[str, Any]]) -> pd.DataFrame:
         general_error=0.02,
         domain_documents=40.0,
         general_documents=50.0,
+        sequences=32.0,
+        window=2048.0,
         base=None,
     )[list(COLUMNS)].astype({"tokens": "float", "domain_tokens": "float", "handed_on": "bool"})

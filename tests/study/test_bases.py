@@ -61,6 +61,7 @@ def test_several_bases_are_trained_and_named_in_the_table(folder: Path) -> None:
         assert set(own["params"]) == {parameters(GPTConfig(**SHAPE, width=width))}
         assert set(own["stage"]) == {1}
         assert own["run"].nunique() == 2
+        assert (set(own["sequences"]), set(own["window"])) == ({4}, {CONTEXT})
         weights = folder / "study" / "runs" / own["run"].iloc[0] / "weights" / "finetune"
         assert json.loads((weights / "config.json").read_text())["max_position_embeddings"] == 8 * CONTEXT
     small = [Path(planned.recipe.run) for planned in runs[:2]]
