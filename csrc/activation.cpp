@@ -33,14 +33,24 @@ SPT_INLINE void forward_row(const T* gate, const T* up, T* y, int64_t F) {
   }
 }
 
-template <class T>
-SPT_INLINE void backward_row(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t F) {
+// kForward: y takes the place of dy.
+template <bool kForward, class T>
+SPT_INLINE void backward_row(T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t F) {
 #pragma omp simd
   for (int64_t i = 0; i < F; ++i) {
-    const float g = load(gate[i]), s = sigmoid(g), dys = load(dy[i]) * s;
+    const float g = load(gate[i]), u = load(up[i]), s = sigmoid(g), dys = load(dy[i]) * s;
     store(dup[i], dys * g);
-    store(dgate[i], dys * load(up[i]) * (1 + g * (1 - s)));
+    store(dgate[i], dys * u * (1 + g * (1 - s)));
+    if (kForward) store(dy[i], g * s * u);
   }
+}
+
+template <class T>
+SPT_INLINE void backward_row(T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t F, bool forward) {
+  if (forward)
+    backward_row<true>(dy, gate, up, dgate, dup, F);
+  else
+    backward_row<false>(dy, gate, up, dgate, dup, F);
 }
 
 #define ROWS(T)                                                                                                       \
@@ -48,12 +58,12 @@ SPT_INLINE void backward_row(const T* dy, const T* gate, const T* up, T* dgate, 
                              int64_t up_stride) {                                                                     \
     for (int64_t i = 0; i < rows; ++i) forward_row(gate + i * gate_stride, up + i * up_stride, y + i * F, F);         \
   }                                                                                                                   \
-  SPT_SIMD void backward_rows(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t rows, int64_t F,     \
+  SPT_SIMD void backward_rows(T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t rows, int64_t F,           \
                               int64_t dy_stride, int64_t gate_stride, int64_t up_stride, int64_t dgate_stride,        \
-                              int64_t dup_stride) {                                                                   \
+                              int64_t dup_stride, bool forward) {                                                     \
     for (int64_t i = 0; i < rows; ++i)                                                                                \
       backward_row(dy + i * dy_stride, gate + i * gate_stride, up + i * up_stride, dgate + i * dgate_stride,          \
-                   dup + i * dup_stride, F);                                                                          \
+                   dup + i * dup_stride, F, forward);                                                                 \
   }
 ROWS(float)
 ROWS(bf16)
@@ -78,16 +88,24 @@ Tensor swiglu_forward(const Tensor& gate, const Tensor& up) {
   return y;
 }
 
-void swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up, Tensor dgate, Tensor dup) {
+void backward(Tensor dy, const Tensor& gate, const Tensor& up, Tensor dgate, Tensor dup, bool forward) {
   const int64_t dy_stride = dy.stride(0), gate_stride = gate.stride(0), up_stride = up.stride(0);
   const int64_t dgate_stride = dgate.stride(0), dup_stride = dup.stride(0);
   with_dtype(gate, [&]<class T>(T) {
     for_rows(gate, [&](int64_t i, int64_t rows) {
-      backward_rows(data<T>(dy) + i * dy_stride, data<T>(gate) + i * gate_stride, data<T>(up) + i * up_stride,
+      backward_rows(mutable_data<T>(dy) + i * dy_stride, data<T>(gate) + i * gate_stride, data<T>(up) + i * up_stride,
                     mutable_data<T>(dgate) + i * dgate_stride, mutable_data<T>(dup) + i * dup_stride, rows,
-                    gate.size(1), dy_stride, gate_stride, up_stride, dgate_stride, dup_stride);
+                    gate.size(1), dy_stride, gate_stride, up_stride, dgate_stride, dup_stride, forward);
     });
   });
+}
+
+void swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up, Tensor dgate, Tensor dup) {
+  backward(dy, gate, up, dgate, dup, false);
+}
+
+void swiglu_backward_again(Tensor dy, const Tensor& gate, const Tensor& up, Tensor dgate, Tensor dup) {
+  backward(dy, gate, up, dgate, dup, true);
 }
 
 }  // namespace
@@ -95,11 +113,13 @@ void swiglu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up, Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(spt_fast, m) {
   m.def("cpu_swiglu_forward(Tensor gate, Tensor up) -> Tensor");
   m.def("cpu_swiglu_backward(Tensor dy, Tensor gate, Tensor up, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
+  m.def("cpu_swiglu_backward_again(Tensor(a!) dy, Tensor gate, Tensor up, Tensor(b!) dgate, Tensor(c!) dup) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spt_fast, CPU, m) {
   m.impl("cpu_swiglu_forward", TORCH_BOX(&swiglu_forward));
   m.impl("cpu_swiglu_backward", TORCH_BOX(&swiglu_backward));
+  m.impl("cpu_swiglu_backward_again", TORCH_BOX(&swiglu_backward_again));
 }
 
 }  // namespace spt

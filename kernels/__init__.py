@@ -10,7 +10,7 @@ written by hand, since a type checker reads them: tests/kernels/test_ops.py says
 import importlib
 import pkgutil
 
-from spt_fast.kernels.activation import swiglu, swiglu_packed
+from spt_fast.kernels.activation import swiglu, swiglu_linear, swiglu_packed
 from spt_fast.kernels.adamw import adamw_step, adamw_step_all
 from spt_fast.kernels.allocator import keep_freed_memory, return_freed_memory
 from spt_fast.kernels.attention import flash_attention
@@ -41,6 +41,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "swiglu",
+    "swiglu_linear",
     "swiglu_packed",
 ]
 

@@ -1,4 +1,4 @@
-"""SwiGLU: the gated activation of Llama's feed-forward layer.
+"""SwiGLU: the gated activation of Llama's feed-forward layer, alone and with the projection that reads it.
 
     y = silu(g) u,  silu(g) = g s,  s = sigmoid(g)                                      (Shazeer, arXiv 2002.05202)
     du = dy silu(g)        dg = dy u s (1 + g (1 - s))
@@ -12,6 +12,13 @@ reference is PyTorch's own ops, each rounded.
 One matmul makes g and u, side by side in each row of a tensor [N, 2F], and in its backward wants their gradients side
 by side again. Two ops on halves would leave it to autograd to put them together, 8NF bytes more. So the
 kernels take tensors whose rows lie apart, and `swiglu_packed` reads and writes such halves in place.
+
+The projection after it, z = y wᵀ + b, needs y again for dw = dzᵀ y. `swiglu_linear` does not keep it, 2NF bytes a
+layer: the pass from dy = dz w and gate_up to the gradient of gate_up makes y too, 12NF bytes, and writes it where dy
+was.
+(The same could be done for the norms' results, which the other projections keep: 2ND bytes each for 2ND more in the
+norm's backward pass, which would have to come before dw, in one op with the projection. They are a tenth of what
+a layer keeps; `checkpointing: selective` drops them, and all else that is cheap.)
 """
 
 from __future__ import annotations
@@ -26,6 +33,7 @@ from spt_fast import native
 from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
+from spt_fast.kernels.linear import accumulates_in_place, weight_gradients
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
@@ -45,15 +53,27 @@ def swiglu_packed(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
 
     ValueError: a last dimension that has no halves, or a backend that isn't available.
     """
-    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(
-            invalid(
-                "swiglu_packed(gate_up)",
-                tuple(gate_up.shape),
-                "its last dimension must be gate and up side by side, an even number of columns",
-            )
-        )
+    _check("swiglu_packed", gate_up)
     return _swiglu(gate_up, None, _SWIGLU_PACKED.pick(backend, gate_up))
+
+
+def swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """swiglu_packed(gate_up) @ weight.T + bias: gate_up [..., 2F], weight [O, F], bias [O], of one dtype, the result's
+    [..., O] too. What is in the middle is not kept for the backward pass.
+
+    ValueError: shapes that don't fit, or a backend that isn't available. RuntimeError: dtypes that differ.
+    """
+    _check("swiglu_linear", gate_up)
+    if weight.dim() != 2 or 2 * weight.shape[1] != gate_up.shape[-1]:
+        expected = f"it must be [O, {gate_up.shape[-1] // 2}], for gate_up {tuple(gate_up.shape)}"
+        raise ValueError(invalid("swiglu_linear(weight)", tuple(weight.shape), expected))
+    return _swiglu_linear(gate_up, weight, bias, _SWIGLU_LINEAR.pick(backend, gate_up))
+
+
+def _check(op: str, gate_up: Tensor) -> None:
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        expected = "its last dimension must be gate and up side by side, an even number of columns"
+        raise ValueError(invalid(f"{op}(gate_up)", tuple(gate_up.shape), expected))
 
 
 # ------------------------------------------------------------------------------------------------ custom ops
@@ -89,9 +109,8 @@ def _swiglu(gate: Tensor, up: Tensor | None, backend: str) -> Tensor:
 def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up; of gate [..., 2F] and an empty one without up."""
     dgate, dup = _empty_gradients(gate, up)
-    function = {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}[backend]
     inputs, outputs = (dy, *_halves(gate, up)), _halves(dgate, None if up is None else dup)
-    function(*(_rows(x) for x in inputs), *(_rows(x) for x in outputs))
+    _BACKWARD[backend](*(_rows(x) for x in inputs), *(_rows(x) for x in outputs))
     return dgate, dup
 
 
@@ -109,6 +128,45 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 differentiable(_swiglu, _gradients, _setup_context)
 
 
+@custom_op("swiglu_linear", lambda gate_up, weight, *_: gate_up.new_empty(*gate_up.shape[:-1], weight.shape[0]))
+def _swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return F.linear(_swiglu(gate_up, None, backend), weight, bias)
+
+
+@custom_op(
+    "swiglu_linear_backward",
+    lambda dz, gate_up, weight, *_: (
+        gate_up.new_empty(gate_up.shape),
+        gate_up.new_empty(*gate_up.shape[:-1], weight.shape[1]),
+    ),
+)
+def _swiglu_linear_backward(dz: Tensor, gate_up: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """(the gradient of gate_up, y)."""
+    y_NF = dz.reshape(dz.shape[:-1].numel(), len(weight)) @ weight  # at first its gradient
+    dgate_up = gate_up.new_empty(gate_up.shape)
+    halves = (*_halves(gate_up, None), *_halves(dgate_up, None))
+    _BACKWARD[backend](y_NF, *(_rows(x) for x in halves), again=True)
+    return dgate_up, y_NF.view(*dz.shape[:-1], weight.shape[1])
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, str], output: Tensor) -> None:
+    gate_up, weight, bias, ctx.backend = inputs
+    ctx.save_for_backward(gate_up, weight)
+    # Themselves, which a checkpoint's copies of what is saved are not.
+    ctx.weight, ctx.bias = (x if accumulates_in_place(x) else None for x in (weight, bias))
+
+
+def _linear_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+    gate_up, weight = ctx.saved_tensors
+    dgate_up, y = _swiglu_linear_backward(dz, gate_up, weight, ctx.backend)
+    return dgate_up, *weight_gradients(dz, y, ctx.weight, ctx.bias, ctx.needs_input_grad[1:3]), None
+
+
+differentiable(_swiglu_linear, _linear_gradients, _setup_linear)
+
+
+# What follows goes backward: from dy, gate and up to dgate and dup; with `again` to y too, in the place of dy.
+
 # ------------------------------------------------------------------------------------------------ reference
 
 
@@ -116,9 +174,13 @@ def _reference_forward(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _reference_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+def _reference_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, *, again: bool = False
+) -> None:
     torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
     torch.mul(dy, F.silu(gate), out=dup)
+    if again:
+        torch.mul(F.silu(gate), up, out=dy)
 
 
 # ------------------------------------------------------------------------------------------------ csrc/activation.cpp
@@ -128,8 +190,9 @@ def _cpu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return native.ops().cpu_swiglu_forward(gate, up)
 
 
-def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
-    native.ops().cpu_swiglu_backward(dy, gate, up, dgate, dup)
+def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, *, again: bool = False) -> None:
+    ops = native.ops()
+    (ops.cpu_swiglu_backward_again if again else ops.cpu_swiglu_backward)(dy, gate, up, dgate, dup)
 
 
 # ------------------------------------------------------------------------------------------------ Triton
@@ -171,8 +234,9 @@ def _forward_kernel(
 def _backward_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, N, F,
     dy_stride, gate_stride, up_stride, dgate_stride, dup_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    AGAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """AGAIN: y takes the place of dy."""
     rows, columns, mask = _tile_of_program(N, F, ROWS, COLUMNS)
     dy = tl.load(dy_ptr + rows * dy_stride + columns, mask, 0.0).to(tl.float32)
     g = tl.load(gate_ptr + rows * gate_stride + columns, mask, 0.0).to(tl.float32)
@@ -181,14 +245,16 @@ def _backward_kernel(
     dgate, dup = dy * s * u * (1 + g * (1 - s)), dy * s * g
     tl.store(dgate_ptr + rows * dgate_stride + columns, dgate.to(dgate_ptr.dtype.element_ty), mask)
     tl.store(dup_ptr + rows * dup_stride + columns, dup.to(dup_ptr.dtype.element_ty), mask)
+    if AGAIN:
+        tl.store(dy_ptr + rows * dy_stride + columns, (g * s * u).to(dy_ptr.dtype.element_ty), mask)
 
 
-def _launch(kernel: Any, shape: torch.Size, dtype: torch.dtype, *arguments: Any) -> None:
+def _launch(kernel: Any, shape: torch.Size, dtype: torch.dtype, *arguments: Any, **constants: bool) -> None:
     N, F = shape
     rows, columns, warps = _tile(F, dtype)
     programs = -(-N // rows) * -(-F // columns)
     if programs:
-        kernel[(programs,)](*arguments, ROWS=rows, COLUMNS=columns, num_warps=warps)
+        kernel[(programs,)](*arguments, **constants, ROWS=rows, COLUMNS=columns, num_warps=warps)
 
 
 def _triton_forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -197,9 +263,13 @@ def _triton_forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def _triton_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
+def _triton_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, *, again: bool = False) -> None:
     tensors = (dy, gate, up, dgate, dup)
-    _launch(_backward_kernel, gate.shape, gate.dtype, *tensors, *gate.shape, *(x.stride(0) for x in tensors))
+    strides = (x.stride(0) for x in tensors)
+    _launch(_backward_kernel, gate.shape, gate.dtype, *tensors, *gate.shape, *strides, AGAIN=again)
+
+
+_BACKWARD = {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}
 
 
 def variants() -> list[Variant]:
@@ -212,13 +282,15 @@ def variants() -> list[Variant]:
         rows, columns, warps = _tile(width, DTYPES[dtype])
         constants = {"ROWS": rows, "COLUMNS": columns}
         default = width == COLUMNS and dtype == "*bf16"
-        for kernel, tensors in (
-            (_forward_kernel, ("gate_ptr", "up_ptr", "y_ptr")),
-            (_backward_kernel, ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")),
+        gradients = ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")
+        for kernel, tensors, more in (
+            (_forward_kernel, ("gate_ptr", "up_ptr", "y_ptr"), {}),
+            (_backward_kernel, gradients, {"AGAIN": False}),
+            (_backward_kernel, gradients, {"AGAIN": True}),
         ):
             strides = [name.replace("_ptr", "_stride") for name in tensors if name != "y_ptr"]
             arguments = {**dict.fromkeys(tensors, dtype), "N": "i32", **dict.fromkeys(("F", *strides), size)}
-            found.append(Variant(kernel, arguments, constants, warps, default=default))
+            found.append(Variant(kernel, arguments, constants | more, warps, default=default))
     return found
 
 
@@ -232,4 +304,6 @@ _AUTO = {
         "reference": "PyTorch ops",
     },
 }
-_SWIGLU, _SWIGLU_PACKED = (Op(name, _AUTO, variants) for name in ("swiglu", "swiglu_packed"))
+_SWIGLU, _SWIGLU_PACKED, _SWIGLU_LINEAR = (
+    Op(name, _AUTO, variants) for name in ("swiglu", "swiglu_packed", "swiglu_linear")
+)

@@ -8,7 +8,7 @@ The products are PyTorch's. Autograd makes dw in the dtype of w, converts it to 
 earlier micro-batches have left: of a bf16 weight, bytes for each number 2 written, 2 + 4 for the conversion, and 12 for
 the addition, in three kernels, and every micro-batch's part is rounded to bf16. Once `accumulate_in_place` was told of
 a parameter, the product itself adds to `.grad` (beta = 1): 8 bytes, 4 the first time, one kernel, nothing rounded. A
-CPU has no product of bf16 numbers with float32 sums: there it is rounded once, and added in a single pass.
+CPU has no product of bf16 numbers with float32 sums: there it is rounded once, and csrc/linear.cpp adds it in one pass.
 
 In place, nothing reaches the parameter's own node of the autograd graph, nor hooks on it, which DeepSpeed needs; and
 `torch.autograd.grad` finds no gradient. So it is asked for by those who call `backward()` and read `.grad`. It holds
@@ -17,14 +17,15 @@ for all ops with large weights: linear, swiglu_linear, embedding, and linear_cro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spt_fast.kernels.backend import Op, accumulation_dtype
+from spt_fast import native
+from spt_fast.kernels.backend import CPU_LIBRARY, Op, accumulation_dtype
 from spt_fast.kernels.launch import Variant
 
 
@@ -56,29 +57,32 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.bias = weight, bias  # themselves, which a checkpoint's copies of what is saved are not
+        ctx.weight = weight  # itself, which a checkpoint's copy of what is saved is not
+        ctx.bias = bias if accumulates_in_place(bias) else None
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
-        return dx, None, weight_gradients(dy, x, ctx.weight, ctx.bias, ctx.needs_input_grad[1:])[1]
+        return dx, *weight_gradients(dy, x, ctx.weight, ctx.bias, ctx.needs_input_grad[1:])
 
 
 def weight_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias of y = x wᵀ + b where they are `wanted`; None for what was added in place."""
-    dy_NO, x_NI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    """The gradients of the weight and bias of y = x wᵀ + b that are `wanted`. Of the `weight` and `bias` that are given
+    they are added in place, and None here."""
+    dy_NO = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
+    x_NI = x.reshape(len(dy_NO), x.shape[-1])
     dweight = dbias = None
-    if wanted[0] and accumulates_in_place(weight):
+    if weight is not None:
         weight.grad = add_product(weight.grad, dy_NO.T, x_NI)
     elif wanted[0]:
         dweight = dy_NO.T @ x_NI
-    if wanted[1] and bias is not None:
+    if wanted[1]:
         dbias = dy_NO.sum(0, dtype=accumulation_dtype(dy))
-        if accumulates_in_place(bias):
+        if bias is not None:
             bias.grad = dbias if bias.grad is None else bias.grad.add_(dbias)
             dbias = None
     return dweight, dbias
@@ -92,7 +96,12 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor, product: Tensor | No
     dtype = accumulation_dtype(a)
     if a.dtype != dtype and not a.is_cuda:
         product = torch.mm(a, b, out=product) if product is not None else a @ b
-        return product.to(dtype) if total is None else total.add_(product)
+        if total is None:
+            return product.to(dtype)
+        if a.dtype != torch.bfloat16 or not CPU_LIBRARY or not total.is_contiguous():
+            return total.add_(product)
+        native.ops().cpu_add_product(total, product)
+        return total
     first = total is None
     if total is None:
         total = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)

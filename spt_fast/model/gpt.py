@@ -41,6 +41,7 @@ from spt_fast.kernels import (
     qk_norm_rope,
     rms_norm,
     rope,
+    swiglu_linear,
     swiglu_packed,
 )
 from spt_fast.kernels.fp8 import MULTIPLE
@@ -135,7 +136,9 @@ class Block(nn.Module):
 
     def feed_forward(self, h_BTD: Tensor, fp8: bool) -> Tensor:
         gate_up = product(h_BTD, self.w_gate_up, fp8, self.b_gate_up)
-        return product(swiglu_packed(gate_up), self.w_down, fp8, self.b_down)
+        if fp8 and gains_by_fp8(self.w_down.shape):
+            return product(swiglu_packed(gate_up), self.w_down, fp8, self.b_down)
+        return swiglu_linear(gate_up, self.w_down, self.b_down)
 
 
 def product(x: Tensor, weight: Tensor, fp8: bool, bias: Tensor | None = None) -> Tensor:
@@ -345,7 +348,13 @@ def drawn(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
 def _keep_matmuls() -> tuple[Any, Any]:
     """A checkpointed block keeps the results of matmuls and attention; what is cheap is recomputed."""
 
-    matmuls = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.spt_fast.fp8_linear.default)
+    ours = torch.ops.spt_fast
+    matmuls = (
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        ours.fp8_linear.default,
+        ours.swiglu_linear.default,
+    )
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
         dear = op in matmuls or "attention" in str(op)

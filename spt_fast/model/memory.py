@@ -21,18 +21,19 @@ What comes and goes is counted at the moments that can be the peak:
 
     loss      the end of the forward pass: all activations, the head's float32 gradient, which the forward pass makes,
               dx, and a chunk of logits
-    widen     the beginning of the backward pass: the head's gradient, dx, and dx again in float32
-    scale     then: the head's gradient as made and as handed on, dx twice
+    widen     with ZeRO, the beginning of the backward pass: the head's gradient, dx, and dx again in float32
+    scale     with ZeRO then: the head's gradient as made and as handed on, dx twice
     last      the last block's backward pass, at the feed-forward layer's activation; the head's gradient
     first     the same of the first block, when most gradients are there
-    update    the embedding's gradient beside that of a tied head; the update itself needs less
+    update    the embedding's gradient beside that which it is added to, with ZeRO or on a CPU; the update itself needs
+              less
 
 Where a step has several micro-batches, the gradients of the earlier ones are there all the time.
 
 Activations are what autograd keeps. Per token and layer: 4 D (both norms' results and what they normalised), (H + 2K) Q
-of the projection, (H + K) Q rotated, H Q of attention, 3 F (gate, up, their product), all of a bytes, and a few float32
-numbers; once 2 D. Where blocks are checkpointed "full" each keeps its 2 D inputs (D where norms stand after the
-layers), "selective" besides the results of its matmuls and of attention; the block in its backward pass is there whole.
+of the projection, (H + K) Q rotated, H Q of attention, 2 F (gate and up), all of a bytes, and a few float32 numbers;
+once 2 D. Where blocks are checkpointed "full" each keeps its 2 D inputs (D where norms stand after the layers),
+"selective" besides the results of its matmuls and of attention; the block in its backward pass is there whole.
 On a CPU without a kernel for it, documents cost a mask of T x T a sequence and layer, a window one of T x T a layer.
 
 Left out: what CUDA itself, cuBLAS and NCCL hold (0.5 to 2 GB), the allocator's rounding and fragments, evaluation
@@ -128,25 +129,29 @@ def memory_bytes(
     beside = a * learning if a < 4 and (stage == 2 or (stage == 1 and offload == "none")) else 0
     if micro_batches > 1:
         before += beside
-    with_head = before if accumulates or config.tied else made_head
+    with_head = before if accumulates else made_head
     after_first = P - block + F * D - (head if config.tied else 2 * head)  # the first block's last matrix is there too
-    at_first = before if accumulates else 4 * after_first + (0 if config.tied else made_head)
+    at_first = before if accumulates else 4 * after_first + made_head
     at_update = gradients + (beside if stage == 1 else 0)
-    waiting = made_head if config.tied or stage else 0  # the head's, until the embedding's is there to be added
+    waiting = made_head if stage else 0  # the head's, until the embedding's is there to be added
+    added = made_head if learning == P and (stage > 0 or (device == "cpu" and (accumulates or config.tied))) else 0
 
     kept, whole = _of_a_block(config, micro, T, dtype, device, checkpointing, documents)
     kept, whole = tokens * kept, tokens * max(kept, whole)
-    x, activation = tokens * D * a, tokens * 2 * F * a
+    x, activation = tokens * D * a, tokens * 3 * F * a
     once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (T + (tokens if documents else 0))
     logits = _chunk_of_logits(tokens, V, dtype, device) + (a * head if device == "cpu" and a < 4 else 0)
     moments = {
-        "loss": (before, once + L * kept + x, 4 * head + x + logits),
-        "widen": (before, once + L * kept, 4 * head + x + 4 * tokens * D + (x if a < 4 else 0)),
-        "scale": (before, once + L * kept, 4 * head + 2 * x + made_head),
         "last": (with_head, once + (L - 1) * kept + whole + activation, waiting),
         "first": (at_first, once + whole + activation, waiting),
-        "update": (at_update, once, waiting + (made_head if accumulates and learning == P else 0)),
+        "update": (at_update, once, waiting + added),
     }
+    if stage == 0:
+        moments["loss"] = with_head, once + L * kept + x, x + logits
+    else:
+        moments["loss"] = before, once + L * kept + x, 4 * head + x + logits
+        moments["widen"] = before, once + L * kept, 4 * head + x + 4 * tokens * D + (x if a < 4 else 0)
+        moments["scale"] = before, once + L * kept, 4 * head + 2 * x + made_head
     at_peak = dict(zip(("gradients", "activations", "logits"), max(moments.values(), key=sum), strict=True))
     on_device = {"parameters": own + gathered, "optimizer": optimizer, "communication": buckets, **at_peak}
     return {**on_device, "total": sum(on_device.values()), "host": host}
@@ -165,7 +170,7 @@ def _of_a_block(
     L, inputs = config.layers, D if config.norms == "after" else 2 * D  # the stream, and a norm of it
     projected, attended = (H + 2 * K) * Q, H * Q
     rotated = (H + K) * Q * (L - len(config.no_rope_layers)) // L
-    whole = a * (4 * D + projected + rotated + attended + 3 * F) + 4 * (H + 2)
+    whole = a * (4 * D + projected + rotated + attended + 2 * F) + 4 * (H + 2)
     results = a * (inputs + 2 * D + projected + attended + 2 * F) + 4 * H
     simple = device == "cpu" and attention_cpu.obstacle(torch.empty(0, 0, 0, Q, dtype=dtype), True)
     if simple and documents:

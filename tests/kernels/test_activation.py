@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from spt_fast.kernels import activation, swiglu, swiglu_packed
+from spt_fast.kernels import accumulate_in_place, activation, swiglu, swiglu_linear, swiglu_packed
 from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
@@ -44,6 +46,16 @@ class TestContract(Contract):
             gradients=1,
             **FEW,
         ),
+        Sample(
+            "swiglu_linear",
+            swiglu_linear,
+            lambda gate_up, weight, bias: F.linear(plain_swiglu_packed(gate_up), weight, bias),
+            lambda rows, dtype: random_tensors([(*rows, 12), (5, 6), (5,)], dtype),
+            rows=(2, 7),
+            empty=((0,), (3, 0)),
+            gradients=3,
+            loose=("reference", "cpu", "triton"),  # of which the products are PyTorch's
+        ),
     )
 
 
@@ -55,6 +67,33 @@ def test_as_exact_as_torch(backend: str, dtype: torch.dtype, shape: tuple[int, .
     assert_as_exact_as_torch(lambda g, u: swiglu(g, u, backend=backend), plain_swiglu, (gate, up), (upstream,))
     packed = torch.cat((gate, up), -1)
     assert_as_exact_as_torch(lambda x: swiglu_packed(x, backend=backend), plain_swiglu_packed, (packed,), (upstream,))
+
+
+@every_backend
+@pytest.mark.parametrize("in_place", [False, True])
+@by_more_than_chance
+def test_with_a_projection_as_exact_as_torch(backend: str, dtype: torch.dtype, in_place: bool) -> None:
+    """With two roundings, since what is in the middle is rounded twice, as it would be by itself."""
+    gate_up, weight, bias, dz = random_tensors([(3, 5, 96), (40, 48), (40,), (3, 5, 40)], dtype)
+
+    def ours(gate_up: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return swiglu_linear(gate_up, weight, bias, backend=backend)
+
+    def plain(gate_up: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(plain_swiglu_packed(gate_up), weight, bias)
+
+    if not in_place:
+        assert_as_exact_as_torch(ours, plain, (gate_up, weight, bias), (dz,), 2)
+        return
+    expected = run(ours, (gate_up, weight, bias), (dz,))
+    leaves = [x.requires_grad_() for x in (gate_up, weight, bias)]
+    accumulate_in_place(leaves[1:])
+    for _ in range(2):
+        y = checkpoint(ours, *leaves, use_reentrant=False)
+        y.backward(dz)
+    for e, found in zip(expected[1:], leaves, strict=True):
+        assert found.grad is not None
+        torch.testing.assert_close(found.grad.float(), 2 * e.float(), rtol=0, atol=float(e.abs().max()) * 2**-7)
 
 
 @every_backend
@@ -125,14 +164,17 @@ def test_bad_shapes_are_refused() -> None:
         swiglu_packed(torch.randn(2, 7))
     with pytest.raises(ValueError, match="even number of columns"):
         swiglu_packed(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"swiglu_linear\(weight\): \(5, 4\) is invalid: it must be \[O, 3\]"):
+        swiglu_linear(torch.randn(2, 6), torch.randn(5, 4))
 
 
 def test_every_launch_is_compiled_ahead_of_time() -> None:
     with compiled_launches(activation):
-        cases = [(F, BF16) for F in (64, 128, 256, 1000, 1365, 4096)]
-        cases += [(F, FP32) for F in (256, 1000, 1365, 4096)] + [(256, FP16), (4096, FP16)]
-        for F, dtype in cases:
-            gate_up = torch.empty(2, 2 * F, dtype=dtype)
-            gate, up = gate_up.split(F, -1)
+        cases = [(width, BF16) for width in (64, 128, 256, 1000, 1365, 4096)]
+        cases += [(width, FP32) for width in (256, 1000, 1365, 4096)] + [(256, FP16), (4096, FP16)]
+        for width, dtype in cases:
+            gate_up = torch.empty(2, 2 * width, dtype=dtype)
+            gate, up = gate_up.split(width, -1)
             activation._triton_forward(gate, up)
-            activation._triton_backward(up, gate, up, *torch.empty_like(gate_up).split(F, -1))
+            for again in (False, True):
+                activation._triton_backward(up, gate, up, *torch.empty_like(gate_up).split(width, -1), again=again)

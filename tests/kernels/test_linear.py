@@ -85,6 +85,8 @@ def test_a_product_is_added_to_a_total(dtype: torch.dtype) -> None:
     total, room = first.clone(), torch.empty(9, 4, dtype=dtype, device=DEVICE)
     assert add_product(total, a.T, b, room if dtype == torch.bfloat16 else None) is total
     torch.testing.assert_close(total, 2 * first)
+    apart = torch.zeros(9, 8, device=DEVICE)[:, ::2]
+    torch.testing.assert_close(add_product(apart, a.T, b), first)
     assert not add_product(None, a[:0].T, b[:0]).any()
 
 

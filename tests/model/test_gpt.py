@@ -483,13 +483,19 @@ def test_checkpointing_changes_no_bit_and_recomputes_what_it_says(fields: dict) 
     assert products["full"] == products["none"] + 4 * config.layers
 
 
+PRODUCTS = (
+    *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default),
+    *(torch.ops.spt_fast.swiglu_linear.default, torch.ops.spt_fast.swiglu_linear_backward.default),
+)
+
+
 class CountProducts(TorchDispatchMode):
     """Counts products of matrices, and those in fp8."""
 
     products = in_fp8 = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.products += op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.products += op in PRODUCTS
         self.in_fp8 += op is torch.ops.spt_fast.fp8_linear.default
         return op(*args, **(kwargs or {}))
 
