@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
+from tokenizers.normalizers import NFC, NFKC, NFKD, BertNormalizer, Lowercase, Strip, StripAccents
+from tokenizers.pre_tokenizers import BertPreTokenizer, Digits, Metaspace, Whitespace, WhitespaceSplit
 
 from spt_fast.data import fast_bpe
 from spt_fast.data.hf_tokenizer import HFTokenizer
@@ -66,6 +69,38 @@ def test_ids_are_theirs(folders: dict[str, Path], kind: str) -> None:
     assert HFTokenizer(library.to_str().encode()).usual_bos_id is None, "it ends texts and begins none"
     with pytest.raises(DataError, match="half a surrogate pair"):
         own.encode("a\ud800b")
+
+
+def test_ids_are_theirs_by_any_normaliser_and_with_added_tokens_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_bpe, "_RANGES", FEW)
+    added = [
+        *(AddedToken("<left>", lstrip=True), AddedToken("<right>", rstrip=True), AddedToken("word", single_word=True)),
+        *(AddedToken("Fox", normalized=True), AddedToken("\u00e9\u00c9", normalized=False, lstrip=True, rstrip=True)),
+    ]
+    around = (
+        "a <left> b <right> c word words sword, \u00e9\u00c9 e\u0301E\u0301\n Fox  fox <LEFT>\t<left>\n<right>\n word"
+    )
+    for kind, normalizer, cut in (
+        ("unigram", (NFKC(), Lowercase()), (Digits(individual_digits=True), Metaspace())),
+        ("unigram", (NFKD(), StripAccents(), Strip()), (WhitespaceSplit(), Metaspace(prepend_scheme="first"))),
+        ("wordpiece", (NFKC(), BertNormalizer(strip_accents=True)), (BertPreTokenizer(), Digits())),
+        ("wordpiece", (BertNormalizer(lowercase=False, handle_chinese_chars=False),), (Whitespace(),)),
+        ("byte_fallback", (NFKC(), Lowercase()), (Digits(),)),
+        ("nfc", (NFC(),), None),
+        ("byte_level", (), None),
+    ):
+        library = hf_tokenizers.build(kind)
+        library.normalizer = normalizers.Sequence([*normalizer])
+        if cut:
+            library.pre_tokenizer = pre_tokenizers.Sequence([*cut])
+        library.add_tokens(added)
+        own = HFTokenizer(library.to_str().encode())
+        proven = own.prove(hf_tokenizers.TEXTS)
+        assert proven == (kind == "byte_level"), kind
+        for text in [*NASTY, *hf_tokenizers.TEXTS, around, around.upper()]:
+            ids = library.encode(text, add_special_tokens=False).ids
+            assert own.encode(text) == rebuilt(own.to_bytes()).encode(text) == ids, (kind, normalizer, text)
+        assert library.token_to_id("<left>") in own.encode(around)
 
 
 def test_prepare_begins_and_ends_documents_by_the_tokens_named(folders: dict[str, Path], tmp_path: Path) -> None:
