@@ -24,13 +24,23 @@ operands of a matmul have the dtype of the inputs: p and ds are rounded to it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spt_fast.kernels.backend import custom_op, differentiable, new_like
-from spt_fast.kernels.launch import DTYPES, INTERPRETED, Variant, jit, next_power_of_2, tl
+from spt_fast.kernels.launch import (
+    DTYPES,
+    INTERPRETED,
+    TRITON_VERSION,
+    Config,
+    Variant,
+    jit,
+    launched,
+    next_power_of_2,
+    tl,
+)
 
 # ------------------------------------------------------------------------------------------------ custom ops
 
@@ -61,12 +71,12 @@ def attention(
     o_BTHD = q_BTHD.new_empty(B, T, H, D)
     lse_BHT = q_BTHD.new_empty(B, H, T, dtype=torch.float32)
     cu_seqlens, spans = (None, None) if cu_seqlens is None else _documents(cu_seqlens, B, T)
-    launch = _forward_launch(*_shape_class(q_BTHD))
+    config = _launched("forward", q_BTHD)
     if o_BTHD.numel():
-        _forward_kernel[(-(-T // launch.M) * B * H,)](
+        _forward_kernel[(-(-T // config["M"]) * B * H,)](
             q_BTHD, k_BTKD, v_BTKD, o_BTHD, lse_BHT, *_documents_arguments(cu_seqlens, spans),
             *q_BTHD.stride()[:3], *k_BTKD.stride()[:3], *v_BTKD.stride()[:3],
-            T, H, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, launch),
+            T, H, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, config),
         )  # fmt: skip
     return o_BTHD, lse_BHT, o_BTHD.new_empty(0, dtype=torch.int32) if spans is None else spans
 
@@ -95,15 +105,15 @@ def _attention_backward(
     delta_BHT = torch.empty_like(lse_BHT)
     documents = _documents_arguments(None if cu_seqlens is None else cu_seqlens.contiguous(), spans)
     strides = [stride for x in (q_BTHD, k_BTKD, v_BTKD, do_BTHD) for stride in x.stride()[:3]]
-    launch = _dq_launch(*_shape_class(q_BTHD))
-    _dq_kernel[(-(-T // launch.M) * B * H,)](
+    config = _launched("dq", q_BTHD)
+    _dq_kernel[(-(-T // config["M"]) * B * H,)](
         q_BTHD, k_BTKD, v_BTKD, o_BTHD, do_BTHD, lse_BHT, delta_BHT, dq_BTHD, *documents,
-        *strides, T, H, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, launch),
+        *strides, T, H, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, config),
     )  # fmt: skip
-    launch = _dkv_launch(*_shape_class(q_BTHD))
-    _dkv_kernel[(-(-T // launch.N) * B * K,)](
+    config = _launched("dkv", q_BTHD)
+    _dkv_kernel[(-(-T // config["N"]) * B * K,)](
         q_BTHD, k_BTKD, v_BTKD, do_BTHD, lse_BHT, delta_BHT, dk_BTKD, dv_BTKD, *documents,
-        *strides, T, K, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, launch),
+        *strides, T, K, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, config),
     )  # fmt: skip
     return dq_BTHD, dk_BTKD, dv_BTKD
 
@@ -149,59 +159,95 @@ def _documents_arguments(cu_seqlens: Tensor | None, spans: Tensor | None) -> tup
 # ------------------------------------------------------------------------------------------------ launches
 
 
-class Launch(NamedTuple):
-    M: int
-    N: int
-    warps: int
-    stages: int
-
-
 def _shape_class(q_BTHD: Tensor) -> tuple[int, int, int]:
     """What decides how to launch: the padded head dimension, the size of a number, the architecture.
 
-    What runs on 80 takes less than 99 KB of shared memory, so that it runs on every GPU that is neither 90 nor 100."""
+    A half-precision head is padded to at least 64, since Triton from 3.6 on reads beyond narrower tiles on Hopper. What
+    runs on 80 takes less than 99 KB of shared memory, so that it runs on every GPU that is neither 90 nor 100."""
     major = 0 if INTERPRETED else torch.cuda.get_device_capability(q_BTHD.device)[0]
-    return max(16, next_power_of_2(q_BTHD.shape[-1])), q_BTHD.itemsize, {9: 90, 10: 100}.get(major, 80)
+    return _width(q_BTHD.shape[-1], q_BTHD.itemsize), q_BTHD.itemsize, {9: 90, 10: 100}.get(major, 80)
 
 
-def _forward_launch(width: int, itemsize: int, arch: int) -> Launch:
+def _width(D: int, itemsize: int) -> int:
+    return max(16 if INTERPRETED or itemsize == 4 else 64, next_power_of_2(D))
+
+
+FENCED = tuple(int(part) for part in (TRITON_VERSION or "0.0").split(".")[:2]) >= (3, 7)
+"""Whether the compiler puts a fence between asynchronous copies to shared memory and the matmuls (wgmma) of Hopper and
+later that read them. 3.6 doesn't inside a loop, where copies are therefore not asynchronous: one stage."""
+
+
+def _config(arch: int, M: int, N: int, warps: int, stages: int) -> Config:
+    return Config((("M", M), ("N", N)), warps, stages if FENCED or arch == 80 else 1)
+
+
+def default(kernel: str, width: int, itemsize: int, arch: int) -> Config:
+    """How a kernel ("forward", "dq" or "dkv") is launched where nothing was measured; the rest as of `_shape_class`."""
     if INTERPRETED:
-        return Launch(32, 16, 4, 1)
+        return _config(80, 16, 32, 4, 1) if kernel == "dkv" else _config(80, 32, 16, 4, 1)
     if itemsize == 4:
-        return Launch(32, 32 if width <= 64 else 16, 8, 2)
-    if width > 128:
-        return Launch(64, 32, 8, 2)
-    if width > 64:
-        return Launch(128, 64, 8, 2 if arch == 80 else 3)
-    return Launch(128, 64 if arch == 80 else 128, 8, 3)
+        return _config(80, *FLOAT32[kernel][0 if width <= 64 else 1])
+    return _config(arch, *HALF[kernel, arch][_size(width)])
 
 
-def _dq_launch(width: int, itemsize: int, arch: int) -> Launch:
-    if INTERPRETED:
-        return Launch(32, 16, 4, 1)
-    if itemsize == 4:
-        return Launch(32, 32, 4, 2) if width <= 64 else Launch(32, 16, 8, 2)
-    if width > 128:
-        return Launch(64, 32, 8, 1)
-    return Launch(64 if width > 64 and arch == 80 else 128, 64, 8, 2)
+def candidates(kernel: str, width: int, itemsize: int, arch: int) -> list[Config]:
+    """What is worth measuring, the default first; arguments as of `default`."""
+    others = CANDIDATES[kernel][_size(width)] if itemsize == 2 and arch == 90 else ()
+    every = [default(kernel, width, itemsize, arch), *(_config(arch, *sizes) for sizes in others)]
+    return list(dict.fromkeys(every))
 
 
-def _dkv_launch(width: int, itemsize: int, arch: int) -> Launch:
-    if INTERPRETED:
-        return Launch(16, 32, 4, 1)
-    if itemsize == 4:
-        return Launch(16, 32, 4, 2) if width <= 64 else Launch(16, 16, 4, 2)
-    if width > 128:
-        return Launch(32, 32, 8, 1)
-    if width > 64:
-        return {80: Launch(32, 64, 8, 2), 90: Launch(32, 128, 8, 2), 100: Launch(64, 128, 8, 2)}[arch]
-    return Launch(32, 64, 8, 2) if arch == 80 else Launch(64, 128, 8, 2)
+def _size(width: int) -> int:
+    return 0 if width <= 64 else 1 if width == 128 else 2
 
 
-def _constants(q_BTHD: Tensor, launch: Launch) -> dict[str, Any]:
+HALF = {
+    ("forward", 80): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)),
+    ("forward", 90): ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
+    ("forward", 100): ((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+    ("dq", 80): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+    ("dq", 90): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
+    ("dq", 100): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
+    ("dkv", 80): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    ("dkv", 90): ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+    ("dkv", 100): ((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
+}
+"""(M, N, warps, stages) for 2-byte numbers, by heads padded to 64, 128 and 256. On Hopper and later at least 64 each,
+since Triton has faults with narrower tiles there; but dkv at 256 spills on Hopper with more than 32. Forward at 64 has
+128 registers a thread on Hopper, so that two programs share a multiprocessor: one makes exponentials while the other
+multiplies."""
+
+FLOAT32 = {
+    "forward": ((32, 32, 8, 2), (32, 16, 8, 2)),
+    "dq": ((32, 32, 4, 2), (32, 16, 8, 2)),
+    "dkv": ((16, 32, 4, 2), (16, 16, 4, 2)),
+}
+"""For heads padded to at most 64, and wider."""
+
+CANDIDATES = {
+    "forward": (
+        ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3)),
+        ((128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+        ((64, 64, 8, 1),),
+    ),
+    "dq": (
+        ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2)),
+        ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
+        ((64, 64, 8, 2),),
+    ),
+    "dkv": (((64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3)), ((64, 64, 8, 3),), ()),
+}
+"""Besides the defaults, on Hopper; none of them spills."""
+
+
+def _launched(kernel: str, q_BTHD: Tensor) -> Config:
+    shape = _shape_class(q_BTHD)
+    return launched(f"attention_{kernel}", shape, default(kernel, *shape))
+
+
+def _constants(q_BTHD: Tensor, config: Config) -> dict[str, Any]:
     D = q_BTHD.shape[-1]
-    sizes = {"D": D, "WIDTH": max(16, next_power_of_2(D)), "M": launch.M, "N": launch.N}
-    return {**sizes, "num_warps": launch.warps, "num_stages": launch.stages}
+    return {"D": D, "WIDTH": _width(D, q_BTHD.itemsize), **config.options}
 
 
 # ------------------------------------------------------------------------------------------------ kernels
@@ -401,6 +447,9 @@ def _dkv_kernel(
     _store(dv_ptr + of_block, dv, first, length, T, K * D, N, D, WIDTH)
 
 
+KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}
+
+
 def variants() -> list[Variant]:
     """Every kind of mask at head dimensions 64 and 128 in bf16, plain and documents at others; grouped queries, and
     not."""
@@ -418,13 +467,9 @@ def variants() -> list[Variant]:
     for D, dtype, group, causal, kind in cases:
         absent = {"starts_ptr", "ends_ptr", "cu_seqlens_ptr"} if kind not in ("documents", "both") else set()
         absent |= {"window"} if kind not in ("window", "both") else set()
-        default = dtype == "*bf16" and D in (64, 128) and (causal, kind) == (True, "documents")
-        width = max(16, next_power_of_2(D))
-        for kernel, choose in (
-            (_forward_kernel, _forward_launch),
-            (_dq_kernel, _dq_launch),
-            (_dkv_kernel, _dkv_launch),
-        ):
+        usually = dtype == "*bf16" and D in (64, 128) and (causal, kind) == (True, "documents")
+        width = _width(D, DTYPES[dtype].itemsize)
+        for name_of_kernel, kernel in KERNELS.items():
             arguments = {}
             for name in kernel.arg_names:
                 if name in absent or (name.isupper() and name not in ("T", "H", "K")):
@@ -440,9 +485,21 @@ def variants() -> list[Variant]:
             if group != 1:
                 arguments["GROUP"] = "i32"
             for arch in (80, 90, 100):
-                launch = choose(width, DTYPES[dtype].itemsize, arch)
-                sizes = {"CAUSAL": causal, "D": D, "WIDTH": width, "M": launch.M, "N": launch.N}
-                constants = {**dict.fromkeys(absent), **({"GROUP": 1} if group == 1 else {}), **sizes}
-                options = (launch.warps, launch.stages)
-                found.append(Variant(kernel, arguments, constants, *options, default=default, archs=(arch,)))
+                shape = (name_of_kernel, width, DTYPES[dtype].itemsize, arch)
+                absences = {**dict.fromkeys(absent), **({"GROUP": 1} if group == 1 else {})}
+                every = candidates(*shape) if causal and kind in ("plain", "documents") else [default(*shape)]
+                for config in every:
+                    constants = absences | {"CAUSAL": causal, "D": D, "WIDTH": width, **dict(config.constants)}
+                    usual = usually and config == default(*shape)
+                    found.append(
+                        Variant(
+                            kernel,
+                            arguments,
+                            constants,
+                            config.num_warps,
+                            config.num_stages,
+                            default=usual,
+                            archs=(arch,),
+                        )
+                    )
     return found

@@ -3,6 +3,8 @@
 Without Triton the kernels are plain functions that nobody calls, so that every op file imports everywhere. With
 TRITON_INTERPRET=1, which must be set before the first import, they run on CPU tensors. Its interpreter is wrong in
 bf16: kernels convert to float32 right after every load.
+
+Triton launches on the current GPU, whichever holds the tensors: our `jit` makes the tensors' GPU the current one.
 """
 
 from __future__ import annotations
@@ -19,19 +21,67 @@ try:
     import triton.language as tl
 
     TRITON_VERSION: str | None = triton.__version__
-    jit: Callable[..., Any] = triton.jit
+    INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+    class Kernel(triton.JITFunction):
+        """A kernel that is launched on the GPU of its first tensor."""
+
+        def run(self, *arguments: Any, **options: Any) -> Any:
+            on = next(x for x in arguments if isinstance(x, torch.Tensor)).device.index
+            if on == torch.cuda.current_device():
+                return super().run(*arguments, **options)
+            with torch.cuda.device(on):
+                return super().run(*arguments, **options)
+
+    jit: Callable[..., Any] = triton.jit if INTERPRETED else Kernel
 except ImportError:
-    tl, TRITON_VERSION = None, None
+    tl, TRITON_VERSION, INTERPRETED = None, None, False
 
     def jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
 
-INTERPRETED = TRITON_VERSION is not None and os.environ.get("TRITON_INTERPRET") == "1"
-
-
 DTYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
 """What the kernels read and write, by Triton's name of a pointer to it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched.
+
+    constants   the sizes of a program's blocks, and flags, by the names that the kernel's tl.constexpr arguments have
+    maxnreg     as of `Variant`
+    """
+
+    constants: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int = 3
+    maxnreg: int | None = None
+
+    def __getitem__(self, constant: str) -> int:
+        return dict(self.constants)[constant]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a launch is given for it."""
+        registers = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {**dict(self.constants), "num_warps": self.num_warps, "num_stages": self.num_stages, **registers}
+
+
+_chosen: dict[tuple, Config] = {}
+
+
+def choose(kernel: str, shape: tuple, config: Config | None) -> None:
+    """From now on a kernel is launched so for this shape (both as of `launched`); None: as by default."""
+    if config is None:
+        _chosen.pop((kernel, *shape), None)
+    else:
+        _chosen[kernel, *shape] = config
+
+
+def launched(kernel: str, shape: tuple, default: Config) -> Config:
+    """How a kernel of this name is launched for a shape, by what its file has called both."""
+    return _chosen.get((kernel, *shape), default)
 
 
 @dataclass(frozen=True)
@@ -65,4 +115,16 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-__all__ = ["DTYPES", "INTERPRETED", "TRITON_VERSION", "Variant", "jit", "multiprocessors", "next_power_of_2", "tl"]
+__all__ = [
+    "DTYPES",
+    "INTERPRETED",
+    "TRITON_VERSION",
+    "Config",
+    "Variant",
+    "choose",
+    "jit",
+    "launched",
+    "multiprocessors",
+    "next_power_of_2",
+    "tl",
+]

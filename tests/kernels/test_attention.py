@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import attention, attention_triton, flash_attention, flash_attn
+from spt_fast.kernels import attention, attention_triton, flash_attention, flash_attn, launch
 from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
@@ -372,9 +372,39 @@ def test_bad_arguments_are_refused() -> None:
         flash_attention(q, k, v, cu_seqlens=torch.tensor([0, 8]))
 
 
+def test_on_hopper_tiles_are_64_and_copies_that_no_fence_follows_are_not_asynchronous(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention_triton, "INTERPRETED", False)
+    for fenced in (True, False):
+        monkeypatch.setattr(attention_triton, "FENCED", fenced)
+        for kernel, width in itertools.product(attention_triton.KERNELS, (64, 128, 256)):
+            every = attention_triton.candidates(kernel, width, 2, 90)
+            assert every[0] == attention_triton.default(kernel, width, 2, 90)
+            assert fenced or {config.num_stages for config in every} == {1}
+            if (kernel, width) != ("dkv", 256):
+                assert all(min(config["M"], config["N"]) >= 64 for config in every)
+
+
+def test_a_chosen_launch_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = draw(1, 40, 1, 1, 16, torch.float32)[0]
+    usable("triton")
+    expected = flash_attention(q, q, q, backend="triton")
+    shape = attention_triton._shape_class(q)
+    other = launch.Config((("M", 16), ("N", 64)), 4, 1)
+    launch.choose("attention_forward", shape, other)
+    try:
+        assert attention_triton._launched("forward", q) == other
+        torch.testing.assert_close(flash_attention(q, q, q, backend="triton"), expected)
+    finally:
+        launch.choose("attention_forward", shape, None)
+    assert attention_triton._launched("forward", q) == attention_triton.default("forward", *shape)
+
+
 def test_every_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_triton, "INTERPRETED", False)
     with compiled_launches(attention_triton):
+        assert {attention_triton._width(D, 2) for D in (8, 32, 64)} == {64}
         plain, documents, window = (None, None), (torch.tensor([0, 3, 8], dtype=torch.int32), None), (None, 4)
         masks = [(True, *mask) for mask in (plain, documents, window, (documents[0], 4))]
         masks += [(False, *mask) for mask in (plain, documents)]
