@@ -12,7 +12,7 @@ from spt_fast import __version__
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.families import family_of
 from spt_fast.model.flops import parameters
-from spt_fast.train.origin import History, Origin
+from spt_fast.train.origin import History, Origin, Part
 from spt_fast.train.world import dtype_name
 
 FILE = "README.md"
@@ -40,10 +40,7 @@ def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype,
         f"{shape}, stored in {dtype_name(dtype)}. Written by spt_fast {__version__}.",
         f"## Loading\n\n{LOADING}",
     ]
-    if origin.merged:
-        rows = [[_code(part.path), part.share, f"`{part.digest}`"] for part in origin.merged]
-        parts.append(f"## Average\n\nOf the weights of:\n\n{_table(['model', 'share', 'digest'], rows)}")
-    parts.append("## Training\n\n" + (_training(origin.history) if origin.history else "It is not recorded here."))
+    parts += _making(origin)
     known = {
         "Computed in": origin.dtype,
         "Training window": origin.context and f"{origin.context:,} tokens",
@@ -54,6 +51,19 @@ def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype,
     if lines := [f"- {what}: {value}" for what, value in known.items() if value]:
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _making(of: Origin | Part) -> list[str]:
+    """Sections: the training, or of an average its models and the training of each."""
+    name = f" of {_code(of.path)}" if isinstance(of, Part) else ""
+    found = []
+    if of.merged:
+        rows = [[_code(part.path), part.share, f"`{part.digest}`"] for part in of.merged]
+        found.append(f"## Average{name}\n\nOf the weights of:\n\n{_table(['model', 'share', 'digest'], rows)}")
+    if of.history or not of.merged:
+        training = _training(of.history) if of.history else "It is not recorded here."
+        found.append(f"## Training{name}\n\n{training}")
+    return [*found, *(section for part in of.merged for section in _making(part))]
 
 
 def _training(history: History) -> str:

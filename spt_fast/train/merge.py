@@ -70,16 +70,20 @@ def _shares(weights: Sequence[Weight], models: Sequence[Path]) -> list[Fraction]
     if len(weights) != len(models):
         expected = f"give a weight for each of the {len(models)} models"
         raise RecipeError(invalid("weights", [str(weight) for weight in weights], expected), argument=True)
-    given = {f"{i}": int(w) if isinstance(w, str) and w.isdecimal() else w for i, w in enumerate(weights, 1)}
+    names = [f"{model} ({i})" if models.count(model) > 1 else str(model) for i, model in enumerate(models, 1)]
+    numbers = [int(w) if isinstance(w, str) and w.isdecimal() else w for w in weights]
+    given = dict(zip(names, numbers, strict=True))
     try:
         shares = exact_weights(given)
     except RecipeError as error:
-        raise RecipeError(f"weights{str(error).removeprefix('mixture')}", argument=True) from None
+        says = str(error).removeprefix("mixture")
+        of = next((name for name in names if says.startswith(f".{name}: ")), None)
+        raise RecipeError("weights" + (f"[{of}]{says[len(of) + 1 :]}" if of else says), argument=True) from None
     for name, share in shares.items():
         if not share:
             expected = "write a weight above 0, or leave this model out"
-            raise RecipeError(invalid("weights", str(given[name]), expected), argument=True)
-    return [shares[name] for name in given]
+            raise RecipeError(invalid(f"weights[{name}]", given[name], expected), argument=True)
+    return [shares[name] for name in names]
 
 
 def _shape_of(parts: Sequence[Path]) -> GPTConfig:
@@ -109,12 +113,15 @@ def _origin_of(parts: Sequence[Path], shares: Sequence[Fraction]) -> Origin:
         raise CheckpointError(
             f"{other}: is of another tokenizer ({theirs[:12]}) than {one} ({mine[:12]}); the same ids mean other text"
         )
-    merged = [Part(named(part), digest_of(part), str(share)) for part, share in zip(parts, shares, strict=True)]
+    merged = [
+        Part(named(part), digest_of(part), str(share), origin.history, origin.merged)
+        for part, share, origin in zip(parts, shares, origins, strict=True)
+    ]
 
     def first(field: str) -> Any:
         return next((value for origin in origins if (value := getattr(origin, field)) is not None), None)
 
-    ends = {name: first(name) for name in ("context", "eos_id", "bos_id", "history")}
+    ends = {name: first(name) for name in ("context", "eos_id", "bos_id")}
     return Origin(next(iter(known), None), first("documents"), first("dtype"), merged, **ends)
 
 

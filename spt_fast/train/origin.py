@@ -36,6 +36,14 @@ class Part:
     digest: str
     share: str
     """Exactly, such as 9/10."""
+    history: History | None = None
+    merged: Sequence[Part] = ()
+    """What it was an average of itself."""
+
+    @classmethod
+    def read(cls, raw: dict[str, Any]) -> Part:
+        merged = [cls.read(part) for part in raw.get("merged", ())]
+        return cls(**raw | {"history": History.read(raw.get("history")), "merged": merged})
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,8 @@ class History:
         )
 
     @classmethod
-    def read(cls, raw: dict[str, Any]) -> History:
-        return cls(**raw | {"phases": [PhaseFacts(**phase) for phase in raw["phases"]]})
+    def read(cls, raw: dict[str, Any] | None) -> History | None:
+        return cls(**raw | {"phases": [PhaseFacts(**phase) for phase in raw["phases"]]}) if raw else None
 
 
 def named(weights: Path) -> str:
@@ -188,8 +196,8 @@ def origin_of(path: Path) -> Origin:
     if _KEY in metadata:
         try:
             known = json.loads(metadata[_KEY])
-            known["merged"] = [Part(**part) for part in known.get("merged", ())]
-            known["history"] = History.read(raw) if (raw := known.get("history")) else None
+            known["merged"] = [Part.read(part) for part in known.get("merged", ())]
+            known["history"] = History.read(known.get("history"))
             return Origin(**{field.name: known.get(field.name) for field in fields(Origin)})
         except (ValueError, AttributeError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: its metadata is damaged ({error}); copy it again") from None

@@ -18,7 +18,7 @@ from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import weights as stored
 from spt_fast.train.card import model_card
 from spt_fast.train.merge import merge
-from spt_fast.train.origin import History, Origin, Part, origin_of
+from spt_fast.train.origin import History, Origin, Part, PhaseFacts, origin_of
 from spt_fast.train.release import generate_text, tokenizer_of
 from tests.train.test_identity import byte_tokenizer
 
@@ -85,6 +85,28 @@ def test_an_average_is_made_in_float32_and_stored_as_the_first(tmp_path: Path) -
     assert not (tmp_path / "half").exists()
 
 
+def test_the_card_of_an_average_tells_how_every_model_was_trained(tmp_path: Path) -> None:
+    def trained(base: str) -> Origin:
+        phase = PhaseFacts("tune", 64, {"chem": "1"}, 1e-3, "adamw", 0.0, "0", {"chem": 2.0}, {})
+        return Origin(byte_tokenizer().digest, history=History(base, {"init": f"of {base}"}, {}, [phase]))
+
+    for seed, name in enumerate("abc"):
+        write(tmp_path / name, seed, trained(f"base-{name}") if name != "c" else None)
+    merge([tmp_path / "a", tmp_path / "b"], [1, 3], tmp_path / "ab")
+    merge([tmp_path / "c", tmp_path / "ab"], [1, 1], tmp_path / "all")
+    card = (tmp_path / "all" / "README.md").read_text()
+    headings = [line for line in card.splitlines() if line.startswith("## ")][1:]
+    assert headings == [
+        *("## Average", "## Training of `c`", "## Average of `ab`", "## Training of `a`", "## Training of `b`"),
+    ]
+    assert all(f"Base: `base-{name}` (`of base-{name}`)." in card for name in "ab")
+    assert f"| `b` | 3/4 | `{stored.digest_of(tmp_path / 'b')}` |" in card
+    assert "## Training of `c`\n\nIt is not recorded here." in card
+    assert origin_of(tmp_path / "all").merged[1].merged[0].history == trained("base-a").history
+    with pytest.raises(RecipeError, match=r"^weights: 'a \(1\)' is a whole number \(1\), .* but 'a \(2\)' is a share"):
+        merge([Path("a"), Path("a")], [1, 0.5], tmp_path / "out")
+
+
 def test_a_card_shows_names_as_they_are() -> None:
     origin = Origin(merged=[Part("a`|b", "d", "1/2")], history=History("<i>", {}, {}, []))
     card = model_card("*m* <b>", origin, GPTConfig(**SHAPE), torch.float32)
@@ -107,18 +129,19 @@ def test_a_tied_head_is_averaged_as_the_embedding_that_it_is(tmp_path: Path) -> 
     ("weights", "problem"),
     [
         ([0.9], r"^weights: \['0.9'\] is invalid: give a weight for each of the 2 models"),
-        ([0.9, 0.2], "^weights: the shares of 1, 2 sum to 11/10 .* 1/10 is too much"),
+        ([0.9, 0.2], "^weights: the shares of a, b sum to 11/10 .* 1/10 is too much"),
         (["0.1", "0.2"], "^weights: .* 7/10 is missing"),
-        ([1, 0], "^weights: '0' is invalid: write a weight above 0"),
-        ([1, "0.5"], "^weights: '1' is a whole number"),
-        (["nan", "1.0"], r"^weights.1: 'nan' is invalid"),
-        ([-1, 2], r"^weights.1: -1 is invalid"),
-        ([float("inf"), 0.5], r"^weights.1: inf is invalid"),
+        ([1, 0], r"^weights\[b\]: 0 is invalid: write a weight above 0"),
+        (["1.0", "0%"], r"^weights\[b\]: '0%' is invalid: write a weight above 0"),
+        ([1, "0.5"], r"^weights: 'a' is a whole number \(1\), .* but 'b' is a share \('0.5'\)"),
+        (["nan", "1.0"], r"^weights\[a\]: 'nan' is invalid"),
+        ([-1, 2], r"^weights\[a\]: -1 is invalid"),
+        ([float("inf"), 0.5], r"^weights\[a\]: inf is invalid"),
     ],
 )
 def test_weights_that_give_no_average(tmp_path: Path, weights: list[Any], problem: str) -> None:
     with pytest.raises(RecipeError, match=problem):
-        merge([tmp_path / "a", tmp_path / "b"], weights, tmp_path / "out")
+        merge([Path("a"), Path("b")], weights, tmp_path / "out")
     with pytest.raises(RecipeError, match=r"^models: 1 is invalid: give at least two"):
         merge([tmp_path / "a"], [1], tmp_path / "out")
 
