@@ -71,7 +71,7 @@ class TextModel:
             raise SptError(invalid("context", context, f"from 2 to {longest}, the model's own"), argument=True)
         if batch is not None and batch < 1:
             raise SptError(invalid("batch", batch, "write a whole number of at least 1"), argument=True)
-        self.context = context or longest
+        self.context, self._longest = context or longest, longest
         # Where a run's documents began with none, still what its Hugging Face tokenizer puts before a text: base and
         # finetune see the same, and so they do where the weights are served.
         usual = tokenizer.usual_bos_id if isinstance(tokenizer, HFTokenizer) else None
@@ -149,6 +149,12 @@ class TextModel:
         drop some of the continuation.
         """
         longest = max((len(pair.continuation) for pair in pairs), default=0)
+        if longest > self._longest:
+            raise SptError(
+                f"tasks: an answer has {longest:,} tokens, and the model reads at most {self._longest:,} at a time; "
+                "shorten that answer, or leave its question out",
+                argument=True,
+            )
         if longest > self.context:
             raise SptError(
                 invalid("context", self.context, f"at least {longest}, the tokens of the longest answer"), argument=True

@@ -104,6 +104,8 @@ def test_likelihoods_are_those_of_each_text_alone(weights: Path, tokenizer: Toke
     assert short[0].nats == pytest.approx(one_by_one(weights, pairs[0], context=8)[0], rel=1e-5)
     with pytest.raises(SptError, match=r"context: 2 is invalid: at least 3"):
         TextModel(GPT.from_hf(weights), tokenizer, context=2).likelihoods(pairs[-1:])
+    with pytest.raises(SptError, match=r"^tasks: an answer has 65 tokens, and the model reads at most 64 at a time"):
+        model.likelihoods([Pair([1], [2] * 65)])
 
 
 def _that_begins_texts(tokenizer: Tokenizer, folder: Path) -> BaseTokenizer:
