@@ -10,7 +10,8 @@ held-out, in nats per token. The definitions are those of "The Finetuner's Falla
     compute multiplier  tokens that NPT needs for the domain loss after finetuning of SPT(delta) / tokens of SPT(delta)
 
 and one of our own, *general at equal domain*: the general loss at the moment when each finetune reaches the same domain
-loss, which is the lowest one that every run reaches.
+loss, which is the lowest one that every run reaches. Finetunes of a base that was pretrained elsewhere are all of delta
+0, and named after what they are.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Finetune:
     folder: str
     treatment: Treatment
     seed: int
+    base: str | None = None
+    """The name of the weights that were finetuned, where their pretraining is unknown."""
     tokens: int
     """Of pretraining."""
     domain_epochs: float
@@ -114,6 +117,7 @@ class Finetune:
             folder=str(run.folder),
             treatment=run.treatment,
             seed=run.summary["seed"],
+            base=run.base,
             tokens=sum(trained.done["tokens"] for trained in run.pretraining),
             domain_epochs=math.fsum(trained.done["epochs"].get(run.domain, 0.0) for trained in run.pretraining),
             domain_before=domain_before,
@@ -130,7 +134,11 @@ class Finetune:
 
     def as_json(self) -> dict[str, Any]:
         figures = {name: value for name, value in vars(self).items() if name not in ("treatment", "domain_select")}
-        figures = {name: value for name, value in figures.items() if value is not None or not name.endswith("_behind")}
+        figures = {
+            name: value
+            for name, value in figures.items()
+            if value is not None or not name.endswith(("base", "_behind"))
+        }
         return {**self.treatment._asdict(), **figures, "forgetting": self.forgetting}
 
 
@@ -265,6 +273,11 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "tasks" or value}
+
+    @property
+    def base(self) -> str | None:
+        """The name of the weights that all runs finetuned; None where their pretraining is known."""
+        return self.runs[0].base
 
     @property
     def compared(self) -> Arms:

@@ -45,10 +45,10 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     """Draw the arms of the compared budget as a PNG, 1600 pixels wide."""
     arms = {arm: list(runs.values()) for arm, runs in comparison.compared.items()}
     others = cycle(SPT_COLOURS)
-    colours = {arm: NPT_COLOUR if arm == Treatment(0.0, 0.0, 0.0) else next(others) for arm in arms}
+    colours = {arm: NPT_COLOUR if not (arm.delta or any(arm.finetune)) else next(others) for arm in arms}
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
-    after = f"after {comparison.tokens:,} tokens of pretraining" if comparison.tokens else "of a base"
+    after = f"after {comparison.tokens:,} tokens of pretraining" if comparison.tokens else f"from {comparison.base}"
     title = f"Finetuning on {comparison.domain!r} {after}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     grid = figure.add_gridspec(2, 2, width_ratios=(2, 1))
@@ -58,7 +58,8 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     gains = comparison.r_gain or {}
     per_seed = {arm: list(gain.per_seed.values()) for arm in arms if (gain := gains.get(arm))}
     if per_seed:
-        _draw_seeds(upper, per_seed, colours, "R_gain in the domain, over NPT (%)")
+        over = "the plainest" if comparison.base else "NPT"
+        _draw_seeds(upper, per_seed, colours, f"R_gain in the domain, over {over} (%)")
         upper.axvline(0, color="0.6", linewidth=0.8)
     else:
         domain_after = {arm: [run.domain_after for run in runs] for arm, runs in arms.items()}

@@ -35,9 +35,10 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def arm_table(comparison: Comparison) -> Table:
     """A row of figures per arm, 80 columns wide."""
+    of = f"finetunes of {comparison.base}\n" if comparison.base else ""
     sources = f"domain: {comparison.domain}, general: {comparison.general}"
     table = Table(
-        title=f"{sources}; held-out nats/token\n± half the seeds' range",
+        title=f"{of}{sources}; held-out nats/token\n± half the seeds' range",
         title_justify="left",
         title_style="",
         box=box.SIMPLE_HEAD,

@@ -49,15 +49,30 @@ class Treatment(NamedTuple):
     @property
     def name(self) -> str:
         """What it is called in tables and pictures: "NPT", "SPT 5%", "NPT, 1% replay"."""
-        name = f"SPT {percent(self.delta)}" if self.delta else "NPT"
+        name = f"SPT {percent(self.delta)}" if self.delta else self.without
         name += f", {percent(self.replay)} replay" if self.replay else ""
         name += f", anchor {self.anchor:g}" if self.anchor else ""
         return name + (f", {percent(self.average)} averaged" if self.average else "")
 
     @property
+    def without(self) -> str:
+        """What it is called without any domain text in pretraining."""
+        return "NPT"
+
+    @property
     def finetune(self) -> tuple[float, float, float]:
         """(replay, anchor, average); the least is the plainest."""
         return self.replay, self.anchor, self.average
+
+
+class OfBase(Treatment):
+    """That of a base, whose pretraining is unknown: `delta` counts as 0."""
+
+    __slots__ = ()
+
+    @property
+    def without(self) -> str:
+        return "finetune"
 
 
 @dataclass(frozen=True)

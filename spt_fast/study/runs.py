@@ -20,8 +20,9 @@ from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, RecipeError, some
 from spt_fast.files import check_regular
 from spt_fast.printing import plain
-from spt_fast.study.finetunes import Treatment
+from spt_fast.study.finetunes import OfBase, Treatment
 from spt_fast.train.folder import Trained, recipe_of, summary_of, trained_before
+from spt_fast.train.origin import named
 
 PER_ARM = ("name", "mixture", "anchor", "average")
 """Fields of a finetune that its treatment is made of, and its name."""
@@ -94,7 +95,13 @@ class FinishedRun:
     def treatment(self) -> Treatment:
         replay = 1 - self.finetune.mixture[self.domain]
         share = float(self.pretraining_share(self.domain))
-        return Treatment(share, float(replay), self.finetune.anchor, float(self.finetune.average))
+        kind = OfBase if self.base else Treatment
+        return kind(share, float(replay), self.finetune.anchor, float(self.finetune.average))
+
+    @property
+    def base(self) -> str | None:
+        """The name of the weights, pretrained elsewhere, that were finetuned; None where the pretraining is known."""
+        return named(Path(self.recipe.init)) if self.recipe.init and not self.pretraining else None
 
     def pretraining_share(self, source: str) -> Fraction:
         """The exact share of `source` in the pretraining tokens that the recipes ask for, over all phases."""

@@ -343,7 +343,13 @@ def test_finetunes_of_one_base_are_held_against_the_plainest(tmp_path: Path) -> 
     assert verdict.difference == pytest.approx(SPT[-1][1] - SPT[0][1] - (NPT[-1][1] - NPT[0][1]))
     console = Console(width=80, record=True, file=io.StringIO())
     print_comparison(found, console)
-    assert re.search(r"NPT +base ", console.export_text()), "how many tokens it was pretrained on is unknown"
+    said = console.export_text()
+    assert re.search(r"finetune +base ", said), "how many tokens it was pretrained on is unknown"
+    assert said.startswith("finetunes of hf ")
+    assert "forgetting, finetune, 5% replay against finetune: " in " ".join(said.split())
+    assert "NPT" not in said
+    assert [run["base"] for run in as_json(found)["runs"]] == ["hf", "hf"]
+    write(found, tmp_path / "figures")
     refused(RecipeError, [plain, of_base(SPT, "c", {"code": "1"})], str(plain), "base is hf (b)")
     part = of_base(SPT, "d", {"code": "1"}, init_only="embeddings")
     refused(CheckpointError, [part], "only phase")
