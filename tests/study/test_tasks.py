@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from spt_fast.cli import main
 from spt_fast.evaluation.results import Metric, Settings, TaskResult, save
@@ -21,6 +23,7 @@ from tests.study.fake_runs import fake_run
 from tests.study.synthetic import spt_table
 from tests.study.test_compare import NPT, SPT
 
+TOKENIZER = "1" * 64
 ALIKE = Settings(
     version="1", library="lm-eval 0.4.13", num_fewshot=0, limit=None, context=64, bos=None, dtype="float32"
 )
@@ -31,10 +34,10 @@ def scored(folder: Path, weights: str, each: list[float], task: str = "notes.jso
     """Keep a result of weights, which are made where there are none."""
     place = folder / "weights" / weights
     place.mkdir(parents=True, exist_ok=True)
-    (place / "model.safetensors").write_bytes(f"{folder} {weights}".encode())
+    save_file({weights: torch.zeros(1)}, place / "model.safetensors", {"folder": str(folder)})
     metrics = {"acc": Metric.mean(each), "f1": Metric(0.5, None)}
     asked = replace(ALIKE, **settings)
-    save(TaskResult(task=task, questions=len(each), metrics=metrics, settings=asked), place)
+    save(TaskResult(task=task, questions=len(each), metrics=metrics, settings=asked), place, TOKENIZER)
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def test_what_was_scored_otherwise_is_left_out_by_name(runs: list[Path], tmp_pat
         "other is left out: it was scored otherwise (context 32 instead of 64, bos 1 instead of None); score it alike",
         "none is left out: it was not scored",
     ]
-    (runs[1] / "weights" / "finetune" / "model.safetensors").write_bytes(b"trained again")
+    save_file({"again": torch.zeros(1)}, runs[1] / "weights" / "finetune" / "model.safetensors")
     assert {score.run for score in task_tables(runs)[0].scores} == {"npt"}, "the results are of other weights"
     few = fake_run(tmp_path / "few", NPT, seed=2)
     scored(few, "finetune", [1.0, 0.0], task="arc_easy")
@@ -96,9 +99,9 @@ def test_a_finetune_is_held_against_the_weights_of_the_run_that_it_continues(run
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text("{}")
-    (base / "model.safetensors").write_bytes(b"base")
+    save_file({"base": torch.zeros(1)}, base / "model.safetensors")
     recorded = TaskResult(task="notes.jsonl", questions=120, metrics={"acc": Metric.mean(BEFORE)}, settings=ALIKE)
-    save(recorded, base)
+    save(recorded, base, TOKENIZER)
     for init in (runs[0] / "weights" / "pretrain", base):
         tuned = fake_run(tmp_path / f"after-{init.name}", SPT, seed=5, change={"init": str(init)})
         recipe = (tuned / "recipe.yaml").read_text()
