@@ -95,6 +95,7 @@ def continued(rng: np.random.Generator, noise: float = 0.01, ratios: Any = (0.1,
     return table | {"general_loss": noisy(2.6 + general, rng, noise), "domain_loss": noisy(2.2 + domain, rng, noise)}
 
 
+REPEATED = laws.MixtureRepetitionLaw.from_params(E=1.2, A=300, alpha=0.27, tau=8, r1=12, gamma=0.4)
 DCPT_GRID = grid(params=[0.2e9, 0.5e9, 1e9, 1.8e9], own_ratio=RATIOS, tokens=np.linspace(1e9, 20e9, 10))
 FORGETTING_GRID = grid(
     params=SIZES, unique_tokens=[3e5, 3e6, 3e7], loss_before=[3.0], injected=[0, 0.001, 0.005, 0.01, 0.05]
@@ -113,6 +114,11 @@ TABLES: dict[str, tuple[Law, Callable[[], Law], Table]] = {
         RECTIFIED,
         laws.FinetuneLaw,
         grid(params=SIZES, unique_tokens=np.geomspace(1e5, 1e8, 30)),
+    ),
+    "mixture and repetition": (
+        REPEATED,
+        laws.MixtureRepetitionLaw,
+        grid(fraction=[0, 0.005, 0.02, 0.05, 0.1, 0.3], unique_tokens=[1e8, 3e8], tokens=np.geomspace(5e9, 2e11, 12)),
     ),
     "forgetting": (FORGETTING, laws.ForgettingLaw, FORGETTING_GRID),
     "D-CPT, domain": (DOMAIN, laws.DCPTLaw, DCPT_GRID),

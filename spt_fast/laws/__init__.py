@@ -17,6 +17,7 @@ from spt_fast.laws.data_constrained import DataConstrainedLaw
 from spt_fast.laws.dcpt import DCPTLaw, best_ratio
 from spt_fast.laws.finetuning import FinetuneLaw
 from spt_fast.laws.forgetting import ForgettingLaw, OffsetForgettingLaw
+from spt_fast.laws.mixture_repetition import MixtureRepetitionLaw
 from spt_fast.laws.overfitting import OverfittingLaw
 from spt_fast.laws.postfinetune import PostFinetuneLaw
 from spt_fast.laws.sparse import SparsePretrainingLaw, average_params
@@ -33,6 +34,7 @@ __all__ = [
     "IdentificationWarning",
     "Law",
     "LawWarning",
+    "MixtureRepetitionLaw",
     "OffsetForgettingLaw",
     "OverfittingLaw",
     "PostFinetuneLaw",

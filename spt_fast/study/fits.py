@@ -109,6 +109,14 @@ LAWS = {
         "pretraining from scratch at four domain shares or more (0 may be one), with evaluations along the way",
         splits={"largest fraction": _largest("fraction"), "last 40% of budget": _rest_of_budget},
     ),
+    "mixture-repetition": Kind(
+        laws.MixtureRepetitionLaw,
+        views.mixture_repetition,
+        "pretraining from scratch at three domain shares or more (0 may be one), with evaluations along the way",
+        differ=("fraction",),
+        settings=3,
+        splits={"largest fraction": _largest("fraction"), "last 40% of budget": _rest_of_budget},
+    ),
     "post-finetuning": Kind(
         laws.PostFinetuneLaw,
         views.post_finetuning,

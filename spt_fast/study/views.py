@@ -46,6 +46,15 @@ def overfitting(table: UsableRows) -> list[Group]:
     return groups
 
 
+def mixture_repetition(table: UsableRows) -> list[Group]:
+    """For MixtureRepetitionLaw: the held-out losses of the same curves, where the unique tokens are known."""
+    groups = []
+    for group, rows in overfitting(table):
+        named = rows.rename(columns={"heldout_loss": "loss"}).drop(columns="train_loss")
+        groups += [(group, named.assign(unique_tokens=group["domain_tokens"]))] if group["domain_tokens"] else []
+    return groups
+
+
 def chinchilla(table: UsableRows, of: Literal["domain", "general"] = "general") -> list[Group]:
     """For ChinchillaLaw: pretraining at two sizes or more, per domain share (and corpus, for the domain loss)."""
     rows = _known(_pretraining(table), f"{of}_heldout")

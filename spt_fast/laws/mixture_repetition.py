@@ -1,0 +1,75 @@
+"""Pretraining on general text and a small domain corpus that repeats: what the mixture does to the domain loss.
+
+    L = E + A/((1 − h)·D + τ·D_T)^α + γ·h
+    D_T = D_t·(1 + r1·(1 − e^(−(r − 1)/r1))),   r = h·D/D_t;   D_T = h·D where r < 1
+
+arXiv 2605.12715, from more than 2,000 runs: D pretraining tokens, h the domain's share of them, D_t the domain corpus.
+τ says what a domain token is worth in general ones; repeats lose their worth with r1 as in the data-constrained law;
+γ·h is what a large share costs at any budget. One law per domain corpus and model size (our reading), of the held-out
+domain loss before finetuning, beside the overfitting law. Huber loss on log-losses. Decision: the best share at a
+budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from spt_fast.laws.base import FormulaLaw, Units
+from spt_fast.laws.chinchilla import IRREDUCIBLE, coefficient, exponent
+from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns
+from spt_fast.laws.data_constrained import worth
+from spt_fast.laws.dcpt import lowest
+from spt_fast.laws.fitting import Parameter
+from spt_fast.laws.powers import power
+
+GRID = np.linspace(0, 1, 2001)
+
+
+class MixtureRepetitionLaw(FormulaLaw):
+    """Columns: `tokens` D, `fraction` h, `unique_tokens` D_t, `loss`. Parameters: E, A, alpha, tau, r1 (in repeats),
+    gamma (nats)."""
+
+    inputs: ClassVar[dict[str, Column]] = {"tokens": POSITIVE, "fraction": SHARE, "unique_tokens": POSITIVE}
+    parameters: ClassVar[tuple[Parameter, ...]] = (
+        IRREDUCIBLE,
+        coefficient("A"),
+        exponent("alpha"),
+        Parameter("tau", 0.1, 1e4),
+        Parameter("r1", 0.1, 1000),
+        Parameter("gamma", -10, 10, log=False, linear=True),
+    )
+    units: ClassVar[Units] = {"A": {"tokens": "alpha"}}
+
+    def _features(self, columns: Columns, unit: dict[str, float]) -> Columns:
+        tokens, share = columns["tokens"], columns["fraction"]
+        read = share * tokens
+        seen = np.minimum(read, columns["unique_tokens"])
+        size = unit.get("tokens", 1.0)
+        return {
+            "general": (1 - share) * tokens / size,
+            "seen": seen / size,
+            "repeats": np.where(read > seen, read / np.where(seen > 0, seen, 1) - 1, 0.0),
+            "fraction": share,
+        }
+
+    @staticmethod
+    def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
+        E, A, alpha, tau, r1, gamma = unknowns
+        domain = worth(columns["seen"], columns["repeats"], r1)
+        return E + A * power(columns["general"] + tau * domain, -alpha) + gamma * columns["fraction"]
+
+    def best_fraction(self, *, tokens: float, unique_tokens: float) -> float:
+        """The share h in [0, 1] at which the domain loss after `tokens` is lowest, before finetuning."""
+        self._given(tokens=tokens, unique_tokens=unique_tokens)
+        at = {"tokens": float(tokens), "unique_tokens": float(unique_tokens)}
+
+        def loss(share: Array) -> Array:
+            given = np.broadcast_arrays(at["tokens"], share, at["unique_tokens"])
+            return self._mean(dict(zip(self.inputs, given, strict=True)), "loss")
+
+        share = lowest(loss, GRID)
+        self._warn_beyond(fraction=share, **at)
+        return share
