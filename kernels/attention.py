@@ -16,17 +16,21 @@ What costs bytes is a T x T matrix of scores a head, which no implementation her
 
 triton      our kernels, with documents, window and grouped queries in them; the backward pass is deterministic:
             attention_triton.py
-flash_attn  the flash-attn package, where one can be imported; its backward pass adds atomically, in any order:
-            flash_attn.py
+flash_attn  the flash-attn package in its versions (flash_attn_2, _3, _4), where one can be imported; its backward pass
+            adds atomically, in any order: flash_attn.py
 sdpa        PyTorch's fused kernels (on a GPU cuDNN's or flash's) for plain attention, but with a mask of B·T·T booleans
-            for documents, and of T·T for a window, which is the simple way, not the fast one
+            for documents, and of T·T for a window, which is the simple way, not the fast one; the backward pass of
+            cuDNN's is not deterministic
 cpu         our kernel for CPUs with AVX512-BF16, csrc/attention.cpp, causal and in bf16: attention_cpu.py
 reference   sdpa
 
-Triton's and the CPU's kernels are custom ops; the others are differentiable PyTorch calls as they are.
+Triton's and the CPU's kernels are custom ops; the others are differentiable PyTorch calls as they are. Where PyTorch is
+told to be deterministic, `auto` takes none but Triton's kernels on a GPU.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +72,7 @@ def flash_attention(
         return attention_triton.attention(q_BTHD, k_BTHD, v_BTHD, cu_seqlens, causal, window, scale)[0]
     if chosen == "cpu":
         return attention_cpu.attend(q_BTHD, k_BTHD, v_BTHD, cu_seqlens, window, scale)
-    function = _flash_attn if chosen == "flash_attn" else _sdpa
+    function = partial(_flash_attn, chosen) if chosen in flash_attn.BACKENDS else _sdpa
     return function(q_BTHD, k_BTHD, v_BTHD, causal, cu_seqlens, window, scale)
 
 
@@ -77,13 +81,15 @@ def _pick(backend: str, q_BTHD: Tensor, causal: bool, *, masked: bool) -> str:
     D = q_BTHD.shape[-1]
     most = MAX_HEAD_DIM // 2 if q_BTHD.dtype == torch.float32 else MAX_HEAD_DIM  # a program's registers are its bytes
     too_wide = f"it takes head dimensions up to {most} in {q_BTHD.dtype}, not {D}" if most < D else None
+    odd = f"it takes head dimensions that are multiples of 8, not {D}" if D % 8 else None
+    unordered = flash_attn.BACKENDS if torch.are_deterministic_algorithms_enabled() else ()
     return _FLASH_ATTENTION.pick(
         backend,
         q_BTHD,
-        passed_over=("sdpa",) if masked else (),
+        passed_over=("sdpa", *unordered) if masked or unordered else (),
         triton=too_wide,
-        flash_attn=too_wide or (f"it takes head dimensions that are multiples of 8, not {D}" if D % 8 else None),
         cpu=attention_cpu.obstacle(q_BTHD, causal),
+        **dict.fromkeys(flash_attn.BACKENDS, too_wide or odd),
     )
 
 
@@ -176,6 +182,7 @@ def _padding(q_BTHD: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _flash_attn(
+    backend: str,
     q_BTHD: Tensor,
     k_BTHD: Tensor,
     v_BTHD: Tensor,
@@ -185,25 +192,30 @@ def _flash_attn(
     scale: float,
 ) -> Tensor:
     if cu_seqlens is None:
-        return flash_attn.attention(q_BTHD, k_BTHD, v_BTHD, None, causal, window, scale)
+        return flash_attn.attention(backend, q_BTHD, k_BTHD, v_BTHD, None, causal, window, scale)
     B, T = q_BTHD.shape[:2]
     row_ends = torch.arange(0, B * T + 1, max(T, 1), device=cu_seqlens.device, dtype=torch.int32)
     cuts = torch.cat((cu_seqlens, row_ends)).sort().values
     padding_BT11 = _padding(q_BTHD, cu_seqlens)
     q_BTHD, k_BTHD, v_BTHD = (x.masked_fill(padding_BT11, 0) for x in (q_BTHD, k_BTHD, v_BTHD))
-    return flash_attn.attention(q_BTHD, k_BTHD, v_BTHD, cuts, causal, window, scale).masked_fill(padding_BT11, 0)
+    o_BTHD = flash_attn.attention(backend, q_BTHD, k_BTHD, v_BTHD, cuts, causal, window, scale)
+    return o_BTHD.masked_fill(padding_BT11, 0)
 
 
 _FLASH_ATTENTION = Op(
     "flash_attention",
     {
         "cuda": {
-            "flash_attn": "the fastest in published figures, 560 to 685 TFLOP/s forward on an H100 over 2K to 8K "
-            "tokens; nothing is measured here yet",
-            "sdpa": "published figures of cuDNN's and flash's kernels are above those of Triton's; for documents and "
-            "windows it would need a mask of T x T, and triton is taken; nothing is measured here yet",
-            "triton": "documents and windows without a mask of T x T; published figures of Triton kernels are 330 to "
-            "480 TFLOP/s on an H100; ours are not measured yet",
+            "flash_attn_3": "the fastest on Hopper in published figures, 560 to 685 TFLOP/s forward on an H100 over 2K "
+            "to 8K tokens; nothing is measured here yet",
+            "flash_attn_4": "the fastest on Blackwell in published figures; nothing is measured here yet",
+            "sdpa": "published figures of cuDNN's kernels are above those of flash-attn 2 and of Triton; for documents "
+            "and windows it would need a mask of T x T; nothing is measured here yet",
+            "flash_attn_2": "documents and windows without a mask of T x T; published figures are 300 to 400 TFLOP/s "
+            "on an H100; nothing is measured here yet",
+            "triton": "documents and windows without a mask of T x T, and deterministic; published figures of Triton "
+            "kernels are 330 to 480 TFLOP/s on an H100; ours are not measured yet",
+            "flash_attn": "the first version of flash-attn that there is",
             "reference": "PyTorch ops",
         },
         "cpu": {

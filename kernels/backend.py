@@ -8,7 +8,7 @@ triton      kernels for GPUs; on a CPU only in Triton's interpreter (TRITON_INTE
 cpu         csrc/, vectorised C++ for float32 and bf16
 reference   PyTorch ops, for every device and dtype
 
-Attention has two more: sdpa, which is PyTorch's own, and flash_attn, the package.
+Attention has more: sdpa, which is PyTorch's own, and the versions of the flash-attn package.
 """
 
 from __future__ import annotations
@@ -111,12 +111,12 @@ def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
             return f"the tensors are on {device}"
         if dtype not in (torch.float32, torch.bfloat16):
             return f"the C++ kernels take float32 and bfloat16, not {dtype}"
-    if backend == "flash_attn":
+    if backend in flash_attn.BACKENDS:
         if device != "cuda":
             return f"flash-attn needs a GPU, the tensors are on {device}"
         if dtype not in (torch.bfloat16, torch.float16):
             return f"flash-attn takes bfloat16 and float16, not {dtype}"
-        return flash_attn.obstacle()
+        return flash_attn.obstacle(backend)
     return None
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -293,14 +295,29 @@ def test_what_auto_prefers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 8, 2, D))
         return attention._pick("auto", q, True, masked=masked)
 
-    monkeypatch.setattr(flash_attn, "obstacle", lambda: "flash-attn cannot be imported")
+    there: set[str] = set()
+    monkeypatch.setattr(flash_attn, "obstacle", lambda backend: None if backend in there else "cannot be imported")
     assert preferred() == "sdpa"
     assert preferred(masked=True) == "triton"
     assert preferred(D=512) == "sdpa"
     assert preferred(D=512, masked=True) == "reference"
-    monkeypatch.setattr(flash_attn, "obstacle", lambda: None)
-    assert preferred() == preferred(masked=True) == "flash_attn"
+    there |= {"flash_attn", "flash_attn_2"}  # slower than cuDNN's kernels, but it knows documents
+    assert preferred() == "sdpa"
+    assert preferred(masked=True) == "flash_attn_2"
+    there |= {"flash_attn_4"}
+    assert preferred() == preferred(masked=True) == "flash_attn_4"
     assert preferred(D=20) == "sdpa"
+    with deterministic():
+        assert preferred() == preferred(masked=True) == "triton"
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_heads_too_wide_for_the_kernels_are_refused_and_auto_goes_elsewhere() -> None:
@@ -314,13 +331,24 @@ def test_heads_too_wide_for_the_kernels_are_refused_and_auto_goes_elsewhere() ->
 def test_flash_attn_counts_only_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = SimpleNamespace(__spec__=None)  # found, but without its functions
     whole = SimpleNamespace(__spec__=None, flash_attn_func=len, flash_attn_varlen_func=max)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    for modules, problem in (({"flash_attn": broken}, "flash_attn_func"), ({"flash_attn": whole}, None)):
-        monkeypatch.setattr(flash_attn, "_found", {})
-        for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
-            monkeypatch.setitem(sys.modules, name, modules.get(name))
-        found = flash_attn.obstacle()
-        assert (found is None) if problem is None else (found is not None and problem in found)
+    names = {"flash_attn_2": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
+
+    def obstacles(capability: int, **modules: object) -> dict[str, str | None]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (capability, 0))
+        flash_attn._functions.cache_clear()
+        for version, name in names.items():
+            monkeypatch.setitem(sys.modules, name, modules.get(version))
+        return {backend: flash_attn.obstacle(backend) for backend in flash_attn.BACKENDS}
+
+    try:
+        found = obstacles(9, flash_attn_2=broken)
+        assert None not in found.values()
+        assert "flash_attn_func" in str(found["flash_attn"])
+        found = obstacles(9, flash_attn_2=whole, flash_attn_3=broken)
+        assert [backend for backend, problem in found.items() if problem is None] == ["flash_attn", "flash_attn_2"]
+        assert "compute capability 10.x" in str(obstacles(10, flash_attn_3=whole)["flash_attn_3"])
+    finally:
+        flash_attn._functions.cache_clear()
 
 
 @pytest.mark.parametrize(("cuts", "window"), [(None, None), (None, 4), ([0, 5, 5, 17], 3), ([0, 30, 37], None)])
@@ -342,9 +370,9 @@ def test_flash_attn_is_called_right(
         return torch.cat(parts, 1)[0], None
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(flash_attn, "_found", {9: (rows, documents)})
+    monkeypatch.setattr(flash_attn, "_functions", lambda module: (rows, documents))
     *inputs, upstream = draw(2, 20, 4, 2, 8)
-    function = lambda q, k, v: attention._flash_attn(q, k, v, True, cut(cuts), window, 0.3)  # noqa: E731
+    function = lambda *qkv: attention._flash_attn("flash_attn", *qkv, True, cut(cuts), window, 0.3)  # noqa: E731
     expected = run(
         lambda q, k, v: plain_attention(q, k, v, cu_seqlens=cuts, window=window, scale=0.3), inputs, (upstream,)
     )
