@@ -106,8 +106,8 @@ def score(
     inside = bool(origin.documents) and data.document_ends is not None
     text = EvalSet.of_stretches(data, np.array([[0, data.num_tokens]]), window, inside=inside)
 
-    def measured_on(text: EvalSet) -> Measured:
-        with progress_bar(f"eval {prefix}", text.num_targets, show=progress) as advance:
+    def measured_on(text: EvalSet, part: str = "") -> Measured:
+        with progress_bar(f"eval {prefix}{part}", text.num_targets, show=progress) as advance:
 
             def of_batch(tokens: Tensor, targets: Tensor, cuts: Tensor | None) -> Tensor:
                 cuts = None if cuts is None else cuts.to(device)
@@ -123,7 +123,8 @@ def score(
             data, "report", max(1, reported.phase.evaluation.tokens // 2), windows=reported.windows
         )
         length = reported.phase.window(model.config.context)
-        rescored = measured_on(EvalSet.of_stretches(data, half, length, inside=reported.phase.documents)).loss
+        again = EvalSet.of_stretches(data, half, length, inside=reported.phase.documents)
+        rescored = measured_on(again, ", report half").loss
     nats = measured.loss * text.num_targets
     return Scored(
         loss=measured.loss,
