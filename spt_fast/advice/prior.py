@@ -6,12 +6,16 @@ each. What is computed from them here is one rule, by *epochs*: how often pretra
 
     the published best shares of a corpus of 300M tokens    10% under 30B tokens, 2–5% at 200B, 2% from 240–280B on
     are so many epochs                                      up to 10, 13–33, 17 (at 260B)
-    and scarce data was found to be reusable                15–20 times
-    so                                                      delta = 17 · domain_tokens / budget, at most 10%
+    scarce data was found to be reusable                    15–20 times
+    best repetition by model size                           24 times at 30M parameters, 11 at 124M, 5 from 757M on
+    so                                                      delta = epochs · domain_tokens / budget, at most 10%
+                                                            epochs = 17, up to 24 for models below 64M
 
-which gives 10% up to 51B, 2.6% at 200B and 2% at 255B for that corpus. That the epochs, and not the tokens, carry over
-to corpora of other sizes is an assumption, the one behind simulated epoching (arXiv 2606.07597). It ends where a small
-corpus meets a large budget: there the papers found it better to mix the corpus in late (SCPT).
+which gives 10% up to 51B, 2.6% at 200B and 2% at 255B for that corpus. From 757M on the two sources disagree: 17 is of
+models of 1B, judged after finetuning, 5 before it (arXiv 2606.07597); `delta_range` spans both. That the epochs, and
+not the tokens, carry over to corpora of other sizes is an assumption, the one behind simulated epoching. It ends where
+a small corpus meets a large budget: there mixing the corpus in late (SCPT) was better for 30M tokens, and at 3M the
+published share of it still overfitted, so SCPT too reads the corpus no more often.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ from spt_fast.laws import DataConstrainedLaw
 from spt_fast.study.words import percent
 
 BEST_EPOCHS, FEWEST_EPOCHS, MOST_EPOCHS = 17, 10, 33
+"""Of SPT's published best shares."""
+REPETITION = {30e6: 24.0, 124e6: 11.0, 757e6: 5.0}
+"""Epochs that are best, by parameters."""
 SMALLEST_SHARE, LARGEST_SHARE = 0.001, 0.1
 SPT_UP_TO, SCPT_FROM = 280e9 / 300e6, 200e9 / 30e6
 """Budget per domain token: up to the one, SPT was seen to win; from the other, SCPT."""
@@ -56,14 +63,31 @@ class Fact:
 
 FACTS: dict[str, Fact] = {
     "delta": Fact(
-        "best share for 300M domain tokens: 10% under 30B tokens, 2–5% at 200B, 2% from 240–280B on",
+        "best share for 300M domain tokens: 2–5% at 200B and 2% at 280B, after finetuning; before it 10% under 30B and "
+        "2% past 240B",
         "arXiv 2603.16177",
         "paper",
     ),
     "reuse": Fact("scarce data can be reused 15–20 times", "arXiv 2605.12715", "secondary"),
-    "epochs": Fact("delta = 17 · domain tokens / budget, at most 10%", "the two before", "derived"),
+    "repetition": Fact(
+        "the domain is best read about 24 times by a model of 30M parameters, 11 by one of 124M, 5 from 757M on",
+        "arXiv 2606.07597",
+        "secondary",
+    ),
+    "repetition by domain": Fact(
+        "best epochs: mathematics 5–6, code 4–5, encyclopedia and medicine 3–4", "arXiv 2608.14071", "secondary"
+    ),
+    "epochs": Fact(
+        "delta = epochs · domain tokens / budget, at most 10%: 17 epochs, up to 24 below 64M parameters",
+        "the four before",
+        "derived",
+    ),
+    "weight decay": Fact(
+        "where data repeats, the best weight decay is some 30 times the usual one", "arXiv 2509.14786", "secondary"
+    ),
     "regime": Fact(
-        "corpora of 3–30M tokens repeat too often at large budgets: gains shrink or turn negative, and SCPT beats SPT",
+        "corpora of 3–30M tokens repeat too often at large budgets: gains shrink or turn negative; SCPT beats SPT for "
+        "30M tokens, and for 3M SCPT at 1% still overfits",
         "arXiv 2603.16177",
         "paper",
     ),
@@ -80,6 +104,12 @@ FACTS: dict[str, Fact] = {
     ),
     "gain": Fact(
         "SPT lowers the domain loss after finetuning by 0.8% (ChemPile) to 2.0% (MusicPile)",
+        "arXiv 2603.16177",
+        "paper",
+    ),
+    "which domains": Fact(
+        "among real domains the loss that plain finetuning ends with ranks the gain; n-gram divergence hardly does "
+        "(r = 0.32 to 0.57)",
         "arXiv 2603.16177",
         "paper",
     ),
@@ -137,7 +167,7 @@ class Prior(TypedDict):
     delta: float
     """The domain's share of all pretraining tokens."""
     delta_range: list[float] | None
-    """By 10 to 33 epochs."""
+    """By 10 to 33 epochs, or from the best repetition of models of the size, where that is less."""
     epochs: float
     """How often pretraining then reads the domain corpus."""
     replay: float
@@ -154,11 +184,14 @@ def prior(*, domain_tokens: int, budget: int, params: int | None = None) -> Prio
     """What to do with `domain_tokens` unique domain tokens and `budget` pretraining tokens, by the papers."""
     per_token = budget / domain_tokens
     regime = "SPT" if per_token <= SPT_UP_TO else "SCPT" if per_token >= SCPT_FROM else "SPT or SCPT"
+    repetition = None if params is None else best_repetition(params)
+    epochs = max(BEST_EPOCHS, repetition or 0)
     if regime == "SCPT":
-        delta, delta_range = SCPT_LAST * SCPT_SHARE, None
+        delta, delta_range = min(SCPT_LAST * SCPT_SHARE, share_of(epochs, per_token)), None
     else:
-        delta = share_of(BEST_EPOCHS, per_token)
-        delta_range = [share_of(FEWEST_EPOCHS, per_token), share_of(MOST_EPOCHS, per_token)]
+        delta = share_of(epochs, per_token)
+        fewest = min(FEWEST_EPOCHS, repetition or FEWEST_EPOCHS)
+        delta_range = [share_of(fewest, per_token), share_of(MOST_EPOCHS, per_token)]
     asked = {"budget": budget, "domain_tokens": domain_tokens} | ({} if params is None else {"params": params})
     return {
         "says": SAYS,
@@ -185,10 +218,19 @@ def share_of(epochs: float, per_token: float) -> float:
     return min(float(f"{epochs / per_token:.2g}"), LARGEST_SHARE)
 
 
+def best_repetition(params: float) -> float:
+    """Epochs of the domain that are best before finetuning."""
+    return _by_size(REPETITION, params)
+
+
 def progress_lost(params: float) -> float:
-    """Share of the progress in general loss that a finetune without replay undoes; by log(params) between the
-    published sizes, the outermost one's beyond them."""
-    return float(np.interp(math.log(params), [math.log(size) for size in PROGRESS_LOST], list(PROGRESS_LOST.values())))
+    """Share of the progress in general loss that a finetune without replay undoes."""
+    return _by_size(PROGRESS_LOST, params)
+
+
+def _by_size(published: dict[float, float], params: float) -> float:
+    """By log(params) between the published sizes, the outermost one's beyond them."""
+    return float(np.interp(math.log(params), [math.log(size) for size in published], list(published.values())))
 
 
 def worth(read: float, unique: float) -> Worth:
@@ -209,10 +251,13 @@ def outside(value: float, low: float, high: float) -> float:
 
 def _why(regime: str, delta: float, per_token: float) -> str:
     if regime == "SCPT":
-        return (
+        late = (
             f"at {per_token:,.0f} pretraining tokens per domain token the corpus would repeat too often if mixed in "
             "from the first step; published ones like that did better when mixed in late"
         )
+        if delta == SCPT_LAST * SCPT_SHARE:
+            return late
+        return f"{late}, but smaller ones still overfitted: so it is read {delta * per_token:.3g} times"
     if delta == LARGEST_SHARE:
         return (
             f"at 10% the corpus is read {delta * per_token:.3g} times, less often than it can bear, but general loss "

@@ -296,7 +296,11 @@ def test_the_forgetting_law_says_how_much_replay_where_none_was_run() -> None:
     ("domain_tokens", "budget", "mixtures"),
     [
         (30_000_000, 20 * B, [{"general": 0.974, "domain": 0.026}, {"domain": 1}]),
-        (3_000_000, 200 * B, [{"general": 1}, {"general": 0.99, "domain": 0.01}, {"general": 0.01, "domain": 0.99}]),
+        (
+            3_000_000,
+            200 * B,
+            [{"general": 1}, {"general": 0.9975, "domain": 0.0025}, {"general": 0.01, "domain": 0.99}],
+        ),
     ],
 )
 def test_the_recipe_can_be_pasted(domain_tokens: int, budget: int, mixtures: list[dict[str, float]]) -> None:
