@@ -7,22 +7,30 @@ Legend: N rows (all leading dimensions together), I inputs, O outputs, D the wid
 Tensor cores multiply fp8 twice as fast as bf16. e4m3 (4 bits of exponent, 3 of mantissa, up to 448) holds what goes
 forward, x and W; e5m2 (5 and 2, up to 57,344) the gradient, whose range is wider (Micikevicius et al., arXiv
 2209.05433). Scales are dynamic: s = max |row| / the largest fp8 number, of the very tensor that is multiplied, so there
-is no history to keep; every row along which a matmul sums has its own, so that an outlier costs only its own row. y
-sums along rows of x and W; dx along rows of dy and columns of W; dw along columns of dy and x. So each tensor is
-quantised by rows or columns or both, and since the hardware wants what it sums along side by side, columns are written
-transposed.
+is no history to keep. y sums along rows of x and W, dx along rows of dy and columns of W, each of which has its own
+scale, so that an outlier costs only its own row. dw sums along columns of dy and x, and the hardware wants what it sums
+along side by side, so columns are written transposed; here each tensor has a single scale, for which the maxima of the
+rows suffice.
 
-By rows a tensor is read once, a program holding whole rows: for bf16, 2ND bytes read and ND written. By columns it is
-read twice, for the maxima and for the transpose: 4ND and ND. Against that, a matmul of width D saves half its time,
-which grows with D: torchao's users find no gain below about 2,048. Saved for the backward pass are x and W as they
-came.
+So x and dy are read twice: for the maxima of the rows, unless the op that made them knows these already (`largest_of`),
+and for both copies, which one pass writes. W is quantised by rows and columns once a step, where its gradients
+accumulate in place (kernels/linear.py); elsewhere each time. Bytes moved for bf16 beside those of the matmuls, and
+kernels, where x, dy and W had each a pass by rows, and two by columns with the scales' arithmetic between them:
+
+                        x and dy            kernels     W                       kernels
+    before              8NI + 8NO           14          8IO a micro-batch       7
+    now                 6NI + 6NO           6           8IO a step              7 a step
+    maxima known        4NI + 4NO           4
+
+A matmul of width D saves half its time, which grows with D: torchao's users find no gain below about 2,048. Kept for
+the backward pass is x in fp8, by columns: half of its bytes.
 
 What `torch._scaled_mm` asks: the first operand row-major, the second column-major; what it sums along and the columns
 that it puts out divisible by 16 (the rows of x need not be: the transposed copies are padded with zeros); and e5m2 on
-the left, which is where dy is in both matmuls. With a scale for each row it puts out bf16 on every GPU, to which y and
-dx are rounded; float32, in which dw is handed on as in kernels/norm.py, only through cuBLAS 12.9 on Hopper. Elsewhere
-dw takes one scale for each whole tensor. Sums of gradients are kept in float32; forward ones in the tensor core's own
-22 bits (`use_fast_accum`), still far finer than the numbers that are summed.
+the left, which is where dy is in both matmuls. With a scale for each row it puts out bf16, to which y and dx are
+rounded; with one for the whole tensor float32, in which dw is handed on as in kernels/norm.py. Sums of gradients are
+kept in float32; forward ones in the tensor core's own 22 bits (`use_fast_accum`), still far finer than the numbers that
+are summed.
 """
 
 from __future__ import annotations
@@ -35,6 +43,7 @@ from torch import Tensor
 from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
+from spt_fast.kernels.linear import accumulates_in_place
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST = 1e-30
@@ -56,7 +65,8 @@ def fp8_linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     if any(size % MULTIPLE for size in weight.shape):
         expected = f"both sizes must be divisible by {MULTIPLE}"
         raise ValueError(invalid("fp8_linear(weight)", tuple(weight.shape), expected))
-    return _linear(x, weight, _FP8_LINEAR.pick(backend, x, triton=obstacle(x.device)))
+    backend = _FP8_LINEAR.pick(backend, x, triton=obstacle(x.device))
+    return _linear(x, weight, *_quantised(weight, backend), largest_of(x), backend)[0]
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -71,39 +81,111 @@ def obstacle(device: torch.device) -> str | None:
 # ------------------------------------------------------------------------------------------------ custom ops
 
 
-@custom_op("fp8_linear", lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]))
-def _linear(x: Tensor, weight: Tensor, backend: str) -> Tensor:
-    rows = _QUANTISE_ROWS[backend]
-    y = _product(*rows(_flat(x), FORWARD), *rows(weight.contiguous(), FORWARD), torch.bfloat16, backend)
-    return y.to(x.dtype).view(*x.shape[:-1], len(weight))
+def _quantised(weight: Tensor, backend: str) -> tuple[Tensor, ...]:
+    """As `_quantise_weight`, which is kept on a parameter until it changes."""
+    if not accumulates_in_place(weight):
+        return _quantise_weight(weight.detach(), backend)
+    holder: Any = weight
+    key, kept = (weight._version, weight.data_ptr(), backend), getattr(weight, "in_fp8", None)
+    if kept is None or kept[0] != key:
+        kept = holder.in_fp8 = key, _quantise_weight(weight.detach(), backend)
+    return kept[1]
+
+
+def _fake_weight(weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    (O, I), by = weight.shape, weight.new_empty  # noqa: E741
+    wide: dict[str, Any] = {"dtype": torch.float32}
+    bits: dict[str, Any] = {"dtype": torch.uint8}
+    return by(O, I, **bits), by(O, 1, **wide), by(I, O, **bits), by(I, 1, **wide)
+
+
+@custom_op("fp8_quantise_weight", _fake_weight)
+def _quantise_weight(weight: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(weight [O, I] in fp8, its scales [O, 1]; the transpose [I, O], its scales [I, 1]). fp8 as uint8, here and below:
+    few of PyTorch's ops take it."""
+    weight = weight.contiguous()
+    rows, row_scales = _QUANTISE_ROWS[backend](weight, FORWARD)
+    columns, column_scales = _QUANTISE_COLUMNS[backend](weight, FORWARD)
+    return rows.view(torch.uint8), row_scales, columns.view(torch.uint8), column_scales
+
+
+def _padded(N: int) -> int:
+    return -(-N // MULTIPLE) * MULTIPLE
+
+
+@custom_op(
+    "fp8_linear",
+    lambda x, weight, *_: (
+        x.new_empty(*x.shape[:-1], weight.shape[0]),
+        x.new_empty(x.shape[-1], _padded(x.shape[:-1].numel()), dtype=torch.uint8),
+        x.new_empty(1, 1, dtype=torch.float32),
+    ),
+)
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    w_OI: Tensor,
+    w_scale_O1: Tensor,
+    w_IO: Tensor,
+    w_scale_I1: Tensor,
+    largest: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, x transposed in fp8, its scale); the weight itself is what has a gradient."""
+    q, scale, x_IN, x_scale = _QUANTISE_BOTH[backend](_flat(x), FORWARD, largest)
+    y = _product(q, scale, w_OI.view(FORWARD), w_scale_O1, torch.bfloat16, backend)
+    return y.to(x.dtype).view(*x.shape[:-1], len(w_OI)), x_IN.view(torch.uint8), x_scale
 
 
 @custom_op(
     "fp8_linear_backward",
-    lambda dy, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)),
+    lambda dy, x_IN, x_scale, w_IO, *_: (
+        dy.new_empty(*dy.shape[:-1], w_IO.shape[0]),
+        dy.new_empty(w_IO.shape[::-1], dtype=torch.float32),
+    ),
 )
-def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _linear_backward(
+    dy: Tensor, x_IN: Tensor, x_scale: Tensor, w_IO: Tensor, w_scale_I1: Tensor, largest: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
     """(dx [..., I] in x's dtype, dw [O, I] in float32)."""
+    I, O = w_IO.shape  # noqa: E741
     if not dy.numel():
-        return x.new_zeros(x.shape), weight.new_zeros(weight.shape, dtype=torch.float32)
-    rows, columns = _QUANTISE_ROWS[backend], _QUANTISE_COLUMNS[backend]
-    dy_NO, x_NI = _flat(dy), _flat(x)
-    dx = _product(*rows(dy_NO, BACKWARD), *columns(weight.contiguous(), FORWARD), torch.bfloat16, backend)
-    whole = not _rows_reach_float32(x.device)
-    dw = _product(*columns(dy_NO, BACKWARD, whole), *columns(x_NI, FORWARD, whole), torch.float32, backend)
-    return dx.to(x.dtype).view(x.shape), dw
+        return dy.new_zeros(*dy.shape[:-1], I), dy.new_zeros(O, I, dtype=torch.float32)
+    q, scale, dy_ON, dy_scale = _QUANTISE_BOTH[backend](_flat(dy), BACKWARD, largest)
+    dx = _product(q, scale, w_IO.view(FORWARD), w_scale_I1, torch.bfloat16, backend)
+    dw = _product(dy_ON, dy_scale, x_IN.view(FORWARD), x_scale, torch.float32, backend)
+    return dx.to(dy.dtype).view(*dy.shape[:-1], I), dw
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-    x, weight, ctx.backend = inputs
-    ctx.save_for_backward(x, weight)
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, _, _, _, w_IO, w_scale_I1, _, ctx.backend = inputs
+    ctx.save_for_backward(*output[1:], w_IO, w_scale_I1)
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_linear_backward(dy, *ctx.saved_tensors, ctx.backend), None
+def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    return *_linear_backward(dy, *ctx.saved_tensors, largest_of(dy), ctx.backend), *[None] * 6
 
 
 differentiable(_linear, _gradients, _setup_context)
+
+
+def with_largest(x: Tensor, largest: Tensor) -> Tensor:
+    """x, which carries the largest magnitudes in its rows, float32 [N] or by parts of the rows [N, P]. For whoever
+    takes this very tensor: no view of it, nor what it becomes in place."""
+    if not torch.compiler.is_compiling():
+        x.largest = largest, x._version  # type: ignore[attr-defined]
+    return x
+
+
+def largest_of(x: Tensor) -> Tensor | None:
+    """What x carries, if it does."""
+    if torch.compiler.is_compiling():
+        return None
+    largest, version = getattr(x, "largest", (None, None))
+    return largest if version == x._version else None
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -118,14 +200,6 @@ def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torc
     return ((a.float() @ b.float().T) * a_scale * b_scale.T).to(dtype)
 
 
-def _rows_reach_float32(device: torch.device) -> bool:
-    """Whether a matmul with a scale for each row can be put out in float32."""
-    if device.type != "cuda":
-        return True
-    cuda = tuple(int(part) for part in (torch.version.cuda or "0").split("."))
-    return torch.cuda.get_device_capability(device)[0] == 9 and cuda >= (12, 9)
-
-
 # ------------------------------------------------------------------------------------------------ reference
 
 
@@ -134,10 +208,17 @@ def _reference_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return _reference_quantise(x.float(), x.float().abs().amax(1, keepdim=True), dtype)
 
 
-def _reference_columns(x: Tensor, dtype: torch.dtype, whole: bool = False) -> tuple[Tensor, Tensor]:
-    """(x [N, D] in fp8 as [D, N], zeros behind it up to a multiple of 16; scales [D, 1], or [1, 1] of the whole)."""
-    x = torch.nn.functional.pad(x.float().mT, (0, -len(x) % MULTIPLE))
-    return _reference_quantise(x, x.abs().amax((0, 1) if whole else 1, keepdim=True), dtype)
+def _reference_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x [N, D] in fp8 as [D, N], its scales [D, 1])."""
+    return _reference_rows(x.mT.contiguous(), dtype)
+
+
+def _reference_both(x: Tensor, dtype: torch.dtype, largest: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x [N, D] in fp8, its scales [N, 1]; x in fp8 as [D, N], zeros behind it up to a multiple of 16, its scale
+    [1, 1]). largest: magnitudes in rows or parts of rows, [N] or [N, P], where they are known."""
+    columns = torch.nn.functional.pad(x.float().mT, (0, -len(x) % MULTIPLE)).contiguous()
+    largest = columns.abs().amax().view(1, 1) if columns.numel() else x.new_zeros(1, 1, dtype=torch.float32)
+    return *_reference_rows(x, dtype), *_reference_quantise(columns, largest, dtype)
 
 
 def _reference_quantise(x: Tensor, largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -150,7 +231,7 @@ def _reference_quantise(x: Tensor, largest: Tensor, dtype: torch.dtype) -> tuple
 ROWS_TILE, ROWS_WARP = 4096, 512
 """Numbers that a program holds, unless a single row has more; numbers for each warp."""
 AMAX_TILE = (16, 256)
-COLUMNS_TILE = (128, 64)
+COLUMNS_TILE = BOTH_TILE = (128, 64)
 """Rows and columns of x: a row of a tile, and a row of the transposed one in fp8, are 128 bytes."""
 WARPS = 8
 PROGRAMS_PER_SM = 4
@@ -194,7 +275,7 @@ def _column_amax_kernel(x_ptr, largest_ptr, N, D, ROWS: tl.constexpr, COLUMNS: t
 
 @jit
 def _columns_kernel(
-    x_ptr, largest_ptr, q_ptr, N, D, N_PADDED,
+    x_ptr, largest_ptr, q_ptr, N, D,
     LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -203,8 +284,43 @@ def _columns_kernel(
     x = tl.load(x_ptr + rows[:, None] * D + columns[None, :], mask, 0.0).to(tl.float32)
     largest = tl.load(largest_ptr + columns, columns < D, 1.0)
     q = (x * tl.div_rn(tl.full((COLUMNS,), LIMIT, tl.float32), largest)[None, :]).to(q_ptr.dtype.element_ty)
+    mask = (columns < D)[:, None] & (rows < N)[None, :]
+    tl.store(q_ptr + columns[:, None] * N + rows[None, :], tl.trans(q), mask)
+
+
+@jit
+def _row_amax_kernel(x_ptr, largest_ptr, N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    mask = (rows < N)[:, None] & (columns < D)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * D + columns[None, :], mask, 0.0).to(tl.float32)
+    tl.store(largest_ptr + rows, tl.max(tl.abs(x), 1), rows < N)
+
+
+@jit
+def _both_kernel(
+    x_ptr, largest_ptr, whole_ptr, q_ptr, scale_ptr, qt_ptr, whole_scale_ptr, N, D, N_PADDED,
+    LIMIT: tl.constexpr, SMALLEST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (rows < N)[:, None] & (columns < D)[None, :]
+    offsets = rows[:, None] * D + columns[None, :]
+    x = tl.load(x_ptr + offsets, mask, 0.0).to(tl.float32)
+
+    limit = tl.full((ROWS,), LIMIT, tl.float32)
+    largest = tl.maximum(tl.load(largest_ptr + rows, rows < N, 0.0), SMALLEST)
+    tl.store(q_ptr + offsets, (x * tl.div_rn(limit, largest)[:, None]).to(q_ptr.dtype.element_ty), mask)
+
+    whole = tl.maximum(tl.load(whole_ptr + tl.arange(0, 1)), SMALLEST)
+    one = tl.full((1,), LIMIT, tl.float32)
+    qt = (x * tl.div_rn(one, whole)[:, None]).to(qt_ptr.dtype.element_ty)
     mask = (columns < D)[:, None] & (rows < N_PADDED)[None, :]
-    tl.store(q_ptr + columns[:, None] * N_PADDED + rows[None, :], tl.trans(q), mask)
+    tl.store(qt_ptr + columns[:, None] * N_PADDED + rows[None, :], tl.trans(qt), mask)
+
+    if tl.program_id(1) == 0:
+        tl.store(scale_ptr + rows, tl.div_rn(largest, limit), rows < N)
+        tl.store(whole_scale_ptr + tl.arange(0, 1), tl.div_rn(whole, one))
 
 
 def _triton_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -219,7 +335,7 @@ def _triton_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def _triton_columns(x: Tensor, dtype: torch.dtype, whole: bool = False) -> tuple[Tensor, Tensor]:
+def _triton_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     N, D = x.shape
     rows, columns = AMAX_TILE
     across = -(-D // columns)
@@ -227,15 +343,33 @@ def _triton_columns(x: Tensor, dtype: torch.dtype, whole: bool = False) -> tuple
     largest = x.new_empty(programs, D, dtype=torch.float32)
     _column_amax_kernel[(programs, across)](x, largest, N, D, ROWS=rows, COLUMNS=columns, num_warps=WARPS)
     largest = largest.amax(0).clamp_(min=SMALLEST)
-    if whole:
-        largest = largest.amax().repeat(D)
-    padded = -(-N // MULTIPLE) * MULTIPLE
-    q, limit = x.new_empty(D, padded, dtype=dtype), torch.finfo(dtype).max
+    q, limit = x.new_empty(D, N, dtype=dtype), torch.finfo(dtype).max
     rows, columns = COLUMNS_TILE
-    _columns_kernel[(-(-padded // rows), -(-D // columns))](
-        x, largest, q, N, D, padded, LIMIT=limit, ROWS=rows, COLUMNS=columns, num_warps=WARPS
+    _columns_kernel[(-(-N // rows), -(-D // columns))](
+        x, largest, q, N, D, LIMIT=limit, ROWS=rows, COLUMNS=columns, num_warps=WARPS
     )
-    return q, (largest[: 1 if whole else D] / limit).unsqueeze(1)
+    return q, (largest / limit).unsqueeze(1)
+
+
+def _triton_both(x: Tensor, dtype: torch.dtype, largest: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N, D = x.shape
+    wide: dict[str, Any] = {"dtype": torch.float32}
+    q, scale, whole_scale = torch.empty_like(x, dtype=dtype), x.new_empty(N, 1, **wide), x.new_zeros(1, 1, **wide)
+    qt = x.new_empty(D, _padded(N), dtype=dtype)
+    if not x.numel():
+        return q, scale, qt, whole_scale
+    if largest is None:
+        rows, columns, warps = _rows_tile(D)
+        largest = x.new_empty(N, **wide)
+        _row_amax_kernel[(-(-N // rows),)](x, largest, N, D, ROWS=rows, COLUMNS=columns, num_warps=warps)
+    elif largest.dim() > 1:
+        largest = largest.amax(1)
+    rows, columns = BOTH_TILE
+    _both_kernel[(-(-_padded(N) // rows), -(-D // columns))](
+        x, largest, largest.amax(), q, scale, qt, whole_scale, N, D, _padded(N),
+        LIMIT=torch.finfo(dtype).max, SMALLEST=SMALLEST, ROWS=rows, COLUMNS=columns, num_warps=WARPS,
+    )  # fmt: skip
+    return q, scale, qt, whole_scale
 
 
 def variants() -> list[Variant]:
@@ -243,27 +377,36 @@ def variants() -> list[Variant]:
     dtypes, all multiples of 16. GPUs before 8.9 have no fp8: there is nothing for sm_80."""
     found = []
     sizes = {"N": "i32", "D": "i32:16"}
+    weight = {"N": "i32:16", "D": "i32:16"}
     for x in DTYPES:
-        widths = [2048 << i for i in range(4)] if x == "*bf16" else [2048]
+        widths, usual = [2048 << i for i in range(4)] if x == "*bf16" else [2048], x == "*bf16"
+        for D in widths:
+            rows, columns, warps = _rows_tile(D)
+            tile, default = {"ROWS": rows, "COLUMNS": columns}, usual and D in (2048, 8192)
+            arguments = {"x_ptr": x, "largest_ptr": "*fp32", **sizes}
+            found.append(Variant(_row_amax_kernel, arguments, tile, warps, default=default, archs=(90, 100)))
+            arguments = {"x_ptr": x, "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32", **weight}
+            constants = {"LIMIT": torch.finfo(FORWARD).max, "SMALLEST": SMALLEST, **tile}
+            found.append(Variant(_rows_kernel, arguments, constants, warps, default=default, archs=(90, 100)))
         for kind, dtype in (("*fp8e4nv", FORWARD), ("*fp8e5", BACKWARD)):
-            limit = torch.finfo(dtype).max
-            for D in widths:
-                rows, columns, warps = _rows_tile(D)
-                arguments = {"x_ptr": x, "q_ptr": kind, "scale_ptr": "*fp32", **sizes}
-                constants = {"LIMIT": limit, "SMALLEST": SMALLEST, "ROWS": rows, "COLUMNS": columns}
-                default = x == "*bf16" and D in (2048, 8192)
-                found.append(Variant(_rows_kernel, arguments, constants, warps, default=default, archs=(90, 100)))
-            arguments = {"x_ptr": x, "largest_ptr": "*fp32", "q_ptr": kind, **sizes, "N_PADDED": "i32:16"}
-            constants = {"LIMIT": limit, "ROWS": COLUMNS_TILE[0], "COLUMNS": COLUMNS_TILE[1]}
-            found.append(Variant(_columns_kernel, arguments, constants, WARPS, default=x == "*bf16", archs=(90, 100)))
-        arguments = {"x_ptr": x, "largest_ptr": "*fp32", **sizes}
+            floats = dict.fromkeys(("largest_ptr", "whole_ptr", "scale_ptr", "whole_scale_ptr"), "*fp32")
+            arguments = {"x_ptr": x, "q_ptr": kind, "qt_ptr": kind, **floats, **sizes, "N_PADDED": "i32:16"}
+            tile = dict(zip(("ROWS", "COLUMNS"), BOTH_TILE, strict=True))
+            constants = {"LIMIT": torch.finfo(dtype).max, "SMALLEST": SMALLEST, **tile}
+            found.append(Variant(_both_kernel, arguments, constants, WARPS, default=usual, archs=(90, 100)))
+        arguments = {"x_ptr": x, "largest_ptr": "*fp32", "q_ptr": "*fp8e4nv", **weight}
+        tile = dict(zip(("ROWS", "COLUMNS"), COLUMNS_TILE, strict=True))
+        constants = {"LIMIT": torch.finfo(FORWARD).max, **tile}
+        found.append(Variant(_columns_kernel, arguments, constants, WARPS, default=usual, archs=(90, 100)))
+        arguments = {"x_ptr": x, "largest_ptr": "*fp32", **weight}
         constants = dict(zip(("ROWS", "COLUMNS"), AMAX_TILE, strict=True))
-        found.append(Variant(_column_amax_kernel, arguments, constants, WARPS, default=x == "*bf16", archs=(90, 100)))
+        found.append(Variant(_column_amax_kernel, arguments, constants, WARPS, default=usual, archs=(90, 100)))
     return found
 
 
 _QUANTISE_ROWS = {"reference": _reference_rows, "triton": _triton_rows}
 _QUANTISE_COLUMNS = {"reference": _reference_columns, "triton": _triton_columns}
+_QUANTISE_BOTH = {"reference": _reference_both, "triton": _triton_both}
 _FP8_LINEAR = Op(
     "fp8_linear",
     {

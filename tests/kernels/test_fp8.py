@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import fp8, fp8_linear
+from spt_fast.kernels import accumulate_in_place, fp8, fp8_linear
 from spt_fast.kernels.launch import INTERPRETED
 from tests.kernels.compare import DEVICE, backends_and_dtypes, random_tensors, run, usable
 from tests.kernels.contract import Contract, Sample
@@ -53,17 +53,19 @@ def test_triton_quantises_as_the_reference(format: torch.dtype, shape: tuple[int
     usable("triton")
     on_grid, random = numbers_of(format, shape, power=-3), random_tensors([shape], torch.float32)[0]
     random[0] = 0
-    for ours, reference in (
-        (fp8._triton_rows, fp8._reference_rows),
-        (fp8._triton_columns, fp8._reference_columns),
-        (lambda *x: fp8._triton_columns(*x, whole=True), lambda *x: fp8._reference_columns(*x, whole=True)),
-    ):
-        for x in (on_grid, random):
-            (q, scale), (expected_q, expected_scale) = ours(x, format), reference(x, format)
-            torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0)
-            assert q.shape == expected_q.shape
-            if x is on_grid or not INTERPRETED:
-                assert torch.equal(q.view(torch.uint8), expected_q.view(torch.uint8))
+    for x in (on_grid, random):
+        largest = x.abs().amax(1)
+        found = [*fp8._triton_rows(x, format), *fp8._triton_columns(x, format)]
+        expected = [*fp8._reference_rows(x, format), *fp8._reference_columns(x, format)]
+        for known in (None, largest, torch.stack((largest, largest / 2), 1)):
+            found += fp8._triton_both(x, format, known)
+            expected += fp8._reference_both(x, format, known)
+        for number, (e, f) in enumerate(zip(expected, found, strict=True)):
+            assert f.shape == e.shape
+            if number % 2:
+                torch.testing.assert_close(f, e, rtol=0, atol=0)
+            elif x is on_grid or not INTERPRETED:
+                assert torch.equal(f.view(torch.uint8), e.view(torch.uint8))
 
 
 @FORMATS
@@ -73,13 +75,15 @@ def test_what_is_quantised_is_what_was_given(format: torch.dtype, backend: str) 
     x = numbers_of(format, (37, 48), power=-5)
     q, scale = fp8._QUANTISE_ROWS[usable(backend)](x, format)
     assert torch.equal(q.float() * scale, x)
-    for whole in (False, True):
-        q, scale = fp8._QUANTISE_COLUMNS[backend](x, format, whole)
-        assert q.shape == (48, 48)
-        assert scale.shape == ((1, 1) if whole else (48, 1))
-        back = q.float() * scale
-        assert torch.equal(back[:, :37], x.T)
-        assert not back[:, 37:].any()
+    q, scale = fp8._QUANTISE_COLUMNS[backend](x, format)
+    assert torch.equal(q.float() * scale, x.T)
+    q, scale, transposed, whole = fp8._QUANTISE_BOTH[backend](x, format, None)
+    assert torch.equal(q.float() * scale, x)
+    assert transposed.shape == (48, 48)
+    assert whole.shape == (1, 1)
+    back = transposed.float() * whole
+    assert torch.equal(back[:, :37], x.T)
+    assert not back[:, 37:].any()
 
 
 @FORMATS
@@ -160,18 +164,13 @@ def test_numbers_that_fp8_holds_are_multiplied_exactly(backend: str, dtype: torc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("whole", [False, True])
-def test_error_is_that_of_two_rounded_operands(
-    backend: str, dtype: torch.dtype, whole: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_is_that_of_two_rounded_operands(backend: str, dtype: torch.dtype) -> None:
     """A number rounded to m bits of mantissa errs by a uniform share of half a step, which is at most (for a mantissa
     of 1) 2^-(m+1) of it: in the root mean square 1/sqrt(3) of that. Errors of many products are independent and add as
     squares: with e4m3 twice sqrt(2 2^-8 / 3), with e5m2 and e4m3 sqrt((2^-6 + 2^-8) / 3) of the sum's own root mean
     square. Half of that is less than random numbers give in these formats, and more than in finer ones."""
     if backend == "triton" and INTERPRETED:
         pytest.skip("Triton's interpreter rounds to fp8 wrongly")
-    if whole:
-        monkeypatch.setattr(fp8, "_rows_reach_float32", lambda device: False)
     x, weight, dy = random_tensors([(100, 256), (128, 256), (100, 128)], dtype)
     exact = run(linear, (x.double(), weight.double()), (dy.double(),))
     found = run(lambda x, w: fp8_linear(x, w, backend=usable(backend, dtype)), (x, weight), (dy,))
@@ -201,27 +200,51 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fp8_linear(torch.ones(4, 16), torch.ones(16, 16))
 
 
-@pytest.mark.parametrize(
-    ("capability", "cuda", "reach"), [((9, 0), "12.9", True), ((9, 0), "12.8", False), ((10, 0), "13.0", False)]
-)
-def test_where_a_scale_for_each_row_reaches_float32(
-    capability: tuple[int, int], cuda: str, reach: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    assert fp8._rows_reach_float32(torch.device("cuda")) == reach
+def test_a_weight_is_quantised_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its gradients accumulate in place; elsewhere nobody says whether it is still the same."""
+    made = []
+
+    def counted(weight: Tensor, backend: str) -> tuple[Tensor, ...]:
+        made.append(weight)
+        return quantise(weight, backend)
+
+    quantise = fp8._quantise_weight
+    monkeypatch.setattr(fp8, "_quantise_weight", counted)
+    weight = torch.nn.Parameter(random_tensors([(16, 32)], torch.float32)[0])
+    (x,) = random_tensors([(5, 32)], torch.float32)
+    first = fp8_linear(x, weight)
+    fp8_linear(x, weight)
+    assert len(made) == 2
+    accumulate_in_place([weight])
+    for _ in range(3):
+        fp8_linear(x, weight).sum().backward()
+    assert len(made) == 3
+    with torch.no_grad():
+        weight.mul_(2)
+    torch.testing.assert_close(fp8_linear(x, weight), 2 * first)
+    assert len(made) == 4
+
+
+def test_what_a_tensor_carries_is_known_until_it_changes() -> None:
+    (x,) = random_tensors([(5, 32)], torch.float32)
+    assert fp8.largest_of(x) is None
+    largest = x.abs().amax(1)
+    assert fp8.largest_of(fp8.with_largest(x, largest)) is largest
+    assert fp8.largest_of(x.view(32, 5)) is None
+    x.mul_(2)
+    assert fp8.largest_of(x) is None
 
 
 def test_the_products_are_such_as_the_gpu_takes() -> None:
     """torch's own checks of shapes, strides, dtypes and scales, on tensors without numbers."""
     usable("triton")
-    rows, columns = fp8._triton_rows, fp8._triton_columns
-    for N, whole in ((5, False), (5, True), (64, False)):
+    for N in (5, 64):
         x, weight, dy = (torch.ones(shape, device=DEVICE) for shape in ((N, 48), (16, 48), (N, 16)))
+        x_both, dy_both = fp8._triton_both(x, fp8.FORWARD, None), fp8._triton_both(dy, fp8.BACKWARD, None)
         for a, a_scale, b, b_scale, dtype in (
-            (*rows(x, fp8.FORWARD), *rows(weight, fp8.FORWARD), torch.bfloat16),
-            (*rows(dy, fp8.BACKWARD), *columns(weight, fp8.FORWARD), torch.bfloat16),
-            (*columns(dy, fp8.BACKWARD, whole), *columns(x, fp8.FORWARD, whole), torch.float32),
+            (*x_both[:2], *fp8._triton_rows(weight, fp8.FORWARD), torch.bfloat16),
+            (*dy_both[:2], *fp8._triton_columns(weight, fp8.FORWARD), torch.bfloat16),
+            (*dy_both[2:], *x_both[2:], torch.float32),
         ):
             assert b.dtype == fp8.FORWARD
             a, a_scale, b, b_scale = (t.to("meta") for t in (a, a_scale, b, b_scale))
@@ -232,6 +255,7 @@ def test_every_launch_is_compiled_ahead_of_time() -> None:
     with compiled_launches(fp8):
         cases = [(D, BF16) for D in WIDTHS if D > 1024] + [(D, dtype) for D in (1536, 2048) for dtype in (FP16, FP32)]
         for D, dtype in cases:
+            fp8._triton_rows(torch.empty(16, D, dtype=dtype), fp8.FORWARD)
+            fp8._triton_columns(torch.empty(16, D, dtype=dtype), fp8.FORWARD)
             for kind in (fp8.FORWARD, fp8.BACKWARD):
-                fp8._triton_rows(torch.empty(3, D, dtype=dtype), kind)
-                fp8._triton_columns(torch.empty(3, D, dtype=dtype), kind)
+                fp8._triton_both(torch.empty(3, D, dtype=dtype), kind, None)
