@@ -220,6 +220,8 @@ class TextModel:
             )
         rows = [(self.encode(context) or [self._prefix])[-(self.context - tokens) :] for context in contexts]
         starts, eos, size = [*map(len, rows)], self._tokenizer.eos_id, self.batch or TEXTS_AT_A_TIME
+        named = self._tokenizer.named_tokens()
+        last = {eos, *(named[stop] for stop in until if stop in named)}  # which may not be seen in the text
         found: dict[int, str] = {}
         with progress_bar(f"continue {len(rows):,} texts", len(rows), show=self.progress) as advance:
             for first in range(0, len(rows), size):
@@ -237,10 +239,11 @@ class TextModel:
                         vocab_size=self._tokenizer.vocab_size,
                     )
                     for i, row in zip(left, longer, strict=True):
-                        rows[i], ended = row, row[-1] == eos
-                        text = self._tokenizer.decode(row[starts[i] : len(row) - ended])
+                        rows[i], ids = row, row[starts[i] :]
+                        ended = next((place for place, id_ in enumerate(ids) if id_ in last), None)
+                        text = self._tokenizer.decode(ids[:ended])
                         ends = [place for stop in until if stop and (place := text.find(stop)) >= 0]
-                        if ends or ended or made + new == tokens:
+                        if ends or ended is not None or made + new == tokens:
                             found[i] = text[: min(ends, default=len(text))]
                     advance(sum(i in found for i in left))
                     left = [i for i in left if i not in found]

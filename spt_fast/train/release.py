@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HF_FILE, SLOW_FILES, HFTokenizer, without_hf_file
-from spt_fast.data.tokenizer import Tokenizer, check_alike
+from spt_fast.data.tokenizer import FILE, Tokenizer, check_alike
 from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid
 from spt_fast.files import write_text
 from spt_fast.model import hf
@@ -141,6 +141,8 @@ def write_release(
 
 def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:
     """Copy a Hugging Face folder, checked and by our names, to where a recipe's `init` may point."""
+    if (model / FILE).exists():
+        check_alike(Tokenizer.load(model / FILE), model)
     with outside_runs(folder):
         hf.save(*hf.stored_weights(model), folder, like=model, overwrite=overwrite)
 

@@ -158,6 +158,9 @@ def test_generation_ends_at_a_string_or_the_end_of_the_text(model: TextModel, mo
     assert model.continuations(["Heat? " * 90], [], 40) == [decode([*words[:32], *words[:8]])]
     assert given[1:] == [[CONTEXT - 40], [CONTEXT - 40 + 32]]
     assert seeds[1] != seeds[2], "no part of a text is drawn as the one before it"
+    with monkeypatch.context() as patch:
+        patch.setattr(model._tokenizer, "named_tokens", lambda: {"<|turn|>": words[3]})
+        assert model.continuations(["Heat?"], ["<|turn|>"], 40) == [decode(words[:3])], "a token that text doesn't show"
     words[2] = model._tokenizer.eos_id
     monkeypatch.setattr(model._model, "generate_batch", lambda rows, new, **_: [[*row, *words[:3]] for row in rows])
     assert model.continuations(["Heat?"], ["acid"], 40) == [decode(words[:2])]

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_a_token_that_begins_documents_is_kept_and_said(tmp_path: Path, base: Pa
     assert Tokenizer.load(tmp_path / "ranks").digest == ranks.digest
     GPT(read_config(base)).save_hf(tmp_path / "ranks", ranks)
     shutil.copy(base / "tokenizer.json", tmp_path / "ranks")
-    for use in (Tokenizer.load, tokenizer_of):
+    for use in (Tokenizer.load, tokenizer_of, partial(take_over, folder=tmp_path / "taken")):
         with pytest.raises(DataError, match=r"tokenizer: .*ranks holds two that give different ids, tokenizer\.tikt"):
             use(tmp_path / "ranks")
 
