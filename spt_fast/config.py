@@ -415,29 +415,31 @@ class Recipe:
         """The resolved recipe as plain data for YAML; `load_recipe` of it gives an equal recipe."""
         return plain(self)
 
-    def _with_defaults(self) -> dict[str, Any]:
-        """`plain`, with the model's shape and the windows that it means; weights to start from have their own."""
+    def _with_defaults(self, shape: GPTConfig | None) -> dict[str, Any]:
+        """`plain`, with the model's shape, as far as it is known, and the windows that it means."""
         given = self.plain()
-        if not self.init:
-            given["model"] = self.model.with_defaults()
-            for phase in given["phases"]:
-                phase["batch"]["context"] = phase["batch"]["context"] or given["model"]["context"]
-        return given
+        model = given["model"] if self.init else self.model.with_defaults()
+        model |= {name: value for name, value in plain(shape or {}).items() if model[name] is None}
+        for phase in given["phases"]:
+            phase["batch"]["context"] = phase["batch"]["context"] or model["context"]
+        return given | {"model": model}
 
-    def changes(self, other: Recipe) -> list[str]:
+    def changes(self, other: Recipe, shape: GPTConfig | None = None) -> list[str]:
         """What differs in `other` and would change what the run computes: "phases.0.tokens: 20000000 → 30000000".
 
         Another path to data, a tokenizer or weights is no change: these are known by their digests. Nor is how often
-        losses are measured, but in a phase whose early stop counts evaluations.
+        losses are measured, but in a phase whose early stop counts evaluations. `shape` is the run's, where it is
+        known: to write out what it says is no change.
         """
         free = "|".join(
             [
                 "(run|log|checkpoint|engine|precision_file)(?!.fp8$).*",
+                *(["tokenizer"] if self.init and other.init else []),
                 r"phases\.[0-9]+\.batch\.micro",
                 *(rf"phases\.{i}\.eval\.every" for i, phase in enumerate(self.phases) if not phase.stop),
             ]
         )
-        mine, theirs = (_flat(recipe._with_defaults()) for recipe in (self, other))
+        mine, theirs = (_flat(recipe._with_defaults(shape)) for recipe in (self, other))
         return [
             f"{key}: {mine.get(key, 'absent')} → {theirs.get(key, 'absent')}"
             for key in sorted(mine.keys() | theirs.keys())

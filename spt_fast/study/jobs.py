@@ -25,7 +25,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from spt_fast.config import Recipe, load_recipe
 from spt_fast.errors import RecipeError
-from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.train.folder import summary_of
+from spt_fast.train.resume import changes
 from spt_fast.train.signals import StopRequest
 
 POLL_EVERY_S = 0.2
@@ -214,7 +215,7 @@ def is_done(recipe: Recipe) -> bool:
 
 def _is_unchanged(recipe: Recipe) -> bool:
     """Whether the run was made from this very recipe; one edited since is left to the trainer, to be refused."""
-    return not recipe_of(Path(recipe.run)).changes(recipe)
+    return not changes(Path(recipe.run), recipe)
 
 
 class _Display:

@@ -30,6 +30,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -37,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.config import Model, Phase, Recipe, check_lengths, recipe_from
-from spt_fast.errors import RecipeError, invalid, nearest, shown, shown_key
+from spt_fast.errors import RecipeError, SptError, invalid, nearest, shown, shown_key
 from spt_fast.fields import (
     Span,
     build,
@@ -434,8 +435,9 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
             else:
                 raw["init"] = branch.weights
                 raw["init_only"] = None if start == "pretrained" else "embeddings"
-            recipe = recipe_from(raw)
-            check_lengths(recipe, _context(branch.model))
+            with naming_stage(stage):
+                recipe = recipe_from(raw)
+                check_lengths(recipe, _context(branch.model))
             if len(budgets) > 1:
                 _check_plateau(study, recipe, branch, f"stages[{shown_key(axes.name)}]")
             runs[name] = PlannedRun(name, position, recipe, branch.model, None if start == "scratch" else branch.after)
@@ -447,6 +449,16 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
                 after=name,
                 weights=str(folder / "weights" / phase["name"]),
             )
+
+
+@contextmanager
+def naming_stage(stage: Stage) -> Iterator[None]:
+    """What is wrong with a phase of a run's recipe is so with the study's stage: the error names that."""
+    try:
+        yield
+    except SptError as error:
+        says = re.sub(r"phases\[[^\]]*\]", f"stages[{shown_key(stage.axes.name)}]", str(error))
+        raise type(error)(says, argument=error.argument) from None
 
 
 def _sources(study: Study, limit: int | None) -> dict[str, Any]:

@@ -29,12 +29,13 @@ from spt_fast.printing import print_facts, print_table
 from spt_fast.study.cluster import Cluster
 from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
 from spt_fast.study.runs_table import Row, check_place, in_columns, rows_of, save_table
-from spt_fast.study.study import Base, PlannedRun, Study, expand, study_from
+from spt_fast.study.study import Base, PlannedRun, Study, expand, naming_stage, study_from
 from spt_fast.train.dry_run import dry_run
-from spt_fast.train.folder import owned, recipe_of, summary_of
+from spt_fast.train.folder import owned, summary_of
 from spt_fast.train.plan import KINDS, Plan, make_plan, open_source
 from spt_fast.train.precision import Precision, precision_of, write_precision
 from spt_fast.train.price import Machine, Speed, phase_time, speed_of
+from spt_fast.train.resume import changes
 from spt_fast.train.weights import digest_of, read_config
 from spt_fast.train.world import pick_device
 
@@ -160,9 +161,9 @@ def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
     digests: dict[tuple[Source, str], str] = {}
     for run in runs:
         folder = Path(run.recipe.run)
-        changes = recipe_of(folder).changes(run.recipe) if (folder / "recipe.yaml").exists() else []
-        if changes:
-            listed = "\n  ".join(changes)
+        changed = changes(folder, run.recipe) if (folder / "recipe.yaml").exists() else []
+        if changed:
+            listed = "\n  ".join(changed)
             raise RecipeError(
                 f"study: {folder} was trained with another recipe; undo this, or give the study another folder:\n"
                 f"  {listed}"
@@ -310,7 +311,10 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
     runs = expand(study)
     _check_domain(study)
     _check_unchanged(runs)
-    plans = {run.name: make_plan(_without_parent(run)) for run in runs}
+    plans = {}
+    for run in runs:
+        with naming_stage(study.stages[run.stage]):
+            plans[run.name] = make_plan(_without_parent(run))
     done = {run.name for run in runs if is_done(run.recipe)}
     speeds: dict[object, Speed] = {}
     found = []

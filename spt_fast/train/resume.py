@@ -8,9 +8,15 @@ last phase or by more phases: it goes on to what the longer recipe would have re
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from spt_fast.config import Phase, Recipe
+from spt_fast.errors import CheckpointError
+from spt_fast.model.config import GPTConfig
+from spt_fast.train.folder import recipe_of
+from spt_fast.train.weights import read_config
 
 REASONS = {
     r"phases\.\d+\.name": "its weights and figures are filed under the name",
@@ -24,7 +30,22 @@ REASONS = {
 }
 
 
-def refused(before: Recipe, now: Recipe) -> list[str]:
+def changes(folder: Path, now: Recipe) -> list[str]:
+    """`Recipe.changes` since the run in `folder` was begun."""
+    before = recipe_of(folder)
+    return before.changes(now) and before.changes(now, shape_of(folder))
+
+
+def shape_of(folder: Path) -> GPTConfig | None:
+    """That of a run's model, by its base or by what it has trained; None where neither is there."""
+    base = recipe_of(folder).init
+    for place in (Path(base), folder) if base else (folder,):
+        with suppress(CheckpointError):
+            return read_config(place)
+    return None
+
+
+def refused(before: Recipe, now: Recipe, shape: GPTConfig | None = None) -> list[str]:
     """What keeps a run that was begun by `before` from going on by `now`, each change with its reason."""
     last, added = before.phases[-1], now.phases[len(before.phases) :]
     phases, obstacle = list(now.phases[: len(before.phases)]), ""
@@ -34,7 +55,7 @@ def refused(before: Recipe, now: Recipe) -> list[str]:
     read = {source for phase in phases for source in (*phase.mixture, *([phase.stop.on] if phase.stop else []))}
     sources = {name: source for name, source in now.sources.items() if name in before.sources or name in read}
     problems = []
-    for change in before.changes(replace(now, phases=tuple(phases), sources=sources)):
+    for change in before.changes(replace(now, phases=tuple(phases), sources=sources), shape):
         key = change.split(":")[0]
         reason = next(reason for pattern, reason in REASONS.items() if re.fullmatch(pattern, key, re.DOTALL))
         longer = key == f"phases.{len(before.phases) - 1}.tokens" and obstacle

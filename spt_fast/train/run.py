@@ -29,7 +29,7 @@ from spt_fast.train.introduction import Resumed
 from spt_fast.train.loop import Trainer
 from spt_fast.train.origin import carrier_of, tokenizer_file
 from spt_fast.train.plan import Plan, make_plan, recorded_texts
-from spt_fast.train.resume import refused, rounding
+from spt_fast.train.resume import changes, refused, rounding, shape_of
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
 from spt_fast.train.watch import Watch
@@ -56,6 +56,8 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
         if finished is None:
             world.on_first(lambda: held.enter_context(owned(folder, "run")))
             finished = world.on_first(lambda: _check_folder(folder, recipe, resume))  # another may have ended meanwhile
+        if finished and recipe_of(folder).tokenizer != recipe.tokenizer:
+            world.on_first(lambda: _own_tokenizer(folder, recipe))
         if finished and recipe_of(folder).sources != recipe.sources:  # other paths, which may lead to other text
             world.on_first(lambda: recorded_texts(recipe, finished.get("data", {}), folder / "summary.json"))
         return finished or _train(recipe, folder, world, resume=resume, verify=verify, progress=progress)
@@ -113,9 +115,11 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] 
     if (folder / "recipe.yaml").exists() and not is_run(folder):
         says = f"run: folder {folder} holds a recipe.yaml, and no run; choose another name"
         raise RecipeError(says, argument=True)
-    if not is_begun(folder, "run", "recipe.yaml", lambda: refused(recipe_of(folder), recipe), resume=resume):
+    if not is_begun(
+        folder, "run", "recipe.yaml", lambda: refused(recipe_of(folder), recipe, shape_of(folder)), resume=resume
+    ):
         return None
-    if recipe_of(folder).changes(recipe):
+    if changes(folder, recipe):
         return None  # it has become longer
     summary = summary_of(folder)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"

@@ -226,6 +226,11 @@ def test_simulated_epoching_repeats_the_domain_as_often_as_the_large_run(raw: di
             {"schedule": {"name": "wsd", "decay": "20%"}},
             r"stages\[pretrain\]\.budgets: at 2,560 tokens the learning rate is 10% of its peak",
         ),
+        (1, {"schedule": {"warmup": "900 steps"}}, r"^stages\[finetune\]\.schedule\.warmup: '900 steps' is invalid"),
+        (0, {"schedule": {"warmup": "900 steps"}}, r"^stages\[pretrain\]\.schedule\.warmup: '900 steps' is invalid"),
+        (1, {"batch": {"context": 4096}}, r"^stages\[finetune\]\.batch\.context: 4096 is invalid"),
+        (1, {"batch": {"sequences": 4, "micro": 3}}, r"^stages\[finetune\]\.batch\.micro: 3 is invalid"),
+        (1, {"stop": {"on": "no"}}, r"^stages\[finetune\]\.stop\.on: 'no' is invalid"),
     ],
 )
 def test_what_is_refused(raw: dict[str, Any], stage: int, changes: dict[str, Any], message: str) -> None:

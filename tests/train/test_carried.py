@@ -170,6 +170,28 @@ def test_a_run_goes_on_by_what_it_began_with_whatever_has_become_of_the_base(
     assert Tokenizer.load(tmp_path / "run").digest == own
 
 
+def test_what_the_base_says_may_be_written_out_and_left_out_again(
+    tmp_path: Path, base: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = raw["phases"]
+    out = [first | {"batch": first["batch"] | {"context": tiny.CONTEXT}}, second]
+    written = raw | {"tokenizer": str(base), "model": {"width": 16, "context": tiny.CONTEXT}, "phases": out}
+    stop(raw, monkeypatch)
+    shorter = [first | {"batch": first["batch"] | {"context": 8}}, second]
+    for changes, says in (
+        ({"phases": shorter}, rf"phases\.0\.batch\.context: {tiny.CONTEXT} → 8 "),
+        ({"model": {"width": 32}}, r"model\.width: 16 → 32 "),
+        ({"tokenizer": str(hf_tokenizers.write(tmp_path / "nfc", "nfc"))}, r"^tokenizer: .*nfc is another than"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            run(recipe_from(written | changes), resume=True, progress=False)
+    assert run(recipe_from(written), resume=True, progress=False)["status"] == "done"
+    shutil.rmtree(base)
+    assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
+    with pytest.raises(RecipeError, match=r"^tokenizer: .*nfc is another than"):
+        run(recipe_from(raw | {"tokenizer": str(tmp_path / "nfc")}), resume=True, progress=False)
+
+
 def test_a_base_with_a_head_of_its_own_stays_one_where_a_phase_would_untie_it(
     tmp_path: Path, base: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
