@@ -8,10 +8,11 @@ Columns with a meaning to every law: `run` (points of one run share errors, and 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from functools import wraps
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import numpy as np
 from scipy.special import chdtri, ndtri
@@ -31,6 +32,8 @@ REWEIGHTED = 3
 
 LEFT_OUT = 1 / 3
 """Of the logarithm of a column's range, to measure how a law errs beyond its runs."""
+FACTOR, APART = 2.0, 0.05
+"""By how much an answer, or a share, may differ among laws that meet the runs as well."""
 MISFIT_FREEDOM = 2
 """Degrees of freedom of that measurement: the errors of one law are alike."""
 
@@ -102,6 +105,15 @@ class Law:
     def _groups(self, rows: Rows) -> Array:
         """Rows that are fitted apart from others have different numbers."""
         return np.zeros(len(rows), dtype=int)
+
+    def alternatives(self) -> Iterator[tuple[str, Self]]:
+        """What the runs leave open: laws that meet them about as well, each with the parameter that it differs by."""
+        for key, fit in getattr(self, "_fits", {}).items():
+            for name, x in (*fit.elsewhere, *fit.off_bounds):
+                law = copy(self)
+                law._fits = {**self._fits, key: replace(fit, x=x)}
+                law.params_ = {name: float(value) for name, value in law._named(law._fits).items()}
+                yield name, law
 
     # ------------------------------------------------------------------------------------------------------ interface
 
@@ -297,6 +309,41 @@ class Law:
                         ExtrapolationWarning,
                         stacklevel=4,
                     )
+
+
+Decision = TypeVar("Decision", bound=Callable[..., Any])
+
+
+def decision(decide: Decision) -> Decision:
+    """A decorator: RecipeError where what a law decides hangs on a parameter that its runs leave open."""
+
+    @wraps(decide)
+    def settled(self: Law, **given: Any) -> Any:
+        answer = decide(self, **given)
+        require_settled(answer, self, lambda law: decide(law, **given))
+        return answer
+
+    return cast(Decision, settled)
+
+
+def require_settled(answer: Any, law: Law, decide: Callable[[Law], Any]) -> None:
+    """RecipeError where laws that meet the runs about as well have no answer, or one that differs by more than FACTOR
+    (and a share by more than APART)."""
+    for name, other in law.alternatives():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", LawWarning)
+                theirs = np.ravel(decide(other))
+        except RecipeError:
+            theirs = np.full(np.size(answer), np.nan)
+        for one, two in zip(np.ravel(answer).tolist(), theirs.tolist(), strict=True):
+            low, high = sorted((one, two))
+            if not high <= FACTOR * low and (high > 1 or not high - low <= APART):
+                says = "nothing" if np.isnan(two) else f"{two:.3g}"
+                raise RecipeError(
+                    f"{type(law).__name__} is left open by these runs: with another value of {name} it meets them as "
+                    f"well, and answers {says} in place of {one:.3g}; add runs that differ in what {name} acts on"
+                )
 
 
 Units = dict[str, dict[str, str]]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from spt_fast.errors import RecipeError, invalid
-from spt_fast.laws.base import FormulaLaw, Units
+from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
 from spt_fast.laws.fitting import Parameter
 from spt_fast.laws.powers import power
@@ -49,6 +49,7 @@ class ChinchillaLaw(FormulaLaw):
         E, A, alpha, B, beta = unknowns
         return E + A * power(columns["params"], -alpha) + B * power(columns["tokens"], -beta)
 
+    @decision
     def best_allocation(self, *, flops: float) -> tuple[float, float]:
         """(params, tokens) with 6 · params · tokens = `flops` at which the loss is lowest."""
         self._require("params_", "fit it to a table")

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from spt_fast.errors import RecipeError, invalid
-from spt_fast.laws.base import FormulaLaw, Units
+from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.chinchilla import FLOPS_PER_PARAMETER_AND_TOKEN, IRREDUCIBLE, coefficient, exponent
 from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
 from spt_fast.laws.dcpt import lowest
@@ -82,6 +82,7 @@ class DataConstrainedLaw(FormulaLaw):
         tokens = worth(columns["unique_tokens"], columns["token_repeats"], of_tokens)
         return E + A * params**-alpha + B * tokens**-beta
 
+    @decision
     def effective_tokens(self, *, tokens: Any, unique_tokens: Any) -> Any:
         """D': how many tokens of fresh data `tokens` tokens read from `unique_tokens` are worth."""
         given = self._given(tokens=tokens, unique_tokens=unique_tokens)
@@ -90,6 +91,7 @@ class DataConstrainedLaw(FormulaLaw):
         value = worth(seen, given["tokens"] / seen - 1, np.asarray(self.params_["R_star_D"]))
         return value if np.ndim(tokens) or np.ndim(unique_tokens) else float(value[0])
 
+    @decision
     def epochs_until(self, *, marginal_worth: float) -> float:
         """Epochs after which one more token is worth only this share of a fresh one: e^(−R/R*_D) = marginal_worth."""
         self._require("params_", "fit it to a table")
@@ -97,6 +99,7 @@ class DataConstrainedLaw(FormulaLaw):
             raise RecipeError(invalid("marginal_worth", marginal_worth, "give a fraction above 0 and at most 1"))
         return 1 - self.params_["R_star_D"] * math.log(marginal_worth)
 
+    @decision
     def best_allocation(self, *, flops: float, unique_tokens: float) -> tuple[float, float]:
         """(params, tokens) with 6 · params · tokens = `flops` at which the loss is lowest, with `unique_tokens` to
         repeat."""

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 
 from spt_fast.errors import RecipeError, invalid
-from spt_fast.laws.base import FormulaLaw, LawWarning, Units
+from spt_fast.laws.base import FormulaLaw, Law, LawWarning, Units, decision, require_settled
 from spt_fast.laws.chinchilla import IRREDUCIBLE, allocation, coefficient, exponent
 from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns, arguments
 from spt_fast.laws.fitting import Parameter
@@ -75,6 +75,7 @@ class DCPTLaw(FormulaLaw):
         of_tokens = p["B"] * p["eta"] * r ** (p["eta"] - 1) / columns["tokens"] ** p["beta"]
         return of_tokens - p["C"] * p["gamma"] / (r + p["epsilon"]) ** (p["gamma"] + 1)
 
+    @decision
     def best_ratio(self, *, params: float, domain_tokens: float, **other: float) -> float:
         """The domain share r with the lowest domain loss when there are `domain_tokens` tokens of domain data, each
         read once: more general data (tokens = domain_tokens/r) against a purer mixture."""
@@ -88,6 +89,7 @@ class DCPTLaw(FormulaLaw):
         self._warn_beyond(params=params, tokens=domain_tokens / r, own_ratio=r)
         return r
 
+    @decision
     def best_allocation(self, *, flops: float, own_ratio: float) -> tuple[float, float]:
         """(params, tokens) with 6 · params · tokens = `flops` at which the loss is lowest, for a fixed mixture."""
         self._given(own_ratio=own_ratio)
@@ -118,7 +120,7 @@ def best_ratio(
                       are general, since the law has no value at tokens = 0
     of_domain         other columns of the domain's law: learnability
 
-    Raises RecipeError where no share is allowed.
+    Raises RecipeError where no share is allowed, and where it hangs on a parameter that the runs leave open.
     """
     if not 0 <= max_general_rise <= 1:
         raise RecipeError(invalid("max_general_rise", max_general_rise, "give a fraction, 0.03 for 3%"))
@@ -126,6 +128,26 @@ def best_ratio(
     for law in (domain, general):
         law._given(params=params, tokens=tokens)
 
+    def best(domain: Law, general: Law) -> float:
+        return _best_ratio(domain, general, params, tokens, max_general_rise, general_before, of_domain)
+
+    r = best(domain, general)
+    require_settled(r, domain, lambda other: best(other, general))
+    require_settled(r, general, lambda other: best(domain, other))
+    domain._warn_beyond(params=params, tokens=tokens, own_ratio=r)
+    general._warn_beyond(params=params, tokens=tokens, own_ratio=1 - r)
+    return r
+
+
+def _best_ratio(
+    domain: Law,
+    general: Law,
+    params: float,
+    tokens: float,
+    max_general_rise: float,
+    general_before: float | None,
+    of_domain: dict[str, float],
+) -> float:
     def domain_loss(r: Any) -> Array:
         given = {"params": params, "tokens": tokens, "own_ratio": r, **of_domain}
         return domain._mean(arguments(given, domain.inputs, {})[0], "loss")
@@ -151,8 +173,6 @@ def best_ratio(
         r = lowest(domain_loss, GRID[around])
     else:
         r = _last_allowed(lambda x: excess(x)[0], GRID[best], GRID[around][~allowed[around]][-1])
-    domain._warn_beyond(params=params, tokens=tokens, own_ratio=r)
-    general._warn_beyond(params=params, tokens=tokens, own_ratio=1 - r)
     return float(r)
 
 

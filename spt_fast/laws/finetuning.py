@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 from spt_fast.errors import RecipeError
-from spt_fast.laws.base import FormulaLaw, Units
+from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.chinchilla import IRREDUCIBLE, coefficient, exponent
 from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
 from spt_fast.laws.fitting import Fit, Parameter
@@ -51,6 +51,7 @@ class FinetuneLaw(FormulaLaw):
         A, alpha, beta, E, known = unknowns
         return A * columns["params"] ** -alpha / (known + columns["unique_tokens"] ** beta) + E
 
+    @decision
     def unique_tokens_for(self, *, loss: float, params: float) -> float:
         """Unique finetuning tokens with which a model of `params` reaches `loss`; 0 where it has it before.
 

@@ -402,7 +402,8 @@ class Fit:
         """How predictions move with each observation's error [predictions, points], and their variance by what the
         observations leave open [predictions]."""
         gradient = self.curve.gradient(self.x, columns)
-        elsewhere = np.square(self.curve.value(self.elsewhere, columns) - self.curve.value(self.x, columns))
+        others = np.array([x for _, x in self.elsewhere]).reshape(-1, len(self.x))
+        elsewhere = np.square(self.curve.value(others, columns) - self.curve.value(self.x, columns))
         left_open = np.maximum(
             np.square(gradient @ self._covariance) @ self._prior, elsewhere.max(axis=0, initial=0) / DIFFERS
         )
@@ -411,22 +412,38 @@ class Fit:
         return np.sqrt(self._inefficiency) * moved, left_open
 
     @cached_property
-    def elsewhere(self) -> Array:
-        """Points of the search space [n, unknowns] that meet the observations about as well, far from x along unknowns
-        that are left open: what the gradient at x, of an exponent whose term has vanished, say, knows nothing of."""
+    def elsewhere(self) -> list[tuple[str, Array]]:
+        """Points of the search space, each with the unknown that it differs by, that meet the observations about as
+        well, far from x along unknowns that are left open: what the gradient at x, of an exponent whose term has
+        vanished, say, knows nothing of."""
         found, (low, high) = [], self.curve.bounds
         for i, parameter in enumerate(self.curve.parameters):
             if parameter.name not in self.unidentified or parameter.linear:
                 continue
             for place in np.linspace(low[i], high[i], ELSEWHERE + 2)[1:-1]:
-                value = float(np.exp(place)) if parameter.log else float(place)
-                held = replace(parameter, low=value, high=value)
-                parameters = (*self.curve.parameters[:i], held, *self.curve.parameters[i + 1 :])
-                curve = replace(self.curve, parameters=parameters)
-                x = _polish(curve, np.clip(self.x, *curve.bounds)[None], np.ones(1), curve.huber, 1e-6, ROUGH)[0][0]
+                x = self._held(i, float(place))
                 worse = self._misses(x) - self._misses(self.x)
-                found += [x] if worse < DIFFERS else []
-        return np.array(found).reshape(-1, len(self.x))
+                found += [(parameter.name, x)] if worse < DIFFERS else []
+        return found
+
+    @cached_property
+    def off_bounds(self) -> list[tuple[str, Array]]:
+        """For each unknown that lies at a bound, the best point of the search space with it a step inside."""
+        (low, high), found = self.curve.bounds, []
+        for i, parameter in enumerate(self.curve.parameters):
+            edge = np.argmin((self.x[i] - low[i], high[i] - self.x[i]))
+            if parameter.name in self.unidentified and not parameter.linear and self._at_edge[i]:
+                inside = (low[i], high[i])[edge] + (1, -1)[edge] * (high[i] - low[i]) / (ELSEWHERE + 1)
+                found.append((parameter.name, self._held(i, float(inside))))
+        return found
+
+    def _held(self, i: int, place: float) -> Array:
+        """The best point of the search space near this one with one unknown there."""
+        parameter = self.curve.parameters[i]
+        value = float(np.exp(place)) if parameter.log else place
+        held = replace(parameter, low=value, high=value)
+        curve = replace(self.curve, parameters=(*self.curve.parameters[:i], held, *self.curve.parameters[i + 1 :]))
+        return _polish(curve, np.clip(self.x, *curve.bounds)[None], np.ones(1), curve.huber, 1e-6, ROUGH)[0][0]
 
     def _misses(self, x: Array) -> float:
         """Sum of the squared errors at x, were they of variance 1 and independent."""
@@ -441,9 +458,13 @@ class Fit:
     def unidentified(self) -> list[str]:
         """Unknowns that the observations leave about as open as the bounds did."""
         open_share = np.diag(self._covariance) * self._prior
+        bad = (open_share > 0.25) | self._at_edge
+        return [p.name for p, is_bad in zip(self.curve.parameters, bad, strict=True) if is_bad]
+
+    @property
+    def _at_edge(self) -> Array:
         low, high = self.curve.bounds
-        at_edge = np.minimum(self.x - low, high - self.x) < 1e-3 * (high - low)
-        return [p.name for p, bad in zip(self.curve.parameters, (open_share > 0.25) | at_edge, strict=True) if bad]
+        return np.minimum(self.x - low, high - self.x) < 1e-3 * (high - low)
 
 
 def reach(variance: Array, interval: float) -> Array:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from spt_fast.errors import RecipeError, invalid
-from spt_fast.laws.base import FormulaLaw, Units
+from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.chinchilla import coefficient, exponent
 from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns
 from spt_fast.laws.fitting import Parameter
@@ -45,6 +45,7 @@ class ForgettingLaw(FormulaLaw):
         rise = A * columns["unique_tokens"] ** beta * held**-alpha
         return columns["loss_before"] + rise + sum(unknowns[4:])
 
+    @decision
     def injection(self, *, params: float, unique_tokens: float, max_rise: float) -> float:
         """The smallest share p of general data with which the general loss rises by at most `max_rise` nats; 0 where
         nothing need be injected.

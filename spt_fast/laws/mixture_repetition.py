@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from spt_fast.laws.base import FormulaLaw, Units
+from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.chinchilla import IRREDUCIBLE, coefficient, exponent
 from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns
 from spt_fast.laws.data_constrained import worth
@@ -61,6 +61,7 @@ class MixtureRepetitionLaw(FormulaLaw):
         domain = worth(columns["seen"], columns["repeats"], r1)
         return E + A * power(columns["general"] + tau * domain, -alpha) + gamma * columns["fraction"]
 
+    @decision
     def best_fraction(self, *, tokens: float, unique_tokens: float) -> float:
         """The share h in [0, 1] at which the domain loss after `tokens` is lowest, before finetuning."""
         self._given(tokens=tokens, unique_tokens=unique_tokens)

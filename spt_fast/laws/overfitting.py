@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from spt_fast.errors import DataError, RecipeError, invalid
-from spt_fast.laws.base import Law, require_points
+from spt_fast.laws.base import Law, decision, require_points
 from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.dcpt import first_fall, lowest
 from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, promising, solve
@@ -244,6 +244,7 @@ class OverfittingLaw(Law):
 
     # ------------------------------------------------------------------------------------------------------- decisions
 
+    @decision
     def best_fraction(self, *, tokens: float, within: tuple[float, float] | None = None) -> float:
         """The δ with the lowest held-out loss after `tokens` of pretraining, between the smallest and the largest δ
         that was fitted, or those of `within`."""

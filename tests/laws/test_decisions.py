@@ -22,10 +22,12 @@ from tests.synthetic_runs import (
     GENERAL,
     OVERFITTING,
     SPARSE,
+    TABLES,
     continued,
     drawn,
     finetuned,
     gain,
+    grid,
     increments,
     overfitting_grid,
 )
@@ -37,8 +39,8 @@ SHARES = np.linspace(0, 1, 100_001)
 
 @pytest.mark.parametrize("tokens", [150e9, 200e9, 250e9, 400e9])
 def test_best_fraction_before_finetuning(tokens: float) -> None:
-    grid = np.linspace(0, 0.1, 100_001)
-    brute = grid[np.argmin(OVERFITTING.predict(tokens=tokens, fraction=grid))]
+    shares = np.linspace(0, 0.1, 100_001)
+    brute = shares[np.argmin(OVERFITTING.predict(tokens=tokens, fraction=shares))]
     assert OVERFITTING.best_fraction(tokens=tokens) == pytest.approx(brute, abs=2e-5)
 
 
@@ -198,6 +200,26 @@ def test_the_published_law_by_hand() -> None:
     assert CONSTRAINED.predict(params=1e9, tokens=1e10, unique_tokens=1e9) == pytest.approx(by_hand)
     fresh = CONSTRAINED.predict(params=4e7, tokens=1e9, unique_tokens=1e9)
     assert fresh == pytest.approx(521 / 4e7**0.35 + 1488 / 1e9**0.35 + 1.87)
+
+
+@pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
+def test_nothing_is_decided_by_a_parameter_that_the_runs_leave_open() -> None:
+    """What no run repeats says nothing of R*; what it says of fresh tokens is decided on."""
+    fresh = grid(params=[1e8, 3e8, 1e9], unique_tokens=[1e9, 3e9, 1e10, 3e10])
+    table = drawn(CONSTRAINED, fresh | {"tokens": fresh["unique_tokens"]}, np.random.default_rng(0))
+    law = laws.DataConstrainedLaw().fit(table)
+    assert "R_star_D" in law.unidentified_
+    for decide in (
+        lambda: law.epochs_until(marginal_worth=0.1),
+        lambda: law.effective_tokens(tokens=1e11, unique_tokens=1e9),
+    ):
+        with pytest.raises(ValueError, match="is left open by these runs: with another value of R_star_D"):
+            decide()
+    assert law.effective_tokens(tokens=2e9, unique_tokens=4e9) == pytest.approx(2e9)
+    repeated = laws.DataConstrainedLaw().fit(
+        drawn(CONSTRAINED, TABLES["data-constrained"][2], np.random.default_rng(0))
+    )
+    assert repeated.epochs_until(marginal_worth=0.1) == pytest.approx(1 + 15.39 * math.log(10), rel=0.3)
 
 
 @pytest.mark.parametrize("tokens", [5e9, 10e9, 20e9])
