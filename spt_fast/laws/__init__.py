@@ -12,7 +12,7 @@ from __future__ import annotations
 from spt_fast.laws.base import ExtrapolationWarning, IdentificationWarning, Law, LawWarning
 from spt_fast.laws.chinchilla import ChinchillaLaw
 from spt_fast.laws.cmr import CMRLaw
-from spt_fast.laws.cross_domain import CrossDomainDCPTLaw, learnability
+from spt_fast.laws.cross_domain import CrossDomainDCPTLaw, ProbedDCPTLaw, learnability
 from spt_fast.laws.data_constrained import DataConstrainedLaw
 from spt_fast.laws.dcpt import DCPTLaw, best_ratio
 from spt_fast.laws.finetuning import FinetuneLaw
@@ -38,6 +38,7 @@ __all__ = [
     "OffsetForgettingLaw",
     "OverfittingLaw",
     "PostFinetuneLaw",
+    "ProbedDCPTLaw",
     "SparsePretrainingLaw",
     "average_params",
     "best_ratio",

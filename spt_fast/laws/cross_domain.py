@@ -3,22 +3,29 @@
     L(N, D, r, K) = E + A/N^α + B·r^η/D^β + C/(r + ε)^γ + F/K^μ,   K = w1/k1 + w2·k2
 
 arXiv 2406.01375: K is the domain's learnability, from a probe run of about 1% of the cost: k1 its initial domain loss,
-k2 how fast that declines. E and F/K^μ are told apart by the spread of K alone: fit three domains or more.
+k2 how fast that declines. With k1 and k2 in the table, w2 is fitted, and w1 is 1: F takes its scale. E and F/K^μ are
+told apart by the spread of K alone: fit three domains or more. How far it errs for a domain that it has not seen is
+measured by leaving out each in turn.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from spt_fast.errors import RecipeError
-from spt_fast.laws.base import Units
+from spt_fast.errors import DataError, RecipeError, invalid
+from spt_fast.laws.base import LawWarning, Units
 from spt_fast.laws.chinchilla import coefficient, exponent
-from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
+from spt_fast.laws.columns import POSITIVE, Array, Column, Columns, Rows, read
 from spt_fast.laws.dcpt import DCPTLaw
 from spt_fast.laws.fitting import Parameter
+
+FEWEST_DOMAINS = 3
+SPAN = 2.0
+"""How many times beyond the learnabilities that were fitted one may be asked for."""
 
 
 def learnability(losses: Any, w1: float = 1.0, w2: float = 1.0) -> float:
@@ -41,14 +48,72 @@ def learnability(losses: Any, w1: float = 1.0, w2: float = 1.0) -> float:
 class CrossDomainDCPTLaw(DCPTLaw):
     """Columns: those of DCPTLaw and `learnability` K (see `learnability()`). Parameters: those of DCPTLaw, F, mu.
 
-    `best_ratio` takes `learnability` too.
+    `best_ratio` takes `learnability` too. A fit raises DataError for fewer than three domains; RecipeError for a domain
+    more than twice as easy or hard to learn as those that were fitted.
     """
 
     inputs: ClassVar[dict[str, Column]] = {**DCPTLaw.inputs, "learnability": POSITIVE}
     parameters: ClassVar[tuple[Parameter, ...]] = (*DCPTLaw.parameters, coefficient("F"), exponent("mu"))
     units: ClassVar[Units] = DCPTLaw.units | {"F": {"learnability": "mu"}}
+    of_domain: ClassVar[tuple[str, ...]] = ("learnability",)
+    """The columns that tell domains apart."""
 
     @staticmethod
     def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
         *own, F, mu = unknowns
         return DCPTLaw.formula(own, columns) + F * columns["learnability"] ** -mu
+
+    def leave_one_domain_out(self, table: Any) -> dict[tuple[float, ...], float]:
+        """{a domain's learnability (or k1 and k2): mean relative error there of the law fitted to the other domains}.
+
+        Raises DataError for fewer than four domains.
+        """
+        rows = read(table, self.inputs, self.outputs)
+        found, domains = {}, self._domains(rows.columns)
+        for domain in np.unique(domains, axis=0):
+            here = (domains == domain).all(axis=1)
+            law, rest, own = type(self)(), rows.where(~here), rows.where(here)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", LawWarning)
+                law.fit(rest.columns | {"run": rest.run})
+                mean = law._mean({name: own.columns[name] for name in self.inputs}, "loss")
+            found[tuple(domain.tolist())] = float(np.abs(own.columns["loss"] / mean - 1).mean())
+        return found
+
+    def _require_enough(self, rows: Rows) -> None:
+        super()._require_enough(rows)
+        domains = len(np.unique(self._domains(rows.columns), axis=0))
+        if domains < FEWEST_DOMAINS:
+            raise DataError(
+                f"{type(self).__name__} tells domains apart by {' and '.join(self.of_domain)}: fit {FEWEST_DOMAINS} "
+                f"domains or more; the table has {domains}"
+            )
+
+    def _warn_beyond(self, **columns: Any) -> None:
+        for name in self.of_domain if hasattr(self, "_rows") else ():
+            seen, asked = self._rows.columns[name], np.asarray(columns.get(name, self._rows.columns[name]))
+            low, high = seen.min() / SPAN, seen.max() * SPAN
+            if asked.min() < low or asked.max() > high:
+                beyond = float(asked.min() if asked.min() < low else asked.max())
+                spans = f"the domains that were fitted span {seen.min():.3g} to {seen.max():.3g}; run one like it"
+                raise RecipeError(invalid(name, beyond, spans))
+        super()._warn_beyond(**columns)
+
+    def _domains(self, columns: Columns) -> Array:
+        return np.stack([columns[name] for name in self.of_domain], axis=1)
+
+
+class ProbedDCPTLaw(CrossDomainDCPTLaw):
+    """The same with what a probe run measures in place of K. Columns: those of DCPTLaw, `initial_loss` k1 and `decline`
+    k2, in nats, of probes that are evaluated at the same steps. Parameters: those of DCPTLaw, F, mu, w2; w1 is 1."""
+
+    inputs: ClassVar[dict[str, Column]] = {**DCPTLaw.inputs, "initial_loss": POSITIVE, "decline": POSITIVE}
+    parameters: ClassVar[tuple[Parameter, ...]] = (*CrossDomainDCPTLaw.parameters, Parameter("w2", 1e-3, 1e3))
+    units: ClassVar[Units] = DCPTLaw.units
+    of_domain: ClassVar[tuple[str, ...]] = ("initial_loss", "decline")
+
+    @staticmethod
+    def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
+        *own, w2 = unknowns
+        K = 1 / columns["initial_loss"] + w2 * columns["decline"]
+        return CrossDomainDCPTLaw.formula(own, columns | {"learnability": K})

@@ -275,6 +275,32 @@ def test_average_parameters_of_a_pruning_schedule() -> None:
         laws.average_params([1e9, 5e8], [1])
 
 
+def test_a_law_across_domains_says_how_far_it_errs_for_one_that_it_has_not_seen() -> None:
+    table = drawn(CROSS_DOMAIN, TABLES["cross-domain D-CPT"][2], np.random.default_rng(0))
+    table = {name: values[::3] for name, values in table.items()}
+    errors = laws.CrossDomainDCPTLaw().leave_one_domain_out(table)
+    assert [domain for (domain,) in errors] == [0.4, 0.6, 0.9, 1.4]
+    assert max(errors.values()) < 0.05
+    law = laws.CrossDomainDCPTLaw().fit(table)
+    with pytest.raises(RecipeError, match=r"learnability: 4\.0 is invalid: the domains .* span 0\.4 to 1\.4; run one"):
+        law.predict(params=5e8, tokens=1e10, own_ratio=0.5, learnability=4.0)
+    two = table["learnability"] < 0.7
+    with pytest.raises(ValueError, match="fit 3 domains or more; the table has 2"):
+        laws.CrossDomainDCPTLaw().fit({name: values[two] for name, values in table.items()})
+
+
+def test_the_weights_of_a_probe_are_fitted() -> None:
+    truth = laws.ProbedDCPTLaw.from_params(**CROSS_DOMAIN.params_ | {"w2": 2.0})
+    domains = {2.0: 0.3, 2.5: 0.1, 3.0: 0.25, 4.0: 0.05, 3.5: 0.2}
+    runs = grid(initial_loss=list(domains), params=[2e8, 1e9], own_ratio=[0.1, 0.5, 1.0], tokens=[1e9, 4e9, 2e10])
+    table = runs | {"decline": np.array([domains[k1] for k1 in runs["initial_loss"]])}
+    law = laws.ProbedDCPTLaw().fit(drawn(truth, table, np.random.default_rng(0), noise=1e-4))
+    assert law.params_["w2"] == pytest.approx(2.0, rel=0.02)
+    at = {"params": 1e9, "tokens": 1e10, "own_ratio": 0.5, "initial_loss": 2.8, "decline": 0.15}
+    assert law.predict(**at) == pytest.approx(truth.predict(**at), rel=0.005)
+    assert max(law.leave_one_domain_out(drawn(truth, table, np.random.default_rng(0), noise=1e-4)).values()) < 0.05
+
+
 def test_learnability_of_a_probe_run() -> None:
     assert laws.learnability([4.0, 3.5, 3.0], w1=2, w2=3) == pytest.approx(2 / 4 + 3 * 0.5)
     with pytest.raises(RecipeError, match="at least two"):
