@@ -38,7 +38,7 @@ from torch import Tensor
 
 from spt_fast.errors import invalid
 from spt_fast.kernels import attention_cpu, attention_triton, flash_attn
-from spt_fast.kernels.backend import Op
+from spt_fast.kernels.backend import Candidate, Op
 
 MAX_HEAD_DIM = 256
 """Of the Triton kernels and of flash-attn, which wants a multiple of 8 too."""
@@ -202,6 +202,12 @@ def _flash_attn(
     return o_BTHD.masked_fill(padding_BT11, 0)
 
 
+def _launches(q_BTHD: Tensor, *_: Tensor) -> list[Candidate]:
+    if not q_BTHD.is_cuda:
+        return []
+    return [Candidate("triton", (launch,)) for launch in attention_triton.launches(q_BTHD)]
+
+
 _FLASH_ATTENTION = Op(
     "flash_attention",
     {
@@ -224,4 +230,5 @@ _FLASH_ATTENTION = Op(
         },
     },
     attention_triton.variants,
+    _launches,
 )

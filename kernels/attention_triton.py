@@ -197,6 +197,13 @@ def candidates(kernel: str, width: int, itemsize: int, arch: int) -> list[Config
     return list(dict.fromkeys(every))
 
 
+def launches(q_BTHD: Tensor) -> list[tuple[str, tuple, Config]]:
+    """What is worth measuring for such queries besides the defaults, each for one kernel."""
+    shape = _shape_class(q_BTHD)
+    kernels = ("forward", "dq", "dkv")
+    return [(f"attention_{kernel}", shape, config) for kernel in kernels for config in candidates(kernel, *shape)[1:]]
+
+
 def _size(width: int) -> int:
     return 0 if width <= 64 else 1 if width == 128 else 2
 

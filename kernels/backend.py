@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch._ops import OpOverload
 from spt_fast import native
 from spt_fast.errors import invalid
 from spt_fast.kernels import flash_attn
-from spt_fast.kernels.launch import INTERPRETED, TRITON_VERSION, Variant
+from spt_fast.kernels.launch import INTERPRETED, TRITON_VERSION, Config, Variant, choose
 
 CONTRACT_BACKENDS = ("auto", "triton", "cpu", "reference")
 
@@ -34,6 +34,8 @@ OPS: dict[str, Op] = {}
 """Every op by name. Importing `spt_fast.kernels` imports every file of the folder, and so completes it."""
 
 _preferred: list[str] = []
+
+_installed: dict[str, Candidate] = {}
 
 CPU_LIBRARY = native.is_built()
 
@@ -43,17 +45,51 @@ class BackendError(ValueError):
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A way for an op to run: a backend, or "auto", and how kernels are launched where that is not as by default.
+
+    launches  kernel, shape and Config, by the names that `launch.launched` is asked for
+    """
+
+    backend: str
+    launches: tuple[tuple[str, tuple, Config], ...] = ()
+
+    def __str__(self) -> str:
+        said = [self.backend]
+        for kernel, _, config in self.launches:
+            sizes = [f"{name} {value:,}" for name, value in config.constants]
+            warps = [f"{config.num_warps} warps", f"{config.num_stages} stages"] if config.num_warps else []
+            said.append(f"{kernel} with {', '.join([*sizes, *warps])}")
+        return ", ".join(said)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, plain: Mapping[str, Any]) -> Candidate:
+        """What `plain` has written."""
+        launches = [
+            (kernel, tuple(shape), Config(**{**config, "constants": tuple(map(tuple, config["constants"]))}))
+            for kernel, shape, config in plain["launches"]
+        ]
+        return cls(plain["backend"], tuple(launches))
+
+
+@dataclass(frozen=True)
 class Op:
     """One op, which enters itself in `OPS`.
 
     name      of its public function
     auto      by type of device the backends that `auto` tries there, in order, each with its reason
     variants  the launches of its file's Triton kernels, for ahead-of-time compilation
+    launches  for inputs like these, launches that are worth trying besides the default; each changes one kernel's
     """
 
     name: str
     auto: Mapping[str, Mapping[str, str]]
     variants: Callable[[], list[Variant]]
+    launches: Callable[..., list[Candidate]] = lambda *inputs: []
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
@@ -62,6 +98,14 @@ class Op:
     def backends(self) -> list[str]:
         return list(dict.fromkeys(backend for order in self.auto.values() for backend in order))
 
+    def candidates(self, *inputs: Tensor) -> list[Candidate]:
+        """Ways to run for inputs like these, the default first."""
+        device, dtype = inputs[0].device.type, inputs[0].dtype
+        usual = self.pick("auto", inputs[0])
+        backends = [name for name in self.auto.get(device, {}) if obstacle(name, device, dtype) is None]
+        others = [Candidate(name) for name in backends if name != usual]
+        return [Candidate("auto"), *others, *self.launches(*inputs)]
+
     def pick(self, backend: str, x: Tensor, *, passed_over: tuple[str, ...] = (), **obstacles: str | None) -> str:
         """The backend that runs for tensors like x; BackendError for one that is unknown or cannot run for them.
 
@@ -69,7 +113,8 @@ class Op:
         `passed_over`, too.
         """
         if backend == "auto":
-            for name in (*_preferred, *self.auto.get(x.device.type, {})):
+            tuned = [_installed[self.name].backend] if self.name in _installed else []
+            for name in (*_preferred, *tuned, *self.auto.get(x.device.type, {})):
                 if name not in self.backends or name in passed_over:
                     continue
                 if obstacle(name, x.device.type, x.dtype) is None and obstacles.get(name) is None:
@@ -93,6 +138,18 @@ def prefer(backend: str) -> Iterator[None]:
         yield
     finally:
         _preferred.remove(backend)
+
+
+def install(chosen: Mapping[str, Candidate]) -> None:
+    """From now on `auto` means these, by op, and nothing that was installed before."""
+    for candidate in _installed.values():
+        for kernel, shape, _ in candidate.launches:
+            choose(kernel, shape, None)
+    _installed.clear()
+    _installed.update(chosen)
+    for candidate in chosen.values():
+        for launch in candidate.launches:
+            choose(*launch)
 
 
 def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:

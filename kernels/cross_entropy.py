@@ -43,8 +43,8 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable
-from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
+from spt_fast.kernels.backend import Candidate, Op, accumulation_dtype, custom_op, differentiable
+from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, next_power_of_2, tl
 from spt_fast.kernels.linear import accumulates_in_place, add_product
 
 CHUNK_BYTES = {"cpu": 8 << 20}
@@ -280,7 +280,7 @@ def _sweep(
     targets_N = targets_N.long().contiguous()
     N, V, dtype = len(x_ND), len(weight_VD), dloss_N.dtype
 
-    rows = _chunk_rows(x_ND, V)
+    rows = launched("chunks", _shape_class(x_ND, V), _chunks(_chunk_rows(x_ND, V)))["ROWS"]
     z_CV = _logits_buffer(x_ND, min(rows, N), V)
     loss_N = x_ND.new_empty(N, dtype=dtype)
     dx_ND = x_ND.new_empty(x_ND.shape if needs_dx else (0,))
@@ -308,6 +308,22 @@ def _chunk_rows(x_ND: Tensor, vocab_size: int) -> int:
     most = max(CHUNK_MIN_ROWS, chunk_bytes // (vocab_size * x_ND.itemsize) // 128 * 128)
     chunks = -(-len(x_ND) // most)
     return most if chunks < 2 else min(most, -(-len(x_ND) // chunks // 128) * 128)
+
+
+def _chunks(rows: int) -> Config:
+    return Config((("ROWS", rows),), 0)
+
+
+def _shape_class(x_ND: Tensor, vocab_size: int) -> tuple[str, int, int, int]:
+    return x_ND.device.type, x_ND.itemsize, x_ND.shape[1], vocab_size
+
+
+def _launches(x_ND: Tensor, weight_VD: Tensor, *_: Tensor) -> list[Candidate]:
+    """Shorter and taller chunks."""
+    shape, usual = _shape_class(x_ND, len(weight_VD)), _chunk_rows(x_ND, len(weight_VD))
+    rows = {max(128, int(usual * share) // 128 * 128) for share in (0.25, 0.5, 2, 4)} - {usual}
+    backend = _LINEAR_CROSS_ENTROPY.pick("auto", x_ND)
+    return [Candidate(backend, (("chunks", shape, _chunks(n)),)) for n in sorted(rows) if n < 2 * len(x_ND)]
 
 
 def _logits_buffer(x_ND: Tensor, rows: int, vocab_size: int) -> Tensor:
@@ -493,4 +509,5 @@ _LINEAR_CROSS_ENTROPY = Op(
         },
     },
     variants,
+    _launches,
 )

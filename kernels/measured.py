@@ -43,21 +43,36 @@ def machine(device: torch.device) -> dict[str, str]:
 
 def remembered(kind: str, key: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured of this kind by this key, here or by an earlier process."""
-    text = json.dumps(key, sort_keys=True)
-    file = cache_folder() / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
-    if (found := _found(file, key)) is not None:
+    file = _file(kind, key)
+    if (found := recall(kind, key)) is not None:
         return found
     with _alone(file.with_suffix(".lock")):
-        if (found := _found(file, key)) is not None:
+        if (found := recall(kind, key)) is not None:
             return found
-        found = measure()
+        found = _plain(measure())
         with suppress(OSError):
-            write_text(file, json.dumps({"key": dict(key), "found": found}, indent=1))
+            write_text(file, json.dumps({"key": key, "found": found}, indent=1))
     return found
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spt_fast"
+def recall(kind: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier process has measured; None where there is none."""
+    try:
+        kept = json.loads(_file(kind, key).read_text(encoding="utf-8"))
+        return kept["found"] if kept["key"] == _plain(key) and isinstance(kept["found"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _file(kind: str, key: Mapping[str, Any]) -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spt_fast"
+    text = json.dumps(key, sort_keys=True)
+    return folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+
+
+def _plain(value: Mapping[str, Any]) -> Any:
+    """As it is read back."""
+    return json.loads(json.dumps(value))
 
 
 def medians(rivals: Sequence[Callable[[], object]], *, rounds: int, seconds: float) -> list[float]:
@@ -74,14 +89,6 @@ def medians(rivals: Sequence[Callable[[], object]], *, rounds: int, seconds: flo
         if turn and time.perf_counter() > ends:
             break
     return [statistics.median(times) for times in taken]
-
-
-def _found(file: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        return kept["found"] if kept["key"] == dict(key) and isinstance(kept["found"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 @contextmanager

@@ -289,6 +289,10 @@ class Engine:
     """In training, multiply in fp8 in the blocks' layers that are at least 2,048 wide both ways, on GPUs of compute
     capability 8.9 (a CPU makes the same errors, slowly). It changes what is computed, so a run keeps what it began
     with."""
+    tune_kernels: bool = setting(boolean, True)
+    """On a GPU that has not trained such shapes yet, time backends and launches of the model's ops before the first
+    step, for two minutes at most; `spt-fast kernels --tune` does it beforehand, on CPUs too. A run that goes on keeps
+    what it began with."""
     deterministic: bool = setting(boolean, False)
     """On a GPU, use only algorithms that give the same bits every time, even where they are slower; CPUs always do."""
 

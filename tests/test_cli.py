@@ -157,7 +157,7 @@ def test_text_of_the_command_line_is_utf8_in_every_locale() -> None:
 
 
 def test_our_own_mistakes_are_not_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spt_fast.kernels.chosen_backends", lambda: 1 / 0)
+    monkeypatch.setattr("spt_fast.train.tuning.chosen_backends", lambda: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["spt-fast", "kernels"])
     with pytest.raises(ZeroDivisionError):
         cli.main()

@@ -7,7 +7,17 @@ from typing import Annotated
 
 from typer import Option
 
-from spt_fast.cli.flags import Json, ManyValues, Overwrite, PathArgument, PathOption, WeightsDtype, WeightsPath, text
+from spt_fast.cli.flags import (
+    Json,
+    ManyValues,
+    Overrides,
+    Overwrite,
+    PathArgument,
+    PathOption,
+    WeightsDtype,
+    WeightsPath,
+    text,
+)
 from spt_fast.cli.program import app, out, print_json
 from spt_fast.printing import print_facts, print_table
 
@@ -93,9 +103,20 @@ def generate(
 
 
 @app.command()
-def kernels(as_json: Json = False) -> None:
-    """The backend that each op uses on this machine, and why."""
-    from spt_fast.kernels import chosen_backends
+def kernels(
+    recipe: Annotated[
+        Path | None, PathArgument(metavar="[RECIPE]", help="Whose shapes; a small model by default.")
+    ] = None,
+    overrides: Overrides = None,
+    tune: Annotated[bool, Option("--tune", help="Measure what is not measured yet.")] = False,
+    seconds: Annotated[float, Option(min=1, help="At most, for --tune.")] = 300.0,
+    as_json: Json = False,
+) -> None:
+    """The backend that each op uses on this machine, and why: a measurement at these shapes, or else what is known."""
+    from spt_fast.train.tuning import overview
 
-    chosen = chosen_backends()
-    print_json(chosen) if as_json else print_facts(out, "kernels", chosen)
+    chosen, found = overview(recipe, overrides or (), seconds=seconds if tune else None)
+    if as_json:
+        print_json({**chosen, **({"measured": found} if found else {})})
+    else:
+        print_facts(out, "kernels", chosen)

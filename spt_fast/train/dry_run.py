@@ -25,9 +25,9 @@ from spt_fast.train.engine import EngineInterface
 from spt_fast.train.engines import join, make_engine
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
-from spt_fast.train.precision import precision_of
 from spt_fast.train.price import Machine, distribution_of, distributions, phase_memory
 from spt_fast.train.snapshot import Snapshot
+from spt_fast.train.tuning import choose
 from spt_fast.train.world import World
 
 MICRO_BATCHES = 2
@@ -62,7 +62,9 @@ def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
     plan = make_plan(recipe, world=world.size)
     world.on_first(lambda: plan.check_files(None, verify=verify))
     world.on_first(lambda: warn(doubts(plan)))
-    precision = world.on_first(lambda: precision_of(recipe, device, plan.model))
+    choices = world.on_first(lambda: choose(plan, device, world.size))
+    choices.install()
+    precision = choices.precision
     machine = Machine.of(recipe, gpus=world.size, precision=precision)
     grown_before = _peak_bytes(device)
     start = Snapshot(plan.starting_weights(world))

@@ -14,8 +14,8 @@ from spt_fast.train.checkpoint import Checkpoint
 from spt_fast.train.doubts import doubts
 from spt_fast.train.engine import EngineInterface
 from spt_fast.train.plan import Plan
-from spt_fast.train.precision import Precision
 from spt_fast.train.state import Compute, SavedState
+from spt_fast.train.tuning import Choices
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def introduction(
     engine: EngineInterface,
     model: GPT,
     plan: Plan,
-    precision: Precision,
+    choices: Choices,
     backends: Mapping[str, str],
     resumed: Resumed | None,
 ) -> Iterator[str]:
@@ -44,11 +44,12 @@ def introduction(
         kind += f" ({model.fp8_share:.0%} of the blocks' matmuls {how})"
     yield f"{folder}: {parameters(plan.model):,} parameters in {kind} on {engine.describe()}"
     if plan.recipe.precision == "auto":
-        yield f"precision: {precision}"
+        yield f"precision: {choices.precision}"
     by_backend = {
         name: [op for op, backend in backends.items() if backend == name] for name in sorted(set(backends.values()))
     }
     yield "kernels: " + "; ".join(f"{name} for {', '.join(ops)}" for name, ops in by_backend.items())
+    yield from choices.lines()
     if resumed is None:
         yield from (f"warning: {warning}" for warning in doubts(plan))
         return

@@ -20,10 +20,9 @@ import torch
 
 from spt_fast.config import Phase, Recipe
 from spt_fast.files import write_text
-from spt_fast.kernels import auto_backends
 from spt_fast.model import hf
 from spt_fast.model.flops import mfu_label, parameters, peak_flops
-from spt_fast.printing import as_json, plain
+from spt_fast.printing import as_json, plain, terminal
 from spt_fast.train import checkpoint, health
 from spt_fast.train.checkpoint import Retention
 from spt_fast.train.engine import StepResult
@@ -34,10 +33,10 @@ from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import Clock, NoLog, RunLog
 from spt_fast.train.plan import PhasePlan, Plan
-from spt_fast.train.precision import begin_or_keep
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.state import ArmResult, Compute, Evaluation, PhaseResult, SavedState, ScheduleOrigin, TrainState
+from spt_fast.train.tuning import choose
 from spt_fast.train.watch import LossWatch, Watch
 from spt_fast.train.world import World, dtype_name
 
@@ -82,8 +81,9 @@ class Trainer:
         model = plan.model_without_weights()
         self.snapshots = {} if resumed else {"kept": Snapshot(plan.starting_weights(world))}
         device, before = world.device, resumed.state.compute if resumed else None
-        self.precision = world.on_first(lambda: begin_or_keep(plan.recipe, device, plan.model, before))
-        self.backends = auto_backends()
+        say = terminal(stderr=True, quiet=not progress).print
+        self.choices = world.on_first(lambda: choose(plan, device, world.size, before, say=say, stop=stop))
+        self.backends = self.choices.install()
         if resumed:
             self.state = resumed.state.train
             self.state.counts = dict.fromkeys(plan.recipe.sources, 0) | self.state.counts
@@ -91,7 +91,7 @@ class Trainer:
             self.seconds_before, self.saved = self.state.seconds, self.state.name
             if not resumed.state.model.tied:
                 model.untie()
-        self.engine = make_engine(model, plan.recipe.engine, world=world, dtype=self.precision.dtype)
+        self.engine = make_engine(model, plan.recipe.engine, world=world, dtype=self.choices.precision.dtype)
         self.peak_flops = peak_flops(device)
 
         settings = plan.recipe.checkpoint
@@ -107,7 +107,7 @@ class Trainer:
                 progress=progress,
                 mfu_label=mfu_label(device),
             )
-        lines = introduction(folder, self.engine, model, plan, self.precision, self.backends, resumed)
+        lines = introduction(folder, self.engine, model, plan, self.choices, self.backends, resumed)
         world.on_first(lambda: self.log.say("\n".join(lines)))
 
     # ------------------------------------------------------------------------------------------------ the run
@@ -360,8 +360,8 @@ class Trainer:
         with arm.clock.paused():
             state.metrics_bytes = self.log.sync()
             state.seconds, state.train_seconds = self.seconds(), arm.clock.total_s
-            measured, data, texts = {"precision": self.precision.reason}, self.plan.digests(), self.plan.known_texts()
-            compute = Compute(dtype_name(self.engine.dtype), self.backends, self.engine.describe(), measured)
+            dtype, data, texts = dtype_name(self.engine.dtype), self.plan.digests(), self.plan.known_texts()
+            compute = Compute(dtype, self.backends, self.engine.describe(), self.choices.measured())
             content = SavedState(self.engine.config, state, data, compute, texts, os.getcwd()).plain()
             snapshots = {**self.snapshots, "current": self.engine.snapshot(state=True)}
             best = self.plan.recipe.checkpoint.keep_best and state.at_best
@@ -385,7 +385,7 @@ class Trainer:
             "context": self.plan.model.context,
             "train_tokens": {source: data.num_tokens for source, data in self.plan.train.items()},
             "precision": dtype_name(self.engine.dtype),
-            "precision_reason": self.precision.reason,
+            "precision_reason": self.choices.precision.reason,
             "device": str(self.engine.device),
             "seed": self.plan.recipe.seed,
             "seconds": round(self.seconds(), 2),

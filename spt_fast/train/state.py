@@ -158,7 +158,7 @@ class Compute:
     """By op."""
     engine: str
     measured: dict[str, Any]
-    """What this machine, or the recipe, decided "precision" by; empty before version 6."""
+    """What decided: for "precision" in words, for "kernels" by op what the tuner found; empty before version 6."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from spt_fast.evaluation.score import score
 from spt_fast.kernels import auto_backends
 from spt_fast.model import gpt, hf
 from spt_fast.model.gpt import GPT
-from spt_fast.train import checkpoint, loop, plan, precision
+from spt_fast.train import checkpoint, plan, precision, tuning
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import evaluation_texts, measure
 from spt_fast.train.local import LocalEngine
@@ -389,7 +389,7 @@ def test_a_run_goes_on_in_the_dtype_it_began_in_and_says_what_kernels_changed(
     began = json.loads((folder / "summary.json").read_text())["precision"]
     other = {"bfloat16": torch.float32, "float32": torch.bfloat16}[began]
     monkeypatch.setattr(precision, "pick_precision", lambda *_: Precision(other, "of another day"))
-    monkeypatch.setattr(loop, "auto_backends", lambda: {"rms_norm": "abacus"})
+    monkeypatch.setattr(tuning, "auto_backends", lambda: {"rms_norm": "abacus"})
     assert run(recipe_from(raw), resume=True)["precision"] == began
     change = f"rms_norm {auto_backends()['rms_norm']} → abacus"
     said = " ".join(capsys.readouterr().err.split())

@@ -125,7 +125,7 @@ def test_a_run_says_and_records_what_decided_and_a_resume_keeps_to_it(
     (state,) = sorted((data / "decided" / "checkpoints").glob("step-*/state.json"))[-1:]
     compute = json.loads(state.read_text())["compute"]
     assert compute["dtype"] == "float32"
-    assert compute["measured"] == {"precision": summary["precision_reason"]}
+    assert compute["measured"] == {"precision": summary["precision_reason"], "kernels": {}}
     machine(842, 193)
     forget(tmp_path)
     raw["phases"][0]["tokens"] *= 2

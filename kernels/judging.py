@@ -1,0 +1,198 @@
+"""Whether a candidate of an op is right and how long it takes: what the tuner's child processes find out.
+
+Right is what errs, against float64, at most twice as much as PyTorch's ops of the same dtype, and gives the same bits
+twice. What is right is timed in turns, forward and with the backward pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spt_fast.kernels.backend import Candidate, install
+from spt_fast.kernels.measured import medians
+
+NOT_REACHED = "was not reached in time"
+TIMING_SHARE = 0.5
+"""Of the time of a request; checks have the rest."""
+ROUNDS = 25
+REPEATED_S = 0.003
+"""What is faster is run several times between two looks at the clock."""
+MAY_DIFFER = ("sdpa", "flash_attn")
+"""Backends that add in any order, which only `deterministic` forbids."""
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An op to be tried at a shape.
+
+    call        (*inputs, backend=...) -> results; one that works in place returns what it has changed
+    gradients   how many of the inputs, from the first, have one
+    candidates  the default first
+    """
+
+    call: Callable[..., Any]
+    inputs: Sequence[Tensor]
+    gradients: int
+    candidates: Sequence[Candidate]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to try. source: "module:function", which makes the Trial of (shape, dtype, device); `small` is a shape that
+    is launched alike and takes little time in float64."""
+
+    op: str
+    source: str
+    shape: Mapping[str, Any]
+    small: Mapping[str, Any]
+    dtype: str
+    device: str
+    deterministic: bool = False
+
+
+def serve(answers: int) -> None:
+    """In the child: reads requests from stdin, a line each, and has a fork of itself write messages to `answers`."""
+    with os.fdopen(answers, "w", encoding="utf-8") as out:
+
+        def tell(**message: Any) -> None:
+            out.write(json.dumps(message) + "\n")
+            out.flush()
+
+        tell(ready=True)
+        for line in sys.stdin:
+            importlib.import_module(json.loads(line)["question"]["source"].partition(":")[0])
+            if (pid := os.fork()) == 0:
+                _answer(json.loads(line), tell)
+                os._exit(0)
+            tell(end=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def _answer(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
+    question = Question(**request["question"])
+    device, dtype = torch.device(question.device), getattr(torch, question.dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(request["threads"])
+    if question.deterministic:
+        torch.use_deterministic_algorithms(True)
+    module, _, function = question.source.partition(":")
+    make = getattr(importlib.import_module(module), function)
+    whole, small = (make(question.op, shape, dtype, device) for shape in (question.shape, question.small))
+    candidates = [Candidate.read(plain) for plain in request["candidates"]] or whole.candidates
+    tell(candidates=[one.plain() for one in candidates])
+    judged = {i for i, _ in request["judged"]}
+    until = time.monotonic() + (1 - TIMING_SHARE) * (request["ends"] - time.monotonic())
+    check = _checker(question.op, small)
+    passed = []
+    for i, candidate in enumerate(candidates):
+        if i in judged:
+            continue
+        tell(at=i)
+        problem: str | None = NOT_REACHED
+        if i == 0 or time.monotonic() < until:
+            strict = question.deterministic or candidate.backend not in MAY_DIFFER
+            problem = check(candidate) or _unstable(question.op, whole, candidate, strict)
+        if problem:
+            tell(problems=[[i, problem]])
+        else:
+            passed.append(i)
+    rivals: list[Callable[[], object]] = []
+    times = []
+    for i in passed:
+        tell(at=i)
+        both, repeated = _rivals(question.op, whole, candidates[i], device)
+        rivals += both
+        times.append(repeated)
+    tell(at=None)
+    taken = medians(rivals, rounds=ROUNDS, seconds=max(0.1, request["ends"] - time.monotonic()))
+    for i, repeated, forward, step in zip(passed, times, taken[::2], taken[1::2], strict=True):
+        tell(seconds=[[i, [forward / repeated, max(0.0, step - forward) / repeated]]])
+
+
+def _results(
+    op: str, trial: Trial, candidate: Candidate, inputs: Sequence[Tensor], upstream: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """Outputs and gradients; without `upstream`, of half the sum of the outputs' squares."""
+    given = [x.detach().clone().requires_grad_(n < trial.gradients) for n, x in enumerate(inputs)]
+    install({op: candidate})
+    outputs = trial.call(*given, backend=candidate.backend)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = given[: trial.gradients]
+    gradients = torch.autograd.grad(outputs, leaves, upstream or [y.detach() for y in outputs]) if leaves else ()
+    return [*(y.detach() for y in outputs), *gradients]
+
+
+def _checker(op: str, trial: Trial) -> Callable[[Candidate], str | None]:
+    """Says what is wrong with a candidate's numbers: twice the error of PyTorch's ops in this dtype, against float64,
+    and a rounding of the largest number are allowed."""
+    plain = Candidate("reference")
+    outputs = _results(op, trial, plain, trial.inputs)
+    upstream = [torch.ones_like(y) + y for y in outputs[: len(outputs) - trial.gradients]]
+    wide = [x.double() if x.is_floating_point() else x for x in trial.inputs]
+    exact = _results(op, trial, plain, wide, [u.double() for u in upstream])
+    allowed = _results(op, trial, plain, trial.inputs, upstream)
+
+    def check(candidate: Candidate) -> str | None:
+        try:
+            found = _results(op, trial, candidate, trial.inputs, upstream)
+        except Exception as error:
+            return f"raises {type(error).__name__}: {str(error)[:200]}"
+        for number, (f, a, e) in enumerate(zip(found, allowed, exact, strict=True)):
+            wrong, usual = (float((x.double() - e).abs().max()) if e.numel() else 0.0 for x in (f, a))
+            rounding = ROUNDING.get(a.dtype, 0.0) * float(e.abs().max() if e.numel() else 0.0)
+            if not wrong <= 2 * usual + rounding:
+                return f"errs by {wrong:.3g} in result {number}, PyTorch's ops by {usual:.3g}"
+        return None
+
+    return check
+
+
+def _unstable(op: str, trial: Trial, candidate: Candidate, strict: bool) -> str | None:
+    try:
+        first, second = (_results(op, trial, candidate, trial.inputs) for _ in range(2))
+    except Exception as error:
+        return f"raises {type(error).__name__}: {str(error)[:200]}"
+    if not all(x.isfinite().all() for x in first):
+        return "gives numbers that are not finite"
+    if strict and not all(map(torch.equal, first, second)):
+        return "gives other bits the second time"
+    return None
+
+
+def _rivals(
+    op: str, trial: Trial, candidate: Candidate, device: torch.device
+) -> tuple[list[Callable[[], object]], int]:
+    """What is timed, the forward pass and both passes, and how many times each runs."""
+    given = [x.detach().requires_grad_(n < trial.gradients) for n, x in enumerate(trial.inputs)]
+    leaves = given[: trial.gradients]
+
+    def once(backward: bool) -> None:
+        outputs = trial.call(*given, backend=candidate.backend)
+        if backward and leaves:
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.grad(outputs, leaves, [y.detach() for y in outputs])
+
+    def several(backward: bool, times: int) -> float:
+        began = time.perf_counter()
+        install({op: candidate})
+        for _ in range(times):
+            once(backward)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - began) / times
+
+    several(True, 1)
+    times = max(1, round(REPEATED_S / several(True, 2)))
+    return [partial(several, backward, times) for backward in (False, True)], times

@@ -1,0 +1,130 @@
+"""How each op is called in a step of a model, on random inputs: what the tuner tries.
+
+A function of TRIALS gives the Trial of its op at a shape. Ops that leave nothing to choose have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spt_fast.kernels.activation import swiglu_linear
+from spt_fast.kernels.adamw import adamw_step_all
+from spt_fast.kernels.attention import flash_attention
+from spt_fast.kernels.backend import OPS
+from spt_fast.kernels.cross_entropy import linear_cross_entropy
+from spt_fast.kernels.judging import Question, Trial
+from spt_fast.kernels.norm import add_rms_norm
+from spt_fast.kernels.rotary import qk_norm_rope, rope
+
+DOCUMENTS = 4
+"""To a window, in trials of documents."""
+MOST_NUMBERS = 1 << 26
+"""Of AdamW's trial: it goes through memory once, however much there is."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a micro-batch and the model."""
+
+    sequences: int
+    context: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab_size: int
+    window: int | None
+    documents: bool
+    parameters: int
+
+    @property
+    def small(self) -> Shape:
+        """One that is launched alike."""
+        return replace(self, sequences=1, context=min(self.context, 256), parameters=min(self.parameters, 1 << 16))
+
+
+Make = Callable[[Shape, Callable[..., Tensor]], tuple[Callable[..., Any], Sequence[Tensor], int]]
+"""(shape, random numbers of a shape) -> what a Trial has besides its candidates."""
+
+
+def _attention(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
+    q, k, v = (random(s.sequences, s.context, heads, s.head_dim) for heads in (s.heads, s.kv_heads, s.kv_heads))
+    ends = None
+    if s.documents:
+        step = max(1, s.context // DOCUMENTS)
+        ends = torch.arange(0, s.sequences * s.context + 1, step, dtype=torch.int32, device=q.device)
+    return partial(flash_attention, cu_seqlens=ends, window=s.window), (q, k, v), 3
+
+
+def _loss(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
+    x, weight = random(s.sequences * s.context, s.width), random(s.vocab_size, s.width) * s.width**-0.5
+    targets = torch.arange(len(x), device=x.device) * 7 % s.vocab_size
+    return linear_cross_entropy, (x, weight, targets), 2
+
+
+def _rope(s: Shape, random: Callable[..., Tensor], *, normalised: bool) -> Any:
+    q, k = (random(s.sequences, s.context, heads, s.head_dim) for heads in (s.heads, s.kv_heads))
+    angle = torch.arange(s.context, device=q.device).unsqueeze(1) * torch.logspace(0, -4, s.head_dim // 2).to(q.device)
+    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+    if not normalised:
+        return rope, (q, k, cos, sin), 2
+    return qk_norm_rope, (q, k, random(s.head_dim), random(s.head_dim), cos, sin), 4
+
+
+def _adamw(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
+    N = min(s.parameters, MOST_NUMBERS)
+    param, grad, m = (random(N) for _ in range(3))
+    fp32 = [x.float() for x in (m, random(N).square(), param)]
+
+    def update(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, master: Tensor, backend: str) -> tuple[Tensor, ...]:
+        masters = [master] if param.dtype == torch.bfloat16 else None
+        adamw_step_all([param], [grad], [m], [v], step=3, lr=1e-3, masters=masters, backend=backend)
+        return param, m, v
+
+    return update, (param, grad, *fp32), 0
+
+
+TRIALS: dict[str, Make] = {
+    "flash_attention": _attention,
+    "linear_cross_entropy": _loss,
+    "add_rms_norm": lambda s, random: (
+        add_rms_norm,
+        (*(random(s.sequences * s.context, s.width) for _ in range(2)), random(s.width)),
+        3,
+    ),
+    "swiglu_linear": lambda s, random: (
+        swiglu_linear,
+        (random(s.sequences * s.context, 2 * s.ffn), random(s.width, s.ffn) * s.ffn**-0.5),
+        2,
+    ),
+    "rope": partial(_rope, normalised=False),
+    "qk_norm_rope": partial(_rope, normalised=True),
+    "adamw_step": _adamw,
+}
+
+
+def questions(
+    ops: Sequence[str], shape: Shape, dtype: torch.dtype, device: torch.device, *, deterministic: bool
+) -> list[Question]:
+    """What the tuner is asked of these ops."""
+    name = str(dtype).removeprefix("torch.")
+    source, whole, small = "spt_fast.kernels.trials:trial", asdict(shape), asdict(shape.small)
+    return [Question(op, source, whole, small, name, str(device), deterministic) for op in ops]
+
+
+def trial(op: str, shape: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Trial:
+    """The Trial of an op."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(device, dtype)
+
+    call, inputs, gradients = TRIALS[op](Shape(**shape), random)
+    return Trial(call, inputs, gradients, OPS[op].candidates(*inputs))

@@ -1,0 +1,154 @@
+"""What a run computes with, decided before its first step: the dtype, and the backend and launch of every op.
+
+A run that goes on keeps what its checkpoint says. Another takes what was measured on this machine at its shapes, and
+measures it first on a GPU that has not trained such shapes yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spt_fast.config import load_recipe
+from spt_fast.kernels import auto_backends, chosen_backends
+from spt_fast.kernels.backend import Candidate, install
+from spt_fast.kernels.judging import Question
+from spt_fast.kernels.trials import Shape, questions
+from spt_fast.kernels.tuner import chosen, describe, known, tune
+from spt_fast.model.config import GPTConfig
+from spt_fast.model.flops import parameters
+from spt_fast.printing import terminal
+from spt_fast.train.plan import Plan, make_plan
+from spt_fast.train.precision import Precision, begin_or_keep, pick_precision, precision_of
+from spt_fast.train.state import Compute
+from spt_fast.train.world import launched_processes, pick_device
+
+AT_START_S = 120.0
+SAMPLE = GPTConfig(layers=6, width=384, heads=6, kv_heads=6, ffn=1024, context=512, vocab_size=16384)
+"""What is tuned where no recipe says what is trained."""
+
+Records = Mapping[str, Mapping[str, Any]]
+"""By op, what the tuner has found."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The same in every process of a run."""
+
+    precision: Precision
+    kernels: Records = field(default_factory=dict)
+
+    def install(self) -> dict[str, str]:
+        """Compute so from now on in this process; by op the backend that `auto` means then."""
+        install(chosen(self.kernels))
+        return auto_backends()
+
+    def measured(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        kept = ("date", "default", "chosen", "seconds")
+        kernels = {op: {key: record[key] for key in kept} for op, record in self.kernels.items()}
+        return {"precision": self.precision.reason, "kernels": kernels}
+
+    def lines(self) -> Iterator[str]:
+        """What is not as by default."""
+        for op, record in self.kernels.items():
+            if record["chosen"] != record["default"]:
+                yield f"{op}: {Candidate.read(record['chosen'])}: {describe(record)}"
+
+
+def choose(
+    plan: Plan,
+    device: torch.device,
+    processes: int,
+    before: Compute | None = None,
+    *,
+    say: Callable[[str], object] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Choices:
+    """For a run that begins or goes on (`before`). say: hears of what takes time; without it, as for a dry run, no op
+    is measured and nothing recorded."""
+    if say is None:
+        precision = precision_of(plan.recipe, device, plan.model)
+    else:
+        precision = begin_or_keep(plan.recipe, device, plan.model, before)
+    if before is not None:
+        return Choices(precision, before.measured.get("kernels", {}))
+    asked = asked_by(plan, precision, device, processes)
+    found = known(asked)
+    if say and device.type == "cuda" and plan.recipe.engine.tune_kernels and len(found) < len(asked):
+        say(f"timing kernels for this GPU and these shapes, once, up to {AT_START_S:.0f} s (engine.tune_kernels)")
+        found = tune(asked, seconds=AT_START_S, say=say, stop=stop)
+    return Choices(precision, found)
+
+
+def asked_by(plan: Plan, precision: Precision, device: torch.device, processes: int) -> list[Question]:
+    """What there is to tune for a plan, at the shapes of its longest phase."""
+    longest = max(plan.phases, key=lambda phase: phase.tokens)
+    return asked_of(
+        plan.model,
+        precision.dtype,
+        device,
+        sequences=longest.micro(processes),
+        context=longest.context,
+        documents=longest.phase.documents,
+        deterministic=plan.recipe.engine.deterministic,
+    )
+
+
+def asked_of(
+    config: GPTConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    sequences: int,
+    context: int,
+    documents: bool,
+    deterministic: bool,
+) -> list[Question]:
+    """What there is to tune for a model trained in such micro-batches."""
+    shape = Shape(
+        sequences=sequences,
+        context=context,
+        width=config.width,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        ffn=config.ffn,
+        vocab_size=config.vocab_size,
+        window=config.window,
+        documents=documents,
+        parameters=parameters(config),
+    )
+    normalised = config.qk_norm and config.qk_norm_over != "width"
+    ops = ["flash_attention", "linear_cross_entropy", "add_rms_norm", "swiglu_linear"]
+    ops += ["qk_norm_rope" if normalised else "rope", "adamw_step"]
+    return questions(ops, shape, dtype, device, deterministic=deterministic)
+
+
+def overview(
+    path: Path | None, overrides: Sequence[str] = (), *, seconds: float | None = None
+) -> tuple[dict[str, str], Records]:
+    """By op the backend that `auto` means for a recipe's run, or for SAMPLE, and why; and the records that say so.
+    seconds: measure what is not measured yet, for so long at most. "precision" stands among the ops."""
+    device = pick_device()
+    if path is None:
+        shape: dict[str, Any] = {"sequences": 4, "context": SAMPLE.context, "documents": False, "deterministic": False}
+        precision = pick_precision("auto", device, SAMPLE)
+        asked = asked_of(SAMPLE, precision.dtype, device, **shape)
+    else:
+        recipe = load_recipe(path, tuple(overrides))
+        plan = make_plan(recipe, world=launched_processes())
+        precision = precision_of(recipe, device, plan.model)
+        asked = asked_by(plan, precision, device, launched_processes())
+    found = known(asked) if seconds is None else tune(asked, seconds=seconds, say=terminal(stderr=True).print)
+    install(chosen(found))
+    backends, reasons = auto_backends(), chosen_backends()
+    for op, record in found.items():
+        candidate = Candidate.read(record["chosen"])
+        launches = str(candidate).removeprefix(candidate.backend)
+        reasons[op] = f"{backends[op]}: {describe(record)}{launches}"
+    return {**reasons, "precision": str(precision)}, found

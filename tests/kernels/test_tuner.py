@@ -1,0 +1,161 @@
+"""The tuner: planted candidates are judged rightly, and what was found is kept for as long as it holds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spt_fast import kernels
+from spt_fast.kernels import judging, launch, tuner
+from spt_fast.kernels.backend import OPS, Candidate, install
+from spt_fast.kernels.judging import Question
+from spt_fast.kernels.launch import Config
+from spt_fast.kernels.trials import TRIALS, Shape, questions, trial
+from spt_fast.kernels.tuner import chosen, describe, known, tune
+from tests.kernels import planted
+
+SHAPE = Shape(
+    sequences=2,
+    context=24,
+    width=32,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    ffn=48,
+    vocab_size=101,
+    window=None,
+    documents=True,
+    parameters=1000,
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def question(tmp_path: Path, *candidates: str, op: str = "double", **changes: Any) -> Question:
+    shape = {"rows": 300, "candidates": candidates}
+    fields = {"dtype": "float32", "device": "cpu", "deterministic": False} | changes
+    return Question(op, "tests.kernels.planted:trial", shape, shape | {"rows": 4}, **fields)
+
+
+def test_every_candidate_is_judged_and_none_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "STUCK_S", 1.5)
+    names = ["exits", "wrong", "raises", "hangs", "unstable", "infinite", "segfaults", "slow", "quick"]
+    record = tune([question(tmp_path, *names)], seconds=150)["double"]
+    tried = record["tried"]
+    assert tried["exits"] == "ended its process (exit code 3)"
+    assert tried["segfaults"] == "ended its process (SIGSEGV)"
+    assert tried["raises"] == "raises RuntimeError: no such instruction"
+    assert tried["wrong"].startswith("errs by 0.")
+    assert tried["hangs"] == "took longer than 2 s"
+    assert tried["unstable"] == "gives other bits the second time"
+    assert tried["infinite"] == "gives numbers that are not finite"
+    assert tried["slow"] > tried["auto"] > tried["quick"] > 8
+    best = Candidate.read(record["chosen"])
+    assert best == Candidate("quick", (*planted.tuned("one", 2000).launches, *planted.tuned("two", 1000).launches))
+    assert str(best) == "quick, one with SLEEP_US 2,000, BYTES 9, two with SLEEP_US 1,000, BYTES 9"
+    assert Candidate.read(record["default"]) == Candidate("auto")
+    assert describe(record).startswith("forward + backward ")
+    assert " times as fast as by default, measured 20" in describe(record)
+    assert chosen({"double": record}) == {"double": best}
+
+
+def test_the_default_stays_unless_it_is_beaten_clearly_or_broken(tmp_path: Path) -> None:
+    def answer(*seconds: float | str) -> dict[str, Any]:
+        class Child:
+            def ask(self, request: dict[str, Any], ends: float) -> Any:
+                yield {"candidates": [Candidate(f"c{i}").plain() for i in range(len(seconds))]}
+                for i, each in enumerate(seconds):
+                    yield {"problems": [[i, each]]} if isinstance(each, str) else {"seconds": [[i, [each, 0.0]]]}
+
+        said: list[str] = []
+        found = tuner._decide(question(tmp_path), Child(), 9.0, said.append)  # type: ignore[arg-type]
+        return {"chosen": found["chosen"]["backend"], "said": said}
+
+    assert answer(1.0, 0.98, 1.2) == {"chosen": "c0", "said": []}
+    with pytest.raises(tuner.Undecided, match="there was time for the default alone"):
+        answer(1.0, judging.NOT_REACHED)
+    assert answer(1.0, 0.96, judging.NOT_REACHED)["chosen"] == "c1"
+    assert answer(1.0, 0.96, 0.95) == {"chosen": "c2", "said": []}
+    assert answer("errs", 5.0, 2.0) == {"chosen": "c2", "said": ["double: c0 errs; c2 is taken"]}
+    with pytest.raises(tuner.Undecided, match="c0 errs; c1 raises"):
+        answer("errs", "raises")
+
+
+def test_records_hold_for_what_they_were_measured_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decided: list[str] = []
+
+    def decide(asked: Question, *_: Any) -> dict[str, Any]:
+        decided.append(asked.op)
+        time.sleep(0.1)
+        return {"chosen": Candidate(f"c{len(decided)}").plain()}
+
+    monkeypatch.setattr(tuner, "_decide", decide)
+    asked = question(tmp_path)
+    assert known([asked]) == {}
+    first = tune([asked], seconds=30)
+    assert known([asked]) == tune([asked], seconds=30) == first
+    assert len(decided) == 1
+    assert known([question(tmp_path, deterministic=True)]) == {}
+    assert known([question(tmp_path, dtype="bfloat16")]) == {}
+    assert known([question(tmp_path, "slow")]) == {}
+    monkeypatch.setattr(tuner, "kernels_digest", lambda: "other kernels")
+    assert known([asked]) == {}
+
+    found: list[Any] = []
+    both = [threading.Thread(target=lambda: found.append(tune([asked], seconds=30))) for _ in range(2)]
+    [each.start() for each in both]
+    [each.join() for each in both]
+    assert found[0] == found[1]
+    assert len(decided) == 2, "the second waits for what the first finds"
+    for file in (tmp_path / "cache" / "spt_fast").glob("*.json"):
+        file.write_text("{")
+    assert tune([asked], seconds=30)["double"] == known([asked])["double"]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    assert tune([asked], seconds=30)["double"]["chosen"]["backend"] == "c4"
+    assert known([asked]) == {}
+
+
+def test_an_op_that_time_does_not_suffice_for_stays_as_it_is(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert tune([question(tmp_path)], seconds=0, say=said.append) == {}
+    assert tune([question(tmp_path, "hangs")], seconds=60, say=said.append, stop=lambda: True) == {}
+    reasons = ("there was no time left", "the run was asked to stop")
+    assert said == [f"double: left as it is by default, since {reason}" for reason in reasons]
+
+
+def test_what_is_installed_is_what_auto_means() -> None:
+    before = kernels.auto_backends()
+    config = Config((("M", 64),), 4, 2)
+    install({"rms_norm": Candidate("reference", (("norm_forward", (64, 2), config),))})
+    assert kernels.auto_backends() == before | {"rms_norm": "reference"}
+    assert launch.launched("norm_forward", (64, 2), Config((), 1)) == config
+    install({"rms_norm": Candidate("abacus"), "swiglu": Candidate("auto")})
+    assert kernels.auto_backends() == before
+    assert launch.launched("norm_forward", (64, 2), Config((), 1)) == Config((), 1)
+    install({})
+
+
+@pytest.mark.parametrize("op", sorted(TRIALS))
+def test_every_op_of_the_trials_is_tried_as_its_candidates_say(op: str) -> None:
+    """In this process, without a clock: the same checks as in the child."""
+    (asked,) = questions([op], SHAPE, torch.bfloat16, torch.device("cpu"), deterministic=True)
+    made = trial(op, asked.shape, torch.bfloat16, torch.device("cpu"))
+    assert op in OPS
+    assert made.candidates[0] == Candidate("auto")
+    assert "reference" in {one.backend for one in made.candidates}
+    check = judging._checker(op, trial(op, asked.small, torch.bfloat16, torch.device("cpu")))
+    try:
+        for candidate in made.candidates:
+            assert check(candidate) is None
+            assert judging._unstable(op, made, candidate, True) is None
+            assert Candidate.read(candidate.plain()) == candidate
+    finally:
+        install({})

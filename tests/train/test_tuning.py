@@ -1,0 +1,124 @@
+"""What a run takes of what was measured, when it measures, and that one which goes on keeps what it began with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from spt_fast.cli import app
+from spt_fast.config import recipe_from
+from spt_fast.kernels import auto_backends
+from spt_fast.kernels.backend import OPS, Candidate, install
+from spt_fast.kernels.judging import Question
+from spt_fast.train import precision, tuning
+from spt_fast.train.plan import make_plan
+from spt_fast.train.run import run
+from spt_fast.train.tuning import choose
+from tests import tiny
+
+
+def record(backend: str, date: str = "2026-11-28") -> dict[str, Any]:
+    default, best = Candidate("auto").plain(), Candidate(backend).plain()
+    seconds = {"default": [0.003, 0.006], "chosen": [0.002, 0.004]}
+    return json.loads(json.dumps({"date": date, "default": default, "chosen": best, "seconds": seconds, "tried": {}}))
+
+
+@pytest.fixture(autouse=True)
+def nothing_installed() -> Iterator[None]:
+    yield
+    install({})
+
+
+@pytest.fixture
+def raw(data: Path) -> dict[str, Any]:
+    raw = tiny.raw_recipe(data, "tuned") | {"precision": "fp32"}
+    raw["phases"] = raw["phases"][:1]
+    raw["phases"][0] |= {"tokens": 2 * 8 * tiny.CONTEXT, "schedule": {"name": "constant"}}
+    raw["checkpoint"]["every"] = "1 steps"
+    return raw
+
+
+def test_a_run_takes_what_was_measured_and_goes_on_with_what_it_took(
+    raw: dict[str, Any], data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Question] = []
+    found = {"swiglu_linear": record("reference"), "rope": record("auto")}
+    monkeypatch.setattr(tuning, "known", lambda questions: (asked.extend(questions), found)[1])
+    run(recipe_from(raw))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "swiglu_linear: reference: forward + backward 2 + 4 ms, 1.50 times as fast as by default, measured" in said
+    assert "rope: auto" not in said
+    shape = asked[0].shape
+    assert {question.op for question in asked} >= {"flash_attention", "linear_cross_entropy", "qk_norm_rope"}
+    assert (shape["sequences"], shape["context"], shape["heads"], shape["documents"]) == (4, 16, 2, False)
+    state = sorted((data / "tuned" / "checkpoints").glob("step-*/state.json"))[-1]
+    compute = json.loads(state.read_text())["compute"]
+    assert compute["backends"]["swiglu_linear"] == "reference"
+    kept = {op: {key: each[key] for key in each if key != "tried"} for op, each in found.items()}
+    assert compute["measured"]["kernels"] == kept
+
+    found = {"add_rms_norm": record("reference")}
+    raw["phases"][0]["tokens"] *= 2
+    run(recipe_from(raw), resume=True)
+    assert "not bit-identical" not in capsys.readouterr().err
+    assert (auto_backends()["swiglu_linear"], auto_backends()["add_rms_norm"]) == ("reference", "cpu")
+    run(recipe_from(raw | {"run": str(data / "another")}), progress=False)
+    assert (auto_backends()["swiglu_linear"], auto_backends()["add_rms_norm"]) == ("cpu", "reference")
+
+
+def test_a_run_measures_on_a_gpu_that_it_does_not_know_and_says_so(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, float]] = []
+
+    def tune(asked: list[Question], *, seconds: float, say: Any, stop: Any) -> dict[str, Any]:
+        calls.append((len(asked), seconds))
+        return {question.op: record("reference") for question in asked}
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    monkeypatch.setattr(tuning, "known", lambda questions: {})
+    gpu, cpu, said = torch.device("cuda"), torch.device("cpu"), list[str]()
+    plan = make_plan(recipe_from(raw))
+    found = choose(plan, gpu, 1, say=said.append).kernels
+    assert calls == [(6, 120.0)]
+    assert said == ["timing kernels for this GPU and these shapes, once, up to 120 s (engine.tune_kernels)"]
+    monkeypatch.setattr(tuning, "known", lambda questions: found)
+    assert choose(plan, gpu, 1, say=said.append).kernels == found
+    monkeypatch.setattr(tuning, "known", lambda questions: {})
+    off = make_plan(recipe_from(raw | {"engine": {"tune_kernels": False}}))
+    for choices in (choose(off, gpu, 1, say=said.append), choose(plan, cpu, 1, say=said.append), choose(plan, gpu, 1)):
+        assert choices.kernels == {}
+    assert (len(calls), len(said)) == (1, 1)
+
+
+def test_the_command_shows_what_is_chosen_by_what_measurement(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda: False)
+    shapes: list[dict[str, Any]] = []
+
+    def tune(asked: list[Question], *, seconds: float, say: Any) -> dict[str, Any]:
+        shapes.append({**asked[0].shape, "seconds": seconds})
+        return {"add_rms_norm": record("reference")}
+
+    def shown(*words: str) -> dict[str, Any]:
+        return json.loads(CliRunner().invoke(app, ["kernels", *words, "--json"]).stdout)
+
+    monkeypatch.setattr(tuning, "known", lambda questions: {})
+    plain = shown()
+    assert plain.keys() == {*OPS, "precision"}
+    assert plain["add_rms_norm"].startswith("cpu: ")
+    assert plain["precision"].startswith("fp32: this CPU has no instructions")
+    monkeypatch.setattr(tuning, "tune", tune)
+    tuned = shown(str(tiny.write_recipe(tmp_path, raw)), "--tune", "--seconds", "9")
+    assert tuned["add_rms_norm"].startswith("reference: forward + backward 2 + 4 ms, 1.50 times")
+    assert tuned["measured"]["add_rms_norm"]["date"] == "2026-11-28"
+    assert (shapes[0]["width"], shapes[0]["seconds"]) == (32, 9.0)
+    assert CliRunner().invoke(app, ["kernels", "--tune"]).exit_code == 0
+    assert (shapes[1]["width"], shapes[1]["seconds"]) == (384, 300.0)
