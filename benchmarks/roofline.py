@@ -1,0 +1,379 @@
+"""What a training step must cost on a GPU, kernel by kernel: launches, bytes, FLOPs, and the MFU that they allow.
+
+    python -m benchmarks.roofline [--preset 10m 124m 350m 1b] [--gemm TFLOP/s] [--memory TB/s] [--host µs]
+        [--tokens 32768] [--micro 1] [--graphs] [--kernels] [--json FILE]
+
+Nothing is measured: every figure is predicted, from three ceilings.
+
+products   560, 620 and 690 TFLOP/s at the shapes of 124m, 350m and 1b, 350 at those of 10m, in bf16. Of an H100's 989,
+           a large product reaches some 800 on real data (nanochat's and llm.c's logs); narrow ones less.
+memory     2.7 TB/s for passes over numbers, of 3.35: a copy reaches 3.0, Liger's and QuACK's norms 2.3 to 2.9.
+host       42 µs a launch of ours, 1.3 ms for a layer of 31; a tenth of that for a compiled step. With graphs 0.
+
+A kernel takes the longer of its bytes over the memory's rate and its FLOPs over the products', and 2 µs beside that, in
+which it starts and ends. A step takes what its kernels take, or the host if that is longer.
+
+Attention has a rate of its own, by length and head dimension, for all sides alike, since all can call PyTorch's SDPA:
+that of FlashAttention-3, whose class cuDNN's kernels are of. On an H100, causal, head 128, it reaches 364, 560 and 667
+TFLOP/s forward at 1K, 2K and 4K positions, 182, 316 and 444 backward, and at head 64 some 0.77 of that (arXiv
+2407.08608). Its FLOPs are those of the pairs that the mask leaves, half of all. `--attention 0.65` is what Triton's
+kernels usually reach of it. MFU counts 6N + 12·L·H·Q·T a token (spt_fast/model/flops.py), with no discount for the
+mask, against a peak of 989.
+
+Bytes are the least that a kernel must read and write, each tensor once, in bf16 unless said otherwise. What is kept in
+the cache between two kernels is counted as if it weren't.
+
+ours        the kernels of spt_fast's step, one row of `OURS` each: who changes an op changes its row. In fp8, `FP8`
+            takes the place of the rows of the same name
+plain       benchmarks.train_step's plain GPT, compiled: fp32 parameters and stream, bf16 autocast, Inductor's fusions
+            as its passes over memory: what can be one loop over rows is one kernel, a norm's weight gradient two more
+products    of ours the products and attention alone: what no fusion can pass
+
+Legend: N tokens of a micro-batch, T positions, D width, E width of q, k and v together, F feed-forward width, H heads,
+Q head dimension, V vocabulary, P parameters, M those of a layer's matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train_step import CONTEXTS, MICRO_TOKENS, VOCAB_SIZE
+from spt_fast.files import write_text
+from spt_fast.kernels.cross_entropy import CHUNK_BYTES_ELSEWHERE
+from spt_fast.model.flops import MFU_CONVENTION, block_matrices, parameters, peak_flops_by_name, train_flops_per_token
+from spt_fast.model.gpt import GPTConfig
+from spt_fast.model.parameters import table as parameter_table
+
+GPU = "NVIDIA H100"
+GEMM_TFLOPS = {"10m": 350.0, "124m": 560.0, "350m": 620.0, "1b": 690.0}
+MEMORY_TBS = 2.7
+HOST_US, COMPILED_HOST_US = 42.0, 4.2
+START_US = 2.0
+FLASH_3 = {"forward": (364.0, 560.0, 667.0), "backward": (182.0, 316.0, 444.0)}
+"""TFLOP/s at 1K, 2K and 4K positions."""
+NARROW_HEAD = 0.77
+"""Of that, below head 128."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its batch, in the letters of the legend; `micro` micro-batches of N tokens a step."""
+
+    config: GPTConfig
+    N: int = MICRO_TOKENS
+    micro: int = 1
+
+    @property
+    def T(self) -> int:
+        return self.config.context
+
+    @property
+    def D(self) -> int:
+        return self.config.width
+
+    @property
+    def Q(self) -> int:
+        return self.config.head_dim
+
+    @property
+    def HQ(self) -> int:
+        return self.config.heads * self.config.head_dim
+
+    @property
+    def E(self) -> int:
+        return self.HQ + 2 * self.config.kv_heads * self.config.head_dim
+
+    @property
+    def F(self) -> int:
+        return self.config.ffn
+
+    @property
+    def V(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def P(self) -> int:
+        return parameters(self.config)
+
+    @property
+    def M(self) -> int:
+        return block_matrices(self.config) // self.config.layers
+
+    @property
+    def tensors(self) -> int:
+        return len(parameter_table(self.config))
+
+    @property
+    def chunks(self) -> int:
+        """Of the loss, whose logits are made some rows at a time."""
+        return -(-self.N // max(1024, CHUNK_BYTES_ELSEWHERE // (2 * self.V) // 128 * 128))
+
+    @property
+    def added(self) -> int:
+        """Bytes of a weight gradient in fp32 that a product adds to: written, and read except the first time."""
+        return 4 + 4 * (self.micro - 1) // self.micro
+
+
+Amount = Callable[[Shape], float]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, or several that come together.
+
+    where     "layer": once a layer and micro-batch; "batch": once a micro-batch; "step": once a step
+    launches  of one occurrence
+    rate      what its FLOPs are divided by: "products", "fp8", "attention forward" or "attention backward"
+    """
+
+    name: str
+    where: str
+    pass_: str
+    bytes: Amount
+    flops: Amount | None = None
+    launches: int | Callable[[Shape], int] = 1
+    rate: str = "products"
+
+    @property
+    def multiplies(self) -> bool:
+        return self.flops is not None
+
+    def count(self, shape: Shape) -> int:
+        return self.launches if isinstance(self.launches, int) else self.launches(shape)
+
+    def times(self, shape: Shape) -> int:
+        return {"layer": shape.config.layers * shape.micro, "batch": shape.micro, "step": 1}[self.where]
+
+
+def product(name: str, inputs: Amount, outputs: Amount, *, dw_bytes: Amount) -> list[Kernel]:
+    """A linear layer's three: y, dx, and dw with so many bytes a number."""
+
+    def flops(s: Shape) -> float:
+        return 2.0 * s.N * inputs(s) * outputs(s)
+
+    def moved(s: Shape, weight_bytes: float = 2.0) -> float:
+        return 2.0 * s.N * (inputs(s) + outputs(s)) + weight_bytes * inputs(s) * outputs(s)
+
+    return [
+        Kernel(name, "layer", "forward", moved, flops),
+        Kernel(f"{name}, dx", "layer", "backward", moved, flops),
+        Kernel(f"{name}, dw", "layer", "backward", lambda s: moved(s, dw_bytes(s)), flops),
+    ]
+
+
+def logits(name: str, pass_: str, bytes_: Amount, launches: int | Callable[[Shape], int]) -> Kernel:
+    return Kernel(name, "batch", pass_, bytes_, lambda s: 2.0 * s.N * s.V * s.D, launches)
+
+
+def attention(backward_launches: int) -> list[Kernel]:
+    def forward(s: Shape) -> float:
+        return 4.0 * s.N * (s.T + 1) / 2 * s.HQ
+
+    return [
+        Kernel("attention", "layer", "forward", lambda s: 2.0 * s.N * (s.E + s.HQ), forward, 1, "attention forward"),
+        Kernel("attention backward", "layer", "backward", lambda s: 4.0 * s.N * (s.E + s.HQ),
+               lambda s: 2.5 * forward(s), backward_launches, "attention backward"),
+    ]  # fmt: skip
+
+
+OURS = [
+    *product("qkv", lambda s: s.D, lambda s: s.E, dw_bytes=lambda s: 2),
+    Kernel("rope", "layer", "forward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
+    *attention(backward_launches=2),
+    Kernel("rope backward", "layer", "backward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
+    Kernel("dq, dk, dv side by side", "layer", "backward", lambda s: 4.0 * s.N * s.E),
+    *product("out", lambda s: s.HQ, lambda s: s.D, dw_bytes=lambda s: 2),
+    Kernel("add and norm, two", "layer", "forward", lambda s: 16.0 * s.N * s.D, launches=2),
+    Kernel("add and norm backward, two", "layer", "backward", lambda s: 16.0 * s.N * s.D, launches=2),
+    Kernel("norm weights' gradients summed, two", "layer", "backward", lambda s: 8.0 * 528 * s.D, launches=2),
+    *product("gate and up", lambda s: s.D, lambda s: 2 * s.F, dw_bytes=lambda s: 2),
+    Kernel("swiglu", "layer", "forward", lambda s: 6.0 * s.N * s.F),
+    Kernel("swiglu backward", "layer", "backward", lambda s: 10.0 * s.N * s.F),
+    *product("down", lambda s: s.F, lambda s: s.D, dw_bytes=lambda s: 2),
+    Kernel("dw to fp32, four", "layer", "backward", lambda s: (6.0 + 12 * (s.micro - 1) / s.micro) * s.M, launches=4),
+    Kernel("embedding", "batch", "forward", lambda s: 4.0 * s.N * s.D),
+    Kernel("first norm", "batch", "forward", lambda s: 4.0 * s.N * s.D),
+    logits("logits", "forward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.chunks * s.V * s.D), lambda s: s.chunks),
+    Kernel("logits to their gradient", "batch", "forward", lambda s: 6.0 * s.N * s.V, launches=lambda s: 3 * s.chunks),
+    logits("logits, dx", "forward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.chunks * s.V * s.D), lambda s: s.chunks),
+    logits("logits, dw", "forward", lambda s: 2.0 * s.N * (s.D + s.V) + 8.0 * s.chunks * s.V * s.D, lambda s: s.chunks),
+    Kernel("loss's scale", "batch", "backward", lambda s: 16.0 * s.N * s.D + 8.0 * s.V * s.D, launches=6),
+    Kernel("first norm backward", "batch", "backward", lambda s: 8.0 * s.N * s.D, launches=2),
+    Kernel("embedding backward", "batch", "backward", lambda s: 2.0 * s.N * s.D + 16.0 * s.V * s.D, launches=8),
+    Kernel("gradient norm", "step", "update", lambda s: 4.0 * s.P, launches=8),
+    Kernel("AdamW", "step", "update", lambda s: 30.0 * s.P, launches=lambda s: s.tensors),
+    Kernel("scalars", "step", "update", lambda s: 0.0, launches=16),
+]  # fmt: skip
+
+PLAIN = [
+    Kernel("weights to bf16", "layer", "forward", lambda s: 6.0 * s.M, launches=4),
+    *product("qkv", lambda s: s.D, lambda s: s.E, dw_bytes=lambda s: 2),
+    Kernel("rope", "layer", "forward", lambda s: 2.0 * s.N * (s.E + s.HQ), launches=2),
+    *attention(backward_launches=3),
+    Kernel("rope backward, side by side", "layer", "backward", lambda s: 4.0 * s.N * s.E),
+    *product("out", lambda s: s.HQ, lambda s: s.D, dw_bytes=lambda s: 2),
+    Kernel("add and norm, two", "layer", "forward", lambda s: 24.0 * s.N * s.D, launches=2),
+    Kernel("add and norm backward, two", "layer", "backward", lambda s: 32.0 * s.N * s.D, launches=2),
+    Kernel("norm weights' gradients, two", "layer", "backward", lambda s: 12.0 * s.N * s.D, launches=4),
+    *product("gate and up", lambda s: s.D, lambda s: 2 * s.F, dw_bytes=lambda s: 2),
+    Kernel("swiglu", "layer", "forward", lambda s: 6.0 * s.N * s.F),
+    Kernel("swiglu backward", "layer", "backward", lambda s: 10.0 * s.N * s.F),
+    *product("down", lambda s: s.F, lambda s: s.D, dw_bytes=lambda s: 2),
+    Kernel("dw to fp32", "layer", "backward", lambda s: (6.0 + 12 * (s.micro - 1) / s.micro) * s.M, launches=4),
+    Kernel("embedding and first norm", "batch", "forward", lambda s: 14.0 * s.N * s.D),
+    logits("logits", "forward", lambda s: 2.0 * s.N * (s.D + s.V) + 8.0 * s.V * s.D, 2),
+    Kernel("log-softmax", "batch", "forward", lambda s: 2.0 * s.N * s.V, launches=2),
+    Kernel("logits to their gradient", "batch", "backward", lambda s: 4.0 * s.N * s.V),
+    logits("logits, dx", "backward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.V * s.D), 1),
+    logits("logits, dw", "backward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.V * s.D), 1),
+    Kernel("first norm backward", "batch", "backward", lambda s: 20.0 * s.N * s.D, launches=3),
+    Kernel("embedding backward", "batch", "backward", lambda s: 4.0 * s.N * s.D + 4.0 * s.V * s.D, launches=2),
+    Kernel("the head's gradient added to the embedding's", "batch", "backward", lambda s: 10.0 * s.V * s.D),
+    Kernel("gradient norm and clipping", "step", "update", lambda s: 12.0 * s.P, launches=12),
+    Kernel("AdamW", "step", "update", lambda s: 28.0 * s.P, launches=lambda s: -(-s.tensors // 24)),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """products and memory in FLOP/s and bytes/s, attention in shares of FlashAttention-3's rate, host and start in
+    seconds a launch."""
+
+    products: float
+    memory: float = MEMORY_TBS * 1e12
+    attention: float = 1.0
+    host: float = HOST_US * 1e-6
+    start: float = START_US * 1e-6
+    peak: float = peak_flops_by_name(GPU) or math.nan
+
+    def rate(self, kind: str, shape: Shape) -> float:
+        if kind == "products":
+            return self.products
+        pass_ = kind.removeprefix("attention ")
+        place = min(max(math.log2(shape.T / 1024), 0.0), 1.999)
+        low, high = FLASH_3[pass_][int(place)], FLASH_3[pass_][int(place) + 1]
+        rate = low + (high - low) * (place - int(place))
+        return 1e12 * rate * self.attention * (1.0 if shape.Q >= 128 else NARROW_HEAD)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel's share of one step: all its occurrences."""
+
+    name: str
+    where: str
+    pass_: str
+    launches: int
+    bytes: float
+    flops: float
+    seconds: float
+
+    @classmethod
+    def of(cls, kernel: Kernel, shape: Shape, ceilings: Ceilings) -> Row:
+        times, launches = kernel.times(shape), kernel.count(shape)
+        bytes_, flops = kernel.bytes(shape), kernel.flops(shape) if kernel.flops else 0.0
+        seconds = max(bytes_ / ceilings.memory, flops / ceilings.rate(kernel.rate, shape)) + launches * ceilings.start
+        return cls(
+            kernel.name, kernel.where, kernel.pass_, times * launches, times * bytes_, times * flops, times * seconds
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of one side: its rows, and what it takes."""
+
+    side: str
+    rows: Sequence[Row]
+    seconds: float
+    """Of the device."""
+    host_seconds: float
+    mfu: float
+
+    @classmethod
+    def of(cls, side: str, kernels: Iterable[Kernel], shape: Shape, ceilings: Ceilings) -> Step:
+        rows = [Row.of(kernel, shape, ceilings) for kernel in kernels]
+        seconds, host = sum(row.seconds for row in rows), ceilings.host * sum(row.launches for row in rows)
+        flops = shape.N * shape.micro * train_flops_per_token(shape.config)
+        return cls(side, rows, seconds, host, flops / max(seconds, host) / ceilings.peak)
+
+    def in_layer(self, pass_: str, shape: Shape) -> int:
+        found = sum(row.launches for row in self.rows if (row.where, row.pass_) == ("layer", pass_))
+        return found // (shape.config.layers * shape.micro)
+
+
+def steps(shape: Shape, ceilings: Ceilings) -> list[Step]:
+    compiled = replace(ceilings, host=ceilings.host * COMPILED_HOST_US / HOST_US)
+    return [
+        Step.of("ours", OURS, shape, ceilings),
+        Step.of("plain, compiled", PLAIN, shape, compiled),
+        Step.of("products and attention", [kernel for kernel in OURS if kernel.multiplies], shape, compiled),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", nargs="+", choices=CONTEXTS, default=list(CONTEXTS))
+    parser.add_argument("--gemm", type=float, help="TFLOP/s of the products (default by preset)")
+    parser.add_argument("--memory", type=float, default=MEMORY_TBS, help="TB/s")
+    parser.add_argument("--attention", type=float, default=1.0, help="share of FlashAttention-3's rate")
+    parser.add_argument("--host", type=float, default=HOST_US, help="microseconds a launch")
+    parser.add_argument("--tokens", type=int, default=MICRO_TOKENS, help="of a micro-batch")
+    parser.add_argument("--micro", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--graphs", action="store_true", help="launches by a CUDA graph, without the host")
+    parser.add_argument("--kernels", action="store_true", help="also every kernel")
+    parser.add_argument("--json", type=Path, help="also write all of it here")
+    options = parser.parse_args()
+    report: dict[str, Any] = {"gpu": GPU, "mfu": MFU_CONVENTION, "predicted": True, "presets": {}}
+    print(f"Predicted for one {GPU}, MFU by {MFU_CONVENTION}; nothing is measured.\n")
+    lines = [
+        "| preset | side | launches a layer | launches a step | device ms | host ms | MFU | ours is |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in options.preset:
+        config = GPTConfig.preset(name, context=CONTEXTS[name], vocab_size=VOCAB_SIZE)
+        shape = Shape(config, options.tokens, options.micro)
+        host = 0.0 if options.graphs else options.host * 1e-6
+        products = 1e12 * (options.gemm or GEMM_TFLOPS[name])
+        ceilings = Ceilings(products, 1e12 * options.memory, options.attention, host)
+        found = steps(shape, ceilings)
+        lines += [line(name, step, found[0], shape) for step in found]
+        report["presets"][name] = {"ceilings": asdict(ceilings), "sides": [asdict(step) for step in found]}
+        if options.kernels:
+            print("\n\n".join(kernels(name, step) for step in found) + "\n")
+    print("\n".join(lines))
+    if options.json:
+        write_text(options.json, json.dumps(report, indent=1) + "\n")
+
+
+def line(preset: str, step: Step, ours: Step, shape: Shape) -> str:
+    layer = " + ".join(str(step.in_layer(pass_, shape)) for pass_ in ("forward", "backward"))
+    launches = sum(row.launches for row in step.rows)
+    return (
+        f"| {preset} | {step.side} | {layer} | {launches:,} | {1e3 * step.seconds:.1f} | {1e3 * step.host_seconds:.1f} "
+        f"| {step.mfu:.1%} | {ours.mfu / step.mfu:.2f}x |"
+    )
+
+
+def kernels(preset: str, step: Step) -> str:
+    """Every kernel's part of a step, the longest first."""
+    lines = [
+        f"**{preset}, {step.side}**\n",
+        "| kernel | pass | launches | GB | TFLOP | ms | of the step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(step.rows, key=lambda row: -row.seconds):
+        lines.append(
+            f"| {row.name} | {row.pass_} | {row.launches} | {row.bytes / 1e9:.2f} | {row.flops / 1e12:.2f} "
+            f"| {1e3 * row.seconds:.2f} | {row.seconds / step.seconds:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
