@@ -7,6 +7,7 @@ Nothing is measured: every figure is predicted, from three ceilings.
 
 products   560, 620 and 690 TFLOP/s at the shapes of 124m, 350m and 1b, 350 at those of 10m, in bf16. Of an H100's 989,
            a large product reaches some 800 on real data (nanochat's and llm.c's logs); narrow ones less.
+           In fp8 1.41 times that: 1126 with a scale for each row, by FBGEMM, where bf16 has 800.
 memory     2.7 TB/s for passes over numbers, of 3.35: a copy reaches 3.0, Liger's and QuACK's norms 2.3 to 2.9.
 host       42 µs a launch of ours, 1.3 ms for a layer of 31; a tenth of that for a compiled step. With graphs 0.
 
@@ -23,8 +24,8 @@ mask, against a peak of 989.
 Bytes are the least that a kernel must read and write, each tensor once, in bf16 unless said otherwise. What is kept in
 the cache between two kernels is counted as if it weren't.
 
-ours        the kernels of spt_fast's step, one row of `OURS` each: who changes an op changes its row. In fp8, `FP8`
-            takes the place of the rows of the same name
+ours        the kernels of spt_fast's step, a row of `ours` each: who changes an op changes its row. In fp8 where both
+            sides of the layers' matrices are wide enough for it
 plain       benchmarks.train_step's plain GPT, compiled: fp32 parameters and stream, bf16 autocast, Inductor's fusions
             as its passes over memory: what can be one loop over rows is one kernel, a norm's weight gradient two more
 products    of ours the products and attention alone: what no fusion can pass
@@ -47,7 +48,7 @@ from benchmarks.train_step import CONTEXTS, MICRO_TOKENS, VOCAB_SIZE
 from spt_fast.files import write_text
 from spt_fast.kernels.cross_entropy import CHUNK_BYTES_ELSEWHERE
 from spt_fast.model.flops import MFU_CONVENTION, block_matrices, parameters, peak_flops_by_name, train_flops_per_token
-from spt_fast.model.gpt import GPTConfig
+from spt_fast.model.gpt import GPTConfig, gains_by_fp8
 from spt_fast.model.parameters import table as parameter_table
 
 GPU = "NVIDIA H100"
@@ -57,6 +58,9 @@ HOST_US, COMPILED_HOST_US = 42.0, 4.2
 START_US = 2.0
 FLASH_3 = {"forward": (364.0, 560.0, 667.0), "backward": (182.0, 316.0, 444.0)}
 """TFLOP/s at 1K, 2K and 4K positions."""
+FP8_RATE = 1.41
+PROGRAMS = 4 * 132
+"""That sum a norm weight's gradient, in parts."""
 NARROW_HEAD = 0.77
 """Of that, below head 128."""
 
@@ -115,9 +119,9 @@ class Shape:
         return -(-self.N // max(1024, CHUNK_BYTES_ELSEWHERE // (2 * self.V) // 128 * 128))
 
     @property
-    def added(self) -> int:
+    def added(self) -> float:
         """Bytes of a weight gradient in fp32 that a product adds to: written, and read except the first time."""
-        return 4 + 4 * (self.micro - 1) // self.micro
+        return 8 - 4 / self.micro
 
 
 Amount = Callable[[Shape], float]
@@ -127,7 +131,8 @@ Amount = Callable[[Shape], float]
 class Kernel:
     """A kernel, or several that come together.
 
-    where     "layer": once a layer and micro-batch; "batch": once a micro-batch; "step": once a step
+    where     "layer": once a layer and micro-batch; "layer step": once a layer and step; "batch": once a micro-batch;
+              "step": once a step
     launches  of one occurrence
     rate      what its FLOPs are divided by: "products", "fp8", "attention forward" or "attention backward"
     """
@@ -148,23 +153,33 @@ class Kernel:
         return self.launches if isinstance(self.launches, int) else self.launches(shape)
 
     def times(self, shape: Shape) -> int:
-        return {"layer": shape.config.layers * shape.micro, "batch": shape.micro, "step": 1}[self.where]
+        layers = shape.config.layers
+        return {"layer": layers * shape.micro, "layer step": layers, "batch": shape.micro, "step": 1}[self.where]
 
 
-def product(name: str, inputs: Amount, outputs: Amount, *, dw_bytes: Amount) -> list[Kernel]:
-    """A linear layer's three: y, dx, and dw with so many bytes a number."""
+def product(name: str, inputs: Amount, outputs: Amount, *, fp8: bool = False, dw_bytes: Amount) -> list[Kernel]:
+    """A linear layer's three: y, dx, and dw with so many bytes a number; in fp8 with the passes that quantise."""
 
     def flops(s: Shape) -> float:
         return 2.0 * s.N * inputs(s) * outputs(s)
 
     def moved(s: Shape, weight_bytes: float = 2.0) -> float:
-        return 2.0 * s.N * (inputs(s) + outputs(s)) + weight_bytes * inputs(s) * outputs(s)
+        return (1.0 if fp8 else 2.0) * s.N * (inputs(s) + outputs(s)) + weight_bytes * inputs(s) * outputs(s)
 
-    return [
-        Kernel(name, "layer", "forward", moved, flops),
-        Kernel(f"{name}, dx", "layer", "backward", moved, flops),
-        Kernel(f"{name}, dw", "layer", "backward", lambda s: moved(s, dw_bytes(s)), flops),
+    rate = "fp8" if fp8 else "products"
+    rows = [
+        Kernel(name, "layer", "forward", moved, flops, rate=rate),
+        Kernel(f"{name}, dx", "layer", "backward", moved, flops, rate=rate),
+        Kernel(f"{name}, dw", "layer", "backward", lambda s: moved(s, dw_bytes(s)), flops, rate=rate),
     ]
+    if fp8:
+        rows += [
+            Kernel(f"{name}, x to fp8", "layer", "forward", lambda s: 6.0 * s.N * inputs(s), launches=3),
+            Kernel(f"{name}, dy to fp8", "layer", "backward", lambda s: 6.0 * s.N * outputs(s), launches=3),
+            Kernel(f"{name}, weight to fp8", "layer step", "forward", lambda s: 8.0 * inputs(s) * outputs(s),
+                   launches=7),
+        ]  # fmt: skip
+    return rows
 
 
 def logits(name: str, pass_: str, bytes_: Amount, launches: int | Callable[[Shape], int]) -> Kernel:
@@ -182,34 +197,43 @@ def attention(backward_launches: int) -> list[Kernel]:
     ]  # fmt: skip
 
 
-OURS = [
-    *product("qkv", lambda s: s.D, lambda s: s.E, dw_bytes=lambda s: 2),
-    Kernel("rope", "layer", "forward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
-    *attention(backward_launches=2),
-    Kernel("rope backward", "layer", "backward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
-    Kernel("dq, dk, dv side by side", "layer", "backward", lambda s: 4.0 * s.N * s.E),
-    *product("out", lambda s: s.HQ, lambda s: s.D, dw_bytes=lambda s: 2),
-    Kernel("add and norm, two", "layer", "forward", lambda s: 16.0 * s.N * s.D, launches=2),
-    Kernel("add and norm backward, two", "layer", "backward", lambda s: 16.0 * s.N * s.D, launches=2),
-    Kernel("norm weights' gradients summed, two", "layer", "backward", lambda s: 8.0 * 528 * s.D, launches=2),
-    *product("gate and up", lambda s: s.D, lambda s: 2 * s.F, dw_bytes=lambda s: 2),
-    Kernel("swiglu", "layer", "forward", lambda s: 6.0 * s.N * s.F),
-    Kernel("swiglu backward", "layer", "backward", lambda s: 10.0 * s.N * s.F),
-    *product("down", lambda s: s.F, lambda s: s.D, dw_bytes=lambda s: 2),
-    Kernel("dw to fp32, four", "layer", "backward", lambda s: (6.0 + 12 * (s.micro - 1) / s.micro) * s.M, launches=4),
-    Kernel("embedding", "batch", "forward", lambda s: 4.0 * s.N * s.D),
-    Kernel("first norm", "batch", "forward", lambda s: 4.0 * s.N * s.D),
-    logits("logits", "forward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.chunks * s.V * s.D), lambda s: s.chunks),
-    Kernel("logits to their gradient", "batch", "forward", lambda s: 6.0 * s.N * s.V, launches=lambda s: 3 * s.chunks),
-    logits("logits, dx", "forward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.chunks * s.V * s.D), lambda s: s.chunks),
-    logits("logits, dw", "forward", lambda s: 2.0 * s.N * (s.D + s.V) + 8.0 * s.chunks * s.V * s.D, lambda s: s.chunks),
-    Kernel("loss's scale", "batch", "backward", lambda s: 16.0 * s.N * s.D + 8.0 * s.V * s.D, launches=6),
-    Kernel("first norm backward", "batch", "backward", lambda s: 8.0 * s.N * s.D, launches=2),
-    Kernel("embedding backward", "batch", "backward", lambda s: 2.0 * s.N * s.D + 16.0 * s.V * s.D, launches=8),
-    Kernel("gradient norm", "step", "update", lambda s: 4.0 * s.P, launches=8),
-    Kernel("AdamW", "step", "update", lambda s: 30.0 * s.P, launches=lambda s: s.tensors),
-    Kernel("scalars", "step", "update", lambda s: 0.0, launches=16),
-]  # fmt: skip
+def ours(*, fp8: bool = False) -> list[Kernel]:
+    """The kernels of spt_fast's step. Attention backward is Triton's; PyTorch's has one more."""
+
+    def linear(name: str, inputs: Amount, outputs: Amount) -> list[Kernel]:
+        return product(name, inputs, outputs, fp8=fp8, dw_bytes=lambda s: s.added)
+
+    return [
+        *linear("qkv", lambda s: s.D, lambda s: s.E),
+        Kernel("rope", "layer", "forward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
+        *attention(backward_launches=2),
+        Kernel("rope backward", "layer", "backward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
+        Kernel("dq, dk, dv side by side", "layer", "backward", lambda s: 4.0 * s.N * s.E),
+        *linear("out", lambda s: s.HQ, lambda s: s.D),
+        Kernel("add and norm, two", "layer", "forward", lambda s: 16.0 * s.N * s.D, launches=2),
+        Kernel("add and norm backward, two", "layer", "backward", lambda s: 16.0 * s.N * s.D, launches=2),
+        Kernel("norm weights' gradients, two", "layer", "backward", lambda s: 8.0 * PROGRAMS * s.D, launches=2),
+        *linear("gate and up", lambda s: s.D, lambda s: 2 * s.F),
+        Kernel("swiglu", "layer", "forward", lambda s: 6.0 * s.N * s.F),
+        Kernel("swiglu backward", "layer", "backward", lambda s: (10.0 if fp8 else 12.0) * s.N * s.F),
+        *linear("down", lambda s: s.F, lambda s: s.D),
+        Kernel("embedding", "batch", "forward", lambda s: 4.0 * s.N * s.D),
+        Kernel("first norm", "batch", "forward", lambda s: 4.0 * s.N * s.D),
+        logits("logits", "forward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.chunks * s.V * s.D), lambda s: s.chunks),
+        Kernel("logits to their gradient", "batch", "forward", lambda s: 6.0 * s.N * s.V,
+               launches=lambda s: 2 * s.chunks),
+        logits("logits, dx", "forward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.chunks * s.V * s.D), lambda s: s.chunks),
+        logits("logits, dw", "forward", lambda s: 2.0 * s.N * (s.D + s.V) + 8.0 * s.chunks * s.V * s.D,
+               lambda s: s.chunks),
+        Kernel("loss's scale and sum", "batch", "forward", lambda s: 4.0 * s.N, launches=8),
+        Kernel("first norm backward", "batch", "backward", lambda s: 6.0 * s.N * s.D, launches=2),
+        Kernel("the stream's two gradients", "batch", "backward", lambda s: 6.0 * s.N * s.D),
+        Kernel("embedding backward", "batch", "backward", lambda s: 2.0 * s.N * s.D + 8.0 * s.V * s.D, launches=9),
+        Kernel("gradient norm", "step", "update", lambda s: 4.0 * s.P, launches=8),
+        Kernel("AdamW", "step", "update", lambda s: 30.0 * s.P, launches=lambda s: s.tensors),
+        Kernel("scalars", "step", "update", lambda s: 0.0, launches=16),
+    ]  # fmt: skip
+
 
 PLAIN = [
     Kernel("weights to bf16", "layer", "forward", lambda s: 6.0 * s.M, launches=4),
@@ -242,19 +266,21 @@ PLAIN = [
 
 @dataclass(frozen=True)
 class Ceilings:
-    """products and memory in FLOP/s and bytes/s, attention in shares of FlashAttention-3's rate, host and start in
+    """products and memory in FLOP/s and bytes/s, attention in shares of FlashAttention-3's rate, fp8
+    in those of the products', host and start in
     seconds a launch."""
 
     products: float
     memory: float = MEMORY_TBS * 1e12
     attention: float = 1.0
+    fp8: float = FP8_RATE
     host: float = HOST_US * 1e-6
     start: float = START_US * 1e-6
     peak: float = peak_flops_by_name(GPU) or math.nan
 
     def rate(self, kind: str, shape: Shape) -> float:
-        if kind == "products":
-            return self.products
+        if kind in ("products", "fp8"):
+            return self.products * (self.fp8 if kind == "fp8" else 1)
         pass_ = kind.removeprefix("attention ")
         place = min(max(math.log2(shape.T / 1024), 0.0), 1.999)
         low, high = FLASH_3[pass_][int(place)], FLASH_3[pass_][int(place) + 1]
@@ -308,11 +334,13 @@ class Step:
 
 
 def steps(shape: Shape, ceilings: Ceilings) -> list[Step]:
+    layers_in_fp8 = gains_by_fp8((shape.D, shape.E)) and gains_by_fp8((shape.D, shape.F))
     compiled = replace(ceilings, host=ceilings.host * COMPILED_HOST_US / HOST_US)
     return [
-        Step.of("ours", OURS, shape, ceilings),
+        Step.of("ours", ours(), shape, ceilings),
+        *([Step.of("ours in fp8", ours(fp8=True), shape, ceilings)] if layers_in_fp8 else []),
         Step.of("plain, compiled", PLAIN, shape, compiled),
-        Step.of("products and attention", [kernel for kernel in OURS if kernel.multiplies], shape, compiled),
+        Step.of("products and attention", [kernel for kernel in ours() if kernel.multiplies], shape, compiled),
     ]
 
 
@@ -322,6 +350,7 @@ def main() -> None:
     parser.add_argument("--gemm", type=float, help="TFLOP/s of the products (default by preset)")
     parser.add_argument("--memory", type=float, default=MEMORY_TBS, help="TB/s")
     parser.add_argument("--attention", type=float, default=1.0, help="share of FlashAttention-3's rate")
+    parser.add_argument("--fp8", type=float, default=FP8_RATE, help="share of the products' rate")
     parser.add_argument("--host", type=float, default=HOST_US, help="microseconds a launch")
     parser.add_argument("--tokens", type=int, default=MICRO_TOKENS, help="of a micro-batch")
     parser.add_argument("--micro", type=int, default=1, help="micro-batches a step")
@@ -340,7 +369,7 @@ def main() -> None:
         shape = Shape(config, options.tokens, options.micro)
         host = 0.0 if options.graphs else options.host * 1e-6
         products = 1e12 * (options.gemm or GEMM_TFLOPS[name])
-        ceilings = Ceilings(products, 1e12 * options.memory, options.attention, host)
+        ceilings = Ceilings(products, 1e12 * options.memory, options.attention, options.fp8, host)
         found = steps(shape, ceilings)
         lines += [line(name, step, found[0], shape) for step in found]
         report["presets"][name] = {"ceilings": asdict(ceilings), "sides": [asdict(step) for step in found]}
