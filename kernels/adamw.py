@@ -21,8 +21,9 @@ that it has just computed. A skipped step changes nothing, not the moments eithe
 Bytes moved for a float32 parameter with float32 gradient, in an ideal kernel: 28 (read grad, read and write θ, m, v);
 for a bf16 parameter with master 30. The kernels move these; the reference makes a dozen passes, over blocks that stay
 in a CPU's cache. A call of a custom op costs more than the update of a small tensor (60 µs on a CPU), so one call takes
-all the tensors that are updated alike; on a CPU threads share all their elements, on a GPU each has its launch. Kernels
-work in place, so they must never be autotuned: the first call would take many steps.
+all the tensors that are updated alike; on a CPU threads share all their elements, on a GPU each has its launch, so the
+trainer has them in one flat tensor (train/optim.py). Kernels work in place, so they must never be autotuned: the first
+call would take many steps.
 """
 
 from __future__ import annotations

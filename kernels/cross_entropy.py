@@ -45,7 +45,7 @@ from spt_fast import native
 from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Candidate, Op, accumulation_dtype, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, next_power_of_2, tl
-from spt_fast.kernels.linear import accumulates_in_place, add_product
+from spt_fast.kernels.linear import accumulates_in_place, add_product, gradient_of
 
 CHUNK_BYTES = {"cpu": 8 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
@@ -135,10 +135,8 @@ class _Scaled(torch.autograd.Function):
         in_place = needs_dw and accumulates_in_place(weight_VD)
         loss_N, dx_ND, dw_VD = _sweep(
             x_ND, weight_VD, targets_N, dloss.expand(len(x_ND)), ignore_index, z_loss, softcap, needs_dx, needs_dw,
-            backend, weight_VD.grad if in_place else None,
+            backend, *(gradient_of(weight_VD) if in_place else ()),
         )  # fmt: skip
-        if in_place:
-            weight_VD.grad = dw_VD
         ctx.save_for_backward(dx_ND if needs_dx else None, dw_VD if needs_dw and not in_place else None)
         return loss_N.sum() * dloss
 
@@ -269,10 +267,11 @@ def _sweep(
     needs_dw: bool,
     backend: str,
     total_VD: Tensor | None = None,
+    new: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N], gradients of sum(dloss_N * losses) by x_ND and, in the wide dtype, by weight_VD, or [0]).
 
-    total_VD: what the gradient by weight_VD is added to, in place.
+    total_VD: where the gradient by weight_VD is added in place, or begun where it is `new`.
     All chunks use the same buffers: memory that is new costs a CPU more than the arithmetic on it.
     """
     turn_rows = {"reference": _reference_rows, "cpu": _cpu_rows, "triton": _triton_rows}[backend]
@@ -284,6 +283,10 @@ def _sweep(
     z_CV = _logits_buffer(x_ND, min(rows, N), V)
     loss_N = x_ND.new_empty(N, dtype=dtype)
     dx_ND = x_ND.new_empty(x_ND.shape if needs_dx else (0,))
+    if total_VD is None:
+        total_VD = weight_VD.new_empty(weight_VD.shape if needs_dw else (0,), dtype=dtype)
+    if new and not N:
+        total_VD.zero_()
     product_VD = torch.empty_like(weight_VD) if needs_dw and rows < N and not x_ND.is_cuda else None
     for start in range(0, N, rows):
         chunk = slice(start, start + rows)
@@ -296,9 +299,7 @@ def _sweep(
         if needs_dx:
             torch.mm(z_CV, weight_VD, out=dx_ND[chunk])
         if needs_dw:
-            total_VD = add_product(total_VD, z_CV.T, x_CD, product_VD)
-    if total_VD is None:
-        total_VD = weight_VD.new_zeros(weight_VD.shape if needs_dw else (0,), dtype=dtype)
+            add_product(total_VD, new and not start, z_CV.T, x_CD, product_VD)
     return loss_N, dx_ND, total_VD
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from spt_fast import native
 from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
-from spt_fast.kernels.linear import accumulates_in_place
+from spt_fast.kernels.linear import accumulates_in_place, gradient_of
 
 
 def embedding(tokens: Tensor, weight_VD: Tensor, *, backend: str = "auto") -> Tensor:
@@ -53,7 +53,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None]:
         (tokens,), weight_VD = ctx.saved_tensors, ctx.weight_VD
-        weight_VD.grad = _sum(dy, tokens, weight_VD.shape[0], ctx.backend, weight_VD.grad)
+        _sum(dy, tokens, ctx.backend, *gradient_of(weight_VD))
         return None, None, None
 
 
@@ -71,14 +71,15 @@ def _embedding(tokens: Tensor, weight_VD: Tensor, backend: str) -> Tensor:
 )
 def _embedding_backward(dy: Tensor, tokens: Tensor, vocab_size: int, backend: str) -> Tensor:
     """dw [V, D] in the wide dtype."""
-    return _sum(dy, tokens, vocab_size, backend)
+    dw_VD = dy.new_empty(vocab_size, dy.shape[-1], dtype=accumulation_dtype(dy))
+    _sum(dy, tokens, backend, dw_VD, True)
+    return dw_VD
 
 
-def _sum(dy: Tensor, tokens: Tensor, vocab_size: int, backend: str, total_VD: Tensor | None = None) -> Tensor:
-    """total_VD + dw, in place; without it dw."""
+def _sum(dy: Tensor, tokens: Tensor, backend: str, total_VD: Tensor, new: bool) -> None:
+    """Adds dw to the total; a `new` one becomes dw, whatever it holds."""
     dy_ND = dy.reshape(-1, dy.shape[-1]).contiguous()
-    function = {"reference": _reference, "cpu": _cpu, "triton": _triton}[backend]
-    return function(dy_ND, tokens.flatten(), vocab_size, total_VD)
+    {"reference": _reference, "cpu": _cpu, "triton": _triton}[backend](dy_ND, tokens.flatten(), total_VD, new)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -98,16 +99,17 @@ differentiable(_embedding, _gradients, _setup_context)
 # ------------------------------------------------------------------------------------------------ backward
 
 
-def _reference(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int, total_VD: Tensor | None = None) -> Tensor:
-    if total_VD is None:
-        total_VD = dy_ND.new_zeros(vocab_size, dy_ND.shape[1], dtype=accumulation_dtype(dy_ND))
-    return total_VD.index_add_(0, tokens_N, dy_ND.to(total_VD.dtype))
+def _reference(dy_ND: Tensor, tokens_N: Tensor, total_VD: Tensor, new: bool) -> None:
+    if new:
+        total_VD.zero_()
+    total_VD.index_add_(0, tokens_N, dy_ND.to(total_VD.dtype))
 
 
-def _cpu(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int, total_VD: Tensor | None = None) -> Tensor:
-    dweight_VD = dy_ND.new_empty(vocab_size, dy_ND.shape[1], dtype=torch.float32)
+def _cpu(dy_ND: Tensor, tokens_N: Tensor, total_VD: Tensor, new: bool) -> None:
+    dweight_VD = total_VD if new else torch.empty_like(total_VD)
     native.ops().cpu_embedding_backward(dy_ND, tokens_N.long().contiguous(), dweight_VD)
-    return dweight_VD if total_VD is None else total_VD.add_(dweight_VD)
+    if not new:
+        total_VD.add_(dweight_VD)
 
 
 ROWS, MAX_COLUMNS, WARPS = 8, 256, 4
@@ -174,11 +176,10 @@ def _columns(D: int) -> int:
     return min(MAX_COLUMNS, next_power_of_2(D))
 
 
-def _triton(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int, total_VD: Tensor | None = None) -> Tensor:
-    N, D = dy_ND.shape
-    dw_VD = dy_ND.new_empty(vocab_size, D, dtype=torch.float32) if total_VD is None else total_VD
-    if not dw_VD.numel():
-        return dw_VD
+def _triton(dy_ND: Tensor, tokens_N: Tensor, total_VD: Tensor, new: bool) -> None:
+    (N, D), vocab_size = dy_ND.shape, len(total_VD)
+    if not total_VD.numel():
+        return
     words_N, order_N = torch.sort(tokens_N.int(), stable=True)
     start_V1 = torch.searchsorted(words_N, torch.arange(vocab_size + 1, dtype=torch.int32, device=dy_ND.device))
     chunks, across = -(-N // CHUNK), -(-D // _columns(D))
@@ -186,8 +187,7 @@ def _triton(dy_ND: Tensor, tokens_N: Tensor, vocab_size: int, total_VD: Tensor |
     sizes: dict[str, Any] = {"CHUNK": CHUNK, "ROWS": ROWS, "COLUMNS": _columns(D), "num_warps": WARPS}
     if chunks > 1:
         _part_kernel[(2 * chunks, across)](dy_ND, order_N, words_N, start_V1, part_CD, N, D, **sizes)
-    _word_kernel[(vocab_size, across)](dy_ND, order_N, start_V1, part_CD, dw_VD, D, ADD=total_VD is not None, **sizes)
-    return dw_VD
+    _word_kernel[(vocab_size, across)](dy_ND, order_N, start_V1, part_CD, total_VD, D, ADD=not new, **sizes)
 
 
 def variants() -> list[Variant]:

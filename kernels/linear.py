@@ -18,6 +18,7 @@ for all ops with large weights: linear, swiglu_linear, embedding, and linear_cro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -29,17 +30,29 @@ from spt_fast.kernels.backend import CPU_LIBRARY, Op, accumulation_dtype
 from spt_fast.kernels.launch import Variant
 
 
-def accumulate_in_place(parameters: Iterable[Tensor]) -> None:
+def accumulate_in_place(parameters: Iterable[Tensor], memory: Iterable[Tensor] | None = None) -> None:
     """From now on the ops add these leaves' gradients to their `.grad` as they make them, in float32 (float64 for
-    float64 parameters); where it is None they begin it."""
-    for parameter in parameters:
+    float64 parameters); where it is None they begin it, where a `memory` for each is given there."""
+    places = repeat(None) if memory is None else memory
+    for parameter, place in zip(parameters, places, strict=False):
         parameter.grad_dtype = accumulation_dtype(parameter)
         parameter.accumulates_in_place = True  # type: ignore[attr-defined]
+        parameter.gradient_memory = place  # type: ignore[attr-defined]
 
 
 def accumulates_in_place(parameter: Tensor | None) -> bool:
     """Whether the backward pass of an op adds to this parameter's `.grad` itself, and hands on none."""
     return parameter is not None and parameter.requires_grad and getattr(parameter, "accumulates_in_place", False)
+
+
+def gradient_of(parameter: Tensor) -> tuple[Tensor, bool]:
+    """The `.grad` of a parameter that accumulates in place; whether it is new, and holds nothing yet."""
+    if parameter.grad is not None:
+        return parameter.grad, False
+    memory: Tensor | None = parameter.gradient_memory  # type: ignore[attr-defined]
+    made = torch.empty_like(parameter, dtype=parameter.grad_dtype) if memory is None else memory
+    parameter.grad = made
+    return made, True
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -77,38 +90,36 @@ def weight_gradients(
     x_NI = x.reshape(len(dy_NO), x.shape[-1])
     dweight = dbias = None
     if weight is not None:
-        weight.grad = add_product(weight.grad, dy_NO.T, x_NI)
+        add_product(*gradient_of(weight), dy_NO.T, x_NI)
     elif wanted[0]:
         dweight = dy_NO.T @ x_NI
     if wanted[1]:
         dbias = dy_NO.sum(0, dtype=accumulation_dtype(dy))
         if bias is not None:
-            bias.grad = dbias if bias.grad is None else bias.grad.add_(dbias)
+            total, new = gradient_of(bias)
+            total.copy_(dbias) if new else total.add_(dbias)
             dbias = None
     return dweight, dbias
 
 
-def add_product(total: Tensor | None, a: Tensor, b: Tensor, product: Tensor | None = None) -> Tensor:
-    """total + a b, in place, in float32 (float64 for float64 factors); a b where there is no total yet.
+def add_product(total: Tensor, new: bool, a: Tensor, b: Tensor, product: Tensor | None = None) -> None:
+    """Adds a b to the total, in float32 (float64 for float64 factors); a `new` one becomes a b, whatever it holds.
 
     product: where a CPU may put a b in the factors' dtype, memory that would otherwise be new.
     """
     dtype = accumulation_dtype(a)
     if a.dtype != dtype and not a.is_cuda:
         product = torch.mm(a, b, out=product) if product is not None else a @ b
-        if total is None:
-            return product.to(dtype)
-        if a.dtype != torch.bfloat16 or not CPU_LIBRARY or not total.is_contiguous():
-            return total.add_(product)
-        native.ops().cpu_add_product(total, product)
-        return total
-    first = total is None
-    if total is None:
-        total = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
-    beta = 0 if first else 1
-    if a.dtype == dtype:
-        return torch.addmm(total, a, b, beta=beta, out=total)
-    return torch.addmm(total, a, b, beta=beta, out_dtype=dtype, out=total)
+        if new:
+            total.copy_(product)
+        elif a.dtype == torch.bfloat16 and CPU_LIBRARY and total.is_contiguous():
+            native.ops().cpu_add_product(total, product)
+        else:
+            total.add_(product)
+    elif a.dtype == dtype:
+        torch.addmm(total, a, b, beta=0 if new else 1, out=total)
+    else:
+        torch.addmm(total, a, b, beta=0 if new else 1, out_dtype=dtype, out=total)
 
 
 def variants() -> list[Variant]:

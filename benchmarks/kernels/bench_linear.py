@@ -37,7 +37,8 @@ def autograd(dy: Tensor, x: Tensor, total: Tensor) -> Tensor:
 
 
 def ours(dy: Tensor, x: Tensor, total: Tensor) -> Tensor:
-    return add_product(total, dy.T, x)
+    add_product(total, False, dy.T, x)
+    return total
 
 
 if __name__ == "__main__":

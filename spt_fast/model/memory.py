@@ -23,12 +23,12 @@ What comes and goes is counted at the moments that can be the peak:
               dx, and a chunk of logits
     widen     with ZeRO, the beginning of the backward pass: the head's gradient, dx, and dx again in float32
     scale     with ZeRO then: the head's gradient as made and as handed on, dx twice
-    last      the last block's backward pass, at the feed-forward layer's activation; the head's gradient
-    first     the same of the first block, when most gradients are there
+    last      the last block's backward pass, at the feed-forward layer's activation
+    first     the same of the first block
     update    the embedding's gradient beside that which it is added to, with ZeRO or on a CPU; the update itself needs
               less
 
-Where a step has several micro-batches, the gradients of the earlier ones are there all the time.
+Gradients are there all the time: in the local engine they lie where they lay a step before.
 
 Activations are what autograd keeps. Per token and layer: 4 D (both norms' results and what they normalised), (H + 2K) Q
 of the projection, (H + K) Q rotated, H Q of attention, 2 F (gate and up), all of a bytes, and a few float32 numbers;
@@ -121,20 +121,15 @@ def memory_bytes(
     filling = a * bucket * (2 if device == "cuda" else 1)  # one more where messages run beside the computation
     buckets = (4 * bucket if world > 1 else 0, 4 * bucket, filling + 4 * bucket, 8 * max(bucket, head))[stage]
 
-    # Gradients at each moment. Autograd's own are float32 in the local engine, else accumulated beside them.
+    # Gradients at each moment. Those of ZeRO are accumulated beside autograd's own.
     made = 4 if stage == 0 else a
     made_head = made * head
-    accumulates = stage > 0 or micro_batches > 1
-    before = gradients if accumulates else 0
     beside = a * learning if a < 4 and (stage == 2 or (stage == 1 and offload == "none")) else 0
-    if micro_batches > 1:
-        before += beside
-    with_head = before if accumulates else made_head
-    after_first = P - block + F * D - (head if config.tied else 2 * head)  # the first block's last matrix is there too
-    at_first = before if accumulates else 4 * after_first + made_head
+    before = gradients + (beside if micro_batches > 1 else 0)
     at_update = gradients + (beside if stage == 1 else 0)
     waiting = made_head if stage else 0  # the head's, until the embedding's is there to be added
-    added = made_head if learning == P and (stage > 0 or (device == "cpu" and (accumulates or config.tied))) else 0
+    adds_apart = stage > 0 or (device == "cpu" and (micro_batches > 1 or config.tied))
+    added = made_head if learning == P and adds_apart else 0
 
     kept, whole = _of_a_block(config, micro, T, dtype, device, checkpointing, documents)
     kept, whole = tokens * kept, tokens * max(kept, whole)
@@ -142,12 +137,12 @@ def memory_bytes(
     once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (T + (tokens if documents else 0))
     logits = _chunk_of_logits(tokens, V, dtype, device) + (a * head if device == "cpu" and a < 4 else 0)
     moments = {
-        "last": (with_head, once + (L - 1) * kept + whole + activation, waiting),
-        "first": (at_first, once + whole + activation, waiting),
+        "last": (before, once + (L - 1) * kept + whole + activation, waiting),
+        "first": (before, once + whole + activation, waiting),
         "update": (at_update, once, waiting + added),
     }
     if stage == 0:
-        moments["loss"] = with_head, once + L * kept + x, x + logits
+        moments["loss"] = before, once + L * kept + x, x + logits
     else:
         moments["loss"] = before, once + L * kept + x, 4 * head + x + logits
         moments["widen"] = before, once + L * kept, 4 * head + x + 4 * tokens * D + (x if a < 4 else 0)

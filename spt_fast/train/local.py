@@ -72,13 +72,13 @@ class LocalEngine:
         self.recorded: RecordedStep | None = None
         snapshot = start if current is None else current
         self.frozen = snapshot.only(FROZEN[phase.freeze])
+        accumulate_in_place(self.model.parameters())  # where there are none yet
         with torch.no_grad():
             for name, param in self.model.named_parameters():
                 param.requires_grad_(name not in FROZEN[phase.freeze])
                 if not param.requires_grad:
-                    param.copy_(self.frozen.weights[name])
+                    param.data = self.frozen.weights[name].to(self.device, self.dtype, copy=True)  # not in a flat one
         self.optimizer = ModelOptimizer(self.model, phase.optimizer, phase.anchor)
-        accumulate_in_place(self.optimizer.params.values())
         self.optimizer.restore(snapshot, anchor=start)
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:

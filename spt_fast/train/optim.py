@@ -7,11 +7,13 @@ tensor from the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from spt_fast.kernels import accumulate_in_place
 from spt_fast.model.gpt import GPT
 from spt_fast.model.parameters import Parameter, table
 from spt_fast.optimizers import Group, Optimizer, Update
@@ -24,57 +26,133 @@ NORM_PIECE = 1 << 16
 """Values whose norm a CPU takes at a time."""
 
 
+ALIGNMENT = 64
+"""Every parameter begins at a multiple of so many numbers of its flat tensor; what lies between is 0 and stays it."""
+
+
+class Line:
+    """Tensors of these shapes one behind the other in a flat tensor."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], whole: Tensor) -> None:
+        self.whole = whole
+        lengths = [self.length({name: shape}) for name, shape in shapes.items()]
+        parts = zip(shapes.items(), whole.split(lengths), strict=True)
+        self.views = {name: part[: math.prod(shape)].view(*shape) for (name, shape), part in parts}
+
+    @staticmethod
+    def length(shapes: Mapping[str, Sequence[int]]) -> int:
+        return sum(-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes.values())
+
+
 class ModelOptimizer:
-    """The parameters that require a gradient: frozen ones have no state here and no part in the norm."""
+    """The parameters that require a gradient: frozen ones have no state here and no part in the norm.
+
+    What is updated alike lies in flat tensors, one for parameters, for masters, for each kind of state, for the anchor,
+    so that one kernel updates it; all gradients lie in one, and their norm is one kernel too. There gradients stay from
+    step to step, never set to 0, since the ops begin them anew (`accumulate_in_place`).
+    """
 
     def __init__(
-        self, model: GPT, settings: Optimizer, anchor_decay: float = 0.0, own: Callable[[str], bool] = lambda name: True
+        self,
+        model: GPT,
+        settings: Optimizer,
+        anchor_decay: float = 0.0,
+        own: Callable[[str], bool] = lambda name: True,
+        *,
+        flat: bool = True,
     ) -> None:
-        """own: which parameters it has the state of, and updates."""
+        """own: which parameters it has the state of, and updates. flat: whether parameters and gradients are moved to
+        flat tensors; DeepSpeed has places of its own for them."""
         self.settings = settings
         self.anchor_decay = anchor_decay
         self.params: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.masters: dict[str, Tensor] = {}
-        for name, param in self.params.items():
-            param.grad_dtype = torch.float32
-            if own(name):
-                self.masters[name] = param.detach() if param.dtype == torch.float32 else param.detach().float()
-        known = table(model.config)
-        self.state: dict[str, dict[str, Tensor]] = {kind: {} for kind in settings.kinds}
-        for name, master in self.masters.items():
-            for kind in settings.kinds_of(known[name].kind.hidden):
-                self.state[kind][name] = torch.zeros_like(master)
-        self.anchor = {name: master.clone() for name, master in self.masters.items()} if anchor_decay else {}
         self.count = torch.zeros((), device=next(iter(self.params.values())).device)
+        self.masters: dict[str, Tensor] = {}
+        self.state: dict[str, dict[str, Tensor]] = {kind: {} for kind in settings.kinds}
+        self.anchor: dict[str, Tensor] = {}
+        known = table(model.config)
         alike: dict[tuple[bool, bool], dict[str, Parameter]] = {}
-        for name in self.masters:
+        for name in filter(own, self.params):
             what = known[name].kind
             alike.setdefault((what.decayed, what.hidden and settings.whole_matrices), {})[name] = known[name]
-        self._groups = [self._group(rows, decayed, whole) for (decayed, whole), rows in alike.items()]
+        lengths = [Line.length({name: row.shape for name, row in rows.items()}) for rows in alike.values()]
+        for param in self.params.values():
+            param.grad_dtype = torch.float32
+        if flat:
+            accumulate_in_place(self.params.values())  # lets go of the gradients' memory of an optimizer before
+        self._all_gradients = self.count.new_zeros(sum(lengths)) if flat else None
+        self._gradients: dict[str, Tensor] = {}
+        parts = [None] * len(lengths) if self._all_gradients is None else self._all_gradients.split(lengths)
+        self._groups = [self._group(rows, *how, part) for (how, rows), part in zip(alike.items(), parts, strict=True)]
+        if flat:
+            accumulate_in_place(self.params.values(), (self._gradients[name] for name in self.params))
 
-    def _group(self, rows: dict[str, Parameter], decayed: bool, whole: bool) -> Group:
-        names = list(rows)
-        params = [self.params[name] for name in names]
-        in_place = all(param.dtype == torch.float32 for param in params)
+    def _group(self, rows: dict[str, Parameter], decayed: bool, whole: bool, gradients: Tensor | None) -> Group:
+        """gradients: where they go; None where those of the parameters are taken as they are."""
+        shapes = {name: row.shape for name, row in rows.items()}
+        params: dict[str, Tensor] = {name: self.params[name].detach() for name in rows}
+        dtype, hidden = next(iter(params.values())).dtype, next(iter(rows.values())).kind.hidden
+
+        def line(values: Mapping[str, Tensor] = {}, dtype: torch.dtype = torch.float32) -> Line:
+            made = Line(shapes, self.count.new_zeros(Line.length(shapes), dtype=dtype))
+            for name, value in values.items():
+                made.views[name].copy_(value)
+            return made
+
+        def tensors(line: Line) -> list[Tensor]:
+            return list(line.views.values()) if whole or gradients is None else [line.whole]
+
+        updated: list[Tensor] = [self.params[name] for name in rows]
+        if gradients is not None:
+            moved, at = line(params, dtype), Line(shapes, gradients)
+            for name, view in moved.views.items():
+                self.params[name].data = params[name] = view
+            self._gradients |= at.views
+            updated = [tensor.detach() for tensor in tensors(moved)]
+            for tensor, gradient in zip(updated, tensors(at), strict=True):
+                tensor.grad_dtype, tensor.grad = torch.float32, gradient
+        masters = None if dtype == torch.float32 else line(params)
+        self.masters |= params if masters is None else masters.views
+        state = {kind: line() for kind in self.settings.kinds_of(hidden)}
+        for kind, made in state.items():
+            self.state[kind] |= made.views
+        anchors = line({name: self.masters[name] for name in rows}) if self.anchor_decay else None
+        if anchors is not None:
+            self.anchor |= anchors.views
         return Group(
-            params,
-            {kind: [tensors[name] for name in names] for kind, tensors in self.state.items() if names[0] in tensors},
+            updated,
+            {kind: tensors(made) for kind, made in state.items()},
             decayed,
-            masters=None if in_place else [self.masters[name] for name in names],
-            anchors=[self.anchor[name] for name in names] if self.anchor else None,
+            masters=None if masters is None else tensors(masters),
+            anchors=None if anchors is None else tensors(anchors),
             matrices=[row.stacked for row in rows.values()] if whole else None,
         )
 
     def grad_norm(self) -> Tensor:
         """Global L2 norm of the gradients, a 0-d fp32 tensor on the device."""
+        self._gather()
         grads = [p.grad for p in self.params.values() if p.grad is not None]
+        if self._all_gradients is not None:
+            grads = [self._all_gradients]
         if self.count.is_cuda:
-            return torch.nn.utils.get_total_norm(grads)
+            return torch.linalg.vector_norm(grads[0]) if len(grads) == 1 else torch.nn.utils.get_total_norm(grads)
         # A CPU adds up in order: in fp32 the norm of three million values is off by up to 6e-5. In pieces, since
         # each is copied to float64.
         pieces = [piece for grad in grads for piece in grad.flatten().split(NORM_PIECE)]
         norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
         return torch.linalg.vector_norm(torch.stack(norms)).float()
+
+    def _gather(self) -> None:
+        """Move gradients to the flat tensor that autograd or others have made elsewhere: those of norms, in one
+        kernel."""
+        moved = [(place, self.params[name]) for name, place in self._gradients.items()]
+        moved = [(place, param) for place, param in moved if param.grad is not place]
+        if moved:
+            grads = [param.grad for _, param in moved if param.grad is not None]
+            assert len(grads) == len(moved), "a parameter has no gradient"
+            torch._foreach_copy_([place for place, _ in moved], grads)
+        for place, param in moved:
+            param.grad = place
 
     @torch.no_grad()
     def step(self, lr: float | Tensor, norm: Tensor, skip: Tensor) -> None:
@@ -82,6 +160,7 @@ class ModelOptimizer:
 
         lr, like norm and skip, may be a 0-d tensor on the device.
         """
+        self._gather()
         clip, count = self.settings.clip, self.count + 1
         lr = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=count.dtype, device=count.device)
         scale = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)

@@ -298,7 +298,7 @@ class Whole(torch.optim.Optimizer):
         self.lr = 0.0
 
     def _optimizer(self, model: GPT, settings: Optimizer, anchor_decay: float) -> ModelOptimizer:
-        return ModelOptimizer(model, settings, anchor_decay)
+        return ModelOptimizer(model, settings, anchor_decay, flat=False)
 
     def link(self, engine: Any) -> None:
         pass
@@ -327,7 +327,8 @@ class Dealt(Whole):
         super().__init__(model, settings, anchor_decay)
 
     def _optimizer(self, model: GPT, settings: Optimizer, anchor_decay: float) -> ModelOptimizer:
-        return ModelOptimizer(model, settings, anchor_decay, lambda name: self._owners[name] == self._world.rank)
+        own = lambda name: self._owners[name] == self._world.rank  # noqa: E731
+        return ModelOptimizer(model, settings, anchor_decay, own, flat=False)
 
     def read(self, kind: str, name: str) -> Tensor:
         """What `kind` has for a parameter, whole. Collective."""

@@ -105,8 +105,9 @@ def test_long_runs_of_a_word_are_summed_in_parts(width: int, monkeypatch: pytest
         expected = torch.zeros(len(counts), width, dtype=torch.float64, device=DEVICE).index_add_(
             0, tokens, dy.double()
         )
-        for total in (None, torch.zeros(len(counts), width, device=DEVICE)):
-            found = EMBEDDING._triton(dy, tokens, len(counts), total)
+        for new in (True, False):
+            found = torch.full((len(counts), width), torch.nan if new else 0.0, device=DEVICE)
+            EMBEDDING._triton(dy, tokens, found, new)
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -147,5 +148,6 @@ def test_every_launch_is_compiled_ahead_of_time() -> None:
     with compiled_launches(EMBEDDING):
         cases = [(D, BF16) for D in (64, 128, 384, 1000, 4096)] + [(D, FP32) for D in (384, 1000, 4096)] + [(384, FP16)]
         for D, dtype in cases:
-            for total in (None, torch.empty(4, D)):
-                EMBEDDING._triton(torch.empty(200, D, dtype=dtype), torch.zeros(200, dtype=torch.int64), 4, total)
+            for new in (True, False):
+                dy, tokens = torch.empty(200, D, dtype=dtype), torch.zeros(200, dtype=torch.int64)
+                EMBEDDING._triton(dy, tokens, torch.empty(4, D), new)

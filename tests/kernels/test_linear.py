@@ -79,15 +79,17 @@ def test_in_place_it_adds_where_the_gradient_lies_and_hands_on_none() -> None:
 def test_a_product_is_added_to_a_total(dtype: torch.dtype) -> None:
     """Of factors in any layout; of none it is 0, whatever memory held before."""
     a, b = random_tensors([(6, 9), (6, 4)], dtype)
-    first = add_product(None, a.T, b)
-    assert first.dtype == torch.float32
+    first = torch.full((9, 4), torch.nan, device=DEVICE)
+    add_product(first, True, a.T, b)
     torch.testing.assert_close(first, a.float().T @ b.float(), rtol=0.01, atol=0.05)
     total, room = first.clone(), torch.empty(9, 4, dtype=dtype, device=DEVICE)
-    assert add_product(total, a.T, b, room if dtype == torch.bfloat16 else None) is total
+    add_product(total, False, a.T, b, room if dtype == torch.bfloat16 else None)
     torch.testing.assert_close(total, 2 * first)
     apart = torch.zeros(9, 8, device=DEVICE)[:, ::2]
-    torch.testing.assert_close(add_product(apart, a.T, b), first)
-    assert not add_product(None, a[:0].T, b[:0]).any()
+    add_product(apart, False, a.T, b)
+    torch.testing.assert_close(apart, first)
+    add_product(apart, True, a[:0].T, b[:0])
+    assert not apart.any()
 
 
 def test_every_launch_is_compiled_ahead_of_time() -> None:

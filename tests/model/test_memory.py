@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from spt_fast.kernels import accumulate_in_place
 from spt_fast.model.flops import block_matrices, parameters
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.model.memory import DISTRIBUTIONS, memory_bytes
@@ -65,7 +64,6 @@ def allocated_at_most(
         model.checkpointing = checkpointing
         model.embedding.requires_grad_(freeze == "none")
         optimizer = ModelOptimizer(model, AdamW(lr=1e-3), 0.1 if anchor else 0.0)
-        accumulate_in_place(optimizer.params.values())
         T = config.context
         cuts = torch.tensor([0, T // 3, T, micro * T], dtype=torch.int32) if documents else None
         batches = [torch.randint(config.vocab_size, (2, micro, T)).unbind() for _ in range(micro_batches)]

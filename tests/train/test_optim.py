@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from spt_fast import kernels
 from spt_fast.config import recipe_from
 from spt_fast.errors import RecipeError
+from spt_fast.kernels import adamw_step_all
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.model.parameters import table
 from spt_fast.optimizers import AdamW, Muon, Optimizer
@@ -88,6 +91,52 @@ def test_bf16_parameters_are_rounded_masters_and_small_updates_add_up() -> None:
     assert not same(before, moved)
     for name, param in model.named_parameters():
         assert torch.equal(param, moved.weights[name].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [AdamW(lr=1e-2, clip=0.1), Muon(lr=1e-2, clip=0.1)], ids=["adamw", "muon"])
+def test_flat_tensors_change_no_bit(settings: Optimizer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of parameters that a flat optimizer before has moved, and gradients made elsewhere; AdamW's are two updates."""
+    calls = []
+
+    def counted(*lists: list[torch.Tensor], **how: Any) -> None:
+        calls.append(len(lists[0]))
+        adamw_step_all(*lists, **how)
+
+    monkeypatch.setattr(kernels, "adamw_step_all", counted)
+    moved, left = (GPT(CONFIG, seed=1).to(dtype) for _ in range(2))
+    ModelOptimizer(moved, settings)
+    flat, lists = ModelOptimizer(moved, settings, 0.1), ModelOptimizer(left, settings, 0.1, flat=False)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for one, other in zip(moved.parameters(), left.parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        norms = [optimizer.grad_norm() for optimizer in (flat, lists)]
+        torch.testing.assert_close(*norms)
+        for optimizer in (flat, lists):
+            optimizer.step(1e-2, norms[0], torch.tensor(False))
+            optimizer.zero_grad()
+    assert same(flat.snapshot(state=True), lists.snapshot(state=True))
+    assert all(torch.equal(a, b) for a, b in zip(moved.parameters(), left.parameters(), strict=True))
+    assert calls[:2] == [1, 1] or (isinstance(settings, Muon) and calls[0] == 1)
+
+
+def test_gradients_begin_anew_where_the_step_before_left_them() -> None:
+    model, plain = (GPT(CONFIG, seed=1).to(torch.bfloat16) for _ in range(2))
+    optimizer = ModelOptimizer(model, AdamW(lr=1e-2))
+    places = []
+    for ids in batches(2):
+        for _ in range(2):
+            backward(model, ids)
+            backward(plain, ids)
+        places.append({param.grad.data_ptr() for param in model.parameters() if param.ndim > 1})
+        optimizer.grad_norm()
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=0.02, atol=0.002)
+        optimizer.zero_grad()
+        plain.zero_grad()
+    assert places[0] == places[1]
 
 
 def test_a_skipped_step_moves_nothing() -> None:
