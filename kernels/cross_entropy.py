@@ -142,7 +142,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        if dloss.device.type == "cpu" and dloss != 1:
+        if dloss.device.type == "cpu" and dloss != 1 and not dloss.isnan():  # NaN: the loss is, and its step left out
             raise RuntimeError(
                 f"linear_cross_entropy: the upstream gradient is {dloss.item():.6g}; with `scale` it must be 1"
             )

@@ -166,6 +166,7 @@ class ModelOptimizer:
         scale = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
         for group in self._groups:
             self.settings.update(group, Update(count, lr, self.anchor_decay, scale, skip))
+        torch.autograd.graph.increment_version(self.params.values())  # which share memory with what was updated
         self.count.copy_(torch.where(skip, self.count, count))
 
     def zero_grad(self) -> None:

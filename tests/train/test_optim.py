@@ -114,9 +114,11 @@ def test_flat_tensors_change_no_bit(settings: Optimizer, dtype: torch.dtype, mon
             other.grad = one.grad.clone()
         norms = [optimizer.grad_norm() for optimizer in (flat, lists)]
         torch.testing.assert_close(*norms)
+        versions = [param._version for param in moved.parameters()]
         for optimizer in (flat, lists):
             optimizer.step(1e-2, norms[0], torch.tensor(False))
             optimizer.zero_grad()
+        assert all(param._version > version for param, version in zip(moved.parameters(), versions, strict=True))
     assert same(flat.snapshot(state=True), lists.snapshot(state=True))
     assert all(torch.equal(a, b) for a, b in zip(moved.parameters(), left.parameters(), strict=True))
     assert calls[:2] == [1, 1] or (isinstance(settings, Muon) and calls[0] == 1)
