@@ -1,4 +1,5 @@
-"""What a run computes with, decided before its first step: the dtype, and the backend and launch of every op.
+"""What a run computes with, decided before its first step: the dtype, the backend and launch of every op, and on a CPU
+how many threads.
 
 A run that goes on keeps what its checkpoint says. Another takes what was measured on this machine at its shapes, and
 measures it first on a GPU that has not trained such shapes yet.
@@ -6,6 +7,7 @@ measures it first on a GPU that has not trained such shapes yet.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +24,10 @@ from spt_fast.kernels.tuner import chosen, describe, known, tune
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import parameters
 from spt_fast.printing import terminal
-from spt_fast.train.plan import Plan, make_plan
+from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.precision import Precision, begin_or_keep, pick_precision, precision_of
 from spt_fast.train.state import Compute
+from spt_fast.train.threads import USUAL, threads_of
 from spt_fast.train.world import launched_processes, pick_device
 
 AT_START_S = 120.0
@@ -41,20 +44,27 @@ class Choices:
 
     precision: Precision
     kernels: Records = field(default_factory=dict)
+    threads: int | None = None
+    """None leaves them as they are."""
 
     def install(self) -> dict[str, str]:
         """Compute so from now on in this process; by op the backend that `auto` means then."""
         install(chosen(self.kernels))
+        if self.threads:
+            torch.set_num_threads(self.threads)
         return auto_backends()
 
     def measured(self) -> dict[str, Any]:
         """For a checkpoint."""
         kept = ("date", "default", "chosen", "seconds")
         kernels = {op: {key: record[key] for key in kept} for op, record in self.kernels.items()}
-        return {"precision": self.precision.reason, "kernels": kernels}
+        threads = {"threads": self.threads} if self.threads else {}
+        return {"precision": self.precision.reason, "kernels": kernels, **threads}
 
     def lines(self) -> Iterator[str]:
         """What is not as by default."""
+        if self.threads and self.threads != USUAL:
+            yield f"threads: {self.threads} rather than {USUAL}, which were slower"
         for op, record in self.kernels.items():
             if record["chosen"] != record["default"]:
                 yield f"{op}: {Candidate.read(record['chosen'])}: {describe(record)}"
@@ -73,28 +83,52 @@ def choose(
     is measured and nothing recorded."""
     if say is None:
         precision = precision_of(plan.recipe, device, plan.model)
-    else:
-        precision = begin_or_keep(plan.recipe, device, plan.model, before)
+        return Choices(precision, known(asked_by(plan, precision, device, processes)))
+    alone = device.type == "cpu" and processes == 1
     if before is not None:
-        return Choices(precision, before.measured.get("kernels", {}))
+        precision = begin_or_keep(plan.recipe, device, plan.model, before)
+        threads = None if "OMP_NUM_THREADS" in os.environ or not alone else before.measured.get("threads")
+        return Choices(precision, before.measured.get("kernels", {}), threads)
+    threads = _take_threads(plan.model, plan.recipe.precision, *_batch(plan, processes)) if alone else None
+    precision = begin_or_keep(plan.recipe, device, plan.model, None)
     asked = asked_by(plan, precision, device, processes)
     found = known(asked)
-    if say and device.type == "cuda" and plan.recipe.engine.tune_kernels and len(found) < len(asked):
+    if device.type == "cuda" and plan.recipe.engine.tune_kernels and len(found) < len(asked):
         say(f"timing kernels for this GPU and these shapes, once, up to {AT_START_S:.0f} s (engine.tune_kernels)")
         found = tune(asked, seconds=AT_START_S, say=say, stop=stop)
-    return Choices(precision, found)
+    return Choices(precision, found, threads)
+
+
+def _take_threads(
+    config: GPTConfig, precision: str, sequences: int, context: int, *, measure: bool = False
+) -> int | None:
+    """From now on this process has as many threads as were found: what is measured next holds for these."""
+    found = threads_of(config, precision, sequences, context, measure=measure)
+    if not found:
+        return None
+    torch.set_num_threads(found["chosen"])
+    return found["chosen"]
+
+
+def _longest(plan: Plan) -> PhasePlan:
+    return max(plan.phases, key=lambda phase: phase.tokens)
+
+
+def _batch(plan: Plan, processes: int) -> tuple[int, int]:
+    """Sequences of a micro-batch, and tokens of each."""
+    return _longest(plan).micro(processes), _longest(plan).context
 
 
 def asked_by(plan: Plan, precision: Precision, device: torch.device, processes: int) -> list[Question]:
     """What there is to tune for a plan, at the shapes of its longest phase."""
-    longest = max(plan.phases, key=lambda phase: phase.tokens)
+    sequences, context = _batch(plan, processes)
     return asked_of(
         plan.model,
         precision.dtype,
         device,
-        sequences=longest.micro(processes),
-        context=longest.context,
-        documents=longest.phase.documents,
+        sequences=sequences,
+        context=context,
+        documents=_longest(plan).phase.documents,
         deterministic=plan.recipe.engine.deterministic,
     )
 
@@ -133,15 +167,20 @@ def overview(
     path: Path | None, overrides: Sequence[str] = (), *, seconds: float | None = None
 ) -> tuple[dict[str, str], Records]:
     """By op the backend that `auto` means for a recipe's run, or for SAMPLE, and why; and the records that say so.
-    seconds: measure what is not measured yet, for so long at most. "precision" stands among the ops."""
+    seconds: measure what is not measured yet, ops for so long at most. "precision" stands among the ops, and "threads"
+    where their number was measured."""
     device = pick_device()
+    alone = device.type == "cpu" and launched_processes() == 1
     if path is None:
         shape: dict[str, Any] = {"sequences": 4, "context": SAMPLE.context, "documents": False, "deterministic": False}
+        threads = _take_threads(SAMPLE, "auto", 4, SAMPLE.context, measure=seconds is not None) if alone else None
         precision = pick_precision("auto", device, SAMPLE)
         asked = asked_of(SAMPLE, precision.dtype, device, **shape)
     else:
         recipe = load_recipe(path, tuple(overrides))
         plan = make_plan(recipe, world=launched_processes())
+        batch = _batch(plan, launched_processes())
+        threads = _take_threads(plan.model, recipe.precision, *batch, measure=seconds is not None) if alone else None
         precision = precision_of(recipe, device, plan.model)
         asked = asked_by(plan, precision, device, launched_processes())
     found = known(asked) if seconds is None else tune(asked, seconds=seconds, say=terminal(stderr=True).print)
@@ -151,4 +190,5 @@ def overview(
         candidate = Candidate.read(record["chosen"])
         launches = str(candidate).removeprefix(candidate.backend)
         reasons[op] = f"{backends[op]}: {describe(record)}{launches}"
-    return {**reasons, "precision": str(precision)}, found
+    counted = {"threads": f"{threads}: the fastest of those tried"} if threads else {}
+    return {**reasons, "precision": str(precision), **counted}, found

@@ -16,9 +16,10 @@ from spt_fast.config import recipe_from
 from spt_fast.kernels import auto_backends
 from spt_fast.kernels.backend import OPS, Candidate, install
 from spt_fast.kernels.judging import Question
-from spt_fast.train import precision, tuning
+from spt_fast.train import precision, threads, tuning
 from spt_fast.train.plan import make_plan
 from spt_fast.train.run import run
+from spt_fast.train.state import Compute
 from spt_fast.train.tuning import choose
 from tests import tiny
 
@@ -122,3 +123,37 @@ def test_the_command_shows_what_is_chosen_by_what_measurement(
     assert (shapes[0]["width"], shapes[0]["seconds"]) == (32, 9.0)
     assert CliRunner().invoke(app, ["kernels", "--tune"]).exit_code == 0
     assert (shapes[1]["width"], shapes[1]["seconds"]) == (384, 300.0)
+
+
+def test_as_many_threads_as_were_the_fastest(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for module in (threads, tuning):
+        monkeypatch.setattr(module, "USUAL", 4)
+    assert threads.decided({1: 1.0, 2: 0.98, 4: 1.01})["chosen"] == 4
+    assert threads.decided({1: 0.7, 2: 0.98, 4: 1.01})["chosen"] == 1
+    monkeypatch.setattr(threads, "medians", lambda rivals, **_: [*[rival() or 1.0 for rival in rivals][:2], 2.0])
+    before, plan = torch.get_num_threads(), make_plan(recipe_from(raw))
+    asked = (plan.model, "fp32", 4, tiny.CONTEXT)
+    assert threads.threads_of(*asked) is None
+    found = threads.threads_of(*asked, measure=True)
+    assert found is not None
+    assert (found["chosen"], torch.get_num_threads()) == (1, before)
+    assert found["seconds"] == {"1": 1.0, "2": 1.0, "4": 2.0}
+    monkeypatch.setattr(threads, "medians", lambda rivals, **_: 1 / 0)
+    try:
+        torch.set_num_threads(2)
+        choices = choose(plan, torch.device("cpu"), 1, say=print)
+        assert (choices.threads, torch.get_num_threads(), choices.measured()["threads"]) == (1, 1, 1)
+        assert next(choices.lines()).startswith("threads: 1 rather than ")
+        assert choose(plan, torch.device("cpu"), 2, say=print).threads is None
+        kept = Compute("float32", {}, "cpu, one process", {"threads": 3})
+        choose(plan, torch.device("cpu"), 1, kept, say=print).install()
+        assert torch.get_num_threads() == 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert choose(plan, torch.device("cpu"), 1, kept, say=print).threads is None
+        assert choose(plan, torch.device("cpu"), 1, say=print).threads is None
+    finally:
+        torch.set_num_threads(before)
