@@ -32,6 +32,7 @@ from torch import Tensor
 from spt_fast import native
 from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, custom_op, differentiable
+from spt_fast.kernels.fp8 import with_largest
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 from spt_fast.kernels.linear import accumulates_in_place, weight_gradients
 
@@ -45,16 +46,19 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
         raise ValueError(
             f"swiglu: gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}; they must agree"
         )
-    return _swiglu(gate, up, _SWIGLU.pick(backend, gate))
+    return _swiglu(gate, up, False, _SWIGLU.pick(backend, gate))[0]
 
 
-def swiglu_packed(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
+def swiglu_packed(gate_up: Tensor, *, largest: bool = False, backend: str = "auto") -> Tensor:
     """silu(gate) * up [..., F] of gate_up [..., 2F], each row gate and then up; its gradient is one tensor [..., 2F].
 
+    largest: result and gradient carry the largest magnitudes of their rows, for kernels/fp8.py, where Triton kernels
+    make them.
     ValueError: a last dimension that has no halves, or a backend that isn't available.
     """
     _check("swiglu_packed", gate_up)
-    return _swiglu(gate_up, None, _SWIGLU_PACKED.pick(backend, gate_up))
+    y, amax = _swiglu(gate_up, None, largest, _SWIGLU_PACKED.pick(backend, gate_up))
+    return with_largest(y, amax) if amax.numel() else y
 
 
 def swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -97,32 +101,69 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-@custom_op("swiglu", lambda gate, up, *_: gate.new_empty(_halves(gate, up)[0].shape))
-def _swiglu(gate: Tensor, up: Tensor | None, backend: str) -> Tensor:
-    """y [..., F]; without up, gate is [..., 2F] and holds both."""
+def _empty_amax(gate: Tensor, up: Tensor | None, largest: bool, backend: str) -> Tensor:
+    """Space for the largest magnitudes in each tile's rows, float32 [N, tiles], or [0] where they are not made."""
+    if not largest or backend != "triton":
+        return gate.new_empty(0, dtype=torch.float32)
+    gate, _ = _halves(gate, up)
+    tiles = -(-gate.shape[-1] // _tile(gate.shape[-1], gate.dtype)[1])
+    return gate.new_empty(gate.shape[:-1].numel(), tiles, dtype=torch.float32)
+
+
+@custom_op(
+    "swiglu",
+    lambda gate, up, largest, backend: (
+        gate.new_empty(_halves(gate, up)[0].shape),
+        _empty_amax(gate, up, largest, backend),
+    ),
+)
+def _swiglu(gate: Tensor, up: Tensor | None, largest: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """(y [..., F], the largest magnitudes in its rows, by parts, or [0]); without up, gate [..., 2F] holds both."""
+    amax = _empty_amax(gate, up, largest, backend)
     gate, up = _halves(gate, up)
-    function = {"reference": _reference_forward, "cpu": _cpu_forward, "triton": _triton_forward}[backend]
-    return function(_rows(gate), _rows(up)).view(gate.shape)
+    return _forward(_rows(gate), _rows(up), amax, backend).view(gate.shape), amax
 
 
-@custom_op("swiglu_backward", lambda dy, gate, up, *_: _empty_gradients(gate, up))
-def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up; of gate [..., 2F] and an empty one without up."""
+def _forward(gate: Tensor, up: Tensor, amax: Tensor | None, backend: str) -> Tensor:
+    if backend == "triton":
+        return _triton_forward(gate, up, amax)
+    return (_cpu_forward if backend == "cpu" else _reference_forward)(gate, up)
+
+
+@custom_op(
+    "swiglu_backward",
+    lambda dy, gate, up, largest, backend: (*_empty_gradients(gate, up), _empty_amax(gate, up, largest, backend)),
+)
+def _swiglu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor | None, largest: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of gate and up, or of gate [..., 2F] and an empty one without up; the largest magnitudes in rows of
+    both, by parts, or [0]."""
     dgate, dup = _empty_gradients(gate, up)
     inputs, outputs = (dy, *_halves(gate, up)), _halves(dgate, None if up is None else dup)
-    _BACKWARD[backend](*(_rows(x) for x in inputs), *(_rows(x) for x in outputs))
-    return dgate, dup
+    amax = _empty_amax(gate, up, largest, backend)
+    rows = [_rows(x) for x in (*inputs, *outputs)]
+    if backend == "triton":
+        _triton_backward(*rows, amax=amax)
+    else:
+        _BACKWARD[backend](*rows)
+    return dgate, dup, amax
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, str], output: Tensor) -> None:
-    gate, up, ctx.backend = inputs
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    gate, up, ctx.largest, ctx.backend = inputs
     ctx.save_for_backward(gate, up)
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 4
     gate, up = ctx.saved_tensors
-    dgate, dup = _swiglu_backward(dy, gate, up, ctx.backend)
-    return dgate, None if up is None else dup, None
+    dgate, dup, amax = _swiglu_backward(dy, gate, up, ctx.largest, ctx.backend)
+    if amax.numel():
+        with_largest(dgate, amax)
+    return dgate, None if up is None else dup, None, None
 
 
 differentiable(_swiglu, _gradients, _setup_context)
@@ -130,7 +171,8 @@ differentiable(_swiglu, _gradients, _setup_context)
 
 @custom_op("swiglu_linear", lambda gate_up, weight, *_: gate_up.new_empty(*gate_up.shape[:-1], weight.shape[0]))
 def _swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return F.linear(_swiglu(gate_up, None, backend), weight, bias)
+    gate, up = _halves(gate_up, None)
+    return F.linear(_forward(_rows(gate), _rows(up), None, backend).view(gate.shape), weight, bias)
 
 
 @custom_op(
@@ -220,21 +262,31 @@ def _tile_of_program(N, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @jit
 def _forward_kernel(
-    gate_ptr, up_ptr, y_ptr, N, F, gate_stride, up_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    gate_ptr, up_ptr, y_ptr, amax_ptr, N, F, gate_stride, up_stride,
+    AMAX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows, columns, mask = _tile_of_program(N, F, ROWS, COLUMNS)
     g = tl.load(gate_ptr + rows * gate_stride + columns, mask, 0.0).to(tl.float32)
     u = tl.load(up_ptr + rows * up_stride + columns, mask, 0.0).to(tl.float32)
-    y = g * (1 / (1 + tl.exp(-g))) * u
-    tl.store(y_ptr + rows * F + columns, y.to(y_ptr.dtype.element_ty), mask)
+    y = (g * (1 / (1 + tl.exp(-g))) * u).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows * F + columns, y, mask)
+    if AMAX:
+        _store_amax(amax_ptr, tl.abs(y.to(tl.float32)), rows, N, F, COLUMNS)
+
+
+@jit
+def _store_amax(amax_ptr, magnitudes, rows, N, F, COLUMNS: tl.constexpr):
+    """The largest in each row of the program's tile."""
+    tiles_in_row = tl.cdiv(F, COLUMNS)
+    amax = tl.max(magnitudes, 1, keep_dims=True)
+    tl.store(amax_ptr + rows * tiles_in_row + tl.program_id(0) % tiles_in_row, amax, rows < N)
 
 
 @jit
 def _backward_kernel(
-    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, N, F,
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, amax_ptr, N, F,
     dy_stride, gate_stride, up_stride, dgate_stride, dup_stride,
-    AGAIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    AGAIN: tl.constexpr, AMAX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """AGAIN: y takes the place of dy."""
     rows, columns, mask = _tile_of_program(N, F, ROWS, COLUMNS)
@@ -242,9 +294,13 @@ def _backward_kernel(
     g = tl.load(gate_ptr + rows * gate_stride + columns, mask, 0.0).to(tl.float32)
     u = tl.load(up_ptr + rows * up_stride + columns, mask, 0.0).to(tl.float32)
     s = 1 / (1 + tl.exp(-g))
-    dgate, dup = dy * s * u * (1 + g * (1 - s)), dy * s * g
-    tl.store(dgate_ptr + rows * dgate_stride + columns, dgate.to(dgate_ptr.dtype.element_ty), mask)
-    tl.store(dup_ptr + rows * dup_stride + columns, dup.to(dup_ptr.dtype.element_ty), mask)
+    dgate = (dy * s * u * (1 + g * (1 - s))).to(dgate_ptr.dtype.element_ty)
+    dup = (dy * s * g).to(dup_ptr.dtype.element_ty)
+    tl.store(dgate_ptr + rows * dgate_stride + columns, dgate, mask)
+    tl.store(dup_ptr + rows * dup_stride + columns, dup, mask)
+    if AMAX:
+        magnitudes = tl.maximum(tl.abs(dgate.to(tl.float32)), tl.abs(dup.to(tl.float32)))
+        _store_amax(amax_ptr, magnitudes, rows, N, F, COLUMNS)
     if AGAIN:
         tl.store(dy_ptr + rows * dy_stride + columns, (g * s * u).to(dy_ptr.dtype.element_ty), mask)
 
@@ -257,16 +313,29 @@ def _launch(kernel: Any, shape: torch.Size, dtype: torch.dtype, *arguments: Any,
         kernel[(programs,)](*arguments, **constants, ROWS=rows, COLUMNS=columns, num_warps=warps)
 
 
-def _triton_forward(gate: Tensor, up: Tensor) -> Tensor:
+def _triton_forward(gate: Tensor, up: Tensor, amax: Tensor | None = None) -> Tensor:
     y = gate.new_empty(gate.shape)
-    _launch(_forward_kernel, gate.shape, gate.dtype, gate, up, y, *gate.shape, gate.stride(0), up.stride(0))
+    strides, made = (gate.stride(0), up.stride(0)), amax is not None and amax.numel() > 0
+    _launch(
+        _forward_kernel, gate.shape, gate.dtype, gate, up, y, amax if made else None, *gate.shape, *strides, AMAX=made
+    )
     return y
 
 
-def _triton_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, *, again: bool = False) -> None:
+def _triton_backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    dgate: Tensor,
+    dup: Tensor,
+    *,
+    again: bool = False,
+    amax: Tensor | None = None,
+) -> None:
     tensors = (dy, gate, up, dgate, dup)
-    strides = (x.stride(0) for x in tensors)
-    _launch(_backward_kernel, gate.shape, gate.dtype, *tensors, *gate.shape, *strides, AGAIN=again)
+    strides, made = [x.stride(0) for x in tensors], amax is not None and amax.numel() > 0
+    arguments = (*tensors, amax if made else None, *gate.shape, *strides)
+    _launch(_backward_kernel, gate.shape, gate.dtype, *arguments, AGAIN=again, AMAX=made)
 
 
 _BACKWARD = {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}
@@ -283,13 +352,17 @@ def variants() -> list[Variant]:
         constants = {"ROWS": rows, "COLUMNS": columns}
         default = width == COLUMNS and dtype == "*bf16"
         gradients = ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")
-        for kernel, tensors, more in (
-            (_forward_kernel, ("gate_ptr", "up_ptr", "y_ptr"), {}),
-            (_backward_kernel, gradients, {"AGAIN": False}),
-            (_backward_kernel, gradients, {"AGAIN": True}),
+        for kernel, tensors, more, amax in (
+            (_forward_kernel, ("gate_ptr", "up_ptr", "y_ptr"), {"AMAX": False}, None),
+            (_forward_kernel, ("gate_ptr", "up_ptr", "y_ptr"), {"AMAX": True}, "*fp32"),
+            (_backward_kernel, gradients, {"AGAIN": False, "AMAX": False}, None),
+            (_backward_kernel, gradients, {"AGAIN": True, "AMAX": False}, None),
+            (_backward_kernel, gradients, {"AGAIN": False, "AMAX": True}, "*fp32"),
         ):
             strides = [name.replace("_ptr", "_stride") for name in tensors if name != "y_ptr"]
-            arguments = {**dict.fromkeys(tensors, dtype), "N": "i32", **dict.fromkeys(("F", *strides), size)}
+            arguments = {
+                **dict.fromkeys(tensors, dtype), "amax_ptr": amax, "N": "i32", **dict.fromkeys(("F", *strides), size),
+            }  # fmt: skip
             found.append(Variant(kernel, arguments, constants | more, warps, default=default))
     return found
 

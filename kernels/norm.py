@@ -31,26 +31,29 @@ from torch import Tensor
 from spt_fast import native
 from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable
+from spt_fast.kernels.fp8 import with_largest
 from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, largest: bool = False, backend: str = "auto") -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-    x [..., D] and weight [D], any floating dtypes; the result has x's shape and dtype.
+    x [..., D] and weight [D], any floating dtypes; the result has x's shape and dtype. largest: result and gradient by
+    x carry the largest magnitudes of their rows, for kernels/fp8.py, where Triton kernels make them.
     ValueError: shapes that don't fit, or a backend that cannot run for x.
     """
     _check("rms_norm", x, weight)
-    return _norm(x, None, weight, eps, _RMS_NORM.pick(backend, x))[0]
+    y, _, _, amax = _norm(x, None, weight, eps, largest, _RMS_NORM.pick(backend, x))
+    return with_largest(y, amax) if amax.numel() else y
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str = "auto"
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, largest: bool = False, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual, weight), x + residual), both in x's dtype.
 
     x and residual [..., D] of one shape and dtype, weight [D]. The sum is rounded to x's dtype before it is
-    normalised, so that the norm is exactly that of the stream which is handed on.
+    normalised, so that the norm is exactly that of the stream which is handed on. largest: as in rms_norm.
     ValueError: shapes or dtypes that don't fit, or a backend that cannot run for x.
     """
     _check("add_rms_norm", x, weight)
@@ -59,8 +62,8 @@ def add_rms_norm(
             f"add_rms_norm: x is {x.dtype} {tuple(x.shape)}, residual is {residual.dtype} {tuple(residual.shape)}; "
             "they must agree"
         )
-    y, stream, _ = _norm(x, residual, weight, eps, _ADD_RMS_NORM.pick(backend, x))
-    return y, stream
+    y, stream, _, amax = _norm(x, residual, weight, eps, largest, _ADD_RMS_NORM.pick(backend, x))
+    return with_largest(y, amax) if amax.numel() else y, stream
 
 
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
@@ -72,56 +75,73 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------ custom ops
 
 
+def _empty_amax(x: Tensor, largest: bool, backend: str) -> Tensor:
+    """Space for the largest magnitudes in x's rows, float32 [N], or [0] where they are not made."""
+    made = largest and backend == "triton"
+    return x.new_empty(x.shape[:-1].numel() if made else 0, dtype=torch.float32)
+
+
 @custom_op(
     "rms_norm",
-    lambda x, residual, *_: (
+    lambda x, residual, weight, eps, largest, backend: (
         x.new_empty(x.shape),
         x.new_empty(0 if residual is None else x.shape),
         x.new_empty(x.shape[:-1].numel(), dtype=accumulation_dtype(x)),
+        _empty_amax(x, largest, backend),
     ),
 )
 def _norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [..., D], the stream x + residual [..., D] or [0] where there is no residual, r [N] in the wide dtype)."""
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, largest: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y [..., D], the stream x + residual [..., D] or [0] where there is no residual, r [N] in the wide dtype, the
+    largest magnitudes in y's rows [N] or [0])."""
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
-    return {"reference": _reference_forward, "cpu": _cpu_forward, "triton": _triton_forward}[backend](
-        x, residual, weight, eps
-    )
+    amax = _empty_amax(x, largest, backend)
+    if backend == "triton":
+        return *_triton_forward(x, residual, weight, eps, amax), amax
+    return *(_cpu_forward if backend == "cpu" else _reference_forward)(x, residual, weight, eps), amax
 
 
 @custom_op(
     "rms_norm_backward",
-    lambda dy, dstream, x, weight, rstd, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=rstd.dtype)),
+    lambda dy, dstream, x, weight, rstd, largest, backend: (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape, dtype=rstd.dtype),
+        _empty_amax(x, largest, backend),
+    ),
 )
 def _norm_backward(
-    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    """(dx [..., D] in x's dtype, dw [D] in the wide dtype); x is what was normalised."""
+    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, largest: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx [..., D] in x's dtype, dw [D] in the wide dtype, the largest magnitudes in dx's rows [N] or [0]); x is what
+    was normalised."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dstream = None if dstream is None else dstream.contiguous()
-    return {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}[backend](
-        dy, dstream, x, weight, rstd
-    )
+    amax = _empty_amax(x, largest, backend)
+    if backend == "triton":
+        return *_triton_backward(dy, dstream, x, weight, rstd, amax), amax
+    return *(_cpu_backward if backend == "cpu" else _reference_backward)(dy, dstream, x, weight, rstd), amax
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, residual, weight, _, ctx.backend = inputs
-    _, stream, rstd = output
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x, residual, weight, _, ctx.largest, ctx.backend = inputs
+    _, stream, rstd, _ = output
     ctx.save_for_backward(x if residual is None else stream, weight, rstd)
     ctx.has_residual = residual is not None
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dy: Tensor | None, dstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, dstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     x, weight, rstd = ctx.saved_tensors
     if not ctx.has_residual:
         dstream = None
     if dy is None:
-        return dstream, dstream, None, None, None
-    dx, dw = _norm_backward(dy, dstream, x, weight, rstd, ctx.backend)
-    return dx, dx if ctx.has_residual else None, dw, None, None
+        return dstream, dstream, *[None] * 4
+    dx, dw, amax = _norm_backward(dy, dstream, x, weight, rstd, ctx.largest, ctx.backend)
+    if amax.numel():
+        with_largest(dx, amax)
+    return dx, dx if ctx.has_residual else None, dw, *[None] * 3
 
 
 differentiable(_norm, _gradients, _setup_context)
@@ -191,8 +211,8 @@ def _backward_tile(D: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 @jit
 def _forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, stream_ptr, rstd_ptr, N, D, eps,
-    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, stream_ptr, rstd_ptr, amax_ptr, N, D, eps,
+    HAS_RESIDUAL: tl.constexpr, AMAX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -206,8 +226,11 @@ def _forward_kernel(
         x = stream.to(tl.float32)
     rstd = 1 / tl.sqrt(tl.sum(x * x, 1) / D + eps)
     weight = tl.load(weight_ptr + columns, columns < D, 0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, (x * rstd[:, None] * weight[None, :]).to(y_ptr.dtype.element_ty), mask)
+    y = (x * rstd[:, None] * weight[None, :]).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y, mask)
     tl.store(rstd_ptr + rows, rstd, rows < N)
+    if AMAX:
+        tl.store(amax_ptr + rows, tl.max(tl.abs(y.to(tl.float32)), 1), rows < N)
 
 
 @jit
@@ -218,8 +241,8 @@ def _load(ptr, offsets, mask, AGAIN: tl.constexpr = False):
 
 @jit
 def _backward_kernel(
-    dy_ptr, dstream_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr, N, D,
-    HAS_DSTREAM: tl.constexpr, TWICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dy_ptr, dstream_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr, amax_ptr, N, D,
+    HAS_DSTREAM: tl.constexpr, TWICE: tl.constexpr, AMAX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """TWICE: rows are read again after their projection is known, not held."""
     columns = tl.arange(0, COLUMNS)
@@ -244,11 +267,16 @@ def _backward_kernel(
         dx = (dy * weight - x_hat * projection) * rstd
         if HAS_DSTREAM:
             dx += _load(dstream_ptr, offsets, mask)
-        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask)
+        dx = dx.to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + offsets, dx, mask)
+        if AMAX:
+            tl.store(amax_ptr + rows, tl.max(tl.abs(dx.to(tl.float32)), 1), rows < N)
     tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * D + columns, tl.sum(dw, 0), columns < D)
 
 
-def _triton_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, amax: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     D = x.shape[-1]
     N = x.numel() // max(1, D)
     y, stream = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
@@ -256,54 +284,74 @@ def _triton_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: flo
     rows, columns, warps = _tile(D, x.dtype, FORWARD_TILE, FORWARD_WARP)
     if N:
         _forward_kernel[(-(-N // rows),)](
-            x, residual, weight, y, stream, rstd, N, D, eps,
-            HAS_RESIDUAL=residual is not None, ROWS=rows, COLUMNS=columns, num_warps=warps,
+            x, residual, weight, y, stream, rstd, amax, N, D, eps,
+            HAS_RESIDUAL=residual is not None, AMAX=amax.numel() > 0, ROWS=rows, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
     return y, stream, rstd
 
 
 def _triton_backward(
-    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, amax: Tensor
 ) -> tuple[Tensor, Tensor]:
     N, D = len(rstd), x.shape[-1]
     dx = torch.empty_like(x)
     if not N:
         return dx, x.new_zeros(D, dtype=torch.float32)
     if D > WIDEST and (x.dtype == torch.float32 or D % 16):
-        return _reference_backward(dy, dstream, x, weight, rstd)
+        dx, dw = _reference_backward(dy, dstream, x, weight, rstd)
+        _amax_of(dx.view(N, D), amax)
+        return dx, dw
     rows, columns, warps = _backward_tile(D, x.dtype)
     programs = min(-(-N // rows), PROGRAMS_PER_SM * multiprocessors(x.device))
     dw = x.new_empty(programs, D, dtype=torch.float32)
     _backward_kernel[(programs,)](
-        dy, dstream, x, weight, rstd, dx, dw, N, D,
-        HAS_DSTREAM=dstream is not None, TWICE=D > WIDEST, ROWS=rows, COLUMNS=columns, num_warps=warps,
+        dy, dstream, x, weight, rstd, dx, dw, amax, N, D,
+        HAS_DSTREAM=dstream is not None, TWICE=D > WIDEST, AMAX=amax.numel() > 0 and D <= WIDEST,
+        ROWS=rows, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
+    if D > WIDEST:
+        _amax_of(dx.view(N, D), amax)
     return dx, dw.sum(0)
 
 
+def _amax_of(x_ND: Tensor, amax: Tensor) -> None:
+    """Where the kernel has no registers left for it."""
+    if amax.numel():
+        amax.copy_(x_ND.abs().amax(1))
+
+
 def variants() -> list[Variant]:
-    """The launches for widths from 64 to 16,384 in bf16, with and without the residual; of some widths in float32,
-    float16, and where they are no multiples of 16. Backward, float32 wider than WIDEST has none."""
+    """The launches for widths from 64 to 16,384 in bf16, with and without the residual, from 2,048 on also for fp8; of
+    some widths in float32, float16, and where they are no multiples of 16. Backward, float32 wider than WIDEST has
+    none."""
     found = []
-    cases = [(64 << i, "*bf16", "i32:16", whole) for i in range(9) for whole in (True, False)]
-    cases += [(D, "*fp32", "i32:16", True) for D in (1024, 4096, 8192, 16384)]
-    cases += [(1024, "*fp32", "i32:16", False), (1024, "*fp16", "i32:16", True)]
-    cases += [(D, "*bf16", "i32", True) for D in (1000, 3000, 5000)] + [(1000, "*fp32", "i32", True)]
-    for D, dtype, size, whole in cases:
+    cases = [(64 << i, "*bf16", "i32:16", whole, False) for i in range(9) for whole in (True, False)]
+    cases += [(2048 << i, "*bf16", "i32:16", whole, True) for i in range(4) for whole in (True, False)]
+    cases += [(D, "*fp32", "i32:16", True, False) for D in (1024, 4096, 8192, 16384)]
+    cases += [(1024, "*fp32", "i32:16", False, False), (1024, "*fp16", "i32:16", True, False)]
+    cases += [(D, "*bf16", "i32", True, False) for D in (1000, 3000, 5000)] + [(1000, "*fp32", "i32", True, False)]
+    for D, dtype, size, whole, amax in cases:
         sizes = {"N": "i32", "D": size}
-        default = (dtype, size, whole) == ("*bf16", "i32:16", True) and D in (1024, 4096)
+        default = (dtype, size, whole) == ("*bf16", "i32:16", True) and D in ((2048,) if amax else (1024, 4096))
         rows, columns, warps = _tile(D, DTYPES[dtype], FORWARD_TILE, FORWARD_WARP)
         tensors = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr", "stream_ptr"), dtype)
         given = dtype if whole else None
-        arguments = {**tensors, "residual_ptr": given, "rstd_ptr": "*fp32", **sizes, "eps": "fp32"}
-        constants = {"HAS_RESIDUAL": whole, "ROWS": rows, "COLUMNS": columns}
+        arguments = {**tensors, "residual_ptr": given, "rstd_ptr": "*fp32", "amax_ptr": "*fp32", **sizes, "eps": "fp32"}
+        constants = {"HAS_RESIDUAL": whole, "AMAX": amax, "ROWS": rows, "COLUMNS": columns}
         found.append(Variant(_forward_kernel, arguments, constants, warps, default=default))
-        if D > WIDEST and dtype == "*fp32":
+        if D > WIDEST and (dtype == "*fp32" or amax):
             continue
         rows, columns, warps = _backward_tile(D, DTYPES[dtype])
         tensors = dict.fromkeys(("dy_ptr", "x_ptr", "weight_ptr", "dx_ptr"), dtype)
-        arguments = {**tensors, "dstream_ptr": given, "rstd_ptr": "*fp32", "dw_ptr": "*fp32", **sizes}
-        constants = {"HAS_DSTREAM": whole, "TWICE": D > WIDEST, "ROWS": rows, "COLUMNS": columns}
+        arguments = {
+            **tensors,
+            "dstream_ptr": given,
+            "rstd_ptr": "*fp32",
+            "dw_ptr": "*fp32",
+            "amax_ptr": "*fp32",
+            **sizes,
+        }
+        constants = {"HAS_DSTREAM": whole, "TWICE": D > WIDEST, "AMAX": amax, "ROWS": rows, "COLUMNS": columns}
         found.append(Variant(_backward_kernel, arguments, constants, warps, default=default))
     return found
 

@@ -98,11 +98,12 @@ class Block(nn.Module):
         """(the next block's h, the stream after this block); `attend`: a cache's, in the place of attention to h."""
         attended_BTD = self.attention(h_BTD, cos, sin, cu_seqlens, fp8, attend)
         if self.norms_after:
-            stream_BTD = stream_BTD + rms_norm(attended_BTD, self.attention_norm, self.norm_eps)
-            stream_BTD = stream_BTD + rms_norm(self.feed_forward(stream_BTD, fp8), self.ffn_norm, self.norm_eps)
+            stream_BTD = stream_BTD + rms_norm(attended_BTD, self.attention_norm, self.norm_eps, largest=fp8)
+            fed_BTD = self.feed_forward(stream_BTD, fp8)
+            stream_BTD = stream_BTD + rms_norm(fed_BTD, self.ffn_norm, self.norm_eps, largest=fp8)
             return stream_BTD, stream_BTD
-        h_BTD, stream_BTD = add_rms_norm(attended_BTD, stream_BTD, self.ffn_norm, self.norm_eps)
-        return add_rms_norm(self.feed_forward(h_BTD, fp8), stream_BTD, next_norm, self.norm_eps)
+        h_BTD, stream_BTD = add_rms_norm(attended_BTD, stream_BTD, self.ffn_norm, self.norm_eps, largest=fp8)
+        return add_rms_norm(self.feed_forward(h_BTD, fp8), stream_BTD, next_norm, self.norm_eps, largest=fp8)
 
     def attention(
         self,
@@ -137,7 +138,7 @@ class Block(nn.Module):
     def feed_forward(self, h_BTD: Tensor, fp8: bool) -> Tensor:
         gate_up = product(h_BTD, self.w_gate_up, fp8, self.b_gate_up)
         if fp8 and gains_by_fp8(self.w_down.shape):
-            return product(swiglu_packed(gate_up), self.w_down, fp8, self.b_down)
+            return product(swiglu_packed(gate_up, largest=True), self.w_down, fp8, self.b_down)
         return swiglu_linear(gate_up, self.w_down, self.b_down)
 
 
@@ -243,9 +244,9 @@ class GPT(nn.Module):
 
         stream_BTD = embedding(tokens_BT, self.embedding)
         after = self.config.norms == "after"
-        h_BTD = stream_BTD if after else rms_norm(stream_BTD, blocks[0].attention_norm, eps)
         next_norms = [*(block.attention_norm for block in blocks[1:]), self.final_norm]
         fp8 = self.fp8 and torch.is_grad_enabled()
+        h_BTD = stream_BTD if after else rms_norm(stream_BTD, blocks[0].attention_norm, eps, largest=fp8)
         for i, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
             arguments = (h_BTD, stream_BTD, next_norm, *tables[block.rope], cu_seqlens, fp8)
             if cache is not None:

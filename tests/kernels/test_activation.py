@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from spt_fast.kernels import accumulate_in_place, activation, swiglu, swiglu_linear, swiglu_packed
+from spt_fast.kernels.fp8 import largest_of
 from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
@@ -155,6 +156,23 @@ def test_rows_further_apart_than_an_int32_counts(backend: str) -> None:
     )
 
 
+@pytest.mark.parametrize("width", [48, 600])
+def test_results_and_gradients_carry_the_largest_of_their_rows_in_parts(width: int) -> None:
+    usable("triton")
+    gate_up, dy = random_tensors([(3, 7, 2 * width), (3, 7, width)], torch.float32)
+    y = swiglu_packed(gate_up.requires_grad_(), largest=True, backend="triton")
+    seen: list[Tensor] = []
+    y.grad_fn.register_hook(lambda inputs, _: seen.append(inputs[0]))
+    y.backward(dy)
+    for x in (y, seen[0]):
+        largest = largest_of(x)
+        assert largest is not None
+        assert largest.shape == (21, -(-width // 256))
+        assert torch.equal(largest.amax(1), x.abs().amax(2).flatten())
+    assert largest_of(swiglu_packed(gate_up, backend="triton")) is None
+    assert largest_of(swiglu_packed(gate_up, largest=True, backend="reference")) is None
+
+
 def test_bad_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="agree"):
         swiglu(torch.randn(2, 8), torch.randn(2, 1))
@@ -175,6 +193,8 @@ def test_every_launch_is_compiled_ahead_of_time() -> None:
         for width, dtype in cases:
             gate_up = torch.empty(2, 2 * width, dtype=dtype)
             gate, up = gate_up.split(width, -1)
-            activation._triton_forward(gate, up)
+            for amax in (None, torch.empty(2, 64)):
+                activation._triton_forward(gate, up, amax)
+                activation._triton_backward(up, gate, up, *torch.empty_like(gate_up).split(width, -1), amax=amax)
             for again in (False, True):
                 activation._triton_backward(up, gate, up, *torch.empty_like(gate_up).split(width, -1), again=again)

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from spt_fast.kernels import add_rms_norm, norm, rms_norm
+from spt_fast.kernels.fp8 import largest_of
 from tests.kernels.compare import (
+    DEVICE,
     assert_as_exact_as_torch,
     backends_and_dtypes,
     by_more_than_chance,
     random_tensors,
     run,
+    usable,
 )
 from tests.kernels.contract import Contract, Sample, Shape
 from tests.kernels.launches import BF16, FP16, FP32, WIDTHS, compiled_launches
@@ -99,6 +102,33 @@ def test_weight_gradient_reaches_a_float32_accumulator_unrounded() -> None:
     torch.testing.assert_close(weight.grad.double(), exact, rtol=1e-4, atol=1e-4)
 
 
+def test_results_and_gradients_carry_the_largest_of_their_rows() -> None:
+    usable("triton")
+    x, residual, weight, dy = random_tensors([(3, 5, 300), (3, 5, 300), (300,), (3, 5, 300)], torch.float32)
+    x.requires_grad_()
+    for y in (
+        rms_norm(x, weight, largest=True, backend="triton"),
+        add_rms_norm(x, residual, weight, largest=True, backend="triton")[0],
+    ):
+        assert torch.equal(largest_of(y), y.abs().amax(2).flatten())
+        seen = []
+        y.grad_fn.register_hook(lambda inputs, _, seen=seen: seen.append(inputs[0]))
+        y.backward(dy)
+        assert torch.equal(largest_of(seen[0]), seen[0].abs().amax(2).flatten())
+    assert largest_of(rms_norm(x, weight, backend="triton")) is None
+    assert largest_of(rms_norm(x, weight, largest=True, backend="reference")) is None
+
+
+def test_the_largest_of_rows_that_are_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    usable("triton")
+    monkeypatch.setattr(norm, "WIDEST", 64)
+    for D, dtype in ((96, torch.float16), (96, torch.float32)):
+        x, weight, dy = random_tensors([(7, D), (D,), (7, D)], dtype)
+        amax = torch.empty(7, device=DEVICE)
+        dx, _ = norm._triton_backward(dy, None, x, weight, torch.ones(7, device=DEVICE), amax)
+        assert torch.equal(amax, dx.abs().amax(1).float())
+
+
 def test_bad_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="weight"):
         rms_norm(torch.randn(2, 8), torch.randn(7))
@@ -117,5 +147,6 @@ def test_every_launch_is_compiled_ahead_of_time() -> None:
         for D, dtype, whole in cases:
             x, weight = torch.empty(2, D, dtype=dtype), torch.empty(D, dtype=dtype)
             other = x if whole else None
-            norm._triton_forward(x, other, weight, 1e-6)
-            norm._triton_backward(x, other, x, weight, torch.empty(2))
+            for amax in (torch.empty(0), torch.empty(2))[: 2 if D >= 2048 and D % 16 == 0 and dtype == BF16 else 1]:
+                norm._triton_forward(x, other, weight, 1e-6, amax)
+                norm._triton_backward(x, other, x, weight, torch.empty(2), amax)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_fast.errors import RecipeError
-from spt_fast.kernels import accumulate_in_place
+from spt_fast.kernels import accumulate_in_place, fp8, prefer
 from spt_fast.model import gpt
 from spt_fast.model.config import RopeScaling
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -599,6 +599,31 @@ def test_fp8_gradients_sum_over_micro_batches_in_float32(monkeypatch: pytest.Mon
         assert parameter.grad is not None
         assert parameter.grad.dtype == torch.float32
         assert torch.equal(parameter.grad, 2 * gradient)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_fp8_asks_only_attention_for_its_largest_magnitudes(
+    checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms and SwiGLU hand over those of their results and gradients: right ones, or the model's would differ."""
+    monkeypatch.setattr(gpt, "FP8_WIDTH", 16)
+    asked, gradients, both = [], [], fp8._triton_both
+    forgets = False
+
+    def counted(x: Tensor, dtype: torch.dtype, largest: Tensor | None) -> tuple[Tensor, ...]:
+        asked.append(largest is None)
+        return both(x, dtype, None if forgets else largest)
+
+    monkeypatch.setitem(fp8._QUANTISE_BOTH, "triton", counted)
+    for forgets in (False, True):  # noqa: B007, `counted` uses it
+        model = GPT(GPTConfig(**FP8), seed=3)
+        model.fp8, model.checkpointing = True, checkpointing
+        asked.clear()
+        with prefer("triton"):
+            gradients.append(loss_and_gradients(model))
+        recomputed = 1 if checkpointing == "none" else 2
+        assert (sum(asked), len(asked)) == (2 * (recomputed + 1), 8 * (recomputed + 1))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_checkpointing_with_fp8_changes_no_bit_and_keeps_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
