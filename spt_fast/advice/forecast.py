@@ -1,26 +1,30 @@
 """What finetuning would end with after a pretraining budget, for each share of domain data that was run.
 
-The domain loss comes from PostFinetuneLaw, before finetuning by the OverfittingLaw or by a curve for each share: by
-whichever errs less when the largest budget is held out. The general loss comes from the same law fitted to general
-losses, a power of the budget before and after finetuning, for each share (our reading: no paper has a law for it). How
-sure the best share is: the laws are fitted again to resampled runs, and the share of draws in which it is best counted.
+The domain loss comes from PostFinetuneLaw, before finetuning by the OverfittingLaw, by the MixtureRepetitionLaw or by
+a curve for each share: by whichever errs least when the largest budget is held out. The general loss comes from the
+same law fitted to general losses, a power of the budget before and after finetuning, for each share (our reading: no
+paper has a law for it). How sure the best share is: the laws are fitted again to resampled runs, and the share of draws
+in which it is best counted.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 
 from spt_fast.advice.result import AtBudget, HeldOut, Outcome, Standing
-from spt_fast.errors import DataError
-from spt_fast.laws import ExtrapolationWarning, OverfittingLaw, PostFinetuneLaw
+from spt_fast.errors import DataError, RecipeError
+from spt_fast.laws import ExtrapolationWarning, MixtureRepetitionLaw, OverfittingLaw, PostFinetuneLaw
 from spt_fast.study.finetunes import Interval
 
+Before = OverfittingLaw | MixtureRepetitionLaw
+BEFORE: tuple[type[Before], ...] = (OverfittingLaw, MixtureRepetitionLaw)
+"""Laws of the loss before finetuning."""
 LEVEL, DRAWS = 0.9, 100
 FEWEST_BUDGETS, FEWEST_POINTS = 3, 4
 """At each share: as many budgets as a power law with an offset has parameters, and a point over."""
@@ -53,7 +57,7 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
     at: dict[str, Any] = {"tokens": np.full(len(deltas), tokens), "fraction": np.array(deltas)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        law, error, overfitting = _chosen(rows, curves)
+        law, error, before_law = _chosen(rows, curves)
         domain = _intervals(law.predict(interval=LEVEL, **at))
         general: Sequence[Interval | None] = [None] * len(deltas)
         forgetting: Sequence[float | None] = [None] * len(deltas)
@@ -62,12 +66,20 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
             after = of_general.predict(interval=LEVEL, **at)
             general, forgetting = _intervals(after), (after[0] - of_general.predict(of="heldout_loss", **at)).tolist()
         draws = np.stack([drawn.predict(**at) for drawn in _resampled(law, rows, curves)])
-        before = overfitting.best_fraction(tokens=tokens) if overfitting else None
+        before = _best_before(before_law, tokens)
     said = {str(w.message): None for w in caught if not issubclass(w.category, ExtrapolationWarning)}
-    name = "OverfittingLaw and PostFinetuneLaw" if law.heldout else "PostFinetuneLaw"
+    name = f"{type(law.heldout).__name__} and PostFinetuneLaw" if law.heldout else "PostFinetuneLaw"
     standing = Standing(name, error, _against(law, _last(rows)), before, list(said))
     outcomes = dict(zip(deltas, map(Outcome, domain, general, forgetting), strict=True))
     return Forecast(tokens, outcomes, draws, standing)
+
+
+def _best_before(law: Before | None, tokens: float) -> float | None:
+    """The best share before finetuning; None where the runs leave it open."""
+    try:
+        return law.best_fraction(tokens=tokens) if law else None
+    except RecipeError:
+        return None
 
 
 def _intervals(edges: tuple[np.ndarray, ...]) -> list[Interval]:
@@ -101,34 +113,47 @@ def _columns(rows: pd.DataFrame, corpus: str) -> pd.DataFrame:
     )
 
 
-def _chosen(
-    rows: pd.DataFrame, curves: pd.DataFrame | None
-) -> tuple[PostFinetuneLaw, HeldOut | None, OverfittingLaw | None]:
-    """The law that predicts the largest budget best from the others, how well, and the OverfittingLaw where the curves
-    can be fitted."""
-    law, error = _fitted(rows, None), _heldout_error(rows, None)
-    try:
-        if curves is None:
-            return law, error, None
-        other, its_error = _fitted(rows, curves), _heldout_error(rows, curves)
-    except DataError:
-        return law, error, None
-    if error and its_error and its_error.mre < error.mre:
-        return other, its_error, other.heldout
-    return law, error, other.heldout
+def _chosen(rows: pd.DataFrame, curves: pd.DataFrame | None) -> tuple[PostFinetuneLaw, HeldOut | None, Before | None]:
+    """The law that predicts the largest budget best from the others, how well, and of the laws of the loss before
+    finetuning the one with which it does so best."""
+    plain = _fitted(rows, None, None), _heldout_error(rows, None, None)
+    others = []
+    for kind in BEFORE if curves is not None else ():
+        try:
+            others.append((_fitted(rows, curves, kind), _heldout_error(rows, curves, kind)))
+        except DataError:
+            continue
+    best, its_error = min(others, key=_error, default=(None, None))
+    if best is None:
+        return *plain, None
+    if _error((best, its_error)) < _error(plain) and plain[1]:
+        return best, its_error, best.heldout
+    return *plain, best.heldout
 
 
-def _fitted(rows: pd.DataFrame, curves: pd.DataFrame | None) -> PostFinetuneLaw:
-    before = None if curves is None else OverfittingLaw().fit(curves)
+def _error(fitted: tuple[PostFinetuneLaw, HeldOut | None]) -> float:
+    return fitted[1].mre if fitted[1] else np.inf
+
+
+def _fitted(rows: pd.DataFrame, curves: pd.DataFrame | None, kind: type[Before] | None) -> PostFinetuneLaw:
+    before = None if curves is None or kind is None else kind().fit(_curves(curves, kind))
     return PostFinetuneLaw(heldout=before).fit(_columns(rows, "domain"))
 
 
-def _heldout_error(rows: pd.DataFrame, curves: pd.DataFrame | None) -> HeldOut | None:
+def _curves(curves: pd.DataFrame, kind: type[Before]) -> pd.DataFrame:
+    """As the law takes them."""
+    if kind is OverfittingLaw:
+        return curves
+    unique = curves.loc[curves["fraction"] > 0, "domain_tokens"].iloc[0]
+    return curves.assign(unique_tokens=unique, loss=curves["heldout_loss"])
+
+
+def _heldout_error(rows: pd.DataFrame, curves: pd.DataFrame | None, kind: type[Before] | None) -> HeldOut | None:
     last = _last(rows)
     before = float(last["pretrain_tokens"].max())
     try:
         fewer = _enough(rows[rows["pretrain_tokens"] < before])
-        law = _fitted(fewer, None if curves is None else curves[curves["tokens"] < before])
+        law = _fitted(fewer, None if curves is None else curves[curves["tokens"] < before], kind)
     except DataError:
         return None
     last = last[last["pretrain_delta"].isin(law.fractions_)]
@@ -156,6 +181,8 @@ def _resampled(law: PostFinetuneLaw, rows: pd.DataFrame, curves: pd.DataFrame | 
     if law.heldout is None:
         yield from drawn
         return
-    for before, after in zip(law.heldout.resampled(curves, DRAWS, seed=1), drawn, strict=True):
-        after.heldout = before
+    assert curves is not None
+    before = law.heldout.resampled(_curves(curves, type(law.heldout)), DRAWS, seed=1)
+    for own, after in zip(cast("Iterator[Before]", before), drawn, strict=True):
+        after.heldout = own
         yield after

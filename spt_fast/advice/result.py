@@ -186,7 +186,7 @@ class Standing:
     largest: AtBudget | None = None
     """The same when it is fitted too."""
     before_finetuning: float | None = None
-    """The share with the lowest domain loss then, also between those run, by the OverfittingLaw."""
+    """The share with the lowest domain loss then, also between those run."""
     warnings: list[str] | None = None
 
 

@@ -23,7 +23,7 @@ UNITS = {
 
 def beyond(factors: dict[str, float], than: float = 1.0) -> list[str]:
     """By how much a question lies outside of the runs, where by more than a factor of `than`."""
-    return [f"{factor:.3g}× in {UNITS[what]}" for what, factor in factors.items() if factor > than]
+    return [f"{float(f'{factor:.3g}'):,g}× in {UNITS[what]}" for what, factor in factors.items() if factor > than]
 
 
 def support(

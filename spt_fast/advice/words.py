@@ -132,15 +132,14 @@ def findings(advice: Advice) -> list[str]:
     found = [BASIS[advice.decision.basis], *surety(advice)]
     if advice.decision.basis == "laws" and before is not None:
         best = percent(float(f"{before:.2g}"))
-        found.append(
-            f"before finetuning the best share is {best}, by the OverfittingLaw, which knows those between too"
-        )
+        found.append(f"before finetuning the best share is {best}, by a law that knows those between too")
     found += [*costs(advice), *(advice.regimes.says if advice.regimes else ())]
     return [*found, *_papers(advice.prior), *_distance(advice.distance), *_tax(advice.tax)]
 
 
 def _papers(papers: Prior) -> list[str]:
-    span = "" if papers["delta_range"] is None else f" ({' to '.join(map(percent, papers['delta_range']))})"
+    ends = list(dict.fromkeys(map(percent, papers["delta_range"] or ())))
+    span = f" ({' to '.join(ends)})" if len(ends) > 1 else ""
     worth = papers["worth"]
     far = beyond(papers["outside"])
     outside = f"; the question lies outside of theirs {', '.join(far)}" if far else ""

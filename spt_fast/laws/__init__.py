@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from spt_fast.laws.base import ExtrapolationWarning, IdentificationWarning, Law, LawWarning
+from spt_fast.laws.base import ExtrapolationWarning, IdentificationWarning, Law, LawWarning, OpenError
 from spt_fast.laws.chinchilla import ChinchillaLaw
 from spt_fast.laws.cmr import CMRLaw
 from spt_fast.laws.cross_domain import CrossDomainDCPTLaw, ProbedDCPTLaw, learnability
@@ -36,6 +36,7 @@ __all__ = [
     "LawWarning",
     "MixtureRepetitionLaw",
     "OffsetForgettingLaw",
+    "OpenError",
     "OverfittingLaw",
     "PostFinetuneLaw",
     "ProbedDCPTLaw",

@@ -295,6 +295,12 @@ class Law:
         if not hasattr(self, attribute):
             raise RecipeError(f"this {type(self).__name__} has not been fitted; {remedy}")
 
+    def _range(self, column: str, otherwise: tuple[float, float]) -> tuple[float, float]:
+        """The smallest and the largest that were fitted; `otherwise` without a fit."""
+        if not hasattr(self, "_rows"):
+            return otherwise
+        return float(self._rows.columns[column].min()), float(self._rows.columns[column].max())
+
     def _warn_beyond(self, **columns: Any) -> None:
         """Warn of inputs outside of the runs that were fitted."""
         if not hasattr(self, "_rows"):
@@ -315,7 +321,7 @@ Decision = TypeVar("Decision", bound=Callable[..., Any])
 
 
 def decision(decide: Decision) -> Decision:
-    """A decorator: RecipeError where what a law decides hangs on a parameter that its runs leave open."""
+    """A decorator: OpenError where what a law decides hangs on a parameter that its runs leave open."""
 
     @wraps(decide)
     def settled(self: Law, **given: Any) -> Any:
@@ -326,8 +332,12 @@ def decision(decide: Decision) -> Decision:
     return cast(Decision, settled)
 
 
+class OpenError(RecipeError):
+    """A decision that the runs leave open."""
+
+
 def require_settled(answer: Any, law: Law, decide: Callable[[Law], Any]) -> None:
-    """RecipeError where laws that meet the runs about as well have no answer, or one that differs by more than FACTOR
+    """OpenError where laws that meet the runs about as well have no answer, or one that differs by more than FACTOR
     (and a share by more than APART)."""
     for name, other in law.alternatives():
         try:
@@ -340,7 +350,7 @@ def require_settled(answer: Any, law: Law, decide: Callable[[Law], Any]) -> None
             low, high = sorted((one, two))
             if not high <= FACTOR * low and (high > 1 or not high - low <= APART):
                 says = "nothing" if np.isnan(two) else f"{two:.3g}"
-                raise RecipeError(
+                raise OpenError(
                     f"{type(law).__name__} is left open by these runs: with another value of {name} it meets them as "
                     f"well, and answers {says} in place of {one:.3g}; add runs that differ in what {name} acts on"
                 )

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from spt_fast.errors import DataError, RecipeError, invalid
-from spt_fast.laws.base import ExtrapolationWarning, Law, require_points
+from spt_fast.laws.base import ExtrapolationWarning, Law, OpenError, require_points
 from spt_fast.laws.columns import NATURAL, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.dcpt import first_fall
 from spt_fast.laws.fitting import DRAWS, STEP, Curve, Fit, Parameter, solve
@@ -120,7 +120,7 @@ class CMRLaw(Law):
         drawn = np.nan_to_num(found[1:], nan=0.0)
         low, high = np.quantile(drawn, (0.05, 0.95))
         if high - low > np.ptp(ratios) / 2:
-            raise RecipeError(
+            raise OpenError(
                 f"these runs leave the critical ratio at {tokens:g} tokens open: it is {found[0]:.3g}, and with 90% "
                 f"certainty from {low:.2g} to {high:.2g}; run more ratios, longer, or each with a second seed"
             )

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from spt_fast.errors import RecipeError
 from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.chinchilla import IRREDUCIBLE, coefficient, exponent
 from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns
@@ -25,12 +26,10 @@ from spt_fast.laws.dcpt import lowest
 from spt_fast.laws.fitting import Parameter
 from spt_fast.laws.powers import power
 
-GRID = np.linspace(0, 1, 2001)
-
 
 class MixtureRepetitionLaw(FormulaLaw):
     """Columns: `tokens` D, `fraction` h, `unique_tokens` D_t, `loss`. Parameters: E, A, alpha, tau, r1 (in repeats),
-    gamma (nats)."""
+    gamma (nats). Fitted to one corpus, it is asked about that one unless `unique_tokens` says otherwise."""
 
     inputs: ClassVar[dict[str, Column]] = {"tokens": POSITIVE, "fraction": SHARE, "unique_tokens": POSITIVE}
     parameters: ClassVar[tuple[Parameter, ...]] = (
@@ -45,8 +44,8 @@ class MixtureRepetitionLaw(FormulaLaw):
 
     def _features(self, columns: Columns, unit: dict[str, float]) -> Columns:
         tokens, share = columns["tokens"], columns["fraction"]
-        read = share * tokens
-        seen = np.minimum(read, columns["unique_tokens"])
+        read, given = share * tokens, columns.get("unique_tokens")
+        seen = np.minimum(read, self._corpus if given is None else given)
         size = unit.get("tokens", 1.0)
         return {
             "general": (1 - share) * tokens / size,
@@ -61,9 +60,22 @@ class MixtureRepetitionLaw(FormulaLaw):
         domain = worth(columns["seen"], columns["repeats"], r1)
         return E + A * power(columns["general"] + tau * domain, -alpha) + gamma * columns["fraction"]
 
+    @property
+    def _corpus(self) -> float:
+        """The one that was fitted. RecipeError where there are others."""
+        self._require("_rows", "give unique_tokens, or fit it to a table")
+        sizes = np.unique(self._rows.columns["unique_tokens"])
+        if len(sizes) > 1:
+            raise RecipeError("a prediction needs unique_tokens: the law was fitted to corpora of several sizes")
+        return float(sizes[0])
+
     @decision
-    def best_fraction(self, *, tokens: float, unique_tokens: float) -> float:
-        """The share h in [0, 1] at which the domain loss after `tokens` is lowest, before finetuning."""
+    def best_fraction(
+        self, *, tokens: float, unique_tokens: float | None = None, within: tuple[float, float] | None = None
+    ) -> float:
+        """The share h with the lowest domain loss after `tokens`, before finetuning, between the smallest and the
+        largest that was fitted, or those of `within`."""
+        unique_tokens = self._corpus if unique_tokens is None else unique_tokens
         self._given(tokens=tokens, unique_tokens=unique_tokens)
         at = {"tokens": float(tokens), "unique_tokens": float(unique_tokens)}
 
@@ -71,6 +83,6 @@ class MixtureRepetitionLaw(FormulaLaw):
             given = np.broadcast_arrays(at["tokens"], share, at["unique_tokens"])
             return self._mean(dict(zip(self.inputs, given, strict=True)), "loss")
 
-        share = lowest(loss, GRID)
+        share = lowest(loss, np.linspace(*(within or self._range("fraction", (0.0, 1.0))), 2001))
         self._warn_beyond(fraction=share, **at)
         return share

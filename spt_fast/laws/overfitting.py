@@ -274,11 +274,6 @@ class OverfittingLaw(Law):
             self._warn_beyond(tokens=tokens, fraction=[fraction, other])
         return tokens
 
-    def _range(self, column: str, otherwise: tuple[float, float]) -> tuple[float, float]:
-        if not hasattr(self, "_rows"):
-            return otherwise
-        return float(self._rows.columns[column].min()), float(self._rows.columns[column].max())
-
 
 def _pick(free: Sequence[Array], index: Array) -> Array:
     """Each point's own among unknowns that are free for each δ: [..., points]."""

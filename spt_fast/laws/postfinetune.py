@@ -3,8 +3,8 @@
     Δ(T) = L_test(PT) − L_test(PT + FT) = a·T^b + c   for each δ
     L_test(PT + FT)(T, δ) = L_test(T, δ) − Δ(T)
 
-"The Finetuner's Fallacy", arXiv 2603.16177. L_test(T, δ) before finetuning comes from an OverfittingLaw where one is
-given, else from a curve of this table for each δ: the same shape, A·T^b + C, and where the points ask for it (by the
+"The Finetuner's Fallacy", arXiv 2603.16177. L_test(T, δ) before finetuning comes from a law of it where one is given,
+else from a curve of this table for each δ: the same shape, A·T^b + C, and where the points ask for it (by the
 Bayesian information criterion) + G·T^g for overfitting. Least squares. Decisions: the best δ at a budget, and the
 budget at which one δ overtakes another.
 """
@@ -20,6 +20,7 @@ from spt_fast.errors import RecipeError
 from spt_fast.laws.base import Law, require_points
 from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.fitting import DRAWS, Curve, Fit, Noise, Parameter, solve
+from spt_fast.laws.mixture_repetition import MixtureRepetitionLaw
 from spt_fast.laws.overfitting import OverfittingLaw, overtaking
 from spt_fast.laws.powers import in_tokens, offset_power, power_parameters
 
@@ -37,7 +38,7 @@ class PostFinetuneLaw(Law):
     """Columns: `tokens` T, `fraction` δ, `heldout_loss` and `finetuned_loss` (domain, before and after finetuning).
     Predicts finetuned_loss for a δ of the table; with `heldout_loss` measured, from that.
 
-    heldout  an OverfittingLaw for L_test(T, δ)
+    heldout  an OverfittingLaw, or a MixtureRepetitionLaw of one corpus, for L_test(T, δ)
 
     Parameters, for each δ: a[δ], b[δ], c[δ] (T in tokens).
     """
@@ -46,7 +47,7 @@ class PostFinetuneLaw(Law):
     optional: ClassVar[dict[str, Column]] = {"heldout_loss": POSITIVE}
     outputs: ClassVar[dict[str, Loss]] = {"finetuned_loss": LOSS, "heldout_loss": LOSS}
 
-    def __init__(self, heldout: OverfittingLaw | None = None) -> None:
+    def __init__(self, heldout: OverfittingLaw | MixtureRepetitionLaw | None = None) -> None:
         self.heldout = heldout
 
     @property

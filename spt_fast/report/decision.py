@@ -20,7 +20,7 @@ from spt_fast.advice.bases import BaseAdvice
 from spt_fast.advice.result import Advice
 from spt_fast.advice.words import BASIS, costs, headline, interval, share_cells, surety
 from spt_fast.errors import RecipeError
-from spt_fast.laws import DCPTLaw, best_ratio
+from spt_fast.laws import DCPTLaw, OpenError, best_ratio
 from spt_fast.study.compare import Arms, Comparison, Finetune, Verdict, compare_finetunes, judge
 from spt_fast.study.findings import arm_cells, error_of, multiplier, signed
 from spt_fast.study.finetunes import SETTING, Interval, Treatment
@@ -260,7 +260,8 @@ def _continual(domain: Fitted, general: Fitted) -> Answer:
     try:
         share = best_ratio(domain=domain.law, general=general.law, max_general_rise=MAX_GENERAL_RISE, **at)
     except RecipeError as error:
-        return Answer(f"No share keeps {limit}.", lead, sure, [_sentence(str(error))])
+        answer = "These runs leave it open." if isinstance(error, OpenError) else f"No share keeps {limit}."
+        return Answer(answer, lead, sure, [_sentence(str(error))])
     losses = {
         "domain": domain.law.predict(own_ratio=share, interval=0.9, **at),
         "general": general.law.predict(own_ratio=1 - share, interval=0.9, **at),

@@ -22,7 +22,6 @@ from spt_fast.files import check_regular
 from spt_fast.printing import plain
 from spt_fast.study.finetunes import OfBase, Treatment
 from spt_fast.train.folder import Trained, recipe_of, summary_of, trained_before
-from spt_fast.train.origin import named
 
 PER_ARM = ("name", "mixture", "anchor", "average")
 """Fields of a finetune that its treatment is made of, and its name."""
@@ -101,6 +100,8 @@ class FinishedRun:
     @property
     def base(self) -> str | None:
         """The name of the weights, pretrained elsewhere, that were finetuned; None where the pretraining is known."""
+        from spt_fast.train.origin import named  # which imports torch, a second
+
         return named(Path(self.recipe.init)) if self.recipe.init and not self.pretraining else None
 
     def pretraining_share(self, source: str) -> Fraction:

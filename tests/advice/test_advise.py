@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from spt_fast import cli
+from spt_fast import cli, laws
 from spt_fast.advice import advise as advising
 from spt_fast.advice import forecast
 from spt_fast.advice.next_step import next_step
-from spt_fast.advice.result import Decision
+from spt_fast.advice.result import Decision, HeldOut
+from spt_fast.advice.words import findings
 from spt_fast.config import recipe_from
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.printing import as_json
@@ -52,6 +54,27 @@ def stored() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def beyond(stored: pd.DataFrame) -> dict[str, Any]:
     return advise(domain_tokens=DOMAIN_TOKENS, budget=200 * B, model=PARAMS, table=stored)
+
+
+def test_the_law_before_finetuning_is_the_one_that_errs_least_at_the_largest_budget(
+    stored: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = {None: 0.05, laws.OverfittingLaw: 0.04, laws.MixtureRepetitionLaw: 0.01}
+    held_out = partial(HeldOut, tokens=B, predicted=0.01, seen=0.01, by=B)
+    monkeypatch.setattr(forecast, "_heldout_error", lambda rows, curves, kind: held_out(mre=errors[kind]))
+    asked = {"domain_tokens": DOMAIN_TOKENS, "budget": 100 * B, "model": PARAMS, "table": stored}
+    says = advise(**asked)["support"]
+    assert says["laws"] == "MixtureRepetitionLaw and PostFinetuneLaw"
+    assert says["heldout"]["mre"] == 0.01
+    errors[None] = 0.001
+    assert advise(**asked)["support"]["laws"] == "PostFinetuneLaw"
+
+
+def test_factors_and_spans_are_written_as_people_read_them() -> None:
+    small = advising.advise(domain_tokens=100_000, budget=6_000_000, model="1m")
+    said = " ".join(findings(small))
+    assert "SPT at 10%;" in said
+    assert "6,670× in pretraining tokens" in said
 
 
 @pytest.fixture(scope="module")
