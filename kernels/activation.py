@@ -35,6 +35,7 @@ from spt_fast.kernels.backend import Op, custom_op, differentiable
 from spt_fast.kernels.fp8 import with_largest
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
 from spt_fast.kernels.linear import accumulates_in_place, weight_gradients
+from spt_fast.kernels.matmul import multiply, rows_times
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
@@ -172,7 +173,7 @@ differentiable(_swiglu, _gradients, _setup_context)
 @custom_op("swiglu_linear", lambda gate_up, weight, *_: gate_up.new_empty(*gate_up.shape[:-1], weight.shape[0]))
 def _swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     gate, up = _halves(gate_up, None)
-    return F.linear(_forward(_rows(gate), _rows(up), None, backend).view(gate.shape), weight, bias)
+    return rows_times(_forward(_rows(gate), _rows(up), None, backend).view(gate.shape), weight.T, bias)
 
 
 @custom_op(
@@ -184,7 +185,7 @@ def _swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, backend
 )
 def _swiglu_linear_backward(dz: Tensor, gate_up: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """(the gradient of gate_up, y)."""
-    y_NF = dz.reshape(dz.shape[:-1].numel(), len(weight)) @ weight  # at first its gradient
+    y_NF = multiply(dz.reshape(dz.shape[:-1].numel(), len(weight)), weight)  # at first its gradient
     dgate_up = gate_up.new_empty(gate_up.shape)
     halves = (*_halves(gate_up, None), *_halves(dgate_up, None))
     _BACKWARD[backend](y_NF, *(_rows(x) for x in halves), again=True)

@@ -46,6 +46,7 @@ from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Candidate, Op, accumulation_dtype, custom_op, differentiable
 from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, next_power_of_2, tl
 from spt_fast.kernels.linear import accumulates_in_place, add_product, gradient_of
+from spt_fast.kernels.matmul import multiply
 
 CHUNK_BYTES = {"cpu": 8 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
@@ -292,12 +293,12 @@ def _sweep(
         chunk = slice(start, start + rows)
         x_CD = x_ND[chunk]
         z_CV = z_CV[: len(x_CD)]
-        torch.mm(x_CD, weight_VD.T, out=z_CV)
+        multiply(x_CD, weight_VD.T, z_CV)
         loss_N[chunk] = turn_rows(
             z_CV, targets_N[chunk], dloss_N[chunk], ignore_index, z_loss, softcap, needs_dx or needs_dw
         )
         if needs_dx:
-            torch.mm(z_CV, weight_VD, out=dx_ND[chunk])
+            multiply(z_CV, weight_VD, dx_ND[chunk])
         if needs_dw:
             add_product(total_VD, new and not start, z_CV.T, x_CD, product_VD)
     return loss_N, dx_ND, total_VD

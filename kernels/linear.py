@@ -28,6 +28,7 @@ from torch import Tensor
 from spt_fast import native
 from spt_fast.kernels.backend import CPU_LIBRARY, Op, accumulation_dtype
 from spt_fast.kernels.launch import Variant
+from spt_fast.kernels.matmul import multiply, rows_times
 
 
 def accumulate_in_place(parameters: Iterable[Tensor], memory: Iterable[Tensor] | None = None) -> None:
@@ -63,7 +64,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     _LINEAR.pick(backend, x)
     if torch.is_grad_enabled() and accumulates_in_place(weight):
         return _InPlace.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight, bias) if torch.is_grad_enabled() else rows_times(x, weight.T, bias)
 
 
 class _InPlace(torch.autograd.Function):
@@ -72,12 +73,12 @@ class _InPlace(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.weight = weight  # itself, which a checkpoint's copy of what is saved is not
         ctx.bias = bias if accumulates_in_place(bias) else None
-        return F.linear(x, weight, bias)
+        return rows_times(x, weight.T, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        dx = dy @ ctx.weight if ctx.needs_input_grad[0] else None
+        dx = rows_times(dy, ctx.weight) if ctx.needs_input_grad[0] else None
         return dx, *weight_gradients(dy, x, ctx.weight, ctx.bias, ctx.needs_input_grad[1:])
 
 
@@ -92,7 +93,7 @@ def weight_gradients(
     if weight is not None:
         add_product(*gradient_of(weight), dy_NO.T, x_NI)
     elif wanted[0]:
-        dweight = dy_NO.T @ x_NI
+        dweight = multiply(dy_NO.T, x_NI)
     if wanted[1]:
         dbias = dy_NO.sum(0, dtype=accumulation_dtype(dy))
         if bias is not None:
@@ -117,7 +118,7 @@ def add_product(total: Tensor, new: bool, a: Tensor, b: Tensor, product: Tensor 
         else:
             total.add_(product)
     elif a.dtype == dtype:
-        torch.addmm(total, a, b, beta=0 if new else 1, out=total)
+        multiply(a, b, total, add=not new)
     else:
         torch.addmm(total, a, b, beta=0 if new else 1, out_dtype=dtype, out=total)
 

@@ -358,7 +358,7 @@ def _keep_matmuls() -> tuple[Any, Any]:
     )
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
-        dear = op in matmuls or "attention" in str(op)
+        dear = op in matmuls or "attention" in str(op) or "cpu_product" in str(op)
         return checkpoint.CheckpointPolicy.MUST_SAVE if dear else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 
     return checkpoint.create_selective_checkpoint_contexts(policy)

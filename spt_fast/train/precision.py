@@ -22,6 +22,7 @@ import torch
 from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.files import write_text
+from spt_fast.kernels.matmul import multiply
 from spt_fast.kernels.measured import machine, medians, remembered
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.parameters import around_blocks, of_block
@@ -148,4 +149,4 @@ def _measure(shapes: Shapes) -> dict[str, Any]:
 def products(rows: int, columns: int, dtype: torch.dtype) -> Any:
     """What computes y = x wᵀ, dx = dy w and dw = dyᵀ x."""
     x, w, dy = (torch.ones(shape, dtype=dtype) for shape in ((ROWS, columns), (rows, columns), (ROWS, rows)))
-    return lambda: (x @ w.T, dy @ w, dy.T @ x)
+    return lambda: (multiply(x, w.T), multiply(dy, w), multiply(dy.T, x))
