@@ -266,6 +266,12 @@ class Log:
     """After this many seconds without a step, the stacks of all threads are written to stacks-<process>.txt."""
 
 
+def _auto_or_boolean(value: object, where: str) -> bool | str:
+    if value != "auto" and not isinstance(value, bool):
+        raise RecipeError(invalid(where, value, "write auto, true or false"))
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     name: str = setting(one_of("auto", "local", "deepspeed"), "auto")
@@ -282,9 +288,9 @@ class Engine:
     checkpointing: str = setting(one_of("none", "selective", "full"), "none")
     """Activation checkpointing: what the backward pass recomputes to save memory. selective: all but matmuls and
     attention; full: whole blocks, for about a third more time. Changes no result."""
-    cuda_graphs: bool = setting(boolean, False)
-    """On a GPU, record the step and replay it: for small models, whose steps are launch-bound.
-    Phases with `documents: true` go on without."""
+    cuda_graphs: bool | str = setting(_auto_or_boolean, "auto")
+    """On a GPU in one process, record a step and replay it: small models are bound by the launches of their kernels.
+    auto: where the memory of a step is there twice and a step is short."""
     fp8: bool = setting(boolean, False)
     """In training, multiply in fp8 in the blocks' layers that are at least 2,048 wide both ways, on GPUs of compute
     capability 8.9 (a CPU makes the same errors, slowly). It changes what is computed, so a run keeps what it began
@@ -408,7 +414,7 @@ class Recipe:
             raise RecipeError(invalid("engine.offload", "optimizer", "it needs ZeRO stage 1 or more; write stage: 1"))
         if engine.offload == "all" and engine.stage < 3:
             raise RecipeError(invalid("engine.offload", "all", "it needs ZeRO stage 3; write stage: 3"))
-        if engine.name == "deepspeed" and engine.cuda_graphs:
+        if engine.name == "deepspeed" and engine.cuda_graphs is True:
             raise RecipeError(invalid("engine.cuda_graphs", True, "only the local engine records graphs; write false"))
         if not self.init and not self.model.preset and not self.model.layers:
             raise RecipeError(

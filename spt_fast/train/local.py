@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from spt_fast.config import Phase
 from spt_fast.data.loader import Batch
+from spt_fast.errors import SptWarning
 from spt_fast.kernels import accumulate_in_place, keep_freed_memory
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train.engine import StepResult
@@ -17,34 +20,85 @@ from spt_fast.train.snapshot import Snapshot
 
 STEPS_TO_WARM_UP = 3
 """Steps before one is recorded as a CUDA graph: libraries and allocator have settled then."""
+LONGEST_S = 5.0
+"""A recorded step can't be interrupted between its micro-batches; one that takes longer gains nothing by it either."""
+MOST_RECORDINGS = 4
+
+
+def capture(compute: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """What a computation results in, each time that the recording of it is replayed."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        figures = compute()
+    return figures, graph.replay
 
 
 class RecordedStep:
-    """A step as a CUDA graph: the GPU starts its hundreds of kernels by itself, which pays for small models."""
+    """A step as a CUDA graph: the GPU starts its hundreds of kernels by itself, which pays for small models.
+
+    It holds for batches of one shape, with at most so many documents as it has room for: further entries of cu_seqlens
+    are documents without tokens.
+    """
 
     def __init__(self, compute: Callable[..., Tensor | None], like: Sequence[Batch]) -> None:
-        self._batches = [Batch(torch.empty_like(b.tokens), torch.empty_like(b.targets), None) for b in like]
-        self._lr = torch.zeros((), device=like[0].tokens.device)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        most = max(0 if batch.cu_seqlens is None else len(batch.cu_seqlens) for batch in like)
+        room = 1 << (2 * most - 1).bit_length()
+
+        def empty(batch: Batch) -> Batch:
+            cuts = None if batch.cu_seqlens is None else batch.cu_seqlens.new_empty(room)
+            return Batch(torch.empty_like(batch.tokens), torch.empty_like(batch.targets), cuts)
+
+        def run() -> Tensor:
             figures = compute(self._batches, self._lr, lambda: False)
-        assert figures is not None
-        self._figures = figures
+            assert figures is not None
+            return figures
+
+        self._batches = [empty(batch) for batch in like]
+        self._lr = torch.zeros((), device=like[0].tokens.device)
+        self._load(like)
+        self._figures, self._replay = capture(run)
+
+    def takes(self, micro_batches: Sequence[Batch]) -> bool:
+        return len(self._batches) == len(micro_batches) and all(map(_fits, micro_batches, self._batches))
 
     def __call__(self, micro_batches: Sequence[Batch], lr: float) -> Tensor:
+        self._load(micro_batches)
+        self._lr.fill_(lr)
+        self._replay()
+        return self._figures.clone()
+
+    def _load(self, micro_batches: Sequence[Batch]) -> None:
         for recorded, batch in zip(self._batches, micro_batches, strict=True):
             recorded.tokens.copy_(batch.tokens, non_blocking=True)
             recorded.targets.copy_(batch.targets, non_blocking=True)
-        self._lr.fill_(lr)
-        self._graph.replay()
-        return self._figures.clone()
+            if recorded.cu_seqlens is not None and batch.cu_seqlens is not None:
+                documents = len(batch.cu_seqlens)
+                recorded.cu_seqlens[:documents].copy_(batch.cu_seqlens, non_blocking=True)
+                recorded.cu_seqlens[documents:].copy_(
+                    batch.cu_seqlens[-1:].expand(len(recorded.cu_seqlens) - documents)
+                )
+
+
+def _fits(batch: Batch, room: Batch) -> bool:
+    if batch.tokens.shape != room.tokens.shape or (batch.cu_seqlens is None) != (room.cu_seqlens is None):
+        return False
+    return batch.cu_seqlens is None or room.cu_seqlens is None or len(batch.cu_seqlens) <= len(room.cu_seqlens)
+
+
+def _has_room_for_another_step(device: torch.device) -> bool:
+    """Whether what a step has beside weights and state fits twice: a recording keeps it for itself."""
+    allocated, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
+    return 2 * (most - allocated) < free
 
 
 class LocalEngine:
     """One process, one device. The model may be on the meta device, as its weights come with `begin`. `cuda_graphs`:
-    record the step once it is warm; not for batches with documents."""
+    whether steps are recorded once they are warm; "auto" where it is a GPU, has the memory, and steps are short."""
 
-    def __init__(self, model: GPT, *, device: torch.device, dtype: torch.dtype, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self, model: GPT, *, device: torch.device, dtype: torch.dtype, cuda_graphs: bool | str = False
+    ) -> None:
         if device.type == "cpu":
             keep_freed_memory()
         self.device = device
@@ -70,6 +124,7 @@ class LocalEngine:
             del self.optimizer  # frees its state before the new one's is allocated
         self.steps_made = 0
         self.recorded: RecordedStep | None = None
+        self.recordings, self._called_s = 0, time.monotonic()
         snapshot = start if current is None else current
         self.frozen = snapshot.only(FROZEN[phase.freeze])
         accumulate_in_place(self.model.parameters())  # where there are none yet
@@ -82,16 +137,34 @@ class LocalEngine:
         self.optimizer.restore(snapshot, anchor=start)
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
-        recordable = self.cuda_graphs and all(batch.cu_seqlens is None for batch in micro_batches)
-        if recordable and self.recorded is None and self.steps_made == STEPS_TO_WARM_UP:
-            self.recorded = RecordedStep(self._compute, micro_batches)
-        if recordable and self.recorded is not None:
-            if interrupted():
-                return None
-            return StepResult(self.recorded(micro_batches, lr))
+        now_s = time.monotonic()
+        self._step_s, self._called_s = now_s - self._called_s, now_s
+        if self.steps_made >= STEPS_TO_WARM_UP and self._is_to_be_recorded(micro_batches):
+            self._record(micro_batches)
+        if self.recorded is not None and self.recorded.takes(micro_batches):
+            return None if interrupted() else StepResult(self.recorded(micro_batches, lr))
         figures = self._compute(micro_batches, lr, interrupted)
         self.steps_made += 1
         return None if figures is None else StepResult(figures)
+
+    def _is_to_be_recorded(self, micro_batches: Sequence[Batch]) -> bool:
+        if self.recordings == MOST_RECORDINGS or (self.recorded is not None and self.recorded.takes(micro_batches)):
+            return False
+        if self.cuda_graphs != "auto":
+            return bool(self.cuda_graphs)
+        if self.device.type != "cuda" or self._step_s > LONGEST_S or not _has_room_for_another_step(self.device):
+            self.cuda_graphs = False
+        return bool(self.cuda_graphs)
+
+    def _record(self, micro_batches: Sequence[Batch]) -> None:
+        self.recorded, self.recordings = None, self.recordings + 1
+        try:
+            self.recorded = RecordedStep(self._compute, micro_batches)
+        except RuntimeError as error:
+            self.cuda_graphs = False
+            self.optimizer.zero_grad()
+            problem = f"engine.cuda_graphs: a step could not be recorded ({error}); training goes on without it"
+            warnings.warn(problem, SptWarning, stacklevel=3)
 
     def _compute(
         self, micro_batches: Sequence[Batch], lr: float | Tensor, interrupted: Callable[[], bool]

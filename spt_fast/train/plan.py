@@ -354,8 +354,8 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
     tokenizer, an id beyond the vocabulary, a corpus shorter than a window, a source whose share gives it no sample,
     a batch that doesn't divide among `world` processes.
     """
-    if recipe.engine.cuda_graphs and pick_device().type != "cuda":
-        raise RecipeError("engine.cuda_graphs: there is no GPU here; set it to false")
+    if recipe.engine.cuda_graphs is True and pick_device().type != "cuda":
+        raise RecipeError("engine.cuda_graphs: there is no GPU here; write auto")
     if recipe.engine.fp8 and (problem := fp8.obstacle(pick_device())):
         raise RecipeError(f"engine.fp8: {problem}; set it to false, or take a newer GPU")
     if recipe.tokenizer and tokenizer is None:
