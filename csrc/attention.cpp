@@ -12,6 +12,9 @@
 // Scores are made transposed, keys down and queries across: softmax statistics are then vectors over queries, no sum runs
 // across a register, and a tile serves as a left factor as it is (by keys) or with two key rows interleaved (by queries).
 //
+// With rotary tables, queries and keys are rotated as they are copied, and their gradients rotated back as they are written:
+// neither is in memory rotated.
+//
 // Legend: T tokens padded to a multiple of kTile, D head dimension, G query heads that share a key/value head.
 
 #include <torch/csrc/stable/library.h>
@@ -115,13 +118,54 @@ void product(const uint32_t* A, int64_t a_row, int64_t a_pair, const uint32_t* B
   for (; n < columns; n += kLanes) product_columns<1>(A, a_row, a_pair, B + n, b_row, C + n, c_row, rows, pairs, add);
 }
 
-// Copies rows to [T][D/2] pairs with zeros for padding, and from there packs them.
-void copy_rows(Rows x, const int32_t* first, int64_t tokens, int64_t T, int64_t D, uint32_t* to) {
+inline __m512 load_bf16(const uint16_t* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline __m512 load_bf16(const uint16_t* from, __mmask16 lanes) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(lanes, from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline void store_bf16(uint16_t* to, __m512 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+inline void store_bf16(uint16_t* to, __m512 x, __mmask16 lanes) {
+  _mm256_mask_storeu_epi16(to, lanes, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// The rotary tables of one sequence, [tokens][D], of which the first halves are read; cos null: nothing is rotated.
+struct Angles {
+  const float *cos, *sin;
+};
+constexpr Angles kUnrotated{nullptr, nullptr};
+
+// f(d, lanes, cos, sin) for every 16 numbers of the first half of row t.
+template <class F>
+inline void for_pairs(Angles angles, int64_t t, int64_t D, F f) {
+  for (int64_t d = 0; d < D / 2; d += kLanes) {
+    const auto lanes = static_cast<__mmask16>(D / 2 - d < kLanes ? (1 << (D / 2 - d)) - 1 : 0xffff);
+    f(d, lanes, _mm512_maskz_loadu_ps(lanes, angles.cos + t * D + d), _mm512_maskz_loadu_ps(lanes, angles.sin + t * D + d));
+  }
+}
+
+// Copies rows, rotated, to [T][D/2] pairs with zeros for padding, and from there packs them.
+void copy_rows(Rows x, Angles angles, const int32_t* first, int64_t tokens, int64_t T, int64_t D, uint32_t* to) {
   for (int64_t t = 0; t < T; ++t) {
-    if (t < tokens && first[t] <= t)
-      std::memcpy(to + t * (D / 2), x[t], D * sizeof(uint16_t));
-    else
-      std::memset(to + t * (D / 2), 0, D * sizeof(uint16_t));
+    auto* row = reinterpret_cast<uint16_t*>(to + t * (D / 2));
+    if (t >= tokens || first[t] > t) {
+      std::memset(row, 0, D * sizeof(uint16_t));
+    } else if (angles.cos == nullptr) {
+      std::memcpy(row, x[t], D * sizeof(uint16_t));
+    } else {
+      for_pairs(angles, t, D, [&](int64_t d, __mmask16 lanes, __m512 cos, __m512 sin) {
+        const __m512 a = load_bf16(x[t] + d, lanes), b = load_bf16(x[t] + D / 2 + d, lanes);
+        store_bf16(row + d, _mm512_fnmadd_ps(b, sin, _mm512_mul_ps(a, cos)), lanes);
+        store_bf16(row + D / 2 + d, _mm512_fmadd_ps(a, sin, _mm512_mul_ps(b, cos)), lanes);
+      });
+    }
   }
 }
 
@@ -143,15 +187,6 @@ inline void store_pairs(uint32_t* to, __m512 even, __m512 odd) {
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
   const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
   _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-
-inline __m512 load_bf16(const uint16_t* from) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-inline void store_bf16(uint16_t* to, __m512 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
 // Which of 16 queries from r on see key c.
@@ -183,8 +218,8 @@ int64_t first_key_tile(const int32_t* first, int64_t row, int64_t tokens) {
 }
 
 // All queries of `heads` heads against one key/value head. lse2 [heads][tokens]: log2 of the softmax's denominator.
-void forward_head(const std::vector<Rows>& q, Rows k, Rows v, const int32_t* first_T, int64_t tokens, int64_t D,
-                  float scale, std::vector<Rows>& o, float* lse2) {
+void forward_head(const std::vector<Rows>& q, Rows k, Rows v, Angles angles, const int32_t* first_T, int64_t tokens,
+                  int64_t D, float scale, std::vector<Rows>& o, float* lse2) {
   const int64_t T = (tokens + kTile - 1) / kTile * kTile, TD2 = T * D / 2;
   static thread_local Scratch scratch;
   scratch.reserve(3 * TD2 + T * D / 2 + kTile * kTile / 2, kTile * kTile + kTile * D + 3 * kTile);
@@ -201,11 +236,11 @@ void forward_head(const std::vector<Rows>& q, Rows k, Rows v, const int32_t* fir
   const __m512 scale2 = _mm512_set1_ps(scale * kLog2E);
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 
-  copy_rows(k, first_T, tokens, T, D, key_rows);
-  copy_rows(v, first_T, tokens, T, D, rows);
+  copy_rows(k, angles, first_T, tokens, T, D, key_rows);
+  copy_rows(v, kUnrotated, first_T, tokens, T, D, rows);
   pack_by_rows(rows, T, D, v_by_rows);
   for (size_t head = 0; head < q.size(); ++head) {
-    copy_rows(q[head], first_T, tokens, T, D, rows);
+    copy_rows(q[head], angles, first_T, tokens, T, D, rows);
     pack_by_columns(rows, T, D, q_by_columns);
     for (int64_t r0 = 0; r0 < T; r0 += kTile) {
       std::fill_n(most, kTile, -std::numeric_limits<float>::infinity());
@@ -269,14 +304,27 @@ void row_products(Rows x, Rows y, const int32_t* first, int64_t tokens, int64_t 
   }
 }
 
-void store_rows(const float* from, int64_t D, int64_t tokens, float factor, Rows to) {
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t d = 0; d < D; d += kLanes)
-      store_bf16(to.data + t * to.stride + d, _mm512_mul_ps(_mm512_loadu_ps(from + t * D + d), _mm512_set1_ps(factor)));
+// Writes factor times the rows, rotated back.
+void store_rows(const float* from, Angles angles, int64_t D, int64_t tokens, float factor, Rows to) {
+  const __m512 f = _mm512_set1_ps(factor);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* row = from + t * D;
+    uint16_t* out = to.data + t * to.stride;
+    if (angles.cos == nullptr) {
+      for (int64_t d = 0; d < D; d += kLanes) store_bf16(out + d, _mm512_mul_ps(_mm512_loadu_ps(row + d), f));
+      continue;
+    }
+    for_pairs(angles, t, D, [&](int64_t d, __mmask16 lanes, __m512 cos, __m512 sin) {
+      const __m512 a = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, row + d), f);
+      const __m512 b = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, row + D / 2 + d), f);
+      store_bf16(out + d, _mm512_fmadd_ps(b, sin, _mm512_mul_ps(a, cos)), lanes);
+      store_bf16(out + D / 2 + d, _mm512_fnmadd_ps(a, sin, _mm512_mul_ps(b, cos)), lanes);
+    });
+  }
 }
 
-void backward_head(const std::vector<Rows>& q, Rows k, Rows v, const std::vector<Rows>& o, const std::vector<Rows>& dout,
-                   const float* lse2, const int32_t* first_T, int64_t tokens, int64_t D, float scale,
+void backward_head(const std::vector<Rows>& q, Rows k, Rows v, Angles angles, const std::vector<Rows>& o,
+                   const std::vector<Rows>& dout, const float* lse2, const int32_t* first_T, int64_t tokens, int64_t D, float scale,
                    std::vector<Rows>& dq, Rows dk, Rows dv) {
   const int64_t T = (tokens + kTile - 1) / kTile * kTile, TD2 = T * D / 2;
   static thread_local Scratch scratch;
@@ -302,16 +350,16 @@ void backward_head(const std::vector<Rows>& q, Rows k, Rows v, const std::vector
   const __m512 scale2 = _mm512_set1_ps(scale * kLog2E);
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 
-  copy_rows(k, first_T, tokens, T, D, key_rows);
+  copy_rows(k, angles, first_T, tokens, T, D, key_rows);
   pack_by_rows(key_rows, T, D, k_by_rows);
-  copy_rows(v, first_T, tokens, T, D, value_rows);
+  copy_rows(v, kUnrotated, first_T, tokens, T, D, value_rows);
   std::fill_n(dk_sum, T * D, 0.0f);
   std::fill_n(dv_sum, T * D, 0.0f);
   for (size_t head = 0; head < q.size(); ++head) {
-    copy_rows(q[head], first_T, tokens, T, D, rows);
+    copy_rows(q[head], angles, first_T, tokens, T, D, rows);
     pack_by_columns(rows, T, D, q_by_columns);
     pack_by_rows(rows, T, D, q_by_rows);
-    copy_rows(dout[head], first_T, tokens, T, D, rows);
+    copy_rows(dout[head], kUnrotated, first_T, tokens, T, D, rows);
     pack_by_columns(rows, T, D, do_by_columns);
     pack_by_rows(rows, T, D, do_by_rows);
     row_products(dout[head], o[head], first_T, tokens, T, D, delta);
@@ -349,10 +397,10 @@ void backward_head(const std::vector<Rows>& q, Rows k, Rows v, const std::vector
         product(ds_rows, pairs, 1, q_by_rows + r0 / 2 * D, D, dk_sum + c0 * D, D, kTile, D, pairs, true);
         product(ds_pairs, 1, kTile, k_by_rows + c0 / 2 * D, D, dq_sum + r0 * D, D, kTile, D, pairs, true);
       }
-    store_rows(dq_sum, D, tokens, scale, dq[head]);
+    store_rows(dq_sum, angles, D, tokens, scale, dq[head]);
   }
-  store_rows(dk_sum, D, tokens, scale, dk);
-  store_rows(dv_sum, D, tokens, 1.0f, dv);
+  store_rows(dk_sum, angles, D, tokens, scale, dk);
+  store_rows(dv_sum, kUnrotated, D, tokens, 1.0f, dv);
 }
 
 // [B, T, H, D] with D contiguous.
@@ -381,37 +429,41 @@ void for_heads(const Tensor& k, F f) {
   });
 }
 
+// Of sequence b, from tables [T, D] or [B, T, D], or of no number for none.
+Angles angles_of(const Tensor& cos, const Tensor& sin, int64_t b) {
+  if (cos.numel() == 0) return kUnrotated;
+  const int64_t from = cos.dim() == 3 ? b * cos.stride(0) : 0;
+  return {static_cast<const float*>(cos.data_ptr()) + from, static_cast<const float*>(sin.data_ptr()) + from};
+}
+
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& first,
-                                             double scale) {
+                                             double scale, const Tensor& cos, const Tensor& sin) {
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), D = q.size(3), group = H / std::max<int64_t>(1, k.size(2));
   Tensor o = torch::stable::new_empty(q, {B, T, H, D});
   Tensor lse2 = torch::stable::new_empty(q, {B, H, T}, ScalarType::Float);
   const Heads query(q), key(k), value(v), out(o);
   for_heads(k, [&](int64_t b, int64_t h) {
     std::vector<Rows> to = out.group(b, h * group, group);
-    forward_head(query.group(b, h * group, group), key(b, h), value(b, h),
+    forward_head(query.group(b, h * group, group), key(b, h), value(b, h), angles_of(cos, sin, b),
                  static_cast<const int32_t*>(first.data_ptr()) + b * T, T, D, static_cast<float>(scale), to,
                  static_cast<float*>(lse2.data_ptr()) + (b * H + h * group) * T);
   });
   return {o, lse2};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k,
-                                                      const Tensor& v, const Tensor& first, const Tensor& o,
-                                                      const Tensor& lse2, double scale) {
+void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& first,
+                        const Tensor& o, const Tensor& lse2, double scale, const Tensor& cos, const Tensor& sin,
+                        const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   const int64_t T = q.size(1), H = q.size(2), D = q.size(3), group = H / std::max<int64_t>(1, k.size(2));
-  Tensor dq = torch::stable::new_empty(q, {q.size(0), T, H, D});
-  Tensor dk = torch::stable::new_empty(q, {q.size(0), T, k.size(2), D});
-  Tensor dv = torch::stable::new_empty(q, {q.size(0), T, k.size(2), D});
   const Heads query(q), key(k), value(v), out(o), dout_(dout), dquery(dq), dkey(dk), dvalue(dv);
   for_heads(k, [&](int64_t b, int64_t h) {
     std::vector<Rows> to = dquery.group(b, h * group, group);
-    backward_head(query.group(b, h * group, group), key(b, h), value(b, h), out.group(b, h * group, group),
-                  dout_.group(b, h * group, group), static_cast<const float*>(lse2.data_ptr()) + (b * H + h * group) * T,
+    backward_head(query.group(b, h * group, group), key(b, h), value(b, h), angles_of(cos, sin, b),
+                  out.group(b, h * group, group), dout_.group(b, h * group, group),
+                  static_cast<const float*>(lse2.data_ptr()) + (b * H + h * group) * T,
                   static_cast<const int32_t*>(first.data_ptr()) + b * T, T, D, static_cast<float>(scale), to,
                   dkey(b, h), dvalue(b, h));
   });
-  return {dq, dk, dv};
 }
 
 #pragma GCC pop_options
@@ -420,11 +472,13 @@ bool attention_supported() { return __builtin_cpu_supports("avx512bf16"); }
 
 #else
 
-std::tuple<Tensor, Tensor> attention_forward(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double) {
+std::tuple<Tensor, Tensor> attention_forward(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
+                                             const Tensor&, const Tensor&) {
   STD_TORCH_CHECK(false, "this build has no attention for this CPU");
 }
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                      const Tensor&, const Tensor&, const Tensor&, double) {
+void attention_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                        const Tensor&, double, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                        const Tensor&) {
   STD_TORCH_CHECK(false, "this build has no attention for this CPU");
 }
 bool attention_supported() { return false; }
@@ -434,9 +488,12 @@ bool attention_supported() { return false; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spt_fast, m) {
-  m.def("cpu_attention_forward(Tensor q, Tensor k, Tensor v, Tensor first, float scale) -> (Tensor, Tensor)");
-  m.def("cpu_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor first, Tensor o, Tensor lse2, "
-        "float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_attention_forward(Tensor q, Tensor k, Tensor v, Tensor first, float scale, Tensor cos, Tensor sin) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "cpu_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor first, Tensor o, Tensor lse2, "
+      "float scale, Tensor cos, Tensor sin, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def("cpu_attention_supported() -> bool");
 }
 

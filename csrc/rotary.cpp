@@ -3,7 +3,8 @@
 //
 // Queries and keys are [B, T, H, D] of float32 or bf16, of any strides but the last, which is 1: slices of a projection
 // are read where they are. The tables are [T, D] or [B, T, D], contiguous float32; the first half of a row is read.
-// Results are contiguous, all in between is float32. The weights' gradients are summed over the heads of a token,
+// Results are written to tensors like these, which may be those that are read; the heads of a token lie side by side. All
+// in between is float32. The weights' gradients are summed over the heads of a token,
 // then over the tokens of a block, then over the blocks in pairs: no sum is long or depends on the number of threads.
 
 #include "simd.h"
@@ -131,11 +132,8 @@ struct Heads {
   T* token(int64_t b, int64_t t) const { return first + b * stride_b + t * stride_t; }
 };
 
-Tensor like(const Tensor& x) { return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}); }
-
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const float* q_weight, const float* k_weight,
-                                   const Tensor& cos, const Tensor& sin, float sign, float eps) {
-  Tensor q_out = like(q), k_out = like(k);
+void forward(const Tensor& q, const Tensor& k, const float* q_weight, const float* k_weight, const Tensor& cos,
+             const Tensor& sin, float sign, float eps, const Tensor& q_out, const Tensor& k_out) {
   with_dtype(q, [&]<class T>(T) {
     const Heads<const T> from_q(q), from_k(k);
     const Heads<T> to_q(q_out), to_k(k_out);
@@ -146,26 +144,24 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const float
                     eps);
     });
   });
-  return {q_out, k_out};
 }
 
-std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool inverse) {
-  return forward(q, k, nullptr, nullptr, cos, sin, inverse ? -1.0f : 1.0f, 0.0f);
+void rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool inverse, const Tensor& q_out,
+          const Tensor& k_out) {
+  forward(q, k, nullptr, nullptr, cos, sin, inverse ? -1.0f : 1.0f, 0.0f, q_out, k_out);
 }
 
-std::tuple<Tensor, Tensor> qk_norm_rope_forward(const Tensor& q, const Tensor& k, const Tensor& q_weight,
-                                                const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
-                                                double eps) {
-  return forward(q, k, data<float>(q_weight), data<float>(k_weight), cos, sin, 1.0f, static_cast<float>(eps));
+void qk_norm_rope_forward(const Tensor& q, const Tensor& k, const Tensor& q_weight, const Tensor& k_weight,
+                          const Tensor& cos, const Tensor& sin, double eps, const Tensor& q_out, const Tensor& k_out) {
+  forward(q, k, data<float>(q_weight), data<float>(k_weight), cos, sin, 1.0f, static_cast<float>(eps), q_out, k_out);
 }
 
-std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_backward(const Tensor& dy_q, const Tensor& dy_k, const Tensor& q,
-                                                         const Tensor& k, const Tensor& q_weight,
-                                                         const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
-                                                         double eps_) {
+Tensor qk_norm_rope_backward(const Tensor& dy_q, const Tensor& dy_k, const Tensor& q, const Tensor& k,
+                             const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
+                             double eps_, const Tensor& dq, const Tensor& dk) {
   const int64_t D = q.size(3), blocks = (q.size(0) * q.size(1) + kBlockTokens - 1) / kBlockTokens;
   const float eps = static_cast<float>(eps_);
-  Tensor dq = like(q), dk = like(k), dw = torch::stable::new_empty(q, {2, D}, ScalarType::Float);
+  Tensor dw = torch::stable::new_empty(q, {2, D}, ScalarType::Float);
   std::vector<float> sums(blocks * 3 * D);  // by block: of q, of k, scratch
   with_dtype(q, [&]<class T>(T) {
     const Heads<const T> up_q(dy_q), up_k(dy_k), from_q(q), from_k(k);
@@ -185,19 +181,20 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_rope_backward(const Tensor& dy_q, con
     std::copy_n(sums.data(), 2 * D, mutable_data<float>(dw));
   else
     std::fill_n(mutable_data<float>(dw), 2 * D, 0.0f);
-  return {dq, dk, dw};
+  return dw;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spt_fast, m) {
-  m.def("cpu_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)");
+  m.def(
+      "cpu_rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse, Tensor(a!) q_out, Tensor(b!) k_out) -> ()");
   m.def(
       "cpu_qk_norm_rope_forward(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
-      "float eps) -> (Tensor, Tensor)");
+      "float eps, Tensor(a!) q_out, Tensor(b!) k_out) -> ()");
   m.def(
       "cpu_qk_norm_rope_backward(Tensor dy_q, Tensor dy_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, "
-      "Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor, Tensor)");
+      "Tensor cos, Tensor sin, float eps, Tensor(a!) dq, Tensor(b!) dk) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spt_fast, CPU, m) {

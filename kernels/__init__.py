@@ -13,7 +13,7 @@ import pkgutil
 from spt_fast.kernels.activation import swiglu, swiglu_linear, swiglu_packed
 from spt_fast.kernels.adamw import adamw_step, adamw_step_all
 from spt_fast.kernels.allocator import keep_freed_memory, return_freed_memory
-from spt_fast.kernels.attention import flash_attention
+from spt_fast.kernels.attention import flash_attention, qkv_attention
 from spt_fast.kernels.backend import auto_backends, chosen_backends, prefer
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
 from spt_fast.kernels.embedding import embedding
@@ -37,6 +37,7 @@ __all__ = [
     "linear_cross_entropy",
     "prefer",
     "qk_norm_rope",
+    "qkv_attention",
     "return_freed_memory",
     "rms_norm",
     "rope",

@@ -9,6 +9,9 @@ Documents are given as the cumulative ends of the B·T positions read as one lin
 cu_seqlens[d+1] - 1. Row ends cut too, documents may be empty, and positions past the last document are padding: they
 see nothing, nothing sees them, their output and all their gradients are 0, whatever they hold (NaN too).
 
+`qkv_attention` is the same of a projection whose queries, keys and values lie side by side, with rotary positions and
+QK-norm in it: attention_packed.py.
+
 Legend: B rows, T positions, H heads, D head dimension; doc_BT the document number of every position.
 
 The work is 4·T·D multiply-adds a head and row of queries forward and 10 backward, half of it under the causal mask.
@@ -37,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast.errors import invalid
-from spt_fast.kernels import attention_cpu, attention_triton, flash_attn
+from spt_fast.kernels import attention_cpu, attention_packed, attention_triton, flash_attn, rotary
 from spt_fast.kernels.backend import Candidate, Op
 
 MAX_HEAD_DIM = 256
@@ -76,14 +79,68 @@ def flash_attention(
     return function(q_BTHD, k_BTHD, v_BTHD, causal, cu_seqlens, window, scale)
 
 
-def _pick(backend: str, q_BTHD: Tensor, causal: bool, *, masked: bool) -> str:
+def qkv_attention(
+    qkv_BTSD: Tensor,
+    kv_heads: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention of a whole projection, H query heads, then kv_heads key heads and as many value heads, S in all:
+    the result is [B, T, H, D].
+
+    With cos and sin, as of `rope`, queries and keys are rotated to their positions; with q_weight and k_weight, as of
+    `qk_norm_rope`, normalised before. The rest as of `flash_attention`. The same numbers as by those ops one after the
+    other, but that the gradients of all three are made where they belong, in one tensor.
+    ValueError: shapes, dtypes and values that don't fit, or a backend that isn't available.
+    """
+    K = kv_heads
+    if qkv_BTSD.dim() != 4 or not 0 < K <= (qkv_BTSD.shape[2] - 1) // 2:
+        expected = f"a number of heads of qkv [B, T, H + 2 K, D], which is {tuple(qkv_BTSD.shape)}"
+        raise ValueError(invalid("qkv_attention(kv_heads)", K, expected))
+    q_BTHD, k_BTHD, v_BTHD = attention_packed.split(qkv_BTSD, K)
+    _check(q_BTHD, k_BTHD, v_BTHD, True, cu_seqlens, window, scale, op="qkv_attention")
+    if cos is not None and sin is not None:
+        rotary.check("qkv_attention", q_BTHD, k_BTHD, cos, sin, q_weight, k_weight)
+    elif q_weight is not None or k_weight is not None or cos is not sin:
+        given = [
+            name
+            for name, x in zip(("cos", "sin", "q_weight", "k_weight"), (cos, sin, q_weight, k_weight), strict=True)
+            if x is None
+        ]
+        raise ValueError(
+            f"qkv_attention: {given[0]} is missing; weights need cos and sin, and each of a pair the other"
+        )
+    if window is not None and window >= qkv_BTSD.shape[1]:
+        window = None
+    scale = qkv_BTSD.shape[-1] ** -0.5 if scale is None else scale
+    masked = cu_seqlens is not None or window is not None
+    chosen = _pick(backend, q_BTHD, True, masked=masked, op=_QKV_ATTENTION)
+    positions = (qkv_BTSD, q_weight, k_weight, cos, sin)
+    if chosen in ("triton", "cpu"):
+        return attention_packed.Attention.apply(*positions, cu_seqlens, K, window, scale, eps, chosen)
+    if cos is not None:
+        by = rotary.pick("reference" if backend == "reference" else "auto", q_BTHD, normalised=q_weight is not None)
+        q_BTHD, k_BTHD, v_BTHD = attention_packed.Rotated.apply(*positions, K, eps, by)
+    function = partial(_flash_attn, chosen) if chosen in flash_attn.BACKENDS else _sdpa
+    return function(q_BTHD, k_BTHD, v_BTHD, True, cu_seqlens, window, scale)
+
+
+def _pick(backend: str, q_BTHD: Tensor, causal: bool, *, masked: bool, op: Op | None = None) -> str:
     """The backend that runs; `masked`: there are documents or a window, for which SDPA would need a mask of T x T."""
     D = q_BTHD.shape[-1]
     most = MAX_HEAD_DIM // 2 if q_BTHD.dtype == torch.float32 else MAX_HEAD_DIM  # a program's registers are its bytes
     too_wide = f"it takes head dimensions up to {most} in {q_BTHD.dtype}, not {D}" if most < D else None
     odd = f"it takes head dimensions that are multiples of 8, not {D}" if D % 8 else None
     unordered = flash_attn.BACKENDS if torch.are_deterministic_algorithms_enabled() else ()
-    return _FLASH_ATTENTION.pick(
+    return (op or _FLASH_ATTENTION).pick(
         backend,
         q_BTHD,
         passed_over=("sdpa", *unordered) if masked or unordered else (),
@@ -101,37 +158,36 @@ def _check(
     cu_seqlens: Tensor | None,
     window: int | None,
     scale: float | None,
+    op: str = "flash_attention",
 ) -> None:
     shapes = f"q is {tuple(q_BTHD.shape)}, k is {tuple(k_BTHD.shape)}, v is {tuple(v_BTHD.shape)}"
     if q_BTHD.dim() != 4 or k_BTHD.shape != v_BTHD.shape:
-        raise ValueError(f"flash_attention: {shapes}; they must be [B, T, H, D], k and v alike")
+        raise ValueError(f"{op}: {shapes}; they must be [B, T, H, D], k and v alike")
     B, T, H, D = q_BTHD.shape
     if (
         k_BTHD.dim() != 4
         or (k_BTHD.shape[0], k_BTHD.shape[1], k_BTHD.shape[3]) != (B, T, D)
         or H % max(1, k_BTHD.shape[2])
     ):
-        raise ValueError(
-            f"flash_attention: {shapes}; k and v must agree with q in B, T and D, and their heads must divide q's"
-        )
+        raise ValueError(f"{op}: {shapes}; k and v must agree with q in B, T and D, and their heads must divide q's")
     if not q_BTHD.dtype == k_BTHD.dtype == v_BTHD.dtype:
         raise ValueError(
-            f"flash_attention: q is {q_BTHD.dtype}, k is {k_BTHD.dtype}, v is {v_BTHD.dtype}; they must have one dtype"
+            f"{op}: q is {q_BTHD.dtype}, k is {k_BTHD.dtype}, v is {v_BTHD.dtype}; they must have one dtype"
         )
     if window is not None and (window < 1 or not causal):
-        raise ValueError(invalid("flash_attention(window)", window, "it must be at least 1, and needs `causal`"))
+        raise ValueError(invalid(f"{op}(window)", window, "it must be at least 1, and needs `causal`"))
     if scale is not None and not scale > 0:  # fused kernels, PyTorch's too, scale the largest score
-        raise ValueError(invalid("flash_attention(scale)", scale, "it must be positive"))
+        raise ValueError(invalid(f"{op}(scale)", scale, "it must be positive"))
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         given = (cu_seqlens.dtype, tuple(cu_seqlens.shape))
-        raise ValueError(invalid("flash_attention(cu_seqlens)", given, "it must be int32 [n+1]"))
+        raise ValueError(invalid(f"{op}(cu_seqlens)", given, "it must be int32 [n+1]"))
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends != sorted(ends) or ends[-1] > B * T:
             expected = f"it must start at 0, never fall and end by B·T = {B * T}"
-            raise ValueError(invalid("flash_attention(cu_seqlens)", ends, expected))
+            raise ValueError(invalid(f"{op}(cu_seqlens)", ends, expected))
 
 
 def _sdpa(
@@ -202,33 +258,30 @@ def _flash_attn(
     return o_BTHD.masked_fill(padding_BT11, 0)
 
 
-def _launches(q_BTHD: Tensor, *_: Tensor) -> list[Candidate]:
-    if not q_BTHD.is_cuda:
+def _launches(x: Tensor, *_: Tensor) -> list[Candidate]:
+    if not x.is_cuda:
         return []
-    return [Candidate("triton", (launch,)) for launch in attention_triton.launches(q_BTHD)]
+    return [Candidate("triton", (launch,)) for launch in attention_triton.launches(x)]
 
 
-_FLASH_ATTENTION = Op(
-    "flash_attention",
-    {
-        "cuda": {
-            "flash_attn_3": "the fastest on Hopper in published figures, 560 to 685 TFLOP/s forward on an H100 over 2K "
-            "to 8K tokens; nothing is measured here yet",
-            "flash_attn_4": "the fastest on Blackwell in published figures; nothing is measured here yet",
-            "sdpa": "published figures of cuDNN's kernels are above those of flash-attn 2 and of Triton; for documents "
-            "and windows it would need a mask of T x T; nothing is measured here yet",
-            "flash_attn_2": "documents and windows without a mask of T x T; published figures are 300 to 400 TFLOP/s "
-            "on an H100; nothing is measured here yet",
-            "triton": "documents and windows without a mask of T x T, and deterministic; published figures of Triton "
-            "kernels are 330 to 480 TFLOP/s on an H100; ours are not measured yet",
-            "flash_attn": "the first version of flash-attn that there is",
-            "reference": "PyTorch ops",
-        },
-        "cpu": {
-            **({"cpu": "6 times SDPA in bf16 (AMD EPYC)"} if attention_cpu.SUPPORTED else {}),
-            "reference": "PyTorch ops",
-        },
+_AUTO = {
+    "cuda": {
+        "flash_attn_3": "the fastest on Hopper in published figures, 560 to 685 TFLOP/s forward on an H100 over 2K "
+        "to 8K tokens; nothing is measured here yet",
+        "flash_attn_4": "the fastest on Blackwell in published figures; nothing is measured here yet",
+        "sdpa": "published figures of cuDNN's kernels are above those of flash-attn 2 and of Triton; for documents "
+        "and windows it would need a mask of T x T; nothing is measured here yet",
+        "flash_attn_2": "documents and windows without a mask of T x T; published figures are 300 to 400 TFLOP/s "
+        "on an H100; nothing is measured here yet",
+        "triton": "documents and windows without a mask of T x T, and deterministic; published figures of Triton "
+        "kernels are 330 to 480 TFLOP/s on an H100; ours are not measured yet",
+        "flash_attn": "the first version of flash-attn that there is",
+        "reference": "PyTorch ops",
     },
-    attention_triton.variants,
-    _launches,
-)
+    "cpu": {
+        **({"cpu": "6 times SDPA in bf16 (AMD EPYC)"} if attention_cpu.SUPPORTED else {}),
+        "reference": "PyTorch ops",
+    },
+}
+_FLASH_ATTENTION = Op("flash_attention", _AUTO, attention_triton.variants, _launches)
+_QKV_ATTENTION = Op("qkv_attention", _AUTO, attention_triton.variants, _launches)

@@ -3,7 +3,8 @@
 What a query may see is a stretch of keys that ends with itself, so causality, rows, documents and a window come down
 to one number a query, `first_BT`: the first key in its row that it sees, or one beyond itself for padding. Scores exist
 one tile of 64 x 64 at a time, in float32; the backward pass recomputes them from q, k and the base-2 logarithm of
-each softmax's denominator.
+each softmax's denominator. Given rotary tables, it rotates q and k as it reads them, and their gradients back as it
+writes them: a pass over each that attention of a whole projection (attention_packed.py) is spared.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def attend(
 ) -> Tensor:
     """Causal attention; arguments as of `flash_attention`."""
     B, T = q_BTHD.shape[:2]
-    return _attention(q_BTHD, k_BTHD, v_BTHD, first_keys(B, T, cu_seqlens, window), scale)[0]
+    return attention(q_BTHD, k_BTHD, v_BTHD, first_keys(B, T, cu_seqlens, window), scale, None, None)[0]
 
 
 def first_keys(B: int, T: int, cu_seqlens: Tensor | None, window: int | None) -> Tensor:
@@ -63,10 +64,26 @@ def _empty_results(q_BTHD: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 @custom_op("attention_cpu", _empty_results)
-def _attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, first_BT: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(o [B, T, H, D], log2 of the softmax's denominator, float32 [B, H, T])."""
+def attention(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    first_BT: Tensor,
+    scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(o [B, T, H, D], log2 of the softmax's denominator, float32 [B, H, T]); with cos and sin of q and k rotated."""
     q, k, v = (_with_dense_heads(x) for x in (q_BTHD, k_BTHD, v_BTHD))
-    return native.ops().cpu_attention_forward(q, k, v, first_BT, scale)
+    return native.ops().cpu_attention_forward(q, k, v, first_BT, scale, *_angles(cos, sin))
+
+
+def _angles(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Contiguous and of one shape; empty for None."""
+    if cos is None or sin is None:
+        return torch.empty(0), torch.empty(0)
+    cos, sin = torch.broadcast_tensors(cos, sin)
+    return cos.float().contiguous(), sin.float().contiguous()
 
 
 @custom_op("attention_cpu_backward", lambda do_BTHD, q_BTHD, k_BTHD, v_BTHD, *_: new_like(q_BTHD, k_BTHD, v_BTHD))
@@ -79,9 +96,34 @@ def _attention_backward(
     o_BTHD: Tensor,
     lse2_BHT: Tensor,
     scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = new_like(q_BTHD, k_BTHD, v_BTHD)
+    backward_into(dq, dk, dv, do_BTHD, q_BTHD, k_BTHD, v_BTHD, first_BT, o_BTHD, lse2_BHT, scale, cos, sin)
+    return dq, dk, dv
+
+
+def backward_into(
+    dq_BTHD: Tensor,
+    dk_BTHD: Tensor,
+    dv_BTHD: Tensor,
+    do_BTHD: Tensor,
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    first_BT: Tensor,
+    o_BTHD: Tensor,
+    lse2_BHT: Tensor,
+    scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> None:
+    """Writes the three gradients, in which the numbers of a head lie side by side."""
     do, q, k, v, o = (_with_dense_heads(x) for x in (do_BTHD, q_BTHD, k_BTHD, v_BTHD, o_BTHD))
-    return native.ops().cpu_attention_backward(do, q, k, v, first_BT, o, lse2_BHT, scale)
+    native.ops().cpu_attention_backward(
+        do, q, k, v, first_BT, o, lse2_BHT, scale, *_angles(cos, sin), dq_BTHD, dk_BTHD, dv_BTHD
+    )
 
 
 def _with_dense_heads(x_BTHD: Tensor) -> Tensor:
@@ -90,13 +132,13 @@ def _with_dense_heads(x_BTHD: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q_BTHD, k_BTHD, v_BTHD, first_BT, ctx.scale = inputs
-    ctx.save_for_backward(q_BTHD, k_BTHD, v_BTHD, first_BT, *output)
+    q_BTHD, k_BTHD, v_BTHD, first_BT, ctx.scale, cos, sin = inputs
+    ctx.save_for_backward(q_BTHD, k_BTHD, v_BTHD, first_BT, *output, cos, sin)
 
 
 def _gradients(ctx: Any, do_BTHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = _attention_backward(do_BTHD, *ctx.saved_tensors, ctx.scale)
-    return dq, dk, dv, None, None
+    *saved, cos, sin = ctx.saved_tensors
+    return *_attention_backward(do_BTHD, *saved, ctx.scale, cos, sin), None, None, None, None
 
 
-differentiable(_attention, _gradients, _setup_context)
+differentiable(attention, _gradients, _setup_context)

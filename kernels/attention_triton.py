@@ -96,26 +96,53 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), each contiguous."""
+    dq_BTHD, dk_BTKD, dv_BTKD = new_like(q_BTHD, k_BTKD, v_BTKD)
+    backward_into(
+        dq_BTHD, dk_BTKD, dv_BTKD, do_BTHD, q_BTHD, k_BTKD, v_BTKD, o_BTHD, lse_BHT, spans, cu_seqlens,
+        causal, window, scale,
+    )  # fmt: skip
+    return dq_BTHD, dk_BTKD, dv_BTKD
+
+
+def backward_into(
+    dq_BTHD: Tensor,
+    dk_BTKD: Tensor,
+    dv_BTKD: Tensor,
+    do_BTHD: Tensor,
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    o_BTHD: Tensor,
+    lse_BHT: Tensor,
+    spans: Tensor,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> None:
+    """Writes the three gradients, in which the numbers of a head lie side by side, and dk as dv does."""
     do_BTHD, q_BTHD, k_BTKD, v_BTKD = (_rows_of_heads(x) for x in (do_BTHD, q_BTHD, k_BTKD, v_BTKD))
     B, T, H, _ = q_BTHD.shape
     K = k_BTKD.shape[2]
-    dq_BTHD, dk_BTKD, dv_BTKD = new_like(q_BTHD, k_BTKD, v_BTKD)
     if not dq_BTHD.numel():
-        return dq_BTHD, dk_BTKD.zero_(), dv_BTKD.zero_()
+        dk_BTKD.zero_()
+        dv_BTKD.zero_()
+        return
     delta_BHT = torch.empty_like(lse_BHT)
     documents = _documents_arguments(None if cu_seqlens is None else cu_seqlens.contiguous(), spans)
     strides = [stride for x in (q_BTHD, k_BTKD, v_BTKD, do_BTHD) for stride in x.stride()[:3]]
     config = _launched("dq", q_BTHD)
     _dq_kernel[(-(-T // config["M"]) * B * H,)](
         q_BTHD, k_BTKD, v_BTKD, o_BTHD, do_BTHD, lse_BHT, delta_BHT, dq_BTHD, *documents,
-        *strides, T, H, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, config),
+        *strides, *dq_BTHD.stride()[:3],
+        T, H, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, config),
     )  # fmt: skip
     config = _launched("dkv", q_BTHD)
     _dkv_kernel[(-(-T // config["N"]) * B * K,)](
         q_BTHD, k_BTKD, v_BTKD, do_BTHD, lse_BHT, delta_BHT, dk_BTKD, dv_BTKD, *documents,
-        *strides, T, K, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, config),
+        *strides, *dk_BTKD.stride()[:3],
+        T, K, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, config),
     )  # fmt: skip
-    return dq_BTHD, dk_BTKD, dv_BTKD
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -367,7 +394,7 @@ def _forward_kernel(
 @jit
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, dq_b, dq_t, dq_h,
     T, H, GROUP, window, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -403,13 +430,13 @@ def _dq_kernel(
         v = _load(v_ptr, n, length, v_t, N, D, WIDTH)
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    _store(dq_ptr + (row_64 * T * H + head) * D, dq * scale, first, length, T, H * D, M, D, WIDTH)
+    _store(dq_ptr + row_64 * dq_b + head_64 * dq_h, dq * scale, first, length, T, dq_t, M, D, WIDTH)
 
 
 @jit
 def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, dk_b, dk_t, dk_h,
     T, K, GROUP, window, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -449,9 +476,9 @@ def _dkv_kernel(
         delta = tl.load(delta_ptr + of_queries, i < length, 0.0)
         ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    of_block = (row_64 * T * K + kv_head) * D
-    _store(dk_ptr + of_block, dk * scale, first, length, T, K * D, N, D, WIDTH)
-    _store(dv_ptr + of_block, dv, first, length, T, K * D, N, D, WIDTH)
+    of_block = row_64 * dk_b + kv_head_64 * dk_h
+    _store(dk_ptr + of_block, dk * scale, first, length, T, dk_t, N, D, WIDTH)
+    _store(dv_ptr + of_block, dv, first, length, T, dk_t, N, D, WIDTH)
 
 
 KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}

@@ -19,7 +19,8 @@ Bytes moved for bf16, in an ideal kernel: rope 4·B·T·D·(Hq + Hk) each way, o
 forward and 6·B·T·D·(Hq + Hk) backward (read x and dy, write dx), where norm and rotation one after the other take 8 and
 10. Queries and keys go through one kernel, so that the tables are read once for a token and not once for a head. They
 come as slices of one projection [B, T, (Hq + 2 Hk) D] and are read where they lie, by their strides; only a last
-dimension that is not contiguous is copied first. The results are contiguous.
+dimension that is not contiguous is copied first. The results are contiguous; attention of a whole projection
+(attention_packed.py) has them written to where they are wanted instead, which may be where they are read.
 
 The arithmetic is float32 (float64 for float64 inputs), rounded once. The weights' gradients are handed on in that wider
 dtype, unrounded, as in norm.py, and are summed like there: over a program's (or block's) tokens, then over programs, in
@@ -46,7 +47,7 @@ def rope(q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, *, backend: s
     are taken as constants (no gradient). The results have the shapes and dtype of q and k.
     ValueError: an odd D, shapes or dtypes that don't fit, or a backend that cannot run for q.
     """
-    _check("rope", q_BTHD, k_BTHD, cos, sin)
+    check("rope", q_BTHD, k_BTHD, cos, sin)
     return _rope(q_BTHD, k_BTHD, cos, sin, False, _ROPE.pick(backend, q_BTHD))
 
 
@@ -65,15 +66,25 @@ def qk_norm_rope(
 
     Shapes, dtypes and errors as in `rope`; the weights may have other dtypes than q and k.
     """
-    _check("qk_norm_rope", q_BTHD, k_BTHD, cos, sin)
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight.shape != q_BTHD.shape[-1:]:
-            expected = f"it must be [{q_BTHD.shape[-1]}]"
-            raise ValueError(invalid(f"qk_norm_rope({name})", tuple(weight.shape), expected))
+    check("qk_norm_rope", q_BTHD, k_BTHD, cos, sin, q_weight, k_weight)
     return _qk_norm_rope(q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, eps, _QK_NORM_ROPE.pick(backend, q_BTHD))
 
 
-def _check(op: str, q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor) -> None:
+def pick(backend: str, q_BTHD: Tensor, *, normalised: bool) -> str:
+    """The backend that runs, of a rotation alone, or of norms too."""
+    return (_QK_NORM_ROPE if normalised else _ROPE).pick(backend, q_BTHD)
+
+
+def check(
+    op: str,
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+) -> None:
+    """ValueError for what `rope`, or with weights `qk_norm_rope`, cannot take."""
     if (
         q_BTHD.dim() != 4
         or k_BTHD.dim() != 4
@@ -92,6 +103,11 @@ def _check(op: str, q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor) ->
         if table.shape not in ((T, D), (B, T, D)):
             expected = f"it must be [{T}, {D}] or [{B}, {T}, {D}]"
             raise ValueError(invalid(f"{op}({name})", tuple(table.shape), expected))
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError(f"{op}: only one of q_weight and k_weight is given; give both or none")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and weight.shape != (D,):
+            raise ValueError(invalid(f"{op}({name})", tuple(weight.shape), f"it must be [{D}]"))
 
 
 # ------------------------------------------------------------------------------------------------ custom ops
@@ -102,9 +118,9 @@ def _rope(
     q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated by the angles, or by their opposites."""
-    return {"reference": _reference_rope, "cpu": _cpu_rope, "triton": _triton_rope}[backend](
-        _in_rows(q_BTHD), _in_rows(k_BTHD), *_tables(cos, sin), inverse
-    )
+    q_out, k_out = new_like(q_BTHD, k_BTHD)
+    rotate_into(q_out, k_out, q_BTHD, k_BTHD, None, None, cos, sin, 0.0, backend, inverse=inverse)
+    return q_out, k_out
 
 
 def _rope_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -130,9 +146,9 @@ def _qk_norm_rope(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return {"reference": _reference_forward, "cpu": _cpu_forward, "triton": _triton_forward}[backend](
-        _in_rows(q_BTHD), _in_rows(k_BTHD), q_weight.contiguous(), k_weight.contiguous(), *_tables(cos, sin), eps
-    )
+    q_out, k_out = new_like(q_BTHD, k_BTHD)
+    rotate_into(q_out, k_out, q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, eps, backend)
+    return q_out, k_out
 
 
 @custom_op(
@@ -155,10 +171,8 @@ def _qk_norm_rope_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq and dk in the dtype of q, the gradients of both weights [2, D] in the wide dtype)."""
-    dy_q, dy_k, q_BTHD, k_BTHD = (_in_rows(x) for x in (dy_q, dy_k, q_BTHD, k_BTHD))
-    return {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}[backend](
-        dy_q, dy_k, q_BTHD, k_BTHD, q_weight.contiguous(), k_weight.contiguous(), *_tables(cos, sin), eps
-    )
+    dq, dk = new_like(q_BTHD, k_BTHD)
+    return dq, dk, backward_into(dq, dk, dy_q, dy_k, q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, eps, backend)
 
 
 def _qk_norm_rope_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -172,6 +186,53 @@ def _qk_norm_rope_gradients(ctx: Any, dy_q: Tensor, dy_k: Tensor) -> tuple[Tenso
 
 
 differentiable(_qk_norm_rope, _qk_norm_rope_gradients, _qk_norm_rope_context)
+
+
+def rotate_into(
+    q_out: Tensor,
+    k_out: Tensor,
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    backend: str,
+    *,
+    inverse: bool = False,
+) -> None:
+    """`qk_norm_rope`, or without weights `rope` (by the opposite angles where `inverse`), to q_out and k_out, which may
+    be q and k. Of both the heads of a position lie side by side, those of positions at one distance."""
+    arguments = (q_out, k_out, _in_rows(q_BTHD), _in_rows(k_BTHD))
+    if q_weight is None or k_weight is None:
+        function = {"reference": _reference_rope, "cpu": _cpu_rope, "triton": _triton_rope}[backend]
+        function(*arguments, *_tables(cos, sin), inverse)
+    else:
+        forward = {"reference": _reference_forward, "cpu": _cpu_forward, "triton": _triton_forward}[backend]
+        forward(*arguments, q_weight.contiguous(), k_weight.contiguous(), *_tables(cos, sin), eps)
+
+
+def backward_into(
+    dq: Tensor,
+    dk: Tensor,
+    dy_q: Tensor,
+    dy_k: Tensor,
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """The gradients of `qk_norm_rope` to dq and dk, which lie as in `rotate_into` and may be dy_q and dy_k; returns
+    those of the weights, [2, D] in the wide dtype."""
+    return {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}[backend](
+        dq, dk, *(_in_rows(x) for x in (dy_q, dy_k, q_BTHD, k_BTHD)),
+        q_weight.contiguous(), k_weight.contiguous(), *_tables(cos, sin), eps,
+    )  # fmt: skip
 
 
 def _in_rows(x: Tensor) -> Tensor:
@@ -189,9 +250,12 @@ def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ reference
 
 
-def _reference_rope(q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def _reference_rope(
+    q_out: Tensor, k_out: Tensor, q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, inverse: bool
+) -> None:
     sin = -sin if inverse else sin
-    return _rotate(_wide(q_BTHD), cos, sin).to(q_BTHD.dtype), _rotate(_wide(k_BTHD), cos, sin).to(k_BTHD.dtype)
+    q_out.copy_(_rotate(_wide(q_BTHD), cos, sin))
+    k_out.copy_(_rotate(_wide(k_BTHD), cos, sin))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -216,16 +280,27 @@ def _normalised(x_BTHD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _reference_forward(
-    q_BTHD: Tensor, k_BTHD: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    q_out: Tensor,
+    k_out: Tensor,
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> None:
     def forward(x_BTHD: Tensor, weight: Tensor) -> Tensor:
         x_hat, _ = _normalised(x_BTHD, eps)
-        return _rotate(x_hat.mul_(weight.to(x_hat.dtype)), cos, sin).to(x_BTHD.dtype)
+        return _rotate(x_hat.mul_(weight.to(x_hat.dtype)), cos, sin)
 
-    return forward(q_BTHD, q_weight), forward(k_BTHD, k_weight)
+    q_out.copy_(forward(q_BTHD, q_weight))
+    k_out.copy_(forward(k_BTHD, k_weight))
 
 
 def _reference_backward(
+    dq: Tensor,
+    dk: Tensor,
     dy_q: Tensor,
     dy_k: Tensor,
     q_BTHD: Tensor,
@@ -235,48 +310,39 @@ def _reference_backward(
     cos: Tensor,
     sin: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    def backward(dy: Tensor, x_BTHD: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+) -> Tensor:
+    def backward(dx: Tensor, dy: Tensor, x_BTHD: Tensor, weight: Tensor) -> Tensor:
         x_hat, rstd = _normalised(x_BTHD, eps)
         weight = weight.to(x_hat.dtype)
         g = _rotate(_wide(dy), cos, -sin)
         product = g * x_hat
         projection = (product @ weight).div_(len(weight)).unsqueeze(-1)
-        dx = g.mul_(weight).addcmul_(x_hat, projection, value=-1).mul_(rstd)
-        return dx.to(x_BTHD.dtype), product.sum((0, 1, 2))
+        dx.copy_(g.mul_(weight).addcmul_(x_hat, projection, value=-1).mul_(rstd))
+        return product.sum((0, 1, 2))
 
-    dq, dq_weight = backward(dy_q, q_BTHD, q_weight)
-    dk, dk_weight = backward(dy_k, k_BTHD, k_weight)
-    return dq, dk, torch.stack((dq_weight, dk_weight))
+    return torch.stack((backward(dq, dy_q, q_BTHD, q_weight), backward(dk, dy_k, k_BTHD, k_weight)))
 
 
 # ------------------------------------------------------------------------------------------------ csrc/rotary.cpp
 
 
-def _cpu_rope(q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    return native.ops().cpu_rope(q_BTHD, k_BTHD, cos.float(), sin.float(), inverse)
+def _cpu_rope(
+    q_out: Tensor, k_out: Tensor, q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, inverse: bool
+) -> None:
+    native.ops().cpu_rope(q_BTHD, k_BTHD, cos.float(), sin.float(), inverse, q_out, k_out)
 
 
-def _cpu_forward(
-    q_BTHD: Tensor, k_BTHD: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    vectors = (x.float() for x in (q_weight, k_weight, cos, sin))
-    return native.ops().cpu_qk_norm_rope_forward(q_BTHD, k_BTHD, *vectors, eps)
+def _cpu_forward(q_out: Tensor, k_out: Tensor, q_BTHD: Tensor, k_BTHD: Tensor, *vectors_and_eps: Any) -> None:
+    *vectors, eps = vectors_and_eps
+    native.ops().cpu_qk_norm_rope_forward(q_BTHD, k_BTHD, *(x.float() for x in vectors), eps, q_out, k_out)
 
 
 def _cpu_backward(
-    dy_q: Tensor,
-    dy_k: Tensor,
-    q_BTHD: Tensor,
-    k_BTHD: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    vectors = (x.float() for x in (q_weight, k_weight, cos, sin))
-    return native.ops().cpu_qk_norm_rope_backward(dy_q, dy_k, q_BTHD, k_BTHD, *vectors, eps)
+    dq: Tensor, dk: Tensor, dy_q: Tensor, dy_k: Tensor, q_BTHD: Tensor, k_BTHD: Tensor, *vectors_and_eps: Any
+) -> Tensor:
+    *vectors, eps = vectors_and_eps
+    given = (dy_q, dy_k, q_BTHD, k_BTHD, *(x.float() for x in vectors))
+    return native.ops().cpu_qk_norm_rope_backward(*given, eps, dq, dk)
 
 
 # ------------------------------------------------------------------------------------------------ Triton
@@ -348,10 +414,10 @@ def _load_heads(ptr, b, t, heads, i, stride_b, stride_t, stride_h, T, H, half):
 
 
 @jit
-def _store_heads(ptr, y1, y2, b, t, heads, i, T, H, half):
-    """To a contiguous tensor."""
+def _store_heads(ptr, y1, y2, b, t, heads, i, stride_t, T, H, half):
+    """To a tensor in which only positions may be further apart than their heads take."""
     mask = (t < T) & (heads < H) & (i < half)
-    places = ptr + ((b * T + t) * H + heads) * (2 * half) + i
+    places = ptr + (b * T + t) * stride_t + heads * (2 * half) + i
     tl.store(places, y1.to(ptr.dtype.element_ty), mask)
     tl.store(places + half, y2.to(ptr.dtype.element_ty), mask)
 
@@ -378,7 +444,8 @@ def _normalise(x1, x2, weight_ptr, i, half, eps):
 @jit
 def _forward_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
-    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, table_step, T, Hq, Hk, half, sign, eps,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, q_out_stride_t, k_out_stride_t, table_step,
+    T, Hq, Hk, half, sign, eps,
     NORM: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
@@ -391,8 +458,8 @@ def _forward_kernel(
     if NORM:
         q1, q2 = _normalise(q1, q2, q_weight_ptr, i, half, eps)
         k1, k2 = _normalise(k1, k2, k_weight_ptr, i, half, eps)
-    _store_heads(q_out_ptr, q1 * cos - q2 * sin, q2 * cos + q1 * sin, b, t, q_heads, i, T, Hq, half)
-    _store_heads(k_out_ptr, k1 * cos - k2 * sin, k2 * cos + k1 * sin, b, t, k_heads, i, T, Hk, half)
+    _store_heads(q_out_ptr, q1 * cos - q2 * sin, q2 * cos + q1 * sin, b, t, q_heads, i, q_out_stride_t, T, Hq, half)
+    _store_heads(k_out_ptr, k1 * cos - k2 * sin, k2 * cos + k1 * sin, b, t, k_heads, i, k_out_stride_t, T, Hk, half)
 
 
 @jit
@@ -418,7 +485,8 @@ def _store_sums(ptr, sum1, sum2, half, HALF: tl.constexpr):
 def _backward_kernel(
     dy_q_ptr, dy_k_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr, dw_ptr,
     dy_q_stride_b, dy_q_stride_t, dy_q_stride_h, dy_k_stride_b, dy_k_stride_t, dy_k_stride_h,
-    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, table_step, B, T, Hq, Hk, half, eps,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_t, k_stride_h, dq_stride_t, dk_stride_t, table_step,
+    B, T, Hq, Hk, half, eps,
     GROUPS: tl.constexpr, TOKENS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, HALF)[None, None, :]
@@ -432,14 +500,14 @@ def _backward_kernel(
         dy1, dy2 = _load_heads(dy_q_ptr, b, t, q_heads, i, dy_q_stride_b, dy_q_stride_t, dy_q_stride_h, T, Hq, half)
         x1, x2 = _load_heads(q_ptr, b, t, q_heads, i, q_stride_b, q_stride_t, q_stride_h, T, Hq, half)
         dx1, dx2, dw1, dw2 = _gradient(dy1, dy2, x1, x2, q_weight_ptr, cos, sin, i, half, eps)
-        _store_heads(dq_ptr, dx1, dx2, b, t, q_heads, i, T, Hq, half)
+        _store_heads(dq_ptr, dx1, dx2, b, t, q_heads, i, dq_stride_t, T, Hq, half)
         sum_q1 += dw1
         sum_q2 += dw2
 
         dy1, dy2 = _load_heads(dy_k_ptr, b, t, k_heads, i, dy_k_stride_b, dy_k_stride_t, dy_k_stride_h, T, Hk, half)
         x1, x2 = _load_heads(k_ptr, b, t, k_heads, i, k_stride_b, k_stride_t, k_stride_h, T, Hk, half)
         dx1, dx2, dw1, dw2 = _gradient(dy1, dy2, x1, x2, k_weight_ptr, cos, sin, i, half, eps)
-        _store_heads(dk_ptr, dx1, dx2, b, t, k_heads, i, T, Hk, half)
+        _store_heads(dk_ptr, dx1, dx2, b, t, k_heads, i, dk_stride_t, T, Hk, half)
         sum_k1 += dw1
         sum_k2 += dw2
     sums_ptr = dw_ptr + tl.program_id(0).to(tl.int64) * (4 * half)
@@ -457,6 +525,8 @@ def _table_step(cos: Tensor) -> int:
 
 
 def _triton_rotation(
+    q_out: Tensor,
+    k_out: Tensor,
     q_BTHD: Tensor,
     k_BTHD: Tensor,
     q_weight: Tensor | None,
@@ -465,30 +535,40 @@ def _triton_rotation(
     sin: Tensor,
     sign: float,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     (B, T, Hq, D), Hk = q_BTHD.shape, k_BTHD.shape[2]
-    q_out, k_out = new_like(q_BTHD, k_BTHD)
     constants, warps = _launch(Hq, Hk, D, FORWARD_TILE, FORWARD_WARP)
     if B * T:
         _forward_kernel[(_programs(B, T, constants),)](
             q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, q_out, k_out,
-            *q_BTHD.stride()[:3], *k_BTHD.stride()[:3], _table_step(cos), T, Hq, Hk, D // 2, sign, eps,
-            NORM=q_weight is not None, **constants, num_warps=warps,
+            *q_BTHD.stride()[:3], *k_BTHD.stride()[:3], q_out.stride(1), k_out.stride(1), _table_step(cos),
+            T, Hq, Hk, D // 2, sign, eps, NORM=q_weight is not None, **constants, num_warps=warps,
         )  # fmt: skip
-    return q_out, k_out
 
 
-def _triton_rope(q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    return _triton_rotation(q_BTHD, k_BTHD, None, None, cos, sin, -1.0 if inverse else 1.0, 0.0)
+def _triton_rope(
+    q_out: Tensor, k_out: Tensor, q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, inverse: bool
+) -> None:
+    _triton_rotation(q_out, k_out, q_BTHD, k_BTHD, None, None, cos, sin, -1.0 if inverse else 1.0, 0.0)
 
 
 def _triton_forward(
-    q_BTHD: Tensor, k_BTHD: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _triton_rotation(q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, 1.0, eps)
+    q_out: Tensor,
+    k_out: Tensor,
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> None:
+    _triton_rotation(q_out, k_out, q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, 1.0, eps)
 
 
 def _triton_backward(
+    dq: Tensor,
+    dk: Tensor,
     dy_q: Tensor,
     dy_k: Tensor,
     q_BTHD: Tensor,
@@ -498,21 +578,20 @@ def _triton_backward(
     cos: Tensor,
     sin: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     (B, T, Hq, D), Hk = q_BTHD.shape, k_BTHD.shape[2]
-    dq, dk = new_like(q_BTHD, k_BTHD)
     if not B * T:
-        return dq, dk, q_BTHD.new_zeros(2, D, dtype=torch.float32)
+        return q_BTHD.new_zeros(2, D, dtype=torch.float32)
     constants, warps = _launch(Hq, Hk, D, BACKWARD_TILE, BACKWARD_WARP)
     programs = min(_programs(B, T, constants), PROGRAMS_PER_SM * multiprocessors(q_BTHD.device))
     dw = q_BTHD.new_empty(programs, 2, D, dtype=torch.float32)
     strides = (stride for x in (dy_q, dy_k, q_BTHD, k_BTHD) for stride in x.stride()[:3])
     _backward_kernel[(programs,)](
         dy_q, dy_k, q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, dq, dk, dw,
-        *strides, _table_step(cos), B, T, Hq, Hk, D // 2, eps,
+        *strides, dq.stride(1), dk.stride(1), _table_step(cos), B, T, Hq, Hk, D // 2, eps,
         **constants, num_warps=warps, maxnreg=_registers(constants, D // 2),
     )  # fmt: skip
-    return dq, dk, dw.sum(0)
+    return dw.sum(0)
 
 
 HEAD_SHAPES = (
@@ -546,6 +625,7 @@ def variants() -> list[Variant]:
             constants["GROUPS"] = min(2, constants["GROUPS"])
             arguments: dict[str, str | None] = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), dtype)
             arguments |= strides | sizes | vectors | {"sign": "fp32", "eps": "fp32"}
+            arguments |= dict.fromkeys(("q_out_stride_t", "k_out_stride_t"), "i32:16")
             found.append(Variant(_forward_kernel, arguments, {"NORM": True, **constants}, warps, default=default))
             arguments = arguments | {"q_weight_ptr": None, "k_weight_ptr": None}
             found.append(Variant(_forward_kernel, arguments, {"NORM": False, **constants}, warps, default=default))
@@ -553,7 +633,7 @@ def variants() -> list[Variant]:
         constants["GROUPS"] = min(2, constants["GROUPS"])
         arguments = dict.fromkeys(("dy_q_ptr", "dy_k_ptr", "q_ptr", "k_ptr", "dq_ptr", "dk_ptr"), dtype)
         arguments |= strides | {f"dy_{name}": kind for name, kind in strides.items()} | sizes | vectors
-        arguments |= {"dw_ptr": "*fp32", "B": "i32", "eps": "fp32"}
+        arguments |= {"dw_ptr": "*fp32", "B": "i32", "eps": "fp32", "dq_stride_t": "i32:16", "dk_stride_t": "i32:16"}
         maxnreg = _registers(constants, D // 2)
         found.append(Variant(_backward_kernel, arguments, constants, warps, maxnreg=maxnreg, default=default))
     return found

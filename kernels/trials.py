@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spt_fast.kernels.activation import swiglu_linear
 from spt_fast.kernels.adamw import adamw_step_all
-from spt_fast.kernels.attention import flash_attention
+from spt_fast.kernels.attention import flash_attention, qkv_attention
 from spt_fast.kernels.backend import OPS
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
 from spt_fast.kernels.judging import Question, Trial
@@ -54,13 +54,17 @@ Make = Callable[[Shape, Callable[..., Tensor]], tuple[Callable[..., Any], Sequen
 """(shape, random numbers of a shape) -> what a Trial has besides its candidates."""
 
 
-def _attention(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
-    q, k, v = (random(s.sequences, s.context, heads, s.head_dim) for heads in (s.heads, s.kv_heads, s.kv_heads))
+def _attention(
+    s: Shape, random: Callable[..., Tensor], *, packed: bool
+) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
+    heads = (s.heads, s.kv_heads, s.kv_heads)
+    inputs = [random(s.sequences, s.context, n, s.head_dim) for n in ([sum(heads)] if packed else heads)]
     ends = None
     if s.documents:
         step = max(1, s.context // DOCUMENTS)
-        ends = torch.arange(0, s.sequences * s.context + 1, step, dtype=torch.int32, device=q.device)
-    return partial(flash_attention, cu_seqlens=ends, window=s.window), (q, k, v), 3
+        ends = torch.arange(0, s.sequences * s.context + 1, step, dtype=torch.int32, device=inputs[0].device)
+    call = partial(qkv_attention, kv_heads=s.kv_heads) if packed else flash_attention
+    return partial(call, cu_seqlens=ends, window=s.window), inputs, len(inputs)
 
 
 def _loss(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
@@ -92,7 +96,8 @@ def _adamw(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any],
 
 
 TRIALS: dict[str, Make] = {
-    "flash_attention": _attention,
+    "flash_attention": partial(_attention, packed=False),
+    "qkv_attention": partial(_attention, packed=True),
     "linear_cross_entropy": _loss,
     "add_rms_norm": lambda s, random: (
         add_rms_norm,

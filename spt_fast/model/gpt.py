@@ -39,6 +39,7 @@ from spt_fast.kernels import (
     linear,
     linear_cross_entropy,
     qk_norm_rope,
+    qkv_attention,
     rms_norm,
     rope,
     swiglu_linear,
@@ -115,10 +116,23 @@ class Block(nn.Module):
         attend: Callable[..., Tensor] | None,
     ) -> Tensor:
         qkv = product(h_BTD, self.wqkv, fp8, self.bqkv).unflatten(-1, (-1, self.head_dim))
-        q_BTHQ, k_BTKQ, v_BTKQ = qkv.split(self.split, dim=2)
-        q_BTHQ, k_BTKQ = self.positioned(q_BTHQ, k_BTKQ, cos, sin)
-        attend = attend or partial(flash_attention, cu_seqlens=cu_seqlens)
-        o_BTHQ = attend(q_BTHQ, k_BTKQ, v_BTKQ, window=self.window)
+        if attend is None and not self.norm_over_width:
+            o_BTHQ = qkv_attention(
+                qkv,
+                self.split[1],
+                cos,
+                sin,
+                q_weight=None if cos is None else self.q_norm,
+                k_weight=None if cos is None else self.k_norm,
+                eps=self.norm_eps,
+                cu_seqlens=cu_seqlens,
+                window=self.window,
+            )
+        else:
+            q_BTHQ, k_BTKQ, v_BTKQ = qkv.split(self.split, dim=2)
+            q_BTHQ, k_BTKQ = self.positioned(q_BTHQ, k_BTKQ, cos, sin)
+            attend = attend or partial(flash_attention, cu_seqlens=cu_seqlens)
+            o_BTHQ = attend(q_BTHQ, k_BTKQ, v_BTKQ, window=self.window)
         return product(o_BTHQ.flatten(2), self.wo, fp8, self.bo)
 
     def positioned(

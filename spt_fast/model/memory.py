@@ -32,8 +32,9 @@ Gradients are there all the time: in the local engine they lie where they lay a 
 
 Activations are what autograd keeps. Per token and layer: 4 D (both norms' results and what they normalised), (H + 2K) Q
 of the projection, (H + K) Q rotated, H Q of attention, 2 F (gate and up), all of a bytes, and a few float32 numbers;
-once 2 D. Where blocks are checkpointed "full" each keeps its 2 D inputs (D where norms stand after the layers),
-"selective" besides the results of its matmuls and of attention; the block in its backward pass is there whole.
+once 2 D. A CPU's own attention keeps nothing rotated, but with QK-norm. Where blocks are checkpointed "full" each keeps
+its 2 D inputs (D where norms stand after the layers), "selective" besides the results of its matmuls and of attention;
+the block in its backward pass is there whole.
 On a CPU without a kernel for it, documents cost a mask of T x T a sequence and layer, a window one of T x T a layer.
 
 Left out: what CUDA itself, cuBLAS and NCCL hold (0.5 to 2 GB), the allocator's rounding and fragments, evaluation
@@ -164,10 +165,11 @@ def _of_a_block(
     D, H, K, Q, F, a = config.width, config.heads, config.kv_heads, config.head_dim, config.ffn, dtype.itemsize
     L, inputs = config.layers, D if config.norms == "after" else 2 * D  # the stream, and a norm of it
     projected, attended = (H + 2 * K) * Q, H * Q
-    rotated = (H + K) * Q * (L - len(config.no_rope_layers)) // L
+    simple = device == "cpu" and attention_cpu.obstacle(torch.empty(0, 0, 0, Q, dtype=dtype), True)
+    unrotated = device == "cpu" and not simple and not config.qk_norm
+    rotated = 0 if unrotated else (H + K) * Q * (L - len(config.no_rope_layers)) // L
     whole = a * (4 * D + projected + rotated + attended + 2 * F) + 4 * (H + 2)
     results = a * (inputs + 2 * D + projected + attended + 2 * F) + 4 * H
-    simple = device == "cpu" and attention_cpu.obstacle(torch.empty(0, 0, 0, Q, dtype=dtype), True)
     if simple and documents:
         # q, k, v and the result exist with and without padding; of the projection v is not needed then.
         whole += 4 * T + a * (attended + K * Q - (0 if config.qk_norm else projected))

@@ -158,7 +158,8 @@ def asked_of(
         parameters=parameters(config),
     )
     normalised = config.qk_norm and config.qk_norm_over != "width"
-    ops = ["flash_attention", "linear_cross_entropy", "add_rms_norm", "swiglu_linear"]
+    attention = "flash_attention" if config.qk_norm_over == "width" else "qkv_attention"
+    ops = [attention, "linear_cross_entropy", "add_rms_norm", "swiglu_linear"]
     ops += ["qk_norm_rope" if normalised else "rope", "adamw_step"]
     return questions(ops, shape, dtype, device, deterministic=deterministic)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import attention, attention_triton, flash_attention, flash_attn, launch
+from spt_fast.kernels import attention, attention_triton, flash_attention, flash_attn, launch, qkv_attention
 from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
@@ -23,6 +23,7 @@ from tests.kernels.compare import (
 )
 from tests.kernels.contract import Contract, Sample, Shape
 from tests.kernels.launches import BF16, FP16, FP32, compiled_launches
+from tests.kernels.test_rotary import plain_qk_norm_rope, plain_rope
 
 BACKENDS_AND_DTYPES = backends_and_dtypes("reference", "sdpa", "triton", "flash_attn")
 
@@ -69,8 +70,33 @@ def in_documents(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options:
     return flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=3, **options)
 
 
-def samples(D: int, **more: Any) -> tuple[Sample, Sample]:
-    """Plain attention, and documents with a window; without positions there are no documents, or only empty ones."""
+def angles(T: int, D: int, dtype: torch.dtype) -> list[Tensor]:
+    turns = 6.3 * torch.rand(T, D // 2, dtype=torch.promote_types(dtype, torch.float32)).repeat(1, 2)
+    return [turns.cos().to(DEVICE), turns.sin().to(DEVICE)]
+
+
+def projection_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, **options: Any) -> Tensor:
+    return qkv_attention(qkv, 1, cos, sin, cu_seqlens=cu_seqlens, window=3, **options)
+
+
+def projection_normalised(qkv: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
+    return qkv_attention(qkv, 1, cos, sin, q_weight=wq, k_weight=wk, **options)
+
+
+def plain_projection(
+    qkv: Tensor, K: int, weights: tuple[Tensor, ...], tables: tuple[Tensor, ...], **options: Any
+) -> Tensor:
+    q, k, v = qkv.split([qkv.shape[2] - 2 * K, K, K], 2)
+    if weights:
+        q, k = plain_qk_norm_rope(q, k, *weights, *tables)
+    elif tables:
+        q, k = plain_rope(q, k, *tables)
+    return plain_attention(q, k, v, **options)
+
+
+def samples(D: int, **more: Any) -> tuple[Sample, ...]:
+    """Plain attention, and documents with a window; without positions there are no documents, or only empty ones. Also
+    of projections, rotated and normalised."""
 
     def inputs(rows: Shape, dtype: torch.dtype) -> list[Tensor]:
         return draw(*rows[:2], 2, 1, D, dtype)[:3]
@@ -84,9 +110,27 @@ def samples(D: int, **more: Any) -> tuple[Sample, Sample]:
 
     few: dict[str, Any] = {"rows": (2, 5), "empty": ((0, 4), (2, 0), (0, 4, 0), (2, 0, 0)), "gradients": 3, **more}
     few["loose"] = ("sdpa", "reference", "flash_attn")
+
+    def qkv(rows: Shape, dtype: torch.dtype) -> list[Tensor]:
+        return random_tensors([(*rows[:2], 4, D)], dtype)
+
+    def rotated(rows: Shape, dtype: torch.dtype) -> list[Tensor]:
+        return [*qkv(rows, dtype), *angles(rows[1], D, dtype), with_cuts(rows, dtype)[-1]]
+
+    def plain_rotated(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return plain_projection(qkv, 1, (), (cos, sin), cu_seqlens=cu_seqlens.tolist(), window=3)
+
+    def normalised(rows: Shape, dtype: torch.dtype) -> list[Tensor]:
+        return [*qkv(rows, dtype), *random_tensors([(D,), (D,)], dtype), *angles(rows[1], D, dtype)]
+
+    def plain_normalised(qkv: Tensor, wq: Tensor, wk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return plain_projection(qkv, 1, (wq, wk), (cos, sin))
+
     return (
         Sample("flash_attention", flash_attention, plain_attention, inputs, **few),
         Sample("flash_attention", in_documents, plain, with_cuts, **few),
+        Sample("qkv_attention", projection_rotated, plain_rotated, rotated, **few | {"gradients": 1}),
+        Sample("qkv_attention", projection_normalised, plain_normalised, normalised, **few | {"gradients": 3}),
     )
 
 
@@ -378,6 +422,48 @@ def test_flash_attn_is_called_right(
     )
     for f, e in zip(run(function, inputs, (upstream,)), expected, strict=True):
         torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "triton", "cpu"))
+@pytest.mark.parametrize("kind", ["rotated", "normalised", "as it is"])
+@by_more_than_chance
+def test_a_projection_as_exact_as_torch(backend: str, dtype: torch.dtype, kind: str) -> None:
+    """With tables for each row, grouped queries, and documents that end in padding."""
+    B, T, H, K, D = 2, 70 if backend == "cpu" else 20, 4, 2, 48
+    if backend == "cpu" and dtype != torch.bfloat16:
+        pytest.skip("the CPU's kernel takes bf16")
+    qkv, upstream, *weights = random_tensors([(B, T, H + 2 * K, D), (B, T, H, D), (D,), (D,)], dtype)
+    tables = () if kind == "as it is" else tuple(torch.stack([x, x.flip(0)]) for x in angles(T, D, torch.float32))
+    weights = weights if kind == "normalised" else []
+    named = dict(zip(("cos", "sin"), tables, strict=False))
+    cuts, window = [0, T // 2, T + 9, 2 * T - 4], T // 2 + 3
+
+    def ours(qkv: Tensor, *weights: Tensor) -> Tensor:
+        both = dict(zip(("q_weight", "k_weight"), weights, strict=False))
+        return qkv_attention(qkv, K, cu_seqlens=cut(cuts), window=window, backend=backend, **named, **both)
+
+    assert_as_exact_as_torch(
+        ours,
+        lambda qkv, *weights: plain_projection(qkv, K, weights, tables, cu_seqlens=cuts, window=window),
+        (qkv, *weights),
+        (upstream,),
+        ROUNDINGS.get(backend, 4),
+    )
+
+
+def test_a_projection_that_cannot_be_is_refused() -> None:
+    qkv, cos = torch.zeros(1, 4, 6, 8), torch.zeros(4, 8)
+    for kv_heads in (0, 3):
+        with pytest.raises(ValueError, match=r"qkv_attention\(kv_heads\)"):
+            qkv_attention(qkv, kv_heads)
+    with pytest.raises(ValueError, match="qkv_attention: sin is missing"):
+        qkv_attention(qkv, 2, cos)
+    with pytest.raises(ValueError, match="qkv_attention: cos is missing"):
+        qkv_attention(qkv, 2, q_weight=cos[0], k_weight=cos[0])
+    with pytest.raises(ValueError, match=r"qkv_attention\(sin\)"):
+        qkv_attention(qkv, 2, cos, cos[1:])
+    with pytest.raises(ValueError, match="qkv_attention: only one of"):
+        qkv_attention(qkv, 2, cos, cos, q_weight=cos[0])
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -241,6 +241,6 @@ def test_every_launch_is_compiled_ahead_of_time() -> None:
             q, k, weight = (torch.empty(*size, D, dtype=dtype) for size in ((1, 1, Hq), (1, 1, Hk), ()))
             table = torch.empty(1, D)
             if forward:
-                rotary._triton_rope(q, k, table, table, False)
-                rotary._triton_forward(q, k, weight, weight, table, table, 1e-6)
-            rotary._triton_backward(q, k, q, k, weight, weight, table, table, 1e-6)
+                rotary._triton_rope(q, k, q, k, table, table, False)
+                rotary._triton_forward(q, k, q, k, weight, weight, table, table, 1e-6)
+            rotary._triton_backward(q, k, q, k, q, k, weight, weight, table, table, 1e-6)

@@ -56,7 +56,7 @@ def test_a_run_takes_what_was_measured_and_goes_on_with_what_it_took(
     assert "swiglu_linear: reference: forward + backward 2 + 4 ms, 1.50 times as fast as by default, measured" in said
     assert "rope: auto" not in said
     shape = asked[0].shape
-    assert {question.op for question in asked} >= {"flash_attention", "linear_cross_entropy", "qk_norm_rope"}
+    assert {question.op for question in asked} >= {"qkv_attention", "linear_cross_entropy", "qk_norm_rope"}
     assert (shape["sequences"], shape["context"], shape["heads"], shape["documents"]) == (4, 16, 2, False)
     state = sorted((data / "tuned" / "checkpoints").glob("step-*/state.json"))[-1]
     compute = json.loads(state.read_text())["compute"]
