@@ -105,5 +105,6 @@ def gather(
 
 
 def advise(sources: np.ndarray, source: np.ndarray, start: np.ndarray, context: int) -> None:
-    """Ask the kernel to bring the pages of these windows into memory (posix_fadvise WILLNEED)."""
+    """Ask the kernel to bring the pages of these windows into memory (posix_fadvise WILLNEED), unless those of a
+    sample of many windows are there."""
     ops().advise(_tensor(sources), _tensor(source, np.int32), _tensor(start), context)

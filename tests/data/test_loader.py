@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import random
 import threading
@@ -352,3 +354,33 @@ def test_without_the_extension_the_message_says_how_to_build_it(
             native.chairman_table([1, 1, 1, 1, 1])
     finally:
         native.ops.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this system doesn't say what is in memory")
+def test_windows_are_asked_for_where_some_of_them_are_not_in_memory(tmp_path: Path) -> None:
+    """That the first of many is there must not count for all."""
+    path, tokens, rows = tmp_path / "web.bin", 4 << 20, 64
+    np.zeros(tokens, dtype=np.uint16).tofile(path)
+    pages = np.memmap(path, dtype=np.uint8, mode="r")
+    starts = np.linspace(0, tokens - 300, rows).astype(np.int64)
+
+    def in_memory() -> np.ndarray:
+        """Of each window, whether its page is."""
+        held = np.zeros(-(-len(pages) // mmap.PAGESIZE), dtype=np.uint8)
+        address = ctypes.c_void_p(pages.ctypes.data)
+        assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(pages)), ctypes.c_void_p(held.ctypes.data)) == 0
+        return (held[2 * starts // mmap.PAGESIZE] & 1).astype(bool)
+
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(file.fileno(), 600, 0)
+        if in_memory().sum() > 1:
+            pytest.skip("the system kept the file in memory")
+        table = np.array([[file.fileno(), 0, tokens, 2]])
+        native.advise(table, np.zeros(rows, np.int32), starts, 256)
+        ends = time.monotonic() + 10
+        while not in_memory().all():
+            assert time.monotonic() < ends
+            time.sleep(0.01)
