@@ -34,16 +34,17 @@ SPT_INLINE void prefetch(const float* from, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(from + i, 1);
 }
 
-// Row v of the float32 dw [V, D] becomes the sum of the rows n of dy [N, D] with tokens[n] = v.
-void embedding_backward(const Tensor& dy, const Tensor& tokens, Tensor dw) {
+// To row v of the float32 dw [V, D], or to zeros if not `keep`, are added the rows n of dy [N, D] with tokens[n] = v.
+void embedding_backward(const Tensor& dy, const Tensor& tokens, Tensor dw, bool keep) {
   const int64_t N = tokens.numel(), V = dw.size(0), D = dw.size(1);
   const int64_t* token = tokens.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(std::all_of(token, token + N, [&](int64_t t) { return 0 <= t && t < V; }),
                   "a token is outside the vocabulary");
   float* sums = mutable_data<float>(dw);
-  torch::stable::parallel_for(0, V * D, kGrainZeros, [&](int64_t begin, int64_t end) {
-    std::memset(sums + begin, 0, (end - begin) * sizeof(float));
-  });
+  if (!keep)
+    torch::stable::parallel_for(0, V * D, kGrainZeros, [&](int64_t begin, int64_t end) {
+      std::memset(sums + begin, 0, (end - begin) * sizeof(float));
+    });
   with_dtype(dy, [&]<class T>(T) {
     torch::stable::parallel_for(0, D, kGrainColumns, [&](int64_t begin, int64_t end) {
       for (int64_t n = 0; n < N; ++n) {
@@ -57,7 +58,7 @@ void embedding_backward(const Tensor& dy, const Tensor& tokens, Tensor dw) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(spt_fast, m) {
-  m.def("cpu_embedding_backward(Tensor dy, Tensor tokens, Tensor(a!) dw) -> ()");
+  m.def("cpu_embedding_backward(Tensor dy, Tensor tokens, Tensor(a!) dw, bool keep) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spt_fast, CPU, m) { m.impl("cpu_embedding_backward", TORCH_BOX(&embedding_backward)); }

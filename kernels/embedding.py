@@ -106,10 +106,7 @@ def _reference(dy_ND: Tensor, tokens_N: Tensor, total_VD: Tensor, new: bool) -> 
 
 
 def _cpu(dy_ND: Tensor, tokens_N: Tensor, total_VD: Tensor, new: bool) -> None:
-    dweight_VD = total_VD if new else torch.empty_like(total_VD)
-    native.ops().cpu_embedding_backward(dy_ND, tokens_N.long().contiguous(), dweight_VD)
-    if not new:
-        total_VD.add_(dweight_VD)
+    native.ops().cpu_embedding_backward(dy_ND, tokens_N.long().contiguous(), total_VD, not new)
 
 
 ROWS, MAX_COLUMNS, WARPS = 8, 256, 4

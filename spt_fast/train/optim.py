@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.kernels import accumulate_in_place
+from spt_fast.kernels.total_norm import total_norm
 from spt_fast.model.gpt import GPT
 from spt_fast.model.parameters import Parameter, table
 from spt_fast.optimizers import Group, Optimizer, Update
@@ -21,10 +22,6 @@ from spt_fast.train.snapshot import Snapshot
 
 FROZEN = {"none": (), "embeddings": ("embedding",)}
 """The parameters that a phase's `freeze` means."""
-
-NORM_PIECE = 1 << 16
-"""Values whose norm a CPU takes at a time."""
-
 
 ALIGNMENT = 64
 """Every parameter begins at a multiple of so many numbers of its flat tensor; what lies between is 0 and stays it."""
@@ -134,13 +131,7 @@ class ModelOptimizer:
         grads = [p.grad for p in self.params.values() if p.grad is not None]
         if self._all_gradients is not None:
             grads = [self._all_gradients]
-        if self.count.is_cuda:
-            return torch.linalg.vector_norm(grads[0]) if len(grads) == 1 else torch.nn.utils.get_total_norm(grads)
-        # A CPU adds up in order: in fp32 the norm of three million values is off by up to 6e-5. In pieces, since
-        # each is copied to float64.
-        pieces = [piece for grad in grads for piece in grad.flatten().split(NORM_PIECE)]
-        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
-        return torch.linalg.vector_norm(torch.stack(norms)).float()
+        return total_norm(grads)
 
     def _gather(self) -> None:
         """Move gradients to the flat tensor that autograd or others have made elsewhere: those of norms, in one

@@ -131,7 +131,7 @@ def test_the_cpu_gradient_overwrites_all_that_was_there(dtype: torch.dtype, voca
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         dw = torch.full((vocab_size, width), float("nan"))
-        native.ops().cpu_embedding_backward(dy, tokens, dw)
+        native.ops().cpu_embedding_backward(dy, tokens, dw, False)
         assert torch.equal(dw, expected)
     torch.set_num_threads(threads)
 
@@ -140,7 +140,7 @@ def test_the_cpu_gradient_writes_nowhere_else() -> None:
     dy, dw = torch.ones(2, 3), torch.zeros(5, 3)
     usable("cpu")
     with pytest.raises(RuntimeError, match="outside the vocabulary"):
-        native.ops().cpu_embedding_backward(dy, torch.tensor([0, 5]), dw)
+        native.ops().cpu_embedding_backward(dy, torch.tensor([0, 5]), dw, False)
     assert not dw.any()
 
 
