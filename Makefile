@@ -28,13 +28,11 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.distributed
 	$(BIN)/python -m benchmarks.laws
 
-# On a machine whose own Python has torch, with that; nothing is installed there.
-STAGE ?= check kernels train
-
+# On a machine whose own Python has torch, with that; nothing is installed there. ARGUMENTS="--from FILE" goes on.
 bench-gpu:
 	@python3 -c 'import torch' 2>/dev/null || $(MAKE) $(VENV)/.ready
 	@python=python3; python3 -c 'import torch' 2>/dev/null || python=$(BIN)/python; \
-	echo "$$python -m benchmarks.gpu --stage $(STAGE)"; $$python -m benchmarks.gpu --stage $(STAGE)
+	echo "$$python -m benchmarks.gpu $(ARGUMENTS)"; $$python -m benchmarks.gpu $(ARGUMENTS)
 
 # The libraries to compare with, beside the environment; what cannot be installed is absent from the tables.
 peers: $(VENV)/.ready

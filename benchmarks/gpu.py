@@ -1,258 +1,421 @@
-"""Everything that wants a GPU, in three stages of under nine minutes each on one H100.
+"""Everything that wants a GPU, in one command of under nine minutes on one H100, and a second that goes on.
 
-    python -m benchmarks.gpu [--stage check|kernels|train …] [--out DIR] [--dry]
+    python -m benchmarks.gpu [--seconds 520] [--out DIR] [--from FILE] [--only STAGE …] [--dry]
 
-check     the tests of the kernels, each file in a process of its own: one that breaks the device breaks no other
-kernels   benchmarks.kernels, one op after another, each with its share of the time that is left
-train     benchmarks.train_step, one preset after another
+check     attention and every op at the presets' shapes: at most twice the error of PyTorch's ops in the same dtype, the
+          same bits twice; attention under compute-sanitizer, where there is one
+profile   where a step of ours spends its time at 124m, 350m and 1b, with MFU
+plain     the step of a compiled plain GPT beside ours, round by round
+graphs    10m, recorded as CUDA graphs and not
+tuner     what it chooses for attention and the loss
+memory    the ops that are bound by memory, against a copy, on cold caches
+fp8       1b in fp8 against bf16
+more      the plain GPT at 350m and 1b, for which the time of one command doesn't suffice
 
-Each stage adds one entry to DIR/<date>-<gpu>.json (DIR: benchmarks/results): the machine with driver, power limit and
-versions, the commit, what came out; after every part of it, so that nothing is lost where a stage is cut off. What the
-time does not suffice for is named as skipped. --dry runs all of it on a CPU with tiny shapes.
+A stage is made of items, each a process with its share of the time: one that breaks the device, or hangs, ends no
+other. What an item has measured stands in DIR/<date>-<gpu>.json from that second on (DIR: $OUT, or
+benchmarks/results), which is replaced as a whole, so that it can be read whenever the command is killed. A file that is
+there already, or is given by --from, is gone on with: items that aren't done are run, first those that never began.
+The screen gets at most 10,000 characters; what the time did not suffice for is named at the end.
 
 Needs torch, and nothing installed: the extension is built where it isn't. Peers are taken from the environment or from
-build/peers (`make peers`); SPT_COMMIT names the commit of a tree that came without its history.
+build/peers (`make peers`); SPT_COMMIT names the commit of a tree that came without its history. --dry runs every stage
+on a CPU with tiny shapes.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import PEERS, ROOT, machine, version_of
+from benchmarks.machine import PEERS, ROOT, machine
 from spt_fast import native
 from spt_fast.files import write_text
 
-STAGE_SECONDS = 520.0
-GRACE_SECONDS = 20.0
-"""Between the time that a benchmark is given and the end of its process."""
-
+SECONDS = 520.0
+PRINTED, KEPT_FOR_THE_END, PRINTED_OF_ITEM = 10_000, 1_500, 900
+"""Characters."""
+GRACE_SECONDS = 12.0
+"""Between the time that an item plans with and the end of its process."""
+POLL_SECONDS = 0.2
+OUTPUT = 3000
+"""Characters of what an item wrote that are kept where it failed."""
+AT_ONCE = {"check": 4}
+"""Items of a stage that may run side by side, since they time nothing."""
+OPS = ("norm", "activation", "rotary", "embedding", "adamw", "linear", "cross_entropy", "fp8")
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """So that what one contender leaves in the cache has the form that the next one wants."""
+PR_SET_PDEATHSIG = 1
 
-TRAINED = {"124m": 2, "10m": 1, "350m": 3, "1b": 4, "1b fp8": 2}
-"""The presets that the training step is measured with, and the shares of the time. The last is ours alone, in fp8
-beside bf16, round by round: with batches that leave room for both."""
-MIN_PART_SECONDS = 30.0
-"""A part with less than that isn't begun."""
+Found = dict[str, Any]
 
 
-@dataclass
-class Budget:
-    """The time that a stage still has, dealt out by weight."""
+@dataclass(frozen=True)
+class Item:
+    """One process: `python -m` what `command` says, with --json and the file that it is to write to.
 
-    ends: float
+    seconds  the most that it may take; it isn't begun with less
+    told     what was found, in lines for the screen
+    before   a program that runs it, with its arguments
+    """
 
-    def left(self) -> float:
-        return self.ends - time.monotonic()
-
-    def shares(self, weights: dict[str, int]) -> Iterator[tuple[str, float]]:
-        """Each name and its seconds when its turn comes: what one leaves over, the later ones have."""
-        names = list(weights)
-        for place, name in enumerate(names):
-            yield name, self.left() * weights[name] / sum(weights[later] for later in names[place:])
-
-
-@dataclass
-class Entry:
-    """One stage's part of the results file, rewritten whenever something is added."""
-
-    path: Path
     stage: str
-    record: dict[str, Any]
+    name: str
+    seconds: float
+    command: Sequence[str]
+    told: Callable[[Found], list[str]] = lambda found: []
+    before: Sequence[str] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------ what is run
+
+
+def items(*, dry: bool) -> list[Item]:
+    if dry:
+        return _dry_items()
+    sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+    whole = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a read past a tensor's end is one past an allocation's
+    return [
+        _check("attention", 60),
+        *(_check(op, 60) for op in OPS),
+        _check("attention", 45, "--dry", name="attention, sanitizer", before=sanitizer, environment=whole),
+        *(_profile(preset, 35) for preset in ("124m", "350m", "1b")),
+        _plain("124m", 80, stage="plain"),
+        _trained("graphs", "10m", 45, "--graphs"),
+        Item("tuner", "tuner 124m", 60, ["benchmarks.tune_ops", *_planned(60), "--preset", "124m"], _tuned),
+        *(_memory(op, 20) for op in ("norm", "activation", "rotary", "embedding", "adamw")),
+        _trained("fp8", "1b", 60, "--fp8", "--batch", "8"),
+        *(_plain(preset, 120, stage="more") for preset in ("350m", "1b")),
+    ]
+
+
+def _dry_items() -> list[Item]:
+    tiny = ("--dry", "--device=cpu")
+    interpreted = {"TRITON_INTERPRET": "1"}
+    return [
+        *(_check(op, 60, *tiny, environment=interpreted) for op in ("norm", "attention")),
+        _profile("10m", 60, "--dry"),
+        _trained("plain", "10m", 60, "--dry", "--no-compile", "--rounds=2", "--batch=2"),
+        _trained("graphs", "10m", 60, "--dry", "--graphs", "--rounds=2", "--batch=2"),
+        Item("tuner", "tuner", 60, ["benchmarks.tune_ops", "--dry", "--seconds", "8"], _tuned),
+        _memory("norm", 60, *tiny, "--rounds=1"),
+        _trained("fp8", "10m", 60, "--dry", "--fp8", "--rounds=2", "--batch=2"),
+    ]
+
+
+def _planned(seconds: float) -> list[str]:
+    return ["--seconds", str(seconds - GRACE_SECONDS)]
+
+
+def _check(op: str, seconds: float, *more: str, name: str = "", **how: Any) -> Item:
+    command = [f"benchmarks.kernels.bench_{op}", "--check", "--no-compile", *_planned(seconds), *more]
+    return Item("check", f"check {name or op}", seconds, command, _checked, **how)
+
+
+def _profile(preset: str, seconds: float, *more: str) -> Item:
+    command = ["benchmarks.profile_step", "--preset", preset, "--seconds", "5", *more]
+    return Item("profile", f"profile {preset}", seconds, command, _profiled)
+
+
+def _plain(preset: str, seconds: float, *, stage: str) -> Item:
+    return _trained(stage, preset, seconds, "--sides", "plain, compiled", name=f"plain {preset}")
+
+
+def _trained(stage: str, preset: str, seconds: float, *more: str, name: str = "") -> Item:
+    command = ["benchmarks.train_step", "--preset", preset, "--steps=3", *_planned(seconds), *more]
+    return Item(stage, name or f"{stage} {preset}", seconds, command, _compared)
+
+
+def _memory(op: str, seconds: float, *more: str) -> Item:
+    command = [f"benchmarks.kernels.bench_{op}", "--no-compile", *_planned(seconds), *more]
+    return Item("memory", f"memory {op}", seconds, command, _rates)
+
+
+# ------------------------------------------------------------------------------------------------ in words
+
+
+def _checked(found: Found) -> list[str]:
+    """By backend how many shapes were right and the worst error beside eager's, and every one that wasn't."""
+    lines: list[str] = []
+    eager: dict[tuple[str, str], float] = {}
+    by_backend: dict[str, list[Found]] = {}
+    for row in found.get("rows", []):
+        if row["kind"] == "torch":
+            eager[row["op"], row["shape"]] = row.get("error", 0)
+        elif row["status"] != "absent":
+            by_backend.setdefault(row["contender"], []).append(row)
+    for backend, rows in by_backend.items():
+        right = [row for row in rows if row["status"] == "right"]
+        ratios = [row["error"] / base for row in right if (base := eager.get((row["op"], row["shape"])))]
+        worst = f", error at most {max(ratios):.2g} of eager's" if ratios else ""
+        lines.append(f"{backend}: {len(right)} of {len(rows)} right{worst}")
+        lines += [f"  {r['op']} {r['shape']}: {r['status']} {r.get('note', '')}" for r in rows if r not in right]
+    return lines
+
+
+def _profiled(found: Found) -> list[str]:
+    if "device_ms" not in found:
+        return []
+    lines = [
+        f"{found['tokens_per_s']:,.0f} tokens/s, mfu[{found['mfu_label']}] {_percent(found['mfu'])}, predicted "
+        f"{_percent(found['predicted']['mfu'])}; {found['step_ms']['median']:.1f} ms a step, "
+        f"{found['device_ms']:.1f} of the device, {found['launches']:.0f} launches"
+    ]
+    return lines + [f"  {row['share']:.1%} {row['calls']:g} x {row['kernel'][:60]}" for row in found["kernels"][:8]]
+
+
+def _compared(found: Found) -> list[str]:
+    lines = []
+    for run in found.get("runs", []):
+        ours = run["sides"].get("ours", {}).get("tokens_per_s", {}).get("median")
+        for name, side in run["sides"].items():
+            if "problem" in side:
+                lines.append(f"{name}: {side['problem']}")
+                continue
+            rate = side["tokens_per_s"]["median"]
+            ratio = f", ours is {ours / rate:.3f}x" if ours and name != "ours" else ""
+            lines.append(
+                f"{name}: {rate:,.0f} tokens/s, mfu[{run['mfu_label']}] {_percent(side['mfu'])}, "
+                f"{side['rounds']} rounds of {side['sequences']} sequences{ratio}"
+            )
+    return lines
+
+
+def _tuned(found: Found) -> list[str]:
+    return found.get("notes", [])
+
+
+def _rates(found: Found) -> list[str]:
+    """Ours by shape, pass by pass: share of the copy's rate, and how many times the best of the others."""
+    lines = [f"a copy: {found['ceilings']['GB/s']:,.0f} GB/s"] if "ceilings" in found else []
+    groups: dict[tuple[str, str], list[Found]] = {}
+    for row in found.get("rows", []):
+        if "seconds" in row:
+            groups.setdefault((row["op"], row["shape"]), []).append(row)
+    for (op, shape), rows in groups.items():
+        said = []
+        for row in rows:
+            if row["kind"] == "ours" and not row["contender"].endswith("reference"):
+                others = [r["seconds"][1] for r in rows if r["pass"] == row["pass"] and r["kind"] in ("torch", "peer")]
+                than = f" {min(others) / row['seconds'][1]:.2f}x" if others else ""
+                said.append(f"{row['pass']} {row['of_ceiling']:.0%}{than}")
+        lines.append(f"{op} {shape}: {', '.join(said)}")
+    return lines
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{share:.1%}"
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+class Results:
+    """The file, whole at every moment.
+
+    By item: "state" (running, done, "cut off" by its time, failed or skipped), "run" (which of `runs`: machine, commit
+    and time of each command that worked at this file), "seconds", and what the item wrote.
+    """
+
+    def __init__(self, path: Path, known: Found | None, about: Found) -> None:
+        self.path = path
+        self.record = known or {"runs": [], "items": {}}
+        self.record["runs"].append({"began": datetime.now(UTC).isoformat(timespec="seconds"), "machine": about})
+        self._write()
 
     @classmethod
-    def begin(cls, folder: Path, stage: str) -> Entry:
+    def open(cls, folder: Path, known: Path | None) -> Results:
         about = machine("torch", "triton", "transformers", *PEERS)
-        name = re.sub(r"[^a-z0-9]+", "-", about.get("gpu", "cpu").lower()).strip("-")
+        gpu = re.sub(r"[^a-z0-9]+", "-", about.get("gpu", "cpu").lower()).strip("-")
         folder.mkdir(parents=True, exist_ok=True)
-        record = {
-            "stage": stage,
-            "began": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": about,
-            "parts": {},
-        }
-        return cls(folder / f"{about['date']}-{name}.json", stage, record)
+        path = folder / f"{about['date']}-{gpu}.json"
+        known = known or (path if path.exists() else None)
+        return cls(path, json.loads(known.read_text()) if known else None, about)
 
-    def add(self, part: str, found: dict[str, Any]) -> None:
-        self.record["parts"][part] = found
-        entries = json.loads(self.path.read_text()) if self.path.exists() else []
-        mine = [i for i, entry in enumerate(entries) if (entry["stage"], entry["began"]) == self.key]
-        entries = [entry for i, entry in enumerate(entries) if i not in mine]
-        write_text(self.path, json.dumps([*entries, self.record], indent=1) + "\n")
+    def state(self, item: Item) -> str:
+        return self.record["items"].get(item.name, {}).get("state", "never begun")
+
+    def waiting(self, planned: Sequence[Item]) -> list[Item]:
+        """What isn't done, first what never began, last what failed."""
+        order = ("never begun", "skipped", "running", "cut off", "failed")
+        return sorted((i for i in planned if self.state(i) != "done"), key=lambda i: order.index(self.state(i)))
+
+    def put(self, item: Item, state: str, **found: Any) -> None:
+        run = len(self.record["runs"]) - 1
+        self.record["items"][item.name] = {"stage": item.stage, "state": state, "run": run, **found}
+        self._write()
+
+    def _write(self) -> None:
+        write_text(self.path, json.dumps(self.record, indent=1) + "\n")
+
+
+class Screen:
+    """So many characters and no more."""
+
+    def __init__(self, left: int = PRINTED) -> None:
+        self.left = left
+
+    def say(self, text: str, *, most: int = PRINTED, keep: int = 0) -> None:
+        """At most `most` characters, and so that `keep` stay for later."""
+        most = min(most, self.left - keep - 1)
+        if len(text) > most:
+            text = f"{text[: most - 2]} …" if most > 20 else ""
+        if text:
+            self.left -= len(text) + 1
+            print(text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+class Process:
+    """An item at work, in a session of its own; it ends with this process, however that ends."""
+
+    def __init__(self, item: Item, folder: Path) -> None:
+        self.item, self.began, self.seen = item, time.monotonic(), 0.0
+        stem = re.sub(r"\W+", "-", item.name)
+        self.json, self.log = folder / f"{stem}.json", folder / f"{stem}.log"
+        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        with self.log.open("wb") as log:
+            self.popen = subprocess.Popen(
+                [*item.before, sys.executable, "-m", *item.command, "--json", str(self.json)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **ALLOCATOR, "PYTHONPATH": python_path, **item.environment},
+                cwd=ROOT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
 
     @property
-    def key(self) -> tuple[str, str]:
-        return self.stage, self.record["began"]
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.began, 1)
+
+    def found(self) -> Found:
+        found = json.loads(self.json.read_text()) if self.json.exists() else {}
+        found.pop("machine", None)
+        return found
+
+    def news(self) -> Found | None:
+        """What it has written since this was asked last."""
+        when = self.json.stat().st_mtime if self.json.exists() else 0.0
+        if when == self.seen:
+            return None
+        self.seen = when
+        return self.found()
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")[-OUTPUT:]
+
+    def end(self) -> None:
+        """With all that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait()
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def run(planned: Sequence[Item], results: Results, seconds: float, screen: Screen) -> None:
+    """Every item that isn't done, while there is time."""
+    deadline = time.monotonic() + seconds
+    waiting = results.waiting(planned)
+    at_work: list[Process] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            while waiting or at_work:
+                while waiting and _has_room(waiting[0], at_work):
+                    item = waiting.pop(0)
+                    obstacle = _obstacle(item, deadline)
+                    if obstacle is None:
+                        results.put(item, "running")
+                        at_work.append(Process(item, Path(folder)))
+                    elif results.state(item) in ("never begun", "skipped"):
+                        results.put(item, "skipped", why=obstacle)
+                time.sleep(POLL_SECONDS)
+                at_work = [process for process in at_work if not _over(process, results, screen)]
+        finally:
+            for process in at_work:
+                process.end()
+
+
+def _has_room(item: Item, at_work: Sequence[Process]) -> bool:
+    beside = all(process.item.stage == item.stage for process in at_work)
+    return not at_work or (beside and len(at_work) < AT_ONCE.get(item.stage, 1))
+
+
+def _obstacle(item: Item, deadline: float) -> str | None:
+    if item.before and shutil.which(item.before[0]) is None:
+        return f"there is no {item.before[0]}"
+    left = max(0, deadline - time.monotonic())
+    return None if left >= item.seconds else f"no time left: it takes {item.seconds:.0f} s, {left:.0f} were left"
+
+
+def _over(process: Process, results: Results, screen: Screen) -> bool:
+    """Whether it has ended, or had to; in either case with what it has found put into the results."""
+    item, code = process.item, process.popen.poll()
+    late = code is None and process.seconds > item.seconds
+    if code is None and not late:
+        if (news := process.news()) is not None:
+            results.put(item, "running", **news)
+        return False
+    process.end()
+    found = process.found()
+    state = "cut off" if late else "done" if code == 0 else "failed"
+    how = {} if state == "done" else {"output": process.output(), "code": code}
+    results.put(item, state, seconds=process.seconds, **found, **how)
+    said = [f"\n{item.name}: {state}, {process.seconds:.0f} s", *item.told(found)]
+    if state == "failed":
+        said.append(process.output().strip()[-300:])
+    screen.say("\n".join(said), most=PRINTED_OF_ITEM, keep=KEPT_FOR_THE_END)
+    return True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--seconds", type=float, default=STAGE_SECONDS, help="for each stage")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
+    default = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=default, help="a folder (default: $OUT or benchmarks/results)")
+    parser.add_argument("--from", dest="known", type=Path, help="an earlier command's results, to go on with")
+    parser.add_argument("--only", nargs="+", help="stages")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
     options = parser.parse_args()
+    ends = time.monotonic() + options.seconds
     if not native.is_built():
         subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, check=True)
-    failed = False
-    for stage in options.stage:
-        budget = Budget(time.monotonic() + options.seconds)
-        entry = Entry.begin(options.out, stage)
-        print(f"# {stage}\n\n" + ", ".join(f"{k} {v}" for k, v in entry.record["machine"].items()), flush=True)
-        failed |= not STAGES[stage](entry, budget, options.dry)
-        print(f"\n{entry.path}: added {stage}, {options.seconds - budget.left():.0f} s", flush=True)
-    sys.exit(1 if failed else 0)
-
-
-def check(entry: Entry, budget: Budget, dry: bool) -> bool:
-    """Whether every test passed."""
-    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
-    names = [f.stem for f in files if f.stem != "test_aot"]  # which needs no GPU
-    weights = dict.fromkeys(["test_allocator"] if dry else names, 1)
-    environment = {"TRITON_INTERPRET": "1" if dry else "0"}
-    parallel = ["-n", "4"] if version_of("pytest-xdist") != "absent" and not dry else []
-    print("\n| | passed | failed | skipped | s | |\n|---|---|---|---|---|---|")
-    right = True
-    for name, share in budget.shares(weights):
-        seconds = min(budget.left(), 3 * share)
-        if seconds < MIN_PART_SECONDS:
-            entry.add(name, {"skipped": "no time left"})
-            print(f"| {name} | | | | | no time left |", flush=True)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                *parallel,
-                f"--junitxml={report}",
-                f"tests/kernels/{name}.py",
-            ]
-            said, took, code = _run(command, seconds, environment, show=False)
-            found = {**_counts(report), "seconds": round(took, 1)}
-        if code:
-            right = False
-            found["output"] = said[-4000:]
-        entry.add(name, found)
-        notes = "; ".join(found["failures"][:3]) or (said.strip()[-200:].replace("\n", " ") if code else "")
-        passed = found["tests"] - found["failed"] - found["skipped"]
-        print(f"| {name} | {passed} | {found['failed']} | {found['skipped']} | {took:.0f} | {notes} |", flush=True)
-    return right
-
-
-def _counts(report: Path) -> dict[str, Any]:
-    """Of pytest's report: tests, failed, skipped, and the failures' names with their first line."""
-    cases = ElementTree.parse(report).getroot().iter("testcase") if report.exists() else []
-    found: dict[str, Any] = {"tests": 0, "failed": 0, "skipped": 0, "failures": []}
-    for case in cases:
-        found["tests"] += 1
-        found["skipped"] += case.find("skipped") is not None
-        for problem in (case.find("failure"), case.find("error")):
-            if problem is not None:
-                found["failed"] += 1
-                found["failures"].append(f"{case.get('name')}: {(problem.get('message') or '')[:160]}")
-    return found
-
-
-def op_benchmarks() -> dict[str, int]:
-    """The ops' benchmarks and their shares of the time: 1, or what a benchmark says."""
-    names = sorted(file.stem for file in (ROOT / "benchmarks" / "kernels").glob("bench_*.py"))
-    return {
-        name.removeprefix("bench_"): getattr(importlib.import_module(f"benchmarks.kernels.{name}"), "SHARE", 1)
-        for name in names
-    }
-
-
-def kernels(entry: Entry, budget: Budget, dry: bool) -> bool:
-    """Whether every op's benchmark ran."""
-    right = True
-    for op, seconds in budget.shares(op_benchmarks()):
-        arguments = ["--seconds", str(max(1.0, seconds - GRACE_SECONDS))]
-        arguments += ["--dry", "--device=cpu", "--rounds=1", "--no-compile"] if dry else []
-        right &= _part(entry, op, [f"benchmarks.kernels.bench_{op}", *arguments], seconds)
-    return right
-
-
-def train(entry: Entry, budget: Budget, dry: bool) -> bool:
-    """Whether every preset was measured."""
-    right = True
-    for name, seconds in budget.shares({"10m": 1, "1b fp8": 1} if dry else TRAINED):
-        preset, fp8 = name.split()[0], name.endswith("fp8")
-        arguments = ["--preset", preset, "--steps=5", "--seconds", str(max(1.0, seconds - GRACE_SECONDS))]
-        arguments += ["--fp8", "--batch=8"] if fp8 else []
-        arguments += ["--dry", "--rounds=2", "--batch=2", "--no-compile"] if dry else []
-        right &= _part(entry, name, ["benchmarks.train_step", *arguments], seconds)
-    return right
-
-
-def _part(entry: Entry, name: str, module_and_arguments: Sequence[str], seconds: float) -> bool:
-    """Run a benchmark, print what it prints, keep its JSON; whether it came to its end."""
-    if seconds < MIN_PART_SECONDS:
-        entry.add(name, {"skipped": "no time left"})
-        print(f"\n**{name}** skipped: no time left", flush=True)
-        return True
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "report.json"
-        said, took, code = _run(
-            [sys.executable, "-m", *module_and_arguments, "--json", str(file)], seconds, ALLOCATOR, show=True
-        )
-        found = json.loads(file.read_text()) if file.exists() else {}
-    ended = code == 0
-    found.pop("machine", None)
-    entry.add(name, {**found, "seconds": round(took, 1), **({} if ended else {"output": said[-4000:]})})
-    return ended
-
-
-def _run(command: Sequence[str], seconds: float, more: dict[str, str], *, show: bool) -> tuple[str, float, int]:
-    """(what it wrote, seconds taken, exit code); killed with all its children when its time is over."""
-    began = time.monotonic()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        **more,
-    }
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        start_new_session=True,
-    )
-    killer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
-    killer.start()
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if show:
-            print(line, end="", flush=True)
-    if process.wait() < 0:
-        lines.append(f"ended by signal {-process.returncode} after {time.monotonic() - began:.0f} s\n")
-    killer.cancel()
-    return "".join(lines), time.monotonic() - began, process.returncode
-
-
-STAGES: dict[str, Callable[[Entry, Budget, bool], bool]] = {"check": check, "kernels": kernels, "train": train}
+    planned = items(dry=options.dry)
+    stages = list(dict.fromkeys(item.stage for item in planned))
+    unknown = set(options.only or ()) - set(stages)
+    if unknown:
+        parser.error(f"--only: {', '.join(sorted(unknown))} is invalid: expected some of {', '.join(stages)}")
+    planned = [item for item in planned if not options.only or item.stage in options.only]
+    results, screen = Results.open(options.out, options.known), Screen()
+    screen.say(", ".join(f"{key} {value}" for key, value in results.record["runs"][-1]["machine"].items()), most=600)
+    run(planned, results, ends - time.monotonic(), screen)
+    left = [f"{item.name} ({results.state(item)})" for item in planned if results.state(item) != "done"]
+    if left:
+        screen.say(f"\nnot done: {', '.join(left)}", most=KEPT_FOR_THE_END - 500)
+        screen.say(f"go on with --from {results.path}")
+    screen.say(f"all figures: {results.path}")
+    sys.exit(any(results.state(item) == "failed" for item in planned))
 
 
 if __name__ == "__main__":

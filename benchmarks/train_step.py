@@ -1,7 +1,7 @@
 """Tokens per second of our whole training step against PyTorch and Hugging Face models of equal shape, in one run.
 
-    python -m benchmarks.train_step [--preset 124m …] [--rounds 7] [--steps 3] [--no-compile | --fp8] [--dry]
-        [--json FILE]
+    python -m benchmarks.train_step [--preset 124m …] [--rounds 7] [--steps 3] [--no-compile | --fp8 | --graphs]
+        [--sides "plain, compiled" …] [--dry] [--json FILE]
 
 All sides read the same file of token ids and do everything that a step needs: data, forward, backward, clipping to
 norm 1, AdamW; losses are read one step late.
@@ -10,7 +10,8 @@ ours          the trainer's own loader, engine and optimizer: bf16 parameters, f
               float32, no autocast, nothing compiled
 plain         what a user would write (nanoGPT with RMSNorm, RoPE and SwiGLU): float32 parameters, bf16 autocast, SDPA,
               fused torch.optim.AdamW, windows at random offsets of a memory map; compiled by torch.compile and not
-ours in fp8   the same, the blocks' wide products in fp8; --fp8 measures it beside ours and nothing else
+ours in fp8   the same, the blocks' wide products in fp8; --fp8 measures it beside ours and nothing else, --graphs steps
+              recorded as CUDA graphs beside those that aren't
 Hugging Face  its Llama with Liger's kernels patched in (fused loss, norms, RoPE, SwiGLU), else as plain, not compiled
 
 On a CPU: one small shape, a fixed batch, freed memory kept by the process as the trainer does, which speeds up all
@@ -88,6 +89,8 @@ def main() -> None:
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (compiling takes a minute)")
     parser.add_argument("--fp8", action="store_true", help="ours in bf16 and in fp8, nothing else")
+    parser.add_argument("--graphs", action="store_true", help="ours recorded as CUDA graphs and not, nothing else")
+    parser.add_argument("--sides", nargs="+", help="beside ours only these (default all)")
     parser.add_argument(
         "--dry", action="store_true", help="what a GPU would run, tiny: runs every line, measures nothing"
     )
@@ -108,6 +111,10 @@ def main() -> None:
         sides = contenders(on_gpu=device.type == "cuda" or options.dry, compiled=not options.no_compile)
         if options.fp8:
             sides = {"ours": ours, "ours in fp8": partial(ours, fp8=True)}
+        if options.graphs:
+            sides = {"ours": partial(ours, graphs=True), "ours without graphs": partial(ours, graphs=False)}
+        if options.sides:
+            sides = {name: side for name, side in sides.items() if name in ("ours", *options.sides)}
         trial = Trial(config, device, batch, options.rounds, options.steps, options.seconds)
 
         def save(trial: Trial) -> None:
@@ -187,7 +194,7 @@ class Trial:
             order.append(order[0])
         for place, name in enumerate(order):
             before = self.sides.get(name, Side())
-            side = self.sides[name] = self._build(name, builds[name], file)
+            side = self.sides[name] = self.built(name, builds[name], file)
             side.rates = before.rates
             if side.step is None:
                 continue
@@ -208,7 +215,7 @@ class Trial:
         memory = torch.cuda.get_device_properties(self.device).total_memory
         return count * STATE_BYTES * parameters(self.config) < RESIDENT_SHARE * memory
 
-    def _build(self, name: str, build: Build, file: Path) -> Side:
+    def built(self, name: str, build: Build, file: Path) -> Side:
         """With the largest batch that two steps fit, halving from the first."""
         batch, problem = self.batch, ""
         while batch:
@@ -328,8 +335,10 @@ def table(report: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------ the sides
 
 
-def ours(config: GPTConfig, file: Path, batch: int, device: torch.device, *, fp8: bool = False) -> Step:
-    """A step of the trainer as it is."""
+def ours(
+    config: GPTConfig, file: Path, batch: int, device: torch.device, *, fp8: bool = False, graphs: bool = False
+) -> Step:
+    """A step of the trainer as it is; `graphs` on a GPU only."""
     dataset = TokenDataset.open(file, dtype="uint16")
     order = SampleOrder(
         mixture=Mixture({"text": 1}),
@@ -350,7 +359,8 @@ def ours(config: GPTConfig, file: Path, batch: int, device: torch.device, *, fp8
     )
     model = GPT(config)
     model.fp8 = fp8
-    engine = LocalEngine(model, device=device, dtype=pick_dtype("auto", device))
+    graphs = graphs and device.type == "cuda"
+    engine = LocalEngine(model, device=device, dtype=pick_dtype("auto", device), cuda_graphs=graphs)
     optimizer = AdamW(lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, clip=CLIP)
     engine.begin(Phase(name="step", tokens=1, mixture={}, optimizer=optimizer), weights_of(model))
     steps = iter(loader)

@@ -17,7 +17,7 @@ from spt_fast.kernels import swiglu
 
 def cases(run: Run) -> list[Callable[[], Case]]:
     shapes = run.sizes(
-        gpu=[(2**26 // width, width) for width in (1024, 2048, 4096, 8192)],
+        gpu=[(2**26 // width, width) for width in (2048, 2816, 5632, 8192)],
         cpu=[(4096, 1024)],
         dry=[(8, 64)],
     )

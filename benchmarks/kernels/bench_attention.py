@@ -27,12 +27,16 @@ CHECKED_HEADS = 2
 
 def cases(run: Run) -> list[Callable[[], Case]]:
     tokens = 16384
+    small = [(1, 300, 2, D) for D in (32, 64, 128)] if run.gpu else [(2, 32, 2, 16)]
     plain = run.sizes(
-        gpu=[(tokens // T, T, 2048 // D, D) for D in (64, 128) for T in (1024, 2048, 4096, 8192)],
+        gpu=[
+            (16, 1024, 12, 64),
+            *((tokens // T, T, 2048 // D, D) for D in (64, 128) for T in (1024, 2048, 4096, 8192)),
+        ],
         cpu=[(16, 256, 6, 64)],
-        dry=[(2, 32, 2, 16)],
+        dry=small,
     )
-    masked = run.sizes(gpu=[(4, 4096, 16, 128)], cpu=[(16, 256, 6, 64)], dry=[(2, 32, 2, 16)])
+    masked = run.sizes(gpu=[(16, 1024, 12, 64), (8, 2048, 16, 128)], cpu=[(16, 256, 6, 64)], dry=small)
     return [
         *(partial(causal, run, *shape) for shape in plain),
         *(partial(documents, run, *shape) for shape in masked),

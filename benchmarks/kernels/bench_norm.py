@@ -21,7 +21,7 @@ EPS = 1e-6
 
 def cases(run: Run) -> list[Callable[[], Case]]:
     shapes = run.sizes(
-        gpu=[(2**27 // D, D) for D in (1024, 2048, 4096, 8192)],
+        gpu=[(2**25 // 768, 768), *((2**27 // D, D) for D in (1024, 2048, 4096, 8192))],
         cpu=[(4096, 384), (32768, 1024)],
         dry=[(8, 64)],
     )

@@ -24,7 +24,11 @@ EPS = 1e-6
 
 def cases(run: Run) -> list[Callable[[], Case]]:
     shapes = run.sizes(
-        gpu=[(2**26 // (2048 * width), 2048, width // 128, 128) for width in (1024, 2048, 4096, 8192)],
+        gpu=[
+            (32, 1024, 12, 64),
+            (16, 2048, 16, 64),
+            *((2**15 // width, 2048, width // 128, 128) for width in (2048, 8192)),
+        ],
         cpu=[(16, 256, 6, 64)],
         dry=[(1, 8, 2, 16)],
     )

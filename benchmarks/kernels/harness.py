@@ -16,6 +16,9 @@ beside it. The figure is the median over the rounds, with the quartiles.
 Ceilings, measured by the same process before anything else, the best of several: a copy for bytes, a square bf16
 matmul for FLOPs.
 Extra memory is the peak of forward and backward above the inputs, outputs and gradients included.
+
+With --check nothing is timed: ours must err by no more than twice the eager composition (or half a rounding), and give
+the same bits when called again.
 """
 
 from __future__ import annotations
@@ -99,7 +102,7 @@ class Row:
     """One line of the table.
 
     pass_   forward, backward, both or step; "all" for a contender that was not timed
-    status  timed, absent, wrong, failed or skipped; note says why
+    status  timed, absent, wrong, failed or skipped, note says why; of a check right, wrong, "bits differ", …
     """
 
     op: str
@@ -314,30 +317,67 @@ class Absent(Exception):
     """A contender that is not installed."""
 
 
-def measure(case: Case, run: Run, clock: Clock, ceilings: dict[str, float]) -> list[Row]:
-    """A row for every contender and pass."""
-    passes = tuple(case.work)
+def check(case: Case) -> list[Row]:
+    """A row for eager PyTorch and each backend of ours."""
+    upstream, exact = _expected(case)
+    allowed, rows = case.allowed, []
+    for contender in case.contenders:
+        if rows and contender.kind != "ours":
+            continue
+        row = Row(case.op, case.shape, "all", contender.name, contender.kind, "right")
+        rows.append(row)
+        try:
+            function = _loaded(contender)
+            found, again = (results(function, copy_of(case.inputs), copy_of(upstream), case.calls) for _ in range(2))
+            row.error = relative_error(case.spot(found), exact)
+            if allowed is None:
+                allowed = 2 * max(row.error, _rounding(case) / 2)
+            if row.error > allowed:
+                row.status, row.note = "wrong", f"error {row.error:.2g}, allowed {allowed:.2g}"
+            elif not all(map(torch.equal, found, again)):
+                row.status = "bits differ"
+        except Exception as problem:
+            row.status, row.note = _told(problem)
+    return rows
+
+
+def _expected(case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """(upstream gradients, exact results)."""
     eager = case.contenders[0].load()
     outputs = call(eager, copy_of(case.inputs))
     upstream = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
     del outputs
-    exact = _exact(case, eager, upstream)
+    return upstream, _exact(case, eager, upstream)
+
+
+def _rounding(case: Case) -> float:
+    return max(ROUNDING[x.dtype] for x in case.inputs if x.is_floating_point())
+
+
+def _loaded(contender: Contender) -> Function:
+    try:
+        return contender.load()
+    except (ImportError, AttributeError) as problem:
+        raise Absent(f"{type(problem).__name__}: {problem}") from None
+
+
+def measure(case: Case, run: Run, clock: Clock, ceilings: dict[str, float]) -> list[Row]:
+    """A row for every contender and pass."""
+    passes = tuple(case.work)
+    upstream, exact = _expected(case)
     allowed = case.allowed
     rows, ready = [], []
     for contender in case.contenders:
         status, note, error, extra = "timed", "", None, None
         function: Function | None = None
         try:
-            try:
-                function = contender.load()
-            except (ImportError, AttributeError) as problem:
-                raise Absent(f"{type(problem).__name__}: {problem}") from None
+            function = _loaded(contender)
             if contender.kind != "floor":
                 found = case.spot(results(function, copy_of(case.inputs), copy_of(upstream), case.calls))
                 error = relative_error(found, exact)
                 del found
                 if allowed is None:
-                    allowed = 4 * max(error, max(ROUNDING[x.dtype] for x in case.inputs if x.is_floating_point()))
+                    allowed = 4 * max(error, _rounding(case))
                 if error > allowed:
                     status, note = "wrong", f"error {error:.2g}, allowed {allowed:.2g}"
                 else:
@@ -474,6 +514,13 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def checked(rows: Sequence[Row]) -> str:
+    """A line a backend."""
+    return "\n".join(
+        f"{row.op}, {row.shape}: {row.contender}: {row.status} {_short(row.error)} {row.note}".strip() for row in rows
+    )
+
+
 def _line(row: Row, group: Sequence[Row]) -> str:
     if not row.seconds:
         return (
@@ -522,6 +569,7 @@ def main(cases: Cases, description: str | None, arguments: Sequence[str] | None 
     parser.add_argument("--rounds", type=int, default=MAX_ROUNDS, help="at most")
     parser.add_argument("--only", default="", help="only shapes that contain this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--check", action="store_true", help="ours: right, and the same bits twice; nothing is timed")
     parser.add_argument("--dry", action="store_true", help="tiny shapes: runs every line, measures nothing of use")
     parser.add_argument("--json", type=Path, help="also write the rows here, after every case")
     options = parser.parse_args(arguments)
@@ -538,10 +586,11 @@ def main(cases: Cases, description: str | None, arguments: Sequence[str] | None 
         deadline=time.monotonic() + options.seconds,
     )
     clock = Clock(device)
-    ceilings = measure_ceilings(clock)
+    ceilings = {} if options.check else measure_ceilings(clock)
     about = machine("torch", "triton", *PEERS)
     print(", ".join(f"{key} {value}" for key, value in about.items()), f"threads {options.threads}")
-    print("ceilings: " + ", ".join(f"{value:,.4g} {unit}" for unit, value in ceilings.items()), flush=True)
+    if ceilings:
+        print("ceilings: " + ", ".join(f"{value:,.4g} {unit}" for unit, value in ceilings.items()), flush=True)
     rows: list[Row] = []
     makers = cases(run)
     for number, make in enumerate(makers):
@@ -550,15 +599,25 @@ def main(cases: Cases, description: str | None, arguments: Sequence[str] | None 
             continue
         if left_s > 0:
             share_s = left_s / (len(makers) - number)
-            new = measure(case, dataclasses.replace(run, deadline=time.monotonic() + share_s), clock, ceilings)
+            until = dataclasses.replace(run, deadline=time.monotonic() + share_s)
+            new = check(case) if options.check else measure(case, until, clock, ceilings)
         else:
             new = [Row(case.op, case.shape, "all", "all", "", "skipped", "no time left")]
         rows += new
-        print(table(new), flush=True)
+        print(checked(new) if options.check else table(new), flush=True)
         del case
         if run.gpu:
             torch.cuda.empty_cache()
         if options.json:
             report = {"machine": about, "threads": options.threads, "ceilings": ceilings}
             write_text(options.json, json.dumps({**report, "rows": [row.plain() for row in rows]}, indent=1) + "\n")
+    if options.check and not all(map(_is_right, rows)):
+        raise SystemExit(1)
     return rows
+
+
+def _is_right(row: Row) -> bool:
+    """Other libraries may add in any order."""
+    return row.status in ("right", "absent", "skipped") or (
+        row.status == "bits differ" and row.contender not in ("ours, triton", "ours, cpu")
+    )

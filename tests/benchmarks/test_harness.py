@@ -17,6 +17,7 @@ from benchmarks.kernels.harness import (
     Function,
     Row,
     Run,
+    check,
     measure,
     quartiles,
     rank,
@@ -150,6 +151,35 @@ def test_extra_memory_is_the_peak() -> None:
         return b + 1
 
     assert 8 << 20 <= harness.peak_extra_bytes(CPU, work) < 9 << 20
+
+
+def test_a_check_finds_what_is_wrong_and_what_differs_from_call_to_call(tmp_path: Path) -> None:
+    calls = iter(range(100))
+
+    def differs(x: Tensor) -> Tensor:
+        return x * x * (1 + 1e-9 * next(calls)) + (torch.rand(6) * 1e-7)
+
+    def ours(name: str, function: Function) -> Contender:
+        return Contender(name, lambda: function, "ours")
+
+    rows = check(
+        case(
+            ours("right", lambda x: x * x),
+            ours("wrong", lambda x: x * x * (1 + 1e-5)),
+            ours("differs", differs),
+            Contender("absent", absent, "ours"),
+            Contender("another's", lambda: torch.square),
+        )
+    )
+    assert {row.contender: row.status for row in rows} == {
+        "eager": "right", "right": "right", "wrong": "wrong", "differs": "bits differ", "absent": "absent",
+    }  # fmt: skip
+    file = tmp_path / "rows.json"
+    arguments = ["--check", "--dry", "--device=cpu", f"--json={file}"]
+    harness.main(bench_norm.cases, "RMSNorm", arguments)
+    assert {row["status"] for row in json.loads(file.read_text())["rows"]} == {"right"}
+    with pytest.raises(SystemExit):
+        harness.main(lambda _: [lambda: case(ours("ours, triton", lambda x: 2 * x))], "wrong", arguments)
 
 
 def test_bench_norm_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

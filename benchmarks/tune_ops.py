@@ -1,0 +1,51 @@
+"""What the tuner chooses for single ops at a preset's shapes: python -m benchmarks.tune_ops [--help]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.train_step import CONTEXTS, MICRO_TOKENS, shapes
+from spt_fast.files import write_text
+from spt_fast.kernels.tuner import describe, tune
+from spt_fast.train.precision import pick_dtype
+from spt_fast.train.tuning import asked_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", choices=CONTEXTS, default="124m")
+    parser.add_argument("--ops", nargs="+", default=["flash_attention", "linear_cross_entropy"])
+    parser.add_argument("--seconds", type=float, default=60.0, help="for all of them")
+    parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
+    parser.add_argument("--json", type=Path, help="also write what was found here, after every op")
+    options = parser.parse_args()
+    device = torch.device("cpu" if options.dry else "cuda")
+    (config,) = shapes(device, [options.preset], dry=options.dry)
+    asked = asked_of(
+        config,
+        pick_dtype("auto", device),
+        device,
+        sequences=2 if options.dry else MICRO_TOKENS // config.context,
+        context=config.context,
+        documents=False,
+        deterministic=False,
+    )
+    ends, records, notes = time.monotonic() + options.seconds, {}, []
+    chosen = [question for question in asked if question.op in options.ops]
+    for number, question in enumerate(chosen):
+        seconds = (ends - time.monotonic()) / (len(chosen) - number)
+        records |= tune([question], seconds=seconds, say=notes.append)
+        if question.op in records:
+            notes.append(f"{question.op}: {records[question.op]['chosen']}: {describe(records[question.op])}")
+        print("\n".join(map(str, notes[-1:])), flush=True)
+        if options.json:
+            write_text(options.json, json.dumps({"records": records, "notes": notes}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
