@@ -336,9 +336,9 @@ def table(report: dict[str, Any]) -> str:
 
 
 def ours(
-    config: GPTConfig, file: Path, batch: int, device: torch.device, *, fp8: bool = False, graphs: bool = False
+    config: GPTConfig, file: Path, batch: int, device: torch.device, *, fp8: bool = False, graphs: bool | str = "auto"
 ) -> Step:
-    """A step of the trainer as it is; `graphs` on a GPU only."""
+    """A step of the trainer as it is; graphs: as `engine.cuda_graphs`."""
     dataset = TokenDataset.open(file, dtype="uint16")
     order = SampleOrder(
         mixture=Mixture({"text": 1}),
@@ -359,8 +359,10 @@ def ours(
     )
     model = GPT(config)
     model.fp8 = fp8
-    graphs = graphs and device.type == "cuda"
-    engine = LocalEngine(model, device=device, dtype=pick_dtype("auto", device), cuda_graphs=graphs)
+    on_gpu = device.type == "cuda"
+    engine = LocalEngine(
+        model, device=device, dtype=pick_dtype("auto", device), cuda_graphs=graphs if on_gpu else False
+    )
     optimizer = AdamW(lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, clip=CLIP)
     engine.begin(Phase(name="step", tokens=1, mixture={}, optimizer=optimizer), weights_of(model))
     steps = iter(loader)
