@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast.errors import invalid
-from spt_fast.kernels import attention_cpu, attention_packed, attention_triton, flash_attn, rotary
+from spt_fast.kernels import attention_cpu, attention_packed, attention_triton, documents, flash_attn, rotary
 from spt_fast.kernels.backend import Candidate, Op
 
 MAX_HEAD_DIM = 256
@@ -209,8 +209,7 @@ def _sdpa(
     if cu_seqlens is None:
         return _sdpa_of(q_BTHD, k_BTHD, v_BTHD, visible, False, scale)
     # A padding query, which would otherwise see nothing and divide 0 by 0, sees the other padding.
-    flat = torch.arange(B * T, device=device, dtype=torch.int32)
-    doc_BT = torch.searchsorted(cu_seqlens, flat, right=True).view(B, T)
+    doc_BT = documents.spans(cu_seqlens, B, T)[0]  # in a row no two documents begin at the same place
     padding_BT11 = _padding(q_BTHD, cu_seqlens)
     q_BTHD, k_BTHD, v_BTHD = (x.masked_fill(padding_BT11, 0) for x in (q_BTHD, k_BTHD, v_BTHD))
     visible_B1TT = (visible & (doc_BT.unsqueeze(2) == doc_BT.unsqueeze(1))).unsqueeze(1)
@@ -250,8 +249,7 @@ def _flash_attn(
     if cu_seqlens is None:
         return flash_attn.attention(backend, q_BTHD, k_BTHD, v_BTHD, None, causal, window, scale)
     B, T = q_BTHD.shape[:2]
-    row_ends = torch.arange(0, B * T + 1, max(T, 1), device=cu_seqlens.device, dtype=torch.int32)
-    cuts = torch.cat((cu_seqlens, row_ends)).sort().values
+    cuts = documents.cut_by_rows(cu_seqlens, B, T)
     padding_BT11 = _padding(q_BTHD, cu_seqlens)
     q_BTHD, k_BTHD, v_BTHD = (x.masked_fill(padding_BT11, 0) for x in (q_BTHD, k_BTHD, v_BTHD))
     o_BTHD = flash_attn.attention(backend, q_BTHD, k_BTHD, v_BTHD, cuts, causal, window, scale)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.kernels.backend import custom_op, differentiable, new_like
+from spt_fast.kernels.documents import first_keys as first_keys_of
 
 SUPPORTED = native.is_built() and native.ops().cpu_attention_supported()
 MAX_HEAD_DIM = 256
@@ -45,14 +46,9 @@ def attend(
 
 def first_keys(B: int, T: int, cu_seqlens: Tensor | None, window: int | None) -> Tensor:
     """int32 [B, T]: where in its row the keys begin that each query sees; one past itself for padding."""
-    if cu_seqlens is None:
-        first_BT = torch.zeros(B, T, dtype=torch.int32)
-    else:
-        flat = torch.arange(B * T, dtype=torch.int32)
-        document = torch.searchsorted(cu_seqlens, flat, right=True)
-        starts = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), B * T)])[document - 1]
-        first_BT = (starts - (flat - flat % T)).clamp_(min=0)
-        first_BT = torch.where(document == len(cu_seqlens), flat % T + 1, first_BT).view(B, T).to(torch.int32)
+    if cu_seqlens is not None:
+        return first_keys_of(cu_seqlens, B, T, window)
+    first_BT = torch.zeros(B, T, dtype=torch.int32)
     if window is not None:
         first_BT = torch.maximum(first_BT, torch.arange(1 - window, T - window + 1, dtype=torch.int32))
     return first_BT

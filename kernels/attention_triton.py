@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.kernels.backend import custom_op, differentiable, new_like
+from spt_fast.kernels.documents import spans as spans_of
 from spt_fast.kernels.launch import (
     DTYPES,
     INTERPRETED,
@@ -70,7 +71,7 @@ def attention(
     K = k_BTKD.shape[2]
     o_BTHD = q_BTHD.new_empty(B, T, H, D)
     lse_BHT = q_BTHD.new_empty(B, H, T, dtype=torch.float32)
-    cu_seqlens, spans = (None, None) if cu_seqlens is None else _documents(cu_seqlens, B, T)
+    spans = None if cu_seqlens is None else spans_of(cu_seqlens, B, T)
     config = _launched("forward", q_BTHD)
     if o_BTHD.numel():
         _forward_kernel[(-(-T // config["M"]) * B * H,)](
@@ -129,7 +130,7 @@ def backward_into(
         dv_BTKD.zero_()
         return
     delta_BHT = torch.empty_like(lse_BHT)
-    documents = _documents_arguments(None if cu_seqlens is None else cu_seqlens.contiguous(), spans)
+    documents = _documents_arguments(cu_seqlens, spans)
     strides = [stride for x in (q_BTHD, k_BTKD, v_BTKD, do_BTHD) for stride in x.stride()[:3]]
     config = _launched("dq", q_BTHD)
     _dq_kernel[(-(-T // config["M"]) * B * H,)](
@@ -166,21 +167,10 @@ def _rows_of_heads(x_BTHD: Tensor) -> Tensor:
     return x_BTHD if x_BTHD.stride(-1) == 1 else x_BTHD.contiguous()
 
 
-def _documents(cu_seqlens: Tensor, B: int, T: int) -> tuple[Tensor, Tensor]:
-    """(cu_seqlens, contiguous; [2, B, T]: where in its row the document of each position starts and ends)."""
-    cu_seqlens = cu_seqlens.contiguous()
-    position = torch.arange(B * T, device=cu_seqlens.device, dtype=torch.int32)
-    row_start = position - position % max(1, T)
-    end = torch.searchsorted(cu_seqlens, position, right=True)
-    starts = torch.maximum(cu_seqlens[end - 1], row_start) - row_start
-    ends = torch.minimum(cu_seqlens[end.clamp_(max=len(cu_seqlens) - 1)], row_start + T) - row_start
-    return cu_seqlens, torch.stack((starts, ends)).view(2, B, T)
-
-
 def _documents_arguments(cu_seqlens: Tensor | None, spans: Tensor | None) -> tuple[Tensor | int | None, ...]:
     if cu_seqlens is None or spans is None:
         return None, None, None, 0
-    return spans[0], spans[1], cu_seqlens, len(cu_seqlens) - 1
+    return spans[0], spans[1], cu_seqlens.contiguous(), len(cu_seqlens) - 1
 
 
 # ------------------------------------------------------------------------------------------------ launches

@@ -45,6 +45,7 @@ from spt_fast.kernels import (
     swiglu_linear,
     swiglu_packed,
 )
+from spt_fast.kernels.documents import spans
 from spt_fast.kernels.fp8 import MULTIPLE
 from spt_fast.model import generate, hf, rotary
 from spt_fast.model.cache import Cache
@@ -298,9 +299,7 @@ class GPT(nn.Module):
             return cos[positions_BT], sin[positions_BT]
         if cu_seqlens is None:
             return cos[:T], sin[:T]
-        flat = torch.arange(B * T, device=device, dtype=torch.int32)
-        starts = cu_seqlens[torch.searchsorted(cu_seqlens, flat, right=True) - 1]
-        positions_BT = (flat - torch.maximum(starts, flat - flat % T)).view(B, T)
+        positions_BT = torch.arange(T, device=device, dtype=torch.int32) - spans(cu_seqlens, B, T)[0]
         return cos[positions_BT], sin[positions_BT]
 
     @property

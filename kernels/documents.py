@@ -1,0 +1,68 @@
+"""Where the documents of a batch lie, in the forms that attention and rotary positions read, made once for all layers.
+
+Legend: B rows, T positions; cu_seqlens as in attention.py.
+
+From cu_seqlens [n+1] to a number for every position it is a dozen small kernels. A model has the same cu_seqlens in
+each layer, forward and backward, so what is made of it is kept with the tensor until something is written there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def once(cu_seqlens: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """make(cu_seqlens, *arguments), which stands for itself, or what it was the last time."""
+    if torch.compiler.is_compiling() or cu_seqlens.is_inference():
+        return make(cu_seqlens, *arguments)
+    made: dict[tuple[Any, ...], Tensor] = {}
+    version, kept = getattr(cu_seqlens, "made_once", (None, made))
+    if version == cu_seqlens._version:
+        made = kept
+    else:
+        cu_seqlens.made_once = (cu_seqlens._version, made)  # type: ignore[attr-defined]
+    if (make, arguments) not in made:
+        with torch.inference_mode(False):
+            made[make, arguments] = make(cu_seqlens, *arguments)
+    return made[make, arguments]
+
+
+def spans(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
+    """int32 [2, B, T]: where in its row the document of each position starts and ends; padding is not below its end."""
+    return once(cu_seqlens, _spans, B, T)
+
+
+def first_keys(cu_seqlens: Tensor, B: int, T: int, window: int | None) -> Tensor:
+    """int32 [B, T]: where in its row the keys begin that each query sees; one past itself for padding."""
+    return once(cu_seqlens, _first_keys, B, T, window)
+
+
+def cut_by_rows(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
+    """int32 [n + B + 2], cu_seqlens with the ends of rows among them."""
+    return once(cu_seqlens, _cut_by_rows, B, T)
+
+
+def _cut_by_rows(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
+    row_ends = torch.arange(0, B * T + 1, max(T, 1), device=cu_seqlens.device, dtype=torch.int32)
+    return torch.cat((cu_seqlens, row_ends)).sort().values
+
+
+def _spans(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
+    position = torch.arange(B * T, device=cu_seqlens.device, dtype=torch.int32)
+    row_start = position - position % max(1, T)
+    cu_seqlens = cu_seqlens.contiguous()
+    end = torch.searchsorted(cu_seqlens, position, right=True)
+    starts = torch.maximum(cu_seqlens[end - 1], row_start) - row_start
+    ends = torch.minimum(cu_seqlens[end.clamp_(max=len(cu_seqlens) - 1)], row_start + T) - row_start
+    return torch.stack((starts, ends)).view(2, B, T)
+
+
+def _first_keys(cu_seqlens: Tensor, B: int, T: int, window: int | None) -> Tensor:
+    starts_BT, ends_BT = spans(cu_seqlens, B, T)
+    position = torch.arange(T, device=cu_seqlens.device, dtype=torch.int32)
+    first_BT = torch.where(ends_BT > position, starts_BT, position + 1)
+    return first_BT if window is None else torch.maximum(first_BT, position + (1 - window))
