@@ -189,6 +189,21 @@ class Stop:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Averaged:
+    """A run that differs from another in its `average` alone, and has the training in common."""
+
+    share: Fraction = setting(parse_share)
+    run: str = setting(path)
+    """Its folder."""
+
+
+def _averages(value: object, where: str) -> tuple[Averaged, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise RecipeError(invalid(where, value, "write a list such as [{share: 10%, run: runs/averaged}]"))
+    return tuple(build(Averaged, item, f"{where}[{i}]") for i, item in enumerate(value))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     """A number of tokens of an exact mixture, optimised in one way."""
 
@@ -209,6 +224,8 @@ class Phase:
     """The share of the phase's starting weights in those that it hands on, (1 − average) · trained + average · starting
     (WiSE-FT, arXiv 2109.01903). The phase's losses, by which a grid's arms are chosen too, are of this average; an
     early stop, which comes before it, goes by the trained weights."""
+    also_average: tuple[Averaged, ...] = setting(_averages, ())
+    """Runs by other such shares, which this one makes too; in a recipe of one phase."""
     freeze: str = setting(one_of("none", "embeddings"), "none")
     """embeddings: the token embedding stays as it is in this phase. It needs a head of its own: `untie: true`, or a
     model that isn't tied."""
@@ -233,6 +250,11 @@ class Phase:
     def steps(self, context: int) -> int:
         """Whole steps with a model of `context`, at least one."""
         return max(1, round(Fraction(self.tokens, self.tokens_per_step(context))))
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether its starting weights matter after the first step."""
+        return bool(self.anchor or self.average or self.also_average or self.grid is not None)
 
     @property
     def chosen_by(self) -> str:
@@ -398,6 +420,8 @@ class Recipe:
                 raise RecipeError(
                     f"sources.{phase.chosen_by}.heldout: missing; {where} chooses its weights by the loss on it"
                 )
+        if len(self.phases) > 1 and (several := [phase.name for phase in self.phases if phase.also_average]):
+            raise RecipeError(f"phases[{several[0]}].also_average: the recipe has several phases; leave it out")
         if self.init_only and not self.init:
             raise RecipeError(invalid("init_only", self.init_only, "it needs `init`, the weights to take them from"))
         engine = self.engine
@@ -445,7 +469,7 @@ class Recipe:
             [
                 "(run|log|checkpoint|engine|precision_file)(?!.fp8$).*",
                 *(["tokenizer"] if self.init and other.init else []),
-                r"phases\.[0-9]+\.batch\.micro",
+                r"phases\.[0-9]+\.(batch\.micro|also_average.*)",
                 *(rf"phases\.{i}\.eval\.every" for i, phase in enumerate(self.phases) if not phase.stop),
             ]
         )

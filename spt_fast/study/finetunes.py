@@ -92,7 +92,7 @@ class Interval:
         return Interval(fmean(given), min(given), max(given))
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ({self.low:.4f} to {self.high:.4f})"
+        return f"{self.mean:.4f}" + (f" ({self.low:.4f} to {self.high:.4f})" if self.low < self.high else "")
 
     def times(self, factor: float) -> Interval:
         return Interval(self.mean * factor, self.low * factor, self.high * factor)

@@ -165,6 +165,10 @@ def train_all(
                 if job.after in outcome.failed or job.after in outcome.skipped:
                     waiting.remove(job)
                     outcome.skipped.append(job.recipe)
+                elif job.after and job.after not in unfinished and is_done(loaded[job.recipe]):
+                    waiting.remove(job)  # the run before it has made it too
+                    unfinished.remove(job.recipe)
+                    ended(job.recipe)
                 elif job.after not in unfinished and workers.free:
                     waiting.remove(job)
                     running[job.recipe] = workers.start(job.recipe, _log(logs, job.recipe))

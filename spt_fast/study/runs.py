@@ -23,7 +23,7 @@ from spt_fast.printing import plain
 from spt_fast.study.finetunes import OfBase, Treatment
 from spt_fast.train.folder import Trained, recipe_of, summary_of, trained_before
 
-PER_ARM = ("name", "mixture", "anchor", "average")
+PER_ARM = ("name", "mixture", "anchor", "average", "also_average")
 """Fields of a finetune that its treatment is made of, and its name."""
 
 FinetunePath = list[tuple[int, float, float]]

@@ -341,7 +341,8 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
         flops_per_token = done.get("flops_per_token", summary["flops_per_token"])
         for record in evaluations:
             repeats = record["step"] == 0 and not new_stage  # the last evaluation of the phase before
-            if record["phase"] != phase.name or record["arm"] != done["arm"] or repeats:
+            others = record.get("average", 0.0) not in (0.0, float(phase.average))  # which are runs of their own
+            if record["phase"] != phase.name or record["arm"] != done["arm"] or repeats or others:
                 continue
             losses = {
                 f"{corpus}_{split}": record[split].get(source, math.nan)

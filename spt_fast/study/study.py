@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -347,6 +348,8 @@ class PlannedRun:
     model: Model | Base
     """Its shape, or whose it is, which the recipe of a run that starts from weights of the study doesn't say."""
     after: str | None
+    made_by: str | None = None
+    """The run that differs from it in `average` alone, and trains for both."""
 
 
 @dataclass(frozen=True)
@@ -410,12 +413,21 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
         label += f"-{_short(budgets[-1])}"
         label += "" if lr is None else f"-lr{lr:.12g}"
         label += f"-anchor{anchor:.12g}" if anchor else ""
-        label += f"-average{float(average):.12g}" if average else ""
-        label += "" if start == "pretrained" else f"-{start.replace(' ', '-')}"
         trunk = branch.root if start == "scratch" else branch.label
-        name = f"{trunk}_{label}_s{branch.seed}"
+        labels = {
+            part: label
+            + (f"-average{float(part):.12g}" if part else "")
+            + ("" if start == "pretrained" else f"-{start.replace(' ', '-')}")
+            for part in axes.average
+        }
+        names = {part: f"{trunk}_{of_part}_s{branch.seed}" for part, of_part in labels.items()}
+        label, name, least = labels[average], names[average], min(axes.average)
         folder = study.folder / "runs" / name
-        phases = _phases(study, stage, share, budgets, late, lr, {"anchor": anchor, "average": str(average)})
+        treatment: dict[str, Any] = {"anchor": anchor, "average": str(average)}
+        if average == least and len(names) > 1:  # which trains for all of them
+            others = [(part, study.folder / "runs" / other) for part, other in names.items() if part != least]
+            treatment["also_average"] = [{"share": str(part), "run": str(run)} for part, run in others]
+        phases = _phases(study, stage, share, budgets, late, lr, treatment)
         if start == "frozen embeddings":
             phases = [phase | {"freeze": "embeddings"} for phase in phases]
         if name not in runs:
@@ -440,7 +452,9 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
                 check_lengths(recipe, _context(branch.model))
             if len(budgets) > 1:
                 _check_plateau(study, recipe, branch, f"stages[{shown_key(axes.name)}]")
-            runs[name] = PlannedRun(name, position, recipe, branch.model, None if start == "scratch" else branch.after)
+            after = None if start == "scratch" else branch.after
+            made_by = None if average == least else names[least]
+            runs[name] = PlannedRun(name, position, recipe, branch.model, after, made_by)
         for phase, budget in zip(phases[-len(budgets) :], budgets, strict=True):
             point = f"-at{_short(budget)}" if len(budgets) > 1 else ""
             yield dataclasses.replace(
@@ -453,12 +467,19 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
 
 @contextmanager
 def naming_stage(stage: Stage) -> Iterator[None]:
-    """What is wrong with a phase of a run's recipe is so with the study's stage: the error names that."""
-    try:
-        yield
-    except SptError as error:
-        says = re.sub(r"phases\[[^\]]*\]", f"stages[{shown_key(stage.axes.name)}]", str(error))
-        raise type(error)(says, argument=error.argument) from None
+    """What is wrong with a phase of a run's recipe is so with the study's stage: errors and warnings name that."""
+
+    def renamed(says: object) -> str:
+        return re.sub(r"phases\[[^\]]*\]", f"stages[{shown_key(stage.axes.name)}]", str(says))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except SptError as error:
+            raise type(error)(renamed(error), argument=error.argument) from None
+    for warning in caught:
+        warnings.warn(renamed(warning.message), warning.category, stacklevel=3)
 
 
 def _sources(study: Study, limit: int | None) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def sweep(
         _check_unchanged(runs)
         recipes = _write_recipes(study, runs)
         _keep_precision(runs)
-        listed = [Job(recipes[run.name], recipes[run.after] if run.after else None) for run in runs]
+        listed = [Job(recipes[run.name], recipes.get(run.made_by or run.after or "")) for run in runs]
         read: dict[str, list[Row]] = {}
 
         def write_table(_: Path) -> pd.DataFrame:
@@ -323,9 +323,12 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
         of_stage = [run for run in runs if run.stage == position]
         left = [run for run in of_stage if run.name not in done]
         for run in left:
+            if run.made_by and run.made_by not in done:
+                continue
             if run.model not in speeds:
                 finished = [other for other in runs if other.model == run.model and other.name in done]
-                speeds[run.model] = _speed(plans[run.name], finished, jobs=jobs, gpu=gpu, mfu=mfu)
+                with naming_stage(stage):
+                    speeds[run.model] = _speed(plans[run.name], finished, jobs=jobs, gpu=gpu, mfu=mfu)
             plan = plans[run.name]
             for index in range(len(plan.phases)):
                 time = phase_time(plan, index, speeds[run.model])

@@ -204,6 +204,8 @@ def evaluated_tokens(plan: Plan, index: int) -> int:
     planned = plan.phases[index]
     phase = planned.phase
     every = phase.evaluation.every.steps(planned.tokens_per_step, planned.steps)
-    evaluations = len(phase.arms()) * (len(range(0, planned.steps, every)) + 1 + bool(phase.average))
+    evaluations = len(phase.arms()) * (
+        len(range(0, planned.steps, every)) + 1 + bool(phase.average) + len(phase.also_average)
+    )
     texts = evaluation_texts(plan, phase)
     return evaluations * sum(text.num_targets for by_source in texts.values() for text in by_source.values())

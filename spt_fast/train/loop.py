@@ -21,9 +21,9 @@ import torch
 from spt_fast.config import Phase, Recipe
 from spt_fast.files import write_text
 from spt_fast.model import hf
-from spt_fast.model.flops import mfu_label, parameters, peak_flops
-from spt_fast.printing import as_json, plain, terminal
-from spt_fast.train import checkpoint, health
+from spt_fast.model.flops import mfu_label, peak_flops
+from spt_fast.printing import plain, terminal
+from spt_fast.train import averages, checkpoint, health
 from spt_fast.train.checkpoint import Retention
 from spt_fast.train.engine import StepResult
 from spt_fast.train.engines import make_engine
@@ -36,6 +36,7 @@ from spt_fast.train.plan import PhasePlan, Plan
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.state import ArmResult, Compute, Evaluation, PhaseResult, SavedState, ScheduleOrigin, TrainState
+from spt_fast.train.summary import facts
 from spt_fast.train.tuning import choose
 from spt_fast.train.watch import LossWatch, Watch
 from spt_fast.train.world import World, dtype_name
@@ -150,7 +151,7 @@ class Trainer:
             current=self.snapshots.pop("current", None),
             micro_batches=plan.micro_batches(world.size),
         )
-        if arm.phase.anchor == 0 and arm.phase.average == 0 and arm.phase.grid is None:
+        if not arm.phase.needs_start:
             del self.snapshots["start"]  # nothing needs it after the first step, so that its memory is free
         self.snapshots = {kind: snapshot.in_memory() for kind, snapshot in self.snapshots.items()}  # files may go
         arms = len(arm.phase.arms())
@@ -193,6 +194,7 @@ class Trainer:
         assert state.best is not None
         assert state.newest is not None
         handed_on = state.best if arm.phase.stop else state.newest
+        trained = self.trained(arm) if arm.phase.also_average else Snapshot()
         if arm.phase.average:
             handed_on = self.average(arm, handed_on)
         losses = handed_on.losses["train"]
@@ -215,18 +217,29 @@ class Trainer:
         best = self.snapshots.pop("best", None)
         if all(standing(reached, plan.phase) < standing(other, plan.phase) for other in state.arms):
             self.snapshots["kept"] = best or self.engine.snapshot(state=self.hands_on_state(plan))
+        for other in arm.phase.also_average:
+            mixed, found = self.averaged(arm, trained, float(other.share), reached.handed_on)
+            if averages.is_best(self.folder, self.world, other, plan.phase, reached, found, state.arms):
+                self.snapshots[averages.kept(other)] = mixed
         state.arms.append(reached)
         state.next_arm()
 
     def average(self, arm: Arm, trained: Evaluation) -> Evaluation:
         """Average the trained weights with the arm's start; their losses. An interruption comes after a checkpoint."""
-        self.save(arm)  # before the engine takes on other weights
+        self.snapshots["best"], found = self.averaged(arm, self.trained(arm), float(arm.phase.average), trained.step)
+        return found
+
+    def trained(self, arm: Arm) -> Snapshot:
+        """What the arm has trained, after a checkpoint: the engine will take on other weights."""
+        self.save(arm)
+        return self.snapshots.get("best") or self.engine.snapshot(state=self.hands_on_state(arm.plan))
+
+    def averaged(self, arm: Arm, trained: Snapshot, share: float, step: int) -> tuple[Snapshot, Evaluation]:
+        """With a share of the arm's start, and the losses of that."""
         with arm.clock.paused():
-            weights = self.snapshots.get("best") or self.engine.snapshot(state=self.hands_on_state(arm.plan))
-            share, start = float(arm.phase.average), self.snapshots["start"]
-            self.snapshots["best"] = weights.averaged(start, share, self.world)
-            self.engine.begin(arm.phase, self.snapshots["best"])
-            return self.measure(arm, trained.step, average=share)
+            mixed = trained.averaged(self.snapshots["start"], share, self.world)
+            self.engine.begin(arm.phase, mixed)
+            return mixed, self.measure(arm, step, average=share)
 
     def finish_phase(self, plan: PhasePlan) -> None:
         """Write the phase's weights and figures, and carry the sources' counts on to the next phase.
@@ -244,7 +257,11 @@ class Trainer:
             grid=state.arms,
         )
         health.check(arm, phase)
-        self.write_weights(phase.name)
+        self.write_weights(self.folder / "weights" / phase.name, self.snapshots["kept"])
+        for other in phase.also_average:
+            if result := averages.result(self.folder, self.world, other, state.finished[phase.name], phase):
+                self.write_weights(averages.begin(other, phase, self.world), self.snapshots[averages.kept(other)])
+                averages.finish(self.folder, self.world, other, self.facts({phase.name: result}))
         if state.origin.phase == plan.index:
             state.origin = ScheduleOrigin(plan.index, kept, arm.tokens)
         else:
@@ -254,10 +271,8 @@ class Trainer:
             state.counts = self.plan.read_before(state.phase, state.finished)
         self.snapshots = {"kept": self.snapshots["kept"]}
 
-    def write_weights(self, name: str) -> None:
-        """weights/<name>, of the snapshot that is handed on."""
-        weights, config = self.snapshots["kept"].weights, self.engine.config
-        folder, tokenizer = self.folder / "weights" / name, self.plan.tokenizer
+    def write_weights(self, folder: Path, handed_on: Snapshot) -> None:
+        weights, config, tokenizer = handed_on.weights, self.engine.config, self.plan.tokenizer
         like = self.folder if (self.folder / hf.BASE_CONFIG).exists() else None
         known = self.plan.origin(self.state.phase, dtype_name(self.engine.dtype)).as_metadata()
         self.world.collect(
@@ -376,25 +391,10 @@ class Trainer:
 
     def summarise(self, status: str, **more: Any) -> dict[str, Any]:
         """Write summary.json and return it."""
-        summary = {
-            "status": status,
-            **more,
-            "parameters": parameters(self.plan.model),
-            "flops_per_token": self.plan.flops_per_token(0),
-            "tokenizer": self.plan.tokenizer_digest,
-            "context": self.plan.model.context,
-            "train_tokens": {source: data.num_tokens for source, data in self.plan.train.items()},
-            "precision": dtype_name(self.engine.dtype),
-            "precision_reason": self.choices.precision.reason,
-            "device": str(self.engine.device),
-            "seed": self.plan.recipe.seed,
-            "seconds": round(self.seconds(), 2),
-            "skipped_steps": self.state.skipped,
-            "heldout_halves": "windows" if self.state.windows and self.plan.has_long_heldout else "documents",
-            "data": self.plan.digests(),
-            "directory": os.getcwd(),
-            "phases": as_json(self.plan.figures(self.state.finished)),
-        }
+        summary = {"status": status, **more, **self.facts(self.state.finished)}
         if self.world.is_first:
             write_text(self.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
         return summary
+
+    def facts(self, finished: dict[str, PhaseResult]) -> dict[str, Any]:
+        return facts(self.plan, self.engine, self.choices, self.state, finished, self.seconds())

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from spt_fast.cli import app
+from spt_fast.config import load_recipe
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.model.flops import parameters
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.study.compare import compare
 from spt_fast.study.runs_table import table_of
 from spt_fast.study.study import expand, study_from
-from spt_fast.study.sweep import load_study
+from spt_fast.study.sweep import costs, load_study, sweep
 from spt_fast.study.usable import usable
 from spt_fast.train.run import run
 from tests.study.tiny_study import raw_study
@@ -76,6 +80,41 @@ def test_several_bases_are_trained_and_named_in_the_table(folder: Path) -> None:
     mixed = table.assign(params=1.0)  # as if they were of one size
     assert any("not of one base" in note for note in usable(mixed).notes)
     assert not any("not of one base" in note for note in usable(table).notes)
+
+
+class HereAlone:
+    """Trains in this process."""
+
+    free = 1
+
+    def __init__(self) -> None:
+        self.trained: list[str] = []
+
+    def start(self, recipe: Path, log: Path) -> Any:
+        self.trained.append(recipe.stem)
+        run(load_recipe(recipe), resume=True, progress=False)
+        return SimpleNamespace(poll=lambda: 0)
+
+
+def test_runs_of_a_study_that_differ_in_their_average_are_trained_once(folder: Path) -> None:
+    stage = raw(folder)["stages"][0] | {"replay": [0], "average": [0, "10%", "25%"], "tokens": 4 * 4 * CONTEXT}
+    more = stage | {"name": "more", "average": [0]}
+    models = {"models": None, "init": str(folder / "small_one"), "study": str(folder / "averages")}
+    study = study_from(raw(folder, **models, stages=[stage, more]))
+    runs = expand(study)
+    assert [planned.made_by is None for planned in runs] == [True, False, False, True, True, True]
+    workers = HereAlone()
+    table, outcome = sweep(study, Console(file=io.StringIO()), workers=workers)
+    assert (outcome.failed, outcome.skipped, outcome.interrupted) == ({}, [], False)
+    assert workers.trained == [planned.name for planned in runs if planned.made_by is None]
+    ends = table[table["handed_on"] & (table["stage"] == 1)]
+    assert sorted(ends["average"]) == [0.0, 0.1, 0.25]
+    assert ends["domain_heldout"].nunique() == 3
+    assert table.loc[table["stage"] == 2, "after"].nunique() == 3
+    assert {cost.tokens for cost in costs(study, jobs=1, mfu=0.4)} == {0}
+    grown = study_from(raw(folder, **models, stages=[stage | {"average": [0, "10%", "25%", "50%"]}]))
+    sweep(grown, Console(file=io.StringIO()), workers=workers)
+    assert workers.trained[4:] == [run.name for run in expand(grown)[-1:]], "what its arms had trained is gone"
 
 
 @pytest.mark.parametrize("name", ["dcpt", "forgetting"])

@@ -7,14 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from spt_fast.config import recipe_from
+from spt_fast.errors import RecipeError
 from spt_fast.model import hf
 from spt_fast.study.runs import FinishedRun
 from spt_fast.study.runs_table import table_of
+from spt_fast.train.audit import audit_run
 from spt_fast.train.loop import Arm, Trainer
+from spt_fast.train.resume import changes
 from spt_fast.train.run import run
 from spt_fast.train.state import Evaluation
 from tests import tiny
@@ -77,6 +81,60 @@ def test_a_run_that_is_interrupted_in_every_average_equals_the_undisturbed_one(
     endings = [run(recipe, resume=True, progress=False)["status"] for _ in range(3)]
     assert endings == ["stopped", "stopped", "done"]
     assert_same_run(averaged, data / "interrupted")
+
+
+def finetune(data: Path, name: str, **phase: Any) -> dict[str, Any]:
+    """The second phase of `raw_recipe` alone, from what the first handed on."""
+    raw = raw_recipe(data, name, 0)
+    init = {"init": str(data / "averaged" / "weights" / "pretrain"), "model": {}}
+    return raw | init | {"phases": [raw["phases"][1] | {"optimizer_state": "reset"} | phase]}
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """What summary.json says of a finetune, but for its speed."""
+    phase = json.loads((folder / "summary.json").read_text())["phases"]["finetune"]
+    for reached in (phase, *phase["grid"]):
+        del reached["tokens_per_s"]
+    return phase
+
+
+def test_runs_that_differ_in_their_average_alone_are_trained_once(
+    data: Path, averaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the averages of the second arm; one of the others was begun by itself, and is left alone."""
+    others = [{"share": share, "run": str(data / f"by-another-{share}")} for share in ("10%", "3/4")]
+    (data / "by-another-3/4").mkdir(parents=True)
+    recipe = recipe_from(finetune(data, "for-all", also_average=others))
+    measure, calls = Trainer.measure, []
+
+    def asked_to_stop_in_it(trainer: Trainer, arm: Arm, step: int, **more: float) -> Evaluation:
+        calls.extend([trainer.state.arm] if more else [])
+        if calls.count(1) == 2:
+            trainer.stop.signal = "SIGTERM"
+        return measure(trainer, arm, step, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "measure", asked_to_stop_in_it)
+        assert run(recipe, progress=False)["status"] == "stopped"
+    assert run(recipe, resume=True, progress=False)["status"] == "done"
+    for name, average in (("alone-0", 0), ("alone-10%", "10%")):
+        run(recipe_from(finetune(data, name, average=average)), progress=False)
+    for ours, alone in (("for-all", "alone-0"), ("by-another-10%", "alone-10%")):
+        found = [hf.load(data / name / "weights" / "finetune")[1] for name in (ours, alone)]
+        assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+        assert told(data / ours) == told(data / alone)
+        tables = [table_of([data / name], "chem", "general").drop(columns="run") for name in (ours, alone)]
+        pd.testing.assert_frame_equal(*tables)
+    other = data / "by-another-10%"
+    assert changes(other, recipe_from(finetune(data, "by-another-10%", average="10%"))) == []
+    assert not list((data / "by-another-3/4").iterdir())
+    assert audit_run(other).keys() == audit_run(data / "alone-10%").keys()
+    again = run(recipe_from(finetune(data, "by-another-10%", average="10%")), resume=True, progress=False)
+    assert again["phases"]["finetune"]["arm"] == told(other)["arm"]
+    two = raw_recipe(data, "two", 0)
+    two["phases"][1] |= {"also_average": others}
+    with pytest.raises(RecipeError, match=r"^phases\[finetune\].also_average: the recipe has several phases"):
+        recipe_from(two)
 
 
 def test_tables_and_comparisons_take_the_average_for_the_end_of_its_finetune(averaged: Path, data: Path) -> None:

@@ -1,0 +1,124 @@
+"""The runs that a run makes besides itself: they differ from it in `average` alone, and have its training in common.
+
+metrics.jsonl of the run has the losses of all these averages; each of the others gets its own part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spt_fast.config import Averaged, Phase
+from spt_fast.files import write_text
+from spt_fast.model import hf
+from spt_fast.train.folder import recipe_of
+from spt_fast.train.health import failure, standing
+from spt_fast.train.state import ArmResult, Evaluation, PhaseResult
+from spt_fast.train.world import World
+
+METRICS = "metrics.jsonl"
+
+
+def of_average(arm: ArmResult, found: Evaluation) -> ArmResult:
+    """What an arm reached, with the losses of another average."""
+    losses, diverged = found.losses, not all(map(math.isfinite, arm.training.values()))
+    return replace(
+        arm,
+        heldout=losses["heldout"],
+        select=losses["select"],
+        training=arm.training if diverged else losses["train"],
+        standard_errors=found.errors,
+    )
+
+
+def arms_of(run: Path, arms: Sequence[ArmResult], other: Averaged) -> list[ArmResult]:
+    """The finished arms of a run, with the losses of another average; without those whose losses were not recorded."""
+    found = {
+        record["arm"]: Evaluation(record["step"], _losses(record), record["standard_errors"])
+        for record in _records(run)
+        if record.get("average") == float(other.share)
+    }
+    return [of_average(arm, found[index]) for index, arm in enumerate(arms) if index in found]
+
+
+def _records(run: Path) -> Iterator[dict[str, Any]]:
+    with (run / METRICS).open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _losses(record: dict[str, Any]) -> dict[str, dict[str, float]]:
+    return {
+        split: {source: math.nan if loss is None else loss for source, loss in record[split].items()}
+        for split in ("heldout", "select", "train")
+    }
+
+
+def kept(other: Averaged) -> str:
+    """What the snapshot of its best arm is called."""
+    return f"kept-{other.share.numerator}-of-{other.share.denominator}"
+
+
+def is_best(
+    run: Path,
+    world: World,
+    other: Averaged,
+    phase: Phase,
+    reached: ArmResult,
+    found: Evaluation,
+    arms: Sequence[ArmResult],
+) -> bool:
+    """Whether what an arm reached is better by another average, of which losses were found, than all arms before it."""
+    mine = standing(of_average(reached, found), phase)
+    before = world.on_first(lambda: arms_of(run, arms, other))
+    return all(mine < standing(theirs, phase) for theirs in before)
+
+
+def result(run: Path, world: World, other: Averaged, own: PhaseResult, phase: Phase) -> PhaseResult | None:
+    """Of the phase by another average. None where that run was begun by itself, or its weights are no result, as it
+    will find out by itself."""
+    if world.on_first(lambda: Path(other.run).exists()):
+        return None
+    arms = world.on_first(lambda: arms_of(run, own.grid, other))
+    best = min(range(len(arms)), key=lambda i: standing(arms[i], phase), default=0)
+    if len(arms) < len(own.grid) or failure(arms[best]):
+        return None
+    return replace(own, arm=best, grid=arms)
+
+
+def begin(other: Averaged, phase: Phase, world: World) -> Path:
+    """Where the weights of the other run go."""
+    world.on_first(lambda: shutil.rmtree(_unfinished(other), ignore_errors=True))
+    return _unfinished(other) / "weights" / phase.name
+
+
+def _unfinished(other: Averaged) -> Path:
+    """Where its folder is written, until it is whole."""
+    return Path(f"{other.run}.unfinished")
+
+
+def finish(run: Path, world: World, other: Averaged, facts: Mapping[str, Any]) -> None:
+    """Complete the folder of the other run, which holds its weights already."""
+    world.on_first(lambda: _finish(run, other, facts))
+
+
+def _finish(run: Path, other: Averaged, facts: Mapping[str, Any]) -> None:
+    folder, recipe = _unfinished(other), recipe_of(run)
+    phase = replace(recipe.phases[0], average=other.share, also_average=())
+    text = yaml.safe_dump(replace(recipe, run=other.run, phases=(phase,)).plain(), sort_keys=False, allow_unicode=True)
+    share = float(other.share)
+    own = [json.dumps(record) for record in _records(run) if record.get("average", share) == share]
+    hf.carry(run, folder)
+    if (run / hf.BASE_CONFIG).exists():
+        shutil.copyfile(run / hf.BASE_CONFIG, folder / hf.BASE_CONFIG)
+    write_text(folder / METRICS, "\n".join(own) + "\n")
+    write_text(folder / "summary.json", json.dumps({"status": "done", **facts}, indent=1, allow_nan=False))
+    write_text(folder / "recipe.yaml", text)
+    os.rename(folder, other.run)
