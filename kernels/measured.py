@@ -77,18 +77,17 @@ def _plain(value: Mapping[str, Any]) -> Any:
 
 def medians(rivals: Sequence[Callable[[], object]], *, rounds: int, seconds: float) -> list[float]:
     """Seconds of each, taken in turns so that what else the machine does meets all alike: the medians of `rounds`, or
-    of as many as fit into `seconds`, at least one, after a first that isn't counted."""
+    of as many as fit into `seconds`, after a first that counts only where it is the only one."""
     taken: list[list[float]] = [[] for _ in rivals]
     ends = time.perf_counter() + seconds
-    for turn in range(rounds + 1):
+    for _ in range(rounds + 1):
         for rival, times in zip(rivals, taken, strict=True):
             began = time.perf_counter()
             rival()
-            if turn:
-                times.append(time.perf_counter() - began)
-        if turn and time.perf_counter() > ends:
+            times.append(time.perf_counter() - began)
+        if time.perf_counter() > ends:
             break
-    return [statistics.median(times) for times in taken]
+    return [statistics.median(times[1:] or times) for times in taken]
 
 
 @contextmanager

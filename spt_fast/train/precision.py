@@ -28,7 +28,7 @@ from spt_fast.model.config import GPTConfig
 from spt_fast.model.parameters import around_blocks, of_block
 from spt_fast.train.state import Compute
 
-ROWS = 512
+ROWS = 256
 LARGEST = 1024
 """Of a product's dimensions in the test: larger ones run at the same rate and take longer."""
 GAIN = 1.05
