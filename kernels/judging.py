@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spt_fast.kernels import flash_attn
 from spt_fast.kernels.backend import Candidate, install
 from spt_fast.kernels.measured import medians
 
@@ -28,8 +29,8 @@ TIMING_SHARE = 0.5
 ROUNDS = 25
 REPEATED_S = 0.003
 """What is faster is run several times between two looks at the clock."""
-MAY_DIFFER = ("sdpa", "flash_attn")
-"""Backends that add in any order, which only `deterministic` forbids."""
+MAY_DIFFER = ("auto", "sdpa", *flash_attn.BACKENDS)
+"""Backends that add in any order, or may choose one that does, which only `deterministic` forbids."""
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23}
 
 

@@ -56,7 +56,8 @@ def double(x: Tensor, *, backend: str) -> Tensor:
         ODD[backend]()
     elif backend == "wrong":
         return 2 * x + x.abs().max() / 50
-    elif backend == "unstable":
+    elif backend in ("unstable", "sdpa"):
+        time.sleep(0.02)
         return 2 * x * (1 + 1e-7 * (next(_calls) % 3))
     elif backend == "infinite":
         return 2 * x / (x.shape[0] < 100)

@@ -47,7 +47,7 @@ def question(tmp_path: Path, *candidates: str, op: str = "double", **changes: An
 
 def test_every_candidate_is_judged_and_none_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner, "STUCK_S", 1.5)
-    names = ["exits", "wrong", "raises", "hangs", "unstable", "infinite", "segfaults", "slow", "quick"]
+    names = ["exits", "wrong", "raises", "hangs", "unstable", "infinite", "segfaults", "slow", "quick", "sdpa"]
     record = tune([question(tmp_path, *names)], seconds=150)["double"]
     tried = record["tried"]
     assert tried["exits"] == "ended its process (exit code 3)"
@@ -56,6 +56,7 @@ def test_every_candidate_is_judged_and_none_ends_the_run(tmp_path: Path, monkeyp
     assert tried["wrong"].startswith("errs by 0.")
     assert tried["hangs"] == "took longer than 2 s"
     assert tried["unstable"] == "gives other bits the second time"
+    assert isinstance(tried["sdpa"], float), "it may, unless a run asks for equal bits"
     assert tried["infinite"] == "gives numbers that are not finite"
     assert tried["slow"] > tried["auto"] > tried["quick"] > 8
     best = Candidate.read(record["chosen"])
