@@ -9,13 +9,15 @@ norm 1, AdamW; losses are read one step late.
 ours          the trainer's own loader, engine and optimizer: bf16 parameters, float32 masters, gradients summed in
               float32, no autocast, nothing compiled
 plain         what a user would write (nanoGPT with RMSNorm, RoPE and SwiGLU): float32 parameters, bf16 autocast, SDPA,
-              fused torch.optim.AdamW, windows at random offsets of a memory map; compiled by torch.compile and not
+              fused torch.optim.AdamW, windows at random offsets of a memory map; compiled by torch.compile and not;
+              on a CPU compiled in bf16 alone and in float32 alone too, and ours is judged by the fastest of them
 ours in fp8   the same, the blocks' wide products in fp8; --fp8 measures it beside ours and nothing else, --graphs steps
               recorded as CUDA graphs beside those that aren't
 Hugging Face  its Llama with Liger's kernels patched in (fused loss, norms, RoPE, SwiGLU), else as plain, not compiled
 
-On a CPU: one small shape, a fixed batch, freed memory kept by the process as the trainer does, which speeds up all
-sides. On a GPU: the presets, one micro-batch a step, each side's as large as fits it, down from 32K tokens.
+On a CPU: small shapes, a fixed batch, freed memory kept by the process as the trainer does, which speeds up all sides;
+ours once more in float32. On a GPU: the presets, one micro-batch a step, each side's as large as fits it, down from 32K
+tokens.
 
 A round runs `steps` steps of each in turn, so that a machine whose speed drifts slows all of them; the figure is the
 median over the rounds, with the quartiles beside it. Where models, gradients and moments of all sides don't fit a GPU
@@ -66,11 +68,15 @@ FILE_TOKENS = 4_000_000
 VOCAB_SIZE = 50_304
 CONTEXTS = {"10m": 1024, "124m": 1024, "350m": 2048, "1b": 2048}
 """The presets that a GPU is measured with."""
+CPU_SHAPES = ("6x384", "1m", "3m", "10m")
+"""What a CPU may be measured with, the first by default."""
 MICRO_TOKENS = 32 * 1024
 STATE_BYTES = 18
 """Bytes a parameter that one side holds between steps."""
 RESIDENT_SHARE = 0.5
 """Of a GPU's memory that all sides' states may take if they are to stay there together."""
+
+COMPILED = "plain, compiled"
 
 Step = Callable[[], Callable[[], float]]
 """Runs one step and returns what reads its loss, which waits for it."""
@@ -79,7 +85,10 @@ Build = Callable[[GPTConfig, Path, int, torch.device], Step]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--preset", nargs="+", choices=CONTEXTS, default=list(CONTEXTS), help="on a GPU (default all)")
+    names = list(dict.fromkeys((*CPU_SHAPES, *CONTEXTS)))
+    parser.add_argument(
+        "--preset", nargs="+", choices=names, help=f"default: on a GPU {[*CONTEXTS]}, else {CPU_SHAPES[0]}"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps of each in a round")
     parser.add_argument("--batch", type=int, help="sequences in a step; on a GPU the first that is tried")
@@ -106,7 +115,8 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items()), f"threads {options.threads}")
 
     results: list[dict[str, Any]] = []
-    for config in shapes(device, options.preset, dry=options.dry):
+    presets = options.preset or (CONTEXTS if device.type == "cuda" else CPU_SHAPES[:1])
+    for config in shapes(device, presets, dry=options.dry):
         batch = options.batch or (16 if device.type == "cpu" else MICRO_TOKENS // config.context)
         sides = contenders(on_gpu=device.type == "cuda" or options.dry, compiled=not options.no_compile)
         if options.fp8:
@@ -135,7 +145,8 @@ def shapes(device: torch.device, presets: Sequence[str], *, dry: bool) -> list[G
     if dry:
         return [GPTConfig(layers=2, width=32, heads=2, kv_heads=2, ffn=64, context=16, vocab_size=128)]
     if device.type == "cpu":
-        return [GPTConfig(layers=6, width=384, heads=6, kv_heads=6, ffn=1024, context=256, vocab_size=4096)]
+        ours = GPTConfig(layers=6, width=384, heads=6, kv_heads=6, ffn=1024, context=256, vocab_size=4096)
+        return [ours if name == CPU_SHAPES[0] else GPTConfig.preset(name) for name in presets]
     return [GPTConfig.preset(name, context=CONTEXTS[name], vocab_size=VOCAB_SIZE) for name in presets]
 
 
@@ -145,9 +156,13 @@ def contenders(*, on_gpu: bool, compiled: bool) -> dict[str, Build]:
     if on_gpu:
         sides["Hugging Face + Liger"] = hugging_face
     else:
+        sides["ours in fp32"] = partial(ours, precision="fp32")
         sides["plain, eager"] = partial(plain, compiled=False)
     if compiled:
-        sides["plain, compiled"] = partial(plain, compiled=True)
+        sides[COMPILED] = partial(plain, compiled=True)
+    if compiled and not on_gpu:
+        sides[f"{COMPILED} in bf16"] = partial(plain, compiled=True, dtype=torch.bfloat16)
+        sides[f"{COMPILED} in fp32"] = partial(plain, compiled=True, dtype=torch.float32)
     return sides
 
 
@@ -329,6 +344,14 @@ def table(report: dict[str, Any]) -> str:
             f"| {name} | {side['sequences']} | {rate['median']:,.0f} [{rate['low']:,.0f}, {rate['high']:,.0f}] "
             f"| {side['tflops_per_s']:.4g} | {mfu} | {gb} | {ratio} |"
         )
+    compiled = {
+        name: side["tokens_per_s"]["median"]
+        for name, side in report["sides"].items()
+        if name.startswith(COMPILED) and "problem" not in side
+    }
+    if ours_median is not None and len(compiled) > 1:
+        fastest = max(compiled, key=compiled.__getitem__)
+        lines.append(f"\nThe fastest compiled one is {fastest}: ours is {ours_median / compiled[fastest]:.2f}x.")
     return "\n".join(lines)
 
 
@@ -336,7 +359,14 @@ def table(report: dict[str, Any]) -> str:
 
 
 def ours(
-    config: GPTConfig, file: Path, batch: int, device: torch.device, *, fp8: bool = False, graphs: bool | str = "auto"
+    config: GPTConfig,
+    file: Path,
+    batch: int,
+    device: torch.device,
+    *,
+    fp8: bool = False,
+    graphs: bool | str = "auto",
+    precision: str = "auto",
 ) -> Step:
     """A step of the trainer as it is; graphs: as `engine.cuda_graphs`."""
     dataset = TokenDataset.open(file, dtype="uint16")
@@ -361,7 +391,7 @@ def ours(
     model.fp8 = fp8
     on_gpu = device.type == "cuda"
     engine = LocalEngine(
-        model, device=device, dtype=pick_dtype("auto", device), cuda_graphs=graphs if on_gpu else False
+        model, device=device, dtype=pick_dtype(precision, device), cuda_graphs=graphs if on_gpu else False
     )
     optimizer = AdamW(lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, clip=CLIP)
     engine.begin(Phase(name="step", tokens=1, mixture={}, optimizer=optimizer), weights_of(model))
@@ -376,11 +406,20 @@ def ours(
     return step
 
 
-def plain(config: GPTConfig, file: Path, batch: int, device: torch.device, *, compiled: bool) -> Step:
-    """A step of the plain GPT as its author would write it."""
+def plain(
+    config: GPTConfig,
+    file: Path,
+    batch: int,
+    device: torch.device,
+    *,
+    compiled: bool,
+    dtype: torch.dtype | None = None,
+) -> Step:
+    """A step of the plain GPT as its author would write it. dtype: of parameters and all else, in place of autocast."""
     with device:
-        model = PlainGPT(config)
-    return autocast_step(model, torch.compile(model) if compiled else model, config, file, batch, device)
+        model = PlainGPT(config).to(dtype)
+    forward = torch.compile(model) if compiled else model
+    return torch_step(model, forward, config, file, batch, device, autocast=dtype is None)
 
 
 def hugging_face(config: GPTConfig, file: Path, batch: int, device: torch.device) -> Step:
@@ -408,18 +447,20 @@ def hugging_face(config: GPTConfig, file: Path, batch: int, device: torch.device
     def forward(tokens: Tensor, targets: Tensor) -> Tensor:
         return model(input_ids=tokens, labels=targets, shift_labels=targets.contiguous()).loss
 
-    return autocast_step(model, forward, config, file, batch, device)
+    return torch_step(model, forward, config, file, batch, device)
 
 
-def autocast_step(
+def torch_step(
     model: nn.Module,
     forward: Callable[[Tensor, Tensor], Tensor],
     config: GPTConfig,
     file: Path,
     batch: int,
     device: torch.device,
+    *,
+    autocast: bool = True,
 ) -> Step:
-    """Float32 parameters, bf16 autocast, PyTorch's fused AdamW."""
+    """The model's parameters as they are, bf16 autocast, PyTorch's fused AdamW."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     kept = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
@@ -428,7 +469,7 @@ def autocast_step(
 
     def step() -> Callable[[], float]:
         tokens, targets = next(batches)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             loss = forward(tokens, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

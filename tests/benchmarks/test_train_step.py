@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.train_step import Step, Trial, contenders, shapes, table, write_tokens
+from benchmarks.train_step import Step, Trial, contenders, plain, shapes, table, write_tokens
 from spt_fast.model.gpt import GPTConfig
 
 CPU = torch.device("cpu")
@@ -59,10 +60,28 @@ def test_the_sides_train(tmp_path: Path) -> None:
     saved: list[int] = []
     save: Callable[[Trial], None] = lambda trial: saved.append(len(trial.sides))  # noqa: E731
     run.run(contenders(on_gpu=False, compiled=False), file, save)
-    for name in ("ours", "plain, eager"):
+    for name in ("ours", "ours in fp32", "plain, eager"):
         side = run.sides[name]
         assert side.step is not None, side.problem
         assert len(side.rates) == 2
         losses = [side.step()() for _ in range(30)]
         assert losses[-1] < losses[0]
-    assert saved == [1, 2, 2]
+    assert saved == [1, 2, 3, 3]
+
+
+def test_on_a_cpu_ours_is_judged_by_the_fastest_dtype_of_the_compiled(tmp_path: Path) -> None:
+    sides = contenders(on_gpu=False, compiled=True)
+    assert [name for name in sides if "compiled" in name] == [
+        "plain, compiled",
+        "plain, compiled in bf16",
+        "plain, compiled in fp32",
+    ]
+    run = trial(batch=2, rounds=1, steps=1)
+    write_tokens(file := tmp_path / "tokens.bin", run.config.vocab_size)
+    for dtype in (torch.bfloat16, torch.float32):
+        loss = plain(run.config, file, 2, CPU, compiled=False, dtype=dtype)()()
+        assert loss == pytest.approx(math.log(run.config.vocab_size), rel=0.05)
+    run.run(dict.fromkeys(sides, build), Path(), lambda _: None)
+    for rate, name in enumerate(run.sides, 1):
+        run.sides[name].rates = [float(rate)]
+    assert f"plain, compiled in fp32: ours is {1 / len(sides):.2f}x." in table(run.report())
