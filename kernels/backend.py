@@ -35,6 +35,8 @@ OPS: dict[str, Op] = {}
 
 _preferred: list[str] = []
 
+_passed_over: set[tuple[str, str]] = set()
+
 _installed: dict[str, Candidate] = {}
 
 CPU_LIBRARY = native.is_built()
@@ -115,7 +117,7 @@ class Op:
         if backend == "auto":
             tuned = [_installed[self.name].backend] if self.name in _installed else []
             for name in (*_preferred, *tuned, *self.auto.get(x.device.type, {})):
-                if name not in self.backends or name in passed_over:
+                if name not in self.backends or name in passed_over or (self.name, name) in _passed_over:
                     continue
                 if obstacle(name, x.device.type, x.dtype) is None and obstacles.get(name) is None:
                     return name
@@ -150,6 +152,11 @@ def install(chosen: Mapping[str, Candidate]) -> None:
     for candidate in chosen.values():
         for launch in candidate.launches:
             choose(*launch)
+
+
+def pass_over(op: str, backend: str) -> None:
+    """From now on `auto` doesn't take this backend for this op."""
+    _passed_over.add((op, backend))
 
 
 def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:

@@ -95,7 +95,7 @@ def _answer(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
     tell(candidates=[one.plain() for one in candidates])
     judged = {i for i, _ in request["judged"]}
     until = time.monotonic() + (1 - TIMING_SHARE) * (request["ends"] - time.monotonic())
-    check = _checker(question.op, small)
+    check = checker(question.op, small)
     passed = []
     for i, candidate in enumerate(candidates):
         if i in judged:
@@ -104,7 +104,7 @@ def _answer(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
         problem: str | None = NOT_REACHED
         if i == 0 or time.monotonic() < until:
             strict = question.deterministic or candidate.backend not in MAY_DIFFER
-            problem = check(candidate) or _unstable(question.op, whole, candidate, strict)
+            problem = check(candidate) or unstable(question.op, whole, candidate, strict)
         if problem:
             tell(problems=[[i, problem]])
         else:
@@ -135,7 +135,7 @@ def _results(
     return [*(y.detach() for y in outputs), *gradients]
 
 
-def _checker(op: str, trial: Trial) -> Callable[[Candidate], str | None]:
+def checker(op: str, trial: Trial) -> Callable[[Candidate], str | None]:
     """Says what is wrong with a candidate's numbers: twice the error of PyTorch's ops in this dtype, against float64,
     and a rounding of the largest number are allowed."""
     plain = Candidate("reference")
@@ -160,7 +160,8 @@ def _checker(op: str, trial: Trial) -> Callable[[Candidate], str | None]:
     return check
 
 
-def _unstable(op: str, trial: Trial, candidate: Candidate, strict: bool) -> str | None:
+def unstable(op: str, trial: Trial, candidate: Candidate, strict: bool) -> str | None:
+    """Says whether a candidate's numbers are not finite, or where `strict` not the same twice."""
     try:
         first, second = (_results(op, trial, candidate, trial.inputs) for _ in range(2))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How each op is called in a step of a model, on random inputs: what the tuner tries.
+"""How each op is called in a step of a model, on random inputs: what the tuner tries, and the self-check.
 
 A function of TRIALS gives the Trial of its op at a shape. Ops that leave nothing to choose have none.
 """
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spt_fast.kernels.activation import swiglu_linear
+from spt_fast.kernels.activation import swiglu_linear, swiglu_packed
 from spt_fast.kernels.adamw import adamw_step_all
 from spt_fast.kernels.attention import flash_attention, qkv_attention
 from spt_fast.kernels.backend import OPS
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
+from spt_fast.kernels.embedding import embedding
 from spt_fast.kernels.judging import Question, Trial
-from spt_fast.kernels.norm import add_rms_norm
+from spt_fast.kernels.norm import add_rms_norm, rms_norm
 from spt_fast.kernels.rotary import qk_norm_rope, rope
 
 DOCUMENTS = 4
@@ -82,6 +83,16 @@ def _rope(s: Shape, random: Callable[..., Tensor], *, normalised: bool) -> Any:
     return qk_norm_rope, (q, k, random(s.head_dim), random(s.head_dim), cos, sin), 4
 
 
+def _embedding(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
+    weight = random(s.vocab_size, s.width)
+    tokens = (torch.arange(s.sequences * s.context) * 7 % s.vocab_size).view(s.sequences, s.context).to(weight.device)
+
+    def look_up(weight: Tensor, tokens: Tensor, backend: str) -> Tensor:
+        return embedding(tokens, weight, backend=backend)
+
+    return look_up, (weight, tokens), 1
+
+
 def _adamw(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
     N = min(s.parameters, MOST_NUMBERS)
     param, grad, m = (random(N) for _ in range(3))
@@ -104,6 +115,9 @@ TRIALS: dict[str, Make] = {
         (*(random(s.sequences * s.context, s.width) for _ in range(2)), random(s.width)),
         3,
     ),
+    "rms_norm": lambda s, random: (rms_norm, (random(s.sequences * s.context, s.width), random(s.width)), 2),
+    "embedding": _embedding,
+    "swiglu_packed": lambda s, random: (swiglu_packed, (random(s.sequences * s.context, 2 * s.ffn),), 1),
     "swiglu_linear": lambda s, random: (
         swiglu_linear,
         (random(s.sequences * s.context, 2 * s.ffn), random(s.width, s.ffn) * s.ffn**-0.5),
@@ -126,10 +140,15 @@ def questions(
 
 def trial(op: str, shape: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Trial:
     """The Trial of an op."""
+    return trial_of(op, Shape(**shape), dtype, device)
+
+
+def trial_of(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Trial:
+    """The Trial of an op."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator).to(device, dtype)
 
-    call, inputs, gradients = TRIALS[op](Shape(**shape), random)
+    call, inputs, gradients = TRIALS[op](shape, random)
     return Trial(call, inputs, gradients, OPS[op].candidates(*inputs))

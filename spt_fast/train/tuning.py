@@ -17,8 +17,9 @@ import torch
 
 from spt_fast.config import load_recipe
 from spt_fast.kernels import auto_backends, chosen_backends
-from spt_fast.kernels.backend import Candidate, install
+from spt_fast.kernels.backend import Candidate, install, pass_over
 from spt_fast.kernels.judging import Question
+from spt_fast.kernels.self_check import Fault, self_check
 from spt_fast.kernels.trials import Shape, questions
 from spt_fast.kernels.tuner import chosen, describe, known, tune
 from spt_fast.model.config import GPTConfig
@@ -46,10 +47,14 @@ class Choices:
     kernels: Records = field(default_factory=dict)
     threads: int | None = None
     """None leaves them as they are."""
+    faults: Sequence[Fault] = ()
+    """Backends that are wrong on this machine."""
 
     def install(self) -> dict[str, str]:
         """Compute so from now on in this process; by op the backend that `auto` means then."""
         install(chosen(self.kernels))
+        for fault in self.faults:
+            pass_over(fault.op, fault.backend)
         if self.threads:
             torch.set_num_threads(self.threads)
         return auto_backends()
@@ -63,6 +68,7 @@ class Choices:
 
     def lines(self) -> Iterator[str]:
         """What is not as by default."""
+        yield from (f"warning: {fault}" for fault in self.faults)
         if self.threads and self.threads != USUAL:
             yield f"threads: {self.threads} rather than {USUAL}, which were slower"
         for op, record in self.kernels.items():
@@ -88,7 +94,7 @@ def choose(
     if before is not None:
         precision = begin_or_keep(plan.recipe, device, plan.model, before)
         threads = None if "OMP_NUM_THREADS" in os.environ or not alone else before.measured.get("threads")
-        return Choices(precision, before.measured.get("kernels", {}), threads)
+        return Choices(precision, before.measured.get("kernels", {}), threads, _faults(plan, precision, device))
     threads = _take_threads(plan.model, plan.recipe.precision, *_batch(plan, processes)) if alone else None
     precision = begin_or_keep(plan.recipe, device, plan.model, None)
     asked = asked_by(plan, precision, device, processes)
@@ -96,7 +102,12 @@ def choose(
     if device.type == "cuda" and plan.recipe.engine.tune_kernels and len(found) < len(asked):
         say(f"timing kernels for this GPU and these shapes, once, up to {AT_START_S:.0f} s (engine.tune_kernels)")
         found = tune(asked, seconds=AT_START_S, say=say, stop=stop)
-    return Choices(precision, found, threads)
+    return Choices(precision, found, threads, _faults(plan, precision, device))
+
+
+def _faults(plan: Plan, precision: Precision, device: torch.device) -> Sequence[Fault]:
+    """On a GPU, where kernels are compiled on the spot."""
+    return self_check(device, precision.dtype, head_dim=plan.model.head_dim) if device.type == "cuda" else ()
 
 
 def _take_threads(

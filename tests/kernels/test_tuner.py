@@ -152,11 +152,11 @@ def test_every_op_of_the_trials_is_tried_as_its_candidates_say(op: str) -> None:
     assert op in OPS
     assert made.candidates[0] == Candidate("auto")
     assert "reference" in {one.backend for one in made.candidates}
-    check = judging._checker(op, trial(op, asked.small, torch.bfloat16, torch.device("cpu")))
+    check = judging.checker(op, trial(op, asked.small, torch.bfloat16, torch.device("cpu")))
     try:
         for candidate in made.candidates:
             assert check(candidate) is None
-            assert judging._unstable(op, made, candidate, True) is None
+            assert judging.unstable(op, made, candidate, True) is None
             assert Candidate.read(candidate.plain()) == candidate
     finally:
         install({})

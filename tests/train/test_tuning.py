@@ -16,6 +16,7 @@ from spt_fast.config import recipe_from
 from spt_fast.kernels import auto_backends
 from spt_fast.kernels.backend import OPS, Candidate, install
 from spt_fast.kernels.judging import Question
+from spt_fast.kernels.self_check import Fault
 from spt_fast.train import precision, threads, tuning
 from spt_fast.train.plan import make_plan
 from spt_fast.train.run import run
@@ -82,11 +83,15 @@ def test_a_run_measures_on_a_gpu_that_it_does_not_know_and_says_so(
         calls.append((len(asked), seconds))
         return {question.op: record("reference") for question in asked}
 
+    faults = [Fault("rope", "triton", "errs by 1")]
+    monkeypatch.setattr(tuning, "self_check", lambda device, dtype, *, head_dim: faults)
     monkeypatch.setattr(tuning, "tune", tune)
     monkeypatch.setattr(tuning, "known", lambda questions: {})
     gpu, cpu, said = torch.device("cuda"), torch.device("cpu"), list[str]()
     plan = make_plan(recipe_from(raw))
-    found = choose(plan, gpu, 1, say=said.append).kernels
+    choices = choose(plan, gpu, 1, say=said.append)
+    assert (choices.faults, list(choose(plan, cpu, 1, say=said.append).faults)) == (faults, [])
+    found = choices.kernels
     assert calls == [(6, 120.0)]
     assert said == ["timing kernels for this GPU and these shapes, once, up to 120 s (engine.tune_kernels)"]
     monkeypatch.setattr(tuning, "known", lambda questions: found)

@@ -1,0 +1,78 @@
+"""A backend that is wrong here is found at the start, and passed over."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from spt_fast.kernels import backend, rms_norm, trials
+from spt_fast.kernels.backend import OPS, Candidate, pass_over
+from spt_fast.kernels.self_check import Fault, self_check
+from spt_fast.train.precision import Precision
+from spt_fast.train.tuning import Choices
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def afterwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(backend, "_passed_over", set())
+    yield
+    backend.install({})
+
+
+@pytest.mark.skipif(not backend.CPU_LIBRARY, reason="the C++ extension is not built")
+def test_every_op_is_tried_and_right_here() -> None:
+    assert {*trials.TRIALS} == {*OPS} - {
+        "fp8_linear",
+        "linear",
+        "swiglu",
+    }  # which have no kernel of their own, or none takes
+    backend.install({"rms_norm": Candidate("reference")})
+    for dtype in (torch.bfloat16, torch.float32):
+        assert self_check(CPU, dtype) == []
+    assert not backend._installed
+
+
+@pytest.mark.skipif(not backend.CPU_LIBRARY, reason="the C++ extension is not built")
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (lambda y, count: y * (1 + 2e-2), "errs by"),
+        (lambda y, count: y + (count % 3) * 1e-7, "gives other bits"),
+        (lambda y, count: y * float("nan"), "errs by nan"),
+        (lambda y, count: y.view(-1), "raises"),
+    ],
+)
+def test_what_is_wrong_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, harm: Callable[[Tensor, int], Tensor], problem: str
+) -> None:
+    counts = itertools.count()
+
+    def planted(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+        y = rms_norm(x, weight, backend=backend)
+        return harm(y, next(counts)) if backend == "cpu" else y
+
+    make = lambda s, random: (planted, (random(8, s.width), random(s.width)), 2)  # noqa: E731
+    monkeypatch.setattr(trials, "TRIALS", {})
+    monkeypatch.setitem(trials.TRIALS, "rms_norm", make)
+    monkeypatch.setattr("spt_fast.kernels.self_check.TRIALS", trials.TRIALS)
+    (fault,) = self_check(CPU, torch.float32)
+    assert (fault.op, fault.backend) == ("rms_norm", "cpu")
+    assert fault.problem.startswith(problem)
+    x = torch.zeros(2, 4)
+    assert OPS["rms_norm"].pick("auto", x) == "cpu"
+    choices = Choices(Precision(torch.float32, "asked for"), faults=[fault])
+    assert choices.install()["rms_norm"] == OPS["rms_norm"].pick("auto", x) == "reference"
+    assert f"warning: rms_norm: cpu is passed over: it {problem}" in next(choices.lines())
+
+
+def test_a_fault_leaves_other_ops_alone() -> None:
+    pass_over("rms_norm", "cpu")
+    assert str(Fault("rms_norm", "cpu", "raises")) == "rms_norm: cpu is passed over: it raises"
+    for op in ("add_rms_norm", "rope"):
+        assert OPS[op].pick("auto", torch.zeros(2)) == ("cpu" if backend.CPU_LIBRARY else "reference")
