@@ -18,9 +18,9 @@ accumulate in place (kernels/linear.py); elsewhere each time. Bytes moved for bf
 kernels, where x, dy and W had each a pass by rows, and two by columns with the scales' arithmetic between them:
 
                         x and dy            kernels     W                       kernels
-    before              8NI + 8NO           14          8IO a micro-batch       7
-    now                 6NI + 6NO           6           8IO a step              7 a step
-    maxima known        4NI + 4NO           4
+    before              8NI + 8NO           12          8IO a micro-batch       6
+    now                 6NI + 6NO           6           8IO a step              6 a step
+    maxima known        4NI + 4NO           4, and one where they are known by parts of rows
 
 A matmul of width D saves half its time, which grows with D: torchao's users find no gain below about 2,048. Kept for
 the backward pass is x in fp8, by columns: half of its bytes.

@@ -61,7 +61,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
     ValueError: a backend that isn't available. RuntimeError: shapes or dtypes that don't fit.
     """
-    _LINEAR.pick(backend, x)
+    if backend != "auto":
+        _LINEAR.pick(backend, x)
     if torch.is_grad_enabled() and accumulates_in_place(weight):
         return _InPlace.apply(x, weight, bias)
     return F.linear(x, weight, bias) if torch.is_grad_enabled() else rows_times(x, weight.T, bias)
