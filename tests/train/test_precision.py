@@ -84,11 +84,11 @@ def test_a_measurement_is_kept_for_the_machine_and_the_shapes_that_it_is_of(
     assert pick_precision("auto", CPU, SHAPE).dtype == torch.float32
     assert len(asked) == 3, "other shapes, and another processor"
     (file, *_) = (tmp_path / "cache" / "spt_fast").glob("precision-*.json")
-    for damaged in ("", "{}", "[1]", '{"key": {}, "found": 1}', "\0"):
+    for damaged in ("", "{}", "[1]", '{"key": {}, "found": 1}', '{"key": {}, "found": {}}', "\0"):
         for each in file.parent.glob("*.json"):
             each.write_text(damaged)
         assert pick_precision("auto", CPU, SHAPE).dtype == torch.float32
-    assert len(asked) == 8
+    assert len(asked) == 9
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert pick_precision("auto", CPU, SHAPE).dtype == torch.float32
 

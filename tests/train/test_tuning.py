@@ -92,7 +92,7 @@ def test_a_run_measures_on_a_gpu_that_it_does_not_know_and_says_so(
     choices = choose(plan, gpu, 1, say=said.append)
     assert (choices.faults, list(choose(plan, cpu, 1, say=said.append).faults)) == (faults, [])
     found = choices.kernels
-    assert calls == [(6, 120.0)]
+    assert calls == [(7, 120.0)]
     assert said == ["timing kernels for this GPU and these shapes, once, up to 120 s (engine.tune_kernels)"]
     monkeypatch.setattr(tuning, "known", lambda questions: found)
     assert choose(plan, gpu, 1, say=said.append).kernels == found
