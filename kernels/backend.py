@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ class Op:
     def __post_init__(self) -> None:
         OPS[self.name] = self
 
-    @property
+    @cached_property
     def backends(self) -> list[str]:
         return list(dict.fromkeys(backend for order in self.auto.values() for backend in order))
 
@@ -233,7 +233,7 @@ def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ())
                 for place in places:
                     torch.autograd.graph.increment_version(arguments[place])
                 return function(*arguments)
-            return direct.apply(*arguments) if torch.is_grad_enabled() else function(*arguments)
+            return apply(*arguments) if torch.is_grad_enabled() else function(*arguments)
 
         class direct(torch.autograd.Function):
             @staticmethod
@@ -246,6 +246,7 @@ def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ())
             def backward(ctx: Any, *gradients: Tensor) -> Any:
                 return _differentiate(call, ctx, *gradients)
 
+        apply = super(torch.autograd.Function, direct).apply  # without its look for transforms
         if mutates:
             _LIBRARY.impl(name, _in_place(op, places), "Autograd", with_keyset=True)
         else:

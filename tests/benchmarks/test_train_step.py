@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import host_time
 from benchmarks.train_step import Step, Trial, contenders, plain, shapes, table, write_tokens
 from spt_fast.model.gpt import GPTConfig
 
@@ -85,3 +86,8 @@ def test_on_a_cpu_ours_is_judged_by_the_fastest_dtype_of_the_compiled(tmp_path: 
     for rate, name in enumerate(run.sides, 1):
         run.sides[name].rates = [float(rate)]
     assert f"plain, compiled in fp32: ours is {1 / len(sides):.2f}x." in table(run.report())
+
+
+def test_the_parts_of_the_hosts_time_run_and_a_step_is_the_longest() -> None:
+    took = {part: host_time.seconds(run, 5)[0] for part, run in host_time.parts(1).items()}
+    assert max(took, key=lambda part: took[part]) == "step"
