@@ -51,6 +51,7 @@ namespace {
 
 constexpr int64_t kTile = 64;  // keys and queries of a tile of scores
 constexpr int64_t kLanes = 16;
+constexpr int64_t kAhead = 16;  // rows that are on their way to the cache
 constexpr float kLog2E = 1.44269504088896f;
 
 // The rows of one head of one sequence, or its gradient's: bf16, `stride` numbers apart.
@@ -155,6 +156,8 @@ inline void for_pairs(Angles angles, int64_t t, int64_t D, F f) {
 void copy_rows(Rows x, Angles angles, const int32_t* first, int64_t tokens, int64_t T, int64_t D, uint32_t* to) {
   for (int64_t t = 0; t < T; ++t) {
     auto* row = reinterpret_cast<uint16_t*>(to + t * (D / 2));
+    // Rows of a head lie too far apart for the processor to foresee.
+    for (int64_t d = 0; d < D; d += 2 * kLanes) _mm_prefetch(reinterpret_cast<const char*>(x[t + kAhead] + d), _MM_HINT_T0);
     if (t >= tokens || first[t] > t) {
       std::memset(row, 0, D * sizeof(uint16_t));
     } else if (angles.cos == nullptr) {
