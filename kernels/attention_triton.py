@@ -15,6 +15,7 @@ turn. So nothing is added atomically, and the backward pass is deterministic: th
 What a query sees is an interval of keys, what sees a key is an interval of queries, and neither end of either ever
 falls from one position to the next, whatever mixture of causality, window and documents. So the intervals of a block's
 first and last position say where its walk starts and ends, and which blocks all of it sees, where no mask is needed.
+They are one loop with a branch, or, in the launches called split, loops of their own: more registers, no branch.
 Where the document of each position starts and ends is found once, on the device. Padding, past the last document, is
 taken for the end of a row: it is never loaded.
 
@@ -194,23 +195,28 @@ FENCED = tuple(int(part) for part in (TRITON_VERSION or "0.0").split(".")[:2]) >
 later that read them. 3.6 doesn't inside a loop, where copies are therefore not asynchronous: one stage."""
 
 
-def _config(arch: int, M: int, N: int, warps: int, stages: int) -> Config:
-    return Config((("M", M), ("N", N)), warps, stages if FENCED or arch == 80 else 1)
+def _config(kernel: str, arch: int, M: int, N: int, warps: int, stages: int, *, split: bool = False) -> Config:
+    """split: blocks of keys of which all is seen have a loop of their own, in which nothing waits for a branch."""
+    flags = () if kernel == "dkv" else (("SPLIT", int(split)),)
+    return Config((("M", M), ("N", N), *flags), warps, stages if FENCED or arch == 80 else 1)
 
 
 def default(kernel: str, width: int, itemsize: int, arch: int) -> Config:
     """How a kernel ("forward", "dq" or "dkv") is launched where nothing was measured; the rest as of `_shape_class`."""
     if INTERPRETED:
-        return _config(80, 16, 32, 4, 1) if kernel == "dkv" else _config(80, 32, 16, 4, 1)
+        return _config(kernel, 80, *((16, 32) if kernel == "dkv" else (32, 16)), 4, 1)
     if itemsize == 4:
-        return _config(80, *FLOAT32[kernel][0 if width <= 64 else 1])
-    return _config(arch, *HALF[kernel, arch][_size(width)])
+        return _config(kernel, 80, *FLOAT32[kernel][0 if width <= 64 else 1])
+    return _config(kernel, arch, *HALF[kernel, arch][_size(width)])
 
 
 def candidates(kernel: str, width: int, itemsize: int, arch: int) -> list[Config]:
     """What is worth measuring, the default first; arguments as of `default`."""
-    others = CANDIDATES[kernel][_size(width)] if itemsize == 2 and arch == 90 else ()
-    every = [default(kernel, width, itemsize, arch), *(_config(arch, *sizes) for sizes in others)]
+    every = [default(kernel, width, itemsize, arch)]
+    if itemsize == 2 and arch == 90:
+        every += [_config(kernel, arch, *sizes) for sizes in CANDIDATES[kernel][_size(width)]]
+        if kernel != "dkv" and width <= 128:
+            every += [_config(kernel, arch, *sizes, split=True) for sizes in SPLIT[kernel][_size(width)]]
     return list(dict.fromkeys(every))
 
 
@@ -262,6 +268,15 @@ CANDIDATES = {
     "dkv": (((64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3)), ((64, 64, 8, 3),), ()),
 }
 """Besides the defaults, on Hopper; none of them spills."""
+
+SPLIT = {
+    "forward": (
+        ((128, 64, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3)),
+        ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
+    ),
+    "dq": (((128, 64, 8, 2), (64, 64, 4, 2)), ((128, 64, 8, 2), (64, 64, 8, 2))),
+}
+"""Those that are split."""
 
 
 def _launched(kernel: str, q_BTHD: Tensor) -> Config:
@@ -338,11 +353,43 @@ def _queries_of(j, starts_ptr, ends_ptr, row, T, length, window, CAUSAL: tl.cons
 
 
 @jit
+def _full_blocks(low_of_first, low_of_last, high_of_first, high_of_last, N: tl.constexpr):
+    """(where the first block of keys begins that anyone sees, the first that all see, the first after these)."""
+    start = low_of_first // N * N
+    full = tl.cdiv(low_of_last, N) * N
+    return start, full, tl.maximum(full, high_of_first // N * N)
+
+
+@jit
+def _visible(x, n, low, high, other: tl.constexpr, N: tl.constexpr):
+    j = n + tl.arange(0, N)[None, :]
+    return tl.where((j >= low[:, None]) & (j < high[:, None]), x, other)
+
+
+@jit
+def _attend(
+    q, k_ptr, v_ptr, n, low, high, o, total, largest, edge, length, k_t, v_t, scale,
+    N: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A block of keys more in the three sums; edge: whether some see only a part of it."""
+    k = _load(k_ptr, n, length, k_t, N, D, WIDTH)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if edge:
+        s = _visible(s, n, low, high, float("-inf"), N)
+    larger = tl.maximum(largest, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - larger[:, None])
+    shrink = tl.exp2(largest - larger)
+    v = _load(v_ptr, n, length, v_t, N, D, WIDTH)
+    o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
+    return o, total * shrink + tl.sum(p, 1), larger
+
+
+@jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     T, H, GROUP, window, scale,
-    CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, M)
     program = tl.program_id(0)
@@ -362,19 +409,27 @@ def _forward_kernel(
     largest = tl.full([M], -1e38, tl.float32)  # finite, so that a row which sees nothing in a block gives no NaN
     total = tl.zeros([M], tl.float32)
     o = tl.zeros([M, WIDTH], tl.float32)
-    for n in range(low_of_first // N * N, high_of_last, N):
-        k = _load(k_ptr, n, length, k_t, N, D, WIDTH)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if n < low_of_last or n + N > high_of_first:
-            j = n + tl.arange(0, N)[None, :]
-            s = tl.where((j >= low[:, None]) & (j < high[:, None]), s, float("-inf"))
-        larger = tl.maximum(largest, tl.max(s, 1) * scale)
-        p = tl.exp2(s * scale - larger[:, None])
-        shrink = tl.exp2(largest - larger)
-        total = total * shrink + tl.sum(p, 1)
-        v = _load(v_ptr, n, length, v_t, N, D, WIDTH)
-        o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
-        largest = larger
+    start, full, full_end = _full_blocks(low_of_first, low_of_last, high_of_first, high_of_last, N)
+    if not SPLIT:
+        for n in range(start, high_of_last, N):
+            edge = n < full or n >= full_end
+            o, total, largest = _attend(
+                q, k_ptr, v_ptr, n, low, high, o, total, largest, edge, length, k_t, v_t, scale, N, D, WIDTH
+            )
+    else:
+        if starts_ptr is not None or window is not None:
+            for n in range(start, tl.minimum(full, high_of_last), N):
+                o, total, largest = _attend(
+                    q, k_ptr, v_ptr, n, low, high, o, total, largest, True, length, k_t, v_t, scale, N, D, WIDTH
+                )
+        for n in range(full, full_end, N):
+            o, total, largest = _attend(
+                q, k_ptr, v_ptr, n, low, high, o, total, largest, False, length, k_t, v_t, scale, N, D, WIDTH
+            )
+        for n in range(full_end, high_of_last, N):
+            o, total, largest = _attend(
+                q, k_ptr, v_ptr, n, low, high, o, total, largest, True, length, k_t, v_t, scale, N, D, WIDTH
+            )
     total = tl.where(i < length, total, 1.0)  # padding has seen nothing
     tl.store(lse_ptr + (row_64 * H + head) * T + i, largest + tl.log2(total), i < T)
     o_ptr += (row_64 * T * H + head) * D
@@ -382,11 +437,27 @@ def _forward_kernel(
 
 
 @jit
+def _add_dq(
+    q, do, k_ptr, v_ptr, n, low, high, dq, lse, delta, edge, length, k_t, v_t, scale_2,
+    N: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What a block of keys adds to dq / scale; edge: as in _attend."""
+    k = _load(k_ptr, n, length, k_t, N, D, WIDTH)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    p = tl.exp2(s * scale_2 - lse[:, None])
+    if edge:
+        p = _visible(p, n, low, high, 0.0, N)
+    v = _load(v_ptr, n, length, v_t, N, D, WIDTH)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@jit
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, dq_b, dq_t, dq_h,
     T, H, GROUP, window, scale,
-    CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, M)
     program = tl.program_id(0)
@@ -410,16 +481,27 @@ def _dq_kernel(
     q = _load(q_ptr + row_64 * q_b + head_64 * q_h, first, length, q_t, M, D, WIDTH)
     scale_2 = scale * 1.4426950408889634
     dq = tl.zeros([M, WIDTH], tl.float32)
-    for n in range(low_of_first // N * N, high_of_last, N):
-        k = _load(k_ptr, n, length, k_t, N, D, WIDTH)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = tl.exp2(s * scale_2 - lse[:, None])
-        if n < low_of_last or n + N > high_of_first:
-            j = n + tl.arange(0, N)[None, :]
-            p = tl.where((j >= low[:, None]) & (j < high[:, None]), p, 0.0)
-        v = _load(v_ptr, n, length, v_t, N, D, WIDTH)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    start, full, full_end = _full_blocks(low_of_first, low_of_last, high_of_first, high_of_last, N)
+    if not SPLIT:
+        for n in range(start, high_of_last, N):
+            edge = n < full or n >= full_end
+            dq = _add_dq(
+                q, do, k_ptr, v_ptr, n, low, high, dq, lse, delta, edge, length, k_t, v_t, scale_2, N, D, WIDTH
+            )
+    else:
+        if starts_ptr is not None or window is not None:
+            for n in range(start, tl.minimum(full, high_of_last), N):
+                dq = _add_dq(
+                    q, do, k_ptr, v_ptr, n, low, high, dq, lse, delta, True, length, k_t, v_t, scale_2, N, D, WIDTH
+                )
+        for n in range(full, full_end, N):
+            dq = _add_dq(
+                q, do, k_ptr, v_ptr, n, low, high, dq, lse, delta, False, length, k_t, v_t, scale_2, N, D, WIDTH
+            )
+        for n in range(full_end, high_of_last, N):
+            dq = _add_dq(
+                q, do, k_ptr, v_ptr, n, low, high, dq, lse, delta, True, length, k_t, v_t, scale_2, N, D, WIDTH
+            )
     _store(dq_ptr + row_64 * dq_b + head_64 * dq_h, dq * scale, first, length, T, dq_t, M, D, WIDTH)
 
 

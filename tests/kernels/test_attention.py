@@ -505,7 +505,7 @@ def test_a_chosen_launch_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -
     usable("triton")
     expected = flash_attention(q, q, q, backend="triton")
     shape = attention_triton._shape_class(q)
-    other = launch.Config((("M", 16), ("N", 64)), 4, 1)
+    other = launch.Config((("M", 16), ("N", 64), ("SPLIT", 0)), 4, 1)
     launch.choose("attention_forward", shape, other)
     try:
         assert attention_triton._launched("forward", q) == other
@@ -513,6 +513,25 @@ def test_a_chosen_launch_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -
     finally:
         launch.choose("attention_forward", shape, None)
     assert attention_triton._launched("forward", q) == attention_triton.default("forward", *shape)
+
+
+@pytest.mark.parametrize("cuts", [None, [0, 9, 70, 88]])
+@pytest.mark.parametrize("window", [None, 20])
+def test_blocks_in_loops_of_their_own_give_the_same_bits(cuts: list[int] | None, window: int | None) -> None:
+    *inputs, upstream = draw(1, 90, 2, 1, 16, torch.float32)
+    usable("triton")
+    shape, found = attention_triton._shape_class(inputs[0]), []
+    for split in (0, 1):
+        for kernel in ("forward", "dq"):
+            launch.choose(f"attention_{kernel}", shape, launch.Config((("M", 16), ("N", 16), ("SPLIT", split)), 4, 1))
+        try:
+            function = lambda *qkv: flash_attention(*qkv, cu_seqlens=cut(cuts), window=window, backend="triton")  # noqa: E731
+            found.append(run(function, inputs, (upstream,)))
+        finally:
+            for kernel in ("forward", "dq"):
+                launch.choose(f"attention_{kernel}", shape, None)
+    for whole, split in zip(*found, strict=True):
+        assert torch.equal(whole, split)
 
 
 def test_every_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
