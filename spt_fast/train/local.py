@@ -127,12 +127,12 @@ class LocalEngine:
         self.recordings, self._called_s = 0, time.monotonic()
         snapshot = start if current is None else current
         self.frozen = snapshot.only(FROZEN[phase.freeze])
-        accumulate_in_place(self.model.parameters())  # where there are none yet
+        accumulate_in_place(self.model.parameters())  # not where the optimizer before had them
         with torch.no_grad():
             for name, param in self.model.named_parameters():
                 param.requires_grad_(name not in FROZEN[phase.freeze])
                 if not param.requires_grad:
-                    param.data = self.frozen.weights[name].to(self.device, self.dtype, copy=True)  # not in a flat one
+                    param.data = self.frozen.weights[name].to(self.device, self.dtype, copy=True)
         self.optimizer = ModelOptimizer(self.model, phase.optimizer, phase.anchor)
         self.optimizer.restore(snapshot, anchor=start)
 
@@ -153,8 +153,8 @@ class LocalEngine:
         if self.cuda_graphs != "auto":
             return bool(self.cuda_graphs)
         if self.device.type != "cuda" or self._step_s > LONGEST_S or not _has_room_for_another_step(self.device):
-            self.cuda_graphs = False
-        return bool(self.cuda_graphs)
+            self.recordings = MOST_RECORDINGS
+        return self.recordings < MOST_RECORDINGS
 
     def _record(self, micro_batches: Sequence[Batch]) -> None:
         self.recorded, self.recordings = None, self.recordings + 1
@@ -163,6 +163,7 @@ class LocalEngine:
         except RuntimeError as error:
             self.cuda_graphs = False
             self.optimizer.zero_grad()
+            torch.autograd.graph.increment_version(self.model.parameters())  # what was made of them is not there
             problem = f"engine.cuda_graphs: a step could not be recorded ({error}); training goes on without it"
             warnings.warn(problem, SptWarning, stacklevel=3)
 

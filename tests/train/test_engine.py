@@ -81,7 +81,7 @@ def test_a_step_is_recorded_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> 
     assert made.recorded is None
     for room, seconds, expected in ((True, 0.1, True), (False, 0.1, False), (True, 60.0, False)):
         monkeypatch.setattr("spt_fast.train.local._has_room_for_another_step", lambda device, room=room: room)
-        made.device, made.cuda_graphs, made._step_s = torch.device("cuda"), "auto", seconds
+        made.device, made.recordings, made._step_s = torch.device("cuda"), 0, seconds
         assert made._is_to_be_recorded(micro_batches(0)) == expected
 
     def refused(compute: object) -> None:
