@@ -94,6 +94,8 @@ def describe(record: Mapping[str, Any]) -> str:
 
 
 def _decide(question: Question, child: _Child, share: float, say: Callable[[str], object]) -> dict[str, Any]:
+    if share > 0:
+        child.start()
     began = time.monotonic()
     tried = _ask(question, child, began + FIRST_SHARE * share, [])
     if merged := _merged(tried):
@@ -228,8 +230,7 @@ class _Child:
         """What it says, until it is through. _Died where it ends before, or a candidate is at work for STUCK_S or until
         a while after `ends`."""
         try:
-            if self._process is None:
-                self._start()
+            self.start()
             assert self._process is not None
             assert self._process.stdin is not None
             with suppress(BrokenPipeError):
@@ -247,7 +248,11 @@ class _Child:
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise _Died(f"ended its process ({name})")
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Unless it runs: it imports for seconds, which shall not be those of the op that comes first. Undecided where
+        it cannot."""
+        if self._process is not None:
+            return
         self._answers, theirs = os.pipe()
         self._unread = b""
         self._process = subprocess.Popen(
@@ -260,7 +265,11 @@ class _Child:
             env={**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},  # the other check would begin to use the GPU
         )
         os.close(theirs)
-        self._line(START_S)
+        try:
+            self._line(START_S)
+        except _Stuck as stuck:
+            self.__exit__()
+            raise Undecided(f"what tries it {stuck}") from None
 
     def _line(self, seconds: float) -> bytes:
         patient_until = time.monotonic() + seconds

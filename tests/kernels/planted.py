@@ -42,7 +42,7 @@ ODD: dict[str, Callable[[], object]] = {
     "segfaults": segfaults,
     "raises": raises,
     "hangs": lambda: time.sleep(600),
-    "slow": lambda: time.sleep(0.03),
+    "slow": lambda: time.sleep(0.016),
 }
 
 
@@ -57,7 +57,7 @@ def double(x: Tensor, *, backend: str) -> Tensor:
     elif backend == "wrong":
         return 2 * x + x.abs().max() / 50
     elif backend in ("unstable", "sdpa"):
-        time.sleep(0.02)
+        time.sleep(0.014)
         return 2 * x * (1 + 1e-7 * (next(_calls) % 3))
     elif backend == "infinite":
         return 2 * x / (x.shape[0] < 100)

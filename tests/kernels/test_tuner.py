@@ -71,6 +71,9 @@ def test_every_candidate_is_judged_and_none_ends_the_run(tmp_path: Path, monkeyp
 def test_the_default_stays_unless_it_is_beaten_clearly_or_broken(tmp_path: Path) -> None:
     def answer(*seconds: float | str) -> dict[str, Any]:
         class Child:
+            def start(self) -> None:
+                pass
+
             def ask(self, request: dict[str, Any], ends: float) -> Any:
                 yield {"candidates": [Candidate(f"c{i}").plain() for i in range(len(seconds))]}
                 for i, each in enumerate(seconds):
@@ -124,11 +127,13 @@ def test_records_hold_for_what_they_were_measured_at(tmp_path: Path, monkeypatch
     assert known([asked]) == {}
 
 
-def test_an_op_that_time_does_not_suffice_for_stays_as_it_is(tmp_path: Path) -> None:
+def test_an_op_that_time_does_not_suffice_for_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     assert tune([question(tmp_path)], seconds=0, say=said.append) == {}
     assert tune([question(tmp_path, "hangs")], seconds=60, say=said.append, stop=lambda: True) == {}
-    reasons = ("there was no time left", "the run was asked to stop")
+    monkeypatch.setattr(tuner.sys, "executable", "/bin/false")
+    assert tune([question(tmp_path)], seconds=9, say=said.append) == {}
+    reasons = ("there was no time left", "the run was asked to stop", "what tries it cannot be started")
     assert said == [f"double: left as it is by default, since {reason}" for reason in reasons]
 
 
