@@ -25,6 +25,7 @@ operands of a matmul have the dtype of the inputs: p and ds are rounded to it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -292,6 +293,10 @@ def _constants(q_BTHD: Tensor, config: Config) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ kernels
 
 
+jit_for_any_documents = partial(jit, do_not_specialize=("documents",))
+"""Triton would compile a kernel anew for one document and for multiples of 16."""
+
+
 @jit
 def _load(ptr, first, length, stride, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
     """[ROWS, WIDTH] from row `first` on, 0 past `length` and past D."""
@@ -384,7 +389,7 @@ def _attend(
     return o, total * shrink + tl.sum(p, 1), larger
 
 
-@jit
+@jit_for_any_documents
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
@@ -452,7 +457,7 @@ def _add_dq(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@jit
+@jit_for_any_documents
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, dq_b, dq_t, dq_h,
@@ -505,7 +510,7 @@ def _dq_kernel(
     _store(dq_ptr + row_64 * dq_b + head_64 * dq_h, dq * scale, first, length, T, dq_t, M, D, WIDTH)
 
 
-@jit
+@jit_for_any_documents
 def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, dk_b, dk_t, dk_h,

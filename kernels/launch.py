@@ -37,7 +37,7 @@ try:
 except ImportError:
     tl, TRITON_VERSION, INTERPRETED = None, None, False
 
-    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         return function
 
 

@@ -552,3 +552,9 @@ def test_every_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch)
                     q, k = (torch.zeros(2, 4, H, D, dtype=dtype) for H in heads)
                     o, lse, spans = attention_triton.attention(q, k, k, cu_seqlens, causal, seen, 0.1)
                     attention_triton._attention_backward(o, q, k, k, o, lse, spans, cu_seqlens, causal, seen, 0.1)
+
+
+def test_no_number_of_documents_compiles_a_kernel_anew() -> None:
+    for kernel in (attention_triton._forward_kernel, attention_triton._dq_kernel, attention_triton._dkv_kernel):
+        compiled = launch.Kernel(kernel.fn, **kernel.kwargs) if launch.INTERPRETED else kernel
+        assert [param.name for param in compiled.params if param.do_not_specialize] == ["documents"]
