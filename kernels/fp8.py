@@ -10,7 +10,7 @@ forward, x and W; e5m2 (5 and 2, up to 57,344) the gradient, whose range is wide
 is no history to keep. y sums along rows of x and W, dx along rows of dy and columns of W, each of which has its own
 scale, so that an outlier costs only its own row. dw sums along columns of dy and x, and the hardware wants what it sums
 along side by side, so columns are written transposed; here each tensor has a single scale, for which the maxima of the
-rows suffice.
+rows suffice: numbers down to 1/28,672 of the largest keep their three bits of mantissa, in e5m2 down to 1/10^9.
 
 So x and dy are read twice: for the maxima of the rows, unless the op that made them knows these already (`largest_of`),
 and for both copies, which one pass writes. W is quantised by rows and columns once a step, where its gradients

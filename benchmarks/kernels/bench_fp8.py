@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.kernels.harness import Case, Contender, Function, Run, main
+from spt_fast.kernels import accumulate_in_place, fp8_linear
 
 SHARE = 2
 ALLOWED_ERROR = 0.1
@@ -34,6 +35,7 @@ def linear(run: Run, N: int, D: int, F_: int) -> Case:
     contenders = [
         Contender("eager", lambda: F.linear, "torch"),
         Contender("ours, triton", partial(ours, "triton"), "ours"),
+        Contender("ours, weight kept in fp8", partial(ours, "triton", kept=True), "ours"),
         Contender("ours, reference", partial(ours, "reference"), "ours"),
         Contender("torchao, tensorwise", partial(torchao, "tensorwise", (F_, D), run)),
         Contender("torchao, rowwise", partial(torchao, "rowwise", (F_, D), run)),
@@ -53,10 +55,15 @@ def three_products(x: Tensor, weight: Tensor) -> Tensor:
     return y.T @ x
 
 
-def ours(backend: str) -> Function:
-    from spt_fast.kernels import fp8_linear
+def ours(backend: str, *, kept: bool = False) -> Function:
+    """kept: from one call to the next, as all micro-batches of a step but the first find it."""
 
-    return partial(fp8_linear, backend=backend)
+    def apply(x: Tensor, weight: Tensor) -> Tensor:
+        if kept:
+            accumulate_in_place([weight])
+        return fp8_linear(x, weight, backend=backend)
+
+    return apply
 
 
 def torchao(recipe: str, shape: tuple[int, int], run: Run) -> Function:
