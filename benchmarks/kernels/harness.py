@@ -327,8 +327,9 @@ def check(case: Case) -> list[Row]:
         row = Row(case.op, case.shape, "all", contender.name, contender.kind, "right")
         rows.append(row)
         try:
-            function = _loaded(contender)
-            found, again = (results(function, copy_of(case.inputs), copy_of(upstream), case.calls) for _ in range(2))
+            found, again = (
+                results(_loaded(contender), copy_of(case.inputs), copy_of(upstream), case.calls) for _ in range(2)
+            )
             row.error = relative_error(case.spot(found), exact)
             if allowed is None:
                 allowed = 2 * max(row.error, _rounding(case) / 2)
