@@ -185,7 +185,7 @@ def quantised(name: str, inputs: Amount, outputs: Amount, known: str) -> list[Ke
         )
 
     size: Amount = lambda s: 8.0 * inputs(s) * outputs(s)  # noqa: E731
-    weight = Kernel(f"{name}, weight to fp8", "layer step", "forward", size, launches=7)
+    weight = Kernel(f"{name}, weight to fp8", "layer step", "forward", size, launches=6)
     return [both("x", "forward", inputs), both("dy", "backward", outputs), weight]
 
 

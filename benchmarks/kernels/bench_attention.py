@@ -1,4 +1,4 @@
-"""Causal attention, plain, in documents and with a window: python -m benchmarks.kernels.bench_attention [--help]
+"""Causal attention, also in documents, with a window, of a whole projection: see --help.
 
 FLOPs (kernels/attention.py): 4 a head, visible pair of query and key, and head dimension forward, 10 backward; pairs
 that the mask hides are not counted. Checked are the first row's first two heads.
@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.kernels.bench_rotary import eager as rotate
+from benchmarks.kernels.bench_rotary import tables
 from benchmarks.kernels.harness import Case, Contender, Function, Run, main
-from spt_fast.kernels import flash_attention
+from spt_fast.kernels import flash_attention, qkv_attention
 
 SHARE = 4
 CHECKED_HEADS = 2
@@ -39,6 +41,7 @@ def cases(run: Run) -> list[Callable[[], Case]]:
     masked = run.sizes(gpu=[(16, 1024, 12, 64), (8, 2048, 16, 128)], cpu=[(16, 256, 6, 64)], dry=small)
     return [
         *(partial(causal, run, *shape) for shape in plain),
+        *(partial(projection, run, *shape) for shape in masked),
         *(partial(documents, run, *shape) for shape in masked),
         *(partial(windowed, run, *shape) for shape in masked),
     ]
@@ -84,6 +87,24 @@ def windowed(run: Run, B: int, T: int, H: int, D: int) -> Case:
         Contender("flash-attn 3", partial(flash_attn_3, window)),
     ]
     return _case(run, f"window of {window}", (B, T, H, D), contenders, None, window)
+
+
+def projection(run: Run, B: int, T: int, H: int, D: int) -> Case:
+    """Queries and keys rotated before, their gradients after, and all gradients in one tensor: as the model has it."""
+    cos, sin = tables(run, T, D)
+
+    def eager(qkv_BTSD: Tensor) -> Tensor:
+        q, k, v = qkv_BTSD.split(H, dim=2)
+        return sdpa(*rotate(q, k, cos, sin), v)
+
+    def ours(qkv_BTSD: Tensor, *, backend: str) -> Tensor:
+        return qkv_attention(qkv_BTSD, H, cos, sin, backend=backend)
+
+    contenders = [Contender("eager", lambda: eager, "torch"), *run.ours(ours, "sdpa", "flash_attn")]
+    forward = 2.0 * B * T * (T + 1) * D * H
+    work = {"forward": forward, "backward": 2.5 * forward, "both": 3.5 * forward}
+    name = f"{B} x {T} x {H} heads of {D}"
+    return Case("qkv_attention", name, [run.randn(B, T, 3 * H, D)], contenders, work, unit="TFLOP/s")
 
 
 def _ours(run: Run, **options: Any) -> list[Contender]:
