@@ -37,6 +37,9 @@ its 2 D inputs (D where norms stand after the layers), "selective" besides the r
 the block in its backward pass is there whole.
 On a CPU without a kernel for it, documents cost a mask of T x T a sequence and layer, a window one of T x T a layer.
 
+In float32, products of our own on a CPU (kernels/matmul.py) have a copy of their right factor: the head's weights
+beside the logits, a feed-forward layer's activation beside the gradients of its weights.
+
 Left out: what CUDA itself, cuBLAS and NCCL hold (0.5 to 2 GB), the allocator's rounding and fragments, evaluation
 (less than a step).
 """
@@ -45,7 +48,7 @@ from __future__ import annotations
 
 import torch
 
-from spt_fast.kernels import attention_cpu, cross_entropy
+from spt_fast.kernels import attention_cpu, cross_entropy, matmul
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import block_matrices, parameters
 from spt_fast.model.parameters import table
@@ -136,10 +139,12 @@ def memory_bytes(
     kept, whole = tokens * kept, tokens * max(kept, whole)
     x, activation = tokens * D * a, tokens * 3 * F * a
     once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (T + (tokens if documents else 0))
-    logits = _chunk_of_logits(tokens, V, dtype, device) + (a * head if device == "cpu" and a < 4 else 0)
+    packs = device == "cpu" and a == 4 and matmul.PAYS
+    logits = _chunk_of_logits(tokens, V, dtype, device) + (a * head if device == "cpu" and (a < 4 or packs) else 0)
+    right = a * tokens * F if packs else 0
     moments = {
-        "last": (before, once + (L - 1) * kept + whole + activation, waiting),
-        "first": (before, once + whole + activation, waiting),
+        "last": (before, once + (L - 1) * kept + whole + activation, waiting + right),
+        "first": (before, once + whole + activation, waiting + right),
         "update": (at_update, once, waiting + added),
     }
     if stage == 0:
