@@ -103,6 +103,6 @@ def test_where_nothing_saves_the_model_is_too_large(raw: dict[str, Any], monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(LocalEngine, "step", no_memory)
-    monkeypatch.setattr("spt_fast.train.dry_run.DISTRIBUTIONS", ((0, "none"),))
+    monkeypatch.setattr("spt_fast.train.price.DISTRIBUTIONS", ((0, "none"),))
     with pytest.raises(RecipeError, match=r"phases\[pretrain\].*\n  a smaller model, a shorter batch.context"):
         dry_run(recipe_from(raw))
