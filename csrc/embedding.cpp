@@ -10,6 +10,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
 using torch::stable::Tensor;
 
@@ -30,26 +32,63 @@ SPT_SIMD void add(const bf16* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] += load(from[i]);
 }
 
+SPT_SIMD void round_row(const float* from, bf16* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) store(to[i], from[i]);
+}
+
 SPT_INLINE void prefetch(const float* from, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(from + i, 1);
 }
 
-// To row v of the float32 dw [V, D], or to zeros if not `keep`, are added the rows n of dy [N, D] with tokens[n] = v.
+template <class T>
+void add_rows(const T* dy, const int64_t* token, int64_t N, int64_t D, int64_t begin, int64_t end, float* sums,
+              int64_t sums_row) {
+  for (int64_t n = 0; n < N; ++n) {
+    if (n + kAhead < N) prefetch(sums + token[n + kAhead] * sums_row, end - begin);
+    add(dy + n * D + begin, sums + token[n] * sums_row, end - begin);
+  }
+}
+
+// To row v of dw [V, D], or to zeros if not `keep`, are added the rows n of dy [N, D] with tokens[n] = v. dw is float32,
+// or bf16 if not `keep`: the rows of words that occur are then summed in float32 elsewhere and rounded once.
 void embedding_backward(const Tensor& dy, const Tensor& tokens, Tensor dw, bool keep) {
   const int64_t N = tokens.numel(), V = dw.size(0), D = dw.size(1);
   const int64_t* token = tokens.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(std::all_of(token, token + N, [&](int64_t t) { return 0 <= t && t < V; }),
                   "a token is outside the vocabulary");
-  float* sums = mutable_data<float>(dw);
-  if (!keep)
-    torch::stable::parallel_for(0, V * D, kGrainZeros, [&](int64_t begin, int64_t end) {
-      std::memset(sums + begin, 0, (end - begin) * sizeof(float));
-    });
   with_dtype(dy, [&]<class T>(T) {
-    torch::stable::parallel_for(0, D, kGrainColumns, [&](int64_t begin, int64_t end) {
-      for (int64_t n = 0; n < N; ++n) {
-        if (n + kAhead < N) prefetch(sums + token[n + kAhead] * D + begin, end - begin);
-        add(data<T>(dy) + n * D + begin, sums + token[n] * D + begin, end - begin);
+    with_dtype(dw, [&]<class Out>(Out) {
+      Out* to = mutable_data<Out>(dw);
+      if constexpr (std::is_same_v<Out, float>) {
+        if (!keep)
+          torch::stable::parallel_for(0, V * D, kGrainZeros, [&](int64_t begin, int64_t end) {
+            std::memset(to + begin, 0, (end - begin) * sizeof(float));
+          });
+        torch::stable::parallel_for(0, D, kGrainColumns, [&](int64_t begin, int64_t end) {
+          add_rows(data<T>(dy), token, N, D, begin, end, to + begin, D);
+        });
+      } else {
+        STD_TORCH_CHECK(!keep, "only float32 can be added to");
+        std::vector<int64_t> words, number(V, -1), place(N);
+        for (int64_t n = 0; n < N; ++n) {
+          int64_t& known = number[token[n]];
+          if (known < 0) {
+            known = words.size();
+            words.push_back(token[n]);
+          }
+          place[n] = known;
+        }
+        torch::stable::parallel_for(0, V * D, kGrainZeros, [&](int64_t begin, int64_t end) {
+          std::memset(to + begin, 0, (end - begin) * sizeof(Out));
+        });
+        torch::stable::parallel_for(0, D, kGrainColumns, [&](int64_t begin, int64_t end) {
+          const int64_t columns = end - begin;
+          std::vector<float> sums(words.size() * columns);
+          add_rows(data<T>(dy), place.data(), N, D, begin, end, sums.data(), columns);
+          for (size_t i = 0; i < words.size(); ++i)
+            round_row(sums.data() + i * columns, to + words[i] * D + begin, columns);
+        });
       }
     });
   });

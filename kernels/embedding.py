@@ -67,13 +67,14 @@ def _embedding(tokens: Tensor, weight_VD: Tensor, backend: str) -> Tensor:
 
 @custom_op(
     "embedding_backward",
-    lambda dy, tokens, vocab_size, *_: dy.new_empty(vocab_size, dy.shape[-1], dtype=accumulation_dtype(dy)),
+    lambda dy, tokens, vocab_size, dtype, *_: dy.new_empty(vocab_size, dy.shape[-1], dtype=dtype),
 )
-def _embedding_backward(dy: Tensor, tokens: Tensor, vocab_size: int, backend: str) -> Tensor:
-    """dw [V, D] in the wide dtype."""
-    dw_VD = dy.new_empty(vocab_size, dy.shape[-1], dtype=accumulation_dtype(dy))
+def _embedding_backward(dy: Tensor, tokens: Tensor, vocab_size: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """dw [V, D], summed in the wide dtype."""
+    summed = dtype if backend == "cpu" and dtype == torch.bfloat16 else accumulation_dtype(dy)
+    dw_VD = dy.new_empty(vocab_size, dy.shape[-1], dtype=summed)
     _sum(dy, tokens, backend, dw_VD, True)
-    return dw_VD
+    return dw_VD.to(dtype)
 
 
 def _sum(dy: Tensor, tokens: Tensor, backend: str, total_VD: Tensor, new: bool) -> None:
@@ -86,11 +87,14 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     tokens, weight_VD, ctx.backend = inputs
     ctx.save_for_backward(tokens)
     ctx.vocab_size = weight_VD.shape[0]
+    # What autograd would otherwise convert dw to, with one more copy of it.
+    accepted = weight_VD.grad_dtype if weight_VD.is_leaf else weight_VD.dtype
+    ctx.dw_dtype = accepted or accumulation_dtype(weight_VD)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[None, Tensor, None]:
     (tokens,) = ctx.saved_tensors
-    return None, _embedding_backward(dy, tokens, ctx.vocab_size, ctx.backend), None
+    return None, _embedding_backward(dy, tokens, ctx.vocab_size, ctx.dw_dtype, ctx.backend), None
 
 
 differentiable(_embedding, _gradients, _setup_context)
