@@ -92,9 +92,8 @@ def items(*, dry: bool) -> list[Item]:
     sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
     whole = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a read past a tensor's end is one past an allocation's
     return [
-        _check("attention", 60),
-        *(_check(op, 60) for op in OPS),
-        _check("attention", 45, "--dry", name="attention, sanitizer", before=sanitizer, environment=whole),
+        _check("attention", 100, "--dry", name="attention, sanitizer", before=sanitizer, environment=whole),
+        *(_check(op, 60) for op in ("attention", *OPS)),
         *(_profile(preset, 35) for preset in ("124m", "350m", "1b")),
         _plain("124m", 80, stage="plain"),
         _trained("graphs", "10m", 45, "--graphs"),

@@ -174,19 +174,18 @@ def product(name: str, inputs: Amount, outputs: Amount, *, fp8: bool = False, dw
     ]
 
 
-def quantised(name: str, inputs: Amount, outputs: Amount, known: str) -> list[Kernel]:
-    """The passes to fp8 before a product; `known`: which of "x" and "dy" come with their maxima from the op that wrote
-    them."""
+FOUND, BY_ROWS, BY_PARTS = (6.0, 3), (4.0, 2), (4.0, 3)
+"""Bytes a number and launches of the passes that take a tensor to fp8, where its maxima must be found, and where the op
+that wrote it has those of its rows, or of parts of them."""
 
-    def both(what: str, pass_: str, width: Amount) -> Kernel:
-        per_number, launches = (4.0, 2) if what in known else (6.0, 3)
-        return Kernel(
-            f"{name}, {what} to fp8", "layer", pass_, lambda s: per_number * s.N * width(s), launches=launches
-        )
 
-    size: Amount = lambda s: 8.0 * inputs(s) * outputs(s)  # noqa: E731
-    weight = Kernel(f"{name}, weight to fp8", "layer step", "forward", size, launches=6)
-    return [both("x", "forward", inputs), both("dy", "backward", outputs), weight]
+def quantised(name: str, inputs: Amount, outputs: Amount, x: tuple[float, int], dy: tuple[float, int]) -> list[Kernel]:
+    """The passes to fp8 before a product."""
+    return [
+        Kernel(f"{name}, x to fp8", "layer", "forward", lambda s: x[0] * s.N * inputs(s), launches=x[1]),
+        Kernel(f"{name}, dy to fp8", "layer", "backward", lambda s: dy[0] * s.N * outputs(s), launches=dy[1]),
+        Kernel(f"{name}, weight to fp8", "layer step", "forward", lambda s: 8.0 * inputs(s) * outputs(s), launches=6),
+    ]
 
 
 def logits(name: str, pass_: str, bytes_: Amount, launches: int | Callable[[Shape], int]) -> Kernel:
@@ -207,23 +206,23 @@ def attention(backward_launches: int) -> list[Kernel]:
 def ours(*, fp8: bool = False) -> list[Kernel]:
     """The kernels of spt_fast's step. Attention backward is Triton's; PyTorch's has one more."""
 
-    def linear(name: str, inputs: Amount, outputs: Amount, known: str) -> list[Kernel]:
+    def linear(name: str, inputs: Amount, outputs: Amount, x: tuple[float, int], dy: tuple[float, int]) -> list[Kernel]:
         rows = product(name, inputs, outputs, fp8=fp8, dw_bytes=lambda s: s.added)
-        return rows + (quantised(name, inputs, outputs, known) if fp8 else [])
+        return rows + (quantised(name, inputs, outputs, x, dy) if fp8 else [])
 
     return [
-        *linear("qkv", lambda s: s.D, lambda s: s.E, known="x"),
+        *linear("qkv", lambda s: s.D, lambda s: s.E, x=BY_ROWS, dy=FOUND),
         Kernel("rope", "layer", "forward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
         *attention(backward_launches=2),
         Kernel("rope backward", "layer", "backward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
-        *linear("out", lambda s: s.HQ, lambda s: s.D, known="dy"),
+        *linear("out", lambda s: s.HQ, lambda s: s.D, x=FOUND, dy=BY_ROWS),
         Kernel("add and norm, two", "layer", "forward", lambda s: 16.0 * s.N * s.D, launches=2),
         Kernel("add and norm backward, two", "layer", "backward", lambda s: 16.0 * s.N * s.D, launches=2),
         Kernel("norm weights' gradients, two", "layer", "backward", lambda s: 8.0 * PROGRAMS * s.D, launches=2),
-        *linear("gate and up", lambda s: s.D, lambda s: 2 * s.F, known="x dy"),
+        *linear("gate and up", lambda s: s.D, lambda s: 2 * s.F, x=BY_ROWS, dy=BY_PARTS),
         Kernel("swiglu", "layer", "forward", lambda s: 6.0 * s.N * s.F),
         Kernel("swiglu backward", "layer", "backward", lambda s: (10.0 if fp8 else 12.0) * s.N * s.F),
-        *linear("down", lambda s: s.F, lambda s: s.D, known="x dy"),
+        *linear("down", lambda s: s.F, lambda s: s.D, x=BY_PARTS, dy=BY_ROWS),
         Kernel("embedding", "batch", "forward", lambda s: 4.0 * s.N * s.D),
         Kernel("first norm", "batch", "forward", lambda s: 4.0 * s.N * s.D),
         logits("logits", "forward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.chunks * s.V * s.D), lambda s: s.chunks),

@@ -354,10 +354,10 @@ def _triton_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _triton_both(x: Tensor, dtype: torch.dtype, largest: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, D = x.shape
     wide: dict[str, Any] = {"dtype": torch.float32}
-    q, scale, whole_scale = torch.empty_like(x, dtype=dtype), x.new_empty(N, 1, **wide), x.new_zeros(1, 1, **wide)
+    q, scale, whole_scale = torch.empty_like(x, dtype=dtype), x.new_empty(N, 1, **wide), x.new_empty(1, 1, **wide)
     qt = x.new_empty(D, _padded(N), dtype=dtype)
     if not x.numel():
-        return q, scale, qt, whole_scale
+        return q, scale, qt, whole_scale.zero_()
     if largest is None:
         rows, columns, warps = _rows_tile(D)
         largest = x.new_empty(N, **wide)

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import roofline
 from benchmarks.roofline import Ceilings, Kernel, Shape, Step, ours
 from spt_fast import kernels
-from spt_fast.kernels import accumulate_in_place, backend
+from spt_fast.kernels import accumulate_in_place, backend, fp8
+from spt_fast.model import gpt
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 
@@ -47,6 +49,10 @@ class Launches(TorchDispatchMode):
             self.of[op._schema.name] += 1
         return op(*args, **(kwargs or {}))
 
+    def product(self, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, _: str) -> Tensor:
+        self.of["fp8 product"] += 1
+        return a.new_empty(len(a), len(b), dtype=dtype)
+
 
 class Stub:
     def __init__(self, name: str, launches: Launches) -> None:
@@ -69,26 +75,45 @@ def counted() -> Iterator[Launches]:
             for name, value in list(vars(module).items()):
                 if type(value).__name__ in ("InterpretedFunction", "JITFunction"):
                     patch.setattr(module, name, Stub(f"{file.name}.{name}", launches))
+        patch.setattr(fp8, "_product", launches.product)
         with launches:
             yield launches
 
 
-def launches_of(layers: int) -> dict[str, Counter[str]]:
+def launches_of(layers: int, *, in_fp8: bool = False) -> dict[str, Counter[str]]:
     """Of a step's first micro-batch, forward and backward; what Triton would have computed is left as it lies."""
     model = GPT(GPTConfig(layers=layers, width=64, heads=2, kv_heads=2, ffn=128, context=32, vocab_size=256))
+    model.fp8 = in_fp8
+    model.to(torch.bfloat16 if in_fp8 else torch.float32)
     accumulate_in_place(model.parameters())
     tokens_BT = torch.zeros(2, 32, dtype=torch.int64)
     model._hidden(tokens_BT, None)  # makes the tables of positions
+    with counted() as weights:
+        _in_fp8(model)
     with counted() as forward:
         loss = model(tokens_BT, tokens_BT, scale=1.0)
     with counted() as backward:
         loss.backward()
-    return {"forward": forward.of, "backward": backward.of}
+    return {"forward": forward.of, "backward": backward.of, "weights": weights.of}
 
 
-def test_the_table_has_the_launches_of_the_model() -> None:
-    one, two = launches_of(1), launches_of(2)
+def _in_fp8(model: GPT) -> None:
+    """Quantise the weights, as a step's first micro-batch does."""
+    for name, weight in model.named_parameters():
+        if model.fp8 and name.startswith("blocks") and weight.dim() == 2:
+            fp8._quantised(weight, "triton")
+
+
+def test_the_table_has_the_launches_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt, "FP8_WIDTH", 16)
     shape = Shape(GPTConfig.preset("124m"), N=1024)
+    one, two = launches_of(1, in_fp8=True), launches_of(2, in_fp8=True)
+    step = Step.of("ours in fp8", ours(fp8=True), shape, CEILINGS)
+    weights = sum(kernel.count(shape) for kernel in ours(fp8=True) if kernel.where == "layer step")
+    assert weights == one["weights"].total(), one["weights"]
+    for pass_ in ("forward", "backward"):
+        assert step.in_layer(pass_, shape) == (two[pass_] - one[pass_]).total(), two[pass_] - one[pass_]
+    one, two = launches_of(1), launches_of(2)
     step = Step.of("ours", ours(), shape, CEILINGS)
     for pass_ in ("forward", "backward"):
         assert step.in_layer(pass_, shape) == (two[pass_] - one[pass_]).total(), two[pass_] - one[pass_]
