@@ -4,8 +4,7 @@
 
 A frequent token occurs hundreds of times in a batch. PyTorch sums its gradient in the dtype of the weight: in bf16 a
 sum of ones stops at 256. Here it is summed in float32 (float64 for float64 weights) and handed on in that dtype,
-unrounded, for those who accumulate in it (`weight.grad_dtype`); autograd casts it to the weight's dtype for those who
-don't.
+unrounded, for those who accumulate in it (`weight.grad_dtype`), and in the weight's dtype for those who don't.
 
 Legend: N tokens, V vocabulary, D width. Bytes moved for bf16, in an ideal kernel: forward 4ND, backward 2ND + 4VD. The
 lookup is PyTorch's own on every backend. Its gradient is PyTorch's index_add in the reference, which on a GPU adds by
