@@ -241,10 +241,10 @@ HALF = {
     ("dq", 100): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
     ("dkv", 80): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
     ("dkv", 90): ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
-    ("dkv", 100): ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
+    ("dkv", 100): ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
 }
 """(M, N, warps, stages) for 2-byte numbers, by heads padded to 64, 128 and 256. On Hopper and later at least 64 each,
-since Triton has faults with narrower tiles there; but dkv at 256 spills on Hopper with more than 32. Forward at 64 has
+since Triton has faults with narrower tiles there; but dkv at 256 spills with more than 32. Forward at 64 has
 128 registers a thread on Hopper, so that two programs share a multiprocessor: one makes exponentials while the other
 multiplies."""
 
