@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial, wraps
+from dataclasses import asdict, dataclass, field
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ class Op:
     auto      by type of device the backends that `auto` tries there, in order, each with its reason
     variants  the launches of its file's Triton kernels, for ahead-of-time compilation
     launches  for inputs like these, launches that are worth trying besides the default; each changes one kernel's
+    backends  those of all devices
     """
 
     name: str
@@ -93,12 +94,14 @@ class Op:
     variants: Callable[[], list[Variant]]
     launches: Callable[..., list[Candidate]] = lambda *inputs: []
 
-    def __post_init__(self) -> None:
-        OPS[self.name] = self
+    backends: list[str] = field(init=False)
 
-    @cached_property
-    def backends(self) -> list[str]:
-        return list(dict.fromkeys(backend for order in self.auto.values() for backend in order))
+    def __post_init__(self) -> None:
+        # Not a cached_property: Python 3.11's takes a lock, which torch.compile can't trace.
+        object.__setattr__(
+            self, "backends", list(dict.fromkeys(name for order in self.auto.values() for name in order))
+        )
+        OPS[self.name] = self
 
     def candidates(self, *inputs: Tensor) -> list[Candidate]:
         """Ways to run for inputs like these, the default first."""

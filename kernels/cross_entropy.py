@@ -109,7 +109,11 @@ def linear_cross_entropy(
     arguments = (
         x_ND, weight_VD, targets_N, ignore_index, z_loss, softcap or 0.0, reduction, needs_dx, needs_dw, backend,
     )  # fmt: skip
-    return _loss(*arguments)[0] if scale is None else _Scaled.apply(*arguments, scale)
+    if scale is None:
+        return _loss(*arguments)[0]
+    if torch.compiler.is_compiling():  # which can't trace the passes themselves
+        return _loss(*arguments)[0] * scale
+    return _Scaled.apply(*arguments, scale)
 
 
 class _Scaled(torch.autograd.Function):

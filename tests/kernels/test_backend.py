@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_fast import kernels
-from spt_fast.kernels import chosen_backends, rms_norm
-from spt_fast.kernels.backend import OPS, obstacle
+from spt_fast.kernels import chosen_backends, linear_cross_entropy, rms_norm
+from spt_fast.kernels.backend import OPS, Op, obstacle
 
 X, W = torch.randn(4, 8), torch.randn(8)
 
@@ -107,3 +107,20 @@ def test_a_gradient_of_a_gradient_is_refused_and_an_update_in_place_is_known_to_
     kernels.adamw_step(param, torch.ones(3), torch.zeros(3), torch.zeros(3), step=1, lr=0.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+def test_an_op_that_has_not_run_yet_compiles_whole_and_so_does_a_scaled_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spt_fast.kernels.backend.OPS", {})
+    op = Op("untried", {"cpu": {"reference": "for this test"}}, list)
+    x, weight = torch.randn(6, 8), torch.randn(5, 8)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        assert op.pick("auto", x) == "reference"
+        return linear_cross_entropy(x, weight, torch.arange(6) % 5, scale=0.5)
+
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    losses = loss(inputs[0]), torch.compile(loss, fullgraph=True, backend="eager")(inputs[1])
+    torch.testing.assert_close(*losses)
+    for each in losses:
+        each.backward()
+    torch.testing.assert_close(*(each.grad for each in inputs))
