@@ -76,8 +76,9 @@ def test_its_run_folders_give_its_table(
         laws[len(runs)] = printed(monkeypatch, capsys, "fit", *runs, "--domain-source", "chem")
     one, many = laws.values()
     assert one == many
-    assert [(law["law"], law["runs"], law["rows"]) for law in one["laws"]][:2] == [
+    assert [(law["law"], law["runs"], law["rows"]) for law in one["laws"]][:3] == [
         ("overfitting", 4, 16),
+        ("mixture-repetition", 4, 16),
         ("post-finetuning", 8, 8),
     ]
 

@@ -30,9 +30,8 @@ def test_default_kernels_compile_for_every_gpu(tmp_path: Path) -> None:
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     compiled = Counter(re.findall(r"^sm_\d+ (\w+)\..* registers", finished.stdout, re.MULTILINE))
-    assert compiled == {
-        file: sum(len(variant.archs) for variant in variants_of(file) if variant.default) for file in FILES
-    }
+    expected = {file: sum(len(variant.archs) for variant in variants_of(file) if variant.default) for file in FILES}
+    assert compiled == {file: count for file, count in expected.items() if count}
 
 
 def test_a_spill_and_too_much_shared_memory_are_problems() -> None:

@@ -47,11 +47,12 @@ def test_train_flops_are_those_that_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens).backward()
     # The counter knows no flash attention on a CPU, so that it counts the 6N alone, and sees no products inside custom
-    # ops, of which the loss makes three.
+    # ops, of which the loss makes three, and SwiGLU's with its projection too.
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     linear = sum(n for op, n in counted.items() if "attention" not in op)
     of_the_loss = 3 * 2 * 64 * config.width * config.vocab_size
-    assert linear + of_the_loss == 64 * 6 * flops.matmul_parameters(config)
+    of_swiglu = 3 * 2 * 64 * config.layers * config.width * config.ffn
+    assert linear + of_the_loss + of_swiglu == 64 * 6 * flops.matmul_parameters(config)
     assert flops.train_flops_per_token(config) == 6 * flops.matmul_parameters(config) + 12 * 3 * 6 * 8 * 32
     windows = replace(config, window=8, full_layers=(1,))
     assert flops.train_flops_per_token(windows) == 6 * flops.matmul_parameters(config) + 12 * 6 * 8 * (32 + 8 + 8)
