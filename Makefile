@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/spt-fast demo --out demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

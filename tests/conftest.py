@@ -1,4 +1,5 @@
-"""One thread for each test process: two of them run side by side, and tiny tensors gain nothing from more.
+"""One thread for each test process: three of them share two cores, since tests that start processes often wait;
+tiny tensors gain nothing from more.
 
 Modules marked `long` are started first, so that at the end no worker is left alone with one of them.
 
