@@ -65,9 +65,16 @@ def recall(kind: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _file(kind: str, key: Mapping[str, Any]) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spt_fast"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "spt_fast"
     text = json.dumps(key, sort_keys=True)
     return folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # neither HOME nor the list of users has one
+        return Path(os.devnull)  # nothing can be kept below it
 
 
 def _plain(value: Mapping[str, Any]) -> Any:

@@ -91,6 +91,10 @@ def test_a_measurement_is_kept_for_the_machine_and_the_shapes_that_it_is_of(
     assert len(asked) == 9
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert pick_precision("auto", CPU, SHAPE).dtype == torch.float32
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert pick_precision("auto", CPU, SHAPE).dtype == torch.float32, "a user whom the list of users doesn't have"
 
 
 def test_the_test_multiplies_the_models_own_matrices_in_half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
