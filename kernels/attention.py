@@ -41,7 +41,7 @@ from torch import Tensor
 
 from spt_fast.errors import invalid
 from spt_fast.kernels import attention_cpu, attention_packed, attention_triton, documents, flash_attn, rotary
-from spt_fast.kernels.backend import Candidate, Op
+from spt_fast.kernels.backend import Candidate, Op, is_transformed
 
 MAX_HEAD_DIM = 256
 """Of the Triton kernels and of flash-attn, which wants a multiple of 8 too."""
@@ -121,6 +121,15 @@ def qkv_attention(
     if window is not None and window >= qkv_BTSD.shape[1]:
         window = None
     scale = qkv_BTSD.shape[-1] ** -0.5 if scale is None else scale
+    if is_transformed():
+        if cos is not None and sin is not None:
+            if q_weight is None or k_weight is None:
+                q_BTHD, k_BTHD = rotary.rope(q_BTHD, k_BTHD, cos, sin)
+            else:
+                q_BTHD, k_BTHD = rotary.qk_norm_rope(q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, eps)
+        return flash_attention(
+            q_BTHD, k_BTHD, v_BTHD, cu_seqlens=cu_seqlens, window=window, scale=scale, backend=backend
+        )
     masked = cu_seqlens is not None or window is not None
     chosen = _pick(backend, q_BTHD, True, masked=masked, op=_QKV_ATTENTION)
     positions = (qkv_BTSD, q_weight, k_weight, cos, sin)

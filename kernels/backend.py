@@ -230,7 +230,7 @@ def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ())
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or _is_looked_at(arguments):
+            if is_looked_at(arguments):
                 return op(*arguments)
             if mutates:
                 for place in places:
@@ -260,9 +260,11 @@ def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ())
     return register
 
 
-def _is_looked_at(arguments: Sequence[Any]) -> bool:
+def is_looked_at(arguments: Sequence[Any]) -> bool:
     """Whether something follows which ops are called, or a tensor isn't plain memory."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    if torch._C._are_functorch_transforms_active():
         return True
     for given in arguments:
         kind = type(given)
@@ -272,6 +274,11 @@ def _is_looked_at(arguments: Sequence[Any]) -> bool:
         elif isinstance(given, Tensor):
             return True
     return False
+
+
+def is_transformed() -> bool:
+    """Whether vmap or another of torch.func's transforms is at work, which knows ops alone, no autograd Function."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def differentiable(op: Callable, gradients: Callable, setup_context: Callable) -> None:

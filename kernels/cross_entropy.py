@@ -43,7 +43,7 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Candidate, Op, accumulation_dtype, custom_op, differentiable
+from spt_fast.kernels.backend import Candidate, Op, accumulation_dtype, custom_op, differentiable, is_looked_at
 from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, next_power_of_2, tl
 from spt_fast.kernels.linear import accumulates_in_place, add_product, gradient_of
 from spt_fast.kernels.matmul import multiply
@@ -111,7 +111,7 @@ def linear_cross_entropy(
     )  # fmt: skip
     if scale is None:
         return _loss(*arguments)[0]
-    if torch.compiler.is_compiling():  # which can't trace the passes themselves
+    if is_looked_at(arguments):  # by what can't follow the passes themselves
         return _loss(*arguments)[0] * scale
     return _Scaled.apply(*arguments, scale)
 

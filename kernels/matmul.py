@@ -18,6 +18,10 @@ PAYS = native.is_built() and native.ops().cpu_matmul_pays()
 FEWEST_ROWS = 32
 """Of the left factor: for fewer it doesn't pay to pack the right one."""
 
+if PAYS:
+    torch.library.register_fake("spt_fast::cpu_product", lambda a, b: a.new_empty(len(a), b.shape[1]))
+    torch.library.register_fake("spt_fast::cpu_matmul", lambda a, b, out, add: None)
+
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
     """a b in `out`, or added to it: a [M, K], b [K, N], out [M, N], of one dtype; out is new where it is None.

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_fast import kernels
-from spt_fast.kernels import chosen_backends, linear_cross_entropy, rms_norm
+from spt_fast.kernels import chosen_backends, linear, linear_cross_entropy, rms_norm
 from spt_fast.kernels.backend import OPS, Op, obstacle
+from spt_fast.model.gpt import GPT, GPTConfig
 
 X, W = torch.randn(4, 8), torch.randn(8)
 
@@ -124,3 +128,16 @@ def test_an_op_that_has_not_run_yet_compiles_whole_and_so_does_a_scaled_loss(mon
     for each in losses:
         each.backward()
     torch.testing.assert_close(*(each.grad for each in inputs))
+
+
+def test_a_model_can_be_mapped_over_and_traced_without_memory() -> None:
+    config = GPTConfig(layers=1, width=32, heads=2, kv_heads=1, ffn=48, context=16, vocab_size=64, qk_norm=True)
+    for shape in (config, replace(config, qk_norm=False), replace(config, qk_norm=False, no_rope_layers=(0,))):
+        model, tokens = GPT(shape), torch.arange(96).view(2, 3, 16) % 64
+        torch.testing.assert_close(torch.func.vmap(model)(tokens), torch.stack([model(rows) for rows in tokens]))
+        torch.func.vmap(partial(model, scale=0.5))(tokens, tokens)
+    with FakeTensorMode() as mode:
+        x, weight = torch.empty(64, 32, requires_grad=True), torch.empty(48, 32, requires_grad=True)
+        linear_cross_entropy(linear(x, weight), torch.empty(5, 48), torch.empty(64, dtype=int), scale=0.5).backward()
+        with torch.no_grad():
+            assert linear(x, weight).fake_mode is mode
