@@ -112,10 +112,11 @@ class CMRLaw(Law):
         found = self._largest_feasible(now, before, tolerance, multiplier)
         if np.isnan(found[0]):
             general, domain = (now[of][0][0] for of in LOSSES)
+            ahead = f"; the turning point of multiplier {multiplier:g} lies later" * bool((general <= tolerance).any())
             raise RecipeError(
                 f"no domain ratio from {ratios[0]:g} to {ratios[-1]:g} is feasible at {tokens:g} tokens: the general "
                 f"loss rises by {general.min():.3g} at least (tolerance {tolerance:g}), the domain loss "
-                f"changes by {domain.min():.3g}"
+                f"changes by {domain.min():.3g}{ahead}"
             )
         drawn = np.nan_to_num(found[1:], nan=0.0)
         low, high = np.quantile(drawn, (0.05, 0.95))

@@ -331,6 +331,12 @@ def _basis(columns: Array) -> Array:
     return left[:, singular > 1e-6 * max(singular[0], 1.0)]
 
 
+def _inverse(columns: Array) -> Array:
+    """(CᵀC)⁻¹Cᵀ of columns C [rows, n] of any size, not by CᵀC, which loses half of the digits that exact data have."""
+    size = np.maximum(np.linalg.norm(columns, axis=0), 1e-150)
+    return np.linalg.pinv(columns / size) / size[:, None]
+
+
 @dataclass(frozen=True)
 class Fit:
     """A curve met at x."""
@@ -370,7 +376,7 @@ class Fit:
         as the largest of them: its logarithm may lie at a bound where it says nothing of how far it is from the rest.
         """
         low, high = self.curve.bounds
-        largest = np.abs(self.curve.target).max()
+        largest = np.abs(self.curve.target).max() or 1.0
         part = np.array([p.linear and p.log for p in self.curve.parameters])
         return np.square(2 * np.where(part, np.exp(np.where(part, self.x, 0)) / largest, 1 / (high - low)))
 
@@ -385,8 +391,8 @@ class Fit:
     @cached_property
     def _covariance(self) -> Array:
         """Of the unknowns, by the observations and their bounds."""
-        white = self._whitened(self.jacobian)
-        return np.linalg.inv(white.T @ white + np.diag(self._prior))
+        inverse = _inverse(np.concatenate([self._whitened(self.jacobian), np.diag(np.sqrt(self._prior))]))
+        return inverse @ inverse.T
 
     @cached_property
     def _inefficiency(self) -> float:
@@ -407,8 +413,8 @@ class Fit:
         left_open = np.maximum(
             np.square(gradient @ self._covariance) @ self._prior, elsewhere.max(axis=0, initial=0) / DIFFERS
         )
-        bounded = max(float(np.median(self.noise.point)) * self._inefficiency, 1e-16) * np.diag(self._prior)
-        moved = gradient @ np.linalg.solve(self.jacobian.T @ self.jacobian + bounded, self.jacobian.T)
+        bounded = np.sqrt(max(float(np.median(self.noise.point)) * self._inefficiency, 1e-16) * self._prior)
+        moved = gradient @ _inverse(np.concatenate([self.jacobian, np.diag(bounded)]))[:, : len(self.jacobian)]
         return np.sqrt(self._inefficiency) * moved, left_open
 
     @cached_property

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from spt_fast import laws
+from spt_fast.errors import RecipeError
 from spt_fast.laws.fitting import Fit, solve
 from tests.synthetic_runs import (
     CHINCHILLA,
@@ -155,6 +156,21 @@ def test_increments_may_be_given_instead_of_losses() -> None:
     columns |= {"general_loss": columns["general_loss"] - 2.6, "domain_loss": columns["domain_loss"] - 2.2}
     as_increments = laws.CMRLaw().fit(columns)
     assert as_increments.critical_ratio(tokens=1e10) == pytest.approx(as_losses.critical_ratio(tokens=1e10), abs=1e-3)
+
+
+def test_losses_without_noise_and_without_differences_are_fitted() -> None:
+    tokens, ratios = (x.ravel() for x in np.meshgrid([0, *np.geomspace(1e6, 1e9, 10)], [0.1, 0.2, 0.4, 0.6]))
+    general, domain = 2.5 + 2.1 * ratios * (tokens / 1e9) ** 0.3, 3 - 0.5 * ratios**0.3 * (tokens / 1e9) ** 0.2
+    law = laws.CMRLaw().fit({"tokens": tokens, "domain_ratio": ratios, "general_loss": general, "domain_loss": domain})
+    with pytest.raises(RecipeError, match=r"the turning point of multiplier 100 lies later"):
+        law.critical_ratio(tokens=1e7, tolerance=0.1)
+    middle, low, high = law.predict(tokens=1e9, domain_ratio=0.4, interval=0.9)
+    assert (middle, low, high) == pytest.approx([2.5 + 2.1 * 0.4] * 3, abs=1e-3)
+    _, make, table = TABLES["overfitting"]
+    alike = {name: np.full(len(table["tokens"]), 2.0) for name in ("train_loss", "heldout_loss")}
+    given = {name: 3 * table[name][:1] for name in ("tokens", "fraction")}
+    _, low, high = make().fit({**table, **alike}).predict(**given, interval=0.9)
+    assert (*low, *high) == pytest.approx([2, 2], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["Chinchilla", "D-CPT, domain", "overfitting"])
