@@ -86,7 +86,7 @@ class DCPTLaw(FormulaLaw):
 
         self._given(tokens=domain_tokens)
         r = lowest(loss, GRID[1:])
-        self._warn_beyond(params=params, tokens=domain_tokens / r, own_ratio=r)
+        self._warn_beyond(params=params, tokens=domain_tokens / r, own_ratio=r, **other)
         return r
 
     @decision
@@ -134,7 +134,7 @@ def best_ratio(
     r = best(domain, general)
     require_settled(r, domain, lambda other: best(other, general))
     require_settled(r, general, lambda other: best(domain, other))
-    domain._warn_beyond(params=params, tokens=tokens, own_ratio=r)
+    domain._warn_beyond(params=params, tokens=tokens, own_ratio=r, **of_domain)
     general._warn_beyond(params=params, tokens=tokens, own_ratio=1 - r)
     return r
 

@@ -282,8 +282,14 @@ def test_a_law_across_domains_says_how_far_it_errs_for_one_that_it_has_not_seen(
     assert [domain for (domain,) in errors] == [0.4, 0.6, 0.9, 1.4]
     assert max(errors.values()) < 0.05
     law = laws.CrossDomainDCPTLaw().fit(table)
-    with pytest.raises(RecipeError, match=r"learnability: 4\.0 is invalid: the domains .* span 0\.4 to 1\.4; run one"):
+    refused = r"learnability: 4\.0 is invalid: the domains .* span 0\.4 to 1\.4; run one"
+    with pytest.raises(RecipeError, match=refused):
         law.predict(params=5e8, tokens=1e10, own_ratio=0.5, learnability=4.0)
+    with pytest.raises(RecipeError, match=refused):
+        law.best_ratio(params=5e8, domain_tokens=1e9, learnability=4.0)
+    at = {"domain": law, "general": GENERAL, "params": 5e8, "tokens": 1e10, "max_general_rise": 0.1}
+    with pytest.raises(RecipeError, match=refused):
+        laws.best_ratio(**at, learnability=4.0)
     two = table["learnability"] < 0.7
     with pytest.raises(ValueError, match="fit 3 domains or more; the table has 2"):
         laws.CrossDomainDCPTLaw().fit({name: values[two] for name, values in table.items()})
