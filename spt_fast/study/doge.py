@@ -60,6 +60,7 @@ from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import Display
 from spt_fast.train.plan import Plan, make_plan
 from spt_fast.train.precision import precision_of
+from spt_fast.train.resume import shape_of
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot, weights_of
 from spt_fast.train.world import ALONE, pick_device, use_deterministic_algorithms
@@ -195,7 +196,7 @@ def _changes(begun: Path, recipe: Recipe, target: str | None) -> list[str]:
     with _readable(begun.parent):
         before = json.loads(begun.read_text(encoding="utf-8"))
         retargeted = [f"target: {before['target']} → {target}"] if before["target"] != target else []
-        return recipe_from(before["recipe"]).changes(recipe) + retargeted
+        return recipe_from(before["recipe"]).changes(recipe, shape_of(recipe)) + retargeted
 
 
 @contextmanager

@@ -152,7 +152,7 @@ def train_all(
     """
     logs.mkdir(parents=True, exist_ok=True)
     loaded = {job.recipe: load_recipe(job.recipe) for job in jobs}
-    waiting = [job for job in jobs if not (is_done(loaded[job.recipe]) and _is_unchanged(loaded[job.recipe]))]
+    waiting = [job for job in jobs if not _is_made(loaded[job.recipe])]
     unfinished = {job.recipe for job in waiting}
     running: dict[Path, Process] = {}
     outcome = Outcome()
@@ -165,7 +165,7 @@ def train_all(
                 if job.after in outcome.failed or job.after in outcome.skipped:
                     waiting.remove(job)
                     outcome.skipped.append(job.recipe)
-                elif job.after and job.after not in unfinished and is_done(loaded[job.recipe]):
+                elif job.after and job.after not in unfinished and _is_made(loaded[job.recipe]):
                     waiting.remove(job)  # the run before it has made it too
                     unfinished.remove(job.recipe)
                     ended(job.recipe)
@@ -217,9 +217,9 @@ def is_done(recipe: Recipe) -> bool:
     return summary is not None and summary["status"] == "done"
 
 
-def _is_unchanged(recipe: Recipe) -> bool:
-    """Whether the run was made from this very recipe; one edited since is left to the trainer, to be refused."""
-    return not changes(Path(recipe.run), recipe)
+def _is_made(recipe: Recipe) -> bool:
+    """Whether it is done by this very recipe; one edited since is left to the trainer, to be refused."""
+    return is_done(recipe) and not changes(Path(recipe.run), recipe)
 
 
 class _Display:

@@ -33,15 +33,14 @@ REASONS = {
 def changes(folder: Path, now: Recipe) -> list[str]:
     """`Recipe.changes` since the run in `folder` was begun."""
     before = recipe_of(folder)
-    return before.changes(now) and before.changes(now, shape_of(folder))
+    return before.changes(now) and before.changes(now, shape_of(now))
 
 
-def shape_of(folder: Path) -> GPTConfig | None:
+def shape_of(recipe: Recipe) -> GPTConfig | None:
     """That of a run's model, by its base or by what it has trained; None where neither is there."""
-    base = recipe_of(folder).init
-    for place in (Path(base), folder) if base else (folder,):
+    for place in (recipe.init, recipe.run) if recipe.init else (recipe.run,):
         with suppress(CheckpointError):
-            return read_config(place)
+            return read_config(Path(place))
     return None
 
 

@@ -116,7 +116,7 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] 
         says = f"run: folder {folder} holds a recipe.yaml, and no run; choose another name"
         raise RecipeError(says, argument=True)
     if not is_begun(
-        folder, "run", "recipe.yaml", lambda: refused(recipe_of(folder), recipe, shape_of(folder)), resume=resume
+        folder, "run", "recipe.yaml", lambda: refused(recipe_of(folder), recipe, shape_of(recipe)), resume=resume
     ):
         return None
     if changes(folder, recipe):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, SptWarning
 from spt_fast.model.gpt import GPTConfig
 from spt_fast.study import study as studies
-from spt_fast.study.study import PlannedRun, expand, study_from
+from spt_fast.study.study import PlannedRun, expand, naming_stage, study_from
 from spt_fast.study.sweep import load_study, ready_studies
 from tests.study.tiny_study import STEP, raw_study
 
@@ -195,6 +196,14 @@ def test_simulated_epoching_repeats_the_domain_as_often_as_the_large_run(raw: di
     run = next(run for run in runs_of(raw | {"simulate": simulate}) if "chem" in run.recipe.phases[0].mixture)
     assert run.recipe.sources["chem"].limit_tokens == 30
     assert 20 * STEP / 30 == 2560e6 / 30e6
+
+
+def test_a_warning_names_the_stage(raw: dict[str, Any]) -> None:
+    with (
+        pytest.warns(SptWarning, match=r"^stages\[finetune\]\.eval: much, as stages\[finetune\]\.tokens is little$"),
+        naming_stage(study_from(raw).stages[1]),
+    ):
+        warnings.warn("phases[finetune].eval: much, as phases[finetune].tokens is little", SptWarning, stacklevel=1)
 
 
 @pytest.mark.parametrize(
