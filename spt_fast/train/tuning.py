@@ -93,7 +93,8 @@ def choose(
     alone = device.type == "cpu" and processes == 1
     if before is not None:
         precision = begin_or_keep(plan.recipe, device, plan.model, before)
-        threads = None if "OMP_NUM_THREADS" in os.environ or not alone else before.measured.get("threads")
+        kept = before.measured.get("threads") if alone and not os.environ.get("OMP_NUM_THREADS") else None
+        threads = min(kept, USUAL) if kept else None  # this machine may have fewer cores
         return Choices(precision, before.measured.get("kernels", {}), threads, _faults(plan, precision, device))
     threads = _take_threads(plan.model, plan.recipe.precision, *_batch(plan, processes)) if alone else None
     precision = begin_or_keep(plan.recipe, device, plan.model, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,8 @@ def test_as_many_threads_as_were_the_fastest(
         kept = Compute("float32", {}, "cpu, one process", {"threads": 3})
         choose(plan, torch.device("cpu"), 1, kept, say=print).install()
         assert torch.get_num_threads() == 3
+        elsewhere = replace(kept, measured={"threads": 64})
+        assert choose(plan, torch.device("cpu"), 1, elsewhere, say=print).threads == 4, "no more than there are cores"
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         assert choose(plan, torch.device("cpu"), 1, kept, say=print).threads is None
         assert choose(plan, torch.device("cpu"), 1, say=print).threads is None
