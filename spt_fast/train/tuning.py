@@ -18,9 +18,9 @@ import torch
 from spt_fast.config import load_recipe
 from spt_fast.kernels import auto_backends, chosen_backends
 from spt_fast.kernels.backend import Candidate, install, pass_over
-from spt_fast.kernels.judging import Question
+from spt_fast.kernels.judging import Question, checker
 from spt_fast.kernels.self_check import Fault, self_check
-from spt_fast.kernels.trials import Shape, questions
+from spt_fast.kernels.trials import Shape, questions, trial
 from spt_fast.kernels.tuner import chosen, describe, known, tune
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import parameters
@@ -95,7 +95,10 @@ def choose(
         precision = begin_or_keep(plan.recipe, device, plan.model, before)
         kept = before.measured.get("threads") if alone and not os.environ.get("OMP_NUM_THREADS") else None
         threads = min(kept, USUAL) if kept else None  # this machine may have fewer cores
-        return Choices(precision, before.measured.get("kernels", {}), threads, _faults(plan, precision, device))
+        faults, kernels = _faults(plan, precision, device), before.measured.get("kernels", {})
+        if device.type == "cuda":
+            kernels = without_unfit(kernels, asked_by(plan, precision, device, processes), say)
+        return Choices(precision, kernels, threads, faults)
     threads = _take_threads(plan.model, plan.recipe.precision, *_batch(plan, processes)) if alone else None
     precision = begin_or_keep(plan.recipe, device, plan.model, None)
     asked = asked_by(plan, precision, device, processes)
@@ -104,6 +107,22 @@ def choose(
         say(f"timing kernels for this GPU and these shapes, once, up to {AT_START_S:.0f} s (engine.tune_kernels)")
         found = tune(asked, seconds=AT_START_S, say=say, stop=stop)
     return Choices(precision, found, threads, _faults(plan, precision, device))
+
+
+def without_unfit(records: Records, asked: Sequence[Question], say: Callable[[str], object]) -> Records:
+    """Those that this machine can run: another GPU may have less memory for a launch, or lack a backend. Forgets what
+    is installed."""
+    left = dict(records)
+    for question in asked:
+        if question.op in records:
+            candidate = Candidate.read(records[question.op]["chosen"])
+            dtype, device = getattr(torch, question.dtype), torch.device(question.device)
+            problem = checker(question.op, trial(question.op, question.small, dtype, device))(candidate)
+            if problem:
+                say(f"warning: {question.op}: {candidate}, which the run had, {problem}; the default is taken")
+                del left[question.op]
+    install({})
+    return left
 
 
 def _faults(plan: Plan, precision: Precision, device: torch.device) -> Sequence[Fault]:

@@ -22,7 +22,7 @@ from spt_fast.train import precision, threads, tuning
 from spt_fast.train.plan import make_plan
 from spt_fast.train.run import run
 from spt_fast.train.state import Compute
-from spt_fast.train.tuning import choose
+from spt_fast.train.tuning import asked_by, choose, without_unfit
 from tests import tiny
 
 
@@ -129,6 +129,14 @@ def test_the_command_shows_what_is_chosen_by_what_measurement(
     assert (shapes[0]["width"], shapes[0]["seconds"]) == (32, 9.0)
     assert CliRunner().invoke(app, ["kernels", "--tune"]).exit_code == 0
     assert (shapes[1]["width"], shapes[1]["seconds"]) == (384, 300.0)
+
+
+def test_what_another_gpu_found_is_kept_where_this_one_can_run_it(raw: dict[str, Any]) -> None:
+    records = {"rope": record("reference"), "embedding": record("later"), "swiglu_linear": record("auto"), "gone": {}}
+    asked = asked_by(make_plan(recipe_from(raw)), precision.Precision(torch.float32, ""), torch.device("cpu"), 1)
+    said: list[str] = []
+    assert list(without_unfit(records, asked, said.append)) == ["rope", "swiglu_linear", "gone"]
+    assert [line[:58] for line in said] == ["warning: embedding: later, which the run had, raises Backe"]
 
 
 def test_as_many_threads_as_were_the_fastest(
