@@ -19,12 +19,14 @@ def once(cu_seqlens: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Te
     """make(cu_seqlens, *arguments), which stands for itself, or what it was the last time."""
     if torch.compiler.is_compiling() or cu_seqlens.is_inference():
         return make(cu_seqlens, *arguments)
-    made: dict[tuple[Any, ...], Tensor] = {}
-    version, kept = getattr(cu_seqlens, "made_once", (None, made))
-    if version == cu_seqlens._version:
+    values = cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else None  # memory of an array has no version
+    capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph has to make its own
+    state, made = (cu_seqlens._version, values, capturing), dict[tuple[Any, ...], Tensor]()
+    known, kept = getattr(cu_seqlens, "made_once", (None, made))
+    if known == state:
         made = kept
     else:
-        cu_seqlens.made_once = (cu_seqlens._version, made)  # type: ignore[attr-defined]
+        cu_seqlens.made_once = state, made  # type: ignore[attr-defined]
     if (make, arguments) not in made:
         with torch.inference_mode(False):
             made[make, arguments] = make(cu_seqlens, *arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,3 +48,11 @@ def test_they_are_made_once_for_all_layers(dtype: torch.dtype) -> None:
             assert torch.equal(found.detach(), loss)
     names = [event.name for event in profiler.function_events]
     assert names.count("aten::searchsorted") == 2
+
+
+def test_what_is_written_past_autograd_is_seen_too() -> None:
+    array = np.array([0, 5, 12, 24], dtype=np.int32)
+    shared = torch.from_numpy(array)
+    spans(shared, 3, 8)
+    array[1:3] = 9, 20
+    assert torch.equal(spans(shared, 3, 8), spans(torch.tensor([0, 9, 20, 24], dtype=torch.int32), 3, 8))
