@@ -17,6 +17,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spt_fast.errors import RecipeError, invalid
 from spt_fast.fields import number, setting, text
 from spt_fast.optimizers.adamw import AdamW
 from spt_fast.optimizers.base import Group, Update, register
@@ -33,13 +34,20 @@ STACKED = 1 << 26
 """Numbers that are orthogonalised at a time, in matrices of one shape."""
 
 
+def _momentum(value: object, where: str) -> float:
+    given = number(0.0, 1.0)(value, where)
+    if given == 1:
+        raise RecipeError(invalid(where, value, "it must be below 1; with 1 gradients count for nothing"))
+    return given
+
+
 @register
 @dataclass(frozen=True, kw_only=True)
 class Muon(AdamW):
     """`betas` and `eps` are those of the parameters that AdamW takes."""
 
     name: str = setting(text, "muon")
-    momentum: float = setting(number(0.0, 1.0), 0.95)
+    momentum: float = setting(_momentum, 0.95)
 
     kinds = ("exp_avg", "exp_avg_sq", "momentum")
     whole_matrices = True

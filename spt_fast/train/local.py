@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -124,7 +125,7 @@ class LocalEngine:
             del self.optimizer  # frees its state before the new one's is allocated
         self.steps_made = 0
         self.recorded: RecordedStep | None = None
-        self.recordings, self._called_s = 0, time.monotonic()
+        self.recordings, self._step_s, self._called_s = 0, math.inf, -math.inf
         snapshot = start if current is None else current
         self.frozen = snapshot.only(FROZEN[phase.freeze])
         accumulate_in_place(self.model.parameters())  # not where the optimizer before had them
@@ -138,7 +139,7 @@ class LocalEngine:
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
         now_s = time.monotonic()
-        self._step_s, self._called_s = now_s - self._called_s, now_s
+        self._step_s, self._called_s = min(self._step_s, now_s - self._called_s), now_s  # an evaluation may lie between
         if self.steps_made >= STEPS_TO_WARM_UP and self._is_to_be_recorded(micro_batches):
             self._record(micro_batches)
         if self.recorded is not None and self.recorded.takes(micro_batches):

@@ -286,6 +286,9 @@ def test_an_optimizer_that_is_not_known_is_named_and_so_is_a_setting_of_another(
     raw["phases"][0]["optimizer"] = {"name": "adam", "lr": 1}
     with pytest.raises(RecipeError, match=r"phases\[pretrain\]\.optimizer\.name: 'adam'.*did you mean 'adamw'"):
         recipe_from(raw)
+    raw["phases"][0]["optimizer"] = {"name": "muon", "lr": 1, "momentum": 1}
+    with pytest.raises(RecipeError, match=r"phases\[pretrain\]\.optimizer\.momentum: 1 is invalid: it must be below 1"):
+        recipe_from(raw)
     raw["phases"][0]["optimizer"] = {"name": "momentum", "lr": 1, "betas": [0.9, 0.95]}
     with pytest.raises(RecipeError, match=r"phases\[pretrain\]\.optimizer\.betas: unknown key"):
         recipe_from(raw)
