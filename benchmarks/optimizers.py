@@ -85,6 +85,7 @@ def main() -> None:
     half, whole = (statistics.mean(losses["muon"][budget]) for budget in (tokens // 2, tokens))
     goal = statistics.mean(losses["adamw"][tokens])
     found["tokens to AdamW's loss"] = tokens * math.exp((whole - goal) / (half - whole) * math.log(2))
+    found["beyond what was run"] = not whole <= goal <= half
     print(json.dumps(found, indent=1))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
