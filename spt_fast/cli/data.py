@@ -31,7 +31,9 @@ def tokenizer_train(
 def prepare(
     inputs: Inputs,
     out_prefix: Annotated[Path, PathOption("--out", metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
-    tokenizer: Annotated[Path, PathOption(help="A Hugging Face folder, a .tiktoken file, or a tiktoken name.")],
+    tokenizer: Annotated[
+        Path, PathOption(help="A Hugging Face folder or tokenizer.json, a .tiktoken file, or a tiktoken name.")
+    ],
     eos: Annotated[str | None, Option(metavar="TOKEN", help="Ends each document; the tokenizer's by default.")] = None,
     bos: Annotated[str | None, Option(metavar="TOKEN", help="Begins each document; none by default.")] = None,
     text_key: Annotated[str, Option(parser=text, help="Key or column of the text.")] = "text",

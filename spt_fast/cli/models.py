@@ -26,11 +26,11 @@ from spt_fast.printing import print_facts, print_table
 def export_weights(
     weights: WeightsPath,
     out_folder: Annotated[Path, PathOption("--out", metavar="DIR")],
-    tokenizer: Annotated[Path | None, PathOption(help="Saved along for AutoTokenizer; a run's own by default")] = None,
+    tokenizer: Annotated[Path | None, PathOption(help="Saved along for AutoTokenizer; a run's own by default.")] = None,
     dtype: WeightsDtype = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a Hugging Face folder (Llama; Qwen2 with a QKV bias; Qwen3 with QK-norm)."""
+    """Write a Hugging Face folder, in the form of the base that the weights come from."""
     from spt_fast.train.release import export
 
     export(weights, out_folder, tokenizer, dtype=dtype, overwrite=overwrite)
