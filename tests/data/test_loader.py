@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import random
@@ -285,6 +286,7 @@ def test_an_error_on_the_reading_thread_reaches_the_consumer(
 
 @pytest.mark.timeout(30)
 def test_closing_in_the_middle_stops_the_thread_and_closes_the_files(datasets: dict[str, TokenDataset]) -> None:
+    gc.collect()  # files of tests before, that would be closed meanwhile
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         loader = Loader(order_of(datasets), datasets, CONTEXT, micro=8, vocab_size=VOCAB, last_step=10**9)
