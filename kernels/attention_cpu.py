@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spt_fast import native
-from spt_fast.kernels.backend import custom_op, differentiable, new_like
+from spt_fast.kernels.backend import custom_op, differentiable, new_like, with_dense_rows
 from spt_fast.kernels.documents import first_keys as first_keys_of
 
 SUPPORTED = native.is_built() and native.ops().cpu_attention_supported()
@@ -70,7 +70,7 @@ def attention(
     sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(o [B, T, H, D], log2 of the softmax's denominator, float32 [B, H, T]); with cos and sin of q and k rotated."""
-    q, k, v = (_with_dense_heads(x) for x in (q_BTHD, k_BTHD, v_BTHD))
+    q, k, v = with_dense_rows(q_BTHD, k_BTHD, v_BTHD)
     return native.ops().cpu_attention_forward(q, k, v, first_BT, scale, *_angles(cos, sin))
 
 
@@ -116,15 +116,10 @@ def backward_into(
     sin: Tensor | None,
 ) -> None:
     """Writes the three gradients, in which the numbers of a head lie side by side."""
-    do, q, k, v, o = (_with_dense_heads(x) for x in (do_BTHD, q_BTHD, k_BTHD, v_BTHD, o_BTHD))
+    do, q, k, v, o = with_dense_rows(do_BTHD, q_BTHD, k_BTHD, v_BTHD, o_BTHD)
     native.ops().cpu_attention_backward(
         do, q, k, v, first_BT, o, lse2_BHT, scale, *_angles(cos, sin), dq_BTHD, dk_BTHD, dv_BTHD
     )
-
-
-def _with_dense_heads(x_BTHD: Tensor) -> Tensor:
-    """The kernel takes any strides but of the last dimension."""
-    return x_BTHD if x_BTHD.stride(-1) == 1 else x_BTHD.contiguous()
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

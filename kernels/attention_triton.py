@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spt_fast.kernels.backend import custom_op, differentiable, new_like
+from spt_fast.kernels.backend import custom_op, differentiable, new_like, with_dense_rows
 from spt_fast.kernels.documents import spans as spans_of
 from spt_fast.kernels.launch import (
     DTYPES,
@@ -68,7 +68,7 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o [B, T, H, D], lse [B, H, T] in base 2, [2, B, T]: where in its row the document of each position starts and
     ends, or [0] without documents). scale must be positive."""
-    q_BTHD, k_BTKD, v_BTKD = (_rows_of_heads(x) for x in (q_BTHD, k_BTKD, v_BTKD))
+    q_BTHD, k_BTKD, v_BTKD = with_dense_rows(q_BTHD, k_BTKD, v_BTKD)
     B, T, H, D = q_BTHD.shape
     K = k_BTKD.shape[2]
     o_BTHD = q_BTHD.new_empty(B, T, H, D)
@@ -124,7 +124,7 @@ def backward_into(
     scale: float,
 ) -> None:
     """Writes the three gradients, in which the numbers of a head lie side by side, and dk as dv does."""
-    do_BTHD, q_BTHD, k_BTKD, v_BTKD = (_rows_of_heads(x) for x in (do_BTHD, q_BTHD, k_BTKD, v_BTKD))
+    do_BTHD, q_BTHD, k_BTKD, v_BTKD = with_dense_rows(do_BTHD, q_BTHD, k_BTKD, v_BTKD)
     B, T, H, _ = q_BTHD.shape
     K = k_BTKD.shape[2]
     if not dq_BTHD.numel():
@@ -162,11 +162,6 @@ def _gradients(ctx: Any, do_BTHD: Tensor | None, *_: Tensor | None) -> tuple[Ten
 
 
 differentiable(attention, _gradients, _setup_context)
-
-
-def _rows_of_heads(x_BTHD: Tensor) -> Tensor:
-    """As it is where the numbers of one head lie side by side; else a copy."""
-    return x_BTHD if x_BTHD.stride(-1) == 1 else x_BTHD.contiguous()
 
 
 def _documents_arguments(cu_seqlens: Tensor | None, spans: Tensor | None) -> tuple[Tensor | int | None, ...]:

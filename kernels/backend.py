@@ -309,6 +309,11 @@ def _in_place(op: OpOverload, places: Sequence[int]) -> Callable:
     return run
 
 
+def with_dense_rows(*tensors: Tensor) -> list[Tensor]:
+    """Each as it is where the numbers of its last dimension lie side by side; else a copy."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def new_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Of each tensor's shape and dtype, not written yet, and contiguous."""
     return tuple(x.new_empty(x.shape) for x in tensors)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable, new_like
+from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable, new_like, with_dense_rows
 from spt_fast.kernels.launch import Variant, jit, multiprocessors, next_power_of_2, tl
 
 
@@ -204,7 +204,8 @@ def rotate_into(
 ) -> None:
     """`qk_norm_rope`, or without weights `rope` (by the opposite angles where `inverse`), to q_out and k_out, which may
     be q and k. Of both the heads of a position lie side by side, those of positions at one distance."""
-    arguments = (q_out, k_out, _in_rows(q_BTHD), _in_rows(k_BTHD))
+    q_BTHD, k_BTHD = with_dense_rows(q_BTHD, k_BTHD)
+    arguments = (q_out, k_out, q_BTHD, k_BTHD)
     if q_weight is None or k_weight is None:
         function = {"reference": _reference_rope, "cpu": _cpu_rope, "triton": _triton_rope}[backend]
         function(*arguments, *_tables(cos, sin), inverse)
@@ -230,14 +231,9 @@ def backward_into(
     """The gradients of `qk_norm_rope` to dq and dk, which lie as in `rotate_into` and may be dy_q and dy_k; returns
     those of the weights, [2, D] in the wide dtype."""
     return {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}[backend](
-        dq, dk, *(_in_rows(x) for x in (dy_q, dy_k, q_BTHD, k_BTHD)),
+        dq, dk, *with_dense_rows(dy_q, dy_k, q_BTHD, k_BTHD),
         q_weight.contiguous(), k_weight.contiguous(), *_tables(cos, sin), eps,
     )  # fmt: skip
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """x, copied only where its last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,8 @@ from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.chinchilla import IRREDUCIBLE, coefficient, exponent
 from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns
 from spt_fast.laws.data_constrained import worth
-from spt_fast.laws.dcpt import lowest
 from spt_fast.laws.fitting import Parameter
+from spt_fast.laws.overfitting import lowest_share
 from spt_fast.laws.powers import power
 
 
@@ -83,6 +83,6 @@ class MixtureRepetitionLaw(FormulaLaw):
             given = np.broadcast_arrays(at["tokens"], share, at["unique_tokens"])
             return self._mean(dict(zip(self.inputs, given, strict=True)), "loss")
 
-        share = lowest(loss, np.linspace(*(within or self._range("fraction", (0.0, 1.0))), 2001))
+        share = lowest_share(loss, within or self._range("fraction", (0.0, 1.0)))
         self._warn_beyond(fraction=share, **at)
         return share

@@ -249,12 +249,9 @@ class OverfittingLaw(Law):
         """The δ with the lowest held-out loss after `tokens` of pretraining, between the smallest and the largest δ
         that was fitted, or those of `within`."""
         self._given(tokens=tokens)
-        low, high = within or self._range("fraction", (0.0, LARGEST_FRACTION))
-        if not 0 <= low < high <= 1:
-            raise RecipeError(invalid("within", (low, high), "give two fractions in order, such as (0, 0.1)"))
-        delta = lowest(
+        delta = lowest_share(
             lambda d: self._mean({"tokens": np.array(tokens), "fraction": d}, "heldout_loss"),
-            np.linspace(low, high, 2001),
+            within or self._range("fraction", (0.0, LARGEST_FRACTION)),
         )
         self._warn_beyond(tokens=tokens, fraction=delta)
         return delta
@@ -278,6 +275,14 @@ class OverfittingLaw(Law):
 def _pick(free: Sequence[Array], index: Array) -> Array:
     """Each point's own among unknowns that are free for each δ: [..., points]."""
     return np.concatenate(np.broadcast_arrays(*free), axis=-1)[..., index]
+
+
+def lowest_share(loss: Callable[[Array], Array], within: tuple[float, float]) -> float:
+    """The share at which the loss is least. Raises RecipeError."""
+    low, high = within
+    if not 0 <= low < high <= 1:
+        raise RecipeError(invalid("within", (low, high), "give two fractions in order, such as (0, 0.1)"))
+    return lowest(loss, np.linspace(low, high, 2001))
 
 
 def overtaking(

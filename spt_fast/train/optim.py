@@ -128,10 +128,9 @@ class ModelOptimizer:
     def grad_norm(self) -> Tensor:
         """Global L2 norm of the gradients, a 0-d fp32 tensor on the device."""
         self._gather()
-        grads = [p.grad for p in self.params.values() if p.grad is not None]
         if self._all_gradients is not None:
-            grads = [self._all_gradients]
-        return total_norm(grads)
+            return total_norm([self._all_gradients])
+        return total_norm([p.grad for p in self.params.values() if p.grad is not None])
 
     def _gather(self) -> None:
         """Move gradients to the flat tensor that autograd or others have made elsewhere: those of norms, in one
