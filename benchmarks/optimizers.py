@@ -2,7 +2,7 @@
 
     python -m benchmarks.optimizers --train PREFIX --heldout PREFIX --preset 3m --tokens 2M --out DIR
 
-Both get the same grid of learning rates and decays, one seed, half of the tokens; then the best of each three other
+Both get four learning rates and two decays, one seed, half of the tokens; then the best of each three other
 seeds, at half of the tokens and at all of them, cosine to a tenth each time. Muon's tokens to AdamW's final loss are
 read off the line through its two losses in the logarithm of tokens. Interrupted, it goes on where it stopped.
 """
@@ -21,7 +21,8 @@ from spt_fast.config import recipe_from
 from spt_fast.fields import parse_count
 from spt_fast.train.run import run
 
-RATES = {"adamw": [1e-3, 2e-3, 4e-3, 8e-3], "muon": [1e-3, 2e-3, 4e-3, 8e-3]}
+# As many rates for each, around where its best was found.
+RATES = {"adamw": [1e-3, 2e-3, 4e-3, 8e-3], "muon": [4e-3, 8e-3, 1.6e-2, 3.2e-2]}
 DECAYS = [0.1, 0.3]
 SEEDS = (1, 2, 3)
 
