@@ -18,6 +18,7 @@ from spt_fast.advice.forecast import Forecast, forecast
 from spt_fast.advice.prior import outside
 from spt_fast.advice.result import Arm, Outcome
 from spt_fast.errors import DataError
+from spt_fast.laws import OpenError
 from spt_fast.study import views
 from spt_fast.study.finetunes import SETTING, plainest
 from spt_fast.study.usable import UsableRows
@@ -101,7 +102,7 @@ def gather(
     predicted = None
     try:
         predicted = forecast(least[least["regime"] != "SCPT"], _curves(table, rows), at)
-    except DataError as error:
+    except (DataError, OpenError) as error:
         notes.append(str(error))
     same_corpus = everything[everything["domain_tokens"] == corpus]
     return Evidence(rows, same_corpus, at, arms(least[least["pretrain_tokens"] == there]), predicted), notes

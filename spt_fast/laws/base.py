@@ -68,6 +68,8 @@ class Law:
     params_: dict[str, float]
     unidentified_: list[str]
     """Parameters that the runs leave open."""
+    remedy_: str
+    """What to run to identify them."""
     _fits: dict[Any, Fit]
     _rows: Rows
     _misfits: dict[tuple[tuple[str, ...], str], float]
@@ -94,6 +96,9 @@ class Law:
     def _unsure(self, key: Any, fit: Fit) -> list[str]:
         """Parameters of a curve that the runs do not identify."""
         return fit.unidentified
+
+    def _remedy(self) -> str:
+        return "add runs that differ in what these parameters act on"
 
     def _prepare(self, rows: Rows) -> Rows:
         """The rows as the law sees them; refuses losses that mean nothing to it."""
@@ -128,10 +133,11 @@ class Law:
         self._rows, self._fits, self._misfits = rows, fits, {}
         self.params_ = {name: float(value) for name, value in self._named(fits).items()}
         self.unidentified_ = [name for key, fit in fits.items() for name in self._unsure(key, fit)]
+        self.remedy_ = self._remedy()
         if self.unidentified_:
             _warn(
                 f"{type(self).__name__}: these runs do not identify {', '.join(self.unidentified_)}; judge the law "
-                "by the intervals of its predictions, or add runs that differ in what these parameters act on",
+                f"by the intervals of its predictions, or {self.remedy_}",
                 IdentificationWarning,
             )
         return self
@@ -157,7 +163,8 @@ class Law:
         interval  e.g. 0.9: (mean, low, high) instead, where a new run would fall that often, its noise included
         of        which of the law's losses, by its column's name; the first of its outputs by default
 
-        Raises RecipeError; warns ExtrapolationWarning outside of the runs that were fitted.
+        Raises RecipeError; OpenError, which is one, where the runs give no interval. Warns ExtrapolationWarning outside
+        of the runs that were fitted.
         """
         of = self._output(of)
         self._require("params_", "fit it to a table")
@@ -169,6 +176,11 @@ class Law:
         if not 0 < interval < 1:
             raise RecipeError(invalid("interval", interval, "give a probability between 0 and 1, such as 0.9"))
         self._require("_fits", "an interval needs runs: fit it to a table")
+        if len(self._rows) > 1 and not self._rows.run.any():
+            raise OpenError(
+                f"{type(self).__name__}: an interval needs two runs or more; all {len(self._rows)} points are of one "
+                "run and share its error, so they do not show how far another run would lie; run a second seed"
+            )
         error = reach(self._variance(values, of) + self._misfit(values, of), interval)
         if not all(fit.noise.told for fit in self._fits.values()):
             _warn(
@@ -255,24 +267,34 @@ class Law:
         return variance
 
     def _misfit_of(self, names: tuple[str, ...], of: str) -> float:
-        """Variance for a distance of 1; 0 where the other runs leave the law open, which is no error of its own."""
+        """Variance for a distance of 1. Raises OpenError where the points are too few to leave any out."""
         size = _size(self._rows.columns, names)
-        finite = size[np.isfinite(size)]
-        edge = finite.max() - LEFT_OUT * np.ptp(finite)
+        sizes = np.unique(size[np.isfinite(size)])
+        for edge in (sizes[-1] - LEFT_OUT * np.ptp(sizes), sizes[-2]):
+            try:
+                return self._misfit_beyond(size, float(edge), of)
+            except DataError:
+                continue
+        raise OpenError(
+            f"{type(self).__name__}: an interval beyond the {' and '.join(names)} that were run needs points to test "
+            f"the law on, and its parameters take all of these {len(size)}; add runs"
+        )
+
+    def _misfit_beyond(self, size: Array, edge: float, of: str) -> float:
+        """From how the law errs at sizes above `edge`, fitted to the others; 0 where these have one value of a column,
+        which leaves the law open and is no error of its own."""
         kept, left = self._rows.where(size <= edge), self._rows.where(size > edge)
         for name in self.inputs:
             seen, asked = np.unique(kept.columns[name]), np.unique(left.columns[name])
             if len(seen) == 1 and not np.array_equal(seen, asked):
                 return 0.0
         law = copy(self)
+        law._require_enough(kept)
+        law._rows, law._fits = kept, law._fit(kept, None, None)
+        law.params_ = law._named(law._fits)
         try:
-            law._require_enough(kept)
-            law._rows, law._fits = kept, law._fit(kept, None, None)
-            law.params_ = law._named(law._fits)
-            if any(len(fit.elsewhere) for fit in law._fits.values()):
-                return 0.0
             mean, expected = (f(left.columns, of) for f in (law._mean, law._variance))
-        except (DataError, RecipeError):
+        except RecipeError:
             return 0.0
         loss = left.columns[of]
         error = np.square(np.log(loss / mean) if self._log_interval else loss - mean)
@@ -410,6 +432,29 @@ class FormulaLaw(Law):
 
     def _named(self, fits: dict[Any, Fit]) -> dict[str, float]:
         return self._in_units(fits["loss"].values, self._unit)
+
+    def _unsure(self, key: Any, fit: Fit) -> list[str]:
+        """Two values of a column cannot tell a floor, a coefficient and an exponent apart: all three are open."""
+        found = set(fit.unidentified)
+        for coefficient, exponent, _ in self._of_two_values():
+            found |= {"E", coefficient, exponent} if found & {"E", exponent} else set()
+        return [name for name in self.names if name in found]
+
+    def _remedy(self) -> str:
+        few = [column for *_, column in self._of_two_values()]
+        needs = f"run a third value of {' and of '.join(few)}: an exponent takes three"
+        return needs if few and self.unidentified_ else super()._remedy()
+
+    def _of_two_values(self) -> list[tuple[str, str, str]]:
+        """(coefficient, exponent, column) of terms of one column that the runs have two values of."""
+        features = self._features({name: self._rows.columns[name] for name in self.inputs}, {})
+        two = {name for name, values in features.items() if len(np.unique(values)) == 2}
+        return [
+            (coefficient, exponent, column)
+            for coefficient, powers in self.units.items()
+            for column, exponent in powers.items()
+            if len(powers) == 1 and column in two
+        ]
 
     def _mean(self, columns: Columns, of: str) -> Array:
         return self.formula([np.array([self.params_[name]]) for name in self.names], self._features(columns, {}))

@@ -71,4 +71,4 @@ class FinetuneLaw(FormulaLaw):
         return params | {"D_l": params["D_l"] if fits["loss"].values["D_l"] > 2 * NONE else 0.0}
 
     def _unsure(self, key: Any, fit: Fit) -> list[str]:
-        return [name for name in fit.unidentified if name != "D_l" or fit.values[name] > 2 * NONE]
+        return [name for name in super()._unsure(key, fit) if name != "D_l" or fit.values[name] > 2 * NONE]

@@ -298,7 +298,9 @@ def _fitted(name: str, group: Mapping[str, float | None], table: pd.DataFrame, d
         if issubclass(warning.category, LawWarning) and not issubclass(warning.category, IdentificationWarning)
     ]
     if law.unidentified_:
-        said.append(f"these runs leave {some(law.unidentified_)} open; judge the law by its predictions")
+        said.append(
+            f"these runs leave {some(law.unidentified_)} open; judge the law by its predictions, or {law.remedy_}"
+        )
     parameters = {key: Estimate(value, *intervals[key]) for key, value in law.params_.items()}
     score, holdout = Score(**law.score(table)), holdout_error(name, table)
     return Fitted(name, group, table, law=law, score=score, holdout=holdout, parameters=parameters, warnings=said)

@@ -41,6 +41,35 @@ def test_finetunes_on_eight_times_the_data_are_predicted_where_the_plain_power_l
     assert np.mean(list(worst.values())) < 0.02
 
 
+STEEPENING = {
+    "cerebras-gpt-256m": [
+        *(3.3933, 3.3190, 3.2299, 3.1273, 3.0540, 2.9745, 2.8979, 2.8174),
+        *(2.7076, 2.5718, 2.4093, 2.2114, 2.0371, 1.8799),
+    ],
+    "bart-large-cnn": [
+        *(3.5914, 3.4452, 3.2128, 3.0365, 2.8936, 2.7568, 2.6061, 2.4708),
+        *(2.3380, 2.1637, 1.9987, 1.8292, 1.6743, 1.5548),
+    ],
+    "t5-base": [
+        *(2.6424, 2.5847, 2.4798, 2.4119, 2.3440, 2.2807, 2.2015, 2.1314),
+        *(2.0410, 1.9468, 1.8370, 1.7150, 1.6001, 1.5203),
+    ],
+}
+"""Of the same source: curves that fall faster beyond 205K examples than any such law fitted below."""
+
+
+def test_the_interval_of_one_curve_is_as_wide_as_its_law_errs_on_the_last_third_though_the_size_is_left_open() -> None:
+    for examples in (60_000, 250_000):
+        few, inside = examples > EXAMPLES, []
+        for losses in STEEPENING.values():
+            table = {"params": np.full(len(EXAMPLES), 1e8), "unique_tokens": EXAMPLES, "loss": np.array(losses)}
+            law = laws.FinetuneLaw().fit({name: values[few] for name, values in table.items()})
+            assert "alpha" in law.unidentified_
+            _, low, high = law.predict(params=1e8, unique_tokens=EXAMPLES[~few], interval=0.9)
+            inside += ((low <= table["loss"][~few]) & (table["loss"][~few] <= high)).tolist()
+        assert np.mean(inside) >= 0.75
+
+
 CONTINUED = {
     0.5: (
         [2.8548, 2.8582, 2.8553, 2.8552, 2.8496, 2.8459, 2.8433, 2.8415, 2.8394, 2.8388],

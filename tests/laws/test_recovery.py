@@ -257,6 +257,19 @@ def test_what_runs_without_a_second_seed_leave_unsaid_is_warned_of() -> None:
         assert any("two seeds or more" in str(warning.message) for warning in caught) is (seeds == 1)
 
 
+def test_one_run_has_no_interval_and_a_law_that_nothing_can_be_left_out_of_has_none_beyond_its_runs() -> None:
+    one = drawn(CHINCHILLA, grid(params=[1e8], tokens=np.geomspace(1e8, 1e10, 10)), generator())
+    law = laws.ChinchillaLaw().fit(one)
+    assert law.predict(params=1e8, tokens=1e9) == pytest.approx(CHINCHILLA.predict(params=1e8, tokens=1e9), rel=0.02)
+    with pytest.raises(laws.OpenError, match=r"two runs or more; all 10 points are of one run .* run a second seed"):
+        law.predict(params=1e8, tokens=1e9, interval=0.9)
+    few = drawn(CHINCHILLA, grid(params=[1e7, 1e8, 1e9], tokens=[1e9, 1e10]), generator())
+    law = laws.ChinchillaLaw().fit({name: values for name, values in few.items() if name != "run"})
+    law.predict(params=1e8, tokens=1e10, interval=0.9)
+    with pytest.raises(laws.OpenError, match=r"beyond the params .* take all of these 6; add runs"):
+        law.predict(params=1e10, tokens=1e10, interval=0.9)
+
+
 def test_the_spread_of_overfitting_predictions_is_what_their_intervals_say() -> None:
     """Two fits share the train losses' errors; 24 draws tell the spread of their sum to about 15%."""
     at = {"tokens": np.array([60e9, 200e9]), "fraction": np.array([0.02, 0.05])}

@@ -262,7 +262,18 @@ def test_what_the_runs_leave_open_is_a_warning_of_the_fit_and_none_of_python() -
         warnings.simplefilter("error")
         one = fit_laws(spt_table(deltas=(0.0,), injected=(0.0, 0.001, 0.01, 0.05)), "forgetting", draws=2)[0]
     assert one.law is not None
-    assert one.warnings == ["these runs leave beta open; judge the law by its predictions"]
+    says = "these runs leave beta open; judge the law by its predictions, or add runs that differ in what these"
+    assert [warning.startswith(says) for warning in one.warnings] == [True]
+
+
+def test_two_sizes_leave_the_exponent_of_size_open_and_the_fit_says_to_run_a_third() -> None:
+    two, three = (
+        fitted(spt_table(deltas=(0.0,), seeds=(0,), params=SIZES[:sizes]), "chinchilla", draws=2) for sizes in (2, 3)
+    )
+    assert two.law is not None
+    assert {"E", "A", "alpha"} <= set(two.law.unidentified_)
+    assert any(warning.endswith("run a third value of params: an exponent takes three") for warning in two.warnings)
+    assert not any("a third value" in warning for warning in three.warnings)
 
 
 def test_other_warnings_of_a_law_are_warnings_of_its_fit() -> None:
