@@ -7,6 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
+import spt_fast as spt
 from spt_fast.cli.flags import Dtype, Inputs, Json, PathArgument, PathOption, text
 from spt_fast.cli.program import app, out, print_json, tokenizer_app
 from spt_fast.printing import print_facts
@@ -21,9 +22,7 @@ def tokenizer_train(
     skip_bad: Annotated[bool, Option(help="Leave broken lines out instead of stopping at the first.")] = False,
 ) -> None:
     """Train a byte-level BPE and save it as tiktoken ranks."""
-    from spt_fast.data.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(inputs, vocab_size, out_file, text_key=text_key, skip_bad=skip_bad)
+    tokenizer = spt.tokenizer(inputs, vocab_size, out_file, text_key=text_key, skip_bad=skip_bad)
     out.print(f"{out_file}: {tokenizer.vocab_size:,} ids, end of text {tokenizer.eos_id}", soft_wrap=True)
 
 
@@ -43,17 +42,14 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Turn text into a token dataset."""
-    from spt_fast.data.prepare import prepare as prepare_dataset
-    from spt_fast.fields import optional, parse_share
-
-    summary = prepare_dataset(
+    summary = spt.prepare(
         inputs,
         out_prefix,
         tokenizer,
         eos=eos,
         bos=bos,
         text_key=text_key,
-        heldout=optional(parse_share)(heldout, "--heldout"),
+        heldout=heldout,
         skip_bad=skip_bad,
         workers=workers,
     )

@@ -66,13 +66,6 @@ Inputs = Annotated[
 ]
 
 
-def count(given: str | None, flag: str) -> int | None:
-    """300M as a number; None stays None. Raises RecipeError."""
-    from spt_fast.fields import optional, parse_count
-
-    return optional(parse_count)(given, flag)
-
-
 def share(given: str | None, flag: str) -> float | None:
     """40% as a fraction; None stays None. Raises RecipeError."""
     from spt_fast.fields import optional, parse_share

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
+import spt_fast as spt
 from spt_fast.cli.flags import (
     Json,
     ManyValues,
@@ -31,9 +32,7 @@ def export_weights(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a Hugging Face folder, in the form of the base that the weights come from."""
-    from spt_fast.train.release import export
-
-    export(weights, out_folder, tokenizer, dtype=dtype, overwrite=overwrite)
+    spt.export(weights, out_folder, tokenizer, dtype=dtype, overwrite=overwrite)
     out.print(f"{out_folder}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
+import spt_fast as spt
 from spt_fast.cli.flags import (
     ClusterOptions,
     DomainSource,
@@ -21,12 +22,11 @@ from spt_fast.cli.flags import (
     RecipePath,
     Resume,
     Runs,
-    count,
     share,
     stopped,
 )
 from spt_fast.cli.program import app, out, print_json
-from spt_fast.printing import print_facts, terminal
+from spt_fast.printing import print_facts
 
 
 @app.command()
@@ -44,13 +44,9 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Finished runs side by side: domain loss, forgetting, R_gain, compute multiplier."""
-    from spt_fast.study import compare as comparing
-    from spt_fast.study.figures import write
     from spt_fast.study.findings import print_comparison
 
-    result = comparing.compare(runs)
-    if out_folder:
-        write(result, out_folder)
+    result = spt.compare(runs, out=out_folder)
     print_json(result) if as_json else print_comparison(result, out)
 
 
@@ -77,22 +73,27 @@ def sweep(
     """Train a grid of runs, whatever of it is missing, and write the table of what they measured."""
     from spt_fast.study import sweep as sweeping
 
-    given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out_folder, "init": init}
-    loaded = sweeping.load_study(str(study), overrides or (), given=given)
+    loaded = spt.load_study(
+        study,
+        overrides or (),
+        general=general,
+        domain=domain,
+        tokenizer=tokenizer,
+        init=init or (),
+        out=out_folder,
+    )
     if dry_run:
         price = sweeping.price(loaded, jobs=jobs, gpu=gpu, mfu=share(mfu, "--mfu"), per_gpu_hour=per_gpu_hour)
         print_json(price) if as_json else sweeping.print_price(price, loaded.study, out)
         return
     if (gpu, mfu, per_gpu_hour) != (None, None, None):
         raise typer.BadParameter("--gpu, --mfu and --price say what a study would take: add --dry-run")
-    workers = sweeping.workers_of(loaded, jobs, cluster, cluster_options or [])
-    table, outcome = sweeping.sweep(loaded, terminal(stderr=True), workers=workers)
-    facts = sweeping.facts_of(loaded, table, outcome)
-    print_json(facts) if as_json else print_facts(out, loaded.study, facts)
-    if outcome.interrupted:
+    swept = spt.sweep(loaded, jobs=jobs, cluster=cluster, cluster_options=cluster_options or ())
+    print_json(swept) if as_json else print_facts(out, loaded.study, swept)
+    if swept.interrupted:
         print("spt-fast: stopped; what was under way is saved: run the same line again to go on", file=sys.stderr)
         raise typer.Exit(75)
-    if outcome.failed:
+    if swept.failed:
         raise typer.Exit(1)
 
 
@@ -106,13 +107,9 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Scaling laws of finished runs, and how far each can be trusted."""
-    from spt_fast.study import fits
     from spt_fast.study.findings import print_fits
-    from spt_fast.study.runs_table import read_table
 
-    found = fits.fit(read_table(runs, domain_source=domain_source, general_source=general_source), law)
-    if out_folder:
-        fits.write(found, out_folder)
+    found = spt.fit(runs, law, domain_source=domain_source, general_source=general_source, out=out_folder)
     print_json(found) if as_json else print_fits(found, out, every_parameter=law is not None)
 
 
@@ -132,21 +129,20 @@ def advise(
     as_json: Json = False,
 ) -> None:
     """Share of domain data in pretraining, repeats, replay: by runs, or by the papers where there are none."""
-    from spt_fast.advice import advise as advising
     from spt_fast.advice.words import print_advice
-    from spt_fast.fields import parse_count
-    from spt_fast.study.runs_table import read_table
 
-    given = advising.advise(
-        domain_tokens=parse_count(domain_tokens, "--domain-tokens"),
-        budget=parse_count(budget, "--budget"),
+    given = spt.advise(
+        domain_tokens=domain_tokens,
+        budget=budget,
         model=model,
-        table=read_table(runs, domain_source=domain_source, general_source=general_source) if runs else None,
+        runs=runs,
+        init=init,
         general=general,
         domain=domain,
-        inference_tokens=count(inference_tokens, "--inference-tokens"),
-        max_general_rise=share(max_general_rise, "--max-general-rise"),
-        base=str(init) if init else None,
+        domain_source=domain_source,
+        general_source=general_source,
+        inference_tokens=inference_tokens,
+        max_general_rise=max_general_rise,
     )
     print_json(given) if as_json else print_advice(given, out)
 
@@ -163,15 +159,13 @@ def report(
     as_json: Json = False,
 ) -> None:
     """One HTML page: the decision, and the evidence for it."""
-    from spt_fast.report.page import report as write_report
-
-    write_report(
+    spt.report(
         runs,
         out_file,
         domain_source=domain_source,
         general_source=general_source,
-        domain_tokens=count(domain_tokens, "--domain-tokens"),
-        budget=count(budget, "--budget"),
+        domain_tokens=domain_tokens,
+        budget=budget,
         model=model,
     )
     facts = {"report": str(out_file), "bytes": out_file.stat().st_size}
@@ -188,10 +182,9 @@ def reweight(
     as_json: Json = False,
 ) -> None:
     """Learn a mixture of sources by DoGE, with a recipe's first phase as the proxy run."""
-    from spt_fast.config import load_recipe
     from spt_fast.study import doge
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = spt.load_recipe(recipe, overrides or ())
     result = doge.reweight(loaded, out_folder or Path(f"{loaded.run}-reweight"), target=target, resume=resume)
     if isinstance(result, doge.Stopped):
         raise stopped(result.reason)

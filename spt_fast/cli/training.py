@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
+import spt_fast as spt
 from spt_fast.cli.flags import (
     Dtype,
     Json,
@@ -20,7 +21,6 @@ from spt_fast.cli.flags import (
     RunPath,
     WeightsPath,
     is_first,
-    share,
     stopped,
 )
 from spt_fast.cli.program import app, checkpoint_app, out, print_json
@@ -41,24 +41,21 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """What a recipe would do: tokens and epochs asked and exactly achieved, FLOPs; memory, hours and cost."""
-    from spt_fast.config import load_recipe
-    from spt_fast.train import price as pricing
-    from spt_fast.train.plan import make_plan
-    from spt_fast.train.precision import precision_of
-    from spt_fast.train.world import launched_processes, pick_device
-
-    gpus = gpus or launched_processes()
-    loaded = load_recipe(recipe, overrides or ())
-    memory = None if gpu_memory is None else pricing.parse_bytes(gpu_memory, "--gpu-memory")
-    made = make_plan(loaded, world=gpus)
-    here = None if gpu else precision_of(loaded, pick_device(), made.model)
-    machine = pricing.Machine.of(loaded, gpus=gpus, gpu=gpu, memory=memory, precision=here)
-    speed = pricing.speed_of(made, machine, mfu=share(mfu, "--mfu"), run=mfu_from)
-    phases, price = made.describe(), pricing.price(made, machine, speed, per_gpu_hour=per_gpu_hour)
+    planned = spt.plan(
+        spt.load_recipe(recipe, overrides or ()),
+        gpus=gpus,
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        mfu=mfu,
+        mfu_from=mfu_from,
+        per_gpu_hour=per_gpu_hour,
+    )
     if as_json:
-        print_json({"phases": phases, **vars(price)})
+        print_json(planned)
     else:
-        pricing.print_plan(recipe, phases, price, out)
+        from spt_fast.train.price import print_plan
+
+        print_plan(recipe, planned.phases, planned.price, out)
 
 
 @app.command()
@@ -71,23 +68,22 @@ def train(
 ) -> None:
     """Train all phases of a recipe."""
     with nullcontext() if dry_run else StopRequest():  # the run takes over what is heard while torch is imported
-        from spt_fast.config import load_recipe
         from spt_fast.train import dry_run as trying
-        from spt_fast.train.run import print_summary, run
+        from spt_fast.train.run import print_summary
 
-        loaded = load_recipe(recipe, overrides or ())
+        loaded = spt.load_recipe(recipe, overrides or ())
         if dry_run:
             trials = trying.dry_run(loaded, verify=verify)
             if is_first():
                 trying.print_trials(trials, out)
             return
-        summary = run(loaded, resume=resume, verify=verify)
-    if summary["status"] == "stopped":
-        raise stopped(summary["reason"])
-    if summary["status"] == "failed":
-        raise RuntimeError(summary["reason"])
+        trained = spt.train(loaded, resume=resume, verify=verify)
+    if trained.status == "stopped":
+        raise stopped(trained.reason)
+    if trained.status == "failed":
+        raise RuntimeError(trained.reason)
     if is_first():
-        print_summary(loaded.run, summary, out)
+        print_summary(loaded.run, trained.summary, out)
 
 
 @app.command("eval")
@@ -107,43 +103,28 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity and bits per byte on datasets, every token but the first scored once; accuracy in tasks."""
-    from spt_fast.evaluation.score import print_scores, score
-    from spt_fast.evaluation.tasks import print_tasks, score_tasks
+    from spt_fast.evaluation.score import print_scores
+    from spt_fast.evaluation.tasks import print_tasks
 
-    if not data and not tasks:
-        raise typer.BadParameter("give --data PREFIX, --tasks TASK or both")
-    of_tasks = {
-        "--num-fewshot": num_fewshot,
-        "--limit": limit,
-        "--batch": batch,
-        "--tokenizer": tokenizer,
-        "--bos": bos,
-    }
-    if not tasks and (unused := [flag for flag, given in of_tasks.items() if given is not None]):
-        raise typer.BadParameter(f"{unused[0]} is for tasks; give --tasks as well, or leave it out")
-    names = [name.strip() for given in tasks or () for name in given.split(",") if name.strip()]
-    results = (
-        score_tasks(
-            weights,
-            names,
-            tokenizer=tokenizer,
-            context=context,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch=batch,
-            bos=bos,
-        )
-        if tasks
-        else {}
+    found = spt.evaluate(
+        weights,
+        data or (),
+        tasks=None if tasks is None else [name.strip() for some in tasks for name in some.split(",") if name.strip()],
+        num_fewshot=num_fewshot,
+        limit=limit,
+        context=context,
+        batch=batch,
+        tokenizer=tokenizer,
+        bos=bos,
+        dtype=dtype,
     )
-    scored = {str(prefix): score(weights, prefix, dtype=dtype, context=context) for prefix in data or ()}
     if as_json:
-        print_json({**scored, **({"tasks": results} if results else {})})
+        print_json(found)
         return
-    if scored:
-        print_scores(weights, scored, out)
-    if results:
-        print_tasks(weights, results, out)
+    if found.losses:
+        print_scores(weights, found.losses, out)
+    if found.tasks:
+        print_tasks(weights, found.tasks, out)
 
 
 @app.command()
@@ -154,13 +135,13 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Exactly how often a run has read every source, or one document."""
-    from spt_fast.train.audit import audit_document, audit_run, print_audit
+    from spt_fast.train.audit import print_audit
 
     if document is None:
-        readings = audit_run(run, source)
+        readings = spt.audit(run, source=source)
         print_json(readings) if as_json else print_audit(run, readings, out)
     else:
-        reading = audit_document(run, source, document)
+        reading = spt.audit(run, source=source, document=document)
         print_json(reading) if as_json else print_facts(out, f"{source}, document {document}", reading)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -29,7 +29,8 @@ from spt_fast.train.world import World, pick_device
 TOKENS_AT_A_TIME = 16_384
 
 
-class Scored(TypedDict):
+@dataclass(frozen=True, kw_only=True)
+class Scored:
     """The loss on a dataset."""
 
     loss: float
@@ -58,7 +59,12 @@ class Scored(TypedDict):
     """The loss of that half as it is scored here; the same up to rounding."""
 
 
-def score(
+def score(weights: Path, prefix: Path, **options: Any) -> dict[str, Any]:
+    """As `scored`, as a dict."""
+    return asdict(scored(weights, prefix, **options))
+
+
+def scored(
     weights: Path, prefix: Path, *, dtype: str | None = None, context: int | None = None, progress: bool = True
 ) -> Scored:
     """The loss of weights on the dataset at `prefix`.
@@ -169,14 +175,14 @@ def _reported(weights: Path, digest: str) -> _Reported | None:
 def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) -> None:
     """A row by dataset, then what it was scored on and how."""
     shown = ("loss", "standard_error", "perplexity", "bits_per_byte", "tokens", "bytes")
-    rows = [[prefix, *map(s.get, shown)] for prefix, s in scored.items()]
+    rows = [[prefix, *(getattr(s, name) for name in shown)] for prefix, s in scored.items()]
     print_table(console, str(weights), ["dataset", *(name.replace("_", " ") for name in shown)], rows)
     for prefix, s in scored.items():
-        documents = "documents not recorded" if s["documents"] is None else counted(s["documents"], "document")
-        where = "inside documents" if s["inside_documents"] else "across documents"
-        unknown = "" if s["same_tokenizer"] else "; whether its ids are of the weights' tokenizer is not recorded"
-        how = f"windows of {s['context']:,} tokens, in {s['dtype']}, attention {where}"
+        documents = "documents not recorded" if s.documents is None else counted(s.documents, "document")
+        where = "inside documents" if s.inside_documents else "across documents"
+        unknown = "" if s.same_tokenizer else "; whether its ids are of the weights' tokenizer is not recorded"
+        how = f"windows of {s.context:,} tokens, in {s.dtype}, attention {where}"
         console.print(f"{prefix}: {documents}, {how}{unknown}", soft_wrap=True)
-        if s["reported"] is not None:
-            half = f"the run reported {s['reported']:.4g} on the report half of it, which has {s['rescored']:.4g} here"
+        if s.reported is not None:
+            half = f"the run reported {s.reported:.4g} on the report half of it, which has {s.rescored:.4g} here"
             console.print(f"{prefix}: {half}", soft_wrap=True)

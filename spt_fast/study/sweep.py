@@ -290,15 +290,42 @@ def print_price(price: StudyPrice, study: str, console: Console) -> None:
     print_facts(console, "", {"at a time": price.jobs, "hours until all are done": hours, "cost": price.cost})
 
 
-def facts_of(study: Study, table: pd.DataFrame, outcome: Outcome) -> dict[str, Any]:
-    """What became of a study, for people and as JSON."""
-    return {
-        "runs": len(expand(study)),
-        "done": table.loc[table["status"] == "done", "run"].nunique(),
-        "failed": {path.stem: said for path, said in outcome.failed.items()},
-        "left out, as they start from failed ones": len(outcome.skipped),
-        "table": str(study.folder / "table.parquet"),
-    }
+@dataclass(frozen=True)
+class Swept:
+    """What became of a study."""
+
+    folder: Path
+    runs: int
+    done: int
+    failed: dict[str, str]
+    """By run, the end of what it said."""
+    left_out: int
+    """Runs that start from failed ones."""
+    interrupted: bool
+    """Whether it was asked to stop; what was under way is saved."""
+    table: pd.DataFrame
+    """What the runs measured, a row for each evaluation."""
+
+    @classmethod
+    def of(cls, study: Study, table: pd.DataFrame, outcome: Outcome) -> Swept:
+        return cls(
+            folder=study.folder,
+            runs=len(expand(study)),
+            done=table.loc[table["status"] == "done", "run"].nunique(),
+            failed={path.stem: said for path, said in outcome.failed.items()},
+            left_out=len(outcome.skipped),
+            interrupted=outcome.interrupted,
+            table=table,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "runs": self.runs,
+            "done": self.done,
+            "failed": self.failed,
+            "left out, as they start from failed ones": self.left_out,
+            "table": str(self.folder / "table.parquet"),
+        }
 
 
 def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None = None) -> list[Cost]:

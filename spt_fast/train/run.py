@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +99,7 @@ def _train(recipe: Recipe, folder: Path, world: World, *, resume: bool, verify: 
         return trainer.summarise(**ending)
 
 
-def print_summary(name: str, summary: dict[str, Any], console: Console) -> None:
+def print_summary(name: str, summary: Mapping[str, Any], console: Console) -> None:
     rows = [
         [phase, done["steps"], done["tokens"], source, done["epochs"].get(source, 0.0), loss]
         for phase, done in summary["phases"].items()

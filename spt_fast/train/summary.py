@@ -1,9 +1,11 @@
-"""What summary.json says of a run besides how it ended."""
+"""What summary.json says of a run: written here but for how it ended, and read as a result of the library."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from spt_fast.model.flops import parameters
@@ -40,3 +42,57 @@ def facts(
         "directory": os.getcwd(),
         "phases": as_json(plan.figures(finished)),
     }
+
+
+@dataclass(frozen=True)
+class TrainedPhase:
+    """A finished phase. Losses are nats per token of the weights that it hands on, by source."""
+
+    steps: int
+    tokens: int
+    epochs: Mapping[str, float]
+    """Of each source, in this phase."""
+    heldout: Mapping[str, float | None]
+    best_heldout: Mapping[str, float | None]
+    tokens_per_s: float
+    weights: Path
+    """The folder that holds them."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """How a run ended, and the phases that it finished."""
+
+    run: Path
+    status: str
+    """"done", "stopped" or "failed"."""
+    reason: str | None
+    """Why it was stopped or failed."""
+    parameters: int
+    seconds: float
+    skipped_steps: int
+    """Those whose loss or gradient was not finite."""
+    phases: Mapping[str, TrainedPhase]
+    summary: Mapping[str, Any]
+    """All of summary.json."""
+
+    @classmethod
+    def of(cls, run: Path, summary: Mapping[str, Any]) -> TrainedRun:
+        named = ("steps", "tokens", "epochs", "heldout", "best_heldout", "tokens_per_s")
+        phases = {
+            name: TrainedPhase(**{key: done[key] for key in named}, weights=run / "weights" / name)
+            for name, done in summary["phases"].items()
+        }
+        return cls(
+            run=run,
+            status=summary["status"],
+            reason=summary.get("reason"),
+            parameters=summary["parameters"],
+            seconds=summary["seconds"],
+            skipped_steps=summary["skipped_steps"],
+            phases=phases,
+            summary=summary,
+        )
+
+    def as_json(self) -> Mapping[str, Any]:
+        return self.summary

@@ -300,7 +300,7 @@ def test_results_are_kept_with_what_decided_them(
     monkeypatch.setattr(sys, "argv", ["spt-fast", "eval", str(weights), "--data", str(data), "--tokenizer", "gone"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert "--tokenizer is for tasks; give --tasks as well" in capsys.readouterr().err
+    assert "--tokenizer: is for tasks; add --tasks TASK" in capsys.readouterr().err
     path = Path(",")
     assert "--tasks: '' is invalid: name at least one task" in scored(code=2)
 

@@ -6,7 +6,6 @@ import io
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from spt_fast.cli import app
-from spt_fast.config import load_recipe
 from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.model.flops import parameters
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -24,7 +22,7 @@ from spt_fast.study.study import expand, study_from
 from spt_fast.study.sweep import costs, load_study, sweep
 from spt_fast.study.usable import usable
 from spt_fast.train.run import run
-from tests.study.tiny_study import raw_study
+from tests.study.tiny_study import HereAlone, raw_study
 from tests.tiny import CONTEXT, VOCAB
 
 SHAPE = {"layers": 1, "heads": 2, "kv_heads": 1, "ffn": 32, "context": 8 * CONTEXT, "vocab_size": VOCAB}
@@ -80,20 +78,6 @@ def test_several_bases_are_trained_and_named_in_the_table(folder: Path) -> None:
     mixed = table.assign(params=1.0)  # as if they were of one size
     assert any("not of one base" in note for note in usable(mixed).notes)
     assert not any("not of one base" in note for note in usable(table).notes)
-
-
-class HereAlone:
-    """Trains in this process."""
-
-    free = 1
-
-    def __init__(self) -> None:
-        self.trained: list[str] = []
-
-    def start(self, recipe: Path, log: Path) -> Any:
-        self.trained.append(recipe.stem)
-        run(load_recipe(recipe), resume=True, progress=False)
-        return SimpleNamespace(poll=lambda: 0)
 
 
 def test_runs_of_a_study_that_differ_in_their_average_are_trained_once(folder: Path) -> None:

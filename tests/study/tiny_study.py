@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from spt_fast.config import load_recipe
+from spt_fast.train.run import run
 from tests.tiny import CONTEXT, VOCAB, write_corpora
 
 STEP = 8 * CONTEXT
+
+
+class HereAlone:
+    """Workers that train in this process."""
+
+    free = 1
+
+    def __init__(self) -> None:
+        self.trained: list[str] = []
+
+    def start(self, recipe: Path, log: Path) -> Any:
+        self.trained.append(recipe.stem)
+        run(load_recipe(recipe), resume=True, progress=False)
+        return SimpleNamespace(poll=lambda: 0)
 
 
 def raw_study(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -1,0 +1,171 @@
+"""`import spt_fast as spt`: from text to a report by its calls, which are those that the commands make."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import spt_fast as spt
+from spt_fast import cli, library
+from spt_fast.errors import RecipeError, SptError
+from spt_fast.printing import as_json
+from spt_fast.study import sweep as sweeping
+from tests import tiny
+from tests.study.tiny_study import HereAlone, raw_study
+
+CALLS = (
+    *("prepare", "tokenizer", "plan", "train", "evaluate", "compare", "audit", "sweep", "load_study"),
+    *("fit", "advise", "report", "export", "generate"),
+)
+CONTEXT = 16
+
+
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    """The exit code of a command, and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["spt-fast", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(exit_.value.code or 0), captured.out + captured.err
+
+
+def test_from_text_to_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"general": "the cat sat on the mat {} and looked at the dog", "chem": "mol {} melts at {} kelvin"}
+    for name, text in texts.items():
+        lines = (json.dumps({"text": text.format(i, i * i)}) for i in range(300))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    ranks = tmp_path / "bpe.tiktoken"
+    bpe = spt.tokenizer([tmp_path / f"{name}.jsonl" for name in texts], 270, ranks)
+    assert (bpe.vocab_size, bpe.decode(bpe.encode("mol 7"))) == (270, "mol 7")
+    for name in texts:
+        made = spt.prepare(tmp_path / f"{name}.jsonl", tmp_path / name, bpe, heldout="20%", workers=1, progress=False)
+        assert made.heldout is not None
+        assert made.documents + made.heldout.documents == 300
+
+    raw = tiny.raw_recipe(tmp_path)
+    raw["tokenizer"] = str(ranks)
+    raw["phases"][0]["tokens"] = 6 * 8 * CONTEXT
+    raw["phases"][1] |= {"tokens": 4 * 4 * CONTEXT, "grid": None, "anchor": 0}
+    recipes = {}
+    for name, mixture in (("npt", {"general": "100%"}), ("spt", {"general": "3/4", "chem": "1/4"})):
+        raw["phases"][0]["mixture"] = mixture
+        recipes[name] = tmp_path / f"{name}.yaml"
+        recipes[name].write_text(yaml.safe_dump(raw | {"run": str(tmp_path / name)}))
+    planned = spt.plan(recipes["spt"], gpus=1, gpu="H100", mfu="40%", gpu_memory="80GB", per_gpu_hour=2.5)
+    assert [phase.name for phase in planned.phases] == ["pretrain", "finetune"]
+    assert planned.price.cost == pytest.approx(planned.price.hours * 2.5)
+    npt, run = (spt.train(spt.load_recipe(recipe), progress=False) for recipe in recipes.values())
+    assert (run.status, run.reason, run.run) == ("done", None, tmp_path / "spt")
+    assert run.phases["pretrain"].tokens == 6 * 8 * CONTEXT
+    assert run.summary == json.loads((run.run / "summary.json").read_text())
+    assert spt.train(recipes["spt"], resume=True) == run, "it is done"
+
+    scored = spt.evaluate(run.run, tmp_path / "chem.heldout", progress=False)
+    loss = scored.losses[str(tmp_path / "chem.heldout")]
+    assert loss.reported == pytest.approx(run.phases["finetune"].heldout["chem"])
+    assert scored == spt.evaluate(run.phases["finetune"].weights, [tmp_path / "chem.heldout"], progress=False)
+    compared = spt.compare([npt.run, str(run.run)], out=tmp_path / "compared")
+    assert [arm.treatment.name for arm in compared.arms] == ["NPT", "SPT 25%"]
+    assert json.loads((tmp_path / "compared" / "comparison.json").read_text()) == as_json(compared)
+    read = spt.audit(run.run)["chem"]
+    assert read.epochs == pytest.approx(sum(phase.epochs["chem"] for phase in run.phases.values()))
+    visits = spt.audit(run.run, source="chem", document=0)
+    assert read.min_visits <= visits.min_visits <= visits.max_visits <= read.max_visits
+
+    raw_sweep = raw_study(tmp_path, tokenizer=str(ranks), domain_tokens="all")
+    del raw_sweep["models"][0]["vocab_size"]
+    raw_sweep["stages"] = raw_sweep["stages"][:1]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(raw_sweep))
+    workers = HereAlone()
+    monkeypatch.setattr(sweeping, "workers_of", lambda *_: workers)
+    swept = spt.sweep(tmp_path / "study.yaml", progress=False)
+    assert (swept.runs, swept.done, swept.failed, swept.interrupted) == (2, 2, {}, False)
+    fits = spt.fit(swept.table, "chinchilla")
+    assert as_json(fits) == as_json(spt.fit(swept.folder, "chinchilla", out=tmp_path / "fits"))
+    advice = spt.advise(domain_tokens="30M", budget="20B", model="1b")
+    assert as_json(advice) == as_json(spt.advise(domain_tokens=30_000_000, budget=20 * 10**9, model="1b"))
+    assert spt.report([npt.run, run.run], tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
+
+    assert (spt.export(run.run, tmp_path / "hf") / "model.safetensors").exists()
+    texts_drawn = spt.generate(run.run, ["mol 1", ""], 5, seed=3)
+    assert [text.prompt for text in texts_drawn] == ["mol 1", ""]
+    code, out = said(monkeypatch, capsys, *_words("generate", run.run), "--prompt", "mol 1", "--prompt=", "--json")
+    assert (code, json.loads(out)) == (0, as_json(texts_drawn))
+    results = (bpe, made, planned, run, scored, compared, read, visits, swept, fits, advice, texts_drawn[0])
+    assert [type(result) for result in results[1:] if not is_dataclass(result)] == []
+
+
+def _words(command: str, given: object) -> list[object]:
+    flags: dict[str, list[object]] = {
+        "generate": ["--tokens", 5, "--seed", 3],
+        "tokenizer train": ["--vocab-size", 300, "--out", "o"],
+        "prepare": ["--out", "o", "--tokenizer", "gpt2"],
+        "eval": ["--data", "d"],
+        "export": ["--out", "o"],
+        "advise": ["--domain-tokens", "1M", "--budget", "1B"],
+    }
+    return [*command.split(), *([] if command == "advise" else [given]), *flags.get(command, [])]
+
+
+COMMANDS = {"tokenizer": "tokenizer train", "evaluate": "eval", "load_study": "sweep"}
+"""By call, where the names differ."""
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "generate"])
+def test_a_command_is_a_call_of_the_library(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def called(*args: Any, **kwargs: Any) -> None:
+        inspect.signature(own).bind(*args, **kwargs)
+        raise SptError(f"this is {name}")
+
+    own = getattr(library, name)
+    monkeypatch.setattr(library, name, called)
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "plan": tiny.write_recipe(tmp_path, tiny.raw_recipe(tmp_path)),
+        "train": tmp_path / "recipe.yaml",
+        "sweep": tmp_path / "study.yaml",
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(raw_study(tmp_path)))
+    code, out = said(monkeypatch, capsys, *_words(COMMANDS.get(name, name), given.get(name, "x")))
+    assert (code, out) == (2, f"spt-fast: this is {name}\n")
+
+
+def test_what_is_wrong_is_said_in_the_name_of_an_argument_or_its_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RecipeError, match=r"^domain_tokens: '3X' is invalid: write a positive whole number") as error:
+        spt.advise(domain_tokens="3X", budget="1B")
+    assert error.value.argument
+    code, out = said(monkeypatch, capsys, "advise", "--domain-tokens", "3X", "--budget", "1B")
+    assert (code, out) == (2, f"spt-fast: --domain-tokens{str(error.value).removeprefix('domain_tokens')}\n")
+    with pytest.raises(RecipeError, match=r"^heldout: '50' is invalid: write a share between 0 and 1; did you mean"):
+        spt.prepare("x", tmp_path / "y", "gpt2", heldout="50")
+    with pytest.raises(RecipeError, match=r"^data: there is nothing to score on; give `data=PREFIX`, `tasks=TASK`"):
+        spt.evaluate("x")
+    assert "nothing to score on; give --data PREFIX, --tasks TASK or both" in said(monkeypatch, capsys, "eval", "x")[1]
+
+
+def test_every_call_is_documented_and_loaded_on_first_use() -> None:
+    for name in CALLS:
+        call = getattr(library, name)
+        assert ">>>" in call.__doc__ or name == "load_study", name
+        unnamed = [argument for argument in inspect.signature(call).parameters if argument not in call.__doc__]
+        assert unnamed == [], f"{name}: {unnamed}"
+        assert inspect.signature(getattr(spt, name)) == inspect.signature(call)
+        assert name in spt.__all__
+        assert name in dir(spt)
+    assert sys.modules["spt_fast.train"] is spt.train, "the package as well"
+    script = "import spt_fast, sys; print([m for m in ('torch', 'numpy', 'pandas', 'inspect') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
