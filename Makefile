@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint bench bench-gpu peers aot aot-newest aot-oldest clean
+.PHONY: demo test lint docs bench bench-gpu peers aot aot-newest aot-oldest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/spt-fast demo --out demo
@@ -17,6 +17,11 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site; what is generated from the code is written anew.
+docs: $(VENV)/.ready
+	$(BIN)/python docs/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 BENCHMARKS := $(basename $(notdir $(wildcard benchmarks/kernels/bench_*.py)))
 

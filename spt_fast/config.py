@@ -113,9 +113,9 @@ _Shape: Any = dataclasses.make_dataclass(
 
 
 class Model(_Shape):
-    """The shape of the GPT: a preset, a preset with changes, or every field of a `GPTConfig`; None where not given.
+    """The shape of the GPT: a preset by name, a preset with changes, or every field of a `GPTConfig`.
 
-    preset: a name from `spt_fast.model.presets.PRESETS`, 1m … 8b.
+    A field that is not given is None.
     """
 
     def with_defaults(self) -> dict[str, Any]:
@@ -130,13 +130,13 @@ class Source:
     """One corpus: token datasets made by `spt-fast prepare`, or foreign ones read in place."""
 
     train: str | tuple[str, ...] = setting(paths)
-    """Prefix of the training dataset; of one in many files a folder, a pattern or a list."""
+    """Prefix of the training dataset. A folder, a pattern or a list names a dataset in many files."""
     heldout: str | tuple[str, ...] | None = setting(optional(paths), None)
-    """Prefix of text that is never trained on; losses on it are the figures."""
+    """Prefix of text that is never trained on. Held-out losses are measured on it."""
     limit_tokens: int | None = setting(optional(parse_count), None)
     """Use only the first whole documents of `train`, up to this many tokens."""
     dtype: str | None = setting(optional(one_of("uint8", "uint16", "uint32", "int32", "int64")), None)
-    """For headerless files: the type of a token id."""
+    """The type of a token id in headerless files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +146,9 @@ class BatchSize:
     sequences: int = setting(integer(1), 32)
     """Windows in the global batch of one step."""
     micro: int | None = setting(optional(integer(1)), None)
-    """Windows in one forward pass of one process; all of a process's share at once where it isn't given."""
+    """Windows in one forward pass of one process. By default a process takes its whole share at once."""
     context: int | None = setting(optional(integer(1)), None)
-    """Tokens of a window, in training and evaluation: at most the model's context, and that where it isn't given."""
+    """Tokens of a window, in training and evaluation. At most the model's context, which is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,18 +156,20 @@ class Schedule:
     """The learning rate over the phase: linear warm-up to the peak, then a shape."""
 
     name: str = setting(one_of("cosine", "wsd", "linear", "constant"), "cosine")
-    """cosine or linear fall from the peak to `final` at the horizon; wsd stays at the peak and falls linearly over the
-    last `decay`; constant stays."""
+    """The shape after warm-up. cosine and linear fall from the peak to `final` at the horizon; wsd holds the peak and
+    falls linearly over the last `decay`; constant holds the peak."""
     warmup: Span = setting(Span.parse, Span(Fraction(0), "steps"))
+    """How long the rate rises linearly from zero to its peak."""
     final: Fraction = setting(parse_share, Fraction(1, 10))
     """Learning rate at the horizon, as a share of the peak."""
     horizon: int | None = setting(optional(parse_count), None)
-    """Tokens at which the shape ends; beyond the phase's own `tokens` it is cut off there (as in SPT)."""
+    """Tokens at which the shape ends, by default the phase's own `tokens`. A longer horizon cuts the shape off, so the
+    rate stays high to the end of the phase (as in SPT)."""
     decay: Span = setting(Span.parse, Span(Fraction(1, 5), "share"))
-    """wsd only: the length of the fall at the end."""
+    """The length of the fall at the end, for wsd only."""
     carry_on: bool = setting(boolean, False, key="continue")
-    """The previous phase's schedule runs on (shape, warm-up, horizon, step count); `optimizer.lr` is its peak.
-    Stands alone: another key beside it would say nothing."""
+    """Go on with the previous phase's schedule: shape, warm-up, horizon and step count. `optimizer.lr` is its peak. No
+    other key may stand beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +177,10 @@ class EvalSettings:
     """When and on how much text the losses are measured; always at a phase's first and last step too."""
 
     every: Span = setting(cadence, Span(Fraction(1, 10), "share"))
+    """Time between two evaluations."""
     tokens: int = setting(parse_count, 200_000)
-    """Held-out tokens of each source, half of them `select`, half `report`; as many training tokens as one half."""
+    """Held-out tokens of each source: one half is `select`, the other `report`. As many training tokens as one half are
+    scored too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,15 +188,17 @@ class Stop:
     """Early stopping on the `select` half of a source's held-out text; the best weights are handed on."""
 
     on: str = setting(text)
+    """The source whose loss decides."""
     patience: int = setting(integer(1), 3)
-    """Evaluations in a row without a new best."""
+    """Stop after so many evaluations in a row without a new best."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Averaged:
-    """A run that differs from another in its `average` alone, and has the training in common."""
+    """A run that differs from another in its `average` alone and shares its training."""
 
     share: Fraction = setting(parse_share)
+    """Its `average`."""
     run: str = setting(path)
     """Its folder."""
 
@@ -208,10 +214,13 @@ class Phase:
     """A number of tokens of an exact mixture, optimised in one way."""
 
     name: str = setting(_phase_name)
+    """Its name in logs, in `--set phases.NAME.…` and in `weights/NAME`."""
     tokens: int = setting(parse_count)
+    """Tokens of the phase, rounded to whole steps."""
     mixture: dict[str, Fraction] = setting(_mixture)
+    """Each source's share: percents, decimals or fractions that sum to 1, or whole-number ratios."""
     documents: bool = setting(boolean, False)
-    """Attention and positions stay inside a document."""
+    """Keep attention and positions inside each document of a window."""
     batch: BatchSize = setting(section(BatchSize), BatchSize())
     optimizer: Optimizer = setting(parse_optimizer)
     schedule: Schedule = setting(section(Schedule), Schedule())
@@ -225,14 +234,15 @@ class Phase:
     (WiSE-FT, arXiv 2109.01903). The phase's losses, by which a grid's arms are chosen too, are of this average; an
     early stop, which comes before it, goes by the trained weights."""
     also_average: tuple[Averaged, ...] = setting(_averages, ())
-    """Runs by other such shares, which this one makes too; in a recipe of one phase."""
+    """Further runs that differ in `average` alone and are written by this one too. For recipes of one phase."""
     freeze: str = setting(one_of("none", "embeddings"), "none")
-    """embeddings: the token embedding stays as it is in this phase. It needs a head of its own: `untie: true`, or a
-    model that isn't tied."""
+    """embeddings: do not train the token embedding in this phase. The head must be separate: `untie: true`, or an
+    untied model."""
     optimizer_state: str = setting(one_of("reset", "keep"), "reset")
+    """keep: go on with the previous phase's moments. reset: start from zero."""
     stop: Stop | None = setting(optional(section(Stop)), None)
     grid: dict[str, tuple[Any, ...]] | None = setting(optional(_grid), None)
-    """Values to try: every combination runs from the same start, the one with the best `select` loss is kept."""
+    """Values to try. Every combination runs from the same start, and the one with the best `select` loss is kept."""
 
     def arms(self) -> list[dict[str, Any]]:
         """One dict of overrides per grid combination; a single empty one where there is no grid."""
@@ -272,18 +282,24 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
+    """How often a run saves what it needs to resume, and what it keeps."""
+
     every: Span = setting(cadence, Span(Fraction(500), "steps"))
+    """Time between two checkpoints."""
     keep: int = setting(integer(1), 3)
     """How many of the newest are kept."""
     keep_every: Span | None = setting(optional(_steps), None)
-    """Those at multiples of this number of steps (of the whole run) are kept as well."""
+    """Checkpoints at multiples of this number of steps of the whole run are kept as well."""
     keep_best: bool = setting(boolean, False)
-    """Also write one at every new best `select` loss, and keep the newest of these."""
+    """Also write a checkpoint at every new best `select` loss, and keep the newest of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
+    """What a run records while it trains."""
+
     every: Span = setting(cadence, Span(Fraction(10), "steps"))
+    """Time between two `train` records in metrics.jsonl."""
     stall_s: float = setting(number(0.0, open_low=True), 600.0)
     """After this many seconds without a step, the stacks of all threads are written to stacks-<process>.txt."""
 
@@ -296,17 +312,19 @@ def _auto_or_boolean(value: object, where: str) -> bool | str:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
+    """How a step is computed: on how many devices, in which memory, with which kernels."""
+
     name: str = setting(one_of("auto", "local", "deepspeed"), "auto")
     """local: one process on one GPU, or on the CPU; deepspeed: any number of them; auto: local for a process alone,
     else deepspeed."""
     stage: int = setting(_stage, 1)
-    """Of DeepSpeed ZeRO, what the processes divide among themselves: 0 nothing, 1 optimizer state, 2 gradients too,
-    3 parameters too."""
+    """The ZeRO stage: what DeepSpeed's processes divide among themselves. 0 nothing, 1 optimizer state, 2 gradients
+    too, 3 parameters too."""
     offload: str = setting(one_of("none", "optimizer", "all"), "none")
-    """What lies in the host's memory instead of the GPU's: the optimizer's state and its update, or (stage 3) the
-    parameters too."""
+    """What is kept in host memory instead of GPU memory. optimizer: the optimizer's state and its update; all: the
+    parameters too (stage 3)."""
     config: str | None = setting(optional(path), None)
-    """A DeepSpeed JSON whose keys are laid over ours; one that the recipe decides is an error."""
+    """A DeepSpeed JSON file whose keys override ours. A key that the recipe decides is an error."""
     checkpointing: str = setting(one_of("none", "selective", "full"), "none")
     """Activation checkpointing: what the backward pass recomputes to save memory. selective: all but matmuls and
     attention; full: whole blocks, for about a third more time. Changes no result."""
@@ -383,25 +401,29 @@ class Recipe:
     run: str = setting(path)
     """The run's folder."""
     seed: int = setting(integer(0), 0)
-    """Of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     init: str | None = setting(optional(path), None)
     """Weights to start from: a Hugging Face folder, a run's weights/<phase>, or a checkpoint. The shape is theirs."""
     init_only: str | None = setting(optional(one_of("embeddings")), None)
-    """embeddings: take over only the token embedding (with it a tied head) and draw the rest by `seed`."""
+    """embeddings: take only the token embedding (and a tied head) from `init`, and draw the rest by `seed`."""
     precision: str = setting(one_of("auto", "bf16", "fp32"), "auto")
     """auto: bf16 with fp32 master weights where this machine multiplies it faster, else fp32: on a CPU by a test at the
     run's start, on a GPU by its compute capability. A run that goes on keeps what it began with."""
     precision_file: str | None = setting(optional(path), None)
-    """Where `precision: auto` is decided once for all runs that name this file, such as those of a study: by the first
-    of them."""
+    """A file that keeps the decision of `precision: auto`. The first run that names it decides, and all later ones
+    follow. Studies use it."""
     model: Model = setting(section(Model), Model())
     tokenizer: str | None = setting(optional(path), None)
-    """A .tiktoken file, or a tiktoken encoding by name; datasets made with another one are refused."""
+    """A .tiktoken file, a tiktoken encoding by name, or a Hugging Face folder or tokenizer.json. Datasets made with
+    another tokenizer are refused."""
     checkpoint: Checkpoints = setting(section(Checkpoints), Checkpoints())
     log: Log = setting(section(Log), Log())
     engine: Engine = setting(section(Engine), Engine())
     sources: dict[str, Source] = setting(_sources)
+    """The corpora by name. Mixtures, `stop.on` and metrics use these names."""
     phases: tuple[Phase, ...] = setting(_phases)
+    """The phases, in the order in which they run. A phase inherits `batch`, `eval` and `documents` from the one
+    before, key by key."""
 
     def __post_init__(self) -> None:
         for phase in self.phases:

@@ -118,14 +118,17 @@ class GPTConfig:
     """The shape of a GPT. RecipeError (a ValueError) names the field that is wrong."""
 
     layers: int = setting(integer(1, 10_000))
+    """Transformer blocks."""
     width: int = setting(_size)
+    """Width of the residual stream."""
     heads: int = setting(_size)
+    """Query heads."""
     kv_heads: int = setting(_size)
     """Key/value heads; a divisor of heads. Fewer than heads is grouped-query attention."""
     ffn: int = setting(_size)
     """Inner width of the SwiGLU."""
     context: int = setting(integer(1, 2**24))
-    """The longest sequence, in tokens; a training window has as many."""
+    """The longest sequence, in tokens. Training windows are as long unless `batch.context` says otherwise."""
     vocab_size: int = setting(_size)
     """Rows of the embedding. A recipe that leaves it out gets the tokenizer's vocabulary, rounded up to a multiple of
     64."""
@@ -134,31 +137,34 @@ class GPTConfig:
     qk_norm: bool = setting(boolean, False)
     """RMSNorm of queries and keys, before RoPE (Qwen3, OLMo 2)."""
     tied: bool = setting(boolean, True)
-    """The head is the embedding."""
+    """The output head shares the embedding's weights."""
     rope_theta: float = setting(number(0.0, 1e30, open_low=True), 10_000.0)
+    """Base of RoPE's wavelengths."""
     norm_eps: float = setting(number(0.0, 1.0, open_low=True), 1e-6)
+    """Added to the mean square in every RMSNorm."""
     qkv_bias: bool = setting(boolean, False)
     """A bias on queries, keys and values (Qwen2)."""
     rope_scaling: Scaling | None = setting(optional(Scaling.parse), None)
+    """RoPE stretched to longer texts, as transformers names it: rope_type llama3, linear or yarn, with their fields."""
     qk_norm_over: str = setting(one_of("head", "width"), "head")
     """What `qk_norm` normalises: every head alone (Qwen3), or all heads together (OLMo 2)."""
     norms: str = setting(one_of("before", "after"), "before")
     """Where a block's norms stand: before its layers (Llama), or after them, ahead of the addition to the stream
     (OLMo 2)."""
     o_bias: bool = setting(boolean, False)
-    """A bias on attention's result."""
+    """A bias on attention's output projection."""
     mlp_bias: bool = setting(boolean, False)
     """Biases in the feed-forward layer."""
     window: int | None = setting(optional(_size), None)
     """Keys that a query sees, its own included; None: all up to its own."""
     full_layers: tuple[int, ...] = setting(_layer_numbers, ())
-    """Layers without the window, counted from 0."""
+    """Layers that ignore `window`, counted from 0."""
     scaled_windows: bool = setting(boolean, True)
-    """`rope_scaling` holds for layers with the window too; false in OLMo 3."""
+    """Apply `rope_scaling` in layers with a window too; false in OLMo 3."""
     no_rope_layers: tuple[int, ...] = setting(_layer_numbers, ())
     """Layers without RoPE, counted from 0 (SmolLM3)."""
     family: str | None = setting(optional(one_of(*FAMILIES)), None)
-    """The name in transformers of what the weights are written as, where several families have such models."""
+    """The transformers model type that weights are written as, where several families have this shape."""
 
     def __post_init__(self) -> None:
         _parse(self, "model")

@@ -26,7 +26,9 @@ class AdamW(Optimizer):
 
     name: str = setting(text, "adamw")
     betas: tuple[float, float] = setting(_betas, (0.9, 0.95))
+    """Decay rates of the first and second moment."""
     eps: float = setting(number(0.0, open_low=True), 1e-8)
+    """Added to the root of the second moment."""
 
     kinds: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 

@@ -63,12 +63,13 @@ class Optimizer:
     """Settings that all optimizers have. A subclass gives `name` its default, adds its own and is registered."""
 
     name: str = setting(text)
+    """Which optimizer; it decides which of the other keys there are."""
     lr: float = setting(number(0.0, open_low=True))
     """Peak learning rate."""
     weight_decay: float = setting(number(0.0), 0.1)
-    """Decoupled; which parameters it applies to is in the model's table."""
+    """Decoupled weight decay. It applies to matrices, not to norms and biases."""
     clip: float | None = setting(optional(number(0.0, open_low=True)), 1.0)
-    """Largest global gradient norm; null for no clipping."""
+    """Largest global gradient norm; null turns clipping off."""
 
     kinds: ClassVar[tuple[str, ...]] = ()
     """The names of its state, as checkpoints have them: fp32, of a parameter's shape, zero at the start."""

@@ -48,6 +48,7 @@ class Muon(AdamW):
 
     name: str = setting(text, "muon")
     momentum: float = setting(_momentum, 0.95)
+    """Decay rate of the momentum of the blocks' matrices."""
 
     kinds = ("exp_avg", "exp_avg_sq", "momentum")
     whole_matrices = True
