@@ -155,7 +155,7 @@ EXAMPLES = {
     "phases[NAME].stop": {"on": "chem", "patience": "5"},
     "phases[NAME].also_average": {"share": "25%", "run": "runs/averaged"},
     "checkpoint": {"every": "200 steps", "keep": "5", "keep_every": "10000 steps", "keep_best": "true"},
-    "log": {"every": "50 steps", "stall_s": "1200"},
+    "log": {"every": "50 steps", "to": "[tensorboard, wandb]", "stall_s": "1200"},
     "engine": {
         "name": "deepspeed",
         "stage": "3",
@@ -232,6 +232,7 @@ KINDS: dict[Any, str] = {
     parse_optimizer: "section",
     config._steps: "steps",
     config._stage: "0, 1, 2, 3",
+    config._trackers: f"list of {', '.join(f'`{name}`' for name in config.TRACKERS)}",
     config._phase_name: "name",
     config._mixture: "shares by source",
     config._grid: "lists by setting",

@@ -294,12 +294,23 @@ class Checkpoints:
     """Also write a checkpoint at every new best `select` loss, and keep the newest of these."""
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "csv")
+
+
+def _trackers(value: object, where: str) -> tuple[str, ...]:
+    names = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(dict.fromkeys(one_of(*TRACKERS)(name, where) for name in names))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Log:
     """What a run records while it trains."""
 
     every: Span = setting(cadence, Span(Fraction(10), "steps"))
     """Time between two `train` records in metrics.jsonl."""
+    to: tuple[str, ...] = setting(_trackers, ("tensorboard",))
+    """Where figures go besides metrics.jsonl: tensorboard, wandb (Weights & Biases), mlflow, csv (metrics.csv in the
+    run's folder); [] for none. wandb and mlflow are extras: `pip install 'spt-fast[wandb]'`."""
     stall_s: float = setting(number(0.0, open_low=True), 600.0)
     """After this many seconds without a step, the stacks of all threads are written to stacks-<process>.txt."""
 
@@ -495,7 +506,7 @@ class Recipe:
                 *(rf"phases\.{i}\.eval\.every" for i, phase in enumerate(self.phases) if not phase.stop),
             ]
         )
-        mine, theirs = (_flat(recipe._with_defaults(shape)) for recipe in (self, other))
+        mine, theirs = (flat(recipe._with_defaults(shape)) for recipe in (self, other))
         return [
             f"{key}: {mine.get(key, 'absent')} → {theirs.get(key, 'absent')}"
             for key in sorted(mine.keys() | theirs.keys())
@@ -509,7 +520,8 @@ _KNOWN_BY_DIGEST = re.compile(r"tokenizer|init|sources\..+\.(train|heldout)", re
 """Fields with paths."""
 
 
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
+def flat(value: object, prefix: str = "") -> dict[str, object]:
+    """Plain data by dotted paths: phases.0.tokens."""
     if isinstance(value, list) and _KNOWN_BY_DIGEST.fullmatch(prefix):
         value = ", ".join(value)
     if isinstance(value, dict):
@@ -518,7 +530,7 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
         items = enumerate(value)
     else:
         return {prefix: value}
-    return {path: leaf for key, item in items for path, leaf in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+    return {path: leaf for key, item in items for path, leaf in flat(item, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def check_lengths(recipe: Recipe, context: int) -> None:

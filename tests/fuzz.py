@@ -88,6 +88,7 @@ from spt_fast.train import checkpoint
 from spt_fast.train.metrics import RunLog
 from spt_fast.train.plan import make_plan
 from spt_fast.train.snapshot import Snapshot
+from spt_fast.train.trackers import Followed
 from spt_fast.train.world import ALONE, join_world
 from tests import tiny
 from tests.study import tiny_study
@@ -647,10 +648,11 @@ class Names:
         folded = "".join(seen.split()).replace("|", "")
         assert "".join(recipe.run.encode("ascii", "backslashreplace").decode().split()).replace("|", "") in folded
         if rng.random() < 0.1:
-            board = RunLog(self.folder, keep_bytes=0, purge_step=None, progress=False, mfu_label="")
+            board = RunLog(Followed(self.folder, recipe, {}, None), keep_bytes=0, progress=False, mfu_label="")
             losses = {one: 1.0, two: 2.0}
             halves = {"heldout": losses, "select": losses, "train": losses}
-            board.evaluation({**halves, "standard_errors": halves, "step": 1}, 1)
+            where = {"phase": recipe.phases[0].name, "arm": 0, "step": 1}
+            board.evaluation({**halves, "standard_errors": halves, **where}, 1)
             board.close()
             drawn = panel(one, two, lambda axes: axes.set_ylabel(f"loss on {one}"))
             assert drawn.svg.count("<svg") == 1

@@ -27,6 +27,7 @@ from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.price import Machine, distribution_of, distributions, phase_memory
 from spt_fast.train.snapshot import Snapshot
+from spt_fast.train.trackers import check_installed
 from spt_fast.train.tuning import choose
 from spt_fast.train.world import World
 
@@ -58,6 +59,7 @@ def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
     that would change that.
     """
     world = join(recipe.engine)
+    world.on_first(lambda: check_installed(recipe.log.to))
     device = world.device
     plan = make_plan(recipe, world=world.size)
     world.on_first(lambda: plan.check_files(None, verify=verify))

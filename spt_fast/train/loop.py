@@ -21,7 +21,7 @@ import torch
 from spt_fast.config import Phase, Recipe
 from spt_fast.files import write_text
 from spt_fast.model import hf
-from spt_fast.model.flops import mfu_label, peak_flops
+from spt_fast.model.flops import mfu_label, parameters, peak_flops
 from spt_fast.printing import plain, terminal
 from spt_fast.train import averages, checkpoint, health
 from spt_fast.train.checkpoint import Retention
@@ -37,6 +37,7 @@ from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.state import ArmResult, Compute, Evaluation, PhaseResult, SavedState, ScheduleOrigin, TrainState
 from spt_fast.train.summary import facts
+from spt_fast.train.trackers import Followed
 from spt_fast.train.tuning import choose
 from spt_fast.train.watch import LossWatch, Watch
 from spt_fast.train.world import World, dtype_name
@@ -99,15 +100,13 @@ class Trainer:
         keep_every = settings.keep_every.steps(1, 1) if settings.keep_every else None
         self.writer = checkpoint.Writer(folder / "checkpoints", world, Retention(settings.keep, keep_every))
 
-        self.log: RunLog | NoLog = NoLog()
-        if world.is_first:
-            self.log = RunLog(
-                folder,
-                keep_bytes=self.state.metrics_bytes,
-                purge_step=self.state.total_steps if resumed else None,
-                progress=progress,
-                mfu_label=mfu_label(device),
-            )
+        dtype = dtype_name(self.engine.dtype)
+        facts = {"parameters": parameters(plan.model), "runs_on": self.engine.describe(), "computed_in": dtype}
+        run = Followed(folder, plan.recipe, facts, self.state.total_steps if resumed else None)
+        kept, label = self.state.metrics_bytes, mfu_label(device)
+        self.log: RunLog | NoLog = world.everywhere(
+            lambda: RunLog(run, keep_bytes=kept, progress=progress, mfu_label=label) if world.is_first else NoLog()
+        )
         lines = introduction(folder, self.engine, model, plan, self.choices, self.backends, resumed)
         world.on_first(lambda: self.log.say("\n".join(lines)))
 

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, and one line on the screen.
+"""What a run says while it runs: metrics.jsonl, its trackers, and one line on the screen.
 
 metrics.jsonl is the record: a "train" object per logged step and an "eval" object per evaluation. It is cut back to a
 checkpoint's length on resume, so that it never holds a step twice. The screen shows a progress bar on a terminal and
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from spt_fast.errors import CheckpointError
 from spt_fast.printing import as_json, terminal
+from spt_fast.train.trackers import Followed, Trackers
 
 PLAIN_LINE_EVERY_S = 15.0
 LONGEST_LINE_BYTES = 1 << 20
@@ -66,27 +66,26 @@ class Display:
             eta_s = (time.monotonic() - self._began) / max(1, step - self._first) * (self._steps - step)
             self.say(f"{self._title}: step {step}/{self._steps} · {figures} · ETA {eta_s:.0f} s{more}")
 
-    def close(self) -> None:
+    def close(self, status: str = "done") -> None:
+        """status: how a run ended."""
         self._bar.stop()
 
 
 class RunLog(Display):
-    """Writes a run's metrics to `folder` and shows its progress."""
+    """Writes a run's metrics to its folder and its trackers, and shows its progress."""
 
-    def __init__(
-        self, folder: Path, *, keep_bytes: int, purge_step: int | None, progress: bool, mfu_label: str
-    ) -> None:
-        path = folder / "metrics.jsonl"
+    def __init__(self, run: Followed, *, keep_bytes: int, progress: bool, mfu_label: str) -> None:
+        path = run.folder / "metrics.jsonl"
         path.touch()
         size = path.stat().st_size
         whole_bytes = _whole_lines(path, min(keep_bytes, size))
         os.truncate(path, whole_bytes)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
         self._mfu_label = mfu_label
         self._last_eval = ""
         super().__init__(progress)
-        if size > 0 and purge_step is None:
+        self._trackers = Trackers(run, self.say)
+        if size > 0 and run.resumed_at is None:
             self.say("no checkpoint to go on from: starting at the first step")
         if whole_bytes < keep_bytes:
             self.say(
@@ -95,20 +94,15 @@ class RunLog(Display):
             )
 
     def train(self, record: dict[str, Any], total_step: int) -> None:
-        """A logged training step; `total_step` counts over the whole run, for TensorBoard."""
-        self._write({"kind": "train", **record})
-        for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
-            self._board.add_scalar(f"train/{key}", record[key], total_step)
+        """A logged training step; `total_step` counts over the whole run."""
+        self._write({"kind": "train", **record}, total_step)
         mfu = "mfu n/a" if record["mfu"] is None else f"{record['mfu']:.1%} mfu[{self._mfu_label}]"
         skipped = f" · skipped steps: {record['skipped']}" if record["skipped"] else ""
         rates = f"loss {_loss(record['loss'])} · {record['tokens_per_s']:,.0f} tok/s · {mfu}{skipped}"
         self.show(record["step"], rates, self._last_eval)
 
     def evaluation(self, record: dict[str, Any], total_step: int) -> None:
-        self._write({"kind": "eval", **record})
-        for split in ("heldout", "select", "train"):
-            for source, loss in record[split].items():
-                self._board.add_scalar(f"{split}/{source}", loss, total_step)
+        self._write({"kind": "eval", **record}, total_step)
         errors = record["standard_errors"]["heldout"]
         losses = " ".join(
             f"{source} {_loss(loss)}{_error(errors[source])}" for source, loss in record["heldout"].items()
@@ -116,7 +110,7 @@ class RunLog(Display):
         self._last_eval = f" · held out at step {record['step']}: {losses}"
         self._bar.update(self._task, more=self._last_eval)
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any], total_step: int) -> None:
         try:
             self._file.write(json.dumps(as_json(record), allow_nan=False) + "\n")
             self._file.flush()
@@ -124,6 +118,7 @@ class RunLog(Display):
             raise CheckpointError(
                 f"{self._file.name}: could not be written ({error.strerror}); make room, then go on with `resume=True`"
             ) from error
+        self._trackers.write(record, total_step)
 
     def sync(self) -> int:
         """Everything written reaches the disk; returns the length of metrics.jsonl in bytes."""
@@ -131,9 +126,9 @@ class RunLog(Display):
         os.fsync(self._file.fileno())
         return self._file.tell()
 
-    def close(self) -> None:
+    def close(self, status: str = "done") -> None:
+        self._trackers.close(status)
         super().close()
-        self._board.close()
         self._file.close()
 
 

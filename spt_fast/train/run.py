@@ -33,6 +33,7 @@ from spt_fast.train.plan import Plan, make_plan, recorded_texts
 from spt_fast.train.resume import changes, refused, rounding, shape_of
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
+from spt_fast.train.trackers import check_installed
 from spt_fast.train.watch import Watch
 from spt_fast.train.weights import digest_of, locate, read_config
 from spt_fast.train.world import World, use_deterministic_algorithms
@@ -51,6 +52,7 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
     if recipe.engine.deterministic:
         use_deterministic_algorithms()
     world = join(recipe.engine)
+    world.on_first(lambda: check_installed(recipe.log.to))
     folder = Path(recipe.run)
     with ExitStack() as held:
         finished = world.on_first(lambda: _check_folder(folder, recipe, resume))
@@ -91,11 +93,12 @@ def _train(recipe: Recipe, folder: Path, world: World, *, resume: bool, verify: 
                 ending = {"status": "failed", "reason": str(error)}
             trainer.writer.finish()
         except BaseException as error:
+            ending = {"status": "failed", "reason": str(error) or type(error).__name__}
             with suppress(OSError):
-                trainer.summarise("failed", reason=str(error) or type(error).__name__)
+                trainer.summarise(**ending)
             raise
         finally:
-            trainer.log.close()
+            trainer.log.close(ending["status"])
         return trainer.summarise(**ending)
 
 
