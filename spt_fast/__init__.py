@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from spt_fast.model.gpt import GPT
     from spt_fast.train.run import run
 
-    __version__: str
+__version__ = "0.2.0"
 
 _HOMES = {
     "GPT": "spt_fast.model.gpt",
@@ -117,10 +117,6 @@ class CallableRoom(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("spt-fast")
     if name in _ROOMS:
         return import_module(f"spt_fast.{name}")
     if name in _HOMES:
