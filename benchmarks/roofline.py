@@ -123,6 +123,11 @@ class Shape:
         """Bytes of a weight gradient in fp32 that a product adds to: written, and read except the first time."""
         return 8 - 4 / self.micro
 
+    @property
+    def parts(self) -> float:
+        """Bytes of a norm weight's gradient in parts, each program's in fp32: as of `added`."""
+        return PROGRAMS * self.D * self.added
+
 
 Amount = Callable[[Shape], float]
 
@@ -217,8 +222,7 @@ def ours(*, fp8: bool = False) -> list[Kernel]:
         Kernel("rope backward", "layer", "backward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
         *linear("out", lambda s: s.HQ, lambda s: s.D, x=FOUND, dy=BY_ROWS),
         Kernel("add and norm, two", "layer", "forward", lambda s: 16.0 * s.N * s.D, launches=2),
-        Kernel("add and norm backward, two", "layer", "backward", lambda s: 16.0 * s.N * s.D, launches=2),
-        Kernel("norm weights' gradients, two", "layer", "backward", lambda s: 8.0 * PROGRAMS * s.D, launches=2),
+        Kernel("add and norm backward, two", "layer", "backward", lambda s: 16.0 * s.N * s.D + 2 * s.parts, launches=2),
         *linear("gate and up", lambda s: s.D, lambda s: 2 * s.F, x=BY_ROWS, dy=BY_PARTS),
         Kernel("swiglu", "layer", "forward", lambda s: 6.0 * s.N * s.F),
         Kernel("swiglu backward", "layer", "backward", lambda s: (10.0 if fp8 else 12.0) * s.N * s.F),
@@ -232,11 +236,13 @@ def ours(*, fp8: bool = False) -> list[Kernel]:
         logits("logits, dw", "forward", lambda s: 2.0 * s.N * (s.D + s.V) + 8.0 * s.chunks * s.V * s.D,
                lambda s: s.chunks),
         Kernel("loss's scale and sum", "batch", "forward", lambda s: 4.0 * s.N, launches=8),
-        Kernel("first norm backward", "batch", "backward", lambda s: 6.0 * s.N * s.D, launches=2),
+        Kernel("first norm backward", "batch", "backward", lambda s: 6.0 * s.N * s.D + s.parts),
         Kernel("the stream's two gradients", "batch", "backward", lambda s: 6.0 * s.N * s.D),
         Kernel("embedding backward", "batch", "backward", lambda s: 2.0 * s.N * s.D + 8.0 * s.V * s.D, launches=9),
+        Kernel("norm weights' gradients", "step", "update",
+               lambda s: 4.0 * PROGRAMS * s.D * (2 * s.config.layers + 1), launches=2),
         Kernel("gradient norm", "step", "update", lambda s: 4.0 * s.P, launches=3),
-        Kernel("AdamW", "step", "update", lambda s: 30.0 * s.P, launches=2),
+        Kernel("AdamW", "step", "update", lambda s: 30.0 * s.P),
         Kernel("scalars", "step", "update", lambda s: 0.0, launches=16),
     ]  # fmt: skip
 

@@ -18,7 +18,8 @@ from spt_fast.kernels.backend import auto_backends, chosen_backends, prefer
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
 from spt_fast.kernels.embedding import embedding
 from spt_fast.kernels.fp8 import fp8_linear
-from spt_fast.kernels.linear import accumulate_in_place, linear
+from spt_fast.kernels.gradients import accumulate_in_place
+from spt_fast.kernels.linear import linear
 from spt_fast.kernels.norm import add_rms_norm, rms_norm
 from spt_fast.kernels.rotary import qk_norm_rope, rope
 

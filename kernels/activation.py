@@ -33,8 +33,9 @@ from spt_fast import native
 from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, custom_op, differentiable
 from spt_fast.kernels.fp8 import with_largest
+from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
-from spt_fast.kernels.linear import accumulates_in_place, weight_gradients
+from spt_fast.kernels.linear import weight_gradients
 from spt_fast.kernels.matmul import multiply, rows_times
 
 

@@ -22,14 +22,15 @@ Bytes moved for a float32 parameter with float32 gradient, in an ideal kernel: 2
 for a bf16 parameter with master 30. The kernels move these; the reference makes a dozen passes, over blocks that stay
 in a CPU's cache. A call of a custom op costs more than the update of a small tensor (60 µs on a CPU), so one call takes
 all the tensors that are updated alike; on a CPU threads share all their elements, on a GPU each has its launch, so the
-trainer has them in one flat tensor (train/optim.py). Kernels work in place, so they must never be autotuned: the first
-call would take many steps.
+trainer has them in one flat tensor (train/optim.py): first those that decay, then the others. Kernels work in place, so
+they must never be autotuned: the first call would take many steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,12 +108,15 @@ def adamw_step_all(
     grad_scale: float | Tensor = 1.0,
     skip: bool | Tensor | None = None,
     masters: Sequence[Tensor] | None = None,
+    decayed: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> None:
     """`adamw_step` of every param, with the same numbers for all, in one call.
 
     The lists are equally long and hold a tensor for each param; all tensors are on one device, and no two that are
-    updated share memory. One backend that can run for all of them is taken.
+    updated share memory. decayed: to how many numbers of each param, from the first, weight_decay applies; to all by
+    default. A param of which only a part decays is contiguous, as its other tensors are. One backend that can run for
+    all of them is taken.
     ValueError: as adamw_step, lists of other lengths, or params of float64 among others.
     """
     lists = {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "anchor": anchors, "master": masters}
@@ -157,6 +161,7 @@ def adamw_step_all(
             None if skip is None else scalar(skip, torch.bool),
         ],
         [*betas, eps, weight_decay, anchor_decay],
+        [param.numel() for param in params] if decayed is None else decayed,
         picked.pop() if len(picked) == 1 else "reference",
     )
 
@@ -174,6 +179,7 @@ def _step(
     anchors: Sequence[Tensor],
     scalars: Sequence[Tensor | None],
     numbers: Sequence[float],
+    decayed: Sequence[int],
     backend: str,
 ) -> None:
     """masters and anchors: one for each param, or none. scalars: the 0-d tensors step, lr and grad_scale in the dtype
@@ -181,43 +187,59 @@ def _step(
     lists because torch's Python side of a custom op takes time by the square of the number of arguments.
     """
     given = [params, exp_avgs, exp_avg_sqs, masters, grads, anchors]
-    if backend == "reference":
-        _one_by_one(_reference, given, scalars, numbers)
-        return
-    taken = [[tensor.contiguous() for tensor in tensors] for tensors in given]
-    if backend == "cpu":
-        _cpu(taken, scalars, numbers)
+    taken = given if backend == "reference" else [[tensor.contiguous() for tensor in tensors] for tensors in given]
+    if backend == "triton":
+        for each, count in zip(_each(taken), decayed, strict=True):
+            _triton(count, scalars, numbers, *each)
     else:
-        _one_by_one(_triton, taken, scalars, numbers)
+        for lists, decay in _by_decay(taken, decayed, numbers[3]):
+            (_cpu if backend == "cpu" else _reference_all)(lists, scalars, [*numbers[:3], decay, numbers[4]])
     for tensors, updates in zip(given[:4], taken, strict=False):
         for tensor, updated in zip(tensors, updates, strict=True):
             if updated is not tensor:
                 tensor.copy_(updated)
 
 
-def _one_by_one(
-    update: Callable[..., None],
-    lists: Sequence[Sequence[Tensor]],
-    scalars: Sequence[Any],
-    numbers: Sequence[float],
-) -> None:
+def _each(lists: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Any, ...]]:
+    """The tensors of one param after the other, None for those that there are not."""
     absent = [None] * len(lists[0])
-    for tensors in zip(*(tensors or absent for tensors in lists), strict=True):
-        update(*tensors, scalars, numbers)
+    return zip(*(tensors or absent for tensors in lists), strict=True)
+
+
+def _by_decay(
+    lists: Sequence[Sequence[Tensor]], decayed: Sequence[int], weight_decay: float
+) -> Iterator[tuple[list[list[Tensor]], float]]:
+    """The tensors, or parts of them, that decay, and the others, each with their weight decay."""
+    sizes = [param.numel() for param in lists[0]]
+    for decays in (True, False):
+        picked: list[list[Tensor]] = [[] for _ in lists]
+        for number, (count, size) in enumerate(zip(decayed, sizes, strict=True)):
+            first, end = (0, count) if decays else (count, size)
+            for tensors, part in zip(lists, picked, strict=True):
+                if tensors and first < end:
+                    whole = tensors[number]
+                    part.append(whole if end - first == size else whole.view(-1)[first:end])
+        if picked[0]:
+            yield picked, weight_decay if decays else 0.0
 
 
 # ------------------------------------------------------------------------------------------------ reference
 
 
+def _reference_all(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Any], numbers: Sequence[float]) -> None:
+    for tensors in _each(lists):
+        _reference(scalars, numbers, *tensors)
+
+
 def _reference(
+    scalars: Sequence[Any],
+    numbers: Sequence[float],
     param: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     master: Tensor | None,
     grad: Tensor,
     anchor: Tensor | None,
-    scalars: Sequence[Any],
-    numbers: Sequence[float],
 ) -> None:
     step, lr, grad_scale, skip = scalars
     beta1, beta2, eps, weight_decay, anchor_decay = numbers
@@ -290,11 +312,11 @@ def _bias(beta_log, step):
     return tl.where(x > -0.5, -x * series, 1 - tl.exp(x))
 
 
-@jit
+@partial(jit, do_not_specialize=("decayed",))
 def _kernel(
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, anchor_ptr,
     step_ptr, lr_ptr, grad_scale_ptr, skip_ptr,
-    N, new1, new2, log_beta1, log_beta2, eps, weight_decay, anchor_decay,
+    N, decayed, new1, new2, log_beta1, log_beta2, eps, weight_decay, anchor_decay,
     HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr, HAS_SKIP: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -312,7 +334,8 @@ def _kernel(
     m += (grad - m) * new1
     v += (grad * grad - v) * new2
     rate, correction2 = lr / _bias(log_beta1, step), 1 / _bias(log_beta2, step)
-    change = tl.div_rn(rate * m, tl.sqrt_rn(v * correction2) + eps) + lr * weight_decay * theta
+    decay = tl.where(at < decayed, weight_decay, 0.0)
+    change = tl.div_rn(rate * m, tl.sqrt_rn(v * correction2) + eps) + lr * decay * theta
     if HAS_ANCHOR:
         change += lr * anchor_decay * (theta - tl.load(anchor_ptr + at, mask, 0.0).to(tl.float32))
     theta -= change
@@ -334,14 +357,15 @@ def _registers(N: int) -> int | None:
 
 
 def _triton(
+    decayed: int,
+    scalars: Sequence[Any],
+    numbers: Sequence[float],
     param: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     master: Tensor | None,
     grad: Tensor,
     anchor: Tensor | None,
-    scalars: Sequence[Any],
-    numbers: Sequence[float],
 ) -> None:
     step, lr, grad_scale, skip = scalars
     beta1, beta2, eps, weight_decay, anchor_decay = numbers
@@ -349,7 +373,7 @@ def _triton(
     if N:
         _kernel[(-(-N // TRITON_BLOCK),)](
             param, grad, exp_avg, exp_avg_sq, master, anchor, step, lr, grad_scale, skip,
-            N, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps, weight_decay, anchor_decay,
+            N, decayed, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps, weight_decay, anchor_decay,
             HAS_MASTER=master is not None, HAS_ANCHOR=anchor is not None, HAS_SKIP=skip is not None,
             BLOCK_SIZE=TRITON_BLOCK, num_warps=TRITON_WARPS, maxnreg=_registers(N),
         )  # fmt: skip
@@ -371,7 +395,7 @@ def variants() -> list[Variant]:
                 "skip_ptr": "*i1" if skip else None,
             }
             arguments |= dict.fromkeys(("step_ptr", "lr_ptr", "grad_scale_ptr"), "*fp32")
-            arguments["N"] = "i32" if N % 16 else "i32:16"
+            arguments |= {"N": "i32" if N % 16 else "i32:16", "decayed": "i32"}
             numbers = ("new1", "new2", "log_beta1", "log_beta2", "eps", "weight_decay", "anchor_decay")
             arguments |= dict.fromkeys(numbers, "fp32")
             flags = {"HAS_MASTER": bool(master), "HAS_ANCHOR": anchor, "HAS_SKIP": skip}

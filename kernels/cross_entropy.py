@@ -44,8 +44,9 @@ from torch import Tensor
 from spt_fast import native
 from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Candidate, Op, accumulation_dtype, custom_op, differentiable, is_looked_at
+from spt_fast.kernels.gradients import accumulates_in_place, gradient_of
 from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, next_power_of_2, tl
-from spt_fast.kernels.linear import accumulates_in_place, add_product, gradient_of
+from spt_fast.kernels.linear import add_product
 from spt_fast.kernels.matmul import multiply
 
 CHUNK_BYTES = {"cpu": 8 << 20}

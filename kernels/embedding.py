@@ -27,8 +27,8 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable
+from spt_fast.kernels.gradients import accumulates_in_place, gradient_of
 from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
-from spt_fast.kernels.linear import accumulates_in_place, gradient_of
 
 
 def embedding(tokens: Tensor, weight_VD: Tensor, *, backend: str = "auto") -> Tensor:

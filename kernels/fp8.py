@@ -42,8 +42,8 @@ from torch import Tensor
 
 from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Op, custom_op, differentiable
+from spt_fast.kernels.gradients import in_place
 from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
-from spt_fast.kernels.linear import accumulates_in_place
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST = 1e-30
@@ -83,13 +83,12 @@ def obstacle(device: torch.device) -> str | None:
 
 def _quantised(weight: Tensor, backend: str) -> tuple[Tensor, ...]:
     """As `_quantise_weight`, which is kept on a parameter until it changes."""
-    if not accumulates_in_place(weight):
+    if (kept := in_place(weight)) is None:
         return _quantise_weight(weight.detach(), backend)
-    holder: Any = weight
-    key, kept = (weight._version, weight.data_ptr(), backend), getattr(weight, "in_fp8", None)
-    if kept is None or kept[0] != key:
-        kept = holder.in_fp8 = key, _quantise_weight(weight.detach(), backend)
-    return kept[1]
+    key = weight._version, weight.data_ptr(), backend
+    if kept.in_fp8 is None or kept.in_fp8[0] != key:
+        kept.in_fp8 = key, _quantise_weight(weight.detach(), backend)
+    return kept.in_fp8[1]
 
 
 def _fake_weight(weight: Tensor, *_: Any) -> tuple[Tensor, ...]:

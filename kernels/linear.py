@@ -10,15 +10,12 @@ the addition, in three kernels, and every micro-batch's part is rounded to bf16.
 a parameter, the product itself adds to `.grad` (beta = 1): 8 bytes, 4 the first time, one kernel, nothing rounded. A
 CPU has no product of bf16 numbers with float32 sums: there it is rounded once, and csrc/linear.cpp adds it in one pass.
 
-In place, nothing reaches the parameter's own node of the autograd graph, nor hooks on it, which DeepSpeed needs; and
-`torch.autograd.grad` finds no gradient. So it is asked for by those who call `backward()` and read `.grad`. It holds
-for all ops with large weights: linear, swiglu_linear, embedding, and linear_cross_entropy where it is given `scale`.
+What that asks of a caller is in kernels/gradients.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,33 +24,9 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.kernels.backend import CPU_LIBRARY, Op, accumulation_dtype
+from spt_fast.kernels.gradients import accumulates_in_place, gradient_of
 from spt_fast.kernels.launch import Variant
 from spt_fast.kernels.matmul import multiply, rows_times
-
-
-def accumulate_in_place(parameters: Iterable[Tensor], memory: Iterable[Tensor] | None = None) -> None:
-    """From now on the ops add these leaves' gradients to their `.grad` as they make them, in float32 (float64 for
-    float64 parameters); where it is None they begin it, where a `memory` for each is given there."""
-    places = repeat(None) if memory is None else memory
-    for parameter, place in zip(parameters, places, strict=False):
-        parameter.grad_dtype = accumulation_dtype(parameter)
-        parameter.accumulates_in_place = True  # type: ignore[attr-defined]
-        parameter.gradient_memory = place  # type: ignore[attr-defined]
-
-
-def accumulates_in_place(parameter: Tensor | None) -> bool:
-    """Whether the backward pass of an op adds to this parameter's `.grad` itself, and hands on none."""
-    return parameter is not None and parameter.requires_grad and getattr(parameter, "accumulates_in_place", False)
-
-
-def gradient_of(parameter: Tensor) -> tuple[Tensor, bool]:
-    """The `.grad` of a parameter that accumulates in place; whether it is new, and holds nothing yet."""
-    if parameter.grad is not None:
-        return parameter.grad, False
-    memory: Tensor | None = parameter.gradient_memory  # type: ignore[attr-defined]
-    made = torch.empty_like(parameter, dtype=parameter.grad_dtype) if memory is None else memory
-    parameter.grad = made
-    return made, True
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:

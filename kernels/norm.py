@@ -15,10 +15,10 @@ handed on in that wider dtype, unrounded, for those who accumulate in it (`weigh
 weight's dtype for those who don't. The weight may have another dtype than x.
 
 A Triton program takes some whole rows at once into registers. Backward, as many programs as the GPU holds walk over the
-rows, each with the sum of its part of dw in registers; these parts, [programs, D], are added at the end: no atomics, so
-the same result every time. Of rows wider than 8,192 registers hold no more than that sum: they are read twice, the
-second time from the cache; float32 and odd widths are left to the reference. csrc/norm.cpp does the same as the
-kernels over blocks of rows.
+rows, each with the sum of its part of dw in registers; these parts, [programs, D], are added at the end, or once a step
+for the norms of all layers (kernels/gradients.py): no atomics, so the same result every time. Of rows wider than 8,192
+registers hold no more than that sum: they are read twice, the second time from the cache; float32 and odd widths are
+left to the reference. csrc/norm.cpp does the same as the kernels over blocks of rows.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable
+from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable, is_looked_at
 from spt_fast.kernels.fp8 import with_largest
+from spt_fast.kernels.gradients import in_place
 from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
 
 
@@ -128,17 +129,27 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     x, residual, weight, _, ctx.largest, ctx.backend = inputs
     _, stream, rstd, _ = output
     ctx.save_for_backward(x if residual is None else stream, weight, rstd)
+    ctx.weight = weight  # itself, which a checkpoint's copy of what is saved is not
     ctx.has_residual = residual is not None
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     x, weight, rstd = ctx.saved_tensors
+    dw: Tensor | None
     if not ctx.has_residual:
         dstream = None
     if dy is None:
         return dstream, dstream, *[None] * 4
-    dx, dw, amax = _norm_backward(dy, dstream, x, weight, rstd, ctx.largest, ctx.backend)
+    known = in_place(ctx.weight)
+    if known is not None and known.parts is not None and _makes_parts(x, ctx.backend) and not is_looked_at((dy, x)):
+        amax, dw = _empty_amax(x, ctx.largest, ctx.backend), None
+        dstream = None if dstream is None else dstream.contiguous()
+        dx, _parts = _triton_backward(
+            dy.contiguous(), dstream, x.contiguous(), weight.contiguous(), rstd, amax, ctx.weight
+        )
+    else:
+        dx, dw, amax = _norm_backward(dy, dstream, x, weight, rstd, ctx.largest, ctx.backend)
     if amax.numel():
         with_largest(dx, amax)
     return dx, dx if ctx.has_residual else None, dw, *[None] * 3
@@ -209,6 +220,12 @@ def _backward_tile(D: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return rows, columns, warps * (2 if D % 16 else 1)
 
 
+def _registers(rows: int, columns: int, warps: int) -> int | None:
+    """At most so many for a thread, backward; None where the assembler's own choice spills nothing. With few numbers a
+    thread it aims so low for the sake of occupancy that it spills some where dw is added to."""
+    return 64 if rows * columns <= 8 * 32 * warps else None
+
+
 @jit
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, stream_ptr, rstd_ptr, amax_ptr, N, D, eps,
@@ -242,9 +259,10 @@ def _load(ptr, offsets, mask, AGAIN: tl.constexpr = False):
 @jit
 def _backward_kernel(
     dy_ptr, dstream_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr, amax_ptr, N, D,
-    HAS_DSTREAM: tl.constexpr, TWICE: tl.constexpr, AMAX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_DSTREAM: tl.constexpr, TWICE: tl.constexpr, AMAX: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """TWICE: rows are read again after their projection is known, not held."""
+    """TWICE: rows are read again after their projection is known, not held. ADD: to what is in dw already."""
     columns = tl.arange(0, COLUMNS)
     if not TWICE:
         weight = _load(weight_ptr, columns, columns < D)[None, :]
@@ -271,7 +289,10 @@ def _backward_kernel(
         tl.store(dx_ptr + offsets, dx, mask)
         if AMAX:
             tl.store(amax_ptr + rows, tl.max(tl.abs(dx.to(tl.float32)), 1), rows < N)
-    tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * D + columns, tl.sum(dw, 0), columns < D)
+    total, dw_ptr = tl.sum(dw, 0), dw_ptr + tl.program_id(0).to(tl.int64) * D
+    if ADD:
+        total += _load(dw_ptr, columns, columns < D)
+    tl.store(dw_ptr + columns, total, columns < D)
 
 
 def _triton_forward(
@@ -291,27 +312,44 @@ def _triton_forward(
 
 
 def _triton_backward(
-    dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, amax: Tensor
+    dy: Tensor,
+    dstream: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    amax: Tensor,
+    parameter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """(dx, dw), or instead of dw its parts, which are among those of a `parameter` that keeps them."""
     N, D = len(rstd), x.shape[-1]
     dx = torch.empty_like(x)
     if not N:
         return dx, x.new_zeros(D, dtype=torch.float32)
-    if D > WIDEST and (x.dtype == torch.float32 or D % 16):
+    if not _makes_parts(x, "triton"):
         dx, dw = _reference_backward(dy, dstream, x, weight, rstd)
         _amax_of(dx.view(N, D), amax)
         return dx, dw
     rows, columns, warps = _backward_tile(D, x.dtype)
-    programs = min(-(-N // rows), PROGRAMS_PER_SM * multiprocessors(x.device))
-    dw = x.new_empty(programs, D, dtype=torch.float32)
+    programs = PROGRAMS_PER_SM * multiprocessors(x.device)
+    if parameter is None:
+        programs = min(-(-N // rows), programs)
+        dw, new = x.new_empty(programs, D, dtype=torch.float32), True
+    else:
+        dw, new = in_place(parameter).parts.of(parameter, programs)  # type: ignore[union-attr]
     _backward_kernel[(programs,)](
         dy, dstream, x, weight, rstd, dx, dw, amax, N, D,
-        HAS_DSTREAM=dstream is not None, TWICE=D > WIDEST, AMAX=amax.numel() > 0 and D <= WIDEST,
-        ROWS=rows, COLUMNS=columns, num_warps=warps,
+        HAS_DSTREAM=dstream is not None, TWICE=D > WIDEST, AMAX=amax.numel() > 0 and D <= WIDEST, ADD=not new,
+        ROWS=rows, COLUMNS=columns, num_warps=warps, maxnreg=_registers(rows, columns, warps),
     )  # fmt: skip
     if D > WIDEST:
         _amax_of(dx.view(N, D), amax)
-    return dx, dw.sum(0)
+    return dx, dw.sum(0) if parameter is None else dw
+
+
+def _makes_parts(x: Tensor, backend: str) -> bool:
+    """Whether the kernel runs for these rows, of which there are some."""
+    D = x.shape[-1]
+    return backend == "triton" and x.numel() > 0 and (D <= WIDEST or (x.dtype != torch.float32 and D % 16 == 0))
 
 
 def _amax_of(x_ND: Tensor, amax: Tensor) -> None:
@@ -352,7 +390,9 @@ def variants() -> list[Variant]:
             **sizes,
         }
         constants = {"HAS_DSTREAM": whole, "TWICE": D > WIDEST, "AMAX": amax, "ROWS": rows, "COLUMNS": columns}
-        found.append(Variant(_backward_kernel, arguments, constants, warps, default=default))
+        maxnreg = _registers(rows, columns, warps)
+        for flags in (constants | {"ADD": add} for add in (False, True)):
+            found.append(Variant(_backward_kernel, arguments, flags, warps, maxnreg=maxnreg, default=default))
     return found
 
 

@@ -25,8 +25,8 @@ class Group:
     params: Sequence[Tensor]
     state: dict[str, list[Tensor]]
     """By kind, fp32."""
-    decayed: bool
-    """Whether weight decay applies."""
+    decayed: Sequence[int]
+    """To how many numbers of each parameter, from the first, weight decay applies."""
     masters: Sequence[Tensor] | None = None
     """fp32; they take the update and are rounded into the parameters. None where these are fp32 themselves."""
     anchors: Sequence[Tensor] | None = None

@@ -70,13 +70,13 @@ class Muon(AdamW):
         for (m, n), matrices in alike.items():
             at_once = max(1, STACKED // (m * n))
             for first in range(0, len(matrices), at_once):
-                self._update_alike(matrices[first : first + at_once], group.decayed, by, dtype)
+                self._update_alike(matrices[first : first + at_once], by, dtype)
         for param, master in zip(group.params, masters, strict=True):
             if param is not master:
                 param.copy_(master)
 
-    def _update_alike(self, matrices: list[tuple[Tensor, ...]], decayed: bool, by: Update, dtype: torch.dtype) -> None:
-        """Matrices of one shape, each given as (gradient, momentum, master, anchor)."""
+    def _update_alike(self, matrices: list[tuple[Tensor, ...]], by: Update, dtype: torch.dtype) -> None:
+        """Matrices of one shape, each given as (gradient, momentum, master, anchor); all of a block's decay."""
         import torch
 
         m, n = matrices[0][0].shape
@@ -94,7 +94,7 @@ class Muon(AdamW):
         orthogonal = orthogonalised(torch.stack(steps))
         for change, (_, _, master, anchor) in zip(orthogonal, matrices, strict=True):
             change = change.float() * (RMS * max(m, n) ** 0.5)
-            if decayed and self.weight_decay:
+            if self.weight_decay:
                 change.add_(master, alpha=self.weight_decay)
             if by.anchor_decay:
                 change.add_(master - anchor, alpha=by.anchor_decay)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.kernels import accumulate_in_place
+from spt_fast.kernels.gradients import sum_parts_at_last
 from spt_fast.kernels.total_norm import total_norm
 from spt_fast.model.gpt import GPT
 from spt_fast.model.parameters import Parameter, table
@@ -45,8 +46,9 @@ class ModelOptimizer:
     """The parameters that require a gradient: frozen ones have no state here and no part in the norm.
 
     What is updated alike lies in flat tensors, one for parameters, for masters, for each kind of state, for the anchor,
-    so that one kernel updates it; all gradients lie in one, and their norm is one kernel too. There gradients stay from
-    step to step, never set to 0, since the ops begin them anew (`accumulate_in_place`).
+    so that one kernel updates it: first what decays, then what doesn't. All gradients lie in one, and their norm is one
+    kernel too. There gradients stay from step to step, never set to 0, since the ops begin them anew
+    (`accumulate_in_place`).
     """
 
     def __init__(
@@ -68,10 +70,9 @@ class ModelOptimizer:
         self.state: dict[str, dict[str, Tensor]] = {kind: {} for kind in settings.kinds}
         self.anchor: dict[str, Tensor] = {}
         known = table(model.config)
-        alike: dict[tuple[bool, bool], dict[str, Parameter]] = {}
-        for name in filter(own, self.params):
-            what = known[name].kind
-            alike.setdefault((what.decayed, what.hidden and settings.whole_matrices), {})[name] = known[name]
+        alike: dict[bool, dict[str, Parameter]] = {}
+        for name in sorted(filter(own, self.params), key=lambda name: not known[name].kind.decayed):
+            alike.setdefault(known[name].kind.hidden and settings.whole_matrices, {})[name] = known[name]
         lengths = [Line.length({name: row.shape for name, row in rows.items()}) for rows in alike.values()]
         for param in self.params.values():
             param.grad_dtype = torch.float32
@@ -80,15 +81,20 @@ class ModelOptimizer:
         self._all_gradients = self.count.new_zeros(sum(lengths)) if flat else None
         self._gradients: dict[str, Tensor] = {}
         parts = [None] * len(lengths) if self._all_gradients is None else self._all_gradients.split(lengths)
-        self._groups = [self._group(rows, *how, part) for (how, rows), part in zip(alike.items(), parts, strict=True)]
+        self._groups = [
+            self._group(rows, whole, part) for (whole, rows), part in zip(alike.items(), parts, strict=True)
+        ]
         if flat:
             accumulate_in_place(self.params.values(), (self._gradients[name] for name in self.params))
+        vectors = [param for param in self.params.values() if param.ndim == 1] if flat else []
+        self._parts = sum_parts_at_last(vectors)
 
-    def _group(self, rows: dict[str, Parameter], decayed: bool, whole: bool, gradients: Tensor | None) -> Group:
+    def _group(self, rows: dict[str, Parameter], whole: bool, gradients: Tensor | None) -> Group:
         """gradients: where they go; None where those of the parameters are taken as they are."""
         shapes = {name: row.shape for name, row in rows.items()}
         params: dict[str, Tensor] = {name: self.params[name].detach() for name in rows}
         dtype, hidden = next(iter(params.values())).dtype, next(iter(rows.values())).kind.hidden
+        together = gradients is not None and not whole
 
         def line(values: Mapping[str, Tensor] = {}, dtype: torch.dtype = torch.float32) -> Line:
             made = Line(shapes, self.count.new_zeros(Line.length(shapes), dtype=dtype))
@@ -97,7 +103,7 @@ class ModelOptimizer:
             return made
 
         def tensors(line: Line) -> list[Tensor]:
-            return list(line.views.values()) if whole or gradients is None else [line.whole]
+            return [line.whole] if together else list(line.views.values())
 
         updated: list[Tensor] = [self.params[name] for name in rows]
         if gradients is not None:
@@ -110,6 +116,10 @@ class ModelOptimizer:
                 tensor.grad_dtype, tensor.grad = torch.float32, gradient
         masters = None if dtype == torch.float32 else line(params)
         self.masters |= params if masters is None else masters.views
+        decaying = {name: row for name, row in rows.items() if row.kind.decayed}
+        decayed = [row.size if name in decaying else 0 for name, row in rows.items()]
+        if together:
+            decayed = [Line.length({name: row.shape for name, row in decaying.items()})]
         state = {kind: line() for kind in self.settings.kinds_of(hidden)}
         for kind, made in state.items():
             self.state[kind] |= made.views
@@ -135,6 +145,8 @@ class ModelOptimizer:
     def _gather(self) -> None:
         """Move gradients to the flat tensor that autograd or others have made elsewhere: those of norms, in one
         kernel."""
+        for parts in self._parts:
+            parts.add_up()
         moved = [(place, self.params[name]) for name, place in self._gradients.items()]
         moved = [(place, param) for place, param in moved if param.grad is not place]
         if moved:
@@ -160,6 +172,8 @@ class ModelOptimizer:
         self.count.copy_(torch.where(skip, self.count, count))
 
     def zero_grad(self) -> None:
+        for parts in self._parts:
+            parts.forget()
         for param in self.params.values():
             param.grad = None
 

@@ -271,7 +271,8 @@ class Partitioned(torch.optim.Optimizer):
                     continue
                 state = {kind: [tensor] for kind, tensor in self.state[partition].items()}
                 anchors = state.pop(ANCHOR, None)
-                flat = Group([partition], state, group["decayed"], anchors=anchors)
+                decayed = partition.numel() if group["decayed"] else 0
+                flat = Group([partition], state, [decayed], anchors=anchors)
                 count = (self.count + 1).to(partition.device)
                 self.settings.update(flat, Update(count, self.lr, self.anchor_decay))
 

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import roofline
 from benchmarks.roofline import Ceilings, Kernel, Shape, Step, ours
 from spt_fast import kernels
-from spt_fast.kernels import accumulate_in_place, backend, cross_entropy, fp8
+from spt_fast.kernels import accumulate_in_place, backend, cross_entropy, fp8, norm
+from spt_fast.kernels.gradients import sum_parts_at_last
 from spt_fast.model import gpt
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -69,7 +70,7 @@ class Stub:
 def counted() -> Iterator[Launches]:
     launches = Launches()
     with pytest.MonkeyPatch.context() as patch, backend.prefer("triton"):
-        for module in (backend, cross_entropy):
+        for module in (backend, cross_entropy, norm):
             patch.setattr(module, "is_looked_at", lambda _: False)
         for file in pkgutil.iter_modules(kernels.__path__):
             module = importlib.import_module(f"spt_fast.kernels.{file.name}")
@@ -87,6 +88,7 @@ def launches_of(layers: int, *, in_fp8: bool = False) -> dict[str, Counter[str]]
     model.fp8 = in_fp8
     model.to(torch.bfloat16 if in_fp8 else torch.float32)
     accumulate_in_place(model.parameters())
+    (parts,) = sum_parts_at_last(weight for weight in model.parameters() if weight.ndim == 1)
     tokens_BT = torch.zeros(2, 32, dtype=torch.int64)
     model._hidden(tokens_BT, None)  # makes the tables of positions
     with counted() as weights:
@@ -95,7 +97,9 @@ def launches_of(layers: int, *, in_fp8: bool = False) -> dict[str, Counter[str]]
         loss = model(tokens_BT, tokens_BT, scale=1.0)
     with counted() as backward:
         loss.backward()
-    return {"forward": forward.of, "backward": backward.of, "weights": weights.of}
+    with counted() as last:
+        parts.add_up()
+    return {"forward": forward.of, "backward": backward.of, "weights": weights.of, "last": last.of}
 
 
 def _in_fp8(model: GPT) -> None:
@@ -118,6 +122,7 @@ def test_the_table_has_the_launches_of_the_model(monkeypatch: pytest.MonkeyPatch
     step = Step.of("ours", ours(), shape, CEILINGS)
     for pass_ in ("forward", "backward"):
         assert step.in_layer(pass_, shape) == (two[pass_] - one[pass_]).total(), two[pass_] - one[pass_]
+    assert two["last"].total() == 1
     rest = sum(kernel.count(shape) for kernel in ours() if (kernel.where, kernel.pass_) == ("batch", "forward"))
     assert rest == 2 * one["forward"].total() - two["forward"].total()
 

@@ -307,6 +307,26 @@ def test_many_tensors_at_once_are_as_each_alone(backend: str, half: torch.dtype,
     assert not any(changed) if kind == "skipped" else all(changed)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_decay_stops_where_it_is_told_to(backend: str) -> None:
+    """To the bit what two updates of the parts are, one with and one without decay; of all of a param, or of none."""
+    usable(backend)
+    numbers = {"step": 3, **HYPER, "backend": backend}
+    lengths, decayed = (3000, 70, 70), (1344, 70, 0)
+    together, apart = ([[*state((N,)), torch.full((N,), 0.1)] for N in lengths] for _ in "ab")
+    for one, other in zip(together, apart, strict=True):
+        for x, y in zip(one, other, strict=True):
+            y.copy_(x)
+    params, ms, vs, grads = zip(*together, strict=True)
+    adamw_step_all(params, grads, ms, vs, decayed=decayed, **numbers)
+    for tensors, count in zip(apart, decayed, strict=True):
+        for part, decay in ((slice(0, count), 0.1), (slice(count, None), 0.0)):
+            param, m, v, grad = (x[part] for x in tensors)
+            adamw_step(param, grad, m, v, **(numbers | {"weight_decay": decay}))
+    for one, other in zip(together, apart, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
 def test_no_tensors_are_no_update() -> None:
     adamw_step_all([], [], [], [], step=1, lr=LR)
 

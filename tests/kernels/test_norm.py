@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import add_rms_norm, norm, rms_norm
+from spt_fast.kernels import accumulate_in_place, add_rms_norm, norm, rms_norm
 from spt_fast.kernels.fp8 import largest_of
+from spt_fast.kernels.gradients import sum_parts_at_last
 from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
@@ -129,6 +130,33 @@ def test_the_largest_of_rows_that_are_read_twice(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(amax, dx.abs().amax(1).float())
 
 
+def test_weights_gradients_stay_in_parts_until_they_are_added_up() -> None:
+    """Of several norms and two micro-batches, the second of fewer rows, and of a third where the second was given up;
+    with a gradient that something else made."""
+    usable("triton")
+    inputs = random_tensors([(61, 32), (5, 32)], FP32)
+    weights, plain = ([torch.nn.Parameter(torch.full((D,), 1.0 + D, device=DEVICE)) for D in (32, 8, 32)] for _ in "ab")
+    accumulate_in_place(weights)
+    (wide, narrow) = sum_parts_at_last(weights)
+
+    def backward(weights: list[torch.nn.Parameter], x: torch.Tensor) -> None:
+        y = sum(rms_norm(x[:, : len(w)], w, backend="triton").square().sum() for w in weights)
+        (y + rms_norm(x, weights[2], backend="reference").sum()).backward()
+
+    backward(weights, inputs[0])
+    assert all(w.grad is None for w in weights[:2])
+    wide.forget()
+    narrow.forget()
+    weights[2].grad = None
+    for x in inputs:
+        backward(weights, x)
+        backward(plain, x)
+    for parts in (wide, narrow, wide):
+        parts.add_up()
+    for ours, theirs in zip(weights, plain, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_bad_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="weight"):
         rms_norm(torch.randn(2, 8), torch.randn(7))
@@ -146,7 +174,11 @@ def test_every_launch_is_compiled_ahead_of_time() -> None:
         cases += [(1000, BF16, True), (3000, BF16, True), (5000, BF16, True), (1000, FP32, True)]
         for D, dtype, whole in cases:
             x, weight = torch.empty(2, D, dtype=dtype), torch.empty(D, dtype=dtype)
-            other = x if whole else None
+            other, kept = x if whole else None, torch.nn.Parameter(torch.ones(D))
+            accumulate_in_place([kept])
+            sum_parts_at_last([kept])
             for amax in (torch.empty(0), torch.empty(2))[: 2 if D >= 2048 and D % 16 == 0 and dtype == BF16 else 1]:
                 norm._triton_forward(x, other, weight, 1e-6, amax)
-                norm._triton_backward(x, other, x, weight, torch.empty(2), amax)
+                for parameter in (None, kept):
+                    for _ in range(1 if parameter is None else 2):
+                        norm._triton_backward(x, other, x, weight, torch.empty(2), amax, parameter)
