@@ -184,9 +184,8 @@ class Law:
         error = reach(self._variance(values, of) + self._misfit(values, of), interval)
         if not all(fit.noise.told for fit in self._fits.values()):
             _warn(
-                f"{type(self).__name__}: these runs do not tell how much two runs of one setting differ; the interval "
-                f"takes that to be about {LIKELY:g} times what evaluations of a run differ; run settings with two "
-                "seeds or more",
+                f"{type(self).__name__}: these runs do not show how much two runs of one setting differ; the interval "
+                f"assumes about {LIKELY:g} times the noise of a run's evaluations; run settings with two seeds or more",
                 IdentificationWarning,
             )
         low, high = (
