@@ -9,6 +9,7 @@ The figures are those of compare.py, on the *report* half of held-out text; whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -19,8 +20,9 @@ import pandas as pd
 from spt_fast.advice.bases import BaseAdvice
 from spt_fast.advice.result import Advice
 from spt_fast.advice.words import BASIS, costs, headline, interval, share_cells, surety
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, counted
 from spt_fast.laws import DCPTLaw, OpenError, best_ratio
+from spt_fast.study.behind import Behind, rests_on
 from spt_fast.study.compare import Arms, Comparison, Finetune, Verdict, compare_finetunes, judge
 from spt_fast.study.findings import arm_cells, error_of, multiplier, signed
 from spt_fast.study.finetunes import SETTING, Interval, Treatment
@@ -38,6 +40,7 @@ MAX_GENERAL_RISE = 0.03
 def compared(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[Finetune]:
     """Finetunes as `compare` takes them; those without losses of both corpora are left out."""
     finetunes = finetunes.dropna(subset=["domain_heldout", "domain_before", "general_heldout", "general_before"])
+    behind = {corpus: Behind.of_rows(finetunes, corpus) for corpus in ("domain", "general")}
     paths = {}
     for key, own in rows[rows["stage"] > 0].groupby(["run", "stage"]):
         path = own[(own["average"] == own["average"].max()) | (own["tokens"] == 0)].sort_values("tokens")
@@ -55,6 +58,8 @@ def compared(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[Finetune]:
             general_before=row.general_before,
             general_after=row.general_heldout,
             domain_select=row.domain_select,
+            domain_behind=behind["domain"],
+            general_behind=behind["general"],
             paths=[[tuple(point) for point in paths[row.run, row.stage]]],
         )
         for row in finetunes.itertuples()
@@ -121,7 +126,9 @@ def decide(setting: Setting, finetunes: Sequence[Finetune]) -> RunsDecision | No
     arms = {arm: runs for arm, runs in arms.items() if arm.finetune == least}
     if len(arms) < 2:
         return None
-    best = min(arms, key=lambda arm: fmean(run.domain_select for run in arms[arm].values()))
+    on_select = all(math.isfinite(run.domain_select) for runs in arms.values() for run in runs.values())
+    chosen_by = "domain_select" if on_select else "domain_after"
+    best = min(arms, key=lambda arm: fmean(getattr(run, chosen_by) for run in arms[arm].values()))
     base = min(arms)
     against = {arm: judge("domain_after", best, arm, arms) for arm in arms if arm != best}
     at_budget = [arm for arm in comparison.arms if arm.tokens == comparison.tokens]
@@ -131,7 +138,7 @@ def decide(setting: Setting, finetunes: Sequence[Finetune]) -> RunsDecision | No
         best=best,
         plainest=list(arms),
         headline=_headline(best, base, against),
-        sure=_how_sure(best, base, against),
+        sure=_how_sure(best, base, against, _halves(arms, on_select)),
         costs=_costs(best, base, arms, comparison),
         arms=[TableRow(arm_cells(arm), best=arm.treatment == best) for arm in at_budget],
         comparison=comparison,
@@ -144,13 +151,18 @@ def _headline(best: Treatment, base: Treatment, against: Mapping[Treatment, Verd
         return "No share beats NPT: leave the domain to the finetune."
     if best == base:
         return f"Give the domain {share} of the pretraining tokens, or less."
-    if against[base].exceeds:
+    difference, clear = against[base].difference, against[base].exceeds
+    if difference is not None and difference > 0:
+        return f"Nothing is decided: {share} is best on the select half, and {base.name} on the report half."
+    if clear:
         return f"Give the domain {share} of the pretraining tokens."
     return f"{share} of domain tokens is best so far, but it may be chance."
 
 
-def _how_sure(best: Treatment, base: Treatment, against: Mapping[Treatment, Verdict]) -> list[str]:
-    """Against none, against the others, and whether the best lies at an edge."""
+def _how_sure(
+    best: Treatment, base: Treatment, against: Mapping[Treatment, Verdict], halves: Sequence[str]
+) -> list[str]:
+    """Against none, against the others, on which text, and whether the best lies at an edge."""
     said = [_sentence(against[base].says)] if best != base else []
     rivals = [percent(arm.delta) for arm, verdict in against.items() if not verdict.exceeds and arm != base]
     if rivals:
@@ -159,10 +171,22 @@ def _how_sure(best: Treatment, base: Treatment, against: Mapping[Treatment, Verd
         said.append("Every other share that was run is worse by more than seeds differ.")
     if base.delta > 0:
         said.append("Every run has domain text in pretraining, so nothing says what that gains.")
-    said.append("It was chosen on the select half of the held-out text; the losses are of the report half.")
+    said += halves
     if best == max([best, *against]):
         said.append("It is the largest share that was run: a larger one may do better.")
     return said
+
+
+def _halves(arms: Arms, on_select: bool) -> list[str]:
+    """On which text the share was chosen, and what the losses rest on."""
+    runs = [run for own in arms.values() for run in own.values()]
+    rests = rests_on({"domain": runs[0].domain_behind, "general": runs[0].general_behind})
+    return [
+        "It was chosen on the select half of the held-out text; the losses are of the report half."
+        if on_select
+        else "It was chosen by the losses that are shown, so its gain may be too large.",
+        _sentence(f"These are {counted(len(runs), 'run')}; {rests}"),
+    ]
 
 
 def _costs(best: Treatment, base: Treatment, arms: Arms, comparison: Comparison) -> list[str]:

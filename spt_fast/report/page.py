@@ -27,12 +27,12 @@ from spt_fast import __version__
 from spt_fast.advice.advise import advise_pretraining
 from spt_fast.advice.bases import BaseAdvice, advise_base, of_bases
 from spt_fast.advice.result import Advice
-from spt_fast.errors import counted
 from spt_fast.files import write_text
 from spt_fast.laws import LawWarning
 from spt_fast.outputs import check_output, head
 from spt_fast.report import sections
 from spt_fast.report.decision import answer, best_by_budget, by_setting, compared, decide, setting_name, with_shares
+from spt_fast.study.behind import Behind
 from spt_fast.study.crossover import asks_for_crossover
 from spt_fast.study.findings import error_of, group_name, r2_of
 from spt_fast.study.finetunes import after_pretraining, plainest
@@ -147,11 +147,11 @@ def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
 
 def _behind(done: pd.DataFrame, corpus: str) -> str:
     """What the held-out losses of a corpus rest on."""
-    documents, errors = done[f"{corpus}_documents"].dropna(), done[f"{corpus}_error"].dropna()
-    if errors.empty:
+    known = Behind.of_rows(done, corpus)
+    if known is None or known.standard_error is None:
         return "text that is not recorded"
-    of = counted(int(documents.min()), "document") if len(documents) else "text without documents"
-    return f"{of}, standard error up to {errors.max():.2g} nats"
+    of = known.size or "text without documents"
+    return f"{of}, standard error up to {known.standard_error:.2g} nats"
 
 
 # ------------------------------------------------------------------------------------------------ the page

@@ -25,6 +25,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from spt_fast.errors import RecipeError
+from spt_fast.study.behind import Behind
 from spt_fast.study.finetunes import Interval, Treatment, held_against
 from spt_fast.study.runs import FinetunePath, FinishedRun, check_comparable, differences
 from spt_fast.study.tasks import TaskTable, task_tables
@@ -45,23 +46,6 @@ JUDGED = {
     "general_at_equal_domain": "general loss at equal domain loss",
 }
 """The figures by which arms are judged, in words; less is better in each."""
-
-
-@dataclass(frozen=True)
-class Behind:
-    """What a loss rests on."""
-
-    documents: int | None
-    """None where they aren't recorded."""
-    tokens: int
-    standard_error: float | None
-    """Over documents, nats per token; None where it is of one."""
-
-    @classmethod
-    def of(cls, phase: Mapping[str, Any], source: str) -> Behind | None:
-        """Of a source's held-out loss after a phase of summary.json; None for runs before these were written."""
-        scored, error = (phase.get(key, {}).get("heldout", {}).get(source) for key in ("scored", "standard_errors"))
-        return None if scored is None else cls(**scored, standard_error=error)
 
 
 @dataclass(frozen=True, kw_only=True)

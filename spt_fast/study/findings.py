@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spt_fast.errors import counted
 from spt_fast.printing import print_table
+from spt_fast.study.behind import Behind, rests_on
 from spt_fast.study.compare import ArmFigures, Comparison
 from spt_fast.study.finetunes import Interval, Treatment
 from spt_fast.study.fits import Errors, Fits, Fitted, Score
@@ -95,20 +95,13 @@ def findings(comparison: Comparison) -> list[str]:
 
 def behind(comparison: Comparison) -> list[str]:
     """What the losses rest on, where the runs say so, and what was chosen on other text."""
-    texts = []
+    found = {}
     for name, of in ((comparison.domain, "domain_behind"), (comparison.general, "general_behind")):
         known = [one for run in comparison.runs if (one := getattr(run, of)) is not None]
         if not known:
             return []
-        documents = [one.documents for one in known if one.documents is not None]
-        behind_it = f"{counted(min(documents), 'document')}, " if documents else ""
-        errors = [one.standard_error for one in known if one.standard_error is not None]
-        error = f", standard error {max(errors):.3f}" if errors else ""
-        texts.append(f"{name} {behind_it}{min(one.tokens for one in known):,} tokens{error}")
-    return [
-        f"losses are of the report half of the held-out text ({'; '.join(texts)}); learning rates and checkpoints were "
-        "chosen on the select half"
-    ]
+        found[name] = Behind.least(known)
+    return [f"{rests_on(found)}; learning rates and checkpoints were chosen on the select half"]
 
 
 def multiplier(comparison: Comparison, arm: Treatment) -> list[str]:
@@ -157,7 +150,7 @@ def print_fits(fits: Fits, console: Console, *, every_parameter: bool = False) -
     for one in fits.laws:
         if one.problem:
             console.print(f"- not fitted: {law_title(one)}: {one.problem}")
-    for note in fits.notes:
+    for note in (rests_on(fits.behind), *fits.notes):
         console.print(f"- {note}")
     for crossover in fits.crossover:
         console.print(f"- to pretrain or not: {crossover.says}")

@@ -26,6 +26,7 @@ from spt_fast.laws import IdentificationWarning, Law, LawWarning
 from spt_fast.outputs import check_folder, check_output, is_json_with
 from spt_fast.printing import as_json
 from spt_fast.study import views
+from spt_fast.study.behind import Behind
 from spt_fast.study.crossover import Crossover, asks_for_crossover, crossovers
 from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount
@@ -248,6 +249,8 @@ class Fits:
     laws: list[Fitted]
     notes: list[str]
     """What was left out of the table."""
+    behind: dict[str, Behind | None]
+    """The held-out text that "domain" and "general" losses are of; None where it is not recorded."""
     crossover: list[Crossover]
     """From how much domain text on pretraining makes no difference, where the runs ask that."""
 
@@ -256,7 +259,8 @@ def fit(table: pd.DataFrame | UsableRows, law: str | None = None) -> Fits:
     """See `fit_laws`."""
     used = usable(table)
     asked = asks_for_crossover(used.rows)
-    return Fits(fit_laws(used, law), used.notes, crossovers(used.rows) if asked else [])
+    behind = {corpus: Behind.of_rows(used.rows, corpus) for corpus in ("domain", "general")}
+    return Fits(fit_laws(used, law), used.notes, behind, crossovers(used.rows) if asked else [])
 
 
 def fit_laws(table: pd.DataFrame | UsableRows, law: str | None = None, draws: int = 50) -> list[Fitted]:

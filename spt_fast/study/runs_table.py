@@ -29,12 +29,13 @@ from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, nearest
 from spt_fast.files import replacing
 from spt_fast.outputs import check_output, head
+from spt_fast.study.behind import NAMES
 from spt_fast.study.runs import evaluations_of
 from spt_fast.study.usable import with_average
 from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
 
 CONTENT = ("domain", "general", "domain_text", "general_text")
-BEHIND = ("domain_error", "general_error", "domain_documents", "general_documents")
+BEHIND = tuple(f"{corpus}_{name}" for name in NAMES for corpus in ("domain", "general"))
 NEWER = (*CONTENT, *BEHIND, "base", "sequences", "window")
 """Columns that tables of earlier versions lack."""
 TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout", "base", *CONTENT), str)
@@ -116,7 +117,9 @@ class Row:
     """Standard errors of the figures."""
     domain_documents: float = math.nan
     general_documents: float = math.nan
-    """How many held-out documents they are of; NaN where these are not recorded."""
+    domain_scored: float = math.nan
+    general_scored: float = math.nan
+    """How many held-out documents and tokens they are of; NaN where these are not recorded."""
 
 
 COLUMNS = tuple(column.name for column in fields(Row))
@@ -329,11 +332,12 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
         if new_stage and rows:
             row = replace(row, after=row.run)
         scored = done.get("scored", {}).get("heldout", {})
-        documents: dict[str, Any] = {
-            f"{corpus}_documents": scored.get(source, {}).get("documents") or math.nan
+        counts: dict[str, Any] = {
+            f"{corpus}_{column}": scored.get(source, {}).get(of) or math.nan
+            for column, of in (("documents", "documents"), ("scored", "tokens"))
             for corpus, source in sources.items()
         }
-        row = replace(row, phase=phase.name, heldout=_heldout(summary, phase, domain, general), **documents)
+        row = replace(row, phase=phase.name, heldout=_heldout(summary, phase, domain, general), **counts)
         window = done.get("context") or phase.batch.context or summary.get("context", math.nan)
         row = replace(row, sequences=phase.batch.sequences, window=window)
         past = _entering(past, phase, recipe, done)

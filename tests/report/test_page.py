@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,13 +17,13 @@ from markupsafe import escape
 from spt_fast import cli, laws
 from spt_fast.advice.advise import advise
 from spt_fast.errors import DataError
-from spt_fast.report.decision import decide
+from spt_fast.report.decision import compared, decide
 from spt_fast.report.page import page, provenance
 from spt_fast.report.sections import pretraining
 from spt_fast.study import views
 from spt_fast.study.compare import Finetune
 from spt_fast.study.crossover import crossovers
-from spt_fast.study.finetunes import Treatment
+from spt_fast.study.finetunes import Treatment, after_pretraining
 from spt_fast.study.fits import Fitted, Score, fit
 from spt_fast.study.runs_table import save_table
 from spt_fast.study.usable import usable
@@ -263,6 +264,20 @@ def test_the_best_is_chosen_on_the_select_half() -> None:
     assert decision.best.delta == 0.05
 
 
+def test_halves_that_disagree_decide_nothing_and_without_a_select_half_that_is_said() -> None:
+    runs = [
+        *(finetune(0.0, seed, 2.0 + 0.01 * seed, domain_select=2.0) for seed in (0, 1)),
+        *(finetune(0.05, seed, 2.3 + 0.01 * seed, domain_select=1.9) for seed in (0, 1)),
+    ]
+    decision = decide((1, 2), runs)
+    assert decision is not None
+    assert decision.headline == "Nothing is decided: 5% is best on the select half, and NPT on the report half."
+    unknown = decide((1, 2), [replace(run, domain_select=float("nan")) for run in runs])
+    assert unknown is not None
+    assert unknown.best.delta == 0
+    assert "It was chosen by the losses that are shown, so its gain may be too large." in unknown.sure
+
+
 def test_replay_is_shown_but_the_share_is_chosen_without() -> None:
     rows = [finetune(0.0, 0, 2.0), finetune(0.02, 0, 1.9), finetune(0.0, 0, 1.8, replay=0.1, general_after=2.1)]
     decision = decide((10, 20), rows)
@@ -360,7 +375,14 @@ def test_a_table_without_general_losses_still_makes_a_page() -> None:
 def test_the_page_says_what_its_losses_rest_on() -> None:
     table = spt_table()
     says = provenance(table, ["a"])
-    assert says["Domain losses are of"] == "40 documents, standard error up to 0.01 nats"
+    assert says["Domain losses are of"] == "40 documents, 6,000 tokens, standard error up to 0.01 nats"
+    finetunes = after_pretraining(usable(table).rows)
+    decision = decide((1, 2), compared(finetunes, table))
+    assert decision is not None
+    says = (
+        "losses are of the report half of the held-out text (domain 40 documents, 6,000 tokens, standard error 0.010; "
+    )
+    assert any(says in sentence for sentence in decision.sure)
     unknown = provenance(table.assign(domain_error=np.nan, domain_documents=np.nan), ["a"])
     assert unknown["Domain losses are of"] == "text that is not recorded"
 

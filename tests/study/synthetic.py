@@ -213,6 +213,8 @@ def completed(rows: list[dict[str, Any]]) -> pd.DataFrame:
         general_error=0.02,
         domain_documents=40.0,
         general_documents=50.0,
+        domain_scored=6000.0,
+        general_scored=7000.0,
         sequences=32.0,
         window=2048.0,
         base=None,

@@ -337,6 +337,14 @@ def test_fit_as_json_is_what_out_writes(study: Path, tmp_path: Path, capsys: pyt
     assert set(law["score"]) == {"r2", "huber", "mre"}
     assert set(law["holdout"]["largest fraction"]) == {"r2", "mre", "rows"}
     assert result["notes"] == []
+    assert result["behind"]["domain"] == {"documents": 40, "tokens": 6000, "standard_error": 0.01}
+
+
+def test_fit_says_what_its_losses_rest_on(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "domain 40 documents, 6,000 tokens, standard error" in " ".join(said(capsys, study, "--law", "cmr").split())
+    columns = [f"{corpus}_{name}" for corpus in ("domain", "general") for name in ("documents", "scored", "error")]
+    save_table(load_table(study / "table.csv").assign(**dict.fromkeys(columns, np.nan)), tmp_path)
+    assert "behind these losses is not recorded" in " ".join(said(capsys, tmp_path, "--law", "cmr").split())
 
 
 def test_fit_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,76 @@
+"""What held-out losses rest on: documents, tokens, and their standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from spt_fast.errors import counted
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What a loss rests on."""
+
+    documents: int | None
+    """None where they aren't recorded."""
+    tokens: int | None
+    """None where a runs table of an earlier version doesn't say."""
+    standard_error: float | None
+    """Over documents, nats per token; None where it is of one."""
+
+    @classmethod
+    def of(cls, phase: Mapping[str, Any], source: str) -> Behind | None:
+        """Of a source's held-out loss after a phase of summary.json; None for runs before these were written."""
+        scored, error = (phase.get(key, {}).get("heldout", {}).get(source) for key in ("scored", "standard_errors"))
+        return None if scored is None else cls(**scored, standard_error=error)
+
+    @classmethod
+    def of_rows(cls, rows: pd.DataFrame, corpus: str) -> Behind | None:
+        """Of the "domain" or "general" losses in rows of a runs table: the fewest documents and tokens, the largest
+        error; None where nothing of it is recorded."""
+        found = {name: rows[f"{corpus}_{name}"].dropna() for name in NAMES if f"{corpus}_{name}" in rows}
+        documents, tokens, errors = (found.get(name, pd.Series(dtype=float)) for name in NAMES)
+        if documents.empty and tokens.empty and errors.empty:
+            return None
+        return cls(
+            int(documents.min()) if len(documents) else None,
+            int(tokens.min()) if len(tokens) else None,
+            float(errors.max()) if len(errors) else None,
+        )
+
+    @classmethod
+    def least(cls, known: Iterable[Behind]) -> Behind:
+        """The fewest documents and tokens, the largest error."""
+        documents, tokens, errors = (
+            [value for one in known if (value := getattr(one, name)) is not None]
+            for known in [list(known)]
+            for name in ("documents", "tokens", "standard_error")
+        )
+        return cls(min(documents, default=None), min(tokens, default=None), max(errors, default=None))
+
+    @property
+    def size(self) -> str:
+        """12 documents, 3,456 tokens; empty where neither is known."""
+        documents = [] if self.documents is None else [counted(self.documents, "document")]
+        return ", ".join(documents + ([] if self.tokens is None else [f"{self.tokens:,} tokens"]))
+
+    def __str__(self) -> str:
+        """12 documents, 3,456 tokens, standard error 0.020"""
+        error = [] if self.standard_error is None else [f"standard error {self.standard_error:.3f}"]
+        return ", ".join(filter(None, [self.size, *error]))
+
+
+NAMES = ("documents", "scored", "error")
+"""Their columns in a runs table, after the corpus."""
+
+
+def rests_on(behind: Mapping[str, Behind | None]) -> str:
+    """A sentence on the held-out text behind losses, by the corpus's name; None is unknown."""
+    known = [f"{name} {one}" for name, one in behind.items() if one is not None]
+    if not known:
+        return "how much held-out text is behind these losses is not recorded: the runs are of an earlier version"
+    return f"losses are of the report half of the held-out text ({'; '.join(known)})"
