@@ -151,7 +151,7 @@ EXAMPLES = {
         "decay": "10%",
         "continue": "true",
     },
-    "phases[NAME].eval": {"every": "100M", "tokens": "1M"},
+    "phases[NAME].eval": {"every": "100M", "tokens": "1M", "samples": "2"},
     "phases[NAME].stop": {"on": "chem", "patience": "5"},
     "phases[NAME].also_average": {"share": "25%", "run": "runs/averaged"},
     "checkpoint": {"every": "200 steps", "keep": "5", "keep_every": "10000 steps", "keep_best": "true"},

@@ -181,6 +181,9 @@ class EvalSettings:
     tokens: int = setting(parse_count, 200_000)
     """Held-out tokens of each source: one half is `select`, the other `report`. As many training tokens as one half are
     scored too."""
+    samples: int = setting(integer(0, 100), 0)
+    """Texts that the model writes at each evaluation after fixed prompts from each source's held-out text, by the
+    likeliest token each time; it takes a tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,7 +505,7 @@ class Recipe:
             [
                 "(run|log|checkpoint|engine|precision_file)(?!.fp8$).*",
                 *(["tokenizer"] if self.init and other.init else []),
-                r"phases\.[0-9]+\.(batch\.micro|also_average.*)",
+                r"phases\.[0-9]+\.(batch\.micro|also_average.*|eval\.samples)",
                 *(rf"phases\.{i}\.eval\.every" for i, phase in enumerate(self.phases) if not phase.stop),
             ]
         )

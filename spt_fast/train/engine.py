@@ -52,6 +52,10 @@ class EngineInterface(Protocol):
         """Nats of every target [B·T], fp32 on the device, of this process's own text."""
         ...
 
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Of what follows each token [B, T, V], on the device; every process gives the same tokens."""
+        ...
+
     def snapshot(self, *, state: bool) -> Snapshot:
         """This process's part of the fp32 weights and, where `state` is true, of the optimizer's state."""
         ...

@@ -190,5 +190,8 @@ class LocalEngine:
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(self.device)
         return self.model(tokens_BT.to(self.device), targets_BT.to(self.device), cu_seqlens, "none").float()
 
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        return self.model(tokens_BT.to(self.device))
+
     def snapshot(self, *, state: bool) -> Snapshot:
         return self.optimizer.snapshot(state=state) | (self.frozen if state else self.frozen.without_state())

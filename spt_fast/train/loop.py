@@ -21,7 +21,7 @@ import torch
 from spt_fast.config import Phase, Recipe
 from spt_fast.files import write_text
 from spt_fast.model import hf
-from spt_fast.model.flops import mfu_label, parameters, peak_flops
+from spt_fast.model.flops import mfu_label, peak_flops
 from spt_fast.printing import plain, terminal
 from spt_fast.train import averages, checkpoint, health
 from spt_fast.train.checkpoint import Retention
@@ -33,11 +33,12 @@ from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.metrics import Clock, NoLog, RunLog
 from spt_fast.train.plan import PhasePlan, Plan
+from spt_fast.train.samples import samples
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.state import ArmResult, Compute, Evaluation, PhaseResult, SavedState, ScheduleOrigin, TrainState
 from spt_fast.train.summary import facts
-from spt_fast.train.trackers import Followed
+from spt_fast.train.trackers import followed
 from spt_fast.train.tuning import choose
 from spt_fast.train.watch import LossWatch, Watch
 from spt_fast.train.world import World, dtype_name
@@ -100,9 +101,7 @@ class Trainer:
         keep_every = settings.keep_every.steps(1, 1) if settings.keep_every else None
         self.writer = checkpoint.Writer(folder / "checkpoints", world, Retention(settings.keep, keep_every))
 
-        dtype = dtype_name(self.engine.dtype)
-        facts = {"parameters": parameters(plan.model), "runs_on": self.engine.describe(), "computed_in": dtype}
-        run = Followed(folder, plan.recipe, facts, self.state.total_steps if resumed else None)
+        run = followed(folder, plan, self.engine, self.state.total_steps if resumed else None)
         kept, label = self.state.metrics_bytes, mfu_label(device)
         self.log: RunLog | NoLog = world.everywhere(
             lambda: RunLog(run, keep_bytes=kept, progress=progress, mfu_label=label) if world.is_first else NoLog()
@@ -357,6 +356,7 @@ class Trainer:
         rows = arm.plan.micro(self.world.size)
         losses, errors = measure_all(self.engine.loss, arm.texts, rows, self.asked_to_stop, self.world)
         record = {**self.position(arm, step), **more, **losses, "standard_errors": errors}
+        record |= samples(self.engine.logits, arm.texts["select"], arm.phase.evaluation.samples, self.plan.tokenizer)
         self.log.evaluation(record, self.state.total_steps)
         return Evaluation(step, losses, errors)
 

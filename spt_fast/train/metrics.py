@@ -109,6 +109,9 @@ class RunLog(Display):
         )
         self._last_eval = f" · held out at step {record['step']}: {losses}"
         self._bar.update(self._task, more=self._last_eval)
+        for source, texts in record.get("samples", {}).items():
+            for text in texts:
+                self.say(f"sample of {source} at step {record['step']}: {text['prompt']!r} → {text['text']!r}")
 
     def _write(self, record: dict[str, Any], total_step: int) -> None:
         try:

@@ -405,6 +405,9 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
                 f"{where}.freeze: the embedding is the head too, which would learn no more either; give the head its "
                 f"own copy with {where}.untie: true"
             )
+        if phase.evaluation.samples and not (tokenizer and heldout):
+            missing = "a tokenizer to write text with; name the data's by `tokenizer`" if heldout else "held-out text"
+            raise RecipeError(f"{where}.eval.samples: needs {missing}, or write 0")
         if phase.documents:
             for field, data in datasets:
                 if data.document_ends is None:

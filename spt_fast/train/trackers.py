@@ -30,6 +30,10 @@ import yaml
 from spt_fast.config import TRACKERS, Recipe, flat
 from spt_fast.errors import RecipeError
 from spt_fast.files import replacing, write_text
+from spt_fast.model.flops import parameters
+from spt_fast.train.engine import EngineInterface
+from spt_fast.train.plan import Plan
+from spt_fast.train.world import dtype_name
 
 PROJECT = "spt-fast"
 """In W&B, and the experiment in MLflow, where the environment names no other."""
@@ -51,7 +55,7 @@ class Followed:
     folder: Path
     recipe: Recipe
     facts: Mapping[str, Any]
-    """What the recipe doesn't say: the parameters, processes and device."""
+    """What the recipe doesn't say."""
     resumed_at: int | None
     """The steps that were made before, of a run that goes on."""
 
@@ -64,6 +68,15 @@ class Followed:
         """The values of the arms of all grids, by the names of their series."""
         phases = [phase for phase in self.recipe.phases if len(phase.arms()) > 1]
         return {series(phase.name, i): arm for phase in phases for i, arm in enumerate(phase.arms())}
+
+
+def followed(folder: Path, plan: Plan, engine: EngineInterface, resumed_at: int | None) -> Followed:
+    facts = {
+        "parameters": parameters(plan.model),
+        "runs_on": engine.describe(),
+        "computed_in": dtype_name(engine.dtype),
+    }
+    return Followed(folder, plan.recipe, facts, resumed_at)
 
 
 def series(phase: str, arm: int) -> str:

@@ -113,6 +113,9 @@ class ZeroEngine:
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(self.device)
         return self._engine.module(tokens_BT.to(self.device), targets_BT.to(self.device), cu_seqlens, "none").float()
 
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        return self._engine.module(tokens_BT.to(self.device))
+
     @torch.no_grad()
     def snapshot(self, *, state: bool) -> Snapshot:
         settings, known = self.optimizer.settings, table(self.config)

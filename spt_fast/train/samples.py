@@ -1,0 +1,66 @@
+"""Texts that the model writes at evaluations, for people to read.
+
+B texts, T tokens, V vocabulary. Prompts come from the *select* half of held-out text and are the same at every
+evaluation, and each next token is the likeliest one: two evaluations differ by the weights alone, and no generator of
+random numbers is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spt_fast.data.base_tokenizer import BaseTokenizer
+from spt_fast.train.evaluate import EvalSet
+
+PROMPT_TOKENS = 32
+NEW_TOKENS = 32
+
+
+def samples(
+    logits: Callable[[Tensor], Tensor], texts: Mapping[str, EvalSet], number: int, tokenizer: BaseTokenizer | None
+) -> dict[str, dict[str, list[dict[str, str]]]]:
+    """Under "samples" by source `number` texts, {"prompt": …, "text": what the model wrote after it}; an end of a
+    document ends one early. Empty where none are asked for.
+
+    logits: tokens int64 [B, T] -> [B, T, V], of a model of at least the context that `texts` are cut for.
+    """
+    if not number or tokenizer is None:
+        return {}
+    found = {}
+    for source, text in texts.items():
+        prompts_BP = _prompts(text, number)
+        P = prompts_BP.shape[1]
+        new = min(NEW_TOKENS, text.stacks[0][0].shape[1] - 1 - P)
+        ids_BT = _continued(logits, prompts_BP, new, tokenizer.vocab_size)
+        found[source] = [
+            {"prompt": tokenizer.decode(ids[:P]), "text": tokenizer.decode(_until(ids[P:], tokenizer.eos_id))}
+            for ids in ids_BT.tolist()
+        ]
+    return {"samples": found}
+
+
+def _prompts(text: EvalSet, number: int) -> Tensor:
+    """The beginnings of windows that are spread over the text, int64 [B, P]; fewer where it has fewer windows."""
+    windows = text.stacks[0][0]
+    P = min(PROMPT_TOKENS, max(1, (windows.shape[1] - 1) // 2))
+    chosen = np.unique(np.linspace(0, len(windows) - 1, number).astype(int))
+    return torch.from_numpy(windows[chosen, :P].astype(np.int64))
+
+
+@torch.no_grad()
+def _continued(logits: Callable[[Tensor], Tensor], prompts_BP: Tensor, new: int, vocab_size: int) -> Tensor:
+    """Prompts and the `new` likeliest tokens after them [B, P + new]; every pass is of one shape, as a token sees none
+    after it."""
+    B, P = prompts_BP.shape
+    ids_BT = torch.cat([prompts_BP, torch.zeros(B, new, dtype=torch.int64)], 1)
+    for position in range(P, P + new):
+        ids_BT[:, position] = logits(ids_BT)[:, position - 1, :vocab_size].argmax(-1).cpu()
+    return ids_BT
+
+
+def _until(ids: list[int], end: int | None) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
