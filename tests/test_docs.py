@@ -5,6 +5,7 @@ The tutorial runs as a whole in tests/test_tutorial.py, the README in tests/test
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import typer
 import yaml
@@ -23,6 +25,7 @@ from spt_fast.study.study import study_from
 from tests.pages import BLOCKS, PAGES, ROOT, Block, commands_of
 
 COMMANDS = [pytest.param(command, id=f"{block} {command}"[:60]) for block in BLOCKS for command in commands_of(block)]
+RESULTS = ROOT / "benchmarks" / "results"
 RECIPE = {
     "run": "run",
     "model": {"preset": "1m"},
@@ -70,6 +73,59 @@ def test_the_recipe_reference_is_what_the_dataclasses_say() -> None:
     reference = runpy.run_path(str(ROOT / "docs" / "reference.py"))
     said = "docs/recipe.md is out of date: write it anew with `python docs/reference.py`"
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference["page"](), said
+
+
+def test_pictures_are_drawn_from_the_results(tmp_path: Path) -> None:
+    runpy.run_path(str(ROOT / "docs" / "figures.py"))["draw"](tmp_path)
+    shown = {file.name: file.read_text() for file in (ROOT / "docs" / "img").glob("*.svg")}
+    said = "docs/img is out of date: draw it anew with `python docs/figures.py`"
+    assert shown == {file.name: file.read_text() for file in tmp_path.iterdir()}, said
+
+
+def ends_of(name: str) -> pd.DataFrame:
+    """The finetunes of a study in benchmarks/results, one row each."""
+    table = pd.read_csv(RESULTS / name)
+    table = table[table.handed_on & (table.stage == 1)]
+    return table.assign(forgotten=table.general_heldout - table.general_before)
+
+
+def spt_against_npt(name: str) -> str:
+    """Domain loss, R_gain seed by seed and forgetting at 6M tokens of pretraining, as the README writes them."""
+    ends = ends_of(name)
+    ends = ends[ends.pretrain_tokens > 5.9e6].set_index(["pretrain_delta", "seed"])
+    npt, spt = ends.loc[0.0], ends.loc[0.1]
+    gain = 100 * (npt.domain_heldout - spt.domain_heldout) / npt.domain_heldout
+    domain = f"domain loss {npt.domain_heldout.mean():.3f} → {spt.domain_heldout.mean():.3f}"
+    half_range = (gain.max() - gain.min()) / 2
+    forgotten = f"forgetting {npt.forgotten.mean():.2f} → {spt.forgotten.mean():.2f} nats"
+    return f"{domain} (R_gain {gain.mean():.1f} ± {half_range:.1f}%), {forgotten}"
+
+
+def test_the_table_of_the_readme_is_what_the_results_say() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = {name: row for row in readme.splitlines() for name in re.findall(r"\(benchmarks/results/([^)]+)\)", row)}
+    for name in ("2026-11-21-cpu2-spt-music.csv", "2026-11-21-cpu2-spt-smiles.csv"):
+        assert spt_against_npt(name) in rows[name]
+
+    runs = json.loads((RESULTS / "2026-11-21-cpu2-spt-3m.json").read_text())["runs"]
+    npt, spt = ({r["seed"]: r["domain_after"] for r in runs if r["delta"] == delta} for delta in (0, 0.1))
+    gain = sum(100 * (npt[seed] - spt[seed]) / npt[seed] for seed in npt) / len(npt)
+    assert f"R_gain −{abs(gain):.1f}%" in rows["2026-11-21-cpu2-spt-3m.json"]
+
+    ends = ends_of("2026-11-28-cpu2-forgetting-base.csv")
+    forgotten = ends[ends.anchor == 0].groupby(["injected", "average"]).forgotten.mean()
+    taken_back = [f"{1 - forgotten[0.01, average] / forgotten[0, 0]:.0%}" for average in (0, 0.1)]
+    said = "1% replay takes back {} of the forgetting, with averaging {}".format(*taken_back)
+    assert said in rows["2026-11-28-cpu2-forgetting-base.csv"]
+
+    loader = json.loads((RESULTS / "2026-11-21-cpu2-loader.json").read_text())["results"]
+    ready, located = loader["schedule of 1e12 samples: build, ms"], loader["locate 2 sources, M/s"]
+    assert f"ready in {ready:.2f} ms, {located:.0f}M positions" in rows["2026-11-21-cpu2-loader.json"]
+
+    counts = json.loads((RESULTS / "2026-11-21-cpu2-faults.json").read_text())["first"]["results"]["counts"]
+    damaged, full = counts["damaged checkpoints: survived"], counts["full disks: survived"]
+    said = f"{counts['kills']} kills, {damaged} damaged checkpoints, {full} full disks"
+    assert said in rows["2026-11-21-cpu2-faults.json"]
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

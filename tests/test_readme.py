@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import json
 import random
-import re
-import shlex
-import sys
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
 import yaml
 
-from spt_fast.cli import main
-from spt_fast.config import load_recipe
 from spt_fast.fields import read_yaml
+from tests.pages import ROOT, blocks_of, commands_of, run
 
 pytestmark = pytest.mark.long
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for language, block in BLOCKS
-    if language == "sh"
-    for line in block.splitlines()
-    if line.startswith("spt-fast")
+README = ROOT / "README.md"
+BLOCKS = list(blocks_of(README))
+RECIPE, FINETUNE = (block.text for block in BLOCKS if block.language == "yaml")
+COMMANDS = [command for block in BLOCKS if block.language == "sh" for command in commands_of(block)]
+PREPARING = [
+    command for command in COMMANDS if command.split()[1] in ("tokenizer", "prepare") and "base" not in command
 ]
-PREPARING = [command for command in COMMANDS if command.split()[1] in ("tokenizer", "prepare")]
 USING = [command for command in COMMANDS if command not in PREPARING]
-
 WORDS = {
     "general": "the a of and river city walked under seven old house",
     "chem": "acid base CCO C1=CC=CC=C1 moles react heat",
@@ -56,6 +50,7 @@ SMALLER = {
     "phases.pretrain": {"tokens": "8K", "batch": {"sequences": 8}, "eval": {"every": "50%", "tokens": "2K"}},
     "phases.finetune": {"tokens": "2K", "batch": {"sequences": 4}, "schedule": {"name": "constant", "warmup": "10%"}},
 }
+SMALLER_BASE = {"phases.finetune": {"tokens": "2K", "batch": {"sequences": 4}}}
 SMALLER_STUDY = {
     "seeds": "1",
     "models": "{layers: 1, width: 32, heads: 2, context: 32}",
@@ -75,17 +70,18 @@ SMALLER_STUDY = {
 def smaller(command: str) -> str:
     """A sweep in seconds."""
     changes = "".join(f" --set '{key}={value}'" for key, value in SMALLER_STUDY.items())
-    return command.partition("#")[0] + changes if " sweep " in command else command
+    return command + changes if " sweep " in command else command
 
 
-def run(command: str) -> int:
-    """The exit code of a command line, run in this process."""
-    sys.argv = shlex.split(smaller(command), comments=True)
-    try:
-        main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
+def write_recipe(path: Path, text: str, smaller: dict[str, Any]) -> None:
+    """The README's recipe with small settings in their places."""
+    path.write_text(text)
+    raw = read_yaml(path)
+    if "model" in raw:
+        raw["model"] = SMALLER["model"]
+    for phase in raw["phases"]:
+        phase |= smaller[f"phases.{phase['name']}"]
+    path.write_text(yaml.safe_dump(raw))
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +99,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / "chem.jsonl").write_bytes(text)
     question = {"question": "Which reacts?", "choices": ["acid", "river"], "answer": "A"}
     (folder / "questions.jsonl").write_text(json.dumps(question))
-    (folder / "recipe.yaml").write_text(next(block for language, block in BLOCKS if language == "yaml"))
-    raw = read_yaml(folder / "recipe.yaml")
-    raw["model"] = SMALLER["model"]
-    for phase in raw["phases"]:
-        phase |= SMALLER[f"phases.{phase['name']}"]
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    write_recipe(folder / "recipe.yaml", RECIPE, SMALLER)
+    write_recipe(folder / "finetune.yaml", FINETUNE, SMALLER_BASE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in PREPARING:
@@ -116,18 +108,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(next(block for language, block in BLOCKS if language == "yaml"))
-    assert [phase.name for phase in load_recipe(path).phases] == ["pretrain", "finetune"]
-
-
 def test_the_example_of_the_kernels_runs() -> None:
     q, k, v = (torch.randn(2, 8, heads, 16) for heads in (4, 2, 2))
     given = {"x_ND": q.reshape(16, 64), "weight_VD": torch.randn(9, 64), "targets_N": torch.arange(16) % 9}
     given |= {"q_BTHD": q, "k_BTHD": k, "v_BTHD": v, "cuts": torch.tensor([0, 5, 16], dtype=torch.int32)}
-    example = next(block for language, block in BLOCKS if language == "python" and "prefer" in block)
-    exec(example, given)
+    exec(next(block.text for block in BLOCKS if block.language == "python"), given)
     assert given["loss"].shape == ()
     assert given["o"].shape == q.shape
 
@@ -144,7 +129,10 @@ def test_every_command_runs_in_the_order_of_the_readme(
 ) -> None:
     monkeypatch.chdir(workplace)
     for command in USING:
-        assert run(command) == 0, command + capsys.readouterr().err
+        if "--tokenizer base" in command and not Path("base").exists():
+            shutil.copytree("hf", "base")  # stands for the base model of the README
+        assert run(smaller(command)) == 0, command + capsys.readouterr().err
+    assert (workplace / "tuned" / "model.safetensors").exists()
     assert (workplace / "cmp" / "comparison.png").stat().st_size > 10_000
     assert (workplace / "hf" / "tokenizer.json").exists()
     assert (workplace / "studies" / "chem" / "table.parquet").exists()

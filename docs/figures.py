@@ -1,0 +1,146 @@
+"""Draws the pictures of README and docs/ from the results of our studies: `python docs/figures.py`.
+
+Colours and grey text are chosen to be read on a white and on a dark page.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+IMAGES = Path(__file__).with_name("img")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+GREY, ORANGE, GREEN, BLUE = "#808891", "#d97b29", "#2f9e62", "#4a86cf"
+
+plt.rcParams |= {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "spt_fast",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.solid_capstyle": "round",
+}
+
+
+def new(width: float, height: float) -> tuple[Figure, Axes]:
+    return plt.subplots(figsize=(width, height), layout="constrained")
+
+
+def finetune_path() -> Figure:
+    """The finetune's path in the plane of domain and general loss, for NPT and for SPT, two seeds each."""
+    table = pd.read_csv(RESULTS / "2026-11-21-cpu2-spt-music.csv")
+    finetunes = table[(table.stage == 1) & (table.pretrain_tokens > 5.9e6) & table.pretrain_delta.isin([0, 0.1])]
+    figure, axes = new(7, 3.6)
+    for (delta, seed), path in finetunes.groupby(["pretrain_delta", "seed"]):
+        name, colour = ("SPT, 10% domain", BLUE) if delta else ("NPT", ORANGE)
+        path = path.sort_values("tokens")
+        path = path[path.tokens <= path[path.handed_on].tokens.max()]
+        domain, general = path.domain_heldout.to_numpy(), path.general_heldout.to_numpy()
+        label = name if seed == 0 else None
+        axes.plot(domain, general, color=colour, linewidth=1.8, marker=".", markersize=5, label=label)
+        axes.plot(domain[0], general[0], "o", color=colour, markerfacecolor="none", markersize=9)
+        axes.plot(domain[-1], general[-1], "o", color=colour, markersize=9)
+    axes.set_xlabel("← better   domain loss, nats per token")
+    axes.set_ylabel("← better   general loss")
+    axes.set_title("Finetuning after 6M tokens of pretraining (○ before, ● after), 1.1M parameters", fontsize=10)
+    axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def schedules() -> Figure:
+    """What each regime reads, phase by phase."""
+    figure, axes = new(7, 2.3)
+    regimes = {
+        "NPT": [(6, 0.0), (1.2, 1.0)],
+        "SPT": [(6, 0.2), (1.2, 1.0)],
+        "SCPT": [(4.8, 0.0), (1.2, 0.2), (1.2, 1.0)],
+        "replay": [(6, 0.0), (1.2, 0.88)],
+    }
+    for row, phases in enumerate(regimes.values()):
+        left = 0.0
+        for length, domain in phases:
+            axes.barh(row, length - 0.04, left=left, height=0.62, color=GREY, alpha=0.45)
+            axes.barh(row - 0.31 + 0.31 * domain, length - 0.04, left=left, height=0.62 * domain, color=BLUE)
+            left += length
+    axes.set_yticks(range(len(regimes)), list(regimes))
+    axes.invert_yaxis()
+    axes.set_xticks([3, 6.6], ["pretraining", "finetuning"])
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title("grey: general text, blue: the domain, repeated as often as needed", fontsize=10)
+    return figure
+
+
+def gain() -> Figure:
+    """R_gain and the compute multiplier, on the study of SMILES strings."""
+    table = pd.read_csv(RESULTS / "2026-11-21-cpu2-spt-smiles.csv")
+    ends = table[(table.stage == 1) & table.handed_on]
+    means = ends.groupby(["pretrain_delta", "pretrain_tokens"]).domain_heldout.mean().unstack(0)
+    tokens, npt, spt = means.index / 1e6, means[0.0], means[0.1]
+    figure, axes = new(7, 3.2)
+    axes.plot(tokens, npt, "o-", color=ORANGE, label="NPT, then finetuned")
+    axes.plot(tokens, spt, "o-", color=BLUE, label="SPT with 10% domain, then finetuned")
+    arrow = {"arrowstyle": "->", "color": GREY, "linewidth": 1.2}
+    axes.annotate("", (tokens[1], spt.iloc[1]), (tokens[1], npt.iloc[1]), arrowprops=arrow)
+    axes.text(tokens[1] * 1.015, (npt.iloc[1] + spt.iloc[1]) / 2, "R_gain", va="center")
+    axes.annotate("", (tokens[0], npt.iloc[1]), (tokens[1], npt.iloc[1]), arrowprops={**arrow, "linestyle": "--"})
+    axes.text(tokens.to_numpy().mean(), npt.iloc[1] - 0.008, "compute multiplier: at least 2", ha="center", va="top")
+    axes.set_xscale("log")
+    axes.set_xticks(tokens, [f"{count:.0f}M" for count in tokens])
+    axes.minorticks_off()
+    axes.set_xlim(2.8, 6.9)
+    axes.set_xlabel("tokens of pretraining")
+    axes.set_ylabel("domain loss after finetuning")
+    axes.legend(frameon=False)
+    return figure
+
+
+def replay() -> Figure:
+    """What general text in the finetune takes back of the forgetting."""
+    table = pd.read_csv(RESULTS / "2026-11-21-cpu2-forgetting-music.csv")
+    ends = table[(table.stage == 1) & table.handed_on & (table.anchor == 0)]
+    rise = (ends.general_heldout - ends.general_before).groupby([ends.domain_tokens, ends.injected]).mean()
+    figure, axes = new(7, 2.8)
+    for tokens, colour in zip(rise.index.levels[0], (ORANGE, BLUE), strict=True):
+        axes.plot(
+            [f"{100 * share:g}%" for share in rise[tokens].index],
+            rise[tokens],
+            "o-",
+            color=colour,
+            label=f"corpus of {tokens / 1e6:.1f}M tokens",
+        )
+    axes.set_ylim(0)
+    axes.set_xlabel("general text in the finetune")
+    axes.set_ylabel("forgetting\n(nats per token)")
+    axes.legend(frameon=False)
+    return figure
+
+
+PICTURES = (finetune_path, schedules, gain, replay)
+
+
+def draw(folder: Path) -> None:
+    """Write every picture into `folder`."""
+    for picture in PICTURES:
+        figure = picture()
+        figure.savefig(folder / f"{picture.__name__}.svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(IMAGES)
