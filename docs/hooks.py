@@ -15,7 +15,8 @@ OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)(#[^)]*)?\)")
 def public_names(package: str) -> list[str]:
     """Where each function and class of a package's `__all__` is defined: spt_fast.train.run.run."""
     module = importlib.import_module(package)
-    members = (getattr(module, name) for name in module.__all__)
+    members = [getattr(module, name) for name in module.__all__]
+    members = [getattr(member, "_call", member) for member in members]  # a package that is a call too
     return [f"{member.__module__}.{member.__qualname__}" for member in members if hasattr(member, "__qualname__")]
 
 

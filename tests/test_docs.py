@@ -59,7 +59,15 @@ def test_yaml_of_the_docs_is_a_recipe_a_study_or_a_part_of_one(block: Block) -> 
     elif "output_type" not in raw:  # a task of lm-eval
         known = {key_of(item) for item in fields(Recipe)}
         assert set(raw) <= known, f"{block}: {set(raw) - known}"
-        recipe_from(RECIPE | raw)
+        recipe_from(raw if "run" in raw else RECIPE | raw)
+
+
+PYTHON = [block for block in BLOCKS if block.language == "python" and block.page not in ("README.md", "tutorial.md")]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_of_the_docs_runs(block: Block) -> None:
+    exec(block.text, {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
