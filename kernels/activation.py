@@ -31,10 +31,10 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, custom_op, differentiable
+from spt_fast.kernels.backend import Candidate, Op, custom_op, differentiable, tried_on_gpus
 from spt_fast.kernels.fp8 import with_largest
 from spt_fast.kernels.gradients import accumulates_in_place
-from spt_fast.kernels.launch import DTYPES, Variant, jit, next_power_of_2, tl
+from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, next_power_of_2, tl
 from spt_fast.kernels.linear import weight_gradients
 from spt_fast.kernels.matmul import multiply, rows_times
 
@@ -103,12 +103,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _empty_amax(gate: Tensor, up: Tensor | None, largest: bool, backend: str) -> Tensor:
+def _empty_amax(kernel: str, gate: Tensor, up: Tensor | None, largest: bool, backend: str) -> Tensor:
     """Space for the largest magnitudes in each tile's rows, float32 [N, tiles], or [0] where they are not made."""
     if not largest or backend != "triton":
         return gate.new_empty(0, dtype=torch.float32)
     gate, _ = _halves(gate, up)
-    tiles = -(-gate.shape[-1] // _tile(gate.shape[-1], gate.dtype)[1])
+    tiles = -(-gate.shape[-1] // _launched(kernel, gate.shape[-1], gate.dtype)["COLUMNS"])
     return gate.new_empty(gate.shape[:-1].numel(), tiles, dtype=torch.float32)
 
 
@@ -116,12 +116,12 @@ def _empty_amax(gate: Tensor, up: Tensor | None, largest: bool, backend: str) ->
     "swiglu",
     lambda gate, up, largest, backend: (
         gate.new_empty(_halves(gate, up)[0].shape),
-        _empty_amax(gate, up, largest, backend),
+        _empty_amax("forward", gate, up, largest, backend),
     ),
 )
 def _swiglu(gate: Tensor, up: Tensor | None, largest: bool, backend: str) -> tuple[Tensor, Tensor]:
     """(y [..., F], the largest magnitudes in its rows, by parts, or [0]); without up, gate [..., 2F] holds both."""
-    amax = _empty_amax(gate, up, largest, backend)
+    amax = _empty_amax("forward", gate, up, largest, backend)
     gate, up = _halves(gate, up)
     return _forward(_rows(gate), _rows(up), amax, backend).view(gate.shape), amax
 
@@ -134,7 +134,10 @@ def _forward(gate: Tensor, up: Tensor, amax: Tensor | None, backend: str) -> Ten
 
 @custom_op(
     "swiglu_backward",
-    lambda dy, gate, up, largest, backend: (*_empty_gradients(gate, up), _empty_amax(gate, up, largest, backend)),
+    lambda dy, gate, up, largest, backend: (
+        *_empty_gradients(gate, up),
+        _empty_amax("backward", gate, up, largest, backend),
+    ),
 )
 def _swiglu_backward(
     dy: Tensor, gate: Tensor, up: Tensor | None, largest: bool, backend: str
@@ -143,7 +146,7 @@ def _swiglu_backward(
     both, by parts, or [0]."""
     dgate, dup = _empty_gradients(gate, up)
     inputs, outputs = (dy, *_halves(gate, up)), _halves(dgate, None if up is None else dup)
-    amax = _empty_amax(gate, up, largest, backend)
+    amax = _empty_amax("backward", gate, up, largest, backend)
     rows = [_rows(x) for x in (*inputs, *outputs)]
     if backend == "triton":
         _triton_backward(*rows, amax=amax)
@@ -247,10 +250,29 @@ WARP_BYTES = 512
 """Of one tensor for each warp: every lane loads 16 bytes, the most that one instruction can."""
 
 
-def _tile(F: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(rows and columns of a tile, warps)."""
-    columns = min(COLUMNS, next_power_of_2(F))
-    return TILE // columns, columns, TILE * dtype.itemsize // WARP_BYTES
+def _config(F: int, dtype: torch.dtype, tile: int = TILE, columns: int = COLUMNS) -> Config:
+    columns = min(columns, next_power_of_2(F))
+    return Config((("ROWS", tile // columns), ("COLUMNS", columns)), tile * dtype.itemsize // WARP_BYTES)
+
+
+def candidates(F: int, dtype: torch.dtype) -> list[Config]:
+    """What is worth measuring, the default first."""
+    sizes = ((TILE, COLUMNS), (TILE, 2 * COLUMNS), (TILE // 2, COLUMNS), (TILE // 2, 4 * COLUMNS), (2 * TILE, COLUMNS))
+    return list(dict.fromkeys(_config(F, dtype, *size) for size in sizes))
+
+
+def _launched(kernel: str, F: int, dtype: torch.dtype) -> Config:
+    """Of a kernel, "forward" or "backward"."""
+    return launched(f"swiglu_{kernel}", (F, dtype.itemsize), _config(F, dtype))
+
+
+def _launches(gate_up: Tensor, *_: Tensor) -> list[Candidate]:
+    F, size = gate_up.shape[-1] // 2, gate_up.itemsize
+    return [
+        candidate
+        for kernel in ("forward", "backward")
+        for candidate in tried_on_gpus(gate_up, f"swiglu_{kernel}", (F, size), candidates(F, gate_up.dtype)[1:])
+    ]
 
 
 @jit
@@ -307,20 +329,19 @@ def _backward_kernel(
         tl.store(dy_ptr + rows * dy_stride + columns, (g * s * u).to(dy_ptr.dtype.element_ty), mask)
 
 
-def _launch(kernel: Any, shape: torch.Size, dtype: torch.dtype, *arguments: Any, **constants: bool) -> None:
+def _launch(kernel: Any, name: str, shape: torch.Size, dtype: torch.dtype, *arguments: Any, **constants: bool) -> None:
     N, F = shape
-    rows, columns, warps = _tile(F, dtype)
-    programs = -(-N // rows) * -(-F // columns)
+    config = _launched(name, F, dtype)
+    programs = -(-N // config["ROWS"]) * -(-F // config["COLUMNS"])
     if programs:
-        kernel[(programs,)](*arguments, **constants, ROWS=rows, COLUMNS=columns, num_warps=warps)
+        kernel[(programs,)](*arguments, **constants, **config.options)
 
 
 def _triton_forward(gate: Tensor, up: Tensor, amax: Tensor | None = None) -> Tensor:
     y = gate.new_empty(gate.shape)
     strides, made = (gate.stride(0), up.stride(0)), amax is not None and amax.numel() > 0
-    _launch(
-        _forward_kernel, gate.shape, gate.dtype, gate, up, y, amax if made else None, *gate.shape, *strides, AMAX=made
-    )
+    arguments = (gate, up, y, amax if made else None, *gate.shape, *strides)
+    _launch(_forward_kernel, "forward", gate.shape, gate.dtype, *arguments, AMAX=made)
     return y
 
 
@@ -337,7 +358,7 @@ def _triton_backward(
     tensors = (dy, gate, up, dgate, dup)
     strides, made = [x.stride(0) for x in tensors], amax is not None and amax.numel() > 0
     arguments = (*tensors, amax if made else None, *gate.shape, *strides)
-    _launch(_backward_kernel, gate.shape, gate.dtype, *arguments, AGAIN=again, AMAX=made)
+    _launch(_backward_kernel, "backward", gate.shape, gate.dtype, *arguments, AGAIN=again, AMAX=made)
 
 
 _BACKWARD = {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}
@@ -349,10 +370,12 @@ def variants() -> list[Variant]:
     found = []
     cases = [(width, "*bf16", "i32:16") for width in (64, 128)] + [(COLUMNS, dtype, "i32:16") for dtype in DTYPES]
     cases += [(1000, dtype, "i32") for dtype in ("*bf16", "*fp32")]
-    for width, dtype, size in cases:
-        rows, columns, warps = _tile(width, DTYPES[dtype])
-        constants = {"ROWS": rows, "COLUMNS": columns}
-        default = width == COLUMNS and dtype == "*bf16"
+    usual = (COLUMNS, "*bf16", "i32:16")
+    configs = [(case, _config(case[0], DTYPES[case[1]])) for case in cases]
+    configs += [(usual, config) for config in candidates(4 * COLUMNS, torch.bfloat16)[1:]]
+    for (width, dtype, size), config in configs:
+        constants = dict(config.constants)
+        default = width == COLUMNS and dtype == "*bf16" and config == _config(COLUMNS, torch.bfloat16)
         gradients = ("dy_ptr", "gate_ptr", "up_ptr", "dgate_ptr", "dup_ptr")
         for kernel, tensors, more, amax in (
             (_forward_kernel, ("gate_ptr", "up_ptr", "y_ptr"), {"AMAX": False}, None),
@@ -365,7 +388,7 @@ def variants() -> list[Variant]:
             arguments = {
                 **dict.fromkeys(tensors, dtype), "amax_ptr": amax, "N": "i32", **dict.fromkeys(("F", *strides), size),
             }  # fmt: skip
-            found.append(Variant(kernel, arguments, constants | more, warps, default=default))
+            found.append(Variant(kernel, arguments, constants | more, config.num_warps, default=default))
     return found
 
 
@@ -380,5 +403,5 @@ _AUTO = {
     },
 }
 _SWIGLU, _SWIGLU_PACKED, _SWIGLU_LINEAR = (
-    Op(name, _AUTO, variants) for name in ("swiglu", "swiglu_packed", "swiglu_linear")
+    Op(name, _AUTO, variants, _launches) for name in ("swiglu", "swiglu_packed", "swiglu_linear")
 )

@@ -38,8 +38,8 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op
-from spt_fast.kernels.launch import Variant, jit, tl
+from spt_fast.kernels.backend import Candidate, Op, accumulation_dtype, custom_op, tried_on_gpus
+from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
 
 # Elements that the reference updates together: on a CPU so many that tensors and temporaries fit its cache, on a GPU
 # only to bound the temporaries.
@@ -298,8 +298,15 @@ def _cpu(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Any], numbers: Seq
 
 # ------------------------------------------------------------------------------------------------ Triton
 
-TRITON_BLOCK, TRITON_WARPS = 1024, 4
-"""8 elements a thread: one access of 16 bytes to a bf16 tensor, two to one in float32."""
+SIZES = ((1024, 4), (512, 4), (1024, 8), (2048, 8), (512, 2))
+"""Elements and warps of a program, the default first: 8 elements a thread are one access of 16 bytes to a bf16 tensor,
+two to one in float32."""
+
+
+def candidates(aligned: bool = True) -> list[Config]:
+    """What is worth measuring, the default first. Where numbers are loaded one by one (not `aligned`), a thread takes
+    twice as many registers, and the assembler aims so low for the sake of occupancy that it spills."""
+    return [Config((("BLOCK_SIZE", size),), warps, maxnreg=None if aligned else 168) for size, warps in SIZES]
 
 
 @jit
@@ -347,13 +354,8 @@ def _kernel(
     tl.store(param_ptr + at, theta.to(param_ptr.dtype.element_ty), mask)
 
 
-def _registers(N: int) -> int | None:
-    """At most so many for a thread, None where the assembler's own choice spills nothing.
-
-    Where numbers are loaded one by one, a thread takes twice as many, and the assembler aims so low for the sake of
-    occupancy that it spills.
-    """
-    return 168 if N % 16 else None
+def _launches(param: Tensor, *_: Tensor) -> list[Candidate]:
+    return tried_on_gpus(param, "adamw_step", (param.itemsize,), candidates()[1:])
 
 
 def _triton(
@@ -370,12 +372,14 @@ def _triton(
     step, lr, grad_scale, skip = scalars
     beta1, beta2, eps, weight_decay, anchor_decay = numbers
     N = param.numel()
+    config = candidates(N % 16 == 0)[0]
+    config = launched("adamw_step", (param.itemsize,), config) if N % 16 == 0 else config
     if N:
-        _kernel[(-(-N // TRITON_BLOCK),)](
+        _kernel[(-(-N // config["BLOCK_SIZE"]),)](
             param, grad, exp_avg, exp_avg_sq, master, anchor, step, lr, grad_scale, skip,
             N, decayed, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps, weight_decay, anchor_decay,
             HAS_MASTER=master is not None, HAS_ANCHOR=anchor is not None, HAS_SKIP=skip is not None,
-            BLOCK_SIZE=TRITON_BLOCK, num_warps=TRITON_WARPS, maxnreg=_registers(N),
+            **config.options,
         )  # fmt: skip
 
 
@@ -400,8 +404,12 @@ def variants() -> list[Variant]:
             arguments |= dict.fromkeys(numbers, "fp32")
             flags = {"HAS_MASTER": bool(master), "HAS_ANCHOR": anchor, "HAS_SKIP": skip}
             default = skip and N == 16 and param != "*fp16" and state == "*fp32"
-            constants = {**flags, "BLOCK_SIZE": TRITON_BLOCK}
-            found.append(Variant(_kernel, arguments, constants, TRITON_WARPS, maxnreg=_registers(N), default=default))
+            for config in candidates(N == 16)[: None if default else 1]:
+                usual = default and config.constants == candidates()[0].constants and config.num_warps == SIZES[0][1]
+                constants = {**flags, **dict(config.constants)}
+                found.append(
+                    Variant(_kernel, arguments, constants, config.num_warps, maxnreg=config.maxnreg, default=usual)
+                )
     return found
 
 
@@ -419,4 +427,5 @@ _ADAMW_STEP = Op(
         },
     },
     variants,
+    _launches,
 )

@@ -266,9 +266,7 @@ def _flash_attn(
 
 
 def _launches(x: Tensor, *_: Tensor) -> list[Candidate]:
-    if not x.is_cuda:
-        return []
-    return [Candidate("triton", (launch,)) for launch in attention_triton.launches(x)]
+    return [Candidate("triton", (launch,)) for launch in attention_triton.launches(x)] if x.is_cuda else []
 
 
 _AUTO = {

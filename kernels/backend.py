@@ -157,6 +157,11 @@ def install(chosen: Mapping[str, Candidate]) -> None:
             choose(*launch)
 
 
+def tried_on_gpus(x: Tensor, kernel: str, shape: tuple, configs: Sequence[Config]) -> list[Candidate]:
+    """Candidates that launch a Triton kernel so, for tensors like x, which have none on a CPU."""
+    return [Candidate("triton", ((kernel, shape, config),)) for config in configs] if x.is_cuda else []
+
+
 def pass_over(op: str, backend: str) -> None:
     """From now on `auto` doesn't take this backend for this op."""
     _passed_over.add((op, backend))

@@ -41,9 +41,9 @@ import torch
 from torch import Tensor
 
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, custom_op, differentiable
+from spt_fast.kernels.backend import Candidate, Op, custom_op, differentiable, tried_on_gpus
 from spt_fast.kernels.gradients import in_place
-from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
+from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, multiprocessors, next_power_of_2, tl
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST = 1e-30
@@ -230,8 +230,10 @@ def _reference_quantise(x: Tensor, largest: Tensor, dtype: torch.dtype) -> tuple
 ROWS_TILE, ROWS_WARP = 4096, 512
 """Numbers that a program holds, unless a single row has more; numbers for each warp."""
 AMAX_TILE = (16, 256)
-COLUMNS_TILE = BOTH_TILE = (128, 64)
+COLUMNS_TILE = (128, 64)
 """Rows and columns of x: a row of a tile, and a row of the transposed one in fp8, are 128 bytes."""
+BOTH_TILES = ((128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 128, 8), (128, 128, 8))
+"""The same and warps, of the pass that writes both layouts: what is worth measuring, the default first."""
 WARPS = 8
 PROGRAMS_PER_SM = 4
 
@@ -363,12 +365,26 @@ def _triton_both(x: Tensor, dtype: torch.dtype, largest: Tensor | None) -> tuple
         _row_amax_kernel[(-(-N // rows),)](x, largest, N, D, ROWS=rows, COLUMNS=columns, num_warps=warps)
     elif largest.dim() > 1:
         largest = largest.amax(1)
-    rows, columns = BOTH_TILE
-    _both_kernel[(-(-_padded(N) // rows), -(-D // columns))](
+    config = launched("fp8_both", (D, x.itemsize), candidates()[0])
+    _both_kernel[(-(-_padded(N) // config["ROWS"]), -(-D // config["COLUMNS"]))](
         x, largest, largest.amax(), q, scale, qt, whole_scale, N, D, _padded(N),
-        LIMIT=torch.finfo(dtype).max, SMALLEST=SMALLEST, ROWS=rows, COLUMNS=columns, num_warps=WARPS,
+        LIMIT=torch.finfo(dtype).max, SMALLEST=SMALLEST, **config.options,
     )  # fmt: skip
     return q, scale, qt, whole_scale
+
+
+def candidates() -> list[Config]:
+    """How the pass that writes both layouts may be launched, the default first."""
+    return [Config((("ROWS", rows), ("COLUMNS", columns)), warps) for rows, columns, warps in BOTH_TILES]
+
+
+def _launches(x: Tensor, weight: Tensor) -> list[Candidate]:
+    """The widths of x and dy have a kernel each."""
+    return [
+        candidate
+        for D in dict.fromkeys((x.shape[-1], len(weight)))
+        for candidate in tried_on_gpus(x, "fp8_both", (D, x.itemsize), candidates()[1:])
+    ]
 
 
 def variants() -> list[Variant]:
@@ -390,9 +406,10 @@ def variants() -> list[Variant]:
         for kind, dtype in (("*fp8e4nv", FORWARD), ("*fp8e5", BACKWARD)):
             floats = dict.fromkeys(("largest_ptr", "whole_ptr", "scale_ptr", "whole_scale_ptr"), "*fp32")
             arguments = {"x_ptr": x, "q_ptr": kind, "qt_ptr": kind, **floats, **sizes, "N_PADDED": "i32:16"}
-            tile = dict(zip(("ROWS", "COLUMNS"), BOTH_TILE, strict=True))
-            constants = {"LIMIT": torch.finfo(dtype).max, "SMALLEST": SMALLEST, **tile}
-            found.append(Variant(_both_kernel, arguments, constants, WARPS, default=usual, archs=(90, 100)))
+            for config in candidates():
+                constants = {"LIMIT": torch.finfo(dtype).max, "SMALLEST": SMALLEST, **dict(config.constants)}
+                default, warps = usual and config == candidates()[0], config.num_warps
+                found.append(Variant(_both_kernel, arguments, constants, warps, default=default, archs=(90, 100)))
         arguments = {"x_ptr": x, "largest_ptr": "*fp32", "q_ptr": "*fp8e4nv", **weight}
         tile = dict(zip(("ROWS", "COLUMNS"), COLUMNS_TILE, strict=True))
         constants = {"LIMIT": torch.finfo(FORWARD).max, **tile}
@@ -416,4 +433,5 @@ _FP8_LINEAR = Op(
         "cpu": {"reference": "float32 matmuls of what fp8 holds: the same errors, no speed"},
     },
     variants,
+    _launches,
 )

@@ -7,9 +7,6 @@ twice. What is right is timed in turns, forward and with the backward pass.
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,24 +60,8 @@ class Question:
     deterministic: bool = False
 
 
-def serve(answers: int) -> None:
-    """In the child: reads requests from stdin, a line each, and has a fork of itself write messages to `answers`."""
-    with os.fdopen(answers, "w", encoding="utf-8") as out:
-
-        def tell(**message: Any) -> None:
-            out.write(json.dumps(message) + "\n")
-            out.flush()
-
-        tell(ready=True)
-        for line in sys.stdin:
-            importlib.import_module(json.loads(line)["question"]["source"].partition(":")[0])
-            if (pid := os.fork()) == 0:
-                _answer(json.loads(line), tell)
-                os._exit(0)
-            tell(end=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-
-
-def _answer(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
+def judge(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
+    """In the child: tells of every candidate of a question what is wrong with it, or how long it takes."""
     question = Question(**request["question"])
     device, dtype = torch.device(question.device), getattr(torch, question.dtype)
     if device.type == "cuda":
@@ -107,6 +88,7 @@ def _answer(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
             problem = check(candidate) or unstable(question.op, whole, candidate, strict)
         if problem:
             tell(problems=[[i, problem]])
+            use(device)
         else:
             passed.append(i)
     rivals: list[Callable[[], object]] = []
@@ -120,6 +102,11 @@ def _answer(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
     taken = medians(rivals, rounds=ROUNDS, seconds=max(0.1, request["ends"] - time.monotonic()))
     for i, repeated, forward, step in zip(passed, times, taken[::2], taken[1::2], strict=True):
         tell(seconds=[[i, [forward / repeated, max(0.0, step - forward) / repeated]]])
+
+
+def use(device: torch.device) -> None:
+    """RuntimeError where an illegal access has ended this process's use of a GPU, whoever made it."""
+    torch.ones(1, device=device).add_(1).item()
 
 
 def _results(

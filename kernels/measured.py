@@ -2,7 +2,7 @@
 
 A record is a small JSON file whose name is a digest of everything that it depends on. Who measures holds a lock, so
 that processes that begin together neither measure against each other nor come to different answers. A folder that
-cannot be written, and a file that cannot be read, only cost the measurement again.
+cannot be written, and a file that is damaged, only cost the measurement again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import platform
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from spt_fast.errors import SptWarning
 from spt_fast.files import write_text
 from spt_fast.kernels.launch import TRITON_VERSION
 
@@ -41,13 +43,17 @@ def machine(device: torch.device) -> dict[str, str]:
     return known | {"device": f"{name} ({digest})", "threads": str(torch.get_num_threads())}
 
 
-def remembered(kind: str, key: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+Read = Callable[[dict[str, Any]], object]
+"""Raises KeyError, TypeError, ValueError or AttributeError for a record that isn't as its kind is."""
+
+
+def remembered(kind: str, key: Mapping[str, Any], measure: Callable[[], dict[str, Any]], read: Read) -> dict[str, Any]:
     """What was measured of this kind by this key, here or by an earlier process."""
     file = _file(kind, key)
-    if (found := recall(kind, key)) is not None:
+    if (found := recall(kind, key, read)) is not None:
         return found
     with _alone(file.with_suffix(".lock")):
-        if (found := recall(kind, key)) is not None:
+        if (found := recall(kind, key, read)) is not None:
             return found
         found = _plain(measure())
         with suppress(OSError):
@@ -55,13 +61,21 @@ def remembered(kind: str, key: Mapping[str, Any], measure: Callable[[], dict[str
     return found
 
 
-def recall(kind: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What an earlier process has measured; None where there is none."""
+def recall(kind: str, key: Mapping[str, Any], read: Read) -> dict[str, Any] | None:
+    """What an earlier process has measured; None where there is none, or, with a warning, where it cannot be read."""
+    file = _file(kind, key)
     try:
-        kept = json.loads(_file(kind, key).read_text(encoding="utf-8"))
-        return kept["found"] if kept["key"] == _plain(key) and isinstance(kept["found"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["key"] != _plain(key):
+            return None
+        read(kept["found"])
+    except OSError:
         return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{file}: what is kept there of earlier measurements is damaged ({error!r}); it is ignored"
+        warnings.warn(problem, SptWarning, stacklevel=2)
+        return None
+    return kept["found"]
 
 
 def _file(kind: str, key: Mapping[str, Any]) -> Path:

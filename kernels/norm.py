@@ -30,10 +30,18 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Op, accumulation_dtype, custom_op, differentiable, is_looked_at
+from spt_fast.kernels.backend import (
+    Candidate,
+    Op,
+    accumulation_dtype,
+    custom_op,
+    differentiable,
+    is_looked_at,
+    tried_on_gpus,
+)
 from spt_fast.kernels.fp8 import with_largest
 from spt_fast.kernels.gradients import in_place
-from spt_fast.kernels.launch import DTYPES, Variant, jit, multiprocessors, next_power_of_2, tl
+from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, multiprocessors, next_power_of_2, tl
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, largest: bool = False, backend: str = "auto") -> Tensor:
@@ -207,23 +215,39 @@ WIDEST = 8192
 """Columns of the widest rows whose x, dy, weight and weight gradient fit in a program's registers at once."""
 
 
-def _tile(D: int, dtype: torch.dtype, numbers: int, warp_bytes: int) -> tuple[int, int, int]:
-    """(rows and columns of a program's tile of about so many numbers, warps)."""
+def _config(kernel: str, D: int, dtype: torch.dtype, tile: float = 1, warp: float = 1) -> Config:
+    """How a kernel, "forward" or "backward", is launched; tile and warp: times the usual numbers and bytes."""
+    numbers, warp_bytes = {"forward": (FORWARD_TILE, FORWARD_WARP), "backward": (BACKWARD_TILE, BACKWARD_WARP)}[kernel]
     columns = next_power_of_2(D)
-    rows = max(1, min(16, numbers // columns))
-    return rows, columns, max(1, min(16, rows * columns * dtype.itemsize // warp_bytes))
+    rows = max(1, min(16, int(tile * numbers) // columns))
+    warps = max(1, min(16, rows * columns * dtype.itemsize // int(warp * warp_bytes)))
+    if kernel == "forward":
+        return Config((("ROWS", rows), ("COLUMNS", columns)), warps)
+    warps *= 2 if D % 16 else 1  # numbers are loaded one by one, which takes more registers
+    # With few numbers a thread the assembler aims so low, for the sake of occupancy, that it spills some.
+    maxnreg = 64 if rows * columns <= 8 * 32 * warps else None
+    return Config((("ROWS", rows), ("COLUMNS", columns)), warps, maxnreg=maxnreg)
 
 
-def _backward_tile(D: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """The same; where numbers are loaded one by one, which takes more registers, for twice the warps."""
-    rows, columns, warps = _tile(D, dtype, BACKWARD_TILE, BACKWARD_WARP)
-    return rows, columns, warps * (2 if D % 16 else 1)
+def candidates(kernel: str, D: int, dtype: torch.dtype) -> list[Config]:
+    """What is worth measuring, the default first."""
+    sizes = [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0)]
+    usual = D <= WIDEST and D % 16 == 0
+    return list(dict.fromkeys(_config(kernel, D, dtype, *size) for size in sizes[: None if usual else 1]))
 
 
-def _registers(rows: int, columns: int, warps: int) -> int | None:
-    """At most so many for a thread, backward; None where the assembler's own choice spills nothing. With few numbers a
-    thread it aims so low for the sake of occupancy that it spills some where dw is added to."""
-    return 64 if rows * columns <= 8 * 32 * warps else None
+def _launched(kernel: str, x: Tensor) -> Config:
+    D = x.shape[-1]
+    return launched(f"rms_norm_{kernel}", (D, x.itemsize), _config(kernel, D, x.dtype))
+
+
+def _launches(x: Tensor, *_: Tensor) -> list[Candidate]:
+    D = x.shape[-1]
+    return [
+        candidate
+        for kernel in ("forward", "backward")
+        for candidate in tried_on_gpus(x, f"rms_norm_{kernel}", (D, x.itemsize), candidates(kernel, D, x.dtype)[1:])
+    ]
 
 
 @jit
@@ -302,11 +326,11 @@ def _triton_forward(
     N = x.numel() // max(1, D)
     y, stream = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
     rstd = x.new_empty(N, dtype=torch.float32)
-    rows, columns, warps = _tile(D, x.dtype, FORWARD_TILE, FORWARD_WARP)
+    config = _launched("forward", x)
     if N:
-        _forward_kernel[(-(-N // rows),)](
+        _forward_kernel[(-(-N // config["ROWS"]),)](
             x, residual, weight, y, stream, rstd, amax, N, D, eps,
-            HAS_RESIDUAL=residual is not None, AMAX=amax.numel() > 0, ROWS=rows, COLUMNS=columns, num_warps=warps,
+            HAS_RESIDUAL=residual is not None, AMAX=amax.numel() > 0, **config.options,
         )  # fmt: skip
     return y, stream, rstd
 
@@ -329,17 +353,17 @@ def _triton_backward(
         dx, dw = _reference_backward(dy, dstream, x, weight, rstd)
         _amax_of(dx.view(N, D), amax)
         return dx, dw
-    rows, columns, warps = _backward_tile(D, x.dtype)
+    config = _launched("backward", x)
     programs = PROGRAMS_PER_SM * multiprocessors(x.device)
     if parameter is None:
-        programs = min(-(-N // rows), programs)
+        programs = min(-(-N // config["ROWS"]), programs)
         dw, new = x.new_empty(programs, D, dtype=torch.float32), True
     else:
         dw, new = in_place(parameter).parts.of(parameter, programs)  # type: ignore[union-attr]
     _backward_kernel[(programs,)](
         dy, dstream, x, weight, rstd, dx, dw, amax, N, D,
         HAS_DSTREAM=dstream is not None, TWICE=D > WIDEST, AMAX=amax.numel() > 0 and D <= WIDEST, ADD=not new,
-        ROWS=rows, COLUMNS=columns, num_warps=warps, maxnreg=_registers(rows, columns, warps),
+        **config.options,
     )  # fmt: skip
     if D > WIDEST:
         _amax_of(dx.view(N, D), amax)
@@ -371,29 +395,32 @@ def variants() -> list[Variant]:
     for D, dtype, size, whole, amax in cases:
         sizes = {"N": "i32", "D": size}
         default = (dtype, size, whole) == ("*bf16", "i32:16", True) and D in ((2048,) if amax else (1024, 4096))
-        rows, columns, warps = _tile(D, DTYPES[dtype], FORWARD_TILE, FORWARD_WARP)
         tensors = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr", "stream_ptr"), dtype)
         given = dtype if whole else None
         arguments = {**tensors, "residual_ptr": given, "rstd_ptr": "*fp32", "amax_ptr": "*fp32", **sizes, "eps": "fp32"}
-        constants = {"HAS_RESIDUAL": whole, "AMAX": amax, "ROWS": rows, "COLUMNS": columns}
-        found.append(Variant(_forward_kernel, arguments, constants, warps, default=default))
+        flags = {"HAS_RESIDUAL": whole, "AMAX": amax}
+        found += _variants(_forward_kernel, "forward", D, dtype, arguments, flags, default)
         if D > WIDEST and (dtype == "*fp32" or amax):
             continue
-        rows, columns, warps = _backward_tile(D, DTYPES[dtype])
         tensors = dict.fromkeys(("dy_ptr", "x_ptr", "weight_ptr", "dx_ptr"), dtype)
-        arguments = {
-            **tensors,
-            "dstream_ptr": given,
-            "rstd_ptr": "*fp32",
-            "dw_ptr": "*fp32",
-            "amax_ptr": "*fp32",
-            **sizes,
-        }
-        constants = {"HAS_DSTREAM": whole, "TWICE": D > WIDEST, "AMAX": amax, "ROWS": rows, "COLUMNS": columns}
-        maxnreg = _registers(rows, columns, warps)
-        for flags in (constants | {"ADD": add} for add in (False, True)):
-            found.append(Variant(_backward_kernel, arguments, flags, warps, maxnreg=maxnreg, default=default))
+        wide = dict.fromkeys(("rstd_ptr", "dw_ptr", "amax_ptr"), "*fp32")
+        arguments = {**tensors, "dstream_ptr": given, **wide, **sizes}
+        for add in (False, True):
+            flags = {"HAS_DSTREAM": whole, "TWICE": D > WIDEST, "AMAX": amax, "ADD": add}
+            found += _variants(_backward_kernel, "backward", D, dtype, arguments, flags, default)
     return found
+
+
+def _variants(
+    kernel: Any, name: str, D: int, dtype: str, arguments: dict, flags: dict[str, bool], default: bool
+) -> list[Variant]:
+    """A kernel as it is launched by default, and where that is a usual call as it may be."""
+    configs = candidates(name, D, DTYPES[dtype])[: None if default else 1]
+    return [
+        Variant(kernel, arguments, flags | dict(config.constants), config.num_warps, config.num_stages, config.maxnreg,
+                default=default and config is configs[0])
+        for config in configs
+    ]  # fmt: skip
 
 
 _AUTO = {
@@ -406,4 +433,4 @@ _AUTO = {
         "reference": "PyTorch ops",
     },
 }
-_RMS_NORM, _ADD_RMS_NORM = (Op(name, _AUTO, variants) for name in ("rms_norm", "add_rms_norm"))
+_RMS_NORM, _ADD_RMS_NORM = (Op(name, _AUTO, variants, _launches) for name in ("rms_norm", "add_rms_norm"))

@@ -1,19 +1,22 @@
 """Whether the ops are right on this machine: each once against PyTorch's own in float64, and twice for equal bits.
 
 Compilers and drivers have faults that only some GPUs and versions show. What fails is passed over by `auto`
-(`backend.pass_over`), and the run says so. An illegal memory access ends the process, as it would end the run; the
-tuner, which tries each op in a process of its own, survives it. fp8_linear, which nothing takes unasked, is left out.
+(`backend.pass_over`), and the run says so. An illegal memory access ends all use of the GPU by the process that makes
+it, so the check runs in a child.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
 from spt_fast.kernels.backend import OPS, BackendError, Candidate, install, obstacle
-from spt_fast.kernels.judging import MAY_DIFFER, checker, unstable
+from spt_fast.kernels.child import Child, Died, Undecided
+from spt_fast.kernels.judging import MAY_DIFFER, Trial, checker, unstable, use
 from spt_fast.kernels.trials import TRIALS, Shape, trial_of
 
 SHAPE = Shape(
@@ -21,6 +24,9 @@ SHAPE = Shape(
     window=None, documents=False, parameters=1 << 12,
 )  # fmt: skip
 """More than a block of everything, and the last block not full."""
+LONGEST_S = 300.0
+"""Compilation included."""
+TASK = "spt_fast.kernels.self_check:check"
 
 
 @dataclass(frozen=True)
@@ -35,31 +41,76 @@ class Fault:
         return f"{self.op}: {self.backend} is passed over: it {self.problem}"
 
 
-def self_check(device: torch.device, dtype: torch.dtype, *, head_dim: int = 64) -> list[Fault]:
-    """Tries every backend that `auto` may take for tensors in this dtype on this device. Forgets what is installed."""
-    shape = replace(SHAPE, head_dim=head_dim)
-    faults = []
+def self_check(device: torch.device, dtype: torch.dtype, *, head_dim: int = 64, task: str = TASK) -> list[Fault]:
+    """Tries every backend that `auto` may take for tensors in this dtype on this device, in a process of its own, or in
+    this one where that cannot be had. Forgets what is installed."""
+    faults: dict[tuple[str, str], str] = {}
+    at: list[str] | None = None
+
+    def hear(**message: Any) -> None:
+        nonlocal at
+        at = message.get("at", at)
+        if "fault" in message:
+            op, backend, problem = message["fault"]
+            faults[op, backend] = problem
+
+    request = {"task": task, **asked(device, dtype, head_dim)}
+    with Child() as child:
+        while True:
+            at = None
+            try:
+                for message in child.ask(request, time.monotonic() + LONGEST_S):
+                    hear(**message)
+            except (Died, Undecided) as death:
+                if at is not None:
+                    faults.setdefault((at[0], at[1]), str(death))
+                    request["after"] = at
+                    continue
+                check(request, hear)
+            return [Fault(*where, problem) for where, problem in faults.items()]
+
+
+def asked(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> dict[str, Any]:
+    """What `check` is told."""
+    shape = asdict(replace(SHAPE, head_dim=head_dim))
+    return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "shape": shape}
+
+
+def check(request: Mapping[str, Any], tell: Callable[..., object]) -> None:
+    """Tells what it is at work on, [op, backend], and of its faults, [op, backend, problem]. It begins `after` what
+    ended the process before."""
+    device, dtype, shape = torch.device(request["device"]), getattr(torch, request["dtype"]), Shape(**request["shape"])
+    use(device)  # where this cannot be, no backend is at fault
+    after = request.get("after")
     for op in TRIALS:
-        shapes = [shape, replace(shape, documents=True)] if op.endswith("attention") else [shape]
+        cases: list[tuple[Trial, Callable[[Candidate], str | None]]] = []
         for backend in OPS[op].auto[device.type]:
+            if after:
+                after = None if after == [op, backend] else after
+                continue
             if backend == "reference" or obstacle(backend, device.type, dtype):
                 continue
-            if problem := _problem(op, backend, shapes, dtype, device):
-                faults.append(Fault(op, backend, problem))
+            if not cases:
+                shapes = [shape, replace(shape, documents=True)] if op.endswith("attention") else [shape]
+                trials = [trial_of(op, each, dtype, device) for each in shapes]
+                cases = [(trial, checker(op, trial)) for trial in trials]
+            tell(at=[op, backend])
+            if problem := _problem(op, backend, cases):
+                tell(fault=[op, backend, problem])
+                use(device)
+    tell(at=None)
     install({})
-    return faults
 
 
-def _problem(op: str, backend: str, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> str | None:
-    for shape in shapes:
-        trial, candidate = trial_of(op, shape, dtype, device), Candidate(backend)
+def _problem(op: str, backend: str, cases: Sequence[tuple[Trial, Callable[[Candidate], str | None]]]) -> str | None:
+    candidate = Candidate(backend)
+    for trial, wrong in cases:
         try:
-            trial.call(*trial.inputs, backend=backend)
-        except BackendError:  # not for such heads
+            trial.call(*(x.clone() for x in trial.inputs), backend=backend)
+        except BackendError:  # not for such heads, or on this GPU
             continue
         except Exception:
             pass  # the check says which
-        problem = checker(op, trial)(candidate) or unstable(op, trial, candidate, backend not in MAY_DIFFER)
-        if problem:
+        if problem := wrong(candidate) or unstable(op, trial, candidate, backend not in MAY_DIFFER):
             return problem
     return None

@@ -19,7 +19,9 @@ from spt_fast.kernels.attention import flash_attention, qkv_attention
 from spt_fast.kernels.backend import OPS
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
 from spt_fast.kernels.embedding import embedding
+from spt_fast.kernels.fp8 import fp8_linear
 from spt_fast.kernels.judging import Question, Trial
+from spt_fast.kernels.linear import linear
 from spt_fast.kernels.norm import add_rms_norm, rms_norm
 from spt_fast.kernels.rotary import qk_norm_rope, rope
 
@@ -93,6 +95,11 @@ def _embedding(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., A
     return look_up, (weight, tokens), 1
 
 
+def _in_fp8(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """In float64 not in fp8, so that what is allowed to a backend is what fp8 itself errs."""
+    return linear(x, weight) if x.dtype == torch.float64 else fp8_linear(x, weight, backend=backend)
+
+
 def _adamw(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
     N = min(s.parameters, MOST_NUMBERS)
     param, grad, m = (random(N) for _ in range(3))
@@ -121,6 +128,11 @@ TRIALS: dict[str, Make] = {
     "swiglu_linear": lambda s, random: (
         swiglu_linear,
         (random(s.sequences * s.context, 2 * s.ffn), random(s.width, s.ffn) * s.ffn**-0.5),
+        2,
+    ),
+    "fp8_linear": lambda s, random: (
+        _in_fp8,
+        (random(s.sequences * s.context, s.width), random(2 * s.ffn, s.width) * s.width**-0.5),
         2,
     ),
     "rope": partial(_rope, normalised=False),

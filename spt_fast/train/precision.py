@@ -113,7 +113,7 @@ def pick_precision(precision: str, device: torch.device, config: GPTConfig | Non
         return Precision(torch.float32, "this CPU has no instructions that multiply bf16")
     shapes = shapes_of(config) if config else {(LARGEST, LARGEST): 1}
     key = {**machine(device), "shapes": sorted([*shape, share] for shape, share in shapes.items())}
-    found = remembered("precision", key, partial(_measure, shapes))
+    found = remembered("precision", key, partial(_measure, shapes), _read)
     name = "bf16" if found["bf16"] > GAIN * found["fp32"] else "fp32"
     rates = f"{found['bf16']:.0f} GFLOP/s in bf16 and {found['fp32']:.0f} in fp32"
     return Precision(BY_NAME[name], f"this CPU makes {rates}, measured {found['date']} with {key['threads']} threads")
@@ -132,6 +132,10 @@ def shapes_of(config: GPTConfig) -> Shapes:
         cut = min(rows, LARGEST), min(columns, LARGEST)
         shapes[cut] = shapes.get(cut, 0) + size
     return shapes
+
+
+def _read(found: Mapping[str, Any]) -> None:
+    float(found["bf16"]), float(found["fp32"]), found["date"]
 
 
 def _measure(shapes: Shapes) -> dict[str, Any]:

@@ -36,7 +36,12 @@ def threads_of(
     shape = {"config": asdict(config), "precision": precision, "sequences": sequences, "context": context}
     key = {**machine(CPU), **shape, "threads": USUAL}
     ask = partial(_measure, config, precision, sequences, context)
-    return remembered("threads", key, ask) if measure else recall("threads", key)
+    return remembered("threads", key, ask, _read) if measure else recall("threads", key, _read)
+
+
+def _read(found: Mapping[str, Any]) -> None:
+    if not isinstance(found["chosen"], int) or found["chosen"] < 1:
+        raise ValueError(found["chosen"])
 
 
 def _measure(config: GPTConfig, precision: str, sequences: int, context: int) -> dict[str, Any]:

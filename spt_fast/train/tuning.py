@@ -24,6 +24,7 @@ from spt_fast.kernels.trials import Shape, questions, trial
 from spt_fast.kernels.tuner import chosen, describe, known, tune
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import parameters
+from spt_fast.model.gpt import gains_by_fp8
 from spt_fast.printing import terminal
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.precision import Precision, begin_or_keep, pick_precision, precision_of
@@ -161,6 +162,7 @@ def asked_by(plan: Plan, precision: Precision, device: torch.device, processes: 
         context=context,
         documents=_longest(plan).phase.documents,
         deterministic=plan.recipe.engine.deterministic,
+        fp8=plan.recipe.engine.fp8,
     )
 
 
@@ -173,6 +175,7 @@ def asked_of(
     context: int,
     documents: bool,
     deterministic: bool,
+    fp8: bool = False,
 ) -> list[Question]:
     """What there is to tune for a model trained in such micro-batches."""
     shape = Shape(
@@ -190,7 +193,9 @@ def asked_of(
     )
     normalised = config.qk_norm and config.qk_norm_over != "width"
     attention = "flash_attention" if config.qk_norm_over == "width" else "qkv_attention"
-    ops = ["add_rms_norm", "swiglu_linear", "embedding", "qk_norm_rope" if normalised else "rope", "adamw_step"]
+    in_fp8 = fp8 and gains_by_fp8((config.width, 2 * config.ffn))
+    ops = ["add_rms_norm", "swiglu_packed" if in_fp8 else "swiglu_linear", "embedding", "adamw_step"]
+    ops += ["qk_norm_rope" if normalised else "rope", *(["fp8_linear"] if in_fp8 else [])]
     ops += ["linear_cross_entropy", attention]  # those with the most candidates have the time that others leave
     return questions(ops, shape, dtype, device, deterministic=deterministic)
 

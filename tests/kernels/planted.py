@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spt_fast.kernels import self_check, trials
 from spt_fast.kernels.backend import Candidate
 from spt_fast.kernels.judging import Trial
 from spt_fast.kernels.launch import Config, launched
@@ -69,3 +70,21 @@ def trial(op: str, shape: Mapping[str, Any], dtype: torch.dtype, device: torch.d
     names = shape.get("candidates", [])
     launches = [tuned("one", 2000), tuned("one", 6000), tuned("two", 1000)] if "quick" in names else []
     return Trial(double, (x,), 1, [Candidate("auto"), *map(Candidate, names), *launches])
+
+
+def check_of_three(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
+    """The self-check, of an op that ends its process, one that is right and one that is wrong."""
+
+    def planted(op: str) -> Callable[..., Any]:
+        call, inputs, gradients = trials.TRIALS[op](self_check.SHAPE, torch.randn)
+
+        def with_fault(*given: Tensor, backend: str) -> Any:
+            if backend == "cpu" and op == "rms_norm":
+                segfaults()
+            results = call(*given, backend=backend)
+            return tuple(1.1 * x for x in results) if backend == "cpu" and op == "rope" else results
+
+        return lambda shape, random: (with_fault, inputs, gradients)
+
+    self_check.TRIALS = trials.TRIALS = {op: planted(op) for op in ("rms_norm", "add_rms_norm", "rope")}
+    self_check.check(request, tell)

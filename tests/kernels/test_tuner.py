@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,12 @@ import pytest
 import torch
 
 from spt_fast import kernels
-from spt_fast.kernels import judging, launch, tuner
+from spt_fast.errors import SptWarning
+from spt_fast.kernels import child, judging, launch, tuner
 from spt_fast.kernels.backend import OPS, Candidate, install
 from spt_fast.kernels.judging import Question
 from spt_fast.kernels.launch import Config
-from spt_fast.kernels.trials import TRIALS, Shape, questions, trial
+from spt_fast.kernels.trials import TRIALS, Shape, questions, trial, trial_of
 from spt_fast.kernels.tuner import chosen, describe, known, tune
 from tests.kernels import planted
 
@@ -46,7 +50,7 @@ def question(tmp_path: Path, *candidates: str, op: str = "double", **changes: An
 
 
 def test_every_candidate_is_judged_and_none_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuner, "STUCK_S", 1.5)
+    monkeypatch.setattr(child, "STUCK_S", 1.5)
     names = ["exits", "wrong", "raises", "hangs", "unstable", "infinite", "segfaults", "slow", "quick", "sdpa"]
     record = tune([question(tmp_path, *names)], seconds=150)["double"]
     tried = record["tried"]
@@ -99,7 +103,8 @@ def test_records_hold_for_what_they_were_measured_at(tmp_path: Path, monkeypatch
     def decide(asked: Question, *_: Any) -> dict[str, Any]:
         decided.append(asked.op)
         time.sleep(0.1)
-        return {"chosen": Candidate(f"c{len(decided)}").plain()}
+        plain = Candidate(f"c{len(decided)}").plain()
+        return {"date": "2026", "chosen": plain, "default": plain, "seconds": {"chosen": [1.0], "default": [1.0]}}
 
     monkeypatch.setattr(tuner, "_decide", decide)
     asked = question(tmp_path)
@@ -119,19 +124,35 @@ def test_records_hold_for_what_they_were_measured_at(tmp_path: Path, monkeypatch
     [each.join() for each in both]
     assert found[0] == found[1]
     assert len(decided) == 2, "the second waits for what the first finds"
-    for file in (tmp_path / "cache" / "spt_fast").glob("*.json"):
-        file.write_text("{")
+    (file,) = [each for each in (tmp_path / "cache" / "spt_fast").glob("*.json") if "other kernels" in each.read_text()]
+    whole = json.loads(file.read_text())
+    for damaged in ("{", "[]", *damages(whole)):
+        file.write_text(damaged)
+        with pytest.warns(SptWarning, match="is damaged .* it is ignored"):
+            assert known([asked]) == {}
+    with pytest.warns(SptWarning, match="is damaged"):
+        assert tune([asked], seconds=30)["double"]["chosen"]["backend"] == "c3"
     assert tune([asked], seconds=30)["double"] == known([asked])["double"]
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
     assert tune([asked], seconds=30)["double"]["chosen"]["backend"] == "c4"
     assert known([asked]) == {}
 
 
+def damages(whole: dict[str, Any]) -> Iterator[str]:
+    """A record without each of its parts, or with something else in its place."""
+    for part in whole["found"]:
+        for other in ({}, {part: None}, {part: 3}):
+            left = {key: value for key, value in whole["found"].items() if key != part}
+            if part != "date" or not other:
+                yield json.dumps(whole | {"found": left | other})
+    yield json.dumps(whole | {"found": None})
+
+
 def test_an_op_that_time_does_not_suffice_for_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     assert tune([question(tmp_path)], seconds=0, say=said.append) == {}
     assert tune([question(tmp_path, "hangs")], seconds=60, say=said.append, stop=lambda: True) == {}
-    monkeypatch.setattr(tuner.sys, "executable", "/bin/false")
+    monkeypatch.setattr(child.sys, "executable", "/bin/false")
     assert tune([question(tmp_path)], seconds=9, say=said.append) == {}
     reasons = ("there was no time left", "the run was asked to stop", "what tries it cannot be started")
     assert said == [f"double: left as it is by default, since {reason}" for reason in reasons]
@@ -156,7 +177,7 @@ def test_every_op_of_the_trials_is_tried_as_its_candidates_say(op: str) -> None:
     made = trial(op, asked.shape, torch.bfloat16, torch.device("cpu"))
     assert op in OPS
     assert made.candidates[0] == Candidate("auto")
-    assert "reference" in {one.backend for one in made.candidates}
+    assert "reference" in {OPS[op].pick("auto", made.inputs[0]), *(one.backend for one in made.candidates)}
     check = judging.checker(op, trial(op, asked.small, torch.bfloat16, torch.device("cpu")))
     try:
         for candidate in made.candidates:
@@ -165,3 +186,37 @@ def test_every_op_of_the_trials_is_tried_as_its_candidates_say(op: str) -> None:
             assert Candidate.read(candidate.plain()) == candidate
     finally:
         install({})
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="Triton's kernels are run by its interpreter here")
+@pytest.mark.parametrize("op", ["adamw_step", "add_rms_norm", "swiglu_packed", "fp8_linear"])
+def test_launches_that_are_tried_compute_the_same(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by default; here, where a GPU is only said to be there."""
+    shape = replace(SHAPE, sequences=4, width=64, ffn=288, parameters=3000 + 8)
+    made = trial_of(op, shape, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    tried = OPS[op].launches(*made.inputs)
+    monkeypatch.undo()
+    default = judging._results(op, made, Candidate("triton"), made.inputs)
+    try:
+        assert len(tried) > 2
+        for candidate in tried:
+            (((_, _, config),), asked) = candidate.launches, []
+            monkeypatch.setattr(launch, "_chosen", Seen(asked))
+            found = judging._results(op, made, candidate, made.inputs)
+            torch.testing.assert_close(found, default, msg=str(candidate))
+            assert config in asked, candidate
+    finally:
+        install({})
+
+
+class Seen(dict):
+    """What was chosen, and which of it launches have taken."""
+
+    def __init__(self, asked: list[Config]) -> None:
+        super().__init__()
+        self.asked = asked
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.asked.append(super().get(key, default))
+        return self.asked[-1]
