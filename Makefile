@@ -5,13 +5,26 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint docs bench bench-gpu peers aot aot-newest aot-oldest clean
+.PHONY: demo test test-fast lint docs bench bench-gpu peers aot aot-newest aot-oldest clean
 
 demo: $(VENV)/.ready
 	$(BIN)/spt-fast demo --out demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# Of every room what is quick, by processor time: 90 seconds on two idle cores. Triton's interpreter and compilation
+# take minutes.
+FAST := $(addprefix tests/, test_architecture.py test_config.py test_library.py test_locks.py test_synonyms.py \
+	$(addprefix data/test_, mixture.py order.py ring.py shards.py shuffle.py visits.py heldout.py) \
+	$(addprefix kernels/test_, activation.py adamw.py cross_entropy.py norm.py rotary.py) \
+	$(addprefix laws/test_, interface.py published.py) \
+	$(addprefix model/test_, flops.py generate.py gpt.py memory.py parameters.py) \
+	$(addprefix train/test_, evaluate.py lr.py price.py resume.py start.py state.py) \
+	evaluation/test_tasks.py $(addprefix study/test_, compare.py study.py) advice/test_prior.py advice/test_tax.py)
+
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile -k 'not triton and not compile' $(FAST)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -118,6 +119,17 @@ def test_tests_need_no_benchmark() -> None:
     files = [file for file in (ROOT / "tests").rglob("*.py") if file.parent.name != "benchmarks"]
     uses = re.compile(r"^\s*(from|import) benchmarks\b|\"-m\", \"benchmarks", re.MULTILINE)
     assert [str(file) for file in files if uses.search(file.read_text())] == []
+
+
+def test_make_test_fast_covers_every_room() -> None:
+    said = subprocess.run(["make", "-n", "test-fast", "VENV=/absent"], cwd=ROOT, capture_output=True, text=True).stdout
+    files = [ROOT / file for file in re.findall(r"tests/\S+\.py", said)]
+    assert files
+    assert [file for file in files if not file.exists() or "\npytestmark = pytest.mark.long" in file.read_text()] == []
+    rooms = {folder.name for folder in (ROOT / "tests").iterdir() if list(folder.glob("test_*.py"))}
+    assert rooms - {file.parent.name for file in files} == {"benchmarks", "report"}, (
+        "the library's test writes a report"
+    )
 
 
 def test_what_is_read_in_one_sitting_stays_short() -> None:

@@ -1,4 +1,5 @@
-"""A small GPT trained for 12 steps with every backend: the losses are those of a float64 run of the reference."""
+"""A small GPT trained for 12 steps with every backend: the losses are those of a float64 run of the reference. In
+Triton's interpreter, where a step takes two seconds, it is 6 steps: every batch with documents and without."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ FP8_BOUND = 0.0025
 fp8 against bf16, and calls well within the randomness of training."""
 
 
-def losses(backend: str, dtype: torch.dtype, device: str, *, fp8: bool = False) -> list[float]:
+def losses(backend: str, dtype: torch.dtype, device: str, *, steps: int = STEPS, fp8: bool = False) -> list[float]:
     generator = torch.Generator().manual_seed(11)
     batches = [torch.randint(CONFIG.vocab_size, (4, CONFIG.context + 1), generator=generator) for _ in range(3)]
     model = GPT(CONFIG, seed=4).to(device, dtype)
@@ -60,7 +61,7 @@ def losses(backend: str, dtype: torch.dtype, device: str, *, fp8: bool = False) 
         parameter.grad_dtype = wide
     found = []
     with kernels.prefer(backend):
-        for step in range(1, STEPS + 1):
+        for step in range(1, steps + 1):
             batch = batches[step % len(batches)].to(device)
             cuts = torch.tensor([0, 10, 48, 70, 96], dtype=torch.int32, device=device) if step % 2 else None
             loss = model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), cuts)
@@ -83,14 +84,15 @@ def exact() -> list[float]:
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-def test_twelve_steps(backend: str, dtype: torch.dtype, exact: list[float]) -> None:
+def test_losses_are_those_of_the_reference_in_float64(backend: str, dtype: torch.dtype, exact: list[float]) -> None:
     problem = obstacle(backend, DEVICE, dtype)
     if problem is None and backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
         problem = "Triton's interpreter is wrong in bf16"
     if problem:
         pytest.skip(problem)
-    found = losses(backend, dtype, DEVICE)
-    errors = torch.tensor(found) - torch.tensor(exact)
+    steps = 6 if backend == "triton" and INTERPRETED else STEPS
+    found = losses(backend, dtype, DEVICE, steps=steps)
+    errors = torch.tensor(found) - torch.tensor(exact[:steps])
     assert errors.abs().max() < BOUNDS[dtype], errors
 
 
@@ -115,7 +117,7 @@ def fp8_error(dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_twelve_steps_in_fp8(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_in_fp8_are_within_a_quarter_of_a_percent(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpt, "FP8_WIDTH", CONFIG.width)
     assert fp8_error(dtype) < FP8_BOUND
 

@@ -16,9 +16,11 @@ import pytest
 
 from spt_fast.config import load_recipe
 from spt_fast.printing import as_json
+from spt_fast.study import jobs
 from spt_fast.study.compare import Comparison, compare
 from spt_fast.study.demo import Scale, demo, next_steps, write_recipes
 from spt_fast.study.findings import conclusion
+from tests.study.tiny_study import HereAlone
 
 pytestmark = pytest.mark.long
 
@@ -38,7 +40,9 @@ TINY = Scale(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
     out = tmp_path_factory.mktemp("demo")
-    return out, demo(out, TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "Local", lambda recipes: HereAlone())
+        return out, demo(out, TINY)
 
 
 def test_two_arms_of_two_seeds_with_the_share_asked_for(finished: tuple[Path, Comparison]) -> None:

@@ -30,7 +30,7 @@ from spt_fast.study.runs_table import COLUMNS, read_table
 from spt_fast.study.study import expand, study_from
 from spt_fast.study.sweep import costs, load_study, sweep
 from spt_fast.train.folder import owned, parent_of
-from tests.study.tiny_study import STEP, raw_study
+from tests.study.tiny_study import STEP, HereAlone, raw_study
 from tests.train.test_watch import until
 
 pytestmark = pytest.mark.long
@@ -44,7 +44,7 @@ def quiet() -> Console:
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
     """A finished study's folder and table."""
     folder = tmp_path_factory.mktemp("swept")
-    table, outcome = sweep(study_from(raw_study(folder)), quiet())
+    table, outcome = sweep(study_from(raw_study(folder)), quiet(), workers=HereAlone())
     assert (outcome.interrupted, outcome.failed, outcome.skipped) == (False, {}, [])
     return folder / "study", table
 
@@ -273,7 +273,7 @@ def test_arms_that_start_from_less_know_what_they_start_from(tmp_path: Path) -> 
     raw["stages"][0] |= {"delta": 0, "budgets": [10 * STEP]}
     raw["stages"][1] |= {"start": ["pretrained", "scratch", "embeddings", "frozen embeddings"], "untie": True}
     assert [cost.runs for cost in costs(study_from(raw), jobs=1)] == [1, 4]
-    table, outcome = sweep(study_from(raw), quiet())
+    table, outcome = sweep(study_from(raw), quiet(), workers=HereAlone())
     assert not outcome.failed
     tunes = table[table["delta"] == 1]
     assert dict(zip(tunes["start"], tunes["stage"], strict=True)) == {
