@@ -1,4 +1,4 @@
-"""The demo's text: deterministic, clean, without repeats, enough of it."""
+"""The demo's text, as much as it reads and more: deterministic, clean, without repeats, enough of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from spt_fast.errors import DataError
 from spt_fast.study import corpora
+from spt_fast.study.demo import Scale
 
 pytestmark = pytest.mark.long
 
@@ -17,14 +18,14 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def domain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpora") / "domain.jsonl"
-    corpora.write_domain(path, 10**9)
+    corpora.write_domain(path, 10 * Scale().domain_bytes)
     return path
 
 
 @pytest.fixture(scope="module")
 def general(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpora") / "general.jsonl"
-    corpora.write_general(path, 10**9)
+    corpora.write_general(path, Scale().general_bytes)
     return path
 
 
