@@ -8,6 +8,7 @@ beside what the laws make of it.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from spt_fast.data.divergence import divergence
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.study.finetunes import plainest
 from spt_fast.study.usable import UsableRows, usable
-from spt_fast.study.words import amount, percent
+from spt_fast.study.words import amount, number, percent
 
 SEEN_WITHIN = 2.0
 """A factor from the nearest budget that was run, up to which its best arm is taken where no law can be fitted."""
@@ -113,7 +114,7 @@ def advise_pretraining(
         if allowed and not any(allowed.values()):
             missing.append(
                 f"no share and replay that were run keep the general loss within {max_general_rise:.3g} of the lowest "
-                "before finetuning; taken are those that come nearest"
+                "before finetuning; the answer is the pair that comes nearest"
             )
         epochs = plainest(evidence.rows)["epochs"]
         mean_epochs, most_epochs = float(epochs.mean()), float(epochs.max())
@@ -125,6 +126,7 @@ def advise_pretraining(
         asked=asked,
         decision=decision,
         missing=missing,
+        rescaled=_rescaled(asked, evidence),
         shares=shares,
         expected=None if evidence is None else _expected(decision, evidence, effects),
         seen=None if evidence is None else Seen(evidence.arms[0].tokens, evidence.arms),
@@ -182,7 +184,7 @@ def _choose(evidence: Evidence, allowed: dict[float, bool], published: Choice) -
     """Regime, share, and on what basis: the lowest domain loss that is allowed, or the lowest general loss where none
     is."""
     general = {delta: after for delta, (_, after) in evidence.general().items()}
-    domain = {delta: outcome.domain.mean for delta, outcome in evidence.outcomes().items()}
+    domain = evidence.ranked()
     near = outside(evidence.budget, *([evidence.arms[0].tokens] * 2)) <= SEEN_WITHIN
     steady, late = evidence.steady(), [arm for arm in evidence.arms if arm.regime == "SCPT"]
     if near and late and (not steady or _clear(late[0], steady[0])):
@@ -191,6 +193,9 @@ def _choose(evidence: Evidence, allowed: dict[float, bool], published: Choice) -
         return published
     if any(allowed.values()):
         delta = min((d for d in domain if allowed[d]), key=lambda d: domain[d])
+        report = {share: outcome.domain.mean for share, outcome in evidence.outcomes().items()}
+        if allowed.get(0.0) and report[0.0] < report[delta]:  # the halves of held-out text disagree: nothing is gained
+            delta = 0.0
     else:
         delta = min(general, key=lambda d: general[d])
     return Choice("SPT" if delta else "FT", delta, "laws" if evidence.forecast else "seen")
@@ -210,7 +215,9 @@ def _decision(chosen: Choice, epochs: float, replay: float, budget: int) -> Deci
         says = f"pretrain on general data, mix {late} of the domain into the last {last} of {amount(budget)} tokens"
     else:
         says = f"mix {percent(chosen.delta)} of the domain into all of {amount(budget)} pretraining tokens"
-    says += f", which reads it {epochs:.3g} times, then {finetune}" if chosen.regime != "FT" else f", then {finetune}"
+    says += (
+        f", which reads it {number(epochs)} times, then {finetune}" if chosen.regime != "FT" else f", then {finetune}"
+    )
     name = "FT only" if chosen.regime == "FT" else chosen.regime
     return Decision(**vars(chosen), epochs=epochs, replay=replay, says=f"{name}: {says}")
 
@@ -227,6 +234,24 @@ def _shares(evidence: Evidence, allowed: dict[float, bool], per_token: float) ->
         Share(**vars(outcome), delta=delta, epochs=delta * per_token, allowed=allowed[delta], best_in=best)
         for (delta, outcome), best in zip(known.outcomes.items(), best_in.tolist(), strict=True)
     ]
+
+
+def _rescaled(asked: Asked, evidence: Evidence | None) -> list[str]:
+    if evidence is None:
+        return []
+    said, own, size = [], evidence.domain_tokens, evidence.params
+    if not math.isclose(own, asked.domain_tokens, rel_tol=0.01):
+        said.append(
+            f"the runs' domain corpus has {amount(own)} tokens, yours {amount(asked.domain_tokens)}: the runs answer "
+            f"for {amount(evidence.budget)} tokens of pretraining, which read their corpus as often as "
+            f"{amount(asked.budget)} read yours"
+        )
+    if asked.params is not None and not math.isclose(size, asked.params, rel_tol=0.01):
+        said.append(
+            f"the runs have {amount(size)} parameters, your model {amount(asked.params)}: shares are carried over "
+            "unchanged, losses are of the runs' size"
+        )
+    return said
 
 
 def _expected(decision: Decision, evidence: Evidence, effects: list[Effect]) -> Expected | None:
@@ -258,10 +283,10 @@ def _regimes(evidence: Evidence, papers: Prior) -> Regimes:
         seeds = min(first.seeds, other.seeds)
         if seeds < 2:
             says.append(
-                f"with one seed nobody can say whether {_name(first)} and {_name(other)} differ by more than chance"
+                f"with one seed it is unknown whether {_name(first)} and {_name(other)} differ by more than chance"
             )
         elif not _clear(first, other):
-            says.append(f"{_name(first)} and {_name(other)} overlap between seeds: that may be chance")
+            says.append(f"the seeds of {_name(first)} and {_name(other)} overlap: the difference may be chance")
     if not best["SCPT"] and papers["regime"] != "SPT":
         says.append(f"SCPT was not run; by the papers: {papers['why']}")
     return Regimes(best, says)

@@ -10,6 +10,8 @@ its runs differ by seed. Regimes:
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 
@@ -41,18 +43,20 @@ def _rising(rows: pd.DataFrame) -> set[str]:
 
 
 def arms(rows: pd.DataFrame) -> list[Arm]:
-    """The arms of a group, best domain loss first."""
+    """The arms of a group, best domain loss on the select half first."""
     by_arm = rows.groupby(["regime", "pretrain_delta", "injected", "pretrain_tokens"])
-    return sorted((_arm(own) for _, own in by_arm), key=lambda arm: arm.domain.mean)
+    return sorted((_arm(own) for _, own in by_arm), key=lambda arm: arm.select)
 
 
 def _arm(own: pd.DataFrame) -> Arm:
-    first = own.iloc[0]
+    first, losses = own.iloc[0], Arm.losses(own)
+    select = float(own["domain_select"].mean(skipna=False))
     return Arm(
         regime=first["regime"],
         delta=float(first["pretrain_delta"]),
         injected=float(first["injected"]),
         tokens=int(first["pretrain_tokens"]),
         epochs=float(own["pretrain_epochs"].mean()),
-        **Arm.losses(own),
+        select=select if math.isfinite(select) else losses["domain"].mean,
+        **losses,
     )

@@ -115,7 +115,7 @@ def advise_base(
     if rows is not None:
         notes, own = list(rows.notes), _nearest(rows, asked, base)
         if own.empty:
-            notes.append("no run went on from a base on domain text: nothing to choose among")
+            notes.append("no run went on from a base on domain text: so there is nothing to compare")
     arms = _arms(own) if len(own) else []
     lr, batch = PUBLISHED.finetune[1], {"sequences": 16, "context": WINDOW}
     if arms and rows is not None:

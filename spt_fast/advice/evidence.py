@@ -59,6 +59,12 @@ class Evidence:
         """By share, with the least general data: by law, else as seen."""
         return self.forecast.outcomes if self.forecast else self.seen()
 
+    def ranked(self) -> dict[float, float]:
+        """By share, the domain loss by which they are compared: by law, else as seen on the select half."""
+        if self.forecast:
+            return {delta: outcome.domain.mean for delta, outcome in self.forecast.outcomes.items()}
+        return {arm.delta: arm.select for arm in self.steady()}
+
     def general(self) -> dict[float, tuple[float, float]]:
         """{delta: general loss before, and after, a finetune with the least general data}: by law, else as seen; empty
         where it was not measured."""
@@ -89,8 +95,8 @@ def gather(
     if not groups:
         return None, [
             *notes,
-            "the runs have no finetunes on domain text after pretraining with two shares of it or more (0 is one): "
-            "nothing to choose among",
+            "the runs have no finetunes on domain text after pretraining with two shares of it or more (0 counts as "
+            "one), so there is nothing to compare",
         ]
     rows = min(groups, key=lambda group: _distance(group, domain_tokens, budget, params))
     corpus = rows["domain_tokens"].iloc[0]

@@ -21,11 +21,14 @@ from spt_fast.advice.result import AtBudget, HeldOut, Outcome, Standing
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.laws import ExtrapolationWarning, MixtureRepetitionLaw, OverfittingLaw, PostFinetuneLaw
 from spt_fast.study.finetunes import Interval
+from spt_fast.study.words import amount
 
 Before = OverfittingLaw | MixtureRepetitionLaw
 BEFORE: tuple[type[Before], ...] = (OverfittingLaw, MixtureRepetitionLaw)
 """Laws of the loss before finetuning."""
 LEVEL, DRAWS = 0.9, 100
+WIDEST = 2.0
+"""A factor between the ends of an interval; a loss with a wider one is left open."""
 FEWEST_BUDGETS, FEWEST_POINTS = 3, 4
 """At each share: as many budgets as a power law with an offset has parameters, and a point over."""
 
@@ -59,12 +62,20 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
         warnings.simplefilter("always")
         law, error, before_law = _chosen(rows, curves)
         domain = _intervals(law.predict(interval=LEVEL, **at))
+        widest = max(domain, key=lambda loss: loss.high / max(loss.low, 1e-9))
+        if not widest.high <= WIDEST * widest.low:
+            raise DataError(
+                f"the laws leave the domain loss after {amount(tokens)} tokens open: the ends of an interval lie more "
+                f"than a factor of {WIDEST:g} apart"
+            )
         general: Sequence[Interval | None] = [None] * len(deltas)
         forgetting: Sequence[float | None] = [None] * len(deltas)
         if rows[["general_before", "general_heldout"]].notna().all(axis=None):
             of_general = PostFinetuneLaw().fit(_columns(rows, "general"))
             after = of_general.predict(interval=LEVEL, **at)
-            general, forgetting = _intervals(after), (after[0] - of_general.predict(of="heldout_loss", **at)).tolist()
+            if (after[2] <= WIDEST * after[1]).all():
+                general = _intervals(after)
+                forgetting = (after[0] - of_general.predict(of="heldout_loss", **at)).tolist()
         draws = np.stack([drawn.predict(**at) for drawn in _resampled(law, rows, curves)])
         before = _best_before(before_law, tokens)
     said = {str(w.message): None for w in caught if not issubclass(w.category, ExtrapolationWarning)}

@@ -27,7 +27,7 @@ from typing import TypedDict
 import numpy as np
 
 from spt_fast.laws import DataConstrainedLaw
-from spt_fast.study.words import percent
+from spt_fast.study.words import number, percent
 
 BEST_EPOCHS, FEWEST_EPOCHS, MOST_EPOCHS = 17, 10, 33
 """Of SPT's published best shares."""
@@ -253,17 +253,19 @@ def _why(regime: str, delta: float, per_token: float) -> str:
     if regime == "SCPT":
         late = (
             f"at {per_token:,.0f} pretraining tokens per domain token the corpus would repeat too often if mixed in "
-            "from the first step; published ones like that did better when mixed in late"
+            "from the first step; published corpora of this kind did better when mixed in late"
         )
         if delta == SCPT_LAST * SCPT_SHARE:
             return late
-        return f"{late}, but smaller ones still overfitted: so it is read {delta * per_token:.3g} times"
+        return f"{late}, but smaller ones still overfitted, so it is read {number(delta * per_token)} times"
     if delta == LARGEST_SHARE:
         return (
-            f"at 10% the corpus is read {delta * per_token:.3g} times, less often than it can bear, but general loss "
-            "rises at 10%, and more has not been tried"
+            f"at 10% the corpus is read {number(delta * per_token)} times, fewer than it could be, but general loss "
+            "rises at 10%, and no larger share is published"
         )
-    epochs = f"at {percent(delta)} the corpus is read {delta * per_token:.3g} times, as at the best published shares"
+    epochs = (
+        f"at {percent(delta)} the corpus is read {number(delta * per_token)} times, as at the best published shares"
+    )
     if regime == "SPT":
         return epochs
     return (

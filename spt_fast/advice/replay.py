@@ -81,7 +81,7 @@ def choose(
         by_law = _by_forgetting_law(table, params or evidence.params, domain_tokens, limit - before)
     if not found and by_law is None and limit is not None and len(effects) > 1:
         found = min(effects, key=lambda effect: effect.general)
-        says = f"of the shares run the one with the lowest general loss, which is over {limit:.4f} still"
+        says = f"of the shares run the one with the lowest general loss, which is still over {limit:.4f}"
     share: float
     basis: Literal["seen", "law", "published"]
     if found:
@@ -91,10 +91,10 @@ def choose(
         says = f"by the forgetting law, of finetunes after the least domain text, for a general loss under {limit:.4f}"
     elif chosen.regime == "SPT":
         share, basis = 0.0, "published"
-        says = "SPT was published to do better without replay than plain pretraining with any"
+        says = "published SPT without replay did better than plain pretraining with any replay"
     else:
         share, basis = REPLAY, "published"
-        says = "1% was published to stop forgetting at no cost in the finetune's loss"
+        says = "published finetunes with 1% stopped forgetting at no cost in the finetune's loss"
     return Replay(share, basis, says, effects)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from spt_fast.advice.evidence import Evidence
+from spt_fast.advice.forecast import FEWEST_BUDGETS, FEWEST_POINTS
 from spt_fast.advice.prior import SAYS, outside
 from spt_fast.advice.result import Decision, Share, Standing, Support
+from spt_fast.study.finetunes import plainest
 from spt_fast.study.words import amount, percent
 
 NEAR = 1.5
@@ -56,8 +58,8 @@ def support(
 def _verdict(decision: Decision, evidence: Evidence, factors: dict[str, float], shares: list[Share] | None) -> str:
     far = beyond(factors, NEAR)
     if decision.basis == "published":
-        away = f"which lie {' and '.join(far)} away" if far else "which have no such arms"
-        return f"not supported by the runs, {away} and give no law: {SAYS}"
+        away = f"which lie {' and '.join(far)} away" if far else "which have no arms to compare at this budget"
+        return f"not supported by the runs, {away}: {SAYS}"
     said = [f"extrapolates {', '.join(far)}" if far else "supported by the runs"]
     known = evidence.forecast
     if known is None or shares is None:
@@ -66,7 +68,7 @@ def _verdict(decision: Decision, evidence: Evidence, factors: dict[str, float], 
     held, largest = known.standing.heldout, known.standing.largest
     assert largest is not None
     if held is None:
-        said.append("too few budgets to test the laws on one held out")
+        said.append("there are too few budgets to leave one out and test the laws on it")
     else:
         good = "" if held.mre < _lead(shares) else ", more than the best two shares differ by"
         said.append(
@@ -84,14 +86,15 @@ def _verdict(decision: Decision, evidence: Evidence, factors: dict[str, float], 
     if _seeds(evidence) < 2:
         said.append("with one seed, nothing says how much of it is chance")
     likely = sorted((row for row in shares if row.best_in >= 0.05), key=lambda row: -row.best_in)
-    said.append("resampled, they have " + ", ".join(f"{percent(r.delta)} best in {r.best_in:.0%}" for r in likely))
+    found = ", ".join(f"{percent(row.delta)} in {row.best_in:.0%}" for row in likely)
+    said.append(f"refitted to resampled runs, the laws find these shares best: {found} of fits")
     return "; ".join(said)
 
 
 def _next(decision: Decision, evidence: Evidence, factors: dict[str, float], shares: list[Share] | None) -> str | None:
     """What to run to be surer; None where the runs say it."""
     if shares is None:
-        return "add budgets: three or more for each share, with two seeds, and a law can be fitted"
+        return _for_a_law(evidence, factors)
     likely = sorted(shares, key=lambda row: (-row.best_in, row.domain.mean))
     close = " and ".join(percent(row.delta) for row in sorted(likely[:2], key=lambda row: row.delta))
     held = evidence.forecast and evidence.forecast.standing.heldout
@@ -111,6 +114,21 @@ def _next(decision: Decision, evidence: Evidence, factors: dict[str, float], sha
             f"run shares {close} at the size asked, for as long as you can afford, to see them keep their order"
         )
     return "; ".join(steps) or None
+
+
+def _for_a_law(evidence: Evidence, factors: dict[str, float]) -> str:
+    """What the runs lack for a law that answers."""
+    rows = evidence.rows
+    budgets = plainest(rows[rows["regime"] != "SCPT"]).groupby("pretrain_delta")["pretrain_tokens"]
+    few = budgets.nunique()[lambda number: number < FEWEST_BUDGETS]
+    if len(few):
+        found = ", ".join(f"{percent(delta)} has {number}" for delta, number in few.items())
+        return f"add budgets: a law takes {FEWEST_BUDGETS} or more at each share, {found}"
+    if (budgets.size() < FEWEST_POINTS).any():
+        return f"add a second seed: a law takes {FEWEST_POINTS} finetunes or more at each share"
+    if factors["budget"] > NEAR:
+        return f"run budgets nearer to {amount(evidence.budget)} tokens of pretraining"
+    return "add a second seed at every share and budget"
 
 
 def _is_largest(decision: Decision, shares: list[Share]) -> bool:

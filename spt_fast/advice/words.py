@@ -12,12 +12,12 @@ from spt_fast.advice.prior import PUBLISHED_RUNS, Prior
 from spt_fast.advice.result import Advice, BreakEven, Decision, Distance, Share, Tax
 from spt_fast.advice.support import UNITS, beyond
 from spt_fast.study.finetunes import Interval
-from spt_fast.study.words import amount, percent
+from spt_fast.study.words import amount, number, percent
 
 BASIS = {
     "laws": "by laws fitted to the runs",
     "seen": "as the runs themselves came out",
-    "published": "a prior: by published runs, nothing of yours was measured",
+    "published": "a prior from published runs, not from measurements of yours",
 }
 SHARE_HEADINGS = ("share", "epochs", "domain loss", "general loss", "forgetting", "best in")
 
@@ -37,8 +37,8 @@ def headline(decision: Decision) -> str:
 
 def surety(advice: Advice) -> list[str]:
     """How far to trust the answer, why runs were not used, and what to run."""
-    more = [f"to be surer: {advice.support.next}"] if advice.support.next else []
-    return [*advice.support.verdict.split("; "), *advice.missing, *more]
+    more = [f"what to run next: {advice.support.next}"] if advice.support.next else []
+    return [*advice.support.verdict.split("; "), *advice.rescaled, *advice.missing, *more]
 
 
 def costs(advice: Advice) -> list[str]:
@@ -53,25 +53,34 @@ def _expected(advice: Advice) -> list[str]:
     if not expected:
         (low, high), (less, more) = published["r_gain"], published["compute_multiplier"]
         return [
-            f"expected losses: unknown without runs; published gains over FT only are {low:g} to {high:g}% of the "
-            f"domain loss, or {less:g} to {more:g} times fewer tokens for the same one"
+            f"expected losses: unknown; published gains over FT only are {low:g} to {high:g}% of the domain loss, or "
+            f"the same loss with {less:g} to {more:g} times fewer tokens"
         ]
     of, shared = expected.of, advice.decision.delta
-    gain = f", {expected.r_gain:.2g}% below FT only" if expected.r_gain is not None and shared else ""
+    gain = ""
+    if expected.r_gain is not None and shared:
+        gain = f", {abs(expected.r_gain):.2g}% {'below' if expected.r_gain >= 0 else 'above'} FT only"
     found = [f"domain loss {interval(expected.domain)} after finetuning{gain}"]
     if expected.general:
         found.append(f"general loss {interval(expected.general)} after finetuning")
     alone = next((row for row in advice.shares or () if row.delta == 0), None)
     if alone and alone.general and shared:
         found.append(
-            f"without domain text in pretraining they are {alone.domain.mean:.4f} and {alone.general.mean:.4f}"
+            f"without domain text in pretraining the domain loss is {alone.domain.mean:.4f}, the general loss "
+            f"{alone.general.mean:.4f}"
         )
-    within = f"{LEVEL:.0%} of runs" if advice.decision.basis == "laws" else "the seeds"
+    within = "; one seed gives no interval"
+    if expected.domain.low < expected.domain.high:
+        by_law = advice.decision.basis == "laws"
+        within = f"; {LEVEL:.0%} of new runs lie in the intervals" if by_law else "; the intervals span the seeds"
     replayed = f" and {percent(of.injected)} replay" if of.injected else ""
     return [
         *found,
         f"these are losses of {amount(of.params)} parameters after {amount(of.tokens)} tokens of pretraining with "
-        f"{amount(of.domain_tokens)} domain tokens{replayed}; {within} lie within",
+        f"{amount(of.domain_tokens)} domain tokens{replayed}{within}",
+        "the share was chosen by laws of the losses on the report half of held-out text"
+        if advice.decision.basis == "laws"
+        else "the share was chosen on the select half of held-out text; the losses are of the report half",
     ]
 
 
@@ -79,7 +88,7 @@ def share_cells(share: Share) -> list[str]:
     """Under SHARE_HEADINGS."""
     return [
         percent(share.delta),
-        f"{share.epochs:.3g}",
+        number(share.epochs),
         interval(share.domain),
         interval(share.general) if share.general else "n/a",
         "n/a" if share.forgetting is None else f"{share.forgetting:.4f}".replace("-", "−"),
@@ -119,7 +128,7 @@ def _print_base_advice(advice: BaseAdvice, console: Console) -> None:
         for arm in advice.arms:
             rise = "n/a" if arm.forgetting is None else f"{arm.forgetting.mean:.4f}".replace("-", "−")
             losses = (f"{loss.mean:.4f}" if loss else "n/a" for loss in (arm.domain, arm.general))
-            how = (percent(arm.replay), f"{arm.anchor:g}", percent(arm.average), f"{arm.epochs:.3g}")
+            how = (percent(arm.replay), f"{arm.anchor:g}", percent(arm.average), number(arm.epochs))
             table.add_row(*how, *losses, rise, str(arm.seeds))
         console.print(table)
     console.print("a recipe to paste; prefixes are yours:\n")
@@ -132,7 +141,7 @@ def findings(advice: Advice) -> list[str]:
     found = [BASIS[advice.decision.basis], *surety(advice)]
     if advice.decision.basis == "laws" and before is not None:
         best = percent(float(f"{before:.2g}"))
-        found.append(f"before finetuning the best share is {best}, by a law that knows those between too")
+        found.append(f"before finetuning the best share is {best}, by a law that also covers shares between those run")
     found += [*costs(advice), *(advice.regimes.says if advice.regimes else ())]
     return [*found, *_papers(advice.prior), *_distance(advice.distance), *_tax(advice.tax)]
 
@@ -142,7 +151,7 @@ def _papers(papers: Prior) -> list[str]:
     span = f" ({' to '.join(ends)})" if len(ends) > 1 else ""
     worth = papers["worth"]
     far = beyond(papers["outside"])
-    outside = f"; the question lies outside of theirs {', '.join(far)}" if far else ""
+    outside = f"; the question lies outside the published runs: {', '.join(far)}" if far else ""
     lost = papers["expected"]["progress_lost"]
     found = [
         f"the papers: {papers['regime']} at {percent(papers['delta'])}{span}; {papers['why']}{outside}",
@@ -151,8 +160,8 @@ def _papers(papers: Prior) -> list[str]:
     ]
     if lost is not None:
         found.append(
-            f"without replay after plain pretraining, a finetune at this size undoes about {lost:.0%} of what "
-            "pretraining has gained in general loss (arXiv 2502.06042)"
+            f"after plain pretraining, a finetune without replay at this size undoes about {lost:.0%} of what "
+            "pretraining gained in general loss (arXiv 2502.06042)"
         )
     return found
 
@@ -168,8 +177,8 @@ def _distance(distance: Distance) -> list[str]:
         )
     if distance.domain_after_plain_finetuning is not None:
         found.append(
-            f"domain loss after FT only: {distance.domain_after_plain_finetuning:.4f}; of several domains the one "
-            "where it is higher has more to gain from SPT (it ranked the published three correctly)"
+            f"domain loss after FT only: {distance.domain_after_plain_finetuning:.4f}; the domain with the "
+            "higher loss gains more from SPT (this ranked the three published domains correctly)"
         )
     return found
 
@@ -179,10 +188,10 @@ def _tax(tax: Tax | None) -> list[str]:
         return []
     factor = tax.larger.factor
     return [
-        f"finetuner's tax: as good as {factor.mean:.3g} ({factor.low:.3g} to {factor.high:.3g}) times as many "
-        f"parameters finetuned only; {tax.larger.says}",
-        f"the small one is cheaper {_from(tax.break_even['both paid'])} where both pretrainings are paid, and "
-        f"{_from(tax.break_even['larger one for free'])} where others have pretrained the larger one",
+        f"finetuner's tax: SPT equals a model with {factor.mean:.3g} ({factor.low:.3g} to {factor.high:.3g}) times as "
+        f"many parameters that is only finetuned; {tax.larger.says}",
+        f"the SPT model is cheaper {_from(tax.break_even['both paid'])} if both pretrainings are paid for, and "
+        f"{_from(tax.break_even['larger one for free'])} if the larger model was pretrained by others",
     ]
 
 
@@ -191,7 +200,7 @@ def _from(served: BreakEven) -> str:
         "never" if tokens is None else "from the start" if tokens == 0 else f"after {amount(tokens)} served tokens"
         for tokens in (served.mean, served.high, served.low)
     )
-    return mean if low == mean == high else f"{mean} ({low}, to {high})"
+    return mean if low == mean == high else f"{mean} (at best {low}, at worst {high})"
 
 
 def _table(title: str, *headings: str) -> Table:

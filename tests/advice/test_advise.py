@@ -7,6 +7,7 @@ drawn from, 5% is best in all of its budgets, and 2% at 200B.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,60 @@ def test_factors_and_spans_are_written_as_people_read_them() -> None:
 def one_budget() -> pd.DataFrame:
     """Too little for a law: 2% is best, then 5%; replay of 1% brings forgetting down."""
     return spt_table(deltas=(0.0, 0.02, 0.05), budgets=(200 * B,), injected=(0.0, 0.01, 0.05), noise=1e-4)
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+SWEEP = spt_table(deltas=(0.0, 0.01, 0.02, 0.05), budgets=(20 * B, 50 * B, 100 * B, 200 * B), seeds=(0,))
+QUESTIONS: dict[str, tuple[pd.DataFrame | None, dict[str, Any], list[str]]] = {
+    "no runs": (None, {"budget": 20 * B}, ["run shares of 0, 5%, 10%, 20%"]),
+    "one run": (
+        SWEEP[SWEEP["run"] == SWEEP["run"].iloc[0]],
+        {"budget": 20 * B},
+        ["there is nothing to compare", "run shares of 0, 5%, 10%, 20%"],
+    ),
+    "a demo's two arms": (
+        spt_table(deltas=(0.0, 0.02), budgets=(2 * B,)),
+        {"budget": 200 * B, "model": "1b"},
+        [
+            "add budgets: a law takes 3 or more at each share, 0% has 1, 2% has 1",
+            "the runs have 109M parameters, your model 1.03B: shares are carried over unchanged",
+        ],
+    ),
+    "a sweep of 16": (SWEEP, {"budget": 100 * B}, ["by laws fitted to the runs", "one seed"]),
+    "its first three budgets": (
+        SWEEP[SWEEP[["tokens", "pretrain_tokens"]].max(axis=1) <= 100 * B],
+        {"budget": 100 * B},
+        ["add a second seed", "one seed gives no interval", "chosen on the select half"],
+    ),
+    "a corpus a hundredth as large": (
+        SWEEP,
+        {"budget": 100 * B, "domain_tokens": 3_000_000, "model": "3b", "inference_tokens": 10**12},
+        ["the runs answer for 10T tokens of pretraining, which read their corpus as often as 100B read yours"],
+    ),
+    "stored, music": (
+        read_table([RESULTS / "2026-11-21-cpu2-spt-music.csv"]),
+        {"budget": 6_000_000, "domain_tokens": 11_000_000},
+        ["the laws leave the domain loss after 53.7K tokens open", "run budgets nearer to 53.7K"],
+    ),
+    "stored, SMILES": (
+        read_table([RESULTS / "2026-11-21-cpu2-spt-smiles.csv"]),
+        {"budget": 6_000_000, "domain_tokens": 100_000},
+        ["add budgets: a law takes 3 or more at each share, 0% has 2, 10% has 2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_no_sentence_contradicts_the_runs_or_reads_like_a_machine(name: str) -> None:
+    table, question, expected = QUESTIONS[name]
+    advice = advising.advise(**{"domain_tokens": DOMAIN_TOKENS, "table": table} | question)
+    said = [advice.decision.says, *findings(advice)]
+    for sentence in said:
+        assert not re.search(r"\de[+-]?\d|\((\S+) to \1\)|loss -|\bnan\b|\binf\b|nothing of yours", sentence), sentence
+    if table is not None and advice.support.next and "add budgets" in advice.support.next:
+        assert table.groupby("pretrain_delta")["pretrain_tokens"].nunique().min() < 3
+    for words in expected:
+        assert any(words in sentence for sentence in said), words
 
 
 def asked(table: pd.DataFrame | None, budget: int = 200 * B, **more: Any) -> dict[str, Any]:
