@@ -11,9 +11,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import platform
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -32,8 +34,10 @@ from spt_fast.laws import LawWarning
 from spt_fast.outputs import check_output, head
 from spt_fast.report import sections
 from spt_fast.report.decision import answer, best_by_budget, by_setting, compared, decide, setting_name, with_shares
+from spt_fast.report.terms import TERMS
 from spt_fast.study.behind import Behind
 from spt_fast.study.crossover import asks_for_crossover
+from spt_fast.study.curves import Curve, curves_of
 from spt_fast.study.findings import error_of, group_name, r2_of
 from spt_fast.study.finetunes import after_pretraining, plainest
 from spt_fast.study.fits import Fitted, fit_laws
@@ -75,6 +79,10 @@ RUN_COLUMNS: dict[str, tuple[str, Callable[[float], str] | None]] = {
     "pretrain tokens": ("pretrain_tokens", amount),
     "domain before": ("domain_before", "{:.3f}".format),
     "general before": ("general_before", "{:.3f}".format),
+    "domain documents": ("domain_documents", amount),
+    "domain tokens scored": ("domain_scored", amount),
+    "general documents": ("general_documents", amount),
+    "general tokens scored": ("general_scored", amount),
     "lr": ("lr", "{:g}".format),
     "anchor": ("anchor", "{:g}".format),
     "average": ("average", percent),
@@ -134,8 +142,8 @@ def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
         "Domain corpora": values("domain_tokens", lambda n: f"{int(n):,} tokens"),
         "Tokenizer": values("tokenizer"),
         "Held-out text": values("heldout"),
-        "Domain losses are of": _behind(done, "domain"),
-        "General losses are of": _behind(done, "general"),
+        "Domain losses are of": behind(done, "domain"),
+        "General losses are of": behind(done, "general"),
         "Training text, domain": values("domain_text"),
         "Training text, general": values("general_text"),
         "Training FLOPs": f"{flops:.3g}",
@@ -145,7 +153,7 @@ def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _behind(done: pd.DataFrame, corpus: str) -> str:
+def behind(done: pd.DataFrame, corpus: str) -> str:
     """What the held-out losses of a corpus rest on."""
     known = Behind.of_rows(done, corpus)
     if known is None or known.standard_error is None:
@@ -179,7 +187,8 @@ def report(
     used = usable(table)
     advice = _advice(used, model, domain_tokens, budget)
     tasks = task_tables(with_results([Path(run) for run in runs]))
-    html = page(table, fit_laws(used), advice, [str(run) for run in runs], tasks)
+    curves = curves_of([Path(run) for run in runs])
+    html = page(table, fit_laws(used), advice, [str(run) for run in runs], tasks, curves)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, html)
 
@@ -208,6 +217,7 @@ def page(
     advice: Advice | BaseAdvice | None,
     sources: Sequence[str] = (),
     tasks: Sequence[TaskTable] = (),
+    curves: Sequence[Curve] = (),
 ) -> str:
     """The page of a runs table, as HTML."""
     used = usable(table)
@@ -223,6 +233,7 @@ def page(
             sections.forgetting(finetunes),
             sections.plane(decisions, ordinary),
             sections.pretraining(rows),
+            sections.training(curves, rows),
         ]
         if tasks:
             evidence.insert(1, sections.tasks(tasks))
@@ -232,8 +243,10 @@ def page(
     environment = Environment(
         loader=PackageLoader("spt_fast.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("report.html").render(
+    render = partial(
+        environment.get_template("report.html").render,
         answer=answer(advice, decisions[0] if decisions else None, fits),
+        behind={corpus: behind(rows, corpus) for corpus in ("domain", "general")},
         shown=decisions[0] if decisions and advice else None,
         arms=decisions[0].arms if decisions else [],
         arms_of=f"{setting_name(decisions[0].setting)}, {amount(decisions[0].budget)} tokens" if decisions else "",
@@ -249,6 +262,8 @@ def page(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=style,
     )
+    shown = re.sub(r"<(style|script|svg)\b.*?</\1>|<[^>]*>", " ", render(terms={}), flags=re.DOTALL)
+    return render(terms={term: says for term, (looks, says) in TERMS.items() if re.search(looks, shown)})
 
 
 def _asset(name: str) -> Markup:

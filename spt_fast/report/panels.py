@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from spt_fast.laws import Law
 from spt_fast.study.crossover import ARMS, THRESHOLD, Crossover, Subset
+from spt_fast.study.curves import Curve
 from spt_fast.study.drawing import PLAIN, Axes, Figure, FuncFormatter, LogLocator, NullFormatter, mpl
 from spt_fast.study.figures import NPT_COLOUR, SPT_COLOURS
 from spt_fast.study.words import amount, percent
@@ -30,9 +31,12 @@ VARIABLES = {
     PAPER: "var(--paper)",
     INK: "var(--ink)",
     GRID: "var(--line)",
-    MUTED: "var(--muted)",
+    **dict.fromkeys((MUTED, "#666666", "#999999"), "var(--muted)"),
     NPT_COLOUR: "var(--npt)",
+    **{colour: f"var(--hue-{i})" for i, colour in enumerate(SPT_COLOURS, 1)},
 }
+SHADE = "#fe00"
+"""Begins the colours of `shades`: then come, in hexadecimal, the percents of the first hue."""
 WIDTH_IN, HEIGHT_IN = 4.8, 3.3
 STYLE: dict[Any, Any] = {
     **PLAIN,
@@ -102,6 +106,7 @@ def _inline(svg: str, title: str, says: str) -> Markup:
     svg = re.sub(r">\s+<", "><", re.sub(r"\s+", " ", svg))
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
+    svg = re.sub(SHADE + "(..)", lambda at: f"color-mix(in srgb, var(--hue-1) {int(at[1], 16)}%, var(--paper))", svg)
     return Markup('<svg role="img" aria-label="{}" {}>').format(says, Markup(viewbox[0])) + Markup(svg)
 
 
@@ -115,11 +120,8 @@ def colours_of(deltas: Iterable[float]) -> dict[float, str]:
 
 
 def shades(n: int) -> list[str]:
-    """Blues of one hue, from pale to strong, for what comes in an order."""
-    pale, strong = np.array(mpl.colors.to_rgb("#b5cfe0")), np.array(mpl.colors.to_rgb(SPT_COLOURS[0]))
-    return (
-        [mpl.colors.to_hex(pale + (strong - pale) * at) for at in np.linspace(0, 1, n)] if n > 1 else [SPT_COLOURS[0]]
-    )
+    """Of the first hue, from pale (near the paper) to strong, for what comes in an order."""
+    return [f"{SHADE}{round(at):02x}" for at in (np.linspace(35, 100, n) if n > 1 else (100,))]
 
 
 def label_lines(axes: Axes, lines: Sequence[Line], height_in: float = HEIGHT_IN) -> None:
@@ -205,6 +207,36 @@ def losses_in_pretraining(axes: Axes, rows: pd.DataFrame, column: str, colours: 
     token_axis(axes, "pretraining tokens")
     axes.set_ylabel(f"held-out {column.removesuffix('_heldout')} loss (nats/token)")
     label_lines(axes, list(ends.values()))
+
+
+def steps_of_runs(axes: Axes, curves: Sequence[tuple[float, Curve]], of: str, colours: Mapping[float, str]) -> None:
+    """A figure of the training steps over tokens: a line for each run (its δ, its steps); some are above 0."""
+    ends: dict[float, Line] = {}
+    for delta, curve in curves:
+        values = curve.figures[of]
+        axes.plot(curve.tokens, values, color=colours[delta], linewidth=1.0, alpha=0.85)
+        if np.isfinite(values[-1]):
+            ends[delta] = (curve.tokens[-1], values[-1], percent(delta), colours[delta])
+    if of == "grad_norm":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda norm, _: f"{norm:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if of == "tokens_per_s":
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda speed, _: amount(speed) if speed else "0"))
+    token_axis(axes, "tokens of the phase")
+    axes.set_ylabel(STEP_LABELS[of])
+    if of in ("loss", "tokens_per_s"):
+        label_lines(axes, list(ends.values()))
+
+
+STEP_LABELS = {
+    "loss": "training loss (nats/token)",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm before clipping",
+    "tokens_per_s": "tokens per second",
+}
 
 
 def law_over_tokens(axes: Axes, law: Law, rows: pd.DataFrame, of: str) -> None:

@@ -12,6 +12,7 @@ from spt_fast.report import panels
 from spt_fast.report.decision import RunsDecision, TableRow, by_setting, setting_name, titled, with_shares
 from spt_fast.report.panels import Panel, panel
 from spt_fast.study.crossover import crossovers
+from spt_fast.study.curves import Curve
 from spt_fast.study.drawing import Axes
 from spt_fast.study.figures import draw_plane
 from spt_fast.study.findings import group_name
@@ -70,10 +71,10 @@ def finetuning(finetunes: pd.DataFrame, decisions: Sequence[RunsDecision]) -> Se
         )
     return Section("finetuning", "Domain loss after finetuning").show(
         drawn,
-        "Lower is better. Rings are seeds, lines go through their means, one for each pretraining budget; the dashed "
-        "line marks the best share at the largest budget. Look for how far down the curve the best share lies below "
-        "δ = 0, compared with how far apart the rings are, and whether it moves left as the budget grows. Shares are "
-        "spaced by their square roots.",
+        "Lower is better. Rings are seeds, lines go through their means, one for each pretraining budget, from pale "
+        "(the smallest) to strong; the dashed line marks the best share at the largest budget. Look for how far down "
+        "the curve the best share lies below δ = 0, compared with how far apart the rings are, and whether it moves "
+        "left as the budget grows. Shares are spaced by their square roots.",
         missing="No finetunes after pretraining at two shares or more.",
     )
 
@@ -102,6 +103,55 @@ def pretraining(rows: pd.DataFrame) -> Section:
         "general line above that of δ = 0 is what the domain's share costs.",
         missing="No run here was pretrained from scratch." if rows.empty else "No held-out losses of pretraining here.",
     )
+
+
+MOST_CURVES = 40
+"""Runs in a panel of training steps."""
+
+
+def training(curves: Sequence[Curve], rows: pd.DataFrame) -> Section:
+    """What the steps of these runs say; rows: of the runs table, which knows the stage and δ of each phase."""
+    stages = rows.assign(of=rows["delta"].where(rows["stage"] == 0, rows["pretrain_delta"].fillna(rows["delta"])))
+    known = {(row.run, row.phase): (row.stage > 0, row.of) for row in stages.itertuples()}
+    colours = panels.colours_of(stages["of"])
+    section = Section("training", "Training steps")
+    for adapts, name in ((False, "Pretraining"), (True, "Adaptation")):
+        own = [
+            (known[at][1], curve)
+            for curve in curves
+            if (at := (curve.run, curve.phase)) in known and known[at][0] == adapts
+        ]
+        if not own:
+            continue
+        some = f" These are the first {MOST_CURVES} of {len(own)} runs." if len(own) > MOST_CURVES else ""
+        drawn = [
+            panel(
+                f"{name} · {title}",
+                f"{title} over the tokens of the phase, a line per run, coloured by δ.",
+                partial(panels.steps_of_runs, curves=own[:MOST_CURVES], of=of, colours=colours),
+            )
+            for of, title in STEP_TITLES.items()
+            if any((curve.figures[of] > 0).any() for _, curve in own[:MOST_CURVES])
+        ]
+        section.figures.append(
+            Figure(
+                "A line for each run and phase, of the arm that was kept, coloured by δ; the speed is that of the "
+                "machine that trained it. A loss or gradient norm that jumps tells of too high a rate or of bad data."
+                + some,
+                drawn,
+            )
+        )
+    if not section.figures:
+        section.missing.append("No training steps to draw: they are read from the folders of runs or of a study.")
+    return section
+
+
+STEP_TITLES = {
+    "loss": "Training loss",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_s": "Throughput",
+}
 
 
 def forgetting(finetunes: pd.DataFrame) -> Section:
@@ -196,8 +246,8 @@ def plane(decisions: Sequence[RunsDecision], finetunes: pd.DataFrame) -> Section
     return Section("plane", "Domain against general loss").show(
         drawn,
         "Every finetune from where pretraining left it (○) to the weights that it hands on (●); down and left is "
-        "better. Where paths cross the dashed line their domain losses are equal: the lower one has forgotten less for "
-        "it.",
+        "better. Pale lines are what was not handed on: other arms of a grid, and steps after the best ones. Where "
+        "paths cross the dashed line their domain losses are equal: the lower one has forgotten less for it.",
         missing="No finetunes to draw.",
     )
 

@@ -224,13 +224,17 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
 
 
 def evaluations_of(folder: Path) -> list[dict[str, Any]]:
-    """The "eval" records of a run's metrics.jsonl; CheckpointError for a damaged file."""
+    return records_of(folder, "eval")
+
+
+def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The "train" or "eval" records of a run's metrics.jsonl; CheckpointError for a damaged file."""
     metrics = folder / "metrics.jsonl"
     try:
         check_regular(metrics)
         lines = metrics.read_text(encoding="utf-8").splitlines()
         records = (json.loads(line, object_hook=_with_nan) for line in lines)
-        return [record for record in records if record["kind"] == "eval"]
+        return [record for record in records if record["kind"] == kind]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{metrics}: cannot be read as JSON lines ({error}); train the run again") from None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +20,14 @@ from markupsafe import escape
 from spt_fast import cli, laws
 from spt_fast.advice.advise import advise
 from spt_fast.errors import DataError
+from spt_fast.report import sections
 from spt_fast.report.decision import compared, decide
 from spt_fast.report.page import page, provenance
 from spt_fast.report.sections import pretraining
 from spt_fast.study import views
 from spt_fast.study.compare import Finetune
 from spt_fast.study.crossover import crossovers
+from spt_fast.study.curves import Curve
 from spt_fast.study.finetunes import Treatment, after_pretraining
 from spt_fast.study.fits import Fitted, Score, fit
 from spt_fast.study.runs_table import save_table
@@ -59,9 +64,25 @@ def reported(table: pd.DataFrame, folder: Path, *options: str) -> Path:
     return out
 
 
+def trained(study: Path, table: pd.DataFrame) -> None:
+    """The folders of some of a table's runs, with what the report reads in them."""
+    for name, phase in [*dict.fromkeys(zip(table["run"], table["phase"], strict=True))][:6]:
+        folder = study / "runs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps({"status": "done", "phases": {phase: {"arm": 1}}}))
+        with (folder / "metrics.jsonl").open("a") as file:
+            for arm, step in product((0, 1), range(1, 400)):
+                where = {"kind": "train", "phase": phase, "arm": arm, "step": step, "tokens": 1000 * step}
+                figures = {"loss": 5 / step**0.1 + 10 * (arm == 0), "lr": 1e-3, "tokens_per_s": 9e4}
+                norm = {"grad_norm": 0.3 + 3 / step if step > 9 else None}
+                file.write(json.dumps(where | figures | norm) + "\n")
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reported(small_table(), tmp_path_factory.mktemp("study"))
+    folder, table = tmp_path_factory.mktemp("study"), small_table()
+    trained(folder, table[table["run"].str.match("[a-z]")])
+    return reported(table, folder)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +112,9 @@ def test_the_page_loads_without_an_error_and_asks_for_nothing(written: Path, bro
 
 
 @in_a_browser
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [1440, 820, 390])
 def test_figures_are_seen_and_nothing_overflows(written: Path, browser: Browser, width: int) -> None:
-    browser.open(written, width=width)
+    browser.open(written, width=width, dark=width == 820)
     assert browser.evaluate("document.documentElement.scrollWidth") == width
     figures = browser.evaluate(
         """[...document.querySelectorAll("figure svg")].map((svg) => {
@@ -109,9 +130,9 @@ def test_figures_are_seen_and_nothing_overflows(written: Path, browser: Browser,
             };
         })"""
     )
-    assert len(figures) == 8  # after finetuning, three of laws, forgetting, the plane, two of pretraining
+    assert len(figures) == 16  # after finetuning, 3 of laws, forgetting, the plane, 2 of pretraining, 8 of steps
     for figure in figures:
-        assert min(width - 33, 350) <= figure["width"] <= 600
+        assert min(width - 33, 340) <= figure["width"] <= 600
         assert figure["height"] > 100
         assert figure["drawn"] > 20
         assert figure["letters"] > 9
@@ -120,6 +141,33 @@ def test_figures_are_seen_and_nothing_overflows(written: Path, browser: Browser,
     assert browser.evaluate("document.querySelectorAll('figure > figcaption').length") == browser.evaluate(
         "document.querySelectorAll('figure').length"
     )
+    tables = browser.evaluate(
+        """[...document.querySelectorAll("table")].map((table) => {
+            const box = table.closest(".scroll");
+            const says = getComputedStyle(box, "::before").content;
+            return [box.scrollWidth > box.clientWidth + 1, says.includes("goes on to the right")];
+        })"""
+    )
+    assert all(cut == said for cut, said in tables)
+    assert any(cut for cut, _ in tables)
+    clipped = """[...document.querySelectorAll("main *:not(svg *)")].filter((each) => {
+        const outside = each.getBoundingClientRect().right > innerWidth + 1 && !each.closest(".scroll, pre");
+        return outside || (getComputedStyle(each).overflowX === "hidden" && each.scrollWidth > each.clientWidth + 1);
+    }).map((each) => each.outerHTML.slice(0, 80))"""
+    assert browser.evaluate(clipped) == []
+
+
+@in_a_browser
+def test_a_page_on_paper_is_light_whole_and_within_its_margins(written: Path, browser: Browser, tmp_path: Path) -> None:
+    browser.open(written, width=1000, dark=True)
+    pdf = base64.b64decode(browser.call("Page.printToPDF", preferCSSPageSize=True)["data"])
+    assert 5 < len(re.findall(rb"/Type /Page\b", pdf)) < 40
+    assert browser.evaluate("[...document.querySelectorAll('details')].every((each) => each.open)")
+    browser.call("Emulation.setEmulatedMedia", media="print", features=[])
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    beyond = """[...document.querySelectorAll("table, figure, dl")]
+        .filter((each) => each.getBoundingClientRect().right > innerWidth + 1).map((each) => each.className)"""
+    assert browser.evaluate(beyond) == []
 
 
 @in_a_browser
@@ -165,6 +213,13 @@ def test_dark_paper_gets_light_ink_in_figures_too(written: Path, browser: Browse
             """[getComputedStyle(document.body).backgroundColor,
                 getComputedStyle(document.querySelector("figure svg text")).fill]"""
         )
+        brightness = browser.evaluate(
+            """[...document.querySelectorAll("figure svg path")].map((path) => getComputedStyle(path).stroke)
+                .filter((colour) => colour.startsWith("rgb("))
+                .map((colour) => Math.max(...colour.match(/[0-9]+/g).map(Number)))"""
+        )
+        assert len(brightness) > 100
+        assert not dark or min(brightness) > 40, "dark ink on dark paper"
     assert seen == {False: ["rgb(255, 255, 255)", "rgb(28, 32, 36)"], True: ["rgb(21, 24, 27)", "rgb(228, 231, 234)"]}
 
 
@@ -204,6 +259,65 @@ def test_the_page_holds_everything_in_itself(written: Path) -> None:
     assert {value.removeprefix("#") for value in references} <= set(ids)
     assert EVIL in read.text
     assert f"finetune {EVIL}" in read.text
+
+
+def test_colours_of_pictures_follow_the_paper_and_tables_can_be_scrolled(written: Path) -> None:
+    """What the browser shows, as far as the text of the page tells it."""
+    html = written.read_text()
+    pictures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(pictures) == 16
+    for picture in pictures:
+        assert picture.startswith('<svg role="img" aria-label="')
+        assert 'viewBox="0 0' in picture
+        assert re.findall(r"#[0-9a-f]{3,8}\b(?!-)", re.sub(r'(url\(|href=")#[^")]+', "", picture)) == []
+    used = set(re.findall(r"var\((--[\w-]+)\)", "".join(pictures)))
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)
+    assert style
+    light, dark = re.findall(r":root \{(.*?)\}", style[1], re.DOTALL)
+    assert used >= {"--paper", "--ink", "--hue-1", "--npt"}
+    assert used <= set(re.findall(r"(--[\w-]+):", light)) & set(re.findall(r"(--[\w-]+):", dark))
+    assert len(re.findall("<table", html)) == len(re.findall(r'<div class="scroll( tall)?"[^>]*>\s*<table', html))
+
+
+def test_every_abbreviation_of_the_page_is_explained_on_it(written: Path) -> None:
+    html = written.read_text()
+    terms = html.split('<section id="terms">')[1].split("</section>")[0]
+    said = Text(html).text
+    for term in (
+        "NPT",
+        "SPT",
+        "FT",
+        "R_gain",
+        "δ, share",
+        "epochs",
+        "R², error",
+        "replay",
+        "anchor",
+        "K, M, B, T",
+        "lr",
+    ):
+        assert f"<dt>{term}</dt>" in terms
+    assert "<dt>SCPT</dt>" not in terms, "the page has none"
+    assert {*re.findall(r"\b(?:[A-Z]-?){3,}\b", said)} <= {*re.findall(r"\w+", terms), "D-CPT", "FLOPs", "X"}
+    captions = " ".join(re.findall("<figcaption>(.*?)</figcaption>", html))
+    assert "from pale (the smallest) to strong" in captions
+    assert "Pale lines are what was not handed on" in captions
+
+
+def test_training_steps_are_drawn_for_the_kept_arm(written: Path) -> None:
+    training = written.read_text().split('<section id="training">')[1].split("</section>")[0]
+    for title in ("Training loss", "Learning rate", "Gradient norm", "Throughput"):
+        assert f"<h3>Pretraining · {title}</h3>" in training
+    ticks = re.search(r"Pretraining · Training loss.*?</svg>", training, re.DOTALL)
+    assert ticks
+    numbers = [float(text) for text in re.findall(r">([0-9]\.[0-9]+)</text>", ticks[0])]
+    assert numbers
+    assert max(numbers) < 6, "the other arm's losses are above 10"
+    rows = small_table().query("status == 'done'")
+    at = rows.iloc[0]
+    loss = {"loss": np.ones(2)} | dict.fromkeys(("lr", "grad_norm", "tokens_per_s"), np.full(2, np.nan))
+    (figure,) = sections.training([Curve(at["run"], at["phase"], np.ones(2), loss)], rows).figures
+    assert [panel.title for panel in figure.panels] == ["Pretraining · Training loss"]
 
 
 def test_the_answer_stands_first(written: Path) -> None:
@@ -306,6 +420,7 @@ def test_continual_pretraining_is_decided_by_the_dcpt_law() -> None:
     share = laws.best_ratio(domain=fits[0].law, general=fits[1].law, params=1e9, tokens=2e10, max_general_rise=0.03)
     assert f"Give the domain {100 * share:.3g}% of the tokens." in said
     assert "No finetunes after pretraining at two shares or more." in said
+    assert "No training steps to draw: they are read from the folders of runs or of a study." in said
     assert "No run here was pretrained from scratch." in said
 
 

@@ -19,3 +19,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+
+// Say where a table goes on beyond its right edge.
+const scrolled = [...document.querySelectorAll(".scroll")];
+const hint = () => scrolled.forEach((box) => box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1));
+addEventListener("resize", hint);
+hint();
+
+// On paper nothing can be unfolded.
+addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((each) => (each.open = true)));

@@ -1,0 +1,45 @@
+"""What a run's steps say: loss, learning rate, gradient norm and speed over the tokens of each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spt_fast.study.runs import records_of
+from spt_fast.train.folder import summary_of
+
+FIGURES = ("loss", "lr", "grad_norm", "tokens_per_s")
+MOST_POINTS = 150
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The steps of a finished phase, of its kept arm, as means of stretches."""
+
+    run: str
+    phase: str
+    tokens: np.ndarray
+    """Of the phase, float64 [points]."""
+    figures: Mapping[str, np.ndarray]
+    """Each of FIGURES, float64 [points]; NaN where it is not finite."""
+
+
+def curves_of(folders: Sequence[Path]) -> list[Curve]:
+    """Of the runs in these folders, and in these where they are studies; others are left out. CheckpointError for
+    metrics that are damaged."""
+    runs = [run for folder in folders for run in (folder, *sorted(folder.glob("runs/*")))]
+    found = []
+    for run in runs:
+        phases = (((run / "metrics.jsonl").exists() and summary_of(run)) or {}).get("phases", {})
+        steps = records_of(run, "train") if phases else []
+        for phase, done in phases.items():
+            own = [step for step in steps if step["phase"] == phase and step.get("arm", 0) == done.get("arm", 0)]
+            parts = np.array_split(np.arange(len(own)), min(len(own), MOST_POINTS)) if own else []
+            values = {name: np.array([step[name] for step in own], float) for name in ("tokens", *FIGURES)}
+            means = {name: np.array([each[part].mean() for part in parts]) for name, each in values.items()}
+            if parts:
+                found.append(Curve(run.name, phase, means.pop("tokens"), means))
+    return found
