@@ -271,7 +271,8 @@ class Study:
     precision: Any = setting(_as_it_is, "auto")
     engine: Any = setting(_as_it_is, None)
     checkpoint: Mapping[str, Any] | None = setting(optional(_mapping), None)
-    """As in a recipe, these five; of each run one checkpoint is kept where nothing else is said."""
+    log: Mapping[str, Any] | None = setting(optional(_mapping), None)
+    """As in a recipe, these six; of each run one checkpoint is kept where nothing else is said."""
 
     def __post_init__(self) -> None:
         if bool(self.models) == bool(self.init):
@@ -439,6 +440,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
                 "precision_file": str(study.folder / "precision.json"),
                 "checkpoint": {"keep": 1, **(study.checkpoint or {})},
                 "engine": study.engine or {},
+                "log": study.log or {},
                 "sources": _sources(study, limit),
                 "phases": phases,
             }

@@ -36,6 +36,7 @@ from spt_fast.train.plan import KINDS, Plan, make_plan, open_source
 from spt_fast.train.precision import Precision, precision_of, write_precision
 from spt_fast.train.price import Machine, Speed, phase_time, speed_of
 from spt_fast.train.resume import changes
+from spt_fast.train.trackers import check_installed
 from spt_fast.train.weights import digest_of, read_config
 from spt_fast.train.world import pick_device
 
@@ -118,6 +119,7 @@ def sweep(
     CheckpointError for what a user can mend.
     """
     runs = expand(study)
+    check_installed(runs[0].recipe.log.to)
     workers = workers or Local(len(runs), jobs)
     with owned(study.folder, "study", inherited=True):  # until the last run has ended, even where the sweep was killed
         check_place(study.folder)

@@ -294,6 +294,17 @@ def test_a_users_mistake_ends_the_sweep(tmp_path: Path) -> None:
         sweep(study_from(raw), quiet())
 
 
+def test_trackers_are_those_of_the_study_and_have_to_be_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_from(raw_study(tmp_path, log={"to": ["csv", "wandb"]}))
+    assert {run.recipe.log.to for run in expand(study)} == {("csv", "wandb")}
+    monkeypatch.setattr("spt_fast.train.trackers.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"log\.to: csv is not installed"):
+        sweep(study, quiet())
+    assert not study.folder.exists()
+
+
 def test_a_corpus_that_is_smaller_than_asked_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     raw = raw_study(tmp_path) | {"domain_tokens": [400, 5000]}
     message = r"domain_tokens: asks for 5,000 tokens, and \S*chem holds 1,1\d\d; write at most as many, or `domain_tok"
