@@ -34,6 +34,7 @@ lint: $(VENV)/.ready
 # The site, in build/site; what is generated from the code is written anew.
 docs: $(VENV)/.ready
 	$(BIN)/python docs/reference.py
+	$(BIN)/python docs/figures.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 BENCHMARKS := $(basename $(notdir $(wildcard benchmarks/kernels/bench_*.py)))

@@ -174,8 +174,8 @@ INTRODUCTION = """\
 # Recipe reference
 
 Every key that a recipe may hold. `spt-fast train RECIPE --set phases.finetune.optimizer.lr=1e-4`
-overrides one; phases go by name or position. An unknown key is an error that suggests the nearest
-one, and so is a key given twice.
+overrides one; phases go by name or position. An unknown key, or a key given twice, is an error; the
+message suggests the nearest key.
 
 | kind of value | written as |
 |---|---|

@@ -343,18 +343,17 @@ class Engine:
     """Activation checkpointing: what the backward pass recomputes to save memory. selective: all but matmuls and
     attention; full: whole blocks, for about a third more time. Changes no result."""
     cuda_graphs: bool | str = setting(_auto_or_boolean, "auto")
-    """On a GPU in one process, record a step and replay it: small models are bound by the launches of their kernels.
-    auto: where the memory of a step is there twice and a step is short."""
+    """On one GPU, record a step as a CUDA graph and replay it: small models are bound by kernel launches. auto: if a
+    step is short and memory allows it."""
     fp8: bool = setting(boolean, False)
-    """In training, multiply in fp8 in the blocks' layers that are at least 2,048 wide both ways, on GPUs of compute
-    capability 8.9 (a CPU makes the same errors, slowly). It changes what is computed, so a run keeps what it began
-    with."""
+    """Train the blocks' layers that are at least 2,048 wide both ways in fp8, on GPUs from compute capability 8.9 on (a
+    CPU emulates it, slowly). It changes what is computed, so a resumed run keeps its setting."""
     tune_kernels: bool = setting(boolean, True)
-    """On a GPU that has not trained such shapes yet, time backends and launches of the model's ops before the first
-    step, for two minutes at most; `spt-fast kernels --tune` does it beforehand, on CPUs too. A run that goes on keeps
-    what it began with."""
+    """On a GPU that has not trained these shapes yet, time backends and launches of the model's ops before the first
+    step, for two minutes at most. `spt-fast kernels --tune` does it beforehand, on CPUs too. A resumed run keeps its
+    choices."""
     deterministic: bool = setting(boolean, False)
-    """On a GPU, use only algorithms that give the same bits every time, even where they are slower; CPUs always do."""
+    """Use only algorithms on a GPU that give the same bits every time, even if they are slower. CPUs always do."""
 
 
 def _sources(raw: object, where: str) -> dict[str, Source]:
@@ -421,8 +420,8 @@ class Recipe:
     init_only: str | None = setting(optional(one_of("embeddings")), None)
     """embeddings: take only the token embedding (and a tied head) from `init`, and draw the rest by `seed`."""
     precision: str = setting(one_of("auto", "bf16", "fp32"), "auto")
-    """auto: bf16 with fp32 master weights where this machine multiplies it faster, else fp32: on a CPU by a test at the
-    run's start, on a GPU by its compute capability. A run that goes on keeps what it began with."""
+    """auto: bf16 with fp32 master weights where this machine multiplies bf16 faster, else fp32. A CPU is tested at the
+    run's start; a GPU goes by its compute capability. A resumed run keeps its precision."""
     precision_file: str | None = setting(optional(path), None)
     """A file that keeps the decision of `precision: auto`. The first run that names it decides, and all later ones
     follow. Studies use it."""
