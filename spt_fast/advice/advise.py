@@ -119,7 +119,7 @@ def advise_pretraining(
         epochs = plainest(evidence.rows)["epochs"]
         mean_epochs, most_epochs = float(epochs.mean()), float(epochs.max())
     replay = replays.choose(chosen, evidence, effects, limit, rows, size.params, domain_tokens)
-    rates = rates_of(rows, None if evidence is None else evidence.params, size.params)
+    rates = rates_of(rows, None if evidence is None else evidence.params, size.params, chosen.delta)
     decision = _decision(chosen, chosen.delta * budget / domain_tokens, replay.share, budget)
     shares = None if evidence is None else _shares(evidence, allowed, budget / domain_tokens)
     return Advice(

@@ -24,7 +24,8 @@ REGIMES = ("FT", "SPT", "SCPT")
 
 def finetunes(table: UsableRows) -> pd.DataFrame:
     """A row per finetune, as `after_pretraining` gives it; `regime` has SCPT too, whose runs no law takes."""
-    late = after_pretraining(table.left_out[table.left_out["after"].isin(_rising(table.left_out))])
+    left_out = table.left_out[~table.left_out["beaten"]]
+    late = after_pretraining(left_out[left_out["after"].isin(_rising(left_out))])
     rows = pd.concat([after_pretraining(table.rows), late.assign(regime="SCPT")], ignore_index=True)
     return rows.dropna(subset=["domain_heldout", "domain_before"])
 

@@ -27,6 +27,7 @@ from spt_fast.laws.base import LawWarning
 from spt_fast.model.flops import parameters
 from spt_fast.study import views
 from spt_fast.study.finetunes import SETTING
+from spt_fast.study.settings import fields_of, usual
 from spt_fast.study.sweep import WINDOW
 from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount, percent, three_digits
@@ -117,20 +118,20 @@ def advise_base(
         if own.empty:
             notes.append("no run went on from a base on domain text: so there is nothing to compare")
     arms = _arms(own) if len(own) else []
-    lr, batch = PUBLISHED.finetune[1], {"sequences": 16, "context": WINDOW}
+    optimizer, batch = {"lr": PUBLISHED.finetune[1]}, {"sequences": 16, "context": WINDOW}
     if arms and rows is not None:
         base = str(own["base"].iloc[0])
         arm, decided, more = _decide(arms, own, rows, asked)
         ran = own[_is(own, arm)]
-        lr = float(ran["lr"].mode()[0])
-        usual = ran.reindex(columns=["sequences", "window"]).dropna().mode()
-        batch = dict(zip(batch, map(int, usual.iloc[0]), strict=True)) if len(usual) else batch
+        optimizer = {"lr": float(ran["lr"].mode()[0]), **fields_of(usual(ran))}
+        batches = ran.reindex(columns=["sequences", "window"]).dropna().mode()
+        batch = dict(zip(batch, map(int, batches.iloc[0]), strict=True)) if len(batches) else batch
         notes += more
     else:
         decided = _decision(REPLAY, 0.0, 0.0, asked, "published", _published(asked))
     if shape:
         batch["context"] = min(batch["context"], shape.context)
-    recipe = _recipe(decided, asked, base, {"batch": batch, "optimizer": {"lr": lr}}, general, domain)
+    recipe = _recipe(decided, asked, base, {"batch": batch, "optimizer": optimizer}, general, domain)
     return BaseAdvice(asked, base, decided, arms, notes, GENERAL_TEXT, recipe)
 
 

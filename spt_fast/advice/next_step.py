@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ import yaml
 
 from spt_fast.advice.prior import SCPT_LAST
 from spt_fast.advice.result import Decision
+from spt_fast.study.settings import fields_of, usual
 from spt_fast.study.usable import UsableRows
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak learning rates, and whose they are."""
+    """Peak learning rates and the optimizers' other fields, and whose they are."""
 
     pretrain: float
     finetune: list[float]
     of: str
+    pretrain_optimizer: Mapping[str, Any] = field(default_factory=lambda: {"weight_decay": 0.1})
+    finetune_optimizer: Mapping[str, Any] = field(default_factory=lambda: {"weight_decay": 1e-7})
 
 
 PUBLISHED = Rates(4e-4, [1e-5, 4e-5, 1e-4], "the paper's, for 1B parameters (arXiv 2603.16177)")
@@ -29,16 +33,20 @@ ALIKE = 3.0
 """A factor in model size, up to which rates carry over."""
 
 
-def rates_of(table: UsableRows | None, runs_params: int | None, params: int | None) -> Rates:
-    """Those of the runs of `runs_params` parameters where the model is about as large, else the published ones."""
+def rates_of(table: UsableRows | None, runs_params: int | None, params: int | None, delta: float) -> Rates:
+    """Those of the runs of `runs_params` parameters where the model is about as large, else the published ones. Of
+    pretraining they are the best that were tried, with the share `delta` where it was run."""
     if table is None or runs_params is None or not 1 / ALIKE <= (params or runs_params) / runs_params <= ALIKE:
         return PUBLISHED
-    done = pd.concat([table.rows, table.left_out])
-    runs = done[(done["params"] == runs_params) & done["handed_on"]]
-    pretrain, finetune = (runs[on]["lr"].dropna() for on in (runs["stage"] == 0, runs["stage"] > 0))
+    done = pd.concat([table.rows.assign(beaten=False), table.left_out])
+    runs = done[(done["params"] == runs_params) & done["handed_on"]].dropna(subset=["lr"])
+    pretrain, finetune = runs[(runs["stage"] == 0) & ~runs["beaten"]], runs[runs["stage"] == 1]
     if pretrain.empty or finetune.empty:
         return PUBLISHED
-    return Rates(float(pretrain.mode()[0]), sorted(map(float, finetune.unique())), "the runs'")
+    pretrain = pretrain[(pretrain["delta"] - delta).abs() == (pretrain["delta"] - delta).abs().min()]
+    tried = sorted(map(float, finetune["lr"].unique()))
+    others = (fields_of(usual(rows)) for rows in (pretrain, finetune[~finetune["beaten"]]))
+    return Rates(float(pretrain["lr"].mode()[0]), tried, "the runs'", *others)
 
 
 def next_step(
@@ -59,7 +67,7 @@ def next_step(
             "name": "pretrain",
             "tokens": _count(budget - late),
             "mixture": _mixture(0 if late else decision.delta),
-            "optimizer": {"lr": rates.pretrain, "weight_decay": 0.1},
+            "optimizer": {"lr": rates.pretrain, **rates.pretrain_optimizer},
             "schedule": {"name": "cosine", "warmup": "2%", "horizon": _count(budget)},
         }
     ]
@@ -78,7 +86,7 @@ def next_step(
         "tokens": _count(round(finetune_tokens)),
         "mixture": _mixture(decision.replay, of="general"),
         "untie": True,
-        "optimizer": {"lr": rates.finetune[len(rates.finetune) // 2], "weight_decay": 1e-7},
+        "optimizer": {"lr": rates.finetune[len(rates.finetune) // 2], **rates.finetune_optimizer},
         "schedule": {"name": "constant", "warmup": "50 steps"},
         "stop": {"on": "domain"},
         "grid": {"lr": rates.finetune},

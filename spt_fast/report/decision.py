@@ -24,9 +24,10 @@ from spt_fast.errors import RecipeError, counted
 from spt_fast.laws import DCPTLaw, OpenError, best_ratio
 from spt_fast.study.behind import Behind, rests_on
 from spt_fast.study.compare import Arms, Comparison, Finetune, Verdict, compare_finetunes, judge
-from spt_fast.study.findings import arm_cells, error_of, multiplier, signed
+from spt_fast.study.findings import arm_cells, error_of, later, multiplier, signed
 from spt_fast.study.finetunes import SETTING, Interval, Treatment
 from spt_fast.study.fits import Fitted
+from spt_fast.study.settings import SETTINGS, with_settings
 from spt_fast.study.words import amount, percent, three_digits
 
 Setting = tuple[int, ...]
@@ -45,6 +46,11 @@ def compared(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[Finetune]:
     for key, own in rows[rows["stage"] > 0].groupby(["run", "stage"]):
         path = own[(own["average"] == own["average"].max()) | (own["tokens"] == 0)].sort_values("tokens")
         paths[key] = list(path[["tokens", "domain_heldout", "general_heldout"]].itertuples(index=False))
+    after = rows[(rows["other"] != "") & rows["handed_on"]].drop_duplicates("after").set_index("after")
+    named = {"other": "later", "domain_heldout": "domain_later", "general_heldout": "general_later"}
+    losses_later = after[[*named]].rename(columns=named).to_dict("index")
+    settings = with_settings(rows)[["run", "stage", *SETTINGS, "grid"]].drop_duplicates(["run", "stage"])
+    of = settings.set_index(["run", "stage"]).to_dict("index")
     return [
         Finetune(
             name=row.run,
@@ -61,6 +67,10 @@ def compared(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[Finetune]:
             domain_behind=behind["domain"],
             general_behind=behind["general"],
             paths=[[tuple(point) for point in paths[row.run, row.stage]]],
+            setting=of[row.run, row.stage],
+            pretrain_setting=of.get((row.after, 0), {}),
+            pretraining=row.after,
+            **losses_later.get(row.run, {}),
         )
         for row in finetunes.itertuples()
     ]
@@ -198,6 +208,7 @@ def _costs(best: Treatment, base: Treatment, arms: Arms, comparison: Comparison)
         f"{base.name}.".replace("-0.", "−0.")
     ]
     found = [judge(figure, best, base, arms).says for figure in ("general_after", "forgetting")]
+    found += later(comparison)
     return said + [_sentence(says) for says in (*found, *multiplier(comparison, best))]
 
 

@@ -42,6 +42,7 @@ from spt_fast.study.findings import error_of, group_name, r2_of
 from spt_fast.study.finetunes import after_pretraining, plainest
 from spt_fast.study.fits import Fitted, fit_laws
 from spt_fast.study.runs_table import read_table
+from spt_fast.study.settings import SETTINGS, with_settings
 from spt_fast.study.tasks import TaskTable, task_tables, with_results
 from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount, percent
@@ -106,6 +107,14 @@ class RunRow:
     failed: bool
 
 
+def run_columns(table: pd.DataFrame) -> dict[str, tuple[str, Callable[[float], str] | None]]:
+    """RUN_COLUMNS, and the optimizers' fields in which runs differ."""
+    table = with_settings(table)
+    differing = [name for name in SETTINGS if name not in ("lr", "optimizer") and table[name].nunique() > 1]
+    named = {"optimizer": ("optimizer", None)} if table["optimizer"].nunique() > 1 else {}
+    return RUN_COLUMNS | named | {name.replace("_", " "): (name, "{:g}".format) for name in differing}
+
+
 def run_rows(table: pd.DataFrame) -> list[RunRow]:
     """A row per phase of a run: the weights that it handed on, or that it failed."""
     failed = table["status"] != "done"
@@ -113,7 +122,7 @@ def run_rows(table: pd.DataFrame) -> list[RunRow]:
     of_adaptation = ["pretrain_delta", "pretrain_tokens", "anchor", "average"]
     rows[of_adaptation] = rows[of_adaptation].where(rows["stage"] > 0)
     return [
-        RunRow([_cell(row[column], written) for column, written in RUN_COLUMNS.values()], failed=bad)
+        RunRow([_cell(row[column], written) for column, written in run_columns(table).values()], failed=bad)
         for bad, row in zip(failed[rows.index], rows.to_dict("records"), strict=True)
     ]
 
@@ -237,6 +246,8 @@ def page(
         ]
         if tasks:
             evidence.insert(1, sections.tasks(tasks))
+        if (tried := sections.settings(used)).tables:
+            evidence.insert(1, tried)
         if asks_for_crossover(rows):
             evidence.insert(0, sections.crossover(rows))
     script, style = _asset("report.js"), _asset("report.css")
@@ -254,7 +265,7 @@ def page(
         sections=evidence,
         laws=law_rows(fits),
         law_warnings=dict.fromkeys(said for fit in fits for said in fit.warnings),
-        columns=RUN_COLUMNS,
+        columns=run_columns(table),
         runs=run_rows(table),
         provenance=provenance(table, sources),
         left_out=used.notes,

@@ -9,15 +9,18 @@ from functools import partial
 import pandas as pd
 
 from spt_fast.report import panels
-from spt_fast.report.decision import RunsDecision, TableRow, by_setting, setting_name, titled, with_shares
+from spt_fast.report.decision import RunsDecision, TableRow, by_setting, compared, setting_name, titled, with_shares
 from spt_fast.report.panels import Panel, panel
+from spt_fast.study.compare import best_settings
 from spt_fast.study.crossover import crossovers
 from spt_fast.study.curves import Curve
 from spt_fast.study.drawing import Axes
 from spt_fast.study.figures import draw_plane
-from spt_fast.study.findings import group_name
+from spt_fast.study.findings import SETTING_COLUMNS, group_name, setting_cells
+from spt_fast.study.finetunes import every_finetune
 from spt_fast.study.fits import Fitted
 from spt_fast.study.tasks import COLUMNS, TaskTable, cells, title_of
+from spt_fast.study.usable import UsableRows
 from spt_fast.study.words import amount, percent
 
 
@@ -201,6 +204,23 @@ def tasks(tables: Sequence[TaskTable]) -> Section:
         rows = [TableRow(cells(score)) for score in table.scores]
         section.tables.append(Table(f"{title_of(table)}.", COLUMNS, rows))
         section.missing += [f"{table.task}: {note}." for note in table.notes]
+    return section
+
+
+def settings(used: UsableRows) -> Section:
+    """What the optimizers' fields were set to where several values were tried, and what came of each."""
+    section = Section("settings", "Settings of the optimizers")
+    section.says.append(
+        "Of each arm the setting with the lowest mean domain loss on the select half is taken, and all other figures "
+        "on this page are of that. The losses after finetuning are of the report half, means over seeds."
+    )
+    beaten = used.left_out[used.left_out["beaten"]]
+    rows = pd.concat([used.rows, beaten], ignore_index=True)
+    for setting, own in by_setting(every_finetune(rows)).items() if len(beaten) else ():
+        _, tried = best_settings(compared(own, rows))
+        if tried:
+            table = [TableRow(setting_cells(one)[:-1], best=one.kept) for one in tried]
+            section.tables.append(Table(f"{setting_name(setting)}.", SETTING_COLUMNS[:-1], table))
     return section
 
 

@@ -1,7 +1,8 @@
 """Runs side by side: what specialized pretraining gains in the domain, and how much less is forgotten for it.
 
 An *arm* is all runs with the same treatment (delta, the domain's share of the pretraining tokens; replay, the others'
-share of the finetune; its anchor) and the same pretraining budget; its runs differ by seed. NPT is delta = 0, and what
+share of the finetune; its anchor) and the same pretraining budget; its runs differ by seed, and of several settings of
+the optimizers the best one is taken (see settings). NPT is delta = 0, and what
 an arm is held against is NPT with the same finetune, where there is one, else NPT with the plainest. Losses are
 held-out, in nats per token. The definitions are those of "The Finetuner's Fallacy", arXiv 2603.16177:
 
@@ -18,16 +19,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import pandas as pd
+
 from spt_fast.errors import RecipeError
 from spt_fast.study.behind import Behind
 from spt_fast.study.finetunes import Interval, Treatment, held_against
 from spt_fast.study.runs import FinetunePath, FinishedRun, check_comparable, differences
+from spt_fast.study.settings import beaten, in_words, setting_ids, setting_of, settings_of, varied
 from spt_fast.study.tasks import TaskTable, task_tables
 
 FIGURES = (
@@ -38,12 +42,16 @@ FIGURES = (
     "general_after",
     "forgetting",
     "general_at_equal_domain",
+    "domain_later",
+    "general_later",
 )
+AFTER = ("domain_after", "general_after")
 JUDGED = {
     "domain_after": "domain loss after finetuning",
     "forgetting": "forgetting",
     "general_after": "general loss after finetuning",
     "general_at_equal_domain": "general loss at equal domain loss",
+    "domain_later": "domain loss after the later finetune",
 }
 """The figures by which arms are judged, in words; less is better in each."""
 
@@ -77,7 +85,17 @@ class Finetune:
     warmup: str | None = None
     """Of the one that was kept, these two."""
     domain_select: float = math.nan
-    """The domain loss by which the best share is chosen."""
+    """The domain loss by which the best share and the best setting are chosen."""
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    pretrain_setting: Mapping[str, Any] = field(default_factory=dict)
+    """What the optimizers of the finetune and of pretraining were set to: SETTINGS and `grid` by name."""
+    pretraining: str = ""
+    """The run that the pretraining was; empty where it is unknown."""
+    later: str | None = None
+    """The source of a later, unrelated finetune."""
+    domain_later: float | None = None
+    general_later: float | None = None
+    """Losses after that."""
     general_at_equal_domain: float | None = None
     """At the budget that is compared."""
 
@@ -96,9 +114,12 @@ class Finetune:
         paths = [run.finetune_path(arm) for arm in range(len(grid))]
         _, domain_before, general_before = paths[kept][0]
         domain_after, general_after = run.heldout(run.finetuned["heldout"])
+        domain_later, general_later = run.heldout(run.later.heldout) if run.later else (None, None)
+        folder = run.later.folder if run.later else run.folder
+        first = run.pretraining[0] if run.pretraining else None
         return cls(
-            name=run.folder.resolve().name,
-            folder=str(run.folder),
+            name=folder.resolve().name,
+            folder=str(folder),
             treatment=run.treatment,
             seed=run.summary["seed"],
             base=run.base,
@@ -114,14 +135,22 @@ class Finetune:
             arm=kept,
             lr=chosen.optimizer.lr,
             warmup=str(chosen.schedule.warmup),
+            domain_select=run.finetuned.get("select", {}).get(run.domain, math.nan),
+            setting=setting_of(run.finetune, kept),
+            pretrain_setting=setting_of(first.phase, first.done.get("arm", 0)) if first else {},
+            pretraining=first.recipe.run if first else "",
+            later=run.later.source if run.later else None,
+            domain_later=domain_later,
+            general_later=general_later,
         )
 
     def as_json(self) -> dict[str, Any]:
-        figures = {name: value for name, value in vars(self).items() if name not in ("treatment", "domain_select")}
+        inner = ("treatment", "domain_select", "pretraining", "setting", "pretrain_setting")
+        figures = {name: value for name, value in vars(self).items() if name not in inner}
         figures = {
             name: value
             for name, value in figures.items()
-            if value is not None or not name.endswith(("base", "_behind"))
+            if value is not None or not name.endswith(("base", "_behind", "later"))
         }
         return {**self.treatment._asdict(), **figures, "forgetting": self.forgetting}
 
@@ -181,9 +210,15 @@ class ArmFigures:
     forgetting: Figure | None
     general_at_equal_domain: Figure | None
     r_gain: Gain | None
+    domain_later: Figure | None = None
+    general_later: Figure | None = None
 
     def as_json(self) -> dict[str, Any]:
-        figures = {name: value for name, value in vars(self).items() if name != "treatment"}
+        figures = {
+            name: value
+            for name, value in vars(self).items()
+            if name != "treatment" and (value is not None or not name.endswith("later"))
+        }
         return {**self.treatment._asdict(), **figures}
 
 
@@ -231,6 +266,31 @@ class EqualDomain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tried:
+    """A setting of an arm, of which several were run."""
+
+    treatment: Treatment
+    tokens: int
+    """Of pretraining."""
+    setting: str
+    """What differs between settings, in words."""
+    seeds: int
+    domain_select: float
+    """The mean, by which the best setting is chosen."""
+    domain_after: float
+    general_after: float
+    """The means of the figures, these two."""
+    kept: bool
+    """Whether the arm's figures are of its runs."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **self.treatment._asdict(),
+            **{name: value for name, value in vars(self).items() if name != "treatment"},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Runs side by side."""
 
@@ -254,9 +314,11 @@ class Comparison:
     """What else differs between the runs."""
     tasks: Sequence[TaskTable] = ()
     """What they score, in the order of `runs`."""
+    settings: Sequence[Tried] = ()
+    """Those of all arms, where one has several."""
 
     def as_json(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "tasks" or value}
+        return {name: value for name, value in vars(self).items() if name not in ("tasks", "settings") or value}
 
     @property
     def base(self) -> str | None:
@@ -270,7 +332,7 @@ class Comparison:
 
 
 def compare(run_folders: Sequence[str | Path]) -> Comparison:
-    """Compare finished runs.
+    """Compare finished runs. Of runs of an arm that differ in their optimizers' fields the best setting is taken.
 
     Raises RecipeError or CheckpointError for runs that are unfinished, lack pretraining or a finetune, are the same arm
     and seed, or differ in domain, held-out text, tokenizer or model.
@@ -279,9 +341,59 @@ def compare(run_folders: Sequence[str | Path]) -> Comparison:
         raise RecipeError("runs: there is nothing to compare; give the folders of finished runs")
     runs = [FinishedRun.read(folder) for folder in run_folders]
     check_comparable(runs)
-    found = compare_finetunes([Finetune.of(run) for run in runs])
+    finetunes, tried = best_settings([Finetune.of(run) for run in runs])
+    found = compare_finetunes(finetunes)
     tasks = task_tables([Path(run.folder) for run in found.runs])
-    return replace(found, domain=runs[0].domain, general=runs[0].general, warnings=differences(runs), tasks=tasks)
+    return replace(
+        found,
+        domain=runs[0].domain,
+        general=runs[0].general,
+        warnings=differences(runs, searched=bool(tried)),
+        tasks=tasks,
+        settings=tried,
+    )
+
+
+def best_settings(runs: Sequence[Finetune]) -> tuple[list[Finetune], list[Tried]]:
+    """The runs of each arm's best setting, and all settings where an arm has several; the rule is that of `usable`."""
+    if not runs:
+        return [], []
+    arm = [*Treatment._fields, "tokens"]
+    table = pd.DataFrame([{**run.treatment._asdict(), **vars(run), **run.setting} for run in runs])
+    pretraining = settings_of(pd.DataFrame([run.pretrain_setting for run in runs]))
+    own = settings_of(table)
+    table = table.assign(first=setting_ids(pretraining), last=setting_ids(table))
+    for _, same in table.groupby([*arm, "seed", "first", "last"]):
+        if len(same) > 1:
+            _refuse_twice(*(runs[i] for i in same.index[:2]))
+    length = table.groupby("pretraining")["tokens"].transform("max")
+    ends = table[["delta", "seed", "pretraining", "domain_select"]].assign(length=length, **pretraining)
+    ends = ends[table["tokens"] == length]
+    ends["judged"] = ends.groupby("pretraining")["domain_select"].transform("min")
+    ends = ends.drop_duplicates("pretraining")
+    worse = table["pretraining"].isin(ends.loc[beaten(ends, ["delta", "length"], by="judged"), "pretraining"])
+    worse = worse | beaten(table[~worse], arm).reindex(table.index, fill_value=False)
+    if not worse.any():
+        return list(runs), []
+    before, here = varied(pretraining), varied(own)
+    table["setting"] = [
+        " · ".join(filter(None, (first and f"{first} in pretraining", last)))
+        for first, last in zip(
+            (in_words(row, before) for row in pretraining.to_dict("records")),
+            (in_words(row, here) for row in own.to_dict("records")),
+            strict=True,
+        )
+    ]
+    means = {"seeds": ("seed", "nunique"), **{name: (name, "mean") for name in ("domain_select", *AFTER)}}
+    tried = table.assign(kept=~worse).groupby([*arm, "setting"], sort=False).agg(**means, kept=("kept", "any"))
+    kind = type(runs[0].treatment)
+    found = [
+        Tried(treatment=kind(*map(float, key[:-2])), tokens=int(key[-2]), setting=key[-1], **row)
+        for key, row in zip(tried.index, tried.to_dict("records"), strict=True)
+    ]
+    return [run for run, is_worse in zip(runs, worse, strict=True) if not is_worse], sorted(
+        found, key=lambda one: (one.tokens, one.treatment, one.domain_select)
+    )
 
 
 def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:
@@ -307,7 +419,11 @@ def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:
         general_at_equal_domain=EqualDomain(
             equal_domain, {arm: own.general_at_equal_domain for arm, own in here.items()}
         ),
-        verdict={figure: _verdicts(figure, compared) for figure in JUDGED},
+        verdict={
+            figure: _verdicts(figure, compared)
+            for figure in JUDGED
+            if all(getattr(run, figure) is not None for arm in compared.values() for run in arm.values())
+        },
     )
 
 
@@ -317,11 +433,15 @@ def _by_budget(runs: Iterable[Finetune]) -> dict[int, Arms]:
     for run in sorted(runs, key=lambda run: (run.tokens, run.treatment, run.seed)):
         same = budgets.setdefault(run.tokens, {}).setdefault(run.treatment, {}).setdefault(run.seed, run)
         if same is not run:
-            raise RecipeError(
-                f"runs: {same.folder} and {run.folder} have the same delta ({run.treatment.key}), the same "
-                f"pretraining tokens ({run.tokens:,}) and the same seed ({run.seed}); give one of them"
-            )
+            _refuse_twice(same, run)
     return budgets
+
+
+def _refuse_twice(run: Finetune, other: Finetune) -> None:
+    raise RecipeError(
+        f"runs: {run.folder} and {other.folder} have the same delta ({run.treatment.key}), the same pretraining tokens "
+        f"({run.tokens:,}) and the same seed ({run.seed}); give one of them"
+    )
 
 
 def _widest(budgets: Mapping[int, Arms]) -> int:

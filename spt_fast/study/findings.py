@@ -11,7 +11,7 @@ from rich.table import Table
 
 from spt_fast.printing import print_table
 from spt_fast.study.behind import Behind, rests_on
-from spt_fast.study.compare import ArmFigures, Comparison
+from spt_fast.study.compare import ArmFigures, Comparison, Tried
 from spt_fast.study.finetunes import Interval, Treatment
 from spt_fast.study.fits import Errors, Fits, Fitted, Score
 from spt_fast.study.tasks import COLUMNS, cells, title_of
@@ -23,6 +23,9 @@ from spt_fast.study.words import amount
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """The arms as a table, then what can be said about them."""
     console.print(arm_table(comparison))
+    if comparison.settings:
+        of = "settings of the optimizers; the one with the lowest mean domain loss on the select half is taken"
+        print_table(console, of, SETTING_COLUMNS, map(setting_cells, comparison.settings))
     for line in findings(comparison):
         console.print(f"- {line}")
     for warning in comparison.warnings:
@@ -52,6 +55,16 @@ def arm_table(comparison: Comparison) -> Table:
         name, epochs, seeds, *figures = arm_cells(arm, "\n±", ("domain_before", *ARM_FIGURES))
         table.add_row(name, amount(arm.tokens) if arm.tokens else "base", epochs, seeds, *figures)
     return table
+
+
+SETTING_COLUMNS = ("arm", "setting", "seeds", "domain, select", "domain after", "general after", "")
+
+
+def setting_cells(tried: Tried) -> list[str]:
+    """Of a setting that was run: means over seeds, and whether it is the one taken."""
+    means = (tried.domain_select, tried.domain_after, tried.general_after)
+    arm = f"{tried.treatment.name}, {amount(tried.tokens)} tokens" if tried.tokens else tried.treatment.name
+    return [arm, tried.setting, str(tried.seeds), *(signed(mean, 3) for mean in means), "taken" if tried.kept else ""]
 
 
 ARM_FIGURES = ("domain_after", "general_before", "general_after", "forgetting")
@@ -89,8 +102,19 @@ def findings(comparison: Comparison) -> list[str]:
         losses = ", ".join(f"{arm.name} {loss.mean:.3f}" for arm, loss in equal.general.items() if loss)
         level = f"{equal.domain_loss:.3f}"
         found.append(f"when the finetune comes down to a domain loss of {level}, the general loss is at: {losses}")
-    found += behind(comparison)
+    found += [*later(comparison), *behind(comparison)]
     return found + [line for arm in comparison.compute_multiplier or {} for line in multiplier(comparison, arm)]
+
+
+def later(comparison: Comparison) -> list[str]:
+    """What a later, unrelated finetune leaves of the domain, where there is one."""
+    arms = [arm for arm in comparison.arms if arm.tokens == comparison.tokens and arm.domain_later and arm.domain_after]
+    if not arms:
+        return []
+    losses = ", ".join(
+        f"{arm.treatment.name} {_mean(arm.domain_after):.3f} to {_mean(arm.domain_later):.3f}" for arm in arms
+    )
+    return [f"the later finetune on {comparison.runs[0].later} changes the domain loss: {losses}"]
 
 
 def behind(comparison: Comparison) -> list[str]:

@@ -3,7 +3,8 @@ advice and pages.
 
     treatment   the domain's share of all pretraining tokens; the finetune's replay, anchor and average
     arm         a treatment at one pretraining budget; its runs differ by seed
-    best rate   of an arm's learning rates the one with the lowest mean `domain_select` over seeds
+    setting     the values of its optimizers' fields; of an arm's settings the best is the one with the lowest mean
+                `domain_select` over seeds
     plainest    the finetunes with the least replay, of these the ones with the least anchor, then the least average.
                 Replay comes first because it changes what is trained on: the papers' figures and the laws are of
                 finetunes on the domain alone. An anchor and an average change only how far they go.
@@ -12,7 +13,7 @@ advice and pages.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from spt_fast.study.settings import beaten
 from spt_fast.study.words import percent, three_digits
 
 SETTING = ["params", "domain_tokens"]
@@ -113,28 +115,23 @@ def held_against(treatment: Treatment, arms: Iterable[Treatment]) -> Treatment |
     return None if found == treatment else found
 
 
+ARM = [*SETTING, "pretrain_tokens", "pretrain_delta", "injected", "anchor", "average"]
+
+
 def after_pretraining(rows: pd.DataFrame) -> pd.DataFrame:
     """A row per finetune, mostly on the domain, that handed on weights after pretraining of a known mixture, by the
-    best rate, one for each seed of an arm. Adds `regime`, FT or SPT.
+    best setting, one for each seed of an arm. Adds `regime`, FT or SPT.
 
     Shares are rounded to three digits: runs come near to what they ask for only.
     """
+    found = every_finetune(rows)
+    found = found[~beaten(found, ARM)]
+    return found.sort_values("domain_select").drop_duplicates([*ARM, "seed"]).sort_index()
+
+
+def every_finetune(rows: pd.DataFrame) -> pd.DataFrame:
+    """The same of every setting."""
     kept = rows["handed_on"] & (rows["stage"] > 0) & (rows["start"] == "pretrained") & (rows["injected"] < 0.5)
     found = rows[kept & (rows["pretrain_tokens"] > 0) & rows["pretrain_delta"].notna()]
     shares = {name: found[name].map(three_digits) for name in ("pretrain_delta", "injected")}
-    regime = np.where(shares["pretrain_delta"] > 0, "SPT", "FT")
-    arm = [*SETTING, "pretrain_tokens", "pretrain_delta", "injected", "anchor", "average"]
-    found = found.assign(**shares, regime=regime)
-    found = found[~beaten(found, arm)]
-    return found.sort_values("domain_select").drop_duplicates([*arm, "seed"]).sort_index()
-
-
-def beaten(runs: pd.DataFrame, arm: Sequence[str]) -> pd.Series:
-    """Whether another learning rate of the same `arm` (columns) is better: one row per run. Where no seed has more than
-    one rate, each finetune's own grid has chosen already, maybe another for each seed, and none is beaten."""
-    rates = runs.groupby([*arm, "seed"], dropna=False)["lr"].transform("nunique")
-    searched = runs[rates.groupby([runs[name] for name in arm], dropna=False).transform("max") > 1]
-    means = searched.groupby([*arm, "lr"], dropna=False)["domain_select"].transform("mean").fillna(np.inf)
-    order = searched.assign(mean=means).sort_values(["mean", "lr"])
-    best = order.groupby(list(arm), dropna=False)["lr"].transform("first")
-    return searched["lr"].ne(best).reindex(runs.index, fill_value=False)
+    return found.assign(**shares, regime=np.where(shares["pretrain_delta"] > 0, "SPT", "FT"))

@@ -3,7 +3,8 @@
 A run is some phases of pretraining, its own or those of the run whose weights it started from, and, as its last phase,
 a finetune. Of a base that was pretrained elsewhere nothing is known but its digest: it counts as 0 tokens. Its *domain*
 is the source with the largest share of the finetune, its *general* source the other one with the largest share of the
-pretraining, or else of the finetune.
+pretraining, or else of the finetune. A finetune on the domain may be followed by a *later* one on something that the
+run had not read before: what is compared is the former, with what the latter leaves of it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,26 @@ from spt_fast.errors import CheckpointError, RecipeError, some
 from spt_fast.files import check_regular
 from spt_fast.printing import plain
 from spt_fast.study.finetunes import OfBase, Treatment
-from spt_fast.train.folder import Trained, recipe_of, summary_of, trained_before
+from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
 
 PER_ARM = ("name", "mixture", "anchor", "average", "also_average")
 """Fields of a finetune that its treatment is made of, and its name."""
 
 FinetunePath = list[tuple[int, float, float]]
 """A finetune's evaluations in order: tokens finetuned, domain loss, general loss (held out, nats per token)."""
+
+
+@dataclass(frozen=True)
+class Later:
+    """A later, unrelated finetune."""
+
+    folder: Path
+    source: str
+    """The one with the largest share of it."""
+    tokens: int
+    """That the recipe asks for."""
+    heldout: dict[str, float]
+    """Losses of the weights that it handed on, by source."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ class FinishedRun:
     """The "eval" records of metrics.jsonl."""
     pretraining: list[Trained]
     """The phases before the finetune; none of a base that was pretrained elsewhere."""
+    finetune: Phase
+    later: Later | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> FinishedRun:
@@ -57,18 +73,22 @@ class FinishedRun:
             )
         recipe = recipe_of(folder)
         ancestors = trained_before(folder, recipe)
-        own = [Trained(recipe, summary, phase) for phase in recipe.phases[:-1]]
+        *own, last = (Trained(recipe, summary, phase) for phase in recipe.phases)
         pretraining = [*ancestors, *own]
         if not pretraining and (recipe.init is None or recipe.init_only):
             raise CheckpointError(
                 f"{folder}: {recipe.phases[0].name!r} is its only phase; what is compared is a finetune, the last "
                 "phase, after pretraining, the phases before it or those of the run that it starts from"
             )
-        return cls(folder, recipe, summary, evaluations_of(folder), pretraining)
-
-    @property
-    def finetune(self) -> Phase:
-        return self.recipe.phases[-1]
+        if not _is_unrelated(last, pretraining):
+            return cls(folder, recipe, summary, evaluations_of(folder), pretraining, last.phase)
+        *pretraining, tuned = pretraining
+        later = Later(folder, _largest(last.phase), last.phase.tokens, last.done["heldout"])
+        if not own:
+            parent = parent_of(folder, recipe)
+            assert parent is not None
+            folder = parent[0]
+        return cls(folder, tuned.recipe, tuned.summary, evaluations_of(folder), pretraining, tuned.phase, later)
 
     @property
     def finetuned(self) -> dict[str, Any]:
@@ -77,7 +97,7 @@ class FinishedRun:
 
     @property
     def domain(self) -> str:
-        return max(sorted(self.finetune.mixture), key=lambda source: self.finetune.mixture[source])
+        return _largest(self.finetune)
 
     @property
     def general(self) -> str:
@@ -137,6 +157,20 @@ class FinishedRun:
         return [(record["tokens"], *self.heldout(record["heldout"])) for record in start + later]
 
 
+def _largest(phase: Phase) -> str:
+    """The source with the largest share."""
+    return max(sorted(phase.mixture), key=lambda source: phase.mixture[source])
+
+
+def _is_unrelated(last: Trained, before: Sequence[Trained]) -> bool:
+    """Whether the last phase is a later finetune: on what none before it has read, after a stage on what pretraining,
+    the first, was not mainly on."""
+    if len(before) < 2 or before[-1].phase.schedule.carry_on:
+        return False
+    general, domain, source = (_largest(trained.phase) for trained in (before[0], before[-1], last))
+    return general != domain and not any(source in trained.phase.mixture for trained in before)
+
+
 @dataclass(frozen=True, eq=False)
 class Content:
     """What a field of a recipe names: known by its digest or, where an earlier version recorded none, by the field."""
@@ -178,6 +212,7 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
             f"phases[{run.finetune.name}].eval.tokens": run.finetune.evaluation.tokens,
             f"phases[{run.finetune.name}].batch.context": run.finetuned.get("context", run.summary.get("context")),
             "what held-out halves are made of": run.summary.get("heldout_halves", "documents"),
+            "later finetune": run.later and (run.later.source, run.later.tokens),
         }
 
     for run in runs[1:]:
@@ -185,16 +220,16 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
             if mine != other:
                 raise RecipeError(
                     f"{runs[0].folder} and {run.folder} cannot be compared: {what} is {mine} in one and {other} in "
-                    "the other; compare runs that differ in mixture, anchor, average, budget and seed only"
+                    "the other; compare runs that differ in mixture, anchor, average, optimizer, budget and seed only"
                 )
 
 
-def differences(runs: Sequence[FinishedRun]) -> list[str]:
-    """Warnings: what differs besides treatment, budget and seed, so that it may be why the losses differ."""
+def differences(runs: Sequence[FinishedRun], *, searched: bool = False) -> list[str]:
+    """Warnings: what differs besides treatment, budget and seed, so that it may be why the losses differ. `searched`:
+    optimizers are the best of those that were tried in each arm, and may differ."""
 
     def settings(run: FinishedRun) -> dict[str, object]:
-        recipe = run.recipe.plain()
-        last = recipe["phases"][-1]
+        last = plain(run.finetune)
         start = run.pretraining[0] if run.pretraining else None
         first = plain(start.phase) if start else {}
         return (
@@ -205,6 +240,8 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
             | {f"finetune's {key}": value for key, value in last.items() if key not in PER_ARM}
         )
 
+    optimizers = ("pretraining's optimizer", "finetune's optimizer") if searched else ()
+
     found: dict[str, str] = {}
     unknown = [str(run.folder) for run in runs if not (run.recipe.tokenizer or run.summary.get("tokenizer"))]
     if unknown:
@@ -214,7 +251,7 @@ def differences(runs: Sequence[FinishedRun]) -> list[str]:
     for run in runs[1:]:
         ours, theirs = settings(runs[0]), settings(run)
         for what, value in ours.items():
-            if theirs[what] != value:
+            if theirs[what] != value and what not in optimizers:
                 found.setdefault(
                     what,
                     f"the {what} differs, {runs[0].folder} has {value}, {run.folder} has {theirs[what]}: "

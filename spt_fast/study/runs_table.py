@@ -7,16 +7,17 @@ does not begin another stage. A run that starts from another run's weights/<phas
 from foreign weights begins at stage 1 with an unknown past.
 
 `Row` says what each column holds. Losses are in nats per token, shares are fractions, tokens are counted in the
-model's windows. Only the kept arm of a phase's own grid is in the table, with its learning rate.
+model's windows. Only the kept arm of a phase's own grid is in the table, with what it was set to.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -31,14 +32,16 @@ from spt_fast.files import replacing
 from spt_fast.outputs import check_output, head
 from spt_fast.study.behind import NAMES
 from spt_fast.study.runs import evaluations_of
+from spt_fast.study.settings import SETTINGS, setting_of
 from spt_fast.study.usable import with_average
 from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
 
 CONTENT = ("domain", "general", "domain_text", "general_text")
 BEHIND = tuple(f"{corpus}_{name}" for name in NAMES for corpus in ("domain", "general"))
-NEWER = (*CONTENT, *BEHIND, "base", "sequences", "window")
+NEWER = (*CONTENT, *BEHIND, "base", "sequences", "window", *SETTINGS[1:], "grid", "other")
 """Columns that tables of earlier versions lack."""
-TEXT = dict.fromkeys(("run", "after", "phase", "status", "start", "tokenizer", "heldout", "base", *CONTENT), str)
+_NAMES = ("run", "after", "phase", "status", "start", "tokenizer", "heldout", "base", "optimizer", "grid", "other")
+TEXT = dict.fromkeys((*_NAMES, *CONTENT), str)
 SPLITS = ("train", "heldout", "select")
 
 
@@ -63,6 +66,16 @@ class Row:
     seed: int
     lr: float = math.nan
     """Peak learning rate of the stage."""
+    optimizer: str | None = None
+    weight_decay: float = math.nan
+    beta1: float = math.nan
+    beta2: float = math.nan
+    eps: float = math.nan
+    clip: float = math.nan
+    momentum: float = math.nan
+    """Of the stage too, these seven; clip is infinite without clipping, and NaN is what the optimizer doesn't have."""
+    grid: str = ""
+    """The fields that the phase's own grid has chosen, with spaces between them; empty without one."""
     anchor: float = math.nan
     """Decay toward the stage's starting weights."""
     average: float = 0.0
@@ -73,6 +86,9 @@ class Row:
     """The domain's share of them: δ in pretraining, 1 − p in finetuning, r in D-CPT."""
     injected: float = math.nan
     """1 − delta."""
+    other: str = ""
+    """The source with the largest share of the stage's first phase where that is neither the domain nor the general
+    one, as in a later finetune on something else; else empty."""
     domain_tokens: int
     """Unique tokens of the domain that training may read."""
     epochs: float = math.nan
@@ -222,10 +238,12 @@ def load_table(path: Path) -> pd.DataFrame:
             if path.suffix == ".parquet"
             else pd.read_csv(path, dtype=TEXT, float_precision="round_trip")
         )
-        table = table.fillna({"after": ""})
+        empty = [name for name in ("after", "grid", "other") if name in table]
+        table = table.assign(**{name: table[name].astype(object).fillna("") for name in empty})
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a table ({error}); give a table.parquet or table.csv") from None
-    lacking = {column: None if column in TEXT else math.nan for column in NEWER if column not in table}
+    lacking: dict[str, Any] = {column: None if column in TEXT else math.nan for column in NEWER if column not in table}
+    lacking |= dict.fromkeys({"grid", "other"} & lacking.keys(), "")
     table = with_average(table.assign(**lacking))
     for column in COLUMNS:
         if column not in table:
@@ -279,20 +297,17 @@ class Past:
     domain: Exact = 0
     epochs: float = 0.0
     flops: float = 0.0
-    lr: float = math.nan
-    anchor: float = 0.0
-    start: str = "scratch"
+    setting: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the stage under way has in common: columns by name."""
 
-    def begin_stage(self, lr: float, anchor: float, start: str) -> Past:
+    def begin_stage(self, setting: Mapping[str, Any]) -> Past:
         return Past(
             stage=self.stage + 1,
             before_tokens=self.before_tokens + self.tokens,
             before_domain=self.before_domain + self.domain,
             before_epochs=self.before_epochs + self.epochs,
             flops=self.flops,
-            lr=lr,
-            anchor=anchor,
-            start=start,
+            setting=setting,
         )
 
     def after(self, tokens: int, share: Fraction, domain_tokens: float, flops_per_token: float) -> Past:
@@ -340,7 +355,7 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
         row = replace(row, phase=phase.name, heldout=_heldout(summary, phase, domain, general), **counts)
         window = done.get("context") or phase.batch.context or summary.get("context", math.nan)
         row = replace(row, sequences=phase.batch.sequences, window=window)
-        past = _entering(past, phase, recipe, done)
+        past = _entering(past, phase, recipe, done, (domain, general))
         share = Fraction(phase.mixture.get(domain, 0))
         flops_per_token = done.get("flops_per_token", summary["flops_per_token"])
         for record in evaluations:
@@ -371,9 +386,7 @@ def _after_training(row: Row, past: Past, share: Fraction) -> Row:
     return replace(
         row,
         stage=past.stage,
-        start=past.start,
-        lr=past.lr,
-        anchor=past.anchor,
+        **past.setting,
         tokens=float(past.tokens),
         delta=float(delta),
         injected=float(1 - delta),
@@ -422,15 +435,17 @@ def _heldout(summary: dict[str, Any], phase: Phase, domain: str, general: str) -
     return hashlib.sha256(json.dumps([*text, *how]).encode()).hexdigest()[:16]
 
 
-def _entering(past: Past, phase: Phase, recipe: Recipe, done: dict[str, Any]) -> Past:
-    """Where a phase begins: in a stage of its own, or in the one that its schedule carries on."""
+def _entering(past: Past, phase: Phase, recipe: Recipe, done: dict[str, Any], known: Sequence[str] = ()) -> Past:
+    """Where a phase begins: in a stage of its own, or in the one that its schedule carries on. `known`: the domain and
+    the general source."""
     if phase.schedule.carry_on:
         return past
-    optimizer = phase.with_overrides(phase.arms()[done["arm"]]).optimizer
     start = "scratch" if past.stage < 0 else "pretrained"
     if recipe.init_only and phase is recipe.phases[0]:
         start = "frozen embeddings" if phase.freeze == "embeddings" else "embeddings"
-    return past.begin_stage(optimizer.lr, phase.anchor, start)
+    largest = max(sorted(phase.mixture), key=lambda source: phase.mixture[source])
+    of_stage = {"start": start, "anchor": phase.anchor, "other": "" if largest in known else largest}
+    return past.begin_stage(setting_of(phase, done["arm"]) | of_stage)
 
 
 def _past_of_start(ancestors: Sequence[Trained], base: str | None, domain: str) -> Past:

@@ -20,9 +20,10 @@
         …
 
 A stage is a phase template (any key of a recipe's phase) with axes: `delta` or `replay`, `budgets` or `tokens`,
-`domain_from`, `lr`, `anchor`, `average` and `start`. Every combination is a run that starts from the weights that each
-run of the stage before hands on. Every arm has the same axes, learning rates above all. Runs that would be alike are
-one run: pretraining without domain text serves every `domain_tokens`.
+`domain_from`, `lr`, `anchor`, `average`, `start` and every field of its optimizer that is a list. Every combination is
+a run that starts from the weights that each run of the stage before hands on. Every arm has the same axes, learning
+rates above all. Runs that would be alike are one run: pretraining without domain text serves every `domain_tokens`.
+`source: other` in a stage puts another source in the domain's place, such as a later finetune on something else.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from spt_fast.config import Model, Phase, Recipe, check_lengths, recipe_from
+from spt_fast.config import Model, Phase, Recipe, check_lengths, recipe_from, recorded_recipe
 from spt_fast.errors import RecipeError, SptError, invalid, nearest, shown, shown_key
 from spt_fast.fields import (
     Span,
@@ -56,6 +57,8 @@ from spt_fast.fields import (
     text,
 )
 from spt_fast.model.presets import PRESETS
+from spt_fast.optimizers import OPTIMIZERS, AdamW, parse_optimizer
+from spt_fast.synonyms import unknown_key
 from spt_fast.train.lr import learning_rate
 from spt_fast.train.weights import read_config
 
@@ -109,6 +112,8 @@ class Axes:
     """Or points of one run, which hands its weights on at each."""
     lr: tuple[float, ...] | None = setting(optional(several(number(0.0, open_low=True))), None)
     """Peak learning rates, each a run; optimizer.lr where it isn't given."""
+    source: str | None = setting(optional(text), None)
+    """What takes the domain's place in this stage: a source of the study."""
     domain_from: tuple[Fraction, ...] = setting(several(parse_share), (Fraction(0),))
     """The share of the stage's tokens after which the domain comes in; SCPT is one above 0."""
     anchor: tuple[float, ...] = setting(several(number(0.0)), (0.0,))
@@ -129,11 +134,28 @@ class Axes:
         return (tuple(sorted(self.budgets)),) if self.budgets else tuple((tokens,) for tokens in self.tokens or ())
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """One combination of what an optimizer's fields list."""
+
+    section: dict[str, Any]
+    """As in a recipe."""
+    said: tuple[str, ...]
+    """What the name of a run says of it, a part for each field with a list."""
+
+    @property
+    def labels(self) -> list[str]:
+        """That, and what it was for runs that were trained when fewer fields had lists."""
+        sizes = range(len(self.said), -1, -1)
+        return ["".join(parts) for size in sizes for parts in combinations(self.said, size)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """Axes, and what all runs of the stage have in common."""
 
     axes: Axes
+    optimizers: tuple[Tuned, ...]
     phase: dict[str, Any]
     """The other keys of a recipe's phase, as in YAML."""
 
@@ -194,20 +216,60 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
     optimizer = {} if optimizer is None else optimizer
     if not isinstance(optimizer, Mapping):
         raise RecipeError(invalid(f"{where}.optimizer", optimizer, "write a section such as {lr: 1e-3}"))
-    grid = phase.get("grid")
-    if axes.lr and isinstance(grid, Mapping) and "lr" in grid:
-        raise RecipeError(
-            f"{where}.grid.lr: lr is an axis too, and each of its runs would try the grid's rates instead of its own; "
-            "leave one out"
-        )
-    phase["optimizer"] = optimizer
-    trial = {"tokens": axes.runs[0][0], "mixture": {"any": 1}, "optimizer": {"lr": 1.0}} | phase
-    if axes.lr:
-        trial["optimizer"] = {**optimizer, "lr": axes.lr[0]}
-    elif "lr" not in optimizer:
+    if axes.lr and isinstance(optimizer.get("lr"), (list, tuple)):
+        raise RecipeError(f"{where}.lr: optimizer.lr is a list too; leave one out")
+    if not (axes.lr or "lr" in optimizer):
         raise RecipeError(f"{where}.lr: missing; give a list of rates to try, or optimizer.lr")
+    optimizers, listed = _optimizers(optimizer, axes.lr, f"{where}.optimizer")
+    for key in phase["grid"] if isinstance(phase.get("grid"), Mapping) else ():
+        if key in listed:
+            raise RecipeError(
+                f"{where}.grid.{key}: {key} is an axis too, and each of its runs would try the grid's values instead "
+                "of its own; leave one out"
+            )
+    trial = {"tokens": axes.runs[0][0], "mixture": {"any": 1}} | phase | {"optimizer": optimizers[0].section}
     build(Phase, {"name": axes.name, **trial}, where)
-    return Stage(axes=axes, phase=phase)
+    return Stage(axes=axes, optimizers=optimizers, phase=phase)
+
+
+def _optimizers(
+    raw: Mapping[str, Any], rates: tuple[float, ...] | None, where: str
+) -> tuple[tuple[Tuned, ...], list[str]]:
+    """Every combination of what the fields list, and which fields do, in the order of names. Where several optimizers
+    are named, each takes the fields that it has."""
+    given = {"name": AdamW.name, **raw} | ({"lr": rates} if rates else {})
+    names = several(one_of(*OPTIMIZERS))(given["name"], f"{where}.name")
+    fields = {field.name: field for name in names for field in dataclasses.fields(OPTIMIZERS[name])}
+    for key in given:
+        if key not in fields:
+            raise RecipeError(f"{where}.{shown_key(key)}: {unknown_key(key, fields)}")
+    values: dict[str, tuple[Any, ...]] = {}
+    listed = []
+    for key in sorted(given.keys() & fields.keys(), key=["lr", *fields].index):
+        value, field = given[key], fields[key]
+        parse = one_of(*OPTIMIZERS) if key == "name" else field.metadata["parse"]
+        a_list = isinstance(value, (list, tuple))
+        if a_list and isinstance(field.default, tuple):  # one value is a list itself
+            a_list = bool(value) and isinstance(value[0], (list, tuple))
+        values[key] = several(parse)(value, f"{where}.{key}") if a_list else (parse(value, f"{where}.{key}"),)
+        listed += [key] if a_list else []
+    found: dict[tuple[str, ...], Tuned] = {}
+    for combination in product(*values.values()):
+        section = dict(zip(values, combination, strict=True))
+        own = {field.name for field in dataclasses.fields(OPTIMIZERS[section["name"]])}
+        section = {key: value for key, value in section.items() if key in own}
+        said = tuple(_said(key, section[key]) for key in listed if key in section)
+        found.setdefault(said, Tuned(section, said))
+    return tuple(found.values()), listed
+
+
+def _said(field: str, value: Any) -> str:
+    """What a run's name says of an optimizer's field."""
+    if field == "name":
+        return f"-{value}"
+    parts = value if isinstance(value, tuple) else (value,)
+    written = "-".join("none" if part is None else f"{part:.12g}" for part in parts)
+    return f"-{field.replace('_', '')}{written}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +351,12 @@ class Study:
         names = [stage.axes.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise RecipeError(f"stages: {', '.join(names)}: two have the same name; give each its own")
+        for stage in self.stages:
+            source, where = stage.axes.source, f"stages[{shown_key(stage.axes.name)}].source"
+            if source is not None and source not in self.sources:
+                raise RecipeError(invalid(where, source, f"name a source; {nearest(source, self.sources)}"))
+            if source in (self.domain, self.general):
+                raise RecipeError(f"{where}: {shown(source)} is in the stage's mixture already; leave it out")
         bases = [model for model, _ in self.starts if isinstance(model, Base)]
         if bases and len(bases) < len(self.starts):
             raise RecipeError(
@@ -404,31 +472,27 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
     """The stage's runs below a branch; yields a branch for each point at which one hands its weights on."""
     axes = stage.axes
     arrivals = [(share, late) for share in axes.shares for late in (axes.domain_from if share else (Fraction(0),))]
-    for (share, late), budgets, lr, anchor, average, start in product(
-        arrivals, axes.runs, axes.lr or (None,), axes.anchor, axes.average, axes.start
+    for (share, late), budgets, tuned, anchor, average, start in product(
+        arrivals, axes.runs, stage.optimizers, axes.anchor, axes.average, axes.start
     ):
-        limit = branch.limit if share else None
-        label = f"{axes.name}-d{float(share):.12g}"
-        label += "" if limit is None else f"-u{_short(limit)}"
-        label += f"-from{float(late):.12g}" if late else ""
-        label += f"-{_short(budgets[-1])}"
-        label += "" if lr is None else f"-lr{lr:.12g}"
-        label += f"-anchor{anchor:.12g}" if anchor else ""
-        trunk = branch.root if start == "scratch" else branch.label
-        labels = {
-            part: label
-            + (f"-average{float(part):.12g}" if part else "")
-            + ("" if start == "pretrained" else f"-{start.replace(' ', '-')}")
-            for part in axes.average
-        }
-        names = {part: f"{trunk}_{of_part}_s{branch.seed}" for part, of_part in labels.items()}
+        limit = branch.limit if share or axes.source else None
+        what = f"{axes.name}-{_for_a_name(axes.source) if axes.source else 'd'}{float(share):.12g}"
+        what += "" if limit is None else f"-u{_short(limit)}"
+        what += f"-from{float(late):.12g}" if late else ""
+        what += f"-{_short(budgets[-1])}"
+        trunk, runs_folder = branch.root if start == "scratch" else branch.label, study.folder / "runs"
+        for said in (*tuned.labels, tuned.labels[0]):
+            labels = _labels(what + said, anchor, axes.average, start)
+            names = {part: f"{trunk}_{label}_s{branch.seed}" for part, label in labels.items()}
+            if not tuned.said or any(_began(runs_folder / name, tuned) for name in names.values()):
+                break
         label, name, least = labels[average], names[average], min(axes.average)
-        folder = study.folder / "runs" / name
+        folder = runs_folder / name
         treatment: dict[str, Any] = {"anchor": anchor, "average": str(average)}
         if average == least and len(names) > 1:  # which trains for all of them
             others = [(part, study.folder / "runs" / other) for part, other in names.items() if part != least]
             treatment["also_average"] = [{"share": str(part), "run": str(run)} for part, run in others]
-        phases = _phases(study, stage, share, budgets, late, lr, treatment)
+        phases = _phases(study, stage, share, budgets, late, tuned.section, treatment)
         if start == "frozen embeddings":
             phases = [phase | {"freeze": "embeddings"} for phase in phases]
         if name not in runs:
@@ -441,7 +505,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
                 "checkpoint": {"keep": 1, **(study.checkpoint or {})},
                 "engine": study.engine or {},
                 "log": study.log or {},
-                "sources": _sources(study, limit),
+                "sources": _sources(study, limit, axes.source),
                 "phases": phases,
             }
             if start == "scratch" or branch.weights is None:
@@ -484,9 +548,27 @@ def naming_stage(stage: Stage) -> Iterator[None]:
         warnings.warn(renamed(warning.message), warning.category, stacklevel=3)
 
 
-def _sources(study: Study, limit: int | None) -> dict[str, Any]:
-    """The domain and the general source; the domain's limit where it is trained on."""
-    sources = {name: dict(study.sources[name]) for name in (study.general, study.domain)}
+def _labels(what: str, anchor: float, averages: tuple[Fraction, ...], start: str) -> dict[Fraction, str]:
+    """What runs that differ in their average alone are called in names, by average."""
+    before = what + (f"-anchor{anchor:.12g}" if anchor else "")
+    after = "" if start == "pretrained" else f"-{start.replace(' ', '-')}"
+    return {share: before + (f"-average{float(share):.12g}" if share else "") + after for share in averages}
+
+
+def _began(folder: Path, tuned: Tuned) -> bool:
+    """Whether a run with this optimizer has begun there."""
+    if not (folder / "recipe.yaml").exists():
+        return False
+    with suppress(RecipeError):  # what is damaged is said of the run by that name
+        return recorded_recipe(folder / "recipe.yaml").phases[0].optimizer == parse_optimizer(tuned.section, "")
+    return False
+
+
+def _sources(study: Study, limit: int | None, other: str | None) -> dict[str, Any]:
+    """The domain, the general source, and what a stage has in the domain's place; the domain's limit where it is
+    trained on."""
+    names = (study.general, study.domain, *([other] if other else []))
+    sources = {name: dict(study.sources[name]) for name in names}
     if limit is not None:
         sources[study.domain]["limit_tokens"] = limit
     return sources
@@ -498,7 +580,7 @@ def _phases(
     share: Fraction,
     budgets: tuple[int, ...],
     late: Fraction,
-    lr: float | None,
+    optimizer: Mapping[str, Any],
     treatment: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """A phase per budget, after one without the domain where that comes in late: one schedule over all of them."""
@@ -511,9 +593,7 @@ def _phases(
         parts = [
             (f"{name}-{_short(end)}", end - start, share) for start, end in zip((0, *budgets), budgets, strict=False)
         ]
-    phase = {**stage.phase, **treatment}
-    if lr is not None:
-        phase["optimizer"] = {**stage.phase["optimizer"], "lr": lr}
+    phase = {**stage.phase, "optimizer": optimizer, **treatment}
     if len(parts) > 1:
         schedule = {"horizon": whole, **(phase.get("schedule") or {})}
         for key in schedule.keys() & {"warmup", "decay"}:
@@ -523,13 +603,19 @@ def _phases(
         phase |= {"schedule": schedule, "eval": {**(phase.get("eval") or {}), "every": every}}
     carried_on = {"schedule": {"continue": True}, "optimizer_state": "keep", "untie": False}
     return [
-        {**phase, "name": part, "tokens": tokens, "mixture": _mixture(study, domain), **(carried_on if i else {})}
+        {
+            **phase,
+            "name": part,
+            "tokens": tokens,
+            "mixture": _mixture(study, stage, domain),
+            **(carried_on if i else {}),
+        }
         for i, (part, tokens, domain) in enumerate(parts)
     ]
 
 
-def _mixture(study: Study, share: Fraction) -> dict[str, str]:
-    shares = {study.general: 1 - share, study.domain: share}
+def _mixture(study: Study, stage: Stage, share: Fraction) -> dict[str, str]:
+    shares = {study.general: 1 - share, stage.axes.source or study.domain: share}
     return {source: str(part) for source, part in shares.items() if part}
 
 

@@ -127,7 +127,8 @@ def sweep(
         _check_unchanged(runs)
         recipes = _write_recipes(study, runs)
         _keep_precision(runs)
-        listed = [Job(recipes[run.name], recipes.get(run.made_by or run.after or "")) for run in runs]
+        by_seed = sorted(runs, key=lambda run: study.seeds.index(run.recipe.seed))  # cut short, it has whole arms
+        listed = [Job(recipes[run.name], recipes.get(run.made_by or run.after or "")) for run in by_seed]
         read: dict[str, list[Row]] = {}
 
         def write_table(_: Path) -> pd.DataFrame:

@@ -3,7 +3,9 @@
 failed runs, and losses that are not numbers      left out
 runs whose mixture changes within a stage         left out, and what was trained from them (SCPT): no law has a
                                                   term for it
-runs that differ in their learning rate only      the best rate is kept, the same rule for every arm; see finetunes
+runs that differ in their optimizer's fields only the best setting is kept, the same rule for every arm; see settings.
+                                                  Pretraining is judged by the best finetune after its largest budget,
+                                                  where all runs of an arm have one; else by its own end
 """
 
 from __future__ import annotations
@@ -15,19 +17,21 @@ import pandas as pd
 
 from spt_fast.errors import DataError, invalid, some
 from spt_fast.laws.columns import ALIKE, SHARE, check, require_columns
-from spt_fast.study.finetunes import beaten
+from spt_fast.study.settings import NUMBERS as SETTING_NUMBERS
+from spt_fast.study.settings import beaten, in_words, settings_of, varied, with_settings
 
 NUMBERS = (
     *("stage", "params", "seed", "lr", "anchor", "average", "tokens", "delta", "injected", "domain_tokens", "epochs"),
     *("pretrain_tokens", "pretrain_delta", "domain_train", "domain_heldout", "general_heldout", "domain_select"),
     *("domain_before", "general_before"),
+    *(name for name in SETTING_NUMBERS if name not in ("lr", "clip")),
 )
 NEEDED = ("run", "after", "status", "start", "handed_on", *ALIKE, *NUMBERS)
 PRETRAINING = ["pretrain_tokens", "pretrain_delta"]
 SHARES = ["delta", "injected", "pretrain_delta"]
 STAGE = ["run", "stage"]
 ARM = ["stage", "start", "base", "params", "domain_tokens", "anchor", "average", "delta", *PRETRAINING]
-"""What runs of one arm share; they differ by seed and, where it is searched, by learning rate."""
+"""What runs of one arm share; they differ by seed and, where these are searched, by the optimizer's fields."""
 
 DIGITS = 9
 """Decimals of shares: they are quotients of token counts, and laws tell arms by them."""
@@ -39,7 +43,7 @@ class UsableRows:
 
     rows: pd.DataFrame
     left_out: pd.DataFrame
-    """The other rows of runs that are done."""
+    """The other rows of runs that are done; `beaten` where another setting is better, or was where they began."""
     notes: list[str]
     """What was left out and why, a sentence each."""
 
@@ -75,18 +79,26 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
             )
     rows[SHARES] = rows[SHARES].round(DIGITS)
     unsteady = rows.groupby(STAGE)["delta"].transform("nunique") > 1
-    other_rate = _other_rate(rows, rows["stage"] == 0)
-    orphaned = _descend(rows, unsteady | other_rate)
-    other_rate |= _other_rate(rows, (rows["stage"] > 0) & ~unsteady & ~orphaned)
+    rows, worse = rows.assign(late=unsteady), pd.Series(False, index=rows.index)
+    orphaned = _descend(rows, unsteady)
+    chosen: list[str] = []
+    for stage in sorted(rows["stage"].unique()):
+        among = (rows["stage"] == stage) & ~orphaned & (~unsteady if stage else True)
+        beaten_here, kept = _other_setting(rows, among)
+        worse |= beaten_here
+        chosen += kept
+        orphaned = _descend(rows, unsteady | worse)
     for which, why in (
         (unsteady, "the domain's share changes within a stage"),
-        (other_rate, "another learning rate has the better mean domain_select over seeds"),
+        (worse, "another setting has the better mean domain_select over seeds"),
         (orphaned, "the pretraining that they began with is"),
     ):
         if which.any():
             notes.append(f"left out, as {why}: {some(rows['run'][which].unique())}")
-    dropped = unsteady | other_rate | orphaned
-    return UsableRows(rows[~dropped].reset_index(drop=True), rows[dropped].reset_index(drop=True), notes)
+    dropped = unsteady | worse | orphaned
+    rows = rows.drop(columns="late").assign(beaten=worse | _descend(rows, worse))
+    kept_rows, left_out = (rows[mask].reset_index(drop=True) for mask in (~dropped, dropped))
+    return UsableRows(kept_rows.drop(columns="beaten"), left_out, notes + chosen)
 
 
 def with_average(table: pd.DataFrame) -> pd.DataFrame:
@@ -97,7 +109,7 @@ def with_average(table: pd.DataFrame) -> pd.DataFrame:
 def _check_columns(table: pd.DataFrame) -> pd.DataFrame:
     if not isinstance(table, pd.DataFrame):
         raise DataError(invalid("table", table, "give a pandas DataFrame, as read_table makes it"))
-    table = with_average(table)
+    table = with_settings(with_average(table)).assign(other=table.get("other", ""))
     require_columns(table, NEEDED, "the runs table")
     return table
 
@@ -111,9 +123,8 @@ def _numbers(column: pd.Series) -> pd.Series:
 
 
 def _check_alike(rows: pd.DataFrame) -> None:
-    """The tokenizer is one for all; pretraining and adaptation may be evaluated on texts of their own."""
-    adapted = rows["stage"] > 0
-    for name, part in (("tokenizer", rows), ("heldout", rows[~adapted]), ("heldout", rows[adapted])):
+    """The tokenizer is one for all; each stage may be evaluated on texts of its own."""
+    for name, part in (("tokenizer", rows), *(("heldout", own) for _, own in rows.groupby("stage"))):
         one = part.drop_duplicates(name)
         if len(one) > 1:
             (first, ours), (second, theirs) = one[["run", name]].astype(str).to_numpy()[:2].tolist()
@@ -140,14 +151,44 @@ def _other_texts(rows: pd.DataFrame) -> list[str]:
     return notes
 
 
-def _other_rate(rows: pd.DataFrame, among: pd.Series) -> pd.Series:
-    """Which of these rows are of runs that the same arm beats with another learning rate."""
+def _other_setting(rows: pd.DataFrame, among: pd.Series) -> tuple[pd.Series, list[str]]:
+    """Which of these rows, of one stage, are of runs that the same arm beats with another setting, and what is kept."""
     ends = rows[among].sort_values(["handed_on", "tokens"]).groupby(STAGE).tail(1)
     length = rows.groupby(STAGE)["tokens"].max().loc[pd.MultiIndex.from_frame(ends[STAGE])].to_numpy()
     stopped_early = (ends["tokens"] < length).groupby([ends[key] for key in ARM], dropna=False).transform("any")
     ends = ends.assign(budget=np.where(stopped_early, 0, length))
-    worse = ends[beaten(ends, [*ARM, "budget"])]
-    return among & pd.MultiIndex.from_frame(rows[STAGE]).isin(pd.MultiIndex.from_frame(worse[STAGE]))
+    arm = [*ARM, "budget", "late"]
+    ends = ends.assign(judged=_judged(rows, ends, arm))
+    is_worse = beaten(ends, arm, by="judged")
+    worse = ends[is_worse]
+    found = among & pd.MultiIndex.from_frame(rows[STAGE]).isin(pd.MultiIndex.from_frame(worse[STAGE]))
+    return found, _kept(ends, is_worse, arm)
+
+
+def _judged(rows: pd.DataFrame, ends: pd.DataFrame, arm: list[str]) -> pd.Series:
+    """The loss on the select half that the settings of an arm are judged by: of pretraining that of the best finetune
+    after it, where all runs of the arm have one, else that of its own end."""
+    tunes = rows[(rows["stage"] == 1) & rows["handed_on"] & (rows["start"] == "pretrained")]
+    best = tunes.groupby(["after", "pretrain_tokens"])["domain_select"].min()
+    after = pd.Series(best.reindex(pd.MultiIndex.from_frame(ends[["run", "tokens"]])).to_numpy(), index=ends.index)
+    after = after.where(ends["stage"] == 0)
+    all_have = after.notna().groupby([ends[key] for key in arm], dropna=False).transform("all")
+    return after.where(all_have, ends["domain_select"])
+
+
+def _kept(ends: pd.DataFrame, is_worse: pd.Series, arm: list[str]) -> list[str]:
+    """A sentence on the settings that were chosen among, where there are several."""
+    searched = is_worse.groupby([ends[key] for key in arm], dropna=False).transform("any")
+    tried = settings_of(ends[searched])
+    columns = varied(tried)
+    if not columns:
+        return []
+    names = tried.apply(lambda setting: in_words(setting, columns), axis=1)
+    arms = ends[searched].assign(setting=names, kept=~is_worse[searched])
+    best = arms[arms["kept"]].groupby("setting", sort=False)["delta"].unique()
+    of = "; ".join(f"{name} (delta {', '.join(f'{d:g}' for d in sorted(deltas))})" for name, deltas in best.items())
+    what = "adaptation" if arms["stage"].iloc[0] else "pretraining"
+    return [f"of {names.nunique()} settings of the optimizer in {what}, the best of each arm is kept: {of}"]
 
 
 def _descend(rows: pd.DataFrame, dropped: pd.Series) -> pd.Series:

@@ -135,9 +135,10 @@ def cmr(table: UsableRows) -> list[Group]:
 
 
 def _adapted(table: UsableRows) -> pd.DataFrame:
-    """All evaluations of stages that went on from a whole model, without an anchor or an average."""
+    """All evaluations of stages that went on from a whole model with text of the domain and the general corpus, without
+    an anchor or an average."""
     rows = table.rows
-    plain = (rows["anchor"] == 0) & (rows["average"] == 0)
+    plain = (rows["anchor"] == 0) & (rows["average"] == 0) & (rows["other"] == "")
     return rows[(rows["stage"] >= 1) & (rows["start"] == "pretrained") & plain]
 
 

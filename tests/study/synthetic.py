@@ -19,6 +19,7 @@ SIZE_EXPONENT, CORPUS_EXPONENT, FLOOR = 0.12, 0.08, 0.9
 """Of the domain loss: what is above FLOOR falls as params^-0.12; after finetuning as domain_tokens^-0.08 too."""
 FORGETTING = laws.ForgettingLaw.from_params(A=2, B=829, alpha=0.38, beta=0.28)
 """General loss after finetuning a model without domain data in pretraining; the rise is less for delta > 0."""
+ADAMW = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip": 1.0, "momentum": np.nan}
 BEST_EPOCHS, LONGEST_EPOCHS = 4, 8
 """Of a finetune: its domain loss falls, is lowest, and ends where it has overfitted."""
 
@@ -218,4 +219,8 @@ def completed(rows: list[dict[str, Any]]) -> pd.DataFrame:
         sequences=32.0,
         window=2048.0,
         base=None,
+        optimizer="adamw",
+        **{name: table.get(name, value) for name, value in ADAMW.items()},
+        grid="",
+        other="",
     )[list(COLUMNS)].astype({"tokens": "float", "domain_tokens": "float", "handed_on": "bool"})

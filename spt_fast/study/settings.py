@@ -1,0 +1,111 @@
+"""What optimizers are set to: the columns that say it in the runs table, and the best of several settings of an arm.
+
+A *setting* is the values of all optimizer fields in a stage. What a phase's own grid tried is not part of it: the run
+has chosen that by itself, and for each seed it may be another value. Settings of one arm are never taken for more runs
+of it: one is chosen, the same rule for every arm, and the others are left out and said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from spt_fast.config import Phase
+from spt_fast.optimizers import OPTIMIZERS, AdamW, parse_optimizer
+
+NUMBERS = ("lr", "weight_decay", "beta1", "beta2", "eps", "clip", "momentum")
+SETTINGS = ("lr", "optimizer", *NUMBERS[1:])
+"""Columns. A number is NaN where the optimizer has no such field, or the table is of an earlier version; `clip` is
+infinite where there is none."""
+_COLUMNS = {"name": ("optimizer",), "betas": ("beta1", "beta2")}
+"""Those of a field, where it isn't called as the column."""
+
+
+def setting_of(phase: Phase, arm: int) -> dict[str, Any]:
+    """What the optimizer of one arm of a phase's grid is set to, as SETTINGS, and the fields of the grid as `grid`."""
+    found: dict[str, Any] = dict.fromkeys(SETTINGS, math.nan)
+    for field, value in vars(phase.with_overrides(phase.arms()[arm]).optimizer).items():
+        values = value if isinstance(value, tuple) else (math.inf if value is None else value,)
+        found |= zip(columns_of_field(field), values, strict=True)
+    return found | {"grid": " ".join(phase.grid or ())}
+
+
+def usual(runs: pd.DataFrame) -> dict[str, Any]:
+    """The setting, without the learning rate, that most of the runs have."""
+    known = with_settings(runs)[list(SETTINGS[1:])]
+    counts = known.groupby(list(SETTINGS[1:]), dropna=False).size()
+    name, *numbers = counts.idxmax()
+    return dict(zip(SETTINGS[1:], [name, *map(float, numbers)], strict=True))
+
+
+def fields_of(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """A setting as the section of a recipe: weight decay, and what isn't the default; empty where it is unknown."""
+    if pd.isna(setting["optimizer"]):
+        return {}
+    given: dict[str, Any] = {"name": setting["optimizer"]}
+    for field in dataclasses.fields(OPTIMIZERS[setting["optimizer"]]):
+        if field.name not in ("name", "lr"):
+            *several, value = (setting[column] for column in columns_of_field(field.name))
+            given[field.name] = [*several, value] if several else None if value == math.inf else value
+    kind = parse_optimizer({**given, "lr": 1.0}, "optimizer")
+    default = vars(type(kind)(lr=1.0)) | {"name": AdamW.name, "weight_decay": None}
+    return {name: value for name, value in given.items() if vars(kind)[name] != default[name]}
+
+
+def columns_of_field(field: str) -> tuple[str, ...]:
+    return _COLUMNS.get(field, (field,))
+
+
+def with_settings(table: pd.DataFrame) -> pd.DataFrame:
+    """A runs table with the columns of settings, of which those of earlier versions have `lr` only."""
+    lacking = dict.fromkeys(SETTINGS, math.nan) | {"optimizer": None, "grid": ""}
+    return table.assign(**{name: value for name, value in lacking.items() if name not in table})
+
+
+def settings_of(runs: pd.DataFrame) -> pd.DataFrame:
+    """SETTINGS without what each run's own grid has chosen: NaN, and "" in the text column."""
+    runs = with_settings(runs)
+    chosen = runs["grid"].astype(object).fillna("").str.split()
+    fields = {column: field for field in chosen.explode().dropna() for column in columns_of_field(field)}
+    own = runs[list(SETTINGS)].copy()
+    for column in fields.keys() & own.columns:  # the warm-up isn't one
+        own[column] = own[column].mask(chosen.map(lambda names, field=fields[column]: field in names))
+    return own.assign(optimizer=own["optimizer"].astype(object).fillna(""))
+
+
+def setting_ids(runs: pd.DataFrame) -> pd.Series:
+    """A number for each setting, in the order of the learning rate and then of the others."""
+    return settings_of(runs).groupby(list(SETTINGS), dropna=False).ngroup()
+
+
+def beaten(runs: pd.DataFrame, arm: Sequence[str], by: str = "domain_select") -> pd.Series:
+    """Whether another setting of the same `arm` (columns) has the lower mean of the column `by`: one row per run. Where
+    no seed has more than one setting, nothing was searched, and none is beaten."""
+    runs = runs.assign(setting=setting_ids(runs))
+    several = runs.groupby([*arm, "seed"], dropna=False)["setting"].transform("nunique")
+    searched = runs[several.groupby([runs[name] for name in arm], dropna=False).transform("max") > 1]
+    means = searched.groupby([*arm, "setting"], dropna=False)[by].transform("mean").fillna(np.inf)
+    order = searched.assign(mean=means).sort_values(["mean", "setting"])
+    best = order.groupby(list(arm), dropna=False)["setting"].transform("first")
+    return searched["setting"].ne(best).reindex(runs.index, fill_value=False)
+
+
+def varied(settings: pd.DataFrame) -> list[str]:
+    """The columns in which settings differ."""
+    return [name for name in SETTINGS if settings[name].nunique(dropna=False) > 1]
+
+
+def in_words(setting: Mapping[str, Any], columns: Iterable[str]) -> str:
+    """Some columns of a setting: "muon, lr 0.01, weight_decay 1, no clip"."""
+    return ", ".join(_word(name, setting[name]) for name in columns if not pd.isna(setting[name]))
+
+
+def _word(column: str, value: Any) -> str:
+    if column == "optimizer":
+        return str(value)
+    return "no clip" if value == math.inf else f"{column} {value:g}"
