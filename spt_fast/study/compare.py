@@ -249,7 +249,7 @@ class Verdict:
             return "cannot say, the arms have no seed in common"
         by = f"{abs(self.difference):.3f} {'lower' if self.difference < 0 else 'higher'}"
         if self.spread is None:
-            return f"{by}; with one seed nobody can say whether that is more than chance"
+            return f"{by}; one seed cannot show whether that is more than chance"
         seen = f"the spread between {self.seeds} seeds ({self.spread:.3f})"
         return f"{by}, more than {seen}" if self.exceeds else f"{by}, not clear of {seen}: that may be chance"
 

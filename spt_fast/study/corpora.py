@@ -75,7 +75,7 @@ def write_domain(path: Path, limit_bytes: int) -> int:
     include = Path(torch.__file__).parent / "include"
     headers = {str(file.relative_to(include)): file for file in include.rglob("*.h*") if file.suffix in (".h", ".hpp")}
     if not headers:
-        raise DataError(f"{include}: no C++ headers there, which are the demo's domain; reinstall torch from a wheel")
+        raise DataError(f"{include}: has no C++ headers, the demo's domain; reinstall torch from a wheel")
     documents = ((name, _header_code(code)) for name, code in _read(headers))
     return _write(path, documents, _drop_repetitive_header, limit_bytes)
 

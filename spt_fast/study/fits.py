@@ -420,10 +420,10 @@ def _predicted(kind: Kind, table: pd.DataFrame, left_out: pd.Series) -> tuple[np
         if "fraction" in rest and kind.curves:
             rest = rest[rest["fraction"].isin(kept["fraction"])]
         if rest.empty:
-            raise DataError("what was left out is of fractions that there are too few other runs of")
+            raise DataError("there are too few other runs of the fractions that were left out")
         for name in law.inputs:
             if kept[name].nunique() == 1 and (rest[name] != kept[name].iloc[0]).any():
-                raise DataError(f"the other runs are of one {name}, so they say nothing of another")
+                raise DataError(f"all other runs have one {name}, so they say nothing about another")
         of = next(iter(law.outputs))
         mean = law.predict(**{name: rest[name].to_numpy(float) for name in law.inputs})
     return rest[of].to_numpy(float), np.atleast_1d(mean)

@@ -68,8 +68,8 @@ class FinishedRun:
         if summary["status"] != "done":
             why = f" ({summary['reason']})" if summary.get("reason") else ""
             raise CheckpointError(
-                f"{folder}: its status is {summary['status']!r}{why}; finish it with `resume=True`, or, "
-                "where it diverged, train it anew by a mended recipe"
+                f"{folder}: its status is {summary['status']!r}{why}; finish it with `resume=True` or, if it "
+                "diverged, correct the recipe and train it again"
             )
         recipe = recipe_of(folder)
         ancestors = trained_before(folder, recipe)
@@ -77,8 +77,8 @@ class FinishedRun:
         pretraining = [*ancestors, *own]
         if not pretraining and (recipe.init is None or recipe.init_only):
             raise CheckpointError(
-                f"{folder}: {recipe.phases[0].name!r} is its only phase; what is compared is a finetune, the last "
-                "phase, after pretraining, the phases before it or those of the run that it starts from"
+                f"{folder}: {recipe.phases[0].name!r} is its only phase; a comparison needs a finetune as the last "
+                "phase, after pretraining in the same run or in the run that it starts from"
             )
         if not _is_unrelated(last, pretraining):
             return cls(folder, recipe, summary, evaluations_of(folder), pretraining, last.phase)
@@ -163,8 +163,8 @@ def _largest(phase: Phase) -> str:
 
 
 def _is_unrelated(last: Trained, before: Sequence[Trained]) -> bool:
-    """Whether the last phase is a later finetune: on what none before it has read, after a stage on what pretraining,
-    the first, was not mainly on."""
+    """Whether the last phase is a later finetune: its main source is in no earlier mixture, and the stage before it had
+    another main source than the first phase, pretraining."""
     if len(before) < 2 or before[-1].phase.schedule.carry_on:
         return False
     general, domain, source = (_largest(trained.phase) for trained in (before[0], before[-1], last))
@@ -255,7 +255,7 @@ def differences(runs: Sequence[FinishedRun], *, searched: bool = False) -> list[
                 found.setdefault(
                     what,
                     f"the {what} differs, {runs[0].folder} has {value}, {run.folder} has {theirs[what]}: "
-                    "the mixture need not be what makes the difference",
+                    "the mixture may not be the cause of a difference",
                 )
     return list(found.values())
 

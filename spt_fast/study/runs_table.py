@@ -183,7 +183,9 @@ def _check_source(path: str, rows: pd.DataFrame, field: str, asked: str) -> None
     known = rows[field.removesuffix("_source")].dropna().unique()
     if len(known) == 0:
         warnings.warn(
-            f"{field}: {path} is of an earlier version and keeps the one of its study", SptWarning, stacklevel=3
+            f"{field}: {path} is of an earlier version and keeps the one of its study",
+            SptWarning,
+            stacklevel=3,
         )
     for own in known:
         if own != asked:

@@ -23,7 +23,7 @@ SETTINGS = ("lr", "optimizer", *NUMBERS[1:])
 """Columns. A number is NaN where the optimizer has no such field, or the table is of an earlier version; `clip` is
 infinite where there is none."""
 _COLUMNS = {"name": ("optimizer",), "betas": ("beta1", "beta2")}
-"""Those of a field, where it isn't called as the column."""
+"""Columns of the fields that have other names there."""
 
 
 def setting_of(phase: Phase, arm: int) -> dict[str, Any]:

@@ -63,7 +63,7 @@ from spt_fast.train.lr import learning_rate
 from spt_fast.train.weights import read_config
 
 PLATEAU = 0.9
-"""Of the peak rate: below it a checkpoint is inside the schedule's fall, and no fair end of a run of its length."""
+"""Of the peak rate: below it a checkpoint is not comparable with a run that ends there."""
 STARTS = ("pretrained", "scratch", "embeddings", "frozen embeddings")
 MOST_SEEDS = 1000
 
@@ -210,7 +210,7 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
         if key in phase and (late or many):
             raise RecipeError(
                 f"{where}.{key}: several phases share one schedule here and cannot stop early or try their own rates; "
-                "try rates with the axis `lr`, and write `tokens` for a run per budget"
+                "try values with lists in `optimizer`, and write `tokens` for a run per budget"
             )
     optimizer = phase.get("optimizer")
     optimizer = {} if optimizer is None else optimizer
@@ -341,7 +341,7 @@ class Study:
             given = "both are given" if self.init else "neither is given"
             raise RecipeError(f"models: {given}, models and init; train from scratch, or start from weights")
         if self.simulate and self.domain_tokens != (None,):
-            raise RecipeError("simulate: domain_tokens is given too, which it works out; leave one out")
+            raise RecipeError("simulate: domain_tokens is given too, and simulate computes it; leave one out")
         for field in ("domain", "general"):
             source = getattr(self, field)
             if source not in self.sources:
@@ -360,8 +360,8 @@ class Study:
         bases = [model for model, _ in self.starts if isinstance(model, Base)]
         if bases and len(bases) < len(self.starts):
             raise RecipeError(
-                "models: some are trained from scratch and some go on from weights, so their first stages are not "
-                "alike; give them a study each"
+                "models: some are trained from scratch and others start from weights, so their first stages differ; "
+                "use one study for each kind"
             )
         for stage in self.stages if bases else ():
             if "scratch" in stage.axes.start:
@@ -626,7 +626,7 @@ def _of_whole(value: object, whole: int, where: str) -> str:
 
 
 def _check_plateau(study: Study, recipe: Recipe, branch: _Branch, where: str) -> None:
-    """Every budget must be fair to its length: its rate still near the peak, or else the largest alone would profit."""
+    """At every budget the rate must still be near its peak, or else the largest alone would profit from its fall."""
     first = recipe.phases[0]
     tokens_per_step = first.tokens_per_step(_context(branch.model))
     tokens = 0
@@ -636,9 +636,9 @@ def _check_plateau(study: Study, recipe: Recipe, branch: _Branch, where: str) ->
         share = learning_rate(first.schedule, 1.0, steps, steps, tokens_per_step)
         if share < PLATEAU:
             raise RecipeError(
-                f"{where}.budgets: at {tokens:,} tokens the learning rate is {share:.0%} of its peak, and a run of "
-                f"that length would end unfairly below {PLATEAU:.0%}; give schedule.name: constant, a cosine whose "
-                "schedule.horizon lies several times beyond the largest budget, or `tokens` for a run per budget"
+                f"{where}.budgets: at {tokens:,} tokens the learning rate is {share:.0%} of its peak, and below "
+                f"{PLATEAU:.0%} it is not comparable with a run of that length; give schedule.name: constant, a cosine "
+                "with a schedule.horizon several times the largest budget, or `tokens` for a run per budget"
             )
 
 

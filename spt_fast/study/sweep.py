@@ -64,8 +64,8 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
     needless = list(given)
     if needless and not ready:
         raise RecipeError(
-            f"{needless[0]}: is for ready studies ({', '.join(ready_studies())}); {name} says itself what it reads and "
-            "where it writes, so change it there",
+            f"{needless[0]}: is for ready studies ({', '.join(ready_studies())}); {name} has its own sources and "
+            "folder; change them there",
             argument=True,
         )
     if ready:

@@ -15,7 +15,7 @@ from spt_fast.study.finetunes import SETTING
 from spt_fast.study.usable import STAGE, UsableRows
 
 Group = tuple[dict[str, Any], pd.DataFrame]
-"""A value of None: unknown, as the pretraining of foreign weights is."""
+"""None stands for unknown, such as the pretraining of foreign weights."""
 
 SETTLED = 0.2
 """Of a run's tokens: what is measured before is of the first steep fall, which no power law describes. The paper's own

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from spt_fast.advice.advise import advise
-from spt_fast.config import Phase, load_recipe
+from spt_fast.config import Phase
 from spt_fast.errors import RecipeError
 from spt_fast.fields import build
 from spt_fast.files import write_text
@@ -34,11 +34,10 @@ from spt_fast.study.settings import NUMBERS, SETTINGS, beaten, setting_of
 from spt_fast.study.study import PlannedRun, expand, study_from
 from spt_fast.study.sweep import sweep
 from spt_fast.study.usable import usable
-from spt_fast.train.run import run as train
 from tests.study.fake_runs import fake_run
 from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, spt_table
 from tests.study.test_compare import NPT, SPT, shifted
-from tests.study.tiny_study import STEP, raw_study
+from tests.study.tiny_study import STEP, HereAlone, raw_study
 from tests.tiny import write_dataset
 
 BUDGETS = (50_000_000_000, 100_000_000_000, 200_000_000_000)
@@ -257,23 +256,6 @@ def test_compare_takes_the_best_setting_of_each_arm_and_shows_the_others(tmp_pat
 # ------------------------------------------------------------------------------------------------ trained
 
 
-class InProcess:
-    """Workers that train in this process."""
-
-    free = 1
-
-    def __init__(self) -> None:
-        self.trained: list[str] = []
-
-    def start(self, recipe: Path, log: Path) -> Any:
-        self.trained.append(recipe.stem)
-        train(load_recipe(recipe), resume=True, progress=False)
-        return self
-
-    def poll(self) -> int:
-        return 0
-
-
 def test_a_study_of_settings_and_a_later_finetune(tmp_path: Path) -> None:
     """Trained, extended by one more value, compared and put on a page."""
     raw = raw_study(tmp_path)
@@ -284,7 +266,7 @@ def test_a_study_of_settings_and_a_later_finetune(tmp_path: Path) -> None:
     later = {"name": "later", "source": "prose", "delta": 1, "tokens": 4 * STEP, "optimizer": {"lr": 1e-3}}
     raw["stages"].append({**later, "batch": {"sequences": 8}, "eval": {"every": "50%", "tokens": 400}})
 
-    table, outcome = sweep(study_from(raw), Console(file=io.StringIO()), workers=(workers := InProcess()))
+    table, outcome = sweep(study_from(raw), Console(file=io.StringIO()), workers=(workers := HereAlone()))
     assert not outcome.failed
     assert len(workers.trained) == 2 + 2 + 2
     assert set(table.loc[table["stage"] == 0, "weight_decay"]) == {0.1}
@@ -294,7 +276,7 @@ def test_a_study_of_settings_and_a_later_finetune(tmp_path: Path) -> None:
     assert dict(zip(table["stage"], table["other"], strict=True)) == {0: "", 1: "", 2: "prose"}
 
     raw["stages"][0]["optimizer"]["weight_decay"] = [0.1, 1]
-    table, _ = sweep(study_from(raw), Console(file=io.StringIO()), workers=(workers := InProcess()))
+    table, _ = sweep(study_from(raw), Console(file=io.StringIO()), workers=(workers := HereAlone()))
     assert len(workers.trained) == 2 + 2 + 2
     assert all("weightdecay1" in name for name in workers.trained)
     pd.testing.assert_frame_equal(
@@ -321,7 +303,7 @@ def test_a_study_of_settings_and_a_later_finetune(tmp_path: Path) -> None:
 
 
 def test_all_stages_of_a_seed_come_before_the_next_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Nowhere(InProcess):
+    class Nowhere(HereAlone):
         """One at a time, and nothing is trained."""
 
         def start(self, recipe: Path, log: Path) -> Any:
