@@ -8,7 +8,6 @@ beside what the laws make of it.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +125,13 @@ def advise_pretraining(
         asked=asked,
         decision=decision,
         missing=missing,
-        rescaled=_rescaled(asked, evidence),
         shares=shares,
         expected=None if evidence is None else _expected(decision, evidence, effects),
         seen=None if evidence is None else Seen(evidence.arms[0].tokens, evidence.arms),
         regimes=None if evidence is None else _regimes(evidence, papers),
         replay=replay,
         distance=_distance(general, domain, evidence),
-        support=support(decision, evidence, shares, size.params, domain_tokens),
+        support=support(decision, evidence, shares, asked),
         prior=papers,
         tax=_tax(asked, size, evidence, mean_epochs),
         learning_rates=rates.of,
@@ -184,7 +182,7 @@ def _choose(evidence: Evidence, allowed: dict[float, bool], published: Choice) -
     """Regime, share, and on what basis: the lowest domain loss that is allowed, or the lowest general loss where none
     is."""
     general = {delta: after for delta, (_, after) in evidence.general().items()}
-    domain = evidence.ranked()
+    domain = {delta: outcome.domain.mean for delta, outcome in evidence.outcomes().items()}
     near = outside(evidence.budget, *([evidence.arms[0].tokens] * 2)) <= SEEN_WITHIN
     steady, late = evidence.steady(), [arm for arm in evidence.arms if arm.regime == "SCPT"]
     if near and late and (not steady or _clear(late[0], steady[0])):
@@ -193,9 +191,6 @@ def _choose(evidence: Evidence, allowed: dict[float, bool], published: Choice) -
         return published
     if any(allowed.values()):
         delta = min((d for d in domain if allowed[d]), key=lambda d: domain[d])
-        report = {share: outcome.domain.mean for share, outcome in evidence.outcomes().items()}
-        if allowed.get(0.0) and report[0.0] < report[delta]:  # the halves of held-out text disagree: nothing is gained
-            delta = 0.0
     else:
         delta = min(general, key=lambda d: general[d])
     return Choice("SPT" if delta else "FT", delta, "laws" if evidence.forecast else "seen")
@@ -234,24 +229,6 @@ def _shares(evidence: Evidence, allowed: dict[float, bool], per_token: float) ->
         Share(**vars(outcome), delta=delta, epochs=delta * per_token, allowed=allowed[delta], best_in=best)
         for (delta, outcome), best in zip(known.outcomes.items(), best_in.tolist(), strict=True)
     ]
-
-
-def _rescaled(asked: Asked, evidence: Evidence | None) -> list[str]:
-    if evidence is None:
-        return []
-    said, own, size = [], evidence.domain_tokens, evidence.params
-    if not math.isclose(own, asked.domain_tokens, rel_tol=0.01):
-        said.append(
-            f"the runs' domain corpus has {amount(own)} tokens, yours {amount(asked.domain_tokens)}: the runs answer "
-            f"for {amount(evidence.budget)} tokens of pretraining, which read their corpus as often as "
-            f"{amount(asked.budget)} read yours"
-        )
-    if asked.params is not None and not math.isclose(size, asked.params, rel_tol=0.01):
-        said.append(
-            f"the runs have {amount(size)} parameters, your model {amount(asked.params)}: shares are carried over "
-            "unchanged, losses are of the runs' size"
-        )
-    return said
 
 
 def _expected(decision: Decision, evidence: Evidence, effects: list[Effect]) -> Expected | None:

@@ -10,8 +10,6 @@ its runs differ by seed. Regimes:
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 
@@ -44,20 +42,18 @@ def _rising(rows: pd.DataFrame) -> set[str]:
 
 
 def arms(rows: pd.DataFrame) -> list[Arm]:
-    """The arms of a group, best domain loss on the select half first."""
+    """The arms of a group, best domain loss first."""
     by_arm = rows.groupby(["regime", "pretrain_delta", "injected", "pretrain_tokens"])
-    return sorted((_arm(own) for _, own in by_arm), key=lambda arm: arm.select)
+    return sorted((_arm(own) for _, own in by_arm), key=lambda arm: arm.domain.mean)
 
 
 def _arm(own: pd.DataFrame) -> Arm:
-    first, losses = own.iloc[0], Arm.losses(own)
-    select = float(own["domain_select"].mean(skipna=False))
+    first = own.iloc[0]
     return Arm(
         regime=first["regime"],
         delta=float(first["pretrain_delta"]),
         injected=float(first["injected"]),
         tokens=int(first["pretrain_tokens"]),
         epochs=float(own["pretrain_epochs"].mean()),
-        select=select if math.isfinite(select) else losses["domain"].mean,
-        **losses,
+        **Arm.losses(own),
     )

@@ -59,12 +59,6 @@ class Evidence:
         """By share, with the least general data: by law, else as seen."""
         return self.forecast.outcomes if self.forecast else self.seen()
 
-    def ranked(self) -> dict[float, float]:
-        """By share, the domain loss by which they are compared: by law, else as seen on the select half."""
-        if self.forecast:
-            return {delta: outcome.domain.mean for delta, outcome in self.forecast.outcomes.items()}
-        return {arm.delta: arm.select for arm in self.steady()}
-
     def general(self) -> dict[float, tuple[float, float]]:
         """{delta: general loss before, and after, a finetune with the least general data}: by law, else as seen; empty
         where it was not measured."""

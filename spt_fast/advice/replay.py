@@ -91,10 +91,10 @@ def choose(
         says = f"by the forgetting law, of finetunes after the least domain text, for a general loss under {limit:.4f}"
     elif chosen.regime == "SPT":
         share, basis = 0.0, "published"
-        says = "published SPT without replay did better than plain pretraining with any replay"
+        says = "SPT was published to do better without replay than plain pretraining with any"
     else:
         share, basis = REPLAY, "published"
-        says = "published finetunes with 1% stopped forgetting at no cost in the finetune's loss"
+        says = "1% was published to stop forgetting at no cost in the finetune's loss"
     return Replay(share, basis, says, effects)
 
 

@@ -69,8 +69,6 @@ class Arm(Ended):
 
     regime: str
     injected: float
-    select: float
-    """The mean domain loss on the select half, by which arms are ranked; of the report half where that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -261,8 +259,6 @@ class Advice:
     decision: Decision
     missing: list[str]
     """Why runs, or some of them, were not used."""
-    rescaled: list[str]
-    """How the question was carried over to the corpus and size of the runs."""
     shares: list[Share] | None
     """Those that were run; None without laws."""
     expected: Expected | None

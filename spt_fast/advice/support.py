@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from spt_fast.advice.evidence import Evidence
 from spt_fast.advice.forecast import FEWEST_BUDGETS, FEWEST_POINTS
 from spt_fast.advice.prior import SAYS, outside
-from spt_fast.advice.result import Decision, Share, Standing, Support
+from spt_fast.advice.result import Asked, Decision, Share, Standing, Support
 from spt_fast.study.finetunes import plainest
 from spt_fast.study.words import amount, percent
 
@@ -28,9 +30,7 @@ def beyond(factors: dict[str, float], than: float = 1.0) -> list[str]:
     return [f"{float(f'{factor:.3g}'):,g}× in {UNITS[what]}" for what, factor in factors.items() if factor > than]
 
 
-def support(
-    decision: Decision, evidence: Evidence | None, shares: list[Share] | None, params: int | None, domain_tokens: int
-) -> Support:
+def support(decision: Decision, evidence: Evidence | None, shares: list[Share] | None, asked: Asked) -> Support:
     if evidence is None:
         return Support(
             outside=None,
@@ -42,17 +42,34 @@ def support(
     read = rows["pretrain_epochs"][rows["pretrain_epochs"] > 0]
     factors = {
         "budget": outside(evidence.budget, rows["pretrain_tokens"].min(), rows["pretrain_tokens"].max()),
-        "params": 1.0 if params is None else outside(params, evidence.params, evidence.params),
-        "domain_tokens": outside(domain_tokens, evidence.domain_tokens, evidence.domain_tokens),
+        "params": 1.0 if asked.params is None else outside(asked.params, evidence.params, evidence.params),
+        "domain_tokens": outside(asked.domain_tokens, evidence.domain_tokens, evidence.domain_tokens),
         "epochs": outside(decision.epochs, read.min(), read.max()) if decision.epochs and len(read) else 1.0,
     }
     known = evidence.forecast
     return Support(
         outside={what: float(factor) for what, factor in factors.items()},
         **vars(known.standing if known else Standing(warnings=[])),
-        verdict=_verdict(decision, evidence, factors, shares),
+        verdict="; ".join([_verdict(decision, evidence, factors, shares), *_rescaled(asked, evidence)]),
         next=_next(decision, evidence, factors, shares),
     )
+
+
+def _rescaled(asked: Asked, evidence: Evidence) -> list[str]:
+    """How the question was carried over to the corpus and size of the runs."""
+    said, own, size = [], evidence.domain_tokens, evidence.params
+    if not math.isclose(own, asked.domain_tokens, rel_tol=0.01):
+        said.append(
+            f"the runs' domain corpus has {amount(own)} tokens, yours {amount(asked.domain_tokens)}: the runs answer "
+            f"for {amount(evidence.budget)} tokens of pretraining, which read their corpus as often as "
+            f"{amount(asked.budget)} read yours"
+        )
+    if asked.params is not None and not math.isclose(size, asked.params, rel_tol=0.01):
+        said.append(
+            f"the runs have {amount(size)} parameters, your model {amount(asked.params)}: shares are carried over "
+            "unchanged, losses are of the runs' size"
+        )
+    return said
 
 
 def _verdict(decision: Decision, evidence: Evidence, factors: dict[str, float], shares: list[Share] | None) -> str:

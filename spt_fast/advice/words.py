@@ -38,7 +38,7 @@ def headline(decision: Decision) -> str:
 def surety(advice: Advice) -> list[str]:
     """How far to trust the answer, why runs were not used, and what to run."""
     more = [f"what to run next: {advice.support.next}"] if advice.support.next else []
-    return [*advice.support.verdict.split("; "), *advice.rescaled, *advice.missing, *more]
+    return [*advice.support.verdict.split("; "), *advice.missing, *more]
 
 
 def costs(advice: Advice) -> list[str]:
@@ -78,9 +78,8 @@ def _expected(advice: Advice) -> list[str]:
         *found,
         f"these are losses of {amount(of.params)} parameters after {amount(of.tokens)} tokens of pretraining with "
         f"{amount(of.domain_tokens)} domain tokens{replayed}{within}",
-        "the share was chosen by laws of the losses on the report half of held-out text"
-        if advice.decision.basis == "laws"
-        else "the share was chosen on the select half of held-out text; the losses are of the report half",
+        "the share was chosen by these losses, of the report half of held-out text; learning rates and checkpoints on "
+        "the select half",
     ]
 
 
