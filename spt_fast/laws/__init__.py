@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from spt_fast.laws.annealing import MultiPowerLaw
 from spt_fast.laws.base import ExtrapolationWarning, IdentificationWarning, Law, LawWarning, OpenError
 from spt_fast.laws.chinchilla import ChinchillaLaw
 from spt_fast.laws.cmr import CMRLaw
@@ -35,6 +36,7 @@ __all__ = [
     "Law",
     "LawWarning",
     "MixtureRepetitionLaw",
+    "MultiPowerLaw",
     "OffsetForgettingLaw",
     "OpenError",
     "OverfittingLaw",

@@ -30,8 +30,8 @@ REWEIGHTED = 3
 """Times that noise and threshold are taken from the last fit."""
 
 
-LEFT_OUT = 1 / 3
-"""Of the logarithm of a column's range, to measure how a law errs beyond its runs."""
+LEFT_OUT = 1 / 3, 1 / 2
+"""Of the logarithm of a column's range, to measure how a law errs beyond its runs; the larger error counts."""
 FACTOR, APART = 2.0, 0.05
 """By how much an answer, or a share, may differ among laws that meet the runs as well."""
 MISFIT_FREEDOM = 2
@@ -269,26 +269,31 @@ class Law:
         """Variance for a distance of 1. Raises OpenError where the points are too few to leave any out."""
         size = _size(self._rows.columns, names)
         sizes = np.unique(size[np.isfinite(size)])
-        for edge in (sizes[-1] - LEFT_OUT * np.ptp(sizes), sizes[-2]):
-            try:
-                return self._misfit_beyond(size, float(edge), of)
-            except DataError:
-                continue
+        edges = [float(sizes[-1] - share * np.ptp(sizes)) for share in LEFT_OUT]
+        found = [self._misfit_beyond(size, edge, of) for edge in edges]
+        if None in found:
+            found.append(self._misfit_beyond(size, float(sizes[-2]), of))
+        known = [variance for variance in found if variance is not None]
+        if known:
+            return max(known)
         raise OpenError(
             f"{type(self).__name__}: an interval beyond the {' and '.join(names)} that were run needs points to test "
             f"the law on, and its parameters take all of these {len(size)}; add runs"
         )
 
-    def _misfit_beyond(self, size: Array, edge: float, of: str) -> float:
+    def _misfit_beyond(self, size: Array, edge: float, of: str) -> float | None:
         """From how the law errs at sizes above `edge`, fitted to the others; 0 where these have one value of a column,
-        which leaves the law open and is no error of its own."""
+        which leaves the law open and is no error of its own; None where they are too few."""
         kept, left = self._rows.where(size <= edge), self._rows.where(size > edge)
         for name in self.inputs:
             seen, asked = np.unique(kept.columns[name]), np.unique(left.columns[name])
             if len(seen) == 1 and not np.array_equal(seen, asked):
                 return 0.0
         law = copy(self)
-        law._require_enough(kept)
+        try:
+            law._require_enough(kept)
+        except DataError:
+            return None
         law._rows, law._fits = kept, law._fit(kept, None, None)
         law.params_ = law._named(law._fits)
         try:
@@ -406,6 +411,11 @@ class FormulaLaw(Law):
                 found[coefficient] *= unit[column] ** exponent
         return found
 
+    def _measured(self, rows: Rows) -> dict[str, float]:
+        """The units."""
+        names = {column for powers in self.units.values() for column in powers}
+        return {name: float(np.exp(np.log(rows.columns[name]).mean())) for name in names}
+
     def _features(self, columns: Columns, unit: dict[str, float]) -> Columns:
         """What the formula takes, measured in `unit`."""
         return {name: values / unit.get(name, 1.0) for name, values in columns.items()}
@@ -415,8 +425,7 @@ class FormulaLaw(Law):
 
     def _fit(self, rows: Rows, weights: Array | None, warm: dict[Any, Fit] | None) -> dict[Any, Fit]:
         if warm is None:
-            measured = {column for powers in self.units.values() for column in powers}
-            self._unit = {name: float(np.exp(np.log(rows.columns[name]).mean())) for name in measured}
+            self._unit = self._measured(rows)
         columns = self._features({name: rows.columns[name] for name in self.inputs}, self._unit)
         target = rows.columns[next(iter(self.outputs))]
         curve = Curve(self.parameters, self.formula, columns, target, rows.run, log=True)

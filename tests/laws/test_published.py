@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -113,3 +115,77 @@ def test_the_critical_share_of_code_is_the_published_one_and_is_left_open_by_ear
     assert low < 0.714 < high < low + 0.1
     with pytest.raises(RecipeError, match=r"leave the critical ratio at 10000 tokens open: .* run more ratios"):
         fitted(6000).critical_ratio(tokens=10_000, tolerance=0)
+
+
+ANNEALED = {
+    "cosine": [
+        *(3.7755, 3.5643, 3.4528, 3.3789, 3.3248, 3.2866, 3.2477, 3.2222, 3.1958, 3.1739, 3.1543, 3.1374),
+        *(3.1208, 3.1053),
+        *(3.0915, 3.0787, 3.0657, 3.0548, 3.0437, 3.0332, 3.0241, 3.0152, 3.0078, 3.0010, 2.9950, 2.9900),
+        *(2.9856, 2.9823),
+    ],
+    "constant": [
+        *(3.7666, 3.5619, 3.4505, 3.3759, 3.3243, 3.2851, 3.2530, 3.2273, 3.2057, 3.1871, 3.1728, 3.1562),
+        *(3.1427, 3.1318),
+        *(3.1214, 3.1120, 3.1033, 3.0961, 3.0878, 3.0819, 3.0759, 3.0697, 3.0647, 3.0608, 3.0535, 3.0497),
+        *(3.0443, 3.0412),
+    ],
+    "drop to 9e-5": [
+        *(3.7666, 3.5619, 3.4505, 3.3759, 3.3243, 3.2851, 3.2530, 3.2273, 3.1472, 3.1227, 3.1095, 3.1001),
+        *(3.0922, 3.0853),
+        *(3.0793, 3.0732, 3.0683, 3.0631),
+    ],
+    "drop to 3e-5": [
+        *(3.7666, 3.5619, 3.4505, 3.3759, 3.3243, 3.2851, 3.2530, 3.2273, 3.1474, 3.1209, 3.1088, 3.1004),
+        *(3.0939, 3.0883),
+        *(3.0832, 3.0789, 3.0749, 3.0712),
+    ],
+    "decay at the end": [
+        *(3.7666, 3.5619, 3.4505, 3.3759, 3.3243, 3.2851, 3.2530, 3.2273, 3.2057, 3.1871, 3.1728, 3.1562),
+        *(3.1427, 3.1318),
+        *(3.1214, 3.1120, 3.1033, 3.0961, 3.0878, 3.0819, 3.0759, 3.0697, 3.0647, 3.0608, 3.0291, 2.9987),
+        *(2.9779, 2.9635),
+    ],
+}
+"""Losses of 100M parameters every 768 steps after 2,160 of warm-up to 3e-4, by schedule of 24,000 steps
+(github.com/thu-yao-01-luo/MultiPowerLaw, arXiv 2503.12811)."""
+
+
+def annealed(schedule: str) -> dict[str, Any]:
+    losses = np.array(ANNEALED[schedule])
+    step = (2160 if schedule == "cosine" else 2176) + 768.0 * np.arange(len(losses))
+    lr = np.full(len(step), 3e-4)
+    if schedule == "cosine":
+        lr = 3e-5 + 1.35e-4 * (1 + np.cos(np.pi * (step - 2160) / (24_000 - 2160)))
+    elif schedule.startswith("drop"):
+        lr[step >= 8000] = float(schedule.removeprefix("drop to "))
+    elif schedule.startswith("decay"):
+        step[24:] -= 32
+        lr = np.minimum(lr, 3e-4 * 0.1 ** ((step - 20_000) / 4000))
+    return {"run": np.full(len(step), schedule), "step": step, "lr": lr, "loss": losses}
+
+
+def test_a_schedule_that_was_not_run_is_predicted_from_three_that_were() -> None:
+    def together(*schedules: str) -> dict[str, Any]:
+        curves = [annealed(schedule) for schedule in schedules]
+        return {name: np.concatenate([curve[name] for curve in curves]) for name in curves[0]}
+
+    law = laws.MultiPowerLaw().fit(together("drop to 9e-5", "cosine", "constant"))
+    inside: list[bool] = []
+    for schedule, within in ("decay at the end", 0.001), ("drop to 3e-5", 0.004):
+        asked = annealed(schedule)
+        given = {"step": asked["step"], "lr": asked["lr"]}
+        mean, low, high = law.predict(**given, interval=0.9)
+        assert np.abs(mean / asked["loss"] - 1).mean() < within
+        inside += ((low <= asked["loss"]) & (asked["loss"] <= high)).tolist()
+        assert ((high - low) / mean).max() < 0.02
+    assert np.mean(inside) >= 0.75
+    plateau = annealed("constant")["loss"]
+    assert plateau[-1] / annealed("decay at the end")["loss"][-1] > 1.02  # what a law of plateaus would be off by
+    two = together("decay at the end", "drop to 3e-5")
+    assert law.score(two)["mre"] < 0.002
+    longer = {"step": np.append(given["step"], 60_000), "lr": np.append(given["lr"], 3e-4)}
+    with pytest.raises(laws.OpenError, match="run one curve that long"):
+        law.predict(**longer, interval=0.9)
+    with pytest.raises(laws.OpenError, match=r"the curves of 3 schedules or more.* the table has 2"):
+        laws.MultiPowerLaw().fit(two).predict(**given, interval=0.9)
