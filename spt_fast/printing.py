@@ -1,4 +1,4 @@
-"""Results as the commands print them: JSON; tables and facts, numbers to four digits and counts in groups of three."""
+"""Results as the commands print them: JSON with exact numbers; tables and facts with numbers as people read them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import io
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from spt_fast.errors import SptWarning
+from spt_fast.quantities import heading, read
 
 
 def plain(value: Any) -> Any:
@@ -44,16 +45,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def progress_bar(what: str, total: int, *, show: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error with the time left; the function that is given moves it on by so much of `total`."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TextColumn("ETA"))
-    left = TimeRemainingColumn(elapsed_when_finished=True)
-    with Progress(*columns, left, console=terminal(stderr=True), disable=not show) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
 
 
 MIN_WIDTH = 40
@@ -86,34 +77,72 @@ def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
     return console
 
 
-def print_table(
-    console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, show_header: bool = True
-) -> None:
-    """A row of cells each; what is unknown (None) is n/a."""
+SHORTEST_NAME = 8
+
+
+def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A row of cells each, under the names of their fields: `spt_fast.quantities` says how each is written. Where the
+    terminal is too narrow, headings take several lines, and long names are cut in their middle; where it is narrower
+    still, every row becomes a list."""
     if title:
         console.print(title, style="table.title", soft_wrap=True)
-    table = Table(show_header=show_header)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(_written, row))
+    rows = list(rows)
+    cells = [[read(name, cell) for name, cell in zip(columns, row, strict=True)] for row in rows]
+    names = [any(isinstance(row[i], (str, Path)) for row in rows) for i in range(len(columns))]
+    headings = [heading(name) for name in columns]
+    longest = console.width
+    if _width(headings, cells, names, longest) > console.width:
+        headings = [of.replace(" ", "\n") for of in headings]
+    while longest > SHORTEST_NAME and _width(headings, cells, names, longest) > console.width:
+        longest -= 1
+    if _width(headings, cells, names, longest) > console.width:
+        for row in cells:
+            _print_pairs(console, zip(map(heading, columns), row, strict=True))
+            console.print()
+        return
+    table = Table()
+    for of, is_name in zip(headings, names, strict=True):
+        table.add_column(of, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
+    for row in cells:
+        table.add_row(*(middle(cell, longest) if is_name else cell for cell, is_name in zip(row, names, strict=True)))
     console.print(table)
+
+
+def _width(headings: Sequence[str], cells: Sequence[Sequence[str]], names: Sequence[bool], longest: int) -> int:
+    """Of a table whose names are cut to `longest`."""
+    width = 1 + 3 * len(headings)  # the lines between the columns
+    for i, (of, is_name) in enumerate(zip(headings, names, strict=True)):
+        written = max((cell_len(line) for row in cells for line in row[i].splitlines()), default=0)
+        width += max(*map(cell_len, of.splitlines()), min(written, longest) if is_name else written)
+    return width
 
 
 def print_facts(console: Console, title: str, facts: Any) -> None:
     """A row for each fact of a mapping or dataclass that is known, and for each inner one."""
-    rows = []
+    if title:
+        console.print(title, style="table.title", soft_wrap=True)
+    pairs = []
     for key, value in as_json(facts).items():
         nested = value.items() if isinstance(value, Mapping) else [("", value)]
-        rows += [(f"{key} {inner}".replace("_", " ").strip(), leaf) for inner, leaf in nested if leaf is not None]
-    print_table(console, title, ["", ""], rows, show_header=False)
+        for inner, leaf in nested:
+            if leaf is not None:
+                pairs.append((f"{heading(key)} {heading(inner)}".strip(), read(inner or key, leaf)))
+    _print_pairs(console, pairs)
 
 
-def _written(cell: Any) -> str:
-    if cell is None:
-        return "n/a"
-    return f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
+def _print_pairs(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
+    table = Table(show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(name, value)
+    console.print(table)
 
 
-def size(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:,.3g} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:,.3g} MB"
+def middle(text: str, width: int) -> str:
+    """`text` in at most `width` cells of a terminal, cut in its middle where it is longer."""
+    cut, keep = text, len(text)
+    while cell_len(cut) > width and keep > 1:
+        keep -= 1
+        cut = f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
+    return cut

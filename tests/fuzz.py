@@ -648,7 +648,7 @@ class Names:
         folded = "".join(seen.split()).replace("|", "")
         assert "".join(recipe.run.encode("ascii", "backslashreplace").decode().split()).replace("|", "") in folded
         if rng.random() < 0.1:
-            board = RunLog(Followed(self.folder, recipe, {}, None), keep_bytes=0, progress=False, mfu_label="")
+            board = RunLog(Followed(self.folder, recipe, {}, None), [], keep_bytes=0, progress=False, mfu_label="")
             losses = {one: 1.0, two: 2.0}
             halves = {"heldout": losses, "select": losses, "train": losses}
             where = {"phase": recipe.phases[0].name, "arm": 0, "step": 1}

@@ -72,7 +72,7 @@ def room_of(module: str) -> str:
     return "cli" if module.endswith("__main__") else module.split(".")[0]
 
 
-EVERYWHERE = {"errors", "files", "locks", "outputs"}
+EVERYWHERE = {"errors", "files", "locks", "outputs", "quantities"}
 """Rooms that all others may use; their edges are not drawn."""
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -252,3 +254,60 @@ def test_no_message_is_longer_than_a_reader_wants() -> None:
     assert len(str(RecipeError("run: " + "a/" * 2_000 + " is no folder; name one"))) < 400
     assert str(RecipeError("run: " + "a/" * 2_000 + " is no folder; name one")).endswith("a/a/ is no folder; name one")
     assert str(RecipeError("run: short")) == "run: short"
+
+
+def every_command() -> list[tuple[str, Any]]:
+    """By its words."""
+    group: Any = typer.main.get_command(cli.app)
+    found = []
+    for name, command in group.commands.items():
+        inner = getattr(command, "commands", {})
+        found += [(f"{name} {word}", one) for word, one in inner.items()] or [(name, command)]
+    return found
+
+
+def test_every_help_text_is_a_sentence_and_every_command_has_an_example() -> None:
+    for words, command in every_command():
+        texts = [(words, command.help), *((f"{words} {param.name}", param.help) for param in command.params)]
+        for where, text in texts:
+            assert re.fullmatch(r"[A-Z].*\.", text or "", re.DOTALL), (where, text)
+            assert not re.match(r"(Of|And|Its?|For|At|By|Such|In|Which|Whose|What|Without) ", text), (where, text)
+        verb = re.match(r"([A-Z][a-z]+) ", command.help or "")
+        assert verb, words
+        assert verb[1] not in ("The", "A", "An", "All", "Exactly"), words
+        examples = re.findall(r"Example: spt-fast (.*)", command.epilog or "")
+        assert examples, words
+        for example in examples:
+            given = shlex.split(example)[len(words.split()) :]
+            assert example.startswith(words)
+            command.make_context(words, given)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_for_every_shell(
+    shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_SPT_FAST_COMPLETE", f"source_{shell}")
+    with pytest.raises(SystemExit) as ending:
+        cli.app([], prog_name="spt-fast")
+    assert not ending.value.code
+    assert "_SPT_FAST_COMPLETE=complete_" + shell in capsys.readouterr().out
+
+
+def test_quiet_and_verbose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_corpora(tmp_path)
+    raw = tiny.raw_recipe(tmp_path)
+    raw["phases"] = [raw["phases"][0] | {"tokens": 256}]
+    recipe = str(tiny.write_recipe(tmp_path, raw))
+    cli.app(["--quiet", "train", recipe], standalone_mode=False)
+    told = capsys.readouterr()
+    assert "held-out" in told.out
+    assert told.err
+    assert all(line.startswith("warning: ") for line in told.err.splitlines()), told.err
+    assert said_on_failure(monkeypatch, capsys, "train", recipe).startswith("spt-fast: run: folder")
+    monkeypatch.setattr(sys, "argv", ["spt-fast", "--verbose", "train", recipe])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "\nspt-fast: run: folder" in said

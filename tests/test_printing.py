@@ -13,16 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spt_fast import cli
 from spt_fast.errors import SptWarning
-from spt_fast.printing import print_facts, set_up, terminal
+from spt_fast.printing import print_facts, print_table, set_up, terminal
+from spt_fast.quantities import heading, read
 from spt_fast.report.panels import panel
 from spt_fast.study.compare import compare
 from spt_fast.study.figures import draw_comparison
-from spt_fast.train.metrics import Display
 from tests import tiny
 from tests.study.fake_runs import fake_run
 
@@ -43,28 +42,60 @@ def test_a_table_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys
     assert "b" in capsys.readouterr().out
 
 
-def test_progress_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Console, "is_terminal", property(lambda _: True))
-    monkeypatch.setenv("COLUMNS", "200")
-    display = Display(progress=True)
-    display.begin("d[/v2]", 0, 2)
-    display.show(1, "loss 1", " · held out: chem[small] 1.000")
-    display.say("warning: a[/b]")
-    display.close()
-    shown = capsys.readouterr().err
-    assert all(words in shown for words in ("d[/v2]", "held out: chem[small] 1.000", "warning: a[/b]"))
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_a_table_fits_the_terminal_and_its_numbers_are_for_people(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    columns = ["stage", "runs", "tokens", "flops", "hours", "cost", "evaluation_hours"]
+    name = "finetune-of-the-first-corpus-with-replay-and-anchor"
+    print_table(terminal(), "", columns, [[name, 1234, 110_123_456, 1.78e18, 0.2, 3.14159, None]])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    for figure in ("1,234", "110M", "1.78e18 FLOPs", "12 min", "$3.14", "n/a"):
+        assert figure in shown, shown
+    assert "evaluation" in shown
+    if width == 80:
+        cut = next(word for word in shown.split() if "…" in word)
+        assert name.startswith(cut.partition("…")[0])
+        assert name.endswith(cut.partition("…")[2])
+    else:
+        assert name in re.sub(r"[│\s]", "", shown)
+
+
+def test_quantities_are_read_at_a_glance() -> None:
+    for name, value, said in (
+        ("step_s", 0.0123, "12 ms"),
+        ("seconds", 8.0, "8 s"),
+        ("seconds", 100.0, "1.7 min"),
+        ("hours", 59.92, "2.5 days"),
+        ("hours", 4.096, "4.1 h"),
+        ("flops_per_token", 6.6e8, "6.60e8 FLOPs"),
+        ("peak_flops", 989.4e12, "989.4 TFLOP/s"),
+        ("flops", 0, "0 FLOPs"),
+        ("memory_bytes", 80e9, "80 GB"),
+        ("bytes", 999, "999 bytes"),
+        ("tokens", 99_999, "99,999"),
+        ("tokens", 999_999, "1M"),
+        ("tokens_per_s", 12_345.6, "12.3K tok/s"),
+        ("mb_per_s", 12.345, "12.3 MB/s"),
+        ("cost", 1234.5, "$1,234"),
+        ("vocab_size", 128_256, "128,256"),
+        ("loss", float("nan"), "nan"),
+        ("hours", float("nan"), "nan"),
+        ("untie", True, "yes"),
+    ):
+        assert read(name, value) == said, (name, value)
+    names = ("step_s", "evaluation_hours", "hours", "flops", "memory_bytes", "tokens_per_s", "mb_per_s", "R_gain")
+    assert [*map(heading, names)] == [
+        *("step", "evaluation", "time", "compute", "memory", "tokens per s", "mb per s", "R gain")
+    ]
 
 
 def test_every_line_goes_through_a_terminal_without_markup() -> None:
     sources = {path: path.read_text() for path in (ROOT / "spt_fast").rglob("*.py")}
-    assert {path.name for path, text in sources.items() if re.search(r"\bConsole\(", text)} <= {
-        "printing.py",
-        "prepare.py",
-    }
-    columns = [call for text in sources.values() for call in re.findall(r"TextColumn\(.*", text)]
-    names = [call for call in columns if re.search(r"task\.(description|fields\[(more|says)\])", call)]
-    assert len(names) > 3
-    assert all("markup=False" in call for call in names)
+    assert {path.name for path, text in sources.items() if re.search(r"\bConsole\(", text)} == {"printing.py"}
+    assert {path.name for path, text in sources.items() if "rich.progress import" in text} == set()
 
 
 def test_text_in_files_is_utf_8_whatever_the_terminal() -> None:

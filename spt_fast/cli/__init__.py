@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from typing import NoReturn
 
-from spt_fast.cli.program import app
+from spt_fast.cli.program import app, talk
 from spt_fast.errors import FailedElsewhere, SptError, readable
 from spt_fast.printing import set_up
 from spt_fast.train.signals import interrupt_by_signals
@@ -35,16 +37,20 @@ def main() -> None:
     except FailedElsewhere:
         sys.exit(1)
     except SptError as error:
-        print(f"{me}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _say(f"{me}: {error}", 2)
     except KeyboardInterrupt:
         print("spt-fast: interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        said = readable(f"{me}: {what}; make room there, or give a file or folder that this user may use")
-        print(said, file=sys.stderr)
-        sys.exit(2)
+        _say(readable(f"{me}: {what}; make room there, or give a file or folder that this user may use"), 2)
     except RuntimeError as error:
-        print(f"{me}: {error}", file=sys.stderr)
-        sys.exit(1)
+        _say(f"{me}: {error}", 1)
+
+
+def _say(message: str, code: int) -> NoReturn:
+    """An error's message, after where it comes from where that is asked for."""
+    if talk.tracebacks:
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -8,40 +8,56 @@ from typing import Annotated
 from typer import Option
 
 import spt_fast as spt
-from spt_fast.cli.flags import Dtype, Inputs, Json, PathArgument, PathOption, text
-from spt_fast.cli.program import app, out, print_json, tokenizer_app
+from spt_fast.cli.flags import Dtype, Inputs, Json, PathArgument, PathOption, TextKey
+from spt_fast.cli.program import app, example, out, print_json, tokenizer_app
 from spt_fast.printing import print_facts
 
 
-@tokenizer_app.command("train")
+@tokenizer_app.command(
+    "train",
+    epilog=example("spt-fast tokenizer train general.jsonl chem.jsonl --vocab-size 16384 --out data/bpe.tiktoken"),
+)
 def tokenizer_train(
     inputs: Inputs,
-    vocab_size: Annotated[int, Option(help="Ids in all, the end-of-text id included.")],
-    out_file: Annotated[Path, PathOption("--out", help="File for the tiktoken ranks.")],
-    text_key: Annotated[str, Option(parser=text, help="Key or column of the text.")] = "text",
-    skip_bad: Annotated[bool, Option(help="Leave broken lines out instead of stopping at the first.")] = False,
+    vocab_size: Annotated[int, Option(metavar="COUNT", help="Set the number of ids, the end-of-text id included.")],
+    out_file: Annotated[Path, PathOption("--out", metavar="FILE", help="Write the tiktoken ranks to this file.")],
+    text_key: TextKey = "text",
+    skip_bad: Annotated[bool, Option(help="Skip broken lines instead of stopping at the first.")] = False,
 ) -> None:
-    """Train a byte-level BPE and save it as tiktoken ranks."""
+    """Train a byte-level BPE tokenizer."""
     tokenizer = spt.tokenizer(inputs, vocab_size, out_file, text_key=text_key, skip_bad=skip_bad)
     out.print(f"{out_file}: {tokenizer.vocab_size:,} ids, end of text {tokenizer.eos_id}", soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=example("spt-fast prepare chem.jsonl --out data/chem --tokenizer data/bpe.tiktoken --heldout 5%"))
 def prepare(
     inputs: Inputs,
-    out_prefix: Annotated[Path, PathOption("--out", metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
-    tokenizer: Annotated[
-        Path, PathOption(help="A Hugging Face folder or tokenizer.json, a .tiktoken file, or a tiktoken name.")
+    out_prefix: Annotated[
+        Path, PathOption("--out", metavar="PREFIX", help="Write PREFIX.bin, PREFIX.idx and PREFIX.json.")
     ],
-    eos: Annotated[str | None, Option(metavar="TOKEN", help="Ends each document; the tokenizer's by default.")] = None,
-    bos: Annotated[str | None, Option(metavar="TOKEN", help="Begins each document; none by default.")] = None,
-    text_key: Annotated[str, Option(parser=text, help="Key or column of the text.")] = "text",
-    heldout: Annotated[str | None, Option(metavar="SHARE", help="Of the text, in bytes; for PREFIX.heldout.")] = None,
-    skip_bad: Annotated[bool, Option(help="Count broken lines instead of stopping at the first.")] = False,
-    workers: Annotated[int | None, Option(help="Processes; all cores by default.")] = None,
+    tokenizer: Annotated[
+        Path,
+        PathOption(
+            metavar="TOKENIZER", help="Use a .tiktoken file, a Hugging Face folder, or an encoding of tiktoken."
+        ),
+    ],
+    eos: Annotated[
+        str | None, Option(metavar="TOKEN", help="End each document with this token; by default the tokenizer's own.")
+    ] = None,
+    bos: Annotated[
+        str | None, Option(metavar="TOKEN", help="Begin each document with this token; by default with none.")
+    ] = None,
+    text_key: TextKey = "text",
+    heldout: Annotated[
+        str | None, Option(metavar="SHARE", help="Hold out this share of the text as PREFIX.heldout, such as 5%.")
+    ] = None,
+    skip_bad: Annotated[bool, Option(help="Skip and count broken lines instead of stopping at the first.")] = False,
+    workers: Annotated[
+        int | None, Option(metavar="COUNT", help="Use so many processes; by default one for each core.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn text into a token dataset."""
+    """Turn text into a token dataset, with a held-out part."""
     summary = spt.prepare(
         inputs,
         out_prefix,
@@ -56,16 +72,20 @@ def prepare(
     print_json(summary) if as_json else print_facts(out, str(out_prefix), summary)
 
 
-@app.command()
+@app.command(epilog=example("spt-fast inspect data/chem.heldout --verify --overlap data/chem"))
 def inspect(
-    prefix: Annotated[Path, PathArgument(metavar="PREFIX")],
-    verify: Annotated[bool, Option(help="Check every hash and id.")] = False,
-    overlap: Annotated[Path | None, PathOption(metavar="PREFIX2", help="Share of text that PREFIX2 holds too.")] = None,
-    divergence: Annotated[Path | None, PathOption(metavar="PREFIX2", help="Distance from PREFIX2, in bits.")] = None,
+    prefix: Annotated[Path, PathArgument(metavar="PREFIX", help="The prefix of a dataset.")],
+    verify: Annotated[bool, Option(help="Check every hash and every id.")] = False,
+    overlap: Annotated[
+        Path | None, PathOption(metavar="PREFIX2", help="Measure how much of the text is in PREFIX2 too.")
+    ] = None,
+    divergence: Annotated[
+        Path | None, PathOption(metavar="PREFIX2", help="Measure the distance to the text of PREFIX2, in bits.")
+    ] = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """What a token dataset holds."""
+    """Show what a token dataset holds, and check it."""
     from spt_fast.data.inspection import inspect as inspect_dataset
 
     facts = inspect_dataset(prefix, dtype=dtype, verify=verify, overlap=overlap, divergence=divergence)

@@ -39,31 +39,46 @@ def text(given: str) -> str:
 
 PathArgument, PathOption = partial(typer.Argument, parser=path), partial(typer.Option, parser=path)
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON with exact numbers instead of a table.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe field; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as seed=1; repeatable."),
 ]
 DomainSource = Annotated[
-    str | None, typer.Option(metavar="SOURCE", help="Which source is the domain, in runs that belong to no study.")
+    str | None, typer.Option(metavar="SOURCE", help="Name the domain source, for runs that belong to no study.")
 ]
-GeneralSource = Annotated[str | None, typer.Option(metavar="SOURCE", help="Which is the general corpus there.")]
-Dtype = Annotated[str | None, typer.Option(help="Of the ids, for headerless files.")]
-Price = Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")]
+GeneralSource = Annotated[
+    str | None, typer.Option(metavar="SOURCE", help="Name the general source, for runs that belong to no study.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="TYPE", help="Set the type of the ids in headerless files, such as uint16.")
+]
+Price = Annotated[float | None, typer.Option("--price", min=0, metavar="DOLLARS", help="Set the price of a GPU-hour.")]
 ClusterOptions = Annotated[
     list[str] | None,
-    typer.Option("--cluster-set", metavar="KEY=VALUE", help="Such as timeout_min=600 or slurm_partition=gpu."),
+    typer.Option("--cluster-set", metavar="KEY=VALUE", help="Pass an option to submitit, such as timeout_min=600."),
 ]
-Overwrite = Annotated[bool, typer.Option(help="Replace another model that lies there.")]
-WeightsDtype = Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; as stored by default.")]
-Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint; starts afresh where there is none.")]
-RecipePath = Annotated[Path, PathArgument(metavar="RECIPE")]
-RunPath = Annotated[Path, PathArgument(metavar="RUN")]
-Runs = Annotated[list[Path], PathArgument(metavar="RUNS…", help="Studies, tables (.parquet, .csv), run folders.")]
-WeightsPath = Annotated[Path, PathArgument(metavar="RUN_OR_CHECKPOINT")]
+Overwrite = Annotated[bool, typer.Option(help="Replace another model in that folder.")]
+WeightsDtype = Annotated[
+    str | None, typer.Option("--dtype", metavar="TYPE", help="Store fp32, bf16 or fp16; by default as the weights are.")
+]
+Resume = Annotated[bool, typer.Option(help="Continue from the newest checkpoint, or start where there is none.")]
+OutFolder = Annotated[Path, PathOption("--out", metavar="DIR", help="Write to this folder.")]
+RecipePath = Annotated[Path, PathArgument(metavar="RECIPE", help="The recipe, a YAML file.")]
+RunPath = Annotated[Path, PathArgument(metavar="RUN", help="The folder of a run.")]
+Runs = Annotated[list[Path], PathArgument(metavar="RUNS…", help="Studies, tables (.parquet, .csv) or run folders.")]
+WeightsPath = Annotated[
+    Path, PathArgument(metavar="RUN_OR_CHECKPOINT", help="A run, a checkpoint or a Hugging Face folder.")
+]
 Inputs = Annotated[
     list[str],
-    typer.Argument(parser=named, metavar="INPUT…", help=".jsonl, .txt, .parquet, also compressed; folders; or -"),
+    typer.Argument(
+        parser=named,
+        metavar="INPUT…",
+        help="Files (.jsonl, .txt, .parquet, also compressed), folders, or - for standard input.",
+    ),
 ]
+TextKey = Annotated[str, typer.Option(metavar="KEY", parser=text, help="Read the text from this key or column.")]
 
 
 def share(given: str | None, flag: str) -> float | None:

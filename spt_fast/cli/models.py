@@ -11,6 +11,7 @@ import spt_fast as spt
 from spt_fast.cli.flags import (
     Json,
     ManyValues,
+    OutFolder,
     Overrides,
     Overwrite,
     PathArgument,
@@ -19,34 +20,42 @@ from spt_fast.cli.flags import (
     WeightsPath,
     text,
 )
-from spt_fast.cli.program import app, out, print_json
+from spt_fast.cli.program import app, example, out, print_json
 from spt_fast.printing import print_facts, print_table
 
 
-@app.command("export")
+@app.command("export", epilog=example("spt-fast export runs/spt --out hf --dtype bf16"))
 def export_weights(
     weights: WeightsPath,
-    out_folder: Annotated[Path, PathOption("--out", metavar="DIR")],
-    tokenizer: Annotated[Path | None, PathOption(help="Saved along for AutoTokenizer; a run's own by default.")] = None,
+    out_folder: OutFolder,
+    tokenizer: Annotated[
+        Path | None, PathOption(help="Save this tokenizer with the weights; by default the run's own.")
+    ] = None,
     dtype: WeightsDtype = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a Hugging Face folder, in the form of the base that the weights come from."""
+    """Write weights as a Hugging Face folder."""
     spt.export(weights, out_folder, tokenizer, dtype=dtype, overwrite=overwrite)
     out.print(f"{out_folder}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True)
 
 
-@app.command("merge", cls=ManyValues.of("--weights"))
+@app.command(
+    "merge",
+    cls=ManyValues.of("--weights"),
+    epilog=example("spt-fast merge runs/spt runs/spt/weights/pretrain --weights 0.9 0.1 --out merged"),
+)
 def merge_weights(
     models: Annotated[list[Path], PathArgument(metavar="MODEL…", help="Two or more runs or folders of weights.")],
-    weights: Annotated[list[str], Option(metavar="WEIGHT…", help="One a model, such as 0.9 0.1.")],
-    out_folder: Annotated[Path, PathOption("--out", metavar="DIR")],
-    tokenizer: Annotated[Path | None, PathOption(help="Saved along; the first model's own by default.")] = None,
+    weights: Annotated[list[str], Option(metavar="WEIGHT…", help="Give each model its weight, such as 0.9 0.1.")],
+    out_folder: OutFolder,
+    tokenizer: Annotated[
+        Path | None, PathOption(help="Save this tokenizer with the weights; by default the first model's.")
+    ] = None,
     dtype: WeightsDtype = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Average the weights of models, such as a finetuned one and its base, into a Hugging Face folder."""
+    """Average the weights of models, such as a finetune and its base."""
     from spt_fast.train.merge import merge
 
     shares = merge(models, weights, out_folder, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite)
@@ -57,37 +66,47 @@ def merge_weights(
         print_table(out, str(out_folder), ["model", "share"], [[*part.values()] for part in parts])
 
 
-@app.command("import")
+@app.command("import", epilog=example("spt-fast import SmolLM2-135M --out bases/smollm2"))
 def import_weights(
-    folder: Annotated[Path, PathArgument(metavar="DIR", help="A Hugging Face folder: Llama, Qwen2 or Qwen3.")],
-    out_folder: Annotated[Path, PathOption("--out", metavar="CHECKPOINT")],
+    folder: Annotated[Path, PathArgument(metavar="DIR", help="A Hugging Face folder with safetensors.")],
+    out_folder: Annotated[Path, PathOption("--out", metavar="CHECKPOINT", help="Copy the weights to this folder.")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Check that a Hugging Face folder can be trained on, and copy it to where a recipe's `init` may point."""
+    """Check that a Hugging Face model can be trained further, and copy it for a recipe's `init`."""
     from spt_fast.train.release import take_over
 
     take_over(folder, out_folder, overwrite=overwrite)
     out.print(f"{out_folder}: name it in a recipe as `init: {out_folder}`", soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=example("spt-fast generate runs/spt --prompt 'The reaction' --tokens 200"))
 def generate(
     weights: WeightsPath,
     prompt: Annotated[
-        list[str] | None, Option(parser=text, help="May be repeated; without any, a document begins.")
+        list[str] | None,
+        Option(metavar="TEXT", parser=text, help="Continue this text, or begin a document without one; repeatable."),
     ] = None,
     prompts: Annotated[
-        Path | None, PathOption(metavar="FILE", help='.jsonl with "prompt", or a prompt a line.')
+        Path | None,
+        PathOption(
+            metavar="FILE", help='Read prompts from a .jsonl file with the key "prompt", or one from each line.'
+        ),
     ] = None,
-    tokens: Annotated[int, Option(min=0, max=1_000_000, help="How many to generate.")] = 100,
-    temperature: Annotated[float, Option(help="0 takes the likeliest token each time.")] = 0.8,
-    top_k: Annotated[int | None, Option(help="Sample among the k likeliest only.")] = 50,
-    top_p: Annotated[float | None, Option(help="And among the likeliest whose probabilities sum to this.")] = None,
-    seed: int = 0,
-    tokenizer: Annotated[Path | None, PathOption(help="A run's own by default.")] = None,
+    tokens: Annotated[
+        int, Option(min=0, max=1_000_000, metavar="COUNT", help="Generate so many tokens at most.")
+    ] = 100,
+    temperature: Annotated[
+        float, Option(metavar="NUMBER", help="Sample at this temperature; 0 takes the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[int | None, Option(metavar="K", help="Sample among the K likeliest tokens.")] = 50,
+    top_p: Annotated[
+        float | None, Option(metavar="P", help="Sample among the likeliest tokens of probability P in all.")
+    ] = None,
+    seed: Annotated[int, Option(metavar="NUMBER", help="Set the seed of the samples.")] = 0,
+    tokenizer: Annotated[Path | None, PathOption(help="Use this tokenizer; by default the run's own.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Text from a trained model; each text is drawn by the seed alone."""
+    """Generate text with a trained model."""
     from spt_fast.train.prompts import read_prompts
     from spt_fast.train.release import generate_texts
 
@@ -101,17 +120,18 @@ def generate(
         print(f"\n---\n\n{one.text}" if i else one.text, flush=True)
 
 
-@app.command()
+@app.command(epilog=example("spt-fast kernels recipe.yaml --tune"))
 def kernels(
     recipe: Annotated[
-        Path | None, PathArgument(metavar="[RECIPE]", help="Whose shapes; a small model by default.")
+        Path | None,
+        PathArgument(metavar="[RECIPE]", help="Take the shapes of this recipe; by default those of a small model."),
     ] = None,
     overrides: Overrides = None,
-    tune: Annotated[bool, Option("--tune", help="Measure what is not measured yet.")] = False,
-    seconds: Annotated[float, Option(min=1, help="At most, for --tune.")] = 300.0,
+    tune: Annotated[bool, Option("--tune", help="Measure what has not been measured yet.")] = False,
+    seconds: Annotated[float, Option(min=1, metavar="NUMBER", help="Stop --tune after so many seconds.")] = 300.0,
     as_json: Json = False,
 ) -> None:
-    """The backend that each op uses on this machine, and why: a measurement at these shapes, or else what is known."""
+    """Show which backend each op uses on this machine, and why."""
     from spt_fast.train.tuning import overview
 
     chosen, found = overview(recipe, overrides or (), seconds=seconds if tune else None)

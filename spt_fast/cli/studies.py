@@ -15,6 +15,7 @@ from spt_fast.cli.flags import (
     DomainSource,
     GeneralSource,
     Json,
+    OutFolder,
     Overrides,
     PathArgument,
     PathOption,
@@ -25,52 +26,79 @@ from spt_fast.cli.flags import (
     share,
     stopped,
 )
-from spt_fast.cli.program import app, out, print_json
+from spt_fast.cli.program import app, example, out, print_json
 from spt_fast.printing import print_facts
 
 
-@app.command()
-def demo(out_folder: Annotated[Path, PathOption("--out", metavar="DIR")] = Path("demo")) -> None:
-    """The whole main job on text that every machine has: specialized against standard pretraining."""
+@app.command(epilog=example("spt-fast demo --out demo"))
+def demo(out_folder: OutFolder = Path("demo")) -> None:
+    """Compare specialized with standard pretraining on text that every machine has, in minutes."""
     from spt_fast.study.demo import demo as run_demo
 
     run_demo(out_folder)
 
 
-@app.command()
+@app.command(epilog=example("spt-fast compare runs/npt runs/spt --out comparison"))
 def compare(
-    runs: Annotated[list[Path], PathArgument(metavar="RUN…")],
-    out_folder: Annotated[Path | None, PathOption("--out", metavar="DIR", help="For comparison.json and .png.")] = None,
+    runs: Annotated[list[Path], PathArgument(metavar="RUN…", help="The folders of finished runs.")],
+    out_folder: Annotated[
+        Path | None, PathOption("--out", metavar="DIR", help="Write comparison.json and comparison.png to this folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Finished runs side by side: domain loss, forgetting, R_gain, compute multiplier."""
+    """Compare finished runs: domain loss, forgetting, R_gain, compute multiplier."""
     from spt_fast.study.findings import print_comparison
 
     result = spt.compare(runs, out=out_folder)
     print_json(result) if as_json else print_comparison(result, out)
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "spt-fast sweep study.yaml --dry-run",
+        "spt-fast sweep spt --general data/general --domain data/chem --tokenizer data/bpe.tiktoken --out studies/chem",
+    )
+)
 def sweep(
-    study: Annotated[Path, PathArgument(metavar="STUDY", help="A study's YAML file, or the name of a ready study.")],
+    study: Annotated[
+        Path,
+        PathArgument(
+            metavar="STUDY", help="A study in YAML, or a ready one: spt, dcpt, forgetting, scratch-vs-pretrained."
+        ),
+    ],
     overrides: Overrides = None,
-    dry_run: Annotated[bool, Option(help="Check every run, say what all of them would take, train none.")] = False,
-    general: Annotated[Path | None, PathOption(metavar="PREFIX", help="The general corpus of a ready study.")] = None,
-    domain: Annotated[Path | None, PathOption(metavar="PREFIX", help="The domain corpus of a ready study.")] = None,
-    tokenizer: Annotated[Path | None, PathOption(help="The tokenizer of a ready study.")] = None,
-    init: Annotated[
-        list[Path] | None, PathOption(metavar="WEIGHTS", help="Go on from these; dcpt, forgetting.")
+    dry_run: Annotated[bool, Option(help="Check every run and price them all, without training.")] = False,
+    general: Annotated[
+        Path | None, PathOption(metavar="PREFIX", help="Set the general corpus of a ready study.")
     ] = None,
-    out_folder: Annotated[Path | None, PathOption("--out", metavar="DIR", help="The folder of a ready study.")] = None,
-    jobs: Annotated[int | None, Option(min=1, help="Runs at a time; by default one a GPU, or a core.")] = None,
-    cluster: Annotated[str | None, Option(help="Run as jobs of it, by submitit: slurm, local.")] = None,
+    domain: Annotated[Path | None, PathOption(metavar="PREFIX", help="Set the domain corpus of a ready study.")] = None,
+    tokenizer: Annotated[Path | None, PathOption(help="Set the tokenizer of a ready study.")] = None,
+    init: Annotated[
+        list[Path] | None,
+        PathOption(metavar="WEIGHTS", help="Start a ready study from these weights (dcpt, forgetting); repeatable."),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, PathOption("--out", metavar="DIR", help="Set the folder of a ready study.")
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        Option(min=1, metavar="COUNT", help="Train so many runs at a time; by default one per GPU, or core."),
+    ] = None,
+    cluster: Annotated[
+        str | None, Option(metavar="NAME", help="Submit the runs as jobs of a cluster: slurm, or local to try it.")
+    ] = None,
     cluster_options: ClusterOptions = None,
-    gpu: Annotated[str | None, Option(help="Price the study for it, such as H100; for this machine.")] = None,
-    mfu: Annotated[str | None, Option(help="At this share of its peak, such as 40%.")] = None,
+    gpu: Annotated[
+        str | None,
+        Option(metavar="NAME", help="Price the study for this GPU, such as H100; by default for this machine."),
+    ] = None,
+    mfu: Annotated[
+        str | None, Option(metavar="SHARE", help="Assume this share of the GPU's peak, such as 40%.")
+    ] = None,
     per_gpu_hour: Price = None,
     as_json: Json = False,
 ) -> None:
-    """Train a grid of runs, whatever of it is missing, and write the table of what they measured."""
+    """Train the missing runs of a study, and write the table of their results."""
     from spt_fast.study import sweep as sweeping
 
     loaded = spt.load_study(
@@ -97,38 +125,57 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=example("spt-fast fit studies/chem --law overfitting"))
 def fit(
     runs: Runs,
-    law: Annotated[str | None, Option(metavar="NAME", help="Only this law, such as overfitting.")] = None,
+    law: Annotated[str | None, Option(metavar="NAME", help="Fit only this law, such as overfitting.")] = None,
     domain_source: DomainSource = None,
     general_source: GeneralSource = None,
-    out_folder: Annotated[Path | None, PathOption("--out", metavar="DIR", help="Also write fits.json.")] = None,
+    out_folder: Annotated[
+        Path | None, PathOption("--out", metavar="DIR", help="Write fits.json to this folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Scaling laws of finished runs, and how far each can be trusted."""
+    """Fit scaling laws to finished runs, and show how far each can be trusted."""
     from spt_fast.study.findings import print_fits
 
     found = spt.fit(runs, law, domain_source=domain_source, general_source=general_source, out=out_folder)
     print_json(found) if as_json else print_fits(found, out, every_parameter=law is not None)
 
 
-@app.command()
+@app.command(epilog=example("spt-fast advise --domain-tokens 30M --budget 20B --model 1b --runs studies/chem"))
 def advise(
-    domain_tokens: Annotated[str, Option(metavar="COUNT", help="Unique tokens of the domain corpus, such as 30M.")],
-    budget: Annotated[str, Option(metavar="COUNT", help="Tokens of pretraining, or from a base, such as 20B.")],
-    model: Annotated[str | None, Option(help="A preset, or a number of parameters.")] = None,
-    runs: Annotated[list[Path] | None, PathOption(metavar="RUNS", help="Without: a prior from the papers.")] = None,
-    init: Annotated[Path | None, PathOption(metavar="WEIGHTS", help="The base to go on from.")] = None,
-    general: Annotated[Path | None, PathOption(metavar="PREFIX", help="The general dataset, for the distance.")] = None,
-    domain: Annotated[Path | None, PathOption(metavar="PREFIX", help="The domain dataset, for the distance.")] = None,
+    domain_tokens: Annotated[
+        str, Option(metavar="COUNT", help="Set the unique tokens of the domain corpus, such as 30M.")
+    ],
+    budget: Annotated[str, Option(metavar="COUNT", help="Set the tokens to train on, such as 20B.")],
+    model: Annotated[
+        str | None, Option(metavar="MODEL", help="Set the model: a preset, or a number of parameters.")
+    ] = None,
+    runs: Annotated[
+        list[Path] | None, PathOption(metavar="RUNS", help="Decide by these runs; without any, by the papers.")
+    ] = None,
+    init: Annotated[
+        Path | None, PathOption(metavar="WEIGHTS", help="Advise for continuing from these weights.")
+    ] = None,
+    general: Annotated[
+        Path | None, PathOption(metavar="PREFIX", help="Measure the distance of the domain from this general dataset.")
+    ] = None,
+    domain: Annotated[
+        Path | None,
+        PathOption(metavar="PREFIX", help="Measure the distance of this domain dataset from the general one."),
+    ] = None,
     domain_source: DomainSource = None,
     general_source: GeneralSource = None,
-    inference_tokens: Annotated[str | None, Option(metavar="COUNT", help="To price a larger model.")] = None,
-    max_general_rise: Annotated[str | None, Option(metavar="SHARE", help="Of the general loss, such as 3%.")] = None,
+    inference_tokens: Annotated[
+        str | None, Option(metavar="COUNT", help="Set the tokens to generate, to price a larger model.")
+    ] = None,
+    max_general_rise: Annotated[
+        str | None, Option(metavar="SHARE", help="Allow the general loss to rise by this share, such as 3%.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Share of domain data in pretraining, repeats, replay: by runs, or by the papers where there are none."""
+    """Decide how much domain data goes into pretraining, from runs or from the papers."""
     from spt_fast.advice.words import print_advice
 
     given = spt.advise(
@@ -147,18 +194,26 @@ def advise(
     print_json(given) if as_json else print_advice(given, out)
 
 
-@app.command()
+@app.command(epilog=example("spt-fast report studies/chem --out chem.html"))
 def report(
     runs: Runs,
-    out_file: Annotated[Path, PathOption("--out", metavar="FILE")] = Path("report.html"),
+    out_file: Annotated[Path, PathOption("--out", metavar="FILE", help="Write the page to this file.")] = Path(
+        "report.html"
+    ),
     domain_source: DomainSource = None,
     general_source: GeneralSource = None,
-    domain_tokens: Annotated[str | None, Option(help="Unique domain tokens to advise for: 300M.")] = None,
-    budget: Annotated[str | None, Option(help="Pretraining tokens to advise for: 20B.")] = None,
-    model: Annotated[str | None, Option(help="Advise for this preset, or number of parameters.")] = None,
+    domain_tokens: Annotated[
+        str | None, Option(metavar="COUNT", help="Advise for so many unique domain tokens, such as 300M.")
+    ] = None,
+    budget: Annotated[
+        str | None, Option(metavar="COUNT", help="Advise for so many pretraining tokens, such as 20B.")
+    ] = None,
+    model: Annotated[
+        str | None, Option(metavar="MODEL", help="Advise for this preset, or number of parameters.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """One HTML page: the decision, and the evidence for it."""
+    """Write one HTML page with the decision and the evidence for it."""
     spt.report(
         runs,
         out_file,
@@ -172,16 +227,21 @@ def report(
     print_json(facts) if as_json else out.print(f"{out_file}: open it in a browser", soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=example("spt-fast reweight recipe.yaml --target chem"))
 def reweight(
     recipe: RecipePath,
-    target: Annotated[str | None, Option(metavar="SOURCE", help="What the others help; each other by default.")] = None,
-    out_folder: Annotated[Path | None, PathOption("--out", metavar="DIR", help="RUN-reweight by default.")] = None,
+    target: Annotated[
+        str | None,
+        Option(metavar="SOURCE", help="Weight the others by how much they help this source; by default, each other."),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, PathOption("--out", metavar="DIR", help="Write to this folder; by default RUN-reweight.")
+    ] = None,
     overrides: Overrides = None,
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Learn a mixture of sources by DoGE, with a recipe's first phase as the proxy run."""
+    """Learn the weights of many sources with DoGE, from a recipe's first phase."""
     from spt_fast.study import doge
 
     loaded = spt.load_recipe(recipe, overrides or ())

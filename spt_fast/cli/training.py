@@ -23,24 +23,35 @@ from spt_fast.cli.flags import (
     is_first,
     stopped,
 )
-from spt_fast.cli.program import app, checkpoint_app, out, print_json
+from spt_fast.cli.program import app, checkpoint_app, example, out, print_json
 from spt_fast.printing import print_facts, print_table
 from spt_fast.train.signals import StopRequest
 
 
-@app.command()
+@app.command(epilog=example("spt-fast plan recipe.yaml --gpu H100 --gpus 8 --gpu-memory 80GB --price 2.50"))
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, Option(min=1, help="Processes; the launcher's, or one, by default.")] = None,
-    gpu: Annotated[str | None, Option(help="Its name, such as H100; this machine's own by default.")] = None,
-    gpu_memory: Annotated[str | None, Option(help="Of one GPU, such as 80GB; its own by default.")] = None,
-    mfu: Annotated[str | None, Option(help="Share of the peak, such as 40%; measured by default.")] = None,
-    mfu_from: Annotated[Path | None, PathOption(metavar="RUN", help="Take it from this run's metrics.")] = None,
+    gpus: Annotated[
+        int | None, Option(min=1, metavar="COUNT", help="Plan for so many GPUs; by default the launcher's, or one.")
+    ] = None,
+    gpu: Annotated[
+        str | None, Option(metavar="NAME", help="Plan for this GPU, such as H100; by default for this machine.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, Option(metavar="SIZE", help="Set the memory of one GPU, such as 80GB; by default its own.")
+    ] = None,
+    mfu: Annotated[
+        str | None,
+        Option(metavar="SHARE", help="Assume this share of the peak, such as 40%; by default what was measured."),
+    ] = None,
+    mfu_from: Annotated[
+        Path | None, PathOption(metavar="RUN", help="Take the share of the peak from the metrics of this run.")
+    ] = None,
     per_gpu_hour: Price = None,
     as_json: Json = False,
 ) -> None:
-    """What a recipe would do: tokens and epochs asked and exactly achieved, FLOPs; memory, hours and cost."""
+    """Show what a recipe would do: tokens, epochs, FLOPs, memory, hours and cost."""
     planned = spt.plan(
         spt.load_recipe(recipe, overrides or ()),
         gpus=gpus,
@@ -58,13 +69,17 @@ def plan(
         print_plan(recipe, planned.phases, planned.price, out)
 
 
-@app.command()
+@app.command(
+    epilog=example("spt-fast train recipe.yaml --resume", "spt-fast train recipe.yaml --set run=runs/npt --dry-run")
+)
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     resume: Resume = False,
-    verify: Annotated[bool, Option(help="Compare every block of the datasets with its hash, not only some.")] = False,
-    dry_run: Annotated[bool, Option(help="Check everything and try a step of every phase, in memory only.")] = False,
+    verify: Annotated[bool, Option(help="Check every block of the datasets against its hash, not only some.")] = False,
+    dry_run: Annotated[
+        bool, Option(help="Check everything and try two steps of every phase, without writing.")
+    ] = False,
 ) -> None:
     """Train all phases of a recipe."""
     with nullcontext() if dry_run else StopRequest():  # the run takes over what is heard while torch is imported
@@ -86,23 +101,39 @@ def train(
         print_summary(loaded.run, trained.summary, out)
 
 
-@app.command("eval")
+@app.command(
+    "eval", epilog=example("spt-fast eval runs/spt --data data/chem.heldout", "spt-fast eval runs/spt --tasks arc_easy")
+)
 def evaluate(
     weights: WeightsPath,
-    data: Annotated[list[Path] | None, PathOption("--data", metavar="PREFIX", help="Loss on this dataset.")] = None,
-    tasks: Annotated[list[str] | None, Option(metavar="TASK,…", help="lm-eval's names and .yaml; .jsonl.")] = None,
-    num_fewshot: Annotated[int | None, Option(help="Solved examples before each question.")] = None,
-    limit: Annotated[int | None, Option(help="Questions at most, of each task.")] = None,
-    context: Annotated[int | None, Option(min=1, help="Tokens seen at a time; as in training, or the model's.")] = None,
-    batch: Annotated[int | None, Option(help="Texts of a task at a time; as many as fit by default.")] = None,
-    tokenizer: Annotated[Path | None, PathOption(help="For tasks; the weights' own by default.")] = None,
+    data: Annotated[
+        list[Path] | None, PathOption("--data", metavar="PREFIX", help="Measure the loss on this dataset; repeatable.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        Option(metavar="TASK,…", help="Run tasks of lm-eval, by name or .yaml file, or your own questions in .jsonl."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, Option(metavar="COUNT", help="Show so many solved examples before each question.")
+    ] = None,
+    limit: Annotated[int | None, Option(metavar="COUNT", help="Ask at most so many questions of each task.")] = None,
+    context: Annotated[
+        int | None, Option(min=1, metavar="TOKENS", help="Set the window; by default that of training, or the model's.")
+    ] = None,
+    batch: Annotated[
+        int | None, Option(metavar="COUNT", help="Score so many texts of a task at a time; by default as many as fit.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, PathOption(help="Use this tokenizer for tasks; by default that of the weights.")
+    ] = None,
     bos: Annotated[
-        str | None, Option(metavar="TOKEN", help="Begins each text of a task; as in training by default.")
+        str | None,
+        Option(metavar="TOKEN", help="Begin each text of a task with this token; by default as in training."),
     ] = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Loss, perplexity and bits per byte on datasets, every token but the first scored once; accuracy in tasks."""
+    """Measure loss, perplexity and bits per byte on datasets, or accuracy in tasks."""
     from spt_fast.evaluation.score import print_scores
     from spt_fast.evaluation.tasks import print_tasks
 
@@ -127,14 +158,16 @@ def evaluate(
         print_tasks(weights, found.tasks, out)
 
 
-@app.command()
+@app.command(epilog=example("spt-fast audit runs/spt --source chem --document 7"))
 def audit(
     run: RunPath,
-    source: Annotated[str | None, Option(help="Only this source.")] = None,
-    document: Annotated[int | None, Option(help="One document of the source, by its position in the dataset.")] = None,
+    source: Annotated[str | None, Option(metavar="SOURCE", help="Audit only this source.")] = None,
+    document: Annotated[
+        int | None, Option(metavar="NUMBER", help="Audit one document of the source, by its position from 0.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Exactly how often a run has read every source, or one document."""
+    """Show exactly how often a run has read every source, or one document."""
     from spt_fast.train.audit import print_audit
 
     if document is None:
@@ -145,9 +178,9 @@ def audit(
         print_json(reading) if as_json else print_facts(out, f"{source}, document {document}", reading)
 
 
-@checkpoint_app.command("list")
+@checkpoint_app.command("list", epilog=example("spt-fast checkpoint list runs/spt"))
 def checkpoint_list(run: RunPath, as_json: Json = False) -> None:
-    """Checkpoints of a run, oldest first."""
+    """List the checkpoints of a run, oldest first."""
     from spt_fast.train.checkpoint import checkpoints_of
 
     found = {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in checkpoints_of(run)}
@@ -157,9 +190,9 @@ def checkpoint_list(run: RunPath, as_json: Json = False) -> None:
         print_table(out, str(run), ["checkpoint", "bytes"], found.items())
 
 
-@checkpoint_app.command("verify")
+@checkpoint_app.command("verify", epilog=example("spt-fast checkpoint verify runs/spt"))
 def checkpoint_verify(run: RunPath, as_json: Json = False) -> None:
-    """Check every hash of every checkpoint; exit code 2 where one is damaged."""
+    """Check every hash of every checkpoint; the exit code is 2 if one is damaged."""
     from spt_fast.train.checkpoint import WHOLE, verdicts_of
 
     verdicts = verdicts_of(run)

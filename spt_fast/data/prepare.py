@@ -19,9 +19,6 @@ from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.shards import DatasetWriter, base_prefix, commit, part_of
@@ -30,6 +27,8 @@ from spt_fast.data.text import Chunk, Inputs, TextReader, parse
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.data.workers import Encoded, EncoderPool, Settings, TextBatch
 from spt_fast.errors import DataError, SptWarning, counted, invalid
+from spt_fast.progress import progress_of
+from spt_fast.quantities import size_so_far
 
 BATCH_BYTES = 1 << 20
 ENOUGH_BYTES = 4_000_000
@@ -127,7 +126,14 @@ def prepare(
         parts = ["whole"] if heldout is None else ["train", "heldout"]
         writers = [_writer(stack, out, tokenizer, part) for part in parts]
         obsolete = _older_split(writers[0].prefix) if heldout is None else None
-        bar = stack.enter_context(_Progress(Path(out).name, reader.total_bytes, disable=not progress))
+        title, total = f"prepare {Path(out).name}", reader.total_bytes
+        read_bytes = text_bytes = 0
+
+        def says(read: int, elapsed_s: float) -> str:
+            of_all = f"{size_so_far(read, total)} · " if total else ""
+            return f"{of_all}{text_bytes / elapsed_s / 1e6:.1f} MB/s of text"
+
+        advance = stack.enter_context(progress_of(title, total, says=says, show=progress))
         batches = workers if reader.total_bytes is None else -(-reader.total_bytes // BATCH_BYTES)
         pool = stack.enter_context(EncoderPool(tokenizer, settings, workers, starting=min(workers, batches)))
         whole = None if heldout is None else stack.enter_context(Split(writers[0].prefix.parent, writers[0].dtype))
@@ -136,7 +142,9 @@ def prepare(
                 _write(writers[0], encoded) if whole is None else whole.add(encoded)
             skipped += encoded.skipped
             ends_inside += encoded.ends_inside
-            bar.show(batch.read_bytes, encoded.num_bytes)
+            text_bytes += encoded.num_bytes
+            advance(batch.read_bytes - read_bytes)
+            read_bytes = batch.read_bytes
         if whole is not None and heldout is not None:
             with writers[0].clean_failure():
                 for sides in whole.parts(heldout):
@@ -212,30 +220,6 @@ def _older_split(prefix: Path) -> Path | None:
         warnings.warn(f"{beside}: is removed, as the held-out part of an older {prefix}", SptWarning, stacklevel=3)
         return beside
     return None
-
-
-class _Progress(Progress):
-    """A bar over the bytes of the input files, with the rate at which text is encoded and the time left."""
-
-    def __init__(self, name: str, total_bytes: int | None, *, disable: bool) -> None:
-        super().__init__(
-            TextColumn("prepare {task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(),
-            TextColumn("{task.fields[mb_per_s]:.1f} MB/s of text"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=Console(stderr=True),
-            disable=disable,
-        )
-        self._file_bytes = self.add_task(name, total=total_bytes, mb_per_s=0.0)
-        self._text_bytes, self._start_s = 0, time.perf_counter()
-
-    def show(self, read_bytes: int, text_bytes: int) -> None:
-        """`read_bytes` of the files have been read for what is done; `text_bytes` were encoded since the last call."""
-        self._text_bytes += text_bytes
-        rate = self._text_bytes / (time.perf_counter() - self._start_s) / 1e6
-        self.update(self._file_bytes, completed=read_bytes, mb_per_s=rate)
 
 
 def _batches(reader: TextReader) -> Iterator[TextBatch]:

@@ -18,6 +18,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
 from spt_fast.errors import DataError, invalid, nearest
 from spt_fast.files import download, replacing
 from spt_fast.outputs import check_output, is_tokenizer
+from spt_fast.quantities import amount
 
 EOS = "<|endoftext|>"
 FILE = "tokenizer.tiktoken"
@@ -255,6 +257,7 @@ def train_tokenizer(
     *,
     skip_bad: bool = False,
     sample_bytes: int = 200_000_000,
+    progress: bool = True,
 ) -> Tokenizer:
     """Train a byte-level BPE of `vocab_size` ids, <|endoftext|> included, and save it at `out`.
 
@@ -271,7 +274,8 @@ def train_tokenizer(
     check_output(Path(out), "out", is_tokenizer)
     trainer = rustbpe.Tokenizer()
     sample = _sample(inputs, text_key, skip_bad, sample_bytes)
-    trainer.train_from_iterator(sample, vocab_size - 1, buffer_size=256, pattern=PATTERN)
+    with _shown(sample, f"tokenizer {Path(out).name}", show=progress) as texts:
+        trainer.train_from_iterator(texts, vocab_size - 1, buffer_size=256, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - 1:
         expected = f"this text yields at most {len(ranks) + 1} ids; ask for no more, or give more text"
@@ -350,6 +354,23 @@ def _sample(inputs: Inputs, text_key: str, skip_bad: bool, sample_bytes: int) ->
             if left_bytes <= 0:
                 break
         sample_bytes -= share_bytes - left_bytes
+
+
+@contextmanager
+def _shown(sample: Iterator[str], title: str, *, show: bool) -> Iterator[Iterator[str]]:
+    """The pieces, and on standard error how many characters were read."""
+    from spt_fast.progress import Line, Screen  # rich is not for workers, which import this module
+
+    def texts() -> Iterator[str]:
+        read = 0
+        for piece in sample:
+            read += len(piece)
+            screen.update(Line([title, f"{amount(read)} characters read"]))
+            yield piece
+        screen.update(Line([title, f"{amount(read)} characters read", "learning the merges"]))
+
+    with Screen(show=show) as screen:
+        yield texts()
 
 
 def _matches_nothing(pattern: str) -> bool:

@@ -18,7 +18,7 @@ from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.errors import SptError, SptWarning, invalid
 from spt_fast.model.gpt import GPT
-from spt_fast.printing import progress_bar
+from spt_fast.progress import progress_of
 from spt_fast.train.precision import pick_dtype
 from spt_fast.train.release import tokenizer_for
 from spt_fast.train.weights import load_model
@@ -171,7 +171,7 @@ class TextModel:
         rows = [row[-self.context - 1 :] for row in rows]
         left = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found: dict[int, Likelihood] = {}
-        with progress_bar(f"score {len(rows):,} texts", sum(map(len, rows)), show=self.progress) as advance:
+        with progress_of(f"score {len(rows):,} texts", sum(map(len, rows)), show=self.progress) as advance:
             while left:
                 T = len(rows[left[0]]) - 1
                 fit = min(TOKENS_AT_A_TIME // T, LOGITS_BYTES // (4 * T * self._model.config.vocab_size))
@@ -223,7 +223,7 @@ class TextModel:
         named = self._tokenizer.named_tokens()
         last = {eos, *(named[stop] for stop in until if stop in named)}  # which may not be seen in the text
         found: dict[int, str] = {}
-        with progress_bar(f"continue {len(rows):,} texts", len(rows), show=self.progress) as advance:
+        with progress_of(f"continue {len(rows):,} texts", len(rows), show=self.progress) as advance:
             for first in range(0, len(rows), size):
                 left = [*range(first, min(first + size, len(rows)))]
                 for made in range(0, tokens, LOOK_EVERY):

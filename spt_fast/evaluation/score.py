@@ -18,7 +18,8 @@ from spt_fast.data.heldout import heldout_stretches
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
 from spt_fast.errors import DataError, SptWarning, counted, invalid
 from spt_fast.model import hf
-from spt_fast.printing import print_table, progress_bar
+from spt_fast.printing import print_table
+from spt_fast.progress import progress_of
 from spt_fast.train.evaluate import EvalSet, Measured, measure
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.origin import origin_of, run_of, tokenizer_digest
@@ -113,7 +114,7 @@ def scored(
     text = EvalSet.of_stretches(data, np.array([[0, data.num_tokens]]), window, inside=inside)
 
     def measured_on(text: EvalSet, part: str = "") -> Measured:
-        with progress_bar(f"eval {prefix}{part}", text.num_targets, show=progress) as advance:
+        with progress_of(f"eval {prefix}{part}", text.num_targets, show=progress) as advance:
 
             def of_batch(tokens: Tensor, targets: Tensor, cuts: Tensor | None) -> Tensor:
                 cuts = None if cuts is None else cuts.to(device)

@@ -20,11 +20,12 @@ from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
 from spt_fast.outputs import check_folder
 from spt_fast.printing import terminal
+from spt_fast.quantities import duration
 from spt_fast.study.compare import Comparison, compare
 from spt_fast.study.corpora import write_domain, write_general
 from spt_fast.study.figures import write
 from spt_fast.study.findings import arm_table, conclusion
-from spt_fast.study.jobs import minutes, train_side_by_side
+from spt_fast.study.jobs import train_side_by_side
 
 GENERAL, DOMAIN = "prose", "cpp"
 
@@ -77,7 +78,7 @@ def demo(out: Path, scale: Scale | None = None) -> Comparison:
         console.print(f"{paragraph}\n")
     console.print(next_steps(out), soft_wrap=True)
     console.print(
-        f"\n{minutes(time.monotonic() - began_s)} in all. Now look at {out / 'comparison.png'}", soft_wrap=True
+        f"\n{duration(time.monotonic() - began_s)} in all. Now look at {out / 'comparison.png'}", soft_wrap=True
     )
     return result
 

@@ -32,7 +32,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,13 @@ from spt_fast.errors import CheckpointError, RecipeError, invalid, nearest
 from spt_fast.files import write_text
 from spt_fast.model.flops import parameters
 from spt_fast.printing import as_json, print_table
+from spt_fast.progress import Steps
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Checkpoint, Retention
 from spt_fast.train.folder import is_begun, owned
 from spt_fast.train.health import MAX_SKIPPED_IN_A_ROW, Diverged, too_many_skipped
 from spt_fast.train.local import LocalEngine
 from spt_fast.train.lr import learning_rate
-from spt_fast.train.metrics import Display
 from spt_fast.train.plan import Plan, make_plan
 from spt_fast.train.precision import precision_of
 from spt_fast.train.resume import shape_of
@@ -175,7 +175,7 @@ def _reweight(
         plan.check_same_data(found.state["data"], found.path)
     plan.check_files(None, verify=False)
     write_text(begun, json.dumps({"recipe": recipe.plain(), "target": target}, indent=1))
-    with StopRequest() as stop, closing(Display(progress)) as display:
+    with StopRequest() as stop, Steps(show=progress) as display:
         study = _Study(plan, sources, target, out, found, display)
         if not study.run(stop):
             return Stopped(stop.signal)
@@ -330,7 +330,7 @@ class _Study:
     """The steps of a reweighting, from where the newest checkpoint stands."""
 
     def __init__(
-        self, plan: Plan, sources: list[str], target: str | None, out: Path, found: Checkpoint | None, display: Display
+        self, plan: Plan, sources: list[str], target: str | None, out: Path, found: Checkpoint | None, display: Steps
     ) -> None:
         self.plan, self.sources, self.target, self.display = plan, sources, target, display
         self.rows = sources if target is None else [*sources, target]
@@ -355,7 +355,9 @@ class _Study:
     def run(self, stop: StopRequest) -> bool:
         """All steps that are left; False, with a checkpoint written, where it was asked to stop."""
         state, steps, recipe = self.state, self.phase.steps, self.plan.recipe
-        save_every = recipe.checkpoint.every.steps(self.phase.tokens_per_step, steps)
+        save_every, log_every = (
+            span.steps(self.phase.tokens_per_step, steps) for span in (recipe.checkpoint.every, recipe.log.every)
+        )
         began, seconds_before, finished = time.monotonic(), state.seconds, True
         self.display.begin("reweight", state.step, steps)
         with ExitStack() as open_:
@@ -368,9 +370,9 @@ class _Study:
                 self._advance(*measured)
                 state.seconds = seconds_before + time.monotonic() - began
                 self.display.advance(state.step)
-                self.display.show(
-                    state.step, " ".join(f"{k} {w:.1%}" for k, w in self._by_source(state.weights).items())
-                )
+                if state.step % log_every == 0 or state.step == steps:
+                    weights = self._by_source(state.weights).items()
+                    self.display.show(state.step, [" ".join(f"{source} {weight:.1%}" for source, weight in weights)])
                 if state.step % save_every == 0 and state.step < steps:
                     self._save()
         # the only copy of this place is not replaced by itself

@@ -21,16 +21,16 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from spt_fast.config import Recipe, load_recipe
 from spt_fast.errors import RecipeError
+from spt_fast.progress import Line, Screen, time_left
+from spt_fast.quantities import duration
 from spt_fast.train.folder import summary_of
 from spt_fast.train.resume import changes
 from spt_fast.train.signals import StopRequest
 
 POLL_EVERY_S = 0.2
-PLAIN_LINE_EVERY_S = 15.0
 LAST_RECORD_BYTES = 65_536
 LAST_LINES = 5
 USERS_MISTAKE = 2
@@ -185,7 +185,7 @@ def train_all(
                         error = RecipeError if code == USERS_MISTAKE else RuntimeError
                         raise error(f"{recipe}: failed with exit code {code}\n  {outcome.failed[recipe]}")
                 ended(recipe)
-            display.update(running, unfinished)
+            display.show(running, unfinished)
             time.sleep(POLL_EVERY_S)
         outcome.interrupted = bool(waiting or running)
     return outcome
@@ -222,50 +222,28 @@ def _is_made(recipe: Recipe) -> bool:
     return is_done(recipe) and not changes(Path(recipe.run), recipe)
 
 
-class _Display:
-    """On a terminal a bar for each run under way and one for all of them; a line now and then elsewhere."""
+class _Display(Screen):
+    """How far all runs are, and each of those under way."""
 
     def __init__(self, recipes: Mapping[Path, Recipe], unfinished: Iterable[Path], console: Console) -> None:
-        self._recipes, self._console = recipes, console
+        super().__init__(show=not console.quiet)
+        self._recipes = recipes
         self._tokens = {path: _tokens(recipe) for path, recipe in recipes.items()}
-        self._began_s = self._last_line_s = time.monotonic()
+        self._began_s = time.monotonic()
         self._share_before = self._share(set(unfinished), {path: progress_of(recipes[path]) for path in unfinished})
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}% {task.fields[says]}", markup=False),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._all = self._bars.add_task("in all", total=1.0, says="")
-        self._tasks: dict[Path, Any] = {}
 
-    def __enter__(self) -> _Display:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bars.stop()
-
-    def update(self, running: Iterable[Path], unfinished: set[Path]) -> None:
+    def show(self, running: Iterable[Path], unfinished: set[Path]) -> None:
         states = {path: progress_of(self._recipes[path]) for path in running}
         share = self._share(unfinished, states)
         elapsed_s = time.monotonic() - self._began_s
-        fresh = share - self._share_before
-        to_go = f" · ETA {minutes(elapsed_s / fresh * (1 - share))}" if fresh > 0.01 else ""
-        done = len(self._recipes) - len(unfinished)
-        says = f"{done} of {len(self._recipes)} runs · {minutes(elapsed_s)} so far{to_go}"
-        self._bars.update(self._all, completed=share, says=says)
-        for path in self._tasks.keys() - states.keys():
-            self._bars.remove_task(self._tasks.pop(path))
-        for path, (part, where) in states.items():
-            if path not in self._tasks:
-                self._tasks[path] = self._bars.add_task(path.stem, total=1.0, says="")
-            self._bars.update(self._tasks[path], completed=part, says=where)
-        if not self._console.is_terminal and time.monotonic() - self._last_line_s >= PLAIN_LINE_EVERY_S:
-            self._last_line_s = time.monotonic()
-            line = " · ".join(f"{path.stem} {part:.0%}" for path, (part, _) in states.items())
-            self._console.print(f"{share:.0%}, {says}: {line}", soft_wrap=True)
+        parts = [
+            f"{len(self._recipes) - len(unfinished)} of {len(self._recipes)} runs done",
+            _percent(share),
+            time_left(elapsed_s, share - self._share_before, 1 - share),
+            f"{duration(elapsed_s)} so far",
+        ]
+        under_way = [Line([path.stem, _percent(part), where], part) for path, (part, where) in states.items()]
+        self.update(Line(parts, share), *under_way)
 
     def _share(self, unfinished: set[Path], states: Mapping[Path, tuple[float, str]]) -> float:
         """Of all tokens to train."""
@@ -305,5 +283,5 @@ def _last_record(metrics: Path) -> dict[str, Any] | None:
     return json.loads(whole[-1]) if whole else None
 
 
-def minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"

@@ -26,6 +26,7 @@ from spt_fast.errors import DataError, RecipeError, invalid, nearest
 from spt_fast.fields import apply_overrides, naming, parse_yaml, paths, read_yaml
 from spt_fast.files import write_text
 from spt_fast.printing import print_facts, print_table
+from spt_fast.quantities import duration
 from spt_fast.study.cluster import Cluster
 from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
 from spt_fast.study.runs_table import Row, check_place, in_columns, rows_of, save_table
@@ -289,8 +290,8 @@ def print_price(price: StudyPrice, study: str, console: Console) -> None:
     columns = [field.name for field in dataclasses.fields(Cost)]
     rows = [[getattr(cost, column) for column in columns] for cost in (*price.stages, price.total)]
     print_table(console, f"{study}: what is left to train", columns, rows)
-    hours = None if price.total.hours is None else price.total.hours / price.jobs
-    print_facts(console, "", {"at a time": price.jobs, "hours until all are done": hours, "cost": price.cost})
+    wall = None if price.total.hours is None else duration(3600 * price.total.hours / price.jobs)
+    print_facts(console, "", {"runs at a time": price.jobs, "until all are done": wall, "cost": price.cost})
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-UNITS = {1e12: "T", 1e9: "B", 1e6: "M", 1e3: "K"}
+from spt_fast.quantities import amount, percent
 
-
-def amount(count: float) -> str:
-    """20B, 1.5M, 300; three digits."""
-    for size, unit in UNITS.items():
-        if count >= 0.9995 * size:
-            return f"{float(f'{count / size:.3g}'):,g}{unit}"
-    return f"{count:.3g}"
+__all__ = ["amount", "percent", "three_digits"]
 
 
 def number(value: float) -> str:
@@ -22,7 +16,3 @@ def number(value: float) -> str:
 def three_digits(share: float) -> float:
     """A share as it was asked for: what was achieved differs from that by a window."""
     return float(f"{share:.3g}")
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.4g}%"

@@ -19,7 +19,8 @@ from rich.console import Console
 from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.model.memory import CHECKPOINTING
-from spt_fast.printing import print_table, size
+from spt_fast.printing import print_table
+from spt_fast.quantities import duration
 from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.engine import EngineInterface
 from spt_fast.train.engines import join, make_engine
@@ -101,11 +102,10 @@ def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
 
 
 def print_trials(trials: Sequence[Trial], console: Console) -> None:
-    columns = ["phase", "loss", "step_s", "peak", "estimated", "hours"]
-    rows = [[t.phase, t.loss, t.step_s, size(t.peak_bytes), size(t.estimated_bytes), t.hours] for t in trials]
-    print_table(console, "dry run", columns, rows)
+    columns = ["phase", "loss", "step_s", "peak_bytes", "estimated_bytes", "hours"]
+    print_table(console, "dry run", columns, [[getattr(trial, column) for column in columns] for trial in trials])
     console.print(f"precision: {trials[0].precision}", soft_wrap=True)
-    console.print(f"all phases at this pace: {sum(trial.hours for trial in trials):,.4g} hours")
+    console.print(f"all phases at this pace: {duration(3600 * sum(trial.hours for trial in trials))}")
 
 
 def _steps(

@@ -209,3 +209,13 @@ def evaluated_tokens(plan: Plan, index: int) -> int:
     )
     texts = evaluation_texts(plan, phase)
     return evaluations * sum(text.num_targets for by_source in texts.values() for text in by_source.values())
+
+
+def phase_flops(plan: Plan) -> list[float]:
+    """Of training and evaluating every phase, all its arms."""
+    found = []
+    for planned in plan.phases:
+        trained = planned.tokens * len(planned.phase.arms())
+        evaluated = evaluated_tokens(plan, planned.index)
+        found.append(plan.flops_per_token(planned.index) * (trained + FORWARD_SHARE * evaluated))
+    return found

@@ -13,6 +13,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from spt_fast.train import averages, checkpoint, health
 from spt_fast.train.checkpoint import Retention
 from spt_fast.train.engine import StepResult
 from spt_fast.train.engines import make_engine
-from spt_fast.train.evaluate import EvalSet, Interrupted, evaluation_texts, measure_all
+from spt_fast.train.evaluate import EvalSet, Interrupted, evaluation_texts, measure_all, phase_flops
 from spt_fast.train.health import MAX_SKIPPED_IN_A_ROW, deciding, standing
 from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
@@ -102,10 +104,10 @@ class Trainer:
         self.writer = checkpoint.Writer(folder / "checkpoints", world, Retention(settings.keep, keep_every))
 
         run = followed(folder, plan, self.engine, self.state.total_steps if resumed else None)
-        kept, label = self.state.metrics_bytes, mfu_label(device)
-        self.log: RunLog | NoLog = world.everywhere(
-            lambda: RunLog(run, keep_bytes=kept, progress=progress, mfu_label=label) if world.is_first else NoLog()
-        )
+        kept, label, work = self.state.metrics_bytes, mfu_label(device), phase_flops(plan)
+        first = partial(RunLog, run, work, keep_bytes=kept, progress=progress, mfu_label=label)
+        log: Callable[[], RunLog | NoLog] = first if world.is_first else NoLog
+        self.log = world.everywhere(log)
         lines = introduction(folder, self.engine, model, plan, self.choices, self.backends, resumed)
         world.on_first(lambda: self.log.say("\n".join(lines)))
 
@@ -152,8 +154,7 @@ class Trainer:
         if not arm.phase.needs_start:
             del self.snapshots["start"]  # nothing needs it after the first step, so that its memory is free
         self.snapshots = {kind: snapshot.in_memory() for kind, snapshot in self.snapshots.items()}  # files may go
-        arms = len(arm.phase.arms())
-        self.log.begin(arm.phase.name + (f" {state.arm + 1}/{arms}" if arms > 1 else ""), state.step, plan.steps)
+        self.log.begin_arm(plan, state.arm, state.step)
         with self.plan.loader(plan.index, state.counts, world, first_step=state.step) as loader:
             batches = iter(loader)
             try:

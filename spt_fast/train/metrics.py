@@ -1,8 +1,8 @@
 """What a run says while it runs: metrics.jsonl, its trackers, and one line on the screen.
 
 metrics.jsonl is the record: a "train" object per logged step and an "eval" object per evaluation. It is cut back to a
-checkpoint's length on resume, so that it never holds a step twice. The screen shows a progress bar on a terminal and
-plain lines elsewhere.
+checkpoint's length on resume, so that it never holds a step twice. The screen shows a line that changes in place on a
+terminal, plain lines elsewhere, and the losses of every evaluation.
 """
 
 from __future__ import annotations
@@ -11,79 +11,38 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from spt_fast.errors import CheckpointError
-from spt_fast.printing import as_json, terminal
+from spt_fast.printing import as_json, middle
+from spt_fast.progress import Steps, clock
+from spt_fast.quantities import read
+from spt_fast.train.plan import PhasePlan
 from spt_fast.train.trackers import Followed, Trackers
 
-PLAIN_LINE_EVERY_S = 15.0
 LONGEST_LINE_BYTES = 1 << 20
+LONGEST_SOURCE = 12
 
 
-class Display:
-    """How far work has come: a progress bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, progress: bool) -> None:
-        self._console = terminal(quiet=not progress, stderr=True)
-        self._last_line = 0.0
-        self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total} steps"),
-            TextColumn("{task.fields[figures]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[more]}", markup=False),
-            console=self._console,
-            disable=not (progress and self._console.is_terminal),
-        )
-        self._task = self._bar.add_task("", total=1, figures="", more="")
-        self._bar.start()
-
-    def say(self, message: str) -> None:
-        """One line to the user, above the progress bar."""
-        self._bar.console.print(message, soft_wrap=True)
-
-    def begin(self, title: str, step: int, steps: int) -> None:
-        """New work, of which `step` of `steps` steps are done already."""
-        self._bar.reset(self._task, description=title, completed=step, total=steps, figures="", more="")
-        self._title, self._steps, self._began, self._first = title, steps, time.monotonic(), step
-
-    def advance(self, step: int) -> None:
-        self._bar.update(self._task, completed=step)
-
-    def show(self, step: int, figures: str, more: str = "") -> None:
-        """The figures of a step, and what is shown behind the time that is left."""
-        self._bar.update(self._task, figures=figures, more=more)
-        if not self._console.is_terminal and time.monotonic() - self._last_line >= PLAIN_LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            eta_s = (time.monotonic() - self._began) / max(1, step - self._first) * (self._steps - step)
-            self.say(f"{self._title}: step {step}/{self._steps} · {figures} · ETA {eta_s:.0f} s{more}")
-
-    def close(self, status: str = "done") -> None:
-        """status: how a run ended."""
-        self._bar.stop()
-
-
-class RunLog(Display):
+class RunLog(Steps):
     """Writes a run's metrics to its folder and its trackers, and shows its progress."""
 
-    def __init__(self, run: Followed, *, keep_bytes: int, progress: bool, mfu_label: str) -> None:
+    def __init__(
+        self, run: Followed, work: Sequence[float], *, keep_bytes: int, progress: bool, mfu_label: str
+    ) -> None:
+        """work: of each phase, its share of the time in any unit."""
         path = run.folder / "metrics.jsonl"
         path.touch()
         size = path.stat().st_size
         whole_bytes = _whole_lines(path, min(keep_bytes, size))
         os.truncate(path, whole_bytes)
         self._file = path.open("a", encoding="utf-8")
-        self._mfu_label = mfu_label
-        self._last_eval = ""
-        super().__init__(progress)
+        self._mfu_label, self._work_of_phases = mfu_label, work
+        self._domain, self._domain_loss = run.recipe.phases[-1].chosen_by, ""
+        super().__init__(show=progress)
         self._trackers = Trackers(run, self.say)
         if size > 0 and run.resumed_at is None:
             self.say("no checkpoint to go on from: starting at the first step")
@@ -93,22 +52,30 @@ class RunLog(Display):
                 "records of some steps are missing, and stay so"
             )
 
+    def begin_arm(self, planned: PhasePlan, arm: int, step: int) -> None:
+        """Steps of an arm of a phase, of which `step` are done."""
+        arms = len(planned.phase.arms())
+        title = planned.phase.name + (f" {arm + 1}/{arms}" if arms > 1 else "")
+        work = self._work_of_phases[planned.index] / arms
+        after = work * (arms - 1 - arm) + sum(self._work_of_phases[planned.index + 1 :])
+        self.begin(title, step, planned.steps, work=work, after=after)
+
     def train(self, record: dict[str, Any], total_step: int) -> None:
         """A logged training step; `total_step` counts over the whole run."""
         self._write({"kind": "train", **record}, total_step)
-        mfu = "mfu n/a" if record["mfu"] is None else f"{record['mfu']:.1%} mfu[{self._mfu_label}]"
-        skipped = f" · skipped steps: {record['skipped']}" if record["skipped"] else ""
-        rates = f"loss {_loss(record['loss'])} · {record['tokens_per_s']:,.0f} tok/s · {mfu}{skipped}"
-        self.show(record["step"], rates, self._last_eval)
+        figures = [f"loss {_loss(record['loss'])}", self._domain_loss, read("tokens_per_s", record["tokens_per_s"])]
+        skipped = f"skipped steps: {record['skipped']}" if record["skipped"] else ""
+        mfu = "" if record["mfu"] is None else f"{record['mfu']:.1%} mfu[{self._mfu_label}]"
+        self.show(record["step"], figures, [skipped, mfu])
 
     def evaluation(self, record: dict[str, Any], total_step: int) -> None:
         self._write({"kind": "eval", **record}, total_step)
-        errors = record["standard_errors"]["heldout"]
-        losses = " ".join(
-            f"{source} {_loss(loss)}{_error(errors[source])}" for source, loss in record["heldout"].items()
-        )
-        self._last_eval = f" · held out at step {record['step']}: {losses}"
-        self._bar.update(self._task, more=self._last_eval)
+        errors, heldout = record["standard_errors"]["heldout"], record["heldout"]
+        losses = " · ".join(f"{source} {_loss(loss)}{_error(errors[source])}" for source, loss in heldout.items())
+        if losses:
+            self.say(f"{clock()} {self._title} · step {record['step']} · held out: {losses}")
+        if self._domain in heldout:
+            self._domain_loss = f"{middle(self._domain, LONGEST_SOURCE)} {_loss(heldout[self._domain])}"
         for source, texts in record.get("samples", {}).items():
             for text in texts:
                 self.say(f"sample of {source} at step {record['step']}: {text['prompt']!r} → {text['text']!r}")
@@ -151,11 +118,13 @@ def _error(standard_error: float | None) -> str:
     return "" if standard_error is None else f" ± {standard_error:.3f}"
 
 
-class NoLog(Display):
+class NoLog(Steps):
     """RunLog's silence, for the processes that are not the first."""
 
     def __init__(self) -> None:
-        super().__init__(progress=False)
+        super().__init__(show=False)
+
+    def begin_arm(self, planned: PhasePlan, arm: int, step: int) -> None: ...
 
     def train(self, record: dict[str, Any], total_step: int) -> None: ...
 

@@ -29,7 +29,8 @@ from spt_fast.model.flops import (
     train_flops_per_token,
 )
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, memory_bytes
-from spt_fast.printing import print_facts, print_table, size
+from spt_fast.printing import print_facts, print_table
+from spt_fast.quantities import duration, size
 from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.engines import uses_deepspeed
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
@@ -387,7 +388,11 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
         console, "hours by checkpointing", columns, [[getattr(way, column) for column in columns] for way in undivided]
     )
     parts = next(way.bytes for way in price.ways if way.recipe)
-    facts = {key: value for key, value in vars(price).items() if key not in ("times", "ways", "left_out", "warnings")}
+    names = ("parameters", "matmul_parameters", "flops_per_token", "tokens", "flops", "evaluation_flops", "precision")
+    facts = {name: getattr(price, name) for name in (*names, "gpus", "gpu", "gpu_memory_bytes", "peak_flops", "mfu")}
+    facts |= {"speed from": price.speed_from, "hours": price.hours, "cost": price.cost}
+    if price.hours_at_40_percent_mfu is not None:
+        facts["time at 40% MFU"] = duration(3600 * price.hours_at_40_percent_mfu)
     facts["memory"] = {part: size(size_bytes) for part, size_bytes in parts.items()}
     facts["left out of the hours"] = "; ".join(price.left_out)
     print_facts(console, "the model and its cost", facts)

@@ -1,0 +1,178 @@
+"""What a long command shows while it works: a line on a terminal that changes in place, plain lines elsewhere.
+
+The parts of a line stand in the order of their importance; where a terminal is too narrow, the last are left out.
+All of it goes to standard error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from spt_fast.printing import middle, terminal
+from spt_fast.quantities import duration
+
+PLAIN_LINE_EVERY_S = 30.0
+SHORTEST_TITLE, SHORTEST_BAR = 8, 12
+SEPARATORS = (" · ", "  ")
+
+_quiet = False
+
+
+def be_quiet(quiet: bool) -> None:
+    """Whether this process shows warnings alone from now on."""
+    global _quiet
+    _quiet = quiet
+
+
+@dataclass(frozen=True)
+class Line:
+    """How far a piece of work is: its title and figures, the dearest first, and the share of it that is done."""
+
+    parts: Sequence[str]
+    share: float | None = None
+
+    def fit(self, width: int) -> str:
+        """In at most `width` cells: as many parts as there is room for, a long title cut before a part is left out."""
+        title, *figures = (part for part in self.parts if part)
+        for shown in range(len(figures), -1, -1):
+            for separator in SEPARATORS:
+                rest = separator.join(["", *figures[:shown]])
+                room = width - cell_len(rest)
+                if room >= min(cell_len(title), SHORTEST_TITLE) and (
+                    separator == SEPARATORS[-1] or room >= cell_len(title)
+                ):
+                    return middle(title, room) + rest
+        return middle(title, width)
+
+    def render(self, width: int) -> RenderableType:
+        """With a bar where there is room for one."""
+        text = self.fit(width)
+        row = Table.grid(padding=(0, 1, 0, 0))
+        bar = width - cell_len(text) - 2
+        if self.share is None or bar < SHORTEST_BAR:
+            row.add_row(Text(text, no_wrap=True))
+        else:
+            row.add_row(Text(text, no_wrap=True), ProgressBar(1.0, self.share, width=min(bar, 40)))
+        return row
+
+
+def clock() -> str:
+    return time.strftime("%H:%M:%S")
+
+
+class Screen:
+    """Standard error of a command that takes long. Without `show` nothing is ever said there."""
+
+    def __init__(self, *, show: bool = True) -> None:
+        self._console = terminal(stderr=True, quiet=not show)
+        self._live: Live | None = None
+        self._lines: Sequence[Line] = ()
+        self._last_line_s = time.monotonic()
+        if show and not _quiet and self._console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def _render(self) -> RenderableType:
+        return Group(*(line.render(self._console.width) for line in self._lines))
+
+    def say(self, message: str) -> None:
+        """Text that stays, above the line that changes."""
+        lines = message.splitlines() if _quiet else [message]
+        for line in lines:
+            if not _quiet or line.startswith("warning: "):
+                self._console.print(line, soft_wrap=True)
+
+    def update(self, *lines: Line, plain: bool | None = None) -> None:
+        """What the terminal shows from now on. plain: whether the first is also said where there is no terminal; by
+        default now and then."""
+        self._lines = lines
+        now_s = time.monotonic()
+        if plain is None:
+            plain = now_s - self._last_line_s >= PLAIN_LINE_EVERY_S
+        if plain and lines and not self._console.is_terminal:
+            self._last_line_s = now_s
+            self.say(f"{clock()} {SEPARATORS[0].join(filter(None, lines[0].parts))}")
+
+    def close(self, status: str = "done") -> None:
+        """status: how a run ended."""
+        if self._live:
+            self._live.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def time_left(elapsed_s: float, done: float, left: float) -> str:
+    """At the pace so far; nothing before there is one."""
+    return f"ETA {duration(elapsed_s * left / done)}" if done > 0 else ""
+
+
+@contextmanager
+def progress_of(
+    what: str, total: int | None, *, says: Callable[[int, float], str] = lambda done, elapsed_s: "", show: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Shows how much of `total` is done; the function that is given moves it on. says: more, by what is done and the
+    seconds that it took."""
+    began_s, done = time.monotonic(), 0
+
+    def elapsed_s() -> float:
+        return max(time.monotonic() - began_s, 1e-9)
+
+    with Screen(show=show) as screen:
+
+        def advance(more: int) -> None:
+            nonlocal done
+            done += more
+            share = min(1.0, done / total) if total else None
+            left = [f"{share:.0%}", time_left(elapsed_s(), done, (total or 0) - done)] if share is not None else []
+            screen.update(Line([what, *left, says(done, elapsed_s())], share))
+
+        yield advance
+        screen.update(Line([what, f"done in {duration(elapsed_s())}", says(done, elapsed_s())]), plain=True)
+
+
+class Steps(Screen):
+    """Steps of training: how far they are, and when all the work that they belong to is done."""
+
+    def __init__(self, *, show: bool = True) -> None:
+        super().__init__(show=show)
+        self._began_s, self._done = time.monotonic(), 0.0
+        self._title, self._step, self._steps, self._work, self._after = "", 0, 1, 1.0, 0.0
+        self._figures: Sequence[str] = ()
+        self._more: Sequence[str] = ()
+
+    def begin(self, title: str, step: int, steps: int, *, work: float = 1.0, after: float = 0.0) -> None:
+        """New steps, of which `step` of `steps` are done already. They are so much `work`, and `after` of it comes
+        later, in any unit."""
+        self._title, self._step, self._steps, self._work, self._after = title, step, steps, work, after
+        self._figures = self._more = ()
+        self.update(self._line(step), plain=False)
+
+    def advance(self, step: int) -> None:
+        self._done += self._work * (step - self._step) / self._steps
+        self._step = step
+        self.update(self._line(step), plain=False)
+
+    def show(self, step: int, figures: Sequence[str], more: Sequence[str] = ()) -> None:
+        """The figures of a step, the dearest first, and those that matter less than the time that is left."""
+        self._figures, self._more = figures, more
+        self.update(self._line(step), plain=True)
+
+    def _line(self, step: int) -> Line:
+        left = self._work * (self._steps - step) / self._steps + self._after
+        eta = time_left(time.monotonic() - self._began_s, self._done, left)
+        return Line([self._title, f"step {step}/{self._steps}", *self._figures, eta, *self._more], step / self._steps)
