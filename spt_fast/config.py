@@ -391,7 +391,7 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
             raise RecipeError(f"{here}.schedule.continue: the first phase has no schedule to carry on; name one")
         if phase.schedule.carry_on and phase.schedule != Schedule(carry_on=True):
             raise RecipeError(
-                f"{here}.schedule: `continue: true` takes the whole schedule from the phase before; leave its other "
+                f"{here}.schedule: `continue: true` takes the whole schedule of the previous phase; leave its other "
                 "keys out"
             )
         if phase.schedule.carry_on and "warmup" in (phase.grid or {}):
@@ -399,7 +399,7 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
         for key in (phase.grid or {}).keys() - {"warmup"} - vars(phase.optimizer).keys():
             raise RecipeError(f"{here}.grid.{key}: {phase.optimizer.name} has no such setting; leave it out")
         if phase.optimizer_state == "keep" and phases and phase.optimizer.name != phases[-1].optimizer.name:
-            given = f"{phases[-1].optimizer.name}'s state means nothing to {phase.optimizer.name}; write reset"
+            given = f"{phases[-1].optimizer.name}'s state cannot be used by {phase.optimizer.name}; write reset"
             raise RecipeError(invalid(f"{here}.optimizer_state", "keep", given))
         if phase.optimizer_state == "keep" and not phases:
             raise RecipeError(f"{here}.optimizer_state: the first phase has no optimizer state to keep; write reset")

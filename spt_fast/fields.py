@@ -285,7 +285,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_yaml_int(self, node: Any) -> int:
         number = int(node.value)
         if abs(number) >= 2**64:  # Python computes with thousands of digits, and refuses to print them
-            raise self._error(node, "a whole number of 2^64 or more; nothing is that large")
+            raise self._error(node, "a whole number of 2^64 or more; write a smaller one")
         return number
 
     @staticmethod
@@ -313,7 +313,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     except RecursionError:
-        raise RecipeError(f"{where}: is nested too deeply; no recipe needs more than a few levels") from None
+        raise RecipeError(f"{where}: is nested too deeply; use fewer levels") from None
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise RecipeError(f"{where}: is not valid YAML: {line}{cut(str(error.problem))}") from None
@@ -378,7 +378,7 @@ def _set(node: Any, path: list[str], value: Any, whole: str) -> None:
     elif isinstance(node, dict):
         key = head
     else:
-        raise RecipeError(invalid("overrides", whole, f"{shown(head)} lies below a plain value; check the path"))
+        raise RecipeError(invalid("overrides", whole, f"{shown(head)} is inside a plain value; check the path"))
     if not rest:
         node[key] = value
         return

@@ -31,7 +31,7 @@ def plain(value: Any) -> Any:
         return {getattr(key, "key", key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return str(value) if isinstance(value, Fraction) else value
+    return str(value) if isinstance(value, (Fraction, Path)) else value
 
 
 def as_json(result: Any) -> Any:

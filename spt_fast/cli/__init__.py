@@ -43,7 +43,7 @@ def main() -> None:
         sys.exit(130)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        _say(readable(f"{me}: {what}; make room there, or give a file or folder that this user may use"), 2)
+        _say(readable(f"{me}: {what}; free some space there, or give a file or folder that you may use"), 2)
     except RuntimeError as error:
         _say(f"{me}: {error}", 1)
 

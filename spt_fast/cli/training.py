@@ -13,6 +13,7 @@ import spt_fast as spt
 from spt_fast.cli.flags import (
     Dtype,
     Json,
+    OutFolder,
     Overrides,
     PathOption,
     Price,
@@ -26,6 +27,31 @@ from spt_fast.cli.flags import (
 from spt_fast.cli.program import app, checkpoint_app, example, out, print_json
 from spt_fast.printing import print_facts, print_table
 from spt_fast.train.signals import StopRequest
+
+
+@app.command(epilog=example("spt-fast init --general general.jsonl --domain chem.jsonl --out chem"))
+def init(
+    general: Annotated[Path, PathOption(metavar="TEXT_OR_PREFIX", help="Use this general text, or prepared dataset.")],
+    domain: Annotated[Path, PathOption(metavar="TEXT_OR_PREFIX", help="Use this domain text, or prepared dataset.")],
+    out_folder: OutFolder = Path(),
+    tokenizer: Annotated[
+        Path | None, PathOption(help="Use this tokenizer; by default one is trained on the text.")
+    ] = None,
+    hours: Annotated[
+        float | None, Option(metavar="HOURS", help="Fit the training into so many hours; by default 1, or 24 on a GPU.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a first recipe and a first study for two corpora, sized for this machine."""
+    from spt_fast.advice.starter import begin
+
+    begun = begin(general, domain, out_folder, tokenizer=tokenizer, hours=hours)
+    if as_json:
+        print_json(begun)
+        return
+    print_facts(out, str(begun.recipe), begun)
+    next_steps = f"spt-fast plan {begun.recipe}", f"spt-fast train {begun.recipe}", f"spt-fast sweep {begun.study}"
+    out.print("next: " + "; ".join(next_steps), soft_wrap=True)
 
 
 @app.command(epilog=example("spt-fast plan recipe.yaml --gpu H100 --gpus 8 --gpu-memory 80GB --price 2.50"))

@@ -153,7 +153,7 @@ class HFTokenizer(BaseTokenizer):
             (encoding,) = self._theirs.encode_batch_fast([text], add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):  # what both say of a string that has no UTF-8
             at = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
-            raise DataError(f"text holds half a surrogate pair at character {at}: mend it") from None
+            raise DataError(f"text holds half a surrogate pair at character {at}: fix it") from None
         except BaseException as error:
             if not _theirs_says(error):
                 raise

@@ -282,7 +282,7 @@ def _refuse_empty(writers: list[DatasetWriter], share: Fraction | None, skipped:
     documents = sum(writer.num_documents for writer in writers)
     if documents == 0:
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in skipped.items())
-        raise DataError(f"{writers[0].prefix}: no document is left (left out: {left_out or 'none'}); mend the input")
+        raise DataError(f"{writers[0].prefix}: no document is left (left out: {left_out or 'none'}); check the input")
     for writer in writers:
         if writer.num_documents == 0:
             raise DataError(

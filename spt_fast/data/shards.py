@@ -124,7 +124,7 @@ class TokenDataset:
             return cls._open_own(base, metadata, declared)
         except OSError as error:
             where = cut(str(error.filename or prefix), 200)
-            raise DataError(f"{where}: can't be read ({error.strerror}); mend that, or name another") from error
+            raise DataError(f"{where}: can't be read ({error.strerror}); fix that, or name another") from error
 
     @classmethod
     def _open_own(cls, base: Path, metadata: dict[str, Any], declared: np.dtype | None) -> TokenDataset:

@@ -375,13 +375,11 @@ def _json_text(line: bytes | None, text_key: str) -> tuple[str, bytes]:
     try:
         record = json.loads(_decode(line))
     except json.JSONDecodeError as error:
-        raise _BadDocument(
-            "broken JSON", f"broken JSON ({error.msg}, column {error.colno}); mend it, {_SKIP}"
-        ) from None
+        raise _BadDocument("broken JSON", f"broken JSON ({error.msg}, column {error.colno}); fix it, {_SKIP}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list thousands deep
-        raise _BadDocument("broken JSON", f"broken JSON ({error}); mend the line, {_SKIP}") from None
+        raise _BadDocument("broken JSON", f"broken JSON ({error}); fix the line, {_SKIP}") from None
     if not isinstance(record, dict):
-        raise _BadDocument("broken JSON", f"{type(record).__name__} where a JSON object is due; mend the line, {_SKIP}")
+        raise _BadDocument("broken JSON", f"{type(record).__name__} where a JSON object is due; fix the line, {_SKIP}")
     if text_key not in record:
         raise _BadDocument("missing key", f"{_missing_key('the line', text_key, list(record))}, {_SKIP}")
     text = record[text_key]
@@ -390,7 +388,7 @@ def _json_text(line: bytes | None, text_key: str) -> tuple[str, bytes]:
     try:
         return text, text.encode()
     except UnicodeEncodeError as error:
-        raise _BadDocument("not UTF-8", f"half a surrogate pair at character {error.start}; mend it, {_SKIP}") from None
+        raise _BadDocument("not UTF-8", f"half a surrogate pair at character {error.start}; fix it, {_SKIP}") from None
 
 
 def _structure_bytes(line: bytes) -> int:

@@ -189,7 +189,7 @@ class Tokenizer(BaseTokenizer):
         try:
             return encode_ordinary(self._encoding, pieces(text))
         except UnicodeEncodeError as error:
-            raise DataError(f"text holds half a surrogate pair at character {error.start}: mend it") from None
+            raise DataError(f"text holds half a surrogate pair at character {error.start}: fix it") from None
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Text of ids, special tokens included; U+FFFD for what isn't UTF-8. Raises DataError for unknown ids."""

@@ -91,7 +91,7 @@ def _question(line: bytes, place: str) -> Question:
         record = json.loads(line.decode())
         json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
-        raise DataError(f"{place}: broken JSON ({error}); mend the line") from None
+        raise DataError(f"{place}: broken JSON ({error}); fix the line") from None
     if not isinstance(record, dict):
         raise DataError(f"{place}: {type(record).__name__} where a JSON object is due; mend the line")
     for key in ("question", "choices", "answer"):

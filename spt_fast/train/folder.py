@@ -99,7 +99,7 @@ def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[st
             raise RecipeError(says, argument=True)
         return False
     if not resume:
-        says = f"{field}: folder {folder} exists; add `resume=True` to go on with it, choose another name, or delete it"
+        says = f"{field}: folder {folder} exists; add `resume=True` to continue it, choose another name, or delete it"
         raise RecipeError(says, argument=True)
     if found := changes():
         listed = "\n  ".join([*found[:MOST_LISTED], *(["…"] if found[MOST_LISTED:] else [])])

@@ -165,7 +165,7 @@ class LocalEngine:
             self.cuda_graphs = False
             self.optimizer.zero_grad()
             torch.autograd.graph.increment_version(self.model.parameters())  # what was made of them is not there
-            problem = f"engine.cuda_graphs: a step could not be recorded ({error}); training goes on without it"
+            problem = f"engine.cuda_graphs: a step could not be recorded ({error}); training continues without it"
             warnings.warn(problem, SptWarning, stacklevel=3)
 
     def _compute(

@@ -313,7 +313,7 @@ class Trainer:
         arm.pending = None
         state, step, where = self.state, result.read(), f"step {record['step']} of {record['phase']}"
         if step.skipped and not state.skipped_in_arm:
-            self.log.say(f"warning: {where} was skipped, as the loss or its gradient was not finite")
+            self.log.say(f"warning: {where} was skipped because the loss or its gradient was not finite")
         state.skipped += step.skipped
         state.skipped_in_arm += step.skipped
         state.skipped_in_a_row = (state.skipped_in_a_row + 1) * step.skipped

@@ -49,7 +49,7 @@ class RunLog(Steps):
         if whole_bytes < keep_bytes:
             self.say(
                 f"warning: {path}: has {whole_bytes:,} of the {keep_bytes:,} bytes that were written up to here; the "
-                "records of some steps are missing, and stay so"
+                "records of some steps are lost"
             )
 
     def begin_arm(self, planned: PhasePlan, arm: int, step: int) -> None:
@@ -86,7 +86,7 @@ class RunLog(Steps):
             self._file.flush()
         except OSError as error:
             raise CheckpointError(
-                f"{self._file.name}: could not be written ({error.strerror}); make room, then go on with `resume=True`"
+                f"{self._file.name}: could not be written ({error.strerror}); free space and use `resume=True`"
             ) from error
         self._trackers.write(record, total_step)
 

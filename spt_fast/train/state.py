@@ -212,7 +212,7 @@ def _read(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:
             raise CheckpointError(f"{where}{name}: is not known to this version of spt_fast; update it")
     for name, item in known.items():
         if name not in raw and (cls is not GPTConfig or item.default is MISSING):
-            raise CheckpointError(f"{where}{name}: is missing; go on with the version of spt_fast that wrote this")
+            raise CheckpointError(f"{where}{name}: is missing; continue with the version of spt_fast that wrote this")
     return cls(**{name: PARTS[name](item, f"{where}{name}.") if name in PARTS else item for name, item in raw.items()})
 
 

@@ -1,0 +1,124 @@
+"""`spt-fast init`: what it writes can be planned and priced, is sized for machine and text, and replaces nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spt_fast import cli
+from spt_fast.advice import starter
+from spt_fast.config import load_recipe
+from spt_fast.errors import DataError, RecipeError, SptWarning
+from spt_fast.study import sweep
+from spt_fast.train.plan import make_plan
+from spt_fast.train.price import Machine, price, speed_of
+
+WORDS = [
+    "the",
+    "reaction",
+    "of",
+    "an",
+    "acid",
+    "with",
+    "a",
+    "base",
+    "gives",
+    "salt",
+    "and",
+    "water",
+    "while",
+    "heat",
+    "is",
+    "set",
+    "free",
+    "at",
+    "once",
+]
+
+
+def write_text(file: Path, documents: int, seed: int) -> Path:
+    texts = (
+        " ".join(f"{word}{(i * seed + j) % 997}" for j, word in enumerate(WORDS * 4)) for i in range(1, documents + 1)
+    )
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return file
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    return write_text(folder / "general.jsonl", 1500, 7), write_text(folder / "my chem.jsonl", 400, 11)
+
+
+def slow_machine(monkeypatch: pytest.MonkeyPatch, flops_per_s: float) -> None:
+    monkeypatch.setattr(starter, "flops_per_s", lambda device: flops_per_s)
+
+
+def test_from_text_to_a_recipe_that_plans_and_a_study_that_is_priced(
+    texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow_machine(monkeypatch, 2e9)
+    general, domain = map(str, texts)
+    out = tmp_path / "first"
+    words = ["init", "--general", general, "--domain", domain, "--out", str(out), "--hours", "0.1", "--json"]
+    cli.app(words, standalone_mode=False)
+    begun = json.loads(capsys.readouterr().out)
+    recipe = load_recipe(begun["recipe"])
+    plan = make_plan(recipe, world=1)
+    priced = price(plan, machine := Machine.of(recipe, gpu="H100"), speed_of(plan, machine))
+    for times in priced.times:
+        flops = times.tokens * priced.flops_per_token
+        assert times.evaluation_flops <= 0.1 * flops, times
+    assert list(recipe.sources) == ["general", "my chem"]
+    assert not [warning for warning in priced.warnings if "takes longer" in warning], priced.warnings
+    assert recipe.phases[0].schedule.warmup.amount > 0
+    study = sweep.load_study(begun["study"])
+    costs = sweep.costs(study, jobs=1, gpu="H100", mfu=0.4)
+    assert sum(cost.runs for cost in costs) > 10
+    assert study.domain == "my chem"
+    with pytest.raises(RecipeError, match=r"^out: \S+recipe.yaml exists; choose another folder"):
+        starter.begin(general, domain, out)
+    prefixes = (out / "data" / "general", out / "data" / "my chem")
+    with pytest.raises(DataError, match=r"^tokenizer: missing"):
+        starter.begin(*prefixes, tmp_path / "second")
+    with pytest.warns(SptWarning, match=r"are read \d+ times; beyond about 40"):
+        starter.begin(
+            prefixes[0],
+            write_text(tmp_path / "few.jsonl", 5, 3),
+            tmp_path / "second",
+            tokenizer=out / "data" / "bpe.tiktoken",
+            hours=0.1,
+        )
+    assert load_recipe(tmp_path / "second" / "recipe.yaml").tokenizer == str(out / "data" / "bpe.tiktoken")
+
+
+def sizes(flops_per_s: float, monkeypatch: pytest.MonkeyPatch, general: int, domain: int) -> Any:
+    slow_machine(monkeypatch, flops_per_s)
+    corpora = [
+        starter.Corpus(name, Path("data") / name, tokens, tokens // 20)
+        for name, tokens in (("web", general), ("chem", domain))
+    ]
+    return starter._Sizes.of(corpora, 32_768, "cpu", 24.0)
+
+
+def test_the_sizes_follow_machine_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    laptop = sizes(50e9, monkeypatch, 2 * 10**9, 10**7)
+    node = sizes(8 * 400e12, monkeypatch, 10**11, 10**9)
+    scarce = sizes(8 * 400e12, monkeypatch, 10**8, 10**6)
+    order = [starter.SIZES.index(one.preset) for one in (laptop, scarce, node)]
+    assert order == sorted(set(order))
+    assert node.preset in ("350m", "1b", "3b")
+    assert scarce.tokens <= 4 * 10**8
+    for one in (laptop, scarce, node):
+        step = one.sequences(one.tokens) * one.config.context
+        assert one.tokens // step >= 200
+        assert 1e-4 < one.rate <= 4e-3
+        assert 0.05 <= one.weight_decay(one.tokens // step) <= 0.5
+    assert laptop.rate > node.rate
+    assert laptop.sequences(laptop.tokens) * laptop.config.context < node.sequences(node.tokens) * node.config.context
+    assert laptop.warmup(1000) == 50
+    assert node.warmup(10**6) == starter.WARMUP_STEPS
+    assert 0 < laptop.papers["delta"] <= 0.1
