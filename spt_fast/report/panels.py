@@ -214,7 +214,8 @@ def steps_of_runs(axes: Axes, curves: Sequence[tuple[float, Curve]], of: str, co
     ends: dict[float, Line] = {}
     for delta, curve in curves:
         values = curve.figures[of]
-        axes.plot(curve.tokens, values, color=colours[delta], linewidth=1.0, alpha=0.85)
+        dot = "." if len(values) == 1 else ""
+        axes.plot(curve.tokens, values, marker=dot, color=colours[delta], linewidth=1.0, alpha=0.85)
         if np.isfinite(values[-1]):
             ends[delta] = (curve.tokens[-1], values[-1], percent(delta), colours[delta])
     if of == "grad_norm":
@@ -222,8 +223,9 @@ def steps_of_runs(axes: Axes, curves: Sequence[tuple[float, Curve]], of: str, co
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda norm, _: f"{norm:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if of == "tokens_per_s":
+    if of in ("lr", "tokens_per_s"):
         axes.set_ylim(bottom=0)
+    if of == "tokens_per_s":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda speed, _: amount(speed) if speed else "0"))
     token_axis(axes, "tokens of the phase")
     axes.set_ylabel(STEP_LABELS[of])

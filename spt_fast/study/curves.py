@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spt_fast.errors import CheckpointError
 from spt_fast.study.runs import records_of
 from spt_fast.train.folder import summary_of
 
@@ -28,13 +29,14 @@ class Curve:
 
 
 def curves_of(folders: Sequence[Path]) -> list[Curve]:
-    """Of the runs in these folders, and in these where they are studies; others are left out. CheckpointError for
-    metrics that are damaged."""
-    runs = [run for folder in folders for run in (folder, *sorted(folder.glob("runs/*")))]
+    """Of the runs in these folders, and in these where they are studies; runs without metrics that can be read are left
+    out, as their losses may come from a table."""
     found = []
-    for run in runs:
-        phases = (((run / "metrics.jsonl").exists() and summary_of(run)) or {}).get("phases", {})
-        steps = records_of(run, "train") if phases else []
+    for run in (run for folder in folders for run in (folder, *sorted(folder.glob("runs/*")))):
+        try:
+            phases, steps = (summary_of(run) or {}).get("phases", {}), records_of(run, "train")
+        except CheckpointError:
+            continue
         for phase, done in phases.items():
             own = [step for step in steps if step["phase"] == phase and step.get("arm", 0) == done.get("arm", 0)]
             parts = np.array_split(np.arange(len(own)), min(len(own), MOST_POINTS)) if own else []

@@ -109,6 +109,9 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Tracker(Protocol):
+    place: str
+    """Where its run can be looked at."""
+
     def write(self, entry: Entry) -> None: ...
 
     def close(self, status: str) -> None:
@@ -128,6 +131,7 @@ class TensorBoard:
             return SummaryWriter(str(folder), purge_step=purge_step)
 
         self._writer, self._folder, self._resumed = writer, run.folder / "tensorboard", run.resumed_at is not None
+        self.place = str(self._folder)
         self._whole = writer(self._folder, None if run.resumed_at is None else run.resumed_at + 1)
         self._arms: dict[str, Any] = {}
         written = yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True)
@@ -170,6 +174,7 @@ class WandB:
             settings=wandb.Settings(console="off", silent=True, finish_timeout=PATIENCE_S),
         )
         _remember(run.folder, "wandb", self._run.id)
+        self.place = self._run.url or str(Path(self._run.dir).parent)
         for split in ("system", *OF_AN_EVALUATION):
             self._run.define_metric(f"{split}/*", step_metric="step")
         for arm in run.arms:
@@ -214,7 +219,7 @@ class MLflow:
             experiment = found.experiment_id if found else self._client.create_experiment(name)
             known = self._client.create_run(experiment, run_name=run.folder.name).info.run_id
             _remember(run.folder, "mlflow", known)
-        self._id = known
+        self._id, self.place = known, f"run {known} at {self._client.tracking_uri}"
         before = self._client.get_run(self._id).data.params
         self._client.update_run(self._id, status="RUNNING")
         settings = {_plain(name): str(value) for name, value in flat({**run.settings, "arms": run.arms}).items()}
@@ -246,6 +251,7 @@ class Table:
 
     def __init__(self, run: Followed) -> None:
         path, sources = run.folder / "metrics.csv", run.recipe.sources
+        self.place = str(path)
         heldout = [name for name, source in sources.items() if source.heldout]
         losses = [f"{split}/{of}" for split in OF_AN_EVALUATION for of in (sources if split == "train" else heldout)]
         columns = dict.fromkeys([*PLACE, *(f"train/{key}" for key in OF_A_STEP), *losses, *SYSTEM])
@@ -326,13 +332,17 @@ class Trackers:
         self._arms, self._system, self._feeds = run.arms, System(), list[_Feed]()
         for name in run.recipe.log.to:
             try:
-                self._feeds.append(_Feed(name, KINDS[name](run), say))
+                tracker = KINDS[name](run)
             except Exception as error:
                 problem = f"log.to: {name} cannot be started ({_reason(error)})"
                 if run.resumed_at is None:
                     self.close("failed")
                     raise RecipeError(f"{problem}; mend that, or leave it out of the list") from error
                 say(f"warning: {problem}; training goes on without it")
+                continue
+            self._feeds.append(_Feed(name, tracker, say))
+            if not tracker.place.startswith(str(run.folder)):
+                say(f"{name}: {tracker.place}")
 
     def write(self, record: dict[str, Any], step: int) -> None:
         """A record of metrics.jsonl after `step` steps of the whole run."""

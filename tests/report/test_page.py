@@ -76,6 +76,9 @@ def trained(study: Path, table: pd.DataFrame) -> None:
                 figures = {"loss": 5 / step**0.1 + 10 * (arm == 0), "lr": 1e-3, "tokens_per_s": 9e4}
                 norm = {"grad_norm": 0.3 + 3 / step if step > 9 else None}
                 file.write(json.dumps(where | figures | norm) + "\n")
+    damaged = study / "runs" / "damaged"
+    damaged.mkdir()
+    (damaged / "metrics.jsonl").write_text("{")
 
 
 @pytest.fixture(scope="module")

@@ -122,6 +122,8 @@ def test_a_tracker_that_fails_or_hangs_is_said_once_and_training_goes_on(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Unreachable:
+        place = "https://tracker.example/run"
+
         def __init__(self, followed: Followed) -> None: ...
 
         def write(self, entry: Entry) -> None:
@@ -144,6 +146,7 @@ def test_a_tracker_that_fails_or_hangs_is_said_once_and_training_goes_on(
     assert said.count("warning: log.to: wandb failed (no route to host); training goes on, and metrics.jsonl has") == 1
     assert said.count("warning: log.to: mlflow has not taken the last figures in time") == 1
     assert said.count("log.to") == 2
+    assert "wandb: https://tracker.example/run" in said
     assert len((data / "failing" / "metrics.csv").read_text().splitlines()) == 1 + len(tiny.metrics(data / "failing"))
 
 
