@@ -14,7 +14,9 @@ import torch
 import yaml
 
 from spt_fast.fields import read_yaml
+from spt_fast.study import sweep as sweeping
 from tests.pages import ROOT, blocks_of, commands_of, run
+from tests.study.tiny_study import HereAlone
 
 pytestmark = pytest.mark.long
 
@@ -128,6 +130,7 @@ def test_every_command_runs_in_the_order_of_the_readme(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sweeping, "Local", lambda *_: HereAlone())
     for command in USING:
         if "--tokenizer base" in command and not Path("base").exists():
             shutil.copytree("hf", "base")  # stands for the base model of the README
