@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
 
 from spt_fast.config import recipe_from
 from spt_fast.errors import RecipeError
@@ -38,6 +36,8 @@ def short(data: Path, name: str, *to: str) -> dict[str, Any]:
 
 def history(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(config, what was logged) of a run of W&B, whose file is a log as LevelDB writes it."""
+    from wandb.proto.wandb_internal_pb2 import Record  # a second, which collecting the tests need not take
+
     written, at, data = file.read_bytes(), 7, b""
     config, rows = dict[str, Any](), list[dict[str, Any]]()
     while at < len(written):
@@ -94,6 +94,8 @@ def test_every_tracker_has_a_resumed_run_whole_and_once(
     )
     of_arm = points(folder / "tensorboard" / "finetune-2", "train/loss")
     assert [value for _, value in of_arm] == pytest.approx(second)
+
+    from mlflow import MlflowClient
 
     client = MlflowClient((offline / "mlruns").as_uri())
     (found,) = client.search_runs([client.get_experiment_by_name("spt-fast").experiment_id])
