@@ -57,14 +57,14 @@ def arm_table(comparison: Comparison) -> Table:
     return table
 
 
-SETTING_COLUMNS = ("arm", "setting", "seeds", "domain, select", "domain after", "general after", "")
+SETTING_COLUMNS = ("arm", "setting", "seeds", "domain, select", "domain after", "general after", "taken")
 
 
 def setting_cells(tried: Tried) -> list[str]:
     """Of a setting that was run: means over seeds, and whether it is the one taken."""
     means = (tried.domain_select, tried.domain_after, tried.general_after)
     arm = f"{tried.treatment.name}, {amount(tried.tokens)} tokens" if tried.tokens else tried.treatment.name
-    return [arm, tried.setting, str(tried.seeds), *(signed(mean, 3) for mean in means), "taken" if tried.kept else ""]
+    return [arm, tried.setting, str(tried.seeds), *(signed(mean, 3) for mean in means), "yes" if tried.kept else ""]
 
 
 ARM_FIGURES = ("domain_after", "general_before", "general_after", "forgetting")
