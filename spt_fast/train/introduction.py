@@ -10,6 +10,7 @@ import torch
 
 from spt_fast.model.flops import parameters
 from spt_fast.model.gpt import GPT
+from spt_fast.quantities import count
 from spt_fast.train.checkpoint import Checkpoint
 from spt_fast.train.doubts import doubts
 from spt_fast.train.engine import EngineInterface
@@ -42,7 +43,7 @@ def introduction(
     if model.fp8:
         how = "in fp8" if engine.device.type == "cuda" else "as in fp8, which only costs time on a CPU"
         kind += f" ({model.fp8_share:.0%} of the blocks' matmuls {how})"
-    yield f"{folder}: {parameters(plan.model):,} parameters in {kind} on {engine.describe()}"
+    yield f"{folder}: {count(parameters(plan.model))} parameters in {kind} on {engine.describe()}"
     if plan.recipe.precision == "auto":
         yield f"precision: {choices.precision}"
     by_backend = {
