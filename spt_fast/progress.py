@@ -117,8 +117,8 @@ class Screen:
 
 
 def time_left(elapsed_s: float, done: float, left: float) -> str:
-    """At the pace so far; nothing before there is one."""
-    return f"ETA {duration(elapsed_s * left / done)}" if done > 0 else ""
+    """At the pace so far; nothing before there is one, and at the end."""
+    return f"ETA {duration(elapsed_s * left / done)}" if 0 < done * 1e-6 < left else ""
 
 
 @contextmanager

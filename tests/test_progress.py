@@ -68,6 +68,7 @@ def test_the_time_left_is_that_of_the_whole_run(
     assert re.fullmatch(CLOCK + r"pretrain · step 50/100 · loss 3\.000 · ETA 2 min", first)
     assert second.endswith("finetune · step 5/10 · ETA 30 s")
     assert time_left(5.0, 0.0, 1.0) == ""
+    assert time_left(5.0, 1.0, 1e-12) == ""
 
 
 def test_elsewhere_than_on_a_terminal_lines_are_plain_and_rare(

@@ -284,4 +284,4 @@ def _last_record(metrics: Path) -> dict[str, Any] | None:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
+    return f"{share:.1%}" if 0 < share < 0.1 else f"{share:.0%}"
