@@ -35,7 +35,7 @@ from spt_fast.kernels.backend import Candidate, Op, custom_op, differentiable, t
 from spt_fast.kernels.fp8 import with_largest
 from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, next_power_of_2, tl
-from spt_fast.kernels.linear import weight_gradients
+from spt_fast.kernels.linear import as_autocast, weight_gradients
 from spt_fast.kernels.matmul import multiply, rows_times
 
 
@@ -73,7 +73,8 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None = None, *
     if weight.dim() != 2 or 2 * weight.shape[1] != gate_up.shape[-1]:
         expected = f"it must be [O, {gate_up.shape[-1] // 2}], for gate_up {tuple(gate_up.shape)}"
         raise ValueError(invalid("swiglu_linear(weight)", tuple(weight.shape), expected))
-    return _swiglu_linear(gate_up, weight, bias, _SWIGLU_LINEAR.pick(backend, gate_up))
+    backend = _SWIGLU_LINEAR.pick(backend, gate_up)
+    return _swiglu_linear(*as_autocast(gate_up, weight, bias), backend)
 
 
 def _check(op: str, gate_up: Tensor) -> None:

@@ -36,9 +36,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     """
     if backend != "auto":
         _LINEAR.pick(backend, x)
-    if torch.is_grad_enabled() and accumulates_in_place(weight):
+    if torch.is_grad_enabled() and accumulates_in_place(weight) and not torch.is_autocast_enabled(x.device.type):
         return _InPlace.apply(x, weight, bias)
     return F.linear(x, weight, bias) if torch.is_grad_enabled() else rows_times(x, weight.T, bias)
+
+
+def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """A product's operands in the dtype that autocast, where it is on, multiplies in."""
+    kinds = {x.device.type for x in tensors if x is not None}
+    if not any(map(torch.is_autocast_enabled, kinds)):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kinds.pop())
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
 class _InPlace(torch.autograd.Function):

@@ -37,6 +37,15 @@ its 2 D inputs (D where norms stand after the layers), "selective" besides the r
 the block in its backward pass is there whole.
 On a CPU without a kernel for it, documents cost a mask of T x T a sequence and layer, a window one of T x T a layer.
 
+In fp8 each weight that is wide enough is there in both layouts beside its own, 2 bytes a number, from the first
+micro-batch on (with ZeRO one layout from forward to backward pass); and what such a layer reads is kept as one byte a
+number, instead of what the layers before attention and SwiGLU would keep, besides what else keeps it in the others.
+
+A norm's weight gradient waits for the end of the step in parts, one for each program that a GPU of SMS multiprocessors
+runs. A step recorded as a CUDA graph has memory of its own for what comes and goes, so that evaluations and steps of
+other shapes take theirs beside it: "recording" is as much again, where a recipe asks for graphs. `cuda_graphs: auto`
+records only where there is room for it.
+
 In float32, products of our own on a CPU (kernels/matmul.py) have a copy of their right factor: the head's weights
 beside the logits, a feed-forward layer's activation beside the gradients of its weights.
 
@@ -48,10 +57,11 @@ from __future__ import annotations
 
 import torch
 
-from spt_fast.kernels import attention_cpu, cross_entropy, matmul
+from spt_fast.kernels import attention_cpu, cross_entropy, matmul, norm
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import block_matrices, parameters
-from spt_fast.model.parameters import table
+from spt_fast.model.gpt import gains_by_fp8
+from spt_fast.model.parameters import of_block, table
 
 CHECKPOINTING = ("none", "selective", "full")
 DISTRIBUTIONS = (
@@ -63,6 +73,8 @@ DISTRIBUTIONS = (
 
 REDUCE_BUCKET = 50_000_000
 """Numbers that ZeRO sends at once: 200 MB in float32, where DeepSpeed's default would hold 2 GB and more."""
+SMS = 132
+"""Of an H100."""
 STAGE_3_PREFETCH, STAGE_3_REUSE = 50_000_000, 1_000_000_000
 """DeepSpeed's defaults, in numbers: stage3_prefetch_bucket_size, stage3_max_reuse_distance."""
 
@@ -84,15 +96,18 @@ def memory_bytes(
     stage: int = 0,
     world: int = 1,
     offload: str = "none",
+    fp8: bool = False,
+    recorded: bool = False,
 ) -> dict[str, int]:
     """Bytes that a step of `micro_batches` times `micro` sequences takes of one of `world` processes, at its peak.
 
     dtype: of parameters and computation, bfloat16 or float32. context: T, the model's by default. states: numbers that
     the optimizer keeps for each parameter; hidden_states: for each of a block's matrices, where these differ.
+    fp8, recorded: whether wide layers multiply in fp8, and whether steps are recorded as CUDA graphs.
     device: "cuda" or "cpu". stage, offload: of ZeRO; stage 0 is the local engine. A phase that unties a tied model has
     `replace(config, tied=False)`. freeze: as in the recipe's phase.
     Keys: parameters, gradients, optimizer, activations, logits (what the loss and the head's gradient take besides),
-    communication (buckets) and their sum `total`, on the device; `host`, what is offloaded.
+    communication (buckets), recording, and their sum `total`, on the device; `host`, what is offloaded.
     """
     assert (stage, offload) in DISTRIBUTIONS, (stage, offload)
     D, V, F, L, a = config.width, config.vocab_size, config.ffn, config.layers, dtype.itemsize
@@ -136,9 +151,20 @@ def memory_bytes(
     added = made_head if learning == P and adds_apart else 0
 
     kept, whole = _of_a_block(config, micro, T, dtype, device, checkpointing, documents)
+    in_fp8 = [row for row in of_block(config) if fp8 and row.kind.multiplies and gains_by_fp8(row.shape)]
+    read = sum(row.shape[1] for row in in_fp8)
+    read_alone = a * D * sum(row.name in ("wqkv", "w_gate_up") for row in in_fp8)  # kept by nobody else
+    kept += {"none": read - read_alone, "selective": read, "full": 0}[checkpointing]
+    whole += read - read_alone
+    layouts = L * sum(2 * row.size + 4 * sum(row.shape) for row in in_fp8)
+    own += layouts if stage == 0 else 0
     kept, whole = tokens * kept, tokens * max(kept, whole)
     x, activation = tokens * D * a, tokens * 3 * F * a
     once = x + 16 * tokens * micro_batches + 8 * config.head_dim * (T + (tokens if documents else 0))
+    if stage == 0 and device == "cuda":
+        once += 4 * norm.PROGRAMS_PER_SM * SMS * D * (2 * L + 1)
+    if stage > 0 and checkpointing == "none":
+        once += layouts // 2
     packs = device == "cpu" and a == 4 and matmul.PAYS
     logits = _chunk_of_logits(tokens, V, dtype, device) + (a * head if device == "cpu" and (a < 4 or packs) else 0)
     right = a * tokens * F if packs else 0
@@ -154,7 +180,9 @@ def memory_bytes(
         moments["widen"] = before, once + L * kept, 4 * head + x + 4 * tokens * D + (x if a < 4 else 0)
         moments["scale"] = before, once + L * kept, 4 * head + 2 * x + made_head
     at_peak = dict(zip(("gradients", "activations", "logits"), max(moments.values(), key=sum), strict=True))
+    recording = at_peak["activations"] + at_peak["logits"] if recorded and stage == 0 else 0
     on_device = {"parameters": own + gathered, "optimizer": optimizer, "communication": buckets, **at_peak}
+    on_device["recording"] = recording
     return {**on_device, "total": sum(on_device.values()), "host": host}
 
 

@@ -246,6 +246,8 @@ def phase_memory(
         stage=own_stage if stage is None else stage,
         world=machine.gpus,
         offload=offload or own_offload,
+        fp8=plan.recipe.engine.fp8,
+        recorded=plan.recipe.engine.cuda_graphs is True and machine.device == "cuda",
     )
 
 

@@ -74,10 +74,10 @@ class ZeroEngine:
         config = self._deepspeed_config(phase.optimizer, micro_batches)
         model = self._model(snapshot, phase.freeze, config)
         self.optimizer: Any
-        if self.settings.stage == 0:
-            self.optimizer = Whole(model, phase.optimizer, phase.anchor)
-        elif phase.optimizer.whole_matrices:
+        if phase.optimizer.whole_matrices:
             self.optimizer = Dealt(model, phase.optimizer, phase.anchor, self.world)
+        elif self.settings.stage == 0:
+            self.optimizer = Whole(model, phase.optimizer, phase.anchor)
         else:
             self.optimizer = Partitioned(model, phase.optimizer, phase.anchor)
         with contextlib.redirect_stdout(io.StringIO()):  # its tables of memory
@@ -324,11 +324,18 @@ class Whole(torch.optim.Optimizer):
 
 
 class Dealt(Whole):
-    """Stage 1 for an optimizer that needs matrices whole: each process updates some parameters and sends them on."""
+    """Stages 0 and 1 for an optimizer that needs matrices whole: each process updates some parameters and sends them
+    on. To keep all state everywhere, as stage 0 does, would mean to repeat all updates."""
 
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float, world: World) -> None:
         self._world, self._owners = world, dealt(table(model.config), world.size)
         super().__init__(model, settings, anchor_decay)
+        sizes = {name: param.numel() for name, param in self.params.items()}
+        self._messages = [
+            (owner, names)
+            for owner in range(world.size)
+            for names in _up_to(REDUCE_BUCKET, {n: size for n, size in sizes.items() if self._owners[n] == owner})
+        ]
 
     def _optimizer(self, model: GPT, settings: Optimizer, anchor_decay: float) -> ModelOptimizer:
         own = lambda name: self._owners[name] == self._world.rank  # noqa: E731
@@ -348,14 +355,13 @@ class Dealt(Whole):
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         super().step()
-        for owner in range(self._world.size):
-            theirs = [param.detach() for name, param in self.params.items() if self._owners[name] == owner]
-            for part in _up_to(REDUCE_BUCKET, theirs):
-                flat = torch.cat([tensor.flatten() for tensor in part])
-                dist.broadcast(flat, src=owner)
-                if owner != self._world.rank:
-                    for tensor, values in zip(part, flat.split([t.numel() for t in part]), strict=True):
-                        tensor.copy_(values.view_as(tensor))
+        for owner, names in self._messages:
+            tensors = [self.params[name].detach() for name in names]
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.broadcast(flat, src=owner)
+            if owner != self._world.rank:
+                for tensor, values in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                    tensor.copy_(values.view_as(tensor))
 
 
 def dealt(rows: Mapping[str, Parameter], processes: int) -> dict[str, int]:
@@ -368,14 +374,14 @@ def dealt(rows: Mapping[str, Parameter], processes: int) -> dict[str, int]:
     return owners
 
 
-def _up_to(size: int, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in their order, in parts of up to so many numbers, or of one tensor."""
-    part: list[Tensor] = []
-    for tensor in tensors:
-        if part and sum(t.numel() for t in part) + tensor.numel() > size:
+def _up_to(most: int, sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in their order, in parts of up to so many numbers, or of one name."""
+    part: list[str] = []
+    for name, size in sizes.items():
+        if part and sum(sizes[other] for other in part) + size > most:
             yield part
             part = []
-        part.append(tensor)
+        part.append(name)
     if part:
         yield part
 

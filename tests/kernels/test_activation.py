@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from spt_fast.kernels import accumulate_in_place, activation, swiglu, swiglu_linear, swiglu_packed
+from spt_fast.kernels import accumulate_in_place, activation, linear, swiglu, swiglu_linear, swiglu_packed
 from spt_fast.kernels.fp8 import largest_of
 from tests.kernels.compare import (
     DEVICE,
@@ -171,6 +171,21 @@ def test_results_and_gradients_carry_the_largest_of_their_rows_in_parts(width: i
         assert torch.equal(largest.amax(1), x.abs().amax(2).flatten())
     assert largest_of(swiglu_packed(gate_up, backend="triton")) is None
     assert largest_of(swiglu_packed(gate_up, largest=True, backend="reference")) is None
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_products_under_autocast_are_in_its_dtype(in_place: bool) -> None:
+    gate_up, down, up = (x.requires_grad_() for x in random_tensors([(6, 16), (4, 8), (16, 6)], torch.float32))
+    if in_place:
+        accumulate_in_place([down, up])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y, z = swiglu_linear(gate_up, down), linear(torch.ones(3, 6, device=DEVICE), up)
+    assert y.dtype == z.dtype == torch.bfloat16
+    (y.sum() + z.sum()).backward()
+    plain = [x.detach().requires_grad_() for x in (gate_up, down, up)]
+    (swiglu_linear(plain[0], plain[1]).sum() + linear(torch.ones(3, 6, device=DEVICE), plain[2]).sum()).backward()
+    for ours, exact in zip((gate_up, down, up), plain, strict=True):
+        torch.testing.assert_close(ours.grad, exact.grad, rtol=0.05, atol=0.05)
 
 
 def test_bad_shapes_are_refused() -> None:

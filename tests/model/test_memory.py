@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from spt_fast.model import gpt, memory
 from spt_fast.model.flops import block_matrices, parameters
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.model.memory import DISTRIBUTIONS, memory_bytes
@@ -101,6 +102,55 @@ def test_what_stays_is_counted_by_hand() -> None:
     assert [full[part] for part in ("parameters", "gradients", "optimizer")] == [4 * count, 4 * count, 8 * count]
     assert held["optimizer"] == 16 * count
     assert low["total"] == sum(size for part, size in low.items() if part not in ("total", "host"))
+
+
+@pytest.mark.parametrize(("more", "dtype"), [({}, BF16), (OLMO, FP32), ({"kv_heads": 1}, FP32)])
+def test_what_fp8_keeps_is_what_autograd_keeps(
+    more: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than without it: of a layer's weights both layouts once, and of each token what its wide layers read."""
+    monkeypatch.setattr(gpt, "FP8_WIDTH", 16)
+    config = GPTConfig(**(SHAPE | more | {"layers": 1}))
+
+    def kept(fp8: bool) -> tuple[int, int]:
+        model = GPT(config).to(dtype)
+        model.fp8 = fp8
+        optimizer = ModelOptimizer(model, AdamW(lr=1e-3))
+        storages: dict[int, int] = {}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        held = {param.untyped_storage().data_ptr() for param in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(*torch.zeros(2, 2, config.context, dtype=torch.int64))
+        weights = [x for p in model.parameters() if p.in_place.in_fp8 for x in p.in_place.in_fp8[1]]
+        layouts = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in weights}
+        assert loss.isfinite()
+        del optimizer
+        others = sum(size for at, size in storages.items() if at not in held and at not in layouts)
+        return sum(layouts.values()), others
+
+    def counted(fp8: bool) -> dict[str, int]:
+        monkeypatch.setattr(memory, "_chunk_of_logits", lambda *_: 1 << 30)  # so that the peak is where all is kept
+        return memory_bytes(config, 2, dtype=dtype, device="cpu", fp8=fp8)
+
+    (weights, more_kept), (none, plain) = kept(True), kept(False)
+    assert none == 0
+    assert counted(True)["parameters"] - counted(False)["parameters"] == weights > 0
+    assert counted(True)["activations"] - counted(False)["activations"] == pytest.approx(more_kept - plain, abs=64)
+
+
+def test_a_recording_takes_what_a_step_makes_again() -> None:
+    config = GPTConfig.preset("1b")
+    plain, recorded = (memory_bytes(config, 2, dtype=BF16, recorded=recorded) for recorded in (False, True))
+    assert recorded["recording"] == plain["activations"] + plain["logits"]
+    assert recorded["total"] == plain["total"] + recorded["recording"]
+    assert memory_bytes(config, 2, dtype=BF16, recorded=True, stage=1, world=2)["recording"] == 0
+    narrow = memory_bytes(GPTConfig.preset("124m"), 2, dtype=BF16, fp8=True)
+    assert narrow == memory_bytes(GPTConfig.preset("124m"), 2, dtype=BF16), "no layer is wide enough"
+    assert memory_bytes(config, 2, dtype=BF16, fp8=True)["parameters"] > 1.9 * plain["parameters"]
 
 
 def test_zero_divides_what_it_says() -> None:

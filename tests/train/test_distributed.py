@@ -180,7 +180,8 @@ def test_an_optimizer_of_its_own_kinds_of_state_is_partitioned_too(data: Path) -
 
     muon = recipe("muon-moved", stage=1)
     muon["phases"][0]["optimizer"]["name"] = "muon"
-    together(1, [{"recipe": recipe("momentum")}, {"recipe": muon | {"run": str(data / "muon")}}], data)
+    repeated = muon | {"run": str(data / "muon"), "engine": {**muon["engine"], "stage": 0}}
+    together(1, [{"recipe": recipe("momentum")}, {"recipe": repeated}], data)
     moved = recipe("momentum-moved", stage=1)
     plans = [{"recipe": recipe("momentum-3", stage=3)}, {"recipe": moved, "stop_at": 7}, {"recipe": muon, "stop_at": 7}]
     together(2, plans, data)
