@@ -16,6 +16,7 @@ What a query sees is an interval of keys, what sees a key is an interval of quer
 falls from one position to the next, whatever mixture of causality, window and documents. So the intervals of a block's
 first and last position say where its walk starts and ends, and which blocks all of it sees, where no mask is needed.
 They are one loop with a branch, or, in the launches called split, loops of their own: more registers, no branch.
+Forward, keys and values may come by Hopper's copy unit (TMA) instead of by loads, where the tuner finds it faster.
 Where the document of each position starts and ends is found once, on the device. Padding, past the last document, is
 taken for the end of a row: it is never loaded.
 
@@ -38,6 +39,7 @@ from spt_fast.kernels.launch import (
     INTERPRETED,
     TRITON_VERSION,
     Config,
+    TensorDescriptor,
     Variant,
     jit,
     launched,
@@ -75,11 +77,19 @@ def attention(
     lse_BHT = q_BTHD.new_empty(B, H, T, dtype=torch.float32)
     spans = None if cu_seqlens is None else spans_of(cu_seqlens, B, T)
     config = _launched("forward", q_BTHD)
+    constants = _constants(q_BTHD, config)
+    keys: list[Any] = [k_BTKD, v_BTKD]
+    fit = cu_seqlens is None and all(_fits_descriptor(x, constants["WIDTH"]) for x in keys)
+    constants["TMA"] = int(fit and constants.get("TMA", 0))  # a checkpoint's launches may not say
+    if constants["TMA"]:
+        keys = [
+            TensorDescriptor(x, list(x.shape), list(x.stride()), [1, config["N"], 1, constants["WIDTH"]]) for x in keys
+        ]
     if o_BTHD.numel():
         _forward_kernel[(-(-T // config["M"]) * B * H,)](
-            q_BTHD, k_BTKD, v_BTKD, o_BTHD, lse_BHT, *_documents_arguments(cu_seqlens, spans),
+            q_BTHD, *keys, o_BTHD, lse_BHT, *_documents_arguments(cu_seqlens, spans),
             *q_BTHD.stride()[:3], *k_BTKD.stride()[:3], *v_BTKD.stride()[:3],
-            T, H, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, config),
+            T, H, H // K, window, scale, CAUSAL=causal, **constants,
         )  # fmt: skip
     return o_BTHD, lse_BHT, o_BTHD.new_empty(0, dtype=torch.int32) if spans is None else spans
 
@@ -191,10 +201,18 @@ FENCED = tuple(int(part) for part in (TRITON_VERSION or "0.0").split(".")[:2]) >
 later that read them. 3.6 doesn't inside a loop, where copies are therefore not asynchronous: one stage."""
 
 
-def _config(kernel: str, arch: int, M: int, N: int, warps: int, stages: int, *, split: bool = False) -> Config:
-    """split: blocks of keys of which all is seen have a loop of their own, in which nothing waits for a branch."""
-    flags = () if kernel == "dkv" else (("SPLIT", int(split)),)
-    return Config((("M", M), ("N", N), *flags), warps, stages if FENCED or arch == 80 else 1)
+def _config(
+    kernel: str, arch: int, M: int, N: int, warps: int, stages: int, *, split: bool = False, tma: bool = False
+) -> Config:
+    """split: blocks of keys of which all is seen have a loop of their own, in which nothing waits for a branch. tma:
+    keys and values are copied by Hopper's copy unit, where there are no documents; it needs no fence."""
+    flags = {"forward": (("SPLIT", int(split)), ("TMA", int(tma))), "dq": (("SPLIT", int(split)),), "dkv": ()}[kernel]
+    return Config((("M", M), ("N", N), *flags), warps, stages if FENCED or arch == 80 or tma else 1)
+
+
+def _fits_descriptor(x_BTKD: Tensor, width: int) -> bool:
+    aligned = x_BTKD.data_ptr() % 16 == 0 and all(step * x_BTKD.itemsize % 16 == 0 for step in x_BTKD.stride()[:3])
+    return aligned and x_BTKD.shape[-1] == width
 
 
 def default(kernel: str, width: int, itemsize: int, arch: int) -> Config:
@@ -213,6 +231,8 @@ def candidates(kernel: str, width: int, itemsize: int, arch: int) -> list[Config
         every += [_config(kernel, arch, *sizes) for sizes in CANDIDATES[kernel][_size(width)]]
         if kernel != "dkv" and width <= 128:
             every += [_config(kernel, arch, *sizes, split=True) for sizes in SPLIT[kernel][_size(width)]]
+        if kernel == "forward" and width <= 128:
+            every += [_config(kernel, arch, *sizes, split=split, tma=True) for split, *sizes in TMA[_size(width)]]
     return list(dict.fromkeys(every))
 
 
@@ -273,6 +293,12 @@ SPLIT = {
     "dq": (((128, 64, 8, 2), (64, 64, 4, 2)), ((128, 64, 8, 2), (64, 64, 8, 2))),
 }
 """Those that are split."""
+
+TMA = (
+    ((False, 128, 64, 8, 2), (False, 128, 128, 8, 2), (True, 128, 128, 8, 2), (False, 128, 64, 4, 3)),
+    ((False, 128, 64, 8, 2), (False, 128, 128, 8, 2), (True, 128, 64, 8, 3)),
+)
+"""Forward, split or not, with keys and values copied by descriptors."""
 
 
 def _launched(kernel: str, q_BTHD: Tensor) -> Config:
@@ -367,19 +393,32 @@ def _visible(x, n, low, high, other: tl.constexpr, N: tl.constexpr):
 
 
 @jit
+def _load_keys(
+    ptr, row, head, first, length, stride,
+    TMA: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """As _load, or by a descriptor, in which what is past a row's end is 0."""
+    if TMA:
+        x = tl.reshape(ptr.load([row, first, head, 0]), (ROWS, WIDTH))
+    else:
+        x = _load(ptr, first, length, stride, ROWS, D, WIDTH)
+    return x
+
+
+@jit
 def _attend(
-    q, k_ptr, v_ptr, n, low, high, o, total, largest, edge, length, k_t, v_t, scale,
-    N: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    q, k_ptr, v_ptr, row, kv_head, n, low, high, o, total, largest, edge, length, k_t, v_t, scale,
+    TMA: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A block of keys more in the three sums; edge: whether some see only a part of it."""
-    k = _load(k_ptr, n, length, k_t, N, D, WIDTH)
+    k = _load_keys(k_ptr, row, kv_head, n, length, k_t, TMA, N, D, WIDTH)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if edge:
         s = _visible(s, n, low, high, float("-inf"), N)
     larger = tl.maximum(largest, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - larger[:, None])
     shrink = tl.exp2(largest - larger)
-    v = _load(v_ptr, n, length, v_t, N, D, WIDTH)
+    v = _load_keys(v_ptr, row, kv_head, n, length, v_t, TMA, N, D, WIDTH)
     o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
     return o, total * shrink + tl.sum(p, 1), larger
 
@@ -390,16 +429,20 @@ def _forward_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     T, H, GROUP, window, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
+    """TMA: k_ptr and v_ptr are descriptors of the whole tensors."""
     blocks = tl.cdiv(T, M)
     program = tl.program_id(0)
     head, row = program // blocks % H, program // blocks // H
+    kv_head = head // GROUP
     first = (blocks - 1 - program % blocks) * M  # under a causal mask the last queries take longest
     length = _row_length(cu_seqlens_ptr, documents, row, T)
     last = tl.maximum(tl.minimum(first + M, length) - 1, first)
     row_64, head_64 = tl.cast(row, tl.int64), tl.cast(head, tl.int64)
-    k_ptr += row_64 * k_b + head_64 // GROUP * k_h
-    v_ptr += row_64 * v_b + head_64 // GROUP * v_h
+    if not TMA:
+        k_ptr += row_64 * k_b + head_64 // GROUP * k_h
+        v_ptr += row_64 * v_b + head_64 // GROUP * v_h
     low_of_first, high_of_first = _keys_of(first, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
     low_of_last, high_of_last = _keys_of(last, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
     i = first + tl.arange(0, M)
@@ -414,22 +457,26 @@ def _forward_kernel(
         for n in range(start, high_of_last, N):
             edge = n < full or n >= full_end
             o, total, largest = _attend(
-                q, k_ptr, v_ptr, n, low, high, o, total, largest, edge, length, k_t, v_t, scale, N, D, WIDTH
-            )
+                q, k_ptr, v_ptr, row, kv_head, n, low, high, o, total, largest, edge, length, k_t, v_t, scale,
+                TMA, N, D, WIDTH,
+            )  # fmt: skip
     else:
         if starts_ptr is not None or window is not None:
             for n in range(start, tl.minimum(full, high_of_last), N):
                 o, total, largest = _attend(
-                    q, k_ptr, v_ptr, n, low, high, o, total, largest, True, length, k_t, v_t, scale, N, D, WIDTH
-                )
+                    q, k_ptr, v_ptr, row, kv_head, n, low, high, o, total, largest, True, length, k_t, v_t, scale,
+                    TMA, N, D, WIDTH,
+                )  # fmt: skip
         for n in range(full, full_end, N):
             o, total, largest = _attend(
-                q, k_ptr, v_ptr, n, low, high, o, total, largest, False, length, k_t, v_t, scale, N, D, WIDTH
-            )
+                q, k_ptr, v_ptr, row, kv_head, n, low, high, o, total, largest, False, length, k_t, v_t, scale,
+                TMA, N, D, WIDTH,
+            )  # fmt: skip
         for n in range(full_end, high_of_last, N):
             o, total, largest = _attend(
-                q, k_ptr, v_ptr, n, low, high, o, total, largest, True, length, k_t, v_t, scale, N, D, WIDTH
-            )
+                q, k_ptr, v_ptr, row, kv_head, n, low, high, o, total, largest, True, length, k_t, v_t, scale,
+                TMA, N, D, WIDTH,
+            )  # fmt: skip
     total = tl.where(i < length, total, 1.0)  # padding has seen nothing
     tl.store(lse_ptr + (row_64 * H + head) * T + i, largest + tl.log2(total), i < T)
     o_ptr += (row_64 * T * H + head) * D
@@ -596,11 +643,15 @@ def variants() -> list[Variant]:
                 every = candidates(*shape) if causal and kind in ("plain", "documents") else [default(*shape)]
                 for config in every:
                     constants = absences | {"CAUSAL": causal, "D": D, "WIDTH": width, **dict(config.constants)}
+                    if constants.get("TMA") and (kind != "plain" or width != D):
+                        continue
+                    block = f"tensordesc<{dtype[1:]}[1, {config['N']}, 1, {width}]>"
+                    described = dict.fromkeys(("k_ptr", "v_ptr"), block) if constants.get("TMA") else {}
                     usual = usually and config == default(*shape)
                     found.append(
                         Variant(
                             kernel,
-                            arguments,
+                            arguments | described,
                             constants,
                             config.num_warps,
                             config.num_stages,

@@ -19,6 +19,7 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     TRITON_VERSION: str | None = triton.__version__
     INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,7 +36,7 @@ try:
 
     jit: Callable[..., Any] = triton.jit if INTERPRETED else Kernel
 except ImportError:
-    tl, TRITON_VERSION, INTERPRETED = None, None, False
+    tl, TensorDescriptor, TRITON_VERSION, INTERPRETED = None, None, None, False
 
     def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         return function
@@ -120,6 +121,7 @@ __all__ = [
     "INTERPRETED",
     "TRITON_VERSION",
     "Config",
+    "TensorDescriptor",
     "Variant",
     "choose",
     "jit",
