@@ -11,7 +11,8 @@ norm and micro-batch; with `PartialSums` the parts of all norms stay in one tens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -28,7 +29,8 @@ class InPlace:
 
     memory: Tensor | None = None
     """Where the gradient begins; None for new memory."""
-    parts: PartialSums | None = None
+    parts: Callable[[], PartialSums | None] = lambda: None
+    """A weak reference: a cycle would keep a model's memory until the garbage collector comes."""
     in_fp8: Any = None
     """What kernels/fp8.py has made of the parameter."""
 
@@ -77,7 +79,7 @@ class PartialSums:
         self._parts: Tensor | None = None
         self._begun: set[int] = set()
         for parameter in parameters:
-            parameter.in_place.parts = self  # type: ignore[attr-defined]
+            parameter.in_place.parts = weakref.ref(self)  # type: ignore[attr-defined]
 
     def of(self, parameter: Tensor, programs: int) -> tuple[Tensor, bool]:
         """The parts [programs, D] of one of them, float32; whether they are new, and hold nothing yet."""
@@ -104,8 +106,8 @@ class PartialSums:
 
 
 def sum_parts_at_last(parameters: Iterable[Tensor]) -> list[PartialSums]:
-    """From now on ops that sum gradients of these vectors in parts leave them so until `add_up`. They accumulate in
-    place already."""
+    """For as long as the results live, ops that sum gradients of these vectors in parts leave them so until `add_up`.
+    They accumulate in place already."""
     alike: dict[int, list[Tensor]] = {}
     for parameter in parameters:
         alike.setdefault(len(parameter), []).append(parameter)

@@ -150,7 +150,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dstream: Tensor | None, *_: None) ->
     if dy is None:
         return dstream, dstream, *[None] * 4
     known = in_place(ctx.weight)
-    if known is not None and known.parts is not None and _makes_parts(x, ctx.backend) and not is_looked_at((dy, x)):
+    if known is not None and known.parts() is not None and _makes_parts(x, ctx.backend) and not is_looked_at((dy, x)):
         amax, dw = _empty_amax(x, ctx.largest, ctx.backend), None
         dstream = None if dstream is None else dstream.contiguous()
         dx, _parts = _triton_backward(
@@ -359,7 +359,7 @@ def _triton_backward(
         programs = min(-(-N // config["ROWS"]), programs)
         dw, new = x.new_empty(programs, D, dtype=torch.float32), True
     else:
-        dw, new = in_place(parameter).parts.of(parameter, programs)  # type: ignore[union-attr]
+        dw, new = in_place(parameter).parts().of(parameter, programs)  # type: ignore[union-attr]
     _backward_kernel[(programs,)](
         dy, dstream, x, weight, rstd, dx, dw, amax, N, D,
         HAS_DSTREAM=dstream is not None, TWICE=D > WIDEST, AMAX=amax.numel() > 0 and D <= WIDEST, ADD=not new,

@@ -176,9 +176,10 @@ def test_every_launch_is_compiled_ahead_of_time() -> None:
             x, weight = torch.empty(2, D, dtype=dtype), torch.empty(D, dtype=dtype)
             other, kept = x if whole else None, torch.nn.Parameter(torch.ones(D))
             accumulate_in_place([kept])
-            sum_parts_at_last([kept])
+            kept_in = sum_parts_at_last([kept])
             for amax in (torch.empty(0), torch.empty(2))[: 2 if D >= 2048 and D % 16 == 0 and dtype == BF16 else 1]:
                 norm._triton_forward(x, other, weight, 1e-6, amax)
                 for parameter in (None, kept):
                     for _ in range(1 if parameter is None else 2):
                         norm._triton_backward(x, other, x, weight, torch.empty(2), amax, parameter)
+            assert kept_in

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,22 @@ def test_an_optimizer_that_is_not_known_is_named_and_so_is_a_setting_of_another(
     raw["phases"][0]["optimizer"] = {"name": "momentum", "lr": 1, "betas": [0.9, 0.95]}
     with pytest.raises(RecipeError, match=r"phases\[pretrain\]\.optimizer\.betas: unknown key"):
         recipe_from(raw)
+
+
+def test_a_model_and_its_optimizer_are_freed_at_once() -> None:
+    """Not when the garbage collector comes: the next phase needs their memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = GPT(CONFIG, seed=1)
+        optimizer = ModelOptimizer(model, AdamW(lr=1e-2))
+        backward(model, batches(1)[0])
+        optimizer.step(1e-2, optimizer.grad_norm(), torch.tensor(False))
+        held = [weakref.ref(each) for each in (model.embedding, model.final_norm, optimizer._parts[0])]
+        del optimizer, model
+        assert not any(ref() is not None for ref in held)
+    finally:
+        gc.enable()
 
 
 def test_a_model_in_training_may_be_converted_and_is_saved_without_gradients() -> None:
