@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = re.compile(r"^::: (\S+)$", re.MULTILINE)
+PACKAGE = re.compile(r"^::: ([a-z_.]+)$", re.MULTILINE)  # a class, which has capitals, is left to mkdocstrings
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)(#[^)]*)?\)")
 
 
