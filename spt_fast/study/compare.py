@@ -377,7 +377,7 @@ def best_settings(runs: Sequence[Finetune]) -> tuple[list[Finetune], list[Tried]
         return list(runs), []
     before, here = varied(pretraining), varied(own)
     table["setting"] = [
-        " · ".join(filter(None, (first and f"{first} in pretraining", last)))
+        " · ".join(filter(None, (first and f"pretraining {first}", last)))
         for first, last in zip(
             (in_words(row, before) for row in pretraining.to_dict("records")),
             (in_words(row, here) for row in own.to_dict("records")),

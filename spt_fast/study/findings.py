@@ -24,7 +24,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """The arms as a table, then what can be said about them."""
     console.print(arm_table(comparison))
     if comparison.settings:
-        of = "settings of the optimizers; the one with the lowest mean domain loss on the select half is taken"
+        of = "settings of the optimizers: of each arm the one with the lowest domain loss on the select half is taken"
         print_table(console, of, SETTING_COLUMNS, map(setting_cells, comparison.settings))
     for line in findings(comparison):
         console.print(f"- {line}")
@@ -57,13 +57,13 @@ def arm_table(comparison: Comparison) -> Table:
     return table
 
 
-SETTING_COLUMNS = ("arm", "setting", "seeds", "domain, select", "domain after", "general after", "taken")
+SETTING_COLUMNS = ("arm", "setting", "seeds", "select half", "domain after", "taken")
 
 
 def setting_cells(tried: Tried) -> list[str]:
-    """Of a setting that was run: means over seeds, and whether it is the one taken."""
-    means = (tried.domain_select, tried.domain_after, tried.general_after)
-    arm = f"{tried.treatment.name}, {amount(tried.tokens)} tokens" if tried.tokens else tried.treatment.name
+    """Of a setting that was run: mean domain losses over seeds, and whether it is the one taken."""
+    means = (tried.domain_select, tried.domain_after)
+    arm = f"{tried.treatment.name}, {amount(tried.tokens)}" if tried.tokens else tried.treatment.name
     return [arm, tried.setting, str(tried.seeds), *(signed(mean, 3) for mean in means), "yes" if tried.kept else ""]
 
 

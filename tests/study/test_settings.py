@@ -188,7 +188,7 @@ def test_laws_and_advice_are_of_the_best_setting_of_each_arm(tried: pd.DataFrame
     assert set(used.rows["weight_decay"]) == {1.0}
     (listed,) = settings(used).tables  # on the page
     assert len(listed.rows) == 3 * 3 * len(BUDGETS)
-    assert {row.cells[1] for row in listed.rows if row.best} == {"weight_decay 1 in pretraining · weight_decay 1"}
+    assert {row.cells[1] for row in listed.rows if row.best} == {"pretraining weight_decay 1 · weight_decay 1"}
     assert len(used.rows) == len(tried) / 3
     assert any("the best of each arm is kept: weight_decay 1 (delta 0, 0.01, 0.05)" in note for note in used.notes)
     alone = tried[tried["weight_decay"] == 1]
@@ -242,13 +242,13 @@ def test_compare_takes_the_best_setting_of_each_arm_and_shows_the_others(tmp_pat
     assert found.arms[0].domain_after is not None
     assert found.arms[0].domain_after.mean == pytest.approx(5.3)
     assert [(one.setting, one.seeds, one.kept) for one in found.settings] == [
-        ("weight_decay 1 in pretraining", 2, True),
-        ("weight_decay 0.1 in pretraining", 2, False),
+        ("pretraining weight_decay 1", 2, True),
+        ("pretraining weight_decay 0.1", 2, False),
     ] * 2
     assert found.warnings == []
     said = io.StringIO()
     print_comparison(found, Console(file=said, width=120))
-    assert "weight_decay 0.1 in pretraining" in said.getvalue()
+    assert "pretraining weight_decay 0.1" in said.getvalue()
     with pytest.raises(RecipeError, match="the same delta"):  # nothing to choose by
         compare([*runs, fake_run(tmp_path / "again", NPT, change={"phases.0.optimizer": {"lr": 1e-3}})])
 
