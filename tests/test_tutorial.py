@@ -12,7 +12,9 @@ import yaml
 
 from spt_fast.cli.program import out
 from spt_fast.fields import parse_yaml
+from spt_fast.study import sweep
 from tests.pages import ROOT, blocks_of, run
+from tests.study.tiny_study import HereAlone
 
 pytestmark = pytest.mark.long
 
@@ -48,6 +50,7 @@ def test_the_tutorial_runs_and_prints_what_it_shows(
     recording = runpy.run_path(str(ROOT / "docs" / "record.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(out, "width", recording["COLUMNS"])
+    monkeypatch.setattr(sweep, "workers_of", lambda *_: HereAlone())
     no_longer: dict[str, list[str]] = {}
     for block in blocks_of(TUTORIAL):
         if block.language == "python":
