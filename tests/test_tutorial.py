@@ -21,7 +21,8 @@ pytestmark = pytest.mark.long
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 MODEL = {"layers": 1, "width": 32, "heads": 2, "context": 32}
 SMALLER = {"limit_bytes=7_000_000": "limit_bytes=300_000", "limit_bytes=400_000": "limit_bytes=100_000", "4096": "400"}
-WORD = re.compile(r"(?<!\w)[a-z]{3,}(?!\w)", re.IGNORECASE)
+WORD = re.compile(r"(?<!\w)(?!min\b)[a-z]{3,}(?!\w)", re.IGNORECASE)
+"""Of an output; whether a time is in seconds or minutes depends on the size."""
 
 
 def smaller(text: str) -> str:
