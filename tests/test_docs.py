@@ -83,6 +83,12 @@ def test_the_recipe_reference_is_what_the_dataclasses_say() -> None:
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference["page"](), said
 
 
+def test_the_readme_is_at_most_200_lines_of_100_columns() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200
+    assert [line for line in lines if len(line) > 100 and not line.startswith(("|", "spt-fast "))] == []
+
+
 def test_pictures_are_drawn_from_the_results(tmp_path: Path) -> None:
     runpy.run_path(str(ROOT / "docs" / "figures.py"))["draw"](tmp_path)
     shown = {file.name: file.read_text() for file in (ROOT / "docs" / "img").glob("*.svg")}
