@@ -71,7 +71,9 @@ def test_a_run_whose_loss_is_nan_at_the_end_failed_and_says_so_in_json(
     assert summary["phases"]["pretrain"]["skipped"] == summary["skipped_steps"] == 5
     assert files_of(folder)[0] == summary
     assert not (folder / "weights").exists(), "these weights are no result"
-    with pytest.raises(CheckpointError, match=r"its status is 'failed' \(phases\[pretrain\]: 5 of 6 .*mended recipe"):
+    with pytest.raises(
+        CheckpointError, match=r"its status is 'failed' \(phases\[pretrain\]: 5 of 6 .*correct the recipe"
+    ):
         FinishedRun.read(folder)
     with pytest.warns(SptWarning, match=r"diverged: is failed \(phases\[pretrain\]: 5 of 6 .*; \S+step-0\S+ is taken"):
         score(folder, data / "chem.heldout")
