@@ -420,7 +420,9 @@ class Campaign:
                 life = Life(recipe)
                 code = life.end()
             problems = []
-            if code != 2 or not any(advice in life.said for advice in ("make room", "fix the folder", "another")):
+            if code != 2 or not any(
+                advice in life.said for advice in ("make room", "free some", "fix the folder", "another")
+            ):
                 problems.append(f"in a read-only folder: exit {code}: {life.said}")
             if tree_hash(run) != before:
                 problems.append("a read-only folder was changed")
