@@ -136,7 +136,7 @@ def test_what_is_of_another_kind_is_named_with_the_command_for_it(
     for words, message in (
         (("sweep", recipe), f"{recipe}: is a recipe, not a study; train it by `spt-fast train`"),
         (("train", study), f"{study}: is a study, not a recipe; train its runs by `spt-fast sweep`"),
-        (("compare", recipe.parent / "run"), "is 'stopped'; finish it with `spt-fast train --resume`, or"),
+        (("compare", recipe.parent / "run"), "is 'stopped'; finish it with `spt-fast train --resume` or"),
         (("export", file.parent / "hf", "--out", file), f"--out: {file} is a file; name a folder"),
         (("demo", "--out", file), f"--out: {file} is a file; name a folder"),
         (("import", pipe.parent, "--out", "o"), "config.json: cannot be read as JSON ([Errno 22] Not a reg"),

@@ -86,7 +86,7 @@ class RunLog(Steps):
             self._file.flush()
         except OSError as error:
             raise CheckpointError(
-                f"{self._file.name}: could not be written ({error.strerror}); free space and use `resume=True`"
+                f"{self._file.name}: could not be written ({error.strerror}); make room and use `resume=True`"
             ) from error
         self._trackers.write(record, total_step)
 

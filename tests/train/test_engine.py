@@ -92,7 +92,7 @@ def test_a_step_is_recorded_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> 
     for step in range(3):
         made.step(micro_batches(step), 1e-3, lambda: False)
     with pytest.warns(
-        SptWarning, match=r"cuda_graphs: a step could not be recorded \(no graph today\); training goes on"
+        SptWarning, match=r"cuda_graphs: a step could not be recorded \(no graph today\); training continues without it"
     ):
         assert made.step(micro_batches(3), 1e-3, lambda: False) is not None
     assert made.step(micro_batches(4), 1e-3, lambda: False) is not None
