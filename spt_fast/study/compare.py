@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -307,6 +307,8 @@ class Comparison:
     """None without NPT."""
     compute_multiplier: dict[Treatment, float | None] | None
     """None where NPT's budgets don't bracket SPT's loss, and without NPT."""
+    compute_multiplier_per_seed: dict[Treatment, dict[str, float | None]] | None
+    """By the curves of one seed alone, at the same budget of SPT; None as above."""
     general_at_equal_domain: EqualDomain
     verdict: dict[str, dict[Treatment, Verdict]]
     """By figure."""
@@ -409,13 +411,17 @@ def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:
     figures = [_arm_figures(treatment, tokens, arms) for tokens, arms in budgets.items() for treatment in arms]
     here = {arm.treatment: arm for arm in figures if arm.tokens == budget}
     has_npt = any(treatment.delta == 0 for treatment in compared)
+    multipliers = _compute_multipliers(budgets)
     gains = {arm: here[arm].r_gain for arm in compared if held_against(arm, compared) is not None}
     return Comparison(
         tokens=budget,
         runs=runs,
         arms=figures,
         r_gain=gains if has_npt else None,
-        compute_multiplier=_compute_multipliers(budgets),
+        compute_multiplier=None if multipliers is None else {arm: own.of_means for arm, own in multipliers.items()},
+        compute_multiplier_per_seed=None
+        if multipliers is None
+        else {arm: own.per_seed for arm, own in multipliers.items()},
         general_at_equal_domain=EqualDomain(
             equal_domain, {arm: own.general_at_equal_domain for arm, own in here.items()}
         ),
@@ -471,29 +477,55 @@ def _arm_figures(treatment: Treatment, tokens: int, arms: Arms) -> ArmFigures:
     return ArmFigures(treatment=treatment, tokens=tokens, seeds=list(arm), r_gain=gain, **figures)
 
 
-def _compute_multipliers(budgets: Mapping[int, Arms]) -> dict[Treatment, float | None] | None:
-    curves: dict[Treatment, dict[int, float]] = {}
+class _Multiplier(NamedTuple):
+    of_means: float | None
+    per_seed: dict[str, float | None]
+
+
+def _compute_multipliers(budgets: Mapping[int, Arms]) -> dict[Treatment, _Multiplier] | None:
+    curves: dict[Treatment, dict[int, Arm]] = {}
     for tokens, arms in budgets.items():
         for treatment, arm in arms.items():
-            curves.setdefault(treatment, {})[tokens] = fmean(run.domain_after for run in arm.values())
+            curves.setdefault(treatment, {})[tokens] = arm
     if not any(treatment.delta == 0 for treatment in curves):
         return None
     return {
-        treatment: compute_multiplier(curves[base], curve)
+        treatment: _multiplier(curves[base], curve)
         for treatment, curve in sorted(curves.items())
         if (base := held_against(treatment, curves)) is not None
     }
 
 
-def compute_multiplier(npt: dict[int, float], spt: dict[int, float]) -> float | None:
-    """Tokens that NPT needs for SPT's loss / tokens that SPT took; both are {tokens: domain loss after finetuning}.
+def _multiplier(npt: Mapping[int, Arm], spt: Mapping[int, Arm]) -> _Multiplier:
+    """At SPT's largest budget whose mean loss the means of NPT's budgets bracket."""
+    means = _curve(npt)
+    for tokens, loss in sorted(_curve(spt).items(), reverse=True):
+        if (factor := compute_multiplier(means, tokens, loss)) is not None:
+            arm = spt[tokens]
+            return _Multiplier(
+                factor,
+                {str(seed): compute_multiplier(_curve(npt, seed), tokens, arm[seed].domain_after) for seed in arm},
+            )
+    return _Multiplier(None, {})
 
-    Linear in log tokens between NPT's budgets. Taken at SPT's largest budget whose loss they bracket; None without one.
+
+def _curve(by_budget: Mapping[int, Arm], seed: int | None = None) -> dict[int, float]:
+    """{tokens: domain loss after finetuning}: of one seed where it was run, else the mean over seeds."""
+    return {
+        tokens: fmean(run.domain_after for run in arm.values() if seed in (None, run.seed))
+        for tokens, arm in by_budget.items()
+        if seed is None or seed in arm
+    }
+
+
+def compute_multiplier(npt: Mapping[int, float], tokens: int, loss: float) -> float | None:
+    """Tokens that NPT needs for a loss / tokens that SPT took; NPT is {tokens: domain loss after finetuning}.
+
+    Linear in log tokens between NPT's budgets; None where they do not bracket the loss.
     """
-    for tokens, loss in sorted(spt.items(), reverse=True):
-        for (fewer, worse), (more, better) in pairwise(sorted(npt.items())):
-            if worse > better and worse >= loss >= better:
-                return fewer * (more / fewer) ** ((worse - loss) / (worse - better)) / tokens
+    for (fewer, worse), (more, better) in pairwise(sorted(npt.items())):
+        if worse > better and worse >= loss >= better:
+            return fewer * (more / fewer) ** ((worse - loss) / (worse - better)) / tokens
     return None
 
 

@@ -133,7 +133,13 @@ def multiplier(comparison: Comparison, arm: Treatment) -> list[str]:
     factor = (comparison.compute_multiplier or {}).get(arm)
     if not factor:
         return []
-    return [f"NPT needs {factor:.2f} times the pretraining tokens of {arm.name} for its domain loss after finetuning"]
+    says = f"NPT needs {factor:.2f} times the pretraining tokens of {arm.name} for its domain loss after finetuning"
+    seeds = (comparison.compute_multiplier_per_seed or {})[arm].values()
+    known = [own for own in seeds if own is not None]
+    spread = [f"by seed {min(known):.2f} to {max(known):.2f}"] if known else []
+    if len(known) < len(seeds):
+        spread.append(f"NPT's budgets do not bracket the loss of {len(seeds) - len(known)} of {len(seeds)}")
+    return [f"{says} ({', and '.join(spread)})" if len(seeds) > 1 else says]
 
 
 def conclusion(comparison: Comparison) -> list[str]:

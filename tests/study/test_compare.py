@@ -207,17 +207,40 @@ def test_a_path_is_read_at_its_first_crossing() -> None:
 
 def test_multiplier_is_interpolated_in_log_tokens() -> None:
     npt = {1_000: 6.0, 4_000: 5.0}
-    assert compute_multiplier(npt, {1_000: 5.5}) == pytest.approx(2.0)
-    assert compute_multiplier(npt, {1_000: 5.0}) == pytest.approx(4.0)
-    assert compute_multiplier(npt, {4_000: 5.5}) == pytest.approx(0.5)
-    assert compute_multiplier(npt, {1_000: 5.5, 4_000: 4.9}) == pytest.approx(2.0)  # 4.9 lies beyond NPT's budgets
+    assert compute_multiplier(npt, 1_000, 5.5) == pytest.approx(2.0)
+    assert compute_multiplier(npt, 1_000, 5.0) == pytest.approx(4.0)
+    assert compute_multiplier(npt, 4_000, 5.5) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
     ("npt", "loss"), [({1_000: 6.0, 4_000: 5.0}, 4.99), ({1_000: 6.0, 4_000: 5.0}, 6.01), ({1_000: 6.0}, 6.0)]
 )
 def test_multiplier_is_null_unless_bracketed(npt: dict[int, float], loss: float) -> None:
-    assert compute_multiplier(npt, {1_000: loss}) is None
+    assert compute_multiplier(npt, 1_000, loss) is None
+
+
+def test_multiplier_is_of_the_largest_budget_that_npt_brackets_and_of_every_seed_there(tmp_path: Path) -> None:
+    """NPT comes down to 6 with 1M tokens and to 5 with 4M. SPT with 4M is below that."""
+    spt_at_1M = {0: 6.0, 1: 5.75, 2: 4.75}
+    runs = [
+        fake_run(tmp_path / f"npt-{tokens}-{seed}", shifted(NPT, shift), tokens=tokens, seed=seed)
+        for tokens, shift in ((1_000_000, 1.0), (4_000_000, 0.0))
+        for seed in spt_at_1M
+    ]
+    for seed, loss in spt_at_1M.items():
+        for tokens, after in ((1_000_000, loss), (4_000_000, 4.0)):
+            path = shifted(SPT, after - SPT[-1][0])
+            runs.append(fake_run(tmp_path / f"spt-{tokens}-{seed}", path, tokens=tokens, seed=seed, delta="0.05"))
+    comparison = compare(runs)
+    result = as_json(comparison)
+    assert result["compute_multiplier"] == {"0.05": pytest.approx(2.0)}  # of 5.5, the mean
+    assert result["compute_multiplier_per_seed"] == {
+        "0.05": {"0": pytest.approx(1.0), "1": pytest.approx(2**0.5), "2": None}
+    }
+    assert (
+        "NPT needs 2.00 times the pretraining tokens of SPT 5% for its domain loss after finetuning (by seed 1.00 to "
+        "1.41, and NPT's budgets do not bracket the loss of 1 of 3)"
+    ) in findings(comparison)
 
 
 def test_several_budgets(tmp_path: Path) -> None:
