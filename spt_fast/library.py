@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from spt_fast.advice.bases import BaseAdvice
     from spt_fast.advice.result import Advice
+    from spt_fast.advice.starter import Begun
     from spt_fast.config import Recipe
     from spt_fast.data.base_tokenizer import BaseTokenizer
     from spt_fast.data.prepare import Prepared
@@ -120,6 +121,37 @@ def prepare(
         workers=workers,
         progress=progress,
     )
+
+
+def init(
+    general: AnyPath,
+    domain: AnyPath,
+    out: AnyPath = ".",
+    *,
+    init: AnyPath | None = None,
+    tokenizer: AnyPath | None = None,
+    hours: float | None = None,
+    progress: bool = True,
+) -> Begun:
+    """Write a first recipe and study for two corpora, sized for this machine: OUT/recipe.yaml and OUT/study.yaml.
+
+    general, domain  text as for `tokenizer`, which is prepared in OUT/data, or prefixes of datasets with held-out parts
+    out              the folder to write
+    init             a base to start from, a run, its weights/<phase>, a checkpoint or a Hugging Face folder; by default
+                     a model of a preset is trained from scratch
+    tokenizer        of the datasets, or for the text; by default the base's, or one that is trained on the text
+    hours            of training on this machine; by default 1, or 24 on a GPU
+    progress         show bars on standard error
+
+    Returns what was written and what it is sized for. Raises RecipeError for a recipe that is there already, DataError,
+    or CheckpointError for a base that can't be represented.
+
+        >>> begun = spt.init("general.jsonl", "chem.jsonl", "chem", init="models/SmolLM2-135M", hours=8)
+        >>> spt.plan(begun.recipe).price.hours
+    """
+    from spt_fast.advice.starter import begin
+
+    return begin(general, domain, out, init=init, tokenizer=tokenizer, hours=hours, progress=progress)
 
 
 @dataclass(frozen=True)

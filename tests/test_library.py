@@ -21,7 +21,7 @@ from tests import tiny
 from tests.study.tiny_study import HereAlone, raw_study
 
 CALLS = (
-    *("prepare", "tokenizer", "plan", "train", "evaluate", "compare", "audit", "sweep", "load_study"),
+    *("init", "prepare", "tokenizer", "plan", "train", "evaluate", "compare", "audit", "sweep", "load_study"),
     *("fit", "advise", "report", "export", "generate"),
 )
 CONTEXT = 16
@@ -50,6 +50,10 @@ def test_from_text_to_a_report(
         made = spt.prepare(tmp_path / f"{name}.jsonl", tmp_path / name, bpe, heldout="20%", workers=1, progress=False)
         assert made.heldout is not None
         assert made.documents + made.heldout.documents == 300
+
+    begun = spt.init(tmp_path / "general", str(tmp_path / "chem"), tmp_path / "begun", tokenizer=ranks, hours=0.001)
+    assert (begun.recipe, begun.study) == (tmp_path / "begun" / "recipe.yaml", tmp_path / "begun" / "study.yaml")
+    assert spt.load_recipe(begun.recipe).model.preset == begun.model
 
     raw = tiny.raw_recipe(tmp_path)
     raw["tokenizer"] = str(ranks)
@@ -100,7 +104,7 @@ def test_from_text_to_a_report(
     assert [text.prompt for text in texts_drawn] == ["mol 1", ""]
     code, out = said(monkeypatch, capsys, *_words("generate", run.run), "--prompt", "mol 1", "--prompt=", "--json")
     assert (code, json.loads(out)) == (0, as_json(texts_drawn))
-    results = (bpe, made, planned, run, scored, compared, read, visits, swept, fits, advice, texts_drawn[0])
+    results = (bpe, made, begun, planned, run, scored, compared, read, visits, swept, fits, advice, texts_drawn[0])
     assert [type(result) for result in results[1:] if not is_dataclass(result)] == []
 
 
@@ -111,9 +115,10 @@ def _words(command: str, given: object) -> list[object]:
         "prepare": ["--out", "o", "--tokenizer", "gpt2"],
         "eval": ["--data", "d"],
         "export": ["--out", "o"],
+        "init": ["--general", "g", "--domain", "d"],
         "advise": ["--domain-tokens", "1M", "--budget", "1B"],
     }
-    return [*command.split(), *([] if command == "advise" else [given]), *flags.get(command, [])]
+    return [*command.split(), *([] if command in ("advise", "init") else [given]), *flags.get(command, [])]
 
 
 COMMANDS = {"tokenizer": "tokenizer train", "evaluate": "eval", "load_study": "sweep"}

@@ -29,28 +29,35 @@ from spt_fast.printing import print_facts, print_table
 from spt_fast.train.signals import StopRequest
 
 
-@app.command(epilog=example("spt-fast init --general general.jsonl --domain chem.jsonl --out chem"))
+@app.command(
+    epilog=example(
+        "spt-fast init --general general.jsonl --domain chem.jsonl --out chem",
+        "spt-fast init --init models/SmolLM2-135M --general general.jsonl --domain chem.jsonl --out chem",
+    )
+)
 def init(
     general: Annotated[Path, PathOption(metavar="TEXT_OR_PREFIX", help="Use this general text, or prepared dataset.")],
     domain: Annotated[Path, PathOption(metavar="TEXT_OR_PREFIX", help="Use this domain text, or prepared dataset.")],
     out_folder: OutFolder = Path(),
+    init: Annotated[
+        Path | None, PathOption(metavar="WEIGHTS", help="Start from this base; by default from scratch.")
+    ] = None,
     tokenizer: Annotated[
-        Path | None, PathOption(help="Use this tokenizer; by default one is trained on the text.")
+        Path | None, PathOption(help="Use this tokenizer; by default the base's, or one trained on the text.")
     ] = None,
     hours: Annotated[
         float | None, Option(metavar="HOURS", help="Fit the training into so many hours; by default 1, or 24 on a GPU.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a first recipe and a first study for two corpora, sized for this machine."""
-    from spt_fast.advice.starter import begin
-
-    begun = begin(general, domain, out_folder, tokenizer=tokenizer, hours=hours)
+    """Write a first recipe and study for two corpora, from scratch or a base, sized for this machine."""
+    begun = spt.init(general, domain, out_folder, init=init, tokenizer=tokenizer, hours=hours)
     if as_json:
         print_json(begun)
         return
     print_facts(out, str(begun.recipe), begun)
-    next_steps = f"spt-fast plan {begun.recipe}", f"spt-fast train {begun.recipe}", f"spt-fast sweep {begun.study}"
+    next_steps = [f"spt-fast plan {begun.recipe}", f"spt-fast train {begun.recipe}"]
+    next_steps += [f"spt-fast sweep {begun.study}"] if begun.study else []
     out.print("next: " + "; ".join(next_steps), soft_wrap=True)
 
 

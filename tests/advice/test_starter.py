@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from spt_fast import cli
-from spt_fast.advice import starter
+from spt_fast.advice import sizing, starter
+from spt_fast.advice.sizing import Corpus, Device
 from spt_fast.config import load_recipe
+from spt_fast.data.tokenizer import train_tokenizer
 from spt_fast.errors import DataError, RecipeError, SptWarning
 from spt_fast.study import sweep
 from spt_fast.train.plan import make_plan
@@ -54,7 +55,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def slow_machine(monkeypatch: pytest.MonkeyPatch, flops_per_s: float) -> None:
-    monkeypatch.setattr(starter, "flops_per_s", lambda device: flops_per_s)
+    monkeypatch.setattr(sizing, "flops_per_s", lambda device: flops_per_s)
 
 
 def test_from_text_to_a_recipe_that_plans_and_a_study_that_is_priced(
@@ -82,6 +83,9 @@ def test_from_text_to_a_recipe_that_plans_and_a_study_that_is_priced(
     with pytest.raises(RecipeError, match=r"^out: \S+recipe.yaml exists; choose another folder"):
         starter.begin(general, domain, out)
     prefixes = (out / "data" / "general", out / "data" / "my chem")
+    train_tokenizer([general], 300, tmp_path / "other.tiktoken", progress=False)
+    with pytest.raises(DataError, match=r"^sources.general.train: \S+ was made with another tokenizer"):
+        starter.begin(*prefixes, tmp_path / "second", tokenizer=tmp_path / "other.tiktoken")
     with pytest.raises(DataError, match=r"^tokenizer: missing"):
         starter.begin(*prefixes, tmp_path / "second")
     with pytest.warns(SptWarning, match=r"are read \d+ times; beyond about 40"):
@@ -95,22 +99,23 @@ def test_from_text_to_a_recipe_that_plans_and_a_study_that_is_priced(
     assert load_recipe(tmp_path / "second" / "recipe.yaml").tokenizer == str(out / "data" / "bpe.tiktoken")
 
 
-def sizes(flops_per_s: float, monkeypatch: pytest.MonkeyPatch, general: int, domain: int) -> Any:
-    slow_machine(monkeypatch, flops_per_s)
-    corpora = [
-        starter.Corpus(name, Path("data") / name, tokens, tokens // 20)
-        for name, tokens in (("web", general), ("chem", domain))
+def corpora(general: int, domain: int) -> list[Corpus]:
+    return [
+        Corpus(name, Path("data") / name, tokens, tokens // 20) for name, tokens in (("web", general), ("chem", domain))
     ]
-    return starter._Sizes.of(corpora, 32_768, "cpu", 24.0)
 
 
-def test_the_sizes_follow_machine_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    laptop = sizes(50e9, monkeypatch, 2 * 10**9, 10**7)
-    node = sizes(8 * 400e12, monkeypatch, 10**11, 10**9)
-    scarce = sizes(8 * 400e12, monkeypatch, 10**8, 10**6)
-    order = [starter.SIZES.index(one.preset) for one in (laptop, scarce, node)]
+def sizes(flops_per_s: float, general: int, domain: int) -> starter.FromScratch:
+    return starter.FromScratch.of(corpora(general, domain), 32_768, Device("cpu", 1, flops_per_s, None), 24.0)
+
+
+def test_the_sizes_follow_machine_and_text() -> None:
+    laptop = sizes(50e9, 2 * 10**9, 10**7)
+    node = sizes(8 * 400e12, 10**11, 10**9)
+    scarce = sizes(8 * 400e12, 10**8, 10**6)
+    order = [starter.SIZES.index(one.name) for one in (laptop, scarce, node)]
     assert order == sorted(set(order))
-    assert node.preset in ("350m", "1b", "3b")
+    assert node.name in ("350m", "1b", "3b")
     assert scarce.tokens <= 4 * 10**8
     for one in (laptop, scarce, node):
         step = one.sequences(one.tokens) * one.config.context
@@ -120,5 +125,5 @@ def test_the_sizes_follow_machine_and_text(monkeypatch: pytest.MonkeyPatch) -> N
     assert laptop.rate > node.rate
     assert laptop.sequences(laptop.tokens) * laptop.config.context < node.sequences(node.tokens) * node.config.context
     assert laptop.warmup(1000) == 50
-    assert node.warmup(10**6) == starter.WARMUP_STEPS
+    assert node.warmup(10**6) == sizing.WARMUP_STEPS
     assert 0 < laptop.papers["delta"] <= 0.1

@@ -1,0 +1,182 @@
+"""What a first recipe is sized by, from scratch or from a base: machine, text, batch, evaluations, memory.
+
+batch         0.292 · C^0.327 tokens, where C are the FLOPs (arXiv 2401.02954), and at least 200 steps
+evaluation    at most a tenth of the FLOPs of each phase
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from spt_fast.data.prepare import heldout_prefix
+from spt_fast.model.config import GPTConfig
+from spt_fast.model.flops import parameters, peak_flops, train_flops_per_token
+from spt_fast.model.memory import memory_bytes
+from spt_fast.quantities import amount, percent
+from spt_fast.train.evaluate import FORWARD_SHARE
+
+EFFICIENCY = {"cpu": 0.3, "cuda": 0.4}
+"""The share of a machine's rate of products that training reaches."""
+TRAINING_SHARE = 0.75
+"""Of the time, for the main phase; the rest is for a finetune, evaluations and start-up."""
+EVALUATION_SHARE = 0.1
+FEWEST_STEPS, WARMUP_STEPS = 200, 2000
+HELDOUT_TOKENS = 200_000
+"""To hold out of a corpus, where that is at most a tenth of it."""
+MEMORY_SHARE = 0.85
+"""Of a GPU's memory, that a step may take by the estimate."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared source, with its held-out part."""
+
+    name: str
+    prefix: Path
+    tokens: int
+    heldout_tokens: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """What trains: a CPU, or all GPUs of this machine."""
+
+    kind: str
+    """"cpu" or "cuda"."""
+    count: int
+    flops_per_s: float
+    """Of training, all GPUs together."""
+    memory_bytes: int | None
+    """Of one GPU; None on a CPU."""
+
+    @classmethod
+    def here(cls) -> Device:
+        if torch.cuda.is_available():
+            memory = torch.cuda.get_device_properties(0).total_memory
+            return cls("cuda", torch.cuda.device_count(), flops_per_s("cuda"), memory)
+        return cls("cpu", 1, flops_per_s("cpu"), None)
+
+
+def flops_per_s(device: str) -> float:
+    """Of training on this machine, all its GPUs together."""
+    peak = peak_flops("cuda") if device == "cuda" else None
+    if peak is None:
+        a = torch.ones(1024, 1024, device=device)
+        (a @ a).sum().item()
+        began_s = perf_counter()
+        (a @ a).sum().item()
+        peak = 2 * 1024**3 / (perf_counter() - began_s)
+    return EFFICIENCY[device] * peak * max(1, torch.cuda.device_count())
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is held in memory: what a recipe's `engine` says of it."""
+
+    checkpointing: str = "none"
+    stage: int = 0
+    offload: str = "none"
+    anchor: bool = False
+    """Whether there is room for a copy of the starting weights too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizing:
+    """What a run of one model on a general and a domain corpus takes."""
+
+    corpora: Sequence[Corpus]
+    config: GPTConfig
+    window: int
+    """Tokens that the model reads at a time."""
+    tokens: int
+    """Of the main phase."""
+    hours: float
+    device: Device
+    way: Way = Way()
+
+    @property
+    def parameters(self) -> int:
+        return parameters(self.config)
+
+    @property
+    def flops(self) -> float:
+        return self.tokens * train_flops_per_token(self.config, self.window)
+
+    def sequences(self, tokens: int) -> int:
+        """Windows of a step: a power of two for each GPU."""
+        best = min(0.292 * self.flops**0.3271, tokens / FEWEST_STEPS)
+        return self.device.count << max(0, round(best / self.window / self.device.count).bit_length() - 1)
+
+    def steps(self, tokens: int) -> int:
+        return max(1, tokens // (self.sequences(tokens) * self.window))
+
+    def micro(self, sequences: int) -> int:
+        """Windows of a forward pass of one process: what fits a GPU; on a CPU what stays in its caches."""
+        micro = min(sequences // self.device.count, 8 if self.device.kind == "cpu" else 64)
+        while micro > 1 and not self.fits(micro):
+            micro //= 2
+        return micro
+
+    def fits(self, micro: int) -> bool:
+        """Whether a step in micro-batches of so many windows fits a GPU's memory; CPUs are taken to have enough."""
+        if self.device.memory_bytes is None:
+            return True
+        needed = memory_bytes(
+            self.config,
+            micro,
+            dtype=torch.bfloat16,
+            context=self.window,
+            checkpointing=self.way.checkpointing,
+            anchor=self.way.anchor,
+            stage=self.way.stage,
+            world=self.device.count,
+            offload=self.way.offload,
+        )
+        return needed["total"] <= MEMORY_SHARE * self.device.memory_bytes
+
+    def evaluation(self, tokens: int) -> str:
+        """As much text, and as often, as a tenth of training on `tokens` pays for."""
+        most = min(1_000_000, *(corpus.heldout_tokens for corpus in self.corpora))
+        for enough, often in (
+            (HELDOUT_TOKENS, (5, 10)),
+            (HELDOUT_TOKENS // 10, (10, 20)),
+            (self.window, (20,)),
+        ):
+            for percents in often:
+                # of each source both halves of the held-out text, and half as much of the training text
+                scored = 1.5 * len(self.corpora) * (100 // percents + 1)
+                found = 0.9 * EVALUATION_SHARE * tokens / FORWARD_SHARE / scored
+                if found >= min(enough, most):
+                    return f"{{every: {percents}%, tokens: {amount(two_digits(min(found, most)))}}}"
+        return f"{{every: 50%, tokens: {2 * self.window}}}"
+
+    def sources(self) -> str:
+        """The section of a recipe or study."""
+        rows = (
+            f"  {quoted(corpus.name)}: {{train: {quoted(corpus.prefix)}, "
+            f"heldout: {quoted(heldout_prefix(corpus.prefix))}}}  # {amount(corpus.tokens)} tokens"
+            for corpus in self.corpora
+        )
+        return "\n".join(["sources:", *rows])
+
+
+def two_digits(number: float) -> int:
+    return int(float(f"{number:.2g}"))
+
+
+def quoted(text: object) -> str:
+    """For YAML, which takes JSON's strings; a plain word stays one."""
+    written = str(text)
+    return written if written.replace("/", "").replace("_", "").isidentifier() else json.dumps(written)
+
+
+def exact(share: Fraction) -> str:
+    """A share as YAML has it, exactly: 2%, or 1/3."""
+    return percent(float(share)) if Fraction(percent(float(share))[:-1]) == 100 * share else str(share)

@@ -1,0 +1,287 @@
+"""A first recipe and a first study that start from a base, sized for machine and corpora.
+
+The rules, each of which the recipe's comments name where it decided; `spt_fast.advice.sizing` has the others:
+
+    finetune      where the time lets the base read the domain twice or more: up to 5 times, after which a finetune
+                  begins to overfit (arXiv 2603.16177), at a constant rate, until the held-out loss no longer falls; of
+                  three rates where there is time for each
+    continue      where not: a rate that rises and falls again (arXiv 2403.08763), and no early stop
+    replay        1% of general text in a finetune (arXiv 2502.06042); 5% in a continued pretraining, which moves the
+                  weights further (arXiv 2403.08763)
+    rate          4e-5 at 1B parameters, the middle one of the three of arXiv 2603.16177, times the square root of 1B /
+                  parameters: our reading, 1e-4 at 135M and 1e-5 at 8B, as is usual there
+    window        2,048 tokens, or the base's context where that is shorter, and far less than the corpora
+    memory        the first of a list of ways to hold a step, from the fastest on, that fits a GPU
+    study         `forgetting` for a finetune, `dcpt` for a continued pretraining, from the same base: an eighth of the
+                  tokens, with the domain cut so that it repeats as often; none where that is too little to measure
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from textwrap import fill, indent
+
+from spt_fast.advice.prior import FINETUNE_EPOCHS, REPLAY
+from spt_fast.advice.sizing import TRAINING_SHARE, Corpus, Device, Sizing, Way, exact, quoted, two_digits
+from spt_fast.data.base_tokenizer import BaseTokenizer
+from spt_fast.data.hf_tokenizer import HFTokenizer
+from spt_fast.data.tokenizer import Tokenizer
+from spt_fast.errors import DataError, RecipeError, SptWarning, invalid
+from spt_fast.fields import naming
+from spt_fast.model.config import GPTConfig
+from spt_fast.model.flops import train_flops_per_token
+from spt_fast.quantities import amount, duration
+from spt_fast.study.sweep import WINDOW
+from spt_fast.train.origin import origin_of, tokenizer_digest, tokenizer_file
+from spt_fast.train.weights import chosen, read_config
+
+CONTINUED_REPLAY = 0.05
+FEWEST_EPOCHS = 2
+"""Of the domain, in a finetune."""
+ARMS = 3
+"""Rates that a finetune tries."""
+RATE_OF_1B, LARGEST_RATE = 4e-5, 1e-3
+FEWEST_WINDOWS = 200
+"""Of a run: fewer hold no window of 1% replay."""
+SHORTEST_WINDOW = 32
+STUDY_PART = 8
+"""What the training has in tokens, in parts of a run of the study."""
+KINDS = ("none", "selective", "full")
+ONE_GPU = (*(Way(kind, anchor=True) for kind in KINDS),)
+SEVERAL_GPUS = (
+    *(Way(kind, 1, anchor=True) for kind in KINDS),
+    *(Way(kind, stage, anchor=True) for stage in (2, 3) for kind in KINDS[1:]),
+)
+OFFLOADED = (*(Way("full", stage, "optimizer", anchor=True) for stage in (2, 3)), Way("full", 3, "all", anchor=True))
+"""Ways to hold a step in memory, from the fastest on, with room for the anchor that the study tries."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Weights to start from."""
+
+    weights: Path
+    """As they were given."""
+    config: GPTConfig
+    tokenizer: BaseTokenizer
+    """With the tokens that end and begin each document, as the base has seen them."""
+
+    @classmethod
+    def of(cls, given: Path, tokenizer: str | os.PathLike[str] | None) -> Base:
+        """The base at a path, and its own tokenizer, or where none lies there the one that is named.
+
+        Raises CheckpointError, DataError, or RecipeError for a tokenizer that is not the base's.
+        """
+        with naming("init"):
+            weights = chosen(given)
+            config = read_config(weights)
+        own = tokenizer_file(weights)
+        loaded = Tokenizer.load(tokenizer or own or weights)
+        known = tokenizer_digest(weights)
+        if known and loaded.digest != known:
+            remedy = "leave it out" if own else "name that one"
+            says = f"the weights at {given} were trained with another one; {remedy}"
+            raise RecipeError(invalid("tokenizer", str(tokenizer), says), argument=True)
+        if loaded.vocab_size > config.vocab_size:
+            says = f"it has {loaded.vocab_size:,} ids, the weights at {given} only {config.vocab_size:,}"
+            remedy = "name the one that they were trained with"
+            raise RecipeError(invalid("tokenizer", str(tokenizer or own), f"{says}; {remedy}"), argument=True)
+        origin = origin_of(weights)
+        if origin.eos_id is not None:
+            loaded.eos_id, loaded.bos_id = origin.eos_id, origin.bos_id
+        elif isinstance(loaded, HFTokenizer):
+            loaded.bos_id = loaded.usual_bos_id
+        if loaded.eos_id is None:
+            raise DataError(
+                f"tokenizer: {tokenizer or own} names no token that ends a text; prepare both texts by "
+                "`spt-fast prepare --eos TOKEN`, and give the prefixes of the datasets",
+                argument=True,
+            )
+        return cls(given, config, loaded)
+
+    @property
+    def name(self) -> str:
+        return self.weights.absolute().name
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromBase(Sizing):
+    """A training from a base, and the text of its recipe and study."""
+
+    base: Base
+    arms: int
+    """Rates that are tried, each with all tokens."""
+    finetunes: bool
+    """Or continues pretraining."""
+
+    @classmethod
+    def of(cls, corpora: Sequence[Corpus], base: Base, device: Device, hours: float) -> FromBase:
+        """As many tokens as the domain supports and the time allows; warns where that is too short."""
+        domain, window = corpora[1], _window(corpora, base.config.context)
+        by_time = TRAINING_SHARE * hours * 3600 * device.flops_per_s / train_flops_per_token(base.config, window)
+        finetunes = by_time >= FEWEST_EPOCHS * domain.tokens
+        arms = ARMS if by_time >= ARMS * FEWEST_EPOCHS * domain.tokens else 1
+        tokens = min(by_time / arms, FINETUNE_EPOCHS * domain.tokens)
+        sized = cls(
+            corpora=corpora,
+            config=base.config,
+            window=window,
+            tokens=max(two_digits(tokens), FEWEST_WINDOWS * window),
+            hours=hours,
+            device=device,
+            base=base,
+            arms=arms,
+            finetunes=finetunes,
+        )
+        if (times := sized.arms * sized.tokens / by_time) > 1.1:
+            warnings.warn(
+                f"hours: {duration(3600 * hours)} is short for {amount(sized.parameters)} parameters on this machine "
+                f"({device.kind}): {amount(sized.tokens)} tokens, the fewest that a training takes, need about "
+                f"{duration(3600 * hours * times)}; allow more hours, or take a smaller base",
+                SptWarning,
+                stacklevel=3,
+            )
+        return sized.fitted()
+
+    def fitted(self) -> FromBase:
+        """The fastest way that fits the memory, or the one that takes the least."""
+        ways = (*(ONE_GPU if self.device.count == 1 else SEVERAL_GPUS), *OFFLOADED)
+        fitted = [replace(self, way=way) for way in ways]
+        return next((one for one in fitted if one.fits(1)), fitted[-1])
+
+    @property
+    def name(self) -> str:
+        return self.base.name
+
+    @property
+    def share(self) -> Fraction:
+        """The domain's."""
+        return 1 - Fraction(str(REPLAY if self.finetunes else CONTINUED_REPLAY))
+
+    def epochs(self) -> dict[str, float]:
+        general, domain = self.corpora
+        return {
+            general.name: self.tokens * float(1 - self.share) / general.tokens,
+            domain.name: self.tokens * float(self.share) / domain.tokens,
+        }
+
+    @property
+    def rate(self) -> float:
+        return float(f"{min(LARGEST_RATE, RATE_OF_1B * (1e9 / self.parameters) ** 0.5):.1g}")
+
+    # -------------------------------------------------------------------------------------------- the texts
+
+    def recipe(self, out: Path, tokenizer: str | os.PathLike[str] | None) -> str:
+        (general, domain), times = self.corpora, self.epochs()[self.corpora[1].name]
+        sequences, steps = self.sequences(self.tokens), self.steps(self.tokens)
+        step, phase = amount(sequences * self.window), "finetune" if self.finetunes else "continue"
+        why = (
+            f"{domain.name} is read {times:.2g} times. {exact(1 - self.share)} of {general.name} keeps what the base "
+            "can do, best where that is like the text of its pretraining. The study finds your own share."
+        )
+        end = f"at most: it stops when the held-out loss of {domain.name} no longer falls"
+        if not self.finetunes:
+            end = "as many as the time allows"
+        about = f"about {duration(3600 * self.hours)} on this machine ({self.device.kind})"
+        return f"""\
+# {self.name} of {amount(self.parameters)} parameters, trained on {domain.name} for {about}, by `spt-fast init`.
+#   spt-fast plan {out / "recipe.yaml"}               # tokens, epochs, memory, hours
+#   spt-fast train {out / "recipe.yaml"} --dry-run    # two steps of every phase
+run: {quoted(out / "runs" / phase)}
+init: {quoted(self.base.weights)}  # its shape, tokenizer, chat template and context of {self.config.context:,} tokens
+{"" if tokenizer is None else f"tokenizer: {quoted(tokenizer)}" + chr(10)}{self._engine()}\
+checkpoint: {{every: {max(1, steps // 10)} steps, keep: 2}}
+log: {{every: {max(1, min(100, steps // 50))} steps}}
+{self.sources()}
+phases:
+  - name: {phase}
+    tokens: {amount(self.tokens)}  # {end}
+{indent(fill(why, 90), "    # ")}
+    mixture: {{{quoted(domain.name)}: {exact(self.share)}, {quoted(general.name)}: {exact(1 - self.share)}}}
+{self._steps(self.tokens, f"  # {step} tokens a step", f"  # by the size of the base: {amount(self.parameters)}")}\
+{self._rates()}"""
+
+    def study(self, out: Path, tokenizer: str | os.PathLike[str] | None) -> str | None:
+        """None where its runs would be nearly as long as the training."""
+        general, domain = self.corpora
+        tokens = max(two_digits(self.tokens / STUDY_PART), FEWEST_WINDOWS * self.window)
+        if tokens > self.tokens / 2:
+            return None
+        unique = max(two_digits(domain.tokens * tokens / self.tokens), 10 * self.window)
+        one = replace(self, device=replace(self.device, count=1)).fitted()  # a study has a run on each GPU
+        if self.finetunes:
+            what = f"What does {self.name} forget in a finetune on {domain.name}, and what stops it?"
+            axes = """\
+  - name: finetune
+    replay: [0, 1%, 5%]
+    anchor: [0, 1]       # decay toward the base
+    average: [0, 10%]    # of the base in the weights; trained once"""
+        else:
+            what = f"With which share of {domain.name} should {self.name} go on?"
+            axes = """\
+  - name: continue
+    delta: [0, 33%, 67%, 90%, 95%, 1]"""
+        return f"""\
+# {what} Short runs answer that, by `spt-fast init`.
+# Price it with `spt-fast sweep {out / "study.yaml"} --dry-run`, train it without that flag, then
+# `spt-fast report {out / "study"} --out report.html`.
+study: {quoted(out / "study")}
+seeds: {2 if self.finetunes else 1}
+models: [{{init: {quoted(self.base.weights)}}}]
+{"" if tokenizer is None else f"tokenizer: {quoted(tokenizer)}" + chr(10)}{one._engine()}\
+{self.sources()}
+general: {quoted(general.name)}
+domain: {quoted(domain.name)}
+domain_tokens: {amount(unique)}  # cut so that it repeats as often as in the recipe
+stages:
+{axes}
+    tokens: {amount(tokens)}
+{one._steps(tokens)}"""
+
+    def _steps(self, tokens: int, of_step: str = "", of_rate: str = "") -> str:
+        """How a phase of so many tokens is optimised and evaluated."""
+        sequences = self.sequences(tokens)
+        decay, schedule = "0.1", "{name: cosine, warmup: 5%, final: 10%}"
+        if self.finetunes:
+            decay, schedule = "1e-7", "{name: constant, warmup: 5%}"
+        return f"""\
+    batch: {{sequences: {sequences}, micro: {self.micro(sequences)}, context: {self.window}}}{of_step}
+    optimizer: {{lr: {self.rate:g}, weight_decay: {decay}}}{of_rate}
+    schedule: {schedule}
+    eval: {self.evaluation(tokens)}
+"""
+
+    def _rates(self) -> str:
+        """Early stopping and the rates to try, in a finetune."""
+        if not self.finetunes:
+            return ""
+        stop = f"    stop: {{on: {quoted(self.corpora[1].name)}, patience: 3}}\n"
+        if self.arms == 1:
+            return stop
+        rates = ", ".join(f"{self.rate * by:.1g}" for by in (1 / 3, 1, 3))
+        return f"{stop}    grid: {{lr: [{rates}]}}  # each from the base; the best by held-out loss is kept\n"
+
+    def _engine(self) -> str:
+        """What memory asks for, where that isn't the default."""
+        way = self.way
+        asked = {
+            f"stage: {way.stage}": way.stage > 1,
+            f"offload: {way.offload}": way.offload != "none",
+            f"checkpointing: {way.checkpointing}": way.checkpointing != "none",
+        }
+        said = ", ".join(setting for setting, matters in asked.items() if matters)
+        return f"engine: {{{said}}}  # so that a step fits the GPU's memory\n" if said else ""
+
+
+def _window(corpora: Sequence[Corpus], context: int) -> int:
+    """Tokens to read at a time: at most WINDOW, and so few that every text has several windows."""
+    window = min(WINDOW, context)
+    fewest = min(min(corpus.tokens // 40, corpus.heldout_tokens // 4) for corpus in corpora)
+    while window // 2 >= SHORTEST_WINDOW and window > fewest:
+        window //= 2
+    return window
