@@ -376,6 +376,9 @@ def _set(node: Any, path: list[str], value: Any, whole: str) -> None:
             raise RecipeError(invalid("overrides", whole, expected))
         key: Any = index
     elif isinstance(node, dict):
+        if head not in node and (item := re.fullmatch(r"(.+)\[(.+)\]", head)):
+            dotted = " or ".join(_dotted(node.get(item[1]), item[1], item[2], whole))
+            raise RecipeError(invalid("overrides", whole, f"items go by position or name; write {dotted}"))
         key = head
     else:
         raise RecipeError(invalid("overrides", whole, f"{shown(head)} is inside a plain value; check the path"))
@@ -385,3 +388,11 @@ def _set(node: Any, path: list[str], value: Any, whole: str) -> None:
     if isinstance(node, dict) and node.get(key) is None:
         node[key] = {}
     _set(node[key], rest, value, whole)
+
+
+def _dotted(items: object, key: str, item: str, whole: str) -> list[str]:
+    """A path with `key[item]` in it, and maybe other brackets, with dots; with the name too of an item by position."""
+    dotted = re.sub(r"\[([^][]+)\]", r".\1", whole)
+    found = items[int(item)] if isinstance(items, list) and item in map(str, range(len(items))) else None
+    name = found.get("name") if isinstance(found, dict) else None
+    return [dotted] if name is None else [dotted, dotted.replace(f"{key}.{item}", f"{key}.{name}", 1)]

@@ -14,7 +14,7 @@ import yaml
 
 from spt_fast.config import Model, load_recipe, recipe_from
 from spt_fast.errors import RecipeError
-from spt_fast.fields import Span, parse_count, parse_share, parse_yaml, setting, text
+from spt_fast.fields import Span, apply_overrides, parse_count, parse_share, parse_yaml, setting, text
 from spt_fast.model.config import GPTConfig
 from spt_fast.optimizers import OPTIMIZERS
 from spt_fast.optimizers.adamw import AdamW
@@ -369,6 +369,23 @@ def test_numbers_that_yaml_1_1_would_have_changed_are_refused_by_name(tmp_path: 
     assert load_recipe(path, ["seed=1_000", "run=010"]).seed == 1000
     assert load_recipe(path, ["run=010"]).run == "010"
     assert load_recipe(path, ["run=2026-11-28"]).run == "2026-11-28"
+
+
+def test_a_path_in_brackets_is_answered_with_one_in_dots(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(raw_recipe()))
+    for given, write in [
+        ("phases[1].tokens=1M", "phases.1.tokens or phases.finetune.tokens"),
+        ("phases[finetune].tokens=1M", "phases.finetune.tokens"),
+        ("phases[7].grid.lr[0]=1", "phases.7.grid.lr.0"),
+        ("phases.0.grid[lr]=1", "phases.0.grid.lr"),
+    ]:
+        expected = rf"^overrides: '{re.escape(given.split('=')[0])}' is invalid: items go by position or name; write "
+        with pytest.raises(RecipeError, match=f"{expected}{re.escape(write)}$"):
+            load_recipe(path, [given])
+    raw: dict[str, Any] = {"sources": {"a[0]": {}}}
+    apply_overrides(raw, ["sources.a[0].train=x"])
+    assert raw == {"sources": {"a[0]": {"train": "x"}}}, "a name that has them itself"
 
 
 def test_sources_may_have_any_name_that_yaml_reads_otherwise(tmp_path: Path) -> None:
