@@ -1,4 +1,6 @@
-"""MkDocs hooks: `::: package` stands for every name of its `__all__`; links out of docs/ lead to the repository."""
+"""MkDocs hooks: `::: package` stands for every name of its `__all__`; links out of docs/ lead to the repository; the table
+of a study also links to its report, which is drawn when the site is built (`extra: {reports: true}` in mkdocs.yml).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import spt_fast
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = re.compile(r"^::: ([a-z_.]+)$", re.MULTILINE)  # a class, which has capitals, is left to mkdocstrings
+RESULTS = "benchmarks/results"
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)(#[^)]*)?\)")
 
 
@@ -20,7 +25,7 @@ def public_names(package: str) -> list[str]:
     return [f"{member.__module__}.{member.__qualname__}" for member in members if hasattr(member, "__qualname__")]
 
 
-def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     def entries(match: re.Match[str]) -> str:
         return "\n\n".join(f"::: {name}" for name in public_names(match[1]))
 
@@ -28,6 +33,18 @@ def on_page_markdown(markdown: str, config: Any, **_: Any) -> str:
         text, path, anchor = match.groups()
         if not (ROOT / path).exists():
             raise FileNotFoundError(f"{path}: a page links to it, and it does not exist")
-        return f"[{text}]({config.repo_url}/blob/main/{path}{anchor or ''})" if config.repo_url else text
+        linked = f"[{text}]({config.repo_url}/blob/main/{path}{anchor or ''})" if config.repo_url else text
+        if config.extra.get("reports") and path.startswith(RESULTS) and path.endswith(".csv"):
+            linked += f' (<a href="{"../" * page.url.count("/")}reports/{Path(path).stem}.html">report</a>)'
+        return linked
 
     return OUTSIDE.sub(link, PACKAGE.sub(entries, markdown))
+
+
+def on_post_build(config: Any) -> None:
+    if not config.extra.get("reports"):
+        return
+    folder = Path(config.site_dir) / "reports"
+    folder.mkdir()
+    for table in sorted((ROOT / RESULTS).glob("*.csv")):
+        spt_fast.report(table, folder / f"{table.stem}.html")
