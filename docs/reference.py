@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md from the recipe's dataclasses: `python docs/reference.py`.
+"""Writes docs/recipe.md and docs/studies_reference.md from the dataclasses of both: `python docs/reference.py`.
 
 Meanings are the docstrings of the fields, types and limits come from their parsers, and every example is parsed.
 """
@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from spt_fast import config
@@ -31,8 +32,10 @@ from spt_fast.model.config import GPTConfig, LinearScaling, RopeScaling, Scaling
 from spt_fast.model.presets import PRESETS
 from spt_fast.optimizers import OPTIMIZERS, AdamW, Muon, parse_optimizer
 from spt_fast.printing import plain
+from spt_fast.study import study
+from spt_fast.study.study import Axes, Base, Simulated, Study
 
-PAGE = Path(__file__).with_name("recipe.md")
+RECIPE_PAGE, STUDY_PAGE = (Path(__file__).with_name(name) for name in ("recipe.md", "studies_reference.md"))
 
 SECTIONS: dict[str, type] = {
     "The recipe": Recipe,
@@ -52,6 +55,13 @@ SECTIONS: dict[str, type] = {
     "checkpoint": config.Checkpoints,
     "log": config.Log,
     "engine": config.Engine,
+}
+
+STUDY_SECTIONS: dict[str, type] = {
+    "The study": Study,
+    "models[NUMBER]": Base,
+    "simulate": Simulated,
+    "stages[NAME]": Axes,
 }
 
 EXAMPLES = {
@@ -167,6 +177,41 @@ EXAMPLES = {
         "tune_kernels": "false",
         "deterministic": "true",
     },
+    "The study": {
+        "study": "studies/chem",
+        "seeds": "3",
+        "models": "[{preset: 3m}, {preset: 10m}]",
+        "init": "models/SmolLM2-135M",
+        "domain": "chem",
+        "general": "general",
+        "domain_tokens": "[300K, 3M, all]",
+        "simulate": "{budget: 20B, domain_tokens: 30M}",
+        "stages": "[{name: pretrain, delta: [0, 2%], tokens: 20M, optimizer: {lr: 1e-3}}]",
+    },
+    "models[NUMBER]": {"init": "models/SmolLM2-135M"},
+    "simulate": {"budget": "20B", "domain_tokens": "30M"},
+    "stages[NAME]": {
+        "name": "finetune",
+        "delta": "[0, 1%, 5%]",
+        "replay": "[0, 1%]",
+        "tokens": "[1M, 4M]",
+        "budgets": "[15M, 30M, 60M]",
+        "lr": "[3e-4, 1e-3]",
+        "source": "smiles",
+        "domain_from": "[0, 90%]",
+        "anchor": "[0, 1]",
+        "average": "[0, 10%]",
+        "start": "[pretrained, scratch]",
+    },
+    "stages[NAME].optimizer": {
+        "name": "[adamw, muon]",
+        "lr": "[3e-4, 1e-3]",
+        "weight_decay": "[0.1, 1]",
+        "clip": "[1, null]",
+        "betas": "[[0.9, 0.95], [0.9, 0.99]]",
+        "eps": "[1e-8, 1e-6]",
+        "momentum": "[0.9, 0.95]",
+    },
 }
 """Where a field has none, its default is shown."""
 
@@ -189,6 +234,22 @@ YAML is read strictly: `010`, `1:30`, `yes` and `2026-11-28` are text, and a nam
 
 This page is written by `python docs/reference.py` from the dataclasses; a test compares them.
 """
+
+STUDY_INTRODUCTION = """\
+# Study reference
+
+Every key that a study may hold; [Studies and laws](studies.md) shows how they work together.
+`spt-fast sweep STUDY --set stages.finetune.tokens=2M` overrides one; stages go by name or position. Values are
+written as in a [recipe](recipe.md). Where a key takes a list, each value is an arm of the grid, and one value
+alone needs no brackets.
+
+This page is written by `python docs/reference.py` from the dataclasses; a test compares them.
+"""
+
+FURTHER_KEYS = """\
+A stage takes these keys of a [phase](recipe.md#phasesname) too, alike in all of its runs: {keys}. `stop` and `grid`
+stand beside neither `budgets` of several lengths nor `domain_from`, whose runs have several phases. With `grid` each
+run tries the values itself and keeps the best; an axis makes a run of each."""
 
 
 def meanings(cls: type) -> dict[str, str]:
@@ -213,7 +274,8 @@ def kind_of(parse: Callable[..., Any]) -> str:
     if "cls" in inside:
         return "section"
     if "parse" in inside:
-        return kind_of(inside["parse"])
+        kind = kind_of(inside["parse"])
+        return f"{kind}, or a list" if parse.__qualname__.startswith("several.") else kind
     low, high, whole = inside["low"], inside["high"], parse.__qualname__.startswith("integer")
     bounds = [f"{'>' if inside.get('open_low') else '≥'} {low:,g}"]
     bounds += [f"≤ {high:,g}" if high < 1e5 else f"≤ 2^{high.bit_length() - 1}"] if high < 2**31 - 1 else []
@@ -241,6 +303,10 @@ KINDS: dict[Any, str] = {
     config._phases: "list of sections",
     config._auto_or_boolean: "`auto`, `true`, `false`",
     Scaling.parse: "section",
+    study._seeds: "integer ≥ 1, or a list",
+    study._model: "section",
+    study._tokens_or_all: "count, `all`",
+    study._stages: "list of sections",
 }
 """What parsers take that carry no choices or bounds."""
 
@@ -257,6 +323,10 @@ def default_of(item: dataclasses.Field[Any]) -> str:
     if item.default is dataclasses.MISSING:
         return "required"
     value = plain(item.default)
+    if item.name == "domain_tokens":
+        return "`all`"
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, dict):
         return "its defaults"
     if value is None:
@@ -266,8 +336,13 @@ def default_of(item: dataclasses.Field[Any]) -> str:
 
 def rows(title: str, cls: type) -> list[str]:
     said, examples = meanings(cls), EXAMPLES.get(title, {})
+    items = list(dataclasses.fields(cls))
+    if cls is Study:  # which leaves some keys to the recipes of its runs
+        of_recipe = {item.name: item for item in dataclasses.fields(Recipe)}
+        items = [of_recipe.get(item.name, item) for item in items]
+        said, examples = meanings(Recipe) | said, EXAMPLES["The recipe"] | examples
     lines = []
-    for item in dataclasses.fields(cls):
+    for item in items:
         key, parse = key_of(item), item.metadata["parse"]
         meaning = said.get(item.name)
         if meaning is None and "cls" in (inside := inspect.getclosurevars(parse).nonlocals):
@@ -284,26 +359,74 @@ def rows(title: str, cls: type) -> list[str]:
     return lines
 
 
-def page() -> str:
-    """The whole page."""
-    parts = [INTRODUCTION]
-    for title, cls in SECTIONS.items():
-        introduction = inspect.getdoc(cls) or ""
-        if not issubclass(cls, Scaling):
-            introduction = introduction.split("\n\n")[0]
-        if cls is GPTConfig:
-            introduction = "`preset` names a shape of the table below; other keys change single fields of it."
-        table = ["| key | value | default | example | meaning |", "|---|---|---|---|---|", *rows(title, cls)]
-        body = "\n".join([*([" ".join(introduction.split()), ""] if introduction else []), *table])
-        parts.append(f"## {title if cls is Recipe else f'`{title}`'}\n\n{body}\n")
+TABLE = ("| key | value | default | example | meaning |", "|---|---|---|---|---|")
+
+
+def section_of(title: str, cls: type, introduction: str) -> str:
+    """A heading, what the section is, and its keys."""
+    body = "\n".join([*([introduction, ""] if introduction else []), *TABLE, *rows(title, cls)])
+    return f"## {title if title.startswith('The ') else f'`{title}`'}\n\n{body}\n"
+
+
+def introduction_of(cls: type) -> str:
+    if cls is GPTConfig:
+        return "`preset` names a shape of the table below; other keys change single fields of it."
+    introduction = inspect.getdoc(cls) or ""
+    return " ".join((introduction if issubclass(cls, Scaling) else introduction.split("\n\n")[0]).split())
+
+
+def recipe_page() -> str:
+    parts = [INTRODUCTION, *(section_of(title, cls, introduction_of(cls)) for title, cls in SECTIONS.items())]
     shape = ("layers", "width", "heads", "kv_heads", "ffn", "context", "vocab_size")
     heading = [f"| preset | {' | '.join(shape)} |", "|---" * (len(shape) + 1) + "|"]
     presets = [f"| `{name}` | {' | '.join(f'{given[key]:,}' for key in shape)} |" for name, given in PRESETS.items()]
     parts.append("## Presets\n\n" + "\n".join([*heading, *presets]) + "\n")
-    own = {name for name, kind in OPTIMIZERS.items() if kind.__module__.startswith("spt_fast.")}
-    assert own == {title.split(", ")[1] for title in SECTIONS if "optimizer" in title}
+    assert set(own_optimizers()) == {title.split(", ")[1] for title in SECTIONS if "optimizer" in title}
     return "\n".join(parts)
 
 
+def own_optimizers() -> dict[str, type]:
+    """Without those that a plug-in has registered."""
+    return {name: kind for name, kind in OPTIMIZERS.items() if kind.__module__.startswith("spt_fast.")}
+
+
+def optimizer_section() -> str:
+    """Every field of an optimizer is an axis of a stage."""
+    title, fields = "stages[NAME].optimizer", dict[str, dataclasses.Field[Any]]()
+    for kind in own_optimizers().values():
+        fields = {item.name: item for item in dataclasses.fields(kind)} | fields
+    lines = []
+    for name, item in fields.items():
+        owners = [f"`{owner}`" for owner, kind in own_optimizers().items() if hasattr(kind(lr=1.0), name)]
+        kind = "`adamw`, `muon`" if name == "name" else SHAPES.get(name) or kind_of(item.metadata["parse"])
+        example = EXAMPLES[title][name]
+        study._optimizers({"lr": 1.0, "name": list(own_optimizers())} | {name: parse_yaml(example, name)}, None, name)
+        lines.append(f"| `{name}` | {kind}, or a list | {default_of(item)} | `{example}` | {', '.join(owners)} |")
+    said = "Any field may be a list. Where several optimizers are named, each takes the fields that it has."
+    table = ["| key | value | default | example | of |", "|---|---|---|---|---|", *lines]
+    return "\n".join([f"## `{title}`", "", said, "", *table, ""])
+
+
+def study_page() -> str:
+    said = {
+        "The study": "A grid of runs. Either `models` or `init` says what is trained.",
+        "models[NUMBER]": "A shape as in a recipe's [`model`](recipe.md#model), or instead of one:",
+        "stages[NAME]": "One of `delta` and `replay` is required, and one of `tokens` and `budgets`.",
+    }
+    parts = [STUDY_INTRODUCTION]
+    parts += [section_of(title, cls, said.get(title) or introduction_of(cls)) for title, cls in STUDY_SECTIONS.items()]
+    axes = {item.name for item in dataclasses.fields(Axes)}
+    further = [key_of(item) for item in dataclasses.fields(Phase) if item.name not in axes]
+    shared = [f"`{key}`" for key in further if key not in ("mixture", "optimizer", "also_average")]
+    keys = fill(FURTHER_KEYS.format(keys=", ".join(shared)), 110)
+    return "\n".join([*parts, optimizer_section(), "## Further keys of a stage\n", keys, ""])
+
+
+def pages() -> dict[Path, str]:
+    """The pages that are generated, by file."""
+    return {RECIPE_PAGE: recipe_page(), STUDY_PAGE: study_page()}
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for file, text_of_page in pages().items():
+        file.write_text(text_of_page, encoding="utf-8")

@@ -77,10 +77,11 @@ def test_a_link_leads_to_a_file(page: Path) -> None:
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-def test_the_recipe_reference_is_what_the_dataclasses_say() -> None:
-    reference = runpy.run_path(str(ROOT / "docs" / "reference.py"))
-    said = "docs/recipe.md is out of date: write it anew with `python docs/reference.py`"
-    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference["page"](), said
+def test_the_references_are_what_the_dataclasses_say() -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "reference.py"))["pages"]()
+    assert [file.name for file in pages] == ["recipe.md", "studies_reference.md"]
+    for file, text in pages.items():
+        assert file.read_text(encoding="utf-8") == text, f"{file.name}: write it anew with `python docs/reference.py`"
 
 
 def test_the_readme_is_at_most_200_lines_of_100_columns() -> None:

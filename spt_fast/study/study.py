@@ -99,19 +99,20 @@ def _seeds(value: object, where: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """What a stage varies; the first of each pair, or the second, and the rest of the stage is a phase template."""
+    """What a stage varies: `delta` or `replay`, `tokens` or `budgets`, and what else has several values."""
 
     name: str = setting(text)
+    """Its name in `--set stages.NAME.…` and in the names of its runs."""
     delta: tuple[Fraction, ...] | None = setting(optional(several(parse_share)), None)
     """The domain's share of the stage's tokens."""
     replay: tuple[Fraction, ...] | None = setting(optional(several(parse_share)), None)
-    """The general corpus's share instead."""
+    """Instead of `delta`: the general corpus's share."""
     tokens: tuple[int, ...] | None = setting(optional(several(parse_count)), None)
-    """Each a run of its own."""
+    """Lengths, each a run of its own."""
     budgets: tuple[int, ...] | None = setting(optional(several(parse_count)), None)
-    """Or points of one run, which hands its weights on at each."""
+    """Instead of `tokens`: lengths that are points of one run, which hands its weights on at each."""
     lr: tuple[float, ...] | None = setting(optional(several(number(0.0, open_low=True))), None)
-    """Peak learning rates, each a run; optimizer.lr where it isn't given."""
+    """Peak learning rates, each a run. By default `optimizer.lr`."""
     source: str | None = setting(optional(text), None)
     """What takes the domain's place in this stage: a source of the study."""
     domain_from: tuple[Fraction, ...] = setting(several(parse_share), (Fraction(0),))
@@ -277,6 +278,7 @@ class Base:
     """Weights to start from, in place of a shape."""
 
     init: str = setting(path)
+    """A Hugging Face folder, a run, its weights/<phase> or a checkpoint. The shape is theirs."""
 
 
 def _model(value: object, where: str) -> Model | Base:
@@ -314,11 +316,11 @@ class Study:
     study: str = setting(path)
     """The study's folder."""
     seeds: tuple[int, ...] = setting(_seeds, (0,))
-    """Of the weights and of the order of the data, alike in every arm; `3` means 0, 1, 2."""
+    """Of the weights and of the order of the data, alike in every arm. A number is how many: `3` means 0, 1, 2."""
     models: tuple[Model | Base, ...] | None = setting(optional(several(_model)), None)
     """Shapes to train from scratch, or {init: WEIGHTS} to go on from."""
     init: str | None = setting(optional(path), None)
-    """One of the latter alone."""
+    """Instead of `models`: the weights to go on from, where there is one base."""
     domain: str = setting(text)
     """The source whose share and repetition are in question."""
     general: str = setting(text)
@@ -326,15 +328,17 @@ class Study:
     domain_tokens: tuple[int | None, ...] = setting(several(_tokens_or_all), (None,))
     """Training reads the first documents of the domain up to so many tokens; `all` for all of them."""
     simulate: Simulated | None = setting(optional(section(Simulated)), None)
-    """Instead of domain_tokens."""
+    """Instead of `domain_tokens`: cut the domain so that it repeats as often as in this larger run."""
     stages: tuple[Stage, ...] = setting(_stages)
+    """The stages, in the order in which they run. Each starts from the weights of every run of the one before."""
+    # As in a recipe, these six, which a recipe checks.
     sources: dict[str, Mapping[str, Any]] = setting(_sections)
     tokenizer: Any = setting(_as_it_is, None)
     precision: Any = setting(_as_it_is, "auto")
     engine: Any = setting(_as_it_is, None)
     checkpoint: Mapping[str, Any] | None = setting(optional(_mapping), None)
+    """How often a run saves what it needs to resume. One checkpoint of each run is kept unless `keep` says more."""
     log: Mapping[str, Any] | None = setting(optional(_mapping), None)
-    """As in a recipe, these six; of each run one checkpoint is kept where nothing else is said."""
 
     def __post_init__(self) -> None:
         if bool(self.models) == bool(self.init):
