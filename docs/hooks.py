@@ -1,5 +1,5 @@
-"""MkDocs hooks: `::: package` stands for every name of its `__all__`; links out of docs/ lead to the repository; the table
-of a study also links to its report, which is drawn when the site is built (`extra: {reports: true}` in mkdocs.yml).
+"""MkDocs hooks: `::: package` stands for every name of its `__all__`; links out of docs/ lead to the repository; a link
+to a study's table also leads to its report, drawn when the site is built (`extra: {reports: true}` in mkdocs.yml).
 """
 
 from __future__ import annotations

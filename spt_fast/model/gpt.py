@@ -15,7 +15,8 @@ Where norms stand after the layers (OLMo 2), layers read the stream itself, and 
     for each block:   stream = stream + norm(attention(stream));   stream = stream + norm(feed_forward(stream))
     h = norm(stream)
 
-All ops are those of spt_fast.kernels; all parameters have one dtype, that of the computation.
+All ops are those of spt_fast.kernels; all parameters have one dtype, that of the computation. Under torch.autocast all
+are cast to its dtype first.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import checkpoint
 
 from spt_fast.kernels import (
@@ -164,6 +166,12 @@ def product(x: Tensor, weight: Tensor, fp8: bool, bias: Tensor | None = None) ->
     return fp8_linear(x, weight) if bias is None else fp8_linear(x, weight) + bias
 
 
+def _holding_its_parameters(block: Block) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The block with the parameters that it has now, also where it runs once more after they have been put back."""
+    parameters: dict[str, Tensor] = dict(block.named_parameters())
+    return lambda *arguments: functional_call(block, parameters, arguments)
+
+
 def gains_by_fp8(shape: Sequence[int]) -> bool:
     return all(size >= FP8_WIDTH and size % MULTIPLE == 0 for size in shape)
 
@@ -222,6 +230,7 @@ class GPT(nn.Module):
         scale: float | None = None,
     ) -> Tensor:
         """Logits [B, T, V] in the parameters' dtype; with targets the loss instead, in float32, its logits never whole.
+        Under torch.autocast the parameters are cast to its dtype, and gradients have the parameters' own.
 
         tokens_BT and targets_BT are integers [B, T]; a target of -100 is left out, and the mean is over the others.
         reduction is "mean" or "sum" (scalars), or "none" ([B·T]), in nats. cu_seqlens int32 [n+1] cuts the B·T tokens,
@@ -229,6 +238,8 @@ class GPT(nn.Module):
         each row). scale: as in linear_cross_entropy, of a loss that is only made for its `backward()`.
         ValueError: more than config.context tokens.
         """
+        if torch.is_autocast_enabled(tokens_BT.device.type) and isinstance(self.embedding, nn.Parameter):
+            return self._under_autocast(tokens_BT, targets_BT, cu_seqlens, reduction, scale)
         T = tokens_BT.shape[1]
         if self.config.context < T:
             raise ValueError(
@@ -241,14 +252,24 @@ class GPT(nn.Module):
             h_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), reduction=reduction, scale=scale
         )
 
+    def _under_autocast(self, tokens_BT: Tensor, *arguments: Any) -> Tensor:
+        """`forward` of these parameters in autocast's dtype; gradients arrive in the parameters' own."""
+        device = tokens_BT.device.type
+        cast_to = torch.get_autocast_dtype(device)
+        parameters = {name: parameter.to(cast_to) for name, parameter in self.named_parameters()}
+        with torch.autocast(device, enabled=False):
+            output: Tensor = functional_call(self, parameters, (tokens_BT, *arguments))
+            return output
+
     @torch.no_grad()
     def next_logits(self, tokens_NT: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits [N, V] of what follows each row of tokens, or the text in the cache and then the row, which the cache
         holds from then on."""
-        h_NTD = self._hidden(tokens_NT, None, cache)
-        if cache is not None:
-            cache.end += tokens_NT.shape[1]
-        return F.linear(h_NTD[:, -1], self.head_weight)
+        with torch.autocast(tokens_NT.device.type, enabled=False):
+            h_NTD = self._hidden(tokens_NT, None, cache)
+            if cache is not None:
+                cache.end += tokens_NT.shape[1]
+            return F.linear(h_NTD[:, -1], self.head_weight)
 
     def _hidden(self, tokens_BT: Tensor, cu_seqlens: Tensor | None, cache: Cache | None = None) -> Tensor:
         """What the head reads [B, T, D]."""
@@ -261,6 +282,7 @@ class GPT(nn.Module):
         after = self.config.norms == "after"
         next_norms = [*(block.attention_norm for block in blocks[1:]), self.final_norm]
         fp8 = self.fp8 and torch.is_grad_enabled()
+        lowered = not isinstance(self.embedding, nn.Parameter)  # by _under_autocast
         h_BTD = stream_BTD if after else rms_norm(stream_BTD, blocks[0].attention_norm, eps, largest=fp8)
         for i, (block, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
             arguments = (h_BTD, stream_BTD, next_norm, *tables[block.rope], cu_seqlens, fp8)
@@ -270,7 +292,7 @@ class GPT(nn.Module):
                 h_BTD, stream_BTD = block(*arguments)
             else:
                 h_BTD, stream_BTD = checkpoint.checkpoint(
-                    block,
+                    _holding_its_parameters(block) if lowered else block,
                     *arguments,
                     use_reentrant=False,
                     preserve_rng_state=False,

@@ -43,6 +43,37 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
+# ---------------------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True}, {**OLMO, **WINDOWS}, {"tied": False}], ids=str)
+def test_autocast_is_the_model_in_its_dtype_with_gradients_in_the_parameters_own(
+    fields: dict[str, object], checkpointing: str
+) -> None:
+    model, low = (model_with_random_norms(**fields) for _ in range(2))
+    low.bfloat16()
+    model.checkpointing = low.checkpointing = checkpointing
+    tokens_BT, targets_BT = tokens(2, 32), tokens(2, 32, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens_BT, targets_BT)
+        assert model(tokens_BT).dtype == torch.bfloat16
+    loss.backward()
+    expected = low(tokens_BT, targets_BT)
+    expected.backward()
+    assert torch.equal(loss, expected)
+    for own, other in zip(model.parameters(), low.parameters(), strict=True):
+        assert own.dtype == own.grad.dtype == torch.float32
+        assert torch.equal(own.grad, other.grad.float())
+
+
+def test_generation_under_autocast_takes_the_models_own_dtype() -> None:
+    model, tokens_NT = model_with_random_norms(), tokens(2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.next_logits(tokens_NT)
+    assert torch.equal(logits, model.next_logits(tokens_NT))
+
+
 # ---------------------------------------------------------------------------------------------------- configuration
 
 
