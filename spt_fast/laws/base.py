@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from functools import wraps
@@ -28,6 +29,10 @@ EFFICIENT = 1.345
 noise is normal. At 0.001, noise of 1% would make it one of least absolute deviations, which varies 57% more."""
 REWEIGHTED = 3
 """Times that noise and threshold are taken from the last fit."""
+GROSS, MOST_GROSS = 12.0, 0.05
+"""Standard deviations of the noise beyond which a row counts for nothing, in at most such a share of all. Huber's
+estimate limits what a loss does, not what a row does that alone holds the largest of one column and the least of
+another."""
 
 
 LEFT_OUT = 1 / 3, 1 / 2
@@ -100,6 +105,10 @@ class Law:
     def _remedy(self) -> str:
         return "add runs that differ in what these parameters act on"
 
+    def _doubts(self) -> str | None:
+        """What of the rows does not suit the law, after a fit."""
+        return None
+
     def _prepare(self, rows: Rows) -> Rows:
         """The rows as the law sees them; refuses losses that mean nothing to it."""
         return rows
@@ -134,6 +143,8 @@ class Law:
         self.params_ = {name: float(value) for name, value in self._named(fits).items()}
         self.unidentified_ = [name for key, fit in fits.items() for name in self._unsure(key, fit)]
         self.remedy_ = self._remedy()
+        if doubts := self._doubts():
+            _warn(f"{type(self).__name__}: {doubts}", LawWarning)
         if self.unidentified_:
             _warn(
                 f"{type(self).__name__}: these runs do not identify {', '.join(self.unidentified_)}; judge the law "
@@ -169,12 +180,14 @@ class Law:
         of = self._output(of)
         self._require("params_", "fit it to a table")
         values, shape = arguments(columns, self.inputs, self.optional)
+        if interval is not None and not (isinstance(interval, int | float) and 0 < interval < 1):
+            raise RecipeError(invalid("interval", interval, "give a probability between 0 and 1, such as 0.9"))
+        if 0 in shape:
+            return np.zeros(shape) if interval is None else (np.zeros(shape), np.zeros(shape), np.zeros(shape))
         self._warn_beyond(**values)
         mean = self._mean(values, of)
         if interval is None:
             return _shaped(mean, shape)
-        if not 0 < interval < 1:
-            raise RecipeError(invalid("interval", interval, "give a probability between 0 and 1, such as 0.9"))
         self._require("_fits", "an interval needs runs: fit it to a table")
         if len(self._rows) > 1 and not self._rows.run.any():
             raise OpenError(
@@ -199,6 +212,8 @@ class Law:
         of = self._output(of)
         self._require("params_", "fit it to a table")
         rows = self._prepare(read(table, self.inputs, self.outputs))
+        if not len(rows):
+            raise DataError("the table has no rows to score")
         known = np.isfinite(rows.columns[of])
         seen = rows.columns[of][known]
         mean = self._mean({name: rows.columns[name] for name in self.inputs}, of)[known]
@@ -217,8 +232,8 @@ class Law:
         A draw weighs each run by an exponential variate instead of a count (the Bayesian bootstrap), so that none
         loses so many runs that the parameters are no longer defined. Curves with a single run are resampled by points.
         """
-        if n < 2 or not 0 < level < 1:
-            name, given = ("n", n) if n < 2 else ("level", level)
+        if not (isinstance(n, int) and n >= 2 and 0 < level < 1):
+            name, given = ("level", level) if isinstance(n, int) and n >= 2 else ("n", n)
             raise RecipeError(invalid(name, given, "a bootstrap takes n of at least 2 and a level between 0 and 1"))
         draws = [law.params_ for law in self.resampled(table, n, seed)]
         tails = 100 * (1 - level) / 2, 100 * (1 + level) / 2
@@ -266,11 +281,27 @@ class Law:
         return variance
 
     def _misfit_of(self, names: tuple[str, ...], of: str) -> float:
-        """Variance for a distance of 1. Raises OpenError where the points are too few to leave any out."""
+        """Variance for a distance of 1: of several columns at once at least what each gives for its part of the
+        distance. Raises OpenError where the points are too few to leave any out."""
+        if len(names) == 1:
+            return self._measured_misfit(names, of)
+        parts = [self._misfits.get(((name,), of)) for name in names]
+        for i, name in enumerate(names):
+            if parts[i] is None:
+                with suppress(OpenError):
+                    parts[i] = self._misfits[(name,), of] = self._measured_misfit((name,), of)
+        return max(self._measured_misfit(names, of), sum(part or 0.0 for part in parts) / len(names) ** 2)
+
+    def _measured_misfit(self, names: tuple[str, ...], of: str) -> float:
         size = _size(self._rows.columns, names)
         sizes = np.unique(size[np.isfinite(size)])
         edges = [float(sizes[-1] - share * np.ptp(sizes)) for share in LEFT_OUT]
         found = [self._misfit_beyond(size, edge, of) for edge in edges]
+        if not any(found) and len(sizes) == 2 and self._takes_three(names[0]):
+            raise OpenError(
+                f"{type(self).__name__}: two values of {names[0]} do not show how the law errs beyond them, which an "
+                "interval there takes; run a third"
+            )
         if None in found:
             found.append(self._misfit_beyond(size, float(sizes[-2]), of))
         known = [variance for variance in found if variance is not None]
@@ -305,6 +336,10 @@ class Law:
         excess = float(np.median(error) / ndtri(0.75) ** 2 - np.median(expected))
         return max(excess, 0.0) / float(np.square(size[size > edge] - size[size <= edge].max()).mean())
 
+    def _takes_three(self, column: str) -> bool:
+        """Whether two values of a column leave nothing of the law open, so that no interval beyond them is wide."""
+        return False
+
     def _given(self, **columns: Any) -> Columns:
         """Columns of a decision, checked and broadcast; the law must have its parameters."""
         self._require("params_", "fit it to a table")
@@ -333,8 +368,9 @@ class Law:
             return
         for name in self.inputs.keys() & columns.keys():
             seen, asked = self._rows.columns[name], np.asarray(columns[name])
-            for edge, beyond in ((seen.max(), asked.max()), (seen.min(), asked.min())):
-                if (beyond > seen.max() or beyond < seen.min()) and not np.isclose(beyond, edge, rtol=1e-6, atol=0):
+            above, below = (seen.max(), asked.max()), (seen.min(), asked.min())
+            for edge, beyond, outside in ((*above, above[1] > above[0]), (*below, below[1] < below[0])):
+                if outside and not np.isclose(beyond, edge, rtol=1e-6, atol=0):
                     _warn(
                         f"{type(self).__name__} extrapolates: {name} = {beyond:g} lies outside of the runs it was "
                         f"fitted to ({seen.min():g} to {seen.max():g})",
@@ -431,12 +467,31 @@ class FormulaLaw(Law):
         curve = Curve(self.parameters, self.formula, columns, target, rows.run, log=True)
         if warm:
             curve = replace(curve, huber=warm["loss"].curve.huber)
-            return {"loss": Fit(curve, solve(curve, weights, [warm["loss"].x]))}
-        fit = Fit(curve, solve(curve, seed=self.seed))
+            kept = ~_gross(replace(warm["loss"], curve=curve), warm["loss"].scale)
+            own = None if weights is None else weights[:, kept]
+            curve = curve.where(kept)
+            return {"loss": Fit(curve, solve(curve, own, [warm["loss"].x]))}
+        fit = _reweighted(Fit(curve, solve(curve, seed=self.seed)))
         for _ in range(REWEIGHTED):
-            curve = replace(curve, huber=max(HUBER, EFFICIENT * fit.scale))
-            fit = Fit(curve, solve(curve, starts=[fit.x]))
+            kept = ~_gross(replace(fit, curve=curve), fit.scale)
+            if kept.sum() == len(fit.residual):
+                break
+            fit = _reweighted(replace(fit, curve=curve.where(kept)))
         return {"loss": fit}
+
+    def _doubts(self) -> str | None:
+        """How many rows count for nothing, and the worst of them."""
+        of = next(iter(self.outputs))
+        rows, used = len(self._rows), len(self._fits["loss"].residual)
+        if used == rows:
+            return None
+        seen, mean = self._rows.columns[of], self._mean({n: self._rows.columns[n] for n in self.inputs}, of)
+        worst = int(np.abs(np.log(seen / mean)).argmax())
+        at = ", ".join(f"{name} = {self._rows.columns[name][worst]:.4g}" for name in self.inputs)
+        return (
+            f"{rows - used} of {rows} rows lie more than {GROSS:g} times the noise off and count for nothing; the "
+            f"worst has a loss of {seen[worst]:.4g} where the law says {mean[worst]:.4g} ({at}); look at these runs"
+        )
 
     def _named(self, fits: dict[Any, Fit]) -> dict[str, float]:
         return self._in_units(fits["loss"].values, self._unit)
@@ -452,6 +507,10 @@ class FormulaLaw(Law):
         few = [column for *_, column in self._of_two_values()]
         needs = f"run a third value of {' and of '.join(few)}: an exponent takes three"
         return needs if few and self.unidentified_ else super()._remedy()
+
+    def _takes_three(self, column: str) -> bool:
+        exponents = {powers[column].removeprefix("-") for powers in self.units.values() if column in powers}
+        return bool(exponents) and not exponents & set(self._unsure("loss", self._fits["loss"]))
 
     def _of_two_values(self) -> list[tuple[str, str, str]]:
         """(coefficient, exponent, column) of terms of one column that the runs have two values of."""
@@ -469,6 +528,20 @@ class FormulaLaw(Law):
 
     def _variance(self, columns: Columns, of: str) -> Array:
         return self._fits["loss"].variance(self._features(columns, self._unit))
+
+
+def _reweighted(fit: Fit) -> Fit:
+    """By Huber's loss, from where a fit ended."""
+    for _ in range(REWEIGHTED):
+        curve = replace(fit.curve, huber=max(HUBER, EFFICIENT * fit.scale))
+        fit = Fit(curve, solve(curve, starts=[fit.x]))
+    return fit
+
+
+def _gross(fit: Fit, scale: float) -> Array:
+    """[points]: which count for nothing."""
+    size = np.abs(fit.residual)
+    return size > max(GROSS * max(scale, HUBER), float(np.quantile(size, 1 - MOST_GROSS)))
 
 
 def require_points(points: int, unknowns: int, law: str, where: str = "") -> None:

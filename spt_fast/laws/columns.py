@@ -15,6 +15,8 @@ Columns = dict[str, Array]
 
 ALIKE = ("tokenizer", "heldout")
 """Columns that, where a table has them, must hold one value: losses of different ones are not comparable."""
+MISSING = ("None", "nan", "<NA>")
+"""A missing value of Python, NumPy and pandas as text."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,11 @@ def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) 
         raise DataError(invalid("table", table, "give a pandas DataFrame or a dict of columns"))
     names = [str(name) for name in table.keys()]  # noqa: SIM118 - iterating a DataFrame does the same, a Mapping may not
     require_columns(names, (*inputs, *outputs), "the table")
+    for name in (*inputs, *outputs, "run", *ALIKE):
+        if names.count(name) > 1:
+            raise DataError(f"the table has the column {name!r} {names.count(name)} times; keep one of them")
     columns = {name: _numbers(name, table[name]) for name in (*inputs, *outputs)}
-    run = np.asarray(table["run"]) if "run" in names else None
+    run = _runs(table["run"]) if "run" in names else None
     lengths = {name: len(values) for name, values in columns.items()} | ({} if run is None else {"run": len(run)})
     if len(set(lengths.values())) > 1:
         raise DataError(f"the table's columns differ in length: {lengths}")
@@ -83,6 +88,21 @@ def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) 
             )
     numbered = np.arange(len(next(iter(columns.values())))) if run is None else np.unique(run, return_inverse=True)[1]
     return Rows(columns, numbered)
+
+
+def _runs(values: Any) -> Array:
+    """What tells runs apart: numbers, or text. Raises DataError where one is missing."""
+    runs = np.asarray(values)
+    if runs.dtype.kind in "iuf" and np.isfinite(runs).all():
+        return runs
+    names = [str(run) for run in runs.ravel().tolist()]
+    missing = [i for i, name in enumerate(names) if name in MISSING]
+    if missing:
+        raise DataError(
+            f"run is missing in {len(missing)} of {len(names)} rows (the first is row {missing[0]}); name the run of "
+            "each, or leave the column out where each row is a run of its own"
+        )
+    return np.array(names, dtype=str)
 
 
 def require_columns(found: Iterable[Any], needed: Iterable[str], table: str) -> None:

@@ -19,14 +19,16 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from spt_fast.errors import RecipeError, invalid
+from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.chinchilla import FLOPS_PER_PARAMETER_AND_TOKEN, IRREDUCIBLE, coefficient, exponent
-from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
+from spt_fast.laws.columns import POSITIVE, Array, Column, Columns, Rows
 from spt_fast.laws.dcpt import lowest
 from spt_fast.laws.fitting import Parameter
 
 PARAMS_PER_UNIQUE_TOKEN = 0.051
+FEWEST = {"params": 1e4, "tokens": 1e5}
+"""A table whose largest is smaller is not in parameters and tokens, but in millions or billions of them."""
 
 PUBLISHED = {
     "E": 1.87,
@@ -59,6 +61,14 @@ class DataConstrainedLaw(FormulaLaw):
         Parameter("R_star_N", 0.1, 1000),
     )
     units: ClassVar[Units] = {"A": {"params": "alpha"}, "B": {"tokens": "beta"}}
+
+    def _prepare(self, rows: Rows) -> Rows:
+        for name, least in FEWEST.items():
+            most = float(rows.columns[name].max(initial=0))
+            if 0 < most < least:
+                expected = f"give {name} as they are, not in millions: {PARAMS_PER_UNIQUE_TOKEN} is a ratio of the two"
+                raise DataError(invalid(name, most, expected))
+        return rows
 
     @classmethod
     def published(cls) -> Self:

@@ -111,7 +111,10 @@ class Curve:
         points = len(self.target)
         if points <= SEARCHED:
             return self
-        kept = np.sort(np.random.default_rng(0).choice(points, SEARCHED, replace=False))
+        return self.where(np.sort(np.random.default_rng(0).choice(points, SEARCHED, replace=False)))
+
+    def where(self, kept: Array) -> Curve:
+        """The curve with these observations only."""
         columns = {name: values[kept] for name, values in self.columns.items()}
         return replace(self, columns=columns, target=self.target[kept], run=self.run[kept])
 
@@ -280,14 +283,14 @@ class Noise:
     """Whether the residuals say how much runs differ."""
 
     @classmethod
-    def of(cls, residual: Array, run: Array, jacobian: Array) -> Noise:
+    def of(cls, residual: Array, run: Array, moved: Array) -> Noise:
         """From the squares within runs and between them that the unknowns leave over. Few runs say little of the
         variance between them, and as few as there are unknowns that tell runs apart say nothing. The prior for its
         square root is a half-Cauchy distribution whose median is LIKELY times that of points. Of the residuals, a tenth
         may be outliers, which count as OUTLIER standard deviations."""
         size = np.abs(residual)
         most = max(OUTLIER * float(np.median(size)) / ndtri(0.75), float(np.quantile(size, 0.9)))
-        basis = _basis(jacobian)
+        basis = _basis(moved)
         rest = np.clip(residual, -most, most)
         rest = rest - basis @ (basis.T @ rest)
         index, sizes = np.unique(run, return_inverse=True, return_counts=True)[1:]
@@ -329,7 +332,7 @@ def _basis(columns: Array) -> Array:
     """An orthonormal basis [points, rank] of columns [points, n]."""
     sized = columns / np.maximum(np.sqrt(np.square(columns).sum(axis=0)), 1e-300)
     left, singular, _ = np.linalg.svd(sized, full_matrices=False)
-    return left[:, singular > 1e-6 * max(singular[0], 1.0)]
+    return left[:, singular > 1e-6 * singular.max(initial=1.0)]
 
 
 def _inverse(columns: Array) -> Array:
@@ -365,11 +368,16 @@ class Fit:
 
     @cached_property
     def noise(self) -> Noise:
-        return Noise.of(self.residual, self.curve.run, self.jacobian)
+        return Noise.of(self.residual, self.curve.run, self.moved)
 
     @cached_property
     def jacobian(self) -> Array:
         return self.curve.gradient(self.x)
+
+    @property
+    def moved(self) -> Array:
+        """The jacobian of unknowns inside of their bounds: one at a bound takes up no error."""
+        return self.jacobian[:, ~self._at_edge]
 
     @cached_property
     def _prior(self) -> Array:

@@ -240,7 +240,7 @@ class OverfittingLaw(Law):
 
     def _heldout_noise(self) -> Noise:
         residual = self._rows.columns["heldout_loss"] - self._mean(self._rows.columns, "heldout_loss")
-        return Noise.of(residual, self._rows.run, self._fits["train"].jacobian)
+        return Noise.of(residual, self._rows.run, self._fits["train"].moved)
 
     # ------------------------------------------------------------------------------------------------------- decisions
 

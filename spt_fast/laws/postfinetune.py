@@ -191,7 +191,7 @@ class PostFinetuneLaw(Law):
         by_before, left_open = before.influence(at)
         by_gain, gain_left_open = gain.influence(at)
         residual = own.columns["finetuned_loss"] - (before.mean(before.curve.columns) - gain.mean(gain.curve.columns))
-        after = Noise.of(residual, own.run, gain.jacobian)
+        after = Noise.of(residual, own.run, gain.moved)
         spread = before.noise.spread(by_before - by_gain, own.run, observed=False)
         return spread + after.spread(by_gain, own.run, observed=True) + left_open + gain_left_open
 

@@ -22,6 +22,7 @@ from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, _polish, promisi
 from spt_fast.laws.powers import in_tokens, rising
 from tests.synthetic_runs import (
     CHINCHILLA,
+    CONSTRAINED,
     DCPT_GRID,
     DOMAIN,
     OVERFITTING,
@@ -38,6 +39,7 @@ from tests.synthetic_runs import (
 TABLE = drawn(CHINCHILLA, TABLES["Chinchilla"][2], np.random.default_rng(0))
 OF_FINETUNING = finetuned(overfitting_grid(), np.random.default_rng(0))
 OF_CONTINUING = continued(np.random.default_rng(0))
+OF_REPEATING = drawn(CONSTRAINED, TABLES["data-constrained"][2], np.random.default_rng(0))
 OF_OVERFITTING = drawn(OVERFITTING, overfitting_grid(), np.random.default_rng(0))
 
 
@@ -59,6 +61,10 @@ def test_a_dataframe_does_as_well_as_a_dict() -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({name: list(values) for name, values in TABLE.items()} | {"note": "x"})
     assert laws.ChinchillaLaw().fit(frame).params_ == laws.ChinchillaLaw().fit(TABLE).params_
+    named = frame.assign(run=[f"seed {run}" if run else 0 for run in TABLE["run"]])
+    assert laws.ChinchillaLaw().fit(named).params_ == laws.ChinchillaLaw().fit(TABLE).params_
+    with pytest.raises(DataError, match="'loss' 2 times; keep one"):
+        laws.ChinchillaLaw().fit(pandas.concat([frame, frame[["loss"]]], axis=1))
 
 
 def test_predictions_keep_the_shape_of_what_they_are_given() -> None:
@@ -70,6 +76,8 @@ def test_predictions_keep_the_shape_of_what_they_are_given() -> None:
     assert mean.shape == low.shape == high.shape == (2, 3)
     assert mean[1, 2] == law.predict(params=2e8, tokens=2e10)
     assert all(isinstance(x, float) for x in law.predict(params=1e8, tokens=1e10, interval=0.5))
+    assert law.predict(params=[], tokens=[]).shape == (0,)
+    assert [edge.shape for edge in law.predict(params=np.zeros((0, 3)), tokens=1e9, interval=0.9)] == [(0, 3)] * 3
 
 
 def test_a_wider_interval_is_wider_and_holds_at_least_the_noise() -> None:
@@ -246,7 +254,7 @@ def test_extrapolation_warns_and_says_of_what() -> None:
     says = r"tokens = 1e\+12 lies outside of .* \(1e\+09 to 5e\+10\)"
     with pytest.warns(laws.ExtrapolationWarning, match=says) as warned:
         law.predict(params=1e8, tokens=1e12)
-    assert warned[0].filename == __file__
+    assert [warning.filename for warning in warned] == [__file__]
     with pytest.warns(laws.ExtrapolationWarning):
         law.best_allocation(flops=1e26)
     with warnings.catch_warnings():
@@ -286,6 +294,10 @@ def test_a_dcpt_law_that_rises_with_its_ratio_is_warned_of() -> None:
         (laws.ChinchillaLaw, changed(TABLE, tokens=["many"] * 40), "must hold numbers"),
         (laws.ChinchillaLaw, changed(TABLE, tokens=0 * TABLE["tokens"]), "tokens must be finite and above 0"),
         (laws.ChinchillaLaw, [1, 2], "DataFrame or a dict"),
+        (laws.ChinchillaLaw, changed(TABLE, run=[None] * 8 + ["a"] * 32), "run is missing in 8 of 40 rows"),
+        (laws.ChinchillaLaw, changed(TABLE, run=[*range(39), np.nan]), r"run is missing in 1 of 40 .* is row 39\)"),
+        (laws.DataConstrainedLaw, changed(OF_REPEATING, params=OF_REPEATING["params"] / 1e6), "1270.0 .* not in mill"),
+        (laws.DataConstrainedLaw, changed(OF_REPEATING, tokens=OF_REPEATING["tokens"] / 1e9), "50.0 .* give tokens as"),
         (laws.OverfittingLaw, changed(OF_OVERFITTING, fraction=100 * OF_OVERFITTING["fraction"]), "not a percentage"),
         (laws.OverfittingLaw, {n: v[:60] for n, v in OF_OVERFITTING.items()}, "at 4 fractions or more"),
         (laws.OverfittingLaw, changed(OF_OVERFITTING, train_loss=[np.nan] * 100), "only at fraction 0"),
@@ -310,6 +322,7 @@ def test_a_table_that_cannot_be_fitted(law: type[laws.Law], table: Any, says: st
         ({"params": 1e8, "tokens": float("nan")}, "finite"),
         ({"params": [1e8, 2e8], "tokens": [1e9] * 3}, "one shape"),
         ({"params": 1e8, "tokens": 1e10, "interval": 90}, "such as 0.9"),
+        ({"params": 1e8, "tokens": 1e10, "interval": "90%"}, "such as 0.9"),
         ({"params": 1e8, "tokens": 1e10, "of": "los"}, "did you mean 'loss'"),
     ],
 )

@@ -20,6 +20,7 @@ from tests.synthetic_runs import (
     CROSS_DOMAIN,
     DCPT_GRID,
     DOMAIN,
+    FINETUNE,
     FRACTIONS,
     OVERFITTING,
     RATIOS,
@@ -234,6 +235,40 @@ def test_five_outliers_do_not_widen_every_interval() -> None:
     assert widths[1] < 1.15 * widths[0]
 
 
+def test_losses_that_are_wrong_where_no_other_run_is_count_for_nothing() -> None:
+    """Much parameters on few tokens, as four of the 245 points that were read off Chinchilla's figure."""
+    runs = grid(params=np.geomspace(4e7, 1e9, 8), tokens=np.geomspace(1e9, 5e10, 12))
+    corner = {"params": np.array([2e9, 2.3e9, 3e9, 7e9]), "tokens": np.array([7e8, 6e8, 5e8, 2.5e8])}
+    table = {name: np.concatenate([runs[name], corner[name]]) for name in corner}
+    table = drawn(CHINCHILLA, table, generator(), noise=0.003)
+    clean = laws.ChinchillaLaw().fit(table)
+    wrong = table | {"loss": table["loss"] * np.exp(np.append(np.zeros(96), [0.1, 0.12, 0.28, 0.3]))}
+    with pytest.warns(laws.LawWarning, match=r"4 of 100 rows .* count for nothing; the worst has a .* = 2\.5e\+08"):
+        law = laws.ChinchillaLaw().fit(wrong)
+    assert law.params_["beta"] == pytest.approx(0.35, abs=0.01)
+    assert law.params_["E"] == pytest.approx(clean.params_["E"], abs=0.05)
+    assert law.bootstrap(wrong, n=20)["beta"] == pytest.approx((0.35, 0.35), abs=0.03)
+
+
+def test_a_law_that_cannot_meet_its_runs_has_wide_intervals() -> None:
+    """Losses that rise with size and tokens: all but E ends at its bound, and takes up none of the errors."""
+    _, make, table = TABLES["Chinchilla"]
+    rising = table | {"loss": 6 - CHINCHILLA.predict(params=table["params"], tokens=table["tokens"]) / 2}
+    law = make().fit(rising)
+    _, low, high = law.predict(params=table["params"], tokens=table["tokens"], interval=0.9)
+    assert ((low <= rising["loss"]) & (rising["loss"] <= high)).mean() > 0.8
+
+
+def test_beyond_several_columns_at_once_a_law_errs_at_least_as_each_says_for_its_part() -> None:
+    truth, make, table = TABLES["Chinchilla"]
+    law = make().fit(drawn(truth, table, generator()))
+    measured = {("params",): 4e-4, ("tokens",): 8e-4, ("params", "tokens"): 1e-5}
+    law._measured_misfit = lambda names, of: measured[names]  # type: ignore[method-assign]
+    assert law._misfit_of(("params", "tokens"), "loss") == pytest.approx(3e-4)
+    measured["params", "tokens"] = 1e-3
+    assert law._misfit_of(("params", "tokens"), "loss") == 1e-3
+
+
 def test_beyond_its_runs_an_interval_is_as_wide_as_the_law_errs_there() -> None:
     """The losses' exponent is half as large from 4e9 tokens on, which a law fitted to all up to 2e10 half sees."""
     runs = grid(params=np.geomspace(4e7, 1e9, 5), tokens=np.geomspace(1e8, 2e10, 12))
@@ -268,6 +303,11 @@ def test_one_run_has_no_interval_and_a_law_that_nothing_can_be_left_out_of_has_n
     law.predict(params=1e8, tokens=1e10, interval=0.9)
     with pytest.raises(laws.OpenError, match=r"beyond the params .* take all of these 6; add runs"):
         law.predict(params=1e10, tokens=1e10, interval=0.9)
+    two = drawn(FINETUNE, grid(params=[1e8, 3e8], unique_tokens=np.geomspace(1e5, 1e8, 10)), generator(), noise=0.003)
+    law = laws.FinetuneLaw().fit(two)
+    law.predict(params=2e8, unique_tokens=1e7, interval=0.9)
+    with pytest.raises(laws.OpenError, match=r"two values of params .* run a third"):
+        law.predict(params=1e9, unique_tokens=1e7, interval=0.9)
 
 
 def test_the_spread_of_overfitting_predictions_is_what_their_intervals_say() -> None:
