@@ -1,6 +1,7 @@
 """The pages of docs/ are right: commands and recipes in them parse as written, links lead somewhere, the site builds.
 
-The tutorial runs as a whole in tests/test_tutorial.py, the README in tests/test_readme.py.
+The tutorial runs as a whole in tests/test_tutorial.py, the README in tests/test_readme.py, the page of base models in
+tests/test_base_models.py.
 """
 
 from __future__ import annotations
