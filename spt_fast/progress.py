@@ -150,7 +150,9 @@ class Steps(Screen):
 
     def __init__(self, *, show: bool = True) -> None:
         super().__init__(show=show)
-        self._began_s, self._done = time.monotonic(), 0.0
+        self._since_s: float | None = None
+        """Where the pace is measured from: the end of the first step, which compiles and comes after an evaluation."""
+        self._done = 0.0
         self._title, self._step, self._steps, self._work, self._after = "", 0, 1, 1.0, 0.0
         self._figures: Sequence[str] = ()
         self._more: Sequence[str] = ()
@@ -163,7 +165,10 @@ class Steps(Screen):
         self.update(self._line(step), plain=False)
 
     def advance(self, step: int) -> None:
-        self._done += self._work * (step - self._step) / self._steps
+        if self._since_s is None:
+            self._since_s = time.monotonic()
+        else:
+            self._done += self._work * (step - self._step) / self._steps
         self._step = step
         self.update(self._line(step), plain=False)
 
@@ -174,5 +179,5 @@ class Steps(Screen):
 
     def _line(self, step: int) -> Line:
         left = self._work * (self._steps - step) / self._steps + self._after
-        eta = time_left(time.monotonic() - self._began_s, self._done, left)
+        eta = time_left(time.monotonic() - (self._since_s or 0.0), self._done, left)
         return Line([self._title, f"step {step}/{self._steps}", *self._figures, eta, *self._more], step / self._steps)

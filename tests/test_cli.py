@@ -304,10 +304,13 @@ def test_quiet_and_verbose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert "held-out" in told.out
     assert told.err
     assert all(line.startswith("warning: ") for line in told.err.splitlines()), told.err
+    cli.app(["train", recipe, "--set", f"run={tmp_path / 'other'}", "--quiet"], standalone_mode=False)
+    assert capsys.readouterr().err.splitlines() == told.err.splitlines()
     assert said_on_failure(monkeypatch, capsys, "train", recipe).startswith("spt-fast: run: folder")
-    monkeypatch.setattr(sys, "argv", ["spt-fast", "--verbose", "train", recipe])
-    with pytest.raises(SystemExit):
-        cli.main()
-    said = capsys.readouterr().err
-    assert "Traceback" in said
-    assert "\nspt-fast: run: folder" in said
+    for words in (["--verbose", "train", recipe], ["train", recipe, "-v"]):
+        monkeypatch.setattr(sys, "argv", ["spt-fast", *words])
+        with pytest.raises(SystemExit):
+            cli.main()
+        said = capsys.readouterr().err
+        assert "Traceback" in said
+        assert "\nspt-fast: run: folder" in said

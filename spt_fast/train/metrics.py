@@ -63,10 +63,10 @@ class RunLog(Steps):
     def train(self, record: dict[str, Any], total_step: int) -> None:
         """A logged training step; `total_step` counts over the whole run."""
         self._write({"kind": "train", **record}, total_step)
-        figures = [f"loss {_loss(record['loss'])}", self._domain_loss, read("tokens_per_s", record["tokens_per_s"])]
+        figures = [f"loss {_loss(record['loss'])}", self._domain_loss]
         skipped = f"skipped steps: {record['skipped']}" if record["skipped"] else ""
         mfu = "" if record["mfu"] is None else f"{record['mfu']:.1%} mfu[{self._mfu_label}]"
-        self.show(record["step"], figures, [skipped, mfu])
+        self.show(record["step"], figures, [skipped, read("tokens_per_s", record["tokens_per_s"]), mfu])
 
     def evaluation(self, record: dict[str, Any], total_step: int) -> None:
         self._write({"kind": "eval", **record}, total_step)
