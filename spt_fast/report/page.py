@@ -165,10 +165,10 @@ def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
 def behind(done: pd.DataFrame, corpus: str) -> str:
     """What the held-out losses of a corpus rest on."""
     known = Behind.of_rows(done, corpus)
-    if known is None or known.standard_error is None:
+    if known is None:
         return "text that is not recorded"
-    of = known.size or "text without documents"
-    return f"{of}, standard error up to {known.standard_error:.2g} nats"
+    error = "unknown" if known.standard_error is None else f"up to {known.standard_error:.2g} nats"
+    return f"{known.size or 'text without documents'}, standard error {error}"
 
 
 # ------------------------------------------------------------------------------------------------ the page

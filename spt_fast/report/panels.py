@@ -224,10 +224,10 @@ def steps_of_runs(axes: Axes, curves: Sequence[tuple[float, Curve]], of: str, co
         axes.yaxis.set_major_formatter(FuncFormatter(lambda norm, _: f"{norm:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     if of in ("lr", "tokens_per_s"):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * np.nanmax(np.concatenate([curve.figures[of] for _, curve in curves])))
     if of == "tokens_per_s":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda speed, _: amount(speed) if speed else "0"))
-    token_axis(axes, "tokens of the phase")
+    token_axis(axes, "tokens trained")
     axes.set_ylabel(STEP_LABELS[of])
     if of in ("loss", "tokens_per_s"):
         label_lines(axes, list(ends.values()))

@@ -115,22 +115,24 @@ MOST_CURVES = 40
 def training(curves: Sequence[Curve], rows: pd.DataFrame) -> Section:
     """What the steps of these runs say; rows: of the runs table, which knows the stage and δ of each phase."""
     stages = rows.assign(of=rows["delta"].where(rows["stage"] == 0, rows["pretrain_delta"].fillna(rows["delta"])))
-    known = {(row.run, row.phase): (row.stage > 0, row.of) for row in stages.itertuples()}
+    known = {(row.run, row.phase): (row.stage, row.of) for row in stages.itertuples()}
+    joined: dict[tuple[str, int], tuple[float, Curve]] = {}  # by run and stage
+    for curve in curves:
+        if (at := (curve.run, curve.phase)) in known:
+            stage, of_run = known[at]
+            before = joined.get((curve.run, stage))
+            joined[curve.run, stage] = (of_run, before[1].then(curve) if before else curve)
     colours = panels.colours_of(stages["of"])
     section = Section("training", "Training steps")
     for adapts, name in ((False, "Pretraining"), (True, "Adaptation")):
-        own = [
-            (known[at][1], curve)
-            for curve in curves
-            if (at := (curve.run, curve.phase)) in known and known[at][0] == adapts
-        ]
+        own = [found for (_, stage), found in joined.items() if (stage > 0) == adapts]
         if not own:
             continue
         some = f" These are the first {MOST_CURVES} of {len(own)} runs." if len(own) > MOST_CURVES else ""
         drawn = [
             panel(
                 f"{name} · {title}",
-                f"{title} over the tokens of the phase, a line per run, coloured by δ.",
+                f"{title} over the tokens trained, a line per run, coloured by δ.",
                 partial(panels.steps_of_runs, curves=own[:MOST_CURVES], of=of, colours=colours),
             )
             for of, title in STEP_TITLES.items()
@@ -138,9 +140,8 @@ def training(curves: Sequence[Curve], rows: pd.DataFrame) -> Section:
         ]
         section.figures.append(
             Figure(
-                "A line for each run and phase, of the arm that was kept, coloured by δ; the speed is that of the "
-                "machine that trained it. A loss or gradient norm that jumps tells of too high a rate or of bad data."
-                + some,
+                "A line for each run, of the arm that was kept, coloured by δ; the speed is that of the machine that "
+                "trained it. A loss or gradient norm that jumps tells of too high a rate or of bad data." + some,
                 drawn,
             )
         )

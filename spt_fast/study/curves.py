@@ -1,9 +1,9 @@
-"""What a run's steps say: loss, learning rate, gradient norm and speed over the tokens of each phase."""
+"""What a run's steps say: loss, learning rate, gradient norm and speed over the tokens that were trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,17 @@ class Curve:
     """Of the phase, float64 [points]."""
     figures: Mapping[str, np.ndarray]
     """Each of FIGURES, float64 [points]; NaN where it is not finite."""
+    trained: int
+    """Tokens at the phase's last step, which is always logged."""
+
+    def then(self, later: Curve) -> Curve:
+        """Both, where the later phase goes on with the same stage: pretraining is cut at every budget."""
+        return replace(
+            self,
+            tokens=np.concatenate([self.tokens, self.trained + later.tokens]),
+            figures={name: np.concatenate([self.figures[name], later.figures[name]]) for name in self.figures},
+            trained=self.trained + later.trained,
+        )
 
 
 def curves_of(folders: Sequence[Path]) -> list[Curve]:
@@ -43,5 +54,5 @@ def curves_of(folders: Sequence[Path]) -> list[Curve]:
             values = {name: np.array([step[name] for step in own], float) for name in ("tokens", *FIGURES)}
             means = {name: np.array([each[part].mean() for part in parts]) for name, each in values.items()}
             if parts:
-                found.append(Curve(run.name, phase, means.pop("tokens"), means))
+                found.append(Curve(run.name, phase, means.pop("tokens"), means, int(values["tokens"][-1])))
     return found

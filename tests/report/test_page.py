@@ -20,7 +20,7 @@ from markupsafe import escape
 from spt_fast import cli, laws
 from spt_fast.advice.advise import advise
 from spt_fast.errors import DataError
-from spt_fast.report import sections
+from spt_fast.report import panels, sections
 from spt_fast.report.decision import compared, decide
 from spt_fast.report.page import page, provenance
 from spt_fast.report.sections import pretraining
@@ -319,8 +319,21 @@ def test_training_steps_are_drawn_for_the_kept_arm(written: Path) -> None:
     rows = small_table().query("status == 'done'")
     at = rows.iloc[0]
     loss = {"loss": np.ones(2)} | dict.fromkeys(("lr", "grad_norm", "tokens_per_s"), np.full(2, np.nan))
-    (figure,) = sections.training([Curve(at["run"], at["phase"], np.ones(2), loss)], rows).figures
+    (figure,) = sections.training([Curve(at["run"], at["phase"], np.ones(2), loss, 4)], rows).figures
     assert [panel.title for panel in figure.panels] == ["Pretraining · Training loss"]
+
+
+def test_the_pieces_of_a_pretraining_are_one_line_of_training_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with budgets is a phase for each; the second begins where the first ended."""
+    drawn = {}
+    monkeypatch.setattr(panels, "steps_of_runs", lambda axes, curves, of, colours: drawn.update({of: curves}))
+    rows = small_table().query("status == 'done' and stage == 0").iloc[:2].assign(run="r", phase=["p-20B", "p-50B"])
+    figures = {name: np.array([3.0, 2.0]) for name in ("loss", "lr", "grad_norm", "tokens_per_s")}
+    pieces = [Curve("r", phase, np.array([4.0, 8.0]), figures, 10) for phase in rows["phase"]]
+    assert len(sections.training(pieces, rows).figures) == 1
+    ((_, curve),) = drawn["loss"]
+    assert curve.tokens.tolist() == [4, 8, 14, 18]
+    assert curve.figures["loss"].tolist() == [3, 2, 3, 2]
 
 
 def test_the_answer_stands_first(written: Path) -> None:
@@ -501,8 +514,10 @@ def test_the_page_says_what_its_losses_rest_on() -> None:
         "losses are of the report half of the held-out text (domain 40 documents, 6,000 tokens, standard error 0.010; "
     )
     assert any(says in sentence for sentence in decision.sure)
-    unknown = provenance(table.assign(domain_error=np.nan, domain_documents=np.nan), ["a"])
+    unknown = provenance(table.assign(domain_error=np.nan, domain_documents=np.nan, domain_scored=np.nan), ["a"])
     assert unknown["Domain losses are of"] == "text that is not recorded"
+    one = provenance(table.assign(domain_error=np.nan, domain_documents=1), ["a"])
+    assert one["Domain losses are of"] == "1 document, 6,000 tokens, standard error unknown"
 
 
 def test_a_table_without_a_finished_run_is_refused(
