@@ -58,7 +58,13 @@ if TYPE_CHECKING:
 
 
 def tokenizer(
-    inputs: Paths, vocab_size: int, out: AnyPath, *, text_key: str = "text", skip_bad: bool = False
+    inputs: Paths,
+    vocab_size: int,
+    out: AnyPath,
+    *,
+    text_key: str = "text",
+    skip_bad: bool = False,
+    progress: bool = True,
 ) -> Tokenizer:
     """Train a byte-level BPE and save it as tiktoken ranks.
 
@@ -67,6 +73,7 @@ def tokenizer(
     out         the file for the ranks
     text_key    key or column of the text
     skip_bad    leave broken lines out instead of stopping at the first
+    progress    show a line on standard error
 
     Returns the tokenizer. Raises DataError.
 
@@ -75,7 +82,7 @@ def tokenizer(
     """
     from spt_fast.data.tokenizer import train_tokenizer
 
-    return train_tokenizer(inputs, vocab_size, out, text_key=text_key, skip_bad=skip_bad)
+    return train_tokenizer(inputs, vocab_size, out, text_key=text_key, skip_bad=skip_bad, progress=progress)
 
 
 def prepare(

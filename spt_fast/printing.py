@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import math
 import sys
@@ -48,16 +49,25 @@ def _finite(value: Any) -> Any:
 
 
 MIN_WIDTH = 40
+IN_ASCII = {"·": "-", "±": "+-", "→": "->", "←": "<-", "…": "~", "×": "x", "✗": "!", "–": "-", "−": "-", "²": "2"}
+"""Our own signs, where a terminal's encoding lacks them; their width is kept where it can be."""
 
 
 def set_up() -> None:
-    """Write what the terminal's encoding lacks as an escape (\\u2192) instead of ending there, and our warnings as one
-    line each."""
+    """Write what the terminal's encoding lacks in ASCII, names as an escape (\\u03b4), instead of ending there, and our
+    warnings as one line each."""
+    codecs.register_error("spt_fast", _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="spt_fast")
     warnings.formatwarning = _as_one_line
     warnings.filterwarnings("ignore", "Glyph")  # of a name, that matplotlib's font lacks
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    sign = error.object[error.start]
+    return IN_ASCII.get(sign) or sign.encode("ascii", "backslashreplace").decode(), error.start + 1
 
 
 _format_elsewhere = warnings.formatwarning
@@ -78,6 +88,7 @@ def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
 
 
 SHORTEST_NAME = 8
+WIDE = 10_000
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -117,8 +128,15 @@ def _width(headings: Sequence[str], cells: Sequence[Sequence[str]], names: Seque
     return width
 
 
+def print_named(console: Console, title: str, facts: Mapping[str, str]) -> None:
+    """A row for each, under its own name: that of a run, a checkpoint, an op."""
+    if title:
+        console.print(title, style="table.title", soft_wrap=True)
+    _print_pairs(console, facts.items())
+
+
 def print_facts(console: Console, title: str, facts: Any) -> None:
-    """A row for each fact of a mapping or dataclass that is known, and for each inner one."""
+    """A row for each fact of a mapping or dataclass that is known, and for each inner one; keys are names of fields."""
     if title:
         console.print(title, style="table.title", soft_wrap=True)
     pairs = []
@@ -128,6 +146,24 @@ def print_facts(console: Console, title: str, facts: Any) -> None:
             if leaf is not None:
                 pairs.append((f"{heading(key)} {heading(inner)}".strip(), read(inner or key, leaf)))
     _print_pairs(console, pairs)
+
+
+def print_grid(console: Console, table: Table) -> None:
+    """A table as it stands; where the terminal is too narrow for its words, every row becomes a list."""
+    options = console.options
+
+    def cuts(width: int) -> int:
+        return sum(segment.text.count("…") for segment in console.render(table, options.update(width=width)))
+
+    if cuts(console.width) == cuts(WIDE):
+        console.print(table)
+        return
+    if table.title:
+        console.print(table.title)
+    headings = [str(column.header).replace("-\n", "").replace("\n", " ") for column in table.columns]
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        _print_pairs(console, zip(headings, (str(cell).replace("\n±", " ±") for cell in cells), strict=True))
+        console.print()
 
 
 def _print_pairs(console: Console, pairs: Iterable[tuple[str, str]]) -> None:

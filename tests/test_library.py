@@ -44,7 +44,8 @@ def test_from_text_to_a_report(
         lines = (json.dumps({"text": text.format(i, i * i)}) for i in range(300))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     ranks = tmp_path / "bpe.tiktoken"
-    bpe = spt.tokenizer([tmp_path / f"{name}.jsonl" for name in texts], 270, ranks)
+    bpe = spt.tokenizer([tmp_path / f"{name}.jsonl" for name in texts], 270, ranks, progress=False)
+    assert "tokenizer" not in capsys.readouterr().err
     assert (bpe.vocab_size, bpe.decode(bpe.encode("mol 7"))) == (270, "mol 7")
     for name in texts:
         made = spt.prepare(tmp_path / f"{name}.jsonl", tmp_path / name, bpe, heldout="20%", workers=1, progress=False)

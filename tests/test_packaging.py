@@ -27,7 +27,11 @@ SHIPPED = [
     "MANIFEST.in",
     "README.md",
     "LICENSE",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "SECURITY.md",
     "constraints.txt",
+    "tests",
 ]
 
 USE_IT = """
@@ -81,6 +85,8 @@ def test_what_the_archives_hold(dist: Path) -> None:
     with tarfile.open(next(dist.glob("*.tar.gz"))) as sdist:
         files = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
     assert {"csrc/gather.cpp", "csrc/shuffle.h", "spt_fast/kernels/norm.py", "LICENSE", "constraints.txt"} <= files
+    assert {"CHANGELOG.md", "CITATION.cff", "SECURITY.md"} <= files
+    assert not any(name.startswith("tests") for name in files), "setuptools would take some of them, without the rest"
 
 
 def test_the_checkout_itself_is_installed_editable(tmp_path: Path) -> None:

@@ -12,16 +12,19 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spt_fast import cli
 from spt_fast.errors import SptWarning
-from spt_fast.printing import print_facts, print_table, set_up, terminal
+from spt_fast.printing import print_facts, print_grid, print_table, set_up, terminal
 from spt_fast.quantities import heading, read
 from spt_fast.report.panels import panel
 from spt_fast.study.compare import compare
 from spt_fast.study.figures import draw_comparison
+from spt_fast.study.sweep import Swept, print_swept
 from tests import tiny
 from tests.study.fake_runs import fake_run
 
@@ -61,6 +64,32 @@ def test_a_table_fits_the_terminal_and_its_numbers_are_for_people(
         assert name.endswith(cut.partition("…")[2])
     else:
         assert name in re.sub(r"[│\s]", "", shown)
+
+
+@pytest.mark.parametrize(("width", "whole"), [(45, False), (60, True)])
+def test_a_grid_that_does_not_fit_becomes_lists(
+    width: int, whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    table = Table("arm", "forget-\nting", "domain\nafter", "general\nbefore", "general\nafter", title="losses…")
+    table.add_row("SPT 20%", "0.353\n±0.010", "2.791\n±0.001", "6.1612", "6.5141")
+    print_grid(terminal(), table)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown.count("…") == 1
+    assert ("forget-" in shown) is whole
+    assert ("│ forgetting    │ 0.353 ±0.010 │" in shown) is not whole
+    for words in ("losses…", "SPT 20%", "2.791", "6.5141"):
+        assert words in shown
+
+
+def test_names_of_runs_and_ops_are_not_taken_for_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = {"1x32_pretrain_s": "out of memory"}
+    swept = Swept(Path("s"), 2, 1, failed, left_out=0, interrupted=False, table=pd.DataFrame())
+    print_swept(swept, "s", terminal())
+    shown = capsys.readouterr().out
+    assert re.search(r"│ 1x32_pretrain_s +│ out of memory", shown)
+    assert re.search(r"│ done +│ 1 ", shown)
 
 
 def test_quantities_are_read_at_a_glance() -> None:
@@ -110,13 +139,15 @@ def test_text_in_files_is_utf_8_whatever_the_terminal() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_terminal_without_the_sign_gets_its_escape(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_without_a_sign_gets_ascii(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
     set_up()
-    print_facts(terminal(), "memory (→ this recipe)", {"δ": "\udcff"})
+    print_facts(terminal(), "memory (→ this recipe)", {"δ": "\udcff", "loss": "3.141 ± 0.002 · 2−1"})
     sys.stdout.flush()
-    assert b"memory (\\u2192 this recipe)" in written.getvalue()
+    assert b"memory (-> this recipe)" in written.getvalue()
+    signs = "± {} ·" if encoding == "latin-1" else "+- {} -"
+    assert f"3.141 {signs} 2-1".format("0.002").encode(encoding) in written.getvalue()
     assert b"\\u03b4" in written.getvalue()
     assert b"\\udcff" in written.getvalue()
 

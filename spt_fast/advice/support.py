@@ -80,7 +80,7 @@ def _verdict(decision: Decision, evidence: Evidence, factors: dict[str, float], 
     said = [f"extrapolates {', '.join(far)}" if far else "supported by the runs"]
     known = evidence.forecast
     if known is None or shares is None:
-        said.append("as seen in the nearest arms; no law could be fitted")
+        said.append("as seen in the nearest arms; no law of finetuned losses could be fitted")
         return "; ".join(said)
     held, largest = known.standing.heldout, known.standing.largest
     assert largest is not None

@@ -11,6 +11,7 @@ from spt_fast.advice.forecast import LEVEL
 from spt_fast.advice.prior import PUBLISHED_RUNS, Prior
 from spt_fast.advice.result import Advice, BreakEven, Decision, Distance, Share, Tax
 from spt_fast.advice.support import UNITS, beyond
+from spt_fast.printing import print_grid
 from spt_fast.study.finetunes import Interval
 from spt_fast.study.words import amount, number, percent
 
@@ -111,7 +112,7 @@ def print_advice(advice: Advice | BaseAdvice, console: Console) -> None:
         console.print(f"- {line}")
     for table in (shares_table(advice), effects_table(advice), accounts_table(advice), facts_table(advice)):
         if table:
-            console.print(table)
+            print_grid(console, table)
     rates = advice.learning_rates
     console.print(f"phases to paste; learning rates are {rates}; prefixes and tokenizer are yours:\n")
     console.print(advice.recipe, soft_wrap=True)
@@ -129,7 +130,7 @@ def _print_base_advice(advice: BaseAdvice, console: Console) -> None:
             losses = (f"{loss.mean:.4f}" if loss else "n/a" for loss in (arm.domain, arm.general))
             how = (percent(arm.replay), f"{arm.anchor:g}", percent(arm.average), number(arm.epochs))
             table.add_row(*how, *losses, rise, str(arm.seeds))
-        console.print(table)
+        print_grid(console, table)
     console.print("a recipe to paste; prefixes are yours:\n")
     console.print(advice.recipe, soft_wrap=True)
 

@@ -21,7 +21,7 @@ from spt_fast.cli.flags import (
     text,
 )
 from spt_fast.cli.program import app, example, out, print_json
-from spt_fast.printing import print_facts, print_table
+from spt_fast.printing import print_named, print_table
 
 
 @app.command("export", epilog=example("spt-fast export runs/spt --out hf --dtype bf16"))
@@ -138,4 +138,4 @@ def kernels(
     if as_json:
         print_json({**chosen, **({"measured": found} if found else {})})
     else:
-        print_facts(out, "kernels", chosen)
+        print_named(out, "kernels", chosen)

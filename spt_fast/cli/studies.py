@@ -27,7 +27,6 @@ from spt_fast.cli.flags import (
     stopped,
 )
 from spt_fast.cli.program import app, example, out, print_json
-from spt_fast.printing import print_facts
 
 
 @app.command(epilog=example("spt-fast demo --out demo"))
@@ -117,7 +116,7 @@ def sweep(
     if (gpu, mfu, per_gpu_hour) != (None, None, None):
         raise typer.BadParameter("--gpu, --mfu and --price say what a study would take: add --dry-run")
     swept = spt.sweep(loaded, jobs=jobs, cluster=cluster, cluster_options=cluster_options or ())
-    print_json(swept) if as_json else print_facts(out, loaded.study, swept)
+    print_json(swept) if as_json else sweeping.print_swept(swept, loaded.study, out)
     if swept.interrupted:
         print("spt-fast: stopped; what was under way is saved: run the same line again to go on", file=sys.stderr)
         raise typer.Exit(75)

@@ -25,7 +25,7 @@ from spt_fast.cli.flags import (
     stopped,
 )
 from spt_fast.cli.program import app, checkpoint_app, example, out, print_json
-from spt_fast.printing import print_facts, print_table
+from spt_fast.printing import print_facts, print_named, print_table
 from spt_fast.train.signals import StopRequest
 
 
@@ -229,6 +229,6 @@ def checkpoint_verify(run: RunPath, as_json: Json = False) -> None:
     from spt_fast.train.checkpoint import WHOLE, verdicts_of
 
     verdicts = verdicts_of(run)
-    print_json(verdicts) if as_json else print_facts(out, str(run), verdicts)
+    print_json(verdicts) if as_json else print_named(out, str(run), verdicts)
     if set(verdicts.values()) != {WHOLE}:
         raise typer.Exit(2)

@@ -19,7 +19,7 @@ from spt_fast.config import load_recipe
 from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
 from spt_fast.outputs import check_folder
-from spt_fast.printing import terminal
+from spt_fast.printing import print_grid, terminal
 from spt_fast.quantities import duration
 from spt_fast.study.compare import Comparison, compare
 from spt_fast.study.corpora import write_domain, write_general
@@ -73,7 +73,8 @@ def demo(out: Path, scale: Scale | None = None) -> Comparison:
 
     result = compare([load_recipe(recipe).run for recipe in recipes])
     write(result, out)
-    console.print("\n", arm_table(result))
+    console.print()
+    print_grid(console, arm_table(result))
     for paragraph in conclusion(result):
         console.print(f"{paragraph}\n")
     console.print(next_steps(out), soft_wrap=True)

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spt_fast.printing import print_table
+from spt_fast.printing import print_grid, print_table
 from spt_fast.study.behind import Behind, rests_on
 from spt_fast.study.compare import ArmFigures, Comparison, Tried
 from spt_fast.study.finetunes import Interval, Treatment
@@ -22,7 +22,7 @@ from spt_fast.study.words import amount
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """The arms as a table, then what can be said about them."""
-    console.print(arm_table(comparison))
+    print_grid(console, arm_table(comparison))
     if comparison.settings:
         of = "settings of the optimizers: of each arm the one with the lowest domain loss on the select half is taken"
         print_table(console, of, SETTING_COLUMNS, map(setting_cells, comparison.settings))
@@ -170,7 +170,7 @@ def print_fits(fits: Fits, console: Console, *, every_parameter: bool = False) -
     of the laws that have some for each share."""
     found = [one for one in fits.laws if one.law]
     if found:
-        console.print(_quality_table(found))
+        print_grid(console, _quality_table(found))
     for one in found:
         if one.law and (one.law.names or every_parameter):
             figures = (f"{name} {p.value:.4g} ({p.low:.4g} to {p.high:.4g})" for name, p in one.parameters.items())

@@ -25,7 +25,7 @@ from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import DataError, RecipeError, invalid, nearest
 from spt_fast.fields import apply_overrides, naming, parse_yaml, paths, read_yaml
 from spt_fast.files import write_text
-from spt_fast.printing import print_facts, print_table
+from spt_fast.printing import print_facts, print_named, print_table
 from spt_fast.quantities import duration
 from spt_fast.study.cluster import Cluster
 from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
@@ -330,6 +330,13 @@ class Swept:
             "left out, as they start from failed ones": self.left_out,
             "table": str(self.folder / "table.parquet"),
         }
+
+
+def print_swept(swept: Swept, study: str, console: Console) -> None:
+    """How many runs are done, and what each of those that failed said last."""
+    print_facts(console, study, {name: figure for name, figure in swept.as_json().items() if name != "failed"})
+    if swept.failed:
+        print_named(console, "failed", swept.failed)
 
 
 def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None = None) -> list[Cost]:

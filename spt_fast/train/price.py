@@ -386,9 +386,9 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
     )
     columns = ["checkpointing", "step_s", "hours", "cost"]
     undivided = price.ways[: len(CHECKPOINTING)]
-    print_table(
-        console, "hours by checkpointing", columns, [[getattr(way, column) for column in columns] for way in undivided]
-    )
+    if price.hours is not None:
+        rows = [[getattr(way, column) for column in columns] for way in undivided]
+        print_table(console, "hours by checkpointing", columns, rows)
     parts = next(way.bytes for way in price.ways if way.recipe)
     names = ("parameters", "matmul_parameters", "flops_per_token", "tokens", "flops", "evaluation_flops", "precision")
     facts = {name: getattr(price, name) for name in (*names, "gpus", "gpu", "gpu_memory_bytes", "peak_flops", "mfu")}

@@ -174,7 +174,8 @@ class WandB:
             settings=wandb.Settings(console="off", silent=True, finish_timeout=PATIENCE_S),
         )
         _remember(run.folder, "wandb", self._run.id)
-        self.place = self._run.url or str(Path(self._run.dir).parent)
+        offline = str(Path(self._run.dir).parent)
+        self.place = offline if self._run.offline else self._run.url or offline
         for split in ("system", *OF_AN_EVALUATION):
             self._run.define_metric(f"{split}/*", step_metric="step")
         for arm in run.arms:

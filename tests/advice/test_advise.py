@@ -238,7 +238,7 @@ def test_too_few_budgets_for_a_law(one_budget: pd.DataFrame) -> None:
     assert (given["decision"]["delta"], given["decision"]["basis"]) == (0.02, "seen")
     assert given["shares"] is None
     assert "a law needs finetunes after 3 budgets or more" in given["missing"][-1]
-    assert "no law could be fitted" in given["support"]["verdict"]
+    assert "no law of finetuned losses could be fitted" in given["support"]["verdict"]
     assert given["support"]["next"].startswith("add budgets")
     assert given["expected"]["domain"]["low"] <= given["expected"]["domain"]["mean"]
     assert given["regimes"]["FT"]["domain"]["mean"] > given["regimes"]["SPT"]["domain"]["mean"]
