@@ -78,7 +78,7 @@ def test_a_grid_that_does_not_fit_becomes_lists(
     assert max(map(len, shown.splitlines())) <= width
     assert shown.count("…") == 1
     assert ("forget-" in shown) is whole
-    assert ("│ forgetting    │ 0.353 ±0.010 │" in shown) is not whole
+    assert ("│ forgetting     │ 0.353 ±0.010 │" in shown) is not whole
     for words in ("losses…", "SPT 20%", "2.791", "6.5141"):
         assert words in shown
 
