@@ -9,6 +9,7 @@ grid has grown trains only what is new.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from spt_fast.config import Model, Recipe, Source
 from spt_fast.data.shards import TokenDataset
-from spt_fast.errors import DataError, RecipeError, invalid, nearest
+from spt_fast.errors import DataError, RecipeError, SptWarning, invalid, nearest
 from spt_fast.fields import apply_overrides, naming, parse_yaml, paths, read_yaml
 from spt_fast.files import write_text
 from spt_fast.printing import print_facts, print_named, print_table
@@ -31,6 +32,7 @@ from spt_fast.study.cluster import Cluster
 from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
 from spt_fast.study.runs_table import Row, check_place, in_columns, rows_of, save_table
 from spt_fast.study.study import Base, PlannedRun, Study, expand, naming_stage, study_from
+from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.dry_run import dry_run
 from spt_fast.train.folder import owned, summary_of
 from spt_fast.train.plan import KINDS, Plan, make_plan, open_source
@@ -126,6 +128,7 @@ def sweep(
         check_place(study.folder)
         _check_domain(study)
         _check_unchanged(runs)
+        _warn(study, runs)
         recipes = _write_recipes(study, runs)
         _keep_precision(runs)
         by_seed = sorted(runs, key=lambda run: study.seeds.index(run.recipe.seed))  # cut short, it has whole arms
@@ -189,6 +192,16 @@ def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
                         f"study: {field} holds other text than {folder} was trained on; put the old text back, or give "
                         "the study another folder"
                     )
+
+
+def _warn(study: Study, runs: Sequence[PlannedRun]) -> None:
+    """What is likely a mistake in a stage, such as evaluations that take longer than its training, by its first run
+    that is left: a run's own warnings go to its log."""
+    for position, stage in enumerate(study.stages):
+        left = next((run for run in runs if run.stage == position and not is_done(run.recipe)), None)
+        if left is not None:
+            with naming_stage(stage):
+                warn(doubts(make_plan(_without_parent(left))))
 
 
 def _keep_precision(runs: Sequence[PlannedRun]) -> None:
@@ -349,6 +362,7 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
     runs = expand(study)
     _check_domain(study)
     _check_unchanged(runs)
+    _warn(study, runs)
     plans = {}
     for run in runs:
         with naming_stage(study.stages[run.stage]):
@@ -395,7 +409,9 @@ def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | 
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // jobs))
     try:
-        step_s = dry_run(plan.recipe)[0].step_s
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SptWarning)  # which are said already
+            step_s = dry_run(plan.recipe)[0].step_s
     finally:
         torch.set_num_threads(threads)
     flops = plan.flops_per_token(0) * plan.phases[0].tokens_per_step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,10 +23,12 @@ from typer.testing import CliRunner
 
 from spt_fast.cli import app
 from spt_fast.config import load_recipe, recipe_from
-from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
 from spt_fast.locks import InUse
 from spt_fast.study import jobs
+from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
+from spt_fast.study.jobs import Outcome
 from spt_fast.study.runs_table import COLUMNS, read_table
 from spt_fast.study.study import expand, study_from
 from spt_fast.study.sweep import costs, load_study, sweep
@@ -288,9 +291,29 @@ def test_arms_that_start_from_less_know_what_they_start_from(tmp_path: Path) -> 
 
 
 def test_a_users_mistake_ends_the_sweep(tmp_path: Path) -> None:
+    study = study_from(raw_study(tmp_path))
+    (study.folder / "runs").mkdir(parents=True)
+    (study.folder / "runs" / expand(study)[0].name).write_text("in the way")
+    with pytest.raises(RecipeError, match=r"failed with exit code 2(.|\n)* is a file; choose another name"):
+        sweep(study, quiet())
+
+
+def test_what_is_likely_a_mistake_in_a_stage_is_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "train_all", lambda *jobs, **how: Outcome())
     raw = raw_study(tmp_path)
+    raw["stages"][1]["eval"] = {"every": "1 step", "tokens": 400}
+    for work in (lambda: costs(study_from(raw), jobs=1), lambda: sweep(study_from(raw), quiet())):
+        with pytest.warns(SptWarning) as said:
+            work()
+        lines = [str(warning.message) for warning in said]
+        costly = [
+            line for line in lines if re.match(r"stages\[finetune\].eval: evaluations score .* takes longer", line)
+        ]
+        assert len(costly) == 1, lines
     raw["sources"]["general"]["train"] = str(tmp_path / "nowhere")
-    with pytest.raises(RecipeError, match=r"failed with exit code 2(.|\n)*nowhere"):
+    with pytest.raises(DataError, match=r"sources\.general\.train: no token dataset at .*nowhere"):
         sweep(study_from(raw), quiet())
 
 
