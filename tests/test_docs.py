@@ -11,8 +11,11 @@ import re
 import runpy
 import shlex
 from dataclasses import fields
+from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pandas as pd
 import pytest
@@ -144,10 +147,61 @@ def test_the_table_of_the_readme_is_what_the_results_say() -> None:
     assert said in rows["2026-11-21-cpu2-faults.json"]
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+class Links(HTMLParser):
+    """Where the links and pictures of a page lead, and the anchors that it has."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.targets += [target for target in (given.get("href"), given.get("src")) if target]
+        self.anchors |= {anchor for anchor in (given.get("id"), given.get("name") if tag == "a" else None) if anchor}
+
+
+def dead_links(site: Path) -> list[str]:
+    """Links inside of a site to a file that it lacks, or to an anchor that a page lacks."""
+    pages = {page: Links(page) for page in site.rglob("*.html")}
+    dead = []
+    for page, links in pages.items():
+        for target in links.targets:
+            url = urlsplit(target)
+            if url.scheme or url.netloc:
+                continue
+            path = unquote(url.path)
+            place = (
+                (site / path.lstrip("/") if path.startswith("/") else page.parent / path).resolve() if path else page
+            )
+            place = place / "index.html" if place.is_dir() else place
+            if not place.exists() or (url.fragment and unquote(url.fragment) not in pages[place].anchors):
+                dead.append(f"{page.relative_to(site)}: {target}")
+    return dead
+
+
+def test_a_link_out_of_the_docs_leads_to_the_repository_or_is_text() -> None:
+    hook = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_page_markdown"]
+
+    def shown(repo_url: str | None) -> Any:
+        page, config = SimpleNamespace(url="studies/"), SimpleNamespace(repo_url=repo_url, extra={})
+        return hook("see [log](../benchmarks/LOG.md#today), [laws](laws.md)", page=page, config=config)
+
+    assert shown(None) == "see log, [laws](laws.md)"
+    there = "https://example.org/spt/blob/main/benchmarks/LOG.md#today"
+    assert shown("https://example.org/spt") == f"see [log]({there}), [laws](laws.md)"
+
+
+def test_the_site_builds_without_a_warning_and_no_link_in_it_is_dead(tmp_path: Path) -> None:
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
+    tmp_path = tmp_path.resolve()
     config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True, extra={"reports": False})
     build(config)
     assert "linear_cross_entropy" in (tmp_path / "kernels" / "index.html").read_text()
+    assert dead_links(tmp_path) == []
+    page = tmp_path / "why" / "index.html"
+    page.write_text(page.read_text() + '<a href="../nowhere/">a</a><a href="../laws/#no-such-law">b</a>')
+    assert dead_links(tmp_path) == ["why/index.html: ../nowhere/", "why/index.html: ../laws/#no-such-law"]
