@@ -247,9 +247,9 @@ This page is written by `python docs/reference.py` from the dataclasses; a test 
 """
 
 FURTHER_KEYS = """\
-A stage takes these keys of a [phase](recipe.md#phasesname) too, alike in all of its runs: {keys}. `stop` and `grid`
-stand beside neither `budgets` of several lengths nor `domain_from`, whose runs have several phases. With `grid` each
-run tries the values itself and keeps the best; an axis makes a run of each."""
+A stage also takes these keys of a [phase](recipe.md#phasesname), the same in all of its runs: {keys}. `stop` and `grid`
+cannot be used with several `budgets` or with `domain_from`, whose runs have several phases. With `grid` each run tries
+the values itself and keeps the best; an axis makes a run of each."""
 
 
 def meanings(cls: type) -> dict[str, str]:
@@ -265,7 +265,7 @@ def meanings(cls: type) -> dict[str, str]:
 
 
 def kind_of(parse: Callable[..., Any]) -> str:
-    """What a parser takes, in words."""
+    """The values that a parser accepts, in words."""
     inside = inspect.getclosurevars(parse).nonlocals
     if parse in KINDS:
         return KINDS[parse]
@@ -308,7 +308,7 @@ KINDS: dict[Any, str] = {
     study._tokens_or_all: "count, `all`",
     study._stages: "list of sections",
 }
-"""What parsers take that carry no choices or bounds."""
+"""The values of parsers without choices or bounds."""
 
 SHAPES = {
     "betas": "two numbers",
@@ -316,7 +316,7 @@ SHAPES = {
     "full_layers": "list of integers",
     "no_rope_layers": "list of integers",
 }
-"""Fields whose parsers belong to them alone."""
+"""Fields with their own parsers."""
 
 
 def default_of(item: dataclasses.Field[Any]) -> str:
@@ -337,7 +337,7 @@ def default_of(item: dataclasses.Field[Any]) -> str:
 def rows(title: str, cls: type) -> list[str]:
     said, examples = meanings(cls), EXAMPLES.get(title, {})
     items = list(dataclasses.fields(cls))
-    if cls is Study:  # which leaves some keys to the recipes of its runs
+    if cls is Study:  # some of its keys belong to the recipes of its runs
         of_recipe = {item.name: item for item in dataclasses.fields(Recipe)}
         items = [of_recipe.get(item.name, item) for item in items]
         said, examples = meanings(Recipe) | said, EXAMPLES["The recipe"] | examples
@@ -386,7 +386,7 @@ def recipe_page() -> str:
 
 
 def own_optimizers() -> dict[str, type]:
-    """Without those that a plug-in has registered."""
+    """Optimizers except those that a plug-in has registered."""
     return {name: kind for name, kind in OPTIMIZERS.items() if kind.__module__.startswith("spt_fast.")}
 
 
@@ -402,7 +402,7 @@ def optimizer_section() -> str:
         example = EXAMPLES[title][name]
         study._optimizers({"lr": 1.0, "name": list(own_optimizers())} | {name: parse_yaml(example, name)}, None, name)
         lines.append(f"| `{name}` | {kind}, or a list | {default_of(item)} | `{example}` | {', '.join(owners)} |")
-    said = "Any field may be a list. Where several optimizers are named, each takes the fields that it has."
+    said = "Any field may be a list. If several optimizers are named, each takes the fields that it has."
     table = ["| key | value | default | example | of |", "|---|---|---|---|---|", *lines]
     return "\n".join([f"## `{title}`", "", said, "", *table, ""])
 

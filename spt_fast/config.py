@@ -1,10 +1,10 @@
 """The recipe: everything a run does, as nested dataclasses read from YAML.
 
 Each field is documented and validated where it is defined. Counts take K / M / B / T, shares take percents, decimals or
-fractions and stay exact, spans are steps, tokens or a share of the phase. Relative paths lead from the working
-directory; `~` and `$NAME` are expanded. A key that no field has is an error that suggests the nearest one.
-`Recipe.plain()` is the resolved recipe as plain YAML data; reading it back gives the same recipe, and two of them are
-compared key by key when a run is resumed.
+fractions and stay exact, spans are steps, tokens or a share of the phase. Relative paths start at the working
+directory; `~` and `$NAME` are expanded. An unknown key is an error that suggests the nearest field.
+`Recipe.plain()` is the resolved recipe as plain YAML data; reading it back gives the same recipe. Resuming a run
+compares two of them key by key.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _grid(value: object, where: str) -> dict[str, tuple[Any, ...]]:
 
 
 _FIRST = ("layers", "width", "heads", "kv_heads", "head_dim")
-"""In the names of a study's runs the fields stand in the order of `Model`, these before the others."""
+"""The names of a study's runs list the fields in the order of `Model`, these first."""
 
 _Shape: Any = dataclasses.make_dataclass(
     "_Shape",
@@ -141,7 +141,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSize:
-    """How many windows of which length make one optimizer step."""
+    """The windows of one optimizer step, and their length."""
 
     sequences: int = setting(integer(1), 32)
     """Windows in the global batch of one step."""
@@ -168,37 +168,37 @@ class Schedule:
     decay: Span = setting(Span.parse, Span(Fraction(1, 5), "share"))
     """The length of the fall at the end, for wsd only."""
     carry_on: bool = setting(boolean, False, key="continue")
-    """Go on with the previous phase's schedule: shape, warm-up, horizon and step count. `optimizer.lr` is its peak. No
-    other key may stand beside it."""
+    """Continue the previous phase's schedule: shape, warm-up, horizon and step count. `optimizer.lr` is its peak. No
+    other key may be given with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """When and on how much text the losses are measured; always at a phase's first and last step too."""
+    """When the losses are measured, and on how much text. A phase's first and last step always measure them."""
 
     every: Span = setting(cadence, Span(Fraction(1, 10), "share"))
     """Time between two evaluations."""
     tokens: int = setting(parse_count, 200_000)
-    """Held-out tokens of each source: one half is `select`, the other `report`. As many training tokens as one half are
-    scored too."""
+    """Held-out tokens of each source: one half is `select`, the other `report`. Half as many training tokens are scored
+    too."""
     samples: int = setting(integer(0, 100), 0)
-    """Texts that the model writes at each evaluation after fixed prompts from each source's held-out text, by the
-    likeliest token each time; it takes a tokenizer."""
+    """Number of texts that the model generates greedily at each evaluation, after fixed prompts from each source's
+    held-out text. It needs a tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """Early stopping on the `select` half of a source's held-out text; the best weights are handed on."""
+    """Early stopping on the `select` half of a source's held-out text; the phase ends with the best weights."""
 
     on: str = setting(text)
     """The source whose loss decides."""
     patience: int = setting(integer(1), 3)
-    """Stop after so many evaluations in a row without a new best."""
+    """Stop after this many evaluations in a row without a new best."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Averaged:
-    """A run that differs from another in its `average` alone and shares its training."""
+    """A run that shares another's training and differs from it only in `average`."""
 
     share: Fraction = setting(parse_share)
     """Its `average`."""
@@ -214,7 +214,7 @@ def _averages(value: object, where: str) -> tuple[Averaged, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A number of tokens of an exact mixture, optimised in one way."""
+    """Training on a number of tokens of an exact mixture, with one optimizer and schedule."""
 
     name: str = setting(_phase_name)
     """Its name in logs, in `--set phases.NAME.…` and in `weights/NAME`."""
@@ -233,35 +233,35 @@ class Phase:
     anchor: float = setting(number(0.0), 0.0)
     """Decoupled decay toward the weights that the phase starts from (Anchored AdamW, arXiv 2502.06042)."""
     average: Fraction = setting(parse_share, Fraction(0))
-    """The share of the phase's starting weights in those that it hands on, (1 − average) · trained + average · starting
-    (WiSE-FT, arXiv 2109.01903). The phase's losses, by which a grid's arms are chosen too, are of this average; an
-    early stop, which comes before it, goes by the trained weights."""
+    """The share of the phase's starting weights in its final weights, (1 − average) · trained + average · starting
+    (WiSE-FT, arXiv 2109.01903). The phase's losses, and the choice among a grid's arms, use this average; early
+    stopping uses the trained weights."""
     also_average: tuple[Averaged, ...] = setting(_averages, ())
-    """Further runs that differ in `average` alone and are written by this one too. For recipes of one phase."""
+    """Further runs that differ only in `average`; this run writes them too. For recipes of one phase."""
     freeze: str = setting(one_of("none", "embeddings"), "none")
     """embeddings: do not train the token embedding in this phase. The head must be separate: `untie: true`, or an
     untied model."""
     optimizer_state: str = setting(one_of("reset", "keep"), "reset")
-    """keep: go on with the previous phase's moments. reset: start from zero."""
+    """keep: continue with the previous phase's moments. reset: start from zero."""
     stop: Stop | None = setting(optional(section(Stop)), None)
     grid: dict[str, tuple[Any, ...]] | None = setting(optional(_grid), None)
     """Values to try. Every combination runs from the same start, and the one with the best `select` loss is kept."""
 
     def arms(self) -> list[dict[str, Any]]:
-        """One dict of overrides per grid combination; a single empty one where there is no grid."""
+        """One dict of overrides per grid combination; a single empty one without a grid."""
         grid = self.grid or {}
         return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
     def window(self, context: int) -> int:
-        """Tokens of a window, with a model of `context`."""
+        """Tokens of a window, for a model of this context."""
         return self.batch.context or context
 
     def tokens_per_step(self, context: int) -> int:
-        """Tokens of a step, with a model of `context`."""
+        """Tokens of a step, for a model of this context."""
         return self.batch.sequences * self.window(context)
 
     def steps(self, context: int) -> int:
-        """Whole steps with a model of `context`, at least one."""
+        """Whole steps, at least one, for a model of this context."""
         return max(1, round(Fraction(self.tokens, self.tokens_per_step(context))))
 
     @property
@@ -285,7 +285,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """How often a run saves what it needs to resume, and what it keeps."""
+    """How often a run saves a checkpoint to resume from, and which checkpoints it keeps."""
 
     every: Span = setting(cadence, Span(Fraction(500), "steps"))
     """Time between two checkpoints."""
@@ -329,11 +329,11 @@ class Engine:
     """How a step is computed: on how many devices, in which memory, with which kernels."""
 
     name: str = setting(one_of("auto", "local", "deepspeed"), "auto")
-    """local: one process on one GPU, or on the CPU; deepspeed: any number of them; auto: local for a process alone,
-    else deepspeed."""
+    """local: one process on one GPU, or on the CPU; deepspeed: any number of processes; auto: local for a single
+    process, else deepspeed."""
     stage: int = setting(_stage, 1)
-    """The ZeRO stage: what DeepSpeed's processes divide among themselves. 0 nothing, 1 optimizer state, 2 gradients
-    too, 3 parameters too."""
+    """The ZeRO stage: what is sharded across DeepSpeed's processes. 0 nothing, 1 optimizer state, 2 gradients too,
+    3 parameters too."""
     offload: str = setting(one_of("none", "optimizer", "all"), "none")
     """What is kept in host memory instead of GPU memory. optimizer: the optimizer's state and its update; all: the
     parameters too (stage 3)."""
@@ -341,7 +341,7 @@ class Engine:
     """A DeepSpeed JSON file whose keys override ours. A key that the recipe decides is an error."""
     checkpointing: str = setting(one_of("none", "selective", "full"), "none")
     """Activation checkpointing: what the backward pass recomputes to save memory. selective: all but matmuls and
-    attention; full: whole blocks, for about a third more time. Changes no result."""
+    attention; full: whole blocks, for about a third more time. It does not change results."""
     cuda_graphs: bool | str = setting(_auto_or_boolean, "auto")
     """On one GPU, record a step as a CUDA graph and replay it: small models are bound by kernel launches. auto: if a
     step is short and memory allows it."""
@@ -363,7 +363,7 @@ def _sources(raw: object, where: str) -> dict[str, Source]:
 
 
 INHERITED = ("batch", "eval", "documents")
-"""A phase takes these from the phase before, key by key, where it doesn't give its own."""
+"""A phase inherits these from the previous phase, key by key, unless it gives its own."""
 
 
 def _merged(before: object, given: object) -> object:
@@ -388,14 +388,14 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
             expected = f"write a divisor of sequences ({phase.batch.sequences})"
             raise RecipeError(invalid(f"{here}.batch.micro", phase.batch.micro, expected))
         if phase.schedule.carry_on and not phases:
-            raise RecipeError(f"{here}.schedule.continue: the first phase has no schedule to carry on; name one")
+            raise RecipeError(f"{here}.schedule.continue: the first phase has no schedule to continue; name one")
         if phase.schedule.carry_on and phase.schedule != Schedule(carry_on=True):
             raise RecipeError(
                 f"{here}.schedule: `continue: true` takes the whole schedule of the previous phase; leave its other "
                 "keys out"
             )
         if phase.schedule.carry_on and "warmup" in (phase.grid or {}):
-            raise RecipeError(f"{here}.grid.warmup: a schedule that is carried on has no warm-up; leave it out")
+            raise RecipeError(f"{here}.grid.warmup: a continued schedule has no warm-up; leave it out")
         for key in (phase.grid or {}).keys() - {"warmup"} - vars(phase.optimizer).keys():
             raise RecipeError(f"{here}.grid.{key}: {phase.optimizer.name} has no such setting; leave it out")
         if phase.optimizer_state == "keep" and phases and phase.optimizer.name != phases[-1].optimizer.name:
@@ -409,19 +409,19 @@ def _phases(raw: object, where: str) -> tuple[Phase, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides what a run computes. Same recipe, same run, to the last bit on one machine."""
+    """Everything that decides what a run computes. On one machine the same recipe gives the same run, bit for bit."""
 
     run: str = setting(path)
     """The run's folder."""
     seed: int = setting(integer(0), 0)
     """Seed of the initial weights and of the order of the data."""
     init: str | None = setting(optional(path), None)
-    """Weights to start from: a Hugging Face folder, a run's weights/<phase>, or a checkpoint. The shape is theirs."""
+    """Weights to start from: a Hugging Face folder, a run's weights/<phase>, or a checkpoint. They set the shape."""
     init_only: str | None = setting(optional(one_of("embeddings")), None)
-    """embeddings: take only the token embedding (and a tied head) from `init`, and draw the rest by `seed`."""
+    """embeddings: take only the token embedding (and a tied head) from `init`; initialise the rest from `seed`."""
     precision: str = setting(one_of("auto", "bf16", "fp32"), "auto")
     """auto: bf16 with fp32 master weights where this machine multiplies bf16 faster, else fp32. A CPU is tested at the
-    run's start; a GPU goes by its compute capability. A resumed run keeps its precision."""
+    run's start; for a GPU the compute capability decides. A resumed run keeps its precision."""
     precision_file: str | None = setting(optional(path), None)
     """A file that keeps the decision of `precision: auto`. The first run that names it decides, and all later ones
     follow. Studies use it."""
@@ -435,8 +435,8 @@ class Recipe:
     sources: dict[str, Source] = setting(_sources)
     """The corpora by name. Mixtures, `stop.on` and metrics use these names."""
     phases: tuple[Phase, ...] = setting(_phases)
-    """The phases, in the order in which they run. A phase inherits `batch`, `eval` and `documents` from the one
-    before, key by key."""
+    """The phases, in the order in which they run. A phase inherits `batch`, `eval` and `documents` from the previous
+    phase, key by key."""
 
     def __post_init__(self) -> None:
         for phase in self.phases:
@@ -462,7 +462,7 @@ class Recipe:
         engine = self.engine
         for phase in self.phases:
             if phase.optimizer.whole_matrices and (engine.stage > 1 or engine.offload != "none"):
-                needs = "it needs whole matrices, and ZeRO stages 2 and 3 and offloading cut them"
+                needs = "it needs whole matrices, which ZeRO stages 2 and 3 and offloading split"
                 where = f"phases[{phase.name}].optimizer.name"
                 raise RecipeError(
                     invalid(
@@ -485,7 +485,7 @@ class Recipe:
         return plain(self)
 
     def _with_defaults(self, shape: GPTConfig | None) -> dict[str, Any]:
-        """`plain`, with the model's shape, as far as it is known, and the windows that it means."""
+        """`plain`, with the model's shape, as far as it is known, and the resulting windows filled in."""
         given = self.plain()
         model = given["model"] if self.init else self.model.with_defaults()
         model |= {name: value for name, value in plain(shape or {}).items() if model[name] is None}
@@ -494,11 +494,11 @@ class Recipe:
         return given | {"model": model}
 
     def changes(self, other: Recipe, shape: GPTConfig | None = None) -> list[str]:
-        """What differs in `other` and would change what the run computes: "phases.0.tokens: 20000000 → 30000000".
+        """The differences of `other` that change what the run computes: "phases.0.tokens: 20000000 → 30000000".
 
-        Another path to data, a tokenizer or weights is no change: these are known by their digests. Nor is how often
-        losses are measured, but in a phase whose early stop counts evaluations. `shape` is the run's, where it is
-        known: to write out what it says is no change.
+        Another path to data, a tokenizer or weights does not count, since these are identified by their digests. How
+        often losses are measured counts only in a phase whose early stopping counts evaluations. `shape` is the run's,
+        where it is known: writing it out does not count.
         """
         free = "|".join(
             [
@@ -536,11 +536,11 @@ def flat(value: object, prefix: str = "") -> dict[str, object]:
 
 
 def check_lengths(recipe: Recipe, context: int) -> None:
-    """RecipeError for windows that are longer than `context`, the model's, and for a warm-up that is longer than what
-    runs on its schedule, or that reaches into the fall: the rate would never get to its peak, or jump."""
+    """RecipeError for windows longer than the model's `context`, and for a warm-up that is longer than the steps of its
+    schedule, or that overlaps the decay: the rate would never reach its peak, or jump."""
     for i, phase in enumerate(recipe.phases):
         if (window := phase.window(context)) > context:
-            expected = f"the model's context is {context:,} tokens; write at most as many"
+            expected = f"the model's context is {context:,} tokens; write that or less"
             raise RecipeError(invalid(f"phases[{phase.name}].batch.context", window, expected))
         if phase.schedule.carry_on:
             continue
@@ -565,9 +565,11 @@ def check_lengths(recipe: Recipe, context: int) -> None:
             elif schedule.name == "wsd" and (warmup + decay > horizon or (not decay and last > horizon)):
                 where, given = f"phases[{phase.name}].schedule.decay", str(schedule.decay)
                 says = (
-                    "it takes no step" if not decay else f"with the warm-up of {schedule.warmup} it takes longer than"
+                    f"it has no steps before {ends}"
+                    if not decay
+                    else f"with the warm-up of {schedule.warmup} it is longer than {ends}"
                 )
-                says = f"{says} to {ends}, and the rate would jump; write a {'shorter' if decay else 'longer'} one"
+                says = f"{says}, and the rate would jump; write a {'shorter' if decay else 'longer'} one"
             else:
                 continue
             if not _has_begun(recipe):
@@ -575,7 +577,7 @@ def check_lengths(recipe: Recipe, context: int) -> None:
 
 
 def _has_begun(recipe: Recipe) -> bool:
-    """Whether its run began with these very phases, by an earlier version that let their schedules through."""
+    """Whether an earlier version, which did not check schedules, started this run with the same phases."""
     with suppress(RecipeError):
         return recorded_recipe(Path(recipe.run) / "recipe.yaml").phases == recipe.phases
     return False
@@ -594,7 +596,7 @@ def recipe_from(raw: object) -> Recipe:
 
 
 def recorded_recipe(path: Path) -> Recipe:
-    """The recipe that a run recorded, whose schedules an earlier version may have let through."""
+    """The recipe that a run recorded. An earlier version may not have checked its schedules."""
     return _built(read_yaml(path))
 
 
@@ -612,7 +614,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     raw = read_yaml(path)
     if isinstance(raw, dict) and "stages" in raw and "phases" not in raw:
-        raise RecipeError(f"{path}: is a study, not a recipe; train its runs by `spt-fast sweep`")
+        raise RecipeError(f"{path}: is a study, not a recipe; train its runs with `spt-fast sweep`")
     with naming(path):
         apply_overrides(raw, overrides)
         return recipe_from(raw)

@@ -1,6 +1,6 @@
-"""What a user did wrong. Every message names the field or file, what was given, and what would do.
+"""Errors that users cause. Every message names the field or file, the value given, and the remedy.
 
-The command line turns any of these into one message and exit code 2. What *we* did wrong is an `assert`.
+The command line turns any of these into one message and exit code 2. Our own mistakes are `assert`s.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 
 
 class SptError(ValueError):
-    """Base of every error that a user can cause and mend.
+    """Base of every error that a user can cause and fix.
 
     argument: the name that the message begins with is an argument of a function. The command line writes it as its
     flag, and does the same with a keyword argument in backticks, such as `resume=True`. A message is cut at `LONGEST`
-    characters, whatever the file holds that it quotes.
+    characters, however much of a file it quotes.
     """
 
     def __init__(self, message: str = "", *, argument: bool = False) -> None:
@@ -51,7 +51,7 @@ SHOWN = 80
 
 
 def readable(message: str) -> str:
-    """A message cut at `LONGEST` characters, and every word of it, such as a path, at `LONGEST_WORD` in its middle."""
+    """A message cut at `LONGEST` characters; a word such as a path is cut in the middle at `LONGEST_WORD`."""
     half = LONGEST_WORD // 2
     return cut(re.sub(rf"\S{{{LONGEST_WORD},}}", lambda w: f"{w[0][:half]}…{w[0][-half:]}", message), LONGEST)
 
@@ -87,8 +87,8 @@ def counted(number: int, what: str) -> str:
 def invalid(field: str, given: object, expected: str) -> str:
     """The message for a value that cannot be used: `FIELD: VALUE is invalid: what is expected; the remedy`.
 
-    field: a recipe's dotted path, a function's argument or a file. expected: what would do, and the remedy where that
-    alone does not say it.
+    field: a recipe's dotted path, a function's argument or a file. expected: what is valid, and the remedy where that
+    is not obvious.
     """
     return f"{field}: {shown(given)} is invalid: {expected}"
 

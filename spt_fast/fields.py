@@ -1,7 +1,7 @@
-"""What settings are made of: counts, shares and spans read exactly, dataclasses built from YAML, YAML read strictly.
+"""The parts of settings: counts, shares and spans read exactly, dataclasses built from YAML, YAML read strictly.
 
-A field of a settings dataclass is a `setting` with its parser; `build` makes the dataclass from plain data and names
-what is wrong, what was given and what would do.
+A field of a settings dataclass is a `setting` with its parser; `build` makes the dataclass from plain data. Its errors
+name the field, the value given and the remedy.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ _NO_NAME = re.compile(r"\s*|.{1001,}|.*[\x00-\x1f\x7f-\x9f\ud800-\udfff].*", re.
 
 
 def text(value: object, where: str) -> str:
-    """A name or path as it was written: what YAML reads as another kind of value may have lost something (1.10)."""
+    """A name or path as it was written. What YAML reads as a number is refused: digits may be lost (1.10)."""
     written = str(value) if isinstance(value, (str, int, PurePath)) and not isinstance(value, bool) else ""
     longest_name_bytes = 255
     if _NO_NAME.fullmatch(written) or any(len(part.encode()) > longest_name_bytes for part in written.split("/")):
@@ -160,13 +160,15 @@ def path(value: object, where: str) -> str:
     """A path or name with ~ and variables of the environment expanded."""
     given = text(value, where)
     found = expanded(given)
-    if unset := re.search(r"(?:^|/)\$([A-Za-z_]\w*|\{\w+\})(?:/|$)", found):  # elsewhere a dollar may be a name's own
+    if unset := re.search(
+        r"(?:^|/)\$([A-Za-z_]\w*|\{\w+\})(?:/|$)", found
+    ):  # elsewhere a dollar may be part of the name
         name = unset[1].strip("{}")
         raise RecipeError(invalid(where, given, f"the environment has no {name}; set it, or write the path itself"))
     if not found:
-        raise RecipeError(invalid(where, given, "the environment has nothing there; set it, or write the path itself"))
+        raise RecipeError(invalid(where, given, "it expands to nothing; set the variable, or write the path itself"))
     if found.startswith("~"):
-        raise RecipeError(invalid(where, given, "no user of this machine has that name; write ./~… for a file's name"))
+        raise RecipeError(invalid(where, given, "this machine has no such user; write ./~… for the name of a file"))
     return found
 
 
@@ -236,31 +238,31 @@ def section(cls: type[Section]) -> Callable[[object, str], Section]:
 # ------------------------------------------------------------------------------------------------ YAML
 
 MAX_CHARACTERS = 1_000_000
-"""Of a YAML file, and of what its aliases unfold to."""
+"""Limit for a YAML file, before and after its aliases are expanded."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that says what it means: what isn't plainly a number, true, false or null is text, and so is every key.
+    """Strict YAML: a value that isn't plainly a number, true, false or null is text, and so is every key.
 
-    Sexagesimal (1:30) and octal (010) numbers, dates and the many names of true and false stay as they are written;
-    nothing becomes a number that `yaml.safe_dump` writes as text. A key given twice is an error.
+    Sexagesimal (1:30) and octal (010) numbers, dates and the other names of true and false stay text; nothing that
+    `yaml.safe_dump` writes as text becomes a number. A key given twice is an error.
     """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._unfolded: dict[yaml.Node, int] = {}
-        """Characters of each node, those of its aliases included."""
+        """Characters of each node, its aliases included."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         is_alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
         assert node
         if is_alias and node not in self._unfolded:
-            raise self._error(node, "an alias stands inside of what it names; write it out")
+            raise self._error(node, "an alias refers to a node that contains it; write it out")
         if not is_alias:
             self._unfolded[node] = self._size(node)
         if self._unfolded[node] > MAX_CHARACTERS:
-            raise self._error(node, f"aliases unfold to more than {MAX_CHARACTERS:,} characters; write less")
+            raise self._error(node, f"aliases expand to more than {MAX_CHARACTERS:,} characters; use fewer")
         return node
 
     def _size(self, node: yaml.Node) -> int:
@@ -307,7 +309,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_y
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The data of YAML text; RecipeError names the line of what is wrong."""
+    """The data of YAML text; RecipeError names the line."""
     try:
         return yaml.load(text, _StrictLoader)
     except RecipeError as error:
@@ -317,14 +319,14 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise RecipeError(f"{where}: is not valid YAML: {line}{cut(str(error.problem))}") from None
-    except (KeyError, AttributeError, TypeError) as error:  # a tag such as !!bool on what has no such value
+    except (KeyError, AttributeError, TypeError) as error:  # a tag such as !!bool on another kind of value
         raise RecipeError(f"{where}: is not valid YAML: a tag doesn't fit its value ({cut(str(error))})") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number that Python can't hold
         raise RecipeError(f"{where}: is not valid YAML: {cut(str(error).splitlines()[0])}") from None
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The data of a YAML file; RecipeError names the file and line of what is wrong."""
+    """The data of a YAML file; RecipeError names the file and line."""
     try:
         check_regular(Path(path))
         with Path(path).open(encoding="utf-8") as file:
@@ -340,7 +342,7 @@ def read_yaml(path: str | Path) -> Any:
 
 @contextmanager
 def naming(where: object) -> Iterator[None]:
-    """An error in here says where it comes from: the file of a field, or the field that names a file."""
+    """Begin the errors raised inside with `where`: the file of a field, or the field that names a file."""
     try:
         yield
     except SptError as error:

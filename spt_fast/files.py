@@ -1,4 +1,4 @@
-"""Small things about files that every room needs."""
+"""Helpers for files, used everywhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def expanded(path: str) -> str:
-    """A path with ~, ~user, $NAME and ${NAME} replaced by what the environment has for them, where it has it."""
+    """A path with ~, ~user, $NAME and ${NAME} expanded where the environment defines them."""
     return os.path.expanduser(os.path.expandvars(path))
 
 
@@ -30,7 +30,7 @@ def download(folder: Path) -> str | None:
 
 
 def check_regular(path: Path) -> None:
-    """OSError for a pipe or device, from which reading might never end; what a shell gives for `<(command)` is fine."""
+    """OSError for a pipe or device, from which reading might never end; a shell's `<(command)` is accepted."""
     if path.exists() and not (path.is_file() or path.is_dir()) and path.parts[1:2] not in (("dev",), ("proc",)):
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
@@ -43,9 +43,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` once it is whole and on the disk.
+    """A temporary file to write, which replaces `path` once it is complete and on the disk.
 
-    It is this process's own, whatever lies there by its name; what processes left that have died is removed.
+    Its name is unique to this process. Files that dead processes left are removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -64,7 +64,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def lives(pid: int) -> bool:
-    """Whether a process of this host has that number; True where that can't be known."""
+    """Whether a process of this host has that id; True where that can't be known."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -76,7 +76,7 @@ def lives(pid: int) -> bool:
 
 @contextmanager
 def with_usual_mode(path: Path) -> Iterator[None]:
-    """Give the file that is written meanwhile the mode of the umask: safetensors lets nobody but its owner read it."""
+    """Give the temporary file the umask's mode: safetensors makes it readable by its owner only."""
     path.touch()
     mode = path.stat().st_mode
     yield
@@ -84,12 +84,12 @@ def with_usual_mode(path: Path) -> Iterator[None]:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a crash left this behind in the middle of writing."""
+    """Whether this is a temporary file that a crash left behind."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or a folder's list of entries, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

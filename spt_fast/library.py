@@ -69,7 +69,7 @@ def tokenizer(
     """Train a byte-level BPE and save it as tiktoken ranks.
 
     inputs      .jsonl, .txt and .parquet files, also compressed, and folders of them
-    vocab_size  ids in all, the end-of-text id included; at least 257
+    vocab_size  number of ids, end-of-text included; at least 257
     out         the file for the ranks
     text_key    key or column of the text
     skip_bad    leave broken lines out instead of stopping at the first
@@ -163,7 +163,7 @@ def init(
 
 @dataclass(frozen=True)
 class Planned:
-    """What a recipe would do and what that takes."""
+    """A recipe's phases, and the compute, memory, time and cost that they need."""
 
     phases: list[PhaseFigures]
     price: Price
@@ -182,7 +182,7 @@ def plan(
     mfu_from: AnyPath | None = None,
     per_gpu_hour: float | None = None,
 ) -> Planned:
-    """What a recipe reads and what it takes: tokens, epochs, FLOPs, memory, hours, cost. Nothing is trained.
+    """What a recipe reads and needs: tokens, epochs, FLOPs, memory, hours, cost. Nothing is trained.
 
     recipe        a recipe, or the path of its file
     gpus          processes; by default those that a launcher started, or one
@@ -217,12 +217,12 @@ def train(recipe: Recipe | AnyPath, *, resume: bool = False, verify: bool = Fals
     """Train all phases of a recipe. `spt.train` is also the package of that name, so `spt_fast.train.loop` works.
 
     recipe    a recipe, or the path of its file
-    resume    go on from the newest whole checkpoint; starts afresh where there is none
+    resume    continue from the newest whole checkpoint, or start afresh without one
     verify    compare every block of the datasets with its hash, not only some
-    progress  show the running line
+    progress  show progress on standard error
 
-    Returns the run, whose `status` is "done", or "stopped" after a signal, or "failed" where it diverged; the last two
-    have a `reason`. Raises RecipeError, DataError or CheckpointError.
+    Returns the run, whose `status` is "done", "stopped" after a signal, or "failed" if it diverged; the last two have
+    a `reason`. Raises RecipeError, DataError or CheckpointError.
 
         >>> trained = spt.train("recipe.yaml", resume=True)
         >>> trained.phases["finetune"].heldout["chem"]
@@ -236,7 +236,7 @@ def train(recipe: Recipe | AnyPath, *, resume: bool = False, verify: bool = Fals
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What weights score."""
+    """The scores of weights."""
 
     losses: dict[str, Scored]
     """By dataset."""
@@ -284,7 +284,7 @@ def evaluate(
 
     datasets = [data] if isinstance(data, (str, os.PathLike)) else [*data]
     if not datasets and tasks is None:
-        raise RecipeError("data: there is nothing to score on; give `data=PREFIX`, `tasks=TASK` or both", argument=True)
+        raise RecipeError("data: missing; give `data=PREFIX`, `tasks=TASK` or both", argument=True)
     of_tasks = {"num_fewshot": num_fewshot, "limit": limit, "batch": batch, "tokenizer": tokenizer, "bos": bos}
     if tasks is None and (unused := [name for name, given in of_tasks.items() if given is not None]):
         raise RecipeError(f"{unused[0]}: is for tasks; add `tasks=TASK`, or leave it out", argument=True)
@@ -357,7 +357,7 @@ def load_study(
 
     overrides                        "a.b=c" strings, whose values are YAML
     general, domain, tokenizer, out  for a ready study: the datasets' prefixes, their tokenizer, the study's folder
-    init                             for a ready study: weights to go on from
+    init                             for a ready study: weights to start from
 
     Raises RecipeError, or CheckpointError for `init` without weights.
     """
@@ -375,7 +375,7 @@ def sweep(
     cluster_options: Sequence[str] = (),
     progress: bool = True,
 ) -> Swept:
-    """Train a grid of runs, whatever of it is missing, and write the table of what they measured.
+    """Train the missing runs of a grid, and write the table of their results.
 
     study            a study as `load_study` gives it, or the path of its file
     jobs             runs at a time; by default one for each GPU, or core
@@ -383,8 +383,8 @@ def sweep(
     cluster_options  "key=value" strings for submitit, such as "timeout_min=600"
     progress         show what is under way on standard error
 
-    Returns what became of the runs, and the table, a row for each evaluation. A run that fails is noted, and the others
-    go on. Raises RecipeError, DataError or CheckpointError.
+    Returns the state of every run, and the table with a row for each evaluation. A failed run is reported; the others
+    continue. Raises RecipeError, DataError or CheckpointError.
 
         >>> swept = spt.sweep(spt.load_study("spt", general="data/web", domain="data/chem", tokenizer="gpt2", out="s"))
         >>> swept.table[["run", "tokens", "domain_heldout"]]
@@ -441,16 +441,16 @@ def advise(
     inference_tokens: Count | None = None,
     max_general_rise: Share | None = None,
 ) -> Advice | BaseAdvice:
-    """The share of domain data in pretraining, repeats and replay: by runs, or by the papers where there are none.
+    """The share of domain data in pretraining, repeats and replay: from runs, or else from the papers.
 
     domain_tokens                  unique tokens of the domain corpus
     budget                         tokens of pretraining, or of training from a base
     model                          a preset, or a number of parameters
     runs                           as for `fit`; without them a prior from the papers answers
-    init                           the base to go on from, a run or a Hugging Face folder
-    general, domain                dataset prefixes, to measure how far the domain lies from general text
+    init                           the base to start from, a run or a Hugging Face folder
+    general, domain                dataset prefixes, to measure the distance of the domain from general text
     domain_source, general_source  names of the sources, in runs that belong to no study
-    inference_tokens               tokens that will be served, to price a larger model that is finetuned only
+    inference_tokens               tokens to generate in use, to price a larger model that is only finetuned
     max_general_rise               how far the general loss may rise, such as "3%"
 
     Returns the decision and the evidence for it. Raises RecipeError, DataError or CheckpointError.
@@ -524,7 +524,7 @@ def export(
     out        the folder to write, outside of every run
     tokenizer  saved along for AutoTokenizer; by default the run's own
     dtype      "fp32", "bf16" or "fp16"; by default as stored
-    overwrite  replace another model that lies there
+    overwrite  replace another model in that folder
 
     Returns the folder, for `AutoModelForCausalLM.from_pretrained`. Raises CheckpointError or DataError.
 
@@ -554,12 +554,12 @@ def generate(
     prompts      one or several; an empty one begins a document
     tokens       how many to draw after each prompt; fewer where the end-of-text token is drawn
     temperature  0 takes the likeliest token each time
-    top_k        draw from so many likeliest tokens only; None for all
-    top_p        and from the likeliest whose probabilities sum to this
-    seed         each text is drawn by it alone
+    top_k        draw only from this many likeliest tokens; None for all
+    top_p        and from the likeliest tokens whose probabilities sum to this
+    seed         each text depends on it alone
     tokenizer    by default the run's own
 
-    Returns a text for each prompt, in order. Raises CheckpointError, or SptError for sampling that cannot be.
+    Returns a text for each prompt, in order. Raises CheckpointError, or SptError for invalid sampling settings.
 
         >>> spt.generate("runs/chem", "The solvent is", 50)[0].text
     """
@@ -590,7 +590,7 @@ def _table(runs: Paths | pd.DataFrame, domain_source: str | None, general_source
 
 
 def _parsed(parse: Callable[[Any, str], Any], given: Any, argument: str) -> Any:
-    """The value of an argument that may be text; None stays None. RecipeError in the argument's name."""
+    """The value of an argument that may be text; None stays None. RecipeError names the argument."""
     try:
         return None if given is None else parse(given, argument)
     except SptError as error:

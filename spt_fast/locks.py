@@ -1,4 +1,4 @@
-"""One process at a time where two would spoil each other's files; who comes second is told who came first."""
+"""Locks on folders that one process at a time may write to. The error names the process that holds the lock."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from spt_fast.errors import SptError
 from spt_fast.files import lives
 
 NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""What a file system without flock answers."""
+"""The errors of a file system without flock."""
 
 
 class InUse(SptError):
-    """Another process works there. The message names it."""
+    """Another process holds the lock. The message names it."""
 
 
 @contextmanager
@@ -32,8 +32,8 @@ def locked(file: Path, what: str, *, argument: bool = False, inherited: bool = F
     argument   whether that begins with an argument's name
     inherited  whether processes that this one starts hold it too, until the last of them has ended
 
-    The kernel releases the lock of a process that dies, and the next one takes its file over. Where the file system has
-    no locks, the owner's name must do: a process of this host that lives no more owns nothing.
+    The kernel releases the lock of a process that dies, and the next one takes its file over. On a file system without
+    locks the recorded owner decides: a dead process of this host owns nothing.
     """
     descriptor = _taken(file)
     if descriptor is None:
@@ -75,7 +75,7 @@ def _me() -> dict[str, Any]:
 
 
 def _owner(file: Path) -> dict[str, Any]:
-    """What the lock says of its owner; nothing where it doesn't say it yet."""
+    """The owner that the lock file names; empty while it names none."""
     try:
         found = json.loads(file.read_bytes())
         return found if {key: type(value) for key, value in found.items()} == _OWNER else {}
@@ -84,5 +84,5 @@ def _owner(file: Path) -> dict[str, Any]:
 
 
 def _lives_elsewhere(owner: dict[str, Any]) -> bool:
-    """Whether the owner may be at work: a process of this host that lives, or any process of another."""
+    """Whether the owner may be running: a live process of this host, or any process of another host."""
     return bool(owner) and (owner["host"] != socket.gethostname() or lives(owner["pid"]))

@@ -1,8 +1,8 @@
 """The compiled half of the package: csrc/, built by setup.py against torch's stable ABI, behind typed functions.
 
-Nothing is loaded until the first call, torch neither, so that `import spt_fast` works where the extension isn't built
-and what reads recipes only starts without torch. Every call
-releases the GIL for its whole length. Arrays are NumPy's; int64 and contiguous unless said otherwise.
+Neither the extension nor torch is loaded before the first call, so that `import spt_fast` works without a built
+extension, and commands that only read recipes start without torch. Every call releases the GIL while it runs. Arrays
+are NumPy's; int64 and contiguous unless said otherwise.
 """
 
 from __future__ import annotations
@@ -105,6 +105,6 @@ def gather(
 
 
 def advise(sources: np.ndarray, source: np.ndarray, start: np.ndarray, context: int) -> None:
-    """Ask the kernel to bring the pages of these windows into memory (posix_fadvise WILLNEED), unless those of a
-    sample of many windows are there."""
+    """Ask the kernel to read the pages of these windows ahead (posix_fadvise WILLNEED), unless a sample of the windows
+    is in memory already."""
     ops().advise(_tensor(sources), _tensor(source, np.int32), _tensor(start), context)

@@ -1,4 +1,4 @@
-"""Where a user has results written: what is replaced there is an earlier result of the same kind, and nothing else."""
+"""Checks of output paths: only an earlier result of the same kind may be replaced."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ RUN_FOLDERS = ("checkpoints", "weights")
 
 
 def check_output(file: Path, argument: str, is_ours: Callable[[Path], bool]) -> None:
-    """SptError, in the name of an argument, where `file` is there and neither empty nor, by `is_ours`, of the kind that
-    is to be written, or would lie among a run's own files: before any work is done for it."""
+    """SptError, which names the argument, if `file` exists and is neither empty nor (by `is_ours`) of the kind to be
+    written, or if it would be among a run's own files. Call it before any work is done."""
     if run := run_around(file):
-        problem = f"lies in the run {run}; choose another place"
+        problem = f"is inside the run {run}; choose another place"
     elif file.is_symlink():
         problem = f"is a link; name the file that it leads to, {file.resolve()}"
     elif not file.exists():
         return
     elif not file.is_file():
-        problem = "is no regular file; name one"
+        problem = "is not a regular file; name one"
     elif file.stat().st_size and not is_ours(file):
         problem = "is another kind of file and would be replaced; choose another name, or delete it"
     else:
@@ -32,13 +32,13 @@ def check_output(file: Path, argument: str, is_ours: Callable[[Path], bool]) -> 
 
 
 def check_folder(folder: Path, argument: str) -> None:
-    """SptError, in the name of an argument, where results are to be written into what is no folder."""
+    """SptError, which names the argument, if the folder for results is a file."""
     if folder.exists() and not folder.is_dir():
         raise SptError(f"{argument}: {folder} is a file; name a folder", argument=True)
 
 
 def run_around(file: Path) -> Path | None:
-    """The run whose own files a file would lie among."""
+    """The run that a file would be among the own files of."""
     for folder in file.absolute().parents:
         inside = folder == file.absolute().parent or file.absolute().relative_to(folder).parts[0] in RUN_FOLDERS
         if inside and (folder / "recipe.yaml").exists() and (folder / "checkpoints").is_dir():
@@ -47,7 +47,7 @@ def run_around(file: Path) -> Path | None:
 
 
 def head(file: Path) -> bytes:
-    """How a file begins."""
+    """The first bytes of a file."""
     with file.open("rb") as opened:
         return opened.read(HEAD_BYTES)
 

@@ -22,8 +22,8 @@ from spt_fast.quantities import heading, read
 
 
 def plain(value: Any) -> Any:
-    """Settings and results as YAML and JSON write them. What has a method `as_json` says itself what it is made of; a
-    field or key with a name for files (`key`) is called that."""
+    """Settings and results as plain data for YAML and JSON. An object with a method `as_json` converts itself; a field
+    or key with a name for files (`key`) is written under that name."""
     if hasattr(value, "as_json"):
         value = value.as_json()
     elif is_dataclass(value):
@@ -36,7 +36,7 @@ def plain(value: Any) -> Any:
 
 
 def as_json(result: Any) -> Any:
-    """Plain data for JSON, in which what is not a number is None."""
+    """Plain data for JSON, with None for NaN and infinities."""
     return _finite(plain(result))
 
 
@@ -54,14 +54,14 @@ IN_ASCII = {"·": "-", "±": "+-", "→": "->", "←": "<-", "…": "~", "×": "
 
 
 def set_up() -> None:
-    """Write what the terminal's encoding lacks in ASCII, names as an escape (\\u03b4), instead of ending there, and our
-    warnings as one line each."""
+    """Write characters that the terminal's encoding lacks in ASCII, or in names as escapes (\\u03b4), instead of
+    failing, and each of our warnings as one line."""
     codecs.register_error("spt_fast", _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="spt_fast")
     warnings.formatwarning = _as_one_line
-    warnings.filterwarnings("ignore", "Glyph")  # of a name, that matplotlib's font lacks
+    warnings.filterwarnings("ignore", "Glyph")  # a character of a name that matplotlib's font lacks
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:
@@ -80,9 +80,9 @@ def _as_one_line(message: Warning | str, category: type[Warning], *where: Any, *
 
 
 def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Where people read: names are printed as they are, brackets and colons included."""
+    """A console for people: names are printed as they are, brackets and colons included."""
     console = Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
-    if console.width < MIN_WIDTH:  # of a terminal that doesn't know its own, such as COLUMNS=0: nothing would be seen
+    if console.width < MIN_WIDTH:  # the width is unknown, as with COLUMNS=0: nothing would be visible
         console.width = 80
     return console
 
@@ -92,9 +92,8 @@ WIDE = 10_000
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A row of cells each, under the names of their fields: `spt_fast.quantities` says how each is written. Where the
-    terminal is too narrow, headings take several lines, and long names are cut in their middle; where it is narrower
-    still, every row becomes a list."""
+    """Print a table under the names of its fields, formatted by `spt_fast.quantities`. On a narrow terminal headings
+    take several lines and long names are cut in the middle; on a narrower one every row becomes a list."""
     if title:
         console.print(title, style="table.title", soft_wrap=True)
     rows = list(rows)
@@ -120,7 +119,7 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Iter
 
 
 def _width(headings: Sequence[str], cells: Sequence[Sequence[str]], names: Sequence[bool], longest: int) -> int:
-    """Of a table whose names are cut to `longest`."""
+    """The width of a table whose names are cut to `longest`."""
     width = 1 + 3 * len(headings)  # the lines between the columns
     for i, (of, is_name) in enumerate(zip(headings, names, strict=True)):
         written = max((cell_len(line) for row in cells for line in row[i].splitlines()), default=0)
@@ -129,14 +128,14 @@ def _width(headings: Sequence[str], cells: Sequence[Sequence[str]], names: Seque
 
 
 def print_named(console: Console, title: str, facts: Mapping[str, str]) -> None:
-    """A row for each, under its own name: that of a run, a checkpoint, an op."""
+    """Print a row for each run, checkpoint or op, under its own name."""
     if title:
         console.print(title, style="table.title", soft_wrap=True)
     _print_pairs(console, facts.items())
 
 
 def print_facts(console: Console, title: str, facts: Any) -> None:
-    """A row for each fact of a mapping or dataclass that is known, and for each inner one; keys are names of fields."""
+    """Print a row for each known fact of a mapping or dataclass, nested ones included; keys are names of fields."""
     if title:
         console.print(title, style="table.title", soft_wrap=True)
     pairs = []
@@ -176,7 +175,7 @@ def _print_pairs(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def middle(text: str, width: int) -> str:
-    """`text` in at most `width` cells of a terminal, cut in its middle where it is longer."""
+    """`text` in at most `width` cells of a terminal, cut in the middle if it is longer."""
     cut, keep = text, len(text)
     while cell_len(cut) > width and keep > 1:
         keep -= 1

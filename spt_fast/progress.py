@@ -1,7 +1,7 @@
 """What a long command shows while it works: a line on a terminal that changes in place, plain lines elsewhere.
 
-The parts of a line stand in the order of their importance; where a terminal is too narrow, the last are left out.
-All of it goes to standard error.
+The parts of a line are in order of importance; on a narrow terminal the last are left out. Everything goes to standard
+error.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _quiet = False
 
 
 def be_quiet(quiet: bool) -> None:
-    """Whether this process shows warnings alone from now on."""
+    """Whether this process shows only warnings from now on."""
     global _quiet
     _quiet = quiet
 
 
 @dataclass(frozen=True)
 class Line:
-    """How far a piece of work is: its title and figures, the dearest first, and the share of it that is done."""
+    """The progress of some work: its title and figures, the most important first, and the share that is done."""
 
     parts: Sequence[str]
     share: float | None = None
 
     def fit(self, width: int) -> str:
-        """In at most `width` cells: as many parts as there is room for, a long title cut before a part is left out."""
+        """In at most `width` cells: as many parts as fit; a long title is cut before a part is left out."""
         title, *figures = (part for part in self.parts if part)
         for shown in range(len(figures), -1, -1):
             for separator in SEPARATORS:
@@ -56,7 +56,7 @@ class Line:
         return middle(title, width)
 
     def render(self, width: int) -> RenderableType:
-        """With a bar where there is room for one."""
+        """With a bar if there is room for one."""
         text = self.fit(width)
         row = Table.grid(padding=(0, 1, 0, 0))
         bar = width - cell_len(text) - 2
@@ -72,7 +72,7 @@ def clock() -> str:
 
 
 class Screen:
-    """Standard error of a command that takes long. Without `show` nothing is ever said there."""
+    """The standard error of a long command. Without `show` nothing is printed."""
 
     def __init__(self, *, show: bool = True) -> None:
         self._console = terminal(stderr=True, quiet=not show)
@@ -87,15 +87,15 @@ class Screen:
         return Group(*(line.render(self._console.width) for line in self._lines))
 
     def say(self, message: str) -> None:
-        """Text that stays, above the line that changes."""
+        """Print permanent text above the line that changes."""
         lines = message.splitlines() if _quiet else [message]
         for line in lines:
             if not _quiet or line.startswith("warning: "):
                 self._console.print(line, soft_wrap=True)
 
     def update(self, *lines: Line, plain: bool | None = None) -> None:
-        """What the terminal shows from now on. plain: whether the first is also said where there is no terminal; by
-        default now and then."""
+        """Show these lines from now on. plain: whether to print the first one where there is no terminal; by default
+        it is printed from time to time."""
         self._lines = lines
         now_s = time.monotonic()
         if plain is None:
@@ -117,7 +117,7 @@ class Screen:
 
 
 def time_left(elapsed_s: float, done: float, left: float) -> str:
-    """At the pace so far; nothing before there is one, and at the end."""
+    """The time left at the pace so far; empty at the start and at the end."""
     return f"ETA {duration(elapsed_s * left / done)}" if 0 < done * 1e-6 < left else ""
 
 
@@ -125,8 +125,8 @@ def time_left(elapsed_s: float, done: float, left: float) -> str:
 def progress_of(
     what: str, total: int | None, *, says: Callable[[int, float], str] = lambda done, elapsed_s: "", show: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """Shows how much of `total` is done; the function that is given moves it on. says: more, by what is done and the
-    seconds that it took."""
+    """Show how much of `total` is done; the yielded function adds to it. says: further text, from the amount done and
+    the seconds it took."""
     began_s, done = time.monotonic(), 0
 
     def elapsed_s() -> float:
@@ -146,7 +146,7 @@ def progress_of(
 
 
 class Steps(Screen):
-    """Steps of training: how far they are, and when all the work that they belong to is done."""
+    """The progress of training steps, and the time left for all the work that they belong to."""
 
     def __init__(self, *, show: bool = True) -> None:
         super().__init__(show=show)
@@ -158,8 +158,8 @@ class Steps(Screen):
         self._more: Sequence[str] = ()
 
     def begin(self, title: str, step: int, steps: int, *, work: float = 1.0, after: float = 0.0) -> None:
-        """New steps, of which `step` of `steps` are done already. They are so much `work`, and `after` of it comes
-        later, in any unit."""
+        """Begin new steps, `step` of `steps` already done. `work` is their amount of work, `after` that of what follows
+        them, in any common unit."""
         self._title, self._step, self._steps, self._work, self._after = title, step, steps, work, after
         self._figures = self._more = ()
         self.update(self._line(step), plain=False)
@@ -173,7 +173,7 @@ class Steps(Screen):
         self.update(self._line(step), plain=False)
 
     def show(self, step: int, figures: Sequence[str], more: Sequence[str] = ()) -> None:
-        """The figures of a step, the dearest first, and those that matter less than the time that is left."""
+        """Show the figures of a step: the most important first, and `more` after the time left."""
         self._figures, self._more = figures, more
         self.update(self._line(step), plain=True)
 

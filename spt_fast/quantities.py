@@ -1,7 +1,7 @@
 """Numbers as people read them: 110M, 1.78e18 FLOPs, 12 min, $3.14, 1.5 GB, 41.2%. JSON keeps the exact ones.
 
-A field's name tells its unit (`step_s`, `memory_bytes`, `hours`): `read` formats a value by that, and `heading` is the
-name without what the value says itself.
+A field's name gives its unit (`step_s`, `memory_bytes`, `hours`): `read` formats a value by it, and `heading` is the
+name without the unit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def amount(count: float) -> str:
 
 
 def count(number: float) -> str:
-    """A number of tokens or parameters: exact where it is short, else three digits."""
+    """A number of tokens or parameters: exact if it is short, else three digits."""
     return f"{number:,}" if isinstance(number, int) and number < EXACT_BELOW else amount(number)
 
 

@@ -66,19 +66,19 @@ SYNONYMS = {
     "engine.checkpointing": "gradient_checkpointing activation_checkpointing recompute_granularity",
     "engine.name": "backend strategy distributed_backend",
 }
-"""Our field, by its path in a recipe: other names for it."""
+"""Other names for our field, by its path in a recipe."""
 
 _FOREIGN = {name: path for path, names in SYNONYMS.items() for name in names.split()}
 _LAST = [path.rpartition(".")[2] for path in SYNONYMS]
 _OURS = {name: path for name, path in zip(_LAST, SYNONYMS, strict=True) if _LAST.count(name) == 1}
 _OURS["context"] = "model.context"
-"""The fields that one section only has, or mostly."""
+"""Fields that only one section has, or mainly one."""
 
 _NOTES = {"phases[…].batch.micro": ", the windows of one forward pass; how many passes make a step follows from it"}
 
 
 def unknown_key(given: object, known: Iterable[str]) -> str:
-    """A tail for the message about a key that has no field here: the field it means, or the nearest known one."""
+    """The end of the message about an unknown key: the field that it means, or the nearest known one."""
     known = list(known)
     near = nearest(str(given), known)
     path = _FOREIGN.get(str(given).lower().replace("-", "_")) or (None if "did you" in near else _OURS.get(str(given)))

@@ -134,8 +134,8 @@ def test_what_is_of_another_kind_is_named_with_the_command_for_it(
     shape = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=8, vocab_size=64)
     GPT(shape).save_hf(file.parent / "hf")
     for words, message in (
-        (("sweep", recipe), f"{recipe}: is a recipe, not a study; train it by `spt-fast train`"),
-        (("train", study), f"{study}: is a study, not a recipe; train its runs by `spt-fast sweep`"),
+        (("sweep", recipe), f"{recipe}: is a recipe, not a study; train it with `spt-fast train`"),
+        (("train", study), f"{study}: is a study, not a recipe; train its runs with `spt-fast sweep`"),
         (("compare", recipe.parent / "run"), "is 'stopped'; finish it with `spt-fast train --resume` or"),
         (("export", file.parent / "hf", "--out", file), f"--out: {file} is a file; name a folder"),
         (("demo", "--out", file), f"--out: {file} is a file; name a folder"),
@@ -221,7 +221,7 @@ def test_what_generate_cannot_use(
 def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("NOTHING", "")
-    with pytest.raises(RecipeError, match=r"run: '\$NOTHING' is invalid: the environment has nothing there"):
+    with pytest.raises(RecipeError, match=r"run: '\$NOTHING' is invalid: it expands to nothing"):
         fields.path("$NOTHING", "run")
     expanded = set()
     for app in (cli.app, tokenizer_app, checkpoint_app):

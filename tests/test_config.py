@@ -211,13 +211,13 @@ def change(path: str, value: Any) -> dict[str, Any]:
             r"schedule\.name: 'cosin' is invalid: write one of .*did you mean 'cosine'",
         ),
         ("phases.0.schedule.warmup", "soon", r"schedule\.warmup: 'soon' is invalid: write `500 steps`"),
-        ("phases.0.schedule.continue", True, "first phase has no schedule to carry on"),
+        ("phases.0.schedule.continue", True, "first phase has no schedule to continue"),
         (
             "phases.1.schedule",
             {"continue": True, "final": "5%"},
             r"finetune\]\.schedule: `continue: true` takes the whole",
         ),
-        ("phases.1.schedule", {"continue": True}, r"finetune\]\.grid\.warmup: a schedule that is carried on"),
+        ("phases.1.schedule", {"continue": True}, r"finetune\]\.grid\.warmup: a continued schedule has"),
         ("phases.0.eval.every", "0 steps", r"eval\.every: '0 steps' is invalid: write how often"),
         ("checkpoint", {"every": 0}, r"checkpoint\.every: 0 is invalid: write how often"),
         ("log", {"every": "0%"}, r"log\.every: '0%' is invalid: write how often"),
@@ -402,18 +402,18 @@ def test_sources_may_have_any_name_that_yaml_reads_otherwise(tmp_path: Path) -> 
     assert (recipe.sources["no"].train, recipe.sources["010"].train, recipe.phases[0].name) == ("no", "010", "1")
 
 
-def test_aliases_unfold_to_little(tmp_path: Path) -> None:
+def test_aliases_expand_to_little(tmp_path: Path) -> None:
     lines = ["k0: &k0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 10)}]" for i in range(1, 9)]
     (tmp_path / "bomb.yaml").write_text("\n".join(lines))
     (tmp_path / "string.yaml").write_text(f"a: &a {'x' * 300_000}\nrun: [*a, *a, *a, *a]")
     for name in ("bomb", "string"):
         with pytest.raises(
-            RecipeError, match=rf"{name}\.yaml: line \d: aliases unfold to more than 1,000,000 characters"
+            RecipeError, match=rf"{name}\.yaml: line \d: aliases expand to more than 1,000,000 characters"
         ):
             load_recipe(tmp_path / f"{name}.yaml")
     (tmp_path / "r.yaml").write_text("run: &a [x, *a]")
-    with pytest.raises(RecipeError, match=r"r\.yaml: line 1: an alias stands inside of what it names"):
+    with pytest.raises(RecipeError, match=r"r\.yaml: line 1: an alias refers to a node that contains it"):
         load_recipe(tmp_path / "r.yaml")
     for tagged in ("!!bool maybe", "!!timestamp never"):
         (tmp_path / "r.yaml").write_text(f"run: {tagged}")
@@ -526,6 +526,9 @@ def test_the_home_folder_and_variables_are_expanded_in_every_path(
     path.write_text(yaml.safe_dump(raw_recipe()))
     assert load_recipe(path, ["run=~/x"]).run == "/home/me/x"
     assert recipe_from(raw_recipe(run="runs/a $UNSET b")).run == "runs/a $UNSET b"
-    for value, why in (("$UNSET/x", "the environment has no UNSET; set it"), ("~nobody-has-it/x", "no user of this")):
+    for value, why in (
+        ("$UNSET/x", "the environment has no UNSET; set it"),
+        ("~nobody-has-it/x", "this machine has no such user"),
+    ):
         with pytest.raises(RecipeError, match=rf"run: '{re.escape(value)}' is invalid: {why}"):
             recipe_from(raw_recipe(run=value))

@@ -157,9 +157,9 @@ def test_what_is_wrong_is_said_in_the_name_of_an_argument_or_its_flag(
     assert (code, out) == (2, f"spt-fast: --domain-tokens{str(error.value).removeprefix('domain_tokens')}\n")
     with pytest.raises(RecipeError, match=r"^heldout: '50' is invalid: write a share between 0 and 1; did you mean"):
         spt.prepare("x", tmp_path / "y", "gpt2", heldout="50")
-    with pytest.raises(RecipeError, match=r"^data: there is nothing to score on; give `data=PREFIX`, `tasks=TASK`"):
+    with pytest.raises(RecipeError, match=r"^data: missing; give `data=PREFIX`, `tasks=TASK`"):
         spt.evaluate("x")
-    assert "nothing to score on; give --data PREFIX, --tasks TASK or both" in said(monkeypatch, capsys, "eval", "x")[1]
+    assert "missing; give --data PREFIX, --tasks TASK or both" in said(monkeypatch, capsys, "eval", "x")[1]
 
 
 def test_every_call_is_documented_with_all_its_arguments() -> None:

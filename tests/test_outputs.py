@@ -46,9 +46,9 @@ def test_a_place_is_free_or_holds_a_result_of_the_kind(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "recipe.yaml").touch()
     for name, problem in (
-        ("run/x", "lies in the run"),
-        ("fifo", "is no regular file"),
-        (".", "is no regular file"),
+        ("run/x", "is inside the run"),
+        ("fifo", "is not a regular file"),
+        (".", "is not a regular file"),
         ("link", "is a link"),
     ):
         with pytest.raises(SptError, match=problem):
@@ -125,7 +125,7 @@ def test_a_model_is_exported_over_another_only_where_that_is_said(tmp_path: Path
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     (out / "tokenizer.json").write_text("of the model before")
     (out / "model-00001-of-00002.safetensors").write_text("of the model before")
-    assert "## Training\n\nIt is not recorded here." in (out / "README.md").read_text()
+    assert "## Training\n\nNot recorded." in (out / "README.md").read_text()
     (out / "README.md").write_text("mine")
     (other / "README.md").write_text("of the other")
     with pytest.raises(CheckpointError, match="of another model"):

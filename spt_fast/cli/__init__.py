@@ -26,7 +26,7 @@ __all__ = ["app", "data", "main", "models", "studies", "training"]
 def main() -> None:
     """Entry point: runs the command line and turns a user's mistake into one message and exit code 2.
 
-    SIGTERM interrupts as Ctrl-C does, so that what is half-written is removed; training takes both over and saves.
+    SIGTERM interrupts like Ctrl-C, so that partial files are removed; training handles both itself and saves.
     """
     interrupt_by_signals()
     set_up()
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _say(message: str, code: int) -> NoReturn:
-    """An error's message, after where it comes from where that is asked for."""
+    """Print an error's message, after its traceback if that is asked for, and exit."""
     if talk.tracebacks:
         traceback.print_exc()
     print(message, file=sys.stderr)

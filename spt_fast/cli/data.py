@@ -1,4 +1,4 @@
-"""Commands from text to tokens."""
+"""Commands that turn text into tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spt_fast.printing import print_facts
 )
 def tokenizer_train(
     inputs: Inputs,
-    vocab_size: Annotated[int, Option(metavar="COUNT", help="Set the number of ids, the end-of-text id included.")],
+    vocab_size: Annotated[int, Option(metavar="COUNT", help="Set the number of ids, end-of-text included.")],
     out_file: Annotated[Path, PathOption("--out", metavar="FILE", help="Write the tiktoken ranks to this file.")],
     text_key: TextKey = "text",
     skip_bad: Annotated[bool, Option(help="Skip broken lines instead of stopping at the first.")] = False,
@@ -53,7 +53,7 @@ def prepare(
     ] = None,
     skip_bad: Annotated[bool, Option(help="Skip and count broken lines instead of stopping at the first.")] = False,
     workers: Annotated[
-        int | None, Option(metavar="COUNT", help="Use so many processes; by default one for each core.")
+        int | None, Option(metavar="COUNT", help="Use this many processes; by default one for each core.")
     ] = None,
     as_json: Json = False,
 ) -> None:

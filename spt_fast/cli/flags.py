@@ -30,11 +30,11 @@ def named(given: str) -> str:
 
 
 def text(given: str) -> str:
-    """Text of the command line, whatever the locale: it is UTF-8."""
+    """Text of the command line, read as UTF-8 in every locale."""
     try:
         return os.fsencode(given).decode()
     except UnicodeDecodeError:
-        raise typer.BadParameter("is not UTF-8; write it in a terminal that is") from None
+        raise typer.BadParameter("is not UTF-8; use a terminal that writes UTF-8") from None
 
 
 PathArgument, PathOption = partial(typer.Argument, parser=path), partial(typer.Option, parser=path)
@@ -62,7 +62,7 @@ Overwrite = Annotated[bool, typer.Option(help="Replace another model in that fol
 WeightsDtype = Annotated[
     str | None, typer.Option("--dtype", metavar="TYPE", help="Store fp32, bf16 or fp16; by default as the weights are.")
 ]
-Resume = Annotated[bool, typer.Option(help="Continue from the newest checkpoint, or start where there is none.")]
+Resume = Annotated[bool, typer.Option(help="Continue from the newest checkpoint, or start without one.")]
 OutFolder = Annotated[Path, PathOption("--out", metavar="DIR", help="Write to this folder.")]
 RecipePath = Annotated[Path, PathArgument(metavar="RECIPE", help="The recipe, a YAML file.")]
 RunPath = Annotated[Path, PathArgument(metavar="RUN", help="The folder of a run.")]
@@ -89,19 +89,19 @@ def share(given: str | None, flag: str) -> float | None:
 
 
 def is_first() -> bool:
-    """Whether this is the one process that talks, of those that a launcher started."""
+    """Whether this process prints: of those that a launcher started, only the first does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def stopped(reason: str | None) -> typer.Exit:
-    """Say that a run was interrupted and saved, and end with 75."""
+    """Print that a run was interrupted and saved, and exit with 75."""
     if is_first():
-        print(f"spt-fast: stopped by {reason}; saved: run again with --resume to go on", file=sys.stderr)
+        print(f"spt-fast: stopped by {reason} and saved; run again with --resume to continue", file=sys.stderr)
     return typer.Exit(75)
 
 
 class Commands(TyperGroup):
-    """Commands whose errors speak of flags where the library speaks of arguments."""
+    """Commands whose errors name flags where the library names arguments."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -150,8 +150,8 @@ OF_TRAIN = {"resume": "`spt-fast train --resume`", "verify": "`spt-fast train --
 
 
 def in_flags(error: SptError, flags: Mapping[str, str], *, of_others: Mapping[str, str] | None = None) -> str:
-    """A library's message as the command line says it: `resume=True` is --resume, and so is a leading argument.
-    `of_others` are flags that the command doesn't have."""
+    """A library's message with flags instead of arguments: `resume=True` and a leading argument `resume` are --resume.
+    `of_others` are flags of other commands."""
 
     def flag(keyword: re.Match[str]) -> str:
         name, value = keyword.groups()

@@ -1,4 +1,4 @@
-"""Commands for weights: out, in, and what they write."""
+"""Commands for weights: export, merge, import, generation, kernels."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def generate(
         ),
     ] = None,
     tokens: Annotated[
-        int, Option(min=0, max=1_000_000, metavar="COUNT", help="Generate so many tokens at most.")
+        int, Option(min=0, max=1_000_000, metavar="COUNT", help="Generate at most this many tokens.")
     ] = 100,
     temperature: Annotated[
         float, Option(metavar="NUMBER", help="Sample at this temperature; 0 takes the likeliest token.")
     ] = 0.8,
     top_k: Annotated[int | None, Option(metavar="K", help="Sample among the K likeliest tokens.")] = 50,
     top_p: Annotated[
-        float | None, Option(metavar="P", help="Sample among the likeliest tokens of probability P in all.")
+        float | None, Option(metavar="P", help="Sample among the likeliest tokens with total probability P.")
     ] = None,
     seed: Annotated[int, Option(metavar="NUMBER", help="Set the seed of the samples.")] = 0,
     tokenizer: Annotated[Path | None, PathOption(help="Use this tokenizer; by default the run's own.")] = None,
@@ -128,7 +128,7 @@ def kernels(
     ] = None,
     overrides: Overrides = None,
     tune: Annotated[bool, Option("--tune", help="Measure what has not been measured yet.")] = False,
-    seconds: Annotated[float, Option(min=1, metavar="NUMBER", help="Stop --tune after so many seconds.")] = 300.0,
+    seconds: Annotated[float, Option(min=1, metavar="NUMBER", help="Stop --tune after this many seconds.")] = 300.0,
     as_json: Json = False,
 ) -> None:
     """Show which backend each op uses on this machine, and why."""

@@ -103,7 +103,7 @@ def _program(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Only training is the work of several processes; of all that a launcher starts, the first does other commands."""
+    """Only training uses several processes; of those that a launcher starts, only the first runs other commands."""
     if context.invoked_subcommand != "train" and os.environ.get("WORLD_SIZE", "1") != "1" and not is_first():
         raise typer.Exit
     be_quiet(False)

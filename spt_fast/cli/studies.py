@@ -81,7 +81,7 @@ def sweep(
     ] = None,
     jobs: Annotated[
         int | None,
-        Option(min=1, metavar="COUNT", help="Train so many runs at a time; by default one per GPU, or core."),
+        Option(min=1, metavar="COUNT", help="Train this many runs at a time; by default one per GPU, or core."),
     ] = None,
     cluster: Annotated[
         str | None, Option(metavar="NAME", help="Submit the runs as jobs of a cluster: slurm, or local to try it.")
@@ -114,11 +114,11 @@ def sweep(
         print_json(price) if as_json else sweeping.print_price(price, loaded.study, out)
         return
     if (gpu, mfu, per_gpu_hour) != (None, None, None):
-        raise typer.BadParameter("--gpu, --mfu and --price say what a study would take: add --dry-run")
+        raise typer.BadParameter("--gpu, --mfu and --price only price a study; add --dry-run")
     swept = spt.sweep(loaded, jobs=jobs, cluster=cluster, cluster_options=cluster_options or ())
     print_json(swept) if as_json else sweeping.print_swept(swept, loaded.study, out)
     if swept.interrupted:
-        print("spt-fast: stopped; what was under way is saved: run the same line again to go on", file=sys.stderr)
+        print("spt-fast: stopped; running jobs are saved; run the same command again to continue", file=sys.stderr)
         raise typer.Exit(75)
     if swept.failed:
         raise typer.Exit(1)
@@ -202,10 +202,10 @@ def report(
     domain_source: DomainSource = None,
     general_source: GeneralSource = None,
     domain_tokens: Annotated[
-        str | None, Option(metavar="COUNT", help="Advise for so many unique domain tokens, such as 300M.")
+        str | None, Option(metavar="COUNT", help="Advise for this many unique domain tokens, such as 300M.")
     ] = None,
     budget: Annotated[
-        str | None, Option(metavar="COUNT", help="Advise for so many pretraining tokens, such as 20B.")
+        str | None, Option(metavar="COUNT", help="Advise for this many pretraining tokens, such as 20B.")
     ] = None,
     model: Annotated[
         str | None, Option(metavar="MODEL", help="Advise for this preset, or number of parameters.")
@@ -231,7 +231,7 @@ def reweight(
     recipe: RecipePath,
     target: Annotated[
         str | None,
-        Option(metavar="SOURCE", help="Weight the others by how much they help this source; by default, each other."),
+        Option(metavar="SOURCE", help="Weight the others by their help for this source; by default, for each other."),
     ] = None,
     out_folder: Annotated[
         Path | None, PathOption("--out", metavar="DIR", help="Write to this folder; by default RUN-reweight.")

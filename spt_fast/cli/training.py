@@ -46,7 +46,8 @@ def init(
         Path | None, PathOption(help="Use this tokenizer; by default the base's, or one trained on the text.")
     ] = None,
     hours: Annotated[
-        float | None, Option(metavar="HOURS", help="Fit the training into so many hours; by default 1, or 24 on a GPU.")
+        float | None,
+        Option(metavar="HOURS", help="Fit the training into this many hours; by default 1, or 24 on a GPU."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -66,7 +67,7 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, Option(min=1, metavar="COUNT", help="Plan for so many GPUs; by default the launcher's, or one.")
+        int | None, Option(min=1, metavar="COUNT", help="Plan for this many GPUs; by default the launcher's, or one.")
     ] = None,
     gpu: Annotated[
         str | None, Option(metavar="NAME", help="Plan for this GPU, such as H100; by default for this machine.")
@@ -115,7 +116,7 @@ def train(
     ] = False,
 ) -> None:
     """Train all phases of a recipe."""
-    with nullcontext() if dry_run else StopRequest():  # the run takes over what is heard while torch is imported
+    with nullcontext() if dry_run else StopRequest():  # the run takes over a signal that comes while torch is imported
         from spt_fast.train import dry_run as trying
         from spt_fast.train.run import print_summary
 
@@ -147,14 +148,15 @@ def evaluate(
         Option(metavar="TASK,…", help="Run tasks of lm-eval, by name or .yaml file, or your own questions in .jsonl."),
     ] = None,
     num_fewshot: Annotated[
-        int | None, Option(metavar="COUNT", help="Show so many solved examples before each question.")
+        int | None, Option(metavar="COUNT", help="Show this many solved examples before each question.")
     ] = None,
-    limit: Annotated[int | None, Option(metavar="COUNT", help="Ask at most so many questions of each task.")] = None,
+    limit: Annotated[int | None, Option(metavar="COUNT", help="Ask at most this many questions of each task.")] = None,
     context: Annotated[
         int | None, Option(min=1, metavar="TOKENS", help="Set the window; by default that of training, or the model's.")
     ] = None,
     batch: Annotated[
-        int | None, Option(metavar="COUNT", help="Score so many texts of a task at a time; by default as many as fit.")
+        int | None,
+        Option(metavar="COUNT", help="Score this many texts of a task at a time; by default as many as fit."),
     ] = None,
     tokenizer: Annotated[
         Path | None, PathOption(help="Use this tokenizer for tasks; by default that of the weights.")

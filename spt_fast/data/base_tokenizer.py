@@ -1,4 +1,4 @@
-"""What every tokenizer can do, whatever kind it is of."""
+"""The interface of every tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tiktoken
 from spt_fast.errors import DataError, invalid, nearest
 
 MOST_IDS = 1 << 24
-"""Of a tokenizer: an embedding has a row for each."""
+"""Limit on a tokenizer's ids: an embedding has a row for each."""
 
 # tiktoken's regex engine overflows its stack in runs of some 500,000 spaces: longer text is encoded in pieces, cut
 # between a letter or digit and the white space or punctuation after it, where every known pattern cuts as well.
@@ -27,9 +27,9 @@ class BaseTokenizer(ABC):
     """Turns text into ids and back.
 
     vocab_size        largest id + 1, special and added tokens included
-    digest            equal digests, equal ids of any text
-    eos_id            the id that ends each document; None where none is known
-    bos_id            the id that begins each document; None where none does
+    digest            equal digests mean equal ids for any text
+    eos_id            the id that ends each document; None if none is known
+    bos_id            the id that begins each document; None without one
     """
 
     vocab_size: int
@@ -43,27 +43,27 @@ class BaseTokenizer(ABC):
 
     @abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
-        """Ids of a text, uint32 [tokens], without a token that begins or ends it. DataError for half a surrogate pair,
-        which has no UTF-8."""
+        """Ids of a text, uint32 [tokens], without begin and end tokens. DataError for half a surrogate pair, which has
+        no UTF-8."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Text of ids. special: with the special tokens that can be read out of text."""
+        """Text of ids. special: include the special tokens that are read out of text."""
 
     @abstractmethod
     def to_bytes(self) -> bytes:
-        """What another process rebuilds it from, apart from eos_id and bos_id."""
+        """The state from which another process rebuilds it, apart from eos_id and bos_id."""
 
     @abstractmethod
     def keep(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files that `Tokenizer.load` reads it from."""
+        """Write the files from which `Tokenizer.load` reads it."""
 
     @abstractmethod
     def save_hf(self, folder: str | os.PathLike[str]) -> None:
-        """Write what transformers' AutoTokenizer reads."""
+        """Write the files that transformers' AutoTokenizer reads."""
 
     def encode(self, text: str) -> list[int]:
-        """As `encode_array`, as a list."""
+        """`encode_array` as a list."""
         return self.encode_array(text).tolist()
 
     def prompt(self, text: str) -> list[int]:
@@ -71,7 +71,7 @@ class BaseTokenizer(ABC):
         return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(text)]
 
     def set_ends(self, eos: str | None, bos: str | None) -> None:
-        """Take other tokens to end and begin each document, by name. DataError for an unknown one."""
+        """Set the tokens that end and begin each document, by name. DataError for an unknown one."""
         if eos is not None:
             self.eos_id = self._id_of("eos", eos)
         if bos is not None:
@@ -98,8 +98,8 @@ def pieces(text: str) -> Iterator[str]:
 
 def encode_ordinary(encoding: tiktoken.Encoding, texts: Iterable[str]) -> np.ndarray:
     """Ids of all texts, uint32 [tokens], without special tokens. UnicodeEncodeError for half a surrogate pair."""
-    # By way of lists, which is faster than tiktoken's own way to an array and mends no text; NumPy reads a list at a
-    # third of the speed of `array`.
+    # Lists are faster than tiktoken's own conversion to an array, which also repairs invalid text; NumPy reads a list
+    # at a third of the speed of `array`.
     parts = [np.frombuffer(array("I", encoding._core_bpe.encode_ordinary(text)), np.uint32) for text in texts]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

@@ -1,13 +1,13 @@
-"""How far one corpus lies from another: the Jensen-Shannon divergence of their n-grams of token ids.
+"""The distance of one corpus from another: the Jensen-Shannon divergence of their n-grams of token ids.
 
     JS(P, Q) = H((P + Q)/2) - (H(P) + H(Q))/2      in bits: 0 for equal distributions, 1 for those that share no n-gram
 
-P and Q are measured on samples, and two samples of one distribution already differ: the more so, the more n-grams are
-rare, so for n = 3 by most of the scale. No sample of a natural text is large enough to make that vanish. So the samples
-are equally large, and two samples of the general corpus that share no token are compared in the same way: their
-divergence is the *floor*, what "no difference" looks like at this size. Only what lies well above it says something
-about the domain (a handful of long documents lies a little above it without being of another kind), and divergences
-are comparable at equal numbers of tokens only.
+P and Q are measured on samples. Two samples of one distribution already differ, and the more n-grams are rare the more
+they do: for n = 3 by most of the scale. No sample of a natural text is large enough to avoid that. So the samples are
+equally large, and two disjoint samples of the general corpus are compared in the same way: their divergence is the
+*floor*, the value for "no difference" at this sample size. Only a value well above the floor says something about the
+domain (a handful of long documents gives a value a little above it without being of another kind), and divergences are
+comparable only at equal numbers of tokens.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def divergence(
     max_tokens: int = MAX_TOKENS,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """The divergence of the datasets at two prefixes, JSON-able; the same at every call.
+    """The divergence of the datasets at two prefixes, JSON-able; every call gives the same values.
 
     Returns {"with": general, "tokens": of each sample, and per "unigrams", "bigrams", "trigrams": bits, 0 … 1, and
-    under the same name with "_floor" the bits between two samples of `general`}. A sample is made of stretches of
-    16,384 tokens, evenly spread over its text (those of the general corpus's two in turns), at most `max_tokens` of
-    all, and no more than the domain has or half of the general corpus. Its n-grams may cross the end of a document, as
-    training windows do. Takes some 60 bytes of memory a token of a sample, and about 2 s for 5M on one core.
+    under the same name with "_floor" the bits between two samples of `general`}. A sample consists of stretches of
+    16,384 tokens, spread evenly over its text (the two samples of the general corpus take turns). It has at most
+    `max_tokens`, the domain's tokens, or half of the general corpus's. Its n-grams may cross the end of a document, as
+    training windows do. It needs about 60 bytes of memory per token of a sample, and about 2 s for 5M on one core.
 
-    dtype: declared for headerless files, of both. DataError: datasets of different tokenizers, or too short for two
-    samples of three tokens.
+    dtype: of both, for headerless files. DataError: datasets of different tokenizers, or too short for two samples of
+    three tokens.
     """
     a, b = TokenDataset.open(domain, dtype), TokenDataset.open(general, dtype)
     check_same_tokenizer(a, b)
@@ -67,7 +67,7 @@ def divergence(
 
 
 def _stretches(tokens: np.ndarray, count: int, length: int) -> np.ndarray:
-    """[count, length] ids, evenly spread over `tokens`, none of them twice."""
+    """[count, length] ids, spread evenly over `tokens`, without duplicates."""
     starts = [i * len(tokens) // count for i in range(count)]
     return np.stack([tokens[start : start + length] for start in starts])
 

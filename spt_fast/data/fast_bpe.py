@@ -1,17 +1,17 @@
-"""Byte-level BPE of Hugging Face by tiktoken's engine, at five times the speed, with the same ids.
+"""Hugging Face's byte-level BPE with tiktoken's engine: five times the speed, the same ids.
 
-Hugging Face merges a pair of tokens by the place of the pair in a list, tiktoken any pair whose bytes are a token, by
-the id of that token. Both take the best pair first, of equals the leftmost, and so do the same where
+Hugging Face merges a pair of tokens by its position in the list of merges; tiktoken merges any pair whose bytes are a
+token, by the id of that token. Both take the best pair first and the leftmost among equals, so they agree if
 
 - ids rise along the list of merges, and
-- every token comes out of its own bytes by the merges alone. Then no pair outside the list ever makes a token: until
-  two tokens lie side by side that together are t, all merges were inside the bytes of t, as when t is encoded alone;
-  there the last merge, which makes t, is one of the list. A token that doesn't come out is never made, and is left out
-  here, unless `ignore_merges` looks whole words up: then all its pairs must be in the list.
+- every token results from its own bytes by the merges alone. Then no pair outside the list ever makes a token: until
+  two adjacent tokens together are t, all merges were inside the bytes of t, as when t is encoded alone; there the last
+  merge, which makes t, is in the list. A token that the merges don't produce never occurs, and is left out here, unless
+  `ignore_merges` looks whole words up: then all its pairs must be in the list.
 
-What that leaves open, two regular-expression engines with their own tables of characters, is tried: on some of the text
-to come and on characters of all kinds of Unicode. Text that holds an added token is left to Hugging Face, and so
-is long text with no place to cut.
+The two regular-expression engines may still differ, with their own tables of characters. So both are compared on some
+of the text to come and on characters from all of Unicode. Text that contains an added token is left to Hugging Face,
+and so is long text without a place to cut.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from spt_fast.data.base_tokenizer import CUT, PIECE_CHARS, byte_letters, encode_
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_AFTER_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-"""`GPT2` in each of the parts that remain where every digit is a part of its own."""
+"""`GPT2` for each of the parts that remain when every digit is split off."""
 
 
 _RANGES = ((0, 0x3400, 1), (0x9FF0, 0xAC10, 1), (0xD7A0, 0xD800, 1), (0xF900, 0x10000, 1), (0x10000, 0x20000, 3))
-"""Of characters that are tried: all of the first plane but ideographs, Hangul and private ones, a third of the next."""
+"""Characters to compare on: the first plane except ideographs, Hangul and private ones, and a third of the next."""
 SAMPLE_PIECE_CHARS = 200
-"""Pieces of a sample are shorter, so that cuts are tried too."""
+"""Pieces of a sample are shorter than in use, so that cuts are compared too."""
 
 
 @dataclass(frozen=True)
 class FastBPE:
-    """ranks: {bytes of a token: its id}. nfc: whether text is normalised. marks: added tokens by how they begin."""
+    """ranks: {bytes of a token: its id}. nfc: whether text is normalised. marks: added tokens by first character."""
 
     pattern: str
     nfc: bool
@@ -60,7 +60,7 @@ class FastBPE:
         return tokenizers.normalizers.NFC()
 
     def encode(self, text: str, piece_chars: int = PIECE_CHARS) -> np.ndarray | None:
-        """Ids of a text, uint32 [tokens]; None where it must be left to Hugging Face."""
+        """Ids of a text, uint32 [tokens]; None if Hugging Face must encode it."""
         try:
             if self.nfc and not text.isascii() and not self._is_marked(text):
                 text = self._normalizer.normalize_str(text)
@@ -74,11 +74,11 @@ class FastBPE:
                 pieces.append(text[start : cut.end()])
                 start = cut.end()
             return encode_ordinary(self._encoding, [*pieces, text[start:]])
-        except (UnicodeEncodeError, TypeError):  # of half a surrogate pair
+        except (UnicodeEncodeError, TypeError):  # half a surrogate pair
             return None
 
     def agrees(self, theirs: Any, texts: list[str]) -> bool:
-        """Whether ids of the texts are those of the `tokenizers.Tokenizer`, and so of characters of all kinds."""
+        """Whether it gives the ids of `tokenizers.Tokenizer` for the texts and for characters from all of Unicode."""
         texts = [*texts, *("".join(f"a{char}1 {char}\n" for char in map(chr, range(*part))) for part in _RANGES)]
         try:
             encodings = theirs.encode_batch_fast(texts, add_special_tokens=False)
@@ -112,7 +112,7 @@ class FastBPE:
 
 
 def fast_bpe(content: Mapping[str, Any], model: Any) -> FastBPE | None:
-    """Of a tokenizer.json and the model that `tokenizers` made of it; None where ids could be others."""
+    """From a tokenizer.json and the model that `tokenizers` made of it; None if ids could differ."""
     stated, normalizer = content["model"], content.get("normalizer")
     pattern = _pattern(content.get("pre_tokenizer"))
     nfc = normalizer == {"type": "NFC"}
@@ -150,7 +150,7 @@ def fast_bpe(content: Mapping[str, Any], model: Any) -> FastBPE | None:
 
 
 def _pattern(pre_tokenizer: Any) -> str | None:
-    """One pattern that cuts text as the pre-tokeniser does; None where it isn't known."""
+    """One pattern that cuts text as the pre-tokeniser does; None if there is no known one."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     *before, last = [{key: value for key, value in (step or {}).items() if key != "trim_offsets"} for step in steps]
     by_gpt2 = last.pop("use_regex", True)

@@ -1,4 +1,4 @@
-"""Token files of other projects, read in place: what each header says, and whether the file keeps its word.
+"""Token files of other projects, read in place: what each header says, and whether the file matches it.
 
 A format is recognised by its magic number, never by its name (OLMo calls headerless files `.npy`), in this order:
 
@@ -43,7 +43,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Where the ids lie: `num_tokens` ids of `dtype` in `path` from `offset_bytes` on.
+    """The place of the ids: `num_tokens` ids of `dtype` in `path` from `offset_bytes` on.
 
     `document_ends` is int64 [documents], exclusive ends in tokens; None where the format records no documents.
     """
@@ -60,7 +60,7 @@ class TokenFile:
 def find(prefix: Path, declared: np.dtype | None) -> TokenFile:
     """The foreign token file at `prefix` (a file, or PREFIX.bin, or PREFIX.npy).
 
-    Raises DataError where there is none, its size or the declared dtype contradicts its header, or it has no header
+    Raises DataError if there is none, if its size or the declared dtype contradicts its header, or if it has no header
     and no dtype was declared.
     """
     path = _locate(prefix)
@@ -77,7 +77,7 @@ def find(prefix: Path, declared: np.dtype | None) -> TokenFile:
         found = _headerless(path, declared)
     else:
         raise DataError(
-            f"{path} has no header that says what it is{_unfinished(path)}; if it is a plain run of token ids, "
+            f"{path} has no header that names its format{_unfinished(path)}; if it is a plain sequence of token ids, "
             f"declare their dtype (dtype: uint16, or one of {', '.join(ID_DTYPES)})"
         )
     check_declared(path, found.dtype, declared)
@@ -85,7 +85,7 @@ def find(prefix: Path, declared: np.dtype | None) -> TokenFile:
 
 
 def check_declared(path: Path, found: np.dtype, declared: np.dtype | None) -> None:
-    """DataError where the dtype that a user declared is not the one that the file's own header gives."""
+    """DataError if the dtype that a user declared differs from the one in the file's header."""
     if declared is not None and declared != found:
         raise DataError(f"{path}: dtype {declared} was declared, but its header says {found}; drop the dtype")
 
@@ -98,7 +98,7 @@ def id_dtype(name: str, what: str) -> np.dtype:
 
 
 def map_ids(path: Path, dtype: np.dtype, offset_bytes: int, count: int) -> np.ndarray:
-    """A read-only map, [count] of `dtype`, of a file already known to reach that far."""
+    """A read-only map, [count] of `dtype`, of a file that is known to be long enough."""
     if count == 0:
         empty = np.empty(0, dtype)
         empty.flags.writeable = False
@@ -107,7 +107,7 @@ def map_ids(path: Path, dtype: np.dtype, offset_bytes: int, count: int) -> np.nd
 
 
 def check_size(path: Path, expected: int, says: str) -> None:
-    """DataError unless `path` is `expected` bytes long; `says` names what promises that size."""
+    """DataError unless `path` is `expected` bytes long; `says` names the source of that size."""
     found = path.stat().st_size
     if found != expected:
         state = "truncated" if found < expected else "longer than it should be"
@@ -117,7 +117,7 @@ def check_size(path: Path, expected: int, says: str) -> None:
 
 
 def sampled_digest(*paths: Path) -> str:
-    """Identifies files that record no hashes: sha256 over their sizes, their first and last 64 KiB, and 62 stretches
+    """Digest of files that record no hashes: sha256 over their sizes, their first and last 64 KiB, and 62 stretches
     of 64 KiB spread evenly between (files up to 4 MiB: all of it). A change elsewhere goes unnoticed."""
     digest = hashlib.sha256()
     for path in paths:
@@ -150,7 +150,7 @@ def _locate(prefix: Path) -> Path:
 
 
 def _head(path: Path, size: int = 8) -> bytes:
-    """The first bytes of a file, none where there is no such file."""
+    """The first bytes of a file; empty if there is no such file."""
     if not path.is_file():
         return b""
     with path.open("rb") as file:
@@ -158,9 +158,9 @@ def _head(path: Path, size: int = 8) -> bytes:
 
 
 def _unfinished(path: Path) -> str:
-    """A hint where the files look like a dataset of our own that lost its .json."""
+    """A hint if the files look like a dataset of ours without its .json."""
     if path.suffix == ".bin" and path.with_suffix(".idx").is_file():
-        return f" ({path.with_suffix('.json')} is missing or damaged: partly copied, or prepare was cut short?)"
+        return f" ({path.with_suffix('.json')} is missing or damaged: partly copied, or prepare was interrupted?)"
     return ""
 
 
@@ -178,7 +178,7 @@ def _megatron(path: Path, index: Path) -> TokenFile:
     if version != 1:
         raise DataError(f"{index}: Megatron index version {version}; only version 1 can be read")
     if code not in MEGATRON_DTYPES:
-        raise DataError(f"{index}: dtype code {code} stands for no integer type in Megatron-LM; token ids are integers")
+        raise DataError(f"{index}: dtype code {code} is no integer type in Megatron-LM; token ids are integers")
     dtype = np.dtype(MEGATRON_DTYPES[code]).newbyteorder("<")
 
     expected = MEGATRON_HEADER.size + 12 * sequences + 8 * boundaries
@@ -203,14 +203,14 @@ def _megatron(path: Path, index: Path) -> TokenFile:
 
 
 def _contiguous_tokens(index: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> int:
-    """The sum of the lengths; DataError unless every sequence starts where the one before it ends."""
+    """The sum of the lengths; DataError unless every sequence starts where the previous one ends."""
     total = 0
     for i in range(0, len(lengths), _CHUNK):
         chunk = lengths[i : i + _CHUNK].astype(np.int64)
         ends = total + np.cumsum(chunk)
         if chunk.min() < 0 or np.any(pointers[i : i + _CHUNK] != (ends - chunk) * itemsize):
             raise DataError(
-                f"{index}: its sequences don't lie one after the other in the .bin file, so it can't be read in place; "
+                f"{index}: its sequences are not contiguous in the .bin file, so it can't be read in place; "
                 "write it again (Megatron-LM's own tools write it in order)"
             )
         total = int(ends[-1])

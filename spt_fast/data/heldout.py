@@ -1,7 +1,7 @@
-"""Held-out text and what is scored of it.
+"""Held-out text, and the parts of it that are scored.
 
-Effects here are about 1%, so picking the best checkpoint or learning rate and reporting the figures on one text would
-fake them. The held-out text is therefore cut in two disjoint halves: `select` is for picking, `report` for the figures.
+Effects here are about 1%, so choosing the best checkpoint or learning rate and reporting results on the same text would
+bias them. The held-out text is therefore cut in two disjoint halves: `select` for choices, `report` for results.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from spt_fast.errors import DataError
 Half = Literal["select", "report"]
 
 WINDOW_TOKENS = 1024
-"""Longer documents are dealt out in windows of at most so many tokens."""
-_SMALLEST_HALF = 0.1  # of the tokens; below it, documents are too few or too unequal to be dealt out
+"""Longer documents are divided in windows of at most this many tokens."""
+_SMALLEST_HALF = 0.1  # of the tokens; below it, documents are too few or too unequal to divide
 _HASH_PERSON = b"heldout halves"  # keeps this hash apart from the one that held the text out
 
 
@@ -27,12 +27,12 @@ _HASH_PERSON = b"heldout halves"  # keeps this hash apart from the one that held
 def split_heldout(dataset: TokenDataset, *, windows: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """The stretches of tokens, int64 [stretches, 2] of (start, end), of the `select` and of the `report` half.
 
-    Each document goes by a hash of its ids, so that duplicates stay together and neither order nor dtype nor seed
-    matters; one of more than WINDOW_TOKENS is cut into windows, which go to one half and the other in turn: a handful
-    of long documents would make halves of different text. A format without documents is one document. Where that
-    leaves either half below 10% of the tokens, the text is cut in the middle: the first half selects, the second
-    reports. `windows=False` never cuts a document, as runs did before there were windows. Halves of an open dataset are
-    remembered: all of its text is read for them, and every phase, warning and price asks for them.
+    A hash of its ids decides each document's half, so that duplicates stay together and neither order nor dtype nor
+    seed matters. A document of more than WINDOW_TOKENS is cut into windows that alternate between the halves, since a
+    handful of long documents would make halves of different text. A format without documents is one document. If either
+    half is then below 10% of the tokens, the text is cut in the middle: the first half selects, the second reports.
+    `windows=False` never cuts a document, as runs of earlier versions. The halves of an open dataset are cached: they
+    need all of its text, and every phase, warning and price uses them.
     """
     ends = dataset.document_ends
     if ends is not None or windows:
@@ -50,14 +50,14 @@ def split_heldout(dataset: TokenDataset, *, windows: bool = True) -> tuple[np.nd
 
 
 def has_long_documents(dataset: TokenDataset) -> bool:
-    """Whether windows make other halves of it than whole documents do."""
+    """Whether windows give other halves than whole documents do."""
     ends = dataset.document_ends
     return bool(np.diff([dataset.num_tokens] if ends is None else ends, prepend=0).max(initial=0) > WINDOW_TOKENS)
 
 
 def _windows(texts: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Texts [n, 2] of (start, end), cut into equal windows of at most `most` tokens: these, [windows, 2], and of each
-    its text and its place in it."""
+    """Texts [n, 2] of (start, end), cut into equal windows of at most `most` tokens: the windows, [windows, 2], and for
+    each its text and its position in it."""
     length = texts[:, 1] - texts[:, 0]
     count = np.maximum(-(-length // max(most, 1)), 1)
     text = np.repeat(np.arange(len(texts)), count)
@@ -69,9 +69,9 @@ def _windows(texts: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.n
 def heldout_stretches(
     dataset: TokenDataset, half: Half, limit_tokens: int | None = None, *, windows: bool = True
 ) -> np.ndarray:
-    """Where the text of one half lies, in the dataset's order, cut off at `limit_tokens`: int64 [stretches, 2].
+    """The stretches of one half, in the dataset's order, cut off at `limit_tokens`: int64 [stretches, 2].
 
-    Raises DataError where they hold fewer than the two tokens that one prediction takes.
+    Raises DataError if they hold fewer than the two tokens that one prediction needs.
     """
     stretches = split_heldout(dataset, windows=windows)[("select", "report").index(half)].astype(np.int64)
     if limit_tokens is not None:
@@ -81,21 +81,21 @@ def heldout_stretches(
     if _count(stretches) < 2:
         raise DataError(
             f"{dataset.path}: the {half} half of this held-out text has {_count(stretches)} tokens, too few to score "
-            "one; hold more text out"
+            "one; hold out more text"
         )
     return stretches
 
 
 def training_stretches(dataset: TokenDataset, context: int, limit_tokens: int | None = None) -> np.ndarray:
-    """Fixed windows of training text, spread evenly over it, none sharing a target.
+    """Fixed windows of training text, spread evenly over it, without a shared target.
 
-    Returns int64 [windows, 2] of (first input, last target), the same ones at every call: as many as `limit_tokens`
-    targets hold, at least one. Raises DataError where the text is shorter than one window.
+    Returns int64 [windows, 2] of (first input, last target), the same at every call: as many as `limit_tokens` targets
+    allow, at least one. Raises DataError if the text is shorter than one window.
     """
     most = (dataset.num_tokens - 1) // context
     if most < 1:
         raise DataError(
-            f"{dataset.path} has {dataset.num_tokens:,} tokens; a window of context {context:,} takes {context + 1:,}: "
+            f"{dataset.path} has {dataset.num_tokens:,} tokens; a window of context {context:,} needs {context + 1:,}: "
             "give more text or a shorter context"
         )
     windows = most if limit_tokens is None else min(most, max(1, limit_tokens // context))
@@ -105,16 +105,16 @@ def training_stretches(dataset: TokenDataset, context: int, limit_tokens: int | 
 
 
 def tokens_in(dataset: TokenDataset, stretches: np.ndarray) -> np.ndarray:
-    """The tokens of stretches, int64 [stretches, 2], one after the other: ids [tokens] in the dataset's dtype; a view
-    where there is one stretch."""
+    """The tokens of stretches, int64 [stretches, 2], concatenated: ids [tokens] in the dataset's dtype; a view if there
+    is one stretch."""
     if len(stretches) == 1:
         return dataset.tokens[stretches[0, 0] : stretches[0, 1]]
     return np.concatenate([dataset.tokens[start:end] for start, end in stretches])
 
 
 def documents_at(dataset: TokenDataset, stretches: np.ndarray, places: np.ndarray) -> np.ndarray | None:
-    """By number, which documents the tokens at `places`, int64 [n], of stretches one after the other lie in; None where
-    the format records no documents."""
+    """The numbers of the documents of the tokens at `places`, int64 [n], in the concatenated stretches; None if the
+    format records no documents."""
     if dataset.document_ends is None:
         return None
     before = np.cumsum(stretches[:, 1] - stretches[:, 0])
@@ -124,7 +124,7 @@ def documents_at(dataset: TokenDataset, stretches: np.ndarray, places: np.ndarra
 
 
 def documents_in(dataset: TokenDataset, stretches: np.ndarray) -> int | None:
-    """How many documents the stretches, ascending int64 [stretches, 2], are of; None where none are recorded."""
+    """The number of documents in the stretches, ascending int64 [stretches, 2]; None if none are recorded."""
     if dataset.document_ends is None:
         return None
     first, last = (np.searchsorted(dataset.document_ends, at, "right") for at in (stretches[:, 0], stretches[:, 1] - 1))
@@ -132,7 +132,7 @@ def documents_in(dataset: TokenDataset, stretches: np.ndarray) -> int | None:
 
 
 def begins(dataset: TokenDataset, stretches: np.ndarray) -> np.ndarray:
-    """Which tokens of stretches, int64 [stretches, 2], one after the other, begin a document or a stretch.
+    """Which tokens of the concatenated stretches, int64 [stretches, 2], begin a document or a stretch.
 
     Returns bool [tokens]. The dataset must record its documents.
     """

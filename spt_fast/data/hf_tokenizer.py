@@ -1,9 +1,9 @@
-"""Tokenizers of Hugging Face: whatever a tokenizer.json holds, with the ids that the `tokenizers` library gives.
+"""Hugging Face tokenizers: everything that a tokenizer.json can hold, with the ids of the `tokenizers` library.
 
-That is BPE (of bytes, or with a fallback to bytes), Unigram, WordPiece and WordLevel, with normalisers and added
-tokens. As in transformers, added and special tokens *are* read out of text: where a document says "<|endoftext|>", its
-ids hold that token. Truncation and padding are left out. A tokenizer is known by what decides ids: model, normaliser,
-pre-tokeniser and added tokens, not by how the file is written.
+These are BPE (of bytes, or with a fallback to bytes), Unigram, WordPiece and WordLevel, with normalisers and added
+tokens. As in transformers, added and special tokens *are* read out of text: a document with "<|endoftext|>" gets that
+token's id. Truncation and padding are ignored. The digest covers what decides ids (model, normaliser, pre-tokeniser and
+added tokens), not how the file is written.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from spt_fast.files import download, replacing
 
 HF_FILE = "tokenizer.json"
 SENT = b"hugging face "
-"""How the bytes begin that one process sends another."""
+"""First bytes of a tokenizer that one process sends another."""
 SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
-"""What transformers' tokenizers in Python read, and `tokenizers` doesn't."""
+"""The vocabulary files of transformers' Python tokenizers, which `tokenizers` can't read."""
 HF_FILES = (
     *(HF_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "tekken.json", *SLOW_FILES),
 )
-"""All that a tokenizer may consist of, with `TEMPLATES`."""
+"""All files that a tokenizer may consist of, with `TEMPLATES`."""
 TEMPLATES = "additional_chat_templates/*.jinja"
 _NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 _NUMBERING = ("generation_config.json", "config.json")
-"""Where the token that ends a text is given by name, and by id; the first that says so counts."""
+"""Where the token that ends a text is given by name, and by id; the first one found counts."""
 
 
 class HFTokenizer(BaseTokenizer):
-    """A Hugging Face tokenizer; `files` is what it consists of, byte for byte, by name."""
+    """A Hugging Face tokenizer; `files` are its files, {name: bytes}."""
 
     def __init__(self, data: bytes, source: str = HF_FILE, files: Mapping[str, bytes] | None = None) -> None:
         try:
@@ -48,7 +48,7 @@ class HFTokenizer(BaseTokenizer):
             self.digest = _digest(content)
             _check_merges(content["model"])
             self.files = {HF_FILE: data, **(files or {})}
-            self._theirs.encode("")  # tries what is put around a text
+            self._theirs.encode("")  # fails if the post-processor is broken
             known = content["model"]["vocab"]
             ids = known.values() if isinstance(known, dict) else [len(known) - 1]
             self.vocab_size = 1 + max(*ids, *self._theirs.get_added_tokens_decoder(), -1)
@@ -60,9 +60,9 @@ class HFTokenizer(BaseTokenizer):
                 f"{source}: is damaged, or not a Hugging Face tokenizer.json ({cut(str(error), 160)}); {_remedy(data)}"
             ) from None
         if content["model"].get("dropout"):
-            raise DataError(f"{source}: model.dropout makes ids a matter of chance; set it to null")
+            raise DataError(f"{source}: model.dropout makes ids random; set it to null")
         if not 0 < self.vocab_size <= MOST_IDS:
-            raise DataError(f"{source}: has {self.vocab_size:,} ids; from 1 to {MOST_IDS:,} can be used")
+            raise DataError(f"{source}: has {self.vocab_size:,} ids; it must have 1 to {MOST_IDS:,}")
         self.eos_id = None
         self._fast: FastBPE | None = None
 
@@ -77,7 +77,7 @@ class HFTokenizer(BaseTokenizer):
 
     @classmethod
     def load(cls, path: Path, with_eos: bool = True) -> HFTokenizer:
-        """From a folder with a tokenizer.json, or from such a file; what belongs to it lies beside it.
+        """From a folder with a tokenizer.json, or from such a file; related files are beside it.
 
         with_eos: read which token ends a document. DataError for a folder without one and for a damaged file.
         """
@@ -85,7 +85,7 @@ class HFTokenizer(BaseTokenizer):
         if not file.is_file() or file.name in SLOW_FILES:
             raise without_hf_file(path)
         beside = {}
-        if file.name.endswith(HF_FILE):  # maybe after a prefix, which the others have too
+        if file.name.endswith(HF_FILE):  # maybe after a prefix, which the other files have too
             prefix = file.name.removesuffix(HF_FILE)
             templates = [place.relative_to(file.parent).as_posix() for place in file.parent.glob(TEMPLATES)]
             places = {name: file.with_name(prefix + name) for name in (*HF_FILES, *_NUMBERING)}
@@ -126,7 +126,7 @@ class HFTokenizer(BaseTokenizer):
         return None
 
     def vocab(self) -> dict[str, int]:
-        """Every token's id."""
+        """Ids by token."""
         return dict(self._theirs.get_vocab(with_added_tokens=True))
 
     def named_tokens(self) -> dict[str, int]:
@@ -142,7 +142,7 @@ class HFTokenizer(BaseTokenizer):
 
     @property
     def usual_bos_id(self) -> int | None:
-        """What transformers puts before a text."""
+        """The token that transformers puts before a text."""
         begun = self._theirs.encode(next(iter(self._named), "a"))
         return begun.ids[0] if begun.special_tokens_mask[:1] == [1] and 0 in begun.special_tokens_mask else None
 
@@ -151,23 +151,22 @@ class HFTokenizer(BaseTokenizer):
             if self._fast is not None and (ids := self._fast.encode(text)) is not None:
                 return ids
             (encoding,) = self._theirs.encode_batch_fast([text], add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):  # what both say of a string that has no UTF-8
+        except (TypeError, UnicodeEncodeError):  # what both raise for a string without UTF-8
             at = next(at for at, char in enumerate(text) if "\ud800" <= char <= "\udfff")
             raise DataError(f"text holds half a surrogate pair at character {at}: fix it") from None
         except BaseException as error:
             if not _theirs_says(error):
                 raise
-            says = f"text cannot be encoded ({error}); mend tokenizer.json, where unknown text needs a token"
+            says = f"text cannot be encoded ({error}); give tokenizer.json a token for unknown text"
             raise DataError(says) from None
         return np.array(encoding.ids, np.uint32)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Text of ids; with special tokens only where `special` says so."""
+        """Text of ids; special tokens only if `special`."""
         return self._theirs.decode(list(ids), skip_special_tokens=not special)
 
     def prove(self, texts: list[str]) -> bool:
-        """Try a faster way to encode on some of the texts to come; True where all ids are equal, and it is taken from
-        here on."""
+        """Try a faster engine on some of the texts to come. If all ids are equal, use it from now on; return True."""
         fast = fast_bpe(json.loads(self.files[HF_FILE]), self._theirs.model)
         if fast is not None and fast.agrees(self._theirs, texts):
             self._fast = fast
@@ -180,7 +179,7 @@ class HFTokenizer(BaseTokenizer):
 
     @classmethod
     def rebuilt(cls, data: bytes) -> HFTokenizer:
-        """From what `to_bytes` gave; what is slow to load is loaded once it is needed."""
+        """From `to_bytes`; slow parts are loaded when they are needed."""
         head, _, body = data.removeprefix(SENT).partition(b"\n")
         fields, fast_bytes = json.loads(head)
         tokenizer = cls.__new__(cls)
@@ -198,14 +197,14 @@ class HFTokenizer(BaseTokenizer):
 
 
 def without_hf_file(path: Path) -> DataError:
-    """Why there is no tokenizer.json at `path`, and how to come by one."""
+    """The error for a missing tokenizer.json at `path`, with the remedy."""
     folder = path if path.is_dir() else path.parent
     slow = path.name if path.is_file() else next((name for name in SLOW_FILES if (path / name).exists()), None)
     if slow is None:
         remedy = download(path) or "name a folder or file that does"
         return DataError(f"tokenizer: {path} holds no {HF_FILE}; {remedy}", argument=True)
     return DataError(
-        f"tokenizer: {folder / slow} is of a slow tokenizer, without {HF_FILE}; convert it, for example by "
+        f"tokenizer: {folder / slow} belongs to a slow tokenizer, without {HF_FILE}; convert it, for example with "
         f"transformers' AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(new_folder), and name the new "
         "folder",
         argument=True,
@@ -213,18 +212,18 @@ def without_hf_file(path: Path) -> DataError:
 
 
 def _theirs_says(error: BaseException) -> bool:
-    """Whether it may be of `tokenizers`, which raises Exception itself, and panics."""
+    """Whether `tokenizers` may have raised it: the library raises plain Exceptions, and panics."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _remedy(data: bytes) -> str:
-    """Of a file that cannot be read."""
+    """The remedy for a file that cannot be read."""
     pointer = data.startswith(b"version https://git-lfs")
     return "it is a pointer of Git LFS: run `git lfs pull`" if pointer else "copy it again"
 
 
 def _check_merges(model: Mapping[str, Any]) -> None:
-    """ValueError for merges that end the process in `tokenizers`, which cuts the prefix off without a look."""
+    """ValueError for merges that crash `tokenizers`, which cuts the prefix off without a check."""
     if prefix := (model.get("continuing_subword_prefix") or "").encode():
         for pair in model.get("merges") or ():
             second = (pair.split(" ") if isinstance(pair, str) else pair)[1].encode()
@@ -251,11 +250,11 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 _UNSAID: Mapping[str, object] = {"use_regex": True, "split": True, "strip_accents": None}
-"""What leaving out a field says that doesn't stand for False."""
+"""Defaults of fields other than False."""
 
 
 def _stated(value: Any) -> Any:
-    """`value` without what says no more than leaving it out, and without what decides no id."""
+    """`value` without fields that have their default and without those that don't affect ids."""
     if isinstance(value, list):
         return [_stated(item) for item in value]
     if not isinstance(value, dict):

@@ -1,16 +1,16 @@
-"""What a dataset holds, whether it is whole, and how much of it another dataset holds too.
+"""What a dataset holds, whether it is intact, and how much of it another dataset holds too.
 
-Held-out text that the training set holds as well fakes every gain, so overlap is looked for at two lengths:
+Held-out text that is also in the training set fakes every gain, so overlap is measured at two lengths:
 
 * documents: the same ids from the first to the last (end-of-text tokens around them aside). Exact: documents of equal
   length and equal ids at eight places are compared by a 128-bit hash of all their ids.
-* n-grams of 32 ids that lie inside one document. 32 tokens are some 20 words: longer than phrases and names that honest
-  texts share, short enough to find a copied paragraph. At most 65,536 of them, evenly spread over the text, are looked
-  for at *every* position of the other one, so a share has a standard error below 0.2% at any size.
+* n-grams of 32 ids inside one document. 32 tokens are about 20 words: longer than phrases and names that independent
+  texts share, short enough to find a copied paragraph. At most 65,536 of them, spread evenly over the text, are looked
+  up at *every* position of the other text, so a share has a standard error below 0.2% at any size.
 
-The search reads the other text once, in chunks that fit the cache: a rolling 32-bit hash of 16 ids finds, through a
-table, the few positions where one of the n-grams may start, and only there the whole n-gram is compared (by a 64-bit
-multilinear hash). Memory is bounded, apart from some 100 bytes a document of the text and a shared document.
+The search reads the other text once, in chunks that fit the cache. A rolling 32-bit hash of 16 ids finds, through a
+table, the few positions where one of the n-grams may start; only there is the whole n-gram compared (by a 64-bit
+multilinear hash). Memory is bounded, apart from about 100 bytes per document of the text and per shared document.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CHUNK = 1 << 18
 _STRETCH = 1 << 20
 _PLACES = 8
 
-# Odd multipliers: one an id, and those that join hashes of 1, 2, 4 and 8 ids to hashes of twice as many.
+# Odd multipliers: one per id, and those that join hashes of 1, 2, 4 and 8 ids to hashes of twice as many.
 _SPREAD = np.uint32(0x9E3779B1)
 _DOUBLING = {1: np.uint32(0x85EBCA6B), 2: np.uint32(0xC2B2AE35), 4: np.uint32(0x27D4EB2F), 8: np.uint32(0x165667B1)}
 _MULTILINEAR = np.random.Generator(np.random.PCG64(32)).integers(0, 1 << 64, NGRAM, np.uint64) | np.uint64(1)
@@ -51,9 +51,9 @@ def inspect(
     """A JSON-able account of the dataset at `prefix`.
 
     verify: check every hash, that the document ends rise, and that no id reaches the vocabulary size; DataError if not.
-    overlap: another dataset, looked through for the documents and n-grams of this one (`overlap_share`).
-    divergence: another dataset, a general corpus, that this one's n-grams are compared with (spt_fast.data.divergence).
-    dtype: declared for headerless files, of all datasets.
+    overlap: another dataset, searched for the documents and n-grams of this one (`overlap_share`).
+    divergence: a general corpus to compare this one's n-grams with (spt_fast.data.divergence).
+    dtype: of all datasets, for headerless files.
     """
     dataset = TokenDataset.open(prefix, dtype)
     report: dict[str, Any] = {
@@ -82,8 +82,8 @@ def inspect(
 
 
 def verify_all(dataset: TokenDataset) -> dict[str, Any]:
-    """Every hash, every document end and every id. Returns {"hashes": blocks hashed, 0 where the format records none,
-    "max_id": largest id found}; raises DataError naming what is wrong."""
+    """Check every hash, document end and id. Returns {"hashes": blocks hashed, 0 if the format records none,
+    "max_id": largest id found}; raises DataError, which names the damage."""
     dataset.verify()
     ends = dataset.document_ends
     if ends is not None:
@@ -105,22 +105,22 @@ def verify_all(dataset: TokenDataset) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Shares of a text that another one holds too."""
+    """Shares of a text that another one also holds."""
 
     documents: float | None
-    """Of the non-empty documents; None where either text records no documents."""
+    """Share of the non-empty documents; None if either text records no documents."""
     ngrams: float | None
-    """Of the 32-token n-grams; None where there are none."""
+    """Share of the 32-token n-grams; None if there are none."""
     searched: float
-    """Of the other text, what was looked through."""
+    """Share of the other text that was searched."""
 
 
 def overlap_share(heldout: TokenDataset, train: TokenDataset, *, max_train_tokens: int | None = 100_000_000) -> Overlap:
     """How much of `heldout` is in `train`.
 
-    If `train` is larger than `max_train_tokens`, stretches of about a million tokens spread evenly over it are searched
-    and the shares are lower bounds: it takes about a second on one core. None searches it all, at about 100M tokens a
-    second. Raises DataError where the two come from different tokenizers.
+    If `train` is larger than `max_train_tokens`, only stretches of about a million tokens, spread evenly over it, are
+    searched (about a second on one core), and the shares are lower bounds. None searches it all, at about 100M tokens a
+    second. Raises DataError if the two come from different tokenizers.
     """
     check_same_tokenizer(heldout, train)
     stretches = _stretches(train.num_tokens, max_train_tokens)
@@ -181,12 +181,12 @@ def _ngram_share(heldout: TokenDataset, train: TokenDataset, stretches: list[tup
 
 
 def _eos_id(*datasets: TokenDataset) -> int | None:
-    """The end-of-text id that any of them records: a foreign format records none."""
+    """The end-of-text id that any of them records; foreign formats record none."""
     return next((dataset.eos_id for dataset in datasets if dataset.eos_id is not None), None)
 
 
 def _documents(dataset: TokenDataset, first: int, last: int, eos_id: int | None) -> np.ndarray:
-    """(start, end), int64 [documents, 2], of documents first ... last - 1 less an eos at either end; no empty ones."""
+    """(start, end), int64 [documents, 2], of documents first ... last - 1 without eos at the ends; no empty ones."""
     ends = dataset.document_ends
     assert ends is not None
     edges = np.concatenate([[ends[first - 1] if first else 0], ends[first:last]])
@@ -201,7 +201,7 @@ def _documents(dataset: TokenDataset, first: int, last: int, eos_id: int | None)
 
 
 def _ngram_starts(dataset: TokenDataset, eos_id: int | None) -> np.ndarray:
-    """Where up to MAX_NGRAMS n-grams start, int64 [n-grams], evenly spread over all that lie inside a document."""
+    """Starts of up to MAX_NGRAMS n-grams, int64 [n-grams], spread evenly over all that are inside a document."""
     if dataset.document_ends is None:
         documents = np.array([[0, dataset.num_tokens]])
     else:
@@ -216,7 +216,7 @@ def _ngram_starts(dataset: TokenDataset, eos_id: int | None) -> np.ndarray:
 
 
 def _fingerprints(tokens: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """uint64 [documents] of each document's length and its ids at eight places, the first and the last among them."""
+    """uint64 [documents]: hashes of each document's length and its ids at eight places, first and last included."""
     lengths = documents[:, 1] - documents[:, 0]
     places = documents[:, :1] + (lengths[:, None] - 1) * np.arange(_PLACES) // (_PLACES - 1)
     return _multilinear(np.concatenate([tokens[places].astype(np.int64), lengths[:, None]], axis=1))

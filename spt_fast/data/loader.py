@@ -1,9 +1,9 @@
-"""Batches of a sample order for one rank, read from the token files on a background thread, ahead of the trainer.
+"""Batches of a sample order for one rank, read from the token files ahead of time on a background thread.
 
 Shapes: R = rows of this rank in a step, B = `micro` rows, T = context, S = sources.
 
 Position p of the global batch goes to row i of micro-batch m of rank r by p = (m·world + r)·micro + i. Another
-world size or micro-batch deals the same global batch out differently, and the order of the data stays.
+world size or micro-batch distributes the same global batch differently; the order of the data stays the same.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _Windows = tuple[np.ndarray, np.ndarray]  # source int32 [R], first token int64 
 class Batch:
     """A micro-batch, on the loader's device.
 
-    tokens, targets   int64 [B, T], contiguous; targets are the tokens one place further on
+    tokens, targets   int64 [B, T], contiguous; targets are the tokens shifted by one
     cu_seqlens        int32 [n + 1]: where documents start in the flattened tokens, then B·T; 0 = first < ... < last.
-                      Each row starts anew, and so does the text beyond the corpus's end in a window that runs across
-                      it. None unless asked for
+                      Each row starts a new document, and so does the text after the corpus's end in a window that wraps
+                      around. None unless requested
     """
 
     tokens: torch.Tensor
@@ -46,10 +46,11 @@ class Batch:
 class Loader:
     """Steps [first_step, last_step) of `order`: iterating gives (step, [Batch, ...]), the rank's micro-batches.
 
-    datasets: by source of the mixture; context: T. `documents` asks for cu_seqlens. Batches for a CUDA `device` are
-    read into pinned memory and copied without blocking. Ids are checked against `vocab_size`. Draws no random numbers.
+    datasets: by source of the mixture; context: T. `documents` requests cu_seqlens. Batches for a CUDA `device` are
+    read into pinned memory and copied without blocking. Ids are checked against `vocab_size`. No random numbers are
+    drawn.
 
-    Raises RecipeError where the order's sequences don't divide by micro x world. Raises DataError, here or from the
+    Raises RecipeError if the order's sequences don't divide by micro x world. Raises DataError, here or from the
     iteration: `documents` without recorded document ends, ids that aren't native integers, a file that changed its size
     since it was opened or cannot be read, an id of `vocab_size` or more. Close it, or use it as a context manager.
     """
@@ -118,7 +119,7 @@ class Loader:
         self.close()
 
     def _windows_advised_ahead(self) -> Iterator[_Windows]:
-        """This rank's windows of each step, a few steps after asking for their pages."""
+        """This rank's windows of each step, a few steps after their pages were requested."""
         advised: deque[_Windows] = deque()
         for step in range(self._first_step, self._last_step):
             source_G, start_G = self._order.windows(step)
@@ -129,12 +130,12 @@ class Loader:
         yield from advised
 
     def _empty_batch(self) -> torch.Tensor:
-        """[2, R, T], made on the consumer's thread: pinning elsewhere would claim memory on the first GPU."""
+        """[2, R, T], allocated on the consumer's thread: pinning elsewhere would allocate memory on the first GPU."""
         shape = (2, len(self._positions), self._context)
         return torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=self._device.type == "cuda")
 
     def _read(self, windows: Iterator[_Windows], batch_2RT: torch.Tensor) -> list[torch.Tensor | None]:
-        """Fill the batch of the next step; the cu_seqlens of each of its micro-batches."""
+        """Fill the batch of the next step; returns the cu_seqlens of each of its micro-batches."""
         source_R, start_R = next(windows)
         for file in self._files:
             file.check_size()
@@ -153,8 +154,8 @@ class Loader:
         return [self._document_starts(*window_B) if self._documents else None for window_B in micro_batches]
 
     def _in_files(self, source_R: np.ndarray, start_R: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each window the file that it begins in (int32), its first token there, and whether it can be gathered from
-        that file alone."""
+        """For each window its first file (int32), its first token there, and whether it can be gathered from that file
+        alone."""
         file_R, first_R, whole_R = self._first_S[source_R], start_R, np.ones(len(source_R), bool)
         for number, source in enumerate(self._sources):
             if len(source.files) > 1:
@@ -184,7 +185,7 @@ class Loader:
 
 
 class _Source:
-    """The open files of one source, one after the other a ring of tokens.
+    """The open files of one source, concatenated to a ring of tokens.
 
     edges: int64 [files + 1], where each file begins in the source, then its end
     """
@@ -211,7 +212,7 @@ class _Source:
             file.close()
 
     def window(self, start: int, context: int, vocab_size: int) -> np.ndarray:
-        """`context` + 1 ids, int64, from `start` on, across as many files as it takes and the end of the ring."""
+        """`context` + 1 ids, int64, from `start` on, across file boundaries and the end of the ring."""
         found, missing = [], context + 1
         while missing:
             shard = int(np.searchsorted(self.edges, start, "right")) - 1
@@ -221,7 +222,7 @@ class _Source:
         return np.concatenate(found)
 
     def document_starts(self, start: int, context: int) -> np.ndarray:
-        """Where documents begin in a window: int64, from 0 up, strictly increasing, below `context`."""
+        """Where documents begin in a window: int64, from 0, strictly increasing, below `context`."""
         num_tokens = int(self.edges[-1])
         starts = [np.array([0]), self._ends_between(start, min(start + context, num_tokens)) - start]
         beyond = start + context - num_tokens
@@ -252,7 +253,7 @@ class _TokenFile:
             self._file.close()
             raise DataError(
                 f"source {name!r}: {dataset.path} has {self._size_bytes:,} bytes and its {dataset.num_tokens:,} tokens "
-                f"need {needed_bytes:,}; it was cut short: copy or prepare it again"
+                f"need {needed_bytes:,}; it is truncated: copy or prepare it again"
             )
         signed = -1 if dtype.kind == "i" else 1
         self.row = (self._file.fileno(), dataset.offset_bytes, dataset.num_tokens, signed * dtype.itemsize)
@@ -279,11 +280,11 @@ class _TokenFile:
             )
 
     def error(self, failure: native.GatherFailure, vocab_size: int) -> DataError:
-        """What a failed gather of this file means."""
+        """The error for a failed gather from this file."""
         where = f"source {self._name!r}: {self._path}, token {failure.token:,}"
         match failure.outcome:
             case native.CUT_SHORT:
-                return DataError(f"{where}: the file ends before it; it was cut short: copy or prepare it again")
+                return DataError(f"{where}: the file ends before it and is truncated: copy or prepare it again")
             case native.READ_ERROR:
                 return DataError(f"{where}: cannot be read: {os.strerror(failure.detail)}; check the disk")
             case native.ID_TOO_LARGE:

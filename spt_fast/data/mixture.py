@@ -1,16 +1,16 @@
-"""The order in which sources take turns: exact rational shares, held as closely as any order can hold them.
+"""The order in which sources take turns: exact rational shares, kept as closely as any order can keep them.
 
-counts(n) is how many of the first n samples each source gave; a source of weight w deserves n·w of them. How far the
-two may drift apart at any n (the *deviation*) depends on K, the number of sources with a weight above 0:
+counts(n) is how many of the first n samples each source gave; the target of a source of weight w is n·w. How far the
+two may differ at any n (the *deviation*) depends on K, the number of sources with a weight above 0:
 
     K = 1      0
     K = 2      1/2              rounded Bresenham: counts(n) = floor(n·w + 1/2), in closed form both ways
-    K = 3, 4   below 1          a balanced tree of such splits (1/2 at the root, carried on times a share below 1)
+    K = 3, 4   below 1          a balanced tree of such splits (1/2 at the root, passed down times a share below 1)
     K >= 5     1 - 1/(2K - 2)   a table over one period Q <= 2^20: Tijdeman, "The chairman assignment problem", 1980;
                                 the bound is the best possible for all weights
 
 Ties go to the source whose name sorts first. All arithmetic is on integers. Up to four sources, the common denominator
-Q of the weights may be as large as 2^62: then 2·n·w·Q for n <= 2^62 fits the 128 bits of the C++ twin
+Q of the weights may be as large as 2^62: then 2·n·w·Q for n <= 2^62 fits the 128 bits of the C++ version
 (csrc/mixture.cpp).
 """
 
@@ -47,7 +47,7 @@ class Mixture:
     weights: {source: weight}. All ints are relative weights; strings ("0.98", "98%", "1/49"), Fractions and floats
     (read by their repr, as exact decimals) are shares that must sum to exactly 1. A source of weight 0 never occurs.
     Raises RecipeError (a ValueError) for anything else: the two kinds mixed, a negative or non-finite weight, no weight
-    above 0, no source at all, or shares too fine to be held exactly (see the module's head).
+    above 0, no source at all, or shares with too large a denominator (see the top of this module).
     """
 
     sources: tuple[str, ...]
@@ -65,7 +65,7 @@ class Mixture:
         if period > largest:
             raise RecipeError(
                 f"mixture: these shares of {num_drawn} sources repeat only after Q = {period:,} samples, and at most "
-                f"{largest:,} can be held exactly; a nearby mixture that repeats after {_NEARBY_PERIOD:,}: "
+                f"{largest:,} can be represented exactly; a nearby mixture that repeats after {_NEARBY_PERIOD:,}: "
                 f"{_nearby(self.weights)}"
             )
         self._order = _Splits(numerators) if num_drawn <= _SPLIT_SOURCES else _Table(numerators)
@@ -187,7 +187,7 @@ class _Splits:
 
 
 class _Table:
-    """Five sources and more, by their places likewise: one period of `chairman_order`, about 10 bytes a slot."""
+    """Five sources and more, likewise by their places: one period of `chairman_order`, about 10 bytes per slot."""
 
     def __init__(self, weights: list[int]) -> None:
         self._weights, self._period = weights, sum(weights)
@@ -215,13 +215,13 @@ class _Table:
 
 
 def chairman_order(weights: list[int]) -> list[int]:
-    """The readable twin of `native.chairman_table`: the source of each slot of one period Q = sum(weights).
+    """The readable version of `native.chairman_table`: the source of each slot of one period Q = sum(weights).
 
     K states of weights λ_i = weights[i] / Q elect a chairman each year. With ε = 1/(2K - 2), |counts - n·λ_i| <= 1 - ε
-    asks that state i's k-th turn (from 0) be no earlier than slot ceil((k + ε)/λ_i) - 1, nor later than slot
-    floor((k + 1 - ε)/λ_i). The state with the nearest deadline, among those whose turn may come, gets it (ties: the
-    first): an order that keeps every deadline whenever one exists, and Tijdeman's theorem says that one does. States
-    of weight 0 don't count.
+    requires that state i's k-th turn (from 0) is no earlier than slot ceil((k + ε)/λ_i) - 1 and no later than slot
+    floor((k + 1 - ε)/λ_i). Among the states whose turn may come, the one with the nearest deadline gets it (ties: the
+    first). This order keeps every deadline whenever some order does, and by Tijdeman's theorem one does. States of
+    weight 0 don't count.
     """
     period, unit = sum(weights), 2 * sum(weight > 0 for weight in weights) - 2
     released: list[list[int]] = [[] for _ in range(period)]
@@ -294,14 +294,14 @@ def _exact_weight(source: str, weight: object) -> Fraction:
 
 def exact_share(text: str) -> Fraction:
     """The value of "2%", "0.02" or "1/50". ValueError or ZeroDivisionError for anything else, and for an exponent whose
-    exact value would fill the memory."""
+    exact value would need too much memory."""
     if _HUGE_EXPONENT.search(text) or "_" in text or not text.isascii():
         raise ValueError(text)
     return Fraction(text[:-1].strip()) / 100 if text.endswith("%") else Fraction(text)
 
 
 def _nearby(weights: Mapping[str, Fraction]) -> dict[str, str]:
-    """`weights` in millionths that sum to 1: one for each source drawn, the rest shared out by largest remainders."""
+    """`weights` in millionths that sum to 1: one for each drawn source, the rest distributed by largest remainders."""
     drawn = [source for source, weight in weights.items() if weight]
     spare = _NEARBY_PERIOD - len(drawn)
     millionths = {source: int(weight > 0) + int(weight * spare) for source, weight in weights.items()}

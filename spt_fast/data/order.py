@@ -1,9 +1,10 @@
-"""From a step to its windows: the data of a run as a pure function, with no state and nothing built ahead.
+"""From a step to its windows: the data of a run as a pure function, without state or an index.
 
 Sample n of a phase is `mixture.locate(n)` = (source, k), and its window is number start_counts[source] + k of the
-source's ring, so that a phase goes on where the last one with windows as long has stopped. Step t holds the samples
-[t·B, (t + 1)·B) of a global batch of B sequences. Inside the batch they are permuted, with a key of its own for each
-step: else the mixture's period and the stride of the ranks could alias, and one rank get all samples of a rare source.
+source's ring, so that a phase continues where the last phase with equally long windows stopped. Step t holds the
+samples [t·B, (t + 1)·B) of a global batch of B sequences. Inside the batch they are permuted, with a separate key for
+each step: otherwise the mixture's period and the stride of the ranks could alias, and one rank would get all samples
+of a rare source.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class SampleOrder:
         return source[order], start[order]
 
     def counts(self, step: int) -> dict[str, int]:
-        """Windows of each source consumed before `step` starts, those before the phase included."""
+        """Windows of each source consumed before `step` starts, earlier phases included."""
         drawn = self.mixture.counts(step * self.sequences)
         return {name: self.start_counts[name] + drawn[name] for name in self.mixture.sources}
 

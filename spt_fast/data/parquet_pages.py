@@ -1,4 +1,4 @@
-"""How much a Parquet column unfolds to, before pyarrow unfolds it: it takes a page whole, whatever the memory."""
+"""The decoded size of a Parquet column, before pyarrow decodes it: pyarrow reads a whole page, whatever the memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 from spt_fast.errors import DataError
 
 PAGE_BYTES = 512 << 20
-"""Of a page, unfolded: reading takes about twice that."""
+"""Limit on a decoded page: reading takes about twice that."""
 DICTIONARY_BYTES = 256 << 20
 
-_BYTE_ARRAY = 6  # of physical types
-_DELTA_BYTE_ARRAY = 7  # of encodings
+_BYTE_ARRAY = 6  # a physical type
+_DELTA_BYTE_ARRAY = 7  # an encoding
 _BLOCK_BYTES = 1 << 20
 _ROWS_BYTES = 64 << 20
 _HEADER_BYTES = (1 << 14, 1 << 24)  # tried in this order: statistics may hold long texts
@@ -23,7 +23,7 @@ _HEADER_BYTES = (1 << 14, 1 << 24)  # tried in this order: statistics may hold l
 
 @dataclass(frozen=True)
 class Column:
-    """A column chunk. dictionary_at and data_at: where its pages begin in the file; the first is None without one."""
+    """A column chunk. dictionary_at, data_at: file offsets of its pages; the first is None without a dictionary."""
 
     encodings: list[int]
     num_values: int
@@ -36,18 +36,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Page:
-    """num_bytes: unfolded. num_values: rows, nulls included; 0 of a dictionary."""
+    """num_bytes: decoded. num_values: rows, nulls included; 0 for a dictionary."""
 
     num_bytes: int
     num_values: int
 
 
 def rows_per_block(file: BinaryIO, text_key: str, path: Path, longest_bytes: int) -> int:
-    """Rows that hold about a MiB of text by what the footer and the pages say of the column, and few where each of them
-    could be all of a large dictionary: that is stored once however often it is used.
+    """The number of rows that hold about a MiB of text, from the footer and the page headers; few if each row could be
+    all of a large dictionary, which is stored once however often it is used.
 
-    DataError for a page that takes too much memory, or documents that are longer than `longest_bytes` on average;
-    ValueError or LookupError for what is damaged.
+    DataError for a page that needs too much memory, or documents that are longer than `longest_bytes` on average;
+    ValueError or LookupError for damage.
     """
     try:
         return _rows_per_block(file, text_key, path, longest_bytes)
@@ -68,15 +68,15 @@ def _rows_per_block(file: BinaryIO, text_key: str, path: Path, longest_bytes: in
     ):
         if largest > most:
             raise DataError(
-                f"{path}: column {text_key!r} unfolds to {largest >> 20:,} MiB in one page, over {most >> 20}; write "
-                "it without a dictionary, in shorter documents or fewer rows a page (pyarrow's write_batch_size)"
+                f"{path}: column {text_key!r} decodes to {largest >> 20:,} MiB in one page, over {most >> 20}; write "
+                "it without a dictionary, in shorter documents or fewer rows per page (pyarrow's write_batch_size)"
             )
     texts = [column for column in columns if column.holds_bytes]
     if any(column.unfolded_bytes > longest_bytes * max(1, column.num_values) for column in texts):
         raise DataError(
             f"{path}: column {text_key!r} holds documents over {longest_bytes >> 20} MiB; write shorter ones"
         )
-    # By DELTA_BYTE_ARRAY a text may repeat all of the one before it: each may be as long as the column is on disk.
+    # In DELTA_BYTE_ARRAY a text may repeat all of the previous one: each may be as long as the column is on disk.
     repeating = [column.unfolded_bytes for column in columns if _DELTA_BYTE_ARRAY in column.encodings]
     dense = [page.num_bytes // page.num_values for page in pages if page.num_values]
     longest = max([*dictionaries, *repeating, *dense], default=0)
@@ -85,8 +85,7 @@ def _rows_per_block(file: BinaryIO, text_key: str, path: Path, longest_bytes: in
 
 
 def _footer(file: BinaryIO, name: str) -> tuple[int, list[Column]]:
-    """Rows, and the chunks of a column. By our own eyes: asked for a chunk of a damaged footer, pyarrow may end the
-    process."""
+    """Rows, and the chunks of a column. Parsed here, since pyarrow may crash the process on a damaged footer."""
     end = file.seek(0, os.SEEK_END) - 8
     file.seek(end)
     length = int.from_bytes(file.read(4), "little")
@@ -97,7 +96,7 @@ def _footer(file: BinaryIO, name: str) -> tuple[int, list[Column]]:
 
 
 def _pages(file: BinaryIO, column: Column) -> Iterator[Page]:
-    """The pages of a column chunk, of which only the headers are read."""
+    """The pages of a column chunk; only their headers are read."""
     at = column.data_at if column.dictionary_at is None else column.dictionary_at
     end = at + column.packed_bytes
     while at < end:
@@ -110,7 +109,7 @@ def _pages(file: BinaryIO, column: Column) -> Iterator[Page]:
 
 
 def _header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
-    """Whole numbers and inner structs of the page header at `at`, by field, and its length."""
+    """Integers and inner structs of the page header at `at`, by field, and its length."""
     for size in _HEADER_BYTES:
         file.seek(at)
         thrift = _Thrift(file.read(size))
@@ -123,7 +122,7 @@ def _header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
 
 
 class _Thrift:
-    """Thrift's compact form, as far as footers and page headers use it. IndexError where it ends too early."""
+    """Thrift's compact protocol, as far as footers and page headers use it. IndexError if it ends too early."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self.at = data, 0

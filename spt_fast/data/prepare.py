@@ -1,8 +1,8 @@
 """From text to a token dataset: read, encode in parallel, write; one pass, bounded memory.
 
-The documents of the dataset are those of the input in its order, whatever the number of workers, each ended by the
-end-of-text id, and begun by another where one is named. The dataset comes into being whole or not at all, and so does
-its held-out part: until the last document is encoded, what was at PREFIX stays there.
+The dataset holds the documents of the input in order, whatever the number of workers. Each ends with the end-of-text
+id, and begins with another token if one is named. The dataset and its held-out part are written completely or not at
+all: until the last document is encoded, the files at PREFIX stay as they were.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from spt_fast.quantities import size_so_far
 
 BATCH_BYTES = 1 << 20
 ENOUGH_BYTES = 4_000_000
-"""Of less text, to encode it takes less time than to try a faster way."""
+"""Below this much text, encoding takes less time than trying a faster engine."""
 SAMPLE_CHARS = 250_000
 SAMPLE_DOCUMENTS = 250
-"""Of the text that a faster way is tried on."""
+"""Text on which a faster engine is tried."""
 FAR_OFF = 0.25
-"""A held-out part is further from the share that was asked for than rounding to documents explains."""
+"""Warn if the held-out share differs from the requested one by more than rounding to documents explains."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a dataset holds, in bytes of UTF-8 text."""
+    """The contents of a dataset, in bytes of UTF-8 text."""
 
     documents: int
     tokens: int
@@ -51,15 +51,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Prepared(Counts):
-    """What OUT holds, and how it was made."""
+    """The contents of OUT, and how it was made."""
 
     heldout: Counts | None
-    """Of OUT.heldout."""
+    """The contents of OUT.heldout."""
     skipped: dict[str, int]
     """Documents left out, by kind."""
     seconds: float
     mb_per_s: float
-    """10^6 bytes of text, the held-out ones too."""
+    """10^6 bytes of text per second, held-out text included."""
     workers: int
 
 
@@ -78,23 +78,22 @@ def prepare(
 ) -> Prepared:
     """Encode the documents of `inputs` (see spt_fast.data.text) into the dataset OUT.bin, OUT.idx and OUT.json.
 
-    tokenizer   as `Tokenizer.load` gives or takes it
-    eos, bos    tokens that end and begin each document; by default the one to end it is that of the tokenizer, and none
-                begins it
-    heldout     share of the text that goes to OUT.heldout instead, in bytes, within one document and its copies: those
-                documents whose text has the lowest hash, white space aside. The folder of OUT needs room for all
-                tokens twice then.
+    tokenizer   as `Tokenizer.load` returns or takes it
+    eos, bos    tokens that end and begin each document; by default the tokenizer's own to end it, and none to begin it
+    heldout     share of the text, in bytes, that goes to OUT.heldout instead: the documents whose text has the lowest
+                hash, white space aside. The share is exact within one document and its copies. The folder of OUT then
+                needs room for all tokens twice.
     skip_bad    leave out broken documents and empty files, and count them, instead of raising
     workers     processes; by default one for each core that this process may use
     progress    show a bar on standard error
 
     Raises DataError for inputs, tokenizers and options that can't be used, a bad document (with file and line), a
-    split that leaves a side empty, a full disk, and a worker that dies. Then, and when interrupted, it leaves nothing.
+    split that leaves a side empty, a full disk, and a worker that dies. Then, and when interrupted, no files are left.
     """
     start_s = time.perf_counter()
     workers = _cores() if workers is None else workers
     if workers < 1:
-        raise DataError(invalid("workers", workers, "at least 1; leave it out for one a core"), argument=True)
+        raise DataError(invalid("workers", workers, "at least 1; leave it out for one per core"), argument=True)
     if heldout is not None and not 0 < heldout < 1:
         raise DataError(
             invalid("heldout", str(heldout), "write a share above 0 and below 1, such as 0.5%"), argument=True
@@ -106,14 +105,15 @@ def prepare(
         tokenizer = Tokenizer.load(tokenizer, eos=eos, bos=bos)
     if tokenizer.eos_id is None:
         raise DataError(
-            "tokenizer: names no token that ends a text; name the one that ends each document as `eos=…`", argument=True
+            "tokenizer: names no token that ends a text; name the token that ends each document with `eos=…`",
+            argument=True,
         )
     usual = tokenizer.usual_bos_id if isinstance(tokenizer, HFTokenizer) else None
     if isinstance(tokenizer, HFTokenizer) and usual is not None and tokenizer.bos_id is None:
         begin = tokenizer.name_of(usual)
         warnings.warn(
-            f"tokenizer: transformers begins every text with {begin!r}, and documents begin without it here; prepare "
-            f"with `bos={begin!r}` where the model was pretrained with it, as is likely",
+            f"tokenizer: transformers begins every text with {begin!r}, and these documents begin without it; prepare "
+            f"with `bos={begin!r}` if the model was pretrained with it, which is likely",
             SptWarning,
             stacklevel=2,
         )
@@ -158,7 +158,7 @@ def prepare(
     if ends_inside:
         warnings.warn(
             f"{out}: {ends_inside:,} documents hold the token that ends documents in their text; a model sees an end "
-            "there, while the dataset records where documents really end",
+            "there, while the dataset records the real ends",
             SptWarning,
             stacklevel=2,
         )
@@ -175,7 +175,7 @@ def prepare(
 
 
 def _writer(stack: ExitStack, out: str | os.PathLike[str], tokenizer: BaseTokenizer, part: str) -> DatasetWriter:
-    """One side of the split on its way to disk; `stack` removes what is not committed."""
+    """One side of the split while it is written; `stack` removes it unless it is committed."""
     writer = DatasetWriter(
         heldout_prefix(out) if part == "heldout" else out,
         vocab_size=tokenizer.vocab_size,
@@ -197,7 +197,7 @@ def heldout_prefix(out: str | os.PathLike[str]) -> Path:
 
 
 def _refuse_heldout(prefix: Path) -> None:
-    """DataError where another dataset's held-out part lies at `prefix`."""
+    """DataError if `prefix` is the held-out part of another dataset."""
     if part_of(prefix) == "heldout":
         whole = prefix.with_suffix("")
         raise DataError(
@@ -207,23 +207,23 @@ def _refuse_heldout(prefix: Path) -> None:
 
 
 def _older_split(prefix: Path) -> Path | None:
-    """The held-out part of what was at `prefix`, which must not outlive it: its documents are among the new ones."""
+    """Remove the held-out part of the previous dataset at `prefix`: its documents are among the new ones."""
     beside = heldout_prefix(prefix)
     part = part_of(beside)
     if part == "unknown":
         raise DataError(
-            f"out: {beside} may be the held-out part of an older {prefix}, whose text would be trained on now; delete "
-            "it or move it away",
+            f"out: {beside} may be the held-out part of an older {prefix}, and its text would be trained on now; "
+            "delete it or move it away",
             argument=True,
         )
     if part == "heldout":
-        warnings.warn(f"{beside}: is removed, as the held-out part of an older {prefix}", SptWarning, stacklevel=3)
+        warnings.warn(f"{beside}: removed; it was the held-out part of an older {prefix}", SptWarning, stacklevel=3)
         return beside
     return None
 
 
 def _batches(reader: TextReader) -> Iterator[TextBatch]:
-    """Chunks, the small ones together: a message to a worker costs the time of encoding some kilobytes."""
+    """Join small chunks: a message to a worker costs the time of encoding some kilobytes."""
     chunks: list[Chunk] = []
     num_bytes = 0
     error = None
@@ -235,7 +235,7 @@ def _batches(reader: TextReader) -> Iterator[TextBatch]:
                 yield TextBatch(chunks, reader.read_bytes)
                 chunks, num_bytes = [], 0
     except DataError as caught:
-        error = caught  # to be raised in its turn, after whatever is wrong with the documents before it
+        error = caught  # raised later, after any error in the documents before it
     if chunks:
         yield TextBatch(chunks, reader.read_bytes)
     if error is not None:
@@ -243,18 +243,18 @@ def _batches(reader: TextReader) -> Iterator[TextBatch]:
 
 
 def _say_share(held_bytes: int, all_bytes: int, share: Fraction) -> None:
-    """Warn where documents are too few, or one of them too much of the text, for the share."""
+    """Warn if documents are too few, or one of them too large, for the share."""
     if abs(Fraction(held_bytes, all_bytes) / share - 1) > FAR_OFF:
         warnings.warn(
-            f"heldout: {held_bytes / all_bytes:.2%} of the text is held out, not {float(share):.2%}: a document and "
-            "its copies stay on one side; give more or shorter documents",
+            f"heldout: {held_bytes / all_bytes:.2%} of the text is held out instead of {float(share):.2%}: a document "
+            "and its copies stay on one side; give more or shorter documents",
             SptWarning,
             stacklevel=3,
         )
 
 
 def _proven(tokenizer: BaseTokenizer, batches: Iterator[TextBatch], text_key: str) -> Iterator[TextBatch]:
-    """The batches, on the first of which a faster way to encode was tried where there is one and text enough."""
+    """The batches. If there is a faster engine and enough text, it is tried on the first ones."""
     if not isinstance(tokenizer, HFTokenizer):
         return batches
     first: list[TextBatch] = []
@@ -269,7 +269,7 @@ def _proven(tokenizer: BaseTokenizer, batches: Iterator[TextBatch], text_key: st
     except StopIteration:
         pass
     except DataError as caught:
-        error = caught  # to be raised in its turn
+        error = caught  # raised later
     return chain(first, batches if error is None else _raising(error))
 
 
@@ -282,12 +282,12 @@ def _refuse_empty(writers: list[DatasetWriter], share: Fraction | None, skipped:
     documents = sum(writer.num_documents for writer in writers)
     if documents == 0:
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in skipped.items())
-        raise DataError(f"{writers[0].prefix}: no document is left (left out: {left_out or 'none'}); check the input")
+        raise DataError(f"{writers[0].prefix}: no documents remain (left out: {left_out or 'none'}); check the input")
     for writer in writers:
         if writer.num_documents == 0:
             raise DataError(
                 f"{writer.prefix} would be empty: {counted(documents, 'document')} of one text can't be divided "
-                f"with {share} held out; give more documents (a .txt file is one, a .jsonl file has one a line)"
+                f"with {share} held out; give more documents (a .txt file is one, a .jsonl file has one per line)"
             )
 
 

@@ -1,16 +1,16 @@
-"""A corpus repeated endlessly, cut into windows: which tokens the k-th window of a source holds.
+"""A corpus repeated endlessly and cut into windows: which tokens the k-th window of a source holds.
 
 A corpus of D tokens is a ring. Epoch e lays W = floor(D / T) windows of T tokens end to end, from where epoch e - 1
-stopped: window j begins at (e·W + j)·T mod D. No token is cropped away, and since the windows of all epochs together
-lie end to end on the endless repetition, the visits of any two tokens differ by at most 1 whenever an epoch ends. Where
-T doesn't divide D the cuts fall elsewhere in each epoch by themselves. Where it does, epoch e is turned by a keyed
-rotation r_e instead: window j begins at (r_e + j·T) mod D, and each epoch visits each token exactly once.
+stopped: window j begins at (e·W + j)·T mod D. No token is dropped, and since the windows of all epochs together are
+contiguous on the endless repetition, the visits of any two tokens differ by at most 1 whenever an epoch ends. If T
+doesn't divide D, the cuts fall elsewhere in each epoch. If it does, a keyed rotation r_e moves epoch e: window j begins
+at (r_e + j·T) mod D, and each epoch visits each token exactly once.
 
-Windows of another length T are another ring over the same corpus, with epochs of its own: the part of an epoch that was
-read in some windows can't be taken out of longer or shorter ones without seeing tokens twice.
+Windows of another length T form another ring over the same corpus, with its own epochs: the part of an epoch that was
+read in windows of one length can't be removed from those of another length without reading tokens twice.
 
-Within an epoch the windows come in the order of a keyed permutation, another one in each epoch. A window reads T + 1
-tokens, the last as a target only: a *visit* of a token is its being read as an input.
+Within an epoch the windows come in the order of a keyed permutation, a new one for each epoch. A window reads T + 1
+tokens, the last as a target only: a *visit* of a token is one reading of it as an input.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Ring:
         self._key = derive_key(seed, "ring", source_name)
 
     def epochs(self, count: int) -> Fraction:
-        """How often the first `count` windows go through the corpus: visits per token."""
+        """How many times the first `count` windows go through the corpus: visits per token."""
         return Fraction(count * self.context, self.num_tokens)
 
     def epoch_start(self, epoch: int) -> int:
@@ -54,7 +54,7 @@ class Ring:
         return epoch * self.windows_per_epoch * self.context % self.num_tokens
 
     def order(self, epoch: int) -> Permutation:
-        """The order in which `epoch` takes its windows."""
+        """The order of the windows of `epoch`."""
         return Permutation(self.windows_per_epoch, epoch_key(self._key, epoch))
 
     def start(self, k: int) -> int:

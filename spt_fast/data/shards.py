@@ -1,8 +1,8 @@
-"""Token datasets on disk: our own format, written atomically and hashed, and one way to open it or any other.
+"""Token datasets on disk: our own format, written atomically and hashed, and one call to open it or any other.
 
 A dataset is three files. PREFIX.bin: little-endian token ids, nothing else. PREFIX.idx: the exclusive end of each
 document, in tokens, u64. PREFIX.json: what the other two hold (dtype, vocabulary, counts, largest id) with a sha256 of
-each 64 MiB block of .bin, of .idx, and of itself. The .json comes into being last: without it nothing opens.
+each 64 MiB block of .bin, of .idx, and of itself. The .json is written last: without it the dataset doesn't open.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ FORMAT = "spt_fast tokens"
 VERSION = 1
 BLOCK_BYTES = 64 << 20
 SAMPLED_BLOCKS = 4
-"""Blocks that are hashed where a glance must do."""
+"""Blocks that a quick check hashes."""
 END_DTYPE = np.dtype("<i8")  # u64 on disk: below 2^63 the same bytes, and int64 mixes with Python's and NumPy's ints
 
 Prefix = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-"""Of a token dataset; a folder, pattern or list of one in many files."""
+"""Of a token dataset; a folder, pattern or list stands for one in many files."""
 
 _ENDINGS = (".bin", ".npy", ".ds")
 _ABOUT = (".idx", ".json", ".index", ".metadata")
@@ -51,15 +51,14 @@ _ENDS_CHECKED = 1 << 16  # at open; the hash covers them all
 @dataclass(frozen=True, eq=False)
 class TokenDataset:
     """Token ids of one corpus, mapped from disk and never loaded whole.
-
-    tokens          [num_tokens], read-only memmap; uint16 or uint32 in our format, any integer dtype in others; of many
-                    files JoinedTokens, which index like one
-    document_ends   int64 [num_documents], non-decreasing exclusive ends in tokens; None where the format has none
-    num_bytes       UTF-8 bytes of the text, where recorded
-    max_id          largest id, where recorded (after `limit`, an upper bound)
-    digest          identifies the content: in our format a hash of the block hashes; elsewhere of sizes and samples
-    path            the file that holds the ids, which start at `offset_bytes`; of many files the folder or pattern
-    shards          the datasets that it consists of, one after the other; none where it is one file
+    tokens          [num_tokens], read-only memmap; uint16 or uint32 in our format, any integer dtype in others; for
+                    many files JoinedTokens, which index the same way
+    document_ends   int64 [num_documents], non-decreasing exclusive ends in tokens; None if the format has none
+    num_bytes       UTF-8 bytes of the text, if recorded
+    max_id          largest id, if recorded (after `limit`, an upper bound)
+    digest          identifies the content: in our format a hash of the block hashes; otherwise of sizes and samples
+    path            the file that holds the ids, which start at `offset_bytes`; for many files the folder or pattern
+    shards          the datasets that it consists of, in order; empty if it is one file
     """
 
     format: str
@@ -87,7 +86,7 @@ class TokenDataset:
 
     @property
     def has_hashes(self) -> bool:
-        """Whether `verify` has something to compare all its files with."""
+        """Whether `verify` has hashes for all its files."""
         return all(shard.has_hashes for shard in self.shards) if self.shards else self.metadata is not None
 
     @property
@@ -102,12 +101,12 @@ class TokenDataset:
     def open(cls, prefix: Prefix, dtype: str | None = None) -> TokenDataset:
         """Open PREFIX in any supported format: ours, else Megatron, llm.c, .npy, else headerless ids of `dtype`.
 
-        A folder, a pattern (`shards/train_*.bin`) or a list is one corpus in many files: those of the folder, or that
-        match, in the order of their names, or those of the list in its order.
+        A folder, a pattern (`shards/train_*.bin`) or a list is one corpus in many files: those of the folder or pattern
+        sorted by name, or those of the list in its order.
 
-        `prefix` may carry its extension. `dtype` (uint16, uint32, ...) is needed for headerless files and must agree
-        with a header where there is one. Raises DataError for what is missing, damaged, or of another size than its
-        header says. Hashes are left to `verify`, so that opening costs the same at any size.
+        `prefix` may have an extension. `dtype` (uint16, uint32, ...) is needed for headerless files and must agree with
+        a header if there is one. Raises DataError for a file that is missing, damaged, or not of the size in its
+        header. `verify` checks hashes, so that opening takes the same time at any size.
         """
         if "" in ([prefix] if isinstance(prefix, (str, os.PathLike)) else prefix):
             raise DataError(invalid("prefix", prefix, "name a token dataset; . is the working directory"))
@@ -163,10 +162,10 @@ class TokenDataset:
         )
 
     def limit(self, tokens: int) -> TokenDataset:
-        """The first whole documents that fit in `tokens` tokens (at least one that isn't empty), sharing the map.
+        """The first whole documents that fit in `tokens` tokens (at least one that isn't empty), on the same map.
 
-        Where the format records no documents: the first `tokens` tokens. Its `digest` is of this dataset's and the
-        cut; `num_bytes` is None, since bytes are recorded for the whole only. DataError if `tokens` < 1.
+        If the format records no documents: the first `tokens` tokens. Its `digest` depends on this dataset's and on the
+        cut; `num_bytes` is None, since bytes are recorded only for the whole. DataError if `tokens` < 1.
         """
         if tokens < 1:
             raise DataError(f"{self.path}: a limit of {tokens} tokens leaves nothing; give at least 1")
@@ -192,12 +191,11 @@ class TokenDataset:
         return replace(cut, tokens=_joined(kept), shards=kept)
 
     def verify(self, most_blocks: int | None = None) -> bool:
-        """Hash the files again (of a limited dataset, the whole files), reading them without a map; of more than
-        `most_blocks` blocks only so many, the first and the last among them. Returns whether every byte is known to be
-        what it was.
+        """Hash the files again (for a limited dataset, the whole files), without a map; of more than `most_blocks`
+        blocks only that many, the first and last included. Returns whether every byte is known to be unchanged.
 
-        Raises DataError naming the damaged block of .bin, or the .idx. Foreign formats record no hashes: their sizes
-        were compared with their headers at open, and nothing more can be checked here.
+        Raises DataError, which names the damaged block of .bin, or the .idx. Foreign formats record no hashes: their
+        sizes were compared with their headers at open, and nothing more can be checked here.
         """
         if self.shards:
             small = sum(shard.tokens.nbytes for shard in self.shards) <= (most_blocks or 0) * BLOCK_BYTES
@@ -224,7 +222,7 @@ class TokenDataset:
             first = damaged[0] * block_bytes
             named = ", ".join(map(str, damaged[:8])) + (", ..." if len(damaged) > 8 else "")
             raise DataError(
-                f"{bin_path}: is damaged: block {named} of {len(expected)} lacks the sha256 that {json_path} gives "
+                f"{bin_path}: is damaged: block {named} of {len(expected)} doesn't have the sha256 in {json_path} "
                 f"(the first is bytes {first:,} to {min(first + block_bytes, size):,}); copy or prepare it again"
             )
         idx_bytes = idx_path.stat().st_size
@@ -232,20 +230,20 @@ class TokenDataset:
             return False
         if _sha256_of_stretch(idx_path, 0, idx_bytes) != self.metadata["idx_sha256"]:
             raise DataError(
-                f"{idx_path}: is damaged: its sha256 is not the one in {json_path}; copy or prepare it again"
+                f"{idx_path}: is damaged: its sha256 differs from the one in {json_path}; copy or prepare it again"
             )
         return most == len(expected)
 
 
 def is_many(prefix: Path) -> bool:
-    """Whether a path is a folder or a pattern, and so stands for many token files: nothing of that very name is one."""
+    """Whether a path is a folder or pattern, and so stands for many token files, rather than a file of that name."""
     if any(Path(f"{prefix}{ending}").is_file() for ending in ("", *_ENDINGS)):
         return False
     return prefix.is_dir() or bool(_PATTERN.search(str(prefix)))
 
 
 def _join(given: Prefix, dtype: str | None) -> TokenDataset:
-    """The datasets of a folder, a pattern or a list as one."""
+    """The datasets of a folder, a pattern or a list, joined."""
     items = [Path(given)] if isinstance(given, (str, os.PathLike)) else [Path(item) for item in given]
     what = Path(", ".join(map(str, items)))
     prefixes = [prefix for item in items for prefix in (_matching(item) if is_many(item) else [item])]
@@ -275,7 +273,7 @@ def _join(given: Prefix, dtype: str | None) -> TokenDataset:
 
 
 def _matching(given: Path) -> list[Path]:
-    """Token files of a folder or pattern, sorted by name. Warns of what else is there."""
+    """Token files of a folder or pattern, sorted by name. Warns of other files there."""
     names = [Path(given, name) for name in os.listdir(given)] if given.is_dir() else map(Path, _found(given))
     found = sorted(names)
     files = [path for path in found if path.suffix in _ENDINGS and path.is_file() and not path.name.startswith(".")]
@@ -284,12 +282,12 @@ def _matching(given: Path) -> list[Path]:
         twice = next(path for path in files if by_stem[path.with_suffix("")] != path)
         raise DataError(
             f"{given}: holds both {twice.name} and {by_stem[twice.with_suffix('')].name}, maybe the same ids twice; "
-            "name what is meant by a pattern"
+            "name the files to read with a pattern"
         )
     others = [path.name for path in found if path not in files and not _belongs(path, by_stem)]
     if others and files:
         named = ", ".join(others[:_NAMED]) + (", …" if len(others) > _NAMED else "")
-        warnings.warn(f"{given}: passed over: {len(others)} × not a token file ({named})", SptWarning, stacklevel=4)
+        warnings.warn(f"{given}: ignored {len(others)} × not a token file ({named})", SptWarning, stacklevel=4)
     return [base_prefix(path) if path.suffix == ".bin" else path for path in files]
 
 
@@ -299,24 +297,26 @@ def _found(pattern: Path) -> list[str]:
 
 
 def _belongs(path: Path, stems: Mapping[Path, Path]) -> bool:
-    """Whether a file says something of a token file beside it (index, documents, metadata), or is a writer's own."""
+    """Whether a file belongs to a token file beside it (index, documents, metadata) or is a writer's temporary file."""
     about = {path.with_suffix(""), path.with_suffix("").with_suffix("")} if path.suffix in _ABOUT else set()
     return not about.isdisjoint(stems) or re.fullmatch(r"\..*\.(lock|tmp)", path.name) is not None
 
 
 def _refuse_mixed(what: Path, prefixes: list[Path], shards: tuple[TokenDataset, ...]) -> None:
-    """DataError for files that don't make one corpus: of different ids, or of text to train on and text held out."""
+    """DataError for files that don't make one corpus: different ids, or training text mixed with held-out text."""
     kinds = {_HELD_OUT.search(prefix.name) is not None for prefix in prefixes}
     if len(kinds) > 1:
         apart = next(prefix.name for prefix in prefixes if _HELD_OUT.search(prefix.name))
         raise DataError(
-            f"{what}: holds {apart}, which looks held out, beside other text; name what is meant by a pattern"
+            f"{what}: holds {apart}, which looks held out, beside other text; name the files to read with a pattern"
         )
     for shard, prefix in zip(shards, prefixes, strict=True):
         for field in ("dtype", "tokenizer_digest", "vocab_size", "eos_id", "bos_id"):
             ours, theirs = (getattr(x.tokens if field == "dtype" else x, field) for x in (shards[0], shard))
             if ours != theirs:
-                raise DataError(f"{what}: {prefix} has {field} {theirs}, {prefixes[0]} {ours}; prepare them alike")
+                raise DataError(
+                    f"{what}: {prefix} has {field} {theirs}, {prefixes[0]} {ours}; prepare both in the same way"
+                )
 
 
 def _joined(shards: Sequence[TokenDataset]) -> Any:
@@ -331,13 +331,13 @@ def _of_all(combine: Callable[[list[int]], int], values: list[int | None]) -> in
 class DatasetWriter:
     """Writes a dataset under temporary names beside PREFIX and moves it into place, whole, at `commit`.
 
-    As a context manager it commits on success and aborts on any exception. Until it has ended, no other process writes
-    there (InUse). A dataset already at PREFIX stays as it is until `commit`; other programs' files there are never
-    overwritten (DataError). A crash leaves at worst temporary files, or files without a .json, which don't open; the
-    next writer removes them. Ids are uint16 where `vocab_size` <= 65,536, else uint32. A failing disk is a DataError
-    too, and leaves nothing behind.
+    As a context manager it commits on success and aborts on any exception. Meanwhile no other process can write there
+    (InUse). A dataset already at PREFIX stays as it is until `commit`; other programs' files there are never replaced
+    (DataError). After a crash only temporary files may remain, or files without a .json, which don't open; the next
+    writer removes them. Ids are uint16 if `vocab_size` <= 65,536, else uint32. A failing disk is a DataError too, and
+    leaves nothing behind.
 
-    part   what the dataset is of the text that it was made from, "whole", "train" or "heldout"
+    part   which part of its text the dataset is: "whole", "train" or "heldout"
     dtype  of the ids on disk
     """
 
@@ -365,7 +365,7 @@ class DatasetWriter:
         self._block_hash, self._block_filled = hashlib.sha256(), 0
         self._blocks: list[str] = []
         if run := run_around(self.prefix):
-            raise DataError(f"out: {self.prefix} lies in the run {run}; choose another place", argument=True)
+            raise DataError(f"out: {self.prefix} is inside the run {run}; choose another place", argument=True)
         self._partial = _partial(self.prefix)
         self._files: list[BinaryIO] = []
         self._is_replacing = False
@@ -398,7 +398,7 @@ class DatasetWriter:
                 self.abort()
                 raise DataError(
                     f"{self.prefix}: token id {smallest if smallest < 0 else largest} is outside the vocabulary of "
-                    f"{self._vocab_size:,}; the tokenizer isn't the one that the vocabulary size is of"
+                    f"{self._vocab_size:,}; use the tokenizer that the vocabulary size belongs to"
                 )
             self._max_id = max(largest, self._max_id or 0)
         data, end_bytes = tokens.astype(self.dtype).tobytes(), ends.tobytes()
@@ -416,7 +416,7 @@ class DatasetWriter:
         return commit(self)[0]
 
     def _seal(self) -> dict[str, Any]:
-        """Make everything durable under its temporary names."""
+        """Make everything durable under temporary names."""
         if self._block_filled:
             self._close_block()
         metadata: dict[str, Any] = {
@@ -447,7 +447,7 @@ class DatasetWriter:
         return metadata
 
     def abort(self) -> None:
-        """Remove everything written so far; nothing after a commit."""
+        """Remove everything written so far, unless it was committed."""
         for file in self._files:
             with contextlib.suppress(OSError):  # a full disk fails the flush in close() once more
                 file.close()
@@ -468,14 +468,14 @@ class DatasetWriter:
 
     @contextlib.contextmanager
     def clean_failure(self) -> Iterator[None]:
-        """Within it, a failing disk is a DataError, and nothing is left of what was written."""
+        """Turn a failing disk inside into a DataError, and remove what was written."""
         try:
             yield
         except OSError as error:
             self.abort()
             raise DataError(
-                f"{self.prefix}.bin could not be written ({error.strerror}); nothing was left behind: make room, or "
-                "choose another place, and run it again"
+                f"{self.prefix}.bin could not be written ({error.strerror}) and was removed; make room, or choose "
+                "another place, and run it again"
             ) from error
 
     def _hash_blocks(self, data: bytes) -> None:
@@ -496,7 +496,7 @@ class DatasetWriter:
 def commit(*writers: DatasetWriter, obsolete: Path | None = None) -> list[dict[str, Any]]:
     """Make the parts of one text visible together, and remove the dataset at `obsolete`; returns their metadata.
 
-    At no moment, nor after a kill, does the first open beside an older one of the others.
+    At no time, not even after a kill, can one of them be opened beside an older version of another.
     """
     try:
         metadata = [writer._seal() for writer in writers]
@@ -504,7 +504,7 @@ def commit(*writers: DatasetWriter, obsolete: Path | None = None) -> list[dict[s
             for writer in writers:
                 writer._is_replacing = True
                 files_of(writer.prefix)[2].unlink(missing_ok=True)
-            for path in files_of(obsolete) if obsolete else ():  # the .json last, by which the rest is known as ours
+            for path in files_of(obsolete) if obsolete else ():  # the .json last, which marks the rest as ours
                 path.unlink(missing_ok=True)
             for writer in reversed(writers):
                 for partial, path in zip(writer._partial, files_of(writer.prefix), strict=True):
@@ -521,16 +521,16 @@ def commit(*writers: DatasetWriter, obsolete: Path | None = None) -> list[dict[s
 
 
 def check_same_tokenizer(a: TokenDataset, b: TokenDataset) -> None:
-    """DataError where both record a tokenizer and it is not the same: their ids mean different text."""
+    """DataError if both record a tokenizer and they differ: their ids mean different text."""
     if None not in (digests := (a.tokenizer_digest, b.tokenizer_digest)) and digests[0] != digests[1]:
         raise DataError(
             f"{a.path} and {b.path} come from different tokenizers ({digests[0]}, {digests[1]}): their ids can't be "
-            "compared; prepare both with one"
+            "compared; prepare both with the same tokenizer"
         )
 
 
 def base_prefix(path: Path) -> Path:
-    """PREFIX of PREFIX, PREFIX.bin, PREFIX.idx or PREFIX.json."""
+    """The PREFIX of PREFIX, PREFIX.bin, PREFIX.idx or PREFIX.json."""
     return path.with_suffix("") if path.suffix in (".bin", ".idx", ".json") else path
 
 
@@ -540,12 +540,12 @@ def files_of(prefix: Path) -> tuple[Path, Path, Path]:
 
 
 def _partial(prefix: Path) -> list[Path]:
-    """What the three files are called while they are written: no one else's names."""
+    """The names of the three files while they are written, unique to this program."""
     return [path.with_name(f".{path.name}.spt-fast.tmp") for path in files_of(prefix)]
 
 
 def _is_ours(json_path: Path) -> bool:
-    """Whether the file says near its start that it describes a dataset of ours."""
+    """Whether the beginning of the file says that it describes a dataset of ours."""
     if not json_path.is_file():
         return False
     with json_path.open("rb") as file:
@@ -553,8 +553,7 @@ def _is_ours(json_path: Path) -> bool:
 
 
 def _refuse_foreign(prefix: Path) -> None:
-    """DataError where writing to `prefix` would replace something that isn't a dataset of ours, or what is left of
-    one."""
+    """DataError if writing to `prefix` would replace a file that isn't part of a dataset of ours."""
     there = [str(path) for path in files_of(prefix) if os.path.lexists(path)]
     if there and not _is_ours(files_of(prefix)[2]) and not _is_torn(prefix):
         raise DataError(
@@ -564,26 +563,26 @@ def _refuse_foreign(prefix: Path) -> None:
 
 
 def _is_torn(prefix: Path) -> bool:
-    """Whether a commit was killed there: the .json comes last, and was complete under its temporary name before."""
+    """Whether a commit was killed there: the .json is moved last, after it was complete under its temporary name."""
     return not os.path.lexists(files_of(prefix)[2]) and _is_ours(_partial(prefix)[2])
 
 
 def _remove_leftovers(prefix: Path) -> None:
-    """Of a writer that was killed. The temporary .json, by which a torn commit is known, goes last."""
+    """Remove the files of a killed writer. The temporary .json, which marks a torn commit, goes last."""
     torn = files_of(prefix)[:2] if _is_torn(prefix) else ()
     for path in (*torn, *_partial(prefix)):
         path.unlink(missing_ok=True)
 
 
 def part_of(prefix: Path) -> str | None:
-    """What a dataset of ours is of its text: "whole", "train", "heldout"; "unknown" of an earlier version's; None where
-    there is none."""
+    """Which part of its text a dataset of ours is: "whole", "train", "heldout"; "unknown" from an earlier version; None
+    if there is no dataset."""
     metadata = _read_metadata(files_of(prefix)[2])
     return None if metadata is None else str(metadata.get("part", "unknown"))
 
 
 def datasets_in(folder: Path) -> dict[str, str | None]:
-    """The datasets of ours in a folder, with the digests of their tokenizers."""
+    """The datasets of ours in a folder, with their tokenizers' digests."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(DataError):
@@ -593,7 +592,7 @@ def datasets_in(folder: Path) -> dict[str, str | None]:
 
 
 def _read_metadata(path: Path) -> dict[str, Any] | None:
-    """The metadata in `path`; None where there is no such file, or it is another program's. DataError if damaged."""
+    """The metadata in `path`; None if there is no such file, or it belongs to another program. DataError if damaged."""
     if not _is_ours(path):
         return None
     try:
@@ -601,7 +600,7 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is damaged: it isn't JSON ({error}); copy or prepare the dataset again") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise DataError(f"{path}: is damaged or was edited: it isn't a dataset's metadata any more; prepare it again")
+        raise DataError(f"{path}: is damaged or was edited: it isn't a dataset's metadata; prepare it again")
     if metadata.get("version") != VERSION:
         raise DataError(f"{path} has format version {metadata.get('version')!r}; this program reads {VERSION}")
     stored = metadata.pop("sha256", None)
@@ -635,7 +634,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "blocks_sha256": lambda value: isinstance(value, list) and all(isinstance(block, str) for block in value),
     "idx_sha256": lambda value: isinstance(value, str),
 }
-"""What `DatasetWriter.commit` writes besides format and version, and how each field must look."""
+"""The fields that `DatasetWriter.commit` writes besides format and version, and a check of each."""
 
 
 def _sha256_of(content: object) -> str:
@@ -643,7 +642,7 @@ def _sha256_of(content: object) -> str:
 
 
 def _sha256_of_stretch(path: Path, start: int, num_bytes: int) -> str:
-    """sha256 of `num_bytes` of the file from `start` on, or of what there is of them."""
+    """sha256 of `num_bytes` of the file from `start` on, or of fewer at its end."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(start)

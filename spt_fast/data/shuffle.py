@@ -1,13 +1,13 @@
-"""Keyed permutations of [0, size): any position of a shuffle of 10^15 things in nanoseconds, without storing it.
+"""Keyed permutations of [0, size): any position of a shuffle of 10^15 items in nanoseconds, without storing it.
 
 A Feistel network permutes the b-bit numbers, b = max(8, bits of size - 1). One round XORs one half of the number with a
-hash of the other half and the round's key, which that other half alone can undo: each round is a bijection, whatever
-the hash. Numbers that come out beyond `size` go in again until one doesn't (cycle walking: Black & Rogaway, "Ciphers
-with arbitrary finite domains", 2002; fewer than two turns on average from size 129 on). Six rounds with a full 64-bit
-mixer as the hash; with four rounds, or a multiply-add as the hash, neighbours stay visibly correlated. So they do, over
-a thousand keys, in six rounds on fewer than 8 bits.
+hash of the other half and the round's key; the other half is unchanged and can undo it, so each round is a bijection
+for any hash. Numbers beyond `size` are permuted again until one is below (cycle walking: Black & Rogaway, "Ciphers with
+arbitrary finite domains", 2002; fewer than two turns on average from size 129 on). There are six rounds with a full
+64-bit mixer as the hash; with four rounds, or a multiply-add as the hash, neighbours stay visibly correlated. Over a
+thousand keys they also do so with six rounds on fewer than 8 bits.
 
-The C++ twin (csrc/shuffle.h) gives the same numbers, many at a time.
+The C++ version (csrc/shuffle.h) gives the same numbers, many at a time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def derive_key(*parts: int | str) -> Key:
 
 
 def epoch_key(key: Key, epoch: int) -> Key:
-    """The key of one epoch, hashed so cheaply that C++ can do it for every window."""
+    """The key of one epoch, with a hash that is cheap enough for C++ to compute for every window."""
     mixed_epoch = mix64(epoch)
     return tuple(mix64(word ^ mixed_epoch) for word in key)
 
@@ -53,14 +53,14 @@ class Permutation:
 
     def __init__(self, size: int, key: Key) -> None:
         if not 1 <= size <= MAX_SIZE:
-            raise ValueError(f"a permutation of {size} things; give a size from 1 to 2^62")
+            raise ValueError(f"a permutation of {size} items; give a size from 1 to 2^62")
         self.size, self.key = size, key
         bits = max(MIN_BITS, (size - 1).bit_length())
         self._right_bits = bits - bits // 2
         self._left_mask, self._right_mask = (1 << bits // 2) - 1, (1 << self._right_bits) - 1
 
     def at(self, index: int) -> int:
-        """What stands at place `index` of the shuffled order; 0 <= index < size."""
+        """The item at place `index` of the shuffled order; 0 <= index < size."""
         while True:
             left, right = index >> self._right_bits, index & self._right_mask
             for i in range(0, ROUNDS, 2):

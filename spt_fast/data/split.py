@@ -1,8 +1,8 @@
-"""Held-out text, exact in bytes: the documents whose text has the lowest hashes, as many as make the share.
+"""Held-out text, exact in bytes: the documents whose text has the lowest hashes, up to the share.
 
-White space doesn't count in a hash, so that copies of a document, also those wrapped or indented otherwise, are on one
-side, in every file and every run; a larger share holds out more of the same. How much text there is, is known at the
-end only. Until then the encoded documents wait in a file without a name, which no kill leaves behind.
+Hashes ignore white space, so that copies of a document, also those wrapped or indented differently, are on one side, in
+every file and every run; a larger share holds out a superset. The amount of text is known only at the end. Until then
+the encoded documents wait in a file without a name, which a kill does not leave behind.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ TOKENS_AT_A_TIME = 1 << 22
 
 
 class Split(AbstractContextManager["Split"]):
-    """Encoded documents that wait, in a folder with room for them, until all of the text is known."""
+    """Encoded documents that wait in a folder, with room for them, until all of the text is known."""
 
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
         self._dtype = dtype
         self._tokens = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `__exit__` closes it
         self._documents = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._bucket_bytes = np.zeros(1 << BUCKETS_LOG2, np.int64)
-        """Text by the leading bits of its hash."""
+        """Bytes of text by the leading bits of its hash."""
         self.num_documents = 0
 
     def __exit__(self, *error: object) -> None:
@@ -49,8 +49,8 @@ class Split(AbstractContextManager["Split"]):
         self._documents.write(documents.data)
 
     def parts(self, share: Fraction) -> Iterator[tuple[Encoded, Encoded]]:
-        """All of it in its order, in pieces, each divided into what is trained on and what is held out: `share` of the
-        bytes, within one document and its copies, and at least one."""
+        """All of it in order, in pieces, each divided into text to train on and text to hold out: `share` of the bytes,
+        within one document and its copies, and at least one document."""
         if self.num_documents == 0:
             return
         last = self._last_held_out(share)
@@ -63,7 +63,7 @@ class Split(AbstractContextManager["Split"]):
                 yield _part(piece, tokens, ~held_out), _part(piece, tokens, held_out)
 
     def _last_held_out(self, share: Fraction) -> np.uint64:
-        """The largest hash that is held out: where the bytes up to it come nearest to the share."""
+        """The largest hash that is held out: the bytes up to it are the nearest to the share."""
         target = share * int(self._bucket_bytes.sum())
         up_to = np.cumsum(self._bucket_bytes)
         bucket = int(np.searchsorted(up_to, max(1, math.ceil(target))))

@@ -1,20 +1,20 @@
 """Text in files: .jsonl, .txt and .parquet, plain or compressed, folders of them, pipes and standard input.
 
-Reading and parsing are apart, so that one process can read while many parse. `TextReader` cuts files of any size into
-chunks of whole documents and never holds more than one document and one block; `parse` makes strings of a chunk.
+Reading and parsing are separate, so that one process can read while many parse. `TextReader` cuts files of any size
+into chunks of whole documents and holds at most one document and one block; `parse` makes strings of a chunk.
 
-- .jsonl, .ndjson: one JSON object a line, whose `text_key` holds the text. Standard input (`-`) and other pipes are
+- .jsonl, .ndjson: one JSON object per line, whose `text_key` holds the text. Standard input (`-`) and other pipes are
   read as .jsonl.
-- .parquet: one document a row of the column `text_key`. Compressed once more (.parquet.gz), it is unpacked to a
+- .parquet: one document per row of the column `text_key`. If compressed again (.parquet.gz), it is unpacked to a
   temporary file first.
 - .txt: one file is one document, except that a file over 8 MiB is cut, at the last blank line before each 8 MiB (or
-  line end, or space, where there is none), into several: a document is what has to fit into memory.
-- A folder stands for every such file below it, in the order of their paths. What is passed over there is counted and
-  named: other and hidden files, links to folders, and a text that is there twice, such as a.jsonl and a.jsonl.gz.
+  else line end, or space), into several: a document has to fit into memory.
+- A folder stands for every such file below it, sorted by path. Ignored items are counted and named: other and hidden
+  files, links to folders, and a text that is there twice, such as a.jsonl and a.jsonl.gz.
 
-A byte-order mark at the start of a file is dropped. Otherwise text is taken as it is. A small file may unfold to much
-more than memory holds: compressed, as a Parquet dictionary, as nested JSON. None is unfolded further than a document
-needs, and what would need more is refused.
+A byte-order mark at the start of a file is dropped. Otherwise text is taken as it is. A small file may decode to much
+more than memory holds: compressed, as a Parquet dictionary, as nested JSON. Each is decoded only as far as a document
+needs, and refused if it needs more.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ LINE_BYTES = 128 << 20  # a longer line isn't JSON Lines
 
 _BLOCK_BYTES = 1 << 20
 XZ_MEMORY_BYTES = 256 << 20
-STRUCTURE_BYTES = 1 << 30  # that a long line's JSON may take in memory, besides its text
+STRUCTURE_BYTES = 1 << 30  # limit for the memory of a long line's JSON, besides its text
 
 _FORMATS = (".jsonl", ".ndjson", ".txt", ".parquet")
 _COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
 _LONG_LINE_BYTES = 16 << 20
-_NAMED = 5  # of the files that are passed over
+_NAMED = 5  # of the ignored files
 _BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 10
 _PACKED = {
@@ -61,18 +61,18 @@ _PACKED = {
     rb"\xfd7zXZ\0": "xz, which xzcat unpacks",
     rb"BZh[1-9]1AY&SY": "bzip2, which bzcat unpacks",
     rb"PK\x03\x04": "a zip archive, which unzip -p unpacks",
-    rb"PAR1": "Parquet, which is read from a file that is called .parquet",
+    rb"PAR1": "Parquet, which is read from a file named .parquet",
 }
-"""How files begin that are no text, and what they are."""
+"""First bytes of files that aren't text, and what they are."""
 _SKIP = "or leave such documents out, counted, by `skip_bad=True`"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of whole documents of one file.
+    """A sequence of whole documents of one file.
 
     data      UTF-8 (if the file is sound)
-    lengths   bytes of each document, -1 for one that is null; None where each line of `data` is a JSON document
+    lengths   bytes of each document, -1 for a null; None if each line of `data` is a JSON document
     first     number of the first line or row in its file, from 1
     """
 
@@ -85,19 +85,19 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Found:
-    """The files that stand for some inputs, in reading order, and what lies beside them, by why it is not read."""
+    """The files that inputs stand for, in reading order, and those that are ignored, by reason."""
 
     files: list[Path]
     passed_over: dict[str, list[Path]]
 
 
 class TextReader:
-    """Iterates over the chunks of `inputs`, in order, and says how far it is.
+    """Iterates over the chunks of `inputs`, in order, and reports its progress.
 
-    total_bytes   of all files, as they lie on disk; None where standard input or a pipe is among them
+    total_bytes   of all files, as they are on disk; None if standard input or a pipe is among them
     read_bytes    of these, so far
-    skipped       by kind, files that are passed over; with `skip_bad`, also those without a document ("empty file"),
-                  and lines that are too long
+    skipped       by kind, ignored files; with `skip_bad`, also those without a document ("empty file"), and lines that
+                  are too long
 
     Raises DataError for inputs that don't exist, can't be read, are damaged or cut off, or hold no document.
     """
@@ -117,7 +117,7 @@ class TextReader:
                 empty = False
                 yield chunk
             if empty and not self._skip_bad:
-                raise DataError(f"{_name(path)} holds no document; remove it, or pass it over by `skip_bad=True`")
+                raise DataError(f"{_name(path)} holds no document; remove it, or skip it with `skip_bad=True`")
             self.skipped["empty file"] += empty
 
     def _chunks(self, path: Path) -> Iterator[Chunk]:
@@ -140,7 +140,7 @@ class TextReader:
     def _blocks(self, stream: Any, path: Path, file: Any = None) -> Iterator[bytes]:
         before, start = self.read_bytes, True
         while block := _read(stream, path):
-            while start and len(block) < _HEAD_BYTES and (more := _read(stream, path)):  # of a slow pipe
+            while start and len(block) < _HEAD_BYTES and (more := _read(stream, path)):  # a slow pipe
                 block += more
             self.read_bytes = before + file.tell() if file is not None else self.read_bytes + len(block)
             if start:
@@ -168,7 +168,7 @@ class TextReader:
             if rest_bytes > LINE_BYTES:
                 too_long = f"line over {LINE_BYTES >> 20} MiB"
                 if not self._skip_bad:
-                    raise DataError(f"{source}:{first}: {too_long}; write one JSON object a line, {_SKIP}")
+                    raise DataError(f"{source}:{first}: {too_long}; write one JSON object per line, {_SKIP}")
                 self.skipped[too_long] += 1
                 rest, is_too_long = [], True
         data = b"".join(rest)
@@ -187,7 +187,7 @@ class TextReader:
             if self._text_key not in table.schema_arrow.names:
                 raise DataError(f"{path}: {_missing_key('it', self._text_key, table.schema_arrow.names)}")
             kind = table.schema_arrow.field(self._text_key).type
-            if pa.types.is_nested(kind):  # before it unfolds
+            if pa.types.is_nested(kind):  # before it is decoded
                 raise DataError(f"{path}: column {self._text_key!r} {_not_strings(kind)}")
             rows = table.metadata.num_rows
             batch_rows = rows_per_block(file, self._text_key, path, LINE_BYTES)
@@ -210,7 +210,7 @@ class TextReader:
             raise DataError(f"{path} can't be read as Parquet ({error}); write or fetch it again") from error
 
     def _documents_apart(self, column: Any, first: int, path: Path) -> Iterator[tuple[int, list[int]]]:
-        """Runs of rows that hold about a block of text: the first row of each, and the lengths, -1 for nulls."""
+        """Ranges of rows that hold about a block of text: the first row of each, and the lengths, -1 for nulls."""
         import pyarrow.compute
 
         start, run, run_bytes = 0, list[int](), 0
@@ -232,7 +232,7 @@ class TextReader:
 
 
 def find_files(inputs: Inputs) -> Found:
-    """What `inputs` (paths, folders, "-") stand for. Warns of what is passed over; DataError for what doesn't exist."""
+    """The files that `inputs` (paths, folders, "-") stand for. Warns of ignored ones; DataError for missing ones."""
     files: list[Path] = []
     passed_over: dict[str, list[Path]] = {}
     for given in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
@@ -282,13 +282,13 @@ def _files_in(folder: Path, passed_over: dict[str, list[Path]]) -> list[Path]:
         if why:
             passed_over.setdefault(why, []).append(path)
     if folder in closed:
-        raise DataError(f"{folder} can't be read; give this user the right to list it")
+        raise DataError(f"{folder} can't be read; give this user permission to list it")
     return files
 
 
 def _texts_of(path: Path) -> list[object]:
-    """By what a file is known: one is the same for links to it and for the file compressed, one for hard links to it;
-    nothing of a pipe."""
+    """Identifies a file: one key is the same for links to it and for the file compressed, one for hard links to it;
+    empty for a pipe."""
     if _is_pipe(path):
         return []
     status = path.stat()
@@ -296,7 +296,7 @@ def _texts_of(path: Path) -> list[object]:
 
 
 def _not_read(path: Path, folder: Path) -> str | None:
-    """Why what lies in a folder isn't read; None where it is, or is a folder, or hidden and no text anyway."""
+    """Why an item of a folder isn't read; None if it is, or is a folder, or hidden and no text."""
     if any(part.startswith(".") for part in path.relative_to(folder).parts):
         return "hidden file" if path.is_file() and _is_text(path) else None
     if path.is_dir():
@@ -308,7 +308,7 @@ def _not_read(path: Path, folder: Path) -> str | None:
 
 def _listed(passed_over: Mapping[str, list[Path]]) -> str:
     kinds = [f"{len(p)} × {why} ({_few([path.name for path in p])})" for why, p in passed_over.items()]
-    return f"passed over: {'; '.join(kinds)}"
+    return f"ignored: {'; '.join(kinds)}"
 
 
 def _few(names: list[str]) -> str:
@@ -321,8 +321,8 @@ def parse(
     """The documents of a chunk, each as a string and as UTF-8.
 
     Raises DataError, with file and line, for a line that is broken, lacks the key, holds no string there, or isn't
-    UTF-8; with `skip_bad` such documents are left out. What is left out is counted in `skipped` by its kind, and so are
-    empty strings, which are never documents.
+    UTF-8; with `skip_bad` such documents are left out. `skipped` counts them by kind, and also empty strings, which are
+    never documents.
     """
     skipped = Counter() if skipped is None else skipped
     for number, record in _records(chunk):
@@ -354,7 +354,7 @@ class _BadDocument(Exception):
 
 
 def _records(chunk: Chunk) -> Iterator[tuple[int, bytes | None]]:
-    """Number and bytes of each document; None for a null."""
+    """Number and bytes of each document; None instead of bytes for a null."""
     if chunk.lengths is None:
         for number, line in enumerate(chunk.data.split(b"\n"), chunk.first):
             if line and not line.isspace():
@@ -379,7 +379,7 @@ def _json_text(line: bytes | None, text_key: str) -> tuple[str, bytes]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a list thousands deep
         raise _BadDocument("broken JSON", f"broken JSON ({error}); fix the line, {_SKIP}") from None
     if not isinstance(record, dict):
-        raise _BadDocument("broken JSON", f"{type(record).__name__} where a JSON object is due; fix the line, {_SKIP}")
+        raise _BadDocument("broken JSON", f"{type(record).__name__} instead of a JSON object; fix the line, {_SKIP}")
     if text_key not in record:
         raise _BadDocument("missing key", f"{_missing_key('the line', text_key, list(record))}, {_SKIP}")
     text = record[text_key]
@@ -392,7 +392,7 @@ def _json_text(line: bytes | None, text_key: str) -> tuple[str, bytes]:
 
 
 def _structure_bytes(line: bytes) -> int:
-    """About what a line's JSON takes in memory, besides its text: up to 72 bytes for each string, and for each empty
+    """An estimate of the memory of a line's JSON, besides its text: up to 72 bytes for each string, and for each empty
     list, which is three bytes of the line."""
     outside, strings = re.subn(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', b"", line, flags=re.DOTALL)
     return 72 * strings + 24 * len(outside)
@@ -414,11 +414,11 @@ def _decode(utf8: bytes) -> str:
 
 def _missing_key(what: str, text_key: str, keys: list[str]) -> str:
     has = ", ".join(repr(shown_key(key)) for key in keys[:12]) if keys else "none"
-    return f"no text under {text_key!r} ({what} has {has}); name the one that holds the text by `text_key=…`"
+    return f"no text under {text_key!r} ({what} has {has}); name the one that holds the text with `text_key=…`"
 
 
 def _not_a_string(text_key: str, given: str) -> str:
-    return f"{text_key!r} is {given}, not a string; name another key by `text_key=…`, {_SKIP}"
+    return f"{text_key!r} is {given}, not a string; name another key with `text_key=…`, {_SKIP}"
 
 
 def _txt_chunks(blocks: Iterator[bytes], source: str) -> Iterator[Chunk]:
@@ -444,7 +444,7 @@ def _document_end(text: bytearray) -> int:
 
 
 def _not_strings(kind: Any) -> str:
-    return f"holds {kind}, not strings; name another by `text_key=…`"
+    return f"holds {kind}, not strings; name another with `text_key=…`"
 
 
 def _as_bytes(pa: Any, column: Any, name: str) -> Any:
@@ -468,7 +468,7 @@ def _standard_input() -> BinaryIO:
         raise DataError("standard input is closed; give files or folders, or pipe JSON Lines in")
     try:
         return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
-    except OSError:  # no real file, as where a test stands in for it
+    except OSError:  # not a real file, as in tests
         return sys.stdin.buffer
 
 
@@ -499,8 +499,8 @@ def _read(stream: Any, path: Path) -> bytes:
 
 
 class _Streams:
-    """The streams of an .xz or .bz2 file, one after the other, unpacked with bounded memory; what follows them and is
-    none is an error, not the end."""
+    """The concatenated streams of an .xz or .bz2 file, unpacked with bounded memory; anything else after them is an
+    error, not the end."""
 
     def __init__(self, file: Any, new: Callable[[], Any]) -> None:
         self._file, self._new, self._stream = file, new, new()
@@ -540,14 +540,14 @@ def _pyarrow(path: Path) -> Any:
 
 
 def _split_name(path: Path) -> tuple[str, str]:
-    """File name without its compression, and the compression. Raises DataError for a format that isn't known."""
+    """File name without its compression, and the compression. Raises DataError for an unknown format."""
     name = path.name.lower()
     compression = next((ending for ending in _COMPRESSIONS[1:] if name.endswith(ending)), "")
     stem = name.removesuffix(compression)
     if not _is_pipe(path) and not stem.endswith(_FORMATS):
         raise DataError(
-            f"{path}: is not a {_known_names()} file; rename it if it is one by another name (a .json of one object a "
-            "line is a .jsonl), or pipe JSON Lines in and give - as input"
+            f"{path}: is not a {_known_names()} file; rename it if it is one under another name (a .json with one "
+            "object per line is a .jsonl), or pipe JSON Lines in and give - as input"
         )
     return stem, compression
 
@@ -557,7 +557,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _is_pipe(path: Path) -> bool:
-    """Standard input, a named pipe, or what a shell gives for `<(command)`."""
+    """Standard input, a named pipe, or a shell's `<(command)`."""
     is_descriptor = path == Path("/dev/stdin") or path.parent in (Path("/dev/fd"), Path("/proc/self/fd"))
     return path == STDIN or path.is_fifo() or path.is_char_device() or (is_descriptor and path.exists())
 
@@ -567,11 +567,11 @@ def _known_names() -> str:
 
 
 def _refuse_packed(head: bytes, path: Path) -> None:
-    """DataError where what should be text is something packed."""
+    """DataError if a file that should be text is packed."""
     for begins, what in _PACKED.items():
         if re.match(begins, head, re.DOTALL):
             raise DataError(
-                f"{_name(path)}: holds no text but {what}; unpack it first, or rename the file by what it is "
+                f"{_name(path)}: holds no text but {what}; unpack it first, or rename the file to match "
                 f"({_known_names()})"
             )
 

@@ -1,11 +1,11 @@
 """Byte-level BPE: trained here, loaded from a file of ranks, or one of tiktoken's encodings by name. `Tokenizer.load`
-also finds Hugging Face's tokenizers, of any kind.
+also loads Hugging Face tokenizers of every kind.
 
-A tokenizer file is tiktoken's own: a line per token, base64 bytes and rank, in the order of the ranks 0, 1, 2 …; text
-is cut by `PATTERN` before merging, and `<|endoftext|>` has the id after the last rank. Only where pattern or special
-tokens are others (a saved copy of `gpt2`, say) does a first line `#{"pattern": …, "special_tokens": …}` name them.
+A tokenizer file has tiktoken's format: a line per token, base64 bytes and rank, in the order of the ranks 0, 1, 2 …;
+text is cut by `PATTERN` before merging, and `<|endoftext|>` has the id after the last rank. If pattern or special
+tokens differ (a saved copy of `gpt2`, say), a first line `#{"pattern": …, "special_tokens": …}` gives them.
 
-Special tokens are never read out of text: where a document says "<|endoftext|>", those are ordinary characters.
+Special tokens are never read out of text: "<|endoftext|>" in a document is ordinary characters.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from spt_fast.quantities import amount
 
 EOS = "<|endoftext|>"
 FILE = "tokenizer.tiktoken"
-"""What the tokenizer's file is called in the folder of a run, of weights and of an export."""
+"""The name of the tokenizer's file in the folder of a run, of weights and of an export."""
 
-# How text is cut before merging, in tokenizer files that name no other pattern: the pattern of GPT-4 as rustbpe has it.
+# The pattern that cuts text before merging, in tokenizer files without another one: GPT-4's, as rustbpe has it.
 # Contractions; letters with one leading space or sign; up to three digits; signs with newlines; newlines; spaces.
 PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
@@ -51,7 +51,7 @@ _LETTERS = dict(enumerate(byte_letters()))
 _ALL_KINDS = (
     "Ab don't 日本 naïve e\u0301 1 12345 ²½ $x+y=z_\"#… \t  \u00a0\n\r\n\n \U0001f600\u200d\x00\x7f\ue000 end \n"
 )
-"""Text with characters of every kind, which a pattern must cut without leaving any out."""
+"""Text with characters of every kind, all of which a pattern must match."""
 
 
 class Tokenizer(BaseTokenizer):
@@ -60,7 +60,7 @@ class Tokenizer(BaseTokenizer):
     ranks             {bytes of a token: its id}
     special_tokens    {name: id}
     eos_id            id of <|endoftext|>, unless `load` was told another
-    digest            sha256 of ranks, pattern and special tokens
+    eos_id            id of <|endoftext|>, unless `load` got another token
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> None:
@@ -77,9 +77,9 @@ class Tokenizer(BaseTokenizer):
         """From a file of ranks, a Hugging Face folder or tokenizer.json, or a tiktoken encoding by name ("gpt2",
         "cl100k_base", …).
 
-        eos, bos: the tokens that end and begin each document, where others than the tokenizer's files say; without
-        `bos` none begins it. Raises DataError for a file that doesn't exist or is damaged, an unknown name or token,
-        or an encoding that can't be had.
+        eos, bos: the tokens that end and begin each document, if they differ from the tokenizer's files; without `bos`
+        none begins it. Raises DataError for a file that doesn't exist or is damaged, an unknown name or token, or an
+        encoding that isn't available.
         """
         tokenizer = _found(Path(name_or_path), with_eos=eos is None)
         tokenizer.set_ends(eos, bos)
@@ -112,18 +112,17 @@ class Tokenizer(BaseTokenizer):
                 raise ValueError(f"an id is {MOST_IDS:,} or more")
             if _matches_nothing(pattern):
                 raise ValueError(
-                    "its pattern matches where there is nothing, or drops what it matched (\\K); mend it in the first "
-                    "line"
+                    "its pattern matches the empty string, or drops what it matched (\\K); fix it in the first line"
                 )
             tokenizer = cls(ranks, pattern, special_tokens)
             if tokenizer.decode(tokenizer.encode(_ALL_KINDS)) != _ALL_KINDS:
                 raise ValueError(
-                    "its pattern leaves text out: a match must begin where the one before it ends; mend it in the "
+                    "its pattern leaves text out: a match must begin where the previous one ends; fix it in the "
                     "first line"
                 )
             return tokenizer
         except BaseException as error:
-            if not isinstance(error, _DAMAGE) and type(error).__name__ != "PanicException":  # tiktoken's own
+            if not isinstance(error, _DAMAGE) and type(error).__name__ != "PanicException":  # tiktoken's panic
                 raise
             raise DataError(
                 f"{source}: is damaged, or not a file of tiktoken ranks ({error}); copy it again, or train another one "
@@ -135,7 +134,7 @@ class Tokenizer(BaseTokenizer):
         names = tiktoken.list_encoding_names()
         if name not in names:
             near = nearest(name, names)
-            expected = f"give a file of ranks or a tiktoken encoding; {near} A Hugging Face folder goes by its path"
+            expected = f"give a file of ranks or a tiktoken encoding; {near} Name a Hugging Face folder by its path"
             raise DataError(invalid("tokenizer", name, expected), argument=True)
         encoding = _get_encoding(name)
         if EOS not in encoding._special_tokens:
@@ -143,7 +142,7 @@ class Tokenizer(BaseTokenizer):
         return cls(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
 
     def _check_hf(self, source: str) -> None:
-        """DataError where an export could not express the pattern: better now than at the end of a training."""
+        """DataError if an export could not express the pattern: better before training than after it."""
         if self.pattern == PATTERN:
             return
         import tokenizers
@@ -153,7 +152,7 @@ class Tokenizer(BaseTokenizer):
         except Exception as error:  # tokenizers raises Exception itself
             raise DataError(
                 f"{source}: Hugging Face's tokenizers cannot read its pattern ({error}), so that the trained "
-                "model could not be exported; write it without what only tiktoken knows"
+                "model could not be exported; write it without syntax that only tiktoken knows"
             ) from None
 
     def to_bytes(self) -> bytes:
@@ -165,7 +164,7 @@ class Tokenizer(BaseTokenizer):
         self.save(Path(folder, FILE))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a tokenizer file, atomically. Raises DataError where that can't be done."""
+        """Write a tokenizer file, atomically. Raises DataError if that fails."""
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,9 +181,9 @@ class Tokenizer(BaseTokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of a text, uint32 [tokens], without special tokens.
 
-        Text over 100,000 characters is encoded in pieces. Ids are the same as those of the whole except where such a
-        piece holds no letter or digit followed by white space or punctuation, in half its length: there it is cut
-        anyhow. Raises DataError for half a surrogate pair, which has no UTF-8.
+        Text over 100,000 characters is encoded in pieces, which are cut between a letter or digit and white space or
+        punctuation, and give the ids of the whole. If half of a piece has no such place, it is cut anyway, and ids may
+        differ. Raises DataError for half a surrogate pair, which has no UTF-8.
         """
         try:
             return encode_ordinary(self._encoding, pieces(text))
@@ -192,7 +191,7 @@ class Tokenizer(BaseTokenizer):
             raise DataError(f"text holds half a surrogate pair at character {error.start}: fix it") from None
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Text of ids, special tokens included; U+FFFD for what isn't UTF-8. Raises DataError for unknown ids."""
+        """Text of ids, special tokens included; U+FFFD for bytes that aren't UTF-8. DataError for unknown ids."""
         try:
             return self._encoding.decode(list(ids))
         except KeyError as error:
@@ -205,7 +204,7 @@ class Tokenizer(BaseTokenizer):
         """Write tokenizer.json and tokenizer_config.json, for transformers' AutoTokenizer, and the ranks beside them.
 
         Ids and decoding are the same, but special tokens *are* read out of text, as usual there, and the token that
-        begins documents, where one does, is put before a text.
+        begins documents, if there is one, is put before a text.
         """
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, processors
@@ -240,12 +239,12 @@ class Tokenizer(BaseTokenizer):
 
 
 def _name(token: bytes) -> str:
-    """What Hugging Face calls a token."""
+    """Hugging Face's name of a token."""
     return token.decode("latin-1").translate(_LETTERS)
 
 
 def rebuilt(data: bytes) -> BaseTokenizer:
-    """The tokenizer whose `to_bytes` gave this."""
+    """The tokenizer that `to_bytes` serialised."""
     return HFTokenizer.rebuilt(data) if data.startswith(hf_tokenizer.SENT) else Tokenizer.from_bytes(data)
 
 
@@ -261,9 +260,9 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE of `vocab_size` ids, <|endoftext|> included, and save it at `out`.
 
-    It reads the first documents of every file, `sample_bytes` of text in all where the inputs are larger, shared evenly
-    (what short files leave goes to the longer ones): equal inputs, equal tokenizer. Raises DataError for unreadable
-    inputs, and for a vocabulary that is below 257 (256 bytes and <|endoftext|>) or too large for the text.
+    It reads the first documents of every file: all of the text, or `sample_bytes` if the inputs are larger, shared
+    evenly (longer files use what short ones leave). Equal inputs give equal tokenizers. Raises DataError for unreadable
+    inputs, and for a vocabulary below 257 (256 bytes and <|endoftext|>) or too large for the text.
     """
     if vocab_size < 257:
         raise DataError(invalid("vocab_size", vocab_size, f"at least 257 (256 bytes and {EOS})"), argument=True)
@@ -278,7 +277,7 @@ def train_tokenizer(
         trainer.train_from_iterator(texts, vocab_size - 1, buffer_size=256, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - 1:
-        expected = f"this text yields at most {len(ranks) + 1} ids; ask for no more, or give more text"
+        expected = f"this text yields at most {len(ranks) + 1} ids; request fewer, or give more text"
         raise DataError(invalid("vocab_size", vocab_size, expected), argument=True)
     tokenizer = Tokenizer(ranks, PATTERN, {EOS: len(ranks)})
     _check_unused(Path(out), tokenizer)
@@ -287,7 +286,7 @@ def train_tokenizer(
 
 
 def _check_unused(out: Path, new: Tokenizer) -> None:
-    """DataError where datasets lie beside the tokenizer at `out` that are of it, and `new` is another."""
+    """DataError if datasets beside the tokenizer at `out` use it, and `new` is another one."""
     from spt_fast.data.shards import datasets_in
 
     if not out.exists() or out.stat().st_size == 0:
@@ -303,7 +302,7 @@ def _check_unused(out: Path, new: Tokenizer) -> None:
 
 
 def _found(path: Path, *, with_eos: bool) -> BaseTokenizer:
-    """with_eos: whether it matters what the files say ends a document."""
+    """with_eos: whether the files must be read for the token that ends a document."""
     if path.is_dir() and not (path / FILE).exists():
         return HFTokenizer.load(path, with_eos)
     if path.is_dir():
@@ -320,13 +319,13 @@ def _found(path: Path, *, with_eos: bool) -> BaseTokenizer:
     if path.suffix not in (".tiktoken", ".json", ".model", ".txt") and (remedy := download(path)):
         raise DataError(f"tokenizer: there is no folder {path} here; {remedy}", argument=True)
     if path.suffix or len(path.parts) != 1 or path.exists():
-        missing = f"tokenizer: file {path} doesn't exist; make one with `spt-fast tokenizer train`"
+        missing = f"tokenizer: file {path} doesn't exist; create one with `spt-fast tokenizer train`"
         raise DataError(missing, argument=True)
     return Tokenizer._named(str(path))
 
 
 def check_alike(ours: BaseTokenizer, folder: Path) -> None:
-    """DataError where the tokenizer.json of a folder is of another tokenizer than `ours`, its ranks."""
+    """DataError if the tokenizer.json of a folder differs from `ours`, its ranks."""
     if not isinstance(ours, Tokenizer) or not (folder / HF_FILE).exists():
         return
     theirs = HFTokenizer.load(folder, with_eos=False)
@@ -358,8 +357,8 @@ def _sample(inputs: Inputs, text_key: str, skip_bad: bool, sample_bytes: int) ->
 
 @contextmanager
 def _shown(sample: Iterator[str], title: str, *, show: bool) -> Iterator[Iterator[str]]:
-    """The pieces, and on standard error how many characters were read."""
-    from spt_fast.progress import Line, Screen  # rich is not for workers, which import this module
+    """The pieces; the number of characters read is shown on standard error."""
+    from spt_fast.progress import Line, Screen  # workers import this module and don't need rich
 
     def texts() -> Iterator[str]:
         read = 0
@@ -374,10 +373,10 @@ def _shown(sample: Iterator[str], title: str, *, show: bool) -> Iterator[Iterato
 
 
 def _matches_nothing(pattern: str) -> bool:
-    """Whether it may match no character, as `\\b`, `(?=x)` and `x\\K` do, which tiktoken's engine does not survive;
-    False where Python's can't say."""
+    """Whether it can match the empty string, as `\\b`, `(?=x)` and `x\\K` do, which crashes tiktoken's engine; False if
+    Python's engine can't tell."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what Python may read otherwise one day
+        with warnings.catch_warnings(action="ignore"):  # future changes of Python's syntax
             parsed = re._parser.parse(re.sub(r"\\[pP]\{\^?[\w=]*\}", r"\\w", pattern))  # type: ignore[attr-defined]
         return bool(parsed.getwidth()[0] == 0)
     except re.error:
@@ -389,7 +388,7 @@ def _header(pattern: str, special_tokens: dict[str, int]) -> bytes:
 
 
 def _get_encoding(name: str) -> tiktoken.Encoding:
-    """tiktoken's encoding, from its cache or the network, waiting a minute at most."""
+    """tiktoken's encoding, from its cache or the network, within a minute."""
     result: list[Any] = []
 
     def fetch() -> None:
@@ -412,7 +411,7 @@ def _get_encoding(name: str) -> tiktoken.Encoding:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens that is a token, lowest rank first: tiktoken merges by the rank of what comes out."""
+    """Every pair of tokens that is a token, lowest rank first: tiktoken merges by the rank of the result."""
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         splits = ((token[:at], token[at:]) for at in range(1, len(token)))
@@ -424,5 +423,5 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _oniguruma(pattern: str) -> str:
-    """The pattern for Hugging Face's regex engine, where {1,3}+ isn't possessive and $ matches before any newline."""
+    """The pattern for Hugging Face's regex engine: there {1,3}+ isn't possessive, and $ matches before any newline."""
     return re.sub(r"(?<!\\)\$", r"\\z", re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern))

@@ -1,6 +1,6 @@
-"""How often any token, document or source was seen, from the functions that chose the windows themselves.
+"""How often any token, document or source was read, computed by the functions that choose the windows.
 
-A *visit* of a token is its being read as an input; the last token that a window reads is a target only.
+A *visit* of a token is one reading of it as an input; the last token of a window is a target only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _STRETCH_WINDOWS = 1 << 20
 
 @dataclass(frozen=True)
 class Visits:
-    """Of a stretch of a source: its tokens, the visits to all of them, and the fewest and most of any one."""
+    """Visits of a stretch of a source: its tokens, the total of their visits, and the fewest and most of any one."""
 
     tokens: int
     token_visits: int
@@ -26,11 +26,11 @@ class Visits:
 
 
 def document_visits(read: Sequence[tuple[Ring, int]], start: int, end: int) -> Visits:
-    """Visits of tokens [start, end) of a source by what was `read` of it: of each of its rings, which differ in the
-    length of their windows, the first so many of the endless repetition.
+    """Visits of tokens [start, end) of a source by `read`: for each of its rings, one per window length, the number of
+    windows read from the endless repetition.
 
-    Exact, and cheap at any count: whole epochs in closed form; of the last, unfinished one, the windows that touch the
-    stretch are asked for their places in its order. Time grows with end - start alone, memory doesn't.
+    Exact, and cheap at any count: whole epochs in closed form; in the last, unfinished one, only the windows that touch
+    the stretch are looked up in its order. Time grows only with end - start; memory is constant.
     """
     assert all(0 <= start <= end <= ring.num_tokens for ring, _ in read)
     stretch_tokens = _STRETCH_WINDOWS * min(ring.context for ring, _ in read)
@@ -45,7 +45,7 @@ def document_visits(read: Sequence[tuple[Ring, int]], start: int, end: int) -> V
 
 def _visits(read: Sequence[tuple[Ring, int]], start: int, end: int) -> Visits:
     """Sweep over the places where the number of visits changes. start < end."""
-    everywhere = -1  # the sweep's two ends are a visit that is taken off here
+    everywhere = -1  # the sweep's two ends add a visit that is subtracted here
     rises, falls = [np.array([start])], [np.array([end])]
     for ring, count in read:
         epoch, drawn = divmod(count, ring.windows_per_epoch)
@@ -54,7 +54,7 @@ def _visits(read: Sequence[tuple[Ring, int]], start: int, end: int) -> Visits:
         if rest > start:  # whole epochs visited [0, rest) once more than the other tokens
             rises.append(np.array([start]))
             falls.append(np.array([min(rest, end)]))
-        first = ring.epoch_start(epoch)  # of the unfinished epoch, whose windows lie end to end at most once around
+        first = ring.epoch_start(epoch)  # the unfinished epoch's windows are contiguous and go at most once around
         for copy in (0, ring.num_tokens):
             low, high = max(start + copy - first, 0), end + copy - first
             windows = np.arange(low // ring.context, min(-(-high // ring.context), ring.windows_per_epoch))

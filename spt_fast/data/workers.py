@@ -1,13 +1,13 @@
 """Worker processes that parse and encode: batches of chunks go in, arrays of ids come out, in the same order.
 
-A worker is a fresh interpreter that imports NumPy and tiktoken (or tokenizers) only, and talks in frames over its
-standard input and output: raw buffers behind a JSON header, nothing pickled. It needs no fork (safe beside torch's
+A worker is a fresh interpreter that imports only NumPy and tiktoken (or tokenizers), and communicates in frames over
+its standard input and output: raw buffers behind a JSON header, nothing pickled. It needs no fork (safe beside torch's
 threads), doesn't run the caller's main module again, ignores Ctrl-C, and ends when its input does, however its parent
 died.
 
-In the parent one thread a worker waits on those pipes, and one more reads ahead. The text under way, read and not yet
-taken as ids, is bounded by AHEAD_BYTES a worker (or is a single document). That one thread is what limits many cores:
-at 17 MB/s a worker, a .gz feeds about a dozen of them, a .zst twenty, plain text and Parquet more than 64.
+In the parent one thread per worker waits on those pipes, and one more reads ahead. The text in flight, read and not yet
+returned as ids, is bounded by AHEAD_BYTES per worker (or is a single document). The reading thread limits many cores:
+at 17 MB/s per worker, a .gz keeps about a dozen busy, a .zst twenty, plain text and Parquet more than 64.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _HASH_PERSON = b"spt held-out"
 
 @dataclass(frozen=True)
 class Settings:
-    """hashed: whether each document's text is hashed, to tell the held-out ones."""
+    """hashed: whether each document's text is hashed, for the held-out split."""
 
     text_key: str
     skip_bad: bool
@@ -51,7 +51,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """read_bytes: what had been read of the input files (as they lie on disk) when this batch was complete."""
+    """read_bytes: how much of the input files (as they are on disk) had been read when this batch was complete."""
 
     chunks: list[Chunk]
     read_bytes: int
@@ -68,9 +68,9 @@ class Encoded:
     tokens            uint16 or uint32 [tokens], the ids that begin and end each document included
     document_lengths  int64 [documents], in tokens
     document_bytes    int64 [documents], UTF-8 bytes of the text
-    hashes            uint64 [documents], of the text without its white space (ASCII); empty where none was asked for
+    hashes            uint64 [documents], of the text without its white space (ASCII); empty unless requested
     skipped           documents left out, by kind
-    ends_inside       documents whose text itself names the token that ends documents, where such are read out of text
+    ends_inside       documents whose text contains the token that ends documents, if such tokens are read out of text
     """
 
     tokens: np.ndarray
@@ -90,10 +90,9 @@ class Encoded:
 
 
 class EncoderPool:
-    """`workers` processes that encode. A context manager: leaving it ends them at once, whatever they are doing.
+    """`workers` processes that encode. A context manager: leaving it ends them at once, even while they work.
 
-    starting: how many are started at once, so that they come up while the tokenizer is made ready; others as they are
-    needed.
+    starting: how many are started at once, while the tokenizer is prepared; others start when they are needed.
     """
 
     def __init__(self, tokenizer: BaseTokenizer, settings: Settings, workers: int, *, starting: int = 0) -> None:
@@ -108,10 +107,10 @@ class EncoderPool:
         self._changed = threading.Condition()
 
     def encode(self, batches: Iterable[TextBatch]) -> Iterator[tuple[TextBatch, Encoded]]:
-        """Encodes batches, which are read ahead on another thread, and yields them in their order.
+        """Encodes batches, read ahead on another thread, and yields them in order.
 
-        Raises, at the place of the batch in question, what reading it raised, DataError for a bad document, and
-        DataError when a worker dies.
+        Raises, in place of the batch in question, what reading it raised, DataError for a bad document, and DataError
+        when a worker dies.
         """
         ends = {"eos_id": self._tokenizer.eos_id, "bos_id": self._tokenizer.bos_id}
         self._setup = ({"settings": asdict(self._settings), "ends": ends}, [self._tokenizer.to_bytes()])
@@ -161,7 +160,7 @@ class EncoderPool:
             ) from None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """This thread's own worker process."""
+        """This thread's worker process."""
         with self._changed:
             if self._closed:
                 raise EOFError
@@ -191,7 +190,7 @@ class EncoderPool:
 
 
 def encode_chunks(chunks: Iterable[Chunk], tokenizer: BaseTokenizer, settings: Settings) -> Encoded:
-    """What a worker does: parse, encode, and add the ids that begin and end a document."""
+    """The worker's main loop: parse, encode, and add the ids that begin and end a document."""
     tokens: list[np.ndarray] = []
     lengths: list[int] = []
     sizes: list[int] = []
@@ -201,7 +200,7 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: BaseTokenizer, settings: S
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     bos, eos = (np.array([] if id_ is None else [id_], dtype) for id_ in (tokenizer.bos_id, tokenizer.eos_id))
     for chunk in chunks:
-        # All are parsed before any is encoded: taking turns costs 2% of the time, in cache misses.
+        # All are parsed before any is encoded: alternating costs 2% of the time, in cache misses.
         for text, utf8 in list(parse(chunk, settings.text_key, skip_bad=settings.skip_bad, skipped=skipped)):
             ids = tokenizer.encode_array(text)
             if not len(ids):
@@ -224,7 +223,7 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: BaseTokenizer, settings: S
 
 
 def hash_of(utf8: bytes) -> int:
-    """64 bits of a document's text, in which white space (ASCII) doesn't count."""
+    """A 64-bit hash of a document's text without its white space (ASCII)."""
     digest = hashlib.blake2b(utf8.translate(None, _WHITE_SPACE), digest_size=8, person=_HASH_PERSON).digest()
     return int.from_bytes(digest, "little")
 
@@ -237,7 +236,7 @@ def _start_worker() -> subprocess.Popen[bytes]:
         [sys.executable, "-P", "-m", __name__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C is for the parent
+        start_new_session=True,  # so that only the parent gets Ctrl-C
         env={**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(paths)},
     )
 
@@ -304,5 +303,5 @@ def _read_all(pipe: Any, size: int) -> bytes:
 
 if __name__ == "__main__":
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else prints, prints elsewhere
+    os.dup2(2, 1)  # other prints go to standard error
     _serve(sys.stdin.buffer, replies)

@@ -7,6 +7,6 @@ import sys
 from spt_fast.cli import main
 
 if __name__ == "__main__":
-    # The deepspeed launcher adds --local_rank=N to what LOCAL_RANK says already.
+    # The deepspeed launcher adds --local_rank=N although LOCAL_RANK is set.
     sys.argv = ["spt-fast", "train", *(word for word in sys.argv[1:] if not word.startswith("--local_rank="))]
     main()

@@ -1,8 +1,8 @@
-"""What a run has read, computed from the same functions that fed it.
+"""What a run has read, computed by the functions that chose its data.
 
-A visit is a token read as an input. In a phase with a grid the kept arm's reading counts, as it is what the weights
-saw; in a phase that stopped early, every step until it stopped. A run that is not finished is audited up to its newest
-whole checkpoint.
+A visit is a token read as an input. A phase with a grid counts the kept arm only, since its weights are the result; a
+phase that stopped early counts every step until it stopped. An unfinished run is audited up to its newest whole
+checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from spt_fast.train.weights import read_config
 
 @dataclass(frozen=True)
 class SourceReading:
-    """What a run has read of a source; visits are the fewest and most of any of its tokens."""
+    """What a run has read of a source; visits are the fewest and most of any one of its tokens."""
 
     windows: int
     tokens: int
@@ -38,7 +38,7 @@ class SourceReading:
 
 
 def audit_run(run: Path, source: str | None = None) -> dict[str, SourceReading]:
-    """What was read, by source; of `source` alone where it is given. Raises DataError where the run has no such one."""
+    """What was read, by source, or of `source` only. Raises DataError if the run has no such source."""
     reading = _reading_of(run)
     readings = {}
     for name, read in ({source: _read(run, reading, source)} if source else reading.read).items():
@@ -54,16 +54,15 @@ def audit_run(run: Path, source: str | None = None) -> dict[str, SourceReading]:
 
 
 def audit_document(run: Path, source: str | None, document: int) -> Visits:
-    """`document` counts within the source's dataset, from 0. Raises DataError for a source or document that isn't
-    there."""
+    """`document` counts within the source's dataset, from 0. Raises DataError for an unknown source or document."""
     if source is None:
-        raise DataError("document: counts within a source; name it by `source=…`", argument=True)
+        raise DataError("document: counts within a source; name it with `source=…`", argument=True)
     reading = _reading_of(run)
     read, data = _read(run, reading, source), reading.texts.get(source)
     if data is None:
         path = recipe_of(run).sources[source].train
         raise DataError(
-            f"sources.{source}.train: {path}, which says where documents end, has gone or is damaged; put it back"
+            f"sources.{source}.train: {path}, which holds the document ends, is missing or damaged; put it back"
         )
     ends = data.document_ends
     if ends is None:
@@ -78,7 +77,7 @@ def audit_document(run: Path, source: str | None, document: int) -> Visits:
 
 
 def print_audit(run: Path, readings: Mapping[str, SourceReading], console: Console) -> None:
-    """A row by source."""
+    """Print a row for each source."""
     columns = [column.name for column in fields(SourceReading)]
     print_table(
         console, str(run), ["source", *columns], [[name, *vars(reading).values()] for name, reading in readings.items()]
@@ -96,14 +95,14 @@ class _Reading:
     """How far a run has read."""
 
     read: dict[str, list[tuple[Ring, int]]]
-    """By source, of each length of windows how many."""
+    """Windows read, by source and by window length."""
     texts: dict[str, TokenDataset]
-    """By source, those that are still there."""
+    """The datasets by source, as far as they still exist."""
 
 
 def _reading_of(run: Path) -> _Reading:
-    """From what the run has recorded. DataError for text that isn't what it has read, and for text that has gone and of
-    which an earlier version recorded too little."""
+    """From the run's records. DataError if the text is not the text that was read, or if it is missing and an earlier
+    version recorded too little."""
     recipe, summary = recipe_of(run), summary_of(run)
     read = {source: dict[int, int]() for source in recipe.sources}
     if summary and summary["status"] == "done":
@@ -129,7 +128,7 @@ def _reading_of(run: Path) -> _Reading:
             read[source][phase.window(context)] = end
     for name, source in recipe.sources.items():
         if name not in tokens and name not in texts:
-            raise DataError(f"sources.{name}.train: {source.train} has gone or is damaged; put it back")
+            raise DataError(f"sources.{name}.train: {source.train} is missing or damaged; put it back")
     held = {name: tokens[name] if name in tokens else texts[name].num_tokens for name in recipe.sources}
     first = recipe.phases[0].window(context)
     return _Reading(

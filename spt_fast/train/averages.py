@@ -1,6 +1,6 @@
-"""The runs that a run makes besides itself: they differ from it in `average` alone, and have its training in common.
+"""Further runs from one training: they differ only in `average`.
 
-metrics.jsonl of the run has the losses of all these averages; each of the others gets its own part of it.
+metrics.jsonl of the run has the losses of all these averages; each of the other runs gets its own part of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METRICS = "metrics.jsonl"
 
 
 def of_average(arm: ArmResult, found: Evaluation) -> ArmResult:
-    """What an arm reached, with the losses of another average."""
+    """The result of an arm, with the losses of another average."""
     losses, diverged = found.losses, not all(map(math.isfinite, arm.training.values()))
     return replace(
         arm,
@@ -40,7 +40,7 @@ def of_average(arm: ArmResult, found: Evaluation) -> ArmResult:
 
 
 def arms_of(run: Path, arms: Sequence[ArmResult], other: Averaged) -> list[ArmResult]:
-    """The finished arms of a run, with the losses of another average; without those whose losses were not recorded."""
+    """The finished arms of a run, with the losses of another average; only those whose losses were recorded."""
     found = {
         record["arm"]: Evaluation(record["step"], _losses(record), record["standard_errors"])
         for record in _records(run)
@@ -62,7 +62,7 @@ def _losses(record: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def kept(other: Averaged) -> str:
-    """What the snapshot of its best arm is called."""
+    """The name of the snapshot of its best arm."""
     return f"kept-{other.share.numerator}-of-{other.share.denominator}"
 
 
@@ -75,15 +75,15 @@ def is_best(
     found: Evaluation,
     arms: Sequence[ArmResult],
 ) -> bool:
-    """Whether what an arm reached is better by another average, of which losses were found, than all arms before it."""
+    """Whether an arm's result with another average, whose losses were found, is better than all arms before it."""
     mine = standing(of_average(reached, found), phase)
     before = world.on_first(lambda: arms_of(run, arms, other))
     return all(mine < standing(theirs, phase) for theirs in before)
 
 
 def result(run: Path, world: World, other: Averaged, own: PhaseResult, phase: Phase) -> PhaseResult | None:
-    """Of the phase by another average. None where that run was begun by itself, or its weights are no result, as it
-    will find out by itself."""
+    """The phase with another average. None if that run was started separately, or if its weights are no result, which
+    it then reports itself."""
     if world.on_first(lambda: Path(other.run).exists()):
         return None
     arms = world.on_first(lambda: arms_of(run, own.grid, other))
@@ -94,18 +94,18 @@ def result(run: Path, world: World, other: Averaged, own: PhaseResult, phase: Ph
 
 
 def begin(other: Averaged, phase: Phase, world: World) -> Path:
-    """Where the weights of the other run go."""
+    """The weights folder of the other run."""
     world.on_first(lambda: shutil.rmtree(_unfinished(other), ignore_errors=True))
     return _unfinished(other) / "weights" / phase.name
 
 
 def _unfinished(other: Averaged) -> Path:
-    """Where its folder is written, until it is whole."""
+    """The temporary folder in which its folder is written."""
     return Path(f"{other.run}.unfinished")
 
 
 def finish(run: Path, world: World, other: Averaged, facts: Mapping[str, Any]) -> None:
-    """Complete the folder of the other run, which holds its weights already."""
+    """Complete the folder of the other run, which already holds its weights."""
     world.on_first(lambda: _finish(run, other, facts))
 
 

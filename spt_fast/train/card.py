@@ -1,4 +1,4 @@
-"""The model card of an export: what is known of the weights, as README.md with the header that model hubs read."""
+"""The model card of an export: everything known of the weights, as README.md with the header that model hubs read."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ With spt_fast: `spt-fast generate FOLDER`, `spt-fast eval FOLDER --data PREFIX`,
 
 
 def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype, begin: str | None = None) -> str:
-    """In Markdown. begin: the token that began documents, where the tokenizer's files don't put it before a text. The
-    field for the licence is left to the user."""
+    """The card in Markdown. begin: the token that began documents, if the tokenizer's files don't put it before a text.
+    The licence field is left to the user."""
     shape = f"{parameters(config):,} parameters ({family_of(config)}), {config.context:,} tokens of context"
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{LICENCE}\n---",
@@ -54,14 +54,16 @@ def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype,
 
 
 def _making(of: Origin | Part) -> list[str]:
-    """Sections: the training, or of an average its models and the training of each."""
+    """Sections on the training; for an average, on its models and the training of each."""
     name = f" of {_code(of.path)}" if isinstance(of, Part) else ""
     found = []
     if of.merged:
         rows = [[_code(part.path), part.share, f"`{part.digest}`"] for part in of.merged]
-        found.append(f"## Average{name}\n\nOf the weights of:\n\n{_table(['model', 'share', 'digest'], rows)}")
+        found.append(
+            f"## Average{name}\n\nThe average of these weights:\n\n{_table(['model', 'share', 'digest'], rows)}"
+        )
     if of.history or not of.merged:
-        training = _training(of.history) if of.history else "It is not recorded here."
+        training = _training(of.history) if of.history else "Not recorded."
         found.append(f"## Training{name}\n\n{training}")
     return [*found, *(section for part in of.merged for section in _making(part))]
 
@@ -95,7 +97,7 @@ def _training(history: History) -> str:
         [
             f"Base: {base}.",
             _table(["phase", "tokens", "mixture", "learning rate", "optimizer", "kept near the start by"], phases),
-            "Loss on held-out text, nats per token ± its standard error, of the weights that each phase handed on:",
+            "Loss on held-out text, in nats per token ± its standard error, of the weights at the end of each phase:",
             _table(["phase", "source", "loss"], losses),
             "Data, by the digests of its token datasets:",
             _table(["source", "dataset", "digest"], data),
@@ -115,7 +117,7 @@ def _loss(loss: float | None, error: float | None) -> str:
 
 
 def _text(name: str) -> str:
-    """A name as it is, without what would be markup."""
+    """A name with its markup escaped."""
     return re.sub(r"[\\`*~<>\[\]]", r"\\\g<0>", name)
 
 

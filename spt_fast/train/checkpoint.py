@@ -1,18 +1,18 @@
-"""Checkpoints: whole or not there, and the same whatever wrote them.
+"""Checkpoints: complete or absent, and independent of the engine and number of processes that wrote them.
 
-A checkpoint is a folder `step-<total steps>-p<phase>-a<arm>`, by exactly this name and the same one in its manifest;
-whatever else lies beside it, such as a copy that a user made, is left alone:
+A checkpoint is a folder `step-<total steps>-p<phase>-a<arm>`; its manifest has the same name. Other folders beside it,
+such as a copy that a user made, are left alone:
 
-    state.json                      where the run stands: plain data
+    state.json                      the state of the run: plain data
     current-<process>.safetensors   fp32 weights, moments and step count: whole tensors, those that this process wrote
     start|best|kept-<process>.safetensors   snapshots that an anchor, an average, early stopping or a grid needs
     manifest.json                   bytes and sha256 of every file, and of the manifest itself
 
-Which process wrote a tensor, and how many there were, doesn't matter to a reader: any number of processes, any
-engine and any ZeRO stage goes on from the same folder. On several hosts it must be on a file system that all share.
+Readers don't depend on which process wrote a tensor, or how many there were: any number of processes, any engine and
+any ZeRO stage can resume from the same folder. With several hosts it must be on a shared file system.
 
-Everything is written to a temporary folder and synced, the manifest last, and the folder is renamed into place: a
-crash at any moment leaves the older checkpoints and no half of a new one. Reading checks every hash; nothing is
+Everything is written to a temporary folder and synced, the manifest last, and the folder is renamed into place. A
+crash at any moment leaves the older checkpoints and no partial new one. Reading checks every hash; nothing is
 pickled.
 """
 
@@ -48,7 +48,7 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint, and why newer ones were passed over."""
+    """A whole checkpoint, and why newer ones were skipped."""
 
     path: Path
     state: dict[str, Any]
@@ -80,8 +80,8 @@ class OtherFormat(CheckpointError):
 class Writer:
     """Writes the checkpoints of a run, one at a time, while training goes on; each process writes its part.
 
-    `save` and `finish` are collective. What goes wrong with one checkpoint is known at the next call: `save` then waits
-    for its own, and raises CheckpointError where that fails too; `finish` raises.
+    `save` and `finish` are collective. The failure of one checkpoint is reported by the next call: `save` then waits
+    for its own, and raises CheckpointError if that fails too; `finish` raises.
     """
 
     def __init__(self, folder: Path, world: World, retention: Retention) -> None:
@@ -92,9 +92,9 @@ class Writer:
     def save(
         self, name: str, state: Mapping[str, Any], snapshots: Mapping[str, Snapshot], *, best: bool = False
     ) -> str | None:
-        """Begin to write checkpoint `name`; the tensors must not change any more. `best`: it takes that place.
+        """Begin to write checkpoint `name`; the tensors must not change any more. `best`: it becomes the best one.
 
-        Returns what went wrong with the one before, where something did and this one is whole.
+        Returns the failure of the previous checkpoint, if it failed and this one is whole.
         """
         failed = next(filter(None, self._world.exchange(str(self._outcome() or ""))), None)
         self._world.on_first(lambda: self._make_room(name))
@@ -106,7 +106,7 @@ class Writer:
         return failed
 
     def is_writing(self) -> bool:
-        """Whether this process still writes its part. Not collective."""
+        """Whether this process is still writing its part. Not collective."""
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> None:
@@ -114,7 +114,7 @@ class Writer:
         self._world.agree(self._outcome())
 
     def _outcome(self) -> CheckpointError | None:
-        """What went wrong with this process's part of the last checkpoint, once it is over."""
+        """The failure of this process's part of the last checkpoint, after it has ended."""
         if self._thread is not None:
             self._thread.join()
         self._thread, error, self._error = None, self._error, None
@@ -142,7 +142,7 @@ class Writer:
             mine = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in written}
             for path in written:
                 sync(path)
-        except Exception as error:  # whatever it is, the others must hear of it
+        except Exception as error:  # any error must reach the other processes
             mine = str(error) or repr(error)
         try:
             files: dict[str, Any] = {}
@@ -184,7 +184,7 @@ class Writer:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a crash left among the checkpoints; nobody else may be writing there."""
+    """Remove what a crash left among the checkpoints; no other process may be writing there."""
     for path in folder.iterdir() if folder.exists() else ():
         if is_temporary(path) and CHECKPOINT.fullmatch(path.name[1:-4]):
             shutil.rmtree(path)
@@ -193,7 +193,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first; CheckpointError where there are none."""
+    """The checkpoint folders of a run, oldest first; CheckpointError if there are none."""
     found = listed(run / "checkpoints")
     if not found:
         raise CheckpointError(f"{run}: holds no checkpoints; give the folder of a run that has written one")
@@ -201,7 +201,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def verdicts_of(run: Path) -> dict[str, str]:
-    """By checkpoint, `WHOLE` or what is damaged. CheckpointError where there are none."""
+    """By checkpoint, `WHOLE` or the damage. CheckpointError if there are none."""
     verdicts = {}
     for path in checkpoints_of(run):
         try:
@@ -213,7 +213,7 @@ def verdicts_of(run: Path) -> dict[str, str]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state of one checkpoint, every hash of it checked. CheckpointError says what is damaged."""
+    """The state of one checkpoint, after a check of every hash. CheckpointError names the damage."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         stated = manifest.pop("sha256", None)
@@ -245,8 +245,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, world: World = ALONE) -> dict[str, Snapshot]:
-    """By kind, this process's part of the tensors of a checkpoint that `read` found whole; in its files until they are
-    asked for, so only as long as it exists."""
+    """By kind, this process's part of the tensors of a checkpoint that `read` found whole. They are read from its files
+    when needed, so the files must stay."""
     places: dict[str, dict[str, tuple[Path, Tensor]]] = {}
     for file in sorted(path.glob("*.safetensors")):
         held = {name: (file, like) for name, like in contents(file).items()}
@@ -265,10 +265,10 @@ def _stored(places: Mapping[str, tuple[Path, Tensor]]) -> Stored:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; None where there is none at all.
+    """The newest whole checkpoint; None if there is none at all.
 
-    Raises CheckpointError where checkpoints exist and every one is damaged, and OtherFormat for one that is not damaged
-    but of another version.
+    Raises CheckpointError if checkpoints exist and all are damaged, and OtherFormat for one that is intact but of
+    another version.
     """
     skipped: dict[Path, str] = {}
     for path in reversed(listed(folder)):
@@ -286,7 +286,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
-    """Rename damaged checkpoints to damaged-<name>, so that they are neither read nor counted again."""
+    """Rename damaged checkpoints to damaged-<name>, so that they are not read or counted again."""
     for path in damaged:
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a plan does that is likely a mistake, with its number: said by `plan`, the dry run and the log, and done."""
+"""Warnings about likely mistakes in a plan, with figures. `plan`, the dry run and the log print them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens, evaluation_
 from spt_fast.train.plan import Plan
 
 FEW_DOCUMENTS = 30
-"""One of fewer may move a loss by more than a mixture does."""
+"""With fewer, one document may change a loss more than a mixture does."""
 MOST_EPOCHS = 40
-"""Beyond about so many, repeated text teaches nothing more (arXiv 2305.16264)."""
+"""Beyond about this many epochs, repeated text teaches nothing more (arXiv 2305.16264)."""
 
 
 def doubts(plan: Plan) -> list[str]:
-    """Warnings: text repeated beyond reason, a limit that is less than a document, evaluations that cost more than the
-    training, losses of little text or of text that is trained on, a rate that jumps where a schedule is carried on, a
-    source that windows of another length begin anew."""
+    """Warnings: text repeated too often, a limit smaller than a document, evaluations that cost more than the training,
+    losses on little text or on training text, a rate that jumps in a continued schedule, a source that is started again
+    by windows of another length."""
     found = (_limits, _repetitions, _evaluations, _thin_texts, Plan.leaks, _jumps, _begun_anew)
     return [doubt for find in found for doubt in find(plan)]
 
 
 def warn(found: Iterable[str]) -> None:
-    """Say them as Python's warnings are said."""
+    """Issue them as Python warnings."""
     for doubt in found:
         warnings.warn(doubt, SptWarning, stacklevel=3)
 
@@ -76,13 +76,13 @@ def _thin_texts(plan: Plan) -> list[str]:
                 remedy = more if scored < asked // 2 else f"raise the phase's `eval.tokens`, or {more}"
                 found.setdefault(
                     (source, "documents"),
-                    f"sources.{source}.heldout: a half of what is scored has {counted(text.documents, 'document')}, "
+                    f"sources.{source}.heldout: half of what is scored has {counted(text.documents, 'document')}, "
                     f"fewer than {FEW_DOCUMENTS}, so differences below its standard error mean nothing; {remedy}",
                 )
             if scored < asked // 2:
                 found.setdefault(
                     (source, "tokens"),
-                    f"phases[{planned.phase.name}].eval.tokens: asks for {asked:,}, but a half of the held-out text of "
+                    f"phases[{planned.phase.name}].eval.tokens: asks for {asked:,}, but half of the held-out text of "
                     f"{source!r} has {scored:,} tokens; hold out more text",
                 )
     return list(found.values())
@@ -94,8 +94,8 @@ def _jumps(plan: Plan) -> list[str]:
         phase, lr = planned.phase, planned.phase.optimizer.lr
         if phase.schedule.carry_on and peak and lr != peak:
             found.append(
-                f"phases[{phase.name}].optimizer.lr: {lr:g} is the peak of a schedule that is carried on from one of "
-                f"{peak:g}, so the rate jumps to {lr / peak:.3g} of what it was"
+                f"phases[{phase.name}].optimizer.lr: {lr:g} is the peak of a continued schedule, whose peak was "
+                f"{peak:g}, so the rate jumps to {lr / peak:.3g} of its last value"
             )
         peak = None if "lr" in (phase.grid or {}) else lr
     return found
@@ -108,9 +108,9 @@ def _begun_anew(plan: Plan) -> list[str]:
             lengths = before.setdefault(source, set())
             if lengths - {planned.context} and planned.context not in lengths:
                 found.append(
-                    f"phases[{planned.phase.name}].batch.context: windows of {planned.context:,} begin {source!r} "
-                    f"anew after those of {', '.join(f'{n:,}' for n in sorted(lengths))}, so how often any two of its "
-                    "tokens are seen may differ by one more; `audit` counts both"
+                    f"phases[{planned.phase.name}].batch.context: windows of {planned.context:,} start {source!r} "
+                    f"again after those of {', '.join(f'{n:,}' for n in sorted(lengths))}, so the visits of any two of "
+                    "its tokens may differ by one more; `audit` counts both"
                 )
             lengths.add(planned.context)
     return found

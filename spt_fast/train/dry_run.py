@@ -1,8 +1,8 @@
-"""Steps of every phase at their worst, in memory only: what would go wrong in the first minute goes wrong now.
+"""A few steps of every phase in memory, to find the errors of the first minute before a run starts.
 
-A step's peak is that of its second micro-batch, when the first one's gradients are there; with the phase's own untied
-head, anchor and optimizer state, and full windows. Grid arms differ in numbers, not in shapes. The first such step has
-the start-up in it and says whether memory suffices; a second one is timed. Then comes a batch of an evaluation.
+A step's peak memory is that of its second micro-batch, with the gradients of the first; with the phase's own untied
+head, anchor and optimizer state, and full windows. Grid arms differ in numbers, not in shapes. The first step includes
+the start-up and shows whether memory suffices; the second is timed. Then follows a batch of an evaluation.
 """
 
 from __future__ import annotations
@@ -37,27 +37,28 @@ MICRO_BATCHES = 2
 
 @dataclass(frozen=True)
 class Trial:
-    """What trying a phase has shown."""
+    """The result of trying a phase."""
 
     phase: str
     loss: float
-    """Of the starting weights on the first micro-batches."""
+    """Loss of the starting weights on the first micro-batches."""
     step_s: float
     peak_bytes: int
-    """On a GPU the allocator's; on a CPU by how much the process has grown, all phases so far and the copies of weights
+    """On a GPU the allocator's peak; on a CPU the growth of the process, all phases so far and the copies of weights
     that a GPU's host would hold included."""
     estimated_bytes: int
     precision: str
-    """What it was computed in, and why."""
+    """The precision, and why."""
     hours: float
-    """Of all its steps and evaluations at this pace."""
+    """Time of all its steps and evaluations at this speed."""
 
 
 def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
-    """Try every phase. Writes nothing. `verify`: compare all blocks of the datasets with their hashes, not only some.
+    """Try every phase. Nothing is written. `verify`: compare all blocks of the datasets with their hashes, not only
+    some.
 
-    Raises what `run` would raise before its first step; RecipeError where memory doesn't suffice, with the settings
-    that would change that.
+    Raises what `run` would raise before its first step, and RecipeError if memory doesn't suffice, with the settings
+    that would reduce it.
     """
     world = join(recipe.engine)
     world.on_first(lambda: check_installed(recipe.log.to))
@@ -105,7 +106,7 @@ def print_trials(trials: Sequence[Trial], console: Console) -> None:
     columns = ["phase", "loss", "step_s", "peak_bytes", "estimated_bytes", "hours"]
     print_table(console, "dry run", columns, [[getattr(trial, column) for column in columns] for trial in trials])
     console.print(f"precision: {trials[0].precision}", soft_wrap=True)
-    console.print(f"all phases at this pace: {duration(3600 * sum(trial.hours for trial in trials))}")
+    console.print(f"all phases at this speed: {duration(3600 * sum(trial.hours for trial in trials))}")
 
 
 def _steps(
@@ -138,7 +139,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exception) -> str:
-    """What to turn, in the order to turn it: what costs no time first."""
+    """Settings to change, in order: those that cost no time first."""
     engine = plan.recipe.engine
     stage, offload = distribution_of(engine, machine.gpus)
     needed = phase_memory(plan, planned.index, machine)["total"]

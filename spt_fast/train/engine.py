@@ -1,8 +1,8 @@
-"""The engine: how a step is computed. `local` is one process on one device, `zero` many; `engines` chooses.
+"""The engine: how a step is computed. `local` is one process on one device, `zero` many; `engines` selects one.
 
-The loop hands an engine a step's micro-batches and gets back figures that it reads one step later, so that a step
-waits for nothing. Compute runs in an explicit dtype: bf16 parameters with fp32 masters in the optimizer where the
-hardware multiplies bf16 fast, fp32 otherwise; never autocast.
+The loop hands an engine a step's micro-batches and gets back figures that it reads one step later, so that no step
+waits. Compute runs in an explicit dtype, never autocast: bf16 parameters with fp32 masters in the optimizer if the
+hardware multiplies bf16 fast, otherwise fp32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spt_fast.train.snapshot import Snapshot
 
 
 class EngineInterface(Protocol):
-    """What the loop asks of an engine. Where there are several processes, all methods are collective."""
+    """The interface between the loop and an engine. With several processes, all methods are collective."""
 
     device: torch.device
     dtype: torch.dtype
@@ -32,55 +32,55 @@ class EngineInterface(Protocol):
     def describe(self) -> str: ...
 
     def untie(self) -> None:
-        """Give the head its own copy of the embedding, where it has none. The next `begin` sees it."""
+        """Give the head its own copy of the embedding, if it has none. It takes effect at the next `begin`."""
 
     def begin(self, phase: Phase, start: Snapshot, *, current: Snapshot | None = None, micro_batches: int = 1) -> None:
-        """A fresh optimizer of the phase, which takes over `current`, or else `start`.
+        """A fresh optimizer for the phase, which takes over `current`, or else `start`.
 
-        `start` is what an anchor holds on to. `phase.freeze` says which parameters no step moves. micro_batches: that
-        this process runs through in a step.
+        `start` is the target of an anchor. `phase.freeze` names the parameters that steps don't change. micro_batches:
+        the number that this process runs in a step.
         """
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
-        """Forward, backward and update over one global batch; None, with nothing changed, where it was interrupted.
+        """Forward, backward and update over one global batch; None, with nothing changed, if it was interrupted.
 
-        A loss or gradient norm that is not finite leaves weights and state as they are; `skipped` says so. After an
-        interruption no further step is made before the next `begin`.
+        A loss or gradient norm that is not finite leaves weights and state unchanged; then `skipped` is true. After an
+        interruption the next call must be `begin`.
         """
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Nats of every target [B·T], fp32 on the device, of this process's own text."""
+        """Nats of every target [B·T], fp32 on the device, for this process's own text."""
         ...
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Of what follows each token [B, T, V], on the device; every process gives the same tokens."""
+        """Logits of the next token [B, T, V], on the device; every process passes the same tokens."""
         ...
 
     def snapshot(self, *, state: bool) -> Snapshot:
-        """This process's part of the fp32 weights and, where `state` is true, of the optimizer's state."""
+        """This process's part of the fp32 weights and, if `state` is true, of the optimizer's state."""
         ...
 
 
 class Figures(NamedTuple):
-    """What one step has to say."""
+    """The figures of one step."""
 
     loss: float
     """Nats per token."""
     grad_norm: float
     """Before clipping."""
     skipped: bool
-    """Whether the step was left out."""
+    """Whether the step was skipped."""
     done_s: float
-    """When it was known to be done, by time.monotonic()."""
+    """When it was known to be complete, by time.monotonic()."""
 
 
 class StepResult:
-    """The figures of a step, already on their way to the host: reading them waits for that step, not for later ones."""
+    """The figures of a step on their way to the host: reading them waits for that step, not for later ones."""
 
     def __init__(self, figures: Tensor) -> None:
-        """figures: fp32 [3], loss, gradient norm, and 1 where the step was left out."""
+        """figures: fp32 [3], loss, gradient norm, and 1 if the step was skipped."""
         self._arrived: torch.cuda.Event | None = None
-        self._done_s = time.monotonic()  # on a CPU; a GPU has only been told to begin
+        self._done_s = time.monotonic()  # on a CPU; on a GPU the step has only been queued
         if figures.is_cuda:
             self._figures = torch.empty(3, pin_memory=True).copy_(figures, non_blocking=True)
             self._arrived = torch.cuda.Event()

@@ -1,4 +1,4 @@
-"""The choice of an engine, and the processes that it takes."""
+"""The choice of an engine, and its processes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from spt_fast.train.zero import ZeroEngine, check_deepspeed
 
 
 def uses_deepspeed(settings: Engine, processes: int) -> bool:
-    """Whether the engine is DeepSpeed's: by name, or because only it serves many processes, offloading and its JSON."""
+    """Whether the engine is DeepSpeed's: by name, or because many processes, offloading or a DeepSpeed JSON need it."""
     wants_it = processes > 1 or settings.offload != "none" or settings.config is not None
     return settings.name == "deepspeed" or (settings.name == "auto" and wants_it)
 
 
 def check_engine(settings: Engine, processes: int) -> None:
-    """RecipeError where the engine cannot serve so many processes, or DeepSpeed or its JSON cannot be used."""
+    """RecipeError if the engine can't run that many processes, or if DeepSpeed or its JSON cannot be used."""
     if uses_deepspeed(settings, processes):
         check_deepspeed(settings)
     elif processes > 1:
@@ -30,14 +30,14 @@ def check_engine(settings: Engine, processes: int) -> None:
 
 
 def join(settings: Engine) -> World:
-    """This process's place among those that the launcher started. RecipeError in all where the engine can't serve."""
+    """This process's rank among those of the launcher. RecipeError in all processes if the engine can't run them."""
     world = join_world(process_group=uses_deepspeed(settings, 1))
     world.everywhere(lambda: check_engine(settings, world.size))
     return world
 
 
 def make_engine(model: GPT, settings: Engine, *, world: World, dtype: torch.dtype) -> EngineInterface:
-    """The engine that the recipe names, which `check_engine` found fit. model: its weights are those of `begin`."""
+    """The engine of the recipe, which `check_engine` has accepted. model: its weights come with `begin`."""
     if uses_deepspeed(settings, world.size):
         return ZeroEngine(model, settings, world=world, dtype=dtype)
     return LocalEngine(model, device=world.device, dtype=dtype, cuda_graphs=settings.cuda_graphs)

@@ -28,7 +28,7 @@ from spt_fast.train.state import Errors, Losses
 from spt_fast.train.world import ALONE, World
 
 HALVES: dict[str, Half] = {"heldout": "report", "select": "select"}
-"""By the name of a loss, the half of the held-out text that it is of."""
+"""The half of the held-out text that each loss belongs to."""
 
 FORWARD_SHARE = 1 / 3
 """The FLOPs of an evaluation, as a share of a training step's."""
@@ -38,19 +38,19 @@ LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Interrupted(Exception):
-    """An evaluation or a run that was asked to stop."""
+    """An evaluation or a run was asked to stop."""
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Windows of one text: whole ones stacked, and at most one short one at the end."""
+    """Windows of one text: full ones stacked, and at most one shorter one at the end."""
 
     stacks: Sequence[tuple[np.ndarray, np.ndarray | None]]
-    """Ids [windows, t + 1], t <= T; and, where it matters, which inputs begin a document, bool [windows, t]."""
+    """Ids [windows, t + 1], t <= T; and, if needed, which inputs begin a document, bool [windows, t]."""
     documents: int | None = None
-    """That it is of; None where they aren't recorded."""
+    """Number of documents; None if they aren't recorded."""
     document: np.ndarray | None = None
-    """In which each window begins, int64 [windows]: windows of one document err together."""
+    """The document in which each window begins, int64 [windows]: errors of windows of one document are correlated."""
 
     @property
     def num_targets(self) -> int:
@@ -75,7 +75,7 @@ class EvalSet:
 
     @classmethod
     def of_stretches(cls, data: TokenDataset, stretches: np.ndarray, context: int, *, inside: bool) -> EvalSet:
-        """Of stretches, int64 [stretches, 2], of a dataset, one after the other; `inside`: attention stays inside
+        """From concatenated stretches, int64 [stretches, 2], of a dataset; `inside`: attention stays inside
         documents."""
         text = cls.of_tokens(tokens_in(data, stretches), context, begins(data, stretches) if inside else None)
         windows = sum(len(ids) for ids, _ in text.stacks)
@@ -89,11 +89,11 @@ class Measured:
 
     loss: float
     standard_error: float | None
-    """Over documents, or over windows where those are shorter; None for one, and where the loss is not finite."""
+    """Over documents, or over windows if those are shorter; None for one, and if the loss is not finite."""
 
     @classmethod
     def of(cls, text: EvalSet, nats: np.ndarray) -> Measured:
-        """From the sums of nats of each window [windows]."""
+        """From the sum of nats of each window [windows]."""
         targets = np.concatenate([np.full(len(ids), ids.shape[1] - 1) for ids, _ in text.stacks])
         loss = float(nats.sum() / targets.sum())
         apart = np.arange(len(nats)) if text.document is None else np.unique(text.document, return_inverse=True)[1]
@@ -114,9 +114,9 @@ def measure(
 ) -> Measured:
     """Mean loss over every target of `text`, nats per token, summed in fp64.
 
-    `rows` windows go through at a time; the processes of `world` take turns, and all get the result. Where the text
-    says what begins a document, attention stays inside documents. Raises Interrupted between batches where
-    `interrupted()` turns true.
+    `rows` windows are scored at a time. The processes of `world` take turns, and all get the result. If the text marks
+    the begins of documents, attention stays inside documents. Raises Interrupted between batches when `interrupted()`
+    turns true.
     """
     batches = [
         (ids[i : i + rows], None if marks is None else marks[i : i + rows])
@@ -128,7 +128,8 @@ def measure(
         if interrupted():
             raise Interrupted
         mine = turn * world.size + world.rank
-        # Every process makes as many forward passes, which may be collective: one without text left reads the first.
+        # Every process makes the same number of forward passes, which may be collective: one without text reads the
+        # first.
         batch, batch_begins = batches[mine if mine < len(batches) else 0]
         windows = torch.from_numpy(batch.astype(np.int64))
         tokens, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
@@ -146,7 +147,7 @@ def measure_all(
     interrupted: Callable[[], bool],
     world: World,
 ) -> tuple[Losses, Errors]:
-    """As `measure` of every text, by split and source: losses and their standard errors."""
+    """`measure` of every text, by split and source: losses and their standard errors."""
     measured = {
         split: {of: measure(loss, text, rows, interrupted=interrupted, world=world) for of, text in by.items()}
         for split, by in texts.items()
@@ -159,7 +160,7 @@ def measure_all(
 
 
 def document_cuts(begins_BT: np.ndarray) -> Tensor:
-    """cu_seqlens int32 [n+1] over the flattened batch: a cut at every row's start and where a document begins."""
+    """cu_seqlens int32 [n+1] over the flattened batch: each row begins a document, and so do the marks."""
     cuts = begins_BT.copy()
     cuts[:, 0] = True
     return torch.from_numpy(np.append(np.flatnonzero(cuts), cuts.size).astype(np.int32))
@@ -170,8 +171,7 @@ def evaluation_texts(plan: Plan, phase: Phase, *, windows: bool = True) -> dict[
 
     windows  see `split_heldout`
 
-    Raises DataError for a text that is too short, or holds an id that the
-    model doesn't have.
+    Raises DataError for a text that is too short, or that holds an id outside the model's vocabulary.
     """
     context, half = phase.window(plan.model.context), max(1, phase.evaluation.tokens // 2)
     texts: dict[str, dict[str, EvalSet]] = {"heldout": {}, "select": {}, "train": {}}
@@ -199,8 +199,8 @@ def evaluation_texts(plan: Plan, phase: Phase, *, windows: bool = True) -> dict[
 
 
 def evaluated_tokens(plan: Plan, index: int) -> int:
-    """Tokens scored by all evaluations of phase `index`: at its first and last step and in between, and of an average,
-    in every arm."""
+    """Tokens scored by all evaluations of phase `index`: at its first and last step, in between, and for an average, in
+    every arm."""
     planned = plan.phases[index]
     phase = planned.phase
     every = phase.evaluation.every.steps(planned.tokens_per_step, planned.steps)
@@ -212,7 +212,7 @@ def evaluated_tokens(plan: Plan, index: int) -> int:
 
 
 def phase_flops(plan: Plan) -> list[float]:
-    """Of training and evaluating every phase, all its arms."""
+    """FLOPs of training and evaluating every phase, all arms included."""
     found = []
     for planned in plan.phases:
         trained = planned.tokens * len(planned.phase.arms())

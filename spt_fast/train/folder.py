@@ -1,4 +1,4 @@
-"""A run's folder read back: the recipe that it was trained from and the summary of what came out."""
+"""Reads a run's folder: the recipe that it was trained from, and the summary of its results."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from spt_fast.locks import locked
 from spt_fast.outputs import check_folder
 
 MOST_LISTED = 12
-"""Changes that a message shows."""
+"""Most changes that a message lists."""
 
 
 def recipe_of(run: Path) -> Recipe:
-    """The resolved recipe of a run; CheckpointError where the folder holds none that can be read."""
+    """The resolved recipe of a run; CheckpointError if the folder holds none that can be read."""
     path = run / "recipe.yaml"
     if not path.exists():
         raise CheckpointError(f"{run}: holds no recipe.yaml; give the folder of a run")
@@ -43,7 +43,7 @@ CHECKPOINT = re.compile(r"step-[0-9]{10,}(-p[0-9]{2,}-a[0-9]{3,})?")
 
 @contextmanager
 def owned(folder: Path, field: str, *, inherited: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder, which is made for it and removed again where nothing came of it; see `locked`."""
+    """Hold the lock of a folder, which is created for it and removed again if it stays empty; see `locked`."""
     check_folder(folder, field)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -55,7 +55,7 @@ def owned(folder: Path, field: str, *, inherited: bool = False) -> Iterator[None
 
 
 def listed(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first (their names sort by steps, phase, arm); OSError where that can't be known."""
+    """Checkpoint folders, oldest first (their names sort by steps, phase, arm); OSError if they can't be listed."""
     try:
         return sorted(path for path in folder.iterdir() if _is_checkpoint(path))
     except FileNotFoundError:
@@ -63,7 +63,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint was written here, which may be damaged now; a renamed copy of one was not."""
+    """Whether a checkpoint was written here, damaged ones included; a renamed copy doesn't count."""
     if not CHECKPOINT.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         return False
     try:
@@ -73,7 +73,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was begun here, by what only a run leaves: anyone may have a file called recipe.yaml."""
+    """Whether a run was started here, by files that only a run writes: any folder may have a recipe.yaml."""
     with suppress(OSError, ValueError):
         beat = json.loads((folder / HEARTBEAT).read_text(encoding="utf-8"))
         if isinstance(beat, dict) and beat.keys() >= {"time", "host", "pid"}:
@@ -85,10 +85,10 @@ def is_run(folder: Path) -> bool:
 
 
 def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[str]], *, resume: bool) -> bool:
-    """Whether work in `folder` goes on, False where it begins afresh; RecipeError, in the name of `field`, rather than
-    overwrite anything or go on with something else.
+    """True if work in `folder` continues, False if it starts afresh. RecipeError, naming `field`, rather than overwrite
+    files or continue different work.
 
-    holds: a file that is there once the work has begun. changes: what is asked for now and wasn't then.
+    holds: a file that exists once the work has begun. changes: the settings that differ from those at the start.
     """
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"{field}: {folder} is a file; choose another name", argument=True)
@@ -103,13 +103,15 @@ def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[st
         raise RecipeError(says, argument=True)
     if found := changes():
         listed = "\n  ".join([*found[:MOST_LISTED], *(["…"] if found[MOST_LISTED:] else [])])
-        says = f"{field}: folder {folder} was begun with another recipe; undo this or choose another name:\n  {listed}"
+        says = (
+            f"{field}: folder {folder} was started with another recipe; undo this or choose another name:\n  {listed}"
+        )
         raise RecipeError(says, argument=True)
     return True
 
 
 def summary_of(run: Path) -> dict[str, Any] | None:
-    """summary.json of a run, None where it has none yet; CheckpointError where it cannot be read."""
+    """summary.json of a run, None if it has none yet; CheckpointError if it cannot be read."""
     path = run / "summary.json"
     if not path.exists():
         return None
@@ -121,7 +123,7 @@ def summary_of(run: Path) -> dict[str, Any] | None:
         problem = "`status` must be text and `phases` a mapping"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = cut(repr(error), 200)
-    raise CheckpointError(f"{path}: is damaged ({problem}); delete it and resume the training, which writes it")
+    raise CheckpointError(f"{path}: is damaged ({problem}); delete it and resume the training, which writes it again")
 
 
 def weights_digest(folder: Path) -> str:
@@ -130,11 +132,10 @@ def weights_digest(folder: Path) -> str:
 
 
 def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:
-    """The run and the phase whose weights a run started from; None for one that started
-    from scratch or from foreign weights.
+    """The run and the phase whose weights a run started from; None for a start from scratch or from foreign weights.
 
-    It is looked for where `init` leads from here, where it led when the run was trained, and, in case the study was
-    moved, beside this run. CheckpointError where it has gone, or holds other weights by now.
+    The path of `init` is tried from here, from the directory of the training, and, in case the study was moved, beside
+    this run. CheckpointError if it is missing or holds other weights.
     """
     weights = Path(recipe.init or "")
     if weights.parent.name != "weights":
@@ -149,15 +150,15 @@ def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:
             return run, weights.name
     if not found and weights.exists():
         return None
-    what = "holds other weights by now" if found else "has gone"
+    what = "holds other weights now" if found else "is missing"
     raise CheckpointError(
-        f"{folder}: started from {recipe.init}, but the run {named} {what}; put the one that it was beside {folder}"
+        f"{folder}: started from {recipe.init}, but the run {named} {what}; put the original beside {folder}"
     )
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A phase that a run went through."""
+    """A phase of a run."""
 
     recipe: Recipe
     summary: dict[str, Any]
@@ -165,13 +166,13 @@ class Trained:
 
     @property
     def done(self) -> dict[str, Any]:
-        """What summary.json says of the phase."""
+        """The phase's part of summary.json."""
         return self.summary["phases"][self.phase.name]
 
 
 def trained_before(folder: Path, recipe: Recipe) -> list[Trained]:
-    """The phases that a run's starting weights went through in other runs, oldest first. CheckpointError where one of
-    these has gone, or hasn't finished the phase."""
+    """The phases of other runs that led to a run's starting weights, oldest first. CheckpointError if one of these runs
+    is missing or hasn't finished the phase."""
     parent = parent_of(folder, recipe)
     if parent is None:
         return []

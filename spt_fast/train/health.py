@@ -1,4 +1,4 @@
-"""Whether what was trained counts: steps that were skipped, and losses that are not finite."""
+"""Checks whether a training gave a result: skipped steps, and losses that are not finite."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ MAX_SKIPPED_IN_A_ROW = 20
 """This many steps in a row with a loss or gradient that is not finite end the run."""
 
 MAX_SKIPPED_SHARE = 0.05
-"""A phase with a larger share of skipped steps was not trained as its recipe says."""
+"""A phase with a larger share of skipped steps is no result."""
 
 
 REMEDY = "lower optimizer.lr or lengthen schedule.warmup, in a run of another name"
 
 
 class Diverged(RuntimeError):
-    """A phase whose weights are no result. The message names the phase, the reason and the remedy."""
+    """The weights of a phase are no result. The message names the phase, the reason and the remedy."""
 
 
 def too_many_skipped(skipped: int, steps: int) -> bool:
-    """Whether so many of so many steps are more than the odd one that a run survives."""
+    """Whether this many of these steps are more than the occasional skip."""
     return skipped > max(1, MAX_SKIPPED_SHARE * steps) or 2 * skipped > steps
 
 
 def failure(arm: ArmResult) -> str | None:
-    """Why a finished arm's weights are no result; None where they are one."""
+    """Why a finished arm's weights are no result; None if they are one."""
     if too_many_skipped(arm.skipped, arm.steps):
-        return f"{arm.skipped} of {arm.steps} steps were skipped, as the loss or its gradient was not finite"
+        return f"{arm.skipped} of {arm.steps} steps were skipped, because the loss or its gradient was not finite"
     for split, losses in (("held-out", arm.heldout), ("select", arm.select), ("training", arm.training)):
         for source, loss in losses.items():
             if not math.isfinite(loss):
@@ -39,24 +39,24 @@ def failure(arm: ArmResult) -> str | None:
 
 
 def check(arm: ArmResult, phase: Phase) -> None:
-    """Diverged where the kept arm of a phase is no result."""
+    """Diverged if the kept arm of a phase is no result."""
     if reason := failure(arm):
         raise Diverged(f"phases[{phase.name}]: {reason}; {REMEDY}")
 
 
 def never_better(select: Mapping[str, float], phase: Phase) -> str:
     return (
-        f"warning: phases[{phase.name}]: no evaluation was better than the first; the loss of {phase.chosen_by} that "
-        f"it goes by is {deciding(select, phase):.3f}: lower optimizer.lr, or train on other text"
+        f"warning: phases[{phase.name}]: no evaluation was better than the first; the deciding loss, of "
+        f"{phase.chosen_by}, is {deciding(select, phase):.3f}: lower optimizer.lr, or train on other text"
     )
 
 
 def deciding(select: Mapping[str, float], phase: Phase) -> float:
-    """The `select` loss that early stopping and the grid go by; infinite where it is NaN or not measured."""
+    """The `select` loss that decides early stopping and the grid; infinite if it is NaN or not measured."""
     loss = select.get(phase.chosen_by, math.inf)
     return math.inf if math.isnan(loss) else loss
 
 
 def standing(arm: ArmResult, phase: Phase) -> float:
-    """By what the arms of a grid are compared, the lower the better: one that failed loses to any other."""
+    """The criterion among the arms of a grid, lower is better: one that failed loses to any other."""
     return math.inf if failure(arm) else deciding(arm.select, phase)

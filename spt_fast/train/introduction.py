@@ -1,4 +1,4 @@
-"""What a run says before its first step: what runs where, and what the user should know about it."""
+"""The lines that a run prints before its first step: what runs where, and what the user should know."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from spt_fast.train.tuning import Choices
 
 @dataclass(frozen=True)
 class Resumed:
-    """The checkpoint that a run goes on from, and what it says."""
+    """The checkpoint that a run resumes from, and its content."""
 
     checkpoint: Checkpoint
     state: SavedState
     warnings: Sequence[str] = ()
-    """About what it cannot know."""
+    """Warnings about what it does not record."""
 
 
 def introduction(
@@ -38,10 +38,10 @@ def introduction(
     backends: Mapping[str, str],
     resumed: Resumed | None,
 ) -> Iterator[str]:
-    """Lines of text. backends: by op, as they are now."""
+    """Lines of text. backends: the current ones, by op."""
     kind = "bf16, fp32 masters" if engine.dtype == torch.bfloat16 else "fp32"
     if model.fp8:
-        how = "in fp8" if engine.device.type == "cuda" else "as in fp8, which only costs time on a CPU"
+        how = "in fp8" if engine.device.type == "cuda" else "with emulated fp8, which is slower on a CPU"
         kind += f" ({model.fp8_share:.0%} of the blocks' matmuls {how})"
     yield f"{folder}: {count(parameters(plan.model))} parameters in {kind} on {engine.describe()}"
     if plan.recipe.precision == "auto":
@@ -58,7 +58,7 @@ def introduction(
     yield f"resuming from {resumed.checkpoint.path.name}"
     yield from (f"warning: {warning}" for warning in resumed.warnings)
     if changed := _changes(resumed.state.compute, engine, backends):
-        yield f"warning: other kernels or processes than so far, so not bit-identical: {', '.join(changed)}"
+        yield f"warning: other kernels or processes than before, so not bit-identical: {', '.join(changed)}"
 
 
 def _changes(before: Compute, engine: EngineInterface, backends: Mapping[str, str]) -> list[str]:

@@ -20,14 +20,14 @@ from spt_fast.train.optim import FROZEN, ModelOptimizer
 from spt_fast.train.snapshot import Snapshot
 
 STEPS_TO_WARM_UP = 3
-"""Steps before one is recorded as a CUDA graph: libraries and allocator have settled then."""
+"""Steps before one is recorded as a CUDA graph, so that libraries and the allocator have settled."""
 LONGEST_S = 5.0
-"""A recorded step can't be interrupted between its micro-batches; one that takes longer gains nothing by it either."""
+"""A recorded step can't be interrupted between micro-batches; a step that takes longer doesn't gain from it anyway."""
 MOST_RECORDINGS = 4
 
 
 def capture(compute: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    """What a computation results in, each time that the recording of it is replayed."""
+    """The outputs of a computation, updated each time its recording is replayed."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         figures = compute()
@@ -35,9 +35,9 @@ def capture(compute: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
 
 
 class RecordedStep:
-    """A step as a CUDA graph: the GPU starts its hundreds of kernels by itself, which pays for small models.
+    """A step as a CUDA graph: the GPU launches its hundreds of kernels without the host, which speeds up small models.
 
-    It holds for batches of one shape, with at most so many documents as it has room for: further entries of cu_seqlens
+    It serves batches of one shape, with at most as many documents as it has room for: unused entries of cu_seqlens
     are documents without tokens.
     """
 
@@ -87,15 +87,15 @@ def _fits(batch: Batch, room: Batch) -> bool:
 
 
 def _has_room_for_another_step(device: torch.device) -> bool:
-    """Whether what a step has beside weights and state fits twice: a recording keeps it for itself."""
+    """Whether a step's memory besides weights and state fits twice: a recording keeps its own."""
     allocated, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - allocated
     return 2 * (most - allocated) < free
 
 
 class LocalEngine:
-    """One process, one device. The model may be on the meta device, as its weights come with `begin`. `cuda_graphs`:
-    whether steps are recorded once they are warm; "auto" where it is a GPU, has the memory, and steps are short."""
+    """One process, one device. The model may be on the meta device, since its weights come with `begin`. `cuda_graphs`:
+    whether steps are recorded after a warm-up; "auto": if it is a GPU with enough memory, and steps are short."""
 
     def __init__(
         self, model: GPT, *, device: torch.device, dtype: torch.dtype, cuda_graphs: bool | str = False
@@ -128,7 +128,7 @@ class LocalEngine:
         self.recordings, self._step_s, self._called_s = 0, math.inf, -math.inf
         snapshot = start if current is None else current
         self.frozen = snapshot.only(FROZEN[phase.freeze])
-        accumulate_in_place(self.model.parameters())  # not where the optimizer before had them
+        accumulate_in_place(self.model.parameters())  # unless the previous optimizer had them
         with torch.no_grad():
             for name, param in self.model.named_parameters():
                 param.requires_grad_(name not in FROZEN[phase.freeze])
@@ -139,7 +139,7 @@ class LocalEngine:
 
     def step(self, micro_batches: Sequence[Batch], lr: float, interrupted: Callable[[], bool]) -> StepResult | None:
         now_s = time.monotonic()
-        self._step_s, self._called_s = min(self._step_s, now_s - self._called_s), now_s  # an evaluation may lie between
+        self._step_s, self._called_s = min(self._step_s, now_s - self._called_s), now_s  # may include an evaluation
         if self.steps_made >= STEPS_TO_WARM_UP and self._is_to_be_recorded(micro_batches):
             self._record(micro_batches)
         if self.recorded is not None and self.recorded.takes(micro_batches):
@@ -164,14 +164,14 @@ class LocalEngine:
         except RuntimeError as error:
             self.cuda_graphs = False
             self.optimizer.zero_grad()
-            torch.autograd.graph.increment_version(self.model.parameters())  # what was made of them is not there
+            torch.autograd.graph.increment_version(self.model.parameters())  # invalidates copies made from them
             problem = f"engine.cuda_graphs: a step could not be recorded ({error}); training continues without it"
             warnings.warn(problem, SptWarning, stacklevel=3)
 
     def _compute(
         self, micro_batches: Sequence[Batch], lr: float | Tensor, interrupted: Callable[[], bool]
     ) -> Tensor | None:
-        """The figures of a StepResult; None where it was interrupted."""
+        """The figures of a StepResult; None if it was interrupted."""
         loss = torch.zeros((), device=self.device)
         for batch in micro_batches:
             if interrupted():

@@ -1,10 +1,10 @@
 """The trainer: a run is a schedule of phases, each trained by the same loop.
 
     run ─ for every phase ─ for every arm of its grid ─ for every step: evaluate? save? train
-                          └ keep the best arm, hand its weights on
+                          └ keep the best arm, pass its weights on
 
-Everything that a later process needs is in `TrainState` and three snapshots ("start", "best", "kept"), so a run
-that is interrupted anywhere and resumed gives the same weights and metrics to the last bit as one that is not.
+All state that a later process needs is in `TrainState` and three snapshots ("start", "best", "kept"), so a run that is
+interrupted anywhere and resumed gives the same weights and metrics, bit for bit, as one that is not.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from spt_fast.train.world import World, dtype_name
 
 
 class Arm:
-    """What lives as long as a process trains one arm of a phase."""
+    """State that lives while a process trains one arm of a phase."""
 
     def __init__(
         self, plan: PhasePlan, index: int, recipe: Recipe, texts: dict[str, dict[str, EvalSet]], train_seconds: float
@@ -61,12 +61,12 @@ class Arm:
         )
         self.clock, self.loss_watch = Clock(train_seconds), LossWatch()
         self.pending: tuple[dict[str, Any], StepResult] | None = None
-        """The newest step's record, and its figures once they are there."""
+        """The newest step's record, and its figures once they have arrived."""
         self.steps_in_lap = 0
 
 
 class Trainer:
-    """One process's part in the run. `train` reads top to bottom; the rest are its steps."""
+    """One process's part in the run. `train` reads top to bottom; the other methods are its steps."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ the run
 
     def train(self) -> None:
-        """Every phase from where the state stands. Raises Interrupted, after a checkpoint of the place."""
+        """Train every phase from the current state. Raises Interrupted, after a checkpoint."""
         state = self.state
         while state.phase < len(self.plan.phases):
             plan = self.plan.phases[state.phase]
@@ -127,7 +127,7 @@ class Trainer:
             self.finish_phase(plan)
 
     def begin_phase(self, plan: PhasePlan) -> None:
-        """Make the snapshot that the phase starts from, unless a checkpoint inside the phase brought it."""
+        """Make the snapshot at the phase's start, unless a checkpoint inside the phase contained it."""
         phase = plan.phase
         if not phase.schedule.carry_on:
             self.state.origin = ScheduleOrigin(plan.index)
@@ -143,7 +143,7 @@ class Trainer:
         self.snapshots["start"] = start
 
     def train_arm(self, arm: Arm) -> None:
-        """One arm, from its start or from where it was interrupted, to its last step or early stop."""
+        """Train one arm, from its start or from where it was interrupted, to its last step or early stop."""
         state, plan, world = self.state, arm.plan, self.world
         self.engine.begin(
             arm.phase,
@@ -152,7 +152,7 @@ class Trainer:
             micro_batches=plan.micro_batches(world.size),
         )
         if not arm.phase.needs_start:
-            del self.snapshots["start"]  # nothing needs it after the first step, so that its memory is free
+            del self.snapshots["start"]  # not needed after the first step: frees its memory
         self.snapshots = {kind: snapshot.in_memory() for kind, snapshot in self.snapshots.items()}  # files may go
         self.log.begin_arm(plan, state.arm, state.step)
         with self.plan.loader(plan.index, state.counts, world, first_step=state.step) as loader:
@@ -176,7 +176,7 @@ class Trainer:
                 self.read_back(arm)
 
     def ends_here(self, arm: Arm) -> bool:
-        """Evaluate and save where it is due; whether the arm is at its last step or stops early."""
+        """Evaluate and save when due; returns whether the arm is at its last step or stops early."""
         state, settings = self.state, self.plan.recipe.checkpoint
         at_end = state.step == arm.plan.steps or self.given_up()
         if not state.evaluated and (at_end or state.step % arm.evaluate_every == 0):
@@ -188,7 +188,7 @@ class Trainer:
         return ends
 
     def finish_arm(self, arm: Arm) -> None:
-        """Note what the arm reached; keep its weights where its `select` loss is the best of the arms so far."""
+        """Record the arm's result; keep its weights if its `select` loss is the best of the arms so far."""
         state, plan = self.state, arm.plan
         assert state.best is not None
         assert state.newest is not None
@@ -224,26 +224,26 @@ class Trainer:
         state.next_arm()
 
     def average(self, arm: Arm, trained: Evaluation) -> Evaluation:
-        """Average the trained weights with the arm's start; their losses. An interruption comes after a checkpoint."""
+        """Average the trained weights with the arm's start; returns their losses. An interruption saves first."""
         self.snapshots["best"], found = self.averaged(arm, self.trained(arm), float(arm.phase.average), trained.step)
         return found
 
     def trained(self, arm: Arm) -> Snapshot:
-        """What the arm has trained, after a checkpoint: the engine will take on other weights."""
+        """The arm's trained weights, saved in a checkpoint, since the engine will load other weights."""
         self.save(arm)
         return self.snapshots.get("best") or self.engine.snapshot(state=self.hands_on_state(arm.plan))
 
     def averaged(self, arm: Arm, trained: Snapshot, share: float, step: int) -> tuple[Snapshot, Evaluation]:
-        """With a share of the arm's start, and the losses of that."""
+        """The average with a share of the arm's start, and its losses."""
         with arm.clock.paused():
             mixed = trained.averaged(self.snapshots["start"], share, self.world)
             self.engine.begin(arm.phase, mixed)
             return mixed, self.measure(arm, step, average=share)
 
     def finish_phase(self, plan: PhasePlan) -> None:
-        """Write the phase's weights and figures, and carry the sources' counts on to the next phase.
+        """Write the phase's weights and figures, and pass the sources' counts to the next phase.
 
-        Raises Diverged, with the figures noted and no weights written, where the weights are no result.
+        Raises Diverged, with the figures recorded and no weights written, if the weights are no result.
         """
         state, phase = self.state, plan.phase
         kept = min(range(len(state.arms)), key=lambda i: standing(state.arms[i], phase))
@@ -281,16 +281,16 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ its steps
 
     def asked_to_stop(self) -> bool:
-        """Whether any process was asked to. Between micro-batches and evaluation batches: each asking is progress."""
+        """Whether any process was asked to stop. Called between micro-batches and evaluation batches, as progress."""
         self.watch.sign_of_life(phase=self.plan.phases[self.state.phase].phase.name, step=self.state.step)
         return self.world.any(self.stop())
 
     def given_up(self) -> bool:
-        """Whether the arm has diverged for good; others of its grid go on."""
+        """Whether the arm has diverged; other arms of its grid continue."""
         return self.state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def learning_rate(self, plan: PhasePlan, phase: Phase) -> float:
-        """The rate of the step to come; a carried-on schedule counts from where its own phase began."""
+        """The rate of the next step; a continued schedule counts from the start of its own phase."""
         origin = self.state.origin
         owner = self.plan.phases[origin.phase]
         if origin.phase == plan.index:
@@ -306,7 +306,7 @@ class Trainer:
         return {"phase": arm.phase.name, "arm": self.state.arm, "step": step, "tokens": step * arm.plan.tokens_per_step}
 
     def read_back(self, arm: Arm) -> None:
-        """Read and log the results of the step before; the step just queued runs on meanwhile."""
+        """Read and log the results of the previous step; the step just queued runs meanwhile."""
         if arm.pending is None:
             return
         record, result = arm.pending
@@ -339,7 +339,7 @@ class Trainer:
             self.log.train({**record, **figures}, state.total_steps)
 
     def evaluate(self, arm: Arm) -> None:
-        """Losses on every fixed text; a new best is remembered, with its weights where they may be handed on."""
+        """Losses on every fixed text; a new best is recorded, with its weights if they may be passed on."""
         self.read_back(arm)
         state = self.state
         with arm.clock.paused():
@@ -353,7 +353,7 @@ class Trainer:
                 self.snapshots["best"] = self.engine.snapshot(state=self.hands_on_state(arm.plan))
 
     def measure(self, arm: Arm, step: int, **more: float) -> Evaluation:
-        """Evaluate the engine's weights, which are those after `step` steps, and log it with `more`."""
+        """Evaluate the engine's weights, after `step` steps, and log the losses with `more`."""
         rows = arm.plan.micro(self.world.size)
         losses, errors = measure_all(self.engine.loss, arm.texts, rows, self.asked_to_stop, self.world)
         record = {**self.position(arm, step), **more, **losses, "standard_errors": errors}
@@ -362,12 +362,12 @@ class Trainer:
         return Evaluation(step, losses, errors)
 
     def hands_on_state(self, plan: PhasePlan) -> bool:
-        """Whether the next phase goes on with this one's optimizer state."""
+        """Whether the next phase continues with this one's optimizer state."""
         following = self.plan.phases[plan.index + 1 :]
         return bool(following) and following[0].phase.optimizer_state == "keep"
 
     def save(self, arm: Arm) -> None:
-        """A checkpoint of exactly this position, unless there is one: to replace it would leave none for a moment."""
+        """A checkpoint of this position, unless there is one: replacing it would leave none for a moment."""
         self.read_back(arm)
         state = self.state
         if state.name == self.saved:
@@ -382,7 +382,7 @@ class Trainer:
             best = self.plan.recipe.checkpoint.keep_best and state.at_best
             failed = self.writer.save(state.name, content, snapshots, best=best)
             if failed:
-                self.log.say(f"warning: {failed}; the one after it is whole")
+                self.log.say(f"warning: {failed}; the next one is whole")
             self.saved = state.name
 
     def seconds(self) -> float:

@@ -10,9 +10,9 @@ from spt_fast.config import Schedule
 def learning_rate(schedule: Schedule, peak: float, step: int, phase_steps: int, tokens_per_step: int) -> float:
     """The rate for the step after `step` finished ones.
 
-    Linear warm-up reaches `peak` at its last step; then the shape runs until the horizon (in steps; the phase's own
-    length where none is given), where it is at `final` · peak and stays. A horizon beyond the phase is simply cut off
-    with it, as in SPT (arXiv 2603.16177).
+    Linear warm-up reaches `peak` at its last step; then the shape runs until the horizon (in steps; by default the
+    phase's own length), where it is at `final` · peak and stays. A phase that ends before the horizon cuts the shape
+    off, as in SPT (arXiv 2603.16177).
     """
     warmup = schedule.warmup.steps(tokens_per_step, phase_steps)
     if step < warmup:

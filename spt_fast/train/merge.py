@@ -1,4 +1,4 @@
-"""The average of several models' weights: of a finetuned model and its base, say, which takes back some of what was
+"""The average of several models' weights, such as a finetuned model and its base, which restores part of what was
 forgotten (WiSE-FT, arXiv 2109.01903)."""
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def merge(
 ) -> list[Fraction]:
     """Write the average of the models' weights as a Hugging Face folder, and return each one's share of it.
 
-    models: runs, their weights/<phase>, checkpoints or Hugging Face folders, of one shape and one tokenizer; where some
-    have a head of their own, the others' embedding stands for theirs. weights: one each, above 0; all whole numbers,
-    which are relative, or shares that sum to exactly 1. The average is made in float32, a tensor at a time, and stored
-    in `dtype`, by default that of the first model, whose tokenizer and other files go along.
+    models: runs, their weights/<phase>, checkpoints or Hugging Face folders, of one shape and one tokenizer; if some
+    have a separate head, the others' embedding serves as theirs. weights: one each, above 0; all whole numbers, which
+    are relative, or shares that sum to exactly 1. The average is made in float32, a tensor at a time, and stored in
+    `dtype`, by default that of the first model, whose tokenizer and other files are copied.
     RecipeError for the weights, CheckpointError for models that don't fit together.
     """
     shares = _shares(weights, models)
@@ -56,7 +56,7 @@ def merge(
             mean, so_far = read[0][name].float(), shares[0]
             for tensors, share in zip(read[1:], shares[1:], strict=True):
                 so_far += share
-                mean.lerp_(tensors[name].float(), float(share / so_far))  # leaves what is equal as it is
+                mean.lerp_(tensors[name].float(), float(share / so_far))  # leaves equal values unchanged
             return mean
 
         merged = Stored(likes, average)
@@ -87,7 +87,7 @@ def _shares(weights: Sequence[Weight], models: Sequence[Path]) -> list[Fraction]
 
 
 def _shape_of(parts: Sequence[Path]) -> GPTConfig:
-    """The shape of the average; CheckpointError where the parts have several."""
+    """The shape of the average; CheckpointError if the parts differ."""
     configs = [read_config(part) for part in parts]
     first = configs[0]
     for part, config in zip(parts, configs, strict=True):
@@ -95,13 +95,13 @@ def _shape_of(parts: Sequence[Path]) -> GPTConfig:
             mine, theirs = getattr(first, field.name), getattr(config, field.name)
             if mine != theirs and field.name != "tied":
                 raise CheckpointError(
-                    f"{part}: {field.name} is {theirs}, but {mine} in {parts[0]}; an average is of models of one shape"
+                    f"{part}: {field.name} is {theirs}, but {mine} in {parts[0]}; averaged models need the same shape"
                 )
     return replace(first, tied=all(config.tied for config in configs))
 
 
 def _origin_of(parts: Sequence[Path], shares: Sequence[Fraction]) -> Origin:
-    """What is known of the average; CheckpointError where the parts are of several tokenizers."""
+    """The origin of the average; CheckpointError if the parts have several tokenizers."""
     origins = [with_history(part) for part in parts]
     known: dict[str, Path] = {}
     for origin, part in zip(origins, parts, strict=True):
@@ -111,7 +111,7 @@ def _origin_of(parts: Sequence[Path], shares: Sequence[Fraction]) -> Origin:
     if len(known) > 1:
         (mine, one), (theirs, other), *_ = known.items()
         raise CheckpointError(
-            f"{other}: is of another tokenizer ({theirs[:12]}) than {one} ({mine[:12]}); the same ids mean other text"
+            f"{other}: has another tokenizer ({theirs[:12]}) than {one} ({mine[:12]}); its ids mean other text"
         )
     merged = [
         Part(named(part), digest_of(part), str(share), origin.history, origin.merged)
@@ -126,7 +126,7 @@ def _origin_of(parts: Sequence[Path], shares: Sequence[Fraction]) -> Origin:
 
 
 def _untied(config: GPTConfig, tensors: Mapping[str, Tensor], wanted: GPTConfig) -> Mapping[str, Tensor]:
-    """The tensors of a model, with the embedding for its head where only `wanted` has one of its own."""
+    """The tensors of a model, with the embedding for its head if only `wanted` has a separate one."""
     if config.tied == wanted.tied:
         return tensors
     likes = {name: torch.empty(row.shape, device="meta") for name, row in table(wanted).items()}

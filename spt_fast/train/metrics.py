@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, its trackers, and one line on the screen.
+"""The output of a run while it trains: metrics.jsonl, its trackers, and one line on the screen.
 
 metrics.jsonl is the record: a "train" object per logged step and an "eval" object per evaluation. It is cut back to a
 checkpoint's length on resume, so that it never holds a step twice. The screen shows a line that changes in place on a
@@ -33,7 +33,7 @@ class RunLog(Steps):
     def __init__(
         self, run: Followed, work: Sequence[float], *, keep_bytes: int, progress: bool, mfu_label: str
     ) -> None:
-        """work: of each phase, its share of the time in any unit."""
+        """work: each phase's share of the time, in any unit."""
         path = run.folder / "metrics.jsonl"
         path.touch()
         size = path.stat().st_size
@@ -45,15 +45,15 @@ class RunLog(Steps):
         super().__init__(show=progress)
         self._trackers = Trackers(run, self.say)
         if size > 0 and run.resumed_at is None:
-            self.say("no checkpoint to go on from: starting at the first step")
+            self.say("no checkpoint to resume from: starting at the first step")
         if whole_bytes < keep_bytes:
             self.say(
-                f"warning: {path}: has {whole_bytes:,} of the {keep_bytes:,} bytes that were written up to here; the "
+                f"warning: {path}: has {whole_bytes:,} of the {keep_bytes:,} bytes written before the checkpoint; the "
                 "records of some steps are lost"
             )
 
     def begin_arm(self, planned: PhasePlan, arm: int, step: int) -> None:
-        """Steps of an arm of a phase, of which `step` are done."""
+        """Begin an arm of a phase, of which `step` steps are done."""
         arms = len(planned.phase.arms())
         title = planned.phase.name + (f" {arm + 1}/{arms}" if arms > 1 else "")
         work = self._work_of_phases[planned.index] / arms
@@ -61,7 +61,7 @@ class RunLog(Steps):
         self.begin(title, step, planned.steps, work=work, after=after)
 
     def train(self, record: dict[str, Any], total_step: int) -> None:
-        """A logged training step; `total_step` counts over the whole run."""
+        """Record a logged training step; `total_step` counts over the whole run."""
         self._write({"kind": "train", **record}, total_step)
         figures = [f"loss {_loss(record['loss'])}", self._domain_loss]
         skipped = f"skipped steps: {record['skipped']}" if record["skipped"] else ""
@@ -91,7 +91,7 @@ class RunLog(Steps):
         self._trackers.write(record, total_step)
 
     def sync(self) -> int:
-        """Everything written reaches the disk; returns the length of metrics.jsonl in bytes."""
+        """Flush everything to disk; returns the length of metrics.jsonl in bytes."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
@@ -103,7 +103,7 @@ class RunLog(Steps):
 
 
 def _whole_lines(path: Path, end: int) -> int:
-    """Where the last line ends that ends before `end` bytes."""
+    """The end of the last line that ends before `end` bytes."""
     with path.open("rb") as file:
         file.seek(max(0, end - LONGEST_LINE_BYTES))
         tail = file.read(end - file.tell())
@@ -119,7 +119,7 @@ def _error(standard_error: float | None) -> str:
 
 
 class NoLog(Steps):
-    """RunLog's silence, for the processes that are not the first."""
+    """A RunLog without output, for the processes other than the first."""
 
     def __init__(self) -> None:
         super().__init__(show=False)
@@ -135,13 +135,13 @@ class NoLog(Steps):
 
 
 class Clock:
-    """Wall time of training alone, from where it is made: evaluations and checkpoints are left out.
+    """Wall time of training only, from its creation on: evaluations and checkpoints are left out.
 
-    A lap ends where a step does, which may be known only later.
+    A lap ends when a step does, which may be known only later.
     """
 
     def __init__(self, before_s: float) -> None:
-        """before_s: what `total_s` begins with."""
+        """before_s: the initial value of `total_s`."""
         self._before_s = before_s
         self._began_s = self._lap_began_s = time.monotonic()
         self._paused_s = self._lap_paused_s = 0.0
@@ -159,7 +159,8 @@ class Clock:
         return self._before_s + time.monotonic() - self._began_s - self._paused_s
 
     def lap(self, done_s: float) -> float:
-        """Seconds from the end of the lap before to `done_s`, by time.monotonic(); no pause lies after `done_s`."""
+        """Seconds from the end of the previous lap to `done_s`, by time.monotonic(); no pause may come after
+        `done_s`."""
         lap_s = done_s - self._lap_began_s - (self._paused_s - self._lap_paused_s)
         self._lap_began_s, self._lap_paused_s = done_s, self._paused_s
         return max(lap_s, 1e-9)

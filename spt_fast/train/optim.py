@@ -1,8 +1,8 @@
-"""An optimizer over a model's parameters: where their fp32 masters and their state live, and what goes together.
+"""An optimizer over a model's parameters: the layout of their fp32 masters and state, and their groups.
 
-Parameters in bf16 have an fp32 master copy that takes the update and is rounded back into them; parameters in fp32 are
-their own master. Gradients arrive in fp32 (`p.grad_dtype`), summed over micro-batches. Nothing here reads a device
-tensor from the host.
+Parameters in bf16 have an fp32 master copy that is updated and rounded back into them; parameters in fp32 are
+their own master. Gradients arrive in fp32 (`p.grad_dtype`), summed over micro-batches. The host never waits for a
+device tensor here.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from spt_fast.optimizers import Group, Optimizer, Update
 from spt_fast.train.snapshot import Snapshot
 
 FROZEN = {"none": (), "embeddings": ("embedding",)}
-"""The parameters that a phase's `freeze` means."""
+"""The parameters that `freeze` names."""
 
 ALIGNMENT = 64
-"""Every parameter begins at a multiple of so many numbers of its flat tensor; what lies between is 0 and stays it."""
+"""Every parameter begins at a multiple of this many numbers of its flat tensor; the padding stays 0."""
 
 
 class Line:
-    """Tensors of these shapes one behind the other in a flat tensor."""
+    """Tensors of these shapes, consecutive in a flat tensor."""
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], whole: Tensor) -> None:
         self.whole = whole
@@ -43,12 +43,12 @@ class Line:
 
 
 class ModelOptimizer:
-    """The parameters that require a gradient: frozen ones have no state here and no part in the norm.
+    """The parameters that require a gradient: frozen ones have no state here and don't count in the norm.
 
-    What is updated alike lies in flat tensors, one for parameters, for masters, for each kind of state, for the anchor,
-    so that one kernel updates it: first what decays, then what doesn't. All gradients lie in one, and their norm is one
-    kernel too. There gradients stay from step to step, never set to 0, since the ops begin them anew
-    (`accumulate_in_place`).
+    Parameters that are updated alike are in flat tensors, one for parameters, for masters, for each kind of state, for
+    the anchor, so that one kernel updates them: first those with weight decay, then the others. All gradients are in
+    one flat tensor, and one kernel computes their norm. Gradients stay there from step to step and are never set to 0,
+    since the ops overwrite them (`accumulate_in_place`). (`accumulate_in_place`).
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class ModelOptimizer:
         *,
         flat: bool = True,
     ) -> None:
-        """own: which parameters it has the state of, and updates. flat: whether parameters and gradients are moved to
-        flat tensors; DeepSpeed has places of its own for them."""
+        """own: the parameters whose state it holds and which it updates. flat: whether parameters and gradients are
+        moved to flat tensors; DeepSpeed has its own."""
         self.settings = settings
         self.anchor_decay = anchor_decay
         self.params: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -77,7 +77,7 @@ class ModelOptimizer:
         for param in self.params.values():
             param.grad_dtype = torch.float32
         if flat:
-            accumulate_in_place(self.params.values())  # lets go of the gradients' memory of an optimizer before
+            accumulate_in_place(self.params.values())  # frees the gradients of the previous optimizer
         self._all_gradients = self.count.new_zeros(sum(lengths)) if flat else None
         self._gradients: dict[str, Tensor] = {}
         parts = [None] * len(lengths) if self._all_gradients is None else self._all_gradients.split(lengths)
@@ -90,7 +90,7 @@ class ModelOptimizer:
         self._parts = sum_parts_at_last(vectors)
 
     def _group(self, rows: dict[str, Parameter], whole: bool, gradients: Tensor | None) -> Group:
-        """gradients: where they go; None where those of the parameters are taken as they are."""
+        """gradients: their destination; None to use those of the parameters as they are."""
         shapes = {name: row.shape for name, row in rows.items()}
         params: dict[str, Tensor] = {name: self.params[name].detach() for name in rows}
         dtype, hidden = next(iter(params.values())).dtype, next(iter(rows.values())).kind.hidden
@@ -143,7 +143,7 @@ class ModelOptimizer:
         return total_norm([p.grad for p in self.params.values() if p.grad is not None])
 
     def _gather(self) -> None:
-        """Move gradients to the flat tensor that autograd or others have made elsewhere: those of norms, in one
+        """Move gradients that autograd or others have allocated elsewhere to the flat tensor: those of norms, in one
         kernel."""
         for parts in self._parts:
             parts.add_up()
@@ -158,7 +158,7 @@ class ModelOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float | Tensor, norm: Tensor, skip: Tensor) -> None:
-        """One update of every parameter, clipped to `settings.clip` by the given norm; none where `skip` is true.
+        """One update of every parameter, clipped to `settings.clip` by the given norm; no update if `skip` is true.
 
         lr, like norm and skip, may be a 0-d tensor on the device.
         """
@@ -168,7 +168,7 @@ class ModelOptimizer:
         scale = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip else torch.ones_like(norm)
         for group in self._groups:
             self.settings.update(group, Update(count, lr, self.anchor_decay, scale, skip))
-        torch.autograd.graph.increment_version(self.params.values())  # which share memory with what was updated
+        torch.autograd.graph.increment_version(self.params.values())  # they share memory with what was updated
         self.count.copy_(torch.where(skip, self.count, count))
 
     def zero_grad(self) -> None:
@@ -178,13 +178,13 @@ class ModelOptimizer:
             param.grad = None
 
     def snapshot(self, *, state: bool) -> Snapshot:
-        """Copies of the fp32 weights and, where `state` is true, of the state and the number of updates."""
+        """Copies of the fp32 weights and, if `state` is true, of the state and the number of updates."""
         kinds = {kind: _on_cpu(tensors) for kind, tensors in self.state.items()} if state else {}
         return Snapshot(_on_cpu(self.masters), kinds, self.count.to("cpu", copy=True) if state else None)
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot, *, anchor: Snapshot | None = None) -> None:
-        """Take over a snapshot: weights always, state where it has some. `anchor`: the snapshot to decay toward."""
+        """Load a snapshot: the weights, and its state if it has any. `anchor`: the snapshot to decay toward."""
         for name, param in self.params.items():
             self.masters[name].copy_(snapshot.weights[name])
             param.copy_(self.masters[name])

@@ -1,7 +1,7 @@
-"""What is known of weights besides their tensors, so that whoever uses them does as the run did that trained them.
+"""What is known of weights besides their tensors, so that they are used in the way they were trained.
 
-A run notes it in the metadata of its weights' safetensors, which an export keeps. Of a checkpoint its state.json and
-the run's recipe say it, of weights that an earlier version wrote the run's summary and recipe.
+A run writes it to the metadata of its weights' safetensors, and an export keeps it. For a checkpoint it comes from its
+state.json and the run's recipe, for weights of an earlier version from the run's summary and recipe.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _KEY = "spt_fast"
 
 @dataclass(frozen=True)
 class Part:
-    """One of the models that an average is of."""
+    """One of the models of an average."""
 
     path: str
     digest: str
     share: str
-    """Exactly, such as 9/10."""
+    """Exact, such as 9/10."""
     history: History | None = None
     merged: Sequence[Part] = ()
-    """What it was an average of itself."""
+    """The models of this one, if it is an average too."""
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> Part:
@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PhaseFacts:
-    """A phase that weights went through."""
+    """A phase in the history of weights."""
 
     name: str
     tokens: int
@@ -58,24 +58,24 @@ class PhaseFacts:
     anchor: float
     average: str
     heldout: dict[str, float | None]
-    """Losses of what it handed on, by source; nats per token."""
+    """Losses of the weights at its end, by source; nats per token."""
     standard_errors: dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class History:
-    """What a run trained weights on; paths are there by their last part only."""
+    """What a run trained weights on; only the last part of each path is kept."""
 
     base: str | None
     digests: dict[str, str]
-    """By recipe field, of the base (`init`), the tokenizer and every dataset."""
+    """Digests of the base (`init`), the tokenizer and every dataset, by recipe field."""
     names: dict[str, str]
-    """By recipe field, of every dataset."""
+    """Names of every dataset, by recipe field."""
     phases: list[PhaseFacts]
 
     @classmethod
     def of(cls, run: Path, last: str) -> History | None:
-        """Up to the phase `last`; None where the run has not finished it."""
+        """The history up to phase `last`; None if the run has not finished it."""
         recipe, summary = recipe_of(run), summary_of(run) or {"phases": {}}
         if last not in summary["phases"]:
             return None
@@ -119,46 +119,46 @@ def named(weights: Path) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """How weights were trained; None is unknown."""
+    """How weights were trained; None means unknown."""
 
     tokenizer: str | None = None
-    """The digest of the tokenizer that their ids are of."""
+    """The digest of the tokenizer of their ids."""
     documents: bool | None = None
     """Whether attention and positions stayed inside a document."""
     dtype: str | None = None
-    """What was computed in, such as bfloat16."""
+    """The compute dtype, such as bfloat16."""
     merged: Sequence[Part] = ()
-    """What the weights are an average of."""
+    """The models of an average."""
     context: int | None = None
     """Tokens of a window."""
     eos_id: int | None = None
-    """What ended each document."""
+    """The token that ended each document."""
     bos_id: int | None = None
-    """What began each document."""
+    """The token that began each document."""
     history: History | None = None
-    """A run's weights lie beside it, and only exports hold it themselves."""
+    """Exports only; for a run's weights it is beside them."""
 
     def as_metadata(self) -> dict[str, str]:
         return {_KEY: json.dumps(asdict(self))}
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that weights or a checkpoint belong to; None for those that lie in no run."""
+    """The run that weights or a checkpoint belong to; None if they are in no run."""
     inside = path.resolve().parent
     folders = [path, *([inside.parent] if inside.name in ("weights", "checkpoints") else [])]
     return next((folder for folder in folders if (folder / "recipe.yaml").exists() and is_run(folder)), None)
 
 
 def tokenizer_file(weights: Path) -> Path | None:
-    """The tokenizer that lies beside weights or in their run: a file of ranks, else a tokenizer.json."""
+    """The tokenizer beside weights or in their run: a file of ranks, else a tokenizer.json."""
     run = run_of(weights)
     files = [folder / FILE for folder in (weights, run) if folder] + [(run or weights) / HF_FILE]
     return next((file for file in files if file.exists()), None)
 
 
 def tokenizer_digest(weights: Path) -> str | None:
-    """Of the tokenizer that weights were trained with: the one that is recorded, else the one that lies beside a base;
-    None where neither is, or that one cannot be read."""
+    """The digest of the tokenizer that weights were trained with: the recorded one, else that of the tokenizer beside a
+    base; None if there is neither, or if it cannot be read."""
     if (digest := origin_of(weights).tokenizer) is None and (place := tokenizer_file(weights)):
         with suppress(DataError):
             return Tokenizer.load(place).digest
@@ -166,14 +166,15 @@ def tokenizer_digest(weights: Path) -> str | None:
 
 
 def carrier_of(weights: Path) -> Path | None:
-    """The folder whose files go along with weights: their own, or of a checkpoint that of the run, where it began with
-    a base."""
+    """The folder with the files that belong to weights: their own; for a checkpoint of a run that began with a base,
+    the run's."""
     folders = {weights: hf.CONFIG, run_of(weights): hf.BASE_CONFIG}
     return next((folder for folder, file in folders.items() if folder and (folder / file).exists()), None)
 
 
 def _with_ends(origin: Origin, recipe: Recipe) -> Origin:
-    """What begins and ends documents too, where a dataset that the weights' tokenizer made is still at its path."""
+    """With the tokens that begin and end documents, if a dataset made by the weights' tokenizer is still at its
+    path."""
     for source in recipe.sources.values():
         with suppress(DataError):
             data = TokenDataset.open(source.train, source.dtype)
@@ -183,7 +184,7 @@ def _with_ends(origin: Origin, recipe: Recipe) -> Origin:
 
 
 def origin_of(path: Path) -> Origin:
-    """Of the weights at `path`: a run, its weights/<phase>, a checkpoint or a Hugging Face folder."""
+    """The origin of the weights at `path`: a run, its weights/<phase>, a checkpoint or a Hugging Face folder."""
     path = locate(path)
     run = run_of(path)
     if (path / "manifest.json").exists():
@@ -209,7 +210,7 @@ def origin_of(path: Path) -> Origin:
 
 
 def with_history(path: Path) -> Origin:
-    """As `origin_of`; of a run's weights/<phase> with what lies beside them, as far as it can be read."""
+    """`origin_of`; for a run's weights/<phase> with the files beside them, as far as they can be read."""
     origin, run = origin_of(path), run_of(path)
     with suppress(CheckpointError):
         return replace(origin, history=History.of(run, path.name)) if run else origin

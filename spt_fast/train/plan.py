@@ -1,6 +1,6 @@
-"""A recipe checked against the data on disk: what every phase will read, before a single step is made.
+"""A recipe checked against the data on disk: what every phase will read, before the first step.
 
-`Plan` is what `spt-fast plan` prints and what the loop trains from, so what is printed is what happens.
+`spt-fast plan` prints a `Plan` and the loop trains from one, so both use the same figures.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from spt_fast.train.weights import digest_of, locate, stored_weights
 from spt_fast.train.world import ALONE, World, pick_device
 
 VOCABULARY_MULTIPLE = 64
-"""Rows of the embedding are rounded up to this, which matrix units want."""
+"""Rows of the embedding are rounded up to a multiple of this, for matrix units."""
 
 NOTABLE_NGRAM_SHARE = 0.1
-"""Boilerplate makes some long n-grams common to any two texts of a kind; above this it looks like a leak."""
+"""Boilerplate makes some long n-grams common to any two texts of a kind; a larger share is probably a leak."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PhasePlan:
     context: int
     """Tokens of a window."""
     rings: Mapping[str, Ring]
-    """Every source in such windows."""
+    """Every source, cut into such windows."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -65,11 +65,11 @@ class PhasePlan:
         return self.steps * self.tokens_per_step
 
     def micro(self, world: int) -> int:
-        """Windows in a forward pass of each of `world` processes: all of its share where the recipe doesn't say."""
+        """Windows in a forward pass of each of `world` processes: all of its share unless the recipe says otherwise."""
         return self.phase.batch.micro or self.phase.batch.sequences // world
 
     def micro_batches(self, world: int) -> int:
-        """Forward passes that each of `world` processes makes in a step."""
+        """Forward passes of each of `world` processes in a step."""
         return self.phase.batch.sequences // world // self.micro(world)
 
     def windows(self, steps: int) -> dict[str, int]:
@@ -79,7 +79,7 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class SourceFigures:
-    """What a phase asks of one source, and what whole steps of whole windows achieve."""
+    """What a phase asks of one source, and what whole steps of whole windows give."""
 
     share: str
     tokens: int
@@ -109,7 +109,7 @@ class Plan:
     model: GPTConfig
     tokenizer: BaseTokenizer | None
     init_digest: str | None
-    """Of the weights that `init` names."""
+    """The tensors that `init` names."""
     train: dict[str, TokenDataset]
     heldout: dict[str, TokenDataset]
     phases: tuple[PhasePlan, ...]
@@ -125,7 +125,7 @@ class Plan:
     ) -> Loader:
         """This process's batches of phase `index`, steps [first_step, last_step).
 
-        start_counts: how many windows of each source were read before the phase, of those as long as its own.
+        start_counts: how many windows of each source, of this phase's length, were read before the phase.
         """
         plan = self.phases[index]
         sequences = plan.phase.batch.sequences
@@ -144,7 +144,7 @@ class Plan:
         )
 
     def read_before(self, index: int, finished: Mapping[str, PhaseResult]) -> dict[str, int]:
-        """The `start_counts` of phase `index`, by what the phases before have read."""
+        """The `start_counts` of phase `index`, from what the earlier phases have read."""
         counts = dict.fromkeys(self.train, 0)
         for before in self.phases[:index]:
             if before.context == self.phases[index].context:
@@ -152,11 +152,11 @@ class Plan:
         return counts
 
     def flops_per_token(self, index: int) -> int:
-        """To train on a token in phase `index`."""
+        """FLOPs to train on a token in phase `index`."""
         return train_flops_per_token(self.model, self.phases[index].context)
 
     def figures(self, finished: Mapping[str, PhaseResult]) -> dict[str, dict[str, Any]]:
-        """What summary.json says of the finished phases."""
+        """The summary of the finished phases, as in summary.json."""
         return {
             name: {**result.as_json(), "context": plan.context, "flops_per_token": self.flops_per_token(plan.index)}
             for plan, (name, result) in zip(self.phases, finished.items(), strict=False)
@@ -170,7 +170,7 @@ class Plan:
         }
 
     def digests(self) -> dict[str, str]:
-        """What identifies the content of every dataset, the tokenizer and the starting weights, by recipe field."""
+        """Digests of the content of every dataset, the tokenizer and the starting weights, by recipe field."""
         others = {"tokenizer": self.tokenizer_digest, "init": self.init_digest}
         return {field: data.digest for field, data in self.texts.items()} | {
             field: digest for field, digest in others.items() if digest
@@ -178,7 +178,7 @@ class Plan:
 
     @property
     def has_long_heldout(self) -> bool:
-        """Whether held-out halves are of windows of documents."""
+        """Whether held-out halves consist of windows of documents."""
         return any(map(has_long_documents, self.heldout.values()))
 
     def known_texts(self) -> dict[str, KnownText]:
@@ -186,13 +186,13 @@ class Plan:
 
     @property
     def tokenizer_digest(self) -> str | None:
-        """The digest of the recipe's tokenizer, else of the one that the datasets record; None where there is none."""
+        """The digest of the recipe's tokenizer, else of the one that the datasets record; None if there is none."""
         if self.tokenizer:
             return self.tokenizer.digest
         return next((data.tokenizer_digest for data in self.train.values() if data.tokenizer_digest), None)
 
     def origin(self, index: int, dtype: str) -> Origin:
-        """What is to be known of the weights that phase `index` hands on; dtype: what was computed in."""
+        """The origin of the weights at the end of phase `index`; dtype: the compute dtype."""
         plan = self.phases[index]
         data = next((data for data in self.texts.values() if data.eos_id is not None), None)
         eos_id, bos_id = (data.eos_id, data.bos_id) if data else (None, None)
@@ -201,17 +201,17 @@ class Plan:
         )
 
     def check_same_data(self, recorded: Mapping[str, str], where: Path) -> None:
-        """DataError for a dataset, tokenizer or starting weights that aren't what `recorded`, the `digests` kept at
-        `where`, says."""
+        """DataError for a dataset, tokenizer or starting weights that differ from `recorded`, the `digests` kept at
+        `where`."""
         for field, digest in self.digests().items():
             if recorded.get(field, digest) != digest:
                 raise not_the_same(field, where)
 
     def unrecorded(self, recorded: Mapping[str, str]) -> list[str]:
-        """Warnings: what a checkpoint of an earlier version doesn't know, not even by the texts that it knows."""
+        """Warnings about content whose digest a checkpoint of an earlier version does not record."""
         known = {*recorded} | {"tokenizer" for text in self.texts.values() if text.tokenizer_digest}
         return [
-            f"{field}: the checkpoint is of an earlier version and doesn't record it; it is taken to be the same"
+            f"{field}: the checkpoint is of an earlier version and doesn't record it; it is assumed to be the same"
             for field in self.digests()
             if field not in known and not field.startswith("sources.")
         ]
@@ -219,8 +219,8 @@ class Plan:
     def check_files(self, before: Mapping[str, KnownText] | None, *, verify: bool) -> list[str]:
         """Compare every dataset with its hashes: some blocks of it, or all with `verify`.
 
-        before: the datasets as they were at the checkpoint that a run goes on from. Returns warnings: files that may
-        have been written since, and were not compared as a whole. DataError for a dataset that is damaged.
+        before: the datasets as they were at the checkpoint that is resumed. Returns warnings: files that may have been
+        written since then and were not compared completely. DataError for a dataset that is damaged.
         """
         warnings = []
         for field, data in self.texts.items():
@@ -228,7 +228,7 @@ class Plan:
                 whole = data.verify(None if verify else SAMPLED_BLOCKS)
             if whole or before is None or (field in before and before[field].modified_ns == data.modified_ns):
                 continue
-            remedy = "`verify=True` compares all" if data.has_hashes else f"{data.format} files record no hashes"
+            remedy = "`verify=True` compares all of it" if data.has_hashes else f"{data.format} files record no hashes"
             warnings.append(f"{field}: only parts of {data.path} were compared with what was trained on; {remedy}")
         return warnings
 
@@ -237,7 +237,7 @@ class Plan:
         return self._set_up(GPT.with_weights(self.model, dict(self.starting_weights())))
 
     def model_without_weights(self) -> GPT:
-        """The model on the meta device, to be given weights by an engine."""
+        """The model on the meta device; an engine gives it weights."""
         return self._set_up(GPT.without_weights(self.model))
 
     def _set_up(self, model: GPT) -> GPT:
@@ -246,8 +246,8 @@ class Plan:
         return model
 
     def starting_weights(self, world: World = ALONE) -> Mapping[str, Tensor]:
-        """This process's part of fresh weights by the recipe's seed, or of those that `init` names, which are read when
-        they are asked for, or of these the embedding; fp32 on the CPU."""
+        """This process's part of fresh weights from the recipe's seed, or of those that `init` names, read when they
+        are needed, or only the embedding of these; fp32 on the CPU."""
         mine = world.share({name: name for name in table(self.model)})
         theirs = stored_weights(Path(self.recipe.init))[1] if self.recipe.init else {}
         if theirs and self.recipe.init_only is None:
@@ -256,7 +256,7 @@ class Plan:
         return {**fresh, **picked(theirs, {"embedding": "embedding"})} if theirs and "embedding" in mine else fresh
 
     def describe(self) -> list[PhaseFigures]:
-        """Per phase: tokens and, per source, the share asked and the tokens and epochs exactly achieved."""
+        """Per phase: tokens and, per source, the share asked and the exact tokens and epochs."""
         return [self._figures(plan) for plan in self.phases]
 
     def _figures(self, plan: PhasePlan) -> PhaseFigures:
@@ -273,7 +273,7 @@ class Plan:
         return PhaseFigures(phase.name, plan.context, plan.steps, phase.tokens, plan.tokens, len(phase.arms()), sources)
 
     def leaks(self) -> list[str]:
-        """Warnings: held-out text that the training set of the same or another source holds too."""
+        """Warnings: held-out text that is also in the training set of the same or another source."""
         found = []
         for heldout_of, heldout in self.heldout.items():
             for source, train in self.train.items():
@@ -285,13 +285,13 @@ class Plan:
                         what = f"{documents:.1%} of the held-out documents of {heldout_of!r} and {ngrams:.1%} of their "
                         what += "long n-grams"
                     found.append(
-                        f"{what} are in the training text of {source!r} too: the loss will look better than it is"
+                        f"{what} are also in the training text of {source!r}: the loss will look better than it is"
                     )
         return found
 
 
 def _overlap(heldout: TokenDataset, train: TokenDataset) -> Overlap:
-    """Remembered, since a plan may be made for every run of a study, and the text is read for it."""
+    """Cached, since every run of a study may make a plan, and the text is read for it."""
     key = heldout.digest, train.digest
     if key not in _OVERLAPS:
         _OVERLAPS[key] = overlap_share(heldout, train)
@@ -302,11 +302,11 @@ _OVERLAPS: dict[tuple[str, str], Overlap] = {}
 
 Kind = Literal["train", "heldout"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""Of a source's texts."""
+"""The kinds of a source's texts."""
 
 
 def open_source(source: Source, kind: Kind, directory: str | Path = "") -> TokenDataset:
-    """A text of a source, cut as its recipe says, whose relative path leads from `directory`. It must name one."""
+    """A text of a source, limited as its recipe says; a relative path starts at `directory`. It must name one."""
     named = source.train if kind == "train" else source.heldout
     assert named is not None
     places = Path(directory, named) if isinstance(named, str) else [Path(directory, path) for path in named]
@@ -315,7 +315,7 @@ def open_source(source: Source, kind: Kind, directory: str | Path = "") -> Token
 
 
 def not_the_same(field: str, where: Path) -> DataError:
-    """What a recipe's field names is not what it was when `where` was written."""
+    """The content that a recipe's field names has changed since `where` was written."""
     what = {"init": "weights", "tokenizer": "tokens"}.get(field, "text")
     return DataError(
         f"{field}: holds other {what} than when {where} was written; put the old {what} back, or start a run of "
@@ -326,9 +326,9 @@ def not_the_same(field: str, where: Path) -> DataError:
 def recorded_texts(
     recipe: Recipe, recorded: Mapping[str, str], where: Path, directory: str = ""
 ) -> dict[str, TokenDataset]:
-    """The training text that is still where the recipe's paths lead, from `directory` or from here, by source.
+    """By source, the training text that the recipe's paths still lead to, from `directory` or from here.
 
-    recorded: the digests kept at `where`. DataError where only other text is there, held-out text too.
+    recorded: the digests kept at `where`. DataError if only other text is found, held-out text included.
     """
     found = {}
     for name, source in recipe.sources.items():
@@ -348,9 +348,9 @@ def recorded_texts(
 def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None = None) -> Plan:
     """Open what the recipe names and check that every phase can be trained as written.
 
-    tokenizer: the recipe's, where it is known already.
+    tokenizer: the recipe's, if it is loaded already.
 
-    Raises RecipeError or DataError, naming the field or file: a dataset that doesn't open or was made with another
+    Raises RecipeError or DataError, which names the field or file: a dataset that doesn't open or was made with another
     tokenizer, an id beyond the vocabulary, a corpus shorter than a window, a source whose share gives it no sample,
     a batch that doesn't divide among `world` processes.
     """
@@ -377,7 +377,7 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
     if tokenizer and (made := [data for _, data in datasets if data.tokenizer_digest == tokenizer.digest]):
         tokenizer.eos_id, tokenizer.bos_id = made[0].eos_id, made[0].bos_id
     model = _model_config(recipe, tokenizer, [data for _, data in datasets])
-    if recipe.init:  # else the context was known when the recipe was read
+    if recipe.init:  # else the context was known at reading
         check_lengths(recipe, model.context)
     for where, data in datasets:
         if data.max_id is not None and data.max_id >= model.vocab_size:
@@ -389,7 +389,7 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
         sequences, micro = phase.batch.sequences, phase.batch.micro or 1
         if sequences % (micro * world):
             raise RecipeError(
-                f"{where}.batch.sequences: {sequences} does not divide into {world} processes of micro-batches of "
+                f"{where}.batch.sequences: {sequences} does not divide among {world} processes with micro-batches of "
                 f"{micro}; choose a multiple of {micro * world}"
             )
         context, steps = phase.window(model.context), phase.steps(model.context)
@@ -402,11 +402,11 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
             raise RecipeError(f"{where}.mixture: {error}") from None
         if phase.freeze == "embeddings" and model.tied and not any(p.untie for p in recipe.phases[: index + 1]):
             raise RecipeError(
-                f"{where}.freeze: the embedding is the head too, which would learn no more either; give the head its "
+                f"{where}.freeze: the embedding is also the head, which would be frozen too; give the head its "
                 f"own copy with {where}.untie: true"
             )
         if phase.evaluation.samples and not (tokenizer and heldout):
-            missing = "a tokenizer to write text with; name the data's by `tokenizer`" if heldout else "held-out text"
+            missing = "a tokenizer to decode text with; name the data's in `tokenizer`" if heldout else "held-out text"
             raise RecipeError(f"{where}.eval.samples: needs {missing}, or write 0")
         if phase.documents:
             for field, data in datasets:
@@ -431,8 +431,8 @@ def unknown_id(recipe: Recipe, where: str, data: TokenDataset, id_: int, model: 
 def _that_of_the_weights(
     recipe: Recipe, datasets: list[tuple[str, TokenDataset]], tokenizer: BaseTokenizer | None
 ) -> BaseTokenizer | None:
-    """The recipe's tokenizer, else the one that lies with the weights that `init` names; RecipeError where these were
-    trained with another than the recipe's or a dataset's."""
+    """The recipe's tokenizer, else the one beside the weights that `init` names; RecipeError if these were trained with
+    another one than the recipe's or a dataset's."""
     weights = locate(Path(str(recipe.init)))
     place = tokenizer_file(weights)
     with naming("init"):
@@ -464,7 +464,7 @@ def _check_tokenizers(datasets: list[tuple[str, TokenDataset]], tokenizer: BaseT
         elif data.tokenizer_digest != expected:
             raise DataError(
                 f"{where}: {data.path} was made with another tokenizer ({data.tokenizer_digest[:12]}) than {by} "
-                f"({expected[:12]}); prepare it again with the one that this run uses"
+                f"({expected[:12]}); prepare it again with this run's tokenizer"
             )
     known = [(where, data) for where, data in datasets if data.eos_id is not None]
     for where, data in known[1:]:
@@ -483,7 +483,7 @@ def _model_config(recipe: Recipe, tokenizer: BaseTokenizer | None, datasets: lis
             config, _ = stored_weights(Path(recipe.init))
         stated = dataclasses.asdict(config)
         if "preset" in given:
-            expected = f"the shape is that of the weights at {recipe.init}; leave it out"
+            expected = f"the weights at {recipe.init} set the shape; leave it out"
             raise RecipeError(invalid("model.preset", given["preset"], expected))
         for key, value in given.items():
             if stated[key] != value:

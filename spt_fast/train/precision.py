@@ -1,7 +1,7 @@
-"""The dtype that a run computes in: what its recipe says, or for `auto` what multiplies faster on this machine.
+"""The dtype that a run computes in: the recipe's, or for `auto` the one that this machine multiplies faster.
 
 Instructions for bf16 don't make it fast: an Intel Xeon with AVX512-BF16 and no AMX multiplies fp32 up to twice as fast.
-So on a CPU that has them, the products of the model's own matrices are timed in both.
+So on a CPU with such instructions, the products of the model's own matrices are timed in both.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from spt_fast.train.state import Compute
 
 ROWS = 256
 LARGEST = 1024
-"""Of a product's dimensions in the test: larger ones run at the same rate and take longer."""
+"""Limit for a product's dimensions in the test: larger ones run at the same rate and take longer."""
 GAIN = 1.05
-"""By how much bf16 must be faster: fp32 is the more exact."""
+"""bf16 must be faster by this factor, since fp32 is more exact."""
 ROUNDS = 15
 SECONDS = 0.35
 BY_NAME = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NAMES = {dtype: name for name, dtype in BY_NAME.items()}
 
 Shapes = Mapping[tuple[int, int], int]
-"""By (rows, columns) of a weight, how much of a model's work is in such weights."""
+"""By (rows, columns) of a weight, the share of a model's work in such weights."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A dtype, and what decided for it."""
+    """A dtype, and the reason for it."""
 
     dtype: torch.dtype
     reason: str
@@ -54,15 +54,15 @@ class Precision:
 
 
 def begin_or_keep(recipe: Recipe, device: torch.device, config: GPTConfig, before: Compute | None) -> Precision:
-    """Of a run: `before` is how it was computed so far."""
+    """The precision of a resumed run: `before` is how it was computed so far."""
     if before is None:
         return precision_of(recipe, device, config, record=True)
     return Precision(getattr(torch, before.dtype), before.measured.get("precision", "as the run began"))
 
 
 def precision_of(recipe: Recipe, device: torch.device, config: GPTConfig, *, record: bool = False) -> Precision:
-    """The recipe's, or for `auto` that in the recipe's `precision_file`, which with `record` is written where it isn't
-    there yet, or what this machine multiplies faster. RecipeError for a precision_file that holds none."""
+    """The recipe's precision. For `auto` that in the recipe's `precision_file`, which `record` writes if it doesn't
+    exist yet, else what this machine multiplies faster. RecipeError for a precision_file that holds none."""
     file = Path(recipe.precision_file) if recipe.precision_file and recipe.precision == "auto" else None
     if file and file.exists():
         return read_precision(file)
@@ -74,13 +74,13 @@ def precision_of(recipe: Recipe, device: torch.device, config: GPTConfig, *, rec
 
 
 def write_precision(file: Path, precision: Precision) -> None:
-    """Unless there is one by now."""
+    """Write it, unless it exists by now."""
     file.parent.mkdir(parents=True, exist_ok=True)
     mine = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}")
     write_text(mine, json.dumps({"precision": NAMES[precision.dtype], "reason": precision.reason}, indent=1))
     try:
         with suppress(FileExistsError):
-            os.link(mine, file)  # at once, and not in the place of what another run has written meanwhile
+            os.link(mine, file)  # atomic, and doesn't replace what another run has written meanwhile
     finally:
         mine.unlink()
 
@@ -88,21 +88,21 @@ def write_precision(file: Path, precision: Precision) -> None:
 def read_precision(file: Path) -> Precision:
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        return Precision(BY_NAME[kept["precision"]], f"of {file}, {kept['reason']}")
+        return Precision(BY_NAME[kept["precision"]], f"from {file}, {kept['reason']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
-            f"precision_file: {file} cannot be read ({error!r}); put it back, or write `precision: bf16` or fp32, the "
-            "one that the runs beside this one have in their summary.json"
+            f"precision_file: {file} cannot be read ({error!r}); put it back, or write `precision: bf16` or fp32, as "
+            "in summary.json of the runs beside this one"
         ) from None
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Where no particular model is meant: for "auto" what multiplies matrices of 1,024 rows and columns faster."""
+    """Without a model: for "auto" the dtype that multiplies matrices of 1,024 rows and columns faster."""
     return pick_precision(precision, device).dtype
 
 
 def pick_precision(precision: str, device: torch.device, config: GPTConfig | None = None) -> Precision:
-    """What the recipe says ("bf16", "fp32"), or for "auto" what products like those of the model are faster in."""
+    """The recipe's ("bf16", "fp32"), or for "auto" the faster one for products like those of the model."""
     if precision != "auto":
         return Precision(BY_NAME[precision], "as the recipe says")
     if device.type == "cuda":
@@ -124,7 +124,7 @@ def multiplies_bf16() -> bool:
 
 
 def shapes_of(config: GPTConfig) -> Shapes:
-    """The matrices that multiply every token, cut to LARGEST; the head's counts even where it is the embedding."""
+    """The matrices that multiply every token, cut to LARGEST; the head's counts even if it is the embedding."""
     matrices = [(row.shape, config.layers * row.size) for row in of_block(config) if row.kind.multiplies]
     matrices += [(row.shape, row.size) for row in around_blocks(config) if row.name == "embedding"]
     shapes: dict[tuple[int, int], int] = {}
@@ -151,6 +151,6 @@ def _measure(shapes: Shapes) -> dict[str, Any]:
 
 
 def products(rows: int, columns: int, dtype: torch.dtype) -> Any:
-    """What computes y = x wᵀ, dx = dy w and dw = dyᵀ x."""
+    """The operands of y = x wᵀ, dx = dy w and dw = dyᵀ x."""
     x, w, dy = (torch.ones(shape, dtype=dtype) for shape in ((ROWS, columns), (rows, columns), (ROWS, rows)))
     return lambda: (multiply(x, w.T), multiply(dy, w), multiply(dy.T, x))

@@ -1,9 +1,9 @@
-"""What a run would take: memory of a process, seconds of a step, hours, money. Nothing here runs; all is arithmetic.
+"""The price of a run: memory of a process, seconds of a step, hours, money. Nothing is run; all is arithmetic.
 
-Time is FLOPs by the convention of `spt_fast.model.flops` over the rate of the whole machine, which is MFU times peak
-times GPUs. The MFU is stated, or measured by a run, or assumed. Blocks that are checkpointed whole are computed twice
-forward, so that a step takes 4/3 of the time. How long offloading and ZeRO's messages take depends on links that are
-not known: steps with offload have no time here, and messages count only where they are in the MFU.
+Time is FLOPs by the convention of `spt_fast.model.flops` divided by the rate of the whole machine: MFU times peak
+times GPUs. The MFU is given, measured by a run, or assumed. Blocks that are checkpointed whole are computed twice
+forward, so a step takes 4/3 of the time. The time of offloading and of ZeRO's messages depends on links that are not
+known: steps with offload have no time here, and messages count only as far as the MFU includes them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from spt_fast.train.world import pick_device
 
 ASSUMED_MFU = 0.4
 TIME_FACTOR = {"none": 1.0, "selective": 1.0, "full": 4 / 3}
-"""How much longer a step takes, by checkpointing; the cheap operations that "selective" recomputes are left out."""
+"""Factor of a step's time, by checkpointing; the cheap operations that "selective" recomputes are left out."""
 SPARE = 0.05
-"""The share of a GPU's memory that must stay free, for what the estimate leaves out."""
+"""The share of a GPU's memory that must stay free, for everything outside of the estimate."""
 LEFT_OUT = (
     "start-up",
     "checkpoints",
@@ -54,7 +54,7 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is planned for: `gpus` processes, each on one device."""
+    """The machine that a run is planned for: `gpus` processes, each on one device."""
 
     gpus: int
     device: str  # "cuda" | "cpu"
@@ -74,7 +74,7 @@ class Machine:
         precision: Precision | None = None,
     ) -> Machine:
         """This machine, or with `gpu` one with GPUs of that name; `memory` overrides a GPU's own, in bytes.
-        `precision`: that of the plan on this machine, where it is known."""
+        `precision`: the plan's on this machine, if it is known."""
         if gpu is not None:
             peak = peak_flops_by_name(gpu)
             if peak is None:
@@ -92,13 +92,13 @@ class Machine:
         return cls(gpus, "cuda", torch.cuda.get_device_name(here), precision, peak_flops(here), memory or own)
 
     def holds(self, needed_bytes: int) -> bool | None:
-        """Whether a step that needs so much fits; None where the memory isn't known."""
+        """Whether a step of this memory fits; None if the GPU's memory isn't known."""
         return None if self.memory_bytes is None else needed_bytes <= (1 - SPARE) * self.memory_bytes
 
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOP/s of all processes together, by the convention and without checkpointing; None where nothing says."""
+    """FLOP/s of all processes together, by the convention and without checkpointing; None if unknown."""
 
     flops_per_s: float | None
     mfu: float | None
@@ -107,16 +107,16 @@ class Speed:
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """One phase: all arms of its grid, all evaluations. Times are None where the speed isn't known."""
+    """One phase: all arms of its grid, all evaluations. Times are None if the speed isn't known."""
 
     phase: str
     steps: int
-    """Of each arm."""
+    """Steps of each arm."""
     arms: int
     tokens: int
     step_s: float | None
     hours: float | None
-    """Without evaluations."""
+    """Time without evaluations."""
     evaluation_tokens: int
     evaluation_flops: int
     evaluation_hours: float | None
@@ -130,9 +130,9 @@ class Way:
     offload: str
     checkpointing: str
     recipe: bool
-    """The recipe's own."""
+    """Whether it is the recipe's own."""
     bytes: dict[str, int]
-    """By part, as `memory_bytes` has them, in the phase that needs most."""
+    """By part, as in `memory_bytes`, in the phase that needs most."""
     fits: bool | None
     step_s: float | None
     hours: float | None
@@ -141,18 +141,18 @@ class Way:
 
 @dataclass(frozen=True)
 class Price:
-    """What a plan takes, the recipe's own way, and the other ways."""
+    """The price of a plan as the recipe trains it, and of the other ways."""
 
     parameters: int
     matmul_parameters: int
     flops_per_token: int
-    """Of the first phase: windows of another length have another number."""
+    """In the first phase; it depends on the window length."""
     tokens: int
     flops: int
     evaluation_flops: int
     memory_bytes: int
     precision: str
-    """What the steps are computed in, and why."""
+    """The precision of the steps, and why."""
     gpus: int
     gpu: str | None
     gpu_memory_bytes: int | None
@@ -169,9 +169,9 @@ class Price:
 
 
 def speed_of(plan: Plan, machine: Machine, *, mfu: float | None = None, run: Path | None = None) -> Speed:
-    """By the stated `mfu`; else by what `run`, or the recipe's own run folder, has measured; else assumed.
+    """By the given `mfu`; else measured by `run` or in the recipe's own run folder; else assumed.
 
-    CheckpointError for a `run` without measurements; RecipeError where its rate says nothing about this recipe.
+    CheckpointError for a `run` without measurements; RecipeError if its rate doesn't apply to this recipe.
     """
     if mfu is None:
         measured = _measured(plan, machine, run or Path(plan.recipe.run), required=run is not None)
@@ -179,7 +179,7 @@ def speed_of(plan: Plan, machine: Machine, *, mfu: float | None = None, run: Pat
             return measured
     share, source = (ASSUMED_MFU, "assumed") if mfu is None else (mfu, "stated")
     if machine.peak_flops is None:
-        return Speed(None, None, "nothing: the peak of this device is not known")
+        return Speed(None, None, "unknown: the peak of this device is not known")
     return Speed(share * machine.peak_flops * machine.gpus, share, source)
 
 
@@ -194,7 +194,7 @@ def _measured(plan: Plan, machine: Machine, run: Path, *, required: bool) -> Spe
         if required:
             raise CheckpointError(f"{run}: no training step is logged in metrics.jsonl; give a run that has trained")
         return None
-    rates = rates[1:] or rates  # the first has the start-up in it
+    rates = rates[1:] or rates  # the first includes the start-up
     recipe = recipe_of(run)
     factor, source = TIME_FACTOR[recipe.engine.checkpointing], f"measured in {path}"
     shares = [mfu for _, _, mfu in rates if mfu is not None]
@@ -209,7 +209,7 @@ def _measured(plan: Plan, machine: Machine, run: Path, *, required: bool) -> Spe
         return Speed(factor * flops_per_s, None, source)
     if required:
         raise RecipeError(
-            f"{run}: was measured on another kind of machine, which says nothing about this one; state the share of "
+            f"{run}: was measured on another kind of machine, so its speed does not apply here; give the share of "
             "the peak, such as `mfu=40%`, and name the GPU, such as `gpu=H100`"
         )
     return None
@@ -252,7 +252,7 @@ def phase_memory(
 
 
 def distribution_of(engine: Engine, processes: int) -> tuple[int, str]:
-    """(ZeRO stage, offload) of an engine; the local one divides nothing."""
+    """(ZeRO stage, offload) of an engine; the local one has stage 0."""
     return (engine.stage, engine.offload) if uses_deepspeed(engine, processes) else (0, "none")
 
 
@@ -263,9 +263,9 @@ def distributions(recipe: Recipe) -> list[tuple[int, str]]:
 
 
 def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | None = None) -> Price:
-    """What the plan takes on `machine`, and every other way to train it there.
+    """The price of the plan on `machine`, and of every other way to train it there.
 
-    Every arm of a grid and every evaluation is counted; `left_out` says what isn't. What isn't known is None.
+    Every arm of a grid and every evaluation is counted; `left_out` lists what isn't. Unknown values are None.
     """
     flops_per_token = [plan.flops_per_token(index) for index in range(len(plan.phases))]
     own = (*distribution_of(plan.recipe.engine, machine.gpus), plan.recipe.engine.checkpointing)
@@ -325,7 +325,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
 
 
 def _step_and_hours(times: list[PhaseTime], factor: float) -> tuple[float | None, float | None]:
-    """Seconds of the longest step and hours in all, where a step takes `factor` times as long."""
+    """Seconds of the longest step and total hours, if a step takes `factor` times as long."""
     steps = [time.step_s for time in times if time.step_s is not None]
     if not steps:
         return None, None
@@ -334,7 +334,7 @@ def _step_and_hours(times: list[PhaseTime], factor: float) -> tuple[float | None
 
 
 def phase_time(plan: Plan, index: int, speed: Speed) -> PhaseTime:
-    """Every arm of the phase's grid, every evaluation, the recipe's checkpointing."""
+    """With every arm of the phase's grid, every evaluation, the recipe's checkpointing."""
     planned = plan.phases[index]
     flops_per_token = plan.flops_per_token(index)
     phase, arms = planned.phase, len(planned.phase.arms())
@@ -360,7 +360,7 @@ def phase_time(plan: Plan, index: int, speed: Speed) -> PhaseTime:
 
 
 def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, console: Console) -> None:
-    """What the phases read; what they take in time, memory and money."""
+    """Print what the phases read, and the time, memory and money that they need."""
     columns = ["share", "tokens", "epochs_asked", "epochs"]
     rows = [
         [phase.name, phase.context, phase.steps, source, *(getattr(figures, column) for column in columns)]

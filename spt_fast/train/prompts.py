@@ -11,9 +11,9 @@ KEY = "prompt"
 
 
 def read_prompts(file: Path) -> list[str]:
-    """Of a .jsonl file the text under "prompt" in each line, of any other each line; empty lines are passed over.
+    """The text under "prompt" in each line of a .jsonl file, or each line of any other file; empty lines are skipped.
 
-    DataError names the file, and the line, that cannot be used.
+    DataError names the file and line that cannot be used.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")

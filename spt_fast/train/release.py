@@ -1,4 +1,4 @@
-"""What leaves a run: text that its weights continue, and a Hugging Face folder; both by the tokenizer of the run."""
+"""Outputs of a run: generated text, and a Hugging Face folder, with the run's tokenizer."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ from spt_fast.train.world import pick_device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 AT_A_TIME = 32
-"""Texts that are generated side by side."""
+"""Texts that are generated in one batch."""
 
 
 def tokenizer_of(path: Path, name: str | Path | None = None) -> BaseTokenizer | None:
-    """The tokenizer by name, else the one that lies beside the weights at `path` or in their run; None where there is
-    none.
+    """The named tokenizer, else the one beside the weights at `path` or in their run; None if there is none.
 
-    CheckpointError for another than the weights were trained with, and for one with more ids than they have.
+    CheckpointError for another one than the weights were trained with, and for one with more ids than they have.
     """
     weights = locate(path)
     run, origin = run_of(weights), origin_of(weights)
@@ -50,29 +49,31 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> BaseTokenizer | 
         try:
             found = Tokenizer.load(source)
         except DataError:
-            says = f"{run} is of an earlier version and carries none, and {source} has gone; name the one that it was"
-            raise CheckpointError(f"tokenizer: {says} trained with", argument=True) from None
+            says = (
+                f"{run} is of an earlier version and has no copy, and {source} is missing; name the one it was trained"
+            )
+            raise CheckpointError(f"tokenizer: {says} with", argument=True) from None
         if known is None:
             warnings.warn(
-                f"{run} is of an earlier version and doesn't record its tokenizer: {source} is taken to be the same",
+                f"{run} is of an earlier version and doesn't record its tokenizer: {source} is assumed to be the same",
                 SptWarning,
                 stacklevel=2,
             )
-    elif (weights / HF_FILE).exists():  # of a run of an earlier version
+    elif (weights / HF_FILE).exists():  # a run of an earlier version
         source = str(weights / HF_FILE)
         found = Tokenizer.load(weights)
     else:
         return None
     if known and found.digest != known:
         raise CheckpointError(
-            f"tokenizer: {source} ({found.digest[:12]}) is another than the weights at {path} were trained with "
+            f"tokenizer: {source} ({found.digest[:12]}) is not the one that the weights at {path} were trained with "
             f"({known[:12]}); give that one",
             argument=True,
         )
     if own and not name:
         check_alike(found, Path(own).parent)
     if found.vocab_size > (rows := read_config(weights).vocab_size):
-        expected = f"it has {found.vocab_size:,} ids, the weights at {path} {rows:,}; give the one that these are of"
+        expected = f"it has {found.vocab_size:,} ids, the weights at {path} {rows:,}; give their own tokenizer"
         raise CheckpointError(invalid("tokenizer", source, expected), argument=True)
     if origin.eos_id is not None:
         found.eos_id, found.bos_id = origin.eos_id, origin.bos_id
@@ -82,7 +83,7 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> BaseTokenizer | 
 
 
 def tokenizer_for(path: Path, name: str | Path | None = None) -> BaseTokenizer:
-    """As `tokenizer_of`; CheckpointError where there is none, DataError where it is one that must be converted."""
+    """`tokenizer_of`; CheckpointError if there is none, DataError if it must be converted first."""
     if found := tokenizer_of(path, name):
         return found
     if any((path / file).exists() for file in SLOW_FILES):
@@ -100,8 +101,8 @@ def export(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the weights at `path` as a Hugging Face folder, with their tokenizer where it is known; over another model
-    that lies there only with `overwrite`. dtype: fp32, bf16 or fp16; by default what they are stored in."""
+    """Write the weights at `path` as a Hugging Face folder, with their tokenizer if it is known; another model in that
+    folder is replaced only with `overwrite`. dtype: fp32, bf16 or fp16; by default the stored one."""
     with outside_runs(folder):
         weights = chosen(path)
         shape_and_tensors, origin = stored_weights(weights), with_history(weights)
@@ -119,8 +120,8 @@ def write_release(
     dtype: str | None,
     overwrite: bool,
 ) -> None:
-    """Write tensors as a Hugging Face folder, with what goes along with `weights`, as `export` does, and a model card,
-    which takes the place of a README.md only with `overwrite`."""
+    """Write tensors as a Hugging Face folder, with the files that belong to `weights`, as `export` does, and a model
+    card, which replaces a README.md only with `overwrite`."""
     if dtype not in (None, *DTYPES):
         raise CheckpointError(invalid("dtype", dtype, f"write {', '.join(DTYPES)}"), argument=True)
     found = tokenizer_of(weights, tokenizer)
@@ -140,7 +141,7 @@ def write_release(
 
 
 def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:
-    """Copy a Hugging Face folder, checked and by our names, to where a recipe's `init` may point."""
+    """Copy a Hugging Face folder, checked and with our names, for a recipe's `init`."""
     if (model / FILE).exists():
         check_alike(Tokenizer.load(model / FILE), model)
     with outside_runs(folder):
@@ -149,7 +150,7 @@ def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:
 
 @contextmanager
 def outside_runs(folder: Path) -> Iterator[None]:
-    """Work alone in a folder that no run has; CheckpointError for one of a run."""
+    """Lock a folder outside of every run; CheckpointError for a folder of a run."""
     place = folder.resolve()
     around = [part.parent for part in (place, *place.parents) if part.name in ("weights", "checkpoints")]
     if run := next(filter(None, map(run_of, (place, *around))), None):
@@ -160,25 +161,25 @@ def outside_runs(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Generated:
-    """Text that was drawn."""
+    """Generated text."""
 
     prompt: str
     text: str
-    """The prompt and what follows it."""
+    """The prompt and its continuation."""
     new_tokens: int
     ended: bool
-    """Whether the end-of-text token was drawn, which `text` leaves out."""
+    """Whether the end-of-text token was drawn; `text` leaves it out."""
 
 
 def generate_text(path: Path, prompt: str, tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any) -> str:
-    """Text that continues `prompt`, or begins a document where it is empty; `sampling` as in `GPT.generate`."""
+    """Text that continues `prompt`, or begins a document if it is empty; `sampling` as in `GPT.generate`."""
     return next(generate_texts(path, [prompt], tokens, tokenizer=tokenizer, **sampling)).text
 
 
 def generate_texts(
     path: Path, prompts: Iterable[str], tokens: int, *, tokenizer: str | Path | None = None, **sampling: Any
 ) -> Iterator[Generated]:
-    """As `generate_text` for each prompt, in their order, `AT_A_TIME` of them side by side."""
+    """`generate_text` for each prompt, in order, `AT_A_TIME` in a batch."""
     weights = chosen(path)
     encoding = tokenizer_for(weights, tokenizer)
     model, eos, waiting = load_model(weights).to(pick_device()), encoding.eos_id, iter(prompts)

@@ -1,8 +1,8 @@
-"""What may change in the recipe of a run that goes on, and what may not and why.
+"""Which changes to the recipe of a resumed run are allowed, and why others are not.
 
-Free are the run's folder, logging, checkpoints, the engine but for fp8, micro-batches, how often losses are measured
-where no early stop counts on it, and paths to the same content. A run may also be made longer, by more tokens of its
-last phase or by more phases: it goes on to what the longer recipe would have reached from the first step.
+Allowed are the run's folder, logging, checkpoints, the engine except fp8, micro-batches, how often losses are measured
+unless an early stop counts on it, and other paths to the same content. A run may also be made longer, with more tokens
+in its last phase or with more phases: it reaches what the longer recipe would have reached from the first step.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from spt_fast.train.folder import recipe_of
 from spt_fast.train.weights import read_config
 
 REASONS = {
-    r"phases\.\d+\.name": "its weights and figures are filed under the name",
+    r"phases\.\d+\.name": "its weights and figures are stored under the name",
     r"phases\.\d+\.tokens": "only the last phase can be made longer, and none shorter",
     r"phases\.\d+\.eval\.every": "early stopping counts evaluations",
-    r"phases\.\d+\.eval\.tokens": "losses before and after it would be of different text",
-    r"phases\..*": "the run trained by it so far",
-    r"model\..*|init|init_only": "the weights came from it",
-    r"sources\..*|tokenizer": "the run trained on it so far",
-    r".*": "a run keeps what it began with",
+    r"phases\.\d+\.eval\.tokens": "losses before and after it would be on different text",
+    r"phases\..*": "the run has trained with it so far",
+    r"model\..*|init|init_only": "the weights depend on it",
+    r"sources\..*|tokenizer": "the run has trained on it so far",
+    r".*": "it is fixed at the start of a run",
 }
 
 
 def changes(folder: Path, now: Recipe) -> list[str]:
-    """`Recipe.changes` since the run in `folder` was begun."""
+    """`Recipe.changes` since the run in `folder` was started."""
     before = recipe_of(folder)
     return before.changes(now) and before.changes(now, shape_of(now))
 
 
 def shape_of(recipe: Recipe) -> GPTConfig | None:
-    """That of a run's model, by its base or by what it has trained; None where neither is there."""
+    """The shape of a run's model, from its base or from its trained weights; None if neither exists."""
     for place in (recipe.init, recipe.run) if recipe.init else (recipe.run,):
         with suppress(CheckpointError):
             return read_config(Path(place))
@@ -45,7 +45,7 @@ def shape_of(recipe: Recipe) -> GPTConfig | None:
 
 
 def refused(before: Recipe, now: Recipe, shape: GPTConfig | None = None) -> list[str]:
-    """What keeps a run that was begun by `before` from going on by `now`, each change with its reason."""
+    """The changes that prevent a run started with `before` from continuing with `now`, each with its reason."""
     last, added = before.phases[-1], now.phases[len(before.phases) :]
     phases, obstacle = list(now.phases[: len(before.phases)]), ""
     if len(phases) == len(before.phases) and phases[-1].tokens > last.tokens:
@@ -61,26 +61,26 @@ def refused(before: Recipe, now: Recipe, shape: GPTConfig | None = None) -> list
         problems.append(f"{change} ({longer or reason})")
     if added and added[0].optimizer_state == "keep" and (last.stop or last.grid):
         problems.append(
-            f"phases.{len(before.phases)}.optimizer_state: keep (the weights that {last.name} handed on were kept "
+            f"phases.{len(before.phases)}.optimizer_state: keep (the weights of {last.name} were stored "
             "without the optimizer's state; write reset)"
         )
     return problems
 
 
 def _obstacle(phase: Phase) -> str:
-    """Why a phase can't be made longer: the steps that are made would have been others."""
+    """Why a phase can't be made longer: its finished steps would have been different."""
     schedule = phase.schedule
     if phase.grid or phase.stop:
         return f"{'a grid' if phase.grid else 'an early stop'} has ended it; add a phase instead"
     if not schedule.carry_on and schedule.name != "constant" and not schedule.horizon:
-        return f"its {schedule.name} schedule falls to the phase's end; add a phase instead"
+        return f"its {schedule.name} schedule decays to the phase's end; add a phase instead"
     if schedule.warmup.unit == "share" and schedule.warmup.amount:
         return "its warm-up is a share of the phase; add a phase instead"
     return ""
 
 
 def rounding(before: Recipe, now: Recipe) -> list[str]:
-    """Warnings: changes that are free, and make the sums of a step round otherwise."""
+    """Warnings: allowed changes that change the rounding of a step."""
     return [
         f"phases[{old.name}].batch.micro: {old.batch.micro} → {new.batch.micro}, so not bit-identical from here"
         for old, new in zip(before.phases, now.phases, strict=False)

@@ -1,4 +1,4 @@
-"""A run from the outside: its processes, its folder, where it goes on, and how it ends."""
+"""A run from the outside: its processes, its folder, where it resumes, and how it ends."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from spt_fast.train.world import World, use_deterministic_algorithms
 def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress: bool = True) -> dict[str, Any]:
     """Train every phase of the recipe; returns summary.json as a dict.
 
-    `resume` goes on from the newest whole checkpoint in the run folder, or starts afresh where there is nothing to
-    resume; a finished run goes on where the recipe has become longer (`spt_fast.train.resume`). Datasets are compared
-    with their hashes first: some blocks of each, or with `verify` all. Every process that a launcher started calls
-    this. SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 in any of them ends the run at the next safe place with a checkpoint and
-    `status: stopped`; a phase that diverged ends it with `status: failed` and the reason. Raises RecipeError, DataError
-    or CheckpointError for what a user can mend.
+    `resume` continues from the newest whole checkpoint in the run folder, or starts afresh if there is none; a finished
+    run continues if the recipe has become longer (`spt_fast.train.resume`). Datasets are compared with their hashes
+    first: some blocks of each, or with `verify` all. Every process of a launcher calls this. SIGTERM, SIGINT, SIGUSR1
+    or SIGUSR2 in any of them ends the run at the next safe place with a checkpoint and `status: stopped`; a phase that
+    diverges ends it with `status: failed` and the reason. Raises RecipeError, DataError or CheckpointError for what a
+    user can fix.
     """
     if recipe.engine.deterministic:
         use_deterministic_algorithms()
@@ -58,16 +58,18 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
         finished = world.on_first(lambda: _check_folder(folder, recipe, resume))
         if finished is None:
             world.on_first(lambda: held.enter_context(owned(folder, "run")))
-            finished = world.on_first(lambda: _check_folder(folder, recipe, resume))  # another may have ended meanwhile
+            finished = world.on_first(
+                lambda: _check_folder(folder, recipe, resume)
+            )  # another process may have ended it
         if finished and recipe_of(folder).tokenizer != recipe.tokenizer:
             world.on_first(lambda: _own_tokenizer(folder, recipe))
-        if finished and recipe_of(folder).sources != recipe.sources:  # other paths, which may lead to other text
+        if finished and recipe_of(folder).sources != recipe.sources:  # other paths may lead to other text
             world.on_first(lambda: recorded_texts(recipe, finished.get("data", {}), folder / "summary.json"))
         return finished or _train(recipe, folder, world, resume=resume, verify=verify, progress=progress)
 
 
 def _train(recipe: Recipe, folder: Path, world: World, *, resume: bool, verify: bool, progress: bool) -> dict[str, Any]:
-    """`run` in a folder that nobody else works in."""
+    """`run` in a locked folder."""
     found = world.on_first(lambda: checkpoint.newest(folder / "checkpoints") if resume else None)
     state = SavedState.read(found.state, found.path) if found else None
     plan = world.everywhere(lambda: _plan(folder, recipe, state, world.size))
@@ -110,21 +112,21 @@ def print_summary(name: str, summary: Mapping[str, Any], console: Console) -> No
     ]
     print_table(console, name, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
     if skipped := summary["skipped_steps"]:
-        console.print(f"skipped steps: {skipped}, as the loss or its gradient was not finite", soft_wrap=True)
+        console.print(f"skipped steps: {skipped}, because the loss or its gradient was not finite", soft_wrap=True)
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do: it is done, or it was asked to stop and its launcher takes that
-    for a failure and starts it again. RecipeError for a folder that this recipe cannot be trained in."""
+    """The summary of a run that has nothing left to do: it is done, or it was asked to stop, and its launcher treated
+    that as a failure and started it again. RecipeError for a folder in which this recipe cannot be trained."""
     if (folder / "recipe.yaml").exists() and not is_run(folder):
-        says = f"run: folder {folder} holds a recipe.yaml, and no run; choose another name"
+        says = f"run: folder {folder} holds a recipe.yaml, but no run; choose another name"
         raise RecipeError(says, argument=True)
     if not is_begun(
         folder, "run", "recipe.yaml", lambda: refused(recipe_of(folder), recipe, shape_of(recipe)), resume=resume
     ):
         return None
     if changes(folder, recipe):
-        return None  # it has become longer
+        return None  # the recipe has become longer
     summary = summary_of(folder)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     ended = ("done", "stopped") if restarted else ("done",)
@@ -132,14 +134,14 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] 
 
 
 def _plan(folder: Path, recipe: Recipe, state: SavedState | None, world: int) -> Plan:
-    """The recipe's plan; of a run that goes on from `state`, by the tokenizer and shape that it began with."""
+    """The recipe's plan; for a run resumed from `state`, with the tokenizer and shape that it began with."""
     if state is None:
         return make_plan(recipe, world=world)
     tokenizer = _own_tokenizer(folder, recipe)
     init = Path(recipe.init) if recipe.init and Path(recipe.init).exists() else None
     with naming("init"):
         digest = digest_of(init) if init else state.data.get("init")
-    if recipe.init:  # the checkpoint has the weights, and so the shape; the base's files may be others by now
+    if recipe.init:  # the shape comes from the checkpoint's weights; the base's files may have changed
         untied = any(phase.untie for phase in recipe.phases[: state.train.phase + 1])
         untied = untied and (init is None or read_config(init).tied)
         shape = replace(state.model, tied=state.model.tied or untied)
@@ -149,24 +151,24 @@ def _plan(folder: Path, recipe: Recipe, state: SavedState | None, world: int) ->
 
 
 def _own_tokenizer(folder: Path, recipe: Recipe) -> BaseTokenizer | None:
-    """The one in the run's folder; None where an earlier version, or a run that knew none, left none there."""
+    """The tokenizer in the run's folder; None if an earlier version, or a run without one, left none there."""
     if (place := tokenizer_file(folder)) is None:
         return None
     own = Tokenizer.load(place)
-    with suppress(DataError):  # the recipe's may have gone
+    with suppress(DataError):  # the recipe's may be missing
         if recipe.tokenizer and Tokenizer.load(recipe.tokenizer).digest != own.digest:
             raise RecipeError(
-                f"tokenizer: {recipe.tokenizer} is another than {place}, which the run began with; put "
-                "the old one back, or start a run of another name"
+                f"tokenizer: {recipe.tokenizer} is not {place}, which the run began with; put "
+                "the old one back, or start a run with another name"
             )
     return own
 
 
 def _begin_folder(folder: Path, recipe: Recipe, tokenizer: BaseTokenizer | None) -> None:
-    if recipe.init and (Path(recipe.init) / "recipe.yaml").exists():  # a run, which may go on: of it these weights
+    if recipe.init and (Path(recipe.init) / "recipe.yaml").exists():  # a run, which may continue: use these weights
         recipe = replace(recipe, init=str(locate(Path(recipe.init))))
     checkpoint.remove_unfinished(folder / "checkpoints")
-    (folder / "summary.json").unlink(missing_ok=True)  # of an earlier life, whose ending is not this one's
+    (folder / "summary.json").unlink(missing_ok=True)  # of an earlier start, with an outdated status
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
     if tokenizer and tokenizer_file(folder) is None:
         tokenizer.keep(folder)

@@ -1,8 +1,7 @@
-"""Texts that the model writes at evaluations, for people to read.
+"""Texts that the model generates at evaluations, for people to read.
 
 B texts, T tokens, V vocabulary. Prompts come from the *select* half of held-out text and are the same at every
-evaluation, and each next token is the likeliest one: two evaluations differ by the weights alone, and no generator of
-random numbers is touched.
+evaluation, and decoding is greedy: two evaluations differ only by the weights, and no random numbers are drawn.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ NEW_TOKENS = 32
 def samples(
     logits: Callable[[Tensor], Tensor], texts: Mapping[str, EvalSet], number: int, tokenizer: BaseTokenizer | None
 ) -> dict[str, dict[str, list[dict[str, str]]]]:
-    """Under "samples" by source `number` texts, {"prompt": …, "text": what the model wrote after it}; an end of a
-    document ends one early. Empty where none are asked for.
+    """Under "samples" by source `number` texts, {"prompt": …, "text": the continuation}; an end-of-text token ends one
+    early. Empty if none are requested.
 
     logits: tokens int64 [B, T] -> [B, T, V], of a model of at least the context that `texts` are cut for.
     """
@@ -44,7 +43,7 @@ def samples(
 
 
 def _prompts(text: EvalSet, number: int) -> Tensor:
-    """The beginnings of windows that are spread over the text, int64 [B, P]; fewer where it has fewer windows."""
+    """The beginnings of windows spread over the text, int64 [B, P]; fewer if it has fewer windows."""
     windows = text.stacks[0][0]
     P = min(PROMPT_TOKENS, max(1, (windows.shape[1] - 1) // 2))
     chosen = np.unique(np.linspace(0, len(windows) - 1, number).astype(int))
@@ -53,8 +52,8 @@ def _prompts(text: EvalSet, number: int) -> Tensor:
 
 @torch.no_grad()
 def _continued(logits: Callable[[Tensor], Tensor], prompts_BP: Tensor, new: int, vocab_size: int) -> Tensor:
-    """Prompts and the `new` likeliest tokens after them [B, P + new]; every pass is of one shape, as a token sees none
-    after it."""
+    """Prompts and the `new` likeliest tokens after them [B, P + new]; every pass has one shape, since no token sees
+    those after it."""
     B, P = prompts_BP.shape
     ids_BT = torch.cat([prompts_BP, torch.zeros(B, new, dtype=torch.int64)], 1)
     for position in range(P, P + new):

@@ -1,4 +1,4 @@
-"""The name of before for spt_fast.evaluation.score, which stands above this room; nothing of spt_fast imports it."""
+"""The earlier name of spt_fast.evaluation.score, which is above this room; nothing in spt_fast imports it."""
 
 import sys
 from importlib import import_module

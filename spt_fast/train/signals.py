@@ -1,5 +1,5 @@
 """A request to stop: SIGTERM, SIGINT, SIGHUP, or a scheduler's notice, SIGUSR1 or SIGUSR2. The run stops at the next
-safe place, with a checkpoint, however many more of them come."""
+safe place, with a checkpoint; further signals change nothing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PATIENCE_S = 10.0
-"""A SIGINT that comes so long after the first request means that saving takes too long: it interrupts at once."""
+"""A SIGINT this long after the first request means that saving takes too long: it interrupts at once."""
 
 
 class StopRequest:
-    """A context in which the first of these signals sets a flag. One inside another takes over what that has heard."""
+    """A context in which the first of these signals sets a flag. A nested one takes over the outer one's signals."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -47,20 +47,20 @@ class StopRequest:
 
 
 _first_s: list[float] = []
-"""When the signals came that ask this process to end, by time.monotonic()."""
+"""When the process was signalled to end, by time.monotonic()."""
 
 
 def interrupt_by_signals() -> None:
-    """Where no StopRequest heeds them, let the first of these signals interrupt as Ctrl-C does, and further ones do
-    nothing: the process is ending."""
+    """Outside of a StopRequest, let the first of these signals interrupt like Ctrl-C and ignore further ones: the
+    process is ending."""
     _first_s.clear()
     for number in _heeded():
         signal.signal(number, _interrupt)
-    atexit.register(_ignore)  # Python would have them kill the process from then on
+    atexit.register(_ignore)  # otherwise they would kill the process after Python restores its handlers
 
 
 def _heeded() -> list[signal.Signals]:
-    """All but a SIGHUP that is ignored, as nohup leaves it."""
+    """All signals except a SIGHUP that is ignored, as under nohup."""
     return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 

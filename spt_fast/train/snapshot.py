@@ -1,4 +1,4 @@
-"""Weights and optimizer state at one moment, fp32 on the CPU or in files still; and what their tensors are called on
+"""Weights and optimizer state at one moment, fp32 on the CPU or still in files; and the names of their tensors on
 disk."""
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ WEIGHTS, COUNT = "weights", "count"
 
 
 def tensor_name(kind: str, name: str) -> str:
-    """What a checkpoint calls the tensor that `kind` (WEIGHTS, or one of the optimizer's) has for a parameter."""
+    """The checkpoint's name of a parameter's tensor of `kind` (WEIGHTS, or one of the optimizer's)."""
     return f"{kind}/{name}"
 
 
 def kind_and_name(given: str) -> tuple[str, str]:
-    """What a `tensor_name` was made of; (COUNT, "") for the number of updates."""
+    """The parts of a `tensor_name`; (COUNT, "") for the number of updates."""
     kind, _, name = given.partition("/")
     return kind, name
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One process's part of a snapshot: all of it where the process is alone."""
+    """One process's part of a snapshot: all of it if there is one process."""
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """By parameter."""
+    """Weights by parameter."""
     state: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """The optimizer's, by kind and parameter; empty where only weights were taken."""
+    """The optimizer's state, by kind and parameter; empty if only weights were saved."""
     count: Tensor | None = None
-    """Updates that the optimizer has made, a 0-d tensor."""
+    """Updates by the optimizer, a 0-d tensor."""
 
     def tensors(self) -> Stored:
-        """By the names in a checkpoint: "weights/NAME", "KIND/NAME" and "count"."""
+        """All tensors by their checkpoint names: "weights/NAME", "KIND/NAME" and "count"."""
         kinds = {WEIGHTS: self.weights, **self.state, COUNT: {} if self.count is None else {"": self.count}}
         places = {
             COUNT if kind == COUNT else tensor_name(kind, name): (kind, name)
@@ -53,7 +53,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Snapshot:
-        """From `tensors()`."""
+        """The inverse of `tensors()`."""
         kinds: dict[str, dict[str, str]] = {WEIGHTS: {}}
         for given in tensors:
             kind, name = kind_and_name(given)
@@ -63,21 +63,21 @@ class Snapshot:
         return cls(parts.pop(WEIGHTS), parts, tensors.get(COUNT))
 
     def in_memory(self) -> Snapshot:
-        """With nothing left to read."""
+        """With everything read from its files."""
         return Snapshot(dict(self.weights), {kind: dict(held) for kind, held in self.state.items()}, self.count)
 
     def without_state(self) -> Snapshot:
         return Snapshot(self.weights)
 
     def only(self, names: Collection[str]) -> Snapshot:
-        """What it holds for these parameters."""
+        """The part for these parameters."""
         return Snapshot(
             {name: self.weights[name] for name in names if name in self.weights},
             {kind: {name: held[name] for name in names if name in held} for kind, held in self.state.items()},
         )
 
     def untied(self) -> Snapshot:
-        """That of a tied model with the head's own copy of the embedding (and of its state) added."""
+        """The snapshot of a tied model with the head's own copy of the embedding (and of its state) added."""
 
         def added(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             if "embedding" not in tensors:
@@ -90,8 +90,8 @@ class Snapshot:
         return replace(self, weights=added(self.weights), state=state)
 
     def averaged(self, start: Snapshot, share: float, world: World) -> Snapshot:
-        """With (1 − share) of these weights and `share` of those of `start`, of which each process may hold another
-        part."""
+        """With (1 − share) of these weights and `share` of those of `start`, which may be distributed differently over
+        the processes."""
         weights = dict(self.weights)
         for name, tensor in world.spread(start.weights):
             if name in weights:
@@ -99,7 +99,7 @@ class Snapshot:
         return replace(self, weights=weights)
 
     def __or__(self, other: Snapshot) -> Snapshot:
-        """What is in either, of this one's count."""
+        """The union of both, with this one's count."""
         kinds = self.state.keys() | other.state.keys()
         state = {kind: {**self.state.get(kind, {}), **other.state.get(kind, {})} for kind in kinds}
         return replace(self, weights={**self.weights, **other.weights}, state=state)

@@ -1,6 +1,6 @@
-"""Where a run stands: everything besides tensors that a later process needs to go on as if nothing had happened.
+"""The state of a run: everything besides tensors that a later process needs to continue it.
 
-`SavedState` is state.json of a checkpoint. To add, rename or remove a field takes a new VERSION and an entry in
+`SavedState` is state.json of a checkpoint. Adding, renaming or removing a field needs a new VERSION and an entry in
 MIGRATIONS, by which checkpoints of all earlier versions are read. (A new field of GPTConfig needs only its default.)
 """
 
@@ -21,7 +21,7 @@ from spt_fast.printing import plain
 VERSION = 6
 
 Errors = dict[str, dict[str, float | None]]
-"""Standard errors of losses; None where there is one document."""
+"""Standard errors of losses; None if there is one document."""
 Losses = dict[str, dict[str, float]]
 """By "heldout", "select" and "train", then by source; nats per token. One that is not finite is null in JSON."""
 
@@ -37,35 +37,36 @@ class Evaluation:
 
 @dataclass
 class ScheduleOrigin:
-    """Whose learning-rate schedule is running, and how far it had got when this phase began."""
+    """The phase whose learning-rate schedule is running, and its step when this phase began."""
 
     phase: int = 0
     arm: int = 0
-    """The arm of its grid that was kept."""
+    """The kept arm of its grid."""
     tokens: int = 0
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """A finished arm. Losses are by source and of the weights that it hands on, those after step `handed_on`."""
+    """A finished arm. Losses are by source, for the weights at its end, those after step `handed_on`."""
 
     values: dict[str, Any]
-    """The arm's values by axis of the grid; in JSON these stand beside the other fields."""
+    """The arm's values by axis of the grid; in JSON these are beside the other fields."""
     steps: int
     tokens: int
     tokens_per_s: float
     skipped: int
-    """Steps left out because the loss or the gradient was not finite."""
+    """Steps skipped because the loss or the gradient was not finite."""
     handed_on: int
     select: dict[str, float]
     heldout: dict[str, float]
     training: dict[str, float]
     best_heldout: dict[str, float]
-    """At the best evaluation by the `select` loss."""
+    """Losses at the best evaluation by the `select` loss."""
     standard_errors: Errors
-    """Of `heldout`, `select` and training losses, over documents; empty before version 5, as the next one."""
+    """Standard errors of `heldout`, `select` and training losses, over documents; empty before version 5, as the
+    next."""
     scored: dict[str, dict[str, dict[str, int | None]]]
-    """The `documents` (None where they aren't recorded) and `tokens` that these losses are of."""
+    """The `documents` (None if they aren't recorded) and `tokens` of these losses."""
 
     def reached(self) -> dict[str, Any]:
         return {name: item for name, item in vars(self).items() if name != "values"}
@@ -76,13 +77,13 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """A finished phase; in JSON what the kept arm reached stands beside these fields."""
+    """A finished phase; in JSON the kept arm's results are beside these fields."""
 
     epochs: dict[str, float]
     windows: dict[str, list[int]]
     """By source, the first window that the phase read and the first one after it."""
     arm: int
-    """The kept one's place in `grid`."""
+    """The kept arm's place in `grid`."""
     grid: list[ArmResult]
 
     def as_json(self) -> dict[str, Any]:
@@ -91,16 +92,16 @@ class PhaseResult:
 
 @dataclass
 class TrainState:
-    """One position in the run. `phase`, `arm` and `step` say where; the rest is what was carried there."""
+    """One position in the run: `phase`, `arm` and `step`, and the state there."""
 
     counts: dict[str, int]
-    """Windows of each source read before this phase, of those as long as its own."""
+    """Windows of each source, of this phase's length, read before this phase."""
     phase: int = 0
     arm: int = 0
     step: int = 0
-    """Steps of this arm that are done."""
+    """Finished steps of this arm."""
     total_steps: int = 0
-    """Steps of the whole run, every grid arm counted."""
+    """Steps of the whole run, all grid arms counted."""
     origin: ScheduleOrigin = field(default_factory=ScheduleOrigin)
     newest: Evaluation | None = None
     """The arm's newest evaluation."""
@@ -112,7 +113,7 @@ class TrainState:
     """The finished arms of this phase."""
     finished: dict[str, PhaseResult] = field(default_factory=dict)
     skipped: int = 0
-    """Steps left out because the loss or the gradient was not finite."""
+    """Steps skipped because the loss or the gradient was not finite."""
     skipped_in_arm: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
@@ -120,7 +121,7 @@ class TrainState:
     train_seconds: float = 0.0
     """Wall time of this arm's training steps."""
     windows: bool = True
-    """Whether held-out halves are of windows of documents; runs begun before version 5 keep whole documents."""
+    """Whether held-out halves consist of windows of documents; runs started before version 5 keep whole documents."""
     metrics_bytes: int = 0
     """Length of metrics.jsonl at this point; after a crash it is cut back to this."""
 
@@ -135,7 +136,7 @@ class TrainState:
         return self.best is not None and self.best.step == self.step
 
     def next_arm(self) -> None:
-        """Back to the phase's start, for the next arm of its grid."""
+        """Reset to the phase's start, for the next arm of its grid."""
         self.arm, self.step = self.arm + 1, 0
         self.newest, self.best, self.stale, self.train_seconds = None, None, 0, 0.0
         self.skipped_in_arm = self.skipped_in_a_row = 0
@@ -145,20 +146,20 @@ class TrainState:
 
     @property
     def name(self) -> str:
-        """The checkpoint's at this position; names sort in the order of training."""
+        """The name of the checkpoint at this position; names sort in the order of training."""
         return f"step-{self.total_steps:010d}-p{self.phase:02d}-a{self.arm:03d}"
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How steps are computed: what a run that is resumed keeps, or says that it changes."""
+    """How steps are computed: a resumed run keeps it, or reports the change."""
 
     dtype: str
     backends: dict[str, str]
     """By op."""
     engine: str
     measured: dict[str, Any]
-    """What decided: for "precision" in words, for "kernels" by op what the tuner found; empty before version 6."""
+    """The reasons: for "precision" in words, for "kernels" the tuner's results by op; empty before version 6."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class KnownText:
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a checkpoint of a run says besides its tensors."""
+    """The content of a run's checkpoint besides its tensors."""
 
     model: GPTConfig
     train: TrainState
@@ -183,14 +184,14 @@ class SavedState:
     texts: dict[str, KnownText]
     """Every dataset, by recipe field; none before version 3."""
     directory: str
-    """Where relative paths of the recipe lead from; empty before version 3."""
+    """The directory of the recipe's relative paths; empty before version 3."""
 
     def plain(self) -> dict[str, Any]:
         return {"version": VERSION, **plain(vars(self))}
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: Path) -> SavedState:
-        """From state.json of the checkpoint at `where`, whichever version wrote it.
+        """From state.json of the checkpoint at `where`, of any version so far.
 
         CheckpointError for a newer version, and for a field that is unknown or missing, which it names.
         """
@@ -205,7 +206,7 @@ class SavedState:
 
 
 def _read(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:
-    """A dataclass with all its fields given, but those of a GPTConfig that have defaults."""
+    """A dataclass from all its fields; only fields of GPTConfig with defaults may be missing."""
     known = {item.name: item for item in fields(cls)}
     for name in raw:
         if name not in known:
@@ -245,12 +246,12 @@ PARTS: dict[str, Callable[[Any, str], Any]] = {
     "grid": lambda raws, where: [_arm(raw, where) for raw in raws],
     "finished": lambda raws, where: {name: _phase(raw, where) for name, raw in raws.items()},
 }
-"""What reads the fields that hold dataclasses, by their names."""
+"""Readers of the fields that hold dataclasses, by field name."""
 
 
 def _keep_the_newest_evaluation(state: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 has `evaluated`, not the losses. They are needed at an arm's last step only, and there version 1 wrote
-    a checkpoint only where they were the best."""
+    """Version 1 has `evaluated`, not the losses. They are needed only at an arm's last step, and there version 1 wrote
+    a checkpoint only if they were the best."""
     train = dict(state["train"])
     here, best = {"step": train["step"], "losses": {}}, train["best"]
     at_best = best is not None and best["step"] == train["step"]
@@ -263,7 +264,7 @@ def _know_no_texts(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count_skipped_steps_by_arm(state: dict[str, Any]) -> dict[str, Any]:
-    """Version 3 counts those of the whole run only, and doesn't keep what arms reached on training text."""
+    """Version 3 counts only those of the whole run, and doesn't keep the arms' losses on training text."""
 
     def arms(before: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{**arm, "skipped": 0, "training": {}} for arm in before]
@@ -274,7 +275,7 @@ def _count_skipped_steps_by_arm(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _know_no_standard_errors(state: dict[str, Any]) -> dict[str, Any]:
-    """Version 4 has none, and deals whole documents out to the held-out halves."""
+    """Version 4 has none, and puts whole documents in the held-out halves."""
 
     def arms(before: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{**arm, "standard_errors": {}, "scored": {}} for arm in before]
@@ -296,4 +297,4 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     4: _know_no_standard_errors,
     5: _know_no_measurements,
 }
-"""By version, what turns its state.json (as plain data) into the next version's."""
+"""By version, the function from its state.json (as plain data) to the next version's."""

@@ -1,4 +1,4 @@
-"""What summary.json says of a run: written here but for how it ended, and read as a result of the library."""
+"""summary.json of a run, written here except for its end, and read as a result of the library."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ def facts(
 
 @dataclass(frozen=True)
 class TrainedPhase:
-    """A finished phase. Losses are nats per token of the weights that it hands on, by source."""
+    """A finished phase. Losses are nats per token of the weights at its end, by source."""
 
     steps: int
     tokens: int
     epochs: Mapping[str, float]
-    """Of each source, in this phase."""
+    """Epochs of each source, in this phase."""
     heldout: Mapping[str, float | None]
     best_heldout: Mapping[str, float | None]
     tokens_per_s: float
     weights: Path
-    """The folder that holds them."""
+    """The folder of the weights."""
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """How a run ended, and the phases that it finished."""
+    """How a run ended, and its finished phases."""
 
     run: Path
     status: str
@@ -71,7 +71,7 @@ class TrainedRun:
     parameters: int
     seconds: float
     skipped_steps: int
-    """Those whose loss or gradient was not finite."""
+    """Steps whose loss or gradient was not finite."""
     phases: Mapping[str, TrainedPhase]
     summary: Mapping[str, Any]
     """All of summary.json."""

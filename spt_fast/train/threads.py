@@ -1,7 +1,6 @@
-"""How many threads of a CPU train a model the fastest: a small one loses more to waiting than a second thread brings.
+"""How many CPU threads train a model fastest: a small one loses more to synchronisation than a second thread gains.
 
-Measured by `spt-fast kernels --tune`. A run that is one process takes the answer, unless OMP_NUM_THREADS says how many
-it may have.
+Measured by `spt-fast kernels --tune`. A run with one process uses the result, unless OMP_NUM_THREADS sets the number.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ ROUNDS, SECONDS = 15, 20.0
 def threads_of(
     config: GPTConfig, precision: str, sequences: int, context: int, *, measure: bool = False
 ) -> dict[str, Any] | None:
-    """What was found for steps of such micro-batches, or with `measure` is found now: "chosen", "date", and "seconds"
-    by number. None where nothing was, or OMP_NUM_THREADS decides."""
+    """The result for steps of such micro-batches, measured now if `measure`: "chosen", "date", and "seconds" by number.
+    None if there is none, or if OMP_NUM_THREADS decides."""
     if os.environ.get("OMP_NUM_THREADS"):
         return None
     shape = {"config": asdict(config), "precision": precision, "sequences": sequences, "context": context}
@@ -64,7 +63,7 @@ def _measure(config: GPTConfig, precision: str, sequences: int, context: int) ->
 
 
 def decided(seconds: Mapping[int, float]) -> dict[str, Any]:
-    """The fastest, where it beats the usual number clearly."""
+    """The fastest number, if it is clearly faster than the usual one."""
     best = min(seconds, key=lambda count: seconds[count])
     chosen = best if seconds[best] < (1 - LEAST_GAIN) * seconds[USUAL] else USUAL
     return {"date": f"{date.today()}", "chosen": chosen, "seconds": {str(n): took for n, took in seconds.items()}}

@@ -1,11 +1,11 @@
-"""Where the figures of a run go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, a CSV table.
+"""Trackers, which get the figures of a run besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, a CSV table.
 
     record of metrics.jsonl → Entry → the queue of each tracker → its own thread → its own library
 
-`log: {to: [...]}` names them. A thread of its own feeds each, so that no step waits for a network. What a tracker
-raises while the run trains is said once, and training goes on. What identifies its run is kept in trackers.json of the
-run's folder, so that a resumed run goes on in the same one. The arms of a grid are also series of their own, over the
-steps of the arm.
+`log: {to: [...]}` names them. Each has its own thread, so that no step waits for a network. What a tracker raises while
+the run trains is reported once, and training continues. trackers.json in the run's folder keeps the ids of the
+trackers' runs, so that a resumed run continues them. The arms of a grid are also separate series, over the steps of
+the arm.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from spt_fast.train.plan import Plan
 from spt_fast.train.world import dtype_name
 
 PROJECT = "spt-fast"
-"""In W&B, and the experiment in MLflow, where the environment names no other."""
+"""The project in W&B and the experiment in MLflow, unless the environment names another."""
 IDS = "trackers.json"
 MOST_WAITING = 10_000
-"""Entries for a tracker that does not keep up; further ones are dropped."""
+"""Entries that wait for a slow tracker; further ones are dropped."""
 PATIENCE_S = 10
-"""For a tracker to take its last entries: a run that is asked to stop has to end soon."""
+"""Time for a tracker to take its last entries: a run that is asked to stop has to end soon."""
 OF_A_STEP = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "skipped")
 OF_AN_EVALUATION = ("heldout", "select", "train")
 PLACE = ("kind", "phase", "arm", "step", "tokens", "average")
-"""Where a record stands."""
+"""The position of a record."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Followed:
     folder: Path
     recipe: Recipe
     facts: Mapping[str, Any]
-    """What the recipe doesn't say."""
+    """Settings that the recipe doesn't have."""
     resumed_at: int | None
-    """The steps that were made before, of a run that goes on."""
+    """Finished steps of a resumed run."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -85,14 +85,14 @@ def series(phase: str, arm: int) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """A record of metrics.jsonl as trackers take it."""
+    """A record of metrics.jsonl in the form for trackers."""
 
     record: dict[str, Any]
     figures: dict[str, float]
     step: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     arm: str | None
-    """Its series, where the phase has a grid."""
+    """Its series, if the phase has a grid."""
 
     @property
     def samples(self) -> dict[str, list[dict[str, str]]]:
@@ -110,7 +110,7 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 class Tracker(Protocol):
     place: str
-    """Where its run can be looked at."""
+    """The place where its run can be viewed."""
 
     def write(self, entry: Entry) -> None: ...
 
@@ -157,7 +157,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run in the project of WANDB_PROJECT; its own files in wandb/. It measures the machine itself."""
+    """A run in the project of WANDB_PROJECT; its own files in wandb/. It records the machine's figures itself."""
 
     def __init__(self, run: Followed) -> None:
         import wandb
@@ -197,20 +197,20 @@ class WandB:
 
 MLFLOW_ENDINGS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 MLFLOW_PARAMS = 100
-"""The most in one request."""
+"""Limit for one request."""
 
 
 class MLflow:
     """A run in the experiment of MLFLOW_EXPERIMENT_NAME, at MLFLOW_TRACKING_URI."""
 
     def __init__(self, run: Followed) -> None:
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # who names a folder means it
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # the user named a folder on purpose
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
         self._metric = Metric
         place = os.environ.get("MLFLOW_TRACKING_URI")
-        if not place and find_spec("sqlalchemy") is None:  # mlflow-skinny cannot open the database that is the default
+        if not place and find_spec("sqlalchemy") is None:  # mlflow-skinny cannot open the default database
             place = Path("mlruns").absolute().as_uri()
         self._client = MlflowClient(place)
         known = _known(run.folder, "mlflow")
@@ -224,7 +224,7 @@ class MLflow:
         before = self._client.get_run(self._id).data.params
         self._client.update_run(self._id, status="RUNNING")
         settings = {_plain(name): str(value) for name, value in flat({**run.settings, "arms": run.arms}).items()}
-        new = [Param(name, value) for name, value in settings.items() if name not in before]  # none can be changed
+        new = [Param(name, value) for name, value in settings.items() if name not in before]  # existing ones are fixed
         for i in range(0, len(new), MLFLOW_PARAMS):
             self._client.log_batch(self._id, params=new[i : i + MLFLOW_PARAMS])
 
@@ -243,12 +243,12 @@ class MLflow:
 
 
 def _plain(name: str) -> str:
-    """Of characters that MLflow takes in names."""
+    """The text with only characters that MLflow allows in names."""
     return re.sub(r"[^\w/. :-]", "_", name)[:250]
 
 
 class Table:
-    """metrics.csv: a row for each record of metrics.jsonl, with which it is cut back when a run goes on."""
+    """metrics.csv: a row for each record of metrics.jsonl, cut back with it when a run is resumed."""
 
     def __init__(self, run: Followed) -> None:
         path, sources = run.folder / "metrics.csv", run.recipe.sources
@@ -265,7 +265,7 @@ class Table:
         with replacing(path) as whole, whole.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            for i, record in enumerate(records):  # which holds no figures of the machine
+            for i, record in enumerate(records):  # without the figures of the machine
                 system = {name: before[i].get(name) for name in SYSTEM} if i < len(before) else {}
                 writer.writerow(self._row(record) | system)
         self._file = path.open("a", encoding="utf-8", newline="")
@@ -292,17 +292,17 @@ assert KINDS.keys() == {*TRACKERS}
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """RecipeError where the library of a tracker isn't installed."""
+    """RecipeError if the library of a tracker isn't installed."""
     for name in names:
         found = find_spec(name)
-        if found is None or found.origin is None:  # a folder of that name, such as W&B leaves behind, is no package
+        if found is None or found.origin is None:  # a folder of that name, such as W&B leaves behind, isn't a package
             raise RecipeError(
                 f"log.to: {name} is not installed; pip install 'spt-fast[{name}]', or leave it out of the list"
             )
 
 
 def _known(folder: Path, name: str) -> str | None:
-    """What identifies the tracker's run, where this one has begun one."""
+    """The id of the tracker's run, if one was started."""
     with suppress(OSError, ValueError):
         return json.loads((folder / IDS).read_text(encoding="utf-8")).get(name)
     return None
@@ -318,7 +318,7 @@ def _shown(sample: Mapping[str, str]) -> str:
 
 
 def _verbatim(text: str) -> str:
-    """As code in Markdown, so that nothing in it is markup."""
+    """As a Markdown code block, so that nothing in it is markup."""
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
@@ -326,10 +326,10 @@ def _verbatim(text: str) -> str:
 
 
 class Trackers:
-    """Those that a run's recipe names."""
+    """The trackers that a run's recipe names."""
 
     def __init__(self, run: Followed, say: Callable[[str], None]) -> None:
-        """RecipeError where one can't be started; of a run that goes on that is only said."""
+        """RecipeError if one can't be started; for a resumed run only a warning."""
         self._arms, self._system, self._feeds = run.arms, System(), list[_Feed]()
         for name in run.recipe.log.to:
             try:
@@ -338,15 +338,15 @@ class Trackers:
                 problem = f"log.to: {name} cannot be started ({_reason(error)})"
                 if run.resumed_at is None:
                     self.close("failed")
-                    raise RecipeError(f"{problem}; mend that, or leave it out of the list") from error
-                say(f"warning: {problem}; training goes on without it")
+                    raise RecipeError(f"{problem}; fix that, or leave it out of the list") from error
+                say(f"warning: {problem}; training continues without it")
                 continue
             self._feeds.append(_Feed(name, tracker, say))
             if not tracker.place.startswith(str(run.folder)):
                 say(f"{name}: {tracker.place}")
 
     def write(self, record: dict[str, Any], step: int) -> None:
-        """A record of metrics.jsonl after `step` steps of the whole run."""
+        """Send a record of metrics.jsonl after `step` steps of the whole run."""
         if not self._feeds:
             return
         arm = series(record["phase"], record["arm"])
@@ -394,7 +394,7 @@ class _Feed:
                 self._complain(f"failed ({_reason(error)})")
 
     def _arriving(self) -> Iterator[Entry | str]:
-        """Entries, and last how the run ended."""
+        """Deliver entries, and at last how the run ended."""
         what: Entry | str | None = None
         while not isinstance(what, str):
             yield (what := self._waiting.get())
@@ -402,7 +402,7 @@ class _Feed:
     def _complain(self, what: str) -> None:
         if not self._complained:
             self._complained = True
-            self._say(f"warning: log.to: {self._name} {what}; training goes on, and metrics.jsonl has every figure")
+            self._say(f"warning: log.to: {self._name} {what}; training continues, and metrics.jsonl has every figure")
 
 
 def _reason(error: Exception) -> str:
@@ -421,13 +421,13 @@ SYSTEM = (
 
 
 class System:
-    """What the first process takes of its machine."""
+    """The figures of the first process's machine."""
 
     def __init__(self) -> None:
         self._at_s, self._cpu_s = time.monotonic(), time.process_time()
 
     def figures(self) -> dict[str, float]:
-        """Processor cores that were busy since the call before, memory and, where there is one, the GPU."""
+        """Busy processor cores since the previous call, memory and, if there is one, the GPU."""
         now_s, cpu_s = time.monotonic(), time.process_time()
         found: list[Callable[[], float]] = [
             lambda: (cpu_s - self._cpu_s) / max(now_s - self._at_s, 1e-9),
@@ -441,7 +441,7 @@ class System:
             ]
         figures = {}
         for name, figure in zip(SYSTEM, found, strict=False):
-            with suppress(Exception):  # a driver that does not say
+            with suppress(Exception):  # a driver without this figure
                 figures[name] = float(figure())
         self._at_s, self._cpu_s = now_s, cpu_s
         return figures

@@ -1,8 +1,8 @@
-"""What a run computes with, decided before its first step: the dtype, the backend and launch of every op, and on a CPU
-how many threads.
+"""How a run computes, decided before its first step: the dtype, the backend and launch of every op, and on a CPU the
+number of threads.
 
-A run that goes on keeps what its checkpoint says. Another takes what was measured on this machine at its shapes, and
-measures it first on a GPU that has not trained such shapes yet.
+A resumed run keeps the choices of its checkpoint. Another uses what was measured on this machine for its shapes; on a
+GPU that has not trained such shapes yet, they are measured first.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from spt_fast.train.world import launched_processes, pick_device
 
 AT_START_S = 120.0
 SAMPLE = GPTConfig(layers=6, width=384, heads=6, kv_heads=6, ffn=1024, context=512, vocab_size=16384)
-"""What is tuned where no recipe says what is trained."""
+"""What is tuned without a recipe."""
 
 Records = Mapping[str, Mapping[str, Any]]
-"""By op, what the tuner has found."""
+"""The tuner's results, by op."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Choices:
     precision: Precision
     kernels: Records = field(default_factory=dict)
     threads: int | None = None
-    """None leaves them as they are."""
+    """None keeps the current number."""
     faults: Sequence[Fault] = ()
-    """Backends that are wrong on this machine."""
+    """Backends that give wrong results on this machine."""
 
     def install(self) -> dict[str, str]:
-        """Compute so from now on in this process; by op the backend that `auto` means then."""
+        """Use these choices from now on in this process; returns the backend that `auto` now means, by op."""
         install(chosen(self.kernels))
         for fault in self.faults:
             pass_over(fault.op, fault.backend)
@@ -68,7 +68,7 @@ class Choices:
         return {"precision": self.precision.reason, "kernels": kernels, **threads}
 
     def lines(self) -> Iterator[str]:
-        """What is not as by default."""
+        """Lines on every choice that is not the default."""
         yield from (f"warning: {fault}" for fault in self.faults)
         if self.threads and self.threads != USUAL:
             yield f"threads: {self.threads} rather than {USUAL}, which were slower"
@@ -86,8 +86,8 @@ def choose(
     say: Callable[[str], object] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Choices:
-    """For a run that begins or goes on (`before`). say: hears of what takes time; without it, as for a dry run, no op
-    is measured and nothing recorded."""
+    """For a run that starts or resumes (`before`). say: reports what takes time; without it, as in a dry run, no op is
+    measured and nothing is recorded."""
     if say is None:
         precision = precision_of(plan.recipe, device, plan.model)
         return Choices(precision, known(asked_by(plan, precision, device, processes)))
@@ -111,8 +111,8 @@ def choose(
 
 
 def without_unfit(records: Records, asked: Sequence[Question], say: Callable[[str], object]) -> Records:
-    """Those that this machine can run: another GPU may have less memory for a launch, or lack a backend. Forgets what
-    is installed."""
+    """The choices that this machine can run: another GPU may have less memory for a launch, or lack a backend. Resets
+    what is installed."""
     left = dict(records)
     for question in asked:
         if question.op in records:
@@ -120,21 +120,21 @@ def without_unfit(records: Records, asked: Sequence[Question], say: Callable[[st
             dtype, device = getattr(torch, question.dtype), torch.device(question.device)
             problem = checker(question.op, trial(question.op, question.small, dtype, device))(candidate)
             if problem:
-                say(f"warning: {question.op}: {candidate}, which the run had, {problem}; the default is taken")
+                say(f"warning: {question.op}: {candidate}, which the run used before, {problem}; the default is used")
                 del left[question.op]
     install({})
     return left
 
 
 def _faults(plan: Plan, precision: Precision, device: torch.device) -> Sequence[Fault]:
-    """On a GPU, where kernels are compiled on the spot."""
+    """On a GPU, where kernels are compiled just in time."""
     return self_check(device, precision.dtype, head_dim=plan.model.head_dim) if device.type == "cuda" else ()
 
 
 def _take_threads(
     config: GPTConfig, precision: str, sequences: int, context: int, *, measure: bool = False
 ) -> int | None:
-    """From now on this process has as many threads as were found: what is measured next holds for these."""
+    """Set this process's number of threads to the measured one: later measurements are made with it."""
     found = threads_of(config, precision, sequences, context, measure=measure)
     if not found:
         return None
@@ -152,7 +152,7 @@ def _batch(plan: Plan, processes: int) -> tuple[int, int]:
 
 
 def asked_by(plan: Plan, precision: Precision, device: torch.device, processes: int) -> list[Question]:
-    """What there is to tune for a plan, at the shapes of its longest phase."""
+    """The questions for the tuner on a plan, at the shapes of its longest phase."""
     sequences, context = _batch(plan, processes)
     return asked_of(
         plan.model,
@@ -177,7 +177,7 @@ def asked_of(
     deterministic: bool,
     fp8: bool = False,
 ) -> list[Question]:
-    """What there is to tune for a model trained in such micro-batches."""
+    """The questions for the tuner on a model trained in such micro-batches."""
     shape = Shape(
         sequences=sequences,
         context=context,
@@ -196,16 +196,16 @@ def asked_of(
     in_fp8 = fp8 and gains_by_fp8((config.width, 2 * config.ffn))
     ops = ["add_rms_norm", "swiglu_packed" if in_fp8 else "swiglu_linear", "embedding", "adamw_step"]
     ops += ["qk_norm_rope" if normalised else "rope", *(["fp8_linear"] if in_fp8 else [])]
-    ops += ["linear_cross_entropy", attention]  # those with the most candidates have the time that others leave
+    ops += ["linear_cross_entropy", attention]  # the ones with the most candidates get the remaining time
     return questions(ops, shape, dtype, device, deterministic=deterministic)
 
 
 def overview(
     path: Path | None, overrides: Sequence[str] = (), *, seconds: float | None = None
 ) -> tuple[dict[str, str], Records]:
-    """By op the backend that `auto` means for a recipe's run, or for SAMPLE, and why; and the records that say so.
-    seconds: measure what is not measured yet, ops for so long at most. "precision" stands among the ops, and "threads"
-    where their number was measured."""
+    """By op the backend that `auto` means for a recipe's run, or for SAMPLE, and why; and the records that decided it.
+    seconds: measure missing ops for at most this long. "precision" is among the ops, and "threads" if their number was
+    measured."""
     device = pick_device()
     alone = device.type == "cpu" and launched_processes() == 1
     if path is None:

@@ -1,4 +1,4 @@
-"""What tells a user that a run needs help: a heartbeat, the stacks of a run that hangs, and losses that jump."""
+"""Signs that a run needs help: a heartbeat, the stacks of a run that hangs, and losses that jump."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ JUMP_DEVIATIONS = 8.0
 
 
 class Watch:
-    """Watches one process: heartbeat.json says that steps are made; stacks-<rank>.txt says where a process hangs.
+    """Watches one process: heartbeat.json shows that steps are made; stacks-<rank>.txt shows where a process hangs.
 
-    The first process writes heartbeat.json: `time` (seconds since 1970) of the newest sign of life, what it was, host
-    and process id. After `stall_s` seconds without one, the stacks of all threads are appended to the other file, once,
-    and standard error says so; the run goes on.
+    The first process writes heartbeat.json: `time` (seconds since 1970) of the newest progress, what it was, host and
+    process id. After `stall_s` seconds without progress, the stacks of all threads are appended to the other file,
+    once, with a message on standard error; the run continues.
     """
 
     def __init__(self, folder: Path, rank: int, stall_s: float) -> None:
@@ -67,7 +67,7 @@ class Watch:
 
     def _write_heartbeat(self, at: float) -> None:
         beat = {"time": round(at, 3), **self._where, "host": socket.gethostname(), "pid": os.getpid()}
-        with suppress(OSError):  # a full disk is the checkpoint's to report
+        with suppress(OSError):  # the checkpoint reports a full disk
             write_text(self._folder / HEARTBEAT, json.dumps(beat))
 
     def _dump_stacks(self, silent_s: float) -> None:
@@ -80,13 +80,13 @@ class Watch:
 
 
 class LossWatch:
-    """Says which losses stand far above the ones before: a first sign of too high a rate, or of bad data."""
+    """Reports losses far above the earlier ones: a first sign of too high a rate, or of bad data."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=REMEMBERED_LOSSES)
 
     def jump(self, loss: float) -> float | None:
-        """The median of the losses before, where `loss` lies far above it."""
+        """The median of the earlier losses, if `loss` is far above it."""
         median = None
         if len(self._recent) >= FEWEST_LOSSES:
             middle = statistics.median(self._recent)

@@ -1,4 +1,4 @@
-"""Trained weights, wherever they are: a run, its weights/<phase>, one of its checkpoints, or a Hugging Face folder.
+"""Trained weights in any place: a run, its weights/<phase>, one of its checkpoints, or a Hugging Face folder.
 
 weights/<phase> is a Hugging Face folder itself, so that a run's result needs no conversion.
 """
@@ -22,7 +22,7 @@ from spt_fast.train.state import SavedState
 
 
 def read_config(path: Path) -> GPTConfig:
-    """The shape of the weights at `path`; CheckpointError where there are none."""
+    """The shape of the weights at `path`; CheckpointError if there are none."""
     path = locate(path)
     if (path / "manifest.json").exists():
         return SavedState.read(checkpoint.read(path), path).model
@@ -30,13 +30,13 @@ def read_config(path: Path) -> GPTConfig:
 
 
 def digest_of(path: Path) -> str:
-    """Identifies the weights at `path` by samples of them; CheckpointError where there are none."""
+    """A digest of samples of the weights at `path`; CheckpointError if there are none."""
     return weights_digest(locate(path))
 
 
 def stored_weights(path: Path) -> tuple[GPTConfig, Mapping[str, Tensor]]:
-    """Shape and weights at `path`, fp32 on the CPU, each read when it is asked for; of a run, what its last finished
-    phase handed on. CheckpointError where something of them is missing."""
+    """Shape and weights at `path`, fp32 on the CPU, each read when needed; for a run, those of its last finished phase.
+    CheckpointError if some are missing."""
     path = locate(path)
     if not (path / "manifest.json").exists():
         return hf.stored_weights(path, torch.float32)
@@ -44,7 +44,7 @@ def stored_weights(path: Path) -> tuple[GPTConfig, Mapping[str, Tensor]]:
 
 
 def stored_dtype(path: Path) -> torch.dtype:
-    """What the weights at `path` are stored in; float32 where their tensors differ in it."""
+    """The dtype of the weights at `path`; float32 if their tensors differ in it."""
     path = locate(path)
     is_checkpoint = (path / "manifest.json").exists()
     return torch.float32 if is_checkpoint else hf.stored_weights(path)[1].like["embedding"].dtype
@@ -57,18 +57,18 @@ def load_model(path: Path) -> GPT:
 
 
 def chosen(path: Path) -> Path:
-    """As `locate`, with a warning that names the weights of a run that isn't done."""
+    """`locate`, with a warning that names the weights of a run that isn't done."""
     weights = locate(path)
     if weights != path:
         summary = summary_of(path) or {"status": "not finished"}
         if summary["status"] != "done":
             why = f" ({summary['reason']})" if summary.get("reason") else ""
-            warnings.warn(f"{path}: is {summary['status']}{why}; {weights} is taken", SptWarning, stacklevel=3)
+            warnings.warn(f"{path}: is {summary['status']}{why}; {weights} is used", SptWarning, stacklevel=3)
     return weights
 
 
 def locate(path: Path) -> Path:
-    """The folder of the weights that `path` means: of a run its newest weights/<phase>, else its newest checkpoint."""
+    """The folder of the weights that `path` means: for a run its newest weights/<phase>, else its newest checkpoint."""
     if not path.is_dir():
         remedy = "give the folder that holds it" if path.is_file() else download(path)
         expected = "give a run, its weights/<phase>, a checkpoint or a Hugging Face folder"
@@ -76,7 +76,7 @@ def locate(path: Path) -> Path:
     if not (path / "recipe.yaml").exists():
         return path
     folders = [path / "weights" / phase.name for phase in reversed(recipe_of(path).phases)]
-    done = [folder for folder in folders if (folder / hf.CONFIG).exists()]  # which is written last
+    done = [folder for folder in folders if (folder / hf.CONFIG).exists()]  # the config is written last
     if done:
         return done[0]
     found = checkpoint.newest(path / "checkpoints")

@@ -1,7 +1,7 @@
-"""The processes that train one model together, as torchrun or deepspeed started them, and what each computes on.
+"""The processes that train one model together, as started by torchrun or deepspeed, and their devices.
 
-Every process makes the same decisions at the same moments: what only one of them can know (a signal, an error, a file)
-is exchanged here first. Messages from host to host go over gloo, so that they wait for no GPU.
+Every process makes the same decisions at the same time: what only one can know (a signal, an error, a file) is
+exchanged here first. Messages between hosts go over gloo, so that they don't wait for a GPU.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class World:
     size: int
     device: torch.device
     aside: dist.ProcessGroup | None = None
-    """A group of its own for a thread of each process, whose messages cross the main thread's."""
+    """A separate group for a thread of each process, whose messages may overlap the main thread's."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the run's files and talks to the user."""
+        """Whether this process writes the run's files and prints."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in some process."""
+        """Whether the flag is set in some process."""
         if self.size == 1:
             return flag
         flags = torch.tensor([flag], dtype=torch.int32)
@@ -49,7 +49,7 @@ class World:
         return bool(flags.item())
 
     def exchange(self, mine: Result, *, aside: bool = False) -> list[Result]:
-        """What every process has, in the order of their ranks. `aside`: for the one thread beside the main one."""
+        """The objects of all processes, by rank. `aside`: for the one thread beside the main one."""
         if self.size == 1:
             return [mine]
         found: list[Result] = [mine] * self.size
@@ -63,7 +63,8 @@ class World:
         return tensor
 
     def everywhere(self, act: Callable[[], Result]) -> Result:
-        """What `act` returns here; where it raises in some process, one raises its error, others FailedElsewhere."""
+        """The result of `act`; if it raises in some process, one process raises its error, the others
+        FailedElsewhere."""
         try:
             answer = act()
         except Exception as error:
@@ -73,7 +74,7 @@ class World:
         return answer
 
     def agree(self, error: Exception | None) -> None:
-        """Raise where some process had an error: in the first of these its own, in all others FailedElsewhere."""
+        """Raise if some process had an error: the first of these its own error, all others FailedElsewhere."""
         problems = self.exchange(None if error is None else str(error) or type(error).__name__)
         failed = [rank for rank, problem in enumerate(problems) if problem is not None]
         if error is not None and failed[0] == self.rank:
@@ -82,18 +83,18 @@ class World:
             raise FailedElsewhere(f"process {failed[0]}: {problems[failed[0]]}")
 
     def on_first(self, act: Callable[[], Result]) -> Result:
-        """What `act` returns in the first process, in every process; where it raises, all do."""
+        """The result of `act` in the first process, in every process; if it raises, all do."""
         answer = [self.everywhere(lambda: act() if self.is_first else None)]
         if self.size > 1:
             dist.broadcast_object_list(answer, src=0)
         return answer[0]  # type: ignore[return-value]
 
     def share(self, items: Mapping[str, Result]) -> dict[str, Result]:
-        """This process's part of named things, such as tensors, that every process knows."""
+        """This process's part of named items, such as tensors, that every process knows."""
         return {name: items[name] for name in sorted(items)[self.rank :: self.size]}
 
     def spread(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that some process holds, one at a time on the device of each, in the order of their names."""
+        """Every tensor that some process holds, one at a time on the device of each, sorted by name."""
         if self.size == 1:
             yield from ((name, tensors[name]) for name in sorted(tensors))
             return
@@ -108,7 +109,7 @@ class World:
             yield name, tensor
 
     def collect(self, tensors: Mapping[str, Tensor], act: Callable[[Iterator[tuple[str, Tensor]]], None]) -> None:
-        """Give `act`, in the first process, every tensor that some process holds, one at a time; where it raises, all
+        """Give `act`, in the first process, every tensor that some process holds, one at a time; if it raises, all
         do."""
         arriving = self.spread(tensors)
 
@@ -117,24 +118,24 @@ class World:
                 if self.is_first:
                     act(arriving)
             finally:
-                deque(arriving, 0)  # the others send what they hold, whatever became of `act`
+                deque(arriving, 0)  # the others send their tensors even if `act` failed
 
         self.everywhere(receive)
 
 
 ALONE = World(0, 1, torch.device("cpu"))
-"""A process that trains by itself."""
+"""A single process."""
 
 
 def join_world(*, process_group: bool) -> World:
-    """This process's place among those that the launcher started (RANK, WORLD_SIZE, LOCAL_RANK; alone without them).
+    """This process's rank among those of the launcher (RANK, WORLD_SIZE, LOCAL_RANK; a single one without them).
 
-    `process_group`: set up torch.distributed even for a process alone, as DeepSpeed needs it.
-    RecipeError where there are more processes on this host than GPUs, or the launcher's variables are set by half.
+    `process_group`: set up torch.distributed even for a single process, as DeepSpeed needs it.
+    RecipeError if there are more processes on this host than GPUs, or some of the launcher's variables are missing.
     """
     if _whole("SLURM_STEP_NUM_TASKS", 1) > 1 and "RANK" not in os.environ:
         raise RecipeError(
-            "launch: srun started several processes that would not know of each other; start one a host, torchrun, "
+            "launch: srun started several processes that don't know of each other; start one per host, torchrun, "
             "which starts the rest (docs/distributed.md)"
         )
     rank, size, local_rank = _launched()
@@ -142,7 +143,7 @@ def join_world(*, process_group: bool) -> World:
         if local_rank >= torch.cuda.device_count():
             raise RecipeError(
                 f"launch: this host has {torch.cuda.device_count()} GPUs and process {local_rank} would need one more; "
-                "start one process a GPU"
+                "start one process per GPU"
             )
         torch.cuda.set_device(local_rank)
     device = pick_device()
@@ -190,8 +191,8 @@ def _whole(name: str, default: int) -> int:
 
 
 def _attempt() -> str:
-    """What sets this start of the processes apart from those before it: torchrun restarts them with the store of the
-    ones that failed, whose addresses would mislead gloo. (Over several hosts the counts may differ.)"""
+    """A key for this start of the processes: torchrun restarts them with the same store, whose old addresses would
+    mislead gloo. (Over several hosts the counts may differ.)"""
     on_one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_host else "0"
 
@@ -202,17 +203,17 @@ def _leave() -> None:
 
 
 def pick_device() -> torch.device:
-    """The current GPU where there is one, else the CPU."""
+    """The current GPU if there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As checkpoints and summaries write it: bfloat16."""
+    """Its name in checkpoints and summaries: bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def use_deterministic_algorithms() -> None:
-    """Give the same bits every time, even where that is slower. To be called before CUDA is used."""
+    """Use deterministic algorithms, even if they are slower. Call it before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

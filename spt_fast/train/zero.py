@@ -1,9 +1,9 @@
-"""The engine for many processes, or for more state than one GPU holds: DeepSpeed ZeRO, stages 0 to 3.
+"""The engine for many processes, or for state larger than one GPU's memory: DeepSpeed ZeRO, stages 0 to 3.
 
 DeepSpeed moves gradients and parameters between processes and partitions the state; the update is the recipe's
-optimizer, on the flat float32 partitions that ZeRO hands to it, or at stage 0 on whole parameters. Where
-training starts anew, from a phase's first weights or from a checkpoint, model and DeepSpeed engine are built anew:
-masters, state and anchor are then set tensor by tensor, whatever partitioned them before.
+optimizer, on ZeRO's flat float32 partitions, or at stage 0 on whole parameters. Whenever training starts, from a
+phase's first weights or from a checkpoint, model and DeepSpeed engine are built again; masters, state and anchor are
+then set tensor by tensor, independent of any earlier partition.
 
 Stage 0 keeps everything in every process; 1 partitions masters and moments (and the anchor); 2 the gradients too; 3 the
 parameters too (Rajbhandari et al., arXiv 1910.02054).
@@ -42,10 +42,10 @@ from spt_fast.train.snapshot import COUNT, WEIGHTS, Snapshot, kind_and_name, ten
 from spt_fast.train.world import World
 
 ANCHOR = "anchor"
-"""What the anchor is called beside the optimizer's kinds of state."""
+"""The anchor's name among the optimizer's kinds of state."""
 
 PERSISTENT_NUMBERS = 100_000
-"""Stage 3 keeps parameters up to this size whole, the norms among them, which a block reads of the block after it."""
+"""Stage 3 keeps parameters up to this size whole, norms included, since a block reads that of the next block."""
 
 
 class ZeroEngine:
@@ -80,7 +80,7 @@ class ZeroEngine:
             self.optimizer = Whole(model, phase.optimizer, phase.anchor)
         else:
             self.optimizer = Partitioned(model, phase.optimizer, phase.anchor)
-        with contextlib.redirect_stdout(io.StringIO()):  # its tables of memory
+        with contextlib.redirect_stdout(io.StringIO()):  # suppresses its tables of memory
             self._engine, *_ = self.deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
@@ -135,7 +135,7 @@ class ZeroEngine:
     # ------------------------------------------------------------------------------------------------ inside
 
     def _release(self) -> None:
-        """Free the model and the state of the phase before: DeepSpeed's own references outlive its `destroy`."""
+        """Free the model and the state of the previous phase: DeepSpeed's own references outlive its `destroy`."""
         if self._engine is None:
             return
         from deepspeed.runtime.zero import parameter_offload
@@ -164,7 +164,7 @@ class ZeroEngine:
     @torch.no_grad()
     def _restore(self, snapshot: Snapshot, start: Snapshot) -> None:
         self.optimizer.link(self._engine)
-        if self.dtype == torch.float32:  # its masters are copies of the parameters
+        if self.dtype == torch.float32:  # DeepSpeed's masters are copies of the parameters
             snapshot = dataclasses.replace(snapshot, weights={})
         for given, tensor in self.world.spread(snapshot.tensors()):
             kind, name = kind_and_name(given)
@@ -193,7 +193,7 @@ class ZeroEngine:
         if stage == 3:
             zero["stage3_param_persistence_threshold"] = PERSISTENT_NUMBERS
         ours: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # a figure that only its own reports use
+            "train_micro_batch_size_per_gpu": 1,  # used only in DeepSpeed's own reports
             "gradient_accumulation_steps": micro_batches,
             "gradient_clipping": (optimizer.clip or 0.0) if stage > 0 else 0.0,
             "zero_optimization": zero,
@@ -208,7 +208,7 @@ class ZeroEngine:
 
 
 class Partitioned(torch.optim.Optimizer):
-    """An optimizer on the flat partitions that ZeRO 1 to 3 put in the place of the parameters; clipping is ZeRO's."""
+    """An optimizer on the flat partitions of ZeRO 1 to 3; ZeRO clips the gradients."""
 
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float) -> None:
         known = table(model.config)
@@ -224,7 +224,7 @@ class Partitioned(torch.optim.Optimizer):
         self.lr = 0.0
 
     def link(self, engine: Any) -> None:
-        """Make the state of every partition, and let DeepSpeed find each parameter's piece in it."""
+        """Make the state of every partition, and let DeepSpeed find each parameter's part in it."""
         zero = engine.optimizer
         kinds = (*self.settings.kinds, *((ANCHOR,) if self.anchor_decay else ()))
         for attribute in (
@@ -238,7 +238,7 @@ class Partitioned(torch.optim.Optimizer):
             zero._lazy_init_hp_params_optimizer_state()
 
     def read(self, kind: str, name: str) -> Tensor:
-        """What `kind` has for a parameter, whole. Collective."""
+        """The whole tensor of `kind` for a parameter. Collective."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         param = self.params[name]
@@ -249,7 +249,7 @@ class Partitioned(torch.optim.Optimizer):
 
         param: Any = self.params[name]
         tensor = tensor.to(self.count.device)
-        if hasattr(param, "ds_tensor"):  # of stage 3, whose setters of whole tensors take only what divides evenly
+        if hasattr(param, "ds_tensor"):  # stage 3, whose setters of whole tensors need sizes that divide evenly
             size, group = param.ds_tensor.numel(), param.ds_process_group
             padding = size * dist.get_world_size(group) - tensor.numel()
             tensor = F.pad(tensor.flatten(), (0, padding)).narrow(0, size * dist.get_rank(group), size)
@@ -281,7 +281,7 @@ class Partitioned(torch.optim.Optimizer):
 
 
 def _eighths(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters in parts, since ZeRO 1 and 2 copy a group as a whole to one flat tensor before they free it."""
+    """The parameters in parts, since ZeRO 1 and 2 copy a whole group to one flat tensor before they free it."""
     sizes = torch.tensor([getattr(param, "ds_numel", param.numel()) for param in params])
     ends = sizes.cumsum(0) - 1
     parts: dict[int, list[nn.Parameter]] = {}
@@ -324,8 +324,8 @@ class Whole(torch.optim.Optimizer):
 
 
 class Dealt(Whole):
-    """Stages 0 and 1 for an optimizer that needs matrices whole: each process updates some parameters and sends them
-    on. To keep all state everywhere, as stage 0 does, would mean to repeat all updates."""
+    """Stages 0 and 1 for an optimizer that needs whole matrices: each process updates some parameters and sends them to
+    the others. Keeping all state everywhere, as stage 0 does, would repeat all updates."""
 
     def __init__(self, model: GPT, settings: Optimizer, anchor_decay: float, world: World) -> None:
         self._world, self._owners = world, dealt(table(model.config), world.size)
@@ -342,7 +342,7 @@ class Dealt(Whole):
         return ModelOptimizer(model, settings, anchor_decay, own, flat=False)
 
     def read(self, kind: str, name: str) -> Tensor:
-        """What `kind` has for a parameter, whole. Collective."""
+        """The whole tensor of `kind` for a parameter. Collective."""
         mine = self._owners[name] == self._world.rank
         tensor = super().read(kind, name) if mine else self.params[name].detach().new_empty((), dtype=torch.float32)
         tensor = tensor if mine else tensor.new_empty(self.params[name].shape)
@@ -365,7 +365,7 @@ class Dealt(Whole):
 
 
 def dealt(rows: Mapping[str, Parameter], processes: int) -> dict[str, int]:
-    """The process that each parameter belongs to: the largest first, always to the one that has least."""
+    """The process of each parameter: the largest first, always to the one with the least."""
     held = [0] * processes
     owners = {}
     for name in sorted(rows, key=lambda name: (-rows[name].size, name)):
@@ -375,7 +375,7 @@ def dealt(rows: Mapping[str, Parameter], processes: int) -> dict[str, int]:
 
 
 def _up_to(most: int, sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The names in their order, in parts of up to so many numbers, or of one name."""
+    """The names in order, in parts of up to this many numbers, or of one name."""
     part: list[str] = []
     for name, size in sizes.items():
         if part and sum(sizes[other] for other in part) + size > most:
@@ -387,13 +387,13 @@ def _up_to(most: int, sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def check_deepspeed(settings: Engine) -> None:
-    """RecipeError where DeepSpeed or the user's JSON cannot be used."""
+    """RecipeError if DeepSpeed or the user's JSON cannot be used."""
     _deepspeed()
     merged({}, user_config(settings.config))
 
 
 def user_config(path: str | None) -> dict[str, Any]:
-    """The user's DeepSpeed JSON. RecipeError where it is not an object."""
+    """The user's DeepSpeed JSON. RecipeError if it is not an object."""
     if path is None:
         return {}
     try:
@@ -408,7 +408,7 @@ def user_config(path: str | None) -> dict[str, Any]:
 
 
 def merged(ours: Mapping[str, Any], given: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Our DeepSpeed configuration with the user's laid over it. RecipeError for a key that the recipe decides."""
+    """Our DeepSpeed configuration with the user's keys over it. RecipeError for a key that the recipe decides."""
     result = dict(ours)
     for key, value in given.items():
         path, inner = f"{where}{key}", ours.get(key)
@@ -447,7 +447,8 @@ SECTIONS = {path.rpartition(".")[0] for path in DECIDED_BY_RECIPE} - {""} | {"da
 
 
 def _deepspeed() -> Any:
-    """DeepSpeed, quiet, and without the minute in which it would compile its own shared-memory messages for the CPU."""
+    """DeepSpeed without its output, and without compiling its shared-memory messages for the CPU, which takes a
+    minute."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
     warnings.filterwarnings("ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning)

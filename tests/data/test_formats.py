@@ -110,7 +110,7 @@ def test_megatron_index_with_a_negative_length(tmp_path: Path) -> None:
     index = bytearray((tmp_path / "d.idx").read_bytes())
     index[34:58] = struct.pack("<iiqq", 9, -2, 0, 18)
     (tmp_path / "d.idx").write_bytes(index)
-    with pytest.raises(DataError, match="don't lie one after the other"):
+    with pytest.raises(DataError, match="are not contiguous"):
         TokenDataset.open(tmp_path / "d")
 
 
@@ -131,8 +131,8 @@ def test_megatron_bin_of_another_size(tmp_path: Path, change: int) -> None:
 @pytest.mark.parametrize(
     ("offset", "value", "message"),
     [
-        (34 + 0, struct.pack("<i", -3), "don't lie one after the other"),
-        (34 + 16 + 8, struct.pack("<q", 7), "don't lie one after the other"),  # the second sequence's pointer
+        (34 + 0, struct.pack("<i", -3), "are not contiguous"),
+        (34 + 16 + 8, struct.pack("<q", 7), "are not contiguous"),  # the second sequence's pointer
         (34 + 48 + 0, struct.pack("<q", 1), "document boundaries"),
         (34 + 48 + 8, struct.pack("<q", 4), "document boundaries"),  # 0, 4, 3, 4
         (34 + 48 + 24, struct.pack("<q", 3), "document boundaries"),
@@ -336,7 +336,7 @@ def test_many_files_are_one_dataset(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("not ids")
     whole = np.concatenate(parts)
     names = [tmp_path / f"train_{i:06d}.bin" for i in range(4)]
-    with pytest.warns(SptWarning, match=r"passed over: 1 × not a token file \(README\)$"):
+    with pytest.warns(SptWarning, match=r"ignored 1 × not a token file \(README\)$"):
         opened = [TokenDataset.open(tmp_path)]
     opened += [TokenDataset.open(given) for given in (tmp_path / "train_*.bin", names, list(map(str, names)))]
     for data in opened:
@@ -395,11 +395,11 @@ def test_files_that_make_no_one_corpus(tmp_path: Path) -> None:
     for given, message in (
         ("", r"prefix: '' is invalid: name a token dataset; \. is"),
         (tmp_path / "hard", "hard: names a file twice, maybe by a link"),
-        (tmp_path / "stem", r"stem: holds both a\.bin and a\.npy, maybe the same ids twice; name what"),
-        (tmp_path / "in", r"in: holds a.heldout, which looks held out, beside other text; name what is meant"),
+        (tmp_path / "stem", r"stem: holds both a\.bin and a\.npy, maybe the same ids twice; name the files"),
+        (tmp_path / "in", r"in: holds a.heldout, which looks held out, beside other text; name the files"),
         (tmp_path / "empty", r"empty: holds no token files \(.bin, .npy, .ds\)"),
         (tmp_path / "in" / "x*", r"x\*: holds no token files"),
-        ([a, b], r"other/b has tokenizer_digest u, .*in/a t; prepare them alike"),
+        ([a, b], r"other/b has tokenizer_digest u, .*in/a t; prepare both in the same way"),
         ([a, wide], r"wide/c has dtype uint32, .*in/a uint16"),
         ([a, Path(f"{a}.bin")], "names a file twice"),
         (ids.parent, "linked: names a file twice, maybe by a link"),
@@ -417,9 +417,9 @@ def test_what_a_folder_holds_besides_token_files_is_counted_and_named(tmp_path: 
     (tmp_path / "sub").mkdir()
     (tmp_path / "t_5.bin").symlink_to(tmp_path / "nothing")
     others = r"6 × not a token file \(\.t_3\.bin, sub, t_1\.bin\.gz, t_2\.bin\.part, t_4\.idx, …\)"
-    with pytest.warns(SptWarning, match=f"passed over: {others}"):
+    with pytest.warns(SptWarning, match=f"ignored {others}"):
         shards._matching(tmp_path)
-    with pytest.warns(SptWarning, match=r"passed over: 4 × not a token file \(t_1\.bin\.gz, "):
+    with pytest.warns(SptWarning, match=r"ignored 4 × not a token file \(t_1\.bin\.gz, "):
         TokenDataset.open(tmp_path / "t_*")
 
 

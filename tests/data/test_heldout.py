@@ -152,9 +152,9 @@ def test_a_half_too_short_to_score_is_refused(tmp_path: Path, limit: int) -> Non
 
 def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path / "d", [np.empty(0, int)])
-    with pytest.raises(DataError, match="hold more text out"):
+    with pytest.raises(DataError, match="hold out more text"):
         heldout_tokens(dataset, "select")
-    with pytest.raises(DataError, match="0 tokens; a window of context 8 takes 9"):
+    with pytest.raises(DataError, match="0 tokens; a window of context 8 needs 9"):
         training_windows(dataset, 8)
 
 
@@ -179,7 +179,7 @@ def test_training_windows_are_spread_over_the_whole_text_and_share_no_target(
 ) -> None:
     dataset = dataset_of(tmp_path_factory.mktemp("d") / "d", [np.arange(length)])
     if length < context + 1:
-        with pytest.raises(DataError, match=f"takes {context + 1}: give more text or a shorter context"):
+        with pytest.raises(DataError, match=f"needs {context + 1}: give more text or a shorter context"):
             training_windows(dataset, context, limit)
         return
     windows = training_windows(dataset, context, limit)

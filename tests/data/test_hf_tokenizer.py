@@ -123,7 +123,7 @@ def test_prepare_begins_and_ends_documents_by_the_tokens_named(folders: dict[str
     assert read(tmp_path / "e") == [[begin, *own.encode(text), tool] for text in texts]
     data = TokenDataset.open(tmp_path / "e")
     assert (data.tokenizer_digest, data.eos_id, data.bos_id) == (own.digest, tool, begin)
-    with pytest.raises(DataError, match=r"has eos_id .*; prepare them alike"):
+    with pytest.raises(DataError, match=r"has eos_id .*; prepare both in the same way"):
         TokenDataset.open([tmp_path / "d", tmp_path / "e"])  # type: ignore[arg-type]
     for ends, message in (
         ({"eos": "<|nd|>"}, r"eos: '<\|nd\|>' is invalid: .*did you mean '<\|end\|>'"),
@@ -195,7 +195,7 @@ def test_what_a_tokenizer_that_cannot_be_used_is_answered(folders: dict[str, Pat
     (tmp_path / "cache" / "snapshots" / "1").mkdir(parents=True)
     (tmp_path / "slow" / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     convert = (
-        r"slow/tokenizer.model is of a slow tokenizer, .*AutoTokenizer.from_pretrained\('.*slow'\).save_pretrained"
+        r"slow/tokenizer.model belongs to a slow tokenizer, .*AutoTokenizer.from_pretrained\('.*slow'\).save_pretrained"
     )
     for path, message in (
         (tmp_path / "slow", convert),
@@ -214,7 +214,7 @@ def test_what_a_tokenizer_that_cannot_be_used_is_answered(folders: dict[str, Pat
         (json.dumps(content | {"model": content["model"] | {"continuing_subword_prefix": "long##"}}), "shorter than"),
         (json.dumps(content | {"post_processor": content["post_processor"] | {"special_tokens": {}}}), "damaged"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
-        (json.dumps(content | {"model": content["model"] | {"dropout": 0.1}}), "a matter of chance"),
+        (json.dumps(content | {"model": content["model"] | {"dropout": 0.1}}), "makes ids random"),
     ):
         (tmp_path / "slow" / "tokenizer.json").write_text(damage)
         with pytest.raises(DataError, match=rf"tokenizer\.json: .*{message}"):
@@ -223,7 +223,7 @@ def test_what_a_tokenizer_that_cannot_be_used_is_answered(folders: dict[str, Pat
     words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": words, "added_tokens": []}))
     assert Tokenizer.load(tmp_path).encode("a") == [0]
-    with pytest.raises(DataError, match=r"text cannot be encoded \(.*\); mend tokenizer\.json, where unknown"):
+    with pytest.raises(DataError, match=r"text cannot be encoded \(.*\); give tokenizer\.json a token for unknown"):
         Tokenizer.load(tmp_path).encode("b")
 
 

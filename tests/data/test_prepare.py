@@ -167,8 +167,12 @@ def test_a_share_is_of_the_bytes_within_one_document_and_a_larger_one_holds_out_
 
 def test_a_share_that_documents_do_not_allow_is_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for texts, share, expected in (
-        (["a" * 90_000, *documents(3)], Fraction(1, 20), r"0\.\d\d% of the text is held out, not 5\.00%: a document"),
-        (["a" * 9_000, "b" * 1_000], Fraction(1, 2), r"10\.00% of the text is held out, not 50\.00%"),
+        (
+            ["a" * 90_000, *documents(3)],
+            Fraction(1, 20),
+            r"0\.\d\d% of the text is held out instead of 5\.00%: a document",
+        ),
+        (["a" * 9_000, "b" * 1_000], Fraction(1, 2), r"10\.00% of the text is held out instead of 50\.00%"),
     ):
         write_jsonl(tmp_path / "a.jsonl", texts)
         with pytest.warns(SptWarning, match=f"heldout: {expected}"):
@@ -234,7 +238,7 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
         (few, {"heldout": Fraction(1)}, "heldout: '1' is invalid: write a share above 0 and below 1"),
         (few, {"workers": 0}, "workers: 0 is invalid: at least 1"),
         (few, {"text_key": "body"}, r"few.jsonl:1: no text under 'body' .*text_key="),
-        (blank, {}, r"d: no document is left \(left out: 2 empty\)"),
+        (blank, {}, r"d: no documents remain \(left out: 2 empty\)"),
         (empty, {}, "empty.jsonl holds no document"),
         (tmp_path / "none.jsonl", {}, "none.jsonl doesn't exist"),
         ("", {}, r"inputs: '' is invalid: name files or folders; \. is"),
@@ -248,7 +252,7 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "recipe.yaml").touch()
     for place in ("run/d", "run/checkpoints/d"):
-        with pytest.raises(DataError, match=r"out: .* lies in the run .*/run; choose another place"):
+        with pytest.raises(DataError, match=r"out: .* is inside the run .*/run; choose another place"):
             prepare(few, tmp_path / place, tokenizer, progress=False)
 
 
@@ -428,7 +432,7 @@ def test_an_older_held_out_part_never_outlives_its_training_part(tmp_path: Path,
     for heldout in (None, Fraction(1, 4)):
         with pytest.raises(DataError, match=r"out: .*d.heldout is the held-out part of .*/d; choose another prefix"):
             prepare(tmp_path / "a.jsonl", tmp_path / "d.heldout.bin", tokenizer, heldout=heldout, progress=False)
-    with pytest.warns(SptWarning, match="d.heldout: is removed, as the held-out part of an older"):
+    with pytest.warns(SptWarning, match="d.heldout: removed; it was the held-out part of an older"):
         prepare(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, progress=False)
     assert names(tmp_path) == ["a.jsonl", "d.bin", "d.idx", "d.json"]
     prepare(tmp_path / "a.jsonl", tmp_path / "d.heldout", tokenizer, progress=False)  # a text of its own

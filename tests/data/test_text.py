@@ -124,7 +124,7 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path: Path, monkeypatch: p
     (folder / "gone.txt").symlink_to(tmp_path / "nothing")
     (folder / "z.jsonl").symlink_to(folder / "a.jsonl")
     said = (
-        r"input: passed over: 1 × hidden file \(.d.txt\); 2 × same text twice \(a.jsonl.gz, z.jsonl\); "
+        r"input: ignored: 1 × hidden file \(.d.txt\); 2 × same text twice \(a.jsonl.gz, z.jsonl\); "
         r"2 × other file \(b.json.gz, c.csv\); 1 × broken link \(gone.txt\); 1 × link to a folder \(more\)$"
     )
     with pytest.warns(SptWarning, match=said):
@@ -136,7 +136,7 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path: Path, monkeypatch: p
         assert list(iter_documents([folder / "a.jsonl", folder / "a.jsonl.gz"])) == ["a.jsonl", "a.jsonl.gz"]
     put(tmp_path / "hard" / "sub" / "a.jsonl", jsonl(["once"]))
     (tmp_path / "hard" / "b.jsonl").hardlink_to(tmp_path / "hard" / "sub" / "a.jsonl")
-    with pytest.warns(SptWarning, match=r"passed over: 1 × same text twice \(a.jsonl\)"):
+    with pytest.warns(SptWarning, match=r"ignored: 1 × same text twice \(a.jsonl\)"):
         assert read(tmp_path / "hard")[0] == ["once"]
     with pytest.warns(SptWarning, match="the same text is read more than once: a.jsonl, b.jsonl"):
         find_files([tmp_path / "hard" / "b.jsonl", tmp_path / "hard" / "sub" / "a.jsonl"])
@@ -149,14 +149,14 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "scandir", closed)
     refused = "sub"
-    with pytest.warns(SptWarning, match=r"passed over: 1 × folder that can't be read \(sub\)"):
+    with pytest.warns(SptWarning, match=r"ignored: 1 × folder that can't be read \(sub\)"):
         assert find_files(tmp_path / "hard").files == [tmp_path / "hard" / "b.jsonl"]
     refused = "hard"
     with pytest.raises(DataError, match="hard can't be read; give this user"):
         find_files(tmp_path / "hard")
     monkeypatch.undo()
     put(tmp_path / "none" / "x.json", b"{}")
-    with pytest.raises(DataError, match=r"none holds no .* file; passed over: 1 × other file \(x.json\)"):
+    with pytest.raises(DataError, match=r"none holds no .* file; ignored: 1 × other file \(x.json\)"):
         find_files(tmp_path / "none")
 
 
@@ -237,14 +237,14 @@ def test_a_small_file_that_unfolds_to_much_takes_little_memory_or_is_refused(
     assert len(chunk.data) <= 64 << 20
     assert set(chunk.lengths or ()) == {len(big)}
     monkeypatch.setattr(parquet_pages, "DICTIONARY_BYTES", 1 << 20 - 1)
-    with pytest.raises(DataError, match="column 'text' unfolds to 1 MiB in one page, over 0; write"):
+    with pytest.raises(DataError, match="column 'text' decodes to 1 MiB in one page, over 0; write"):
         next(iter(TextReader(bomb)))
     uneven = ["y"] * 300 + [big + big] + ["y"] * 700 + [big, "y"]  # in two groups of a page each
     for options in ({}, {"data_page_version": "2.0", "compression": "zstd"}, {"column_encoding": {"text": "PLAIN"}}):
         path = put(tmp_path / "d.parquet", parquet(uneven, use_dictionary=False, row_group_size=1001, **options))
         assert [text for chunk in TextReader(path) for text, _ in parse(chunk)] == uneven
         monkeypatch.setattr(parquet_pages, "PAGE_BYTES", 3 << 20 - 1)
-        with pytest.raises(DataError, match=r"unfolds to 2 MiB in one page, over 1; write .* fewer rows a page"):
+        with pytest.raises(DataError, match=r"decodes to 2 MiB in one page, over 1; write .* fewer rows per page"):
             next(iter(TextReader(path)))
         monkeypatch.undo()
         monkeypatch.setattr(parquet_pages, "DICTIONARY_BYTES", 1 << 20 - 1)
@@ -348,7 +348,7 @@ GOOD = b'{"text": "good"}\n'
 BAD_LINES = {
     "broken": (b'{"text": "a"', "broken JSON", r"broken JSON \(Expecting ',' delimiter, column 13\)"),
     "two objects": (b'{"text": "a"} {"text": "b"}', "broken JSON", "Extra data"),
-    "no object": (b'["a"]', "broken JSON", "list where a JSON object is due"),
+    "no object": (b'["a"]', "broken JSON", "list instead of a JSON object"),
     "deep": (b"[" * 100_000, "broken JSON", "broken JSON"),
     "no key": (b'{"id": 3, "body": "a"}', "missing key", r"'text' \(the line has 'id', 'body'\).*text_key="),
     "number": (b'{"text": 3}', "not a string", "'text' is int, not a string"),
@@ -449,7 +449,7 @@ def test_inputs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ([], "text", "no input given"),
         (tmp_path / "a.parquet", "body", r"a\.parquet: no text under 'body' \(it has 'id', 'text'\).*text_key="),
         (tmp_path / "a.parquet", "text", r"a\.parquet: column 'text' holds int64, not strings"),
-        (tmp_path / "b.jsonl", "text", r"b\.jsonl:1: line over 0 MiB; write one JSON object a line, or leave"),
+        (tmp_path / "b.jsonl", "text", r"b\.jsonl:1: line over 0 MiB; write one JSON object per line, or leave"),
     ):
         with pytest.raises(DataError, match=message):
             list(iter_documents(inputs, key))

@@ -241,7 +241,7 @@ def test_damaged_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name}: is damaged, or not a file of tiktoken ranks"):
             Tokenizer.load(path)
     for missing in (tmp_path / "none", "none.tiktoken"):
-        with pytest.raises(DataError, match=r"none.*doesn't exist; make one"):
+        with pytest.raises(DataError, match=r"none.*doesn't exist; create one"):
             Tokenizer.load(missing)
 
 
@@ -303,7 +303,7 @@ def test_a_pattern_must_cover_all_text_and_be_one_that_an_export_can_say(tmp_pat
         with pytest.raises(DataError, match=r"t\.tiktoken: .*its pattern leaves text out"):
             Tokenizer.load(file(lossy))
     for empty in ("", "a*", r"\p{L}*|[\s\S]", "a|", r"\b|[\s\S]", r"(?=Q)|[\s\S]", r"(?<=9)|[\s\S]", r"[\s\S]\K"):
-        with pytest.raises(DataError, match=r"t\.tiktoken: .*matches where there is nothing.*; mend it"):
+        with pytest.raises(DataError, match=r"t\.tiktoken: .*matches the empty string.*; fix it"):
             Tokenizer.load(file(empty))
     with pytest.raises(DataError, match="not a file of tiktoken ranks"):
         Tokenizer.load(file(r"[[:alpha:]]*|[\s\S]"))  # Python knows no such class, so the engine is asked, and panics

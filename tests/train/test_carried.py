@@ -89,8 +89,8 @@ def test_a_token_that_begins_documents_is_kept_and_said(tmp_path: Path, base: Pa
         score(out, tmp_path / "text", progress=False)
     tool = own.bos_id  # which ends the documents there
     assert [str(one.message).split("; ")[0] for one in said] == [
-        f"{tmp_path / 'text'}: has eos_id {tool}, what the weights were trained on has {own.eos_id}",
-        f"{tmp_path / 'text'}: has bos_id None, what the weights were trained on has {tool}",
+        f"{tmp_path / 'text'}: has eos_id {tool}, but the weights' training text has {own.eos_id}",
+        f"{tmp_path / 'text'}: has bos_id None, but the weights' training text has {tool}",
     ]
     ranks = byte_tokenizer(0)
     ranks.set_ends(None, EOS)
@@ -181,14 +181,14 @@ def test_what_the_base_says_may_be_written_out_and_left_out_again(
     for changes, says in (
         ({"phases": shorter}, rf"phases\.0\.batch\.context: {tiny.CONTEXT} → 8 "),
         ({"model": {"width": 32}}, r"model\.width: 16 → 32 "),
-        ({"tokenizer": str(hf_tokenizers.write(tmp_path / "nfc", "nfc"))}, r"^tokenizer: .*nfc is another than"),
+        ({"tokenizer": str(hf_tokenizers.write(tmp_path / "nfc", "nfc"))}, r"^tokenizer: .*nfc is not "),
     ):
         with pytest.raises(RecipeError, match=says):
             run(recipe_from(written | changes), resume=True, progress=False)
     assert run(recipe_from(written), resume=True, progress=False)["status"] == "done"
     shutil.rmtree(base)
     assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
-    with pytest.raises(RecipeError, match=r"^tokenizer: .*nfc is another than"):
+    with pytest.raises(RecipeError, match=r"^tokenizer: .*nfc is not "):
         run(recipe_from(raw | {"tokenizer": str(tmp_path / "nfc")}), resume=True, progress=False)
 
 
@@ -230,7 +230,9 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
     foreign = make_plan(recipe_from(raw))
     assert foreign.tokenizer is None, "nothing is known"
     (base / "tokenizer.model").write_bytes(b"\n")
-    with pytest.raises(DataError, match=r"tokenizer: .*base/tokenizer.model is of a slow tokenizer, .*save_pretrained"):
+    with pytest.raises(
+        DataError, match=r"tokenizer: .*base/tokenizer.model belongs to a slow tokenizer, .*save_pretrained"
+    ):
         generate_text(base, "fox", 1)
     larger = tokenizers.Tokenizer.from_file(str(tmp_path / "kept"))
     larger.add_tokens([f"<{i}>" for i in range(100)])

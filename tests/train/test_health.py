@@ -75,7 +75,7 @@ def test_a_run_whose_loss_is_nan_at_the_end_failed_and_says_so_in_json(
         CheckpointError, match=r"its status is 'failed' \(phases\[pretrain\]: 5 of 6 .*correct the recipe"
     ):
         FinishedRun.read(folder)
-    with pytest.warns(SptWarning, match=r"diverged: is failed \(phases\[pretrain\]: 5 of 6 .*; \S+step-0\S+ is taken"):
+    with pytest.warns(SptWarning, match=r"diverged: is failed \(phases\[pretrain\]: 5 of 6 .*; \S+step-0\S+ is used"):
         score(folder, data / "chem.heldout")
     assert math.isnan(evaluations_of(folder)[-1]["heldout"]["chem"])
     said = " ".join(capsys.readouterr().err.split())
@@ -122,13 +122,13 @@ def test_the_odd_skipped_step_is_told_at_the_end(
     with pytest.raises(SystemExit) as ending:
         cli.main()
     assert ending.value.code == 0
-    assert "skipped steps: 1, as the loss or its gradient was not finite" in capsys.readouterr().out
+    assert "skipped steps: 1, because the loss or its gradient was not finite" in capsys.readouterr().out
 
 
 def test_a_phase_in_which_nothing_got_better_says_so(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(recipe_from(raw_recipe(data, "worse", 3, optimizer={"lr": 3.0}, eval={"every": "1 steps", "tokens": 200})))
     said = " ".join(capsys.readouterr().err.split())
-    assert "warning: phases[pretrain]: no evaluation was better than the first; the loss of general" in said
+    assert "warning: phases[pretrain]: no evaluation was better than the first; the deciding loss, of general" in said
     run(recipe_from(raw_recipe(data, "better", 3, eval={"every": "1 steps", "tokens": 200})))
     assert "no evaluation was better" not in capsys.readouterr().err
 

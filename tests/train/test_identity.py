@@ -88,7 +88,7 @@ def test_a_run_goes_on_with_the_same_data_at_another_path_and_refuses_other_data
             run(recipe_from(raw), resume=True, progress=False)
         in_bytes(tmp_path / name, lambda _, data=before: data)
     byte_tokenizer(1).save(tmp_path / "bytes.tiktoken")
-    with pytest.raises(RecipeError, match=r"tokenizer: .* is another than .*moved/tokenizer"):
+    with pytest.raises(RecipeError, match=r"tokenizer: .* is not .*moved/tokenizer"):
         run(recipe_from(raw), resume=True, progress=False)
     byte_tokenizer(1).save(tmp_path / "moved" / "tokenizer.tiktoken")
     with pytest.raises(DataError, match="another tokenizer"):
@@ -99,7 +99,7 @@ def test_a_run_goes_on_with_the_same_data_at_another_path_and_refuses_other_data
     in_bytes(weights, lambda data: data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(DataError, match=r"init: holds other weights than when .*step-"):
         run(recipe_from(raw), resume=True, progress=False)
-    with pytest.raises(CheckpointError, match=r"the run .*start holds other weights by now"):
+    with pytest.raises(CheckpointError, match=r"the run .*start holds other weights now"):
         parent_of(tmp_path / "whole", recipe_of(tmp_path / "whole"))
 
     store = tmp_path / "store"
@@ -206,9 +206,9 @@ def test_a_run_is_read_anywhere_by_what_it_carries(moved: Path, tmp_path: Path) 
     assert greedy(out) == greedy(moved / "weights" / "pretrain") == greedy(moved, "../home/bytes.tiktoken") == text
     assert greedy(checkpoint).startswith("ab")
     for weights in (moved, out, checkpoint):
-        with pytest.raises(CheckpointError, match=r"tokenizer: bytes.tiktoken .* is another than the weights"):
+        with pytest.raises(CheckpointError, match=r"tokenizer: bytes.tiktoken .* is not the one that the weights"):
             greedy(weights, "bytes.tiktoken")
-        with pytest.raises(CheckpointError, match="is another than the weights"):
+        with pytest.raises(CheckpointError, match="is not the one that the weights"):
             export(weights, tmp_path / "other", "bytes.tiktoken")
     for part in ("", "weights", "weights/pretrain", "checkpoints", f"checkpoints/{checkpoint.name}/hf"):
         with pytest.raises(CheckpointError, match=r"out: .* belongs to the run"):
@@ -217,7 +217,7 @@ def test_a_run_is_read_anywhere_by_what_it_carries(moved: Path, tmp_path: Path) 
             take_over(out, moved / part)
     export(moved, moved / "hf")
     shutil.copy("bytes.tiktoken", out / "tokenizer.tiktoken")
-    with pytest.raises(CheckpointError, match="is another than the weights"):
+    with pytest.raises(CheckpointError, match="is not the one that the weights"):
         greedy(out)
 
     audited, document = audit_run(moved), audit_document(moved, "chem", 2)
@@ -229,7 +229,7 @@ def test_a_run_is_read_anywhere_by_what_it_carries(moved: Path, tmp_path: Path) 
     for path in Path().iterdir():
         path.unlink()
     assert audit_run(moved) == audited
-    with pytest.raises(DataError, match="which says where documents end, has gone"):
+    with pytest.raises(DataError, match="which holds the document ends, is missing"):
         audit_document(moved, "chem", 2)
     (moved / "summary.json").unlink()
     assert audit_run(moved)["general"].windows == 6 * 7, "up to the newest checkpoint"
@@ -284,17 +284,17 @@ def test_a_run_of_an_earlier_version_is_read_by_what_it_recorded(
     del summary["directory"], summary["context"], summary["data"]["tokenizer"]
     (moved / "summary.json").write_text(json.dumps(summary))
     assert score(moved, tmp_path / "home" / "chem.heldout")["inside_documents"]
-    with pytest.raises(CheckpointError, match=r"tokenizer: bytes.tiktoken .* is another than the weights"):
+    with pytest.raises(CheckpointError, match=r"tokenizer: bytes.tiktoken .* is not the one that the weights"):
         greedy(moved)
     monkeypatch.chdir(tmp_path / "home")
     assert greedy(moved) == text
     assert audit_run(moved) == audited
     Path("bytes.tiktoken").rename("kept")
-    with pytest.raises(CheckpointError, match=r"carries none, and bytes\.tiktoken has gone; name the one that it was"):
+    with pytest.raises(CheckpointError, match=r"has no copy, and bytes\.tiktoken is missing; name the one it was"):
         greedy(moved)
     Path("kept").rename("bytes.tiktoken")
     (moved / "summary.json").unlink()
-    with pytest.warns(SptWarning, match="earlier version and doesn't record its tokenizer: bytes.tiktoken is taken"):
+    with pytest.warns(SptWarning, match="earlier version and doesn't record its tokenizer: bytes.tiktoken is assumed"):
         assert greedy(moved) == text
     with pytest.warns(SptWarning):
         export(moved, tmp_path / "out")

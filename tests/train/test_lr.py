@@ -76,12 +76,15 @@ def recipe(*schedules: dict[str, Any], **phase: Any) -> Recipe:
             {"name": "wsd", "warmup": "3 steps", "decay": "80%"},
             r"decay: '80%' is invalid: with the warm-up of 3",
         ),
-        ({"name": "wsd", "decay": "11 steps"}, r"decay: '11 steps' is invalid: with the warm-up of 0 steps it takes"),
+        ({"name": "wsd", "decay": "11 steps"}, r"decay: '11 steps' is invalid: with the warm-up of 0 steps it is"),
         (
             {"name": "wsd", "decay": "20%", "warmup": "7K", "horizon": "8K"},
-            r"longer than to the horizon of 8 steps,",
+            r"longer than the horizon of 8 steps,",
         ),
-        ({"name": "wsd", "decay": 0, "horizon": "8K"}, r"decay: '0' is invalid: it takes no step to the horizon of 8"),
+        (
+            {"name": "wsd", "decay": 0, "horizon": "8K"},
+            r"decay: '0' is invalid: it has no steps before the horizon of 8",
+        ),
     ],
 )
 def test_a_rate_that_would_jump_or_never_reach_its_peak_is_refused_at_reading(

@@ -80,7 +80,7 @@ def test_an_average_is_made_in_float32_and_stored_as_the_first(tmp_path: Path) -
     for name, tensor in hf.load(tmp_path / "out")[1].items():
         assert torch.equal(tensor, a[name].float().lerp(b[name], 0.1).bfloat16())
     GPT.with_weights(GPTConfig(**SHAPE), {name: tensor * 1e7 for name, tensor in b.items()}).save_hf(tmp_path / "large")
-    with pytest.raises(CheckpointError, match=r"^dtype: float16 is invalid: it cannot hold the .* in .*; take bf16"):
+    with pytest.raises(CheckpointError, match=r"^dtype: float16 is invalid: it cannot hold the .* in .*; use bf16"):
         merge([tmp_path / "large"] * 2, [1, 1], tmp_path / "half", dtype="fp16")
     assert not (tmp_path / "half").exists()
 
@@ -101,7 +101,7 @@ def test_the_card_of_an_average_tells_how_every_model_was_trained(tmp_path: Path
     ]
     assert all(f"Base: `base-{name}` (`of base-{name}`)." in card for name in "ab")
     assert f"| `b` | 3/4 | `{stored.digest_of(tmp_path / 'b')}` |" in card
-    assert "## Training of `c`\n\nIt is not recorded here." in card
+    assert "## Training of `c`\n\nNot recorded." in card
     assert origin_of(tmp_path / "all").merged[1].merged[0].history == trained("base-a").history
     with pytest.raises(RecipeError, match=r"^weights: 'a \(1\)' is a whole number \(1\), .* but 'a \(2\)' is a share"):
         merge([Path("a"), Path("a")], [1, 0.5], tmp_path / "out")
@@ -155,6 +155,6 @@ def test_models_that_have_no_average_are_named(tmp_path: Path) -> None:
         ):
             merge([tmp_path / "a", tmp_path / field], [1, 1], tmp_path / "out")
     write(tmp_path / "foreign", 1, Origin("0123456789abcdef"))
-    with pytest.raises(CheckpointError, match=r"foreign: is of another tokenizer \(0123456789ab\) than \S+a "):
+    with pytest.raises(CheckpointError, match=r"foreign: has another tokenizer \(0123456789ab\) than \S+a "):
         merge([tmp_path / "a", tmp_path / "foreign"], [1, 1], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -172,4 +172,4 @@ def test_every_run_of_a_study_takes_what_its_first_decided(machine: Machine, tmp
     begun.mkdir(parents=True)
     (begun / "summary.json").write_text(json.dumps({"status": "done", "precision": "float32", "phases": {}}))
     _keep_precision(runs)
-    assert str(precision_of(runs[0].recipe, CPU, SHAPE)) == f"fp32: of {file}, as the runs before"
+    assert str(precision_of(runs[0].recipe, CPU, SHAPE)) == f"fp32: from {file}, as in the earlier runs"

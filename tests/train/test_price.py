@@ -157,7 +157,7 @@ def test_the_command_tells_it_all(recipe: Recipe, tmp_path: Path, capsys: pytest
         (("--gpu", "H2"), "--gpu: 'H2' is invalid: its peak is not known"),
         (("--gpu-memory", "80"), "--gpu-memory: '80' is invalid: write a size such as 80GB"),
         (("--mfu", "40"), "--mfu: '40' is invalid: write a share between 0 and 1"),
-        (("--gpus", "3"), "does not divide into 3 processes"),
+        (("--gpus", "3"), "does not divide among 3 processes"),
         (("--mfu-from", "absent"), "absent: no training step is logged"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

@@ -61,19 +61,22 @@ def test_what_changes_no_result_may_change(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"phases.0.optimizer.lr": 1e-4}, r"phases\.0\.optimizer\.lr: 0\.003 → 0\.0001 \(the run trained by it so far"),
-        ({"phases.0.batch.sequences": 16}, r"phases\.0\.batch\.sequences: 8 → 16 \(the run trained by it"),
+        (
+            {"phases.0.optimizer.lr": 1e-4},
+            r"phases\.0\.optimizer\.lr: 0\.003 → 0\.0001 \(the run has trained with it",
+        ),
+        ({"phases.0.batch.sequences": 16}, r"phases\.0\.batch\.sequences: 8 → 16 \(the run has trained with it"),
         ({"phases.1.eval.every": "3 steps"}, r"phases\.1\.eval\.every: 2 steps → 3 steps \(early stopping counts"),
         ({"phases.0.eval.tokens": 800}, r"phases\.0\.eval\.tokens: 400 → 800 \(losses before and after it would be"),
-        ({"phases.0.name": "first"}, r"phases\.0\.name: pretrain → first \(its weights and figures are filed"),
+        ({"phases.0.name": "first"}, r"phases\.0\.name: pretrain → first \(its weights and figures are stored"),
         ({"phases.0.tokens": 40 * STEP}, r"phases\.0\.tokens: 3840 → 5120 \(only the last phase can be made longer"),
         ({"phases.1.tokens": 4 * STEP}, r"phases\.1\.tokens: 1024 → 512 \(only the last phase can be made longer, and"),
         ({"phases.1.tokens": "9K"}, r"phases\.1\.tokens: 1024 → 9000 \(a grid has ended it; add a phase instead"),
-        ({"seed": 5}, r"seed: 0 → 5 \(a run keeps what it began with"),
-        ({"precision": "fp32"}, r"precision: auto → fp32 \(a run keeps what it began with"),
-        ({"engine": {"fp8": True}}, r"engine\.fp8: False → True \(a run keeps what it began with"),
-        ({"model.ffn": 128}, r"model\.ffn: 64 → 128 \(the weights came from it"),
-        ({"sources.chem.limit_tokens": 500}, r"sources\.chem\.limit_tokens: 400 → 500 \(the run trained on it"),
+        ({"seed": 5}, r"seed: 0 → 5 \(it is fixed at the start"),
+        ({"precision": "fp32"}, r"precision: auto → fp32 \(it is fixed at the start"),
+        ({"engine": {"fp8": True}}, r"engine\.fp8: False → True \(it is fixed at the start"),
+        ({"model.ffn": 128}, r"model\.ffn: 64 → 128 \(the weights depend on it"),
+        ({"sources.chem.limit_tokens": 500}, r"sources\.chem\.limit_tokens: 400 → 500 \(the run has trained on it"),
     ],
 )
 def test_what_changes_a_result_is_named_with_its_reason(data: Path, changes: dict[str, Any], message: str) -> None:
@@ -100,8 +103,8 @@ SCHEDULES: list[tuple[dict[str, Any], str]] = [
     ({"schedule": {"name": "constant", "warmup": "3 steps"}}, ""),
     ({"schedule": {"name": "cosine", "warmup": "3 steps", "horizon": "1M"}}, ""),
     ({"schedule": {"name": "constant", "warmup": "10%"}}, "its warm-up is a share of the phase"),
-    ({"schedule": {"name": "cosine"}}, "its cosine schedule falls to the phase's end; add a phase instead"),
-    ({"schedule": {"name": "wsd"}}, "its wsd schedule falls to the phase's end"),
+    ({"schedule": {"name": "cosine"}}, "its cosine schedule decays to the phase's end; add a phase instead"),
+    ({"schedule": {"name": "wsd"}}, "its wsd schedule decays to the phase's end"),
     ({"schedule": {"name": "constant"}, "stop": {"on": "chem"}}, "an early stop has ended it"),
 ]
 
@@ -150,4 +153,4 @@ def test_a_phase_that_keeps_a_state_which_is_gone_is_refused(data: Path) -> None
     assert refused(recipe_from(short), recipe_from(long)) == []
     long["phases"][2]["optimizer_state"] = "keep"
     (problem,) = refused(recipe_from(short), recipe_from(long))
-    assert problem.startswith("phases.2.optimizer_state: keep (the weights that finetune handed on were kept without")
+    assert problem.startswith("phases.2.optimizer_state: keep (the weights of finetune were stored without")

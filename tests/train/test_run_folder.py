@@ -40,7 +40,7 @@ def test_a_project_with_its_own_recipe_and_metrics_is_left_alone(data: Path, tmp
     (tmp_path / "heartbeat.json").write_text("[1]")
     (tmp_path / "checkpoints" / "step-final").mkdir(parents=True)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    with pytest.raises(RecipeError, match=r"run: folder \S+ holds a recipe\.yaml, and no run; choose another name"):
+    with pytest.raises(RecipeError, match=r"run: folder \S+ holds a recipe\.yaml, but no run; choose another name"):
         run(recipe_from(raw), resume=resume, progress=False)
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
@@ -63,7 +63,7 @@ def test_a_run_that_died_at_its_very_beginning_begins_again(
         (folder / "metrics.jsonl").write_text("{}\n")
     assert run(recipe_from(raw), resume=True)["status"] == "done"
     assert not (folder / ".lock").exists()
-    begun = "no checkpoint to go on from: starting at the first step" in capsys.readouterr().err
+    begun = "no checkpoint to resume from: starting at the first step" in capsys.readouterr().err
     assert begun == (died_after == "the recipe")
 
 
@@ -161,4 +161,4 @@ def test_a_storm_from_before_the_first_step_to_the_very_end_ends_in_75(data: Pat
         time.sleep(0.01)
     said = process.stderr.read().decode()
     assert process.returncode == 75, said
-    assert "saved: run again with --resume" in said
+    assert "and saved; run again with --resume" in said

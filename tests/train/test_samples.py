@@ -88,7 +88,7 @@ def test_samples_are_kept_shown_and_tracked_and_change_nothing(
 
 def test_samples_take_a_tokenizer_and_heldout_text(raw: dict[str, Any]) -> None:
     bare = raw | {"model": raw["model"] | {"vocab_size": 280}, "tokenizer": None}
-    with pytest.raises(RecipeError, match=r"phases\[pretrain\]\.eval\.samples: needs a tokenizer to write text with"):
+    with pytest.raises(RecipeError, match=r"phases\[pretrain\]\.eval\.samples: needs a tokenizer to decode text with"):
         make_plan(recipe_from(bare))
     sources = {name: {"train": source["train"]} for name, source in raw["sources"].items()}
     with pytest.raises(RecipeError, match=r"phases\[pretrain\]\.eval\.samples: needs held-out text, or write 0"):

@@ -145,7 +145,9 @@ def test_a_tracker_that_fails_or_hangs_is_said_once_and_training_goes_on(
     assert run(recipe_from(short(data, "failing", "wandb", "mlflow", "csv")))["status"] == "done"
     assert time.monotonic() - began_s < 50
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("warning: log.to: wandb failed (no route to host); training goes on, and metrics.jsonl has") == 1
+    assert (
+        said.count("warning: log.to: wandb failed (no route to host); training continues, and metrics.jsonl has") == 1
+    )
     assert said.count("warning: log.to: mlflow has not taken the last figures in time") == 1
     assert said.count("log.to") == 2
     assert "wandb: https://tracker.example/run" in said
@@ -165,8 +167,8 @@ def test_a_tracker_that_cannot_be_started_is_refused_at_the_start_and_passed_ove
     longer["log"] = {"to": "wandb"}
     monkeypatch.setitem(KINDS, "wandb", unknown)
     assert run(recipe_from(longer), resume=True)["status"] == "done"
-    assert "warning: log.to: wandb cannot be started (log in first); training goes on" in capsys.readouterr().err
-    with pytest.raises(RecipeError, match=r"log\.to: wandb cannot be started \(log in first\); mend that, or leave it"):
+    assert "warning: log.to: wandb cannot be started (log in first); training continues" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match=r"log\.to: wandb cannot be started \(log in first\); fix that, or leave it"):
         run(recipe_from(short(data, "refused", "wandb")), progress=False)
 
 

@@ -136,7 +136,7 @@ def test_what_another_gpu_found_is_kept_where_this_one_can_run_it(raw: dict[str,
     asked = asked_by(make_plan(recipe_from(raw)), precision.Precision(torch.float32, ""), torch.device("cpu"), 1)
     said: list[str] = []
     assert list(without_unfit(records, asked, said.append)) == ["rope", "swiglu_linear", "gone"]
-    assert [line[:58] for line in said] == ["warning: embedding: later, which the run had, raises Backe"]
+    assert [line[:58] for line in said] == ["warning: embedding: later, which the run used before, rais"]
 
 
 def test_as_many_threads_as_were_the_fastest(

@@ -91,7 +91,7 @@ def test_windows_of_several_lengths_are_trained_audited_evaluated_and_carried_on
         third = audit_document(folder, source, 3)
         assert (third.token_visits, third.max_visits) == (own[30:40].sum(), own[30:40].max())
     assert any(
-        "windows of 8 begin 'chem' anew after those of 16" in doubt for doubt in doubts(make_plan(recipe_from(raw)))
+        "windows of 8 start 'chem' again after those of 16" in doubt for doubt in doubts(make_plan(recipe_from(raw)))
     )
 
     # A run that is made longer, by phases in other windows, ends where one ends that was never shorter.
