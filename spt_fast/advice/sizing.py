@@ -1,6 +1,6 @@
-"""What a first recipe is sized by, from scratch or from a base: machine, text, batch, evaluations, memory.
+"""The sizes of a first recipe, from scratch or from a base: machine, text, batch, evaluations, memory.
 
-batch         0.292 · C^0.327 tokens, where C are the FLOPs (arXiv 2401.02954), and at least 200 steps
+batch         0.292 · C^0.327 tokens for C FLOPs (arXiv 2401.02954), and at least 200 steps
 evaluation    at most a tenth of the FLOPs of each phase
 """
 
@@ -23,15 +23,15 @@ from spt_fast.quantities import amount, percent
 from spt_fast.train.evaluate import FORWARD_SHARE
 
 EFFICIENCY = {"cpu": 0.3, "cuda": 0.4}
-"""The share of a machine's rate of products that training reaches."""
+"""The share of a machine's rate of matrix products that training reaches."""
 TRAINING_SHARE = 0.75
-"""Of the time, for the main phase; the rest is for a finetune, evaluations and start-up."""
+"""Share of the time for the main phase; the rest is for a finetune, evaluations and start-up."""
 EVALUATION_SHARE = 0.1
 FEWEST_STEPS, WARMUP_STEPS = 200, 2000
 HELDOUT_TOKENS = 200_000
-"""To hold out of a corpus, where that is at most a tenth of it."""
+"""Tokens to hold out of a corpus, if that is at most a tenth of it."""
 MEMORY_SHARE = 0.85
-"""Of a GPU's memory, that a step may take by the estimate."""
+"""Share of a GPU's memory for a step by the estimate."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Device:
-    """What trains: a CPU, or all GPUs of this machine."""
+    """The hardware of the training: a CPU, or all GPUs of this machine."""
 
     kind: str
     """"cpu" or "cuda"."""
     count: int
     flops_per_s: float
-    """Of training, all GPUs together."""
+    """FLOP/s of training, all GPUs together."""
     memory_bytes: int | None
-    """Of one GPU; None on a CPU."""
+    """Memory of one GPU; None on a CPU."""
 
     @classmethod
     def here(cls) -> Device:
@@ -65,7 +65,7 @@ class Device:
 
 
 def flops_per_s(device: str) -> float:
-    """Of training on this machine, all its GPUs together."""
+    """The rate of training on this machine, all its GPUs together."""
     peak = peak_flops("cuda") if device == "cuda" else None
     if peak is None:
         a = torch.ones(1024, 1024, device=device)
@@ -78,7 +78,7 @@ def flops_per_s(device: str) -> float:
 
 @dataclass(frozen=True)
 class Way:
-    """How a step is held in memory: what a recipe's `engine` says of it."""
+    """How a step is held in memory: its part of a recipe's `engine`."""
 
     checkpointing: str = "none"
     stage: int = 0
@@ -89,14 +89,14 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
-    """What a run of one model on a general and a domain corpus takes."""
+    """The sizes of a run of one model on a general and a domain corpus."""
 
     corpora: Sequence[Corpus]
     config: GPTConfig
     window: int
     """Tokens that the model reads at a time."""
     tokens: int
-    """Of the main phase."""
+    """Tokens of the main phase."""
     hours: float
     device: Device
     way: Way = Way()
@@ -118,14 +118,14 @@ class Sizing:
         return max(1, tokens // (self.sequences(tokens) * self.window))
 
     def micro(self, sequences: int) -> int:
-        """Windows of a forward pass of one process: what fits a GPU; on a CPU what stays in its caches."""
+        """Windows of a forward pass of one process: as many as fit a GPU, or on a CPU its caches."""
         micro = min(sequences // self.device.count, 8 if self.device.kind == "cpu" else 64)
         while micro > 1 and not self.fits(micro):
             micro //= 2
         return micro
 
     def fits(self, micro: int) -> bool:
-        """Whether a step in micro-batches of so many windows fits a GPU's memory; CPUs are taken to have enough."""
+        """Whether a step in micro-batches of this many windows fits a GPU's memory; CPUs always have enough."""
         if self.device.memory_bytes is None:
             return True
         needed = memory_bytes(
@@ -142,7 +142,7 @@ class Sizing:
         return needed["total"] <= MEMORY_SHARE * self.device.memory_bytes
 
     def evaluation(self, tokens: int) -> str:
-        """As much text, and as often, as a tenth of training on `tokens` pays for."""
+        """The amount of text, and the interval, for a tenth of the cost of training on `tokens`."""
         most = min(1_000_000, *(corpus.heldout_tokens for corpus in self.corpora))
         for enough, often in (
             (HELDOUT_TOKENS, (5, 10)),
@@ -158,7 +158,7 @@ class Sizing:
         return f"{{every: 50%, tokens: {2 * self.window}}}"
 
     def sources(self) -> str:
-        """The section of a recipe or study."""
+        """The section `sources` of a recipe or study."""
         rows = (
             f"  {quoted(corpus.name)}: {{train: {quoted(corpus.prefix)}, "
             f"heldout: {quoted(heldout_prefix(corpus.prefix))}}}  # {amount(corpus.tokens)} tokens"
@@ -172,7 +172,7 @@ def two_digits(number: float) -> int:
 
 
 def quoted(text: object) -> str:
-    """For YAML, which takes JSON's strings; a plain word stays one."""
+    """For YAML, which accepts JSON strings; a plain word is not quoted."""
     written = str(text)
     return written if written.replace("/", "").replace("_", "").isidentifier() else json.dumps(written)
 

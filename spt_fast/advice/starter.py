@@ -1,12 +1,12 @@
 """A first recipe and a first study for two corpora, sized for a machine and a number of hours.
 
-From a base, which `spt_fast.advice.starter_base` writes, or from scratch. The rules for that, each of which the
-recipe's comments name where it decided; `spt_fast.advice.sizing` has those that both share:
+From a base, which `spt_fast.advice.starter_base` writes, or from scratch. These are the rules for training from
+scratch; the recipe's comments name each one. `spt_fast.advice.sizing` has the rules that both share:
 
-    model         the largest preset that 20 tokens a parameter can be trained for in the time (arXiv 2203.15556)
-    tokens        what the time allows, and at most four readings of the general text (arXiv 2305.16264)
-    share         that of the papers for so many domain tokens, see `spt_fast.advice.prior`
-    rate          0.312 · C^-0.125, where C are the FLOPs (arXiv 2401.02954)
+    model         the largest preset that can be trained on 20 tokens a parameter in the time (arXiv 2203.15556)
+    tokens        as many as the time allows, with at most four epochs of the general text (arXiv 2305.16264)
+    share         the papers' share for this many domain tokens, see `spt_fast.advice.prior`
+    rate          0.312 · C^-0.125 for C FLOPs (arXiv 2401.02954)
     weight decay  averages the weights over a fifth of the run: 1 / (rate · steps / 5) (arXiv 2405.13698)
     study         the same at about a tenth of the model's size, with the domain cut so that it repeats as often
 """
@@ -59,7 +59,7 @@ HOURS = {"cpu": 1.0, "cuda": 24.0}
 BYTES_PER_TOKEN = 4
 FEWEST_IDS = 257
 Named = str | os.PathLike[str] | None
-"""A tokenizer, as it was given."""
+"""The tokenizer, as it was given."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,18 @@ class Begun:
 
     recipe: Path
     study: Path | None
-    """None where a study would take longer than the training that it is for."""
+    """None if a study would take longer than the training that it is for."""
     model: str
     """The preset, or the name of the base."""
     parameters: int
     tokens: int
-    """Of pretraining, or of training from the base."""
+    """Tokens of pretraining, or of training from the base."""
     domain_share: float
-    """Of these tokens."""
+    """The domain's share of these tokens."""
     epochs: dict[str, float]
     """How often each source is read, the finetune included."""
     hours: float
-    """That the training was sized for."""
+    """Hours that the training was sized for."""
 
 
 def begin(
@@ -98,11 +98,11 @@ def begin(
     init             a base to start from: a run, its weights/<phase>, a checkpoint or a Hugging Face folder
     tokenizer        of the datasets, or for the text; by default the base's, or one that is trained on the text
     hours            of training on this machine; by default 1 on a CPU and 24 on a GPU
-    progress         show what is under way on standard error
+    progress         show progress on standard error
 
     Nothing is written before it has been planned. Warns of text that is repeated too often, and of too few hours for
-    the base. Raises RecipeError where a file is there already and where a base is of another tokenizer, DataError for
-    text, datasets and tokenizers that can't be used, and CheckpointError for a base that can't be represented.
+    the base. Raises RecipeError if a file exists already or if a base has another tokenizer, DataError for text,
+    datasets and tokenizers that can't be used, and CheckpointError for a base that can't be represented.
     """
     out = Path(out)
     check_folder(out, "out")
@@ -147,7 +147,7 @@ def begin(
         if epochs[corpus.name] > 1.05 * times:
             warnings.warn(
                 f"{corpus.name}: its {corpus.tokens:,} tokens are read {epochs[corpus.name]:.0f} times; beyond about "
-                f"{times} readings they teach little: add text, or train for fewer hours",
+                f"{times} epochs they teach little: add text, or train for fewer hours",
                 SptWarning,
                 stacklevel=2,
             )
@@ -215,7 +215,7 @@ class FromScratch(Sizing):
 
     @classmethod
     def of(cls, corpora: Sequence[Corpus], vocab_size: int, device: Device, hours: float) -> FromScratch:
-        """With the largest preset that is trained well in so many hours."""
+        """With the largest preset that can be trained well in this many hours."""
         general, chosen = corpora[0], None
         for preset in SIZES:
             config = _with_vocabulary(preset, vocab_size)
@@ -242,7 +242,7 @@ class FromScratch(Sizing):
 
     @property
     def share(self) -> Fraction:
-        """The domain's, in pretraining."""
+        """The domain's share, in pretraining."""
         return Fraction(str(self.papers["delta"]))
 
     @property
@@ -274,7 +274,7 @@ class FromScratch(Sizing):
         sequences, finetuned = self.sequences(self.tokens), self.sequences(self.finetune_tokens)
         steps = self.steps(self.tokens)
         rates = ", ".join(f"{self.rate / by:.1g}" for by in (30, 10, 3))
-        why = f"The share is that of the papers for so many tokens: {self.papers['why']}. The study finds your own."
+        why = f"The share is the papers' for this many tokens: {self.papers['why']}. The study finds your own."
         time, window, step = duration(3600 * self.hours), self.window, amount(sequences * self.window)
         return f"""\
 # {amount(self.parameters)} parameters for about {time} on this machine ({self.device.kind}), by `spt-fast init`.
@@ -318,7 +318,7 @@ phases:
         warmup, rates = small.warmup(steps // 4), ", ".join(f"{small.rate / by:.1g}" for by in (30, 10, 3))
         budgets = ", ".join(amount(two_digits(small.tokens / by)) for by in (4, 2, 1))
         return f"""\
-# Which share of {domain.name}? Small runs answer that for the recipe beside this file, written by `spt-fast init`.
+# Which share of {domain.name}? Small runs answer this for the recipe beside this file, written by `spt-fast init`.
 # Price it with `spt-fast sweep {out / "study.yaml"} --dry-run`, train it without that flag, then
 # `spt-fast report {out / "study"} --out report.html`.
 study: {quoted(out / "study")}
@@ -349,7 +349,7 @@ stages:
 """
 
     def _proxy(self) -> FromScratch:
-        """A model of a tenth of the parameters or less, for as many tokens a parameter."""
+        """A model of a tenth of the parameters or less, for as many tokens per parameter."""
         small = SIZES[max(0, SIZES.index(self.name) - 2)]
         config = _with_vocabulary(small, self.config.vocab_size)
         part = min(0.25, parameters(config) / self.parameters)

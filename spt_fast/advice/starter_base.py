@@ -1,19 +1,19 @@
 """A first recipe and a first study that start from a base, sized for machine and corpora.
 
-The rules, each of which the recipe's comments name where it decided; `spt_fast.advice.sizing` has the others:
+The recipe's comments name each rule; `spt_fast.advice.sizing` has the others:
 
-    finetune      where the time lets the base read the domain twice or more: up to 5 times, after which a finetune
-                  begins to overfit (arXiv 2603.16177), at a constant rate, until the held-out loss no longer falls; of
-                  three rates where there is time for each
-    continue      where not: a rate that rises and falls again (arXiv 2403.08763), and no early stop
-    replay        1% of general text in a finetune (arXiv 2502.06042); 5% in a continued pretraining, which moves the
+    finetune      if the time lets the base read the domain twice or more: up to 5 times, after which a finetune begins
+                  to overfit (arXiv 2603.16177), at a constant rate, until the held-out loss no longer falls; with
+                  three rates if there is time for each
+    continue      otherwise: a rate that rises and falls again (arXiv 2403.08763), and no early stop
+    replay        1% of general text in a finetune (arXiv 2502.06042); 5% in continued pretraining, which moves the
                   weights further (arXiv 2403.08763)
     rate          4e-5 at 1B parameters, the middle one of the three of arXiv 2603.16177, times the square root of 1B /
                   parameters: our reading, 1e-4 at 135M and 1e-5 at 8B, as is usual there
-    window        2,048 tokens, or the base's context where that is shorter, and far less than the corpora
-    memory        the first of a list of ways to hold a step, from the fastest on, that fits a GPU
-    study         `forgetting` for a finetune, `dcpt` for a continued pretraining, from the same base: an eighth of the
-                  tokens, with the domain cut so that it repeats as often; none where that is too little to measure
+    window        2,048 tokens, or the base's context if that is shorter, and far less than the corpora
+    memory        the fastest of a list of ways to hold a step that fits a GPU
+    study         `forgetting` for a finetune, `dcpt` for continued pretraining, from the same base: an eighth of the
+                  tokens, with the domain cut so that it repeats as often; none if that is too little to measure
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from spt_fast.train.weights import chosen, read_config
 
 CONTINUED_REPLAY = 0.05
 FEWEST_EPOCHS = 2
-"""Of the domain, in a finetune."""
+"""Epochs of the domain, in a finetune."""
 ARMS = 3
 """Rates that a finetune tries."""
 RATE_OF_1B, LARGEST_RATE = 4e-5, 1e-3
 FEWEST_WINDOWS = 200
-"""Of a run: fewer hold no window of 1% replay."""
+"""Fewest windows of a run: fewer hold no window of 1% replay."""
 SHORTEST_WINDOW = 32
 STUDY_PART = 8
-"""What the training has in tokens, in parts of a run of the study."""
+"""Tokens of the training in units of a run of the study."""
 KINDS = ("none", "selective", "full")
 ONE_GPU = (*(Way(kind, anchor=True) for kind in KINDS),)
 SEVERAL_GPUS = (
@@ -69,11 +69,11 @@ class Base:
     """As they were given."""
     config: GPTConfig
     tokenizer: BaseTokenizer
-    """With the tokens that end and begin each document, as the base has seen them."""
+    """With the tokens that end and begin each document, as in the base's pretraining."""
 
     @classmethod
     def of(cls, given: Path, tokenizer: str | os.PathLike[str] | None) -> Base:
-        """The base at a path, and its own tokenizer, or where none lies there the one that is named.
+        """The base at a path, and its own tokenizer, or the named one if it has none.
 
         Raises CheckpointError, DataError, or RecipeError for a tokenizer that is not the base's.
         """
@@ -84,12 +84,12 @@ class Base:
         loaded = Tokenizer.load(tokenizer or own or weights)
         known = tokenizer_digest(weights)
         if known and loaded.digest != known:
-            remedy = "leave it out" if own else "name that one"
+            remedy = "leave it out" if own else "name the original one"
             says = f"the weights at {given} were trained with another one; {remedy}"
             raise RecipeError(invalid("tokenizer", str(tokenizer), says), argument=True)
         if loaded.vocab_size > config.vocab_size:
             says = f"it has {loaded.vocab_size:,} ids, the weights at {given} only {config.vocab_size:,}"
-            remedy = "name the one that they were trained with"
+            remedy = "name the original one"
             raise RecipeError(invalid("tokenizer", str(tokenizer or own), f"{says}; {remedy}"), argument=True)
         origin = origin_of(weights)
         if origin.eos_id is not None:
@@ -98,7 +98,7 @@ class Base:
             loaded.bos_id = loaded.usual_bos_id
         if loaded.eos_id is None:
             raise DataError(
-                f"tokenizer: {tokenizer or own} names no token that ends a text; prepare both texts by "
+                f"tokenizer: {tokenizer or own} names no token that ends a text; prepare both texts with "
                 "`spt-fast prepare --eos TOKEN`, and give the prefixes of the datasets",
                 argument=True,
             )
@@ -121,7 +121,7 @@ class FromBase(Sizing):
 
     @classmethod
     def of(cls, corpora: Sequence[Corpus], base: Base, device: Device, hours: float) -> FromBase:
-        """As many tokens as the domain supports and the time allows; warns where that is too short."""
+        """As many tokens as the domain supports and the time allows; warns if that is too few."""
         domain, window = corpora[1], _window(corpora, base.config.context)
         by_time = TRAINING_SHARE * hours * 3600 * device.flops_per_s / train_flops_per_token(base.config, window)
         finetunes = by_time >= FEWEST_EPOCHS * domain.tokens
@@ -141,7 +141,7 @@ class FromBase(Sizing):
         if (times := sized.arms * sized.tokens / by_time) > 1.1:
             warnings.warn(
                 f"hours: {duration(3600 * hours)} is short for {amount(sized.parameters)} parameters on this machine "
-                f"({device.kind}): {amount(sized.tokens)} tokens, the fewest that a training takes, need about "
+                f"({device.kind}): {amount(sized.tokens)} tokens, the fewest that a training needs, take about "
                 f"{duration(3600 * hours * times)}; allow more hours, or take a smaller base",
                 SptWarning,
                 stacklevel=3,
@@ -160,7 +160,7 @@ class FromBase(Sizing):
 
     @property
     def share(self) -> Fraction:
-        """The domain's."""
+        """The domain's share."""
         return 1 - Fraction(str(REPLAY if self.finetunes else CONTINUED_REPLAY))
 
     def epochs(self) -> dict[str, float]:
@@ -181,8 +181,8 @@ class FromBase(Sizing):
         sequences, steps = self.sequences(self.tokens), self.steps(self.tokens)
         step, phase = amount(sequences * self.window), "finetune" if self.finetunes else "continue"
         why = (
-            f"{domain.name} is read {times:.2g} times. {exact(1 - self.share)} of {general.name} keeps what the base "
-            "can do, best where that is like the text of its pretraining. The study finds your own share."
+            f"{domain.name} is read {times:.2g} times. {exact(1 - self.share)} of {general.name} reduces forgetting, "
+            "best if it is like the text of the base's pretraining. The study finds your own share."
         )
         end = f"at most: it stops when the held-out loss of {domain.name} no longer falls"
         if not self.finetunes:
@@ -207,7 +207,7 @@ phases:
 {self._rates()}"""
 
     def study(self, out: Path, tokenizer: str | os.PathLike[str] | None) -> str | None:
-        """None where its runs would be nearly as long as the training."""
+        """The text of the study; None if its runs would be nearly as long as the training."""
         general, domain = self.corpora
         tokens = max(two_digits(self.tokens / STUDY_PART), FEWEST_WINDOWS * self.window)
         if tokens > self.tokens / 2:
@@ -215,14 +215,14 @@ phases:
         unique = max(two_digits(domain.tokens * tokens / self.tokens), 10 * self.window)
         one = replace(self, device=replace(self.device, count=1)).fitted()  # a study has a run on each GPU
         if self.finetunes:
-            what = f"What does {self.name} forget in a finetune on {domain.name}, and what stops it?"
+            what = f"What does {self.name} forget in a finetune on {domain.name}, and what reduces it?"
             axes = """\
   - name: finetune
     replay: [0, 1%, 5%]
     anchor: [0, 1]       # decay toward the base
     average: [0, 10%]    # of the base in the weights; trained once"""
         else:
-            what = f"With which share of {domain.name} should {self.name} go on?"
+            what = f"With which share of {domain.name} should {self.name} continue?"
             axes = """\
   - name: continue
     delta: [0, 33%, 67%, 90%, 95%, 1]"""
@@ -244,7 +244,7 @@ stages:
 {one._steps(tokens)}"""
 
     def _steps(self, tokens: int, of_step: str = "", of_rate: str = "") -> str:
-        """How a phase of so many tokens is optimised and evaluated."""
+        """The optimizer, schedule and evaluation of a phase of this many tokens."""
         sequences = self.sequences(tokens)
         decay, schedule = "0.1", "{name: cosine, warmup: 5%, final: 10%}"
         if self.finetunes:
@@ -267,7 +267,7 @@ stages:
         return f"{stop}    grid: {{lr: [{rates}]}}  # each from the base; the best by held-out loss is kept\n"
 
     def _engine(self) -> str:
-        """What memory asks for, where that isn't the default."""
+        """Settings that the memory needs, if they differ from the defaults."""
         way = self.way
         asked = {
             f"stage: {way.stage}": way.stage > 1,
@@ -279,7 +279,7 @@ stages:
 
 
 def _window(corpora: Sequence[Corpus], context: int) -> int:
-    """Tokens to read at a time: at most WINDOW, and so few that every text has several windows."""
+    """Tokens of a window: at most WINDOW, and few enough that every text has several windows."""
     window = min(WINDOW, context)
     fewest = min(min(corpus.tokens // 40, corpus.heldout_tokens // 4) for corpus in corpora)
     while window // 2 >= SHORTEST_WINDOW and window > fewest:

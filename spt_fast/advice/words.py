@@ -1,4 +1,4 @@
-"""Advice in words, for a terminal and for a page: what is decided, what to expect, how far the runs support it."""
+"""Advice in words, for a terminal and for a page: the decision, what to expect, how far the runs support it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spt_fast.study.words import amount, number, percent
 
 BASIS = {
     "laws": "by laws fitted to the runs",
-    "seen": "as the runs themselves came out",
+    "seen": "as observed in the runs",
     "published": "a prior from published runs, not from measurements of yours",
 }
 SHARE_HEADINGS = ("share", "epochs", "domain loss", "general loss", "forgetting", "best in")
@@ -31,7 +31,7 @@ def headline(decision: Decision) -> str:
     return {
         "FT": "Leave the domain to the finetune.",
         "SPT": f"Give the domain {share} of the pretraining tokens.",
-        "SCPT": f"Bring the domain in late, with {share} of the pretraining tokens.",
+        "SCPT": f"Mix the domain in late, with {share} of the pretraining tokens.",
         "SPT or SCPT": f"Give the domain {share} of the pretraining tokens, from the start or late.",
     }[decision.regime]
 
@@ -43,7 +43,7 @@ def surety(advice: Advice) -> list[str]:
 
 
 def costs(advice: Advice) -> list[str]:
-    """The losses to expect, whose they are, and the replay."""
+    """The expected losses, the runs that they come from, and the replay."""
     replay = advice.replay
     unseen = " (not seen in these runs)" if replay.effects and replay.basis != "seen" else ""
     return [*_expected(advice), f"{percent(replay.share)} replay in the finetune: {replay.says}{unseen}"]
@@ -79,13 +79,13 @@ def _expected(advice: Advice) -> list[str]:
         *found,
         f"these are losses of {amount(of.params)} parameters after {amount(of.tokens)} tokens of pretraining with "
         f"{amount(of.domain_tokens)} domain tokens{replayed}{within}",
-        "the share was chosen by these losses, of the report half of held-out text; learning rates and checkpoints on "
-        "the select half",
+        "the share was chosen by these losses, on the report half of held-out text; learning rates and checkpoints "
+        "were chosen on the select half",
     ]
 
 
 def share_cells(share: Share) -> list[str]:
-    """Under SHARE_HEADINGS."""
+    """The cells under SHARE_HEADINGS."""
     return [
         percent(share.delta),
         number(share.epochs),
@@ -136,7 +136,7 @@ def _print_base_advice(advice: BaseAdvice, console: Console) -> None:
 
 
 def findings(advice: Advice) -> list[str]:
-    """A sentence each."""
+    """The evidence, a sentence each."""
     before = advice.support.before_finetuning
     found = [BASIS[advice.decision.basis], *surety(advice)]
     if advice.decision.basis == "laws" and before is not None:
@@ -151,7 +151,7 @@ def _papers(papers: Prior) -> list[str]:
     span = f" ({' to '.join(ends)})" if len(ends) > 1 else ""
     worth = papers["worth"]
     far = beyond(papers["outside"])
-    outside = f"; the question lies outside the published runs: {', '.join(far)}" if far else ""
+    outside = f"; the question is outside the published runs: {', '.join(far)}" if far else ""
     lost = papers["expected"]["progress_lost"]
     found = [
         f"the papers: {papers['regime']} at {percent(papers['delta'])}{span}; {papers['why']}{outside}",
@@ -160,8 +160,8 @@ def _papers(papers: Prior) -> list[str]:
     ]
     if lost is not None:
         found.append(
-            f"after plain pretraining, a finetune without replay at this size undoes about {lost:.0%} of what "
-            "pretraining gained in general loss (arXiv 2502.06042)"
+            f"after plain pretraining, a finetune without replay at this size undoes about {lost:.0%} of the gain of "
+            "pretraining in general loss (arXiv 2502.06042)"
         )
     return found
 
@@ -222,7 +222,7 @@ def shares_table(advice: Advice) -> Table | None:
 
 
 def effects_table(advice: Advice) -> Table | None:
-    """What replay did to the losses."""
+    """The effects of replay on the losses."""
     if len(advice.replay.effects) < 2:
         return None
     headings = ("general data", "general loss", "domain loss", "pairs")
@@ -246,11 +246,11 @@ def accounts_table(advice: Advice) -> Table | None:
 
 
 def facts_table(advice: Advice) -> Table | None:
-    """What a prior rests on."""
+    """The sources of a prior."""
     if advice.decision.basis != "published":
         return None
     ranges = ", ".join(f"{amount(low)} to {amount(high)} {UNITS[what]}" for what, (low, high) in PUBLISHED_RUNS.items())
-    table = Table("", "source", "standing", title=f"published ({ranges})", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table("", "source", "status", title=f"published ({ranges})", title_justify="left", box=box.SIMPLE_HEAD)
     for fact in advice.prior["facts"]:
         table.add_row(fact["says"], fact["source"], fact["standing"])
     return table

@@ -36,7 +36,7 @@ talk = Talk()
 
 
 def listen(quiet: bool, verbose: bool) -> None:
-    """Heed `--quiet` and `--verbose`."""
+    """Apply `--quiet` and `--verbose`."""
     if quiet:
         be_quiet(True)
     if verbose:
@@ -45,7 +45,7 @@ def listen(quiet: bool, verbose: bool) -> None:
 
 
 class Program(typer.Typer):
-    """Commands that take `--quiet` and `--verbose` themselves too: people write them last."""
+    """Commands that also take `--quiet` and `--verbose` themselves, since people write them last."""
 
     def command(self, *names: Any, **settings: Any) -> Callable[[Any], Any]:
         add = super().command(*names, **settings)
@@ -88,7 +88,7 @@ out = terminal()
 
 
 def example(*lines: str) -> str:
-    """What stands below the help of a command."""
+    """The text below the help of a command."""
     return "\n\n".join(f"Example: {line}" for line in lines)
 
 

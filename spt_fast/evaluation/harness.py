@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, asked of our models. It is imported only where lm-eval is asked for."""
+"""lm-eval's tasks for our models. lm-eval is imported only when it is needed."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from spt_fast.evaluation.likelihood import TextModel
 from spt_fast.evaluation.results import Metric, TaskResult, settings_of
 
 MOST_GENERATED = 256
-"""Tokens of an answer, where a task says nothing else: lm-eval's own."""
+"""Default limit on an answer's tokens: lm-eval's own."""
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the most tokens to generate."""
+"""Names of the limit on generated tokens in tasks."""
 
 
 class HarnessModel(LM):
-    """What lm-eval asks of a model."""
+    """The interface that lm-eval needs of a model."""
 
     def __init__(self, model: TextModel) -> None:
         super().__init__()
         self._model = model
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of (context, continuation)."""
+        """For pairs (context, continuation)."""
         found = self._model.likelihoods([self._model.pair(*request.args) for request in requests])
         return [(one.nats, one.greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Of (text,), whole."""
+        """For whole texts (text,)."""
         windows = [self._model.windows(*request.args) for request in requests]
         found = iter(self._model.likelihoods([window for of_text in windows for window in of_text]))
         return [sum(next(found).nats for _ in of_text) for of_text in windows]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Of (context, settings)."""
+        """For pairs (context, settings)."""
         alike: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
@@ -64,7 +64,7 @@ class HarnessModel(LM):
 
 
 def find(names: Sequence[str]) -> TaskManager:
-    """All of lm-eval's tasks; DataError for a name that is none of them, nor a file."""
+    """All of lm-eval's tasks; DataError for a name that is neither a task nor a file."""
     manager = TaskManager()
     for name in names:
         if not name.endswith((".yaml", ".yml")) and name not in manager.all_tasks:
@@ -76,20 +76,20 @@ def find(names: Sequence[str]) -> TaskManager:
 def score(
     model: TextModel, manager: TaskManager, names: Sequence[str], num_fewshot: int | None, limit: int | None
 ) -> list[TaskResult]:
-    """The results of tasks and groups of tasks; DataError where lm-eval can't run one."""
+    """The results of tasks and groups of tasks; DataError if lm-eval can't run one."""
     for chatty in ("lm_eval", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    evaluator.get_git_commit_hash = lambda: None  # where there is no repository, git itself says that it is fatal
+    evaluator.get_git_commit_hash = lambda: None  # git prints a fatal error outside of a repository
     try:
         said = evaluator.simple_evaluate(
             HarnessModel(model), tasks=[*names], num_fewshot=num_fewshot, limit=limit, task_manager=manager
         )
     except SptError:
         raise
-    except Exception as error:  # tasks are programs of many people
+    except Exception as error:  # tasks contain arbitrary code
         reason = cut(" ".join(f"{type(error).__name__}: {error}".split()), 300)
         raise DataError(
-            f"tasks: lm-eval cannot run {', '.join(names)} ({reason}); where its data can't be fetched, take over the "
+            f"tasks: lm-eval cannot run {', '.join(names)} ({reason}); if its data can't be fetched, copy the "
             "Hugging Face cache of a machine that has it (HF_HOME), or name local files in a task file",
             argument=True,
         ) from error

@@ -1,5 +1,5 @@
-"""Log-likelihoods of text, which is cut into tokens as lm-eval's own model for Hugging Face folders cuts it, so that
-both give the same numbers.
+"""Log-likelihoods of text. It is cut into tokens in the same way as by lm-eval's own model for Hugging Face folders, so
+that both give the same numbers.
 
 B rows, T positions, V vocabulary.
 """
@@ -26,22 +26,22 @@ from spt_fast.train.world import pick_device
 
 TOKENS_AT_A_TIME = 16_384
 LOGITS_BYTES = 1 << 30
-"""Of the float32 logits of a batch."""
+"""Limit for the float32 logits of a batch."""
 TEXTS_AT_A_TIME = 32
-"""That are continued side by side."""
+"""Texts that are continued in one batch."""
 LOOK_EVERY = 32
-"""Tokens that are generated before stop strings are looked for."""
+"""Tokens that are generated between checks for stop strings."""
 
 
 class Pair(NamedTuple):
-    """Ids, the context at least one."""
+    """Ids; the context has at least one."""
 
     context: list[int]
     continuation: list[int]
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation after its context."""
+    """The score of a continuation after its context."""
 
     nats: float
     """The logarithm of its probability."""
@@ -52,9 +52,9 @@ class Likelihood(NamedTuple):
 class TextModel:
     """A model that scores and continues text.
 
-    context: tokens that it sees at most. bos: the id that every text begins with; None for none. Where a context is
-    empty, the end-of-text id stands in for it. batch: rows at a time; None takes as many as fit. progress: show a bar
-    on standard error. SptError for a context that the model doesn't have.
+    context: tokens that it sees at most. bos: the id that every text begins with; None for none. If a context is empty,
+    the end-of-text id replaces it. batch: rows at a time; None for as many as fit. progress: show a bar on standard
+    error. SptError for a context that the model doesn't have.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class TextModel:
         if batch is not None and batch < 1:
             raise SptError(invalid("batch", batch, "write a whole number of at least 1"), argument=True)
         self.context, self._longest = context or longest, longest
-        # Where a run's documents began with none, still what its Hugging Face tokenizer puts before a text: base and
-        # finetune see the same, and so they do where the weights are served.
+        # If a run's documents began with no token, texts still begin with the one of its Hugging Face tokenizer, so
+        # that base and finetune, and the served weights, see the same.
         usual = tokenizer.usual_bos_id if isinstance(tokenizer, HFTokenizer) else None
         self.bos = usual if tokenizer.bos_id is None else tokenizer.bos_id
         prefix = tokenizer.eos_id if self.bos is None else self.bos
@@ -94,9 +94,9 @@ class TextModel:
         batch: int | None = None,
         progress: bool = False,
     ) -> TextModel:
-        """The model at `weights` on this machine's device, in the dtype that matmuls are fast in: the same for all
-        weights. bos: the token that texts begin with, where another than the weights' own. CheckpointError where their
-        tokenizer is unknown, DataError for an unknown token."""
+        """The model at `weights` on this machine's device, in the dtype with fast matmuls: the same for all weights.
+        bos: the token that texts begin with, if it differs from the weights' own. CheckpointError if their tokenizer is
+        unknown, DataError for an unknown token."""
         found = tokenizer_for(weights, tokenizer)
         found.set_ends(None, bos)
         device = pick_device()
@@ -109,7 +109,7 @@ class TextModel:
 
     @property
     def dtype(self) -> str:
-        """What is computed in."""
+        """The compute dtype."""
         return str(self._model.embedding.dtype).removeprefix("torch.")
 
     def encode(self, text: str) -> list[int]:
@@ -119,7 +119,7 @@ class TextModel:
         return self._tokenizer.encode_array(text).tolist()
 
     def pair(self, context: str, continuation: str) -> Pair:
-        """Encoded as one text and cut where the context alone ends; spaces at the end of the context belong to the
+        """Encoded as one text and cut at the end of the context; spaces at the end of the context belong to the
         continuation. SptError for a continuation without tokens."""
         if kept := context.rstrip():
             whole, before = self.encode(context + continuation), self.encode(kept)
@@ -133,7 +133,7 @@ class TextModel:
 
     def windows(self, text: str) -> list[Pair]:
         """Every token of `text` once, each window but the first after as much context as fits. The begin-of-text id is
-        scored too, as lm-eval does."""
+        scored too, as in lm-eval."""
         ids, T = self.encode(text), self.context
         starts = range(0, len(ids), T)
         ends = [min(start + T, len(ids)) for start in starts]
@@ -143,10 +143,10 @@ class TextModel:
         ]
 
     def likelihoods(self, pairs: Sequence[Pair]) -> list[Likelihood]:
-        """In the order of `pairs`; the longest go first, in batches of about one length.
+        """Scores in the order of `pairs`; the longest are computed first, in batches of similar length.
 
-        Of a pair that is longer than the context, the beginning is dropped, with a warning. SptError where that would
-        drop some of the continuation.
+        A pair that is longer than the context loses its beginning, with a warning. SptError if part of the continuation
+        would be lost.
         """
         longest = max((len(pair.continuation) for pair in pairs), default=0)
         if longest > self._longest:
@@ -184,7 +184,7 @@ class TextModel:
 
     @torch.no_grad()
     def _score(self, rows: Sequence[list[int]], counts: Sequence[int]) -> list[Likelihood]:
-        """Of the last `counts` tokens of each row; the first row is the longest."""
+        """Log-probabilities of the last `counts` tokens of each row; the first row is the longest."""
         device = self._model.embedding.device
         tokens_BT = torch.zeros(len(rows), len(rows[0]) - 1, dtype=torch.int64)
         scored_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
@@ -211,8 +211,8 @@ class TextModel:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> list[str]:
-        """What follows each context: at most so many tokens, up to the end of the text or the first of the strings
-        `until`. SptError where the model's context has no room for so many."""
+        """The continuation of each context: at most this many tokens, up to the end of the text or the first of the
+        strings `until`. SptError if the model's context has no room for them."""
         if tokens >= self.context:
             raise SptError(
                 invalid("context", self.context, f"more than the {tokens} tokens that are to be generated"),
@@ -221,7 +221,7 @@ class TextModel:
         rows = [(self.encode(context) or [self._prefix])[-(self.context - tokens) :] for context in contexts]
         starts, eos, size = [*map(len, rows)], self._tokenizer.eos_id, self.batch or TEXTS_AT_A_TIME
         named = self._tokenizer.named_tokens()
-        last = {eos, *(named[stop] for stop in until if stop in named)}  # which may not be seen in the text
+        last = {eos, *(named[stop] for stop in until if stop in named)}  # special tokens may be invisible in the text
         found: dict[int, str] = {}
         with progress_of(f"continue {len(rows):,} texts", len(rows), show=self.progress) as advance:
             for first in range(0, len(rows), size):
@@ -234,7 +234,7 @@ class TextModel:
                         temperature=temperature,
                         top_k=top_k,
                         top_p=top_p,
-                        seed=made,  # else the draws of each part were those of the first
+                        seed=made,  # otherwise each part would repeat the draws of the first
                         stop_id=eos,
                         vocab_size=self._tokenizer.vocab_size,
                     )

@@ -1,9 +1,9 @@
-"""Multiple-choice questions of one's own: a JSONL of {question, choices, answer}.
+"""The user's own multiple-choice questions: a JSONL of {question, choices, answer}.
 
     {"question": "Which gas do plants take in?", "choices": ["oxygen", "carbon dioxide"], "answer": 1}
 
-`answer` is the place of the right choice, from 0 on, its letter, or its text. Each choice is scored by its likelihood
-after the prompt `TEMPLATE`, with a space between; the numbers are those of an lm-eval task with
+`answer` is the index of the right choice, from 0, its letter, or its text. Each choice is scored by its likelihood
+after the prompt `TEMPLATE`, with a space between; the numbers equal those of an lm-eval task with
 
     output_type: multiple_choice
     doc_to_text: "Question: {{question}}\\nAnswer:"
@@ -36,7 +36,7 @@ class Question(NamedTuple):
     text: str
     choices: list[str]
     answer: int
-    """The place of the right one."""
+    """The index of the right choice."""
 
     @property
     def prompt(self) -> str:
@@ -44,25 +44,25 @@ class Question(NamedTuple):
 
     @property
     def solved(self) -> str:
-        """As an example for the questions after it."""
+        """The question as an example for later ones."""
         return f"{self.prompt} {self.choices[self.answer]}\n\n"
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a file; DataError names the first line that is none, or a file without any."""
+    """The questions of a file; DataError names the first invalid line, or a file without questions."""
     questions = [_question(line, place) for place, line in _lines(path)]
     if not questions:
-        raise DataError(f"{path}: holds no question; write one JSON object a line, {{question, choices, answer}}")
+        raise DataError(f"{path}: holds no question; write one JSON object per line, {{question, choices, answer}}")
     return questions
 
 
 def digest_of(questions: Sequence[Question]) -> str:
-    """Identifies the questions and how they are asked."""
+    """A digest of the questions and the prompt."""
     return hashlib.sha256(json.dumps([TEMPLATE, *questions]).encode()).hexdigest()[:16]
 
 
 def answer(model: TextModel, questions: Sequence[Question], examples: Sequence[Question]) -> dict[str, list[float]]:
-    """acc and acc_norm of each question, 1 where the model is right and 0 elsewhere, after solved examples."""
+    """acc and acc_norm of each question, 1 if the model is right and otherwise 0, after solved examples."""
     shots = "".join(example.solved for example in examples)
     pairs = [model.pair(shots + q.prompt, f" {choice}") for q in questions for choice in q.choices]
     nats = iter(model.likelihoods(pairs))
@@ -77,7 +77,7 @@ def answer(model: TextModel, questions: Sequence[Question], examples: Sequence[Q
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Each line that isn't empty, with its place."""
     if not path.name.lower().endswith(FILES):
-        raise DataError(f"{path}: is not a .jsonl file; write one JSON object a line, {{question, choices, answer}}")
+        raise DataError(f"{path}: is not a .jsonl file; write one JSON object per line, {{question, choices, answer}}")
     if not path.exists():
         raise DataError(f"{path}: doesn't exist; name a .jsonl file of {{question, choices, answer}}")
     for chunk in TextReader(path, skip_bad=True):
@@ -93,7 +93,7 @@ def _question(line: bytes, place: str) -> Question:
     except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
         raise DataError(f"{place}: broken JSON ({error}); fix the line") from None
     if not isinstance(record, dict):
-        raise DataError(f"{place}: {type(record).__name__} where a JSON object is due; mend the line")
+        raise DataError(f"{place}: {type(record).__name__} instead of a JSON object; fix the line")
     for key in ("question", "choices", "answer"):
         if key not in record:
             has = ", ".join(repr(shown_key(key)) for key in [*record][:12]) or "nothing"
@@ -108,7 +108,7 @@ def _question(line: bytes, place: str) -> Question:
 
 
 def _place_of(answer: Any, choices: Sequence[str], place: str) -> int:
-    """Of the right choice."""
+    """The index of the right choice."""
     last = len(choices) - 1
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer <= last:
         return answer
@@ -119,7 +119,7 @@ def _place_of(answer: Any, choices: Sequence[str], place: str) -> int:
     if len(found) == 1:
         return found.pop()
     problem = "it is the text of one choice and the letter of another; write" if found else "write"
-    expected = f"{problem} the place of the right choice from 0 to {last}, its letter, or its text"
+    expected = f"{problem} the index of the right choice from 0 to {last}, its letter, or its text"
     if found:
-        expected = f"{problem} the place of the right choice from 0 to {last}"
+        expected = f"{problem} the index of the right choice from 0 to {last}"
     raise DataError(invalid(f"{place}: answer", answer, expected))

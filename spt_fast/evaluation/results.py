@@ -1,7 +1,7 @@
-"""Results of tasks, kept beside the weights: a file for each, so that several tasks may be scored at once.
+"""Results of tasks, kept beside the weights: one file each, so that several tasks can be scored at once.
 
-Of a run they are in RUN/tasks, for its phases and checkpoints, of other weights in the `tasks` folder beside them. Two
-results may be compared where their settings are equal.
+For a run, its phases and checkpoints they are in RUN/tasks, for other weights in the `tasks` folder beside them. Two
+results can be compared if their settings are equal.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 FOLDER = "tasks"
 FEW_QUESTIONS = 100
-"""Of fewer, the standard error of an accuracy is up to 5 points and more."""
+"""With fewer, the standard error of an accuracy is up to 5 points and more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides a result besides the weights."""
+    """Everything besides the weights that a result depends on."""
 
     version: str
     """Of the task: a digest of its questions and prompts."""
     library: str
-    """That made the prompts and the metrics, with its version."""
+    """The library of the prompts and metrics, with its version."""
     num_fewshot: int
     """Solved examples before each question."""
     limit: int | None
-    """Questions at most; None for all."""
+    """Limit on the questions; None for all."""
     context: int
-    """Tokens that the model saw at most."""
+    """Limit on the tokens that the model saw."""
     bos: int | None
     """The id that each text began with; None for none."""
     dtype: str
-    """What was computed in."""
+    """The compute dtype."""
 
     @property
     def says(self) -> str:
@@ -68,13 +68,13 @@ def settings_of(model: TextModel, *, version: str, library: str, num_fewshot: in
 
 @dataclass(frozen=True)
 class Metric:
-    """The mean of what each question has, or another statistic of it."""
+    """The mean over questions, or another statistic of them."""
 
     value: float
     standard_error: float | None
-    """None for one question, and where it is not known."""
+    """None for one question, and if it is not known."""
     each: Sequence[float] | None = None
-    """By question, in their order; None where the metric is no mean of such."""
+    """By question, in order; None if the metric is no mean over questions."""
 
     @classmethod
     def mean(cls, each: Sequence[float]) -> Metric:
@@ -85,13 +85,13 @@ class Metric:
 
 
 def standard_error(each: Sequence[float]) -> float | None:
-    """Of the mean."""
+    """The standard error of the mean."""
     return stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What weights scored in a task."""
+    """The scores of weights in a task."""
 
     task: str
     questions: int
@@ -110,8 +110,8 @@ class TaskResult:
 
 
 def save(result: TaskResult, weights: Path, tokenizer: str) -> None:
-    """Keep a result, in place of one of the same weights and settings; a warning where nothing can be written there.
-    tokenizer: the digest of the one that was used."""
+    """Save a result, replacing one of the same weights and settings; a warning if it can't be written. tokenizer: the
+    digest of the one that was used."""
     folder, prefix = _place(weights)
     settings = hashlib.sha256(json.dumps(asdict(result.settings)).encode()).hexdigest()
     kept = {"weights": weights.name, **_digests_of(weights), "tokenizer": tokenizer, **asdict(result)}
@@ -119,12 +119,12 @@ def save(result: TaskResult, weights: Path, tokenizer: str) -> None:
         folder.mkdir(exist_ok=True)
         write_text(folder / f"{prefix}{result.task}-{settings[:12]}.json", json.dumps(kept) + "\n")
     except OSError as error:
-        warnings.warn(f"{folder}: the result is not kept ({error.strerror})", SptWarning, stacklevel=2)
+        warnings.warn(f"{folder}: the result could not be saved ({error.strerror})", SptWarning, stacklevel=2)
 
 
 def results_of(weights: Path) -> list[TaskResult]:
-    """The results of weights by task, the newest last; those of other weights, or of another config.json or tokenizer,
-    that lay there before are left out. CheckpointError for a damaged file."""
+    """The results of weights by task, the newest last. Results of other weights, or of another config.json or
+    tokenizer, that are in the same folder are left out. CheckpointError for a damaged file."""
     folder, _ = _place(weights)
     files = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
     now = {**_digests_of(weights), "tokenizer": _tokenizer_of(weights)} if files else {}
@@ -143,7 +143,7 @@ def results_of(weights: Path) -> list[TaskResult]:
 
 
 def _place(weights: Path) -> tuple[Path, str]:
-    """Where the results of weights are kept, and how their names begin."""
+    """The folder of the results of weights, and the prefix of their names."""
     from spt_fast.train.origin import run_of  # these import torch, which is slow, and most runs have no results
     from spt_fast.train.weights import locate
 
@@ -152,7 +152,7 @@ def _place(weights: Path) -> tuple[Path, str]:
 
 
 def _digests_of(weights: Path) -> dict[str, str | None]:
-    """Of weights and of their config.json, which checkpoints don't have; None where they have gone."""
+    """Digest of weights and of their config.json, which checkpoints don't have; None if they are missing."""
     from spt_fast.train.weights import digest_of, locate
 
     if not weights.is_dir():

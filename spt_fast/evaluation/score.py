@@ -38,30 +38,30 @@ class Scored:
     """Nats per token."""
     perplexity: float
     bits_per_byte: float | None
-    """None where the dataset doesn't record its bytes."""
+    """None if the dataset doesn't record its bytes."""
     tokens: int
-    """That were scored."""
+    """Scored tokens."""
     bytes: int | None
     standard_error: float | None
-    """Of the loss, over documents or windows; None where it is of one."""
+    """Of the loss, over documents or windows; None if there is only one."""
     context: int
     """Tokens of a window."""
     documents: int | None
-    """None where the dataset doesn't record them."""
+    """None if the dataset doesn't record them."""
     inside_documents: bool
     """Whether attention and positions stayed inside a document, as in the phase that trained the weights."""
     dtype: str
-    """What was computed in: what the weights were trained in, where that is known."""
+    """The compute dtype: that of the training, if it is known."""
     same_tokenizer: bool | None
-    """Whether the ids are of the weights' tokenizer; None where the dataset or the weights don't record theirs."""
+    """Whether the ids come from the weights' tokenizer; None if the dataset or the weights don't record theirs."""
     reported: float | None
-    """The loss that the run reported, of the report half, where this is held-out text of the run."""
+    """The loss on the report half that the run reported, if this is held-out text of the run."""
     rescored: float | None
-    """The loss of that half as it is scored here; the same up to rounding."""
+    """The loss on that half as scored here; equal up to rounding."""
 
 
 def score(weights: Path, prefix: Path, **options: Any) -> dict[str, Any]:
-    """As `scored`, as a dict."""
+    """`scored` as a dict."""
     return asdict(scored(weights, prefix, **options))
 
 
@@ -71,9 +71,9 @@ def scored(
     """The loss of weights on the dataset at `prefix`.
 
     `weights` is a run, its weights/<phase>, a checkpoint or a Hugging Face folder. Every token but the first is scored
-    once, in consecutive windows of `context` tokens, or else as long as in training, or as the model's context; and
-    documents are cut as in training. progress: show a bar on standard error. Raises DataError where the dataset doesn't
-    fit the model, and warns where its documents begin or end with other ids than those of the run.
+    once, in consecutive windows of `context` tokens, by default as long as in training, or as the model's context;
+    documents are cut as in training. progress: show a bar on standard error. Raises DataError if the dataset doesn't
+    fit the model, and warns if its documents begin or end with other ids than those of the run.
     """
     weights = chosen(weights)
     model, origin = load_model(weights), origin_of(weights)
@@ -86,12 +86,12 @@ def scored(
     if same is False:
         raise DataError(
             f"{prefix}: was made with another tokenizer ({str(data.tokenizer_digest)[:12]}) than the one that the "
-            f"weights at {weights} were trained with ({str(theirs)[:12]}); prepare it with that one"
+            f"weights at {weights} were trained with ({str(theirs)[:12]}); prepare it with the weights' tokenizer"
         )
     for name in ("eos_id", "bos_id") if None not in (data.eos_id, origin.eos_id) else ():
         if (this := getattr(data, name)) != (trained := getattr(origin, name)):
             warnings.warn(
-                f"{prefix}: has {name} {this}, what the weights were trained on has {trained}; prepare it with the "
+                f"{prefix}: has {name} {this}, but the weights' training text has {trained}; prepare it with the "
                 "same tokens that begin and end a document",
                 SptWarning,
                 stacklevel=2,
@@ -152,7 +152,7 @@ def scored(
 
 @dataclass(frozen=True)
 class _Reported:
-    """A loss of the report half, and how the run scored it. windows: see `split_heldout`."""
+    """A loss on the report half, and the run's settings for it. windows: see `split_heldout`."""
 
     loss: float
     phase: Phase
@@ -160,7 +160,7 @@ class _Reported:
 
 
 def _reported(weights: Path, digest: str) -> _Reported | None:
-    """What the run of weights/<phase> says of them and this held-out text."""
+    """What the run of weights/<phase> records about them and this held-out text."""
     run = run_of(weights)
     summary = summary_of(run) if run else None
     if summary is None or weights.name not in summary["phases"]:
@@ -174,16 +174,16 @@ def _reported(weights: Path, digest: str) -> _Reported | None:
 
 
 def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) -> None:
-    """A row by dataset, then what it was scored on and how."""
+    """Print a row for each dataset, then how it was scored."""
     shown = ("loss", "standard_error", "perplexity", "bits_per_byte", "tokens", "bytes")
     rows = [[prefix, *(getattr(s, name) for name in shown)] for prefix, s in scored.items()]
     print_table(console, str(weights), ["dataset", *(name.replace("_", " ") for name in shown)], rows)
     for prefix, s in scored.items():
         documents = "documents not recorded" if s.documents is None else counted(s.documents, "document")
         where = "inside documents" if s.inside_documents else "across documents"
-        unknown = "" if s.same_tokenizer else "; whether its ids are of the weights' tokenizer is not recorded"
+        unknown = "" if s.same_tokenizer else "; whether its ids come from the weights' tokenizer is not recorded"
         how = f"windows of {s.context:,} tokens, in {s.dtype}, attention {where}"
         console.print(f"{prefix}: {documents}, {how}{unknown}", soft_wrap=True)
         if s.reported is not None:
-            half = f"the run reported {s.reported:.4g} on the report half of it, which has {s.rescored:.4g} here"
+            half = f"on its report half the run reported {s.reported:.4g}; it is {s.rescored:.4g} here"
             console.print(f"{prefix}: {half}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Tasks: questions that weights are asked, by lm-eval or from a file of one's own."""
+"""Tasks: questions for a model, from lm-eval or from the user's own file."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def score_tasks(
     bos: str | None = None,
     progress: bool = True,
 ) -> dict[str, TaskResult]:
-    """What weights score in tasks, by their names; kept beside the weights.
+    """The scores of weights in tasks, by the tasks' names; saved beside the weights.
 
     `weights` is a run, its weights/<phase>, a checkpoint or a Hugging Face folder. tasks: files of questions (.jsonl),
     lm-eval's task files (.yaml), and names of its tasks. context: tokens that the model sees; its own by default.
-    num_fewshot: solved examples before each question; of a file of one's own its first ones, which are not scored.
+    num_fewshot: solved examples before each question; for the user's own file its first ones, which are not scored.
     bos: the token that every text begins with; by default the one that the documents of the weights' run began with,
-    else the one that their Hugging Face tokenizer puts there. progress: show a bar on standard error.
-    SptError for tasks that don't exist or hold bad lines, before the model is loaded.
+    else the one of their Hugging Face tokenizer. progress: show a bar on standard error.
+    SptError for tasks that don't exist or have invalid lines, before the model is loaded.
     """
     for name, given, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1)):
         if given is not None and given < least:
@@ -45,7 +45,7 @@ def score_tasks(
     files = {Path(task).name: own.read_questions(Path(task)) for task in tasks if task.lower().endswith(own.FILES)}
     others = [task for task in tasks if not task.lower().endswith(own.FILES)]
     if not tasks or len(files) + len({*others}) < len(tasks):
-        expected = "name at least one task, each once, and files of different names"
+        expected = "name at least one task, each once, and files with different names"
         raise DataError(invalid("tasks", ",".join(tasks), expected), argument=True)
     for name, questions in files.items():
         if len(questions) <= (num_fewshot or 0):
@@ -83,7 +83,7 @@ def _harness(tasks: Sequence[str]) -> ModuleType:
     except ModuleNotFoundError as error:
         raise DataError(
             f'tasks: {", ".join(tasks)} needs lm-eval ({error.name} isn\'t installed): pip install "spt-fast[eval]"; '
-            "files of questions (.jsonl) need nothing",
+            "files of questions (.jsonl) don't need it",
             argument=True,
         ) from None
     return harness
@@ -105,7 +105,7 @@ def _ask(
 
 
 def print_tasks(weights: Path, results: Mapping[str, TaskResult], console: Console) -> None:
-    """A row by metric, then how each task was scored."""
+    """Print a row for each metric, then how each task was scored."""
     rows = [
         [name, metric, m.value, m.standard_error, result.questions]
         for name, result in results.items()

@@ -1,10 +1,11 @@
-"""Scaling laws, one a file: from small runs to how much domain data, how often, and what to leave for finetuning.
+"""Scaling laws, one per file: from small runs to the amount of domain data, its repetition, and the part for
+finetuning.
 
     law = DCPTLaw().fit(table)                     # a pandas DataFrame, or a dict of columns
     law.predict(params=1e9, tokens=1e10, own_ratio=0.3, interval=0.9)
     law.params_, law.score(other_table), law.bootstrap(table)
 
-`base.py` has the interface, `fitting.py` how everything is fitted. Nothing else of spt_fast is imported.
+`base.py` has the interface, `fitting.py` the fit. Nothing else of spt_fast is imported.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""The whole loss curve of a run from its learning-rate schedule: what decaying the rate gains, at any point of any
+"""The whole loss curve of a run from its learning-rate schedule: the gain of decaying the rate at any point of any
 schedule.
 
     L(t) = L0 + A·S(t)^−α − LD(t),   S(t) = Σ η_τ over the steps up to t, warm-up included
     LD(t) = B·Σ_k (η_{k−1} − η_k)·G(η_k^−γ·S_k(t)),   S_k(t) = Σ η_τ from step k to t,   G(x) = 1 − (C·x + 1)^−β
 
-The Multi-Power Law, arXiv 2503.12811: one model and batch size, fitted to the curves of a few schedules (there a
-cosine, a constant rate and a drop), predicts others, so that a budget's loss takes no run that decays at that budget.
-Steps between two rows take the mean of their rates; k counts from where the rate is largest. Huber loss on log-losses.
-It is a library call only: `spt-fast fit` doesn't fit it, since a runs table keeps a run's peak rate, not its schedule.
+The Multi-Power Law, arXiv 2503.12811: for one model and batch size, fitted to the curves of a few schedules (in the
+paper a cosine, a constant rate and a drop), it predicts others, so that the loss at a budget needs no run that decays
+at that budget. Steps between two rows use the mean of their rates; k counts from the largest rate. Huber loss on
+log-losses. It is only a library call: `spt-fast fit` doesn't fit it, since a runs table holds a run's peak rate, not
+its schedule.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from spt_fast.laws.powers import power
 
 FEWEST_CURVES = 3
 BEYOND = 1.1
-"""Times the largest sum of rates that was run, up to which an interval is given."""
+"""Intervals are given up to this many times the largest sum of rates that was run."""
 LEAST_RATE = 1e-6
-"""Of the largest: a schedule may end at 0, to which no negative power applies."""
+"""Least rate, as a share of the largest: a schedule may end at 0, which has no negative power."""
 
 
 class MultiPowerLaw(FormulaLaw):
-    """Columns: `step` (optimizer steps), `lr` (its rate), `loss`; `run` tells the curves apart. Parameters: L0, A,
+    """Columns: `step` (optimizer steps), `lr` (its rate), `loss`; `run` identifies the curves. Parameters: L0, A,
     alpha, B, C, beta, gamma.
 
-    A prediction takes the rows of a whole schedule from its warm-up on, in order; where the step falls, the next
-    schedule begins. Its intervals are as wide as the law errs on each curve when it is fitted to the others.
+    A prediction needs the rows of a whole schedule from its warm-up on, in order; where the step decreases, the next
+    schedule begins. Its intervals are as wide as the law's error on each curve when it is fitted to the others.
     """
 
     inputs: ClassVar[dict[str, Column]] = {"step": NATURAL, "lr": NATURAL}
@@ -60,7 +61,8 @@ class MultiPowerLaw(FormulaLaw):
         return L0 + A * power(columns["sum"], -alpha) - B * (columns["drops"] * annealed).sum(axis=-1)
 
     def _prepare(self, rows: Rows) -> Rows:
-        """Curve after curve, each by its steps; those that begin later first, so that steps fall between two."""
+        """Curve after curve, each by its steps; those that begin later come first, so that steps decrease between
+        two."""
         first = np.array([rows.columns["step"][rows.run == run].min() for run in range(rows.run.max() + 1)])
         order = np.lexsort((rows.columns["step"], rows.run, -first[rows.run]))
         return rows.where(order)
@@ -70,8 +72,8 @@ class MultiPowerLaw(FormulaLaw):
         return {"sum": float(np.exp(np.log(sums).mean())), "lr": float(rows.columns["lr"].max())}
 
     def _features(self, columns: Columns, unit: dict[str, float]) -> Columns:
-        """For each row the sum of rates up to it; for it and each drop of the rate before it [rows, drops]: by how much
-        the rate fell, to what, and the sum since."""
+        """For each row the sum of rates up to it; for it and each drop of the rate before it [rows, drops]: the drop,
+        the rate after it, and the sum since."""
         step, lr = columns["step"], columns["lr"]
         sums, found = np.empty(len(step)), []
         for rows in np.split(np.arange(len(step)), np.flatnonzero(np.diff(step) <= 0) + 1):
@@ -103,13 +105,13 @@ class MultiPowerLaw(FormulaLaw):
         }
 
     def _misfit(self, columns: Columns, of: str) -> Array:
-        """As the law errs on that curve which it predicts worst when it is fitted to the others."""
+        """The law's error on the curve that it predicts worst when it is fitted to the others."""
         runs, sums = np.unique(self._rows.run), self._features(columns, {})["sum"]
         most = self._features(self._rows.columns, {})["sum"].max()
         if sums.max() > BEYOND * most:
             raise OpenError(
-                f"{type(self).__name__}: an interval ends at the largest sum of rates that was run, {most:.3g}; the "
-                f"schedule goes on to {sums.max():.3g}; run one curve that long"
+                f"{type(self).__name__}: intervals end at the largest sum of rates that was run, {most:.3g}; the "
+                f"schedule reaches {sums.max():.3g}; run one curve that long"
             )
         if len(runs) < FEWEST_CURVES:
             raise OpenError(

@@ -1,4 +1,4 @@
-"""What all laws share: fit, predict with intervals, score, bootstrap, and warnings where a result is not to be trusted.
+"""The interface of all laws: fit, predict with intervals, score, bootstrap, and warnings about unreliable results.
 
 A table is a pandas DataFrame or a dict of columns (lists or arrays); other columns than a law's own are ignored.
 Columns with a meaning to every law: `run` (points of one run share errors, and are resampled together); `tokenizer` and
@@ -23,56 +23,56 @@ from spt_fast.laws.columns import LOSS, Array, Column, Columns, Loss, Rows, argu
 from spt_fast.laws.fitting import DRAWS, LIKELY, QUANTILES, Curve, Fit, Parameter, reach, solve
 
 HUBER = 1e-3
-"""Threshold of the Huber loss on log-losses that the papers fit with, and the least that is used here."""
+"""Threshold of the Huber loss on log-losses in the papers' fits, and the least that is used here."""
 EFFICIENT = 1.345
 """Threshold in standard deviations of the noise, at which Huber's estimate varies 5% more than least squares if the
 noise is normal. At 0.001, noise of 1% would make it one of least absolute deviations, which varies 57% more."""
 REWEIGHTED = 3
-"""Times that noise and threshold are taken from the last fit."""
+"""Number of times that noise and threshold are taken from the last fit."""
 GROSS, MOST_GROSS = 12.0, 0.05
-"""Standard deviations of the noise beyond which a row counts for nothing, in at most such a share of all. Huber's
-estimate limits what a loss does, not what a row does that alone holds the largest of one column and the least of
+"""Standard deviations of the noise beyond which a row is ignored, and the largest share of ignored rows. Huber's
+estimate limits the effect of a loss, but not that of a row that alone holds the largest of one column and the least of
 another."""
 
 
 LEFT_OUT = 1 / 3, 1 / 2
 """Of the logarithm of a column's range, to measure how a law errs beyond its runs; the larger error counts."""
 FACTOR, APART = 2.0, 0.05
-"""By how much an answer, or a share, may differ among laws that meet the runs as well."""
+"""Largest ratio of answers, and difference of shares, among laws that fit the runs equally well."""
 MISFIT_FREEDOM = 2
 """Degrees of freedom of that measurement: the errors of one law are alike."""
 
 
 class LawWarning(SptWarning):
-    """A law is asked for more than its runs support."""
+    """The runs do not determine what a law was asked for."""
 
 
 class ExtrapolationWarning(LawWarning):
-    """A prediction lies outside of the runs that the law was fitted to."""
+    """A prediction is outside of the range of runs that the law was fitted to."""
 
 
 class IdentificationWarning(LawWarning):
-    """The runs leave a parameter open: predictions among them may still be good, the parameter says nothing."""
+    """The runs do not determine a parameter: predictions among them may still be good, but its value means nothing."""
 
 
 class Law:
-    """A scaling law. Subclasses say what it takes, what it predicts, and how it is fitted.
+    """A scaling law. Subclasses define its columns, its prediction and its fit.
 
     `params_` holds the parameters after a fit, {name: value}, in the units of the columns.
     """
 
     inputs: ClassVar[dict[str, Column]]
     optional: ClassVar[dict[str, Column]] = {}
-    """What a prediction may also be given."""
+    """Optional columns of a prediction."""
     outputs: ClassVar[dict[str, Loss]]
-    """Losses in the table; the first is what is predicted by default."""
+    """Losses in the table; the first is predicted by default."""
     names: ClassVar[tuple[str, ...]] = ()
-    """Of the parameters, where they are the same for every table."""
+    """Names of the parameters, if they are the same for every table."""
 
     seed: int = 0
     params_: dict[str, float]
     unidentified_: list[str]
-    """Parameters that the runs leave open."""
+    """Parameters that the runs do not determine."""
     remedy_: str
     """What to run to identify them."""
     _fits: dict[Any, Fit]
@@ -82,7 +82,7 @@ class Law:
     # -------------------------------------------------------------------------------------------- what a law defines
 
     def _fit(self, rows: Rows, weights: Array | None, warm: dict[Any, Fit] | None) -> dict[Any, Fit]:
-        """Its curves, fitted. When resampled: with weights [draws, rows], starting from an earlier fit `warm`, so that
+        """Its curves, fitted. For resampling: with weights [draws, rows], starting from an earlier fit `warm`, so that
         each x is [draws, unknowns]."""
         raise NotImplementedError
 
@@ -93,7 +93,7 @@ class Law:
         raise NotImplementedError
 
     def _variance(self, columns: Columns, of: str) -> Array:
-        """[draws, predictions]: of a new run's observation, of its logarithm where `_log_interval`."""
+        """[draws, predictions]: variance of a new run's observation, or of its logarithm if `_log_interval`."""
         raise NotImplementedError
 
     _log_interval: ClassVar[bool] = False
@@ -106,22 +106,22 @@ class Law:
         return "add runs that differ in what these parameters act on"
 
     def _doubts(self) -> str | None:
-        """What of the rows does not suit the law, after a fit."""
+        """Which rows do not suit the law, after a fit."""
         return None
 
     def _prepare(self, rows: Rows) -> Rows:
-        """The rows as the law sees them; refuses losses that mean nothing to it."""
+        """The rows in the form that the law uses; refuses invalid losses."""
         return rows
 
     def _require_enough(self, rows: Rows) -> None:
         """Raise DataError for fewer rows than the parameters need."""
 
     def _groups(self, rows: Rows) -> Array:
-        """Rows that are fitted apart from others have different numbers."""
+        """Groups of rows that are fitted separately have different numbers."""
         return np.zeros(len(rows), dtype=int)
 
     def alternatives(self) -> Iterator[tuple[str, Self]]:
-        """What the runs leave open: laws that meet them about as well, each with the parameter that it differs by."""
+        """Other laws that fit the runs about as well, each with the parameter in which it differs."""
         for key, fit in getattr(self, "_fits", {}).items():
             for name, x in (*fit.elsewhere, *fit.off_bounds):
                 law = copy(self)
@@ -157,7 +157,7 @@ class Law:
     def from_params(cls, **params: float) -> Self:
         """The law with known parameters; it can predict and decide, and gives no intervals."""
         if not cls.names:
-            raise RecipeError(f"{cls.__name__} has parameters for each of the runs' settings; fit it to a table")
+            raise RecipeError(f"{cls.__name__} has separate parameters for each setting of the runs; fit it to a table")
         for name in params:
             if name not in cls.names:
                 raise RecipeError(f"{cls.__name__} has no parameter {name!r}; {nearest(name, cls.names)}")
@@ -171,11 +171,11 @@ class Law:
     def predict(self, *, interval: float | None = None, of: str | None = None, **columns: Any) -> Any:
         """The loss at `columns`, numbers or arrays: a float, or an array of their common shape.
 
-        interval  e.g. 0.9: (mean, low, high) instead, where a new run would fall that often, its noise included
+        interval  e.g. 0.9: (mean, low, high) instead; a new run, its noise included, falls inside with this probability
         of        which of the law's losses, by its column's name; the first of its outputs by default
 
-        Raises RecipeError; OpenError, which is one, where the runs give no interval. Warns ExtrapolationWarning outside
-        of the runs that were fitted.
+        Raises RecipeError; its subclass OpenError if the runs give no interval. Warns ExtrapolationWarning outside of
+        the range of fitted runs.
         """
         of = self._output(of)
         self._require("params_", "fit it to a table")
@@ -191,8 +191,8 @@ class Law:
         self._require("_fits", "an interval needs runs: fit it to a table")
         if len(self._rows) > 1 and not self._rows.run.any():
             raise OpenError(
-                f"{type(self).__name__}: an interval needs two runs or more; all {len(self._rows)} points are of one "
-                "run and share its error, so they do not show how far another run would lie; run a second seed"
+                f"{type(self).__name__}: an interval needs two runs or more; all {len(self._rows)} points are from one "
+                "run and share its error, so they do not show how far another run would differ; run a second seed"
             )
         error = reach(self._variance(values, of) + self._misfit(values, of), interval)
         if not all(fit.noise.told for fit in self._fits.values()):
@@ -207,7 +207,7 @@ class Law:
         return tuple(_shaped(edge, shape) for edge in (mean, low, high))
 
     def score(self, table: Any, of: str | None = None) -> dict[str, float]:
-        """How well predictions meet a table: `r2`; `huber`, the mean Huber loss of the log-loss (threshold 0.001);
+        """How well predictions fit a table: `r2`; `huber`, the mean Huber loss of the log-loss (threshold 0.001);
         `mre`, the mean relative error."""
         of = self._output(of)
         self._require("params_", "fit it to a table")
@@ -229,19 +229,19 @@ class Law:
     def bootstrap(self, table: Any, n: int = 200, level: float = 0.9, seed: int = 0) -> dict[str, tuple[float, float]]:
         """{parameter: (low, high)} at `level`, over `n` fits to resampled runs, each starting from the law's own.
 
-        A draw weighs each run by an exponential variate instead of a count (the Bayesian bootstrap), so that none
-        loses so many runs that the parameters are no longer defined. Curves with a single run are resampled by points.
+        A draw weights each run by an exponential variate instead of a count (the Bayesian bootstrap), so that no draw
+        loses so many runs that the parameters are undefined. Curves with a single run are resampled by points.
         """
         if not (isinstance(n, int) and n >= 2 and 0 < level < 1):
             name, given = ("level", level) if isinstance(n, int) and n >= 2 else ("n", n)
-            raise RecipeError(invalid(name, given, "a bootstrap takes n of at least 2 and a level between 0 and 1"))
+            raise RecipeError(invalid(name, given, "a bootstrap needs n of at least 2 and a level between 0 and 1"))
         draws = [law.params_ for law in self.resampled(table, n, seed)]
         tails = 100 * (1 - level) / 2, 100 * (1 + level) / 2
         edges = {name: np.percentile([draw[name] for draw in draws], tails) for name in draws[0]}
         return {name: (float(low), float(high)) for name, (low, high) in edges.items()}
 
     def resampled(self, table: Any, n: int = 200, seed: int = 0) -> Iterator[Self]:
-        """The law as `n` of `bootstrap`'s draws give it: how a prediction, or a decision, varies with the runs."""
+        """The law in each of `n` draws of `bootstrap`: how a prediction, or a decision, varies with the runs."""
         if not hasattr(self, "_fits"):
             self.fit(table)
         rows = self._prepare(read(table, self.inputs, self.outputs))
@@ -258,15 +258,15 @@ class Law:
     # ---------------------------------------------------------------------------------------------------------- inside
 
     def _resampled(self, rows: Rows) -> Array:
-        """What is resampled together: a run, or a point where a group of rows has only one run."""
+        """Units of resampling: a run, or a point if a group of rows has only one run."""
         run, groups = rows.run, self._groups(rows)
         alone = np.isin(groups, [g for g in np.unique(groups) if len(np.unique(run[groups == g])) == 1])
         points = np.arange(len(run)) + run.max() + 1
         return np.unique(np.where(alone, points, run), return_inverse=True)[1]
 
     def _misfit(self, columns: Columns, of: str) -> Array:
-        """Variance [draws, predictions] by the law's own error beyond the runs, in each column and in all of them at
-        once (the budget): as large, for the distance, as for the largest runs when the law is fitted to the others."""
+        """Variance [draws, predictions] from the law's own error beyond the runs, in each column and in all of them at
+        once (the budget): per distance the same as for the largest runs when the law is fitted to the others."""
         scales = [n for n, c in self.inputs.items() if not c.share and len(np.unique(self._rows.columns[n])) > 1]
         variance = np.zeros((DRAWS, len(next(iter(columns.values())))))
         draws = MISFIT_FREEDOM / chdtri(MISFIT_FREEDOM, QUANTILES)
@@ -281,8 +281,8 @@ class Law:
         return variance
 
     def _misfit_of(self, names: tuple[str, ...], of: str) -> float:
-        """Variance for a distance of 1: of several columns at once at least what each gives for its part of the
-        distance. Raises OpenError where the points are too few to leave any out."""
+        """Variance for a distance of 1; for several columns at once at least the sum over each column's part of the
+        distance. Raises OpenError if there are too few points to leave any out."""
         if len(names) == 1:
             return self._measured_misfit(names, of)
         parts = [self._misfits.get(((name,), of)) for name in names]
@@ -309,12 +309,12 @@ class Law:
             return max(known)
         raise OpenError(
             f"{type(self).__name__}: an interval beyond the {' and '.join(names)} that were run needs points to test "
-            f"the law on, and its parameters take all of these {len(size)}; add runs"
+            f"the law on, and its parameters need all of these {len(size)}; add runs"
         )
 
     def _misfit_beyond(self, size: Array, edge: float, of: str) -> float | None:
-        """From how the law errs at sizes above `edge`, fitted to the others; 0 where these have one value of a column,
-        which leaves the law open and is no error of its own; None where they are too few."""
+        """From the law's errors at sizes above `edge`, fitted to the others; 0 if these have one value of a column,
+        which leaves the law undetermined and is no error of its own; None if they are too few."""
         kept, left = self._rows.where(size <= edge), self._rows.where(size > edge)
         for name in self.inputs:
             seen, asked = np.unique(kept.columns[name]), np.unique(left.columns[name])
@@ -337,11 +337,11 @@ class Law:
         return max(excess, 0.0) / float(np.square(size[size > edge] - size[size <= edge].max()).mean())
 
     def _takes_three(self, column: str) -> bool:
-        """Whether two values of a column leave nothing of the law open, so that no interval beyond them is wide."""
+        """Whether two values of a column determine the law, so that no interval beyond them is wide."""
         return False
 
     def _given(self, **columns: Any) -> Columns:
-        """Columns of a decision, checked and broadcast; the law must have its parameters."""
+        """The columns of a decision, checked and broadcast; the law must have its parameters."""
         self._require("params_", "fit it to a table")
         return arguments(columns, {name: self.inputs[name] for name in columns}, {})[0]
 
@@ -357,13 +357,13 @@ class Law:
             raise RecipeError(f"this {type(self).__name__} has not been fitted; {remedy}")
 
     def _range(self, column: str, otherwise: tuple[float, float]) -> tuple[float, float]:
-        """The smallest and the largest that were fitted; `otherwise` without a fit."""
+        """The smallest and the largest fitted value; `otherwise` without a fit."""
         if not hasattr(self, "_rows"):
             return otherwise
         return float(self._rows.columns[column].min()), float(self._rows.columns[column].max())
 
     def _warn_beyond(self, **columns: Any) -> None:
-        """Warn of inputs outside of the runs that were fitted."""
+        """Warn of inputs outside of the range of fitted runs."""
         if not hasattr(self, "_rows"):
             return
         for name in self.inputs.keys() & columns.keys():
@@ -372,8 +372,8 @@ class Law:
             for edge, beyond, outside in ((*above, above[1] > above[0]), (*below, below[1] < below[0])):
                 if outside and not np.isclose(beyond, edge, rtol=1e-6, atol=0):
                     _warn(
-                        f"{type(self).__name__} extrapolates: {name} = {beyond:g} lies outside of the runs it was "
-                        f"fitted to ({seen.min():g} to {seen.max():g})",
+                        f"{type(self).__name__} extrapolates: {name} = {beyond:g} is outside of the range of runs it "
+                        f"was fitted to ({seen.min():g} to {seen.max():g})",
                         ExtrapolationWarning,
                         stacklevel=4,
                     )
@@ -383,7 +383,7 @@ Decision = TypeVar("Decision", bound=Callable[..., Any])
 
 
 def decision(decide: Decision) -> Decision:
-    """A decorator: OpenError where what a law decides hangs on a parameter that its runs leave open."""
+    """A decorator: OpenError if a law's decision depends on a parameter that its runs do not determine."""
 
     @wraps(decide)
     def settled(self: Law, **given: Any) -> Any:
@@ -395,12 +395,12 @@ def decision(decide: Decision) -> Decision:
 
 
 class OpenError(RecipeError):
-    """A decision that the runs leave open."""
+    """A decision that the runs do not determine."""
 
 
 def require_settled(answer: Any, law: Law, decide: Callable[[Law], Any]) -> None:
-    """OpenError where laws that meet the runs about as well have no answer, or one that differs by more than FACTOR
-    (and a share by more than APART)."""
+    """OpenError if laws that fit the runs about as well have no answer, or one that differs by more than FACTOR (and a
+    share by more than APART)."""
     for name, other in law.alternatives():
         try:
             with warnings.catch_warnings():
@@ -413,18 +413,18 @@ def require_settled(answer: Any, law: Law, decide: Callable[[Law], Any]) -> None
             if not high <= FACTOR * low and (high > 1 or not high - low <= APART):
                 says = "nothing" if np.isnan(two) else f"{two:.3g}"
                 raise OpenError(
-                    f"{type(law).__name__} is left open by these runs: with another value of {name} it meets them as "
-                    f"well, and answers {says} in place of {one:.3g}; add runs that differ in what {name} acts on"
+                    f"these runs do not determine the answer of {type(law).__name__}: another value of {name} fits "
+                    f"them as well and gives {says} instead of {one:.3g}; add runs that differ in what {name} acts on"
                 )
 
 
 Units = dict[str, dict[str, str]]
-"""{coefficient: {column: the exponent by which the formula divides by it, "-beta" where it multiplies}}."""
+"""{coefficient: {column: the exponent with which the formula divides by it, "-beta" if it multiplies}}."""
 
 
 class FormulaLaw(Law):
-    """A law of one formula. Columns in `units` are measured in their geometric means while it is fitted, so that the
-    coefficients to search for are losses at the middle of the data."""
+    """A law of one formula. During the fit, columns in `units` are in units of their geometric means, so that the
+    unknown coefficients are losses at the middle of the data."""
 
     outputs: ClassVar[dict[str, Loss]] = {"loss": LOSS}
     parameters: ClassVar[tuple[Parameter, ...]]
@@ -439,7 +439,7 @@ class FormulaLaw(Law):
         raise NotImplementedError
 
     def _in_units(self, params: dict[str, float], unit: dict[str, float]) -> dict[str, float]:
-        """Parameters fitted to columns measured in `unit`, for columns as they are."""
+        """Parameters for the columns as they are, from those fitted to columns in units of `unit`."""
         found = dict(params)
         for coefficient, powers in self.units.items():
             for column, name in powers.items():
@@ -453,7 +453,7 @@ class FormulaLaw(Law):
         return {name: float(np.exp(np.log(rows.columns[name]).mean())) for name in names}
 
     def _features(self, columns: Columns, unit: dict[str, float]) -> Columns:
-        """What the formula takes, measured in `unit`."""
+        """The columns of the formula, in units of `unit`."""
         return {name: values / unit.get(name, 1.0) for name, values in columns.items()}
 
     def _require_enough(self, rows: Rows) -> None:
@@ -497,7 +497,8 @@ class FormulaLaw(Law):
         return self._in_units(fits["loss"].values, self._unit)
 
     def _unsure(self, key: Any, fit: Fit) -> list[str]:
-        """Two values of a column cannot tell a floor, a coefficient and an exponent apart: all three are open."""
+        """Two values of a column do not determine a floor, a coefficient and an exponent: none of the three is
+        known."""
         found = set(fit.unidentified)
         for coefficient, exponent, _ in self._of_two_values():
             found |= {"E", coefficient, exponent} if found & {"E", exponent} else set()
@@ -505,7 +506,7 @@ class FormulaLaw(Law):
 
     def _remedy(self) -> str:
         few = [column for *_, column in self._of_two_values()]
-        needs = f"run a third value of {' and of '.join(few)}: an exponent takes three"
+        needs = f"run a third value of {' and of '.join(few)}, which an exponent needs"
         return needs if few and self.unidentified_ else super()._remedy()
 
     def _takes_three(self, column: str) -> bool:
@@ -531,7 +532,7 @@ class FormulaLaw(Law):
 
 
 def _reweighted(fit: Fit) -> Fit:
-    """By Huber's loss, from where a fit ended."""
+    """A fit continued with Huber's loss."""
     for _ in range(REWEIGHTED):
         curve = replace(fit.curve, huber=max(HUBER, EFFICIENT * fit.scale))
         fit = Fit(curve, solve(curve, starts=[fit.x]))
@@ -539,13 +540,13 @@ def _reweighted(fit: Fit) -> Fit:
 
 
 def _gross(fit: Fit, scale: float) -> Array:
-    """[points]: which count for nothing."""
+    """[points]: whether a point is ignored."""
     size = np.abs(fit.residual)
     return size > max(GROSS * max(scale, HUBER), float(np.quantile(size, 1 - MOST_GROSS)))
 
 
 def require_points(points: int, unknowns: int, law: str, where: str = "") -> None:
-    """Raise DataError where there are fewer points than would leave one over."""
+    """Raise DataError unless there are more points than unknowns."""
     if points <= unknowns:
         raise DataError(
             f"{law} has {unknowns} parameters and needs at least {unknowns + 1} runs or points{where}; "
@@ -554,7 +555,7 @@ def require_points(points: int, unknowns: int, law: str, where: str = "") -> Non
 
 
 def _size(columns: Columns, names: Sequence[str]) -> Array:
-    """Sum of the columns' logarithms; -inf where one is 0."""
+    """Sum of the columns' logarithms; -inf if one is 0."""
     with np.errstate(divide="ignore"):
         return np.sum([np.log(columns[name]) for name in names], axis=0)
 
@@ -564,5 +565,5 @@ def _shaped(values: Array, shape: tuple[int, ...]) -> Any:
 
 
 def _warn(message: str, category: type[LawWarning], stacklevel: int = 3) -> None:
-    """`stacklevel`: where the user's own line is, counted from here."""
+    """`stacklevel`: the distance of the user's own line from here."""
     warnings.warn(message, category, stacklevel=stacklevel)

@@ -2,8 +2,8 @@
 
     L(N, D) = E + A/N^α + B/D^β
 
-N parameters, D tokens. The form is that of arXiv 2203.15556; the fit, Huber loss on log-losses from many starts, is
-theirs too. Decision: how to split 6·N·D FLOPs.
+N parameters, D tokens. The form and the fit, Huber loss on log-losses from many starts, are those of arXiv 2203.15556.
+Decision: how to split 6·N·D FLOPs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ChinchillaLaw(FormulaLaw):
 
 
 def allocation(flops: float, A: float, alpha: float, B: float, beta: float) -> tuple[float, float]:
-    """Where A/N^α + B/D^β is least on 6·N·D = flops: its derivative along that line vanishes at α·A/N^α = β·B/D^β."""
+    """The minimum of A/N^α + B/D^β on 6·N·D = flops: its derivative along that line vanishes at α·A/N^α = β·B/D^β."""
     if not flops > 0:
         raise RecipeError(invalid("flops", flops, "give a number above 0"))
     product = flops / FLOPS_PER_PARAMETER_AND_TOKEN

@@ -1,4 +1,4 @@
-"""The critical mixture ratio: the most domain data that continued pretraining takes without losing general ability.
+"""The critical mixture ratio: the most domain data in continued pretraining that does not cost general ability.
 
     ΔL_dom(T) = α1·T^s1 + β1,   ΔL_gen(T) = α2·T^s2 + α3·T^s3 + β2   for each domain share R, from T = 0
     ΔL(R) = α·R^s + β                                                 at a budget, through the ratios that were run
@@ -6,8 +6,8 @@
     T0 solves dΔL_dom/dT + λ·dΔL_gen/dT = 0;   CMR = the largest feasible R
     R_CMR(T) = α4·T^s4 + β3                                           across budgets
 
-CMR scaling law, arXiv 2407.17467 (ε = 0.05, λ from 100 to 7000). That T0 is past is required as a falling sum at T_max.
-Least squares for each R, and through the ratios.
+CMR scaling law, arXiv 2407.17467 (ε = 0.05, λ from 100 to 7000). T0 ≤ T_max is tested as a falling sum at T_max. Least
+squares for each R, and through the ratios.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ LOSSES = "general_loss", "domain_loss"
 
 
 LEAST_MULTIPLIER = 100.0
-"""The least λ that the paper names: the larger, the more the general loss decides."""
+"""The least λ in the paper: the larger it is, the more the general loss decides."""
 EARLIER = 1.05
-"""How many times shorter a budget is that says whether a loss rises or falls."""
+"""A loss is compared with the one at a budget shorter by this factor, to see whether it rises or falls."""
 GRID = 2000
-"""Ratios that are tried."""
+"""Number of ratios that are tried."""
 EXPONENTS = np.geomspace(1 / 20, 20, 241)
-"""Of R, that are tried."""
+"""Exponents of R that are tried."""
 
 
 def joined(ratios: Sequence[float], values: Array, variance: Array, at: Array) -> Array:
@@ -63,7 +63,7 @@ def joined(ratios: Sequence[float], values: Array, variance: Array, at: Array) -
 
 
 def _general(unknowns: Sequence[Array], columns: Columns) -> Array:
-    """The second exponent is searched by how far it lies above the first."""
+    """The second exponent is searched by its distance above the first."""
     *first, s3, apart = unknowns
     return offset_power(first, columns) + s3 * rising(first[2] + apart, columns["x"])
 
@@ -94,11 +94,11 @@ class CMRLaw(Law):
         interval: float | None = None,
     ) -> Any:
         """The largest domain share with which, after `tokens`, the general loss is at most `tolerance` nats above its
-        start, the domain loss has fallen, and the turning point T0 of λ = `multiplier` is past.
+        start, the domain loss has fallen, and the turning point T0 of λ = `multiplier` has passed.
 
-        interval  e.g. 0.9: (ratio, low, high) instead, by how sure the fits of the ratios are
+        interval  e.g. 0.9: (ratio, low, high) instead, from the uncertainty of the fits at the ratios
 
-        Raises RecipeError where no share is feasible, and where these runs leave the answer open: its 90% interval is
+        Raises RecipeError if no share is feasible, and if these runs do not determine the answer: its 90% interval is
         wider than half of the range of ratios that were run. Warns ExtrapolationWarning beyond that range.
         """
         if tokens == 0:
@@ -112,22 +112,22 @@ class CMRLaw(Law):
         found = self._largest_feasible(now, before, tolerance, multiplier)
         if np.isnan(found[0]):
             general, domain = (now[of][0][0] for of in LOSSES)
-            ahead = f"; the turning point of multiplier {multiplier:g} lies later" * bool((general <= tolerance).any())
+            ahead = f"; the turning point of multiplier {multiplier:g} comes later" * bool((general <= tolerance).any())
             raise RecipeError(
                 f"no domain ratio from {ratios[0]:g} to {ratios[-1]:g} is feasible at {tokens:g} tokens: the general "
-                f"loss rises by {general.min():.3g} at least (tolerance {tolerance:g}), the domain loss "
+                f"loss rises by at least {general.min():.3g} (tolerance {tolerance:g}), the domain loss "
                 f"changes by {domain.min():.3g}{ahead}"
             )
         drawn = np.nan_to_num(found[1:], nan=0.0)
         low, high = np.quantile(drawn, (0.05, 0.95))
         if high - low > np.ptp(ratios) / 2:
             raise OpenError(
-                f"these runs leave the critical ratio at {tokens:g} tokens open: it is {found[0]:.3g}, and with 90% "
-                f"certainty from {low:.2g} to {high:.2g}; run more ratios, longer, or each with a second seed"
+                f"these runs do not determine the critical ratio at {tokens:g} tokens: it is {found[0]:.3g}, with a "
+                f"90% interval from {low:.2g} to {high:.2g}; run more ratios, longer, or each with a second seed"
             )
         if not ratios[0] - 1e-9 <= found[0] <= ratios[-1] + 1e-9:
             warnings.warn(
-                f"CMRLaw extrapolates: at {tokens:g} tokens the critical ratio, {found[0]:.3g}, lies beyond the ratios "
+                f"CMRLaw extrapolates: at {tokens:g} tokens the critical ratio, {found[0]:.3g}, is beyond the ratios "
                 f"that were run ({ratios[0]:g} to {ratios[-1]:g})",
                 ExtrapolationWarning,
                 stacklevel=2,
@@ -138,8 +138,8 @@ class CMRLaw(Law):
         return float(found[0]), float(edges[0]), float(edges[1])
 
     def _drawn_increments(self, tokens: float) -> dict[str, tuple[Array, Array]]:
-        """By loss: the increments after `tokens` at every ratio, [1 + DRAWS, ratios], first as fitted and then as they
-        may be; and their variance [ratios]. Draws of all budgets are alike."""
+        """By loss: the increments after `tokens` at every ratio, [1 + DRAWS, ratios], first as fitted and then drawn;
+        and their variance [ratios]. All budgets use the same draws."""
         found = {}
         for i, of in enumerate(LOSSES):
             mean = self._increments(tokens, of)[:, 0]
@@ -158,7 +158,7 @@ class CMRLaw(Law):
         tolerance: float,
         multiplier: float,
     ) -> Array:
-        """[draws]; NaN where no ratio is feasible."""
+        """[draws]; NaN if no ratio is feasible."""
         grid, at = np.linspace(1 / GRID, 1, GRID), self.ratios_
         rise, fall = (joined(at, *now[of], grid) for of in LOSSES)
         earlier_rise, earlier_fall = (joined(at, *before[of], grid) for of in LOSSES)
@@ -184,8 +184,8 @@ class CMRLaw(Law):
         return {"alpha4": alpha4, "s4": s4, "beta3": c + shift}
 
     def turning_tokens(self, *, domain_ratio: float, multiplier: float) -> float | None:
-        """T0, where ΔL_dom + λ·ΔL_gen turns from rising to falling, λ = `multiplier`; None where it does not turn
-        between a hundredth of the smallest and a hundred times the largest budget that was run."""
+        """T0, where ΔL_dom + λ·ΔL_gen turns from rising to falling, λ = `multiplier`; None if it does not turn between
+        a hundredth of the smallest and a hundred times the largest budget that was run."""
         tokens = self._rows.columns["tokens"]
         grid = np.geomspace(tokens[tokens > 0].min() / 100, tokens.max() * 100, 2001)
         return first_fall(lambda T: self._between(self._slopes(T, multiplier), float(domain_ratio)), grid)
@@ -198,7 +198,7 @@ class CMRLaw(Law):
     def _require_enough(self, rows: Rows) -> None:
         if (rows.columns["tokens"] > 0).all() and not (rows.columns["domain_loss"] < 0).any():
             raise DataError(
-                "CMRLaw takes increments from tokens = 0, and the table has no row there; add the losses of the model "
+                "CMRLaw needs increments from tokens = 0, and the table has no row there; add the losses of the model "
                 "that was continued, with tokens = 0"
             )
         for ratio in np.unique(rows.columns["domain_ratio"]):
@@ -263,7 +263,7 @@ class CMRLaw(Law):
         return losses
 
     def _variance(self, columns: Columns, of: str) -> Array:
-        """Between two ratios, the larger of theirs; beyond them, of the last one, growing with the distance."""
+        """Variance between two ratios: the larger of theirs; beyond them: the last one's, growing with the distance."""
         asked, ratios = columns["domain_ratio"], np.array(self.ratios_)
         started = columns["tokens"] > 0
         at = self._scaled(np.where(started, columns["tokens"], self._unit))
@@ -279,7 +279,7 @@ class CMRLaw(Law):
         return widest * np.square(1 + beyond / max(float(np.ptp(ratios)) / max(len(ratios) - 1, 1), 1e-9))
 
     def _between(self, by_ratio: Array, ratio: float) -> Array:
-        """At a ratio, of values at every ratio that was run [ratios, tokens]."""
+        """Interpolation to a ratio of values at every ratio that was run [ratios, tokens]."""
         if ratio in self.ratios_:
             return by_ratio[self.ratios_.index(ratio)]
         if len(self.ratios_) == 1:

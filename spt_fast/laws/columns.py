@@ -1,4 +1,4 @@
-"""Reading a table of runs: a pandas DataFrame, or a dict of columns. What cannot be fitted is refused here, by name."""
+"""Reads a table of runs: a pandas DataFrame, or a dict of columns. Unusable columns are refused by name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Array = np.ndarray
 Columns = dict[str, Array]
 
 ALIKE = ("tokenizer", "heldout")
-"""Columns that, where a table has them, must hold one value: losses of different ones are not comparable."""
+"""Columns that must hold one value if a table has them: losses with different values are not comparable."""
 MISSING = ("None", "nan", "<NA>")
 """A missing value of Python, NumPy and pandas as text."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """An input of a law: positive by default; zero is allowed where `zero` is, and a share lies in [0, 1]."""
+    """An input of a law: positive by default; zero is allowed if `zero`, and a share is in [0, 1]."""
 
     zero: bool = False
     share: bool = False
@@ -29,7 +29,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Loss:
-    """An output: a positive number; `nan`: NaN is left for the law to judge; `signed`: it may be an increment."""
+    """An output: a positive number; `nan`: the law handles NaN itself; `signed`: it may be an increment."""
 
     nan: bool = False
     signed: bool = False
@@ -42,7 +42,7 @@ SHARE, POSITIVE_SHARE = Column(zero=True, share=True), Column(share=True)
 
 @dataclass(frozen=True)
 class Rows:
-    """A table's columns as float64, and which run each row belongs to (numbered from 0; each its own without `run`)."""
+    """A table's columns as float64, and the run of each row (numbered from 0; each row its own without `run`)."""
 
     columns: Columns
     run: Array
@@ -73,7 +73,7 @@ def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) 
         if len(found) > 1:
             raise DataError(
                 f"the table mixes runs with different values of {name!r}: {', '.join(found)}; their losses are not "
-                "comparable: fit each by itself"
+                "comparable: fit each separately"
             )
     for name, column in inputs.items():
         check(name, columns[name], column, DataError)
@@ -91,7 +91,7 @@ def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) 
 
 
 def _runs(values: Any) -> Array:
-    """What tells runs apart: numbers, or text. Raises DataError where one is missing."""
+    """The identifiers of runs: numbers, or text. Raises DataError if one is missing."""
     runs = np.asarray(values)
     if runs.dtype.kind in "iuf" and np.isfinite(runs).all():
         return runs
@@ -106,7 +106,7 @@ def _runs(values: Any) -> Array:
 
 
 def require_columns(found: Iterable[Any], needed: Iterable[str], table: str) -> None:
-    """Raise DataError for a table without one of the columns that are needed. table: what it is called."""
+    """Raise DataError for a table without one of the required columns. table: its name."""
     names = [str(name) for name in found]
     for name in needed:
         if name not in names:
@@ -121,7 +121,7 @@ def _numbers(name: str, values: Any) -> Array:
 
 
 def check(name: str, values: Array, column: Column, error: type[Exception]) -> None:
-    """Raise `error` where an input lies outside of what it can be."""
+    """Raise `error` if an input is outside of its range."""
     bad = ~np.isfinite(values) | (values < 0) | ((values == 0) & (not column.zero))
     if bad.any():
         least = "at least 0" if column.zero else "above 0"
@@ -135,7 +135,7 @@ def check(name: str, values: Array, column: Column, error: type[Exception]) -> N
 def arguments(
     given: Mapping[str, Any], inputs: Mapping[str, Column], optional: Mapping[str, Column]
 ) -> tuple[Columns, tuple[int, ...]]:
-    """The arguments of a prediction, broadcast and flattened, and the shape that they had. Raises RecipeError."""
+    """The arguments of a prediction, broadcast and flattened, and their shape. Raises RecipeError."""
     known = {**inputs, **optional}
     for name in given:
         if name not in known:

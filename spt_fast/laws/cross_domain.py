@@ -1,11 +1,11 @@
-"""The D-CPT law across domains: what was learned on some domains, carried over to one that has only a probe run.
+"""The D-CPT law across domains: parameters from some domains, applied to one that has only a probe run.
 
     L(N, D, r, K) = E + A/N^α + B·r^η/D^β + C/(r + ε)^γ + F/K^μ,   K = w1/k1 + w2·k2
 
 arXiv 2406.01375: K is the domain's learnability, from a probe run of about 1% of the cost: k1 its initial domain loss,
-k2 how fast that declines. With k1 and k2 in the table, w2 is fitted, and w1 is 1: F takes its scale. E and F/K^μ are
-told apart by the spread of K alone: fit three domains or more. How far it errs for a domain that it has not seen is
-measured by leaving out each in turn.
+k2 how fast that declines. With k1 and k2 in the table, w2 is fitted, and w1 is 1, since F takes its scale. Only the
+spread of K distinguishes E from F/K^μ: fit three domains or more. The error for an unseen domain is measured by leaving
+out each in turn.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from spt_fast.laws.fitting import Parameter
 
 FEWEST_DOMAINS = 3
 SPAN = 2.0
-"""How many times beyond the learnabilities that were fitted one may be asked for."""
+"""A learnability may be this many times beyond the fitted ones."""
 
 
 def learnability(losses: Any, w1: float = 1.0, w2: float = 1.0) -> float:
     """K = w1/k1 + w2·k2 of a probe run, from its domain losses at equally spaced evaluations, the first before
     training.
 
-    Our reading: k2 is the mean decline from one evaluation to the next, so that probes of all domains must be evaluated
-    at the same steps. Raises RecipeError for fewer than two losses, and where K is not positive.
+    Our reading: k2 is the mean decline from one evaluation to the next, so probes of all domains must be evaluated at
+    the same steps. Raises RecipeError for fewer than two losses, and if K is not positive.
     """
     probe = np.asarray(losses, dtype=float)
     if probe.ndim != 1 or len(probe) < 2 or not np.isfinite(probe).all() or (probe <= 0).any():
@@ -48,15 +48,15 @@ def learnability(losses: Any, w1: float = 1.0, w2: float = 1.0) -> float:
 class CrossDomainDCPTLaw(DCPTLaw):
     """Columns: those of DCPTLaw and `learnability` K (see `learnability()`). Parameters: those of DCPTLaw, F, mu.
 
-    `best_ratio` takes `learnability` too. A fit raises DataError for fewer than three domains; RecipeError for a domain
-    more than twice as easy or hard to learn as those that were fitted.
+    `best_ratio` also needs `learnability`. A fit raises DataError for fewer than three domains; a prediction
+    RecipeError for a domain more than twice as easy or hard to learn as the fitted ones.
     """
 
     inputs: ClassVar[dict[str, Column]] = {**DCPTLaw.inputs, "learnability": POSITIVE}
     parameters: ClassVar[tuple[Parameter, ...]] = (*DCPTLaw.parameters, coefficient("F"), exponent("mu"))
     units: ClassVar[Units] = DCPTLaw.units | {"F": {"learnability": "mu"}}
     of_domain: ClassVar[tuple[str, ...]] = ("learnability",)
-    """The columns that tell domains apart."""
+    """The columns that identify a domain."""
 
     @staticmethod
     def formula(unknowns: Sequence[Array], columns: Columns) -> Array:
@@ -85,7 +85,7 @@ class CrossDomainDCPTLaw(DCPTLaw):
         domains = len(np.unique(self._domains(rows.columns), axis=0))
         if domains < FEWEST_DOMAINS:
             raise DataError(
-                f"{type(self).__name__} tells domains apart by {' and '.join(self.of_domain)}: fit {FEWEST_DOMAINS} "
+                f"{type(self).__name__} identifies domains by {' and '.join(self.of_domain)}: fit {FEWEST_DOMAINS} "
                 f"domains or more; the table has {domains}"
             )
 
@@ -95,7 +95,7 @@ class CrossDomainDCPTLaw(DCPTLaw):
             low, high = seen.min() / SPAN, seen.max() * SPAN
             if asked.min() < low or asked.max() > high:
                 beyond = float(asked.min() if asked.min() < low else asked.max())
-                spans = f"the domains that were fitted span {seen.min():.3g} to {seen.max():.3g}; run one like it"
+                spans = f"the fitted domains span {seen.min():.3g} to {seen.max():.3g}; run one like it"
                 raise RecipeError(invalid(name, beyond, spans))
         super()._warn_beyond(**columns)
 
@@ -104,8 +104,8 @@ class CrossDomainDCPTLaw(DCPTLaw):
 
 
 class ProbedDCPTLaw(CrossDomainDCPTLaw):
-    """The same with what a probe run measures in place of K. Columns: those of DCPTLaw, `initial_loss` k1 and `decline`
-    k2, in nats, of probes that are evaluated at the same steps. Parameters: those of DCPTLaw, F, mu, w2; w1 is 1."""
+    """The same with the measurements of a probe run instead of K. Columns: those of DCPTLaw, `initial_loss` k1 and
+    `decline` k2, in nats, of probes evaluated at the same steps. Parameters: those of DCPTLaw, F, mu, w2; w1 is 1."""
 
     inputs: ClassVar[dict[str, Column]] = {**DCPTLaw.inputs, "initial_loss": POSITIVE, "decline": POSITIVE}
     parameters: ClassVar[tuple[Parameter, ...]] = (*CrossDomainDCPTLaw.parameters, Parameter("w2", 1e-3, 1e3))

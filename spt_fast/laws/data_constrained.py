@@ -1,14 +1,14 @@
-"""Repeated data: what a token is worth when it is read again.
+"""Repeated data: the value of a token that is read again.
 
     L = A/N'^α + B/D'^β + E
     D' = U_D + U_D·R*_D·(1 − e^(−R_D/R*_D)),   R_D = D/U_D − 1
     N' = U_N + U_N·R*_N·(1 − e^(−R_N/R*_N)),   R_N = N/U_N − 1,   U_N = min(N, 0.051·U_D)
 
-Muennighoff et al., arXiv 2305.16264: D tokens of which U_D are unique; the repeats of a token, and parameters beyond
-those that U_D tokens call for, lose their worth exponentially. Repeats are clipped at 0: of a corpus read in part, U_D
-is the part that is read. The law only levels off; it cannot show the overfitting that OverfittingLaw models. Huber
-loss on log-losses. Decisions: what a repeated corpus is worth, how often to repeat it, and size against epochs for
-given FLOPs.
+Muennighoff et al., arXiv 2305.16264: D tokens, U_D of them unique; the value of repeated tokens, and of parameters
+beyond those that U_D tokens call for, decays exponentially. Repeats are clipped at 0: if only a part of the corpus is
+read, U_D is that part. The law only levels off; it cannot show the overfitting that OverfittingLaw models. Huber loss
+on log-losses. Decisions: the value of a repeated corpus, how often to repeat it, and size against epochs for given
+FLOPs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class DataConstrainedLaw(FormulaLaw):
 
     @classmethod
     def published(cls) -> Self:
-        """The paper's own fit (to C4, its tokenizer): a prior where there are no runs."""
+        """The paper's own fit (to C4, its tokenizer): a prior without runs."""
         return cls.from_params(**PUBLISHED)
 
     def _features(self, columns: Columns, unit: dict[str, float]) -> Columns:
@@ -94,7 +94,7 @@ class DataConstrainedLaw(FormulaLaw):
 
     @decision
     def effective_tokens(self, *, tokens: Any, unique_tokens: Any) -> Any:
-        """D': how many tokens of fresh data `tokens` tokens read from `unique_tokens` are worth."""
+        """D': the number of fresh tokens that `tokens` tokens read from `unique_tokens` are worth."""
         given = self._given(tokens=tokens, unique_tokens=unique_tokens)
         self._warn_beyond(**given)
         seen = np.minimum(given["tokens"], given["unique_tokens"])

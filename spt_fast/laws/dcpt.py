@@ -2,12 +2,11 @@
 
     L(N, D, r) = E + A/N^α + B·r^η/D^β + C/(r + ε)^γ
 
-arXiv 2406.01375: N parameters, D tokens of continued pretraining, r the share of the corpus that the loss is measured
-on (`own_ratio`: the general share for the general loss, the domain share for the domain loss), each loss with a law of
-its own. All parameters are positive; that L falls in r is checked on the range of the data after the fit. Huber loss
-on log-losses from many starts. Its three uses: the most domain data that a limit on general loss allows
-(`best_ratio`); the share for a given number of domain tokens (`DCPTLaw.best_ratio`); size and tokens for given FLOPs
-(`best_allocation`).
+arXiv 2406.01375: N parameters, D tokens of continued pretraining, r the share of the corpus of the loss (`own_ratio`:
+the general share for the general loss, the domain share for the domain loss); each loss has a separate law. All
+parameters are positive; that L falls in r is checked on the range of the data after the fit. Huber loss on log-losses
+from many starts. Its three uses: the most domain data that a limit on general loss allows (`best_ratio`); the share for
+a given number of domain tokens (`DCPTLaw.best_ratio`); size and tokens for given FLOPs (`best_allocation`).
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class DCPTLaw(FormulaLaw):
             r = self._rows.columns["own_ratio"][rising]
             warnings.warn(
                 f"{type(self).__name__}: the fitted loss rises with own_ratio in {rising.sum()} of {len(rising)} rows "
-                f"({r.min():g} to {r.max():g}), where the law says it must fall; add runs with other ratios",
+                f"({r.min():g} to {r.max():g}), but the law requires that it falls; add runs with other ratios",
                 LawWarning,
                 stacklevel=2,
             )
@@ -77,8 +76,8 @@ class DCPTLaw(FormulaLaw):
 
     @decision
     def best_ratio(self, *, params: float, domain_tokens: float, **other: float) -> float:
-        """The domain share r with the lowest domain loss when there are `domain_tokens` tokens of domain data, each
-        read once: more general data (tokens = domain_tokens/r) against a purer mixture."""
+        """The domain share r with the lowest domain loss for `domain_tokens` tokens of domain data, each read once:
+        more general data (tokens = domain_tokens/r) against a purer mixture."""
 
         def loss(r: Array) -> Array:
             given = {"params": params, "tokens": domain_tokens / r, "own_ratio": r, **other}
@@ -116,11 +115,11 @@ def best_ratio(
 
     domain, general   the laws of the two losses
     max_general_rise  a fraction: 0.03 allows 3%
-    general_before    the general loss at the start, in nats; by default what the general law gives when all of `tokens`
-                      are general, since the law has no value at tokens = 0
+    general_before    the general loss at the start, in nats; by default the general law's value if all of `tokens` are
+                      general, since the law has no value at tokens = 0
     of_domain         other columns of the domain's law: learnability
 
-    Raises RecipeError where no share is allowed, and where it hangs on a parameter that the runs leave open.
+    Raises RecipeError if no share is allowed, and if it depends on a parameter that the runs do not determine.
     """
     if not 0 <= max_general_rise <= 1:
         raise RecipeError(invalid("max_general_rise", max_general_rise, "give a fraction, 0.03 for 3%"))
@@ -165,7 +164,7 @@ def _best_ratio(
     if not allowed.any():
         raise RecipeError(
             f"at every share of domain data the general loss rises by more than {max_general_rise:.3g} of its start "
-            f"({start:.4g}); the least rise is {excess(GRID).min() / start + max_general_rise:.3g}"
+            f"({start:.4g}); the smallest rise is {excess(GRID).min() / start + max_general_rise:.3g}"
         )
     best = int(np.argmin(np.where(allowed, domain_loss(GRID), np.inf)))
     around = slice(max(best - 1, 0), best + 2)
@@ -181,14 +180,14 @@ def _last_allowed(excess: Callable[[float], float], allowed: float, forbidden: f
 
 
 def first_fall(of: Callable[[Array], Array], grid: Array) -> float | None:
-    """The first zero at which `of` comes down from above, between two points of the grid; None without one."""
+    """The first zero at which `of` crosses from above, between two points of the grid; None without one."""
     above = of(grid) > 0
     turns = np.flatnonzero(above[:-1] & ~above[1:])
     return brentq(lambda x: of(np.array([x]))[0], grid[turns[0]], grid[turns[0] + 1]) if len(turns) else None
 
 
 def lowest(loss: Callable[[Array], Array], grid: Array) -> float:
-    """Where a loss is least between the grid's ends: its least grid point, refined between its neighbours."""
+    """The minimum of a loss between the grid's ends: its least grid point, refined between its neighbours."""
     best = int(np.argmin(loss(grid)))
     if best in (0, len(grid) - 1):
         return float(grid[best])

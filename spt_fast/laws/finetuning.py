@@ -1,12 +1,12 @@
-"""The loss that a finetune reaches, by model size and unique finetuning tokens.
+"""The loss after a finetune, by model size and unique finetuning tokens.
 
     L_ft = A/(N^α · (D_l + D_ft^β)) + E
 
-With D_l = 0 it is the law of arXiv 2502.06042: losses read at the bottom of the validation curve, nearly independent of
-the share of general data that is injected. D_l (arXiv 2402.02314, there B/(D_l + D^β) + E for one model) is what the
-model knows of the task before it is finetuned: until D_ft^β exceeds it, more data hardly helps, and the power law that
-is fitted to such a part falls too slowly beyond it. Joining both in N is our reading. Huber loss on log-losses.
-Decision: how many unique tokens a loss takes.
+With D_l = 0 it is the law of arXiv 2502.06042: losses at the minimum of the validation curve, nearly independent of the
+injected share of general data. D_l (arXiv 2402.02314, there B/(D_l + D^β) + E for one model) is what the model knows of
+the task before the finetune: until D_ft^β exceeds it, more data hardly helps, and a power law fitted to such a part
+falls too slowly beyond it. Joining both in N is our reading. Huber loss on log-losses. Decision: the unique tokens that
+a loss needs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
 from spt_fast.laws.fitting import Fit, Parameter
 
 NONE = 1e-5
-"""A D_l that is as good as 0, of D_ft^β at the middle of the data."""
+"""A D_l this small, as a share of D_ft^β at the middle of the data, counts as 0."""
 
 
 class FinetuneLaw(FormulaLaw):
@@ -53,7 +53,7 @@ class FinetuneLaw(FormulaLaw):
 
     @decision
     def unique_tokens_for(self, *, loss: float, params: float) -> float:
-        """Unique finetuning tokens with which a model of `params` reaches `loss`; 0 where it has it before.
+        """Unique finetuning tokens with which a model of `params` reaches `loss`; 0 if it has it before.
 
         Raises RecipeError for a loss at or below E, which no amount of data reaches.
         """

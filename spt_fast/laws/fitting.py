@@ -1,21 +1,19 @@
-"""Fitting a formula with a handful of unknowns to observed losses, and how sure the result is.
+"""Fits a formula with a handful of unknowns to observed losses, and measures the uncertainty of the result.
 
-Every law goes through here. A formula is written once, in NumPy, and is analytic in its unknowns, so that its gradient
-is taken by complex steps, Im f(x + ih)/h: exact to rounding like automatic differentiation, without a second formula.
+All laws use it. A formula is written once, in NumPy, and is analytic in its unknowns, so that its gradient comes from
+complex steps, Im f(x + ih)/h: exact to rounding like automatic differentiation, without a second formula.
 
-    search     positive unknowns are searched by their logarithm, all within bounds; of many quasi-random points, with
-               the coefficients that the formula is linear in solved for, the best few are polished by Levenberg and
-               Marquardt's method: all of them at a time, as are the draws of a bootstrap, in arrays with one more
-               dimension
-    Huber      on residuals r: r² up to the threshold, linear beyond. Minimised as reweighted least squares, since the
+    search     positive unknowns are searched by their logarithm, all within bounds. Of many quasi-random points, with
+               the linear coefficients solved for, the best few are refined by Levenberg and Marquardt's method: all of
+               them at a time, as are the draws of a bootstrap, in arrays with one more dimension
+    Huber      for residuals r: r² up to the threshold, linear beyond. Minimised as reweighted least squares, since the
                curvature of the Huber loss itself vanishes beyond the threshold
-    intervals  to first order a prediction moves linearly with each observation's error: by its *influence*, a row of
-               g (JᵀJ + P)⁻¹ Jᵀ. Errors have a part of each point and a part that all points of a run share; how large
-               their variances may be is drawn from what the residuals say, with as many degrees of freedom between runs
-               as there are runs more than unknowns that tell them apart. P keeps unknowns that the data say nothing
-               about in their bounds; other values of these that meet the data as well widen a prediction too. A
-               prediction interval adds the noise of a new run to that of the fit, and base.py what the law itself is
-               off beyond its runs.
+    intervals  to first order a prediction moves linearly with each observation's error: by its *influence*, a row of g
+               (JᵀJ + P)⁻¹ Jᵀ. Errors have a part of each point and a part shared by all points of a run; their possible
+               variances are drawn from the residuals, with as many degrees of freedom between runs as there are runs
+               more than unknowns that distinguish them. P keeps undetermined unknowns within their bounds; their other
+               values that fit the data as well widen a prediction too. A prediction interval adds the noise of a new
+               run to that of the fit, and base.py adds the error of the law itself beyond its runs.
 """
 
 from __future__ import annotations
@@ -35,37 +33,37 @@ Formula = Callable[[Sequence[Array], Columns], Array]
 STEP = 1e-20
 SCREENED, POLISHED = 64, 4
 SEARCHED = 256
-"""Points of a curve that the search for where to polish looks at; all of them are what is polished."""
+"""Points of a curve that are used to find the starts; the refinement uses all of them."""
 LARGE = 500
-"""Losses, from which on a gradient is taken one unknown at a time."""
+"""From this many losses on, the gradient is computed one unknown at a time."""
 ITERATIONS, ROUGH, DAMPING = 300, 40, 1e-3
 LEAST_DAMPING = 1e-12
-"""Less would leave the equations of unknowns that the data say nothing about without a solution."""
+"""A smaller value would leave equations of undetermined unknowns without a solution."""
 AHEAD = 0.1
-"""Of a step, at which its bend is measured."""
+"""Share of a step at which its curvature is measured."""
 OUTLIER = 3
-"""Standard deviations, beyond which a residual counts as no more."""
+"""Residuals beyond this many standard deviations count as this many."""
 LIKELY = 0.8
-"""Standard deviation of runs over that of points, as far as is known beforehand. In 41 arms of real runs it was 0.8 to
-4.8 (benchmarks/LOG.md)."""
+"""Standard deviation of runs over that of points, as a prior. In 41 arms of real runs it was 0.8 to 4.8
+(benchmarks/LOG.md)."""
 DIFFERS = 2.7
-"""Squared standard deviations that are the edge of a 90% interval."""
+"""Squared standard deviations at the edge of a 90% interval."""
 ELSEWHERE = 5
-"""Values of an unknown that is left open."""
+"""Values that are tried for an undetermined unknown."""
 MANY_RUNS = 500
-"""From which on the unknowns, which are few, take so little of each that runs are as good as independent."""
+"""From this many runs on, the few unknowns take so little of each that runs are practically independent."""
 VISIBLE = 0.1
-"""Of a run's error must be left over by the unknowns for it to say how much runs differ."""
+"""Share of a run's error that the unknowns must leave, for it to show how much runs differ."""
 DRAWS = 200
 QUANTILES = (np.arange(DRAWS) + 0.5) / DRAWS
 AT_ONCE = 2_000_000
-"""Of points × unknowns × draws: complex numbers of 16 bytes, a few of each at a time."""
+"""Limit on points × unknowns × draws: complex numbers of 16 bytes, a few of each at a time."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """An unknown and its bounds; searched by its logarithm unless `log` is False. `linear`: the formula is, in all of
-    these together."""
+    """An unknown and its bounds; searched by its logarithm unless `log` is False. `linear`: the formula is linear in
+    all of these together."""
 
     name: str
     low: float
@@ -76,7 +74,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Curve:
-    """A formula, and the observations that it must meet. `huber`: the threshold, in units of the residual."""
+    """A formula, and the observations that it is fitted to. `huber`: the threshold, in units of the residual."""
 
     parameters: tuple[Parameter, ...]
     formula: Formula
@@ -97,11 +95,11 @@ class Curve:
         return np.log(self.target) if self.log else self.target
 
     def unknowns(self, x: Array) -> list[Array]:
-        """Points of the search space [..., unknowns] as the formula takes them."""
+        """Points of the search space [..., unknowns] in the units of the formula."""
         return [np.exp(x[..., i, None]) if p.log else x[..., i, None] for i, p in enumerate(self.parameters)]
 
     def point(self, values: Sequence[float]) -> Array:
-        """The inverse, held inside the bounds."""
+        """The inverse, clipped to the bounds."""
         low, high = self.bounds
         x = [np.log(max(v, 1e-300)) if p.log else v for p, v in zip(self.parameters, values, strict=True)]
         return np.clip(x, low + 1e-6 * (high - low), high - 1e-6 * (high - low))
@@ -123,8 +121,8 @@ class Curve:
         return np.log(losses) if self.log else losses
 
     def gradient(self, x: Array, columns: Columns | None = None) -> Array:
-        """[..., points, unknowns] at x [..., unknowns]. In large arrays one unknown after the other, so that most of a
-        formula is of real numbers."""
+        """[..., points, unknowns] at x [..., unknowns]. In large arrays one unknown at a time, so that most of a
+        formula uses real numbers."""
         columns = self.columns if columns is None else columns
         if x[..., 0].size * len(next(iter(columns.values()))) < LARGE:
             steps = x[..., None, :] + 1j * STEP * np.eye(x.shape[-1])
@@ -138,8 +136,8 @@ class Curve:
 
 
 def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None = None, seed: int = 0) -> Array:
-    """The point of the search space that meets the observations best. `starts`: search from these only; the solution of
-    an earlier fit, where there is a Huber threshold. With weights [draws, points] a point for each draw, searched from
+    """The point of the search space that fits the observations best. `starts`: search only from these; if there is a
+    Huber threshold, the solution of an earlier fit. With weights [draws, points] a point for each draw, searched from
     the first start."""
     (low, high), one = curve.bounds, np.ones(1)
     if weights is not None:
@@ -155,8 +153,8 @@ def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None
 
 
 def promising(curve: Curve, seed: int) -> list[Array]:
-    """Where to search from: of even samples of the search space, those that meet the observations best with the
-    coefficients that suit them."""
+    """Starts of the search: the even samples of the search space that fit the observations best with their best
+    coefficients."""
     curve = curve.sample()
     low, high = curve.bounds
     x = low + spread_out(SCREENED * POLISHED, len(low), seed) * (high - low)
@@ -169,8 +167,8 @@ def promising(curve: Curve, seed: int) -> list[Array]:
 
 
 def _with_coefficients(curve: Curve, x: Array) -> Array:
-    """Points of the search space [n, unknowns] with the unknowns that the formula is linear in where the squared errors
-    are least (relative errors, where the curve is of logarithms), moved inside of their bounds."""
+    """Points of the search space [n, unknowns] in which the linear unknowns minimise the squared errors (relative
+    errors, if the curve is of logarithms), clipped to their bounds."""
     linear = [i for i, p in enumerate(curve.parameters) if p.linear]
     if not linear:
         return x
@@ -206,10 +204,11 @@ def spread_out(points: int, dimensions: int, seed: int) -> Array:
 def _polish(
     curve: Curve, x: Array, weights: Array, huber: float | None = None, tolerance: float = 1e-12, most: int = ITERATIONS
 ) -> tuple[Array, Array]:
-    """(the minima [n, unknowns] that x [n, unknowns] leads to, their costs [n]), by a projected Levenberg-Marquardt
+    """(the minima [n, unknowns] reached from x [n, unknowns], their costs [n]), by a projected Levenberg-Marquardt
     search of all n at a time. `weights`: [points], or of each [n, points]. Damping is relative to each unknown's
-    curvature (Marquardt): in its own units the search would creep along valleys as flat as E's in a D-CPT law. A step
-    follows the bend of the residuals along it (geodesic acceleration, arXiv 1201.5885): valleys are curved too."""
+    curvature (Marquardt): without scaling the search would be very slow along valleys as flat as E's in a D-CPT law. A
+    step follows the curvature of the residuals along it (geodesic acceleration, arXiv 1201.5885), since valleys are
+    curved too."""
     low, high = curve.bounds
     weights = np.broadcast_to(weights, (len(x), len(curve.goal)))
     x = x.astype(float)
@@ -275,19 +274,19 @@ def _polish(
 
 @dataclass(frozen=True)
 class Noise:
-    """Variances of the errors, of each point and of a run, shared by its points: DRAWS of how large they may be."""
+    """Variances of the errors, of each point and of a run, shared by its points: DRAWS possible values."""
 
     point: Array
     run: Array
     told: bool
-    """Whether the residuals say how much runs differ."""
+    """Whether the residuals show how much runs differ."""
 
     @classmethod
     def of(cls, residual: Array, run: Array, moved: Array) -> Noise:
-        """From the squares within runs and between them that the unknowns leave over. Few runs say little of the
-        variance between them, and as few as there are unknowns that tell runs apart say nothing. The prior for its
-        square root is a half-Cauchy distribution whose median is LIKELY times that of points. Of the residuals, a tenth
-        may be outliers, which count as OUTLIER standard deviations."""
+        """From the squares within and between runs that the unknowns leave. Few runs say little about the variance
+        between them, and no more runs than unknowns that distinguish them say nothing. The prior for its square root is
+        a half-Cauchy distribution whose median is LIKELY times that of points. A tenth of the residuals may be
+        outliers, which count as OUTLIER standard deviations."""
         size = np.abs(residual)
         most = max(OUTLIER * float(np.median(size)) / ndtri(0.75), float(np.quantile(size, 0.9)))
         basis = _basis(moved)
@@ -321,7 +320,7 @@ class Noise:
 
     def spread(self, influence: Array, run: Array, observed: bool) -> Array:
         """Variance [draws, predictions] of predictions that move by `influence` [predictions, points] with the points'
-        errors; `observed`: of points of a new run there."""
+        errors; `observed`: for points of a new run there."""
         index = np.unique(run, return_inverse=True)[1]
         by_run = np.stack([np.bincount(index, row) for row in influence])
         own, shared = (np.square(by).sum(axis=1) + observed for by in (influence, by_run))
@@ -336,14 +335,14 @@ def _basis(columns: Array) -> Array:
 
 
 def _inverse(columns: Array) -> Array:
-    """(CᵀC)⁻¹Cᵀ of columns C [rows, n] of any size, not by CᵀC, which loses half of the digits that exact data have."""
+    """(CᵀC)⁻¹Cᵀ of columns C [rows, n] of any size, without CᵀC, which loses half of the digits."""
     size = np.maximum(np.linalg.norm(columns, axis=0), 1e-150)
     return np.linalg.pinv(columns / size) / size[:, None]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A curve met at x."""
+    """A curve fitted at x."""
 
     curve: Curve
     x: Array
@@ -353,7 +352,7 @@ class Fit:
         return {p.name: float(v[0]) for p, v in zip(self.curve.parameters, self.curve.unknowns(self.x), strict=True)}
 
     def mean(self, columns: Columns) -> Array:
-        """As the curve's formula gives it, not its logarithm."""
+        """The value of the curve's formula, not its logarithm."""
         return self.curve.formula(self.curve.unknowns(self.x), columns)
 
     @cached_property
@@ -362,7 +361,7 @@ class Fit:
 
     @property
     def scale(self) -> float:
-        """Standard deviation of the residuals, by their median size: outliers don't move it."""
+        """Standard deviation of the residuals, from their median size, which outliers don't change."""
         freedom = max(len(self.residual) - len(self.x), 1)
         return float(np.median(np.abs(self.residual)) / ndtri(0.75) * np.sqrt(len(self.residual) / freedom))
 
@@ -381,8 +380,8 @@ class Fit:
 
     @cached_property
     def _prior(self) -> Array:
-        """Inverse variance of a normal distribution as wide as the bounds; of the size of a part of the losses, as wide
-        as the largest of them: its logarithm may lie at a bound where it says nothing of how far it is from the rest.
+        """Inverse variance of a normal distribution as wide as the bounds; for the size of a part of the losses, as
+        wide as the largest of them, since its logarithm may be at a bound without being far from the rest.
         """
         low, high = self.curve.bounds
         largest = np.abs(self.curve.target).max() or 1.0
@@ -390,7 +389,7 @@ class Fit:
         return np.square(2 * np.where(part, np.exp(np.where(part, self.x, 0)) / largest, 1 / (high - low)))
 
     def _whitened(self, columns: Array) -> Array:
-        """Columns [points, n] for which the errors are of variance 1 and independent, those of a run too."""
+        """Columns [points, n] whose errors have variance 1 and are independent, also within a run."""
         point, run = (float(np.median(of)) for of in (self.noise.point, self.noise.run))
         index, sizes = np.unique(self.curve.run, return_inverse=True, return_counts=True)[1:]
         shrink = (1 - np.sqrt(point / (point + sizes * run + 1e-300))) / sizes
@@ -399,13 +398,13 @@ class Fit:
 
     @cached_property
     def _covariance(self) -> Array:
-        """Of the unknowns, by the observations and their bounds."""
+        """Covariance of the unknowns, from the observations and their bounds."""
         inverse = _inverse(np.concatenate([self._whitened(self.jacobian), np.diag(np.sqrt(self._prior))]))
         return inverse @ inverse.T
 
     @cached_property
     def _inefficiency(self) -> float:
-        """How much more a Huber estimate varies than least squares would, were the errors normal."""
+        """How much more a Huber estimate varies than least squares would, with normal errors."""
         new = float(np.median(self.noise.point + self.noise.run))
         if self.curve.huber is None or not new:
             return 1.0
@@ -414,8 +413,8 @@ class Fit:
         return float((inside - 2 * c * np.exp(-c * c / 2) / np.sqrt(2 * np.pi) + c**2 * (1 - inside)) / inside**2)
 
     def influence(self, columns: Columns) -> tuple[Array, Array]:
-        """How predictions move with each observation's error [predictions, points], and their variance by what the
-        observations leave open [predictions]."""
+        """How predictions move with each observation's error [predictions, points], and their variance from what the
+        observations do not determine [predictions]."""
         gradient = self.curve.gradient(self.x, columns)
         others = np.array([x for _, x in self.elsewhere]).reshape(-1, len(self.x))
         elsewhere = np.square(self.curve.value(others, columns) - self.curve.value(self.x, columns))
@@ -428,9 +427,9 @@ class Fit:
 
     @cached_property
     def elsewhere(self) -> list[tuple[str, Array]]:
-        """Points of the search space, each with the unknown that it differs by, that meet the observations about as
-        well, far from x along unknowns that are left open: what the gradient at x, of an exponent whose term has
-        vanished, say, knows nothing of."""
+        """Points of the search space, each with the unknown in which it differs, that fit the observations about as
+        well, far from x along undetermined unknowns. The gradient at x does not show them, such as that of an exponent
+        whose term has vanished."""
         found, (low, high) = [], self.curve.bounds
         for i, parameter in enumerate(self.curve.parameters):
             if parameter.name not in self.unidentified or parameter.linear:
@@ -443,7 +442,7 @@ class Fit:
 
     @cached_property
     def off_bounds(self) -> list[tuple[str, Array]]:
-        """For each unknown that lies at a bound, the best point of the search space with it a step inside."""
+        """For each unknown at a bound, the best point of the search space with it a step inside."""
         (low, high), found = self.curve.bounds, []
         for i, parameter in enumerate(self.curve.parameters):
             edge = np.argmin((self.x[i] - low[i], high[i] - self.x[i]))
@@ -461,17 +460,18 @@ class Fit:
         return _polish(curve, np.clip(self.x, *curve.bounds)[None], np.ones(1), curve.huber, 1e-6, ROUGH)[0][0]
 
     def _misses(self, x: Array) -> float:
-        """Sum of the squared errors at x, were they of variance 1 and independent."""
+        """Sum of the squared errors at x, scaled to variance 1 and made independent."""
         return float(np.square(self._whitened((self.curve.value(x) - self.curve.goal)[:, None])).sum())
 
     def variance(self, columns: Columns) -> Array:
-        """[draws, predictions]: of a new run's observation (of its logarithm, where the curve is of logarithms)."""
+        """[draws, predictions]: variance of a new run's observation (of its logarithm, if the curve is of
+        logarithms)."""
         influence, left_open = self.influence(columns)
         return self.noise.spread(influence, self.curve.run, observed=True) + left_open
 
     @property
     def unidentified(self) -> list[str]:
-        """Unknowns that the observations leave about as open as the bounds did."""
+        """Unknowns that the observations determine hardly better than the bounds."""
         open_share = np.diag(self._covariance) * self._prior
         bad = (open_share > 0.25) | self._at_edge
         return [p.name for p, is_bad in zip(self.curve.parameters, bad, strict=True) if is_bad]
@@ -483,7 +483,7 @@ class Fit:
 
 
 def reach(variance: Array, interval: float) -> Array:
-    """How far from its prediction an observation lies at most so often [predictions], its variance one of
+    """The distance of an observation from its prediction at this probability [predictions], with its variance one of
     [draws, predictions]."""
     low, high = np.zeros(variance.shape[1]), 40 * np.sqrt(variance.max(axis=0))
     for _ in range(50):

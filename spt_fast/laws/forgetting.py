@@ -1,11 +1,11 @@
-"""Forgetting: how far a finetune lifts the general loss, and how little general data in it stops that.
+"""Forgetting: how much a finetune raises the general loss, and how little general data in it prevents that.
 
     L_pt = L0_pt + A · D_ft^β / ((1 + B·p)·N)^α   (+ E in OffsetForgettingLaw)
 
 arXiv 2502.06042: L0_pt is the general loss before finetuning, D_ft the unique finetuning tokens, p the injected share
-of general data; read at the bottom of the finetune's validation curve. Huber loss on log-losses. Known there: B ≈ 1e4
-(mathematics), ≈ 829 (Wikipedia); p = 1% stops forgetting. E is our reading of an optional re-warming offset. Decision:
-the injection with which it stays under a limit.
+of general data; measured at the minimum of the finetune's validation curve. Huber loss on log-losses. Known from the
+paper: B ≈ 1e4 (mathematics), ≈ 829 (Wikipedia); p = 1% stops forgetting. E is our reading of an optional re-warming
+offset. Decision: the injection with which the loss stays under a limit.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class ForgettingLaw(FormulaLaw):
 
     @decision
     def injection(self, *, params: float, unique_tokens: float, max_rise: float) -> float:
-        """The smallest share p of general data with which the general loss rises by at most `max_rise` nats; 0 where
-        nothing need be injected.
+        """The smallest share p of general data with which the general loss rises by at most `max_rise` nats; 0 if none
+        is needed.
 
-        Raises RecipeError where no share in [0, 1] does.
+        Raises RecipeError if no share in [0, 1] is enough.
         """
         self._given(params=params, unique_tokens=unique_tokens)
         if not max_rise > 0:
-            raise RecipeError(invalid("max_rise", max_rise, "give nats above 0; the law never comes down to none"))
+            raise RecipeError(invalid("max_rise", max_rise, "give nats above 0; the law never reaches a rise of 0"))
         p = self.params_
         room = max_rise - p.get("E", 0.0)
         size = (p["A"] * unique_tokens ** p["beta"] / room) ** (1 / p["alpha"]) if room > 0 else float("inf")
@@ -69,6 +69,6 @@ class ForgettingLaw(FormulaLaw):
 
 
 class OffsetForgettingLaw(ForgettingLaw):
-    """The same with E, a rise that neither size nor injection undoes. Parameters: A, B, alpha, beta, E."""
+    """The same with E, a rise that neither size nor injection removes. Parameters: A, B, alpha, beta, E."""
 
     parameters: ClassVar[tuple[Parameter, ...]] = (*ForgettingLaw.parameters, Parameter("E", 1e-6, 5, linear=True))

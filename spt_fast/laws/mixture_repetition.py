@@ -1,13 +1,12 @@
-"""Pretraining on general text and a small domain corpus that repeats: what the mixture does to the domain loss.
+"""Pretraining on general text and a small repeated domain corpus: the effect of the mixture on the domain loss.
 
     L = E + A/((1 − h)·D + τ·D_T)^α + γ·h
     D_T = D_t·(1 + r1·(1 − e^(−(r − 1)/r1))),   r = h·D/D_t;   D_T = h·D where r < 1
 
 arXiv 2605.12715, from more than 2,000 runs: D pretraining tokens, h the domain's share of them, D_t the domain corpus.
-τ says what a domain token is worth in general ones; repeats lose their worth with r1 as in the data-constrained law;
-γ·h is what a large share costs at any budget. One law per domain corpus and model size (our reading), of the held-out
-domain loss before finetuning, beside the overfitting law. Huber loss on log-losses. Decision: the best share at a
-budget.
+τ is the value of a domain token in general ones; the value of repeats decays with r1 as in the data-constrained law;
+γ·h is the cost of a large share at any budget. One law per domain corpus and model size (our reading), for the held-out
+domain loss before finetuning, as the overfitting law. Huber loss on log-losses. Decision: the best share at a budget.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from spt_fast.laws.powers import power
 
 class MixtureRepetitionLaw(FormulaLaw):
     """Columns: `tokens` D, `fraction` h, `unique_tokens` D_t, `loss`. Parameters: E, A, alpha, tau, r1 (in repeats),
-    gamma (nats). Fitted to one corpus, it is asked about that one unless `unique_tokens` says otherwise."""
+    gamma (nats). If fitted to one corpus, it predicts for that one unless `unique_tokens` says otherwise."""
 
     inputs: ClassVar[dict[str, Column]] = {"tokens": POSITIVE, "fraction": SHARE, "unique_tokens": POSITIVE}
     parameters: ClassVar[tuple[Parameter, ...]] = (
@@ -62,7 +61,7 @@ class MixtureRepetitionLaw(FormulaLaw):
 
     @property
     def _corpus(self) -> float:
-        """The one that was fitted. RecipeError where there are others."""
+        """The fitted corpus size. RecipeError if there are several."""
         self._require("_rows", "give unique_tokens, or fit it to a table")
         sizes = np.unique(self._rows.columns["unique_tokens"])
         if len(sizes) > 1:
@@ -74,7 +73,7 @@ class MixtureRepetitionLaw(FormulaLaw):
         self, *, tokens: float, unique_tokens: float | None = None, within: tuple[float, float] | None = None
     ) -> float:
         """The share h with the lowest domain loss after `tokens`, before finetuning, between the smallest and the
-        largest that was fitted, or those of `within`."""
+        largest fitted share, or those of `within`."""
         unique_tokens = self._corpus if unique_tokens is None else unique_tokens
         self._given(tokens=tokens, unique_tokens=unique_tokens)
         at = {"tokens": float(tokens), "unique_tokens": float(unique_tokens)}

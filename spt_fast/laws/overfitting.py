@@ -1,6 +1,6 @@
-"""Domain losses while the domain corpus is repeated in pretraining: learning, memorising, and the share that is best.
+"""Domain losses while the domain corpus is repeated in pretraining: learning, memorising, and the best share.
 
-    L_train(T, δ) = A_train · T^b_train(δ) + C_train(δ)            domain text that is trained on
+    L_train(T, δ) = A_train · T^b_train(δ) + C_train(δ)            domain text in training
     L_gap(T, δ)   = A_gap(δ) · T^b_gap(δ)
     L_test        = L_train + L_gap                                 held-out domain text
     b_x(δ)     = δ·b_x,s + (1 − δ)·b_x,g
@@ -9,10 +9,10 @@
 
 "The Finetuner's Fallacy", arXiv 2603.16177: T pretraining tokens, δ the domain's share of them; one law per domain
 corpus, corpus size and model size. b_train,s < b_train,g < 0; b_gap,g < 0 < b_gap,s and b_gap(δ) < 1 up to δ = 10%.
-Least squares in two stages: first with A_gap and C_train free for each δ (`by_fraction_` keeps them, to see their
+Least squares in two stages: first with A_gap and C_train free for each δ (`by_fraction_` keeps them, to show their
 shape), then all equations jointly, train and gap separately. That κ1 and κ3 are not negative (C_train falls with δ) is
-our reading; it is what keeps their collinear terms from running away beyond the largest δ that was run. At δ = 0
-nothing was trained on: there is no gap, and the held-out loss is the train loss.
+our reading; it keeps their collinear terms bounded beyond the largest δ that was run. At δ = 0 no domain text is
+trained on: there is no gap, and the held-out loss is the train loss.
 
 Decisions: the best δ at a budget, and the budget at which one δ overtakes another, both before finetuning
 (PostFinetuneLaw has them after).
@@ -32,7 +32,7 @@ from spt_fast.laws.dcpt import first_fall, lowest
 from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, promising, solve
 
 LARGEST_FRACTION = 0.1
-"""Up to which b_gap(δ) < 1 must hold."""
+"""b_gap(δ) < 1 must hold up to this δ."""
 
 TRAIN = (
     Parameter("A_train", 1e-6, 30, linear=True),
@@ -43,7 +43,7 @@ TRAIN = (
     Parameter("kappa2", 1e-6, 1),
     Parameter("kappa3", 0, 100, log=False, linear=True),
 )
-"""Searched as: the power at the middle of the data, −b_g, b_g − b_s, C_train at the middle, and κ1 to κ3."""
+"""Search variables: the power at the middle of the data, −b_g, b_g − b_s, C_train at the middle, and κ1 to κ3."""
 GAP = (
     Parameter("alpha1", 1e-6, 30, linear=True),
     Parameter("b_gap_g", 1e-3, 3),
@@ -51,13 +51,13 @@ GAP = (
     Parameter("alpha2", 0.01, 5),
     Parameter("alpha3", -400, 400, log=False),
 )
-"""Searched as: the gap at the middle of the data, −b_g, b_s, α2 and α3."""
+"""Search variables: the gap at the middle of the data, −b_g, b_s, α2 and α3."""
 FEWEST_FRACTIONS = {"train": 4, "gap": 3}
-"""As many as C_train(δ) and A_gap(δ) have parameters; δ = 0 has no gap."""
+"""The numbers of parameters of C_train(δ) and A_gap(δ); δ = 0 has no gap."""
 
 
 def _middle(columns: Columns) -> dict[str, float]:
-    """The middle of the data, at which the search's coefficients are losses."""
+    """The middle of the data, at which the coefficients of the search are losses."""
     log_T, delta = np.log(columns["tokens"]), columns["fraction"]
     positive = delta[delta > 0]
     return {
@@ -101,7 +101,7 @@ class OverfittingLaw(Law):
     names = tuple(parameter.name for parameter in (*TRAIN, *GAP))
 
     by_fraction_: dict[str, dict[float, float]]
-    """"C_train" and "A_gap": {δ: value}, of the first stage."""
+    """"C_train" and "A_gap": {δ: value}, from the first stage."""
 
     def _prepare(self, rows: Rows) -> Rows:
         columns, trained = rows.columns, rows.columns["fraction"] > 0
@@ -109,7 +109,7 @@ class OverfittingLaw(Law):
         if missing.any():
             raise DataError(
                 f"train_loss is NaN in {missing.sum()} rows with fraction above 0 (the first is row "
-                f"{np.flatnonzero(missing)[0]}); only at fraction 0 is there no train loss"
+                f"{np.flatnonzero(missing)[0]}); only fraction 0 may lack a train loss"
             )
         return Rows(
             columns | {"train_loss": np.where(trained, columns["train_loss"], columns["heldout_loss"])}, rows.run
@@ -154,8 +154,8 @@ class OverfittingLaw(Law):
         return _gap_power(a * np.exp(a2 * columns["log_delta"] + a3 * columns["shifted"]), g, s, columns)
 
     def _starts(self, train: Curve, gap: Curve) -> dict[str, list[Array]]:
-        """Stage one: C_train and A_gap free for each δ; from their shape, where to start stage two. Beside that,
-        samples of the whole space: curves whose C_train does not fall with δ lead it astray."""
+        """Stage one: C_train and A_gap free for each δ; their shape gives the starts of stage two. Samples of the whole
+        space are added, since curves whose C_train does not fall with δ give bad starts."""
         delta, index = np.unique(train.columns["delta"], return_inverse=True)
         free = tuple(Parameter(f"C({d:g})", -20, 20, log=False, linear=True) for d in delta)
         curve = Curve(
@@ -222,7 +222,7 @@ class OverfittingLaw(Law):
         return train + size * T ** (delta * p["b_gap_s"] + (1 - delta) * p["b_gap_g"])
 
     def _variance(self, columns: Columns, of: str) -> Array:
-        """The train fit moves with the errors of train losses, the gap fit with held-out minus train."""
+        """The train fit depends on the errors of train losses, the gap fit on held-out minus train."""
         train, gap, rows = self._fits["train"], self._fits["gap"], self._rows
         at = _centred(columns, self._at)
         if of == "train_loss":
@@ -246,8 +246,8 @@ class OverfittingLaw(Law):
 
     @decision
     def best_fraction(self, *, tokens: float, within: tuple[float, float] | None = None) -> float:
-        """The δ with the lowest held-out loss after `tokens` of pretraining, between the smallest and the largest δ
-        that was fitted, or those of `within`."""
+        """The δ with the lowest held-out loss after `tokens` of pretraining, between the smallest and the largest
+        fitted δ, or those of `within`."""
         self._given(tokens=tokens)
         delta = lowest_share(
             lambda d: self._mean({"tokens": np.array(tokens), "fraction": d}, "heldout_loss"),
@@ -259,8 +259,8 @@ class OverfittingLaw(Law):
     def overtaking_tokens(
         self, *, fraction: float, other: float, within: tuple[float, float] | None = None
     ) -> float | None:
-        """The budget from which `fraction` has the lower held-out loss, where `other` had it before; None where that
-        does not happen within these budgets (by default from the smallest that was fitted to ten times the largest)."""
+        """The budget from which `fraction` has the lower held-out loss, if `other` had it before; None if that does not
+        happen within these budgets (by default from the smallest fitted one to ten times the largest)."""
         self._given(fraction=[fraction, other])
         low, high = self._range("tokens", (1e6, 1e13))
         within = within or (low, 10 * high)
@@ -273,12 +273,12 @@ class OverfittingLaw(Law):
 
 
 def _pick(free: Sequence[Array], index: Array) -> Array:
-    """Each point's own among unknowns that are free for each δ: [..., points]."""
+    """Each point's own unknown, for unknowns that are free for each δ: [..., points]."""
     return np.concatenate(np.broadcast_arrays(*free), axis=-1)[..., index]
 
 
 def lowest_share(loss: Callable[[Array], Array], within: tuple[float, float]) -> float:
-    """The share at which the loss is least. Raises RecipeError."""
+    """The share with the lowest loss. Raises RecipeError."""
     low, high = within
     if not 0 <= low < high <= 1:
         raise RecipeError(invalid("within", (low, high), "give two fractions in order, such as (0, 0.1)"))
@@ -288,7 +288,7 @@ def lowest_share(loss: Callable[[Array], Array], within: tuple[float, float]) ->
 def overtaking(
     loss: Callable[[Array, float], Array], fraction: float, other: float, within: tuple[float, float]
 ) -> float | None:
-    """The first tokens at which the loss of `fraction` comes down to that of `other` from above."""
+    """The first tokens at which the loss of `fraction` reaches that of `other` from above."""
 
     def ahead(log_T: Array) -> Array:
         T = np.exp(log_T)

@@ -1,12 +1,12 @@
-"""The domain loss after finetuning, by pretraining tokens, for each domain share: which share to pay for.
+"""The domain loss after finetuning, by pretraining tokens, for each domain share.
 
     Δ(T) = L_test(PT) − L_test(PT + FT) = a·T^b + c   for each δ
     L_test(PT + FT)(T, δ) = L_test(T, δ) − Δ(T)
 
-"The Finetuner's Fallacy", arXiv 2603.16177. L_test(T, δ) before finetuning comes from a law of it where one is given,
-else from a curve of this table for each δ: the same shape, A·T^b + C, and where the points ask for it (by the
-Bayesian information criterion) + G·T^g for overfitting. Least squares. Decisions: the best δ at a budget, and the
-budget at which one δ overtakes another.
+"The Finetuner's Fallacy", arXiv 2603.16177. L_test(T, δ) before finetuning comes from a law of it if one is given, else
+from a curve of this table for each δ: the same shape, A·T^b + C, and if the points support it (by the Bayesian
+information criterion) + G·T^g for overfitting. Least squares. Decisions: the best δ at a budget, and the budget at
+which one δ overtakes another.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PostFinetuneLaw(Law):
 
     @property
     def fractions_(self) -> list[float]:
-        """The δ that were fitted."""
+        """The fitted δ."""
         self._require("_rows", "fit it to a table")
         return np.unique(self._rows.columns["fraction"]).tolist()
 
@@ -64,7 +64,7 @@ class PostFinetuneLaw(Law):
         return gain if np.ndim(tokens) else float(gain[0])
 
     def best_fraction(self, *, tokens: float) -> float:
-        """The δ, of those fitted, with the lowest loss after `tokens` of pretraining and then finetuning."""
+        """The fitted δ with the lowest loss after `tokens` of pretraining and then finetuning."""
         deltas = self.fractions_
         self._given(tokens=tokens)
         self._warn_beyond(tokens=tokens)
@@ -76,8 +76,8 @@ class PostFinetuneLaw(Law):
     def overtaking_tokens(
         self, *, fraction: float, other: float, within: tuple[float, float] | None = None
     ) -> float | None:
-        """The budget from which `fraction` has the lower loss after finetuning, where `other` had it before; None where
-        that does not happen within these budgets (by default from the smallest fitted to ten times the largest)."""
+        """The budget from which `fraction` has the lower loss after finetuning, if `other` had it before; None if that
+        does not happen within these budgets (by default from the smallest fitted one to ten times the largest)."""
         pair = self._known(fraction), self._known(other)
         T = self._rows.columns["tokens"]
         tokens = overtaking(
@@ -146,7 +146,7 @@ class PostFinetuneLaw(Law):
             if np.isclose(fraction, delta, rtol=1e-6, atol=1e-12):
                 return delta
         known = ", ".join(f"{delta:g}" for delta in self.fractions_)
-        raise RecipeError(f"no runs with fraction {fraction:g} were fitted; PostFinetuneLaw knows {known}")
+        raise RecipeError(f"no runs with fraction {fraction:g} were fitted; PostFinetuneLaw has {known}")
 
     def _by_delta(self, columns: Columns) -> list[tuple[float, Array, Columns]]:
         """(δ, mask, the curves' columns) for each δ among `columns`."""
@@ -168,7 +168,7 @@ class PostFinetuneLaw(Law):
         return losses
 
     def _variance(self, columns: Columns, of: str) -> Array:
-        """The curve before finetuning moves with the errors of held-out losses, the gain with theirs minus those
+        """The curve before finetuning depends on the errors of held-out losses, the gain on theirs minus those
         after."""
         variance = np.empty((DRAWS, len(columns["fraction"])))
         for delta, mask, at in self._by_delta(columns):

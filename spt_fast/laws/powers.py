@@ -1,4 +1,4 @@
-"""Power laws with an offset, a·T^b + c, in a form that stays well behaved where b nears 0.
+"""Power laws with an offset, a·T^b + c, in a form that is stable for b near 0.
 
     c' + s·((T/T₀)^b − 1)/b:   a = (s/b)·T₀^−b,   c = c' − s/b
 
@@ -33,12 +33,12 @@ def offset_power(unknowns: Sequence[Array], columns: Columns) -> Array:
 
 
 def power_parameters(low: float, high: float, a: str = "a", b: str = "b", c: str = "c") -> tuple[Parameter, ...]:
-    """c', s, and b between `low` and `high`, under the names of what they stand for."""
+    """c', s, and b between `low` and `high`, under their names in the law."""
     offset, slope = (Parameter(name, -20, 20, log=False, linear=True) for name in (c, a))
     return offset, slope, Parameter(b, low, high, log=False)
 
 
 def in_tokens(slope: float, exponent: float, middle: float) -> tuple[float, float, float]:
-    """(a, b, c − c') of a·T^b + c. They grow without bounds as b nears 0, where it is a logarithm: b is then 1e-9."""
+    """(a, b, c − c') of a·T^b + c. They grow without bounds as b approaches 0, a logarithm: b is then 1e-9."""
     b = exponent if abs(exponent) > 1e-9 else 1e-9
     return slope / b * middle**-b, b, -slope / b

@@ -1,9 +1,9 @@
-"""Sparse pretraining: what counts is the parameter count averaged over the run.
+"""Sparse pretraining: the parameter count averaged over the run decides the loss.
 
     L(N̄, D) = E + A/N̄^α + B/D^β,   N̄ = mean over steps of N_t, the parameters not pruned at step t
 
-"The Journey Matters", arXiv 2501.12486: one law for dense and sparse pretraining. Decision: the dense model that a
-pruning schedule is worth.
+"The Journey Matters", arXiv 2501.12486: one law for dense and sparse pretraining. Decision: the dense model that is
+equivalent to a pruning schedule.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def average_params(params: Any, steps: Any = None) -> float:
     counts = np.atleast_1d(np.asarray(params, dtype=float))
     lengths = np.ones_like(counts) if steps is None else np.atleast_1d(np.asarray(steps, dtype=float))
     if counts.shape != lengths.shape or not counts.size:
-        raise RecipeError(f"params and steps must be as many, at least one; got {counts.size} and {lengths.size}")
+        raise RecipeError(f"params and steps must have one length, at least one; got {counts.size} and {lengths.size}")
     if not ((counts > 0).all() and (lengths > 0).all()):
         raise RecipeError("params and steps must be above 0")
     return float(np.average(counts, weights=lengths))

@@ -1,4 +1,4 @@
-"""The shape of a GPT: each field with its parser, from which a recipe's `model:` section is made too."""
+"""The shape of a GPT: each field with its parser, which a recipe's `model:` section uses too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _parse(settings: Any, where: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """RoPE stretched to texts longer than those of pretraining; the kinds are named as in transformers."""
+    """RoPE for texts longer than in pretraining; the kinds have the names of transformers."""
 
     rope_type: str
     factor: float
@@ -50,10 +50,10 @@ class Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(Scaling):
-    """As Llama 3.1 has it.
+    """Llama 3.1's scaling.
 
-    A frequency is divided by `factor` where its wavelength is above original_max_position_embeddings / low_freq_factor
-    tokens, kept where it is below original_max_position_embeddings / high_freq_factor, and between in between.
+    A frequency is divided by `factor` if its wavelength is above original_max_position_embeddings / low_freq_factor
+    tokens, kept if it is below original_max_position_embeddings / high_freq_factor, and interpolated in between.
     """
 
     rope_type: str = setting(one_of("llama3"), "llama3")
@@ -81,10 +81,10 @@ class LinearScaling(Scaling):
 class YarnScaling(Scaling):
     """YaRN (Peng et al., arXiv 2309.00071).
 
-    Pairs of a head that turn more than beta_fast times in original_max_position_embeddings tokens keep their frequency,
-    those that turn less than beta_slow times have it divided by `factor`, with a ramp over the pairs in between, whose
-    ends are whole numbers where `truncate` says so. Queries and keys are multiplied by attention_factor; None: by
-    0.1 ln(factor) + 1, or by (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1) where both are given.
+    Pairs of a head that turn more than beta_fast times in original_max_position_embeddings tokens keep their frequency;
+    those that turn less than beta_slow times have it divided by `factor`; between them is a ramp, whose ends are whole
+    numbers with `truncate`. Queries and keys are multiplied by attention_factor; None means 0.1 ln(factor) + 1, or
+    (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1) if both are given.
     """
 
     rope_type: str = setting(one_of("yarn"), "yarn")
@@ -115,7 +115,7 @@ def _layer_numbers(value: object, where: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. RecipeError (a ValueError) names the field that is wrong."""
+    """The shape of a GPT. RecipeError (a ValueError) names the invalid field."""
 
     layers: int = setting(integer(1, 10_000))
     """Transformer blocks."""
@@ -128,12 +128,11 @@ class GPTConfig:
     ffn: int = setting(_size)
     """Inner width of the SwiGLU."""
     context: int = setting(integer(1, 2**24))
-    """The longest sequence, in tokens. Training windows are as long unless `batch.context` says otherwise."""
+    """The longest sequence, in tokens. Training windows have this length unless `batch.context` says otherwise."""
     vocab_size: int = setting(_size)
-    """Rows of the embedding. A recipe that leaves it out gets the tokenizer's vocabulary, rounded up to a multiple of
-    64."""
+    """Rows of the embedding. By default a recipe uses the tokenizer's vocabulary, rounded up to a multiple of 64."""
     head_dim: int = setting(optional(_size), None)
-    """Width of one head, an even number. None: width / heads, which is what the field then holds."""
+    """Width of one head, an even number. None: width / heads, which then is the field's value."""
     qk_norm: bool = setting(boolean, False)
     """RMSNorm of queries and keys, before RoPE (Qwen3, OLMo 2)."""
     tied: bool = setting(boolean, True)
@@ -149,14 +148,14 @@ class GPTConfig:
     qk_norm_over: str = setting(one_of("head", "width"), "head")
     """What `qk_norm` normalises: every head alone (Qwen3), or all heads together (OLMo 2)."""
     norms: str = setting(one_of("before", "after"), "before")
-    """Where a block's norms stand: before its layers (Llama), or after them, ahead of the addition to the stream
+    """Position of a block's norms: before its layers (Llama), or after them, before the addition to the stream
     (OLMo 2)."""
     o_bias: bool = setting(boolean, False)
     """A bias on attention's output projection."""
     mlp_bias: bool = setting(boolean, False)
     """Biases in the feed-forward layer."""
     window: int | None = setting(optional(_size), None)
-    """Keys that a query sees, its own included; None: all up to its own."""
+    """Number of keys that a query sees, its own included; None: all up to its own."""
     full_layers: tuple[int, ...] = setting(_layer_numbers, ())
     """Layers that ignore `window`, counted from 0."""
     scaled_windows: bool = setting(boolean, True)
@@ -164,7 +163,7 @@ class GPTConfig:
     no_rope_layers: tuple[int, ...] = setting(_layer_numbers, ())
     """Layers without RoPE, counted from 0 (SmolLM3)."""
     family: str | None = setting(optional(one_of(*FAMILIES)), None)
-    """The transformers model type that weights are written as, where several families have this shape."""
+    """The transformers model type under which weights are written, if several families have this shape."""
 
     def __post_init__(self) -> None:
         _parse(self, "model")
@@ -203,9 +202,9 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTConfig:
-        """The shape that `name` stands for, at the vocabulary it is named for unless vocab_size is given.
+        """The shape of a preset, with its own vocabulary unless vocab_size is given.
 
-        Overrides replace single fields; where they change width or heads, head_dim is width / heads again unless given.
+        Overrides replace single fields; if they change width or heads, head_dim is width / heads again unless given.
         RecipeError for an unknown name or field.
         """
         if name not in PRESETS:

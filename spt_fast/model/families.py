@@ -1,7 +1,7 @@
-"""The families of models that a GPT can be: what sets them apart, by field of a GPTConfig.
+"""The families of models that a GPT can be: their differences, by field of a GPTConfig.
 
-A family is a row. The fields of PLAIN are those by which families differ: a family's models have them at the value that
-`fixed` says, at any value where config.json says them (`written`) or where they are `free`, else as PLAIN has them.
+A family is a row. The fields of PLAIN are those in which families differ. In a family's models such a field has the
+value in `fixed`, any value if config.json gives it (`written`) or if it is `free`, and else the value in PLAIN.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class Family:
     architecture: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     written: Mapping[str, str] = field(default_factory=dict)
-    """By field of a GPTConfig one of config.json that equals it; fields that one name stands for are equal."""
+    """Equal fields of config.json by field of a GPTConfig; fields with the same name are equal."""
     free: frozenset[str] = frozenset()
     windowed: Callable[[Mapping[str, Any], int], bool] | None = None
-    """Whether a layer has the window, by a config.json that doesn't say so layer by layer; None: none has."""
+    """Whether a layer has the window, if config.json doesn't say so layer by layer; None: none has."""
     fused: bool = False
     """One tensor holds queries, keys and values, another one gate and up."""
     unsaid: Mapping[str, Any] = field(default_factory=dict)
-    """Values of fields that a config.json leaves out, where families differ in them."""
+    """Default values of fields that a config.json leaves out, if families differ in them."""
 
     rope_theta: float = 10_000.0
     """The same for the base of the rotary embedding."""
 
     def misfits(self, shape: Any) -> list[str]:
-        """The fields of a GPTConfig that no model of this family has so."""
+        """The fields of a GPTConfig whose values no model of this family has."""
         of_file: dict[str, Any] = {}
         for ours, theirs in self.written.items():
             of_file.setdefault(theirs, getattr(shape, ours))
@@ -125,11 +125,11 @@ FAMILIES = {
         unsaid={"rms_norm_eps": 1e-5},
     ),
 }
-"""By model_type. A shape that names no family is of the first that has such."""
+"""By model_type. A shape without a family gets the first one that fits."""
 
 
 def family_of(shape: Any) -> str:
-    """The model_type of a GPTConfig's family; RecipeError where there is none."""
+    """The model_type of a GPTConfig's family; RecipeError if there is none."""
     if shape.family is not None:
         if wrong := FAMILIES[shape.family].misfits(shape):
             expected = f"the family {shape.family} has no such models; choose another value or another family"
@@ -139,7 +139,7 @@ def family_of(shape: Any) -> str:
         if not family.misfits(shape):
             return name
     *others, last = [name for name, plain in PLAIN.items() if getattr(shape, name) != plain]
-    expected = f"no family of models has it beside {', '.join(others)}; choose one"
+    expected = f"no family of models combines it with {', '.join(others)}; choose one"
     if not others:
-        expected = "no family of models has it alone; docs/families.md says what goes with it"
+        expected = "no family of models has only this; docs/families.md lists what belongs with it"
     raise RecipeError(invalid(f"model.{last}", getattr(shape, last), expected))

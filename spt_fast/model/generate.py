@@ -1,4 +1,4 @@
-"""Sampling from a GPT, one token at a time, of many texts side by side."""
+"""Sampling from a GPT, one token at a time, for many texts in one batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spt_fast.model.config import GPTConfig
 
 
 class Model(Protocol):
-    """What is needed of a GPT."""
+    """The interface that sampling needs of a GPT."""
 
     config: GPTConfig
 
@@ -39,17 +39,16 @@ def generate(
     stop_id: int | None = None,
     vocab_size: int | None = None,
 ) -> list[list[int]]:
-    """Each prompt and up to `new_tokens` more, ending early with `stop_id` where that is drawn.
+    """Each prompt and up to `new_tokens` more; a text ends early if `stop_id` is drawn.
 
-    A token sees the last `context` tokens before it. As long as that is the whole text, keys and values are kept and a
-    token costs one position; in a longer text every token costs a pass over `context` positions, and a warning says so.
-    temperature 0 takes the likeliest token; top_k draws from that many likeliest only, top_p of these, at the
-    temperature, from the fewest whose probabilities sum to at least that (Holtzman et al. 2019, 3.1). vocab_size: the
-    tokenizer's, where the model's is padded beyond it; only its ids are drawn. Each text is drawn by `seed` alone,
-    whatever stands beside it; the global generator stays as it is.
-    SptError (a ValueError): an empty prompt, an id that the model has no embedding of, new_tokens below 0, a
-    temperature below 0 or not finite, a top_k below 1, a top_p that isn't above 0 and at most 1, a seed that isn't one
-    of 64 bits, logits that are not finite.
+    A token sees the last `context` tokens before it. While that is the whole text, keys and values are cached and a
+    token costs one position; in a longer text every token costs a pass over `context` positions, with a warning.
+    temperature 0 takes the likeliest token; top_k draws only from that many likeliest tokens, and top_p from the fewest
+    of these whose probabilities, at the temperature, sum to at least that (Holtzman et al. 2019, 3.1). vocab_size: the
+    tokenizer's, if the model's is padded beyond it; only its ids are drawn. Each text depends on `seed` alone, not on
+    the other texts; the global generator is not used. SptError (a ValueError): an empty prompt, an id outside of the
+    model's vocabulary, new_tokens below 0, a temperature below 0 or not finite, a top_k below 1, a top_p that isn't
+    above 0 and at most 1, a seed that isn't one of 64 bits, logits that are not finite.
     """
     for tokens in prompts:
         if not tokens:
@@ -84,7 +83,7 @@ def _draw(
     logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> int:
     if not logits_V.isfinite().all():
-        raise SptError("weights: give logits that are not finite; the run diverged, so take an earlier checkpoint")
+        raise SptError("weights: give logits that are not finite; the run diverged, so use an earlier checkpoint")
     if temperature == 0:
         return int(logits_V.argmax())
     if top_k is not None and top_k < len(logits_V):
@@ -97,17 +96,18 @@ def _draw(
 
 
 class _Reader:
-    """Reads growing texts: by a cache while the model sees all of a text, else its last `context` tokens anew."""
+    """Reads growing texts: with a cache while the model sees all of a text, else its last `context` tokens each
+    time."""
 
     def __init__(self, model: Model, texts: list[list[int]], new_tokens: int) -> None:
         self.model, self.texts, self.new_tokens = model, texts, new_tokens
         self.cache: Cache | None = None
         self.rows: list[int] = []
-        """The texts that the cache holds."""
+        """The texts in the cache."""
         self.warned = False
 
     def read(self, growing: list[int]) -> dict[int, Tensor]:
-        """Logits [V] of what follows each of these texts, by its number."""
+        """Logits [V] of the next token of each of these texts, by number."""
         context = self.model.config.context
         seen = [n for n in growing if len(self.texts[n]) <= context]
         found = self._read_cached(seen) if seen else {}

@@ -4,13 +4,13 @@ Legend: B sequences, T positions, D width, H query heads, K key/value heads, Q h
 V vocabulary.
 
 A block reads the residual stream twice. Every read is a norm, and every norm but the first follows an addition to the
-stream, so the stream runs through `add_rms_norm`: h is what the next layer sees, stream what it adds to.
+stream, so the stream runs through `add_rms_norm`: h is the input of the next layer, stream is what it adds to.
 
     h = norm(stream)
     for each block:   h, stream = add_norm(attention(h), stream);   h, stream = add_norm(feed_forward(h), stream)
     loss = linear_cross_entropy(h, head)
 
-Where norms stand after the layers (OLMo 2), layers read the stream itself, and only the head reads a norm of it:
+If norms come after the layers (OLMo 2), layers read the stream itself, and only the head reads a norm of it:
 
     for each block:   stream = stream + norm(attention(stream));   stream = stream + norm(feed_forward(stream))
     h = norm(stream)
@@ -58,11 +58,11 @@ if TYPE_CHECKING:
     from spt_fast.data.base_tokenizer import BaseTokenizer
 
 FP8_WIDTH = 2048
-"""A matmul with a weight that is narrower either way is never taken in fp8: quantising costs more than is won."""
+"""Smallest width, either way, of a weight whose matmul uses fp8: below it, quantising costs more than it gains."""
 
 
 class Block(nn.Module):
-    """The parameters and the two layers of one block; the additions and norms between layers are the model's."""
+    """The parameters and the two layers of one block; the additions and norms between layers belong to the model."""
 
     attention_norm: nn.Parameter
     wqkv: nn.Parameter
@@ -99,7 +99,7 @@ class Block(nn.Module):
         fp8: bool,
         attend: Callable[..., Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(the next block's h, the stream after this block); `attend`: a cache's, in the place of attention to h."""
+        """(the next block's h, the stream after this block); `attend`: a cache's method instead of attention to h."""
         attended_BTD = self.attention(h_BTD, cos, sin, cu_seqlens, fp8, attend)
         if self.norms_after:
             stream_BTD = stream_BTD + rms_norm(attended_BTD, self.attention_norm, self.norm_eps, largest=fp8)
@@ -141,7 +141,7 @@ class Block(nn.Module):
     def positioned(
         self, q_BTHQ: Tensor, k_BTKQ: Tensor, cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys as attention takes them: normalised, and rotated to their positions."""
+        """Queries and keys for attention: normalised, and rotated to their positions."""
         if cos is None or sin is None:
             return q_BTHQ, k_BTKQ
         if self.q_norm is None or self.k_norm is None:
@@ -160,7 +160,7 @@ class Block(nn.Module):
 
 
 def product(x: Tensor, weight: Tensor, fp8: bool, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, where `fp8` asks for it and the weight is wide enough with operands rounded to fp8."""
+    """x @ weight.T + bias; with `fp8` and a wide enough weight, the operands are rounded to fp8."""
     if not (fp8 and gains_by_fp8(weight.shape)):
         return linear(x, weight, bias)
     return fp8_linear(x, weight) if bias is None else fp8_linear(x, weight) + bias
@@ -183,12 +183,12 @@ def _register(module: nn.Module, rows: Iterable[Parameter]) -> None:
 
 
 class GPT(nn.Module):
-    """A GPT of the given shape, its parameters drawn by `seed` alone.
+    """A GPT of the given shape; its initial parameters depend on `seed` only.
 
     Matrices are normal with standard deviation 0.02, the two projections into the residual stream of each block with
-    0.02 / sqrt(2·layers) (GPT-2); norms are 1, biases 0. Numbers are drawn on the CPU by their own generator, so that
-    they are the same on every device and the global generator neither matters nor moves. On the meta device nothing is
-    drawn.
+    0.02 / sqrt(2·layers) (GPT-2); norms are 1, biases 0. Numbers are drawn on the CPU by a separate generator, so that
+    they are the same on every device and the global generator is neither used nor changed. On the meta device nothing
+    is drawn.
     """
 
     embedding: nn.Parameter
@@ -200,10 +200,10 @@ class GPT(nn.Module):
         self.config = config
         self.checkpointing = "none"
         """What the backward pass recomputes to save memory: nothing; within a block all but matmuls and attention
-        ("selective"); or whole blocks ("full"). Changes no result."""
+        ("selective"); or whole blocks ("full"). It does not change results."""
         self.fp8 = False
-        """Whether training takes the blocks' wide matmuls in fp8 (kernels/fp8.py). Evaluation and generation never do:
-        they measure the weights as they will be used."""
+        """Whether training computes the blocks' wide matmuls in fp8 (kernels/fp8.py). Evaluation and generation never
+        do: they measure the weights as they will be used."""
         _register(self, around_blocks(config))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self._rope_tables: dict[tuple[torch.device, str, int], tuple[Tensor, Tensor]] = {}
@@ -218,7 +218,7 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]: the head's own, or the embedding that it is tied to."""
+        """[V, D]: the head's own weight, or the embedding that it is tied to."""
         return self.embedding if self.head is None else self.head
 
     def forward(
@@ -229,13 +229,13 @@ class GPT(nn.Module):
         reduction: str = "mean",
         scale: float | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] in the parameters' dtype; with targets the loss instead, in float32, its logits never whole.
+        """Logits [B, T, V] in the parameters' dtype; with targets the loss instead, in float32, without all logits.
         Under torch.autocast the parameters are cast to its dtype, and gradients have the parameters' own.
 
         tokens_BT and targets_BT are integers [B, T]; a target of -100 is left out, and the mean is over the others.
         reduction is "mean" or "sum" (scalars), or "none" ([B·T]), in nats. cu_seqlens int32 [n+1] cuts the B·T tokens,
-        read as one line, into documents: attention stays inside a document and positions start anew in each (and in
-        each row). scale: as in linear_cross_entropy, of a loss that is only made for its `backward()`.
+        flattened, into documents: attention stays inside a document and positions restart in each (and in each row).
+        scale: as in linear_cross_entropy, for a loss that is only used for its `backward()`.
         ValueError: more than config.context tokens.
         """
         if torch.is_autocast_enabled(tokens_BT.device.type) and isinstance(self.embedding, nn.Parameter):
@@ -263,8 +263,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def next_logits(self, tokens_NT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits [N, V] of what follows each row of tokens, or the text in the cache and then the row, which the cache
-        holds from then on."""
+        """Logits [N, V] of the token after each row of tokens, or after the cached text and then the row, which is
+        added to the cache."""
         with torch.autocast(tokens_NT.device.type, enabled=False):
             h_NTD = self._hidden(tokens_NT, None, cache)
             if cache is not None:
@@ -272,7 +272,7 @@ class GPT(nn.Module):
             return F.linear(h_NTD[:, -1], self.head_weight)
 
     def _hidden(self, tokens_BT: Tensor, cu_seqlens: Tensor | None, cache: Cache | None = None) -> Tensor:
-        """What the head reads [B, T, D]."""
+        """The head's input [B, T, D]."""
         B, T = tokens_BT.shape
         eps = self.config.norm_eps
         blocks = cast("list[Block]", [*self.blocks])
@@ -303,10 +303,10 @@ class GPT(nn.Module):
     def _cos_sin(
         self, B: int, T: int, cu_seqlens: Tensor | None, kind: str, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The rotary tables in float32: [T, Q], or [B, T, Q] where positions are others in each row.
+        """The rotary tables in float32: [T, Q], or [B, T, Q] if positions differ between rows.
 
-        kind: as of GPTConfig.rope_of. Tables are kept, since a recorded CUDA graph reads them where they lie; they have
-        a power of two of rows, so that all of them together are at most twice the longest.
+        kind: as in GPTConfig.rope_of. Tables are kept, since a recorded CUDA graph reads them at their addresses; they
+        have a power of two of rows, so that all of them together are at most twice the longest.
         """
         if kind == "none":
             return None, None
@@ -332,20 +332,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def untie(self) -> None:
-        """Gives the head its own parameter, a copy of the embedding; an untied model stays as it is."""
+        """Gives the head its own parameter, a copy of the embedding; an untied model is unchanged."""
         if self.head is None:
             self.head = nn.Parameter(self.embedding.detach().clone())
             self.config = dataclasses.replace(self.config, tied=False)
 
     @classmethod
     def from_hf(cls, folder: str | Path, dtype: torch.dtype | None = None) -> GPT:
-        """The model in a Hugging Face folder, on the CPU, in `dtype`, by default the one that it is stored in; see
+        """The model in a Hugging Face folder, on the CPU, in `dtype`, by default the stored one; see
         spt_fast.model.hf."""
         return cls.with_weights(*hf.load(folder, dtype))
 
     @classmethod
     def without_weights(cls, config: GPTConfig) -> GPT:
-        """A model on the meta device, which has shapes only."""
+        """A model on the meta device, which has only shapes."""
         with torch.device("meta"):
             return cls(config)
 
@@ -367,12 +367,12 @@ class GPT(nn.Module):
         return self.generate_batch([tokens], new_tokens, **sampling)[0]
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], new_tokens: int, **sampling: Any) -> list[list[int]]:
-        """As `generate` for each prompt, with all of them in one batch."""
+        """`generate` for each prompt, with all of them in one batch."""
         return generate.generate(self, prompts, new_tokens, **sampling)
 
 
 def drawn(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The initial values of every parameter of a GPT, fp32 on the CPU, one after the other."""
+    """The initial values of every parameter of a GPT, fp32 on the CPU, in order."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in table(config).items():
         values = torch.full(parameter.shape, parameter.kind.mean, dtype=torch.float32, device="cpu")
@@ -382,7 +382,7 @@ def drawn(config: GPTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def _keep_matmuls() -> tuple[Any, Any]:
-    """A checkpointed block keeps the results of matmuls and attention; what is cheap is recomputed."""
+    """A checkpointed block keeps the results of matmuls and attention; cheap operations are recomputed."""
 
     ours = torch.ops.spt_fast
     matmuls = (

@@ -1,8 +1,8 @@
-"""Weights in and out of a Hugging Face folder: model.safetensors, config.json, tokenizer files.
+"""Weights in Hugging Face folders, read and written: model.safetensors, config.json, tokenizer files.
 
-This is the project's own form of weights too, so that every phase's result loads in transformers as it is.
-What config.json means is in hf_config.py, which tensors hold a parameter in parameters.py; a tensor that has no place
-in a GPT is refused by name. Only safetensors are read: a pickle can run code.
+This is also the project's own weight format, so that every phase's result loads in transformers directly. hf_config.py
+interprets config.json, and parameters.py lists the tensors of each parameter; a tensor without a place in a GPT is
+refused by name. Only safetensors are read: a pickle can run code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from spt_fast.data.base_tokenizer import BaseTokenizer
 
 CARRIED = (*HF_FILES, "generation_config.json", "tokenizer.tiktoken")
-"""Files beside the weights that go along with them, byte for byte."""
+"""Files beside the weights that are copied with them, byte for byte."""
 BASE_CONFIG = "base_config.json"
 """In a run's folder, the config.json of the base that it began with."""
 
@@ -45,7 +45,7 @@ HEAD, EMBEDDING, FREQUENCIES = "lm_head.weight", "model.embed_tokens.weight", "r
 
 def load(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Shape and weights of the model in `folder`: the GPT's parameters by name, on the CPU, in `dtype`, by default the
-    one that they are stored in (float32 where they differ).
+    stored one (float32 if tensors differ).
 
     CheckpointError: no such folder, no safetensors in it, a damaged or missing file or tensor, or a configuration that
     a GPT can't represent.
@@ -55,7 +55,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[GPTConfi
 
 
 def stored_weights(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[GPTConfig, Stored]:
-    """As `load`, but a parameter is read when it is asked for. Names and shapes are checked now."""
+    """`load`, but each parameter is read when it is used. Names and shapes are checked now."""
     folder = Path(folder)
     config = read_config(folder)
     places = _places(folder)
@@ -72,14 +72,14 @@ def stored_weights(folder: str | Path, dtype: torch.dtype | None = None) -> tupl
                 raise CheckpointError(f"{folder}: tensor {source} is missing; copy the folder again")
             found, shape = [*left.pop(source)[1].shape], [rows, *parameter.shape[1:]]
             if found != shape:
-                raise CheckpointError(f"{folder}: tensor {source} is {found}; by {CONFIG} it is {shape}")
-    for name in [name for name in left if name.endswith(FREQUENCIES)]:  # old files hold what follows from config.json
+                raise CheckpointError(f"{folder}: tensor {source} is {found}; by {CONFIG} it should be {shape}")
+    for name in [name for name in left if name.endswith(FREQUENCIES)]:  # old files store what config.json implies
         file, like = left.pop(name)
         held, expected = torch.empty(like.shape), rotary.frequencies(config, torch.device("cpu"))
         fill(held, file, name)
         if held.shape != expected.shape or not torch.allclose(held, expected, rtol=0.01):
             raise CheckpointError(
-                f"{folder}: tensor {name} holds other frequencies than those of {CONFIG}; mend either"
+                f"{folder}: tensor {name} holds other frequencies than those of {CONFIG}; correct either"
             )
     if config.tied:
         left.pop(HEAD, None)
@@ -111,13 +111,13 @@ def save(
 ) -> None:
     """Writes model.safetensors, config.json and a tokenizer's files, for AutoModelForCausalLM and AutoTokenizer.
 
-    weights: the GPT's parameters by name, or pairs of both, which are written as they come. dtype float32, bfloat16 or
-    float16; None keeps the weights' own. like: a Hugging Face folder, or a run that began with one, whose tokenizer,
-    settings of generation, special ids and metadata go along as they are.
-    metadata: what is to be known of the weights, kept in model.safetensors; `read_metadata` gives it back. Everything
-    is written and flushed in a folder of its own and then moved into place, config.json last; other files in the folder
-    are left alone. overwrite: False raises CheckpointError rather than replace anything that differs, or be read
-    together with another model's shards; True has another model's files removed.
+    weights: the GPT's parameters by name, or pairs of both, which are written in the given order. dtype float32,
+    bfloat16 or float16; None keeps the weights' own. like: a Hugging Face folder, or a run that began with one, whose
+    tokenizer, generation settings, special ids and metadata are copied. metadata: information on the weights, kept in
+    model.safetensors; `read_metadata` returns it. Everything is written and flushed in a temporary folder and then
+    moved into place, config.json last; other files in the folder are left alone. overwrite: False raises
+    CheckpointError instead of replacing files that differ, or of adding to another model's shards; True removes another
+    model's files.
     """
     folder = Path(folder)
     if dtype is None:
@@ -127,7 +127,7 @@ def save(
         raise CheckpointError(invalid("dtype", dtype, "float32, bfloat16 or float16"))
     if hf_config.family_of(config) == "llama" and config.width % config.heads:
         warnings.warn(
-            f"{folder}: transformers loads no Llama whose {config.heads} heads don't divide its width "
+            f"{folder}: transformers can't load a Llama whose {config.heads} heads don't divide its width "
             f"{config.width}; GPT.from_hf does",
             SptWarning,
             stacklevel=3,
@@ -165,11 +165,11 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
-            folder.rmdir()  # where nothing came into it
+            folder.rmdir()  # if it is empty
 
 
 def carry(source: Path, folder: Path) -> None:
-    """Copy what goes along with the weights in a folder to another."""
+    """Copy the files that belong to the weights in a folder to another."""
     for name in _carried(source):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)
@@ -181,8 +181,8 @@ def _carried(folder: Path) -> list[str]:
 
 
 def _make_way(folder: Path, names: Collection[str], temporary: Path, *, overwrite: bool) -> None:
-    """Remove what would be taken for a part of the model whose files are `temporary`; CheckpointError instead where
-    that isn't wanted."""
+    """Remove files that would be read as a part of the model whose files are `temporary`; CheckpointError instead
+    unless `overwrite`."""
     others = {INDEX, "pytorch_model.bin", *_carried(folder)} | {path.name for path in folder.glob("*.safetensors")}
     differing = []
     for name in sorted({*names, *others}):
@@ -195,7 +195,7 @@ def _make_way(folder: Path, names: Collection[str], temporary: Path, *, overwrit
             f"out: {folder} holds {differing[0]} of another model; choose another folder, or add `overwrite=True`",
             argument=True,
         )
-    for name in [CONFIG, *differing] if differing else ():  # without the first, what is left is no model
+    for name in [CONFIG, *differing] if differing else ():  # without the config, the rest is no model
         (folder / name).unlink(missing_ok=True)
 
 
@@ -222,8 +222,8 @@ def _write(
 
 
 def read_config(folder: str | Path) -> GPTConfig:
-    """The shape of the model in `folder`: that of its config.json, but with a head of its own where the weights hold
-    one that differs from the embedding. CheckpointError names what a GPT can't represent."""
+    """The shape of the model in `folder`: that of its config.json, but with a separate head if the weights hold one
+    that differs from the embedding. CheckpointError names what a GPT can't represent."""
     folder = Path(folder)
     config = hf_config.read_config(folder)
     if (folder / ADAPTER).exists():
@@ -234,7 +234,7 @@ def read_config(folder: str | Path) -> GPTConfig:
     if HEAD not in places or EMBEDDING not in places or _equal(places, HEAD, EMBEDDING):
         return config
     warnings.warn(
-        f"{folder}: {HEAD} differs from {EMBEDDING}, though {CONFIG} says tie_word_embeddings: true; it is kept",
+        f"{folder}: {HEAD} differs from {EMBEDDING}, although {CONFIG} says tie_word_embeddings: true; it is kept",
         SptWarning,
         stacklevel=3,
     )
@@ -242,7 +242,7 @@ def read_config(folder: str | Path) -> GPTConfig:
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
-    """What `save` was told to keep beside the weights; empty where another program wrote them."""
+    """The metadata that `save` kept beside the weights; empty if another program wrote them."""
     if not (folder / WEIGHTS).exists():
         return {}
     with opened(folder / WEIGHTS) as stored:
@@ -250,14 +250,14 @@ def read_metadata(folder: Path) -> dict[str, str]:
 
 
 def _equal(places: Mapping[str, tuple[Path, Tensor]], a: str, b: str) -> bool:
-    """Whether two tensors are equal, read as far as that takes."""
+    """Whether two tensors are equal; stops reading at the first difference."""
     (file_a, like_a), (file_b, like_b) = places[a], places[b]
     both = zip(pieces(file_a, a), pieces(file_b, b), strict=True)
     return like_a.shape == like_b.shape and all(bool((x == y).all()) for x, y in both)
 
 
 def _places(folder: Path) -> dict[str, tuple[Path, Tensor]]:
-    """Of each tensor in the folder its file, and its shape and dtype."""
+    """The file of each tensor in the folder, and its shape and dtype."""
     listed = {} if (folder / WEIGHTS).exists() else _index(folder)
     found: dict[str, tuple[Path, Tensor]] = {}
     for file in [folder / name for name in sorted(set(listed.values()) or {WEIGHTS})]:
@@ -284,7 +284,7 @@ def _index(folder: Path) -> dict[str, str]:
     shards = set(listed.values())
     if absent := sorted(name for name in shards if not (folder / name).exists()):
         raise CheckpointError(
-            f"{folder / absent[0]}: cannot be read, as it is not there; {INDEX} lists {len(shards)} shards, and "
+            f"{folder / absent[0]}: cannot be read because it is missing; {INDEX} lists {len(shards)} shards, and "
             f"{len(absent)} of them are missing: download the rest of the folder"
         )
     return listed
@@ -294,10 +294,10 @@ def _without_weights(folder: Path) -> CheckpointError:
     def found(*patterns: str) -> str | None:
         return min((file.name for pattern in patterns for file in folder.glob(pattern)), default=None)
 
-    if (folder / WEIGHTS).is_symlink():  # as in Hugging Face's cache, where a download was broken off
-        return CheckpointError(f"{folder / WEIGHTS}: is a link to a file that is not there; download it again")
+    if (folder / WEIGHTS).is_symlink():  # as in Hugging Face's cache after an interrupted download
+        return CheckpointError(f"{folder / WEIGHTS}: is a link to a missing file; download it again")
     if shard := found("*.safetensors"):
-        return CheckpointError(f"{folder}: {shard} is there without {INDEX}, which lists its shards; copy that as well")
+        return CheckpointError(f"{folder}: has {shard} without {INDEX}, which lists its shards; copy that as well")
     if pickle := found("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"):
         return CheckpointError(
             f"{folder}: {pickle} is a pickle, which can run code and is never read; convert it to safetensors, for "

@@ -1,9 +1,9 @@
-"""config.json of a Hugging Face folder, and the shape of a GPT: read into each other, or refused by name.
+"""config.json of a Hugging Face folder and the shape of a GPT, converted into each other, or refused by name.
 
-Every field is one of: a field of a GPTConfig (`FIELDS`, and what a family writes), part of the rotary embedding or of
-the window, one that a GPT has at a single value (`ONLY`), or one that changes nothing that is computed
-(`WITHOUT_EFFECT`). Any other is refused where its name
-speaks of what a model computes, and named in a warning where not: none is left out in silence.
+Every field is one of: a field of a GPTConfig (`FIELDS`, and a family's own), part of the rotary embedding or of the
+window, one that a GPT has at a single value (`ONLY`), or one without effect on the computation (`WITHOUT_EFFECT`).
+Any other field is refused if its name suggests that it affects the computation, and named in a warning otherwise: none
+is ignored silently.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ FIELDS = {
     "tied": "tie_word_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-"""Fields of config.json by those of a GPTConfig that they equal."""
+"""Fields of config.json by the equal fields of a GPTConfig."""
 
 ROPE_TABLES = ("rope_parameters", "rope_scaling")
 """Where transformers 5 and 4 write the rotary embedding."""
@@ -69,7 +69,7 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "layer_types": lambda types: isinstance(types, list) and all(type_ == "full_attention" for type_ in types),
     "sliding_window": lambda window: window is None,
 }
-"""Whether a value is a GPT's."""
+"""Whether a GPT can have a value."""
 
 _WITHOUT_EFFECT = (
     "model_type architectures torch_dtype dtype transformers_version initializer_range use_cache pretraining_tp "
@@ -82,7 +82,7 @@ _WITHOUT_EFFECT = (
     "diversity_penalty encoder_no_repeat_ngram_size no_repeat_ngram_size transformers.js_config"
 )
 WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT.split())
-"""In training by spt_fast, evaluation and generation. So have names that begin with an underscore."""
+"""In training by spt_fast, evaluation and generation. Names that begin with an underscore have none either."""
 
 _OF_THE_FUNCTION = re.compile(
     "(?!.*(dropout|pdrop)).*(act|alibi|attention|attn|auto_map|bias|cap|clip|conv|decoder|embed|expert|gate|head|"
@@ -98,7 +98,7 @@ def read_config(folder: str | Path) -> GPTConfig:
     if given.get("auto_map"):
         raise CheckpointError(
             f"{file}: auto_map {shown(given['auto_map'])} cannot be represented by a GPT: code that comes with a model "
-            "is never run; remove auto_map where the model needs no code of its own"
+            "is never run; remove auto_map if the model needs no code of its own"
         )
     model_type = given.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -137,7 +137,7 @@ def read_config(folder: str | Path) -> GPTConfig:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file of a model folder; CheckpointError where there is none."""
+    """The object in a file of a model folder; CheckpointError if there is none."""
     try:
         check_regular(file)
         with file.open(encoding="utf-8-sig") as opened:
@@ -170,7 +170,7 @@ def _refused(file: Path, field: str, value: object) -> CheckpointError:
 
 
 def _check_fields(hf: Mapping[str, Any], family: Family, file: Path) -> None:
-    """Refuse what a GPT doesn't compute, and warn of what nothing is known about."""
+    """Refuse what a GPT doesn't compute, and warn of unknown fields."""
     if hf.get("architectures") not in (None, [], [family.architecture]):
         raise _refused(file, "architectures", hf["architectures"])
     for field in SPECIAL_IDS:
@@ -180,7 +180,7 @@ def _check_fields(hf: Mapping[str, Any], family: Family, file: Path) -> None:
     read = {*FIELDS.values(), *family.written.values(), *family.unsaid, *ROPE, *WITHOUT_EFFECT}
     read |= {"sliding_window", "layer_types"} if family.windowed else set()
     read |= {"no_rope_layers", "no_rope_layer_interval"} if "no_rope_layers" in family.free else set()
-    if hf.get("use_sliding_window") is False:  # Qwen's files hold the size of a window that isn't used
+    if hf.get("use_sliding_window") is False:  # Qwen's files hold the size of an unused window
         read |= {"sliding_window"}
     unknown = []
     for field, value in hf.items():
@@ -197,11 +197,11 @@ def _check_fields(hf: Mapping[str, Any], family: Family, file: Path) -> None:
         else:
             unknown.append(field)
     if unknown:
-        warnings.warn(f"{file}: a GPT has no place for {shown(', '.join(unknown))}; left out", SptWarning, stacklevel=5)
+        warnings.warn(f"{file}: a GPT has no place for {shown(', '.join(unknown))}; ignored", SptWarning, stacklevel=5)
 
 
 def _of_layers(hf: Mapping[str, Any], family: Family, layers: range, file: Path) -> dict[str, Any]:
-    """The window, and the layers without it and without RoPE; another ValueError for wrong values."""
+    """The window, and the layers without it and without RoPE; ValueError for wrong values."""
     found: dict[str, Any] = {}
     if "no_rope_layers" in family.free:
         interval = integer(1)(hf.get("no_rope_layer_interval", 4), "no_rope_layer_interval")
@@ -231,8 +231,8 @@ def _of_layers(hf: Mapping[str, Any], family: Family, layers: range, file: Path)
 
 
 def _rope(hf: Mapping[str, Any], file: Path, *, by_layer_type: bool) -> tuple[Any, Scaling | None, bool]:
-    """Base and scaling of the rotary embedding, which may stand in several places that have to agree; and whether
-    layers with a window are scaled too."""
+    """Base and scaling of the rotary embedding, which may be in several places that have to agree; and whether layers
+    with a window are scaled too."""
     thetas, scalings, scaled_windows = [hf["rope_theta"]] if "rope_theta" in hf else [], [], not by_layer_type
     if hf.get("partial_rotary_factor", 1) != 1:
         raise _refused(file, "partial_rotary_factor", hf["partial_rotary_factor"])
@@ -262,7 +262,7 @@ def _rope(hf: Mapping[str, Any], file: Path, *, by_layer_type: bool) -> tuple[An
 
 
 def _rope_table(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> tuple[Any, Scaling | None]:
-    """What one place says; another exception where a GPT can't represent it."""
+    """The value in one place; an exception if a GPT can't represent it."""
     rope = {field: value for field, value in rope.items() if value is not None}
     kinds = {rope[name] for name in ("rope_type", "type") if name in rope} or {"default"}
     (kind,) = kinds
@@ -282,7 +282,7 @@ def _rope_table(hf: Mapping[str, Any], rope: Mapping[str, Any]) -> tuple[Any, Sc
 
 
 def to_hf(config: GPTConfig, dtype: str, eos_id: int | None) -> dict[str, Any]:
-    """config.json, with what transformers 4 and 5 call differently under both names."""
+    """config.json; what transformers 4 and 5 name differently is there under both names."""
     model_type = family_of(config)
     family = FAMILIES[model_type]
     scaling = None
@@ -310,7 +310,7 @@ def to_hf(config: GPTConfig, dtype: str, eos_id: int | None) -> dict[str, Any]:
 
 
 def _said_of_layers(config: GPTConfig, family: Family) -> dict[str, Any]:
-    """What differs from layer to layer."""
+    """The values that differ from layer to layer."""
     said: dict[str, Any] = {}
     if "no_rope_layers" in family.free:
         said["no_rope_layers"] = [int(layer not in config.no_rope_layers) for layer in range(config.layers)]
@@ -321,6 +321,6 @@ def _said_of_layers(config: GPTConfig, family: Family) -> dict[str, Any]:
         said["layer_types"] = [types[config.window_of(layer) is not None] for layer in range(config.layers)]
         if "use_sliding_window" in family.unsaid:
             said["use_sliding_window"] = config.window is not None
-        if "max_window_layers" in family.unsaid and config.window:  # what programs read that know no layer_types
+        if "max_window_layers" in family.unsaid and config.window:  # for programs that don't read layer_types
             said["max_window_layers"] = len(config.full_layers)
     return said

@@ -1,55 +1,55 @@
-"""What a training step needs of memory, part by part, on one of the processes that train together.
+"""The memory of a training step, part by part, on one of the processes that train together.
 
 Legend: L layers, H query heads, K key/value heads, Q head dimension, D width, F feed-forward width, V vocabulary, T
 tokens of a sequence, N tokens of a micro-batch, P parameters, W processes, a bytes of a number in the compute dtype.
 
-What stays: aP of parameters, and in float32 4P of gradients, two moments (8P), a master copy of what is computed in
-bf16 (4P), the anchor (4P); a frozen embedding has its parameters only. ZeRO divides these among the
-processes (Rajbhandari et al., arXiv 1910.02054, section 5), with what DeepSpeed 0.19.8 allocates for it:
+Permanent: aP of parameters, and in float32 4P of gradients, two moments (8P), a master copy if the compute dtype is
+bf16 (4P), the anchor (4P); a frozen embedding has only its parameters. ZeRO divides these among the processes
+(Rajbhandari et al., arXiv 1910.02054, section 5); DeepSpeed 0.19.8 allocates these parts:
 
     stage 1   masters, moments and anchor / W. Gradients whole, in float32, and beside them, until the update, in bf16
-              as autograd hands them on; a bucket of them in float32 to be sent. Masters in float32 runs too.
-    stage 2   gradients / W too (those in bf16 are whole between micro-batches); a bucket as it fills, and one in
-              float32 to be sent.
-    stage 3   parameters / W too, and what is gathered: the embedding and the head for the whole step, the blocks that
-              are needed again within 1e9 parameters (`stage3_max_reuse_distance`), those fetched ahead. Two
-              buckets in float32, or as large as the head, which is sent alone where no bucket holds it.
+              as autograd returns them; a bucket of them in float32 to be sent. Masters in float32 runs too.
+    stage 2   gradients / W too (those in bf16 are whole between micro-batches); a bucket that is being filled, and one
+              in float32 to be sent.
+    stage 3   parameters / W too, and gathered ones: the embedding and the head for the whole step, the blocks that are
+              needed again within 1e9 parameters (`stage3_max_reuse_distance`), prefetched ones. Two buckets in float32,
+              or as large as the head, which is sent alone if no bucket holds it.
     offload   "optimizer": masters, moments, anchor and the process's part of the gradients in host memory; from stage 2
               on the device has one parameter's gradient at a time. "all" (stage 3): the part of the parameters too.
 
-What comes and goes is counted at the moments that can be the peak:
+Temporary memory is counted at the moments that can be the peak:
 
-    loss      the end of the forward pass: all activations, the head's float32 gradient, which the forward pass makes,
-              dx, and a chunk of logits
+    loss      the end of the forward pass: all activations, the head's float32 gradient, which the forward pass
+              computes, dx, and a chunk of logits
     widen     with ZeRO, the beginning of the backward pass: the head's gradient, dx, and dx again in float32
-    scale     with ZeRO then: the head's gradient as made and as handed on, dx twice
+    scale     with ZeRO after that: the head's gradient before and after scaling, dx twice
     last      the last block's backward pass, at the feed-forward layer's activation
-    first     the same of the first block
-    update    the embedding's gradient beside that which it is added to, with ZeRO or on a CPU; the update itself needs
-              less
+    first     the same for the first block
+    update    with ZeRO or on a CPU, the embedding's gradient beside the one that it is added to; the update itself
+              needs less
 
-Gradients are there all the time: in the local engine they lie where they lay a step before.
+Gradients are always allocated: in the local engine they stay where they were a step before.
 
-Activations are what autograd keeps. Per token and layer: 4 D (both norms' results and what they normalised), (H + 2K) Q
+Activations are the tensors that autograd keeps. Per token and layer: 4 D (both norms' results and inputs), (H + 2K) Q
 of the projection, (H + K) Q rotated, H Q of attention, 2 F (gate and up), all of a bytes, and a few float32 numbers;
-once 2 D. A CPU's own attention keeps nothing rotated, but with QK-norm. Where blocks are checkpointed "full" each keeps
-its 2 D inputs (D where norms stand after the layers), "selective" besides the results of its matmuls and of attention;
-the block in its backward pass is there whole.
-On a CPU without a kernel for it, documents cost a mask of T x T a sequence and layer, a window one of T x T a layer.
+once 2 D. A CPU's own attention keeps nothing rotated, except with QK-norm. Blocks that are checkpointed "full" each
+keep their 2 D inputs (D if norms come after the layers), "selective" also the results of its matmuls and of attention;
+the block in its backward pass is whole. On a CPU without a kernel for it, documents cost a mask of T x T per sequence
+and layer, a window one of T x T per layer.
 
-In fp8 each weight that is wide enough is there in both layouts beside its own, 2 bytes a number, from the first
-micro-batch on (with ZeRO one layout from forward to backward pass); and what such a layer reads is kept as one byte a
-number, instead of what the layers before attention and SwiGLU would keep, besides what else keeps it in the others.
+In fp8 each wide enough weight exists in both layouts beside its own, 2 bytes per number, from the first micro-batch on
+(with ZeRO one layout from forward to backward pass). The input of such a layer is kept as one byte per number: instead
+of the tensors that the layers before attention and SwiGLU would keep, and in addition to them in the others.
 
-A norm's weight gradient waits for the end of the step in parts, one for each program that a GPU of SMS multiprocessors
-runs. A step recorded as a CUDA graph has memory of its own for what comes and goes, so that evaluations and steps of
-other shapes take theirs beside it: "recording" is as much again, where a recipe asks for graphs. `cuda_graphs: auto`
-records only where there is room for it.
+A norm's weight gradient is kept in parts until the end of the step, one for each program that a GPU of SMS
+multiprocessors runs. A step recorded as a CUDA graph has its own temporary memory, so that evaluations and steps of
+other shapes need theirs in addition: "recording" is as much again, if a recipe asks for graphs. `cuda_graphs: auto`
+records only if there is room for it.
 
-In float32, products of our own on a CPU (kernels/matmul.py) have a copy of their right factor: the head's weights
-beside the logits, a feed-forward layer's activation beside the gradients of its weights.
+In float32, our own matmuls on a CPU (kernels/matmul.py) copy their right factor: the head's weights beside the logits,
+a feed-forward layer's activation beside the gradients of its weights.
 
-Left out: what CUDA itself, cuBLAS and NCCL hold (0.5 to 2 GB), the allocator's rounding and fragments, evaluation
+Left out: the memory of CUDA itself, cuBLAS and NCCL (0.5 to 2 GB), the allocator's rounding and fragments, evaluation
 (less than a step).
 """
 
@@ -69,10 +69,10 @@ DISTRIBUTIONS = (
     *((stage, "optimizer") for stage in (1, 2, 3)),
     (3, "all"),
 )
-"""(ZeRO stage, offload) that there are."""
+"""All pairs (ZeRO stage, offload)."""
 
 REDUCE_BUCKET = 50_000_000
-"""Numbers that ZeRO sends at once: 200 MB in float32, where DeepSpeed's default would hold 2 GB and more."""
+"""Numbers that ZeRO sends at once: 200 MB in float32; DeepSpeed's default would hold 2 GB and more."""
 SMS = 132
 """Of an H100."""
 STAGE_3_PREFETCH, STAGE_3_REUSE = 50_000_000, 1_000_000_000
@@ -99,15 +99,15 @@ def memory_bytes(
     fp8: bool = False,
     recorded: bool = False,
 ) -> dict[str, int]:
-    """Bytes that a step of `micro_batches` times `micro` sequences takes of one of `world` processes, at its peak.
+    """Bytes of a step of `micro_batches` times `micro` sequences in one of `world` processes, at its peak.
 
-    dtype: of parameters and computation, bfloat16 or float32. context: T, the model's by default. states: numbers that
-    the optimizer keeps for each parameter; hidden_states: for each of a block's matrices, where these differ.
+    dtype: of parameters and computation, bfloat16 or float32. context: T, by default the model's. states: numbers that
+    the optimizer keeps for each parameter; hidden_states: for each of a block's matrices, if these differ.
     fp8, recorded: whether wide layers multiply in fp8, and whether steps are recorded as CUDA graphs.
-    device: "cuda" or "cpu". stage, offload: of ZeRO; stage 0 is the local engine. A phase that unties a tied model has
-    `replace(config, tied=False)`. freeze: as in the recipe's phase.
-    Keys: parameters, gradients, optimizer, activations, logits (what the loss and the head's gradient take besides),
-    communication (buckets), recording, and their sum `total`, on the device; `host`, what is offloaded.
+    device: "cuda" or "cpu". stage, offload: of ZeRO; stage 0 is the local engine. For a phase that unties a tied model
+    pass `replace(config, tied=False)`. freeze: as in the recipe's phase.
+    Keys: parameters, gradients, optimizer, activations, logits (further memory of the loss and the head's gradient),
+    communication (buckets), recording, and their sum `total`, on the device; `host`, the offloaded part.
     """
     assert (stage, offload) in DISTRIBUTIONS, (stage, offload)
     D, V, F, L, a = config.width, config.vocab_size, config.ffn, config.layers, dtype.itemsize
@@ -116,7 +116,7 @@ def memory_bytes(
     T = context or config.context
     tokens = micro * T
 
-    # What stays; gradients at their fullest, where they are accumulated.
+    # Permanent memory; gradients at their maximum, when they are accumulated.
     states_of, gradients_of, parameters_of = (1 if stage < first else world for first in (1, 2, 3))
     masters = 4 if a < 4 or stage in (1, 2) else 0
     hidden = block_matrices(config) if hidden_states is not None else 0
@@ -137,23 +137,23 @@ def memory_bytes(
         root = head if config.tied else 2 * head
         gathered = a * min(P, root + block + STAGE_3_PREFETCH + STAGE_3_REUSE // 2)
     bucket = min(REDUCE_BUCKET, learning)
-    filling = a * bucket * (2 if device == "cuda" else 1)  # one more where messages run beside the computation
+    filling = a * bucket * (2 if device == "cuda" else 1)  # one more, as messages overlap with the computation
     buckets = (4 * bucket if world > 1 else 0, 4 * bucket, filling + 4 * bucket, 8 * max(bucket, head))[stage]
 
-    # Gradients at each moment. Those of ZeRO are accumulated beside autograd's own.
+    # Gradients at each moment. ZeRO accumulates its own beside autograd's.
     made = 4 if stage == 0 else a
     made_head = made * head
     beside = a * learning if a < 4 and (stage == 2 or (stage == 1 and offload == "none")) else 0
     before = gradients + (beside if micro_batches > 1 else 0)
     at_update = gradients + (beside if stage == 1 else 0)
-    waiting = made_head if stage else 0  # the head's, until the embedding's is there to be added
+    waiting = made_head if stage else 0  # the head's, until the embedding's is added
     adds_apart = stage > 0 or (device == "cpu" and (micro_batches > 1 or config.tied))
     added = made_head if learning == P and adds_apart else 0
 
     kept, whole = _of_a_block(config, micro, T, dtype, device, checkpointing, documents)
     in_fp8 = [row for row in of_block(config) if fp8 and row.kind.multiplies and gains_by_fp8(row.shape)]
     read = sum(row.shape[1] for row in in_fp8)
-    read_alone = a * D * sum(row.name in ("wqkv", "w_gate_up") for row in in_fp8)  # kept by nobody else
+    read_alone = a * D * sum(row.name in ("wqkv", "w_gate_up") for row in in_fp8)  # not kept by any other layer
     kept += {"none": read - read_alone, "selective": read, "full": 0}[checkpointing]
     whole += read - read_alone
     layouts = L * sum(2 * row.size + 4 * sum(row.shape) for row in in_fp8)
@@ -194,7 +194,7 @@ def _chunk_of_logits(tokens: int, vocab_size: int, dtype: torch.dtype, device: s
 def _of_a_block(
     config: GPTConfig, micro: int, T: int, dtype: torch.dtype, device: str, checkpointing: str, documents: bool
 ) -> tuple[int, int]:
-    """Bytes a token that a block keeps until its backward pass, and that it has in it, on average."""
+    """Bytes per token that a block keeps until its backward pass, and that it has then, on average."""
     D, H, K, Q, F, a = config.width, config.heads, config.kv_heads, config.head_dim, config.ffn, dtype.itemsize
     L, inputs = config.layers, D if config.norms == "after" else 2 * D  # the stream, and a norm of it
     projected, attended = (H + 2 * K) * Q, H * Q
@@ -204,10 +204,10 @@ def _of_a_block(
     whole = a * (4 * D + projected + rotated + attended + 2 * F) + 4 * (H + 2)
     results = a * (inputs + 2 * D + projected + attended + 2 * F) + 4 * H
     if simple and documents:
-        # q, k, v and the result exist with and without padding; of the projection v is not needed then.
+        # q, k, v and the result exist with and without padding; v of the projection is not needed then.
         whole += 4 * T + a * (attended + K * Q - (0 if config.qk_norm else projected))
     elif documents or device == "cpu":
-        whole, results = whole + 8, results + 8  # where the keys of each query lie
+        whole, results = whole + 8, results + 8  # the positions of each query's keys
     if simple and not documents and config.window and config.window < T:
         whole += a * T * (L - len(config.full_layers)) // (L * micro)
     return {"none": whole, "selective": results, "full": a * inputs}[checkpointing], whole

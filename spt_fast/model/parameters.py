@@ -1,7 +1,7 @@
-"""The table of a GPT's parameters, from which all else about them follows.
+"""The table of a GPT's parameters, from which everything else about them follows.
 
-That is: construction and initial values (gpt.py), counts, FLOPs and memory (flops.py, memory.py), the tensors of a
-Hugging Face folder (hf.py), and what the optimizer decays. A parameter that a GPT holds fused is the rows of several
+This includes construction and initial values (gpt.py), counts, FLOPs and memory (flops.py, memory.py), the tensors of a
+Hugging Face folder (hf.py), and weight decay. A parameter that is fused in a GPT consists of the rows of several
 Hugging Face tensors, one below the other.
 
 Legend: D width, F feed-forward width, Q head dimension, V vocabulary.
@@ -19,14 +19,14 @@ from spt_fast.model.families import FAMILIES, family_of
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What a parameter is: its initial values (normal, or all alike where std is 0) and what becomes of it."""
+    """Kind of a parameter: its initial values (normal, or constant if std is 0) and its use."""
 
     mean: float = 0.0
     std: float = 0.0
     decayed: bool = False
     """Weight decay applies."""
     multiplies: bool = False
-    """It multiplies every token: a matmul of 2 FLOPs a parameter and token in the forward pass."""
+    """It multiplies every token: a matmul of 2 FLOPs per parameter and token in the forward pass."""
     hidden: bool = False
     """A matrix of a block, between hidden activations."""
 
@@ -49,7 +49,7 @@ class Parameter:
     columns: int | None = None
     """None for a vector."""
     parts: tuple[int, ...] = ()
-    """Rows by matrix, where several lie in it."""
+    """Rows of each matrix, if there are several in it."""
     present: bool = True
 
     @property
@@ -59,7 +59,7 @@ class Parameter:
 
     @property
     def stacked(self) -> tuple[int, ...]:
-        """The rows of the matrices that lie in it, one below the other."""
+        """The rows of its matrices, one below the other."""
         return self.parts or self.shape[:1]
 
     @property
@@ -68,10 +68,10 @@ class Parameter:
 
 
 def of_block(config: GPTConfig) -> tuple[Parameter, ...]:
-    """What each block holds, or could hold, in its order; sources are relative to the layer."""
+    """The parameters that a block can have, in order; sources are relative to the layer."""
     D, F, Q = config.width, config.ffn, config.head_dim
     q, kv = config.heads * Q, config.kv_heads * Q
-    # The two projections into the residual stream begin smaller, as in GPT-2.
+    # The two projections into the residual stream start smaller, as in GPT-2.
     into_stream = replace(MATRIX, std=MATRIX.std / math.sqrt(2 * config.layers))
     qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
     gate_up = {"mlp.gate_proj": F, "mlp.up_proj": F}
@@ -99,7 +99,7 @@ def of_block(config: GPTConfig) -> tuple[Parameter, ...]:
 
 
 def around_blocks(config: GPTConfig) -> tuple[Parameter, ...]:
-    """What the model holds, or could hold, beside its blocks."""
+    """The parameters that the model can have beside its blocks."""
     D, V = config.width, config.vocab_size
     return (
         Parameter("embedding", LOOKUP, {"model.embed_tokens.weight": V}, D),

@@ -1,13 +1,14 @@
-"""Model shapes by name: about how many parameters a shape has, embedding included, at the vocabulary beside it.
+"""Model shapes by name: the name is the approximate number of parameters, embedding included, at the preset's
+vocabulary.
 
-`1m` to `60m` are ours: heads of 32 or 64, feed-forward near 8/3 of the width, vocabularies of a tokenizer trained on
-the data at hand. `124m` is GPT-2 small's depth and width, `350m` GPT-2 medium's, `3b` and `8b` have the shapes of
+`1m` to `60m` are ours: heads of 32 or 64, feed-forward near 8/3 of the width, vocabularies for a tokenizer trained on
+the user's data. `124m` is GPT-2 small's depth and width, `350m` GPT-2 medium's, `3b` and `8b` have the shapes of
 Llama 3.2 3B and Llama 3 8B.
 
-The `olmo-…` four follow the sizes of the specialized-pretraining paper (arXiv 2603.16177): OLMo 1B with 16 layers, a 3B
-with twice as many, 600M and 300M with half. The paper prints no widths: where OLMo 1B's doesn't give the size that the
-name says, ours is the nearest that does. Heads are 128 wide, the feed-forward layer is four times the width, the head
-is tied and the vocabulary OLMo's.
+The four `olmo-…` follow the sizes of the specialized-pretraining paper (arXiv 2603.16177): OLMo 1B with 16 layers, a 3B
+with twice as many, 600M and 300M with half. The paper gives no widths: if OLMo 1B's doesn't give the size of the name,
+ours is the nearest that does. Heads are 128 wide, the feed-forward layer is four times the width, the head is tied and
+the vocabulary OLMo's.
 """
 
 from __future__ import annotations

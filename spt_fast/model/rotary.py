@@ -11,8 +11,8 @@ from spt_fast.model.config import GPTConfig, LinearScaling, RopeScaling, YarnSca
 
 
 def tables(config: GPTConfig, positions: int, device: torch.device, *, scaled: bool) -> tuple[Tensor, Tensor]:
-    """cos and sin [positions, Q] of position times frequency, halves repeated, in float32 throughout; with YaRN both
-    are multiplied by its attention factor."""
+    """cos and sin [positions, Q] of position times frequency, halves repeated, computed in float32; YaRN multiplies
+    both by its attention factor."""
     at = torch.arange(positions, dtype=torch.float32, device=device)
     turned = torch.outer(at, frequencies(config, device, scaled=scaled)).repeat(1, 2)
     factor = _attention_factor(config.rope_scaling) if scaled and isinstance(config.rope_scaling, YarnScaling) else 1.0
@@ -20,7 +20,7 @@ def tables(config: GPTConfig, positions: int, device: torch.device, *, scaled: b
 
 
 def frequencies(config: GPTConfig, device: torch.device, *, scaled: bool = True) -> Tensor:
-    """Radians per position [Q/2], 1 / theta^(2i/Q) in float32; `scaled`: as the docstring of `rope_scaling` says."""
+    """Radians per position [Q/2], 1 / theta^(2i/Q) in float32; `scaled`: by `rope_scaling`."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1 / config.rope_theta**exponents
     scaling = config.rope_scaling if scaled else None
@@ -44,7 +44,7 @@ def frequencies(config: GPTConfig, device: torch.device, *, scaled: bool = True)
 
 
 def _pair_that_turns(config: GPTConfig, scaling: YarnScaling, times: float) -> float:
-    """The index of the pair, not whole, that turns so many times within the length of pretraining."""
+    """The index of the pair, not whole, that turns this many times within the length of pretraining."""
     length = scaling.original_max_position_embeddings / (times * 2 * math.pi)
     return config.head_dim * math.log(length) / (2 * math.log(config.rope_theta))
 

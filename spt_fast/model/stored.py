@@ -1,5 +1,5 @@
-"""Tensors in safetensors files: each is read when it is asked for, and written when it arrives, so that memory holds
-one piece of a file at a time, not the file."""
+"""Tensors in safetensors files: each is read when it is used and written when it arrives, so that memory holds one
+piece of a file at a time."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from spt_fast.files import check_regular
 PIECE = 32 * 2**20
 """Bytes of a file that are mapped into memory at once."""
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""What safetensors call the dtypes that are written."""
+"""The names of dtypes in safetensors."""
 REFUSALS = re.compile(
     r'(access to|invalid|unauthori[sz]ed|forbidden|entry not|not found|<!doctype|<html|{"error)\b', re.I
 )
-"""How the answers of servers begin that were kept in the place of a file."""
+"""First words of a server's answer that was saved instead of a file."""
 
 
 class Stored(Mapping[str, Tensor]):
-    """Tensors by name, each read anew when it is asked for."""
+    """Tensors by name, each read every time it is used."""
 
     def __init__(self, like: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
-        """like: of each tensor its shape and dtype, on the meta device."""
+        """like: shape and dtype of each tensor, on the meta device."""
         self.like, self._read = like, read
 
     def __getitem__(self, name: str) -> Tensor:
@@ -51,19 +51,19 @@ class Stored(Mapping[str, Tensor]):
 
 
 def unread(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors of the same shapes and dtypes, for which nothing is read."""
+    """Tensors of the same shapes and dtypes; nothing is read for them."""
     return tensors.like if isinstance(tensors, Stored) else tensors
 
 
 def picked(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> Mapping[str, Tensor]:
-    """Some of the tensors, by new names for theirs; what is stored is not read for it."""
+    """Some of the tensors, under new names; nothing is read for it."""
     if not isinstance(tensors, Stored):
         return {new: tensors[old] for new, old in names.items()}
     return Stored({new: tensors.like[old] for new, old in names.items()}, lambda new: tensors[names[new]])
 
 
 def contents(file: Path) -> dict[str, Tensor]:
-    """Shape and dtype of every tensor in the file, on the meta device. CheckpointError where it can't be read."""
+    """Shape and dtype of every tensor in the file, on the meta device. CheckpointError if it can't be read."""
     with opened(file) as stored:
         return {name: stored.get_tensor(name).to("meta") for name in stored.keys()}  # noqa: SIM118
 
@@ -72,7 +72,7 @@ def pieces(file: Path, name: str) -> Iterator[Tensor]:
     """A tensor in the file, some of its rows at a time; each is valid until the next."""
     start, rows, end = 0, 1, 1
     while start < end:
-        with opened(file) as stored:  # anew for each piece: what was read of a file that is mapped stays in memory
+        with opened(file) as stored:  # again for each piece: pages of a mapped file stay in memory
             whole = torch.atleast_1d(stored.get_tensor(name))
             end, rows = len(whole), _rows(whole)
             yield whole[start : start + rows]
@@ -80,7 +80,7 @@ def pieces(file: Path, name: str) -> Iterator[Tensor]:
 
 
 def _rows(tensor: Tensor) -> int:
-    """Of a piece, as many in every dtype."""
+    """Numbers in a piece, the same for every dtype."""
     return max(1, PIECE // (4 * max(1, math.prod(tensor.shape[1:]))))
 
 
@@ -104,7 +104,7 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def mistaken(file: Path) -> str | None:
-    """What a download left in the place of the file, and the remedy; None where it is nothing of that kind."""
+    """What a failed download left instead of the file, and the remedy; None if it is nothing of that kind."""
     try:
         check_regular(file)
         with file.open("rb") as content:
@@ -115,8 +115,8 @@ def mistaken(file: Path) -> str | None:
         return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or download the file"
     if REFUSALS.match(head):
         return (
-            f"holds a server's refusal ({shown(head)}), not the file; ask for access on the model's page, log in and "
-            "download it again"
+            f"holds a server's error message ({shown(head)}), not the file; ask for access on the model's page, log "
+            "in and download it again"
         )
     return None
 
@@ -128,9 +128,9 @@ def write(
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write tensors as they come, in any order, cast to `dtype` (float32, bfloat16 or float16).
+    """Write tensors as they arrive, in any order, cast to `dtype` (float32, bfloat16 or float16).
 
-    shapes: of all that will come. Equal tensors and metadata make equal files. CheckpointError for a number that
+    shapes: of all tensors. Equal tensors and metadata make equal files. CheckpointError for a number that
     float16 cannot hold.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -150,9 +150,7 @@ def write(
             for piece in tensor.detach().split(_rows(tensor)):
                 cast = piece.to("cpu", dtype).contiguous()
                 if dtype == torch.float16 and bool((cast.isinf() & piece.cpu().isfinite()).any()):
-                    says = (
-                        f"float16 is invalid: it cannot hold the {piece.abs().max():.4g} in {name}; take bf16 or fp32"
-                    )
+                    says = f"float16 is invalid: it cannot hold the {piece.abs().max():.4g} in {name}; use bf16 or fp32"
                     raise CheckpointError(f"dtype: {says}", argument=True)
                 written.write(cast.view(torch.uint8).numpy())
     assert not missing, missing

@@ -1,4 +1,4 @@
-"""Optimizers by the name that a recipe gives them. Another one is its file here and its import below."""
+"""Optimizers by the name that a recipe gives them. To add one, add its file here and its import below."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ __all__ = ["OPTIMIZERS", "Group", "Optimizer", "Update", "parse_optimizer"]
 
 
 def parse_optimizer(raw: object, where: str) -> Optimizer:
-    """A recipe's `optimizer` section, whose `name` says which settings it takes. RecipeError for what it does not."""
+    """A recipe's `optimizer` section, whose `name` decides its settings. RecipeError for settings that it doesn't
+    have."""
     name = raw.get("name", AdamW.name) if isinstance(raw, Mapping) else AdamW.name
     return build(OPTIMIZERS[one_of(*OPTIMIZERS)(name, f"{where}.name")], raw, where)

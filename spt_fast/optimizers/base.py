@@ -1,6 +1,6 @@
-"""What an optimizer is: settings that a recipe gives, kinds of state for every parameter, and an update of tensors.
+"""The interface of an optimizer: settings from a recipe, kinds of state for every parameter, and an update of tensors.
 
-Settings are read without torch, which takes longer to import than `spt-fast fit` to read its runs and fit them.
+Settings are read without torch, whose import takes longer than reading and fitting the runs in `spt-fast fit`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that are updated alike; the other lists hold a tensor for each, of its shape.
+    """Parameters that are updated together; the other lists hold a tensor for each, of its shape.
 
-    Parameters are whole, or under ZeRO the flat fp32 partitions of them that a process holds.
+    Parameters are whole, or under ZeRO the flat fp32 partitions of them in this process.
     """
 
     params: Sequence[Tensor]
     state: dict[str, list[Tensor]]
     """By kind, fp32."""
     decayed: Sequence[int]
-    """To how many numbers of each parameter, from the first, weight decay applies."""
+    """For each parameter, how many of its first numbers get weight decay."""
     masters: Sequence[Tensor] | None = None
-    """fp32; they take the update and are rounded into the parameters. None where these are fp32 themselves."""
+    """fp32; they are updated and rounded into the parameters. None if these are fp32 themselves."""
     anchors: Sequence[Tensor] | None = None
-    """fp32, what the parameters decay toward."""
+    """fp32, the target of the anchor's decay."""
     matrices: Sequence[tuple[int, ...]] | None = None
-    """Where the parameters are matrices of blocks and the optimizer wants these whole: for each the rows of the
-    matrices that lie in it, one below the other."""
+    """If the parameters are matrices of blocks and the optimizer needs them whole: for each the rows of its matrices,
+    one below the other."""
 
     @property
     def grads(self) -> list[Tensor]:
@@ -48,14 +48,14 @@ class Update:
     """The numbers of one update. Tensors are 0-d and on the group's device: nothing waits for them."""
 
     count: Tensor
-    """Which update it is, from 1."""
+    """The number of the update, from 1."""
     lr: float | Tensor
     anchor_decay: float
     """Decoupled decay toward the anchors."""
     scale: float | Tensor = 1.0
-    """Times the gradients."""
+    """Factor of the gradients."""
     skip: Tensor | None = None
-    """Where true, nothing changes."""
+    """If true, nothing changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Optimizer:
     """Settings that all optimizers have. A subclass gives `name` its default, adds its own and is registered."""
 
     name: str = setting(text)
-    """Which optimizer; it decides which of the other keys there are."""
+    """The optimizer; it decides which other keys there are."""
     lr: float = setting(number(0.0, open_low=True))
     """Peak learning rate."""
     weight_decay: float = setting(number(0.0), 0.1)
@@ -74,10 +74,10 @@ class Optimizer:
     kinds: ClassVar[tuple[str, ...]] = ()
     """The names of its state, as checkpoints have them: fp32, of a parameter's shape, zero at the start."""
     whole_matrices: ClassVar[bool] = False
-    """Whether it updates a block's matrix as a whole. ZeRO's stages 2 and 3 cut matrices, so it cannot run there."""
+    """Whether it updates a block's matrix as a whole. ZeRO's stages 2 and 3 split matrices, so it cannot run there."""
 
     def kinds_of(self, hidden: bool) -> tuple[str, ...]:
-        """The kinds that a parameter has; hidden: a matrix of a block."""
+        """The kinds of state of a parameter; hidden: a matrix of a block."""
         return self.kinds
 
     def update(self, group: Group, by: Update) -> None:
@@ -86,12 +86,12 @@ class Optimizer:
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {}
-"""By name."""
+"""Optimizers by name."""
 
 Kind = TypeVar("Kind", bound=type[Optimizer])
 
 
 def register(kind: Kind) -> Kind:
-    """A decorator: recipes may name this optimizer."""
+    """A decorator that registers an optimizer for recipes."""
     OPTIMIZERS[kind.name] = kind
     return kind

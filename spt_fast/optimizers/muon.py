@@ -1,14 +1,14 @@
-"""Muon: momentum whose matrices are orthogonalised (Jordan, kellerjordan.github.io/posts/muon; arXiv 2502.16982).
+"""Muon: momentum with orthogonalised matrices (Jordan, kellerjordan.github.io/posts/muon; arXiv 2502.16982).
 
     B <- μ B + (1 - μ) G        O = NewtonSchulz((1 - μ) G + μ B)        W <- W - lr (0.2 √max(m, n) O + λ W)
 
-NewtonSchulz brings the singular values of a matrix near 1 by matmuls alone, so every direction of an update is equally
+NewtonSchulz brings the singular values of a matrix near 1 with matmuls only, so every direction of an update is equally
 large. The factor 0.2 √max(m, n) gives an update [m, n] the root mean square of AdamW's, so that one learning rate and
 one decay serve both (Moonlight). Muon is for the matrices between hidden activations: the blocks'. Embedding, head,
-norms and biases take AdamW, with the same settings. q, k and v, and gate and up, which lie in one parameter, are
-matrices of their own.
+norms and biases use AdamW, with the same settings. q, k and v, and gate and up, which share one parameter, are separate
+matrices.
 
-Cost: 5 (4 m²n + 2 m³) FLOPs a matrix [m, n], m ≤ n, and update. State: one number a parameter where AdamW has two.
+Cost: 5 (4 m²n + 2 m³) FLOPs per matrix [m, n], m ≤ n, and update. State: one number per parameter; AdamW has two.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-"""Of x -> a x + b x³ + c x⁵ (Jordan), the steepest at 0 that ends within 0.7 to 1.2 or so."""
+"""Coefficients of x -> a x + b x³ + c x⁵ (Jordan), the steepest at 0 that ends within about 0.7 to 1.2."""
 RMS = 0.2
-"""Of AdamW's updates (arXiv 2502.16982, section 2.2)."""
+"""Root mean square of AdamW's updates (arXiv 2502.16982, section 2.2)."""
 STACKED = 1 << 26
 """Numbers that are orthogonalised at a time, in matrices of one shape."""
 
@@ -37,14 +37,14 @@ STACKED = 1 << 26
 def _momentum(value: object, where: str) -> float:
     given = number(0.0, 1.0)(value, where)
     if given == 1:
-        raise RecipeError(invalid(where, value, "it must be below 1; with 1 gradients count for nothing"))
+        raise RecipeError(invalid(where, value, "it must be below 1; with 1 gradients have no effect"))
     return given
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class Muon(AdamW):
-    """`betas` and `eps` are those of the parameters that AdamW takes."""
+    """`betas` and `eps` apply to the parameters that AdamW updates."""
 
     name: str = setting(text, "muon")
     momentum: float = setting(_momentum, 0.95)
@@ -76,7 +76,8 @@ class Muon(AdamW):
                 param.copy_(master)
 
     def _update_alike(self, matrices: list[tuple[Tensor, ...]], by: Update, dtype: torch.dtype) -> None:
-        """Matrices of one shape, each given as (gradient, momentum, master, anchor); all of a block's decay."""
+        """Matrices of one shape, each given as (gradient, momentum, master, anchor); all of a block's have weight
+        decay."""
         import torch
 
         m, n = matrices[0][0].shape
@@ -102,7 +103,7 @@ class Muon(AdamW):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """[K, m, n] with about the same singular vectors and singular values near 1, in the dtype given."""
+    """[K, m, n] with about the same singular vectors and singular values near 1, in the given dtype."""
     import torch
 
     tall = matrices.shape[1] > matrices.shape[2]

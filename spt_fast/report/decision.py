@@ -1,10 +1,10 @@
-"""What a study's runs decide, in words: which domain share, how sure that is, and what it costs in general loss.
+"""What a study's runs decide, in words: which domain share, how certain it is, and its cost in general loss.
 
     usable rows → finetunes by setting → `decide`: figures of `compare`, arms, sentences → `answer`, with advice or the
-                                                                                          D-CPT law where there are some
+                                                                                          D-CPT law if available
 
-The figures are those of compare.py, on the *report* half of held-out text; which share is best is chosen on the
-*select* half.
+The figures are those of compare.py, on the *report* half of held-out text; the best share is chosen on the *select*
+half.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from spt_fast.study.words import amount, percent, three_digits
 
 Setting = tuple[int, ...]
 MAX_GENERAL_RISE = 0.03
-"""What continual pretraining may cost where nothing else is asked, as in the D-CPT paper."""
+"""Allowed rise of the general loss in continual pretraining unless another is given, as in the D-CPT paper."""
 
 
 # ------------------------------------------------------------------------------------------------ finetunes
 
 
 def compared(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[Finetune]:
-    """Finetunes as `compare` takes them; those without losses of both corpora are left out."""
+    """Finetunes in the form for `compare`; those without losses on both corpora are left out."""
     finetunes = finetunes.dropna(subset=["domain_heldout", "domain_before", "general_heldout", "general_before"])
     behind = {corpus: Behind.of_rows(finetunes, corpus) for corpus in ("domain", "general")}
     paths = {}
@@ -92,7 +92,7 @@ def setting_name(setting: Setting) -> str:
 
 
 def titled(what: str, setting: Setting, table: pd.DataFrame) -> str:
-    """A panel's title: what it shows, and those parts of the setting in which the runs differ."""
+    """A panel's title: what it shows, and the parts of the setting in which the runs differ."""
     words = zip(SETTING, setting, ("parameters", "domain tokens"), strict=True)
     differing = [f"{amount(value)} {word}" for name, value, word in words if table[name].nunique() > 1]
     return " · ".join([what, *differing])
@@ -103,7 +103,7 @@ def titled(what: str, setting: Setting, table: pd.DataFrame) -> str:
 
 @dataclass(frozen=True)
 class TableRow:
-    """What stands in a row of a table."""
+    """The cells of a row of a table."""
 
     cells: list[str]
     best: bool = False
@@ -111,7 +111,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class RunsDecision:
-    """What the runs of one setting say at one budget, in words and in figures."""
+    """The findings of one setting's runs at one budget, in words and in figures."""
 
     setting: Setting
     budget: int
@@ -127,7 +127,7 @@ class RunsDecision:
 
 def decide(setting: Setting, finetunes: Sequence[Finetune]) -> RunsDecision | None:
     """The δ with the lowest domain loss after the plainest finetune, at the largest budget at which arms can be
-    compared; None where none can."""
+    compared; None if there is none."""
     if not finetunes:
         return None
     comparison = compare_finetunes(finetunes)
@@ -163,7 +163,7 @@ def _headline(best: Treatment, base: Treatment, against: Mapping[Treatment, Verd
         return f"Give the domain {share} of the pretraining tokens, or less."
     difference, clear = against[base].difference, against[base].exceeds
     if difference is not None and difference > 0:
-        return f"Nothing is decided: {share} is best on the select half, and {base.name} on the report half."
+        return f"No decision: {share} is best on the select half, and {base.name} on the report half."
     if clear:
         return f"Give the domain {share} of the pretraining tokens."
     return f"{share} of domain tokens is best so far, but it may be chance."
@@ -172,15 +172,15 @@ def _headline(best: Treatment, base: Treatment, against: Mapping[Treatment, Verd
 def _how_sure(
     best: Treatment, base: Treatment, against: Mapping[Treatment, Verdict], halves: Sequence[str]
 ) -> list[str]:
-    """Against none, against the others, on which text, and whether the best lies at an edge."""
+    """Against NPT, against the others, on which text, and whether the best is at an edge."""
     said = [_sentence(against[base].says)] if best != base else []
     rivals = [percent(arm.delta) for arm, verdict in against.items() if not verdict.exceeds and arm != base]
     if rivals:
-        said.append(f"The runs cannot tell it from {_listed(rivals)}.")
+        said.append(f"The runs cannot distinguish it from {_listed(rivals)}.")
     elif len(against) > 1:
-        said.append("Every other share that was run is worse by more than seeds differ.")
+        said.append("Every other share that was run is worse by more than the spread between seeds.")
     if base.delta > 0:
-        said.append("Every run has domain text in pretraining, so nothing says what that gains.")
+        said.append("Every run has domain text in pretraining, so the gain over NPT is unknown.")
     said += halves
     if best == max([best, *against]):
         said.append("It is the largest share that was run: a larger one may do better.")
@@ -188,13 +188,13 @@ def _how_sure(
 
 
 def _halves(arms: Arms, on_select: bool) -> list[str]:
-    """On which text the share was chosen, and what the losses rest on."""
+    """On which text the share was chosen, and the held-out text of the losses."""
     runs = [run for own in arms.values() for run in own.values()]
     rests = rests_on({"domain": runs[0].domain_behind, "general": runs[0].general_behind})
     return [
-        "It was chosen on the select half of the held-out text; the losses are of the report half."
+        "It was chosen on the select half of the held-out text; the losses are on the report half."
         if on_select
-        else "It was chosen by the losses that are shown, so its gain may be too large.",
+        else "It was chosen by the losses that are shown, so its gain may be overestimated.",
         _sentence(f"These are {counted(len(runs), 'run')}; {rests}"),
     ]
 
@@ -241,20 +241,20 @@ def best_by_budget(setting: Setting, finetunes: Sequence[Finetune], table: pd.Da
 
 @dataclass(frozen=True)
 class Answer:
-    """What stands first on the page."""
+    """The first part of the page."""
 
     headline: str
     lead: str
     sure: list[str] = field(default_factory=list)
     costs: list[str] = field(default_factory=list)
     shares: list[TableRow] = field(default_factory=list)
-    """A row per share, as the laws expect it."""
+    """A row for each share, with the laws' predictions."""
     recipe: str = ""
 
 
 def answer(advice: Advice | BaseAdvice | None, decision: RunsDecision | None, fits: Sequence[Fitted]) -> Answer:
-    """From advice where there is some, else from what the runs show by themselves. Of runs from a base it is from the
-    D-CPT law where there is one."""
+    """From advice if there is any, else from the runs directly. For runs from a base it comes from the D-CPT law if
+    there is one."""
     if isinstance(advice, Advice):
         return _advised(advice)
     if decision is not None:
@@ -272,9 +272,9 @@ def answer(advice: Advice | BaseAdvice | None, decision: RunsDecision | None, fi
     if advice is not None:
         return _on_a_base(advice)
     return Answer(
-        "These runs decide nothing about pretraining yet.",
-        "That takes finetunes after pretraining at two domain shares or more, 0 among them, with held-out losses of "
-        "both corpora.",
+        "These runs do not decide the pretraining mixture yet.",
+        "A decision needs finetunes after pretraining at two domain shares or more, 0 among them, with held-out "
+        "losses on both corpora.",
     )
 
 
@@ -286,7 +286,7 @@ def _continual(domain: Fitted, general: Fitted) -> Answer:
     limit = f"a general loss at most {percent(MAX_GENERAL_RISE)} above that of general text alone"
     lead = f"For {amount(params)} parameters and {amount(tokens)} tokens of continual pretraining, by the D-CPT law."
     sure = [
-        _sentence(f"{error_of(errors)} mean error of the {of} loss when predicting what was left out ({what})")
+        _sentence(f"{error_of(errors)} mean error of the {of} loss when predicting points that were left out ({what})")
         for of, fit in (("domain", domain), ("general", general))
         for what, errors in fit.holdout.items()
     ]
@@ -295,7 +295,7 @@ def _continual(domain: Fitted, general: Fitted) -> Answer:
     try:
         share = best_ratio(domain=domain.law, general=general.law, max_general_rise=MAX_GENERAL_RISE, **at)
     except RecipeError as error:
-        answer = "These runs leave it open." if isinstance(error, OpenError) else f"No share keeps {limit}."
+        answer = "These runs do not determine it." if isinstance(error, OpenError) else f"No share keeps {limit}."
         return Answer(answer, lead, sure, [_sentence(str(error))])
     losses = {
         "domain": domain.law.predict(own_ratio=share, interval=0.9, **at),
@@ -309,7 +309,7 @@ def _continual(domain: Fitted, general: Fitted) -> Answer:
 
 def _on_a_base(advice: BaseAdvice) -> Answer:
     decided = advice.decision
-    headline = f"Go on with {percent(decided.delta)} of domain and {percent(decided.replay)} of general text."
+    headline = f"Continue with {percent(decided.delta)} of domain and {percent(decided.replay)} of general text."
     sure = [BASIS[decided.basis], *advice.missing, advice.general_text]
     return Answer(headline, _sentence(decided.says), [*map(_sentence, sure)], recipe=advice.recipe)
 

@@ -1,9 +1,9 @@
-"""One page that says which mixture to pay for, and shows why.
+"""One page with the mixture to use and the evidence for it.
 
     runs table → usable rows → decision, figures → one HTML file
                              → fits, advice     ↗
 
-The page holds everything in itself, and its Content-Security-Policy allows nothing else.
+The page is self-contained, and its Content-Security-Policy allows nothing else.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ RUN_COLUMNS: dict[str, tuple[str, Callable[[float], str] | None]] = {
     "average": ("average", percent),
     "start": ("start", None),
 }
-"""Of the table of runs: each one's column there, and how a number is written; text where None."""
+"""Columns of the table of runs: the column in the runs table, and how a number is written; text if None."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows and, where that is a number, what it is sorted by."""
+    """The text of a cell and, for a number, its sort key."""
 
     text: str
     number: bool = False
@@ -116,7 +116,7 @@ def run_columns(table: pd.DataFrame) -> dict[str, tuple[str, Callable[[float], s
 
 
 def run_rows(table: pd.DataFrame) -> list[RunRow]:
-    """A row per phase of a run: the weights that it handed on, or that it failed."""
+    """A row per phase of a run: its final weights, or its failure."""
     failed = table["status"] != "done"
     rows = table[table["handed_on"] | failed].sort_values(["stage", "params", "run", "tokens"])
     of_adaptation = ["pretrain_delta", "pretrain_tokens", "anchor", "average"]
@@ -151,8 +151,8 @@ def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
         "Domain corpora": values("domain_tokens", lambda n: f"{int(n):,} tokens"),
         "Tokenizer": values("tokenizer"),
         "Held-out text": values("heldout"),
-        "Domain losses are of": behind(done, "domain"),
-        "General losses are of": behind(done, "general"),
+        "Domain losses are on": behind(done, "domain"),
+        "General losses are on": behind(done, "general"),
         "Training text, domain": values("domain_text"),
         "Training text, general": values("general_text"),
         "Training FLOPs": f"{flops:.3g}",
@@ -163,7 +163,7 @@ def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
 
 
 def behind(done: pd.DataFrame, corpus: str) -> str:
-    """What the held-out losses of a corpus rest on."""
+    """The held-out text of a corpus's losses."""
     known = Behind.of_rows(done, corpus)
     if known is None:
         return "text that is not recorded"
@@ -205,7 +205,7 @@ def report(
 def _advice(
     table: UsableRows, model: str | int | None, domain_tokens: int | None, budget: int | None
 ) -> Advice | BaseAdvice | None:
-    """For what was asked, filled up with the runs' own; None where neither says enough."""
+    """Advice for the request, completed with the runs' own values; None if neither is enough."""
     if of_bases(table):
         corpus, most = (int(table.rows[column].max()) for column in ("domain_tokens", "tokens"))
         found = advise_base(table=table, model=model, domain_tokens=domain_tokens or corpus, budget=budget or most)

@@ -1,7 +1,7 @@
-"""The panels of a report: small pictures as inline SVG, whose text a page sets in its own font and ink.
+"""The panels of a report: small pictures as inline SVG, whose text has the page's font and colour.
 
-A panel is drawn for one column of a page. Its lines are labelled where they end, so that colour never stands alone.
-Colours that depend on the paper are drawn as CSS variables, for pages on dark paper.
+A panel is drawn for one column of a page. Its lines are labelled at their ends, so that colour is never the only
+distinction. Colours that depend on the background are CSS variables, for pages in dark mode.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from spt_fast.study.figures import NPT_COLOUR, SPT_COLOURS
 from spt_fast.study.words import amount, percent
 
 PAPER, INK, GRID, MUTED = "#ffffff", "#1c2024", "#ededed", "#80868d"
-"""Found again in the SVG and turned into the page's variables."""
+"""Placeholders in the SVG that become the page's variables."""
 VARIABLES = {
     PAPER: "var(--paper)",
     INK: "var(--ink)",
@@ -36,7 +36,7 @@ VARIABLES = {
     **{colour: f"var(--hue-{i})" for i, colour in enumerate(SPT_COLOURS, 1)},
 }
 SHADE = "#fe00"
-"""Begins the colours of `shades`: then come, in hexadecimal, the percents of the first hue."""
+"""Prefix of the colours of `shades`; the percentage of the first hue follows, in hexadecimal."""
 WIDTH_IN, HEIGHT_IN = 4.8, 3.3
 STYLE: dict[Any, Any] = {
     **PLAIN,
@@ -69,7 +69,7 @@ LABEL_POINTS = 10.5
 """Height of a line's label."""
 
 Line = tuple[float, float, str, str]
-"""Where a line ends (x, y), what it is called, and its colour."""
+"""The end of a line (x, y), its label, and its colour."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Panel:
 
 
 def panel(title: str, says: str, draw: Callable[[Axes], None], *, height_in: float = HEIGHT_IN) -> Panel:
-    """Draw one panel; `says` is its text for those who do not see it."""
+    """Draw one panel; `says` is its text for screen readers."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
         draw(figure.add_subplot())
@@ -89,7 +89,7 @@ def panel(title: str, says: str, draw: Callable[[Axes], None], *, height_in: flo
 
 
 def _inline(svg: str, title: str, says: str) -> Markup:
-    """The <svg> element alone: no metadata, no names of other places, no ids but those that are referred to."""
+    """Only the <svg> element: no metadata, no external references, only ids that are referred to."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     viewbox = re.search(r'viewBox="[^"]*"', svg)
@@ -120,12 +120,12 @@ def colours_of(deltas: Iterable[float]) -> dict[float, str]:
 
 
 def shades(n: int) -> list[str]:
-    """Of the first hue, from pale (near the paper) to strong, for what comes in an order."""
+    """Shades of the first hue, from pale to strong, for ordered values."""
     return [f"{SHADE}{round(at):02x}" for at in (np.linspace(35, 100, n) if n > 1 else (100,))]
 
 
 def label_lines(axes: Axes, lines: Sequence[Line], height_in: float = HEIGHT_IN) -> None:
-    """Name lines at the right edge, each joined to its end in its colour, pushed apart so that none covers another."""
+    """Label lines at the right edge, each connected to its end in its colour, moved so that labels don't overlap."""
     if not lines:
         return
     bottom, top = axes.get_ylim()
@@ -159,8 +159,7 @@ def token_axis(axes: Axes, label: str) -> None:
 
 
 def share_axis(axes: Axes, shares: Sequence[float], label: str) -> None:
-    """Square roots: 0 stands on the axis, and shares of a few per cent have room; labels that would touch are left
-    out."""
+    """Square roots: 0 is on the axis, and shares of a few per cent have room; labels that would touch are left out."""
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set_xlim(0, max(shares) * 1.04 or 1)
     shown: list[float] = []
@@ -210,7 +209,7 @@ def losses_in_pretraining(axes: Axes, rows: pd.DataFrame, column: str, colours: 
 
 
 def steps_of_runs(axes: Axes, curves: Sequence[tuple[float, Curve]], of: str, colours: Mapping[float, str]) -> None:
-    """A figure of the training steps over tokens: a line for each run (its δ, its steps); some are above 0."""
+    """A quantity of the training steps over tokens: a line for each run (its δ, its steps); some are above 0."""
     ends: dict[float, Line] = {}
     for delta, curve in curves:
         values = curve.figures[of]
@@ -308,7 +307,7 @@ def general_before_and_after(axes: Axes, arms: Sequence[tuple[str, str, pd.DataF
 
 
 def draw_losses(axes: Axes, arms: Mapping[str, Sequence[Subset]]) -> None:
-    """The mean of every arm as a line, named in the legend by its own marker too; seeds as rings."""
+    """The mean of every arm as a line, with its own marker in the legend; seeds as rings."""
     styles = dict(zip(ARMS, zip((SPT_COLOURS[0], NPT_COLOUR, *SPT_COLOURS[1:3]), "osD^", strict=True), strict=True))
     for arm, subsets in arms.items():
         colour, marker = styles[arm]
@@ -348,7 +347,7 @@ def draw_gap(axes: Axes, found: Crossover, threshold: float = THRESHOLD) -> None
             low, high = found.interval
             axes.plot([max(low, tokens[0]), high or axes.get_xlim()[1]], [level] * 2, color=SPT_COLOURS[1])
     token_axis(axes, "unique tokens of the domain")
-    axes.set_title("from scratch, above the pretrained one's loss (%)", fontsize=10, loc="left")
+    axes.set_title("loss from scratch above the pretrained one's (%)", fontsize=10, loc="left")
 
 
 def height_of_rows(n: int) -> float:

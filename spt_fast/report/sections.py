@@ -1,4 +1,4 @@
-"""The evidence of a page, a section each: figures with what to look for in them, and what could not be drawn."""
+"""The evidence of a page, in sections: figures with an explanation, and what could not be drawn."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Table:
 
 @dataclass
 class Section:
-    """Evidence: figures, and a line for each thing that could not be drawn."""
+    """Evidence: figures, and a line for each figure that could not be drawn."""
 
     id: str
     title: str
@@ -51,7 +51,7 @@ class Section:
     missing: list[str] = field(default_factory=list)
 
     def show(self, panels: list[Panel], caption: str, missing: str) -> Section:
-        """With a figure of these panels; where there are none, what is missing instead."""
+        """With a figure of these panels; without panels, the text that says what is missing."""
         if panels:
             self.figures.append(Figure(caption, panels))
         else:
@@ -75,9 +75,9 @@ def finetuning(finetunes: pd.DataFrame, decisions: Sequence[RunsDecision]) -> Se
     return Section("finetuning", "Domain loss after finetuning").show(
         drawn,
         "Lower is better. Rings are seeds, lines go through their means, one for each pretraining budget, from pale "
-        "(the smallest) to strong; the dashed line marks the best share at the largest budget. Look for how far down "
-        "the curve the best share lies below δ = 0, compared with how far apart the rings are, and whether it moves "
-        "left as the budget grows. Shares are spaced by their square roots.",
+        "(the smallest) to strong; the dashed line marks the best share at the largest budget. Compare how far the "
+        "curve at the best share is below δ = 0 with the distance of the rings, and check whether the best share "
+        "moves left as the budget grows. Shares are spaced by their square roots.",
         missing="No finetunes after pretraining at two shares or more.",
     )
 
@@ -88,7 +88,7 @@ def pretraining(rows: pd.DataFrame) -> Section:
     specialized = rows[(rows["delta"] > 0) | (rows.groupby("params")["delta"].transform("max") == 0)]
     drawn = []
     for setting in by_setting(specialized):
-        # what reads no domain text belongs to every corpus
+        # runs without domain text belong to every corpus
         of_corpus = (rows["domain_tokens"] == setting[1]) | (rows["delta"] == 0)
         own = rows[(rows["params"] == setting[0]) & of_corpus]
         for corpus in ("domain", "general"):
@@ -102,8 +102,8 @@ def pretraining(rows: pd.DataFrame) -> Section:
                 )
     return Section("pretraining", "Pretraining").show(
         drawn,
-        "A line for each run, named by δ at its end. A domain line that turns up has overfitted the repeated corpus; a "
-        "general line above that of δ = 0 is what the domain's share costs.",
+        "A line for each run, named by δ at its end. A domain line that turns up has overfitted the repeated corpus; "
+        "the distance of a general line from that of δ = 0 is the cost of the domain's share.",
         missing="No run here was pretrained from scratch." if rows.empty else "No held-out losses of pretraining here.",
     )
 
@@ -113,7 +113,7 @@ MOST_CURVES = 40
 
 
 def training(curves: Sequence[Curve], rows: pd.DataFrame) -> Section:
-    """What the steps of these runs say; rows: of the runs table, which knows the stage and δ of each phase."""
+    """The training steps of these runs; rows: of the runs table, which has the stage and δ of each phase."""
     stages = rows.assign(of=rows["delta"].where(rows["stage"] == 0, rows["pretrain_delta"].fillna(rows["delta"])))
     known = {(row.run, row.phase): (row.stage, row.of) for row in stages.itertuples()}
     joined: dict[tuple[str, int], tuple[float, Curve]] = {}  # by run and stage
@@ -140,8 +140,8 @@ def training(curves: Sequence[Curve], rows: pd.DataFrame) -> Section:
         ]
         section.figures.append(
             Figure(
-                "A line for each run, of the arm that was kept, coloured by δ; the speed is that of the machine that "
-                "trained it. A loss or gradient norm that jumps tells of too high a rate or of bad data." + some,
+                "A line for each run, for the kept arm, coloured by δ; the speed is that of the machine that trained "
+                "it. A loss or gradient norm that jumps is a sign of too high a rate or of bad data." + some,
                 drawn,
             )
         )
@@ -182,8 +182,8 @@ def forgetting(finetunes: pd.DataFrame) -> Section:
         )
     return Section("forgetting", "Forgetting").show(
         drawn,
-        "General loss before (○) and after (●) finetuning, a point for each seed, with the mean rise beside it. "
-        "Shorter is less forgotten; further left is the better general model in the end.",
+        "General loss before (○) and after (●) finetuning, a point for each seed, with the mean rise beside it. A "
+        "shorter line means less forgetting; further left is the better general model in the end.",
         missing="No finetune here has a general held-out loss before and after.",
     )
 
@@ -195,7 +195,7 @@ def _treatment(delta: float, injected: float, anchor: float, average: float) -> 
 
 
 def tasks(tables: Sequence[TaskTable]) -> Section:
-    """What runs score in tasks."""
+    """The task scores of runs."""
     section = Section("tasks", "Tasks")
     section.says.append(
         "Scores before and after each run's last phase, ± standard errors. Changes, and differences from the first run "
@@ -209,11 +209,11 @@ def tasks(tables: Sequence[TaskTable]) -> Section:
 
 
 def settings(used: UsableRows) -> Section:
-    """What the optimizers' fields were set to where several values were tried, and what came of each."""
+    """The settings of the optimizers, if several values were tried, and their results."""
     section = Section("settings", "Settings of the optimizers")
     section.says.append(
-        "Of each arm the setting with the lowest mean domain loss on the select half is taken, and all other figures "
-        "on this page are of that. The losses after finetuning are of the report half, means over seeds."
+        "For each arm the setting with the lowest mean domain loss on the select half is used, and all other figures "
+        "on this page are for that one. The losses after finetuning are on the report half, means over seeds."
     )
     beaten = used.left_out[used.left_out["beaten"]]
     rows = pd.concat([used.rows, beaten], ignore_index=True)
@@ -239,15 +239,15 @@ def crossover(table: pd.DataFrame) -> Section:
             ),
             panel(
                 f"Gap to training from scratch, {size}",
-                f"By how much the loss from scratch is higher, over the corpus: {found.says}",
+                f"How much higher the loss from scratch is, over the corpus size: {found.says}",
                 partial(panels.draw_gap, found=found),
             ),
         ]
     section.figures.append(
         Figure(
-            "The same finetune from pretrained weights, from nothing, and from the pretrained embeddings alone, on "
-            "nested subsets of the domain. Where the gap meets the dashed threshold, pretraining makes no difference "
-            "any more.",
+            "The same finetune from pretrained weights, from scratch, and from the pretrained embeddings only, on "
+            "nested subsets of the domain. Where the gap meets the dashed threshold, pretraining no longer makes a "
+            "difference.",
             drawn,
         )
     )
@@ -266,9 +266,9 @@ def plane(decisions: Sequence[RunsDecision], finetunes: pd.DataFrame) -> Section
     ]
     return Section("plane", "Domain against general loss").show(
         drawn,
-        "Every finetune from where pretraining left it (○) to the weights that it hands on (●); down and left is "
-        "better. Pale lines are what was not handed on: other arms of a grid, and steps after the best ones. Where "
-        "paths cross the dashed line their domain losses are equal: the lower one has forgotten less for it.",
+        "Every finetune from the end of pretraining (○) to its final weights (●); down and left is better. Pale lines "
+        "are not part of the result: other arms of a grid, and steps after the best ones. Where paths cross the dashed "
+        "line their domain losses are equal: the lower one has forgotten less.",
         missing="No finetunes to draw.",
     )
 
@@ -282,7 +282,7 @@ def _plane(axes: Axes, decision: RunsDecision) -> None:
 
 
 def laws(fits: Sequence[Fitted]) -> Section:
-    """Curves against points for the laws that have curves over tokens or shares; all of them are in the table."""
+    """Curves and points for the laws that have curves over tokens or shares; the table has all laws."""
     section = Section("laws", "Scaling laws against the runs")
     fitted = [fit for fit in fits if fit.law is not None]
     for caption, curves in DRAWN:
@@ -311,8 +311,8 @@ def laws(fits: Sequence[Fitted]) -> Section:
 DRAWN: tuple[tuple[str, tuple[tuple[str, str, Callable[..., None]], ...]], ...] = (
     (
         "The overfitting law for domain text, trained on and held out, over pretraining tokens: curves with their 90% "
-        "intervals for a new run, and the runs as rings. Rings outside of the bands are what the law does not explain; "
-        "where two held-out curves cross, the better share changes.",
+        "intervals for a new run, and the runs as rings. The law does not explain rings outside of the bands; where "
+        "two held-out curves cross, the better share changes.",
         (
             ("overfitting", "Domain text trained on", partial(panels.law_over_tokens, of="train_loss")),
             ("overfitting", "Domain text held out", partial(panels.law_over_tokens, of="heldout_loss")),
@@ -320,7 +320,7 @@ DRAWN: tuple[tuple[str, tuple[tuple[str, str, Callable[..., None]], ...]], ...] 
     ),
     (
         "The domain loss after finetuning over pretraining tokens, for each share, with 90% intervals for a new run. "
-        "The lowest curve at your budget is the share to pay for.",
+        "The lowest curve at your budget is the best share.",
         (("post-finetuning", "After finetuning", partial(panels.law_over_tokens, of="finetuned_loss")),),
     ),
     (
@@ -333,4 +333,4 @@ DRAWN: tuple[tuple[str, tuple[tuple[str, str, Callable[..., None]], ...]], ...] 
         ),
     ),
 )
-"""Of each figure: its caption, and its panels as (law, title, how it is drawn)."""
+"""For each figure: its caption, and its panels as (law, title, drawing function)."""

@@ -1,4 +1,4 @@
-"""What held-out losses rest on: documents, tokens, and their standard error."""
+"""The basis of held-out losses: documents, tokens, and their standard error."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from spt_fast.errors import counted
 
 @dataclass(frozen=True)
 class Behind:
-    """What a loss rests on."""
+    """The text that a loss was measured on."""
 
     documents: int | None
     """None where they aren't recorded."""
     tokens: int | None
-    """None where a runs table of an earlier version doesn't say."""
+    """None if a runs table of an earlier version doesn't record it."""
     standard_error: float | None
-    """Over documents, nats per token; None where it is of one."""
+    """Over documents, nats per token; None for one document."""
 
     @classmethod
     def of(cls, phase: Mapping[str, Any], source: str) -> Behind | None:
-        """Of a source's held-out loss after a phase of summary.json; None for runs before these were written."""
+        """For a source's held-out loss after a phase in summary.json; None for runs of versions that did not record
+        it."""
         scored, error = (phase.get(key, {}).get("heldout", {}).get(source) for key in ("scored", "standard_errors"))
         return None if scored is None else cls(**scored, standard_error=error)
 
     @classmethod
     def of_rows(cls, rows: pd.DataFrame, corpus: str) -> Behind | None:
-        """Of the "domain" or "general" losses in rows of a runs table: the fewest documents and tokens, the largest
-        error; None where nothing of it is recorded."""
+        """For the "domain" or "general" losses in rows of a runs table: the fewest documents and tokens, the largest
+        error; None if none of it is recorded."""
         found = {name: rows[f"{corpus}_{name}"].dropna() for name in NAMES if f"{corpus}_{name}" in rows}
         documents, tokens, errors = (found.get(name, pd.Series(dtype=float)) for name in NAMES)
         if documents.empty and tokens.empty and errors.empty:
@@ -54,7 +55,7 @@ class Behind:
 
     @property
     def size(self) -> str:
-        """12 documents, 3,456 tokens; empty where neither is known."""
+        """12 documents, 3,456 tokens; empty if neither is known."""
         documents = [] if self.documents is None else [counted(self.documents, "document")]
         return ", ".join(documents + ([] if self.tokens is None else [f"{self.tokens:,} tokens"]))
 
@@ -69,8 +70,8 @@ NAMES = ("documents", "scored", "error")
 
 
 def rests_on(behind: Mapping[str, Behind | None]) -> str:
-    """A sentence on the held-out text behind losses, by the corpus's name; None is unknown."""
+    """A sentence on the held-out text of losses, by the corpus's name; None is unknown."""
     known = [f"{name} {one}" for name, one in behind.items() if one is not None]
     if not known:
-        return "how much held-out text is behind these losses is not recorded: the runs are of an earlier version"
-    return f"losses are of the report half of the held-out text ({'; '.join(known)})"
+        return "the amount of held-out text is not recorded for these losses: the runs are of an earlier version"
+    return f"losses are measured on the report half of the held-out text ({'; '.join(known)})"

@@ -1,8 +1,8 @@
 """Runs as jobs of a cluster, through submitit: SLURM, or `local` to try it on one machine.
 
-Each run is a job with one GPU where the cluster has any. A job that its time limit or a preemption ends saves first, as
-far as the cluster's notice (SIGUSR2, by submitit) gives it the time. Out of time, it counts as failed here and the next
-sweep goes on with it; preempted, it is queued again.
+Each run is a job, with one GPU if the cluster has any. A job that reaches its time limit or is preempted saves first,
+if the cluster's notice (SIGUSR2, by submitit) leaves it the time. A job out of time counts as failed here, and the next
+sweep continues it; a preempted one is queued again.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Cluster:
 
 
 def _train(command: list[str], log: Path) -> int:
-    """In the job: train, and hand the exit code on. What ends the job, such as the cluster's notice that submitit takes
-    for an error, lets the run save."""
+    """In the job: train, and return the exit code. A signal that ends the job, such as the cluster's notice, which
+    submitit treats as an error, lets the run save first."""
     with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
         try:
             return process.wait()
@@ -69,4 +69,4 @@ class _ClusterProcess:
         self._job.cancel()
 
     def wait(self) -> None:
-        """It ends by itself."""
+        """Nothing to do: the job ends by itself."""

@@ -1,18 +1,18 @@
-"""Runs side by side: what specialized pretraining gains in the domain, and how much less is forgotten for it.
+"""Runs side by side: the gain of specialized pretraining in the domain, and how much less general text is forgotten.
 
 An *arm* is all runs with the same treatment (delta, the domain's share of the pretraining tokens; replay, the others'
-share of the finetune; its anchor) and the same pretraining budget; its runs differ by seed, and of several settings of
-the optimizers the best one is taken (see settings). NPT is delta = 0, and what
-an arm is held against is NPT with the same finetune, where there is one, else NPT with the plainest. Losses are
-held-out, in nats per token. The definitions are those of "The Finetuner's Fallacy", arXiv 2603.16177:
+share of the finetune; its anchor) and the same pretraining budget. Its runs differ by seed; of several settings of the
+optimizers the best one is used (see settings). NPT is delta = 0. An arm is compared with NPT with the same finetune if
+there is one, else with NPT with the plainest finetune. Losses are held-out, in nats per token. The definitions are
+those of "The Finetuner's Fallacy", arXiv 2603.16177:
 
     R_gain(delta)       100 · (L_NPT→FT − L_SPT(delta)→FT) / L_NPT→FT, L the domain loss after finetuning
     forgetting          general loss after finetuning − before
     compute multiplier  tokens that NPT needs for the domain loss after finetuning of SPT(delta) / tokens of SPT(delta)
 
-and one of our own, *general at equal domain*: the general loss at the moment when each finetune reaches the same domain
-loss, which is the lowest one that every run reaches. Finetunes of a base that was pretrained elsewhere are all of delta
-0, and named after what they are.
+and one of our own, *general at equal domain*: the general loss when each finetune reaches the same domain loss, which
+is the lowest one that every run reaches. Finetunes of a base that was pretrained elsewhere all have delta 0, and are
+named after their treatment.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ JUDGED = {
     "general_at_equal_domain": "general loss at equal domain loss",
     "domain_later": "domain loss after the later finetune",
 }
-"""The figures by which arms are judged, in words; less is better in each."""
+"""The figures that arms are compared by, in words; less is better in each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,39 +65,39 @@ class Finetune:
     treatment: Treatment
     seed: int
     base: str | None = None
-    """The name of the weights that were finetuned, where their pretraining is unknown."""
+    """The name of the weights that were finetuned, if their pretraining is unknown."""
     tokens: int
-    """Of pretraining."""
+    """Tokens of pretraining."""
     domain_epochs: float
-    """Of pretraining."""
+    """Epochs of the domain in pretraining."""
     domain_before: float
     domain_after: float
     general_before: float
     general_after: float
     domain_behind: Behind | None = None
     general_behind: Behind | None = None
-    """What the losses after finetuning rest on, these two."""
+    """The held-out text of the losses after finetuning, these two."""
     paths: list[FinetunePath]
-    """Of each arm of its grid."""
+    """The evaluations of each arm of its grid."""
     arm: int = 0
-    """The one that was kept."""
+    """The kept arm."""
     lr: float | None = None
     warmup: str | None = None
-    """Of the one that was kept, these two."""
+    """The losses of the kept arm, these two."""
     domain_select: float = math.nan
-    """The domain loss by which the best share and the best setting are chosen."""
+    """The domain loss on which the best share and the best setting are chosen."""
     setting: Mapping[str, Any] = field(default_factory=dict)
     pretrain_setting: Mapping[str, Any] = field(default_factory=dict)
-    """What the optimizers of the finetune and of pretraining were set to: SETTINGS and `grid` by name."""
+    """The optimizer settings of the finetune and of pretraining: SETTINGS and `grid` by name."""
     pretraining: str = ""
-    """The run that the pretraining was; empty where it is unknown."""
+    """The run of the pretraining; empty if it is unknown."""
     later: str | None = None
     """The source of a later, unrelated finetune."""
     domain_later: float | None = None
     general_later: float | None = None
-    """Losses after that."""
+    """Losses after the later finetune."""
     general_at_equal_domain: float | None = None
-    """At the budget that is compared."""
+    """Whether it has the compared budget."""
 
     @property
     def forgetting(self) -> float:
@@ -158,12 +158,12 @@ class Finetune:
 Arm = dict[int, Finetune]
 """The runs of one arm by seed."""
 Arms = dict[Treatment, Arm]
-"""Those of one budget."""
+"""The arms of one budget."""
 
 
 @dataclass(frozen=True)
 class Figure(Interval):
-    """Of an arm, with the standard deviation over seeds (None for one seed)."""
+    """Mean over an arm's seeds, with the standard deviation (None for one seed)."""
 
     std: float | None
 
@@ -185,7 +185,7 @@ class Gain(Interval):
 
     @classmethod
     def against(cls, npt: Arm, arm: Arm) -> Gain | None:
-        """Over the seeds that both arms have; None where there are none."""
+        """Over the seeds that both arms have; None if there are none."""
         per_seed = {
             str(seed): 100 * (npt[seed].domain_after - run.domain_after) / npt[seed].domain_after
             for seed, run in arm.items()
@@ -197,7 +197,7 @@ class Gain(Interval):
 
 @dataclass(frozen=True, kw_only=True)
 class ArmFigures:
-    """The figures of an arm over its seeds; None where one was not measured."""
+    """The figures of an arm over its seeds; None for one that was not measured."""
 
     treatment: Treatment
     tokens: int
@@ -224,7 +224,7 @@ class ArmFigures:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an arm differs from another by more than seeds do, over the seeds that both have."""
+    """Whether two arms differ by more than their seeds do, over the seeds that both have."""
 
     figure: str
     """A key of JUDGED."""
@@ -232,7 +232,7 @@ class Verdict:
     base: Treatment
     seeds: int
     difference: float | None
-    """The mean over seeds."""
+    """The difference of the means over seeds."""
     spread: float | None
     """The larger of the two arms' ranges (max - min) over seeds."""
     exceeds: bool | None
@@ -244,14 +244,14 @@ class Verdict:
 
     @property
     def weighed(self) -> str:
-        """The difference, and whether it is more than chance."""
+        """The difference, and whether it exceeds the spread over seeds."""
         if self.difference is None:
-            return "cannot say, the arms have no seed in common"
+            return "unknown, since the arms have no seed in common"
         by = f"{abs(self.difference):.3f} {'lower' if self.difference < 0 else 'higher'}"
         if self.spread is None:
             return f"{by}; one seed cannot show whether that is more than chance"
         seen = f"the spread between {self.seeds} seeds ({self.spread:.3f})"
-        return f"{by}, more than {seen}" if self.exceeds else f"{by}, not clear of {seen}: that may be chance"
+        return f"{by}, more than {seen}" if self.exceeds else f"{by}, not more than {seen}: this may be chance"
 
     def as_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("difference", "spread", "seeds", "exceeds", "says")}
@@ -259,7 +259,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class EqualDomain:
-    """General losses at the moment when each finetune comes down to the lowest domain loss that all of them reach."""
+    """General losses when each finetune reaches the lowest domain loss that all of them reach."""
 
     domain_loss: float
     general: dict[Treatment, Figure | None]
@@ -267,21 +267,21 @@ class EqualDomain:
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """A setting of an arm, of which several were run."""
+    """One of several settings of an arm."""
 
     treatment: Treatment
     tokens: int
-    """Of pretraining."""
+    """Tokens of pretraining."""
     setting: str
-    """What differs between settings, in words."""
+    """The values that differ between settings, in words."""
     seeds: int
     domain_select: float
-    """The mean, by which the best setting is chosen."""
+    """The mean, which chooses the best setting."""
     domain_after: float
     general_after: float
     """The means of the figures, these two."""
     kept: bool
-    """Whether the arm's figures are of its runs."""
+    """Whether the arm's figures are from its runs."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -298,33 +298,33 @@ class Comparison:
     general: str = "general text"
     """The sources' names."""
     tokens: int
-    """The pretraining budget that all but `runs`, `arms` and `compute_multiplier` are about: the largest of those at
-    which the most arms, NPT among them, can be compared."""
+    """The pretraining budget of everything except `runs`, `arms` and `compute_multiplier`: the largest at which the
+    most arms, NPT included, can be compared."""
     runs: list[Finetune]
     arms: list[ArmFigures]
-    """Of every budget."""
+    """The arms of every budget."""
     r_gain: dict[Treatment, Gain | None] | None
     """None without NPT."""
     compute_multiplier: dict[Treatment, float | None] | None
-    """None where NPT's budgets don't bracket SPT's loss, and without NPT."""
+    """None if NPT's budgets don't bracket SPT's loss, and without NPT."""
     compute_multiplier_per_seed: dict[Treatment, dict[str, float | None]] | None
-    """By the curves of one seed alone, at the same budget of SPT; None as above."""
+    """From the curves of a single seed, at the same budget of SPT; None as above."""
     general_at_equal_domain: EqualDomain
     verdict: dict[str, dict[Treatment, Verdict]]
     """By figure."""
     warnings: Sequence[str] = ()
-    """What else differs between the runs."""
+    """Other differences between the runs."""
     tasks: Sequence[TaskTable] = ()
-    """What they score, in the order of `runs`."""
+    """The runs' task scores, in the order of `runs`."""
     settings: Sequence[Tried] = ()
-    """Those of all arms, where one has several."""
+    """The settings of all arms, if one has several."""
 
     def as_json(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("tasks", "settings") or value}
 
     @property
     def base(self) -> str | None:
-        """The name of the weights that all runs finetuned; None where their pretraining is known."""
+        """The name of the weights that all runs finetuned; None if their pretraining is known."""
         return self.runs[0].base
 
     @property
@@ -334,13 +334,13 @@ class Comparison:
 
 
 def compare(run_folders: Sequence[str | Path]) -> Comparison:
-    """Compare finished runs. Of runs of an arm that differ in their optimizers' fields the best setting is taken.
+    """Compare finished runs. If runs of an arm differ in their optimizers' fields, the best setting is used.
 
     Raises RecipeError or CheckpointError for runs that are unfinished, lack pretraining or a finetune, are the same arm
     and seed, or differ in domain, held-out text, tokenizer or model.
     """
     if not run_folders:
-        raise RecipeError("runs: there is nothing to compare; give the folders of finished runs")
+        raise RecipeError("runs: none given; give the folders of finished runs")
     runs = [FinishedRun.read(folder) for folder in run_folders]
     check_comparable(runs)
     finetunes, tried = best_settings([Finetune.of(run) for run in runs])
@@ -357,7 +357,7 @@ def compare(run_folders: Sequence[str | Path]) -> Comparison:
 
 
 def best_settings(runs: Sequence[Finetune]) -> tuple[list[Finetune], list[Tried]]:
-    """The runs of each arm's best setting, and all settings where an arm has several; the rule is that of `usable`."""
+    """The runs of each arm's best setting, and all settings if an arm has several; the rule is that of `usable`."""
     if not runs:
         return [], []
     arm = [*Treatment._fields, "tokens"]
@@ -399,7 +399,7 @@ def best_settings(runs: Sequence[Finetune]) -> tuple[list[Finetune], list[Tried]
 
 
 def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:
-    """Compare finetunes by their figures, wherever they come from."""
+    """Compare finetunes by their figures, from any source."""
     budget = _widest(_by_budget(runs))
     equal_domain = max(min(domain for _, domain, _ in run.path) for run in runs if run.tokens == budget)
     runs = [
@@ -451,7 +451,7 @@ def _refuse_twice(run: Finetune, other: Finetune) -> None:
 
 
 def _widest(budgets: Mapping[int, Arms]) -> int:
-    """That at which the most arms, NPT among them, can be compared."""
+    """The budget at which the most arms, NPT included, can be compared."""
 
     def breadth(tokens: int) -> tuple[bool, int, int]:
         arms = budgets[tokens]
@@ -461,7 +461,7 @@ def _widest(budgets: Mapping[int, Arms]) -> int:
 
 
 def general_when(path: FinetunePath, domain_loss: float) -> float:
-    """General loss where a path first comes down to `domain_loss`, which it must; linear between evaluations."""
+    """General loss where a path first reaches `domain_loss`, which it must; linear between evaluations."""
     if path[0][1] <= domain_loss:
         return path[0][2]
     for (_, domain, general), (_, next_domain, next_general) in pairwise(path):
@@ -497,7 +497,7 @@ def _compute_multipliers(budgets: Mapping[int, Arms]) -> dict[Treatment, _Multip
 
 
 def _multiplier(npt: Mapping[int, Arm], spt: Mapping[int, Arm]) -> _Multiplier:
-    """At SPT's largest budget whose mean loss the means of NPT's budgets bracket."""
+    """At SPT's largest budget whose mean loss is bracketed by the means of NPT's budgets."""
     means = _curve(npt)
     for tokens, loss in sorted(_curve(spt).items(), reverse=True):
         if (factor := compute_multiplier(means, tokens, loss)) is not None:
@@ -510,7 +510,7 @@ def _multiplier(npt: Mapping[int, Arm], spt: Mapping[int, Arm]) -> _Multiplier:
 
 
 def _curve(by_budget: Mapping[int, Arm], seed: int | None = None) -> dict[int, float]:
-    """{tokens: domain loss after finetuning}: of one seed where it was run, else the mean over seeds."""
+    """{tokens: domain loss after finetuning}: for one seed if it was run, else the mean over seeds."""
     return {
         tokens: fmean(run.domain_after for run in arm.values() if seed in (None, run.seed))
         for tokens, arm in by_budget.items()
@@ -519,9 +519,9 @@ def _curve(by_budget: Mapping[int, Arm], seed: int | None = None) -> dict[int, f
 
 
 def compute_multiplier(npt: Mapping[int, float], tokens: int, loss: float) -> float | None:
-    """Tokens that NPT needs for a loss / tokens that SPT took; NPT is {tokens: domain loss after finetuning}.
+    """Tokens that NPT needs for a loss / tokens of SPT; NPT is {tokens: domain loss after finetuning}.
 
-    Linear in log tokens between NPT's budgets; None where they do not bracket the loss.
+    Linear in log tokens between NPT's budgets; None if they do not bracket the loss.
     """
     for (fewer, worse), (more, better) in pairwise(sorted(npt.items())):
         if worse > better and worse >= loss >= better:
@@ -530,7 +530,7 @@ def compute_multiplier(npt: Mapping[int, float], tokens: int, loss: float) -> fl
 
 
 def _verdicts(figure: str, arms: Arms) -> dict[Treatment, Verdict]:
-    """Every arm against the NPT that it is held against; without NPT, against the one with the smallest delta."""
+    """Every arm against its NPT; without NPT, against the arm with the smallest delta."""
     against = {arm: held_against(arm, arms) or min(arms) for arm in arms}
     return {arm: judge(figure, arm, base, arms) for arm, base in against.items() if arm != base}
 

@@ -1,14 +1,14 @@
-"""Real text that every machine with this package has: a large general corpus and a scarce domain, nothing downloaded.
+"""Real text on every machine with this package: a large general corpus and a scarce domain, without downloads.
 
 general  English prose: the docstrings of the standard library and of the installed packages. Sources are read as text,
          never imported. Doctests, code, tables of parameters and markup are dropped paragraph by paragraph, so that
-         what stays reads like a manual. One document is the prose of one module.
-domain   C++: the headers that torch brings, without their licence texts and without what a generator wrote. It stands
-         in for a company's own code base. One document is one header.
+         the rest reads like a manual. One document is the prose of one module.
+domain   C++: the headers of torch, without their licence texts and without generated ones. It stands in for a
+         company's own code base. One document is one header.
 
 Both are written as JSON lines of {"text", "source"}, in the order of a hash of the source's name: the same machine
-writes the same file, and any prefix of it is a fair sample. Text that repeats what came before is left out: a near-copy
-in the held-out part would be a leak.
+writes the same file, and any prefix of it is a fair sample. Repeated text is left out: a near-copy in the held-out part
+would be a leak.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PARAGRAPH_MIN_PLAIN = 0.95
 PARAGRAPH_MIN_FUNCTION_WORDS = 0.22
 """Share of a paragraph's words that are English function words."""
 HEADER_MAX_CHARS = 20_000
-"""Longer headers are amalgamations and tables: a few of them would be most of the corpus."""
+"""Longer headers are amalgamations and tables, and would be most of the corpus."""
 
 _TITLE_RULE = re.compile(r"\A[^\n]*\n[ \t]*([-=~^*#`+.])\1{2,}[ \t]*(?:\n|\Z)")
 _LABEL = r"\s*(?:[-*+•]+ |\d+[.)] |:?[\w.*`, -]{1,60}(?:\([^)\n]*\))? ?:(?!\S))"
@@ -70,18 +70,18 @@ def write_general(path: Path, limit_bytes: int) -> int:
 def write_domain(path: Path, limit_bytes: int) -> int:
     """Write the domain corpus, at most `limit_bytes` of text; returns the bytes of text written.
 
-    Raises DataError where torch came without its headers.
+    Raises DataError if torch came without its headers.
     """
     include = Path(torch.__file__).parent / "include"
     headers = {str(file.relative_to(include)): file for file in include.rglob("*.h*") if file.suffix in (".h", ".hpp")}
     if not headers:
-        raise DataError(f"{include}: has no C++ headers, the demo's domain; reinstall torch from a wheel")
+        raise DataError(f"{include}: has no C++ headers, the demo's domain; install torch from a wheel")
     documents = ((name, _header_code(code)) for name, code in _read(headers))
     return _write(path, documents, _drop_repetitive_header, limit_bytes)
 
 
 def _python_sources() -> dict[str, Path]:
-    """Every installed Python source by name, the standard library's too."""
+    """Every installed Python source by name, the standard library included."""
     paths = sysconfig.get_paths()
     sources: dict[str, Path] = {}
     for root in {Path(paths[key]) for key in ("stdlib", "purelib", "platlib")}:
@@ -101,7 +101,7 @@ def _read(files: dict[str, Path]) -> Iterator[tuple[str, str]]:
 def _write(
     path: Path, documents: Iterator[tuple[str, str]], novel: Callable[[str, set[str]], str], limit_bytes: int
 ) -> int:
-    """Write (source, text) as JSON lines up to the limit, each text cut by `novel` to what was not seen before."""
+    """Write (source, text) as JSON lines up to the limit; `novel` cuts each text to its new parts."""
     written_bytes = 0
     seen: set[str] = set()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def _module_prose(code: str) -> str:
 
 
 def _docstrings(code: str) -> Iterator[str]:
-    """The triple-quoted strings that open a file or a block: what `ast` finds but for 1%, in 1% of its time."""
+    """The triple-quoted strings that open a file or a block: 99% of what `ast` finds, in 1% of its time."""
     pieces = code.split('"""')
     for index, (before, literal) in enumerate(zip(pieces[0::2], pieces[1::2], strict=False)):
         before = before.rstrip("rRuU").rstrip()
@@ -170,7 +170,7 @@ def _header_code(header: str) -> str:
 
 
 def _drop_repeated_paragraphs(text: str, seen: set[str]) -> str:
-    """Templates repeat with other names in them, so a paragraph is known by its lower-case words alone."""
+    """Templates repeat with other names in them, so only the lower-case words of a paragraph are compared."""
     kept = []
     for paragraph in text.split("\n\n"):
         key = " ".join(re.findall(r"\b[a-z]+\b", paragraph))

@@ -1,18 +1,18 @@
-"""To pretrain or not (arXiv 2006.08671): from how much domain text on a model trained on that alone is as good.
+"""To pretrain or not (arXiv 2006.08671): the amount of domain text from which a model trained only on it is as good.
 
-Arms are what training on the domain begins with: a pretrained model, nothing ("scratch"), or of a pretrained model the
-embeddings alone, free or frozen. Their corpora are nested subsets of the domain. Every seed of an arm stands for itself
-with the weights that it hands on; of several runs the one with the lowest `domain_select`, the same rule for every arm.
-(Usable rows, which fits and reports are of, have one learning rate per arm already.)
+Arms are what training on the domain starts from: a pretrained model, nothing ("scratch"), or only the embeddings of a
+pretrained model, free or frozen. Their corpora are nested subsets of the domain. Every seed of an arm counts with its
+final weights; of several runs the one with the lowest `domain_select`, the same rule for every arm. (Usable rows, which
+fits and reports use, have one learning rate per arm already.)
 
     gap         100 (loss from scratch / loss of the pretrained one - 1), in percent, of the same seed
     fit         the gap over log10 of the domain's tokens: a line through all seeds' points, by least squares
-    crossover   the domain tokens from which on the mean gap stays below the threshold: between two subsets by a
-                straight line over log tokens; beyond the largest by the fit, and then it is an extrapolation
+    crossover   the number of domain tokens above which the mean gap stays below the threshold: between two subsets by
+                a straight line over log tokens; beyond the largest by the fit, as an extrapolation
 
-Intervals are of a Bayesian bootstrap over seeds, each weighed by an exponential variate in all its subsets at once. So
-few seeds vary less between themselves than what they are drawn from: deviations of a draw are widened by
-sqrt((n+1)/(n-1)), for the variance, and by Student's t for n seeds over the normal's quantile. A single seed has none.
+Intervals come from a Bayesian bootstrap over seeds, each weighted by an exponential variate in all its subsets at once.
+A few seeds vary less among themselves than their population, so deviations of a draw are widened by sqrt((n+1)/(n-1)),
+for the variance, and by Student's t for n seeds over the normal's quantile. A single seed has no interval.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ NEEDED = (
 )
 PRETRAINING = ["pretrain_tokens", "pretrain_delta"]
 THRESHOLD = 0.01
-"""Of the pretrained loss."""
+"""As a share of the pretrained loss."""
 DRAWS, LEVEL = 2000, 0.9
 FARTHEST = 100.0
-"""An extrapolation is named up to so many times the largest subset."""
+"""An extrapolation is reported up to this many times the largest subset."""
 MOST_DIGITS = 300
-"""An interval is open beyond so many tokens."""
+"""An interval is open beyond this many tokens."""
 
 Range = tuple[float, float | None]
-"""[low, high]; 0 and None where it is open."""
+"""[low, high]; 0 and None for an open end."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,20 @@ class Subset:
     mean: float
     seeds: dict[str, float]
     lr: dict[str, float]
-    """By seed."""
+    """Losses by seed."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Between the arms on one subset."""
+    """The gap between the arms on one subset."""
 
     domain_tokens: int
     nats: float
-    """Of the means over seeds."""
+    """The gap of the means over seeds."""
     percent: float
     interval: Range | None
     seeds: dict[str, float]
-    """In percent."""
+    """The interval in percent."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where the gap falls under the threshold."""
+    """Where the gap falls below the threshold."""
 
     where: str
     """ "between" two subsets, "below" the smallest, "beyond" the largest, "never", or "unknown"."""
@@ -92,27 +92,27 @@ class Crossing:
     crossover: float | None = None
     """Domain tokens; None unless "between"."""
     interval: Range | None = None
-    """Of `crossover` or `extrapolated`; None for a single seed."""
+    """The interval of `crossover` or `extrapolated`; None for a single seed."""
     extrapolated: float | None = None
     """For "beyond": domain tokens by the fit; None if too far."""
     times_beyond: float | None = None
-    """The same over the largest subset."""
+    """The same as a multiple of the largest subset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crossover(Crossing):
-    """Of one size of model and one pretraining."""
+    """For one size of model and one pretraining."""
 
     params: int
     pretrain_tokens: float | None
     pretrain_delta: float | None
-    """None, these two, where the weights came from elsewhere."""
+    """None, these two, if the weights came from elsewhere."""
     arms: dict[str, list[Subset]]
     gap: list[Gap]
 
 
 def crossovers(table: pd.DataFrame, threshold: float = THRESHOLD) -> list[Crossover]:
-    """Of every size of model and every pretraining of a runs table.
+    """For every size of model and every pretraining of a runs table.
 
     `threshold` is a fraction of the pretrained loss. DataError: a table without scratch and pretrained arms of one size
     of model, or one that mixes tokenizers or held-out texts.
@@ -144,7 +144,7 @@ def asks_for_crossover(table: pd.DataFrame) -> bool:
 
 
 def _arms(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per arm, subset and seed: the best of its runs by `domain_select`."""
+    """A row per arm, subset and seed: the best run by `domain_select`."""
     table = with_average(table)
     require_columns(table, NEEDED, "the runs table")
     begins = np.where(table["start"] == "scratch", table["stage"] == 0, table["stage"] <= 1)
@@ -203,7 +203,7 @@ def _known(value: float) -> float | None:
 
 
 class _Gaps:
-    """Gaps in percent, [subsets, seeds] with NaN where one is missing, and what a bootstrap over seeds makes of them.
+    """Gaps in percent, [subsets, seeds] with NaN for missing ones, and a bootstrap of them over seeds.
 
     mean [subsets], line (intercept, slope) or None for a single subset; drawn [DRAWS, subsets], lines [DRAWS, 2].
     """
@@ -232,7 +232,7 @@ class _Gaps:
         return mean, np.stack([level - slope * center, slope], -1)
 
     def crossing(self, threshold: float, mean: Array, line: Array) -> float:
-        """log10 of the tokens from which on the gap stays below; -inf below the smallest subset, inf for never."""
+        """log10 of the tokens above which the gap stays below; -inf below the smallest subset, inf for never."""
         above = np.flatnonzero(mean > threshold)
         if not len(above):
             return -np.inf
@@ -254,7 +254,7 @@ def _crossing(gaps: _Gaps, threshold: float) -> Crossing:
     smallest, largest = (amount(float(10**edge)) for edge in gaps.log_tokens[[0, -1]])
     under = f"within {threshold:g}% of the pretrained one's loss"
     if gaps.line is None:
-        says = f"One subset of {smallest} domain tokens shows a gap, not where it closes; train on more of them."
+        says = f"One subset of {smallest} domain tokens shows a gap but not where it closes; train on more subsets."
         return Crossing("unknown", says)
 
     intercept, slope = map(float, gaps.line)
@@ -266,20 +266,20 @@ def _crossing(gaps: _Gaps, threshold: float) -> Crossing:
         low, high = _interval(np.array(drawn))
         interval = float(10**low), float(10**high) if high < MOST_DIGITS else None
     if at == -np.inf:
-        says = f"Already with {smallest} domain tokens, the fewest tried, a model from scratch is {under}."
+        says = f"With only {smallest} domain tokens, the smallest subset, a model from scratch is already {under}."
         return Crossing("below", says, fit)
     if at <= gaps.log_tokens[-1] and gaps.mean[-1] <= threshold:
-        says = f"From about {amount(10**at)} domain tokens on{_range(interval)} a model from scratch is {under}."
+        says = f"Above about {amount(10**at)} domain tokens{_range(interval)} a model from scratch is {under}."
         return Crossing("between", says, fit, crossover=float(10**at), interval=interval)
-    says = f"With {largest} domain tokens, the most tried, a model from scratch is not {under}: "
+    says = f"With {largest} domain tokens, the largest subset, a model from scratch is not {under}: "
     if at == np.inf:
         return Crossing("never", f"{says}the gap does not shrink with more of them.", fit)
     beyond = float(10 ** (at - gaps.log_tokens[-1]))
     if beyond > FARTHEST:
-        says += f"at this slope not before {FARTHEST:g} times as many, too far to say."
+        says += f"at this slope it would need more than {FARTHEST:g} times as many, too far to extrapolate."
         return Crossing("beyond", says, fit)
     says += (
-        f"at this slope it would be from about {amount(10**at)} on{_range(interval)}, an extrapolation "
+        f"at this slope it would be above about {amount(10**at)}{_range(interval)}, an extrapolation "
         f"to {beyond:.2g} times as many."
     )
     return Crossing("beyond", says, fit, interval=interval, extrapolated=float(10**at), times_beyond=beyond)

@@ -1,4 +1,4 @@
-"""What a run's steps say: loss, learning rate, gradient norm and speed over the tokens that were trained."""
+"""The curves of a run's steps: loss, learning rate, gradient norm and speed over the trained tokens."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ MOST_POINTS = 150
 
 @dataclass(frozen=True)
 class Curve:
-    """The steps of a finished phase, of its kept arm, as means of stretches."""
+    """The steps of a finished phase's kept arm, averaged over stretches."""
 
     run: str
     phase: str
     tokens: np.ndarray
-    """Of the phase, float64 [points]."""
+    """Tokens of the phase, float64 [points]."""
     figures: Mapping[str, np.ndarray]
-    """Each of FIGURES, float64 [points]; NaN where it is not finite."""
+    """Each of FIGURES, float64 [points]; NaN if it is not finite."""
     trained: int
     """Tokens at the phase's last step, which is always logged."""
 
     def then(self, later: Curve) -> Curve:
-        """Both, where the later phase goes on with the same stage: pretraining is cut at every budget."""
+        """Both joined, if the later phase continues the same stage: pretraining is cut at every budget."""
         return replace(
             self,
             tokens=np.concatenate([self.tokens, self.trained + later.tokens]),
@@ -40,8 +40,8 @@ class Curve:
 
 
 def curves_of(folders: Sequence[Path]) -> list[Curve]:
-    """Of the runs in these folders, and in these where they are studies; runs without metrics that can be read are left
-    out, as their losses may come from a table."""
+    """The curves of runs in these folders or in these studies; runs without readable metrics are left out, as their
+    losses may come from a table."""
     found = []
     for run in (run for folder in folders for run in (folder, *sorted(folder.glob("runs/*")))):
         try:

@@ -1,8 +1,8 @@
-"""The whole main job on text that every machine has, in a few minutes on two CPU cores.
+"""The complete workflow on text that every machine has, in a few minutes on two CPU cores.
 
     corpora → tokenizer → datasets → recipes → runs (NPT and SPT, two seeds each) → comparison
 
-Everything lands in one folder and is made only once: a demo that was interrupted goes on where it stopped.
+Everything is written to one folder, and made only once: an interrupted demo continues where it stopped.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ GENERAL, DOMAIN = "prose", "cpp"
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much the demo does. The defaults take two to four minutes on two cores."""
+    """The size of the demo. The defaults take two to four minutes on two cores."""
 
     general_bytes: int = 7_000_000
     """Text of the general corpus: more tokens than pretraining reads."""
     domain_bytes: int = 400_000
-    """Text of the domain; half of it is held out, and of the rest only `domain_tokens` are trained on."""
+    """Text of the domain; half of it is held out, and only `domain_tokens` of the rest are trained on."""
     vocab_size: int = 4096
     model: str = "{preset: 1m}"
     pretrain_tokens: int = 900_000
     delta: Fraction = Fraction(1, 10)
     """The domain's share of SPT's pretraining tokens."""
     domain_tokens: int = 9_000
-    """So few that SPT reads them about ten times over."""
+    """Few enough that SPT reads them about ten times."""
     finetune_tokens: int = 90_000
     heldout_tokens: int = 16_000
     seeds: tuple[int, ...] = (0, 1)
 
 
 def demo(out: Path, scale: Scale | None = None) -> Comparison:
-    """Run or go on with the demo in folder `out`; returns the comparison, also written there as JSON and PNG.
+    """Run or continue the demo in folder `out`; returns the comparison, also written there as JSON and PNG.
 
-    Exits the process with code 75 when interrupted: what was done is saved, and the same call goes on with it.
+    Exits the process with code 75 when interrupted: finished work is saved, and the same call continues it.
     """
     out, scale = Path(out), scale or Scale()
     check_folder(out, "out")
@@ -68,7 +68,7 @@ def demo(out: Path, scale: Scale | None = None) -> Comparison:
     recipes = write_recipes(out, scale)
     console.print(f"training {', '.join(map(str, recipes))}\n", soft_wrap=True)
     if not train_side_by_side(recipes, out / "logs", console):
-        console.print(f"\nstopped and saved; `spt-fast demo --out {out}` goes on", soft_wrap=True)
+        console.print(f"\nstopped and saved; run `spt-fast demo --out {out}` to continue", soft_wrap=True)
         raise SystemExit(75)
 
     result = compare([load_recipe(recipe).run for recipe in recipes])
@@ -79,13 +79,14 @@ def demo(out: Path, scale: Scale | None = None) -> Comparison:
         console.print(f"{paragraph}\n")
     console.print(next_steps(out), soft_wrap=True)
     console.print(
-        f"\n{duration(time.monotonic() - began_s)} in all. Now look at {out / 'comparison.png'}", soft_wrap=True
+        f"\nTotal time {duration(time.monotonic() - began_s)}. Now look at {out / 'comparison.png'}", soft_wrap=True
     )
     return result
 
 
 def prepare_data(folder: Path, scale: Scale, console: Console) -> None:
-    """Write the corpora, train the tokenizer, prepare both datasets with their held-out parts: whatever is missing."""
+    """Write the corpora, train the tokenizer, prepare both datasets with their held-out parts: the missing ones
+    only."""
     tokenizer_file = folder / "bpe.tiktoken"
     writers = {GENERAL: (write_general, scale.general_bytes), DOMAIN: (write_domain, scale.domain_bytes)}
     texts = {name: folder / f"{name}.jsonl" for name in writers}
@@ -106,7 +107,7 @@ def prepare_data(folder: Path, scale: Scale, console: Console) -> None:
 
 
 def write_recipes(out: Path, scale: Scale) -> list[Path]:
-    """One recipe per seed and arm in OUT/recipes; those that are there already are left as they are."""
+    """One recipe per seed and arm in OUT/recipes; existing ones are kept."""
     (out / "recipes").mkdir(parents=True, exist_ok=True)
     recipes = []
     for seed in scale.seeds:
@@ -132,12 +133,12 @@ tokenizer: {_quoted(data / "bpe.tiktoken")}
 checkpoint: {{every: 100 steps, keep: 1}}
 sources:
   {GENERAL}: {{{paths[GENERAL]}}}
-  # scarce on purpose: the first documents up to so many tokens
+  # scarce on purpose: the first documents up to this many tokens
   {DOMAIN}: {{{paths[DOMAIN]}, limit_tokens: {scale.domain_tokens}}}
 phases:
   - name: pretrain
     tokens: {scale.pretrain_tokens}
-    mixture: {{{shares}}}  # all that makes the difference between NPT and SPT
+    mixture: {{{shares}}}  # the only difference between NPT and SPT
     batch: {{sequences: 8}}
     optimizer: {{lr: 3e-3}}
     schedule: {{name: cosine, warmup: 5%}}
@@ -149,18 +150,18 @@ phases:
     optimizer: {{lr: 4e-4, weight_decay: 1e-7}}
     schedule: {{name: constant, warmup: 10 steps}}
     eval: {{every: 10%, tokens: {scale.heldout_tokens}}}
-    stop: {{on: {DOMAIN}, patience: 2}}  # the weights with the best held-out domain loss are handed on
-    grid: {{lr: [4e-4, 1e-3]}}  # each tried from the same start, the best by held-out domain loss kept
+    stop: {{on: {DOMAIN}, patience: 2}}  # keep the weights with the best held-out domain loss
+    grid: {{lr: [4e-4, 1e-3]}}  # each starts from the same weights; the best by held-out domain loss is kept
 """
 
 
 def _quoted(path: Path) -> str:
-    """For YAML, which takes JSON's strings."""
+    """A string for YAML, which accepts JSON strings."""
     return json.dumps(str(path))
 
 
 def next_steps(out: Path) -> str:
-    """The commands that do the same with one's own data."""
+    """The commands for the user's own data."""
     return f"""\
 The same with your own data:
   spt-fast tokenizer train general.jsonl mine.jsonl --vocab-size 16384 --out data/bpe.tiktoken

@@ -1,27 +1,27 @@
 """DoGE, domain reweighting with generalization estimation (Fan, Pagliardini, Jaggi; arXiv 2310.15393): the mixture of
-sources that serves all of them best, or a target, learned in one run of a small proxy model.
+sources that is best for all of them, or for a target, learned in one run of a small proxy model.
 
-A source deserves its share if a step on it lowers the loss on others: if its gradient points where theirs do. Weights w
+A source gets more weight if a step on it lowers the loss on others: if its gradient points where theirs do. Weights w
 over K sources start uniform. In each step, at the learning rate η of the proxy's schedule:
 
     g_j    the gradient on windows of source j, clipped to `optimizer.clip`
-    s_j    η·⟨g_j, Σ_{i≠j} g_i⟩ / mean‖g‖        universal: what helps the other sources
+    s_j    η·⟨g_j, Σ_{i≠j} g_i⟩ / mean‖g‖        universal: how much it helps the other sources
            η·⟨g_j, g_target⟩ / mean‖g‖            for a target, which is read but never trained on
     w_j    ∝ w_j·exp(clip(s_j, 0, 5η) / μ)         μ = 0.01, for a target 0.05
     θ      one step of AdamW on Σ_j w_j·g_j
 
 and the result is the average of w over all steps. Inner products are over all parameters, in fp32. The limits of the
 scores, μ, and the division by the mean norm of the K clipped gradients are those of the authors' code, Olivia-fsm/DoGE
-on GitHub (which means to leave out i = j too, but keeps it: it compares sets of tensors, and those are never equal).
+on GitHub (which intends to leave out i = j too, but keeps it: it compares sets of tensors, which are never equal).
 
 How far weights can move is bounded by the *reach* Σ η/μ: over a run, log w_a - log w_b changes by the reach times the
-mean difference of their alignments ⟨g_j, …⟩/mean‖g‖, where none is clipped. A short proxy run thus ends near equal
-shares whatever the sources are like: read its scores, not its weights, or train longer.
+mean difference of their alignments ⟨g_j, …⟩/mean‖g‖, if none is clipped. A short proxy run thus ends near equal shares
+for any sources: use its scores, not its weights, or train longer.
 
 The proxy run is the first phase of a recipe without its evaluations, grid and early stopping, and every source (and the
-target) reads `batch.sequences` windows in each step, so a step costs as much as K (K + 1) of the recipe's. It needs the
-memory of K + 1 (K + 2) more copies of the parameters in fp32. One process; of `engine`, only checkpointing, fp8 and
-deterministic matter.
+target) reads `batch.sequences` windows in each step, so a step costs as much as K (K + 1) of the recipe's. It needs
+memory for K + 1 (K + 2) more copies of the parameters in fp32. One process; of `engine`, only checkpointing, fp8 and
+deterministic apply.
 
 Legend: K sources that are trained on, R = K or, with a target, K + 1 rows, N parameters.
 """
@@ -86,7 +86,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the weights depend on."""
+    """The inputs that the weights depend on."""
 
     parameters: int
     steps: int
@@ -104,24 +104,24 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Reweighting:
-    """What weights.json says. Mappings are by source; of the target there are epochs and losses only."""
+    """The content of weights.json. Mappings are by source; for the target there are only epochs and losses."""
 
     status: str = "done"
     target: str | None
     weights: dict[str, float]
-    """The averages over all steps."""
+    """Weights averaged over all steps."""
     mixture: dict[str, str]
-    """The same in percent, rounded to tenths that sum to 100 exactly, as a recipe takes it."""
+    """The same in percent, rounded to tenths that sum to exactly 100, for a recipe."""
     last_weights: dict[str, float]
     scores: dict[str, float]
-    """Their means before clipping."""
+    """Mean gradient norms before clipping."""
     clipped: dict[str, float]
-    """The share of steps in which a score was."""
+    """The share of steps in which a score was clipped."""
     reach: float
     published_reach: float
-    """That of the authors' configuration."""
+    """The reach of the authors' configuration."""
     epochs: dict[str, float]
-    """That were read of each source."""
+    """Tokens read from each source."""
     settings: Settings
     skipped: int
     """Steps whose gradients weren't finite."""
@@ -139,19 +139,19 @@ class Reweighting:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A signal has ended the run after a checkpoint."""
+    """A signal ended the run after a checkpoint."""
 
     reason: str | None
-    """Which one."""
+    """The signal."""
 
 
 def reweight(
     recipe: Recipe, out: Path, *, target: str | None = None, resume: bool = False, progress: bool = True
 ) -> Reweighting | Stopped:
-    """Learn weights for the sources of the recipe's first phase (less the target); also written as OUT/weights.json.
+    """Learn weights for the sources of the recipe's first phase (except the target); also written as OUT/weights.json.
 
-    SIGTERM, SIGINT or SIGUSR1 end it after a checkpoint; `resume` goes on from there to the same bits, or starts afresh
-    where there is nothing to go on from. Raises RecipeError, DataError or CheckpointError for what a user can mend.
+    SIGTERM, SIGINT or SIGUSR1 end it after a checkpoint; `resume` continues from there with the same bits, or starts
+    afresh without one. Raises RecipeError, DataError or CheckpointError for what a user can fix.
     """
     sources = _sources(recipe, target)
     if recipe.engine.deterministic:
@@ -167,7 +167,7 @@ def reweight(
 def _reweight(
     recipe: Recipe, sources: list[str], out: Path, *, target: str | None, resume: bool, progress: bool
 ) -> Reweighting | Stopped:
-    """`reweight` in a folder that nobody else works in."""
+    """`reweight` in a locked folder."""
     begun, done = out / "reweight.json", out / "weights.json"
     plan = make_plan(recipe)
     found = checkpoint.newest(out / "checkpoints") if resume else None
@@ -182,17 +182,17 @@ def _reweight(
     skipped, steps = study.state.step - study.state.counted, study.state.step
     if too_many_skipped(skipped, steps):
         raise Diverged(
-            f"{skipped} of {steps} steps were skipped, as a loss or gradient was not finite; lower optimizer.lr or "
-            "lengthen schedule.warmup, and give another folder"
+            f"{skipped} of {steps} steps were skipped, because a loss or gradient was not finite; lower optimizer.lr "
+            "or lengthen schedule.warmup, and give another folder"
         )
     result = study.result()
     write_text(done, json.dumps(as_json(result), indent=1))
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the proxy model has served its purpose
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the proxy model isn't needed any more
     return result
 
 
 def _changes(begun: Path, recipe: Recipe, target: str | None) -> list[str]:
-    """What is asked for now and wasn't when the folder was begun."""
+    """The differences from the recipe with which the folder was started."""
     with _readable(begun.parent):
         before = json.loads(begun.read_text(encoding="utf-8"))
         retargeted = [f"target: {before['target']} → {target}"] if before["target"] != target else []
@@ -208,8 +208,8 @@ def _readable(out: Path) -> Iterator[None]:
 
 
 def alignments(gram: np.ndarray, *, target: bool) -> np.ndarray:
-    """fp64 [K]: the scores in learning rates, from the inner products [R, R] of the clipped gradients; a target's is
-    the last row."""
+    """fp64 [K]: the scores in learning rates, from the inner products [R, R] of the clipped gradients; the last row is
+    the target's."""
     trained = len(gram) - target
     helped = gram[:trained, -1] if target else gram.sum(axis=1) - gram.diagonal()
     return helped / (np.sqrt(gram.diagonal()[:trained]).mean() + 1e-6)
@@ -223,7 +223,7 @@ def reweighted(weights: np.ndarray, scores: np.ndarray, mu: float) -> np.ndarray
 
 
 def percentages(weights: Mapping[str, float]) -> dict[str, str]:
-    """Weights that sum to 1 in tenths of a percent that sum to 100% exactly, by largest remainder."""
+    """Weights that sum to 1 in tenths of a percent that sum to exactly 100%, by largest remainder."""
     tenths = {source: int(weight * 1000) for source, weight in weights.items()}
     by_remainder = sorted(weights, key=lambda source: tenths[source] - weights[source] * 1000)
     for source in by_remainder[: 1000 - sum(tenths.values())]:
@@ -242,12 +242,12 @@ def _sources(recipe: Recipe, target: str | None) -> list[str]:
         raise RecipeError(invalid("target", target, f"name a source; {nearest(target, recipe.sources)}"), argument=True)
     phase = recipe.phases[0]
     if phase.freeze != "none":
-        raise RecipeError(f"phases[{phase.name}].freeze: scores are of whole gradients; leave it out")
+        raise RecipeError(f"phases[{phase.name}].freeze: scores need whole gradients; leave it out")
     sources = sorted(source for source, share in phase.mixture.items() if share and source != target)
     if len(sources) < 2:
         besides = "" if target is None else f" besides the target {target!r}"
         raise RecipeError(
-            f"phases[{phase.name}].mixture: names {len(sources)} source{besides}; weighing takes at least two, so add "
+            f"phases[{phase.name}].mixture: names {len(sources)} source{besides}; weighting needs at least two, so add "
             "some (their shares don't matter here)"
         )
     return sources
@@ -255,7 +255,7 @@ def _sources(recipe: Recipe, target: str | None) -> list[str]:
 
 @dataclass
 class _State:
-    """Where the study stands, besides the proxy's tensors. Lists are by source, in the order of their names."""
+    """The state besides the proxy's tensors. Lists are by source, in the order of their names."""
 
     weights: list[float]
     weight_sums: list[float]
@@ -264,7 +264,7 @@ class _State:
     lr_sum: float = 0.0
     step: int = 0
     counted: int = 0
-    """Steps that changed the weights: all but those with a gradient that is not finite."""
+    """Steps that changed the weights: all except those with a gradient that is not finite."""
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     trajectory: list[Point] = field(default_factory=list)
@@ -280,7 +280,7 @@ class _State:
 
 
 class _Proxy:
-    """The model that is trained along, and the gradient of every row."""
+    """The proxy model, and the gradient of every row."""
 
     def __init__(self, plan: Plan, rows: int, dtype: torch.dtype, current: Snapshot | None) -> None:
         phase = plan.phases[0].phase
@@ -297,7 +297,7 @@ class _Proxy:
     def measure(
         self, batches: Sequence[Sequence[Batch]], interrupted: Callable[[], bool]
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """(inner products of the rows' gradients [R, R], their losses [R]), fp64; None where it was interrupted."""
+        """(inner products of the rows' gradients [R, R], their losses [R]), fp64; None if it was interrupted."""
         losses_R = torch.zeros(len(batches), device=self.engine.device)
         self.gradients_RN.zero_()
         for row, micro_batches in enumerate(batches):
@@ -320,14 +320,14 @@ class _Proxy:
         self.engine.optimizer.step(lr, torch.linalg.vector_norm(combined_N), never)
 
     def _point_to(self, flat_N: Tensor) -> None:
-        """Have the parameters' gradients lie in `flat_N`, where the backward pass adds to them in place."""
+        """Put the parameters' gradients in `flat_N`, where the backward pass adds to them in place."""
         parts = flat_N.split([param.numel() for param in self.params])
         for param, part in zip(self.params, parts, strict=True):
             param.grad = part.view(param.shape)
 
 
 class _Study:
-    """The steps of a reweighting, from where the newest checkpoint stands."""
+    """The steps of a reweighting, from the newest checkpoint on."""
 
     def __init__(
         self, plan: Plan, sources: list[str], target: str | None, out: Path, found: Checkpoint | None, display: Steps
@@ -353,7 +353,7 @@ class _Study:
         self.writer = checkpoint.Writer(out / "checkpoints", ALONE, Retention(plan.recipe.checkpoint.keep))
 
     def run(self, stop: StopRequest) -> bool:
-        """All steps that are left; False, with a checkpoint written, where it was asked to stop."""
+        """All remaining steps; False, with a checkpoint written, if it was asked to stop."""
         state, steps, recipe = self.state, self.phase.steps, self.plan.recipe
         save_every, log_every = (
             span.steps(self.phase.tokens_per_step, steps) for span in (recipe.checkpoint.every, recipe.log.every)
@@ -375,20 +375,20 @@ class _Study:
                     self.display.show(state.step, [" ".join(f"{source} {weight:.1%}" for source, weight in weights)])
                 if state.step % save_every == 0 and state.step < steps:
                     self._save()
-        # the only copy of this place is not replaced by itself
+        # the only copy of this position is not replaced by itself
         if not finished and state.step != self.saved_step:
             self._save()
         self.writer.finish()
         return finished
 
     def _advance(self, gram: np.ndarray, losses: np.ndarray) -> None:
-        """New weights, then a step of the proxy by them. A step with anything that isn't finite changes neither."""
+        """New weights, then a step of the proxy with them. If anything isn't finite, neither changes."""
         state, phase, sources = self.state, self.phase.phase, len(self.sources)
         lr = learning_rate(phase.schedule, phase.optimizer.lr, state.step, self.phase.steps, self.phase.tokens_per_step)
         state.step += 1
         if not (np.isfinite(gram).all() and np.isfinite(losses).all()):
             if state.step - state.counted == 1:
-                self.display.say(f"warning: step {state.step} was skipped, as a loss or gradient was not finite")
+                self.display.say(f"warning: step {state.step} was skipped, because a loss or gradient was not finite")
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= min(MAX_SKIPPED_IN_A_ROW, self.phase.steps):
                 raise RuntimeError(
@@ -477,7 +477,7 @@ class _Study:
 
 
 def print_reweighting(result: Reweighting, title: str, console: Console) -> None:
-    """A row for each source, how far the weights could move at all, and the line for a recipe."""
+    """Print a row for each source, the reach of the weights, and the line for a recipe."""
     first, last = (result.trajectory[i].losses for i in (0, -1))
     by_source = (result.weights, result.scores, result.clipped)
     print_table(
@@ -490,7 +490,8 @@ def print_reweighting(result: Reweighting, title: str, console: Console) -> None
         ],
     )
     console.print(
-        f"reach {result.reach:.3g} (the paper's: {result.published_reach:.3g}): with less, shares stay nearer to equal",
+        f"reach {result.reach:.3g} (the paper's: {result.published_reach:.3g}): a smaller one keeps shares nearer to "
+        "equal",
         soft_wrap=True,
     )
     console.print(mixture_line(result.mixture), soft_wrap=True)

@@ -1,8 +1,8 @@
-"""The picture of a comparison: what each arm pays in general loss for what it gains in domain loss.
+"""The picture of a comparison: the general loss that each arm pays for its gain in domain loss.
 
-On the left every finetune is a path in the plane of domain loss against general loss, from where pretraining left it
-to the weights that it hands on; down and left is better. On the right are the two sums of it, seed by seed: the gain in
-the domain, and what was forgotten.
+On the left every finetune is a path in the plane of domain loss and general loss, from the end of pretraining to its
+final weights; down and left is better. On the right are two figures of each seed: the gain in the domain, and the
+forgetting.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spt_fast.study.runs import FinetunePath
 
 NPT_COLOUR = "#4d4d4d"
 SPT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's, which the colour-blind can tell apart."""
+"""The colours of Okabe and Ito, which colour-blind readers can distinguish."""
 LINE_HEIGHT = 0.05
 """Room for a line of text, as a share of the plane's height."""
 
@@ -73,7 +73,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
 def draw_plane(
     axes: Axes, comparison: Comparison, arms: Mapping[Treatment, list[Finetune]], colours: Mapping[Treatment, str]
 ) -> None:
-    """Every finetune's path; the kept grid arm is drawn strong up to the weights that are handed on."""
+    """Every finetune's path; the kept grid arm is drawn strong up to its final weights."""
     for arm, runs in arms.items():
         colour = colours[arm]
         for run in runs:
@@ -100,13 +100,13 @@ def _domain_and_general(path: FinetunePath) -> tuple[list[float], list[float]]:
 
 
 def _until(path: FinetunePath, losses: tuple[float, float]) -> FinetunePath:
-    """The path up to the evaluation with these losses; all of it where none has them."""
+    """The path up to the evaluation with these losses; all of it if none has them."""
     ends = [index for index, point in enumerate(path) if point[1:] == losses]
     return path[: ends[0] + 1] if ends else path
 
 
 def _label_ends(axes: Axes, arms: Mapping[Treatment, list[Finetune]], colours: Mapping[Treatment, str]) -> None:
-    """Name each arm to the left of where its finetunes end, names pushed apart so that none covers another."""
+    """Name each arm to the left of the ends of its finetunes; names are moved so that they don't overlap."""
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
     axes.set_xlim(left - 0.24 * (right - left), right)

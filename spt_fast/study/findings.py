@@ -1,4 +1,4 @@
-"""What people read of comparisons and fits: one sentence or cell for a fact, on a terminal and on a page."""
+"""Comparisons and fits in words: one sentence or cell for each fact, on a terminal and on a page."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from spt_fast.study.words import amount
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """The arms as a table, then what can be said about them."""
+    """Print the arms as a table, then the sentences on them."""
     print_grid(console, arm_table(comparison))
     if comparison.settings:
-        of = "settings of the optimizers: of each arm the one with the lowest domain loss on the select half is taken"
+        of = "settings of the optimizers: each arm uses the one with the lowest domain loss on the select half"
         print_table(console, of, SETTING_COLUMNS, map(setting_cells, comparison.settings))
     for line in findings(comparison):
         console.print(f"- {line}")
@@ -57,11 +57,11 @@ def arm_table(comparison: Comparison) -> Table:
     return table
 
 
-SETTING_COLUMNS = ("arm", "setting", "seeds", "select half", "domain after", "taken")
+SETTING_COLUMNS = ("arm", "setting", "seeds", "select half", "domain after", "chosen")
 
 
 def setting_cells(tried: Tried) -> list[str]:
-    """Of a setting that was run: mean domain losses over seeds, and whether it is the one taken."""
+    """A row of SETTING_COLUMNS: mean domain losses over seeds, and whether the setting was chosen."""
     means = (tried.domain_select, tried.domain_after)
     arm = f"{tried.treatment.name}, {amount(tried.tokens)}" if tried.tokens else tried.treatment.name
     return [arm, tried.setting, str(tried.seeds), *(signed(mean, 3) for mean in means), "yes" if tried.kept else ""]
@@ -71,7 +71,7 @@ ARM_FIGURES = ("domain_after", "general_before", "general_after", "forgetting")
 
 
 def arm_cells(arm: ArmFigures, plus_minus: str = " ± ", figures: Sequence[str] = ARM_FIGURES) -> list[str]:
-    """Name, epochs, seeds, the figures and R_gain: means, and half the range of the seeds where there are several."""
+    """Name, epochs, seeds, the figures and R_gain: means, and half the range over several seeds."""
     return [
         arm.treatment.name,
         f"{arm.domain_epochs.mean:.3g}" if arm.domain_epochs else "",
@@ -90,24 +90,24 @@ def _with_spread(over: Interval | None, plus_minus: str, digits: int = 3) -> str
 
 
 def signed(figure: float, digits: int) -> str:
-    """With a minus sign in place of a hyphen."""
+    """With a minus sign instead of a hyphen."""
     return f"{figure:.{digits}f}".replace("-", "−")
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """What the figures say, a sentence each."""
+    """The findings, a sentence each."""
     found = [verdict.says for by_arm in comparison.verdict.values() for verdict in by_arm.values()]
     equal = comparison.general_at_equal_domain
     if len(equal.general) > 1:
         losses = ", ".join(f"{arm.name} {loss.mean:.3f}" for arm, loss in equal.general.items() if loss)
         level = f"{equal.domain_loss:.3f}"
-        found.append(f"when the finetune comes down to a domain loss of {level}, the general loss is at: {losses}")
+        found.append(f"when the finetune reaches a domain loss of {level}, the general loss is: {losses}")
     found += [*later(comparison), *behind(comparison)]
     return found + [line for arm in comparison.compute_multiplier or {} for line in multiplier(comparison, arm)]
 
 
 def later(comparison: Comparison) -> list[str]:
-    """What a later, unrelated finetune leaves of the domain, where there is one."""
+    """The effect of a later, unrelated finetune on the domain, if there is one."""
     arms = [arm for arm in comparison.arms if arm.tokens == comparison.tokens and arm.domain_later and arm.domain_after]
     if not arms:
         return []
@@ -118,7 +118,7 @@ def later(comparison: Comparison) -> list[str]:
 
 
 def behind(comparison: Comparison) -> list[str]:
-    """What the losses rest on, where the runs say so, and what was chosen on other text."""
+    """The held-out text of the losses, if the runs record it, and what was chosen on other text."""
     found = {}
     for name, of in ((comparison.domain, "domain_behind"), (comparison.general, "general_behind")):
         known = [one for run in comparison.runs if (one := getattr(run, of)) is not None]
@@ -129,7 +129,7 @@ def behind(comparison: Comparison) -> list[str]:
 
 
 def multiplier(comparison: Comparison, arm: Treatment) -> list[str]:
-    """What NPT needs to equal an arm, where that is known."""
+    """The tokens that NPT needs to equal an arm, if they are known."""
     factor = (comparison.compute_multiplier or {}).get(arm)
     if not factor:
         return []
@@ -143,7 +143,7 @@ def multiplier(comparison: Comparison, arm: Treatment) -> list[str]:
 
 
 def conclusion(comparison: Comparison) -> list[str]:
-    """What came out of NPT against one other arm, for someone who reads nothing else."""
+    """The result of NPT against one other arm, for someone who reads nothing else."""
     npt, spt = comparison.arms
     name, gain = spt.treatment.name, _mean(spt.r_gain)
     verdicts = {figure: by_arm[spt.treatment].weighed for figure, by_arm in comparison.verdict.items()}
@@ -151,10 +151,10 @@ def conclusion(comparison: Comparison) -> list[str]:
         f"In the domain, {name} ends {abs(gain):.1f}% {'better' if gain > 0 else 'worse'} than NPT, having read its "
         f"text {_mean(spt.domain_epochs):.3g} times before the finetune: its loss is {verdicts['domain_after']}.",
         f"In general text, the finetune costs {_mean(npt.forgetting):.2f} nats/token after NPT and "
-        f"{_mean(spt.forgetting):.2f} after {name}: {verdicts['forgetting']}. At the moment when both reach the same "
-        f"domain loss, NPT is at {_mean(npt.general_at_equal_domain):.2f} in general text and {name} at "
-        f"{_mean(spt.general_at_equal_domain):.2f}: {verdicts['general_at_equal_domain']}.",
-        "A model this small, trained this briefly, shows which way it goes, not how far it will go for you.",
+        f"{_mean(spt.forgetting):.2f} after {name}: {verdicts['forgetting']}. When both reach the same "
+        f"domain loss, the general loss is {_mean(npt.general_at_equal_domain):.2f} for NPT and "
+        f"{_mean(spt.general_at_equal_domain):.2f} for {name}: {verdicts['general_at_equal_domain']}.",
+        "A model this small, trained this briefly, shows the direction of the effect, not its size.",
     ]
 
 
@@ -166,8 +166,8 @@ def _mean(over: Interval | None) -> float:
 
 
 def print_fits(fits: Fits, console: Console, *, every_parameter: bool = False) -> None:
-    """How well each law fits and predicts, its parameters, and what is missing for the others. `every_parameter`: also
-    of the laws that have some for each share."""
+    """How well each law fits and predicts, its parameters, and what is missing for the others. `every_parameter`:
+    include those of laws with parameters for each share."""
     found = [one for one in fits.laws if one.law]
     if found:
         print_grid(console, _quality_table(found))
@@ -189,7 +189,7 @@ def print_fits(fits: Fits, console: Console, *, every_parameter: bool = False) -
 def _quality_table(found: Sequence[Fitted]) -> Table:
     """A row per law and group, 80 columns wide."""
     table = Table(
-        title="error: mean relative error, of the losses that a law was fitted to, and of losses that it predicted",
+        title="error: mean relative error of the losses that a law was fitted to, and of losses that it predicted",
         title_justify="left",
         title_style="",
         box=box.SIMPLE_HEAD,
@@ -228,7 +228,7 @@ def law_title(one: Fitted) -> str:
 
 
 def group_name(group: Mapping[str, float | None]) -> str:
-    """What the runs of a fit have in common, as far as it is known."""
+    """The common properties of a fit's runs, as far as they are known."""
     words: dict[str, Callable[[float], str]] = {
         "params": lambda size: f"{amount(size)} parameters",
         "domain_tokens": lambda tokens: f"{amount(tokens)} domain tokens",

@@ -1,13 +1,12 @@
-"""What a finetune after pretraining is, and how finetunes stand side by side: one definition for tables, comparisons,
-advice and pages.
+"""Finetunes after pretraining, and how they are compared: one definition for tables, comparisons, advice and pages.
 
-    treatment   the domain's share of all pretraining tokens; the finetune's replay, anchor and average
-    arm         a treatment at one pretraining budget; its runs differ by seed
-    setting     the values of its optimizers' fields; of an arm's settings the best is the one with the lowest mean
-                `domain_select` over seeds
-    plainest    the finetunes with the least replay, of these the ones with the least anchor, then the least average.
-                Replay comes first because it changes what is trained on: the papers' figures and the laws are of
-                finetunes on the domain alone. An anchor and an average change only how far they go.
+treatment   the domain's share of all pretraining tokens; the finetune's replay, anchor and average
+arm         a treatment at one pretraining budget; its runs differ by seed
+setting     the values of its optimizers' fields; an arm's best setting has the lowest mean `domain_select` over
+            seeds
+plainest    the finetunes with the least replay, of these the ones with the least anchor, then the least average.
+            Replay comes first because it changes the training text: the papers' figures and the laws are for
+            finetunes on the domain alone. An anchor and an average only change how far they go.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ SETTING = ["params", "domain_tokens"]
 
 
 class Treatment(NamedTuple):
-    """What an arm does with the domain: alike in all its runs, which differ by budget and seed."""
+    """How an arm uses the domain: the same in all its runs, which differ by budget and seed."""
 
     delta: float
     """The domain's share of all pretraining tokens."""
@@ -38,11 +37,11 @@ class Treatment(NamedTuple):
     anchor: float
     """The finetune's decay toward the weights that it started from."""
     average: float = 0.0
-    """The share of these in the weights that it handed on."""
+    """The share of these in its final weights."""
 
     @property
     def key(self) -> str:
-        """How it is written where it is a key: "0", "0.05", "0.05 replay 0.01"."""
+        """Its form as a key: "0", "0.05", "0.05 replay 0.01"."""
         more = f" replay {self.replay:.12g}" if self.replay else ""
         more += f" anchor {self.anchor:g}" if self.anchor else ""
         more += f" average {self.average:g}" if self.average else ""
@@ -50,7 +49,7 @@ class Treatment(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What it is called in tables and pictures: "NPT", "SPT 5%", "NPT, 1% replay"."""
+        """Its name in tables and pictures: "NPT", "SPT 5%", "NPT, 1% replay"."""
         name = f"SPT {percent(self.delta)}" if self.delta else self.without
         name += f", {percent(self.replay)} replay" if self.replay else ""
         name += f", anchor {self.anchor:g}" if self.anchor else ""
@@ -58,7 +57,7 @@ class Treatment(NamedTuple):
 
     @property
     def without(self) -> str:
-        """What it is called without any domain text in pretraining."""
+        """Its name without domain text in pretraining."""
         return "NPT"
 
     @property
@@ -68,7 +67,7 @@ class Treatment(NamedTuple):
 
 
 class OfBase(Treatment):
-    """That of a base, whose pretraining is unknown: `delta` counts as 0."""
+    """The treatment of a base with unknown pretraining: `delta` counts as 0."""
 
     __slots__ = ()
 
@@ -79,7 +78,7 @@ class OfBase(Treatment):
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its ends: over seeds the least and the largest, by a law those of its interval."""
+    """A figure and its ends: over seeds the least and the largest, for a law those of its interval."""
 
     mean: float
     low: float
@@ -87,7 +86,7 @@ class Interval:
 
     @classmethod
     def of(cls, seeds: Iterable[float]) -> Interval | None:
-        """Over the seeds of an arm; None where there are none, or one was not measured."""
+        """Over the seeds of an arm; None if there are none, or if one was not measured."""
         given = [float(value) for value in seeds]
         if not given or not all(map(math.isfinite, given)):
             return None
@@ -108,7 +107,7 @@ def plainest(finetunes: pd.DataFrame) -> pd.DataFrame:
 
 
 def held_against(treatment: Treatment, arms: Iterable[Treatment]) -> Treatment | None:
-    """NPT with the same finetune, else with the plainest; None for that one itself, and where there is no NPT."""
+    """NPT with the same finetune, else with the plainest; None for that one itself, and without NPT."""
     npt = sorted((other for other in arms if other.delta == 0), key=lambda other: other.finetune)
     same = treatment._replace(delta=0.0)
     found = same if treatment.delta and same in npt else next(iter(npt), None)
@@ -119,10 +118,10 @@ ARM = [*SETTING, "pretrain_tokens", "pretrain_delta", "injected", "anchor", "ave
 
 
 def after_pretraining(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per finetune, mostly on the domain, that handed on weights after pretraining of a known mixture, by the
-    best setting, one for each seed of an arm. Adds `regime`, FT or SPT.
+    """A row per finetune, mostly on the domain, with final weights after pretraining on a known mixture, for the best
+    setting, one for each seed of an arm. Adds `regime`, FT or SPT.
 
-    Shares are rounded to three digits: runs come near to what they ask for only.
+    Shares are rounded to three digits, since runs achieve the requested shares only approximately.
     """
     found = every_finetune(rows)
     found = found[~beaten(found, ARM)]
@@ -130,7 +129,7 @@ def after_pretraining(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def every_finetune(rows: pd.DataFrame) -> pd.DataFrame:
-    """The same of every setting."""
+    """The same for every setting."""
     kept = rows["handed_on"] & (rows["stage"] > 0) & (rows["start"] == "pretrained") & (rows["injected"] < 0.5)
     found = rows[kept & (rows["pretrain_tokens"] > 0) & rows["pretrain_delta"].notna()]
     shares = {name: found[name].map(three_digits) for name in ("pretrain_delta", "injected")}

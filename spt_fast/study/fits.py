@@ -1,8 +1,8 @@
-"""Every law that a study's runs allow, fitted, and how far each can be trusted.
+"""Fits every law that a study's runs allow, and tests how far each can be trusted.
 
-A law is trusted for what it predicted, not for what it was fitted to: `holdout_error` fits to a part of the runs and
-measures the error on the rest, which is split off the way that decisions go beyond the runs (a larger share, a larger
-budget, a share between those that were run).
+A law is judged by its predictions, not by its fit: `holdout_error` fits to a part of the runs and measures the error on
+the rest. The split follows the way in which decisions extrapolate (a larger share, a larger budget, a share between
+those that were run).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Split = Callable[[pd.DataFrame], list[pd.Series]]
 """Masks of the rows to predict, each from all the others."""
 
 FIRST_PART = 0.6
-"""Of the budget that is fitted, to predict the rest."""
+"""Share of the budget that is fitted, to predict the rest."""
 MOST_ROWS = 6000
-"""Of a law, drawn at random and of every run about as many: with more, a fit takes longer and comes out the same."""
+"""Rows of a law, drawn at random with about as many from every run: more take longer and change nothing."""
 BENT = 0.5
-"""Runs are left out of a law when the others' error falls to this share of itself without them."""
+"""Runs are left out of a law if the others' error falls to this share without them."""
 
 
 def _largest(column: str) -> Split:
@@ -55,7 +55,7 @@ def _outer(column: str) -> Split:
 
 
 def _every_other(column: str) -> Split:
-    """Between the smallest and the largest."""
+    """Values between the smallest and the largest."""
 
     def split(table: pd.DataFrame) -> list[pd.Series]:
         values = sorted(table[column].unique())
@@ -78,16 +78,16 @@ class Kind:
     """The runs that it needs, in words."""
     differ: tuple[str, ...] = ()
     settings: int = 0
-    """At least so many combinations of the columns in `differ`."""
+    """At least this many combinations of the columns in `differ`."""
     apart: float = 0.0
-    """At least so far apart must the smallest and the largest of the first of them be."""
+    """The smallest and the largest of the first of them must be at least this far apart."""
     curves: str = ""
     unknowns: int = 0
-    """Each value of the column `curves` is a curve of its own, with so many parameters."""
+    """Each value of the column `curves` is a separate curve, with this many parameters."""
     rows: int | None = None
-    """About so many of them, evenly spaced in each run: more take long, and tell little."""
+    """About this many, evenly spaced in each run: more take long and add little."""
     splits: dict[str, Split] = field(default_factory=dict)
-    """What is left out and predicted: in words, and how."""
+    """Parts that are left out and predicted: in words, and how."""
 
 
 def _dcpt(of: Literal["domain", "general"]) -> Kind:
@@ -175,7 +175,7 @@ LAWS = {
 
 @dataclass(frozen=True)
 class Score:
-    """Of the rows that a law was fitted to; mre is the mean relative error."""
+    """On the rows that a law was fitted to; mre is the mean relative error."""
 
     r2: float
     huber: float
@@ -184,7 +184,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Errors:
-    """Of predictions for rows that a law was not fitted to."""
+    """On rows that a law was not fitted to."""
 
     mre: float
     r2: float
@@ -202,16 +202,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A law of one group of runs, or why there is none."""
+    """A law of one group of runs, or the reason why there is none."""
 
     law_name: str
     """A key of LAWS."""
     group: Mapping[str, float | None]
-    """What its runs have in common; see views."""
+    """The common properties of its runs; see views."""
     table: pd.DataFrame
     """The law's rows."""
     problem: str | None = None
-    """What is missing, where there is no law."""
+    """What is missing, if there is no law."""
     law: Law | None = None
     score: Score | None = None
     holdout: Mapping[str, Errors] = field(default_factory=dict)
@@ -244,15 +244,15 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Fits:
-    """All that a runs table says by laws."""
+    """The laws of a runs table."""
 
     laws: list[Fitted]
     notes: list[str]
     """What was left out of the table."""
     behind: dict[str, Behind | None]
-    """The held-out text that "domain" and "general" losses are of; None where it is not recorded."""
+    """The held-out text of "domain" and "general" losses; None if it is not recorded."""
     crossover: list[Crossover]
-    """From how much domain text on pretraining makes no difference, where the runs ask that."""
+    """The amount of domain text above which pretraining makes no difference, if the runs can show it."""
 
 
 def fit(table: pd.DataFrame | UsableRows, law: str | None = None) -> Fits:
@@ -264,10 +264,10 @@ def fit(table: pd.DataFrame | UsableRows, law: str | None = None) -> Fits:
 
 
 def fit_laws(table: pd.DataFrame | UsableRows, law: str | None = None, draws: int = 50) -> list[Fitted]:
-    """Fit every law, or only `law` (a key of LAWS), to each group of a runs table. A law without runs enough comes back
-    without `law` and with its `problem`.
+    """Fit every law, or only `law` (a key of LAWS), to each group of a runs table. A law without enough runs is
+    returned without `law` and with its `problem`.
 
-    Groups of a law that lack the same come back as one. draws: of the parameters' 90% intervals.
+    Groups of a law with the same problem are returned as one. draws: for the parameters' 90% intervals.
 
     Raises RecipeError for an unknown law, DataError for a table that no law can be fitted to (see usable).
     """
@@ -278,7 +278,7 @@ def fit_laws(table: pd.DataFrame | UsableRows, law: str | None = None, draws: in
         groups = LAWS[name].view(rows)
         fitted += [_fitted(name, group, own, draws) for group, own in groups]
         if not groups:
-            problem = f"takes {LAWS[name].takes}; there are no such runs"
+            problem = f"needs {LAWS[name].takes}; there are no such runs"
             fitted.append(Fitted(name, {}, pd.DataFrame(), problem))
     return _without_repeats(fitted)
 
@@ -303,7 +303,7 @@ def _fitted(name: str, group: Mapping[str, float | None], table: pd.DataFrame, d
     ]
     if law.unidentified_:
         said.append(
-            f"these runs leave {some(law.unidentified_)} open; judge the law by its predictions, or {law.remedy_}"
+            f"these runs do not determine {some(law.unidentified_)}; judge the law by its predictions, or {law.remedy_}"
         )
     parameters = {key: Estimate(value, *intervals[key]) for key, value in law.params_.items()}
     score, holdout = Score(**law.score(table)), holdout_error(name, table)
@@ -311,8 +311,8 @@ def _fitted(name: str, group: Mapping[str, float | None], table: pd.DataFrame, d
 
 
 def _without_npt(table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
-    """Overfitting runs without fraction 0 where it bends the law for the others, which is said: a loss on text that a
-    model never sees need not fall as the law has it."""
+    """Overfitting runs without fraction 0 if it distorts the law for the others, with a note: the loss on text that a
+    model never reads need not fall as in the law."""
     rest = table[table["fraction"] > 0]
     try:
         with warnings.catch_warnings():
@@ -330,7 +330,7 @@ def _without_npt(table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
 
 
 def _without_repeats(fitted: list[Fitted]) -> list[Fitted]:
-    """Groups of one law that have the same problem as one, with what they have in common."""
+    """Groups of one law with the same problem as one, with their common properties."""
     kept: dict[Any, Fitted] = {}
     for i, one in enumerate(fitted):
         key = (one.law_name, one.problem) if one.problem else i
@@ -356,7 +356,7 @@ def _thinned(table: pd.DataFrame, rows: int | None) -> pd.DataFrame:
 
 
 def _enough(kind: Kind, table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
-    """What can be fitted; raises DataError, naming what is missing."""
+    """The rows that can be fitted; raises DataError, which names what is missing."""
     _require_settings(kind, table)
     table = _whole_curves(kind, table, said)
     _require_settings(kind, table)
@@ -364,16 +364,16 @@ def _enough(kind: Kind, table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
 
 
 def _whole_curves(kind: Kind, table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
-    """Without curves that are too short, which is said."""
+    """Without curves that are too short, with a note."""
     if not kind.curves:
         return table
     tokens = table[table["tokens"] > 0].groupby(kind.curves)["tokens"]
     short = (tokens.nunique() < kind.unknowns) | (tokens.size() <= kind.unknowns)
     if short.all():
-        raise DataError(f"takes {kind.takes}; there are {tokens.size().max()} at most, at {tokens.nunique().max()}")
+        raise DataError(f"needs {kind.takes}; there are {tokens.size().max()} at most, at {tokens.nunique().max()}")
     if short.any():
         values = ", ".join(f"{value:g}" for value in short.index[short])
-        said.append(f"left out {kind.curves} {values}: there are too few runs or evaluations of it")
+        said.append(f"left out {kind.curves} {values}: it has too few runs or evaluations")
     return table[(table["tokens"] == 0) | ~table[kind.curves].isin(short.index[short])]
 
 
@@ -385,13 +385,13 @@ def _require_settings(kind: Kind, table: pd.DataFrame) -> None:
     first = found[kind.differ[0]]
     if len(found) < kind.settings or first.max() - first.min() < kind.apart - 1e-9:
         values = "; ".join(f"{name} {', '.join(map(amount, sorted(found[name].unique())))}" for name in kind.differ)
-        raise DataError(f"takes {kind.takes}; the runs have {values}")
+        raise DataError(f"needs {kind.takes}; the runs have {values}")
 
 
 def holdout_error(name: str, table: pd.DataFrame) -> dict[str, Errors]:
-    """By what was left out: how a law (a key of LAWS) predicts rows of its own table that it was not fitted to.
+    """For each part left out: how a law (a key of LAWS) predicts rows of its own table that it was not fitted to.
 
-    Parts without which the law cannot be fitted are not in it.
+    Parts without which the law cannot be fitted are missing.
     """
     kind = LAWS[name]
     measured = {}
@@ -423,7 +423,7 @@ def _predicted(kind: Kind, table: pd.DataFrame, left_out: pd.Series) -> tuple[np
             raise DataError("there are too few other runs of the fractions that were left out")
         for name in law.inputs:
             if kept[name].nunique() == 1 and (rest[name] != kept[name].iloc[0]).any():
-                raise DataError(f"all other runs have one {name}, so they say nothing about another")
+                raise DataError(f"all other runs have one {name}, so they can't predict another")
         of = next(iter(law.outputs))
         mean = law.predict(**{name: rest[name].to_numpy(float) for name in law.inputs})
     return rest[of].to_numpy(float), np.atleast_1d(mean)

@@ -1,9 +1,9 @@
-"""Many recipes trained, each as a process of its own: side by side on this machine, or as jobs of a cluster.
+"""Trains many recipes, each in a separate process: side by side on this machine, or as jobs of a cluster.
 
 On a CPU every process has a fair share of the cores. A small model gains little from a second thread, and two threads
-that wait for each other at every operation come almost to a halt when anything else runs on the machine (measured on
-two busy cores: 2,000 tokens/s for one process with two threads, 14,000 for two processes with one; 22,000 and 23,000 on
-idle ones). With GPUs every process has one.
+that wait for each other at every operation slow down to almost nothing when anything else runs on the machine (measured
+on two busy cores: 2,000 tokens/s for one process with two threads, 14,000 for two processes with one; 22,000 and 23,000
+on idle ones). With GPUs every process has one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Process(Protocol):
         """Ask it to save and end."""
 
     def wait(self) -> object:
-        """Until it has."""
+        """Wait until it has ended."""
 
 
 class Workers(Protocol):
@@ -54,13 +54,13 @@ class Workers(Protocol):
 
     @property
     def free(self) -> int:
-        """How many could be started now."""
+        """How many processes could be started now."""
 
     def start(self, recipe: Path, log: Path) -> Process: ...
 
 
 class Local:
-    """This machine: as many processes as there are GPUs, or else cores, or as `jobs` says; never more than recipes."""
+    """This machine: as many processes as there are GPUs, or else cores, or `jobs`; never more than recipes."""
 
     def __init__(self, recipes: int, jobs: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -84,14 +84,14 @@ class Local:
         if (device := self._devices[slot]) is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         with log.open("wb") as said:
-            # it inherits open files: a study's lock holds until its last run has ended, even where the sweep was killed
+            # inherits open files: a study's lock holds until its last run has ended, even if the sweep was killed
             process = subprocess.Popen(command(recipe), stdout=said, stderr=said, env=environment, close_fds=False)
         self._running[slot] = process
         return process
 
 
 def visible_gpus() -> list[str | None]:
-    """Their names for CUDA_VISIBLE_DEVICES; CUDA takes a list there up to its first invalid entry."""
+    """Names of the GPUs for CUDA_VISIBLE_DEVICES; CUDA uses a list there up to its first invalid entry."""
     if not torch.cuda.is_available():
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -100,13 +100,13 @@ def visible_gpus() -> list[str | None]:
 
 
 def command(recipe: Path) -> list[str]:
-    """What trains a recipe, or goes on with it."""
+    """The command that trains a recipe, or continues it."""
     return [sys.executable, "-m", "spt_fast.train", str(recipe), "--resume"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe to train, once the recipe that it starts from is done."""
+    """A recipe to train after the recipe that it starts from."""
 
     recipe: Path
     after: Path | None = None
@@ -114,21 +114,21 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of the jobs."""
+    """The results of the jobs."""
 
     interrupted: bool = False
     failed: dict[Path, str] = field(default_factory=dict)
-    """By recipe, the end of what it said."""
+    """By recipe, the end of its output."""
     skipped: list[Path] = field(default_factory=list)
-    """Those that start from failed ones."""
+    """Recipes that start from failed ones."""
 
 
 def train_side_by_side(recipes: Sequence[Path], logs: Path, console: Console) -> bool:
-    """Train recipes, or go on with them, as many at a time as this machine has GPUs or cores.
+    """Train recipes, or continue them, as many at a time as this machine has GPUs or cores.
 
-    True when all are done; False after SIGINT or SIGTERM, when those under way are saved. A run's own output goes to
-    LOGS/<recipe>.log. Where a run fails, raises RecipeError (RuntimeError where it isn't the user's mistake) with the
-    end of that log; the others are saved then, too.
+    True when all are done; False after SIGINT or SIGTERM, when the running ones are saved. A run's own output goes to
+    LOGS/<recipe>.log. If a run fails, raises RecipeError (RuntimeError if it isn't the user's mistake) with the end of
+    that log; the others are saved then, too.
     """
     jobs = [Job(recipe) for recipe in recipes]
     outcome = train_all(jobs, logs, console, Local(len(recipes)), keep_going=False)
@@ -144,11 +144,11 @@ def train_all(
     keep_going: bool = True,
     ended: Callable[[Path], object] = lambda recipe: None,
 ) -> Outcome:
-    """Train what isn't done yet, each job after the one that it starts from; `ended` is called after each.
+    """Train unfinished jobs, each after the one that it starts from; `ended` is called after each.
 
-    A run that fails by itself (it diverged, memory ran out) is noted, and the rest goes on; a user's mistake (exit code
-    2), or with `keep_going` false any failure, ends everything: those under way are saved, and RecipeError, or
-    RuntimeError, has the end of the run's log. After SIGINT or SIGTERM those under way are saved too.
+    A run that fails by itself (it diverged, memory ran out) is recorded, and the rest continues. A user's mistake (exit
+    code 2), or any failure if `keep_going` is false, ends everything: the running ones are saved, and RecipeError, or
+    RuntimeError, has the end of the run's log. After SIGINT or SIGTERM the running ones are saved too.
     """
     logs.mkdir(parents=True, exist_ok=True)
     loaded = {job.recipe: load_recipe(job.recipe) for job in jobs}
@@ -166,7 +166,7 @@ def train_all(
                     waiting.remove(job)
                     outcome.skipped.append(job.recipe)
                 elif job.after and job.after not in unfinished and _is_made(loaded[job.recipe]):
-                    waiting.remove(job)  # the run before it has made it too
+                    waiting.remove(job)  # an earlier run has made it too
                     unfinished.remove(job.recipe)
                     ended(job.recipe)
                 elif job.after not in unfinished and workers.free:
@@ -196,9 +196,9 @@ def _log(logs: Path, recipe: Path) -> Path:
 
 
 def _end_of(log: Path) -> str:
-    """Its last lines, or more where that is what the message of `spt-fast` takes."""
+    """Its last lines, or more if the message of `spt-fast` is longer."""
     said = log.read_text(errors="replace", encoding="utf-8") if log.exists() else ""
-    lines = (said.strip() or "it was ended before it said anything").splitlines()
+    lines = (said.strip() or "it ended without output").splitlines()
     messages = [i for i, line in enumerate(lines) if line.startswith("spt-fast: ")]
     return "\n  ".join(lines[min([max(0, len(lines) - LAST_LINES), *messages[-1:]]) :])
 
@@ -218,12 +218,12 @@ def is_done(recipe: Recipe) -> bool:
 
 
 def _is_made(recipe: Recipe) -> bool:
-    """Whether it is done by this very recipe; one edited since is left to the trainer, to be refused."""
+    """Whether it is done with this exact recipe; an edited one is passed to the trainer, which refuses it."""
     return is_done(recipe) and not changes(Path(recipe.run), recipe)
 
 
 class _Display(Screen):
-    """How far all runs are, and each of those under way."""
+    """The progress of all runs, and of each running one."""
 
     def __init__(self, recipes: Mapping[Path, Recipe], unfinished: Iterable[Path], console: Console) -> None:
         super().__init__(show=not console.quiet)
@@ -246,7 +246,7 @@ class _Display(Screen):
         self.update(Line(parts, share), *under_way)
 
     def _share(self, unfinished: set[Path], states: Mapping[Path, tuple[float, str]]) -> float:
-        """Of all tokens to train."""
+        """The share of all tokens to train."""
         behind = sum(
             tokens * (states[path][0] if path in states else path not in unfinished)
             for path, tokens in self._tokens.items()
@@ -255,12 +255,12 @@ class _Display(Screen):
 
 
 def progress_of(recipe: Recipe) -> tuple[float, str]:
-    """How much of a recipe's training (by tokens, all arms of grids counted) its run has behind it, and where it is."""
+    """The finished share of a recipe's training (by tokens, all arms of grids counted), and its position."""
     if is_done(recipe):
         return 1.0, "done"
     last = _last_record(Path(recipe.run) / "metrics.jsonl")
     names = [phase.name for phase in recipe.phases]
-    if last is None or last["phase"] not in names:  # nothing yet, or of another recipe, which the trainer will refuse
+    if last is None or last["phase"] not in names:  # nothing yet, or another recipe, which the trainer will refuse
         return 0.0, ""
     at = names.index(last["phase"])
     behind = sum(phase.tokens * len(phase.arms()) for phase in recipe.phases[:at])
@@ -269,12 +269,12 @@ def progress_of(recipe: Recipe) -> tuple[float, str]:
 
 
 def _tokens(recipe: Recipe) -> int:
-    """Of all phases, and of all arms of their grids."""
+    """Tokens of all phases, and of all arms of their grids."""
     return sum(phase.tokens * len(phase.arms()) for phase in recipe.phases)
 
 
 def _last_record(metrics: Path) -> dict[str, Any] | None:
-    """The last whole line of metrics.jsonl, which may be growing; None where there is none yet."""
+    """The last complete line of metrics.jsonl, which may be growing; None if there is none yet."""
     if not metrics.exists():
         return None
     with metrics.open("rb") as lines:

@@ -1,10 +1,10 @@
-"""Finished run folders, read for comparison: what was pretrained, how it was finetuned, what came out.
+"""Finished run folders, read for comparison: the pretraining, the finetune, and the results.
 
-A run is some phases of pretraining, its own or those of the run whose weights it started from, and, as its last phase,
-a finetune. Of a base that was pretrained elsewhere nothing is known but its digest: it counts as 0 tokens. Its *domain*
-is the source with the largest share of the finetune, its *general* source the other one with the largest share of the
-pretraining, or else of the finetune. A finetune on the domain may be followed by a *later* one on something that the
-run had not read before: what is compared is the former, with what the latter leaves of it.
+A run is one or more phases of pretraining, its own or those of the run whose weights it started from, and, as its last
+phase, a finetune. A base that was pretrained elsewhere is known only by its digest: it counts as 0 tokens. The *domain*
+is the source with the largest share of the finetune, the *general* source the other one with the largest share of the
+pretraining, or else of the finetune. A finetune on the domain may be followed by a *later* one on a source that the run
+had not read before: the comparison uses the former, and what the latter leaves of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from spt_fast.study.finetunes import OfBase, Treatment
 from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
 
 PER_ARM = ("name", "mixture", "anchor", "average", "also_average")
-"""Fields of a finetune that its treatment is made of, and its name."""
+"""Fields of a finetune that define its treatment, and its name."""
 
 FinetunePath = list[tuple[int, float, float]]
 """A finetune's evaluations in order: tokens finetuned, domain loss, general loss (held out, nats per token)."""
@@ -37,11 +37,11 @@ class Later:
 
     folder: Path
     source: str
-    """The one with the largest share of it."""
+    """The source with the largest share of it."""
     tokens: int
-    """That the recipe asks for."""
+    """Tokens that the recipe asks for."""
     heldout: dict[str, float]
-    """Losses of the weights that it handed on, by source."""
+    """Losses of its final weights, by source."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class FinishedRun:
     evaluations: list[dict[str, Any]]
     """The "eval" records of metrics.jsonl."""
     pretraining: list[Trained]
-    """The phases before the finetune; none of a base that was pretrained elsewhere."""
+    """The phases before the finetune; none for a base that was pretrained elsewhere."""
     finetune: Phase
     later: Later | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> FinishedRun:
-        """Read recipe.yaml, summary.json and metrics.jsonl; CheckpointError for a run that has nothing to compare."""
+        """Read recipe.yaml, summary.json and metrics.jsonl; CheckpointError for a run that can't be compared."""
         folder = Path(folder)
         summary = summary_of(folder)
         if summary is None:
@@ -92,7 +92,7 @@ class FinishedRun:
 
     @property
     def finetuned(self) -> dict[str, Any]:
-        """What summary.json says of the finetune."""
+        """The finetune's part of summary.json."""
         return self.summary["phases"][self.finetune.name]
 
     @property
@@ -104,7 +104,7 @@ class FinishedRun:
         others = sorted(self.recipe.sources.keys() - {self.domain})
         if not others:
             raise RecipeError(
-                f"{self.folder}: {self.domain!r} is its only source; a comparison needs a general one too"
+                f"{self.folder}: {self.domain!r} is its only source; a comparison needs a general source too"
             )
         return max(
             others, key=lambda name: (self.pretraining_share(name), self.finetune.mixture.get(name, Fraction(0)))
@@ -119,19 +119,19 @@ class FinishedRun:
 
     @property
     def base(self) -> str | None:
-        """The name of the weights, pretrained elsewhere, that were finetuned; None where the pretraining is known."""
-        from spt_fast.train.origin import named  # which imports torch, a second
+        """The name of the weights, pretrained elsewhere, that were finetuned; None if the pretraining is known."""
+        from spt_fast.train.origin import named  # imports torch, which takes a second
 
         return named(Path(self.recipe.init)) if self.recipe.init and not self.pretraining else None
 
     def pretraining_share(self, source: str) -> Fraction:
-        """The exact share of `source` in the pretraining tokens that the recipes ask for, over all phases."""
+        """The exact share of `source` in the pretraining tokens of the recipes, over all phases."""
         phases = [trained.phase for trained in self.pretraining]
         from_source = sum((phase.mixture.get(source, Fraction(0)) * phase.tokens for phase in phases), Fraction(0))
         return from_source / sum(phase.tokens for phase in phases) if phases else Fraction(0)
 
     def heldout(self, losses: dict[str, float]) -> tuple[float, float]:
-        """(domain, general) of held-out losses by source; CheckpointError where one is missing or not a number."""
+        """(domain, general) of held-out losses by source; CheckpointError if one is missing or not a number."""
         for source in (self.domain, self.general):
             if source not in losses:
                 raise CheckpointError(
@@ -144,7 +144,7 @@ class FinishedRun:
         return losses[self.domain], losses[self.general]
 
     def finetune_path(self, arm: int) -> FinetunePath:
-        """The evaluations of one arm of the finetune's grid, from the common start on; of an average those two."""
+        """The evaluations of one arm of the finetune's grid, from the common start on; for an average those two."""
         evaluations = [record for record in self.evaluations if record["phase"] == self.finetune.name]
         start = [record for record in evaluations if record["step"] == 0][:1]
         if not start:
@@ -163,7 +163,7 @@ def _largest(phase: Phase) -> str:
 
 
 def _is_unrelated(last: Trained, before: Sequence[Trained]) -> bool:
-    """Whether the last phase is a later finetune: its main source is in no earlier mixture, and the stage before it had
+    """Whether the last phase is a later finetune: its main source is in no earlier mixture, and the previous stage had
     another main source than the first phase, pretraining."""
     if len(before) < 2 or before[-1].phase.schedule.carry_on:
         return False
@@ -173,7 +173,8 @@ def _is_unrelated(last: Trained, before: Sequence[Trained]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """What a field of a recipe names: known by its digest or, where an earlier version recorded none, by the field."""
+    """The content of a recipe's field: identified by its digest or, if an earlier version recorded none, by the
+    field."""
 
     field: object
     digest: str | None
@@ -196,7 +197,7 @@ class Content:
 
 
 def check_comparable(runs: Sequence[FinishedRun]) -> None:
-    """RecipeError, naming two runs and what differs, where losses cannot be held against each other."""
+    """RecipeError, naming two runs and the difference, if losses cannot be compared."""
 
     def facts(run: FinishedRun) -> dict[str, object]:
         first: FinishedRun | Trained = run.pretraining[0] if run.pretraining else run
@@ -211,7 +212,7 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
             f"sources.{run.general}.heldout": Content.of(run, run.general, "heldout"),
             f"phases[{run.finetune.name}].eval.tokens": run.finetune.evaluation.tokens,
             f"phases[{run.finetune.name}].batch.context": run.finetuned.get("context", run.summary.get("context")),
-            "what held-out halves are made of": run.summary.get("heldout_halves", "documents"),
+            "unit of the held-out halves": run.summary.get("heldout_halves", "documents"),
             "later finetune": run.later and (run.later.source, run.later.tokens),
         }
 
@@ -220,13 +221,13 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
             if mine != other:
                 raise RecipeError(
                     f"{runs[0].folder} and {run.folder} cannot be compared: {what} is {mine} in one and {other} in "
-                    "the other; compare runs that differ in mixture, anchor, average, optimizer, budget and seed only"
+                    "the other; compare runs that differ only in mixture, anchor, average, optimizer, budget and seed"
                 )
 
 
 def differences(runs: Sequence[FinishedRun], *, searched: bool = False) -> list[str]:
-    """Warnings: what differs besides treatment, budget and seed, so that it may be why the losses differ. `searched`:
-    optimizers are the best of those that were tried in each arm, and may differ."""
+    """Warnings: other differences than treatment, budget and seed, which may explain differing losses. `searched`:
+    optimizers are the best ones tried in each arm, and may differ."""
 
     def settings(run: FinishedRun) -> dict[str, object]:
         last = plain(run.finetune)
@@ -246,7 +247,7 @@ def differences(runs: Sequence[FinishedRun], *, searched: bool = False) -> list[
     unknown = [str(run.folder) for run in runs if not (run.recipe.tokenizer or run.summary.get("tokenizer"))]
     if unknown:
         found["tokenizer"] = (
-            f"the tokenizer of {some(unknown)} is not recorded, so whether all losses are of the same tokens is unknown"
+            f"the tokenizer of {some(unknown)} is not recorded, so the losses may be of different tokens"
         )
     for run in runs[1:]:
         ours, theirs = settings(runs[0]), settings(run)
@@ -254,7 +255,7 @@ def differences(runs: Sequence[FinishedRun], *, searched: bool = False) -> list[
             if theirs[what] != value and what not in optimizers:
                 found.setdefault(
                     what,
-                    f"the {what} differs, {runs[0].folder} has {value}, {run.folder} has {theirs[what]}: "
+                    f"the {what} differs: {runs[0].folder} has {value}, {run.folder} has {theirs[what]}; "
                     "the mixture may not be the cause of a difference",
                 )
     return list(found.values())
@@ -277,5 +278,5 @@ def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def _with_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with what JSON has no number for."""
+    """A JSON object with values that JSON has no number for."""
     return {key: math.nan if value is None else value for key, value in record.items()}

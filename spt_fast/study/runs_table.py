@@ -1,13 +1,13 @@
-"""The runs table: what a study has measured, a row per evaluation, for laws, advice and reports.
+"""The runs table: the measurements of a study, a row per evaluation, for laws, advice and reports.
 
-A *stage* is a stretch of training with one learning-rate schedule. Stage 0 is pretraining from scratch; the stages
-after it adapt what it made: a finetune, or continual pretraining. Phases whose schedule is `continue: true` belong to
-the stage that they carry on, so one run at a plateau of its rate serves several budgets, and SCPT's change of mixture
-does not begin another stage. A run that starts from another run's weights/<phase> comes after that one; one that starts
-from foreign weights begins at stage 1 with an unknown past.
+A *stage* is a stretch of training with one learning-rate schedule. Stage 0 is pretraining from scratch; later stages
+adapt its result: a finetune, or continual pretraining. Phases with `continue: true` in their schedule belong to the
+stage that they continue, so one run at a plateau of its rate serves several budgets, and SCPT's change of mixture does
+not begin another stage. A run that starts from another run's weights/<phase> comes after that one; one that starts from
+foreign weights begins at stage 1 with an unknown past.
 
-`Row` says what each column holds. Losses are in nats per token, shares are fractions, tokens are counted in the
-model's windows. Only the kept arm of a phase's own grid is in the table, with what it was set to.
+`Row` documents each column. Losses are in nats per token, shares are fractions, tokens are counted in the model's
+windows. Only the kept arm of a phase's own grid is in the table, with its settings.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ SPLITS = ("train", "heldout", "select")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What the table says of an evaluation; of a failed run only what has no default."""
+    """The columns of an evaluation; a failed run has only those without a default."""
 
     run: str
     phase: str
-    """Their names."""
+    """Names of the study and the run."""
     stage: int
-    """0: pretraining from scratch; 1, 2 …: what came after."""
+    """0: pretraining from scratch; 1, 2 …: later stages."""
     status: str
     """done, or failed: one row without losses."""
     base: str | None = None
-    """The weights, trained elsewhere, that the first of its runs started from; None for one from scratch."""
+    """The weights, trained elsewhere, that the first of its runs started from; None for a start from scratch."""
     after: str
-    """The run whose weights the stage started from; empty where there is none, or it is unknown."""
+    """The run whose weights the stage started from; empty if there is none, or if it is unknown."""
     start: str | None = None
-    """scratch, pretrained, embeddings (only those were taken over) or frozen embeddings."""
+    """scratch, pretrained, embeddings (only these were copied) or frozen embeddings."""
     params: int
     seed: int
     lr: float = math.nan
@@ -73,33 +73,34 @@ class Row:
     eps: float = math.nan
     clip: float = math.nan
     momentum: float = math.nan
-    """Of the stage too, these seven; clip is infinite without clipping, and NaN is what the optimizer doesn't have."""
+    """Of the stage too, these seven; clip is infinite without clipping, and NaN marks what the optimizer doesn't
+    have."""
     grid: str = ""
-    """The fields that the phase's own grid has chosen, with spaces between them; empty without one."""
+    """The fields chosen by the phase's own grid, with spaces between them; empty without one."""
     anchor: float = math.nan
     """Decay toward the stage's starting weights."""
     average: float = 0.0
-    """The share of these in the weights that were evaluated, where that is an average of both."""
+    """The share of these in the evaluated weights, if they are an average of both."""
     tokens: float = math.nan
-    """Of this stage, up to this evaluation."""
+    """Tokens of this stage, up to this evaluation."""
     delta: float = math.nan
     """The domain's share of them: δ in pretraining, 1 − p in finetuning, r in D-CPT."""
     injected: float = math.nan
     """1 − delta."""
     other: str = ""
-    """The source with the largest share of the stage's first phase where that is neither the domain nor the general
-    one, as in a later finetune on something else; else empty."""
+    """The source with the largest share of the stage's first phase if it is neither the domain nor the general one, as
+    in a later finetune; else empty."""
     domain_tokens: int
     """Unique tokens of the domain that training may read."""
     epochs: float = math.nan
     """How often this stage has read them."""
     sequences: float = math.nan
     window: float = math.nan
-    """Of a step of the phase: how many windows, of how many tokens; NaN in tables of earlier versions."""
+    """Of a step of the phase: the number of windows, and their length in tokens; NaN in tables of earlier versions."""
     pretrain_tokens: float = math.nan
-    """Tokens of the stages before; NaN where unknown."""
+    """Tokens of the earlier stages; NaN if unknown."""
     pretrain_delta: float = math.nan
-    """The domain's share of them; NaN where there are none or it is unknown."""
+    """The domain's share of them; NaN if there are none or it is unknown."""
     pretrain_epochs: float = math.nan
     """How often they read the domain corpus as it was there."""
     domain_train: float = math.nan
@@ -107,21 +108,21 @@ class Row:
     """Losses on fixed training windows."""
     domain_heldout: float = math.nan
     general_heldout: float = math.nan
-    """Losses on the half of held-out text that no choice is made on: the figures."""
+    """Losses on the report half of the held-out text: the results."""
     domain_select: float = math.nan
     general_select: float = math.nan
-    """Losses on the other half, by which weights and learning rates are chosen."""
+    """Losses on the select half, by which weights and learning rates are chosen."""
     domain_before: float = math.nan
     general_before: float = math.nan
-    """The figures at the stage's start."""
+    """The results at the stage's start."""
     handed_on: bool
-    """Whether these are the weights that the phase hands on."""
+    """Whether these are the phase's final weights."""
     flops: float = math.nan
     """Training FLOPs of all stages up to here."""
     tokenizer: str
     """Digest of the tokenizer."""
     heldout: str | None = None
-    """Digest of what the held-out losses are measured on."""
+    """Digest of the held-out text."""
     domain: str | None = None
     general: str | None = None
     """The sources' names."""
@@ -130,12 +131,12 @@ class Row:
     """Digests of their training text."""
     domain_error: float = math.nan
     general_error: float = math.nan
-    """Standard errors of the figures."""
+    """Standard errors of the results."""
     domain_documents: float = math.nan
     general_documents: float = math.nan
     domain_scored: float = math.nan
     general_scored: float = math.nan
-    """How many held-out documents and tokens they are of; NaN where these are not recorded."""
+    """Number of held-out documents and tokens; NaN if these are not recorded."""
 
 
 COLUMNS = tuple(column.name for column in fields(Row))
@@ -147,9 +148,10 @@ def read_table(
     """The rows of studies (their folders), saved tables (.parquet or .csv) and runs (their folders), in one table.
 
     `domain_source` and `general_source` are names in runs that belong to no study; without them the domain is the
-    largest share of the last phase of a run that has one after pretraining, as in `compare`. A study has its own.
+    source with the largest share of the last phase of a run that has one after pretraining, as in `compare`. A study
+    has its own.
 
-    Raises DataError or CheckpointError, naming the file and what would do.
+    Raises DataError or CheckpointError, which names the file and the remedy.
     """
     if not paths:
         raise DataError(
@@ -179,11 +181,11 @@ def read_table(
 
 
 def _check_source(path: str, rows: pd.DataFrame, field: str, asked: str) -> None:
-    """DataError where a study's source is another than the one that is asked for; a warning where it is unknown."""
+    """DataError if a study's source differs from the requested one; a warning if it is unknown."""
     known = rows[field.removesuffix("_source")].dropna().unique()
     if len(known) == 0:
         warnings.warn(
-            f"{field}: {path} is of an earlier version and keeps the one of its study",
+            f"{field}: {path} is of an earlier version and uses its study's own",
             SptWarning,
             stacklevel=3,
         )
@@ -194,7 +196,7 @@ def _check_source(path: str, rows: pd.DataFrame, field: str, asked: str) -> None
 
 
 def _in_one(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Rows that are alike once; runs of one name in several tables that aren't are named after their table too."""
+    """Without duplicate rows; runs of one name in several tables that differ get their table's name too."""
     table = pd.concat([rows.assign(of=name) for name, rows in tables.items()], ignore_index=True)
     table = table.drop_duplicates([column for column in COLUMNS if column not in NEWER], ignore_index=True)
     several = table.groupby("run")["of"].nunique() > 1
@@ -205,7 +207,7 @@ def _in_one(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str | None) -> tuple[str, str]:
-    """The sources' names as given, or as the runs show them: a finetune is mostly on the domain."""
+    """The sources' names as given, or as the runs suggest: a finetune is mostly on the domain."""
     sources, guessed = set[str](), set[str]()
     for run in runs:
         recipe = recipe_of(run)
@@ -217,7 +219,7 @@ def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str |
         if len(guessed) != 1:
             says = ", ".join(sorted(guessed)) or "nothing"
             raise DataError(
-                f"domain_source: the last phases of these runs say {says}; name one of {', '.join(sorted(sources))}",
+                f"domain_source: the last phases of these runs give {says}; name one of {', '.join(sorted(sources))}",
                 argument=True,
             )
         (domain,) = guessed
@@ -257,7 +259,7 @@ def load_table(path: Path) -> pd.DataFrame:
 
 
 def check_place(folder: Path) -> None:
-    """SptError where a study's folder holds a table that isn't a study's."""
+    """SptError if a study's folder holds a table that isn't a study's."""
     check_output(folder / "table.csv", "study", lambda file: head(file).startswith(b"run,phase,stage,"))
     check_output(folder / "table.parquet", "study", lambda file: "handed_on" in pq.read_schema(file).names)
 
@@ -283,24 +285,24 @@ def in_columns(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 Exact = int | Fraction | float
-"""A count or a share without rounding; NaN where it is unknown."""
+"""A count or a share without rounding; NaN if it is unknown."""
 
 
 @dataclass(frozen=True)
 class Past:
-    """What was trained before a point of a run: in the stages before, and in the stage that is under way."""
+    """The training before a point of a run: in the earlier stages, and in the current one."""
 
     stage: int = -1
     before_tokens: Exact = 0
     before_domain: Exact = 0
-    """Of `before_tokens`, those of the domain, by the shares that are asked for."""
+    """Tokens of the domain among `before_tokens`, by the requested shares."""
     before_epochs: float = 0.0
     tokens: Exact = 0
     domain: Exact = 0
     epochs: float = 0.0
     flops: float = 0.0
     setting: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What the stage under way has in common: columns by name."""
+    """The common columns of the current stage, by name."""
 
     def begin_stage(self, setting: Mapping[str, Any]) -> Past:
         return Past(
@@ -313,7 +315,7 @@ class Past:
         )
 
     def after(self, tokens: int, share: Fraction, domain_tokens: float, flops_per_token: float) -> Past:
-        """So many tokens later, of which `share` were the domain's."""
+        """The position this many tokens later, `share` of them from the domain."""
         return replace(
             self,
             tokens=self.tokens + tokens,
@@ -328,7 +330,7 @@ UNKNOWN = Past(stage=0, tokens=math.nan, domain=math.nan, epochs=math.nan, flops
 
 
 def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
-    """The rows of a run; none where it has neither finished nor failed. Raises CheckpointError for a damaged folder."""
+    """The rows of a run; none if it has neither finished nor failed. Raises CheckpointError for a damaged folder."""
     summary = summary_of(folder)
     if summary is None or summary["status"] == "stopped":
         return []
@@ -361,8 +363,8 @@ def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
         share = Fraction(phase.mixture.get(domain, 0))
         flops_per_token = done.get("flops_per_token", summary["flops_per_token"])
         for record in evaluations:
-            repeats = record["step"] == 0 and not new_stage  # the last evaluation of the phase before
-            others = record.get("average", 0.0) not in (0.0, float(phase.average))  # which are runs of their own
+            repeats = record["step"] == 0 and not new_stage  # the last evaluation of the previous phase
+            others = record.get("average", 0.0) not in (0.0, float(phase.average))  # belong to other runs
             if record["phase"] != phase.name or record["arm"] != done["arm"] or repeats or others:
                 continue
             losses = {
@@ -401,7 +403,7 @@ def _after_training(row: Row, past: Past, share: Fraction) -> Row:
 
 
 def _first_row(folder: Path, recipe: Recipe, summary: dict[str, Any], domain: str, general: str) -> Row:
-    """What all rows of a run have in common."""
+    """The columns that all rows of a run share."""
     for source in (domain, general):
         if source not in recipe.sources:
             raise DataError(f"{folder}: has no source {source!r}; {nearest(source, recipe.sources)}")
@@ -429,7 +431,7 @@ def _first_row(folder: Path, recipe: Recipe, summary: dict[str, Any], domain: st
 
 
 def _heldout(summary: dict[str, Any], phase: Phase, domain: str, general: str) -> str:
-    """What a phase's held-out losses are measured on, and how."""
+    """Digest of a phase's held-out text, and how it is evaluated."""
     text = [summary["data"].get(f"sources.{source}.heldout") for source in (domain, general)]
     how: list[object] = [phase.evaluation.tokens, phase.documents]
     how += [phase.batch.context] if phase.batch.context else []
@@ -438,8 +440,8 @@ def _heldout(summary: dict[str, Any], phase: Phase, domain: str, general: str) -
 
 
 def _entering(past: Past, phase: Phase, recipe: Recipe, done: dict[str, Any], known: Sequence[str] = ()) -> Past:
-    """Where a phase begins: in a stage of its own, or in the one that its schedule carries on. `known`: the domain and
-    the general source."""
+    """The start of a phase: in a new stage, or in the one that its schedule continues. `known`: the domain and the
+    general source."""
     if phase.schedule.carry_on:
         return past
     start = "scratch" if past.stage < 0 else "pretrained"
@@ -451,7 +453,7 @@ def _entering(past: Past, phase: Phase, recipe: Recipe, done: dict[str, Any], kn
 
 
 def _past_of_start(ancestors: Sequence[Trained], base: str | None, domain: str) -> Past:
-    """What was trained before the run's first step."""
+    """The training before the run's first step."""
     past = Past() if base is None else UNKNOWN
     for at in ancestors:
         past = _entering(past, at.phase, at.recipe, at.done).after(

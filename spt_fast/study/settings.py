@@ -1,8 +1,8 @@
-"""What optimizers are set to: the columns that say it in the runs table, and the best of several settings of an arm.
+"""Optimizer settings: their columns in the runs table, and the best of several settings of an arm.
 
-A *setting* is the values of all optimizer fields in a stage. What a phase's own grid tried is not part of it: the run
-has chosen that by itself, and for each seed it may be another value. Settings of one arm are never taken for more runs
-of it: one is chosen, the same rule for every arm, and the others are left out and said.
+A *setting* is the values of all optimizer fields in a stage. Fields of a phase's own grid are not part of it: the run
+has chosen their values, which may differ between seeds. Several settings of one arm never count as more runs of it: one
+is chosen, by the same rule for every arm, and the others are left out with a note.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from spt_fast.optimizers import OPTIMIZERS, AdamW, parse_optimizer
 
 NUMBERS = ("lr", "weight_decay", "beta1", "beta2", "eps", "clip", "momentum")
 SETTINGS = ("lr", "optimizer", *NUMBERS[1:])
-"""Columns. A number is NaN where the optimizer has no such field, or the table is of an earlier version; `clip` is
-infinite where there is none."""
+"""Columns. A number is NaN if the optimizer has no such field, or if the table is of an earlier version; `clip` is
+infinite without clipping."""
 _COLUMNS = {"name": ("optimizer",), "betas": ("beta1", "beta2")}
-"""Columns of the fields that have other names there."""
+"""Columns whose fields have other names."""
 
 
 def setting_of(phase: Phase, arm: int) -> dict[str, Any]:
-    """What the optimizer of one arm of a phase's grid is set to, as SETTINGS, and the fields of the grid as `grid`."""
+    """The optimizer settings of one arm of a phase's grid, as SETTINGS, and the fields of the grid as `grid`."""
     found: dict[str, Any] = dict.fromkeys(SETTINGS, math.nan)
     for field, value in vars(phase.with_overrides(phase.arms()[arm]).optimizer).items():
         values = value if isinstance(value, tuple) else (math.inf if value is None else value,)
@@ -36,7 +36,7 @@ def setting_of(phase: Phase, arm: int) -> dict[str, Any]:
 
 
 def usual(runs: pd.DataFrame) -> dict[str, Any]:
-    """The setting, without the learning rate, that most of the runs have."""
+    """The most frequent setting of the runs, without the learning rate."""
     known = with_settings(runs)[list(SETTINGS[1:])]
     counts = known.groupby(list(SETTINGS[1:]), dropna=False).size()
     name, *numbers = counts.idxmax()
@@ -44,7 +44,7 @@ def usual(runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def fields_of(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """A setting as the section of a recipe: weight decay, and what isn't the default; empty where it is unknown."""
+    """A setting as the section of a recipe: weight decay, and everything except defaults; empty if it is unknown."""
     if pd.isna(setting["optimizer"]):
         return {}
     given: dict[str, Any] = {"name": setting["optimizer"]}
@@ -62,30 +62,30 @@ def columns_of_field(field: str) -> tuple[str, ...]:
 
 
 def with_settings(table: pd.DataFrame) -> pd.DataFrame:
-    """A runs table with the columns of settings, of which those of earlier versions have `lr` only."""
+    """A runs table with the columns of settings; tables of earlier versions have only `lr`."""
     lacking = dict.fromkeys(SETTINGS, math.nan) | {"optimizer": None, "grid": ""}
     return table.assign(**{name: value for name, value in lacking.items() if name not in table})
 
 
 def settings_of(runs: pd.DataFrame) -> pd.DataFrame:
-    """SETTINGS without what each run's own grid has chosen: NaN, and "" in the text column."""
+    """SETTINGS without the fields that each run's own grid has chosen: NaN, and "" in the text column."""
     runs = with_settings(runs)
     chosen = runs["grid"].astype(object).fillna("").str.split()
     fields = {column: field for field in chosen.explode().dropna() for column in columns_of_field(field)}
     own = runs[list(SETTINGS)].copy()
-    for column in fields.keys() & own.columns:  # the warm-up isn't one
+    for column in fields.keys() & own.columns:  # the warm-up isn't a column
         own[column] = own[column].mask(chosen.map(lambda names, field=fields[column]: field in names))
     return own.assign(optimizer=own["optimizer"].astype(object).fillna(""))
 
 
 def setting_ids(runs: pd.DataFrame) -> pd.Series:
-    """A number for each setting, in the order of the learning rate and then of the others."""
+    """A number for each setting, ordered by the learning rate and then the others."""
     return settings_of(runs).groupby(list(SETTINGS), dropna=False).ngroup()
 
 
 def beaten(runs: pd.DataFrame, arm: Sequence[str], by: str = "domain_select") -> pd.Series:
-    """Whether another setting of the same `arm` (columns) has the lower mean of the column `by`: one row per run. Where
-    no seed has more than one setting, nothing was searched, and none is beaten."""
+    """Whether another setting of the same `arm` (columns) has the lower mean of the column `by`: one row per run. If no
+    seed has more than one setting, nothing was searched, and none is beaten."""
     runs = runs.assign(setting=setting_ids(runs))
     several = runs.groupby([*arm, "seed"], dropna=False)["setting"].transform("nunique")
     searched = runs[several.groupby([runs[name] for name in arm], dropna=False).transform("max") > 1]

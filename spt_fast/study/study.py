@@ -2,15 +2,15 @@
 
     study: studies/chem                  # its folder: recipes, runs, logs and the runs table
     seeds: 3
-    models: [{preset: 1m}, {preset: 3m}] # or [{init: SmolLM2-135M}], to go on from weights
+    models: [{preset: 1m}, {preset: 3m}] # or [{init: SmolLM2-135M}], to continue from weights
     tokenizer: data/bpe4096.tiktoken
     sources: {general: {train: …, heldout: …}, chem: {train: …, heldout: …}}
     general: general
     domain: chem
-    domain_tokens: [100K, 1M]            # of the domain, training reads the first documents up to so many tokens
+    domain_tokens: [100K, 1M]            # training reads the first documents of the domain up to this many tokens
     stages:
       - name: pretrain
-        delta: [0, 1%, 5%]               # the domain's share; `replay` is the general corpus's, where that reads better
+        delta: [0, 1%, 5%]               # the domain's share; or `replay`, the general corpus's share
         budgets: [5M, 10M, 20M]          # points of one run at a plateau of its learning rate
         optimizer: {lr: 1e-3}
         schedule: {name: cosine, warmup: 2%, horizon: 200M}
@@ -21,9 +21,9 @@
 
 A stage is a phase template (any key of a recipe's phase) with axes: `delta` or `replay`, `budgets` or `tokens`,
 `domain_from`, `lr`, `anchor`, `average`, `start` and every field of its optimizer that is a list. Every combination is
-a run that starts from the weights that each run of the stage before hands on. Every arm has the same axes, learning
-rates above all. Runs that would be alike are one run: pretraining without domain text serves every `domain_tokens`.
-`source: other` in a stage puts another source in the domain's place, such as a later finetune on something else.
+a run that starts from the final weights of each run of the previous stage. Every arm has the same axes, learning rates
+above all. Identical runs are one run: pretraining without domain text serves every `domain_tokens`. `source: other` in
+a stage replaces the domain by another source, such as in a later finetune.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ from spt_fast.train.lr import learning_rate
 from spt_fast.train.weights import read_config
 
 PLATEAU = 0.9
-"""Of the peak rate: below it a checkpoint is not comparable with a run that ends there."""
+"""Share of the peak rate: below it a checkpoint is not comparable with a run that ends there."""
 STARTS = ("pretrained", "scratch", "embeddings", "frozen embeddings")
 MOST_SEEDS = 1000
 
 
 def several(parse: Any) -> Any:
-    """A parser of a list, or of one value alone."""
+    """A parser of a list, or of a single value."""
 
     def parse_all(value: object, where: str) -> tuple[Any, ...]:
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -89,7 +89,7 @@ def _tokens_or_all(value: object, where: str) -> int | None:
 
 
 def _seeds(value: object, where: str) -> tuple[int, ...]:
-    """A list of seeds, or how many."""
+    """A list of seeds, or their number."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         if value > MOST_SEEDS:
             raise RecipeError(invalid(where, value, f"at most {MOST_SEEDS} seeds; write [{value}] for that one alone"))
@@ -99,7 +99,7 @@ def _seeds(value: object, where: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """What a stage varies: `delta` or `replay`, `tokens` or `budgets`, and what else has several values."""
+    """The axes of a stage: `delta` or `replay`, `tokens` or `budgets`, and every field with several values."""
 
     name: str = setting(text)
     """Its name in `--set stages.NAME.…` and in the names of its runs."""
@@ -108,25 +108,25 @@ class Axes:
     replay: tuple[Fraction, ...] | None = setting(optional(several(parse_share)), None)
     """Instead of `delta`: the general corpus's share."""
     tokens: tuple[int, ...] | None = setting(optional(several(parse_count)), None)
-    """Lengths, each a run of its own."""
+    """Lengths, each a separate run."""
     budgets: tuple[int, ...] | None = setting(optional(several(parse_count)), None)
-    """Instead of `tokens`: lengths that are points of one run, which hands its weights on at each."""
+    """Instead of `tokens`: lengths that are points of one run, which saves its weights at each."""
     lr: tuple[float, ...] | None = setting(optional(several(number(0.0, open_low=True))), None)
-    """Peak learning rates, each a run. By default `optimizer.lr`."""
+    """Peak learning rates, each a separate run. By default `optimizer.lr`."""
     source: str | None = setting(optional(text), None)
-    """What takes the domain's place in this stage: a source of the study."""
+    """The source that replaces the domain in this stage."""
     domain_from: tuple[Fraction, ...] = setting(several(parse_share), (Fraction(0),))
-    """The share of the stage's tokens after which the domain comes in; SCPT is one above 0."""
+    """The share of the stage's tokens after which the domain is mixed in; SCPT is one above 0."""
     anchor: tuple[float, ...] = setting(several(number(0.0)), (0.0,))
     """Decay toward the stage's starting weights."""
     average: tuple[Fraction, ...] = setting(several(parse_share), (Fraction(0),))
-    """The share of the stage's starting weights in those that it hands on."""
+    """The share of the stage's starting weights in its final weights."""
     start: tuple[str, ...] = setting(several(one_of(*STARTS)), ("pretrained",))
-    """What is taken over from the stage before: everything, nothing, or the embeddings."""
+    """What is copied from the previous stage: everything, nothing, or the embeddings."""
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
-        """The domain's."""
+        """The domain's shares."""
         return self.delta if self.delta is not None else tuple(1 - share for share in self.replay or ())
 
     @property
@@ -137,23 +137,23 @@ class Axes:
 
 @dataclass(frozen=True)
 class Tuned:
-    """One combination of what an optimizer's fields list."""
+    """One combination of the values in an optimizer's lists."""
 
     section: dict[str, Any]
     """As in a recipe."""
     said: tuple[str, ...]
-    """What the name of a run says of it, a part for each field with a list."""
+    """Its part of a run's name, one for each field with a list."""
 
     @property
     def labels(self) -> list[str]:
-        """That, and what it was for runs that were trained when fewer fields had lists."""
+        """That name, and its names in runs that were trained when fewer fields had lists."""
         sizes = range(len(self.said), -1, -1)
         return ["".join(parts) for size in sizes for parts in combinations(self.said, size)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Axes, and what all runs of the stage have in common."""
+    """Axes, and the common settings of all runs of the stage."""
 
     axes: Axes
     optimizers: tuple[Tuned, ...]
@@ -164,12 +164,12 @@ class Stage:
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
     """Simulated epoching (arXiv 2606.07597): small runs mislead unless they repeat the domain as often as the run that
-    they stand for. The domain is cut down to as many tokens as make it so at the largest budget."""
+    they stand for. The domain is cut to the number of tokens that gives this at the largest budget."""
 
     budget: int = setting(parse_count)
     """Pretraining tokens of the run that is simulated."""
     domain_tokens: int = setting(parse_count)
-    """Unique domain tokens that it will have."""
+    """Its unique domain tokens."""
 
 
 def _stages(raw: object, where: str) -> tuple[Stage, ...]:
@@ -192,11 +192,11 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
         given = [key for key in (one, other) if getattr(axes, key) is not None]
         if len(given) != 1:
             both = "both are given" if given else "neither is given"
-            raise RecipeError(f"{where}: {both}, {one} and {other}; {what} is one of them")
+            raise RecipeError(f"{where}: {both}, {one} and {other}; give exactly one of them for {what}")
     if "mixture" in phase:
         raise RecipeError(f"{where}.mixture: a study's mixtures are its axis; write delta or replay")
     if first and axes.start != ("pretrained",):
-        raise RecipeError(f"{where}.start: no stage before the first one has weights to take; leave it out")
+        raise RecipeError(f"{where}.start: the first stage has no earlier weights; leave it out")
     if Fraction(1) in axes.domain_from:
         raise RecipeError(f"{where}.domain_from: after 100% of the stage nothing is left for the domain; write less")
     late, many = axes.domain_from != (0,), axes.budgets is not None and len(axes.budgets) > 1
@@ -236,8 +236,8 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
 def _optimizers(
     raw: Mapping[str, Any], rates: tuple[float, ...] | None, where: str
 ) -> tuple[tuple[Tuned, ...], list[str]]:
-    """Every combination of what the fields list, and which fields do, in the order of names. Where several optimizers
-    are named, each takes the fields that it has."""
+    """Every combination of the listed values, and the fields with lists, sorted by name. If several optimizers are
+    named, each takes the fields that it has."""
     given = {"name": AdamW.name, **raw} | ({"lr": rates} if rates else {})
     names = several(one_of(*OPTIMIZERS))(given["name"], f"{where}.name")
     fields = {field.name: field for name in names for field in dataclasses.fields(OPTIMIZERS[name])}
@@ -250,7 +250,7 @@ def _optimizers(
         value, field = given[key], fields[key]
         parse = one_of(*OPTIMIZERS) if key == "name" else field.metadata["parse"]
         a_list = isinstance(value, (list, tuple))
-        if a_list and isinstance(field.default, tuple):  # one value is a list itself
+        if a_list and isinstance(field.default, tuple):  # a single value is a list itself
             a_list = bool(value) and isinstance(value[0], (list, tuple))
         values[key] = several(parse)(value, f"{where}.{key}") if a_list else (parse(value, f"{where}.{key}"),)
         listed += [key] if a_list else []
@@ -265,7 +265,7 @@ def _optimizers(
 
 
 def _said(field: str, value: Any) -> str:
-    """What a run's name says of an optimizer's field."""
+    """The part of a run's name for an optimizer's field."""
     if field == "name":
         return f"-{value}"
     parts = value if isinstance(value, tuple) else (value,)
@@ -282,18 +282,18 @@ class Base:
 
 
 def _model(value: object, where: str) -> Model | Base:
-    """A shape, or weights, which have one of their own."""
+    """A shape, or weights, which set the shape."""
     if not isinstance(value, Mapping) or "init" not in value:
         return section(Model)(value, where)
     for key in value.keys() - {"init"}:
         window = f", and write shorter windows as `batch: {{context: {value[key]}}}` in the stages"
-        expected = f"the shape is that of the weights at {shown(value['init'])}; leave it out"
+        expected = f"the weights at {shown(value['init'])} set the shape; leave it out"
         raise RecipeError(invalid(f"{where}.{key}", value[key], expected + (window if key == "context" else "")))
     return build(Base, value, where)
 
 
 def _as_it_is(value: object, where: str) -> Any:
-    """What a recipe will check."""
+    """A value that a recipe will check."""
     return value
 
 
@@ -311,33 +311,33 @@ def _sections(value: object, where: str) -> dict[str, Mapping[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Everything that a study's YAML says."""
+    """The content of a study's YAML."""
 
     study: str = setting(path)
     """The study's folder."""
     seeds: tuple[int, ...] = setting(_seeds, (0,))
-    """Of the weights and of the order of the data, alike in every arm. A number is how many: `3` means 0, 1, 2."""
+    """Seeds of the weights and of the order of the data, the same in every arm. A number n means 0 … n - 1."""
     models: tuple[Model | Base, ...] | None = setting(optional(several(_model)), None)
-    """Shapes to train from scratch, or {init: WEIGHTS} to go on from."""
+    """Shapes to train from scratch, or {init: WEIGHTS} to continue from."""
     init: str | None = setting(optional(path), None)
-    """Instead of `models`: the weights to go on from, where there is one base."""
+    """Instead of `models`: the weights to start from, if there is one base."""
     domain: str = setting(text)
-    """The source whose share and repetition are in question."""
+    """The source whose share and repetition are studied."""
     general: str = setting(text)
     """The source that fills the rest."""
     domain_tokens: tuple[int | None, ...] = setting(several(_tokens_or_all), (None,))
-    """Training reads the first documents of the domain up to so many tokens; `all` for all of them."""
+    """Training reads the first documents of the domain up to this many tokens; `all` for all of them."""
     simulate: Simulated | None = setting(optional(section(Simulated)), None)
     """Instead of `domain_tokens`: cut the domain so that it repeats as often as in this larger run."""
     stages: tuple[Stage, ...] = setting(_stages)
-    """The stages, in the order in which they run. Each starts from the weights of every run of the one before."""
-    # As in a recipe, these six, which a recipe checks.
+    """The stages, in the order in which they run. Each starts from the weights of every run of the previous one."""
+    # These six are as in a recipe, which checks them.
     sources: dict[str, Mapping[str, Any]] = setting(_sections)
     tokenizer: Any = setting(_as_it_is, None)
     precision: Any = setting(_as_it_is, "auto")
     engine: Any = setting(_as_it_is, None)
     checkpoint: Mapping[str, Any] | None = setting(optional(_mapping), None)
-    """How often a run saves what it needs to resume. One checkpoint of each run is kept unless `keep` says more."""
+    """How often a run saves a checkpoint to resume from. One per run is kept unless `keep` says more."""
     log: Mapping[str, Any] | None = setting(optional(_mapping), None)
 
     def __post_init__(self) -> None:
@@ -380,9 +380,9 @@ class Study:
 
     @property
     def starts(self) -> list[tuple[Model | Base, str]]:
-        """What the first stage trains or goes on from, each with a name: its preset, layers x width or folder, with all
-        else that is given where one before it is called that. So those that come in later leave the names of those
-        before as they were."""
+        """The starts of the first stage, with names: preset, layers x width or folder; the rest of the settings is
+        added if an earlier one has the same name. So models that are added later don't change the names of earlier
+        ones."""
         if self.init:
             return [(Base(init=self.init), "init")]
         models = self.models or ()
@@ -394,7 +394,7 @@ class Study:
 
     @property
     def limits(self) -> tuple[int | None, ...]:
-        """Tokens of the domain that training may read, None for all; simulated epoching worked out."""
+        """Tokens of the domain that training may read, None for all; computed for simulated epoching."""
         if self.simulate is None:
             return self.domain_tokens
         largest = max(budget for run in self.stages[0].axes.runs for budget in run)
@@ -402,7 +402,7 @@ class Study:
 
 
 def study_from(raw: object) -> Study:
-    """A Study from plain data, as YAML gives it; RecipeError names the field, what was given and the remedy."""
+    """A Study from plain data, as YAML gives it; RecipeError names the field, the value given and the remedy."""
     if not isinstance(raw, Mapping):
         raise RecipeError(invalid("the study", raw, "write keys such as study, models, sources and stages"))
     return build(Study, raw, "")
@@ -419,21 +419,21 @@ class PlannedRun:
     stage: int
     recipe: Recipe
     model: Model | Base
-    """Its shape, or whose it is, which the recipe of a run that starts from weights of the study doesn't say."""
+    """Its shape, or its base, which the recipe of a run that starts from weights of the study doesn't contain."""
     after: str | None
     made_by: str | None = None
-    """The run that differs from it in `average` alone, and trains for both."""
+    """The run that differs from it only in `average`, and trains for both."""
 
 
 @dataclass(frozen=True)
 class _Branch:
-    """A way down the tree so far: what every run below it has in common, and where its weights lie."""
+    """A path down the tree so far: the common settings of all runs below it, and the place of its weights."""
 
     model: Model | Base
     seed: int
     limit: int | None
     root: str
-    """What the model is called in names."""
+    """The model's part of names."""
     label: str
     after: str | None
     weights: str | None
@@ -442,7 +442,7 @@ class _Branch:
 def expand(study: Study) -> list[PlannedRun]:
     """Every run of the study, each after the one that it starts from.
 
-    Raises RecipeError for a recipe that cannot be, and for a budget inside the fall of the learning rate.
+    Raises RecipeError for an invalid recipe, and for a budget in the decay of the learning rate.
     """
     branches = [
         _Branch(model, seed, limit, label, label, None, model.init if isinstance(model, Base) else None)
@@ -473,7 +473,7 @@ def _for_a_name(text: str) -> str:
 
 
 def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict[str, PlannedRun]) -> Iterator[_Branch]:
-    """The stage's runs below a branch; yields a branch for each point at which one hands its weights on."""
+    """The stage's runs below a branch; yields a branch for each point at which one saves its weights."""
     axes = stage.axes
     arrivals = [(share, late) for share in axes.shares for late in (axes.domain_from if share else (Fraction(0),))]
     for (share, late), budgets, tuned, anchor, average, start in product(
@@ -493,7 +493,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
         label, name, least = labels[average], names[average], min(axes.average)
         folder = runs_folder / name
         treatment: dict[str, Any] = {"anchor": anchor, "average": str(average)}
-        if average == least and len(names) > 1:  # which trains for all of them
+        if average == least and len(names) > 1:  # trains for all of them
             others = [(part, study.folder / "runs" / other) for part, other in names.items() if part != least]
             treatment["also_average"] = [{"share": str(part), "run": str(run)} for part, run in others]
         phases = _phases(study, stage, share, budgets, late, tuned.section, treatment)
@@ -537,7 +537,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
 
 @contextmanager
 def naming_stage(stage: Stage) -> Iterator[None]:
-    """What is wrong with a phase of a run's recipe is so with the study's stage: errors and warnings name that."""
+    """An error in a phase of a run's recipe is an error in the study's stage: errors and warnings name the stage."""
 
     def renamed(says: object) -> str:
         return re.sub(r"phases\[[^\]]*\]", f"stages[{shown_key(stage.axes.name)}]", str(says))
@@ -553,23 +553,23 @@ def naming_stage(stage: Stage) -> Iterator[None]:
 
 
 def _labels(what: str, anchor: float, averages: tuple[Fraction, ...], start: str) -> dict[Fraction, str]:
-    """What runs that differ in their average alone are called in names, by average."""
+    """The names of runs that differ only in their average, by average."""
     before = what + (f"-anchor{anchor:.12g}" if anchor else "")
     after = "" if start == "pretrained" else f"-{start.replace(' ', '-')}"
     return {share: before + (f"-average{float(share):.12g}" if share else "") + after for share in averages}
 
 
 def _began(folder: Path, tuned: Tuned) -> bool:
-    """Whether a run with this optimizer has begun there."""
+    """Whether a run with this optimizer has begun."""
     if not (folder / "recipe.yaml").exists():
         return False
-    with suppress(RecipeError):  # what is damaged is said of the run by that name
+    with suppress(RecipeError):  # the run of that name reports damage
         return recorded_recipe(folder / "recipe.yaml").phases[0].optimizer == parse_optimizer(tuned.section, "")
     return False
 
 
 def _sources(study: Study, limit: int | None, other: str | None) -> dict[str, Any]:
-    """The domain, the general source, and what a stage has in the domain's place; the domain's limit where it is
+    """The domain, the general source, and a stage's replacement for the domain; the domain has its limit if it is
     trained on."""
     names = (study.general, study.domain, *([other] if other else []))
     sources = {name: dict(study.sources[name]) for name in names}
@@ -587,7 +587,7 @@ def _phases(
     optimizer: Mapping[str, Any],
     treatment: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """A phase per budget, after one without the domain where that comes in late: one schedule over all of them."""
+    """A phase per budget, after one without the domain if it is mixed in late: one schedule over all of them."""
     name, whole = stage.axes.name, budgets[-1]
     before = round(late * whole)
     parts = [(name, whole - before, share)]
@@ -630,7 +630,7 @@ def _of_whole(value: object, whole: int, where: str) -> str:
 
 
 def _check_plateau(study: Study, recipe: Recipe, branch: _Branch, where: str) -> None:
-    """At every budget the rate must still be near its peak, or else the largest alone would profit from its fall."""
+    """At every budget the rate must still be near its peak; otherwise only the largest would profit from its decay."""
     first = recipe.phases[0]
     tokens_per_step = first.tokens_per_step(_context(branch.model))
     tokens = 0

@@ -1,9 +1,9 @@
-"""`spt-fast sweep`: a study's runs, trained in the order of its tree, and the table of what they measured.
+"""`spt-fast sweep`: trains a study's runs in the order of its tree, and writes the table of their results.
 
     STUDY/recipes/, runs/, logs/, table.parquet, table.csv
 
-What is done is skipped, what was interrupted goes on, so the same command line serves every restart, and a study whose
-grid has grown trains only what is new.
+Finished runs are skipped and interrupted ones continue, so the same command serves every restart, and a study whose
+grid has grown trains only the new runs.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from spt_fast.train.weights import digest_of, read_config
 from spt_fast.train.world import pick_device
 
 READY = Path(__file__).with_name("ready")
-"""Studies to start from: <name>.yaml, without the data; what `from_base` has is in place of the rest with `init`."""
+"""Ready studies: <name>.yaml, without the data; with `init`, `from_base` replaces the rest."""
 WINDOW = 2048
-"""Tokens of a window of those that go on from weights, whose own context may be far longer."""
+"""Tokens of a window in studies that start from weights, whose own context may be far longer."""
 
 
 def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, Any] | None = None) -> Study:
-    """A study from its YAML file, or one of the ready ones by name; `given` is what those leave open: general, domain,
-    tokenizer, out and init, the weights to go on from, which have a tokenizer.
+    """A study from its YAML file, or a ready one by name; `given` completes a ready one: general, domain, tokenizer,
+    out and init, the weights to start from, which have a tokenizer.
 
     `overrides` are "a.b=c" strings. Raises RecipeError, and CheckpointError for `init` without weights.
     """
@@ -62,7 +62,7 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
     if not isinstance(raw, dict):
         raise RecipeError(f"{name}: holds no study; write keys such as study, models, sources and stages")
     if "phases" in raw and "stages" not in raw:
-        raise RecipeError(f"{name}: is a recipe, not a study; train it by `spt-fast train`")
+        raise RecipeError(f"{name}: is a recipe, not a study; train it with `spt-fast train`")
     given = {key: value for key, value in (given or {}).items() if value}
     needless = list(given)
     if needless and not ready:
@@ -81,7 +81,7 @@ def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, 
     with naming(name):
         apply_overrides(raw, overrides)
         loaded = study_from(raw)
-        expand(loaded)  # recipes that cannot be are found here
+        expand(loaded)  # finds invalid recipes
     return loaded
 
 
@@ -109,34 +109,34 @@ def _with_data(name: str, raw: dict[str, Any], given: Mapping[str, Any]) -> dict
 
 
 def ready_studies() -> list[str]:
-    """Their names."""
+    """Names of the ready studies."""
     return sorted(path.stem for path in READY.glob("*.yaml"))
 
 
 def sweep(
     study: Study, console: Console, *, workers: Workers | None = None, jobs: int | None = None
 ) -> tuple[pd.DataFrame, Outcome]:
-    """Train what is not done yet; returns the table of all that is, and what became of the rest.
+    """Train unfinished runs; returns the table of all finished ones, and the state of the rest.
 
-    `workers` say where runs go, this machine with `jobs` at a time by default. Raises RecipeError, DataError or
-    CheckpointError for what a user can mend.
+    `workers` train the runs, by default this machine with `jobs` at a time. Raises RecipeError, DataError or
+    CheckpointError for what a user can fix.
     """
     runs = expand(study)
     check_installed(runs[0].recipe.log.to)
     workers = workers or Local(len(runs), jobs)
-    with owned(study.folder, "study", inherited=True):  # until the last run has ended, even where the sweep was killed
+    with owned(study.folder, "study", inherited=True):  # until the last run has ended, even if the sweep was killed
         check_place(study.folder)
         _check_domain(study)
         _check_unchanged(runs)
         _warn(study, runs)
         recipes = _write_recipes(study, runs)
         _keep_precision(runs)
-        by_seed = sorted(runs, key=lambda run: study.seeds.index(run.recipe.seed))  # cut short, it has whole arms
+        by_seed = sorted(runs, key=lambda run: study.seeds.index(run.recipe.seed))  # an early end leaves whole arms
         listed = [Job(recipes[run.name], recipes.get(run.made_by or run.after or "")) for run in by_seed]
         read: dict[str, list[Row]] = {}
 
         def write_table(_: Path) -> pd.DataFrame:
-            """Of the runs that have finished or failed; those that are done are read once."""
+            """Rows of finished or failed runs; finished ones are read once."""
             for run in runs:
                 if not (read.get(run.name) and read[run.name][0].status == "done"):
                     read[run.name] = rows_of(Path(run.recipe.run), study.domain, study.general)
@@ -149,7 +149,7 @@ def sweep(
 
 
 def _check_domain(study: Study) -> None:
-    """RecipeError for a corpus with fewer tokens than the study asks for: arms would differ in name alone."""
+    """RecipeError for a corpus with fewer tokens than the study asks for: arms would differ only in name."""
     source = study.sources[study.domain]
     train = paths(source["train"], f"sources.{study.domain}.train")
     held = TokenDataset.open(train, source.get("dtype")).num_tokens
@@ -157,13 +157,13 @@ def _check_domain(study: Study) -> None:
         if limit is not None and limit > held:
             field = "simulate" if study.simulate else "domain_tokens"
             raise RecipeError(
-                f"{field}: asks for {limit:,} tokens, and {source['train']} holds {held:,}; write at most as many, or "
+                f"{field}: asks for {limit:,} tokens, and {source['train']} holds {held:,}; write that or less, or "
                 "`domain_tokens: all`"
             )
 
 
 def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
-    """RecipeError for a study that was edited since one of its runs was begun, or whose text was replaced since one was
+    """RecipeError if the study was edited since one of its runs was started, or if its text was replaced since one was
     finished."""
     digests: dict[tuple[Source, str], str] = {}
     for run in runs:
@@ -185,7 +185,7 @@ def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
             for kind in KINDS:
                 known = recorded.get(field := f"sources.{name}.{kind}")
                 if known and (source, kind) not in digests:
-                    with suppress(DataError):  # text that isn't there any more is missed by the runs to come
+                    with suppress(DataError):  # later runs report missing text
                         digests[source, kind] = open_source(source, kind).digest
                 if known and digests.get((source, kind), known) != known:
                     raise RecipeError(
@@ -205,12 +205,12 @@ def _warn(study: Study, runs: Sequence[PlannedRun]) -> None:
 
 
 def _keep_precision(runs: Sequence[PlannedRun]) -> None:
-    """Record what the runs of a study that an earlier version began are computed in, for those to come."""
+    """Record the precision of runs that an earlier version started, for the later ones."""
     summaries = (summary_of(Path(run.recipe.run)) for run in runs)
     dtype = next((summary["precision"] for summary in summaries if summary and "precision" in summary), None)
     file = runs[0].recipe.precision_file
     if dtype and file:
-        write_precision(Path(file), Precision(getattr(torch, dtype), "as the runs before"))
+        write_precision(Path(file), Precision(getattr(torch, dtype), "as in the earlier runs"))
 
 
 def _write_recipes(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Path]:
@@ -224,7 +224,7 @@ def _write_recipes(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Path]:
 
 
 def workers_of(study: Study, jobs: int | None, cluster: str | None, options: Sequence[str]) -> Workers:
-    """Where the runs of a study go, `jobs` at a time: this machine, or the cluster that submitit knows by that name."""
+    """The workers of a study, `jobs` at a time: this machine, or the cluster that submitit knows by that name."""
     runs = len(expand(study))
     if cluster is None:
         return Local(runs, jobs)
@@ -247,25 +247,25 @@ def cluster_options(given: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a stage's runs. Hours are of one process, None where nothing says how fast it is."""
+    """The price of a stage's runs. Hours are of one process, None if its speed is unknown."""
 
     stage: str
     runs: int
     done: int
     tokens: int
-    """To train, every arm of the grids counted; what is done is not."""
+    """To train, every arm of the grids counted; finished ones are not."""
     flops: float
-    """Of training and evaluations."""
+    """Training and evaluations."""
     hours: float | None
 
 
 @dataclass(frozen=True)
 class StudyPrice:
-    """Of all that is left of a study."""
+    """The price of the remaining runs of a study."""
 
     stages: list[Cost]
     jobs: int
-    """At a time."""
+    """Runs at a time."""
     per_gpu_hour: float | None
 
     @property
@@ -273,7 +273,7 @@ class StudyPrice:
         runs, done, tokens, flops = (
             sum(getattr(cost, name) for cost in self.stages) for name in ("runs", "done", "tokens", "flops")
         )
-        return Cost("in all", runs, done, tokens, flops, _sum([cost.hours for cost in self.stages]))
+        return Cost("total", runs, done, tokens, flops, _sum([cost.hours for cost in self.stages]))
 
     @property
     def cost(self) -> float | None:
@@ -293,35 +293,35 @@ def _sum(hours: Sequence[float | None]) -> float | None:
 def price(
     study: Study, *, jobs: int | None, gpu: str | None, mfu: float | None, per_gpu_hour: float | None
 ) -> StudyPrice:
-    """Of what is left of a study, on this machine or on the GPU that is given; see `costs`."""
+    """The price of a study's remaining runs, on this machine or on the given GPU; see `costs`."""
     at_a_time = Local(len(expand(study)), jobs).jobs if gpu is None else jobs or 1
     return StudyPrice(costs(study, jobs=at_a_time, gpu=gpu, mfu=mfu), at_a_time, per_gpu_hour)
 
 
 def print_price(price: StudyPrice, study: str, console: Console) -> None:
-    """A row for each stage and for all of them, then how long that takes and what it costs."""
+    """Print a row for each stage and for all of them, then the time and cost."""
     columns = [field.name for field in dataclasses.fields(Cost)]
     rows = [[getattr(cost, column) for column in columns] for cost in (*price.stages, price.total)]
-    print_table(console, f"{study}: what is left to train", columns, rows)
+    print_table(console, f"{study}: remaining runs", columns, rows)
     wall = None if price.total.hours is None else duration(3600 * price.total.hours / price.jobs)
-    print_facts(console, "", {"runs at a time": price.jobs, "until all are done": wall, "cost": price.cost})
+    print_facts(console, "", {"runs at a time": price.jobs, "wall time": wall, "cost": price.cost})
 
 
 @dataclass(frozen=True)
 class Swept:
-    """What became of a study."""
+    """The state of a study."""
 
     folder: Path
     runs: int
     done: int
     failed: dict[str, str]
-    """By run, the end of what it said."""
+    """By run, the end of its output."""
     left_out: int
     """Runs that start from failed ones."""
     interrupted: bool
-    """Whether it was asked to stop; what was under way is saved."""
+    """Whether it was asked to stop; running trainings are saved."""
     table: pd.DataFrame
-    """What the runs measured, a row for each evaluation."""
+    """The results of the runs, a row for each evaluation."""
 
     @classmethod
     def of(cls, study: Study, table: pd.DataFrame, outcome: Outcome) -> Swept:
@@ -353,11 +353,11 @@ def print_swept(swept: Swept, study: str, console: Console) -> None:
 
 
 def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None = None) -> list[Cost]:
-    """What is left to do by stage, at the speed of this machine (that of runs that are done, else of a step made now),
-    or of the GPU and the share of its peak that are given.
+    """The remaining work by stage, at the speed of this machine (of finished runs, else of a step made now), or of the
+    given GPU and share of its peak.
 
-    Opens every dataset and checks every recipe, so that what would go wrong in the middle goes wrong here. Raises what
-    `make_plan` raises.
+    Opens every dataset and checks every recipe, so that errors are found before the training. Raises what `make_plan`
+    raises.
     """
     runs = expand(study)
     _check_domain(study)
@@ -392,7 +392,7 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
 
 
 def _without_parent(run: PlannedRun) -> Recipe:
-    """The recipe with weights of the same shape that are there already."""
+    """The recipe with existing weights of the same shape."""
     if run.after is None:
         return run.recipe
     init, model = (run.model.init, Model()) if isinstance(run.model, Base) else (None, run.model)

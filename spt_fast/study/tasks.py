@@ -1,7 +1,7 @@
-"""What runs score in tasks, side by side: before and after their last phase, and against the first of them.
+"""Task scores of runs, side by side: before and after their last phase, and against the first of them.
 
-Differences are of the same questions, asked alike, so their standard errors are of each question's difference: smaller
-than those of the scores where both models know the same answers.
+Differences are over the same questions, asked in the same way, so their standard errors come from each question's
+difference: smaller than those of the scores if both models know the same answers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from spt_fast.train.folder import parent_of, recipe_of, summary_of
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a metric, by how much it is higher."""
+    """The difference of a metric: by how much it is higher."""
 
     value: float
     standard_error: float | None
-    """Over questions; None for one question, and where the metric is no mean over them."""
+    """Over questions; None for one question, and if the metric is no mean over them."""
 
     @classmethod
     def between(cls, one: Metric, other: Metric | None) -> Difference | None:
@@ -43,7 +43,7 @@ class RunScore:
     run: str
     metric: str
     before: Metric | None
-    """Of the weights that the last phase started from; None where these were not scored alike."""
+    """For the weights that the last phase started from; None if these were not scored with the same settings."""
     after: Metric
     change: Difference | None
     against_first: Difference | None
@@ -52,18 +52,18 @@ class RunScore:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskTable:
-    """The runs that were scored alike in a task."""
+    """Runs with the same settings in a task."""
 
     task: str
     questions: int
     settings: Settings
     scores: list[RunScore]
     notes: list[str]
-    """Runs that are not in the table, and why; few questions."""
+    """Runs that are not in the table, and why; too few questions."""
 
 
 def task_tables(folders: Sequence[Path]) -> list[TaskTable]:
-    """A table for each task that runs (their folders) were scored in. CheckpointError for damaged results."""
+    """A table for each task in which runs (their folders) were scored. CheckpointError for damaged results."""
     names = Counter(folder.resolve().name for folder in folders)
     runs = {str(folder) if names[name := folder.resolve().name] > 1 else name: folder for folder in folders}
     after = {name: _results(_last(folder)) for name, folder in runs.items()}
@@ -75,18 +75,18 @@ def task_tables(folders: Sequence[Path]) -> list[TaskTable]:
 
 
 def with_results(folders: Sequence[Path]) -> list[Path]:
-    """The run folders among these, and in these where they are studies, that hold results of tasks."""
+    """The run folders with task results among these, and in these if they are studies."""
     runs = [run for folder in folders for run in (folder, *sorted(folder.glob("runs/*")))]
     return [run for run in runs if (run / FOLDER).is_dir() and (run / "recipe.yaml").exists()]
 
 
 Results = dict[tuple[str, Settings], TaskResult]
-"""By task and how it was asked."""
+"""By task and settings."""
 
 
 def _table(task: str, after: dict[str, Results], before: dict[str, Results]) -> TaskTable:
     asked = Counter(settings for results in after.values() for name, settings in results if name == task)
-    order = {one: place for place, one in enumerate(asked)}  # the newest last, after a task was changed, say
+    order = {one: place for place, one in enumerate(asked)}  # the newest last, such as after a change of the task
     settings = max(asked, key=lambda one: (asked[one], one.limit is None, order[one]))
     key, notes = (task, settings), []
     found = [run for run in after if key in after[run]]
@@ -94,7 +94,7 @@ def _table(task: str, after: dict[str, Results], before: dict[str, Results]) -> 
         if run not in found:
             notes.append(f"{run} is left out: {_missing(task, settings, after[run])}")
         elif key not in before[run] and any(name == task for name, _ in before[run]):
-            notes.append(f"{run}: what it started from is left out: {_missing(task, settings, before[run])}")
+            notes.append(f"{run}: its starting weights are left out: {_missing(task, settings, before[run])}")
     first = after[found[0]][key]
     if first.questions < FEW_QUESTIONS:
         notes.append(f"{first.questions} questions are few; differences below two standard errors mean nothing")
@@ -127,7 +127,7 @@ def _missing(task: str, settings: Settings, results: Results) -> str:
         for name, value in vars(settings).items()
         if others[0][name] != value
     )
-    return f"it was scored otherwise ({differs}); score it alike"
+    return f"it was scored with other settings ({differs}); use the same ones"
 
 
 def _results(weights: Path | None) -> Results:
@@ -135,12 +135,12 @@ def _results(weights: Path | None) -> Results:
 
 
 def _last(folder: Path) -> Path:
-    """The weights that a run hands on."""
+    """The final weights of a run."""
     return folder / "weights" / recipe_of(folder).phases[-1].name
 
 
 def _start(folder: Path) -> Path | None:
-    """The weights that a run's last phase started from; None for none, and where they have gone."""
+    """The weights that a run's last phase started from; None if there are none, or if they are missing."""
     recipe = recipe_of(folder)
     if len(recipe.phases) > 1:
         return folder / "weights" / recipe.phases[-2].name
@@ -161,7 +161,7 @@ COLUMNS = ("run", "metric", "before", "after", "change", "against the first")
 
 
 def cells(score: RunScore, plus_minus: str = " ± ") -> list[str]:
-    """What a row of `COLUMNS` shows."""
+    """The cells of a row of `COLUMNS`."""
     figures = (score.before, score.after, score.change, score.against_first)
     signs = ("", "", "+", "+")
     return [score.run, score.metric, *(_figure(f, sign, plus_minus) for f, sign in zip(figures, signs, strict=True))]
@@ -175,5 +175,5 @@ def _figure(figure: Metric | Difference | None, sign: str, plus_minus: str) -> s
 
 
 def title_of(table: TaskTable) -> str:
-    """What a table is of."""
+    """The caption of a table."""
     return f"{table.task}: {table.questions:,} questions, {table.settings.says}"

@@ -1,11 +1,12 @@
-"""The rows of a runs table that laws, comparisons and advice may take. Made once; everything after takes `UsableRows`.
+"""The rows of a runs table that laws, comparisons and advice may use. Made once; all later steps take `UsableRows`.
 
 failed runs, and losses that are not numbers      left out
-runs whose mixture changes within a stage         left out, and what was trained from them (SCPT): no law has a
+runs whose mixture changes within a stage         left out, and all that started from them (SCPT): no law has a
                                                   term for it
-runs that differ in their optimizer's fields only the best setting is kept, the same rule for every arm; see settings.
+runs that differ only in their optimizer's fields only the best setting is kept, the same rule for every arm; see
+settings.
                                                   Pretraining is judged by the best finetune after its largest budget,
-                                                  where all runs of an arm have one; else by its own end
+                                                  if all runs of an arm have one; else by its own end
 """
 
 from __future__ import annotations
@@ -31,25 +32,25 @@ PRETRAINING = ["pretrain_tokens", "pretrain_delta"]
 SHARES = ["delta", "injected", "pretrain_delta"]
 STAGE = ["run", "stage"]
 ARM = ["stage", "start", "base", "params", "domain_tokens", "anchor", "average", "delta", *PRETRAINING]
-"""What runs of one arm share; they differ by seed and, where these are searched, by the optimizer's fields."""
+"""The columns that runs of one arm share; they differ by seed and, if searched, by the optimizer's fields."""
 
 DIGITS = 9
-"""Decimals of shares: they are quotients of token counts, and laws tell arms by them."""
+"""Decimals of shares: they are quotients of token counts, and laws distinguish arms by them."""
 
 
 @dataclass(frozen=True)
 class UsableRows:
-    """What `usable` makes of a runs table."""
+    """The result of `usable` for a runs table."""
 
     rows: pd.DataFrame
     left_out: pd.DataFrame
-    """The other rows of runs that are done; `beaten` where another setting is better, or was where they began."""
+    """The other rows of finished runs; `beaten` if another setting is better, or was for their starting weights."""
     notes: list[str]
     """What was left out and why, a sentence each."""
 
 
 def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
-    """The rows that laws may take; what is usable already stays as it is.
+    """The rows that laws may use; usable rows are returned as they are.
 
     Raises DataError for a table that lacks columns, holds shares above 1, or mixes tokenizers or held-out texts.
     """
@@ -59,7 +60,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     notes: list[str] = []
     failed = table["status"] != "done"
     if failed.any():
-        notes.append(f"left out, as they failed: {some(table['run'][failed].unique())}")
+        notes.append(f"left out, because they failed: {some(table['run'][failed].unique())}")
     rows = table[~failed].reset_index(drop=True)
     rows = rows if "base" in rows else rows.assign(base=None)
     if rows.empty:
@@ -74,7 +75,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
         broken = unknown & ~unknown.groupby([rows[key] for key in STAGE]).transform("all")
         if broken.any():
             notes.append(
-                f"left out, as {name} is not a number: {broken.sum()} evaluations of "
+                f"left out, because {name} is not a number: {broken.sum()} evaluations of "
                 f"{some(rows['run'][broken].unique())}"
             )
     rows[SHARES] = rows[SHARES].round(DIGITS)
@@ -91,10 +92,10 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     for which, why in (
         (unsteady, "the domain's share changes within a stage"),
         (worse, "another setting has the better mean domain_select over seeds"),
-        (orphaned, "the pretraining that they began with is"),
+        (orphaned, "the pretraining that they started from is left out"),
     ):
         if which.any():
-            notes.append(f"left out, as {why}: {some(rows['run'][which].unique())}")
+            notes.append(f"left out, because {why}: {some(rows['run'][which].unique())}")
     dropped = unsteady | worse | orphaned
     rows = rows.drop(columns="late").assign(beaten=worse | _descend(rows, worse))
     kept_rows, left_out = (rows[mask].reset_index(drop=True) for mask in (~dropped, dropped))
@@ -102,7 +103,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
 
 
 def with_average(table: pd.DataFrame) -> pd.DataFrame:
-    """A runs table with the column `average`, which those of earlier versions lack."""
+    """A runs table with the column `average`, which tables of earlier versions lack."""
     return table.assign(average=table["average"].fillna(0.0) if "average" in table else 0.0)
 
 
@@ -115,7 +116,7 @@ def _check_columns(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _numbers(column: pd.Series) -> pd.Series:
-    """As floats; what is infinite is NaN."""
+    """As floats, with NaN for infinite values."""
     try:
         return pd.to_numeric(column).astype(float).replace([np.inf, -np.inf], np.nan)
     except (TypeError, ValueError) as error:
@@ -123,7 +124,7 @@ def _numbers(column: pd.Series) -> pd.Series:
 
 
 def _check_alike(rows: pd.DataFrame) -> None:
-    """The tokenizer is one for all; each stage may be evaluated on texts of its own."""
+    """The tokenizer is the same for all; each stage may have its own evaluation texts."""
     for name, part in (("tokenizer", rows), *(("heldout", own) for _, own in rows.groupby("stage"))):
         one = part.drop_duplicates(name)
         if len(one) > 1:
@@ -135,7 +136,7 @@ def _check_alike(rows: pd.DataFrame) -> None:
 
 
 def _other_texts(rows: pd.DataFrame) -> list[str]:
-    """Notes where runs that count as alike were trained on different texts, as far as the table knows."""
+    """Notes on runs that count as equal but were trained on different texts, as far as the table knows."""
     notes = []
     for column, alike in (("domain_text", ["domain_tokens"]), ("general_text", []), ("base", ["params"])):
         if column not in rows:
@@ -145,14 +146,14 @@ def _other_texts(rows: pd.DataFrame) -> list[str]:
         if several.any():
             text = "base" if column == "base" else column.replace("_", " training ")
             notes.append(
-                f"not of one {text}, so that their losses may differ for that reason: "
+                f"different {text}, so that their losses may differ for that reason: "
                 f"{some(rows['run'][several].unique())}"
             )
     return notes
 
 
 def _other_setting(rows: pd.DataFrame, among: pd.Series) -> tuple[pd.Series, list[str]]:
-    """Which of these rows, of one stage, are of runs that the same arm beats with another setting, and what is kept."""
+    """Which of these rows, of one stage, belong to runs with a worse setting of the same arm, and a note on it."""
     ends = rows[among].sort_values(["handed_on", "tokens"]).groupby(STAGE).tail(1)
     length = rows.groupby(STAGE)["tokens"].max().loc[pd.MultiIndex.from_frame(ends[STAGE])].to_numpy()
     stopped_early = (ends["tokens"] < length).groupby([ends[key] for key in ARM], dropna=False).transform("any")
@@ -166,8 +167,8 @@ def _other_setting(rows: pd.DataFrame, among: pd.Series) -> tuple[pd.Series, lis
 
 
 def _judged(rows: pd.DataFrame, ends: pd.DataFrame, arm: list[str]) -> pd.Series:
-    """The loss on the select half that the settings of an arm are judged by: of pretraining that of the best finetune
-    after it, where all runs of the arm have one, else that of its own end."""
+    """The loss on the select half by which the settings of an arm are judged: for pretraining that of the best finetune
+    after it, if all runs of the arm have one, else that of its own end."""
     tunes = rows[(rows["stage"] == 1) & rows["handed_on"] & (rows["start"] == "pretrained")]
     best = tunes.groupby(["after", "pretrain_tokens"])["domain_select"].min()
     after = pd.Series(best.reindex(pd.MultiIndex.from_frame(ends[["run", "tokens"]])).to_numpy(), index=ends.index)
@@ -177,7 +178,7 @@ def _judged(rows: pd.DataFrame, ends: pd.DataFrame, arm: list[str]) -> pd.Series
 
 
 def _kept(ends: pd.DataFrame, is_worse: pd.Series, arm: list[str]) -> list[str]:
-    """A sentence on the settings that were chosen among, where there are several."""
+    """A sentence on the choice among settings, if there are several."""
     searched = is_worse.groupby([ends[key] for key in arm], dropna=False).transform("any")
     tried = settings_of(ends[searched])
     columns = varied(tried)
@@ -192,7 +193,7 @@ def _kept(ends: pd.DataFrame, is_worse: pd.Series, arm: list[str]) -> list[str]:
 
 
 def _descend(rows: pd.DataFrame, dropped: pd.Series) -> pd.Series:
-    """Which rows are of stages that began, themselves or through others, with the weights of a dropped one."""
+    """Which rows belong to stages that started, directly or through others, from the weights of a dropped one."""
     found = pd.Series(False, index=rows.index)
     while True:
         gone = set(rows["run"][dropped | found])

@@ -105,7 +105,11 @@ QUESTIONS: dict[str, tuple[pd.DataFrame | None, dict[str, Any], list[str]]] = {
     "its first three budgets": (
         SWEEP[SWEEP[["tokens", "pretrain_tokens"]].max(axis=1) <= 100 * B],
         {"budget": 100 * B},
-        ["add a second seed", "one seed gives no interval", "learning rates and checkpoints on the select half"],
+        [
+            "add a second seed",
+            "one seed gives no interval",
+            "learning rates and checkpoints were chosen on the select half",
+        ],
     ),
     "a corpus a hundredth as large": (
         SWEEP,

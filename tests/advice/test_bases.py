@@ -97,7 +97,7 @@ def test_a_table_of_runs_from_a_base_is_answered_as_such_wherever_it_is_asked(tm
     with pytest.raises(RecipeError, match=r"^inference_tokens: prices a model that is pretrained"):
         advise(**asked, table=table, inference_tokens=M)
     report([tmp_path], tmp_path / "page.html")
-    assert "Go on with 99% of domain and 1% of general text." in (tmp_path / "page.html").read_text()
+    assert "Continue with 99% of domain and 1% of general text." in (tmp_path / "page.html").read_text()
 
 
 def test_tables_that_know_no_window_and_bases_that_read_less(tmp_path: Path) -> None:

@@ -143,7 +143,9 @@ def test_what_a_base_lacks_is_said_before_any_text_is_prepared(
     refused(RecipeError, r"it has 300 ids, the weights at \S+ only 256; name the one", init=bare, **other)
     endless = tmp_path / "endless"
     GPT(SHAPE).save_hf(hf_tokenizers.write(endless, eos=None))
-    refused(DataError, r"names no token that ends a text; prepare both texts by `spt-fast prepare --eos", init=endless)
+    refused(
+        DataError, r"names no token that ends a text; prepare both texts with `spt-fast prepare --eos", init=endless
+    )
 
 
 @pytest.mark.filterwarnings("ignore::spt_fast.errors.SptWarning")

@@ -188,7 +188,7 @@ def test_choices_are_judged_by_likelihood_and_by_likelihood_a_character(weights:
         ("{", "broken JSON"),
         (b'{"question": "\xff"}'.decode("latin-1"), "no 'choices'"),
         ('{"question": "\\ud800", "choices": ["a", "b"], "answer": 0}', "broken JSON"),
-        ("[1]", "list where a JSON object is due"),
+        ("[1]", "list instead of a JSON object"),
         ({"prompt": "x", "choices": ["a", "b"], "answer": 0}, "no 'question' (the line has 'prompt', 'choices'"),
         ({"question": " ", "choices": ["a", "b"], "answer": 0}, "question: ' ' is invalid"),
         ({"question": "x", "choices": ["a"], "answer": 0}, "choices: ['a'] is invalid"),

@@ -84,7 +84,7 @@ def test_best_fraction_after_finetuning() -> None:
 
 def test_an_unseen_fraction_is_refused() -> None:
     law = laws.PostFinetuneLaw().fit(finetuned(overfitting_grid(), np.random.default_rng(0)))
-    with pytest.raises(ValueError, match=r"fraction 0\.03 were fitted.*knows 0\.001, 0\.005, 0\.01, 0\.02, 0\.05"):
+    with pytest.raises(ValueError, match=r"fraction 0\.03 were fitted.*has 0\.001, 0\.005, 0\.01, 0\.02, 0\.05"):
         law.predict(tokens=1e11, fraction=0.03)
     with pytest.raises(ValueError, match="fraction"):
         law.gain(tokens=1e11, fraction=0.03)
@@ -136,7 +136,7 @@ def test_the_most_domain_data_that_a_limit_on_general_loss_allows(rise: float) -
 def test_a_lenient_limit_leaves_the_best_domain_loss_and_a_strict_one_nothing() -> None:
     at = {"params": 1.8e9, "tokens": 10e9, "domain": DOMAIN, "general": GENERAL}
     assert laws.best_ratio(max_general_rise=1, **at) == 1
-    with pytest.raises(RecipeError, match=r"least rise is 0\.2"):
+    with pytest.raises(RecipeError, match=r"smallest rise is 0\.2"):
         laws.best_ratio(max_general_rise=0.03, general_before=2.0, **at)
     with pytest.raises(RecipeError, match="fraction"):
         laws.best_ratio(max_general_rise=3, **at)
@@ -213,7 +213,7 @@ def test_nothing_is_decided_by_a_parameter_that_the_runs_leave_open() -> None:
         lambda: law.epochs_until(marginal_worth=0.1),
         lambda: law.effective_tokens(tokens=1e11, unique_tokens=1e9),
     ):
-        with pytest.raises(ValueError, match="is left open by these runs: with another value of R_star_D"):
+        with pytest.raises(ValueError, match=r"these runs do not determine .*: another value of R_star_D"):
             decide()
     assert law.effective_tokens(tokens=2e9, unique_tokens=4e9) == pytest.approx(2e9)
     repeated = laws.DataConstrainedLaw().fit(
@@ -247,9 +247,7 @@ def test_no_feasible_ratio_and_nothing_but() -> None:
     law = laws.CMRLaw().fit(continued(np.random.default_rng(0), noise=1e-5))
     with pytest.raises(RecipeError, match=r"no domain ratio from 0\.1 to 0\.7 is feasible"):
         law.critical_ratio(tokens=1e10, tolerance=-1)
-    with pytest.warns(
-        laws.ExtrapolationWarning, match=r"critical ratio, 1, lies beyond the ratios .* \(0\.1 to 0\.7\)"
-    ):
+    with pytest.warns(laws.ExtrapolationWarning, match=r"critical ratio, 1, is beyond the ratios .* \(0\.1 to 0\.7\)"):
         assert law.critical_ratio(tokens=1e10, tolerance=1, multiplier=1e-9) == 1
 
 
@@ -271,7 +269,7 @@ def test_ratios_are_joined_by_a_power_law_between_and_beyond_them_and_runs_left_
 def test_average_parameters_of_a_pruning_schedule() -> None:
     assert laws.average_params([1e9, 5e8], [1, 3]) == 6.25e8
     assert laws.average_params([4, 2]) == 3
-    with pytest.raises(RecipeError, match="as many"):
+    with pytest.raises(RecipeError, match="one length"):
         laws.average_params([1e9, 5e8], [1])
 
 
@@ -282,7 +280,7 @@ def test_a_law_across_domains_says_how_far_it_errs_for_one_that_it_has_not_seen(
     assert [domain for (domain,) in errors] == [0.4, 0.6, 0.9, 1.4]
     assert max(errors.values()) < 0.05
     law = laws.CrossDomainDCPTLaw().fit(table)
-    refused = r"learnability: 4\.0 is invalid: the domains .* span 0\.4 to 1\.4; run one"
+    refused = r"learnability: 4\.0 is invalid: the fitted domains span 0\.4 to 1\.4; run one"
     with pytest.raises(RecipeError, match=refused):
         law.predict(params=5e8, tokens=1e10, own_ratio=0.5, learnability=4.0)
     with pytest.raises(RecipeError, match=refused):

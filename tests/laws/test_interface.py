@@ -251,7 +251,7 @@ def test_huber_ignores_what_least_squares_follows() -> None:
 
 def test_extrapolation_warns_and_says_of_what() -> None:
     law = laws.ChinchillaLaw().fit(TABLE)
-    says = r"tokens = 1e\+12 lies outside of .* \(1e\+09 to 5e\+10\)"
+    says = r"tokens = 1e\+12 is outside of .* \(1e\+09 to 5e\+10\)"
     with pytest.warns(laws.ExtrapolationWarning, match=says) as warned:
         law.predict(params=1e8, tokens=1e12)
     assert [warning.filename for warning in warned] == [__file__]
@@ -300,7 +300,7 @@ def test_a_dcpt_law_that_rises_with_its_ratio_is_warned_of() -> None:
         (laws.DataConstrainedLaw, changed(OF_REPEATING, tokens=OF_REPEATING["tokens"] / 1e9), "50.0 .* give tokens as"),
         (laws.OverfittingLaw, changed(OF_OVERFITTING, fraction=100 * OF_OVERFITTING["fraction"]), "not a percentage"),
         (laws.OverfittingLaw, {n: v[:60] for n, v in OF_OVERFITTING.items()}, "at 4 fractions or more"),
-        (laws.OverfittingLaw, changed(OF_OVERFITTING, train_loss=[np.nan] * 100), "only at fraction 0"),
+        (laws.OverfittingLaw, changed(OF_OVERFITTING, train_loss=[np.nan] * 100), "only fraction 0"),
         (laws.PostFinetuneLaw, {n: v[:42] for n, v in OF_FINETUNING.items()}, "here 0.01"),
         (laws.CMRLaw, {n: v[1:25] for n, v in OF_CONTINUING.items()}, "with tokens = 0"),
         (laws.CMRLaw, {n: v[:5] for n, v in OF_CONTINUING.items()}, "at least 6 runs or points"),
@@ -349,7 +349,7 @@ def test_before_a_fit_and_without_runs() -> None:
         laws.ChinchillaLaw.from_params(E=1, A=1, alfa=1, B=1, beta=1)
     with pytest.raises(RecipeError, match="needs the parameters beta too"):
         laws.ChinchillaLaw.from_params(E=1, A=1, alpha=1, B=1)
-    with pytest.raises(RecipeError, match="each of the runs' settings"):
+    with pytest.raises(RecipeError, match="for each setting of the runs"):
         laws.CMRLaw.from_params()
 
 

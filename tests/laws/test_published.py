@@ -113,7 +113,7 @@ def test_the_critical_share_of_code_is_the_published_one_and_is_left_open_by_ear
     share, low, high = fitted(10_000).critical_ratio(tokens=10_000, tolerance=0, interval=0.9)
     assert share == pytest.approx(0.714, abs=0.015)
     assert low < 0.714 < high < low + 0.1
-    with pytest.raises(RecipeError, match=r"leave the critical ratio at 10000 tokens open: .* run more ratios"):
+    with pytest.raises(RecipeError, match=r"do not determine the critical ratio at 10000 tokens: .* run more ratios"):
         fitted(6000).critical_ratio(tokens=10_000, tolerance=0)
 
 

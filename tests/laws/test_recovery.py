@@ -163,7 +163,7 @@ def test_losses_without_noise_and_without_differences_are_fitted() -> None:
     tokens, ratios = (x.ravel() for x in np.meshgrid([0, *np.geomspace(1e6, 1e9, 10)], [0.1, 0.2, 0.4, 0.6]))
     general, domain = 2.5 + 2.1 * ratios * (tokens / 1e9) ** 0.3, 3 - 0.5 * ratios**0.3 * (tokens / 1e9) ** 0.2
     law = laws.CMRLaw().fit({"tokens": tokens, "domain_ratio": ratios, "general_loss": general, "domain_loss": domain})
-    with pytest.raises(RecipeError, match=r"the turning point of multiplier 100 lies later"):
+    with pytest.raises(RecipeError, match=r"the turning point of multiplier 100 comes later"):
         law.critical_ratio(tokens=1e7, tolerance=0.1)
     middle, low, high = law.predict(tokens=1e9, domain_ratio=0.4, interval=0.9)
     assert (middle, low, high) == pytest.approx([2.5 + 2.1 * 0.4] * 3, abs=1e-3)
@@ -296,12 +296,12 @@ def test_one_run_has_no_interval_and_a_law_that_nothing_can_be_left_out_of_has_n
     one = drawn(CHINCHILLA, grid(params=[1e8], tokens=np.geomspace(1e8, 1e10, 10)), generator())
     law = laws.ChinchillaLaw().fit(one)
     assert law.predict(params=1e8, tokens=1e9) == pytest.approx(CHINCHILLA.predict(params=1e8, tokens=1e9), rel=0.02)
-    with pytest.raises(laws.OpenError, match=r"two runs or more; all 10 points are of one run .* run a second seed"):
+    with pytest.raises(laws.OpenError, match=r"two runs or more; all 10 points are from one run .* run a second seed"):
         law.predict(params=1e8, tokens=1e9, interval=0.9)
     few = drawn(CHINCHILLA, grid(params=[1e7, 1e8, 1e9], tokens=[1e9, 1e10]), generator())
     law = laws.ChinchillaLaw().fit({name: values for name, values in few.items() if name != "run"})
     law.predict(params=1e8, tokens=1e10, interval=0.9)
-    with pytest.raises(laws.OpenError, match=r"beyond the params .* take all of these 6; add runs"):
+    with pytest.raises(laws.OpenError, match=r"beyond the params .* need all of these 6; add runs"):
         law.predict(params=1e10, tokens=1e10, interval=0.9)
     two = drawn(FINETUNE, grid(params=[1e8, 3e8], unique_tokens=np.geomspace(1e5, 1e8, 10)), generator(), noise=0.003)
     law = laws.FinetuneLaw().fit(two)

@@ -304,7 +304,7 @@ def test_every_abbreviation_of_the_page_is_explained_on_it(written: Path) -> Non
     assert {*re.findall(r"\b(?:[A-Z]-?){3,}\b", said)} <= {*re.findall(r"\w+", terms), "D-CPT", "FLOPs", "X"}
     captions = " ".join(re.findall("<figcaption>(.*?)</figcaption>", html))
     assert "from pale (the smallest) to strong" in captions
-    assert "Pale lines are what was not handed on" in captions
+    assert "Pale lines are not part of the result" in captions
 
 
 def test_training_steps_are_drawn_for_the_kept_arm(written: Path) -> None:
@@ -339,7 +339,7 @@ def test_the_pieces_of_a_pretraining_are_one_line_of_training_steps(monkeypatch:
 def test_the_answer_stands_first(written: Path) -> None:
     said = Text(written.read_text()).text
     assert said.strip().startswith("Give the domain 2% of the pretraining tokens.")
-    assert said.index("How sure") < said.index("What the runs show") < said.index("Provenance")
+    assert said.index("Certainty") < said.index("What the runs show") < said.index("Provenance")
     assert "56 done, 2 failed" in said  # 8 of pretraining, 4 finetunes from each, 16 more with replay or anchor
     assert "4f5ca1b2" in said
     assert "90e3dd11" in said
@@ -368,7 +368,7 @@ def test_a_share_that_is_better_at_every_seed_is_given() -> None:
     assert decision is not None
     assert (decision.best.delta, decision.headline) == (0.02, "Give the domain 2% of the pretraining tokens.")
     assert "0.200 lower, more than the spread between 2 seeds (0.010)" in decision.sure[0]
-    assert decision.sure[1] == "Every other share that was run is worse by more than seeds differ."
+    assert decision.sure[1] == "Every other share that was run is worse by more than the spread between seeds."
     assert decision.costs[0] == "Before finetuning the general loss is 2.000, +0.000 against NPT."
     assert [arm.best for arm in decision.arms] == [False, True, False]
     assert decision.arms[1].cells[3] == "1.805 ± 0.005"
@@ -379,7 +379,7 @@ def test_what_chance_may_have_done_is_not_given_as_the_answer() -> None:
     decision = decide((10, 20), rows)
     assert decision is not None
     assert decision.headline == "2% of domain tokens is best so far, but it may be chance."
-    assert "It was chosen on the select half of the held-out text; the losses are of the report half." in decision.sure
+    assert "It was chosen on the select half of the held-out text; the losses are on the report half." in decision.sure
     assert decision.sure[-1] == "It is the largest share that was run: a larger one may do better."
 
 
@@ -401,11 +401,11 @@ def test_halves_that_disagree_decide_nothing_and_without_a_select_half_that_is_s
     ]
     decision = decide((1, 2), runs)
     assert decision is not None
-    assert decision.headline == "Nothing is decided: 5% is best on the select half, and NPT on the report half."
+    assert decision.headline == "No decision: 5% is best on the select half, and NPT on the report half."
     unknown = decide((1, 2), [replace(run, domain_select=float("nan")) for run in runs])
     assert unknown is not None
     assert unknown.best.delta == 0
-    assert "It was chosen by the losses that are shown, so its gain may be too large." in unknown.sure
+    assert "It was chosen by the losses that are shown, so its gain may be overestimated." in unknown.sure
 
 
 def test_replay_is_shown_but_the_share_is_chosen_without() -> None:
@@ -444,7 +444,7 @@ def test_runs_that_decide_nothing_make_a_page_that_says_so() -> None:
     table = spt_table(deltas=(0.0, 0.02), budgets=(20_000_000_000,))
     missing = Fitted("overfitting", {}, pd.DataFrame(), "it takes <four> shares")
     said = Text(page(table[table["stage"] == 0], [missing], None)).text
-    assert "These runs decide nothing about pretraining yet." in said
+    assert "These runs do not decide the pretraining mixture yet." in said
     assert "No overfitting law: it takes <four> shares." in said
     assert "Held-out general loss" not in said  # that is for those who do not see the figure
 
@@ -498,7 +498,7 @@ def test_a_table_without_general_losses_still_makes_a_page() -> None:
     table = spt_table(deltas=(0.0, 0.02, 0.05), budgets=(20_000_000_000,))
     table[["general_train", "general_heldout", "general_select", "general_before"]] = np.nan
     said = Text(page(table, [], None)).text
-    assert "These runs decide nothing about pretraining yet." in said
+    assert "These runs do not decide the pretraining mixture yet." in said
     assert "No finetune here has a general held-out loss before and after." in said
     assert "Lower is better." in said
 
@@ -506,18 +506,16 @@ def test_a_table_without_general_losses_still_makes_a_page() -> None:
 def test_the_page_says_what_its_losses_rest_on() -> None:
     table = spt_table()
     says = provenance(table, ["a"])
-    assert says["Domain losses are of"] == "40 documents, 6,000 tokens, standard error up to 0.01 nats"
+    assert says["Domain losses are on"] == "40 documents, 6,000 tokens, standard error up to 0.01 nats"
     finetunes = after_pretraining(usable(table).rows)
     decision = decide((1, 2), compared(finetunes, table))
     assert decision is not None
-    says = (
-        "losses are of the report half of the held-out text (domain 40 documents, 6,000 tokens, standard error 0.010; "
-    )
+    says = "losses are measured on the report half of the held-out text (domain 40 documents, 6,000 tokens, "
     assert any(says in sentence for sentence in decision.sure)
     unknown = provenance(table.assign(domain_error=np.nan, domain_documents=np.nan, domain_scored=np.nan), ["a"])
-    assert unknown["Domain losses are of"] == "text that is not recorded"
+    assert unknown["Domain losses are on"] == "text that is not recorded"
     one = provenance(table.assign(domain_error=np.nan, domain_documents=1), ["a"])
-    assert one["Domain losses are of"] == "1 document, 6,000 tokens, standard error unknown"
+    assert one["Domain losses are on"] == "1 document, 6,000 tokens, standard error unknown"
 
 
 def test_a_table_without_a_finished_run_is_refused(

@@ -76,8 +76,8 @@ def test_several_bases_are_trained_and_named_in_the_table(folder: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot be compared: base is .*small_one .* in one and .*large"):
         compare([small[0], Path(runs[2].recipe.run)])
     mixed = table.assign(params=1.0)  # as if they were of one size
-    assert any("not of one base" in note for note in usable(mixed).notes)
-    assert not any("not of one base" in note for note in usable(table).notes)
+    assert any("different base" in note for note in usable(mixed).notes)
+    assert not any("different base" in note for note in usable(table).notes)
 
 
 def test_runs_of_a_study_that_differ_in_their_average_are_trained_once(folder: Path) -> None:

@@ -64,9 +64,9 @@ def test_what_losses_rest_on_and_what_was_chosen_on_other_text_is_said(four_runs
     found = compare(four_runs)
     assert as_json(found)["runs"][0]["domain_behind"] == {"documents": 12, "tokens": 3456, "standard_error": 0.02}
     says = (
-        "losses are of the report half of the held-out text (code 12 documents, 3,456 tokens, standard error 0.020; "
-        "general 12 documents, 3,456 tokens, standard error 0.030); learning rates and checkpoints were chosen on the "
-        "select half"
+        "losses are measured on the report half of the held-out text (code 12 documents, 3,456 tokens, standard error "
+        "0.020; general 12 documents, 3,456 tokens, standard error 0.030); learning rates and checkpoints were chosen "
+        "on the select half"
     )
     assert says in findings(found)
     for folder in four_runs:  # as runs were before these were written
@@ -77,7 +77,7 @@ def test_what_losses_rest_on_and_what_was_chosen_on_other_text_is_said(four_runs
     assert findings(compare(four_runs)) == [line for line in findings(found) if line != says]
     changed = json.loads((four_runs[0] / "summary.json").read_text()) | {"heldout_halves": "windows"}
     (four_runs[0] / "summary.json").write_text(json.dumps(changed))
-    with pytest.raises(RecipeError, match="what held-out halves are made of is windows in one and documents in"):
+    with pytest.raises(RecipeError, match="unit of the held-out halves is windows in one and documents in"):
         compare(four_runs)
 
 
@@ -313,7 +313,7 @@ def refused(error: type[Exception], runs: list[Path], *words: str) -> None:
 
 
 def test_nothing_given() -> None:
-    refused(RecipeError, [], "runs: there is nothing to compare")
+    refused(RecipeError, [], "runs: none given")
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "summary.json", "metrics.jsonl"])
@@ -426,7 +426,7 @@ def test_what_is_not_alike_is_warned_of(tmp_path: Path) -> None:
     (spt / "summary.json").write_text(json.dumps({k: v for k, v in summary.items() if k != "tokenizer"}))
     recipe = yaml.safe_load((spt / "recipe.yaml").read_text())
     (spt / "recipe.yaml").write_text(yaml.safe_dump({k: v for k, v in recipe.items() if k != "tokenizer"}))
-    unknown = f"the tokenizer of {spt} is not recorded, so whether all losses are of the same tokens is unknown"
+    unknown = f"the tokenizer of {spt} is not recorded, so the losses may be of different tokens"
     assert unknown in compare([spt]).warnings
 
 

@@ -86,9 +86,7 @@ def test_a_known_crossover_is_found_exactly() -> None:
     assert [gap.percent for gap in found.gap] == pytest.approx([INTERCEPT + SLOPE * np.log10(n) for n in SUBSETS])
     assert found.gap[0].nats == pytest.approx(4.0 * 0.075)
     assert (found.params, found.pretrain_tokens, found.pretrain_delta) == (1_000_000, 6e7, 0.0)
-    says = (
-        "From about 7.2M domain tokens on (one seed: no interval) a model from scratch is within 1% of the pretrained"
-    )
+    says = "Above about 7.2M domain tokens (one seed: no interval) a model from scratch is within 1% of the pretrained"
     assert found.says.startswith(says)
     other = compared(rows_of(), threshold=0.04)
     assert other.crossover == pytest.approx(10 ** (21 / 3.5))
@@ -117,20 +115,20 @@ def test_beyond_the_largest_subset_it_is_marked_as_an_extrapolation() -> None:
     assert found.extrapolated == pytest.approx(TRUTH, rel=0.3)
     assert found.times_beyond == pytest.approx(found.extrapolated / 1e6)
     assert found.interval[0] < found.extrapolated < found.interval[1]
-    assert "With 1M domain tokens, the most tried, a model from scratch is not within 1%" in found.says
+    assert "With 1M domain tokens, the largest subset, a model from scratch is not within 1%" in found.says
     assert "an extrapolation to 7." in found.says
 
 
 def test_what_is_said_where_there_is_no_crossover() -> None:
     below = compared(rows_of(intercept=5.0, slope=-1.0), threshold=0.01)
     assert (below.where, below.crossover) == ("below", None)
-    assert "Already with 100K domain tokens, the fewest tried" in below.says
+    assert "With only 100K domain tokens, the smallest subset" in below.says
     never = compared(rows_of(slope=0.5))
     assert (never.where, never.crossover, never.extrapolated) == ("never", None, None)
     assert never.says.endswith("the gap does not shrink with more of them.")
     far = compared(rows_of(slope=-0.5))
     assert (far.where, far.extrapolated) == ("beyond", None)
-    assert far.says.endswith("not before 100 times as many, too far to say.")
+    assert far.says.endswith("more than 100 times as many, too far to extrapolate.")
     one = compared(rows_of(SUBSETS[:1]))
     assert (one.where, one.fit) == ("unknown", None)
     assert "One subset of 100K domain tokens" in one.says

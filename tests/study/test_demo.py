@@ -127,7 +127,7 @@ def test_the_conclusion_says_whether_the_difference_exceeds_the_spread(finished:
     result = finished[1]
     arm = result.arms[1].treatment
     for position, figure in enumerate(("domain_after", "forgetting")):
-        for exceeds, words in ((True, "more than the spread between 2 seeds"), (False, "that may be chance")):
+        for exceeds, words in ((True, "more than the spread between 2 seeds"), (False, "this may be chance")):
             verdict = {arm: replace(result.verdict[figure][arm], exceeds=exceeds)}
             changed = replace(result, verdict=result.verdict | {figure: verdict})
             assert words in conclusion(changed)[position]

@@ -302,7 +302,7 @@ def test_what_cannot_be_weighed_is_refused(tmp_path: Path) -> None:
         reweight(two, out, target="lik")
     with pytest.raises(RecipeError, match=r"phases\[pretrain\].mixture: names 1 source besides the target 'like'"):
         reweight(two, out, target="like")
-    with pytest.raises(RecipeError, match=r"names 1 source; weighing takes at least two"):
+    with pytest.raises(RecipeError, match=r"names 1 source; weighting needs at least two"):
         reweight(recipe(tmp_path, ["like"], 2), out)
     with pytest.raises(DataError, match="absent"):
         reweight(recipe(tmp_path, ["like", "absent"], 2), out)

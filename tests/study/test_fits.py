@@ -216,9 +216,9 @@ def test_each_law_says_what_is_missing() -> None:
         "overfitting": "needs runs at 4 fractions or more to fit its train curve; the table has 0, 0.01, 0.05",
         "post-finetuning": "from three pretraining budgets or more; there are 4 at most, at 2",
         "forgetting": "the runs have params 109M; unique_tokens 300M; injected 0",
-        "dcpt-domain": "takes continued pretraining at four domain shares or more, 20% apart",
+        "dcpt-domain": "needs continued pretraining at four domain shares or more, 20% apart",
         "cmr": "the runs have domain_ratio 1",
-        "chinchilla": "takes pretraining from scratch at two model sizes or more of one domain share",
+        "chinchilla": "needs pretraining from scratch at two model sizes or more of one domain share",
         "data-constrained": "(delta 1), of two corpus sizes or more; there are no such runs",
     }.items():
         assert says in (problems[law].problem or "")
@@ -262,7 +262,7 @@ def test_what_the_runs_leave_open_is_a_warning_of_the_fit_and_none_of_python() -
         warnings.simplefilter("error")
         one = fit_laws(spt_table(deltas=(0.0,), injected=(0.0, 0.001, 0.01, 0.05)), "forgetting", draws=2)[0]
     assert one.law is not None
-    says = "these runs leave beta open; judge the law by its predictions, or add runs that differ in what these"
+    says = "these runs do not determine beta; judge the law by its predictions, or add runs that differ in what these"
     assert [warning.startswith(says) for warning in one.warnings] == [True]
 
 
@@ -272,7 +272,7 @@ def test_two_sizes_leave_the_exponent_of_size_open_and_the_fit_says_to_run_a_thi
     )
     assert two.law is not None
     assert {"E", "A", "alpha"} <= set(two.law.unidentified_)
-    assert any(warning.endswith("run a third value of params: an exponent takes three") for warning in two.warnings)
+    assert any(warning.endswith("run a third value of params, which an exponent needs") for warning in two.warnings)
     assert not any("a third value" in warning for warning in three.warnings)
 
 
@@ -319,7 +319,7 @@ def test_fit_prints_laws_and_what_is_missing(
         "largest fraction",
         "last 40% of budget",
         "- overfitting, 109M parameters, 300M domain tokens: A_train ",
-        "- not fitted: cmr, 109M parameters, 300M domain tokens, after NPT: takes continued pretraining",
+        "- not fitted: cmr, 109M parameters, 300M domain tokens, after NPT: needs continued pretraining",
     ):
         assert part in text
     assert "a[0.01]" not in text
@@ -344,14 +344,14 @@ def test_fit_says_what_its_losses_rest_on(study: Path, tmp_path: Path, capsys: p
     assert "domain 40 documents, 6,000 tokens, standard error" in " ".join(said(capsys, study, "--law", "cmr").split())
     columns = [f"{corpus}_{name}" for corpus in ("domain", "general") for name in ("documents", "scored", "error")]
     save_table(load_table(study / "table.csv").assign(**dict.fromkeys(columns, np.nan)), tmp_path)
-    assert "behind these losses is not recorded" in " ".join(said(capsys, tmp_path, "--law", "cmr").split())
+    assert "is not recorded for these losses" in " ".join(said(capsys, tmp_path, "--law", "cmr").split())
 
 
 def test_fit_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = spt_table(seeds=(0,))
     gone = table[:1].assign(run="the-one-that-failed", status="failed")
     save_table(pd.concat([table, gone], ignore_index=True), tmp_path)
-    note = "left out, as they failed: the-one-that-failed"
+    note = "left out, because they failed: the-one-that-failed"
     assert json.loads(said(capsys, tmp_path, "--law", "cmr", "--json"))["notes"] == [note]
     assert f"- {note}\n" in said(capsys, tmp_path, "--law", "cmr")
 

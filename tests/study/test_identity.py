@@ -72,12 +72,12 @@ def test_a_study_has_its_own_sources(tmp_path: Path) -> None:
             read_table([tmp_path], general_source="foo")
     save_table(table.drop(columns=list(CONTENT)), tmp_path)
     for name in ("table.csv", "table.parquet"):
-        with pytest.warns(SptWarning, match=r"domain_source: .*table.* is of an earlier version and keeps"):
+        with pytest.warns(SptWarning, match=r"domain_source: .*table.* is of an earlier version and uses"):
             assert len(read_table([tmp_path / name], domain_source="foo")) == len(table)
     assert usable(table).notes == usable(table.drop(columns=list(CONTENT))).notes == []
     for column in ("domain_text", "general_text"):
         table[column] = table[column].where(table["run"] != table["run"].iloc[0], "other")
-        assert f"not of one {column.replace('_', ' training ')}" in usable(table).notes[-1]
+        assert f"different {column.replace('_', ' training ')}" in usable(table).notes[-1]
 
 
 def test_a_source_that_no_run_has_is_named(tmp_path: Path) -> None:

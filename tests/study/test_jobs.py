@@ -50,7 +50,7 @@ def test_what_is_done_is_not_started_and_what_was_edited_since_is_refused(tmp_pa
     assert list((tmp_path / "logs").iterdir()) == []
     recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 1").replace("lr:", "weight_decay: 0.2\n    lr:"))
     recipe.write_text(re.sub(r"tokens: \d+", "tokens: 5000", recipe.read_text()))
-    with pytest.raises(RecipeError, match=r"was begun with another recipe(.|\n)*seed: 0 → 1"):
+    with pytest.raises(RecipeError, match=r"was started with another recipe(.|\n)*seed: 0 → 1"):
         train_side_by_side([recipe], tmp_path / "logs", Console(file=io.StringIO()))
 
 

@@ -217,7 +217,7 @@ def test_a_warning_names_the_stage(raw: dict[str, Any]) -> None:
         (0, {"budgets": None}, r"stages\[pretrain\]: neither is given, tokens and budgets"),
         (0, {"mixture": {"chem": 1}}, r"stages\[pretrain\]\.mixture: .* write delta or replay"),
         (0, {"shedule": {}}, r"stages\[pretrain\]\.shedule: unknown key; did you mean 'schedule'"),
-        (0, {"start": "scratch"}, r"stages\[pretrain\]\.start: no stage before the first one has weights"),
+        (0, {"start": "scratch"}, r"stages\[pretrain\]\.start: the first stage has no earlier weights"),
         (0, {"stop": {"on": "chem"}}, r"stages\[pretrain\]\.stop: several phases share one schedule"),
         (0, {"optimizer": None}, r"stages\[pretrain\]\.lr: missing"),
         (0, {"optimizer": 3e-3}, r"stages\[pretrain\]\.optimizer: 0\.003 is invalid: write a section"),

@@ -75,8 +75,10 @@ def test_what_was_scored_otherwise_is_left_out_by_name(runs: list[Path], tmp_pat
     (table,) = task_tables([*runs, other, fake_run(tmp_path / "none", NPT, seed=1)])
     assert {score.run for score in table.scores} == {"npt", "spt"}
     assert table.notes == [
-        "spt: what it started from is left out: it was scored otherwise (limit 20 instead of None); score it alike",
-        "other is left out: it was scored otherwise (context 32 instead of 64, bos 1 instead of None); score it alike",
+        "spt: its starting weights are left out: it was scored with other settings (limit 20 instead of None); use "
+        "the same ones",
+        "other is left out: it was scored with other settings (context 32 instead of 64, bos 1 instead of None); use "
+        "the same ones",
         "none is left out: it was not scored",
     ]
     save_file({"again": torch.zeros(1)}, runs[1] / "weights" / "finetune" / "model.safetensors")

@@ -229,7 +229,7 @@ def test_a_mixture_that_changes_within_a_stage_is_left_out_with_all_that_came_of
     assert rows.equals(usable(steady).rows)
     assert "share changes within a stage" in notes[0]
     assert "-scpt" in notes[0]
-    assert "the pretraining that they began with is" in notes[1]
+    assert "the pretraining that they started from is left out" in notes[1]
 
 
 def test_the_learning_rate_is_chosen_for_each_arm_by_the_mean_over_seeds() -> None:
