@@ -1,14 +1,13 @@
-"""What distribution costs: ZeRO on two processes beside one, and checkpoints that are written while training goes on.
+"""The cost of distribution: ZeRO on two processes against one, and checkpoints that are written during training.
 
     python -m benchmarks.distributed [--json FILE] [--rounds N]
 
 Scaling: 6 layers x 384, context 256, vocabulary 4096, 32 sequences a step in micro-batches of 8, one core a process.
-One process alone (the local engine) is 1; two of them that know nothing of each other, at the same time, are what this
-machine can give at most; ZeRO on two processes is set against twice the first and against the second. Launches take
-turns.
+One process alone (the local engine) is 1; two independent ones at the same time are the most that this machine can do;
+ZeRO on two processes is compared with twice the first and with the second. Launches alternate.
 
-Checkpoints: 124m, vocabulary 50,304, context 1024, one micro-batch a step. What a save adds to the training time is
-taken from steps with and without one, in turns, and set against 100 steps of 8 micro-batches.
+Checkpoints: 124m, vocabulary 50,304, context 1024, one micro-batch a step. The added training time of a save is the
+difference of steps with and without one, in turns, relative to 100 steps of 8 micro-batches.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def batches(config: GPTConfig, micro: int, count: int) -> list[Batch]:
 
 
 def worker(stage: int | None, steps: int) -> None:
-    """Prints the seconds of a step in this process, of which there may be two."""
+    """Prints the seconds of a step in this process; there may be two processes."""
     torch.set_num_threads(1)
     settings = Engine(name="local" if stage is None else "deepspeed", stage=stage or 0)
     world = join_world(process_group=stage is not None)

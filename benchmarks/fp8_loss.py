@@ -1,11 +1,11 @@
-"""What training in fp8 costs in loss: one model trained twice on the same batches, in bf16 and in fp8.
+"""The effect of fp8 on the loss: one model trained twice on the same batches, in bf16 and in fp8.
 
     python -m benchmarks.fp8_loss --out DIR [--preset 1b] [--steps 500] [--dry]
 
-The trainer itself, on English prose that every machine has (study/corpora.py), read as bytes; 32K tokens a step. Of
-each tenth of the run the table shows the mean training loss and, at its end, the held-out loss, measured in bf16 for
-both. DeepSeek-V3 (arXiv 2412.19437, section 3.3) reports less than 0.25% between the two and calls that well within the
-randomness of training. DIR keeps both runs; the same command goes on with what was interrupted. --dry: a tiny model
+It uses the trainer itself, on English prose that every machine has (study/corpora.py), read as bytes; 32K tokens a
+step. For each tenth of the run the table shows the mean training loss and, at its end, the held-out loss, measured in
+bf16 for both. DeepSeek-V3 (arXiv 2412.19437, section 3.3) reports a difference below 0.25% and calls that well within
+the randomness of training. DIR keeps both runs; the same command continues an interrupted one. --dry: a tiny model
 whose layers count as wide.
 """
 

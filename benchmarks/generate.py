@@ -2,7 +2,7 @@
 
     python -m benchmarks.generate [--preset 10m] [--tokens 512] [--batch 8] [--rounds 3] [--threads 1]
 
-Greedy, fp32, from a prompt of 8 tokens of random weights, whose texts must be equal.
+Greedy, fp32, from a prompt of 8 tokens, with random weights; all texts must be equal.
 """
 
 from __future__ import annotations

@@ -1,26 +1,26 @@
-"""Everything that wants a GPU, in one command of under nine minutes on one H100, and a second that goes on.
+"""All measurements that need a GPU, in one command of under nine minutes on one H100, and a second that continues it.
 
     python -m benchmarks.gpu [--seconds 520] [--out DIR] [--from FILE] [--only STAGE …] [--dry]
 
 check     attention and every op at the presets' shapes: at most twice the error of PyTorch's ops in the same dtype, the
-          same bits twice; attention under compute-sanitizer, where there is one
+          same bits twice; attention under compute-sanitizer, if there is one
 profile   where a step of ours spends its time at 124m, 350m and 1b, with MFU
 plain     the step of a compiled plain GPT beside ours, round by round
-graphs    10m, recorded as CUDA graphs and not
-tuner     what it chooses for attention and the loss
-memory    the ops that are bound by memory, against a copy, on cold caches
+graphs    10m, with and without CUDA graphs
+tuner     its choices for attention and the loss
+memory    the memory-bound ops, against a copy, on cold caches
 fp8       1b in fp8 against bf16
-more      the plain GPT at 350m and 1b, for which the time of one command doesn't suffice
+more      the plain GPT at 350m and 1b, which don't fit in one command's time
 
-A stage is made of items, each a process with its share of the time: one that breaks the device, or hangs, ends no
-other. What an item has measured stands in DIR/<date>-<gpu>.json from that second on (DIR: $OUT, or
-benchmarks/results), which is replaced as a whole, so that it can be read whenever the command is killed. A file that is
-there already, or is given by --from, is gone on with: items that aren't done are run, first those that never began.
-The screen gets at most 10,000 characters; what the time did not suffice for is named at the end.
+A stage consists of items, each a process with its share of the time: one that breaks the device, or hangs, does not end
+the others. An item's results are in DIR/<date>-<gpu>.json from that second on (DIR: $OUT, or benchmarks/results). The
+file is replaced as a whole, so that it can be read whenever the command is killed. An existing file, or one given by
+--from, is continued: unfinished items are run, first those that never began. The screen gets at most 10,000 characters;
+items that did not fit in the time are named at the end.
 
-Needs torch, and nothing installed: the extension is built where it isn't. Peers are taken from the environment or from
-build/peers (`make peers`); SPT_COMMIT names the commit of a tree that came without its history. --dry runs every stage
-on a CPU with tiny shapes.
+It needs torch and nothing else installed: the extension is built if it isn't. Peers are taken from the environment or
+from build/peers (`make peers`); SPT_COMMIT names the commit of a tree without its history. --dry runs every stage on a
+CPU with tiny shapes.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ SECONDS = 520.0
 PRINTED, KEPT_FOR_THE_END, PRINTED_OF_ITEM = 10_000, 1_500, 900
 """Characters."""
 GRACE_SECONDS = 12.0
-"""Between the time that an item plans with and the end of its process."""
+"""Seconds between an item's own limit and the end of its process."""
 POLL_SECONDS = 0.2
 OUTPUT = 3000
-"""Characters of what an item wrote that are kept where it failed."""
+"""Characters of a failed item's output that are kept."""
 AT_ONCE = {"check": 4}
-"""Items of a stage that may run side by side, since they time nothing."""
+"""Items of a stage that may run side by side, since they measure no time."""
 OPS = ("norm", "activation", "rotary", "embedding", "adamw", "linear", "cross_entropy", "fp8")
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""So that what one contender leaves in the cache has the form that the next one wants."""
+"""So that all contenders leave memory blocks of the same form in the cache."""
 PR_SET_PDEATHSIG = 1
 
 Found = dict[str, Any]
@@ -67,10 +67,10 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Item:
-    """One process: `python -m` what `command` says, with --json and the file that it is to write to.
+    """One process: `python -m` with `command`, and --json with the file for its results.
 
-    seconds  the most that it may take; it isn't begun with less
-    told     what was found, in lines for the screen
+    seconds  its time limit; it isn't started with less
+    told     the results, in lines for the screen
     before   a program that runs it, with its arguments
     """
 
@@ -226,10 +226,10 @@ def _percent(share: float | None) -> str:
 
 
 class Results:
-    """The file, whole at every moment.
+    """The file, which is complete at every moment.
 
     By item: "state" (running, done, "cut off" by its time, failed or skipped), "run" (which of `runs`: machine, commit
-    and time of each command that worked at this file), "seconds", and what the item wrote.
+    and time of each command that wrote to this file), "seconds", and the item's results.
     """
 
     def __init__(self, path: Path, known: Found | None, about: Found) -> None:
@@ -251,7 +251,7 @@ class Results:
         return self.record["items"].get(item.name, {}).get("state", "never begun")
 
     def waiting(self, planned: Sequence[Item]) -> list[Item]:
-        """What isn't done, first what never began, last what failed."""
+        """Unfinished items: first those that never began, last those that failed."""
         order = ("never begun", "skipped", "running", "cut off", "failed")
         return sorted((i for i in planned if self.state(i) != "done"), key=lambda i: order.index(self.state(i)))
 
@@ -265,13 +265,13 @@ class Results:
 
 
 class Screen:
-    """So many characters and no more."""
+    """A limited number of characters."""
 
     def __init__(self, left: int = PRINTED) -> None:
         self.left = left
 
     def say(self, text: str, *, most: int = PRINTED, keep: int = 0) -> None:
-        """At most `most` characters, and so that `keep` stay for later."""
+        """At most `most` characters, leaving `keep` for later."""
         most = min(most, self.left - keep - 1)
         if len(text) > most:
             text = f"{text[: most - 2]} …" if most > 20 else ""
@@ -284,7 +284,7 @@ class Screen:
 
 
 class Process:
-    """An item at work, in a session of its own; it ends with this process, however that ends."""
+    """A running item, in a session of its own; it ends with this process, however that ends."""
 
     def __init__(self, item: Item, folder: Path) -> None:
         self.item, self.began, self.seen = item, time.monotonic(), 0.0
@@ -312,7 +312,7 @@ class Process:
         return found
 
     def news(self) -> Found | None:
-        """What it has written since this was asked last."""
+        """Its new output since the last call."""
         when = self.json.stat().st_mtime if self.json.exists() else 0.0
         if when == self.seen:
             return None
@@ -323,7 +323,7 @@ class Process:
         return self.log.read_text(errors="replace")[-OUTPUT:]
 
     def end(self) -> None:
-        """With all that it has started."""
+        """Including all processes that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
@@ -334,7 +334,7 @@ def _end_with_parent() -> None:
 
 
 def run(planned: Sequence[Item], results: Results, seconds: float, screen: Screen) -> None:
-    """Every item that isn't done, while there is time."""
+    """Run every unfinished item while there is time."""
     deadline = time.monotonic() + seconds
     waiting = results.waiting(planned)
     at_work: list[Process] = []
@@ -369,7 +369,7 @@ def _obstacle(item: Item, deadline: float) -> str | None:
 
 
 def _over(process: Process, results: Results, screen: Screen) -> bool:
-    """Whether it has ended, or had to; in either case with what it has found put into the results."""
+    """Whether it has ended, or was stopped; then its results are stored."""
     item, code = process.item, process.popen.poll()
     late = code is None and process.seconds > item.seconds
     if code is None and not late:
@@ -393,7 +393,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
     default = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=default, help="a folder (default: $OUT or benchmarks/results)")
-    parser.add_argument("--from", dest="known", type=Path, help="an earlier command's results, to go on with")
+    parser.add_argument("--from", dest="known", type=Path, help="an earlier command's results, to continue")
     parser.add_argument("--only", nargs="+", help="stages")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""A small base model made by transformers alone, for studies that start from a model which spt_fast didn't make.
+"""A small base model made with transformers only, for studies that start from a foreign model.
 
     python -m benchmarks.hf_base llama --text TEXT.jsonl --tokenizer TOKENIZER.json --out FOLDER
 
 The tokenizer is a real one cut to 8,192 ids: its single characters and bytes, and its first merges. The base is a Llama
-or a Qwen3 of 4 to 6M parameters with the shape's own oddities: the Llama's documents begin with <s> and its head is its
-own; the Qwen3 has QK-norm, a tied head, and more rows than there are ids. Both are said to have 4,096 positions and are
+or a Qwen3 of 4 to 6M parameters with properties of the family: the Llama's documents begin with <s> and its head is
+separate; the Qwen3 has QK-norm, a tied head, and more rows than there are ids. Both declare 4,096 positions and are
 trained on windows of 256.
 """
 
@@ -29,7 +29,7 @@ SPECIAL = {"llama": ("<s>", "</s>"), "qwen3": (None, "<|endoftext|>")}
 
 
 def cut(original: Path, size: int) -> dict[str, Any]:
-    """tokenizer.json with the tokens that no merge makes and, in their order, as many merges as there is room for."""
+    """tokenizer.json with the tokens that need no merge and, in order, as many merges as fit."""
     content = json.loads(original.read_text(encoding="utf-8"))
     model = content["model"]
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]

@@ -1,10 +1,10 @@
-"""What a step costs the host: processor time of a step of tensors so small that little is left but Python and PyTorch.
+"""The host's cost of a step: processor time of a step with tensors so small that mainly Python and PyTorch remain.
 
     OMP_NUM_THREADS=1 python -m benchmarks.host_time [--layers 12] [--steps 200]
 
-One thread on a CPU; the least and the median of many, as other programs only ever add. For two versions side by side
-run it in both checkouts in turn. Eight small products a layer, 13 µs each in bf16, are in it, which the host of a GPU
-doesn't compute; a step that is replayed as a CUDA graph takes none of it.
+One thread on a CPU; the minimum and the median of many, since other programs can only add. To compare two versions, run
+it in both checkouts in turn. It includes eight small products per layer, 13 µs each in bf16, which the host of a GPU
+doesn't compute; a step that is replayed as a CUDA graph needs none of this.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def parts(layers: int) -> dict[str, Callable[[], object]]:
-    """A step of `layers` blocks in bf16, D = 64, T = 16, B = 1, and what it consists of."""
+    """A step of `layers` blocks in bf16, D = 64, T = 16, B = 1, and its parts."""
     model = GPT(GPTConfig(layers=layers, width=64, heads=1, kv_heads=1, ffn=64, context=16, vocab_size=64))
     engine = LocalEngine(model, device=torch.device("cpu"), dtype=torch.bfloat16)
     engine.begin(Phase(name="step", tokens=1, mixture={}, optimizer=AdamW(lr=1e-3)), weights_of(model))

@@ -1,21 +1,21 @@
-"""How well laws are recovered from noisy runs: 100 tables drawn from each with 1% noise, fitted, and judged on new
+"""How well laws are recovered from noisy runs: 100 tables drawn from each with 1% noise, fitted, and tested on new
 points.
 
     python -m benchmarks.laws [--draws N] [--json FILE] [--fits | --intervals [--tables FOLDER]]
 
-Held-out points lie beyond the fitted ones: at twice the size (D-CPT: at ratios that were not run, too), or at up to
-1.67 times the budget (overfitting, finetuned, CMR; CMR at ratios that were not run). `error` is the mean relative
-error of their predictions against the truth without noise, the mean over draws and the worst draw; `covered` is the
-share of new noisy points inside of 90% prediction intervals, for the inputs of the fit and for the held-out ones.
-Seconds are of CPU time.
+Held-out points are beyond the fitted ones: at twice the size (D-CPT: also at ratios that were not run), or at up to
+1.67 times the budget (overfitting, finetuned, CMR; CMR at ratios that were not run). `error` is the mean relative error
+of their predictions against the truth without noise, the mean over draws and the worst draw; `covered` is the share of
+new noisy points inside 90% prediction intervals, for the inputs of the fit and for the held-out ones. Seconds are CPU
+time.
 
-Then `spt-fast fit` as a process of its own on whole tables of runs, from start to end: seconds by the clock and of CPU
-time, and the most memory that it held. `--fits` measures these only.
+Then `spt-fast fit` as a separate process on whole tables of runs, from start to end: wall and CPU seconds, and peak
+memory. `--fits` measures only these.
 
-Between the two: what share of new runs 90% intervals hold, among the runs and at ten times their size, where the points
-of a run share an error: of studies with 1 to 3 seeds and 1 to 6 sizes. Asked for are 80 to 97% among the runs and 75%
-or more beyond. Their width is in those of an interval that knew the law and the noise. `--intervals` measures these
-only, `--tables` also on public tables of real runs, with the largest budgets left out.
+In between: the share of new runs inside 90% intervals, within the range of the runs and at ten times their size, if the
+points of a run share an error: for studies with 1 to 3 seeds and 1 to 6 sizes. The requirement is 80 to 97% within the
+range and 75% or more beyond. The width is relative to an interval with known law and noise. `--intervals` measures only
+these, `--tables` also on public tables of real runs, with the largest budgets left out.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from tests.synthetic_runs import (
 NOISE = 0.01
 LEVEL = 0.9
 INTERVAL_DRAWS = 10
-"""Of each study, where intervals are measured beside the rest."""
+"""Draws of each study for the intervals, which are measured beside the rest."""
 B = 10**9
 
 STUDIES: dict[str, Callable[[], pd.DataFrame]] = {
@@ -91,7 +91,7 @@ STUDIES: dict[str, Callable[[], pd.DataFrame]] = {
 
 
 def held_out(name: str, table: Table) -> Table:
-    """Twice the largest size, at ratios that were not run; of the overfitting law, larger budgets."""
+    """Twice the largest size, at ratios that were not run; for the overfitting law, larger budgets."""
     if name == "overfitting":
         return grid(fraction=FRACTIONS, tokens=np.linspace(1.05, 1.67, 8) * 200e9)
     size = next(name for name in ("average_params", "params", "tokens") if name in table)
@@ -162,7 +162,7 @@ Place = tuple[Table, np.ndarray]
 def intervals_of_study(
     make: Callable[[], Law], draw: Draw, places: list[Place], by_run: float, noise: float, draws: int
 ) -> list[tuple[float, float]]:
-    """(share held, width) by place; an interval that is refused holds what it is asked for, at an infinite width."""
+    """(covered share, width) by place; a refused interval counts as the requested share, with infinite width."""
     rng = np.random.default_rng(7)
     held: list[list[tuple[float, float]]] = [[] for _ in places]
     for _ in range(draws):
@@ -204,7 +204,7 @@ def of_finetunes(seeds: int) -> tuple[Callable[[], Law], Draw, list[Place]]:
 
 
 def of_continued(seeds: int) -> tuple[Callable[[], Law], Draw, list[Place]]:
-    """Runs of a ratio go on from one start, which has no error of theirs."""
+    """Runs of a ratio continue one start, which has no error of its own."""
 
     def draw(rng: np.random.Generator, by_run: float, noise: float) -> Table:
         tables = [continued(rng, noise) for _ in range(seeds)]
@@ -277,7 +277,7 @@ def studies_of_runs() -> dict[str, tuple[Callable[[], Law], Draw, list[Place]]]:
 
 
 def left_out_of_tables(folder: Path) -> dict[str, tuple[Law, pd.DataFrame, pd.Series]]:
-    """name: (the law, a table of real runs, what is left out: the largest budgets)"""
+    """name: (the law, a table of real runs, the rows left out: the largest budgets)"""
     chinchilla, repeated = (pd.read_csv(folder / f"{name}.csv") for name in ("chinchilla", "datablations"))
     found: dict[str, tuple[Law, pd.DataFrame, pd.Series]] = {}
     for name, law, table in (

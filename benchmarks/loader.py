@@ -2,8 +2,8 @@
 
     python -m benchmarks.loader [--json FILE]
 
-Gathering goes on one thread, into a fresh batch each time as in training. Its rates are per second of CPU time, all
-threads and the kernel's copying included: tokens/s a core. Of several repetitions the best counts.
+Gathering runs on one thread, into a fresh batch each time as in training. Its rates are per second of CPU time, all
+threads and the kernel's copying included: tokens/s per core. The best of several repetitions counts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def best_seconds(
 
 
 def gathering(folder: Path) -> dict[str, float]:
-    """Million tokens a second and core: of the op, and of a loader whose consumer does nothing."""
+    """Million tokens per second and core: of the op, and of a loader whose consumer does nothing."""
     results = {}
     for dtype in ("uint16", "uint32"):
         path = folder / f"{dtype}.bin"

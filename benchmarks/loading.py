@@ -1,11 +1,11 @@
-"""Memory at the start of training from a base: at its peak, and what stays, in every process.
+"""Memory at the start of training from a base: its peak, and what remains, in every process.
 
     python -m benchmarks.loading [--presets 124m …] [--processes 1 2 4] [--stages 0 1 3]
 
-The base lies in bf16; training is in fp32. Peaks are above what the process had before it read any weights: resident
-memory by the kernel's own high-water mark (VmHWM), the part of it that is no file's (RssAnon) as looked at every
-millisecond. What stays are the storages of all tensors that live when the first step could begin. One process is the
-local engine.
+The base is stored in bf16; training is in fp32. Peaks are above the process's memory before it read any weights:
+resident memory by the kernel's own high-water mark (VmHWM), and its part without files (RssAnon), sampled every
+millisecond. `stays` is the storage of all live tensors when the first step could begin. One process is the local
+engine.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def worker(folder: Path, stage: int) -> None:
 
 
 def measure(preset: str, processes: int, stage: int) -> dict[str, Any]:
-    """Of the process that needs most; in bytes a parameter."""
+    """For the process that needs most; in bytes per parameter."""
     config = GPTConfig.preset(preset, context=CONTEXT)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

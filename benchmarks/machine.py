@@ -1,4 +1,4 @@
-"""The machine and the versions that stand beside every figure."""
+"""The machine and versions recorded with every figure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 PEERS = ("liger-kernel", "cut-cross-entropy", "flashoptim", "torchao", "flash-attn")
-"""The libraries that ops and training step are compared with, where they are installed."""
+"""Libraries that ops and training step are compared with, if installed."""
 
 
 def cpu_name() -> str:
-    """As /proc/cpuinfo gives it, or Python."""
+    """From /proc/cpuinfo, or else from Python."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -46,7 +46,7 @@ def version_of(package: str) -> str:
 
 
 def gpu() -> dict[str, str]:
-    """Name, driver, power limit and largest clock of the first GPU, as nvidia-smi gives them; nothing without one."""
+    """Name, driver, power limit and largest clock of the first GPU, from nvidia-smi; empty without one."""
     fields = {"gpu": "name", "driver": "driver_version", "power limit": "power.limit", "clock": "clocks.max.sm"}
     said = _said("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader")
     values = said.splitlines()[0].split(",") if said else []
@@ -54,7 +54,7 @@ def gpu() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the working tree, marked where files differ from it; SPT_COMMIT where the tree came without its history."""
+    """Commit of the working tree, marked if files differ from it; SPT_COMMIT if the tree has no history."""
     head = _said("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     if not head:
         return os.environ.get("SPT_COMMIT", "unknown")
@@ -62,7 +62,7 @@ def commit() -> str:
 
 
 def _said(*command: str) -> str:
-    """What a command prints; nothing where it fails or isn't there."""
+    """A command's output; empty if it fails or doesn't exist."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):

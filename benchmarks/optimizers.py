@@ -1,10 +1,10 @@
-"""Muon against AdamW on text: how many tokens each needs for the same held-out loss, both tuned alike.
+"""Muon against AdamW on text: the tokens that each needs for the same held-out loss, with equal tuning.
 
     python -m benchmarks.optimizers --train PREFIX --heldout PREFIX --preset 3m --tokens 2M --out DIR
 
-Both get four learning rates and two decays, one seed, half of the tokens; then the best of each three other
-seeds, at half of the tokens and at all of them, cosine to a tenth each time. Muon's tokens to AdamW's final loss are
-read off the line through its two losses in the logarithm of tokens. Interrupted, it goes on where it stopped.
+Both get four learning rates and two decays, one seed, half of the tokens; then the best of each gets three other seeds,
+at half of the tokens and at all of them, with a cosine to a tenth each time. Muon's tokens to AdamW's final loss are
+interpolated between its two losses in the logarithm of tokens. An interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spt_fast.config import recipe_from
 from spt_fast.fields import parse_count
 from spt_fast.train.run import run
 
-# As many rates for each, around where its best was found.
+# The same number of rates for each, around its best.
 RATES = {"adamw": [1e-3, 2e-3, 4e-3, 8e-3], "muon": [4e-3, 8e-3, 1.6e-2, 3.2e-2]}
 DECAYS = [0.1, 0.3]
 SEEDS = (1, 2, 3)

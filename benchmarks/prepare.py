@@ -1,13 +1,13 @@
-"""How fast `prepare` turns text into tokens, against cores × what the better of tiktoken and Hugging Face's tokenizers
-does on one core with the same text.
+"""The speed of `prepare` from text to tokens, against cores × the better of tiktoken and Hugging Face's tokenizers on
+one core with the same text.
 
     python -m benchmarks.prepare [INPUT…] [--tokenizer T] [--workers N] [--repeats N] [--json FILE]
 
 Each repetition times the libraries on every document of the input, tiktoken by `encode_ordinary` with the ranks of a
-Hugging Face tokenizer where they convert, then `prepare`, which reads, parses, hashes and writes besides; the median
-ratio counts. The bar is 75%. "CPU ratio" is the same in processor time: what the
-ratio tends to on a machine with nothing else to do, where it ran among other work. Without INPUT the text is the source
-of Python's standard library, over again up to 64 MB; without T a vocabulary of 4,096 is trained on the text.
+Hugging Face tokenizer if they convert, then `prepare`, which also reads, parses, hashes and writes; the median ratio
+counts. The requirement is 75%. "CPU ratio" is the same in processor time: the limit of the ratio on a machine without
+other load. Without INPUT the text is the source of Python's standard library, repeated up to 64 MB; without T a
+vocabulary of 4,096 is trained on the text.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def standard_library(folder: Path) -> Path:
 
 
 def libraries(tokenizer: BaseTokenizer) -> list[Callable[[str], object]]:
-    """What encodes a text, of each library that can."""
+    """A function that encodes a text, for each library that can."""
     found: list[Callable[[str], object]] = []
     ranks: Tokenizer | FastBPE | None = tokenizer if isinstance(tokenizer, Tokenizer) else None
     if isinstance(tokenizer, HFTokenizer):
@@ -71,7 +71,7 @@ def libraries(tokenizer: BaseTokenizer) -> list[Callable[[str], object]]:
 
 
 def library_seconds(inputs: list[str], tokenizer: BaseTokenizer) -> tuple[float, float]:
-    """Of wall clock and of processor, for encoding alone on one core by the better library."""
+    """Wall and processor time for encoding only, on one core, with the better library."""
     seconds = []
     for encode in libraries(tokenizer):
         wall_s = cpu_s = 0.0

@@ -1,9 +1,9 @@
-"""Where a training step of ours spends its time on a GPU, kernel by kernel, beside what benchmarks.roofline predicts.
+"""Where a training step of ours spends its time on a GPU, kernel by kernel, with the prediction of benchmarks.roofline.
 
     python -m benchmarks.profile_step [--preset 124m] [--batch B] [--seconds 30] [--dry] [--json FILE]
 
-First some steps are timed, from which MFU comes, then two more under torch.profiler. A kernel's time is that of the
-device; the step's is from the first to the last, so that what is missing between them is time in which the GPU waited.
+First some steps are timed, which give the MFU, then two more run under torch.profiler. A kernel's time is the device's;
+the step's is from the first kernel to the last, so the difference is time in which the GPU waited.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ ROUNDS = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=CONTEXTS, default="124m")
-    parser.add_argument("--batch", type=int, help="sequences in a step; the first that is tried")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for the steps that are timed")
+    parser.add_argument("--batch", type=int, help="sequences in a step; the first one to try")
+    parser.add_argument("--seconds", type=float, default=30.0, help="for the timed steps")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny: runs every line, measures nothing")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()

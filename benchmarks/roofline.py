@@ -1,4 +1,4 @@
-"""What a training step must cost on a GPU, kernel by kernel: launches, bytes, FLOPs, and the MFU that they allow.
+"""The least cost of a training step on a GPU, kernel by kernel: launches, bytes, FLOPs, and the resulting MFU.
 
     python -m benchmarks.roofline [--preset 10m 124m 350m 1b] [--gemm TFLOP/s] [--memory TB/s] [--host µs]
         [--tokens 32768] [--micro 1] [--graphs] [--kernels] [--json FILE]
@@ -11,24 +11,23 @@ products   560, 620 and 690 TFLOP/s at the shapes of 124m, 350m and 1b, 350 at t
 memory     2.7 TB/s for passes over numbers, of 3.35: a copy reaches 3.0, Liger's and QuACK's norms 2.3 to 2.9.
 host       42 µs a launch of ours, 1.3 ms for a layer of 31; a tenth of that for a compiled step. With graphs 0.
 
-A kernel takes the longer of its bytes over the memory's rate and its FLOPs over the products', and 2 µs beside that, in
-which it starts and ends. A step takes what its kernels take, or the host if that is longer.
+A kernel takes the longer of its bytes over the memory's rate and its FLOPs over the products', plus 2 µs for its start
+and end. A step takes the time of its kernels, or of the host if that is longer.
 
-Attention has a rate of its own, by length and head dimension, for all sides alike, since all can call PyTorch's SDPA:
-that of FlashAttention-3, whose class cuDNN's kernels are of. On an H100, causal, head 128, it reaches 364, 560 and 667
-TFLOP/s forward at 1K, 2K and 4K positions, 182, 316 and 444 backward, and at head 64 some 0.77 of that (arXiv
-2407.08608). Its FLOPs are those of the pairs that the mask leaves, half of all. `--attention 0.65` is what Triton's
-kernels usually reach of it. MFU counts 6N + 12·L·H·Q·T a token (spt_fast/model/flops.py), with no discount for the
-mask, against a peak of 989.
+Attention has a separate rate, by length and head dimension, for all sides alike, since all can call PyTorch's SDPA:
+that of FlashAttention-3, which cuDNN's kernels match. On an H100, causal, head 128, it reaches 364, 560 and 667 TFLOP/s
+forward at 1K, 2K and 4K positions, 182, 316 and 444 backward, and at head 64 some 0.77 of that (arXiv 2407.08608). Its
+FLOPs count the pairs that the mask leaves, half of all. Triton's kernels usually reach `--attention 0.65` of it. MFU
+counts 6N + 12·L·H·Q·T a token (spt_fast/model/flops.py), with no discount for the mask, against a peak of 989.
 
-Bytes are the least that a kernel must read and write, each tensor once, in bf16 unless said otherwise. What is kept in
-the cache between two kernels is counted as if it weren't.
+Bytes are the least that a kernel must read and write, each tensor once, in bf16 unless said otherwise. Caching between
+two kernels is not considered.
 
-ours        the kernels of spt_fast's step, a row of `ours` each: who changes an op changes its row. In fp8 where both
-            sides of the layers' matrices are wide enough for it
+ours        the kernels of spt_fast's step, a row of `ours` each: a change of an op needs a change of its row. In fp8 if
+            both sides of the layers' matrices are wide enough for it
 plain       benchmarks.train_step's plain GPT, compiled: fp32 parameters and stream, bf16 autocast, Inductor's fusions
             as its passes over memory: what can be one loop over rows is one kernel, a norm's weight gradient two more
-products    of ours the products and attention alone: what no fusion can pass
+products    only the products and attention of ours: a bound for any fusion
 
 Legend: N tokens of a micro-batch, T positions, D width, E width of q, k and v together, F feed-forward width, H heads,
 Q head dimension, V vocabulary, P parameters, M those of a layer's matrices.
@@ -60,9 +59,9 @@ FLASH_3 = {"forward": (364.0, 560.0, 667.0), "backward": (182.0, 316.0, 444.0)}
 """TFLOP/s at 1K, 2K and 4K positions."""
 FP8_RATE = 1.41
 PROGRAMS = 4 * 132
-"""That sum a norm weight's gradient, in parts."""
+"""Programs that sum a norm weight's gradient, in parts."""
 NARROW_HEAD = 0.77
-"""Of that, below head 128."""
+"""Share of that rate below head 128."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Shape:
 
     @property
     def chunks(self) -> int:
-        """Of the loss, whose logits are made some rows at a time."""
+        """Chunks of the loss, whose logits are computed some rows at a time."""
         return -(-self.N // max(1024, CHUNK_BYTES_ELSEWHERE // (2 * self.V) // 128 * 128))
 
     @property
@@ -125,7 +124,7 @@ class Shape:
 
     @property
     def parts(self) -> float:
-        """Bytes of a norm weight's gradient in parts, each program's in fp32: as of `added`."""
+        """Bytes of a norm weight's gradient in parts, each program's in fp32: as in `added`."""
         return PROGRAMS * self.D * self.added
 
 
@@ -134,7 +133,7 @@ Amount = Callable[[Shape], float]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel, or several that come together.
+    """A kernel, or several that run together.
 
     where     "layer": once a layer and micro-batch; "layer step": once a layer and step; "batch": once a micro-batch;
               "step": once a step
@@ -180,8 +179,8 @@ def product(name: str, inputs: Amount, outputs: Amount, *, fp8: bool = False, dw
 
 
 FOUND, BY_ROWS, BY_PARTS = (6.0, 3), (4.0, 2), (4.0, 3)
-"""Bytes a number and launches of the passes that take a tensor to fp8, where its maxima must be found, and where the op
-that wrote it has those of its rows, or of parts of them."""
+"""Bytes per number and launches of the passes that convert a tensor to fp8: if its maxima must be computed, and if the
+op that wrote it knows those of its rows, or of parts of them."""
 
 
 def quantised(name: str, inputs: Amount, outputs: Amount, x: tuple[float, int], dy: tuple[float, int]) -> list[Kernel]:
@@ -278,9 +277,8 @@ PLAIN = [
 
 @dataclass(frozen=True)
 class Ceilings:
-    """products and memory in FLOP/s and bytes/s, attention in shares of FlashAttention-3's rate, fp8
-    in those of the products', host and start in
-    seconds a launch."""
+    """products and memory in FLOP/s and bytes/s, attention in shares of FlashAttention-3's rate, fp8 in shares of the
+    products', host and start in seconds per launch."""
 
     products: float
     memory: float = MEMORY_TBS * 1e12
@@ -324,12 +322,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of one side: its rows, and what it takes."""
+    """A step of one side: its rows, and its time."""
 
     side: str
     rows: Sequence[Row]
     seconds: float
-    """Of the device."""
+    """Seconds of the device."""
     host_seconds: float
     mfu: float
 

@@ -1,4 +1,4 @@
-"""What a long run holds on to: `python -m benchmarks.soak [STEPS …] [--json FILE]`; 2,000 and 20,000 steps by default.
+"""Resources of a long run: `python -m benchmarks.soak [STEPS …] [--json FILE]`; 2,000 and 20,000 steps by default.
 
 A small model with evaluations, checkpoints and logged steps, in this process. Memory, open files and threads are read
 twenty times; from the second quarter of the run to the last they must not grow.
@@ -25,12 +25,12 @@ from tests import tiny
 
 SAMPLES = 20
 GROWTH = 1.02
-"""Of memory; files and threads must not grow at all."""
+"""Largest growth of memory; files and threads must not grow at all."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What this process holds after a step."""
+    """The resources of this process after a step."""
 
     step: int
     memory_mb: float
@@ -46,7 +46,7 @@ class Sample:
 
 
 def soak(folder: Path, steps: int) -> list[Sample]:
-    """A run of so many steps; what it held along the way."""
+    """A run of this many steps; the resources along the way."""
     tiny.write_corpora(folder)
     raw = tiny.raw_recipe(folder, f"soak-{steps}")
     often = f"{max(1, steps // 100)} steps"

@@ -8,20 +8,19 @@ norm 1, AdamW; losses are read one step late.
 
 ours          the trainer's own loader, engine and optimizer: bf16 parameters, float32 masters, gradients summed in
               float32, no autocast, nothing compiled
-plain         what a user would write (nanoGPT with RMSNorm, RoPE and SwiGLU): float32 parameters, bf16 autocast, SDPA,
-              fused torch.optim.AdamW, windows at random offsets of a memory map; compiled by torch.compile and not;
-              on a CPU compiled in bf16 alone and in float32 alone too, and ours is judged by the fastest of them
-ours in fp8   the same, the blocks' wide products in fp8; --fp8 measures it beside ours and nothing else, --graphs steps
-              recorded as CUDA graphs beside those that aren't
+plain         a typical user's code (nanoGPT with RMSNorm, RoPE and SwiGLU): float32 parameters, bf16 autocast, SDPA,
+              fused torch.optim.AdamW, windows at random offsets of a memory map; with and without torch.compile; on a
+              CPU also compiled in bf16 only and in float32 only, and ours is compared with the fastest of them
+ours in fp8   the same, the blocks' wide products in fp8; --fp8 measures only it and ours, --graphs only steps with and
+              without CUDA graphs
 Hugging Face  its Llama with Liger's kernels patched in (fused loss, norms, RoPE, SwiGLU), else as plain, not compiled
 
-On a CPU: small shapes, a fixed batch, freed memory kept by the process as the trainer does, which speeds up all sides;
-ours once more in float32. On a GPU: the presets, one micro-batch a step, each side's as large as fits it, down from 32K
-tokens.
+On a CPU: small shapes, a fixed batch, freed memory kept by the process as in the trainer, which speeds up all sides;
+ours also in float32. On a GPU: the presets, one micro-batch a step, each side's as large as fits, down from 32K tokens.
 
 A round runs `steps` steps of each in turn, so that a machine whose speed drifts slows all of them; the figure is the
-median over the rounds, with the quartiles beside it. Where models, gradients and moments of all sides don't fit a GPU
-together, each runs all its rounds in turn, and ours again at the end.
+median over the rounds, with the quartiles. If models, gradients and moments of all sides don't fit a GPU together, each
+runs all its rounds in turn, and ours again at the end.
 
 Legend: B sequences, T positions, D width, H heads, Q head dimension, V vocabulary.
 """
@@ -72,14 +71,14 @@ CPU_SHAPES = ("6x384", "1m", "3m", "10m")
 """What a CPU may be measured with, the first by default."""
 MICRO_TOKENS = 32 * 1024
 STATE_BYTES = 18
-"""Bytes a parameter that one side holds between steps."""
+"""Bytes per parameter that one side holds between steps."""
 RESIDENT_SHARE = 0.5
-"""Of a GPU's memory that all sides' states may take if they are to stay there together."""
+"""Share of a GPU's memory for the states of all sides, if they are to stay there together."""
 
 COMPILED = "plain, compiled"
 
 Step = Callable[[], Callable[[], float]]
-"""Runs one step and returns what reads its loss, which waits for it."""
+"""Runs one step and returns a function that reads its loss, which waits for it."""
 Build = Callable[[GPTConfig, Path, int, torch.device], Step]
 
 
@@ -151,7 +150,7 @@ def shapes(device: torch.device, presets: Sequence[str], *, dry: bool) -> list[G
 
 
 def contenders(*, on_gpu: bool, compiled: bool) -> dict[str, Build]:
-    """The slowest to build last, so that a run that is cut off has the others."""
+    """The slowest to build last, so that an interrupted run has the others."""
     sides: dict[str, Build] = {"ours": ours}
     if on_gpu:
         sides["Hugging Face + Liger"] = hugging_face
@@ -177,7 +176,7 @@ def write_tokens(file: Path, vocab_size: int) -> None:
 
 @dataclass
 class Side:
-    """One contender, built and warm, or why it isn't."""
+    """One contender, built and warm, or the reason why it isn't."""
 
     batch: int = 0
     step: Step | None = None
@@ -215,7 +214,9 @@ class Trial:
                 continue
             left_s = (deadline - time.monotonic()) / (len(order) - place)
             rounds = 1 if self.resident else self.rounds
-            self._rounds([side], rounds, time.monotonic() + left_s)  # resident: its first, in case the run is cut off
+            self._rounds(
+                [side], rounds, time.monotonic() + left_s
+            )  # while it is resident, in case the run is interrupted
             if not self.resident:
                 side.step = None
                 self._clear()
@@ -231,7 +232,7 @@ class Trial:
         return count * STATE_BYTES * parameters(self.config) < RESIDENT_SHARE * memory
 
     def built(self, name: str, build: Build, file: Path) -> Side:
-        """With the largest batch that two steps fit, halving from the first."""
+        """With the largest batch that fits two steps, halving from the first."""
         batch, problem = self.batch, ""
         while batch:
             before = self._allocated()
@@ -246,7 +247,7 @@ class Trial:
                 batch //= 2
             except ImportError as missing:
                 problem, batch = f"absent: {missing}", 0
-            except Exception as failed:  # the others are measured whatever one of them does
+            except Exception as failed:  # the others are still measured
                 problem, batch = f"failed: {type(failed).__name__}: {str(failed)[:160]}", 0
             step = None
             self._clear()
@@ -265,7 +266,7 @@ class Trial:
                     torch.cuda.reset_peak_memory_stats(self.device)
                 try:
                     seconds = seconds_of(side.step, self.steps, self.device)
-                except torch.OutOfMemoryError:  # the others' leftovers are in the way
+                except torch.OutOfMemoryError:  # memory of the others is in the way
                     side.step, side.problem = None, f"out of memory after {len(side.rates)} rounds"
                     continue
                 side.rates.append(self.steps * side.batch * self.config.context / seconds)
@@ -310,7 +311,7 @@ class Trial:
 
 
 def seconds_of(step: Step, steps: int, device: torch.device) -> float:
-    """For so many steps, each one's loss read while the next runs."""
+    """Run this many steps, reading each loss while the next step runs."""
     began, late = time.perf_counter(), None
     for _ in range(steps):
         now = step()
@@ -368,7 +369,7 @@ def ours(
     graphs: bool | str = "auto",
     precision: str = "auto",
 ) -> Step:
-    """A step of the trainer as it is; graphs: as `engine.cuda_graphs`."""
+    """A step of the trainer itself; graphs: as `engine.cuda_graphs`."""
     dataset = TokenDataset.open(file, dtype="uint16")
     order = SampleOrder(
         mixture=Mixture({"text": 1}),
@@ -415,7 +416,7 @@ def plain(
     compiled: bool,
     dtype: torch.dtype | None = None,
 ) -> Step:
-    """A step of the plain GPT as its author would write it. dtype: of parameters and all else, in place of autocast."""
+    """A step of the plain GPT in typical code. dtype: of parameters and everything else, instead of autocast."""
     with device:
         model = PlainGPT(config).to(dtype)
     forward = torch.compile(model) if compiled else model
@@ -460,7 +461,7 @@ def torch_step(
     *,
     autocast: bool = True,
 ) -> Step:
-    """The model's parameters as they are, bf16 autocast, PyTorch's fused AdamW."""
+    """The model's own parameters, bf16 autocast, PyTorch's fused AdamW."""
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     kept = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""What the tuner chooses for single ops at a preset's shapes: python -m benchmarks.tune_ops [--help]"""
+"""The tuner's choices for single ops at a preset's shapes: python -m benchmarks.tune_ops [--help]"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", default=["qkv_attention", "flash_attention", "linear_cross_entropy"])
     parser.add_argument("--seconds", type=float, default=60.0, help="for all of them")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
-    parser.add_argument("--json", type=Path, help="also write what was found here, after every op")
+    parser.add_argument("--json", type=Path, help="also write the results here, after every op")
     options = parser.parse_args()
     device = torch.device("cpu" if options.dry else "cuda")
     (config,) = shapes(device, [options.preset], dry=options.dry)

@@ -1,10 +1,10 @@
-"""Questions about held-out tunes, for `spt-fast eval --tasks`: which bars go on from here?
+"""Questions on held-out tunes, for `spt-fast eval --tasks`: which bars come next?
 
     python -m benchmarks.tune_questions music.heldout.jsonl tunes.questions.jsonl
 
-A line a question: {"question", "choices", "answer"}. The question is a tune in ABC up to the middle of its bars; the
-choices are its next four bars and the four that stand at the same place of three other tunes in its metre, with chords
-where it has some.
+One question per line: {"question", "choices", "answer"}. The question is a tune in ABC up to the middle of its bars;
+the choices are its next four bars and the four at the same place in three other tunes of its metre, with chords if it
+has some.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BARS, CHOICES = 4, 4
 
 
 def halves(text: str) -> tuple[str, str, str] | None:
-    """Its kind, the tune up to its middle, and the next bars; None where it isn't a tune, or a short one."""
+    """Its kind, the tune up to its middle, and the next bars; None if it isn't a tune, or too short."""
     metre, key = re.search(r"^M: *(\S+)", text, re.MULTILINE), re.search(r"^K:.*\n", text, re.MULTILINE)
     if not metre or not key:
         return None

@@ -1,7 +1,7 @@
-// SwiGLU forward and backward; kernels/activation.py says what is computed.
+// SwiGLU forward and backward; kernels/activation.py has the formulas.
 //
-// N rows of F numbers, float32 or bf16; everything in between is float32. The rows of any tensor may lie apart, so that
-// gate and up, and their gradients, can be the two halves of one tensor; within a row numbers are side by side.
+// N rows of F numbers, float32 or bf16; everything in between is float32. Rows may have gaps between them, so that gate
+// and up, and their gradients, can be the two halves of one tensor; within a row numbers are contiguous.
 
 #include "simd.h"
 
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kThreadNumbers = 16384;
 
-// 0 below -88, where exp_ would stop short of what a gate of -1e38 has to be multiplied with.
+// 0 below -88, where exp_ would not be small enough for a gate of -1e38.
 SPT_INLINE float sigmoid(float x) {
   const float s = 1 / (1 + exp_(-x));
   return x < -88 ? 0 : s;
@@ -33,7 +33,7 @@ SPT_INLINE void forward_row(const T* gate, const T* up, T* y, int64_t F) {
   }
 }
 
-// kForward: y takes the place of dy.
+// kForward: y is written in place of dy.
 template <bool kForward, class T>
 SPT_INLINE void backward_row(T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t F) {
 #pragma omp simd

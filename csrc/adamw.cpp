@@ -1,8 +1,8 @@
-// One AdamW update of a list of tensors, in place; kernels/adamw.py says what is computed.
+// One AdamW update of a list of tensors, in place; kernels/adamw.py has the formulas.
 //
-// The arithmetic is on float32 arrays. A float32 tensor is such an array; of a bf16 tensor a block at a time is widened
-// into one, in the first-level cache, and what changed is rounded back. That the blocks are small lets the next ones
-// come from memory meanwhile: bf16 gradients with blocks of 1024 take 1.7 times as long as with blocks of 256.
+// The arithmetic is on float32 arrays. A float32 tensor is such an array; a bf16 tensor is widened one block at a time in
+// the first-level cache, and the changed numbers are rounded back. With small blocks the next ones arrive from memory
+// meanwhile: bf16 gradients with blocks of 1024 take 1.7 times as long as with blocks of 256.
 
 #include "simd.h"
 
@@ -60,7 +60,7 @@ struct Memory {
     });
   }
 
-  // Elements first .. first + n as float32: where they lie, or a copy in `buffer`.
+  // Elements first .. first + n as float32: in place, or a copy in `buffer`.
   float* read(int64_t first, int64_t n, float* buffer) const {
     if (half == nullptr) return wide + first;
     widen(half + first, buffer, n);
@@ -73,13 +73,13 @@ struct Memory {
   }
 };
 
-// One of the tensors that are updated, with all that belongs to it; its blocks are number begin ... end - 1 of all.
+// One of the updated tensors, with everything that belongs to it; its blocks are number begin ... end - 1 of all.
 struct Part {
   Memory param, exp_avg, exp_avg_sq, theta, grad, anchor;
   int64_t numel, begin, end;
 };
 
-// masters and anchors hold one for each of params, or none.
+// masters and anchors hold one for each of params, or are empty.
 void adamw_step(const std::vector<Tensor>& params, const std::vector<Tensor>& exp_avgs,
                 const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& masters,
                 const std::vector<Tensor>& grads, const std::vector<Tensor>& anchors, double step, double lr,

@@ -1,19 +1,19 @@
-// Causal attention in bf16 for CPUs with AVX512-BF16, forward and backward, never holding more of the scores than a tile.
-// kernels/attention.py says what is computed, and when this is called.
+// Causal attention in bf16 for CPUs with AVX512-BF16, forward and backward, with at most a tile of the scores in memory.
+// kernels/attention.py has the formulas and the conditions.
 //
-// A row r of a sequence sees the keys first[r] … r, which is what causality, documents and a window amount to; a row with
+// A row r of a sequence sees the keys first[r] … r, which covers causality, documents and a window; a row with
 // first[r] > r is padding: it reads as zeros, whatever it holds, and sees nothing.
 //
 // The instruction (VDPBF16PS) multiplies pairs of neighbouring bf16 numbers and adds both products to a float32. So every
-// matrix is held as 32-bit pairs: the left factor is broadcast pair by pair from wherever it lies, the right one has 16
-// columns of pairs side by side. A matrix X [T, D] is packed in two ways:
+// matrix is stored as 32-bit pairs: the left factor is broadcast pair by pair in place, the right one has 16 columns of
+// pairs side by side. A matrix X [T, D] is packed in two ways:
 //   by columns   [D/2][T]   pairs along D, for products that sum over D (scores)
 //   by rows      [T/2][D]   pairs along T, for products that sum over T (outputs, gradients)
-// Scores are made transposed, keys down and queries across: softmax statistics are then vectors over queries, no sum runs
-// across a register, and a tile serves as a left factor as it is (by keys) or with two key rows interleaved (by queries).
+// Scores are computed transposed, keys down and queries across: softmax statistics are then vectors over queries, no sum
+// runs across a register, and a tile is a left factor directly (by keys) or with two key rows interleaved (by queries).
 //
-// With rotary tables, queries and keys are rotated as they are copied, and their gradients rotated back as they are written:
-// neither is in memory rotated.
+// With rotary tables, queries and keys are rotated as they are copied, and their gradients rotated back as they are
+// written: the rotated ones are never in memory.
 //
 // Legend: T tokens padded to a multiple of kTile, D head dimension, G query heads that share a key/value head.
 
@@ -37,7 +37,7 @@ using torch::stable::Tensor;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
 #define SPT_AVX512_BF16 1
-// All headers are above: what follows is the only code that is compiled for this instruction set.
+// All headers are above: only the code below is compiled for this instruction set.
 #pragma GCC push_options
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own avx512fintrin.h
 #pragma GCC diagnostic ignored "-Waggressive-loop-optimizations"
@@ -51,10 +51,10 @@ namespace {
 
 constexpr int64_t kTile = 64;  // keys and queries of a tile of scores
 constexpr int64_t kLanes = 16;
-constexpr int64_t kAhead = 16;  // rows that are on their way to the cache
+constexpr int64_t kAhead = 16;  // rows that are prefetched
 constexpr float kLog2E = 1.44269504088896f;
 
-// The rows of one head of one sequence, or its gradient's: bf16, `stride` numbers apart.
+// The rows of one head of one sequence, or of its gradient: bf16, `stride` numbers apart.
 struct Rows {
   uint16_t* data;
   int64_t stride;
@@ -141,7 +141,7 @@ inline void store_bf16(uint16_t* to, __m512 x, __mmask16 lanes) {
     _mm256_mask_storeu_epi16(to, lanes, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-// The rotary tables of one sequence, [tokens][D], of which the first halves are read; cos null: nothing is rotated.
+// The rotary tables of one sequence, [tokens][D]; their first halves are read. cos null: nothing is rotated.
 struct Angles {
   const float *cos, *sin;
 };
@@ -160,7 +160,7 @@ inline void for_pairs(Angles angles, int64_t t, int64_t D, F f) {
 void copy_rows(Rows x, Angles angles, const int32_t* first, int64_t tokens, int64_t T, int64_t D, uint32_t* to) {
   for (int64_t t = 0; t < T; ++t) {
     auto* row = reinterpret_cast<uint16_t*>(to + t * (D / 2));
-    // Rows of a head lie too far apart for the processor to foresee.
+    // Rows of a head are too far apart for the processor's own prefetching.
     for (int64_t d = 0; d < D; d += 2 * kLanes) _mm_prefetch(reinterpret_cast<const char*>(x[t + kAhead] + d), _MM_HINT_T0);
     if (t >= tokens || first[t] > t) {
       std::memset(row, 0, D * sizeof(uint16_t));
@@ -217,7 +217,7 @@ struct Scratch {
   float* take_floats(int64_t n) { return std::exchange(next_floats, next_floats + n); }
 };
 
-// The first tile of keys that any of the queries from `row` on sees; kTile queries, of which `tokens` are real.
+// The first tile of keys that any of the queries from `row` on sees; kTile queries, `tokens` of them real.
 int64_t first_key_tile(const int32_t* first, int64_t row, int64_t tokens) {
   int32_t least = std::numeric_limits<int32_t>::max();
   for (int64_t r = row; r < std::min(row + kTile, tokens); ++r) least = std::min(least, first[r]);
@@ -268,7 +268,7 @@ void forward_head(const std::vector<Rows>& q, Rows k, Rows v, Angles angles, con
             _mm512_storeu_ps(s + c * kTile + j, x);
             high = _mm512_max_ps(high, x);
           }
-          // A query that has seen nothing yet: any finite number does, as all its weights are 2^-inf = 0.
+          // A query that has seen nothing yet: any finite number works, as all its weights are 2^-inf = 0.
           const __m512 base = _mm512_max_ps(high, _mm512_set1_ps(-1e30f));
           const __m512 factor = exp2(_mm512_sub_ps(_mm512_max_ps(before, _mm512_set1_ps(-1e38f)), base));
           __m512 total = _mm512_mul_ps(_mm512_loadu_ps(sum + j), factor);
@@ -436,7 +436,7 @@ void for_heads(const Tensor& k, F f) {
   });
 }
 
-// Of sequence b, from tables [T, D] or [B, T, D], or of no number for none.
+// The table of sequence b, from tables [T, D] or [B, T, D], or from an empty tensor for none.
 Angles angles_of(const Tensor& cos, const Tensor& sin, int64_t b) {
   if (cos.numel() == 0) return kUnrotated;
   const int64_t from = cos.dim() == 3 ? b * cos.stride(0) : 0;

@@ -1,8 +1,7 @@
-// Cross-entropy of rows of logits, which become their own gradient; kernels/cross_entropy.py says what is computed.
+// Cross-entropy of rows of logits, which become their own gradient; kernels/cross_entropy.py has the formulas.
 //
-// Rows of V logits in float32 or bf16; everything in between is float32. A row is read once, into a float32 copy of which
-// each thread has one, in cache. Its exponentials take the copy's place, so that none is computed twice, and then, scaled,
-// the row's.
+// Rows of V logits in float32 or bf16; everything in between is float32. A row is read once, into a float32 copy in
+// cache, one per thread. Its exponentials replace the copy, so that none is computed twice, and then, scaled, the row.
 
 #include "simd.h"
 
@@ -20,7 +19,7 @@ using torch::stable::Tensor;
 namespace spt {
 namespace {
 
-// Numbers for which it pays to start another thread.
+// Numbers per thread for which another thread pays.
 constexpr int64_t kGrain = 1 << 15;
 
 struct Options {
@@ -45,7 +44,7 @@ SPT_INLINE float capped(float s, Options o) {
   return kCapped ? o.softcap * tanh_(s / o.softcap) : s;
 }
 
-// The derivative of the softcap where its result is z.
+// The derivative of the softcap at a result of z.
 template <bool kCapped>
 SPT_INLINE float slope(float z, Options o) {
   return kCapped ? 1.0f - (z / o.softcap) * (z / o.softcap) : 1.0f;

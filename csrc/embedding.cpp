@@ -1,7 +1,7 @@
-// The gradient of an embedding: rows of the upstream gradient summed by token; kernels/embedding.py says more.
+// The gradient of an embedding: rows of the upstream gradient summed by token; see kernels/embedding.py.
 //
-// Threads share the columns. Whatever their number, each number of the result is the sum over the tokens in their order.
-// The zeros are memset's, which writes past the caches where they are many: 154 MB in 1.8 ms, torch's fill in 4.7.
+// Threads share the columns. For any number of threads, each number of the result is the sum over the tokens in order.
+// The zeros are memset's, which bypasses the caches for many: 154 MB in 1.8 ms, torch's fill in 4.7.
 
 #include "simd.h"
 
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kGrainColumns = 64;
 constexpr int64_t kGrainZeros = 1 << 18;
-constexpr int64_t kAhead = 4;  // tokens whose rows of the result are on their way to the cache
+constexpr int64_t kAhead = 4;  // tokens whose rows of the result are prefetched
 
 SPT_SIMD void add(const float* from, float* to, int64_t n) {
 #pragma omp simd
@@ -50,8 +50,8 @@ void add_rows(const T* dy, const int64_t* token, int64_t N, int64_t D, int64_t b
   }
 }
 
-// To row v of dw [V, D], or to zeros if not `keep`, are added the rows n of dy [N, D] with tokens[n] = v. dw is float32,
-// or bf16 if not `keep`: the rows of words that occur are then summed in float32 elsewhere and rounded once.
+// Adds to row v of dw [V, D], or of zeros if not `keep`, the rows n of dy [N, D] with tokens[n] = v. dw is float32, or
+// bf16 if not `keep`: then the rows of words that occur are summed in float32 elsewhere and rounded once.
 void embedding_backward(const Tensor& dy, const Tensor& tokens, Tensor dw, bool keep) {
   const int64_t N = tokens.numel(), V = dw.size(0), D = dw.size(1);
   const int64_t* token = tokens.const_data_ptr<int64_t>();

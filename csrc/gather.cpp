@@ -1,8 +1,8 @@
-// Windows of token files into a batch, and the request to have the next ones in memory in time.
+// Copies windows of token files into a batch, and requests the next ones ahead of time.
 //
-// Windows are read by pread rather than through a map: a file that is cut short, or a disk that fails, is then an error
-// to report, at whatever moment it happens, where a map would kill the process by SIGBUS. The price: a map reaches 1.9,
-// 1.3 and 1.2 times the rate at T = 256, 1024 and 2048.
+// Windows are read by pread rather than through a map: a truncated file, or a failing disk, is then an error to report at
+// any time, while a map would kill the process by SIGBUS. The price: a map reaches 1.9, 1.3 and 1.2 times the rate at
+// T = 256, 1024 and 2048.
 
 #include "simd.h"
 
@@ -34,7 +34,7 @@ struct Source {
   int64_t fd;
   int64_t first_byte;
   int64_t num_tokens;
-  int64_t kind;  // bytes of an id, negative where it is signed
+  int64_t kind;  // bytes of an id, negative if it is signed
 };
 
 enum Outcome : int64_t { kDone = 0, kCutShort = 1, kReadError = 2, kIdTooLarge = 3 };
@@ -69,7 +69,7 @@ Failure read_part(const Source& source, int64_t first_token, int64_t tokens, Id*
   return {};
 }
 
-// T inputs and T targets from T + 1 ids, and the extremes of these.
+// T inputs and T targets from T + 1 ids, and their extremes.
 #define WIDEN(Id)                                                                                            \
   SPT_SIMD void widen(const Id* ids, int64_t T, int64_t* tokens_T, int64_t* targets_T, Id& smallest, Id& largest) { \
     Id low = ids[T], high = ids[T];                                                                          \
@@ -152,7 +152,7 @@ Tensor gather(const Tensor& sources_S4, const Tensor& source_R, const Tensor& st
     std::vector<char> buffer((context + 1) * sizeof(int64_t));
     for (int64_t row = begin; row < end; ++row) {
       int64_t* tokens_T = batch + row * context;
-      // Where a short window goes comes to the cache while the system call takes its time.
+      // The destination of a short window is prefetched during the system call.
       for (int64_t t = 0; t < std::min<int64_t>(context, kPrefetchedTokens); t += 8) {
         __builtin_prefetch(tokens_T + t, 1);
         __builtin_prefetch(tokens_T + rows * context + t, 1);
@@ -176,7 +176,7 @@ Tensor gather(const Tensor& sources_S4, const Tensor& source_R, const Tensor& st
   return result;
 }
 
-// Whether the last token of some of these windows is in memory, evenly many of all.
+// Whether the last token is in memory for an even sample of these windows.
 bool in_memory(const Source* sources, const int32_t* source, const int64_t* start, int64_t rows, int64_t context) {
 #ifdef RWF_NOWAIT
   for (int64_t probe = 0; probe < kProbes; ++probe) {
@@ -194,8 +194,8 @@ bool in_memory(const Source* sources, const int32_t* source, const int64_t* star
 #endif
 }
 
-// Asks the kernel to have the pages of these windows in memory; harmless where the system has no such request. Where a
-// sample is there already it doesn't, since asking takes a third of the time of reading.
+// Asks the kernel to read the pages of these windows; harmless on a system without such a request. It doesn't if a sample
+// is in memory already, since asking takes a third of the time of reading.
 void advise(const Tensor& sources_S4, const Tensor& source_R, const Tensor& start_R, int64_t context) {
 #ifdef POSIX_FADV_WILLNEED
   const Source* sources = sources_from(sources_S4);

@@ -1,4 +1,4 @@
-// A bf16 product added to a float32 sum; kernels/linear.py says what for. PyTorch would convert all of it first.
+// Adds a bf16 product to a float32 sum; kernels/linear.py explains why. PyTorch would convert all of it first.
 
 #include "simd.h"
 

@@ -1,12 +1,12 @@
-// Products of float32 matrices on CPUs with AVX-512; kernels/matmul.py says when this is called.
+// Products of float32 matrices on CPUs with AVX-512; kernels/matmul.py has the conditions.
 //
-// The right factor is packed once, by all threads, in panels of 64 or 48 columns. The left one is read where it lies if
-// its rows are contiguous, and packed in panels of kPackedRows rows if its columns are. Threads take blocks of the
-// result's rows from a common counter, so that one that is held up delays nothing but its block; which thread takes which
-// changes no result.
+// The right factor is packed once, by all threads, in panels of 64 or 48 columns. The left one is read in place if its
+// rows are contiguous, and packed in panels of kPackedRows rows if its columns are. Threads take blocks of the result's
+// rows from a common counter, so that a delayed thread delays only its block; which thread takes which does not change
+// the result.
 //
-// A tile of the result, 6 x 64 or 8 x 48, fills the registers; kDepth rows of a panel stay in the first-level cache. Longer
-// sums are made in parts, each from zero, which also keeps their rounding errors small.
+// A tile of the result, 6 x 64 or 8 x 48, fills the registers; kDepth rows of a panel stay in the first-level cache.
+// Longer sums are computed in parts, each from zero, which also keeps their rounding errors small.
 //
 // Legend: C [M, N] = A [M, K] · B [K, N].
 
@@ -37,7 +37,7 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kDepth = 192;
 constexpr int kRows = 6, kPackedRows = 8;
-constexpr int64_t kAhead = 12;  // rows or columns that are packed soon
+constexpr int64_t kAhead = 12;  // rows or columns that are prefetched for packing
 constexpr int64_t kBlockRows = 96, kPackedBlockRows = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,7 +46,7 @@ inline __mmask16 lanes_of(int64_t count) {
   return count >= kLanes ? 0xffff : (1 << std::max<int64_t>(count, 0)) - 1;
 }
 
-// A matrix of which either the rows or the columns are contiguous, and the others `line` numbers apart.
+// A matrix in which either the rows or the columns are contiguous, and the others `line` numbers apart.
 struct Factor {
   const float* data;
   int64_t line;
@@ -58,7 +58,7 @@ struct Factor {
   }
 };
 
-// C's columns in panels of `width`; the last two share theirs where it would be left with one vector.
+// C's columns in panels of `width`; the last two share theirs if the last would have one vector.
 struct Panels {
   int64_t columns, width, number = ceil_div(columns, width);
   int64_t begin(int64_t p) const {
@@ -95,7 +95,7 @@ inline void transpose(__m512 (&r)[16]) {
   }
 }
 
-// Panels of B, each [K][columns]: row k of all of them, or, where its columns are contiguous, all of panel p.
+// Panels of B, each [K][columns]: row k of all of them, or, if its columns are contiguous, all of panel p.
 void pack_row(const Factor& b, int64_t N, int64_t K, const Panels& panels, int64_t k, float* to) {
   for (int64_t p = 0; p < panels.number; ++p) {
     const int64_t begin = panels.begin(p), end = panels.end(p);
@@ -136,7 +136,7 @@ struct Left {
   int64_t row, column, step;
 };
 
-// A tile of C; meanwhile as many lines from `ahead` on come nearer, one each `ahead_step` numbers.
+// A tile of C; meanwhile `ahead` and the following lines are prefetched, one every `ahead_step` numbers.
 template <int kTileRows, int kVectors>
 inline void tile(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t depth, const float* ahead,
                  int64_t ahead_step, float* c, int64_t c_row, bool add, __mmask16 last) {
@@ -189,7 +189,7 @@ void tiles_of(int64_t vectors, Arguments... arguments) {
   }
 }
 
-// out = a · b, added to what is there if `add`. Each factor is contiguous one way or the other, out along its rows.
+// out = a · b, added to out if `add`. Each factor is contiguous one way or the other, out along its rows.
 void matmul(const Tensor& a_MK, const Tensor& b_KN, Tensor out, bool add) {
   const Factor a(a_MK), b(b_KN);
   const int64_t M = a_MK.size(0), K = a_MK.size(1), N = b_KN.size(1), c_row = out.stride(0);
@@ -242,7 +242,7 @@ Tensor new_product(const Tensor& a_MK, const Tensor& b_KN) {
 
 #pragma GCC pop_options
 
-// AMD's only: Intel's MKL takes AVX-512 on Intel's processors, and AVX2 on others.
+// AMD's only: Intel's MKL uses AVX-512 on Intel's processors, and AVX2 on others.
 bool matmul_pays() {
   return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw");

@@ -1,4 +1,4 @@
-// Exact interleaving of sources, in batches: the twin of spt_fast/data/mixture.py, which explains and checks it.
+// Exact interleaving of sources, in batches: the batch version of spt_fast/data/mixture.py, which explains and checks it.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,7 +20,7 @@ namespace {
 using uint128 = unsigned __int128;
 
 // One rounded-Bresenham split. Among its first n samples, floor((2n·weight + total) / 2·total) go to `first`; the
-// remainder of that division is carried along, so that a step costs an addition and a comparison.
+// remainder of that division is kept, so that a step costs an addition and a comparison.
 struct Split {
   uint64_t step, modulus, remainder;
   int64_t first, second;  // a split's number, or ~source
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> locate_splits(const Tensor& splits_S4, int64_t num_so
     (node >= 0 ? drawn_before[node] : next_k[~node]) = samples;
   };
   arrive(num_splits ? 0 : ~int64_t{0}, first_sample);
-  for (int64_t s = 0; s < num_splits; ++s, row += 4) {  // a parent stands before its children
+  for (int64_t s = 0; s < num_splits; ++s, row += 4) {  // a parent comes before its children
     const uint64_t weight = row[0], total = row[1], modulus = 2 * total;
     const uint128 scaled = uint128{2 * weight} * drawn_before[s] + total;
     const int64_t to_first = scaled / modulus;
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> chairman_table(const Tensor& weights_K) {
   const int64_t period = first_slot[sources];
   const int64_t unit = 2 * (sources - std::count(weight, weight + sources, 0)) - 2;
 
-  // Which sources' next samples may be drawn from a slot on: a linked list for each slot.
+  // The sources whose next sample may be drawn from a slot on: a linked list for each slot.
   std::vector<int32_t> released(period, -1), next_released(sources, -1);
   const auto release = [&](int64_t s, int64_t next_slot) {
     if (rank[s] == weight[s]) return;

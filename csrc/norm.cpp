@@ -1,4 +1,4 @@
-// RMSNorm with or without the residual addition before it, forward and backward; kernels/norm.py says what is computed.
+// RMSNorm with or without the residual addition before it, forward and backward; kernels/norm.py has the formulas.
 //
 // N rows of width D, contiguous, float32 or bf16; everything in between is float32. A row is read twice, the second time
 // from the first-level cache. The weight's gradient is summed over blocks of rows, then over the blocks, so that it does

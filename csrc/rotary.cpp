@@ -1,11 +1,11 @@
-// Rotary position embedding with or without the per-head RMSNorm before it, forward and backward; kernels/rotary.py
-// says what is computed.
+// Rotary position embedding with or without the per-head RMSNorm before it, forward and backward; kernels/rotary.py has
+// the formulas.
 //
 // Queries and keys are [B, T, H, D] of float32 or bf16, of any strides but the last, which is 1: slices of a projection
-// are read where they are. The tables are [T, D] or [B, T, D], contiguous float32; the first half of a row is read.
-// Results are written to tensors like these, which may be those that are read; the heads of a token lie side by side. All
-// in between is float32. The weights' gradients are summed over the heads of a token,
-// then over the tokens of a block, then over the blocks in pairs: no sum is long or depends on the number of threads.
+// are read in place. The tables are [T, D] or [B, T, D], contiguous float32; the first half of a row is read. Results are
+// written to tensors of the same form, which may be the inputs; the heads of a token are contiguous. Everything in
+// between is float32. The weights' gradients are summed over the heads of a token, then over the tokens of a block, then
+// over the blocks in pairs: no sum is long or depends on the number of threads.
 
 #include "simd.h"
 
@@ -56,7 +56,7 @@ SPT_INLINE void forward_heads(const T* x, int64_t stride, const float* w, const 
   }
 }
 
-// dx of the H heads of one token; the weight's gradient is added to dw, by way of the scratch [D].
+// dx of the H heads of one token; adds the weight's gradient to dw, using the scratch [D].
 template <class T>
 SPT_INLINE void backward_heads(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const float* w,
                                const float* cos, const float* sin, T* dx, float* dw, float* scratch, int64_t H,
@@ -119,7 +119,7 @@ void for_tokens(const Tensor& x, const Tensor& cos, const Tensor& sin, F f) {
   });
 }
 
-// Where the heads of a tensor are.
+// The place of a tensor's heads.
 template <class T>
 struct Heads {
   T* first;

@@ -1,5 +1,5 @@
-// Keyed permutations of [0, size) and the windows of a ring of tokens: the batch twins of
-// spt_fast/data/shuffle.py and spt_fast/data/ring.py, which explain them. Both sides agree bit for bit.
+// Keyed permutations of [0, size) and the windows of a ring of tokens: the batch versions of
+// spt_fast/data/shuffle.py and spt_fast/data/ring.py, which explain them. Both agree bit for bit.
 
 #pragma once
 

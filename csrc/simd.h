@@ -1,8 +1,8 @@
-// Loops that the compiler vectorises, once for each instruction set; the one that the machine has is chosen at run time.
+// Loops that the compiler vectorises, once for each instruction set; the machine's is chosen at run time.
 //
-// A function marked SPT_SIMD is compiled for AVX-512, AVX2 and plain x86-64 (elsewhere just once). Inside, numbers are
-// float32: `load` and `store` convert from and to the tensor's dtype, bf16 by rounding to the nearest even. Sums want
-// `#pragma omp simd reduction(+ : sum)`, without which a compiler must add one number after the other.
+// A function marked SPT_SIMD is compiled for AVX-512, AVX2 and plain x86-64 (on other processors just once). Inside,
+// numbers are float32: `load` and `store` convert from and to the tensor's dtype, bf16 by rounding to the nearest even.
+// Sums need `#pragma omp simd reduction(+ : sum)`; otherwise a compiler must add one number after the other.
 
 #pragma once
 
@@ -35,7 +35,7 @@ SPT_INLINE void store(bf16& to, float x) {
   to.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
 }
 
-// What a store and a load give back.
+// The value after a store and a load.
 SPT_INLINE float rounded(float x, const float*) { return x; }
 SPT_INLINE float rounded(float x, const bf16*) {
   bf16 stored;
@@ -44,8 +44,8 @@ SPT_INLINE float rounded(float x, const bf16*) {
 }
 
 // e^x to 2 units in the last place, between e^-87.3 and e^88.7, so that nothing becomes infinite. x / log(2) is rounded
-// by adding 1.5 * 2^23, which leaves the whole part in the last bits: a conversion to an integer may trap, and GCC does
-// not vectorise what may trap on some paths only.
+// by adding 1.5 * 2^23, which leaves the integer part in the last bits: a conversion to an integer may trap, and GCC does
+// not vectorise code that may trap on some paths only.
 SPT_INLINE float exp_(float x) {
   x = x < -87.3f ? -87.3f : x;
   x = x > 88.7f ? 88.7f : x;
@@ -62,7 +62,7 @@ SPT_INLINE float exp_(float x) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
 }
 
-// The data of a tensor that is float32 or bf16, of which `with_dtype` has told which.
+// The data of a tensor that is float32 or bf16, as `with_dtype` has determined.
 template <class T>
 const T* data(const torch::stable::Tensor& x) {
   return static_cast<const T*>(x.data_ptr());

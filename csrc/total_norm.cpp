@@ -1,6 +1,6 @@
-// The L2 norm of all numbers of some float32 tensors; kernels/total_norm.py says more.
+// The L2 norm of all numbers of some float32 tensors; see kernels/total_norm.py.
 //
-// Squares are summed in float64 by blocks, and then the blocks, so that threads change nothing.
+// Squares are summed in float64 by blocks, and then over the blocks, so that the number of threads has no effect.
 
 #include "simd.h"
 

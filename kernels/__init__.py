@@ -1,10 +1,10 @@
-"""The ops of the training step, one a file: what each computes, what it moves, and its implementations.
+"""The ops of the training step, one per file: the mathematics, the memory traffic, and the implementations.
 
 Every op takes `backend="auto" | "triton" | "cpu" | "reference"` (attention also "sdpa" and "flash_attn"), is
 differentiable, and sums in float32 inside (float64 for float64 inputs).
-
-A new op is its file here, its test and its benchmark; what needs a list of the ops finds it. Only the names below are
-written by hand, since a type checker reads them: tests/kernels/test_ops.py says which one is missing.
+differentiable, and sums in float32 inside (float64 for float64 inputs).
+A new op needs its file here, its test and its benchmark; code that lists the ops finds it. Only the names below are
+written by hand, since a type checker reads them: tests/kernels/test_ops.py reports a missing one.
 """
 
 import importlib
@@ -48,5 +48,5 @@ __all__ = [
 ]
 
 for _file in pkgutil.iter_modules(__path__):
-    # Not by __name__: transformers imports `kernels`, in a checkout this folder, and ops defined twice crash.
+    # Not by __name__: transformers imports `kernels`, which in a checkout is this folder, and defining ops twice fails.
     importlib.import_module(f"spt_fast.kernels.{_file.name}")

@@ -5,20 +5,19 @@
 
 Legend: N rows (all leading dimensions together), F the width of the feed-forward layer.
 
-Elementwise, so the time is the bytes: for bf16, 6NF forward (read g and u, write y) and 10NF backward (read g, u
-and dy, write dg and du). Only g and u are saved; s is recomputed. All is float32 inside and rounded once; the
-reference is PyTorch's own ops, each rounded.
+Elementwise, so the bytes decide the time: for bf16, 6NF forward (read g and u, write y) and 10NF backward (read g, u
+and dy, write dg and du). Only g and u are saved; s is recomputed. Everything is float32 inside and rounded once; the
+reference uses PyTorch's own ops, each rounded.
 
-One matmul makes g and u, side by side in each row of a tensor [N, 2F], and in its backward wants their gradients side
-by side again. Two ops on halves would leave it to autograd to put them together, 8NF bytes more. So the
-kernels take tensors whose rows lie apart, and `swiglu_packed` reads and writes such halves in place.
+One matmul makes g and u, side by side in each row of a tensor [N, 2F], and its backward pass needs their gradients side
+by side again. With two ops on halves autograd would have to join them, 8NF bytes more. So the kernels accept tensors
+with gaps between rows, and `swiglu_packed` reads and writes such halves in place.
 
-The projection after it, z = y wᵀ + b, needs y again for dw = dzᵀ y. `swiglu_linear` does not keep it, 2NF bytes a
-layer: the pass from dy = dz w and gate_up to the gradient of gate_up makes y too, 12NF bytes, and writes it where dy
-was.
-(The same could be done for the norms' results, which the other projections keep: 2ND bytes each for 2ND more in the
-norm's backward pass, which would have to come before dw, in one op with the projection. They are a tenth of what
-a layer keeps; `checkpointing: selective` drops them, and all else that is cheap.)
+The projection after it, z = y wᵀ + b, needs y again for dw = dzᵀ y. `swiglu_linear` does not keep it, which saves 2NF
+bytes per layer: the pass from dy = dz w and gate_up to the gradient of gate_up also makes y, 12NF bytes, and writes it
+in place of dy. (The same could be done for the norms' results, which the other projections keep: 2ND bytes each for 2ND
+more in the norm's backward pass, which would have to run before dw, in one op with the projection. They are a tenth of
+what a layer keeps; `checkpointing: selective` drops them, and all other cheap results.)
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from spt_fast.kernels.matmul import multiply, rows_times
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
-    """silu(gate) * up, of one shape and dtype, which are the result's too.
+    """silu(gate) * up, of one shape and dtype, which the result has too.
 
     ValueError: shapes or dtypes that differ, or a backend that isn't available.
     """
@@ -54,8 +53,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
 def swiglu_packed(gate_up: Tensor, *, largest: bool = False, backend: str = "auto") -> Tensor:
     """silu(gate) * up [..., F] of gate_up [..., 2F], each row gate and then up; its gradient is one tensor [..., 2F].
 
-    largest: result and gradient carry the largest magnitudes of their rows, for kernels/fp8.py, where Triton kernels
-    make them.
+    largest: result and gradient carry the largest magnitudes of their rows, for kernels/fp8.py, if Triton kernels make
+    them.
     ValueError: a last dimension that has no halves, or a backend that isn't available.
     """
     _check("swiglu_packed", gate_up)
@@ -64,8 +63,8 @@ def swiglu_packed(gate_up: Tensor, *, largest: bool = False, backend: str = "aut
 
 
 def swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """swiglu_packed(gate_up) @ weight.T + bias: gate_up [..., 2F], weight [O, F], bias [O], of one dtype, the result's
-    [..., O] too. What is in the middle is not kept for the backward pass.
+    """swiglu_packed(gate_up) @ weight.T + bias: gate_up [..., 2F], weight [O, F], bias [O], of one dtype, the result
+    [..., O] too. The intermediate result is not kept for the backward pass.
 
     ValueError: shapes that don't fit, or a backend that isn't available. RuntimeError: dtypes that differ.
     """
@@ -99,13 +98,13 @@ def _empty_gradients(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as [N, F], in place if each row is in one piece and their distance is the same."""
+    """x as [N, F], in place if each row is contiguous and rows have equal distances."""
     x = x.reshape(x.shape[:-1].numel(), x.shape[-1:].numel())
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _empty_amax(kernel: str, gate: Tensor, up: Tensor | None, largest: bool, backend: str) -> Tensor:
-    """Space for the largest magnitudes in each tile's rows, float32 [N, tiles], or [0] where they are not made."""
+    """Space for the largest magnitudes in each tile's rows, float32 [N, tiles], or [0] if they are not made."""
     if not largest or backend != "triton":
         return gate.new_empty(0, dtype=torch.float32)
     gate, _ = _halves(gate, up)
@@ -190,7 +189,7 @@ def _swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, backend
 )
 def _swiglu_linear_backward(dz: Tensor, gate_up: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """(the gradient of gate_up, y)."""
-    y_NF = multiply(dz.reshape(dz.shape[:-1].numel(), len(weight)), weight)  # at first its gradient
+    y_NF = multiply(dz.reshape(dz.shape[:-1].numel(), len(weight)), weight)  # first the gradient of y
     dgate_up = gate_up.new_empty(gate_up.shape)
     halves = (*_halves(gate_up, None), *_halves(dgate_up, None))
     _BACKWARD[backend](y_NF, *(_rows(x) for x in halves), again=True)
@@ -200,7 +199,7 @@ def _swiglu_linear_backward(dz: Tensor, gate_up: Tensor, weight: Tensor, backend
 def _setup_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, str], output: Tensor) -> None:
     gate_up, weight, bias, ctx.backend = inputs
     ctx.save_for_backward(gate_up, weight)
-    # Themselves, which a checkpoint's copies of what is saved are not.
+    # The parameters themselves: a checkpoint's copies of saved tensors are not.
     ctx.weight, ctx.bias = (x if accumulates_in_place(x) else None for x in (weight, bias))
 
 
@@ -213,7 +212,7 @@ def _linear_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
 differentiable(_swiglu_linear, _linear_gradients, _setup_linear)
 
 
-# What follows goes backward: from dy, gate and up to dgate and dup; with `again` to y too, in the place of dy.
+# The backward pass: from dy, gate and up to dgate and dup; with `again` also to y, in place of dy.
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -248,7 +247,7 @@ def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tens
 TILE, COLUMNS = 2048, 256
 """Numbers of each tensor in a program's tile, and its columns: at the usual widths, multiples of 256, none is idle."""
 WARP_BYTES = 512
-"""Of one tensor for each warp: every lane loads 16 bytes, the most that one instruction can."""
+"""Numbers of one tensor per warp: every lane loads 16 bytes, the most in one instruction."""
 
 
 def _config(F: int, dtype: torch.dtype, tile: int = TILE, columns: int = COLUMNS) -> Config:
@@ -257,13 +256,13 @@ def _config(F: int, dtype: torch.dtype, tile: int = TILE, columns: int = COLUMNS
 
 
 def candidates(F: int, dtype: torch.dtype) -> list[Config]:
-    """What is worth measuring, the default first."""
+    """The launches to measure, the default first."""
     sizes = ((TILE, COLUMNS), (TILE, 2 * COLUMNS), (TILE // 2, COLUMNS), (TILE // 2, 4 * COLUMNS), (2 * TILE, COLUMNS))
     return list(dict.fromkeys(_config(F, dtype, *size) for size in sizes))
 
 
 def _launched(kernel: str, F: int, dtype: torch.dtype) -> Config:
-    """Of a kernel, "forward" or "backward"."""
+    """The launch of a kernel, "forward" or "backward"."""
     return launched(f"swiglu_{kernel}", (F, dtype.itemsize), _config(F, dtype))
 
 
@@ -278,7 +277,7 @@ def _launches(gate_up: Tensor, *_: Tensor) -> list[Candidate]:
 
 @jit
 def _tile_of_program(N, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(rows in int64, columns, mask); tiles side by side follow each other."""
+    """(rows in int64, columns, mask); adjacent tiles follow each other."""
     tiles_in_row = tl.cdiv(F, COLUMNS)
     rows = (tl.program_id(0) // tiles_in_row).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.program_id(0) % tiles_in_row * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -301,7 +300,7 @@ def _forward_kernel(
 
 @jit
 def _store_amax(amax_ptr, magnitudes, rows, N, F, COLUMNS: tl.constexpr):
-    """The largest in each row of the program's tile."""
+    """The largest magnitude in each row of the program's tile."""
     tiles_in_row = tl.cdiv(F, COLUMNS)
     amax = tl.max(magnitudes, 1, keep_dims=True)
     tl.store(amax_ptr + rows * tiles_in_row + tl.program_id(0) % tiles_in_row, amax, rows < N)
@@ -313,7 +312,7 @@ def _backward_kernel(
     dy_stride, gate_stride, up_stride, dgate_stride, dup_stride,
     AGAIN: tl.constexpr, AMAX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """AGAIN: y takes the place of dy."""
+    """AGAIN: y is written in place of dy."""
     rows, columns, mask = _tile_of_program(N, F, ROWS, COLUMNS)
     dy = tl.load(dy_ptr + rows * dy_stride + columns, mask, 0.0).to(tl.float32)
     g = tl.load(gate_ptr + rows * gate_stride + columns, mask, 0.0).to(tl.float32)
@@ -366,8 +365,8 @@ _BACKWARD = {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _
 
 
 def variants() -> list[Variant]:
-    """The launches for rows of 64 and more numbers in bf16, of 256 and more in the other dtypes; default: for wide ones
-    in bf16."""
+    """The launches for rows of 64 and more numbers in bf16, of 256 and more in the other dtypes; default: wide ones in
+    bf16."""
     found = []
     cases = [(width, "*bf16", "i32:16") for width in (64, 128)] + [(COLUMNS, dtype, "i32:16") for dtype in DTYPES]
     cases += [(1000, dtype, "i32") for dtype in ("*bf16", "*fp32")]

@@ -1,5 +1,5 @@
-"""AdamW of one tensor or many, in place, in one pass, with everything that must not cost a synchronisation as device
-scalars.
+"""AdamW of one tensor or many, in place, in one pass. Everything that must not cause a synchronisation is a device
+scalar.
 
     g ← grad · grad_scale
     m ← β1 m + (1 - β1) g        m^ = m / (1 - β1^step)
@@ -9,21 +9,21 @@ scalars.
 Adam with decoupled decay (Loshchilov & Hutter, arXiv 1711.05101), toward zero and toward an anchor θ0, usually the
 starting weights of a finetuning phase (our reading of the Anchored AdamW of arXiv 2502.06042). `step` counts from 1.
 
-Where θ is kept twice, `master` in float32 is what is updated and `param` is its rounding. The arithmetic is float32
-(float64 where θ is), whatever the dtypes of param, grad and moments.
+If θ is kept twice, `master` in float32 is updated and `param` is its rounding. The arithmetic is float32 (float64 if θ
+is), whatever the dtypes of param, grad and moments.
 
 A bf16 parameter without a master loses every update smaller than half a unit in its last place, 1/256 to 1/512 of it.
 
-Clipping and skipping need no word from the device: grad_scale (say min(1, clip / norm)) and skip may be 0-d tensors
-that it has just computed. A skipped step changes nothing, not the moments either, whatever grad and grad_scale hold
-(NaN too). The step counter belongs to the caller, who must not count a skipped step: step += ~skip.
+Clipping and skipping don't wait for the device: grad_scale (such as min(1, clip / norm)) and skip may be 0-d tensors
+that it has just computed. A skipped step changes nothing, moments included, whatever grad and grad_scale hold (NaN
+too). The step counter belongs to the caller, who must not count a skipped step: step += ~skip.
 
 Bytes moved for a float32 parameter with float32 gradient, in an ideal kernel: 28 (read grad, read and write θ, m, v);
 for a bf16 parameter with master 30. The kernels move these; the reference makes a dozen passes, over blocks that stay
 in a CPU's cache. A call of a custom op costs more than the update of a small tensor (60 µs on a CPU), so one call takes
-all the tensors that are updated alike; on a CPU threads share all their elements, on a GPU each has its launch, so the
-trainer has them in one flat tensor (train/optim.py): first those that decay, then the others. Kernels work in place, so
-they must never be autotuned: the first call would take many steps.
+all tensors with the same settings. On a CPU threads share all their elements; on a GPU each has its launch, so the
+trainer puts them in one flat tensor (train/optim.py): first those with weight decay, then the others. Kernels work in
+place, so they must never be autotuned: the first call would make many steps.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from spt_fast.errors import invalid
 from spt_fast.kernels.backend import Candidate, Op, accumulation_dtype, custom_op, tried_on_gpus
 from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
 
-# Elements that the reference updates together: on a CPU so many that tensors and temporaries fit its cache, on a GPU
-# only to bound the temporaries.
+# Elements that the reference updates together: on a CPU tensors and temporaries should fit its cache, on a GPU it only
+# bounds the temporaries.
 BLOCK = {"cpu": 1 << 19}
 BLOCK_ELSEWHERE = 1 << 26
 
@@ -68,7 +68,7 @@ def adamw_step(
 ) -> None:
     """One AdamW update of param, exp_avg, exp_avg_sq and master, in place.
 
-    All tensors have param's shape, any strides (kernels copy what is not contiguous) and any floating dtypes. step, lr,
+    All tensors have param's shape, any strides (kernels copy non-contiguous ones) and any floating dtypes. step, lr,
     grad_scale and skip may be 0-d tensors on param's device. step is the number of this update, from 1.
     ValueError: shapes that differ, an anchor_decay without anchor, or a backend that cannot run for these tensors.
     """
@@ -111,13 +111,12 @@ def adamw_step_all(
     decayed: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> None:
-    """`adamw_step` of every param, with the same numbers for all, in one call.
+    """`adamw_step` for every param, with the same numbers for all, in one call.
 
-    The lists are equally long and hold a tensor for each param; all tensors are on one device, and no two that are
-    updated share memory. decayed: to how many numbers of each param, from the first, weight_decay applies; to all by
-    default. A param of which only a part decays is contiguous, as its other tensors are. One backend that can run for
-    all of them is taken.
-    ValueError: as adamw_step, lists of other lengths, or params of float64 among others.
+    The lists have equal lengths, with a tensor for each param; all tensors are on one device, and no two updated ones
+    share memory. decayed: how many numbers of each param, from the first, get weight_decay; by default all. A param of
+    which only a part decays is contiguous, as its other tensors are. All use one backend, which can run for all of
+    them. ValueError: as adamw_step, lists of other lengths, or params of float64 among others.
     """
     lists = {"grad": grads, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "anchor": anchors, "master": masters}
     for name, tensors in lists.items():
@@ -143,7 +142,7 @@ def adamw_step_all(
     wide = {accumulation_dtype(param) for param in masters or params}
     if len(wide) > 1:
         raise ValueError(
-            "adamw_step: params of float64 among others are computed in float64; give them a call of their own"
+            "adamw_step: params of float64 among others are computed in float64; update them in a separate call"
         )
     dtype, device = wide.pop(), params[0].device
 
@@ -201,7 +200,7 @@ def _step(
 
 
 def _each(lists: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Any, ...]]:
-    """The tensors of one param after the other, None for those that there are not."""
+    """The tensors of one param after the other, None for absent ones."""
     absent = [None] * len(lists[0])
     return zip(*(tensors or absent for tensors in lists), strict=True)
 
@@ -209,7 +208,7 @@ def _each(lists: Sequence[Sequence[Tensor]]) -> Iterator[tuple[Any, ...]]:
 def _by_decay(
     lists: Sequence[Sequence[Tensor]], decayed: Sequence[int], weight_decay: float
 ) -> Iterator[tuple[list[list[Tensor]], float]]:
-    """The tensors, or parts of them, that decay, and the others, each with their weight decay."""
+    """The tensors, or parts of them, with weight decay, and the others, each with their weight decay."""
     sizes = [param.numel() for param in lists[0]]
     for decays in (True, False):
         picked: list[list[Tensor]] = [[] for _ in lists]
@@ -277,7 +276,7 @@ def _log(beta: float) -> float:
 
 
 def _blocks(*tensors: Tensor | None) -> Iterator[list]:
-    """The tensors in aligned flat views of BLOCK elements; whole where one of them is not contiguous."""
+    """The tensors in aligned flat views of BLOCK elements; whole if one of them is not contiguous."""
     given = [tensor for tensor in tensors if tensor is not None]
     if not all(tensor.is_contiguous() for tensor in given):
         yield list(tensors)
@@ -299,19 +298,19 @@ def _cpu(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Any], numbers: Seq
 # ------------------------------------------------------------------------------------------------ Triton
 
 SIZES = ((1024, 4), (512, 4), (1024, 8), (2048, 8), (512, 2))
-"""Elements and warps of a program, the default first: 8 elements a thread are one access of 16 bytes to a bf16 tensor,
-two to one in float32."""
+"""Elements and warps of a program, the default first: 8 elements per thread are one access of 16 bytes to a bf16
+tensor, two to one in float32."""
 
 
 def candidates(aligned: bool = True) -> list[Config]:
-    """What is worth measuring, the default first. Where numbers are loaded one by one (not `aligned`), a thread takes
-    twice as many registers, and the assembler aims so low for the sake of occupancy that it spills."""
+    """The launches to measure, the default first. If numbers are loaded one by one (not `aligned`), a thread needs
+    twice as many registers, and the assembler, which aims at a high occupancy, would spill."""
     return [Config((("BLOCK_SIZE", size),), warps, maxnreg=None if aligned else 168) for size, warps in SIZES]
 
 
 @jit
 def _bias(beta_log, step):
-    """1 - beta^step, by the series of e^x - 1 where the difference would lose digits."""
+    """1 - beta^step, by the series of e^x - 1 if the difference would lose digits."""
     x = beta_log * step
     series = x * 0 + 1
     for k in tl.static_range(0, 8):
@@ -384,8 +383,8 @@ def _triton(
 
 
 def variants() -> list[Variant]:
-    """What the trainer calls (float32, or bf16 with master), with and without anchor and skip, in float16 too; and bf16
-    alone, with moments in float32 or in bf16. What the trainer calls also for sizes that are not multiples of 16."""
+    """The trainer's calls (float32, or bf16 with master), with and without anchor and skip, in float16 too; and bf16
+    alone, with moments in float32 or in bf16. The trainer's calls also for sizes that are not multiples of 16."""
     found = []
     cases: list[tuple[str, str, str | None]] = [("*fp32", "*fp32", None), ("*bf16", "*fp32", "*fp32")]
     cases += [("*fp16", "*fp32", "*fp32"), ("*bf16", "*bf16", None), ("*bf16", "*fp32", None)]

@@ -1,8 +1,8 @@
-"""The C allocator's memory on a CPU: kept when freed, and in huge pages.
+"""The C allocator on a CPU: freed memory is kept, and allocated in huge pages.
 
-glibc gives a freed block of more than some megabytes back to the system, and every page of the next such block costs a
+glibc returns a freed block of more than some megabytes to the system, and every page of the next such block costs a
 fault when it is first touched. A training step on a CPU frees and allocates the same gigabyte over and over: about 15%
-of its time. And a page of 4 KiB has its own entry in the table of addresses, which the processor can't remember for a
+of its time. A page of 4 KiB also needs its own entry in the page table, and the processor can't cache the entries of a
 gigabyte: with pages of 2 MiB a step takes about 10% less time.
 """
 
@@ -20,10 +20,10 @@ _reserved = False
 
 
 def keep_freed_memory() -> bool:
-    """From here on this process keeps memory that it frees; False where the C library has no such setting.
+    """From now on this process keeps freed memory; False if the C library has no such setting.
 
-    For a process that trains on the CPU: its memory stays at the peak of what it has used. A quarter of the machine's
-    memory is asked to come in huge pages; that is address space, and takes memory only where it is used.
+    For a process that trains on the CPU: its memory stays at its peak. A quarter of the machine's memory is requested
+    in huge pages; that is address space, and uses memory only when it is touched.
     """
     libc = ctypes.CDLL(None)
     mallopt = getattr(libc, "mallopt", None)
@@ -37,18 +37,18 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """Until `keep_freed_memory`, freed blocks of a megabyte and more go back to the system at once; False where the C
+    """Until `keep_freed_memory`, freed blocks of a megabyte and more go back to the system at once; False if the C
     library has no such setting.
 
-    For a process that makes its model from parts: glibc begins to keep blocks of the size that it has seen freed, up to
-    32 MiB, and what is allocated next is larger than the gaps between them.
+    For a process that makes its model from parts: glibc starts to keep blocks of the size of freed ones, up to 32 MiB,
+    and later allocations are larger than the gaps between them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, 1 << 20))
 
 
 def _reserve_huge_pages(libc: ctypes.CDLL, size: int) -> None:
-    """Grow the heap by so many bytes and ask for huge pages there: freed at once, they are what is allocated next."""
+    """Grow the heap by this many bytes and request huge pages there: freed at once, they serve the next allocations."""
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -2,33 +2,33 @@
 
     o_i = sum_j p_ij v_j,   p_i = softmax over the visible j of scale q_i·k_j                    (Dao, arXiv 2307.08691)
 
-Key j is visible to query i where j <= i (causal), j > i - window (if there is a window) and both lie in one document
-(if there are cu_seqlens). Query head h reads key/value head floor(h Hk / Hq).
+Key j is visible to query i if j <= i (causal), j > i - window (with a window) and both are in one document (with
+cu_seqlens). Query head h reads key/value head floor(h Hk / Hq).
 
-Documents are given as the cumulative ends of the B·T positions read as one line: document d is cu_seqlens[d] …
-cu_seqlens[d+1] - 1. Row ends cut too, documents may be empty, and positions past the last document are padding: they
-see nothing, nothing sees them, their output and all their gradients are 0, whatever they hold (NaN too).
+Documents are given as the cumulative ends of the B·T positions, flattened: document d is cu_seqlens[d] …
+cu_seqlens[d+1] - 1. Ends of rows cut too, documents may be empty, and positions past the last document are padding:
+they see nothing and are seen by nothing; their output and all their gradients are 0, whatever they hold (NaN too).
 
-`qkv_attention` is the same of a projection whose queries, keys and values lie side by side, with rotary positions and
-QK-norm in it: attention_packed.py.
+`qkv_attention` is the same for a projection with queries, keys and values side by side, and includes rotary positions
+and QK-norm: attention_packed.py.
 
 Legend: B rows, T positions, H heads, D head dimension; doc_BT the document number of every position.
 
-The work is 4·T·D multiply-adds a head and row of queries forward and 10 backward, half of it under the causal mask.
-What costs bytes is a T x T matrix of scores a head, which no implementation here but a masked SDPA comes near:
+The work is 4·T·D multiply-adds per head and row of queries forward and 10 backward, half of it under the causal mask. A
+T x T matrix of scores per head would cost bytes; no implementation here writes one except a masked SDPA:
 
 triton      our kernels, with documents, window and grouped queries in them; the backward pass is deterministic:
             attention_triton.py
-flash_attn  the flash-attn package in its versions (flash_attn_2, _3, _4), where one can be imported; its backward pass
+flash_attn  the flash-attn package in its versions (flash_attn_2, _3, _4), if one can be imported; its backward pass
             adds atomically, in any order: flash_attn.py
-sdpa        PyTorch's fused kernels (on a GPU cuDNN's or flash's) for plain attention, but with a mask of B·T·T booleans
-            for documents, and of T·T for a window, which is the simple way, not the fast one; the backward pass of
-            cuDNN's is not deterministic
+sdpa        PyTorch's fused kernels (on a GPU cuDNN's or flash's) for plain attention; documents need a mask of B·T·T
+            booleans and a window one of T·T, which is simple but not fast; the backward pass of cuDNN's is not
+            deterministic
 cpu         our kernel for CPUs with AVX512-BF16, csrc/attention.cpp, causal and in bf16: attention_cpu.py
 reference   sdpa
 
-Triton's and the CPU's kernels are custom ops; the others are differentiable PyTorch calls as they are. Where PyTorch is
-told to be deterministic, `auto` takes none but Triton's kernels on a GPU.
+Triton's and the CPU's kernels are custom ops; the others are differentiable PyTorch calls. If PyTorch is set to be
+deterministic, `auto` uses only Triton's kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from spt_fast.kernels import attention_cpu, attention_packed, attention_triton, 
 from spt_fast.kernels.backend import Candidate, Op, is_transformed
 
 MAX_HEAD_DIM = 256
-"""Of the Triton kernels and of flash-attn, which wants a multiple of 8 too."""
+"""Largest head dimension of the Triton kernels and of flash-attn, which also needs a multiple of 8."""
 
 
 def flash_attention(
@@ -58,13 +58,13 @@ def flash_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of every query to the keys that it may see; the result has the shape and dtype of q_BTHD.
+    """Attention of every query to its visible keys; the result has the shape and dtype of q_BTHD.
 
-    k_BTHD and v_BTHD may have fewer heads, a divisor of q's (grouped queries). cu_seqlens is int32 [n+1] on q's
-    device: starts at 0, non-decreasing, at most B·T. window counts the visible keys, the query's own included, and
-    needs causal=True. scale, positive, defaults to D^(-1/2).
-    ValueError: shapes, dtypes, window, scale or cu_seqlens that don't fit (cu_seqlens' values are looked at only on a
-    CPU, where that costs no synchronisation), or a backend that isn't available.
+    k_BTHD and v_BTHD may have fewer heads, a divisor of q's (grouped queries). cu_seqlens is int32 [n+1] on q's device:
+    starts at 0, non-decreasing, at most B·T. window counts the visible keys, the query's own included, and needs
+    causal=True. scale, positive, defaults to D^(-1/2). ValueError: shapes, dtypes, window, scale or cu_seqlens that
+    don't fit (cu_seqlens' values are checked only on a CPU, where that needs no synchronisation), or a backend that
+    isn't available.
     """
     _check(q_BTHD, k_BTHD, v_BTHD, causal, cu_seqlens, window, scale)
     if window is not None and window >= q_BTHD.shape[1]:
@@ -93,13 +93,13 @@ def qkv_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal attention of a whole projection, H query heads, then kv_heads key heads and as many value heads, S in all:
-    the result is [B, T, H, D].
+    """Causal attention of a whole projection: H query heads, then kv_heads key heads and as many value heads, S in
+    total; the result is [B, T, H, D].
 
-    With cos and sin, as of `rope`, queries and keys are rotated to their positions; with q_weight and k_weight, as of
-    `qk_norm_rope`, normalised before. The rest as of `flash_attention`. The same numbers as by those ops one after the
-    other, but that the gradients of all three are made where they belong, in one tensor.
-    ValueError: shapes, dtypes and values that don't fit, or a backend that isn't available.
+    With cos and sin, as in `rope`, queries and keys are rotated to their positions; with q_weight and k_weight, as in
+    `qk_norm_rope`, normalised before. The rest as in `flash_attention`. The numbers are those of the separate ops, but
+    the gradients of all three are written to one tensor. ValueError: shapes, dtypes and values that don't fit, or a
+    backend that isn't available.
     """
     K = kv_heads
     if qkv_BTSD.dim() != 4 or not 0 < K <= (qkv_BTSD.shape[2] - 1) // 2:
@@ -145,9 +145,9 @@ def qkv_attention(
 def _pick(backend: str, q_BTHD: Tensor, causal: bool, *, masked: bool, op: Op | None = None) -> str:
     """The backend that runs; `masked`: there are documents or a window, for which SDPA would need a mask of T x T."""
     D = q_BTHD.shape[-1]
-    most = MAX_HEAD_DIM // 2 if q_BTHD.dtype == torch.float32 else MAX_HEAD_DIM  # a program's registers are its bytes
-    too_wide = f"it takes head dimensions up to {most} in {q_BTHD.dtype}, not {D}" if most < D else None
-    odd = f"it takes head dimensions that are multiples of 8, not {D}" if D % 8 else None
+    most = MAX_HEAD_DIM // 2 if q_BTHD.dtype == torch.float32 else MAX_HEAD_DIM  # bytes decide a program's registers
+    too_wide = f"it supports head dimensions up to {most} in {q_BTHD.dtype}, not {D}" if most < D else None
+    odd = f"it supports head dimensions that are multiples of 8, not {D}" if D % 8 else None
     unordered = flash_attn.BACKENDS if torch.are_deterministic_algorithms_enabled() else ()
     return (op or _FLASH_ATTENTION).pick(
         backend,
@@ -218,7 +218,7 @@ def _sdpa(
     if cu_seqlens is None:
         return _sdpa_of(q_BTHD, k_BTHD, v_BTHD, visible, False, scale)
     # A padding query, which would otherwise see nothing and divide 0 by 0, sees the other padding.
-    doc_BT = documents.spans(cu_seqlens, B, T)[0]  # in a row no two documents begin at the same place
+    doc_BT = documents.spans(cu_seqlens, B, T)[0]  # no two documents of a row start at the same place
     padding_BT11 = _padding(q_BTHD, cu_seqlens)
     q_BTHD, k_BTHD, v_BTHD = (x.masked_fill(padding_BT11, 0) for x in (q_BTHD, k_BTHD, v_BTHD))
     visible_B1TT = (visible & (doc_BT.unsqueeze(2) == doc_BT.unsqueeze(1))).unsqueeze(1)
@@ -239,7 +239,7 @@ def _sdpa_of(
 def _padding(q_BTHD: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[B, T, 1, 1], True past the last document.
 
-    Padding is zeroed on the way in (a weight of 0 times NaN is NaN) and on the way out; both return zero gradients.
+    Padding is zeroed in inputs (a weight of 0 times NaN is NaN) and in outputs; both give zero gradients.
     """
     B, T = q_BTHD.shape[:2]
     return (torch.arange(B * T, device=q_BTHD.device) >= cu_seqlens[-1]).view(B, T, 1, 1)
@@ -280,7 +280,7 @@ _AUTO = {
         "on an H100; nothing is measured here yet",
         "triton": "documents and windows without a mask of T x T, and deterministic; published figures of Triton "
         "kernels are 330 to 480 TFLOP/s on an H100; ours are not measured yet",
-        "flash_attn": "the first version of flash-attn that there is",
+        "flash_attn": "the first available version of flash-attn",
         "reference": "PyTorch ops",
     },
     "cpu": {

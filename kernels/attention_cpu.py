@@ -1,10 +1,10 @@
 """Causal attention on CPUs that multiply pairs of bf16 (AVX512-BF16): csrc/attention.cpp as a custom op.
 
-What a query may see is a stretch of keys that ends with itself, so causality, rows, documents and a window come down
-to one number a query, `first_BT`: the first key in its row that it sees, or one beyond itself for padding. Scores exist
-one tile of 64 x 64 at a time, in float32; the backward pass recomputes them from q, k and the base-2 logarithm of
-each softmax's denominator. Given rotary tables, it rotates q and k as it reads them, and their gradients back as it
-writes them: a pass over each that attention of a whole projection (attention_packed.py) is spared.
+A query sees an interval of keys that ends with itself, so causality, rows, documents and a window reduce to one number
+per query, `first_BT`: the first key in its row that it sees, or one beyond itself for padding. Scores exist one tile of
+64 x 64 at a time, in float32; the backward pass recomputes them from q, k and the base-2 logarithm of each softmax's
+denominator. With rotary tables it rotates q and k as it reads them, and their gradients back as it writes them, which
+saves a pass over each in attention of a whole projection (attention_packed.py).
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ MAX_HEAD_DIM = 256
 
 
 def obstacle(q_BTHD: Tensor, causal: bool) -> str | None:
-    """Why this can't compute the attention of these queries; None where it can."""
+    """Why this can't compute the attention of these queries; None if it can."""
     D = q_BTHD.shape[-1]
     if not SUPPORTED:
         return "this CPU has no AVX512-BF16, or the C++ extension is not built"
     if q_BTHD.device.type != "cpu" or q_BTHD.dtype != torch.bfloat16:
-        return f"it takes bfloat16 on the CPU, not {q_BTHD.dtype} on {q_BTHD.device.type}"
+        return f"it supports bfloat16 on the CPU, not {q_BTHD.dtype} on {q_BTHD.device.type}"
     if not causal:
-        return "it is causal only"
+        return "it is only causal"
     if D % 16 or not 0 < D <= MAX_HEAD_DIM:
-        return f"it takes head dimensions that are multiples of 16 up to {MAX_HEAD_DIM}, not {D}"
+        return f"it supports head dimensions that are multiples of 16 up to {MAX_HEAD_DIM}, not {D}"
     return None
 
 
 def attend(
     q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, cu_seqlens: Tensor | None, window: int | None, scale: float
 ) -> Tensor:
-    """Causal attention; arguments as of `flash_attention`."""
+    """Causal attention; arguments as in `flash_attention`."""
     B, T = q_BTHD.shape[:2]
     return attention(q_BTHD, k_BTHD, v_BTHD, first_keys(B, T, cu_seqlens, window), scale, None, None)[0]
 
 
 def first_keys(B: int, T: int, cu_seqlens: Tensor | None, window: int | None) -> Tensor:
-    """int32 [B, T]: where in its row the keys begin that each query sees; one past itself for padding."""
+    """int32 [B, T]: the first key in its row that each query sees; one past itself for padding."""
     if cu_seqlens is not None:
         return first_keys_of(cu_seqlens, B, T, window)
     first_BT = torch.zeros(B, T, dtype=torch.int32)
@@ -69,7 +69,7 @@ def attention(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(o [B, T, H, D], log2 of the softmax's denominator, float32 [B, H, T]); with cos and sin of q and k rotated."""
+    """(o [B, T, H, D], log2 of the softmax's denominator, float32 [B, H, T]); with cos and sin for rotated q and k."""
     q, k, v = with_dense_rows(q_BTHD, k_BTHD, v_BTHD)
     return native.ops().cpu_attention_forward(q, k, v, first_BT, scale, *_angles(cos, sin))
 
@@ -115,7 +115,7 @@ def backward_into(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> None:
-    """Writes the three gradients, in which the numbers of a head lie side by side."""
+    """Writes the three gradients, in which the numbers of a head are contiguous."""
     do, q, k, v, o = with_dense_rows(do_BTHD, q_BTHD, k_BTHD, v_BTHD, o_BTHD)
     native.ops().cpu_attention_backward(
         do, q, k, v, first_BT, o, lse2_BHT, scale, *_angles(cos, sin), dq_BTHD, dk_BTHD, dv_BTHD

@@ -1,18 +1,19 @@
-"""Attention of a whole projection: queries, keys and values side by side, as one matmul makes them.
+"""Attention of a whole projection: queries, keys and values side by side, as one matmul writes them.
 
     q, k, v = split(qkv)        q, k = R norm(q), R norm(k)        o = attention(q, k, v)
 
-Norm and rotation R (rotary.py) may be absent. By ops of its own each, the backward pass would write dq, dk and dv, read
-dq and dk to rotate them back and write them elsewhere, and then copy all three side by side for the matmul: for bf16
-8·B·T·D·(H + K) + 4·B·T·D·(H + 2K) bytes where attention's own gradients are written. Here they are written where the
-matmul wants them, and dq and dk are rotated back in place: 4·B·T·D·(H + K) bytes, one kernel instead of two.
+Norm and rotation R (rotary.py) are optional. With separate ops, the backward pass would write dq, dk and dv, read dq
+and dk to rotate them back and write them elsewhere, and then copy all three side by side for the matmul: for bf16
+8·B·T·D·(H + K) + 4·B·T·D·(H + 2K) bytes after attention's own gradients. Here they are written where the matmul needs
+them, and dq and dk are rotated back in place: 4·B·T·D·(H + K) bytes, one kernel instead of two.
 
-triton, cpu     our attention kernels take the gradients' strides. The CPU's kernel rotates queries and keys as it reads
-                them and their gradients as it writes them, where nothing is normalised, which leaves no pass at all.
-others          whose gradients come as three tensors: these are rotated back into the one, and v's copied.
+triton, cpu     our attention kernels accept the gradients' strides. Without QK-norm the CPU's kernel rotates queries
+and
+                keys as it reads them and their gradients as it writes them, which needs no pass at all.
+others          return gradients as three tensors: these are rotated back into the one, and v's is copied.
 
-Queries and keys are rotated into memory of their own, not in place: a checkpointed block may hold on to the projection,
-and norms need it again. Nothing here changes its inputs.
+Queries and keys are rotated into new memory, not in place: a checkpointed block may hold the projection, and norms need
+it again. Inputs are never changed.
 
 Legend: B rows, T positions, H query heads, K key/value heads, S = H + 2K, D head dimension.
 """
@@ -29,7 +30,7 @@ from spt_fast.kernels.backend import accumulation_dtype, custom_op, new_like
 
 
 def split(qkv_BTSD: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, k, v), where they lie."""
+    """(q, k, v) as views."""
     q, k, v = qkv_BTSD.split([qkv_BTSD.shape[2] - 2 * K, K, K], dim=2)
     return q, k, v
 
@@ -75,8 +76,8 @@ def _rotate_back(
     eps: float,
     backend: str,
 ) -> Tensor:
-    """The gradients of what was rotated to those of what was not, in dqkv, where dq and dk may lie already; returns the
-    weights' [2, D], which without weights mean nothing. qkv is needed with weights."""
+    """From the gradients of the rotated tensors to those of the inputs, in dqkv, which may hold dq and dk already;
+    returns the weights' [2, D], which are undefined without weights. qkv is needed with weights."""
     q_out, k_out, _ = split(dqkv_BTSD, K)
     if qkv_BTSD is None or q_weight is None or k_weight is None:
         rotary.rotate_into(q_out, k_out, dq, dk, None, None, cos, sin, 0.0, backend, inverse=True)
@@ -129,7 +130,7 @@ def _attention_backward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(dqkv, the gradients of both weights); `where`: which keys are seen, as the backend's forward pass had it."""
+    """(dqkv, the gradients of both weights); `where`: the visible keys, as in the backend's forward pass."""
     dqkv = qkv_BTSD.new_empty(qkv_BTSD.shape)
     gradients, inputs = split(dqkv, K), _inputs(qkv_BTSD, rotated, K)
     if backend == "triton":
@@ -194,7 +195,7 @@ class Attention(torch.autograd.Function):
 
 
 class Rotated(torch.autograd.Function):
-    """(q, k, v) as attention takes them, for attention whose gradients come in three."""
+    """(q, k, v) for attention whose gradients come as three tensors."""
 
     @staticmethod
     def forward(
@@ -216,7 +217,7 @@ class Rotated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once only: a checkpoint hands them out once
+        saved = ctx.saved_tensors  # read once: a checkpoint allows only that
         dqkv, dw = _rotation_backward(*gradients, *saved, ctx.eps, ctx.backend)
         weighted = saved[1] is not None
         return dqkv, dw[0] if weighted else None, dw[1] if weighted else None, *[None] * 5

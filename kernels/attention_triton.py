@@ -7,20 +7,20 @@
 Legend: B rows, T positions, H query heads, K key/value heads, D head dimension; M a block of queries, N one of keys.
 
 Forward, a program takes a block of queries of one head and walks over blocks of keys with a running maximum and sum. It
-saves lse, one number a query and head, from which the backward pass recomputes p: 14 T²D multiply-adds a head instead
-of 10, but nothing of size T². Backward is two kernels, each of which owns what it sums: one walks over keys for dq (and
-makes delta, which the other reads), one walks over queries for dk and dv, all query heads of its key/value head in
-turn. So nothing is added atomically, and the backward pass is deterministic: the same bits every time.
+saves lse, one number per query and head, from which the backward pass recomputes p: 14 T²D multiply-adds per head
+instead of 10, but nothing of size T². Backward is two kernels, each of which owns the sums that it makes: one loops
+over keys for dq (and computes delta, which the other reads), one loops over queries for dk and dv, through all query
+heads of its key/value head. So nothing is added atomically, and the backward pass is deterministic.
 
-What a query sees is an interval of keys, what sees a key is an interval of queries, and neither end of either ever
-falls from one position to the next, whatever mixture of causality, window and documents. So the intervals of a block's
-first and last position say where its walk starts and ends, and which blocks all of it sees, where no mask is needed.
-They are one loop with a branch, or, in the launches called split, loops of their own: more registers, no branch.
-Forward, keys and values may come by Hopper's copy unit (TMA) instead of by loads, where the tuner finds it faster.
-Where the document of each position starts and ends is found once, on the device. Padding, past the last document, is
-taken for the end of a row: it is never loaded.
+A query sees an interval of keys, a key is seen by an interval of queries, and both ends never decrease from one
+position to the next, for any mixture of causality, window and documents. So the intervals of a block's first and last
+position give the range of its loop, and the blocks that all of it sees, where no mask is needed. These are one loop
+with a branch, or, in the launches called split, separate loops: more registers, no branch. Forward, keys and values may
+be copied by Hopper's copy unit (TMA) instead of loads, if the tuner finds it faster. The start and end of each
+position's document are computed once, on the device. Padding, past the last document, counts as the end of a row: it is
+never loaded.
 
-p is a power of 2, scale times log2(e) being multiplied into s, and lse is kept in base 2. Sums are in float32. Both
+p is a power of 2: scale times log2(e) is multiplied into s, and lse is kept in base 2. Sums are in float32. Both
 operands of a matmul have the dtype of the inputs: p and ds are rounded to it.
 """
 
@@ -68,8 +68,8 @@ def attention(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(o [B, T, H, D], lse [B, H, T] in base 2, [2, B, T]: where in its row the document of each position starts and
-    ends, or [0] without documents). scale must be positive."""
+    """(o [B, T, H, D], lse [B, H, T] in base 2, [2, B, T]: start and end in its row of each position's document, or [0]
+    without documents). scale must be positive."""
     q_BTHD, k_BTKD, v_BTKD = with_dense_rows(q_BTHD, k_BTKD, v_BTKD)
     B, T, H, D = q_BTHD.shape
     K = k_BTKD.shape[2]
@@ -80,7 +80,7 @@ def attention(
     constants = _constants(q_BTHD, config)
     keys: list[Any] = [k_BTKD, v_BTKD]
     fit = cu_seqlens is None and all(_fits_descriptor(x, constants["WIDTH"]) for x in keys)
-    constants["TMA"] = int(fit and constants.get("TMA", 0))  # a checkpoint's launches may not say
+    constants["TMA"] = int(fit and constants.get("TMA", 0))  # a checkpoint's launches may lack it
     if constants["TMA"]:
         keys = [
             TensorDescriptor(x, list(x.shape), list(x.stride()), [1, config["N"], 1, constants["WIDTH"]]) for x in keys
@@ -133,7 +133,7 @@ def backward_into(
     window: int | None,
     scale: float,
 ) -> None:
-    """Writes the three gradients, in which the numbers of a head lie side by side, and dk as dv does."""
+    """Writes the three gradients; the numbers of a head are contiguous, and dk has dv's strides."""
     do_BTHD, q_BTHD, k_BTKD, v_BTKD = with_dense_rows(do_BTHD, q_BTHD, k_BTKD, v_BTKD)
     B, T, H, _ = q_BTHD.shape
     K = k_BTKD.shape[2]
@@ -184,10 +184,10 @@ def _documents_arguments(cu_seqlens: Tensor | None, spans: Tensor | None) -> tup
 
 
 def _shape_class(q_BTHD: Tensor) -> tuple[int, int, int]:
-    """What decides how to launch: the padded head dimension, the size of a number, the architecture.
+    """The properties that decide a launch: the padded head dimension, the size of a number, the architecture.
 
-    A half-precision head is padded to at least 64, since Triton from 3.6 on reads beyond narrower tiles on Hopper. What
-    runs on 80 takes less than 99 KB of shared memory, so that it runs on every GPU that is neither 90 nor 100."""
+    A half-precision head is padded to at least 64, since Triton from 3.6 on reads beyond narrower tiles on Hopper.
+    Launches for 80 use less than 99 KB of shared memory, so that they run on every GPU that is neither 90 nor 100."""
     major = 0 if INTERPRETED else torch.cuda.get_device_capability(q_BTHD.device)[0]
     return _width(q_BTHD.shape[-1], q_BTHD.itemsize), q_BTHD.itemsize, {9: 90, 10: 100}.get(major, 80)
 
@@ -198,14 +198,14 @@ def _width(D: int, itemsize: int) -> int:
 
 FENCED = tuple(int(part) for part in (TRITON_VERSION or "0.0").split(".")[:2]) >= (3, 7)
 """Whether the compiler puts a fence between asynchronous copies to shared memory and the matmuls (wgmma) of Hopper and
-later that read them. 3.6 doesn't inside a loop, where copies are therefore not asynchronous: one stage."""
+later that read them. 3.6 doesn't inside a loop, so copies are not asynchronous there: one stage."""
 
 
 def _config(
     kernel: str, arch: int, M: int, N: int, warps: int, stages: int, *, split: bool = False, tma: bool = False
 ) -> Config:
-    """split: blocks of keys of which all is seen have a loop of their own, in which nothing waits for a branch. tma:
-    keys and values are copied by Hopper's copy unit, where there are no documents; it needs no fence."""
+    """split: fully visible blocks of keys have a separate loop, without a branch. tma: keys and values are copied by
+    Hopper's copy unit, if there are no documents; it needs no fence."""
     flags = {"forward": (("SPLIT", int(split)), ("TMA", int(tma))), "dq": (("SPLIT", int(split)),), "dkv": ()}[kernel]
     return Config((("M", M), ("N", N), *flags), warps, stages if FENCED or arch == 80 or tma else 1)
 
@@ -216,7 +216,7 @@ def _fits_descriptor(x_BTKD: Tensor, width: int) -> bool:
 
 
 def default(kernel: str, width: int, itemsize: int, arch: int) -> Config:
-    """How a kernel ("forward", "dq" or "dkv") is launched where nothing was measured; the rest as of `_shape_class`."""
+    """The launch of a kernel ("forward", "dq" or "dkv") without measurements; the rest as in `_shape_class`."""
     if INTERPRETED:
         return _config(kernel, 80, *((16, 32) if kernel == "dkv" else (32, 16)), 4, 1)
     if itemsize == 4:
@@ -225,7 +225,7 @@ def default(kernel: str, width: int, itemsize: int, arch: int) -> Config:
 
 
 def candidates(kernel: str, width: int, itemsize: int, arch: int) -> list[Config]:
-    """What is worth measuring, the default first; arguments as of `default`."""
+    """The launches to measure, the default first; arguments as in `default`."""
     every = [default(kernel, width, itemsize, arch)]
     if itemsize == 2 and arch == 90:
         every += [_config(kernel, arch, *sizes) for sizes in CANDIDATES[kernel][_size(width)]]
@@ -237,7 +237,7 @@ def candidates(kernel: str, width: int, itemsize: int, arch: int) -> list[Config
 
 
 def launches(q_BTHD: Tensor) -> list[tuple[str, tuple, Config]]:
-    """What is worth measuring for such queries besides the defaults, each for one kernel."""
+    """Further launches to measure for such queries, each for one kernel."""
     shape = _shape_class(q_BTHD)
     kernels = ("forward", "dq", "dkv")
     return [(f"attention_{kernel}", shape, config) for kernel in kernels for config in candidates(kernel, *shape)[1:]]
@@ -259,8 +259,8 @@ HALF = {
     ("dkv", 100): ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
 }
 """(M, N, warps, stages) for 2-byte numbers, by heads padded to 64, 128 and 256. On Hopper and later at least 64 each,
-since Triton has faults with narrower tiles there; but dkv at 256 spills with more than 32. Forward at 64 has
-128 registers a thread on Hopper, so that two programs share a multiprocessor: one makes exponentials while the other
+since Triton has bugs with narrower tiles there; but dkv at 256 spills with more than 32. Forward at 64 has 128
+registers per thread on Hopper, so that two programs share a multiprocessor: one computes exponentials while the other
 multiplies."""
 
 FLOAT32 = {
@@ -268,7 +268,7 @@ FLOAT32 = {
     "dq": ((32, 32, 4, 2), (32, 16, 8, 2)),
     "dkv": ((16, 32, 4, 2), (16, 16, 4, 2)),
 }
-"""For heads padded to at most 64, and wider."""
+"""For heads padded to at most 64, and for wider ones."""
 
 CANDIDATES = {
     "forward": (
@@ -283,7 +283,7 @@ CANDIDATES = {
     ),
     "dkv": (((64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3)), ((64, 64, 8, 3),), ()),
 }
-"""Besides the defaults, on Hopper; none of them spills."""
+"""In addition to the defaults, on Hopper; none of them spills."""
 
 SPLIT = {
     "forward": (
@@ -292,7 +292,7 @@ SPLIT = {
     ),
     "dq": (((128, 64, 8, 2), (64, 64, 4, 2)), ((128, 64, 8, 2), (64, 64, 8, 2))),
 }
-"""Those that are split."""
+"""The split ones."""
 
 TMA = (
     ((False, 128, 64, 8, 2), (False, 128, 128, 8, 2), (True, 128, 128, 8, 2), (False, 128, 64, 4, 3)),
@@ -315,7 +315,7 @@ def _constants(q_BTHD: Tensor, config: Config) -> dict[str, Any]:
 
 
 jit_for_any_documents = partial(jit, do_not_specialize=("documents",))
-"""Triton would compile a kernel anew for one document and for multiples of 16."""
+"""Otherwise Triton would compile a kernel again for one document and for multiples of 16."""
 
 
 @jit
@@ -343,7 +343,7 @@ def _store(ptr, x, first, length, T, stride, ROWS: tl.constexpr, D: tl.constexpr
 
 @jit
 def _row_length(cu_seqlens_ptr, documents, row, T):
-    """How many positions of a row lie in a document; the rest is padding."""
+    """The number of positions of a row in documents; the rest is padding."""
     length = T
     if cu_seqlens_ptr is not None:
         length = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + documents) - row * T, 0), T)
@@ -380,7 +380,7 @@ def _queries_of(j, starts_ptr, ends_ptr, row, T, length, window, CAUSAL: tl.cons
 
 @jit
 def _full_blocks(low_of_first, low_of_last, high_of_first, high_of_last, N: tl.constexpr):
-    """(where the first block of keys begins that anyone sees, the first that all see, the first after these)."""
+    """(start of the first block of keys that any query sees, of the first that all see, of the first after these)."""
     start = low_of_first // N * N
     full = tl.cdiv(low_of_last, N) * N
     return start, full, tl.maximum(full, high_of_first // N * N)
@@ -397,7 +397,7 @@ def _load_keys(
     ptr, row, head, first, length, stride,
     TMA: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """As _load, or by a descriptor, in which what is past a row's end is 0."""
+    """_load, or a descriptor's, which gives 0 past a row's end."""
     if TMA:
         x = tl.reshape(ptr.load([row, first, head, 0]), (ROWS, WIDTH))
     else:
@@ -410,7 +410,7 @@ def _attend(
     q, k_ptr, v_ptr, row, kv_head, n, low, high, o, total, largest, edge, length, k_t, v_t, scale,
     TMA: tl.constexpr, N: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys more in the three sums; edge: whether some see only a part of it."""
+    """Add a block of keys to the three sums; edge: whether some queries see only a part of it."""
     k = _load_keys(k_ptr, row, kv_head, n, length, k_t, TMA, N, D, WIDTH)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if edge:
@@ -449,7 +449,7 @@ def _forward_kernel(
     low, high = _keys_of(i, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
     q = _load(q_ptr + row_64 * q_b + head_64 * q_h, first, length, q_t, M, D, WIDTH)
     scale *= 1.4426950408889634
-    largest = tl.full([M], -1e38, tl.float32)  # finite, so that a row which sees nothing in a block gives no NaN
+    largest = tl.full([M], -1e38, tl.float32)  # finite, so that a row that sees nothing in a block gives no NaN
     total = tl.zeros([M], tl.float32)
     o = tl.zeros([M, WIDTH], tl.float32)
     start, full, full_end = _full_blocks(low_of_first, low_of_last, high_of_first, high_of_last, N)
@@ -477,7 +477,7 @@ def _forward_kernel(
                 q, k_ptr, v_ptr, row, kv_head, n, low, high, o, total, largest, True, length, k_t, v_t, scale,
                 TMA, N, D, WIDTH,
             )  # fmt: skip
-    total = tl.where(i < length, total, 1.0)  # padding has seen nothing
+    total = tl.where(i < length, total, 1.0)  # padding sees nothing
     tl.store(lse_ptr + (row_64 * H + head) * T + i, largest + tl.log2(total), i < T)
     o_ptr += (row_64 * T * H + head) * D
     _store(o_ptr, o / total[:, None], first, length, T, H * D, M, D, WIDTH)
@@ -488,7 +488,7 @@ def _add_dq(
     q, do, k_ptr, v_ptr, n, low, high, dq, lse, delta, edge, length, k_t, v_t, scale_2,
     N: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What a block of keys adds to dq / scale; edge: as in _attend."""
+    """The part of a block of keys in dq / scale; edge: as in _attend."""
     k = _load(k_ptr, n, length, k_t, N, D, WIDTH)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     p = tl.exp2(s * scale_2 - lse[:, None])
@@ -569,7 +569,7 @@ def _dkv_kernel(
     low_of_first, high_of_first = _queries_of(first, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
     low_of_last, high_of_last = _queries_of(last, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
     if starts_ptr is None and window is None:
-        high_of_first = tl.cdiv(length, M) * M  # queries past the end are zeros, and do no harm unmasked
+        high_of_first = tl.cdiv(length, M) * M  # queries past the end are zeros, so they need no mask
     j = first + tl.arange(0, N)
     low, high = _queries_of(j, starts_ptr, ends_ptr, row, T, length, window, CAUSAL)
     k = _load(k_ptr + row_64 * k_b + kv_head_64 * k_h, first, length, k_t, N, D, WIDTH)
@@ -604,8 +604,8 @@ KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}
 
 
 def variants() -> list[Variant]:
-    """Every kind of mask at head dimensions 64 and 128 in bf16, plain and documents at others; grouped queries, and
-    not."""
+    """Every kind of mask at head dimensions 64 and 128 in bf16, plain and documents at others; with and without grouped
+    queries."""
     found = []
     masks = [(True, kind) for kind in ("plain", "documents", "window", "both")]
     masks += [(False, kind) for kind in ("plain", "documents")]

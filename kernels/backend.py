@@ -1,8 +1,8 @@
-"""Which implementation of an op runs.
+"""The choice of the implementation that runs an op.
 
-Each op is a `torch.library` custom op whose last argument is the name of a backend, and an `Op` that says which
-backends there are, in what order `auto` prefers them on a device, with the measured reason, and how its Triton kernels
-are launched. Whatever needs a list of the ops takes `OPS`.
+Each op is a `torch.library` custom op whose last argument is the name of a backend, and an `Op` with its backends, the
+order in which `auto` prefers them on a device, with the measured reason, and the launches of its Triton kernels. Code
+that needs a list of the ops uses `OPS`.
 
 triton      kernels for GPUs; on a CPU only in Triton's interpreter (TRITON_INTERPRET=1), for tests
 cpu         csrc/, vectorised C++ for float32 and bf16
@@ -31,7 +31,7 @@ from spt_fast.kernels.launch import INTERPRETED, TRITON_VERSION, Config, Variant
 CONTRACT_BACKENDS = ("auto", "triton", "cpu", "reference")
 
 OPS: dict[str, Op] = {}
-"""Every op by name. Importing `spt_fast.kernels` imports every file of the folder, and so completes it."""
+"""Every op by name. Importing `spt_fast.kernels` imports every file of the folder, which completes it."""
 
 _preferred: list[str] = []
 
@@ -48,9 +48,9 @@ class BackendError(ValueError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way for an op to run: a backend, or "auto", and how kernels are launched where that is not as by default.
+    """A way for an op to run: a backend, or "auto", and the kernels' launches if they differ from the default.
 
-    launches  kernel, shape and Config, by the names that `launch.launched` is asked for
+    launches  kernel, shape and Config, by the names in `launch.launched`
     """
 
     backend: str
@@ -70,7 +70,7 @@ class Candidate:
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> Candidate:
-        """What `plain` has written."""
+        """The inverse of `plain`."""
         launches = [
             (kernel, tuple(shape), Config(**{**config, "constants": tuple(map(tuple, config["constants"]))}))
             for kernel, shape, config in plain["launches"]
@@ -80,12 +80,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Op:
-    """One op, which enters itself in `OPS`.
+    """One op, which registers itself in `OPS`.
 
     name      of its public function
-    auto      by type of device the backends that `auto` tries there, in order, each with its reason
+    auto      by type of device the backends that `auto` tries, in order, each with its reason
     variants  the launches of its file's Triton kernels, for ahead-of-time compilation
-    launches  for inputs like these, launches that are worth trying besides the default; each changes one kernel's
+    launches  launches to try for such inputs besides the default; each changes one kernel's
     backends  those of all devices
     """
 
@@ -104,7 +104,7 @@ class Op:
         OPS[self.name] = self
 
     def candidates(self, *inputs: Tensor) -> list[Candidate]:
-        """Ways to run for inputs like these, the default first."""
+        """Ways to run for such inputs, the default first."""
         device, dtype = inputs[0].device.type, inputs[0].dtype
         usual = self.pick("auto", inputs[0])
         backends = [name for name in self.auto.get(device, {}) if obstacle(name, device, dtype) is None]
@@ -112,10 +112,10 @@ class Op:
         return [Candidate("auto"), *others, *self.launches(*inputs)]
 
     def pick(self, backend: str, x: Tensor, *, passed_over: tuple[str, ...] = (), **obstacles: str | None) -> str:
-        """The backend that runs for tensors like x; BackendError for one that is unknown or cannot run for them.
+        """The backend that runs for tensors like x; BackendError for an unknown one or one that cannot run for them.
 
-        `obstacles` says by backend why it cannot run this time, besides device and dtype; `auto` leaves out what is
-        `passed_over`, too.
+        `obstacles`: by backend, further reasons why it cannot run, besides device and dtype; `auto` also leaves out
+        `passed_over` ones.
         """
         if backend == "auto":
             tuned = [_installed[self.name].backend] if self.name in _installed else []
@@ -137,7 +137,7 @@ class Op:
 
 @contextmanager
 def prefer(backend: str) -> Iterator[None]:
-    """Within it, `auto` takes this backend for every op that has it and can run it."""
+    """Inside, `auto` uses this backend for every op that has it and can run it."""
     _preferred.insert(0, backend)
     try:
         yield
@@ -146,7 +146,7 @@ def prefer(backend: str) -> Iterator[None]:
 
 
 def install(chosen: Mapping[str, Candidate]) -> None:
-    """From now on `auto` means these, by op, and nothing that was installed before."""
+    """From now on `auto` means these, by op, instead of anything installed before."""
     for candidate in _installed.values():
         for kernel, shape, _ in candidate.launches:
             choose(kernel, shape, None)
@@ -158,22 +158,22 @@ def install(chosen: Mapping[str, Candidate]) -> None:
 
 
 def tried_on_gpus(x: Tensor, kernel: str, shape: tuple, configs: Sequence[Config]) -> list[Candidate]:
-    """Candidates that launch a Triton kernel so, for tensors like x, which have none on a CPU."""
+    """Candidates with this launch of a Triton kernel, for tensors like x; none on a CPU."""
     return [Candidate("triton", ((kernel, shape, config),)) for config in configs] if x.is_cuda else []
 
 
 def pass_over(op: str, backend: str) -> None:
-    """From now on `auto` doesn't take this backend for this op."""
+    """From now on `auto` doesn't use this backend for this op."""
     _passed_over.add((op, backend))
 
 
 def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why a backend can't run for tensors of this device and dtype; None where it can."""
+    """Why a backend can't run for tensors of this device and dtype; None if it can."""
     if backend == "triton":
         if TRITON_VERSION is None:
             return "triton is not installed"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"Triton kernels take float32, bfloat16 and float16, not {dtype}"
+            return f"Triton kernels support float32, bfloat16 and float16, not {dtype}"
         if device != "cuda" and not INTERPRETED:
             return f"Triton kernels need a GPU, the tensors are on {device}"
     if backend == "cpu":
@@ -182,12 +182,12 @@ def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
         if device != "cpu":
             return f"the tensors are on {device}"
         if dtype not in (torch.float32, torch.bfloat16):
-            return f"the C++ kernels take float32 and bfloat16, not {dtype}"
+            return f"the C++ kernels support float32 and bfloat16, not {dtype}"
     if backend in flash_attn.BACKENDS:
         if device != "cuda":
             return f"flash-attn needs a GPU, the tensors are on {device}"
         if dtype not in (torch.bfloat16, torch.float16):
-            return f"flash-attn takes bfloat16 and float16, not {dtype}"
+            return f"flash-attn supports bfloat16 and float16, not {dtype}"
         return flash_attn.obstacle(backend)
     return None
 
@@ -211,17 +211,17 @@ _LIBRARY = torch.library.Library("spt_fast", "FRAGMENT")
 """Not `torch.library.custom_op`: the first call of one imports torch.compile, a second of every process."""
 
 _formulas: dict[Callable, tuple[Callable, Callable]] = {}
-"""By custom op, what saves for its gradients and what computes them."""
+"""By custom op, the functions that save for its gradients and compute them."""
 
 
 def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
     """Makes a function of positional arguments the custom op `spt_fast::name`.
 
-    The registered op costs 30 µs of Python and dispatcher a call, and its gradients as much again. Only what looks at
-    ops needs it: torch.compile and export, selective checkpointing, transforms, fake and meta tensors. All others get
-    the function itself, under autograd as a `torch.autograd.Function`.
+    The registered op costs 30 µs of Python and dispatcher per call, and its gradients as much again. Only code that
+    looks at ops needs it: torch.compile and export, selective checkpointing, transforms, fake and meta tensors. All
+    others get the function itself, under autograd as a `torch.autograd.Function`.
 
-    empty    (the leading arguments, *_) -> new tensors as the results are, by which torch.compile traces the op
+    empty    (the leading arguments, *_) -> new tensors of the results' shapes, with which torch.compile traces the op
     mutates  the arguments, each a list of tensors, that the op changes in place; such an op has no gradients
     """
 
@@ -254,7 +254,7 @@ def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ())
             def backward(ctx: Any, *gradients: Tensor) -> Any:
                 return _differentiate(call, ctx, *gradients)
 
-        apply = super(torch.autograd.Function, direct).apply  # without its look for transforms
+        apply = super(torch.autograd.Function, direct).apply  # skips its check for transforms
         if mutates:
             _LIBRARY.impl(name, _in_place(op, places), "Autograd", with_keyset=True)
         else:
@@ -266,7 +266,7 @@ def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ())
 
 
 def is_looked_at(arguments: Sequence[Any]) -> bool:
-    """Whether something follows which ops are called, or a tensor isn't plain memory."""
+    """Whether the called ops are observed, or a tensor isn't plain memory."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     if torch._C._are_functorch_transforms_active():
@@ -282,7 +282,7 @@ def is_looked_at(arguments: Sequence[Any]) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether vmap or another of torch.func's transforms is at work, which knows ops alone, no autograd Function."""
+    """Whether vmap or another of torch.func's transforms is active; these support only ops, no autograd Function."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -303,7 +303,7 @@ def _differentiate(op: Callable, ctx: Any, *gradients: Tensor) -> Any:
 
 
 def _in_place(op: OpOverload, places: Sequence[int]) -> Callable:
-    """The op without autograd, which is told that what it saved of these arguments is overwritten."""
+    """The op without autograd, which is told that these arguments are overwritten."""
 
     def run(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         for place in places:
@@ -315,16 +315,15 @@ def _in_place(op: OpOverload, places: Sequence[int]) -> Callable:
 
 
 def with_dense_rows(*tensors: Tensor) -> list[Tensor]:
-    """Each as it is where the numbers of its last dimension lie side by side; else a copy."""
+    """Each unchanged if the numbers of its last dimension are contiguous; else a copy."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def new_like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Of each tensor's shape and dtype, not written yet, and contiguous."""
+    """New contiguous tensors of these shapes and dtypes, not written yet."""
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """float32, the dtype of every sum inside an op, but float64 for float64 inputs, so that gradcheck means
-    something."""
+    """float32, the dtype of every sum inside an op; float64 for float64 inputs, so that gradcheck is meaningful."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""A process that tries what may end it: an illegal memory access does, and a wrong launch can hang.
+"""A process for trials that may crash it: an illegal memory access ends the process, and a wrong launch can hang.
 
-It imports all once, touches no GPU, and forks itself for each request. The fork answers with messages, dictionaries of
-JSON, of which "at" says what it is at work on, and None that it is at nothing that may be at fault.
+It imports everything once, uses no GPU, and forks for each request. The fork answers with messages, JSON dictionaries
+whose "at" names what it works on; None means that nothing can be at fault.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from contextlib import suppress
 from typing import Any
 
 START_S = 120.0
-"""For a child to import what it needs."""
+"""Time for a child to import what it needs."""
 STUCK_S = 60.0
-"""What takes longer, its compilation included, is given up."""
+"""A candidate that takes longer, compilation included, is abandoned."""
 GRACE_S = 5.0
-"""What a child may need beyond its time, which it keeps itself."""
+"""Time that a child may need beyond its own limit."""
 POLL_S = 0.5
 
 
 class Undecided(Exception):
-    """Nothing was found, and why."""
+    """Nothing was found, and the reason."""
 
 
 def serve(answers: int) -> None:
-    """In the child: reads requests from stdin, a line each, and has a fork of itself write messages to `answers`."""
+    """In the child: reads requests from stdin, one per line; a fork writes messages to `answers`."""
     with os.fdopen(answers, "w", encoding="utf-8") as out:
 
         def tell(**message: Any) -> None:
@@ -53,16 +53,15 @@ def serve(answers: int) -> None:
 
 
 class Died(Exception):
-    """The process that tries candidates has ended, or was ended since it stood still."""
+    """The process that tries candidates has ended, or was ended because it hung."""
 
 
 class _Stuck(Exception):
-    """It says nothing."""
+    """It does not answer."""
 
 
 class Child:
-    """The process that forks those that try candidates; it is started when it is first asked, and again where one of
-    these stood still."""
+    """The process that forks for trials; it is started when it is first used, and again if a fork hung."""
 
     def __init__(self, stop: Callable[[], bool] = lambda: False) -> None:
         self._stop = stop
@@ -81,9 +80,9 @@ class Child:
             self._process = None
 
     def ask(self, request: Mapping[str, Any], ends: float) -> Iterator[dict[str, Any]]:
-        """What it says, until it is through. `request["task"]` names the function as "module:name" that takes the
-        request and what sends a message. Died where it ends before, or is at work on one thing for STUCK_S or until a
-        while after `ends`; Undecided where no child can be had."""
+        """Its messages until it is finished. `request["task"]` names the function as "module:name" that takes the
+        request and a function that sends messages. Died if it ends earlier, or works on one thing for STUCK_S or until
+        some time after `ends`; Undecided if no child can be started."""
         try:
             self.start()
             assert self._process is not None
@@ -104,8 +103,8 @@ class Child:
             raise Died(f"ended its process ({name})")
 
     def start(self) -> None:
-        """Unless it runs: it imports for seconds, which shall not be those of the op that comes first. Undecided where
-        it cannot."""
+        """Start it unless it runs: its imports take seconds, which should not count for the first op. Undecided if that
+        fails."""
         if self._process is not None:
             return
         self._answers, theirs = os.pipe()
@@ -117,7 +116,7 @@ class Child:
             stderr=subprocess.DEVNULL,
             pass_fds=(theirs,),
             start_new_session=True,
-            env={**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},  # the other check would begin to use the GPU
+            env={**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},  # the other check would initialise the GPU
         )
         os.close(theirs)
         try:

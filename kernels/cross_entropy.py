@@ -1,37 +1,38 @@
-"""Linear layer and cross-entropy in one, so that the logits never exist whole.
+"""Linear layer and cross-entropy in one op, so that the logits are never stored whole.
 
     z = softcap(x wᵀ)     l = logsumexp(z) - z_target + z_loss logsumexp(z)²
     dl/dz_v = p_v (1 + 2 z_loss logsumexp(z)) - [v = target],   p = softmax(z)
     softcap(s) = c tanh(s / c), whose derivative is 1 - (z / c)²
 
 The z-loss (PaLM, arXiv 2204.02311, page 6) is part of every token's loss, so a mean is over both. Tokens whose target
-is ignore_index have loss 0 and no gradient; "mean" divides by the number of the others, and where there are none it is
-0 with zero gradients, not NaN, so that a micro-batch of padding harms nothing.
+is ignore_index have loss 0 and no gradient; "mean" divides by the number of the others, and without others it is 0 with
+zero gradients, not NaN, so that a micro-batch of padding is harmless.
 
-Legend: N tokens, D width, V vocabulary, C rows of a chunk. At N = 16,384 and V = 151,936 bf16 logits are 5 GB, and as
-many again for their gradient. Here C rows at a time are made, turned into their gradient in place, and multiplied into
+Legend: N tokens, D width, V vocabulary, C rows of a chunk. At N = 16,384 and V = 151,936 bf16 logits are 5 GB, and
+their gradient as much again. Here C rows at a time are computed, turned into their gradient in place, and multiplied
+into
 
     dx = dz w        dw = sum over chunks of dzᵀ x   (float32: sums of many chunks in bf16 make training diverge)
 
 For "mean" and "sum" this happens in the forward pass, since the upstream gradient is one number that can be multiplied
-in later: three GEMMs altogether (6NDV multiply-adds and additions), none repeated. For "none" every row has its own
-upstream gradient, which must be known first: the logits are recomputed in the backward pass (8NDV). Where nobody asks
-for a gradient, only the losses are made. Matmuls and logits are in x's dtype, everything else in float32
-(float64 for float64 inputs), dz too until it is rounded once. Gradients of "mean" and "sum" are kept unscaled until the
-backward pass, so that float16 doesn't lose them at 1/N.
+in later: three GEMMs (6NDV multiply-adds and additions), none repeated. For "none" every row has its own upstream
+gradient, which must be known first: the logits are recomputed in the backward pass (8NDV). If no gradient is needed,
+only the losses are computed. Matmuls and logits are in x's dtype, everything else in float32 (float64 for float64
+inputs), dz too until it is rounded once. Gradients of "mean" and "sum" are kept unscaled until the backward pass, so
+that float16 doesn't lose them at 1/N.
 
-That backward pass reads and writes dx and dw once more, 4ND + 8VD bytes for bf16, for the sake of one number. Where it
-is known ahead (`scale`), dz is made with it. Nothing is then left for the backward pass, and the products can be added
-to a `weight.grad` that accumulates in place (kernels/linear.py), which saves a second dw and 12VD bytes more.
+That backward pass reads and writes dx and dw once more, 4ND + 8VD bytes for bf16, only to multiply by one number. If
+the number is known ahead (`scale`), dz includes it. Then the backward pass has nothing to do, and the products can be
+added to a `weight.grad` that accumulates in place (kernels/linear.py), which saves a second dw and 12VD bytes more.
 
-The GEMMs are PyTorch's. What a backend adds is the pass between them, from logits to their gradient, in place. A Triton
-program reads its row twice, for the exponentials' sum and for the gradient, and writes it once. csrc/cross_entropy.cpp
-reads it once, into a float32 copy in cache. PyTorch's ops make some ten passes, most of them in float32.
+The GEMMs are PyTorch's. A backend adds the pass between them, from logits to their gradient, in place. A Triton program
+reads its row twice, for the exponentials' sum and for the gradient, and writes it once. csrc/cross_entropy.cpp reads it
+once, into a float32 copy in cache. PyTorch's ops make some ten passes, most of them in float32.
 
 Memory beyond the inputs, in the forward pass: dw (4VD bytes), dx and one chunk of logits (2ND and 2CV for bf16); on a
 CPU also the product of one chunk in x's dtype (2VD), which a GPU adds to dw as it multiplies. In the backward pass: dw
-and dx as kept, and as handed on. At N = 8192, D = 4096, V = 151,936 in bf16 that is 2.5 + 0.1 + 0.9 GB forward, and
-backward 2.6 GB besides the gradients themselves (1.3 GB, or 2.6 where `weight.grad_dtype` is float32).
+and dx before and after scaling. At N = 8192, D = 4096, V = 151,936 in bf16 that is 2.5 + 0.1 + 0.9 GB forward, and
+backward 2.6 GB besides the gradients themselves (1.3 GB, or 2.6 if `weight.grad_dtype` is float32).
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ from spt_fast.kernels.matmul import multiply
 
 CHUNK_BYTES = {"cpu": 8 << 20}
 CHUNK_BYTES_ELSEWHERE = 1 << 30
-"""Logits at a time. On a CPU they should stay in its cache; anywhere a chunk must be tall enough for its GEMMs, and for
-the pass over dw that ends it, to pay."""
+"""Bytes of logits at a time. On a CPU they should stay in its cache; a chunk must also be tall enough for its GEMMs and
+to pay for the pass over dw that ends it."""
 CHUNK_MIN_ROWS = 1024
 ROW_BYTES = 128
-"""Rows of logits begin at multiples of this: GEMMs on GPUs are slow at odd vocabularies otherwise."""
+"""Rows of logits begin at multiples of this: otherwise GEMMs on GPUs are slow at odd vocabularies."""
 
 
 def linear_cross_entropy(
@@ -74,12 +75,12 @@ def linear_cross_entropy(
 
     x_ND and weight_VD of one floating dtype; targets_N integers in [0, V) or ignore_index. Returns losses in float32
     (float64 for float64 inputs): a scalar for "mean" (over the tokens not ignored; 0 if there are none) and "sum", [N]
-    for "none". The gradient of weight_VD is handed on in that dtype too where `weight.grad_dtype` takes it, and in the
-    weight's dtype elsewhere.
+    for "none". The gradient of weight_VD is returned in that dtype too if `weight.grad_dtype` allows it, else in the
+    weight's dtype.
 
-    scale, for "mean" and "sum": the loss times this number, of which `backward()` is called as it is, whose upstream
-    gradient is 1 therefore. Gradients are made in the forward pass, which also adds them to `weight.grad` where that
-    accumulates in place. Not for float16, whose smallest numbers are too large.
+    scale, for "mean" and "sum": the loss is multiplied by this number, and its `backward()` must be called without an
+    upstream gradient, which is 1 therefore. Gradients are made in the forward pass, which also adds them to
+    `weight.grad` if that accumulates in place. Not for float16, whose smallest numbers are too large.
     ValueError: shapes, dtypes, reduction, scale or softcap that don't fit, or a backend that cannot run for x.
     RuntimeError (on a CPU): an upstream gradient other than 1 of a loss with `scale`, or a target outside the
     vocabulary. On a GPU the Triton kernel makes that row's loss and gradient NaN, since an exception would have to wait
@@ -112,13 +113,13 @@ def linear_cross_entropy(
     )  # fmt: skip
     if scale is None:
         return _loss(*arguments)[0]
-    if is_looked_at(arguments):  # by what can't follow the passes themselves
+    if is_looked_at(arguments):  # observers can't follow the passes themselves
         return _loss(*arguments)[0] * scale
     return _Scaled.apply(*arguments, scale)
 
 
 class _Scaled(torch.autograd.Function):
-    """The loss times a number, and in the same pass the gradients of just that."""
+    """The loss times a number, and in the same pass its gradients."""
 
     @staticmethod
     def forward(
@@ -148,7 +149,9 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        if dloss.device.type == "cpu" and dloss != 1 and not dloss.isnan():  # NaN: the loss is, and its step left out
+        if (
+            dloss.device.type == "cpu" and dloss != 1 and not dloss.isnan()
+        ):  # NaN: the loss is NaN, and its step is skipped
             raise RuntimeError(
                 f"linear_cross_entropy: the upstream gradient is {dloss.item():.6g}; with `scale` it must be 1"
             )
@@ -188,7 +191,7 @@ def _loss(
     needs_dw: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, unscaled gradients by x and by weight or [0] where there is none yet, their scale []); softcap 0: none."""
+    """(loss, unscaled gradients by x and by weight or [0] if there is none yet, their scale []); softcap 0: none."""
     dloss_N = x_ND.new_ones(len(x_ND), dtype=accumulation_dtype(x_ND))
     now = reduction != "none"
     loss_N, dx_ND, dw_VD = _sweep(
@@ -227,7 +230,7 @@ def _backward_none(
     lambda scale, dx_ND, dw_VD, dw_dtype: (torch.empty_like(dx_ND), torch.empty_like(dw_VD, dtype=dw_dtype)),
 )
 def _backward_scaled(scale: Tensor, dx_ND: Tensor, dw_VD: Tensor, dw_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """For "mean" and "sum": what the forward pass has made, times one number; dw in the dtype that is wanted."""
+    """For "mean" and "sum": the forward pass's gradients times one number; dw in the requested dtype."""
     dx_scaled_ND = dx_ND.to(scale.dtype, copy=True).mul_(scale).to(dx_ND.dtype)
     return dx_scaled_ND, torch.mul(dw_VD, scale, out=torch.empty_like(dw_VD, dtype=dw_dtype))
 
@@ -237,7 +240,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     loss, dx_ND, dw_VD, scale = output
     ctx.now = reduction != "none"
     ctx.save_for_backward(*((dx_ND, dw_VD, scale) if ctx.now else (x_ND, weight_VD, targets_N)))
-    # What autograd would otherwise convert dw to, with one more copy of it.
+    # Autograd would otherwise convert dw to this dtype, with one more copy of it.
     accepted = weight_VD.grad_dtype if weight_VD.is_leaf else weight_VD.dtype
     ctx.dw_dtype = accepted or loss.dtype
     ctx.set_materialize_grads(False)
@@ -277,8 +280,8 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(losses [N], gradients of sum(dloss_N * losses) by x_ND and, in the wide dtype, by weight_VD, or [0]).
 
-    total_VD: where the gradient by weight_VD is added in place, or begun where it is `new`.
-    All chunks use the same buffers: memory that is new costs a CPU more than the arithmetic on it.
+    total_VD: the gradient by weight_VD is added to it, or written if it is `new`.
+    All chunks use the same buffers: on a CPU new memory costs more than the arithmetic on it.
     """
     turn_rows = {"reference": _reference_rows, "cpu": _cpu_rows, "triton": _triton_rows}[backend]
     x_ND, weight_VD, dloss_N = x_ND.contiguous(), weight_VD.contiguous(), dloss_N.contiguous()
@@ -310,7 +313,7 @@ def _sweep(
 
 
 def _chunk_rows(x_ND: Tensor, vocab_size: int) -> int:
-    """Rows of a chunk: as many as CHUNK_BYTES hold, a multiple of 128, and no chunk much shorter than the others."""
+    """Rows of a chunk: as many as fit in CHUNK_BYTES, a multiple of 128, and no chunk much shorter than the others."""
     chunk_bytes = CHUNK_BYTES.get(x_ND.device.type, CHUNK_BYTES_ELSEWHERE)
     most = max(CHUNK_MIN_ROWS, chunk_bytes // (vocab_size * x_ND.itemsize) // 128 * 128)
     chunks = -(-len(x_ND) // most)
@@ -338,7 +341,7 @@ def _logits_buffer(x_ND: Tensor, rows: int, vocab_size: int) -> Tensor:
     return x_ND.new_empty(rows, -(-vocab_size // numbers) * numbers)[:, :vocab_size]
 
 
-# What follows are passes over a chunk: (z_CV without softcap, targets_C, dloss_C, ignore_index, z_loss, softcap or 0,
+# The passes over a chunk: (z_CV without softcap, targets_C, dloss_C, ignore_index, z_loss, softcap or 0,
 # wants_grad) -> losses [C], and if wants_grad z_CV becomes the gradient of sum(dloss_C * losses), in place.
 
 # ------------------------------------------------------------------------------------------------ reference
@@ -382,7 +385,7 @@ def _cpu_rows(*arguments: Any) -> Tensor:
 # ------------------------------------------------------------------------------------------------ Triton
 
 BLOCK, NUMBERS_PER_THREAD = 8192, 16
-"""Logits that a program holds at a time, at most, and of these each of its threads."""
+"""Most logits that a program holds at a time, and each of its threads."""
 
 
 def _block(vocab_size: int) -> tuple[int, int]:
@@ -392,9 +395,9 @@ def _block(vocab_size: int) -> tuple[int, int]:
 
 
 def _registers(vocab_size: int) -> int | None:
-    """At most so many for a thread, None where the assembler's own choice spills nothing.
+    """Limit of registers per thread, None if the assembler's own choice spills nothing.
 
-    Where logits are loaded one by one, it aims so low for the sake of occupancy that it spills.
+    If logits are loaded one by one, it aims at a high occupancy and spills.
     """
     return 128 if vocab_size % 16 else None
 
@@ -430,7 +433,7 @@ def _rows_kernel(
 
     known = (target >= 0) & (target < V)
     z_target = tl.load(z_ptr + target, known, float("nan")).to(tl.float32)
-    # Each place of the block has its own maximum and sum, so that the program's threads needn't meet in the loop.
+    # Each place of the block has its own maximum and sum, so that the program's threads don't synchronise in the loop.
     top, total = tl.full((BLOCK,), -3e38, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
         z = tl.load(z_ptr + start + columns, start + columns < V, float("-inf")).to(tl.float32)
@@ -451,7 +454,7 @@ def _rows_kernel(
         dloss = tl.load(dloss_ptr + row)
         dloss = tl.where(known, dloss, float("nan"))
         p_scale = dloss * (1 + 2 * z_loss * lse) / total
-        # Backwards, since the end of the row is what the cache still has.
+        # Backwards, since the cache still has the end of the row.
         blocks = tl.cdiv(V, BLOCK)
         for block in range(0, blocks):
             at = (blocks - 1 - block) * BLOCK + columns

@@ -1,9 +1,10 @@
-"""Where the documents of a batch lie, in the forms that attention and rotary positions read, made once for all layers.
+"""The positions of a batch's documents, in the forms that attention and rotary positions read, made once for all
+layers.
 
 Legend: B rows, T positions; cu_seqlens as in attention.py.
 
-From cu_seqlens [n+1] to a number for every position it is a dozen small kernels. A model has the same cu_seqlens in
-each layer, forward and backward, so what is made of it is kept with the tensor until something is written there.
+From cu_seqlens [n+1] to a number for every position takes a dozen small kernels. A model has the same cu_seqlens in
+each layer, forward and backward, so the results are cached with the tensor until it is written to.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 def once(cu_seqlens: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """make(cu_seqlens, *arguments), which stands for itself, or what it was the last time."""
+    """make(cu_seqlens, *arguments), or its cached result."""
     if torch.compiler.is_compiling() or cu_seqlens.is_inference():
         return make(cu_seqlens, *arguments)
     values = cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else None  # memory of an array has no version
@@ -34,12 +35,12 @@ def once(cu_seqlens: Tensor, make: Callable[..., Tensor], *arguments: Any) -> Te
 
 
 def spans(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
-    """int32 [2, B, T]: where in its row the document of each position starts and ends; padding is not below its end."""
+    """int32 [2, B, T]: start and end in its row of each position's document; padding is at or after its end."""
     return once(cu_seqlens, _spans, B, T)
 
 
 def first_keys(cu_seqlens: Tensor, B: int, T: int, window: int | None) -> Tensor:
-    """int32 [B, T]: where in its row the keys begin that each query sees; one past itself for padding."""
+    """int32 [B, T]: the first key in its row that each query sees; one past itself for padding."""
     return once(cu_seqlens, _first_keys, B, T, window)
 
 

@@ -3,18 +3,18 @@
     y_n = w[t_n]        dw_v = sum of dy_n over the n with t_n = v
 
 A frequent token occurs hundreds of times in a batch. PyTorch sums its gradient in the dtype of the weight: in bf16 a
-sum of ones stops at 256. Here it is summed in float32 (float64 for float64 weights) and handed on in that dtype,
-unrounded, for those who accumulate in it (`weight.grad_dtype`), and in the weight's dtype for those who don't.
+sum of ones stops at 256. Here it is summed in float32 (float64 for float64 weights) and returned in that dtype,
+unrounded, if the caller accumulates in it (`weight.grad_dtype`), else in the weight's dtype.
 
 Legend: N tokens, V vocabulary, D width. Bytes moved for bf16, in an ideal kernel: forward 4ND, backward 2ND + 4VD. The
 lookup is PyTorch's own on every backend. Its gradient is PyTorch's index_add in the reference, which on a GPU adds by
-atomics, in another order each time. On a GPU the tokens are sorted instead, so that those of a word lie together, in
-their order: one program sums the rows of one word, and writes every row of dw just once, zeros too. One word may have a
-tenth of all rows, and its program would run many times as long as all others together: more than CHUNK rows are summed
-in parts first, one for each CHUNK places that they lie in, and then the parts. Where dw is added to a gradient in place
-(kernels/linear.py), only rows of words that occur are read and written: 2ND + 8D bytes a word. On a CPU threads share
-the columns and add in the order of the tokens (csrc/embedding.cpp): sorting them took 1.5 times as long at V = 50,304.
-Both give the same result every time.
+atomics, in another order each time. Triton's kernels sort the tokens instead, so that those of a word are adjacent, in
+order: one program sums the rows of one word, and writes every row of dw just once, zeros too. One word may have a tenth
+of all rows, and its program would run many times as long as all others together: more than CHUNK rows are first summed
+in parts, one for each CHUNK places, and then the parts. If dw is added to a gradient in place (kernels/linear.py), only
+rows of words that occur are read and written: 2ND + 8D bytes per word. On a CPU threads share the columns and add in
+the order of the tokens (csrc/embedding.cpp): sorting them took 1.5 times as long at V = 50,304. Both give the same
+result every time.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _embedding_backward(dy: Tensor, tokens: Tensor, vocab_size: int, dtype: torc
 
 
 def _sum(dy: Tensor, tokens: Tensor, backend: str, total_VD: Tensor, new: bool) -> None:
-    """Adds dw to the total; a `new` one becomes dw, whatever it holds."""
+    """Adds dw to the total; a `new` total becomes dw, whatever it holds."""
     dy_ND = dy.reshape(-1, dy.shape[-1]).contiguous()
     {"reference": _reference, "cpu": _cpu, "triton": _triton}[backend](dy_ND, tokens.flatten(), total_VD, new)
 
@@ -86,7 +86,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     tokens, weight_VD, ctx.backend = inputs
     ctx.save_for_backward(tokens)
     ctx.vocab_size = weight_VD.shape[0]
-    # What autograd would otherwise convert dw to, with one more copy of it.
+    # Autograd would otherwise convert dw to this dtype, with one more copy of it.
     accepted = weight_VD.grad_dtype if weight_VD.is_leaf else weight_VD.dtype
     ctx.dw_dtype = accepted or accumulation_dtype(weight_VD)
 
@@ -113,7 +113,7 @@ def _cpu(dy_ND: Tensor, tokens_N: Tensor, total_VD: Tensor, new: bool) -> None:
 
 
 ROWS, MAX_COLUMNS, WARPS = 8, 256, 4
-"""Of dy, what a program reads at once: 8 rows in flight for words that occur often."""
+"""Numbers of dy that a program reads at once: 8 rows in flight for frequent words."""
 CHUNK = 128
 """The most rows that one program sums."""
 
@@ -134,8 +134,8 @@ def _part_kernel(
     dy_ptr, order_ptr, words_ptr, start_ptr, part_ptr, N, D,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk of sorted places, the part of a word with more than CHUNK of them: of the word at the chunk's first
-    place, or, where that is another, at its last. No third one can be there."""
+    """In a chunk of sorted places, the part of a word with more than CHUNK of them: the word at the chunk's first
+    place, or, if that is another, at its last. There can be no third one."""
     chunk, last = tl.program_id(0) // 2, tl.program_id(0) % 2
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     begin, end = chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, N)
@@ -152,7 +152,7 @@ def _word_kernel(
     dy_ptr, order_ptr, start_ptr, part_ptr, dw_ptr, D,
     ADD: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A word's rows, or the parts that their sum was made in, in order. ADD: to what is in dw already."""
+    """A word's rows, or the parts of their sum, in order. ADD: to the values already in dw."""
     word = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     start, end = tl.load(start_ptr + word), tl.load(start_ptr + word + 1)

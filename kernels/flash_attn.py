@@ -1,12 +1,12 @@
-"""The flash-attn package in its versions, of which a machine may have several.
+"""The flash-attn package in its versions; a machine may have several.
 
 flash_attn_3   `flash_attn_interface`, for Hopper
 flash_attn_4   `flash_attn.cute`, for Hopper and Blackwell
 flash_attn_2   `flash_attn`, for Ampere and later
-flash_attn     the first of these that there is
+flash_attn     the first available one of these
 
-Whether there is one is found by importing it, once, when it is first asked for: a wheel that was built for another
-PyTorch or another GPU is found on disk, and doesn't load. None of it has run here yet: there was no GPU.
+Availability is tested by importing it, once, when it is first needed: a wheel built for another PyTorch or another GPU
+exists on disk but doesn't load. None of these has run here yet, since there was no GPU.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ VERSIONS = {
     "flash_attn_4": ("flash_attn.cute", (9, 10, 11)),
     "flash_attn_2": ("flash_attn", (8, 9, 10, 11, 12)),
 }
-"""Where each is found, and the major numbers of the compute capabilities that it has kernels for."""
+"""The module of each, and the major compute capabilities for which it has kernels."""
 
 BACKENDS = ("flash_attn", *VERSIONS)
 
 
 def obstacle(backend: str) -> str | None:
-    """Why a version can't be used on the current GPU; None where it can."""
+    """Why a version can't be used on the current GPU; None if it can."""
     if backend == "flash_attn":
         obstacles = {version: obstacle(version) for version in VERSIONS}
         return None if None in obstacles.values() else "; ".join(f"{name}: {why}" for name, why in obstacles.items())
@@ -42,13 +42,13 @@ def obstacle(backend: str) -> str | None:
     return f"it cannot be imported ({found})" if isinstance(found, str) else None
 
 
-if torch.version.cuda:  # it imports all of torch.compile, a second that a machine without a GPU is spared
+if torch.version.cuda:  # imports all of torch.compile, which takes a second
     obstacle = torch.compiler.assume_constant_result(obstacle)
 
 
 @cache
 def _functions(module: str) -> tuple[Callable, Callable] | str:
-    """For rows of one length and for documents; else why there are none."""
+    """Functions for rows of one length and for documents; else the reason why there are none."""
     try:
         found = importlib.import_module(module)
         return found.flash_attn_func, found.flash_attn_varlen_func
@@ -67,7 +67,7 @@ def attention(
     scale: float,
 ) -> Tensor:
     """Attention inside rows, or between the cuts of B·T positions, no two further apart than T; `obstacle` must have
-    found nothing."""
+    returned None."""
     if backend == "flash_attn":
         backend = next(version for version in VERSIONS if obstacle(version) is None)
     found = _functions(VERSIONS[backend][0])

@@ -2,35 +2,34 @@
 
     y = x W^T        dx = dy W        dw = dy^T x           each operand q s, q in fp8 and s in float32
 
-Legend: N rows (all leading dimensions together), I inputs, O outputs, D the width of whatever is quantised.
+Legend: N rows (all leading dimensions together), I inputs, O outputs, D the width of the quantised tensor.
 
-Tensor cores multiply fp8 twice as fast as bf16. e4m3 (4 bits of exponent, 3 of mantissa, up to 448) holds what goes
-forward, x and W; e5m2 (5 and 2, up to 57,344) the gradient, whose range is wider (Micikevicius et al., arXiv
-2209.05433). Scales are dynamic: s = max |row| / the largest fp8 number, of the very tensor that is multiplied, so there
+Tensor cores multiply fp8 twice as fast as bf16. e4m3 (4 bits of exponent, 3 of mantissa, up to 448) is for the forward
+tensors, x and W; e5m2 (5 and 2, up to 57,344) for the gradient, whose range is wider (Micikevicius et al., arXiv
+2209.05433). Scales are dynamic: s = max |row| / the largest fp8 number, of the same tensor that is multiplied, so there
 is no history to keep. y sums along rows of x and W, dx along rows of dy and columns of W, each of which has its own
-scale, so that an outlier costs only its own row. dw sums along columns of dy and x, and the hardware wants what it sums
-along side by side, so columns are written transposed; here each tensor has a single scale, for which the maxima of the
+scale, so that an outlier affects only its own row. dw sums along columns of dy and x, and the hardware needs these
+numbers contiguous, so columns are written transposed; here each tensor has a single scale, for which the maxima of the
 rows suffice: numbers down to 1/28,672 of the largest keep their three bits of mantissa, in e5m2 down to 1/10^9.
 
 So x and dy are read twice: for the maxima of the rows, unless the op that made them knows these already (`largest_of`),
-and for both copies, which one pass writes. W is quantised by rows and columns once a step, where its gradients
-accumulate in place (kernels/linear.py); elsewhere each time. Bytes moved for bf16 beside those of the matmuls, and
-kernels, where x, dy and W had each a pass by rows, and two by columns with the scales' arithmetic between them:
+and for both copies, which one pass writes. W is quantised by rows and columns once a step if its gradients accumulate
+in place (kernels/linear.py), otherwise each time. Bytes moved for bf16 besides those of the matmuls, and kernels;
+"before" is with one pass by rows for each of x, dy and W, and two by columns with the scales' arithmetic between them:
 
                         x and dy            kernels     W                       kernels
     before              8NI + 8NO           12          8IO a micro-batch       6
     now                 6NI + 6NO           6           8IO a step              6 a step
     maxima known        4NI + 4NO           4, and one where they are known by parts of rows
 
-A matmul of width D saves half its time, which grows with D: torchao's users find no gain below about 2,048. Kept for
-the backward pass is x in fp8, by columns: half of its bytes.
+A matmul of width D saves half its time, which grows with D: torchao's users find no gain below about 2,048. The
+backward pass keeps x in fp8, by columns: half of its bytes.
 
-What `torch._scaled_mm` asks: the first operand row-major, the second column-major; what it sums along and the columns
-that it puts out divisible by 16 (the rows of x need not be: the transposed copies are padded with zeros); and e5m2 on
-the left, which is where dy is in both matmuls. With a scale for each row it puts out bf16, to which y and dx are
-rounded; with one for the whole tensor float32, in which dw is handed on as in kernels/norm.py. Sums of gradients are
-kept in float32; forward ones in the tensor core's own 22 bits (`use_fast_accum`), still far finer than the numbers that
-are summed.
+Requirements of `torch._scaled_mm`: the first operand is row-major, the second column-major; the summed dimension and
+the output's columns are divisible by 16 (the rows of x need not be: the transposed copies are padded with zeros); e5m2
+is on the left, as dy is in both matmuls. With a scale for each row it returns bf16, so y and dx are rounded to it; with
+one for the whole tensor float32, in which dw is returned as in kernels/norm.py. Sums of gradients are kept in float32;
+forward ones in the tensor core's own 22 bits (`use_fast_accum`), still far finer than the summed numbers.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def fp8_linear(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why this GPU cannot multiply fp8; None where it can, and on a CPU, which stands in for one."""
+    """Why this GPU cannot multiply fp8; None if it can, and on a CPU, which emulates it."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         return "fp8 needs a GPU of compute capability 8.9, this one has {}.{}".format(
             *torch.cuda.get_device_capability(device)
@@ -82,7 +81,7 @@ def obstacle(device: torch.device) -> str | None:
 
 
 def _quantised(weight: Tensor, backend: str) -> tuple[Tensor, ...]:
-    """As `_quantise_weight`, which is kept on a parameter until it changes."""
+    """`_quantise_weight`, cached on a parameter until it changes."""
     if (kept := in_place(weight)) is None:
         return _quantise_weight(weight.detach(), backend)
     key = weight._version, weight.data_ptr(), backend
@@ -100,8 +99,8 @@ def _fake_weight(weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 @custom_op("fp8_quantise_weight", _fake_weight)
 def _quantise_weight(weight: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(weight [O, I] in fp8, its scales [O, 1]; the transpose [I, O], its scales [I, 1]). fp8 as uint8, here and below:
-    few of PyTorch's ops take it."""
+    """(weight [O, I] in fp8, its scales [O, 1]; the transpose [I, O], its scales [I, 1]). fp8 is uint8, here and below,
+    since few of PyTorch's ops support it."""
     weight = weight.contiguous()
     rows, row_scales = _QUANTISE_ROWS[backend](weight, FORWARD)
     columns, column_scales = _QUANTISE_COLUMNS[backend](weight, FORWARD)
@@ -130,7 +129,7 @@ def _linear(
     largest: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, x transposed in fp8, its scale); the weight itself is what has a gradient."""
+    """(y, x transposed in fp8, its scale); the gradient belongs to the weight itself."""
     q, scale, x_IN, x_scale = _QUANTISE_BOTH[backend](_flat(x), FORWARD, largest)
     y = _product(q, scale, w_OI.view(FORWARD), w_scale_O1, torch.bfloat16, backend)
     return y.to(x.dtype).view(*x.shape[:-1], len(w_OI)), x_IN.view(torch.uint8), x_scale
@@ -172,15 +171,15 @@ differentiable(_linear, _gradients, _setup_context)
 
 
 def with_largest(x: Tensor, largest: Tensor) -> Tensor:
-    """x, which carries the largest magnitudes in its rows, float32 [N] or by parts of the rows [N, P]. For whoever
-    takes this very tensor: no view of it, nor what it becomes in place."""
+    """x, which carries the largest magnitudes in its rows, float32 [N] or by parts of the rows [N, P]. Only this exact
+    tensor carries them: no view of it, and not after a change in place."""
     if not torch.compiler.is_compiling():
         x.largest = largest, x._version  # type: ignore[attr-defined]
     return x
 
 
 def largest_of(x: Tensor) -> Tensor | None:
-    """What x carries, if it does."""
+    """The magnitudes that x carries, or None."""
     if torch.compiler.is_compiling():
         return None
     largest, version = getattr(x, "largest", (None, None))
@@ -213,8 +212,8 @@ def _reference_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _reference_both(x: Tensor, dtype: torch.dtype, largest: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x [N, D] in fp8, its scales [N, 1]; x in fp8 as [D, N], zeros behind it up to a multiple of 16, its scale
-    [1, 1]). largest: magnitudes in rows or parts of rows, [N] or [N, P], where they are known."""
+    """(x [N, D] in fp8, its scales [N, 1]; x in fp8 as [D, N], padded with zeros to a multiple of 16, its scale [1,
+    1]). largest: magnitudes in rows or parts of rows, [N] or [N, P], if they are known."""
     columns = torch.nn.functional.pad(x.float().mT, (0, -len(x) % MULTIPLE)).contiguous()
     largest = columns.abs().amax().view(1, 1) if columns.numel() else x.new_zeros(1, 1, dtype=torch.float32)
     return *_reference_rows(x, dtype), *_reference_quantise(columns, largest, dtype)
@@ -233,7 +232,7 @@ AMAX_TILE = (16, 256)
 COLUMNS_TILE = (128, 64)
 """Rows and columns of x: a row of a tile, and a row of the transposed one in fp8, are 128 bytes."""
 BOTH_TILES = ((128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 128, 8), (128, 128, 8))
-"""The same and warps, of the pass that writes both layouts: what is worth measuring, the default first."""
+"""The same and warps, for the pass that writes both layouts: the launches to measure, the default first."""
 WARPS = 8
 PROGRAMS_PER_SM = 4
 
@@ -374,12 +373,12 @@ def _triton_both(x: Tensor, dtype: torch.dtype, largest: Tensor | None) -> tuple
 
 
 def candidates() -> list[Config]:
-    """How the pass that writes both layouts may be launched, the default first."""
+    """The launches of the pass that writes both layouts, the default first."""
     return [Config((("ROWS", rows), ("COLUMNS", columns)), warps) for rows, columns, warps in BOTH_TILES]
 
 
 def _launches(x: Tensor, weight: Tensor) -> list[Candidate]:
-    """The widths of x and dy have a kernel each."""
+    """The widths of x and dy have separate kernels."""
     return [
         candidate
         for D in dict.fromkeys((x.shape[-1], len(weight)))
@@ -388,8 +387,8 @@ def _launches(x: Tensor, weight: Tensor) -> list[Candidate]:
 
 
 def variants() -> list[Variant]:
-    """The launches for widths from 2,048 (the model takes no narrower ones) to 16,384 in bf16, of 2,048 in the other
-    dtypes, all multiples of 16. GPUs before 8.9 have no fp8: there is nothing for sm_80."""
+    """The launches for widths from 2,048 (the model uses no narrower ones) to 16,384 in bf16, of 2,048 in the other
+    dtypes, all multiples of 16. GPUs before 8.9 have no fp8, so there is nothing for sm_80."""
     found = []
     sizes = {"N": "i32", "D": "i32:16"}
     weight = {"N": "i32:16", "D": "i32:16"}
@@ -428,9 +427,9 @@ _FP8_LINEAR = Op(
     {
         "cuda": {
             "triton": "quantised in Triton, multiplied by torch._scaled_mm; not measured yet",
-            "reference": "float32 matmuls of what fp8 holds, for GPUs without it",
+            "reference": "float32 matmuls of fp8 values, for GPUs without fp8",
         },
-        "cpu": {"reference": "float32 matmuls of what fp8 holds: the same errors, no speed"},
+        "cpu": {"reference": "float32 matmuls of fp8 values: the same errors, no speed"},
     },
     variants,
     _launches,

@@ -1,12 +1,12 @@
-"""Gradients that the ops add to a parameter's `.grad` themselves, as they make them.
+"""Gradients that the ops add directly to a parameter's `.grad`.
 
-They are summed in float32 (float64 for float64 parameters) whatever the parameter's dtype. Nothing reaches the
-parameter's own node of the autograd graph, nor hooks on it, which DeepSpeed needs; and `torch.autograd.grad` finds no
-gradient. So `accumulate_in_place` is for those who call `backward()` and read `.grad`. It holds for all ops with large
-weights: linear, swiglu_linear, embedding, and linear_cross_entropy where it is given `scale`.
+They are summed in float32 (float64 for float64 parameters) whatever the parameter's dtype. They don't reach the
+parameter's own node of the autograd graph, nor its hooks, which DeepSpeed needs; and `torch.autograd.grad` finds no
+gradient. So `accumulate_in_place` is for callers of `backward()` that read `.grad`. It applies to all ops with large
+weights: linear, swiglu_linear, embedding, and linear_cross_entropy with `scale`.
 
-A norm's kernel sums its weight's gradient in parts, one for each program. Adding the parts up takes a launch for each
-norm and micro-batch; with `PartialSums` the parts of all norms stay in one tensor until a single launch adds them up.
+A norm's kernel sums its weight's gradient in parts, one for each program. Adding the parts takes a launch for each norm
+and micro-batch; with `PartialSums` the parts of all norms stay in one tensor until a single launch adds them.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from spt_fast.kernels.backend import accumulation_dtype
 
 @dataclass
 class InPlace:
-    """What the ops know of a parameter whose gradient they make in place."""
+    """The ops' information on a parameter whose gradient they make in place."""
 
     memory: Tensor | None = None
-    """Where the gradient begins; None for new memory."""
+    """Memory for a new gradient; None to allocate it."""
     parts: Callable[[], PartialSums | None] = lambda: None
-    """A weak reference: a cycle would keep a model's memory until the garbage collector comes."""
+    """A weak reference: a cycle would keep a model's memory until garbage collection."""
     in_fp8: Any = None
-    """What kernels/fp8.py has made of the parameter."""
+    """The parameter's fp8 copies of kernels/fp8.py."""
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """None in a pickled parameter: gradients belong to who trains this one."""
+        """None in a pickled parameter: gradients belong to the trainer of this one."""
         return type(None), ()
 
 
 def accumulate_in_place(parameters: Iterable[Tensor], memory: Iterable[Tensor] | None = None) -> None:
-    """From now on the ops add these leaves' gradients to their `.grad` as they make them, in float32 (float64 for
-    float64 parameters); where it is None they begin it, where a `memory` for each is given there."""
+    """From now on the ops add these leaves' gradients directly to their `.grad`, in float32 (float64 for float64
+    parameters); if it is None they create it, in the `memory` for it if that is given."""
     places = repeat(None) if memory is None else memory
     for parameter, place in zip(parameters, places, strict=False):
         parameter.grad_dtype = accumulation_dtype(parameter)
@@ -49,29 +49,29 @@ def accumulate_in_place(parameters: Iterable[Tensor], memory: Iterable[Tensor] |
 
 
 def in_place(parameter: Tensor | None) -> InPlace | None:
-    """Where the backward pass of an op adds to this parameter's `.grad` itself, and hands on none; else None."""
+    """The `.grad` to which the backward pass of an op adds itself, returning none; None if autograd adds it."""
     return getattr(parameter, "in_place", None) if parameter is not None and parameter.requires_grad else None
 
 
 def accumulates_in_place(parameter: Tensor | None) -> bool:
-    """Whether the backward pass of an op adds to this parameter's `.grad` itself, and hands on none."""
+    """Whether the backward pass of an op adds to this parameter's `.grad` itself, and returns none."""
     return in_place(parameter) is not None
 
 
 def gradient_of(parameter: Tensor) -> tuple[Tensor, bool]:
-    """The `.grad` of a parameter that accumulates in place; whether it is new, and holds nothing yet."""
+    """The `.grad` of a parameter that accumulates in place; whether it is new, with undefined values."""
     if parameter.grad is not None:
         return parameter.grad, False
     memory: Tensor | None = parameter.in_place.memory  # type: ignore[attr-defined]
     dtype = accumulation_dtype(parameter)
-    if memory is None or memory.dtype != dtype or memory.device != parameter.device:  # it was moved since
+    if memory is None or memory.dtype != dtype or memory.device != parameter.device:  # it was moved
         memory, parameter.grad_dtype = torch.empty_like(parameter, dtype=dtype), dtype
     parameter.grad = memory
     return memory, True
 
 
 class PartialSums:
-    """The gradients of vectors of one length, each as [programs, D] of parts, until they are added up."""
+    """The gradients of vectors of one length, each as parts [programs, D], until they are added."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
@@ -82,7 +82,7 @@ class PartialSums:
             parameter.in_place.parts = weakref.ref(self)  # type: ignore[attr-defined]
 
     def of(self, parameter: Tensor, programs: int) -> tuple[Tensor, bool]:
-        """The parts [programs, D] of one of them, float32; whether they are new, and hold nothing yet."""
+        """The parts [programs, D] of one of them, float32; whether they are new, with undefined values."""
         number = self._numbers[id(parameter)]
         if self._parts is None or self._parts.device != parameter.device:
             self._parts = parameter.new_empty(len(self._parameters), programs, len(parameter), dtype=torch.float32)
@@ -91,7 +91,7 @@ class PartialSums:
         return self._parts[number], new
 
     def add_up(self) -> None:
-        """In each parameter's `.grad` what its parts amount to, and what is there already."""
+        """Add its parts to each parameter's `.grad`."""
         if self._parts is None or not self._begun:
             return
         totals = self._parts.sum(1)
@@ -101,13 +101,13 @@ class PartialSums:
         self._begun.clear()
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Start again without parts."""
         self._begun.clear()
 
 
 def sum_parts_at_last(parameters: Iterable[Tensor]) -> list[PartialSums]:
-    """For as long as the results live, ops that sum gradients of these vectors in parts leave them so until `add_up`.
-    They accumulate in place already."""
+    """While the results live, ops that sum gradients of these vectors in parts leave them so until `add_up`. They must
+    accumulate in place already."""
     alike: dict[int, list[Tensor]] = {}
     for parameter in parameters:
         alike.setdefault(len(parameter), []).append(parameter)

@@ -1,7 +1,7 @@
-"""Whether a candidate of an op is right and how long it takes: what the tuner's child processes find out.
+"""Correctness and time of an op's candidates: the work of the tuner's child processes.
 
-Right is what errs, against float64, at most twice as much as PyTorch's ops of the same dtype, and gives the same bits
-twice. What is right is timed in turns, forward and with the backward pass.
+A candidate is correct if its error, against float64, is at most twice that of PyTorch's ops of the same dtype, and if
+two runs give the same bits. Correct ones are timed in turns, forward and with the backward pass.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from spt_fast.kernels.measured import medians
 
 NOT_REACHED = "was not reached in time"
 TIMING_SHARE = 0.25
-"""Of the time of a request; checks have the rest."""
+"""Share of a request's time; checks have the rest."""
 ROUNDS = 25
 REPEATED_S = 0.003
-"""What is faster is run several times between two looks at the clock."""
+"""A faster candidate is run several times between two readings of the clock."""
 MAY_DIFFER = ("auto", "sdpa", *flash_attn.BACKENDS)
-"""Backends that add in any order, or may choose one that does, which only `deterministic` forbids."""
+"""Backends that add in any order, or may choose one that does; only `deterministic` forbids them."""
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """An op to be tried at a shape.
+    """An op to try at a shape.
 
-    call        (*inputs, backend=...) -> results; one that works in place returns what it has changed
+    call        (*inputs, backend=...) -> results; one that works in place returns the changed tensors
     gradients   how many of the inputs, from the first, have one
     candidates  the default first
     """
@@ -48,8 +48,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Question:
-    """What to try. source: "module:function", which makes the Trial of (shape, dtype, device); `small` is a shape that
-    is launched alike and takes little time in float64."""
+    """A question for the tuner. source: "module:function", which makes the Trial of (shape, dtype, device); `small` is
+    a shape with the same launch that takes little time in float64."""
 
     op: str
     source: str
@@ -61,7 +61,7 @@ class Question:
 
 
 def judge(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
-    """In the child: tells of every candidate of a question what is wrong with it, or how long it takes."""
+    """In the child: reports for every candidate of a question what is wrong with it, or how long it takes."""
     question = Question(**request["question"])
     device, dtype = torch.device(question.device), getattr(torch, question.dtype)
     if device.type == "cuda":
@@ -105,14 +105,14 @@ def judge(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
 
 
 def use(device: torch.device) -> None:
-    """RuntimeError where an illegal access has ended this process's use of a GPU, whoever made it."""
+    """RuntimeError if any illegal access has ended this process's use of the GPU."""
     torch.ones(1, device=device).add_(1).item()
 
 
 def _results(
     op: str, trial: Trial, candidate: Candidate, inputs: Sequence[Tensor], upstream: Sequence[Tensor] = ()
 ) -> list[Tensor]:
-    """Outputs and gradients; without `upstream`, of half the sum of the outputs' squares."""
+    """Outputs and gradients; without `upstream`, those of half the sum of the outputs' squares."""
     given = [x.detach().clone().requires_grad_(n < trial.gradients) for n, x in enumerate(inputs)]
     install({op: candidate})
     outputs = trial.call(*given, backend=candidate.backend)
@@ -123,8 +123,8 @@ def _results(
 
 
 def checker(op: str, trial: Trial) -> Callable[[Candidate], str | None]:
-    """Says what is wrong with a candidate's numbers: twice the error of PyTorch's ops in this dtype, against float64,
-    and a rounding of the largest number are allowed."""
+    """What is wrong with a candidate's numbers: it may have twice the error of PyTorch's ops in this dtype, against
+    float64, plus a rounding of the largest number."""
     plain = Candidate("reference")
     outputs = _results(op, trial, plain, trial.inputs)
     upstream = [torch.ones_like(y) + y for y in outputs[: len(outputs) - trial.gradients]]
@@ -141,14 +141,14 @@ def checker(op: str, trial: Trial) -> Callable[[Candidate], str | None]:
             wrong, usual = (float((x.double() - e).abs().max()) if e.numel() else 0.0 for x in (f, a))
             rounding = ROUNDING.get(a.dtype, 0.0) * float(e.abs().max() if e.numel() else 0.0)
             if not wrong <= 2 * usual + rounding:
-                return f"errs by {wrong:.3g} in result {number}, PyTorch's ops by {usual:.3g}"
+                return f"has an error of {wrong:.3g} in result {number}, PyTorch's ops of {usual:.3g}"
         return None
 
     return check
 
 
 def unstable(op: str, trial: Trial, candidate: Candidate, strict: bool) -> str | None:
-    """Says whether a candidate's numbers are not finite, or where `strict` not the same twice."""
+    """What is wrong if a candidate's numbers are not finite, or, if `strict`, not the same twice."""
     try:
         first, second = (_results(op, trial, candidate, trial.inputs) for _ in range(2))
     except Exception as error:
@@ -163,7 +163,7 @@ def unstable(op: str, trial: Trial, candidate: Candidate, strict: bool) -> str |
 def _rivals(
     op: str, trial: Trial, candidate: Candidate, device: torch.device
 ) -> tuple[list[Callable[[], object]], int]:
-    """What is timed, the forward pass and both passes, and how many times each runs."""
+    """The timed functions, the forward pass and both passes, and how many times each runs."""
     given = [x.detach().requires_grad_(n < trial.gradients) for n, x in enumerate(trial.inputs)]
     leaves = given[: trial.gradients]
 

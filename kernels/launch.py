@@ -1,10 +1,10 @@
-"""Triton, where it is installed: `jit` and `tl` for the kernels, and the small arithmetic of launching them.
+"""Triton, if it is installed: `jit` and `tl` for the kernels, and the arithmetic of their launches.
 
-Without Triton the kernels are plain functions that nobody calls, so that every op file imports everywhere. With
+Without Triton the kernels are plain functions that are never called, so that every op file imports everywhere. With
 TRITON_INTERPRET=1, which must be set before the first import, they run on CPU tensors. Its interpreter is wrong in
-bf16: kernels convert to float32 right after every load.
+bf16, so kernels convert to float32 right after every load.
 
-Triton launches on the current GPU, whichever holds the tensors: our `jit` makes the tensors' GPU the current one.
+Triton launches on the current GPU, whichever holds the tensors: our `jit` switches to the tensors' GPU.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ except ImportError:
 
 
 DTYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
-"""What the kernels read and write, by Triton's name of a pointer to it."""
+"""Dtypes of the kernels' tensors, by Triton's name of a pointer."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is launched.
+    """The launch of a kernel.
 
-    constants   the sizes of a program's blocks, and flags, by the names that the kernel's tl.constexpr arguments have
-    maxnreg     as of `Variant`
+    constants   the sizes of a program's blocks, and flags, by the names of the kernel's tl.constexpr arguments
+    maxnreg     as in `Variant`
     """
 
     constants: tuple[tuple[str, int], ...]
@@ -64,7 +64,7 @@ class Config:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a launch is given for it."""
+        """The launch's arguments."""
         registers = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         return {**dict(self.constants), "num_warps": self.num_warps, "num_stages": self.num_stages, **registers}
 
@@ -73,7 +73,7 @@ _chosen: dict[tuple, Config] = {}
 
 
 def choose(kernel: str, shape: tuple, config: Config | None) -> None:
-    """From now on a kernel is launched so for this shape (both as of `launched`); None: as by default."""
+    """From now on a kernel has this launch for this shape (both as in `launched`); None for the default."""
     if config is None:
         _chosen.pop((kernel, *shape), None)
     else:
@@ -81,19 +81,19 @@ def choose(kernel: str, shape: tuple, config: Config | None) -> None:
 
 
 def launched(kernel: str, shape: tuple, default: Config) -> Config:
-    """How a kernel of this name is launched for a shape, by what its file has called both."""
+    """The launch of a kernel for a shape, by the names that its file uses for both."""
     return _chosen.get((kernel, *shape), default)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way in which a Triton kernel may be launched, for ahead-of-time compilation.
+    """One launch of a Triton kernel, for ahead-of-time compilation.
 
     arguments   Triton types of the arguments that are not constants: "*bf16", "*fp32", "fp32", "i32", and "i32:16" for
-                a multiple of 16, for which the launcher makes a kernel of its own; None where nothing is given
+                a multiple of 16, for which the launcher compiles a separate kernel; None for an absent argument
     constants   the tl.constexpr arguments
-    maxnreg     at most so many registers a thread; None leaves it to the assembler
-    default     among those that a usual call chooses
+    maxnreg     limit of registers per thread; None leaves it to the assembler
+    default     whether a usual call has this launch
     archs       the compute capabilities, times ten, on which it can run
     """
 

@@ -1,16 +1,16 @@
-"""A linear layer whose weight's gradient is summed in float32 where it is kept, in `weight.grad`.
+"""A linear layer that sums its weight's gradient in float32, directly in `weight.grad`.
 
     y = x wᵀ + b        dx = dy w        dw += dyᵀ x        db += sum over rows of dy
 
 Legend: N rows (all leading dimensions together), I inputs, O outputs.
 
-The products are PyTorch's. Autograd makes dw in the dtype of w, converts it to `weight.grad_dtype` and adds it to what
-earlier micro-batches have left: of a bf16 weight, bytes for each number 2 written, 2 + 4 for the conversion, and 12 for
-the addition, in three kernels, and every micro-batch's part is rounded to bf16. Once `accumulate_in_place` was told of
-a parameter, the product itself adds to `.grad` (beta = 1): 8 bytes, 4 the first time, one kernel, nothing rounded. A
-CPU has no product of bf16 numbers with float32 sums: there it is rounded once, and csrc/linear.cpp adds it in one pass.
+The products are PyTorch's. Autograd makes dw in the dtype of w, converts it to `weight.grad_dtype` and adds it to that
+of earlier micro-batches: for a bf16 weight, bytes per number are 2 written, 2 + 4 for the conversion, and 12 for the
+addition, in three kernels, and every micro-batch's part is rounded to bf16. After `accumulate_in_place` for a
+parameter, the product itself adds to `.grad` (beta = 1): 8 bytes, 4 the first time, one kernel, no rounding. A CPU has
+no product of bf16 numbers with float32 sums: there it is rounded once, and csrc/linear.cpp adds it in one pass.
 
-What that asks of a caller is in kernels/gradients.py.
+kernels/gradients.py lists the requirements for callers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from spt_fast.kernels.matmul import multiply, rows_times
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """x @ weight.T + bias: x [..., I], weight [O, I], bias [O], of one dtype, the result's too.
+    """x @ weight.T + bias: x [..., I], weight [O, I], bias [O], of one dtype, as the result.
 
     ValueError: a backend that isn't available. RuntimeError: shapes or dtypes that don't fit.
     """
@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
 
 def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """A product's operands in the dtype that autocast, where it is on, multiplies in."""
+    """A product's operands, in autocast's dtype if it is on."""
     kinds = {x.device.type for x in tensors if x is not None}
     if not any(map(torch.is_autocast_enabled, kinds)):
         return list(tensors)
@@ -54,7 +54,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight = weight  # itself, which a checkpoint's copy of what is saved is not
+        ctx.weight = weight  # the parameter itself: a checkpoint's copy of saved tensors is not
         ctx.bias = bias if accumulates_in_place(bias) else None
         return rows_times(x, weight.T, bias)
 
@@ -68,8 +68,8 @@ class _InPlace(torch.autograd.Function):
 def weight_gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the weight and bias of y = x wᵀ + b that are `wanted`. Of the `weight` and `bias` that are given
-    they are added in place, and None here."""
+    """The `wanted` gradients of the weight and bias of y = x wᵀ + b. Those of the given `weight` and `bias` are added
+    in place, and None here."""
     dy_NO = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
     x_NI = x.reshape(len(dy_NO), x.shape[-1])
     dweight = dbias = None
@@ -87,9 +87,9 @@ def weight_gradients(
 
 
 def add_product(total: Tensor, new: bool, a: Tensor, b: Tensor, product: Tensor | None = None) -> None:
-    """Adds a b to the total, in float32 (float64 for float64 factors); a `new` one becomes a b, whatever it holds.
+    """Adds a b to the total, in float32 (float64 for float64 factors); a `new` total becomes a b, whatever it holds.
 
-    product: where a CPU may put a b in the factors' dtype, memory that would otherwise be new.
+    product: memory in the factors' dtype for a CPU's a b, which would otherwise be allocated.
     """
     dtype = accumulation_dtype(a)
     if a.dtype != dtype and not a.is_cuda:

@@ -1,9 +1,9 @@
-"""Products of two matrices: PyTorch's, but float32 on AMD's processors with AVX-512 by csrc/matmul.cpp.
+"""Products of two matrices: PyTorch's, but csrc/matmul.cpp for float32 on AMD's processors with AVX-512.
 
-There PyTorch calls MKL, which takes AVX2 on processors that are not Intel's: 105 of the 255 GFLOP/s of a core (EPYC,
-family 26), ours up to 238. In bf16 it calls oneDNN, which reaches 95% of such a core; ours did no better. A row's
-result is the same for any number of rows from FEWEST_ROWS on and of threads. Who is taken depends on the processor and
-the shapes alone, never on a measurement, so that a run that goes on computes as it began.
+There PyTorch calls MKL, which uses AVX2 on processors of other makers than Intel: 105 of the 255 GFLOP/s of a core
+(EPYC, family 26), ours up to 238. In bf16 it calls oneDNN, which reaches 95% of such a core; ours was not better. A
+row's result is the same for any number of rows from FEWEST_ROWS on and of threads. The choice depends only on the
+processor and the shapes, never on a measurement, so that a resumed run computes as before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spt_fast import native
 PAYS = native.is_built() and native.ops().cpu_matmul_pays()
 
 FEWEST_ROWS = 32
-"""Of the left factor: for fewer it doesn't pay to pack the right one."""
+"""Rows of the left factor: with fewer, packing the right one doesn't pay."""
 
 if PAYS:
     torch.library.register_fake("spt_fast::cpu_product", lambda a, b: a.new_empty(len(a), b.shape[1]))
@@ -24,7 +24,7 @@ if PAYS:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
-    """a b in `out`, or added to it: a [M, K], b [K, N], out [M, N], of one dtype; out is new where it is None.
+    """a b in `out`, or added to it: a [M, K], b [K, N], out [M, N], of one dtype; out is new if it is None.
 
     RuntimeError: shapes or dtypes that don't fit.
     """
@@ -37,7 +37,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = Fal
 
 
 def rows_times(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ matrix + bias: x [..., K], matrix [K, N], bias [N], of one dtype. On our side without autograd."""
+    """x @ matrix + bias: x [..., K], matrix [K, N], bias [N], of one dtype. Ours runs without autograd."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if bias is not None and not _is_ours(rows, matrix):
         y = torch.addmm(bias, rows, matrix)

@@ -1,8 +1,8 @@
-"""What was measured on this machine, kept for later processes in $XDG_CACHE_HOME/spt_fast.
+"""Measurements on this machine, kept for later processes in $XDG_CACHE_HOME/spt_fast.
 
-A record is a small JSON file whose name is a digest of everything that it depends on. Who measures holds a lock, so
-that processes that begin together neither measure against each other nor come to different answers. A folder that
-cannot be written, and a file that is damaged, only cost the measurement again.
+A record is a small JSON file whose name is a digest of everything that it depends on. The measuring process holds a
+lock, so that processes that start together neither measure against each other nor get different results. If the folder
+cannot be written, or a file is damaged, the measurement is only repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from spt_fast.kernels.launch import TRITON_VERSION
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What a measurement on this device holds for."""
+    """What a measurement on this device depends on."""
     known = {"torch": torch.__version__, "triton": TRITON_VERSION or "none"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -44,11 +44,11 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 Read = Callable[[dict[str, Any]], object]
-"""Raises KeyError, TypeError, ValueError or AttributeError for a record that isn't as its kind is."""
+"""Raises KeyError, TypeError, ValueError or AttributeError for a record that isn't of its kind."""
 
 
 def remembered(kind: str, key: Mapping[str, Any], measure: Callable[[], dict[str, Any]], read: Read) -> dict[str, Any]:
-    """What was measured of this kind by this key, here or by an earlier process."""
+    """The measurement of this kind and key, made here or by an earlier process."""
     file = _file(kind, key)
     if (found := recall(kind, key, read)) is not None:
         return found
@@ -62,7 +62,7 @@ def remembered(kind: str, key: Mapping[str, Any], measure: Callable[[], dict[str
 
 
 def recall(kind: str, key: Mapping[str, Any], read: Read) -> dict[str, Any] | None:
-    """What an earlier process has measured; None where there is none, or, with a warning, where it cannot be read."""
+    """An earlier process's measurement; None if there is none, or, with a warning, if it cannot be read."""
     file = _file(kind, key)
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def recall(kind: str, key: Mapping[str, Any], read: Read) -> dict[str, Any] | No
     except OSError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{file}: what is kept there of earlier measurements is damaged ({error!r}); it is ignored"
+        problem = f"{file}: this record of earlier measurements is damaged ({error!r}); it is ignored"
         warnings.warn(problem, SptWarning, stacklevel=2)
         return None
     return kept["found"]
@@ -87,8 +87,8 @@ def _file(kind: str, key: Mapping[str, Any]) -> Path:
 def _home() -> Path:
     try:
         return Path.home()
-    except RuntimeError:  # neither HOME nor the list of users has one
-        return Path(os.devnull)  # nothing can be kept below it
+    except RuntimeError:  # neither HOME nor the user database has one
+        return Path(os.devnull)  # nothing can be stored below it
 
 
 def _plain(value: Mapping[str, Any]) -> Any:
@@ -97,8 +97,8 @@ def _plain(value: Mapping[str, Any]) -> Any:
 
 
 def medians(rivals: Sequence[Callable[[], object]], *, rounds: int, seconds: float) -> list[float]:
-    """Seconds of each, taken in turns so that what else the machine does meets all alike: the medians of `rounds`, or
-    of as many as fit into `seconds`, after a first that counts only where it is the only one."""
+    """Seconds of each, in turns so that other load on the machine affects all equally: the medians of `rounds`, or of
+    as many as fit into `seconds`, after a first one that counts only if it is the only one."""
     taken: list[list[float]] = [[] for _ in rivals]
     ends = time.perf_counter() + seconds
     for _ in range(rounds + 1):
@@ -113,7 +113,7 @@ def medians(rivals: Sequence[Callable[[], object]], *, rounds: int, seconds: flo
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Until others have ended; without a lock where none can be had."""
+    """Wait until others have ended; without a lock if none can be had."""
     descriptor = None
     with suppress(OSError):
         lock.parent.mkdir(parents=True, exist_ok=True)

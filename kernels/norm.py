@@ -5,20 +5,20 @@
 
 Legend: N rows (all leading dimensions together), D the normalised width.
 
-What is saved for the backward pass is x, w and one r a row; x^ is recomputed. Bytes moved for bf16, in an ideal kernel:
-forward 4ND (read x, write y), backward 6ND (read x and dy, write dx). In the pre-norm residual stream, the sum that the
-norm reads is a sum that the block before has to write, so `add_rms_norm` computes both in one pass: 8ND forward instead
-of 10ND, 8ND backward instead of 12ND.
+The backward pass saves x, w and one r per row; x^ is recomputed. Bytes moved for bf16, in an ideal kernel: forward 4ND
+(read x, write y), backward 6ND (read x and dy, write dx). In the pre-norm residual stream, the norm reads a sum that
+the previous block has to write, so `add_rms_norm` computes both in one pass: 8ND forward instead of 10ND, 8ND backward
+instead of 12ND.
 
 Every sum is taken in float32 (float64 for float64 inputs) and rounded once, to the dtype of x. The weight's gradient is
-handed on in that wider dtype, unrounded, for those who accumulate in it (`weight.grad_dtype`); autograd casts it to the
-weight's dtype for those who don't. The weight may have another dtype than x.
+returned in that wider dtype, unrounded, for callers that accumulate in it (`weight.grad_dtype`); else autograd casts it
+to the weight's dtype. The weight may have another dtype than x.
 
-A Triton program takes some whole rows at once into registers. Backward, as many programs as the GPU holds walk over the
+A Triton program reads some whole rows at once into registers. Backward, as many programs as the GPU holds loop over the
 rows, each with the sum of its part of dw in registers; these parts, [programs, D], are added at the end, or once a step
-for the norms of all layers (kernels/gradients.py): no atomics, so the same result every time. Of rows wider than 8,192
-registers hold no more than that sum: they are read twice, the second time from the cache; float32 and odd widths are
-left to the reference. csrc/norm.cpp does the same as the kernels over blocks of rows.
+for the norms of all layers (kernels/gradients.py): no atomics, so the same result every time. For rows wider than 8,192
+registers hold only that sum: they are read twice, the second time from the cache; float32 and odd widths are left to
+the reference. csrc/norm.cpp does the same over blocks of rows.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, largest: bool = Fa
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
     x [..., D] and weight [D], any floating dtypes; the result has x's shape and dtype. largest: result and gradient by
-    x carry the largest magnitudes of their rows, for kernels/fp8.py, where Triton kernels make them.
-    ValueError: shapes that don't fit, or a backend that cannot run for x.
+    x carry the largest magnitudes of their rows, for kernels/fp8.py, if Triton kernels make them. ValueError: shapes
+    that don't fit, or a backend that cannot run for x.
     """
     _check("rms_norm", x, weight)
     y, _, _, amax = _norm(x, None, weight, eps, largest, _RMS_NORM.pick(backend, x))
@@ -61,8 +61,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual, weight), x + residual), both in x's dtype.
 
-    x and residual [..., D] of one shape and dtype, weight [D]. The sum is rounded to x's dtype before it is
-    normalised, so that the norm is exactly that of the stream which is handed on. largest: as in rms_norm.
+    x and residual [..., D] of one shape and dtype, weight [D]. The sum is rounded to x's dtype before it is normalised,
+    so that the norm is exactly that of the returned stream. largest: as in rms_norm.
     ValueError: shapes or dtypes that don't fit, or a backend that cannot run for x.
     """
     _check("add_rms_norm", x, weight)
@@ -85,7 +85,7 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _empty_amax(x: Tensor, largest: bool, backend: str) -> Tensor:
-    """Space for the largest magnitudes in x's rows, float32 [N], or [0] where they are not made."""
+    """Space for the largest magnitudes in x's rows, float32 [N], or [0] if they are not made."""
     made = largest and backend == "triton"
     return x.new_empty(x.shape[:-1].numel() if made else 0, dtype=torch.float32)
 
@@ -102,8 +102,8 @@ def _empty_amax(x: Tensor, largest: bool, backend: str) -> Tensor:
 def _norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, largest: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y [..., D], the stream x + residual [..., D] or [0] where there is no residual, r [N] in the wide dtype, the
-    largest magnitudes in y's rows [N] or [0])."""
+    """(y [..., D], the stream x + residual [..., D] or [0] without residual, r [N] in the wide dtype, the largest
+    magnitudes in y's rows [N] or [0])."""
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
     amax = _empty_amax(x, largest, backend)
@@ -123,8 +123,8 @@ def _norm(
 def _norm_backward(
     dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, largest: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx [..., D] in x's dtype, dw [D] in the wide dtype, the largest magnitudes in dx's rows [N] or [0]); x is what
-    was normalised."""
+    """(dx [..., D] in x's dtype, dw [D] in the wide dtype, the largest magnitudes in dx's rows [N] or [0]); x is the
+    normalised tensor."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dstream = None if dstream is None else dstream.contiguous()
     amax = _empty_amax(x, largest, backend)
@@ -137,7 +137,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     x, residual, weight, _, ctx.largest, ctx.backend = inputs
     _, stream, rstd, _ = output
     ctx.save_for_backward(x if residual is None else stream, weight, rstd)
-    ctx.weight = weight  # itself, which a checkpoint's copy of what is saved is not
+    ctx.weight = weight  # the parameter itself: a checkpoint's copy of saved tensors is not
     ctx.has_residual = residual is not None
     ctx.set_materialize_grads(False)
 
@@ -209,28 +209,28 @@ def _cpu_backward(dy: Tensor, dstream: Tensor | None, x: Tensor, weight: Tensor,
 FORWARD_TILE, BACKWARD_TILE = 4096, 2048
 """Numbers that a program holds of each tensor, unless a single row has more."""
 FORWARD_WARP, BACKWARD_WARP = 1024, 512
-"""Bytes of one tensor for each warp: few enough that nothing is spilled."""
+"""Bytes of one tensor per warp: few enough that nothing is spilled."""
 PROGRAMS_PER_SM = 4
 WIDEST = 8192
 """Columns of the widest rows whose x, dy, weight and weight gradient fit in a program's registers at once."""
 
 
 def _config(kernel: str, D: int, dtype: torch.dtype, tile: float = 1, warp: float = 1) -> Config:
-    """How a kernel, "forward" or "backward", is launched; tile and warp: times the usual numbers and bytes."""
+    """The launch of a kernel, "forward" or "backward"; tile and warp: factors of the usual numbers and bytes."""
     numbers, warp_bytes = {"forward": (FORWARD_TILE, FORWARD_WARP), "backward": (BACKWARD_TILE, BACKWARD_WARP)}[kernel]
     columns = next_power_of_2(D)
     rows = max(1, min(16, int(tile * numbers) // columns))
     warps = max(1, min(16, rows * columns * dtype.itemsize // int(warp * warp_bytes)))
     if kernel == "forward":
         return Config((("ROWS", rows), ("COLUMNS", columns)), warps)
-    warps *= 2 if D % 16 else 1  # numbers are loaded one by one, which takes more registers
-    # With few numbers a thread the assembler aims so low, for the sake of occupancy, that it spills some.
+    warps *= 2 if D % 16 else 1  # numbers are loaded one by one, which needs more registers
+    # With few numbers per thread the assembler aims at a high occupancy and spills some.
     maxnreg = 64 if rows * columns <= 8 * 32 * warps else None
     return Config((("ROWS", rows), ("COLUMNS", columns)), warps, maxnreg=maxnreg)
 
 
 def candidates(kernel: str, D: int, dtype: torch.dtype) -> list[Config]:
-    """What is worth measuring, the default first."""
+    """The launches to measure, the default first."""
     sizes = [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0)]
     usual = D <= WIDEST and D % 16 == 0
     return list(dict.fromkeys(_config(kernel, D, dtype, *size) for size in sizes[: None if usual else 1]))
@@ -276,7 +276,7 @@ def _forward_kernel(
 
 @jit
 def _load(ptr, offsets, mask, AGAIN: tl.constexpr = False):
-    """AGAIN: what will be read again soon."""
+    """AGAIN: whether it will be read again soon."""
     return tl.load(ptr + offsets, mask, 0.0, eviction_policy="evict_last" if AGAIN else "").to(tl.float32)
 
 
@@ -286,7 +286,7 @@ def _backward_kernel(
     HAS_DSTREAM: tl.constexpr, TWICE: tl.constexpr, AMAX: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """TWICE: rows are read again after their projection is known, not held. ADD: to what is in dw already."""
+    """TWICE: rows are read again after their projection is known, not held. ADD: to the values already in dw."""
     columns = tl.arange(0, COLUMNS)
     if not TWICE:
         weight = _load(weight_ptr, columns, columns < D)[None, :]
@@ -344,7 +344,7 @@ def _triton_backward(
     amax: Tensor,
     parameter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dw), or instead of dw its parts, which are among those of a `parameter` that keeps them."""
+    """(dx, dw), or instead of dw its parts, which a `parameter` may keep."""
     N, D = len(rstd), x.shape[-1]
     dx = torch.empty_like(x)
     if not N:
@@ -371,20 +371,20 @@ def _triton_backward(
 
 
 def _makes_parts(x: Tensor, backend: str) -> bool:
-    """Whether the kernel runs for these rows, of which there are some."""
+    """Whether the kernel runs for these rows; there is at least one."""
     D = x.shape[-1]
     return backend == "triton" and x.numel() > 0 and (D <= WIDEST or (x.dtype != torch.float32 and D % 16 == 0))
 
 
 def _amax_of(x_ND: Tensor, amax: Tensor) -> None:
-    """Where the kernel has no registers left for it."""
+    """Whether the kernel has no registers left for it."""
     if amax.numel():
         amax.copy_(x_ND.abs().amax(1))
 
 
 def variants() -> list[Variant]:
-    """The launches for widths from 64 to 16,384 in bf16, with and without the residual, from 2,048 on also for fp8; of
-    some widths in float32, float16, and where they are no multiples of 16. Backward, float32 wider than WIDEST has
+    """The launches for widths from 64 to 16,384 in bf16, with and without the residual, from 2,048 on also for fp8; for
+    some widths in float32, float16, and widths that are no multiples of 16. Backward, float32 wider than WIDEST has
     none."""
     found = []
     cases = [(64 << i, "*bf16", "i32:16", whole, False) for i in range(9) for whole in (True, False)]
@@ -414,7 +414,7 @@ def variants() -> list[Variant]:
 def _variants(
     kernel: Any, name: str, D: int, dtype: str, arguments: dict, flags: dict[str, bool], default: bool
 ) -> list[Variant]:
-    """A kernel as it is launched by default, and where that is a usual call as it may be."""
+    """A kernel with its default launch, and for a usual call with all its launches."""
     configs = candidates(name, D, DTYPES[dtype])[: None if default else 1]
     return [
         Variant(kernel, arguments, flags | dict(config.constants), config.num_warps, config.num_stages, config.maxnreg,

@@ -5,26 +5,26 @@ turned by the angle t / theta^(2i/D) of its position t:
 
     y = R x:    a' = a cos - b sin        b' = b cos + a sin                           (Su et al., arXiv 2104.09864)
 
-`cos` and `sin` hold the h angles twice over, once for each half; the kernels read the first. A rotation is orthogonal,
-so its gradient is the rotation by the opposite angle, and nothing but the two tables has to be saved. With QK-norm
+`cos` and `sin` hold the h angles twice, once for each half; the kernels read the first. A rotation is orthogonal, so
+its gradient is the rotation by the opposite angle, and only the two tables have to be saved. With QK-norm
 
     y = R (x^ w)        x^ = x r        r = (mean(x^2) + eps)^(-1/2)                   (Henry et al., arXiv 2010.04245)
     g = R^-1 dy         dw = sum over all heads of g x^         dx = r (g w - x^ mean(g w x^))
 
-where all that follows from x is recomputed from the saved q and k: a program holds the whole head anyway.
+where everything that follows from x is recomputed from the saved q and k: a program holds the whole head anyway.
 
 Legend: B batch, T positions, H heads (queries and keys may have different numbers), D head dimension, h = D/2.
 
 Bytes moved for bf16, in an ideal kernel: rope 4·B·T·D·(Hq + Hk) each way, one read and one write; qk_norm_rope the same
-forward and 6·B·T·D·(Hq + Hk) backward (read x and dy, write dx), where norm and rotation one after the other take 8 and
-10. Queries and keys go through one kernel, so that the tables are read once for a token and not once for a head. They
-come as slices of one projection [B, T, (Hq + 2 Hk) D] and are read where they lie, by their strides; only a last
-dimension that is not contiguous is copied first. The results are contiguous; attention of a whole projection
-(attention_packed.py) has them written to where they are wanted instead, which may be where they are read.
+forward and 6·B·T·D·(Hq + Hk) backward (read x and dy, write dx), where separate ops for norm and rotation move 8 and
+10. Queries and keys go through one kernel, so that the tables are read once per token and not once per head. They are
+slices of one projection [B, T, (Hq + 2 Hk) D] and are read in place, by their strides; only a last dimension that is
+not contiguous is copied first. The results are contiguous; attention of a whole projection (attention_packed.py) has
+them written where it needs them instead, which may be where they are read.
 
-The arithmetic is float32 (float64 for float64 inputs), rounded once. The weights' gradients are handed on in that wider
-dtype, unrounded, as in norm.py, and are summed like there: over a program's (or block's) tokens, then over programs, in
-an order that is always the same.
+The arithmetic is float32 (float64 for float64 inputs), rounded once. The weights' gradients are returned in that wider
+dtype, unrounded, as in norm.py, and are summed in the same way: over a program's (or block's) tokens, then over
+programs, always in the same order.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def rope(q_BTHD: Tensor, k_BTHD: Tensor, cos: Tensor, sin: Tensor, *, backend: s
     """Queries and keys, rotated to their positions.
 
     q_BTHD and k_BTHD, of one dtype, may differ in heads; cos and sin are [T, D] or [B, T, D], with halves repeated, and
-    are taken as constants (no gradient). The results have the shapes and dtype of q and k.
+    are constants (no gradient). The results have the shapes and dtype of q and k.
     ValueError: an odd D, shapes or dtypes that don't fit, or a backend that cannot run for q.
     """
     check("rope", q_BTHD, k_BTHD, cos, sin)
@@ -62,7 +62,7 @@ def qk_norm_rope(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`rope` of queries and keys that were RMS-normalised head by head, with weights [D] shared by all heads (Qwen3).
+    """`rope` of queries and keys that are RMS-normalised head by head, with weights [D] shared by all heads (Qwen3).
 
     Shapes, dtypes and errors as in `rope`; the weights may have other dtypes than q and k.
     """
@@ -71,7 +71,7 @@ def qk_norm_rope(
 
 
 def pick(backend: str, q_BTHD: Tensor, *, normalised: bool) -> str:
-    """The backend that runs, of a rotation alone, or of norms too."""
+    """The backend that runs a rotation, alone or with norms."""
     return (_QK_NORM_ROPE if normalised else _ROPE).pick(backend, q_BTHD)
 
 
@@ -84,7 +84,7 @@ def check(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
 ) -> None:
-    """ValueError for what `rope`, or with weights `qk_norm_rope`, cannot take."""
+    """ValueError for invalid arguments of `rope`, or with weights of `qk_norm_rope`."""
     if (
         q_BTHD.dim() != 4
         or k_BTHD.dim() != 4
@@ -202,8 +202,8 @@ def rotate_into(
     *,
     inverse: bool = False,
 ) -> None:
-    """`qk_norm_rope`, or without weights `rope` (by the opposite angles where `inverse`), to q_out and k_out, which may
-    be q and k. Of both the heads of a position lie side by side, those of positions at one distance."""
+    """`qk_norm_rope`, or without weights `rope` (by the opposite angles if `inverse`), to q_out and k_out, which may be
+    q and k. In both the heads of a position are contiguous, and positions have equal distances."""
     q_BTHD, k_BTHD = with_dense_rows(q_BTHD, k_BTHD)
     arguments = (q_out, k_out, q_BTHD, k_BTHD)
     if q_weight is None or k_weight is None:
@@ -228,8 +228,8 @@ def backward_into(
     eps: float,
     backend: str,
 ) -> Tensor:
-    """The gradients of `qk_norm_rope` to dq and dk, which lie as in `rotate_into` and may be dy_q and dy_k; returns
-    those of the weights, [2, D] in the wide dtype."""
+    """The gradients of `qk_norm_rope` to dq and dk, with strides as in `rotate_into`; they may be dy_q and dy_k.
+    Returns those of the weights, [2, D] in the wide dtype."""
     return {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}[backend](
         dq, dk, *with_dense_rows(dy_q, dy_k, q_BTHD, k_BTHD),
         q_weight.contiguous(), k_weight.contiguous(), *_tables(cos, sin), eps,
@@ -346,14 +346,14 @@ def _cpu_backward(
 FORWARD_TILE, BACKWARD_TILE = 2048, 1024
 """Numbers of q (or of k, if it has more heads) that a program holds at once, unless a single head has more."""
 FORWARD_WARP, BACKWARD_WARP = 512, 256
-"""How many of them a warp holds: few enough that nothing is spilled and that many programs fit on a multiprocessor."""
+"""Numbers per warp: few enough that nothing is spilled and that many programs fit on a multiprocessor."""
 PROGRAMS_PER_SM = 6
 
 
 def _launch(Hq: int, Hk: int, D: int, tile: int, warp: int) -> tuple[dict[str, int], int]:
     """(the constants of a program, its warps).
 
-    It takes all heads of some tokens, or, where these are more than its tile, one of so many groups of them.
+    It processes all heads of some tokens, or, if these are more than its tile, one of several groups of them.
     """
     half, q_heads, k_heads = next_power_of_2(D // 2), next_power_of_2(Hq), next_power_of_2(Hk)
     heads = max(q_heads, k_heads)
@@ -371,10 +371,10 @@ def _launch(Hq: int, Hk: int, D: int, tile: int, warp: int) -> tuple[dict[str, i
 
 
 def _registers(constants: dict[str, int], half: int) -> int | None:
-    """At most so many for a thread of the backward kernel, None where the assembler's own choice spills nothing.
+    """Limit of registers per thread of the backward kernel, None if the assembler's own choice spills nothing.
 
-    Where q has more heads than k and one program takes all, and where heads are no whole vectors, it aims so low for
-    the sake of occupancy that it spills.
+    If q has more heads than k and one program processes all, and if heads are no whole vectors, it aims at a high
+    occupancy and spills.
     """
     if half % 16:
         return 168
@@ -411,7 +411,7 @@ def _load_heads(ptr, b, t, heads, i, stride_b, stride_t, stride_h, T, H, half):
 
 @jit
 def _store_heads(ptr, y1, y2, b, t, heads, i, stride_t, T, H, half):
-    """To a tensor in which only positions may be further apart than their heads take."""
+    """To a tensor in which only positions may have gaps between them."""
     mask = (t < T) & (heads < H) & (i < half)
     places = ptr + (b * T + t) * stride_t + heads * (2 * half) + i
     tl.store(places, y1.to(ptr.dtype.element_ty), mask)
@@ -427,7 +427,7 @@ def _load_table(ptr, b, t, i, table_step, T, half):
 @jit
 def _rstd(x1, x2, half, eps):
     mean = (tl.sum(x1 * x1 + x2 * x2, 2) / (2 * half) + eps)[:, :, None]
-    return 1 / tl.sqrt(tl.where(mean == 0, 1.0, mean))  # where eps is 0, heads beyond the last must not become NaN
+    return 1 / tl.sqrt(tl.where(mean == 0, 1.0, mean))  # if eps is 0, heads beyond the last must not become NaN
 
 
 @jit
@@ -603,7 +603,7 @@ def variants() -> list[Variant]:
     """The launches for the heads of models in bf16, of some in float32; backward also for any number of heads, 4 to 128
     of q, of 64 or 128 numbers. The tables of one row are shared by all.
 
-    How many groups there are, if more than one, only shifts numbers: 2 stand for all.
+    Numbers of groups above one only shift numbers: 2 stands for all.
     """
     found = []
     cases = [(shape, "*bf16", True) for shape in HEAD_SHAPES]

@@ -1,8 +1,8 @@
-"""Whether the ops are right on this machine: each once against PyTorch's own in float64, and twice for equal bits.
+"""Checks the ops on this machine: each once against PyTorch's own in float64, and twice for equal bits.
 
-Compilers and drivers have faults that only some GPUs and versions show. What fails is passed over by `auto`
-(`backend.pass_over`), and the run says so. An illegal memory access ends all use of the GPU by the process that makes
-it, so the check runs in a child.
+Compilers and drivers have bugs that only some GPUs and versions show. `auto` doesn't use what fails
+(`backend.pass_over`), and the run reports it. An illegal memory access ends all use of the GPU in its process, so the
+check runs in a child.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ SHAPE = Shape(
     sequences=2, context=192, width=256, heads=4, kv_heads=2, head_dim=64, ffn=512, vocab_size=512,
     window=None, documents=False, parameters=1 << 12,
 )  # fmt: skip
-"""More than a block of everything, and the last block not full."""
+"""More than a block in every dimension, with a partial last block."""
 LONGEST_S = 300.0
-"""Compilation included."""
+"""Time limit, compilation included."""
 TASK = "spt_fast.kernels.self_check:check"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What a backend does wrong in an op."""
+    """An error of a backend in an op."""
 
     op: str
     backend: str
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.op}: {self.backend} is passed over: it {self.problem}"
+        return f"{self.op}: {self.backend} is not used: it {self.problem}"
 
 
 def self_check(device: torch.device, dtype: torch.dtype, *, head_dim: int = 64, task: str = TASK) -> list[Fault]:
-    """Tries every backend that `auto` may take for tensors in this dtype on this device, in a process of its own, or in
-    this one where that cannot be had. Forgets what is installed."""
+    """Tries every backend that `auto` may use for tensors in this dtype on this device, in a separate process, or in
+    this one if there can't be one. Resets what is installed."""
     faults: dict[tuple[str, str], str] = {}
     at: list[str] | None = None
 
@@ -71,16 +71,16 @@ def self_check(device: torch.device, dtype: torch.dtype, *, head_dim: int = 64, 
 
 
 def asked(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> dict[str, Any]:
-    """What `check` is told."""
+    """The messages to `check`."""
     shape = asdict(replace(SHAPE, head_dim=head_dim))
     return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "shape": shape}
 
 
 def check(request: Mapping[str, Any], tell: Callable[..., object]) -> None:
-    """Tells what it is at work on, [op, backend], and of its faults, [op, backend, problem]. It begins `after` what
-    ended the process before."""
+    """Reports what it works on, [op, backend], and its faults, [op, backend, problem]. It starts `after` the pair that
+    ended the previous process."""
     device, dtype, shape = torch.device(request["device"]), getattr(torch, request["dtype"]), Shape(**request["shape"])
-    use(device)  # where this cannot be, no backend is at fault
+    use(device)  # if this fails, no backend is at fault
     after = request.get("after")
     for op in TRIALS:
         cases: list[tuple[Trial, Callable[[Candidate], str | None]]] = []

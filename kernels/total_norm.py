@@ -1,7 +1,7 @@
 """The L2 norm of all gradients together.
 
-A CPU adds up in order: in float32 the norm of three million values is off by up to 6e-5. So squares are summed in
-float64, by csrc/total_norm.cpp in one pass, elsewhere in pieces, each of which PyTorch copies to float64.
+A CPU adds in order: in float32 the norm of three million values has an error of up to 6e-5. So squares are summed in
+float64, by csrc/total_norm.cpp in one pass, elsewhere in pieces that PyTorch copies to float64.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from spt_fast import native
 from spt_fast.kernels.backend import CPU_LIBRARY
 
 PIECE = 1 << 16
-"""Values whose norm PyTorch takes at a time on a CPU."""
+"""Number of values in one norm by PyTorch on a CPU."""
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:

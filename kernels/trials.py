@@ -1,6 +1,6 @@
-"""How each op is called in a step of a model, on random inputs: what the tuner tries, and the self-check.
+"""The calls of each op in a model's step, on random inputs: for the tuner and the self-check.
 
-A function of TRIALS gives the Trial of its op at a shape. Ops that leave nothing to choose have none.
+A function of TRIALS gives the Trial of its op at a shape. Ops without a choice have none.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from spt_fast.kernels.norm import add_rms_norm, rms_norm
 from spt_fast.kernels.rotary import qk_norm_rope, rope
 
 DOCUMENTS = 4
-"""To a window, in trials of documents."""
+"""Documents per window, in trials with documents."""
 MOST_NUMBERS = 1 << 26
-"""Of AdamW's trial: it goes through memory once, however much there is."""
+"""Size of AdamW's trial: it goes through memory once, however much there is."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a micro-batch and the model."""
+    """The shape of a micro-batch and the model."""
 
     sequences: int
     context: int
@@ -49,12 +49,12 @@ class Shape:
 
     @property
     def small(self) -> Shape:
-        """One that is launched alike."""
+        """A smaller shape with the same launch."""
         return replace(self, sequences=1, context=min(self.context, 256), parameters=min(self.parameters, 1 << 16))
 
 
 Make = Callable[[Shape, Callable[..., Tensor]], tuple[Callable[..., Any], Sequence[Tensor], int]]
-"""(shape, random numbers of a shape) -> what a Trial has besides its candidates."""
+"""(shape, random numbers of a shape) -> the fields of a Trial besides its candidates."""
 
 
 def _attention(
@@ -96,7 +96,7 @@ def _embedding(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., A
 
 
 def _in_fp8(x: Tensor, weight: Tensor, backend: str) -> Tensor:
-    """In float64 not in fp8, so that what is allowed to a backend is what fp8 itself errs."""
+    """Float64 without fp8, so that a backend may have fp8's own error."""
     return linear(x, weight) if x.dtype == torch.float64 else fp8_linear(x, weight, backend=backend)
 
 
@@ -144,7 +144,7 @@ TRIALS: dict[str, Make] = {
 def questions(
     ops: Sequence[str], shape: Shape, dtype: torch.dtype, device: torch.device, *, deterministic: bool
 ) -> list[Question]:
-    """What the tuner is asked of these ops."""
+    """The tuner's questions on these ops."""
     name = str(dtype).removeprefix("torch.")
     source, whole, small = "spt_fast.kernels.trials:trial", asdict(shape), asdict(shape.small)
     return [Question(op, source, whole, small, name, str(device), deterministic) for op in ops]

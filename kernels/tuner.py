@@ -1,12 +1,12 @@
-"""Which backend and launch of an op is the fastest on this machine at a run's shapes, found by trying.
+"""Finds the fastest backend and launch of an op on this machine at a run's shapes, by trying them.
 
-A candidate is tried in a process of its own, since an illegal memory access ends the process that makes it, and a wrong
-launch can hang (`child`). Where it ends or stands still, the candidate at work is out and another process goes on. What
-lives is judged and timed (`judging`). The default is replaced only by
-one that is more than LEAST_GAIN faster, or where it fails itself. Candidates that change the launch of one kernel each
-are put together at last, the fastest of every kernel, and that is tried as well.
+A candidate is tried in a separate process, since an illegal memory access ends the process, and a wrong launch can hang
+(`child`). If it ends or hangs, the current candidate is dropped and another process continues. The others are checked
+and timed (`judging`). The default is replaced only by a candidate that is more than LEAST_GAIN faster, or if it fails
+itself. Candidates that change the launch of one kernel each are combined at the end, the fastest of every kernel, and
+the combination is tried as well.
 
-A record is kept (`measured`) for the machine, the text of the kernels, shape, dtype and determinism.
+A record is kept (`measured`) per machine, text of the kernels, shape, dtype and determinism.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from spt_fast.kernels.measured import machine, recall, remembered
 
 LEAST_GAIN = 0.03
 FIRST_SHARE = 0.7
-"""Of an op's time, before the fastest launches are put together."""
+"""Share of an op's time that must remain when the fastest launches are combined."""
 
 
 def known(questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
-    """By op, the records that this machine has."""
+    """This machine's records, by op."""
     found = {question.op: recall("kernels", _key(question), _read) for question in questions}
     return {op: record for op, record in found.items() if record is not None}
 
@@ -47,7 +47,7 @@ def tune(
     say: Callable[[str], object] = print,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, Any]]:
-    """By op, what was found, here or by an earlier process; ops that `seconds` didn't suffice for, or that came after
+    """By op, what was found, here or by an earlier process. Ops for which `seconds` didn't suffice, or that came after
     it was asked to `stop`, are left out."""
     ends, records = time.monotonic() + seconds, {}
     with Child(stop) as child:
@@ -57,12 +57,12 @@ def tune(
             try:
                 records[question.op] = remembered("kernels", _key(question), decide, _read)
             except Undecided as reason:
-                say(f"{question.op}: left as it is by default, since {reason}")
+                say(f"{question.op}: keeps its default, since {reason}")
     return records
 
 
 def chosen(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Candidate]:
-    """What records tell `install` to do."""
+    """What `install` should do according to the records."""
     return {op: Candidate.read(record["chosen"]) for op, record in records.items()}
 
 
@@ -73,7 +73,7 @@ def _read(record: Mapping[str, Any]) -> None:
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """How fast it is, and since when that is known."""
+    """How fast it is, and the date of the measurement."""
     best, default = (sum(record["seconds"][name]) for name in ("chosen", "default"))
     than = f", {default / best:.2f} times as fast as by default" if default > best else ""
     passes = " + ".join(f"{1000 * part:.3g}" for part in record["seconds"]["chosen"])
@@ -102,7 +102,7 @@ def _decide(question: Question, child: Child, share: float, say: Callable[[str],
     if default.seconds and _total(best) > (1 - LEAST_GAIN) * _total(default):
         best = default
     if default.problem:
-        say(f"{question.op}: {default.candidate} {default.problem}; {best.candidate} is taken")
+        say(f"{question.op}: {default.candidate} {default.problem}; {best.candidate} is used")
     return {
         "date": f"{date.today()}",
         "default": default.candidate.plain(),
@@ -114,7 +114,7 @@ def _decide(question: Question, child: Child, share: float, say: Callable[[str],
 
 @dataclass
 class _Tried:
-    """seconds: forward and backward, empty where it wasn't timed."""
+    """seconds: forward and backward, empty if it wasn't timed."""
 
     candidate: Candidate
     problem: str | None = None
@@ -130,7 +130,7 @@ def _total(one: _Tried) -> float:
 
 
 def _merged(tried: Sequence[_Tried]) -> Candidate | None:
-    """The fastest launch of every kernel, where candidates that change one each were faster for at least two."""
+    """The fastest launch of every kernel, if single-kernel candidates were faster for at least two."""
     best: dict[tuple, _Tried] = {}
     for one in _passed(tried):
         plain = Candidate(one.candidate.backend)
@@ -145,7 +145,7 @@ def _merged(tried: Sequence[_Tried]) -> Candidate | None:
 
 
 def _ask(question: Question, child: Child, ends: float, candidates: Sequence[Candidate]) -> list[_Tried]:
-    """Every candidate, or all that the op has, with what became of it."""
+    """The result of every candidate, or of all that the op has."""
     tried: list[_Tried] = []
     while time.monotonic() < ends:
         at, judged = None, [[i, one.problem] for i, one in enumerate(tried) if one.problem is not None]
@@ -176,12 +176,12 @@ def _ask(question: Question, child: Child, ends: float, candidates: Sequence[Can
 
 
 def _key(question: Question) -> dict[str, Any]:
-    """What a record depends on."""
+    """Everything that a record depends on."""
     return {**asdict(question), **machine(torch.device(question.device)), "kernels": kernels_digest()}
 
 
 @cache
 def kernels_digest() -> str:
-    """Of all that computes: the files of this folder and the compiled extension."""
+    """Digest of the code: the files of this folder and the compiled extension."""
     files = [*Path(__file__).parent.glob("*.py"), *Path(native.__file__).parent.glob("_C.*.so")]
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in sorted(files))).hexdigest()

@@ -1,7 +1,7 @@
 """SwiGLU: python -m benchmarks.kernels.bench_activation [--help]
 
-Bytes that must be moved (kernels/activation.py), for numbers of b bytes: forward 3b an element, backward 5b. With the
-projection to D that reads it, FLOPs: 2NFD forward, twice that backward; what matters there is the extra memory.
+Bytes that must be moved (kernels/activation.py), for numbers of b bytes: forward 3b per element, backward 5b. With the
+projection to D that reads it, FLOPs: 2NFD forward, twice that backward; there the extra memory matters.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """AdamW: python -m benchmarks.kernels.bench_adamw [--help]
 
-Bytes that must be moved (kernels/adamw.py): 28 a parameter in float32, 30 in bf16 with a float32 master copy and a
-float32 gradient. Ours is called as the trainer calls it, with the step's number, the clipping factor and the skip flag
-as device scalars, which the others don't take.
+Bytes that must be moved (kernels/adamw.py): 28 per parameter in float32, 30 in bf16 with a float32 master copy and a
+float32 gradient. Ours is called as by the trainer, with the step's number, the clipping factor and the skip flag as
+device scalars, which the others don't support.
 
-One large matrix a width, and all parameters of a small GPT, where calls and launches count: all take lists of tensors.
-Checked is what two steps change in the weights.
+One large matrix per width, and all parameters of a small GPT, where calls and launches count: all take lists of
+tensors. The check is on the change of the weights in two steps.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def textbook(count: int, step: Counter, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 class Optimizer:
-    """An optimizer over the tensors of a case, made anew for other tensors."""
+    """An optimizer over the tensors of a case, created again for other tensors."""
 
     def __init__(self, count: int, **options: Any) -> None:
         self.count, self.options = count, options

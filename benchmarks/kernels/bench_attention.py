@@ -1,11 +1,11 @@
 """Causal attention, also in documents, with a window, of a whole projection: see --help.
 
-FLOPs (kernels/attention.py): 4 a head, visible pair of query and key, and head dimension forward, 10 backward; pairs
-that the mask hides are not counted. Checked are the first row's first two heads.
+FLOPs (kernels/attention.py): 4 per head, visible pair of query and key, and head dimension forward, 10 backward; pairs
+that the mask hides are not counted. The check is on the first row's first two heads.
 
-Every head has its own keys and values. "eager" is PyTorch's SDPA as it chooses, on [B, T, H, D] as the model has it;
-cuDNN and FlashAttention are its two fast ways. For documents and windows SDPA gets a mask, and flex_attention compiled
-and varlen_attn are the ways that PyTorch has for them. torch.compile changes nothing in SDPA and has no row.
+Every head has its own keys and values. "eager" is PyTorch's SDPA with its own choice, on [B, T, H, D] as in the model;
+cuDNN and FlashAttention are its two fast backends. For documents and windows SDPA gets a mask; compiled flex_attention
+and varlen_attn are PyTorch's own ways for them. torch.compile changes nothing in SDPA and has no row.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def windowed(run: Run, B: int, T: int, H: int, D: int) -> Case:
 
 
 def projection(run: Run, B: int, T: int, H: int, D: int) -> Case:
-    """Queries and keys rotated before, their gradients after, and all gradients in one tensor: as the model has it."""
+    """Queries and keys rotated before, their gradients after, and all gradients in one tensor, as in the model."""
     cos, sin = tables(run, T, D)
 
     def eager(qkv_BTSD: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _case(
 
 
 def mask(B: int, T: int, cu_seqlens: Tensor | None, window: int | None, device: torch.device) -> Tensor:
-    """[B, T, T], or [1, T, T] where all rows are alike: which keys each query sees."""
+    """[B, T, T], or [1, T, T] if all rows are equal: the visible keys of each query."""
     t = torch.arange(T, device=device)
     distance_TT = t[:, None] - t
     visible = (distance_TT >= 0) & (distance_TT < (window or T))

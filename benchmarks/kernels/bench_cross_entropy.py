@@ -1,8 +1,8 @@
 """Linear layer and cross-entropy in one: python -m benchmarks.kernels.bench_cross_entropy [--help]
 
-FLOPs (kernels/cross_entropy.py) for N tokens, width D, vocabulary V: three matmuls, 6NDV; what a contender does
-beyond that (a recomputed matmul, the softmax) lowers its rate. The floor is these three matmuls alone, timed in
-the same rounds. Contenders differ in what their forward pass already does, so that only "both" is ranked.
+FLOPs (kernels/cross_entropy.py) for N tokens, width D, vocabulary V: three matmuls, 6NDV; further work of a contender
+(a recomputed matmul, the softmax) lowers its rate. The floor is these three matmuls alone, timed in the same rounds.
+Contenders differ in the work of their forward pass, so only "both" is ranked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spt_fast.kernels import linear_cross_entropy
 
 SHARE = 2
 ROWS = 512
-"""Rows at a time of the float64 result."""
+"""Rows at a time in the float64 result."""
 
 
 def cases(run: Run) -> list[Callable[[], Case]]:

@@ -1,9 +1,9 @@
 """Embedding lookup: python -m benchmarks.kernels.bench_embedding [--help]
 
 Bytes that must be moved (kernels/embedding.py) for N tokens and V rows of D numbers of b bytes: forward 2bND, backward
-bND + 8ND + 4VD. The gradient is asked for in float32, as the trainer does: PyTorch sums in the weight's dtype and then
-casts. Tokens are as frequent as in text: id i in proportion to 1 / i. Caches hold the frequent rows, so that rates may
-pass 100%.
+bND + 8ND + 4VD. The gradient is requested in float32, as in the trainer: PyTorch sums in the weight's dtype and then
+casts. Tokens are as frequent as in text: id i in proportion to 1 / i. Caches hold the frequent rows, so rates may
+exceed 100%.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Linear layer in 8-bit floating point: python -m benchmarks.kernels.bench_fp8 [--help]
 
-FLOPs for N tokens, D in, F out: 2NDF forward, twice that backward. The ceiling is that of bf16, so fp8 may pass 100%.
-Needs a GPU with fp8 (compute capability 8.9 or more). Two operands of 3 mantissa bits, relative error 2^-4 at most and
-uniform below, err by about 4% of a product's norm, 6% where one of them (a gradient) has 2: 10% is allowed.
+FLOPs for N tokens, D in, F out: 2NDF forward, twice that backward. The ceiling is bf16's, so fp8 may exceed 100%. Needs
+a GPU with fp8 (compute capability 8.9 or more). Two operands of 3 mantissa bits, relative error 2^-4 at most and
+uniform below, have an error of about 4% of a product's norm, 6% if one of them (a gradient) has 2: 10% is allowed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def three_products(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def ours(backend: str, *, kept: bool = False) -> Function:
-    """kept: from one call to the next, as all micro-batches of a step but the first find it."""
+    """kept: from one call to the next, as for all micro-batches of a step but the first."""
 
     def apply(x: Tensor, weight: Tensor) -> Tensor:
         if kept:
@@ -67,7 +67,7 @@ def ours(backend: str, *, kept: bool = False) -> Function:
 
 
 def torchao(recipe: str, shape: tuple[int, int], run: Run) -> Function:
-    """torchao's Float8Linear, compiled where that is asked for, which is how it is meant to be run."""
+    """torchao's Float8Linear, compiled if requested, which is its intended use."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     F_, D = shape

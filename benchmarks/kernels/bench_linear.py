@@ -1,7 +1,7 @@
 """A linear layer's weight gradient: python -m benchmarks.kernels.bench_linear [--help]
 
-It is added in float32 to what is there. FLOPs (kernels/linear.py): 2NIO. Autograd makes the product in the weight's
-dtype, converts it and adds it.
+It is added in float32 to an existing one. FLOPs (kernels/linear.py): 2NIO. Autograd computes the product in the
+weight's dtype, converts it and adds it.
 """
 
 from __future__ import annotations

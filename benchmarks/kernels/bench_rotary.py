@@ -1,9 +1,8 @@
 """RoPE, alone and with QK-norm before it: python -m benchmarks.kernels.bench_rotary [--help]
 
-Bytes that must be moved, for numbers of b bytes and q and k together of E elements: RoPE 2bE each way; with QK-norm
-2bE forward, and 3bE backward, where q and k are needed too. Each is a tensor of its own here, [B, T, H, D].
-
-Eager PyTorch and Liger do as Hugging Face Llama does: tables rounded to the dtype of q, heads before positions.
+Bytes that must be moved, for numbers of b bytes and q and k together of E elements: RoPE 2bE each way; with QK-norm 2bE
+forward, and 3bE backward, which also needs q and k. Each is a separate tensor here, [B, T, H, D]. Eager PyTorch and
+Liger work as in Hugging Face Llama: tables rounded to the dtype of q, heads before positions.
 """
 
 from __future__ import annotations

@@ -1,24 +1,24 @@
-"""What the benchmarks of single ops share: contenders, a check, cold caches, interleaved rounds, ceilings, the table.
+"""The common parts of single-op benchmarks: contenders, check, cold caches, interleaved rounds, ceilings, table.
 
-A case is an op at a shape: its inputs, what it must at least move (bytes) or compute (FLOPs) as the op's file derives
-it, and the contenders: eager PyTorch, the same compiled, ours on each backend, other libraries.
+A case is an op at a shape: its inputs, the least bytes to move or FLOPs to compute as derived in the op's file, and the
+contenders: eager PyTorch, the same compiled, ours on each backend, other libraries.
 
-Checked first: outputs and gradients of every contender against float64. Wrong is what errs by more than four times the
-eager composition of the same dtype (relative to the exact result, in the L2 norm), or than four roundings where that is
-more. Only what passed is timed and ranked; what cannot be imported is "absent" and takes no rank.
+First all outputs and gradients are checked against float64. A contender is wrong if its error exceeds four times that
+of the eager composition of the same dtype (relative to the exact result, in the L2 norm) and four roundings. Only
+correct ones are timed and ranked; one that cannot be imported is "absent" and gets no rank.
 
-Timed: forward (keeping what a backward pass needs), backward, both. A round runs every contender once, each on its own
-copy of the same inputs, restored before; the next round begins with another one. Before each run a buffer larger than
-the last cache is written. On a GPU the time is that between two CUDA events, and the GPU is kept busy while the host
-prepares, so that launches cost nothing unless the contender itself waits for the device; what the host needs stands
-beside it. The figure is the median over the rounds, with the quartiles.
+Timed are forward (keeping what a backward pass needs), backward, both. A round runs every contender once, each on its
+own copy of the same inputs, restored before; the next round begins with another one. Before each run a buffer larger
+than the last cache is written. On a GPU the time is that between two CUDA events, and the GPU is kept busy while the
+host prepares, so that launches cost nothing unless the contender itself waits for the device; the host's time is listed
+separately. The figure is the median over the rounds, with the quartiles.
 
-Ceilings, measured by the same process before anything else, the best of several: a copy for bytes, a square bf16
+Ceilings are measured by the same process before anything else, the best of several: a copy for bytes, a square bf16
 matmul for FLOPs.
 Extra memory is the peak of forward and backward above the inputs, outputs and gradients included.
 
-With --check nothing is timed: ours must err by no more than twice the eager composition (or half a rounding), and give
-the same bits when called again.
+With --check nothing is timed: the error of ours must be at most twice that of the eager composition (or half a
+rounding), and a second call must give the same bits.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23}
 PASSES = ("forward", "backward", "both")
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 CASE_SECONDS = 12.0
-"""Enough for the rounds of one case and pass; more makes no quartile narrower."""
+"""Enough for one case and pass; more rounds don't narrow the quartiles."""
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
 FLUSH_BYTES = {"cuda": 256 << 20, "cpu": 128 << 20}
 HEAD_START_CYCLES = 2_000_000
-"""About a millisecond of a GPU doing nothing, in which the host fills the queue."""
+"""About a millisecond of an idle GPU, in which the host fills the queue."""
 
 Function = Callable[..., Any]
-"""Inputs of a case to a tensor or a tuple of tensors; one that works in place returns what it changed."""
+"""Inputs of a case to a tensor or a tuple of tensors; one that works in place returns the changed tensors."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Someone to be timed: load() imports and gives the function; ImportError and a refused backend mean absent.
+    """A contender: load() imports and returns the function; ImportError and a refused backend mean absent.
 
     kind   "torch" | "ours" | "peer", or "floor": a bound that computes nothing useful, not checked and not ranked
     """
@@ -78,9 +78,9 @@ class Case:
 
     work    by pass ("step" for an op that works in place): bytes for GB/s, FLOPs for TFLOP/s
     exact   results in float64, given the upstream gradients; None: the eager function's on float64 inputs
-    spot    the part of all results, outputs then gradients, that is checked
-    calls   how often the function is called before it is checked
-    alike   the passes in which all contenders do the same, which alone are ranked; None: all of them
+    spot    the checked part of all results, outputs then gradients
+    calls   number of calls before the check
+    alike   the passes in which all contenders do the same work; only these are ranked; None: all of them
     allowed relative error; None: the rule above
     """
 
@@ -102,7 +102,7 @@ class Row:
     """One line of the table.
 
     pass_   forward, backward, both or step; "all" for a contender that was not timed
-    status  timed, absent, wrong, failed or skipped, note says why; of a check right, wrong, "bits differ", …
+    status  timed, absent, wrong, failed or skipped, with the reason in note; for a check right, wrong, "bits differ", …
     """
 
     op: str
@@ -131,7 +131,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how one benchmark process runs."""
+    """Settings of one benchmark process."""
 
     device: torch.device
     dtype: torch.dtype
@@ -139,7 +139,7 @@ class Run:
     compiled: bool = True
     rounds: int = MAX_ROUNDS
     deadline: float = float("inf")
-    """By time.monotonic()."""
+    """End, by time.monotonic()."""
 
     @property
     def gpu(self) -> bool:
@@ -161,7 +161,7 @@ class Run:
         ]
 
     def ours(self, function: Function, *more_backends: str) -> list[Contender]:
-        """Our op on each backend that is meant for this device."""
+        """Our op on each backend for this device."""
         names = ["triton"] if self.gpu else ["cpu", *(["triton"] if INTERPRETED else [])]
         return [
             Contender(f"ours, {name}", partial(partial, function, backend=name), "ours")
@@ -171,7 +171,7 @@ class Run:
     def _compile(self, eager: Function) -> Function:
         if not self.compiled:
             raise ImportError("not asked for")
-        torch._dynamo.reset()  # whose caches are by function: after eight shapes it would fall back to eager
+        torch._dynamo.reset()  # its caches are per function: after eight shapes it would fall back to eager
         return torch.compile(eager, fullgraph=True, dynamic=False)
 
 
@@ -186,7 +186,7 @@ class Clock:
         self._flush = torch.zeros(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
 
     def seconds(self, work: Callable[[], object]) -> tuple[float, float]:
-        """(of the device, of the host)."""
+        """Times (of the device, of the host)."""
         self._flush.add_(1)
         if self.device.type != "cuda":
             began = time.perf_counter()
@@ -240,7 +240,7 @@ def call(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
-    """Of the inputs that require grad; none where nothing does."""
+    """The inputs that require grad; none if nothing does."""
     wanted = [x for x in inputs if x.requires_grad]
     given = [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
     return list(torch.autograd.grad(outputs, wanted, given)) if wanted else []
@@ -254,7 +254,7 @@ def results(function: Function, inputs: Sequence[Tensor], upstream: Sequence[Ten
 
 
 def copy_of(inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Leaves with the same numbers, whose gradients are asked for in the same dtype unless `dtype` says another."""
+    """Leaves with the same numbers, with gradients in the same dtype unless `dtype` gives another."""
     copies = [
         x.detach().to(dtype if dtype and x.is_floating_point() else x.dtype, copy=True).requires_grad_(x.requires_grad)
         for x in inputs
@@ -266,7 +266,7 @@ def copy_of(inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[
 
 
 def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest of the results' relative L2 errors; infinite where one is not finite or has another shape."""
+    """The largest of the results' relative L2 errors; infinite if one is not finite or has another shape."""
     worst = 0.0
     for f, e in zip(found, exact, strict=True):
         if f.shape != e.shape or not bool(f.isfinite().all()):
@@ -277,7 +277,7 @@ def relative_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 def peak_extra_bytes(device: torch.device, work: Callable[[], object]) -> int:
-    """The most memory that `work` held at once, beyond what was held before; on a CPU by PyTorch's allocator alone."""
+    """Peak memory of `work` above the start; on a CPU from PyTorch's allocator only."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -300,7 +300,7 @@ def peak_extra_bytes(device: torch.device, work: Callable[[], object]) -> int:
 
 @dataclass
 class Ready:
-    """A contender that was right, with its own inputs."""
+    """A correct contender, with its own inputs."""
 
     contender: Contender
     function: Function
@@ -384,7 +384,7 @@ def measure(case: Case, run: Run, clock: Clock, ceilings: dict[str, float]) -> l
                 else:
                     inputs, grads = copy_of(case.inputs), copy_of(upstream)
                     extra = peak_extra_bytes(run.device, partial(results, function, inputs, grads))
-        except Exception as problem:  # whatever a contender does, the others are measured
+        except Exception as problem:  # the others are still measured
             status, note = _told(problem)
         if status == "timed":
             assert function is not None
@@ -413,7 +413,7 @@ def _exact(case: Case, eager: Function, upstream: Sequence[Tensor]) -> list[Tens
 
 
 def _told(problem: Exception) -> tuple[str, str]:
-    """What became of a contender that raised: (status, note)."""
+    """(status, note) of a contender that raised."""
     lines = str(problem).strip().splitlines()
     said = f"{type(problem).__name__}: {lines[0][:160] if lines else ''}"
     if isinstance(problem, Absent):
@@ -459,7 +459,7 @@ def _timed(
 
 
 def _sample(case: Case, one: Ready, upstream: list[Tensor], pass_: str, clock: Clock) -> tuple[float, float]:
-    """One run, its inputs and upstream gradients as they were at first: some contenders overwrite them."""
+    """One run, with its inputs and upstream gradients restored, since some contenders overwrite them."""
     for own, original in zip([*one.inputs, *one.upstream], [*case.inputs, *upstream], strict=True):
         own.data.copy_(original.data)
     if pass_ == "backward":
@@ -476,7 +476,7 @@ def rate(work: float, seconds: float, unit: str) -> float:
 
 
 def rank(rows: Sequence[Row]) -> None:
-    """Numbers those that were timed, from the fastest, within each op, shape and pass. Nobody else has a rank."""
+    """Ranks timed contenders, from the fastest, within each op, shape and pass. Others have no rank."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         row.rank = None
@@ -496,7 +496,7 @@ def median(row: Row) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, one table a shape, each pass closed by ours against the best of the others."""
+    """Markdown, one table per shape; after each pass a line with ours against the best of the others."""
     lines: list[str] = []
     for op, shape in dict.fromkeys((row.op, row.shape) for row in rows):
         here = [row for row in rows if (row.op, row.shape) == (op, shape)]
@@ -516,7 +516,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def checked(rows: Sequence[Row]) -> str:
-    """A line a backend."""
+    """A line per backend."""
     return "\n".join(
         f"{row.op}, {row.shape}: {row.contender}: {row.status} {_short(row.error)} {row.note}".strip() for row in rows
     )
@@ -543,7 +543,7 @@ def _short(error: float | None) -> str:
 
 
 def verdict(rows: Sequence[Row], pass_: str) -> str:
-    """Our fastest backend against the fastest of the others in one pass, and who was not there to be compared."""
+    """Our fastest backend against the fastest of the others in one pass, and the missing ones."""
     group = [row for row in rows if row.pass_ in (pass_, "all")]
     ranked = sorted((row for row in group if row.rank), key=lambda row: row.rank or 0)
     ours = next((row for row in ranked if row.kind == "ours"), None)
@@ -558,7 +558,7 @@ def verdict(rows: Sequence[Row], pass_: str) -> str:
 # ------------------------------------------------------------------------------------------------ command line
 
 Cases = Callable[[Run], list[Callable[[], Case]]]
-"""The cases of an op, each made when its turn comes."""
+"""The cases of an op, each created when it runs."""
 
 
 def main(cases: Cases, description: str | None, arguments: Sequence[str] | None = None) -> list[Row]:
@@ -570,12 +570,14 @@ def main(cases: Cases, description: str | None, arguments: Sequence[str] | None 
     parser.add_argument("--rounds", type=int, default=MAX_ROUNDS, help="at most")
     parser.add_argument("--only", default="", help="only shapes that contain this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--check", action="store_true", help="ours: right, and the same bits twice; nothing is timed")
+    parser.add_argument(
+        "--check", action="store_true", help="check ours, and that the bits agree twice; nothing is timed"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny shapes: runs every line, measures nothing of use")
     parser.add_argument("--json", type=Path, help="also write the rows here, after every case")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as the trainer does on a CPU
+    keep_freed_memory()  # as in the trainer on a CPU
     torch.manual_seed(0)
     device = torch.device(options.device)
     run = Run(

@@ -367,7 +367,7 @@ def deterministic() -> Iterator[None]:
 def test_heads_too_wide_for_the_kernels_are_refused_and_auto_goes_elsewhere() -> None:
     for D, dtype in ((160, torch.float32), (264, torch.float16)):
         q, k, v, _ = draw(1, 3, 1, 1, D, dtype)
-        with pytest.raises(ValueError, match=rf"'triton' is invalid: it takes head dimensions up to .* not {D}"):
+        with pytest.raises(ValueError, match=rf"'triton' is invalid: it supports head dimensions up to .* not {D}"):
             flash_attention(q, k, v, backend=usable("triton", dtype))
         assert flash_attention(q, k, v).shape == q.shape
 

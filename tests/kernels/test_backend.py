@@ -29,7 +29,7 @@ def test_every_op_is_listed_with_its_backend_and_the_reason() -> None:
     ("backend", "device", "dtype", "problem"),
     [
         ("cpu", "cuda", torch.bfloat16, "the tensors are on cuda"),
-        ("cpu", "cpu", torch.float16, "take float32 and bfloat16, not torch.float16"),
+        ("cpu", "cpu", torch.float16, "support float32 and bfloat16, not torch.float16"),
         ("triton", "cuda", torch.float64, "not torch.float64"),
         ("reference", "cuda", torch.float64, None),
         ("cpu", "cpu", torch.bfloat16, None),

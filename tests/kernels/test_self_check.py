@@ -45,9 +45,9 @@ def test_every_op_is_tried_and_right_here() -> None:
 @pytest.mark.parametrize(
     ("harm", "problem"),
     [
-        (lambda y, count: y * (1 + 2e-2), "errs by"),
+        (lambda y, count: y * (1 + 2e-2), "has an error of"),
         (lambda y, count: y + (count % 3) * 1e-7, "gives other bits"),
-        (lambda y, count: y * float("nan"), "errs by nan"),
+        (lambda y, count: y * float("nan"), "has an error of nan"),
         (lambda y, count: y.view(-1), "raises"),
     ],
 )
@@ -71,12 +71,12 @@ def test_what_is_wrong_is_passed_over(
     assert OPS["rms_norm"].pick("auto", x) == "cpu"
     choices = Choices(Precision(torch.float32, "asked for"), faults=[fault])
     assert choices.install()["rms_norm"] == OPS["rms_norm"].pick("auto", x) == "reference"
-    assert f"warning: rms_norm: cpu is passed over: it {problem}" in next(choices.lines())
+    assert f"warning: rms_norm: cpu is not used: it {problem}" in next(choices.lines())
 
 
 def test_a_fault_leaves_other_ops_alone() -> None:
     pass_over("rms_norm", "cpu")
-    assert str(Fault("rms_norm", "cpu", "raises")) == "rms_norm: cpu is passed over: it raises"
+    assert str(Fault("rms_norm", "cpu", "raises")) == "rms_norm: cpu is not used: it raises"
     for op in ("add_rms_norm", "rope"):
         assert OPS[op].pick("auto", torch.zeros(2)) == ("cpu" if backend.CPU_LIBRARY else "reference")
 
@@ -86,7 +86,7 @@ def test_what_ends_its_process_is_passed_over_and_the_rest_is_tried(monkeypatch:
     task = "tests.kernels.planted:check_of_three"
     segfaults, wrong = self_check(CPU, torch.float32, task=task)
     assert segfaults == Fault("rms_norm", "cpu", "ended its process (SIGSEGV)")
-    assert (wrong.op, wrong.backend, wrong.problem[:7]) == ("rope", "cpu", "errs by")
+    assert (wrong.op, wrong.backend, wrong.problem[:15]) == ("rope", "cpu", "has an error of")
 
     def here(request: dict, tell: Callable[..., None]) -> None:
         tell(at=["swiglu", "cpu"])

@@ -57,7 +57,7 @@ def test_every_candidate_is_judged_and_none_ends_the_run(tmp_path: Path, monkeyp
     assert tried["exits"] == "ended its process (exit code 3)"
     assert tried["segfaults"] == "ended its process (SIGSEGV)"
     assert tried["raises"] == "raises RuntimeError: no such instruction"
-    assert tried["wrong"].startswith("errs by 0.")
+    assert tried["wrong"].startswith("has an error of 0.")
     assert tried["hangs"] == "took longer than 2 s"
     assert tried["unstable"] == "gives other bits the second time"
     assert isinstance(tried["sdpa"], float), "it may, unless a run asks for equal bits"
@@ -92,7 +92,7 @@ def test_the_default_stays_unless_it_is_beaten_clearly_or_broken(tmp_path: Path)
         answer(1.0, judging.NOT_REACHED)
     assert answer(1.0, 0.96, judging.NOT_REACHED)["chosen"] == "c1"
     assert answer(1.0, 0.96, 0.95) == {"chosen": "c2", "said": []}
-    assert answer("errs", 5.0, 2.0) == {"chosen": "c2", "said": ["double: c0 errs; c2 is taken"]}
+    assert answer("errs", 5.0, 2.0) == {"chosen": "c2", "said": ["double: c0 errs; c2 is used"]}
     with pytest.raises(tuner.Undecided, match="c0 errs; c1 raises"):
         answer("errs", "raises")
 
@@ -155,7 +155,7 @@ def test_an_op_that_time_does_not_suffice_for_stays_as_it_is(tmp_path: Path, mon
     monkeypatch.setattr(child.sys, "executable", "/bin/false")
     assert tune([question(tmp_path)], seconds=9, say=said.append) == {}
     reasons = ("there was no time left", "the run was asked to stop", "what tries it cannot be started")
-    assert said == [f"double: left as it is by default, since {reason}" for reason in reasons]
+    assert said == [f"double: keeps its default, since {reason}" for reason in reasons]
 
 
 def test_what_is_installed_is_what_auto_means() -> None:
