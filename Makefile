@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# Of every room what is quick, by processor time: 90 seconds on two idle cores. Triton's interpreter and compilation
+# The quick tests of every room, by processor time: 90 seconds on two idle cores. Triton's interpreter and compilation
 # take minutes.
 FAST := $(addprefix tests/, test_architecture.py test_config.py test_library.py test_locks.py test_synonyms.py \
 	$(addprefix data/test_, mixture.py order.py ring.py shards.py shuffle.py visits.py heldout.py) \
@@ -31,7 +31,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site, in build/site; what is generated from the code is written anew.
+# The site, in build/site; pages generated from the code are written again.
 docs: $(VENV)/.ready
 	$(BIN)/python docs/reference.py
 	$(BIN)/python docs/figures.py
@@ -47,13 +47,13 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.distributed
 	$(BIN)/python -m benchmarks.laws
 
-# On a machine whose own Python has torch, with that; nothing is installed there. ARGUMENTS="--from FILE" goes on.
+# Uses the machine's own Python if it has torch; nothing is installed then. ARGUMENTS="--from FILE" continues.
 bench-gpu:
 	@python3 -c 'import torch' 2>/dev/null || $(MAKE) $(VENV)/.ready
 	@python=python3; python3 -c 'import torch' 2>/dev/null || python=$(BIN)/python; \
 	echo "$$python -m benchmarks.gpu $(ARGUMENTS)"; $$python -m benchmarks.gpu $(ARGUMENTS)
 
-# The libraries to compare with, beside the environment; what cannot be installed is absent from the tables.
+# The libraries to compare with, outside of the environment; those that cannot be installed are absent from the tables.
 peers: $(VENV)/.ready
 	-for peer in liger-kernel cut-cross-entropy flashoptim torchao; do \
 	$(BIN)/python -m pip install -q --no-deps --target build/peers $$peer; done

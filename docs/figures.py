@@ -62,7 +62,7 @@ def finetune_path() -> Figure:
 
 
 def schedules() -> Figure:
-    """What each regime reads, phase by phase."""
+    """The phases of each regime."""
     figure, axes = new(7, 2.3)
     regimes = {
         "NPT": [(6, 0.0), (1.2, 1.0)],
@@ -111,7 +111,7 @@ def gain() -> Figure:
 
 
 def replay() -> Figure:
-    """What general text in the finetune takes back of the forgetting."""
+    """How much of the forgetting general text in the finetune takes back."""
     table = pd.read_csv(RESULTS / "2026-11-21-cpu2-forgetting-music.csv")
     ends = table[(table.stage == 1) & table.handed_on & (table.anchor == 0)]
     rise = (ends.general_heldout - ends.general_before).groupby([ends.domain_tokens, ends.injected]).mean()

@@ -12,7 +12,7 @@ from typing import Any
 import spt_fast
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = re.compile(r"^::: ([a-z_.]+)$", re.MULTILINE)  # a class, which has capitals, is left to mkdocstrings
+PACKAGE = re.compile(r"^::: ([a-z_.]+)$", re.MULTILINE)  # mkdocstrings handles classes, which have capitals
 RESULTS = "benchmarks/results"
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)(#[^)]*)?\)")
 

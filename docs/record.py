@@ -1,7 +1,7 @@
 """Runs the commands of a page and writes their real output into it: `python docs/record.py docs/tutorial.md FOLDER`.
 
-Python blocks, files (a YAML block begins with `# NAME`) and `console` blocks are taken in order, in FOLDER, where what
-was trained before is kept. An output that the page cuts with `…` is cut at the same line again.
+Python blocks, files (a YAML block begins with `# NAME`) and `console` blocks are run in order, in FOLDER, where trained
+runs are kept. An output that the page cuts with `…` is cut at the same line again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CUT = "…"
 
 
 def output_of(command: str, folder: Path) -> list[str]:
-    """What a command prints; progress and warnings, which are on stderr, are left out."""
+    """A command's output, without progress and warnings, which are on stderr."""
     words = [sys.executable, "-m", "spt_fast", *shlex.split(command, comments=True)[1:]]
     environment = os.environ | {"COLUMNS": str(COLUMNS)}
     ended = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
@@ -34,7 +34,7 @@ def commands_of(block: str) -> list[tuple[str, list[str]]]:
 
 
 def recorded(block: str, folder: Path) -> str:
-    """A console block with what its commands print now."""
+    """A console block with the current output of its commands."""
     lines = []
     for command, old in commands_of(block):
         now = output_of(command, folder)
