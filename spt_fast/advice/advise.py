@@ -104,7 +104,7 @@ def advise_pretraining(
     evidence, missing = gather(rows, domain_tokens=domain_tokens, budget=budget, params=size.params)
     mean_epochs = most_epochs = float(FINETUNE_EPOCHS)
     limit, effects, allowed = None, [], dict[float, bool]()
-    chosen = Choice(papers["regime"], papers["delta"], "published")
+    chosen = published = Choice(papers["regime"], papers["delta"], "published")
     if evidence is not None:
         limit = _limit(evidence, max_general_rise)
         effects = replays.effects(evidence.rows)
@@ -113,7 +113,8 @@ def advise_pretraining(
         if allowed and not any(allowed.values()):
             missing.append(
                 f"no share and replay that were run keep the general loss within {max_general_rise:.3g} of the lowest "
-                "before finetuning; the answer is the pair that comes nearest"
+                "before finetuning; the answer is the "
+                + ("published share, whose rise is unknown" if chosen == published else "pair that comes nearest")
             )
         epochs = plainest(evidence.rows)["epochs"]
         mean_epochs, most_epochs = float(epochs.mean()), float(epochs.max())

@@ -19,9 +19,10 @@ import pandas as pd
 import yaml
 
 from spt_fast.advice.next_step import PUBLISHED
-from spt_fast.advice.prior import FACTS, REPLAY, progress_lost
+from spt_fast.advice.prior import FACTS, REPLAY, outside, progress_lost
 from spt_fast.advice.question import check, size_of
 from spt_fast.advice.result import Asked, Ended
+from spt_fast.advice.support import NEAR, beyond
 from spt_fast.laws import DCPTLaw, best_ratio
 from spt_fast.laws.base import LawWarning
 from spt_fast.model.flops import parameters
@@ -126,7 +127,7 @@ def advise_base(
         optimizer = {"lr": float(ran["lr"].mode()[0]), **fields_of(usual(ran))}
         batches = ran.reindex(columns=["sequences", "window"]).dropna().mode()
         batch = dict(zip(batch, map(int, batches.iloc[0]), strict=True)) if len(batches) else batch
-        notes += more
+        notes += [*more, *_far(own, decided, asked)]
     else:
         decided = _decision(REPLAY, 0.0, 0.0, asked, "published", _published(asked))
     if shape:
@@ -173,6 +174,20 @@ def _arms(own: pd.DataFrame) -> list[BaseArm]:
             )
         )
     return sorted(found, key=lambda arm: arm.domain.mean)
+
+
+def _far(own: pd.DataFrame, decided: BaseDecision, asked: Asked) -> list[str]:
+    """By how much the question lies beyond the runs, where it does."""
+    params, corpus = (float(own[name].iloc[0]) for name in SETTING)
+    factors = {
+        "tokens": outside(asked.budget, own["tokens"].min(), own["tokens"].max()),
+        "domain_tokens": outside(asked.domain_tokens, corpus, corpus),
+        "params": outside(asked.params or params, params, params),
+        "epochs": outside(decided.epochs, own["epochs"].min(), own["epochs"].max()),
+    }
+    far = beyond(factors, NEAR)
+    says = "the question lies beyond these runs, and losses and the best arm may differ there; run the best arms nearer"
+    return [f"{says} to it: {', '.join(far)}"] if far else []
 
 
 def _is(own: pd.DataFrame, arm: BaseArm) -> pd.Series:

@@ -9,7 +9,7 @@ from spt_fast.advice.forecast import FEWEST_BUDGETS, FEWEST_POINTS
 from spt_fast.advice.prior import SAYS, outside
 from spt_fast.advice.result import Asked, Decision, Share, Standing, Support
 from spt_fast.study.finetunes import plainest
-from spt_fast.study.words import amount, percent
+from spt_fast.study.words import amount, number, percent
 
 NEAR = 1.5
 """A factor by which a question may lie outside of the runs and still count as within them."""
@@ -19,6 +19,7 @@ SURE = 0.8
 
 UNITS = {
     "budget": "pretraining tokens",
+    "tokens": "tokens",
     "params": "parameters",
     "domain_tokens": "domain tokens",
     "epochs": "epochs",
@@ -27,7 +28,7 @@ UNITS = {
 
 def beyond(factors: dict[str, float], than: float = 1.0) -> list[str]:
     """By how much a question lies outside of the runs, where by more than a factor of `than`."""
-    return [f"{float(f'{factor:.3g}'):,g}× in {UNITS[what]}" for what, factor in factors.items() if factor > than]
+    return [f"{number(factor)}× in {UNITS[what]}" for what, factor in factors.items() if factor > than]
 
 
 def support(decision: Decision, evidence: Evidence | None, shares: list[Share] | None, asked: Asked) -> Support:
@@ -137,9 +138,9 @@ def _for_a_law(evidence: Evidence, factors: dict[str, float]) -> str:
     """What the runs lack for a law that answers."""
     rows = evidence.rows
     budgets = plainest(rows[rows["regime"] != "SCPT"]).groupby("pretrain_delta")["pretrain_tokens"]
-    few = budgets.nunique()[lambda number: number < FEWEST_BUDGETS]
+    few = budgets.nunique()[lambda budgets: budgets < FEWEST_BUDGETS]
     if len(few):
-        found = ", ".join(f"{percent(delta)} has {number}" for delta, number in few.items())
+        found = ", ".join(f"{percent(delta)} has {many}" for delta, many in few.items())
         return f"add budgets: a law takes {FEWEST_BUDGETS} or more at each share, {found}"
     if (budgets.size() < FEWEST_POINTS).any():
         return f"add a second seed: a law takes {FEWEST_POINTS} finetunes or more at each share"

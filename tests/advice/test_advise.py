@@ -76,6 +76,16 @@ def test_factors_and_spans_are_written_as_people_read_them() -> None:
     said = " ".join(findings(small))
     assert "SPT at 10%;" in said
     assert "6,670× in pretraining tokens" in said
+    tiny = advising.advise(domain_tokens=1, budget=1)
+    assert "40,000,000,000× in pretraining tokens, 3,000,000× in domain tokens" in " ".join(findings(tiny))
+
+
+def test_a_published_answer_is_no_pair_that_was_run(one_budget: pd.DataFrame) -> None:
+    asked = {"domain_tokens": DOMAIN_TOKENS, "table": one_budget, "max_general_rise": 0.001}
+    near, far = (advising.advise_pretraining(budget=budget * B, **asked) for budget in (200, 20_000))
+    assert (near.decision.basis, far.decision.basis) == ("seen", "published")
+    assert "the answer is the pair that comes nearest" in near.missing[-1]
+    assert "the answer is the published share, whose rise is unknown" in far.missing[-1]
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,19 @@ def table_of(*bases: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def test_a_question_far_beyond_the_runs_of_a_base_says_by_how_much() -> None:
+    table = table_of("SmolLM2-135M")
+    near, far = (
+        advise_base(domain_tokens=size, budget=budget, model=model, table=table).missing
+        for size, budget, model in ((3 * M, 12 * M, None), (3000 * M, 20_000 * M, "1b"))
+    )
+    assert not near
+    assert far == [
+        "the question lies beyond these runs, and losses and the best arm may differ there; run the best arms nearer "
+        "to it: 2,000× in tokens, 1,000× in domain tokens, 7.61× in parameters, 1.98× in epochs"
+    ]
+
+
 def test_the_arm_that_costs_the_domain_nothing_and_forgets_least_is_advised() -> None:
     table = table_of("SmolLM2-135M")
     assert of_bases(usable(table))
