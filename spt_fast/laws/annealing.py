@@ -29,6 +29,8 @@ from spt_fast.laws.powers import power
 FEWEST_CURVES = 3
 BEYOND = 1.1
 """Intervals are given up to this many times the largest sum of rates that was run."""
+MOST_ROWS, FEWEST_ROWS = 300, 20
+"""Rows that are fitted to, of all curves and of each."""
 LEAST_RATE = 1e-6
 """Least rate, as a share of the largest: a schedule may end at 0, which has no negative power."""
 
@@ -66,6 +68,15 @@ class MultiPowerLaw(FormulaLaw):
         first = np.array([rows.columns["step"][rows.run == run].min() for run in range(rows.run.max() + 1)])
         order = np.lexsort((rows.columns["step"], rows.run, -first[rows.run]))
         return rows.where(order)
+
+    def _counted(self, rows: Rows) -> Array:
+        """About MOST_ROWS, evenly along each curve: neighbours say the same, and each takes all drops before it."""
+        counted = np.zeros(len(rows), dtype=bool)
+        for run in np.unique(rows.run):
+            own = np.flatnonzero(rows.run == run)
+            share = max(MOST_ROWS * len(own) // len(rows), FEWEST_ROWS)
+            counted[own[np.linspace(0, len(own) - 1, min(share, len(own))).round().astype(int)]] = True
+        return counted
 
     def _measured(self, rows: Rows) -> dict[str, float]:
         sums = self._features(rows.columns, {})["sum"]

@@ -464,7 +464,9 @@ class FormulaLaw(Law):
             self._unit = self._measured(rows)
         columns = self._features({name: rows.columns[name] for name in self.inputs}, self._unit)
         target = rows.columns[next(iter(self.outputs))]
-        curve = Curve(self.parameters, self.formula, columns, target, rows.run, log=True)
+        counted = self._counted(rows)
+        curve = Curve(self.parameters, self.formula, columns, target, rows.run, log=True).where(counted)
+        weights = None if weights is None else weights[:, counted]
         if warm:
             curve = replace(curve, huber=warm["loss"].curve.huber)
             kept = ~_gross(replace(warm["loss"], curve=curve), warm["loss"].scale)
@@ -479,10 +481,14 @@ class FormulaLaw(Law):
             fit = _reweighted(replace(fit, curve=curve.where(kept)))
         return {"loss": fit}
 
+    def _counted(self, rows: Rows) -> Array:
+        """[rows]: which the curve must meet."""
+        return np.ones(len(rows), dtype=bool)
+
     def _doubts(self) -> str | None:
         """How many rows count for nothing, and the worst of them."""
         of = next(iter(self.outputs))
-        rows, used = len(self._rows), len(self._fits["loss"].residual)
+        rows, used = int(self._counted(self._rows).sum()), len(self._fits["loss"].residual)
         if used == rows:
             return None
         seen, mean = self._rows.columns[of], self._mean({n: self._rows.columns[n] for n in self.inputs}, of)

@@ -30,6 +30,9 @@ PARAMS_PER_UNIQUE_TOKEN = 0.051
 FEWEST = {"params": 1e4, "tokens": 1e5}
 """A table whose largest is smaller is not in parameters and tokens, but in millions or billions of them."""
 
+OVERFITTED = 0.05
+"""A loss that lies by so much above another's, as a share of itself."""
+
 PUBLISHED = {
     "E": 1.87,
     "A": 521.0,
@@ -69,6 +72,22 @@ class DataConstrainedLaw(FormulaLaw):
                 expected = f"give {name} as they are, not in millions: {PARAMS_PER_UNIQUE_TOKEN} is a ratio of the two"
                 raise DataError(invalid(name, most, expected))
         return rows
+
+    def _doubts(self) -> str | None:
+        """Runs that end above others with no more of anything: they overfit, and the law has no term for that."""
+        columns, losses = [self._rows.columns[name] for name in self.inputs], self._rows.columns["loss"]
+        above = 0
+        for i in range(len(losses)):
+            less = np.all([column <= column[i] for column in columns], axis=0)
+            above += bool((losses[less] < (1 - OVERFITTED) * losses[i]).any())
+        said = super()._doubts()
+        if not above:
+            return said
+        says = (
+            f"{above} of {len(losses)} rows have losses more than {OVERFITTED:.0%} above those of runs with no more "
+            "params, tokens and unique_tokens; the law only falls, so leave out runs that overfitted"
+        )
+        return f"{said}; {says}" if said else says
 
     @classmethod
     def published(cls) -> Self:

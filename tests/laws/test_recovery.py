@@ -221,6 +221,29 @@ def test_two_sizes_leave_the_loss_of_a_third_open() -> None:
         assert "alpha" in law.unidentified_ or "A" in law.unidentified_
 
 
+def test_of_long_annealed_curves_a_few_hundred_rows_tell_the_law() -> None:
+    truth = laws.MultiPowerLaw.from_params(L0=3.1, A=0.5, alpha=0.5, B=500, C=2, beta=0.5, gamma=0.6)
+    step = np.arange(1, 601) * 40.0
+    cosine = 1.65e-4 + 1.35e-4 * np.cos(np.pi * step / step[-1])
+    rates = [np.full(600, 3e-4), cosine, np.where(step < 8000, 3e-4, 9e-5)]
+    losses = [truth.predict(step=step, lr=lr) for lr in rates]
+    table = {"step": np.tile(step, 3), "run": np.repeat([0, 1, 2], 600)}
+    law = laws.MultiPowerLaw().fit(table | {"lr": np.concatenate(rates), "loss": np.concatenate(losses)})
+    assert 250 < len(law._fits["loss"].residual) <= 300
+    assert law.predict(step=step, lr=cosine) == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_repeats_that_raise_the_loss_are_warned_of() -> None:
+    truth, make, table = TABLES["data-constrained"]
+    table = drawn(truth, table, generator(), noise=0.003)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make().fit(table)
+    repeated = (table["unique_tokens"] == 1e8) & (table["tokens"] == 5e10)
+    with pytest.warns(laws.LawWarning, match="5 of 60 rows have losses more than 5% above .* leave out"):
+        make().fit(table | {"loss": np.where(repeated, 1.5, 1) * table["loss"]})
+
+
 def test_five_outliers_do_not_widen_every_interval() -> None:
     table = drawn(
         CHINCHILLA,
