@@ -197,13 +197,13 @@ def plan(
 
         >>> spt.plan("recipe.yaml", gpus=8, gpu="H100", per_gpu_hour=2.5).price.cost
     """
-    from spt_fast.fields import parse_share
+    from spt_fast.fields import integer, parse_share
     from spt_fast.train import price as pricing
     from spt_fast.train.plan import make_plan
     from spt_fast.train.precision import precision_of
     from spt_fast.train.world import launched_processes, pick_device
 
-    loaded, gpus = _recipe(recipe), gpus or launched_processes()
+    loaded, gpus = _recipe(recipe), _parsed(integer(1), gpus, "gpus") or launched_processes()
     memory, share = _parsed(pricing.parse_bytes, gpu_memory, "gpu_memory"), _parsed(parse_share, mfu, "mfu")
     made = make_plan(loaded, world=gpus)
     here = None if gpu else precision_of(loaded, pick_device(), made.model)
@@ -300,7 +300,7 @@ def evaluate(
     return Evaluation(losses, results)
 
 
-def compare(runs: Sequence[AnyPath], *, out: AnyPath | None = None) -> Comparison:
+def compare(runs: Paths, *, out: AnyPath | None = None) -> Comparison:
     """Finished runs side by side: domain loss, forgetting, R_gain, compute multiplier.
 
     runs  folders of finished runs, with pretraining and a finetune each
@@ -314,7 +314,7 @@ def compare(runs: Sequence[AnyPath], *, out: AnyPath | None = None) -> Compariso
     """
     from spt_fast.study import compare as comparing
 
-    found = comparing.compare([Path(run) for run in runs])
+    found = comparing.compare(_paths(runs))
     if out is not None:
         from spt_fast.study.figures import write
 
@@ -389,9 +389,11 @@ def sweep(
         >>> swept = spt.sweep(spt.load_study("spt", general="data/web", domain="data/chem", tokenizer="gpt2", out="s"))
         >>> swept.table[["run", "tokens", "domain_heldout"]]
     """
+    from spt_fast.fields import integer
     from spt_fast.printing import terminal
     from spt_fast.study import sweep as sweeping
 
+    jobs = _parsed(integer(1), jobs, "jobs")
     loaded = load_study(study) if isinstance(study, (str, os.PathLike)) else study
     workers = sweeping.workers_of(loaded, jobs, cluster, cluster_options)
     console = terminal(stderr=True, quiet=not progress)
@@ -572,9 +574,16 @@ def generate(
 
 
 def _recipe(recipe: Recipe | AnyPath) -> Recipe:
-    from spt_fast.config import load_recipe
+    from spt_fast.config import Recipe, load_recipe
 
-    return load_recipe(Path(recipe)) if isinstance(recipe, (str, os.PathLike)) else recipe
+    if isinstance(recipe, (str, os.PathLike)):
+        return load_recipe(Path(recipe))
+    if not isinstance(recipe, Recipe):
+        what = type(recipe).__name__
+        raise RecipeError(
+            f"recipe: is of type {what}; give the path of its file, or `spt.load_recipe(…)`", argument=True
+        )
+    return recipe
 
 
 def _paths(paths: Paths) -> list[Path]:

@@ -77,6 +77,11 @@ def test_from_text_to_a_report(
     scored = spt.evaluate(run.run, tmp_path / "chem.heldout", progress=False)
     loss = scored.losses[str(tmp_path / "chem.heldout")]
     assert loss.reported == pytest.approx(run.phases["finetune"].heldout["chem"])
+    with pytest.raises(SptError, match=f"^context: 0 is invalid: write 1 to {CONTEXT}"):
+        spt.evaluate(run.run, tmp_path / "chem.heldout", context=0)
+    with pytest.raises(SptError, match=r"^gpus: 0 is invalid"):
+        spt.plan(recipes["spt"], gpus=0)
+    assert spt.compare(npt.run) == spt.compare([npt.run])
     assert scored == spt.evaluate(run.phases["finetune"].weights, [tmp_path / "chem.heldout"], progress=False)
     compared = spt.compare([npt.run, str(run.run)], out=tmp_path / "compared")
     assert [arm.treatment.name for arm in compared.arms] == ["NPT", "SPT 25%"]
@@ -157,6 +162,13 @@ def test_what_is_wrong_is_said_in_the_name_of_an_argument_or_its_flag(
     assert (code, out) == (2, f"spt-fast: --domain-tokens{str(error.value).removeprefix('domain_tokens')}\n")
     with pytest.raises(RecipeError, match=r"^heldout: '50' is invalid: write a share between 0 and 1; did you mean"):
         spt.prepare("x", tmp_path / "y", "gpt2", heldout="50")
+    for what in (lambda: spt.train({"run": "a"}), lambda: spt.plan(7)):  # type: ignore[arg-type]
+        with pytest.raises(
+            RecipeError, match=r"^recipe: is of type (dict|int); give the path of its file, or `spt.load"
+        ):
+            what()
+    with pytest.raises(RecipeError, match=r"^jobs: 0 is invalid: write a whole number, at least 1"):
+        spt.sweep("spt", jobs=0)
     with pytest.raises(RecipeError, match=r"^data: missing; give `data=PREFIX`, `tasks=TASK`"):
         spt.evaluate("x")
     assert "missing; give --data PREFIX, --tasks TASK or both" in said(monkeypatch, capsys, "eval", "x")[1]

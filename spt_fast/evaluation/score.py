@@ -102,7 +102,7 @@ def scored(
             f"{prefix}: holds token id {largest}, the model's vocabulary is {model.config.vocab_size}; "
             "prepare it with the model's own tokenizer"
         )
-    window = context or origin.context or model.config.context
+    window = (origin.context or model.config.context) if context is None else context
     if not 0 < window <= model.config.context:
         expected = f"write 1 to {model.config.context:,}, the model's own"
         raise DataError(invalid("context", window, expected), argument=True)
