@@ -80,8 +80,12 @@ def _as_one_line(message: Warning | str, category: type[Warning], *where: Any, *
 
 
 def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console for people: names are printed as they are, brackets and colons included."""
-    console = Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+    """A console for people: names are printed as they are, brackets and colons included. A notebook gets plain text, as
+    a pipe does: rich would write an output of HTML for every line."""
+    how: dict[str, Any] = {"stderr": stderr, "quiet": quiet, "markup": False, "emoji": False, "highlight": False}
+    console = Console(**how)
+    if console.is_jupyter:
+        console = Console(**how, force_jupyter=False, force_terminal=False)
     if console.width < MIN_WIDTH:  # the width is unknown, as with COLUMNS=0: nothing would be visible
         console.width = 80
     return console

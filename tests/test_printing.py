@@ -92,6 +92,12 @@ def test_names_of_runs_and_ops_are_not_taken_for_fields(capsys: pytest.CaptureFi
     assert re.search(r"│ done +│ 1 ", shown)
 
 
+def test_in_a_notebook_lines_are_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    terminal(stderr=True).print("step 1")
+    assert capsys.readouterr().err == "step 1\n"
+
+
 def test_quantities_are_read_at_a_glance() -> None:
     for name, value, said in (
         ("step_s", 0.0123, "12 ms"),
