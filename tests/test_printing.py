@@ -94,6 +94,8 @@ def test_names_of_runs_and_ops_are_not_taken_for_fields(capsys: pytest.CaptureFi
 
 def test_in_a_notebook_lines_are_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)  # as a kernel says
+    assert not terminal(stderr=True).is_terminal
     terminal(stderr=True).print("step 1")
     assert capsys.readouterr().err == "step 1\n"
 
