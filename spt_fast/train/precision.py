@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from spt_fast.config import Recipe
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, counted
 from spt_fast.files import write_text
 from spt_fast.kernels.matmul import multiply
 from spt_fast.kernels.measured import machine, medians, remembered
@@ -116,7 +116,8 @@ def pick_precision(precision: str, device: torch.device, config: GPTConfig | Non
     found = remembered("precision", key, partial(_measure, shapes), _read)
     name = "bf16" if found["bf16"] > GAIN * found["fp32"] else "fp32"
     rates = f"{found['bf16']:.0f} GFLOP/s in bf16 and {found['fp32']:.0f} in fp32"
-    return Precision(BY_NAME[name], f"this CPU makes {rates}, measured {found['date']} with {key['threads']} threads")
+    threads = counted(int(key["threads"]), "thread")
+    return Precision(BY_NAME[name], f"this CPU makes {rates}, measured {found['date']} with {threads}")
 
 
 def multiplies_bf16() -> bool:
