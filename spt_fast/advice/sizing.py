@@ -150,8 +150,9 @@ class Sizing:
             (self.window, (20,)),
         ):
             for percents in often:
-                # of each source both halves of the held-out text, and half as much of the training text
-                scored = 1.5 * len(self.corpora) * (100 // percents + 1)
+                # of each source both halves of the held-out text, and half as much of the training text; at the first
+                # and the last step too, and once more if the steps do not divide evenly
+                scored = 1.5 * len(self.corpora) * (100 // percents + 2)
                 found = 0.9 * EVALUATION_SHARE * tokens / FORWARD_SHARE / scored
                 if found >= min(enough, most):
                     return f"{{every: {percents}%, tokens: {amount(two_digits(min(found, most)))}}}"

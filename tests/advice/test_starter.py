@@ -58,13 +58,18 @@ def slow_machine(monkeypatch: pytest.MonkeyPatch, flops_per_s: float) -> None:
     monkeypatch.setattr(sizing, "flops_per_s", lambda device: flops_per_s)
 
 
+@pytest.mark.parametrize("hours", ["0.1", "0.2"])
 def test_from_text_to_a_recipe_that_plans_and_a_study_that_is_priced(
-    texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hours: str,
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     slow_machine(monkeypatch, 2e9)
     general, domain = map(str, texts)
     out = tmp_path / "first"
-    words = ["init", "--general", general, "--domain", domain, "--out", str(out), "--hours", "0.1", "--json"]
+    words = ["init", "--general", general, "--domain", domain, "--out", str(out), "--hours", hours, "--json"]
     cli.app(words, standalone_mode=False)
     begun = json.loads(capsys.readouterr().out)
     recipe = load_recipe(begun["recipe"])
