@@ -116,7 +116,7 @@ def pick_precision(precision: str, device: torch.device, config: GPTConfig | Non
     found = remembered("precision", key, partial(_measure, shapes), _read)
     name = "bf16" if found["bf16"] > GAIN * found["fp32"] else "fp32"
     rates = f"{found['bf16']:.0f} GFLOP/s in bf16 and {found['fp32']:.0f} in fp32"
-    threads = counted(int(key["threads"]), "thread")
+    threads = counted(int(str(key["threads"])), "thread")
     return Precision(BY_NAME[name], f"this CPU makes {rates}, measured {found['date']} with {threads}")
 
 
