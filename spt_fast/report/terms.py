@@ -31,6 +31,10 @@ TERMS: dict[str, tuple[str, str]] = {
     "dcpt": (r"dcpt|D-CPT", "the D-CPT law: losses in continual pretraining by share, size and tokens"),
     "cmr": (r"\bcmr\b|CMR", "the law of the critical mixture ratio of continual pretraining"),
     "chinchilla": (r"chinchilla", "the law of loss by model size and tokens"),
+    "acc, acc_norm": (
+        r"\bacc(_norm)?\b",
+        "the share of a task's questions whose most likely choice is right, by its whole text and per character",
+    ),
     "parameters": (r"\bparam", "all weights of the model, embeddings included"),
     "lr": (r"\blr\b", "the peak learning rate"),
     "K, M, B, T": (r"\d[KMBT]\b", "thousands, millions, billions (10⁹) and trillions (10¹²)"),

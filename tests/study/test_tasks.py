@@ -148,4 +148,5 @@ def test_compare_and_report_show_them(
     ]
     html = page(spt_table(seeds=(0,)).query("stage == 0 and delta == 0"), [], None, tasks=task_tables(runs))
     assert '<a href="#tasks">Tasks</a>' in html
+    assert "<dt>acc, acc_norm</dt>" in html
     assert f"{paired(NPT_AFTER, BEFORE)[0]:+.3f}".replace("-", "−") in html
