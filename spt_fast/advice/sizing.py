@@ -158,6 +158,18 @@ class Sizing:
                     return f"{{every: {percents}%, tokens: {amount(two_digits(min(found, most)))}}}"
         return f"{{every: 50%, tokens: {2 * self.window}}}"
 
+    def commands(self, recipe: Path) -> str:
+        """What to do with a recipe next, as comments in it."""
+        gpus = self.device.count
+        plan, train = f"spt-fast plan {recipe}", f"spt-fast train {recipe}"
+        if gpus > 1:
+            plan = f"{plan} --gpus {gpus}"
+            train = f"torchrun --standalone --nproc_per_node={gpus} -m spt_fast.train {recipe}"
+        rows = {plan: "tokens, epochs, memory, hours", f"{train} --dry-run": "two steps of every phase", train: ""}
+        return "\n".join(
+            f"#   {row:<{len(train) + 12}}{'# ' + says if says else ''}".rstrip() for row, says in rows.items()
+        )
+
     def sources(self) -> str:
         """The section `sources` of a recipe or study."""
         rows = (
@@ -170,6 +182,11 @@ class Sizing:
 
 def two_digits(number: float) -> int:
     return int(float(f"{number:.2g}"))
+
+
+def one_digit(number: float) -> str:
+    """4e-5, 0.1."""
+    return f"{number:.0e}".replace("e-0", "e-") if number < 0.01 else f"{number:.1g}"
 
 
 def quoted(text: object) -> str:

@@ -32,6 +32,7 @@ from spt_fast.advice.sizing import (
     Device,
     Sizing,
     exact,
+    one_digit,
     quoted,
     two_digits,
 )
@@ -135,7 +136,7 @@ def begin(
         plan = FromScratch.of(corpora, loaded.vocab_size, device, hours)
         most = GENERAL_EPOCHS, MOST_EPOCHS
     written = {recipe: plan.recipe(out, tokenizer), study: plan.study(out, tokenizer)}
-    make_plan(recipe_from(parse_yaml(written[recipe] or "", str(recipe))))
+    make_plan(recipe_from(parse_yaml(written[recipe] or "", str(recipe))), world=device.count)
     if text := written[study]:
         expand(study_from(parse_yaml(text, str(study))))
     out.mkdir(parents=True, exist_ok=True)
@@ -273,13 +274,12 @@ class FromScratch(Sizing):
         (general, domain), share, epochs = self.corpora, self.share, self.epochs()
         sequences, finetuned = self.sequences(self.tokens), self.sequences(self.finetune_tokens)
         steps = self.steps(self.tokens)
-        rates = ", ".join(f"{self.rate / by:.1g}" for by in (30, 10, 3))
+        rates = ", ".join(one_digit(self.rate / by) for by in (30, 10, 3))
         why = f"The share is the papers' for this many tokens: {self.papers['why']}. The study finds your own."
         time, window, step = duration(3600 * self.hours), self.window, amount(sequences * self.window)
         return f"""\
 # {amount(self.parameters)} parameters for about {time} on this machine ({self.device.kind}), by `spt-fast init`.
-#   spt-fast plan {out / "recipe.yaml"}               # tokens, epochs, memory, hours
-#   spt-fast train {out / "recipe.yaml"} --dry-run    # two steps of every phase
+{self.commands(out / "recipe.yaml")}
 run: {quoted(out / "runs" / "spt")}
 tokenizer: {quoted(tokenizer)}
 # The largest preset with {TOKENS_PER_PARAMETER} tokens a parameter in this time and text; windows of {window:,} tokens.
@@ -294,14 +294,14 @@ phases:
 {indent(fill(why, 90), "    # ")}
     mixture: {{{quoted(general.name)}: {exact(1 - share)}, {quoted(domain.name)}: {exact(share)}}}
     batch: {{sequences: {sequences}, micro: {self.micro(sequences)}}}  # {step} tokens a step
-    optimizer: {{lr: {self.rate:g}, weight_decay: {self.weight_decay(steps):g}, clip: 1.0}}
+    optimizer: {{lr: {one_digit(self.rate)}, weight_decay: {one_digit(self.weight_decay(steps))}, clip: 1.0}}
     schedule: {{name: cosine, warmup: {self.warmup(steps)} steps, final: 10%}}
     eval: {self.evaluation(self.tokens)}  # costs less than a tenth of the training
   - name: finetune
     tokens: {amount(self.finetune_tokens)}  # at most: it stops when the held-out loss of {domain.name} no longer falls
     mixture: {{{quoted(domain.name)}: 100%}}
     batch: {{sequences: {finetuned}, micro: {self.micro(finetuned)}}}
-    optimizer: {{lr: {self.rate / 10:.1g}, weight_decay: 1e-7}}
+    optimizer: {{lr: {one_digit(self.rate / 10)}, weight_decay: 1e-7}}
     schedule: {{name: constant, warmup: 5%}}
     eval: {self.evaluation(self.finetune_tokens)}
     stop: {{on: {quoted(domain.name)}, patience: 3}}
@@ -315,7 +315,7 @@ phases:
         unique = max(two_digits(domain.tokens * small.tokens / self.tokens), 10 * small.window)
         sequences, finetuned = small.sequences(small.tokens // 4), small.sequences(small.finetune_tokens)
         steps = max(1, small.tokens // (sequences * small.window))
-        warmup, rates = small.warmup(steps // 4), ", ".join(f"{small.rate / by:.1g}" for by in (30, 10, 3))
+        warmup, rates = small.warmup(steps // 4), ", ".join(one_digit(small.rate / by) for by in (30, 10, 3))
         budgets = ", ".join(amount(two_digits(small.tokens / by)) for by in (4, 2, 1))
         return f"""\
 # Which share of {domain.name}? Small runs answer this for the recipe beside this file, written by `spt-fast init`.
@@ -334,14 +334,14 @@ stages:
     delta: [{", ".join(dict.fromkeys(shares))}]
     budgets: [{budgets}]
     batch: {{sequences: {sequences}, micro: {small.micro(sequences)}}}
-    optimizer: {{lr: {small.rate:g}, weight_decay: {small.weight_decay(steps):g}}}
+    optimizer: {{lr: {one_digit(small.rate)}, weight_decay: {one_digit(small.weight_decay(steps))}}}
     schedule: {{name: cosine, warmup: {warmup} steps, final: 10%, horizon: {amount(10 * small.tokens)}}}
     eval: {small.evaluation(small.tokens // 4)}
   - name: finetune
     delta: 1
     tokens: {amount(small.finetune_tokens)}
     batch: {{sequences: {finetuned}, micro: {small.micro(finetuned)}}}
-    optimizer: {{lr: {small.rate / 10:.1g}, weight_decay: 1e-7}}
+    optimizer: {{lr: {one_digit(small.rate / 10)}, weight_decay: 1e-7}}
     schedule: {{name: constant, warmup: 5%}}
     eval: {small.evaluation(small.finetune_tokens)}
     stop: {{on: {quoted(domain.name)}, patience: 3}}

@@ -27,7 +27,7 @@ from pathlib import Path
 from textwrap import fill, indent
 
 from spt_fast.advice.prior import FINETUNE_EPOCHS, REPLAY
-from spt_fast.advice.sizing import TRAINING_SHARE, Corpus, Device, Sizing, Way, exact, quoted, two_digits
+from spt_fast.advice.sizing import TRAINING_SHARE, Corpus, Device, Sizing, Way, exact, one_digit, quoted, two_digits
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ from spt_fast.model.flops import train_flops_per_token
 from spt_fast.quantities import amount, duration
 from spt_fast.study.sweep import WINDOW
 from spt_fast.train.origin import origin_of, tokenizer_digest, tokenizer_file
+from spt_fast.train.price import TIME_FACTOR
 from spt_fast.train.weights import chosen, read_config
 
 CONTINUED_REPLAY = 0.05
@@ -122,22 +123,24 @@ class FromBase(Sizing):
     @classmethod
     def of(cls, corpora: Sequence[Corpus], base: Base, device: Device, hours: float) -> FromBase:
         """As many tokens as the domain supports and the time allows; warns if that is too few."""
-        domain, window = corpora[1], _window(corpora, base.config.context)
-        by_time = TRAINING_SHARE * hours * 3600 * device.flops_per_s / train_flops_per_token(base.config, window)
-        finetunes = by_time >= FEWEST_EPOCHS * domain.tokens
-        arms = ARMS if by_time >= ARMS * FEWEST_EPOCHS * domain.tokens else 1
-        tokens = min(by_time / arms, FINETUNE_EPOCHS * domain.tokens)
+        twice, window = FEWEST_EPOCHS * corpora[1].tokens, _window(corpora, base.config.context)
+        fewest = FEWEST_WINDOWS * window
         sized = cls(
             corpora=corpora,
             config=base.config,
             window=window,
-            tokens=max(two_digits(tokens), FEWEST_WINDOWS * window),
+            tokens=fewest,
             hours=hours,
             device=device,
             base=base,
-            arms=arms,
-            finetunes=finetunes,
-        )
+            arms=1,
+            finetunes=False,
+        ).fitted()
+        flops = train_flops_per_token(base.config, window) * TIME_FACTOR[sized.way.checkpointing]
+        by_time = TRAINING_SHARE * hours * 3600 * device.flops_per_s / flops
+        arms = ARMS if by_time >= ARMS * twice else 1
+        tokens = max(fewest, two_digits(min(by_time / arms, FINETUNE_EPOCHS * corpora[1].tokens)))
+        sized = replace(sized, tokens=tokens, arms=arms, finetunes=by_time >= twice)
         if (times := sized.arms * sized.tokens / by_time) > 1.1:
             warnings.warn(
                 f"hours: {duration(3600 * hours)} is short for {amount(sized.parameters)} parameters on this machine "
@@ -146,7 +149,7 @@ class FromBase(Sizing):
                 SptWarning,
                 stacklevel=3,
             )
-        return sized.fitted()
+        return sized
 
     def fitted(self) -> FromBase:
         """The fastest way that fits the memory, or the one that takes the least."""
@@ -190,8 +193,7 @@ class FromBase(Sizing):
         about = f"about {duration(3600 * self.hours)} on this machine ({self.device.kind})"
         return f"""\
 # {self.name} of {amount(self.parameters)} parameters, trained on {domain.name} for {about}, by `spt-fast init`.
-#   spt-fast plan {out / "recipe.yaml"}               # tokens, epochs, memory, hours
-#   spt-fast train {out / "recipe.yaml"} --dry-run    # two steps of every phase
+{self.commands(out / "recipe.yaml")}
 run: {quoted(out / "runs" / phase)}
 init: {quoted(self.base.weights)}  # its shape, tokenizer, chat template and context of {self.config.context:,} tokens
 {"" if tokenizer is None else f"tokenizer: {quoted(tokenizer)}" + chr(10)}{self._engine()}\
@@ -251,7 +253,7 @@ stages:
             decay, schedule = "1e-7", "{name: constant, warmup: 5%}"
         return f"""\
     batch: {{sequences: {sequences}, micro: {self.micro(sequences)}, context: {self.window}}}{of_step}
-    optimizer: {{lr: {self.rate:g}, weight_decay: {decay}}}{of_rate}
+    optimizer: {{lr: {one_digit(self.rate)}, weight_decay: {decay}}}{of_rate}
     schedule: {schedule}
     eval: {self.evaluation(tokens)}
 """
@@ -263,7 +265,7 @@ stages:
         stop = f"    stop: {{on: {quoted(self.corpora[1].name)}, patience: 3}}\n"
         if self.arms == 1:
             return stop
-        rates = ", ".join(f"{self.rate * by:.1g}" for by in (1 / 3, 1, 3))
+        rates = ", ".join(one_digit(self.rate * by) for by in (1 / 3, 1, 3))
         return f"{stop}    grid: {{lr: [{rates}]}}  # each from the base; the best by held-out loss is kept\n"
 
     def _engine(self) -> str:
@@ -275,7 +277,8 @@ stages:
             f"checkpointing: {way.checkpointing}": way.checkpointing != "none",
         }
         said = ", ".join(setting for setting, matters in asked.items() if matters)
-        return f"engine: {{{said}}}  # so that a step fits the GPU's memory\n" if said else ""
+        slow = "; it takes longer than the hours say" if way.offload != "none" else ""
+        return f"engine: {{{said}}}  # so that a step fits the GPU's memory{slow}\n" if said else ""
 
 
 def _window(corpora: Sequence[Corpus], context: int) -> int:

@@ -10,9 +10,10 @@ import pytest
 from spt_fast import cli
 from spt_fast.advice import sizing, starter
 from spt_fast.advice.sizing import Corpus, Device
-from spt_fast.config import load_recipe
+from spt_fast.config import load_recipe, recipe_from
 from spt_fast.data.tokenizer import train_tokenizer
 from spt_fast.errors import DataError, RecipeError, SptWarning
+from spt_fast.fields import parse_yaml
 from spt_fast.study import sweep
 from spt_fast.train.plan import make_plan
 from spt_fast.train.price import Machine, price, speed_of
@@ -132,3 +133,11 @@ def test_the_sizes_follow_machine_and_text() -> None:
     assert laptop.warmup(1000) == 50
     assert node.warmup(10**6) == sizing.WARMUP_STEPS
     assert 0 < laptop.papers["delta"] <= 0.1
+
+
+def test_a_step_divides_among_the_gpus() -> None:
+    gpus = Device("cuda", 6, 6 * 400e12, 80 * 10**9)
+    sized = starter.FromScratch.of(corpora(10**10, 10**8), 32_768, gpus, 24.0)
+    recipe = recipe_from(parse_yaml(sized.recipe(Path("out"), "gpt2"), "it"))
+    for phase in recipe.phases:
+        assert phase.batch.sequences % (6 * (phase.batch.micro or 1)) == 0

@@ -179,10 +179,18 @@ def test_the_rate_falls_and_the_step_grows_with_the_size_of_the_base() -> None:
 
 def test_memory_decides_how_a_step_is_held() -> None:
     assert [sized(preset)._engine() for preset in ("124m", "1b")] == ["", ""]
-    assert sized("8b")._engine().startswith("engine: {stage: 2, offload: optimizer, checkpointing: full}")
+    said = (
+        "engine: {stage: 2, offload: optimizer, checkpointing: full}  # so that a step fits the GPU's memory; it takes"
+    )
+    assert sized("8b")._engine().startswith(said)
+    roomy, tight = (sized("8b", Device("cuda", 1, 400e12, memory), 3 * 10**8) for memory in (10**12, 80 * 10**9))
+    assert tight.tokens == pytest.approx(0.75 * roomy.tokens, rel=0.02), "blocks are computed twice"
     node = sized("8b", Device("cuda", 8, 8 * 400e12, 80 * 10**9))
     assert node.way.offload == "none"
-    assert node.sequences(node.tokens) % 8 == 0
+    assert node.sequences(node.tokens) % (8 * node.micro(node.sequences(node.tokens))) == 0
+    written = node.recipe(Path("out"), None)
+    assert "torchrun --standalone --nproc_per_node=8 -m spt_fast.train out/recipe.yaml" in written
+    assert "spt-fast plan out/recipe.yaml --gpus 8" in written
     assert "offload: optimizer" in str(node.study(Path("out"), None)), "whose runs have a GPU each"
     assert sized("8b", Device("cpu", 1, 1e12, None), hours=10_000)._engine() == ""
 
