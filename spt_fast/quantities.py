@@ -86,6 +86,7 @@ _READ: dict[str, Callable[[float], str]] = {
     "tokens_per_s": lambda rate: f"{amount(rate)} tok/s",
     "flops_per_token": flops,
     "mfu": percent,
+    "share": percent,
 }
 _HEADINGS = {"hours": "time", "seconds": "time", "bytes": "size", "flops": "compute"}
 

@@ -121,6 +121,7 @@ def test_quantities_are_read_at_a_glance() -> None:
         ("loss", float("nan"), "nan"),
         ("hours", float("nan"), "nan"),
         ("untie", True, "yes"),
+        ("domain_share", 0.125, "12.5%"),
     ):
         assert read(name, value) == said, (name, value)
     names = ("step_s", "evaluation_hours", "hours", "flops", "memory_bytes", "tokens_per_s", "mb_per_s", "R_gain")
