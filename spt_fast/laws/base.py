@@ -29,8 +29,8 @@ EFFICIENT = 1.345
 noise is normal. At 0.001, noise of 1% would make it one of least absolute deviations, which varies 57% more."""
 REWEIGHTED = 3
 """Number of times that noise and threshold are taken from the last fit."""
-GROSS, MOST_GROSS = 12.0, 0.05
-"""Standard deviations of the noise beyond which a row is ignored, and the largest share of ignored rows. Huber's
+GROSS, MOST_GROSS = 12.0, 0.03
+"""Standard deviations of the noise beyond which a row is ignored, unless more rows than this share lie there. Huber's
 estimate limits the effect of a loss, but not that of a row that alone holds the largest of one column and the least of
 another."""
 
@@ -180,8 +180,7 @@ class Law:
         of = self._output(of)
         self._require("params_", "fit it to a table")
         values, shape = arguments(columns, self.inputs, self.optional)
-        if interval is not None and not (isinstance(interval, int | float) and 0 < interval < 1):
-            raise RecipeError(invalid("interval", interval, "give a probability between 0 and 1, such as 0.9"))
+        check_interval(interval)
         if 0 in shape:
             return np.zeros(shape) if interval is None else (np.zeros(shape), np.zeros(shape), np.zeros(shape))
         self._warn_beyond(**values)
@@ -546,9 +545,16 @@ def _reweighted(fit: Fit) -> Fit:
 
 
 def _gross(fit: Fit, scale: float) -> Array:
-    """[points]: whether a point is ignored."""
-    size = np.abs(fit.residual)
-    return size > max(GROSS * max(scale, HUBER), float(np.quantile(size, 1 - MOST_GROSS)))
+    """[points]: whether a point is ignored. Part of a run's curve is no mistake, nor are many points: the law errs."""
+    _, index, points = np.unique(fit.curve.run, return_inverse=True, return_counts=True)
+    far = (np.abs(fit.residual) > GROSS * max(scale, HUBER)) & (points[index] == 1)
+    return far & (far.mean() <= MOST_GROSS)
+
+
+def check_interval(interval: Any) -> None:
+    """Raise RecipeError for what is neither None nor a probability."""
+    if interval is not None and not (isinstance(interval, int | float) and 0 < interval < 1):
+        raise RecipeError(invalid("interval", interval, "give a probability between 0 and 1, such as 0.9"))
 
 
 def require_points(points: int, unknowns: int, law: str, where: str = "") -> None:

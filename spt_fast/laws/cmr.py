@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from spt_fast.errors import DataError, RecipeError, invalid
-from spt_fast.laws.base import ExtrapolationWarning, Law, OpenError, require_points
+from spt_fast.laws.base import ExtrapolationWarning, Law, OpenError, check_interval, require_points
 from spt_fast.laws.columns import NATURAL, SHARE, Array, Column, Columns, Loss, Rows
 from spt_fast.laws.dcpt import first_fall
 from spt_fast.laws.fitting import DRAWS, STEP, Curve, Fit, Parameter, solve
@@ -101,6 +101,7 @@ class CMRLaw(Law):
         Raises RecipeError if no share is feasible, and if these runs do not determine the answer: its 90% interval is
         wider than half of the range of ratios that were run. Warns ExtrapolationWarning beyond that range.
         """
+        check_interval(interval)
         if tokens == 0:
             raise RecipeError(invalid("tokens", tokens, "give the budget; at 0 every ratio is feasible"))
         self._given(tokens=tokens)

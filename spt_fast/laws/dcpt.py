@@ -57,22 +57,28 @@ class DCPTLaw(FormulaLaw):
 
     def fit(self, table: Any) -> Self:
         super().fit(table)
-        rising = self._slope_in_ratio(self._rows.columns) > 0
+        rising = self._rises_with_ratio(self._rows.columns)
         if rising.any():
-            r = self._rows.columns["own_ratio"][rising]
+            r = np.unique(self._rows.columns["own_ratio"][rising])
+            at = f"{r[0]:g} to {r[-1]:g}" if len(r) > 1 else f"{r[0]:g}"
             warnings.warn(
                 f"{type(self).__name__}: the fitted loss rises with own_ratio in {rising.sum()} of {len(rising)} rows "
-                f"({r.min():g} to {r.max():g}), but the law requires that it falls; add runs with other ratios",
+                f"({at}), but the law requires that it falls; add runs with other ratios",
                 LawWarning,
                 stacklevel=2,
             )
         return self
 
-    def _slope_in_ratio(self, columns: Columns) -> Array:
-        p, r = self.params_, columns["own_ratio"]
-        r = np.maximum(r, 1e-9)
-        of_tokens = p["B"] * p["eta"] * r ** (p["eta"] - 1) / columns["tokens"] ** p["beta"]
-        return of_tokens - p["C"] * p["gamma"] / (r + p["epsilon"]) ** (p["gamma"] + 1)
+    def _rises_with_ratio(self, columns: Columns) -> Array:
+        """[rows]: whether the loss is higher at the next larger ratio that was run; of the largest one, whether it is
+        lower at the one before. The derivative would say so of every law at 0, where that of r^η has no bound."""
+        r = columns["own_ratio"]
+        ratios, index = np.unique(r, return_inverse=True)
+        if len(ratios) == 1:
+            return np.zeros(len(r), dtype=bool)
+        below = np.minimum(index, len(ratios) - 2)
+        lower, higher = (self._mean(columns | {"own_ratio": ratios[below + i]}, "loss") for i in (0, 1))
+        return higher > lower
 
     @decision
     def best_ratio(self, *, params: float, domain_tokens: float, **other: float) -> float:

@@ -245,6 +245,8 @@ def test_critical_ratios_across_budgets_and_where_the_general_loss_turns() -> No
 
 def test_no_feasible_ratio_and_nothing_but() -> None:
     law = laws.CMRLaw().fit(continued(np.random.default_rng(0), noise=1e-5))
+    with pytest.raises(RecipeError, match=r"interval: 90 is invalid: .* such as 0\.9"):
+        law.critical_ratio(tokens=1e10, interval=90)
     with pytest.raises(RecipeError, match=r"no domain ratio from 0\.1 to 0\.7 is feasible"):
         law.critical_ratio(tokens=1e10, tolerance=-1)
     with pytest.warns(laws.ExtrapolationWarning, match=r"critical ratio, 1, is beyond the ratios .* \(0\.1 to 0\.7\)"):

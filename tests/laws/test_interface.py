@@ -276,6 +276,11 @@ def test_a_dcpt_law_that_rises_with_its_ratio_is_warned_of() -> None:
     rising = laws.DCPTLaw.from_params(**DOMAIN.params_ | {"B": 3000, "C": 0.001})
     with pytest.warns(laws.LawWarning, match=r"rises with own_ratio in \d+ of 280 rows"):
         laws.DCPTLaw().fit(drawn(rising, DCPT_GRID, np.random.default_rng(0)))
+    runs = grid(params=[2e8, 5e8, 1e9, 1.8e9], own_ratio=[0, 0.1, 0.3, 0.6, 1], tokens=np.linspace(1e9, 20e9, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", laws.LawWarning)
+        warnings.simplefilter("ignore", laws.IdentificationWarning)
+        laws.DCPTLaw().fit(drawn(DOMAIN, runs, np.random.default_rng(0), noise=0.001))
 
 
 # -------------------------------------------------------------------------------------------------- what is refused

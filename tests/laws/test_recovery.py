@@ -260,16 +260,19 @@ def test_five_outliers_do_not_widen_every_interval() -> None:
 
 def test_losses_that_are_wrong_where_no_other_run_is_count_for_nothing() -> None:
     """Much parameters on few tokens, as four of the 245 points that were read off Chinchilla's figure."""
-    runs = grid(params=np.geomspace(4e7, 1e9, 8), tokens=np.geomspace(1e9, 5e10, 12))
+    runs = grid(params=np.geomspace(4e7, 1e9, 8), tokens=np.geomspace(1e9, 5e10, 17))
     corner = {"params": np.array([2e9, 2.3e9, 3e9, 7e9]), "tokens": np.array([7e8, 6e8, 5e8, 2.5e8])}
     table = {name: np.concatenate([runs[name], corner[name]]) for name in corner}
     table = drawn(CHINCHILLA, table, generator(), noise=0.003)
     clean = laws.ChinchillaLaw().fit(table)
-    wrong = table | {"loss": table["loss"] * np.exp(np.append(np.zeros(96), [0.1, 0.12, 0.28, 0.3]))}
-    with pytest.warns(laws.LawWarning, match=r"4 of 100 rows .* count for nothing; the worst has a .* = 2\.5e\+08"):
+    wrong = table | {"loss": table["loss"] * np.exp(np.append(np.zeros(136), [0.1, 0.12, 0.28, 0.3]))}
+    with pytest.warns(laws.LawWarning, match=r"4 of 140 rows .* count for nothing; the worst has a .* = 2\.5e\+08"):
         law = laws.ChinchillaLaw().fit(wrong)
     assert law.params_["beta"] == pytest.approx(0.35, abs=0.01)
     assert law.params_["E"] == pytest.approx(clean.params_["E"], abs=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", laws.LawWarning)
+        laws.ChinchillaLaw().fit(wrong | {"run": np.arange(140) // 4})
     assert law.bootstrap(wrong, n=20)["beta"] == pytest.approx((0.35, 0.35), abs=0.03)
 
 
