@@ -5,8 +5,9 @@
 
 "The Finetuner's Fallacy", arXiv 2603.16177. L_test(T, δ) before finetuning comes from a law of it if one is given, else
 from a curve of this table for each δ: the same shape, A·T^b + C, and if the points support it (by the Bayesian
-information criterion) + G·T^g for overfitting. Least squares. Decisions: the best δ at a budget, and the budget at
-which one δ overtakes another.
+information criterion) + G·T^g for overfitting. With a law, Δ is counted from its L_test, so that an error of the law at
+one δ does not come back after finetuning. Least squares. Decisions: the best δ at a budget, and the budget at which one
+δ overtakes another.
 """
 
 from __future__ import annotations
@@ -114,6 +115,10 @@ class PostFinetuneLaw(Law):
             gain = Curve(GAIN, offset_power, x, before - own.columns["finetuned_loss"], own.run)
             fits["gain", delta] = Fit(gain, solve(gain, w, [warm["gain", delta].x] if warm else None, self.seed))
             if self.heldout is not None:
+                by_law = self.heldout._mean(own.columns, "heldout_loss")
+                below = Curve(GAIN, offset_power, x, by_law - own.columns["finetuned_loss"], own.run)
+                known = [warm["below law", delta].x] if warm else None
+                fits["below law", delta] = Fit(below, solve(below, w, known, self.seed))
                 continue
             power, overfitted = (
                 Curve(POWER, offset_power, x, before, own.run),
@@ -156,15 +161,17 @@ class PostFinetuneLaw(Law):
     def _mean(self, columns: Columns, of: str) -> Array:
         losses = np.empty(len(columns["fraction"]))
         for delta, mask, at in self._by_delta(columns):
+            gain = self._fits["gain", delta]
             if "heldout_loss" in columns:
                 before = columns["heldout_loss"][mask]
             elif self.heldout is not None:
                 before = self.heldout._mean(
                     {"tokens": columns["tokens"][mask], "fraction": np.full(mask.sum(), delta)}, "heldout_loss"
                 )
+                gain = self._fits["below law", delta]
             else:
                 before = self._fits["heldout", delta].mean(at)
-            losses[mask] = before if of == "heldout_loss" else before - self._fits["gain", delta].mean(at)
+            losses[mask] = before if of == "heldout_loss" else before - gain.mean(at)
         return losses
 
     def _variance(self, columns: Columns, of: str) -> Array:
@@ -178,7 +185,7 @@ class PostFinetuneLaw(Law):
                 own = gain.variance(at)
             elif self.heldout is not None:
                 own = self.heldout._variance(given, "heldout_loss")
-                own = own if of == "heldout_loss" else own + gain.variance(at)
+                own = own if of == "heldout_loss" else own + self._fits["below law", delta].variance(at)
             elif of == "heldout_loss":
                 own = self._fits["heldout", delta].variance(at)
             else:
