@@ -49,7 +49,7 @@ class Watched:
     def __enter__(self) -> Watched:
         gc.collect()
         self._resident, self._anonymous, self.anonymous, self._over = status("VmRSS"), status("RssAnon"), 0, False
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
         return self

@@ -162,7 +162,7 @@ class Kernel:
 
 
 def product(name: str, inputs: Amount, outputs: Amount, *, fp8: bool = False, dw_bytes: Amount) -> list[Kernel]:
-    """A linear layer's three: y, dx, and dw with so many bytes a number."""
+    """A linear layer's three products: y, dx, and dw with `dw_bytes` per number."""
 
     def flops(s: Shape) -> float:
         return 2.0 * s.N * inputs(s) * outputs(s)

@@ -12,9 +12,9 @@
 
 Every call returns a dataclass, or a list or dict of them, whose fields its class documents; `spt-fast` prints the same
 result. Paths are strings or `pathlib.Path`; numbers of tokens are ints or strings such as "300M"; shares are numbers,
-fractions or strings such as "2%". What a user can mend is raised as `spt.SptError`, a ValueError whose message names
-the argument, file or recipe field, what was given and what to do: RecipeError for values and recipes, DataError for
-text, tokenizers and datasets, CheckpointError for runs and weights.
+fractions or strings such as "2%". Errors that a user can fix are raised as `spt.SptError`, a ValueError whose message
+names the argument, file or recipe field, what was given and what to do: RecipeError for values and recipes, DataError
+for text, tokenizers and datasets, CheckpointError for runs and weights.
 """
 
 from __future__ import annotations

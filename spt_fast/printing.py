@@ -50,7 +50,7 @@ def _finite(value: Any) -> Any:
 
 MIN_WIDTH = 40
 IN_ASCII = {"·": "-", "±": "+-", "→": "->", "←": "<-", "…": "~", "×": "x", "✗": "!", "–": "-", "−": "-", "²": "2"}
-"""Our own signs, where a terminal's encoding lacks them; their width is kept where it can be."""
+"""ASCII for our own signs on terminals whose encoding lacks them, of the same width if possible."""
 
 
 def set_up() -> None:
@@ -152,7 +152,7 @@ def print_facts(console: Console, title: str, facts: Any) -> None:
 
 
 def print_grid(console: Console, table: Table) -> None:
-    """A table as it stands; where the terminal is too narrow for its words, every row becomes a list."""
+    """The table itself, or every row as a list if the terminal is too narrow for its words."""
     options = console.options
 
     def cuts(width: int) -> int:

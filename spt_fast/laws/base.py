@@ -298,8 +298,8 @@ class Law:
         found = [self._misfit_beyond(size, edge, of) for edge in edges]
         if not any(found) and len(sizes) == 2 and self._takes_three(names[0]):
             raise OpenError(
-                f"{type(self).__name__}: two values of {names[0]} do not show how the law errs beyond them, which an "
-                "interval there takes; run a third"
+                f"{type(self).__name__}: an interval beyond the range of {names[0]} needs the law's error there, "
+                "which two values do not show; run a third"
             )
         if None in found:
             found.append(self._misfit_beyond(size, float(sizes[-2]), of))
@@ -485,7 +485,7 @@ class FormulaLaw(Law):
         return np.ones(len(rows), dtype=bool)
 
     def _doubts(self) -> str | None:
-        """How many rows count for nothing, and the worst of them."""
+        """The number of rows that were left out of the fit, and the worst of them."""
         of = next(iter(self.outputs))
         rows, used = int(self._counted(self._rows).sum()), len(self._fits["loss"].residual)
         if used == rows:
@@ -494,8 +494,8 @@ class FormulaLaw(Law):
         worst = int(np.abs(np.log(seen / mean)).argmax())
         at = ", ".join(f"{name} = {self._rows.columns[name][worst]:.4g}" for name in self.inputs)
         return (
-            f"{rows - used} of {rows} rows lie more than {GROSS:g} times the noise off and count for nothing; the "
-            f"worst has a loss of {seen[worst]:.4g} where the law says {mean[worst]:.4g} ({at}); look at these runs"
+            f"{rows - used} of {rows} rows were left out of the fit, off by more than {GROSS:g} times the "
+            f"noise; the worst is {seen[worst]:.4g} where the law predicts {mean[worst]:.4g} ({at}); check these runs"
         )
 
     def _named(self, fits: dict[Any, Fit]) -> dict[str, float]:

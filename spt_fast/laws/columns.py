@@ -100,7 +100,7 @@ def _runs(values: Any) -> Array:
     if missing:
         raise DataError(
             f"run is missing in {len(missing)} of {len(names)} rows (the first is row {missing[0]}); name the run of "
-            "each, or leave the column out where each row is a run of its own"
+            "each, or leave the column out if each row is a separate run"
         )
     return np.array(names, dtype=str)
 

@@ -376,7 +376,7 @@ class Fit:
 
     @property
     def moved(self) -> Array:
-        """The jacobian of unknowns inside of their bounds: one at a bound takes up no error."""
+        """The jacobian of the unknowns inside their bounds; an unknown at a bound absorbs no error."""
         return self.jacobian[:, ~self._at_edge]
 
     @cached_property

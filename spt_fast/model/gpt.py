@@ -167,7 +167,7 @@ def product(x: Tensor, weight: Tensor, fp8: bool, bias: Tensor | None = None) ->
 
 
 def _holding_its_parameters(block: Block) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The block with the parameters that it has now, also where it runs once more after they have been put back."""
+    """The block bound to its current parameters, even if it is recomputed after they have been replaced."""
     parameters: dict[str, Tensor] = dict(block.named_parameters())
     return lambda *arguments: functional_call(block, parameters, arguments)
 

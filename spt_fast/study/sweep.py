@@ -195,8 +195,8 @@ def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
 
 
 def _warn(study: Study, runs: Sequence[PlannedRun]) -> None:
-    """What is likely a mistake in a stage, such as evaluations that take longer than its training, by its first run
-    that is left: a run's own warnings go to its log."""
+    """Warn of likely mistakes in a stage, such as evaluations that take longer than its training, by its first
+    remaining run: a run's own warnings go to its log."""
     for position, stage in enumerate(study.stages):
         left = next((run for run in runs if run.stage == position and not is_done(run.recipe)), None)
         if left is not None:
@@ -346,7 +346,7 @@ class Swept:
 
 
 def print_swept(swept: Swept, study: str, console: Console) -> None:
-    """How many runs are done, and what each of those that failed said last."""
+    """The number of finished runs, and the last output of each failed one."""
     print_facts(console, study, {name: figure for name, figure in swept.as_json().items() if name != "failed"})
     if swept.failed:
         print_named(console, "failed", swept.failed)
@@ -410,7 +410,7 @@ def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | 
     torch.set_num_threads(max(1, threads // jobs))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SptWarning)  # which are said already
+            warnings.simplefilter("ignore", SptWarning)  # printed already
             step_s = dry_run(plan.recipe)[0].step_s
     finally:
         torch.set_num_threads(threads)

@@ -283,7 +283,7 @@ def test_losses_that_are_wrong_where_no_other_run_is_count_for_nothing() -> None
     table = drawn(CHINCHILLA, table, generator(), noise=0.003)
     clean = laws.ChinchillaLaw().fit(table)
     wrong = table | {"loss": table["loss"] * np.exp(np.append(np.zeros(136), [0.1, 0.12, 0.28, 0.3]))}
-    with pytest.warns(laws.LawWarning, match=r"4 of 140 rows .* count for nothing; the worst has a .* = 2\.5e\+08"):
+    with pytest.warns(laws.LawWarning, match=r"4 of 140 rows were left out .*; the worst is .* = 2\.5e\+08"):
         law = laws.ChinchillaLaw().fit(wrong)
     assert law.params_["beta"] == pytest.approx(0.35, abs=0.01)
     assert law.params_["E"] == pytest.approx(clean.params_["E"], abs=0.05)
@@ -349,7 +349,7 @@ def test_one_run_has_no_interval_and_a_law_that_nothing_can_be_left_out_of_has_n
     two = drawn(FINETUNE, grid(params=[1e8, 3e8], unique_tokens=np.geomspace(1e5, 1e8, 10)), generator(), noise=0.003)
     law = laws.FinetuneLaw().fit(two)
     law.predict(params=2e8, unique_tokens=1e7, interval=0.9)
-    with pytest.raises(laws.OpenError, match=r"two values of params .* run a third"):
+    with pytest.raises(laws.OpenError, match=r"beyond the range of params .* two values do not show; run a third"):
         law.predict(params=1e9, unique_tokens=1e7, interval=0.9)
 
 
