@@ -43,7 +43,7 @@ from spt_fast.data.divergence import divergence
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.study.finetunes import plainest
 from spt_fast.study.usable import UsableRows, usable
-from spt_fast.study.words import amount, number, percent
+from spt_fast.study.words import amount, percent, times
 
 SEEN_WITHIN = 2.0
 """A factor from the nearest budget that was run, up to which its best arm is taken where no law can be fitted."""
@@ -211,9 +211,7 @@ def _decision(chosen: Choice, epochs: float, replay: float, budget: int) -> Deci
         says = f"pretrain on general data, mix {late} of the domain into the last {last} of {amount(budget)} tokens"
     else:
         says = f"mix {percent(chosen.delta)} of the domain into all of {amount(budget)} pretraining tokens"
-    says += (
-        f", which reads it {number(epochs)} times, then {finetune}" if chosen.regime != "FT" else f", then {finetune}"
-    )
+    says += f", which reads it {times(epochs)}, then {finetune}" if chosen.regime != "FT" else f", then {finetune}"
     name = "FT only" if chosen.regime == "FT" else chosen.regime
     return Decision(**vars(chosen), epochs=epochs, replay=replay, says=f"{name}: {says}")
 

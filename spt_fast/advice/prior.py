@@ -27,7 +27,7 @@ from typing import TypedDict
 import numpy as np
 
 from spt_fast.laws import DataConstrainedLaw
-from spt_fast.study.words import number, percent
+from spt_fast.study.words import percent, times
 
 BEST_EPOCHS, FEWEST_EPOCHS, MOST_EPOCHS = 17, 10, 33
 """Of SPT's published best shares."""
@@ -257,15 +257,13 @@ def _why(regime: str, delta: float, per_token: float) -> str:
         )
         if delta == SCPT_LAST * SCPT_SHARE:
             return late
-        return f"{late}, but smaller ones still overfitted, so it is read {number(delta * per_token)} times"
+        return f"{late}, but smaller ones still overfitted, so it is read {times(delta * per_token)}"
     if delta == LARGEST_SHARE:
         return (
-            f"at 10% the corpus is read {number(delta * per_token)} times, fewer than it could be, but general loss "
+            f"at 10% the corpus is read {times(delta * per_token)}, fewer than it could be, but general loss "
             "rises at 10%, and no larger share is published"
         )
-    epochs = (
-        f"at {percent(delta)} the corpus is read {number(delta * per_token)} times, as at the best published shares"
-    )
+    epochs = f"at {percent(delta)} the corpus is read {times(delta * per_token)}, as at the best published shares"
     if regime == "SPT":
         return epochs
     return (

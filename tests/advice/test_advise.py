@@ -76,6 +76,9 @@ def test_factors_and_spans_are_written_as_people_read_them() -> None:
     said = " ".join(findings(small))
     assert "SPT at 10%;" in said
     assert "6,670× in pretraining tokens" in said
+    once = advising.advise_pretraining(domain_tokens=100_000, budget=1_000_000)
+    assert "which reads it once, then" in once.decision.says
+    assert "the corpus is read once, fewer than" in " ".join(findings(once))
     tiny = advising.advise(domain_tokens=1, budget=1)
     assert "40,000,000,000× in pretraining tokens, 3,000,000× in domain tokens" in " ".join(findings(tiny))
 
