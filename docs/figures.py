@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -40,13 +41,17 @@ def new(width: float, height: float) -> tuple[Figure, Axes]:
     return plt.subplots(figsize=(width, height), layout="constrained")
 
 
+SCALE_MODEL = "2026-11-29-cpu2-spt-abc.csv"
+
+
 def finetune_path() -> Figure:
-    """The finetune's path in the plane of domain and general loss, for NPT and for SPT, two seeds each."""
-    table = pd.read_csv(RESULTS / "2026-11-21-cpu2-spt-music.csv")
-    finetunes = table[(table.stage == 1) & (table.pretrain_tokens > 5.9e6) & table.pretrain_delta.isin([0, 0.1])]
+    """The finetune's path in the plane of domain and general loss, for NPT and for SPT, a line per seed."""
+    table = pd.read_csv(RESULTS / SCALE_MODEL)
+    largest = table.pretrain_tokens > 0.99 * table.pretrain_tokens.max()
+    finetunes = table[(table.stage == 1) & largest & table.pretrain_delta.isin([0, 0.02])]
     figure, axes = new(7, 3.6)
     for (delta, seed), path in finetunes.groupby(["pretrain_delta", "seed"]):
-        name, colour = ("SPT, 10% domain", BLUE) if delta else ("NPT", ORANGE)
+        name, colour = ("SPT, 2% domain", BLUE) if delta else ("NPT", ORANGE)
         path = path.sort_values("tokens")
         path = path[path.tokens <= path[path.handed_on].tokens.max()]
         domain, general = path.domain_heldout.to_numpy(), path.general_heldout.to_numpy()
@@ -56,8 +61,32 @@ def finetune_path() -> Figure:
         axes.plot(domain[-1], general[-1], "o", color=colour, markersize=9)
     axes.set_xlabel("← better   domain loss, nats per token")
     axes.set_ylabel("← better   general loss")
-    axes.set_title("Finetuning after 6M tokens of pretraining (○ before, ● after), 1.1M parameters", fontsize=10)
+    axes.set_title("Finetuning on 15K tokens of tunes after 40M tokens of pretraining (○ before, ● after)", fontsize=10)
     axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def best_share() -> Figure:
+    """R_gain by share and budget: the best share falls as the budget grows."""
+    table = pd.read_csv(RESULTS / SCALE_MODEL)
+    ends = table[(table.stage == 1) & table.handed_on]
+    loss = ends.set_index(["pretrain_delta", "pretrain_tokens", "seed"]).domain_heldout
+    gain = 100 * (1 - loss / loss[0.0].reindex(loss.index.droplevel(0)).to_numpy())
+    figure, axes = new(7, 3.4)
+    shades = plt.colormaps["plasma"](np.linspace(0.05, 0.8, 5))
+    for (delta, own), colour in zip(gain[gain.index.get_level_values(0) > 0].groupby(level=0), shades, strict=True):
+        by_budget = own.groupby(level=1)
+        mean, tokens = by_budget.mean(), own.index.levels[1] / 1e6
+        axes.fill_between(tokens, by_budget.min(), by_budget.max(), color=colour, alpha=0.18, linewidth=0)
+        axes.plot(tokens, mean, "o-", color=colour, label=f"{100 * delta:g}%")
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(tokens, [f"{count:.0f}M" for count in tokens])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens of pretraining")
+    axes.set_ylabel("R_gain, %")
+    axes.set_title("Tunes, 15K domain tokens, 0.17M parameters; bands: range of the seeds", fontsize=10)
+    axes.legend(frameon=False, title="domain", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -131,7 +160,7 @@ def replay() -> Figure:
     return figure
 
 
-PICTURES = (finetune_path, schedules, gain, replay)
+PICTURES = (finetune_path, schedules, gain, best_share, replay)
 
 
 def draw(folder: Path) -> None:

@@ -120,11 +120,22 @@ def spt_against_npt(name: str) -> str:
     return f"{domain} (R_gain {gain.mean():.1f} ± {half_range:.1f}%), {forgotten}"
 
 
+def best_shares(name: str) -> str:
+    """The share with the largest mean R_gain at every budget of pretraining, and what 10% does at the largest."""
+    loss = ends_of(name).set_index(["pretrain_tokens", "pretrain_delta", "seed"]).domain_heldout.unstack(1)
+    gains = (100 * (1 - loss.div(loss[0.0], axis=0))).groupby(level=0).mean()
+    best = ", ".join(
+        f"{own.idxmax():.0%} at {tokens / 1e6:.0f}M tokens ({own.max():.1f}%)" for tokens, own in gains.iterrows()
+    )
+    return f"best share (R_gain): {best}; there 10% loses {-gains[0.1].iloc[-1]:.1f}%"
+
+
 def test_the_table_of_the_readme_is_what_the_results_say() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = {name: row for row in readme.splitlines() for name in re.findall(r"\(benchmarks/results/([^)]+)\)", row)}
     for name in ("2026-11-21-cpu2-spt-music.csv", "2026-11-21-cpu2-spt-smiles.csv"):
         assert spt_against_npt(name) in rows[name]
+    assert best_shares("2026-11-29-cpu2-spt-abc.csv") in rows["2026-11-29-cpu2-spt-abc.csv"]
 
     runs = json.loads((RESULTS / "2026-11-21-cpu2-spt-3m.json").read_text())["runs"]
     npt, spt = ({r["seed"]: r["domain_after"] for r in runs if r["delta"] == delta} for delta in (0, 0.1))
