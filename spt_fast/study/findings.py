@@ -12,7 +12,7 @@ from rich.table import Table
 from spt_fast.printing import print_grid, print_table
 from spt_fast.study.behind import Behind, rests_on
 from spt_fast.study.compare import ArmFigures, Comparison, Tried
-from spt_fast.study.finetunes import Interval, Treatment
+from spt_fast.study.finetunes import Interval, Treatment, held_against
 from spt_fast.study.fits import Errors, Fits, Fitted, Score
 from spt_fast.study.tasks import COLUMNS, cells, title_of
 from spt_fast.study.words import amount
@@ -132,7 +132,7 @@ def multiplier(comparison: Comparison, arm: Treatment) -> list[str]:
     """The tokens that NPT needs to equal an arm, if they are known."""
     factor = (comparison.compute_multiplier or {}).get(arm)
     if not factor:
-        return []
+        return _at_least(comparison, arm)
     says = f"NPT needs {factor:.2f} times the pretraining tokens of {arm.name} for its domain loss after finetuning"
     seeds = (comparison.compute_multiplier_per_seed or {})[arm].values()
     known = [own for own in seeds if own is not None]
@@ -140,6 +140,24 @@ def multiplier(comparison: Comparison, arm: Treatment) -> list[str]:
     if len(known) < len(seeds):
         spread.append(f"NPT's budgets do not bracket the loss of {len(seeds) - len(known)} of {len(seeds)}")
     return [f"{says} ({', and '.join(spread)})" if len(seeds) > 1 else says]
+
+
+def _at_least(comparison: Comparison, arm: Treatment) -> list[str]:
+    """A lower bound where an arm is below every loss of the NPT that it is held against."""
+    losses: dict[Treatment, dict[int, float]] = {}
+    for own in comparison.arms:
+        losses.setdefault(own.treatment, {})[own.tokens] = _mean(own.domain_after)
+    base = held_against(arm, losses)
+    if base is None:
+        return []
+    most, lowest = max(losses[base]), min(losses[base].values())
+    fewest = min((tokens for tokens, loss in losses[arm].items() if loss < lowest), default=most)
+    if fewest >= most:
+        return []
+    return [
+        f"NPT needs more than {most / fewest:.2g} times the pretraining tokens of {arm.name}: with {amount(most)} its "
+        f"domain loss after finetuning is above that of {arm.name} with {amount(fewest)}"
+    ]
 
 
 def conclusion(comparison: Comparison) -> list[str]:

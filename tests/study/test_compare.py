@@ -243,6 +243,22 @@ def test_multiplier_is_of_the_largest_budget_that_npt_brackets_and_of_every_seed
     ) in findings(comparison)
 
 
+def test_an_npt_that_never_comes_down_to_spt_bounds_the_multiplier(tmp_path: Path) -> None:
+    """NPT is at 6 with 1M tokens and at 5 with 4M, SPT at 4.9 with 1M already."""
+    runs = [
+        fake_run(tmp_path / "npt-1M", shifted(NPT, 1.0), tokens=1_000_000),
+        fake_run(tmp_path / "npt-4M", NPT, tokens=4_000_000),
+        fake_run(tmp_path / "spt-1M", shifted(SPT, 0.4), tokens=1_000_000, delta="0.05"),
+        fake_run(tmp_path / "spt-4M", SPT, tokens=4_000_000, delta="0.05"),
+    ]
+    comparison = compare(runs)
+    assert as_json(comparison)["compute_multiplier"] == {"0.05": None}
+    assert (
+        "NPT needs more than 4 times the pretraining tokens of SPT 5%: with 4M its domain loss after finetuning is "
+        "above that of SPT 5% with 1M"
+    ) in findings(comparison)
+
+
 def test_several_budgets(tmp_path: Path) -> None:
     """The gain is of the budget where arms meet; the multiplier uses NPT's other budgets too, averaged over seeds."""
     runs = [
