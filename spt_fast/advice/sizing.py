@@ -10,17 +10,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import torch
 
 from spt_fast.data.prepare import heldout_prefix
+from spt_fast.kernels.measured import medians
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import parameters, peak_flops, train_flops_per_token
 from spt_fast.model.memory import memory_bytes
 from spt_fast.quantities import amount, percent
 from spt_fast.train.evaluate import FORWARD_SHARE
+from spt_fast.train.precision import multiplies_bf16
 
 EFFICIENCY = {"cpu": 0.3, "cuda": 0.4}
 """The share of a machine's rate of matrix products that training reaches."""
@@ -67,13 +69,19 @@ class Device:
 def flops_per_s(device: str) -> float:
     """The rate of training on this machine, all its GPUs together."""
     peak = peak_flops("cuda") if device == "cuda" else None
-    if peak is None:
-        a = torch.ones(1024, 1024, device=device)
-        (a @ a).sum().item()
-        began_s = perf_counter()
-        (a @ a).sum().item()
-        peak = 2 * 1024**3 / (perf_counter() - began_s)
-    return EFFICIENCY[device] * peak * max(1, torch.cuda.device_count())
+    return EFFICIENCY[device] * (peak or _rate_of_products(device)) * max(1, torch.cuda.device_count())
+
+
+def _rate_of_products(device: str) -> float:
+    """FLOP/s of matrix products, in the dtype that is faster."""
+    dtypes = [torch.float32, *([torch.bfloat16] if device == "cuda" or multiplies_bf16() else [])]
+    squares = [torch.ones(1024, 1024, dtype=dtype, device=device) for dtype in dtypes]
+    seconds = medians([partial(_multiplied, square) for square in squares], rounds=15, seconds=0.3)
+    return 2 * 1024**3 / min(seconds)
+
+
+def _multiplied(square: torch.Tensor) -> float:
+    return (square @ square)[0, 0].item()  # which waits for a GPU
 
 
 @dataclass(frozen=True)

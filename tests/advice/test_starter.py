@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from spt_fast import cli
 from spt_fast.advice import sizing, starter
@@ -53,6 +54,18 @@ def write_text(file: Path, documents: int, seed: int) -> Path:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("texts")
     return write_text(folder / "general.jsonl", 1500, 7), write_text(folder / "my chem.jsonl", 400, 11)
+
+
+def test_the_rate_of_a_cpu_is_that_of_the_dtype_that_training_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each dtype's product takes a time of its own here, so that nothing depends on the machine's load."""
+    seconds = {torch.float32: 4.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(sizing, "medians", lambda rivals, **_: [seconds[rival.args[0].dtype] for rival in rivals])
+    rates = {}
+    for fast in (False, True):
+        monkeypatch.setattr(sizing, "multiplies_bf16", lambda fast=fast: fast)
+        rates[fast] = sizing.flops_per_s("cpu")
+    assert rates[False] == pytest.approx(0.3 * 2 * 1024**3 / 4)
+    assert rates[True] == pytest.approx(4 * rates[False])
 
 
 def slow_machine(monkeypatch: pytest.MonkeyPatch, flops_per_s: float) -> None:
