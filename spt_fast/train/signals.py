@@ -19,25 +19,30 @@ class StopRequest:
     """A context in which the first of these signals sets a flag. A nested one takes over the outer one's signals."""
 
     def __init__(self) -> None:
-        self.signal: str | None = None
+        self.received: list[str] = []
         self._previous: dict[int, Any] = {}
 
+    @property
+    def signal(self) -> str | None:
+        """The name of the signal that asked for the stop."""
+        return self.received[0] if self.received else None
+
     def __call__(self) -> bool:
-        return self.signal is not None
+        return bool(self.received)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+            if isinstance(around, StopRequest):
+                self.received = around.received  # shared, since a signal may come between any two lines
             for number in _heeded():
                 self._previous[number] = signal.signal(number, self._request)
-            if isinstance(around, StopRequest):
-                self.signal = around.signal
         return self
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal = signal.Signals(number).name
-            _first_s.append(time.monotonic())
+        if not self.received:
+            _first_s.append(time.monotonic())  # first: the next signal may come before the next line and read it
+            self.received.append(signal.Signals(number).name)
         elif number == signal.SIGINT and time.monotonic() - _first_s[-1] > PATIENCE_S:
             raise KeyboardInterrupt
 

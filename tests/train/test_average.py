@@ -73,7 +73,7 @@ def test_a_run_that_is_interrupted_in_every_average_equals_the_undisturbed_one(
     def asked_to_stop_in_it(trainer: Trainer, arm: Arm, trained: Evaluation) -> Evaluation:
         if trainer.state.arm not in interrupted:
             interrupted.add(trainer.state.arm)
-            trainer.stop.signal = "SIGTERM"
+            trainer.stop.received.append("SIGTERM")
         return average(trainer, arm, trained)
 
     monkeypatch.setattr(Trainer, "average", asked_to_stop_in_it)
@@ -110,7 +110,7 @@ def test_runs_that_differ_in_their_average_alone_are_trained_once(
     def asked_to_stop_in_it(trainer: Trainer, arm: Arm, step: int, **more: float) -> Evaluation:
         calls.extend([trainer.state.arm] if more else [])
         if calls.count(1) == 2:
-            trainer.stop.signal = "SIGTERM"
+            trainer.stop.received.append("SIGTERM")
         return measure(trainer, arm, step, **more)
 
     with monkeypatch.context() as patch:

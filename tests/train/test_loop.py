@@ -79,8 +79,8 @@ class StopAfter(StopRequest):
     def __call__(self) -> bool:
         self.looks -= 1
         if self.looks < 0:
-            self.signal = "SIGTERM"
-        return self.signal is not None
+            self.received.append("SIGTERM")
+        return super().__call__()
 
 
 # ------------------------------------------------------------------------------------------------ what a run is

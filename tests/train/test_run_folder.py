@@ -134,10 +134,27 @@ def test_a_storm_of_signals_makes_one_request_and_a_late_sigint_interrupts(monke
             signal.signal(number, handler)
 
 
+def test_a_signal_in_the_handler_of_another_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic
+
+    def interrupted_once() -> float:
+        monkeypatch.setattr("spt_fast.train.signals.time.monotonic", now)
+        os.kill(os.getpid(), signal.SIGINT)
+        return now()
+
+    with StopRequest() as early, StopRequest() as stop:
+        monkeypatch.setattr("spt_fast.train.signals.time.monotonic", interrupted_once)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+        assert early()
+
+
 HEARD = """
 import os
 from spt_fast import cli
+from spt_fast.train import signals
 from spt_fast.train.signals import StopRequest
+signals.PATIENCE_S = 600  # the end of a run may take longer than 10 s on a busy machine
 enter = StopRequest.__enter__
 def entered(request):
     enter(request)
