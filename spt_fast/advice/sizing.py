@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -23,6 +24,7 @@ from spt_fast.model.memory import memory_bytes
 from spt_fast.quantities import amount, percent
 from spt_fast.train.evaluate import FORWARD_SHARE
 from spt_fast.train.precision import multiplies_bf16
+from spt_fast.train.price import Way
 
 EFFICIENCY = {"cpu": 0.3, "cuda": 0.4}
 """The share of a machine's rate of matrix products that training reaches."""
@@ -73,7 +75,8 @@ def flops_per_s(device: str) -> float:
 
 
 def _rate_of_products(device: str) -> float:
-    """FLOP/s of matrix products, in the dtype that is faster."""
+    """FLOP/s of PyTorch's product of two square matrices, in the faster dtype. EFFICIENCY is a share of this rate, and
+    not of the one that `train.precision` measures: that times other shapes, in float32 with our own matmul."""
     dtypes = [torch.float32, *([torch.bfloat16] if device == "cuda" or multiplies_bf16() else [])]
     squares = [torch.ones(1024, 1024, dtype=dtype, device=device) for dtype in dtypes]
     seconds = medians([partial(_multiplied, square) for square in squares], rounds=15, seconds=0.3)
@@ -84,21 +87,12 @@ def _multiplied(square: torch.Tensor) -> float:
     return (square @ square)[0, 0].item()  # which waits for a GPU
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a step is held in memory: its part of a recipe's `engine`."""
-
-    checkpointing: str = "none"
-    stage: int = 0
-    offload: str = "none"
-    anchor: bool = False
-    """Whether there is room for a copy of the starting weights too."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
     """The sizes of a run of one model on a general and a domain corpus."""
 
+    anchor: ClassVar[bool] = False
+    """Whether a step must have room for an anchor: a copy of the starting weights, in float32."""
     corpora: Sequence[Corpus]
     config: GPTConfig
     window: int
@@ -142,7 +136,7 @@ class Sizing:
             dtype=torch.bfloat16,
             context=self.window,
             checkpointing=self.way.checkpointing,
-            anchor=self.way.anchor,
+            anchor=self.anchor,
             stage=self.way.stage,
             world=self.device.count,
             offload=self.way.offload,

@@ -25,9 +25,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from textwrap import fill, indent
+from typing import ClassVar
 
 from spt_fast.advice.prior import FINETUNE_EPOCHS, REPLAY
-from spt_fast.advice.sizing import TRAINING_SHARE, Corpus, Device, Sizing, Way, exact, one_digit, quoted, two_digits
+from spt_fast.advice.sizing import TRAINING_SHARE, Corpus, Device, Sizing, exact, one_digit, quoted, two_digits
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.tokenizer import Tokenizer
@@ -35,10 +36,11 @@ from spt_fast.errors import DataError, RecipeError, SptWarning, invalid
 from spt_fast.fields import naming
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import train_flops_per_token
+from spt_fast.model.memory import CHECKPOINTING
 from spt_fast.quantities import amount, duration
 from spt_fast.study.sweep import WINDOW
 from spt_fast.train.origin import origin_of, tokenizer_digest, tokenizer_file
-from spt_fast.train.price import TIME_FACTOR
+from spt_fast.train.price import Way
 from spt_fast.train.weights import chosen, read_config
 
 CONTINUED_REPLAY = 0.05
@@ -52,14 +54,13 @@ FEWEST_WINDOWS = 200
 SHORTEST_WINDOW = 32
 STUDY_PART = 8
 """Tokens of the training in units of a run of the study."""
-KINDS = ("none", "selective", "full")
-ONE_GPU = (*(Way(kind, anchor=True) for kind in KINDS),)
+ONE_GPU = tuple(Way(0, "none", checkpointing) for checkpointing in CHECKPOINTING)
 SEVERAL_GPUS = (
-    *(Way(kind, 1, anchor=True) for kind in KINDS),
-    *(Way(kind, stage, anchor=True) for stage in (2, 3) for kind in KINDS[1:]),
+    *(Way(1, "none", checkpointing) for checkpointing in CHECKPOINTING),
+    *(Way(stage, "none", checkpointing) for stage in (2, 3) for checkpointing in CHECKPOINTING[1:]),
 )
-OFFLOADED = (*(Way("full", stage, "optimizer", anchor=True) for stage in (2, 3)), Way("full", 3, "all", anchor=True))
-"""Ways to hold a step in memory, from the fastest on, with room for the anchor that the study tries."""
+OFFLOADED = (Way(2, "optimizer", "full"), Way(3, "optimizer", "full"), Way(3, "all", "full"))
+"""Ways to hold a step in memory, the fastest first."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Base:
 class FromBase(Sizing):
     """A training from a base, and the text of its recipe and study."""
 
+    anchor: ClassVar[bool] = True
+    """The study tries one."""
     base: Base
     arms: int
     """Rates that are tried, each with all tokens."""
@@ -136,7 +139,7 @@ class FromBase(Sizing):
             arms=1,
             finetunes=False,
         ).fitted()
-        flops = train_flops_per_token(base.config, window) * TIME_FACTOR[sized.way.checkpointing]
+        flops = train_flops_per_token(base.config, window) * sized.way.time_factor
         by_time = TRAINING_SHARE * hours * 3600 * device.flops_per_s / flops
         arms = ARMS if by_time >= ARMS * twice else 1
         tokens = max(fewest, two_digits(min(by_time / arms, FINETUNE_EPOCHS * corpora[1].tokens)))

@@ -10,8 +10,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -26,7 +25,7 @@ from spt_fast.train.engine import EngineInterface
 from spt_fast.train.engines import join, make_engine
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
-from spt_fast.train.price import Machine, distribution_of, distributions, phase_memory
+from spt_fast.train.price import Machine, Way, phase_memory, ways_of
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.trackers import check_installed
 from spt_fast.train.tuning import choose
@@ -141,23 +140,23 @@ def _peak_bytes(device: torch.device) -> int:
 def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exception) -> str:
     """Settings to change, in order: those that cost no time first."""
     engine = plan.recipe.engine
-    stage, offload = distribution_of(engine, machine.gpus)
+    own = Way.of(engine, machine.gpus)
     needed = phase_memory(plan, planned.index, machine)["total"]
     share, micro = planned.phase.batch.sequences // machine.gpus, planned.micro(machine.gpus)
-    knobs: list[tuple[str, dict[str, Any]]] = []
+    knobs: list[tuple[str, Way, int]] = []
     smaller = max((m for m in range(1, micro) if share % m == 0), default=None)
     if smaller:
-        knobs.append((f"phases.{planned.phase.name}.batch.micro={smaller}", {"micro": smaller}))
+        knobs.append((f"phases.{planned.phase.name}.batch.micro={smaller}", own, smaller))
     for checkpointing in CHECKPOINTING[CHECKPOINTING.index(engine.checkpointing) + 1 :]:
-        knobs.append((f"engine.checkpointing={checkpointing}", {"checkpointing": checkpointing}))
-    for other, offloaded in distributions(plan.recipe):
-        if (other, offloaded) != (stage, offload) and other >= stage:
-            deepspeed = f"engine.name=deepspeed engine.stage={other}"
-            deepspeed += f" engine.offload={offloaded}" if offloaded != "none" else ""
-            knobs.append((deepspeed, {"stage": other, "offload": offloaded}))
+        knobs.append((f"engine.checkpointing={checkpointing}", replace(own, checkpointing=checkpointing), micro))
+    for way in ways_of(plan.recipe):
+        if way != own and way.stage >= own.stage and way.checkpointing == own.checkpointing:
+            deepspeed = f"engine.name=deepspeed engine.stage={way.stage}"
+            deepspeed += f" engine.offload={way.offload}" if way.offload != "none" else ""
+            knobs.append((deepspeed, way, micro))
     lines = []
-    for knob, change in knobs:
-        saved = needed - phase_memory(plan, planned.index, machine, **change)["total"]
+    for knob, way, windows in knobs:
+        saved = needed - phase_memory(plan, planned.index, machine, way, micro=windows)["total"]
         if saved > 0:
             lines.append(f"  {knob} saves about {saved / 1e9:.3g} GB")
     has = "" if machine.memory_bytes is None else f" of {machine.memory_bytes / 1e9:.3g} GB"

@@ -124,11 +124,30 @@ class PhaseTime:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to train a plan: how processes divide the state, and what the backward pass recomputes."""
+    """How a step is held in memory: the fields of a recipe's `engine` that trade memory for time."""
 
-    stage: int
-    offload: str
-    checkpointing: str
+    stage: int = 0
+    """The ZeRO stage; 0 in the local engine."""
+    offload: str = "none"
+    checkpointing: str = "none"
+
+    @classmethod
+    def of(cls, engine: Engine, processes: int) -> Way:
+        """The way that an engine trains in. The local one neither shards nor offloads, whatever the recipe says."""
+        if uses_deepspeed(engine, processes):
+            return cls(engine.stage, engine.offload, engine.checkpointing)
+        return cls(checkpointing=engine.checkpointing)
+
+    @property
+    def time_factor(self) -> float:
+        """A step's time, relative to one without checkpointing; the time of offloading is not known."""
+        return TIME_FACTOR[self.checkpointing]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PricedWay(Way):
+    """What a plan takes if it is trained in this way."""
+
     recipe: bool
     """Whether it is the recipe's own."""
     bytes: dict[str, int]
@@ -165,7 +184,7 @@ class Price:
     left_out: Sequence[str]
     warnings: list[str]
     times: list[PhaseTime]
-    ways: list[Way]
+    ways: list[PricedWay]
 
 
 def speed_of(plan: Plan, machine: Machine, *, mfu: float | None = None, run: Path | None = None) -> Speed:
@@ -219,15 +238,13 @@ def phase_memory(
     plan: Plan,
     index: int,
     machine: Machine,
+    way: Way | None = None,
     *,
-    stage: int | None = None,
-    offload: str | None = None,
-    checkpointing: str | None = None,
     micro: int | None = None,
 ) -> dict[str, int]:
     """`memory_bytes` of a step of phase `index`, by the recipe's engine and micro-batch unless others are given."""
     phase = plan.phases[index].phase
-    own_stage, own_offload = distribution_of(plan.recipe.engine, machine.gpus)
+    way = way or Way.of(plan.recipe.engine, machine.gpus)
     micro = micro or plan.phases[index].micro(machine.gpus)
     untied = any(earlier.phase.untie for earlier in plan.phases[: index + 1])
     return memory_bytes(
@@ -235,7 +252,7 @@ def phase_memory(
         micro,
         dtype=machine.precision.dtype,
         context=plan.phases[index].context,
-        checkpointing=checkpointing or plan.recipe.engine.checkpointing,
+        checkpointing=way.checkpointing,
         micro_batches=phase.batch.sequences // machine.gpus // micro,
         documents=phase.documents,
         states=len(phase.optimizer.kinds_of(hidden=False)),
@@ -243,23 +260,23 @@ def phase_memory(
         anchor=phase.anchor > 0,
         freeze=phase.freeze,
         device=machine.device,
-        stage=own_stage if stage is None else stage,
+        stage=way.stage,
         world=machine.gpus,
-        offload=offload or own_offload,
+        offload=way.offload,
         fp8=plan.recipe.engine.fp8,
         recorded=plan.recipe.engine.cuda_graphs is True and machine.device == "cuda",
     )
 
 
-def distribution_of(engine: Engine, processes: int) -> tuple[int, str]:
-    """(ZeRO stage, offload) of an engine; the local one has stage 0."""
-    return (engine.stage, engine.offload) if uses_deepspeed(engine, processes) else (0, "none")
-
-
-def distributions(recipe: Recipe) -> list[tuple[int, str]]:
-    """Every (ZeRO stage, offload) in which the recipe can train."""
+def ways_of(recipe: Recipe) -> list[Way]:
+    """Every way that the recipe can train in. An optimizer of whole matrices excludes offloading and stages 2 and 3."""
     whole = any(phase.optimizer.whole_matrices for phase in recipe.phases)
-    return [(stage, offload) for stage, offload in DISTRIBUTIONS if not whole or (stage < 2 and offload == "none")]
+    return [
+        Way(stage, offload, checkpointing)
+        for stage, offload in DISTRIBUTIONS
+        if not whole or (stage < 2 and offload == "none")
+        for checkpointing in CHECKPOINTING
+    ]
 
 
 def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | None = None) -> Price:
@@ -268,33 +285,28 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
     Every arm of a grid and every evaluation is counted; `left_out` lists what isn't. Unknown values are None.
     """
     flops_per_token = [plan.flops_per_token(index) for index in range(len(plan.phases))]
-    own = (*distribution_of(plan.recipe.engine, machine.gpus), plan.recipe.engine.checkpointing)
+    own = Way.of(plan.recipe.engine, machine.gpus)
     times = [phase_time(plan, index, speed) for index in range(len(plan.phases))]
     ways = []
-    for stage, offload in distributions(plan.recipe):
-        for checkpointing in CHECKPOINTING:
-            needed = [
-                phase_memory(plan, index, machine, stage=stage, offload=offload, checkpointing=checkpointing)
-                for index in range(len(plan.phases))
-            ]
-            worst = max(needed, key=lambda parts: parts["total"])
-            hours = step_s = None
-            if offload == "none":
-                factor = TIME_FACTOR[checkpointing] / TIME_FACTOR[plan.recipe.engine.checkpointing]
-                step_s, hours = _step_and_hours(times, factor)
-            ways.append(
-                Way(
-                    stage=stage,
-                    offload=offload,
-                    checkpointing=checkpointing,
-                    recipe=(stage, offload, checkpointing) == own,
-                    bytes=worst,
-                    fits=machine.holds(worst["total"]),
-                    step_s=step_s,
-                    hours=hours,
-                    cost=None if hours is None or per_gpu_hour is None else hours * machine.gpus * per_gpu_hour,
-                )
+    for way in ways_of(plan.recipe):
+        needed = [phase_memory(plan, index, machine, way) for index in range(len(plan.phases))]
+        worst = max(needed, key=lambda parts: parts["total"])
+        hours = step_s = None
+        if way.offload == "none":
+            step_s, hours = _step_and_hours(times, way.time_factor / own.time_factor)
+        ways.append(
+            PricedWay(
+                stage=way.stage,
+                offload=way.offload,
+                checkpointing=way.checkpointing,
+                recipe=way == own,
+                bytes=worst,
+                fits=machine.holds(worst["total"]),
+                step_s=step_s,
+                hours=hours,
+                cost=None if hours is None or per_gpu_hour is None else hours * machine.gpus * per_gpu_hour,
             )
+        )
     chosen = next(way for way in ways if way.recipe)
     tokens = sum(time.tokens for time in times)
     flops = sum(each * time.tokens for each, time in zip(flops_per_token, times, strict=True))
@@ -372,7 +384,7 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
     columns = ["phase", "arms", "tokens", "step_s", "hours", "evaluation_hours"]
     print_table(console, "time", columns, [[getattr(time, column) for column in columns] for time in price.times])
 
-    by_distribution: dict[tuple[int, str], list[Way]] = {}
+    by_distribution: dict[tuple[int, str], list[PricedWay]] = {}
     for way in price.ways:
         by_distribution.setdefault((way.stage, way.offload), []).append(way)
     print_table(
@@ -401,7 +413,7 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
     warn(price.warnings)
 
 
-def _memory(way: Way) -> str:
+def _memory(way: PricedWay) -> str:
     marks = ("→ " if way.recipe else "") + ("✗ " if way.fits is False else "")
     return marks + size(way.bytes["total"])
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from spt_fast import cli
 from spt_fast.advice import sizing, starter
@@ -21,6 +23,7 @@ from spt_fast.data.tokenizer import train_tokenizer
 from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.gpt import GPT
+from spt_fast.model.memory import memory_bytes
 from spt_fast.model.presets import PRESETS
 from spt_fast.study import sweep
 from spt_fast.train.run import run
@@ -193,6 +196,17 @@ def test_memory_decides_how_a_step_is_held() -> None:
     assert "spt-fast plan out/recipe.yaml --gpus 8" in written
     assert "offload: optimizer" in str(node.study(Path("out"), None)), "whose runs have a GPU each"
     assert sized("8b", Device("cpu", 1, 1e12, None), hours=10_000)._engine() == ""
+
+
+def test_a_step_from_a_base_leaves_room_for_the_anchor_that_the_study_tries() -> None:
+    one = sized("1b")
+    without, with_anchor = (
+        memory_bytes(one.config, 1, dtype=torch.bfloat16, context=one.window, anchor=anchor)["total"]
+        for anchor in (False, True)
+    )
+    for needed, fits in ((without, False), (with_anchor, True)):
+        gpu = replace(GPU, memory_bytes=round(1.01 * needed / sizing.MEMORY_SHARE))
+        assert replace(one, device=gpu).fits(1) is fits
 
 
 def test_hours_decide_between_three_rates_one_and_a_continued_pretraining() -> None:

@@ -148,6 +148,8 @@ def test_the_command_tells_it_all(recipe: Recipe, tmp_path: Path, capsys: pytest
         *("hours_at_40_percent_mfu", "hours", "cost", "mfu", "speed_from", "times", "ways", "left_out"),
     }
     assert len(plan["ways"]) == 24
+    keys = ("stage", "offload", "checkpointing", "recipe", "bytes", "fits", "step_s", "hours", "cost")
+    assert all(tuple(way) == keys for way in plan["ways"])
     assert (plan["gpus"], plan["gpu_memory_bytes"], plan["speed_from"]) == (2, 80 * 10**9, "stated")
 
 

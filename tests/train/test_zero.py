@@ -10,7 +10,7 @@ import pytest
 from spt_fast.config import Engine
 from spt_fast.errors import RecipeError
 from spt_fast.train.engines import uses_deepspeed
-from spt_fast.train.price import distribution_of
+from spt_fast.train.price import Way
 from spt_fast.train.zero import merged, user_config
 
 OURS = {"gradient_clipping": 1.0, "zero_optimization": {"stage": 1, "overlap_comm": False}}
@@ -65,5 +65,5 @@ def test_auto_is_local_for_a_process_alone_that_asks_for_nothing_else() -> None:
     assert uses_deepspeed(Engine(name="deepspeed"), 1)
     assert uses_deepspeed(Engine(offload="optimizer"), 1)
     assert uses_deepspeed(Engine(config="ds.json"), 1)
-    assert distribution_of(Engine(stage=2, offload="optimizer"), 1) == (2, "optimizer")
-    assert distribution_of(Engine(stage=2), 1) == (0, "none")
+    assert Way.of(Engine(stage=2, offload="optimizer"), 1) == Way(2, "optimizer")
+    assert Way.of(Engine(stage=2), 1) == Way()
