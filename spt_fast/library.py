@@ -138,6 +138,8 @@ def init(
     init: AnyPath | None = None,
     tokenizer: AnyPath | None = None,
     hours: float | None = None,
+    text_key: str = "text",
+    skip_bad: bool = False,
     progress: bool = True,
 ) -> Begun:
     """Write a first recipe and study for two corpora, sized for this machine: OUT/recipe.yaml and OUT/study.yaml.
@@ -148,6 +150,8 @@ def init(
                      a model of a preset is trained from scratch
     tokenizer        of the datasets, or for the text; by default the base's, or one that is trained on the text
     hours            of training on this machine; by default 1, or 24 on a GPU
+    text_key         key or column of the text
+    skip_bad         skip and count broken lines instead of stopping at the first
     progress         show bars on standard error
 
     Returns what was written and what it is sized for. Raises RecipeError for a recipe that is there already, DataError,
@@ -158,7 +162,17 @@ def init(
     """
     from spt_fast.advice.starter import begin
 
-    return begin(general, domain, out, init=init, tokenizer=tokenizer, hours=hours, progress=progress)
+    return begin(
+        general,
+        domain,
+        out,
+        init=init,
+        tokenizer=tokenizer,
+        hours=hours,
+        text_key=text_key,
+        skip_bad=skip_bad,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True)

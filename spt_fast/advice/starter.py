@@ -91,6 +91,8 @@ def begin(
     init: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     hours: float | None = None,
+    text_key: str = "text",
+    skip_bad: bool = False,
     progress: bool = True,
 ) -> Begun:
     """Write OUT/recipe.yaml and OUT/study.yaml for two corpora.
@@ -99,6 +101,8 @@ def begin(
     init             a base to start from: a run, its weights/<phase>, a checkpoint or a Hugging Face folder
     tokenizer        of the datasets, or for the text; by default the base's, or one that is trained on the text
     hours            of training on this machine; by default 1 on a CPU and 24 on a GPU
+    text_key         key or column of the text
+    skip_bad         skip and count broken lines instead of stopping at the first
     progress         show progress on standard error
 
     Nothing is written before it has been planned. Warns of text that is repeated too often, and of too few hours for
@@ -121,10 +125,11 @@ def begin(
     if base is None and tokenizer is None:
         if len(texts) < 2:
             raise DataError("tokenizer: missing; name the one that the datasets were prepared with", argument=True)
-        tokenizer = _trained(texts, out / "data" / "bpe.tiktoken", progress)
+        tokenizer = _trained(texts, out / "data" / "bpe.tiktoken", text_key, skip_bad, progress)
     loaded = base.tokenizer if base else Tokenizer.load(tokenizer or "")
     corpora = [
-        _corpus(name, Path(given), out, loaded, progress) for name, given in zip(names, (general, domain), strict=True)
+        _corpus(name, Path(given), out, loaded, text_key, skip_bad, progress)
+        for name, given in zip(names, (general, domain), strict=True)
     ]
     device = Device.here()
     hours = hours or HOURS[device.kind]
@@ -171,14 +176,16 @@ def _is_dataset(path: Path) -> bool:
     return not path.is_file() and not path.is_dir() and Path(f"{path}.bin").exists()
 
 
-def _trained(texts: Sequence[Path], out: Path, progress: bool) -> Path:
+def _trained(texts: Sequence[Path], out: Path, text_key: str, skip_bad: bool, progress: bool) -> Path:
     """A tokenizer of a size that the text supports: about a token for each 2 kB, 1,024 to 32,768."""
     found = sum(path.stat().st_size for text in texts for path in find_files(text).files)
     size = min(32_768, max(1024, 1 << (int(found) // 2000).bit_length() - 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            train_tokenizer([str(text) for text in texts], size, out, progress=progress)
+            train_tokenizer(
+                [str(text) for text in texts], size, out, text_key=text_key, skip_bad=skip_bad, progress=progress
+            )
             return out
         except DataError:
             if size == FEWEST_IDS:
@@ -186,14 +193,16 @@ def _trained(texts: Sequence[Path], out: Path, progress: bool) -> Path:
             size = max(FEWEST_IDS, size // 2)  # the text has fewer different pieces
 
 
-def _corpus(name: str, given: Path, out: Path, tokenizer: BaseTokenizer, progress: bool) -> Corpus:
+def _corpus(
+    name: str, given: Path, out: Path, tokenizer: BaseTokenizer, text_key: str, skip_bad: bool, progress: bool
+) -> Corpus:
     prefix = given
     if not _is_dataset(given):
         prefix = out / "data" / name
         prefix.parent.mkdir(parents=True, exist_ok=True)
         tokens = sum(path.stat().st_size for path in find_files(given).files) / BYTES_PER_TOKEN
         heldout = Fraction(min(100, round(1000 * HELDOUT_TOKENS / tokens) or 1), 1000)
-        prepare(given, prefix, tokenizer, heldout=heldout, progress=progress)
+        prepare(given, prefix, tokenizer, heldout=heldout, text_key=text_key, skip_bad=skip_bad, progress=progress)
     if not _is_dataset(heldout_prefix(prefix)):
         raise DataError(f"{prefix}: has no held-out part; prepare it with `heldout=5%`")
     return Corpus(

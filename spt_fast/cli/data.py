@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 import spt_fast as spt
-from spt_fast.cli.flags import Dtype, Inputs, Json, PathArgument, PathOption, TextKey
+from spt_fast.cli.flags import Dtype, Inputs, Json, PathArgument, PathOption, SkipBad, TextKey
 from spt_fast.cli.program import app, example, out, print_json, tokenizer_app
 from spt_fast.printing import print_facts
 
@@ -22,7 +22,7 @@ def tokenizer_train(
     vocab_size: Annotated[int, Option(metavar="COUNT", help="Set the number of ids, end-of-text included.")],
     out_file: Annotated[Path, PathOption("--out", metavar="FILE", help="Write the tiktoken ranks to this file.")],
     text_key: TextKey = "text",
-    skip_bad: Annotated[bool, Option(help="Skip broken lines instead of stopping at the first.")] = False,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Train a byte-level BPE tokenizer."""
     tokenizer = spt.tokenizer(inputs, vocab_size, out_file, text_key=text_key, skip_bad=skip_bad)
@@ -51,7 +51,7 @@ def prepare(
     heldout: Annotated[
         str | None, Option(metavar="SHARE", help="Hold out this share of the text as PREFIX.heldout, such as 5%.")
     ] = None,
-    skip_bad: Annotated[bool, Option(help="Skip and count broken lines instead of stopping at the first.")] = False,
+    skip_bad: SkipBad = False,
     workers: Annotated[
         int | None, Option(metavar="COUNT", help="Use this many processes; by default one for each core.")
     ] = None,

@@ -79,6 +79,7 @@ Inputs = Annotated[
     ),
 ]
 TextKey = Annotated[str, typer.Option(metavar="KEY", parser=text, help="Read the text from this key or column.")]
+SkipBad = Annotated[bool, typer.Option(help="Skip and count broken lines instead of stopping at the first.")]
 
 
 def share(given: str | None, flag: str) -> float | None:

@@ -20,6 +20,8 @@ from spt_fast.cli.flags import (
     RecipePath,
     Resume,
     RunPath,
+    SkipBad,
+    TextKey,
     WeightsPath,
     is_first,
     stopped,
@@ -49,10 +51,21 @@ def init(
         float | None,
         Option(metavar="HOURS", help="Fit the training into this many hours; by default 1, or 24 on a GPU."),
     ] = None,
+    text_key: TextKey = "text",
+    skip_bad: SkipBad = False,
     as_json: Json = False,
 ) -> None:
     """Write a first recipe and study for two corpora, from scratch or a base, sized for this machine."""
-    begun = spt.init(general, domain, out_folder, init=init, tokenizer=tokenizer, hours=hours)
+    begun = spt.init(
+        general,
+        domain,
+        out_folder,
+        init=init,
+        tokenizer=tokenizer,
+        hours=hours,
+        text_key=text_key,
+        skip_bad=skip_bad,
+    )
     if as_json:
         print_json(begun)
         return

@@ -118,6 +118,22 @@ def test_from_text_to_a_recipe_that_plans_and_a_study_that_is_priced(
     assert load_recipe(tmp_path / "second" / "recipe.yaml").tokenizer == str(out / "data" / "bpe.tiktoken")
 
 
+def test_text_under_another_key_with_a_broken_line_is_read_as_the_flags_say(
+    texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_machine(monkeypatch, 2e9)
+    general, domain = (tmp_path / name for name in ("general.jsonl", "chem.jsonl"))
+    for file, text in zip((general, domain), texts, strict=True):
+        file.write_text(text.read_text().replace('"text":', '"content":') + "\n{broken\n")
+    words = ["init", "--general", str(general), "--domain", str(domain), "--out", str(tmp_path / "first")]
+    with pytest.raises(DataError, match=r"\(the line has 'content'\); name .* with --text-key …, .* by --skip-bad$"):
+        cli.app(words, standalone_mode=False)
+    with pytest.raises(DataError, match=r"broken JSON .*--skip-bad$"):
+        cli.app([*words, "--text-key", "content"], standalone_mode=False)
+    cli.app([*words, "--text-key", "content", "--skip-bad", "--hours", "0.1"], standalone_mode=False)
+    assert list(load_recipe(tmp_path / "first" / "recipe.yaml").sources) == ["general", "chem"]
+
+
 def corpora(general: int, domain: int) -> list[Corpus]:
     return [
         Corpus(name, Path("data") / name, tokens, tokens // 20) for name, tokens in (("web", general), ("chem", domain))
