@@ -40,7 +40,7 @@ def four_runs(tmp_path: Path) -> list[Path]:
     return [
         fake_run(tmp_path / "npt-0", NPT),
         fake_run(tmp_path / "npt-1", shifted(NPT, 0.1), seed=1),
-        fake_run(tmp_path / "spt-0", SPT, delta="5%".replace("5%", "1/20")),
+        fake_run(tmp_path / "spt-0", SPT, delta="1/20"),
         fake_run(tmp_path / "spt-1", shifted(SPT, 0.2), delta="1/20", seed=1),
     ]
 
@@ -219,18 +219,22 @@ def test_multiplier_is_null_unless_bracketed(npt: dict[int, float], loss: float)
     assert compute_multiplier(npt, 1_000, loss) is None
 
 
+def runs_at(folder: Path, *budgets: tuple[str, int, float], seed: int = 0) -> list[Path]:
+    """A run for each (share of the domain, millions of pretraining tokens, domain loss after finetuning)."""
+    runs = []
+    for delta, millions, domain_after in budgets:
+        path = NPT if delta == "0" else SPT
+        path = shifted(path, domain_after - path[-1][0])
+        run = folder / f"{delta}-{millions}M-{seed}"
+        runs.append(fake_run(run, path, tokens=1_000_000 * millions, seed=seed, delta=delta))
+    return runs
+
+
 def test_multiplier_is_of_the_largest_budget_that_npt_brackets_and_of_every_seed_there(tmp_path: Path) -> None:
     """NPT comes down to 6 with 1M tokens and to 5 with 4M. SPT with 4M is below that."""
-    spt_at_1M = {0: 6.0, 1: 5.75, 2: 4.75}
-    runs = [
-        fake_run(tmp_path / f"npt-{tokens}-{seed}", shifted(NPT, shift), tokens=tokens, seed=seed)
-        for tokens, shift in ((1_000_000, 1.0), (4_000_000, 0.0))
-        for seed in spt_at_1M
-    ]
-    for seed, loss in spt_at_1M.items():
-        for tokens, after in ((1_000_000, loss), (4_000_000, 4.0)):
-            path = shifted(SPT, after - SPT[-1][0])
-            runs.append(fake_run(tmp_path / f"spt-{tokens}-{seed}", path, tokens=tokens, seed=seed, delta="0.05"))
+    runs = []
+    for seed, spt_at_1M in enumerate((6.0, 5.75, 4.75)):
+        runs += runs_at(tmp_path, ("0", 1, 6.0), ("0", 4, 5.0), ("0.05", 1, spt_at_1M), ("0.05", 4, 4.0), seed=seed)
     comparison = compare(runs)
     result = as_json(comparison)
     assert result["compute_multiplier"] == {"0.05": pytest.approx(2.0)}  # of 5.5, the mean
@@ -245,13 +249,7 @@ def test_multiplier_is_of_the_largest_budget_that_npt_brackets_and_of_every_seed
 
 def test_an_npt_that_never_comes_down_to_spt_bounds_the_multiplier(tmp_path: Path) -> None:
     """NPT is at 6 with 1M tokens and at 5 with 4M, SPT at 4.9 with 1M already."""
-    runs = [
-        fake_run(tmp_path / "npt-1M", shifted(NPT, 1.0), tokens=1_000_000),
-        fake_run(tmp_path / "npt-4M", NPT, tokens=4_000_000),
-        fake_run(tmp_path / "spt-1M", shifted(SPT, 0.4), tokens=1_000_000, delta="0.05"),
-        fake_run(tmp_path / "spt-4M", SPT, tokens=4_000_000, delta="0.05"),
-    ]
-    comparison = compare(runs)
+    comparison = compare(runs_at(tmp_path, ("0", 1, 6.0), ("0", 4, 5.0), ("0.05", 1, 4.9), ("0.05", 4, 4.5)))
     assert as_json(comparison)["compute_multiplier"] == {"0.05": None}
     assert (
         "NPT needs more than 4 times the pretraining tokens of SPT 5%: with 4M its domain loss after finetuning is "
@@ -259,15 +257,10 @@ def test_an_npt_that_never_comes_down_to_spt_bounds_the_multiplier(tmp_path: Pat
     ) in findings(comparison)
 
 
-def test_several_budgets(tmp_path: Path) -> None:
-    """The gain is of the budget where arms meet; the multiplier uses NPT's other budgets too, averaged over seeds."""
-    runs = [
-        fake_run(tmp_path / "npt-1M-0", shifted(NPT, 0.9), tokens=1_000_000),
-        fake_run(tmp_path / "npt-1M-1", shifted(NPT, 1.1), tokens=1_000_000, seed=1),
-        fake_run(tmp_path / "npt-4M", NPT, tokens=4_000_000),
-        fake_run(tmp_path / "spt-1M", shifted(SPT, 1.0), tokens=1_000_000, delta="0.05"),
-    ]
-    result = compared(runs)
+def test_a_gain_is_of_the_budget_that_arms_share_and_the_multiplier_uses_all_of_npts(tmp_path: Path) -> None:
+    """NPT is at 6 with 1M tokens, the mean of two seeds, and at 5 with 4M; SPT is at 5.5 with 1M."""
+    runs = runs_at(tmp_path, ("0", 1, 5.9), ("0", 4, 5.0), ("0.05", 1, 5.5))
+    result = compared([*runs, *runs_at(tmp_path, ("0", 1, 6.1), seed=1)])
     assert result["tokens"] == 1_000_000
     assert result["compute_multiplier"] == {"0.05": pytest.approx(2.0)}  # 5.5 halfway between 6.0 and 5.0
     assert list(result["r_gain"]["0.05"]["per_seed"]) == ["0"]
