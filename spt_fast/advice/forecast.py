@@ -10,9 +10,9 @@ in which it is best counted.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -76,7 +76,7 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
             if (after[2] <= WIDEST * after[1]).all():
                 general = _intervals(after)
                 forgetting = (after[0] - of_general.predict(of="heldout_loss", **at)).tolist()
-        draws = np.stack([drawn.predict(**at) for drawn in _resampled(law, rows, curves)])
+        draws = np.stack([drawn.predict(**at) for drawn in law.resampled(_columns(rows, "domain"), DRAWS)])
         before = _best_before(before_law, tokens)
     said = {str(w.message): None for w in caught if not issubclass(w.category, ExtrapolationWarning)}
     name = f"{type(law.heldout).__name__} and PostFinetuneLaw" if law.heldout else "PostFinetuneLaw"
@@ -185,15 +185,3 @@ def _against(law: PostFinetuneLaw, rows: pd.DataFrame) -> AtBudget:
         predicted=float(seen.index[predicted.argmin()]),
         seen=float(seen.idxmin()),
     )
-
-
-def _resampled(law: PostFinetuneLaw, rows: pd.DataFrame, curves: pd.DataFrame | None) -> Any:
-    drawn = law.resampled(_columns(rows, "domain"), DRAWS)
-    if law.heldout is None:
-        yield from drawn
-        return
-    assert curves is not None
-    before = law.heldout.resampled(_curves(curves, type(law.heldout)), DRAWS, seed=1)
-    for own, after in zip(cast("Iterator[Before]", before), drawn, strict=True):
-        after.heldout = own
-        yield after

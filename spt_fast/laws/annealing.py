@@ -14,7 +14,6 @@ its schedule.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from typing import ClassVar
 
 import numpy as np
@@ -134,9 +133,7 @@ class MultiPowerLaw(FormulaLaw):
             excess = [0.0]
             for run in runs:
                 kept, left = self._rows.where(self._rows.run != run), self._rows.where(self._rows.run == run)
-                law = copy(self)
-                law._rows, law._fits = kept, law._fit(kept, None, None)
-                law.params_ = law._named(law._fits)
+                law = self._refitted(kept)
                 error = np.square(np.log(left.columns[of] / law._mean(left.columns, of)))
                 expected = np.median(law._variance(left.columns, of))
                 excess.append(float(np.median(error)) / ndtri(0.75) ** 2 - float(expected))

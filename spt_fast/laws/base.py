@@ -243,18 +243,20 @@ class Law:
         """The law in each of `n` draws of `bootstrap`: how a prediction, or a decision, varies with the runs."""
         if not hasattr(self, "_fits"):
             self.fit(table)
-        rows = self._prepare(read(table, self.inputs, self.outputs))
+        yield from self._resampled_to(self._prepare(read(table, self.inputs, self.outputs)), n, seed)
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _resampled_to(self, rows: Rows, n: int, seed: int) -> Iterator[Self]:
         self._require_enough(rows)
         run = self._resampled(rows)
         weights = np.random.default_rng(seed).exponential(size=(n, run.max() + 1))[:, run]
         drawn = self._fit(rows, weights, self._fits)
         for i in range(n):
             law = copy(self)
-            law._fits = {key: replace(fit, x=fit.x[i]) for key, fit in drawn.items()}
+            law._fits = {key: fit.drawn(i) for key, fit in drawn.items()}
             law.params_ = {name: float(value) for name, value in self._named(law._fits).items()}
             yield law
-
-    # ---------------------------------------------------------------------------------------------------------- inside
 
     def _resampled(self, rows: Rows) -> Array:
         """Units of resampling: a run, or a point if a group of rows has only one run."""
@@ -319,13 +321,10 @@ class Law:
             seen, asked = np.unique(kept.columns[name]), np.unique(left.columns[name])
             if len(seen) == 1 and not np.array_equal(seen, asked):
                 return 0.0
-        law = copy(self)
         try:
-            law._require_enough(kept)
+            law = self._refitted(kept)
         except DataError:
             return None
-        law._rows, law._fits = kept, law._fit(kept, None, None)
-        law.params_ = law._named(law._fits)
         try:
             mean, expected = (f(left.columns, of) for f in (law._mean, law._variance))
         except RecipeError:
@@ -334,6 +333,14 @@ class Law:
         error = np.square(np.log(loss / mean) if self._log_interval else loss - mean)
         excess = float(np.median(error) / ndtri(0.75) ** 2 - np.median(expected))
         return max(excess, 0.0) / float(np.square(size[size > edge] - size[size <= edge].max()).mean())
+
+    def _refitted(self, rows: Rows) -> Self:
+        """The same law of other rows. Raises DataError if they are too few."""
+        self._require_enough(rows)
+        law = copy(self)
+        law._rows, law._fits = rows, law._fit(rows, None, None)
+        law.params_ = law._named(law._fits)
+        return law
 
     def _takes_three(self, column: str) -> bool:
         """Whether two values of a column determine the law, so that no interval beyond them is wide."""
@@ -534,6 +541,12 @@ class FormulaLaw(Law):
 
     def _variance(self, columns: Columns, of: str) -> Array:
         return self._fits["loss"].variance(self._features(columns, self._unit))
+
+    def _variance_of_sums(self, columns: Columns, sums: Array) -> Array:
+        """[draws, sums]: variance of weighted sums [sums, predictions] of the law's values, in nats."""
+        fit, mean = self._fits["loss"], self._mean(columns, next(iter(self.outputs)))
+        influence, left_open = fit.influence(self._features(columns, self._unit), sums * mean)
+        return fit.noise.spread(influence, fit.curve.run, observed=False) + left_open
 
 
 def _reweighted(fit: Fit) -> Fit:

@@ -74,7 +74,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Curve:
-    """A formula, and the observations that it is fitted to. `huber`: the threshold, in units of the residual."""
+    """A formula, and the observations that it is fitted to. `huber`: the threshold, in units of the residual.
+
+    `target` is [points], or [draws, points] where each draw of a bootstrap has its own."""
 
     parameters: tuple[Parameter, ...]
     formula: Formula
@@ -117,6 +119,10 @@ class Curve:
         columns = {name: values[kept] for name, values in self.columns.items()}
         return replace(self, columns=columns, target=self.target[kept], run=self.run[kept])
 
+    def draws(self, which: int | slice) -> Curve:
+        """The curve with the targets of these draws."""
+        return self if self.target.ndim == 1 else replace(self, target=self.target[which])
+
     def value(self, x: Array, columns: Columns | None = None) -> Array:
         losses = self.formula(self.unknowns(x), self.columns if columns is None else columns)
         return np.log(losses) if self.log else losses
@@ -143,10 +149,11 @@ def solve(curve: Curve, weights: Array | None = None, starts: list[Array] | None
     (low, high), one = curve.bounds, np.ones(1)
     if weights is not None:
         assert starts
-        at_once = max(1, AT_ONCE // (len(curve.goal) * len(low)))
-        parts = [weights[i : i + at_once] for i in range(0, len(weights), at_once)]
-        x = np.clip(starts[0], low, high)
-        return np.concatenate([_polish(curve, np.tile(x, (len(w), 1)), w, curve.huber, 1e-9)[0] for w in parts])
+        at_once = max(1, AT_ONCE // (weights.shape[1] * len(low)))
+        parts = [slice(i, i + at_once) for i in range(0, len(weights), at_once)]
+        x = np.tile(np.clip(starts[0], low, high), (len(weights), 1))
+        found = [_polish(curve.draws(part), x[part], weights[part], curve.huber, 1e-9)[0] for part in parts]
+        return np.concatenate(found)
     if starts and curve.huber:
         return _polish(curve, np.clip(starts[:1], low, high), one, curve.huber)[0][0]
     x, cost = _polish(curve.sample(), np.clip(starts or promising(curve, seed), low, high), one, None, 1e-5, ROUGH)
@@ -211,14 +218,15 @@ def _polish(
     step follows the curvature of the residuals along it (geodesic acceleration, arXiv 1201.5885), since valleys are
     curved too."""
     low, high = curve.bounds
-    weights = np.broadcast_to(weights, (len(x), len(curve.goal)))
+    goal, weights = (np.broadcast_to(given, (len(x), curve.goal.shape[-1])) for given in (curve.goal, weights))
     x = x.astype(float)
     unknowns = np.arange(x.shape[1])
 
-    def at(x: Array, w: Array) -> tuple[Array, Array, Array]:
-        """(residuals, weights of their squares, cost)"""
+    def at(x: Array, which: Array) -> tuple[Array, Array, Array]:
+        """(residuals, weights of their squares, cost) of these searches"""
+        w = weights[which]
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            r = curve.value(x) - curve.goal
+            r = curve.value(x) - goal[which]
         size = np.abs(r)
         if huber is None:
             cost = (w * r * r).sum(1)
@@ -227,8 +235,8 @@ def _polish(
             w = w * (huber / np.maximum(size, huber))
         return r, w, np.where(np.isfinite(cost), cost, np.inf)
 
-    residual, weight, cost = map(np.array, at(x, weights))
-    jacobian = np.zeros((len(x), len(curve.goal), len(unknowns)))
+    residual, weight, cost = map(np.array, at(x, np.arange(len(x))))
+    jacobian = np.zeros((*goal.shape, len(unknowns)))
     normal = np.zeros((len(x), len(unknowns), len(unknowns)))
     slope = np.zeros_like(x)
     damping, growth = np.full(len(x), DAMPING), np.full(len(x), 2.0)
@@ -250,12 +258,12 @@ def _polish(
         step = -(inverse @ g[..., None])[..., 0]
         J, r = jacobian[going], residual[going]
         with np.errstate(over="ignore", invalid="ignore"):
-            ahead = at(here + AHEAD * step, weights[going])[0]
+            ahead = at(here + AHEAD * step, going)[0]
             bend = 2 / AHEAD * ((ahead - r) / AHEAD - (J @ step[..., None])[..., 0])
             second = -(inverse @ (J.swapaxes(1, 2) @ (weight[going] * bend)[..., None]))[..., 0]
             gentle = (scale * second**2).sum(1) < (scale * step**2).sum(1)
         step = np.clip(here + np.where(gentle[:, None], step + second / 2, step), low, high) - here
-        r, w, c = at(here + step, weights[going])
+        r, w, c = at(here + step, going)
         fell = cost[going] - c
         expected = -2 * (step * g).sum(1) - np.einsum("ni,nij,nj->n", step, normal[going], step)
         better = fell > 0
@@ -348,6 +356,10 @@ class Fit:
     curve: Curve
     x: Array
 
+    def drawn(self, draw: int) -> Fit:
+        """One of many fits, with x [draws, unknowns]."""
+        return Fit(self.curve.draws(draw), self.x[draw])
+
     @property
     def values(self) -> dict[str, float]:
         return {p.name: float(v[0]) for p, v in zip(self.curve.parameters, self.curve.unknowns(self.x), strict=True)}
@@ -413,14 +425,17 @@ class Fit:
         inside = erf(c / np.sqrt(2))
         return float((inside - 2 * c * np.exp(-c * c / 2) / np.sqrt(2 * np.pi) + c**2 * (1 - inside)) / inside**2)
 
-    def influence(self, columns: Columns) -> tuple[Array, Array]:
+    def influence(self, columns: Columns, sums: Array | None = None) -> tuple[Array, Array]:
         """How predictions move with each observation's error [predictions, points], and their variance from what the
-        observations do not determine [predictions]."""
+        observations do not determine [predictions]. `sums`: of weighted sums [sums, predictions] of them instead."""
         gradient = self.curve.gradient(self.x, columns)
         others = np.array([x for _, x in self.elsewhere]).reshape(-1, len(self.x))
-        elsewhere = np.square(self.curve.value(others, columns) - self.curve.value(self.x, columns))
+        elsewhere = self.curve.value(others, columns) - self.curve.value(self.x, columns)
+        if sums is not None:
+            gradient, elsewhere = sums @ gradient, elsewhere @ sums.T
         left_open = np.maximum(
-            np.square(gradient @ self._covariance) @ self._prior, elsewhere.max(axis=0, initial=0) / DIFFERS
+            np.square(gradient @ self._covariance) @ self._prior,
+            np.square(elsewhere).max(axis=0, initial=0) / DIFFERS,
         )
         bounded = np.sqrt(max(float(np.median(self.noise.point)) * self._inefficiency, 1e-16) * self._prior)
         moved = gradient @ _inverse(np.concatenate([self.jacobian, np.diag(bounded)]))[:, : len(self.jacobian)]

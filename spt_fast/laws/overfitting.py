@@ -222,21 +222,29 @@ class OverfittingLaw(Law):
         return train + size * T ** (delta * p["b_gap_s"] + (1 - delta) * p["b_gap_g"])
 
     def _variance(self, columns: Columns, of: str) -> Array:
+        if of == "train_loss":
+            return self._fits["train"].variance(_centred(columns, self._at))
+        return self._heldout_variance(columns, None, observed=True)
+
+    def _variance_of_sums(self, columns: Columns, sums: Array) -> Array:
+        """[draws, sums]: variance of weighted sums [sums, predictions] of the law's held-out losses."""
+        return self._heldout_variance(columns, sums, observed=False)
+
+    def _heldout_variance(self, columns: Columns, sums: Array | None, observed: bool) -> Array:
         """The train fit depends on the errors of train losses, the gap fit on held-out minus train."""
         train, gap, rows = self._fits["train"], self._fits["gap"], self._rows
         at = _centred(columns, self._at)
-        if of == "train_loss":
-            return train.variance(at)
-        by_train, left_open = train.influence(at)
-        by_gap, gap_left_open = gap.influence(at)
+        by_train, left_open = train.influence(at, sums)
         repeated = columns["fraction"] > 0
-        by_gap, gap_left_open = by_gap * repeated[:, None], gap_left_open * repeated
+        by_gap, gap_left_open = gap.influence(at, None if sums is None else sums * repeated)
+        if sums is None:
+            by_gap, gap_left_open = by_gap * repeated[:, None], gap_left_open * repeated
         trained = rows.columns["fraction"] > 0
         by_heldout = np.where(trained, 0.0, by_train)
         by_heldout[:, trained] = by_gap
         by_train = np.where(trained, by_train - by_heldout, 0.0)
         spread = train.noise.spread(by_train, rows.run, observed=False)
-        return spread + self._heldout_noise().spread(by_heldout, rows.run, observed=True) + left_open + gap_left_open
+        return spread + self._heldout_noise().spread(by_heldout, rows.run, observed) + left_open + gap_left_open
 
     def _heldout_noise(self) -> Noise:
         residual = self._rows.columns["heldout_loss"] - self._mean(self._rows.columns, "heldout_loss")

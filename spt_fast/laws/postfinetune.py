@@ -4,23 +4,25 @@
     L_test(PT + FT)(T, δ) = L_test(T, δ) − Δ(T)
 
 "The Finetuner's Fallacy", arXiv 2603.16177. L_test(T, δ) before finetuning comes from a law of it if one is given, else
-from a curve of this table for each δ: the same shape, A·T^b + C, and if the points support it (by the Bayesian
-information criterion) + G·T^g for overfitting. With a law, Δ is counted from its L_test, so that an error of the law at
-one δ does not come back after finetuning. Least squares. Decisions: the best δ at a budget, and the budget at which one
-δ overtakes another.
+from a curve of this table for each δ: the same shape, A·T^b + C, and if six budgets or more support it (by the Bayesian
+information criterion) + G·T^g for overfitting. Δ is counted from the measured L_test for `gain` and where L_test is
+given, else from the L_test of that law or curve, so that its error at one δ does not come back after finetuning. Least
+squares. Decisions: the best δ at a budget, and the budget at which one δ overtakes another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import Law, require_points
 from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
-from spt_fast.laws.fitting import DRAWS, Curve, Fit, Noise, Parameter, solve
+from spt_fast.laws.fitting import DRAWS, Curve, Fit, Parameter, solve
 from spt_fast.laws.mixture_repetition import MixtureRepetitionLaw
 from spt_fast.laws.overfitting import OverfittingLaw, overtaking
 from spt_fast.laws.powers import in_tokens, offset_power, power_parameters
@@ -33,6 +35,19 @@ OVERFITTED = (*POWER, Parameter("G", 1e-6, 10, linear=True), Parameter("g", 0.05
 def _overfitted(unknowns: Sequence[Array], columns: Columns) -> Array:
     *power, G, g = unknowns
     return offset_power(power, columns) + G * np.exp(g * columns["x"])
+
+
+Before = OverfittingLaw | MixtureRepetitionLaw
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Draws of the law before finetuning, as one with losses [draws, predictions]."""
+
+    laws: Sequence[Law]
+
+    def _mean(self, columns: Columns, of: str) -> Array:
+        return np.stack([law._mean(columns, of) for law in self.laws])
 
 
 class PostFinetuneLaw(Law):
@@ -48,7 +63,11 @@ class PostFinetuneLaw(Law):
     optional: ClassVar[dict[str, Column]] = {"heldout_loss": POSITIVE}
     outputs: ClassVar[dict[str, Loss]] = {"finetuned_loss": LOSS, "heldout_loss": LOSS}
 
-    def __init__(self, heldout: OverfittingLaw | MixtureRepetitionLaw | None = None) -> None:
+    heldout: Before | None
+
+    def __init__(self, heldout: Before | None = None) -> None:
+        if heldout is not None:
+            heldout._require("params_", "fit it to a table")
         self.heldout = heldout
 
     @property
@@ -90,6 +109,21 @@ class PostFinetuneLaw(Law):
             self._warn_beyond(tokens=tokens)
         return tokens
 
+    def resampled(self, table: Any, n: int = 200, seed: int = 0) -> Iterator[Self]:
+        """As for every law. The law before finetuning is drawn too, if it has runs, and the gain counted from each
+        draw of it."""
+        if self.heldout is None or not hasattr(self.heldout, "_rows"):
+            yield from super().resampled(table, n, seed)
+            return
+        if not hasattr(self, "_fits"):
+            self.fit(table)
+        befores: list[Any] = list(self.heldout._resampled_to(self.heldout._rows, n, seed + 1))
+        many = copy(self)
+        many.heldout = cast(Before, _Drawn(befores))
+        for law, before in zip(Law.resampled(many, table, n, seed), befores, strict=True):
+            law.heldout = before
+            yield law
+
     # ---------------------------------------------------------------------------------------------------------- inside
 
     def _groups(self, rows: Rows) -> Array:
@@ -115,23 +149,36 @@ class PostFinetuneLaw(Law):
             gain = Curve(GAIN, offset_power, x, before - own.columns["finetuned_loss"], own.run)
             fits["gain", delta] = Fit(gain, solve(gain, w, [warm["gain", delta].x] if warm else None, self.seed))
             if self.heldout is not None:
-                by_law = self.heldout._mean(own.columns, "heldout_loss")
-                below = Curve(GAIN, offset_power, x, by_law - own.columns["finetuned_loss"], own.run)
-                known = [warm["below law", delta].x] if warm else None
-                fits["below law", delta] = Fit(below, solve(below, w, known, self.seed))
-                continue
-            power, overfitted = (
-                Curve(POWER, offset_power, x, before, own.run),
-                Curve(OVERFITTED, _overfitted, x, before, own.run),
-            )
-            if warm:
-                start = warm["heldout", delta].x
-                curve = power if len(start) == len(POWER) else overfitted
-                fits["heldout", delta] = Fit(curve, solve(curve, w, [start]))
+                fitted = self.heldout._mean(own.columns, "heldout_loss")
             else:
-                choices = [power, overfitted] if len(own) > len(OVERFITTED) + 1 else [power]
-                fits["heldout", delta] = min((Fit(c, solve(c, seed=self.seed)) for c in choices), key=_criterion)
+                known = warm["heldout", delta] if warm else None
+                fits["heldout", delta] = self._fit_before(x, before, own.run, w, known)
+                fitted = fits["heldout", delta].mean(x)
+            below = Curve(GAIN, offset_power, x, fitted - own.columns["finetuned_loss"], own.run)
+            fits["below", delta] = Fit(below, solve(below, w, [warm["below", delta].x] if warm else None, self.seed))
         return fits
+
+    def _fit_before(self, x: Columns, before: Array, run: Array, w: Array | None, warm: Fit | None) -> Fit:
+        """The curve before finetuning: with a term for overfitting if there are more budgets than it then has unknowns,
+        since a curve through every budget keeps errors that the gain does not follow."""
+        power, overfitted = (
+            Curve(parameters, formula, x, before, run)
+            for parameters, formula in ((POWER, offset_power), (OVERFITTED, _overfitted))
+        )
+        if warm:
+            curve = power if len(warm.x) == len(POWER) else overfitted
+            return Fit(curve, solve(curve, w, [warm.x]))
+        choices = [power, overfitted] if len(np.unique(x["x"])) > len(OVERFITTED) else [power]
+        return min((Fit(c, solve(c, seed=self.seed)) for c in choices), key=_criterion)
+
+    def _refitted(self, rows: Rows) -> Self:
+        """Of these rows, and the law before finetuning of its own up to their largest budget."""
+        if self.heldout is None or not hasattr(self.heldout, "_rows"):
+            return super()._refitted(rows)
+        law, before = copy(self), self.heldout._rows
+        kept = before.columns["tokens"] <= (1 + 1e-6) * rows.columns["tokens"].max()
+        law.heldout = cast(Before, self.heldout._refitted(before.where(kept)))
+        return Law._refitted(law, rows)
 
     def _named(self, fits: dict[Any, Fit]) -> dict[str, float]:
         params: dict[str, float] = {}
@@ -161,46 +208,60 @@ class PostFinetuneLaw(Law):
     def _mean(self, columns: Columns, of: str) -> Array:
         losses = np.empty(len(columns["fraction"]))
         for delta, mask, at in self._by_delta(columns):
-            gain = self._fits["gain", delta]
             if "heldout_loss" in columns:
-                before = columns["heldout_loss"][mask]
+                before, gain = columns["heldout_loss"][mask], self._fits["gain", delta]
             elif self.heldout is not None:
-                before = self.heldout._mean(
-                    {"tokens": columns["tokens"][mask], "fraction": np.full(mask.sum(), delta)}, "heldout_loss"
-                )
-                gain = self._fits["below law", delta]
+                before = self.heldout._mean(_at(columns["tokens"][mask], delta), "heldout_loss")
+                gain = self._fits["below", delta]
             else:
-                before = self._fits["heldout", delta].mean(at)
+                before, gain = self._fits["heldout", delta].mean(at), self._fits["below", delta]
             losses[mask] = before if of == "heldout_loss" else before - gain.mean(at)
         return losses
 
     def _variance(self, columns: Columns, of: str) -> Array:
-        """The curve before finetuning depends on the errors of held-out losses, the gain on theirs minus those
-        after."""
         variance = np.empty((DRAWS, len(columns["fraction"])))
         for delta, mask, at in self._by_delta(columns):
-            gain = self._fits["gain", delta]
-            given = {"tokens": columns["tokens"][mask], "fraction": np.full(mask.sum(), delta)}
+            tokens = columns["tokens"][mask]
             if "heldout_loss" in columns:
-                own = gain.variance(at)
-            elif self.heldout is not None:
-                own = self.heldout._variance(given, "heldout_loss")
-                own = own if of == "heldout_loss" else own + self._fits["below law", delta].variance(at)
-            elif of == "heldout_loss":
+                own = self._fits["gain", delta].variance(at)
+            elif of == "finetuned_loss":
+                own = self._variance_after(tokens, delta)
+            elif self.heldout is None:
                 own = self._fits["heldout", delta].variance(at)
             else:
-                own = self._variance_after(self._fits["heldout", delta], gain, at, delta)
+                own = self._variance_by_law(tokens, delta)
             variance[:, mask] = own
         return variance
 
-    def _variance_after(self, before: Fit, gain: Fit, at: Columns, delta: float) -> Array:
-        own = self._rows.where(self._rows.columns["fraction"] == delta)
-        by_before, left_open = before.influence(at)
-        by_gain, gain_left_open = gain.influence(at)
-        residual = own.columns["finetuned_loss"] - (before.mean(before.curve.columns) - gain.mean(gain.curve.columns))
-        after = Noise.of(residual, own.run, gain.moved)
-        spread = before.noise.spread(by_before - by_gain, own.run, observed=False)
-        return spread + after.spread(by_gain, own.run, observed=True) + left_open + gain_left_open
+    def _variance_by_law(self, tokens: Array, delta: float) -> Array:
+        """Of the loss before finetuning, in nats."""
+        law, at = self._known_law(), _at(tokens, delta)
+        own = law._variance(at, "heldout_loss")
+        return own * np.square(law._mean(at, "heldout_loss")) if law._log_interval else own
+
+    def _variance_after(self, tokens: Array, delta: float) -> Array:
+        """An error of the loss before finetuning moves the gain, which is counted from it at the runs' budgets: only
+        what the gain does not follow is left at these tokens."""
+        below = self._fits["below", delta]
+        by_after, left_open = below.influence(self._scaled(tokens))
+        spread = below.noise.spread(by_after, below.curve.run, observed=True) + left_open
+        runs = self._rows.columns["tokens"][self._rows.columns["fraction"] == delta]
+        budgets, sums = np.concatenate([tokens, runs]), np.concatenate([np.eye(len(tokens)), -by_after], axis=1)
+        if self.heldout is not None:
+            return spread + self._known_law()._variance_of_sums(_at(budgets, delta), sums)
+        before = self._fits["heldout", delta]
+        by_before, before_left_open = before.influence(self._scaled(budgets), sums)
+        return spread + before.noise.spread(by_before, before.curve.run, observed=False) + before_left_open
+
+    def _known_law(self) -> Before:
+        """The law before finetuning, if it knows its own errors."""
+        assert self.heldout is not None
+        self.heldout._require("_fits", "an interval needs its runs: fit it to a table")
+        return self.heldout
+
+
+def _at(tokens: Array, delta: float) -> Columns:
+    return {"tokens": tokens, "fraction": np.full(len(tokens), delta)}
 
 
 def _criterion(fit: Fit) -> float:

@@ -27,7 +27,9 @@ from spt_fast.advice.words import findings
 from spt_fast.config import recipe_from
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.printing import as_json
+from spt_fast.study import views
 from spt_fast.study.runs_table import read_table
+from spt_fast.study.usable import usable
 from tests.study.synthetic import DOMAIN_TOKENS, FORGETTING, PARAMS, after, spt_table
 from tests.tiny import write_dataset
 
@@ -459,3 +461,19 @@ def test_what_cannot_be_asked(more: dict[str, Any], says: str) -> None:
 def test_a_limit_needs_general_losses(one_budget: pd.DataFrame) -> None:
     with pytest.raises(DataError, match="have no general losses"):
         asked(one_budget.assign(general_heldout=np.nan, general_before=np.nan), max_general_rise=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::spt_fast.laws.IdentificationWarning")
+@pytest.mark.parametrize(("study", "within"), [("2026-11-29-cpu2-spt-abc", 0.6), ("2026-11-21-cpu2-spt-music", 1.5)])
+def test_the_gain_that_laws_expect_of_a_stored_study_is_the_measured_one(study: str, within: float) -> None:
+    """After the largest budget, within so many percentage points."""
+    table = read_table([Path(__file__).parents[2] / "benchmarks" / "results" / f"{study}.csv"])
+    ((_, rows),) = views.post_finetuning(usable(table))
+    law = laws.PostFinetuneLaw().fit(rows)
+    deltas, most = np.array(law.fractions_), rows["tokens"].max()
+    measured = rows[rows["tokens"] == most].groupby("fraction")["finetuned_loss"].mean().to_numpy()
+    expected = law.predict(tokens=most, fraction=deltas)
+    assert 100 * (1 - expected / expected[0]) == pytest.approx(100 * (1 - measured / measured[0]), abs=within)
+    asked = {name: rows[name].to_numpy() for name in ("tokens", "fraction")}
+    _, low, high = law.predict(**asked, interval=0.9)
+    assert ((low <= rows["finetuned_loss"]) & (rows["finetuned_loss"] <= high)).mean() >= 0.8

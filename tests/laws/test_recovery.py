@@ -155,6 +155,89 @@ def test_what_a_law_errs_by_before_finetuning_does_not_come_back_after_it() -> N
     assert off.max() < 0.01  # the gain from a measured loss is the measured one
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_loss_before_finetuning_that_no_curve_meets_does_not_come_back_after_it(seeds: int) -> None:
+    """It wanders with the budget where a model never saw the domain; after finetuning all are on one curve."""
+    budgets = np.array([25e9, 50e9, 100e9, 200e9])
+    runs = grid(fraction=[0.0, 0.02], seed=range(seeds), tokens=budgets)
+    after = 2.6 + 0.3 * (budgets / 50e9) ** -0.5
+    wanders = np.interp(runs["tokens"], budgets, [6.16, 6.05, 6.15, 6.40])
+    before = np.where(runs["fraction"] == 0, wanders, np.tile(after, 2 * seeds) + 0.5)
+    table = runs | {"heldout_loss": before, "finetuned_loss": np.tile(after, 2 * seeds)}
+    table["finetuned_loss"][: 4 * seeds] *= 1.05
+    table["run"] = np.repeat(np.arange(2 * seeds), 4)
+    law = laws.PostFinetuneLaw().fit(table)
+    plain, specialized = (law.predict(tokens=budgets, fraction=delta) for delta in (0.0, 0.02))
+    assert 1 - specialized / plain == pytest.approx([1 - 1 / 1.05] * 4, abs=0.001)
+
+
+def spread_of_draws(law: laws.PostFinetuneLaw, table: Table, of: str) -> float:
+    """Standard deviation of the losses at 100B tokens, over fits to resampled runs."""
+    drawn = [draw.predict(tokens=100e9, fraction=0.02, of=of) for draw in law.resampled(table, n=30)]
+    return float(np.std(drawn))
+
+
+@pytest.mark.parametrize("kind", [None, laws.OverfittingLaw, laws.MixtureRepetitionLaw])
+def test_draws_count_the_gain_from_their_own_loss_before_finetuning(kind: Any) -> None:
+    """Losses before are noisy, those after are not, so that draws of the latter hardly differ."""
+    runs = grid(seed=range(3), fraction=FRACTIONS, tokens=np.linspace(0.1, 1, 8) * 200e9)
+    given = {"tokens": runs["tokens"], "fraction": runs["fraction"]}
+    table = finetuned(runs, generator(), noise=0) | {
+        "heldout_loss": noisy(OVERFITTING.predict(**given), generator(), 0.03)
+    }
+    curves = table | {"unique_tokens": np.full(len(runs["run"]), 3e8), "loss": table["heldout_loss"]}
+    curves["train_loss"] = noisy(OVERFITTING.predict(of="train_loss", **given), generator(1), 0.03)
+    law = laws.PostFinetuneLaw(kind and kind().fit(curves)).fit(table)
+    assert spread_of_draws(law, table, "finetuned_loss") < 0.25 * spread_of_draws(law, table, "heldout_loss")
+
+
+@pytest.mark.parametrize("with_overfitting_law", [False, True])
+def test_intervals_after_finetuning_hold_what_they_promise(with_overfitting_law: bool) -> None:
+    """Of new runs at up to 1.5 times the budgets, before and after, from studies with one to three seeds."""
+    inside: dict[str, list[np.ndarray]] = {"finetuned_loss": [], "heldout_loss": []}
+    for seed in range(9):
+        rng, seeds = generator(seed), 1 + seed % 3
+        runs = grid(seed=range(seeds), fraction=FRACTIONS, tokens=np.linspace(0.1, 1, 10) * 200e9)
+        shared = np.exp(0.004 * rng.standard_normal(runs["run"].max() + 1)[runs["run"]])
+        drawn_table = finetuned(runs, rng, noise=0.003)
+        table = drawn_table | {of: drawn_table[of] * shared for of in inside}
+        heldout = None
+        if with_overfitting_law:
+            given = {"tokens": runs["tokens"], "fraction": runs["fraction"]}
+            train = noisy(OVERFITTING.predict(of="train_loss", **given), rng, 0.003) * shared
+            heldout = laws.OverfittingLaw().fit(table | {"train_loss": train})
+        law = laws.PostFinetuneLaw(heldout).fit(table)
+        at = {
+            name: values.ravel()
+            for name, values in zip(("tokens", "fraction"), np.meshgrid([60e9, 120e9, 300e9], FRACTIONS), strict=True)
+        }
+        before = OVERFITTING.predict(**at)
+        for of, truth in ("finetuned_loss", before - gain(**at)), ("heldout_loss", before):
+            _, low, high = law.predict(interval=0.9, of=of, **at)
+            new = noisy(truth, rng, 0.005)
+            inside[of].append((low <= new) & (new <= high))
+    assert 0.8 <= np.mean(inside["finetuned_loss"]) <= 0.97
+    assert 0.8 <= np.mean(inside["heldout_loss"]) <= 0.97
+
+
+def test_the_loss_before_finetuning_has_the_interval_of_its_law() -> None:
+    """The mixture-repetition law's is of the logarithm, the law after finetuning's of nats."""
+    truth, make, table = TABLES["mixture and repetition"]
+    runs = grid(fraction=[0.005, 0.05], tokens=np.geomspace(5e9, 2e11, 8))
+    loss = truth.predict(**{name: runs[name] for name in ("fraction", "tokens")}, unique_tokens=3e8)
+    one_corpus = {name: values[table["unique_tokens"] == 3e8] for name, values in table.items()}
+    before = make().fit(drawn(truth, one_corpus, generator(), noise=0.003))
+    law = laws.PostFinetuneLaw(before).fit(runs | {"heldout_loss": loss, "finetuned_loss": loss - 0.5})
+    at = {"tokens": 5e10, "fraction": 0.05}
+    own = before.predict(**at, unique_tokens=3e8, interval=0.9)
+    assert law.predict(**at, of="heldout_loss", interval=0.9) == pytest.approx(own, rel=1e-3)
+    known = laws.PostFinetuneLaw(OVERFITTING).fit(runs | {"heldout_loss": loss, "finetuned_loss": loss - 0.5})
+    with pytest.raises(RecipeError, match="an interval needs its runs: fit it to a table"):
+        known.predict(interval=0.9, **at)
+    with pytest.raises(RecipeError, match="this OverfittingLaw has not been fitted"):
+        laws.PostFinetuneLaw(laws.OverfittingLaw())
+
+
 def test_cmr() -> None:
     law = laws.CMRLaw().fit(continued(generator()))
     ratios, budgets = np.meshgrid([0.15, 0.2, 0.35, 0.5], np.geomspace(1e9, 20e9, 6))
