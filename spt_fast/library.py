@@ -474,18 +474,16 @@ def advise(
         >>> spt.advise(domain_tokens="30M", budget="20B", model="1b").decision.delta
     """
     from spt_fast.advice.advise import advise
-    from spt_fast.fields import parse_count, parse_share
 
-    rise = _parsed(parse_share, max_general_rise, "max_general_rise")
     return advise(
-        domain_tokens=_parsed(parse_count, domain_tokens, "domain_tokens"),
-        budget=_parsed(parse_count, budget, "budget"),
+        domain_tokens=domain_tokens,
+        budget=budget,
         model=model,
         table=None if runs is None else _table(runs, domain_source, general_source),
         general=None if general is None else Path(general),
         domain=None if domain is None else Path(domain),
-        inference_tokens=_parsed(parse_count, inference_tokens, "inference_tokens"),
-        max_general_rise=None if rise is None else float(rise),
+        inference_tokens=inference_tokens,
+        max_general_rise=max_general_rise,
         base=None if init is None else str(init),
     )
 

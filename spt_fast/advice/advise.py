@@ -8,6 +8,7 @@ beside what the laws make of it.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from spt_fast.advice.bases import BaseAdvice, advise_base, of_bases
 from spt_fast.advice.evidence import Evidence, gather
 from spt_fast.advice.next_step import next_step, rates_of
 from spt_fast.advice.prior import FINETUNE_EPOCHS, SCPT_LAST, Prior, outside, prior
-from spt_fast.advice.question import Size, check, nearest_preset, size_of
+from spt_fast.advice.question import Size, ask, nearest_preset, size_of
 from spt_fast.advice.result import (
     Advice,
     Arm,
@@ -51,14 +52,14 @@ SEEN_WITHIN = 2.0
 
 def advise(
     *,
-    domain_tokens: int,
-    budget: int,
+    domain_tokens: int | str,
+    budget: int | str,
     model: str | int | None = None,
     table: pd.DataFrame | UsableRows | None = None,
     general: str | Path | None = None,
     domain: str | Path | None = None,
-    inference_tokens: int | None = None,
-    max_general_rise: float | None = None,
+    inference_tokens: int | str | None = None,
+    max_general_rise: float | Fraction | str | None = None,
     base: str | None = None,
 ) -> Advice | BaseAdvice:
     """What to do with `domain_tokens` unique domain tokens and `budget` tokens: how to go on from a base, as
@@ -85,19 +86,26 @@ def advise(
 
 def advise_pretraining(
     *,
-    domain_tokens: int,
-    budget: int,
+    domain_tokens: int | str,
+    budget: int | str,
     model: str | int | None = None,
     table: pd.DataFrame | UsableRows | None = None,
     general: str | Path | None = None,
     domain: str | Path | None = None,
-    inference_tokens: int | None = None,
-    max_general_rise: float | None = None,
+    inference_tokens: int | str | None = None,
+    max_general_rise: float | Fraction | str | None = None,
 ) -> Advice:
     """The mixture of pretraining; as `advise`."""
     size = size_of(model)
-    asked = Asked(domain_tokens, budget, model, size.params, inference_tokens, max_general_rise)
-    check(asked)
+    asked = ask(
+        domain_tokens=domain_tokens,
+        budget=budget,
+        model=model,
+        params=size.params,
+        max_general_rise=max_general_rise,
+        inference_tokens=inference_tokens,
+    )
+    domain_tokens, budget, max_general_rise = asked.domain_tokens, asked.budget, asked.max_general_rise
     _check_distance(general, domain)
     papers = prior(domain_tokens=domain_tokens, budget=budget, params=size.params)
     rows = None if table is None else usable(table)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ import yaml
 
 from spt_fast.advice.next_step import PUBLISHED
 from spt_fast.advice.prior import FACTS, REPLAY, outside, progress_lost
-from spt_fast.advice.question import check, size_of
+from spt_fast.advice.question import ask, size_of
 from spt_fast.advice.result import Asked, Ended
 from spt_fast.advice.support import NEAR, beyond
 from spt_fast.laws import DCPTLaw, best_ratio
@@ -90,14 +91,14 @@ def of_bases(table: UsableRows) -> bool:
 
 def advise_base(
     *,
-    domain_tokens: int,
-    budget: int,
+    domain_tokens: int | str,
+    budget: int | str,
     model: str | int | None = None,
     table: pd.DataFrame | UsableRows | None = None,
     base: str | None = None,
     general: str | Path | None = None,
     domain: str | Path | None = None,
-    max_general_rise: float | None = None,
+    max_general_rise: float | Fraction | str | None = None,
 ) -> BaseAdvice:
     """How to go on for `budget` tokens from `base`, or from that of the runs; otherwise as `advise`.
 
@@ -111,8 +112,13 @@ def advise_base(
     known = rows is not None and base in set(rows.rows["base"])
     shape = read_config(Path(base)) if base and not (known and not Path(base).is_dir()) else None
     model = parameters(shape) if model is None and shape else model
-    asked = Asked(domain_tokens, budget, model, size_of(model).params, None, max_general_rise)
-    check(asked)
+    asked = ask(
+        domain_tokens=domain_tokens,
+        budget=budget,
+        model=model,
+        params=size_of(model).params,
+        max_general_rise=max_general_rise,
+    )
     notes, own = ["no runs were given"], pd.DataFrame()
     if rows is not None:
         notes, own = list(rows.notes), _nearest(rows, asked, base)

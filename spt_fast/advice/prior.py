@@ -26,6 +26,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from spt_fast.fields import parse_count
 from spt_fast.laws import DataConstrainedLaw
 from spt_fast.study.words import percent, times
 
@@ -180,8 +181,11 @@ class Prior(TypedDict):
     """What it rests on: what is said, where, and its standing."""
 
 
-def prior(*, domain_tokens: int, budget: int, params: int | None = None) -> Prior:
-    """What to do with `domain_tokens` unique domain tokens and `budget` pretraining tokens, by the papers."""
+def prior(*, domain_tokens: int | str, budget: int | str, params: int | str | None = None) -> Prior:
+    """What to do with `domain_tokens` unique domain tokens and `budget` pretraining tokens, by the papers. Counts are
+    read as in recipes. Raises RecipeError."""
+    domain_tokens, budget = parse_count(domain_tokens, "domain_tokens"), parse_count(budget, "budget")
+    params = None if params is None else parse_count(params, "params")
     per_token = budget / domain_tokens
     regime = "SPT" if per_token <= SPT_UP_TO else "SCPT" if per_token >= SCPT_FROM else "SPT or SCPT"
     repetition = None if params is None else best_repetition(params)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spt_fast.advice.result import Asked
 from spt_fast.errors import RecipeError, invalid, nearest
-from spt_fast.fields import parse_count
+from spt_fast.fields import parse_count, parse_share
 from spt_fast.model.flops import matmul_parameters, parameters
 from spt_fast.model.gpt import GPTConfig
 from spt_fast.model.presets import PRESETS
@@ -41,17 +41,35 @@ def nearest_preset(params: float) -> str:
     return min(PRESETS, key=lambda name: abs(math.log(parameters(GPTConfig(**PRESETS[name])) / params)))
 
 
-def check(asked: Asked) -> None:
-    """RecipeError for a question without an answer."""
-    for name in ("domain_tokens", "budget", "inference_tokens"):
-        count = getattr(asked, name)
-        if count is not None and not count >= 1:
-            raise RecipeError(invalid(name, count, "give a positive number of tokens"), argument=True)
-    rise = asked.max_general_rise
-    if rise is not None and not 0 < rise <= 1:
+def ask(
+    *,
+    domain_tokens: object,
+    budget: object,
+    model: str | int | None,
+    params: int | None,
+    max_general_rise: object = None,
+    inference_tokens: object = None,
+) -> Asked:
+    """The question, read as in recipes. RecipeError for one without an answer."""
+    try:
+        asked = Asked(
+            domain_tokens=parse_count(domain_tokens, "domain_tokens"),
+            budget=parse_count(budget, "budget"),
+            model=model,
+            params=params,
+            inference_tokens=None if inference_tokens is None else parse_count(inference_tokens, "inference_tokens"),
+            max_general_rise=None
+            if max_general_rise is None
+            else float(parse_share(max_general_rise, "max_general_rise")),
+        )
+    except RecipeError as error:
+        error.argument = True
+        raise
+    if asked.max_general_rise == 0:
         expected = "give a fraction above 0 and up to 1; 0.03 is 3%"
-        raise RecipeError(invalid("max_general_rise", rise, expected), argument=True)
+        raise RecipeError(invalid("max_general_rise", max_general_rise, expected), argument=True)
     if asked.inference_tokens is not None and asked.params is None:
         raise RecipeError(
             "model: missing, and what serving costs depends on it; give a preset such as 1b, or its size", argument=True
         )
+    return asked

@@ -19,7 +19,20 @@ import numpy as np
 from scipy.special import chdtri, ndtri
 
 from spt_fast.errors import DataError, RecipeError, SptWarning, invalid, nearest
-from spt_fast.laws.columns import LOSS, Array, Column, Columns, Loss, Rows, arguments, read
+from spt_fast.laws.columns import (
+    LOSS,
+    POSITIVE_SHARE,
+    Array,
+    Column,
+    Columns,
+    Loss,
+    Rows,
+    arguments,
+    number,
+    numbers,
+    read,
+    whole,
+)
 from spt_fast.laws.fitting import DRAWS, LIKELY, QUANTILES, Curve, Fit, Parameter, reach, solve
 
 HUBER = 1e-3
@@ -165,7 +178,7 @@ class Law:
         if missing:
             raise RecipeError(f"{cls.__name__} needs the parameters {', '.join(missing)} too")
         law = cls()
-        law.params_ = {name: float(params[name]) for name in cls.names}
+        law.params_ = {name: number(name, params[name], None) for name in cls.names}
         return law
 
     def predict(self, *, interval: float | None = None, of: str | None = None, **columns: Any) -> Any:
@@ -180,7 +193,7 @@ class Law:
         of = self._output(of)
         self._require("params_", "fit it to a table")
         values, shape = arguments(columns, self.inputs, self.optional)
-        check_interval(interval)
+        interval = None if interval is None else probability("interval", interval)
         if 0 in shape:
             return np.zeros(shape) if interval is None else (np.zeros(shape), np.zeros(shape), np.zeros(shape))
         self._warn_beyond(**values)
@@ -231,10 +244,8 @@ class Law:
         A draw weights each run by an exponential variate instead of a count (the Bayesian bootstrap), so that no draw
         loses so many runs that the parameters are undefined. Curves with a single run are resampled by points.
         """
-        if not (isinstance(n, int) and n >= 2 and 0 < level < 1):
-            name, given = ("level", level) if isinstance(n, int) and n >= 2 else ("n", n)
-            raise RecipeError(invalid(name, given, "a bootstrap needs n of at least 2 and a level between 0 and 1"))
-        draws = [law.params_ for law in self.resampled(table, n, seed)]
+        level = probability("level", level)
+        draws = [law.params_ for law in self.resampled(table, whole("n", n, least=2), seed)]
         tails = 100 * (1 - level) / 2, 100 * (1 + level) / 2
         edges = {name: np.percentile([draw[name] for draw in draws], tails) for name in draws[0]}
         return {name: (float(low), float(high)) for name, (low, high) in edges.items()}
@@ -243,7 +254,8 @@ class Law:
         """The law in each of `n` draws of `bootstrap`: how a prediction, or a decision, varies with the runs."""
         if not hasattr(self, "_fits"):
             self.fit(table)
-        yield from self._resampled_to(self._prepare(read(table, self.inputs, self.outputs)), n, seed)
+        rows = self._prepare(read(table, self.inputs, self.outputs))
+        yield from self._resampled_to(rows, whole("n", n, least=1), whole("seed", seed, least=0))
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
@@ -350,6 +362,11 @@ class Law:
         """The columns of a decision, checked and broadcast; the law must have its parameters."""
         self._require("params_", "fit it to a table")
         return arguments(columns, {name: self.inputs[name] for name in columns}, {})[0]
+
+    def _number(self, **columns: Any) -> list[float]:
+        """The same of columns with one number each."""
+        self._require("params_", "fit it to a table")
+        return list(numbers(columns, self.inputs).values())
 
     def _output(self, of: str | None) -> str:
         if of is None:
@@ -564,10 +581,12 @@ def _gross(fit: Fit, scale: float) -> Array:
     return far & (far.mean() <= MOST_GROSS)
 
 
-def check_interval(interval: Any) -> None:
-    """Raise RecipeError for what is neither None nor a probability."""
-    if interval is not None and not (isinstance(interval, int | float) and 0 < interval < 1):
-        raise RecipeError(invalid("interval", interval, "give a probability between 0 and 1, such as 0.9"))
+def probability(name: str, given: Any) -> float:
+    """Between 0 and 1. Raises RecipeError."""
+    with suppress(RecipeError):
+        if (value := number(name, given, POSITIVE_SHARE)) < 1:
+            return value
+    raise RecipeError(invalid(name, given, "give a probability between 0 and 1, such as 0.9"))
 
 
 def require_points(points: int, unknowns: int, law: str, where: str = "") -> None:

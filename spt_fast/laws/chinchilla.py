@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from spt_fast.errors import RecipeError, invalid
 from spt_fast.laws.base import FormulaLaw, Units, decision
-from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
+from spt_fast.laws.columns import POSITIVE, Array, Column, Columns, number
 from spt_fast.laws.fitting import Parameter
 from spt_fast.laws.powers import power
 
@@ -61,8 +60,6 @@ class ChinchillaLaw(FormulaLaw):
 
 def allocation(flops: float, A: float, alpha: float, B: float, beta: float) -> tuple[float, float]:
     """The minimum of A/N^α + B/D^β on 6·N·D = flops: its derivative along that line vanishes at α·A/N^α = β·B/D^β."""
-    if not flops > 0:
-        raise RecipeError(invalid("flops", flops, "give a number above 0"))
-    product = flops / FLOPS_PER_PARAMETER_AND_TOKEN
+    product = number("flops", flops) / FLOPS_PER_PARAMETER_AND_TOKEN
     params = (alpha * A / (beta * B) * product**beta) ** (1 / (alpha + beta))
     return params, product / params

@@ -19,8 +19,20 @@ from typing import Any, ClassVar
 import numpy as np
 
 from spt_fast.errors import DataError, RecipeError, invalid
-from spt_fast.laws.base import ExtrapolationWarning, Law, OpenError, check_interval, require_points
-from spt_fast.laws.columns import NATURAL, SHARE, Array, Column, Columns, Loss, Rows
+from spt_fast.laws.base import ExtrapolationWarning, Law, OpenError, probability, require_points
+from spt_fast.laws.columns import (
+    NATURAL,
+    POSITIVE,
+    SHARE,
+    Array,
+    Column,
+    Columns,
+    Loss,
+    Rows,
+    check,
+    number,
+    numeric,
+)
 from spt_fast.laws.dcpt import first_fall
 from spt_fast.laws.fitting import DRAWS, STEP, Curve, Fit, Parameter, solve
 from spt_fast.laws.powers import in_tokens, offset_power, power_parameters, rising
@@ -101,10 +113,10 @@ class CMRLaw(Law):
         Raises RecipeError if no share is feasible, and if these runs do not determine the answer: its 90% interval is
         wider than half of the range of ratios that were run. Warns ExtrapolationWarning beyond that range.
         """
-        check_interval(interval)
-        if tokens == 0:
-            raise RecipeError(invalid("tokens", tokens, "give the budget; at 0 every ratio is feasible"))
-        self._given(tokens=tokens)
+        interval = None if interval is None else probability("interval", interval)
+        self._require("_fits", "fit it to a table")
+        tokens, tolerance = number("tokens", tokens), number("tolerance", tolerance, None)
+        multiplier = number("multiplier", multiplier)
         ratios = np.array(self.ratios_)
         self._warn_beyond(tokens=tokens)
         if len(ratios) < 2:
@@ -175,7 +187,8 @@ class CMRLaw(Law):
 
     def critical_ratio_curve(self, *, tokens: Any, tolerance: float = 0.05) -> dict[str, float]:
         """{"alpha4", "s4", "beta3"} of R_CMR(T) = α4·T^s4 + β3 through the critical ratios at these budgets."""
-        budgets = np.asarray(tokens, dtype=float)
+        budgets = np.ravel(numeric("tokens", tokens))
+        check("tokens", budgets, POSITIVE, RecipeError)
         require_points(budgets.size, len(DOMAIN), "The curve of critical ratios")
         ratios = np.array([self.critical_ratio(tokens=T, tolerance=tolerance) for T in budgets])
         middle = float(np.exp(np.log(budgets).mean()))
@@ -187,9 +200,10 @@ class CMRLaw(Law):
     def turning_tokens(self, *, domain_ratio: float, multiplier: float) -> float | None:
         """T0, where ΔL_dom + λ·ΔL_gen turns from rising to falling, λ = `multiplier`; None if it does not turn between
         a hundredth of the smallest and a hundred times the largest budget that was run."""
+        (ratio,), weight = self._number(domain_ratio=domain_ratio), number("multiplier", multiplier)
         tokens = self._rows.columns["tokens"]
         grid = np.geomspace(tokens[tokens > 0].min() / 100, tokens.max() * 100, 2001)
-        return first_fall(lambda T: self._between(self._slopes(T, multiplier), float(domain_ratio)), grid)
+        return first_fall(lambda T: self._between(self._slopes(T, weight), ratio), grid)
 
     # ---------------------------------------------------------------------------------------------------------- inside
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -132,6 +134,59 @@ def check(name: str, values: Array, column: Column, error: type[Exception]) -> N
         raise error(invalid(name, float(given), expected))
 
 
+def numeric(name: str, given: Any) -> Array:
+    """A number, or an array of numbers, as float64. Raises RecipeError, also for text that holds a number."""
+    try:
+        values = np.asarray(given)
+        if values.dtype.kind in "iuf" or all(_is_number(value) for value in values.ravel().tolist()):
+            return values.astype(float)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    text = "; text is not read here" if isinstance(given, str) else ""
+    raise RecipeError(invalid(name, given, f"give a number such as 1e9, or an array of numbers{text}"))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real | Decimal) and not isinstance(value, bool)
+
+
+def number(name: str, given: Any, column: Column | None = POSITIVE) -> float:
+    """One number, in the range of `column`; any finite one without. Raises RecipeError."""
+    values = numeric(name, given)
+    if values.ndim:
+        raise RecipeError(invalid(name, given, "give one number, not an array"))
+    if column is not None:
+        check(name, values.ravel(), column, RecipeError)
+    elif not np.isfinite(values):
+        raise RecipeError(invalid(name, given, "give a finite number"))
+    return float(values)
+
+
+def numbers(given: Mapping[str, Any], columns: Mapping[str, Column]) -> dict[str, float]:
+    """One number for each of the columns that are given. Raises RecipeError."""
+    for name in given:
+        if name not in columns:
+            raise RecipeError(f"this law has no column {name!r}; {nearest(name, columns)}")
+    return {name: number(name, value, columns[name]) for name, value in given.items()}
+
+
+def span(name: str, given: Any, column: Column = POSITIVE) -> tuple[float, float]:
+    """Two numbers in order, in the range of `column`. Raises RecipeError."""
+    values = numeric(name, given)
+    if values.shape != (2,) or not values[0] < values[1]:
+        raise RecipeError(invalid(name, given, "give two numbers in order, the smaller one first"))
+    check(name, values, column, RecipeError)
+    return float(values[0]), float(values[1])
+
+
+def whole(name: str, given: Any, least: int) -> int:
+    """Raises RecipeError."""
+    value = number(name, given, None)
+    if not (value.is_integer() and least <= value < 2**31):
+        raise RecipeError(invalid(name, given, f"give a whole number, at least {least}"))
+    return int(value)
+
+
 def arguments(
     given: Mapping[str, Any], inputs: Mapping[str, Column], optional: Mapping[str, Column]
 ) -> tuple[Columns, tuple[int, ...]]:
@@ -144,8 +199,10 @@ def arguments(
     if missing:
         raise RecipeError(f"a prediction needs {', '.join(inputs)}; {', '.join(missing)} not given")
     try:
-        arrays = np.broadcast_arrays(*(np.asarray(given[name], dtype=float) for name in given))
-    except (TypeError, ValueError):
+        arrays = np.broadcast_arrays(*[numeric(name, values) for name, values in given.items()])
+    except RecipeError:
+        raise
+    except ValueError:
         raise RecipeError(f"{', '.join(inputs)} must be numbers or arrays of one shape") from None
     columns = {name: array.ravel() for name, array in zip(given, arrays, strict=True)}
     for name, values in columns.items():

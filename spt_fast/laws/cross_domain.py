@@ -19,7 +19,7 @@ import numpy as np
 from spt_fast.errors import DataError, RecipeError, invalid
 from spt_fast.laws.base import LawWarning, Units
 from spt_fast.laws.chinchilla import coefficient, exponent
-from spt_fast.laws.columns import POSITIVE, Array, Column, Columns, Rows, read
+from spt_fast.laws.columns import POSITIVE, Array, Column, Columns, Rows, number, numeric, read
 from spt_fast.laws.dcpt import DCPTLaw
 from spt_fast.laws.fitting import Parameter
 
@@ -35,9 +35,9 @@ def learnability(losses: Any, w1: float = 1.0, w2: float = 1.0) -> float:
     Our reading: k2 is the mean decline from one evaluation to the next, so probes of all domains must be evaluated at
     the same steps. Raises RecipeError for fewer than two losses, and if K is not positive.
     """
-    probe = np.asarray(losses, dtype=float)
+    probe, w1, w2 = numeric("losses", losses), number("w1", w1, None), number("w2", w2, None)
     if probe.ndim != 1 or len(probe) < 2 or not np.isfinite(probe).all() or (probe <= 0).any():
-        raise RecipeError("learnability needs at least two finite losses above 0, the first before training")
+        raise RecipeError(invalid("losses", losses, "give at least two losses above 0, the first before training"))
     decline = (probe[0] - probe[-1]) / (len(probe) - 1)
     K = float(w1 / probe[0] + w2 * decline)
     if K <= 0:

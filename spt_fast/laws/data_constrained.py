@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from spt_fast.errors import DataError, RecipeError, invalid
+from spt_fast.errors import DataError, invalid
 from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.chinchilla import FLOPS_PER_PARAMETER_AND_TOKEN, IRREDUCIBLE, coefficient, exponent
-from spt_fast.laws.columns import POSITIVE, Array, Column, Columns, Rows
+from spt_fast.laws.columns import POSITIVE, POSITIVE_SHARE, Array, Column, Columns, Rows, number
 from spt_fast.laws.dcpt import lowest
 from spt_fast.laws.fitting import Parameter
 
@@ -124,25 +124,21 @@ class DataConstrainedLaw(FormulaLaw):
     def epochs_until(self, *, marginal_worth: float) -> float:
         """Epochs after which one more token is worth only this share of a fresh one: e^(−R/R*_D) = marginal_worth."""
         self._require("params_", "fit it to a table")
-        if not 0 < marginal_worth <= 1:
-            raise RecipeError(invalid("marginal_worth", marginal_worth, "give a fraction above 0 and at most 1"))
-        return 1 - self.params_["R_star_D"] * math.log(marginal_worth)
+        return 1 - self.params_["R_star_D"] * math.log(number("marginal_worth", marginal_worth, POSITIVE_SHARE))
 
     @decision
     def best_allocation(self, *, flops: float, unique_tokens: float) -> tuple[float, float]:
         """(params, tokens) with 6 · params · tokens = `flops` at which the loss is lowest, with `unique_tokens` to
         repeat."""
-        self._given(unique_tokens=unique_tokens)
-        if not flops > 0:
-            raise RecipeError(invalid("flops", flops, "give a number above 0"))
-        product = flops / FLOPS_PER_PARAMETER_AND_TOKEN
+        (unique,) = self._number(unique_tokens=unique_tokens)
+        product = number("flops", flops) / FLOPS_PER_PARAMETER_AND_TOKEN
 
         def loss(log_tokens: Array) -> Array:
             tokens = np.exp(log_tokens)
-            given = np.broadcast_arrays(product / tokens, tokens, unique_tokens)
+            given = np.broadcast_arrays(product / tokens, tokens, unique)
             return self._mean(dict(zip(self.inputs, given, strict=True)), "loss")
 
         middle = math.log(product) / 2
         tokens = math.exp(lowest(loss, np.linspace(middle - 12, middle + 12, 1201)))
-        self._warn_beyond(params=product / tokens, tokens=tokens, unique_tokens=unique_tokens)
+        self._warn_beyond(params=product / tokens, tokens=tokens, unique_tokens=unique)
         return product / tokens, tokens

@@ -21,7 +21,7 @@ from scipy.optimize import brentq, minimize_scalar
 from spt_fast.errors import RecipeError, invalid
 from spt_fast.laws.base import FormulaLaw, Law, LawWarning, Units, decision, require_settled
 from spt_fast.laws.chinchilla import IRREDUCIBLE, allocation, coefficient, exponent
-from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns, arguments
+from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns, arguments, number, numbers
 from spt_fast.laws.fitting import Parameter
 from spt_fast.laws.powers import power
 
@@ -85,24 +85,25 @@ class DCPTLaw(FormulaLaw):
         """The domain share r with the lowest domain loss for `domain_tokens` tokens of domain data, each read once:
         more general data (tokens = domain_tokens/r) against a purer mixture."""
 
-        def loss(r: Array) -> Array:
-            given = {"params": params, "tokens": domain_tokens / r, "own_ratio": r, **other}
-            return self._mean(arguments(given, self.inputs, {})[0], "loss")
+        self._require("params_", "fit it to a table")
+        at, read = numbers({"params": params, **other}, self.inputs), number("domain_tokens", domain_tokens)
 
-        self._given(tokens=domain_tokens)
+        def loss(r: Array) -> Array:
+            return self._mean(arguments({**at, "tokens": read / r, "own_ratio": r}, self.inputs, {})[0], "loss")
+
         r = lowest(loss, GRID[1:])
-        self._warn_beyond(params=params, tokens=domain_tokens / r, own_ratio=r, **other)
+        self._warn_beyond(**at, tokens=read / r, own_ratio=r)
         return r
 
     @decision
     def best_allocation(self, *, flops: float, own_ratio: float) -> tuple[float, float]:
         """(params, tokens) with 6 · params · tokens = `flops` at which the loss is lowest, for a fixed mixture."""
-        self._given(own_ratio=own_ratio)
-        if own_ratio == 0:
+        (ratio,) = self._number(own_ratio=own_ratio)
+        if ratio == 0:
             raise RecipeError(invalid("own_ratio", own_ratio, "give a share above 0; at 0 no number of tokens helps"))
         p = self.params_
-        params, tokens = allocation(flops, p["A"], p["alpha"], p["B"] * own_ratio ** p["eta"], p["beta"])
-        self._warn_beyond(params=params, tokens=tokens, own_ratio=own_ratio)
+        params, tokens = allocation(flops, p["A"], p["alpha"], p["B"] * ratio ** p["eta"], p["beta"])
+        self._warn_beyond(params=params, tokens=tokens, own_ratio=ratio)
         return params, tokens
 
 
@@ -127,14 +128,14 @@ def best_ratio(
 
     Raises RecipeError if no share is allowed, and if it depends on a parameter that the runs do not determine.
     """
-    if not 0 <= max_general_rise <= 1:
-        raise RecipeError(invalid("max_general_rise", max_general_rise, "give a fraction, 0.03 for 3%"))
-
+    rise = number("max_general_rise", max_general_rise, SHARE)
+    before = None if general_before is None else number("general_before", general_before)
+    of_domain = numbers(of_domain, domain.inputs)
     for law in (domain, general):
-        law._given(params=params, tokens=tokens)
+        params, tokens = law._number(params=params, tokens=tokens)
 
     def best(domain: Law, general: Law) -> float:
-        return _best_ratio(domain, general, params, tokens, max_general_rise, general_before, of_domain)
+        return _best_ratio(domain, general, params, tokens, rise, before, of_domain)
 
     r = best(domain, general)
     require_settled(r, domain, lambda other: best(other, general))

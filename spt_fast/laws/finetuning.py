@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.chinchilla import IRREDUCIBLE, coefficient, exponent
-from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
+from spt_fast.laws.columns import POSITIVE, Array, Column, Columns, number
 from spt_fast.laws.fitting import Fit, Parameter
 
 NONE = 1e-5
@@ -57,7 +57,7 @@ class FinetuneLaw(FormulaLaw):
 
         Raises RecipeError for a loss at or below E, which no amount of data reaches.
         """
-        self._given(params=params)
+        (params,), loss = self._number(params=params), number("loss", loss)
         p = self.params_
         if not loss > p["E"]:
             raise RecipeError(f"no amount of data brings the loss to {loss:g}: this law's floor is E = {p['E']:.4g}")

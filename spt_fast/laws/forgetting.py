@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from spt_fast.errors import RecipeError, invalid
+from spt_fast.errors import RecipeError
 from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.chinchilla import coefficient, exponent
-from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns
+from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns, number
 from spt_fast.laws.fitting import Parameter
 
 
@@ -52,9 +52,8 @@ class ForgettingLaw(FormulaLaw):
 
         Raises RecipeError if no share in [0, 1] is enough.
         """
-        self._given(params=params, unique_tokens=unique_tokens)
-        if not max_rise > 0:
-            raise RecipeError(invalid("max_rise", max_rise, "give nats above 0; the law never reaches a rise of 0"))
+        params, unique_tokens = self._number(params=params, unique_tokens=unique_tokens)
+        max_rise = number("max_rise", max_rise)
         p = self.params_
         room = max_rise - p.get("E", 0.0)
         size = (p["A"] * unique_tokens ** p["beta"] / room) ** (1 / p["alpha"]) if room > 0 else float("inf")

@@ -19,7 +19,7 @@ import numpy as np
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import FormulaLaw, Units, decision
 from spt_fast.laws.chinchilla import IRREDUCIBLE, coefficient, exponent
-from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns
+from spt_fast.laws.columns import POSITIVE, SHARE, Array, Column, Columns, numbers
 from spt_fast.laws.data_constrained import worth
 from spt_fast.laws.fitting import Parameter
 from spt_fast.laws.overfitting import lowest_share
@@ -75,13 +75,13 @@ class MixtureRepetitionLaw(FormulaLaw):
         """The share h with the lowest domain loss after `tokens`, before finetuning, between the smallest and the
         largest fitted share, or those of `within`."""
         unique_tokens = self._corpus if unique_tokens is None else unique_tokens
-        self._given(tokens=tokens, unique_tokens=unique_tokens)
-        at = {"tokens": float(tokens), "unique_tokens": float(unique_tokens)}
+        self._require("params_", "fit it to a table")
+        at = numbers({"tokens": tokens, "unique_tokens": unique_tokens}, self.inputs)
 
         def loss(share: Array) -> Array:
             given = np.broadcast_arrays(at["tokens"], share, at["unique_tokens"])
             return self._mean(dict(zip(self.inputs, given, strict=True)), "loss")
 
-        share = lowest_share(loss, within or self._range("fraction", (0.0, 1.0)))
+        share = lowest_share(loss, self._range("fraction", (0.0, 1.0)) if within is None else within)
         self._warn_beyond(fraction=share, **at)
         return share

@@ -25,9 +25,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from spt_fast.errors import DataError, RecipeError, invalid
+from spt_fast.errors import DataError
 from spt_fast.laws.base import Law, decision, require_points
-from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
+from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows, number, span
 from spt_fast.laws.dcpt import first_fall, lowest
 from spt_fast.laws.fitting import Curve, Fit, Noise, Parameter, promising, solve
 
@@ -256,10 +256,10 @@ class OverfittingLaw(Law):
     def best_fraction(self, *, tokens: float, within: tuple[float, float] | None = None) -> float:
         """The δ with the lowest held-out loss after `tokens` of pretraining, between the smallest and the largest
         fitted δ, or those of `within`."""
-        self._given(tokens=tokens)
+        (tokens,) = self._number(tokens=tokens)
         delta = lowest_share(
             lambda d: self._mean({"tokens": np.array(tokens), "fraction": d}, "heldout_loss"),
-            within or self._range("fraction", (0.0, LARGEST_FRACTION)),
+            self._range("fraction", (0.0, LARGEST_FRACTION)) if within is None else within,
         )
         self._warn_beyond(tokens=tokens, fraction=delta)
         return delta
@@ -269,9 +269,9 @@ class OverfittingLaw(Law):
     ) -> float | None:
         """The budget from which `fraction` has the lower held-out loss, if `other` had it before; None if that does not
         happen within these budgets (by default from the smallest fitted one to ten times the largest)."""
-        self._given(fraction=[fraction, other])
+        (fraction,), other = self._number(fraction=fraction), number("other", other, SHARE)
         low, high = self._range("tokens", (1e6, 1e13))
-        within = within or (low, 10 * high)
+        within = (low, 10 * high) if within is None else within
         tokens = overtaking(
             lambda T, d: self._mean({"tokens": T, "fraction": np.array(d)}, "heldout_loss"), fraction, other, within
         )
@@ -287,20 +287,18 @@ def _pick(free: Sequence[Array], index: Array) -> Array:
 
 def lowest_share(loss: Callable[[Array], Array], within: tuple[float, float]) -> float:
     """The share with the lowest loss. Raises RecipeError."""
-    low, high = within
-    if not 0 <= low < high <= 1:
-        raise RecipeError(invalid("within", (low, high), "give two fractions in order, such as (0, 0.1)"))
-    return lowest(loss, np.linspace(low, high, 2001))
+    return lowest(loss, np.linspace(*span("within", within, SHARE), 2001))
 
 
 def overtaking(
     loss: Callable[[Array, float], Array], fraction: float, other: float, within: tuple[float, float]
 ) -> float | None:
-    """The first tokens at which the loss of `fraction` reaches that of `other` from above."""
+    """The first tokens at which the loss of `fraction` reaches that of `other` from above. Raises RecipeError."""
+    low, high = span("within", within)
 
     def ahead(log_T: Array) -> Array:
         T = np.exp(log_T)
         return loss(T, fraction) - loss(T, other)
 
-    log_T = first_fall(ahead, np.linspace(np.log(within[0]), np.log(within[1]), 1001))
+    log_T = first_fall(ahead, np.linspace(np.log(low), np.log(high), 1001))
     return None if log_T is None else float(np.exp(log_T))

@@ -21,7 +21,7 @@ import numpy as np
 
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import Law, require_points
-from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows
+from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows, number
 from spt_fast.laws.fitting import DRAWS, Curve, Fit, Parameter, solve
 from spt_fast.laws.mixture_repetition import MixtureRepetitionLaw
 from spt_fast.laws.overfitting import OverfittingLaw, overtaking
@@ -79,18 +79,18 @@ class PostFinetuneLaw(Law):
     def gain(self, *, tokens: Any, fraction: float) -> Any:
         """Δ(T): by how much finetuning lowers the held-out domain loss."""
         fit = self._fits["gain", self._known(fraction)]
-        self._warn_beyond(tokens=tokens)
-        gain = fit.mean(self._scaled(np.atleast_1d(np.asarray(tokens, dtype=float))))
-        return gain if np.ndim(tokens) else float(gain[0])
+        asked = self._given(tokens=tokens)["tokens"]
+        if len(asked):
+            self._warn_beyond(tokens=asked)
+        gain = fit.mean(self._scaled(asked))
+        return gain.reshape(np.shape(tokens)) if np.ndim(tokens) else float(gain[0])
 
     def best_fraction(self, *, tokens: float) -> float:
         """The fitted δ with the lowest loss after `tokens` of pretraining and then finetuning."""
         deltas = self.fractions_
-        self._given(tokens=tokens)
+        (tokens,) = self._number(tokens=tokens)
         self._warn_beyond(tokens=tokens)
-        losses = self._mean(
-            {"tokens": np.full(len(deltas), float(tokens)), "fraction": np.array(deltas)}, "finetuned_loss"
-        )
+        losses = self._mean({"tokens": np.full(len(deltas), tokens), "fraction": np.array(deltas)}, "finetuned_loss")
         return deltas[int(np.argmin(losses))]
 
     def overtaking_tokens(
@@ -98,12 +98,12 @@ class PostFinetuneLaw(Law):
     ) -> float | None:
         """The budget from which `fraction` has the lower loss after finetuning, if `other` had it before; None if that
         does not happen within these budgets (by default from the smallest fitted one to ten times the largest)."""
-        pair = self._known(fraction), self._known(other)
+        pair = self._known(fraction), self._known(other, "other")
         T = self._rows.columns["tokens"]
         tokens = overtaking(
             lambda T, d: self._mean({"tokens": T, "fraction": np.full(len(T), d)}, "finetuned_loss"),
             *pair,
-            within or (float(T.min()), 10 * float(T.max())),
+            (float(T.min()), 10 * float(T.max())) if within is None else within,
         )
         if tokens:
             self._warn_beyond(tokens=tokens)
@@ -193,7 +193,8 @@ class PostFinetuneLaw(Law):
         of, delta = key
         return [f"{name}[{delta:g}]" for name in fit.unidentified] if of == "gain" else []
 
-    def _known(self, fraction: float) -> float:
+    def _known(self, fraction: float, name: str = "fraction") -> float:
+        fraction = number(name, fraction, SHARE)
         for delta in self.fractions_:
             if np.isclose(fraction, delta, rtol=1e-6, atol=1e-12):
                 return delta

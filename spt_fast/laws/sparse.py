@@ -16,18 +16,18 @@ import numpy as np
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import Units
 from spt_fast.laws.chinchilla import ChinchillaLaw
-from spt_fast.laws.columns import POSITIVE, Array, Column, Columns
+from spt_fast.laws.columns import POSITIVE, Array, Column, Columns, check, numeric
 
 
 def average_params(params: Any, steps: Any = None) -> float:
     """N̄ of a schedule: parameters at each step, or in each stretch of `steps` steps. It is also the size of the dense
     model that reaches the same loss with the same tokens and FLOPs."""
-    counts = np.atleast_1d(np.asarray(params, dtype=float))
-    lengths = np.ones_like(counts) if steps is None else np.atleast_1d(np.asarray(steps, dtype=float))
+    counts = np.atleast_1d(numeric("params", params))
+    lengths = np.ones_like(counts) if steps is None else np.atleast_1d(numeric("steps", steps))
+    for name, values in (("params", counts), ("steps", lengths)):
+        check(name, values, POSITIVE, RecipeError)
     if counts.shape != lengths.shape or not counts.size:
         raise RecipeError(f"params and steps must have one length, at least one; got {counts.size} and {lengths.size}")
-    if not ((counts > 0).all() and (lengths > 0).all()):
-        raise RecipeError("params and steps must be above 0")
     return float(np.average(counts, weights=lengths))
 
 

@@ -448,8 +448,11 @@ def test_how_far_the_domain_lies(tmp_path: Path, one_budget: pd.DataFrame) -> No
         ({"model": None, "inference_tokens": 10}, "model: missing"),
         ({"general": "a"}, "general: how far two datasets lie apart takes both; add `domain=PREFIX`"),
         ({"domain": "a"}, "domain: how far two datasets lie apart takes both; add `general=PREFIX`"),
-        ({"max_general_rise": 3.0}, "max_general_rise: 3.0 is invalid: give a fraction"),
-        ({"domain_tokens": 0}, "domain_tokens: 0 is invalid: give a positive number"),
+        (
+            {"max_general_rise": 3.0},
+            "max_general_rise: 3.0 is invalid: write a share between 0 and 1; did you mean 3.0%?",
+        ),
+        ({"domain_tokens": 0}, "domain_tokens: 0 is invalid: write a positive whole number"),
     ],
 )
 def test_what_cannot_be_asked(more: dict[str, Any], says: str) -> None:

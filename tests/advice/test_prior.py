@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from spt_fast.advice.prior import SAYS, outside, prior, progress_lost, worth
+from spt_fast.errors import RecipeError
 
 
 @pytest.mark.parametrize(
@@ -89,3 +91,13 @@ def test_what_repeats_are_worth() -> None:
 
 def test_outside() -> None:
     assert [outside(x, 2.0, 4.0) for x in (1.0, 2.0, 3.0, 4.0, 12.0)] == [2.0, 1.0, 1.0, 1.0, 3.0]
+
+
+def test_counts_are_read_as_in_recipes_and_refused_by_name() -> None:
+    read = prior(domain_tokens="30M", budget="20B", params="1B")
+    assert read == prior(domain_tokens=30_000_000, budget=np.int64(20 * 10**9), params=10**9)  # type: ignore[arg-type]
+    for field in ("domain_tokens", "budget", "params"):
+        given = {"domain_tokens": 3 * 10**7, "budget": 2 * 10**10, "params": 10**9}
+        for wrong in (0, -1, float("nan"), float("inf"), "x", True):
+            with pytest.raises(RecipeError, match=f"^{field}: .* is invalid: "):
+                prior(**given | {field: wrong})

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ from tests.synthetic_runs import (
     FRACTIONS,
     GENERAL,
     OVERFITTING,
+    REPEATED,
     SPARSE,
     TABLES,
     continued,
@@ -311,3 +316,73 @@ def test_learnability_of_a_probe_run() -> None:
     assert laws.learnability([4.0, 3.5, 3.0], w1=2, w2=3) == pytest.approx(2 / 4 + 3 * 0.5)
     with pytest.raises(RecipeError, match="at least two"):
         laws.learnability([4.0])
+
+
+NUMBERS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (CHINCHILLA.best_allocation, {"flops": 1e20}),
+    (DOMAIN.best_allocation, {"flops": 1e20, "own_ratio": 0.3}),
+    (DOMAIN.best_ratio, {"params": 1e9, "domain_tokens": 1e9}),
+    (CROSS_DOMAIN.best_ratio, {"params": 1e9, "domain_tokens": 1e9, "learnability": 0.7}),
+    (
+        partial(laws.best_ratio, domain=DOMAIN, general=GENERAL),
+        {"params": 1.8e9, "tokens": 1e10, "max_general_rise": 0.03, "general_before": 2.6},
+    ),
+    (CONSTRAINED.best_allocation, {"flops": 1e20, "unique_tokens": 1e9}),
+    (CONSTRAINED.effective_tokens, {"tokens": 1e10, "unique_tokens": 1e9}),
+    (CONSTRAINED.epochs_until, {"marginal_worth": 0.5}),
+    (FINETUNE.unique_tokens_for, {"loss": 1.8, "params": 3e8}),
+    (FORGETTING.injection, {"params": 4e7, "unique_tokens": 3e6, "max_rise": 0.3}),
+    (OVERFITTING.best_fraction, {"tokens": 1e11, "within": (0, 0.1)}),
+    (OVERFITTING.overtaking_tokens, {"fraction": 0.05, "other": 0.1, "within": (1e9, 1e12)}),
+    (REPEATED.best_fraction, {"tokens": 1e11, "unique_tokens": 3e8, "within": (0, 0.5)}),
+    (CHINCHILLA.predict, {"params": 1e9, "tokens": 1e10}),
+    (laws.average_params, {"params": [1e9, 5e8], "steps": [1, 3]}),
+    (laws.learnability, {"losses": [3.0, 2.9], "w1": 1, "w2": 1}),
+    (laws.ChinchillaLaw.from_params, CHINCHILLA.params_),
+]
+WRONG = ("1e20", "20B", "x", float("nan"), float("inf"), True, 1j, {}, 10**400, (float("nan"), 1.0), ["a"])
+AS_NUMBERS: list[Callable[[Any], Any]] = [np.float64, Decimal, np.array]
+
+
+@pytest.mark.parametrize(("decide", "given"), NUMBERS)
+def test_what_is_no_number_is_refused_by_name(decide: Callable[..., Any], given: dict[str, Any]) -> None:
+    decide(**given)
+    for field, value in given.items():
+        for wrong in WRONG:
+            with pytest.raises(RecipeError, match=f"^{field}: .* is invalid: "):
+                decide(**given | {field: wrong})
+        if np.ndim(value) == 0 and not isinstance(decide(**given), laws.Law):
+            for kind in AS_NUMBERS:
+                assert decide(**given | {field: kind(value)}) == pytest.approx(decide(**given))
+
+
+@pytest.mark.parametrize("below", [0, -1])
+def test_numbers_out_of_range_are_refused_by_name(below: int) -> None:
+    may_be_0 = {"own_ratio", "fraction", "other", "max_general_rise", "w1", "w2"}
+    for decide, given in NUMBERS[:-1]:
+        for field in given.keys() - {"within", "losses"} - (may_be_0 if below == 0 else {"w1", "w2"}):
+            with pytest.raises(RecipeError, match=f"^{field}: .* is invalid: "):
+                decide(**given | {field: below})
+    with pytest.raises(RecipeError, match=r"within: \(0\.1, 0\) is invalid: give two numbers in order"):
+        OVERFITTING.best_fraction(tokens=1e11, within=(0.1, 0))
+
+
+def test_laws_of_curves_and_draws_refuse_what_is_no_number_too() -> None:
+    after = laws.PostFinetuneLaw().fit(finetuned(overfitting_grid(), np.random.default_rng(0)))
+    critical = laws.CMRLaw().fit(continued(np.random.default_rng(0), noise=1e-5))
+    table = drawn(CHINCHILLA, TABLES["Chinchilla"][2], np.random.default_rng(0))
+    cases: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+        (after.best_fraction, {"tokens": 1e11}),
+        (after.gain, {"tokens": 1e11, "fraction": 0.01}),
+        (after.overtaking_tokens, {"fraction": 0.02, "other": 0.05, "within": (1e9, 1e12)}),
+        (critical.critical_ratio, {"tokens": 1e10, "tolerance": 0.05, "multiplier": 100.0}),
+        (critical.critical_ratio_curve, {"tokens": [4e9, 8e9, 12e9, 16e9], "tolerance": 0.05}),
+        (critical.turning_tokens, {"domain_ratio": 0.3, "multiplier": 7000}),
+        (partial(laws.ChinchillaLaw().fit(table).bootstrap, table), {"n": 3, "level": 0.9, "seed": 0}),
+    ]
+    for decide, given in cases:
+        decide(**given)
+        for field in given:
+            for wrong in ("5", float("nan"), True, None if field != "within" else ()):
+                with pytest.raises(RecipeError, match=f"^{field}: .* is invalid: "):
+                    decide(**given | {field: wrong})
