@@ -3,16 +3,12 @@ tiny tensors gain nothing from more.
 
 Modules marked `long` are started first, so that at the end no worker is left alone with one of them.
 
-Triton's interpreter patches all of `triton.language` anew whenever a kernel calls a function, a quarter of the time of
-a launch. The launch itself has patched what our functions use, and what Triton's own use stays patched for ever.
-
 What is measured here is kept apart from what the user's own runs have measured.
 """
 
 import os
 import tempfile
-from contextlib import suppress
-from typing import Any
+from importlib.util import find_spec
 
 import pytest
 
@@ -21,19 +17,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), f"spt-fast-tests-{os.getuid()}")
 
-with suppress(ImportError):
-    from triton.runtime.interpreter import InterpretedFunction
+if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
+    from tests.interpreter import speed_up
 
-    patch_and_call, patched = InterpretedFunction.__call__, {"spt_fast"}
-
-    def call(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
-        package = self.fn.__module__.partition(".")[0]
-        if package in patched:
-            return self.rewrite()(*args, **kwargs)
-        patched.add(package)
-        return patch_and_call(self, *args, **kwargs)
-
-    InterpretedFunction.__call__ = call
+    speed_up()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
