@@ -3,16 +3,28 @@ tiny tensors gain nothing from more.
 
 Modules marked `long` are started first, so that at the end no worker is left alone with one of them.
 
+Python's garbage collector would search all modules and tests again and again, a third of the time in which they are
+imported and collected. It is off until then, and passes over them afterwards.
+
+Bytecode is kept, whatever the variable says that many containers set: otherwise each of the hundred processes that
+tests start compiles the package anew, and pytest rewrites every test and every plugin.
+
 What is measured here is kept apart from what the user's own runs have measured.
 """
 
+import gc
 import os
+import sys
 import tempfile
 from importlib.util import find_spec
 
 import pytest
 
+gc.disable()
+
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), f"spt-fast-tests-{os.getuid()}")
@@ -25,3 +37,9 @@ if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.freeze()
+    gc.enable()
