@@ -64,7 +64,12 @@ def test_its_table_is_read_as_it_was(
     before = json.loads((study / "advice.json").read_text())
     assert now.keys() == before.keys()
     for part in ("asked", "decision", "expected", "seen", "shares", "replay", "learning_rates"):
-        assert now[part] == before[part], part
+        assert figures(now[part]) == figures(before[part]), part
+
+
+def figures(part: Any) -> Any:
+    """Without the sentence in it, whose words may change."""
+    return {key: value for key, value in part.items() if key != "says"} if isinstance(part, dict) else part
 
 
 def test_its_run_folders_give_its_table(

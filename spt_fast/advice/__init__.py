@@ -1,1 +1,1 @@
-"""From a table of runs, or from the papers alone, to how much domain data to pretrain with: `advise.advise`."""
+"""How much domain data to pretrain with, by a table of runs or by the papers alone: `advise.advise`."""

@@ -1,9 +1,9 @@
-"""From runs to a decision: how much domain data goes into pretraining, how often, and what is left to finetuning.
+"""Decide from runs how much domain data goes into pretraining, how often it is read, and how to finetune.
 
-    the runs nearest to what is asked  →  losses over the shares that were run, at the budget  →  share, regime, replay
+    the runs nearest to the question  →  losses of each share that was run, at the budget  →  share, regime, replay
 
-Without runs that can say it the answer is a prior from the papers, and says so. What was seen, without any law, stands
-beside what the laws make of it.
+Without suitable runs the answer is a prior from the papers, and says so. The losses that were measured are returned
+beside those that the laws predict.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount, percent, times
 
 SEEN_WITHIN = 2.0
-"""A factor from the nearest budget that was run, up to which its best arm is taken where no law can be fitted."""
+"""Without a law, the best arm of the nearest budget is used if the budget asked for is within this factor of it."""
 
 
 def advise(
@@ -62,15 +62,18 @@ def advise(
     max_general_rise: float | Fraction | str | None = None,
     base: str | None = None,
 ) -> Advice | BaseAdvice:
-    """What to do with `domain_tokens` unique domain tokens and `budget` tokens: how to go on from a base, as
-    `advise_base` says, where one is named or all runs go on from one; else how to pretrain.
+    """Advise how to use a domain corpus: how to continue from a base (`advise_base`) if `base` is given or all runs
+    start from one, else how to pretrain (`advise_pretraining`).
 
-    model             a preset, or a number of parameters; without it the nearest runs of any size count
-    table             runs, as read_table gives them
-    general, domain   dataset prefixes, for how far the domain lies from the general corpus
+    domain_tokens     unique tokens of the domain corpus
+    budget            tokens to train on
+    model             a preset, or a number of parameters; without it, runs of any size are used
+    table             runs, as returned by `read_table`
+    general, domain   dataset prefixes, to measure the distance of the domain from the general corpus
     inference_tokens  tokens that will be served, for the finetuner's tax
-    max_general_rise  how far the general loss may end above the lowest one before finetuning at that budget: 0.03 is 3%
-    base              weights to go on from: a Hugging Face folder, or a run
+    max_general_rise  how far the final general loss may be above the lowest one before finetuning at that budget: 0.03
+                      is 3%
+    base              weights to start from: a Hugging Face folder, or a run
 
     Raises RecipeError, or DataError for a table that cannot be used.
     """
@@ -80,7 +83,10 @@ def advise(
     if base is None and (rows is None or not of_bases(rows)):
         return advise_pretraining(**own, inference_tokens=inference_tokens)
     if inference_tokens is not None:
-        raise RecipeError("inference_tokens: prices a model that is pretrained; leave it out for a base", argument=True)
+        raise RecipeError(
+            "inference_tokens: the finetuner's tax is computed for pretraining only; leave it out for a base",
+            argument=True,
+        )
     return advise_base(**own, base=base)
 
 
@@ -95,7 +101,7 @@ def advise_pretraining(
     inference_tokens: int | str | None = None,
     max_general_rise: float | Fraction | str | None = None,
 ) -> Advice:
-    """The mixture of pretraining; as `advise`."""
+    """Advise a mixture for pretraining. Arguments and errors are those of `advise`."""
     size = size_of(model)
     asked = ask(
         domain_tokens=domain_tokens,
@@ -120,8 +126,8 @@ def advise_pretraining(
         chosen = _choose(evidence, allowed, chosen)
         if allowed and not any(allowed.values()):
             missing.append(
-                f"no share and replay that were run keep the general loss within {max_general_rise:.3g} of the lowest "
-                "before finetuning; the answer is the "
+                f"no pair of share and replay that was run keeps the general loss within {max_general_rise:.3g} of the "
+                "lowest one before finetuning; the answer is the "
                 + ("published share, whose rise is unknown" if chosen == published else "pair that comes nearest")
             )
         epochs = plainest(evidence.rows)["epochs"]
@@ -159,26 +165,26 @@ def advise_pretraining(
 def _check_distance(general: object, domain: object) -> None:
     if (general is None) != (domain is None):
         given, other = ("general", "domain") if domain is None else ("domain", "general")
-        raise RecipeError(f"{given}: how far two datasets lie apart takes both; add `{other}=PREFIX`", argument=True)
+        raise RecipeError(f"{given}: a distance needs two datasets; add `{other}=PREFIX`", argument=True)
 
 
 # ------------------------------------------------------------------------------------------------ the decision
 
 
 def _limit(evidence: Evidence, max_general_rise: float | None) -> float | None:
-    """The highest general loss to end with."""
+    """The highest general loss that the answer may end with; None without `max_general_rise`."""
     if max_general_rise is None:
         return None
     general = evidence.general()
     if not general:
         raise DataError(
-            "max_general_rise: these runs have no general losses; name the general source's heldout", argument=True
+            "max_general_rise: these runs have no general losses; set `heldout` of the general source", argument=True
         )
     return (1 + max_general_rise) * min(before for before, _ in general.values())
 
 
 def _allowed(evidence: Evidence, effects: list[Effect], limit: float | None) -> dict[float, bool]:
-    """Whether a share can keep the limit, with some replay that was run."""
+    """By share, whether at least one replay that was run keeps the general loss within the limit."""
     general = evidence.general()
     return {
         delta: limit is None
@@ -188,8 +194,8 @@ def _allowed(evidence: Evidence, effects: list[Effect], limit: float | None) -> 
 
 
 def _choose(evidence: Evidence, allowed: dict[float, bool], published: Choice) -> Choice:
-    """Regime, share, and on what basis: the lowest domain loss that is allowed, or the lowest general loss where none
-    is."""
+    """The regime and share with the lowest domain loss among the allowed ones, or with the lowest general loss if none
+    is allowed; the published ones if no law and no arm is near enough."""
     general = {delta: after for delta, (_, after) in evidence.general().items()}
     domain = {delta: outcome.domain.mean for delta, outcome in evidence.outcomes().items()}
     near = outside(evidence.budget, *([evidence.arms[0].tokens] * 2)) <= SEEN_WITHIN
@@ -206,7 +212,7 @@ def _choose(evidence: Evidence, allowed: dict[float, bool], published: Choice) -
 
 
 def _clear(ours: Arm, theirs: Arm) -> bool:
-    """Whether every seed of one arm has a lower domain loss than every seed of another."""
+    """Whether every seed of `ours` has a lower domain loss than every seed of `theirs`."""
     return ours.domain.high < theirs.domain.low
 
 
@@ -216,15 +222,16 @@ def _decision(chosen: Choice, epochs: float, replay: float, budget: int) -> Deci
         says = f"pretrain on general data alone, {amount(budget)} tokens"
     elif chosen.regime == "SCPT":
         late, last = percent(chosen.delta / SCPT_LAST), percent(SCPT_LAST)
-        says = f"pretrain on general data, mix {late} of the domain into the last {last} of {amount(budget)} tokens"
+        says = f"pretrain on general data, with {late} domain data in the last {last} of {amount(budget)} tokens"
     else:
-        says = f"mix {percent(chosen.delta)} of the domain into all of {amount(budget)} pretraining tokens"
-    says += f", which reads it {times(epochs)}, then {finetune}" if chosen.regime != "FT" else f", then {finetune}"
+        says = f"pretrain with {percent(chosen.delta)} domain data in all of {amount(budget)} tokens"
+    read = "" if chosen.regime == "FT" else f", which reads the domain {times(epochs)}"
+    says += f"{read}, then {finetune}"
     name = "FT only" if chosen.regime == "FT" else chosen.regime
     return Decision(**vars(chosen), epochs=epochs, replay=replay, says=f"{name}: {says}")
 
 
-# ------------------------------------------------------------------------------------------------ what it rests on
+# ------------------------------------------------------------------------------------------------ the evidence
 
 
 def _shares(evidence: Evidence, allowed: dict[float, bool], per_token: float) -> list[Share] | None:

@@ -1,11 +1,11 @@
-"""The finetunes of a runs table, side by side: how each was pretrained, and what it ended with.
+"""The finetunes of a runs table in arms: how each was pretrained, and its final losses.
 
 An *arm* is a regime, a domain share of pretraining, a share of general data in the finetune, and a pretraining budget;
 its runs differ by seed. Regimes:
 
-    FT    the domain in the finetune only
-    SPT   a fixed share of it from the first step of pretraining
-    SCPT  a share that rises in the course of pretraining
+    FT    domain data in the finetune only
+    SPT   a fixed share of domain data from the first step of pretraining
+    SCPT  a share that rises during pretraining
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REGIMES = ("FT", "SPT", "SCPT")
 
 
 def finetunes(table: UsableRows) -> pd.DataFrame:
-    """A row per finetune, as `after_pretraining` gives it; `regime` has SCPT too, whose runs no law takes."""
+    """A row per finetune, as `after_pretraining` returns it, also of SCPT runs, which no law is fitted to."""
     left_out = table.left_out[~table.left_out["beaten"]]
     late = after_pretraining(left_out[left_out["after"].isin(_rising(left_out))])
     rows = pd.concat([after_pretraining(table.rows), late.assign(regime="SCPT")], ignore_index=True)
@@ -29,7 +29,7 @@ def finetunes(table: UsableRows) -> pd.DataFrame:
 
 
 def _rising(rows: pd.DataFrame) -> set[str]:
-    """Runs whose pretraining held clearly less of the domain in its first half than in its second."""
+    """Runs that read clearly less domain data in the first half of pretraining than in the second: under 45%."""
     found: set[str] = set()
     pretraining = rows[(rows["stage"] == 0) & (rows["tokens"] > 0)]
     for name, run in pretraining.groupby("run"):
@@ -42,7 +42,7 @@ def _rising(rows: pd.DataFrame) -> set[str]:
 
 
 def arms(rows: pd.DataFrame) -> list[Arm]:
-    """The arms of a group, best domain loss first."""
+    """The arms of a group, the lowest domain loss first."""
     by_arm = rows.groupby(["regime", "pretrain_delta", "injected", "pretrain_tokens"])
     return sorted((_arm(own) for _, own in by_arm), key=lambda arm: arm.domain.mean)
 

@@ -1,10 +1,10 @@
-"""From runs that went on from a base to how to go on from it: the shares of domain and general text, anchor, average.
+"""Decide from runs of a base how to continue from it: shares of domain and general text, anchor, average.
 
-    the runs of the base that is asked for, or nearest in size  →  arms side by side  →  what costs the domain nothing
-                                                                →  D-CPT laws, for a limit on the general loss
+    the runs of the base asked for, or nearest in size  →  arms  →  the lowest general loss at no cost in the domain
+                                                        →  D-CPT laws, for a limit on the general loss
 
-How the base was pretrained is unknown, so that no law of pretraining says anything. Without runs the answer is the
-published share of replay.
+The pretraining of a base is unknown, so laws of pretraining do not apply. Without runs the answer is the published
+share of replay.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from spt_fast.train.weights import read_config
 
 TREATMENT = ["injected", "anchor", "average"]
 GENERAL_TEXT = (
-    "replay is of the base's own text only where its pretraining data is open (SmolLM2, OLMo 2, Pythia); for another "
-    "base the general corpus is a stand-in, and forgetting is measured on that"
+    "replay uses the base's own text only where its pretraining data is open (SmolLM2, OLMo 2, Pythia); for other "
+    "bases the general corpus is a stand-in, and forgetting is measured on the stand-in"
 )
 GIVEN_UP = 0.01
-"""Of the domain loss, for what the base could do before; a limit on the general loss asks for another exchange."""
+"""The rise in domain loss that is accepted for a lower general loss; `max_general_rise` replaces this rule."""
 FEWEST_SHARES = 4
-"""That a D-CPT law is fitted to."""
+"""Shares that a fit of a D-CPT law needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseArm(Ended):
-    """Of runs from one base; `tokens` are the most that one of them has handed on after."""
+    """An arm of runs from one base; `tokens` are those of its longest run."""
 
     replay: float
     anchor: float
@@ -60,11 +60,11 @@ class BaseDecision:
     delta: float
     """The domain's share of the tokens."""
     replay: float
-    """The general corpus's."""
+    """The general corpus's share."""
     anchor: float
     average: float
     epochs: float
-    """How often that reads the domain corpus."""
+    """How often the domain corpus is then read."""
     basis: Literal["laws", "seen", "published"]
     says: str
 
@@ -73,19 +73,19 @@ class BaseDecision:
 class BaseAdvice:
     asked: Asked
     base: str | None
-    """Whose runs these are, or what was asked for."""
+    """The base of the runs that were used, or without runs the one that was given."""
     decision: BaseDecision
     arms: list[BaseArm]
-    """Of that base, the lowest domain loss first."""
+    """The arms of that base, the lowest domain loss first."""
     missing: list[str]
     general_text: str
-    """What replay and forgetting are worth on it."""
+    """How far replay and forgetting depend on the choice of the general text."""
     recipe: str
     """Phases to paste, YAML."""
 
 
 def of_bases(table: UsableRows) -> bool:
-    """Whether all runs went on from weights that were trained elsewhere."""
+    """Whether all runs started from a base."""
     return "base" in table.rows and bool(table.rows["base"].notna().all())
 
 
@@ -100,13 +100,13 @@ def advise_base(
     domain: str | Path | None = None,
     max_general_rise: float | Fraction | str | None = None,
 ) -> BaseAdvice:
-    """How to go on for `budget` tokens from `base`, or from that of the runs; otherwise as `advise`.
+    """Advise how to continue for `budget` tokens from `base`, by default from the base of the runs.
 
     model             by default as large as `base`
-    max_general_rise  how far the general loss may end above that of the base
+    max_general_rise  how far the final general loss may be above that of the base: 0.03 is 3%
 
-    Raises RecipeError, DataError for a table that cannot be used, or CheckpointError for a base that is neither there
-    nor that of a run.
+    The other arguments are those of `advise`. Raises RecipeError, DataError for a table that cannot be used, or
+    CheckpointError for a base that neither exists nor belongs to a run.
     """
     rows = None if table is None else usable(table)
     known = rows is not None and base in set(rows.rows["base"])
@@ -123,7 +123,7 @@ def advise_base(
     if rows is not None:
         notes, own = list(rows.notes), _nearest(rows, asked, base)
         if own.empty:
-            notes.append("no run went on from a base on domain text: so there is nothing to compare")
+            notes.append("no run was trained from a base on domain text, so there is nothing to compare")
     arms = _arms(own) if len(own) else []
     optimizer, batch = {"lr": PUBLISHED.finetune[1]}, {"sequences": 16, "context": WINDOW}
     if arms and rows is not None:
@@ -143,8 +143,8 @@ def advise_base(
 
 
 def _nearest(table: UsableRows, asked: Asked, base: str | None) -> pd.DataFrame:
-    """The weights that runs of one base and corpus handed on, after as many tokens as come nearest where all arms have
-    runs of several lengths."""
+    """The final rows of runs of one base and corpus: those nearest in size, and in length if all arms have runs of
+    several lengths."""
     rows = table.rows
     rows = rows[(rows["stage"] == 1) & rows["handed_on"] & (rows["start"] == "pretrained") & (rows["delta"] > 0)]
     rows = rows[rows["base"].notna()].dropna(subset=["domain_heldout"])
@@ -183,7 +183,7 @@ def _arms(own: pd.DataFrame) -> list[BaseArm]:
 
 
 def _far(own: pd.DataFrame, decided: BaseDecision, asked: Asked) -> list[str]:
-    """By how much the question lies beyond the runs, where it does."""
+    """A warning with the factors by which the question lies outside of the runs; empty if it lies within."""
     params, corpus = (float(own[name].iloc[0]) for name in SETTING)
     factors = {
         "tokens": outside(asked.budget, own["tokens"].min(), own["tokens"].max()),
@@ -192,8 +192,8 @@ def _far(own: pd.DataFrame, decided: BaseDecision, asked: Asked) -> list[str]:
         "epochs": outside(decided.epochs, own["epochs"].min(), own["epochs"].max()),
     }
     far = beyond(factors, NEAR)
-    says = "the question lies beyond these runs, and losses and the best arm may differ there; run the best arms nearer"
-    return [f"{says} to it: {', '.join(far)}"] if far else []
+    says = "the question is outside these runs, so losses and the best arm may differ; run the best arms nearer to it"
+    return [f"{says}: {', '.join(far)}"] if far else []
 
 
 def _is(own: pd.DataFrame, arm: BaseArm) -> pd.Series:
@@ -203,7 +203,7 @@ def _is(own: pd.DataFrame, arm: BaseArm) -> pd.Series:
 def _decide(
     arms: list[BaseArm], own: pd.DataFrame, table: UsableRows, asked: Asked
 ) -> tuple[BaseArm, BaseDecision, list[str]]:
-    """The arm, what is decided, and what to know of it."""
+    """The chosen arm, the decision, and notes on it."""
     before, rise, notes = float(own["general_before"].mean()), asked.max_general_rise, []
     measured = [arm for arm in arms if arm.general]
     if rise is None:
@@ -215,21 +215,23 @@ def _decide(
         limit = (1 + rise) * before
         allowed = [arm for arm in measured if _general(arm) <= limit]
         chosen = allowed[0] if allowed else min(measured, key=_general, default=arms[0])
-        why = f"the lowest domain loss of the arms whose general loss ends at {limit:.4f} or less"
+        why = f"the lowest domain loss of the arms whose final general loss is {limit:.4f} or less"
         if not allowed:
-            why = f"the arm with the lowest general loss: none ends at {limit:.4f} or less"
+            why = f"the lowest general loss, since no arm ends at {limit:.4f} or less"
     if min(arm.seeds for arm in arms) < 2:
-        notes.append("with one seed, nothing says how much of the differences is chance")
+        notes.append("with one seed it is unknown how much of the differences is chance")
     share = None if rise is None else _by_law(table, own, asked, before)
     replay = chosen.replay if share is None else _rest(share)
     says = f"{_text(replay, chosen.anchor, chosen.average)}: "
     if share is None:
         says += f"{why}; domain loss {chosen.domain}"
-        says += "" if chosen is arms[0] else f", {arms[0].domain.mean:.4f} at the lowest"
-        says += f", general loss {chosen.general}, of {before:.4f} before" if chosen.general else ""
-        says += f", with {amount(float(own['params'].iloc[0]))} parameters after {amount(chosen.tokens)} tokens"
+        says += "" if chosen is arms[0] else f", {arms[0].domain.mean:.4f} in the arm with the lowest"
+        says += f"; general loss {chosen.general}, {before:.4f} before" if chosen.general else ""
+        says += (
+            f"; measured with {amount(float(own['params'].iloc[0]))} parameters after {amount(chosen.tokens)} tokens"
+        )
     else:
-        says += f"by the D-CPT laws the lowest domain loss whose general loss rises by {percent(rise or 0)} at most"
+        says += f"by the D-CPT laws the lowest domain loss while the general loss rises by at most {percent(rise or 0)}"
     return (
         chosen,
         _decision(replay, chosen.anchor, chosen.average, asked, "seen" if share is None else "laws", says),
@@ -238,7 +240,7 @@ def _decide(
 
 
 def _by_law(table: UsableRows, own: pd.DataFrame, asked: Asked, before: float) -> float | None:
-    """The share that keeps the limit at the budget; None where no law can say it."""
+    """The domain's share that the D-CPT laws choose within the limit at the budget; None if they cannot be fitted."""
     fitted = {}
     for of in ("domain", "general"):
         for group, rows in views.dcpt(table, of):
@@ -267,7 +269,7 @@ def _general(arm: BaseArm) -> float:
 
 
 def _text(replay: float, anchor: float, average: float) -> str:
-    text = f"go on with {percent(_rest(replay))} of domain and {percent(replay)} of general text"
+    text = f"continue with {percent(_rest(replay))} of domain and {percent(replay)} of general text"
     text += f", anchor {anchor:g}" if anchor else ""
     return text + (f", and average with {percent(average)} of the base" if average else "")
 
@@ -286,8 +288,8 @@ def _decision(
 def _published(asked: Asked) -> str:
     says = f"{_text(REPLAY, 0.0, 0.0)}: {FACTS['replay'].says} ({FACTS['replay'].source})"
     if asked.params is not None:
-        says += f"; without it about {progress_lost(asked.params):.0%} of the pretraining is undone at this size"
-    return f"{says}. To know it of your text, run the ready studies forgetting and dcpt from the base"
+        says += f"; without replay, about {progress_lost(asked.params):.0%} of the pretraining is undone at this size"
+    return f"{says}. To measure it on your text, run the ready studies forgetting and dcpt from the base"
 
 
 def _recipe(

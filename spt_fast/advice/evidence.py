@@ -1,8 +1,7 @@
 """The runs that answer a question best: those nearest in model size and in how often their domain corpus is read.
 
-A question (domain tokens, budget) is asked of runs with another corpus size at the budget at which theirs is read as
-often, budget · (their domain tokens / the user's): simulated epoching (arXiv 2606.07597). With the same corpus that is
-the budget itself.
+Runs with another corpus size are compared at the budget at which their corpus is read as often as the user's:
+budget · (their domain tokens / the user's), by simulated epoching (arXiv 2606.07597).
 """
 
 from __future__ import annotations
@@ -27,13 +26,14 @@ from spt_fast.study.usable import UsableRows
 @dataclass(frozen=True)
 class Evidence:
     rows: pd.DataFrame
-    """Finetunes of one model size and domain corpus, with the anchor and the average of the plainest."""
+    """Finetunes of one model size and domain corpus, all with the anchor and average of the plainest ones."""
     all_sizes: pd.DataFrame
-    """Finetunes on the same corpus of models of any size."""
+    """Finetunes of all model sizes on the same corpus."""
     budget: float
-    """At which these runs' corpus is read as often as the user's."""
+    """Pretraining tokens after which these runs have read their corpus as often as the question's budget reads the
+    user's."""
     arms: list[Arm]
-    """Those with the least general data in the finetune, at the run budget nearest to that; best first."""
+    """The arms with the least replay, at the budget nearest to `budget` that was run; the lowest domain loss first."""
     forecast: Forecast | None
 
     @property
@@ -49,19 +49,19 @@ class Evidence:
         return [arm for arm in self.arms if arm.regime != "SCPT"]
 
     def seen(self) -> dict[float, Outcome]:
-        """By share, of FT and SPT."""
+        """Measured losses of FT and SPT, by share."""
         return {
             arm.delta: Outcome(arm.domain, arm.general, arm.forgetting.mean if arm.forgetting else None)
             for arm in self.steady()
         }
 
     def outcomes(self) -> dict[float, Outcome]:
-        """By share, with the least general data: by law, else as seen."""
+        """Losses with the least replay, by share: those of the laws, or measured ones without laws."""
         return self.forecast.outcomes if self.forecast else self.seen()
 
     def general(self) -> dict[float, tuple[float, float]]:
-        """{delta: general loss before, and after, a finetune with the least general data}: by law, else as seen; empty
-        where it was not measured."""
+        """{delta: (general loss before, after) a finetune with the least replay}: by the laws, or measured without
+        them; empty if it was not measured."""
         by_law, seen = (
             {
                 delta: (one.general.mean - one.forgetting, one.general.mean)
@@ -76,7 +76,10 @@ class Evidence:
 def gather(
     table: UsableRows | None, *, domain_tokens: int, budget: int, params: int | None
 ) -> tuple[Evidence | None, list[str]]:
-    """The evidence, and what is missing or was left out, a sentence each."""
+    """The evidence, or None; and a sentence for each thing that is missing or was left out.
+
+    domain_tokens, budget, params: of the question; params is None for any size.
+    """
     if table is None:
         return None, ["no runs were given"]
     everything = finetunes(table)
@@ -109,7 +112,7 @@ def gather(
 
 
 def _distance(group: pd.DataFrame, domain_tokens: int, budget: int, params: int | None) -> float:
-    """The product of the factors, as a logarithm, by which the question lies away from a group."""
+    """The sum of |log| of the factors by which a group differs from the question."""
     corpus, tokens = float(group["domain_tokens"].iloc[0]), group["pretrain_tokens"]
     factors = [corpus / domain_tokens, outside(budget * corpus / domain_tokens, tokens.min(), tokens.max())]
     if params is not None:
@@ -118,7 +121,7 @@ def _distance(group: pd.DataFrame, domain_tokens: int, budget: int, params: int 
 
 
 def _curves(table: UsableRows, rows: pd.DataFrame) -> pd.DataFrame | None:
-    """The pretraining of the same model size and corpus."""
+    """The pretraining curves of the same model size and corpus; None if the table has none."""
     for group, curves in views.overfitting(table):
         if all(group[name] == rows[name].iloc[0] for name in SETTING):
             return curves

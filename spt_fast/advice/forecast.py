@@ -1,10 +1,10 @@
-"""What finetuning would end with after a pretraining budget, for each share of domain data that was run.
+"""Predicted losses after finetuning at a pretraining budget, for each share of domain data that was run.
 
-The domain loss comes from PostFinetuneLaw, before finetuning by the OverfittingLaw, by the MixtureRepetitionLaw or by
-a curve for each share: by whichever errs least when the largest budget is held out. The general loss comes from the
-same law fitted to general losses, a power of the budget before and after finetuning, for each share (our reading: no
-paper has a law for it). How sure the best share is: the laws are fitted again to resampled runs, and the share of draws
-in which it is best counted.
+The domain loss is PostFinetuneLaw's. The loss before finetuning that it needs comes from the OverfittingLaw, the
+MixtureRepetitionLaw or a curve for each share: from the one with the smallest error when the largest budget is held
+out. The general loss comes from the same law fitted to general losses, a power law in the budget before and after
+finetuning for each share (our choice: no paper has a law for it). To estimate how certain the best share is, the laws
+are refitted to resampled runs, and the draws in which each share is best are counted.
 """
 
 from __future__ import annotations
@@ -28,32 +28,34 @@ BEFORE: tuple[type[Before], ...] = (OverfittingLaw, MixtureRepetitionLaw)
 """Laws of the loss before finetuning."""
 LEVEL, DRAWS = 0.9, 100
 WIDEST = 2.0
-"""A factor between the ends of an interval; a loss with a wider one is left open."""
+"""The largest factor between the ends of an interval; a loss with a wider one counts as undetermined."""
 FEWEST_BUDGETS, FEWEST_POINTS = 3, 4
-"""At each share: as many budgets as a power law with an offset has parameters, and a point over."""
+"""For each share: as many budgets as a power law with an offset has parameters, and one more finetune."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """After `tokens` of pretraining, by share; intervals at LEVEL."""
+    """Losses after `tokens` of pretraining and a finetune, by share; intervals at LEVEL."""
 
     tokens: float
     outcomes: dict[float, Outcome]
     draws: np.ndarray
-    """[draw, share]: domain losses by laws fitted to resampled runs."""
+    """[draws, shares]: domain losses by laws fitted to resampled runs."""
     standing: Standing
 
     def best_in(self, allowed: np.ndarray) -> np.ndarray:
-        """[share]: in what part of the draws it has the lowest domain loss of those allowed."""
+        """[shares]: the part of the draws in which a share has the lowest domain loss of the `allowed` ones."""
         best = np.where(allowed, self.draws, np.inf).argmin(axis=1)
         return np.bincount(best, minlength=len(self.outcomes)) / len(self.draws)
 
 
 def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> Forecast:
-    """`rows`: the plainest finetunes of one setting (see study/finetunes.py), pretrained with a fixed share; `curves`:
-    its pretraining, as OverfittingLaw takes it.
+    """The forecast after `tokens` of pretraining.
 
-    Raises DataError where the laws cannot be fitted, saying what is missing.
+    rows    the plainest finetunes of one setting (study/finetunes.py), pretrained with a fixed share
+    curves  the pretraining of that setting, as OverfittingLaw takes it
+
+    Raises DataError, which names what is missing, if the laws cannot be fitted or leave the loss undetermined.
     """
     rows = _enough(rows)
     deltas = sorted(rows["pretrain_delta"].unique())
@@ -65,8 +67,8 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
         widest = max(domain, key=lambda loss: loss.high / max(loss.low, 1e-9))
         if not widest.high <= WIDEST * widest.low:
             raise DataError(
-                f"the laws leave the domain loss after {amount(tokens)} tokens open: the ends of an interval lie more "
-                f"than a factor of {WIDEST:g} apart"
+                f"the laws do not determine the domain loss after {amount(tokens)} tokens: an interval spans more than "
+                f"a factor of {WIDEST:g}"
             )
         general: Sequence[Interval | None] = [None] * len(deltas)
         forgetting: Sequence[float | None] = [None] * len(deltas)
@@ -86,7 +88,7 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
 
 
 def _best_before(law: Before | None, tokens: float) -> float | None:
-    """The best share before finetuning; None where the runs leave it open."""
+    """The best share before finetuning; None if the runs do not determine it."""
     try:
         return law.best_fraction(tokens=tokens) if law else None
     except RecipeError:
@@ -98,21 +100,22 @@ def _intervals(edges: tuple[np.ndarray, ...]) -> list[Interval]:
 
 
 def _enough(rows: pd.DataFrame) -> pd.DataFrame:
-    """The shares with enough finetunes for a curve."""
+    """The finetunes of the shares that have enough of them for a curve. DataError if fewer than two shares do."""
     by_share = rows.groupby("pretrain_delta")["pretrain_tokens"]
     counts = pd.DataFrame({"budgets": by_share.nunique(), "points": by_share.size()})
     kept = counts[(counts["budgets"] >= FEWEST_BUDGETS) & (counts["points"] >= FEWEST_POINTS)].index
     if len(kept) < 2:
         has = ", ".join(f"{d:g}: {c.budgets} ({c.points})" for d, c in counts.iterrows())
         raise DataError(
-            f"a law needs finetunes after {FEWEST_BUDGETS} budgets or more, {FEWEST_POINTS} in all, at two "
-            f"shares or more; the runs have budgets (finetunes) at the shares {has or 'none'}"
+            f"a law needs two shares or more with finetunes after at least {FEWEST_BUDGETS} budgets, {FEWEST_POINTS} "
+            f"in all; the runs have, by share, budgets (finetunes): {has or 'none'}"
         )
     return rows[rows["pretrain_delta"].isin(kept)]
 
 
 def _columns(rows: pd.DataFrame, corpus: str) -> pd.DataFrame:
-    """Finetunes as PostFinetuneLaw takes them; those that follow one pretraining run share its errors."""
+    """Finetunes as PostFinetuneLaw takes them. Those of one pretraining run have the same `run`, since they share its
+    error."""
     return pd.DataFrame(
         {
             "tokens": rows["pretrain_tokens"],
@@ -125,8 +128,8 @@ def _columns(rows: pd.DataFrame, corpus: str) -> pd.DataFrame:
 
 
 def _chosen(rows: pd.DataFrame, curves: pd.DataFrame | None) -> tuple[PostFinetuneLaw, HeldOut | None, Before | None]:
-    """The law that predicts the largest budget best from the others, how well, and of the laws of the loss before
-    finetuning the one with which it does so best."""
+    """The law that predicts the largest budget best from the others, its error there, and the law of the loss before
+    finetuning that has the smallest error."""
     plain = _fitted(rows, None, None), _heldout_error(rows, None, None)
     others = []
     for kind in BEFORE if curves is not None else ():
@@ -152,7 +155,7 @@ def _fitted(rows: pd.DataFrame, curves: pd.DataFrame | None, kind: type[Before] 
 
 
 def _curves(curves: pd.DataFrame, kind: type[Before]) -> pd.DataFrame:
-    """As the law takes them."""
+    """The curves in the columns that the law takes."""
     if kind is OverfittingLaw:
         return curves
     unique = curves.loc[curves["fraction"] > 0, "domain_tokens"].iloc[0]
@@ -176,7 +179,7 @@ def _last(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _against(law: PostFinetuneLaw, rows: pd.DataFrame) -> AtBudget:
-    """A law's domain losses against finetunes after one budget."""
+    """A law's domain losses compared with those of finetunes after one budget."""
     tokens, seen = rows["pretrain_tokens"].max(), rows.groupby("pretrain_delta")["domain_heldout"].mean()
     predicted = law.predict(tokens=np.full(len(seen), tokens), fraction=seen.index.to_numpy())
     return AtBudget(

@@ -1,4 +1,4 @@
-"""The phases of a recipe that carries a decision out, to paste and complete."""
+"""The recipe that carries out a decision, to paste and complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spt_fast.study.usable import UsableRows
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak learning rates and the optimizers' other fields, and whose they are."""
+    """Peak learning rates and the other optimizer fields, and their source."""
 
     pretrain: float
     finetune: list[float]
@@ -30,12 +30,12 @@ class Rates:
 
 PUBLISHED = Rates(4e-4, [1e-5, 4e-5, 1e-4], "the paper's, for 1B parameters (arXiv 2603.16177)")
 ALIKE = 3.0
-"""A factor in model size, up to which rates carry over."""
+"""The largest factor in model size at which rates carry over."""
 
 
 def rates_of(table: UsableRows | None, runs_params: int | None, params: int | None, delta: float) -> Rates:
-    """Those of the runs of `runs_params` parameters where the model is about as large, else the published ones. Of
-    pretraining they are the best that were tried, with the share `delta` where it was run."""
+    """The rates of the runs of `runs_params` parameters if the model is within a factor of ALIKE of them, else the
+    published ones. The pretraining rate is the best one of the share nearest to `delta`."""
     if table is None or runs_params is None or not 1 / ALIKE <= (params or runs_params) / runs_params <= ALIKE:
         return PUBLISHED
     done = pd.concat([table.rows.assign(beaten=False), table.left_out])
@@ -59,7 +59,7 @@ def next_step(
     general: str | Path | None = None,
     domain: str | Path | None = None,
 ) -> str:
-    """YAML; prefixes of datasets that aren't given, and the tokenizer, are placeholders."""
+    """The recipe as YAML. The tokenizer, and prefixes that are not given, are placeholders."""
     prefixes = {"general": str(general or "data/general"), "domain": str(domain or "data/domain")}
     late = round(budget * SCPT_LAST) if decision.regime == "SCPT" else 0
     phases: list[dict[str, Any]] = [
@@ -102,7 +102,7 @@ def next_step(
 
 
 def _count(tokens: int) -> int | str:
-    """Exactly, in a unit where three decimals do."""
+    """The exact count, in T, B or M if three decimals suffice."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
         if tokens >= size and tokens % (size // 1000) == 0:
             return f"{tokens / size:.12g}{unit}"
@@ -110,7 +110,7 @@ def _count(tokens: int) -> int | str:
 
 
 def _mixture(share: float | Fraction, of: str = "domain") -> dict[str, str]:
-    """Of two sources, in exact percents, `share` to four digits; a source with nothing is left out."""
+    """The shares of the two sources as exact percentages that sum to 100, `share` to four digits; zero is left out."""
     small = Fraction(f"{float(share):.4g}")
     shares = {of: small, "general" if of == "domain" else "domain": 1 - small}
     return {name: f"{float(100 * shares[name]):.12g}%" for name in ("general", "domain") if shares[name]}

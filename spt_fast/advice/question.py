@@ -1,4 +1,4 @@
-"""What is asked of `advise`: the size of a model by its name or number, and questions that have no answer."""
+"""The input of `advise`: the size of a model by its name or number, and a check of all values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class Size:
 
 
 def size_of(model: str | int | None) -> Size:
-    """Of a preset, or of a number of parameters; all None without a model."""
+    """The size of a preset, or of a number of parameters such as "1.5B"; all fields are None without a model.
+
+    Raises RecipeError for anything else.
+    """
     if model is None:
         return Size(None, None, None)
     if model in PRESETS:
@@ -50,7 +53,7 @@ def ask(
     max_general_rise: object = None,
     inference_tokens: object = None,
 ) -> Asked:
-    """The question, read as in recipes. RecipeError for one without an answer."""
+    """The question with its counts and shares parsed as in a recipe. RecipeError for values that have no answer."""
     try:
         asked = Asked(
             domain_tokens=parse_count(domain_tokens, "domain_tokens"),
@@ -70,6 +73,7 @@ def ask(
         raise RecipeError(invalid("max_general_rise", max_general_rise, expected), argument=True)
     if asked.inference_tokens is not None and asked.params is None:
         raise RecipeError(
-            "model: missing, and what serving costs depends on it; give a preset such as 1b, or its size", argument=True
+            "model: missing, but the cost of serving depends on it; give a preset such as 1b, or its size",
+            argument=True,
         )
     return asked

@@ -1,8 +1,8 @@
-"""How much general data goes into the finetune: what it saves in general loss, and what it costs in the domain.
+"""How much general data goes into the finetune: its effect on the general loss and on the domain loss.
 
-Finetunes that differ in it only are compared pair by pair. Without a limit on the general loss the share is the one
-with the lowest general loss of those that cost nothing in the domain, as far as the pairs can tell; with a limit it is
-the smallest that keeps it.
+Finetunes that differ only in replay are compared in pairs. Without a limit on the general loss, the share with the
+lowest general loss is chosen among those that do not clearly raise the domain loss; with a limit, the smallest share
+within it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PAIR = ["regime", "pretrain_delta", "pretrain_tokens", "seed"]
 
 
 def effects(rows: pd.DataFrame) -> list[Effect]:
-    """Of one group's finetunes, for each share of general data."""
+    """The effect of each share of general data in one group of finetunes, the smallest share first."""
     least = rows["injected"].min()
     base = rows[rows["injected"] == least]
     found = []
@@ -48,12 +48,12 @@ def effects(rows: pd.DataFrame) -> list[Effect]:
 
 
 def least_within(found: list[Effect], general: float, limit: float) -> Effect | None:
-    """The effect of the smallest share that brings a general loss of `general` under `limit`."""
+    """The effect of the smallest share that lowers a general loss of `general` to `limit`; None if none does."""
     return next((effect for effect in found if effect.general * general <= limit), None)
 
 
 def costless(found: list[Effect]) -> Effect:
-    """The effect with the lowest general loss among those whose domain loss is not clearly higher."""
+    """The effect with the lowest general loss, without those that raise the domain loss by over two standard errors."""
     free = [effect for effect in found if effect.domain - 2 * effect.domain_error <= 1]
     return min(free, key=lambda effect: effect.general)
 
@@ -67,13 +67,13 @@ def choose(
     params: int | None,
     domain_tokens: int,
 ) -> Replay:
-    """For the chosen regime and share: by the finetunes with several shares of general data, by the forgetting law, or
-    published."""
+    """The replay for the chosen regime and share: from finetunes with several shares of general data, else from the
+    forgetting law, else the published one. limit: the highest general loss to end with, or None."""
     before, after = evidence.general().get(chosen.delta, (None, None)) if evidence else (None, None)
     found = by_law = None
     if limit is None and len(effects) > 1:
         found = costless(effects)
-        says = "of the shares run that cost nothing in the domain, the one with the lowest general loss"
+        says = "the share with the lowest general loss among those run that cost nothing in the domain"
     elif limit is not None and after is not None:
         found = least_within(effects, after, limit)
         says = f"the smallest share run that keeps the general loss under {limit:.4f}"
@@ -81,26 +81,26 @@ def choose(
         by_law = _by_forgetting_law(table, params or evidence.params, domain_tokens, limit - before)
     if not found and by_law is None and limit is not None and len(effects) > 1:
         found = min(effects, key=lambda effect: effect.general)
-        says = f"of the shares run the one with the lowest general loss, which is still over {limit:.4f}"
+        says = f"the share with the lowest general loss among those run; it is still above {limit:.4f}"
     share: float
     basis: Literal["seen", "law", "published"]
     if found:
         share, basis = found.injected, "seen"
     elif by_law is not None:
         share, basis = by_law, "law"
-        says = f"by the forgetting law, of finetunes after the least domain text, for a general loss under {limit:.4f}"
+        says = f"by the forgetting law of finetunes after the least domain text, for a general loss under {limit:.4f}"
     elif chosen.regime == "SPT":
         share, basis = 0.0, "published"
-        says = "SPT was published to do better without replay than plain pretraining with any"
+        says = "in published runs SPT without replay beat plain pretraining with any replay"
     else:
         share, basis = REPLAY, "published"
-        says = "1% was published to stop forgetting at no cost in the finetune's loss"
+        says = "in published runs 1% stopped forgetting at no cost in domain loss"
     return Replay(share, basis, says, effects)
 
 
 def _by_forgetting_law(table: UsableRows, params: int, domain_tokens: int, rise: float) -> float | None:
-    """By the finetunes after the largest budget, to two digits; None where no law can be fitted to them, or no share up
-    to a half keeps the limit."""
+    """The share by a law of the finetunes after the largest budget, rounded up to two digits; None if no law can be
+    fitted or no share up to a half keeps the general loss from rising by more than `rise`, in nats."""
     groups = [rows for _, rows in views.forgetting(table)]
     if not groups:
         return None

@@ -40,7 +40,7 @@ class Decision(Choice):
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """What runs that differ by seed only ended with. Losses are None where they were not measured."""
+    """Final losses of runs that differ only in their seed; None if they were not measured."""
 
     delta: float
     tokens: int
@@ -52,7 +52,7 @@ class Ended:
 
     @staticmethod
     def losses(runs: pd.DataFrame) -> dict[str, Any]:
-        """The last four, of rows of the runs table."""
+        """The fields `seeds`, `domain`, `general` and `forgetting`, from rows of the runs table."""
         domain = Interval.of(runs["domain_heldout"])
         assert domain is not None
         return {
@@ -65,7 +65,7 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm(Ended):
-    """Of finetunes; see arms.py."""
+    """An arm of finetunes; see arms.py."""
 
     regime: str
     injected: float
@@ -73,29 +73,29 @@ class Arm(Ended):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses after the finetune; None where they were not measured."""
+    """Losses after the finetune; None if they were not measured."""
 
     domain: Interval
     general: Interval | None
     forgetting: float | None
-    """The general loss after it − before."""
+    """The general loss after the finetune minus that before."""
 
 
 @dataclass(frozen=True)
 class Share(Outcome):
-    """A share that was run, as the laws expect it at the budget."""
+    """A share that was run, with the losses that the laws predict at the budget."""
 
     delta: float
     epochs: float
     allowed: bool
-    """Whether some replay that was run keeps the limit on the general loss."""
+    """Whether at least one replay that was run keeps the general loss within the limit."""
     best_in: float
-    """The part of resamplings in which its domain loss is the lowest."""
+    """The part of the resamplings in which this share has the lowest domain loss."""
 
 
 @dataclass(frozen=True)
 class Of:
-    """The runs whose losses are expected."""
+    """The runs that the expected losses are of."""
 
     params: int
     domain_tokens: int
@@ -105,18 +105,18 @@ class Of:
 
 @dataclass(frozen=True)
 class Expected:
-    """Losses with the decided replay where it was run, else with the least that was."""
+    """Losses with the decided replay if it was run, else with the least replay that was."""
 
     domain: Interval
     general: Interval | None
     r_gain: float | None
-    """Below the domain loss of FT, in percent."""
+    """By how many percent the domain loss is below that of FT."""
     of: Of
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The run budget nearest to what is asked, and its arms, best first."""
+    """The budget nearest to the question that was run, and its arms, the lowest domain loss first."""
 
     tokens: int
     arms: list[Arm]
@@ -134,13 +134,14 @@ class Regimes:
 
 @dataclass(frozen=True)
 class Effect:
-    """Of a share of general data in the finetune: mean factors on the losses after it, against the smallest share."""
+    """The effect of a share of general data in the finetune: mean ratios of final losses to those with the smallest
+    share."""
 
     injected: float
     general: float
     domain: float
     domain_error: float
-    """The standard error."""
+    """The standard error of `domain`."""
     pairs: int
 
 
@@ -156,12 +157,13 @@ class Replay:
 class Distance:
     divergence: dict[str, float] | None
     domain_after_plain_finetuning: float | None
-    """The domain loss."""
+    """The domain loss of FT."""
 
 
 @dataclass(frozen=True)
 class AtBudget:
-    """A law's domain losses against those after one budget: the best share as `predicted` and as `seen`."""
+    """A law's domain losses compared with measured ones after one budget: their mean relative error, and the best share
+    as `predicted` and as `seen`."""
 
     tokens: int
     mre: float
@@ -172,21 +174,21 @@ class AtBudget:
 @dataclass(frozen=True)
 class HeldOut(AtBudget):
     by: int
-    """That budget is predicted from those up to so many tokens."""
+    """The largest budget, in tokens, that the law was fitted to."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How laws fared; without runs, or without laws, nothing of it is known."""
+    """The laws and their accuracy; all None without runs or without laws."""
 
     laws: str | None = None
-    """Which they are."""
+    """The names of the laws."""
     heldout: HeldOut | None = None
-    """At the largest budget that was run, predicted from the others; None where they are too few."""
+    """The error at the largest budget when it is held out; None if there are too few budgets."""
     largest: AtBudget | None = None
-    """The same when it is fitted too."""
+    """The error at the largest budget when it is fitted too."""
     before_finetuning: float | None = None
-    """The share with the lowest domain loss then, also between those run."""
+    """The share with the lowest domain loss before finetuning; it may lie between shares that were run."""
     warnings: list[str] | None = None
 
 
@@ -195,15 +197,15 @@ class Support(Standing):
     """How far the runs support the answer."""
 
     outside: dict[str, float] | None
-    """The factor by which the question lies outside of the runs; 1 is within. None without runs."""
+    """The factor by which the question lies outside the runs; 1 within them. None without runs."""
     verdict: str
     next: str | None
-    """What to run to be surer."""
+    """Runs that would make the answer more certain."""
 
 
 @dataclass(frozen=True)
 class Larger:
-    """How many times as many parameters, finetuned only, end with the loss of SPT."""
+    """The size, as a multiple of the SPT model's parameters, at which a model that is only finetuned has equal loss."""
 
     factor: Interval
     basis: Literal["runs", "published"]
@@ -212,7 +214,7 @@ class Larger:
 
 @dataclass(frozen=True)
 class Account:
-    """FLOPs."""
+    """The FLOPs of one model: pretraining, finetuning and serving."""
 
     what: str
     params: float
@@ -234,8 +236,8 @@ class Account:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Tokens served from which the small model has cost less, by the factor and its ends; 0 from the start, None
-    never."""
+    """Served tokens from which on the small model has cost less: by the mean factor and by its ends. 0: from the start;
+    None: never."""
 
     mean: float | None
     low: float | None
@@ -250,7 +252,7 @@ class Tax:
     served: int
     accounts: list[Account]
     break_even: dict[str, BreakEven]
-    """"both paid", "larger one for free": whether the larger one's pretraining is paid too."""
+    """Keys: "both paid" and "larger one for free", by whether the larger model's pretraining is paid too."""
 
 
 @dataclass(frozen=True)
@@ -260,18 +262,18 @@ class Advice:
     missing: list[str]
     """Why runs, or some of them, were not used."""
     shares: list[Share] | None
-    """Those that were run; None without laws."""
+    """The shares that were run; None without laws."""
     expected: Expected | None
-    """Of the decision; None without runs."""
+    """The losses to expect from the decision; None for a published answer."""
     seen: Seen | None
     regimes: Regimes | None
     replay: Replay
     distance: Distance
     support: Support
     prior: Prior
-    """What the papers say of the same question."""
+    """The papers' answer to the same question."""
     tax: Tax | None
     learning_rates: str
-    """Whose they are."""
+    """The source of the learning rates in `recipe`."""
     recipe: str
     """Phases to paste, YAML."""

@@ -1,6 +1,6 @@
-"""The sizes of a first recipe, from scratch or from a base: machine, text, batch, evaluations, memory.
+"""What all first recipes share, from scratch or from a base: machine, corpora, batch, evaluations, memory.
 
-batch         0.292 · C^0.327 tokens for C FLOPs (arXiv 2401.02954), and at least 200 steps
+batch         0.292 · C^0.327 tokens for C FLOPs (arXiv 2401.02954), but few enough for 200 steps
 evaluation    at most a tenth of the FLOPs of each phase
 """
 
@@ -27,20 +27,20 @@ from spt_fast.train.precision import multiplies_bf16
 from spt_fast.train.price import Way
 
 EFFICIENCY = {"cpu": 0.3, "cuda": 0.4}
-"""The share of a machine's rate of matrix products that training reaches."""
+"""The share of a machine's matmul rate that training reaches."""
 TRAINING_SHARE = 0.75
-"""Share of the time for the main phase; the rest is for a finetune, evaluations and start-up."""
+"""The main phase's share of the time; the rest is for a finetune, evaluations and start-up."""
 EVALUATION_SHARE = 0.1
 FEWEST_STEPS, WARMUP_STEPS = 200, 2000
 HELDOUT_TOKENS = 200_000
 """Tokens to hold out of a corpus, if that is at most a tenth of it."""
 MEMORY_SHARE = 0.85
-"""Share of a GPU's memory for a step by the estimate."""
+"""The share of a GPU's memory that the estimate for a step may take."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared source, with its held-out part."""
+    """A prepared source with its held-out part."""
 
     name: str
     prefix: Path
@@ -50,7 +50,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Device:
-    """The hardware of the training: a CPU, or all GPUs of this machine."""
+    """The hardware to train on: the CPU, or all GPUs of this machine."""
 
     kind: str
     """"cpu" or "cuda"."""
@@ -62,6 +62,7 @@ class Device:
 
     @classmethod
     def here(cls) -> Device:
+        """This machine. Its rate is measured if no peak is known for it, which takes a third of a second."""
         if torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(0).total_memory
             return cls("cuda", torch.cuda.device_count(), flops_per_s("cuda"), memory)
@@ -69,14 +70,14 @@ class Device:
 
 
 def flops_per_s(device: str) -> float:
-    """The rate of training on this machine, all its GPUs together."""
+    """FLOP/s of training on this machine, all GPUs together; device: "cpu" or "cuda"."""
     peak = peak_flops("cuda") if device == "cuda" else None
     return EFFICIENCY[device] * (peak or _rate_of_products(device)) * max(1, torch.cuda.device_count())
 
 
 def _rate_of_products(device: str) -> float:
-    """FLOP/s of PyTorch's product of two square matrices, in the faster dtype. EFFICIENCY is a share of this rate, and
-    not of the one that `train.precision` measures: that times other shapes, in float32 with our own matmul."""
+    """FLOP/s of PyTorch's matmul of square matrices, in the faster dtype. EFFICIENCY is a share of this rate, and not
+    of the one that `train.precision` measures: that times other shapes, in float32 with our own matmul."""
     dtypes = [torch.float32, *([torch.bfloat16] if device == "cuda" or multiplies_bf16() else [])]
     squares = [torch.ones(1024, 1024, dtype=dtype, device=device) for dtype in dtypes]
     seconds = medians([partial(_multiplied, square) for square in squares], rounds=15, seconds=0.3)
@@ -92,11 +93,11 @@ class Sizing:
     """The sizes of a run of one model on a general and a domain corpus."""
 
     anchor: ClassVar[bool] = False
-    """Whether a step must have room for an anchor: a copy of the starting weights, in float32."""
+    """Whether a step needs memory for an anchor: a copy of the starting weights, in float32."""
     corpora: Sequence[Corpus]
     config: GPTConfig
     window: int
-    """Tokens that the model reads at a time."""
+    """Tokens of a training sequence."""
     tokens: int
     """Tokens of the main phase."""
     hours: float
@@ -112,7 +113,7 @@ class Sizing:
         return self.tokens * train_flops_per_token(self.config, self.window)
 
     def sequences(self, tokens: int) -> int:
-        """Windows of a step: a power of two for each GPU."""
+        """Windows of a step in a phase of `tokens`: a power of two for each GPU."""
         best = min(0.292 * self.flops**0.3271, tokens / FEWEST_STEPS)
         return self.device.count << max(0, round(best / self.window / self.device.count).bit_length() - 1)
 
@@ -120,14 +121,14 @@ class Sizing:
         return max(1, tokens // (self.sequences(tokens) * self.window))
 
     def micro(self, sequences: int) -> int:
-        """Windows of a forward pass of one process: as many as fit a GPU, or on a CPU its caches."""
+        """Windows of a forward pass of one process: up to 64 if they fit a GPU, up to 8 on a CPU, for its caches."""
         micro = min(sequences // self.device.count, 8 if self.device.kind == "cpu" else 64)
         while micro > 1 and not self.fits(micro):
             micro //= 2
         return micro
 
     def fits(self, micro: int) -> bool:
-        """Whether a step in micro-batches of this many windows fits a GPU's memory; CPUs always have enough."""
+        """Whether a step with micro-batches of `micro` windows fits a GPU's memory; always true on a CPU."""
         if self.device.memory_bytes is None:
             return True
         needed = memory_bytes(
@@ -144,7 +145,7 @@ class Sizing:
         return needed["total"] <= MEMORY_SHARE * self.device.memory_bytes
 
     def evaluation(self, tokens: int) -> str:
-        """The amount of text, and the interval, for a tenth of the cost of training on `tokens`."""
+        """The section `eval` of a phase of `tokens`: amount of text and interval, for at most a tenth of its FLOPs."""
         most = min(1_000_000, *(corpus.heldout_tokens for corpus in self.corpora))
         for enough, often in (
             (HELDOUT_TOKENS, (5, 10)),
@@ -152,8 +153,8 @@ class Sizing:
             (self.window, (20,)),
         ):
             for percents in often:
-                # of each source both halves of the held-out text, and half as much of the training text; at the first
-                # and the last step too, and once more if the steps do not divide evenly
+                # Both halves of each source's held-out text are scored, and half as much training text; also at the
+                # first and the last step, and once more if the steps do not divide evenly.
                 scored = 1.5 * len(self.corpora) * (100 // percents + 2)
                 found = 0.9 * EVALUATION_SHARE * tokens / FORWARD_SHARE / scored
                 if found >= min(enough, most):
@@ -161,7 +162,7 @@ class Sizing:
         return f"{{every: 50%, tokens: {2 * self.window}}}"
 
     def commands(self, recipe: Path) -> str:
-        """What to do with a recipe next, as comments in it."""
+        """The next commands, as comments for the top of a recipe."""
         gpus = self.device.count
         plan, train = f"spt-fast plan {recipe}", f"spt-fast train {recipe}"
         if gpus > 1:
@@ -187,16 +188,16 @@ def two_digits(number: float) -> int:
 
 
 def one_digit(number: float) -> str:
-    """4e-5, 0.1."""
+    """In the shortest form: 4e-5, 0.1."""
     return f"{number:.0e}".replace("e-0", "e-") if number < 0.01 else f"{number:.1g}"
 
 
 def quoted(text: object) -> str:
-    """For YAML, which accepts JSON strings; a plain word is not quoted."""
+    """A YAML scalar: a plain word as it is, anything else as a JSON string."""
     written = str(text)
     return written if written.replace("/", "").replace("_", "").isidentifier() else json.dumps(written)
 
 
 def exact(share: Fraction) -> str:
-    """A share as YAML has it, exactly: 2%, or 1/3."""
+    """The exact share as a recipe writes it: 2%, or 1/3."""
     return percent(float(share)) if Fraction(percent(float(share))[:-1]) == 100 * share else str(share)

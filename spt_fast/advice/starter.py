@@ -1,9 +1,9 @@
 """A first recipe and a first study for two corpora, sized for a machine and a number of hours.
 
-From a base, which `spt_fast.advice.starter_base` writes, or from scratch. These are the rules for training from
-scratch; the recipe's comments name each one. `spt_fast.advice.sizing` has the rules that both share:
+They start from a base (`spt_fast.advice.starter_base`) or from scratch. The rules for training from scratch follow;
+the recipe's comments name each one. `spt_fast.advice.sizing` has the rules that both share.
 
-    model         the largest preset that can be trained on 20 tokens a parameter in the time (arXiv 2203.15556)
+    model         the largest preset that can be trained on 20 tokens per parameter in the time (arXiv 2203.15556)
     tokens        as many as the time allows, with at most four epochs of the general text (arXiv 2305.16264)
     share         the papers' share for this many domain tokens, see `spt_fast.advice.prior`
     rate          0.312 · C^-0.125 for C FLOPs (arXiv 2401.02954)
@@ -60,16 +60,16 @@ HOURS = {"cpu": 1.0, "cuda": 24.0}
 BYTES_PER_TOKEN = 4
 FEWEST_IDS = 257
 Named = str | os.PathLike[str] | None
-"""The tokenizer, as it was given."""
+"""A tokenizer as the user named it."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What `init` has written."""
+    """The files that `init` has written, and the sizes in them."""
 
     recipe: Path
     study: Path | None
-    """None if a study would take longer than the training that it is for."""
+    """None if the runs of a study would be nearly as long as the training itself."""
     model: str
     """The preset, or the name of the base."""
     parameters: int
@@ -80,7 +80,7 @@ class Begun:
     epochs: dict[str, float]
     """How often each source is read, the finetune included."""
     hours: float
-    """Hours that the training was sized for."""
+    """The hours that the training is sized for."""
 
 
 def begin(
@@ -105,8 +105,8 @@ def begin(
     skip_bad         skip and count broken lines instead of stopping at the first
     progress         show progress on standard error
 
-    Nothing is written before it has been planned. Warns of text that is repeated too often, and of too few hours for
-    the base. Raises RecipeError if a file exists already or if a base has another tokenizer, DataError for text,
+    Both files are planned before they are written. Warns if text is repeated too often, and if the hours are too few
+    for the base. Raises RecipeError if a file exists or if the base has another tokenizer, DataError for text,
     datasets and tokenizers that can't be used, and CheckpointError for a base that can't be represented.
     """
     out = Path(out)
@@ -153,7 +153,7 @@ def begin(
         if epochs[corpus.name] > 1.05 * times:
             warnings.warn(
                 f"{corpus.name}: its {corpus.tokens:,} tokens are read {epochs[corpus.name]:.0f} times; beyond about "
-                f"{times} epochs they teach little: add text, or train for fewer hours",
+                f"{times} epochs repetition helps little: add text, or train for fewer hours",
                 SptWarning,
                 stacklevel=2,
             )
@@ -177,7 +177,7 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _trained(texts: Sequence[Path], out: Path, text_key: str, skip_bad: bool, progress: bool) -> Path:
-    """A tokenizer of a size that the text supports: about a token for each 2 kB, 1,024 to 32,768."""
+    """A tokenizer trained on the texts, written to `out`; a token per 2 kB of text, from 1,024 to 32,768."""
     found = sum(path.stat().st_size for text in texts for path in find_files(text).files)
     size = min(32_768, max(1024, 1 << (int(found) // 2000).bit_length() - 1))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def _trained(texts: Sequence[Path], out: Path, text_key: str, skip_bad: bool, pr
         except DataError:
             if size == FEWEST_IDS:
                 raise
-            size = max(FEWEST_IDS, size // 2)  # the text has fewer different pieces
+            size = max(FEWEST_IDS, size // 2)  # the text has too few distinct pieces for this size
 
 
 def _corpus(
@@ -218,14 +218,14 @@ def _corpus(
 
 @dataclass(frozen=True, kw_only=True)
 class FromScratch(Sizing):
-    """A model of a preset, and the text of its recipe and study."""
+    """A pretraining from scratch, and the text of its recipe and study."""
 
     name: str
     """The preset."""
 
     @classmethod
     def of(cls, corpora: Sequence[Corpus], vocab_size: int, device: Device, hours: float) -> FromScratch:
-        """With the largest preset that can be trained well in this many hours."""
+        """The largest preset that these hours train on enough tokens; the smallest if there is none."""
         general, chosen = corpora[0], None
         for preset in SIZES:
             config = _with_vocabulary(preset, vocab_size)
@@ -284,14 +284,15 @@ class FromScratch(Sizing):
         sequences, finetuned = self.sequences(self.tokens), self.sequences(self.finetune_tokens)
         steps = self.steps(self.tokens)
         rates = ", ".join(one_digit(self.rate / by) for by in (30, 10, 3))
-        why = f"The share is the papers' for this many tokens: {self.papers['why']}. The study finds your own."
+        size = f"The largest preset that gets {TOKENS_PER_PARAMETER} tokens per parameter in this time and text"
+        why = f"The share is the papers' for this many tokens: {self.papers['why']}. The study finds it for your text."
         time, window, step = duration(3600 * self.hours), self.window, amount(sequences * self.window)
         return f"""\
 # {amount(self.parameters)} parameters for about {time} on this machine ({self.device.kind}), by `spt-fast init`.
 {self.commands(out / "recipe.yaml")}
 run: {quoted(out / "runs" / "spt")}
 tokenizer: {quoted(tokenizer)}
-# The largest preset with {TOKENS_PER_PARAMETER} tokens a parameter in this time and text; windows of {window:,} tokens.
+# {size}; windows of {window:,} tokens.
 model: {{preset: {self.name}}}
 checkpoint: {{every: {max(1, steps // 10)} steps, keep: 2}}
 log: {{every: {max(1, min(100, steps // 50))} steps}}
@@ -358,7 +359,7 @@ stages:
 """
 
     def _proxy(self) -> FromScratch:
-        """A model of a tenth of the parameters or less, for as many tokens per parameter."""
+        """A model two presets smaller, with as many tokens per parameter."""
         small = SIZES[max(0, SIZES.index(self.name) - 2)]
         config = _with_vocabulary(small, self.config.vocab_size)
         part = min(0.25, parameters(config) / self.parameters)

@@ -2,18 +2,18 @@
 
 The recipe's comments name each rule; `spt_fast.advice.sizing` has the others:
 
-    finetune      if the time lets the base read the domain twice or more: up to 5 times, after which a finetune begins
-                  to overfit (arXiv 2603.16177), at a constant rate, until the held-out loss no longer falls; with
-                  three rates if there is time for each
+    finetune      if the time suffices for two epochs of the domain: up to 5 epochs, after which a finetune begins to
+                  overfit (arXiv 2603.16177), at a constant rate, with an early stop, and with three rates if there is
+                  time for each
     continue      otherwise: a rate that rises and falls again (arXiv 2403.08763), and no early stop
     replay        1% of general text in a finetune (arXiv 2502.06042); 5% in continued pretraining, which moves the
                   weights further (arXiv 2403.08763)
-    rate          4e-5 at 1B parameters, the middle one of the three of arXiv 2603.16177, times the square root of 1B /
-                  parameters: our reading, 1e-4 at 135M and 1e-5 at 8B, as is usual there
-    window        2,048 tokens, or the base's context if that is shorter, and far less than the corpora
-    memory        the fastest of a list of ways to hold a step that fits a GPU
+    rate          4e-5 at 1B parameters, the middle one of three in arXiv 2603.16177, times the square root of 1B /
+                  parameters (our choice): 1e-4 at 135M and 1e-5 at 8B, which are usual values
+    window        2,048 tokens, or the base's context if that is shorter; shorter for small corpora
+    memory        the fastest way to hold a step that fits a GPU
     study         `forgetting` for a finetune, `dcpt` for continued pretraining, from the same base: an eighth of the
-                  tokens, with the domain cut so that it repeats as often; none if that is too little to measure
+                  tokens, with the domain cut so that it repeats as often; none if that is over half of the training
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from spt_fast.train.weights import chosen, read_config
 
 CONTINUED_REPLAY = 0.05
 FEWEST_EPOCHS = 2
-"""Epochs of the domain, in a finetune."""
+"""Epochs of the domain that a finetune needs at least."""
 ARMS = 3
-"""Rates that a finetune tries."""
+"""Learning rates that a finetune tries."""
 RATE_OF_1B, LARGEST_RATE = 4e-5, 1e-3
 FEWEST_WINDOWS = 200
-"""Fewest windows of a run: fewer hold no window of 1% replay."""
+"""Windows that a run needs at least: 1% replay is then two of them."""
 SHORTEST_WINDOW = 32
 STUDY_PART = 8
-"""Tokens of the training in units of a run of the study."""
+"""The training has this many times the tokens of a run of the study."""
 ONE_GPU = tuple(Way(0, "none", checkpointing) for checkpointing in CHECKPOINTING)
 SEVERAL_GPUS = (
     *(Way(1, "none", checkpointing) for checkpointing in CHECKPOINTING),
@@ -68,14 +68,14 @@ class Base:
     """Weights to start from."""
 
     weights: Path
-    """As they were given."""
+    """The path as the user gave it."""
     config: GPTConfig
     tokenizer: BaseTokenizer
-    """With the tokens that end and begin each document, as in the base's pretraining."""
+    """The base's tokenizer, with the end and begin tokens of documents in the base's pretraining."""
 
     @classmethod
     def of(cls, given: Path, tokenizer: str | os.PathLike[str] | None) -> Base:
-        """The base at a path, and its own tokenizer, or the named one if it has none.
+        """The base at a path with its own tokenizer, or with the named one if it has none.
 
         Raises CheckpointError, DataError, or RecipeError for a tokenizer that is not the base's.
         """
@@ -100,7 +100,7 @@ class Base:
             loaded.bos_id = loaded.usual_bos_id
         if loaded.eos_id is None:
             raise DataError(
-                f"tokenizer: {tokenizer or own} names no token that ends a text; prepare both texts with "
+                f"tokenizer: {tokenizer or own} names no end-of-text token; prepare both texts with "
                 "`spt-fast prepare --eos TOKEN`, and give the prefixes of the datasets",
                 argument=True,
             )
@@ -119,13 +119,13 @@ class FromBase(Sizing):
     """The study tries one."""
     base: Base
     arms: int
-    """Rates that are tried, each with all tokens."""
+    """Learning rates that are tried, each with all tokens."""
     finetunes: bool
-    """Or continues pretraining."""
+    """Whether it is a finetune; else it continues pretraining."""
 
     @classmethod
     def of(cls, corpora: Sequence[Corpus], base: Base, device: Device, hours: float) -> FromBase:
-        """As many tokens as the domain supports and the time allows; warns if that is too few."""
+        """As many tokens as the domain supports and the time allows; warns if the time is too short for a training."""
         twice, window = FEWEST_EPOCHS * corpora[1].tokens, _window(corpora, base.config.context)
         fewest = FEWEST_WINDOWS * window
         sized = cls(
@@ -147,15 +147,15 @@ class FromBase(Sizing):
         if (times := sized.arms * sized.tokens / by_time) > 1.1:
             warnings.warn(
                 f"hours: {duration(3600 * hours)} is short for {amount(sized.parameters)} parameters on this machine "
-                f"({device.kind}): {amount(sized.tokens)} tokens, the fewest that a training needs, take about "
-                f"{duration(3600 * hours * times)}; allow more hours, or take a smaller base",
+                f"({device.kind}): the minimum of {amount(sized.tokens)} tokens takes about "
+                f"{duration(3600 * hours * times)}; allow more hours, or use a smaller base",
                 SptWarning,
                 stacklevel=3,
             )
         return sized
 
     def fitted(self) -> FromBase:
-        """The fastest way that fits the memory, or the one that takes the least."""
+        """With the fastest way that fits a GPU's memory, or the last one, which needs the least, if none does."""
         ways = (*(ONE_GPU if self.device.count == 1 else SEVERAL_GPUS), *OFFLOADED)
         fitted = [replace(self, way=way) for way in ways]
         return next((one for one in fitted if one.fits(1)), fitted[-1])
@@ -166,7 +166,7 @@ class FromBase(Sizing):
 
     @property
     def share(self) -> Fraction:
-        """The domain's share."""
+        """The domain's share of the tokens."""
         return 1 - Fraction(str(REPLAY if self.finetunes else CONTINUED_REPLAY))
 
     def epochs(self) -> dict[str, float]:
@@ -188,7 +188,7 @@ class FromBase(Sizing):
         step, phase = amount(sequences * self.window), "finetune" if self.finetunes else "continue"
         why = (
             f"{domain.name} is read {times:.2g} times. {exact(1 - self.share)} of {general.name} reduces forgetting, "
-            "best if it is like the text of the base's pretraining. The study finds your own share."
+            "most if it is similar to the base's pretraining text. The study finds the best share for your text."
         )
         end = f"at most: it stops when the held-out loss of {domain.name} no longer falls"
         if not self.finetunes:
@@ -212,22 +212,22 @@ phases:
 {self._rates()}"""
 
     def study(self, out: Path, tokenizer: str | os.PathLike[str] | None) -> str | None:
-        """The text of the study; None if its runs would be nearly as long as the training."""
+        """The text of the study; None if its runs would be over half as long as the training."""
         general, domain = self.corpora
         tokens = max(two_digits(self.tokens / STUDY_PART), FEWEST_WINDOWS * self.window)
         if tokens > self.tokens / 2:
             return None
         unique = max(two_digits(domain.tokens * tokens / self.tokens), 10 * self.window)
-        one = replace(self, device=replace(self.device, count=1)).fitted()  # a study has a run on each GPU
+        one = replace(self, device=replace(self.device, count=1)).fitted()  # a study trains one run per GPU
         if self.finetunes:
-            what = f"What does {self.name} forget in a finetune on {domain.name}, and what reduces it?"
+            what = f"How much does {self.name} forget in a finetune on {domain.name}, and what reduces that?"
             axes = """\
   - name: finetune
     replay: [0, 1%, 5%]
     anchor: [0, 1]       # decay toward the base
     average: [0, 10%]    # of the base in the weights; trained once"""
         else:
-            what = f"With which share of {domain.name} should {self.name} continue?"
+            what = f"With which share of {domain.name} should {self.name} be trained further?"
             axes = """\
   - name: continue
     delta: [0, 33%, 67%, 90%, 95%, 1]"""
@@ -249,7 +249,10 @@ stages:
 {one._steps(tokens)}"""
 
     def _steps(self, tokens: int, of_step: str = "", of_rate: str = "") -> str:
-        """The optimizer, schedule and evaluation of a phase of this many tokens."""
+        """The batch, optimizer, schedule and evaluation of a phase of this many tokens, as YAML.
+
+        of_step, of_rate: comments on the batch and on the learning rate.
+        """
         sequences = self.sequences(tokens)
         decay, schedule = "0.1", "{name: cosine, warmup: 5%, final: 10%}"
         if self.finetunes:
@@ -262,7 +265,7 @@ stages:
 """
 
     def _rates(self) -> str:
-        """Early stopping and the rates to try, in a finetune."""
+        """A finetune's early stopping and learning rates to try, as YAML; empty for continued pretraining."""
         if not self.finetunes:
             return ""
         stop = f"    stop: {{on: {quoted(self.corpora[1].name)}, patience: 3}}\n"
@@ -272,7 +275,7 @@ stages:
         return f"{stop}    grid: {{lr: [{rates}]}}  # each from the base; the best by held-out loss is kept\n"
 
     def _engine(self) -> str:
-        """Settings that the memory needs, if they differ from the defaults."""
+        """The section `engine`, as YAML; empty if the defaults fit the memory."""
         way = self.way
         asked = {
             f"stage: {way.stage}": way.stage > 1,
@@ -285,7 +288,7 @@ stages:
 
 
 def _window(corpora: Sequence[Corpus], context: int) -> int:
-    """Tokens of a window: at most WINDOW, and few enough that every text has several windows."""
+    """Tokens of a window: at most WINDOW and the base's context, and few enough that every text has several windows."""
     window = min(WINDOW, context)
     fewest = min(min(corpus.tokens // 40, corpus.heldout_tokens // 4) for corpus in corpora)
     while window // 2 >= SHORTEST_WINDOW and window > fewest:

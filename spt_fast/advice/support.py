@@ -1,4 +1,4 @@
-"""How far the runs support an advice: what lies outside of them, how the laws fared on held-out runs, what to run."""
+"""How far the runs support an advice: what lies outside them, the laws' error on held-out runs, what to run next."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from spt_fast.study.finetunes import plainest
 from spt_fast.study.words import amount, number, percent
 
 NEAR = 1.5
-"""A factor by which a question may lie outside of the runs and still count as within them."""
+"""The factor up to which a question outside the runs still counts as within them."""
 SURE = 0.8
-"""Share of the resamplings from which on the best share counts as settled."""
-
-
+"""The share of the resamplings from which on the best share counts as settled."""
 UNITS = {
     "budget": "pretraining tokens",
     "tokens": "tokens",
@@ -27,7 +25,7 @@ UNITS = {
 
 
 def beyond(factors: dict[str, float], than: float = 1.0) -> list[str]:
-    """By how much a question lies outside of the runs, where by more than a factor of `than`."""
+    """The factors above `than` by which a question lies outside the runs, in words: "2× in parameters"."""
     return [f"{number(factor)}× in {UNITS[what]}" for what, factor in factors.items() if factor > than]
 
 
@@ -36,8 +34,9 @@ def support(decision: Decision, evidence: Evidence | None, shares: list[Share] |
         return Support(
             outside=None,
             verdict=f"not supported by runs: {SAYS}",
-            next=f"run shares of 0, {', '.join(map(percent, _around(decision.delta)))} with a small model and the "
-            "domain corpus cut down as the budget is (simulated epoching); then ask again with those runs",
+            next=f"run shares of 0, {', '.join(map(percent, _around(decision.delta)))} with a small model, and a "
+            "domain corpus that is reduced by the same factor as the budget (simulated epoching); then ask again with "
+            "those runs",
         )
     rows = evidence.rows
     read = rows["pretrain_epochs"][rows["pretrain_epochs"] > 0]
@@ -57,18 +56,18 @@ def support(decision: Decision, evidence: Evidence | None, shares: list[Share] |
 
 
 def _rescaled(asked: Asked, evidence: Evidence) -> list[str]:
-    """How the question was carried over to the corpus and size of the runs."""
+    """How the question was rescaled to the corpus and model size of the runs."""
     said, own, size = [], evidence.domain_tokens, evidence.params
     if not math.isclose(own, asked.domain_tokens, rel_tol=0.01):
         said.append(
-            f"the runs' domain corpus has {amount(own)} tokens, yours {amount(asked.domain_tokens)}: the runs answer "
-            f"for {amount(evidence.budget)} tokens of pretraining, which read their corpus as often as "
+            f"the runs' domain corpus has {amount(own)} tokens, yours {amount(asked.domain_tokens)}: the runs are used "
+            f"at {amount(evidence.budget)} tokens of pretraining, which read their corpus as often as "
             f"{amount(asked.budget)} read yours"
         )
     if asked.params is not None and not math.isclose(size, asked.params, rel_tol=0.01):
         said.append(
             f"the runs have {amount(size)} parameters, your model {amount(asked.params)}: shares are carried over "
-            "unchanged, losses are of the runs' size"
+            "unchanged, losses are those of the runs' size"
         )
     return said
 
@@ -76,41 +75,41 @@ def _rescaled(asked: Asked, evidence: Evidence) -> list[str]:
 def _verdict(decision: Decision, evidence: Evidence, factors: dict[str, float], shares: list[Share] | None) -> str:
     far = beyond(factors, NEAR)
     if decision.basis == "published":
-        away = f"which lie {' and '.join(far)} away" if far else "which have no arms to compare at this budget"
+        away = f"which differ by {' and '.join(far)}" if far else "which have no arms to compare at this budget"
         return f"not supported by the runs, {away}: {SAYS}"
-    said = [f"extrapolates {', '.join(far)}" if far else "supported by the runs"]
+    said = [f"extrapolates by {', '.join(far)}" if far else "supported by the runs"]
     known = evidence.forecast
     if known is None or shares is None:
-        said.append("as seen in the nearest arms; no law of finetuned losses could be fitted")
+        said.append("as measured in the nearest arms; no law of finetuned losses could be fitted")
         return "; ".join(said)
     held, largest = known.standing.heldout, known.standing.largest
     assert largest is not None
     if held is None:
-        said.append("there are too few budgets to leave one out and test the laws on it")
+        said.append("there are too few budgets to hold one out and test the laws on it")
     else:
-        good = "" if held.mre < _lead(shares) else ", more than the best two shares differ by"
+        more = "" if held.mre < _lead(shares) else ", which is more than the difference of the best two shares"
         said.append(
-            f"from budgets up to {amount(held.by)} the laws predict {amount(held.tokens)} within "
-            f"{100 * held.mre:.2g}%{good}, and {percent(held.predicted)} as its best share "
+            f"fitted to budgets up to {amount(held.by)}, the laws predict the losses at {amount(held.tokens)} with an "
+            f"error of {100 * held.mre:.2g}%{more}, and {percent(held.predicted)} as the best share there "
             f"({percent(held.seen)} was)"
         )
     if largest.predicted != largest.seen:
         said.append(
-            f"at {amount(largest.tokens)} the laws have {percent(largest.predicted)} as the best share, the runs "
-            f"themselves {percent(largest.seen)}"
+            f"at {amount(largest.tokens)} the best share is {percent(largest.predicted)} by the laws, "
+            f"{percent(largest.seen)} in the runs"
         )
     if _is_largest(decision, shares):
         said.append(f"{percent(decision.delta)} is the largest share that was run: a larger one may be better")
     if _seeds(evidence) < 2:
-        said.append("with one seed, nothing says how much of it is chance")
+        said.append("with one seed it is unknown how much of the differences is chance")
     likely = sorted((row for row in shares if row.best_in >= 0.05), key=lambda row: -row.best_in)
     found = ", ".join(f"{percent(row.delta)} in {row.best_in:.0%}" for row in likely)
-    said.append(f"refitted to resampled runs, the laws find these shares best: {found} of fits")
+    said.append(f"refitted to resampled runs, the laws have as the best share {found} of the fits")
     return "; ".join(said)
 
 
 def _next(decision: Decision, evidence: Evidence, factors: dict[str, float], shares: list[Share] | None) -> str | None:
-    """What to run to be surer; None where the runs say it."""
+    """Runs that would make the answer more certain; None if it is certain enough."""
     if shares is None:
         return _for_a_law(evidence, factors)
     likely = sorted(shares, key=lambda row: (-row.best_in, row.domain.mean))
@@ -118,32 +117,32 @@ def _next(decision: Decision, evidence: Evidence, factors: dict[str, float], sha
     held = evidence.forecast and evidence.forecast.standing.heldout
     steps = []
     if _is_largest(decision, shares):
-        steps.append(f"run a share of {percent(2 * decision.delta)} too")
+        steps.append(f"also run a share of {percent(2 * decision.delta)}")
     if factors["budget"] > NEAR:
         most = evidence.rows["pretrain_tokens"].max()
         tokens = evidence.budget if evidence.budget < most else min(4 * most, evidence.budget)
-        steps.append(f"run shares {close} to {amount(tokens)} tokens to be surer")
+        steps.append(f"run shares {close} to {amount(tokens)} tokens")
     elif _seeds(evidence) < 2:
         steps.append(f"add seeds at shares {close}")
     elif likely[0].best_in < SURE or (held and held.mre > _lead(shares)):
-        steps.append(f"add seeds at shares {close}, which these runs cannot tell apart for sure")
+        steps.append(f"add seeds at shares {close}, which these runs do not separate reliably")
     elif factors["params"] > NEAR or factors["domain_tokens"] > NEAR:
         steps.append(
-            f"run shares {close} at the size asked, for as long as you can afford, to see them keep their order"
+            f"run shares {close} at the size asked for, for as long as you can afford, to check that their order holds"
         )
     return "; ".join(steps) or None
 
 
 def _for_a_law(evidence: Evidence, factors: dict[str, float]) -> str:
-    """What the runs lack for a law that answers."""
+    """The runs that a law still needs."""
     rows = evidence.rows
     budgets = plainest(rows[rows["regime"] != "SCPT"]).groupby("pretrain_delta")["pretrain_tokens"]
     few = budgets.nunique()[lambda budgets: budgets < FEWEST_BUDGETS]
     if len(few):
         found = ", ".join(f"{percent(delta)} has {many}" for delta, many in few.items())
-        return f"add budgets: a law takes {FEWEST_BUDGETS} or more at each share, {found}"
+        return f"add budgets: a law needs {FEWEST_BUDGETS} or more at each share; {found}"
     if (budgets.size() < FEWEST_POINTS).any():
-        return f"add a second seed: a law takes {FEWEST_POINTS} finetunes or more at each share"
+        return f"add a second seed: a law needs {FEWEST_POINTS} finetunes or more at each share"
     if factors["budget"] > NEAR:
         return f"run budgets nearer to {amount(evidence.budget)} tokens of pretraining"
     return "add a second seed at every share and budget"
@@ -154,7 +153,7 @@ def _is_largest(decision: Decision, shares: list[Share]) -> bool:
 
 
 def _lead(shares: list[Share]) -> float:
-    """By how much the best domain loss lies under the next, relative to it."""
+    """The difference between the two lowest domain losses, relative to the second."""
     best, second = sorted(row.domain.mean for row in shares)[:2]
     return 1 - best / second
 

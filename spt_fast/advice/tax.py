@@ -1,13 +1,13 @@
-"""The finetuner's tax: a domain loss that a small model reaches by specialized pretraining costs a larger model, which
-was only finetuned, at every token that it serves.
+"""The finetuner's tax: the extra compute of a larger model that was only finetuned, at the domain loss that a small
+model reaches by specialized pretraining.
 
-    training   6 · params · (pretraining tokens + finetuning tokens)
-    serving    2 · params · tokens served
-    break-even where both have cost the same; from there on the small one is cheaper
+    training    6 · params · (pretraining tokens + finetuning tokens)
+    serving     2 · params · served tokens
+    break-even  served tokens at which both have cost the same; beyond them the small model is cheaper
 
-FLOPs in all, with 6 for a parameter and trained token (arXiv 2001.08361). Attention's own are left out on both sides:
-they depend on a shape, which the larger model doesn't have. Two accounts: the larger model's pretraining is paid too
-(the small one is then cheaper from the start), or somebody else has paid it.
+All in FLOPs, with 6 per parameter and trained token (arXiv 2001.08361). Attention's FLOPs are left out on both sides:
+they depend on a shape, and of the larger model only the size is known. There are two cases: the larger model's
+pretraining is paid for too (the small one is then cheaper from the start), or others have paid for it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from spt_fast.study.finetunes import Interval
 from spt_fast.study.words import amount, percent
 
 FLOPS_PER_SERVED = FLOPS_PER_PARAMETER_AND_TOKEN / 3
-"""Of each parameter: the forward pass alone."""
+"""FLOPs per parameter and served token: the forward pass alone."""
 PUBLISHED_STEP = 3.0
-"""GAP_CLOSED is of the step from 1B to 3B."""
+"""GAP_CLOSED refers to models of 1B and 3B parameters."""
 
 
 def tax(*, params: float, budget: int, finetune_tokens: float, served: int, larger: Larger) -> Tax:
-    """A model of `params` by SPT beside one `larger.factor` times as large that was finetuned only, both pretrained on
-    `budget` tokens, and `served` tokens by each."""
+    """The cost of a model of `params` parameters by SPT and of one `larger.factor` times as large that was only
+    finetuned: both are pretrained on `budget` tokens, and each serves `served` tokens."""
 
     def account(what: str, factor: float, paid: int = budget) -> Account:
         size = params * factor
@@ -55,31 +55,31 @@ def tax(*, params: float, budget: int, finetune_tokens: float, served: int, larg
 
 
 def break_even(small: Account, large: Account) -> float | None:
-    """Tokens served at which the accounts are level; 0 where the small one is ahead at once, None where the larger one
-    is not larger."""
+    """Served tokens at which both have cost the same; 0 if the small model is cheaper from the start, None if the large
+    one is not larger."""
     if large.params <= small.params:
         return None
     return max(0.0, (small.training - large.training) / (FLOPS_PER_SERVED * (large.params - small.params)))
 
 
 def published_factor() -> Larger:
-    """How much larger a finetuned model must be, by the gaps closed from 1B to 3B: over the three domains, between the
-    sizes by the logarithm of params."""
+    """How much larger a finetuned model must be by the published gaps between 1B and 3B: the lowest, middle and highest
+    of three domains, interpolated in log(params)."""
     low, middle, high = (PUBLISHED_STEP**closed for closed in sorted(GAP_CLOSED.values()))
     return Larger(
         factor=Interval(middle, low, high),
         basis="published",
-        says="the published 1B models by SPT made up for 23%, 81% and 133% of the step to 3B (arXiv 2603.16177); "
-        "that they equal finetuned models 1.3, 2.4 and 4.3 times their size supposes a loss that falls evenly with "
-        "log(params), also beyond 3B",
+        says="the published 1B models by SPT gained 23%, 81% and 133% of the difference to 3B (arXiv 2603.16177); that "
+        "they equal finetuned models 1.3, 2.4 and 4.3 times their size assumes a loss that is linear in log(params), "
+        "also beyond 3B",
     )
 
 
 def factor_of(rows: pd.DataFrame, params: float) -> Larger | None:
-    """The same from the plainest finetunes of several sizes: the size nearest to `params` by its best SPT, at
-    the largest budget that has it and a larger one finetuned only; None where there is none.
+    """How much larger a finetuned model must be by runs: the plainest finetunes of several sizes.
 
-    The ends are by the best and worst seeds of SPT.
+    The best SPT arm of the size nearest to `params` is compared with larger finetuned models, at the largest budget
+    that has both; None if no budget does. The interval's ends are those of the best and worst seeds of SPT.
     """
     for budget in sorted(rows["pretrain_tokens"].unique(), reverse=True):
         here = rows[rows["pretrain_tokens"] == budget]
@@ -99,15 +99,15 @@ def factor_of(rows: pd.DataFrame, params: float) -> Larger | None:
         return Larger(
             factor=factor,
             basis="runs",
-            says=f"after {amount(budget)} tokens {amount(small)} parameters by SPT at {percent(best)} end with "
-            f"{loss:.4f}, as {'more than ' if bound else ''}{amount(factor.mean * small)} finetuned only "
+            says=f"after {amount(budget)} tokens {amount(small)} parameters by SPT at {percent(best)} reach a loss of "
+            f"{loss:.4f}; only finetuned, that takes {'more than ' if bound else ''}{amount(factor.mean * small)} "
             f"({', '.join(f'{amount(size)}: {at:.4f}' for size, at in curve.items())})",
         )
     return None
 
 
 def _size_at(curve: pd.Series, loss: float) -> float:
-    """Params at which the loss comes down to this one, by log(params) between sizes; an outermost size's beyond."""
+    """The parameters at which `curve` reaches the loss, interpolated in log(params); the nearest size's beyond it."""
     if loss >= curve.iloc[0]:
         return float(curve.index[0])
     for (size, above), (next_size, below) in pairwise(curve.items()):

@@ -1,4 +1,4 @@
-"""Advice in words, for a terminal and for a page: the decision, what to expect, how far the runs support it."""
+"""Advice in words, for the terminal and the report: the decision, expected losses, how far the runs support it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spt_fast.study.words import amount, number, percent
 
 BASIS = {
     "laws": "by laws fitted to the runs",
-    "seen": "as observed in the runs",
+    "seen": "as measured in the runs",
     "published": "a prior from published runs, not from measurements of yours",
 }
 SHARE_HEADINGS = ("share", "epochs", "domain loss", "general loss", "forgetting", "best in")
@@ -29,23 +29,23 @@ SHARE_HEADINGS = ("share", "epochs", "domain loss", "general loss", "forgetting"
 def headline(decision: Decision) -> str:
     share = percent(decision.delta)
     return {
-        "FT": "Leave the domain to the finetune.",
+        "FT": "Use domain data in the finetune only.",
         "SPT": f"Give the domain {share} of the pretraining tokens.",
-        "SCPT": f"Mix the domain in late, with {share} of the pretraining tokens.",
+        "SCPT": f"Give the domain {share} of the pretraining tokens, late in pretraining.",
         "SPT or SCPT": f"Give the domain {share} of the pretraining tokens, from the start or late.",
     }[decision.regime]
 
 
-def surety(advice: Advice) -> list[str]:
-    """How far to trust the answer, why runs were not used, and what to run."""
+def certainty(advice: Advice) -> list[str]:
+    """How far to trust the answer, why runs were not used, and what to run next."""
     more = [f"what to run next: {advice.support.next}"] if advice.support.next else []
     return [*advice.support.verdict.split("; "), *advice.missing, *more]
 
 
 def costs(advice: Advice) -> list[str]:
-    """The expected losses, the runs that they come from, and the replay."""
+    """The expected losses, the runs that they come from, and the replay, a sentence each."""
     replay = advice.replay
-    unseen = " (not seen in these runs)" if replay.effects and replay.basis != "seen" else ""
+    unseen = " (not measured in these runs)" if replay.effects and replay.basis != "seen" else ""
     return [*_expected(advice), f"{percent(replay.share)} replay in the finetune: {replay.says}{unseen}"]
 
 
@@ -55,7 +55,7 @@ def _expected(advice: Advice) -> list[str]:
         (low, high), (less, more) = published["r_gain"], published["compute_multiplier"]
         return [
             f"expected losses: unknown; published gains over FT only are {low:g} to {high:g}% of the domain loss, or "
-            f"the same loss with {less:g} to {more:g} times fewer tokens"
+            f"the same loss with {less:g} to {more:g} times fewer pretraining tokens"
         ]
     of, shared = expected.of, advice.decision.delta
     gain = ""
@@ -77,9 +77,9 @@ def _expected(advice: Advice) -> list[str]:
     replayed = f" and {percent(of.injected)} replay" if of.injected else ""
     return [
         *found,
-        f"these are losses of {amount(of.params)} parameters after {amount(of.tokens)} tokens of pretraining with "
-        f"{amount(of.domain_tokens)} domain tokens{replayed}{within}",
-        "the share was chosen by these losses, on the report half of held-out text; learning rates and checkpoints "
+        f"these losses are of models of {amount(of.params)} parameters after {amount(of.tokens)} tokens of pretraining "
+        f"with {amount(of.domain_tokens)} unique domain tokens{replayed}{within}",
+        "the share was chosen by these losses, on the report half of the held-out text; learning rates and checkpoints "
         "were chosen on the select half",
     ]
 
@@ -114,7 +114,7 @@ def print_advice(advice: Advice | BaseAdvice, console: Console) -> None:
         if table:
             print_grid(console, table)
     rates = advice.learning_rates
-    console.print(f"phases to paste; learning rates are {rates}; prefixes and tokenizer are yours:\n")
+    console.print(f"a recipe to paste; learning rates are {rates}; fill in the prefixes and the tokenizer:\n")
     console.print(advice.recipe, soft_wrap=True)
 
 
@@ -131,17 +131,17 @@ def _print_base_advice(advice: BaseAdvice, console: Console) -> None:
             how = (percent(arm.replay), f"{arm.anchor:g}", percent(arm.average), number(arm.epochs))
             table.add_row(*how, *losses, rise, str(arm.seeds))
         print_grid(console, table)
-    console.print("a recipe to paste; prefixes are yours:\n")
+    console.print("a recipe to paste; fill in the prefixes:\n")
     console.print(advice.recipe, soft_wrap=True)
 
 
 def findings(advice: Advice) -> list[str]:
     """The evidence, a sentence each."""
     before = advice.support.before_finetuning
-    found = [BASIS[advice.decision.basis], *surety(advice)]
+    found = [BASIS[advice.decision.basis], *certainty(advice)]
     if advice.decision.basis == "laws" and before is not None:
         best = percent(float(f"{before:.2g}"))
-        found.append(f"before finetuning the best share is {best}, by a law that also covers shares between those run")
+        found.append(f"before finetuning the best share is {best}, by a law that also covers shares that were not run")
     found += [*costs(advice), *(advice.regimes.says if advice.regimes else ())]
     return [*found, *_papers(advice.prior), *_distance(advice.distance), *_tax(advice.tax)]
 
@@ -151,17 +151,17 @@ def _papers(papers: Prior) -> list[str]:
     span = f" ({' to '.join(ends)})" if len(ends) > 1 else ""
     worth = papers["worth"]
     far = beyond(papers["outside"])
-    outside = f"; the question is outside the published runs: {', '.join(far)}" if far else ""
+    outside = f"; the question is outside the published runs by {', '.join(far)}" if far else ""
     lost = papers["expected"]["progress_lost"]
     found = [
         f"the papers: {papers['regime']} at {percent(papers['delta'])}{span}; {papers['why']}{outside}",
-        f"{amount(worth['read'])} tokens read from that corpus are worth {amount(worth['fresh'])} fresh ones, one more "
-        f"epoch {worth['next_epoch']:.0%} of a fresh one (arXiv 2305.16264)",
+        f"{amount(worth['read'])} tokens read from that corpus are worth {amount(worth['fresh'])} fresh ones, and one "
+        f"more epoch {worth['next_epoch']:.0%} of an epoch of fresh ones (arXiv 2305.16264)",
     ]
     if lost is not None:
         found.append(
-            f"after plain pretraining, a finetune without replay at this size undoes about {lost:.0%} of the gain of "
-            "pretraining in general loss (arXiv 2502.06042)"
+            f"after plain pretraining, a finetune without replay at this size undoes about {lost:.0%} of pretraining's "
+            "gain in general loss (arXiv 2502.06042)"
         )
     return found
 
@@ -172,13 +172,13 @@ def _distance(distance: Distance) -> list[str]:
         d = distance.divergence
         bits = ", ".join(f"{n} {d[n]:.3f} ({d[f'{n}_floor']:.3f})" for n in ("unigrams", "bigrams", "trigrams"))
         found.append(
-            f"distance from the general corpus, n-gram Jensen-Shannon divergence in bits (between two samples of the "
-            f"general one): {bits}"
+            "distance from the general corpus, n-gram Jensen-Shannon divergence in bits (in brackets: between two "
+            f"samples of the general corpus): {bits}"
         )
     if distance.domain_after_plain_finetuning is not None:
         found.append(
-            f"domain loss after FT only: {distance.domain_after_plain_finetuning:.4f}; the domain with the "
-            "higher loss gains more from SPT (this ranked the three published domains correctly)"
+            f"domain loss after FT only: {distance.domain_after_plain_finetuning:.4f}; domains with a higher loss gain "
+            "more from SPT (this ranked the three published domains correctly)"
         )
     return found
 
@@ -188,8 +188,8 @@ def _tax(tax: Tax | None) -> list[str]:
         return []
     factor = tax.larger.factor
     return [
-        f"finetuner's tax: SPT equals a model with {factor.mean:.3g} ({factor.low:.3g} to {factor.high:.3g}) times as "
-        f"many parameters that is only finetuned; {tax.larger.says}",
+        f"finetuner's tax: SPT equals an only finetuned model with {factor.mean:.3g} ({factor.low:.3g} to "
+        f"{factor.high:.3g}) times as many parameters; {tax.larger.says}",
         f"the SPT model is cheaper {_from(tax.break_even['both paid'])} if both pretrainings are paid for, and "
         f"{_from(tax.break_even['larger one for free'])} if the larger model was pretrained by others",
     ]
@@ -234,7 +234,7 @@ def effects_table(advice: Advice) -> Table | None:
 
 
 def accounts_table(advice: Advice) -> Table | None:
-    """The finetuner's tax, side by side."""
+    """The FLOPs of the finetuner's tax, a row per account."""
     if advice.tax is None:
         return None
     title = f"FLOPs with {amount(advice.tax.served)} tokens served"

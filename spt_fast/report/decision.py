@@ -1,10 +1,9 @@
-"""What a study's runs decide, in words: which domain share, how certain it is, and its cost in general loss.
+"""The decision that a study's runs support, in words: the domain share, its certainty, and its cost in general loss.
 
     usable rows → finetunes by setting → `decide`: figures of `compare`, arms, sentences → `answer`, with advice or the
                                                                                           D-CPT law if available
 
-The figures are those of compare.py, on the *report* half of held-out text; the best share is chosen on the *select*
-half.
+Figures are those of compare.py, on the *report* half of held-out text; the best share is chosen on the *select* half.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import pandas as pd
 
 from spt_fast.advice.bases import BaseAdvice
 from spt_fast.advice.result import Advice
-from spt_fast.advice.words import BASIS, costs, headline, interval, share_cells, surety
+from spt_fast.advice.words import BASIS, certainty, costs, headline, interval, share_cells
 from spt_fast.errors import RecipeError, counted
 from spt_fast.laws import DCPTLaw, OpenError, best_ratio
 from spt_fast.study.behind import Behind, rests_on
@@ -32,14 +31,14 @@ from spt_fast.study.words import amount, percent, three_digits
 
 Setting = tuple[int, ...]
 MAX_GENERAL_RISE = 0.03
-"""Allowed rise of the general loss in continual pretraining unless another is given, as in the D-CPT paper."""
+"""The largest rise of the general loss that is allowed in continual pretraining; the D-CPT paper's limit."""
 
 
 # ------------------------------------------------------------------------------------------------ finetunes
 
 
 def compared(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[Finetune]:
-    """Finetunes in the form for `compare`; those without losses on both corpora are left out."""
+    """The finetunes in the form that `compare` takes; those without losses on both corpora are left out."""
     finetunes = finetunes.dropna(subset=["domain_heldout", "domain_before", "general_heldout", "general_before"])
     behind = {corpus: Behind.of_rows(finetunes, corpus) for corpus in ("domain", "general")}
     paths = {}
@@ -92,7 +91,7 @@ def setting_name(setting: Setting) -> str:
 
 
 def titled(what: str, setting: Setting, table: pd.DataFrame) -> str:
-    """A panel's title: what it shows, and the parts of the setting in which the runs differ."""
+    """A panel's title: `what` it shows, and the parts of the setting in which the runs of `table` differ."""
     words = zip(SETTING, setting, ("parameters", "domain tokens"), strict=True)
     differing = [f"{amount(value)} {word}" for name, value, word in words if table[name].nunique() > 1]
     return " · ".join([what, *differing])
@@ -117,7 +116,7 @@ class RunsDecision:
     budget: int
     best: Treatment
     plainest: list[Treatment]
-    """The arms that were chosen from."""
+    """The arms that the best one was chosen from."""
     headline: str
     sure: list[str]
     costs: list[str]
@@ -158,21 +157,21 @@ def decide(setting: Setting, finetunes: Sequence[Finetune]) -> RunsDecision | No
 def _headline(best: Treatment, base: Treatment, against: Mapping[Treatment, Verdict]) -> str:
     share = percent(best.delta)
     if best == base and base.delta == 0:
-        return "No share beats NPT: leave the domain to the finetune."
+        return "No share beats NPT: use domain data in the finetune only."
     if best == base:
         return f"Give the domain {share} of the pretraining tokens, or less."
     difference, clear = against[base].difference, against[base].exceeds
     if difference is not None and difference > 0:
-        return f"No decision: {share} is best on the select half, and {base.name} on the report half."
+        return f"No decision: {share} is best on the select half, but {base.name} on the report half."
     if clear:
         return f"Give the domain {share} of the pretraining tokens."
-    return f"{share} of domain tokens is best so far, but it may be chance."
+    return f"A domain share of {share} is best so far, but that may be chance."
 
 
 def _how_sure(
     best: Treatment, base: Treatment, against: Mapping[Treatment, Verdict], halves: Sequence[str]
 ) -> list[str]:
-    """Against NPT, against the others, on which text, and whether the best is at an edge."""
+    """Sentences: the best share against NPT and against the others, the text behind it, whether it is the largest."""
     said = [_sentence(against[base].says)] if best != base else []
     rivals = [percent(arm.delta) for arm, verdict in against.items() if not verdict.exceeds and arm != base]
     if rivals:
@@ -183,12 +182,12 @@ def _how_sure(
         said.append("Every run has domain text in pretraining, so the gain over NPT is unknown.")
     said += halves
     if best == max([best, *against]):
-        said.append("It is the largest share that was run: a larger one may do better.")
+        said.append("It is the largest share that was run: a larger one may be better.")
     return said
 
 
 def _halves(arms: Arms, on_select: bool) -> list[str]:
-    """On which text the share was chosen, and the held-out text of the losses."""
+    """Sentences: the half of the held-out text that the share was chosen on, and the text behind the losses."""
     runs = [run for own in arms.values() for run in own.values()]
     rests = rests_on({"domain": runs[0].domain_behind, "general": runs[0].general_behind})
     return [
@@ -253,8 +252,8 @@ class Answer:
 
 
 def answer(advice: Advice | BaseAdvice | None, decision: RunsDecision | None, fits: Sequence[Fitted]) -> Answer:
-    """From advice if there is any, else from the runs directly. For runs from a base it comes from the D-CPT law if
-    there is one."""
+    """The answer of the advice on pretraining if there is any, else of the runs. For runs from a base it is that of the
+    D-CPT law, or of the advice on the base without such a law."""
     if isinstance(advice, Advice):
         return _advised(advice)
     if decision is not None:
@@ -273,13 +272,13 @@ def answer(advice: Advice | BaseAdvice | None, decision: RunsDecision | None, fi
         return _on_a_base(advice)
     return Answer(
         "These runs do not decide the pretraining mixture yet.",
-        "A decision needs finetunes after pretraining at two domain shares or more, 0 among them, with held-out "
+        "A decision needs finetunes after pretraining with two domain shares or more, of which one is 0, and held-out "
         "losses on both corpora.",
     )
 
 
 def _continual(domain: Fitted, general: Fitted) -> Answer:
-    """The most domain data in continual pretraining that a limit on the general loss allows, for the largest model."""
+    """The largest domain share of continual pretraining within the limit on the general loss, for the largest model."""
     params = float(domain.table["params"].max())
     tokens = float(domain.table.loc[domain.table["params"] == params, "tokens"].max())
     at: dict[str, Any] = {"params": params, "tokens": tokens}
@@ -295,7 +294,9 @@ def _continual(domain: Fitted, general: Fitted) -> Answer:
     try:
         share = best_ratio(domain=domain.law, general=general.law, max_general_rise=MAX_GENERAL_RISE, **at)
     except RecipeError as error:
-        answer = "These runs do not determine it." if isinstance(error, OpenError) else f"No share keeps {limit}."
+        answer = (
+            "These runs do not determine the share." if isinstance(error, OpenError) else f"No share keeps {limit}."
+        )
         return Answer(answer, lead, sure, [_sentence(str(error))])
     losses = {
         "domain": domain.law.predict(own_ratio=share, interval=0.9, **at),
@@ -318,7 +319,7 @@ def _advised(advice: Advice) -> Answer:
     return Answer(
         headline(advice.decision),
         _sentence(advice.decision.says),
-        [*map(_sentence, surety(advice))],
+        [*map(_sentence, certainty(advice))],
         [*map(_sentence, costs(advice))],
         [TableRow(share_cells(row), best=row.delta == advice.decision.delta) for row in advice.shares or ()],
         advice.recipe,

@@ -94,7 +94,7 @@ RUN_COLUMNS: dict[str, tuple[str, Callable[[float], str] | None]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """The text of a cell and, for a number, its sort key."""
+    """A cell's text. A number has a sort key, which is empty if it is unknown."""
 
     text: str
     number: bool = False
@@ -108,7 +108,7 @@ class RunRow:
 
 
 def run_columns(table: pd.DataFrame) -> dict[str, tuple[str, Callable[[float], str] | None]]:
-    """RUN_COLUMNS, and the optimizers' fields in which runs differ."""
+    """RUN_COLUMNS, and the optimizer fields in which runs differ."""
     table = with_settings(table)
     differing = [name for name in SETTINGS if name not in ("lr", "optimizer") and table[name].nunique() > 1]
     named = {"optimizer": ("optimizer", None)} if table["optimizer"].nunique() > 1 else {}
@@ -116,7 +116,7 @@ def run_columns(table: pd.DataFrame) -> dict[str, tuple[str, Callable[[float], s
 
 
 def run_rows(table: pd.DataFrame) -> list[RunRow]:
-    """A row per phase of a run: its final weights, or its failure."""
+    """A row per phase of a run, with the figures of its final weights; also a row for each failed run."""
     failed = table["status"] != "done"
     rows = table[table["handed_on"] | failed].sort_values(["stage", "params", "run", "tokens"])
     of_adaptation = ["pretrain_delta", "pretrain_tokens", "anchor", "average"]
@@ -163,7 +163,7 @@ def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
 
 
 def behind(done: pd.DataFrame, corpus: str) -> str:
-    """The held-out text of a corpus's losses."""
+    """The held-out text behind a corpus's losses, and their standard error, in words."""
     known = Behind.of_rows(done, corpus)
     if known is None:
         return "text that is not recorded"
@@ -187,7 +187,7 @@ def report(
     """Write the page of `runs` (study folders, tables, run folders) to `out`.
 
     domain_source, general_source  the sources' names in runs that belong to no study
-    model, domain_tokens, budget   what the advice is for; by default the size, corpus and largest budget of the runs
+    model, domain_tokens, budget   the question for the advice; by default the runs' size, corpus and largest budget
 
     Raises DataError, RecipeError or CheckpointError.
     """
@@ -205,7 +205,7 @@ def report(
 def _advice(
     table: UsableRows, model: str | int | None, domain_tokens: int | None, budget: int | None
 ) -> Advice | BaseAdvice | None:
-    """Advice for the request, completed with the runs' own values; None if neither is enough."""
+    """Advice for these values, by default the runs' own; None if they are incomplete."""
     if of_bases(table):
         corpus, most = (int(table.rows[column].max()) for column in ("domain_tokens", "tokens"))
         found = advise_base(table=table, model=model, domain_tokens=domain_tokens or corpus, budget=budget or most)

@@ -89,7 +89,7 @@ def panel(title: str, says: str, draw: Callable[[Axes], None], *, height_in: flo
 
 
 def _inline(svg: str, title: str, says: str) -> Markup:
-    """Only the <svg> element: no metadata, no external references, only ids that are referred to."""
+    """Only the <svg> element, without metadata and external references, and with only the ids that are used."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     viewbox = re.search(r'viewBox="[^"]*"', svg)
@@ -114,7 +114,7 @@ def _inline(svg: str, title: str, says: str) -> Markup:
 
 
 def colours_of(deltas: Iterable[float]) -> dict[float, str]:
-    """One colour for each δ, grey for none."""
+    """A colour for each δ; grey for δ = 0."""
     spt = cycle(SPT_COLOURS)
     return {delta: next(spt) if delta else NPT_COLOUR for delta in sorted(set(deltas))}
 
@@ -159,7 +159,7 @@ def token_axis(axes: Axes, label: str) -> None:
 
 
 def share_axis(axes: Axes, shares: Sequence[float], label: str) -> None:
-    """Square roots: 0 is on the axis, and shares of a few per cent have room; labels that would touch are left out."""
+    """A square-root axis, which includes 0 and separates small shares; labels that would overlap are left out."""
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set_xlim(0, max(shares) * 1.04 or 1)
     shown: list[float] = []
@@ -175,7 +175,7 @@ def share_axis(axes: Axes, shares: Sequence[float], label: str) -> None:
 
 
 def loss_after_finetuning(axes: Axes, finetunes: pd.DataFrame, chosen: float | None) -> None:
-    """Domain loss against δ: a line through the means for each budget, a ring for each seed."""
+    """Domain loss against δ: a line through the means per budget, a ring per seed; chosen: a δ to mark."""
     budgets = sorted(finetunes["pretrain_tokens"].unique())
     ends: list[Line] = []
     for budget, colour in zip(budgets, shades(len(budgets)), strict=True):
@@ -192,7 +192,7 @@ def loss_after_finetuning(axes: Axes, finetunes: pd.DataFrame, chosen: float | N
 
 
 def losses_in_pretraining(axes: Axes, rows: pd.DataFrame, column: str, colours: Mapping[float, str]) -> None:
-    """A line for each run over its tokens."""
+    """The losses in `column` over tokens, a line per run."""
     ends: dict[float, Line] = {}
     for (delta, _), run in rows.dropna(subset=[column]).groupby(["delta", "run"], sort=True):
         run = run[run["tokens"] > 0].sort_values("tokens")
@@ -209,7 +209,7 @@ def losses_in_pretraining(axes: Axes, rows: pd.DataFrame, column: str, colours: 
 
 
 def steps_of_runs(axes: Axes, curves: Sequence[tuple[float, Curve]], of: str, colours: Mapping[float, str]) -> None:
-    """A quantity of the training steps over tokens: a line for each run (its δ, its steps); some are above 0."""
+    """One quantity of the training steps over tokens, a line per run. curves: (δ, curve), some value above 0."""
     ends: dict[float, Line] = {}
     for delta, curve in curves:
         values = curve.figures[of]
@@ -258,7 +258,7 @@ def law_over_tokens(axes: Axes, law: Law, rows: pd.DataFrame, of: str) -> None:
 
 
 def law_over_ratio(axes: Axes, law: Law, rows: pd.DataFrame, of: str) -> None:
-    """At the most tokens of each model size: the fitted curve with its 90% interval, and the runs as rings."""
+    """A fitted curve per model size at its largest number of tokens, with its 90% interval; runs as rings."""
     ends: list[Line] = []
     sizes = sorted(rows["params"].unique())
     for size, colour in zip(sizes, shades(len(sizes)), strict=True):
@@ -285,7 +285,7 @@ def draw_curve(axes: Axes, x: Any, curve: Sequence[Any], colour: str) -> Any:
 
 
 def general_before_and_after(axes: Axes, arms: Sequence[tuple[str, str, pd.DataFrame]]) -> None:
-    """A row for each arm (name, colour, finetunes): rings before, dots after, the means joined."""
+    """A row for each arm (name, colour, finetunes): rings before, dots after, and a line between the means."""
     for height, (_, colour, own) in enumerate(arms):
         before, after = own["general_before"], own["general_heldout"]
         axes.plot([before.mean(), after.mean()], [height, height], color=colour, linewidth=2.2, zorder=1)
@@ -307,7 +307,7 @@ def general_before_and_after(axes: Axes, arms: Sequence[tuple[str, str, pd.DataF
 
 
 def draw_losses(axes: Axes, arms: Mapping[str, Sequence[Subset]]) -> None:
-    """The mean of every arm as a line, with its own marker in the legend; seeds as rings."""
+    """The mean of each arm as a line with a marker; seeds as rings."""
     styles = dict(zip(ARMS, zip((SPT_COLOURS[0], NPT_COLOUR, *SPT_COLOURS[1:3]), "osD^", strict=True), strict=True))
     for arm, subsets in arms.items():
         colour, marker = styles[arm]
@@ -347,7 +347,7 @@ def draw_gap(axes: Axes, found: Crossover, threshold: float = THRESHOLD) -> None
             low, high = found.interval
             axes.plot([max(low, tokens[0]), high or axes.get_xlim()[1]], [level] * 2, color=SPT_COLOURS[1])
     token_axis(axes, "unique tokens of the domain")
-    axes.set_title("loss from scratch above the pretrained one's (%)", fontsize=10, loc="left")
+    axes.set_title("loss from scratch, % above pretrained", fontsize=10, loc="left")
 
 
 def height_of_rows(n: int) -> float:

@@ -41,7 +41,7 @@ class Table:
 
 @dataclass
 class Section:
-    """Evidence: figures, and a line for each figure that could not be drawn."""
+    """Evidence: figures, tables, and a sentence for each figure that could not be drawn."""
 
     id: str
     title: str
@@ -51,7 +51,7 @@ class Section:
     missing: list[str] = field(default_factory=list)
 
     def show(self, panels: list[Panel], caption: str, missing: str) -> Section:
-        """With a figure of these panels; without panels, the text that says what is missing."""
+        """Add a figure of these panels; without panels add the text in `missing`. Returns the section."""
         if panels:
             self.figures.append(Figure(caption, panels))
         else:
@@ -77,7 +77,7 @@ def finetuning(finetunes: pd.DataFrame, decisions: Sequence[RunsDecision]) -> Se
         "Lower is better. Rings are seeds, lines go through their means, one for each pretraining budget, from pale "
         "(the smallest) to strong; the dashed line marks the best share at the largest budget. Compare how far the "
         "curve at the best share is below δ = 0 with the distance of the rings, and check whether the best share "
-        "moves left as the budget grows. Shares are spaced by their square roots.",
+        "moves left as the budget grows. The axis of shares is a square-root axis.",
         missing="No finetunes after pretraining at two shares or more.",
     )
 
@@ -102,8 +102,8 @@ def pretraining(rows: pd.DataFrame) -> Section:
                 )
     return Section("pretraining", "Pretraining").show(
         drawn,
-        "A line for each run, named by δ at its end. A domain line that turns up has overfitted the repeated corpus; "
-        "the distance of a general line from that of δ = 0 is the cost of the domain's share.",
+        "A line for each run, labelled with δ. A domain line that begins to rise has overfitted the repeated corpus. "
+        "The distance of a general line from that of δ = 0 is the cost of the domain's share.",
         missing="No run here was pretrained from scratch." if rows.empty else "No held-out losses of pretraining here.",
     )
 
@@ -113,7 +113,7 @@ MOST_CURVES = 40
 
 
 def training(curves: Sequence[Curve], rows: pd.DataFrame) -> Section:
-    """The training steps of these runs; rows: of the runs table, which has the stage and δ of each phase."""
+    """Training curves of the runs; rows: the runs table, which has the stage and δ of each phase."""
     stages = rows.assign(of=rows["delta"].where(rows["stage"] == 0, rows["pretrain_delta"].fillna(rows["delta"])))
     known = {(row.run, row.phase): (row.stage, row.of) for row in stages.itertuples()}
     joined: dict[tuple[str, int], tuple[float, Curve]] = {}  # by run and stage
@@ -140,8 +140,9 @@ def training(curves: Sequence[Curve], rows: pd.DataFrame) -> Section:
         ]
         section.figures.append(
             Figure(
-                "A line for each run, for the kept arm, coloured by δ; the speed is that of the machine that trained "
-                "it. A loss or gradient norm that jumps is a sign of too high a rate or of bad data." + some,
+                "A line for the kept arm of each run, coloured by δ; the throughput is that of the machine it was "
+                "trained on. A jump in the loss or gradient norm indicates too high a learning rate or bad data."
+                + some,
                 drawn,
             )
         )
@@ -183,7 +184,7 @@ def forgetting(finetunes: pd.DataFrame) -> Section:
     return Section("forgetting", "Forgetting").show(
         drawn,
         "General loss before (○) and after (●) finetuning, a point for each seed, with the mean rise beside it. A "
-        "shorter line means less forgetting; further left is the better general model in the end.",
+        "shorter line means less forgetting; a dot further left means a better general model after finetuning.",
         missing="No finetune here has a general held-out loss before and after.",
     )
 
@@ -195,11 +196,11 @@ def _treatment(delta: float, injected: float, anchor: float, average: float) -> 
 
 
 def tasks(tables: Sequence[TaskTable]) -> Section:
-    """The task scores of runs."""
+    """The task scores of runs, a table per task."""
     section = Section("tasks", "Tasks")
     section.says.append(
-        "Scores before and after each run's last phase, ± standard errors. Changes, and differences from the first run "
-        "of a table, are over the same questions; below two standard errors they may be chance."
+        "Scores before and after each run's last phase, ± standard errors. Changes and differences from the first run "
+        "of a table are over the same questions; below two standard errors they may be chance."
     )
     for table in tables:
         rows = [TableRow(cells(score)) for score in table.scores]
@@ -209,11 +210,11 @@ def tasks(tables: Sequence[TaskTable]) -> Section:
 
 
 def settings(used: UsableRows) -> Section:
-    """The settings of the optimizers, if several values were tried, and their results."""
+    """The optimizer settings that were tried, with their losses; no tables if there was only one."""
     section = Section("settings", "Settings of the optimizers")
     section.says.append(
-        "For each arm the setting with the lowest mean domain loss on the select half is used, and all other figures "
-        "on this page are for that one. The losses after finetuning are on the report half, means over seeds."
+        "Each arm uses the setting with the lowest mean domain loss on the select half; all other figures on this page "
+        "are of that setting. The losses after finetuning are on the report half, means over seeds."
     )
     beaten = used.left_out[used.left_out["beaten"]]
     rows = pd.concat([used.rows, beaten], ignore_index=True)
@@ -239,14 +240,15 @@ def crossover(table: pd.DataFrame) -> Section:
             ),
             panel(
                 f"Gap to training from scratch, {size}",
-                f"How much higher the loss from scratch is, over the corpus size: {found.says}",
+                f"The difference in domain loss between training from scratch and from pretrained weights, over the "
+                f"corpus size: {found.says}",
                 partial(panels.draw_gap, found=found),
             ),
         ]
     section.figures.append(
         Figure(
             "The same finetune from pretrained weights, from scratch, and from the pretrained embeddings only, on "
-            "nested subsets of the domain. Where the gap meets the dashed threshold, pretraining no longer makes a "
+            "nested subsets of the domain. Where the gap reaches the dashed threshold, pretraining no longer makes a "
             "difference.",
             drawn,
         )
@@ -266,9 +268,9 @@ def plane(decisions: Sequence[RunsDecision], finetunes: pd.DataFrame) -> Section
     ]
     return Section("plane", "Domain against general loss").show(
         drawn,
-        "Every finetune from the end of pretraining (○) to its final weights (●); down and left is better. Pale lines "
-        "are not part of the result: other arms of a grid, and steps after the best ones. Where paths cross the dashed "
-        "line their domain losses are equal: the lower one has forgotten less.",
+        "The path of each finetune from the end of pretraining (○) to its final weights (●); down and left is better. "
+        "Pale lines are not part of the result: other arms of a grid, and steps after the best ones. Where paths cross "
+        "the dashed line their domain losses are equal: the lower one has forgotten less.",
         missing="No finetunes to draw.",
     )
 
@@ -282,7 +284,7 @@ def _plane(axes: Axes, decision: RunsDecision) -> None:
 
 
 def laws(fits: Sequence[Fitted]) -> Section:
-    """Curves and points for the laws that have curves over tokens or shares; the table has all laws."""
+    """Curves and runs for the laws over tokens or shares, and why other laws were not fitted."""
     section = Section("laws", "Scaling laws against the runs")
     fitted = [fit for fit in fits if fit.law is not None]
     for caption, curves in DRAWN:
@@ -302,20 +304,20 @@ def laws(fits: Sequence[Fitted]) -> Section:
         groups = [fit for fit in fits if fit.law_name == law_name and fit.problem is not None]
         most = max(groups, key=lambda fit: fit.rows)
         of = f" ({group_name(most.group)})" if most.group else ""
-        others = f" {len(groups) - 1} other groups of runs have none either." if len(groups) > 2 else ""
-        others = " Another group of runs has none either." if len(groups) == 2 else others
+        others = f" {len(groups) - 1} other groups of runs have no such law either." if len(groups) > 2 else ""
+        others = " Another group of runs has no such law either." if len(groups) == 2 else others
         section.missing.append(f"No {law_name} law{of}: {most.problem}.{others}")
     return section
 
 
 DRAWN: tuple[tuple[str, tuple[tuple[str, str, Callable[..., None]], ...]], ...] = (
     (
-        "The overfitting law for domain text, trained on and held out, over pretraining tokens: curves with their 90% "
-        "intervals for a new run, and the runs as rings. The law does not explain rings outside of the bands; where "
-        "two held-out curves cross, the better share changes.",
+        "The overfitting law for training and held-out text of the domain over pretraining tokens: curves with 90% "
+        "intervals for a new run, and the runs as rings. The law does not explain rings outside the bands; where two "
+        "held-out curves cross, the better share changes.",
         (
-            ("overfitting", "Domain text trained on", partial(panels.law_over_tokens, of="train_loss")),
-            ("overfitting", "Domain text held out", partial(panels.law_over_tokens, of="heldout_loss")),
+            ("overfitting", "Training text of the domain", partial(panels.law_over_tokens, of="train_loss")),
+            ("overfitting", "Held-out text of the domain", partial(panels.law_over_tokens, of="heldout_loss")),
         ),
     ),
     (
@@ -324,9 +326,9 @@ DRAWN: tuple[tuple[str, tuple[tuple[str, str, Callable[..., None]], ...]], ...] 
         (("post-finetuning", "After finetuning", partial(panels.law_over_tokens, of="finetuned_loss")),),
     ),
     (
-        "The D-CPT law: loss against the domain's share of continual pretraining, at the most tokens that were run, a "
-        "line per model size, with 90% intervals for a new run. What the domain gains to the right, the general loss "
-        "pays.",
+        "The D-CPT law: loss against the domain's share of continual pretraining, at the largest number of tokens, a "
+        "line per model size, with 90% intervals for a new run. A larger share lowers the domain loss and raises the "
+        "general loss.",
         (
             ("dcpt-domain", "Domain loss", partial(panels.law_over_ratio, of="domain")),
             ("dcpt-general", "General loss", partial(panels.law_over_ratio, of="general")),

@@ -1,7 +1,7 @@
-"""Advice on runs drawn from laws whose best share is known, and on too few runs.
+"""Advice on synthetic runs of laws with a known best share, on too few runs, and without runs.
 
 data/runs.csv is `spt_table` at 0, 0.5, 2 and 5%, budgets of 20 to 100B and replay of 0 and 1%. By the laws that it was
-drawn from, 5% is best in all of its budgets, and 2% at 200B.
+generated from, 5% is best at all of its budgets, and 2% at 200B.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ B = 10**9
 
 
 def advise(**asked: Any) -> dict[str, Any]:
-    """As `--json` prints it."""
+    """The advice as `--json` prints it."""
     return as_json(advising.advise(**asked))
 
 
@@ -59,7 +59,7 @@ def beyond(stored: pd.DataFrame) -> dict[str, Any]:
     return advise(domain_tokens=DOMAIN_TOKENS, budget=200 * B, model=PARAMS, table=stored)
 
 
-def test_the_law_before_finetuning_is_the_one_that_errs_least_at_the_largest_budget(
+def test_the_law_before_finetuning_is_the_one_with_the_smallest_error_at_the_largest_budget(
     stored: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors = {None: 0.05, laws.OverfittingLaw: 0.04, laws.MixtureRepetitionLaw: 0.01}
@@ -73,19 +73,19 @@ def test_the_law_before_finetuning_is_the_one_that_errs_least_at_the_largest_bud
     assert advise(**asked)["support"]["laws"] == "PostFinetuneLaw"
 
 
-def test_factors_and_spans_are_written_as_people_read_them() -> None:
+def test_factors_and_intervals_are_readable() -> None:
     small = advising.advise(domain_tokens=100_000, budget=6_000_000, model="1m")
     said = " ".join(findings(small))
     assert "SPT at 10%;" in said
     assert "6,670× in pretraining tokens" in said
     once = advising.advise_pretraining(domain_tokens=100_000, budget=1_000_000)
-    assert "which reads it once, then" in once.decision.says
-    assert "the corpus is read once, fewer than" in " ".join(findings(once))
+    assert "which reads the domain once, then" in once.decision.says
+    assert "the corpus is read once; more repetition" in " ".join(findings(once))
     tiny = advising.advise(domain_tokens=1, budget=1)
     assert "40,000,000,000× in pretraining tokens, 3,000,000× in domain tokens" in " ".join(findings(tiny))
 
 
-def test_a_published_answer_is_no_pair_that_was_run(one_budget: pd.DataFrame) -> None:
+def test_a_published_answer_is_not_called_a_pair_that_was_run(one_budget: pd.DataFrame) -> None:
     asked = {"domain_tokens": DOMAIN_TOKENS, "table": one_budget, "max_general_rise": 0.001}
     near, far = (advising.advise_pretraining(budget=budget * B, **asked) for budget in (200, 20_000))
     assert (near.decision.basis, far.decision.basis) == ("seen", "published")
@@ -95,7 +95,7 @@ def test_a_published_answer_is_no_pair_that_was_run(one_budget: pd.DataFrame) ->
 
 @pytest.fixture(scope="module")
 def one_budget() -> pd.DataFrame:
-    """Too little for a law: 2% is best, then 5%; replay of 1% brings forgetting down."""
+    """Too few budgets for a law. 2% is best, then 5%; 1% replay reduces forgetting."""
     return spt_table(deltas=(0.0, 0.02, 0.05), budgets=(200 * B,), injected=(0.0, 0.01, 0.05), noise=1e-4)
 
 
@@ -112,7 +112,7 @@ QUESTIONS: dict[str, tuple[pd.DataFrame | None, dict[str, Any], list[str]]] = {
         spt_table(deltas=(0.0, 0.02), budgets=(2 * B,)),
         {"budget": 200 * B, "model": "1b"},
         [
-            "add budgets: a law takes 3 or more at each share, 0% has 1, 2% has 1",
+            "add budgets: a law needs 3 or more at each share; 0% has 1, 2% has 1",
             "the runs have 109M parameters, your model 1.03B: shares are carried over unchanged",
         ],
     ),
@@ -129,23 +129,23 @@ QUESTIONS: dict[str, tuple[pd.DataFrame | None, dict[str, Any], list[str]]] = {
     "a corpus a hundredth as large": (
         SWEEP,
         {"budget": 100 * B, "domain_tokens": 3_000_000, "model": "3b", "inference_tokens": 10**12},
-        ["the runs answer for 10T tokens of pretraining, which read their corpus as often as 100B read yours"],
+        ["the runs are used at 10T tokens of pretraining, which read their corpus as often as 100B read yours"],
     ),
     "stored, music": (
         read_table([RESULTS / "2026-11-21-cpu2-spt-music.csv"]),
         {"budget": 6_000_000, "domain_tokens": 11_000_000},
-        ["the laws leave the domain loss after 53.7K tokens open", "run budgets nearer to 53.7K"],
+        ["the laws do not determine the domain loss after 53.7K tokens", "run budgets nearer to 53.7K"],
     ),
     "stored, SMILES": (
         read_table([RESULTS / "2026-11-21-cpu2-spt-smiles.csv"]),
         {"budget": 6_000_000, "domain_tokens": 100_000},
-        ["add budgets: a law takes 3 or more at each share, 0% has 2, 10% has 2"],
+        ["add budgets: a law needs 3 or more at each share; 0% has 2, 10% has 2"],
     ),
 }
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_no_sentence_contradicts_the_runs_or_reads_like_a_machine(name: str) -> None:
+def test_sentences_agree_with_the_runs_and_show_no_raw_floats(name: str) -> None:
     table, question, expected = QUESTIONS[name]
     advice = advising.advise(**{"domain_tokens": DOMAIN_TOKENS, "table": table} | question)
     said = [advice.decision.says, *findings(advice)]
@@ -164,7 +164,7 @@ def asked(table: pd.DataFrame | None, budget: int = 200 * B, **more: Any) -> dic
 # ------------------------------------------------------------------------------------------------ by laws
 
 
-def test_the_best_share_beyond_the_runs_is_the_laws_own(beyond: dict[str, Any]) -> None:
+def test_beyond_the_runs_the_best_share_is_that_of_the_true_laws(beyond: dict[str, Any]) -> None:
     truth = {row["delta"]: after(200 * B, row["delta"], PARAMS, DOMAIN_TOKENS) for row in beyond["shares"]}
     assert min(truth, key=truth.__getitem__) == 0.02
     assert beyond["seen"]["arms"][0]["delta"] == 0.05
@@ -179,25 +179,25 @@ def test_the_best_share_beyond_the_runs_is_the_laws_own(beyond: dict[str, Any]) 
     assert sum(row["best_in"] for row in beyond["shares"]) == pytest.approx(1)
 
 
-def test_how_far_the_runs_support_it(beyond: dict[str, Any]) -> None:
+def test_support_gives_the_extrapolation_and_the_error_at_the_held_out_budget(beyond: dict[str, Any]) -> None:
     support = beyond["support"]
     assert support["outside"] == {"budget": 2.0, "params": 1.0, "domain_tokens": 1.0, "epochs": 1.0}
-    assert support["verdict"].startswith("extrapolates 2× in pretraining tokens")
+    assert support["verdict"].startswith("extrapolates by 2× in pretraining tokens")
     assert support["heldout"]["mre"] < 0.005
     assert (support["heldout"]["by"], support["heldout"]["tokens"]) == (80 * B, 100 * B)
     assert support["heldout"]["predicted"] == support["heldout"]["seen"] == 0.05
-    assert "to 200B tokens to be surer" in support["next"]
+    assert support["next"].endswith("to 200B tokens")
 
 
-def test_within_the_runs(stored: pd.DataFrame) -> None:
+def test_within_the_runs_the_answer_is_supported_and_the_largest_share_is_named(stored: pd.DataFrame) -> None:
     given = asked(stored, 60 * B)
     assert given["decision"]["delta"] == 0.05
     assert given["support"]["verdict"].startswith("supported by the runs")
     assert given["support"]["outside"]["budget"] == 1
     assert "5% is the largest share that was run" in given["support"]["verdict"]
-    assert given["support"]["next"].startswith("run a share of 10% too")
+    assert given["support"]["next"].startswith("also run a share of 10%")
     truth = after(60 * B, 0.05, PARAMS, DOMAIN_TOKENS)
-    # 1% of replay costs up to 0.001 nats, by which the loss that is expected is higher
+    # 1% replay raises the expected loss by up to 0.001 nats
     assert given["expected"]["domain"]["mean"] == pytest.approx(truth, rel=0.005)
     assert given["expected"]["of"]["tokens"] == 60 * B
     assert given["seen"]["tokens"] == 60 * B
@@ -215,7 +215,9 @@ def test_expected_losses_are_of_the_decided_replay(beyond: dict[str, Any]) -> No
     assert beyond["expected"]["of"]["injected"] == beyond["decision"]["replay"]
 
 
-def test_a_smaller_corpus_is_asked_where_it_is_read_as_often(stored: pd.DataFrame, beyond: dict[str, Any]) -> None:
+def test_a_smaller_corpus_is_answered_at_the_budget_of_equal_epochs(
+    stored: pd.DataFrame, beyond: dict[str, Any]
+) -> None:
     given = advise(domain_tokens=DOMAIN_TOKENS // 10, budget=20 * B, model=10 * PARAMS, table=stored)
     assert given["decision"]["delta"] == beyond["decision"]["delta"]
     assert given["decision"]["epochs"] == pytest.approx(beyond["decision"]["epochs"])
@@ -230,7 +232,7 @@ def test_a_smaller_corpus_is_asked_where_it_is_read_as_often(stored: pd.DataFram
     assert "10× in parameters, 10× in domain tokens" in given["support"]["verdict"]
 
 
-def test_advice_is_plain_data_and_prints(beyond: dict[str, Any], monkeypatch: Any, capsys: Any) -> None:
+def test_advice_is_valid_json_and_prints(beyond: dict[str, Any], monkeypatch: Any, capsys: Any) -> None:
     json.dumps(beyond, allow_nan=False)
     words = ["advise", "--domain-tokens", "300M", "--budget", "200B", "--model", str(PARAMS), "--runs", str(STORED)]
     monkeypatch.setattr(sys, "argv", ["spt-fast", *words, "--inference-tokens", "1T", "--max-general-rise", "20%"])
@@ -238,10 +240,10 @@ def test_advice_is_plain_data_and_prints(beyond: dict[str, Any], monkeypatch: An
         cli.main()
     assert exit_.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("SPT: mix 2% of the domain into all of 200B pretraining tokens, which reads it 13.3 times")
+    assert said.startswith("SPT: pretrain with 2% domain data in all of 200B tokens, which reads the domain 13.3 times")
     for words in (
         "by laws fitted to the runs",
-        "extrapolates 2×",
+        "extrapolates by 2×",
         "finetuner's tax",
         "1T tokens served",
         "tokens: 200",
@@ -252,43 +254,43 @@ def test_advice_is_plain_data_and_prints(beyond: dict[str, Any], monkeypatch: An
 # ------------------------------------------------------------------------------------------------ without laws
 
 
-def test_too_few_budgets_for_a_law(one_budget: pd.DataFrame) -> None:
+def test_with_too_few_budgets_for_a_law_the_best_measured_arm_is_advised(one_budget: pd.DataFrame) -> None:
     given = asked(one_budget)
     assert (given["decision"]["delta"], given["decision"]["basis"]) == (0.02, "seen")
     assert given["shares"] is None
-    assert "a law needs finetunes after 3 budgets or more" in given["missing"][-1]
+    assert "a law needs two shares or more with finetunes after at least 3 budgets" in given["missing"][-1]
     assert "no law of finetuned losses could be fitted" in given["support"]["verdict"]
     assert given["support"]["next"].startswith("add budgets")
     assert given["expected"]["domain"]["low"] <= given["expected"]["domain"]["mean"]
     assert given["regimes"]["FT"]["domain"]["mean"] > given["regimes"]["SPT"]["domain"]["mean"]
 
 
-def test_a_budget_of_one_share_is_no_comparison(one_budget: pd.DataFrame) -> None:
+def test_a_budget_with_one_share_only_is_not_compared(one_budget: pd.DataFrame) -> None:
     alone = one_budget["pretrain_delta"] == 0.05
     longer = one_budget[alone].assign(pretrain_tokens=400.0 * B, run="longer " + one_budget["run"][alone])
     assert asked(pd.concat([one_budget, longer], ignore_index=True), 400 * B)["seen"]["tokens"] == 200 * B
 
 
-def test_one_seed_says_nothing_about_chance(stored: pd.DataFrame) -> None:
+def test_with_one_seed_chance_is_called_unknown(stored: pd.DataFrame) -> None:
     given = asked(stored[stored["seed"] == 0], 100 * B)
-    assert "with one seed, nothing says how much of it is chance" in given["support"]["verdict"]
+    assert "with one seed it is unknown how much of the differences is chance" in given["support"]["verdict"]
     assert "add seeds" in given["support"]["next"]
 
 
-def test_too_far_away_for_what_was_seen(one_budget: pd.DataFrame) -> None:
+def test_a_budget_far_from_the_measured_one_gets_the_published_answer(one_budget: pd.DataFrame) -> None:
     given = asked(one_budget, 1000 * B)
     assert given["decision"]["basis"] == "published"
     assert given["expected"] is None
-    assert "lie 5× in pretraining tokens away" in given["support"]["verdict"]
+    assert "differ by 5× in pretraining tokens" in given["support"]["verdict"]
 
 
-def test_nothing_to_choose_among() -> None:
+def test_runs_with_one_share_get_the_published_answer() -> None:
     given = asked(spt_table(deltas=(0.02,), budgets=(200 * B,)))
     assert given["decision"]["basis"] == "published"
     assert "two shares of it or more" in given["missing"][-1]
 
 
-def test_no_runs() -> None:
+def test_without_runs_the_answer_is_the_published_one() -> None:
     given = advise(domain_tokens=30_000_000, budget=20 * B, model="1b", inference_tokens=10**12)
     assert given["decision"]["basis"] == "published"
     assert given["decision"]["delta"] == given["prior"]["delta"] == 0.026
@@ -299,7 +301,7 @@ def test_no_runs() -> None:
     json.dumps(given, allow_nan=False)
 
 
-def test_the_nearest_runs_answer() -> None:
+def test_the_answer_comes_from_the_runs_nearest_in_size_and_corpus() -> None:
     table = spt_table(
         deltas=(0.0, 0.02),
         budgets=(20 * B,),
@@ -316,7 +318,7 @@ def test_the_nearest_runs_answer() -> None:
 
 
 def with_scpt(table: pd.DataFrame, factor: float) -> pd.DataFrame:
-    """Also runs whose last tenth holds 1% of domain text, and finetunes of them with `factor` times the loss at 2%."""
+    """The table with SCPT runs: 1% domain text in the last tenth, and finetunes with `factor` times the loss at 2%."""
     pretrained = table[(table["stage"] == 0) & (table["delta"] == 0)]
     rising = 0.01 * (pretrained["tokens"] - 180 * B).clip(lower=0)
     late = pretrained.assign(
@@ -337,14 +339,14 @@ def with_scpt(table: pd.DataFrame, factor: float) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("factor", "regime"), [(0.98, "SCPT"), (1.02, "SPT")])
-def test_late_mixing_where_it_was_run(one_budget: pd.DataFrame, factor: float, regime: str) -> None:
+def test_scpt_is_advised_if_its_runs_beat_spt(one_budget: pd.DataFrame, factor: float, regime: str) -> None:
     given = asked(with_scpt(one_budget, factor))
     assert given["regimes"]["SCPT"]["delta"] == 0.001
     assert given["decision"]["regime"] == regime
     assert given["decision"]["delta"] == (0.001 if regime == "SCPT" else 0.02)
 
 
-def test_finetuning_alone_where_the_domain_hurts(one_budget: pd.DataFrame) -> None:
+def test_finetuning_only_is_advised_if_domain_data_in_pretraining_hurts(one_budget: pd.DataFrame) -> None:
     worse = one_budget["domain_heldout"] * np.where(one_budget["pretrain_delta"] > 0, 1.2, 1)
     given = asked(one_budget.assign(domain_heldout=worse))
     assert (given["decision"]["regime"], given["decision"]["delta"]) == ("FT", 0.0)
@@ -352,24 +354,24 @@ def test_finetuning_alone_where_the_domain_hurts(one_budget: pd.DataFrame) -> No
     assert given["regimes"]["says"][0].index("FT only") < given["regimes"]["says"][0].index("SPT")
 
 
-def test_a_limit_on_the_general_loss_takes_replay_first_and_then_shares(one_budget: pd.DataFrame) -> None:
+def test_a_limit_on_the_general_loss_is_met_by_replay_first_and_then_by_the_share(one_budget: pd.DataFrame) -> None:
     free, loose, tight, none = (asked(one_budget, max_general_rise=rise) for rise in (0.2, 0.07, 0.045, 0.001))
     assert [a["decision"]["replay"] for a in (free, loose, tight)] == [0.0, 0.01, 0.05]
     assert [a["decision"]["delta"] for a in (free, loose, tight)] == [0.02, 0.02, 0.02]
     before = min(arm["general"]["mean"] - arm["forgetting"]["mean"] for arm in tight["seen"]["arms"])
     assert tight["expected"]["general"]["mean"] <= 1.045 * before
     assert loose["expected"]["general"]["mean"] <= 1.07 * before
-    assert "no share and replay that were run keep the general loss within 0.001" in none["missing"][-1]
+    assert "no pair of share and replay that was run keeps the general loss within 0.001" in none["missing"][-1]
     assert (none["decision"]["delta"], none["decision"]["replay"]) == (0.05, 0.05)
 
 
-def test_a_limit_that_only_another_share_keeps(one_budget: pd.DataFrame) -> None:
+def test_a_limit_on_the_general_loss_changes_the_share_if_no_replay_was_run(one_budget: pd.DataFrame) -> None:
     plain = one_budget[one_budget["stage"].eq(0) | one_budget["injected"].eq(0)]
     assert asked(plain, max_general_rise=0.2)["decision"]["delta"] == 0.02
     assert asked(plain, max_general_rise=0.12)["decision"]["delta"] == 0.05
 
 
-def test_the_forgetting_law_says_how_much_replay_where_none_was_run() -> None:
+def test_the_forgetting_law_gives_the_replay_if_none_that_was_run_keeps_the_limit() -> None:
     table = spt_table(
         deltas=(0.0, 0.001),
         budgets=(200 * B,),
@@ -386,7 +388,7 @@ def test_the_forgetting_law_says_how_much_replay_where_none_was_run() -> None:
     recipe_from(yaml.safe_load(given["recipe"]))
 
 
-# ------------------------------------------------------------------------------------------------ what comes after
+# ------------------------------------------------------------------------------------------------ recipes and input
 
 
 @pytest.mark.parametrize(
@@ -400,7 +402,9 @@ def test_the_forgetting_law_says_how_much_replay_where_none_was_run() -> None:
         ),
     ],
 )
-def test_the_recipe_can_be_pasted(domain_tokens: int, budget: int, mixtures: list[dict[str, float]]) -> None:
+def test_the_recipe_is_valid_and_carries_out_the_decision(
+    domain_tokens: int, budget: int, mixtures: list[dict[str, float]]
+) -> None:
     given = advise(domain_tokens=domain_tokens, budget=budget, model="1b")
     recipe = recipe_from(yaml.safe_load(given["recipe"]))
     assert [{name: float(share) for name, share in phase.mixture.items()} for phase in recipe.phases] == mixtures
@@ -409,7 +413,7 @@ def test_the_recipe_can_be_pasted(domain_tokens: int, budget: int, mixtures: lis
     assert recipe.phases[-1].stop
 
 
-def test_learning_rates_are_those_of_runs_about_as_large() -> None:
+def test_learning_rates_are_those_of_the_runs_if_the_model_is_about_as_large() -> None:
     table = pd.read_csv(STORED).fillna({"after": ""})
     table.loc[(table["stage"] == 1) & (table["seed"] == 1), "lr"] = 3e-4
     for size, of, pretrain, finetune in (
@@ -433,7 +437,7 @@ def test_shares_of_a_recipe_sum_to_one(delta: float) -> None:
     assert float(last.mixture["general"]) == pytest.approx(1 / 97, rel=1e-3)
 
 
-def test_how_far_the_domain_lies(tmp_path: Path, one_budget: pd.DataFrame) -> None:
+def test_the_distance_of_the_domain_is_measured_on_given_datasets(tmp_path: Path, one_budget: pd.DataFrame) -> None:
     general, domain = (write_dataset(tmp_path / name, seed, 3000) for seed, name in enumerate(("general", "domain")))
     given = asked(one_budget, general=general, domain=domain)
     assert given["distance"]["divergence"]["unigrams"] >= 0
@@ -446,8 +450,8 @@ def test_how_far_the_domain_lies(tmp_path: Path, one_budget: pd.DataFrame) -> No
     [
         ({"model": "1bb"}, "model: '1bb' is invalid: give a preset (did you mean '1b'?)"),
         ({"model": None, "inference_tokens": 10}, "model: missing"),
-        ({"general": "a"}, "general: how far two datasets lie apart takes both; add `domain=PREFIX`"),
-        ({"domain": "a"}, "domain: how far two datasets lie apart takes both; add `general=PREFIX`"),
+        ({"general": "a"}, "general: a distance needs two datasets; add `domain=PREFIX`"),
+        ({"domain": "a"}, "domain: a distance needs two datasets; add `general=PREFIX`"),
         (
             {"max_general_rise": 3.0},
             "max_general_rise: 3.0 is invalid: write a share between 0 and 1; did you mean 3.0%?",
@@ -455,7 +459,7 @@ def test_how_far_the_domain_lies(tmp_path: Path, one_budget: pd.DataFrame) -> No
         ({"domain_tokens": 0}, "domain_tokens: 0 is invalid: write a positive whole number"),
     ],
 )
-def test_what_cannot_be_asked(more: dict[str, Any], says: str) -> None:
+def test_invalid_arguments_are_named_with_a_remedy(more: dict[str, Any], says: str) -> None:
     with pytest.raises(RecipeError) as caught:
         advise(**{"domain_tokens": 10**7, "budget": B} | more)
     assert says in str(caught.value)
@@ -468,8 +472,8 @@ def test_a_limit_needs_general_losses(one_budget: pd.DataFrame) -> None:
 
 @pytest.mark.filterwarnings("ignore::spt_fast.laws.IdentificationWarning")
 @pytest.mark.parametrize(("study", "within"), [("2026-11-29-cpu2-spt-abc", 0.6), ("2026-11-21-cpu2-spt-music", 1.5)])
-def test_the_gain_that_laws_expect_of_a_stored_study_is_the_measured_one(study: str, within: float) -> None:
-    """After the largest budget, within so many percentage points."""
+def test_the_gain_that_laws_predict_for_a_stored_study_is_the_measured_one(study: str, within: float) -> None:
+    """At the largest budget they differ by at most `within` percentage points."""
     table = read_table([Path(__file__).parents[2] / "benchmarks" / "results" / f"{study}.csv"])
     ((_, rows),) = views.post_finetuning(usable(table))
     law = laws.PostFinetuneLaw().fit(rows)

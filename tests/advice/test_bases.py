@@ -1,4 +1,4 @@
-"""Advice for going on from a base: by its runs, by laws where a limit asks for them, by the papers without runs."""
+"""Advice on continuing from a base: by its runs, by laws for a limit on the general loss, or by the papers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def table_of(*bases: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_a_question_far_beyond_the_runs_of_a_base_says_by_how_much() -> None:
+def test_a_question_outside_the_runs_of_a_base_is_answered_with_the_factors() -> None:
     table = table_of("SmolLM2-135M")
     near, far = (
         advise_base(domain_tokens=size, budget=budget, model=model, table=table).missing
@@ -73,12 +73,12 @@ def test_a_question_far_beyond_the_runs_of_a_base_says_by_how_much() -> None:
     )
     assert not near
     assert far == [
-        "the question lies beyond these runs, and losses and the best arm may differ there; run the best arms nearer "
-        "to it: 2,000× in tokens, 1,000× in domain tokens, 7.61× in parameters, 1.98× in epochs"
+        "the question is outside these runs, so losses and the best arm may differ; run the best arms nearer to it: "
+        "2,000× in tokens, 1,000× in domain tokens, 7.61× in parameters, 1.98× in epochs"
     ]
 
 
-def test_the_arm_that_costs_the_domain_nothing_and_forgets_least_is_advised() -> None:
+def test_the_arm_with_the_lowest_general_loss_at_no_cost_in_the_domain_is_advised() -> None:
     table = table_of("SmolLM2-135M")
     assert of_bases(usable(table))
     advice = advise_base(domain_tokens=3 * M, budget=20 * M, table=table)
@@ -98,7 +98,7 @@ def test_the_arm_that_costs_the_domain_nothing_and_forgets_least_is_advised() ->
     assert (recipe.phases[0].batch.sequences, recipe.phases[0].batch.context) == (4, 512)
 
 
-def test_a_table_of_runs_from_a_base_is_answered_as_such_wherever_it_is_asked(tmp_path: Path) -> None:
+def test_a_table_of_runs_from_a_base_gets_advice_on_the_base_from_call_command_and_report(tmp_path: Path) -> None:
     table = table_of("SmolLM2-135M")
     asked: dict[str, Any] = {"domain_tokens": 3 * M, "budget": 20 * M}
     given = advise(**asked, table=table)
@@ -107,13 +107,13 @@ def test_a_table_of_runs_from_a_base_is_answered_as_such_wherever_it_is_asked(tm
     save_table(table, tmp_path)
     flags = ["--domain-tokens", "3M", "--budget", "20M", "--runs", str(tmp_path), "--json"]
     assert json.loads(CliRunner().invoke(app, ["advise", *flags]).stdout) == as_json(given)
-    with pytest.raises(RecipeError, match=r"^inference_tokens: prices a model that is pretrained"):
+    with pytest.raises(RecipeError, match=r"^inference_tokens: the finetuner's tax is computed for pretraining only"):
         advise(**asked, table=table, inference_tokens=M)
     report([tmp_path], tmp_path / "page.html")
     assert "Continue with 99% of domain and 1% of general text." in (tmp_path / "page.html").read_text()
 
 
-def test_tables_that_know_no_window_and_bases_that_read_less(tmp_path: Path) -> None:
+def test_the_recipe_has_a_default_window_that_fits_the_context_of_the_base(tmp_path: Path) -> None:
     old = table_of("a").drop(columns=["sequences", "window"])
     save_table(old, tmp_path)
     (batch,) = (phase.batch for phase in _recipe(advise(domain_tokens=3 * M, budget=M, table=read_table([tmp_path]))))
@@ -130,16 +130,16 @@ def _recipe(advice: Advice | BaseAdvice) -> tuple[Phase, ...]:
     return recipe_from(parse_yaml(advice.recipe, "recipe")).phases
 
 
-def test_a_limit_on_the_general_loss_takes_what_keeps_it() -> None:
+def test_with_a_limit_the_lowest_domain_loss_within_it_is_advised_or_else_the_lowest_general_loss() -> None:
     table = table_of("a")
     limited = advise_base(domain_tokens=3 * M, budget=20 * M, table=table, max_general_rise=0.01)
     assert (limited.decision.replay, limited.decision.anchor) == (0.05, 0.0)
     none = advise_base(domain_tokens=3 * M, budget=20 * M, table=table, max_general_rise=0.001)
     assert (none.decision.replay, none.decision.anchor) == (0.01, 1.0)
-    assert "none ends at" in none.decision.says
+    assert "since no arm ends at" in none.decision.says
 
 
-def test_an_average_is_an_arm_and_the_base_that_is_asked_for_counts() -> None:
+def test_advice_uses_the_runs_and_averages_of_the_base_asked_for() -> None:
     table = table_of("a", "b")
     averaged = [row(0.01, 0.0, (1.80, 3.0), seed=seed, run=f"avg-{seed}", base="b", average=0.1) for seed in (0, 1)]
     averaged = [of_run | {"window": 256} for of_run in averaged]
@@ -149,8 +149,8 @@ def test_an_average_is_an_arm_and_the_base_that_is_asked_for_counts() -> None:
         assert (given.decision.average, _recipe(given)[0].batch.context) == (average, window)
 
 
-def test_the_best_rate_is_of_each_base() -> None:
-    """Two of one size: what is best for one isn't for the other."""
+def test_the_best_learning_rate_is_chosen_for_each_base() -> None:
+    """Two bases of one size with different best rates."""
     rows = [
         row(0.0, 0.0, (1.8 + 0.1 * (lr != best), 3.0), lr=lr, run=f"{base}-{lr}", base=base)
         for base, best in (("a", 1e-5), ("b", 1e-4))
@@ -160,7 +160,7 @@ def test_the_best_rate_is_of_each_base() -> None:
     assert dict(zip(kept["base"], kept["lr"], strict=True)) == {"a": 1e-5, "b": 1e-4}
 
 
-def test_d_cpt_laws_choose_the_share_where_a_limit_is_asked() -> None:
+def test_with_a_limit_the_d_cpt_laws_choose_the_share() -> None:
     table = dcpt_table().assign(base="a")
     corpus, asked = int(table["domain_tokens"].iloc[0]), {"budget": 20_000 * M, "model": 200 * M}
     shares = [
@@ -170,7 +170,7 @@ def test_d_cpt_laws_choose_the_share_where_a_limit_is_asked() -> None:
     assert 0 < shares[0].delta < shares[1].delta <= 1
 
 
-def test_the_command_answers_for_a_base_with_and_without_runs(tmp_path: Path) -> None:
+def test_the_command_advises_on_a_base_with_and_without_runs(tmp_path: Path) -> None:
     config = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=64, vocab_size=64)
     GPT(config).save_hf(tmp_path / "base")
     asked = ["advise", "--domain-tokens", "3M", "--budget", "20M"]
@@ -181,6 +181,6 @@ def test_the_command_answers_for_a_base_with_and_without_runs(tmp_path: Path) ->
     save_table(table_of("SmolLM2-135M"), tmp_path)
     said = CliRunner().invoke(app, [*asked, "--runs", str(tmp_path)])
     assert said.exit_code == 0, said.output
-    assert "go on with 99% of domain and 1% of general text" in said.stdout
+    assert "continue with 99% of domain and 1% of general text" in said.stdout
     with pytest.raises(RecipeError, match="budget"):
         advise_base(domain_tokens=3 * M, budget=0)

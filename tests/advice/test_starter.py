@@ -1,4 +1,4 @@
-"""`spt-fast init`: what it writes can be planned and priced, is sized for machine and text, and replaces nothing."""
+"""`spt-fast init`: its files can be planned and priced, are sized for machine and text, and replace nothing."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_text(folder / "general.jsonl", 1500, 7), write_text(folder / "my chem.jsonl", 400, 11)
 
 
-def test_the_rate_of_a_cpu_is_that_of_the_dtype_that_training_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each dtype's product takes a time of its own here, so that nothing depends on the machine's load."""
+def test_the_rate_of_a_cpu_is_that_of_the_faster_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of each dtype's matmul is given, so that the machine's load does not matter."""
     seconds = {torch.float32: 4.0, torch.bfloat16: 1.0}
     monkeypatch.setattr(sizing, "medians", lambda rivals, **_: [seconds[rival.args[0].dtype] for rival in rivals])
     rates = {}
@@ -73,7 +73,7 @@ def slow_machine(monkeypatch: pytest.MonkeyPatch, flops_per_s: float) -> None:
 
 
 @pytest.mark.parametrize("hours", ["0.1", "0.2"])
-def test_from_text_to_a_recipe_that_plans_and_a_study_that_is_priced(
+def test_text_becomes_a_recipe_that_can_be_planned_and_a_study_that_can_be_priced(
     hours: str,
     texts: tuple[Path, Path],
     tmp_path: Path,
@@ -118,7 +118,7 @@ def test_from_text_to_a_recipe_that_plans_and_a_study_that_is_priced(
     assert load_recipe(tmp_path / "second" / "recipe.yaml").tokenizer == str(out / "data" / "bpe.tiktoken")
 
 
-def test_text_under_another_key_with_a_broken_line_is_read_as_the_flags_say(
+def test_text_key_and_skip_bad_apply_to_the_text_of_init(
     texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow_machine(monkeypatch, 2e9)
@@ -144,7 +144,7 @@ def sizes(flops_per_s: float, general: int, domain: int) -> starter.FromScratch:
     return starter.FromScratch.of(corpora(general, domain), 32_768, Device("cpu", 1, flops_per_s, None), 24.0)
 
 
-def test_the_sizes_follow_machine_and_text() -> None:
+def test_model_batch_and_rate_grow_with_machine_and_text() -> None:
     laptop = sizes(50e9, 2 * 10**9, 10**7)
     node = sizes(8 * 400e12, 10**11, 10**9)
     scarce = sizes(8 * 400e12, 10**8, 10**6)

@@ -1,4 +1,4 @@
-"""`spt-fast init --init BASE`: a recipe and a study that start from the base, of its size, tokenizer and context."""
+"""`spt-fast init --init BASE`: a recipe and a study that start from a base, with its size, tokenizer and context."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHAPE = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=CONTE
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose texts begin with a token, and two corpora."""
+    """A base whose documents have a begin token, and two corpora."""
     folder = tmp_path_factory.mktemp("bases")
     GPT(SHAPE).save_hf(hf_tokenizers.write(folder / "base"))
     write_text(folder / "general.jsonl", 600, 7)
@@ -45,14 +45,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begun(place: Path, out: Path, seconds: float, monkeypatch: pytest.MonkeyPatch, **given: Any) -> starter.Begun:
-    """For so much training on a slow machine."""
+    """The files of `init` for this many seconds of training on a slow machine."""
     monkeypatch.setattr(sizing, "flops_per_s", lambda device: 2e9)
     given = {"init": place / "base", "hours": seconds / 3600, "progress": False} | given
     return starter.begin(place / "general.jsonl", place / "chem.jsonl", out, **given)
 
 
 @pytest.mark.filterwarnings("ignore::spt_fast.errors.SptWarning")
-def test_a_recipe_that_is_tried_and_a_study_that_is_priced(
+def test_a_base_becomes_a_recipe_that_passes_a_dry_run_and_a_study_that_can_be_priced(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sizing, "flops_per_s", lambda device: 2e9)
@@ -82,7 +82,7 @@ def test_a_recipe_that_is_tried_and_a_study_that_is_priced(
 
 
 @pytest.mark.filterwarnings("ignore::spt_fast.errors.SptWarning")
-def test_a_corpus_that_time_allows_to_read_once_is_pretrained_on(
+def test_continued_pretraining_is_planned_if_time_allows_less_than_two_epochs(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = begun(place, tmp_path, 8.0, monkeypatch)
@@ -101,7 +101,7 @@ def test_a_corpus_that_time_allows_to_read_once_is_pretrained_on(
 
 
 @pytest.mark.filterwarnings("ignore::spt_fast.errors.SptWarning")
-def test_a_run_is_gone_on_from_with_its_own_tokens_at_the_ends_of_documents(
+def test_a_run_as_the_base_keeps_its_own_end_and_begin_tokens(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(place / "chem.jsonl", tmp_path / "data" / "chem", place / "base", workers=1, progress=False)
@@ -109,10 +109,12 @@ def test_a_run_is_gone_on_from_with_its_own_tokens_at_the_ends_of_documents(
     raw |= {"sources": {"chem": {"train": str(tmp_path / "data" / "chem")}}}
     phase = {"name": "finetune", "tokens": "4K", "mixture": {"chem": 1}, "optimizer": {"lr": 1e-3}}
     run(recipe_from(raw | {"phases": [phase]}), progress=False)
-    with pytest.warns(SptWarning, match=r"^hours: 0.1 s is short for 9.52K parameters on this machine \(cpu\): 25.6K"):
+    with pytest.warns(
+        SptWarning, match=r"^hours: 0.1 s is short for 9.52K parameters on this machine \(cpu\): the minimum of 25.6K"
+    ):
         first = begun(place, tmp_path / "out", 0.1, monkeypatch, init=tmp_path / "run")
     assert (first.model, first.parameters, first.tokens) == ("run", 9520, 200 * CONTEXT)
-    assert first.study is None, "it would take longer than the training"
+    assert first.study is None, "its runs would be nearly as long as the training"
     made = TokenDataset.open(load_recipe(first.recipe).sources["chem"].train)
     assert (made.eos_id is not None, made.bos_id) == (True, None), "as the run's, unlike the base's"
 
@@ -125,7 +127,7 @@ def changed(place: Path, folder: Path, **fields: Any) -> Path:
     return folder
 
 
-def test_what_a_base_lacks_is_said_before_any_text_is_prepared(
+def test_an_unusable_base_or_tokenizer_is_refused_before_any_text_is_prepared(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(error: type[Exception], says: str, **given: Any) -> None:
@@ -146,13 +148,11 @@ def test_what_a_base_lacks_is_said_before_any_text_is_prepared(
     refused(RecipeError, r"it has 300 ids, the weights at \S+ only 256; name the original one", init=bare, **other)
     endless = tmp_path / "endless"
     GPT(SHAPE).save_hf(hf_tokenizers.write(endless, eos=None))
-    refused(
-        DataError, r"names no token that ends a text; prepare both texts with `spt-fast prepare --eos", init=endless
-    )
+    refused(DataError, r"names no end-of-text token; prepare both texts with `spt-fast prepare --eos", init=endless)
 
 
 @pytest.mark.filterwarnings("ignore::spt_fast.errors.SptWarning")
-def test_a_tokenizer_that_the_base_lacks_can_be_named(
+def test_a_base_without_a_tokenizer_takes_the_named_one(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     GPT(SHAPE).save_hf(tmp_path / "bare")
@@ -180,7 +180,7 @@ def test_the_rate_falls_and_the_step_grows_with_the_size_of_the_base() -> None:
     assert sized("1b", domain=20_000).window == 128, "several windows of the held-out text"
 
 
-def test_memory_decides_how_a_step_is_held() -> None:
+def test_the_engine_is_the_fastest_one_that_fits_the_memory() -> None:
     assert [sized(preset)._engine() for preset in ("124m", "1b")] == ["", ""]
     said = (
         "engine: {stage: 2, offload: optimizer, checkpointing: full}  # so that a step fits the GPU's memory; it takes"
@@ -194,7 +194,7 @@ def test_memory_decides_how_a_step_is_held() -> None:
     written = node.recipe(Path("out"), None)
     assert "torchrun --standalone --nproc_per_node=8 -m spt_fast.train out/recipe.yaml" in written
     assert "spt-fast plan out/recipe.yaml --gpus 8" in written
-    assert "offload: optimizer" in str(node.study(Path("out"), None)), "whose runs have a GPU each"
+    assert "offload: optimizer" in str(node.study(Path("out"), None)), "each run of a study has one GPU"
     assert sized("8b", Device("cpu", 1, 1e12, None), hours=10_000)._engine() == ""
 
 
@@ -209,6 +209,6 @@ def test_a_step_from_a_base_leaves_room_for_the_anchor_that_the_study_tries() ->
         assert replace(one, device=gpu).fits(1) is fits
 
 
-def test_hours_decide_between_three_rates_one_and_a_continued_pretraining() -> None:
+def test_hours_decide_between_a_finetune_with_three_rates_or_one_and_continued_pretraining() -> None:
     week, day, hour = (sized("1b", hours=hours) for hours in (24 * 7, 1.0, 0.1))
     assert [(one.finetunes, one.arms) for one in (week, day, hour)] == [(True, 3), (True, 1), (False, 1)]

@@ -1,4 +1,4 @@
-"""The finetuner's tax: accounts by hand, and sizes that are known to reach a loss."""
+"""The finetuner's tax: FLOPs by hand, and model sizes of a known loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.study.synthetic import FLOOR, PARAMS, SIZE_EXPONENT, after, spt_table
 TWICE = Larger(Interval(2.0, 1.0, 4.0), "runs", "")
 
 
-def test_accounts_side_by_side() -> None:
+def test_accounts_hold_the_flops_of_pretraining_finetuning_and_serving() -> None:
     given = tax(params=1e9, budget=20 * 10**9, finetune_tokens=1e8, served=10**12, larger=TWICE)
     small, large, free = given.accounts
     assert (small.pretraining, small.finetuning, small.serving) == (1.2e20, 6e17, 2e21)
@@ -37,7 +37,7 @@ def test_break_even_is_where_both_have_cost_the_same() -> None:
     assert small.total == pytest.approx(free.total, rel=1e-9)
 
 
-def test_the_published_gaps_as_sizes() -> None:
+def test_the_published_gaps_give_the_factors_in_size() -> None:
     factor = published_factor().factor
     assert (factor.low, factor.mean, factor.high) == pytest.approx((1.287, 2.435, 4.311), abs=1e-3)
 
@@ -53,7 +53,7 @@ def sizes() -> pd.DataFrame:
     return plainest(finetunes(usable(table)))
 
 
-def test_the_size_that_reaches_the_loss_of_spt(sizes: pd.DataFrame) -> None:
+def test_the_factor_is_the_size_at_which_finetuning_only_reaches_the_loss_of_spt(sizes: pd.DataFrame) -> None:
     found = factor_of(sizes, PARAMS)
     assert found is not None
     spt, finetuned = (after(200e9, delta, PARAMS, 300_000_000) for delta in (0.02, 0.0))
@@ -64,7 +64,7 @@ def test_the_size_that_reaches_the_loss_of_spt(sizes: pd.DataFrame) -> None:
     assert "after 200B tokens 109M parameters by SPT at 2%" in found.says
 
 
-def test_a_loss_that_no_size_reaches_is_a_bound(sizes: pd.DataFrame) -> None:
+def test_if_no_size_reaches_the_loss_the_factor_is_a_lower_bound(sizes: pd.DataFrame) -> None:
     found = factor_of(sizes[sizes["params"] < 1.5 * PARAMS], PARAMS)
     assert found is not None
     assert found.factor.mean == pytest.approx(1.4, rel=1e-6)

@@ -1,4 +1,4 @@
-"""A real browser for tests: headless Chromium, spoken to over a pair of pipes by the Chrome DevTools Protocol."""
+"""A real browser for tests: headless Chromium, controlled with the Chrome DevTools Protocol over a pair of pipes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ANSWER_WITHIN_S = 60.0
 
 
 def installed() -> str | None:
-    """The browser's command; None where there is none."""
+    """The path of the browser's command; None if there is none."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
 class Browser:
-    """One tab of a Chromium with an empty profile. `events` holds what the tab has reported, [(method, params)]."""
+    """One tab of a Chromium with an empty profile. `events`: what the tab has reported, as (method, params)."""
 
     def __init__(self, profile: Path) -> None:
         command = installed()
@@ -85,7 +85,7 @@ class Browser:
         until = time.monotonic() + ANSWER_WITHIN_S
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._from_browser], [], [], max(0, until - time.monotonic()))
-            assert ready, f"the browser has said nothing for {ANSWER_WITHIN_S:g} s"
+            assert ready, f"no answer from the browser within {ANSWER_WITHIN_S:g} s"
             received = os.read(self._from_browser, 1 << 20)
             assert received, "the browser has ended"
             self._buffer += received
@@ -96,7 +96,7 @@ class Browser:
         return message
 
     def open(self, page: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Load a file and wait until it is there."""
+        """Open a file and wait until it is loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="", features=[scheme])
@@ -106,13 +106,13 @@ class Browser:
             self._receive()
 
     def evaluate(self, script: str) -> Any:
-        """The value of an expression of JavaScript, of a promise when it has settled."""
+        """The value of a JavaScript expression; of a promise, the value it settles to."""
         result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
     def errors(self) -> list[str]:
-        """What the page's console holds of errors."""
+        """The errors and warnings in the page's console."""
         found = [
             params["exceptionDetails"]["text"] for method, params in self.events if method == "Runtime.exceptionThrown"
         ]
@@ -127,6 +127,6 @@ class Browser:
         return [params["request"]["url"] for method, params in self.events if method == "Network.requestWillBeSent"]
 
     def screenshot(self, path: Path) -> None:
-        """Of the whole page, as a PNG."""
+        """Write the whole page as a PNG."""
         taken = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(taken["data"]))

@@ -1,4 +1,4 @@
-"""The report as a reader meets it, in a real browser; and what it says of tables whose answer is known."""
+"""The report in a real browser, and its text for tables with a known answer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EVIL = "<img src=x onerror='pwned = 1'> & <b>\"5%\"</b>"
 
 
 def small_table() -> pd.DataFrame:
-    """SPT with two seeds, two arms with replay, and two runs that failed, with names to be careful with."""
+    """SPT with two seeds, two arms with replay, and two runs that failed, with names that need escaping."""
     budgets = (20_000_000_000, 50_000_000_000, 100_000_000_000, 200_000_000_000)
     table = spt_table(deltas=(0.0, 0.01, 0.02, 0.05), budgets=budgets)
     replayed = spt_table(deltas=(0.0, 0.02), budgets=budgets[-1:], injected=(0.01, 0.1), anchors=(0.0, 0.1), seed=5)
@@ -53,7 +53,7 @@ def small_table() -> pd.DataFrame:
 
 
 def reported(table: pd.DataFrame, folder: Path, *options: str) -> Path:
-    """The page that the command writes of a study."""
+    """The page that the command writes for a study of this table."""
     save_table(table, folder)
     out = folder / "out" / "report.html"
     with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +65,7 @@ def reported(table: pd.DataFrame, folder: Path, *options: str) -> Path:
 
 
 def trained(study: Path, table: pd.DataFrame) -> None:
-    """The folders of some of a table's runs, with what the report reads in them."""
+    """Write folders for six of the table's runs with the files that the report reads, and one damaged folder."""
     for name, phase in [*dict.fromkeys(zip(table["run"], table["phase"], strict=True))][:6]:
         folder = study / "runs" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @in_a_browser
-def test_the_page_loads_without_an_error_and_asks_for_nothing(written: Path, browser: Browser) -> None:
+def test_the_page_loads_without_errors_and_requests_nothing(written: Path, browser: Browser) -> None:
     browser.open(written)
     assert browser.errors() == []
     assert browser.requested() == [written.as_uri()]
@@ -116,7 +116,7 @@ def test_the_page_loads_without_an_error_and_asks_for_nothing(written: Path, bro
 
 @in_a_browser
 @pytest.mark.parametrize("width", [1440, 820, 390])
-def test_figures_are_seen_and_nothing_overflows(written: Path, browser: Browser, width: int) -> None:
+def test_figures_are_visible_and_nothing_overflows(written: Path, browser: Browser, width: int) -> None:
     browser.open(written, width=width, dark=width == 820)
     assert browser.evaluate("document.documentElement.scrollWidth") == width
     figures = browser.evaluate(
@@ -161,7 +161,7 @@ def test_figures_are_seen_and_nothing_overflows(written: Path, browser: Browser,
 
 
 @in_a_browser
-def test_a_page_on_paper_is_light_whole_and_within_its_margins(written: Path, browser: Browser, tmp_path: Path) -> None:
+def test_a_printed_page_is_light_complete_and_within_its_margins(written: Path, browser: Browser) -> None:
     browser.open(written, width=1000, dark=True)
     pdf = base64.b64decode(browser.call("Page.printToPDF", preferCSSPageSize=True)["data"])
     assert 5 < len(re.findall(rb"/Type /Page\b", pdf)) < 40
@@ -178,7 +178,7 @@ def test_the_table_of_runs_sorts_on_click(written: Path, browser: Browser) -> No
     browser.open(written)
 
     def clicked(heading: str) -> list[str]:
-        """What stands in a column after a click on its heading."""
+        """The texts of a column after a click on its heading."""
         return browser.evaluate(
             f"""(() => {{
                 const headings = [...document.querySelectorAll(".sortable th")];
@@ -208,7 +208,7 @@ def test_the_table_of_runs_sorts_on_click(written: Path, browser: Browser) -> No
 
 
 @in_a_browser
-def test_dark_paper_gets_light_ink_in_figures_too(written: Path, browser: Browser) -> None:
+def test_in_dark_mode_figures_have_light_ink(written: Path, browser: Browser) -> None:
     seen = {}
     for dark in (False, True):
         browser.open(written, dark=dark)
@@ -222,11 +222,11 @@ def test_dark_paper_gets_light_ink_in_figures_too(written: Path, browser: Browse
                 .map((colour) => Math.max(...colour.match(/[0-9]+/g).map(Number)))"""
         )
         assert len(brightness) > 100
-        assert not dark or min(brightness) > 40, "dark ink on dark paper"
+        assert not dark or min(brightness) > 40, "dark ink on a dark background"
     assert seen == {False: ["rgb(255, 255, 255)", "rgb(28, 32, 36)"], True: ["rgb(21, 24, 27)", "rgb(228, 231, 234)"]}
 
 
-# ------------------------------------------------------------------------------------------------ without one
+# ------------------------------------------------------------------------------------------------ without a browser
 
 
 class Text(HTMLParser):
@@ -249,7 +249,7 @@ class Text(HTMLParser):
         self._within &= tag != "main"
 
 
-def test_the_page_holds_everything_in_itself(written: Path) -> None:
+def test_the_page_is_self_contained(written: Path) -> None:
     html = written.read_text()
     assert len(html) < 2_000_000
     assert "http" not in re.sub(r"http-equiv|https?://example", "", html)
@@ -264,8 +264,8 @@ def test_the_page_holds_everything_in_itself(written: Path) -> None:
     assert f"finetune {EVIL}" in read.text
 
 
-def test_colours_of_pictures_follow_the_paper_and_tables_can_be_scrolled(written: Path) -> None:
-    """What the browser shows, as far as the text of the page tells it."""
+def test_figures_use_the_pages_colours_and_tables_are_scrollable(written: Path) -> None:
+    """The part of the browser tests that the page's source suffices for."""
     html = written.read_text()
     pictures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     assert len(pictures) == 16
@@ -323,8 +323,8 @@ def test_training_steps_are_drawn_for_the_kept_arm(written: Path) -> None:
     assert [panel.title for panel in figure.panels] == ["Pretraining · Training loss"]
 
 
-def test_the_pieces_of_a_pretraining_are_one_line_of_training_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run with budgets is a phase for each; the second begins where the first ended."""
+def test_the_phases_of_a_pretraining_run_are_drawn_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with several budgets has a phase for each; the second begins where the first ended."""
     drawn = {}
     monkeypatch.setattr(panels, "steps_of_runs", lambda axes, curves, of, colours: drawn.update({of: curves}))
     rows = small_table().query("status == 'done' and stage == 0").iloc[:2].assign(run="r", phase=["p-20B", "p-50B"])
@@ -336,7 +336,7 @@ def test_the_pieces_of_a_pretraining_are_one_line_of_training_steps(monkeypatch:
     assert curve.figures["loss"].tolist() == [3, 2, 3, 2]
 
 
-def test_the_answer_stands_first(written: Path) -> None:
+def test_the_answer_comes_first(written: Path) -> None:
     said = Text(written.read_text()).text
     assert said.strip().startswith("Give the domain 2% of the pretraining tokens.")
     assert said.index("Certainty") < said.index("What the runs show") < said.index("Provenance")
@@ -362,7 +362,7 @@ def finetune(delta: float, seed: int, after: float, replay: float = 0.0, **other
     )
 
 
-def test_a_share_that_is_better_at_every_seed_is_given() -> None:
+def test_a_share_that_is_better_at_every_seed_is_recommended() -> None:
     rows = [finetune(d, s, loss + 0.01 * s) for d, loss in ((0.0, 2.0), (0.02, 1.8), (0.05, 1.9)) for s in (0, 1)]
     decision = decide((10, 20), rows)
     assert decision is not None
@@ -374,13 +374,13 @@ def test_a_share_that_is_better_at_every_seed_is_given() -> None:
     assert decision.arms[1].cells[3] == "1.805 ± 0.005"
 
 
-def test_what_chance_may_have_done_is_not_given_as_the_answer() -> None:
+def test_a_difference_that_may_be_chance_is_not_given_as_the_answer() -> None:
     rows = [finetune(0.0, 0, 2.0), finetune(0.0, 1, 2.2), finetune(0.02, 0, 1.95), finetune(0.02, 1, 2.1)]
     decision = decide((10, 20), rows)
     assert decision is not None
-    assert decision.headline == "2% of domain tokens is best so far, but it may be chance."
+    assert decision.headline == "A domain share of 2% is best so far, but that may be chance."
     assert "It was chosen on the select half of the held-out text; the losses are on the report half." in decision.sure
-    assert decision.sure[-1] == "It is the largest share that was run: a larger one may do better."
+    assert decision.sure[-1] == "It is the largest share that was run: a larger one may be better."
 
 
 def test_the_best_is_chosen_on_the_select_half() -> None:
@@ -394,21 +394,21 @@ def test_the_best_is_chosen_on_the_select_half() -> None:
     assert decision.best.delta == 0.05
 
 
-def test_halves_that_disagree_decide_nothing_and_without_a_select_half_that_is_said() -> None:
+def test_halves_that_disagree_give_no_decision_and_a_missing_select_half_is_reported() -> None:
     runs = [
         *(finetune(0.0, seed, 2.0 + 0.01 * seed, domain_select=2.0) for seed in (0, 1)),
         *(finetune(0.05, seed, 2.3 + 0.01 * seed, domain_select=1.9) for seed in (0, 1)),
     ]
     decision = decide((1, 2), runs)
     assert decision is not None
-    assert decision.headline == "No decision: 5% is best on the select half, and NPT on the report half."
+    assert decision.headline == "No decision: 5% is best on the select half, but NPT on the report half."
     unknown = decide((1, 2), [replace(run, domain_select=float("nan")) for run in runs])
     assert unknown is not None
     assert unknown.best.delta == 0
     assert "It was chosen by the losses that are shown, so its gain may be overestimated." in unknown.sure
 
 
-def test_replay_is_shown_but_the_share_is_chosen_without() -> None:
+def test_arms_with_replay_are_shown_but_the_share_is_chosen_among_those_without() -> None:
     rows = [finetune(0.0, 0, 2.0), finetune(0.02, 0, 1.9), finetune(0.0, 0, 1.8, replay=0.1, general_after=2.1)]
     decision = decide((10, 20), rows)
     assert decision is not None
@@ -416,11 +416,11 @@ def test_replay_is_shown_but_the_share_is_chosen_without() -> None:
     assert [arm.cells[0] for arm in decision.arms] == ["NPT", "NPT, 10% replay", "SPT 2%"]
 
 
-def test_where_no_share_helps_that_is_the_answer() -> None:
+def test_if_no_share_beats_npt_the_answer_is_finetuning_only() -> None:
     rows = [finetune(d, s, loss) for d, loss in ((0.0, 2.0), (0.02, 2.1)) for s in (0, 1)]
     decision = decide((10, 20), rows)
     assert decision is not None
-    assert decision.headline == "No share beats NPT: leave the domain to the finetune."
+    assert decision.headline == "No share beats NPT: use domain data in the finetune only."
     assert decision.costs == []
 
 
@@ -440,32 +440,32 @@ def test_continual_pretraining_is_decided_by_the_dcpt_law() -> None:
     assert "No run here was pretrained from scratch." in said
 
 
-def test_runs_that_decide_nothing_make_a_page_that_says_so() -> None:
+def test_the_page_reports_that_runs_do_not_decide_and_what_laws_lack() -> None:
     table = spt_table(deltas=(0.0, 0.02), budgets=(20_000_000_000,))
     missing = Fitted("overfitting", {}, pd.DataFrame(), "it takes <four> shares")
     said = Text(page(table[table["stage"] == 0], [missing], None)).text
     assert "These runs do not decide the pretraining mixture yet." in said
     assert "No overfitting law: it takes <four> shares." in said
-    assert "Held-out general loss" not in said  # that is for those who do not see the figure
+    assert "Held-out general loss" not in said  # the text for screen readers is not part of the page's text
 
 
-def test_advice_can_be_asked_for_what_was_not_run(tmp_path: Path) -> None:
+def test_advice_can_be_requested_for_a_size_and_budget_that_were_not_run(tmp_path: Path) -> None:
     table = spt_table(deltas=(0.0, 0.02), budgets=(20_000_000_000,))
     asked = ("--domain-tokens", "100M", "--budget", "40B", "--model", "1b")
     said = Text(reported(table[table["stage"] == 0], tmp_path, *asked).read_text()).text
     assert "Give the domain" in said
-    assert "40B pretraining tokens" in said
+    assert "domain data in all of 40B tokens" in said
     assert "Not supported by runs" in said
     assert "model: {preset: 1b}" in said
 
 
-def test_advice_that_leaves_the_regime_open_is_an_answer_too() -> None:
+def test_advice_with_two_possible_regimes_is_shown_as_the_answer() -> None:
     given = advise(domain_tokens=30_000_000, budget=100_000_000_000)
     assert given.decision.regime == "SPT or SCPT"
     assert "of the pretraining tokens, from the start or late." in page(dcpt_table(), [], given)
 
 
-def test_pretraining_without_domain_text_is_drawn_beside_every_corpus() -> None:
+def test_pretraining_without_domain_text_is_drawn_with_every_corpus() -> None:
     table = spt_table(deltas=(0.0, 0.02), budgets=(20_000_000_000,)).query("stage == 0")
     table["domain_tokens"] = table["domain_tokens"].where(table["delta"] > 0, 9e9)
     (figure,) = pretraining(table).figures
@@ -473,7 +473,7 @@ def test_pretraining_without_domain_text_is_drawn_beside_every_corpus() -> None:
     assert all(">0%</text>" in panel.svg and ">2%</text>" in panel.svg for panel in figure.panels)
 
 
-def test_whether_to_pretrain_is_a_section_where_the_runs_ask_it() -> None:
+def test_the_crossover_is_a_section_if_the_runs_compare_starts() -> None:
     table = pd.DataFrame(rows_of(seeds=3, noise=0.05)).assign(epochs=4.0, injected=0.0, phase="finetune", after="")
     html = page(table, [], None)
     (found,) = crossovers(table)
@@ -483,8 +483,8 @@ def test_whether_to_pretrain_is_a_section_where_the_runs_ask_it() -> None:
     assert "To pretrain or not" not in page(spt_table(), [], None)
 
 
-def test_the_page_and_fit_take_the_same_runs_for_whether_to_pretrain() -> None:
-    """Each seed of scratch is best at another rate; the arm has one, that with the lower mean."""
+def test_the_page_and_fit_use_the_same_runs_for_the_crossover() -> None:
+    """Each seed from scratch has another best rate; the arm uses the rate with the lowest mean."""
     table = pd.DataFrame(rows_of(seeds=2)).assign(epochs=4.0, injected=0.0, phase="finetune", after="")
     other = table[table["start"] == "scratch"].assign(lr=2e-3)
     by_seed = other["seed"].map({0: 0.97, 1: 1.01})
@@ -503,7 +503,7 @@ def test_a_table_without_general_losses_still_makes_a_page() -> None:
     assert "Lower is better." in said
 
 
-def test_the_page_says_what_its_losses_rest_on() -> None:
+def test_the_page_reports_the_text_behind_its_losses() -> None:
     table = spt_table()
     says = provenance(table, ["a"])
     assert says["Domain losses are on"] == "40 documents, 6,000 tokens, standard error up to 0.01 nats"
