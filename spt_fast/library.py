@@ -317,7 +317,7 @@ def evaluate(
 def compare(runs: Paths, *, out: AnyPath | None = None) -> Comparison:
     """Finished runs side by side: domain loss, forgetting, R_gain, compute multiplier.
 
-    runs  folders of finished runs, with pretraining and a finetune each
+    runs  folders of finished runs, with pretraining and a finetune each, or of a study, whose last stage is compared
     out   a folder for comparison.json and comparison.png
 
     Returns the figures of each arm and run. Raises RecipeError or CheckpointError for runs that are unfinished or

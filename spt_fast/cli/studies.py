@@ -39,7 +39,7 @@ def demo(out_folder: OutFolder = Path("demo")) -> None:
 
 @app.command(epilog=example("spt-fast compare runs/npt runs/spt --out comparison"))
 def compare(
-    runs: Annotated[list[Path], PathArgument(metavar="RUN…", help="The folders of finished runs.")],
+    runs: Annotated[list[Path], PathArgument(metavar="RUN…", help="The folders of finished runs, or of a study.")],
     out_folder: Annotated[
         Path | None, PathOption("--out", metavar="DIR", help="Write comparison.json and comparison.png to this folder.")
     ] = None,

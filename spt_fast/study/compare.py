@@ -31,6 +31,7 @@ from spt_fast.errors import RecipeError
 from spt_fast.study.behind import Behind
 from spt_fast.study.finetunes import Interval, Treatment, held_against
 from spt_fast.study.runs import FinetunePath, FinishedRun, check_comparable, differences
+from spt_fast.study.runs_table import last_runs
 from spt_fast.study.settings import beaten, in_words, setting_ids, setting_of, settings_of, varied
 from spt_fast.study.tasks import TaskTable, task_tables
 
@@ -243,15 +244,23 @@ class Verdict:
         return f"{JUDGED[self.figure]}, {self.arm.name} against {self.base.name}: {self.weighed}"
 
     @property
+    def by(self) -> str:
+        """The difference in words."""
+        if self.difference is None:
+            return "unknown, since the arms have no seed in common"
+        return f"{abs(self.difference):.3f} {'lower' if self.difference < 0 else 'higher'}"
+
+    @property
     def weighed(self) -> str:
         """The difference, and whether it exceeds the spread over seeds."""
         if self.difference is None:
-            return "unknown, since the arms have no seed in common"
-        by = f"{abs(self.difference):.3f} {'lower' if self.difference < 0 else 'higher'}"
+            return self.by
         if self.spread is None:
-            return f"{by}; one seed cannot show whether that is more than chance"
+            return f"{self.by}; one seed cannot show whether that is more than chance"
         seen = f"the spread between {self.seeds} seeds ({self.spread:.3f})"
-        return f"{by}, more than {seen}" if self.exceeds else f"{by}, not more than {seen}: this may be chance"
+        return (
+            f"{self.by}, more than {seen}" if self.exceeds else f"{self.by}, not more than {seen}: this may be chance"
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("difference", "spread", "seeds", "exceeds", "says")}
@@ -333,15 +342,17 @@ class Comparison:
         return _by_budget(self.runs)[self.tokens]
 
 
-def compare(run_folders: Sequence[str | Path]) -> Comparison:
-    """Compare finished runs. If runs of an arm differ in their optimizers' fields, the best setting is used.
+def compare(folders: Sequence[str | Path]) -> Comparison:
+    """Compare finished runs, or those of a study's last stage.
+
+    If runs of an arm differ in their optimizers' fields, the best setting is used.
 
     Raises RecipeError or CheckpointError for runs that are unfinished, lack pretraining or a finetune, are the same arm
     and seed, or differ in domain, held-out text, tokenizer or model.
     """
-    if not run_folders:
-        raise RecipeError("runs: none given; give the folders of finished runs")
-    runs = [FinishedRun.read(folder) for folder in run_folders]
+    if not folders:
+        raise RecipeError("runs: none given; give the folders of finished runs, or of a study")
+    runs = [FinishedRun.read(run) for folder in folders for run in last_runs(Path(folder))]
     check_comparable(runs)
     finetunes, tried = best_settings([Finetune.of(run) for run in runs])
     found = compare_finetunes(finetunes)
@@ -446,7 +457,8 @@ def _by_budget(runs: Iterable[Finetune]) -> dict[int, Arms]:
 def _refuse_twice(run: Finetune, other: Finetune) -> None:
     raise RecipeError(
         f"runs: {run.folder} and {other.folder} have the same delta ({run.treatment.key}), the same pretraining tokens "
-        f"({run.tokens:,}) and the same seed ({run.seed}); give one of them"
+        f"({run.tokens:,}) and the same seed ({run.seed}); give one of them; corpora of different sizes are "
+        "compared by `spt-fast report`"
     )
 
 

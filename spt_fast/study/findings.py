@@ -11,7 +11,7 @@ from rich.table import Table
 
 from spt_fast.printing import print_grid, print_table
 from spt_fast.study.behind import Behind, rests_on
-from spt_fast.study.compare import ArmFigures, Comparison, Tried
+from spt_fast.study.compare import JUDGED, ArmFigures, Comparison, Tried, Verdict
 from spt_fast.study.finetunes import Interval, Treatment, held_against
 from spt_fast.study.fits import Errors, Fits, Fitted, Score
 from spt_fast.study.tasks import COLUMNS, cells, title_of
@@ -96,7 +96,7 @@ def signed(figure: float, digits: int) -> str:
 
 def findings(comparison: Comparison) -> list[str]:
     """The findings, a sentence each."""
-    found = [verdict.says for by_arm in comparison.verdict.values() for verdict in by_arm.values()]
+    found = verdicts([verdict for by_arm in comparison.verdict.values() for verdict in by_arm.values()])
     equal = comparison.general_at_equal_domain
     if len(equal.general) > 1:
         losses = ", ".join(f"{arm.name} {loss.mean:.3f}" for arm, loss in equal.general.items() if loss)
@@ -104,6 +104,20 @@ def findings(comparison: Comparison) -> list[str]:
         found.append(f"when the finetune reaches a domain loss of {level}, the general loss is: {losses}")
     found += [*later(comparison), *behind(comparison)]
     return found + [line for arm in comparison.compute_multiplier or {} for line in multiplier(comparison, arm)]
+
+
+def verdicts(judged: Sequence[Verdict]) -> list[str]:
+    """A sentence for each verdict over several seeds; those of one seed in a sentence per figure, and a caution."""
+    found = [verdict.says for verdict in judged if verdict.seeds != 1]
+    single: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in judged:
+        if verdict.seeds == 1:
+            single.setdefault((JUDGED[verdict.figure], verdict.base.name), []).append(verdict)
+    found += [
+        f"{figure}, against {base}: " + "; ".join(f"{verdict.arm.name} {verdict.by}" for verdict in of_arms)
+        for (figure, base), of_arms in single.items()
+    ]
+    return [*found, "one seed cannot show which of these differences are more than chance"] if single else found
 
 
 def later(comparison: Comparison) -> list[str]:

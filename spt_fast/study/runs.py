@@ -64,7 +64,7 @@ class FinishedRun:
         folder = Path(folder)
         summary = summary_of(folder)
         if summary is None:
-            raise CheckpointError(f"{folder}: holds no summary.json; give the folder of a finished run")
+            raise CheckpointError(f"{folder}: holds no summary.json; give the folder of a finished run, or of a study")
         if summary["status"] != "done":
             why = f" ({summary['reason']})" if summary.get("reason") else ""
             raise CheckpointError(

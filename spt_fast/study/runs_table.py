@@ -258,6 +258,14 @@ def load_table(path: Path) -> pd.DataFrame:
     return table
 
 
+def last_runs(folder: Path) -> list[Path]:
+    """The runs of a study's last stage so far; another folder itself."""
+    if not (folder / "table.parquet").exists():
+        return [folder]
+    table = load_table(folder / "table.parquet")
+    return [folder / "runs" / run for run in table.loc[table["stage"] == table["stage"].max(), "run"].unique()]
+
+
 def check_place(folder: Path) -> None:
     """SptError if a study's folder holds a table that isn't a study's."""
     check_output(folder / "table.csv", "study", lambda file: head(file).startswith(b"run,phase,stage,"))

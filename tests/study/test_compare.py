@@ -274,6 +274,14 @@ def test_a_gain_is_of_the_budget_that_arms_share_and_the_multiplier_uses_all_of_
 # ------------------------------------------------------------------------------------------------ verdict
 
 
+def test_differences_of_one_seed_take_a_line_per_figure_and_one_caution(tmp_path: Path) -> None:
+    comparison = compare(runs_at(tmp_path, ("0", 1, 6.0), ("0.01", 1, 5.8), ("0.05", 1, 6.5)))
+    said = findings(comparison)
+    assert said[0] == "domain loss after finetuning, against NPT: SPT 1% 0.200 lower; SPT 5% 0.500 higher"
+    assert said.count("one seed cannot show which of these differences are more than chance") == 1
+    assert not any(line.startswith("domain loss after finetuning, SPT") for line in said)
+
+
 def test_verdict_when_arms_differ_by_more_than_seeds(four_runs: list[Path]) -> None:
     verdict = compared(four_runs)["verdict"]["domain_after"]["0.05"]
     assert verdict["difference"] == pytest.approx(-0.45)
@@ -378,7 +386,7 @@ def test_finetunes_of_one_base_are_held_against_the_plainest(tmp_path: Path) -> 
     said = console.export_text()
     assert re.search(r"finetune +base ", said), "how many tokens it was pretrained on is unknown"
     assert said.startswith("finetunes of hf ")
-    assert "forgetting, finetune, 5% replay against finetune: " in " ".join(said.split())
+    assert "forgetting, against finetune: finetune, 5% replay " in " ".join(said.split())
     assert "NPT" not in said
     assert [run["base"] for run in as_json(found)["runs"]] == ["hf", "hf"]
     write(found, tmp_path / "figures")

@@ -121,6 +121,7 @@ def test_finetunes_that_start_from_other_runs_can_be_compared(swept: tuple[Path,
         assert figures.domain_epochs == pytest.approx(row["pretrain_epochs"], rel=0.05)
     (warning,) = result.warnings
     assert "so the losses may be of different tokens" in warning
+    assert compare([folder]) == result, "a study stands for the runs of its last stage"
 
 
 def test_the_table_is_the_same_from_every_place(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
