@@ -30,6 +30,8 @@ BEYOND = 1.1
 """Intervals are given up to this many times the largest sum of rates that was run."""
 MOST_ROWS, FEWEST_ROWS = 300, 20
 """Rows that are fitted to, of all curves and of each."""
+MOST_DROPS = 200
+"""Drops of a curve that are added up: what neighbours of a slow decay give differs little."""
 LEAST_RATE = 1e-6
 """Least rate, as a share of the largest: a schedule may end at 0, which has no negative power."""
 
@@ -83,7 +85,7 @@ class MultiPowerLaw(FormulaLaw):
 
     def _features(self, columns: Columns, unit: dict[str, float]) -> Columns:
         """For each row the sum of rates up to it; for it and each drop of the rate before it [rows, drops]: the drop,
-        the rate after it, and the sum since."""
+        the rate after it, and the sum since. Of more than MOST_DROPS, neighbours count as one."""
         step, lr = columns["step"], columns["lr"]
         sums, found = np.empty(len(step)), []
         for rows in np.split(np.arange(len(step)), np.flatnonzero(np.diff(step) <= 0) + 1):
@@ -92,8 +94,7 @@ class MultiPowerLaw(FormulaLaw):
             fell = -np.diff(rate, prepend=rate[0])
             at = np.flatnonzero((fell != 0) & (np.arange(len(rate)) > rate.argmax()))
             middle = (sums[rows][at] + sums[rows][at - 1]) / 2
-            since = (sums[rows][:, None] - middle).clip(0)
-            found.append((np.where(since > 0, fell[at], 0.0), np.broadcast_to(rate[at], since.shape), since))
+            found.append(_merged(fell[at], rate[at], middle, sums[rows]))
         most = max(1, *(drops.shape[1] for drops, _, _ in found))
         drops, rates, since = (
             np.concatenate([np.pad(part, ((0, 0), (0, most - part.shape[1]))) for part in parts])
@@ -140,3 +141,26 @@ class MultiPowerLaw(FormulaLaw):
             self._misfits[names, of] = max(excess)
         draws = MISFIT_FREEDOM / chdtri(MISFIT_FREEDOM, QUANTILES)
         return np.outer(draws, np.full(len(sums), self._misfits[names, of]))
+
+
+def _merged(drops: Array, rates: Array, at: Array, sums: Array) -> tuple[Array, Array, Array]:
+    """(drops, rates after them, sums since) [rows, drops] at rows with these sums, of drops in order `at` these sums:
+    MOST_DROPS at most, of neighbours that together are about as large. Of each only the part before a row counts, with
+    the mean rate and place of that part, weighted by size."""
+    size = np.abs(drops)
+    share = (np.cumsum(size) - size / 2) / max(size.sum(), 1e-300)
+    alone = len(drops) <= MOST_DROPS
+    part = np.arange(len(drops)) if alone else np.unique((MOST_DROPS * share).astype(int), return_inverse=True)[1]
+    first = np.searchsorted(part, np.arange(part.max(initial=-1) + 1))
+    last = np.append(first[1:], len(drops))
+    until = np.clip(np.searchsorted(at, sums)[:, None], first, last)
+
+    def total(of: Array) -> Array:
+        up_to = np.concatenate([[0.0], np.cumsum(of)])
+        return up_to[until] - up_to[first]
+
+    weight = np.maximum(total(size), 1e-300)
+    since = sums[:, None] - total(size * at) / weight
+    passed = until > first
+    rate = np.where(passed, total(size * rates) / weight, rates[first] if len(first) else 0.0)
+    return np.where(passed, total(drops), 0.0), rate, np.where(passed, since.clip(0), 0.0)

@@ -14,6 +14,7 @@ import pytest
 
 from spt_fast import laws
 from spt_fast.errors import RecipeError
+from spt_fast.laws import annealing
 from spt_fast.laws.fitting import Fit, solve
 from tests.synthetic_runs import (
     CHINCHILLA,
@@ -331,6 +332,25 @@ def test_of_long_annealed_curves_a_few_hundred_rows_tell_the_law() -> None:
     law = laws.MultiPowerLaw().fit(table | {"lr": np.concatenate(rates), "loss": np.concatenate(losses)})
     assert 250 < len(law._fits["loss"].residual) <= 300
     assert law.predict(step=step, lr=cosine) == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_of_a_slow_decay_neighbouring_drops_of_the_rate_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cosine of 800 evaluations, and one that drops to a third on its way; each row knows only what was before it."""
+    truth = laws.MultiPowerLaw.from_params(L0=3.1, A=0.5, alpha=0.5, B=500, C=2, beta=0.5, gamma=0.6)
+    step = np.arange(1, 801) * 40.0
+    cosine = 1.65e-4 + 1.35e-4 * np.cos(np.pi * step / step[-1])
+    for lr in (cosine, np.where(step < 9000, cosine, cosine / 3)):
+        merged, half = truth.predict(step=step, lr=lr), truth.predict(step=step[:400], lr=lr[:400])
+        with monkeypatch.context() as patch:
+            patch.setattr(annealing, "MOST_DROPS", 1000)
+            each = truth.predict(step=step, lr=lr)
+        gain = each[0] - each.min()
+        assert merged == pytest.approx(each, abs=1e-3 * gain)
+        assert not np.array_equal(merged, each)
+        assert half == pytest.approx(each[:400], abs=1e-3 * gain)
+        features = truth._features({"step": step, "lr": lr}, {})
+        assert features["drops"].shape[1] <= annealing.MOST_DROPS
+        assert features["drops"].sum(axis=1) == pytest.approx(lr[0] - lr)
 
 
 def test_repeats_that_raise_the_loss_are_warned_of() -> None:
