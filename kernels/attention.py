@@ -24,7 +24,7 @@ flash_attn  the flash-attn package in its versions (flash_attn_2, _3, _4), if on
 sdpa        PyTorch's fused kernels (on a GPU cuDNN's or flash's) for plain attention; documents need a mask of B·T·T
             booleans and a window one of T·T, which is simple but not fast; the backward pass of cuDNN's is not
             deterministic
-cpu         our kernel for CPUs with AVX512-BF16, csrc/attention.cpp, causal and in bf16: attention_cpu.py
+cpu         our kernel for CPUs, csrc/attention.cpp, causal; float32 needs AVX-512, bf16 AVX512-BF16: attention_cpu.py
 reference   sdpa
 
 Triton's and the CPU's kernels are custom ops; the others are differentiable PyTorch calls. If PyTorch is set to be

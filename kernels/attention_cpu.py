@@ -1,4 +1,4 @@
-"""Causal attention on CPUs that multiply pairs of bf16 (AVX512-BF16): csrc/attention.cpp as a custom op.
+"""Causal attention on CPUs, float32 with AVX-512 and bf16 with AVX512-BF16: csrc/attention.cpp as a custom op.
 
 A query sees an interval of keys that ends with itself, so causality, rows, documents and a window reduce to one number
 per query, `first_BT`: the first key in its row that it sees, or one beyond itself for padding. Scores exist one tile of
@@ -18,17 +18,21 @@ from spt_fast import native
 from spt_fast.kernels.backend import custom_op, differentiable, new_like, with_dense_rows
 from spt_fast.kernels.documents import first_keys as first_keys_of
 
-SUPPORTED = native.is_built() and native.ops().cpu_attention_supported()
+INSTRUCTIONS = {torch.float32: "AVX-512", torch.bfloat16: "AVX512-BF16"}
+"""What a CPU needs, by dtype."""
+SUPPORTED = frozenset(
+    dtype for dtype in INSTRUCTIONS if native.is_built() and native.ops().cpu_attention_supported(dtype)
+)
 MAX_HEAD_DIM = 256
 
 
 def obstacle(q_BTHD: Tensor, causal: bool) -> str | None:
     """Why this can't compute the attention of these queries; None if it can."""
-    D = q_BTHD.shape[-1]
-    if not SUPPORTED:
-        return "this CPU has no AVX512-BF16, or the C++ extension is not built"
-    if q_BTHD.device.type != "cpu" or q_BTHD.dtype != torch.bfloat16:
-        return f"it supports bfloat16 on the CPU, not {q_BTHD.dtype} on {q_BTHD.device.type}"
+    D, dtype = q_BTHD.shape[-1], q_BTHD.dtype
+    if q_BTHD.device.type != "cpu" or dtype not in INSTRUCTIONS:
+        return f"it supports float32 and bfloat16 on the CPU, not {dtype} on {q_BTHD.device.type}"
+    if dtype not in SUPPORTED:
+        return f"this CPU has no {INSTRUCTIONS[dtype]}, which {dtype} needs, or the C++ extension is not built"
     if not causal:
         return "it is only causal"
     if D % 16 or not 0 < D <= MAX_HEAD_DIM:

@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import attention, attention_triton, flash_attention, flash_attn, launch, qkv_attention
+from spt_fast.kernels import (
+    attention,
+    attention_cpu,
+    attention_triton,
+    flash_attention,
+    flash_attn,
+    launch,
+    qkv_attention,
+)
 from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
@@ -430,8 +438,8 @@ def test_flash_attn_is_called_right(
 def test_a_projection_as_exact_as_torch(backend: str, dtype: torch.dtype, kind: str) -> None:
     """With tables for each row, grouped queries, and documents that end in padding."""
     B, T, H, K, D = 2, 70 if backend == "cpu" else 20, 4, 2, 48
-    if backend == "cpu" and dtype != torch.bfloat16:
-        pytest.skip("the CPU's kernel takes bf16")
+    if backend == "cpu" and dtype not in attention_cpu.SUPPORTED:
+        pytest.skip("this CPU lacks the instructions")
     qkv, upstream, *weights = random_tensors([(B, T, H + 2 * K, D), (B, T, H, D), (D,), (D,)], dtype)
     tables = () if kind == "as it is" else tuple(torch.stack([x, x.flip(0)]) for x in angles(T, D, torch.float32))
     weights = weights if kind == "normalised" else []

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_fast.errors import RecipeError
-from spt_fast.kernels import accumulate_in_place, fp8, prefer
+from spt_fast.kernels import accumulate_in_place, attention_cpu, fp8, prefer
 from spt_fast.model import gpt
 from spt_fast.model.config import RopeScaling
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -345,6 +345,39 @@ def test_longer_than_the_context_is_refused() -> None:
     model(tokens(1, 32))
     with pytest.raises(ValueError, match=r"33 tokens.*context is 32"):
         model(tokens(1, 33))
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True}, WINDOWS], ids=str)
+def test_attention_is_our_kernels_where_the_cpu_has_its_instructions(
+    fields: dict[str, object], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward in every layer, and nowhere PyTorch's; without the instructions only PyTorch's."""
+    if dtype not in attention_cpu.SUPPORTED:
+        pytest.skip(f"this CPU has no {attention_cpu.INSTRUCTIONS[dtype]}")
+    called: list[str] = []
+
+    def count(where: object, name: str) -> None:
+        real = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *given, **named: called.append(name) or real(*given, **named))
+
+    count(attention_cpu, "attention")
+    count(attention_cpu, "backward_into")
+    count(F, "scaled_dot_product_attention")
+    model = model_with_random_norms(head_dim=16, **fields).to(dtype)
+    losses = []
+    for supported in (attention_cpu.SUPPORTED, frozenset()):
+        monkeypatch.setattr(attention_cpu, "SUPPORTED", supported)
+        loss = model(tokens(2, 32), tokens(2, 32, seed=1))
+        loss.backward()
+        losses.append(loss.item())
+        ours = ["attention"] * 3 + ["backward_into"] * 3
+        assert called == (ours if supported else ["scaled_dot_product_attention"] * 3)
+        called.clear()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if dtype == torch.float32 else 0.02)
 
 
 # ------------------------------------------------------------------------------------------------------------- bf16

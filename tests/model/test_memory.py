@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from spt_fast.kernels import attention_cpu
 from spt_fast.model import gpt, memory
 from spt_fast.model.flops import block_matrices, parameters
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -89,6 +90,17 @@ def test_the_estimate_is_the_allocators_peak(
     stays = estimate["parameters"] + estimate["optimizer"]
     assert estimate["total"] == pytest.approx(peak, rel=0.05)
     assert estimate["total"] - stays == pytest.approx(peak - stays, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case[2] == FP32 and (case[4].get("documents") or case[0].get("window"))]
+)
+def test_without_our_attention_the_estimate_is_the_allocators_peak_too(
+    case: tuple[dict[str, Any], int, torch.dtype, str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's attention takes a mask of T x T for documents and windows."""
+    monkeypatch.setattr(attention_cpu, "SUPPORTED", frozenset())
+    test_the_estimate_is_the_allocators_peak(*case)
 
 
 def test_what_stays_is_counted_by_hand() -> None:
