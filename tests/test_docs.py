@@ -130,12 +130,25 @@ def best_shares(name: str) -> str:
     return f"best share (R_gain): {best}; there 10% loses {-gains[0.1].iloc[-1]:.1f}%"
 
 
+def after_a_later_finetune(name: str) -> str:
+    """Domain loss before and after a later finetune on other text, after NPT and after SPT with 5%."""
+    table = pd.read_csv(RESULTS / name)
+    later = table[table.handed_on & (table.stage == 2)]
+    delta = later.run.str.extract(r"pretrain-d([0-9.]+)-", expand=False).astype(float)
+    npt, spt = (
+        f"{own.domain_before.mean():.2f} → {own.domain_heldout.mean():.2f}"
+        for own in (later[delta == 0], later[delta == 0.05])
+    )
+    return f"domain loss {npt} in the second after NPT, {spt} after 5% SPT"
+
+
 def test_the_table_of_the_readme_is_what_the_results_say() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = {name: row for row in readme.splitlines() for name in re.findall(r"\(benchmarks/results/([^)]+)\)", row)}
     for name in ("2026-11-21-cpu2-spt-music.csv", "2026-11-21-cpu2-spt-smiles.csv"):
         assert spt_against_npt(name) in rows[name]
     assert best_shares("2026-11-29-cpu2-spt-abc.csv") in rows["2026-11-29-cpu2-spt-abc.csv"]
+    assert after_a_later_finetune("2026-11-29-cpu2-third-abc.csv") in rows["2026-11-29-cpu2-third-abc.csv"]
 
     runs = json.loads((RESULTS / "2026-11-21-cpu2-spt-3m.json").read_text())["runs"]
     npt, spt = ({r["seed"]: r["domain_after"] for r in runs if r["delta"] == delta} for delta in (0, 0.1))
