@@ -1,4 +1,4 @@
-"""The basis of held-out losses: documents, tokens, and their standard error."""
+"""The text behind held-out losses: its documents and tokens, and the standard error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Behind:
     """The text that a loss was measured on."""
 
     documents: int | None
-    """None where they aren't recorded."""
+    """None if it is not recorded."""
     tokens: int | None
     """None if a runs table of an earlier version doesn't record it."""
     standard_error: float | None
@@ -24,15 +24,15 @@ class Behind:
 
     @classmethod
     def of(cls, phase: Mapping[str, Any], source: str) -> Behind | None:
-        """For a source's held-out loss after a phase in summary.json; None for runs of versions that did not record
-        it."""
+        """The text behind a source's held-out loss after a phase of summary.json; None if an earlier version did not
+        record it."""
         scored, error = (phase.get(key, {}).get("heldout", {}).get(source) for key in ("scored", "standard_errors"))
         return None if scored is None else cls(**scored, standard_error=error)
 
     @classmethod
     def of_rows(cls, rows: pd.DataFrame, corpus: str) -> Behind | None:
-        """For the "domain" or "general" losses in rows of a runs table: the fewest documents and tokens, the largest
-        error; None if none of it is recorded."""
+        """The text behind the "domain" or "general" losses in rows of a runs table: the fewest documents and tokens,
+        the largest error; None if nothing is recorded."""
         found = {name: rows[f"{corpus}_{name}"].dropna() for name in NAMES if f"{corpus}_{name}" in rows}
         documents, tokens, errors = (found.get(name, pd.Series(dtype=float)) for name in NAMES)
         if documents.empty and tokens.empty and errors.empty:
@@ -55,22 +55,22 @@ class Behind:
 
     @property
     def size(self) -> str:
-        """12 documents, 3,456 tokens; empty if neither is known."""
+        """Such as "12 documents, 3,456 tokens"; empty if neither is known."""
         documents = [] if self.documents is None else [counted(self.documents, "document")]
         return ", ".join(documents + ([] if self.tokens is None else [f"{self.tokens:,} tokens"]))
 
     def __str__(self) -> str:
-        """12 documents, 3,456 tokens, standard error 0.020"""
+        """Such as "12 documents, 3,456 tokens, standard error 0.020"."""
         error = [] if self.standard_error is None else [f"standard error {self.standard_error:.3f}"]
         return ", ".join(filter(None, [self.size, *error]))
 
 
 NAMES = ("documents", "scored", "error")
-"""Their columns in a runs table, after the corpus."""
+"""Suffixes of their columns in a runs table, after "domain" or "general"."""
 
 
 def rests_on(behind: Mapping[str, Behind | None]) -> str:
-    """A sentence on the held-out text of losses, by the corpus's name; None is unknown."""
+    """A sentence on the text behind losses; behind: by the corpus's name, None if unknown."""
     known = [f"{name} {one}" for name, one in behind.items() if one is not None]
     if not known:
         return "the amount of held-out text is not recorded for these losses: the runs are of an earlier version"

@@ -1,8 +1,8 @@
 """Runs as jobs of a cluster, through submitit: SLURM, or `local` to try it on one machine.
 
-Each run is a job, with one GPU if the cluster has any. A job that reaches its time limit or is preempted saves first,
-if the cluster's notice (SIGUSR2, by submitit) leaves it the time. A job out of time counts as failed here, and the next
-sweep continues it; a preempted one is queued again.
+Each run is a job, with one GPU if the cluster has any. A job that reaches its time limit or is preempted saves a
+checkpoint first, if the cluster's signal (SIGUSR2, by submitit) leaves enough time. A job that ran out of time counts
+as failed, and the next sweep continues it; a preempted job is queued again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from spt_fast.study.jobs import Process, command
 
 
 class Cluster:
-    """`name` is submitit's: slurm, local or debug; `options` are those of its AutoExecutor, such as timeout_min=600,
-    slurm_partition="gpu". At most `jobs` are in the queue at a time."""
+    """A queue of jobs. name: submitit's, such as slurm, local or debug. jobs: the most that are in the queue at a time.
+    options: those of submitit's AutoExecutor, such as timeout_min=600. Raises RecipeError for a wrong name or option,
+    or without submitit."""
 
     def __init__(self, name: str, folder: Path, *, jobs: int, options: Mapping[str, Any]) -> None:
         try:
@@ -47,8 +48,7 @@ class Cluster:
 
 
 def _train(command: list[str], log: Path) -> int:
-    """In the job: train, and return the exit code. A signal that ends the job, such as the cluster's notice, which
-    submitit treats as an error, lets the run save first."""
+    """Runs in the job: trains, and returns the exit code. If a signal ends the job, the run gets SIGTERM and saves."""
     with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
         try:
             return process.wait()
@@ -69,4 +69,4 @@ class _ClusterProcess:
         self._job.cancel()
 
     def wait(self) -> None:
-        """Nothing to do: the job ends by itself."""
+        """Returns at once: the job ends by itself."""

@@ -1,18 +1,18 @@
-"""Runs side by side: the gain of specialized pretraining in the domain, and how much less general text is forgotten.
+"""Compare runs: the gain of specialized pretraining in the domain loss, and the forgetting of general text.
 
-An *arm* is all runs with the same treatment (delta, the domain's share of the pretraining tokens; replay, the others'
-share of the finetune; its anchor) and the same pretraining budget. Its runs differ by seed; of several settings of the
-optimizers the best one is used (see settings). NPT is delta = 0. An arm is compared with NPT with the same finetune if
-there is one, else with NPT with the plainest finetune. Losses are held-out, in nats per token. The definitions are
-those of "The Finetuner's Fallacy", arXiv 2603.16177:
+An *arm* is all runs with the same treatment (delta, the domain's share of the pretraining tokens; replay, the share of
+other sources in the finetune; its anchor and average) and the same pretraining budget. Its runs differ by seed; if
+several optimizer settings were run, the best one is used (see settings). NPT is delta = 0. An arm is compared with NPT
+with the same finetune if there is one, else with NPT with the plainest finetune. Losses are held-out, in nats per
+token. The definitions are those of "The Finetuner's Fallacy", arXiv 2603.16177:
 
     R_gain(delta)       100 · (L_NPT→FT − L_SPT(delta)→FT) / L_NPT→FT, L the domain loss after finetuning
     forgetting          general loss after finetuning − before
     compute multiplier  tokens that NPT needs for the domain loss after finetuning of SPT(delta) / tokens of SPT(delta)
 
-and one of our own, *general at equal domain*: the general loss when each finetune reaches the same domain loss, which
-is the lowest one that every run reaches. Finetunes of a base that was pretrained elsewhere all have delta 0, and are
-named after their treatment.
+We add *general at equal domain*: the general loss when each finetune reaches the same domain loss, which is the lowest
+one that every run reaches. Finetunes of a base with unknown pretraining all have delta 0, and are named after their
+treatment.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ JUDGED = {
     "general_at_equal_domain": "general loss at equal domain loss",
     "domain_later": "domain loss after the later finetune",
 }
-"""The figures that arms are compared by, in words; less is better in each."""
+"""The figures that arms are compared by, in words; lower is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,29 +76,33 @@ class Finetune:
     general_before: float
     general_after: float
     domain_behind: Behind | None = None
+    """The held-out text behind the domain losses."""
     general_behind: Behind | None = None
-    """The held-out text of the losses after finetuning, these two."""
+    """The held-out text behind the general losses."""
     paths: list[FinetunePath]
     """The evaluations of each arm of its grid."""
     arm: int = 0
-    """The kept arm."""
+    """The kept arm of the grid."""
     lr: float | None = None
+    """The peak learning rate of the kept arm."""
     warmup: str | None = None
-    """The losses of the kept arm, these two."""
+    """The warm-up of the kept arm."""
     domain_select: float = math.nan
-    """The domain loss on which the best share and the best setting are chosen."""
+    """The domain loss on the select half, by which the best share and the best setting are chosen."""
     setting: Mapping[str, Any] = field(default_factory=dict)
+    """The optimizer setting of the finetune: SETTINGS and `grid` by name."""
     pretrain_setting: Mapping[str, Any] = field(default_factory=dict)
-    """The optimizer settings of the finetune and of pretraining: SETTINGS and `grid` by name."""
+    """The optimizer setting of pretraining."""
     pretraining: str = ""
     """The run of the pretraining; empty if it is unknown."""
     later: str | None = None
     """The source of a later, unrelated finetune."""
     domain_later: float | None = None
+    """The domain loss after the later finetune."""
     general_later: float | None = None
-    """Losses after the later finetune."""
+    """The general loss after the later finetune."""
     general_at_equal_domain: float | None = None
-    """Whether it has the compared budget."""
+    """None unless the run has the compared budget."""
 
     @property
     def forgetting(self) -> float:
@@ -164,7 +168,7 @@ Arms = dict[Treatment, Arm]
 
 @dataclass(frozen=True)
 class Figure(Interval):
-    """Mean over an arm's seeds, with the standard deviation (None for one seed)."""
+    """Mean and range over an arm's seeds, with the standard deviation (None for one seed)."""
 
     std: float | None
 
@@ -180,13 +184,13 @@ class Figure(Interval):
 
 @dataclass(frozen=True)
 class Gain(Interval):
-    """R_gain in percent, seed by seed against NPT."""
+    """R_gain in percent, paired by seed with NPT."""
 
     per_seed: dict[str, float]
 
     @classmethod
     def against(cls, npt: Arm, arm: Arm) -> Gain | None:
-        """Over the seeds that both arms have; None if there are none."""
+        """The gain over the seeds that both arms have; None if there are none."""
         per_seed = {
             str(seed): 100 * (npt[seed].domain_after - run.domain_after) / npt[seed].domain_after
             for seed, run in arm.items()
@@ -198,7 +202,7 @@ class Gain(Interval):
 
 @dataclass(frozen=True, kw_only=True)
 class ArmFigures:
-    """The figures of an arm over its seeds; None for one that was not measured."""
+    """The figures of an arm over its seeds; a figure that was not measured is None."""
 
     treatment: Treatment
     tokens: int
@@ -225,19 +229,21 @@ class ArmFigures:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether two arms differ by more than their seeds do, over the seeds that both have."""
+    """Whether two arms differ by more than the spread between seeds, over the seeds that both have."""
 
     figure: str
     """A key of JUDGED."""
     arm: Treatment
     base: Treatment
     seeds: int
+    """The number of common seeds."""
     difference: float | None
-    """The difference of the means over seeds."""
+    """The difference of the means over seeds; None without a common seed."""
     spread: float | None
-    """The larger of the two arms' ranges (max - min) over seeds."""
+    """The larger of the two arms' ranges (max - min) over seeds; None with fewer than two."""
     exceeds: bool | None
-    """The difference has one sign at every seed and is larger than the spread; None with fewer than two seeds."""
+    """Whether the difference has the same sign at every seed and is larger than the spread; None with fewer than two
+    seeds."""
 
     @property
     def says(self) -> str:
@@ -285,12 +291,13 @@ class Tried:
     """The values that differ between settings, in words."""
     seeds: int
     domain_select: float
-    """The mean, which chooses the best setting."""
+    """The mean over seeds, by which the best setting is chosen."""
     domain_after: float
+    """The mean over seeds."""
     general_after: float
-    """The means of the figures, these two."""
+    """The mean over seeds."""
     kept: bool
-    """Whether the arm's figures are from its runs."""
+    """Whether the arm uses the runs of this setting."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -301,28 +308,29 @@ class Tried:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Runs side by side."""
+    """The result of comparing runs."""
 
     domain: str = "the domain"
+    """The name of the domain source."""
     general: str = "general text"
-    """The sources' names."""
+    """The name of the general source."""
     tokens: int
-    """The pretraining budget of everything except `runs`, `arms` and `compute_multiplier`: the largest at which the
-    most arms, NPT included, can be compared."""
+    """The compared budget, in pretraining tokens; `runs`, `arms` and `compute_multiplier` include others. It is the
+    largest budget at which the most arms, NPT included, can be compared."""
     runs: list[Finetune]
     arms: list[ArmFigures]
-    """The arms of every budget."""
+    """The arms of all budgets."""
     r_gain: dict[Treatment, Gain | None] | None
-    """None without NPT."""
+    """None without NPT; an arm without a common seed has None."""
     compute_multiplier: dict[Treatment, float | None] | None
-    """None if NPT's budgets don't bracket SPT's loss, and without NPT."""
+    """None without NPT; an arm whose loss NPT's budgets do not bracket has None."""
     compute_multiplier_per_seed: dict[Treatment, dict[str, float | None]] | None
-    """From the curves of a single seed, at the same budget of SPT; None as above."""
+    """The same from the curves of each seed, at the same budget of SPT."""
     general_at_equal_domain: EqualDomain
     verdict: dict[str, dict[Treatment, Verdict]]
-    """By figure."""
+    """By figure, a key of JUDGED."""
     warnings: Sequence[str] = ()
-    """Other differences between the runs."""
+    """Differences between the runs that may explain their losses, beside treatment, budget and seed."""
     tasks: Sequence[TaskTable] = ()
     """The runs' task scores, in the order of `runs`."""
     settings: Sequence[Tried] = ()
@@ -338,16 +346,16 @@ class Comparison:
 
     @property
     def compared(self) -> Arms:
-        """The arms of the budget, ascending."""
+        """The arms of the compared budget, ascending."""
         return _by_budget(self.runs)[self.tokens]
 
 
 def compare(folders: Sequence[str | Path]) -> Comparison:
     """Compare finished runs, or those of a study's last stage.
 
-    If runs of an arm differ in their optimizers' fields, the best setting is used.
+    If runs of an arm differ in optimizer fields, the best setting is used.
 
-    Raises RecipeError or CheckpointError for runs that are unfinished, lack pretraining or a finetune, are the same arm
+    Raises RecipeError or CheckpointError for runs that are unfinished, lack pretraining or a finetune, repeat an arm
     and seed, or differ in domain, held-out text, tokenizer or model.
     """
     if not folders:
@@ -410,7 +418,7 @@ def best_settings(runs: Sequence[Finetune]) -> tuple[list[Finetune], list[Tried]
 
 
 def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:
-    """Compare finetunes by their figures, from any source."""
+    """Compare finetunes by their figures, read from run folders or from a runs table."""
     budget = _widest(_by_budget(runs))
     equal_domain = max(min(domain for _, domain, _ in run.path) for run in runs if run.tokens == budget)
     runs = [
@@ -445,7 +453,7 @@ def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:
 
 
 def _by_budget(runs: Iterable[Finetune]) -> dict[int, Arms]:
-    """Budgets, treatments and seeds ascend."""
+    """The runs by budget, treatment and seed, each ascending. RecipeError if two runs have the same of all three."""
     budgets: dict[int, Arms] = {}
     for run in sorted(runs, key=lambda run: (run.tokens, run.treatment, run.seed)):
         same = budgets.setdefault(run.tokens, {}).setdefault(run.treatment, {}).setdefault(run.seed, run)
@@ -473,7 +481,8 @@ def _widest(budgets: Mapping[int, Arms]) -> int:
 
 
 def general_when(path: FinetunePath, domain_loss: float) -> float:
-    """General loss where a path first reaches `domain_loss`, which it must; linear between evaluations."""
+    """The general loss where the path first reaches `domain_loss`, interpolated between evaluations. The path must
+    reach it."""
     if path[0][1] <= domain_loss:
         return path[0][2]
     for (_, domain, general), (_, next_domain, next_general) in pairwise(path):
@@ -509,7 +518,7 @@ def _compute_multipliers(budgets: Mapping[int, Arms]) -> dict[Treatment, _Multip
 
 
 def _multiplier(npt: Mapping[int, Arm], spt: Mapping[int, Arm]) -> _Multiplier:
-    """At SPT's largest budget whose mean loss is bracketed by the means of NPT's budgets."""
+    """The multiplier at SPT's largest budget whose mean loss NPT's mean losses bracket."""
     means = _curve(npt)
     for tokens, loss in sorted(_curve(spt).items(), reverse=True):
         if (factor := compute_multiplier(means, tokens, loss)) is not None:
@@ -522,7 +531,7 @@ def _multiplier(npt: Mapping[int, Arm], spt: Mapping[int, Arm]) -> _Multiplier:
 
 
 def _curve(by_budget: Mapping[int, Arm], seed: int | None = None) -> dict[int, float]:
-    """{tokens: domain loss after finetuning}: for one seed if it was run, else the mean over seeds."""
+    """{tokens: domain loss after finetuning}: of one seed at the budgets that have it, or the means over seeds."""
     return {
         tokens: fmean(run.domain_after for run in arm.values() if seed in (None, run.seed))
         for tokens, arm in by_budget.items()
@@ -531,9 +540,10 @@ def _curve(by_budget: Mapping[int, Arm], seed: int | None = None) -> dict[int, f
 
 
 def compute_multiplier(npt: Mapping[int, float], tokens: int, loss: float) -> float | None:
-    """Tokens that NPT needs for a loss / tokens of SPT; NPT is {tokens: domain loss after finetuning}.
+    """The tokens that NPT needs to reach `loss`, divided by `tokens`, those of SPT. npt: {tokens: domain loss after
+    finetuning}.
 
-    Linear in log tokens between NPT's budgets; None if they do not bracket the loss.
+    Interpolated linearly in log tokens between NPT's budgets; None if they do not bracket the loss.
     """
     for (fewer, worse), (more, better) in pairwise(sorted(npt.items())):
         if worse > better and worse >= loss >= better:
@@ -542,13 +552,13 @@ def compute_multiplier(npt: Mapping[int, float], tokens: int, loss: float) -> fl
 
 
 def _verdicts(figure: str, arms: Arms) -> dict[Treatment, Verdict]:
-    """Every arm against its NPT; without NPT, against the arm with the smallest delta."""
+    """Each arm compared with its NPT; without NPT, with the arm of the smallest delta."""
     against = {arm: held_against(arm, arms) or min(arms) for arm in arms}
     return {arm: judge(figure, arm, base, arms) for arm, base in against.items() if arm != base}
 
 
 def judge(figure: str, arm: Treatment, base: Treatment, arms: Arms) -> Verdict:
-    """How an arm differs from another in a figure."""
+    """The verdict on `arm` against `base` in a figure, a key of JUDGED."""
     seeds = sorted(arms[arm].keys() & arms[base].keys())
     pairs = [(getattr(arms[arm][seed], figure), getattr(arms[base][seed], figure)) for seed in seeds]
     by_seed = [ours - theirs for ours, theirs in pairs]

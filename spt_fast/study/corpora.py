@@ -1,10 +1,10 @@
-"""Real text on every machine with this package: a large general corpus and a scarce domain, without downloads.
+"""Two corpora of real text that every installation has: a large general one and a scarce domain, without downloads.
 
 general  English prose: the docstrings of the standard library and of the installed packages. Sources are read as text,
-         never imported. Doctests, code, tables of parameters and markup are dropped paragraph by paragraph, so that
-         the rest reads like a manual. One document is the prose of one module.
-domain   C++: the headers of torch, without their licence texts and without generated ones. It stands in for a
-         company's own code base. One document is one header.
+         never imported. Paragraphs that are doctests, code, tables of parameters or markup are dropped. One document
+         is the prose of one module.
+domain   C++: the headers of torch, without licence texts and without generated headers. It stands for a company's own
+         code base. One document is one header.
 
 Both are written as JSON lines of {"text", "source"}, in the order of a hash of the source's name: the same machine
 writes the same file, and any prefix of it is a fair sample. Repeated text is left out: a near-copy in the held-out part
@@ -28,11 +28,11 @@ from spt_fast.errors import DataError
 DOCUMENT_MIN_CHARS = 200
 PARAGRAPH_MIN_CHARS = 40
 PARAGRAPH_MIN_PLAIN = 0.95
-"""Share of a paragraph's characters that are letters, spaces, commas, full stops and apostrophes."""
+"""The least share of a paragraph's characters that are letters, spaces, commas, full stops and apostrophes."""
 PARAGRAPH_MIN_FUNCTION_WORDS = 0.22
-"""Share of a paragraph's words that are English function words."""
+"""The least share of a paragraph's words that are English function words."""
 HEADER_MAX_CHARS = 20_000
-"""Longer headers are amalgamations and tables, and would be most of the corpus."""
+"""Longer headers are left out: they are amalgamations and tables, and would be most of the corpus."""
 
 _TITLE_RULE = re.compile(r"\A[^\n]*\n[ \t]*([-=~^*#`+.])\1{2,}[ \t]*(?:\n|\Z)")
 _LABEL = r"\s*(?:[-*+•]+ |\d+[.)] |:?[\w.*`, -]{1,60}(?:\([^)\n]*\))? ?:(?!\S))"
@@ -93,7 +93,7 @@ def _python_sources() -> dict[str, Path]:
 
 
 def _read(files: dict[str, Path]) -> Iterator[tuple[str, str]]:
-    """(name, content) in the order of a hash of the name."""
+    """(name, content) of each file, in the order of a hash of the name."""
     for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
         yield name, files[name].read_text(encoding="utf-8", errors="ignore")
 
@@ -101,7 +101,7 @@ def _read(files: dict[str, Path]) -> Iterator[tuple[str, str]]:
 def _write(
     path: Path, documents: Iterator[tuple[str, str]], novel: Callable[[str, set[str]], str], limit_bytes: int
 ) -> int:
-    """Write (source, text) as JSON lines up to the limit; `novel` cuts each text to its new parts."""
+    """Write (source, text) pairs as JSON lines up to the limit; `novel` reduces each text to its new parts."""
     written_bytes = 0
     seen: set[str] = set()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def _docstrings(code: str) -> Iterator[str]:
 
 
 def prose_paragraphs(docstring: str) -> Iterator[str]:
-    """The paragraphs and list items of a docstring that read as English, unwrapped, labels and markup removed."""
+    """The paragraphs and list items of a docstring that are English prose, unwrapped, without labels and markup."""
     for block in docstring.split("\n\n"):
         if len(block) < PARAGRAPH_MIN_CHARS or ">>>" in block:
             continue
@@ -170,7 +170,8 @@ def _header_code(header: str) -> str:
 
 
 def _drop_repeated_paragraphs(text: str, seen: set[str]) -> str:
-    """Templates repeat with other names in them, so only the lower-case words of a paragraph are compared."""
+    """The text without paragraphs that were seen before. Only lower-case words are compared, since templates repeat
+    with other names."""
     kept = []
     for paragraph in text.split("\n\n"):
         key = " ".join(re.findall(r"\b[a-z]+\b", paragraph))
@@ -181,7 +182,7 @@ def _drop_repeated_paragraphs(text: str, seen: set[str]) -> str:
 
 
 def _drop_repetitive_header(text: str, seen: set[str]) -> str:
-    """Keeps a header if at least half of its lines worth counting are new."""
+    """The header if at least half of its lines of 20 characters or more are new, else nothing."""
     lines = {line.strip() for line in text.split("\n") if len(line.strip()) >= 20 and not line.startswith("#")}
     new = lines - seen
     if 2 * len(new) < len(lines):

@@ -1,18 +1,18 @@
-"""To pretrain or not (arXiv 2006.08671): the amount of domain text from which a model trained only on it is as good.
+"""Whether to pretrain (arXiv 2006.08671): the amount of domain text above which training from scratch is as good.
 
-Arms are what training on the domain starts from: a pretrained model, nothing ("scratch"), or only the embeddings of a
-pretrained model, free or frozen. Their corpora are nested subsets of the domain. Every seed of an arm counts with its
-final weights; of several runs the one with the lowest `domain_select`, the same rule for every arm. (Usable rows, which
-fits and reports use, have one learning rate per arm already.)
+Arms differ in the weights that training on the domain starts from: a pretrained model, random weights ("scratch"), or
+only the embeddings of a pretrained model, trained or frozen. Their corpora are nested subsets of the domain. Each seed
+of an arm has one run, with its final weights; of several runs it is the one with the lowest `domain_select`, by the
+same rule for every arm. (Usable rows, which fits and reports use, have one learning rate per arm already.)
 
-    gap         100 (loss from scratch / loss of the pretrained one - 1), in percent, of the same seed
-    fit         the gap over log10 of the domain's tokens: a line through all seeds' points, by least squares
+    gap         100 (loss from scratch / loss from pretrained weights - 1), in percent, of the same seed
+    fit         the gap over log10 of the domain's tokens: a line through the points of all seeds, by least squares
     crossover   the number of domain tokens above which the mean gap stays below the threshold: between two subsets by
-                a straight line over log tokens; beyond the largest by the fit, as an extrapolation
+                linear interpolation in log tokens; beyond the largest by the fit, as an extrapolation
 
-Intervals come from a Bayesian bootstrap over seeds, each weighted by an exponential variate in all its subsets at once.
-A few seeds vary less among themselves than their population, so deviations of a draw are widened by sqrt((n+1)/(n-1)),
-for the variance, and by Student's t for n seeds over the normal's quantile. A single seed has no interval.
+Intervals come from a Bayesian bootstrap over seeds; a seed has one exponential weight for all its subsets. A few seeds
+vary less than their population, so deviations of a draw are widened by sqrt((n+1)/(n-1)), for the variance, and by the
+quantile of Student's t for n seeds divided by the normal one. A single seed has no interval.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ NEEDED = (
 )
 PRETRAINING = ["pretrain_tokens", "pretrain_delta"]
 THRESHOLD = 0.01
-"""As a share of the pretrained loss."""
+"""The gap, as a fraction of the pretrained loss, below which pretraining counts as unnecessary."""
 DRAWS, LEVEL = 2000, 0.9
 FARTHEST = 100.0
 """An extrapolation is reported up to this many times the largest subset."""
 MOST_DIGITS = 300
-"""An interval is open beyond this many tokens."""
+"""An interval is open if its end is above ten to this power of tokens."""
 
 Range = tuple[float, float | None]
 """[low, high]; 0 and None for an open end."""
@@ -53,8 +53,9 @@ class Subset:
     domain_tokens: int
     mean: float
     seeds: dict[str, float]
-    lr: dict[str, float]
     """Losses by seed."""
+    lr: dict[str, float]
+    """Peak learning rates by seed."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,18 @@ class Gap:
 
     domain_tokens: int
     nats: float
-    """The gap of the means over seeds."""
+    """The difference of the mean losses."""
     percent: float
+    """The mean gap over seeds."""
     interval: Range | None
+    """The interval of `percent`; None for a single seed."""
     seeds: dict[str, float]
-    """The interval in percent."""
+    """Gaps in percent, by seed."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """Percent at one token, and per tenfold of the domain."""
+    """The fitted gap in percent: `intercept` at one token, `slope` for each tenfold of the domain."""
 
     intercept: float
     slope: float
@@ -94,28 +97,29 @@ class Crossing:
     interval: Range | None = None
     """The interval of `crossover` or `extrapolated`; None for a single seed."""
     extrapolated: float | None = None
-    """For "beyond": domain tokens by the fit; None if too far."""
+    """For "beyond": domain tokens by the fit; None if they are too many to extrapolate to."""
     times_beyond: float | None = None
     """The same as a multiple of the largest subset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crossover(Crossing):
-    """For one size of model and one pretraining."""
+    """The crossover of one model size and one pretraining."""
 
     params: int
     pretrain_tokens: float | None
+    """None if the pretraining is unknown."""
     pretrain_delta: float | None
-    """None, these two, if the weights came from elsewhere."""
+    """None if the pretraining is unknown."""
     arms: dict[str, list[Subset]]
     gap: list[Gap]
 
 
 def crossovers(table: pd.DataFrame, threshold: float = THRESHOLD) -> list[Crossover]:
-    """For every size of model and every pretraining of a runs table.
+    """The crossover for every model size and every pretraining of a runs table.
 
-    `threshold` is a fraction of the pretrained loss. DataError: a table without scratch and pretrained arms of one size
-    of model, or one that mixes tokenizers or held-out texts.
+    `threshold` is a fraction of the pretrained loss. Raises DataError for a table without scratch and pretrained arms
+    of one model size, or with several tokenizers or held-out texts.
     """
     if not 0 < threshold < 1:
         raise DataError(invalid("threshold", threshold, "write a fraction of the loss, such as 0.01"))
@@ -131,14 +135,14 @@ def crossovers(table: pd.DataFrame, threshold: float = THRESHOLD) -> list[Crosso
             found.append(_compared(both, threshold))
     if not found:
         raise DataError(
-            "no subset of the domain was trained on both from scratch and from pretrained weights, by the same size of "
-            "model and seed; give a finetune stage `start: [pretrained, scratch]` and `delta: 1`"
+            "no subset of the domain was trained on both from scratch and from pretrained weights with the same model "
+            "size and seed; give a finetune stage `start: [pretrained, scratch]` and `delta: 1`"
         )
     return found
 
 
 def asks_for_crossover(table: pd.DataFrame) -> bool:
-    """Whether the table has both arms of the question."""
+    """Whether the table has runs from scratch and from pretrained weights on the domain alone."""
     on_domain = table[(table["status"] == "done") & np.isclose(table["delta"].astype(float), 1)]
     return {"scratch", "pretrained"} <= set(on_domain["start"])
 
@@ -154,7 +158,7 @@ def _arms(table: pd.DataFrame) -> pd.DataFrame:
     for name in ALIKE:
         if rows[name].nunique() > 1:
             found = ", ".join(sorted(rows[name].astype(str).unique()))
-            raise DataError(f"the arms differ in {name} ({found}), so their losses are not comparable; take one study")
+            raise DataError(f"the arms differ in {name} ({found}), so their losses are not comparable; give one study")
     rows = rows.assign(pretrain_delta=rows["pretrain_delta"].round(9)).sort_values("domain_select")
     return rows.drop_duplicates(["params", "start", *PRETRAINING, "domain_tokens", "seed"])
 
@@ -232,7 +236,8 @@ class _Gaps:
         return mean, np.stack([level - slope * center, slope], -1)
 
     def crossing(self, threshold: float, mean: Array, line: Array) -> float:
-        """log10 of the tokens above which the gap stays below; -inf below the smallest subset, inf for never."""
+        """log10 of the tokens above which the gap stays below the threshold; -inf if it does in all subsets, inf if it
+        never does."""
         above = np.flatnonzero(mean > threshold)
         if not len(above):
             return -np.inf
@@ -250,11 +255,11 @@ def _interval(draws: Array) -> tuple[float, float]:
 
 
 def _crossing(gaps: _Gaps, threshold: float) -> Crossing:
-    """`threshold` in percent."""
+    """The crossing of the gaps with `threshold`, in percent."""
     smallest, largest = (amount(float(10**edge)) for edge in gaps.log_tokens[[0, -1]])
-    under = f"within {threshold:g}% of the pretrained one's loss"
+    under = f"within {threshold:g}% of the loss from pretrained weights"
     if gaps.line is None:
-        says = f"One subset of {smallest} domain tokens shows a gap but not where it closes; train on more subsets."
+        says = f"A single subset of {smallest} domain tokens does not show where the gap closes; train on more subsets."
         return Crossing("unknown", says)
 
     intercept, slope = map(float, gaps.line)
@@ -273,13 +278,13 @@ def _crossing(gaps: _Gaps, threshold: float) -> Crossing:
         return Crossing("between", says, fit, crossover=float(10**at), interval=interval)
     says = f"With {largest} domain tokens, the largest subset, a model from scratch is not {under}: "
     if at == np.inf:
-        return Crossing("never", f"{says}the gap does not shrink with more of them.", fit)
+        return Crossing("never", f"{says}the gap does not shrink with more tokens.", fit)
     beyond = float(10 ** (at - gaps.log_tokens[-1]))
     if beyond > FARTHEST:
-        says += f"at this slope it would need more than {FARTHEST:g} times as many, too far to extrapolate."
+        says += f"at this slope it would need more than {FARTHEST:g} times as many, which is too far to extrapolate."
         return Crossing("beyond", says, fit)
     says += (
-        f"at this slope it would be above about {amount(10**at)}{_range(interval)}, an extrapolation "
+        f"at this slope it would be above about {amount(10**at)} tokens{_range(interval)}, an extrapolation "
         f"to {beyond:.2g} times as many."
     )
     return Crossing("beyond", says, fit, interval=interval, extrapolated=float(10**at), times_beyond=beyond)

@@ -1,4 +1,4 @@
-"""The curves of a run's steps: loss, learning rate, gradient norm and speed over the trained tokens."""
+"""Curves over the tokens of a run's training: loss, learning rate, gradient norm and throughput."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_POINTS = 150
 
 @dataclass(frozen=True)
 class Curve:
-    """The steps of a finished phase's kept arm, averaged over stretches."""
+    """The logged steps of the kept arm of a finished phase, averaged over intervals."""
 
     run: str
     phase: str
@@ -30,7 +30,7 @@ class Curve:
     """Tokens at the phase's last step, which is always logged."""
 
     def then(self, later: Curve) -> Curve:
-        """Both joined, if the later phase continues the same stage: pretraining is cut at every budget."""
+        """This curve joined with one of a later phase of the same stage: pretraining has a phase per budget."""
         return replace(
             self,
             tokens=np.concatenate([self.tokens, self.trained + later.tokens]),
@@ -40,8 +40,8 @@ class Curve:
 
 
 def curves_of(folders: Sequence[Path]) -> list[Curve]:
-    """The curves of runs in these folders or in these studies; runs without readable metrics are left out, as their
-    losses may come from a table."""
+    """The curves of the runs in these folders, which are runs or studies. Runs without readable metrics are left out,
+    since their losses may come from a table."""
     found = []
     for run in (run for folder in folders for run in (folder, *sorted(folder.glob("runs/*")))):
         try:

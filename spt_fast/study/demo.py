@@ -1,8 +1,8 @@
-"""The complete workflow on text that every machine has, in a few minutes on two CPU cores.
+"""The complete workflow on text that every installation has, in a few minutes on two CPU cores.
 
     corpora → tokenizer → datasets → recipes → runs (NPT and SPT, two seeds each) → comparison
 
-Everything is written to one folder, and made only once: an interrupted demo continues where it stopped.
+Everything is written to one folder. What exists is not repeated, so an interrupted demo continues where it stopped.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Scale:
     """The size of the demo. The defaults take two to four minutes on two cores."""
 
     general_bytes: int = 7_000_000
-    """Text of the general corpus: more tokens than pretraining reads."""
+    """Size of the general corpus: more than pretraining reads."""
     domain_bytes: int = 400_000
-    """Text of the domain; half of it is held out, and only `domain_tokens` of the rest are trained on."""
+    """Size of the domain corpus; half of it is held out, and only `domain_tokens` of the rest are trained on."""
     vocab_size: int = 4096
     model: str = "{preset: 1m}"
     pretrain_tokens: int = 900_000
     delta: Fraction = Fraction(1, 10)
     """The domain's share of SPT's pretraining tokens."""
     domain_tokens: int = 9_000
-    """Few enough that SPT reads them about ten times."""
+    """Domain tokens to train on: few enough that SPT reads them about ten times."""
     finetune_tokens: int = 90_000
     heldout_tokens: int = 16_000
     seeds: tuple[int, ...] = (0, 1)
@@ -79,14 +79,13 @@ def demo(out: Path, scale: Scale | None = None) -> Comparison:
         console.print(f"{paragraph}\n")
     console.print(next_steps(out), soft_wrap=True)
     console.print(
-        f"\nTotal time {duration(time.monotonic() - began_s)}. Now look at {out / 'comparison.png'}", soft_wrap=True
+        f"\nTotal time {duration(time.monotonic() - began_s)}. The picture is {out / 'comparison.png'}", soft_wrap=True
     )
     return result
 
 
 def prepare_data(folder: Path, scale: Scale, console: Console) -> None:
-    """Write the corpora, train the tokenizer, prepare both datasets with their held-out parts: the missing ones
-    only."""
+    """Write the corpora, train the tokenizer and prepare both datasets with their held-out parts, each if missing."""
     tokenizer_file = folder / "bpe.tiktoken"
     writers = {GENERAL: (write_general, scale.general_bytes), DOMAIN: (write_domain, scale.domain_bytes)}
     texts = {name: folder / f"{name}.jsonl" for name in writers}
@@ -156,7 +155,7 @@ phases:
 
 
 def _quoted(path: Path) -> str:
-    """A string for YAML, which accepts JSON strings."""
+    """The path as a YAML string; YAML accepts JSON strings."""
     return json.dumps(str(path))
 
 

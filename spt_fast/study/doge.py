@@ -1,27 +1,28 @@
 """DoGE, domain reweighting with generalization estimation (Fan, Pagliardini, Jaggi; arXiv 2310.15393): the mixture of
 sources that is best for all of them, or for a target, learned in one run of a small proxy model.
 
-A source gets more weight if a step on it lowers the loss on others: if its gradient points where theirs do. Weights w
-over K sources start uniform. In each step, at the learning rate η of the proxy's schedule:
+A source gets more weight if a step on it lowers the loss on the others, that is, if its gradient is aligned with
+theirs. The weights w over K sources start uniform. In each step, at the learning rate η of the proxy's schedule:
 
     g_j    the gradient on windows of source j, clipped to `optimizer.clip`
-    s_j    η·⟨g_j, Σ_{i≠j} g_i⟩ / mean‖g‖        universal: how much it helps the other sources
-           η·⟨g_j, g_target⟩ / mean‖g‖            for a target, which is read but never trained on
-    w_j    ∝ w_j·exp(clip(s_j, 0, 5η) / μ)         μ = 0.01, for a target 0.05
+    s_j    η·⟨g_j, Σ_{i≠j} g_i⟩ / mean‖g‖        without a target: how much it helps the other sources
+           η·⟨g_j, g_target⟩ / mean‖g‖            with a target, which is read but never trained on
+    w_j    ∝ w_j·exp(clip(s_j, 0, 5η) / μ)         μ = 0.01, with a target 0.05
     θ      one step of AdamW on Σ_j w_j·g_j
 
-and the result is the average of w over all steps. Inner products are over all parameters, in fp32. The limits of the
+The result is the average of w over all steps. Inner products are over all parameters, in fp32. The limits of the
 scores, μ, and the division by the mean norm of the K clipped gradients are those of the authors' code, Olivia-fsm/DoGE
-on GitHub (which intends to leave out i = j too, but keeps it: it compares sets of tensors, which are never equal).
+on GitHub. (Their code means to leave out i = j, as we do, but keeps it: it compares sets of tensors, which are never
+equal.)
 
-How far weights can move is bounded by the *reach* Σ η/μ: over a run, log w_a - log w_b changes by the reach times the
-mean difference of their alignments ⟨g_j, …⟩/mean‖g‖, if none is clipped. A short proxy run thus ends near equal shares
-for any sources: use its scores, not its weights, or train longer.
+The *reach* Σ η/μ bounds how far weights can move: over a run, log w_a - log w_b changes by the reach times the mean
+difference of their alignments ⟨g_j, …⟩/mean‖g‖, if none is clipped. A short proxy run therefore ends near equal shares
+for any sources: use its scores instead of its weights, or train longer.
 
-The proxy run is the first phase of a recipe without its evaluations, grid and early stopping, and every source (and the
-target) reads `batch.sequences` windows in each step, so a step costs as much as K (K + 1) of the recipe's. It needs
-memory for K + 1 (K + 2) more copies of the parameters in fp32. One process; of `engine`, only checkpointing, fp8 and
-deterministic apply.
+The proxy run is the first phase of a recipe without its evaluations, grid and early stopping. Every source (and the
+target) reads `batch.sequences` windows in each step, so a step costs as much as K steps of the recipe (K + 1 with a
+target). It needs memory for K + 1 (K + 2) more copies of the parameters in fp32. It runs in one process; of `engine`,
+only checkpointing, fp8 and deterministic apply.
 
 Legend: K sources that are trained on, R = K or, with a target, K + 1 rows, N parameters.
 """
@@ -68,14 +69,14 @@ from spt_fast.train.world import ALONE, pick_device, use_deterministic_algorithm
 MU_UNIVERSAL = 0.01
 MU_TARGET = 0.05
 SCORE_LIMIT = 5.0
-"""The largest score, in learning rates."""
+"""The largest score, in multiples of the learning rate."""
 PUBLISHED_RATES = 2.975
 """Σ η of the authors' configuration: 10,000 steps, 500 of them warm-up to 5e-4, then a cosine to 1e-4."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A step of the trajectory: weights and scores by source, losses (nats per token) of the target too."""
+    """A step of the trajectory. Weights and scores are by source; losses, in nats per token, also of the target."""
 
     step: int
     lr: float
@@ -99,39 +100,40 @@ class Settings:
     precision: str
     device: str
     data: dict[str, str]
-    """Digests, by the recipe's path to the dataset."""
+    """Digests of the datasets, by field of the recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reweighting:
-    """The content of weights.json. Mappings are by source; for the target there are only epochs and losses."""
+    """The content of weights.json. Mappings are by source; the target has only epochs and losses."""
 
     status: str = "done"
     target: str | None
     weights: dict[str, float]
     """Weights averaged over all steps."""
     mixture: dict[str, str]
-    """The same in percent, rounded to tenths that sum to exactly 100, for a recipe."""
+    """The weights in percent for a recipe, rounded to tenths that sum to exactly 100."""
     last_weights: dict[str, float]
+    """Weights after the last step."""
     scores: dict[str, float]
-    """Mean gradient norms before clipping."""
+    """Mean scores before clipping."""
     clipped: dict[str, float]
-    """The share of steps in which a score was clipped."""
+    """The share of steps in which the score was clipped."""
     reach: float
     published_reach: float
     """The reach of the authors' configuration."""
     epochs: dict[str, float]
-    """Tokens read from each source."""
+    """How often each source was read."""
     settings: Settings
     skipped: int
-    """Steps whose gradients weren't finite."""
+    """The number of steps that were skipped, because a loss or gradient was not finite."""
     seconds: float
     trajectory: list[Point]
-    """The first and last step, and every `log.every`."""
+    """The first and the last step, and one per `log.every`."""
 
     @classmethod
     def read(cls, path: Path) -> Reweighting:
-        """From weights.json."""
+        """Read weights.json."""
         raw = json.loads(path.read_text(encoding="utf-8"))
         points = [Point(**point) for point in raw["trajectory"]]
         return cls(**raw | {"settings": Settings(**raw["settings"]), "trajectory": points})
@@ -139,19 +141,19 @@ class Reweighting:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A signal ended the run after a checkpoint."""
+    """The result of a run that a signal ended after a checkpoint."""
 
     reason: str | None
-    """The signal."""
+    """The name of the signal."""
 
 
 def reweight(
     recipe: Recipe, out: Path, *, target: str | None = None, resume: bool = False, progress: bool = True
 ) -> Reweighting | Stopped:
-    """Learn weights for the sources of the recipe's first phase (except the target); also written as OUT/weights.json.
+    """Learn weights for the sources of the recipe's first phase (except the target), and write OUT/weights.json.
 
-    SIGTERM, SIGINT or SIGUSR1 end it after a checkpoint; `resume` continues from there with the same bits, or starts
-    afresh without one. Raises RecipeError, DataError or CheckpointError for what a user can fix.
+    SIGTERM, SIGINT or SIGUSR1 end it after a checkpoint. `resume` continues from that with the same bits, or starts
+    from the beginning without one. Raises RecipeError, DataError or CheckpointError.
     """
     sources = _sources(recipe, target)
     if recipe.engine.deterministic:
@@ -167,7 +169,7 @@ def reweight(
 def _reweight(
     recipe: Recipe, sources: list[str], out: Path, *, target: str | None, resume: bool, progress: bool
 ) -> Reweighting | Stopped:
-    """`reweight` in a locked folder."""
+    """`reweight`, in a locked folder."""
     begun, done = out / "reweight.json", out / "weights.json"
     plan = make_plan(recipe)
     found = checkpoint.newest(out / "checkpoints") if resume else None
@@ -187,12 +189,12 @@ def _reweight(
         )
     result = study.result()
     write_text(done, json.dumps(as_json(result), indent=1))
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the proxy model isn't needed any more
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the proxy model is no longer needed
     return result
 
 
 def _changes(begun: Path, recipe: Recipe, target: str | None) -> list[str]:
-    """The differences from the recipe with which the folder was started."""
+    """The differences from the recipe and target that the folder was started with."""
     with _readable(begun.parent):
         before = json.loads(begun.read_text(encoding="utf-8"))
         retargeted = [f"target: {before['target']} → {target}"] if before["target"] != target else []
@@ -204,26 +206,29 @@ def _readable(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{out}: is damaged ({error}); choose another folder to start afresh") from None
+        raise CheckpointError(f"{out}: is damaged ({error}); choose another folder to start again") from None
 
 
 def alignments(gram: np.ndarray, *, target: bool) -> np.ndarray:
-    """fp64 [K]: the scores in learning rates, from the inner products [R, R] of the clipped gradients; the last row is
-    the target's."""
+    """fp64 [K]: the scores divided by the learning rate.
+
+    gram    fp64 [R, R]: inner products of the gradients
+    target  whether the last row is the target's
+    """
     trained = len(gram) - target
     helped = gram[:trained, -1] if target else gram.sum(axis=1) - gram.diagonal()
     return helped / (np.sqrt(gram.diagonal()[:trained]).mean() + 1e-6)
 
 
 def reweighted(weights: np.ndarray, scores: np.ndarray, mu: float) -> np.ndarray:
-    """fp64 [K]: softmax(log w + score / μ)."""
+    """fp64 [K]: the weights after a step, softmax(log w + score / μ)."""
     logits = np.log(weights) + scores / mu
     raised = np.exp(logits - logits.max())
     return np.maximum(raised / raised.sum(), np.finfo(np.float64).tiny)  # a weight of 0 could never rise again
 
 
 def percentages(weights: Mapping[str, float]) -> dict[str, str]:
-    """Weights that sum to 1 in tenths of a percent that sum to exactly 100%, by largest remainder."""
+    """Weights that sum to 1 as percentages with one decimal that sum to exactly 100%, by largest remainder."""
     tenths = {source: int(weight * 1000) for source, weight in weights.items()}
     by_remainder = sorted(weights, key=lambda source: tenths[source] - weights[source] * 1000)
     for source in by_remainder[: 1000 - sum(tenths.values())]:
@@ -248,14 +253,14 @@ def _sources(recipe: Recipe, target: str | None) -> list[str]:
         besides = "" if target is None else f" besides the target {target!r}"
         raise RecipeError(
             f"phases[{phase.name}].mixture: names {len(sources)} source{besides}; weighting needs at least two, so add "
-            "some (their shares don't matter here)"
+            "some (their shares are not used)"
         )
     return sources
 
 
 @dataclass
 class _State:
-    """The state besides the proxy's tensors. Lists are by source, in the order of their names."""
+    """The state without the proxy's tensors. Lists are by source, in the order of the names."""
 
     weights: list[float]
     weight_sums: list[float]
@@ -264,14 +269,14 @@ class _State:
     lr_sum: float = 0.0
     step: int = 0
     counted: int = 0
-    """Steps that changed the weights: all except those with a gradient that is not finite."""
+    """Steps that were not skipped."""
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     trajectory: list[Point] = field(default_factory=list)
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> _State:
-        """From a checkpoint."""
+        """The state in a checkpoint."""
         return cls(**saved | {"trajectory": [Point(**point) for point in saved["trajectory"]]})
 
     @classmethod
@@ -280,7 +285,7 @@ class _State:
 
 
 class _Proxy:
-    """The proxy model, and the gradient of every row."""
+    """The proxy model, and the gradients of all rows: sources, and the target last."""
 
     def __init__(self, plan: Plan, rows: int, dtype: torch.dtype, current: Snapshot | None) -> None:
         phase = plan.phases[0].phase
@@ -297,7 +302,7 @@ class _Proxy:
     def measure(
         self, batches: Sequence[Sequence[Batch]], interrupted: Callable[[], bool]
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """(inner products of the rows' gradients [R, R], their losses [R]), fp64; None if it was interrupted."""
+        """(inner products of the rows' gradients [R, R], their losses [R]), both fp64; None if interrupted."""
         losses_R = torch.zeros(len(batches), device=self.engine.device)
         self.gradients_RN.zero_()
         for row, micro_batches in enumerate(batches):
@@ -312,7 +317,7 @@ class _Proxy:
         return gram_RR.double().cpu().numpy(), losses_R.double().cpu().numpy()
 
     def step(self, weights: np.ndarray, lr: float) -> None:
-        """One update along the sum of the first K gradients, each times its weight."""
+        """One optimizer step on the weighted sum of the first K gradients."""
         weights_K = torch.from_numpy(weights).to(self.gradients_RN)
         combined_N = weights_K @ self.gradients_RN[: len(weights)]
         self._point_to(combined_N)
@@ -320,14 +325,14 @@ class _Proxy:
         self.engine.optimizer.step(lr, torch.linalg.vector_norm(combined_N), never)
 
     def _point_to(self, flat_N: Tensor) -> None:
-        """Put the parameters' gradients in `flat_N`, where the backward pass adds to them in place."""
+        """Make the parameters' gradients views of `flat_N`, to which the backward pass adds in place."""
         parts = flat_N.split([param.numel() for param in self.params])
         for param, part in zip(self.params, parts, strict=True):
             param.grad = part.view(param.shape)
 
 
 class _Study:
-    """The steps of a reweighting, from the newest checkpoint on."""
+    """The steps of a reweighting, starting from the newest checkpoint."""
 
     def __init__(
         self, plan: Plan, sources: list[str], target: str | None, out: Path, found: Checkpoint | None, display: Steps
@@ -353,7 +358,7 @@ class _Study:
         self.writer = checkpoint.Writer(out / "checkpoints", ALONE, Retention(plan.recipe.checkpoint.keep))
 
     def run(self, stop: StopRequest) -> bool:
-        """All remaining steps; False, with a checkpoint written, if it was asked to stop."""
+        """Run all remaining steps; returns False, after a checkpoint, if a stop was requested."""
         state, steps, recipe = self.state, self.phase.steps, self.plan.recipe
         save_every, log_every = (
             span.steps(self.phase.tokens_per_step, steps) for span in (recipe.checkpoint.every, recipe.log.every)
@@ -382,7 +387,7 @@ class _Study:
         return finished
 
     def _advance(self, gram: np.ndarray, losses: np.ndarray) -> None:
-        """New weights, then a step of the proxy with them. If anything isn't finite, neither changes."""
+        """Update the weights, then the proxy with them. If a value is not finite, both stay unchanged."""
         state, phase, sources = self.state, self.phase.phase, len(self.sources)
         lr = learning_rate(phase.schedule, phase.optimizer.lr, state.step, self.phase.steps, self.phase.tokens_per_step)
         state.step += 1
@@ -490,8 +495,8 @@ def print_reweighting(result: Reweighting, title: str, console: Console) -> None
         ],
     )
     console.print(
-        f"reach {result.reach:.3g} (the paper's: {result.published_reach:.3g}): a smaller one keeps shares nearer to "
-        "equal",
+        f"reach {result.reach:.3g} (the paper's: {result.published_reach:.3g}): the smaller it is, the closer shares "
+        "stay to equal ones",
         soft_wrap=True,
     )
     console.print(mixture_line(result.mixture), soft_wrap=True)

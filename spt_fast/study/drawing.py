@@ -1,7 +1,7 @@
-"""matplotlib for the pictures: drawn to files, without a backend, and with names as they are.
+"""matplotlib for drawing to files: without a backend, and without formulas in names.
 
-Jupyter passes its backend in MPLBACKEND to every process that it starts, and matplotlib can't be imported if the
-package of that backend isn't installed.
+Jupyter passes its backend in MPLBACKEND to every process that it starts, and importing matplotlib fails if the package
+of that backend is not installed.
 """
 
 from __future__ import annotations
@@ -27,4 +27,4 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 __all__ = ["PLAIN", "Axes", "Figure", "FuncFormatter", "LogLocator", "NullFormatter", "mpl"]
 
 PLAIN: dict[Any, Any] = {"text.parse_math": False}
-"""For `mpl.rc_context`: a dollar in a name does not begin a formula."""
+"""For `mpl.rc_context`: a dollar sign in a name does not start a formula."""

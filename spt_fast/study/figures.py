@@ -1,8 +1,7 @@
-"""The picture of a comparison: the general loss that each arm pays for its gain in domain loss.
+"""The picture of a comparison: the gain of each arm in domain loss, and its cost in general loss.
 
-On the left every finetune is a path in the plane of domain loss and general loss, from the end of pretraining to its
-final weights; down and left is better. On the right are two figures of each seed: the gain in the domain, and the
-forgetting.
+On the left, each finetune is a path in the plane of domain loss and general loss, from the end of pretraining to its
+final weights; down and left is better. On the right are the gain in the domain and the forgetting of each seed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from spt_fast.study.runs import FinetunePath
 
 NPT_COLOUR = "#4d4d4d"
 SPT_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""The colours of Okabe and Ito, which colour-blind readers can distinguish."""
+"""The colours of Okabe and Ito, which are safe for colour-blind readers."""
 LINE_HEIGHT = 0.05
 """Room for a line of text, as a share of the plane's height."""
 
@@ -73,7 +72,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
 def draw_plane(
     axes: Axes, comparison: Comparison, arms: Mapping[Treatment, list[Finetune]], colours: Mapping[Treatment, str]
 ) -> None:
-    """Every finetune's path; the kept grid arm is drawn strong up to its final weights."""
+    """The path of each finetune. The kept grid arm is drawn dark up to its final weights, all others pale."""
     for arm, runs in arms.items():
         colour = colours[arm]
         for run in runs:
@@ -100,13 +99,13 @@ def _domain_and_general(path: FinetunePath) -> tuple[list[float], list[float]]:
 
 
 def _until(path: FinetunePath, losses: tuple[float, float]) -> FinetunePath:
-    """The path up to the evaluation with these losses; all of it if none has them."""
+    """The path up to the evaluation with these (domain, general) losses; the whole path if there is none."""
     ends = [index for index, point in enumerate(path) if point[1:] == losses]
     return path[: ends[0] + 1] if ends else path
 
 
 def _label_ends(axes: Axes, arms: Mapping[Treatment, list[Finetune]], colours: Mapping[Treatment, str]) -> None:
-    """Name each arm to the left of the ends of its finetunes; names are moved so that they don't overlap."""
+    """Label each arm to the left of the ends of its finetunes, with labels moved apart."""
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
     axes.set_xlim(left - 0.24 * (right - left), right)

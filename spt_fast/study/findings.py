@@ -1,4 +1,4 @@
-"""Comparisons and fits in words: one sentence or cell for each fact, on a terminal and on a page."""
+"""Comparisons and fits in words, for the terminal and the report: a sentence or a table cell for each fact."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print the arms as a table, then the sentences on them."""
     print_grid(console, arm_table(comparison))
     if comparison.settings:
-        of = "settings of the optimizers: each arm uses the one with the lowest domain loss on the select half"
+        of = "optimizer settings: each arm uses the one with the lowest domain loss on the select half"
         print_table(console, of, SETTING_COLUMNS, map(setting_cells, comparison.settings))
     for line in findings(comparison):
         console.print(f"- {line}")
@@ -61,7 +61,7 @@ SETTING_COLUMNS = ("arm", "setting", "seeds", "select half", "domain after", "ch
 
 
 def setting_cells(tried: Tried) -> list[str]:
-    """A row of SETTING_COLUMNS: mean domain losses over seeds, and whether the setting was chosen."""
+    """The cells of a row under SETTING_COLUMNS; losses are means over seeds."""
     means = (tried.domain_select, tried.domain_after)
     arm = f"{tried.treatment.name}, {amount(tried.tokens)}" if tried.tokens else tried.treatment.name
     return [arm, tried.setting, str(tried.seeds), *(signed(mean, 3) for mean in means), "yes" if tried.kept else ""]
@@ -71,7 +71,7 @@ ARM_FIGURES = ("domain_after", "general_before", "general_after", "forgetting")
 
 
 def arm_cells(arm: ArmFigures, plus_minus: str = " ± ", figures: Sequence[str] = ARM_FIGURES) -> list[str]:
-    """Name, epochs, seeds, the figures and R_gain: means, and half the range over several seeds."""
+    """The cells of an arm: name, epochs, seeds, the figures and R_gain, as means ± half the range over seeds."""
     return [
         arm.treatment.name,
         f"{arm.domain_epochs.mean:.3g}" if arm.domain_epochs else "",
@@ -90,12 +90,12 @@ def _with_spread(over: Interval | None, plus_minus: str, digits: int = 3) -> str
 
 
 def signed(figure: float, digits: int) -> str:
-    """With a minus sign instead of a hyphen."""
+    """The figure with its sign, a true minus sign included."""
     return f"{figure:.{digits}f}".replace("-", "−")
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """The findings, a sentence each."""
+    """The findings of a comparison, a sentence each."""
     found = verdicts([verdict for by_arm in comparison.verdict.values() for verdict in by_arm.values()])
     equal = comparison.general_at_equal_domain
     if len(equal.general) > 1:
@@ -121,7 +121,7 @@ def verdicts(judged: Sequence[Verdict]) -> list[str]:
 
 
 def later(comparison: Comparison) -> list[str]:
-    """The effect of a later, unrelated finetune on the domain, if there is one."""
+    """A sentence on the effect of a later, unrelated finetune on the domain loss, if there is one."""
     arms = [arm for arm in comparison.arms if arm.tokens == comparison.tokens and arm.domain_later and arm.domain_after]
     if not arms:
         return []
@@ -132,7 +132,7 @@ def later(comparison: Comparison) -> list[str]:
 
 
 def behind(comparison: Comparison) -> list[str]:
-    """The held-out text of the losses, if the runs record it, and what was chosen on other text."""
+    """A sentence on the held-out text behind the losses, and on what was chosen on other text, if it is recorded."""
     found = {}
     for name, of in ((comparison.domain, "domain_behind"), (comparison.general, "general_behind")):
         known = [one for run in comparison.runs if (one := getattr(run, of)) is not None]
@@ -143,7 +143,7 @@ def behind(comparison: Comparison) -> list[str]:
 
 
 def multiplier(comparison: Comparison, arm: Treatment) -> list[str]:
-    """The tokens that NPT needs to equal an arm, if they are known."""
+    """A sentence on the tokens that NPT needs to reach the loss of an arm, if they or a lower bound are known."""
     factor = (comparison.compute_multiplier or {}).get(arm)
     if not factor:
         return _at_least(comparison, arm)
@@ -157,7 +157,7 @@ def multiplier(comparison: Comparison, arm: Treatment) -> list[str]:
 
 
 def _at_least(comparison: Comparison, arm: Treatment) -> list[str]:
-    """A lower bound where an arm is below every loss of the NPT that it is held against."""
+    """A lower bound of the multiplier, if the arm's loss is below all losses of the NPT that it is compared with."""
     losses: dict[Treatment, dict[int, float]] = {}
     for own in comparison.arms:
         losses.setdefault(own.treatment, {})[own.tokens] = _mean(own.domain_after)
@@ -175,18 +175,18 @@ def _at_least(comparison: Comparison, arm: Treatment) -> list[str]:
 
 
 def conclusion(comparison: Comparison) -> list[str]:
-    """The result of NPT against one other arm, for someone who reads nothing else."""
+    """A summary of one arm against NPT, in complete sentences."""
     npt, spt = comparison.arms
     name, gain = spt.treatment.name, _mean(spt.r_gain)
     verdicts = {figure: by_arm[spt.treatment].weighed for figure, by_arm in comparison.verdict.items()}
     return [
-        f"In the domain, {name} ends {abs(gain):.1f}% {'better' if gain > 0 else 'worse'} than NPT, having read its "
-        f"text {_mean(spt.domain_epochs):.3g} times before the finetune: its loss is {verdicts['domain_after']}.",
-        f"In general text, the finetune costs {_mean(npt.forgetting):.2f} nats/token after NPT and "
+        f"The domain loss of {name}, which has read the domain {_mean(spt.domain_epochs):.3g} times before the "
+        f"finetune, ends {abs(gain):.1f}% {'below' if gain > 0 else 'above'} that of NPT: {verdicts['domain_after']}.",
+        f"On general text, the finetune raises the loss by {_mean(npt.forgetting):.2f} nats/token after NPT and "
         f"{_mean(spt.forgetting):.2f} after {name}: {verdicts['forgetting']}. When both reach the same "
         f"domain loss, the general loss is {_mean(npt.general_at_equal_domain):.2f} for NPT and "
         f"{_mean(spt.general_at_equal_domain):.2f} for {name}: {verdicts['general_at_equal_domain']}.",
-        "A model this small, trained this briefly, shows the direction of the effect, not its size.",
+        "A model this small, trained for such a short time, shows the direction of the effect but not its size.",
     ]
 
 
@@ -198,8 +198,8 @@ def _mean(over: Interval | None) -> float:
 
 
 def print_fits(fits: Fits, console: Console, *, every_parameter: bool = False) -> None:
-    """How well each law fits and predicts, its parameters, and what is missing for the others. `every_parameter`:
-    include those of laws with parameters for each share."""
+    """Print how well each law fits and predicts, its parameters, and what the other laws lack. every_parameter:
+    include the laws that have parameters for each share."""
     found = [one for one in fits.laws if one.law]
     if found:
         print_grid(console, _quality_table(found))
@@ -260,7 +260,7 @@ def law_title(one: Fitted) -> str:
 
 
 def group_name(group: Mapping[str, float | None]) -> str:
-    """The common properties of a fit's runs, as far as they are known."""
+    """The known properties that all runs of a fit share, in words."""
     words: dict[str, Callable[[float], str]] = {
         "params": lambda size: f"{amount(size)} parameters",
         "domain_tokens": lambda tokens: f"{amount(tokens)} domain tokens",

@@ -1,12 +1,11 @@
-"""Finetunes after pretraining, and how they are compared: one definition for tables, comparisons, advice and pages.
+"""Finetunes after pretraining, and the terms in which tables, comparisons, advice and reports compare them.
 
 treatment   the domain's share of all pretraining tokens; the finetune's replay, anchor and average
 arm         a treatment at one pretraining budget; its runs differ by seed
-setting     the values of its optimizers' fields; an arm's best setting has the lowest mean `domain_select` over
-            seeds
-plainest    the finetunes with the least replay, of these the ones with the least anchor, then the least average.
+setting     the values of the optimizer fields; an arm's best setting has the lowest mean `domain_select` over seeds
+plainest    the finetunes with the least replay, among these those with the least anchor, then the least average.
             Replay comes first because it changes the training text: the papers' figures and the laws are for
-            finetunes on the domain alone. An anchor and an average only change how far they go.
+            finetunes on the domain alone. An anchor and an average only limit how far the weights move.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ from spt_fast.study.settings import beaten
 from spt_fast.study.words import percent, three_digits
 
 SETTING = ["params", "domain_tokens"]
-"""What finetunes must share to be compared, and laws of them to be fitted."""
+"""The columns that finetunes must have in common to be compared and to be fitted by one law."""
 
 
 class Treatment(NamedTuple):
-    """How an arm uses the domain: the same in all its runs, which differ by budget and seed."""
+    """How an arm uses the domain."""
 
     delta: float
     """The domain's share of all pretraining tokens."""
     replay: float
     """The share of all other sources in the finetune."""
     anchor: float
-    """The finetune's decay toward the weights that it started from."""
+    """The strength of the finetune's decay toward its starting weights."""
     average: float = 0.0
-    """The share of these in its final weights."""
+    """The share of the starting weights in the final weights."""
 
     @property
     def key(self) -> str:
-        """Its form as a key: "0", "0.05", "0.05 replay 0.01"."""
+        """The treatment as a key: "0", "0.05", "0.05 replay 0.01"."""
         more = f" replay {self.replay:.12g}" if self.replay else ""
         more += f" anchor {self.anchor:g}" if self.anchor else ""
         more += f" average {self.average:g}" if self.average else ""
@@ -49,7 +48,7 @@ class Treatment(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name in tables and pictures: "NPT", "SPT 5%", "NPT, 1% replay"."""
+        """The name in tables and pictures: "NPT", "SPT 5%", "NPT, 1% replay"."""
         name = f"SPT {percent(self.delta)}" if self.delta else self.without
         name += f", {percent(self.replay)} replay" if self.replay else ""
         name += f", anchor {self.anchor:g}" if self.anchor else ""
@@ -57,12 +56,12 @@ class Treatment(NamedTuple):
 
     @property
     def without(self) -> str:
-        """Its name without domain text in pretraining."""
+        """The name for delta = 0."""
         return "NPT"
 
     @property
     def finetune(self) -> tuple[float, float, float]:
-        """(replay, anchor, average); the least is the plainest."""
+        """(replay, anchor, average); the smallest tuple is the plainest finetune."""
         return self.replay, self.anchor, self.average
 
 
@@ -78,7 +77,7 @@ class OfBase(Treatment):
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its ends: over seeds the least and the largest, for a law those of its interval."""
+    """A mean with two ends: the smallest and largest value over seeds, or a law's interval."""
 
     mean: float
     low: float
@@ -86,7 +85,7 @@ class Interval:
 
     @classmethod
     def of(cls, seeds: Iterable[float]) -> Interval | None:
-        """Over the seeds of an arm; None if there are none, or if one was not measured."""
+        """Mean and range over the seeds of an arm; None without seeds, or if a value was not measured."""
         given = [float(value) for value in seeds]
         if not given or not all(map(math.isfinite, given)):
             return None
@@ -100,14 +99,15 @@ class Interval:
 
 
 def plainest(finetunes: pd.DataFrame) -> pd.DataFrame:
-    """The finetunes of a table with the least replay, of these those with the least anchor, then the least average."""
+    """The finetunes with the least replay, among these those with the least anchor, then the least average."""
     for name in ("injected", "anchor", "average"):
         finetunes = finetunes[finetunes[name] == finetunes[name].min()]
     return finetunes
 
 
 def held_against(treatment: Treatment, arms: Iterable[Treatment]) -> Treatment | None:
-    """NPT with the same finetune, else with the plainest; None for that one itself, and without NPT."""
+    """The NPT that a treatment is compared with: with the same finetune, else with the plainest one. None for that NPT
+    itself, and without any NPT."""
     npt = sorted((other for other in arms if other.delta == 0), key=lambda other: other.finetune)
     same = treatment._replace(delta=0.0)
     found = same if treatment.delta and same in npt else next(iter(npt), None)
@@ -118,8 +118,8 @@ ARM = [*SETTING, "pretrain_tokens", "pretrain_delta", "injected", "anchor", "ave
 
 
 def after_pretraining(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per finetune, mostly on the domain, with final weights after pretraining on a known mixture, for the best
-    setting, one for each seed of an arm. Adds `regime`, FT or SPT.
+    """The finetunes on the domain after pretraining on a known mixture: a row, of the final weights, for each seed of
+    each arm, in its best setting. Adds the column `regime`, FT or SPT.
 
     Shares are rounded to three digits, since runs achieve the requested shares only approximately.
     """
@@ -129,7 +129,7 @@ def after_pretraining(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def every_finetune(rows: pd.DataFrame) -> pd.DataFrame:
-    """The same for every setting."""
+    """The same as `after_pretraining`, for all settings."""
     kept = rows["handed_on"] & (rows["stage"] > 0) & (rows["start"] == "pretrained") & (rows["injected"] < 0.5)
     found = rows[kept & (rows["pretrain_tokens"] > 0) & rows["pretrain_delta"].notna()]
     shares = {name: found[name].map(three_digits) for name in ("pretrain_delta", "injected")}

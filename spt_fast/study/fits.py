@@ -1,8 +1,8 @@
-"""Fits every law that a study's runs allow, and tests how far each can be trusted.
+"""Fits every law that a study's runs allow, and tests its predictions.
 
-A law is judged by its predictions, not by its fit: `holdout_error` fits to a part of the runs and measures the error on
-the rest. The split follows the way in which decisions extrapolate (a larger share, a larger budget, a share between
-those that were run).
+A law is judged by its predictions and not by its fit: `holdout_error` fits it to a part of the runs and measures the
+error on the rest. The parts are chosen as decisions extrapolate: to a larger share, a larger budget, or a share between
+those that were run.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from spt_fast.study.usable import UsableRows, usable
 from spt_fast.study.words import amount
 
 Split = Callable[[pd.DataFrame], list[pd.Series]]
-"""Masks of the rows to predict, each from all the others."""
+"""Returns masks of rows; the rows of each mask are predicted from all others."""
 
 FIRST_PART = 0.6
-"""Share of the budget that is fitted, to predict the rest."""
+"""The first part of the budget, which is fitted to predict the rest."""
 MOST_ROWS = 6000
-"""Rows of a law, drawn at random with about as many from every run: more take longer and change nothing."""
+"""The most rows that a law is fitted to, drawn at random with about as many from each run: more take longer without
+effect."""
 BENT = 0.5
-"""Runs are left out of a law if the others' error falls to this share without them."""
+"""Runs without domain text are left out of a law if that reduces the error of the others to this share."""
 
 
 def _largest(column: str) -> Split:
@@ -75,19 +76,19 @@ class Kind:
     make: Callable[[], Law]
     view: Callable[[UsableRows], list[views.Group]]
     takes: str
-    """The runs that it needs, in words."""
+    """The runs that the law needs, in words."""
     differ: tuple[str, ...] = ()
     settings: int = 0
-    """At least this many combinations of the columns in `differ`."""
+    """The law needs at least this many combinations of the columns in `differ`."""
     apart: float = 0.0
-    """The smallest and the largest of the first of them must be at least this far apart."""
+    """The least difference between the smallest and the largest value of the first of these columns."""
     curves: str = ""
     unknowns: int = 0
-    """Each value of the column `curves` is a separate curve, with this many parameters."""
+    """Each value of the column `curves` is a separate curve with this many parameters."""
     rows: int | None = None
-    """About this many, evenly spaced in each run: more take long and add little."""
+    """The law is fitted to about this many rows, evenly spaced in each run: more take longer and add little."""
     splits: dict[str, Split] = field(default_factory=dict)
-    """Parts that are left out and predicted: in words, and how."""
+    """The parts to leave out and predict, by their name in words."""
 
 
 def _dcpt(of: Literal["domain", "general"]) -> Kind:
@@ -175,7 +176,7 @@ LAWS = {
 
 @dataclass(frozen=True)
 class Score:
-    """On the rows that a law was fitted to; mre is the mean relative error."""
+    """How well a law fits the rows that it was fitted to; mre is the mean relative error."""
 
     r2: float
     huber: float
@@ -184,7 +185,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Errors:
-    """On rows that a law was not fitted to."""
+    """How well a law predicts rows that it was not fitted to; mre is the mean relative error."""
 
     mre: float
     r2: float
@@ -193,7 +194,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A parameter's value, and an interval over fits to resampled runs."""
+    """A parameter's value, and its 90% interval over fits to resampled runs."""
 
     value: float
     low: float
@@ -207,11 +208,11 @@ class Fitted:
     law_name: str
     """A key of LAWS."""
     group: Mapping[str, float | None]
-    """The common properties of its runs; see views."""
+    """The properties that its runs have in common; see views."""
     table: pd.DataFrame
-    """The law's rows."""
+    """The rows that the law is fitted to."""
     problem: str | None = None
-    """What is missing, if there is no law."""
+    """What the runs lack, if there is no law."""
     law: Law | None = None
     score: Score | None = None
     holdout: Mapping[str, Errors] = field(default_factory=dict)
@@ -248,15 +249,15 @@ class Fits:
 
     laws: list[Fitted]
     notes: list[str]
-    """What was left out of the table."""
+    """What was left out of the table and why, a sentence each."""
     behind: dict[str, Behind | None]
     """The held-out text of "domain" and "general" losses; None if it is not recorded."""
     crossover: list[Crossover]
-    """The amount of domain text above which pretraining makes no difference, if the runs can show it."""
+    """The amount of domain text above which pretraining makes no difference, for each model size whose runs show it."""
 
 
 def fit(table: pd.DataFrame | UsableRows, law: str | None = None) -> Fits:
-    """See `fit_laws`."""
+    """The fits of `fit_laws` with notes, text behind the losses, and the crossover. Errors are those of `fit_laws`."""
     used = usable(table)
     asked = asks_for_crossover(used.rows)
     behind = {corpus: Behind.of_rows(used.rows, corpus) for corpus in ("domain", "general")}
@@ -264,12 +265,12 @@ def fit(table: pd.DataFrame | UsableRows, law: str | None = None) -> Fits:
 
 
 def fit_laws(table: pd.DataFrame | UsableRows, law: str | None = None, draws: int = 50) -> list[Fitted]:
-    """Fit every law, or only `law` (a key of LAWS), to each group of a runs table. A law without enough runs is
-    returned without `law` and with its `problem`.
+    """Fit every law, or only `law` (a key of LAWS), to each group of a runs table. If the runs do not suffice, the
+    result has a `problem` instead of a `law`.
 
-    Groups of a law with the same problem are returned as one. draws: for the parameters' 90% intervals.
+    Groups of a law with the same problem are returned as one. draws: resamplings for the parameters' 90% intervals.
 
-    Raises RecipeError for an unknown law, DataError for a table that no law can be fitted to (see usable).
+    Raises RecipeError for an unknown law, DataError for a table that cannot be used (see usable).
     """
     if law is not None and law not in LAWS:
         raise RecipeError(invalid("law", law, f"write the name of a law; {nearest(law, LAWS)}"), argument=True)
@@ -311,8 +312,8 @@ def _fitted(name: str, group: Mapping[str, float | None], table: pd.DataFrame, d
 
 
 def _without_npt(table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
-    """Overfitting runs without fraction 0 if it distorts the law for the others, with a note: the loss on text that a
-    model never reads need not fall as in the law."""
+    """The rows for the overfitting law; without fraction 0, and with a note in `said`, if that fraction distorts the
+    law for the others. The loss on text that a model never reads need not follow the law."""
     rest = table[table["fraction"] > 0]
     try:
         with warnings.catch_warnings():
@@ -330,7 +331,7 @@ def _without_npt(table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
 
 
 def _without_repeats(fitted: list[Fitted]) -> list[Fitted]:
-    """Groups of one law with the same problem as one, with their common properties."""
+    """The fits with groups of one law and problem merged into one group, which keeps their common properties."""
     kept: dict[Any, Fitted] = {}
     for i, one in enumerate(fitted):
         key = (one.law_name, one.problem) if one.problem else i
@@ -356,7 +357,7 @@ def _thinned(table: pd.DataFrame, rows: int | None) -> pd.DataFrame:
 
 
 def _enough(kind: Kind, table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
-    """The rows that can be fitted; raises DataError, which names what is missing."""
+    """The rows that can be fitted. Raises DataError, which names what is missing, if there are not enough."""
     _require_settings(kind, table)
     table = _whole_curves(kind, table, said)
     _require_settings(kind, table)
@@ -364,13 +365,15 @@ def _enough(kind: Kind, table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
 
 
 def _whole_curves(kind: Kind, table: pd.DataFrame, said: list[str]) -> pd.DataFrame:
-    """Without curves that are too short, with a note."""
+    """The rows without curves that are too short, which a note in `said` names."""
     if not kind.curves:
         return table
     tokens = table[table["tokens"] > 0].groupby(kind.curves)["tokens"]
     short = (tokens.nunique() < kind.unknowns) | (tokens.size() <= kind.unknowns)
     if short.all():
-        raise DataError(f"needs {kind.takes}; there are {tokens.size().max()} at most, at {tokens.nunique().max()}")
+        raise DataError(
+            f"needs {kind.takes}; there are at most {tokens.size().max()}, at {tokens.nunique().max()} token counts"
+        )
     if short.any():
         values = ", ".join(f"{value:g}" for value in short.index[short])
         said.append(f"left out {kind.curves} {values}: it has too few runs or evaluations")
@@ -389,9 +392,9 @@ def _require_settings(kind: Kind, table: pd.DataFrame) -> None:
 
 
 def holdout_error(name: str, table: pd.DataFrame) -> dict[str, Errors]:
-    """For each part left out: how a law (a key of LAWS) predicts rows of its own table that it was not fitted to.
+    """The error of a law (a key of LAWS) on each part of its table, fitted to the rest.
 
-    Parts without which the law cannot be fitted are missing.
+    Parts without which the law cannot be fitted are left out of the result.
     """
     kind = LAWS[name]
     measured = {}

@@ -1,9 +1,9 @@
-"""Trains many recipes, each in a separate process: side by side on this machine, or as jobs of a cluster.
+"""Trains many recipes, each in its own process: in parallel on this machine, or as jobs of a cluster.
 
-On a CPU every process has a fair share of the cores. A small model gains little from a second thread, and two threads
-that wait for each other at every operation slow down to almost nothing when anything else runs on the machine (measured
-on two busy cores: 2,000 tokens/s for one process with two threads, 14,000 for two processes with one; 22,000 and 23,000
-on idle ones). With GPUs every process has one.
+On a CPU, the cores are divided evenly among the processes. A small model gains little from a second thread, and two
+threads that wait for each other at every operation become very slow if other work runs on the machine (on two busy
+cores: 2,000 tokens/s for one process with two threads, 14,000 for two processes with one; on idle ones 22,000 and
+23,000). With GPUs, each process has one.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ USERS_MISTAKE = 2
 
 
 class Process(Protocol):
-    """A recipe in training; a `subprocess.Popen` is one."""
+    """A process that trains a recipe, such as a `subprocess.Popen`."""
 
     def poll(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """The exit code; None while it runs."""
 
     def terminate(self) -> None:
-        """Ask it to save and end."""
+        """Ask the process to save and exit."""
 
     def wait(self) -> object:
-        """Wait until it has ended."""
+        """Wait until the process has ended."""
 
 
 class Workers(Protocol):
-    """Where processes run."""
+    """Starts processes, up to a limit at a time."""
 
     @property
     def free(self) -> int:
-        """How many processes could be started now."""
+        """The number of processes that can be started now."""
 
     def start(self, recipe: Path, log: Path) -> Process: ...
 
 
 class Local:
-    """This machine: as many processes as there are GPUs, or else cores, or `jobs`; never more than recipes."""
+    """This machine: at most `jobs` processes, by default one per GPU, or per core without GPUs; at most `recipes`."""
 
     def __init__(self, recipes: int, jobs: int | None = None) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -69,7 +69,7 @@ class Local:
         self._threads = max(1, cores // self.jobs)
         self._devices = [devices[i % len(devices)] for i in range(self.jobs)]
         self._running: dict[int, Process] = {}
-        """By slot, an index of `_devices`."""
+        """The running process of each slot, which is an index of `_devices`."""
 
     def _free_slots(self) -> list[int]:
         return [i for i in range(self.jobs) if i not in self._running or self._running[i].poll() is not None]
@@ -84,14 +84,14 @@ class Local:
         if (device := self._devices[slot]) is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         with log.open("wb") as said:
-            # inherits open files: a study's lock holds until its last run has ended, even if the sweep was killed
+            # It inherits open files: a study stays locked until its last run has ended, even if the sweep is killed.
             process = subprocess.Popen(command(recipe), stdout=said, stderr=said, env=environment, close_fds=False)
         self._running[slot] = process
         return process
 
 
 def visible_gpus() -> list[str | None]:
-    """Names of the GPUs for CUDA_VISIBLE_DEVICES; CUDA uses a list there up to its first invalid entry."""
+    """The GPUs' names for CUDA_VISIBLE_DEVICES. If it is set, CUDA uses its list up to the first invalid entry."""
     if not torch.cuda.is_available():
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -100,13 +100,13 @@ def visible_gpus() -> list[str | None]:
 
 
 def command(recipe: Path) -> list[str]:
-    """The command that trains a recipe, or continues it."""
+    """The command that trains a recipe or continues its training."""
     return [sys.executable, "-m", "spt_fast.train", str(recipe), "--resume"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe to train after the recipe that it starts from."""
+    """A recipe to train, and the recipe that it starts from."""
 
     recipe: Path
     after: Path | None = None
@@ -118,7 +118,7 @@ class Outcome:
 
     interrupted: bool = False
     failed: dict[Path, str] = field(default_factory=dict)
-    """By recipe, the end of its output."""
+    """The end of the output of each failed recipe."""
     skipped: list[Path] = field(default_factory=list)
     """Recipes that start from failed ones."""
 
@@ -126,9 +126,9 @@ class Outcome:
 def train_side_by_side(recipes: Sequence[Path], logs: Path, console: Console) -> bool:
     """Train recipes, or continue them, as many at a time as this machine has GPUs or cores.
 
-    True when all are done; False after SIGINT or SIGTERM, when the running ones are saved. A run's own output goes to
-    LOGS/<recipe>.log. If a run fails, raises RecipeError (RuntimeError if it isn't the user's mistake) with the end of
-    that log; the others are saved then, too.
+    Returns True when all are done, False after SIGINT or SIGTERM, when the running ones are saved. A run's output goes
+    to LOGS/<recipe>.log. If a run fails, the others are saved, and RecipeError (RuntimeError if it isn't the user's
+    mistake) has the end of that log.
     """
     jobs = [Job(recipe) for recipe in recipes]
     outcome = train_all(jobs, logs, console, Local(len(recipes)), keep_going=False)
@@ -146,9 +146,9 @@ def train_all(
 ) -> Outcome:
     """Train unfinished jobs, each after the one that it starts from; `ended` is called after each.
 
-    A run that fails by itself (it diverged, memory ran out) is recorded, and the rest continues. A user's mistake (exit
-    code 2), or any failure if `keep_going` is false, ends everything: the running ones are saved, and RecipeError, or
-    RuntimeError, has the end of the run's log. After SIGINT or SIGTERM the running ones are saved too.
+    A run that fails during training (it diverged, memory ran out) is recorded, and the others continue. A user's
+    mistake (exit code 2), or any failure if `keep_going` is false, stops all: the running ones are saved, and
+    RecipeError, or RuntimeError, has the end of the run's log. After SIGINT or SIGTERM the running ones are saved too.
     """
     logs.mkdir(parents=True, exist_ok=True)
     loaded = {job.recipe: load_recipe(job.recipe) for job in jobs}
@@ -166,7 +166,7 @@ def train_all(
                     waiting.remove(job)
                     outcome.skipped.append(job.recipe)
                 elif job.after and job.after not in unfinished and _is_made(loaded[job.recipe]):
-                    waiting.remove(job)  # an earlier run has made it too
+                    waiting.remove(job)  # a run that trains for several has also made this one
                     unfinished.remove(job.recipe)
                     ended(job.recipe)
                 elif job.after not in unfinished and workers.free:
@@ -196,7 +196,7 @@ def _log(logs: Path, recipe: Path) -> Path:
 
 
 def _end_of(log: Path) -> str:
-    """Its last lines, or more if the message of `spt-fast` is longer."""
+    """The last lines of a log, or more if the message of `spt-fast` is longer."""
     said = log.read_text(errors="replace", encoding="utf-8") if log.exists() else ""
     lines = (said.strip() or "it ended without output").splitlines()
     messages = [i for i, line in enumerate(lines) if line.startswith("spt-fast: ")]
@@ -204,7 +204,7 @@ def _end_of(log: Path) -> str:
 
 
 def _stop_all(running: dict[Path, Process]) -> None:
-    """Ask every process to save and end, and wait until it has."""
+    """Ask all processes to save and exit, and wait for them."""
     for process in running.values():
         process.terminate()
     for process in running.values():
@@ -212,18 +212,18 @@ def _stop_all(running: dict[Path, Process]) -> None:
 
 
 def is_done(recipe: Recipe) -> bool:
-    """Whether its run has finished."""
+    """Whether the recipe's run has finished."""
     summary = summary_of(Path(recipe.run))
     return summary is not None and summary["status"] == "done"
 
 
 def _is_made(recipe: Recipe) -> bool:
-    """Whether it is done with this exact recipe; an edited one is passed to the trainer, which refuses it."""
+    """Whether the run has finished with exactly this recipe; the trainer refuses an edited one."""
     return is_done(recipe) and not changes(Path(recipe.run), recipe)
 
 
 class _Display(Screen):
-    """The progress of all runs, and of each running one."""
+    """Shows the progress of all runs together, and of each running one."""
 
     def __init__(self, recipes: Mapping[Path, Recipe], unfinished: Iterable[Path], console: Console) -> None:
         super().__init__(show=not console.quiet)
@@ -246,7 +246,7 @@ class _Display(Screen):
         self.update(Line(parts, share), *under_way)
 
     def _share(self, unfinished: set[Path], states: Mapping[Path, tuple[float, str]]) -> float:
-        """The share of all tokens to train."""
+        """The finished share of all tokens to train."""
         behind = sum(
             tokens * (states[path][0] if path in states else path not in unfinished)
             for path, tokens in self._tokens.items()
@@ -255,12 +255,12 @@ class _Display(Screen):
 
 
 def progress_of(recipe: Recipe) -> tuple[float, str]:
-    """The finished share of a recipe's training (by tokens, all arms of grids counted), and its position."""
+    """The finished share of a recipe's training, by tokens of all arms of its grids; and its phase and step."""
     if is_done(recipe):
         return 1.0, "done"
     last = _last_record(Path(recipe.run) / "metrics.jsonl")
     names = [phase.name for phase in recipe.phases]
-    if last is None or last["phase"] not in names:  # nothing yet, or another recipe, which the trainer will refuse
+    if last is None or last["phase"] not in names:  # not started, or another recipe, which the trainer will refuse
         return 0.0, ""
     at = names.index(last["phase"])
     behind = sum(phase.tokens * len(phase.arms()) for phase in recipe.phases[:at])
@@ -269,12 +269,12 @@ def progress_of(recipe: Recipe) -> tuple[float, str]:
 
 
 def _tokens(recipe: Recipe) -> int:
-    """Tokens of all phases, and of all arms of their grids."""
+    """Tokens of all phases, with all arms of their grids."""
     return sum(phase.tokens * len(phase.arms()) for phase in recipe.phases)
 
 
 def _last_record(metrics: Path) -> dict[str, Any] | None:
-    """The last complete line of metrics.jsonl, which may be growing; None if there is none yet."""
+    """The last complete line of metrics.jsonl, which may still grow; None if there is none yet."""
     if not metrics.exists():
         return None
     with metrics.open("rb") as lines:

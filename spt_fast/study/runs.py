@@ -1,10 +1,10 @@
 """Finished run folders, read for comparison: the pretraining, the finetune, and the results.
 
-A run is one or more phases of pretraining, its own or those of the run whose weights it started from, and, as its last
-phase, a finetune. A base that was pretrained elsewhere is known only by its digest: it counts as 0 tokens. The *domain*
-is the source with the largest share of the finetune, the *general* source the other one with the largest share of the
-pretraining, or else of the finetune. A finetune on the domain may be followed by a *later* one on a source that the run
-had not read before: the comparison uses the former, and what the latter leaves of it.
+A run has one or more phases of pretraining, its own or those of the run whose weights it started from, and a finetune
+as its last phase. The pretraining of a base is unknown and counts as 0 tokens. The *domain* is the source with the
+largest share of the finetune; the *general* source is the other one with the largest share of pretraining, or without
+pretraining of the finetune. A finetune on the domain may be followed by a *later* one on a source that the run has not
+read before: the comparison is of the former, and has the losses after the latter.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from spt_fast.study.finetunes import OfBase, Treatment
 from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
 
 PER_ARM = ("name", "mixture", "anchor", "average", "also_average")
-"""Fields of a finetune that define its treatment, and its name."""
+"""The fields of a finetune that belong to its treatment, and its name."""
 
 FinetunePath = list[tuple[int, float, float]]
-"""A finetune's evaluations in order: tokens finetuned, domain loss, general loss (held out, nats per token)."""
+"""A finetune's evaluations in order: tokens of the finetune, domain loss, general loss (held-out, nats per token)."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Later:
 
     folder: Path
     source: str
-    """The source with the largest share of it."""
+    """The source with the largest share."""
     tokens: int
-    """Tokens that the recipe asks for."""
+    """The tokens in the recipe."""
     heldout: dict[str, float]
-    """Losses of its final weights, by source."""
+    """Losses of the final weights, by source."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run."""
+    """A finished run, as its folder records it."""
 
     folder: Path
     recipe: Recipe
@@ -54,13 +54,13 @@ class FinishedRun:
     evaluations: list[dict[str, Any]]
     """The "eval" records of metrics.jsonl."""
     pretraining: list[Trained]
-    """The phases before the finetune; none for a base that was pretrained elsewhere."""
+    """The phases before the finetune; empty for a base."""
     finetune: Phase
     later: Later | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> FinishedRun:
-        """Read recipe.yaml, summary.json and metrics.jsonl; CheckpointError for a run that can't be compared."""
+        """Read recipe.yaml, summary.json and metrics.jsonl. CheckpointError for a run that can't be compared."""
         folder = Path(folder)
         summary = summary_of(folder)
         if summary is None:
@@ -78,7 +78,7 @@ class FinishedRun:
         if not pretraining and (recipe.init is None or recipe.init_only):
             raise CheckpointError(
                 f"{folder}: {recipe.phases[0].name!r} is its only phase; a comparison needs a finetune as the last "
-                "phase, after pretraining in the same run or in the run that it starts from"
+                "phase, after pretraining in the same run or in the one that it starts from"
             )
         if not _is_unrelated(last, pretraining):
             return cls(folder, recipe, summary, evaluations_of(folder), pretraining, last.phase)
@@ -119,19 +119,19 @@ class FinishedRun:
 
     @property
     def base(self) -> str | None:
-        """The name of the weights, pretrained elsewhere, that were finetuned; None if the pretraining is known."""
+        """The name of the base that was finetuned; None if the pretraining is known."""
         from spt_fast.train.origin import named  # imports torch, which takes a second
 
         return named(Path(self.recipe.init)) if self.recipe.init and not self.pretraining else None
 
     def pretraining_share(self, source: str) -> Fraction:
-        """The exact share of `source` in the pretraining tokens of the recipes, over all phases."""
+        """The exact share of `source` in the tokens of all pretraining phases, by their recipes."""
         phases = [trained.phase for trained in self.pretraining]
         from_source = sum((phase.mixture.get(source, Fraction(0)) * phase.tokens for phase in phases), Fraction(0))
         return from_source / sum(phase.tokens for phase in phases) if phases else Fraction(0)
 
     def heldout(self, losses: dict[str, float]) -> tuple[float, float]:
-        """(domain, general) of held-out losses by source; CheckpointError if one is missing or not a number."""
+        """The (domain, general) losses among those by source. CheckpointError if one is missing or not a number."""
         for source in (self.domain, self.general):
             if source not in losses:
                 raise CheckpointError(
@@ -144,7 +144,8 @@ class FinishedRun:
         return losses[self.domain], losses[self.general]
 
     def finetune_path(self, arm: int) -> FinetunePath:
-        """The evaluations of one arm of the finetune's grid, from the common start on; for an average those two."""
+        """The evaluations of one arm of the finetune's grid, from the common start on; of an average only the first and
+        the last."""
         evaluations = [record for record in self.evaluations if record["phase"] == self.finetune.name]
         start = [record for record in evaluations if record["step"] == 0][:1]
         if not start:
@@ -163,8 +164,8 @@ def _largest(phase: Phase) -> str:
 
 
 def _is_unrelated(last: Trained, before: Sequence[Trained]) -> bool:
-    """Whether the last phase is a later finetune: its main source is in no earlier mixture, and the previous stage had
-    another main source than the first phase, pretraining."""
+    """Whether the last phase is a later finetune: its largest source is in no earlier mixture, and the previous phase
+    is a finetune, with another largest source than the first phase."""
     if len(before) < 2 or before[-1].phase.schedule.carry_on:
         return False
     general, domain, source = (_largest(trained.phase) for trained in (before[0], before[-1], last))
@@ -173,8 +174,8 @@ def _is_unrelated(last: Trained, before: Sequence[Trained]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """The content of a recipe's field: identified by its digest or, if an earlier version recorded none, by the
-    field."""
+    """The text behind a field of a recipe: identified by its digest or, if an earlier version recorded none, by the
+    field's value."""
 
     field: object
     digest: str | None
@@ -197,7 +198,7 @@ class Content:
 
 
 def check_comparable(runs: Sequence[FinishedRun]) -> None:
-    """RecipeError, naming two runs and the difference, if losses cannot be compared."""
+    """Raises RecipeError, which names two runs and their difference, if their losses cannot be compared."""
 
     def facts(run: FinishedRun) -> dict[str, object]:
         first: FinishedRun | Trained = run.pretraining[0] if run.pretraining else run
@@ -226,8 +227,8 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
 
 
 def differences(runs: Sequence[FinishedRun], *, searched: bool = False) -> list[str]:
-    """Warnings: other differences than treatment, budget and seed, which may explain differing losses. `searched`:
-    optimizers are the best ones tried in each arm, and may differ."""
+    """Warnings of differences between runs, other than treatment, budget and seed, that may explain their losses.
+    searched: each arm has its best optimizer setting, so optimizers may differ."""
 
     def settings(run: FinishedRun) -> dict[str, object]:
         last = plain(run.finetune)
@@ -278,5 +279,5 @@ def records_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def _with_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with values that JSON has no number for."""
+    """A record with the values restored that JSON has no number for: NaN in place of null."""
     return {key: math.nan if value is None else value for key, value in record.items()}

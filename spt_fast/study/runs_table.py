@@ -1,12 +1,12 @@
 """The runs table: the measurements of a study, a row per evaluation, for laws, advice and reports.
 
-A *stage* is a stretch of training with one learning-rate schedule. Stage 0 is pretraining from scratch; later stages
-adapt its result: a finetune, or continual pretraining. Phases with `continue: true` in their schedule belong to the
-stage that they continue, so one run at a plateau of its rate serves several budgets, and SCPT's change of mixture does
-not begin another stage. A run that starts from another run's weights/<phase> comes after that one; one that starts from
-foreign weights begins at stage 1 with an unknown past.
+A *stage* is training with one learning-rate schedule. Stage 0 is pretraining from scratch; later stages adapt its
+result: a finetune, or continual pretraining. Phases with `continue: true` in their schedule belong to the stage that
+they continue. So one run at a plateau of its rate has several budgets, and SCPT's change of mixture does not begin a
+stage. A run that starts from another run's weights/<phase> comes after that one; one that starts from a base begins at
+stage 1 with an unknown past.
 
-`Row` documents each column. Losses are in nats per token, shares are fractions, tokens are counted in the model's
+`Row` documents each column. Losses are in nats per token, shares are fractions, tokens are those of the model's
 windows. Only the kept arm of a phase's own grid is in the table, with its settings.
 """
 
@@ -50,14 +50,15 @@ class Row:
     """The columns of an evaluation; a failed run has only those without a default."""
 
     run: str
+    """The name of the run's folder."""
     phase: str
-    """Names of the study and the run."""
+    """The name of the phase."""
     stage: int
     """0: pretraining from scratch; 1, 2 …: later stages."""
     status: str
-    """done, or failed: one row without losses."""
+    """done or failed; a failed run has one row without losses."""
     base: str | None = None
-    """The weights, trained elsewhere, that the first of its runs started from; None for a start from scratch."""
+    """The base that the run, or the first run before it, started from; None for a start from scratch."""
     after: str
     """The run whose weights the stage started from; empty if there is none, or if it is unknown."""
     start: str | None = None
@@ -73,52 +74,53 @@ class Row:
     eps: float = math.nan
     clip: float = math.nan
     momentum: float = math.nan
-    """Of the stage too, these seven; clip is infinite without clipping, and NaN marks what the optimizer doesn't
-    have."""
+    """From `optimizer` on, the optimizer fields of the stage. `clip` is infinite without clipping; NaN stands for
+    fields that the optimizer does not have."""
     grid: str = ""
     """The fields chosen by the phase's own grid, with spaces between them; empty without one."""
     anchor: float = math.nan
-    """Decay toward the stage's starting weights."""
+    """Strength of the decay toward the stage's starting weights."""
     average: float = 0.0
-    """The share of these in the evaluated weights, if they are an average of both."""
+    """The share of the stage's starting weights in the evaluated weights; 0 without averaging."""
     tokens: float = math.nan
-    """Tokens of this stage, up to this evaluation."""
+    """Tokens of this stage up to this evaluation."""
     delta: float = math.nan
-    """The domain's share of them: δ in pretraining, 1 − p in finetuning, r in D-CPT."""
+    """The domain's share of `tokens`: δ in pretraining, 1 − p in finetuning, r in D-CPT."""
     injected: float = math.nan
     """1 − delta."""
     other: str = ""
-    """The source with the largest share of the stage's first phase if it is neither the domain nor the general one, as
-    in a later finetune; else empty."""
+    """The source with the largest share of the stage's first phase if that is neither the domain nor the general
+    source, as in a later finetune; else empty."""
     domain_tokens: int
     """Unique tokens of the domain that training may read."""
     epochs: float = math.nan
-    """How often this stage has read them."""
+    """How often this stage has read the domain so far."""
     sequences: float = math.nan
+    """Windows of a step; NaN in tables of earlier versions."""
     window: float = math.nan
-    """Of a step of the phase: the number of windows, and their length in tokens; NaN in tables of earlier versions."""
+    """Tokens of a window; NaN in tables of earlier versions."""
     pretrain_tokens: float = math.nan
     """Tokens of the earlier stages; NaN if unknown."""
     pretrain_delta: float = math.nan
-    """The domain's share of them; NaN if there are none or it is unknown."""
+    """The domain's share of `pretrain_tokens`; NaN if there are none or if it is unknown."""
     pretrain_epochs: float = math.nan
-    """How often they read the domain corpus as it was there."""
+    """How often the earlier stages read the domain, in the size that it had there."""
     domain_train: float = math.nan
     general_train: float = math.nan
     """Losses on fixed training windows."""
     domain_heldout: float = math.nan
     general_heldout: float = math.nan
-    """Losses on the report half of the held-out text: the results."""
+    """Losses on the report half of the held-out text, which are the results."""
     domain_select: float = math.nan
     general_select: float = math.nan
     """Losses on the select half, by which weights and learning rates are chosen."""
     domain_before: float = math.nan
     general_before: float = math.nan
-    """The results at the stage's start."""
+    """`domain_heldout` and `general_heldout` at the stage's start."""
     handed_on: bool
     """Whether these are the phase's final weights."""
     flops: float = math.nan
-    """Training FLOPs of all stages up to here."""
+    """Training FLOPs of all stages up to this evaluation."""
     tokenizer: str
     """Digest of the tokenizer."""
     heldout: str | None = None
@@ -128,15 +130,16 @@ class Row:
     """The sources' names."""
     domain_text: str | None = None
     general_text: str | None = None
-    """Digests of their training text."""
+    """Digests of the sources' training text."""
     domain_error: float = math.nan
     general_error: float = math.nan
-    """Standard errors of the results."""
+    """Standard errors of `domain_heldout` and `general_heldout`."""
     domain_documents: float = math.nan
     general_documents: float = math.nan
+    """Documents that the held-out losses are measured on; NaN if that is not recorded."""
     domain_scored: float = math.nan
     general_scored: float = math.nan
-    """Number of held-out documents and tokens; NaN if these are not recorded."""
+    """Tokens that the held-out losses are measured on; NaN if that is not recorded."""
 
 
 COLUMNS = tuple(column.name for column in fields(Row))
@@ -147,16 +150,14 @@ def read_table(
 ) -> pd.DataFrame:
     """The rows of studies (their folders), saved tables (.parquet or .csv) and runs (their folders), in one table.
 
-    `domain_source` and `general_source` are names in runs that belong to no study; without them the domain is the
-    source with the largest share of the last phase of a run that has one after pretraining, as in `compare`. A study
-    has its own.
+    `domain_source` and `general_source` name the sources of runs that belong to no study. By default the domain is the
+    source with the largest share of the last phase of the runs that have a phase after pretraining, as in `compare`.
+    Studies record their own.
 
-    Raises DataError or CheckpointError, which names the file and the remedy.
+    Raises DataError or CheckpointError, which name the file and the remedy.
     """
     if not paths:
-        raise DataError(
-            "runs: none are given; name a study's folder, its table.parquet or table.csv, or folders of runs"
-        )
+        raise DataError("runs: none given; give a study's folder, its table.parquet or table.csv, or folders of runs")
     tables: dict[str, pd.DataFrame] = {}
     folders = []
     for path in map(Path, paths):
@@ -169,7 +170,7 @@ def read_table(
         else:
             raise DataError(
                 f"{path}: is neither a study with a table.parquet, nor a table (.parquet, .csv), nor the folder of a "
-                "run; a study has its table once `spt-fast sweep` has trained its first run"
+                "run; `spt-fast sweep` writes a study's table after its first run"
             )
     for name, rows in tables.items():
         for field, asked in (("domain_source", domain_source), ("general_source", general_source)):
@@ -181,22 +182,23 @@ def read_table(
 
 
 def _check_source(path: str, rows: pd.DataFrame, field: str, asked: str) -> None:
-    """DataError if a study's source differs from the requested one; a warning if it is unknown."""
+    """Raises DataError if a study's source is not the requested one; warns if the study's is unknown."""
     known = rows[field.removesuffix("_source")].dropna().unique()
     if len(known) == 0:
         warnings.warn(
-            f"{field}: {path} is of an earlier version and uses its study's own",
+            f"{field}: {path} is of an earlier version, so its study's own source is used",
             SptWarning,
             stacklevel=3,
         )
     for own in known:
         if own != asked:
-            says = f"{path} is a study, whose own is {own!r}; leave it out, or give the folders of runs"
+            says = f"{path} is a study with the source {own!r}; leave it out, or give the folders of runs"
             raise DataError(invalid(field, asked, says), argument=True)
 
 
 def _in_one(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Without duplicate rows; runs of one name in several tables that differ get their table's name too."""
+    """The tables joined, without duplicate rows. Different runs of one name in several tables get their table's name as
+    a prefix."""
     table = pd.concat([rows.assign(of=name) for name, rows in tables.items()], ignore_index=True)
     table = table.drop_duplicates([column for column in COLUMNS if column not in NEWER], ignore_index=True)
     several = table.groupby("run")["of"].nunique() > 1
@@ -207,7 +209,8 @@ def _in_one(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str | None) -> tuple[str, str]:
-    """The sources' names as given, or as the runs suggest: a finetune is mostly on the domain."""
+    """The names of the domain and the general source: as given, or by the runs, whose finetune is mostly on the domain.
+    Raises DataError if the runs do not determine them."""
     sources, guessed = set[str](), set[str]()
     for run in runs:
         recipe = recipe_of(run)
@@ -235,7 +238,7 @@ def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str |
 
 
 def load_table(path: Path) -> pd.DataFrame:
-    """A table that `save_table` wrote; DataError for one that isn't."""
+    """Read a table that `save_table` wrote; DataError for any other file."""
     try:
         table = (
             pd.read_parquet(path)
@@ -267,7 +270,7 @@ def last_runs(folder: Path) -> list[Path]:
 
 
 def check_place(folder: Path) -> None:
-    """SptError if a study's folder holds a table that isn't a study's."""
+    """Raises SptError if a study's folder holds a table that is not a study's."""
     check_output(folder / "table.csv", "study", lambda file: head(file).startswith(b"run,phase,stage,"))
     check_output(folder / "table.parquet", "study", lambda file: "handed_on" in pq.read_schema(file).names)
 
@@ -281,7 +284,7 @@ def save_table(table: pd.DataFrame, folder: Path) -> None:
 
 
 def table_of(runs: Sequence[Path], domain: str, general: str) -> pd.DataFrame:
-    """The table of finished or failed runs; others are left out. Raises CheckpointError for a damaged folder."""
+    """The table of the finished and failed runs; others are left out. Raises CheckpointError for a damaged folder."""
     return in_columns(row for run in runs for row in rows_of(run, domain, general))
 
 
@@ -293,7 +296,7 @@ def in_columns(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 Exact = int | Fraction | float
-"""A count or a share without rounding; NaN if it is unknown."""
+"""A count or a share without rounding; NaN if unknown."""
 
 
 @dataclass(frozen=True)
@@ -310,7 +313,7 @@ class Past:
     epochs: float = 0.0
     flops: float = 0.0
     setting: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The common columns of the current stage, by name."""
+    """The columns that all rows of the current stage share, by name."""
 
     def begin_stage(self, setting: Mapping[str, Any]) -> Past:
         return Past(
@@ -323,7 +326,7 @@ class Past:
         )
 
     def after(self, tokens: int, share: Fraction, domain_tokens: float, flops_per_token: float) -> Past:
-        """The position this many tokens later, `share` of them from the domain."""
+        """The training up to `tokens` later, `share` of them from the domain."""
         return replace(
             self,
             tokens=self.tokens + tokens,
@@ -334,7 +337,7 @@ class Past:
 
 
 UNKNOWN = Past(stage=0, tokens=math.nan, domain=math.nan, epochs=math.nan, flops=0.0)
-"""Before weights from elsewhere."""
+"""The training before the weights of a base."""
 
 
 def rows_of(folder: Path, domain: str, general: str) -> list[Row]:
@@ -411,7 +414,7 @@ def _after_training(row: Row, past: Past, share: Fraction) -> Row:
 
 
 def _first_row(folder: Path, recipe: Recipe, summary: dict[str, Any], domain: str, general: str) -> Row:
-    """The columns that all rows of a run share."""
+    """A row with the columns that all rows of a run share."""
     for source in (domain, general):
         if source not in recipe.sources:
             raise DataError(f"{folder}: has no source {source!r}; {nearest(source, recipe.sources)}")
@@ -439,7 +442,7 @@ def _first_row(folder: Path, recipe: Recipe, summary: dict[str, Any], domain: st
 
 
 def _heldout(summary: dict[str, Any], phase: Phase, domain: str, general: str) -> str:
-    """Digest of a phase's held-out text, and how it is evaluated."""
+    """A digest of a phase's held-out text and of how it is evaluated."""
     text = [summary["data"].get(f"sources.{source}.heldout") for source in (domain, general)]
     how: list[object] = [phase.evaluation.tokens, phase.documents]
     how += [phase.batch.context] if phase.batch.context else []
@@ -448,8 +451,8 @@ def _heldout(summary: dict[str, Any], phase: Phase, domain: str, general: str) -
 
 
 def _entering(past: Past, phase: Phase, recipe: Recipe, done: dict[str, Any], known: Sequence[str] = ()) -> Past:
-    """The start of a phase: in a new stage, or in the one that its schedule continues. `known`: the domain and the
-    general source."""
+    """The training before a phase, at the start of a new stage or within the one that its schedule continues. known:
+    the names of the domain and the general source."""
     if phase.schedule.carry_on:
         return past
     start = "scratch" if past.stage < 0 else "pretrained"

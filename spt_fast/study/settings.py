@@ -1,8 +1,8 @@
 """Optimizer settings: their columns in the runs table, and the best of several settings of an arm.
 
 A *setting* is the values of all optimizer fields in a stage. Fields of a phase's own grid are not part of it: the run
-has chosen their values, which may differ between seeds. Several settings of one arm never count as more runs of it: one
-is chosen, by the same rule for every arm, and the others are left out with a note.
+itself chose their values, which may differ between seeds. Several settings of one arm never count as more runs of the
+arm: one is chosen, by the same rule for every arm, and the others are left out with a note.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from spt_fast.optimizers import OPTIMIZERS, AdamW, parse_optimizer
 
 NUMBERS = ("lr", "weight_decay", "beta1", "beta2", "eps", "clip", "momentum")
 SETTINGS = ("lr", "optimizer", *NUMBERS[1:])
-"""Columns. A number is NaN if the optimizer has no such field, or if the table is of an earlier version; `clip` is
-infinite without clipping."""
+"""Columns of the runs table. A number is NaN if the optimizer has no such field, or if the table is of an earlier
+version; `clip` is infinite without clipping."""
 _COLUMNS = {"name": ("optimizer",), "betas": ("beta1", "beta2")}
-"""Columns whose fields have other names."""
+"""The columns of fields that have other names."""
 
 
 def setting_of(phase: Phase, arm: int) -> dict[str, Any]:
-    """The optimizer settings of one arm of a phase's grid, as SETTINGS, and the fields of the grid as `grid`."""
+    """The optimizer setting of one arm of a phase's grid: SETTINGS by name, and the grid's fields as `grid`."""
     found: dict[str, Any] = dict.fromkeys(SETTINGS, math.nan)
     for field, value in vars(phase.with_overrides(phase.arms()[arm]).optimizer).items():
         values = value if isinstance(value, tuple) else (math.inf if value is None else value,)
@@ -44,7 +44,7 @@ def usual(runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def fields_of(setting: Mapping[str, Any]) -> dict[str, Any]:
-    """A setting as the section of a recipe: weight decay, and everything except defaults; empty if it is unknown."""
+    """A setting as a recipe's section: the weight decay and all fields that are not defaults; empty if unknown."""
     if pd.isna(setting["optimizer"]):
         return {}
     given: dict[str, Any] = {"name": setting["optimizer"]}
@@ -62,13 +62,13 @@ def columns_of_field(field: str) -> tuple[str, ...]:
 
 
 def with_settings(table: pd.DataFrame) -> pd.DataFrame:
-    """A runs table with the columns of settings; tables of earlier versions have only `lr`."""
+    """A runs table with all columns of SETTINGS; tables of earlier versions have only `lr`."""
     lacking = dict.fromkeys(SETTINGS, math.nan) | {"optimizer": None, "grid": ""}
     return table.assign(**{name: value for name, value in lacking.items() if name not in table})
 
 
 def settings_of(runs: pd.DataFrame) -> pd.DataFrame:
-    """SETTINGS without the fields that each run's own grid has chosen: NaN, and "" in the text column."""
+    """SETTINGS of the runs, without the values that a run's own grid has chosen: NaN, or "" in the text column."""
     runs = with_settings(runs)
     chosen = runs["grid"].astype(object).fillna("").str.split()
     fields = {column: field for field in chosen.explode().dropna() for column in columns_of_field(field)}
@@ -79,13 +79,13 @@ def settings_of(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def setting_ids(runs: pd.DataFrame) -> pd.Series:
-    """A number for each setting, ordered by the learning rate and then the others."""
+    """A number for the setting of each run, ordered by the learning rate and then by the other fields."""
     return settings_of(runs).groupby(list(SETTINGS), dropna=False).ngroup()
 
 
 def beaten(runs: pd.DataFrame, arm: Sequence[str], by: str = "domain_select") -> pd.Series:
-    """Whether another setting of the same `arm` (columns) has the lower mean of the column `by`: one row per run. If no
-    seed has more than one setting, nothing was searched, and none is beaten."""
+    """For a row per run, whether another setting of the same arm has a lower mean of the column `by`; arm: the columns
+    that identify it. If no seed has several settings, nothing was searched, and no setting is beaten."""
     runs = runs.assign(setting=setting_ids(runs))
     several = runs.groupby([*arm, "seed"], dropna=False)["setting"].transform("nunique")
     searched = runs[several.groupby([runs[name] for name in arm], dropna=False).transform("max") > 1]
@@ -101,7 +101,7 @@ def varied(settings: pd.DataFrame) -> list[str]:
 
 
 def in_words(setting: Mapping[str, Any], columns: Iterable[str]) -> str:
-    """Some columns of a setting: "muon, lr 0.01, weight_decay 1, no clip"."""
+    """The given columns of a setting in words: "muon, lr 0.01, weight_decay 1, no clip"."""
     return ", ".join(_word(name, setting[name]) for name in columns if not pd.isna(setting[name]))
 
 

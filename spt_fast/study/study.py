@@ -21,9 +21,9 @@
 
 A stage is a phase template (any key of a recipe's phase) with axes: `delta` or `replay`, `budgets` or `tokens`,
 `domain_from`, `lr`, `anchor`, `average`, `start` and every field of its optimizer that is a list. Every combination is
-a run that starts from the final weights of each run of the previous stage. Every arm has the same axes, learning rates
-above all. Identical runs are one run: pretraining without domain text serves every `domain_tokens`. `source: other` in
-a stage replaces the domain by another source, such as in a later finetune.
+a run from the final weights of each run of the previous stage. All arms have the same axes, including learning rates.
+Identical runs are trained once: pretraining without domain text is shared by all `domain_tokens`. `source: other` in a
+stage replaces the domain by another source, such as in a later finetune.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ from spt_fast.train.lr import learning_rate
 from spt_fast.train.weights import read_config
 
 PLATEAU = 0.9
-"""Share of the peak rate: below it a checkpoint is not comparable with a run that ends there."""
+"""The share of the peak rate below which a checkpoint is not comparable with a run that ends there."""
 STARTS = ("pretrained", "scratch", "embeddings", "frozen embeddings")
 MOST_SEEDS = 1000
 
 
 def several(parse: Any) -> Any:
-    """A parser of a list, or of a single value."""
+    """A parser of a list of values that `parse` reads, or of a single value."""
 
     def parse_all(value: object, where: str) -> tuple[Any, ...]:
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -89,10 +89,10 @@ def _tokens_or_all(value: object, where: str) -> int | None:
 
 
 def _seeds(value: object, where: str) -> tuple[int, ...]:
-    """A list of seeds, or their number."""
+    """Seeds, from a list or from their number."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         if value > MOST_SEEDS:
-            raise RecipeError(invalid(where, value, f"at most {MOST_SEEDS} seeds; write [{value}] for that one alone"))
+            raise RecipeError(invalid(where, value, f"at most {MOST_SEEDS} seeds; write [{value}] for that one seed"))
         return tuple(range(value))
     return several(integer(0))(value, where)
 
@@ -102,7 +102,7 @@ class Axes:
     """The axes of a stage: `delta` or `replay`, `tokens` or `budgets`, and every field with several values."""
 
     name: str = setting(text)
-    """Its name in `--set stages.NAME.…` and in the names of its runs."""
+    """The stage's name in `--set stages.NAME.…` and in the names of its runs."""
     delta: tuple[Fraction, ...] | None = setting(optional(several(parse_share)), None)
     """The domain's share of the stage's tokens."""
     replay: tuple[Fraction, ...] | None = setting(optional(several(parse_share)), None)
@@ -110,13 +110,13 @@ class Axes:
     tokens: tuple[int, ...] | None = setting(optional(several(parse_count)), None)
     """Lengths, each a separate run."""
     budgets: tuple[int, ...] | None = setting(optional(several(parse_count)), None)
-    """Instead of `tokens`: lengths that are points of one run, which saves its weights at each."""
+    """Instead of `tokens`: lengths that are points of one run, which saves its weights at each of them."""
     lr: tuple[float, ...] | None = setting(optional(several(number(0.0, open_low=True))), None)
     """Peak learning rates, each a separate run. By default `optimizer.lr`."""
     source: str | None = setting(optional(text), None)
     """The source that replaces the domain in this stage."""
     domain_from: tuple[Fraction, ...] = setting(several(parse_share), (Fraction(0),))
-    """The share of the stage's tokens after which the domain is mixed in; SCPT is one above 0."""
+    """The share of the stage's tokens after which the domain is mixed in; above 0 it is SCPT."""
     anchor: tuple[float, ...] = setting(several(number(0.0)), (0.0,))
     """Decay toward the stage's starting weights."""
     average: tuple[Fraction, ...] = setting(several(parse_share), (Fraction(0),))
@@ -140,20 +140,20 @@ class Tuned:
     """One combination of the values in an optimizer's lists."""
 
     section: dict[str, Any]
-    """As in a recipe."""
+    """The section `optimizer` of a recipe."""
     said: tuple[str, ...]
-    """Its part of a run's name, one for each field with a list."""
+    """The parts of a run's name, one for each field with a list."""
 
     @property
     def labels(self) -> list[str]:
-        """That name, and its names in runs that were trained when fewer fields had lists."""
+        """The combination in a run's name, first as it is now, then as it was when fewer fields had lists."""
         sizes = range(len(self.said), -1, -1)
         return ["".join(parts) for size in sizes for parts in combinations(self.said, size)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Axes, and the common settings of all runs of the stage."""
+    """A stage's axes, and the settings that all its runs share."""
 
     axes: Axes
     optimizers: tuple[Tuned, ...]
@@ -164,12 +164,12 @@ class Stage:
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
     """Simulated epoching (arXiv 2606.07597): small runs mislead unless they repeat the domain as often as the run that
-    they stand for. The domain is cut to the number of tokens that gives this at the largest budget."""
+    they simulate. The domain is cut to the number of tokens that gives this at the largest budget."""
 
     budget: int = setting(parse_count)
     """Pretraining tokens of the run that is simulated."""
     domain_tokens: int = setting(parse_count)
-    """Its unique domain tokens."""
+    """Unique domain tokens of that run."""
 
 
 def _stages(raw: object, where: str) -> tuple[Stage, ...]:
@@ -198,20 +198,20 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
     if first and axes.start != ("pretrained",):
         raise RecipeError(f"{where}.start: the first stage has no earlier weights; leave it out")
     if Fraction(1) in axes.domain_from:
-        raise RecipeError(f"{where}.domain_from: after 100% of the stage nothing is left for the domain; write less")
+        raise RecipeError(f"{where}.domain_from: after 100% of the stage no tokens remain for the domain; write less")
     late, many = axes.domain_from != (0,), axes.budgets is not None and len(axes.budgets) > 1
     if late and many:
         raise RecipeError(f"{where}.domain_from: needs a run for every length; write `tokens` instead of budgets")
     if axes.average != (0,) and (late or many):
         raise RecipeError(
-            f"{where}.average: several phases share this stage, and each would be averaged with its own start; write "
+            f"{where}.average: this stage has several phases, and each would be averaged with its own start; write "
             "`tokens` for a run per budget, and leave domain_from out"
         )
     for key in ("stop", "grid"):
         if key in phase and (late or many):
             raise RecipeError(
-                f"{where}.{key}: several phases share one schedule here and cannot stop early or try their own rates; "
-                "try values with lists in `optimizer`, and write `tokens` for a run per budget"
+                f"{where}.{key}: the phases of this stage share one schedule, so they cannot stop early or try rates; "
+                "write lists of values in `optimizer`, or `tokens` for a run per budget"
             )
     optimizer = phase.get("optimizer")
     optimizer = {} if optimizer is None else optimizer
@@ -236,8 +236,8 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
 def _optimizers(
     raw: Mapping[str, Any], rates: tuple[float, ...] | None, where: str
 ) -> tuple[tuple[Tuned, ...], list[str]]:
-    """Every combination of the listed values, and the fields with lists, sorted by name. If several optimizers are
-    named, each takes the fields that it has."""
+    """All combinations of the listed values, and the names of the fields with lists, sorted. If there are several
+    optimizers, each takes the fields that it has."""
     given = {"name": AdamW.name, **raw} | ({"lr": rates} if rates else {})
     names = several(one_of(*OPTIMIZERS))(given["name"], f"{where}.name")
     fields = {field.name: field for name in names for field in dataclasses.fields(OPTIMIZERS[name])}
@@ -250,7 +250,7 @@ def _optimizers(
         value, field = given[key], fields[key]
         parse = one_of(*OPTIMIZERS) if key == "name" else field.metadata["parse"]
         a_list = isinstance(value, (list, tuple))
-        if a_list and isinstance(field.default, tuple):  # a single value is a list itself
+        if a_list and isinstance(field.default, tuple):  # a single value of this field is a list itself
             a_list = bool(value) and isinstance(value[0], (list, tuple))
         values[key] = several(parse)(value, f"{where}.{key}") if a_list else (parse(value, f"{where}.{key}"),)
         listed += [key] if a_list else []
@@ -275,14 +275,14 @@ def _said(field: str, value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """Weights to start from, in place of a shape."""
+    """Weights to start from, instead of a shape."""
 
     init: str = setting(path)
-    """A Hugging Face folder, a run, its weights/<phase> or a checkpoint. The shape is theirs."""
+    """A Hugging Face folder, a run, its weights/<phase> or a checkpoint. They set the shape."""
 
 
 def _model(value: object, where: str) -> Model | Base:
-    """A shape, or weights, which set the shape."""
+    """A shape, or weights that set the shape."""
     if not isinstance(value, Mapping) or "init" not in value:
         return section(Model)(value, where)
     for key in value.keys() - {"init"}:
@@ -293,12 +293,12 @@ def _model(value: object, where: str) -> Model | Base:
 
 
 def _as_it_is(value: object, where: str) -> Any:
-    """A value that a recipe will check."""
+    """The value itself; the recipe checks it."""
     return value
 
 
 def _mapping(value: object, where: str) -> Mapping[str, Any]:
-    """A section whose keys a recipe will check."""
+    """A section; the recipe checks its keys."""
     if not isinstance(value, Mapping):
         raise RecipeError(invalid(where, value, "write a section of keys and values"))
     return value
@@ -328,22 +328,22 @@ class Study:
     domain_tokens: tuple[int | None, ...] = setting(several(_tokens_or_all), (None,))
     """Training reads the first documents of the domain up to this many tokens; `all` for all of them."""
     simulate: Simulated | None = setting(optional(section(Simulated)), None)
-    """Instead of `domain_tokens`: cut the domain so that it repeats as often as in this larger run."""
+    """Instead of `domain_tokens`: the domain is cut so that it repeats as often as in this larger run."""
     stages: tuple[Stage, ...] = setting(_stages)
-    """The stages, in the order in which they run. Each starts from the weights of every run of the previous one."""
-    # These six are as in a recipe, which checks them.
+    """The stages, in order. Each starts from the weights of all runs of the previous one."""
+    # The next six are fields of a recipe, which checks them.
     sources: dict[str, Mapping[str, Any]] = setting(_sections)
     tokenizer: Any = setting(_as_it_is, None)
     precision: Any = setting(_as_it_is, "auto")
     engine: Any = setting(_as_it_is, None)
     checkpoint: Mapping[str, Any] | None = setting(optional(_mapping), None)
-    """How often a run saves a checkpoint to resume from. One per run is kept unless `keep` says more."""
+    """How often a run saves a checkpoint to resume from. One per run is kept, or `keep`."""
     log: Mapping[str, Any] | None = setting(optional(_mapping), None)
 
     def __post_init__(self) -> None:
         if bool(self.models) == bool(self.init):
             given = "both are given" if self.init else "neither is given"
-            raise RecipeError(f"models: {given}, models and init; train from scratch, or start from weights")
+            raise RecipeError(f"models: {given}, models and init; leave one out")
         if self.simulate and self.domain_tokens != (None,):
             raise RecipeError("simulate: domain_tokens is given too, and simulate computes it; leave one out")
         for field in ("domain", "general"):
@@ -354,7 +354,7 @@ class Study:
             raise RecipeError(f"general: {shown(self.general)} is the domain too; name the source that fills the rest")
         names = [stage.axes.name for stage in self.stages]
         if len(set(names)) < len(names):
-            raise RecipeError(f"stages: {', '.join(names)}: two have the same name; give each its own")
+            raise RecipeError(f"stages: {', '.join(names)}: two have the same name; rename one")
         for stage in self.stages:
             source, where = stage.axes.source, f"stages[{shown_key(stage.axes.name)}].source"
             if source is not None and source not in self.sources:
@@ -380,9 +380,8 @@ class Study:
 
     @property
     def starts(self) -> list[tuple[Model | Base, str]]:
-        """The starts of the first stage, with names: preset, layers x width or folder; the rest of the settings is
-        added if an earlier one has the same name. So models that are added later don't change the names of earlier
-        ones."""
+        """The starts of the first stage, each with its name: preset, layers x width or folder. If an earlier start has
+        the same name, all its settings are added, so that a model that is added later does not rename earlier ones."""
         if self.init:
             return [(Base(init=self.init), "init")]
         models = self.models or ()
@@ -394,7 +393,7 @@ class Study:
 
     @property
     def limits(self) -> tuple[int | None, ...]:
-        """Tokens of the domain that training may read, None for all; computed for simulated epoching."""
+        """Tokens of the domain that training may read: as given, None for all, or computed for simulated epoching."""
         if self.simulate is None:
             return self.domain_tokens
         largest = max(budget for run in self.stages[0].axes.runs for budget in run)
@@ -402,7 +401,7 @@ class Study:
 
 
 def study_from(raw: object) -> Study:
-    """A Study from plain data, as YAML gives it; RecipeError names the field, the value given and the remedy."""
+    """A Study from the contents of its YAML. RecipeError names the field, the value and the remedy."""
     if not isinstance(raw, Mapping):
         raise RecipeError(invalid("the study", raw, "write keys such as study, models, sources and stages"))
     return build(Study, raw, "")
@@ -419,15 +418,15 @@ class PlannedRun:
     stage: int
     recipe: Recipe
     model: Model | Base
-    """Its shape, or its base, which the recipe of a run that starts from weights of the study doesn't contain."""
+    """The shape or base, which the recipe of a run that starts from another run of the study doesn't contain."""
     after: str | None
     made_by: str | None = None
-    """The run that differs from it only in `average`, and trains for both."""
+    """The run that differs only in `average` and trains for both."""
 
 
 @dataclass(frozen=True)
 class _Branch:
-    """A path down the tree so far: the common settings of all runs below it, and the place of its weights."""
+    """A path down the tree: the settings that all runs below it share, and the folder of its weights."""
 
     model: Model | Base
     seed: int
@@ -473,7 +472,7 @@ def _for_a_name(text: str) -> str:
 
 
 def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict[str, PlannedRun]) -> Iterator[_Branch]:
-    """The stage's runs below a branch; yields a branch for each point at which one saves its weights."""
+    """Adds the stage's runs below a branch to `runs`, and yields a branch for each point at which one saves weights."""
     axes = stage.axes
     arrivals = [(share, late) for share in axes.shares for late in (axes.domain_from if share else (Fraction(0),))]
     for (share, late), budgets, tuned, anchor, average, start in product(
@@ -493,7 +492,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
         label, name, least = labels[average], names[average], min(axes.average)
         folder = runs_folder / name
         treatment: dict[str, Any] = {"anchor": anchor, "average": str(average)}
-        if average == least and len(names) > 1:  # trains for all of them
+        if average == least and len(names) > 1:  # this run trains for all averages
             others = [(part, study.folder / "runs" / other) for part, other in names.items() if part != least]
             treatment["also_average"] = [{"share": str(part), "run": str(run)} for part, run in others]
         phases = _phases(study, stage, share, budgets, late, tuned.section, treatment)
@@ -537,7 +536,7 @@ def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict
 
 @contextmanager
 def naming_stage(stage: Stage) -> Iterator[None]:
-    """An error in a phase of a run's recipe is an error in the study's stage: errors and warnings name the stage."""
+    """Errors and warnings about a phase of a run's recipe name the study's stage instead."""
 
     def renamed(says: object) -> str:
         return re.sub(r"phases\[[^\]]*\]", f"stages[{shown_key(stage.axes.name)}]", str(says))
@@ -563,14 +562,14 @@ def _began(folder: Path, tuned: Tuned) -> bool:
     """Whether a run with this optimizer has begun."""
     if not (folder / "recipe.yaml").exists():
         return False
-    with suppress(RecipeError):  # the run of that name reports damage
+    with suppress(RecipeError):  # a damaged recipe is reported when that run is trained
         return recorded_recipe(folder / "recipe.yaml").phases[0].optimizer == parse_optimizer(tuned.section, "")
     return False
 
 
 def _sources(study: Study, limit: int | None, other: str | None) -> dict[str, Any]:
-    """The domain, the general source, and a stage's replacement for the domain; the domain has its limit if it is
-    trained on."""
+    """A recipe's sources: the domain, the general source, and a stage's replacement for the domain. The domain is
+    limited if it is trained on."""
     names = (study.general, study.domain, *([other] if other else []))
     sources = {name: dict(study.sources[name]) for name in names}
     if limit is not None:
@@ -587,7 +586,7 @@ def _phases(
     optimizer: Mapping[str, Any],
     treatment: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """A phase per budget, after one without the domain if it is mixed in late: one schedule over all of them."""
+    """A phase per budget, after a phase without the domain if that is mixed in late, all with one schedule."""
     name, whole = stage.axes.name, budgets[-1]
     before = round(late * whole)
     parts = [(name, whole - before, share)]
@@ -624,13 +623,13 @@ def _mixture(study: Study, stage: Stage, share: Fraction) -> dict[str, str]:
 
 
 def _of_whole(value: object, whole: int, where: str) -> str:
-    """A share of the whole run in tokens, since its phases are only parts of it."""
+    """A share of the whole run in tokens, for a phase that is only a part of it."""
     span = Span.parse(value, where)
     return str(max(1, round(span.amount * whole))) if span.unit == "share" and span.amount else str(span)
 
 
 def _check_plateau(study: Study, recipe: Recipe, branch: _Branch, where: str) -> None:
-    """At every budget the rate must still be near its peak; otherwise only the largest would profit from its decay."""
+    """Raises RecipeError unless the rate is near its peak at every budget: only the largest would gain from a decay."""
     first = recipe.phases[0]
     tokens_per_step = first.tokens_per_step(_context(branch.model))
     tokens = 0
@@ -660,7 +659,7 @@ def _context(model: Model | Base) -> int:
 
 
 def _short(value: int) -> str:
-    """A count as people write it: 300K, 1.5M."""
+    """A count in short form: 300K, 1.5M."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if value >= size and value * 1000 % size == 0:
             return f"{value / size:.12g}{unit}"

@@ -2,8 +2,8 @@
 
     STUDY/recipes/, runs/, logs/, table.parquet, table.csv
 
-Finished runs are skipped and interrupted ones continue, so the same command serves every restart, and a study whose
-grid has grown trains only the new runs.
+Finished runs are skipped and interrupted ones continue. So the same command restarts a sweep, and a study whose grid
+has grown trains only the new runs.
 """
 
 from __future__ import annotations
@@ -44,16 +44,19 @@ from spt_fast.train.weights import digest_of, read_config
 from spt_fast.train.world import pick_device
 
 READY = Path(__file__).with_name("ready")
-"""Ready studies: <name>.yaml, without the data; with `init`, `from_base` replaces the rest."""
+"""The folder of ready studies, <name>.yaml, without data; with `init`, their section `from_base` replaces parts."""
 WINDOW = 2048
-"""Tokens of a window in studies that start from weights, whose own context may be far longer."""
+"""Tokens of a window in studies that start from weights; their own context may be far longer."""
 
 
 def load_study(name: str, overrides: Sequence[str] = (), *, given: Mapping[str, Any] | None = None) -> Study:
-    """A study from its YAML file, or a ready one by name; `given` completes a ready one: general, domain, tokenizer,
-    out and init, the weights to start from, which have a tokenizer.
+    """A study from its YAML file, or a ready one by name.
 
-    `overrides` are "a.b=c" strings. Raises RecipeError, and CheckpointError for `init` without weights.
+    overrides  "a.b=c" strings
+    given      what completes a ready study: general, domain, tokenizer, out, and init, the weights to start from;
+               with init the tokenizer is theirs
+
+    Raises RecipeError, and CheckpointError for `init` without weights.
     """
     ready = name in ready_studies()
     if not ready and not Path(name).exists():
@@ -89,7 +92,7 @@ def _with_data(name: str, raw: dict[str, Any], given: Mapping[str, Any]) -> dict
     from_base = raw.pop("from_base", None)
     if inits := [str(init) for init in given.get("init", ())]:
         if from_base is None:
-            expected = f"{name} trains from scratch; leave it out, or take dcpt or forgetting"
+            expected = f"{name} trains from scratch; leave it out, or use dcpt or forgetting"
             raise RecipeError(invalid("init", inits[0], expected), argument=True)
         raw |= from_base | {"models": [{"init": init} for init in inits]}
         with naming("init"):
@@ -116,10 +119,10 @@ def ready_studies() -> list[str]:
 def sweep(
     study: Study, console: Console, *, workers: Workers | None = None, jobs: int | None = None
 ) -> tuple[pd.DataFrame, Outcome]:
-    """Train unfinished runs; returns the table of all finished ones, and the state of the rest.
+    """Train the unfinished runs of a study; returns its state, with the table of all finished runs.
 
     `workers` train the runs, by default this machine with `jobs` at a time. Raises RecipeError, DataError or
-    CheckpointError for what a user can fix.
+    CheckpointError.
     """
     runs = expand(study)
     check_installed(runs[0].recipe.log.to)
@@ -136,7 +139,7 @@ def sweep(
         read: dict[str, list[Row]] = {}
 
         def write_table(_: Path) -> pd.DataFrame:
-            """Rows of finished or failed runs; finished ones are read once."""
+            """Write the table of finished and failed runs; finished ones are read only once."""
             for run in runs:
                 if not (read.get(run.name) and read[run.name][0].status == "done"):
                     read[run.name] = rows_of(Path(run.recipe.run), study.domain, study.general)
@@ -149,7 +152,7 @@ def sweep(
 
 
 def _check_domain(study: Study) -> None:
-    """RecipeError for a corpus with fewer tokens than the study asks for: arms would differ only in name."""
+    """Raises RecipeError for a corpus with fewer tokens than the study asks for, whose arms would be the same."""
     source = study.sources[study.domain]
     train = paths(source["train"], f"sources.{study.domain}.train")
     held = TokenDataset.open(train, source.get("dtype")).num_tokens
@@ -157,14 +160,14 @@ def _check_domain(study: Study) -> None:
         if limit is not None and limit > held:
             field = "simulate" if study.simulate else "domain_tokens"
             raise RecipeError(
-                f"{field}: asks for {limit:,} tokens, and {source['train']} holds {held:,}; write that or less, or "
+                f"{field}: asks for {limit:,} tokens, but {source['train']} has {held:,}; write that or less, or "
                 "`domain_tokens: all`"
             )
 
 
 def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
-    """RecipeError if the study was edited since one of its runs was started, or if its text was replaced since one was
-    finished."""
+    """Raises RecipeError if the study was changed after one of its runs started, or its text or weights were replaced
+    after one had finished."""
     digests: dict[tuple[Source, str], str] = {}
     for run in runs:
         folder = Path(run.recipe.run)
@@ -195,8 +198,8 @@ def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
 
 
 def _warn(study: Study, runs: Sequence[PlannedRun]) -> None:
-    """Warn of likely mistakes in a stage, such as evaluations that take longer than its training, by its first
-    remaining run: a run's own warnings go to its log."""
+    """Warn of likely mistakes in each stage, by its first remaining run, such as evaluations that take longer than the
+    training; later warnings of runs go to their logs."""
     for position, stage in enumerate(study.stages):
         left = next((run for run in runs if run.stage == position and not is_done(run.recipe)), None)
         if left is not None:
@@ -205,7 +208,7 @@ def _warn(study: Study, runs: Sequence[PlannedRun]) -> None:
 
 
 def _keep_precision(runs: Sequence[PlannedRun]) -> None:
-    """Record the precision of runs that an earlier version started, for the later ones."""
+    """Record the precision of runs that an earlier version started, so that later runs use it too."""
     summaries = (summary_of(Path(run.recipe.run)) for run in runs)
     dtype = next((summary["precision"] for summary in summaries if summary and "precision" in summary), None)
     file = runs[0].recipe.precision_file
@@ -247,15 +250,15 @@ def cluster_options(given: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cost:
-    """The price of a stage's runs. Hours are of one process, None if its speed is unknown."""
+    """The price of a stage's remaining runs. Hours are those of one process, None if its speed is unknown."""
 
     stage: str
     runs: int
     done: int
     tokens: int
-    """To train, every arm of the grids counted; finished ones are not."""
+    """Tokens to train, with all arms of the grids; finished runs do not count."""
     flops: float
-    """Training and evaluations."""
+    """FLOPs of training and evaluations."""
     hours: float | None
 
 
@@ -315,11 +318,11 @@ class Swept:
     runs: int
     done: int
     failed: dict[str, str]
-    """By run, the end of its output."""
+    """The end of the output of each failed run."""
     left_out: int
     """Runs that start from failed ones."""
     interrupted: bool
-    """Whether it was asked to stop; running trainings are saved."""
+    """Whether a signal stopped the sweep; the running trainings are saved."""
     table: pd.DataFrame
     """The results of the runs, a row for each evaluation."""
 
@@ -353,8 +356,8 @@ def print_swept(swept: Swept, study: str, console: Console) -> None:
 
 
 def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None = None) -> list[Cost]:
-    """The remaining work by stage, at the speed of this machine (of finished runs, else of a step made now), or of the
-    given GPU and share of its peak.
+    """The remaining work by stage, at the speed of this machine (that of finished runs, else of a step that is timed
+    now), or of the given GPU and share of its peak.
 
     Opens every dataset and checks every recipe, so that errors are found before the training. Raises what `make_plan`
     raises.
@@ -392,7 +395,7 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
 
 
 def _without_parent(run: PlannedRun) -> Recipe:
-    """The recipe with existing weights of the same shape."""
+    """The run's recipe without the weights of a parent that is not trained yet, but with their shape."""
     if run.after is None:
         return run.recipe
     init, model = (run.model.init, Model()) if isinstance(run.model, Base) else (None, run.model)

@@ -1,7 +1,7 @@
-"""Task scores of runs, side by side: before and after their last phase, and against the first of them.
+"""Task scores of runs: before and after their last phase, and compared with the first run.
 
-Differences are over the same questions, asked in the same way, so their standard errors come from each question's
-difference: smaller than those of the scores if both models know the same answers.
+Differences are over the same questions with the same settings. Their standard errors come from the difference of each
+question, and are smaller than those of the scores if both models know the same answers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from spt_fast.train.folder import parent_of, recipe_of, summary_of
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of a metric: by how much it is higher."""
+    """By how much a metric is higher than another."""
 
     value: float
     standard_error: float | None
-    """Over questions; None for one question, and if the metric is no mean over them."""
+    """Over questions; None for one question, or if the metric is not a mean over questions."""
 
     @classmethod
     def between(cls, one: Metric, other: Metric | None) -> Difference | None:
@@ -43,7 +43,7 @@ class RunScore:
     run: str
     metric: str
     before: Metric | None
-    """For the weights that the last phase started from; None if these were not scored with the same settings."""
+    """The metric of the weights that the last phase started from; None if it has no score with the same settings."""
     after: Metric
     change: Difference | None
     against_first: Difference | None
@@ -59,11 +59,11 @@ class TaskTable:
     settings: Settings
     scores: list[RunScore]
     notes: list[str]
-    """Runs that are not in the table, and why; too few questions."""
+    """Sentences: which runs are not in the table and why, and whether there are too few questions."""
 
 
 def task_tables(folders: Sequence[Path]) -> list[TaskTable]:
-    """A table for each task in which runs (their folders) were scored. CheckpointError for damaged results."""
+    """A table for each task that runs were scored in; folders: the runs'. CheckpointError for damaged results."""
     names = Counter(folder.resolve().name for folder in folders)
     runs = {str(folder) if names[name := folder.resolve().name] > 1 else name: folder for folder in folders}
     after = {name: _results(_last(folder)) for name, folder in runs.items()}
@@ -75,7 +75,7 @@ def task_tables(folders: Sequence[Path]) -> list[TaskTable]:
 
 
 def with_results(folders: Sequence[Path]) -> list[Path]:
-    """The run folders with task results among these, and in these if they are studies."""
+    """The run folders with task results among `folders`, and inside those that are studies."""
     runs = [run for folder in folders for run in (folder, *sorted(folder.glob("runs/*")))]
     return [run for run in runs if (run / FOLDER).is_dir() and (run / "recipe.yaml").exists()]
 
@@ -86,7 +86,7 @@ Results = dict[tuple[str, Settings], TaskResult]
 
 def _table(task: str, after: dict[str, Results], before: dict[str, Results]) -> TaskTable:
     asked = Counter(settings for results in after.values() for name, settings in results if name == task)
-    order = {one: place for place, one in enumerate(asked)}  # the newest last, such as after a change of the task
+    order = {one: place for place, one in enumerate(asked)}  # newest last: the settings of a task may have changed
     settings = max(asked, key=lambda one: (asked[one], one.limit is None, order[one]))
     key, notes = (task, settings), []
     found = [run for run in after if key in after[run]]
@@ -97,7 +97,7 @@ def _table(task: str, after: dict[str, Results], before: dict[str, Results]) -> 
             notes.append(f"{run}: its starting weights are left out: {_missing(task, settings, before[run])}")
     first = after[found[0]][key]
     if first.questions < FEW_QUESTIONS:
-        notes.append(f"{first.questions} questions are few; differences below two standard errors mean nothing")
+        notes.append(f"{first.questions} questions are few; differences below two standard errors may be chance")
     scores = []
     for run in found:
         start = before[run].get(key)
@@ -118,7 +118,7 @@ def _table(task: str, after: dict[str, Results], before: dict[str, Results]) -> 
 
 
 def _missing(task: str, settings: Settings, results: Results) -> str:
-    """Why weights have no result of a task with these settings."""
+    """Why weights have no result in a task with these settings, as a clause of a note."""
     others = [vars(other) for name, other in results if name == task]
     if not others:
         return "it was not scored"
@@ -140,7 +140,7 @@ def _last(folder: Path) -> Path:
 
 
 def _start(folder: Path) -> Path | None:
-    """The weights that a run's last phase started from; None if there are none, or if they are missing."""
+    """The weights that a run's last phase started from; None for a start from scratch, or if they are missing."""
     recipe = recipe_of(folder)
     if len(recipe.phases) > 1:
         return folder / "weights" / recipe.phases[-2].name
@@ -161,7 +161,7 @@ COLUMNS = ("run", "metric", "before", "after", "change", "against the first")
 
 
 def cells(score: RunScore, plus_minus: str = " ± ") -> list[str]:
-    """The cells of a row of `COLUMNS`."""
+    """The cells of a row under COLUMNS."""
     figures = (score.before, score.after, score.change, score.against_first)
     signs = ("", "", "+", "+")
     return [score.run, score.metric, *(_figure(f, sign, plus_minus) for f, sign in zip(figures, signs, strict=True))]

@@ -1,12 +1,10 @@
-"""The rows of a runs table that laws, comparisons and advice may use. Made once; all later steps take `UsableRows`.
+"""The rows of a runs table that laws, comparisons and advice may use, as `UsableRows`.
 
-failed runs, and losses that are not numbers      left out
-runs whose mixture changes within a stage         left out, and all that started from them (SCPT): no law has a
-                                                  term for it
-runs that differ only in their optimizer's fields only the best setting is kept, the same rule for every arm; see
-settings.
-                                                  Pretraining is judged by the best finetune after its largest budget,
-                                                  if all runs of an arm have one; else by its own end
+failed runs, and losses that are not numbers   left out
+runs whose mixture changes within a stage      left out, with all runs that started from them (SCPT): no law covers them
+runs that differ only in optimizer fields      only the best setting is kept, by the same rule for every arm (see
+                                               settings). Pretraining is judged by the best finetune after its largest
+                                               budget if all runs of an arm have one, else by its own final loss
 """
 
 from __future__ import annotations
@@ -32,25 +30,26 @@ PRETRAINING = ["pretrain_tokens", "pretrain_delta"]
 SHARES = ["delta", "injected", "pretrain_delta"]
 STAGE = ["run", "stage"]
 ARM = ["stage", "start", "base", "params", "domain_tokens", "anchor", "average", "delta", *PRETRAINING]
-"""The columns that runs of one arm share; they differ by seed and, if searched, by the optimizer's fields."""
+"""The columns that identify an arm; its runs differ by seed and, if searched, by optimizer fields."""
 
 DIGITS = 9
-"""Decimals of shares: they are quotients of token counts, and laws distinguish arms by them."""
+"""Decimals that shares are rounded to: they are quotients of token counts, and laws distinguish arms by them."""
 
 
 @dataclass(frozen=True)
 class UsableRows:
-    """The result of `usable` for a runs table."""
+    """A runs table, checked and divided by `usable`."""
 
     rows: pd.DataFrame
     left_out: pd.DataFrame
-    """The other rows of finished runs; `beaten` if another setting is better, or was for their starting weights."""
+    """The other rows of finished runs. `beaten`: whether another setting is better, or was for their starting
+    weights."""
     notes: list[str]
     """What was left out and why, a sentence each."""
 
 
 def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
-    """The rows that laws may use; usable rows are returned as they are.
+    """The rows that laws may use; UsableRows are returned unchanged.
 
     Raises DataError for a table that lacks columns, holds shares above 1, or mixes tokenizers or held-out texts.
     """
@@ -64,7 +63,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     rows = table[~failed].reset_index(drop=True)
     rows = rows if "base" in rows else rows.assign(base=None)
     if rows.empty:
-        raise DataError("the runs table has no finished run; train some first")
+        raise DataError("the runs table has no finished run; train one first")
     rows = rows.assign(**{name: _numbers(rows[name]) for name in NUMBERS}, handed_on=rows["handed_on"].astype(bool))
     for name in SHARES:
         check(name, rows[name].dropna().to_numpy(), SHARE, DataError)
@@ -116,7 +115,7 @@ def _check_columns(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _numbers(column: pd.Series) -> pd.Series:
-    """As floats, with NaN for infinite values."""
+    """The column as floats, with NaN for infinite values; DataError if it holds text."""
     try:
         return pd.to_numeric(column).astype(float).replace([np.inf, -np.inf], np.nan)
     except (TypeError, ValueError) as error:
@@ -124,7 +123,7 @@ def _numbers(column: pd.Series) -> pd.Series:
 
 
 def _check_alike(rows: pd.DataFrame) -> None:
-    """The tokenizer is the same for all; each stage may have its own evaluation texts."""
+    """Raises DataError if runs differ in tokenizer, or within a stage in held-out text."""
     for name, part in (("tokenizer", rows), *(("heldout", own) for _, own in rows.groupby("stage"))):
         one = part.drop_duplicates(name)
         if len(one) > 1:
@@ -136,7 +135,7 @@ def _check_alike(rows: pd.DataFrame) -> None:
 
 
 def _other_texts(rows: pd.DataFrame) -> list[str]:
-    """Notes on runs that count as equal but were trained on different texts, as far as the table knows."""
+    """Notes on runs that count as equal but were trained on different texts, as far as the table records them."""
     notes = []
     for column, alike in (("domain_text", ["domain_tokens"]), ("general_text", []), ("base", ["params"])):
         if column not in rows:
@@ -146,14 +145,14 @@ def _other_texts(rows: pd.DataFrame) -> list[str]:
         if several.any():
             text = "base" if column == "base" else column.replace("_", " training ")
             notes.append(
-                f"different {text}, so that their losses may differ for that reason: "
-                f"{some(rows['run'][several].unique())}"
+                f"different {text}, so their losses may differ for that reason: {some(rows['run'][several].unique())}"
             )
     return notes
 
 
 def _other_setting(rows: pd.DataFrame, among: pd.Series) -> tuple[pd.Series, list[str]]:
-    """Which of these rows, of one stage, belong to runs with a worse setting of the same arm, and a note on it."""
+    """Whether each of the rows `among`, of one stage, belongs to a setting that another one of its arm beats; and notes
+    on the choice."""
     ends = rows[among].sort_values(["handed_on", "tokens"]).groupby(STAGE).tail(1)
     length = rows.groupby(STAGE)["tokens"].max().loc[pd.MultiIndex.from_frame(ends[STAGE])].to_numpy()
     stopped_early = (ends["tokens"] < length).groupby([ends[key] for key in ARM], dropna=False).transform("any")
@@ -167,8 +166,8 @@ def _other_setting(rows: pd.DataFrame, among: pd.Series) -> tuple[pd.Series, lis
 
 
 def _judged(rows: pd.DataFrame, ends: pd.DataFrame, arm: list[str]) -> pd.Series:
-    """The loss on the select half by which the settings of an arm are judged: for pretraining that of the best finetune
-    after it, if all runs of the arm have one, else that of its own end."""
+    """The loss on the select half by which an arm's settings are judged: for pretraining that of the best finetune
+    after it, if all runs of the arm have one, else its own final one."""
     tunes = rows[(rows["stage"] == 1) & rows["handed_on"] & (rows["start"] == "pretrained")]
     best = tunes.groupby(["after", "pretrain_tokens"])["domain_select"].min()
     after = pd.Series(best.reindex(pd.MultiIndex.from_frame(ends[["run", "tokens"]])).to_numpy(), index=ends.index)
@@ -178,7 +177,7 @@ def _judged(rows: pd.DataFrame, ends: pd.DataFrame, arm: list[str]) -> pd.Series
 
 
 def _kept(ends: pd.DataFrame, is_worse: pd.Series, arm: list[str]) -> list[str]:
-    """A sentence on the choice among settings, if there are several."""
+    """A sentence on the kept settings, if there are several."""
     searched = is_worse.groupby([ends[key] for key in arm], dropna=False).transform("any")
     tried = settings_of(ends[searched])
     columns = varied(tried)
@@ -193,7 +192,8 @@ def _kept(ends: pd.DataFrame, is_worse: pd.Series, arm: list[str]) -> list[str]:
 
 
 def _descend(rows: pd.DataFrame, dropped: pd.Series) -> pd.Series:
-    """Which rows belong to stages that started, directly or through others, from the weights of a dropped one."""
+    """Whether each row belongs to a stage that started, directly or through others, from the weights of a dropped
+    one."""
     found = pd.Series(False, index=rows.index)
     while True:
         gone = set(rows["run"][dropped | found])

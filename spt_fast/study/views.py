@@ -1,6 +1,6 @@
-"""The usable rows of a runs table for each law: which rows it takes, in which groups, under which names.
+"""The usable rows of a runs table in the form of each law: its rows and columns, in groups that are fitted separately.
 
-A view returns groups, (the common properties of the group's runs, a DataFrame with the law's columns).
+A view returns groups: (the properties that the group's runs share, a DataFrame with the law's columns).
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from spt_fast.study.finetunes import SETTING
 from spt_fast.study.usable import STAGE, UsableRows
 
 Group = tuple[dict[str, Any], pd.DataFrame]
-"""None stands for unknown, such as the pretraining of foreign weights."""
+"""None stands for unknown, such as the pretraining of a base."""
 
 SETTLED = 0.2
-"""Share of a run's tokens: earlier measurements belong to the first steep fall, which no power law describes. The
+"""The share of a run's tokens before which measurements are left out: no power law describes the first steep fall. The
 paper's own curves begin at 40B of 200B."""
 PRETRAINING = ("pretrain_delta", "pretrain_tokens")
 CONTINUED = ("domain_tokens", *PRETRAINING)
 WHOLE_CORPUS = 0.95
-"""Epochs from which a finetune has read its corpus, allowing for rounding to whole steps."""
+"""Epochs from which a finetune counts as having read its corpus; less than 1, since runs have whole steps."""
 
 
 # -------------------------------------------------------------------------------------------------------- pretraining
 
 
 def overfitting(table: UsableRows) -> list[Group]:
-    """For OverfittingLaw: the curves of pretraining from scratch on mixtures after `SETTLED`, per model size and domain
-    corpus. Runs without domain text belong to every corpus."""
+    """For OverfittingLaw: pretraining curves from scratch, after `SETTLED`, per model size and domain corpus. Runs
+    without domain text belong to every corpus."""
     rows = _known(_pretraining(table), "domain_heldout")
     rows = rows[rows["tokens"] >= SETTLED * rows.groupby("run")["tokens"].transform("max")]
     rows = rows[(rows["delta"] == 0) | rows["domain_train"].notna() & (rows["delta"] < 1)]
@@ -47,7 +47,7 @@ def overfitting(table: UsableRows) -> list[Group]:
 
 
 def mixture_repetition(table: UsableRows) -> list[Group]:
-    """For MixtureRepetitionLaw: the held-out losses of the same curves, if the unique tokens are known."""
+    """For MixtureRepetitionLaw: held-out losses of the curves of `overfitting`, if the unique tokens are known."""
     groups = []
     for group, rows in overfitting(table):
         named = rows.rename(columns={"heldout_loss": "loss"}).drop(columns="train_loss")
@@ -56,7 +56,8 @@ def mixture_repetition(table: UsableRows) -> list[Group]:
 
 
 def chinchilla(table: UsableRows, of: Literal["domain", "general"] = "general") -> list[Group]:
-    """For ChinchillaLaw: pretraining at two sizes or more, per domain share (and corpus, for the domain loss)."""
+    """For ChinchillaLaw: pretraining at two model sizes or more, per domain share (and for the domain loss per
+    corpus)."""
     rows = _known(_pretraining(table), f"{of}_heldout")
     if of == "general":
         rows = rows[rows["delta"] < 1]
@@ -82,8 +83,8 @@ def _pretraining(table: UsableRows) -> pd.DataFrame:
 
 
 def post_finetuning(table: UsableRows) -> list[Group]:
-    """For PostFinetuneLaw: finetunes on domain text alone, by the pretraining that they started from, per model size
-    and domain corpus."""
+    """For PostFinetuneLaw: finetunes on domain text alone with the budget and share of their pretraining, per model
+    size and domain corpus."""
     rows = _known(_handed_on(table), "domain_heldout", "domain_before", "pretrain_delta")
     rows = rows[(rows["stage"] == 1) & (rows["injected"] == 0) & (rows["pretrain_tokens"] > 0)]
     losses = {"heldout_loss": "domain_before", "finetuned_loss": "domain_heldout"}
@@ -92,15 +93,15 @@ def post_finetuning(table: UsableRows) -> list[Group]:
 
 
 def forgetting(table: UsableRows) -> list[Group]:
-    """For ForgettingLaw: the general loss of finetunes that have read their corpus, per pretraining, with the smallest
-    pretraining share, which is no domain text if there are such runs."""
+    """For ForgettingLaw: the general loss of finetunes that have read their corpus, per pretraining; only those with
+    the smallest domain share of pretraining, which is 0 if it was run."""
     rows = _known(_finetunes(table), "general_heldout", "general_before")
     columns = {"unique_tokens": "domain_tokens", "loss_before": "general_before", "loss": "general_heldout"}
     return _grouped(_named(rows, "params", "injected", *PRETRAINING, **columns), *PRETRAINING)
 
 
 def finetuning(table: UsableRows) -> list[Group]:
-    """For FinetuneLaw: the domain loss of the same finetunes, only with the smallest share of general text."""
+    """For FinetuneLaw: the domain loss of the finetunes of `forgetting` with the smallest share of general text."""
     rows = _known(_finetunes(table), "domain_heldout")
     columns = {"unique_tokens": "domain_tokens", "loss": "domain_heldout"}
     groups = _grouped(_named(rows, "params", "injected", *PRETRAINING, **columns), *PRETRAINING)
@@ -108,7 +109,7 @@ def finetuning(table: UsableRows) -> list[Group]:
 
 
 def dcpt(table: UsableRows, of: Literal["domain", "general"]) -> list[Group]:
-    """For DCPTLaw: the curves of continued pretraining, up to the final weights, per pretraining and domain corpus."""
+    """For DCPTLaw: curves of continued pretraining up to the final weights, per pretraining and domain corpus."""
     rows = _known(_continued(table), f"{of}_heldout")
     rows = rows[rows["tokens"] > 0]
     columns = {"own_ratio": "delta" if of == "domain" else "injected", "loss": f"{of}_heldout"}
@@ -117,8 +118,8 @@ def dcpt(table: UsableRows, of: Literal["domain", "general"]) -> list[Group]:
 
 
 def cmr(table: UsableRows) -> list[Group]:
-    """For CMRLaw: the same curves of both losses, per model size too. Losses are a run's increments from its own start
-    on top of the mean start, which is the row at tokens = 0."""
+    """For CMRLaw: the curves of `dcpt` with both losses, also per model size. Losses are a run's changes from its
+    start, added to the mean start, which is the row at tokens = 0."""
     losses = ("general", "domain")
     rows = _known(_continued(table), *(f"{of}_{at}" for of in losses for at in ("heldout", "before")))
     rows = rows[rows["tokens"] > 0]
@@ -134,8 +135,8 @@ def cmr(table: UsableRows) -> list[Group]:
 
 
 def _adapted(table: UsableRows) -> pd.DataFrame:
-    """All evaluations of stages that continued a whole model with text of the domain and the general corpus, without an
-    anchor or an average."""
+    """All evaluations of stages that trained a whole model further on domain and general text, without an anchor or an
+    average."""
     rows = table.rows
     plain = (rows["anchor"] == 0) & (rows["average"] == 0) & (rows["other"] == "")
     return rows[(rows["stage"] >= 1) & (rows["start"] == "pretrained") & plain]
@@ -158,7 +159,7 @@ def _continued(table: UsableRows) -> pd.DataFrame:
 
 
 def _least_specialized(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose pretraining had the smallest domain share of all, or an unknown one."""
+    """The rows with the smallest domain share of pretraining, or with an unknown one."""
     share = rows["pretrain_delta"]
     return rows[share.isna() | (share == share.min())]
 
@@ -168,7 +169,7 @@ def _known(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 
 def _named(rows: pd.DataFrame, *same: str, **renamed: str) -> pd.DataFrame:
-    """Columns under their own names, and those that a law calls by another name: new="old"."""
+    """The columns `same`, and others renamed to a law's names: new="old"."""
     columns = {name: name for name in ("run", *ALIKE, *same)} | renamed
     return pd.DataFrame({new: rows[old] for new, old in columns.items()}).reset_index(drop=True)
 

@@ -1,4 +1,4 @@
-"""Counts and shares as people write them."""
+"""Counts and shares in words."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ __all__ = ["amount", "number", "percent", "three_digits", "times"]
 
 
 def number(value: float) -> str:
-    """0.0547, 13.3, 6,670; three digits, and never a power of ten."""
+    """Three digits without an exponent: 0.0547, 13.3, 6,670."""
     rounded = float(f"{value:.3g}")
     return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:g}"
 
 
 def times(count: float) -> str:
-    """Once, or 13.3 times."""
+    """ "once" or "13.3 times"."""
     said = number(count)
     return "once" if said == "1" else f"{said} times"
 
 
 def three_digits(share: float) -> float:
-    """A share as it was asked for: what was achieved differs from that by a window."""
+    """A share rounded to three digits: an achieved share differs from the requested one by a window."""
     return float(f"{share:.3g}")

@@ -1,4 +1,4 @@
-"""Run folders as the trainer leaves them, made from given losses."""
+"""Run folders in the trainer's format, made from given losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 Losses = list[tuple[float, float]]
-"""(domain, general) at each evaluation of a finetune."""
+"""(domain, general) losses at each evaluation of a finetune."""
 
 STEP_TOKENS = 1000
 
@@ -27,10 +27,12 @@ def fake_run(
     lr: tuple[float, ...] = (),
     change: dict[str, Any] | None = None,
 ) -> Path:
-    """A finished NPT or SPT(delta) run whose finetune goes through the given held-out losses, one evaluation a step.
+    """A finished NPT or SPT(delta) run whose finetune has the given held-out losses, one evaluation per step.
 
-    `arms` are the paths of the finetune's grid arms (learning rates `lr`), of which `kept` is kept and its evaluation
-    `handed_on` handed on. `change` replaces recipe fields: {"phases.1.tokens": 5}.
+    arms       losses of the finetune's grid arms, with learning rates `lr`
+    kept       the kept arm
+    handed_on  the evaluation of its final weights
+    change     recipe fields to replace: {"phases.1.tokens": 5}
     """
     paths: list[Losses] = arms if isinstance(arms[0], list) else [arms]  # type: ignore[assignment,list-item]
     lr = lr or tuple(1e-4 * 2**i for i in range(len(paths)))

@@ -1,4 +1,4 @@
-"""Runs tables drawn from known laws: what `read_table` would make of the run folders of a study."""
+"""Runs tables generated from known laws, in the form in which `read_table` returns those of a study."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from spt_fast.study.runs_table import COLUMNS
 from tests.synthetic_runs import DOMAIN, GENERAL, OVERFITTING, gain
 
 PARAMS, DOMAIN_TOKENS = 109_000_000, 300_000_000
-"""The size of model and corpus that OVERFITTING, and `gain` by finetuning, hold for as they are."""
+"""The model size and corpus for which OVERFITTING and `gain` hold unscaled."""
 SIZE_EXPONENT, CORPUS_EXPONENT, FLOOR = 0.12, 0.08, 0.9
-"""Of the domain loss: what is above FLOOR falls as params^-0.12; after finetuning as domain_tokens^-0.08 too."""
+"""The part of the domain loss above FLOOR falls as params^-0.12, and after finetuning also as domain_tokens^-0.08."""
 FORGETTING = laws.ForgettingLaw.from_params(A=2, B=829, alpha=0.38, beta=0.28)
-"""General loss after finetuning a model without domain data in pretraining; the rise is less for delta > 0."""
+"""The general loss after finetuning a model without domain data in pretraining; it rises less for delta > 0."""
 ADAMW = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip": 1.0, "momentum": np.nan}
 BEST_EPOCHS, LONGEST_EPOCHS = 4, 8
-"""Of a finetune: its domain loss falls, is lowest, and ends where it has overfitted."""
+"""Evaluations of a finetune: the domain loss falls to its minimum and ends above it, overfitted."""
 
 
 def spt_table(
@@ -35,9 +35,9 @@ def spt_table(
     noise: float = 0.003,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One pretraining run at a plateau rate per delta, size, corpus and seed, which hands on at every budget; from each
-    of these, a finetune per injected share and anchor, which hands on its best by `domain_select`. `noise`: relative,
-    of every loss; half as much again is shared by all losses of a run."""
+    """One pretraining run at a plateau rate per delta, size, corpus and seed, with weights at every budget; after each
+    budget, a finetune per injected share and anchor, which keeps its best weights by `domain_select`. noise: relative,
+    of each loss; half as much again is common to all losses of a run."""
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for size, corpus, delta, run_seed in product(params, domain_tokens, deltas, seeds):
@@ -106,8 +106,8 @@ def dcpt_table(
     noise: float = 0.003,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Continual pretraining of foreign weights, one run per share, size and seed, by DOMAIN and GENERAL. `tokens` are
-    those of a run; at its start the domain loss is higher than ever after, the general loss as low as it can get."""
+    """Continual pretraining of a base, one run of `tokens` per share, size and seed, by DOMAIN and GENERAL. At the
+    start of a run the domain loss is at its highest and the general loss at its lowest."""
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for size in params:
@@ -148,7 +148,7 @@ def dcpt_table(
 
 
 def before(tokens: float, delta: float, params: int, domain_tokens: int) -> tuple[float, float, float]:
-    """Domain held out, domain trained on, and general loss of pretraining, without noise."""
+    """Held-out domain loss, training domain loss, and general loss in pretraining, without noise."""
     at = {"tokens": float(tokens), "fraction": delta}
     size = (params / PARAMS) ** -SIZE_EXPONENT
     train = FLOOR + (OVERFITTING.predict(of="train_loss", **at) - FLOOR) * size
@@ -165,14 +165,14 @@ def before(tokens: float, delta: float, params: int, domain_tokens: int) -> tupl
 def after(
     tokens: float, delta: float, params: int, domain_tokens: int, injected: float = 0.0, anchor: float = 0.0
 ) -> float:
-    """The domain loss of the weights that a finetune hands on, without noise."""
+    """The domain loss of a finetune's final weights, without noise."""
     loss = OVERFITTING.predict(tokens=float(tokens), fraction=delta) - gain(np.array(float(tokens)), np.array(delta))
     size = (params / PARAMS) ** -SIZE_EXPONENT * (domain_tokens / DOMAIN_TOKENS) ** -CORPUS_EXPONENT
     return float(FLOOR + (loss - FLOOR) * size + 0.1 * injected + 0.05 * anchor)
 
 
 def forgotten(delta: float, params: int, domain_tokens: int, injected: float = 0.0, anchor: float = 0.0) -> float:
-    """The rise of the general loss up to the weights that a finetune hands on, without noise."""
+    """The rise of the general loss in a finetune, at its final weights, without noise."""
     given = {"params": params, "unique_tokens": domain_tokens, "injected": injected, "loss_before": 1.0}
     return (FORGETTING.predict(**given) - 1.0) * float(np.exp(-6 * delta)) / (1 + 20 * anchor)
 

@@ -1,4 +1,4 @@
-"""Studies that go on from weights: several bases, the ready ones with `init`, and what their table says."""
+"""Studies that start from weights: several bases, the ready studies with `init`, and the runs table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def raw(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A finetune of both, in windows far below their context."""
+    """A study that finetunes both, in windows far shorter than their context."""
     raw = raw_study(folder)
     stage = raw["stages"][1] | {"replay": [0, "1/4"], "grid": None, "batch": {"sequences": 4, "context": CONTEXT}}
     models = [{"init": str(folder / name)} for name in ("small_one", "large")]
@@ -75,7 +75,7 @@ def test_several_bases_are_trained_and_named_in_the_table(folder: Path) -> None:
         assert (figures.domain_before, figures.general_before) == (before["chem"], before["general"])
     with pytest.raises(RecipeError, match=r"cannot be compared: base is .*small_one .* in one and .*large"):
         compare([small[0], Path(runs[2].recipe.run)])
-    mixed = table.assign(params=1.0)  # as if they were of one size
+    mixed = table.assign(params=1.0)  # as if they had the same size
     assert any("different base" in note for note in usable(mixed).notes)
     assert not any("different base" in note for note in usable(table).notes)
 
@@ -98,17 +98,17 @@ def test_runs_of_a_study_that_differ_in_their_average_are_trained_once(folder: P
     assert {cost.tokens for cost in costs(study, jobs=1, mfu=0.4)} == {0}
     grown = study_from(raw(folder, **models, stages=[stage | {"average": [0, "10%", "25%", "50%"]}]))
     sweep(grown, Console(file=io.StringIO()), workers=workers)
-    assert workers.trained[4:] == [run.name for run in expand(grown)[-1:]], "what its arms had trained is gone"
+    assert workers.trained[4:] == [run.name for run in expand(grown)[-1:]], "the weights that it would share are gone"
 
 
 @pytest.mark.parametrize("name", ["dcpt", "forgetting"])
-def test_the_ready_studies_go_on_from_weights(folder: Path, name: str) -> None:
+def test_the_ready_studies_can_start_from_weights(folder: Path, name: str) -> None:
     given = {"general": folder / "general", "domain": folder / "chem", "out": folder / name, "tokenizer": None}
     bases = [folder / "small_one", folder / "large"]
     study = load_study(name, given=given | {"init": bases})
     assert [stage.axes.name for stage in study.stages] == ["continue" if name == "dcpt" else "finetune"]
     assert {run.recipe.init for run in expand(study)} == {str(base) for base in bases}
-    assert {run.recipe.phases[0].batch.context for run in expand(study)} == {None}  # their own is short
+    assert {run.recipe.phases[0].batch.context for run in expand(study)} == {None}  # their own context is short
 
 
 def test_the_command_prices_a_study_of_a_base(folder: Path) -> None:
@@ -120,7 +120,7 @@ def test_the_command_prices_a_study_of_a_base(folder: Path) -> None:
     assert (total["runs"], total["tokens"]) == (2, 2 * 8000 // 256 * 256)
 
 
-def test_a_window_is_cut_where_a_base_has_a_longer_context(folder: Path) -> None:
+def test_the_window_is_limited_if_the_base_has_a_longer_context(folder: Path) -> None:
     config = folder / "large" / "config.json"
     short = config.read_text()
     config.write_text(short.replace(f'"max_position_embeddings": {8 * CONTEXT}', '"max_position_embeddings": 131072'))
@@ -148,7 +148,7 @@ def test_a_window_is_cut_where_a_base_has_a_longer_context(folder: Path) -> None
         ({"models": [{"init": "a"}], "init": "a"}, RecipeError, r"^models: both are given"),
     ],
 )
-def test_what_a_study_cannot_go_on_from(
+def test_weights_that_a_study_cannot_start_from_are_refused(
     folder: Path, changes: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
@@ -163,7 +163,7 @@ def test_a_start_from_scratch_needs_shapes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["spt", "scratch-vs-pretrained"])
-def test_studies_of_pretraining_take_no_weights(folder: Path, name: str) -> None:
+def test_studies_of_pretraining_refuse_weights(folder: Path, name: str) -> None:
     result = CliRunner().invoke(
         app, ready(folder, name, "--init", str(folder / "large"), "--tokenizer", "t", "--dry-run")
     )

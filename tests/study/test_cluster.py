@@ -1,4 +1,4 @@
-"""Runs as jobs of a cluster: submitit's `local` one, which needs no SLURM."""
+"""Runs as jobs of a cluster, with submitit's `local` cluster, which needs no SLURM."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def trains(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(clusters, "command", lambda recipe: [sys.executable, "-c", code, str(recipe)])
 
 
-def test_every_run_is_a_job_and_waits_for_the_one_before_it(
+def test_every_run_is_a_job_that_waits_for_the_run_it_starts_from(
     jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trains(
@@ -59,7 +59,7 @@ def test_every_run_is_a_job_and_waits_for_the_one_before_it(
     assert (tmp_path / "logs" / "recipe1.log").read_text() == "training recipe1\n"
 
 
-def test_a_job_that_fails_says_so_in_its_log_and_holds_nobody_else_up(
+def test_a_failed_job_is_reported_and_the_others_continue(
     jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trains(monkeypatch, "import sys\nif 'recipe0' in sys.argv[1]: sys.exit('out of memory')")
@@ -72,15 +72,15 @@ def test_a_job_that_fails_says_so_in_its_log_and_holds_nobody_else_up(
 def test_jobs_are_cancelled_when_the_sweep_ends(
     jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The job that is left would take an hour."""
+    """The other job would take an hour."""
     trains(monkeypatch, "import sys, time\nif 'recipe0' in sys.argv[1]: sys.exit(2)\ntime.sleep(3600)")
     workers = Cluster("local", tmp_path / "jobs", jobs=3, options={"timeout_min": 5})
     with pytest.raises(RecipeError, match=r"recipe0\.yaml: failed with exit code 2"):
         train_all(jobs, tmp_path / "logs", Console(file=io.StringIO()), workers)
 
 
-def test_a_run_saves_when_its_job_is_ended(tmp_path: Path) -> None:
-    """submitit takes the cluster's notice for an error, which it raises in the job."""
+def test_a_run_saves_when_its_job_is_terminated(tmp_path: Path) -> None:
+    """submitit turns the cluster's signal into an exception in the job."""
     code = (
         "import pathlib, signal, sys, time\n"
         "def save(*_):\n    time.sleep(0.5)\n    pathlib.Path(sys.argv[1], 'saved').touch()\n    sys.exit(75)\n"
@@ -109,7 +109,7 @@ def test_a_run_saves_when_its_job_is_ended(tmp_path: Path) -> None:
     assert (tmp_path / "saved").exists()
 
 
-def test_what_a_cluster_does_not_know_is_refused(tmp_path: Path) -> None:
+def test_unknown_clusters_and_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cluster: 'lsf' is invalid"):
         Cluster("lsf", tmp_path, jobs=1, options={})
     with pytest.raises(RecipeError, match="cluster_set: 'timeout' is invalid: write KEY=VALUE"):

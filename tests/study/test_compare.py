@@ -1,4 +1,4 @@
-"""Comparison figures against values worked out by hand, and every input that must be refused."""
+"""Figures of a comparison against values computed by hand, and inputs that must be refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def four_runs(tmp_path: Path) -> list[Path]:
     ]
 
 
-def test_the_figures_of_a_run(tmp_path: Path) -> None:
+def test_the_figures_of_a_run_are_those_of_its_kept_grid_arm(tmp_path: Path) -> None:
     run = fake_run(
         tmp_path / "spt", [SPT, shifted(SPT, 0.25)], delta="0.05", seed=3, kept=1, handed_on=1, lr=(1e-4, 3e-4)
     )
@@ -53,14 +53,14 @@ def test_the_figures_of_a_run(tmp_path: Path) -> None:
     assert row["name"] == "spt"
     assert (row["delta"], row["seed"], row["tokens"]) == (0.05, 3, 1_000_000)
     assert row["domain_epochs"] == 5.0  # of pretraining, not the finetune's 7
-    assert (row["domain_before"], row["domain_after"]) == (5.5, 5.25)  # all grid arms start from one point
+    assert (row["domain_before"], row["domain_after"]) == (5.5, 5.25)  # all grid arms have the same start
     assert (row["general_before"], row["general_after"]) == (5.1, 6.15)
     assert row["forgetting"] == pytest.approx(1.05)
     assert (row["arm"], row["lr"], row["warmup"]) == (1, 3e-4, "5 steps")
     assert row["paths"][0] == [[0, 5.5, 5.1], [1000, 5.0, 5.9], [2000, 4.5, 6.5]]
 
 
-def test_what_losses_rest_on_and_what_was_chosen_on_other_text_is_said(four_runs: list[Path]) -> None:
+def test_the_text_behind_losses_and_the_half_that_choices_were_made_on_are_reported(four_runs: list[Path]) -> None:
     found = compare(four_runs)
     assert as_json(found)["runs"][0]["domain_behind"] == {"documents": 12, "tokens": 3456, "standard_error": 0.02}
     says = (
@@ -69,7 +69,7 @@ def test_what_losses_rest_on_and_what_was_chosen_on_other_text_is_said(four_runs
         "on the select half"
     )
     assert says in findings(found)
-    for folder in four_runs:  # as runs were before these were written
+    for folder in four_runs:  # as earlier versions wrote runs
         summary = json.loads((folder / "summary.json").read_text())
         del summary["phases"]["finetune"]["scored"], summary["phases"]["finetune"]["standard_errors"]
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -149,7 +149,7 @@ def test_a_gain_needs_a_seed_in_common(four_runs: list[Path]) -> None:
 
 
 def test_delta_is_the_exact_share_over_all_pretraining_phases(tmp_path: Path) -> None:
-    """SCPT: 90% of the tokens without the domain, then 10% of them with a 1/3 share of it."""
+    """SCPT: 90% of the tokens without the domain, then 10% with a domain share of 1/3."""
     folder = tmp_path / "scpt"
     phases = [
         {"name": "pretrain", "tokens": "900K", "mixture": {"general": 1}, "optimizer": {"lr": 1e-3}},
@@ -189,7 +189,7 @@ def test_general_at_equal_domain_is_interpolated_along_the_path(tmp_path: Path) 
     npt = fake_run(tmp_path / "npt", [(7.0, 5.0), (6.0, 6.0), (5.0, 8.0), (5.2, 9.0)])
     spt = fake_run(tmp_path / "spt", [(5.6, 5.1), (4.8, 5.9), (4.6, 6.5)], delta="0.05")
     equal = compared([npt, spt])["general_at_equal_domain"]
-    assert equal["domain_loss"] == 5.0  # NPT's best, though it ended worse: the lowest that both reach
+    assert equal["domain_loss"] == 5.0  # NPT's best, although it ended worse: the lowest loss that both reach
     assert equal["general"]["0"]["mean"] == 8.0
     assert equal["general"]["0.05"]["mean"] == pytest.approx(5.1 + 0.8 * (5.6 - 5.0) / 0.8)
 
@@ -215,7 +215,7 @@ def test_multiplier_is_interpolated_in_log_tokens() -> None:
 @pytest.mark.parametrize(
     ("npt", "loss"), [({1_000: 6.0, 4_000: 5.0}, 4.99), ({1_000: 6.0, 4_000: 5.0}, 6.01), ({1_000: 6.0}, 6.0)]
 )
-def test_multiplier_is_null_unless_bracketed(npt: dict[int, float], loss: float) -> None:
+def test_multiplier_is_none_unless_bracketed(npt: dict[int, float], loss: float) -> None:
     assert compute_multiplier(npt, 1_000, loss) is None
 
 
@@ -230,8 +230,8 @@ def runs_at(folder: Path, *budgets: tuple[str, int, float], seed: int = 0) -> li
     return runs
 
 
-def test_multiplier_is_of_the_largest_budget_that_npt_brackets_and_of_every_seed_there(tmp_path: Path) -> None:
-    """NPT comes down to 6 with 1M tokens and to 5 with 4M. SPT with 4M is below that."""
+def test_the_multiplier_is_that_of_the_largest_budget_that_npt_brackets_with_one_per_seed(tmp_path: Path) -> None:
+    """NPT reaches 6 with 1M tokens and 5 with 4M. SPT with 4M is below that."""
     runs = []
     for seed, spt_at_1M in enumerate((6.0, 5.75, 4.75)):
         runs += runs_at(tmp_path, ("0", 1, 6.0), ("0", 4, 5.0), ("0.05", 1, spt_at_1M), ("0.05", 4, 4.0), seed=seed)
@@ -247,7 +247,7 @@ def test_multiplier_is_of_the_largest_budget_that_npt_brackets_and_of_every_seed
     ) in findings(comparison)
 
 
-def test_an_npt_that_never_comes_down_to_spt_bounds_the_multiplier(tmp_path: Path) -> None:
+def test_an_npt_that_never_reaches_the_loss_of_spt_bounds_the_multiplier(tmp_path: Path) -> None:
     """NPT is at 6 with 1M tokens and at 5 with 4M, SPT at 4.9 with 1M already."""
     comparison = compare(runs_at(tmp_path, ("0", 1, 6.0), ("0", 4, 5.0), ("0.05", 1, 4.9), ("0.05", 4, 4.5)))
     assert as_json(comparison)["compute_multiplier"] == {"0.05": None}
@@ -257,7 +257,7 @@ def test_an_npt_that_never_comes_down_to_spt_bounds_the_multiplier(tmp_path: Pat
     ) in findings(comparison)
 
 
-def test_a_gain_is_of_the_budget_that_arms_share_and_the_multiplier_uses_all_of_npts(tmp_path: Path) -> None:
+def test_a_gain_is_that_of_the_common_budget_but_the_multiplier_uses_all_budgets_of_npt(tmp_path: Path) -> None:
     """NPT is at 6 with 1M tokens, the mean of two seeds, and at 5 with 4M; SPT is at 5.5 with 1M."""
     runs = runs_at(tmp_path, ("0", 1, 5.9), ("0", 4, 5.0), ("0.05", 1, 5.5))
     result = compared([*runs, *runs_at(tmp_path, ("0", 1, 6.1), seed=1)])
@@ -274,7 +274,7 @@ def test_a_gain_is_of_the_budget_that_arms_share_and_the_multiplier_uses_all_of_
 # ------------------------------------------------------------------------------------------------ verdict
 
 
-def test_differences_of_one_seed_take_a_line_per_figure_and_one_caution(tmp_path: Path) -> None:
+def test_differences_of_one_seed_have_a_line_per_figure_and_one_caution(tmp_path: Path) -> None:
     comparison = compare(runs_at(tmp_path, ("0", 1, 6.0), ("0.01", 1, 5.8), ("0.05", 1, 6.5)))
     said = findings(comparison)
     assert said[0] == "domain loss after finetuning, against NPT: SPT 1% 0.200 lower; SPT 5% 0.500 higher"
@@ -282,7 +282,7 @@ def test_differences_of_one_seed_take_a_line_per_figure_and_one_caution(tmp_path
     assert not any(line.startswith("domain loss after finetuning, SPT") for line in said)
 
 
-def test_verdict_when_arms_differ_by_more_than_seeds(four_runs: list[Path]) -> None:
+def test_a_difference_larger_than_the_spread_of_seeds_exceeds_it(four_runs: list[Path]) -> None:
     verdict = compared(four_runs)["verdict"]["domain_after"]["0.05"]
     assert verdict["difference"] == pytest.approx(-0.45)
     assert verdict["spread"] == pytest.approx(0.2)  # SPT's range, the larger one
@@ -291,7 +291,7 @@ def test_verdict_when_arms_differ_by_more_than_seeds(four_runs: list[Path]) -> N
     assert "0.450 lower, more than the spread between 2 seeds" in verdict["says"]
 
 
-def test_verdict_when_seeds_differ_by_more_than_arms(tmp_path: Path) -> None:
+def test_a_difference_smaller_than_the_spread_of_seeds_may_be_chance(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / f"npt{s}", shifted(NPT, 0.3 * s), seed=s) for s in (0, 1)]
     runs += [fake_run(tmp_path / f"spt{s}", shifted(NPT, 0.3 * s - 0.2), seed=s, delta="0.1") for s in (0, 1)]
     verdict = compared(runs)["verdict"]["domain_after"]["0.1"]
@@ -300,8 +300,8 @@ def test_verdict_when_seeds_differ_by_more_than_arms(tmp_path: Path) -> None:
     assert "may be chance" in verdict["says"]
 
 
-def test_verdict_wants_one_sign_at_every_seed(tmp_path: Path) -> None:
-    """A large mean difference that one seed contradicts is no finding, even beyond the ranges of both arms."""
+def test_a_difference_must_have_the_same_sign_at_every_seed(tmp_path: Path) -> None:
+    """A large mean difference that one seed contradicts does not exceed the spread, even if it is larger."""
     by_seed = [(0.0, 1.9), (0.0, 1.9), (0.0, 1.9), (1.0, 0.9)]
     runs = []
     for seed, (npt, spt) in enumerate(by_seed):
@@ -312,7 +312,7 @@ def test_verdict_wants_one_sign_at_every_seed(tmp_path: Path) -> None:
     assert verdict["exceeds"] is False
 
 
-def test_one_seed_cannot_say(four_runs: list[Path]) -> None:
+def test_one_seed_gives_no_verdict(four_runs: list[Path]) -> None:
     verdict = compared([four_runs[0], four_runs[2]])["verdict"]
     for figure in ("domain_after", "forgetting", "general_after", "general_at_equal_domain"):
         assert verdict[figure]["0.05"]["exceeds"] is None
@@ -329,19 +329,19 @@ def refused(error: type[Exception], runs: list[Path], *words: str) -> None:
         assert word in str(caught.value)
 
 
-def test_nothing_given() -> None:
+def test_an_empty_list_of_runs_is_refused() -> None:
     refused(RecipeError, [], "runs: none given")
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "summary.json", "metrics.jsonl"])
-def test_a_folder_that_holds_no_run(tmp_path: Path, name: str) -> None:
+def test_a_folder_without_a_file_of_a_run_is_refused(tmp_path: Path, name: str) -> None:
     run = fake_run(tmp_path / "run", NPT)
     (run / name).unlink()
     refused(CheckpointError, [run], name, str(run))
 
 
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
-def test_a_broken_file(tmp_path: Path, name: str) -> None:
+def test_a_damaged_file_is_refused(tmp_path: Path, name: str) -> None:
     run = fake_run(tmp_path / "run", NPT)
     whole = (run / name).read_text()
     (run / name).write_text(whole[:-10])
@@ -349,14 +349,14 @@ def test_a_broken_file(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("status", ["stopped", "failed"])
-def test_an_unfinished_run(tmp_path: Path, status: str) -> None:
+def test_an_unfinished_run_is_refused(tmp_path: Path, status: str) -> None:
     run = fake_run(tmp_path / "run", NPT)
     summary = json.loads((run / "summary.json").read_text()) | {"status": status}
     (run / "summary.json").write_text(json.dumps(summary))
     refused(CheckpointError, [run], str(run), status, "resume=True")
 
 
-def test_a_run_without_a_finetune(tmp_path: Path) -> None:
+def test_a_run_without_a_finetune_is_refused(tmp_path: Path) -> None:
     phase = {"name": "pretrain", "tokens": 10, "mixture": {"general": 1}, "optimizer": {"lr": 1e-3}}
     refused(
         CheckpointError,
@@ -367,7 +367,7 @@ def test_a_run_without_a_finetune(tmp_path: Path) -> None:
     )
 
 
-def test_finetunes_of_one_base_are_held_against_the_plainest(tmp_path: Path) -> None:
+def test_finetunes_of_one_base_are_compared_with_the_plainest(tmp_path: Path) -> None:
     def of_base(path: list[tuple[float, float]], base: str, mixture: dict[str, str], **more: Any) -> Path:
         phase = {"name": "finetune", "tokens": "3K", "mixture": mixture, "optimizer": {"lr": 1e-4}}
         change = {"init": "hf", "model": {}, "tokenizer": None, "phases": [phase], **more}
@@ -384,7 +384,7 @@ def test_finetunes_of_one_base_are_held_against_the_plainest(tmp_path: Path) -> 
     console = Console(width=80, record=True, file=io.StringIO())
     print_comparison(found, console)
     said = console.export_text()
-    assert re.search(r"finetune +base ", said), "how many tokens it was pretrained on is unknown"
+    assert re.search(r"finetune +base ", said), "the number of pretraining tokens is unknown"
     assert said.startswith("finetunes of hf ")
     assert "forgetting, against finetune: finetune, 5% replay " in " ".join(said.split())
     assert "NPT" not in said
@@ -395,7 +395,7 @@ def test_finetunes_of_one_base_are_held_against_the_plainest(tmp_path: Path) -> 
     refused(CheckpointError, [part], "only phase")
 
 
-def test_a_run_with_one_source(tmp_path: Path) -> None:
+def test_a_run_with_one_source_is_refused(tmp_path: Path) -> None:
     change = {"sources": {"code": {"train": "c", "heldout": "c.h"}}, "phases.0.mixture": {"code": 1}}
     refused(RecipeError, [fake_run(tmp_path / "run", NPT, change=change)], "'code'", "only source")
 
@@ -411,29 +411,29 @@ def test_a_run_with_one_source(tmp_path: Path) -> None:
         ({"phases.1.eval": {"tokens": "7K"}}, "eval.tokens"),
     ],
 )
-def test_runs_that_cannot_be_held_against_each_other(tmp_path: Path, change: dict[str, object], word: str) -> None:
+def test_runs_that_are_not_comparable_are_refused(tmp_path: Path, change: dict[str, object], word: str) -> None:
     one = fake_run(tmp_path / "one", NPT)
     other = fake_run(tmp_path / "other", SPT, delta="0.05", change=change)
     refused(RecipeError, [one, other], str(one), str(other), word)
 
 
-def test_the_same_arm_and_seed_twice(tmp_path: Path) -> None:
+def test_a_repeated_arm_and_seed_is_refused(tmp_path: Path) -> None:
     one, again = fake_run(tmp_path / "one", NPT), fake_run(tmp_path / "again", SPT)
     refused(RecipeError, [one, again], str(one), str(again), "seed (0)")
 
 
-def test_no_heldout_text_of_the_general_source(tmp_path: Path) -> None:
+def test_a_run_without_held_out_general_losses_is_refused(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", NPT)
     metrics = (run / "metrics.jsonl").read_text().replace('"general": 5.0', '"other": 5.0')
     (run / "metrics.jsonl").write_text(metrics)
     refused(CheckpointError, [run], "'general'", "heldout")
 
 
-def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     refused(CheckpointError, [fake_run(tmp_path / "run", [*NPT, (float("nan"), 5.0)])], "'code'", "not a number")
 
 
-def test_what_is_not_alike_is_warned_of(tmp_path: Path) -> None:
+def test_differences_that_may_explain_losses_are_warned_of(tmp_path: Path) -> None:
     npt = fake_run(tmp_path / "npt", [NPT, NPT], lr=(1e-4, 2e-4))
     spt = fake_run(tmp_path / "spt", [SPT, SPT], lr=(1e-4, 4e-4), delta="0.05")
     warnings = compare([npt, spt]).warnings
@@ -447,14 +447,14 @@ def test_what_is_not_alike_is_warned_of(tmp_path: Path) -> None:
     assert unknown in compare([spt]).warnings
 
 
-def test_arms_that_are_alike_bring_no_warning(four_runs: list[Path]) -> None:
+def test_runs_that_differ_only_in_treatment_and_seed_bring_no_warning(four_runs: list[Path]) -> None:
     assert compare(four_runs).warnings == []
 
 
-# ------------------------------------------------------------------------------------------------ what people read
+# ------------------------------------------------------------------------------------------------ output
 
 
-def test_written_files(four_runs: list[Path], tmp_path: Path) -> None:
+def test_the_comparison_is_written_as_json_and_png(four_runs: list[Path], tmp_path: Path) -> None:
     result = compare(four_runs)
     write(result, tmp_path / "out")
     text = (tmp_path / "out" / "comparison.json").read_text()
@@ -474,7 +474,7 @@ def test_every_selection_of_runs_can_be_printed_and_drawn(four_runs: list[Path],
     write(result, tmp_path)
 
 
-def test_printed_table_names_the_arms_and_says_the_verdict(four_runs: list[Path]) -> None:
+def test_the_printed_table_names_the_arms_and_gives_the_verdict(four_runs: list[Path]) -> None:
     console = Console(record=True, width=80)
     print_comparison(compare(four_runs), console)
     text = " ".join(console.export_text().split())

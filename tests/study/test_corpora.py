@@ -1,4 +1,4 @@
-"""The demo's text, as much as it reads and more: deterministic, clean, without repeats, enough of it."""
+"""The demo's text: reproducible, clean, without repeats, and enough of it."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def texts(path: Path) -> list[str]:
     return [document["text"] for document in documents]
 
 
-def test_there_is_enough_of_both(general: Path, domain: Path) -> None:
+def test_both_corpora_have_the_size_that_the_demo_needs(general: Path, domain: Path) -> None:
     assert sum(map(len, texts(general))) > 4_000_000
     assert sum(map(len, texts(domain))) > 3_000_000
 
 
-def test_the_same_file_again_and_a_limit_is_a_prefix_of_it(domain: Path, tmp_path: Path) -> None:
+def test_a_corpus_is_reproducible_and_a_smaller_limit_gives_a_prefix(domain: Path, tmp_path: Path) -> None:
     limit_bytes = 200_000
     written = corpora.write_domain(tmp_path / "again", limit_bytes)
     assert limit_bytes - corpora.HEADER_MAX_CHARS < written <= limit_bytes
@@ -48,7 +48,7 @@ def test_the_same_file_again_and_a_limit_is_a_prefix_of_it(domain: Path, tmp_pat
     assert sum(len(text.encode()) for text in texts(tmp_path / "again")) == written
 
 
-def test_general_is_prose(general: Path) -> None:
+def test_the_general_corpus_is_prose(general: Path) -> None:
     for text in texts(general):
         assert not re.search(r">>>|\\|[{}=<>|]|https?:|^(Args|Parameters|Returns):?$|-----|``", text, re.MULTILINE), (
             text
@@ -58,7 +58,7 @@ def test_general_is_prose(general: Path) -> None:
             assert paragraph[-1] in ".!?", paragraph
 
 
-def test_domain_is_code_without_licences_and_generated_headers(domain: Path) -> None:
+def test_the_domain_is_code_without_licences_and_generated_headers(domain: Path) -> None:
     headers = texts(domain)
     for text in headers:
         assert not re.search(r"copyright|all rights reserved|@generated|\r", text, re.IGNORECASE), text[:500]
@@ -66,13 +66,13 @@ def test_domain_is_code_without_licences_and_generated_headers(domain: Path) -> 
     assert sum(bool(looks_like_code.search(text)) for text in headers) > 0.99 * len(headers)
 
 
-def test_no_paragraph_and_no_header_comes_twice(general: Path, domain: Path) -> None:
+def test_no_paragraph_and_no_header_is_repeated(general: Path, domain: Path) -> None:
     paragraphs = [paragraph for text in texts(general) for paragraph in text.split("\n\n")]
     assert len(set(paragraphs)) == len(paragraphs)
     assert len(set(texts(domain))) == len(texts(domain))
 
 
-def test_prose_of_a_docstring() -> None:
+def test_the_prose_of_a_docstring_has_no_code_labels_and_markup() -> None:
     docstring = """Compute the `thing` that is asked for.
 
     The **first** paragraph of it says what the function does
@@ -101,7 +101,7 @@ def test_prose_of_a_docstring() -> None:
     ]
 
 
-def test_templates_with_other_names_are_repeats() -> None:
+def test_templates_that_differ_in_names_are_repeats() -> None:
     seen: set[str] = set()
     text = "The configuration of a {} model. It is used by {}Trainer."
     assert corpora._drop_repeated_paragraphs(text.format("Bert", "Bert"), seen)
@@ -116,7 +116,7 @@ def test_headers_that_are_mostly_known_are_repeats() -> None:
     assert corpora._drop_repetitive_header("\n".join(line.replace("int", "char") for line in lines), seen)
 
 
-def test_torch_without_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_without_headers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora.torch, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(DataError, match="no C\\+\\+ headers"):
         corpora.write_domain(tmp_path / "domain.jsonl", 1000)

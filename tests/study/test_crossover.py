@@ -1,5 +1,5 @@
-"""To pretrain or not, on tables whose crossover is known: which runs stand for an arm, where the gap closes, what is
-said where it doesn't."""
+"""The crossover on tables where it is known: the runs of an arm, the point where the gap closes, and the reason if it
+does not."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def rows_of(
     slope: float = SLOPE,
     drawn_by: int = 0,
 ) -> list[dict[str, Any]]:
-    """Both arms; `noise` in percent of each loss, half of it shared by a seed's runs of an arm."""
+    """The rows of both arms; noise: in percent of each loss, half of it common to a seed's runs of an arm."""
     rng = np.random.default_rng(drawn_by)
     rows = []
     for seed in range(seeds):
@@ -86,7 +86,7 @@ def test_a_known_crossover_is_found_exactly() -> None:
     assert [gap.percent for gap in found.gap] == pytest.approx([INTERCEPT + SLOPE * np.log10(n) for n in SUBSETS])
     assert found.gap[0].nats == pytest.approx(4.0 * 0.075)
     assert (found.params, found.pretrain_tokens, found.pretrain_delta) == (1_000_000, 6e7, 0.0)
-    says = "Above about 7.2M domain tokens (one seed: no interval) a model from scratch is within 1% of the pretrained"
+    says = "Above about 7.2M domain tokens (one seed: no interval) a model from scratch is within 1% of the loss from"
     assert found.says.startswith(says)
     other = compared(rows_of(), threshold=0.04)
     assert other.crossover == pytest.approx(10 ** (21 / 3.5))
@@ -94,9 +94,9 @@ def test_a_known_crossover_is_found_exactly() -> None:
 
 
 @pytest.mark.parametrize("seeds", [2, 4])
-def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
-    """Of 80 studies, 90% ± 8 points (the standard error is 3.4): the slope, and a crossover between subsets and one by
-    extrapolation."""
+def test_intervals_have_their_nominal_coverage(seeds: int) -> None:
+    """90% ± 8 points of 80 studies (the standard error is 3.4): for the slope, a crossover between subsets, and an
+    extrapolated one."""
     held = np.zeros((80, 3))
     for study in range(len(held)):
         for i, (subsets, threshold) in enumerate(((SUBSETS, 0.04), (SUBSETS[:4], 0.005))):
@@ -108,7 +108,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
     assert held.mean(0) == pytest.approx(0.9, abs=0.08)
 
 
-def test_beyond_the_largest_subset_it_is_marked_as_an_extrapolation() -> None:
+def test_a_crossover_beyond_the_largest_subset_is_marked_as_an_extrapolation() -> None:
     found = compared(rows_of(SUBSETS[:3], seeds=3, noise=0.1))
     assert found.where == "beyond"
     assert found.crossover is None
@@ -119,29 +119,29 @@ def test_beyond_the_largest_subset_it_is_marked_as_an_extrapolation() -> None:
     assert "an extrapolation to 7." in found.says
 
 
-def test_what_is_said_where_there_is_no_crossover() -> None:
+def test_the_reason_for_no_crossover_is_given() -> None:
     below = compared(rows_of(intercept=5.0, slope=-1.0), threshold=0.01)
     assert (below.where, below.crossover) == ("below", None)
     assert "With only 100K domain tokens, the smallest subset" in below.says
     never = compared(rows_of(slope=0.5))
     assert (never.where, never.crossover, never.extrapolated) == ("never", None, None)
-    assert never.says.endswith("the gap does not shrink with more of them.")
+    assert never.says.endswith("the gap does not shrink with more tokens.")
     far = compared(rows_of(slope=-0.5))
     assert (far.where, far.extrapolated) == ("beyond", None)
-    assert far.says.endswith("more than 100 times as many, too far to extrapolate.")
+    assert far.says.endswith("more than 100 times as many, which is too far to extrapolate.")
     one = compared(rows_of(SUBSETS[:1]))
     assert (one.where, one.fit) == ("unknown", None)
-    assert "One subset of 100K domain tokens" in one.says
+    assert "A single subset of 100K domain tokens" in one.says
 
 
-def test_a_gap_that_opens_again_has_not_closed() -> None:
+def test_a_gap_that_rises_again_has_not_closed() -> None:
     rows = [row("pretrained", tokens, 4.0) for tokens in SUBSETS]
     gaps = (5.0, 0.5, 3.0, 0.0, 0.0)
     rows += [row("scratch", tokens, 4.0 * (1 + gap / 100)) for tokens, gap in zip(SUBSETS, gaps, strict=True)]
     assert compared(rows).crossover == pytest.approx(1e6 * 3 ** (2 / 3))
 
 
-def test_an_arm_is_its_best_run_by_the_select_half_and_others_do_not_count() -> None:
+def test_an_arm_uses_only_its_best_run_by_the_select_half() -> None:
     rows = rows_of(seeds=2)
     expected = compared(rows)
     first = next(r for r in rows if r["start"] == "scratch")
@@ -165,7 +165,7 @@ def test_an_arm_is_its_best_run_by_the_select_half_and_others_do_not_count() -> 
     assert found.arms["scratch"][0].lr == {"0": 1e-2, "1": 1e-3}
 
 
-def test_a_run_that_is_missing_leaves_the_others() -> None:
+def test_a_missing_run_does_not_affect_the_others() -> None:
     rows = rows_of(seeds=3)
     rows = [r for r in rows if not (r["start"] == "scratch" and r["seed"] == 2 and r["domain_tokens"] == 1e6)]
     found = compared(rows)
@@ -174,7 +174,7 @@ def test_a_run_that_is_missing_leaves_the_others() -> None:
     assert found.gap[2].nats == pytest.approx(0.01 * found.gap[2].percent * found.arms["pretrained"][2].mean)
 
 
-def test_every_size_and_every_pretraining_is_compared_with_the_same_scratch_runs() -> None:
+def test_every_size_and_pretraining_is_compared_with_scratch_runs_of_its_size() -> None:
     rows = rows_of()
     rows += [r | {"pretrain_delta": 0.02} for r in rows if r["start"] == "pretrained"]
     foreign = {"pretrain_tokens": np.nan, "pretrain_delta": np.nan}
@@ -199,7 +199,7 @@ def test_every_size_and_every_pretraining_is_compared_with_the_same_scratch_runs
         ({"heldout": "other"}, r"the arms differ in heldout \(h, other\)"),
     ],
 )
-def test_tables_that_say_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_tables_without_a_comparison_are_refused(changes: dict[str, Any], message: str) -> None:
     rows = [r | changes if r["start"] == "scratch" else r for r in rows_of()]
     with pytest.raises(DataError, match=message):
         crossovers(pd.DataFrame(rows))

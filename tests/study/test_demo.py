@@ -1,4 +1,4 @@
-"""A miniature of the demo: everything but its size is the real thing."""
+"""A miniature of the demo, which differs only in size."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison
         return out, demo(out, TINY)
 
 
-def test_two_arms_of_two_seeds_with_the_share_asked_for(finished: tuple[Path, Comparison]) -> None:
+def test_the_demo_has_two_arms_of_two_seeds_with_the_requested_share(finished: tuple[Path, Comparison]) -> None:
     _, result = finished
     assert [(run.treatment.delta, run.seed) for run in result.runs] == [(0, 0), (0.125, 0), (0, 1), (0.125, 1)]
     assert (result.domain, result.general) == ("cpp", "prose")
@@ -55,7 +55,7 @@ def test_two_arms_of_two_seeds_with_the_share_asked_for(finished: tuple[Path, Co
     assert npt.domain_epochs.high == 0 < spt.domain_epochs.low
 
 
-def test_what_it_leaves_behind(finished: tuple[Path, Comparison]) -> None:
+def test_the_demo_leaves_runs_a_comparison_and_a_picture(finished: tuple[Path, Comparison]) -> None:
     out, result = finished
     assert (out / "comparison.png").stat().st_size > 20_000
     assert json.loads((out / "comparison.json").read_text()) == as_json(result)
@@ -72,7 +72,7 @@ def test_arms_differ_in_nothing_but_mixture_and_seed(finished: tuple[Path, Compa
     assert len(npt.phases[-1].arms()) > 1
 
 
-def test_called_again_it_makes_nothing_twice(finished: tuple[Path, Comparison]) -> None:
+def test_a_second_call_repeats_nothing(finished: tuple[Path, Comparison]) -> None:
     out, result = finished
     written = {
         path: path.stat().st_mtime_ns for part in ("data", "recipes", "runs") for path in (out / part).rglob("*")
@@ -81,8 +81,8 @@ def test_called_again_it_makes_nothing_twice(finished: tuple[Path, Comparison]) 
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
-def test_interrupted_it_goes_on_where_it_stopped(finished: tuple[Path, Comparison], tmp_path: Path) -> None:
-    """A signal while runs are under way: exit code 75, and the same call later ends at the same figures."""
+def test_an_interrupted_demo_continues_where_it_stopped(finished: tuple[Path, Comparison], tmp_path: Path) -> None:
+    """A signal during the runs gives exit code 75, and the same call later ends with the same figures."""
     shutil.copytree(finished[0] / "data", tmp_path / "data")
     one_seed = replace(TINY, seeds=(0,))
 
@@ -111,19 +111,19 @@ def test_an_edited_recipe_is_kept(tmp_path: Path) -> None:
     assert load_recipe(first).phases[0].optimizer.lr == 5e-3
 
 
-def test_a_folder_name_that_yaml_would_read_otherwise(tmp_path: Path) -> None:
+def test_a_folder_name_that_yaml_would_parse_is_quoted(tmp_path: Path) -> None:
     out = tmp_path / "a: #strange {name}"
     assert load_recipe(write_recipes(out, TINY)[0]).run == str(out / "runs" / "npt-seed0")
 
 
-def test_the_real_recipes_repeat_the_domain_ten_times(tmp_path: Path) -> None:
+def test_the_default_recipes_repeat_the_domain_ten_times(tmp_path: Path) -> None:
     scale = Scale()
     assert 10 <= scale.pretrain_tokens * scale.delta / scale.domain_tokens <= 50
     for recipe in write_recipes(tmp_path, scale):
         assert load_recipe(recipe).phases[-1].stop is not None
 
 
-def test_the_conclusion_says_whether_the_difference_exceeds_the_spread(finished: tuple[Path, Comparison]) -> None:
+def test_the_conclusion_tells_whether_the_difference_exceeds_the_spread(finished: tuple[Path, Comparison]) -> None:
     result = finished[1]
     arm = result.arms[1].treatment
     for position, figure in enumerate(("domain_after", "forgetting")):

@@ -60,7 +60,7 @@ def recipe(folder: Path, sources: Sequence[str], steps: int, **changes: Any) -> 
 
 
 def write_sources(folder: Path) -> None:
-    """`like` and `alike` are draws of one language, `other` of another; `noise` is none."""
+    """`like` and `alike` are samples of one language, `other` of another; `noise` is random."""
     for name, seed in (("like", 0), ("alike", 3), ("other", 1)):
         write_dataset(folder / name, seed, 4000)
     with DatasetWriter(folder / "noise", vocab_size=VOCAB, eos_id=EOS, tokenizer_digest=None) as writer:
@@ -68,7 +68,7 @@ def write_sources(folder: Path) -> None:
 
 
 def by_brute_force(recipe: Recipe, target: str | None, steps: int) -> list[dict[str, Any]]:
-    """weights, scores and losses of every step, each quantity as the paper writes it and one parameter at a time."""
+    """Weights, scores and losses of every step by the paper's formulas, one parameter at a time."""
     plan = make_plan(recipe)
     phase, settings = plan.phases[0], plan.phases[0].phase.optimizer
     rows = sorted(recipe.sources)
@@ -112,7 +112,7 @@ def by_brute_force(recipe: Recipe, target: str | None, steps: int) -> list[dict[
 
 @pytest.mark.parametrize("target", [None, "other"])
 @pytest.mark.parametrize("clip", [0.3, None])
-def test_every_figure_is_that_of_the_papers_formulas(tmp_path: Path, target: str | None, clip: float | None) -> None:
+def test_every_figure_follows_the_papers_formulas(tmp_path: Path, target: str | None, clip: float | None) -> None:
     write_sources(tmp_path)
     steps = 6
     study = recipe(tmp_path, ["alike", "like", "noise", "other"], steps, optimizer={"lr": 3e-2, "clip": clip})
@@ -135,7 +135,7 @@ def test_every_figure_is_that_of_the_papers_formulas(tmp_path: Path, target: str
     assert result.published_reach == pytest.approx(297.5 if target is None else 59.5)
     assert result.last_weights == pytest.approx(expected[-1]["weights"], rel=2e-4)
     assert set(result.epochs) == set(study.sources)
-    assert max(result.weights.values()) > 1.02 / len(result.weights)  # they did move
+    assert max(result.weights.values()) > 1.02 / len(result.weights)  # they have changed
 
 
 def test_noise_gets_less_than_sources_that_help_each_other(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_noise_gets_less_than_sources_that_help_each_other(tmp_path: Path) -> No
     assert min(weights["like"], weights["alike"]) > 0.3
 
 
-def test_what_is_like_the_target_wins(tmp_path: Path) -> None:
+def test_the_source_that_is_like_the_target_gets_the_most_weight(tmp_path: Path) -> None:
     write_sources(tmp_path)
     study = recipe(tmp_path, ["alike", "like", "other"], 40)
     result = reweight(study, tmp_path / "out", target="like", progress=False)
@@ -157,7 +157,7 @@ def test_what_is_like_the_target_wins(tmp_path: Path) -> None:
     assert other.weights["alike"] == pytest.approx(0.5, abs=0.05)
 
 
-def test_the_target_may_stand_outside_the_mixture_and_what_has_no_share_does_not_count(tmp_path: Path) -> None:
+def test_the_target_may_be_outside_the_mixture_and_sources_without_a_share_are_ignored(tmp_path: Path) -> None:
     write_sources(tmp_path)
     sources = ["alike", "like", "noise", "other"]
     inside = recipe(tmp_path, sources, 3, mixture={"alike": 5, "like": 2, "other": 1, "noise": 0})
@@ -171,12 +171,12 @@ def test_the_target_may_stand_outside_the_mixture_and_what_has_no_share_does_not
 
 
 def same(result: Reweighting | Stopped) -> Reweighting:
-    """What doesn't depend on the clock."""
+    """The result without the fields that depend on the clock."""
     return replace(result, seconds=0.0)
 
 
 @pytest.mark.parametrize(("precision", "target"), [("fp32", None), ("bf16", "other")])
-def test_a_study_that_is_stopped_or_dies_goes_on_to_the_same_bits(
+def test_a_reweighting_that_is_stopped_or_killed_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, target: str | None
 ) -> None:
     write_sources(tmp_path)
@@ -197,7 +197,7 @@ def test_a_study_that_is_stopped_or_dies_goes_on_to_the_same_bits(
     monkeypatch.setattr(doge._Proxy, "measure", struck)
     assert reweight(study, out, target=target, progress=False) == Stopped("SIGTERM")
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-0000000003", "step-0000000004"]
-    calls["left"] = -94  # dies with step 10 in the making
+    calls["left"] = -94  # dies during step 10
     with pytest.raises(OSError, match="died"):
         reweight(study, out, target=target, resume=True, progress=False)
     assert not (out / "weights.json").exists()
@@ -262,7 +262,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: 
         reweight(study, tmp_path / "bad", progress=False)
 
 
-def test_the_trajectory_has_the_first_step_the_last_and_some_between(tmp_path: Path) -> None:
+def test_the_trajectory_has_the_first_and_last_step_and_one_per_log_interval(tmp_path: Path) -> None:
     write_sources(tmp_path)
     raw = raw_recipe(tmp_path, ["like", "other"], 8) | {"log": {"every": "3 steps"}}
     result = reweight(recipe_from(raw), tmp_path / "out", progress=False)
@@ -282,20 +282,20 @@ def test_weights_follow_the_softmax_and_never_vanish() -> None:
 
 
 @given(st.lists(st.floats(1e-9, 1), min_size=1, max_size=12))
-def test_percentages_sum_to_the_whole_and_round_to_a_tenth(parts: list[float]) -> None:
+def test_percentages_sum_to_100_and_are_rounded_to_a_tenth(parts: list[float]) -> None:
     weights = {f"s{i}": part / sum(parts) for i, part in enumerate(parts)}
     shares = Mixture(percentages(weights)).weights  # refuses shares that don't sum to exactly 1
     assert all(abs(float(shares[source]) - weights[source]) < 1e-3 for source in weights)
 
 
-def test_the_printed_line_goes_into_a_recipe(tmp_path: Path) -> None:
+def test_the_printed_line_is_valid_in_a_recipe(tmp_path: Path) -> None:
     assert percentages({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}) == {"a": "33.4%", "b": "33.3%", "c": "33.3%"}
     line = mixture_line({"general": "61.2%", "on: air": "38.8%"})
     assert line == "mixture: {general: 61.2%, 'on: air': 38.8%}"
     assert Mixture(yaml.safe_load(line)["mixture"]).weights["general"] == Mixture({"x": 612, "y": 388}).weights["x"]
 
 
-def test_what_cannot_be_weighed_is_refused(tmp_path: Path) -> None:
+def test_recipes_that_cannot_be_reweighted_are_refused(tmp_path: Path) -> None:
     write_sources(tmp_path)
     two, out = recipe(tmp_path, ["like", "other"], 2), tmp_path / "out"
     with pytest.raises(RecipeError, match=r"target: 'lik' is invalid: name a source; did you mean 'like'\?"):
@@ -309,7 +309,7 @@ def test_what_cannot_be_weighed_is_refused(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_a_folder_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
+def test_a_folder_of_another_recipe_or_target_is_refused(tmp_path: Path) -> None:
     write_sources(tmp_path)
     study, out = recipe(tmp_path, ["alike", "like", "other"], 2), tmp_path / "out"
     result = reweight(study, out, progress=False)
@@ -331,7 +331,7 @@ def test_a_folder_is_neither_overwritten_nor_mixed_up(tmp_path: Path) -> None:
     assert json.loads((out / "weights.json").read_text()) == asdict(result)
 
 
-def test_other_text_is_noticed_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_text_is_refused_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sources(tmp_path)
     study, out = recipe(tmp_path, ["like", "other"], 4), tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -352,7 +352,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], co
     return capsys.readouterr().out
 
 
-def test_the_command_stops_goes_on_and_prints_a_mixture(
+def test_the_command_stops_continues_and_prints_a_mixture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_sources(tmp_path)

@@ -1,4 +1,4 @@
-"""One table, several anchors and replays: advice, comparison and page speak of the same arms."""
+"""One table with several anchors and replays: advice, comparison and report use the same arms."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ BUDGET = 200_000_000_000
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    """Finetunes with replay but no anchor, of which 2% is the best share, and with an anchor but no replay, of which
-    5% is: least anchor first and least replay first differ."""
+    """Finetunes with replay and no anchor, where 2% is the best share, and with an anchor and no replay, where 5% is.
+    So the best share depends on whether the least anchor or the least replay comes first."""
     whole = spt_table(deltas=(0.0, 0.02, 0.05), budgets=(BUDGET,), injected=(0.0, 0.01), anchors=(0.0, 0.1), noise=1e-4)
     rows = whole[(whole["stage"] == 0) | ((whole["injected"] > 1e-9) != (whole["anchor"] > 0))]
     better = (rows["anchor"] > 0) & (rows["pretrain_delta"] == 0.05)
@@ -50,7 +50,7 @@ def test_advice_comparison_and_page_name_the_same_arm(table: pd.DataFrame) -> No
             assert getattr(arm, ours).mean == pytest.approx(getattr(same, theirs).mean)
 
 
-def test_npt_that_an_arm_is_held_against_has_its_finetune_or_the_plainest() -> None:
+def test_an_arm_is_compared_with_npt_of_the_same_finetune_or_else_the_plainest() -> None:
     npt = [Treatment(0.0, 0.01, 0.0), Treatment(0.0, 0.0, 0.1), Treatment(0.0, 0.0, 0.5)]
     assert held_against(Treatment(0.02, 0.01, 0.0), npt) == npt[0]
     assert held_against(Treatment(0.02, 0.05, 0.0), npt) == held_against(npt[0], npt) == npt[1]
@@ -63,7 +63,7 @@ def test_the_plainest_finetunes_have_the_least_replay_and_then_the_least_anchor(
     assert sorted(found["pretrain_delta"].unique()) == [0.0, 0.02, 0.05]
 
 
-def test_a_figure_over_seeds() -> None:
+def test_an_interval_over_seeds_is_mean_and_range_or_none() -> None:
     assert Figure.of([1.0, 3.0]) == Figure(2.0, 1.0, 3.0, math.sqrt(2))
     assert Figure.of([1.0]) == Figure(1.0, 1.0, 1.0, None)
     assert Figure.of([]) is Figure.of([1.0, None]) is Figure.of([1.0, math.nan]) is None

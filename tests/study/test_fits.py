@@ -1,5 +1,5 @@
-"""The laws of a study, fitted to runs drawn from known ones: what comes back, what a law predicts of runs that it has
-not seen, and what is said where there is too little to fit. And `spt-fast fit`."""
+"""The laws of a study, fitted to runs of known laws: what is recovered, the error on runs that were not fitted, and the
+message if there are too few runs. And `spt-fast fit`."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def relative_error(predicted: Any, true: Any) -> np.ndarray:
     return np.abs(np.asarray(predicted) / np.asarray(true) - 1)
 
 
-def test_fitting_starts_without_torch_matplotlib_and_scipys_statistics() -> None:
-    """They take longer to import than a fit."""
+def test_fitting_does_not_import_torch_matplotlib_and_scipys_statistics() -> None:
+    """Importing them takes longer than a fit."""
     modules = "spt_fast.cli, spt_fast.study.crossover, spt_fast.study.findings, spt_fast.study.runs_table"
     found = f"import sys, {modules}; assert not {{'torch', 'matplotlib', 'scipy.stats'}} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", found], check=False, capture_output=True).returncode == 0
@@ -60,7 +60,7 @@ def test_fitting_starts_without_torch_matplotlib_and_scipys_statistics() -> None
 # -------------------------------------------------------------------------------------------- the laws that were drawn
 
 
-def test_overfitting_comes_back() -> None:
+def test_the_overfitting_law_is_recovered() -> None:
     one = fitted(SPT, "overfitting")
     assert (one.runs, one.rows, one.problem) == (12, 12 * 18, None)
     given = {"tokens": np.array([40e9, 120e9, 200e9]), "fraction": np.array([0.002, 0.02, 0.05])}
@@ -69,11 +69,11 @@ def test_overfitting_comes_back() -> None:
     assert one.score.r2 > 0.99
     assert one.score.mre == pytest.approx(0.003 * np.sqrt(2 / np.pi), rel=0.3)  # the noise
     assert set(one.parameters) == set(one.law.params_)
-    for name in ("alpha1", "alpha2", "b_gap_s"):  # kappas and A_train stand for each other
+    for name in ("alpha1", "alpha2", "b_gap_s"):  # the kappas and A_train are not identified separately
         assert one.parameters[name].low < OVERFITTING.params_[name] < one.parameters[name].high
 
 
-def test_after_finetuning_comes_back() -> None:
+def test_the_post_finetuning_law_is_recovered() -> None:
     one = fitted(SPT, "post-finetuning")
     assert one.law is not None
     for delta in (0.0, 0.01, 0.05):
@@ -81,8 +81,8 @@ def test_after_finetuning_comes_back() -> None:
         assert relative_error(predicted, after(120e9, delta, PARAMS, 300_000_000)) < 0.005
 
 
-def test_one_corpus_size_predicts_no_other() -> None:
-    """An exponent of what the other runs hold constant is wherever the search began."""
+def test_no_error_is_given_for_a_corpus_size_predicted_from_a_single_other() -> None:
+    """The exponent of a variable that is constant in the fitted runs stays where the search began."""
     table = spt_table(
         deltas=(0.0,), budgets=(100_000_000_000,), params=SIZES, domain_tokens=(3_000_000, 30_000_000), noise=0.001
     )
@@ -93,15 +93,16 @@ def test_one_corpus_size_predicts_no_other() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
-def test_the_dcpt_law_of_real_runs_ends_at_the_bottom_of_a_flat_valley() -> None:
-    """E lowers the cost by 1e-4 of itself on its way to its bound; what stops before leaves it where it began."""
+def test_the_dcpt_law_of_real_runs_reaches_the_minimum_of_a_flat_valley() -> None:
+    """On the way of E to its bound the cost falls by only 1e-4 of itself; a search that stops early leaves E where it
+    began."""
     [(_, table)] = views.dcpt(usable(load_table(RESULTS / "2026-11-21-cpu2-dcpt-chem.csv")), of="general")
     fit = LAWS["dcpt-general"].make().fit(table)._fits["loss"]
     assert fit.values["E"] == pytest.approx(1e-3)
     assert solve(fit.curve, starts=[fit.x]) == pytest.approx(fit.x, abs=1e-3)
 
 
-def test_forgetting_and_finetuning_come_back() -> None:
+def test_the_forgetting_and_finetuning_laws_are_recovered() -> None:
     table = spt_table(
         deltas=(0.0,),
         budgets=(100_000_000_000,),
@@ -122,7 +123,7 @@ def test_forgetting_and_finetuning_come_back() -> None:
     assert exponents == pytest.approx(SIZE_EXPONENT / CORPUS_EXPONENT, rel=0.1)
 
 
-def test_dcpt_comes_back_and_is_quick() -> None:
+def test_the_dcpt_law_is_recovered_quickly() -> None:
     began = time.process_time()
     one = fitted(DCPT, "dcpt-domain", draws=50)
     assert time.process_time() - began < 5
@@ -133,7 +134,7 @@ def test_dcpt_comes_back_and_is_quick() -> None:
     assert one.holdout["each inner ratio"].r2 > 0.99
 
 
-def test_chinchilla_and_data_constrained_are_fitted_where_there_are_runs() -> None:
+def test_chinchilla_and_data_constrained_are_fitted_if_their_runs_exist() -> None:
     table = spt_table(deltas=(0.0, 1.0), seeds=(0,), params=SIZES, domain_tokens=(3_000_000_000, 30_000_000_000))
     chinchilla = fitted(table, "chinchilla")
     assert chinchilla.group == {"delta": 0}
@@ -142,7 +143,7 @@ def test_chinchilla_and_data_constrained_are_fitted_where_there_are_runs() -> No
     assert fitted(table, "data-constrained").law is not None
 
 
-def test_a_long_log_is_thinned_evenly_in_every_run() -> None:
+def test_rows_are_thinned_evenly_in_every_run() -> None:
     table = dcpt_table(deltas=(0.0, 0.3, 0.6, 1.0), evaluations=60)
     frame = fitted(table, "dcpt-domain", draws=2).table
     per_run = frame.groupby("run")["tokens"].agg(["size", "max"])
@@ -155,8 +156,8 @@ def test_a_long_log_is_thinned_evenly_in_every_run() -> None:
 # --------------------------------------------------------------------------------------------------- how far to trust
 
 
-def test_the_heldout_error_is_of_rows_that_were_not_fitted() -> None:
-    """Every loss at the largest fraction is a quarter too high: nothing else in the table says so."""
+def test_the_held_out_error_is_measured_on_rows_that_were_not_fitted() -> None:
+    """Every loss at the largest fraction is 25% too high, which no other row shows."""
     ((_, frame),) = views.overfitting(usable(SPT))
     honest = holdout_error("overfitting", frame)
     assert honest["last 40% of budget"].mre < 0.004
@@ -181,8 +182,8 @@ def test_every_inner_ratio_is_predicted_from_the_others() -> None:
     assert error.mre > 0.2 / 4
 
 
-def test_a_budget_that_only_one_short_curve_has_is_not_predicted() -> None:
-    """The largest budget was run at 2% alone; without it, 2% has two budgets."""
+def test_a_budget_of_a_single_curve_that_is_too_short_without_it_is_not_predicted() -> None:
+    """The largest budget was run only at 2%; without it, 2% has two budgets, too few for a curve."""
     largest, few = SPT["pretrain_tokens"] == 200e9, SPT["pretrain_tokens"].isin([20e9, 50e9])
     at_2 = SPT["pretrain_delta"] == 0.02
     one = fitted(SPT[~(largest & ~at_2) & ~(few & at_2)], "post-finetuning")
@@ -190,8 +191,8 @@ def test_a_budget_that_only_one_short_curve_has_is_not_predicted() -> None:
     assert one.holdout == {}
 
 
-def test_the_start_is_never_left_out() -> None:
-    """The row at tokens = 0 bears the ratio of the table's first run, an inner one here; CMR cannot do without it."""
+def test_the_start_of_cmr_curves_is_never_held_out() -> None:
+    """The row at tokens = 0 has the ratio of the table's first run, here an inner one; CMR needs this row."""
     table = dcpt_table(deltas=(0.5, 0.0, 0.25, 0.75, 1.0), params=(200_000_000,))
     ((_, frame),) = views.cmr(usable(table))
     assert frame["domain_ratio"][frame["tokens"] == 0].tolist() == [0.5]
@@ -200,7 +201,7 @@ def test_the_start_is_never_left_out() -> None:
     assert error.mre < 0.01
 
 
-def test_a_part_without_which_nothing_can_be_fitted_is_not_predicted() -> None:
+def test_a_part_that_the_fit_needs_is_not_predicted() -> None:
     one = fitted(spt_table(deltas=(0.001, 0.005, 0.01, 0.05), seeds=(0,)), "overfitting")
     assert set(one.holdout) == {"last 40% of budget"}
 
@@ -208,13 +209,13 @@ def test_a_part_without_which_nothing_can_be_fitted_is_not_predicted() -> None:
 # ----------------------------------------------------------------------------------------------------- what is missing
 
 
-def test_each_law_says_what_is_missing() -> None:
+def test_each_law_that_is_not_fitted_names_what_is_missing() -> None:
     problems = {one.law_name: one for one in fit_laws(spt_table(deltas=(0.0, 0.01, 0.05), budgets=(10**10, 10**11)))}
     assert list(problems) == list(fits.LAWS)
     assert [law for law, one in problems.items() if one.law] == ["mixture-repetition"]
     for law, says in {
         "overfitting": "needs runs at 4 fractions or more to fit its train curve; the table has 0, 0.01, 0.05",
-        "post-finetuning": "from three pretraining budgets or more; there are 4 at most, at 2",
+        "post-finetuning": "from three pretraining budgets or more; there are at most 4, at 2 token counts",
         "forgetting": "the runs have params 109M; unique_tokens 300M; injected 0",
         "dcpt-domain": "needs continued pretraining at four domain shares or more, 20% apart",
         "cmr": "the runs have domain_ratio 1",
@@ -224,13 +225,13 @@ def test_each_law_says_what_is_missing() -> None:
         assert says in (problems[law].problem or "")
 
 
-def test_groups_with_one_problem_are_one() -> None:
+def test_groups_with_the_same_problem_are_merged() -> None:
     one = fitted(SPT, "forgetting")
     assert one.group == {"pretrain_delta": 0}
     assert one.runs == 5 * 2
 
 
-def test_a_curve_that_is_too_short_is_left_out_and_said() -> None:
+def test_a_curve_that_is_too_short_is_left_out_with_a_warning() -> None:
     short = (SPT["pretrain_delta"] == 0.02) & (SPT["pretrain_tokens"] > 50e9)
     one = fitted(SPT[~short], "post-finetuning")
     assert one.law is not None
@@ -238,14 +239,14 @@ def test_a_curve_that_is_too_short_is_left_out_and_said() -> None:
     assert any(warning.startswith("left out fraction 0.02") for warning in one.warnings)
 
 
-def test_finetunes_with_a_little_replay_are_no_continued_pretraining() -> None:
+def test_finetunes_with_little_replay_do_not_count_as_continued_pretraining() -> None:
     table = spt_table(deltas=(0.0,), seeds=(0,), injected=(0.0, 0.005, 0.01, 0.05))
     for law in ("dcpt-domain", "dcpt-general", "cmr"):
         assert "20% apart" in (fitted(table, law).problem or "")
 
 
-def test_plain_pretraining_is_left_out_of_the_overfitting_law_where_it_bends_it() -> None:
-    """Without domain text in pretraining, the domain loss need not fall at all."""
+def test_fraction_0_is_left_out_of_the_overfitting_law_if_it_distorts_the_fit() -> None:
+    """Without domain text in pretraining, the domain loss may not fall at all."""
     plain = (SPT["stage"] == 0) & (SPT["delta"] == 0)
     assert 0.0 in set(fitted(SPT, "overfitting").table["fraction"])
     rising = SPT.assign(domain_heldout=SPT["domain_heldout"].where(~plain, 5 - SPT["domain_heldout"]))
@@ -257,7 +258,7 @@ def test_plain_pretraining_is_left_out_of_the_overfitting_law_where_it_bends_it(
     assert 0.0 in set(fitted(rising[~three], "overfitting").table["fraction"])  # three others are too few
 
 
-def test_what_the_runs_leave_open_is_a_warning_of_the_fit_and_none_of_python() -> None:
+def test_undetermined_parameters_are_warnings_of_the_fit_and_not_python_warnings() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one = fit_laws(spt_table(deltas=(0.0,), injected=(0.0, 0.001, 0.01, 0.05)), "forgetting", draws=2)[0]
@@ -266,7 +267,7 @@ def test_what_the_runs_leave_open_is_a_warning_of_the_fit_and_none_of_python() -
     assert [warning.startswith(says) for warning in one.warnings] == [True]
 
 
-def test_two_sizes_leave_the_exponent_of_size_open_and_the_fit_says_to_run_a_third() -> None:
+def test_two_sizes_do_not_determine_the_exponent_of_size_and_the_fit_asks_for_a_third() -> None:
     two, three = (
         fitted(spt_table(deltas=(0.0,), seeds=(0,), params=SIZES[:sizes]), "chinchilla", draws=2) for sizes in (2, 3)
     )
@@ -281,7 +282,7 @@ def test_other_warnings_of_a_law_are_warnings_of_its_fit() -> None:
     assert any("the fitted loss rises with own_ratio in" in warning for warning in one.warnings)
 
 
-def test_no_such_law() -> None:
+def test_an_unknown_law_is_refused() -> None:
     with pytest.raises(
         RecipeError, match="law: 'overfiting' is invalid: write the name of a law; did you mean 'overfitting'"
     ):
@@ -340,14 +341,14 @@ def test_fit_as_json_is_what_out_writes(study: Path, tmp_path: Path, capsys: pyt
     assert result["behind"]["domain"] == {"documents": 40, "tokens": 6000, "standard_error": 0.01}
 
 
-def test_fit_says_what_its_losses_rest_on(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_prints_the_text_behind_its_losses(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "domain 40 documents, 6,000 tokens, standard error" in " ".join(said(capsys, study, "--law", "cmr").split())
     columns = [f"{corpus}_{name}" for corpus in ("domain", "general") for name in ("documents", "scored", "error")]
     save_table(load_table(study / "table.csv").assign(**dict.fromkeys(columns, np.nan)), tmp_path)
     assert "is not recorded for these losses" in " ".join(said(capsys, tmp_path, "--law", "cmr").split())
 
 
-def test_fit_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_prints_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = spt_table(seeds=(0,))
     gone = table[:1].assign(run="the-one-that-failed", status="failed")
     save_table(pd.concat([table, gone], ignore_index=True), tmp_path)

@@ -1,4 +1,4 @@
-"""Runs are put side by side by the content of their texts and tokenizers, wherever these lie."""
+"""Runs are compared by the content of their texts and tokenizers, independently of paths."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ELSEWHERE: dict[str, Any] = {
 }
 
 
-def test_equal_content_is_comparable_at_any_path_and_other_content_at_none(tmp_path: Path) -> None:
+def test_equal_content_is_comparable_at_any_path_and_different_content_never(tmp_path: Path) -> None:
     npt = recorded(fake_run(tmp_path / "npt", NPT))
 
     def spt(name: str, change: dict[str, Any] | None = None, **known: str) -> list[Path]:
@@ -66,13 +66,15 @@ def test_a_study_has_its_own_sources(tmp_path: Path) -> None:
     save_table(table, tmp_path)
     for name in ("table.csv", "table.parquet"):
         assert len(read_table([tmp_path / name], domain_source="chem", general_source="web")) == len(table)
-        with pytest.raises(DataError, match=r"domain_source: 'foo' is invalid: .*whose own is 'chem'; leave it out"):
+        with pytest.raises(
+            DataError, match=r"domain_source: 'foo' is invalid: .*is a study with the source 'chem'; leave"
+        ):
             read_table([tmp_path / name], domain_source="foo")
         with pytest.raises(DataError, match="general_source: 'foo' is invalid"):
             read_table([tmp_path], general_source="foo")
     save_table(table.drop(columns=list(CONTENT)), tmp_path)
     for name in ("table.csv", "table.parquet"):
-        with pytest.warns(SptWarning, match=r"domain_source: .*table.* is of an earlier version and uses"):
+        with pytest.warns(SptWarning, match=r"domain_source: .*table.* is of an earlier version, so its study's own"):
             assert len(read_table([tmp_path / name], domain_source="foo")) == len(table)
     assert usable(table).notes == usable(table.drop(columns=list(CONTENT))).notes == []
     for column in ("domain_text", "general_text"):
@@ -87,7 +89,7 @@ def test_a_source_that_no_run_has_is_named(tmp_path: Path) -> None:
             read_table([run], **{field: "cod"})
 
 
-def test_halves_that_are_cut_in_another_way_are_other_text(tmp_path: Path) -> None:
+def test_held_out_halves_that_are_split_differently_are_different_text(tmp_path: Path) -> None:
     study = shutil.copytree(FIXTURE, tmp_path / "study")
     runs = sorted(study.glob("runs/*pretrain-d0-2.56K_s?"))
     usable(read_table(runs, domain_source="chem"))

@@ -1,4 +1,4 @@
-"""Running recipes side by side: what the user is told, and what happens when one fails."""
+"""Running recipes in parallel: progress, devices, and failures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_progress_counts_tokens_over_phases_and_grid_arms(tmp_path: Path) -> Non
     assert progress_of(recipe) == (0.0, "")
 
 
-def test_what_is_done_is_not_started_and_what_was_edited_since_is_refused(tmp_path: Path) -> None:
+def test_finished_runs_are_not_started_and_edited_recipes_are_refused(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", PATH)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((run / "recipe.yaml").read_text())
@@ -54,7 +54,7 @@ def test_what_is_done_is_not_started_and_what_was_edited_since_is_refused(tmp_pa
         train_side_by_side([recipe], tmp_path / "logs", Console(file=io.StringIO()))
 
 
-def test_a_recipe_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
+def test_a_recipe_that_fails_is_named_with_the_end_of_its_output(tmp_path: Path) -> None:
     run, recipe = fake_run(tmp_path / "run", PATH), tmp_path / "recipe.yaml"
     text = (run / "recipe.yaml").read_text().replace("data/code", str(tmp_path / "nowhere"))
     recipe.write_text(text.replace(str(run), str(tmp_path / "other")))
@@ -64,8 +64,8 @@ def test_a_recipe_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cores", [1, 2, 8])
-def test_every_process_gets_its_share_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
-    """Each stand-in for a training process notes its threads, and how many others were under way."""
+def test_cores_are_divided_evenly_among_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    """Each stand-in for a training process records its threads and the number of others that are running."""
     script = tmp_path / "python"
     script.write_text(
         f"#!{sys.executable}\n"
@@ -106,7 +106,7 @@ def test_every_process_gets_its_share_of_the_cores(tmp_path: Path, monkeypatch: 
         ("-1", 0, []),
     ],
 )
-def test_gpus_are_those_that_cuda_sees(
+def test_visible_gpus_are_those_that_cuda_uses(
     monkeypatch: pytest.MonkeyPatch, named: str | None, count: int, gpus: list[str]
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -118,7 +118,7 @@ def test_gpus_are_those_that_cuda_sees(
 
 
 def test_every_gpu_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first GPU is given again once its run has ended, and no sooner."""
+    """A GPU is used again only after its run has ended."""
     code = "import os, sys, time; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(float(sys.argv[1]))"
     monkeypatch.setattr(jobs, "command", lambda recipe: [sys.executable, "-c", code, recipe.stem])
     monkeypatch.setattr(jobs, "visible_gpus", lambda: ["GPU-a", "GPU-b"])
@@ -135,8 +135,8 @@ def test_every_gpu_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "1").read_text().strip() == "GPU-b"
 
 
-def test_those_under_way_save_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each stand-in, asked to end, waits until the other has been asked too."""
+def test_running_processes_are_asked_to_save_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stand-in, asked to stop, waits until the other has been asked too."""
     code = (
         "import pathlib, signal, sys, time\n"
         "mine = pathlib.Path(sys.argv[1])\n"

@@ -1,4 +1,4 @@
-"""What other programs read stays as it is: the keys of every `--json` and of the files beside it."""
+"""The output for other programs is stable: the keys of every `--json` and of the files beside it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.study.tiny_study import raw_study
 from tests.test_version_before import FIXTURE
 
 KEYS: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("json_keys.json").read_text())
-"""By command, the paths into what it printed, with the kinds of value that stood there."""
+"""By command, the paths in its output with the kinds of their values."""
 KINDS = {bool: "bool", int: "int", float: "float", str: "str", type(None): "null"}
 
 
@@ -126,7 +126,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_the_keys_of_a_commands_json_stay(
+def test_the_json_keys_of_a_command_are_unchanged(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", sys.argv)

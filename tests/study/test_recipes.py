@@ -20,7 +20,7 @@ RUNS = {
     "third_scale_model": [3, 3, 3],
     "spt_h100": [6, 24],
 }
-"""Of one seed, by stage."""
+"""Runs of one seed, by stage."""
 
 
 def test_every_recipe_of_the_benchmarks_can_be_priced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

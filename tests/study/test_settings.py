@@ -1,5 +1,5 @@
-"""Every optimizer field as an axis of a study: its runs, the columns of the table, and the best setting of each arm in
-every place that reads runs. And what a later, unrelated finetune leaves of the domain."""
+"""Optimizer fields as axes of a study: runs, columns of the table, and the best setting of each arm wherever runs are
+read. And a later, unrelated finetune."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_every_optimizer_field_may_be_a_list(tmp_path: Path) -> None:
     assert len(of_stage(finetunes, 1)) == 2 * 2
 
 
-def test_a_field_that_becomes_a_list_leaves_the_names_of_the_runs_that_are_there(tmp_path: Path) -> None:
+def test_a_field_that_becomes_a_list_keeps_the_names_of_existing_runs(tmp_path: Path) -> None:
     raw = raw_study(tmp_path)
     raw["stages"][0]["delta"] = "1/4"
     for run in expand(study_from(with_optimizer(raw, weight_decay=0.1))):
@@ -124,12 +124,12 @@ def test_a_field_that_becomes_a_list_leaves_the_names_of_the_runs_that_are_there
         ({"momentum": [0.9]}, r"^stages\[pretrain\]\.optimizer\.momentum: unknown key"),
     ],
 )
-def test_what_is_refused_of_an_optimizer(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+def test_invalid_optimizer_fields_are_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         expand(study_from(with_optimizer(raw_study(tmp_path), **fields)))
 
 
-def test_an_axis_is_not_in_the_grid_too(tmp_path: Path) -> None:
+def test_a_field_that_is_an_axis_is_refused_in_the_grid(tmp_path: Path) -> None:
     raw = with_optimizer(raw_study(tmp_path), 1, weight_decay=[0.1, 1])
     raw["stages"][1]["grid"] = {"weight_decay": [0.1, 1]}
     with pytest.raises(RecipeError, match=r"^stages\[finetune\]\.grid\.weight_decay: weight_decay is an axis too"):
@@ -152,7 +152,7 @@ def test_the_table_has_a_column_for_every_field_of_every_optimizer() -> None:
         assert math.isnan(setting["momentum"]) == ("momentum" not in kind.__dataclass_fields__)
 
 
-def test_a_setting_is_judged_over_seeds_less_what_each_runs_grid_has_chosen() -> None:
+def test_a_setting_is_judged_over_seeds_without_the_fields_that_grids_chose() -> None:
     runs = pd.DataFrame(
         {
             "seed": [0, 1, 0, 1],
@@ -164,14 +164,14 @@ def test_a_setting_is_judged_over_seeds_less_what_each_runs_grid_has_chosen() ->
         }
     )
     assert list(beaten(runs, ["arm"])) == [False, False, True, True]
-    assert list(beaten(runs.assign(grid=""), ["arm"])) == [True, True, False, True]  # each is a setting of its own
+    assert list(beaten(runs.assign(grid=""), ["arm"])) == [True, True, False, True]  # each is a separate setting
     assert not beaten(runs.assign(weight_decay=0.1), ["arm"]).any()
     assert not beaten(runs.drop(columns=["weight_decay", "grid"])[:2], ["arm"]).any()  # as tables of earlier versions
 
 
 @pytest.fixture(scope="module")
 def tried() -> pd.DataFrame:
-    """Pretraining with three weight decays: 1 is best after the finetune, and 0.1 before it."""
+    """Pretraining with three weight decays: 1 is best after the finetune, 0.1 before it."""
     base = spt_table(deltas=(0.0, 0.01, 0.05), budgets=BUDGETS, noise=1e-4)
     tables = []
     for decay, before, after in ((0.1, 1.0, 1.0), (1.0, 1.01, 0.97), (3.0, 1.05, 1.05)):
@@ -183,7 +183,7 @@ def tried() -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def test_laws_and_advice_are_of_the_best_setting_of_each_arm(tried: pd.DataFrame) -> None:
+def test_laws_and_advice_use_the_best_setting_of_each_arm(tried: pd.DataFrame) -> None:
     used = usable(tried)
     assert set(used.rows["weight_decay"]) == {1.0}
     (listed,) = settings(used).tables  # on the page
@@ -203,7 +203,7 @@ def test_laws_and_advice_are_of_the_best_setting_of_each_arm(tried: pd.DataFrame
     assert recipe["phases"][-1]["optimizer"]["weight_decay"] == 1.0
 
 
-def test_pretraining_that_not_all_runs_were_finetuned_from_is_judged_by_itself(tried: pd.DataFrame) -> None:
+def test_pretraining_without_a_finetune_of_every_run_is_judged_by_its_own_loss(tried: pd.DataFrame) -> None:
     rows = tried[(tried["stage"] == 0) | (tried["weight_decay"] == 1)]
     assert set(usable(rows).rows["weight_decay"]) == {0.1}
 
@@ -225,8 +225,8 @@ def _saved(table: pd.DataFrame, folder: Path) -> Path:
     return folder
 
 
-def test_compare_takes_the_best_setting_of_each_arm_and_shows_the_others(tmp_path: Path) -> None:
-    """Chosen on the select half, which prefers weight decay 1, and against the report half, which doesn't."""
+def test_compare_uses_the_best_setting_of_each_arm_and_lists_the_others(tmp_path: Path) -> None:
+    """The select half, which decides, prefers weight decay 1; the report half does not."""
     runs = []
     for delta, path in (("0", NPT), ("1/20", SPT)):
         for decay, shift in ((0.1, 0.0), (1, 0.3)):
@@ -249,15 +249,15 @@ def test_compare_takes_the_best_setting_of_each_arm_and_shows_the_others(tmp_pat
     said = io.StringIO()
     print_comparison(found, Console(file=said, width=120))
     assert "pretraining weight_decay 0.1" in said.getvalue()
-    with pytest.raises(RecipeError, match="the same delta"):  # nothing to choose by
+    with pytest.raises(RecipeError, match="the same delta"):  # no loss to choose by
         compare([*runs, fake_run(tmp_path / "again", NPT, change={"phases.0.optimizer": {"lr": 1e-3}})])
 
 
 # ------------------------------------------------------------------------------------------------ trained
 
 
-def test_a_study_of_settings_and_a_later_finetune(tmp_path: Path) -> None:
-    """Trained, extended by one more value, compared and put on a page."""
+def test_a_study_with_settings_and_a_later_finetune_is_trained_extended_and_reported(tmp_path: Path) -> None:
+    """Trained, extended by one value, compared and reported."""
     raw = raw_study(tmp_path)
     write_dataset(tmp_path / "prose", 3, 900)
     raw["sources"]["prose"] = {"train": str(tmp_path / "prose")}
@@ -302,9 +302,9 @@ def test_a_study_of_settings_and_a_later_finetune(tmp_path: Path) -> None:
     assert paged.verdict["domain_later"].keys() == found.verdict["domain_later"].keys()
 
 
-def test_all_stages_of_a_seed_come_before_the_next_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_stages_of_a_seed_are_trained_before_the_next_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Nowhere(HereAlone):
-        """One at a time, and nothing is trained."""
+        """Workers of one run at a time that train nothing."""
 
         def start(self, recipe: Path, log: Path) -> Any:
             self.trained.append(recipe.stem)
@@ -320,7 +320,7 @@ def test_all_stages_of_a_seed_come_before_the_next_seed(tmp_path: Path, monkeypa
     assert [name.rpartition("_s")[2] for name in workers.trained] == ["7"] * 6 + ["0"] * 6
 
 
-def test_a_source_in_the_domains_place_is_another_one(tmp_path: Path) -> None:
+def test_the_source_of_a_later_finetune_is_neither_unknown_nor_in_the_mixture(tmp_path: Path) -> None:
     raw = raw_study(tmp_path)
     for source, message in (("nowhere", "name a source"), ("chem", "is in the stage's mixture already")):
         raw["stages"][1]["source"] = source

@@ -1,4 +1,4 @@
-"""A study's YAML: what tree of runs it means, and what is refused."""
+"""A study's YAML: its tree of runs, and the errors for an invalid one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def raw(tmp_path: Path) -> dict[str, Any]:
 
 
 def changed(raw: dict[str, Any], stage: int = 0, **changes: Any) -> dict[str, Any]:
-    """The study with other keys in one of its stages; None takes a key away."""
+    """The study with other keys in one of its stages; None removes a key."""
     raw = copy.deepcopy(raw)
     raw["stages"][stage] |= changes
     raw["stages"][stage] = {key: value for key, value in raw["stages"][stage].items() if value is not None}
@@ -37,14 +37,14 @@ def runs_of(raw: dict[str, Any]) -> list[PlannedRun]:
     return expand(study_from(raw))
 
 
-def test_finetunes_hang_off_every_budget_of_one_pretraining_run(raw: dict[str, Any]) -> None:
+def test_finetunes_start_from_every_budget_of_one_pretraining_run(raw: dict[str, Any]) -> None:
     runs = {run.name: run for run in runs_of(raw)}
     assert Counter(run.stage for run in runs.values()) == {0: 2, 1: 4}
     pretrain = next(run for run in runs.values() if run.stage == 0 and "chem" in run.recipe.phases[0].mixture)
     first, second = pretrain.recipe.phases
     assert (first.tokens, second.tokens) == (10 * STEP, 10 * STEP)
     assert first.schedule.horizon == 2000 * STEP
-    assert first.schedule.warmup.amount == 2 * STEP  # a tenth of the whole run, not of its first part
+    assert first.schedule.warmup.amount == 2 * STEP  # a tenth of the whole run, not of its first phase
     assert first.evaluation.every.amount == second.evaluation.every.amount == 5 * STEP
     assert second.schedule.carry_on
     assert second.optimizer_state == "keep"
@@ -62,21 +62,21 @@ def test_every_run_comes_after_the_one_that_it_starts_from(raw: dict[str, Any]) 
         assert run.after is None or names.index(run.after) < names.index(run.name)
 
 
-def test_pretraining_without_the_domain_serves_every_size_of_it(raw: dict[str, Any]) -> None:
+def test_pretraining_without_the_domain_is_shared_by_all_corpus_sizes(raw: dict[str, Any]) -> None:
     runs = runs_of(raw | {"domain_tokens": [300, 400]})
     pretraining = [run for run in runs if run.stage == 0]
     assert sorted(str(run.recipe.sources["chem"].limit_tokens) for run in pretraining) == ["300", "400", "None"]
     assert sum(run.stage == 1 for run in runs) == 2 * 2 * 2
 
 
-def test_a_grown_grid_keeps_the_names_of_what_was_there(raw: dict[str, Any]) -> None:
+def test_a_larger_grid_keeps_the_names_of_existing_runs(raw: dict[str, Any]) -> None:
     before = {run.name: run.recipe for run in runs_of(raw)}
     more = changed(raw, delta=[0, "1/4", "1/2"]) | {"seeds": [0, 7], "domain_tokens": [400, 500]}
     after = {run.name: run.recipe for run in runs_of(changed(more, 1, replay=[0, "1/10"], anchor=[0, 0.1]))}
     assert {name: after.get(name) for name in before} == before
 
 
-def test_runs_are_named_after_what_they_are(raw: dict[str, Any]) -> None:
+def test_runs_are_named_after_their_settings(raw: dict[str, Any]) -> None:
     assert [run.name for run in runs_of(changed(raw, delta="1/4", budgets=[10 * STEP]))] == [
         "1x32_pretrain-d0.25-u400-1.28K_s0",
         "1x32_pretrain-d0.25-u400-1.28K_finetune-d1-u400-512_s0",
@@ -86,7 +86,7 @@ def test_runs_are_named_after_what_they_are(raw: dict[str, Any]) -> None:
     assert names == {"1m", "preset1m-context128", "3m"}
 
 
-def test_lengths_and_rates_that_are_nearly_alike_are_runs_of_their_own(raw: dict[str, Any]) -> None:
+def test_nearly_equal_lengths_and_rates_are_separate_runs(raw: dict[str, Any]) -> None:
     lengths = [1_234_567_000, 1_234_568_000]
     raw = changed(raw, budgets=None, delta=0, tokens=lengths, lr=[0.12345678, 0.12345679], schedule=None)
     pretraining = [run for run in runs_of(raw) if run.stage == 0]
@@ -95,7 +95,7 @@ def test_lengths_and_rates_that_are_nearly_alike_are_runs_of_their_own(raw: dict
     }
 
 
-def test_a_model_that_comes_in_later_leaves_the_names_of_the_others(raw: dict[str, Any]) -> None:
+def test_a_model_that_is_added_later_keeps_the_names_of_the_others(raw: dict[str, Any]) -> None:
     small = raw["models"][0]
     before = [run.name for run in runs_of(raw)]
     after = [run.name for run in runs_of(raw | {"models": [small, small | {"heads": 4}]})]
@@ -103,7 +103,7 @@ def test_a_model_that_comes_in_later_leaves_the_names_of_the_others(raw: dict[st
     assert len(after) == 2 * len(before)
 
 
-def test_axes_multiply(raw: dict[str, Any]) -> None:
+def test_every_combination_of_the_axes_is_a_run(raw: dict[str, Any]) -> None:
     raw = changed(raw, budgets=None, tokens=[10 * STEP, 20 * STEP], lr=[1e-3, 3e-3], optimizer=None)
     raw = changed(raw, 1, replay=[0, "1%"], anchor=[0, 0.1], grid=None)
     runs = runs_of(raw | {"seeds": 3})
@@ -117,7 +117,7 @@ def test_axes_multiply(raw: dict[str, Any]) -> None:
     }
 
 
-def test_averages_are_an_axis_of_stages_of_one_phase(raw: dict[str, Any]) -> None:
+def test_averages_are_an_axis_only_of_stages_with_one_phase(raw: dict[str, Any]) -> None:
     tunes = [run for run in runs_of(changed(raw, 1, average=[0, "10%"])) if run.stage == 1]
     assert {run.name.split("_")[2] for run in tunes} == {"finetune-d1-u400-512", "finetune-d1-u400-512-average0.1"}
     assert {("average" in run.name, run.recipe.phases[0].average) for run in tunes} == {
@@ -125,14 +125,14 @@ def test_averages_are_an_axis_of_stages_of_one_phase(raw: dict[str, Any]) -> Non
         (True, Fraction(1, 10)),
     }
     for axes in ({"tokens": None, "budgets": [200, 400]}, {"domain_from": [0, "50%"]}):
-        with pytest.raises(RecipeError, match=r"stages\[finetune\].average: several phases share this stage"):
+        with pytest.raises(RecipeError, match=r"stages\[finetune\].average: this stage has several phases"):
             runs_of(changed(raw, 1, average=[0, "10%"], stop=None, grid=None, **axes))
 
 
-def test_scpt_is_one_schedule_in_which_the_domain_comes_in_late(raw: dict[str, Any]) -> None:
+def test_scpt_has_one_schedule_and_mixes_the_domain_in_late(raw: dict[str, Any]) -> None:
     raw = changed(raw, budgets=None, tokens=20 * STEP, delta=[0, "1/4"], domain_from=[0, "90%"])
     recipes = [run.recipe for run in runs_of(raw) if run.stage == 0]
-    assert len(recipes) == 3  # without the domain, late or not is the same
+    assert len(recipes) == 3  # without the domain, both values of domain_from are one run
     late = next(recipe for recipe in recipes if len(recipe.phases) == 2)
     general, domain = late.phases
     assert (general.tokens, domain.tokens) == (18 * STEP, 2 * STEP)
@@ -141,7 +141,7 @@ def test_scpt_is_one_schedule_in_which_the_domain_comes_in_late(raw: dict[str, A
     assert domain.schedule.carry_on
 
 
-def test_without_the_domain_there_is_one_run_wherever_the_domain_would_come_in(raw: dict[str, Any]) -> None:
+def test_without_the_domain_all_values_of_domain_from_share_one_run(raw: dict[str, Any]) -> None:
     raw = changed(raw, budgets=None, tokens=20 * STEP, delta=[0, "1/4"], domain_from=["50%", "90%"])
     runs = runs_of(raw)
     shares = [float(run.recipe.phases[-1].mixture.get("chem", 0)) for run in runs if run.stage == 0]
@@ -149,10 +149,8 @@ def test_without_the_domain_there_is_one_run_wherever_the_domain_would_come_in(r
     assert sum(run.stage == 1 for run in runs) == 3
 
 
-def test_weights_from_elsewhere_have_the_shape_of_every_stage(
-    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No stage asks for weights that an earlier one has yet to make."""
+def test_a_base_sets_the_shape_in_every_stage(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checking a stage needs no weights that an earlier stage has not trained yet."""
     monkeypatch.setattr(studies, "read_config", lambda path: {"foreign": GPTConfig.preset("1m")}[str(path)])
     raw = changed(raw | {"init": "foreign", "models": None}, budgets=None, tokens=1000)
     raw = changed(raw, 1, tokens=None, budgets=[50_000, 100_000], stop=None, grid=None)
@@ -161,7 +159,7 @@ def test_weights_from_elsewhere_have_the_shape_of_every_stage(
         runs_of(changed(raw, 1, start="scratch"))
 
 
-def test_scratch_arms_are_shared_and_start_from_nothing(raw: dict[str, Any]) -> None:
+def test_scratch_arms_are_shared_and_start_from_random_weights(raw: dict[str, Any]) -> None:
     runs = runs_of(changed(raw, 1, start=["pretrained", "scratch"]))
     scratch = [run for run in runs if "scratch" in run.name]
     assert len(scratch) == 1
@@ -170,7 +168,7 @@ def test_scratch_arms_are_shared_and_start_from_nothing(raw: dict[str, Any]) -> 
     assert scratch[0].recipe.model == next(run for run in runs if run.stage == 0).recipe.model
 
 
-def test_embeddings_alone_are_taken_over_and_kept_still(raw: dict[str, Any]) -> None:
+def test_embeddings_alone_are_copied_and_frozen_if_asked(raw: dict[str, Any]) -> None:
     raw = changed(raw, 1, start=["embeddings", "frozen embeddings"], untie=True)
     tunes = [run for run in runs_of(raw) if run.stage == 1]
     assert {(run.recipe.init_only, run.recipe.phases[0].freeze) for run in tunes} == {
@@ -180,7 +178,7 @@ def test_embeddings_alone_are_taken_over_and_kept_still(raw: dict[str, Any]) -> 
     assert all(run.after and run.recipe.init for run in tunes)
 
 
-def test_every_ready_study_is_a_study() -> None:
+def test_every_ready_study_is_valid() -> None:
     given = {"general": "data/general", "domain": "data/chem", "tokenizer": "data/bpe.tiktoken", "out": "studies/chem"}
     for name in ready_studies():
         runs = expand(load_study(name, given=given))
@@ -218,7 +216,7 @@ def test_a_warning_names_the_stage(raw: dict[str, Any]) -> None:
         (0, {"mixture": {"chem": 1}}, r"stages\[pretrain\]\.mixture: .* write delta or replay"),
         (0, {"shedule": {}}, r"stages\[pretrain\]\.shedule: unknown key; did you mean 'schedule'"),
         (0, {"start": "scratch"}, r"stages\[pretrain\]\.start: the first stage has no earlier weights"),
-        (0, {"stop": {"on": "chem"}}, r"stages\[pretrain\]\.stop: several phases share one schedule"),
+        (0, {"stop": {"on": "chem"}}, r"stages\[pretrain\]\.stop: the phases of this stage share one schedule"),
         (0, {"optimizer": None}, r"stages\[pretrain\]\.lr: missing"),
         (0, {"optimizer": 3e-3}, r"stages\[pretrain\]\.optimizer: 0\.003 is invalid: write a section"),
         (0, {"budgets": None, "tokens": 900, "domain_from": "100%"}, r"stages\[pretrain\]\.domain_from: after 100%"),
@@ -242,7 +240,7 @@ def test_a_warning_names_the_stage(raw: dict[str, Any]) -> None:
         (1, {"stop": {"on": "no"}}, r"^stages\[finetune\]\.stop\.on: 'no' is invalid"),
     ],
 )
-def test_what_is_refused(raw: dict[str, Any], stage: int, changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_stage_is_refused(raw: dict[str, Any], stage: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         runs_of(changed(raw, stage, **changes))
 
@@ -264,13 +262,13 @@ def test_what_is_refused(raw: dict[str, Any], stage: int, changes: dict[str, Any
         ({"stages": {}}, "stages: {} is invalid: write a list"),
     ],
 )
-def test_what_is_refused_of_the_whole(raw: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_study_is_refused(raw: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         runs_of(raw | changes)
 
 
-def test_whatever_is_wrong_is_a_recipe_error(raw: dict[str, Any]) -> None:
-    """Every key of a study, with values of every kind in its place: refused in words, or taken."""
+def test_any_wrong_value_is_a_recipe_error(raw: dict[str, Any]) -> None:
+    """Every key of a study with values of every kind is either accepted or refused with a message."""
     raw = changed(raw | {"checkpoint": {"keep": 2}, "engine": {"name": "local"}}, lr=[1e-3], start="pretrained")
     raw = changed(raw, 1, budgets=[200, 400], tokens=None, stop=None, grid=None, anchor=[0, 1])
     values = [None, 0, -1, 1.5, math.nan, True, "", "x", "1%", "all", [], [None], [{}], {}, {"a": 1}, 10**30, [1, 2]]
@@ -291,12 +289,12 @@ def test_whatever_is_wrong_is_a_recipe_error(raw: dict[str, Any]) -> None:
 
 
 def _paths(node: Any) -> list[tuple[Any, ...]]:
-    """To every value of nested data."""
+    """The paths to all values of nested data."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     return [path for key, item in items for path in [(key,), *((key, *below) for below in _paths(item))]]
 
 
-def test_a_study_expands_its_paths_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_folder_in_paths_of_a_study_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     sources = {name: {"train": f"~/{name}", "heldout": f"~/{name}.heldout"} for name in ("web", "chem")}
     stage = {"name": "pretrain", "delta": [0], "tokens": ["1M"], "optimizer": {"lr": 1e-3}}

@@ -1,4 +1,4 @@
-"""Sweeps on tiny runs: all of a study is trained, once, in order, and its table says what the runs say."""
+"""Sweeps on tiny runs: a study is trained completely, once and in order, and its table has the runs' results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]
     return folder / "study", table
 
 
-def test_the_table_says_what_the_runs_say(swept: tuple[Path, pd.DataFrame]) -> None:
+def test_the_table_has_the_losses_of_the_runs(swept: tuple[Path, pd.DataFrame]) -> None:
     folder, table = swept
     assert list(table.columns) == list(COLUMNS)
     for name, rows in table.groupby("run"):
@@ -86,7 +86,7 @@ def test_pretraining_is_one_stage_with_every_budget_in_it(swept: tuple[Path, pd.
     assert per_token > 6 * 2000
 
 
-def test_finetunes_know_what_came_before_them(swept: tuple[Path, pd.DataFrame]) -> None:
+def test_finetunes_have_the_columns_of_their_pretraining(swept: tuple[Path, pd.DataFrame]) -> None:
     table = swept[1]
     tunes = table[table["stage"] == 1]
     past = {(name, *rows[["pretrain_tokens", "pretrain_delta"]].iloc[0]) for name, rows in tunes.groupby("run")}
@@ -124,7 +124,9 @@ def test_finetunes_that_start_from_other_runs_can_be_compared(swept: tuple[Path,
     assert compare([folder]) == result, "a study stands for the runs of its last stage"
 
 
-def test_the_table_is_the_same_from_every_place(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+def test_a_study_read_by_folder_file_or_runs_gives_the_same_table(
+    swept: tuple[Path, pd.DataFrame], tmp_path: Path
+) -> None:
     folder, table = swept
     runs = sorted((folder / "runs").iterdir())
     for paths in ([folder], [folder / "table.csv"], [folder / "table.parquet"], [folder, folder / "table.csv"], runs):
@@ -136,7 +138,7 @@ def test_the_table_is_the_same_from_every_place(swept: tuple[Path, pd.DataFrame]
 
 
 def test_runs_of_two_studies_may_have_the_same_name(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
-    """Their recipes differ in what names don't say, such as the batch; what is the same row twice is one."""
+    """Their recipes differ in fields that names do not contain, such as the batch; equal rows are kept once."""
     table = swept[1]
     other = table.assign(lr=2 * table["lr"], domain_heldout=table["domain_heldout"] + 0.5)
     other.to_csv(tmp_path / "other.csv", index=False)
@@ -144,7 +146,7 @@ def test_runs_of_two_studies_may_have_the_same_name(swept: tuple[Path, pd.DataFr
     assert len(both) == 2 * len(table)
 
 
-def test_runs_of_one_name_in_two_studies_stay_apart(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+def test_runs_with_the_same_name_in_two_studies_stay_separate(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
     folder, table = swept
     other = table.assign(domain_heldout=table["domain_heldout"] + 1)
     other.to_csv(tmp_path / "other.csv", index=False)
@@ -166,7 +168,7 @@ def test_a_moved_study_finds_its_runs(swept: tuple[Path, pd.DataFrame], tmp_path
     assert sorted(again["pretrain_tokens"].dropna()) == sorted(table["pretrain_tokens"].dropna())
 
 
-def test_foreign_weights_may_lie_in_a_folder_called_weights(tmp_path: Path) -> None:
+def test_a_base_may_be_in_a_folder_called_weights(tmp_path: Path) -> None:
     study = raw_study(tmp_path)
     foreign = tmp_path / "weights" / "foreign"
     recipe = recipe_from(expand(study_from(study))[0].recipe.plain() | {"init": str(foreign)})
@@ -176,7 +178,7 @@ def test_foreign_weights_may_lie_in_a_folder_called_weights(tmp_path: Path) -> N
     assert parent_of(tmp_path / "run", recipe) is None
 
 
-def test_what_is_done_is_not_trained_again(swept: tuple[Path, pd.DataFrame]) -> None:
+def test_finished_runs_are_not_trained_again(swept: tuple[Path, pd.DataFrame]) -> None:
     folder, table = swept
     written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/summary.json")}
     again, _ = sweep(study_from(raw_study(folder.parent)), quiet())
@@ -211,7 +213,7 @@ def test_flags_of_ready_studies_are_refused_for_others(tmp_path: Path) -> None:
         load_study(str(study))
 
 
-def test_costs_count_what_is_left(swept: tuple[Path, pd.DataFrame]) -> None:
+def test_costs_are_those_of_the_remaining_runs(swept: tuple[Path, pd.DataFrame]) -> None:
     raw = raw_study(swept[0].parent)
     assert [(cost.runs, cost.done, cost.tokens) for cost in costs(study_from(raw), jobs=2)] == [(2, 2, 0), (4, 4, 0)]
     raw["seeds"] = 2
@@ -224,7 +226,7 @@ def test_costs_count_what_is_left(swept: tuple[Path, pd.DataFrame]) -> None:
     assert h100.hours == pytest.approx(h100.flops / (0.5 * 989.4e12) / 3600, rel=1e-3)
 
 
-def test_killed_half_way_it_goes_on_to_the_same_table(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+def test_a_killed_sweep_continues_to_the_same_table(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     raw = raw_study(tmp_path)
     raw["stages"][0]["delta"] = ["1/4"]
@@ -258,7 +260,7 @@ def test_killed_half_way_it_goes_on_to_the_same_table(swept: tuple[Path, pd.Data
     )
 
 
-def test_a_diverged_run_is_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_a_diverged_run_is_recorded_and_the_others_continue(tmp_path: Path) -> None:
     raw = raw_study(tmp_path)
     raw["stages"][0] |= {"delta": ["1/4"], "lr": [3e-3, 1e30], "budgets": [10 * STEP, 40 * STEP]}
     raw["stages"][0]["optimizer"] = {"clip": None}
@@ -272,7 +274,7 @@ def test_a_diverged_run_is_noted_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert table[table["status"] == "done"]["run"].nunique() == 3
 
 
-def test_arms_that_start_from_less_know_what_they_start_from(tmp_path: Path) -> None:
+def test_arms_from_scratch_and_from_embeddings_are_marked_in_the_table(tmp_path: Path) -> None:
     raw = raw_study(tmp_path)
     raw["stages"][0] |= {"delta": 0, "budgets": [10 * STEP]}
     raw["stages"][1] |= {"start": ["pretrained", "scratch", "embeddings", "frozen embeddings"], "untie": True}
@@ -291,7 +293,7 @@ def test_arms_that_start_from_less_know_what_they_start_from(tmp_path: Path) -> 
     assert first["pretrained"] < first["scratch"]
 
 
-def test_a_users_mistake_ends_the_sweep(tmp_path: Path) -> None:
+def test_a_users_mistake_stops_the_sweep(tmp_path: Path) -> None:
     study = study_from(raw_study(tmp_path))
     (study.folder / "runs").mkdir(parents=True)
     (study.folder / "runs" / expand(study)[0].name).write_text("in the way")
@@ -299,7 +301,7 @@ def test_a_users_mistake_ends_the_sweep(tmp_path: Path) -> None:
         sweep(study, quiet())
 
 
-def test_what_is_likely_a_mistake_in_a_stage_is_said_before_anything_is_trained(
+def test_likely_mistakes_in_a_stage_are_warned_of_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeping, "train_all", lambda *jobs, **how: Outcome())
@@ -318,9 +320,7 @@ def test_what_is_likely_a_mistake_in_a_stage_is_said_before_anything_is_trained(
         sweep(study_from(raw), quiet())
 
 
-def test_trackers_are_those_of_the_study_and_have_to_be_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trackers_of_the_study_must_be_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = study_from(raw_study(tmp_path, log={"to": ["csv", "wandb"]}))
     assert {run.recipe.log.to for run in expand(study)} == {("csv", "wandb")}
     monkeypatch.setattr("spt_fast.train.trackers.find_spec", lambda name: None)
@@ -329,9 +329,9 @@ def test_trackers_are_those_of_the_study_and_have_to_be_installed(
     assert not study.folder.exists()
 
 
-def test_a_corpus_that_is_smaller_than_asked_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+def test_a_corpus_smaller_than_requested_is_refused_before_training(tmp_path: Path) -> None:
     raw = raw_study(tmp_path) | {"domain_tokens": [400, 5000]}
-    message = r"domain_tokens: asks for 5,000 tokens, and \S*chem holds 1,1\d\d; write that or less, or `domain_tok"
+    message = r"domain_tokens: asks for 5,000 tokens, and \S*chem has 1,1\d\d; write that or less, or `domain_tok"
     with pytest.raises(RecipeError, match=message):
         sweep(study_from(raw), quiet())
     with pytest.raises(RecipeError, match=message):
@@ -339,13 +339,13 @@ def test_a_corpus_that_is_smaller_than_asked_is_refused_before_anything_is_train
     assert not (tmp_path / "study" / "runs").exists()
 
 
-def test_one_sweep_at_a_time(swept: tuple[Path, pd.DataFrame]) -> None:
+def test_a_second_sweep_of_a_running_study_is_refused(swept: tuple[Path, pd.DataFrame]) -> None:
     who = rf"study: \S+: in use by process {os.getpid()} on .* since"
     with owned(swept[0], "study"), pytest.raises(InUse, match=who):
         sweep(study_from(raw_study(swept[0].parent)), quiet())
 
 
-def test_a_run_that_outlives_its_sweep_keeps_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_outlives_its_sweep_keeps_the_study_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "command", lambda recipe: ["sleep", "600"])
     reader, writer = os.pipe()
     killed = os.fork()
@@ -368,7 +368,7 @@ def test_a_run_that_outlives_its_sweep_keeps_others_out(tmp_path: Path, monkeypa
     until(is_free)
 
 
-def test_a_dry_run_trains_nothing_and_says_what_it_would_take(tmp_path: Path) -> None:
+def test_a_dry_run_trains_nothing_and_prints_the_price(tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump(raw_study(tmp_path)))
     result = CliRunner().invoke(app, ["sweep", str(study), "--dry-run", "--json", "--price", "2.5", "--jobs", "2"])

@@ -1,4 +1,4 @@
-"""Scores in tasks side by side: the same questions asked alike, or the reason why not."""
+"""Task scores of several runs: over the same questions with the same settings, or the reason why a run is left out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BEFORE, NPT_AFTER, SPT_AFTER = np.random.default_rng(0).integers(0, 2, (3, 120))
 
 
 def scored(folder: Path, weights: str, each: list[float], task: str = "notes.jsonl", **settings: Any) -> None:
-    """Keep a result of weights, which are made where there are none."""
+    """Write a task result of weights, which are created if they are missing."""
     place = folder / "weights" / weights
     place.mkdir(parents=True, exist_ok=True)
     save_file({weights: torch.zeros(1)}, place / "model.safetensors", {"folder": str(folder)})
@@ -42,7 +42,7 @@ def scored(folder: Path, weights: str, each: list[float], task: str = "notes.jso
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    """NPT and SPT, whose finetunes were scored alike, and what NPT's started from."""
+    """NPT and SPT with finetunes that were scored with the same settings, and NPT's starting weights."""
     npt, spt = fake_run(tmp_path / "npt", NPT), fake_run(tmp_path / "spt", SPT, delta="1/20")
     scored(npt, "pretrain", BEFORE)
     scored(npt, "finetune", NPT_AFTER)
@@ -55,7 +55,7 @@ def paired(one: list[float], other: list[float]) -> tuple[float, float]:
     return float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each)))
 
 
-def test_differences_are_of_the_same_questions(runs: list[Path]) -> None:
+def test_differences_are_over_the_same_questions(runs: list[Path]) -> None:
     (table,) = task_tables(runs)
     assert (table.task, table.questions, table.notes) == ("notes.jsonl", 120, [])
     npt, _, spt, spt_f1 = table.scores
@@ -68,7 +68,7 @@ def test_differences_are_of_the_same_questions(runs: list[Path]) -> None:
     assert spt_f1.against_first.standard_error is None, "no mean over questions"
 
 
-def test_what_was_scored_otherwise_is_left_out_by_name(runs: list[Path], tmp_path: Path) -> None:
+def test_runs_scored_with_other_settings_are_left_out_by_name(runs: list[Path], tmp_path: Path) -> None:
     other = fake_run(tmp_path / "other", SPT, delta="1/10")
     scored(other, "finetune", SPT_AFTER, context=32, bos=1)
     scored(runs[1], "pretrain", BEFORE[:20], limit=20)
@@ -88,7 +88,7 @@ def test_what_was_scored_otherwise_is_left_out_by_name(runs: list[Path], tmp_pat
     assert task_tables([few])[0].notes[0].startswith("2 questions are few")
 
 
-def test_of_a_task_that_was_changed_the_newest_is_shown(runs: list[Path]) -> None:
+def test_the_newest_settings_of_a_changed_task_are_shown(runs: list[Path]) -> None:
     for version in ("3", "0", "2"):
         for weights, each in (("pretrain", BEFORE), ("finetune", NPT_AFTER)):
             scored(runs[0], weights, each, version=version)
@@ -97,7 +97,9 @@ def test_of_a_task_that_was_changed_the_newest_is_shown(runs: list[Path]) -> Non
         assert table.scores[0].change is not None
 
 
-def test_a_finetune_is_held_against_the_weights_of_the_run_that_it_continues(runs: list[Path], tmp_path: Path) -> None:
+def test_a_finetune_is_compared_with_the_weights_of_the_run_that_it_starts_from(
+    runs: list[Path], tmp_path: Path
+) -> None:
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text("{}")
@@ -120,7 +122,7 @@ def _only_the_finetune(recipe: str) -> str:
     return yaml.safe_dump(plain)
 
 
-def test_compare_and_report_show_them(
+def test_compare_and_report_show_task_scores(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said(*flags: str) -> str:

@@ -1,4 +1,4 @@
-"""Which rows each law gets from a runs table, under which names, and what is left out or refused."""
+"""The rows and columns that each law gets from a runs table, and what is left out or refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def worse(table: pd.DataFrame, by: float) -> pd.DataFrame:
 # ------------------------------------------------------------------------------------------------------- pretraining
 
 
-def test_overfitting_takes_the_curves_of_pretraining() -> None:
+def test_overfitting_uses_the_curves_of_pretraining() -> None:
     group, frame = only(views.overfitting(usable(SPT)))
     assert group == {"params": PARAMS, "domain_tokens": DOMAIN_TOKENS}
     rows = SPT[(SPT["stage"] == 0) & (SPT["tokens"] >= 0.2 * SPT["tokens"].max())]
@@ -66,7 +66,7 @@ def test_runs_without_domain_text_belong_to_every_corpus_of_their_size() -> None
         assert frame["run"].str.contains(f"-{group['params']}-").all()
 
 
-def test_domain_text_alone_is_for_the_data_constrained_law() -> None:
+def test_pretraining_on_domain_text_alone_is_for_the_data_constrained_law() -> None:
     table = spt_table(deltas=(0.01, 1.0), seeds=(0,), domain_tokens=(30_000_000, DOMAIN_TOKENS))
     group, frame = only(views.data_constrained(usable(table)))
     assert group == {}
@@ -76,7 +76,7 @@ def test_domain_text_alone_is_for_the_data_constrained_law() -> None:
     assert views.data_constrained(usable(SPT)) == []
 
 
-def test_chinchilla_takes_shares_that_were_run_at_two_sizes() -> None:
+def test_chinchilla_uses_shares_that_were_run_at_two_sizes() -> None:
     table = pd.concat([SPT, spt_table(deltas=(0.01,), seeds=(0,), params=(SMALL,))])
     group, frame = only(views.chinchilla(usable(table)))
     assert group == {"delta": 0.01}
@@ -109,12 +109,12 @@ def test_after_finetuning_tokens_and_fraction_are_those_of_pretraining() -> None
 
 
 @pytest.mark.parametrize("start", ["embeddings", "frozen embeddings"])
-def test_what_began_from_embeddings_alone_is_no_finetune(start: str) -> None:
+def test_runs_from_embeddings_alone_are_not_finetunes(start: str) -> None:
     table = SPT.assign(start=SPT["start"].replace("pretrained", start))
     assert views.post_finetuning(usable(table)) == views.forgetting(usable(table)) == views.cmr(usable(table)) == []
 
 
-def test_forgetting_is_read_where_finetunes_of_plain_pretraining_hand_on() -> None:
+def test_forgetting_uses_the_final_weights_of_finetunes_after_plain_pretraining() -> None:
     groups = views.forgetting(usable(SPT))
     assert [group for group, _ in groups] == [
         {"pretrain_delta": 0, "pretrain_tokens": 20_000_000_000},
@@ -132,19 +132,19 @@ def test_forgetting_is_read_where_finetunes_of_plain_pretraining_hand_on() -> No
     assert row["domain_heldout"] in set(of_domain["loss"])
 
 
-def test_forgetting_of_a_study_whose_pretraining_always_had_domain_text() -> None:
+def test_forgetting_uses_the_smallest_share_if_all_pretraining_had_domain_text() -> None:
     groups = views.forgetting(usable(SPT[(SPT["delta"] != 0) & (SPT["pretrain_delta"] != 0)]))
     assert {group["pretrain_delta"] for group, _ in groups} == {0.01}
 
 
-def test_a_finetune_that_has_not_read_its_corpus_is_none() -> None:
+def test_finetunes_that_have_not_read_their_corpus_are_left_out() -> None:
     assert views.forgetting(usable(SPT.assign(epochs=0.5 * SPT["epochs"] / 4))) == []
     _, frame = only(views.forgetting(usable(DCPT)))
-    assert len(frame) == 2  # of each size, the run on domain text alone, which reads it just once
+    assert len(frame) == 2  # for each size, the run on domain text alone, which reads its corpus once
 
 
 @pytest.mark.parametrize(("of", "share"), [("domain", "delta"), ("general", "injected")])
-def test_dcpt_takes_the_share_of_the_corpus_whose_loss_it_predicts(of: str, share: str) -> None:
+def test_dcpt_uses_the_share_of_the_corpus_whose_loss_it_predicts(of: str, share: str) -> None:
     group, frame = only(views.dcpt(usable(DCPT), of=of))  # type: ignore[arg-type]
     assert group == {"domain_tokens": 20_000_000_000, "pretrain_delta": None, "pretrain_tokens": None}
     rows = DCPT[DCPT["tokens"] > 0]
@@ -153,14 +153,14 @@ def test_dcpt_takes_the_share_of_the_corpus_whose_loss_it_predicts(of: str, shar
     assert frame[["params", "tokens"]].to_numpy().tolist() == rows[["params", "tokens"]].to_numpy().tolist()
 
 
-def test_what_comes_after_the_weights_that_are_handed_on_is_not_learning() -> None:
+def test_evaluations_after_the_final_weights_are_left_out() -> None:
     _, frame = views.dcpt(usable(SPT), of="domain")[0]
     for run, curve in frame.groupby("run"):
         best = SPT[(SPT["run"] == run) & SPT["handed_on"]].iloc[0]
         assert curve["tokens"].max() == best["tokens"] < SPT["tokens"][SPT["run"] == run].max()
 
 
-def test_cmr_takes_increments_from_each_runs_own_start() -> None:
+def test_cmr_uses_the_changes_from_each_runs_start() -> None:
     table = dcpt_table(seeds=(0, 1))
     second = table["seed"] == 1
     for name in ("domain_heldout", "domain_before"):
@@ -186,14 +186,14 @@ def used(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return found.rows, found.notes
 
 
-def test_nothing_is_left_out_of_a_whole_study() -> None:
+def test_nothing_is_left_out_of_a_complete_study() -> None:
     for table in (SPT, DCPT):
         rows, notes = used(table)
         assert len(rows) == len(table)
         assert notes == []
 
 
-def test_what_is_usable_stays_so() -> None:
+def test_usable_rows_are_returned_unchanged() -> None:
     table = pd.concat([SPT, worse(SPT, 0.1)], ignore_index=True)
     rows, _ = used(table)
     again, notes = used(rows)
@@ -201,7 +201,7 @@ def test_what_is_usable_stays_so() -> None:
     assert notes == []
 
 
-def test_failed_runs_and_broken_losses_are_left_out_and_said() -> None:
+def test_failed_runs_and_losses_that_are_not_numbers_are_left_out_with_a_note() -> None:
     lost = SPT["run"].iloc[0]
     failed = SPT[:1].assign(run="the-one-that-failed", status="failed", **dict.fromkeys(NUMBERS, np.nan))
     table = pd.concat([SPT, failed], ignore_index=True)
@@ -216,8 +216,8 @@ def test_failed_runs_and_broken_losses_are_left_out_and_said() -> None:
     assert len(frame) == 102 - broken.sum()
 
 
-def test_a_mixture_that_changes_within_a_stage_is_left_out_with_all_that_came_of_it() -> None:
-    """SCPT: 1% from the last tenth on, 0.1% of all; beside a run that had 0.1% from the start."""
+def test_runs_whose_mixture_changes_within_a_stage_are_left_out_with_their_descendants() -> None:
+    """SCPT with 1% in the last tenth, 0.1% of all tokens, beside a run with 0.1% from the start."""
     steady = spt_table(deltas=(0.0, 0.001, 0.02), budgets=(90_000_000_000, 100_000_000_000))
     scpt = renamed(steady[(steady["delta"] == 0.001) | (steady["pretrain_delta"] == 0.001)], "-scpt")
     early = scpt["tokens"] < 95e9
@@ -233,7 +233,7 @@ def test_a_mixture_that_changes_within_a_stage_is_left_out_with_all_that_came_of
 
 
 def test_the_learning_rate_is_chosen_for_each_arm_by_the_mean_over_seeds() -> None:
-    """At 1% the other rate is better on average, though not for seed 1; at all other shares it is worse."""
+    """At 1% the other rate is better on average, but not for seed 1; at all other shares it is worse."""
     other = worse(SPT, 0.05)
     lucky = (other["delta"] == 0.01) | (other["pretrain_delta"] == 0.01)
     by = np.where(other["seed"] == 0, 0.3, -0.1)
@@ -250,15 +250,15 @@ def test_the_learning_rate_is_chosen_for_each_arm_by_the_mean_over_seeds() -> No
     assert finetunes["seed"].nunique() == 2
 
 
-def test_rates_that_a_phase_chose_by_itself_are_no_axis() -> None:
-    """The grid of a finetune may keep another rate for each seed; every seed stays."""
+def test_rates_that_a_phases_grid_chose_are_not_settings() -> None:
+    """A finetune's grid may keep another rate for each seed; all seeds are used."""
     seed = (SPT["stage"] == 1) & (SPT["seed"] == 1)
     table = SPT.assign(lr=SPT["lr"].where(~seed, 4e-5))
     assert len(usable(table).rows) == len(SPT)
     assert usable(table).notes == []
 
 
-def test_a_rate_that_stops_early_is_still_the_same_arm() -> None:
+def test_runs_that_stopped_early_belong_to_the_same_arm() -> None:
     finetunes = SPT[SPT["stage"] == 1]
     other = worse(finetunes, 0.05)
     other = other[other["tokens"] <= 6 * DOMAIN_TOKENS]
@@ -288,7 +288,7 @@ def test_the_synthetic_table_has_the_columns_of_a_real_one() -> None:
         ("lr", "high", "lr: .*high.* is invalid: a column of the runs table must hold numbers"),
     ],
 )
-def test_columns_that_mean_something_else_are_refused(column: str, value: Any, says: str) -> None:
+def test_invalid_columns_are_refused(column: str, value: Any, says: str) -> None:
     table = SPT.assign(**{column: SPT[column].astype(object)})
     table.loc[table.index[-1], column] = value
     with pytest.raises(DataError, match=says):
@@ -297,7 +297,7 @@ def test_columns_that_mean_something_else_are_refused(column: str, value: Any, s
 
 @pytest.mark.parametrize("column", ["tokenizer", "heldout"])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_runs_of_two_studies_are_refused_by_name(column: str, stage: int) -> None:
+def test_runs_with_different_tokenizers_or_texts_are_refused_by_name(column: str, stage: int) -> None:
     other = renamed(SPT[SPT["stage"] == stage], "-elsewhere", **{column: "feedbeef"})
     first = SPT["run"][SPT["stage"] == (stage if column == "heldout" else 0)].iloc[0]
     with pytest.raises(DataError) as refused:
@@ -306,12 +306,12 @@ def test_runs_of_two_studies_are_refused_by_name(column: str, stage: int) -> Non
         assert part in str(refused.value)
 
 
-def test_pretraining_and_finetuning_may_be_held_out_on_texts_of_their_own() -> None:
+def test_stages_may_have_different_held_out_texts() -> None:
     table = SPT.assign(heldout=np.where(SPT["stage"] == 0, "small", "large"))
     assert len(views.overfitting(usable(table))) == len(views.post_finetuning(usable(table))) == 1
 
 
-def test_what_is_no_runs_table_is_refused() -> None:
+def test_anything_but_a_runs_table_is_refused() -> None:
     with pytest.raises(DataError, match="no column 'domain_select'; did you mean 'domains_select'"):
         views.cmr(usable(SPT.rename(columns={"domain_select": "domains_select"})))
     with pytest.raises(DataError, match=r"table: .* is invalid: give a pandas DataFrame, as read_table makes it"):

@@ -1,4 +1,4 @@
-"""A study of seconds: a model of a few thousand parameters on the tiny corpora of the trainer's tests."""
+"""A study that takes seconds: a model of a few thousand parameters on the tiny corpora of the trainer's tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class HereAlone:
 
 
 def raw_study(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Two shares, two budgets of one plateau-rate run each, a finetune after all of them."""
+    """Two shares, each with one plateau-rate run of two budgets, and a finetune after each budget."""
     if not (folder / "general.json").exists():
         write_corpora(folder)
     return {
