@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,8 @@ def test_every_gpu_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert workers.free == 1
     running.append(workers.start(Path("0"), tmp_path / "2"))
     running[2].wait()
+    while not (tmp_path / "1").read_text() and running[1].poll() is None:
+        time.sleep(0.01)
     running[1].terminate()
     running[1].wait()
     assert [(tmp_path / str(i)).read_text().strip() for i in (0, 2)] == ["GPU-a", "GPU-a"]

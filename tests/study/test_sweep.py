@@ -331,7 +331,7 @@ def test_trackers_of_the_study_must_be_installed(tmp_path: Path, monkeypatch: py
 
 def test_a_corpus_smaller_than_requested_is_refused_before_training(tmp_path: Path) -> None:
     raw = raw_study(tmp_path) | {"domain_tokens": [400, 5000]}
-    message = r"domain_tokens: asks for 5,000 tokens, and \S*chem has 1,1\d\d; write that or less, or `domain_tok"
+    message = r"domain_tokens: asks for 5,000 tokens, but \S*chem has 1,1\d\d; write that or less, or `domain_tok"
     with pytest.raises(RecipeError, match=message):
         sweep(study_from(raw), quiet())
     with pytest.raises(RecipeError, match=message):
