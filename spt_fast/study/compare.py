@@ -29,7 +29,7 @@ import pandas as pd
 
 from spt_fast.errors import RecipeError
 from spt_fast.study.behind import Behind
-from spt_fast.study.finetunes import Interval, Treatment, held_against
+from spt_fast.study.finetunes import Interval, Treatment, compared_with
 from spt_fast.study.runs import FinetunePath, FinishedRun, check_comparable, differences
 from spt_fast.study.runs_table import last_runs
 from spt_fast.study.settings import beaten, in_words, setting_ids, setting_of, settings_of, varied
@@ -431,7 +431,7 @@ def compare_finetunes(runs: Sequence[Finetune]) -> Comparison:
     here = {arm.treatment: arm for arm in figures if arm.tokens == budget}
     has_npt = any(treatment.delta == 0 for treatment in compared)
     multipliers = _compute_multipliers(budgets)
-    gains = {arm: here[arm].r_gain for arm in compared if held_against(arm, compared) is not None}
+    gains = {arm: here[arm].r_gain for arm in compared if compared_with(arm, compared) is not None}
     return Comparison(
         tokens=budget,
         runs=runs,
@@ -492,7 +492,7 @@ def general_when(path: FinetunePath, domain_loss: float) -> float:
 
 
 def _arm_figures(treatment: Treatment, tokens: int, arms: Arms) -> ArmFigures:
-    arm, base = arms[treatment], held_against(treatment, arms)
+    arm, base = arms[treatment], compared_with(treatment, arms)
     figures = {figure: Figure.of(getattr(run, figure) for run in arm.values()) for figure in FIGURES}
     gain = None if base is None else Gain.against(arms[base], arm)
     return ArmFigures(treatment=treatment, tokens=tokens, seeds=list(arm), r_gain=gain, **figures)
@@ -513,7 +513,7 @@ def _compute_multipliers(budgets: Mapping[int, Arms]) -> dict[Treatment, _Multip
     return {
         treatment: _multiplier(curves[base], curve)
         for treatment, curve in sorted(curves.items())
-        if (base := held_against(treatment, curves)) is not None
+        if (base := compared_with(treatment, curves)) is not None
     }
 
 
@@ -553,7 +553,7 @@ def compute_multiplier(npt: Mapping[int, float], tokens: int, loss: float) -> fl
 
 def _verdicts(figure: str, arms: Arms) -> dict[Treatment, Verdict]:
     """Each arm compared with its NPT; without NPT, with the arm of the smallest delta."""
-    against = {arm: held_against(arm, arms) or min(arms) for arm in arms}
+    against = {arm: compared_with(arm, arms) or min(arms) for arm in arms}
     return {arm: judge(figure, arm, base, arms) for arm, base in against.items() if arm != base}
 
 

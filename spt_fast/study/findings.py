@@ -12,7 +12,7 @@ from rich.table import Table
 from spt_fast.printing import print_grid, print_table
 from spt_fast.study.behind import Behind, rests_on
 from spt_fast.study.compare import JUDGED, ArmFigures, Comparison, Tried, Verdict
-from spt_fast.study.finetunes import Interval, Treatment, held_against
+from spt_fast.study.finetunes import Interval, Treatment, compared_with
 from spt_fast.study.fits import Errors, Fits, Fitted, Score
 from spt_fast.study.tasks import COLUMNS, cells, title_of
 from spt_fast.study.words import amount
@@ -161,7 +161,7 @@ def _at_least(comparison: Comparison, arm: Treatment) -> list[str]:
     losses: dict[Treatment, dict[int, float]] = {}
     for own in comparison.arms:
         losses.setdefault(own.treatment, {})[own.tokens] = _mean(own.domain_after)
-    base = held_against(arm, losses)
+    base = compared_with(arm, losses)
     if base is None:
         return []
     most, lowest = max(losses[base]), min(losses[base].values())

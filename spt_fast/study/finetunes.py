@@ -105,7 +105,7 @@ def plainest(finetunes: pd.DataFrame) -> pd.DataFrame:
     return finetunes
 
 
-def held_against(treatment: Treatment, arms: Iterable[Treatment]) -> Treatment | None:
+def compared_with(treatment: Treatment, arms: Iterable[Treatment]) -> Treatment | None:
     """The NPT that a treatment is compared with: with the same finetune, else with the plainest one. None for that NPT
     itself, and without any NPT."""
     npt = sorted((other for other in arms if other.delta == 0), key=lambda other: other.finetune)

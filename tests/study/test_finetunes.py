@@ -11,7 +11,7 @@ import pytest
 from spt_fast.advice.advise import advise
 from spt_fast.report.decision import by_setting, compared, decide
 from spt_fast.study.compare import Figure, compare_finetunes
-from spt_fast.study.finetunes import Treatment, after_pretraining, held_against, plainest
+from spt_fast.study.finetunes import Treatment, after_pretraining, compared_with, plainest
 from spt_fast.study.usable import usable
 from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, spt_table
 
@@ -52,9 +52,9 @@ def test_advice_comparison_and_page_name_the_same_arm(table: pd.DataFrame) -> No
 
 def test_an_arm_is_compared_with_npt_of_the_same_finetune_or_else_the_plainest() -> None:
     npt = [Treatment(0.0, 0.01, 0.0), Treatment(0.0, 0.0, 0.1), Treatment(0.0, 0.0, 0.5)]
-    assert held_against(Treatment(0.02, 0.01, 0.0), npt) == npt[0]
-    assert held_against(Treatment(0.02, 0.05, 0.0), npt) == held_against(npt[0], npt) == npt[1]
-    assert held_against(npt[1], npt) is None
+    assert compared_with(Treatment(0.02, 0.01, 0.0), npt) == npt[0]
+    assert compared_with(Treatment(0.02, 0.05, 0.0), npt) == compared_with(npt[0], npt) == npt[1]
+    assert compared_with(npt[1], npt) is None
 
 
 def test_the_plainest_finetunes_have_the_least_replay_and_then_the_least_anchor(table: pd.DataFrame) -> None:
