@@ -9,6 +9,8 @@ imported and collected. It is off until then, and passes over them afterwards.
 Bytecode is kept, whatever the variable says that many containers set: otherwise each of the hundred processes that
 tests start compiles the package anew, and pytest rewrites every test and every plugin.
 
+Hypothesis has no deadlines: on a busy machine any example may take long.
+
 What is measured here is kept apart from what the user's own runs have measured.
 """
 
@@ -28,6 +30,12 @@ sys.dont_write_bytecode = False
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("MPLCONFIGDIR", os.path.expanduser("~/.cache/matplotlib"))
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), f"spt-fast-tests-{os.getuid()}")
+
+if find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy machine")
 
 if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
     from tests.interpreter import speed_up

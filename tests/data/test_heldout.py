@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spt_fast.data.heldout import (
@@ -172,7 +172,6 @@ def test_what_begins_a_document_is_marked_in_any_stretches(tmp_path: Path) -> No
     assert 10 < marks.sum() < len(marks)
 
 
-@settings(deadline=None)  # it writes files
 @given(length=st.integers(2, 900), context=st.integers(1, 60), limit=st.none() | st.integers(0, 1000))
 def test_training_windows_are_spread_over_the_whole_text_and_share_no_target(
     tmp_path_factory: pytest.TempPathFactory, length: int, context: int, limit: int | None

@@ -77,7 +77,7 @@ def test_2048_drawn_mixtures_at_every_prefix_of_a_period_and_near_2_to_the_62(se
 SHARES = st.lists(st.integers(0, 10**18), min_size=1, max_size=3, unique=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cuts=SHARES, first=st.integers(0, MAX_SAMPLES - 300))
 @example(cuts=[1], first=MAX_SAMPLES - 300)
 @example(cuts=[10**18 - 1], first=5 * 10**17 - 150)

@@ -55,7 +55,7 @@ def test_the_rotation_is_uniform() -> None:
     assert ((seen - 500) ** 2 / 500).sum() < 28  # chi-squared with 9 degrees of freedom: p < 0.001 beyond
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     context=st.integers(1, 1 << 20),
     windows=st.integers(1, 1 << 40),

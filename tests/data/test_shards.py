@@ -107,7 +107,7 @@ def test_an_id_outside_the_vocabulary_is_refused_and_nothing_is_left(tmp_path: P
     assert names(tmp_path) == []
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     documents=st.lists(st.lists(st.integers(0, 70_000), max_size=30), max_size=20),
     cuts=st.lists(st.integers(0, 20), max_size=4),

@@ -32,7 +32,7 @@ def test_every_value_once_and_the_inverse(sizes: range | list[int]) -> None:
         assert (permutation.positions_of(values) == np.arange(size)).all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(size=st.integers(2, MAX_SIZE), seed=st.integers(), epoch=st.integers(0, 2**62), data=st.data())
 def test_python_and_cpp_agree(size: int, seed: int, epoch: int, data: st.DataObject) -> None:
     permutation = Permutation(size, epoch_key(derive_key(seed, "x"), epoch))

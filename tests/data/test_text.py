@@ -277,7 +277,7 @@ def test_a_small_file_that_unfolds_to_much_takes_little_memory_or_is_refused(
         list(iter_documents(put(tmp_path / "a.jsonl.xz", compress(GOOD, ".xz"))))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1),
     size=st.integers(1, 40),
@@ -294,7 +294,7 @@ def test_the_size_of_blocks_changes_nothing(
         list(iter_documents(tmp_path / "a.jsonl"))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.text(st.sampled_from("ab \n日😀"), min_size=50), limit=st.integers(8, 60), size=st.integers(1, 40))
 def test_a_long_txt_is_cut_where_it_hurts_least(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, limit: int, size: int

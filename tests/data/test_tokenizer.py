@@ -80,7 +80,7 @@ def test_training_gives_tiktoken_ranks_of_the_size_asked(folder: Path, tokenizer
 
 
 @given(ANY_TEXT)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -133,7 +133,7 @@ def test_what_training_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest
         st.sampled_from(["word", "Don't", "we'LL", "42", "3.14", ",", ".", " ", "\n", "  ", "日本", "é", "…", "(", "_"])
     )
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_pieces_of_long_text_give_the_same_ids(patterns: dict[str, Tokenizer], parts: list[str]) -> None:
     text = "".join(parts)
     whole = {name: each.encode(text) for name, each in patterns.items()}

@@ -25,7 +25,7 @@ def check(ring: Ring, count: int, start: int, end: int) -> None:
     assert document_visits([(ring, count)], start, end) == expected
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     context=st.integers(1, 40),
     windows=st.integers(1, 30),
