@@ -96,7 +96,7 @@ def signed(figure: float, digits: int) -> str:
 
 def findings(comparison: Comparison) -> list[str]:
     """The findings of a comparison, a sentence each."""
-    found = verdicts([verdict for by_arm in comparison.verdict.values() for verdict in by_arm.values()])
+    found = judgements([verdict for by_arm in comparison.verdict.values() for verdict in by_arm.values()])
     equal = comparison.general_at_equal_domain
     if len(equal.general) > 1:
         losses = ", ".join(f"{arm.name} {loss.mean:.3f}" for arm, loss in equal.general.items() if loss)
@@ -106,7 +106,7 @@ def findings(comparison: Comparison) -> list[str]:
     return found + [line for arm in comparison.compute_multiplier or {} for line in multiplier(comparison, arm)]
 
 
-def verdicts(judged: Sequence[Verdict]) -> list[str]:
+def judgements(judged: Sequence[Verdict]) -> list[str]:
     """A sentence for each verdict over several seeds; those of one seed in a sentence per figure, and a caution."""
     found = [verdict.says for verdict in judged if verdict.seeds != 1]
     single: dict[tuple[str, str], list[Verdict]] = {}

@@ -296,9 +296,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
             step_s, hours = _step_and_hours(times, way.time_factor / own.time_factor)
         ways.append(
             PricedWay(
-                stage=way.stage,
-                offload=way.offload,
-                checkpointing=way.checkpointing,
+                **vars(way),
                 recipe=way == own,
                 bytes=worst,
                 fits=machine.holds(worst["total"]),
