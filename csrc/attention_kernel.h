@@ -38,9 +38,9 @@ struct Rows {
   const Number* operator[](int64_t t) const { return data + t * stride; }
 };
 
-// 2^x for x <= 0 or slightly above, to about 2 units in the last place.
+// 2^x for x <= 0 or slightly above, to about 2 units in the last place; NaN for NaN.
 inline __m512 exp2(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);  // of two operands, one of them NaN, it is the second
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, n);
   __m512 p = _mm512_set1_ps(1.535336188319500e-4f);
@@ -272,7 +272,7 @@ void forward_head(const std::vector<Rows>& q, Rows k, Rows v, Angles angles, con
         });
       }
       for (int64_t r = 0; r < std::min(kTile, tokens - r0); ++r) {
-        const bool seen = sum[r] > 0;
+        const bool seen = first_T[r0 + r] <= r0 + r;
         lse2[head * tokens + r0 + r] = seen ? most[r] + std::log2(sum[r]) : 0.0f;
         const __m512 norm = _mm512_set1_ps(seen ? 1 / sum[r] : 0.0f);
         Number* to = o[head].data + (r0 + r) * o[head].stride;

@@ -176,7 +176,7 @@ def _check(
     if (
         k_BTHD.dim() != 4
         or (k_BTHD.shape[0], k_BTHD.shape[1], k_BTHD.shape[3]) != (B, T, D)
-        or H % max(1, k_BTHD.shape[2])
+        or (H % k_BTHD.shape[2] if k_BTHD.shape[2] else H)
     ):
         raise ValueError(f"{op}: {shapes}; k and v must agree with q in B, T and D, and their heads must divide q's")
     if not q_BTHD.dtype == k_BTHD.dtype == v_BTHD.dtype:

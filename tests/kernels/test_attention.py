@@ -476,7 +476,8 @@ def test_a_projection_that_cannot_be_is_refused() -> None:
 
 def test_bad_arguments_are_refused() -> None:
     q, k, v, _ = draw(2, 4, 4, 2, 8)
-    for shapes in ((q, k[:, :3], v[:, :3]), (q, k, v[..., :4]), (q[:, :, :3], k, v), (q[0], k[0], v[0])):
+    without_heads = (q, k[:, :, :0], v[:, :, :0])
+    for shapes in ((q, k[:, :3], v[:, :3]), (q, k, v[..., :4]), (q[:, :, :3], k, v), (q[0], k[0], v[0]), without_heads):
         with pytest.raises(ValueError, match="k and v"):
             flash_attention(*shapes)
     for window, causal in ((0, True), (2, False)):

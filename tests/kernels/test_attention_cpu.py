@@ -150,6 +150,24 @@ def test_large_scores_stay_finite(dtype: torch.dtype) -> None:
 
 
 @in_every_dtype
+@pytest.mark.parametrize(("which", "value"), [("q", "nan"), ("k", "nan"), ("k", "inf"), ("q", "-inf"), ("qk", "1e20")])
+def test_what_a_softmax_cannot_weigh_is_nan(which: str, value: str, dtype: torch.dtype) -> None:
+    """Else a step whose scores overflow would go on with an attention of zeros."""
+    inputs = dict(zip(("q", "k", "v", "upstream"), draw(1, 140, 1, 1, 32, dtype), strict=True))
+    for name in which:
+        inputs[name][0, 70] = float(value)
+    q, k, v, upstream = inputs.values()
+    cuts = [0, 20, 140]
+    cu_seqlens = torch.tensor(cuts, dtype=torch.int32)
+    o, dq, *_ = run(lambda q, k, v: ours(q, k, v, cu_seqlens=cu_seqlens), (q, k, v), (upstream,))
+    scores = torch.einsum("bihd,bjhd->bij", q.float(), k.float()).masked_fill(~visible(1, 140, cuts, None), -torch.inf)
+    expected = scores.softmax(-1).isnan().any(-1)
+    assert expected[0, 70]
+    assert torch.equal(o.isnan().all(-1)[..., 0], expected)
+    assert torch.equal(dq.isnan().any(-1)[..., 0] & expected, expected)
+
+
+@in_every_dtype
 @pytest.mark.parametrize("D", [16, 32, 64, 96])
 def test_gradients_written_into_one_tensor_are_those_of_three(D: int, dtype: torch.dtype) -> None:
     """Bit for bit, with grouped queries, documents, a window and the last tile not full."""
