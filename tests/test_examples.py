@@ -68,7 +68,7 @@ def test_an_example_is_planned_and_fits_its_machine(file: Path, place: Path, mon
     preset = recipe.model.preset or BASES[Path(recipe.init or "").name]
     real = replace(plan, model=GPTConfig(**PRESETS[preset]))
     for index in range(len(plan.phases)):
-        assert machine.holds(phase_memory(real, index, machine)["total"])
+        assert machine.holds(phase_memory(real, index, machine).total)
 
 
 def test_the_notebook_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from spt_fast.data.prepare import heldout_prefix
 from spt_fast.kernels.measured import medians
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import parameters, peak_flops, train_flops_per_token
-from spt_fast.model.memory import memory_bytes
+from spt_fast.model.memory import Step
 from spt_fast.quantities import amount, percent
 from spt_fast.train.evaluate import FORWARD_SHARE
 from spt_fast.train.precision import multiplies_bf16
@@ -131,7 +131,7 @@ class Sizing:
         """Whether a step with micro-batches of `micro` windows fits a GPU's memory; always true on a CPU."""
         if self.device.memory_bytes is None:
             return True
-        needed = memory_bytes(
+        step = Step(
             self.config,
             micro,
             dtype=torch.bfloat16,
@@ -142,7 +142,7 @@ class Sizing:
             world=self.device.count,
             offload=self.way.offload,
         )
-        return needed["total"] <= MEMORY_SHARE * self.device.memory_bytes
+        return step.memory().total <= MEMORY_SHARE * self.device.memory_bytes
 
     def evaluation(self, tokens: int) -> str:
         """The section `eval` of a phase of `tokens`: amount of text and interval, for at most a tenth of its FLOPs."""

@@ -93,7 +93,7 @@ def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
                 loss=loss,
                 step_s=seconds,
                 peak_bytes=_peak_bytes(device) - (0 if device.type == "cuda" else grown_before),
-                estimated_bytes=phase_memory(plan, planned.index, machine)["total"],
+                estimated_bytes=phase_memory(plan, planned.index, machine).total,
                 precision=str(precision),
                 hours=(steps + evaluated_steps) * seconds / 3600,
             )
@@ -141,7 +141,7 @@ def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exce
     """Settings to change, in order: those that cost no time first."""
     engine = plan.recipe.engine
     own = Way.of(engine, machine.gpus)
-    needed = phase_memory(plan, planned.index, machine)["total"]
+    needed = phase_memory(plan, planned.index, machine).total
     share, micro = planned.phase.batch.sequences // machine.gpus, planned.micro(machine.gpus)
     knobs: list[tuple[str, Way, int]] = []
     smaller = max((m for m in range(1, micro) if share % m == 0), default=None)
@@ -156,7 +156,7 @@ def _out_of_memory(plan: Plan, planned: PhasePlan, machine: Machine, error: Exce
             knobs.append((deepspeed, way, micro))
     lines = []
     for knob, way, windows in knobs:
-        saved = needed - phase_memory(plan, planned.index, machine, way, micro=windows)["total"]
+        saved = needed - phase_memory(plan, planned.index, machine, way, micro=windows).total
         if saved > 0:
             lines.append(f"  {knob} saves about {saved / 1e9:.3g} GB")
     has = "" if machine.memory_bytes is None else f" of {machine.memory_bytes / 1e9:.3g} GB"

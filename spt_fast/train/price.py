@@ -28,7 +28,7 @@ from spt_fast.model.flops import (
     peak_flops_by_name,
     train_flops_per_token,
 )
-from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, memory_bytes
+from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, Memory, Step
 from spt_fast.printing import print_facts, print_table
 from spt_fast.quantities import duration, size
 from spt_fast.train.doubts import doubts, warn
@@ -150,8 +150,8 @@ class PricedWay(Way):
 
     recipe: bool
     """Whether it is the recipe's own."""
-    bytes: dict[str, int]
-    """By part, as in `memory_bytes`, in the phase that needs most."""
+    bytes: Memory
+    """In the phase that needs most."""
     fits: bool | None
     step_s: float | None
     hours: float | None
@@ -241,13 +241,13 @@ def phase_memory(
     way: Way | None = None,
     *,
     micro: int | None = None,
-) -> dict[str, int]:
-    """`memory_bytes` of a step of phase `index`, by the recipe's engine and micro-batch unless others are given."""
+) -> Memory:
+    """The memory of a step of phase `index`, by the recipe's engine and micro-batch unless others are given."""
     phase = plan.phases[index].phase
     way = way or Way.of(plan.recipe.engine, machine.gpus)
     micro = micro or plan.phases[index].micro(machine.gpus)
     untied = any(earlier.phase.untie for earlier in plan.phases[: index + 1])
-    return memory_bytes(
+    step = Step(
         dataclasses.replace(plan.model, tied=False) if untied else plan.model,
         micro,
         dtype=machine.precision.dtype,
@@ -266,6 +266,7 @@ def phase_memory(
         fp8=plan.recipe.engine.fp8,
         recorded=plan.recipe.engine.cuda_graphs is True and machine.device == "cuda",
     )
+    return step.memory()
 
 
 def ways_of(recipe: Recipe) -> list[Way]:
@@ -290,7 +291,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
     ways = []
     for way in ways_of(plan.recipe):
         needed = [phase_memory(plan, index, machine, way) for index in range(len(plan.phases))]
-        worst = max(needed, key=lambda parts: parts["total"])
+        worst = max(needed, key=lambda memory: memory.total)
         hours = step_s = None
         if way.offload == "none":
             step_s, hours = _step_and_hours(times, way.time_factor / own.time_factor)
@@ -299,7 +300,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
                 **vars(way),
                 recipe=way == own,
                 bytes=worst,
-                fits=machine.holds(worst["total"]),
+                fits=machine.holds(worst.total),
                 step_s=step_s,
                 hours=hours,
                 cost=None if hours is None or per_gpu_hour is None else hours * machine.gpus * per_gpu_hour,
@@ -316,7 +317,7 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
         tokens=tokens,
         flops=flops,
         evaluation_flops=sum(time.evaluation_flops for time in times),
-        memory_bytes=chosen.bytes["total"],
+        memory_bytes=chosen.bytes.total,
         precision=str(machine.precision),
         gpus=machine.gpus,
         gpu=machine.name,
@@ -390,7 +391,7 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
         f"memory of each of {price.gpus} × {price.gpu or 'cpu'} (→ this recipe, ✗ doesn't fit)",
         ["ZeRO", "offload", *(f"checkpointing {name}" for name in CHECKPOINTING), "host"],
         [
-            [*distribution, *map(_memory, ways), size(max(way.bytes["host"] for way in ways))]
+            [*distribution, *map(_memory, ways), size(max(way.bytes.host for way in ways))]
             for distribution, ways in by_distribution.items()
         ],
     )
@@ -405,7 +406,7 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
     facts |= {"speed from": price.speed_from, "hours": price.hours, "cost": price.cost}
     if price.hours_at_40_percent_mfu is not None:
         facts["time at 40% MFU"] = duration(3600 * price.hours_at_40_percent_mfu)
-    facts["memory"] = {part: size(size_bytes) for part, size_bytes in parts.items()}
+    facts["memory"] = {part: size(size_bytes) for part, size_bytes in vars(parts).items()}
     facts["left out of the hours"] = "; ".join(price.left_out)
     print_facts(console, "the model and its cost", facts)
     warn(price.warnings)
@@ -413,7 +414,7 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
 
 def _memory(way: PricedWay) -> str:
     marks = ("→ " if way.recipe else "") + ("✗ " if way.fits is False else "")
-    return marks + size(way.bytes["total"])
+    return marks + size(way.bytes.total)
 
 
 def parse_bytes(value: str, where: str) -> int:

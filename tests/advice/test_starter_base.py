@@ -23,7 +23,7 @@ from spt_fast.data.tokenizer import train_tokenizer
 from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.gpt import GPT
-from spt_fast.model.memory import memory_bytes
+from spt_fast.model.memory import Step
 from spt_fast.model.presets import PRESETS
 from spt_fast.study import sweep
 from spt_fast.train.run import run
@@ -201,7 +201,7 @@ def test_the_engine_is_the_fastest_one_that_fits_the_memory() -> None:
 def test_a_step_from_a_base_leaves_room_for_the_anchor_that_the_study_tries() -> None:
     one = sized("1b")
     without, with_anchor = (
-        memory_bytes(one.config, 1, dtype=torch.bfloat16, context=one.window, anchor=anchor)["total"]
+        Step(one.config, 1, dtype=torch.bfloat16, context=one.window, anchor=anchor).memory().total
         for anchor in (False, True)
     )
     for needed, fits in ((without, False), (with_anchor, True)):

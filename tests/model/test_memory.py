@@ -10,10 +10,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from spt_fast.kernels import attention_cpu
-from spt_fast.model import gpt, memory
+from spt_fast.model import gpt
 from spt_fast.model.flops import block_matrices, parameters
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.model.memory import DISTRIBUTIONS, memory_bytes
+from spt_fast.model.memory import DISTRIBUTIONS, Memory, Step
 from spt_fast.optimizers import AdamW
 from spt_fast.train.optim import ModelOptimizer
 
@@ -86,10 +86,10 @@ def test_the_estimate_is_the_allocators_peak(
     """Within 5%, of what comes and goes too, since what stays is easily counted."""
     config = GPTConfig(**{**SHAPE, **fields})
     peak = allocated_at_most(config, micro, dtype, checkpointing, **more)
-    estimate = memory_bytes(config, micro, dtype=dtype, checkpointing=checkpointing, device="cpu", **more)
-    stays = estimate["parameters"] + estimate["optimizer"]
-    assert estimate["total"] == pytest.approx(peak, rel=0.05)
-    assert estimate["total"] - stays == pytest.approx(peak - stays, rel=0.05)
+    estimate = Step(config, micro, dtype=dtype, checkpointing=checkpointing, device="cpu", **more).memory()
+    stays = estimate.parameters + estimate.optimizer
+    assert estimate.total == pytest.approx(peak, rel=0.05)
+    assert estimate.total - stays == pytest.approx(peak - stays, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +107,13 @@ def test_what_stays_is_counted_by_hand() -> None:
     config = GPTConfig(**{**SHAPE, "context": 1})
     count = parameters(config)
     low, full, held = (
-        memory_bytes(config, 1, dtype=dtype, micro_batches=2, anchor=anchor)
+        Step(config, 1, dtype=dtype, micro_batches=2, anchor=anchor).memory()
         for dtype, anchor in ((BF16, False), (FP32, False), (BF16, True))
     )
-    assert [low[part] for part in ("parameters", "gradients", "optimizer")] == [2 * count, 4 * count, 12 * count]
-    assert [full[part] for part in ("parameters", "gradients", "optimizer")] == [4 * count, 4 * count, 8 * count]
-    assert held["optimizer"] == 16 * count
-    assert low["total"] == sum(size for part, size in low.items() if part not in ("total", "host"))
+    assert (low.parameters, low.gradients, low.optimizer) == (2 * count, 4 * count, 12 * count)
+    assert (full.parameters, full.gradients, full.optimizer) == (4 * count, 4 * count, 8 * count)
+    assert held.optimizer == 16 * count
+    assert low.total == sum(size for part, size in vars(low).items() if part not in ("total", "host"))
 
 
 @pytest.mark.parametrize(("more", "dtype"), [({}, BF16), (OLMO, FP32), ({"kv_heads": 1}, FP32)])
@@ -144,25 +144,25 @@ def test_what_fp8_keeps_is_what_autograd_keeps(
         others = sum(size for at, size in storages.items() if at not in held and at not in layouts)
         return sum(layouts.values()), others
 
-    def counted(fp8: bool) -> dict[str, int]:
-        monkeypatch.setattr(memory, "_chunk_of_logits", lambda *_: 1 << 30)  # so that the peak is where all is kept
-        return memory_bytes(config, 2, dtype=dtype, device="cpu", fp8=fp8)
+    def counted(fp8: bool) -> Memory:
+        monkeypatch.setattr(Step, "_chunk_of_logits", lambda _: 1 << 30)  # so that the peak is where all is kept
+        return Step(config, 2, dtype=dtype, device="cpu", fp8=fp8).memory()
 
     (weights, more_kept), (none, plain) = kept(True), kept(False)
     assert none == 0
-    assert counted(True)["parameters"] - counted(False)["parameters"] == weights > 0
-    assert counted(True)["activations"] - counted(False)["activations"] == pytest.approx(more_kept - plain, abs=64)
+    assert counted(True).parameters - counted(False).parameters == weights > 0
+    assert counted(True).activations - counted(False).activations == pytest.approx(more_kept - plain, abs=64)
 
 
-def test_a_recording_takes_what_a_step_makes_again() -> None:
-    config = GPTConfig.preset("1b")
-    plain, recorded = (memory_bytes(config, 2, dtype=BF16, recorded=recorded) for recorded in (False, True))
-    assert recorded["recording"] == plain["activations"] + plain["logits"]
-    assert recorded["total"] == plain["total"] + recorded["recording"]
-    assert memory_bytes(config, 2, dtype=BF16, recorded=True, stage=1, world=2)["recording"] == 0
-    narrow = memory_bytes(GPTConfig.preset("124m"), 2, dtype=BF16, fp8=True)
-    assert narrow == memory_bytes(GPTConfig.preset("124m"), 2, dtype=BF16), "no layer is wide enough"
-    assert memory_bytes(config, 2, dtype=BF16, fp8=True)["parameters"] > 1.9 * plain["parameters"]
+def test_a_recording_takes_what_a_step_needs_for_a_while() -> None:
+    config, narrow = GPTConfig.preset("1b"), GPTConfig.preset("124m")
+    plain, recorded = (Step(config, 2, dtype=BF16, recorded=recorded).memory() for recorded in (False, True))
+    assert recorded.recording == plain.activations + plain.logits
+    assert recorded.total == plain.total + recorded.recording
+    assert Step(config, 2, dtype=BF16, recorded=True, stage=1, world=2).memory().recording == 0
+    assert Step(config, 2, dtype=BF16, fp8=True).memory().parameters > 1.9 * plain.parameters
+    one, other = (Step(narrow, 2, dtype=BF16, fp8=fp8).memory() for fp8 in (False, True))
+    assert one == other, "no layer is wide enough"
 
 
 def test_zero_divides_what_it_says() -> None:
@@ -172,31 +172,34 @@ def test_zero_divides_what_it_says() -> None:
     config, world = GPTConfig.preset("8b"), 8
     count = parameters(config)
 
-    def parts(stage: int, offload: str = "none") -> dict[str, int]:
-        return memory_bytes(config, 1, dtype=BF16, micro_batches=4, stage=stage, world=world, offload=offload)
+    def parts(stage: int, offload: str = "none") -> Memory:
+        step = Step(config, 1, dtype=BF16, micro_batches=4, stage=stage, world=world, offload=offload)
+        return step.memory()
 
     zero, one, two, three = (parts(stage) for stage in range(4))
-    assert zero["optimizer"] == 12 * count
-    assert one["optimizer"] == two["optimizer"] == three["optimizer"] == 12 * count // world
-    assert zero["gradients"] == 4 * count
-    assert one["gradients"] == (4 + 2) * count
-    assert two["gradients"] == 4 * count // world + 2 * count
-    assert three["gradients"] == 4 * count // world
-    assert one["parameters"] == two["parameters"] == 2 * count
-    assert 2 * count // world < three["parameters"] < 2 * count
-    assert parts(2, "optimizer")["optimizer"] == 0
-    assert parts(3, "optimizer")["host"] == 16 * count // world
-    assert parts(2, "optimizer")["host"] == (16 + 4) * count // world + 2 * config.vocab_size * config.width
-    assert parts(3, "all")["host"] == 18 * count // world
-    assert three["parameters"] - parts(3, "all")["parameters"] == 2 * count // world
+    assert zero.optimizer == 12 * count
+    assert one.optimizer == two.optimizer == three.optimizer == 12 * count // world
+    assert zero.gradients == 4 * count
+    assert one.gradients == (4 + 2) * count
+    assert two.gradients == 4 * count // world + 2 * count
+    assert three.gradients == 4 * count // world
+    assert one.parameters == two.parameters == 2 * count
+    assert 2 * count // world < three.parameters < 2 * count
+    assert parts(2, "optimizer").optimizer == 0
+    assert parts(3, "optimizer").host == 16 * count // world
+    assert parts(2, "optimizer").host == (16 + 4) * count // world + 2 * config.vocab_size * config.width
+    assert parts(3, "all").host == 18 * count // world
+    assert three.parameters - parts(3, "all").parameters == 2 * count // world
 
 
 @pytest.mark.parametrize(("stage", "offload"), DISTRIBUTIONS)
 def test_checkpointing_keeps_less(stage: int, offload: str) -> None:
     totals = [
-        memory_bytes(
+        Step(
             GPTConfig.preset("350m"), 16, dtype=BF16, stage=stage, world=4, offload=offload, checkpointing=checkpointing
-        )["total"]
+        )
+        .memory()
+        .total
         for checkpointing in ("none", "selective", "full")
     ]
     assert totals == sorted(totals, reverse=True)
@@ -205,7 +208,7 @@ def test_checkpointing_keeps_less(stage: int, offload: str) -> None:
 
 def test_an_optimizer_with_one_state_takes_half_of_what_two_take() -> None:
     config = GPTConfig.preset("1m")
-    one, two = (memory_bytes(config, 1, dtype=torch.float32, states=states)["optimizer"] for states in (1, 2))
+    one, two = (Step(config, 1, dtype=FP32, states=states).memory().optimizer for states in (1, 2))
     assert (one, two) == (4 * parameters(config), 8 * parameters(config))
-    muon = memory_bytes(config, 1, dtype=torch.float32, states=2, hidden_states=1)["optimizer"]
+    muon = Step(config, 1, dtype=FP32, states=2, hidden_states=1).memory().optimizer
     assert muon == two - 4 * block_matrices(config)

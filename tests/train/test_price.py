@@ -111,12 +111,12 @@ def test_without_a_gpu_only_measured_tokens_give_a_time(recipe: Recipe, tmp_path
 
 def test_memory_is_of_the_phase_that_needs_most(recipe: Recipe) -> None:
     plan, machine = make_plan(recipe), machine_of(recipe)
-    needed = [phase_memory(plan, index, machine)["total"] for index in (0, 1)]
+    needed = [phase_memory(plan, index, machine).total for index in (0, 1)]
     assert price(plan, machine, speed_of(plan, machine)).memory_bytes == max(needed)
-    assert phase_memory(plan, 1, machine)["optimizer"] == 16 * (20_704 + 64 * 32)  # the anchor, and a head of its own
+    assert phase_memory(plan, 1, machine).optimizer == 16 * (20_704 + 64 * 32)  # the anchor, and a head of its own
     raw = recipe.plain()
     raw["phases"][1]["freeze"] = "embeddings"
-    assert phase_memory(make_plan(recipe_from(raw)), 1, machine)["optimizer"] == 16 * 20_704
+    assert phase_memory(make_plan(recipe_from(raw)), 1, machine).optimizer == 16 * 20_704
 
 
 def test_the_recipes_own_way_is_its_engines(recipe: Recipe) -> None:
@@ -130,7 +130,7 @@ def test_the_recipes_own_way_is_its_engines(recipe: Recipe) -> None:
         (way,) = (way for way in priced.ways if way.recipe)
         assert (way.stage, way.offload, way.checkpointing) == own
         assert (priced.hours is None) == (own[1] != "none")  # how long offloading takes is not known
-        assert priced.memory_bytes == way.bytes["total"]
+        assert priced.memory_bytes == way.bytes.total
 
 
 def test_the_command_tells_it_all(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from spt_fast.errors import DataError, RecipeError
 from spt_fast.evaluation.score import score
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
-from spt_fast.model.memory import memory_bytes
+from spt_fast.model.memory import Step
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.doubts import doubts
 from spt_fast.train.evaluate import EvalSet, measure
@@ -182,8 +182,8 @@ def test_what_a_run_takes_is_of_its_window(base: Path) -> None:
             train_flops_per_token(SHAPE, window) * 8 * window / 1e9
         )
         own = {"dtype": torch.float32, "micro_batches": 2}
-        assert phase_memory(plan, index, machine) == memory_bytes(SHAPE, 4, context=window, **own)
-    assert phase_memory(plan, 0, machine)["activations"] < memory_bytes(SHAPE, 4, **own)["activations"]
+        assert phase_memory(plan, index, machine) == Step(SHAPE, 4, context=window, **own).memory()
+    assert phase_memory(plan, 0, machine).activations < Step(SHAPE, 4, **own).memory().activations
     assert price(plan, machine, speed).flops == 7 * 128 * sum(train_flops_per_token(SHAPE, w) for w in (16, 8))
     assert [figures.context for figures in plan.describe()] == [16, 8]
 
