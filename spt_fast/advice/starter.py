@@ -49,7 +49,8 @@ from spt_fast.model.flops import parameters, train_flops_per_token
 from spt_fast.model.presets import PRESETS
 from spt_fast.outputs import check_folder
 from spt_fast.quantities import amount, duration
-from spt_fast.study.study import expand, study_from
+from spt_fast.study.study import study_from
+from spt_fast.study.tree import expand
 from spt_fast.train.doubts import MOST_EPOCHS
 from spt_fast.train.plan import VOCABULARY_MULTIPLE, make_plan
 

@@ -1,4 +1,4 @@
-"""A study: a grid of runs as one YAML file, expanded into a tree of recipes.
+"""A study: a grid of runs as one YAML file. `tree.expand` makes its recipes.
 
     study: studies/chem                  # its folder: recipes, runs, logs and the runs table
     seeds: 3
@@ -30,22 +30,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from spt_fast.config import Model, Phase, Recipe, check_lengths, recipe_from, recorded_recipe
-from spt_fast.errors import RecipeError, SptError, invalid, nearest, shown, shown_key
+from spt_fast.config import Model, Phase
+from spt_fast.errors import RecipeError, invalid, nearest, shown, shown_key
 from spt_fast.fields import (
-    Span,
     build,
     integer,
-    naming,
     number,
     one_of,
     optional,
@@ -56,14 +52,9 @@ from spt_fast.fields import (
     setting,
     text,
 )
-from spt_fast.model.presets import PRESETS
-from spt_fast.optimizers import OPTIMIZERS, AdamW, parse_optimizer
+from spt_fast.optimizers import OPTIMIZERS, AdamW
 from spt_fast.synonyms import unknown_key
-from spt_fast.train.lr import learning_rate
-from spt_fast.train.weights import read_config
 
-PLATEAU = 0.9
-"""The share of the peak rate below which a checkpoint is not comparable with a run that ends there."""
 STARTS = ("pretrained", "scratch", "embeddings", "frozen embeddings")
 MOST_SEEDS = 1000
 
@@ -188,33 +179,9 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
     own = {item.name for item in dataclasses.fields(Axes)}
     axes = build(Axes, {key: value for key, value in raw.items() if key in own}, where)
     phase = {str(key): value for key, value in raw.items() if key not in own}
-    for one, other, what in (("delta", "replay", "its mixture"), ("tokens", "budgets", "its length")):
-        given = [key for key in (one, other) if getattr(axes, key) is not None]
-        if len(given) != 1:
-            both = "both are given" if given else "neither is given"
-            raise RecipeError(f"{where}: {both}, {one} and {other}; give exactly one of them for {what}")
-    if "mixture" in phase:
-        raise RecipeError(f"{where}.mixture: a study's mixtures are its axis; write delta or replay")
-    if first and axes.start != ("pretrained",):
-        raise RecipeError(f"{where}.start: the first stage has no earlier weights; leave it out")
-    if Fraction(1) in axes.domain_from:
-        raise RecipeError(f"{where}.domain_from: after 100% of the stage no tokens remain for the domain; write less")
-    late, many = axes.domain_from != (0,), axes.budgets is not None and len(axes.budgets) > 1
-    if late and many:
-        raise RecipeError(f"{where}.domain_from: needs a run for every length; write `tokens` instead of budgets")
-    if axes.average != (0,) and (late or many):
-        raise RecipeError(
-            f"{where}.average: this stage has several phases, and each would be averaged with its own start; write "
-            "`tokens` for a run per budget, and leave domain_from out"
-        )
-    for key in ("stop", "grid"):
-        if key in phase and (late or many):
-            raise RecipeError(
-                f"{where}.{key}: the phases of this stage share one schedule, so they cannot stop early or try rates; "
-                "write lists of values in `optimizer`, or `tokens` for a run per budget"
-            )
-    optimizer = phase.get("optimizer")
-    optimizer = {} if optimizer is None else optimizer
+    _check_axes(axes, phase, where, first=first)
+    _check_schedule(axes, phase, where)
+    optimizer = {} if phase.get("optimizer") is None else phase["optimizer"]
     if not isinstance(optimizer, Mapping):
         raise RecipeError(invalid(f"{where}.optimizer", optimizer, "write a section such as {lr: 1e-3}"))
     if axes.lr and isinstance(optimizer.get("lr"), (list, tuple)):
@@ -231,6 +198,39 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
     trial = {"tokens": axes.runs[0][0], "mixture": {"any": 1}} | phase | {"optimizer": optimizers[0].section}
     build(Phase, {"name": axes.name, **trial}, where)
     return Stage(axes=axes, optimizers=optimizers, phase=phase)
+
+
+def _check_axes(axes: Axes, phase: Mapping[str, Any], where: str, *, first: bool) -> None:
+    """Raises RecipeError unless the axes give one mixture and one length, from weights that exist."""
+    for one, other, what in (("delta", "replay", "its mixture"), ("tokens", "budgets", "its length")):
+        given = [key for key in (one, other) if getattr(axes, key) is not None]
+        if len(given) != 1:
+            both = "both are given" if given else "neither is given"
+            raise RecipeError(f"{where}: {both}, {one} and {other}; give exactly one of them for {what}")
+    if "mixture" in phase:
+        raise RecipeError(f"{where}.mixture: a study's mixtures are its axis; write delta or replay")
+    if first and axes.start != ("pretrained",):
+        raise RecipeError(f"{where}.start: the first stage has no earlier weights; leave it out")
+    if Fraction(1) in axes.domain_from:
+        raise RecipeError(f"{where}.domain_from: after 100% of the stage no tokens remain for the domain; write less")
+
+
+def _check_schedule(axes: Axes, phase: Mapping[str, Any], where: str) -> None:
+    """Raises RecipeError for settings that a stage of several phases can't have."""
+    late, many = axes.domain_from != (0,), axes.budgets is not None and len(axes.budgets) > 1
+    if late and many:
+        raise RecipeError(f"{where}.domain_from: needs a run for every length; write `tokens` instead of budgets")
+    if axes.average != (0,) and (late or many):
+        raise RecipeError(
+            f"{where}.average: this stage has several phases, and each would be averaged with its own start; write "
+            "`tokens` for a run per budget, and leave domain_from out"
+        )
+    for key in ("stop", "grid"):
+        if key in phase and (late or many):
+            raise RecipeError(
+                f"{where}.{key}: the phases of this stage share one schedule, so they cannot stop early or try rates; "
+                "write lists of values in `optimizer`, or `tokens` for a run per budget"
+            )
 
 
 def _optimizers(
@@ -309,6 +309,24 @@ def _sections(value: object, where: str) -> dict[str, Mapping[str, Any]]:
     return {str(name): _mapping(item, f"{where}.{name}") for name, item in _mapping(value, where).items()}
 
 
+def _called(model: Model | Base) -> str:
+    if isinstance(model, Model):
+        return model.preset or f"{model.layers}x{model.width}"
+    folder = Path(model.init).absolute()
+    name = f"{folder.parent.parent.name}-{folder.name}" if folder.parent.name == "weights" else folder.name
+    return for_a_name(name)
+
+
+def _in_full(model: Model | Base) -> str:
+    if isinstance(model, Base):
+        return for_a_name(model.init)
+    return "-".join(f"{key.replace('_', '')}{value}" for key, value in vars(model).items() if value is not None)
+
+
+def for_a_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """The content of a study's YAML."""
@@ -341,26 +359,32 @@ class Study:
     log: Mapping[str, Any] | None = setting(optional(_mapping), None)
 
     def __post_init__(self) -> None:
-        if bool(self.models) == bool(self.init):
-            given = "both are given" if self.init else "neither is given"
-            raise RecipeError(f"models: {given}, models and init; leave one out")
+        self._check_sources()
+        self._check_starts()
         if self.simulate and self.domain_tokens != (None,):
             raise RecipeError("simulate: domain_tokens is given too, and simulate computes it; leave one out")
+        names = [stage.axes.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise RecipeError(f"stages: {', '.join(names)}: two have the same name; rename one")
+
+    def _check_sources(self) -> None:
         for field in ("domain", "general"):
             source = getattr(self, field)
             if source not in self.sources:
                 raise RecipeError(invalid(field, source, f"name a source; {nearest(source, self.sources)}"))
         if self.domain == self.general:
             raise RecipeError(f"general: {shown(self.general)} is the domain too; name the source that fills the rest")
-        names = [stage.axes.name for stage in self.stages]
-        if len(set(names)) < len(names):
-            raise RecipeError(f"stages: {', '.join(names)}: two have the same name; rename one")
         for stage in self.stages:
             source, where = stage.axes.source, f"stages[{shown_key(stage.axes.name)}].source"
             if source is not None and source not in self.sources:
                 raise RecipeError(invalid(where, source, f"name a source; {nearest(source, self.sources)}"))
             if source in (self.domain, self.general):
                 raise RecipeError(f"{where}: {shown(source)} is in the stage's mixture already; leave it out")
+
+    def _check_starts(self) -> None:
+        if bool(self.models) == bool(self.init):
+            given = "both are given" if self.init else "neither is given"
+            raise RecipeError(f"models: {given}, models and init; leave one out")
         bases = [model for model, _ in self.starts if isinstance(model, Base)]
         if bases and len(bases) < len(self.starts):
             raise RecipeError(
@@ -405,262 +429,3 @@ def study_from(raw: object) -> Study:
     if not isinstance(raw, Mapping):
         raise RecipeError(invalid("the study", raw, "write keys such as study, models, sources and stages"))
     return build(Study, raw, "")
-
-
-# ------------------------------------------------------------------------------------------------ the tree
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run of a study: its recipe, and the run whose weights it starts from."""
-
-    name: str
-    stage: int
-    recipe: Recipe
-    model: Model | Base
-    """The shape or base, which the recipe of a run that starts from another run of the study doesn't contain."""
-    after: str | None
-    made_by: str | None = None
-    """The run that differs only in `average` and trains for both."""
-
-
-@dataclass(frozen=True)
-class _Branch:
-    """A path down the tree: the settings that all runs below it share, and the folder of its weights."""
-
-    model: Model | Base
-    seed: int
-    limit: int | None
-    root: str
-    """The model's part of names."""
-    label: str
-    after: str | None
-    weights: str | None
-
-
-def expand(study: Study) -> list[PlannedRun]:
-    """Every run of the study, each after the one that it starts from.
-
-    Raises RecipeError for an invalid recipe, and for a budget in the decay of the learning rate.
-    """
-    branches = [
-        _Branch(model, seed, limit, label, label, None, model.init if isinstance(model, Base) else None)
-        for (model, label), limit, seed in product(study.starts, study.limits, study.seeds)
-    ]
-    runs: dict[str, PlannedRun] = {}
-    for position, stage in enumerate(study.stages):
-        branches = [below for branch in branches for below in _grow(study, position, stage, branch, runs)]
-    return list(runs.values())
-
-
-def _called(model: Model | Base) -> str:
-    if isinstance(model, Model):
-        return model.preset or f"{model.layers}x{model.width}"
-    folder = Path(model.init).absolute()
-    name = f"{folder.parent.parent.name}-{folder.name}" if folder.parent.name == "weights" else folder.name
-    return _for_a_name(name)
-
-
-def _in_full(model: Model | Base) -> str:
-    if isinstance(model, Base):
-        return _for_a_name(model.init)
-    return "-".join(f"{key.replace('_', '')}{value}" for key, value in vars(model).items() if value is not None)
-
-
-def _for_a_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
-
-
-def _grow(study: Study, position: int, stage: Stage, branch: _Branch, runs: dict[str, PlannedRun]) -> Iterator[_Branch]:
-    """Adds the stage's runs below a branch to `runs`, and yields a branch for each point at which one saves weights."""
-    axes = stage.axes
-    arrivals = [(share, late) for share in axes.shares for late in (axes.domain_from if share else (Fraction(0),))]
-    for (share, late), budgets, tuned, anchor, average, start in product(
-        arrivals, axes.runs, stage.optimizers, axes.anchor, axes.average, axes.start
-    ):
-        limit = branch.limit if share or axes.source else None
-        what = f"{axes.name}-{_for_a_name(axes.source) if axes.source else 'd'}{float(share):.12g}"
-        what += "" if limit is None else f"-u{_short(limit)}"
-        what += f"-from{float(late):.12g}" if late else ""
-        what += f"-{_short(budgets[-1])}"
-        trunk, runs_folder = branch.root if start == "scratch" else branch.label, study.folder / "runs"
-        for said in (*tuned.labels, tuned.labels[0]):
-            labels = _labels(what + said, anchor, axes.average, start)
-            names = {part: f"{trunk}_{label}_s{branch.seed}" for part, label in labels.items()}
-            if not tuned.said or any(_began(runs_folder / name, tuned) for name in names.values()):
-                break
-        label, name, least = labels[average], names[average], min(axes.average)
-        folder = runs_folder / name
-        treatment: dict[str, Any] = {"anchor": anchor, "average": str(average)}
-        if average == least and len(names) > 1:  # this run trains for all averages
-            others = [(part, study.folder / "runs" / other) for part, other in names.items() if part != least]
-            treatment["also_average"] = [{"share": str(part), "run": str(run)} for part, run in others]
-        phases = _phases(study, stage, share, budgets, late, tuned.section, treatment)
-        if start == "frozen embeddings":
-            phases = [phase | {"freeze": "embeddings"} for phase in phases]
-        if name not in runs:
-            raw = {
-                "run": str(folder),
-                "seed": branch.seed,
-                "tokenizer": study.tokenizer,
-                "precision": study.precision,
-                "precision_file": str(study.folder / "precision.json"),
-                "checkpoint": {"keep": 1, **(study.checkpoint or {})},
-                "engine": study.engine or {},
-                "log": study.log or {},
-                "sources": _sources(study, limit, axes.source),
-                "phases": phases,
-            }
-            if start == "scratch" or branch.weights is None:
-                raw["model"] = {key: value for key, value in vars(branch.model).items() if value is not None}
-            else:
-                raw["init"] = branch.weights
-                raw["init_only"] = None if start == "pretrained" else "embeddings"
-            with naming_stage(stage):
-                recipe = recipe_from(raw)
-                check_lengths(recipe, _context(branch.model))
-            if len(budgets) > 1:
-                _check_plateau(study, recipe, branch, f"stages[{shown_key(axes.name)}]")
-            after = None if start == "scratch" else branch.after
-            made_by = None if average == least else names[least]
-            runs[name] = PlannedRun(name, position, recipe, branch.model, after, made_by)
-        for phase, budget in zip(phases[-len(budgets) :], budgets, strict=True):
-            point = f"-at{_short(budget)}" if len(budgets) > 1 else ""
-            yield dataclasses.replace(
-                branch,
-                label=f"{trunk}_{label}{point}",
-                after=name,
-                weights=str(folder / "weights" / phase["name"]),
-            )
-
-
-@contextmanager
-def naming_stage(stage: Stage) -> Iterator[None]:
-    """Errors and warnings about a phase of a run's recipe name the study's stage instead."""
-
-    def renamed(says: object) -> str:
-        return re.sub(r"phases\[[^\]]*\]", f"stages[{shown_key(stage.axes.name)}]", str(says))
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            yield
-        except SptError as error:
-            raise type(error)(renamed(error), argument=error.argument) from None
-    for warning in caught:
-        warnings.warn(renamed(warning.message), warning.category, stacklevel=3)
-
-
-def _labels(what: str, anchor: float, averages: tuple[Fraction, ...], start: str) -> dict[Fraction, str]:
-    """The names of runs that differ only in their average, by average."""
-    before = what + (f"-anchor{anchor:.12g}" if anchor else "")
-    after = "" if start == "pretrained" else f"-{start.replace(' ', '-')}"
-    return {share: before + (f"-average{float(share):.12g}" if share else "") + after for share in averages}
-
-
-def _began(folder: Path, tuned: Tuned) -> bool:
-    """Whether a run with this optimizer has begun."""
-    if not (folder / "recipe.yaml").exists():
-        return False
-    with suppress(RecipeError):  # a damaged recipe is reported when that run is trained
-        return recorded_recipe(folder / "recipe.yaml").phases[0].optimizer == parse_optimizer(tuned.section, "")
-    return False
-
-
-def _sources(study: Study, limit: int | None, other: str | None) -> dict[str, Any]:
-    """A recipe's sources: the domain, the general source, and a stage's replacement for the domain. The domain is
-    limited if it is trained on."""
-    names = (study.general, study.domain, *([other] if other else []))
-    sources = {name: dict(study.sources[name]) for name in names}
-    if limit is not None:
-        sources[study.domain]["limit_tokens"] = limit
-    return sources
-
-
-def _phases(
-    study: Study,
-    stage: Stage,
-    share: Fraction,
-    budgets: tuple[int, ...],
-    late: Fraction,
-    optimizer: Mapping[str, Any],
-    treatment: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """A phase per budget, after a phase without the domain if that is mixed in late, all with one schedule."""
-    name, whole = stage.axes.name, budgets[-1]
-    before = round(late * whole)
-    parts = [(name, whole - before, share)]
-    if before:
-        parts = [(f"{name}-general", before, Fraction(0)), *parts]
-    elif len(budgets) > 1:
-        parts = [
-            (f"{name}-{_short(end)}", end - start, share) for start, end in zip((0, *budgets), budgets, strict=False)
-        ]
-    phase = {**stage.phase, "optimizer": optimizer, **treatment}
-    if len(parts) > 1:
-        schedule = {"horizon": whole, **(phase.get("schedule") or {})}
-        for key in schedule.keys() & {"warmup", "decay"}:
-            schedule[key] = _of_whole(schedule[key], whole, f"stages[{shown_key(name)}].schedule.{key}")
-        every = (phase.get("eval") or {}).get("every", "10%")
-        every = _of_whole(every, whole, f"stages[{shown_key(name)}].eval.every")
-        phase |= {"schedule": schedule, "eval": {**(phase.get("eval") or {}), "every": every}}
-    carried_on = {"schedule": {"continue": True}, "optimizer_state": "keep", "untie": False}
-    return [
-        {
-            **phase,
-            "name": part,
-            "tokens": tokens,
-            "mixture": _mixture(study, stage, domain),
-            **(carried_on if i else {}),
-        }
-        for i, (part, tokens, domain) in enumerate(parts)
-    ]
-
-
-def _mixture(study: Study, stage: Stage, share: Fraction) -> dict[str, str]:
-    shares = {study.general: 1 - share, stage.axes.source or study.domain: share}
-    return {source: str(part) for source, part in shares.items() if part}
-
-
-def _of_whole(value: object, whole: int, where: str) -> str:
-    """A share of the whole run in tokens, for a phase that is only a part of it."""
-    span = Span.parse(value, where)
-    return str(max(1, round(span.amount * whole))) if span.unit == "share" and span.amount else str(span)
-
-
-def _check_plateau(study: Study, recipe: Recipe, branch: _Branch, where: str) -> None:
-    """Raises RecipeError unless the rate is near its peak at every budget: only the largest would gain from a decay."""
-    first = recipe.phases[0]
-    tokens_per_step = first.tokens_per_step(_context(branch.model))
-    tokens = 0
-    for phase in recipe.phases:
-        tokens += phase.tokens
-        steps = max(1, round(Fraction(tokens, tokens_per_step)))
-        share = learning_rate(first.schedule, 1.0, steps, steps, tokens_per_step)
-        if share < PLATEAU:
-            raise RecipeError(
-                f"{where}.budgets: at {tokens:,} tokens the learning rate is {share:.0%} of its peak, and below "
-                f"{PLATEAU:.0%} it is not comparable with a run of that length; give schedule.name: constant, a cosine "
-                "with a schedule.horizon several times the largest budget, or `tokens` for a run per budget"
-            )
-
-
-def _context(model: Model | Base) -> int:
-    if isinstance(model, Base):
-        with naming("init"):
-            return read_config(Path(model.init)).context
-    if model.context:
-        return model.context
-    if model.preset is None:
-        raise RecipeError("models: a shape needs a preset, or its context")
-    if model.preset not in PRESETS:
-        raise RecipeError(invalid("models", model.preset, f"write a preset; {nearest(model.preset, PRESETS)}"))
-    return PRESETS[model.preset]["context"]
-
-
-def _short(value: int) -> str:
-    """A count in short form: 300K, 1.5M."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if value >= size and value * 1000 % size == 0:
-            return f"{value / size:.12g}{unit}"
-    return str(value)

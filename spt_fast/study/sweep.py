@@ -31,7 +31,8 @@ from spt_fast.quantities import duration
 from spt_fast.study.cluster import Cluster
 from spt_fast.study.jobs import Job, Local, Outcome, Workers, is_done, train_all
 from spt_fast.study.runs_table import Row, check_place, in_columns, rows_of, save_table
-from spt_fast.study.study import Base, PlannedRun, Study, expand, naming_stage, study_from
+from spt_fast.study.study import Base, Study, study_from
+from spt_fast.study.tree import PlannedRun, expand, naming_stage
 from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.dry_run import dry_run
 from spt_fast.train.folder import owned, summary_of

@@ -31,8 +31,9 @@ from spt_fast.study.finetunes import after_pretraining
 from spt_fast.study.fits import fit_laws
 from spt_fast.study.runs_table import load_table, read_table, save_table
 from spt_fast.study.settings import NUMBERS, SETTINGS, beaten, setting_of
-from spt_fast.study.study import PlannedRun, expand, study_from
+from spt_fast.study.study import study_from
 from spt_fast.study.sweep import sweep
+from spt_fast.study.tree import PlannedRun, expand
 from spt_fast.study.usable import usable
 from tests.study.fake_runs import fake_run
 from tests.study.synthetic import DOMAIN_TOKENS, PARAMS, spt_table

@@ -14,9 +14,10 @@ import pytest
 
 from spt_fast.errors import RecipeError, SptWarning
 from spt_fast.model.gpt import GPTConfig
-from spt_fast.study import study as studies
-from spt_fast.study.study import PlannedRun, expand, naming_stage, study_from
+from spt_fast.study import tree
+from spt_fast.study.study import study_from
 from spt_fast.study.sweep import load_study, ready_studies
+from spt_fast.study.tree import PlannedRun, expand, naming_stage
 from tests.study.tiny_study import STEP, raw_study
 
 
@@ -151,7 +152,7 @@ def test_without_the_domain_all_values_of_domain_from_share_one_run(raw: dict[st
 
 def test_a_base_sets_the_shape_in_every_stage(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Checking a stage needs no weights that an earlier stage has not trained yet."""
-    monkeypatch.setattr(studies, "read_config", lambda path: {"foreign": GPTConfig.preset("1m")}[str(path)])
+    monkeypatch.setattr(tree, "read_config", lambda path: {"foreign": GPTConfig.preset("1m")}[str(path)])
     raw = changed(raw | {"init": "foreign", "models": None}, budgets=None, tokens=1000)
     raw = changed(raw, 1, tokens=None, budgets=[50_000, 100_000], stop=None, grid=None)
     assert [run.recipe.init for run in runs_of(raw) if run.stage == 0] == ["foreign", "foreign"]

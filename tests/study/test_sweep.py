@@ -30,8 +30,9 @@ from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
 from spt_fast.study.jobs import Outcome
 from spt_fast.study.runs_table import COLUMNS, read_table
-from spt_fast.study.study import expand, study_from
+from spt_fast.study.study import study_from
 from spt_fast.study.sweep import costs, load_study, sweep
+from spt_fast.study.tree import expand
 from spt_fast.train.folder import owned, parent_of
 from tests.study.tiny_study import STEP, HereAlone, raw_study
 from tests.train.test_watch import until

@@ -16,8 +16,9 @@ from spt_fast.config import recipe_from
 from spt_fast.errors import RecipeError
 from spt_fast.kernels import measured
 from spt_fast.model.config import GPTConfig
-from spt_fast.study.study import expand, study_from
+from spt_fast.study.study import study_from
 from spt_fast.study.sweep import _keep_precision
+from spt_fast.study.tree import expand
 from spt_fast.train import precision
 from spt_fast.train.dry_run import dry_run
 from spt_fast.train.precision import pick_precision, precision_of, read_precision, shapes_of
