@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from numbers import Integral
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -129,10 +130,11 @@ def integer(low: int, high: int = 2**63 - 1) -> Callable[[object, str], int]:
     def parse(value: object, where: str) -> int:
         if isinstance(value, str) and re.fullmatch(r"[1-9][0-9]{0,18}(_[0-9]{3}){1,6}", value):
             value = int(value)  # 1_000
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None  # NumPy's too
+        if whole is None or not low <= whole <= high:
             most = "below 2^63" if high == 2**63 - 1 else f"at most {high:,}"
             raise RecipeError(invalid(where, value, f"write a whole number, at least {low} and {most}"))
-        return value
+        return whole
 
     return parse
 

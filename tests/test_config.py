@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -369,6 +370,18 @@ def test_numbers_that_yaml_1_1_would_have_changed_are_refused_by_name(tmp_path: 
     assert load_recipe(path, ["seed=1_000", "run=010"]).seed == 1000
     assert load_recipe(path, ["run=010"]).run == "010"
     assert load_recipe(path, ["run=2026-11-28"]).run == "2026-11-28"
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """As a notebook has them that computes a recipe."""
+    raw = raw_recipe()
+    raw["seed"] = np.int64(3)
+    raw["phases"][0] |= {"tokens": np.int64(10_000), "batch": {"sequences": np.int32(8), "micro": np.uint8(4)}}
+    recipe = recipe_from(raw)
+    assert (recipe.seed, recipe.phases[0].tokens, recipe.phases[0].batch.sequences) == (3, 10_000, 8)
+    assert recipe_from(yaml.safe_load(yaml.safe_dump(recipe.plain()))) == recipe
+    with pytest.raises(RecipeError, match=r"seed: .*-1.* is invalid: write a whole number"):
+        recipe_from(raw | {"seed": np.int64(-1)})
 
 
 def test_a_path_in_brackets_is_answered_with_one_in_dots(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ class BaseAdvice:
 
 def of_bases(table: UsableRows) -> bool:
     """Whether all runs started from a base."""
-    return "base" in table.rows and bool(table.rows["base"].notna().all())
+    return not table.rows.empty and bool(table.rows["base"].notna().all())
 
 
 def advise_base(

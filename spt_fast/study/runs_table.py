@@ -28,12 +28,13 @@ import pyarrow.parquet as pq
 
 from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, nearest
+from spt_fast.fields import naming
 from spt_fast.files import replacing
 from spt_fast.outputs import check_output, head
 from spt_fast.study.behind import NAMES
 from spt_fast.study.runs import evaluations_of
 from spt_fast.study.settings import SETTINGS, setting_of
-from spt_fast.study.usable import with_average
+from spt_fast.study.usable import numbers, with_average
 from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
 
 CONTENT = ("domain", "general", "domain_text", "general_text")
@@ -143,6 +144,7 @@ class Row:
 
 
 COLUMNS = tuple(column.name for column in fields(Row))
+NUMBERS = tuple(column.name for column in fields(Row) if column.type in ("int", "float"))
 
 
 def read_table(
@@ -258,7 +260,8 @@ def load_table(path: Path) -> pd.DataFrame:
                 f"{path}: has no column {column!r}; {nearest(column, list(table.columns))}; tables of runs are "
                 "written by `spt-fast sweep`"
             )
-    return table
+    with naming(path):
+        return table.assign(**{name: numbers(table[name]) for name in NUMBERS if table[name].dtype.kind not in "iuf"})
 
 
 def last_runs(folder: Path) -> list[Path]:

@@ -26,6 +26,8 @@ NUMBERS = (
     *(name for name in SETTING_NUMBERS if name not in ("lr", "clip")),
 )
 NEEDED = ("run", "after", "status", "start", "handed_on", *ALIKE, *NUMBERS)
+IN_EVERY_ROW = ("run", "status")
+IN_FINISHED_RUNS = ("stage", "params", "seed", "domain_tokens", "handed_on")
 PRETRAINING = ["pretrain_tokens", "pretrain_delta"]
 SHARES = ["delta", "injected", "pretrain_delta"]
 STAGE = ["run", "stage"]
@@ -51,7 +53,8 @@ class UsableRows:
 def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     """The rows that laws may use; UsableRows are returned unchanged.
 
-    Raises DataError for a table that lacks columns, holds shares above 1, or mixes tokenizers or held-out texts.
+    Raises DataError for a table that lacks columns or values in them, holds shares above 1, or mixes tokenizers or
+    held-out texts.
     """
     if isinstance(table, UsableRows):
         return table
@@ -64,7 +67,6 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     rows = rows if "base" in rows else rows.assign(base=None)
     if rows.empty:
         raise DataError("the runs table has no finished run; train one first")
-    rows = rows.assign(**{name: _numbers(rows[name]) for name in NUMBERS}, handed_on=rows["handed_on"].astype(bool))
     for name in SHARES:
         check(name, rows[name].dropna().to_numpy(), SHARE, DataError)
     _check_alike(rows)
@@ -111,13 +113,25 @@ def _check_columns(table: pd.DataFrame) -> pd.DataFrame:
         raise DataError(invalid("table", table, "give a pandas DataFrame, as read_table makes it"))
     table = with_settings(with_average(table)).assign(other=table.get("other", ""))
     require_columns(table, NEEDED, "the runs table")
-    return table
+    table = table.assign(**{name: numbers(table[name]).replace([np.inf, -np.inf], np.nan) for name in NUMBERS})
+    done = table["status"] == "done"
+    for name in (*IN_EVERY_ROW, *IN_FINISHED_RUNS):
+        lacks = (table[name].isna() & (done | (name in IN_EVERY_ROW))).to_numpy()
+        if lacks.any():
+            raise DataError(
+                f"{name} is missing in {lacks.sum()} of {len(table)} rows of the runs table (the first is row "
+                f"{lacks.argmax()}); fill it in, or leave these rows out"
+            )
+    other = table["handed_on"][done & ~table["handed_on"].isin([True, False])]
+    if len(other):
+        raise DataError(invalid("handed_on", other.iloc[0], "a row of the runs table has True or False there"))
+    return table.assign(handed_on=table["handed_on"].astype(bool))
 
 
-def _numbers(column: pd.Series) -> pd.Series:
-    """The column as floats, with NaN for infinite values; DataError if it holds text."""
+def numbers(column: pd.Series) -> pd.Series:
+    """The column as floats; DataError if it holds text."""
     try:
-        return pd.to_numeric(column).astype(float).replace([np.inf, -np.inf], np.nan)
+        return pd.to_numeric(column).astype(float)
     except (TypeError, ValueError) as error:
         raise DataError(invalid(str(column.name), str(error), "a column of the runs table must hold numbers")) from None
 

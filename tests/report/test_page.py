@@ -19,10 +19,11 @@ from markupsafe import escape
 
 from spt_fast import cli, laws
 from spt_fast.advice.advise import advise
+from spt_fast.advice.result import Advice
 from spt_fast.errors import DataError
 from spt_fast.report import panels, sections
 from spt_fast.report.decision import compared, decide
-from spt_fast.report.page import page, provenance
+from spt_fast.report.page import page, provenance, report
 from spt_fast.report.sections import pretraining
 from spt_fast.study import views
 from spt_fast.study.compare import Finetune
@@ -501,6 +502,19 @@ def test_a_table_without_general_losses_still_makes_a_page() -> None:
     assert "These runs do not decide the pretraining mixture yet." in said
     assert "No finetune here has a general held-out loss before and after." in said
     assert "Lower is better." in said
+
+
+def test_a_study_of_runs_whose_mixture_changes_late_makes_a_page_and_is_not_taken_for_one_of_bases(
+    tmp_path: Path,
+) -> None:
+    """No law and no comparison uses these runs, so none is left of which something could be said."""
+    table = spt_table(deltas=(0.001,), seeds=(0,), budgets=(100_000_000_000,))
+    table.loc[(table["stage"] == 0) & (table["tokens"] < 90e9), "delta"] = 0.0
+    assert usable(table).rows.empty
+    save_table(table, tmp_path)
+    report([tmp_path], tmp_path / "page.html")
+    assert "share changes within a stage" in (tmp_path / "page.html").read_text()
+    assert isinstance(advise(domain_tokens="300M", budget="100B", table=table), Advice)
 
 
 def test_the_page_reports_the_text_behind_its_losses() -> None:

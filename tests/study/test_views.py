@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -273,6 +274,16 @@ def test_a_saved_table_gives_the_same_views(tmp_path: Any) -> None:
         pd.testing.assert_frame_equal(frame, only(views.post_finetuning(usable(SPT)))[1], check_dtype=False)
 
 
+def test_numbers_that_a_table_holds_as_text_are_read_and_other_text_is_refused(tmp_path: Path) -> None:
+    SPT.assign(delta=SPT["delta"].astype(str), lr=SPT["lr"].astype(str)).to_parquet(tmp_path / "table.parquet")
+    pd.testing.assert_frame_equal(load_table(tmp_path / "table.parquet")[["delta", "lr"]], SPT[["delta", "lr"]])
+    SPT.assign(flops="many").to_csv(tmp_path / "table.csv")
+    with pytest.raises(
+        DataError, match=r"table\.csv: flops: .*many.* is invalid: a column of the runs table must hold"
+    ):
+        load_table(tmp_path / "table.csv")
+
+
 # ------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -286,6 +297,10 @@ def test_the_synthetic_table_has_the_columns_of_a_real_one() -> None:
         ("delta", 5.0, "delta: 5.0 is invalid: a fraction between 0 and 1, not a percentage; 5% is 0.05"),
         ("pretrain_delta", 2.0, "pretrain_delta: 2.0 is invalid: a fraction between 0 and 1, not a percentage"),
         ("lr", "high", "lr: .*high.* is invalid: a column of the runs table must hold numbers"),
+        ("run", None, "run is missing in 1 of 534 rows of the runs table .the first is row 533.; fill it in, or"),
+        ("stage", np.nan, "stage is missing in 1 of 534 rows"),
+        ("domain_tokens", np.inf, "domain_tokens is missing in 1 of 534 rows"),
+        ("handed_on", "no", "handed_on: 'no' is invalid: a row of the runs table has True or False there"),
     ],
 )
 def test_invalid_columns_are_refused(column: str, value: Any, says: str) -> None:
