@@ -100,13 +100,21 @@ class Sizing:
     """Tokens of a training sequence."""
     tokens: int
     """Tokens of the main phase."""
-    hours: float
     device: Device
+    arms: int = 1
+    """Learning rates that the main phase tries, each with all tokens."""
     way: Way = Way()
 
     @property
     def parameters(self) -> int:
         return parameters(self.config)
+
+    @property
+    def hours(self) -> float:
+        """The time of the whole training. It is less than the user gave if the text is short, and more if even the
+        shortest training takes longer."""
+        flops = self.arms * self.tokens * train_flops_per_token(self.config, self.window) * self.way.time_factor
+        return flops / (TRAINING_SHARE * self.device.flops_per_s * 3600)
 
     @property
     def flops(self) -> float:

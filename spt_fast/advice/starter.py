@@ -81,7 +81,7 @@ class Begun:
     epochs: dict[str, float]
     """How often each source is read, the finetune included."""
     hours: float
-    """The hours that the training is sized for."""
+    """The time of the training, estimated from this machine's speed."""
 
 
 def begin(
@@ -166,7 +166,7 @@ def begin(
         tokens=plan.tokens,
         domain_share=float(plan.share),
         epochs=epochs,
-        hours=hours,
+        hours=plan.hours,
     )
 
 
@@ -238,7 +238,6 @@ class FromScratch(Sizing):
                 config=config,
                 window=config.context,
                 tokens=max(two_digits(tokens), 100 * config.context),
-                hours=hours,
                 device=device,
                 name=preset,
             )

@@ -118,8 +118,6 @@ class FromBase(Sizing):
     anchor: ClassVar[bool] = True
     """The study tries one."""
     base: Base
-    arms: int
-    """Learning rates that are tried, each with all tokens."""
     finetunes: bool
     """Whether it is a finetune; else it continues pretraining."""
 
@@ -133,10 +131,8 @@ class FromBase(Sizing):
             config=base.config,
             window=window,
             tokens=fewest,
-            hours=hours,
             device=device,
             base=base,
-            arms=1,
             finetunes=False,
         ).fitted()
         flops = train_flops_per_token(base.config, window) * sized.way.time_factor
@@ -144,11 +140,11 @@ class FromBase(Sizing):
         arms = ARMS if by_time >= ARMS * twice else 1
         tokens = max(fewest, two_digits(min(by_time / arms, FINETUNE_EPOCHS * corpora[1].tokens)))
         sized = replace(sized, tokens=tokens, arms=arms, finetunes=by_time >= twice)
-        if (times := sized.arms * sized.tokens / by_time) > 1.1:
+        if sized.hours > 1.1 * hours:
             warnings.warn(
                 f"hours: {duration(3600 * hours)} is short for {amount(sized.parameters)} parameters on this machine "
                 f"({device.kind}): the minimum of {amount(sized.tokens)} tokens takes about "
-                f"{duration(3600 * hours * times)}; allow more hours, or use a smaller base",
+                f"{duration(3600 * sized.hours)}; allow more hours, or use a smaller base",
                 SptWarning,
                 stacklevel=3,
             )

@@ -10,11 +10,12 @@ import torch
 
 from spt_fast import cli
 from spt_fast.advice import sizing, starter
-from spt_fast.advice.sizing import Corpus, Device
+from spt_fast.advice.sizing import TRAINING_SHARE, Corpus, Device
 from spt_fast.config import load_recipe, recipe_from
 from spt_fast.data.tokenizer import train_tokenizer
 from spt_fast.errors import DataError, RecipeError, SptWarning
 from spt_fast.fields import parse_yaml
+from spt_fast.quantities import duration
 from spt_fast.study import sweep
 from spt_fast.train.plan import make_plan
 from spt_fast.train.price import Machine, price, speed_of
@@ -116,6 +117,20 @@ def test_text_becomes_a_recipe_that_can_be_planned_and_a_study_that_can_be_price
             hours=0.1,
         )
     assert load_recipe(tmp_path / "second" / "recipe.yaml").tokenizer == str(out / "data" / "bpe.tiktoken")
+
+
+def test_the_time_is_what_the_tokens_take_if_the_text_ends_before_the_hours(
+    texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = 1e9
+    slow_machine(monkeypatch, rate)
+    begun = starter.begin(*texts, tmp_path / "long", hours=1000, progress=False)
+    plan = make_plan(load_recipe(begun.recipe), world=1)
+    assert begun.hours < 10
+    assert begun.hours == pytest.approx(begun.tokens * plan.flops_per_token(0) / rate / TRAINING_SHARE / 3600)
+    assert f" parameters for about {duration(3600 * begun.hours)} on this" in begun.recipe.read_text()
+    short = starter.begin(*texts, tmp_path / "short", hours=begun.hours / 2, progress=False)
+    assert short.hours == pytest.approx(begun.hours / 2, rel=0.06)  # tokens have two digits
 
 
 def test_text_key_and_skip_bad_apply_to_the_text_of_init(
