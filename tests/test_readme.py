@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ SMALLER_STUDY = {
 
 
 def smaller(command: str) -> str:
-    """A sweep in seconds."""
+    """A sweep in seconds, and the start of a training that `init` has sized for an hour."""
+    if "train chem/recipe.yaml" in command:
+        return f"{command} --dry-run"
     changes = "".join(f" --set '{key}={value}'" for key, value in SMALLER_STUDY.items())
     return command + changes if " sweep " in command else command
 
@@ -114,7 +117,11 @@ def test_the_example_of_the_kernels_runs() -> None:
     q, k, v = (torch.randn(2, 8, heads, 16) for heads in (4, 2, 2))
     given = {"x_ND": q.reshape(16, 64), "weight_VD": torch.randn(9, 64), "targets_N": torch.arange(16) % 9}
     given |= {"q_BTHD": q, "k_BTHD": k, "v_BTHD": v, "cuts": torch.tensor([0, 5, 16], dtype=torch.int32)}
-    exec(next(block.text for block in BLOCKS if block.language == "python"), given)
+    code = next(block.text for block in BLOCKS if block.language == "python")
+    exec(code, given)
+    shown = re.findall(r"^(mixture\.\w+\(.*?\))  # (\(.*?\)|\{.*?\})", code, re.MULTILINE)
+    assert [repr(eval(call, given)) for call, _ in shown] == [result for _, result in shown]
+    assert len(shown) == 2
     assert given["loss"].shape == ()
     assert given["o"].shape == q.shape
 
