@@ -354,10 +354,7 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
     tokenizer, an id beyond the vocabulary, a corpus shorter than a window, a source whose share gives it no sample,
     a batch that doesn't divide among `world` processes.
     """
-    if recipe.engine.cuda_graphs is True and pick_device().type != "cuda":
-        raise RecipeError("engine.cuda_graphs: there is no GPU here; write auto")
-    if recipe.engine.fp8 and (problem := fp8.obstacle(pick_device())):
-        raise RecipeError(f"engine.fp8: {problem}; set it to false, or take a newer GPU")
+    _check_engine(recipe)
     if recipe.tokenizer and tokenizer is None:
         tokenizer = Tokenizer.load(recipe.tokenizer)
     with naming("init"):
@@ -386,37 +383,61 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
     phases = []
     for index, phase in enumerate(recipe.phases):
         where = f"phases[{phase.name}]"
-        sequences, micro = phase.batch.sequences, phase.batch.micro or 1
-        if sequences % (micro * world):
-            raise RecipeError(
-                f"{where}.batch.sequences: {sequences} does not divide among {world} processes with micro-batches of "
-                f"{micro}; choose a multiple of {micro * world}"
-            )
+        _check_batch(phase, where, world)
         context, steps = phase.window(model.context), phase.steps(model.context)
         with naming(f"{where}.batch.context"):
             rings = {name: Ring(data.num_tokens, context, recipe.seed, name) for name, data in train.items()}
         mixture = Mixture(phase.mixture)
         try:
-            check_every_source_is_drawn(mixture, steps * sequences)
+            check_every_source_is_drawn(mixture, steps * phase.batch.sequences)
         except RecipeError as error:
             raise RecipeError(f"{where}.mixture: {error}") from None
-        if phase.freeze == "embeddings" and model.tied and not any(p.untie for p in recipe.phases[: index + 1]):
-            raise RecipeError(
-                f"{where}.freeze: the embedding is also the head, which would be frozen too; give the head its "
-                f"own copy with {where}.untie: true"
-            )
-        if phase.evaluation.samples and not (tokenizer and heldout):
-            missing = "a tokenizer to decode text with; name the data's in `tokenizer`" if heldout else "held-out text"
-            raise RecipeError(f"{where}.eval.samples: needs {missing}, or write 0")
-        if phase.documents:
-            for field, data in datasets:
-                if data.document_ends is None:
-                    raise DataError(
-                        f"{field}: {data.path} records no documents, which {where}.documents needs; set it to false, "
-                        "or prepare the text with `spt-fast prepare`"
-                    )
+        untied = not model.tied or any(earlier.untie for earlier in recipe.phases[: index + 1])
+        _check_phase(phase, where, datasets, untied=untied, heldout=bool(heldout), tokenizer=tokenizer)
         phases.append(PhasePlan(index, phase, mixture, steps, context, rings))
     return Plan(recipe, model, tokenizer, init_digest, train, heldout, tuple(phases))
+
+
+def _check_engine(recipe: Recipe) -> None:
+    if recipe.engine.cuda_graphs is True and pick_device().type != "cuda":
+        raise RecipeError("engine.cuda_graphs: there is no GPU here; write auto")
+    if recipe.engine.fp8 and (problem := fp8.obstacle(pick_device())):
+        raise RecipeError(f"engine.fp8: {problem}; set it to false, or take a newer GPU")
+
+
+def _check_batch(phase: Phase, where: str, world: int) -> None:
+    sequences, micro = phase.batch.sequences, phase.batch.micro or 1
+    if sequences % (micro * world):
+        raise RecipeError(
+            f"{where}.batch.sequences: {sequences} does not divide among {world} processes with micro-batches of "
+            f"{micro}; choose a multiple of {micro * world}"
+        )
+
+
+def _check_phase(
+    phase: Phase,
+    where: str,
+    datasets: list[tuple[str, TokenDataset]],
+    *,
+    untied: bool,
+    heldout: bool,
+    tokenizer: BaseTokenizer | None,
+) -> None:
+    """Raises RecipeError or DataError if the phase needs what the model or the datasets don't have."""
+    if phase.freeze == "embeddings" and not untied:
+        raise RecipeError(
+            f"{where}.freeze: the embedding is also the head, which would be frozen too; give the head its "
+            f"own copy with {where}.untie: true"
+        )
+    if phase.evaluation.samples and not (tokenizer and heldout):
+        missing = "a tokenizer to decode text with; name the data's in `tokenizer`" if heldout else "held-out text"
+        raise RecipeError(f"{where}.eval.samples: needs {missing}, or write 0")
+    for field, data in datasets if phase.documents else ():
+        if data.document_ends is None:
+            raise DataError(
+                f"{field}: {data.path} records no documents, which {where}.documents needs; set it to false, "
+                "or prepare the text with `spt-fast prepare`"
+            )
 
 
 def unknown_id(recipe: Recipe, where: str, data: TokenDataset, id_: int, model: GPTConfig) -> DataError:
