@@ -330,7 +330,7 @@ class Comparison:
     verdict: dict[str, dict[Treatment, Verdict]]
     """By figure, a key of JUDGED."""
     warnings: Sequence[str] = ()
-    """Differences between the runs that may explain their losses, beside treatment, budget and seed."""
+    """Failed runs of a study, and differences that may explain losses, beside treatment, budget and seed."""
     tasks: Sequence[TaskTable] = ()
     """The runs' task scores, in the order of `runs`."""
     settings: Sequence[Tried] = ()
@@ -360,7 +360,8 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
     """
     if not folders:
         raise RecipeError("runs: none given; give the folders of finished runs, or of a study")
-    runs = [FinishedRun.read(run) for folder in folders for run in last_runs(Path(folder))]
+    found_in = [last_runs(Path(folder)) for folder in folders]
+    runs = [FinishedRun.read(run) for last, _ in found_in for run in last]
     check_comparable(runs)
     finetunes, tried = best_settings([Finetune.of(run) for run in runs])
     found = compare_finetunes(finetunes)
@@ -369,7 +370,7 @@ def compare(folders: Sequence[str | Path]) -> Comparison:
         found,
         domain=runs[0].domain,
         general=runs[0].general,
-        warnings=differences(runs, searched=bool(tried)),
+        warnings=[*(said for _, left_out in found_in for said in left_out), *differences(runs, searched=bool(tried))],
         tasks=tasks,
         settings=tried,
     )

@@ -27,7 +27,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from spt_fast.config import Phase, Recipe
-from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, nearest
+from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, nearest, some
 from spt_fast.fields import naming
 from spt_fast.files import replacing
 from spt_fast.outputs import check_output, head
@@ -264,12 +264,17 @@ def load_table(path: Path) -> pd.DataFrame:
         return table.assign(**{name: numbers(table[name]) for name in NUMBERS if table[name].dtype.kind not in "iuf"})
 
 
-def last_runs(folder: Path) -> list[Path]:
-    """The runs of a study's last stage so far; another folder itself."""
+def last_runs(folder: Path) -> tuple[list[Path], list[str]]:
+    """The finished runs of a study's last stage so far, and a sentence on those that failed; another folder itself."""
     if not (folder / "table.parquet").exists():
-        return [folder]
+        return [folder], []
     table = load_table(folder / "table.parquet")
-    return [folder / "runs" / run for run in table.loc[table["stage"] == table["stage"].max(), "run"].unique()]
+    done, failed = (table[table["status"] == status] for status in ("done", "failed"))
+    if done.empty:
+        raise DataError(f"{folder}: the study has no finished run; train one first")
+    last = done.loc[done["stage"] == done["stage"].max(), "run"].unique()
+    said = [f"left out, because they failed: {some(failed['run'].unique())}"] if len(failed) else []
+    return [folder / "runs" / run for run in last], said
 
 
 def check_place(folder: Path) -> None:

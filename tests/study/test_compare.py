@@ -14,11 +14,12 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.errors import CheckpointError, DataError, RecipeError
 from spt_fast.printing import as_json
 from spt_fast.study.compare import compare, compute_multiplier, general_when
 from spt_fast.study.figures import write
 from spt_fast.study.findings import findings, print_comparison
+from spt_fast.study.runs_table import Row, in_columns, save_table
 from tests.study.fake_runs import fake_run
 
 NPT = [(7.0, 5.0), (6.0, 6.0), (5.0, 8.0)]
@@ -269,6 +270,29 @@ def test_a_gain_is_that_of_the_common_budget_but_the_multiplier_uses_all_budgets
         (0.05, 1_000_000),
         (0, 4_000_000),
     ]
+
+
+def test_a_study_is_compared_without_its_failed_runs_which_are_named(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / "runs" / name, NPT, delta=delta) for name, delta in (("npt", "0"), ("spt", "0.05"))]
+    of_all: dict[str, Any] = {
+        "phase": "finetune",
+        "stage": 1,
+        "after": "",
+        "params": 1,
+        "seed": 0,
+        "domain_tokens": 1,
+        "tokenizer": "bpe",
+    }
+    done = [Row(run=run.name, status="done", handed_on=True, **of_all) for run in runs]
+    failed = Row(run="diverged", status="failed", handed_on=False, **of_all)
+    save_table(in_columns([*done, failed]), tmp_path)
+    found = compare([tmp_path])
+    assert [run.name for run in found.runs] == ["npt", "spt"]
+    assert found.warnings[0] == "left out, because they failed: diverged"
+    assert findings(found) == findings(compare(runs))
+    save_table(in_columns([failed]), tmp_path)
+    with pytest.raises(DataError, match="the study has no finished run; train one first"):
+        compare([tmp_path])
 
 
 # ------------------------------------------------------------------------------------------------ verdict
