@@ -577,8 +577,11 @@ def generate(
 
         >>> spt.generate("runs/chem", "The solvent is", 50)[0].text
     """
+    from spt_fast.fields import integer
     from spt_fast.train.release import generate_texts
 
+    tokens = _parsed(integer(0), tokens, "tokens")
+    seed = _parsed(integer(-(2**63), 2**64 - 1), seed, "seed")
     asked = [prompts] if isinstance(prompts, str) else prompts
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     own = None if tokenizer is None else str(tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -169,6 +170,10 @@ def test_what_is_wrong_is_said_in_the_name_of_an_argument_or_its_flag(
             what()
     with pytest.raises(RecipeError, match=r"^jobs: 0 is invalid: write a whole number, at least 1"):
         spt.sweep("spt", jobs=0)
+    with pytest.raises(RecipeError, match=r"^tokens: -1 is invalid: write a whole number"):
+        spt.generate("x", tokens=-1)
+    with pytest.raises(RecipeError, match=r"^hours: inf is invalid: write a number above 0"):
+        spt.init("a.jsonl", "b.jsonl", tmp_path / "begun", hours=math.inf)
     with pytest.raises(RecipeError, match=r"^data: missing; give `data=PREFIX`, `tasks=TASK`"):
         spt.evaluate("x")
     assert "missing; give --data PREFIX, --tasks TASK or both" in said(monkeypatch, capsys, "eval", "x")[1]

@@ -13,6 +13,7 @@ the recipe's comments name each one. `spt_fast.advice.sizing` has the rules that
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -116,7 +117,7 @@ def begin(
     for file in (recipe, study):
         if file.exists():
             raise RecipeError(f"out: {file} exists; choose another folder, or move the file away", argument=True)
-    if hours is not None and not hours > 0:
+    if hours is not None and not 0 < hours < math.inf:
         raise RecipeError(invalid("hours", hours, "write a number above 0"), argument=True)
     base = None if init is None else starter_base.Base.of(Path(init), tokenizer)
     names = [Path(given).name.split(".")[0] for given in (general, domain)]

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import spt_fast as spt
 from spt_fast import cli
 from spt_fast.errors import DataError
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -43,6 +45,8 @@ def test_prompts_are_continued_as_each_alone(
     assert all(one.ended == (one.new_tokens < 30) for one in together)
     assert any(one.ended for one in together)
     assert all("<|endoftext|>" not in one.text for one in together)
+    numpy: dict[str, Any] = {"tokens": np.int64(30), "top_k": np.int64(9), "seed": np.uint32(2)}
+    assert spt.generate(weights, prompts[:1], temperature=1.0, **numpy) == together[:1]
     file = weights / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts[1:]))
     words = ["generate", weights, "--prompt", "ab", "--prompts", file, "--tokens", 30, "--top-k", 9, "--seed", 2]
