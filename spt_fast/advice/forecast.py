@@ -4,7 +4,8 @@ The domain loss is PostFinetuneLaw's. The loss before finetuning that it needs c
 MixtureRepetitionLaw or a curve for each share: from the one with the smallest error when the largest budget is held
 out. The general loss comes from the same law fitted to general losses, a power law in the budget before and after
 finetuning for each share (our choice: no paper has a law for it). To estimate how certain the best share is, the laws
-are refitted to resampled runs, and the draws in which each share is best are counted.
+are refitted to losses with further errors as large as those of the runs (which one seed leaves to be assumed, see
+PostFinetuneLaw), and the draws in which each share is best are counted.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Forecast:
     tokens: float
     outcomes: dict[float, Outcome]
     draws: np.ndarray
-    """[draws, shares]: domain losses by laws fitted to resampled runs."""
+    """[draws, shares]: domain losses by laws fitted to losses with further errors."""
     standing: Standing
 
     def best_in(self, allowed: np.ndarray) -> np.ndarray:
@@ -82,7 +83,8 @@ def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> 
         before = _best_before(before_law, tokens)
     said = {str(w.message): None for w in caught if not issubclass(w.category, ExtrapolationWarning)}
     name = f"{type(law.heldout).__name__} and PostFinetuneLaw" if law.heldout else "PostFinetuneLaw"
-    standing = Standing(name, error, _against(law, _last(rows)), before, list(said))
+    spread, told = law.between_seeds_
+    standing = Standing(name, error, _against(law, _last(rows)), before, list(said), None if told else spread)
     outcomes = dict(zip(deltas, map(Outcome, domain, general, forgetting), strict=True))
     return Forecast(tokens, outcomes, draws, standing)
 

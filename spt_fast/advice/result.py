@@ -90,7 +90,8 @@ class Share(Outcome):
     allowed: bool
     """Whether at least one replay that was run keeps the general loss within the limit."""
     best_in: float
-    """The part of the resamplings in which this share has the lowest domain loss."""
+    """The part of the refits, with errors as large as those of the runs, in which this share has the lowest domain
+    loss."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,9 @@ class Standing:
     before_finetuning: float | None = None
     """The share with the lowest domain loss before finetuning; it may lie between shares that were run."""
     warnings: list[str] | None = None
+    assumed_spread: float | None = None
+    """The standard deviation of domain losses between seeds, as a share of them, that is assumed because the runs have
+    one seed; None if they show it."""
 
 
 @dataclass(frozen=True, kw_only=True)

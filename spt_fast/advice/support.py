@@ -14,7 +14,11 @@ from spt_fast.study.words import amount, number, percent
 NEAR = 1.5
 """The factor up to which a question outside the runs still counts as within them."""
 SURE = 0.8
-"""The share of the resamplings from which on the best share counts as settled."""
+"""The share of the refits from which on the best share counts as settled."""
+ASSUMED = (
+    "a standard deviation of {:.2g}% between seeds is assumed, from how far these losses lie from their curves and how "
+    "much more seeds differed in stored studies"
+)
 UNITS = {
     "budget": "pretraining tokens",
     "tokens": "tokens",
@@ -101,10 +105,16 @@ def _verdict(decision: Decision, evidence: Evidence, factors: dict[str, float], 
     if _is_largest(decision, shares):
         said.append(f"{percent(decision.delta)} is the largest share that was run: a larger one may be better")
     if _seeds(evidence) < 2:
-        said.append("with one seed it is unknown how much of the differences is chance")
+        spread = known.standing.assumed_spread
+        said.append(
+            "with one seed it is unknown how much of the differences is chance"
+            + (f": {ASSUMED.format(100 * spread)}" if spread is not None else "")
+        )
     likely = sorted((row for row in shares if row.best_in >= 0.05), key=lambda row: -row.best_in)
     found = ", ".join(f"{percent(row.delta)} in {row.best_in:.0%}" for row in likely)
-    said.append(f"refitted to resampled runs, the laws have as the best share {found} of the fits")
+    said.append(
+        f"refitted with errors as large as those of the runs, the laws have as the best share {found} of the fits"
+    )
     return "; ".join(said)
 
 

@@ -118,6 +118,10 @@ class Law:
     def _remedy(self) -> str:
         return "add runs that differ in what these parameters act on"
 
+    def _told(self, columns: Columns, of: str) -> bool:
+        """Whether the runs show how much runs of one setting differ."""
+        return all(fit.noise.told for fit in self._fits.values())
+
     def _doubts(self) -> str | None:
         """Which rows do not suit the law, after a fit."""
         return None
@@ -207,7 +211,7 @@ class Law:
                 "run and share its error, so they do not show how far another run would differ; run a second seed"
             )
         error = reach(self._variance(values, of) + self._misfit(values, of), interval)
-        if not all(fit.noise.told for fit in self._fits.values()):
+        if not self._told(values, of):
             _warn(
                 f"{type(self).__name__}: these runs do not show how much two runs of one setting differ; the interval "
                 f"assumes about {LIKELY:g} times the noise of a run's evaluations; run settings with two seeds or more",
@@ -242,7 +246,8 @@ class Law:
         """{parameter: (low, high)} at `level`, over `n` fits to resampled runs, each starting from the law's own.
 
         A draw weights each run by an exponential variate instead of a count (the Bayesian bootstrap), so that no draw
-        loses so many runs that the parameters are undefined. Curves with a single run are resampled by points.
+        loses so many runs that the parameters are undefined. Curves with a single run are resampled by points, but
+        PostFinetuneLaw draws errors instead.
         """
         level = probability("level", level)
         draws = [law.params_ for law in self.resampled(table, whole("n", n, least=2), seed)]
@@ -251,24 +256,29 @@ class Law:
         return {name: (float(low), float(high)) for name, (low, high) in edges.items()}
 
     def resampled(self, table: Any, n: int = 200, seed: int = 0) -> Iterator[Self]:
-        """The law in each of `n` draws of `bootstrap`: how a prediction, or a decision, varies with the runs."""
+        """The law in each of `n` draws of `bootstrap`: how a prediction, or a decision, varies with the runs.
+
+        Raises RecipeError and DataError."""
+        n, seed = whole("n", n, least=1), whole("seed", seed, least=0)
         if not hasattr(self, "_fits"):
             self.fit(table)
-        rows = self._prepare(read(table, self.inputs, self.outputs))
-        yield from self._resampled_to(rows, whole("n", n, least=1), whole("seed", seed, least=0))
+        return self._resampled_to(self._prepare(read(table, self.inputs, self.outputs)), n, seed)
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
     def _resampled_to(self, rows: Rows, n: int, seed: int) -> Iterator[Self]:
         self._require_enough(rows)
-        run = self._resampled(rows)
-        weights = np.random.default_rng(seed).exponential(size=(n, run.max() + 1))[:, run]
-        drawn = self._fit(rows, weights, self._fits)
+        drawn = self._fit(*self._drawn(rows, n, np.random.default_rng(seed)), self._fits)
         for i in range(n):
             law = copy(self)
             law._fits = {key: fit.drawn(i) for key, fit in drawn.items()}
             law.params_ = {name: float(value) for name, value in self._named(law._fits).items()}
             yield law
+
+    def _drawn(self, rows: Rows, n: int, rng: np.random.Generator) -> tuple[Rows, Array]:
+        """The rows of `n` draws, and their weights [draws, rows]."""
+        run = self._resampled(rows)
+        return rows, rng.exponential(size=(n, run.max() + 1))[:, run]
 
     def _resampled(self, rows: Rows) -> Array:
         """Units of resampling: a run, or a point if a group of rows has only one run."""

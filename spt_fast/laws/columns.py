@@ -44,7 +44,8 @@ SHARE, POSITIVE_SHARE = Column(zero=True, share=True), Column(share=True)
 
 @dataclass(frozen=True)
 class Rows:
-    """A table's columns as float64, and the run of each row (numbered from 0; each row its own without `run`)."""
+    """A table's columns as float64, and the run of each row (numbered from 0; each row its own without `run`). Columns
+    are [rows], or [draws, rows] where each draw has its own."""
 
     columns: Columns
     run: Array
@@ -53,7 +54,7 @@ class Rows:
         return len(self.run)
 
     def where(self, mask: Array) -> Rows:
-        return Rows({name: values[mask] for name, values in self.columns.items()}, self.run[mask])
+        return Rows({name: values[..., mask] for name, values in self.columns.items()}, self.run[mask])
 
 
 def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) -> Rows:

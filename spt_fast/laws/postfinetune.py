@@ -8,6 +8,18 @@ from a curve of this table for each δ: the same shape, A·T^b + C, and if six b
 information criterion) + G·T^g for overfitting. Δ is counted from the measured L_test for `gain` and where L_test is
 given, else from the L_test of that law or curve, so that its error at one δ does not come back after finetuning. Least
 squares. Decisions: the best δ at a budget, and the budget at which one δ overtakes another.
+
+Assumed for intervals, and for the draws of `resampled` and `bootstrap`:
+
+    noise        of losses after finetuning is as large at every δ, since one δ has too few runs to show it. (Before
+                 finetuning it is each δ's own: a domain that was never read varies more.) If each δ has one run, runs
+                 differ by about LIKELY times the noise of a point: in three stored studies of two seeds it was 0.3, 0.4
+                 and 1.3 times (benchmarks/LOG.md)
+    draws        are fits to the table with further errors of that size. Weights of runs, as other laws have them, would
+                 spread by √((n − 1)/(n + 1)) of the error of n seeds, so not at all for one
+    overfitting  that a curve A·T^b + C does not show may yet rise beyond its budgets. b_gap(δ) = δ·b_s + (1 − δ)·b_g of
+                 OverfittingLaw is at most δ/10%, since b_gap < 1 up to δ = 10% and b_g < 0: g is drawn evenly up to
+                 that. G·T^g is hardly more than what the loss fell by: more would show in the runs
 """
 
 from __future__ import annotations
@@ -18,13 +30,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
+from scipy.linalg import block_diag
 
 from spt_fast.errors import RecipeError
 from spt_fast.laws.base import Law, require_points
 from spt_fast.laws.columns import LOSS, POSITIVE, SHARE, Array, Column, Columns, Loss, Rows, number
-from spt_fast.laws.fitting import DRAWS, Curve, Fit, Parameter, solve
+from spt_fast.laws.fitting import DIFFERS, DRAWS, QUANTILES, Curve, Fit, Noise, Parameter, solve
 from spt_fast.laws.mixture_repetition import MixtureRepetitionLaw
-from spt_fast.laws.overfitting import OverfittingLaw, overtaking
+from spt_fast.laws.overfitting import LARGEST_FRACTION, OverfittingLaw, overtaking
 from spt_fast.laws.powers import in_tokens, offset_power, power_parameters
 
 GAIN = power_parameters(-2, 1)
@@ -76,6 +89,15 @@ class PostFinetuneLaw(Law):
         self._require("_rows", "fit it to a table")
         return np.unique(self._rows.columns["fraction"]).tolist()
 
+    @property
+    def between_seeds_(self) -> tuple[float, bool]:
+        """The standard deviation of losses after finetuning between runs that differ only in their seed, as a share of
+        the mean loss; and whether these runs show it. If not (one seed for each δ), it is assumed as said above."""
+        self._require("_rows", "fit it to a table")
+        noise = self._noise("below")
+        deviation = float(np.sqrt(np.median(noise.point + noise.run)))
+        return deviation / float(self._rows.columns["finetuned_loss"].mean()), noise.told
+
     def gain(self, *, tokens: Any, fraction: float) -> Any:
         """Δ(T): by how much finetuning lowers the held-out domain loss."""
         fit = self._fits["gain", self._known(fraction)]
@@ -109,25 +131,38 @@ class PostFinetuneLaw(Law):
             self._warn_beyond(tokens=tokens)
         return tokens
 
-    def resampled(self, table: Any, n: int = 200, seed: int = 0) -> Iterator[Self]:
-        """As for every law. The law before finetuning is drawn too, if it has runs, and the gain counted from each
-        draw of it."""
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _resampled_to(self, rows: Rows, n: int, seed: int) -> Iterator[Self]:
+        """The law before finetuning is drawn too, if it has runs, and the gain counted from each draw of it."""
         if self.heldout is None or not hasattr(self.heldout, "_rows"):
-            yield from super().resampled(table, n, seed)
+            yield from super()._resampled_to(rows, n, seed)
             return
-        if not hasattr(self, "_fits"):
-            self.fit(table)
         befores: list[Any] = list(self.heldout._resampled_to(self.heldout._rows, n, seed + 1))
         many = copy(self)
         many.heldout = cast(Before, _Drawn(befores))
-        for law, before in zip(Law.resampled(many, table, n, seed), befores, strict=True):
+        for law, before in zip(Law._resampled_to(many, rows, n, seed), befores, strict=True):
             law.heldout = before
             yield law
 
-    # ---------------------------------------------------------------------------------------------------------- inside
+    def _drawn(self, rows: Rows, n: int, rng: np.random.Generator) -> tuple[Rows, Array]:
+        columns, size = dict(rows.columns), (n, len(rows))
+        for loss, curves in (("heldout_loss", "gain" if self.heldout else "heldout"), ("finetuned_loss", "below")):
+            noise, which = self._noise(curves), rng.integers(DRAWS, size=(n, 1))
+            by_run = rng.standard_normal((n, rows.run.max() + 1))[:, rows.run]
+            by_point = rng.standard_normal(size)
+            columns[loss] = columns[loss] + np.sqrt(noise.run[which]) * by_run + np.sqrt(noise.point[which]) * by_point
+        return Rows(columns, rows.run), np.ones(size)
 
-    def _groups(self, rows: Rows) -> Array:
-        return np.unique(rows.columns["fraction"], return_inverse=True)[1]
+    def _noise(self, curves: str) -> Noise:
+        """Of the `curves` of all shares together."""
+        fits = [fit for (of, _), fit in self._fits.items() if of == curves]
+        residual, run = (np.concatenate(parts) for parts in ([f.residual for f in fits], [f.curve.run for f in fits]))
+        return Noise.of(residual, run, block_diag(*[fit.moved for fit in fits]))
+
+    def _told(self, columns: Columns, of: str) -> bool:
+        after = of == "finetuned_loss" and "heldout_loss" not in columns
+        return self._noise("below").told if after else super()._told(columns, of)
 
     def _require_enough(self, rows: Rows) -> None:
         for delta in np.unique(rows.columns["fraction"]):
@@ -220,15 +255,16 @@ class PostFinetuneLaw(Law):
         return losses
 
     def _variance(self, columns: Columns, of: str) -> Array:
-        variance = np.empty((DRAWS, len(columns["fraction"])))
+        variance, noise = np.empty((DRAWS, len(columns["fraction"]))), self._noise("below")
         for delta, mask, at in self._by_delta(columns):
             tokens = columns["tokens"][mask]
             if "heldout_loss" in columns:
                 own = self._fits["gain", delta].variance(at)
             elif of == "finetuned_loss":
-                own = self._variance_after(tokens, delta)
+                own = self._variance_after(tokens, delta, noise)
             elif self.heldout is None:
-                own = self._fits["heldout", delta].variance(at)
+                before = self._fits["heldout", delta]
+                own = before.variance(at) + _unseen(before, delta, at)
             else:
                 own = self._variance_by_law(tokens, delta)
             variance[:, mask] = own
@@ -240,19 +276,21 @@ class PostFinetuneLaw(Law):
         own = law._variance(at, "heldout_loss")
         return own * np.square(law._mean(at, "heldout_loss")) if law._log_interval else own
 
-    def _variance_after(self, tokens: Array, delta: float) -> Array:
+    def _variance_after(self, tokens: Array, delta: float, noise: Noise) -> Array:
         """An error of the loss before finetuning moves the gain, which is counted from it at the runs' budgets: only
         what the gain does not follow is left at these tokens."""
         below = self._fits["below", delta]
         by_after, left_open = below.influence(self._scaled(tokens))
-        spread = below.noise.spread(by_after, below.curve.run, observed=True) + left_open
+        spread = noise.spread(by_after, below.curve.run, observed=True) + left_open
         runs = self._rows.columns["tokens"][self._rows.columns["fraction"] == delta]
         budgets, sums = np.concatenate([tokens, runs]), np.concatenate([np.eye(len(tokens)), -by_after], axis=1)
         if self.heldout is not None:
             return spread + self._known_law()._variance_of_sums(_at(budgets, delta), sums)
         before = self._fits["heldout", delta]
-        by_before, before_left_open = before.influence(self._scaled(budgets), sums)
-        return spread + before.noise.spread(by_before, before.curve.run, observed=False) + before_left_open
+        at = self._scaled(budgets)
+        by_before, before_left_open = before.influence(at, sums)
+        spread += before.noise.spread(by_before, before.curve.run, observed=False)
+        return spread + before_left_open + _unseen(before, delta, at, sums)
 
     def _known_law(self) -> Before:
         """The law before finetuning, if it knows its own errors."""
@@ -263,6 +301,26 @@ class PostFinetuneLaw(Law):
 
 def _at(tokens: Array, delta: float) -> Columns:
     return {"tokens": tokens, "fraction": np.full(len(tokens), delta)}
+
+
+def _unseen(fit: Fit, delta: float, columns: Columns, sums: Array | None = None) -> Array:
+    """Variance [draws, predictions] from overfitting that the runs do not show yet, as in `influence`.
+
+    Of a term G·T^g with the g of a draw, the power law takes up all but its curvature, and leaves the data an interval
+    for G. Its largest value counts as DIFFERS does: as the edge of a 90% interval."""
+    if len(fit.x) > len(POWER):
+        return np.zeros((1, 1))
+    g = np.random.default_rng(0).permutation(QUANTILES) * min(delta / LARGEST_FRACTION, 1)
+    seen, asked = (np.exp(np.outer(at["x"], g)) for at in (fit.curve.columns, columns))
+    power, term = fit._whitened(fit.moved), fit._whitened(seen)
+    absorbed = np.linalg.lstsq(power, term)[0]
+    left = term - power @ absorbed
+    fell = np.ptp(fit.mean(fit.curve.columns)) + 1e-9
+    precision = np.square(left).sum(axis=0) + np.square(seen.max(axis=0) / fell)
+    G = (fit._whitened(fit.residual[:, None]).T @ left)[0] / precision
+    G += np.sqrt(np.square(np.minimum(G, 0)) + DIFFERS / precision)
+    moved = G * (asked - fit.curve.gradient(fit.x, columns)[:, ~fit._at_edge] @ absorbed)
+    return np.square(moved if sums is None else sums @ moved).T / DIFFERS
 
 
 def _criterion(fit: Fit) -> float:

@@ -273,7 +273,15 @@ def test_a_budget_with_one_share_only_is_not_compared(one_budget: pd.DataFrame) 
 
 def test_with_one_seed_chance_is_called_unknown(stored: pd.DataFrame) -> None:
     given = asked(stored[stored["seed"] == 0], 100 * B)
-    assert "with one seed it is unknown how much of the differences is chance" in given["support"]["verdict"]
+    spread = given["support"]["assumed_spread"]
+    assert 0.001 < spread < 0.02
+    assert (
+        "with one seed it is unknown how much of the differences is chance: a standard deviation of "
+        f"{100 * spread:.2g}% between seeds is assumed" in given["support"]["verdict"]
+    )
+    several = asked(stored, 100 * B)["support"]
+    assert several["assumed_spread"] is None
+    assert "is assumed" not in several["verdict"]
     assert "add seeds" in given["support"]["next"]
 
 

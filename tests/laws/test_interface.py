@@ -112,6 +112,24 @@ def test_bootstrap_resamples_runs_not_points() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
+@pytest.mark.parametrize("before", [None, laws.OverfittingLaw])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"n": 0}, "n: 0 is invalid: give a whole number, at least 1"),
+        ({"n": "x"}, "n: 'x' is invalid"),
+        ({"seed": -1}, "seed: -1 is invalid: give a whole number, at least 0"),
+        ({"seed": 0.5}, "seed: 0.5 is invalid"),
+    ],
+)
+def test_invalid_draws_are_refused_before_anything_is_fitted(before: Any, given: dict[str, Any], said: str) -> None:
+    law = laws.PostFinetuneLaw(before and before().fit(OF_OVERFITTING))
+    with pytest.raises(RecipeError, match=said):
+        law.resampled(OF_FINETUNING, **given)
+    assert not hasattr(law, "params_")
+
+
+@pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
 @pytest.mark.parametrize(
     ("law", "table"),
     [

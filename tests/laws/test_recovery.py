@@ -178,6 +178,46 @@ def spread_of_draws(law: laws.PostFinetuneLaw, table: Table, of: str) -> float:
     return float(np.std(drawn))
 
 
+def after_runs_of(seeds: int, budgets: int, rng: np.random.Generator) -> tuple[laws.PostFinetuneLaw, Table]:
+    """The law of runs that differ by 0.4%, and their points by 0.3%."""
+    runs = grid(seed=range(seeds), fraction=FRACTIONS, tokens=np.geomspace(25e9, 200e9, budgets))
+    shared = np.exp(0.004 * rng.standard_normal(runs["run"].max() + 1)[runs["run"]])
+    table = finetuned(runs, rng, noise=0.003)
+    table |= {of: table[of] * shared for of in laws.PostFinetuneLaw.outputs}
+    return laws.PostFinetuneLaw().fit(table), table
+
+
+def test_intervals_beyond_the_runs_hold_overfitting_that_the_runs_hardly_show() -> None:
+    """At 5% the loss rises by 2% more than its curve up to ten times the budgets, at 0.1% it does not."""
+    inside, widths = [], []
+    at: Table = {"tokens": 2000e9, "fraction": np.array([0.001, 0.05])}
+    before = OVERFITTING.predict(**at)
+    for seed in range(5):
+        law, _ = after_runs_of(3, 4, generator(seed))
+        for of, truth in ("heldout_loss", before), ("finetuned_loss", before - gain(**at)):
+            _, low, high = law.predict(interval=0.9, of=of, **at)
+            inside.append((low <= truth) & (truth <= high))
+            widths.append((high - low) / truth)
+    assert (np.mean(inside, axis=0) >= 0.75).all()
+    assert (np.median(widths, axis=0) < 0.25).all()
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_draws_spread_as_much_as_the_law_errs(seeds: int) -> None:
+    """One seed does not show how much runs differ, and weights of three would spread by 0.7 of what the law errs."""
+    at = {"tokens": 200e9, "fraction": FRACTIONS}
+    truth, held, assumed = OVERFITTING.predict(**at) - gain(**at), [], []
+    for seed in range(8):
+        law, table = after_runs_of(seeds, 4, generator(seed))
+        low, high = np.percentile([draw.predict(**at) for draw in law.resampled(table, n=60)], [5, 95], axis=0)
+        held.append((low <= truth) & (truth <= high))
+        deviation, told = law.between_seeds_
+        assert told is (seeds > 1)
+        assumed.append(deviation)
+    assert 0.75 <= np.mean(held) <= 1
+    assert np.median(assumed) == pytest.approx(0.005, rel=0.4)
+
+
 @pytest.mark.parametrize("kind", [None, laws.OverfittingLaw, laws.MixtureRepetitionLaw])
 def test_draws_count_the_gain_from_their_own_loss_before_finetuning(kind: Any) -> None:
     """Losses before are noisy, those after are not, so that draws of the latter hardly differ."""
