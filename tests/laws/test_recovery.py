@@ -472,10 +472,12 @@ def test_what_runs_without_a_second_seed_leave_unsaid_is_warned_of() -> None:
     for seeds in (1, 2):
         runs = grid(seed=range(seeds), params=np.geomspace(1e7, 1e8, 3), tokens=np.geomspace(1e8, 1e10, 10))
         law = laws.ChinchillaLaw().fit(drawn(CHINCHILLA, runs, generator(), noise=0.003))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            law.predict(params=3e7, tokens=1e9, interval=0.9)
-        assert any("two seeds or more" in str(warning.message) for warning in caught) is (seeds == 1)
+        asked = (law, {"params": 3e7, "tokens": 1e9}), (after_runs_of(seeds, 4, generator())[0], {"fraction": 0.02})
+        for one, at in asked:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                one.predict(**{"tokens": 1e11} | at, interval=0.9)
+            assert any("two seeds or more" in str(warning.message) for warning in caught) is (seeds == 1)
 
 
 def test_one_run_has_no_interval_and_a_law_that_nothing_can_be_left_out_of_has_none_beyond_its_runs() -> None:
