@@ -126,7 +126,7 @@ class Finetune:
             name=folder.resolve().name,
             folder=str(folder),
             treatment=run.treatment,
-            seed=run.summary["seed"],
+            seed=run.recipe.seed,
             base=run.base,
             tokens=sum(trained.done["tokens"] for trained in run.pretraining),
             domain_epochs=math.fsum(trained.done["epochs"].get(run.domain, 0.0) for trained in run.pretraining),

@@ -253,11 +253,11 @@ def load_table(path: Path) -> pd.DataFrame:
         raise DataError(f"{path}: cannot be read as a table ({error}); give a table.parquet or table.csv") from None
     lacking: dict[str, Any] = {column: None if column in TEXT else math.nan for column in NEWER if column not in table}
     lacking |= dict.fromkeys({"grid", "other"} & lacking.keys(), "")
-    table = with_average(table.assign(**lacking))
+    own, table = list(table.columns), with_average(table.assign(**lacking))
     for column in COLUMNS:
         if column not in table:
             raise DataError(
-                f"{path}: has no column {column!r}; {nearest(column, list(table.columns))}; tables of runs are "
+                f"{path}: has no column {column!r}; {nearest(column, own)}; tables of runs are "
                 "written by `spt-fast sweep`"
             )
     with naming(path):

@@ -277,6 +277,9 @@ def test_a_saved_table_gives_the_same_views(tmp_path: Any) -> None:
 def test_numbers_that_a_table_holds_as_text_are_read_and_other_text_is_refused(tmp_path: Path) -> None:
     SPT.assign(delta=SPT["delta"].astype(str), lr=SPT["lr"].astype(str)).to_parquet(tmp_path / "table.parquet")
     pd.testing.assert_frame_equal(load_table(tmp_path / "table.parquet")[["delta", "lr"]], SPT[["delta", "lr"]])
+    SPT[["params", "tokens"]].to_csv(tmp_path / "table.csv", index=False)
+    with pytest.raises(DataError, match=r"table\.csv: has no column 'run'; known: params, tokens; tables of runs are"):
+        load_table(tmp_path / "table.csv")
     SPT.assign(flops="many").to_csv(tmp_path / "table.csv")
     with pytest.raises(
         DataError, match=r"table\.csv: flops: .*many.* is invalid: a column of the runs table must hold"
@@ -329,6 +332,8 @@ def test_stages_may_have_different_held_out_texts() -> None:
 def test_anything_but_a_runs_table_is_refused() -> None:
     with pytest.raises(DataError, match="no column 'domain_select'; did you mean 'domains_select'"):
         views.cmr(usable(SPT.rename(columns={"domain_select": "domains_select"})))
+    with pytest.raises(DataError, match=r"the runs table has no column 'run'; known: loss, params$"):
+        views.cmr(usable(SPT[["params"]].assign(loss=1.0)))
     with pytest.raises(DataError, match=r"table: .* is invalid: give a pandas DataFrame, as read_table makes it"):
         views.cmr(usable({"run": []}))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no finished run"):
