@@ -52,7 +52,7 @@ def parse_share(value: object, where: str) -> Fraction:
             invalid(where, value, "write a percent (2%), a decimal (0.02) or a fraction (1/50)")
         ) from None
     if not 0 <= share <= 1:
-        meant = "" if text.endswith("%") else f"; did you mean {text}%?"
+        meant = f"; did you mean {text}%?" if 1 < share <= 100 and not text.endswith("%") else ""
         raise RecipeError(invalid(where, value, f"write a share between 0 and 1{meant}"))
     return share
 

@@ -16,6 +16,7 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from spt_fast.errors import SptWarning
 from spt_fast.quantities import heading, read
@@ -55,12 +56,12 @@ IN_ASCII = {"·": "-", "±": "+-", "→": "->", "←": "<-", "…": "~", "×": "
 
 def set_up() -> None:
     """Write characters that the terminal's encoding lacks in ASCII, or in names as escapes (\\u03b4), instead of
-    failing, and each of our warnings as one line."""
+    failing, and each of our warnings as one sentence without its place in the code."""
     codecs.register_error("spt_fast", _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="spt_fast")
-    warnings.formatwarning = _as_one_line
+    warnings.formatwarning = _as_sentence
     warnings.filterwarnings("ignore", "Glyph")  # a character of a name that matplotlib's font lacks
 
 
@@ -73,9 +74,9 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 _format_elsewhere = warnings.formatwarning
 
 
-def _as_one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+def _as_sentence(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
     if issubclass(category, SptWarning):
-        return f"spt-fast: warning: {message}\n"
+        return in_lines(f"spt-fast: warning: {message}") + "\n"
     return _format_elsewhere(message, category, *where, **line)
 
 
@@ -89,6 +90,19 @@ def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
     if console.width < MIN_WIDTH:  # the width is unknown, as with COLUMNS=0: nothing would be visible
         console.width = 80
     return console
+
+
+def in_lines(message: str) -> str:
+    """`message` for standard error: wrapped at words on a terminal, unchanged elsewhere, so that logs keep one line."""
+    console = terminal(stderr=True)
+    if not console.is_terminal:
+        return message
+    return "\n".join(line.plain.rstrip() for line in Text(message).wrap(console, console.width))
+
+
+def print_note(console: Console, note: str) -> None:
+    """Print a sentence: wrapped at words on a terminal, as one line elsewhere."""
+    console.print(note, soft_wrap=not console.is_terminal)
 
 
 SHORTEST_NAME = 8

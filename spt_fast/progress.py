@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from spt_fast.printing import middle, terminal
+from spt_fast.printing import middle, print_note, terminal
 from spt_fast.quantities import duration
 
 PLAIN_LINE_EVERY_S = 30.0
@@ -91,7 +91,7 @@ class Screen:
         lines = message.splitlines() if _quiet else [message]
         for line in lines:
             if not _quiet or line.startswith("warning: "):
-                self._console.print(line, soft_wrap=True)
+                print_note(self._console, line)
 
     def update(self, *lines: Line, plain: bool | None = None) -> None:
         """Show these lines from now on. plain: whether to print the first one where there is no terminal; by default

@@ -65,7 +65,8 @@ def size(size_bytes: float) -> str:
 def size_so_far(done_bytes: float, all_bytes: float) -> str:
     """41.2/82.1 kB."""
     unit_bytes, unit = _unit_of(all_bytes)
-    return f"{done_bytes / unit_bytes:.1f}/{all_bytes / unit_bytes:.1f} {unit}"
+    digits = 0 if unit_bytes == 1 else 1
+    return f"{done_bytes / unit_bytes:.{digits}f}/{all_bytes / unit_bytes:.{digits}f} {unit}"
 
 
 def _unit_of(size_bytes: float) -> tuple[float, str]:

@@ -142,6 +142,11 @@ def test_what_is_of_another_kind_is_named_with_the_command_for_it(
         (("import", pipe.parent, "--out", "o"), "config.json: cannot be read as JSON ([Errno 22] Not a reg"),
         (("import", file.parent / "hf", "--out", file), f"--out: {file} is a file; name a folder"),
         (("plan", pipe), f"{pipe}: cannot be read (Not a regular file)"),
+        (("import", file, "--out", "o"), f"{file}: is not a folder; give a Hugging Face model folder"),
+        (("import", "./absent", "--out", "o"), "absent: does not exist; give a Hugging Face model folder"),
+        (("compare", file.parent / "absent"), "absent: does not exist; give the folder of a finished run"),
+        (("init", "--init", file, "--general", "g", "--domain", "d"), f"--init: {file}: is not a folder"),
+        (("plan", recipe, "--set", "phases.0.mixture={a:1}"), "None is invalid: write a space after the colon"),
     ):
         assert message in said_on_failure(monkeypatch, capsys, *words)
     monkeypatch.setenv("WORLD_SIZE", "abc")
@@ -281,6 +286,14 @@ def test_every_help_text_is_a_sentence_and_every_command_has_an_example() -> Non
             given = shlex.split(example)[len(words.split()) :]
             assert example.startswith(words)
             command.make_context(words, given)
+
+
+def test_help_shows_no_type_of_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    for words, _ in every_command():
+        cli.app([*words.split(), "--help"], standalone_mode=False)
+        shown = capsys.readouterr().out
+        assert not re.search(r"<\w+|…\}|\[default: no-", shown), shown
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -94,6 +94,12 @@ def test_shares_outside_the_unit_interval_are_refused(bad: object) -> None:
         parse_share(bad, "final")
 
 
+@pytest.mark.parametrize(("given", "meant"), [("40", r"; did you mean 40%\?$"), ("400", "between 0 and 1$")])
+def test_a_number_that_may_be_a_percent_gets_its_sign(given: str, meant: str) -> None:
+    with pytest.raises(RecipeError, match=meant):
+        parse_share(given, "mfu")
+
+
 def test_spans_in_steps_tokens_and_share() -> None:
     steps = {
         text: Span.parse(text, "w").steps(tokens_per_step=1000, phase_steps=200)

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from spt_fast import cli
 from spt_fast.errors import SptWarning
-from spt_fast.printing import print_facts, print_grid, print_table, set_up, terminal
+from spt_fast.printing import in_lines, print_facts, print_grid, print_note, print_table, set_up, terminal
 from spt_fast.quantities import heading, read
 from spt_fast.report.panels import panel
 from spt_fast.study.compare import compare
@@ -194,6 +194,37 @@ def test_pictures_need_no_backend() -> None:
     assert set(importing) == {"drawing.py"}
     environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", "import spt_fast.study.drawing"], env=environment, check=True)
+
+
+def test_on_a_terminal_messages_wrap_at_words_and_elsewhere_they_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = f"spt-fast: {'a' * 30}/recipe.yaml: cannot be read; give the path of a recipe in YAML"
+    monkeypatch.setenv("COLUMNS", "60")
+    assert in_lines(message) == message
+    print_note(terminal(), message)
+    assert capsys.readouterr().out == f"{message}\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    wrapped = in_lines(message)
+    assert wrapped.split() == message.split()
+    assert [len(line) <= 60 for line in wrapped.splitlines()] == [True, True]
+    print_note(terminal(), message)
+    assert capsys.readouterr().out == f"{wrapped}\n"
+
+
+def test_errors_and_warnings_wrap_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    set_up()
+    text = warnings.formatwarning(SptWarning("no place " * 20), SptWarning, "f.py", 3)
+    assert max(map(len, text.splitlines())) <= 60
+    monkeypatch.setattr(sys, "argv", ["spt-fast", "train", "nothere.yaml"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert max(map(len, capsys.readouterr().err.splitlines())) <= 60
 
 
 def test_our_warnings_are_one_line_and_others_as_python_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:

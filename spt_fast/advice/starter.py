@@ -16,7 +16,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -43,7 +45,7 @@ from spt_fast.data.prepare import heldout_prefix, prepare
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.text import find_files
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
-from spt_fast.errors import DataError, RecipeError, SptWarning, invalid
+from spt_fast.errors import DataError, RecipeError, SptWarning, counted, invalid
 from spt_fast.fields import parse_yaml
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import parameters, train_flops_per_token
@@ -83,6 +85,8 @@ class Begun:
     """How often each source is read, the finetune included."""
     hours: float
     """The time of the training, estimated from this machine's speed."""
+    skipped: dict[str, int]
+    """Documents of both texts that were left out, by kind."""
 
 
 def begin(
@@ -124,15 +128,17 @@ def begin(
     if names[0] == names[1]:
         names = ["general", "domain"]
     texts = [Path(given) for given in (general, domain) if not _is_dataset(Path(given))]
-    if base is None and tokenizer is None:
-        if len(texts) < 2:
-            raise DataError("tokenizer: missing; name the one that the datasets were prepared with", argument=True)
-        tokenizer = _trained(texts, out / "data" / "bpe.tiktoken", text_key, skip_bad, progress)
-    loaded = base.tokenizer if base else Tokenizer.load(tokenizer or "")
-    corpora = [
-        _corpus(name, Path(given), out, loaded, text_key, skip_bad, progress)
-        for name, given in zip(names, (general, domain), strict=True)
-    ]
+    skipped: Counter[str] = Counter()
+    with _of_two_texts():
+        if base is None and tokenizer is None:
+            if len(texts) < 2:
+                raise DataError("tokenizer: missing; name the one that the datasets were prepared with", argument=True)
+            tokenizer = _trained(texts, out / "data" / "bpe.tiktoken", text_key, skip_bad, progress)
+        loaded = base.tokenizer if base else Tokenizer.load(tokenizer or "")
+        corpora = [
+            _corpus(name, Path(given), out, loaded, text_key, skip_bad, skipped, progress)
+            for name, given in zip(names, (general, domain), strict=True)
+        ]
     device = Device.here()
     hours = hours or HOURS[device.kind]
     plan: FromScratch | starter_base.FromBase
@@ -168,10 +174,23 @@ def begin(
         domain_share=float(plan.share),
         epochs=epochs,
         hours=plan.hours,
+        skipped=dict(skipped),
     )
 
 
 # ------------------------------------------------------------------------------------------------ the corpora
+
+
+@contextmanager
+def _of_two_texts() -> Iterator[None]:
+    """Errors about a missing key say what to do if the two texts have different keys."""
+    try:
+        yield
+    except DataError as error:
+        if "no text under" in str(error):
+            remedy = "if the keys of the two texts differ, prepare each with `spt-fast prepare` and give the prefixes"
+            error.args = (f"{error}; {remedy}",)
+        raise
 
 
 def _is_dataset(path: Path) -> bool:
@@ -189,22 +208,33 @@ def _trained(texts: Sequence[Path], out: Path, text_key: str, skip_bad: bool, pr
                 [str(text) for text in texts], size, out, text_key=text_key, skip_bad=skip_bad, progress=progress
             )
             return out
-        except DataError:
-            if size == FEWEST_IDS:
+        except DataError as error:
+            if size == FEWEST_IDS or not str(error).startswith("vocab_size: "):
                 raise
             size = max(FEWEST_IDS, size // 2)  # the text has too few distinct pieces for this size
 
 
 def _corpus(
-    name: str, given: Path, out: Path, tokenizer: BaseTokenizer, text_key: str, skip_bad: bool, progress: bool
+    name: str,
+    given: Path,
+    out: Path,
+    tokenizer: BaseTokenizer,
+    text_key: str,
+    skip_bad: bool,
+    skipped: Counter[str],
+    progress: bool,
 ) -> Corpus:
+    """The prepared corpus; documents that were left out are added to `skipped`."""
     prefix = given
     if not _is_dataset(given):
         prefix = out / "data" / name
         prefix.parent.mkdir(parents=True, exist_ok=True)
         tokens = sum(path.stat().st_size for path in find_files(given).files) / BYTES_PER_TOKEN
         heldout = Fraction(min(100, round(1000 * HELDOUT_TOKENS / tokens) or 1), 1000)
-        prepare(given, prefix, tokenizer, heldout=heldout, text_key=text_key, skip_bad=skip_bad, progress=progress)
+        made = prepare(
+            given, prefix, tokenizer, heldout=heldout, text_key=text_key, skip_bad=skip_bad, progress=progress
+        )
+        skipped.update(made.skipped)
     if not _is_dataset(heldout_prefix(prefix)):
         raise DataError(f"{prefix}: has no held-out part; prepare it with `heldout=5%`")
     return Corpus(
@@ -286,6 +316,8 @@ class FromScratch(Sizing):
         steps = self.steps(self.tokens)
         rates = ", ".join(one_digit(self.rate / by) for by in (30, 10, 3))
         size = f"The largest preset that gets {TOKENS_PER_PARAMETER} tokens per parameter in this time and text"
+        if self.name == SIZES[0] and self.tokens < TOKENS_PER_PARAMETER * self.parameters:
+            size = f"The smallest preset; time and text allow fewer than {TOKENS_PER_PARAMETER} tokens per parameter"
         why = f"The share is the papers' for this many tokens: {self.papers['why']}. The study finds it for your text."
         time, window, step = duration(3600 * self.hours), self.window, amount(sequences * self.window)
         return f"""\
@@ -295,8 +327,8 @@ run: {quoted(out / "runs" / "spt")}
 tokenizer: {quoted(tokenizer)}
 # {size}; windows of {window:,} tokens.
 model: {{preset: {self.name}}}
-checkpoint: {{every: {max(1, steps // 10)} steps, keep: 2}}
-log: {{every: {max(1, min(100, steps // 50))} steps}}
+checkpoint: {{every: {counted(max(1, steps // 10), "step")}, keep: 2}}
+log: {{every: {counted(max(1, min(100, steps // 50)), "step")}}}
 {self.sources()}
 phases:
   - name: pretrain
@@ -306,7 +338,7 @@ phases:
     mixture: {{{quoted(general.name)}: {exact(1 - share)}, {quoted(domain.name)}: {exact(share)}}}
     batch: {{sequences: {sequences}, micro: {self.micro(sequences)}}}  # {step} tokens a step
     optimizer: {{lr: {one_digit(self.rate)}, weight_decay: {one_digit(self.weight_decay(steps))}, clip: 1.0}}
-    schedule: {{name: cosine, warmup: {self.warmup(steps)} steps, final: 10%}}
+    schedule: {{name: cosine, warmup: {counted(self.warmup(steps), "step")}, final: 10%}}
     eval: {self.evaluation(self.tokens)}  # costs less than a tenth of the training
   - name: finetune
     tokens: {amount(self.finetune_tokens)}  # at most: it stops when the held-out loss of {domain.name} no longer falls
@@ -346,7 +378,7 @@ stages:
     budgets: [{budgets}]
     batch: {{sequences: {sequences}, micro: {small.micro(sequences)}}}
     optimizer: {{lr: {one_digit(small.rate)}, weight_decay: {one_digit(small.weight_decay(steps))}}}
-    schedule: {{name: cosine, warmup: {warmup} steps, final: 10%, horizon: {amount(10 * small.tokens)}}}
+    schedule: {{name: cosine, warmup: {counted(warmup, "step")}, final: 10%, horizon: {amount(10 * small.tokens)}}}
     eval: {small.evaluation(small.tokens // 4)}
   - name: finetune
     delta: 1

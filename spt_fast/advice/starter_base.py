@@ -32,8 +32,7 @@ from spt_fast.advice.sizing import TRAINING_SHARE, Corpus, Device, Sizing, exact
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.tokenizer import Tokenizer
-from spt_fast.errors import DataError, RecipeError, SptWarning, invalid
-from spt_fast.fields import naming
+from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning, counted, invalid
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.memory import CHECKPOINTING
@@ -79,9 +78,11 @@ class Base:
 
         Raises CheckpointError, DataError, or RecipeError for a tokenizer that is not the base's.
         """
-        with naming("init"):
+        try:
             weights = chosen(given)
             config = read_config(weights)
+        except CheckpointError as error:
+            raise CheckpointError(f"init: {error}", argument=True) from None
         own = tokenizer_file(weights)
         loaded = Tokenizer.load(tokenizer or own or weights)
         known = tokenizer_digest(weights)
@@ -196,8 +197,8 @@ class FromBase(Sizing):
 run: {quoted(out / "runs" / phase)}
 init: {quoted(self.base.weights)}  # its shape, tokenizer, chat template and context of {self.config.context:,} tokens
 {"" if tokenizer is None else f"tokenizer: {quoted(tokenizer)}" + chr(10)}{self._engine()}\
-checkpoint: {{every: {max(1, steps // 10)} steps, keep: 2}}
-log: {{every: {max(1, min(100, steps // 50))} steps}}
+checkpoint: {{every: {counted(max(1, steps // 10), "step")}, keep: 2}}
+log: {{every: {counted(max(1, min(100, steps // 50)), "step")}}}
 {self.sources()}
 phases:
   - name: {phase}

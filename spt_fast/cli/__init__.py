@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from spt_fast.cli.program import app, talk
 from spt_fast.errors import FailedElsewhere, SptError, readable
-from spt_fast.printing import set_up
+from spt_fast.printing import in_lines, set_up
 from spt_fast.train.signals import interrupt_by_signals
 
 # --help lists the commands in this order.
@@ -52,5 +52,5 @@ def _say(message: str, code: int) -> NoReturn:
     """Print an error's message, after its traceback if that is asked for, and exit."""
     if talk.tracebacks:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    print(in_lines(message), file=sys.stderr)
     sys.exit(code)

@@ -10,7 +10,7 @@ from typer import Option
 import spt_fast as spt
 from spt_fast.cli.flags import Dtype, Inputs, Json, PathArgument, PathOption, SkipBad, TextKey
 from spt_fast.cli.program import app, example, out, print_json, tokenizer_app
-from spt_fast.printing import print_facts
+from spt_fast.printing import print_facts, print_note
 
 
 @tokenizer_app.command(
@@ -26,7 +26,7 @@ def tokenizer_train(
 ) -> None:
     """Train a byte-level BPE tokenizer."""
     tokenizer = spt.tokenizer(inputs, vocab_size, out_file, text_key=text_key, skip_bad=skip_bad)
-    out.print(f"{out_file}: {tokenizer.vocab_size:,} ids, end of text {tokenizer.eos_id}", soft_wrap=True)
+    print_note(out, f"{out_file}: {tokenizer.vocab_size:,} ids, end of text {tokenizer.eos_id}")
 
 
 @app.command(epilog=example("spt-fast prepare chem.jsonl --out data/chem --tokenizer data/bpe.tiktoken --heldout 5%"))
@@ -89,4 +89,9 @@ def inspect(
     from spt_fast.data.inspection import inspect as inspect_dataset
 
     facts = inspect_dataset(prefix, dtype=dtype, verify=verify, overlap=overlap, divergence=divergence)
-    print_json(facts) if as_json else print_facts(out, str(prefix), facts)
+    if as_json:
+        print_json(facts)
+        return
+    if "overlap" in facts:
+        facts["overlap"] = {name if name == "with" else f"{name}_share": got for name, got in facts["overlap"].items()}
+    print_facts(out, str(prefix), facts)

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from spt_fast.errors import SptError
 from spt_fast.files import expanded
+from spt_fast.printing import in_lines
 
 
 def path(given: str | Path) -> Path:
@@ -66,7 +67,7 @@ Resume = Annotated[bool, typer.Option(help="Continue from the newest checkpoint,
 OutFolder = Annotated[Path, PathOption("--out", metavar="DIR", help="Write to this folder.")]
 RecipePath = Annotated[Path, PathArgument(metavar="RECIPE", help="The recipe, a YAML file.")]
 RunPath = Annotated[Path, PathArgument(metavar="RUN", help="The folder of a run.")]
-Runs = Annotated[list[Path], PathArgument(metavar="RUNS…", help="Studies, tables (.parquet, .csv) or run folders.")]
+Runs = Annotated[list[Path], PathArgument(metavar="RUNS", help="Studies, tables (.parquet, .csv) or run folders.")]
 WeightsPath = Annotated[
     Path, PathArgument(metavar="RUN_OR_CHECKPOINT", help="A run, a checkpoint or a Hugging Face folder.")
 ]
@@ -74,7 +75,7 @@ Inputs = Annotated[
     list[str],
     typer.Argument(
         parser=named,
-        metavar="INPUT…",
+        metavar="INPUT",
         help="Files (.jsonl, .txt, .parquet, also compressed), folders, or - for standard input.",
     ),
 ]
@@ -97,7 +98,8 @@ def is_first() -> bool:
 def stopped(reason: str | None) -> typer.Exit:
     """Print that a run was interrupted and saved, and exit with 75."""
     if is_first():
-        print(f"spt-fast: stopped by {reason} and saved; run again with --resume to continue", file=sys.stderr)
+        message = f"spt-fast: stopped by {reason} and saved; run again with --resume to continue"
+        print(in_lines(message), file=sys.stderr)
     return typer.Exit(75)
 
 
@@ -113,7 +115,21 @@ class Commands(TyperGroup):
             raise
 
 
-class ManyValues(TyperCommand):
+class Command(TyperCommand):
+    """A command whose help says what a user writes: no type beside a flag that takes no value, and no types of Python
+    beside the names of arguments."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params: Any = super().get_params(ctx)
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar, param.show_default = "", False
+            elif param.param_type_name == "argument":
+                param.display_type_rich = lambda ctx: None
+        return params
+
+
+class ManyValues(Command):
     """A command one of whose flags takes all the numbers that follow it: --weights 0.9 0.1."""
 
     flag = ""

@@ -21,7 +21,7 @@ from spt_fast.cli.flags import (
     text,
 )
 from spt_fast.cli.program import app, example, out, print_json
-from spt_fast.printing import print_named, print_table
+from spt_fast.printing import print_named, print_note, print_table
 
 
 @app.command("export", epilog=example("spt-fast export runs/spt --out hf --dtype bf16"))
@@ -29,14 +29,15 @@ def export_weights(
     weights: WeightsPath,
     out_folder: OutFolder,
     tokenizer: Annotated[
-        Path | None, PathOption(help="Save this tokenizer with the weights; by default the run's own.")
+        Path | None,
+        PathOption(metavar="TOKENIZER", help="Save this tokenizer with the weights; by default the run's own."),
     ] = None,
     dtype: WeightsDtype = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write weights as a Hugging Face folder."""
     spt.export(weights, out_folder, tokenizer, dtype=dtype, overwrite=overwrite)
-    out.print(f"{out_folder}: load it with AutoModelForCausalLM.from_pretrained", soft_wrap=True)
+    print_note(out, f"{out_folder}: load it with AutoModelForCausalLM.from_pretrained")
 
 
 @app.command(
@@ -45,11 +46,12 @@ def export_weights(
     epilog=example("spt-fast merge runs/spt runs/spt/weights/pretrain --weights 0.9 0.1 --out merged"),
 )
 def merge_weights(
-    models: Annotated[list[Path], PathArgument(metavar="MODEL…", help="Two or more runs or folders of weights.")],
+    models: Annotated[list[Path], PathArgument(metavar="MODEL", help="Two or more runs or folders of weights.")],
     weights: Annotated[list[str], Option(metavar="WEIGHT…", help="Give each model its weight, such as 0.9 0.1.")],
     out_folder: OutFolder,
     tokenizer: Annotated[
-        Path | None, PathOption(help="Save this tokenizer with the weights; by default the first model's.")
+        Path | None,
+        PathOption(metavar="TOKENIZER", help="Save this tokenizer with the weights; by default the first model's."),
     ] = None,
     dtype: WeightsDtype = None,
     overwrite: Overwrite = False,
@@ -76,7 +78,7 @@ def import_weights(
     from spt_fast.train.release import take_over
 
     take_over(folder, out_folder, overwrite=overwrite)
-    out.print(f"{out_folder}: name it in a recipe as `init: {out_folder}`", soft_wrap=True)
+    print_note(out, f"{out_folder}: name it in a recipe as `init: {out_folder}`")
 
 
 @app.command(epilog=example("spt-fast generate runs/spt --prompt 'The reaction' --tokens 200"))
@@ -103,7 +105,10 @@ def generate(
         float | None, Option(metavar="P", help="Sample among the likeliest tokens with total probability P.")
     ] = None,
     seed: Annotated[int, Option(metavar="NUMBER", help="Set the seed of the samples.")] = 0,
-    tokenizer: Annotated[Path | None, PathOption(help="Use this tokenizer; by default the run's own.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        PathOption(metavar="TOKENIZER", help="Use this tokenizer; by default the run's own."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text with a trained model."""
@@ -124,7 +129,7 @@ def generate(
 def kernels(
     recipe: Annotated[
         Path | None,
-        PathArgument(metavar="[RECIPE]", help="Take the shapes of this recipe; by default those of a small model."),
+        PathArgument(metavar="RECIPE", help="Take the shapes of this recipe; by default those of a small model."),
     ] = None,
     overrides: Overrides = None,
     tune: Annotated[bool, Option("--tune", help="Measure what has not been measured yet.")] = False,

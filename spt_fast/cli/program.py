@@ -15,7 +15,7 @@ import typer
 from typer import Option
 
 from spt_fast import __version__
-from spt_fast.cli.flags import Commands, is_first
+from spt_fast.cli.flags import Command, Commands, is_first
 from spt_fast.printing import as_json, terminal
 from spt_fast.progress import be_quiet
 
@@ -48,7 +48,7 @@ class Program(typer.Typer):
     """Commands that also take `--quiet` and `--verbose` themselves, since people write them last."""
 
     def command(self, *names: Any, **settings: Any) -> Callable[[Any], Any]:
-        add = super().command(*names, **settings)
+        add = super().command(*names, **{"cls": Command, **settings})
 
         def register(work: Callable[..., None]) -> Callable[..., None]:
             add(_that_listens(work))

@@ -27,6 +27,7 @@ from spt_fast.cli.flags import (
     stopped,
 )
 from spt_fast.cli.program import app, example, out, print_json
+from spt_fast.printing import in_lines, print_note
 
 
 @app.command(epilog=example("spt-fast demo --out demo"))
@@ -39,7 +40,7 @@ def demo(out_folder: OutFolder = Path("demo")) -> None:
 
 @app.command(epilog=example("spt-fast compare runs/npt runs/spt --out comparison"))
 def compare(
-    runs: Annotated[list[Path], PathArgument(metavar="RUN…", help="The folders of finished runs, or of a study.")],
+    runs: Annotated[list[Path], PathArgument(metavar="RUN", help="The folders of finished runs, or of a study.")],
     out_folder: Annotated[
         Path | None, PathOption("--out", metavar="DIR", help="Write comparison.json and comparison.png to this folder.")
     ] = None,
@@ -71,7 +72,10 @@ def sweep(
         Path | None, PathOption(metavar="PREFIX", help="Set the general corpus of a ready study.")
     ] = None,
     domain: Annotated[Path | None, PathOption(metavar="PREFIX", help="Set the domain corpus of a ready study.")] = None,
-    tokenizer: Annotated[Path | None, PathOption(help="Set the tokenizer of a ready study.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        PathOption(metavar="TOKENIZER", help="Set the tokenizer of a ready study."),
+    ] = None,
     init: Annotated[
         list[Path] | None,
         PathOption(metavar="WEIGHTS", help="Start a ready study from these weights (dcpt, forgetting); repeatable."),
@@ -118,7 +122,8 @@ def sweep(
     swept = spt.sweep(loaded, jobs=jobs, cluster=cluster, cluster_options=cluster_options or ())
     print_json(swept) if as_json else sweeping.print_swept(swept, loaded.study, out)
     if swept.interrupted:
-        print("spt-fast: stopped; running jobs are saved; run the same command again to continue", file=sys.stderr)
+        message = "spt-fast: stopped; running jobs are saved; run the same command again to continue"
+        print(in_lines(message), file=sys.stderr)
         raise typer.Exit(75)
     if swept.failed:
         raise typer.Exit(1)
@@ -223,7 +228,7 @@ def report(
         model=model,
     )
     facts = {"report": str(out_file), "bytes": out_file.stat().st_size}
-    print_json(facts) if as_json else out.print(f"{out_file}: open it in a browser", soft_wrap=True)
+    print_json(facts) if as_json else print_note(out, f"{out_file}: open it in a browser")
 
 
 @app.command(epilog=example("spt-fast reweight recipe.yaml --target chem"))

@@ -45,7 +45,8 @@ def init(
         Path | None, PathOption(metavar="WEIGHTS", help="Start from this base; by default from scratch.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, PathOption(help="Use this tokenizer; by default the base's, or one trained on the text.")
+        Path | None,
+        PathOption(metavar="TOKENIZER", help="Use this tokenizer; by default the base's, or one trained on the text."),
     ] = None,
     hours: Annotated[
         float | None,
@@ -71,8 +72,8 @@ def init(
         return
     print_facts(out, str(begun.recipe), begun)
     next_steps = [f"spt-fast plan {begun.recipe}", f"spt-fast train {begun.recipe}"]
-    next_steps += [f"spt-fast sweep {begun.study}"] if begun.study else []
-    out.print("next: " + "; ".join(next_steps), soft_wrap=True)
+    next_steps += [f"spt-fast sweep {begun.study} --dry-run"] if begun.study else []
+    out.print("next:", *next_steps, sep="\n  ", soft_wrap=True)
 
 
 @app.command(epilog=example("spt-fast plan recipe.yaml --gpu H100 --gpus 8 --gpu-memory 80GB --price 2.50"))
@@ -172,7 +173,8 @@ def evaluate(
         Option(metavar="COUNT", help="Score this many texts of a task at a time; by default as many as fit."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, PathOption(help="Use this tokenizer for tasks; by default that of the weights.")
+        Path | None,
+        PathOption(metavar="TOKENIZER", help="Use this tokenizer for tasks; by default that of the weights."),
     ] = None,
     bos: Annotated[
         str | None,

@@ -23,6 +23,7 @@ from tokenize import TokenError
 
 import numpy as np
 
+from spt_fast.data.text import is_text
 from spt_fast.errors import DataError, cut, invalid
 
 ID_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
@@ -76,8 +77,10 @@ def find(prefix: Path, declared: np.dtype | None) -> TokenFile:
     elif declared is not None:
         found = _headerless(path, declared)
     else:
+        if is_text(path):
+            raise DataError(f"{path}: is text, not a token dataset; make one of it with `spt-fast prepare`")
         raise DataError(
-            f"{path} has no header that names its format{_unfinished(path)}; if it is a plain sequence of token ids, "
+            f"{path}: has no header that names its format{_unfinished(path)}; if it is a plain sequence of token ids, "
             f"declare their dtype (dtype: uint16, or one of {', '.join(ID_DTYPES)})"
         )
     check_declared(path, found.dtype, declared)
@@ -146,7 +149,10 @@ def _locate(prefix: Path) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise DataError(f"no token dataset at {prefix}: none of {', '.join(map(str, candidates))} exists")
+    raise DataError(
+        f"no token dataset at {prefix}: none of {', '.join(map(str, candidates))} exists; give the prefix that "
+        "`spt-fast prepare --out` wrote"
+    )
 
 
 def _head(path: Path, size: int = 8) -> bytes:

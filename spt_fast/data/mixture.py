@@ -288,6 +288,8 @@ def _exact_weight(source: str, weight: object) -> Fraction:
             value = exact_share(weight.strip())
     if value is None or value < 0 or (value > 1 and not isinstance(weight, Rational)):
         expected = "give a share between 0 and 1, such as '2%', 0.02 or '1/50', or a whole number of at least 0"
+        if weight is None and ":" in source:
+            expected = "write a space after the colon"
         raise RecipeError(invalid(f"mixture.{source}", weight, expected))
     return value
 

@@ -286,8 +286,9 @@ def _refuse_empty(writers: list[DatasetWriter], share: Fraction | None, skipped:
     for writer in writers:
         if writer.num_documents == 0:
             raise DataError(
-                f"{writer.prefix} would be empty: {counted(documents, 'document')} of one text can't be divided "
-                f"with {share} held out; give more documents (a .txt file is one, a .jsonl file has one per line)"
+                f"{writer.prefix}: would be empty: {counted(documents, 'document')} of one text cannot be split with "
+                f"{share} held out; give more documents: a .jsonl file has one per line; a .txt file is one, so cut a "
+                "long text into files (split --line-bytes=20K --additional-suffix=.txt) and give their folder"
             )
 
 

@@ -523,9 +523,10 @@ def commit(*writers: DatasetWriter, obsolete: Path | None = None) -> list[dict[s
 def check_same_tokenizer(a: TokenDataset, b: TokenDataset) -> None:
     """DataError if both record a tokenizer and they differ: their ids mean different text."""
     if None not in (digests := (a.tokenizer_digest, b.tokenizer_digest)) and digests[0] != digests[1]:
+        first, second = (str(digest)[:12] for digest in digests)
         raise DataError(
-            f"{a.path} and {b.path} come from different tokenizers ({digests[0]}, {digests[1]}): their ids can't be "
-            "compared; prepare both with the same tokenizer"
+            f"{a.path} and {b.path} come from different tokenizers (digests {first}… and {second}…): their ids cannot "
+            "be compared; prepare both with the same tokenizer"
         )
 
 

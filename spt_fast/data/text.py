@@ -64,7 +64,7 @@ _PACKED = {
     rb"PAR1": "Parquet, which is read from a file named .parquet",
 }
 """First bytes of files that aren't text, and what they are."""
-_SKIP = "or leave such documents out, counted, by `skip_bad=True`"
+_SKIP = "or skip and count such documents with `skip_bad=True`"
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,9 @@ def find_files(inputs: Inputs) -> Found:
             found = _files_in(path, passed_over)
             if not found:
                 said = f"; {_listed(passed_over)}" if passed_over else ""
-                raise DataError(f"{path} holds no {_known_names()} file{said}")
+                raise DataError(
+                    f"{path}: holds no {_known_names()} file{said}; rename files of plain text to end in .txt"
+                )
             files += found
         else:
             raise DataError(f"{path} doesn't exist; give files, folders, or - for standard input")
@@ -273,7 +275,7 @@ def _files_in(folder: Path, passed_over: dict[str, list[Path]]) -> list[Path]:
     ]
     for path in sorted(below):
         why = "folder that can't be read" if path in closed else _not_read(path, folder)
-        if why is None and path.is_file() and _is_text(path):
+        if why is None and path.is_file() and is_text(path):
             if texts.isdisjoint(_texts_of(path)):
                 files.append(path)
             else:
@@ -298,12 +300,12 @@ def _texts_of(path: Path) -> list[object]:
 def _not_read(path: Path, folder: Path) -> str | None:
     """Why an item of a folder isn't read; None if it is, or is a folder, or hidden and no text."""
     if any(part.startswith(".") for part in path.relative_to(folder).parts):
-        return "hidden file" if path.is_file() and _is_text(path) else None
+        return "hidden file" if path.is_file() and is_text(path) else None
     if path.is_dir():
         return "link to a folder" if path.is_symlink() else None
     if not path.is_file():
         return "broken link" if path.is_symlink() else "not a file"
-    return None if _is_text(path) else "other file"
+    return None if is_text(path) else "other file"
 
 
 def _listed(passed_over: Mapping[str, list[Path]]) -> str:
@@ -546,13 +548,21 @@ def _split_name(path: Path) -> tuple[str, str]:
     stem = name.removesuffix(compression)
     if not _is_pipe(path) and not stem.endswith(_FORMATS):
         raise DataError(
-            f"{path}: is not a {_known_names()} file; rename it if it is one under another name (a .json with one "
-            "object per line is a .jsonl), or pipe JSON Lines in and give - as input"
+            f"{path}: is not a {_known_names()} file; rename it if it is one under another name (plain text to .txt, a "
+            f".json with one object per line to .jsonl), or write its rows as JSON Lines{_how_to_convert(stem)}"
         )
     return stem, compression
 
 
-def _is_text(path: Path) -> bool:
+def _how_to_convert(name: str) -> str:
+    """For tables that pandas reads."""
+    reader = {".csv": "read_csv", ".tsv": "read_table", ".json": "read_json", ".xlsx": "read_excel"}
+    known = reader.get(Path(name).suffix)
+    return f" (pandas.{known}(…).to_json(…, orient='records', lines=True))" if known else ""
+
+
+def is_text(path: Path) -> bool:
+    """Whether it is named as a file of documents."""
     return path.name.lower().endswith(tuple(form + packed for form in _FORMATS for packed in _COMPRESSIONS))
 
 

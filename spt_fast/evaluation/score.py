@@ -18,7 +18,7 @@ from spt_fast.data.heldout import heldout_stretches
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
 from spt_fast.errors import DataError, SptWarning, counted, invalid
 from spt_fast.model import hf
-from spt_fast.printing import print_table
+from spt_fast.printing import print_note, print_table
 from spt_fast.progress import progress_of
 from spt_fast.train.evaluate import EvalSet, Measured, measure
 from spt_fast.train.folder import recipe_of, summary_of
@@ -183,7 +183,7 @@ def print_scores(weights: Path, scored: Mapping[str, Scored], console: Console) 
         where = "inside documents" if s.inside_documents else "across documents"
         unknown = "" if s.same_tokenizer else "; whether its ids come from the weights' tokenizer is not recorded"
         how = f"windows of {s.context:,} tokens, in {s.dtype}, attention {where}"
-        console.print(f"{prefix}: {documents}, {how}{unknown}", soft_wrap=True)
+        print_note(console, f"{prefix}: {documents}, {how}{unknown}")
         if s.reported is not None:
             half = f"on its report half the run reported {s.reported:.4g}; it is {s.rescored:.4g} here"
-            console.print(f"{prefix}: {half}", soft_wrap=True)
+            print_note(console, f"{prefix}: {half}")

@@ -14,7 +14,7 @@ from spt_fast.errors import DataError, SptError, SptWarning, invalid
 from spt_fast.evaluation import questions as own
 from spt_fast.evaluation.likelihood import TextModel
 from spt_fast.evaluation.results import FEW_QUESTIONS, Metric, TaskResult, save, settings_of
-from spt_fast.printing import print_table
+from spt_fast.printing import print_note, print_table
 from spt_fast.train.weights import chosen
 
 
@@ -113,4 +113,4 @@ def print_tasks(weights: Path, results: Mapping[str, TaskResult], console: Conso
     ]
     print_table(console, str(weights), ["task", "metric", "value", "standard error", "questions"], rows)
     for name, result in results.items():
-        console.print(f"{name}: {result.settings.says}", soft_wrap=True)
+        print_note(console, f"{name}: {result.settings.says}")

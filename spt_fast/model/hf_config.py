@@ -145,7 +145,12 @@ def read_json(file: Path) -> dict[str, Any]:
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"more than {MAX_CHARACTERS:,} characters")
         content = json.loads(text, object_pairs_hook=_each_once)
+    except NotADirectoryError:
+        raise CheckpointError(f"{file.parent}: is not a folder; give a Hugging Face model folder") from None
     except FileNotFoundError:
+        if not file.parent.exists():
+            remedy = download(file.parent) or "give a Hugging Face model folder"
+            raise CheckpointError(f"{file.parent}: does not exist; {remedy}") from None
         remedy = download(file.parent) or "a Hugging Face model folder has one"
         raise CheckpointError(f"{file}: no such file; {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:

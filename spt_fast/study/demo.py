@@ -19,7 +19,7 @@ from spt_fast.config import load_recipe
 from spt_fast.data.prepare import prepare
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
 from spt_fast.outputs import check_folder
-from spt_fast.printing import print_grid, terminal
+from spt_fast.printing import print_grid, print_note, terminal
 from spt_fast.quantities import duration
 from spt_fast.study.compare import Comparison, compare
 from spt_fast.study.corpora import write_domain, write_general
@@ -66,9 +66,9 @@ def demo(out: Path, scale: Scale | None = None) -> Comparison:
     )
     prepare_data(out / "data", scale, console)
     recipes = write_recipes(out, scale)
-    console.print(f"training {', '.join(map(str, recipes))}\n", soft_wrap=True)
+    print_note(console, f"training {', '.join(map(str, recipes))}\n")
     if not train_side_by_side(recipes, out / "logs", console):
-        console.print(f"\nstopped and saved; run `spt-fast demo --out {out}` to continue", soft_wrap=True)
+        print_note(console, f"\nstopped and saved; run `spt-fast demo --out {out}` to continue")
         raise SystemExit(75)
 
     result = compare([load_recipe(recipe).run for recipe in recipes])
@@ -78,9 +78,8 @@ def demo(out: Path, scale: Scale | None = None) -> Comparison:
     for paragraph in conclusion(result):
         console.print(f"{paragraph}\n")
     console.print(next_steps(out), soft_wrap=True)
-    console.print(
-        f"\nTotal time {duration(time.monotonic() - began_s)}. The picture is {out / 'comparison.png'}", soft_wrap=True
-    )
+    took = duration(time.monotonic() - began_s)
+    print_note(console, f"\nTotal time {took}. The picture is {out / 'comparison.png'}")
     return result
 
 
@@ -92,17 +91,15 @@ def prepare_data(folder: Path, scale: Scale, console: Console) -> None:
     for name, (write_text, limit_bytes) in writers.items():
         if not texts[name].exists():
             size_bytes = write_text(texts[name], limit_bytes)
-            console.print(f"{texts[name]}: {size_bytes / 1e6:.1f} MB of text", soft_wrap=True)
+            print_note(console, f"{texts[name]}: {size_bytes / 1e6:.1f} MB of text")
     if not tokenizer_file.exists():
         train_tokenizer(list(texts.values()), scale.vocab_size, tokenizer_file)
-        console.print(f"{tokenizer_file}: {scale.vocab_size:,} byte pairs", soft_wrap=True)
+        print_note(console, f"{tokenizer_file}: {scale.vocab_size:,} ids")
     for name, heldout in ((GENERAL, Fraction(1, 20)), (DOMAIN, Fraction(1, 2))):
         if not (folder / f"{name}.heldout.json").exists():
             made = prepare(texts[name], folder / name, Tokenizer.load(tokenizer_file), heldout=heldout, progress=False)
             assert made.heldout is not None
-            console.print(
-                f"{folder / name}: {made.tokens:,} tokens, {made.heldout.tokens:,} more held out", soft_wrap=True
-            )
+            print_note(console, f"{folder / name}: {made.tokens:,} tokens, {made.heldout.tokens:,} more held out")
 
 
 def write_recipes(out: Path, scale: Scale) -> list[Path]:
@@ -162,11 +159,9 @@ def _quoted(path: Path) -> str:
 def next_steps(out: Path) -> str:
     """The commands for the user's own data."""
     return f"""\
-The same with your own data:
-  spt-fast tokenizer train general.jsonl mine.jsonl --vocab-size 16384 --out data/bpe.tiktoken
-  spt-fast prepare general.jsonl --tokenizer data/bpe.tiktoken --out data/general --heldout 0.5%
-  spt-fast prepare mine.jsonl --tokenizer data/bpe.tiktoken --out data/mine --heldout 5%
-  cp {out / "recipes"}/*-seed0.yaml .   # then change run, sources, model, tokens and mixture in both
-  spt-fast plan spt-seed0.yaml    # tokens, epochs, parameters, cost
-  spt-fast train npt-seed0.yaml && spt-fast train spt-seed0.yaml
-  spt-fast compare runs/npt runs/spt --out comparison"""
+The same with your own data (the recipes of this run are in {out / "recipes"}):
+  spt-fast init --general general.jsonl --domain mine.jsonl --out mine
+  spt-fast train mine/recipe.yaml
+  spt-fast train mine/recipe.yaml --set run=mine/runs/npt \\
+    --set "phases.pretrain.mixture={{general: 1}}"
+  spt-fast compare mine/runs/npt mine/runs/spt --out comparison"""

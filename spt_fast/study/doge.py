@@ -51,7 +51,7 @@ from spt_fast.data.order import SampleOrder
 from spt_fast.errors import CheckpointError, RecipeError, invalid, nearest
 from spt_fast.files import write_text
 from spt_fast.model.flops import parameters
-from spt_fast.printing import as_json, print_table
+from spt_fast.printing import as_json, print_note, print_table
 from spt_fast.progress import Steps
 from spt_fast.train import checkpoint
 from spt_fast.train.checkpoint import Checkpoint, Retention
@@ -494,9 +494,9 @@ def print_reweighting(result: Reweighting, title: str, console: Console) -> None
             for source, epochs in result.epochs.items()
         ],
     )
-    console.print(
+    print_note(
+        console,
         f"reach {result.reach:.3g} (the paper's: {result.published_reach:.3g}): the smaller it is, the closer shares "
         "stay to equal ones",
-        soft_wrap=True,
     )
     console.print(mixture_line(result.mixture), soft_wrap=True)

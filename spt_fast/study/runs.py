@@ -64,7 +64,8 @@ class FinishedRun:
         folder = Path(folder)
         summary = summary_of(folder)
         if summary is None:
-            raise CheckpointError(f"{folder}: holds no summary.json; give the folder of a finished run, or of a study")
+            problem = "holds no summary.json" if folder.exists() else "does not exist"
+            raise CheckpointError(f"{folder}: {problem}; give the folder of a finished run, or of a study")
         if summary["status"] != "done":
             why = f" ({summary['reason']})" if summary.get("reason") else ""
             raise CheckpointError(

@@ -200,12 +200,15 @@ def _check_unchanged(runs: Sequence[PlannedRun]) -> None:
 
 def _warn(study: Study, runs: Sequence[PlannedRun]) -> None:
     """Warn of likely mistakes in each stage, by its first remaining run, such as evaluations that take longer than the
-    training; later warnings of runs go to their logs."""
+    training; later warnings of runs go to their logs. A warning about a source is given once for all stages."""
+    said: set[str] = set()
     for position, stage in enumerate(study.stages):
         left = next((run for run in runs if run.stage == position and not is_done(run.recipe)), None)
         if left is not None:
             with naming_stage(stage):
-                warn(doubts(make_plan(_without_parent(left))))
+                found = doubts(make_plan(_without_parent(left)))
+                warn([doubt for doubt in found if doubt not in said])
+                said.update(found)
 
 
 def _keep_precision(runs: Sequence[PlannedRun]) -> None:

@@ -66,7 +66,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     rows = table[~failed].reset_index(drop=True)
     rows = rows if "base" in rows else rows.assign(base=None)
     if rows.empty:
-        raise DataError("the runs table has no finished run; train one first")
+        raise DataError("runs: none of them is finished; train one, or give the folder of a finished run or study")
     for name in SHARES:
         check(name, rows[name].dropna().to_numpy(), SHARE, DataError)
     _check_alike(rows)

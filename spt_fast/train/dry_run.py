@@ -18,7 +18,7 @@ from rich.console import Console
 from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.model.memory import CHECKPOINTING
-from spt_fast.printing import print_table
+from spt_fast.printing import print_note, print_table
 from spt_fast.quantities import duration
 from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.engine import EngineInterface
@@ -104,7 +104,7 @@ def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
 def print_trials(trials: Sequence[Trial], console: Console) -> None:
     columns = ["phase", "loss", "step_s", "peak_bytes", "estimated_bytes", "hours"]
     print_table(console, "dry run", columns, [[getattr(trial, column) for column in columns] for trial in trials])
-    console.print(f"precision: {trials[0].precision}", soft_wrap=True)
+    print_note(console, f"precision: {trials[0].precision}")
     console.print(f"all phases at this speed: {duration(3600 * sum(trial.hours for trial in trials))}")
 
 

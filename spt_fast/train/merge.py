@@ -69,7 +69,7 @@ def _shares(weights: Sequence[Weight], models: Sequence[Path]) -> list[Fraction]
         raise RecipeError(invalid("models", len(models), "give at least two"), argument=True)
     if len(weights) != len(models):
         expected = f"give a weight for each of the {len(models)} models"
-        raise RecipeError(invalid("weights", [str(weight) for weight in weights], expected), argument=True)
+        raise RecipeError(invalid("weights", " ".join(map(str, weights)), expected), argument=True)
     names = [f"{model} ({i})" if models.count(model) > 1 else str(model) for i, model in enumerate(models, 1)]
     numbers = [int(w) if isinstance(w, str) and w.isdecimal() else w for w in weights]
     given = dict(zip(names, numbers, strict=True))

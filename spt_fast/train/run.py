@@ -20,7 +20,7 @@ from spt_fast.errors import DataError, RecipeError
 from spt_fast.fields import naming
 from spt_fast.files import write_text
 from spt_fast.model import hf
-from spt_fast.printing import print_table
+from spt_fast.printing import print_note, print_table
 from spt_fast.train import checkpoint
 from spt_fast.train.engines import join
 from spt_fast.train.evaluate import Interrupted
@@ -112,7 +112,7 @@ def print_summary(name: str, summary: Mapping[str, Any], console: Console) -> No
     ]
     print_table(console, name, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
     if skipped := summary["skipped_steps"]:
-        console.print(f"skipped steps: {skipped}, because the loss or its gradient was not finite", soft_wrap=True)
+        print_note(console, f"skipped steps: {skipped}, because the loss or its gradient was not finite")
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.files import write_text
+from spt_fast.printing import in_lines
 from spt_fast.train.folder import HEARTBEAT
 
 HEARTBEAT_EVERY_S = 5.0
@@ -76,7 +77,8 @@ class Watch:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: nothing for {silent_s:.0f} s, last {self._where}\n")
             file.flush()
             faulthandler.dump_traceback(file)
-        print(f"spt-fast: no step for {silent_s:.0f} s in process {self._rank}; stacks are in {path}", file=sys.stderr)
+        message = f"spt-fast: no step for {silent_s:.0f} s in process {self._rank}; stacks are in {path}"
+        print(in_lines(message), file=sys.stderr)
 
 
 class LossWatch:

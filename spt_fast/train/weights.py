@@ -81,5 +81,5 @@ def locate(path: Path) -> Path:
         return done[0]
     found = checkpoint.newest(path / "checkpoints")
     if found is None:
-        raise CheckpointError(f"{path}: has no weights and no checkpoint yet; train the run further")
+        raise CheckpointError(f"{path}: holds neither weights nor a checkpoint; give a run that has trained")
     return found.path

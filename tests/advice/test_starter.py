@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -134,18 +135,26 @@ def test_the_time_is_what_the_tokens_take_if_the_text_ends_before_the_hours(
 
 
 def test_text_key_and_skip_bad_apply_to_the_text_of_init(
-    texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slow_machine(monkeypatch, 2e9)
     general, domain = (tmp_path / name for name in ("general.jsonl", "chem.jsonl"))
     for file, text in zip((general, domain), texts, strict=True):
         file.write_text(text.read_text().replace('"text":', '"content":') + "\n{broken\n")
     words = ["init", "--general", str(general), "--domain", str(domain), "--out", str(tmp_path / "first")]
-    with pytest.raises(DataError, match=r"\(the line has 'content'\); name .* with --text-key …, .* by --skip-bad$"):
+    missing = r"\(the line has 'content'\); name .* with --text-key …, or skip .* --skip-bad; if the keys .* differ, "
+    with pytest.raises(DataError, match=missing + "prepare each with `spt-fast prepare` and give the prefixes$"):
         cli.app(words, standalone_mode=False)
     with pytest.raises(DataError, match=r"broken JSON .*--skip-bad$"):
         cli.app([*words, "--text-key", "content"], standalone_mode=False)
+    assert not capsys.readouterr().out
     cli.app([*words, "--text-key", "content", "--skip-bad", "--hours", "0.1"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert re.search(r"skipped broken JSON +│ 2 ", shown)
+    assert f"next:\n  spt-fast plan {tmp_path / 'first' / 'recipe.yaml'}\n  spt-fast train " in shown
+    assert (
+        "# The smallest preset; time and text allow fewer than 20" in (tmp_path / "first" / "recipe.yaml").read_text()
+    )
     assert list(load_recipe(tmp_path / "first" / "recipe.yaml").sources) == ["general", "chem"]
 
 

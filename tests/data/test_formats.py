@@ -323,6 +323,9 @@ def test_another_programs_json_beside_a_token_file_is_no_hindrance(tmp_path: Pat
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no token dataset at .*nothing: none of"):
         TokenDataset.open(tmp_path / "nothing")
+    (tmp_path / "text.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"text\.jsonl: is text, not a token dataset; .* `spt-fast prepare`"):
+        TokenDataset.open(tmp_path / "text.jsonl")
     (tmp_path / "empty.bin").touch()
     with pytest.raises(DataError, match=r"empty\.bin is empty"):
         TokenDataset.open(tmp_path / "empty", dtype="uint16")

@@ -233,8 +233,8 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
     one_text = write_jsonl(tmp_path / "one_text.jsonl", ["a b", "a  b"])
     single = write_jsonl(tmp_path / "single.jsonl", ["a b"])
     for inputs, options, message in (
-        (single, {"heldout": Fraction(1, 9)}, r"d would be empty: 1 document of one text can't be divided with 1/9"),
-        (one_text, {"heldout": Fraction(1, 9)}, r"d would be empty: 2 documents of one text can't be divided with 1/9"),
+        (single, {"heldout": Fraction(1, 9)}, r"d: would be empty: 1 document of one text cannot be split with 1/9"),
+        (one_text, {"heldout": Fraction(1, 9)}, r"d: would be empty: 2 documents of one text cannot be split with 1/9"),
         (few, {"heldout": Fraction(1)}, "heldout: '1' is invalid: write a share above 0 and below 1"),
         (few, {"workers": 0}, "workers: 0 is invalid: at least 1"),
         (few, {"text_key": "body"}, r"few.jsonl:1: no text under 'body' .*text_key="),

@@ -156,7 +156,7 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path: Path, monkeypatch: p
         find_files(tmp_path / "hard")
     monkeypatch.undo()
     put(tmp_path / "none" / "x.json", b"{}")
-    with pytest.raises(DataError, match=r"none holds no .* file; ignored: 1 × other file \(x.json\)"):
+    with pytest.raises(DataError, match=r"none: holds no .* file; ignored: 1 × other file \(x.json\)"):
         find_files(tmp_path / "none")
 
 
@@ -435,6 +435,7 @@ def test_inputs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     put(tmp_path / "a.json", GOOD)
     put(tmp_path / "a.parquet", parquet([1, 2]))
     put(tmp_path / "b.jsonl", GOOD * 10)
+    put(tmp_path / "a.csv", b"text")
     (tmp_path / "folder").mkdir()
     monkeypatch.setattr(text, "LINE_BYTES", 8)
     monkeypatch.setattr(text, "_BLOCK_BYTES", 4)
@@ -444,12 +445,13 @@ def test_inputs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "text",
             r"a\.json: is not a \.jsonl, \.ndjson, \.txt, \.parquet \(plain, \.gz, \.zst, \.xz, \.bz2\) file; rename",
         ),
+        (tmp_path / "a.csv", "text", r"a\.csv: is not a .* or write its rows .* \(pandas.read_csv\(…\).to_json"),
         (tmp_path / "none.jsonl", "text", "none.jsonl doesn't exist"),
-        (tmp_path / "folder", "text", "folder holds no .jsonl"),
+        (tmp_path / "folder", "text", "folder: holds no .jsonl.* rename files of plain text to end in .txt"),
         ([], "text", "no input given"),
         (tmp_path / "a.parquet", "body", r"a\.parquet: no text under 'body' \(it has 'id', 'text'\).*text_key="),
         (tmp_path / "a.parquet", "text", r"a\.parquet: column 'text' holds int64, not strings"),
-        (tmp_path / "b.jsonl", "text", r"b\.jsonl:1: line over 0 MiB; write one JSON object per line, or leave"),
+        (tmp_path / "b.jsonl", "text", r"b\.jsonl:1: line over 0 MiB; write one JSON object per line, or skip"),
     ):
         with pytest.raises(DataError, match=message):
             list(iter_documents(inputs, key))

@@ -134,10 +134,10 @@ def test_the_conclusion_tells_whether_the_difference_exceeds_the_spread(finished
 
 
 def test_next_steps_name_commands_that_exist(tmp_path: Path) -> None:
-    from spt_fast.cli.program import app, tokenizer_app
+    from spt_fast.cli.program import app
 
     known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     commands = [line.split()[1] for line in next_steps(tmp_path).splitlines() if line.strip().startswith("spt-fast")]
-    assert len(commands) >= 5
-    assert set(commands) - {"tokenizer"} <= known
-    assert [command.name for command in tokenizer_app.registered_commands] == ["train"]
+    assert commands == ["init", "train", "train", "compare"]
+    assert max(map(len, next_steps(Path("demo")).splitlines())) <= 80
+    assert set(commands) <= known

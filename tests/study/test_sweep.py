@@ -316,6 +316,7 @@ def test_likely_mistakes_in_a_stage_are_warned_of_before_training(
             line for line in lines if re.match(r"stages\[finetune\].eval: evaluations score .* takes longer", line)
         ]
         assert len(costly) == 1, lines
+        assert len(set(lines)) == len(lines)
     raw["sources"]["general"]["train"] = str(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"sources\.general\.train: no token dataset at .*nowhere"):
         sweep(study_from(raw), quiet())

@@ -128,7 +128,7 @@ def test_a_tied_head_is_averaged_as_the_embedding_that_it_is(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("weights", "problem"),
     [
-        ([0.9], r"^weights: \['0.9'\] is invalid: give a weight for each of the 2 models"),
+        ([0.9], r"^weights: '0.9' is invalid: give a weight for each of the 2 models"),
         ([0.9, 0.2], "^weights: the shares of a, b sum to 11/10 .* 1/10 is too much"),
         (["0.1", "0.2"], "^weights: .* 7/10 is missing"),
         ([1, 0], r"^weights\[b\]: 0 is invalid: write a weight above 0"),
