@@ -420,8 +420,8 @@ _ADAMW_STEP = Op(
             "reference": "PyTorch ops",
         },
         "cpu": {
-            "cpu": "as fast as memory, like torch's fused AdamW, 12 times PyTorch's ops; with a master 1.2 times "
-            "that AdamW and the rounding (AMD EPYC, 1 core)",
+            "cpu": "limited by memory bandwidth, like torch's fused AdamW, 12 times PyTorch's ops; with a master 1.2 "
+            "times that AdamW and the rounding (AMD EPYC, 1 core)",
             "reference": "PyTorch ops",
         },
     },

@@ -110,4 +110,4 @@ def variants() -> list[Variant]:
     return []
 
 
-_LINEAR = Op("linear", {device: {"reference": "PyTorch's products"} for device in ("cuda", "cpu")}, variants)
+_LINEAR = Op("linear", {device: {"reference": "PyTorch's matmul"} for device in ("cuda", "cpu")}, variants)

@@ -152,7 +152,7 @@ def advise_pretraining(
         learning_rates=rates.of,
         recipe=next_step(
             decision,
-            preset=size.preset or nearest_preset(size.params or (evidence.params if evidence else 1e9)),
+            preset=size.preset or nearest_preset(size.params or _trained_size(evidence, rows)),
             budget=budget,
             finetune_tokens=most_epochs * domain_tokens / (1 - decision.replay),
             rates=rates,
@@ -160,6 +160,13 @@ def advise_pretraining(
             domain=domain,
         ),
     )
+
+
+def _trained_size(evidence: Evidence | None, rows: UsableRows | None) -> float:
+    """Parameters of the models in the runs; 1B, as in the papers, without runs."""
+    if evidence is not None:
+        return evidence.params
+    return 1e9 if rows is None or rows.rows.empty else float(rows.rows["params"].max())
 
 
 def _check_distance(general: object, domain: object) -> None:

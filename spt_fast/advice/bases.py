@@ -317,4 +317,4 @@ def _recipe(
         "sources": {name: {"train": prefix, "heldout": f"{prefix}.heldout"} for name, prefix in prefixes.items()},
         "phases": [phase],
     }
-    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=120)
+    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=80)

@@ -98,13 +98,13 @@ def next_step(
         "sources": {name: {"train": prefix, "heldout": f"{prefix}.heldout"} for name, prefix in prefixes.items()},
         "phases": [*phases, finetune],
     }
-    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=120)
+    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=80)
 
 
 def _count(tokens: int) -> int | str:
-    """The exact count, in T, B or M if three decimals suffice."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
-        if tokens >= size and tokens % (size // 1000) == 0:
+    """The exact count, in T, B or M if three decimals suffice, in K if it is whole."""
+    for unit, size, step in (("T", 10**12, 10**9), ("B", 10**9, 10**6), ("M", 10**6, 1000), ("K", 1000, 1000)):
+        if tokens >= size and tokens % step == 0:
             return f"{tokens / size:.12g}{unit}"
     return tokens
 

@@ -117,7 +117,7 @@ def pick_precision(precision: str, device: torch.device, config: GPTConfig | Non
     name = "bf16" if found["bf16"] > GAIN * found["fp32"] else "fp32"
     rates = f"{found['bf16']:.0f} GFLOP/s in bf16 and {found['fp32']:.0f} in fp32"
     threads = counted(int(str(key["threads"])), "thread")
-    return Precision(BY_NAME[name], f"this CPU makes {rates}, measured {found['date']} with {threads}")
+    return Precision(BY_NAME[name], f"this CPU reaches {rates}, measured {found['date']} with {threads}")
 
 
 def multiplies_bf16() -> bool:

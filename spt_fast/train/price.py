@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from spt_fast.config import Engine, Recipe
-from spt_fast.errors import CheckpointError, RecipeError, invalid
+from spt_fast.errors import CheckpointError, RecipeError, counted, invalid
 from spt_fast.model.flops import (
     matmul_parameters,
     parameters,
@@ -198,7 +198,9 @@ def speed_of(plan: Plan, machine: Machine, *, mfu: float | None = None, run: Pat
             return measured
     share, source = (ASSUMED_MFU, "assumed") if mfu is None else (mfu, "stated")
     if machine.peak_flops is None:
-        return Speed(None, None, "unknown: the peak of this device is not known")
+        return Speed(
+            None, None, "unknown: no peak is known for this device; `spt-fast train RECIPE --dry-run` times a step"
+        )
     return Speed(share * machine.peak_flops * machine.gpus, share, source)
 
 
@@ -386,9 +388,10 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
     by_distribution: dict[tuple[int, str], list[PricedWay]] = {}
     for way in price.ways:
         by_distribution.setdefault((way.stage, way.offload), []).append(way)
+    whose = f"each of {price.gpus} × {price.gpu}" if price.gpu else f"each of {counted(price.gpus, 'process')} on a CPU"
     print_table(
         console,
-        f"memory of each of {price.gpus} × {price.gpu or 'cpu'} (→ this recipe, ✗ doesn't fit)",
+        f"memory of {whose} (→ this recipe, ✗ doesn't fit)",
         ["ZeRO", "offload", *(f"checkpointing {name}" for name in CHECKPOINTING), "host"],
         [
             [*distribution, *map(_memory, ways), size(max(way.bytes.host for way in ways))]

@@ -61,7 +61,7 @@ def test_auto_is_what_is_faster_and_instructions_alone_decide_nothing(
         machine(bf16, fp32)
         forget(tmp_path)
         found = pick_precision("auto", CPU, SHAPE)
-        says = f"{expected}: this CPU makes {bf16} GFLOP/s in bf16 and {fp32} in fp32, measured 2026-11-28 with"
+        says = f"{expected}: this CPU reaches {bf16} GFLOP/s in bf16 and {fp32} in fp32, measured 2026-11-28 with"
         assert str(found).startswith(says)
     asked = machine(1000, 1, instructions=False)
     assert asked == [4] * 4
@@ -126,7 +126,7 @@ def test_a_run_says_and_records_what_decided_and_a_resume_keeps_to_it(
     raw["checkpoint"]["every"] = "1 steps"
     summary = run(recipe_from(raw))
     assert summary["precision"] == "float32"
-    assert "precision: fp32: this CPU makes 160 GFLOP/s in bf16" in " ".join(capsys.readouterr().err.split())
+    assert "precision: fp32: this CPU reaches 160 GFLOP/s in bf16" in " ".join(capsys.readouterr().err.split())
     (state,) = sorted((data / "decided" / "checkpoints").glob("step-*/state.json"))[-1:]
     compute = json.loads(state.read_text())["compute"]
     assert compute["dtype"] == "float32"
@@ -136,11 +136,11 @@ def test_a_run_says_and_records_what_decided_and_a_resume_keeps_to_it(
     raw["phases"][0]["tokens"] *= 2
     longer = run(recipe_from(raw), resume=True)
     assert [longer[key] for key in ("precision", "precision_reason")] == ["float32", summary["precision_reason"]]
-    assert "precision: fp32: this CPU makes 160 GFLOP/s" in " ".join(capsys.readouterr().err.split())
+    assert "precision: fp32: this CPU reaches 160 GFLOP/s" in " ".join(capsys.readouterr().err.split())
     assert len(asked) == 1
 
     (trial,) = dry_run(recipe_from(raw))
-    assert trial.precision.startswith("bf16: this CPU makes 842 GFLOP/s")
+    assert trial.precision.startswith("bf16: this CPU reaches 842 GFLOP/s")
     recipe = tiny.write_recipe(tmp_path, raw)
     plan = CliRunner().invoke(app, ["plan", str(recipe), "--json"])
     assert json.loads(plan.stdout)["precision"] == trial.precision
