@@ -50,7 +50,7 @@ def full_disk(*args: Any, **kwargs: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_run_that_is_a_file_or_lies_under_one(
+def test_a_run_folder_that_is_a_file_or_below_one_is_refused(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (recipe.parent / "file").write_text("")
@@ -60,7 +60,7 @@ def test_a_run_that_is_a_file_or_lies_under_one(
     assert f"{recipe.parent / 'file' / 'run'}: Not a directory" in said
 
 
-def test_a_disk_that_fills_up_under_the_metrics(
+def test_a_full_disk_while_metrics_are_written_is_reported(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_under_the_metrics(
     assert (recipe.parent / "run" / "weights" / "pretrain").is_dir()
 
 
-def test_a_disk_that_fills_up_under_the_recipe_leaves_nothing_in_the_way(
+def test_a_full_disk_while_the_recipe_is_written_leaves_no_files(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -81,7 +81,7 @@ def test_a_disk_that_fills_up_under_the_recipe_leaves_nothing_in_the_way(
     assert list(recipe.parent.glob("run/*")) == []
 
 
-def test_a_disk_that_fills_up_under_exported_weights(
+def test_a_full_disk_while_weights_are_exported_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = GPTConfig(layers=1, width=32, heads=2, kv_heads=1, ffn=64, context=16, vocab_size=64)
@@ -110,7 +110,7 @@ def test_a_disk_that_fills_up_under_exported_weights(
     ],
     ids=" ".join,
 )
-def test_what_is_not_there_is_named(
+def test_missing_files_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -120,7 +120,7 @@ def test_what_is_not_there_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_of_another_kind_is_named_with_the_command_for_it(
+def test_a_file_of_another_kind_is_named_with_its_remedy(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, study = recipe.parent / "file", recipe.parent / "study.yaml"
@@ -163,7 +163,7 @@ def test_text_of_the_command_line_is_utf8_in_every_locale() -> None:
         flags.text("na\udcefve")
 
 
-def test_our_own_mistakes_are_not_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_internal_errors_are_not_reported_as_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spt_fast.train.tuning.chosen_backends", lambda: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["spt-fast", "kernels"])
     with pytest.raises(ZeroDivisionError):
@@ -206,7 +206,7 @@ def test_flags_are_those_of_the_innermost_command(
         (("--tokenizer", "nosuch"), "--tokenizer: 'nosuch' is invalid: give a file of ranks or a tiktoken encoding"),
     ],
 )
-def test_what_generate_cannot_use(
+def test_invalid_flags_of_generate_are_refused(
     flags: tuple[object, ...],
     said: str,
     tmp_path: Path,
@@ -254,7 +254,7 @@ def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPa
     }
 
 
-def test_no_message_is_longer_than_a_reader_wants() -> None:
+def test_long_messages_are_cut() -> None:
     assert len(str(RecipeError("run: " + "9 " * 10_000))) == LONGEST
     assert len(str(RecipeError("run: " + "a/" * 2_000 + " is no folder; name one"))) < 400
     assert str(RecipeError("run: " + "a/" * 2_000 + " is no folder; name one")).endswith("a/a/ is no folder; name one")

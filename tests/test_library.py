@@ -153,7 +153,7 @@ def test_a_command_is_a_call_of_the_library(
     assert (code, out) == (2, f"spt-fast: this is {name}\n")
 
 
-def test_what_is_wrong_is_said_in_the_name_of_an_argument_or_its_flag(
+def test_errors_name_the_argument_or_its_flag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RecipeError, match=r"^domain_tokens: '3X' is invalid: write a positive whole number") as error:

@@ -92,7 +92,7 @@ def test_names_of_runs_and_ops_are_not_taken_for_fields(capsys: pytest.CaptureFi
     assert re.search(r"│ done +│ 1 ", shown)
 
 
-def test_in_a_notebook_lines_are_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_notebook_gets_plain_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)  # as a kernel says
     assert not terminal(stderr=True).is_terminal
@@ -100,7 +100,7 @@ def test_in_a_notebook_lines_are_text(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err == "step 1\n"
 
 
-def test_quantities_are_read_at_a_glance() -> None:
+def test_quantities_are_written_for_people() -> None:
     for name, value, said in (
         ("step_s", 0.0123, "12 ms"),
         ("seconds", 8.0, "8 s"),
@@ -180,7 +180,7 @@ def test_a_run_of_sources_with_odd_names(tmp_path: Path, monkeypatch: pytest.Mon
     assert {f"heldout/{name}" for name in names} <= set(board.Tags()["scalars"])
 
 
-def test_a_dollar_in_a_name_begins_no_formula(tmp_path: Path) -> None:
+def test_a_dollar_in_a_name_starts_no_formula(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path / "a", [(7.0, 5.0), (6.0, 6.0)]), fake_run(tmp_path / "b", [(6.0, 5.0), (5.0, 6.0)])]
     draw_comparison(replace(compare(runs[:1]), domain="$x_{$", general="<b>"), tmp_path / "c.png")
     drawn = panel("$x_{$", "<b>", lambda axes: axes.set_ylabel("held-out $x_{$ <b>"))
@@ -227,7 +227,7 @@ def test_errors_and_warnings_wrap_on_a_terminal(
     assert max(map(len, capsys.readouterr().err.splitlines())) <= 60
 
 
-def test_our_warnings_are_one_line_and_others_as_python_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_warnings_are_sentences_and_others_are_as_python_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", usual := warnings.formatwarning)
     set_up()
     assert warnings.formatwarning(SptWarning("no place for x"), SptWarning, "f.py", 3) == (

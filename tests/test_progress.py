@@ -23,7 +23,7 @@ CLOCK = r"\d\d:\d\d:\d\d "
 
 
 @pytest.mark.parametrize(("width", "shown"), [(20, 1), (30, 2), (40, 3), (60, 5), (80, 6), (120, 7)])
-def test_a_line_keeps_what_is_dearest(width: int, shown: int) -> None:
+def test_a_line_keeps_the_most_important_parts(width: int, shown: int) -> None:
     line = Line(PARTS, 0.25)
     text = line.fit(width)
     assert len(text) <= width
@@ -37,7 +37,7 @@ def test_a_line_keeps_what_is_dearest(width: int, shown: int) -> None:
     assert ("━" in row) == (width == 120)
 
 
-def test_a_long_title_is_cut_in_its_middle_before_a_figure_is_lost() -> None:
+def test_a_long_title_is_cut_in_the_middle_before_a_figure_is_dropped() -> None:
     text = Line(["a-phase-of-a-rather-long-name 12/16", *PARTS[1:6]]).fit(80)
     assert text.startswith("a-phase…e 12/16  step")
     assert text.endswith("ETA 12 min  12.3K tok/s")
@@ -75,7 +75,7 @@ def test_the_time_left_is_that_of_the_whole_run(
     assert time_left(5.0, 1.0, 1e-12) == ""
 
 
-def test_elsewhere_than_on_a_terminal_lines_are_plain_and_rare(
+def test_without_a_terminal_lines_are_plain_and_rare(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = fake_clock(monkeypatch)
@@ -89,7 +89,7 @@ def test_elsewhere_than_on_a_terminal_lines_are_plain_and_rare(
     assert all(re.fullmatch(CLOCK + r"prepare chem · \d0% · ETA .* · 11/s", line) for line in shown), shown
 
 
-def test_on_a_terminal_names_stay_as_they_are_and_nothing_is_left_behind(
+def test_on_a_terminal_names_are_unchanged_and_no_line_remains(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Console, "is_terminal", property(lambda _: True))
@@ -104,7 +104,7 @@ def test_on_a_terminal_names_stay_as_they_are_and_nothing_is_left_behind(
     assert shown.endswith("\x1b[2K")  # the line is wiped
 
 
-def test_quiet_leaves_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_keeps_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     be_quiet(True)
     try:
         with Screen() as screen:
@@ -145,7 +145,7 @@ def test_mfu_is_shown_where_it_is_known(tmp_path: Path, capsys: pytest.CaptureFi
     assert "loss not finite · skipped steps: 2 · 1M tok/s · 41.2% mfu[bf16]" in capsys.readouterr().err
 
 
-def test_training_a_tokenizer_says_how_far_it_is(
+def test_training_a_tokenizer_shows_its_progress(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "PLAIN_LINE_EVERY_S", 0.0)

@@ -49,7 +49,7 @@ def test_best_fraction_before_finetuning(tokens: float) -> None:
     assert OVERFITTING.best_fraction(tokens=tokens) == pytest.approx(brute, abs=2e-5)
 
 
-def test_the_best_fraction_falls_with_the_budget_and_stays_in_its_bounds() -> None:
+def test_the_best_fraction_falls_with_the_budget_and_stays_within_its_bounds() -> None:
     best = [OVERFITTING.best_fraction(tokens=tokens) for tokens in (20e9, 200e9, 300e9, 1e12)]
     assert best == sorted(best, reverse=True)
     assert best[0] == 0.1 > best[1]
@@ -109,7 +109,7 @@ def test_the_injection_that_stops_forgetting() -> None:
         FORGETTING.injection(params=41e6, unique_tokens=3e6, max_rise=1e-3)
 
 
-def test_an_offset_takes_its_part_of_the_allowed_rise() -> None:
+def test_an_offset_uses_part_of_the_allowed_rise() -> None:
     law = laws.OffsetForgettingLaw.from_params(**FORGETTING.params_, E=0.02)
     less = FORGETTING.injection(params=41e6, unique_tokens=3e6, max_rise=0.3)
     assert law.injection(params=41e6, unique_tokens=3e6, max_rise=0.32) == pytest.approx(less)
@@ -138,7 +138,7 @@ def test_the_most_domain_data_that_a_limit_on_general_loss_allows(rise: float) -
     assert measured == pytest.approx(ratio)
 
 
-def test_a_lenient_limit_leaves_the_best_domain_loss_and_a_strict_one_nothing() -> None:
+def test_a_loose_limit_gives_the_best_domain_loss_and_a_strict_one_is_refused() -> None:
     at = {"params": 1.8e9, "tokens": 10e9, "domain": DOMAIN, "general": GENERAL}
     assert laws.best_ratio(max_general_rise=1, **at) == 1
     with pytest.raises(RecipeError, match=r"smallest rise is 0\.2"):
@@ -150,7 +150,7 @@ def test_a_lenient_limit_leaves_the_best_domain_loss_and_a_strict_one_nothing() 
 
 
 @pytest.mark.parametrize("domain_tokens", [1e8, 1e9, 5e9])
-def test_the_share_for_so_many_domain_tokens(domain_tokens: float) -> None:
+def test_the_share_for_a_number_of_domain_tokens(domain_tokens: float) -> None:
     shares = SHARES[1:]
     losses = DOMAIN.predict(params=1.8e9, tokens=domain_tokens / shares, own_ratio=shares)
     best = DOMAIN.best_ratio(params=1.8e9, domain_tokens=domain_tokens)
@@ -159,7 +159,7 @@ def test_the_share_for_so_many_domain_tokens(domain_tokens: float) -> None:
     assert same == pytest.approx(best, abs=1e-6)
 
 
-def test_that_share_is_in_between_and_grows_with_the_domain_tokens() -> None:
+def test_the_share_is_inside_its_bounds_and_grows_with_the_domain_tokens() -> None:
     shares = [DOMAIN.best_ratio(params=1.8e9, domain_tokens=tokens) for tokens in (3e8, 1e9, 5e9)]
     assert 0 < shares[0] < shares[1] < shares[2] < 1
 
@@ -185,7 +185,7 @@ def test_size_and_tokens_for_given_flops() -> None:
     assert best[1] > 4 * 2e9  # repeats
 
 
-def test_what_a_repeated_corpus_is_worth() -> None:
+def test_the_value_of_a_repeated_corpus() -> None:
     """By hand with R*_D = 15.387756: 4 epochs are worth 1 + 15.387756·(1 − e^(−3/15.387756)) of the corpus."""
     assert CONSTRAINED.effective_tokens(tokens=4e8, unique_tokens=1e8) == pytest.approx(
         1e8 * (1 + 15.387756 * (1 - math.exp(-3 / 15.387756)))
@@ -208,7 +208,7 @@ def test_the_published_law_by_hand() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
-def test_nothing_is_decided_by_a_parameter_that_the_runs_leave_open() -> None:
+def test_a_decision_by_an_undetermined_parameter_is_refused() -> None:
     """What no run repeats says nothing of R*; what it says of fresh tokens is decided on."""
     fresh = grid(params=[1e8, 3e8, 1e9], unique_tokens=[1e9, 3e9, 1e10, 3e10])
     table = drawn(CONSTRAINED, fresh | {"tokens": fresh["unique_tokens"]}, np.random.default_rng(0))
@@ -248,7 +248,7 @@ def test_critical_ratios_across_budgets_and_where_the_general_loss_turns() -> No
     assert law.critical_ratio(tokens=turn * 1.1, tolerance=1, multiplier=7000) > 0.3
 
 
-def test_no_feasible_ratio_and_nothing_but() -> None:
+def test_no_ratio_is_feasible_or_every_ratio_is() -> None:
     law = laws.CMRLaw().fit(continued(np.random.default_rng(0), noise=1e-5))
     with pytest.raises(RecipeError, match=r"interval: 90 is invalid: .* such as 0\.9"):
         law.critical_ratio(tokens=1e10, interval=90)
@@ -258,7 +258,7 @@ def test_no_feasible_ratio_and_nothing_but() -> None:
         assert law.critical_ratio(tokens=1e10, tolerance=1, multiplier=1e-9) == 1
 
 
-def test_ratios_are_joined_by_a_power_law_between_and_beyond_them_and_runs_left_out_are_scored() -> None:
+def test_ratios_are_interpolated_by_a_power_law_and_held_out_runs_are_scored() -> None:
     law = laws.CMRLaw().fit(continued(np.random.default_rng(0), noise=1e-5))
     for ratio in (0.15, 0.6, 0.8):
         general, domain = increments(np.array([1e10]), np.array([ratio]))
@@ -280,7 +280,7 @@ def test_average_parameters_of_a_pruning_schedule() -> None:
         laws.average_params([1e9, 5e8], [1])
 
 
-def test_a_law_across_domains_says_how_far_it_errs_for_one_that_it_has_not_seen() -> None:
+def test_a_cross_domain_law_reports_its_error_on_an_unseen_domain() -> None:
     table = drawn(CROSS_DOMAIN, TABLES["cross-domain D-CPT"][2], np.random.default_rng(0))
     table = {name: values[::3] for name, values in table.items()}
     errors = laws.CrossDomainDCPTLaw().leave_one_domain_out(table)
@@ -300,7 +300,7 @@ def test_a_law_across_domains_says_how_far_it_errs_for_one_that_it_has_not_seen(
         laws.CrossDomainDCPTLaw().fit({name: values[two] for name, values in table.items()})
 
 
-def test_the_weights_of_a_probe_are_fitted() -> None:
+def test_the_weights_of_probe_features_are_fitted() -> None:
     truth = laws.ProbedDCPTLaw.from_params(**CROSS_DOMAIN.params_ | {"w2": 2.0})
     domains = {2.0: 0.3, 2.5: 0.1, 3.0: 0.25, 4.0: 0.05, 3.5: 0.2}
     runs = grid(initial_loss=list(domains), params=[2e8, 1e9], own_ratio=[0.1, 0.5, 1.0], tokens=[1e9, 4e9, 2e10])
@@ -345,7 +345,7 @@ AS_NUMBERS: list[Callable[[Any], Any]] = [np.float64, Decimal, np.array]
 
 
 @pytest.mark.parametrize(("decide", "given"), NUMBERS)
-def test_what_is_no_number_is_refused_by_name(decide: Callable[..., Any], given: dict[str, Any]) -> None:
+def test_values_that_are_not_numbers_are_refused_by_name(decide: Callable[..., Any], given: dict[str, Any]) -> None:
     decide(**given)
     for field, value in given.items():
         for wrong in WRONG:
@@ -367,7 +367,7 @@ def test_numbers_out_of_range_are_refused_by_name(below: int) -> None:
         OVERFITTING.best_fraction(tokens=1e11, within=(0.1, 0))
 
 
-def test_laws_of_curves_and_draws_refuse_what_is_no_number_too() -> None:
+def test_laws_of_curves_and_draws_also_refuse_values_that_are_not_numbers() -> None:
     after = laws.PostFinetuneLaw().fit(finetuned(overfitting_grid(), np.random.default_rng(0)))
     critical = laws.CMRLaw().fit(continued(np.random.default_rng(0), noise=1e-5))
     table = drawn(CHINCHILLA, TABLES["Chinchilla"][2], np.random.default_rng(0))

@@ -57,7 +57,7 @@ def test_same_table_same_law_to_the_last_bit() -> None:
     assert one.bootstrap(TABLE, n=5, seed=4) != other.bootstrap(TABLE, n=5, seed=3)
 
 
-def test_a_dataframe_does_as_well_as_a_dict() -> None:
+def test_a_dataframe_and_a_dict_give_the_same_law() -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({name: list(values) for name, values in TABLE.items()} | {"note": "x"})
     assert laws.ChinchillaLaw().fit(frame).params_ == laws.ChinchillaLaw().fit(TABLE).params_
@@ -67,7 +67,7 @@ def test_a_dataframe_does_as_well_as_a_dict() -> None:
         laws.ChinchillaLaw().fit(pandas.concat([frame, frame[["loss"]]], axis=1))
 
 
-def test_predictions_keep_the_shape_of_what_they_are_given() -> None:
+def test_predictions_have_the_shape_of_their_arguments() -> None:
     law = laws.ChinchillaLaw().fit(TABLE)
     assert isinstance(law.predict(params=1e8, tokens=1e10), float)
     sizes = np.array([[1e8], [2e8]])
@@ -80,7 +80,7 @@ def test_predictions_keep_the_shape_of_what_they_are_given() -> None:
     assert [edge.shape for edge in law.predict(params=np.zeros((0, 3)), tokens=1e9, interval=0.9)] == [(0, 3)] * 3
 
 
-def test_a_wider_interval_is_wider_and_holds_at_least_the_noise() -> None:
+def test_a_higher_level_gives_a_wider_interval_of_at_least_the_noise() -> None:
     law = laws.ChinchillaLaw().fit(TABLE)
     half, most = (law.predict(params=3e8, tokens=1e10, interval=level) for level in (0.5, 0.9))
     assert most[1] < half[1] < half[0] < half[2] < most[2]
@@ -145,7 +145,7 @@ def test_laws_of_several_curves_bootstrap_too(law: laws.Law, table: Table) -> No
     assert any(low < high for low, high in edges.values())
 
 
-def test_intervals_know_that_points_of_a_run_err_together() -> None:
+def test_intervals_account_for_correlated_errors_within_a_run() -> None:
     rng = np.random.default_rng(1)
     table = grid(seed=np.arange(6), params=SIZES, tokens=np.geomspace(1e9, 5e10, 8))
     true = CHINCHILLA.predict(params=table["params"], tokens=table["tokens"])
@@ -164,7 +164,7 @@ def test_intervals_know_that_points_of_a_run_err_together() -> None:
         assert spread == pytest.approx(np.array([[by_hand + new]]))
 
 
-def test_many_runs_are_as_good_as_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_noise_of_many_runs_is_estimated_as_with_the_full_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 400 with four points each, which a matrix of all runs by all runs tells as well."""
     rng, run = np.random.default_rng(0), np.repeat(np.arange(400), 4)
     unknowns = np.concatenate([rng.standard_normal((400, 4))[run], rng.standard_normal((1600, 3))], axis=1)
@@ -201,7 +201,7 @@ CURVES: list[tuple[type[laws.Law], Table]] = [
 
 @pytest.mark.filterwarnings("ignore::spt_fast.laws.IdentificationWarning")
 @pytest.mark.parametrize(("law", "table"), CURVES)
-def test_the_search_ends_where_scipys_finds_nothing_better(law: type[laws.Law], table: Table) -> None:
+def test_scipy_finds_no_better_minimum_than_the_search(law: type[laws.Law], table: Table) -> None:
     for fit in law().fit(table)._fits.values():
         curve = replace(fit.curve, huber=None)
         x, (low, high) = solve(curve), curve.bounds
@@ -214,14 +214,14 @@ def test_the_search_ends_where_scipys_finds_nothing_better(law: type[laws.Law], 
 
 @pytest.mark.filterwarnings("ignore::spt_fast.laws.IdentificationWarning")
 @pytest.mark.parametrize(("law", "table"), CURVES)
-def test_draws_at_a_time_are_those_one_by_one(law: type[laws.Law], table: Table) -> None:
+def test_batched_draws_equal_single_draws(law: type[laws.Law], table: Table) -> None:
     for fit in law().fit(table)._fits.values():
         weights = np.random.default_rng(0).exponential(size=(5, len(fit.residual)))
         together = solve(fit.curve, weights, [fit.x])
         assert together == pytest.approx(np.concatenate([solve(fit.curve, w[None], [fit.x]) for w in weights]))
 
 
-def test_the_search_follows_a_valley_that_bends() -> None:
+def test_the_search_follows_a_curved_valley() -> None:
     """Rosenbrock's, ten times as narrow: without the bend of a step it has not come half of the way after 100."""
     valley = (Parameter("along", -5, 5, log=False), Parameter("across", -5, 5, log=False))
 
@@ -233,7 +233,7 @@ def test_the_search_follows_a_valley_that_bends() -> None:
     assert _polish(curve, np.array([[-1.2, 1.0]]), np.ones(1), most=60)[0] == pytest.approx(np.ones((1, 2)))
 
 
-def test_a_search_starts_with_the_coefficients_that_suit_the_other_unknowns() -> None:
+def test_a_search_starts_with_the_best_linear_coefficients() -> None:
     fit = laws.ChinchillaLaw().fit(TABLE)._fits["loss"]
     start = promising(replace(fit.curve, target=fit.mean(fit.curve.columns)), seed=0)[0]
     values = [float(value[0]) for value in fit.curve.unknowns(start)]
@@ -244,14 +244,14 @@ def test_a_search_starts_with_the_coefficients_that_suit_the_other_unknowns() ->
     assert values[0:1] + values[1:4:2] == pytest.approx(np.clip(coefficients, [1e-3, 1e-6, 1e-6], [20, 30, 30]))
 
 
-def test_points_to_search_from_are_even_in_every_direction() -> None:
+def test_starting_points_are_evenly_spread_along_every_axis() -> None:
     points = spread_out(256, 9, seed=1)
     for axis in points.T:
         assert np.histogram(axis, bins=256, range=(0, 1))[0].tolist() == [1] * 256
     assert not np.array_equal(points, spread_out(256, 9, seed=2))
 
 
-def test_huber_ignores_what_least_squares_follows() -> None:
+def test_huber_ignores_an_outlier_that_moves_least_squares() -> None:
     line = (Parameter("slope", -10, 10, log=False), Parameter("offset", -10, 10, log=False))
     x = np.linspace(0, 1, 21)
     target = 2 * x + 1
@@ -267,7 +267,7 @@ def test_huber_ignores_what_least_squares_follows() -> None:
 # --------------------------------------------------------------------------------------------------------- warnings
 
 
-def test_extrapolation_warns_and_says_of_what() -> None:
+def test_extrapolation_warns_and_names_the_column() -> None:
     law = laws.ChinchillaLaw().fit(TABLE)
     says = r"tokens = 1e\+12 is outside of .* \(1e\+09 to 5e\+10\)"
     with pytest.warns(laws.ExtrapolationWarning, match=says) as warned:
@@ -280,7 +280,7 @@ def test_extrapolation_warns_and_says_of_what() -> None:
         law.predict(params=[41e6, 1.27e9], tokens=[1e9, 5e10])
 
 
-def test_what_the_runs_do_not_say_is_warned_of() -> None:
+def test_undetermined_parameters_are_warned_of() -> None:
     one_size = {name: np.asarray(values)[np.asarray(TABLE["params"]) == SIZES[2]] for name, values in TABLE.items()}
     with pytest.warns(laws.IdentificationWarning, match="do not identify .*alpha"):
         laws.ChinchillaLaw().fit(one_size)
@@ -329,7 +329,7 @@ def test_a_dcpt_law_that_rises_with_its_ratio_is_warned_of() -> None:
         (laws.CMRLaw, {n: v[:5] for n, v in OF_CONTINUING.items()}, "at least 6 runs or points"),
     ],
 )  # fmt: skip
-def test_a_table_that_cannot_be_fitted(law: type[laws.Law], table: Any, says: str) -> None:
+def test_a_table_that_cannot_be_fitted_is_refused(law: type[laws.Law], table: Any, says: str) -> None:
     with pytest.raises(DataError, match=says) as refused:
         law().fit(table)
     assert isinstance(refused.value, SptError)
@@ -349,7 +349,7 @@ def test_a_table_that_cannot_be_fitted(law: type[laws.Law], table: Any, says: st
         ({"params": 1e8, "tokens": 1e10, "of": "los"}, "did you mean 'loss'"),
     ],
 )
-def test_a_prediction_that_cannot_be_made(asked: dict[str, Any], says: str) -> None:
+def test_a_prediction_that_cannot_be_made_is_refused(asked: dict[str, Any], says: str) -> None:
     with pytest.raises(RecipeError, match=says):
         laws.ChinchillaLaw().fit(TABLE).predict(**asked)
 
@@ -363,7 +363,7 @@ def test_decisions_check_their_arguments() -> None:
         CHINCHILLA.best_allocation(flops=0)
 
 
-def test_before_a_fit_and_without_runs() -> None:
+def test_calls_before_a_fit_or_without_runs_are_refused() -> None:
     with pytest.raises(RecipeError, match="fit it to a table"):
         laws.ChinchillaLaw().predict(params=1e8, tokens=1e10)
     with pytest.raises(RecipeError, match="interval needs runs"):
@@ -376,7 +376,7 @@ def test_before_a_fit_and_without_runs() -> None:
         laws.CMRLaw.from_params()
 
 
-def test_laws_bring_nothing_else_along() -> None:
+def test_laws_import_no_other_room() -> None:
     """Neither torch nor pandas, nor any other room."""
     code = (
         "import sys, spt_fast as spt; spt.laws.best_ratio; "
@@ -388,7 +388,7 @@ def test_laws_bring_nothing_else_along() -> None:
 
 
 @pytest.mark.parametrize("exponent", [-0.3, 0.4, 1e-7, 0.0])
-def test_powers_are_written_in_tokens_also_where_they_turn_into_logarithms(exponent: float) -> None:
+def test_powers_are_in_tokens_even_near_a_logarithm(exponent: float) -> None:
     a, b, shift = in_tokens(0.7, exponent, 1e9)
     tokens = np.array([1e8, 1e9, 1e10])
     centred = 0.7 * rising(np.array(exponent), np.log(tokens / 1e9))

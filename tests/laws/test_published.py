@@ -30,7 +30,7 @@ ON_FLAN = {
 """Losses on FLAN after finetuning on EXAMPLES (github.com/linhaowei1/Fine-tuning-Scaling-Law, arXiv 2402.02314)."""
 
 
-def test_finetunes_on_eight_times_the_data_are_predicted_where_the_plain_power_law_is_far_off() -> None:
+def test_finetunes_on_eight_times_the_data_are_predicted_better_than_by_a_plain_power_law() -> None:
     few = EXAMPLES < 250_000
     worst = {}
     for model, losses in ON_FLAN.items():
@@ -60,7 +60,7 @@ STEEPENING = {
 """Of the same source: curves that fall faster beyond 205K examples than any such law fitted below."""
 
 
-def test_the_interval_of_one_curve_is_as_wide_as_its_law_errs_on_the_last_third_though_the_size_is_left_open() -> None:
+def test_the_interval_of_one_curve_covers_the_error_on_its_last_third() -> None:
     for examples in (60_000, 250_000):
         few, inside = examples > EXAMPLES, []
         for losses in STEEPENING.values():
@@ -100,7 +100,7 @@ STEPS = range(1000, 11_000, 1000)
 START = (2.8734, 1.8381)
 
 
-def test_the_critical_share_of_code_is_the_published_one_and_is_left_open_by_early_steps() -> None:
+def test_the_critical_share_of_code_is_the_published_one_and_early_steps_do_not_determine_it() -> None:
     def fitted(last: int) -> laws.CMRLaw:
         rows = [(0, share, *START) for share in CONTINUED]
         for share, losses in CONTINUED.items():

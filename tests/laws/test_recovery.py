@@ -53,7 +53,7 @@ def inputs(law: laws.Law, table: Table) -> Table:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_law_finds_itself_in_noisy_runs(name: str) -> None:
+def test_every_law_is_recovered_from_noisy_runs(name: str) -> None:
     truth, make, table = TABLES[name]
     began = time.process_time()
     law = make().fit(drawn(truth, table, generator()))
@@ -65,7 +65,7 @@ def test_every_law_finds_itself_in_noisy_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Chinchilla", "data-constrained", "finetuning", "forgetting", "D-CPT, domain"])
-def test_without_noise_the_parameters_themselves_come_back(name: str) -> None:
+def test_parameters_are_recovered_exactly_without_noise(name: str) -> None:
     truth, make, table = TABLES[name]
     law = make().fit(drawn(truth, table, generator(), noise=0))
     assert law.params_ == pytest.approx(truth.params_, rel=0.02)
@@ -101,7 +101,7 @@ def test_overfitting_fitted_to_60_percent_of_the_budget_predicts_the_rest() -> N
         assert relative_error(law.predict(of=loss, **rest), OVERFITTING.predict(of=loss, **rest)).max() < 0.01
 
 
-def test_at_fraction_0_the_heldout_loss_stands_for_the_train_loss() -> None:
+def test_at_fraction_0_the_heldout_loss_is_used_as_the_train_loss() -> None:
     table = drawn(OVERFITTING, overfitting_grid([0, *FRACTIONS]), generator())
     table["train_loss"] = np.where(table["fraction"] > 0, table["train_loss"], np.nan)
     law = laws.OverfittingLaw().fit(table)
@@ -121,7 +121,7 @@ def test_the_first_stage_shows_the_shapes() -> None:
 
 
 @pytest.mark.parametrize("with_overfitting_law", [False, True])
-def test_after_finetuning(with_overfitting_law: bool) -> None:
+def test_the_law_after_finetuning_is_recovered(with_overfitting_law: bool) -> None:
     """The gain's power law is free for each fraction: two to three times as many points as for the pooled laws."""
     early = finetuned(grid(fraction=FRACTIONS, tokens=np.linspace(0.1, 0.6, 60) * 200e9), generator())
     heldout = None
@@ -139,7 +139,7 @@ def test_after_finetuning(with_overfitting_law: bool) -> None:
     assert law.predict(of="heldout_loss", **given) == pytest.approx(measured, rel=0.02)
 
 
-def test_what_a_law_errs_by_before_finetuning_does_not_come_back_after_it() -> None:
+def test_an_error_of_the_law_before_finetuning_is_not_repeated_after_it() -> None:
     """Runs lie 5% above their law at one fraction, as text that was never trained on may; after finetuning all are on
     one curve."""
     heldout = laws.OverfittingLaw().fit(drawn(OVERFITTING, overfitting_grid(), generator()))
@@ -157,7 +157,7 @@ def test_what_a_law_errs_by_before_finetuning_does_not_come_back_after_it() -> N
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_a_loss_before_finetuning_that_no_curve_meets_does_not_come_back_after_it(seeds: int) -> None:
+def test_an_error_before_finetuning_that_no_curve_fits_is_not_repeated_after_it(seeds: int) -> None:
     """It wanders with the budget where a model never saw the domain; after finetuning all are on one curve."""
     budgets = np.array([25e9, 50e9, 100e9, 200e9])
     runs = grid(fraction=[0.0, 0.02], seed=range(seeds), tokens=budgets)
@@ -233,7 +233,7 @@ def test_draws_count_the_gain_from_their_own_loss_before_finetuning(kind: Any) -
 
 
 @pytest.mark.parametrize("with_overfitting_law", [False, True])
-def test_intervals_after_finetuning_hold_what_they_promise(with_overfitting_law: bool) -> None:
+def test_intervals_after_finetuning_have_the_stated_coverage(with_overfitting_law: bool) -> None:
     """Of new runs at up to 1.5 times the budgets, before and after, from studies with one to three seeds."""
     inside: dict[str, list[np.ndarray]] = {"finetuned_loss": [], "heldout_loss": []}
     for seed in range(9):
@@ -316,7 +316,7 @@ def test_losses_without_noise_and_without_differences_are_fitted() -> None:
 
 
 @pytest.mark.parametrize("name", ["Chinchilla", "D-CPT, domain", "overfitting"])
-def test_intervals_hold_what_they_promise(name: str) -> None:
+def test_intervals_have_the_stated_coverage(name: str) -> None:
     """Ten draws; 90% intervals of noisy points at the runs' inputs."""
     truth, make, table = TABLES[name]
     if name == "D-CPT, domain":
@@ -332,7 +332,7 @@ def test_intervals_hold_what_they_promise(name: str) -> None:
 
 
 @pytest.mark.parametrize(("sizes", "seeds", "by_run"), [(2, 1, 0.003), (3, 1, 0.003), (4, 2, 0.006)])
-def test_intervals_hold_a_new_run_where_runs_differ(sizes: int, seeds: int, by_run: float) -> None:
+def test_intervals_cover_a_new_run_when_runs_differ(sizes: int, seeds: int, by_run: float) -> None:
     """Errors of a run are shared by its points, and as few runs as unknowns that tell them apart hide them."""
     runs = grid(seed=range(seeds), params=np.geomspace(1e7, 1e8, sizes), tokens=np.geomspace(1e8, 1e10, 10))
     places = {"params": np.array([3e7, 1e9]), "tokens": np.array([1e9, 1e10])}
@@ -348,7 +348,7 @@ def test_intervals_hold_a_new_run_where_runs_differ(sizes: int, seeds: int, by_r
     assert (np.mean(inside, axis=0) >= 0.75).all()
 
 
-def test_two_sizes_leave_the_loss_of_a_third_open() -> None:
+def test_two_sizes_do_not_determine_the_loss_of_a_third() -> None:
     """Every alpha meets two sizes as well; where the search ends at a large one, nothing of A is left at 1e10."""
     runs = grid(params=[2e8, 1e9], own_ratio=[0, *RATIOS, 1], tokens=np.linspace(1e9, 20e9, 10))
     far = {"params": 1e10, "tokens": 2e10, "own_ratio": 0.15}
@@ -362,7 +362,7 @@ def test_two_sizes_leave_the_loss_of_a_third_open() -> None:
         assert "alpha" in law.unidentified_ or "A" in law.unidentified_
 
 
-def test_of_long_annealed_curves_a_few_hundred_rows_tell_the_law() -> None:
+def test_a_few_hundred_rows_of_long_annealed_curves_determine_the_law() -> None:
     truth = laws.MultiPowerLaw.from_params(L0=3.1, A=0.5, alpha=0.5, B=500, C=2, beta=0.5, gamma=0.6)
     step = np.arange(1, 601) * 40.0
     cosine = 1.65e-4 + 1.35e-4 * np.cos(np.pi * step / step[-1])
@@ -374,7 +374,7 @@ def test_of_long_annealed_curves_a_few_hundred_rows_tell_the_law() -> None:
     assert law.predict(step=step, lr=cosine) == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_of_a_slow_decay_neighbouring_drops_of_the_rate_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbouring_drops_of_a_slow_decay_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cosine of 800 evaluations, and one that drops to a third on its way; each row knows only what was before it."""
     truth = laws.MultiPowerLaw.from_params(L0=3.1, A=0.5, alpha=0.5, B=500, C=2, beta=0.5, gamma=0.6)
     step = np.arange(1, 801) * 40.0
@@ -418,7 +418,7 @@ def test_five_outliers_do_not_widen_every_interval() -> None:
     assert widths[1] < 1.15 * widths[0]
 
 
-def test_losses_that_are_wrong_where_no_other_run_is_count_for_nothing() -> None:
+def test_wrong_losses_apart_from_all_other_runs_are_ignored() -> None:
     """Much parameters on few tokens, as four of the 245 points that were read off Chinchilla's figure."""
     runs = grid(params=np.geomspace(4e7, 1e9, 8), tokens=np.geomspace(1e9, 5e10, 17))
     corner = {"params": np.array([2e9, 2.3e9, 3e9, 7e9]), "tokens": np.array([7e8, 6e8, 5e8, 2.5e8])}
@@ -436,7 +436,7 @@ def test_losses_that_are_wrong_where_no_other_run_is_count_for_nothing() -> None
     assert law.bootstrap(wrong, n=20)["beta"] == pytest.approx((0.35, 0.35), abs=0.03)
 
 
-def test_a_law_that_cannot_meet_its_runs_has_wide_intervals() -> None:
+def test_a_law_that_cannot_fit_its_runs_has_wide_intervals() -> None:
     """Losses that rise with size and tokens: all but E ends at its bound, and takes up none of the errors."""
     _, make, table = TABLES["Chinchilla"]
     rising = table | {"loss": 6 - CHINCHILLA.predict(params=table["params"], tokens=table["tokens"]) / 2}
@@ -445,7 +445,7 @@ def test_a_law_that_cannot_meet_its_runs_has_wide_intervals() -> None:
     assert ((low <= rising["loss"]) & (rising["loss"] <= high)).mean() > 0.8
 
 
-def test_beyond_several_columns_at_once_a_law_errs_at_least_as_each_says_for_its_part() -> None:
+def test_an_interval_beyond_several_columns_is_at_least_as_wide_as_beyond_each() -> None:
     truth, make, table = TABLES["Chinchilla"]
     law = make().fit(drawn(truth, table, generator()))
     measured = {("params",): 4e-4, ("tokens",): 8e-4, ("params", "tokens"): 1e-5}
@@ -455,7 +455,7 @@ def test_beyond_several_columns_at_once_a_law_errs_at_least_as_each_says_for_its
     assert law._misfit_of(("params", "tokens"), "loss") == 1e-3
 
 
-def test_beyond_its_runs_an_interval_is_as_wide_as_the_law_errs_there() -> None:
+def test_an_interval_beyond_the_runs_covers_the_error_of_the_law_there() -> None:
     """The losses' exponent is half as large from 4e9 tokens on, which a law fitted to all up to 2e10 half sees."""
     runs = grid(params=np.geomspace(4e7, 1e9, 5), tokens=np.geomspace(1e8, 2e10, 12))
     bent = drawn(CHINCHILLA, runs, generator(), noise=0.002)
@@ -468,7 +468,7 @@ def test_beyond_its_runs_an_interval_is_as_wide_as_the_law_errs_there() -> None:
     assert low < truth < high
 
 
-def test_what_runs_without_a_second_seed_leave_unsaid_is_warned_of() -> None:
+def test_runs_of_one_seed_are_warned_of() -> None:
     for seeds in (1, 2):
         runs = grid(seed=range(seeds), params=np.geomspace(1e7, 1e8, 3), tokens=np.geomspace(1e8, 1e10, 10))
         law = laws.ChinchillaLaw().fit(drawn(CHINCHILLA, runs, generator(), noise=0.003))
@@ -480,7 +480,7 @@ def test_what_runs_without_a_second_seed_leave_unsaid_is_warned_of() -> None:
             assert any("two seeds or more" in str(warning.message) for warning in caught) is (seeds == 1)
 
 
-def test_one_run_has_no_interval_and_a_law_that_nothing_can_be_left_out_of_has_none_beyond_its_runs() -> None:
+def test_one_run_has_no_interval_and_a_law_without_held_out_runs_has_none_beyond_its_runs() -> None:
     one = drawn(CHINCHILLA, grid(params=[1e8], tokens=np.geomspace(1e8, 1e10, 10)), generator())
     law = laws.ChinchillaLaw().fit(one)
     assert law.predict(params=1e8, tokens=1e9) == pytest.approx(CHINCHILLA.predict(params=1e8, tokens=1e9), rel=0.02)
@@ -498,7 +498,7 @@ def test_one_run_has_no_interval_and_a_law_that_nothing_can_be_left_out_of_has_n
         law.predict(params=1e9, unique_tokens=1e7, interval=0.9)
 
 
-def test_the_spread_of_overfitting_predictions_is_what_their_intervals_say() -> None:
+def test_intervals_of_the_overfitting_law_match_the_spread_of_its_predictions() -> None:
     """Two fits share the train losses' errors; 24 draws tell the spread of their sum to about 15%."""
     at = {"tokens": np.array([60e9, 200e9]), "fraction": np.array([0.02, 0.05])}
     points = {name: values for name, values in overfitting_grid().items() if name != "run"}
@@ -531,7 +531,7 @@ MUSIC_HELDOUT = [
 ]
 
 
-def test_the_overfitting_law_meets_real_curves_as_well_as_any_search_does() -> None:
+def test_no_other_search_fits_real_curves_better_than_the_overfitting_law() -> None:
     """Without domain text the domain loss rises, which the two stages are not made for."""
     table = {
         "tokens": np.tile(np.linspace(1.5e6, 6e6, 10), 6),

@@ -42,7 +42,7 @@ def averaged(data: Path) -> Path:
     return data / "averaged"
 
 
-def test_what_is_handed_on_is_the_average_and_so_are_its_losses(averaged: Path, data: Path) -> None:
+def test_the_average_and_its_losses_are_passed_on(averaged: Path, data: Path) -> None:
     (_, start), (_, plain), (config, handed_on) = (
         hf.load(folder / "weights" / phase)
         for folder, phase in ((averaged, "pretrain"), (data / "plain", "finetune"), (averaged, "finetune"))
@@ -65,7 +65,7 @@ def test_what_is_handed_on_is_the_average_and_so_are_its_losses(averaged: Path, 
     assert summary["heldout"] != trained["heldout"]
 
 
-def test_a_run_that_is_interrupted_in_every_average_equals_the_undisturbed_one(
+def test_a_run_interrupted_in_every_average_equals_an_uninterrupted_one(
     data: Path, averaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     average, interrupted = Trainer.average, set[int]()
@@ -98,7 +98,7 @@ def told(folder: Path) -> dict[str, Any]:
     return phase
 
 
-def test_runs_that_differ_in_their_average_alone_are_trained_once(
+def test_runs_that_differ_only_in_their_average_are_trained_once(
     data: Path, averaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the averages of the second arm; one of the others was begun by itself, and is left alone."""
@@ -137,7 +137,7 @@ def test_runs_that_differ_in_their_average_alone_are_trained_once(
         recipe_from(two)
 
 
-def test_tables_and_comparisons_take_the_average_for_the_end_of_its_finetune(averaged: Path, data: Path) -> None:
+def test_tables_and_comparisons_use_the_average_as_the_end_of_its_finetune(averaged: Path, data: Path) -> None:
     table = table_of([data / "plain", averaged], "chem", "general")
     ends = table[table["handed_on"] & (table["stage"] == 1)]
     assert list(ends["average"]) == [0.0, SHARE]

@@ -64,7 +64,7 @@ REACHED = {
 @pytest.mark.parametrize(
     ("name", "snapshots"), [("mid-arm", {"current", "start", "best", "kept"}), ("boundary", {"current"})]
 )
-def test_a_run_of_the_version_before_goes_on(
+def test_a_run_of_the_previous_version_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, snapshots: set[str]
 ) -> None:
     tiny.write_corpora(tmp_path)
@@ -85,7 +85,7 @@ def test_a_run_of_the_version_before_goes_on(
         assert (heldout["general"], heldout["chem"], norm, total) == pytest.approx(reached, rel=1e-4)
 
 
-def test_a_recipe_that_lacks_a_field_of_today_is_the_same_recipe() -> None:
+def test_a_recipe_without_a_newer_field_is_the_same_recipe() -> None:
     """Every key in turn that today's recipe does not give, missing from recipe.yaml of the version before it came."""
     given = raw_recipe("mid-arm")
     today = recipe_from(given)

@@ -73,7 +73,7 @@ def carries(folder: Path, base: Path) -> bool:
     )
 
 
-def test_a_token_that_begins_documents_is_kept_and_said(tmp_path: Path, base: Path, raw: dict[str, Any]) -> None:
+def test_a_token_that_begins_documents_is_kept_and_reported(tmp_path: Path, base: Path, raw: dict[str, Any]) -> None:
     own = Tokenizer.load(base, bos="<tool>")
     assert isinstance(own, HFTokenizer)
     origin, trained, out = Origin(own.digest, eos_id=own.eos_id, bos_id=own.bos_id), tmp_path / "tool", tmp_path / "out"
@@ -111,7 +111,7 @@ def special_ids(folder: Path) -> dict[str, Any]:
     return {field: config[field] for field in IDS}
 
 
-def test_the_files_of_a_base_go_into_the_run_its_weights_and_its_exports(
+def test_the_files_of_a_base_are_copied_to_the_run_its_weights_and_its_exports(
     tmp_path: Path, base: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take_over(base, tmp_path / "imported")
@@ -154,7 +154,7 @@ def test_the_files_of_a_base_go_into_the_run_its_weights_and_its_exports(
     assert special_ids(tmp_path / "again" / "weights" / "pretrain") == IDS
 
 
-def test_a_run_goes_on_by_what_it_began_with_whatever_has_become_of_the_base(
+def test_a_run_continues_with_its_own_copies_when_the_base_has_changed(
     tmp_path: Path, base: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape, own = read_config(base), Tokenizer.load(base).digest
@@ -170,7 +170,7 @@ def test_a_run_goes_on_by_what_it_began_with_whatever_has_become_of_the_base(
     assert Tokenizer.load(tmp_path / "run").digest == own
 
 
-def test_what_the_base_says_may_be_written_out_and_left_out_again(
+def test_settings_of_the_base_may_be_written_in_the_recipe_or_left_out(
     tmp_path: Path, base: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = raw["phases"]
@@ -192,7 +192,7 @@ def test_what_the_base_says_may_be_written_out_and_left_out_again(
         run(recipe_from(raw | {"tokenizer": str(tmp_path / "nfc")}), resume=True, progress=False)
 
 
-def test_a_base_with_a_head_of_its_own_stays_one_where_a_phase_would_untie_it(
+def test_a_base_with_a_separate_head_stays_untied(
     tmp_path: Path, base: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     GPT(replace(read_config(base), tied=False)).save_hf(base)
@@ -260,7 +260,7 @@ def test_a_fresh_model_on_a_hugging_face_tokenizer(tmp_path: Path, base: Path, r
     assert generate_text(tmp_path / "run", "fox", 2, temperature=0).startswith("fox")
 
 
-def test_an_id_that_a_base_lacks_is_answered_with_its_tokenizer(
+def test_an_id_outside_a_base_is_refused_with_its_tokenizer_as_the_remedy(
     tmp_path: Path, base: Path, raw: dict[str, Any]
 ) -> None:
     np.arange(4000, dtype=np.uint16).tofile(tmp_path / "foreign.bin")

@@ -27,7 +27,7 @@ def write(folder: Path, name: str, value: float, keep: int = 9) -> Path:
     return folder / name
 
 
-def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     path = write(tmp_path, NAMES[0], 1.5)
     state, snapshots = checkpoint.read(path), checkpoint.load(path)
     assert state == {"value": 1.5}
@@ -36,13 +36,13 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [NAMES[0]], "no temporaries are left"
 
 
-def test_the_newest_so_many_are_kept(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for i, name in enumerate(NAMES):
         write(tmp_path, name, i, keep=2)
     assert [path.name for path in checkpoint.listed(tmp_path)] == NAMES[1:]
 
 
-def test_what_a_user_put_beside_checkpoints_is_neither_read_nor_counted_nor_deleted(tmp_path: Path) -> None:
+def test_files_of_users_beside_checkpoints_are_ignored(tmp_path: Path) -> None:
     run, folder = tmp_path, tmp_path / "checkpoints"
     for i, name in enumerate(NAMES):
         write(folder, name, i)
@@ -65,7 +65,7 @@ def test_what_a_user_put_beside_checkpoints_is_neither_read_nor_counted_nor_dele
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
-def test_what_cannot_be_read_is_damaged_and_a_folder_that_cannot_be_read_is_not_empty(
+def test_an_unreadable_checkpoint_is_damaged_and_an_unreadable_folder_is_not_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
     for i, name in enumerate(NAMES[:2]):
@@ -128,7 +128,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_found_and_the_newest_whole_one_taken(tmp_path: Path, kind: str) -> None:
+def test_damage_is_found_and_the_newest_whole_checkpoint_is_used(tmp_path: Path, kind: str) -> None:
     for i, name in enumerate(NAMES):
         write(tmp_path, name, i)
     damage, says = DAMAGE[kind]
@@ -160,7 +160,7 @@ def test_a_manifest_that_does_not_cover_its_own_folder_is_refused(tmp_path: Path
         checkpoint.read(path)
 
 
-def test_a_checkpoint_of_another_format_is_refused_by_name_and_not_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_format_is_refused_by_name_and_not_skipped(tmp_path: Path) -> None:
     write(tmp_path, NAMES[0], 0)
     path = write(tmp_path, NAMES[1], 1) / "manifest.json"
     manifest = json.loads(path.read_text()) | {"format": 3}
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_another_format_is_refused_by_name_and_not_passed_over(t
         checkpoint.newest(tmp_path)
 
 
-def test_nothing_at_all_and_nothing_whole(tmp_path: Path) -> None:
+def test_no_checkpoint_and_no_whole_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path / "absent") is None
     flip(write(tmp_path, NAMES[0], 0) / "current-00000.safetensors")
     with pytest.raises(CheckpointError, match="no checkpoint is whole"):
@@ -193,7 +193,7 @@ def test_a_crash_while_saving_leaves_no_checkpoint(tmp_path: Path, monkeypatch: 
     assert sorted(path.name for path in tmp_path.iterdir()) == NAMES[:2]
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"could not be written.*make room"):
         write(tmp_path / "file", NAMES[0], 0)

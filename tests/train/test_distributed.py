@@ -151,7 +151,7 @@ def test_an_imported_base_is_partitioned_as_it_is_loaded(data: Path) -> None:
         assert worst_difference(data / run, data / "base-alone") < SAME, run
 
 
-def test_a_run_goes_on_in_other_processes_and_stages(data: Path, alone: Path) -> None:
+def test_a_run_continues_with_other_processes_and_stages(data: Path, alone: Path) -> None:
     """Stopped by SIGTERM to the last process, again and again, each time gone on with by another engine."""
     lives: list[tuple[int, dict[str, Any], int | None]] = [
         (1, {"name": "local"}, 13),
@@ -172,7 +172,7 @@ def test_a_run_goes_on_in_other_processes_and_stages(data: Path, alone: Path) ->
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(read, expected, strict=True))
 
 
-def test_an_optimizer_of_its_own_kinds_of_state_is_partitioned_too(data: Path) -> None:
+def test_an_optimizer_with_other_kinds_of_state_is_partitioned(data: Path) -> None:
     def recipe(run: str, **engine: Any) -> dict[str, Any]:
         raw = short_recipe(data, run, **engine)
         raw["phases"][0]["optimizer"] = {"name": "momentum", "lr": 1e-2}
@@ -220,7 +220,7 @@ def test_a_frozen_embedding_stays_in_every_stage_and_engine(data: Path) -> None:
         assert not torch.equal(embeddings[2], embeddings[1]), run
 
 
-def test_a_loss_that_is_no_number_in_one_process_leaves_the_weights_alone(data: Path) -> None:
+def test_a_nan_loss_in_one_process_leaves_the_weights_unchanged(data: Path) -> None:
     """Of ZeRO's stages, each has its own code for it."""
     plans = []
     for stage in range(4):
@@ -238,7 +238,7 @@ def test_a_loss_that_is_no_number_in_one_process_leaves_the_weights_alone(data: 
         assert all(np.isfinite(record["grad_norm"]) for record in records if record["loss"] is not None)
 
 
-def test_a_process_that_dies_takes_the_job_down(data: Path) -> None:
+def test_a_process_that_dies_ends_the_job(data: Path) -> None:
     """Long before the half hour that a collective would wait for it."""
     path = data / "dead.json"
     path.write_text(json.dumps([{"recipe": raw_recipe(data, "dead", stage=1), "die_at": 7}]))
@@ -273,7 +273,7 @@ def test_a_stop_is_not_undone_by_a_restart(data: Path) -> None:
     assert "resuming" not in said
 
 
-def test_torchrun_restarts_what_died(data: Path, short: Path) -> None:
+def test_torchrun_restarts_a_job_that_died(data: Path, short: Path) -> None:
     code, said = signalled(data, short_recipe(data, "restarted"), signal.SIGKILL)
     assert code == 0, said
     assert "resuming from step-" in said

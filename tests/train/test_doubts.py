@@ -30,13 +30,13 @@ def of(raw: dict[str, Any]) -> list[str]:
     return [doubt for doubt in doubts(make_plan(recipe_from(raw))) if not re.search(r"heldout:|eval\.tokens:", doubt)]
 
 
-def test_nothing_is_said_of_a_plan_in_which_nothing_is_odd(data: Path) -> None:
+def test_a_sound_plan_has_no_warnings(data: Path) -> None:
     raw = tiny.raw_recipe(data)
     raw["phases"][1]["eval"] = {"every": "50%", "tokens": 200}
     assert of(raw) == []
 
 
-def test_repetition_a_short_limit_costly_evaluations_and_a_jump_are_said_with_their_numbers(data: Path) -> None:
+def test_repetition_a_short_limit_costly_evaluations_and_a_jump_are_warned_of_with_figures(data: Path) -> None:
     raw = tiny.raw_recipe(data)
     first = raw["phases"][0]
     raw["phases"] = [first | {"tokens": 2000 * STEP, "schedule": {"name": "constant"}}]
@@ -68,7 +68,7 @@ def test_repetition_a_short_limit_costly_evaluations_and_a_jump_are_said_with_th
     assert of(raw) == []
 
 
-def test_a_leak_of_text_without_documents_is_told_by_its_n_grams(data: Path) -> None:
+def test_a_leak_of_text_without_documents_is_found_by_its_n_grams(data: Path) -> None:
     raw = tiny.raw_recipe(data)
     np.save(data / "ids.npy", TokenDataset.open(raw["sources"]["chem"]["train"]).tokens)
     raw["sources"]["chem"] = dict.fromkeys(("train", "heldout"), str(data / "ids.npy"))
@@ -79,7 +79,7 @@ def test_a_leak_of_text_without_documents_is_told_by_its_n_grams(data: Path) -> 
     ]
 
 
-def test_losses_of_little_text_are_said_once_for_a_source(data: Path) -> None:
+def test_losses_on_little_text_are_warned_of_once_for_a_source(data: Path) -> None:
     raw = tiny.raw_recipe(data)
     raw["phases"] = [raw["phases"][0] | {"eval": {"tokens": 200}}, raw["phases"][1] | {"eval": {"tokens": 100_000}}]
     plan = make_plan(recipe_from(raw))
@@ -94,7 +94,7 @@ def test_losses_of_little_text_are_said_once_for_a_source(data: Path) -> None:
     ]
 
 
-def test_doubts_are_said_by_plan_the_dry_run_and_the_log(
+def test_doubts_are_printed_by_plan_the_dry_run_and_the_log(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = tiny.raw_recipe(data, "doubted")

@@ -23,7 +23,7 @@ def raw(tmp_path: Path) -> dict[str, Any]:
     return tiny.raw_recipe(tmp_path)
 
 
-def test_every_phase_is_tried_as_it_will_be(
+def test_every_phase_is_tried_as_it_will_be_trained(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second phase with its untied head, its frozen embedding, its anchor and its own optimizer state; an
@@ -94,7 +94,9 @@ def test_running_out_of_memory_names_the_phase_and_the_knobs_in_order(
     assert float(knobs[2][1]) > float(knobs[1][1])
 
 
-def test_where_nothing_saves_the_model_is_too_large(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_too_large_when_no_setting_saves_memory(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw["phases"] = raw["phases"][:1]
     raw["phases"][0]["batch"] = {"sequences": 8, "micro": 1}
     raw["engine"] = {"checkpointing": "full"}

@@ -43,7 +43,7 @@ def with_documents(batches: list[Batch], cuts: list[int]) -> list[Batch]:
     return [dataclasses.replace(batch, cu_seqlens=cu_seqlens) for batch in batches]
 
 
-def test_recorded_steps_are_the_steps_whatever_the_number_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_steps_equal_eager_steps_for_any_number_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     recordings: list[int] = []
     captured = lambda compute: recordings.append(1) or replayed(compute)  # noqa: E731
     monkeypatch.setattr("spt_fast.train.local.capture", captured)
@@ -74,7 +74,7 @@ def test_recorded_steps_are_the_steps_whatever_the_number_of_documents(monkeypat
     assert len(recordings) == 4  # with room for 16 entries, then 64, without documents, and with room again
 
 
-def test_a_step_is_recorded_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_recorded_when_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(cuda_graphs="auto")
     for step in range(5):
         made.step(micro_batches(step), 1e-3, lambda: False)
@@ -123,7 +123,7 @@ def test_an_interruption_between_micro_batches_changes_nothing() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize(("freeze", "documents"), [("none", False), ("embeddings", False), ("none", True)])
-def test_a_recorded_step_is_the_step(freeze: str, documents: bool) -> None:
+def test_a_recorded_step_equals_the_eager_step(freeze: str, documents: bool) -> None:
     device = torch.device("cuda", 0)
     losses, weights = [], []
     for cuda_graphs in (False, True):

@@ -37,7 +37,7 @@ def test_every_token_but_the_first_is_scored_exactly_once(length: int, context: 
     assert loss == pytest.approx(length / 2)
 
 
-def test_the_standard_error_is_over_documents_where_these_are_longer_than_windows() -> None:
+def test_the_standard_error_is_over_documents_that_are_longer_than_windows() -> None:
     """By hand: sums of nats of windows of two targets, 4 windows in document 0, 1 each in documents 1 and 2."""
     text = EvalSet.of_tokens(np.arange(13), 2)
     nats = np.array([2.0, 4.0, 2.0, 4.0, 8.0, 4.0])
@@ -98,7 +98,7 @@ def test_the_cuts_of_every_batch_are_where_documents_begin(length: int, context:
     assert seen == expected.tolist()
 
 
-def test_it_stops_between_batches_when_asked_to() -> None:
+def test_an_evaluation_stops_between_batches_on_request() -> None:
     text = EvalSet.of_tokens(np.arange(100), 4)
     looks = iter([False, False, True])
     with pytest.raises(Interrupted):

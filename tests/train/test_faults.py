@@ -24,7 +24,7 @@ def survive(out: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(out.read_text())["results"]
 
 
-def test_a_run_survives_kills_signals_full_disks_damage_and_losses_that_are_no_number(tmp_path: Path) -> None:
+def test_a_run_survives_kills_signals_full_disks_damage_and_nan_losses(tmp_path: Path) -> None:
     parts = ["kills", "signals", "disk", "damage", "nan", "prepare", "train", "export"]
     results = survive(tmp_path / "results.json", *parts, "--chains", "1", "--kills", "4", "--each", "1")
     assert results["steps"] >= 200

@@ -58,7 +58,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     monkeypatch.setattr(GPT, "forward", forward)
 
 
-def test_a_run_whose_loss_is_nan_at_the_end_failed_and_says_so_in_json(
+def test_a_run_whose_last_loss_is_nan_has_failed_and_its_json_says_so(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = raw_recipe(data, "diverged", 6, optimizer={"lr": 1e38}, eval={"every": "2 steps", "tokens": 200})
@@ -99,7 +99,7 @@ def test_a_run_whose_loss_is_nan_at_the_end_failed_and_says_so_in_json(
     assert math.isfinite(train.best.losses["select"]["chem"])
 
 
-def test_a_phase_with_more_than_a_few_percent_of_its_steps_skipped_failed(
+def test_a_phase_with_more_than_a_few_percent_of_skipped_steps_has_failed(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, every=5)
@@ -113,7 +113,7 @@ def test_a_phase_with_more_than_a_few_percent_of_its_steps_skipped_failed(
     assert [too_many_skipped(*steps) for steps in given] == [True, False, False, True, False, True]
 
 
-def test_the_odd_skipped_step_is_told_at_the_end(
+def test_an_occasional_skipped_step_is_reported_at_the_end(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(monkeypatch, every=20)
@@ -125,7 +125,7 @@ def test_the_odd_skipped_step_is_told_at_the_end(
     assert "skipped steps: 1, because the loss or its gradient was not finite" in capsys.readouterr().out
 
 
-def test_a_phase_in_which_nothing_got_better_says_so(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_phase_without_improvement_says_so(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(recipe_from(raw_recipe(data, "worse", 3, optimizer={"lr": 3.0}, eval={"every": "1 steps", "tokens": 200})))
     said = " ".join(capsys.readouterr().err.split())
     assert "warning: phases[pretrain]: no evaluation was better than the first; the deciding loss, of general" in said

@@ -62,7 +62,7 @@ def in_bytes(path: Path, change: Callable[[bytes], bytes]) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def test_a_run_goes_on_with_the_same_data_at_another_path_and_refuses_other_data_at_the_same(
+def test_a_run_continues_with_its_data_at_another_path_and_refuses_other_data_at_the_same_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = tmp_path / "start"
@@ -122,7 +122,7 @@ def test_a_run_goes_on_with_the_same_data_at_another_path_and_refuses_other_data
             run(recipe_from(raw | {"sources": others}), resume=True, progress=False)
 
 
-def test_a_glance_hashes_some_blocks_and_says_where_it_may_not_have_seen_all(
+def test_a_quick_check_hashes_some_blocks_and_says_what_it_did_not_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "BLOCK_BYTES", 200)
@@ -181,7 +181,7 @@ def greedy(weights: Path, tokenizer: str | None = None) -> str:
     return generate_text(weights, "ab", 3, temperature=0, tokenizer=tokenizer)
 
 
-def test_a_run_is_read_anywhere_by_what_it_carries(moved: Path, tmp_path: Path) -> None:
+def test_a_moved_run_is_read_by_its_own_records(moved: Path, tmp_path: Path) -> None:
     text, out = greedy(moved), tmp_path / "out"
     assert text.startswith("ab")
     export(moved, out)
@@ -271,7 +271,7 @@ def test_eval_scores_as_the_run_did(moved: Path, tmp_path: Path) -> None:
     assert score(moved, tmp_path / "foreign")["same_tokenizer"] is None
 
 
-def test_a_run_of_an_earlier_version_is_read_by_what_it_recorded(
+def test_a_run_of_an_earlier_version_is_read_by_its_records(
     moved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, audited = greedy(moved), audit_run(moved)

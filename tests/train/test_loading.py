@@ -62,7 +62,7 @@ def begin(folder: Path) -> LocalEngine:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
-def test_the_peak_is_what_stays(tmp_path: Path) -> None:
+def test_loading_peaks_at_the_memory_that_remains(tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         for name, config in (("small", replace(CONFIG, layers=1, vocab_size=100)), ("base", CONFIG)):
             hf.save(config, drawn(config, 0), tmp_path / dtype / name, dtype=getattr(torch, dtype))
@@ -76,7 +76,7 @@ def test_the_peak_is_what_stays(tmp_path: Path) -> None:
         assert 0.8 * stays < needed < 1.2 * stays, (act, name, needed / stays)
 
 
-def test_weights_that_could_not_be_written_raise_in_every_process_once_all_is_sent() -> None:
+def test_a_failed_write_of_weights_raises_in_every_process_after_all_is_sent() -> None:
     """In one process: that `spread` comes to its end."""
     sent = []
 

@@ -121,7 +121,7 @@ def audit_tokens(run_folder: Path) -> int:
     return round(facts.tokens / facts.epochs)
 
 
-def test_summary_losses_are_those_of_the_weights_handed_on(undisturbed: Path, data: Path) -> None:
+def test_summary_losses_are_those_of_the_weights_passed_on(undisturbed: Path, data: Path) -> None:
     """Score the written weights on the report half by an independent path."""
     from spt_fast.data.heldout import tokens_in
     from spt_fast.data.shards import TokenDataset
@@ -143,7 +143,7 @@ def test_summary_losses_are_those_of_the_weights_handed_on(undisturbed: Path, da
             )  # training computes in bf16 where that is fast
 
 
-def test_early_stopping_hands_on_the_best_and_counts_what_was_read(undisturbed: Path) -> None:
+def test_early_stopping_passes_on_the_best_weights_and_counts_what_was_read(undisturbed: Path) -> None:
     finetune = json.loads((undisturbed / "summary.json").read_text())["phases"]["finetune"]
     hot = finetune["grid"][1]
     evaluations = [
@@ -172,7 +172,7 @@ def test_an_anchor_keeps_the_weights_nearer_to_their_start(data: Path) -> None:
     assert 0 < distances[300.0] < 0.5 * distances[0.0]
 
 
-def test_scpt_carries_optimizer_and_schedule_on_as_one_run(data: Path) -> None:
+def test_scpt_continues_optimizer_and_schedule_as_one_run(data: Path) -> None:
     """Two phases of one mixture, state kept and schedule continued, are the one long phase, to the last bit."""
     raw = tiny.raw_recipe(data, "whole")
     whole = raw["phases"][0] | {"mixture": {"general": 1}, "eval": {"every": "1000 steps", "tokens": 200}}
@@ -227,7 +227,7 @@ def test_documents_mode_trains(data: Path) -> None:
     assert nats / (len(text) - 1) == pytest.approx(reached, rel=5e-3)  # token by token, each seeing its document only
 
 
-def test_a_step_that_is_not_finite_is_left_out(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_is_not_finite_is_skipped(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = GPT.forward
     calls = iter(range(10**9))
 
@@ -261,7 +261,7 @@ def test_a_run_that_stays_not_finite_fails_and_says_so(data: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("looks", [31, 43, 64])
-def test_a_run_interrupted_again_and_again_equals_the_undisturbed_one(
+def test_a_run_interrupted_repeatedly_equals_an_uninterrupted_one(
     data: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, looks: int
 ) -> None:
     """To the last bit of weights and metrics, across epochs, phases, evaluations, early stops and grid arms."""
@@ -382,7 +382,7 @@ def test_resume_on_changed_data_is_refused(data: Path, tmp_path: Path, monkeypat
         tiny.write_corpora(tmp_path)
 
 
-def test_a_run_goes_on_in_the_dtype_it_began_in_and_says_what_kernels_changed(
+def test_a_run_continues_in_its_dtype_and_reports_changed_kernels(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw, folder = stopped_run(data, "dtype", monkeypatch)
@@ -428,7 +428,7 @@ def test_fp8_is_refused_on_a_gpu_without_it(data: Path, monkeypatch: pytest.Monk
     assert not (data / "fp8-old").exists()
 
 
-def test_parameters_are_the_starting_models_whatever_interrupts(
+def test_parameters_are_counted_on_the_starting_model_after_any_interruption(
     data: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The finetune unties the head, so a process that resumes inside it holds more of them."""
@@ -442,9 +442,7 @@ def test_parameters_are_the_starting_models_whatever_interrupts(
     assert [summary["parameters"] for summary in summaries] == [start, start]
 
 
-def test_damaged_checkpoints_are_set_aside_and_take_no_place_of_whole_ones(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_checkpoints_are_renamed_and_not_counted(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw, folder = stopped_run(data, "aside", monkeypatch, looks=45)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert len(names) == 2
@@ -461,7 +459,7 @@ def test_damaged_checkpoints_are_set_aside_and_take_no_place_of_whole_ones(
     assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
 
 
-def test_a_run_stopped_again_before_its_next_step_leaves_its_checkpoint_alone(
+def test_a_run_stopped_again_before_its_next_step_keeps_its_checkpoint(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To write it again would take away the only whole one for a moment, in which the process may be killed."""
@@ -484,7 +482,7 @@ def test_what_a_crash_left_half_written_does_not_block_the_run(data: Path) -> No
     assert run(recipe_from(raw), resume=True, progress=False)["status"] == "done"
 
 
-def test_a_run_that_keeps_the_best_goes_on_after_the_checkpoint_at_an_arms_last_step(
+def test_a_run_that_keeps_the_best_continues_after_the_checkpoint_at_an_arms_last_step(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That checkpoint is of the best evaluation; the process dies before it wrote the phase's weights."""
@@ -507,7 +505,7 @@ def test_a_run_that_keeps_the_best_goes_on_after_the_checkpoint_at_an_arms_last_
     assert_same_run(data / "best-whole", data / "best-died")
 
 
-def test_a_run_goes_on_from_every_boundary_between_phases_and_arms(data: Path, tmp_path: Path) -> None:
+def test_a_run_continues_from_every_boundary_between_phases_and_arms(data: Path, tmp_path: Path) -> None:
     """Where best weights, moments of a phase that kept them and the start of an anchor have to be there again."""
     raw = tiny.raw_recipe(data, "every-boundary")
     raw["checkpoint"] = {"every": "1 steps", "keep": 999, "keep_best": True}
@@ -536,7 +534,7 @@ def test_a_run_goes_on_from_every_boundary_between_phases_and_arms(data: Path, t
 
 
 @pytest.mark.parametrize("lost", ["a line", "half a line", "everything"])
-def test_metrics_that_are_shorter_than_the_checkpoint_knows_are_said_and_stay_lines(
+def test_metrics_shorter_than_at_the_checkpoint_are_reported_and_stay_valid_lines(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str
 ) -> None:
     raw, folder = stopped_run(data, f"shorter-{lost}", monkeypatch, looks=45)
@@ -554,7 +552,9 @@ def test_metrics_that_are_shorter_than_the_checkpoint_knows_are_said_and_stay_li
     assert len(steps) == len(set(steps))
 
 
-def test_the_throughput_of_every_logged_step_is_that_of_its_lap(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_throughput_of_a_logged_step_is_over_the_time_since_the_last_one(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last step too, which ends a lap early; steps take at least a tenth of a second, on a loaded machine more."""
     seconds, step = 0.1, LocalEngine.step
 
@@ -592,7 +592,7 @@ def test_a_damaged_recipe_of_a_run_is_named(undisturbed: Path, tmp_path: Path) -
                 read(folder)
 
 
-def test_all_checkpoints_damaged_is_said(data: Path) -> None:
+def test_damage_of_all_checkpoints_is_reported(data: Path) -> None:
     raw = tiny.raw_recipe(data, "ruined")
     raw["phases"] = raw["phases"][:1]
     run(recipe_from(raw), progress=False)
@@ -651,7 +651,7 @@ def recipe_with(data: Path, run_name: str, path: str, value: Any) -> Any:
         ("model.heads", 5, RecipeError, r"model\.heads"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+def test_a_recipe_that_cannot_be_trained_is_refused_before_anything_is_written(
     data: Path, path: str, value: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -665,7 +665,7 @@ def write_headerless(prefix: Path, ids: np.ndarray, dtype: str) -> str:
 
 
 @pytest.mark.parametrize(("field", "bad"), [("train", -1), ("heldout", -1), ("train", 64), ("heldout", 70)])
-def test_an_id_that_the_model_lacks_is_refused_in_text_that_records_no_largest_id(
+def test_an_id_outside_the_model_is_refused_in_text_that_records_no_largest_id(
     data: Path, tmp_path: Path, field: str, bad: int
 ) -> None:
     raw = tiny.raw_recipe(data, f"foreign-{field}-{bad}")

@@ -94,7 +94,7 @@ def test_a_rate_that_would_jump_or_never_reach_its_peak_is_refused_at_reading(
         recipe(schedule)
 
 
-def test_a_run_that_an_earlier_version_began_keeps_the_schedule_that_would_be_refused_now(
+def test_a_run_of_an_earlier_version_keeps_a_schedule_that_is_refused_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -108,7 +108,7 @@ def test_a_run_that_an_earlier_version_began_keeps_the_schedule_that_would_be_re
         recipe(overlapping | {"decay": "90%"})
 
 
-def test_a_warm_up_of_a_grid_is_checked_and_one_that_the_next_phase_carries_on_may_be_longer() -> None:
+def test_a_warm_up_of_a_grid_is_checked_and_a_continued_one_may_be_longer_than_its_phase() -> None:
     with pytest.raises(RecipeError, match=r"^phases\[p0\]\.grid\.warmup: '12 steps' is invalid"):
         recipe({"name": "constant"}, grid={"warmup": ["2 steps", "12 steps"]})
     recipe({"name": "constant", "warmup": "12 steps"}, {"continue": True})
@@ -127,7 +127,7 @@ def test_a_warm_up_of_a_grid_is_checked_and_one_that_the_next_phase_carries_on_m
         {"name": "constant", "warmup": "9K"},
     ],
 )
-def test_what_is_let_through_reaches_its_peak_and_falls_no_faster_than_it_says(schedule: dict[str, Any]) -> None:
+def test_an_accepted_schedule_reaches_its_peak_and_falls_no_faster_than_it_says(schedule: dict[str, Any]) -> None:
     read = recipe(schedule).phases[0].schedule
     got = [learning_rate(read, 1.0, step, 10, 1000) for step in range(10)]
     assert max(got) == 1.0

@@ -36,7 +36,7 @@ def write(folder: Path, seed: int, origin: Origin | None = None, dtype: Any = No
     return named
 
 
-def test_an_average_is_that_of_every_number_and_keeps_what_is_known(
+def test_every_number_is_averaged_and_the_origin_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -85,7 +85,7 @@ def test_an_average_is_made_in_float32_and_stored_as_the_first(tmp_path: Path) -
     assert not (tmp_path / "half").exists()
 
 
-def test_the_card_of_an_average_tells_how_every_model_was_trained(tmp_path: Path) -> None:
+def test_the_card_of_an_average_says_how_every_model_was_trained(tmp_path: Path) -> None:
     def trained(base: str) -> Origin:
         phase = PhaseFacts("tune", 64, {"chem": "1"}, 1e-3, "adamw", 0.0, "0", {"chem": 2.0}, {})
         return Origin(byte_tokenizer().digest, history=History(base, {"init": f"of {base}"}, {}, [phase]))
@@ -115,7 +115,7 @@ def test_a_card_shows_names_as_they_are() -> None:
     assert "Base: `<i>` (`unknown`)" in card
 
 
-def test_a_tied_head_is_averaged_as_the_embedding_that_it_is(tmp_path: Path) -> None:
+def test_a_tied_head_is_averaged_as_the_embedding(tmp_path: Path) -> None:
     base, tuned = write(tmp_path / "base", 1), write(tmp_path / "tuned", 2, tied=False)
     for order in (("tuned", "base"), ("base", "tuned")):
         merge([tmp_path / name for name in order], [1, 1], tmp_path / "-".join(order))
@@ -139,14 +139,14 @@ def test_a_tied_head_is_averaged_as_the_embedding_that_it_is(tmp_path: Path) -> 
         ([float("inf"), 0.5], r"^weights\[a\]: inf is invalid"),
     ],
 )
-def test_weights_that_give_no_average(tmp_path: Path, weights: list[Any], problem: str) -> None:
+def test_invalid_weights_of_an_average_are_refused(tmp_path: Path, weights: list[Any], problem: str) -> None:
     with pytest.raises(RecipeError, match=problem):
         merge([Path("a"), Path("b")], weights, tmp_path / "out")
     with pytest.raises(RecipeError, match=r"^models: 1 is invalid: give at least two"):
         merge([tmp_path / "a"], [1], tmp_path / "out")
 
 
-def test_models_that_have_no_average_are_named(tmp_path: Path) -> None:
+def test_models_that_cannot_be_averaged_are_named(tmp_path: Path) -> None:
     write(tmp_path / "a", 1)
     for field, value in (("ffn", 48), ("rope_theta", 500.0), ("layers", 2), ("context", 64)):
         write(tmp_path / field, 1, **{field: value})

@@ -128,7 +128,7 @@ def test_flat_tensors_change_no_bit(settings: Optimizer, dtype: torch.dtype, mon
     assert calls == 2 * [1, others]
 
 
-def test_gradients_begin_anew_where_the_step_before_left_them() -> None:
+def test_gradients_of_a_step_replace_those_of_the_previous_one_in_place() -> None:
     model, plain = (GPT(CONFIG, seed=1).to(torch.bfloat16) for _ in range(2))
     optimizer = ModelOptimizer(model, AdamW(lr=1e-2))
     places = []
@@ -158,7 +158,7 @@ def test_a_skipped_step_moves_nothing() -> None:
     assert same(before, after)
 
 
-def test_a_snapshot_restored_trains_on_bit_for_bit() -> None:
+def test_a_restored_snapshot_continues_bit_for_bit() -> None:
     def train(engine: LocalEngine, ids: torch.Tensor) -> None:
         backward(engine.model, ids)
         engine.optimizer.step(1e-2, engine.optimizer.grad_norm(), torch.tensor(False))
@@ -285,7 +285,7 @@ def test_another_optimizer_is_its_class_and_its_name(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_an_optimizer_that_is_not_known_is_named_and_so_is_a_setting_of_another() -> None:
+def test_an_unknown_optimizer_and_a_setting_of_another_are_named() -> None:
     raw = tiny.raw_recipe(Path("."))
     raw["phases"][0]["optimizer"] = {"name": "adam", "lr": 1}
     with pytest.raises(RecipeError, match=r"phases\[pretrain\]\.optimizer\.name: 'adam'.*did you mean 'adamw'"):

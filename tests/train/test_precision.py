@@ -54,7 +54,7 @@ def forget(folder: Path) -> None:
         file.unlink()
 
 
-def test_auto_is_what_is_faster_and_instructions_alone_decide_nothing(
+def test_auto_is_the_faster_dtype_by_measurement_and_not_by_instructions(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for bf16, fp32, expected in ((160, 270, "fp32"), (842, 193, "bf16"), (200, 196, "fp32"), (210, 190, "bf16")):
@@ -73,7 +73,7 @@ def test_auto_is_what_is_faster_and_instructions_alone_decide_nothing(
     assert asked == [4] * 4
 
 
-def test_a_measurement_is_kept_for_the_machine_and_the_shapes_that_it_is_of(
+def test_a_measurement_is_kept_for_its_machine_and_shapes(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = machine(842, 193)
@@ -116,7 +116,7 @@ def test_the_test_multiplies_the_models_own_matrices_in_half_a_second(monkeypatc
     assert calls.count("c") == 1, "time is up"
 
 
-def test_a_run_says_and_records_what_decided_and_a_resume_keeps_to_it(
+def test_a_run_prints_and_records_its_precision_and_a_resume_keeps_it(
     machine: Machine, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = machine(160, 270)
@@ -146,7 +146,7 @@ def test_a_run_says_and_records_what_decided_and_a_resume_keeps_to_it(
     assert json.loads(plan.stdout)["precision"] == trial.precision
 
 
-def test_every_run_of_a_study_takes_what_its_first_decided(machine: Machine, tmp_path: Path) -> None:
+def test_every_run_of_a_study_uses_the_precision_of_the_first(machine: Machine, tmp_path: Path) -> None:
     machine(160, 270)
     runs = expand(study_from(raw_study(tmp_path)))
     file = Path(str(runs[0].recipe.precision_file))

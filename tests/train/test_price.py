@@ -63,7 +63,7 @@ def test_hours_and_cost_by_hand(recipe: Recipe) -> None:
     assert not any(way.fits for way in price(plan, machine_of(recipe, memory=10**5), Speed(None, None, "")).ways)
 
 
-def test_what_is_evaluated_is_what_the_run_evaluates(recipe: Recipe) -> None:
+def test_the_price_counts_the_tokens_that_the_run_evaluates(recipe: Recipe) -> None:
     raw = recipe.plain()
     raw["phases"][1]["stop"] = None
     recipe = recipe_from(raw)
@@ -133,7 +133,7 @@ def test_the_recipes_own_way_is_its_engines(recipe: Recipe) -> None:
         assert priced.memory_bytes == way.bytes.total
 
 
-def test_the_command_tells_it_all(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_every_figure(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tiny.write_recipe(tmp_path, recipe.plain()))
     words = ["plan", path, "--gpu", "H100", "--gpus", "2", "--gpu-memory", "80GB", "--mfu", "50%", "--price", "2.5"]
     words += ["--set", "phases.pretrain.batch.micro=2", "--set", "phases.finetune.batch.micro=2"]
@@ -164,7 +164,7 @@ def test_the_command_tells_it_all(recipe: Recipe, tmp_path: Path, capsys: pytest
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_mistakes_are_named(
+def test_invalid_arguments_are_named(
     recipe: Recipe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -43,7 +43,7 @@ FREE = {
 }
 
 
-def test_what_changes_no_result_may_change(
+def test_changes_without_effect_on_results_are_allowed(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw, folder = stopped_run(data, "free", monkeypatch, looks=45)
@@ -79,7 +79,9 @@ def test_what_changes_no_result_may_change(
         ({"sources.chem.limit_tokens": 500}, r"sources\.chem\.limit_tokens: 400 → 500 \(the run has trained on it"),
     ],
 )
-def test_what_changes_a_result_is_named_with_its_reason(data: Path, changes: dict[str, Any], message: str) -> None:
+def test_changes_that_affect_results_are_named_with_the_reason(
+    data: Path, changes: dict[str, Any], message: str
+) -> None:
     raw = tiny.raw_recipe(data)
     found = refused(recipe_from(raw), recipe_from(changed(raw, changes)))
     assert len(found) == 1, found
@@ -110,7 +112,7 @@ SCHEDULES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("phase", "reason"), SCHEDULES)
-def test_the_last_phase_becomes_longer_where_the_steps_that_are_made_stay_what_they_were(
+def test_the_last_phase_may_become_longer_if_its_finished_steps_stay_the_same(
     data: Path, phase: dict[str, Any], reason: str
 ) -> None:
     raw = tiny.raw_recipe(data)
@@ -119,7 +121,7 @@ def test_the_last_phase_becomes_longer_where_the_steps_that_are_made_stay_what_t
     assert [reason in problem for problem in found] == ([True] if reason else [])
 
 
-def test_a_finished_run_becomes_longer_to_the_same_bits(data: Path) -> None:
+def test_a_finished_run_made_longer_equals_the_longer_run_bit_for_bit(data: Path) -> None:
     """By more of its last phase, and by phases on new text; as if it had been so long from the first step."""
     tiny.write_dataset(data / "new", 5, 2000)
     short = tiny.raw_recipe(data, "longer") | {"checkpoint": {"every": "4 steps", "keep": 2}}
@@ -146,7 +148,7 @@ def test_a_finished_run_becomes_longer_to_the_same_bits(data: Path) -> None:
     assert json.loads((data / "longer" / "summary.json").read_text())["phases"]["more"]["epochs"]["new"] > 0
 
 
-def test_a_phase_that_keeps_a_state_which_is_gone_is_refused(data: Path) -> None:
+def test_a_phase_that_keeps_a_state_that_was_not_stored_is_refused(data: Path) -> None:
     short = tiny.raw_recipe(data)
     long = copy.deepcopy(short)
     long["phases"].append({"name": "more", "tokens": STEP, "mixture": {"chem": 1}, "optimizer": {"lr": 1e-3}})

@@ -46,7 +46,7 @@ def test_a_project_with_its_own_recipe_and_metrics_is_left_alone(data: Path, tmp
 
 
 @pytest.mark.parametrize("died_after", ["nothing", "the lock", "the heartbeat", "the recipe"])
-def test_a_run_that_died_at_its_very_beginning_begins_again(
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], died_after: str
 ) -> None:
     raw = short(data, "x") | {"run": str(tmp_path / "run")}
@@ -67,7 +67,9 @@ def test_a_run_that_died_at_its_very_beginning_begins_again(
     assert begun == (died_after == "the recipe")
 
 
-def test_the_second_process_in_a_folder_is_told_of_the_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_process_in_a_folder_is_refused_and_names_the_first(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     who = rf"run: \S+: in use by process {os.getpid()} on \S+ since .*; wait until it has ended, or stop it"
     raw = short(data, "twice")
     train = loop.Trainer.train
@@ -89,7 +91,7 @@ def test_the_second_process_in_a_folder_is_told_of_the_first(data: Path, monkeyp
     assert not (data / "weights-of-sources").exists()
 
 
-def test_files_have_the_mode_that_the_umask_says(data: Path) -> None:
+def test_files_have_the_mode_of_the_umask(data: Path) -> None:
     before = os.umask(0o027)
     try:
         raw = short(data, "modes") | {"checkpoint": {"every": "1 steps"}}
@@ -107,7 +109,7 @@ def test_files_have_the_mode_that_the_umask_says(data: Path) -> None:
 STORM = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 
 
-def test_a_storm_of_signals_makes_one_request_and_a_late_sigint_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_signals_make_one_request_and_a_late_sigint_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {number: signal.getsignal(number) for number in STORM}
     at_s = 0.0
     monkeypatch.setattr("spt_fast.train.signals.time.monotonic", lambda: at_s)
@@ -165,7 +167,7 @@ cli.main()
 """
 
 
-def test_a_storm_from_before_the_first_step_to_the_very_end_ends_in_75(data: Path) -> None:
+def test_signals_from_before_the_first_step_to_the_end_give_exit_code_75(data: Path) -> None:
     path = tiny.write_recipe(data, tiny.raw_recipe(data, "storm"))
     command = [sys.executable, "-c", HEARD, "train", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

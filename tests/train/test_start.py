@@ -65,7 +65,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_only_the_embedding_is_taken_over_and_the_rest_drawn_by_the_seed(data: Path, tied: bool) -> None:
+def test_only_the_embedding_is_copied_and_the_rest_is_initialised_by_the_seed(data: Path, tied: bool) -> None:
     given = GPT(GPTConfig(**SHAPE, tied=tied), seed=5)
     given.save_hf(data / f"given-{tied}")
     raw = raw_recipe(data, "only", phase("all", 1, {"chem": 1}), seed=3, init=str(data / f"given-{tied}"), model={})
@@ -95,7 +95,7 @@ def test_a_run_begins_with_the_embedding_of_another_runs_weights(data: Path) -> 
         assert tiny.metrics(Path(raw["run"]))[0]["heldout"][source] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_plan_misses_weights_as_a_run_would(data: Path) -> None:
+def test_a_plan_reports_missing_weights_as_a_run_does(data: Path) -> None:
     folder = data / "incomplete"
     GPT(GPTConfig(**SHAPE)).save_hf(folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -113,7 +113,7 @@ def test_a_plan_misses_weights_as_a_run_would(data: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "fp8"), [("fp32", False), ("bf16", False), ("bf16", True)])
-def test_a_frozen_embedding_stays_to_the_last_bit_and_learns_again_after_it(
+def test_a_frozen_embedding_does_not_change_and_is_trained_again_afterwards(
     data: Path, precision: str, fp8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spt_fast.model.gpt.FP8_WIDTH", 16)
@@ -135,7 +135,7 @@ def test_a_frozen_embedding_stays_to_the_last_bit_and_learns_again_after_it(
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])
-def test_the_others_learn_by_torchs_adamw_of_the_others(clip: float | None) -> None:
+def test_the_other_parameters_are_updated_as_by_torchs_adamw(clip: float | None) -> None:
     """So that a frozen embedding has no part in the norm either."""
     config = GPTConfig(**SHAPE, tied=False)
     theirs = GPT(config, seed=1)
@@ -176,7 +176,7 @@ def test_a_tied_embedding_cannot_be_frozen(data: Path) -> None:
     make_plan(recipe_from(raw))
 
 
-def test_interrupted_anywhere_it_is_the_same_run_and_kept_moments_pass_through(
+def test_a_run_with_a_frozen_embedding_resumes_to_itself_and_keeps_its_moments(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frozen between two phases that learn, the optimizer's state kept throughout: the embedding's waits."""

@@ -21,11 +21,11 @@ def written(name: str = "mid-arm") -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def test_every_version_before_has_a_migration() -> None:
+def test_every_earlier_version_has_a_migration() -> None:
     assert list(MIGRATIONS) == list(range(1, VERSION))
 
 
-def test_what_is_written_is_read_back_and_looks_as_before() -> None:
+def test_a_written_state_is_read_back_in_the_same_format() -> None:
     old = written()
     state = SavedState.read(old, WHERE)
     assert state.train.arms[0].values == {"lr": 0.01, "warmup": "2 steps"}
@@ -47,7 +47,7 @@ def test_what_is_written_is_read_back_and_looks_as_before() -> None:
     assert new == old
 
 
-def test_version_1_tells_the_losses_of_its_best_evaluation_only() -> None:
+def test_version_1_has_only_the_losses_of_its_best_evaluation() -> None:
     old = written("boundary")
     assert old["train"]["evaluated"]
     best = old["train"]["best"]
@@ -83,7 +83,7 @@ def test_a_field_that_is_unknown_or_missing_is_named(section: str, field: str) -
         SavedState.read(state, WHERE)
 
 
-def test_a_field_of_the_model_that_came_later_has_its_default() -> None:
+def test_a_newer_field_of_the_model_has_its_default() -> None:
     state = json.loads(json.dumps(SavedState.read(written(), WHERE).plain()))
     del state["model"]["norm_eps"]
     assert SavedState.read(state, WHERE).model.norm_eps == 1e-6

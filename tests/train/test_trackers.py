@@ -56,7 +56,7 @@ def history(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return config, rows
 
 
-def test_every_tracker_has_a_resumed_run_whole_and_once(
+def test_every_tracker_has_each_record_of_a_resumed_run_once(
     data: Path, offline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = tiny.raw_recipe(data, "tracked") | {"log": {"every": "1 steps", "to": list(KINDS)}}
@@ -120,7 +120,7 @@ def test_every_tracker_has_a_resumed_run_whole_and_once(
     assert any("heldout/chem" in row and "train/general" in row for row in first)
 
 
-def test_a_tracker_that_fails_or_hangs_is_said_once_and_training_goes_on(
+def test_a_tracker_that_fails_or_hangs_is_reported_once_and_training_continues(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Unreachable:
@@ -154,7 +154,7 @@ def test_a_tracker_that_fails_or_hangs_is_said_once_and_training_goes_on(
     assert len((data / "failing" / "metrics.csv").read_text().splitlines()) == 1 + len(tiny.metrics(data / "failing"))
 
 
-def test_a_tracker_that_cannot_be_started_is_refused_at_the_start_and_passed_over_later(
+def test_a_tracker_that_cannot_be_started_is_refused_at_the_start_and_skipped_on_resume(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def unknown(followed: Followed) -> trackers.Tracker:
@@ -172,7 +172,7 @@ def test_a_tracker_that_cannot_be_started_is_refused_at_the_start_and_passed_ove
         run(recipe_from(short(data, "refused", "wandb")), progress=False)
 
 
-def test_a_library_that_is_missing_is_named_before_anything_is_done(
+def test_a_missing_library_is_named_before_training(
     data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
@@ -190,7 +190,7 @@ def test_a_library_that_is_missing_is_named_before_anything_is_done(
         recipe_from(short(data, "typo", "wandd"))
 
 
-def test_a_table_that_is_asked_for_later_has_all_that_was_before(data: Path) -> None:
+def test_a_table_requested_on_resume_has_the_earlier_records(data: Path) -> None:
     raw = short(data, "later", "csv")
     run(recipe_from(raw), progress=False)
     table = data / "later" / "metrics.csv"

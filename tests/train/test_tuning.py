@@ -47,7 +47,7 @@ def raw(data: Path) -> dict[str, Any]:
     return raw
 
 
-def test_a_run_takes_what_was_measured_and_goes_on_with_what_it_took(
+def test_a_run_uses_the_measured_choices_and_keeps_them_on_resume(
     raw: dict[str, Any], data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[Question] = []
@@ -75,9 +75,7 @@ def test_a_run_takes_what_was_measured_and_goes_on_with_what_it_took(
     assert (auto_backends()["swiglu_linear"], auto_backends()["add_rms_norm"]) == ("cpu", "reference")
 
 
-def test_a_run_measures_on_a_gpu_that_it_does_not_know_and_says_so(
-    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_a_new_gpu_measures_first_and_says_so(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, float]] = []
 
     def tune(asked: list[Question], *, seconds: float, say: Any, stop: Any) -> dict[str, Any]:
@@ -104,7 +102,7 @@ def test_a_run_measures_on_a_gpu_that_it_does_not_know_and_says_so(
     assert (len(calls), len(said)) == (1, 1)
 
 
-def test_the_command_shows_what_is_chosen_by_what_measurement(
+def test_the_command_shows_each_choice_and_its_measurement(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "multiplies_bf16", lambda: False)
@@ -131,7 +129,7 @@ def test_the_command_shows_what_is_chosen_by_what_measurement(
     assert (shapes[1]["width"], shapes[1]["seconds"]) == (384, 300.0)
 
 
-def test_what_another_gpu_found_is_kept_where_this_one_can_run_it(raw: dict[str, Any]) -> None:
+def test_choices_of_another_gpu_are_kept_if_this_one_can_run_them(raw: dict[str, Any]) -> None:
     records = {"rope": record("reference"), "embedding": record("later"), "swiglu_linear": record("auto"), "gone": {}}
     asked = asked_by(make_plan(recipe_from(raw)), precision.Precision(torch.float32, ""), torch.device("cpu"), 1)
     said: list[str] = []
@@ -139,7 +137,7 @@ def test_what_another_gpu_found_is_kept_where_this_one_can_run_it(raw: dict[str,
     assert [line[:58] for line in said] == ["warning: embedding: later, which the run used before, rais"]
 
 
-def test_as_many_threads_as_were_the_fastest(
+def test_the_fastest_number_of_threads_is_used(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

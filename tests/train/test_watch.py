@@ -22,7 +22,7 @@ def until(condition: object, seconds: float = 300.0) -> None:
         time.sleep(0.01)
 
 
-def test_the_heartbeat_tells_the_newest_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heartbeat_holds_the_newest_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "HEARTBEAT_EVERY_S", 0.02)
     file = tmp_path / "heartbeat.json"
     with Watch(tmp_path, 0, stall_s=60) as watching:
@@ -67,6 +67,6 @@ def test_only_a_loss_far_above_the_recent_ones_is_a_jump() -> None:
     assert losses.jump(falling[-1]) is None
 
 
-def test_the_first_losses_say_nothing() -> None:
+def test_the_first_losses_are_never_a_jump() -> None:
     losses = LossWatch()
     assert [losses.jump(loss) for loss in (4.0, 9.0, 1.0, 50.0)] == [None] * 4

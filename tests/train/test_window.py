@@ -76,7 +76,7 @@ def visits(raw: dict[str, Any]) -> np.ndarray:
     return seen
 
 
-def test_windows_of_several_lengths_are_trained_audited_evaluated_and_carried_on(base: Path) -> None:
+def test_windows_of_several_lengths_are_trained_audited_evaluated_and_resumed(base: Path) -> None:
     raw = raw_recipe(base, "whole", [16, 8, 16])
     summary = run(recipe_from(raw), progress=False)
     assert [phase["steps"] for phase in summary["phases"].values()] == [7, 14, 7]
@@ -119,7 +119,7 @@ def test_windows_of_several_lengths_are_trained_audited_evaluated_and_carried_on
         score(folder, base / "general.heldout", context=CONTEXT + 1)
 
 
-def test_a_run_under_way_is_audited_and_resumed_in_its_window(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_run_is_audited_and_resumed_in_its_window(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = raw_recipe(base, "stopped", [16, 8])
     with monkeypatch.context() as patch:
         patch.setattr("spt_fast.train.run.StopRequest", StopAfter)
@@ -132,7 +132,7 @@ def test_a_run_under_way_is_audited_and_resumed_in_its_window(base: Path, monkey
     assert audit_run(Path(raw["run"]))["general"].tokens == visits(raw)[IDS["general"]].sum()
 
 
-def test_a_run_that_cut_its_models_context_goes_on_as_it_began(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_shortened_context_continues_with_it(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Earlier versions took `model.context` for the window, and wrote it into the weights."""
     raw = raw_recipe(base, "before", [None]) | {"model": {"context": 16}, "init": str(base / "cut")}
     GPT(SHAPE, seed=1).save_hf(base / "cut")
@@ -157,7 +157,7 @@ def test_a_run_that_cut_its_models_context_goes_on_as_it_began(base: Path, monke
         ({}, [16, 0], r"^phases\[p1\].batch.context: 0 is invalid"),
     ],
 )
-def test_a_window_that_cannot_be_is_answered(
+def test_an_impossible_window_is_refused_with_a_remedy(
     base: Path, model: dict[str, int], windows: list[int | None], said: str
 ) -> None:
     with pytest.raises(RecipeError, match=said):
@@ -173,7 +173,7 @@ def test_a_window_longer_than_a_corpus_says_what_to_set(base: Path) -> None:
         recipe_from(raw_recipe(base, "x", [256]) | {"init": None, "model": {"preset": "1m", "context": 128}})
 
 
-def test_what_a_run_takes_is_of_its_window(base: Path) -> None:
+def test_flops_and_memory_are_those_of_the_window(base: Path) -> None:
     raw = raw_recipe(base, "x", [16, 8])
     plan, speed = make_plan(recipe_from(raw)), Speed(1e9, None, "")
     machine = Machine.of(plan.recipe, gpu="H100")
@@ -188,7 +188,7 @@ def test_what_a_run_takes_is_of_its_window(base: Path) -> None:
     assert [figures.context for figures in plan.describe()] == [16, 8]
 
 
-def test_a_window_is_inherited_set_from_the_command_line_and_no_change_where_it_is_the_default(tmp_path: Path) -> None:
+def test_a_window_is_inherited_set_by_override_and_the_default_is_no_change(tmp_path: Path) -> None:
     raw = tiny.raw_recipe(tmp_path)
     recipe = load_recipe(tiny.write_recipe(tmp_path, raw), ["phases.0.batch.context=8"])
     assert [phase.batch.context for phase in recipe.phases] == [8, 8]

@@ -25,7 +25,7 @@ from spt_fast.train.world import join_world
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK: '-1' is invalid: a whole number"),
     ],
 )
-def test_a_launchers_variables_that_are_set_by_half(
+def test_incomplete_variables_of_a_launcher_are_refused(
     variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():

@@ -29,7 +29,7 @@ OURS = {"gradient_clipping": 1.0, "zero_optimization": {"stage": 1, "overlap_com
         ({"train_batch_size": "auto"}, {}),
     ],
 )
-def test_what_is_laid_over_ours(given: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_the_users_deepspeed_settings_are_merged_into_ours(given: dict[str, Any], expected: dict[str, Any]) -> None:
     assert merged(OURS, given) == OURS | expected
 
 
@@ -44,12 +44,12 @@ def test_what_is_laid_over_ours(given: dict[str, Any], expected: dict[str, Any])
         ({"zero_optimization": 5}, r"zero_optimization = 5 is invalid: write a section"),
     ],
 )
-def test_what_the_recipe_decides_is_named(given: dict[str, Any], says: str) -> None:
+def test_a_setting_that_the_recipe_decides_is_refused_by_name(given: dict[str, Any], says: str) -> None:
     with pytest.raises(RecipeError, match=rf"engine\.config: .*{says}"):
         merged(OURS, given)
 
 
-def test_a_configuration_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_deepspeed_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     with pytest.raises(RecipeError, match=r"engine\.config: .*ds\.json cannot be read as JSON"):
         user_config(str(path))
@@ -58,7 +58,7 @@ def test_a_configuration_that_is_none(tmp_path: Path) -> None:
         user_config(str(path))
 
 
-def test_auto_is_local_for_a_process_alone_that_asks_for_nothing_else() -> None:
+def test_auto_is_local_for_one_process_without_deepspeed_settings() -> None:
     assert not uses_deepspeed(Engine(), 1)
     assert not uses_deepspeed(Engine(name="local", offload="optimizer"), 2)
     assert uses_deepspeed(Engine(), 2)
