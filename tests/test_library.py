@@ -1,4 +1,4 @@
-"""`import spt_fast as spt`: from text to a report by its calls, which are those that the commands make."""
+"""`import spt_fast as spt`: from text to a report by the calls that the commands make."""
 
 from __future__ import annotations
 

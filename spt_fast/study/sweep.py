@@ -422,4 +422,4 @@ def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | 
     finally:
         torch.set_num_threads(threads)
     flops = plan.flops_per_token(0) * plan.phases[0].tokens_per_step
-    return Speed(flops / step_s, None, "a step made now")
+    return Speed(flops / step_s, None, "a step timed now")

@@ -82,7 +82,7 @@ def is_best(
 
 
 def result(run: Path, world: World, other: Averaged, own: PhaseResult, phase: Phase) -> PhaseResult | None:
-    """The phase with another average. None if that run was started separately, or if its weights are no result, which
+    """The phase with another average. None if that run was started separately, or if its weights are unusable, which
     it then reports itself."""
     if world.on_first(lambda: Path(other.run).exists()):
         return None

@@ -78,7 +78,7 @@ class OtherFormat(CheckpointError):
 
 
 class Writer:
-    """Writes the checkpoints of a run, one at a time, while training goes on; each process writes its part.
+    """Writes the checkpoints of a run, one at a time, while training continues; each process writes its part.
 
     `save` and `finish` are collective. The failure of one checkpoint is reported by the next call: `save` then waits
     for its own, and raises CheckpointError if that fails too; `finish` raises.

@@ -1,4 +1,4 @@
-"""Checks whether a training gave a result: skipped steps, and losses that are not finite."""
+"""Checks whether a training gave usable weights: skipped steps, and losses that are not finite."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ MAX_SKIPPED_IN_A_ROW = 20
 """This many steps in a row with a loss or gradient that is not finite end the run."""
 
 MAX_SKIPPED_SHARE = 0.05
-"""A phase with a larger share of skipped steps is no result."""
+"""A phase with a larger share of skipped steps has failed."""
 
 
 REMEDY = "lower optimizer.lr or lengthen schedule.warmup, in a run of another name"
 
 
 class Diverged(RuntimeError):
-    """The weights of a phase are no result. The message names the phase, the reason and the remedy."""
+    """The weights of a phase are unusable. The message names the phase, the reason and the remedy."""
 
 
 def too_many_skipped(skipped: int, steps: int) -> bool:
@@ -28,7 +28,7 @@ def too_many_skipped(skipped: int, steps: int) -> bool:
 
 
 def failure(arm: ArmResult) -> str | None:
-    """Why a finished arm's weights are no result; None if they are one."""
+    """Why a finished arm's weights are unusable; None if they are not."""
     if too_many_skipped(arm.skipped, arm.steps):
         return f"{arm.skipped} of {arm.steps} steps were skipped, because the loss or its gradient was not finite"
     for split, losses in (("held-out", arm.heldout), ("select", arm.select), ("training", arm.training)):
@@ -39,7 +39,7 @@ def failure(arm: ArmResult) -> str | None:
 
 
 def check(arm: ArmResult, phase: Phase) -> None:
-    """Diverged if the kept arm of a phase is no result."""
+    """Raises Diverged if the weights of the kept arm of a phase are unusable."""
     if reason := failure(arm):
         raise Diverged(f"phases[{phase.name}]: {reason}; {REMEDY}")
 

@@ -243,7 +243,7 @@ class Trainer:
     def finish_phase(self, plan: PhasePlan) -> None:
         """Write the phase's weights and figures, and pass the sources' counts to the next phase.
 
-        Raises Diverged, with the figures recorded and no weights written, if the weights are no result.
+        Raises Diverged, with the figures recorded and no weights written, if the weights are unusable.
         """
         state, phase = self.state, plan.phase
         kept = min(range(len(state.arms)), key=lambda i: standing(state.arms[i], phase))

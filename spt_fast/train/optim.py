@@ -48,7 +48,7 @@ class ModelOptimizer:
     Parameters that are updated alike are in flat tensors, one for parameters, for masters, for each kind of state, for
     the anchor, so that one kernel updates them: first those with weight decay, then the others. All gradients are in
     one flat tensor, and one kernel computes their norm. Gradients stay there from step to step and are never set to 0,
-    since the ops overwrite them (`accumulate_in_place`). (`accumulate_in_place`).
+    since the ops overwrite them (`accumulate_in_place`).
     """
 
     def __init__(

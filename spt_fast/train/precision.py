@@ -1,7 +1,7 @@
 """The dtype that a run computes in: the recipe's, or for `auto` the one that this machine multiplies faster.
 
 Instructions for bf16 don't make it fast: an Intel Xeon with AVX512-BF16 and no AMX multiplies fp32 up to twice as fast.
-So on a CPU with such instructions, the products of the model's own matrices are timed in both.
+So on a CPU with such instructions, matmuls of the model's shapes are timed in both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from spt_fast.train.state import Compute
 
 ROWS = 256
 LARGEST = 1024
-"""Limit for a product's dimensions in the test: larger ones run at the same rate and take longer."""
+"""Limit for the dimensions of a matmul in the test: larger ones run at the same rate and take longer."""
 GAIN = 1.05
 """bf16 must be faster by this factor, since fp32 is more exact."""
 ROUNDS = 15
@@ -102,7 +102,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def pick_precision(precision: str, device: torch.device, config: GPTConfig | None = None) -> Precision:
-    """The recipe's ("bf16", "fp32"), or for "auto" the faster one for products like those of the model."""
+    """The recipe's ("bf16", "fp32"), or for "auto" the faster one for matmuls of the model's shapes."""
     if precision != "auto":
         return Precision(BY_NAME[precision], "as the recipe says")
     if device.type == "cuda":
@@ -140,7 +140,7 @@ def _read(found: Mapping[str, Any]) -> None:
 
 
 def _measure(shapes: Shapes) -> dict[str, Any]:
-    """GFLOP/s of forward and both backward products, by dtype."""
+    """GFLOP/s of the forward and both backward matmuls, by dtype."""
     work = {(shape, name): products(*shape, dtype) for shape in shapes for name, dtype in BY_NAME.items()}
     seconds = dict(zip(work, medians([*work.values()], rounds=ROUNDS, seconds=SECONDS), strict=True))
     total = sum(shapes.values())

@@ -1,4 +1,4 @@
-"""Every decision that a law takes, against brute force over a grid or arithmetic by hand."""
+"""Every decision by a law, against brute force over a grid or arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_the_published_law_by_hand() -> None:
 
 @pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
 def test_a_decision_by_an_undetermined_parameter_is_refused() -> None:
-    """What no run repeats says nothing of R*; what it says of fresh tokens is decided on."""
+    """Runs without repetition do not determine R*; decisions on fresh tokens are still made."""
     fresh = grid(params=[1e8, 3e8, 1e9], unique_tokens=[1e9, 3e9, 1e10, 3e10])
     table = drawn(CONSTRAINED, fresh | {"tokens": fresh["unique_tokens"]}, np.random.default_rng(0))
     law = laws.DataConstrainedLaw().fit(table)

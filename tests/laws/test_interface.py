@@ -97,7 +97,7 @@ def test_score_by_hand() -> None:
 
 
 def test_bootstrap_resamples_runs_not_points() -> None:
-    """Errors that a whole run shares: points resampled one by one would seem to average them away."""
+    """Errors shared by a whole run: resampling single points would average them out."""
     rng = np.random.default_rng(0)
     table = grid(seed=np.arange(6), params=SIZES, tokens=np.geomspace(1e9, 5e10, 8))
     true = CHINCHILLA.predict(params=table["params"], tokens=table["tokens"])
@@ -106,7 +106,7 @@ def test_bootstrap_resamples_runs_not_points() -> None:
     by_run = law.bootstrap(table, n=40)
     by_point = law.bootstrap({name: table[name] for name in ("params", "tokens", "loss")}, n=40)
     assert list(by_run) == list(law.params_)
-    for name in ("E", "A", "alpha"):  # B and beta are read off within a run
+    for name in ("E", "A", "alpha"):  # B and beta are determined within a run
         assert by_run[name][0] < law.params_[name] < by_run[name][1]
         assert np.diff(by_run[name]) > 1.5 * np.diff(by_point[name])
 
@@ -165,7 +165,7 @@ def test_intervals_account_for_correlated_errors_within_a_run() -> None:
 
 
 def test_the_noise_of_many_runs_is_estimated_as_with_the_full_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 400 with four points each, which a matrix of all runs by all runs tells as well."""
+    """400 runs of four points, compared with the matrix of all runs by all runs."""
     rng, run = np.random.default_rng(0), np.repeat(np.arange(400), 4)
     unknowns = np.concatenate([rng.standard_normal((400, 4))[run], rng.standard_normal((1600, 3))], axis=1)
     errors = 0.3 * rng.standard_normal(400)[run] + 0.2 * rng.standard_normal(1600)
@@ -222,7 +222,7 @@ def test_batched_draws_equal_single_draws(law: type[laws.Law], table: Table) -> 
 
 
 def test_the_search_follows_a_curved_valley() -> None:
-    """Rosenbrock's, ten times as narrow: without the bend of a step it has not come half of the way after 100."""
+    """Rosenbrock's, ten times as narrow: without curved steps it is not half-way after 100."""
     valley = (Parameter("along", -5, 5, log=False), Parameter("across", -5, 5, log=False))
 
     def formula(unknowns: Sequence[np.ndarray], columns: Columns) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Laws on figures that others published: what was fitted to the runs of a part predicts those that were left out."""
+"""Laws on published figures: a fit to part of the runs predicts those that were left out."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ STEEPENING = {
         *(2.0410, 1.9468, 1.8370, 1.7150, 1.6001, 1.5203),
     ],
 }
-"""Of the same source: curves that fall faster beyond 205K examples than any such law fitted below."""
+"""From the same source: curves that fall faster beyond 205K examples than any such law fitted below."""
 
 
 def test_the_interval_of_one_curve_covers_the_error_on_its_last_third() -> None:
@@ -181,7 +181,7 @@ def test_a_schedule_that_was_not_run_is_predicted_from_three_that_were() -> None
         assert ((high - low) / mean).max() < 0.02
     assert np.mean(inside) >= 0.75
     plateau = annealed("constant")["loss"]
-    assert plateau[-1] / annealed("decay at the end")["loss"][-1] > 1.02  # what a law of plateaus would be off by
+    assert plateau[-1] / annealed("decay at the end")["loss"][-1] > 1.02  # the error of a law of plateaus
     two = together("decay at the end", "drop to 3e-5")
     assert law.score(two)["mre"] < 0.002
     longer = {"step": np.append(given["step"], 60_000), "lr": np.append(given["lr"], 3e-4)}

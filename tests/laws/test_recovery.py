@@ -1,4 +1,4 @@
-"""Laws fitted to tables drawn from known ones with 1% noise on every loss, and judged where nothing was fitted.
+"""Laws fitted to tables drawn from known ones with 1% noise on every loss, and judged on points that were not fitted.
 
 Errors are of predictions against the truth without noise. Coverage over 100 draws is in benchmarks/laws.py.
 """
@@ -158,7 +158,7 @@ def test_an_error_of_the_law_before_finetuning_is_not_repeated_after_it() -> Non
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_an_error_before_finetuning_that_no_curve_fits_is_not_repeated_after_it(seeds: int) -> None:
-    """It wanders with the budget where a model never saw the domain; after finetuning all are on one curve."""
+    """It varies with the budget if a model never saw the domain; after finetuning all are on one curve."""
     budgets = np.array([25e9, 50e9, 100e9, 200e9])
     runs = grid(fraction=[0.0, 0.02], seed=range(seeds), tokens=budgets)
     after = 2.6 + 0.3 * (budgets / 50e9) ** -0.5
@@ -234,7 +234,7 @@ def test_draws_count_the_gain_from_their_own_loss_before_finetuning(kind: Any) -
 
 @pytest.mark.parametrize("with_overfitting_law", [False, True])
 def test_intervals_after_finetuning_have_the_stated_coverage(with_overfitting_law: bool) -> None:
-    """Of new runs at up to 1.5 times the budgets, before and after, from studies with one to three seeds."""
+    """Coverage of new runs at up to 1.5 times the budgets, before and after, from studies with one to three seeds."""
     inside: dict[str, list[np.ndarray]] = {"finetuned_loss": [], "heldout_loss": []}
     for seed in range(9):
         rng, seeds = generator(seed), 1 + seed % 3
@@ -333,7 +333,7 @@ def test_intervals_have_the_stated_coverage(name: str) -> None:
 
 @pytest.mark.parametrize(("sizes", "seeds", "by_run"), [(2, 1, 0.003), (3, 1, 0.003), (4, 2, 0.006)])
 def test_intervals_cover_a_new_run_when_runs_differ(sizes: int, seeds: int, by_run: float) -> None:
-    """Errors of a run are shared by its points, and as few runs as unknowns that tell them apart hide them."""
+    """The points of a run share its errors; as few runs as unknowns that distinguish them absorb these."""
     runs = grid(seed=range(seeds), params=np.geomspace(1e7, 1e8, sizes), tokens=np.geomspace(1e8, 1e10, 10))
     places = {"params": np.array([3e7, 1e9]), "tokens": np.array([1e9, 1e10])}
     truth, inside = CHINCHILLA.predict(**places), []
@@ -349,7 +349,7 @@ def test_intervals_cover_a_new_run_when_runs_differ(sizes: int, seeds: int, by_r
 
 
 def test_two_sizes_do_not_determine_the_loss_of_a_third() -> None:
-    """Every alpha meets two sizes as well; where the search ends at a large one, nothing of A is left at 1e10."""
+    """Every alpha fits two sizes equally well; with a large one the term of A vanishes at 1e10."""
     runs = grid(params=[2e8, 1e9], own_ratio=[0, *RATIOS, 1], tokens=np.linspace(1e9, 20e9, 10))
     far = {"params": 1e10, "tokens": 2e10, "own_ratio": 0.15}
     for seed in (0, 1, 2):
@@ -419,7 +419,7 @@ def test_five_outliers_do_not_widen_every_interval() -> None:
 
 
 def test_wrong_losses_apart_from_all_other_runs_are_ignored() -> None:
-    """Much parameters on few tokens, as four of the 245 points that were read off Chinchilla's figure."""
+    """Many parameters on few tokens, as four of the 245 points that were read off Chinchilla's figure."""
     runs = grid(params=np.geomspace(4e7, 1e9, 8), tokens=np.geomspace(1e9, 5e10, 17))
     corner = {"params": np.array([2e9, 2.3e9, 3e9, 7e9]), "tokens": np.array([7e8, 6e8, 5e8, 2.5e8])}
     table = {name: np.concatenate([runs[name], corner[name]]) for name in corner}
@@ -437,7 +437,7 @@ def test_wrong_losses_apart_from_all_other_runs_are_ignored() -> None:
 
 
 def test_a_law_that_cannot_fit_its_runs_has_wide_intervals() -> None:
-    """Losses that rise with size and tokens: all but E ends at its bound, and takes up none of the errors."""
+    """Losses that rise with size and tokens: every parameter but E ends at its bound and absorbs no error."""
     _, make, table = TABLES["Chinchilla"]
     rising = table | {"loss": 6 - CHINCHILLA.predict(params=table["params"], tokens=table["tokens"]) / 2}
     law = make().fit(rising)
@@ -456,7 +456,7 @@ def test_an_interval_beyond_several_columns_is_at_least_as_wide_as_beyond_each()
 
 
 def test_an_interval_beyond_the_runs_covers_the_error_of_the_law_there() -> None:
-    """The losses' exponent is half as large from 4e9 tokens on, which a law fitted to all up to 2e10 half sees."""
+    """The losses' exponent is half as large from 4e9 tokens on, which a law fitted to all up to 2e10 sees in part."""
     runs = grid(params=np.geomspace(4e7, 1e9, 5), tokens=np.geomspace(1e8, 2e10, 12))
     bent = drawn(CHINCHILLA, runs, generator(), noise=0.002)
     bent["loss"] = bent["loss"] * np.maximum(runs["tokens"] / 4e9, 1) ** 0.05
@@ -499,7 +499,7 @@ def test_one_run_has_no_interval_and_a_law_without_held_out_runs_has_none_beyond
 
 
 def test_intervals_of_the_overfitting_law_match_the_spread_of_its_predictions() -> None:
-    """Two fits share the train losses' errors; 24 draws tell the spread of their sum to about 15%."""
+    """Two fits share the train losses' errors; 24 draws give the spread of their sum to about 15%."""
     at = {"tokens": np.array([60e9, 200e9]), "fraction": np.array([0.02, 0.05])}
     points = {name: values for name, values in overfitting_grid().items() if name != "run"}
     predicted, said = [], []
@@ -532,7 +532,7 @@ MUSIC_HELDOUT = [
 
 
 def test_no_other_search_fits_real_curves_better_than_the_overfitting_law() -> None:
-    """Without domain text the domain loss rises, which the two stages are not made for."""
+    """Without domain text the domain loss rises, which the two stages do not model."""
     table = {
         "tokens": np.tile(np.linspace(1.5e6, 6e6, 10), 6),
         "fraction": np.repeat(MUSIC_SHARES, 10),

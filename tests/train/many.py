@@ -1,4 +1,4 @@
-"""What each process of a distributed test runs: recipes, one after the other, watched.
+"""What each process of a distributed test runs: recipes, one after the other, with a record of each step.
 
     torchrun --nproc_per_node=N -m tests.train.many PLANS.json
 
@@ -39,7 +39,7 @@ def is_last() -> bool:
 
 
 class Watched:
-    """An engine that does what the plan says at its steps, and notes what it was given."""
+    """An engine that acts at its steps as the plan says, and records its inputs."""
 
     def __init__(self, inner: Any, plan: dict[str, Any]) -> None:
         self._inner, self._plan = inner, plan
@@ -64,7 +64,7 @@ class Watched:
 
 
 class Poison:
-    """Makes the model's loss NaN, and so every gradient."""
+    """Makes the model's loss and every gradient NaN."""
 
     on = False
     forward = GPT.forward
@@ -97,7 +97,7 @@ SERVER.set_forkserver_preload([__name__, *DEEPSPEED])
 
 
 class Ranks:
-    """`processes` processes on this host that run the plans; what they say goes into one file."""
+    """`processes` processes on this host that run the plans; their output goes into one file."""
 
     def __init__(self, processes: int, plans: list[dict[str, Any]], said_in: Path) -> None:
         self._said_in = said_in
@@ -111,7 +111,7 @@ class Ranks:
             rank.start()
 
     def end(self, seconds: float) -> tuple[bool, str]:
-        """Whether all of them ended well, and what they said. One that fails or hangs takes the others down."""
+        """Whether all of them ended well, and their output. One that fails or hangs ends the others."""
         deadline = time.monotonic() + seconds
         codes: list[int | None] = [None]
         while None in codes and not any(codes) and time.monotonic() < deadline:

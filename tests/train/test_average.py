@@ -28,7 +28,7 @@ SHARE = 0.25
 
 
 def raw_recipe(data: Path, name: str, average: object) -> dict[str, Any]:
-    """A pretraining, then a finetune with an early stop and a grid, of which every arm is averaged."""
+    """A pretraining, then a finetune with an early stop and a grid, each arm of which is averaged."""
     raw = tiny.raw_recipe(data, name)
     raw["phases"][0] |= {"tokens": 10 * 8 * tiny.CONTEXT, "eval": {"every": "5 steps", "tokens": 400}}
     raw["phases"][1] |= {"anchor": 0.0, "tokens": 8 * 4 * tiny.CONTEXT, "average": average}
@@ -84,14 +84,14 @@ def test_a_run_interrupted_in_every_average_equals_an_uninterrupted_one(
 
 
 def finetune(data: Path, name: str, **phase: Any) -> dict[str, Any]:
-    """The second phase of `raw_recipe` alone, from what the first handed on."""
+    """The second phase of `raw_recipe` alone, from the weights of the first."""
     raw = raw_recipe(data, name, 0)
     init = {"init": str(data / "averaged" / "weights" / "pretrain"), "model": {}}
     return raw | init | {"phases": [raw["phases"][1] | {"optimizer_state": "reset"} | phase]}
 
 
 def told(folder: Path) -> dict[str, Any]:
-    """What summary.json says of a finetune, but for its speed."""
+    """The finetune in summary.json without its speed."""
     phase = json.loads((folder / "summary.json").read_text())["phases"]["finetune"]
     for reached in (phase, *phase["grid"]):
         del reached["tokens_per_s"]
@@ -101,7 +101,7 @@ def told(folder: Path) -> dict[str, Any]:
 def test_runs_that_differ_only_in_their_average_are_trained_once(
     data: Path, averaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted in the averages of the second arm; one of the others was begun by itself, and is left alone."""
+    """Interrupted in the averages of the second arm. Another of the runs was started separately and is not changed."""
     others = [{"share": share, "run": str(data / f"by-another-{share}")} for share in ("10%", "3/4")]
     (data / "by-another-3/4").mkdir(parents=True)
     recipe = recipe_from(finetune(data, "for-all", also_average=others))

@@ -1,4 +1,4 @@
-"""Runs that an earlier version of spt_fast was interrupted in (tests/fixtures/runs) go on to that version's results."""
+"""Runs that an earlier version of spt_fast left unfinished (tests/fixtures/runs) reach that version's results."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ REACHED = {
         "third": (3.894642827486751, 3.6754918531938032, 5.660747086320609, 21.525995682590292),
     },
 }
-"""By run and phase what the earlier version reached: held-out losses (general, chem); norm and sum of all weights."""
+"""Results of the earlier version by run and phase: held-out losses (general, chem); norm and sum of all weights."""
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_run_of_the_previous_version_continues(
 
 
 def test_a_recipe_without_a_newer_field_is_the_same_recipe() -> None:
-    """Every key in turn that today's recipe does not give, missing from recipe.yaml of the version before it came."""
+    """Each key with a default, missing from a recipe.yaml that is older than the key."""
     given = raw_recipe("mid-arm")
     today = recipe_from(given)
 

@@ -1,4 +1,4 @@
-"""What stands beside a base's weights goes along: into the run, its weights and its exports, byte for byte."""
+"""The files beside a base's weights are copied byte for byte to the run, its weights and its exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there: every kind of damage is found, named, and stepped over."""
+"""A checkpoint is complete or absent: every kind of damage is found, named and skipped."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_damage_is_found_and_the_newest_whole_checkpoint_is_used(tmp_path: Path,
 
 @pytest.mark.parametrize("elsewhere", ["../other/state.json", "./state.json", "{absolute}", None])
 def test_a_manifest_that_does_not_cover_its_own_folder_is_refused(tmp_path: Path, elsewhere: str | None) -> None:
-    """Even if its own hash fits: what is read must be what was hashed."""
+    """Even if its own hash matches: only hashed files may be read."""
     path, other = write(tmp_path, NAMES[0], 1), write(tmp_path / "step", "other", 1)
     other.rename(tmp_path / "other")
     manifest = json.loads((path / "manifest.json").read_text())
@@ -183,7 +183,7 @@ def test_a_crash_while_saving_leaves_no_checkpoint(tmp_path: Path, monkeypatch: 
     write(tmp_path, NAMES[0], 0)
 
     def killed(self: Path, target: Path) -> None:
-        raise SystemExit  # of a thread: it ends there and then
+        raise SystemExit  # in a thread, which ends at once
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", killed)

@@ -28,10 +28,10 @@ from tests.train.test_watch import until
 pytestmark = [pytest.mark.long, pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")]
 
 PATIENCE_S = 600
-"""For processes that end by themselves, on a machine under any load."""
+"""Time limit for processes that end by themselves, on a loaded machine."""
 STEPS = 50
 SAME = 1e-5
-"""Of losses in fp32, relative: sums over processes round in another order."""
+"""Relative tolerance of losses in fp32: sums over processes round in another order."""
 
 
 def raw_recipe(data: Path, run: str, **engine: Any) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def losses(run: Path) -> list[tuple[tuple[Any, ...], list[float]]]:
-    """Where each record stands, and every loss and gradient norm in it."""
+    """The position of each record, and every loss and gradient norm in it."""
     found = []
     for record in tiny.metrics(run):
         where = tuple(record[key] for key in ("kind", "phase", "arm", "step"))
@@ -95,7 +95,7 @@ def worst_difference(run: Path, reference: Path) -> float:
 
 
 def global_batches(run: Path, processes: int) -> list[np.ndarray]:
-    """Tokens of every step, [sequences, T], put together from what each process read."""
+    """Tokens of every step, [sequences, T], joined from those that each process read."""
     files = [np.load(f"{run}.tokens-{rank}.npz") for rank in range(processes)]
     steps = zip(*([file[name] for name in file.files] for file in files), strict=True)
     # [processes, micro-batches, micro, T] → micro-batches of process 0, 1, … take turns
@@ -126,8 +126,8 @@ def test_every_stage_trains_the_same_model_on_the_same_tokens(data: Path, alone:
 
 
 def test_an_imported_base_is_partitioned_as_it_is_loaded(data: Path) -> None:
-    """Of shards in bf16 that no one process reads whole, in the two kinds of engine that partition; with tensors that
-    two processes can't divide evenly."""
+    """Shards in bf16, which no process reads whole, in both kinds of engine that partition; some tensors do not divide
+    evenly among two processes."""
     shape = GPTConfig(
         layers=3, width=31, heads=4, head_dim=8, kv_heads=2, ffn=96, context=tiny.CONTEXT, vocab_size=70, tied=False
     )
@@ -152,7 +152,7 @@ def test_an_imported_base_is_partitioned_as_it_is_loaded(data: Path) -> None:
 
 
 def test_a_run_continues_with_other_processes_and_stages(data: Path, alone: Path) -> None:
-    """Stopped by SIGTERM to the last process, again and again, each time gone on with by another engine."""
+    """Stopped by SIGTERM to the last process several times, and continued each time by another engine."""
     lives: list[tuple[int, dict[str, Any], int | None]] = [
         (1, {"name": "local"}, 13),
         (2, {"stage": 1}, 20),
@@ -192,7 +192,7 @@ def test_an_optimizer_with_other_kinds_of_state_is_partitioned(data: Path) -> No
 
 
 def test_a_frozen_embedding_stays_in_every_stage_and_engine(data: Path) -> None:
-    """Between two phases that learn, its moments waiting; the last run goes from one engine to the other while it is
+    """Frozen between two phases that train it, with its moments kept; the last run changes the engine while it is
     frozen."""
 
     def frozen(run: str, **engine: Any) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def test_a_frozen_embedding_stays_in_every_stage_and_engine(data: Path) -> None:
 
 
 def test_a_nan_loss_in_one_process_leaves_the_weights_unchanged(data: Path) -> None:
-    """Of ZeRO's stages, each has its own code for it."""
+    """Each ZeRO stage has its own code for this."""
     plans = []
     for stage in range(4):
         raw = raw_recipe(data, f"poisoned-{stage}", stage=stage, offload="all" if stage == 3 else "none")
@@ -239,7 +239,7 @@ def test_a_nan_loss_in_one_process_leaves_the_weights_unchanged(data: Path) -> N
 
 
 def test_a_process_that_dies_ends_the_job(data: Path) -> None:
-    """Long before the half hour that a collective would wait for it."""
+    """Long before the half hour that a collective waits."""
     path = data / "dead.json"
     path.write_text(json.dumps([{"recipe": raw_recipe(data, "dead", stage=1), "die_at": 7}]))
     process = start(["--standalone", "--nproc_per_node=2", "-m", "tests.train.many", str(path)])

@@ -1,4 +1,4 @@
-"""What is likely a mistake is said, with its number, wherever a plan is shown, tried or trained."""
+"""Likely mistakes are warned of, with their figures, by plan, dry run and training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEP = 8 * tiny.CONTEXT
 
 
 def of(raw: dict[str, Any]) -> list[str]:
-    """Those of anything but how little text is held out here."""
+    """All but those about the small held-out text of these corpora."""
     return [doubt for doubt in doubts(make_plan(recipe_from(raw))) if not re.search(r"heldout:|eval\.tokens:", doubt)]
 
 

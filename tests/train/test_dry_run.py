@@ -1,4 +1,4 @@
-"""`train --dry-run`: what it reports, that it writes nothing, and what it advises where memory runs out."""
+"""`train --dry-run`: what it reports, that it writes nothing, and what it advises when memory runs out."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_phase_is_tried_as_it_will_be_trained(
 def test_running_out_of_memory_names_the_phase_and_the_knobs_in_order(
     raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The finetune fails, of an 8-layer model at 16 sequences a micro-batch: each knob saves more than nothing."""
+    """The finetune of an 8-layer model with micro-batches of 16 sequences fails: each setting saves memory."""
     raw["model"] |= {"layers": 8, "width": 64, "ffn": 256}
     raw["phases"][1] |= {"batch": {"sequences": 24, "micro": 24}}
     step = LocalEngine.step

@@ -33,7 +33,7 @@ def micro_batches(seed: int, device: torch.device = CPU) -> list[Batch]:
 
 
 def replayed(compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], object]]:
-    """In the place of `capture`, which needs a GPU: a recording that is played by computing again."""
+    """Replaces `capture`, which needs a GPU: replaying a recording recomputes it."""
     figures = torch.zeros(3)
     return figures, lambda: figures.copy_(compute())
 

@@ -1,4 +1,4 @@
-"""A short campaign of tests/faults.py, in a process of its own, since it forks: nothing may be computed before."""
+"""A short campaign of tests/faults.py, in a process of its own: it forks, which must come before any computation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.long
 
 
 def survive(out: Path, *arguments: str) -> dict[str, Any]:
-    """The results of a campaign that nothing failed in, with a seed of its own each time."""
+    """The results of a campaign without failures, with a new seed each time."""
     seed = int(time.time())
     command = [sys.executable, "-m", "tests.faults", *arguments, "--seed", str(seed), "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])

@@ -1,4 +1,4 @@
-"""Training that did not train says so, and what it writes of it is JSON."""
+"""A training without a result says so, and its files are valid JSON."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def strictly(text: str) -> Any:
 
 
 def files_of(folder: Path) -> list[Any]:
-    """Everything that a run says in JSON."""
+    """All JSON of a run."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     states = [path.read_text() for path in folder.glob("checkpoints/*/state.json")]
     return [strictly(text) for text in ((folder / "summary.json").read_text(), *lines, *states)]
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
-    """Make the loss of every so-many-th training step not a number; a step is two micro-batches."""
+    """Make the loss NaN at regular training steps; a step is two micro-batches."""
     real, calls = GPT.forward, iter(range(10**9))
 
     def forward(self: GPT, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a run was trained on is known by its content: paths may change; text, tokenizer and weights may not."""
+"""The inputs of a run are identified by content: paths may change; text, tokenizer and weights may not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.train.test_loop import StopAfter
 
 
 def byte_tokenizer(shift: int = 0) -> Tokenizer:
-    """A token a byte; those of another shift mean other text by the same ids."""
+    """One token per byte; with another shift the same ids mean other text."""
     return Tokenizer({bytes([byte]): (byte + shift) % 256 for byte in range(256)}, PATTERN, {EOS: 256})
 
 
@@ -56,7 +56,7 @@ def stop(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_bytes(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Replace a file, whose size and time stay."""
+    """Replace a file without changing its size and time."""
     times = path.stat()
     path.write_bytes(change(path.read_bytes()))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -162,7 +162,7 @@ def test_a_quick_check_hashes_some_blocks_and_says_what_it_did_not_check(
 
 @pytest.fixture
 def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished run with relative paths, moved, and used from where other data lies at these paths."""
+    """A finished run with relative paths is moved, and used from a directory where other data is at these paths."""
     for name, shift in (("home", 0), ("elsewhere", 1)):
         raw = raw_recipe(tmp_path / name)
         byte_tokenizer(shift).save(tmp_path / name / "bytes.tiktoken")

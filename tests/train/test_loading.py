@@ -1,4 +1,4 @@
-"""A base is loaded once, piece by piece, into what stays of it: its memory at the peak is hardly more."""
+"""A base is loaded once, piece by piece: the peak of memory is hardly above what remains in use."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def _run(act: Callable[[Path], object], folder: Path, said: multiprocessing.SimpleQueue[int]) -> None:
-    torch.set_num_threads(1)  # those of the process before the fork are gone
+    torch.set_num_threads(1)  # those of the process before the fork are freed
     stored.PIECE = 1 << 20
-    act(folder / "small")  # what the first time takes
-    ctypes.CDLL(None).malloc_trim(0)  # what tests before this one have freed
+    act(folder / "small")  # allocated once, at the first call
+    ctypes.CDLL(None).malloc_trim(0)  # freed by earlier tests
     before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     held = act(folder / "base")
     said.put(resident("VmHWM") - before)
     del held
@@ -77,7 +77,7 @@ def test_loading_peaks_at_the_memory_that_remains(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_of_weights_raises_in_every_process_after_all_is_sent() -> None:
-    """In one process: that `spread` comes to its end."""
+    """In one process: `spread` must run to its end."""
     sent = []
 
     class Sent(World):

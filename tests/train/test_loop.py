@@ -1,4 +1,4 @@
-"""The trainer end to end on tiny data: what it writes, what it hands on, and that interrupting it changes nothing."""
+"""The trainer end to end on tiny data: what it writes and passes on, and that an interruption changes nothing."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 class StopAfter(StopRequest):
-    """A stop request that arrives after so many looks at it."""
+    """A stop request that arrives after a number of checks."""
 
     looks = 0
 
@@ -173,7 +173,7 @@ def test_an_anchor_keeps_the_weights_nearer_to_their_start(data: Path) -> None:
 
 
 def test_scpt_continues_optimizer_and_schedule_as_one_run(data: Path) -> None:
-    """Two phases of one mixture, state kept and schedule continued, are the one long phase, to the last bit."""
+    """Two phases of one mixture with kept state and continued schedule equal one long phase, bit for bit."""
     raw = tiny.raw_recipe(data, "whole")
     whole = raw["phases"][0] | {"mixture": {"general": 1}, "eval": {"every": "1000 steps", "tokens": 200}}
     raw["phases"] = [whole]
@@ -224,7 +224,7 @@ def test_documents_mode_trains(data: Path) -> None:
         first = max([window, *(b for b in begin if b < i)])
         logits = model(torch.from_numpy(text[None, first:i]))[0, -1]
         nats += torch.nn.functional.cross_entropy(logits, torch.tensor(text[i])).item()
-    assert nats / (len(text) - 1) == pytest.approx(reached, rel=5e-3)  # token by token, each seeing its document only
+    assert nats / (len(text) - 1) == pytest.approx(reached, rel=5e-3)  # token by token, each sees only its document
 
 
 def test_a_step_that_is_not_finite_is_skipped(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_a_run_that_stays_not_finite_fails_and_says_so(data: Path, monkeypatch: 
 def test_a_run_interrupted_repeatedly_equals_an_uninterrupted_one(
     data: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, looks: int
 ) -> None:
-    """To the last bit of weights and metrics, across epochs, phases, evaluations, early stops and grid arms."""
+    """Weights and metrics bit for bit, across epochs, phases, evaluations, early stops and grid arms."""
     monkeypatch.setattr("spt_fast.train.run.StopRequest", StopAfter)
     name, interruptions = f"interrupted-{looks}", 0
     StopAfter.looks = looks
@@ -292,7 +292,7 @@ def complete_and_die(writer, name, *rest):
 Writer._complete = complete_and_die
 run(load_recipe(sys.argv[1]), resume=True)
 """
-"""Trains a recipe in a process that is killed as soon as a checkpoint is written, wherever the next steps are then."""
+"""Trains a recipe in a process that is killed as soon as a checkpoint is written, at any later step."""
 
 
 def test_a_killed_process_resumes_to_the_same_run(data: Path, undisturbed: Path) -> None:
@@ -462,7 +462,7 @@ def test_damaged_checkpoints_are_renamed_and_not_counted(data: Path, monkeypatch
 def test_a_run_stopped_again_before_its_next_step_keeps_its_checkpoint(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To write it again would take away the only whole one for a moment, in which the process may be killed."""
+    """Writing it again would remove the only whole one for a moment, in which the process may be killed."""
     raw, folder = stopped_run(data, "stopped-twice", monkeypatch, looks=45)
     raw["checkpoint"] = {"every": "7 steps", "keep": 1}
     newest = sorted((folder / "checkpoints").iterdir())[-1]
@@ -485,7 +485,7 @@ def test_what_a_crash_left_half_written_does_not_block_the_run(data: Path) -> No
 def test_a_run_that_keeps_the_best_continues_after_the_checkpoint_at_an_arms_last_step(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That checkpoint is of the best evaluation; the process dies before it wrote the phase's weights."""
+    """That checkpoint is of the best evaluation; the process dies before it writes the phase's weights."""
     raws = [tiny.raw_recipe(data, name) for name in ("best-whole", "best-died")]
     for raw in raws:
         raw["checkpoint"] = {"every": "500 steps", "keep": 3, "keep_best": True}
@@ -506,7 +506,7 @@ def test_a_run_that_keeps_the_best_continues_after_the_checkpoint_at_an_arms_las
 
 
 def test_a_run_continues_from_every_boundary_between_phases_and_arms(data: Path, tmp_path: Path) -> None:
-    """Where best weights, moments of a phase that kept them and the start of an anchor have to be there again."""
+    """The best weights, kept moments and the start of an anchor must be restored there."""
     raw = tiny.raw_recipe(data, "every-boundary")
     raw["checkpoint"] = {"every": "1 steps", "keep": 999, "keep_best": True}
     first, second = raw["phases"]
@@ -555,7 +555,7 @@ def test_metrics_shorter_than_at_the_checkpoint_are_reported_and_stay_valid_line
 def test_the_throughput_of_a_logged_step_is_over_the_time_since_the_last_one(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last step too, which ends a lap early; steps take at least a tenth of a second, on a loaded machine more."""
+    """Also the last step, whose lap is shorter. A step takes at least a tenth of a second, more on a loaded machine."""
     seconds, step = 0.1, LocalEngine.step
 
     def slow(self: LocalEngine, *arguments: Any) -> Any:

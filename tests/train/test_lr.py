@@ -1,4 +1,4 @@
-"""Learning-rate schedules against values worked out by hand."""
+"""Learning-rate schedules against values computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averages of weights: what they hold, what they keep of their parts, and what has none."""
+"""Averages of weights: their values, what they keep of their parts, and models that have none."""
 
 from __future__ import annotations
 

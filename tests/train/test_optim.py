@@ -99,7 +99,7 @@ def test_bf16_parameters_are_rounded_masters_and_small_updates_add_up() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", [AdamW(lr=1e-2, clip=0.1), Muon(lr=1e-2, clip=0.1)], ids=["adamw", "muon"])
 def test_flat_tensors_change_no_bit(settings: Optimizer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of parameters that a flat optimizer before has moved, and gradients made elsewhere; AdamW's are one update."""
+    """Parameters that an earlier flat optimizer has moved, with gradients allocated elsewhere; AdamW is one update."""
     calls = []
 
     def counted(*lists: list[torch.Tensor], **how: Any) -> None:
@@ -199,7 +199,7 @@ def test_untying_copies_the_embedding_and_its_moments() -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_muon_updates_each_matrix_as_torchs_does_and_the_rest_as_adamw_does(skip: bool) -> None:
-    """In bf16, as torch's: what lies in one parameter are matrices of their own, and equal shapes go together."""
+    """In bf16, as torch's: the matrices in one parameter are updated separately, and equal shapes are batched."""
     decay, lr = 0.1, 0.02
     ours = GPT(CONFIG, seed=1).to(torch.bfloat16)
     adamw, theirs = copy.deepcopy(ours), {}
@@ -299,7 +299,7 @@ def test_an_unknown_optimizer_and_a_setting_of_another_are_named() -> None:
 
 
 def test_a_model_and_its_optimizer_are_freed_at_once() -> None:
-    """Not when the garbage collector comes: the next phase needs their memory."""
+    """Not only at the next garbage collection: the next phase needs their memory."""
     gc.collect()
     gc.disable()
     try:
@@ -315,7 +315,7 @@ def test_a_model_and_its_optimizer_are_freed_at_once() -> None:
 
 
 def test_a_model_in_training_may_be_converted_and_is_saved_without_gradients() -> None:
-    """Converted, its gradients are no longer made where the optimizer has them, whose dtype they don't have."""
+    """After a conversion, gradients are not in the optimizer's tensor, which has another dtype."""
     model = GPT(CONFIG, seed=1)
     optimizer = ModelOptimizer(model, AdamW(lr=1e-2))
     backward(model, batches(1)[0])

@@ -1,4 +1,4 @@
-"""`precision: auto` goes by what this machine multiplies faster: measured once, recorded, and then kept to."""
+"""`precision: auto` is the dtype that this machine multiplies faster: measured once, recorded, and kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Machine = Callable[..., list[int]]
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Sets what a machine measures; returns a list that grows by one whenever it does."""
+    """Sets the measured rates; returns a list that grows by one at each measurement."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     asked: list[int] = []
 

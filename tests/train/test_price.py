@@ -1,4 +1,4 @@
-"""What `plan` says a run takes: the arithmetic by hand, where the speed comes from, and what the command prints."""
+"""The price of a run: the arithmetic by hand, the source of the speed, and the output of `plan`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def machine_of(recipe: Recipe, **fields: Any) -> Machine:
 
 
 def write_measurements(folder: Path, recipe: Recipe, rates: list[tuple[float, float | None]]) -> None:
-    """A run folder whose steps went at these (tokens_per_s, mfu)."""
+    """A run folder with steps at these (tokens_per_s, mfu)."""
     folder.mkdir()
     tiny.write_recipe(folder, recipe.plain())
     lines = [{"kind": "train", "tokens_per_s": tokens_per_s, "mfu": mfu} for tokens_per_s, mfu in rates]
@@ -82,7 +82,7 @@ def test_speed_is_stated_or_measured_or_assumed(recipe: Recipe, tmp_path: Path) 
     assert speed_of(plan, machine) == Speed(0.4 * H100 * 4, 0.4, "assumed")
     write_measurements(Path(recipe.run), recipe, [(1.0, 0.1), (9.0, 0.3), (9.0, 0.5), (9.0, 0.35)])
     measured = speed_of(plan, machine)
-    assert measured.mfu == 0.35  # the median without the first, which has the start-up in it
+    assert measured.mfu == 0.35  # the median without the first, which includes the start-up
     assert measured.source == f"measured in {Path(recipe.run) / 'metrics.jsonl'}"
     assert speed_of(plan, machine, mfu=0.6) == Speed(0.6 * H100 * 4, 0.6, "stated")
 

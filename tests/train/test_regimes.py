@@ -32,7 +32,7 @@ FIRST_ID_OF_CHEM = 32
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two corpora without a common id, so that a window tells where it comes from."""
+    """Two corpora without a common id, so that a window shows its source."""
     folder = tmp_path_factory.mktemp("apart")
     for seed, (name, first, tokens) in enumerate(
         (("general", 0, 9000), ("general.heldout", 0, 800), ("chem", 32, 900), ("chem.heldout", 32, 800))
@@ -61,7 +61,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def assert_exact(read: Sequence[int], share: Fraction) -> None:
-    """Half a window off at no step, and not at all where the share of what was read is a whole number."""
+    """At most half a window off at every step, and exact where the share is a whole number of windows."""
     for steps, windows in enumerate(np.cumsum(read), start=1):
         assert abs(windows - share * steps * SEQUENCES) <= Fraction(1, 2)
 
@@ -84,7 +84,7 @@ def test_replay_injects_exactly_its_share_of_general_windows(data: Path, read: l
 
 
 def test_scpt_changes_the_mixture_and_nothing_else(data: Path, read: list[int]) -> None:
-    """Learning rate and optimizer state go on; what is read adds up to the shares of both phases."""
+    """Learning rate and optimizer state continue; the windows read add up to the shares of both phases."""
     schedule = {"name": "cosine", "warmup": "4 steps", "horizon": 40 * SEQUENCES * tiny.CONTEXT}
     raw = raw_recipe(
         data,

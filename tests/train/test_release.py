@@ -1,4 +1,4 @@
-"""Text that trained weights continue: many prompts, files of them, and where a text ends."""
+"""Generated text: many prompts, files of prompts, and the end of a text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.train.test_identity import byte_tokenizer
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Weights that say what they say loudly, and often that a text is at its end."""
+    """Weights with large logits, which often end a text."""
     shape = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=64, vocab_size=257)
     model = GPT(shape, seed=3)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What may change in the recipe of a run that goes on may, what may not is named, and a finished run becomes longer."""
+"""Changes to the recipe of a resumed run: which are allowed, which are refused by name, and longer runs."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_last_phase_may_become_longer_if_its_finished_steps_stay_the_same(
 
 
 def test_a_finished_run_made_longer_equals_the_longer_run_bit_for_bit(data: Path) -> None:
-    """By more of its last phase, and by phases on new text; as if it had been so long from the first step."""
+    """By a longer last phase and by phases on new text, as if the recipe had been as long from the first step."""
     tiny.write_dataset(data / "new", 5, 2000)
     short = tiny.raw_recipe(data, "longer") | {"checkpoint": {"every": "4 steps", "keep": 2}}
     short["phases"] = [short["phases"][0] | {"tokens": 10 * STEP, "schedule": {"name": "constant"}}]

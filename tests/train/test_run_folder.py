@@ -1,4 +1,4 @@
-"""A run's folder is its own: nothing of a user's is replaced in it, and one process at a time works there."""
+"""A run's folder: no file of the user is replaced in it, and one process at a time works there."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_many_signals_make_one_request_and_a_late_sigint_interrupts(monkeypatch:
                     os.kill(os.getpid(), signal.SIGINT)
         at_s = 0.0
         for number in STORM:
-            os.kill(os.getpid(), number)  # what is left to do is to end
+            os.kill(os.getpid(), number)  # only the end remains
         interrupt_by_signals()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGUSR1)

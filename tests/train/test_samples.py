@@ -1,4 +1,4 @@
-"""Texts that are written at evaluations: the same for the same weights, and without a trace in the training."""
+"""Texts generated at evaluations: equal for equal weights, and without effect on the training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.train.test_loop import StopAfter, weights
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A recipe on corpora that a tokenizer has made."""
+    """A recipe on tokenised corpora."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "words.txt").write_text("some words and more words of all kinds " * 50)
     tokenizer = train_tokenizer([str(folder / "words.txt")], 280, folder / "words.tiktoken")

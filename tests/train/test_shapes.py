@@ -1,4 +1,4 @@
-"""Shapes beyond the plain one, through all that a run does: train, checkpoint, resume, untie, hand weights on."""
+"""Other shapes than the plain one in a whole run: train, checkpoint, resume, untie, pass weights on."""
 
 from __future__ import annotations
 

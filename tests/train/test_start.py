@@ -1,4 +1,4 @@
-"""What a run starts from and what of it stays: of other weights only the embedding, and an embedding that is frozen."""
+"""What a run starts from: only the embedding of other weights, and an embedding that is frozen."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_frozen_embedding_does_not_change_and_is_trained_again_afterwards(
 
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_the_other_parameters_are_updated_as_by_torchs_adamw(clip: float | None) -> None:
-    """So that a frozen embedding has no part in the norm either."""
+    """A frozen embedding does not count in the norm either."""
     config = GPTConfig(**SHAPE, tied=False)
     theirs = GPT(config, seed=1)
     engine = LocalEngine(copy.deepcopy(theirs), device=torch.device("cpu"), dtype=torch.float32)
@@ -179,7 +179,7 @@ def test_a_tied_embedding_cannot_be_frozen(data: Path) -> None:
 def test_a_run_with_a_frozen_embedding_resumes_to_itself_and_keeps_its_moments(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frozen between two phases that learn, the optimizer's state kept throughout: the embedding's waits."""
+    """Frozen between two phases that train it; the optimizer's state, the embedding's included, is kept throughout."""
     phases = [
         phase("first", 3, {"general": 1}, untie=True),
         phase("frozen", 3, {"chem": 1}, freeze="embeddings", optimizer_state="keep"),

@@ -1,4 +1,4 @@
-"""state.json of every version is read, and what cannot be read is named."""
+"""state.json of every version is read, and an unreadable one is named."""
 
 from __future__ import annotations
 

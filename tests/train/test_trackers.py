@@ -1,4 +1,4 @@
-"""A run's figures reach the trackers that its recipe names, go on in the same place when it does, and never end it."""
+"""The figures of a run reach its trackers, continue in the same place on resume, and never end the run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def short(data: Path, name: str, *to: str) -> dict[str, Any]:
 
 def history(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(config, what was logged) of a run of W&B, whose file is a log as LevelDB writes it."""
-    from wandb.proto.wandb_internal_pb2 import Record  # a second, which collecting the tests need not take
+    from wandb.proto.wandb_internal_pb2 import Record  # takes a second, which collecting the tests should not
 
     written, at, data = file.read_bytes(), 7, b""
     config, rows = dict[str, Any](), list[dict[str, Any]]()

@@ -1,4 +1,4 @@
-"""What a run takes of what was measured, when it measures, and that one which goes on keeps what it began with."""
+"""Which measured choices a run uses, when it measures, and that a resumed run keeps its choices."""
 
 from __future__ import annotations
 

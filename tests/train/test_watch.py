@@ -1,4 +1,4 @@
-"""A run that lives says so, one that hangs says where, and a loss that jumps is pointed out."""
+"""The heartbeat, the stacks of a run that hangs, and losses that jump."""
 
 from __future__ import annotations
 

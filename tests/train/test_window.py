@@ -34,7 +34,7 @@ from tests.train.test_loop import StopAfter
 
 CONTEXT, VOCAB = 64, 512
 IDS = {"general": np.arange(300), "chem": np.arange(300, 390)}
-"""Every token of the corpora is one of its own, so that batches show which ones they read."""
+"""Every token of the corpora has its own id, so that batches show which ones they read."""
 SHAPE = GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=CONTEXT, vocab_size=VOCAB)
 
 
@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def raw_recipe(base: Path, name: str, windows: list[int | None]) -> dict[str, Any]:
-    """Phases in windows of these lengths, on from the model."""
+    """Phases with windows of these lengths, starting from the model."""
     raw = tiny.raw_recipe(base, name) | {"init": str(base / "base"), "model": {}, "precision": "fp32"}
     raw["sources"]["chem"].pop("limit_tokens")
     phase = raw["phases"][0] | {"tokens": 7 * 8 * 16, "eval": {"every": "50%", "tokens": 100}}
@@ -63,7 +63,7 @@ def raw_recipe(base: Path, name: str, windows: list[int | None]) -> dict[str, An
 
 
 def visits(raw: dict[str, Any]) -> np.ndarray:
-    """Of every id, by looking at the batches."""
+    """Visits of every id, counted in the batches."""
     plan, counts, seen = make_plan(recipe_from(raw)), dict[int, dict[str, int]](), np.zeros(VOCAB, int)
     for planned in plan.phases:
         before = counts.get(planned.context, dict.fromkeys(IDS, 0))
@@ -94,7 +94,7 @@ def test_windows_of_several_lengths_are_trained_audited_evaluated_and_resumed(ba
         "windows of 8 start 'chem' again after those of 16" in doubt for doubt in doubts(make_plan(recipe_from(raw)))
     )
 
-    # A run that is made longer, by phases in other windows, ends where one ends that was never shorter.
+    # A run that is made longer by phases with other windows equals one that was as long from the start.
     longer = raw_recipe(base, "longer", [16])
     run(recipe_from(longer), progress=False)
     longer["phases"] = raw["phases"]
@@ -102,7 +102,7 @@ def test_windows_of_several_lengths_are_trained_audited_evaluated_and_resumed(ba
     ends = [load_file(base / name / "weights" / "p2" / "model.safetensors") for name in ("whole", "longer")]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
-    # What leaves the run is the model that came in, and is scored in the windows that it was trained in.
+    # The exported model has the context of the base, and is scored in the training windows.
     export(folder, base / "out")
     for weights in (folder / "weights" / "p2", base / "out"):
         assert json.loads((weights / "config.json").read_text())["max_position_embeddings"] == CONTEXT
@@ -133,7 +133,7 @@ def test_an_unfinished_run_is_audited_and_resumed_in_its_window(base: Path, monk
 
 
 def test_a_run_with_a_shortened_context_continues_with_it(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Earlier versions took `model.context` for the window, and wrote it into the weights."""
+    """Earlier versions used `model.context` as the window, and wrote it into the weights."""
     raw = raw_recipe(base, "before", [None]) | {"model": {"context": 16}, "init": str(base / "cut")}
     GPT(SHAPE, seed=1).save_hf(base / "cut")
     config = base / "cut" / "config.json"

@@ -1,4 +1,4 @@
-"""A process's place among those that a launcher started."""
+"""The rank of a process among those that a launcher started."""
 
 from __future__ import annotations
 

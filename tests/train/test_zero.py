@@ -1,4 +1,4 @@
-"""What may stand in a user's DeepSpeed configuration, and what the recipe decides."""
+"""Which settings a user's DeepSpeed configuration may hold, and which the recipe decides."""
 
 from __future__ import annotations
 
