@@ -585,7 +585,7 @@ def _reweighted(fit: Fit) -> Fit:
 
 
 def _gross(fit: Fit, scale: float) -> Array:
-    """[points]: whether a point is ignored. Part of a run's curve is no mistake, nor are many points: the law errs."""
+    """[points]: whether a point is ignored. Part of a run's curve, or many points, are kept: there the law errs."""
     _, index, points = np.unique(fit.curve.run, return_inverse=True, return_counts=True)
     far = (np.abs(fit.residual) > GROSS * max(scale, HUBER)) & (points[index] == 1)
     return far & (far.mean() <= MOST_GROSS)

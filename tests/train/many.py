@@ -4,7 +4,7 @@
 
 The file holds a list of {"recipe", "resume", and optionally "stop_at", "poison_at", "die_at"}: steps (of the process's
 whole life in that run) at which the last process gets SIGTERM, gets a loss that is not a number, or is killed. Every
-process writes down the tokens of every step: `<run>.tokens-<rank>.npz`.
+process records the tokens of every step: `<run>.tokens-<rank>.npz`.
 
 A fresh interpreter takes seconds to import torch and DeepSpeed. So `Ranks` forks its processes from a server that has
 imported them, and hands them the variables that torchrun would.

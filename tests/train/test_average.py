@@ -1,5 +1,4 @@
-"""Weights that a phase hands on averaged with those that it started from: what they are, what is said of them, and that
-interrupting changes nothing."""
+"""Trained weights averaged with those that the phase started from: their values, their records, and interruptions."""
 
 from __future__ import annotations
 

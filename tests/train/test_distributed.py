@@ -1,5 +1,5 @@
-"""The same run everywhere: any number of processes and any ZeRO stage read the same tokens in the same order, learn the
-same, stop together, and go on from each other's checkpoints."""
+"""The same run everywhere: any number of processes and any ZeRO stage read the same tokens in the same order, reach the
+same weights, stop together, and continue from each other's checkpoints."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The training window is a setting of its own: shorter than the model's context, another one in each phase if need be;
-whatever leaves the run keeps the model's."""
+"""The training window is a separate setting: shorter than the model's context, and different in each phase if needed;
+exported weights keep the model's context."""
 
 from __future__ import annotations
 
