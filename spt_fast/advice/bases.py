@@ -19,7 +19,7 @@ from typing import Any, Literal
 import pandas as pd
 import yaml
 
-from spt_fast.advice.next_step import PUBLISHED
+from spt_fast.advice.next_step import PUBLISHED, exact_count
 from spt_fast.advice.prior import FACTS, REPLAY, outside, progress_lost
 from spt_fast.advice.question import ask, size_of
 from spt_fast.advice.result import Asked, Ended
@@ -305,7 +305,7 @@ def _recipe(
     treatment = {"anchor": decided.anchor, "average": decided.average}
     phase = {
         "name": "continue",
-        "tokens": asked.budget,
+        "tokens": exact_count(asked.budget),
         "mixture": {name: f"{100 * share:.12g}%" for name, share in shares.items() if share},
         **steps,
         "schedule": {"name": "cosine", "warmup": "5%"},

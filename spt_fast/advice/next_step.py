@@ -65,16 +65,16 @@ def next_step(
     phases: list[dict[str, Any]] = [
         {
             "name": "pretrain",
-            "tokens": _count(budget - late),
+            "tokens": exact_count(budget - late),
             "mixture": _mixture(0 if late else decision.delta),
             "optimizer": {"lr": rates.pretrain, **rates.pretrain_optimizer},
-            "schedule": {"name": "cosine", "warmup": "2%", "horizon": _count(budget)},
+            "schedule": {"name": "cosine", "warmup": "2%", "horizon": exact_count(budget)},
         }
     ]
     if late:
         rising = {
             "name": "late",
-            "tokens": _count(late),
+            "tokens": exact_count(late),
             "mixture": _mixture(decision.delta * budget / late),
             "optimizer": phases[0]["optimizer"] | {},
             "optimizer_state": "keep",
@@ -83,7 +83,7 @@ def next_step(
         phases.append(rising)
     finetune = {
         "name": "finetune",
-        "tokens": _count(round(finetune_tokens)),
+        "tokens": exact_count(round(finetune_tokens)),
         "mixture": _mixture(decision.replay, of="general"),
         "untie": True,
         "optimizer": {"lr": rates.finetune[len(rates.finetune) // 2], **rates.finetune_optimizer},
@@ -101,7 +101,7 @@ def next_step(
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=80)
 
 
-def _count(tokens: int) -> int | str:
+def exact_count(tokens: int) -> int | str:
     """The exact count, in T, B or M if three decimals suffice, in K if it is whole."""
     for unit, size, step in (("T", 10**12, 10**9), ("B", 10**9, 10**6), ("M", 10**6, 1000), ("K", 1000, 1000)):
         if tokens >= size and tokens % step == 0:

@@ -315,9 +315,9 @@ class FromScratch(Sizing):
         sequences, finetuned = self.sequences(self.tokens), self.sequences(self.finetune_tokens)
         steps = self.steps(self.tokens)
         rates = ", ".join(one_digit(self.rate / by) for by in (30, 10, 3))
-        size = f"The largest preset that gets {TOKENS_PER_PARAMETER} tokens per parameter in this time and text"
+        size = f"The largest preset with {TOKENS_PER_PARAMETER} tokens per parameter in this time and text"
         if self.name == SIZES[0] and self.tokens < TOKENS_PER_PARAMETER * self.parameters:
-            size = f"The smallest preset; time and text allow fewer than {TOKENS_PER_PARAMETER} tokens per parameter"
+            size = f"The smallest preset: under {TOKENS_PER_PARAMETER} tokens per parameter in this time and text"
         why = f"The share is the papers' for this many tokens: {self.papers['why']}. The study finds it for your text."
         time, window, step = duration(3600 * self.hours), self.window, amount(sequences * self.window)
         return f"""\
@@ -325,7 +325,7 @@ class FromScratch(Sizing):
 {self.commands(out / "recipe.yaml")}
 run: {quoted(out / "runs" / "spt")}
 tokenizer: {quoted(tokenizer)}
-# {size}; windows of {window:,} tokens.
+# {size}. Windows of {window:,} tokens.
 model: {{preset: {self.name}}}
 checkpoint: {{every: {counted(max(1, steps // 10), "step")}, keep: 2}}
 log: {{every: {counted(max(1, min(100, steps // 50)), "step")}}}

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from spt_fast.config import Engine, Recipe
-from spt_fast.errors import CheckpointError, RecipeError, counted, invalid
+from spt_fast.errors import CheckpointError, RecipeError, invalid
 from spt_fast.model.flops import (
     matmul_parameters,
     parameters,
@@ -388,7 +388,7 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
     by_distribution: dict[tuple[int, str], list[PricedWay]] = {}
     for way in price.ways:
         by_distribution.setdefault((way.stage, way.offload), []).append(way)
-    whose = f"each of {price.gpus} × {price.gpu}" if price.gpu else f"each of {counted(price.gpus, 'process')} on a CPU"
+    whose = f"each of {price.gpus} × {price.gpu}" if price.gpu else "a process on the CPU"
     print_table(
         console,
         f"memory of {whose} (→ this recipe, ✗ doesn't fit)",

@@ -21,7 +21,7 @@ import yaml
 from spt_fast import cli, laws
 from spt_fast.advice import advise as advising
 from spt_fast.advice import forecast
-from spt_fast.advice.next_step import _count, next_step
+from spt_fast.advice.next_step import exact_count, next_step
 from spt_fast.advice.result import Decision, HeldOut
 from spt_fast.advice.words import findings
 from spt_fast.config import recipe_from
@@ -446,7 +446,7 @@ def test_shares_of_a_recipe_sum_to_one(delta: float) -> None:
 
 
 def test_a_recipe_counts_in_units_and_has_the_size_of_the_runs(one_budget: pd.DataFrame) -> None:
-    assert [_count(n) for n in (999, 28_000, 39_972, 1_250_000, 20 * B)] == [999, "28K", 39_972, "1.25M", "20B"]
+    assert [exact_count(n) for n in (999, 28_000, 39_972, 1_250_000, 20 * B)] == [999, "28K", 39_972, "1.25M", "20B"]
     one_share = one_budget[one_budget["run"].str.contains("-5%-")].assign(params=9e5)
     given = advise(domain_tokens=DOMAIN_TOKENS, budget=200 * B, table=one_share)
     assert given["decision"]["basis"] == "published"

@@ -120,8 +120,10 @@ def test_the_recipe_has_a_default_window_that_fits_the_context_of_the_base(tmp_p
     assert (batch.sequences, batch.context) == (16, 2048)
     GPT(GPTConfig(layers=1, width=16, heads=2, kv_heads=1, ffn=32, context=64, vocab_size=64)).save_hf(tmp_path / "b")
     for table in (None, table_of("a")):
-        (phase,) = _recipe(advise(domain_tokens=3 * M, budget=M, table=table, base=str(tmp_path / "b")))
+        given = advise(domain_tokens=3 * M, budget=M, table=table, base=str(tmp_path / "b"))
+        (phase,) = _recipe(given)
         assert phase.batch.context == 64
+        assert "  tokens: 1M\n" in given.recipe
     with pytest.raises(CheckpointError, match=r"^absent: is not a folder"):
         advise(domain_tokens=3 * M, budget=M, base="absent")
 

@@ -152,9 +152,7 @@ def test_text_key_and_skip_bad_apply_to_the_text_of_init(
     shown = capsys.readouterr().out
     assert re.search(r"skipped broken JSON +│ 2 ", shown)
     assert f"next:\n  spt-fast plan {tmp_path / 'first' / 'recipe.yaml'}\n  spt-fast train " in shown
-    assert (
-        "# The smallest preset; time and text allow fewer than 20" in (tmp_path / "first" / "recipe.yaml").read_text()
-    )
+    assert "# The smallest preset: under 20 tokens per parameter" in (tmp_path / "first" / "recipe.yaml").read_text()
     assert list(load_recipe(tmp_path / "first" / "recipe.yaml").sources) == ["general", "chem"]
 
 
