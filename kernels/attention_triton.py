@@ -16,9 +16,9 @@ A query sees an interval of keys, a key is seen by an interval of queries, and b
 position to the next, for any mixture of causality, window and documents. So the intervals of a block's first and last
 position give the range of its loop, and the blocks that all of it sees, where no mask is needed. These are one loop
 with a branch, or, in the launches called split, separate loops: more registers, no branch. Forward, keys and values may
-be copied by Hopper's copy unit (TMA) instead of loads, if the tuner finds it faster. The start and end of each
-position's document are computed once, on the device. Padding, past the last document, counts as the end of a row: it is
-never loaded.
+be copied by Hopper's copy unit (TMA) instead of loads, and a program may take several blocks of queries (a persistent
+grid), if the tuner finds it faster. The start and end of each position's document are computed once, on the device.
+Padding, past the last document, counts as the end of a row: it is never loaded.
 
 p is a power of 2: scale times log2(e) is multiplied into s, and lse is kept in base 2. Sums are in float32. Both
 operands of a matmul have the dtype of the inputs: p and ds are rounded to it.
@@ -43,6 +43,7 @@ from spt_fast.kernels.launch import (
     Variant,
     jit,
     launched,
+    multiprocessors,
     next_power_of_2,
     tl,
 )
@@ -81,15 +82,18 @@ def attention(
     keys: list[Any] = [k_BTKD, v_BTKD]
     fit = cu_seqlens is None and all(_fits_descriptor(x, constants["WIDTH"]) for x in keys)
     constants["TMA"] = int(fit and constants.get("TMA", 0))  # a checkpoint's launches may lack it
+    per_sm = constants.setdefault("PERSISTENT", 0)
     if constants["TMA"]:
         keys = [
             TensorDescriptor(x, list(x.shape), list(x.stride()), [1, config["N"], 1, constants["WIDTH"]]) for x in keys
         ]
     if o_BTHD.numel():
-        _forward_kernel[(-(-T // config["M"]) * B * H,)](
+        tiles = -(-T // config["M"]) * B * H
+        programs = min(tiles, per_sm * multiprocessors(q_BTHD.device)) if per_sm else tiles
+        _forward_kernel[(programs,)](
             q_BTHD, *keys, o_BTHD, lse_BHT, *_documents_arguments(cu_seqlens, spans),
             *q_BTHD.stride()[:3], *k_BTKD.stride()[:3], *v_BTKD.stride()[:3],
-            T, H, H // K, window, scale, CAUSAL=causal, **constants,
+            B, T, H, H // K, window, scale, CAUSAL=causal, **constants,
         )  # fmt: skip
     return o_BTHD, lse_BHT, o_BTHD.new_empty(0, dtype=torch.int32) if spans is None else spans
 
@@ -202,11 +206,25 @@ later that read them. 3.6 doesn't inside a loop, so copies are not asynchronous 
 
 
 def _config(
-    kernel: str, arch: int, M: int, N: int, warps: int, stages: int, *, split: bool = False, tma: bool = False
+    kernel: str,
+    arch: int,
+    M: int,
+    N: int,
+    warps: int,
+    stages: int,
+    *,
+    split: bool = False,
+    tma: bool = False,
+    persistent: int = 0,
 ) -> Config:
     """split: fully visible blocks of keys have a separate loop, without a branch. tma: keys and values are copied by
-    Hopper's copy unit, if there are no documents; it needs no fence."""
-    flags = {"forward": (("SPLIT", int(split)), ("TMA", int(tma))), "dq": (("SPLIT", int(split)),), "dkv": ()}[kernel]
+    Hopper's copy unit, if there are no documents; it needs no fence. persistent: if not 0, the programs per
+    multiprocessor, which take one block of queries after the other, those with the most keys first."""
+    flags = {
+        "forward": (("SPLIT", int(split)), ("TMA", int(tma)), ("PERSISTENT", persistent)),
+        "dq": (("SPLIT", int(split)),),
+        "dkv": (),
+    }[kernel]
     return Config((("M", M), ("N", N), *flags), warps, stages if FENCED or arch == 80 or tma else 1)
 
 
@@ -233,6 +251,10 @@ def candidates(kernel: str, width: int, itemsize: int, arch: int) -> list[Config
             every += [_config(kernel, arch, *sizes, split=True) for sizes in SPLIT[kernel][_size(width)]]
         if kernel == "forward" and width <= 128:
             every += [_config(kernel, arch, *sizes, split=split, tma=True) for split, *sizes in TMA[_size(width)]]
+            every += [
+                _config(kernel, arch, *sizes, tma=tma, persistent=programs)
+                for tma, programs, *sizes in PERSISTENT[_size(width)]
+            ]
     return list(dict.fromkeys(every))
 
 
@@ -299,6 +321,12 @@ TMA = (
     ((False, 128, 64, 8, 2), (False, 128, 128, 8, 2), (True, 128, 64, 8, 3)),
 )
 """Forward, split or not, with keys and values copied by descriptors."""
+
+PERSISTENT = (
+    ((False, 1, 128, 64, 8, 2), (True, 1, 128, 128, 8, 2), (True, 2, 64, 64, 4, 3)),
+    ((False, 1, 128, 64, 8, 3), (True, 1, 128, 64, 8, 2)),
+)
+"""Forward, by descriptors or not, with as many programs per multiprocessor as its registers hold at once."""
 
 
 def _launched(kernel: str, q_BTHD: Tensor) -> Config:
@@ -423,20 +451,17 @@ def _attend(
     return o, total * shrink + tl.sum(p, 1), larger
 
 
-@jit_for_any_documents
-def _forward_kernel(
+@jit
+def _forward_block(
+    first, row, head,
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     T, H, GROUP, window, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """TMA: k_ptr and v_ptr are descriptors of the whole tensors."""
-    blocks = tl.cdiv(T, M)
-    program = tl.program_id(0)
-    head, row = program // blocks % H, program // blocks // H
+    """M queries of a head, from `first` on. TMA: k_ptr and v_ptr are descriptors of the whole tensors."""
     kv_head = head // GROUP
-    first = (blocks - 1 - program % blocks) * M  # under a causal mask the last queries take longest
     length = _row_length(cu_seqlens_ptr, documents, row, T)
     last = tl.maximum(tl.minimum(first + M, length) - 1, first)
     row_64, head_64 = tl.cast(row, tl.int64), tl.cast(head, tl.int64)
@@ -481,6 +506,33 @@ def _forward_kernel(
     tl.store(lse_ptr + (row_64 * H + head) * T + i, largest + tl.log2(total), i < T)
     o_ptr += (row_64 * T * H + head) * D
     _store(o_ptr, o / total[:, None], first, length, T, H * D, M, D, WIDTH)
+
+
+@partial(jit, do_not_specialize=("documents", "B"))
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    B, T, H, GROUP, window, scale,
+    CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
+    TMA: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    # Under a causal mask the last queries take longest, so they come first.
+    blocks, program = tl.cdiv(T, M), tl.program_id(0)
+    if PERSISTENT:
+        for tile in range(program, blocks * B * H, tl.num_programs(0)):
+            _forward_block(
+                (blocks - 1 - tile // (B * H)) * M, tile // H % B, tile % H,
+                q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
+                q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+                T, H, GROUP, window, scale, CAUSAL, D, WIDTH, M, N, SPLIT, TMA,
+            )  # fmt: skip
+    else:
+        _forward_block(
+            (blocks - 1 - program % blocks) * M, program // blocks // H, program // blocks % H,
+            q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
+            q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+            T, H, GROUP, window, scale, CAUSAL, D, WIDTH, M, N, SPLIT, TMA,
+        )  # fmt: skip
 
 
 @jit
@@ -625,7 +677,7 @@ def variants() -> list[Variant]:
         for name_of_kernel, kernel in KERNELS.items():
             arguments = {}
             for name in kernel.arg_names:
-                if name in absent or (name.isupper() and name not in ("T", "H", "K")):
+                if name in absent or (name.isupper() and name not in ("B", "T", "H", "K")):
                     continue
                 arguments[name] = "i32:16" if name[-2:] in ("_b", "_t", "_h") else "i32"
                 if name.endswith("_ptr"):

@@ -544,6 +544,28 @@ def test_blocks_in_loops_of_their_own_give_the_same_bits(cuts: list[int] | None,
         assert torch.equal(whole, split)
 
 
+@pytest.mark.skipif(not launch.INTERPRETED, reason="Triton's interpreter takes any launch")
+@pytest.mark.parametrize("tma", [0, 1])
+@pytest.mark.parametrize("documents", [False, True])
+def test_programs_that_take_several_blocks_give_the_same_bits(
+    documents: bool, tma: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 blocks for 3 programs, and 2 for 3."""
+    monkeypatch.setattr(attention_triton, "multiprocessors", lambda device: 3)
+    for B, T, H in ((2, 88, 2), (1, 20, 1)):
+        q, k = (torch.randn(B, T, heads, 16) for heads in (H, 1))
+        cu_seqlens = cut([0, 9, B * T - 3] if documents else None)
+        found = []
+        for persistent in (0, 1):
+            sizes = (("M", 16), ("N", 16), ("SPLIT", 0), ("TMA", tma), ("PERSISTENT", persistent))
+            launch.choose("attention_forward", (16, 4, 80), launch.Config(sizes, 4, 1))
+            try:
+                found.append(attention_triton.attention(q, k, k, cu_seqlens, True, None, 0.25))
+            finally:
+                launch.choose("attention_forward", (16, 4, 80), None)
+        assert all(map(torch.equal, *(each[:2] for each in found)))
+
+
 def test_every_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_triton, "INTERPRETED", False)
     with compiled_launches(attention_triton):
@@ -567,7 +589,10 @@ def test_every_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch)
 def test_no_number_of_documents_compiles_a_kernel_anew() -> None:
     for kernel in (attention_triton._forward_kernel, attention_triton._dq_kernel, attention_triton._dkv_kernel):
         compiled = launch.Kernel(kernel.fn, **kernel.kwargs) if launch.INTERPRETED else kernel
-        assert [param.name for param in compiled.params if param.do_not_specialize] == ["documents"]
+        assert [param.name for param in compiled.params if param.do_not_specialize] in (
+            ["documents"],
+            ["documents", "B"],
+        )
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="Triton's interpreter takes any launch")
