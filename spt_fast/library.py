@@ -211,7 +211,7 @@ def plan(
 
         >>> spt.plan("recipe.yaml", gpus=8, gpu="H100", per_gpu_hour=2.5).price.cost
     """
-    from spt_fast.fields import integer, parse_share
+    from spt_fast.fields import integer, number, parse_share
     from spt_fast.train import price as pricing
     from spt_fast.train.plan import make_plan
     from spt_fast.train.precision import precision_of
@@ -219,12 +219,13 @@ def plan(
 
     loaded, gpus = _recipe(recipe), _parsed(integer(1), gpus, "gpus") or launched_processes()
     memory, share = _parsed(pricing.parse_bytes, gpu_memory, "gpu_memory"), _parsed(parse_share, mfu, "mfu")
+    per_hour = _parsed(number(0), per_gpu_hour, "per_gpu_hour")
     made = make_plan(loaded, world=gpus)
     here = None if gpu else precision_of(loaded, pick_device(), made.model)
     machine = pricing.Machine.of(loaded, gpus=gpus, gpu=gpu, memory=memory, precision=here)
     run = None if mfu_from is None else Path(mfu_from)
     speed = pricing.speed_of(made, machine, mfu=None if share is None else float(share), run=run)
-    return Planned(made.describe(), pricing.price(made, machine, speed, per_gpu_hour=per_gpu_hour))
+    return Planned(made.describe(), pricing.price(made, machine, speed, per_gpu_hour=per_hour))
 
 
 def train(recipe: Recipe | AnyPath, *, resume: bool = False, verify: bool = False, progress: bool = True) -> TrainedRun:

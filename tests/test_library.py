@@ -82,6 +82,8 @@ def test_from_text_to_a_report(
         spt.evaluate(run.run, tmp_path / "chem.heldout", context=0)
     with pytest.raises(SptError, match=r"^gpus: 0 is invalid"):
         spt.plan(recipes["spt"], gpus=0)
+    with pytest.raises(SptError, match=r"^per_gpu_hour: -1 is invalid: write a number at least 0"):
+        spt.plan(recipes["spt"], per_gpu_hour=-1)
     assert spt.compare(npt.run) == spt.compare([npt.run])
     assert scored == spt.evaluate(run.phases["finetune"].weights, [tmp_path / "chem.heldout"], progress=False)
     compared = spt.compare([npt.run, str(run.run)], out=tmp_path / "compared")
