@@ -195,6 +195,11 @@ def two_digits(number: float) -> int:
     return int(float(f"{number:.2g}"))
 
 
+def in_steps(number: int) -> str:
+    """1 step, 2000 steps: a span as a recipe writes it, without separators."""
+    return f"{number} step" if number == 1 else f"{number} steps"
+
+
 def one_digit(number: float) -> str:
     """In the shortest form: 4e-5, 0.1."""
     return f"{number:.0e}".replace("e-0", "e-") if number < 0.01 else f"{number:.1g}"

@@ -35,6 +35,7 @@ from spt_fast.advice.sizing import (
     Device,
     Sizing,
     exact,
+    in_steps,
     one_digit,
     quoted,
     two_digits,
@@ -45,7 +46,7 @@ from spt_fast.data.prepare import heldout_prefix, prepare
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.text import find_files
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
-from spt_fast.errors import DataError, RecipeError, SptWarning, counted, invalid
+from spt_fast.errors import DataError, RecipeError, SptWarning, invalid
 from spt_fast.fields import parse_yaml
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import parameters, train_flops_per_token
@@ -327,8 +328,8 @@ run: {quoted(out / "runs" / "spt")}
 tokenizer: {quoted(tokenizer)}
 # {size}. Windows of {window:,} tokens.
 model: {{preset: {self.name}}}
-checkpoint: {{every: {counted(max(1, steps // 10), "step")}, keep: 2}}
-log: {{every: {counted(max(1, min(100, steps // 50)), "step")}}}
+checkpoint: {{every: {in_steps(max(1, steps // 10))}, keep: 2}}
+log: {{every: {in_steps(max(1, min(100, steps // 50)))}}}
 {self.sources()}
 phases:
   - name: pretrain
@@ -338,7 +339,7 @@ phases:
     mixture: {{{quoted(general.name)}: {exact(1 - share)}, {quoted(domain.name)}: {exact(share)}}}
     batch: {{sequences: {sequences}, micro: {self.micro(sequences)}}}  # {step} tokens a step
     optimizer: {{lr: {one_digit(self.rate)}, weight_decay: {one_digit(self.weight_decay(steps))}, clip: 1.0}}
-    schedule: {{name: cosine, warmup: {counted(self.warmup(steps), "step")}, final: 10%}}
+    schedule: {{name: cosine, warmup: {in_steps(self.warmup(steps))}, final: 10%}}
     eval: {self.evaluation(self.tokens)}  # costs less than a tenth of the training
   - name: finetune
     tokens: {amount(self.finetune_tokens)}  # at most: it stops when the held-out loss of {domain.name} no longer falls
@@ -378,7 +379,7 @@ stages:
     budgets: [{budgets}]
     batch: {{sequences: {sequences}, micro: {small.micro(sequences)}}}
     optimizer: {{lr: {one_digit(small.rate)}, weight_decay: {one_digit(small.weight_decay(steps))}}}
-    schedule: {{name: cosine, warmup: {counted(warmup, "step")}, final: 10%, horizon: {amount(10 * small.tokens)}}}
+    schedule: {{name: cosine, warmup: {in_steps(warmup)}, final: 10%, horizon: {amount(10 * small.tokens)}}}
     eval: {small.evaluation(small.tokens // 4)}
   - name: finetune
     delta: 1

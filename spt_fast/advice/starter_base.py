@@ -28,11 +28,21 @@ from textwrap import fill, indent
 from typing import ClassVar
 
 from spt_fast.advice.prior import FINETUNE_EPOCHS, REPLAY
-from spt_fast.advice.sizing import TRAINING_SHARE, Corpus, Device, Sizing, exact, one_digit, quoted, two_digits
+from spt_fast.advice.sizing import (
+    TRAINING_SHARE,
+    Corpus,
+    Device,
+    Sizing,
+    exact,
+    in_steps,
+    one_digit,
+    quoted,
+    two_digits,
+)
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.data.tokenizer import Tokenizer
-from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning, counted, invalid
+from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning, invalid
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.memory import CHECKPOINTING
@@ -197,8 +207,8 @@ class FromBase(Sizing):
 run: {quoted(out / "runs" / phase)}
 init: {quoted(self.base.weights)}  # its shape, tokenizer, chat template and context of {self.config.context:,} tokens
 {"" if tokenizer is None else f"tokenizer: {quoted(tokenizer)}" + chr(10)}{self._engine()}\
-checkpoint: {{every: {counted(max(1, steps // 10), "step")}, keep: 2}}
-log: {{every: {counted(max(1, min(100, steps // 50)), "step")}}}
+checkpoint: {{every: {in_steps(max(1, steps // 10))}, keep: 2}}
+log: {{every: {in_steps(max(1, min(100, steps // 50)))}}}
 {self.sources()}
 phases:
   - name: {phase}
