@@ -51,6 +51,8 @@ def introduction(
     }
     yield "kernels: " + "; ".join(f"{name} for {', '.join(ops)}" for name, ops in by_backend.items())
     yield from choices.lines()
+    if plan.heldout:
+        yield "evaluations: the held-out loss of each source ± its standard error, in nats per token"
     if resumed is None:
         yield from (f"warning: {warning}" for warning in doubts(plan))
         return

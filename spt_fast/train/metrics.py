@@ -73,7 +73,7 @@ class RunLog(Steps):
         errors, heldout = record["standard_errors"]["heldout"], record["heldout"]
         losses = " · ".join(f"{source} {_loss(loss)}{_error(errors[source])}" for source, loss in heldout.items())
         if losses:
-            self.say(f"{clock()} {self._title} · step {record['step']} · held out: {losses}")
+            self.say(f"{clock()} {self._title} · step {record['step']} · {losses}")
         if self._domain in heldout:
             self._domain_loss = f"{middle(self._domain, LONGEST_SOURCE)} {_loss(heldout[self._domain])}"
         for source, texts in record.get("samples", {}).items():

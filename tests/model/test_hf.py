@@ -437,7 +437,7 @@ def test_missing_shards_other_formats_and_names_on_a_hub_say_what_to_do(folder: 
     with pytest.raises(CheckpointError, match=r"Q4_K_M\.gguf holds weights in another format; .* safetensors"):
         GPT.from_hf(folder)
     with pytest.raises(
-        CheckpointError, match=r"no such file; nothing is downloaded.*`hf download a-b/C-1\.5 --local-d"
+        CheckpointError, match=r"does not exist; nothing is downloaded.*`hf download a-b/C-1\.5 --local-d"
     ):
         GPT.from_hf("a-b/C-1.5")
     (tmp_path / "models--a-b--C").mkdir()

@@ -540,7 +540,7 @@ def test_a_table_without_a_finished_run_is_refused(
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     assert exit_.value.code == 2
-    assert "no finished run" in capsys.readouterr().err
+    assert "none of them is finished" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
 
 

@@ -336,5 +336,5 @@ def test_anything_but_a_runs_table_is_refused() -> None:
         views.cmr(usable(SPT[["params"]].assign(loss=1.0)))
     with pytest.raises(DataError, match=r"table: .* is invalid: give a pandas DataFrame, as read_table makes it"):
         views.cmr(usable({"run": []}))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="no finished run"):
+    with pytest.raises(DataError, match="none of them is finished"):
         views.cmr(usable(SPT[:0]))
