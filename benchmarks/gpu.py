@@ -7,7 +7,7 @@ check     attention and every op at the presets' shapes: at most twice the error
 profile   where a step of ours spends its time at 124m, 350m and 1b, with MFU
 plain     the step of a compiled plain GPT beside ours, round by round
 graphs    10m, with and without CUDA graphs
-tuner     its choices for attention and the loss
+tuner     its choices for attention, the loss and the feed-forward layer
 memory    the memory-bound ops, against a copy, on cold caches
 fp8       1b in fp8 against bf16
 more      the plain GPT at 350m and 1b, which don't fit in one command's time
@@ -57,7 +57,7 @@ OUTPUT = 3000
 """Characters of a failed item's output that are kept."""
 AT_ONCE = {"check": 4}
 """Items of a stage that may run side by side, since they measure no time."""
-OPS = ("norm", "activation", "rotary", "embedding", "adamw", "linear", "cross_entropy", "fp8")
+OPS = ("norm", "activation", "rotary", "embedding", "adamw", "linear", "feed_forward", "cross_entropy", "fp8")
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """So that all contenders leave memory blocks of the same form in the cache."""
 PR_SET_PDEATHSIG = 1

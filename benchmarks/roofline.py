@@ -7,7 +7,8 @@ Nothing is measured: every figure is predicted, from three ceilings.
 
 products   560, 620 and 690 TFLOP/s at the shapes of 124m, 350m and 1b, 350 at those of 10m, in bf16. Of an H100's 989,
            a large product reaches some 800 on real data (nanochat's and llm.c's logs); narrow ones less.
-           In fp8 1.41 times that: 1126 with a scale for each row, by FBGEMM, where bf16 has 800.
+           In fp8 1.41 times that: 1126 with a scale for each row, by FBGEMM, where bf16 has 800. Triton's products
+           with more in them 0.95 times that: 0.92 to 1.04 are public (kernels/persistent.py).
 memory     2.7 TB/s for passes over numbers, of 3.35: a copy reaches 3.0, Liger's and QuACK's norms 2.3 to 2.9.
 host       42 µs a launch of ours, 1.3 ms for a layer of 31; a tenth of that for a compiled step. With graphs 0.
 
@@ -23,8 +24,9 @@ counts 6N + 12·L·H·Q·T a token (spt_fast/model/flops.py), with no discount f
 Bytes are the least that a kernel must read and write, each tensor once, in bf16 unless said otherwise. Caching between
 two kernels is not considered.
 
-ours        the kernels of spt_fast's step, a row of `ours` each: a change of an op needs a change of its row. In fp8 if
-            both sides of the layers' matrices are wide enough for it
+ours        the kernels of spt_fast's step, a row of `ours` each: a change of an op needs a change of its row. With the
+            tuner's fused kernels, and with separate ones as by default. In fp8 if both sides of the layers' matrices
+            are wide enough for it
 plain       benchmarks.train_step's plain GPT, compiled: fp32 parameters and stream, bf16 autocast, Inductor's fusions
             as its passes over memory: what can be one loop over rows is one kernel, a norm's weight gradient two more
 products    only the products and attention of ours: a bound for any fusion
@@ -58,6 +60,7 @@ START_US = 2.0
 FLASH_3 = {"forward": (364.0, 560.0, 667.0), "backward": (182.0, 316.0, 444.0)}
 """TFLOP/s at 1K, 2K and 4K positions."""
 FP8_RATE = 1.41
+FUSED_RATE = 0.95
 PROGRAMS = 4 * 132
 """Programs that sum a norm weight's gradient, in parts."""
 NARROW_HEAD = 0.77
@@ -138,7 +141,7 @@ class Kernel:
     where     "layer": once a layer and micro-batch; "layer step": once a layer and step; "batch": once a micro-batch;
               "step": once a step
     launches  of one occurrence
-    rate      what its FLOPs are divided by: "products", "fp8", "attention forward" or "attention backward"
+    rate      what its FLOPs are divided by: "products", "fused", "fp8", "attention forward" or "attention backward"
     """
 
     name: str
@@ -207,13 +210,32 @@ def attention(backward_launches: int) -> list[Kernel]:
     ]  # fmt: skip
 
 
-def ours(*, fp8: bool = False) -> list[Kernel]:
-    """The kernels of spt_fast's step. Attention backward is Triton's; PyTorch's has one more."""
+def joined(kernel: Kernel, name: str, more: Amount) -> Kernel:
+    """A product with what follows it in one kernel, which moves these bytes more."""
+    return replace(kernel, name=name, bytes=lambda s: kernel.bytes(s) + more(s), rate="fused")
+
+
+def ours(*, fp8: bool = False, fused: bool = True) -> list[Kernel]:
+    """The kernels of spt_fast's step. Attention backward is Triton's; PyTorch's has one more. fused: with those kernels
+    that are matmuls and more, which the tuner chooses where they are faster; not in fp8."""
 
     def linear(name: str, inputs: Amount, outputs: Amount, x: tuple[float, int], dy: tuple[float, int]) -> list[Kernel]:
         rows = product(name, inputs, outputs, fp8=fp8, dw_bytes=lambda s: s.added)
         return rows + (quantised(name, inputs, outputs, x, dy) if fp8 else [])
 
+    fed = [
+        *linear("gate and up", lambda s: s.D, lambda s: 2 * s.F, x=BY_ROWS, dy=BY_PARTS),
+        Kernel("swiglu", "layer", "forward", lambda s: 6.0 * s.N * s.F),
+        Kernel("swiglu backward", "layer", "backward", lambda s: (10.0 if fp8 else 12.0) * s.N * s.F),
+        *linear("down", lambda s: s.F, lambda s: s.D, x=BY_PARTS, dy=BY_ROWS),
+    ]
+    if fused and not fp8:
+        more: dict[str, tuple[str, Amount]] = {
+            "gate and up": ("gate and up, swiglu", lambda s: 2.0 * s.N * s.F),
+            "down, dx": ("down, dx, swiglu backward", lambda s: 8.0 * s.N * s.F),
+        }
+        fed = [joined(kernel, *more[kernel.name]) if kernel.name in more else kernel for kernel in fed]
+        fed = [kernel for kernel in fed if kernel.name not in ("swiglu", "swiglu backward")]
     return [
         *linear("qkv", lambda s: s.D, lambda s: s.E, x=BY_ROWS, dy=FOUND),
         Kernel("rope", "layer", "forward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
@@ -222,10 +244,7 @@ def ours(*, fp8: bool = False) -> list[Kernel]:
         *linear("out", lambda s: s.HQ, lambda s: s.D, x=FOUND, dy=BY_ROWS),
         Kernel("add and norm, two", "layer", "forward", lambda s: 16.0 * s.N * s.D, launches=2),
         Kernel("add and norm backward, two", "layer", "backward", lambda s: 16.0 * s.N * s.D + 2 * s.parts, launches=2),
-        *linear("gate and up", lambda s: s.D, lambda s: 2 * s.F, x=BY_ROWS, dy=BY_PARTS),
-        Kernel("swiglu", "layer", "forward", lambda s: 6.0 * s.N * s.F),
-        Kernel("swiglu backward", "layer", "backward", lambda s: (10.0 if fp8 else 12.0) * s.N * s.F),
-        *linear("down", lambda s: s.F, lambda s: s.D, x=BY_PARTS, dy=BY_ROWS),
+        *fed,
         Kernel("embedding", "batch", "forward", lambda s: 4.0 * s.N * s.D),
         Kernel("first norm", "batch", "forward", lambda s: 4.0 * s.N * s.D),
         logits("logits", "forward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.chunks * s.V * s.D), lambda s: s.chunks),
@@ -277,20 +296,21 @@ PLAIN = [
 
 @dataclass(frozen=True)
 class Ceilings:
-    """products and memory in FLOP/s and bytes/s, attention in shares of FlashAttention-3's rate, fp8 in shares of the
-    products', host and start in seconds per launch."""
+    """products and memory in FLOP/s and bytes/s, attention in shares of FlashAttention-3's rate, fp8 and fused in those
+    of the products', host and start in seconds per launch."""
 
     products: float
     memory: float = MEMORY_TBS * 1e12
     attention: float = 1.0
     fp8: float = FP8_RATE
+    fused: float = FUSED_RATE
     host: float = HOST_US * 1e-6
     start: float = START_US * 1e-6
     peak: float = peak_flops_by_name(GPU) or math.nan
 
     def rate(self, kind: str, shape: Shape) -> float:
-        if kind in ("products", "fp8"):
-            return self.products * (self.fp8 if kind == "fp8" else 1)
+        if kind in ("products", "fp8", "fused"):
+            return self.products * {"products": 1.0, "fp8": self.fp8, "fused": self.fused}[kind]
         pass_ = kind.removeprefix("attention ")
         place = min(max(math.log2(shape.T / 1024), 0.0), 1.999)
         low, high = FLASH_3[pass_][int(place)], FLASH_3[pass_][int(place) + 1]
@@ -348,9 +368,10 @@ def steps(shape: Shape, ceilings: Ceilings) -> list[Step]:
     compiled = replace(ceilings, host=ceilings.host * COMPILED_HOST_US / HOST_US)
     return [
         Step.of("ours", ours(), shape, ceilings),
+        Step.of("ours, separate kernels", ours(fused=False), shape, ceilings),
         *([Step.of("ours in fp8", ours(fp8=True), shape, ceilings)] if layers_in_fp8 else []),
         Step.of("plain, compiled", PLAIN, shape, compiled),
-        Step.of("products and attention", [kernel for kernel in ours() if kernel.multiplies], shape, compiled),
+        Step.of("products and attention", [one for one in ours(fused=False) if one.multiplies], shape, compiled),
     ]
 
 
@@ -361,6 +382,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=MEMORY_TBS, help="TB/s")
     parser.add_argument("--attention", type=float, default=1.0, help="share of FlashAttention-3's rate")
     parser.add_argument("--fp8", type=float, default=FP8_RATE, help="share of the products' rate")
+    parser.add_argument("--fused", type=float, default=FUSED_RATE, help="the same, for products with more in them")
     parser.add_argument("--host", type=float, default=HOST_US, help="microseconds a launch")
     parser.add_argument("--tokens", type=int, default=MICRO_TOKENS, help="of a micro-batch")
     parser.add_argument("--micro", type=int, default=1, help="micro-batches a step")
@@ -379,7 +401,7 @@ def main() -> None:
         shape = Shape(config, options.tokens, options.micro)
         host = 0.0 if options.graphs else options.host * 1e-6
         products = 1e12 * (options.gemm or GEMM_TFLOPS[name])
-        ceilings = Ceilings(products, 1e12 * options.memory, options.attention, options.fp8, host)
+        ceilings = Ceilings(products, 1e12 * options.memory, options.attention, options.fp8, options.fused, host)
         found = steps(shape, ceilings)
         lines += [line(name, step, found[0], shape) for step in found]
         report["presets"][name] = {"ceilings": asdict(ceilings), "sides": [asdict(step) for step in found]}

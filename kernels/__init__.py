@@ -17,6 +17,7 @@ from spt_fast.kernels.attention import flash_attention, qkv_attention
 from spt_fast.kernels.backend import auto_backends, chosen_backends, prefer
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
 from spt_fast.kernels.embedding import embedding
+from spt_fast.kernels.feed_forward import swiglu_mlp
 from spt_fast.kernels.fp8 import fp8_linear
 from spt_fast.kernels.gradients import accumulate_in_place
 from spt_fast.kernels.linear import linear
@@ -44,6 +45,7 @@ __all__ = [
     "rope",
     "swiglu",
     "swiglu_linear",
+    "swiglu_mlp",
     "swiglu_packed",
 ]
 

@@ -126,6 +126,12 @@ def _swiglu(gate: Tensor, up: Tensor | None, largest: bool, backend: str) -> tup
     return _forward(_rows(gate), _rows(up), amax, backend).view(gate.shape), amax
 
 
+def activate(gate_up: Tensor, backend: str) -> Tensor:
+    """swiglu_packed, without autograd."""
+    gate, up = _halves(gate_up, None)
+    return _forward(_rows(gate), _rows(up), None, backend).view(gate.shape)
+
+
 def _forward(gate: Tensor, up: Tensor, amax: Tensor | None, backend: str) -> Tensor:
     if backend == "triton":
         return _triton_forward(gate, up, amax)
@@ -176,8 +182,7 @@ differentiable(_swiglu, _gradients, _setup_context)
 
 @custom_op("swiglu_linear", lambda gate_up, weight, *_: gate_up.new_empty(*gate_up.shape[:-1], weight.shape[0]))
 def _swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    gate, up = _halves(gate_up, None)
-    return rows_times(_forward(_rows(gate), _rows(up), None, backend).view(gate.shape), weight.T, bias)
+    return rows_times(activate(gate_up, backend), weight.T, bias)
 
 
 @custom_op(
@@ -187,7 +192,7 @@ def _swiglu_linear(gate_up: Tensor, weight: Tensor, bias: Tensor | None, backend
         gate_up.new_empty(*gate_up.shape[:-1], weight.shape[1]),
     ),
 )
-def _swiglu_linear_backward(dz: Tensor, gate_up: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def swiglu_linear_backward(dz: Tensor, gate_up: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """(the gradient of gate_up, y)."""
     y_NF = multiply(dz.reshape(dz.shape[:-1].numel(), len(weight)), weight)  # first the gradient of y
     dgate_up = gate_up.new_empty(gate_up.shape)
@@ -205,7 +210,7 @@ def _setup_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, str], o
 
 def _linear_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
     gate_up, weight = ctx.saved_tensors
-    dgate_up, y = _swiglu_linear_backward(dz, gate_up, weight, ctx.backend)
+    dgate_up, y = swiglu_linear_backward(dz, gate_up, weight, ctx.backend)
     return dgate_up, *weight_gradients(dz, y, ctx.weight, ctx.bias, ctx.needs_input_grad[1:3]), None
 
 
@@ -266,12 +271,12 @@ def _launched(kernel: str, F: int, dtype: torch.dtype) -> Config:
     return launched(f"swiglu_{kernel}", (F, dtype.itemsize), _config(F, dtype))
 
 
-def _launches(gate_up: Tensor, *_: Tensor) -> list[Candidate]:
-    F, size = gate_up.shape[-1] // 2, gate_up.itemsize
+def swiglu_launches(x: Tensor, F: int) -> list[Candidate]:
+    """Further launches to measure, for tensors like x."""
     return [
         candidate
         for kernel in ("forward", "backward")
-        for candidate in tried_on_gpus(gate_up, f"swiglu_{kernel}", (F, size), candidates(F, gate_up.dtype)[1:])
+        for candidate in tried_on_gpus(x, f"swiglu_{kernel}", (F, x.itemsize), candidates(F, x.dtype)[1:])
     ]
 
 
@@ -392,7 +397,7 @@ def variants() -> list[Variant]:
     return found
 
 
-_AUTO = {
+SWIGLU_BACKENDS = {
     "cuda": {
         "triton": "one pass over the bytes where PyTorch makes several; not measured yet",
         "reference": "PyTorch ops",
@@ -403,5 +408,6 @@ _AUTO = {
     },
 }
 _SWIGLU, _SWIGLU_PACKED, _SWIGLU_LINEAR = (
-    Op(name, _AUTO, variants, _launches) for name in ("swiglu", "swiglu_packed", "swiglu_linear")
+    Op(name, SWIGLU_BACKENDS, variants, lambda x, *_: swiglu_launches(x, x.shape[-1] // 2))
+    for name in ("swiglu", "swiglu_packed", "swiglu_linear")
 )

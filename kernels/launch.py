@@ -28,7 +28,8 @@ try:
         """A kernel that is launched on the GPU of its first tensor."""
 
         def run(self, *arguments: Any, **options: Any) -> Any:
-            on = next(x for x in arguments if isinstance(x, torch.Tensor)).device.index
+            tensors = (x.base if isinstance(x, TensorDescriptor) else x for x in arguments)
+            on = next(x for x in tensors if isinstance(x, torch.Tensor)).device.index
             if on == torch.cuda.current_device():
                 return super().run(*arguments, **options)
             with torch.cuda.device(on):

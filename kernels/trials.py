@@ -19,6 +19,7 @@ from spt_fast.kernels.attention import flash_attention, qkv_attention
 from spt_fast.kernels.backend import OPS
 from spt_fast.kernels.cross_entropy import linear_cross_entropy
 from spt_fast.kernels.embedding import embedding
+from spt_fast.kernels.feed_forward import swiglu_mlp
 from spt_fast.kernels.fp8 import fp8_linear
 from spt_fast.kernels.judging import Question, Trial
 from spt_fast.kernels.linear import linear
@@ -129,6 +130,15 @@ TRIALS: dict[str, Make] = {
         swiglu_linear,
         (random(s.sequences * s.context, 2 * s.ffn), random(s.width, s.ffn) * s.ffn**-0.5),
         2,
+    ),
+    "swiglu_mlp": lambda s, random: (
+        swiglu_mlp,
+        (
+            random(s.sequences * s.context, s.width),
+            random(2 * s.ffn, s.width) * s.width**-0.5,
+            random(s.width, s.ffn) * s.ffn**-0.5,
+        ),
+        3,
     ),
     "fp8_linear": lambda s, random: (
         _in_fp8,

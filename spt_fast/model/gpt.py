@@ -45,6 +45,7 @@ from spt_fast.kernels import (
     rms_norm,
     rope,
     swiglu_linear,
+    swiglu_mlp,
     swiglu_packed,
 )
 from spt_fast.kernels.documents import spans
@@ -153,10 +154,12 @@ class Block(nn.Module):
         return rope(q_BTHQ, k_BTKQ, cos, sin)
 
     def feed_forward(self, h_BTD: Tensor, fp8: bool) -> Tensor:
+        if not (fp8 and gains_by_fp8(self.w_gate_up.shape)):
+            return swiglu_mlp(h_BTD, self.w_gate_up, self.w_down, self.b_gate_up, self.b_down)
         gate_up = product(h_BTD, self.w_gate_up, fp8, self.b_gate_up)
-        if fp8 and gains_by_fp8(self.w_down.shape):
-            return product(swiglu_packed(gate_up, largest=True), self.w_down, fp8, self.b_down)
-        return swiglu_linear(gate_up, self.w_down, self.b_down)
+        if not gains_by_fp8(self.w_down.shape):
+            return swiglu_linear(gate_up, self.w_down, self.b_down)
+        return product(swiglu_packed(gate_up, largest=True), self.w_down, fp8, self.b_down)
 
 
 def product(x: Tensor, weight: Tensor, fp8: bool, bias: Tensor | None = None) -> Tensor:

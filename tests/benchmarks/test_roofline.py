@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import roofline
 from benchmarks.roofline import Ceilings, Kernel, Shape, Step, ours
 from spt_fast import kernels
-from spt_fast.kernels import accumulate_in_place, backend, cross_entropy, fp8, norm
+from spt_fast.kernels import accumulate_in_place, backend, cross_entropy, fp8, norm, persistent
+from spt_fast.kernels.backend import Candidate, install
 from spt_fast.kernels.gradients import sum_parts_at_last
 from spt_fast.model import gpt
 from spt_fast.model.flops import train_flops_per_token
@@ -70,7 +71,7 @@ class Stub:
 def counted() -> Iterator[Launches]:
     launches = Launches()
     with pytest.MonkeyPatch.context() as patch, backend.prefer("triton"):
-        for module in (backend, cross_entropy, norm):
+        for module in (backend, cross_entropy, norm, persistent):
             patch.setattr(module, "is_looked_at", lambda _: False)
         for file in pkgutil.iter_modules(kernels.__path__):
             module = importlib.import_module(f"spt_fast.kernels.{file.name}")
@@ -102,6 +103,15 @@ def launches_of(layers: int, *, in_fp8: bool = False) -> dict[str, Counter[str]]
     return {"forward": forward.of, "backward": backward.of, "weights": weights.of, "last": last.of}
 
 
+FUSED = Candidate(
+    "auto",
+    tuple(
+        (f"swiglu_mlp_{kernel}", (64, 128, 4), persistent.config(16, 16, 16, 4, 1))
+        for kernel in ("forward", "backward")
+    ),
+)
+
+
 def _in_fp8(model: GPT) -> None:
     """Quantise the weights, as a step's first micro-batch does."""
     for name, weight in model.named_parameters():
@@ -118,13 +128,15 @@ def test_the_table_has_the_launches_of_the_model(monkeypatch: pytest.MonkeyPatch
     assert weights == one["weights"].total(), one["weights"]
     for pass_ in ("forward", "backward"):
         assert step.in_layer(pass_, shape) == (two[pass_] - one[pass_]).total(), two[pass_] - one[pass_]
-    one, two = launches_of(1), launches_of(2)
-    step = Step.of("ours", ours(), shape, CEILINGS)
-    for pass_ in ("forward", "backward"):
-        assert step.in_layer(pass_, shape) == (two[pass_] - one[pass_]).total(), two[pass_] - one[pass_]
-    assert two["last"].total() == 1
-    rest = sum(kernel.count(shape) for kernel in ours() if (kernel.where, kernel.pass_) == ("batch", "forward"))
-    assert rest == 2 * one["forward"].total() - two["forward"].total()
+    for fused in (True, False):
+        install({"swiglu_mlp": FUSED} if fused else {})
+        one, two = launches_of(1), launches_of(2)
+        step = Step.of("ours", ours(fused=fused), shape, CEILINGS)
+        for pass_ in ("forward", "backward"):
+            assert step.in_layer(pass_, shape) == (two[pass_] - one[pass_]).total(), two[pass_] - one[pass_]
+        assert two["last"].total() == 1
+        rest = sum(kernel.count(shape) for kernel in ours() if (kernel.where, kernel.pass_) == ("batch", "forward"))
+        assert rest == 2 * one["forward"].total() - two["forward"].total()
 
 
 def test_a_kernel_takes_its_bytes_or_its_flops_and_a_start() -> None:
@@ -149,7 +161,7 @@ def test_products_are_the_flops_that_mfu_counts() -> None:
         for kernel in ours():
             counted[kernel.rate] += kernel.times(shape) * kernel.flops(shape) if kernel.flops else 0
         attention = 12 * c.layers * shape.HQ * c.context * 4096
-        assert counted["products"] == 4096 * train_flops_per_token(c) - attention
+        assert counted["products"] + counted["fused"] == 4096 * train_flops_per_token(c) - attention
         found = counted["attention forward"] + counted["attention backward"]
         assert found == pytest.approx(attention * 7 / 12, rel=2e-3)
 
@@ -163,8 +175,9 @@ def test_a_run_prints_and_writes_all_sides(
     )
     roofline.main()
     presets = json.loads(file.read_text())["presets"]
-    assert [side["side"] for side in presets["10m"]["sides"]] == ["ours", "plain, compiled", "products and attention"]
-    assert presets["1b"]["sides"][1]["side"] == "ours in fp8"
+    sides = ["ours", "ours, separate kernels", "plain, compiled", "products and attention"]
+    assert [side["side"] for side in presets["10m"]["sides"]] == sides
+    assert presets["1b"]["sides"][2]["side"] == "ours in fp8"
     assert {side["host_seconds"] for side in presets["10m"]["sides"]} == {0.0}
     printed = capsys.readouterr().out
     assert "6N+12LHQT" in printed

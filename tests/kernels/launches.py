@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spt_fast.kernels.launch import Variant
+from spt_fast.kernels.launch import TensorDescriptor, Variant
 from tests.kernels.aot import variants_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -82,6 +82,8 @@ def is_given(variant: Variant, name: str, launch: dict[str, Any]) -> bool:
         return kind is given
     if isinstance(given, Tensor):
         return kind == POINTERS[given.dtype]
+    if isinstance(given, TensorDescriptor):
+        return kind == f"tensordesc<{POINTERS[given.base.dtype][1:]}{given.block_shape}>"
     if isinstance(given, float):
         return kind == "fp32"
     return kind == "i32" or (kind == "i32:16" and given % 16 == 0)

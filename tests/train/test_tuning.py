@@ -51,18 +51,18 @@ def test_a_run_uses_the_measured_choices_and_keeps_them_on_resume(
     raw: dict[str, Any], data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[Question] = []
-    found = {"swiglu_linear": record("reference"), "rope": record("auto")}
+    found = {"swiglu_mlp": record("reference"), "rope": record("auto")}
     monkeypatch.setattr(tuning, "known", lambda questions: (asked.extend(questions), found)[1])
     run(recipe_from(raw))
     said = " ".join(capsys.readouterr().err.split())
-    assert "swiglu_linear: reference: forward + backward 2 + 4 ms, 1.50 times as fast as by default, measured" in said
+    assert "swiglu_mlp: reference: forward + backward 2 + 4 ms, 1.50 times as fast as by default, measured" in said
     assert "rope: auto" not in said
     shape = asked[0].shape
     assert {question.op for question in asked} >= {"qkv_attention", "linear_cross_entropy", "qk_norm_rope"}
     assert (shape["sequences"], shape["context"], shape["heads"], shape["documents"]) == (4, 16, 2, False)
     state = sorted((data / "tuned" / "checkpoints").glob("step-*/state.json"))[-1]
     compute = json.loads(state.read_text())["compute"]
-    assert compute["backends"]["swiglu_linear"] == "reference"
+    assert compute["backends"]["swiglu_mlp"] == "reference"
     kept = {op: {key: each[key] for key in each if key != "tried"} for op, each in found.items()}
     assert compute["measured"]["kernels"] == kept
 
@@ -70,9 +70,9 @@ def test_a_run_uses_the_measured_choices_and_keeps_them_on_resume(
     raw["phases"][0]["tokens"] *= 2
     run(recipe_from(raw), resume=True)
     assert "not bit-identical" not in capsys.readouterr().err
-    assert (auto_backends()["swiglu_linear"], auto_backends()["add_rms_norm"]) == ("reference", "cpu")
+    assert (auto_backends()["swiglu_mlp"], auto_backends()["add_rms_norm"]) == ("reference", "cpu")
     run(recipe_from(raw | {"run": str(data / "another")}), progress=False)
-    assert (auto_backends()["swiglu_linear"], auto_backends()["add_rms_norm"]) == ("cpu", "reference")
+    assert (auto_backends()["swiglu_mlp"], auto_backends()["add_rms_norm"]) == ("cpu", "reference")
 
 
 def test_a_run_on_a_new_gpu_measures_first_and_says_so(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +130,10 @@ def test_the_command_shows_each_choice_and_its_measurement(
 
 
 def test_choices_of_another_gpu_are_kept_if_this_one_can_run_them(raw: dict[str, Any]) -> None:
-    records = {"rope": record("reference"), "embedding": record("later"), "swiglu_linear": record("auto"), "gone": {}}
+    records = {"rope": record("reference"), "embedding": record("later"), "swiglu_mlp": record("auto"), "gone": {}}
     asked = asked_by(make_plan(recipe_from(raw)), precision.Precision(torch.float32, ""), torch.device("cpu"), 1)
     said: list[str] = []
-    assert list(without_unfit(records, asked, said.append)) == ["rope", "swiglu_linear", "gone"]
+    assert list(without_unfit(records, asked, said.append)) == ["rope", "swiglu_mlp", "gone"]
     assert [line[:58] for line in said] == ["warning: embedding: later, which the run used before, rais"]
 
 
