@@ -47,7 +47,7 @@ from typing import Any
 
 from benchmarks.train_step import CONTEXTS, MICRO_TOKENS, VOCAB_SIZE
 from spt_fast.files import write_text
-from spt_fast.kernels.cross_entropy import CHUNK_BYTES_ELSEWHERE
+from spt_fast.kernels.cross_entropy import CHUNK_BYTES_ELSEWHERE, HELD_BYTES
 from spt_fast.model.flops import MFU_CONVENTION, block_matrices, parameters, peak_flops_by_name, train_flops_per_token
 from spt_fast.model.gpt import GPTConfig, gains_by_fp8
 from spt_fast.model.parameters import table as parameter_table
@@ -248,7 +248,8 @@ def ours(*, fp8: bool = False, fused: bool = True) -> list[Kernel]:
         Kernel("embedding", "batch", "forward", lambda s: 4.0 * s.N * s.D),
         Kernel("first norm", "batch", "forward", lambda s: 4.0 * s.N * s.D),
         logits("logits", "forward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.chunks * s.V * s.D), lambda s: s.chunks),
-        Kernel("logits to their gradient", "batch", "forward", lambda s: 6.0 * s.N * s.V,
+        Kernel("logits to their gradient", "batch", "forward",
+               lambda s: (4.0 if 2 * s.V <= HELD_BYTES else 6.0) * s.N * s.V,
                launches=lambda s: 2 * s.chunks),
         logits("logits, dx", "forward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.chunks * s.V * s.D), lambda s: s.chunks),
         logits("logits, dw", "forward", lambda s: 2.0 * s.N * (s.D + s.V) + 8.0 * s.chunks * s.V * s.D,

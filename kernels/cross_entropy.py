@@ -26,8 +26,11 @@ the number is known ahead (`scale`), dz includes it. Then the backward pass has 
 added to a `weight.grad` that accumulates in place (kernels/linear.py), which saves a second dw and 12VD bytes more.
 
 The GEMMs are PyTorch's. A backend adds the pass between them, from logits to their gradient, in place. A Triton program
-reads its row twice, for the exponentials' sum and for the gradient, and writes it once. csrc/cross_entropy.cpp reads it
-once, into a float32 copy in cache. PyTorch's ops make some ten passes, most of them in float32.
+holds a row of at most 128 KB in its registers, which it reads and writes once: 4NV bytes for bf16. A wider row it reads
+twice, for the exponentials' sum and for the gradient: 6NV bytes, less what L2 still has at the second read. At
+V = 50,304 two programs on each multiprocessor of an H100 would read 27 MB between both, at V = 151,936 80 MB; L2 has
+50. csrc/cross_entropy.cpp reads rows once, into a float32 copy in cache. PyTorch's ops make some ten passes, most of
+them in float32.
 
 Memory beyond the inputs, in the forward pass: dw (4VD bytes), dx and one chunk of logits (2ND and 2CV for bf16); on a
 CPU also the product of one chunk in x's dtype (2VD), which a GPU adds to dw as it multiplies. In the backward pass: dw
@@ -44,9 +47,17 @@ from torch import Tensor
 
 from spt_fast import native
 from spt_fast.errors import invalid
-from spt_fast.kernels.backend import Candidate, Op, accumulation_dtype, custom_op, differentiable, is_looked_at
+from spt_fast.kernels.backend import (
+    Candidate,
+    Op,
+    accumulation_dtype,
+    custom_op,
+    differentiable,
+    is_looked_at,
+    tried_on_gpus,
+)
 from spt_fast.kernels.gradients import accumulates_in_place, gradient_of
-from spt_fast.kernels.launch import DTYPES, Config, Variant, jit, launched, next_power_of_2, tl
+from spt_fast.kernels.launch import DTYPES, INTERPRETED, Config, Variant, jit, launched, next_power_of_2, tl
 from spt_fast.kernels.linear import add_product
 from spt_fast.kernels.matmul import multiply
 
@@ -329,11 +340,14 @@ def _shape_class(x_ND: Tensor, vocab_size: int) -> tuple[str, int, int, int]:
 
 
 def _launches(x_ND: Tensor, weight_VD: Tensor, *_: Tensor) -> list[Candidate]:
-    """Shorter and taller chunks."""
-    shape, usual = _shape_class(x_ND, len(weight_VD)), _chunk_rows(x_ND, len(weight_VD))
+    """Shorter and taller chunks, and where rows are held to read them twice, without softcap."""
+    V = len(weight_VD)
+    shape, usual = _shape_class(x_ND, V), _chunk_rows(x_ND, V)
     rows = {max(128, int(usual * share) // 128 * 128) for share in (0.25, 0.5, 2, 4)} - {usual}
     backend = _LINEAR_CROSS_ENTROPY.pick("auto", x_ND)
-    return [Candidate(backend, (("chunks", shape, _chunks(n)),)) for n in sorted(rows) if n < 2 * len(x_ND)]
+    chunks = [Candidate(backend, (("chunks", shape, _chunks(n)),)) for n in sorted(rows) if n < 2 * len(x_ND)]
+    others = [_read_twice(V, False)] if V * x_ND.itemsize <= HELD_BYTES else []
+    return [*chunks, *tried_on_gpus(x_ND, "rows", (V, x_ND.itemsize, False), others)]
 
 
 def _logits_buffer(x_ND: Tensor, rows: int, vocab_size: int) -> Tensor:
@@ -384,22 +398,46 @@ def _cpu_rows(*arguments: Any) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ Triton
 
+HELD_BYTES, HELD_CAPPED_BYTES, HELD_PER_THREAD = 128 << 10, 100 << 10, 128
+"""Bytes of the widest row that a program holds in its registers without a spill, without and with softcap, and the most
+logits of it in each thread."""
+WARPS, LOADED_PER_THREAD = 4, 4
+"""Of such a program: the fewest warps, and logits that a thread loads at a time. Of 8, as wide as a load can be, the
+maxima and sums would take so many registers that some are spilled."""
 BLOCK, NUMBERS_PER_THREAD = 8192, 16
-"""Most logits that a program holds at a time, and each of its threads."""
+"""Most logits at a time of a program that reads its row twice, and of each of its threads. With softcap half as many,
+in half as many threads, so that none are spilled."""
 
 
-def _block(vocab_size: int) -> tuple[int, int]:
-    """(logits at a time, warps)."""
-    block = min(BLOCK, next_power_of_2(vocab_size))
-    return block, max(1, block // (32 * NUMBERS_PER_THREAD))
+def _rows_config(vocab_size: int, itemsize: int, capped: bool) -> Config:
+    most = HELD_CAPPED_BYTES if capped else HELD_BYTES
+    return _held(vocab_size) if vocab_size * itemsize <= most else _read_twice(vocab_size, capped)
 
 
-def _registers(vocab_size: int) -> int | None:
-    """Limit of registers per thread, None if the assembler's own choice spills nothing.
+def _held(vocab_size: int) -> Config:
+    """The launch that holds rows in registers."""
+    warps = next_power_of_2(-(-vocab_size // (32 * HELD_PER_THREAD)))
+    warps = max(warps, min(WARPS, next_power_of_2(-(-vocab_size // (32 * LOADED_PER_THREAD)))))
+    block = 32 * warps * LOADED_PER_THREAD
+    return Config((("BLOCK", block), ("BLOCKS", -(-vocab_size // block))), warps)
 
-    If logits are loaded one by one, it aims at a high occupancy and spills.
-    """
-    return 128 if vocab_size % 16 else None
+
+def _read_twice(vocab_size: int, capped: bool) -> Config:
+    """The launch that reads rows twice."""
+    block = min(BLOCK // 2 if capped else BLOCK, next_power_of_2(vocab_size))
+    # If logits are loaded one by one, the assembler aims at a high occupancy and spills.
+    maxnreg = 128 if vocab_size % 16 else None
+    return Config((("BLOCK", block), ("BLOCKS", 0)), max(1, block // (32 * NUMBERS_PER_THREAD)), maxnreg=maxnreg)
+
+
+COMPILED = None if tl is None else tl.constexpr(not INTERPRETED)
+"""Whether kernels may contain assembly."""
+
+
+@jit
+def _exp(x):
+    """exp(x), or 0 below 2**-126: tl.exp takes three more instructions, for numbers as small as that."""
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @jit
@@ -411,60 +449,111 @@ def _capped(s, softcap):
     p = p * square - 5.3566975e-2
     p = p * square + 1.3329243e-1
     p = p * square - 3.3333197e-1
-    far = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+    far = 1 - 2 / (_exp(2 * tl.abs(x)) + 1)
     return softcap * tl.where(tl.abs(x) < 0.7, x + x * square * p, tl.where(x < 0, -far, far))
+
+
+@jit
+def _in_row(columns, V, i: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Which columns of block i are logits. Of all blocks but the last the compiler knows that all are."""
+    return columns < (V - i * BLOCK if i == BLOCKS - 1 else BLOCK)
+
+
+@jit
+def _kept(z):
+    """z, so that the compiler doesn't know it for the same: it would keep the float32 numbers of the first pass for the
+    second, in twice the registers."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [z], dtype=z.dtype, is_pure=False, pack=32 // z.dtype.primitive_bitwidth
+        )
+    return z
+
+
+@jit
+def _added(top, total, z, in_row, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Maximum and sum of exponentials, with those of z, by place in the block: threads don't wait for each other."""
+    z = z.to(tl.float32)
+    if HAS_SOFTCAP:
+        z = tl.where(in_row, _capped(z, softcap), float("-inf"))
+    above = z - top
+    smaller = _exp(-tl.abs(above))
+    return tl.maximum(top, z), tl.where(above > 0, total * smaller + 1, total + smaller)
+
+
+@jit
+def _softmax_gradient(z, highest, p_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """The gradient by logits that are not the target's, in float32."""
+    z = z.to(tl.float32)
+    if HAS_SOFTCAP:
+        z = _capped(z, softcap)
+    dz = _exp(z - highest) * p_scale
+    if HAS_SOFTCAP:
+        dz *= 1 - (z / softcap) * (z / softcap)
+    return dz
 
 
 @jit
 def _rows_kernel(
     z_ptr, targets_ptr, dloss_ptr, loss_ptr, stride, V, ignore_index, z_loss, softcap,
-    HAS_SOFTCAP: tl.constexpr, WANTS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, WANTS_GRAD: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    """BLOCKS: all of a row, if they are held in registers; 0 if they are read twice."""
     row = tl.program_id(0)
     z_ptr += row.to(tl.int64) * stride
-    target = tl.load(targets_ptr + row)
     columns = tl.arange(0, BLOCK)
+    z_ptrs = z_ptr + columns
+    target, dloss = tl.load(targets_ptr + row), tl.load(dloss_ptr + row)
+    # Before the branch, which would wait for the target; after it, the compiler would mix loads and arithmetic.
+    held = ()
+    for i in tl.static_range(BLOCKS):
+        in_row = _in_row(columns, V, i, BLOCK, BLOCKS)
+        held += (tl.load(z_ptrs + i * BLOCK, in_row, float("-inf")),)  # type: ignore[assignment]
     if target == ignore_index:
         tl.store(loss_ptr + row, 0.0)
         if WANTS_GRAD:
             for start in range(0, V, BLOCK):
-                tl.store(z_ptr + start + columns, tl.zeros((BLOCK,), z_ptr.dtype.element_ty), start + columns < V)
+                tl.store(z_ptrs + start, tl.zeros((BLOCK,), z_ptr.dtype.element_ty), start + columns < V)
         return
 
     known = (target >= 0) & (target < V)
     z_target = tl.load(z_ptr + target, known, float("nan")).to(tl.float32)
-    # Each place of the block has its own maximum and sum, so that the program's threads don't synchronise in the loop.
     top, total = tl.full((BLOCK,), -3e38, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        z = tl.load(z_ptr + start + columns, start + columns < V, float("-inf")).to(tl.float32)
-        if HAS_SOFTCAP:
-            z = tl.where(start + columns < V, _capped(z, softcap), float("-inf"))
-        above = z - top
-        smaller = tl.exp(-tl.abs(above))
-        total = tl.where(above > 0, total * smaller + 1, total + smaller)
-        top = tl.maximum(top, z)
+    if BLOCKS:
+        for i in tl.static_range(BLOCKS):
+            in_row = _in_row(columns, V, i, BLOCK, BLOCKS)
+            top, total = _added(top, total, held[i], in_row, softcap, HAS_SOFTCAP)
+    else:
+        for start in range(0, V, BLOCK):
+            in_row = start + columns < V
+            z = tl.load(z_ptrs + start, in_row, float("-inf"))
+            top, total = _added(top, total, z, in_row, softcap, HAS_SOFTCAP)
     highest = tl.max(top, 0)
-    total = tl.sum(total * tl.exp(top - highest), 0)
+    total = tl.sum(total * _exp(top - highest), 0)
     lse = highest + tl.log(total)
-    if HAS_SOFTCAP:
-        z_target = _capped(z_target, softcap)
-    tl.store(loss_ptr + row, lse - z_target + z_loss * lse * lse)
+    loss_target = _capped(z_target, softcap) if HAS_SOFTCAP else z_target
+    tl.store(loss_ptr + row, lse - loss_target + z_loss * lse * lse)
 
     if WANTS_GRAD:
-        dloss = tl.load(dloss_ptr + row)
-        dloss = tl.where(known, dloss, float("nan"))
-        p_scale = dloss * (1 + 2 * z_loss * lse) / total
-        # Backwards, since the cache still has the end of the row.
-        blocks = tl.cdiv(V, BLOCK)
-        for block in range(0, blocks):
-            at = (blocks - 1 - block) * BLOCK + columns
-            z = tl.load(z_ptr + at, at < V, float("-inf")).to(tl.float32)
-            if HAS_SOFTCAP:
-                z = _capped(z, softcap)
-            dz = tl.exp(z - highest) * p_scale - tl.where(at == target, dloss, 0.0)
-            if HAS_SOFTCAP:
-                dz *= 1 - (z / softcap) * (z / softcap)
-            tl.store(z_ptr + at, dz.to(z_ptr.dtype.element_ty), at < V)
+        p_scale = tl.where(known, dloss, float("nan")) * (1 + 2 * z_loss * lse) / total
+        if BLOCKS:
+            for i in tl.static_range(BLOCKS):
+                dz = _softmax_gradient(_kept(held[i]), highest, p_scale, softcap, HAS_SOFTCAP)
+                in_row = _in_row(columns, V, i, BLOCK, BLOCKS)
+                tl.store(z_ptrs + i * BLOCK, dz.to(z_ptr.dtype.element_ty), in_row)
+        else:
+            # Backwards, since the cache still has the end of the row.
+            blocks = tl.cdiv(V, BLOCK)
+            for block in range(0, blocks):
+                start = (blocks - 1 - block) * BLOCK
+                z = tl.load(z_ptrs + start, start + columns < V, float("-inf"))
+                dz = _softmax_gradient(z, highest, p_scale, softcap, HAS_SOFTCAP)
+                tl.store(z_ptrs + start, dz.to(z_ptr.dtype.element_ty), start + columns < V)
+        dz_target = _exp(loss_target - highest) * p_scale - dloss
+        if HAS_SOFTCAP:
+            dz_target *= 1 - (loss_target / softcap) * (loss_target / softcap)
+        tl.debug_barrier()  # of the program's threads, so that this is the last of the target's two stores
+        tl.store(z_ptr + target, dz_target.to(z_ptr.dtype.element_ty), known)
 
 
 def _triton_rows(
@@ -477,32 +566,40 @@ def _triton_rows(
     wants_grad: bool,
 ) -> Tensor:
     loss_C = torch.empty_like(dloss_C)
-    block, warps = _block(z_CV.shape[1])
+    V = z_CV.shape[1]
+    shape = V, z_CV.itemsize, softcap > 0
+    config = launched("rows", shape, _rows_config(*shape))
     _rows_kernel[(len(z_CV),)](
-        z_CV, targets_C, dloss_C, loss_C, z_CV.stride(0), z_CV.shape[1], ignore_index, z_loss, softcap,
-        HAS_SOFTCAP=softcap > 0, WANTS_GRAD=wants_grad, BLOCK=block, num_warps=warps,
-        maxnreg=_registers(z_CV.shape[1]),
+        z_CV, targets_C, dloss_C, loss_C, z_CV.stride(0), V, ignore_index, z_loss, softcap,
+        HAS_SOFTCAP=softcap > 0, WANTS_GRAD=wants_grad, **config.options,
     )  # fmt: skip
     return loss_C
 
 
 def variants() -> list[Variant]:
-    """The launches for vocabularies of bytes and from 4,096 on in bf16, from 8,192 on in the other dtypes, with and
-    without softcap and gradient."""
+    """The launches that hold rows and those that read them twice, with and without softcap and gradient, for
+    vocabularies from bytes to 65,536 and beyond in bf16, for some in the other dtypes."""
+    widths = {
+        "*bf16": (256, 4096, 8192, 32_768, 50_257, 50_304, 65_536),
+        "*fp16": (8192, 32_768),
+        "*fp32": (8192, 32_768),
+    }
+    cases = [(V, dtype, False) for dtype, sizes in widths.items() for V in sizes]
+    cases += [(V, dtype, True) for dtype in DTYPES for V in (BLOCK, 50_257)]
+    cases += [(V, "*bf16", True) for V in (256, 4096)]
     found = []
-    cases = [(V, "*bf16", "i32:16") for V in (256, 4096)] + [(BLOCK, dtype, "i32:16") for dtype in DTYPES]
-    cases += [(50_257, dtype, "i32") for dtype in ("*bf16", "*fp32")]
-    for V, dtype, size in cases:
-        block, warps = _block(V)
+    for V, dtype, twice in cases:
         arguments = {
-            "z_ptr": dtype, "targets_ptr": "*i64", "dloss_ptr": "*fp32", "loss_ptr": "*fp32",
-            "stride": "i32:16", "V": size, "ignore_index": "i32", "z_loss": "fp32", "softcap": "fp32",
+            "z_ptr": dtype, "targets_ptr": "*i64", "dloss_ptr": "*fp32", "loss_ptr": "*fp32", "stride": "i32:16",
+            "V": "i32" if V % 16 else "i32:16", "ignore_index": "i32", "z_loss": "fp32", "softcap": "fp32",
         }  # fmt: skip
-        for has_softcap, wants_grad in ((False, False), (False, True), (True, False), (True, True)):
-            constants = {"HAS_SOFTCAP": has_softcap, "WANTS_GRAD": wants_grad, "BLOCK": block}
-            usual = dtype == "*bf16" and size == "i32:16" and V in (4096, 8192) and (wants_grad or not has_softcap)
-            maxnreg = _registers(V)
-            found.append(Variant(_rows_kernel, arguments, constants, warps, maxnreg=maxnreg, default=usual))
+        for capped, wants_grad in ((False, False), (False, True), (True, False), (True, True)):
+            config = _read_twice(V, capped) if twice else _rows_config(V, DTYPES[dtype].itemsize, capped)
+            constants = {"HAS_SOFTCAP": capped, "WANTS_GRAD": wants_grad, **dict(config.constants)}
+            usual = dtype == "*bf16" and not capped and (V, twice) in ((50_304, False), (BLOCK, True))
+            found.append(
+                Variant(_rows_kernel, arguments, constants, config.num_warps, maxnreg=config.maxnreg, default=usual)
+            )
     return found
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast.kernels import accumulate_in_place, cross_entropy, linear_cross_entropy
+from spt_fast.kernels.launch import INTERPRETED, Config, _chosen
 from tests.kernels.compare import (
     DEVICE,
     ROUNDING,
@@ -35,6 +36,7 @@ def small_chunks_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES_ELSEWHERE", 1)
     monkeypatch.setattr(cross_entropy, "CHUNK_MIN_ROWS", 16)
     monkeypatch.setattr(cross_entropy, "BLOCK", 128)
+    monkeypatch.setattr(cross_entropy, "WARPS", 1)
 
 
 def plain(
@@ -383,11 +385,77 @@ def test_bad_arguments_are_refused() -> None:
         linear_cross_entropy(x, weight, targets, softcap=0.0)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [case for case in EVERYWHERE if case[0] == "triton"])
+@pytest.mark.parametrize(
+    ("V", "softcap", "z_loss"),
+    [(2, 0.0, 0.0), (127, 0.0, 0.1), (128, 2.0, 0.1), (129, 2.0, 0.1), (256, 0.0, 0.1), (301, 2.0, 0.1)],
+)
+def test_rows_held_and_rows_read_twice_are_alike(
+    backend: str, dtype: torch.dtype, V: int, softcap: float, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one block, in a last block of one logit, in whole ones. What lies behind a row stays as it is."""
+    ends, ignored, unknown = [0, V // 2, V - 1], [-100], [V, -1]
+    targets = torch.tensor(ends + ignored + unknown, device=DEVICE)
+    (logits,) = random_tensors([(len(targets), V)], dtype)
+    dloss = torch.linspace(0.5, 2, len(targets), device=DEVICE)
+    twice = Config((("BLOCK", 128), ("BLOCKS", 0)), 1)
+    results: list[Tensor] = []
+    for launch in (None, twice):
+        with monkeypatch.context() as patch:
+            if launch:
+                patch.setitem(_chosen, ("rows", V, dtype.itemsize, softcap > 0), launch)
+            behind = torch.full((len(targets), V + 64), 7.0, dtype=dtype, device=DEVICE)
+            z = behind[:, :V].copy_(logits)
+            for wants_grad in (False, True):
+                loss = cross_entropy._triton_rows(z, targets, dloss, -100, z_loss, softcap, wants_grad)
+                results.append(loss)
+                if not wants_grad:
+                    assert torch.equal(z, logits)
+            assert (behind[:, V:] == 7).all()
+            results.append(z)
+    for found, expected in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True, **({"rtol": 0, "atol": 0} if INTERPRETED else {}))
+    assert torch.equal(results[0].nan_to_num(), results[1].nan_to_num())
+
+    loss, dz = results[1:3]
+    assert loss[4:].isnan().all()
+    assert dz[4:].isnan().all()
+    assert not dz[3].any()
+    exact = logits[:4].double()
+    exact_loss = cross_entropy._reference_rows(exact, targets[:4], dloss[:4].double(), -100, z_loss, softcap, True)
+    torch.testing.assert_close(loss[:4], exact_loss.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dz[:4], exact.to(dtype), rtol=4 * ROUNDING[dtype], atol=1e-6)
+
+
+def test_rows_of_128_kb_are_held() -> None:
+    def blocks(V: int, itemsize: int, capped: bool = False) -> int:
+        return cross_entropy._rows_config(V, itemsize, capped)["BLOCKS"]
+
+    assert [blocks(V, 2) for V in (50_304, 65_536, 65_537)] == [25, 32, 0]
+    assert [blocks(V, 4) for V in (32_768, 50_304)] == [32, 0]
+    assert [blocks(V, 2, capped=True) for V in (50_304, 51_201)] == [25, 0]
+
+
+def test_the_tuner_also_tries_to_read_held_rows_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+
+    def tried(V: int) -> list[tuple]:
+        x, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (2048, V))
+        found = [candidate.launches[0] for candidate in cross_entropy._launches(x, weight)]
+        return [launch for launch in found if launch[0] == "rows"]
+
+    ((_, shape, config),) = tried(50_304)
+    assert shape == (50_304, 2, False)
+    assert config["BLOCKS"] == 0
+    assert tried(151_936) == []
+
+
 def test_every_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with compiled_launches(cross_entropy):
-        cases = [(V, BF16) for V in (256, 4096, 8192, 32_000, 50_257, 151_936)]
-        cases += [(V, FP32) for V in (8192, 32_000, 50_257)] + [(V, FP16) for V in (8192, 32_000)]
+        cases = [(V, BF16) for V in (256, 4096, 8192, 32_000, 50_257, 50_304, 65_536, 100_277, 151_936)]
+        cases += [(V, FP32) for V in (8192, 32_000, 50_257, 151_936)]
+        cases += [(V, FP16) for V in (8192, 32_000, 151_936)]
         for V, dtype in cases:
             z_CV = cross_entropy._logits_buffer(torch.empty(1, 16, dtype=dtype), 1, V)
             for softcap in (0.0, 30.0):
