@@ -16,7 +16,6 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from spt_fast.errors import SptWarning
 from spt_fast.quantities import heading, read
@@ -76,7 +75,7 @@ _format_elsewhere = warnings.formatwarning
 
 def _as_sentence(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
     if issubclass(category, SptWarning):
-        return in_lines(f"spt-fast: warning: {message}") + "\n"
+        return _in_lines(f"spt-fast: warning: {message}")
     return _format_elsewhere(message, category, *where, **line)
 
 
@@ -92,17 +91,22 @@ def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
     return console
 
 
-def in_lines(message: str) -> str:
-    """`message` for standard error: wrapped at words on a terminal, unchanged elsewhere, so that logs keep one line."""
-    console = terminal(stderr=True)
-    if not console.is_terminal:
-        return message
-    return "\n".join(line.plain.rstrip() for line in Text(message).wrap(console, console.width))
-
-
 def print_note(console: Console, note: str) -> None:
-    """Print a sentence: wrapped at words on a terminal, as one line elsewhere."""
+    """Print a sentence: wrapped at words on a terminal, as one line elsewhere, so that logs keep one line."""
     console.print(note, soft_wrap=not console.is_terminal)
+
+
+def print_message(message: str) -> None:
+    """Print a sentence on standard error, above a line that changes there."""
+    print(_in_lines(message), end="", file=sys.stderr)
+
+
+def _in_lines(message: str) -> str:
+    """What `print_note` prints on standard error."""
+    console = terminal(stderr=True)
+    with console.capture() as printed:
+        print_note(console, message)
+    return printed.get()
 
 
 SHORTEST_NAME = 8

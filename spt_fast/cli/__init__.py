@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from spt_fast.cli.program import app, talk
 from spt_fast.errors import FailedElsewhere, SptError, readable
-from spt_fast.printing import in_lines, set_up
+from spt_fast.printing import print_message, set_up
 from spt_fast.train.signals import interrupt_by_signals
 
 # --help lists the commands in this order.
@@ -39,7 +39,7 @@ def main() -> None:
     except SptError as error:
         _say(f"{me}: {error}", 2)
     except KeyboardInterrupt:
-        print("spt-fast: interrupted", file=sys.stderr)
+        print_message("spt-fast: interrupted")
         sys.exit(130)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -52,5 +52,5 @@ def _say(message: str, code: int) -> NoReturn:
     """Print an error's message, after its traceback if that is asked for, and exit."""
     if talk.tracebacks:
         traceback.print_exc()
-    print(in_lines(message), file=sys.stderr)
+    print_message(message)
     sys.exit(code)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from spt_fast.errors import SptError
 from spt_fast.files import expanded
-from spt_fast.printing import in_lines
+from spt_fast.printing import print_message
 
 
 def path(given: str | Path) -> Path:
@@ -99,7 +98,7 @@ def stopped(reason: str | None) -> typer.Exit:
     """Print that a run was interrupted and saved, and exit with 75."""
     if is_first():
         message = f"spt-fast: stopped by {reason} and saved; run again with --resume to continue"
-        print(in_lines(message), file=sys.stderr)
+        print_message(message)
     return typer.Exit(75)
 
 

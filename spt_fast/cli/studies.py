@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +26,7 @@ from spt_fast.cli.flags import (
     stopped,
 )
 from spt_fast.cli.program import app, example, out, print_json
-from spt_fast.printing import in_lines, print_note
+from spt_fast.printing import print_message, print_note
 
 
 @app.command(epilog=example("spt-fast demo --out demo"))
@@ -123,7 +122,7 @@ def sweep(
     print_json(swept) if as_json else sweeping.print_swept(swept, loaded.study, out)
     if swept.interrupted:
         message = "spt-fast: stopped; running jobs are saved; run the same command again to continue"
-        print(in_lines(message), file=sys.stderr)
+        print_message(message)
         raise typer.Exit(75)
     if swept.failed:
         raise typer.Exit(1)

@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections import deque
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.files import write_text
-from spt_fast.printing import in_lines
+from spt_fast.printing import print_message
 from spt_fast.train.folder import HEARTBEAT
 
 HEARTBEAT_EVERY_S = 5.0
@@ -78,7 +77,7 @@ class Watch:
             file.flush()
             faulthandler.dump_traceback(file)
         message = f"spt-fast: no step for {silent_s:.0f} s in process {self._rank}; stacks are in {path}"
-        print(in_lines(message), file=sys.stderr)
+        print_message(message)
 
 
 class LossWatch:
