@@ -31,6 +31,14 @@ class DataError(SptError):
     """A text file, tokenizer or token dataset that cannot be used."""
 
 
+class MissingKey(DataError):
+    """A text without the key that its text is read from."""
+
+
+class TooFewPieces(DataError):
+    """A text with too few distinct pieces for a vocabulary of the size asked for."""
+
+
 class CheckpointError(SptError):
     """A run folder, checkpoint or weights folder that cannot be used."""
 

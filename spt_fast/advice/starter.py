@@ -46,7 +46,7 @@ from spt_fast.data.prepare import heldout_prefix, prepare
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.text import find_files
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
-from spt_fast.errors import DataError, RecipeError, SptWarning, invalid
+from spt_fast.errors import DataError, MissingKey, RecipeError, SptWarning, TooFewPieces, invalid
 from spt_fast.fields import parse_yaml
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import parameters, train_flops_per_token
@@ -187,10 +187,9 @@ def _of_two_texts() -> Iterator[None]:
     """Errors about a missing key say what to do if the two texts have different keys."""
     try:
         yield
-    except DataError as error:
-        if "no text under" in str(error):
-            remedy = "if the keys of the two texts differ, prepare each with `spt-fast prepare` and give the prefixes"
-            error.args = (f"{error}; {remedy}",)
+    except MissingKey as error:
+        remedy = "if the keys of the two texts differ, prepare each with `spt-fast prepare` and give the prefixes"
+        error.args = (f"{error}; {remedy}",)
         raise
 
 
@@ -209,10 +208,10 @@ def _trained(texts: Sequence[Path], out: Path, text_key: str, skip_bad: bool, pr
                 [str(text) for text in texts], size, out, text_key=text_key, skip_bad=skip_bad, progress=progress
             )
             return out
-        except DataError as error:
-            if size == FEWEST_IDS or not str(error).startswith("vocab_size: "):
+        except TooFewPieces:
+            if size == FEWEST_IDS:
                 raise
-            size = max(FEWEST_IDS, size // 2)  # the text has too few distinct pieces for this size
+            size = max(FEWEST_IDS, size // 2)
 
 
 def _corpus(

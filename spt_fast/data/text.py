@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from spt_fast.data.parquet_pages import rows_per_block
-from spt_fast.errors import DataError, SptWarning, invalid, shown_key
+from spt_fast.errors import DataError, MissingKey, SptWarning, invalid, shown_key
 
 Inputs = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -185,7 +185,7 @@ class TextReader:
         try:
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BLOCK_BYTES)
             if self._text_key not in table.schema_arrow.names:
-                raise DataError(f"{path}: {_missing_key('it', self._text_key, table.schema_arrow.names)}")
+                raise MissingKey(f"{path}: {_missing_key('it', self._text_key, table.schema_arrow.names)}")
             kind = table.schema_arrow.field(self._text_key).type
             if pa.types.is_nested(kind):  # before it is decoded
                 raise DataError(f"{path}: column {self._text_key!r} {_not_strings(kind)}")
@@ -333,7 +333,7 @@ def parse(
         except _BadDocument as bad:
             if not skip_bad:
                 place = f":{number + bad.line}" if chunk.unit == "line" else f", row {number}"
-                raise DataError(f"{chunk.source}{place}: {bad}") from None
+                raise bad.error(f"{chunk.source}{place}: {bad}") from None
             skipped[bad.kind] += 1
             continue
         if text:
@@ -350,9 +350,9 @@ def iter_documents(inputs: Inputs, text_key: str = "text", *, skip_bad: bool = F
 
 
 class _BadDocument(Exception):
-    def __init__(self, kind: str, message: str, line: int = 0) -> None:
+    def __init__(self, kind: str, message: str, line: int = 0, error: type[DataError] = DataError) -> None:
         super().__init__(message)
-        self.kind, self.line = kind, line
+        self.kind, self.line, self.error = kind, line, error
 
 
 def _records(chunk: Chunk) -> Iterator[tuple[int, bytes | None]]:
@@ -383,7 +383,8 @@ def _json_text(line: bytes | None, text_key: str) -> tuple[str, bytes]:
     if not isinstance(record, dict):
         raise _BadDocument("broken JSON", f"{type(record).__name__} instead of a JSON object; fix the line, {_SKIP}")
     if text_key not in record:
-        raise _BadDocument("missing key", f"{_missing_key('the line', text_key, list(record))}, {_SKIP}")
+        message = f"{_missing_key('the line', text_key, list(record))}, {_SKIP}"
+        raise _BadDocument("missing key", message, error=MissingKey)
     text = record[text_key]
     if not isinstance(text, str):
         raise _BadDocument("not a string", _not_a_string(text_key, type(text).__name__))

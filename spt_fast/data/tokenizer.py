@@ -29,7 +29,7 @@ from spt_fast.data import hf_tokenizer
 from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer, byte_letters, encode_ordinary, pieces, rank_lines
 from spt_fast.data.hf_tokenizer import HF_FILE, HFTokenizer
 from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
-from spt_fast.errors import DataError, invalid, nearest
+from spt_fast.errors import DataError, TooFewPieces, invalid, nearest
 from spt_fast.files import download, replacing
 from spt_fast.outputs import check_output, is_tokenizer
 from spt_fast.quantities import amount
@@ -278,7 +278,7 @@ def train_tokenizer(
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - 1:
         expected = f"this text yields at most {len(ranks) + 1} ids; request fewer, or give more text"
-        raise DataError(invalid("vocab_size", vocab_size, expected), argument=True)
+        raise TooFewPieces(invalid("vocab_size", vocab_size, expected), argument=True)
     tokenizer = Tokenizer(ranks, PATTERN, {EOS: len(ranks)})
     _check_unused(Path(out), tokenizer)
     tokenizer.save(out)

@@ -32,7 +32,7 @@ import numpy as np
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.text import Chunk, parse
 from spt_fast.data.tokenizer import rebuilt
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, MissingKey
 
 AHEAD_BYTES = 16 << 20
 
@@ -249,7 +249,7 @@ def _exchange(process: subprocess.Popen[bytes], batch: TextBatch) -> Encoded:
         raise EOFError
     head, buffers = frame
     if "error" in head:
-        raise DataError(head["error"])
+        raise (MissingKey if head["missing_key"] else DataError)(head["error"])
     arrays = [np.frombuffer(buffer, dtype) for buffer, dtype in zip(buffers, head["dtypes"], strict=True)]
     tokens, lengths, sizes, hashes = arrays
     return Encoded(tokens, lengths, sizes, hashes, Counter(head["skipped"]), head["ends_inside"])
@@ -267,7 +267,7 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
         try:
             encoded = encode_chunks(chunks, tokenizer, settings)
         except DataError as error:
-            _send(replies, {"error": str(error)}, [])
+            _send(replies, {"error": str(error), "missing_key": isinstance(error, MissingKey)}, [])
             continue
         head = {
             "dtypes": [array.dtype.name for array in encoded.arrays],

@@ -25,7 +25,7 @@ from spt_fast.data.shards import TokenDataset, _sha256_of
 from spt_fast.data.text import Chunk, iter_documents
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer, train_tokenizer
 from spt_fast.data.workers import AHEAD_BYTES, EncoderPool, Settings, TextBatch
-from spt_fast.errors import DataError, SptWarning
+from spt_fast.errors import DataError, MissingKey, SptWarning
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,6 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
         (one_text, {"heldout": Fraction(1, 9)}, r"d: would be empty: 2 documents of one text cannot be split with 1/9"),
         (few, {"heldout": Fraction(1)}, "heldout: '1' is invalid: write a share above 0 and below 1"),
         (few, {"workers": 0}, "workers: 0 is invalid: at least 1"),
-        (few, {"text_key": "body"}, r"few.jsonl:1: no text under 'body' .*text_key="),
         (blank, {}, r"d: no documents remain \(left out: 2 empty\)"),
         (empty, {}, "empty.jsonl holds no document"),
         (tmp_path / "none.jsonl", {}, "none.jsonl doesn't exist"),
@@ -246,6 +245,8 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
     ):
         with pytest.raises(DataError, match=message):
             prepare(inputs, tmp_path / "d", tokenizer, progress=False, **options)
+    with pytest.raises(MissingKey, match=r"few.jsonl:1: no text under 'body' .*text_key="):
+        prepare(few, tmp_path / "d", tokenizer, text_key="body", progress=False)
     with pytest.raises(DataError, match="give a file of ranks or a tiktoken encoding"):
         prepare(few, tmp_path / "d", "nothing", progress=False)
     assert names(tmp_path) == ["blank.jsonl", "empty.jsonl", "few.jsonl", "one_text.jsonl", "single.jsonl"]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from spt_fast.data import parquet_pages, text
 from spt_fast.data.text import TextReader, find_files, iter_documents, parse
-from spt_fast.errors import DataError, SptWarning
+from spt_fast.errors import DataError, MissingKey, SptWarning
 
 DOCUMENTS = ["one\ntwo  \n", "naïve 日本語 😀", 'say "hi"\\\t\u2028', " ", "x" * 5000]
 
@@ -449,12 +449,13 @@ def test_inputs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / "none.jsonl", "text", "none.jsonl doesn't exist"),
         (tmp_path / "folder", "text", "folder: holds no .jsonl.* rename files of plain text to end in .txt"),
         ([], "text", "no input given"),
-        (tmp_path / "a.parquet", "body", r"a\.parquet: no text under 'body' \(it has 'id', 'text'\).*text_key="),
         (tmp_path / "a.parquet", "text", r"a\.parquet: column 'text' holds int64, not strings"),
         (tmp_path / "b.jsonl", "text", r"b\.jsonl:1: line over 0 MiB; write one JSON object per line, or skip"),
     ):
         with pytest.raises(DataError, match=message):
             list(iter_documents(inputs, key))
+    with pytest.raises(MissingKey, match=r"a\.parquet: no text under 'body' \(it has 'id', 'text'\).*text_key="):
+        list(iter_documents(tmp_path / "a.parquet", "body"))
 
 
 def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:

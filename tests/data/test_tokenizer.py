@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from spt_fast.data import base_tokenizer
 from spt_fast.data import tokenizer as module
 from spt_fast.data.tokenizer import EOS, PATTERN, Tokenizer, train_tokenizer
-from spt_fast.errors import DataError
+from spt_fast.errors import DataError, TooFewPieces
 
 VOCAB_SIZE = 700
 SOURCES = [Path(sysconfig.get_path("stdlib")) / f"{name}.py" for name in ("argparse", "typing", "decimal", "tarfile")]
@@ -111,11 +111,11 @@ def test_training_is_deterministic_and_reads_a_fair_bounded_sample(tmp_path: Pat
 
 
 def test_what_training_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for vocab_size, message in (
-        (256, "vocab_size: 256 is invalid: at least 257"),
-        (100_000, "is invalid: this text yields at most"),
+    for vocab_size, error, message in (
+        (256, DataError, "vocab_size: 256 is invalid: at least 257"),
+        (100_000, TooFewPieces, "is invalid: this text yields at most"),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(error, match=message):
             train_tokenizer(folder / "text.jsonl", vocab_size, tmp_path / "t")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
     with pytest.raises(DataError, match=r"bad.jsonl:2: 'text' is int"):
