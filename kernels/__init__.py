@@ -2,7 +2,6 @@
 
 Every op takes `backend="auto" | "triton" | "cpu" | "reference"` (attention also "sdpa" and "flash_attn"), is
 differentiable, and sums in float32 inside (float64 for float64 inputs).
-differentiable, and sums in float32 inside (float64 for float64 inputs).
 A new op needs its file here, its test and its benchmark; code that lists the ops finds it. Only the names below are
 written by hand, since a type checker reads them: tests/kernels/test_ops.py reports a missing one.
 """
