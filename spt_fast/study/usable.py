@@ -111,9 +111,9 @@ def with_average(table: pd.DataFrame) -> pd.DataFrame:
 def _check_columns(table: pd.DataFrame) -> pd.DataFrame:
     if not isinstance(table, pd.DataFrame):
         raise DataError(invalid("table", table, "give a pandas DataFrame, as read_table makes it"))
-    whole = with_settings(with_average(table)).assign(other=table.get("other", ""))
-    require_columns(table, [name for name in NEEDED if name in table or name not in whole], "the runs table")
-    table = whole
+    given = table.columns
+    table = with_settings(with_average(table)).assign(other=table.get("other", ""))
+    require_columns(given, [name for name in NEEDED if name not in table], "the runs table")
     table = table.assign(**{name: numbers(table[name]).replace([np.inf, -np.inf], np.nan) for name in NUMBERS})
     done = table["status"] == "done"
     for name in (*IN_EVERY_ROW, *IN_FINISHED_RUNS):
