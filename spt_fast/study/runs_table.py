@@ -27,7 +27,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from spt_fast.config import Phase, Recipe
-from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, nearest, some
+from spt_fast.errors import DataError, SptWarning, invalid, nearest, some
 from spt_fast.fields import naming
 from spt_fast.files import replacing
 from spt_fast.outputs import check_output, head
@@ -426,27 +426,22 @@ def _first_row(folder: Path, recipe: Recipe, summary: dict[str, Any], domain: st
     for source in (domain, general):
         if source not in recipe.sources:
             raise DataError(f"{folder}: has no source {source!r}; {nearest(source, recipe.sources)}")
-    try:
-        return Row(
-            run=folder.resolve().name,
-            phase=recipe.phases[0].name,
-            stage=0,
-            status=summary["status"],
-            after="",
-            params=summary["parameters"],
-            seed=summary["seed"],
-            domain_tokens=summary["train_tokens"][domain],
-            handed_on=False,
-            tokenizer=(summary["tokenizer"] or "unknown")[:16],
-            domain=domain,
-            general=general,
-            domain_text=summary["data"].get(f"sources.{domain}.train", "")[:16] or None,
-            general_text=summary["data"].get(f"sources.{general}.train", "")[:16] or None,
-        )
-    except KeyError as error:
-        raise CheckpointError(
-            f"{folder}/summary.json: has no {error.args[0]!r}, so it was written by an earlier version; train it again"
-        ) from None
+    return Row(
+        run=folder.resolve().name,
+        phase=recipe.phases[0].name,
+        stage=0,
+        status=summary["status"],
+        after="",
+        params=summary["parameters"],
+        seed=summary["seed"],
+        domain_tokens=summary["train_tokens"][domain],
+        handed_on=False,
+        tokenizer=(summary["tokenizer"] or "unknown")[:16],
+        domain=domain,
+        general=general,
+        domain_text=summary["data"].get(f"sources.{domain}.train", "")[:16] or None,
+        general_text=summary["data"].get(f"sources.{general}.train", "")[:16] or None,
+    )
 
 
 def _heldout(summary: dict[str, Any], phase: Phase, domain: str, general: str) -> str:

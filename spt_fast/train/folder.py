@@ -16,6 +16,7 @@ from spt_fast.errors import CheckpointError, RecipeError, cut
 from spt_fast.files import check_regular, is_temporary
 from spt_fast.locks import locked
 from spt_fast.outputs import check_folder
+from spt_fast.train.recorded import Recorded, damaged, mistyped
 
 MOST_LISTED = 12
 """Most changes that a message lists."""
@@ -111,19 +112,23 @@ def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[st
 
 
 def summary_of(run: Path) -> dict[str, Any] | None:
-    """summary.json of a run, None if it has none yet; CheckpointError if it cannot be read."""
+    """summary.json of a run, None if it has none yet. CheckpointError if it cannot be read, also later for a field that
+    it lacks."""
     path = run / "summary.json"
     if not path.exists():
         return None
     try:
         check_regular(path)
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(summary["status"], str) and isinstance(summary["phases"], dict):
-            return summary
-        problem = "`status` must be text and `phases` a mapping"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        problem = next(mistyped(found), None)
+    except (OSError, ValueError, RecursionError) as error:
         problem = cut(repr(error), 200)
-    raise CheckpointError(f"{path}: is damaged ({problem}); delete it and resume the training, which writes it again")
+    if problem:
+        raise damaged(path, problem)
+    summary = Recorded.of(found, path)
+    for name in ("status", "phases"):
+        summary[name]  # every version wrote them
+    return summary
 
 
 def weights_digest(folder: Path) -> str:

@@ -1,0 +1,125 @@
+"""Damage to a run's summary.json is named, field by field, by whatever reads the run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spt_fast.errors import CheckpointError
+from spt_fast.study.compare import Finetune
+from spt_fast.study.curves import curves_of
+from spt_fast.study.runs import FinishedRun
+from spt_fast.study.runs_table import rows_of
+from spt_fast.train import folder
+from spt_fast.train.folder import summary_of
+
+RUNS = Path(__file__).parents[1] / "fixtures" / "study" / "runs"
+SPT, PRETRAINED = (f"1x32_pretrain-d0.25-u400-2.56K{rest}_s0" for rest in ("-at2.56K_finetune-d1-u400-512", ""))
+READERS: dict[str, Callable[[Path], Any]] = {
+    "table": lambda runs: rows_of(runs / SPT, "chem", "general"),
+    "compare": lambda runs: Finetune.of(FinishedRun.read(runs / SPT)),
+    "curves": lambda runs: curves_of([runs / SPT, runs / PRETRAINED]),
+}
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the study's runs; their recipes hold paths relative to the working directory, and are read once."""
+    monkeypatch.setattr(folder, "recorded_recipe", cache(folder.recorded_recipe))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(RUNS, "study/runs")
+    return Path("study/runs")
+
+
+def fields(summary: dict[str, Any], within: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, value in summary.items():
+        yield (*within, name)
+        if isinstance(value, dict):
+            yield from fields(value, (*within, name))
+
+
+def changed(file: Path, change: Callable[[dict[str, Any], str], None]) -> Iterator[str]:
+    """The name of each field in turn, while it alone is changed in the file."""
+    whole = file.read_text()
+    for *parents, name in fields(json.loads(whole)):
+        summary = json.loads(whole)
+        inner = summary
+        for parent in parents:
+            inner = inner[parent]
+        change(inner, name)
+        file.write_text(json.dumps(summary))
+        yield ".".join((*parents, name))
+    file.write_text(whole)
+
+
+def is_refused(read: Callable[[], Any], file: Path, field: str) -> bool:
+    """Whether reading ends with an error that names the file, the field and the remedy."""
+    try:
+        read()
+    except CheckpointError as error:
+        start, end = f"{file}: is damaged", "; delete it and resume the training, which writes it again"
+        return str(error).startswith(start) and f"(`{field}` is " in str(error) and str(error).endswith(end)
+    return False
+
+
+def needed(runs: Path, run: str) -> dict[str, set[str]]:
+    """The fields of a run, by what reads it, without which reading is refused."""
+    found: dict[str, set[str]] = {reader: set() for reader in READERS}
+    file = runs / run / "summary.json"
+    for field in changed(file, lambda inner, name: inner.pop(name)):
+        for reader, read in READERS.items():
+            if is_refused(lambda read=read: read(runs), file, field):  # type: ignore[misc]
+                found[reader].add(field)
+    return found
+
+
+def test_a_missing_field_is_named_where_it_is_needed(runs: Path) -> None:
+    of_all = {"status", "phases", "phases.finetune", "phases.finetune.arm"}
+    of_run = {"parameters", "flops_per_token", "tokenizer", "seed", "data", "train_tokens", "train_tokens.chem"}
+    assert needed(runs, SPT) == {
+        "table": of_all | of_run | {"phases.finetune.tokens", "phases.finetune.handed_on"},
+        "compare": of_all | {"phases.finetune.heldout"},
+        "curves": set(),  # those of damaged runs are left out
+    }
+
+
+def test_a_missing_field_of_the_run_before_is_named(runs: Path) -> None:
+    first, second = "phases.pretrain-1.28K", "phases.pretrain-2.56K"
+    of_both = {"status", "phases", first, f"{first}.tokens", f"{second}.tokens"}
+    assert needed(runs, PRETRAINED) == {
+        "table": of_both | {f"{first}.arm", "flops_per_token", "train_tokens"},
+        "compare": of_both | {f"{first}.epochs", f"{second}.epochs"},
+        "curves": set(),
+    }
+
+
+def test_a_field_of_another_type_is_named(runs: Path) -> None:
+    file, unread = runs / SPT / "summary.json", {"device", "phases.finetune.grid"}
+    for field in changed(file, lambda inner, name: inner.update({name: True})):
+        assert is_refused(lambda: summary_of(runs / SPT), file, field) == (field not in unread), field
+
+
+@pytest.mark.parametrize("arm", [-1, 0.5, "0", None])
+def test_an_arm_is_a_whole_number(runs: Path, arm: object) -> None:
+    file = runs / SPT / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["phases"]["finetune"]["arm"] = arm
+    file.write_text(json.dumps(summary))
+    with pytest.raises(CheckpointError, match=re.escape(f"(`phases.finetune.arm` is {arm!r}, not a whole number)")):
+        summary_of(runs / SPT)
+
+
+def test_a_summary_is_copied_as_other_mappings_are(runs: Path) -> None:
+    summary = summary_of(runs / SPT)
+    assert summary is not None
+    for copied in (type(summary)(summary.items()), copy.deepcopy(summary), pickle.loads(pickle.dumps(summary))):
+        assert copied == summary == json.loads((runs / SPT / "summary.json").read_text())
