@@ -132,7 +132,8 @@ class FinishedRun:
         return from_source / sum(phase.tokens for phase in phases) if phases else Fraction(0)
 
     def heldout(self, losses: dict[str, float]) -> tuple[float, float]:
-        """The (domain, general) losses among those by source. CheckpointError if one is missing or not a number."""
+        """The (domain, general) losses among those by source. CheckpointError if one is missing or not a number
+        above 0."""
         for source in (self.domain, self.general):
             if source not in losses:
                 raise CheckpointError(
@@ -141,6 +142,11 @@ class FinishedRun:
             if losses[source] is None or not math.isfinite(losses[source]):
                 raise CheckpointError(
                     f"{self.folder}: a held-out loss of {source!r} is not a number; lower the learning rate"
+                )
+            if losses[source] <= 0:
+                raise CheckpointError(
+                    f"{self.folder}: a held-out loss of {source!r} is {losses[source]:g}, but a loss must be above 0 "
+                    "nats; hold out text that is not the same throughout"
                 )
         return losses[self.domain], losses[self.general]
 

@@ -53,8 +53,8 @@ class UsableRows:
 def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     """The rows that laws may use; UsableRows are returned unchanged.
 
-    Raises DataError for a table that lacks columns or values in them, holds shares above 1, or mixes tokenizers or
-    held-out texts.
+    Raises DataError for a table that lacks columns or values in them, holds shares above 1 or losses of 0, or mixes
+    tokenizers or held-out texts.
     """
     if isinstance(table, UsableRows):
         return table
@@ -72,6 +72,9 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     _check_alike(rows)
     notes += _other_texts(rows)
     for name in ("domain_heldout", "general_heldout"):
+        if (nothing := rows[name] == 0).any():
+            expected = f"a loss must be above 0 nats; leave out {some(rows['run'][nothing].unique())}"
+            raise DataError(invalid(name, 0.0, expected))
         unknown = rows[name].isna()
         broken = unknown & ~unknown.groupby([rows[key] for key in STAGE]).transform("all")
         if broken.any():

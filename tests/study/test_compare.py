@@ -457,6 +457,10 @@ def test_a_loss_that_is_not_a_number_is_refused(tmp_path: Path) -> None:
     refused(CheckpointError, [fake_run(tmp_path / "run", [*NPT, (float("nan"), 5.0)])], "'code'", "not a number")
 
 
+def test_a_loss_of_zero_is_refused(tmp_path: Path) -> None:
+    refused(CheckpointError, [fake_run(tmp_path / "run", [*NPT, (0.0, 5.0)])], "'code' is 0, but", "above 0 nats")
+
+
 def test_differences_that_may_explain_losses_are_warned_of(tmp_path: Path) -> None:
     npt = fake_run(tmp_path / "npt", [NPT, NPT], lr=(1e-4, 2e-4))
     spt = fake_run(tmp_path / "spt", [SPT, SPT], lr=(1e-4, 4e-4), delta="0.05")

@@ -299,6 +299,8 @@ def test_the_synthetic_table_has_the_columns_of_a_real_one() -> None:
     [
         ("delta", 5.0, "delta: 5.0 is invalid: a fraction between 0 and 1, not a percentage; 5% is 0.05"),
         ("pretrain_delta", 2.0, "pretrain_delta: 2.0 is invalid: a fraction between 0 and 1, not a percentage"),
+        ("domain_heldout", 0.0, "domain_heldout: 0.0 is invalid: a loss must be above 0 nats; leave out pretrain-"),
+        ("general_heldout", 0.0, "general_heldout: 0.0 is invalid: a loss must be above 0 nats; leave out pretrain-"),
         ("lr", "high", "lr: .*high.* is invalid: a column of the runs table must hold numbers"),
         ("run", None, "run is missing in 1 of 534 rows of the runs table .the first is row 533.; fill it in, or"),
         ("stage", np.nan, "stage is missing in 1 of 534 rows"),
