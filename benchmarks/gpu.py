@@ -57,7 +57,18 @@ OUTPUT = 3000
 """Characters of a failed item's output that are kept."""
 AT_ONCE = {"check": 4}
 """Items of a stage that may run side by side, since they measure no time."""
-OPS = ("norm", "activation", "rotary", "embedding", "adamw", "linear", "feed_forward", "cross_entropy", "fp8")
+OPS = (
+    "norm",
+    "activation",
+    "rotary",
+    "embedding",
+    "adamw",
+    "linear",
+    "feed_forward",
+    "self_attention",
+    "cross_entropy",
+    "fp8",
+)
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """So that all contenders leave memory blocks of the same form in the cache."""
 PR_SET_PDEATHSIG = 1

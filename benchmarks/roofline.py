@@ -223,20 +223,7 @@ def ours(*, fp8: bool = False, fused: bool = True) -> list[Kernel]:
         rows = product(name, inputs, outputs, fp8=fp8, dw_bytes=lambda s: s.added)
         return rows + (quantised(name, inputs, outputs, x, dy) if fp8 else [])
 
-    fed = [
-        *linear("gate and up", lambda s: s.D, lambda s: 2 * s.F, x=BY_ROWS, dy=BY_PARTS),
-        Kernel("swiglu", "layer", "forward", lambda s: 6.0 * s.N * s.F),
-        Kernel("swiglu backward", "layer", "backward", lambda s: (10.0 if fp8 else 12.0) * s.N * s.F),
-        *linear("down", lambda s: s.F, lambda s: s.D, x=BY_PARTS, dy=BY_ROWS),
-    ]
-    if fused and not fp8:
-        more: dict[str, tuple[str, Amount]] = {
-            "gate and up": ("gate and up, swiglu", lambda s: 2.0 * s.N * s.F),
-            "down, dx": ("down, dx, swiglu backward", lambda s: 8.0 * s.N * s.F),
-        }
-        fed = [joined(kernel, *more[kernel.name]) if kernel.name in more else kernel for kernel in fed]
-        fed = [kernel for kernel in fed if kernel.name not in ("swiglu", "swiglu backward")]
-    return [
+    found = [
         *linear("qkv", lambda s: s.D, lambda s: s.E, x=BY_ROWS, dy=FOUND),
         Kernel("rope", "layer", "forward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
         *attention(backward_launches=2),
@@ -244,7 +231,10 @@ def ours(*, fp8: bool = False, fused: bool = True) -> list[Kernel]:
         *linear("out", lambda s: s.HQ, lambda s: s.D, x=FOUND, dy=BY_ROWS),
         Kernel("add and norm, two", "layer", "forward", lambda s: 16.0 * s.N * s.D, launches=2),
         Kernel("add and norm backward, two", "layer", "backward", lambda s: 16.0 * s.N * s.D + 2 * s.parts, launches=2),
-        *fed,
+        *linear("gate and up", lambda s: s.D, lambda s: 2 * s.F, x=BY_ROWS, dy=BY_PARTS),
+        Kernel("swiglu", "layer", "forward", lambda s: 6.0 * s.N * s.F),
+        Kernel("swiglu backward", "layer", "backward", lambda s: (10.0 if fp8 else 12.0) * s.N * s.F),
+        *linear("down", lambda s: s.F, lambda s: s.D, x=BY_PARTS, dy=BY_ROWS),
         Kernel("embedding", "batch", "forward", lambda s: 4.0 * s.N * s.D),
         Kernel("first norm", "batch", "forward", lambda s: 4.0 * s.N * s.D),
         logits("logits", "forward", lambda s: 2.0 * (s.N * (s.D + s.V) + s.chunks * s.V * s.D), lambda s: s.chunks),
@@ -264,6 +254,15 @@ def ours(*, fp8: bool = False, fused: bool = True) -> list[Kernel]:
         Kernel("AdamW", "step", "update", lambda s: 30.0 * s.P),
         Kernel("scalars", "step", "update", lambda s: 0.0, launches=16),
     ]  # fmt: skip
+    if not fused or fp8:
+        return found
+    more: dict[str, tuple[str, Amount]] = {
+        "qkv": ("qkv, rope", lambda s: 0.0),
+        "gate and up": ("gate and up, swiglu", lambda s: 2.0 * s.N * s.F),
+        "down, dx": ("down, dx, swiglu backward", lambda s: 8.0 * s.N * s.F),
+    }
+    found = [kernel for kernel in found if kernel.name not in ("rope", "swiglu", "swiglu backward")]
+    return [joined(kernel, *more[kernel.name]) if kernel.name in more else kernel for kernel in found]
 
 
 PLAIN = [

@@ -19,7 +19,7 @@ from spt_fast.train.tuning import asked_of
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=CONTEXTS, default="124m")
-    ops = ["qkv_attention", "flash_attention", "linear_cross_entropy", "swiglu_mlp"]
+    ops = ["self_attention", "linear_cross_entropy", "swiglu_mlp"]
     parser.add_argument("--ops", nargs="+", default=ops)
     parser.add_argument("--seconds", type=float, default=60.0, help="for all of them")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")

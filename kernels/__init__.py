@@ -22,6 +22,7 @@ from spt_fast.kernels.gradients import accumulate_in_place
 from spt_fast.kernels.linear import linear
 from spt_fast.kernels.norm import add_rms_norm, rms_norm
 from spt_fast.kernels.rotary import qk_norm_rope, rope
+from spt_fast.kernels.self_attention import self_attention
 
 __all__ = [
     "accumulate_in_place",
@@ -42,6 +43,7 @@ __all__ = [
     "return_freed_memory",
     "rms_norm",
     "rope",
+    "self_attention",
     "swiglu",
     "swiglu_linear",
     "swiglu_mlp",

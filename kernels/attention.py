@@ -70,7 +70,7 @@ def flash_attention(
     if window is not None and window >= q_BTHD.shape[1]:
         window = None
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
-    chosen = _pick(backend, q_BTHD, causal, masked=cu_seqlens is not None or window is not None)
+    chosen = pick(backend, q_BTHD, causal, masked=cu_seqlens is not None or window is not None)
     if chosen == "triton":
         return attention_triton.attention(q_BTHD, k_BTHD, v_BTHD, cu_seqlens, causal, window, scale)[0]
     if chosen == "cpu":
@@ -102,6 +102,42 @@ def qkv_attention(
     backend that isn't available.
     """
     K = kv_heads
+    window, scale = checked(qkv_BTSD, K, cos, sin, q_weight, k_weight, cu_seqlens, window, scale)
+    q_BTHD, k_BTHD, v_BTHD = attention_packed.split(qkv_BTSD, K)
+    if is_transformed():
+        if cos is not None and sin is not None:
+            if q_weight is None or k_weight is None:
+                q_BTHD, k_BTHD = rotary.rope(q_BTHD, k_BTHD, cos, sin)
+            else:
+                q_BTHD, k_BTHD = rotary.qk_norm_rope(q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, eps)
+        return flash_attention(
+            q_BTHD, k_BTHD, v_BTHD, cu_seqlens=cu_seqlens, window=window, scale=scale, backend=backend
+        )
+    masked = cu_seqlens is not None or window is not None
+    chosen = pick(backend, q_BTHD, True, masked=masked, op=_QKV_ATTENTION)
+    positions = (qkv_BTSD, q_weight, k_weight, cos, sin)
+    if chosen in ("triton", "cpu"):
+        return attention_packed.Attention.apply(*positions, cu_seqlens, K, window, scale, eps, chosen)
+    if cos is not None:
+        by = rotary.pick("reference" if backend == "reference" else "auto", q_BTHD, normalised=q_weight is not None)
+        q_BTHD, k_BTHD, v_BTHD = attention_packed.Rotated.apply(*positions, K, eps, by)
+    function = partial(_flash_attn, chosen) if chosen in flash_attn.BACKENDS else _sdpa
+    return function(q_BTHD, k_BTHD, v_BTHD, True, cu_seqlens, window, scale)
+
+
+def checked(
+    qkv_BTSD: Tensor,
+    K: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float | None,
+) -> tuple[int | None, float]:
+    """The window, None if it is as long as the rows, and the scale. ValueError for invalid arguments of
+    `qkv_attention`."""
     if qkv_BTSD.dim() != 4 or not 0 < K <= (qkv_BTSD.shape[2] - 1) // 2:
         expected = f"a number of heads of qkv [B, T, H + 2 K, D], which is {tuple(qkv_BTSD.shape)}"
         raise ValueError(invalid("qkv_attention(kv_heads)", K, expected))
@@ -120,29 +156,10 @@ def qkv_attention(
         )
     if window is not None and window >= qkv_BTSD.shape[1]:
         window = None
-    scale = qkv_BTSD.shape[-1] ** -0.5 if scale is None else scale
-    if is_transformed():
-        if cos is not None and sin is not None:
-            if q_weight is None or k_weight is None:
-                q_BTHD, k_BTHD = rotary.rope(q_BTHD, k_BTHD, cos, sin)
-            else:
-                q_BTHD, k_BTHD = rotary.qk_norm_rope(q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, eps)
-        return flash_attention(
-            q_BTHD, k_BTHD, v_BTHD, cu_seqlens=cu_seqlens, window=window, scale=scale, backend=backend
-        )
-    masked = cu_seqlens is not None or window is not None
-    chosen = _pick(backend, q_BTHD, True, masked=masked, op=_QKV_ATTENTION)
-    positions = (qkv_BTSD, q_weight, k_weight, cos, sin)
-    if chosen in ("triton", "cpu"):
-        return attention_packed.Attention.apply(*positions, cu_seqlens, K, window, scale, eps, chosen)
-    if cos is not None:
-        by = rotary.pick("reference" if backend == "reference" else "auto", q_BTHD, normalised=q_weight is not None)
-        q_BTHD, k_BTHD, v_BTHD = attention_packed.Rotated.apply(*positions, K, eps, by)
-    function = partial(_flash_attn, chosen) if chosen in flash_attn.BACKENDS else _sdpa
-    return function(q_BTHD, k_BTHD, v_BTHD, True, cu_seqlens, window, scale)
+    return window, qkv_BTSD.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _pick(backend: str, q_BTHD: Tensor, causal: bool, *, masked: bool, op: Op | None = None) -> str:
+def pick(backend: str, q_BTHD: Tensor, causal: bool, *, masked: bool, op: Op | None = None) -> str:
     """The backend that runs; `masked`: there are documents or a window, for which SDPA would need a mask of T x T."""
     D = q_BTHD.shape[-1]
     most = MAX_HEAD_DIM // 2 if q_BTHD.dtype == torch.float32 else MAX_HEAD_DIM  # bytes decide a program's registers
@@ -269,7 +286,7 @@ def _launches(x: Tensor, *_: Tensor) -> list[Candidate]:
     return [Candidate("triton", (launch,)) for launch in attention_triton.launches(x)] if x.is_cuda else []
 
 
-_AUTO = {
+ATTENTION_BACKENDS = {
     "cuda": {
         "flash_attn_3": "the fastest on Hopper in published figures, 560 to 685 TFLOP/s forward on an H100 over 2K "
         "to 8K tokens; nothing is measured here yet",
@@ -288,5 +305,5 @@ _AUTO = {
         "reference": "PyTorch ops",
     },
 }
-_FLASH_ATTENTION = Op("flash_attention", _AUTO, attention_triton.variants, _launches)
-_QKV_ATTENTION = Op("qkv_attention", _AUTO, attention_triton.variants, _launches)
+_FLASH_ATTENTION = Op("flash_attention", ATTENTION_BACKENDS, attention_triton.variants, _launches)
+_QKV_ATTENTION = Op("qkv_attention", ATTENTION_BACKENDS, attention_triton.variants, _launches)

@@ -111,8 +111,8 @@ def _rotation_backward(
     return dqkv, _rotate_back(dqkv, dq, dk, qkv_BTSD, q_weight, k_weight, cos, sin, K, eps, backend)
 
 
-@custom_op("qkv_attention_backward", lambda qkv_BTSD, *_: (*new_like(qkv_BTSD), _weights_gradients(qkv_BTSD)))
-def _attention_backward(
+@custom_op("qkvattention_backward", lambda qkv_BTSD, *_: (*new_like(qkv_BTSD), _weights_gradients(qkv_BTSD)))
+def attention_backward(
     qkv_BTSD: Tensor,
     rotated: Tensor | None,
     do_BTHD: Tensor,
@@ -189,7 +189,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, do_BTHD: Tensor) -> tuple[Tensor | None, ...]:
         qkv, rotated, *others = ctx.saved_tensors
         options = (ctx.K, ctx.window, ctx.scale, ctx.eps, ctx.backend)
-        dqkv, dw = _attention_backward(qkv, rotated, do_BTHD, *others, *options)
+        dqkv, dw = attention_backward(qkv, rotated, do_BTHD, *others, *options)
         weighted = others[4] is not None
         return dqkv, dw[0] if weighted else None, dw[1] if weighted else None, *[None] * 8
 

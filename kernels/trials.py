@@ -25,6 +25,7 @@ from spt_fast.kernels.judging import Question, Trial
 from spt_fast.kernels.linear import linear
 from spt_fast.kernels.norm import add_rms_norm, rms_norm
 from spt_fast.kernels.rotary import qk_norm_rope, rope
+from spt_fast.kernels.self_attention import self_attention
 
 DOCUMENTS = 4
 """Documents per window, in trials with documents."""
@@ -63,12 +64,31 @@ def _attention(
 ) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
     heads = (s.heads, s.kv_heads, s.kv_heads)
     inputs = [random(s.sequences, s.context, n, s.head_dim) for n in ([sum(heads)] if packed else heads)]
-    ends = None
-    if s.documents:
-        step = max(1, s.context // DOCUMENTS)
-        ends = torch.arange(0, s.sequences * s.context + 1, step, dtype=torch.int32, device=inputs[0].device)
     call = partial(qkv_attention, kv_heads=s.kv_heads) if packed else flash_attention
-    return partial(call, cu_seqlens=ends, window=s.window), inputs, len(inputs)
+    return partial(call, cu_seqlens=_ends(s, inputs[0].device), window=s.window), inputs, len(inputs)
+
+
+def _self_attention(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
+    x, rows = random(s.sequences, s.context, s.width), (s.heads + 2 * s.kv_heads) * s.head_dim
+    weight = random(rows, s.width) * s.width**-0.5
+    call = partial(self_attention, cu_seqlens=_ends(s, x.device), window=s.window)
+
+    def attend(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
+        return call(x, weight, s.kv_heads, s.head_dim, None, cos, sin, backend=backend)
+
+    return attend, (x, weight, *_angles(s, x.device)), 2
+
+
+def _ends(s: Shape, device: torch.device) -> Tensor | None:
+    """Of the documents, if there are some."""
+    step = max(1, s.context // DOCUMENTS)
+    return torch.arange(0, s.sequences * s.context + 1, step, dtype=torch.int32, device=device) if s.documents else None
+
+
+def _angles(s: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin."""
+    angle = torch.arange(s.context, device=device).unsqueeze(1) * torch.logspace(0, -4, s.head_dim // 2).to(device)
+    return angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
 
 
 def _loss(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any], Sequence[Tensor], int]:
@@ -79,8 +99,7 @@ def _loss(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any], 
 
 def _rope(s: Shape, random: Callable[..., Tensor], *, normalised: bool) -> Any:
     q, k = (random(s.sequences, s.context, heads, s.head_dim) for heads in (s.heads, s.kv_heads))
-    angle = torch.arange(s.context, device=q.device).unsqueeze(1) * torch.logspace(0, -4, s.head_dim // 2).to(q.device)
-    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+    cos, sin = _angles(s, q.device)
     if not normalised:
         return rope, (q, k, cos, sin), 2
     return qk_norm_rope, (q, k, random(s.head_dim), random(s.head_dim), cos, sin), 4
@@ -117,6 +136,7 @@ def _adamw(s: Shape, random: Callable[..., Tensor]) -> tuple[Callable[..., Any],
 TRIALS: dict[str, Make] = {
     "flash_attention": partial(_attention, packed=False),
     "qkv_attention": partial(_attention, packed=True),
+    "self_attention": _self_attention,
     "linear_cross_entropy": _loss,
     "add_rms_norm": lambda s, random: (
         add_rms_norm,

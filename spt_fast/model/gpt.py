@@ -44,6 +44,7 @@ from spt_fast.kernels import (
     qkv_attention,
     rms_norm,
     rope,
+    self_attention,
     swiglu_linear,
     swiglu_mlp,
     swiglu_packed,
@@ -119,19 +120,16 @@ class Block(nn.Module):
         fp8: bool,
         attend: Callable[..., Tensor] | None,
     ) -> Tensor:
-        qkv = product(h_BTD, self.wqkv, fp8, self.bqkv).unflatten(-1, (-1, self.head_dim))
+        K, Q = self.split[1], self.head_dim
+        q_norm, k_norm = (None, None) if cos is None else (self.q_norm, self.k_norm)
+        norms: dict[str, Any] = {"q_weight": q_norm, "k_weight": k_norm, "eps": self.norm_eps}
+        seen: dict[str, Any] = {"cu_seqlens": cu_seqlens, "window": self.window}
+        if attend is None and not self.norm_over_width and not (fp8 and gains_by_fp8(self.wqkv.shape)):
+            o_BTHQ = self_attention(h_BTD, self.wqkv, K, Q, self.bqkv, cos, sin, **norms, **seen)
+            return product(o_BTHQ.flatten(2), self.wo, fp8, self.bo)
+        qkv = product(h_BTD, self.wqkv, fp8, self.bqkv).unflatten(-1, (-1, Q))
         if attend is None and not self.norm_over_width:
-            o_BTHQ = qkv_attention(
-                qkv,
-                self.split[1],
-                cos,
-                sin,
-                q_weight=None if cos is None else self.q_norm,
-                k_weight=None if cos is None else self.k_norm,
-                eps=self.norm_eps,
-                cu_seqlens=cu_seqlens,
-                window=self.window,
-            )
+            o_BTHQ = qkv_attention(qkv, K, cos, sin, **norms, **seen)
         else:
             q_BTHQ, k_BTKQ, v_BTKQ = qkv.split(self.split, dim=2)
             q_BTHQ, k_BTKQ = self.positioned(q_BTHQ, k_BTKQ, cos, sin)

@@ -192,8 +192,10 @@ def asked_of(
         parameters=parameters(config),
     )
     normalised = config.qk_norm and config.qk_norm_over != "width"
-    attention = "flash_attention" if config.qk_norm_over == "width" else "qkv_attention"
     in_fp8 = fp8 and gains_by_fp8((config.width, 2 * config.ffn))
+    attention = "qkv_attention" if normalised or in_fp8 else "self_attention"
+    if config.qk_norm_over == "width":
+        attention = "flash_attention"
     ops = ["add_rms_norm", "swiglu_packed" if in_fp8 else "swiglu_mlp", "embedding", "adamw_step"]
     ops += ["qk_norm_rope" if normalised else "rope", *(["fp8_linear"] if in_fp8 else [])]
     ops += ["linear_cross_entropy", attention]  # the ones with the most candidates get the remaining time

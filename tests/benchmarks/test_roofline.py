@@ -26,6 +26,7 @@ from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 
 CEILINGS = Ceilings(products=600e12)
+PASSES = ("forward", "backward")
 NO_LAUNCH = {
     "empty",
     "empty_like",
@@ -103,13 +104,11 @@ def launches_of(layers: int, *, in_fp8: bool = False) -> dict[str, Counter[str]]
     return {"forward": forward.of, "backward": backward.of, "weights": weights.of, "last": last.of}
 
 
-FUSED = Candidate(
-    "auto",
-    tuple(
-        (f"swiglu_mlp_{kernel}", (64, 128, 4), persistent.config(16, 16, 16, 4, 1))
-        for kernel in ("forward", "backward")
-    ),
-)
+TILES = persistent.config(16, 32, 16, 4, 1)
+FUSED = {
+    "self_attention": Candidate("triton", (("qkv_projection", (192, 64, 32, 4), TILES),)),
+    "swiglu_mlp": Candidate("triton", tuple((f"swiglu_mlp_{kernel}", (64, 128, 4), TILES) for kernel in PASSES)),
+}
 
 
 def _in_fp8(model: GPT) -> None:
@@ -126,13 +125,13 @@ def test_the_table_has_the_launches_of_the_model(monkeypatch: pytest.MonkeyPatch
     step = Step.of("ours in fp8", ours(fp8=True), shape, CEILINGS)
     weights = sum(kernel.count(shape) for kernel in ours(fp8=True) if kernel.where == "layer step")
     assert weights == one["weights"].total(), one["weights"]
-    for pass_ in ("forward", "backward"):
+    for pass_ in PASSES:
         assert step.in_layer(pass_, shape) == (two[pass_] - one[pass_]).total(), two[pass_] - one[pass_]
     for fused in (True, False):
-        install({"swiglu_mlp": FUSED} if fused else {})
+        install(FUSED if fused else {})
         one, two = launches_of(1), launches_of(2)
         step = Step.of("ours", ours(fused=fused), shape, CEILINGS)
-        for pass_ in ("forward", "backward"):
+        for pass_ in PASSES:
             assert step.in_layer(pass_, shape) == (two[pass_] - one[pass_]).total(), two[pass_] - one[pass_]
         assert two["last"].total() == 1
         rest = sum(kernel.count(shape) for kernel in ours() if (kernel.where, kernel.pass_) == ("batch", "forward"))

@@ -345,7 +345,7 @@ def test_triton_offsets_are_64_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_auto_prefers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def preferred(D: int = 64, *, masked: bool = False) -> str:
         q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 8, 2, D))
-        return attention._pick("auto", q, True, masked=masked)
+        return attention.pick("auto", q, True, masked=masked)
 
     there: set[str] = set()
     monkeypatch.setattr(flash_attn, "obstacle", lambda backend: None if backend in there else "cannot be imported")

@@ -197,8 +197,8 @@ def test_auto_takes_it_only_in_dtypes_that_the_cpu_multiplies(monkeypatch: pytes
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             q = torch.zeros(1, 4, 2, 16, dtype=dtype)
             expected = "cpu" if dtype in dtypes else "reference"
-            assert attention._pick("auto", q, True, masked=False) == expected
-            assert attention._pick("auto", q, True, masked=True) == expected
+            assert attention.pick("auto", q, True, masked=False) == expected
+            assert attention.pick("auto", q, True, masked=True) == expected
     with pytest.raises(ValueError, match="this CPU has no AVX512-BF16, which torch"):
         ours(*draw(1, 9, 2, 1, 16, torch.bfloat16)[:3])
     with pytest.raises(ValueError, match="this CPU has no AVX-512, which torch"):
