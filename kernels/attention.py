@@ -101,7 +101,26 @@ def qkv_attention(
     the gradients of all three are written to one tensor. ValueError: shapes, dtypes and values that don't fit, or a
     backend that isn't available.
     """
-    K = kv_heads
+    return attend(
+        qkv_BTSD, kv_heads, cos, sin, q_weight, k_weight, eps, cu_seqlens, window, scale, backend, _QKV_ATTENTION
+    )
+
+
+def attend(
+    qkv_BTSD: Tensor,
+    K: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    backend: str,
+    op: Op,
+) -> Tensor:
+    """`qkv_attention`, for an op with the same backends."""
     window, scale = checked(qkv_BTSD, K, cos, sin, q_weight, k_weight, cu_seqlens, window, scale)
     q_BTHD, k_BTHD, v_BTHD = attention_packed.split(qkv_BTSD, K)
     if is_transformed():
@@ -114,7 +133,7 @@ def qkv_attention(
             q_BTHD, k_BTHD, v_BTHD, cu_seqlens=cu_seqlens, window=window, scale=scale, backend=backend
         )
     masked = cu_seqlens is not None or window is not None
-    chosen = pick(backend, q_BTHD, True, masked=masked, op=_QKV_ATTENTION)
+    chosen = pick(backend, q_BTHD, True, masked=masked, op=op)
     positions = (qkv_BTSD, q_weight, k_weight, cos, sin)
     if chosen in ("triton", "cpu"):
         return attention_packed.Attention.apply(*positions, cu_seqlens, K, window, scale, eps, chosen)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.kernels import attention_packed, attention_triton
-from spt_fast.kernels.attention import ATTENTION_BACKENDS, checked, pick, qkv_attention
+from spt_fast.kernels.attention import ATTENTION_BACKENDS, attend, checked, pick
 from spt_fast.kernels.backend import Candidate, Op, tried_on_gpus
 from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
@@ -52,30 +52,38 @@ def self_attention(
     weight [S·D, E], bias [S·D], of x's dtype; the result is [B, T, H, D]. Errors are those of `linear` and
     `qkv_attention`.
     """
-    K, D = kv_heads, head_dim
-    if cos is not None and sin is not None and q_weight is None and k_weight is None and _agree(x_BTE, weight, bias, D):
+    K, D, positions = kv_heads, head_dim, (cos, sin, q_weight, k_weight)
+    if _launched(x_BTE, weight, D) != SEPARATE and _fits(x_BTE, weight, bias, D, *positions):
         like = x_BTE[..., :1, None].expand(*x_BTE.shape[:2], len(weight) // D, D)
-        window, scale = checked(like, K, cos, sin, None, None, cu_seqlens, window, scale)
-        masked = cu_seqlens is not None or window is not None
-        backend = pick(backend, like, True, masked=masked, op=_SELF_ATTENTION)
-        if backend == "triton" and _launched(x_BTE, weight, D) != SEPARATE and fits(x_BTE, weight, bias):
-            return cast("Tensor", Fused.apply(x_BTE, weight, bias, cos, sin, cu_seqlens, K, D, window, scale))
+        visible, factor = checked(like, K, *positions, cu_seqlens, window, scale)
+        masked = cu_seqlens is not None or visible is not None
+        if pick(backend, like, True, masked=masked, op=_SELF_ATTENTION) == "triton":
+            return cast("Tensor", Fused.apply(x_BTE, weight, bias, cos, sin, cu_seqlens, K, D, visible, factor))
     qkv_BTSD = linear(x_BTE, weight, bias).unflatten(-1, (-1, D))
-    return qkv_attention(
-        qkv_BTSD, K, cos, sin, q_weight=q_weight, k_weight=k_weight, eps=eps, cu_seqlens=cu_seqlens, window=window,
-        scale=scale, backend=backend,
-    )  # fmt: skip
+    return attend(qkv_BTSD, K, *positions, eps, cu_seqlens, window, scale, backend, _SELF_ATTENTION)
 
 
-def _agree(x_BTE: Tensor, weight: Tensor, bias: Tensor | None, D: int) -> bool:
-    """Whether the projection's shapes do, and nothing is cast; other cases and their errors are the separate ops'."""
+def _fits(
+    x_BTE: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    D: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+) -> bool:
+    """Whether the fused projection runs for these. Others are left to the separate ops, with their errors."""
     return (
-        x_BTE.dim() == 3
+        cos is not None
+        and sin is not None
+        and q_weight is None
+        and k_weight is None
+        and x_BTE.dim() == 3
         and weight.shape[1:] == x_BTE.shape[2:]
-        and D > 0
         and len(weight) % D == 0
         and (bias is None or bias.shape == weight.shape[:1])
-        and not torch.is_autocast_enabled(x_BTE.device.type)
+        and fits(x_BTE, weight, bias)
     )
 
 
