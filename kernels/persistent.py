@@ -1,8 +1,8 @@
 """What Triton's matmuls share whose results are computed on before they are stored (feed_forward.py).
 
-Factors and results are copied by the copy unit of Hopper and later, as descriptors say (TMA). Programs are persistent:
-as many as the GPU has multiprocessors, each of which makes one tile after the other, so that the loads of the next tile
-can begin before the results of the last are stored.
+Factors and results are copied by the copy unit of Hopper and later, as descriptors say (TMA). Programs are persistent,
+one of 8 warps or two of 4 for each multiprocessor, and make one tile after the other. The loads of the next tile begin
+before the results of the last are stored; with two programs one multiplies while the other computes its results.
 
 Such a product is Triton's instead of cuBLAS's, which public measurements on an H100 put at 0.92 to 1.04 times its speed
 (triton pull requests 5461 and 5726), and it saves passes over memory. The tuner decides by measuring; by default none
@@ -23,6 +23,8 @@ SEPARATE = Config((), 0)
 """The launch that stands for separate kernels."""
 GROUP = 8
 """Tiles below each other that are made together, so that the L2 cache holds the factors of all that run at once."""
+WARPS = 8
+"""Of all programs of a multiprocessor together: with more, each has too few registers."""
 ALIGNMENT = 16
 """Bytes: what descriptors ask of addresses and of the distance of rows."""
 
@@ -57,7 +59,8 @@ def described(x: Tensor, rows: int, columns: int) -> Any:
 def launch(kernel: Any, rows: int, columns: int, chosen: Config, device: torch.device, *arguments: Any) -> None:
     """Runs a kernel that makes the tiles of a result [rows, columns]."""
     tiles = -(-rows // chosen["ROWS"]) * -(-columns // chosen["COLUMNS"])
-    kernel[(min(tiles, multiprocessors(device)),)](*arguments, **chosen.options)
+    programs = multiprocessors(device) * WARPS // chosen.num_warps
+    kernel[(min(tiles, programs),)](*arguments, **chosen.options)
 
 
 @jit
