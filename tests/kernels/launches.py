@@ -33,10 +33,11 @@ def compiled_launches(module: ModuleType) -> Iterator[None]:
                 patch.setattr(module, name, Kernel(value, launches))
         yield
     assert launches
+    multiples = {variant.kernel: multiples_of_16(variant.kernel, variants) for variant in variants}
     missing = {
         f"{kernel.__name__} {describe(given)}"
         for kernel, given in launches
-        if not any(is_launched_by(variant, kernel, given, variants) for variant in variants)
+        if not any(is_launched_by(variant, kernel, given, multiples[kernel]) for variant in variants)
     }
     assert not missing
 
@@ -52,12 +53,12 @@ class Kernel:
         self.launches.append((self.kernel, dict(zip(self.kernel.arg_names, arguments, strict=False)) | constants))
 
 
-def is_launched_by(variant: Variant, kernel: Any, launch: dict[str, Any], variants: list[Variant]) -> bool:
+def is_launched_by(variant: Variant, kernel: Any, launch: dict[str, Any], multiples: set[str]) -> bool:
     if variant.kernel is not kernel or variant.num_warps != launch["num_warps"]:
         return False
     if (variant.num_stages, variant.maxnreg) != (launch.get("num_stages", 3), launch.get("maxnreg")):
         return False
-    odd = [launch[name] for name in multiples_of_16(kernel, variants) if variant.arguments[name] == "i32"]
+    odd = [launch[name] for name in multiples if variant.arguments[name] == "i32"]
     if odd and all(size % 16 == 0 for size in odd):
         return False
     return all(is_given(variant, name, launch) for name in kernel.arg_names)
