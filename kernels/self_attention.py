@@ -130,14 +130,13 @@ class Fused(torch.autograd.Function):
 
 # ------------------------------------------------------------------------------------------------ launches
 
-SIZES = ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 3))
+SIZES = ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 3))
 """To be measured: rows and columns of a tile, depth, warps, stages."""
 
 
 def candidates(D: int) -> list[Config]:
     """The fused launches; every tile holds whole heads."""
-    sizes = SIZES[:2] + SIZES[3:] if D == 128 else SIZES
-    return [config(*each) for each in sizes] if D in (64, 128) else []
+    return [config(*sizes) for sizes in SIZES] if D in (64, 128) else []
 
 
 def _launched(x: Tensor, weight: Tensor, D: int) -> Config:
