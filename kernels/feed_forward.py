@@ -159,15 +159,16 @@ def _forward_kernel(
     x, weight, bias_ptr, gate_up, y, N, D, F,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """weight [2, F, D]. One product makes g and u side by side: of two, each would wait for the last on Hopper."""
     down, across = tl.cdiv(N, ROWS), F // COLUMNS
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
         i, j = place(tile, down, across, GROUP)
         n, f = i * ROWS, j * COLUMNS
-        g, u = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+        both = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
         for d in range(0, D, DEPTH):
-            x_tile = x.load([n, d])
-            g = tl.dot(x_tile, weight.load([f, d]).T, g, input_precision="ieee")
-            u = tl.dot(x_tile, weight.load([F + f, d]).T, u, input_precision="ieee")
+            weights = tl.reshape(weight.load([0, f, d]), (2 * COLUMNS, DEPTH))
+            both = tl.dot(x.load([n, d]), weights.T, both, input_precision="ieee")
+        g, u = tl.split(tl.permute(tl.reshape(both, (ROWS, 2, COLUMNS)), (0, 2, 1)))
         if bias_ptr is not None:
             columns = f + tl.arange(0, COLUMNS)
             g += tl.load(bias_ptr + columns).to(tl.float32)[None, :]
@@ -208,7 +209,7 @@ def _forward(x_ND: Tensor, weight: Tensor, bias: Tensor | None, chosen: Config) 
     gate_up, y_NF = x_ND.new_empty(N, 2 * F), x_ND.new_empty(N, F)
     launch(
         _forward_kernel, N, F, chosen, x_ND.device,
-        described(x_ND, rows, depth), described(weight, columns, depth), bias,
+        described(x_ND, rows, depth), described(weight.view(2, F, D), 2, columns, depth), bias,
         described(gate_up, rows, columns), described(y_NF, rows, columns), N, D, F,
     )  # fmt: skip
     return gate_up, y_NF
@@ -234,7 +235,12 @@ def variants() -> list[Variant]:
     for name, (dtype, bias) in product(("forward", "backward"), cases):
         for each in candidates(name, 1 << 12) if dtype == "bf16" else candidates(name, 1 << 12)[:1]:
             rows, columns, depth = each["ROWS"], each["COLUMNS"], each["DEPTH"]
-            blocks = {"x": (rows, depth), "weight": (columns, depth), "gate_up": (rows, columns), "y": (rows, columns)}
+            blocks = {
+                "x": (rows, depth),
+                "weight": (2, columns, depth),
+                "gate_up": (rows, columns),
+                "y": (rows, columns),
+            }
             sizes = {"N": "i32", "D": "i32:16", "F": "i32:16"}
             kernel, pointers = _forward_kernel, {"bias_ptr": bias}
             if name == "backward":
@@ -244,7 +250,7 @@ def variants() -> list[Variant]:
                 blocks = {"dz": (rows, depth), "weight": (depth, columns), "gate_up": half, "dgate_up": half, "y": half}
                 sizes = {"N": "i32", "E": "i32:16", "F": "i32:16"}
                 kernel, pointers = _backward_kernel, {}
-            tensors = {key: f"tensordesc<{dtype}[{down}, {across}]>" for key, (down, across) in blocks.items()}
+            tensors = {key: f"tensordesc<{dtype}{list(block)}>" for key, block in blocks.items()}
             arguments = {**tensors, **pointers, **sizes}
             constants, options = dict(each.constants), (each.num_warps, each.num_stages)
             found.append(Variant(kernel, arguments, constants, *options, default=False, archs=(90, 100)))

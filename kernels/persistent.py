@@ -51,9 +51,9 @@ def fits(x: Tensor, *parameters: Tensor | None) -> bool:
     )
 
 
-def described(x: Tensor, rows: int, columns: int) -> Any:
-    """A descriptor of a contiguous matrix in blocks [rows, columns]. Past its ends a block is 0, and is not stored."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+def described(x: Tensor, *block: int) -> Any:
+    """A descriptor of a contiguous tensor in blocks of this shape. Past its ends a block is 0, and is not stored."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
 
 
 def launch(kernel: Any, rows: int, columns: int, chosen: Config, device: torch.device, *arguments: Any) -> None:

@@ -171,19 +171,20 @@ def _projection_kernel(
         y = tl.zeros((ROWS, COLUMNS), tl.float32)
         for e in range(0, E, DEPTH):
             y = tl.dot(x.load([n, e]), weight.load([c, e]).T, y, input_precision="ieee")
+        # Of values too, by 0: in a branch that reads sums, the compiler would let every product wait for the last.
+        rows = n + tl.arange(0, ROWS)
+        angles = (rows % PERIOD)[:, None] * D + tl.arange(0, HALF)[None, :]
+        cos = tl.load(cos_ptr + angles)[:, None, :]
+        sin = tl.load(sin_ptr + angles)[:, None, :]
+        rotated = (c // D + tl.arange(0, HEADS) < ROTATED)[None, :, None]
+        cos, sin = tl.where(rotated, cos, 1.0), tl.where(rotated, sin, 0.0)
+        a, b = tl.split(tl.permute(tl.reshape(y, (ROWS, HEADS, 2, HALF)), (0, 1, 3, 2)))
         if bias_ptr is not None:
-            columns = c + tl.arange(0, COLUMNS)
-            y += tl.load(bias_ptr + columns, columns < C, 0.0).to(tl.float32)[None, :]
-        if c < ROTATED * D:
-            rows = n + tl.arange(0, ROWS)
-            angles = (rows % PERIOD)[:, None] * D + tl.arange(0, HALF)[None, :]
-            cos = tl.load(cos_ptr + angles)[:, None, :]
-            sin = tl.load(sin_ptr + angles)[:, None, :]
-            rotated = (c // D + tl.arange(0, HEADS) < ROTATED)[None, :, None]
-            cos, sin = tl.where(rotated, cos, 1.0), tl.where(rotated, sin, 0.0)
-            a, b = tl.split(tl.permute(tl.reshape(y, (ROWS, HEADS, 2, HALF)), (0, 1, 3, 2)))
-            y = tl.join(a * cos - b * sin, b * cos + a * sin)
-            y = tl.reshape(tl.permute(y, (0, 1, 3, 2)), (ROWS, COLUMNS))
+            columns = c + tl.arange(0, HEADS)[:, None] * D + tl.arange(0, HALF)[None, :]
+            a += tl.load(bias_ptr + columns, columns < C, 0.0).to(tl.float32)[None, :, :]
+            b += tl.load(bias_ptr + HALF + columns, columns < C, 0.0).to(tl.float32)[None, :, :]
+        y = tl.join(a * cos - b * sin, b * cos + a * sin)
+        y = tl.reshape(tl.permute(y, (0, 1, 3, 2)), (ROWS, COLUMNS))
         qkv.store([n, c], y.to(qkv.dtype))
 
 

@@ -3,12 +3,14 @@
     python -m tests.kernels.aot [--default] [--arch 80 90 100] [--file norm ...]
 
 A kernel fails where it spills registers (its stack is not 0) or asks for more shared memory than the GPU has. Must run
-without TRITON_INTERPRET. Prints one line for each kernel, variant and architecture; exit code 1 if any fails.
+without TRITON_INTERPRET. Prints one line for each kernel, variant and architecture; exit code 1 if any fails. A line
+also says where on Hopper the assembler lets each product wait for the last, since other code touches their sums.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -28,13 +30,15 @@ from spt_fast.kernels.launch import Variant
 FILES = {op.variants.__module__.rpartition(".")[2]: op.variants for op in OPS.values()}
 """The launches of each file with Triton kernels in it."""
 SHARED_LIMIT_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Resources(NamedTuple):
     registers: int
     stack_bytes: int
     shared_bytes: int
+    serialized: str | None = None
+    """Why Hopper's products wait for each other."""
 
     def problem(self, arch: int) -> str | None:
         if self.stack_bytes:
@@ -61,14 +65,21 @@ def compile_for(variant: Variant, arch: int) -> Resources:
     source = ASTSource(variant.kernel, signature, constants, divisible)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+    said = _said("cuobjdump", "--dump-resource-usage", of=compiled.asm["cubin"])
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", said)}
+    serialized = None
+    if "wgmma" in (ptx := compiled.asm["ptx"]):
+        said = _said("ptxas", "-v", f"-arch=sm_{arch}a", "-o", os.devnull, of=ptx.encode())
+        serialized = next(iter(re.findall(r"instructions are serialized due to (.*) in ", said)), None)
+    return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared, serialized)
+
+
+def _said(tool: str, *arguments: str, of: bytes) -> str:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(of)
         file.flush()
-        said = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", said.stdout)}
-    return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared)
+        done = subprocess.run([TOOLS / tool, *arguments, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def variants_of(file: str) -> list[Variant]:
@@ -100,6 +111,7 @@ def main() -> None:
                 print(
                     f"sm_{arch} {file}.{variant.kernel.__name__} warps={variant.num_warps} {constants}: "
                     f"{resources.registers} registers, {resources.shared_bytes:,} bytes shared"
+                    + (f", serialized due to {resources.serialized}" if resources.serialized else "")
                     + (f": FAILED, {problem}" if problem else ""),
                     flush=True,
                 )

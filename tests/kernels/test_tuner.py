@@ -189,7 +189,7 @@ def test_every_op_of_the_trials_is_tried_as_its_candidates_say(op: str) -> None:
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="Triton's kernels are run by its interpreter here")
-@pytest.mark.parametrize("op", ["adamw_step", "add_rms_norm", "swiglu_packed", "fp8_linear"])
+@pytest.mark.parametrize("op", ["adamw_step", "add_rms_norm", "swiglu_packed", "swiglu_mlp", "fp8_linear"])
 def test_launches_that_are_tried_compute_the_same(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by default; here, where a GPU is only said to be there."""
     shape = replace(SHAPE, sequences=4, width=64, ffn=288, parameters=3000 + 8)
