@@ -32,12 +32,12 @@ from spt_fast.kernels.activation import (
     swiglu_linear,
     swiglu_linear_backward,
 )
-from spt_fast.kernels.backend import Candidate, Op, tried_on_gpus
+from spt_fast.kernels.backend import Candidate, Op, is_looked_at, tried_on_gpus
 from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
 from spt_fast.kernels.linear import linear, weight_gradients
 from spt_fast.kernels.matmul import rows_times
-from spt_fast.kernels.persistent import SEPARATE, config, described, fits, launch, place
+from spt_fast.kernels.persistent import SEPARATE, config, describable, described, fits, launch, place
 
 
 def swiglu_mlp(
@@ -55,9 +55,9 @@ def swiglu_mlp(
     dtype; the result is [..., E]. The intermediate result y is not kept for the backward pass.
     ValueError: shapes that don't fit, or a backend that isn't available. RuntimeError: dtypes that differ.
     """
-    backend = _SWIGLU_MLP.pick(backend, x)
     given = (x, gate_up_weight, down_weight, gate_up_bias, down_bias)
-    if backend == "triton" and _agree(*given) and fits(*given):
+    backend = _SWIGLU_MLP.pick(backend, x)
+    if backend == "triton" and not is_looked_at(given) and _agree(*given) and fits(*given):
         launches = [_launched(kernel, _shape_class(x, gate_up_weight)) for kernel in ("forward", "backward")]
         if launches != [SEPARATE, SEPARATE]:
             return Fused.apply(*given, *launches)
@@ -92,7 +92,7 @@ class Fused(torch.autograd.Function):
         launch: Config,
         backward_launch: Config,
     ) -> Tensor:
-        x_ND = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+        x_ND = describable(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
         if launch == SEPARATE:
             gate_up = rows_times(x_ND, gate_up_weight.T, gate_up_bias)
             y_NF = activate(gate_up, "triton")
@@ -107,8 +107,10 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("swiglu_mlp has no second derivative (create_graph=True)")
         x_ND, gate_up, gate_up_weight, down_weight = ctx.saved_tensors
-        dz_NE = dz.reshape(len(x_ND), len(down_weight)).contiguous()
+        dz_NE = describable(dz.reshape(len(x_ND), len(down_weight)))
         if ctx.launch == SEPARATE:
             dgate_up, y_NF = swiglu_linear_backward(dz_NE, gate_up, down_weight, "triton")
         else:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spt_fast.kernels.backend import is_looked_at
 from spt_fast.kernels.launch import INTERPRETED, Config, TensorDescriptor, jit, multiprocessors, tl
 
 SEPARATE = Config((), 0)
@@ -38,21 +37,28 @@ def config(rows: int, columns: int, depth: int, warps: int, stages: int) -> Conf
 def fits(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether these kernels run for tensors of these dtypes and layouts; whether their shapes agree is not checked."""
     given = [x, *(parameter for parameter in parameters if parameter is not None)]
-    if is_looked_at(given):
+    widths = [x.shape[-1], *(size for parameter in given[1:] for size in parameter.shape)]  # of results too
+    if not (x.is_cuda or INTERPRETED):
         return False
     arch = 9 if INTERPRETED else torch.cuda.get_device_capability(x.device)[0]
     return (
         arch in (9, 10)
-        and x.numel() > 0
+        and all(each.numel() > 0 and each.dtype == x.dtype for each in given)
         and (x.itemsize == 2 or INTERPRETED)
-        and all(each.dtype == x.dtype and each.shape[-1] * x.itemsize % ALIGNMENT == 0 for each in given)
+        and all(width * x.itemsize % ALIGNMENT == 0 for width in widths)
         and all(each.is_contiguous() and each.data_ptr() % ALIGNMENT == 0 for each in given[1:])
         and not torch.is_autocast_enabled(x.device.type)
     )
 
 
+def describable(x: Tensor) -> Tensor:
+    """x, or a copy if it isn't contiguous or its address isn't aligned."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
 def described(x: Tensor, *block: int) -> Any:
-    """A descriptor of a contiguous tensor in blocks of this shape. Past its ends a block is 0, and is not stored."""
+    """A descriptor of a `describable` tensor in blocks of this shape. Past its ends a block is 0, and is not stored."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from spt_fast.kernels import attention_packed, attention_triton
 from spt_fast.kernels.attention import ATTENTION_BACKENDS, attend, checked, pick
-from spt_fast.kernels.backend import Candidate, Op, tried_on_gpus
+from spt_fast.kernels.backend import Candidate, Op, is_looked_at, tried_on_gpus
 from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
 from spt_fast.kernels.linear import linear, weight_gradients
 from spt_fast.kernels.matmul import rows_times
-from spt_fast.kernels.persistent import SEPARATE, config, described, fits, launch, place
+from spt_fast.kernels.persistent import SEPARATE, config, describable, described, fits, launch, place
 
 
 def self_attention(
@@ -53,7 +53,8 @@ def self_attention(
     `qkv_attention`.
     """
     K, D, positions = kv_heads, head_dim, (cos, sin, q_weight, k_weight)
-    if _launched(x_BTE, weight, D) != SEPARATE and _fits(x_BTE, weight, bias, D, *positions):
+    looked_at = is_looked_at((x_BTE, weight, bias))  # which is to see every op
+    if not looked_at and _launched(x_BTE, weight, D) != SEPARATE and _fits(x_BTE, weight, bias, D, *positions):
         like = x_BTE[..., :1, None].expand(*x_BTE.shape[:2], len(weight) // D, D)
         visible, factor = checked(like, K, *positions, cu_seqlens, window, scale)
         masked = cu_seqlens is not None or visible is not None
@@ -174,8 +175,8 @@ def _projection_kernel(
         # Of values too, by 0: in a branch that reads sums, the compiler would let every product wait for the last.
         rows = n + tl.arange(0, ROWS)
         angles = (rows % PERIOD)[:, None] * D + tl.arange(0, HALF)[None, :]
-        cos = tl.load(cos_ptr + angles)[:, None, :]
-        sin = tl.load(sin_ptr + angles)[:, None, :]
+        cos = tl.load(cos_ptr + angles).to(tl.float32)[:, None, :]
+        sin = tl.load(sin_ptr + angles).to(tl.float32)[:, None, :]
         rotated = (c // D + tl.arange(0, HEADS) < ROTATED)[None, :, None]
         cos, sin = tl.where(rotated, cos, 1.0), tl.where(rotated, sin, 0.0)
         a, b = tl.split(tl.permute(tl.reshape(y, (ROWS, HEADS, 2, HALF)), (0, 1, 3, 2)))
@@ -191,7 +192,7 @@ def _projection_kernel(
 def _projected(x_BTE: Tensor, weight: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, K: int, D: int) -> Tensor:
     """[B, T, S, D], whose queries and keys are rotated."""
     (B, T, inputs), C = x_BTE.shape, len(weight)
-    x_NE, cos, sin = x_BTE.reshape(B * T, inputs).contiguous(), cos.contiguous(), sin.contiguous()
+    x_NE, cos, sin = describable(x_BTE.reshape(B * T, inputs)), cos.contiguous(), sin.contiguous()
     chosen = _launched(x_BTE, weight, D)
     rows, columns, depth = chosen["ROWS"], chosen["COLUMNS"], chosen["DEPTH"]
     qkv_BTSD = x_BTE.new_empty(B, T, C // D, D)

@@ -102,12 +102,33 @@ def test_fused_kernels_run_where_they_are_chosen_and_fit() -> None:
             assert not is_fused(*(x.double() for x in given), backend="auto")
             with torch.autocast(DEVICE, torch.bfloat16):
                 assert not is_fused(*given)
-    odd = torch.ones(3, 22, device=DEVICE)
+    odd = torch.ones(4, 22, device=DEVICE)
     assert fits(odd[:, :20])
     assert not fits(odd)  # 88 bytes to a row
     assert not fits(odd[:0, :20])
     assert not fits(odd[:, :20], odd[:, :20])  # whose rows are apart
     assert not fits(odd[:, :20], torch.ones(100, device=DEVICE)[1:21])  # not aligned
+    assert not fits(odd[:, :20], torch.ones(6, 20, device=DEVICE))  # 24 bytes to a row of the result
+    assert not fits(odd[:, :20], torch.ones(0, 20, device=DEVICE))
+
+
+def test_tensors_that_are_not_aligned_are_copied() -> None:
+    usable("triton")
+    given, (dz,) = inputs((5,), torch.float32), random_tensors([(5, E)], torch.float32)
+    expected = run(plain, given, (dz,))
+    flat = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (given[0], dz)]
+    assert all(x.data_ptr() % 16 for x in flat)
+    with fused("forward", "backward"):
+        found = run(lambda *x: swiglu_mlp(*x, backend="triton"), [flat[0], *given[1:]], flat[1:])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", [("forward",), ("forward", "backward")])
+def test_second_derivatives_are_refused(kernels: tuple[str, ...]) -> None:
+    usable("triton")
+    given = [x.requires_grad_() for x in inputs((5,), torch.float32)]
+    with fused(*kernels), pytest.raises(RuntimeError, match="swiglu_mlp has no second derivative"):
+        torch.autograd.grad(swiglu_mlp(*given, backend="triton").square().sum(), given, create_graph=True)
 
 
 def test_the_fused_kernel_makes_the_same_result_again() -> None:

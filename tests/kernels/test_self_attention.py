@@ -159,6 +159,19 @@ def test_other_cases_are_the_separate_ops() -> None:
             assert not is_fused(*leaves, cos, sin)
 
 
+def test_inputs_that_are_not_aligned_are_copied_and_tables_are_of_any_dtype() -> None:
+    usable("triton")
+    x, weight, bias, cos, sin = inputs((2, 5), torch.float32)
+    tables = [table.bfloat16() for table in (cos, sin)]
+    expected = plain(x, weight, bias, *(table.float() for table in tables))
+    flat = torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+    assert flat.data_ptr() % 16
+    with fused():
+        found = attend(flat.requires_grad_(), weight, bias, *tables, backend="triton")
+        assert "Fused" in found.grad_fn.name()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("in_kernel", [False, True])
 def test_bad_arguments_are_refused(in_kernel: bool) -> None:
     x, weight, bias, cos, sin = inputs((2, 5), torch.float32)
