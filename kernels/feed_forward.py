@@ -56,11 +56,12 @@ def swiglu_mlp(
     ValueError: shapes that don't fit, or a backend that isn't available. RuntimeError: dtypes that differ.
     """
     given = (x, gate_up_weight, down_weight, gate_up_bias, down_bias)
-    backend = _SWIGLU_MLP.pick(backend, x)
-    if backend == "triton" and not is_looked_at(given) and _agree(*given) and fits(*given):
-        launches = [_launched(kernel, _shape_class(x, gate_up_weight)) for kernel in ("forward", "backward")]
-        if launches != [SEPARATE, SEPARATE]:
-            return Fused.apply(*given, *launches)
+    if not is_looked_at(given):  # which is to see every op
+        backend = _SWIGLU_MLP.pick(backend, x)
+        if backend == "triton" and _agree(*given) and fits(*given):
+            launches = [_launched(kernel, _shape_class(x, gate_up_weight)) for kernel in ("forward", "backward")]
+            if launches != [SEPARATE, SEPARATE]:
+                return Fused.apply(*given, *launches)
     return swiglu_linear(linear(x, gate_up_weight, gate_up_bias), down_weight, down_bias, backend=backend)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spt_fast.kernels import attention_packed, attention_triton
 from spt_fast.kernels.attention import ATTENTION_BACKENDS, attend, checked, pick
-from spt_fast.kernels.backend import Candidate, Op, is_looked_at, tried_on_gpus
+from spt_fast.kernels.backend import OPS, Candidate, Op, is_looked_at, tried_on_gpus
 from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
 from spt_fast.kernels.linear import linear, weight_gradients
@@ -53,15 +53,16 @@ def self_attention(
     `qkv_attention`.
     """
     K, D, positions = kv_heads, head_dim, (cos, sin, q_weight, k_weight)
-    looked_at = is_looked_at((x_BTE, weight, bias))  # which is to see every op
-    if not looked_at and _launched(x_BTE, weight, D) != SEPARATE and _fits(x_BTE, weight, bias, D, *positions):
+    separate = q_weight is not None or is_looked_at((x_BTE, weight, bias))  # which is to see every op
+    if not separate and _launched(x_BTE, weight, D) != SEPARATE and _fits(x_BTE, weight, bias, D, *positions):
         like = x_BTE[..., :1, None].expand(*x_BTE.shape[:2], len(weight) // D, D)
         visible, factor = checked(like, K, *positions, cu_seqlens, window, scale)
         masked = cu_seqlens is not None or visible is not None
         if pick(backend, like, True, masked=masked, op=_SELF_ATTENTION) == "triton":
             return cast("Tensor", Fused.apply(x_BTE, weight, bias, cos, sin, cu_seqlens, K, D, visible, factor))
     qkv_BTSD = linear(x_BTE, weight, bias).unflatten(-1, (-1, D))
-    return attend(qkv_BTSD, K, *positions, eps, cu_seqlens, window, scale, backend, _SELF_ATTENTION)
+    op = OPS["qkv_attention"] if separate else _SELF_ATTENTION  # the one that the tuner asks for
+    return attend(qkv_BTSD, K, *positions, eps, cu_seqlens, window, scale, backend, op)
 
 
 def _fits(

@@ -35,6 +35,8 @@ from spt_fast.train.world import launched_processes, pick_device
 AT_START_S = 120.0
 SAMPLE = GPTConfig(layers=6, width=384, heads=6, kv_heads=6, ffn=1024, context=512, vocab_size=16384)
 """What is tuned without a recipe."""
+REPLACES = {"swiglu_mlp": "swiglu_linear", "self_attention": "qkv_attention"}
+"""Ops that also project their input, and those that models called before, which have the same backends and launches."""
 
 Records = Mapping[str, Mapping[str, Any]]
 """The tuner's results, by op."""
@@ -96,9 +98,10 @@ def choose(
         precision = begin_or_keep(plan.recipe, device, plan.model, before)
         kept = before.measured.get("threads") if alone and not os.environ.get("OMP_NUM_THREADS") else None
         threads = min(kept, USUAL) if kept else None  # this machine may have fewer cores
-        faults, kernels = _faults(plan, precision, device), before.measured.get("kernels", {})
+        asked = asked_by(plan, precision, device, processes)
+        faults, kernels = _faults(plan, precision, device), _renamed(before.measured.get("kernels", {}), asked)
         if device.type == "cuda":
-            kernels = without_unfit(kernels, asked_by(plan, precision, device, processes), say)
+            kernels = without_unfit(kernels, asked, say)
         return Choices(precision, kernels, threads, faults)
     threads = _take_threads(plan.model, plan.recipe.precision, *_batch(plan, processes)) if alone else None
     precision = begin_or_keep(plan.recipe, device, plan.model, None)
@@ -108,6 +111,13 @@ def choose(
         say(f"timing kernels for this GPU and these shapes, once, up to {AT_START_S:.0f} s (engine.tune_kernels)")
         found = tune(asked, seconds=AT_START_S, say=say, stop=stop)
     return Choices(precision, found, threads, _faults(plan, precision, device))
+
+
+def _renamed(records: Records, asked: Sequence[Question]) -> Records:
+    """A checkpoint's choices for ops that the model no longer calls, under the names of those that replace them."""
+    names = {REPLACES[question.op]: question.op for question in asked if question.op in REPLACES}
+    later = {names[op]: record for op, record in records.items() if op in names}
+    return {**later, **{op: record for op, record in records.items() if op not in names}}
 
 
 def without_unfit(records: Records, asked: Sequence[Question], say: Callable[[str], object]) -> Records:
@@ -163,6 +173,7 @@ def asked_by(plan: Plan, precision: Precision, device: torch.device, processes: 
         documents=_longest(plan).phase.documents,
         deterministic=plan.recipe.engine.deterministic,
         fp8=plan.recipe.engine.fp8,
+        selective=plan.recipe.engine.checkpointing == "selective",
     )
 
 
@@ -176,8 +187,10 @@ def asked_of(
     documents: bool,
     deterministic: bool,
     fp8: bool = False,
+    selective: bool = False,
 ) -> list[Question]:
-    """The questions for the tuner on a model trained in such micro-batches."""
+    """The questions for the tuner on a model trained in such micro-batches; with `selective` checkpointing, which looks
+    at every op, projections are not fused with what follows or precedes them."""
     shape = Shape(
         sequences=sequences,
         context=context,
@@ -193,10 +206,11 @@ def asked_of(
     )
     normalised = config.qk_norm and config.qk_norm_over != "width"
     in_fp8 = fp8 and gains_by_fp8((config.width, 2 * config.ffn))
-    attention = "qkv_attention" if normalised or in_fp8 else "self_attention"
+    attention = "qkv_attention" if normalised or in_fp8 or selective else "self_attention"
     if config.qk_norm_over == "width":
         attention = "flash_attention"
-    ops = ["add_rms_norm", "swiglu_packed" if in_fp8 else "swiglu_mlp", "embedding", "adamw_step"]
+    activation = "swiglu_packed" if in_fp8 else "swiglu_linear" if selective else "swiglu_mlp"
+    ops = ["add_rms_norm", activation, "embedding", "adamw_step"]
     ops += ["qk_norm_rope" if normalised else "rope", *(["fp8_linear"] if in_fp8 else [])]
     ops += ["linear_cross_entropy", attention]  # the ones with the most candidates get the remaining time
     return questions(ops, shape, dtype, device, deterministic=deterministic)

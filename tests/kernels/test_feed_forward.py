@@ -23,7 +23,7 @@ from tests.kernels.compare import (
     run,
     usable,
 )
-from tests.kernels.contract import Contract, Sample
+from tests.kernels.contract import Calls, Contract, Sample
 from tests.kernels.launches import BF16, FP16, compiled_launches
 
 D, F_, E = 24, 32, 8
@@ -110,6 +110,22 @@ def test_fused_kernels_run_where_they_are_chosen_and_fit() -> None:
     assert not fits(odd[:, :20], torch.ones(100, device=DEVICE)[1:21])  # not aligned
     assert not fits(odd[:, :20], torch.ones(6, 20, device=DEVICE))  # 24 bytes to a row of the result
     assert not fits(odd[:, :20], torch.ones(0, 20, device=DEVICE))
+
+
+def test_where_ops_are_looked_at_the_separate_ones_run_as_chosen_for_them() -> None:
+    usable("triton")
+    given = [x.requires_grad_() for x in inputs((5,), torch.float32)]
+    alone = swiglu_mlp(*given, backend="reference")
+    with fused("forward", "backward"), Calls() as calls:
+        assert torch.equal(swiglu_mlp(*given, backend="triton"), swiglu_mlp(*given, backend="triton"))
+    assert [arguments[-1] for _, arguments, _ in calls.found] == ["triton", "triton"]
+    install({"swiglu_mlp": Candidate("triton"), "swiglu_linear": Candidate("reference")})
+    try:
+        with Calls() as calls:
+            assert torch.equal(swiglu_mlp(*given), alone)
+    finally:
+        install({})
+    assert [arguments[-1] for _, arguments, _ in calls.found] == ["reference"]
 
 
 def test_tensors_that_are_not_aligned_are_copied() -> None:

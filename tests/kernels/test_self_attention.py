@@ -20,7 +20,7 @@ from tests.kernels.compare import (
     random_tensors,
     usable,
 )
-from tests.kernels.contract import Contract, Sample, Shape
+from tests.kernels.contract import Calls, Contract, Sample, Shape
 from tests.kernels.launches import BF16, FP16, compiled_launches
 from tests.kernels.test_attention import angles, cut, plain_projection
 
@@ -157,6 +157,31 @@ def test_other_cases_are_the_separate_ops() -> None:
         assert not is_fused(x, weight.T.contiguous().T, bias, cos, sin)
         with torch.autocast(DEVICE, torch.bfloat16):
             assert not is_fused(*leaves, cos, sin)
+
+
+def test_with_norms_and_where_ops_are_looked_at_the_choice_is_that_of_qkv_attention() -> None:
+    """The tuner asks for it there."""
+    usable("triton")
+    x, weight, bias, cos, sin = inputs((2, 5), torch.float32)
+    x.requires_grad_()
+    norm = torch.ones(D, device=DEVICE)
+
+    def attention(**norms: Tensor) -> str:
+        return self_attention(x, weight, K, D, bias, cos, sin, **norms).grad_fn.name()
+
+    def chosen() -> list[bool]:
+        names = [attention(), attention(q_weight=norm, k_weight=norm)]
+        with Calls():
+            names.append(attention())
+        return ["Attention" in name for name in names]
+
+    try:
+        install({"qkv_attention": Candidate("triton"), "self_attention": Candidate("reference")})
+        assert chosen() == [False, True, True]
+        install({"qkv_attention": Candidate("reference"), "self_attention": Candidate("triton")})
+        assert chosen() == [True, False, False]
+    finally:
+        install({})
 
 
 def test_inputs_that_are_not_aligned_are_copied_and_tables_are_of_any_dtype() -> None:

@@ -38,6 +38,11 @@ def nothing_installed() -> Iterator[None]:
     install({})
 
 
+def asked_ops(raw: dict[str, Any]) -> set[str]:
+    plan = make_plan(recipe_from(raw))
+    return {each.op for each in asked_by(plan, precision.Precision(torch.float32, ""), torch.device("cpu"), 1)}
+
+
 @pytest.fixture
 def raw(data: Path) -> dict[str, Any]:
     raw = tiny.raw_recipe(data, "tuned") | {"precision": "fp32"}
@@ -135,6 +140,29 @@ def test_choices_of_another_gpu_are_kept_if_this_one_can_run_them(raw: dict[str,
     said: list[str] = []
     assert list(without_unfit(records, asked, said.append)) == ["rope", "swiglu_mlp", "gone"]
     assert [line[:58] for line in said] == ["warning: embedding: later, which the run used before, rais"]
+
+
+def test_the_ops_that_a_model_calls_are_tuned(raw: dict[str, Any]) -> None:
+    """Selective checkpointing looks at ops, which are not fused then."""
+    assert asked_ops(raw) >= {"swiglu_mlp", "qkv_attention"}
+    raw["model"] |= {"qk_norm": False}
+    assert asked_ops(raw) >= {"swiglu_mlp", "self_attention"}
+    separate = asked_ops(raw | {"engine": {"checkpointing": "selective"}})
+    assert separate >= {"swiglu_linear", "qkv_attention"}
+    assert not separate & {"swiglu_mlp", "self_attention"}
+
+
+def test_choices_of_a_checkpoint_hold_for_the_ops_that_replace_others(raw: dict[str, Any]) -> None:
+    kept = {"swiglu_linear": record("reference"), "qkv_attention": record("reference"), "rope": record("auto")}
+    before = Compute("float32", {}, "cpu, one process", {"kernels": kept})
+
+    def resumed(raw: dict[str, Any]) -> dict[str, Any]:
+        return dict(choose(make_plan(recipe_from(raw)), torch.device("cpu"), 1, before, say=print).kernels)
+
+    assert resumed(raw) == {"swiglu_mlp": kept["swiglu_linear"], **{op: kept[op] for op in ("qkv_attention", "rope")}}
+    raw["model"] |= {"qk_norm": False}
+    assert resumed(raw).keys() == {"swiglu_mlp", "self_attention", "rope"}
+    assert resumed(raw | {"engine": {"checkpointing": "selective"}}) == kept
 
 
 def test_the_fastest_number_of_threads_is_used(
