@@ -19,7 +19,6 @@ kernel works on half a tile at a time, for which registers suffice.
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
 from spt_fast.kernels.linear import linear, weight_gradients
 from spt_fast.kernels.matmul import rows_times
-from spt_fast.kernels.persistent import SEPARATE, config, describable, described, fits, launch, place
+from spt_fast.kernels.persistent import SEPARATE, config, describable, described, fits, launch, place, variant
 
 
 def swiglu_mlp(
@@ -234,29 +233,19 @@ def _backward(dz_NE: Tensor, gate_up: Tensor, weight: Tensor, chosen: Config) ->
 def variants() -> list[Variant]:
     """The fused launches, with and without a bias; none is a default."""
     found = []
-    cases = [("bf16", None), ("bf16", "*bf16"), ("fp16", None)]
-    for name, (dtype, bias) in product(("forward", "backward"), cases):
-        for each in candidates(name, 1 << 12) if dtype == "bf16" else candidates(name, 1 << 12)[:1]:
+    for dtype, bias in (("bf16", None), ("bf16", "*bf16"), ("fp16", None)):
+        others = {"bias_ptr": bias, "N": "i32", "D": "i32:16", "F": "i32:16"}
+        for each in candidates("forward", 1 << 12)[: 1 if dtype == "fp16" else None]:
             rows, columns, depth = each["ROWS"], each["COLUMNS"], each["DEPTH"]
-            blocks = {
-                "x": (rows, depth),
-                "weight": (2, columns, depth),
-                "gate_up": (rows, columns),
-                "y": (rows, columns),
-            }
-            sizes = {"N": "i32", "D": "i32:16", "F": "i32:16"}
-            kernel, pointers = _forward_kernel, {"bias_ptr": bias}
-            if name == "backward":
-                if bias:
-                    continue
-                half = (rows, columns // 2)
-                blocks = {"dz": (rows, depth), "weight": (depth, columns), "gate_up": half, "dgate_up": half, "y": half}
-                sizes = {"N": "i32", "E": "i32:16", "F": "i32:16"}
-                kernel, pointers = _backward_kernel, {}
-            tensors = {key: f"tensordesc<{dtype}{list(block)}>" for key, block in blocks.items()}
-            arguments = {**tensors, **pointers, **sizes}
-            constants, options = dict(each.constants), (each.num_warps, each.num_stages)
-            found.append(Variant(kernel, arguments, constants, *options, default=False, archs=(90, 100)))
+            whole = (rows, columns)
+            blocks = {"x": (rows, depth), "weight": (2, columns, depth), "gate_up": whole, "y": whole}
+            found.append(variant(_forward_kernel, dtype, blocks, others, each))
+    for dtype in ("bf16", "fp16"):
+        for each in candidates("backward", 1 << 12)[: 1 if dtype == "fp16" else None]:
+            rows, columns, depth = each["ROWS"], each["COLUMNS"], each["DEPTH"]
+            half = (rows, columns // 2)
+            blocks = {"dz": (rows, depth), "weight": (depth, columns), "gate_up": half, "dgate_up": half, "y": half}
+            found.append(variant(_backward_kernel, dtype, blocks, {"N": "i32", "E": "i32:16", "F": "i32:16"}, each))
     return found
 
 

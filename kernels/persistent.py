@@ -1,4 +1,5 @@
-"""What Triton's matmuls share whose results are computed on before they are stored (feed_forward.py).
+"""What Triton's matmuls share whose results are computed on before they are stored (feed_forward.py,
+self_attention.py).
 
 Factors and results are copied by the copy unit of Hopper and later, as descriptors say (TMA). Programs are persistent,
 one of 8 warps or two of 4 for each multiprocessor, and make one tile after the other. The loads of the next tile begin
@@ -11,12 +12,13 @@ of these kernels is used.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spt_fast.kernels.launch import INTERPRETED, Config, TensorDescriptor, jit, multiprocessors, tl
+from spt_fast.kernels.launch import INTERPRETED, Config, TensorDescriptor, Variant, jit, multiprocessors, tl
 
 SEPARATE = Config((), 0)
 """The launch that stands for separate kernels."""
@@ -67,6 +69,16 @@ def launch(kernel: Any, rows: int, columns: int, chosen: Config, device: torch.d
     tiles = -(-rows // chosen["ROWS"]) * -(-columns // chosen["COLUMNS"])
     programs = multiprocessors(device) * WARPS // chosen.num_warps
     kernel[(min(tiles, programs),)](*arguments, **chosen.options)
+
+
+def variant(
+    kernel: Any, dtype: str, blocks: Mapping[str, tuple], others: Mapping[str, str | None], chosen: Config, **more: int
+) -> Variant:
+    """A launch for ahead-of-time compilation. blocks: of the descriptors, by argument; others: Triton types of other
+    arguments; more: further constants."""
+    descriptors = {name: f"tensordesc<{dtype}{list(block)}>" for name, block in blocks.items()}
+    constants, options = {**more, **dict(chosen.constants)}, (chosen.num_warps, chosen.num_stages)
+    return Variant(kernel, {**descriptors, **others}, constants, *options, default=False, archs=(90, 100))
 
 
 @jit

@@ -27,7 +27,7 @@ from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
 from spt_fast.kernels.linear import linear, weight_gradients
 from spt_fast.kernels.matmul import rows_times
-from spt_fast.kernels.persistent import SEPARATE, config, describable, described, fits, launch, place
+from spt_fast.kernels.persistent import SEPARATE, config, describable, described, fits, launch, place, variant
 
 
 def self_attention(
@@ -209,16 +209,14 @@ def variants() -> list[Variant]:
     """The fused launches, with and without a bias; none is a default. Attention's own are those of its file."""
     found = []
     for (dtype, bias), D in product((("bf16", None), ("bf16", "*bf16"), ("fp16", None)), (64, 128)):
+        others = {
+            "bias_ptr": bias, "cos_ptr": "*fp32", "sin_ptr": "*fp32",
+            "N": "i32", "E": "i32:16", "C": "i32:16", "ROTATED": "i32", "PERIOD": "i32",
+        }  # fmt: skip
         for each in candidates(D)[: 1 if dtype == "fp16" else None]:
             rows, columns, depth = each["ROWS"], each["COLUMNS"], each["DEPTH"]
             blocks = {"x": (rows, depth), "weight": (columns, depth), "qkv": (rows, columns)}
-            arguments = {
-                **{key: f"tensordesc<{dtype}[{down}, {across}]>" for key, (down, across) in blocks.items()},
-                "bias_ptr": bias, "cos_ptr": "*fp32", "sin_ptr": "*fp32",
-                "N": "i32", "E": "i32:16", "C": "i32:16", "ROTATED": "i32", "PERIOD": "i32",
-            }  # fmt: skip
-            constants, options = {"D": D, **dict(each.constants)}, (each.num_warps, each.num_stages)
-            found.append(Variant(_projection_kernel, arguments, constants, *options, default=False, archs=(90, 100)))
+            found.append(variant(_projection_kernel, dtype, blocks, others, each, D=D))
     return found
 
 
