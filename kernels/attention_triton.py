@@ -195,7 +195,7 @@ def _documents_arguments(cu_seqlens: Tensor | None, spans: Tensor | None) -> tup
 
 def _tables_arguments(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | int | None, ...]:
     if cos is None or sin is None:
-        return None, None, 0
+        return None, None, None
     cos, sin = rotary.tables(cos, sin)
     return cos, sin, rotary.table_step(cos)
 
@@ -727,7 +727,7 @@ def variants() -> list[Variant]:
     for (D, dtype, group, causal, kind), rotated in itertools.product(cases, (False, True)):
         absent = {"starts_ptr", "ends_ptr", "cu_seqlens_ptr"} if kind not in ("documents", "both") else set()
         absent |= {"window"} if kind not in ("window", "both") else set()
-        absent |= set() if rotated else {"cos_ptr", "sin_ptr"}
+        absent |= set() if rotated else {"cos_ptr", "sin_ptr", "table_b"}
         usually = dtype == "*bf16" and D in (64, 128) and (causal, kind) == (True, "documents")
         width = _width(D, DTYPES[dtype].itemsize)
         for name_of_kernel, kernel in KERNELS.items():
