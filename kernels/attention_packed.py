@@ -94,7 +94,7 @@ def _side_by_side(dq: Tensor, dk: Tensor, dv: Tensor, *_: object) -> tuple[Tenso
 
 
 @custom_op("qkv_rotation_backward", _side_by_side)
-def _rotation_backward(
+def rotation_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -113,7 +113,7 @@ def _rotation_backward(
     return dqkv, _rotate_back(dqkv, dq, dk, qkv_BTSD, q_weight, k_weight, cos, sin, K, eps, backend)
 
 
-@custom_op("qkvattention_backward", lambda qkv_BTSD, *_: (*new_like(qkv_BTSD), _weights_gradients(qkv_BTSD)))
+@custom_op("qkv_attention_backward", lambda qkv_BTSD, *_: (*new_like(qkv_BTSD), _weights_gradients(qkv_BTSD)))
 def attention_backward(
     qkv_BTSD: Tensor,
     rotated: Tensor | None,
@@ -221,6 +221,6 @@ class Rotated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: a checkpoint allows only that
-        dqkv, dw = _rotation_backward(*gradients, *saved, ctx.eps, ctx.backend)
+        dqkv, dw = rotation_backward(*gradients, *saved, ctx.eps, ctx.backend)
         weighted = saved[1] is not None
         return dqkv, dw[0] if weighted else None, dw[1] if weighted else None, *[None] * 5

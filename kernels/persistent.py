@@ -46,7 +46,7 @@ def fits(x: Tensor, *parameters: Tensor | None) -> bool:
     return (
         arch in (9, 10)
         and all(each.numel() > 0 and each.dtype == x.dtype for each in given)
-        and (x.itemsize == 2 or INTERPRETED)
+        and (x.dtype != torch.bfloat16 if INTERPRETED else x.itemsize == 2)  # the interpreter gets bf16 wrong
         and all(width * x.itemsize % ALIGNMENT == 0 for width in widths)
         and all(each.is_contiguous() and each.data_ptr() % ALIGNMENT == 0 for each in given[1:])
         and not torch.is_autocast_enabled(x.device.type)

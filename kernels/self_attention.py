@@ -8,8 +8,9 @@ dimension; w [S·D, E].
 With separate ops (`linear`, `qkv_attention`) a GPU's kernel reads the projected queries and keys and writes them
 rotated, 4·N·D·(H + K) bytes for bf16, and both are kept for the backward pass. Without a norm in between, a matmul can
 rotate them as it ends: a pair of numbers to rotate together are D/2 columns apart in one tile. The kernel here does so,
-with a single rounding, and only its result is kept. persistent.py says when it is used; attention is then Triton's,
-which rotates the gradients back (attention_packed.py).
+with a single rounding, and only its result is kept. persistent.py says when it is used. If attention is Triton's too,
+it rotates the gradients back; those of other backends take a pass for that, and one to put them side by side
+(attention_packed.py).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import attention_packed, attention_triton
-from spt_fast.kernels.attention import ATTENTION_BACKENDS, attend, checked, pick
-from spt_fast.kernels.backend import OPS, Candidate, Op, is_looked_at, tried_on_gpus
+from spt_fast.kernels import attention_packed, attention_triton, flash_attn
+from spt_fast.kernels.attention import ATTENTION_BACKENDS, attend, checked, flash_attention, pick
+from spt_fast.kernels.backend import OPS, Candidate, Op, is_looked_at, obstacle
 from spt_fast.kernels.gradients import accumulates_in_place
 from spt_fast.kernels.launch import Config, Variant, jit, launched, tl
 from spt_fast.kernels.linear import linear, weight_gradients
@@ -58,8 +59,12 @@ def self_attention(
         like = x_BTE[..., :1, None].expand(*x_BTE.shape[:2], len(weight) // D, D)
         visible, factor = checked(like, K, *positions, cu_seqlens, window, scale)
         masked = cu_seqlens is not None or visible is not None
-        if pick(backend, like, True, masked=masked, op=_SELF_ATTENTION) == "triton":
+        chosen = pick(backend, like, True, masked=masked, op=_SELF_ATTENTION)
+        if chosen == "triton":
             return cast("Tensor", Fused.apply(x_BTE, weight, bias, cos, sin, cu_seqlens, K, D, visible, factor))
+        if chosen in OTHERS:
+            q, k, v = Projected.apply(x_BTE, weight, bias, cos, sin, K, D)
+            return flash_attention(q, k, v, cu_seqlens=cu_seqlens, window=visible, scale=factor, backend=chosen)
     qkv_BTSD = linear(x_BTE, weight, bias).unflatten(-1, (-1, D))
     op = OPS["qkv_attention"] if separate else _SELF_ATTENTION  # the one that the tuner asks for
     return attend(qkv_BTSD, K, *positions, eps, cu_seqlens, window, scale, backend, op)
@@ -111,8 +116,7 @@ class Fused(torch.autograd.Function):
         o_BTHD, lse_BHT, spans = attention_triton.attention(*inputs, cu_seqlens, True, window, scale)
         ctx.save_for_backward(x_BTE, weight, qkv_BTSD, o_BTHD, lse_BHT, spans, cu_seqlens, cos, sin)
         ctx.K, ctx.window, ctx.scale = K, window, scale
-        # The parameters themselves: a checkpoint's copies of saved tensors are not.
-        ctx.in_place = [each if accumulates_in_place(each) else None for each in (weight, bias)]
+        _remember(ctx, weight, bias)
         return o_BTHD
 
     @staticmethod
@@ -123,15 +127,50 @@ class Fused(torch.autograd.Function):
             qkv_BTSD, rotated, do_BTHD, o_BTHD, lse_BHT, spans, cu_seqlens, None, None, cos, sin, ctx.K, ctx.window,
             ctx.scale, 0.0, "triton",
         )  # fmt: skip
-        dy_BTC = dqkv_BTSD.flatten(2)
-        dx_BTE = rows_times(dy_BTC, weight) if ctx.needs_input_grad[0] else None
-        of_weight, of_bias = ctx.in_place
-        dw, db = weight_gradients(dy_BTC, x_BTE, of_weight, of_bias, ctx.needs_input_grad[1:3])
-        return dx_BTE, dw, db, *[None] * 7
+        return *_gradients(ctx, dqkv_BTSD, x_BTE, weight), *[None] * 7
+
+
+class Projected(torch.autograd.Function):
+    """(q, k, v), of which the first two are rotated, for attention whose gradients come as three tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BTE: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        K: int,
+        D: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x_BTE, weight, cos, sin)
+        _remember(ctx, weight, bias)
+        return attention_packed.split(_projected(x_BTE, weight, bias, cos, sin, K, D), K)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTE, weight, cos, sin = ctx.saved_tensors
+        dqkv_BTSD, _ = attention_packed.rotation_backward(*gradients, None, None, None, cos, sin, 0.0, "triton")
+        return *_gradients(ctx, dqkv_BTSD, x_BTE, weight), *[None] * 4
+
+
+def _remember(ctx: Any, weight: Tensor, bias: Tensor | None) -> None:
+    """The parameters themselves, if they accumulate in place: a checkpoint's copies of saved tensors don't."""
+    ctx.in_place = [each if accumulates_in_place(each) else None for each in (weight, bias)]
+
+
+def _gradients(ctx: Any, dqkv_BTSD: Tensor, x_BTE: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, the weight and the bias."""
+    dy_BTC, (of_weight, of_bias) = dqkv_BTSD.flatten(2), ctx.in_place
+    dx_BTE = rows_times(dy_BTC, weight) if ctx.needs_input_grad[0] else None
+    return dx_BTE, *weight_gradients(dy_BTC, x_BTE, of_weight, of_bias, ctx.needs_input_grad[1:3])
 
 
 # ------------------------------------------------------------------------------------------------ launches
 
+OTHERS = ("sdpa", *flash_attn.BACKENDS)
+"""Backends besides Triton that attend to what the fused projection makes."""
 SIZES = ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 3))
 """To be measured: rows and columns of a tile, depth, warps, stages."""
 
@@ -151,7 +190,10 @@ def _launches(x: Tensor, weight: Tensor, cos: Tensor, *_: Tensor) -> list[Candid
     D = cos.shape[-1]
     found = [Candidate("triton", (each,)) for each in attention_triton.launches(x.new_empty(0, D))]
     if fits(x, weight):
-        found += tried_on_gpus(x, "qkv_projection", (*weight.shape, D, x.itemsize), candidates(D))
+        known = ("triton", "sdpa", *flash_attn.VERSIONS)
+        backends = [name for name in known if obstacle(name, x.device.type, x.dtype) is None]
+        launches = [("qkv_projection", (*weight.shape, D, x.itemsize), each) for each in candidates(D)]
+        found += [Candidate(*pair) for pair in product(backends, zip(launches))]
     return found
 
 

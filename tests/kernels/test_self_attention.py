@@ -25,6 +25,7 @@ from tests.kernels.launches import BF16, FP16, compiled_launches
 from tests.kernels.test_attention import angles, cut, plain_projection
 
 SELF_ATTENTION = importlib.import_module("spt_fast.kernels.self_attention")  # the function has the same name
+PROJECTED = SELF_ATTENTION._projected
 E, H, K, D = 8, 2, 1, 8
 C = (H + 2 * K) * D
 TILES = config(16, 32, 16, 4, 1)
@@ -90,10 +91,10 @@ CASES: tuple[tuple[int, int, int, bool, dict], ...] = (
 
 @halves
 @pytest.mark.parametrize(("H", "K", "D", "biased", "options"), CASES)
-@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize(("by_row", "backend"), [(False, "triton"), (True, "triton"), (True, "sdpa")])
 @by_more_than_chance
 def test_as_exact_as_torch(
-    dtype: torch.dtype, H: int, K: int, D: int, biased: bool, options: dict, by_row: bool
+    dtype: torch.dtype, H: int, K: int, D: int, biased: bool, options: dict, by_row: bool, backend: str
 ) -> None:
     """Of 42 rows the last tile has only 10. Tables are of all rows, or each row's. Rounded twice, as without a kernel
     that rotates; and a score's rounding is multiplied by its size."""
@@ -107,7 +108,7 @@ def test_as_exact_as_torch(
 
     def ours(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
         return self_attention(
-            x, weight, K, D, *(bias or [None]), *tables, cu_seqlens=cut(cuts), **more, backend="triton"
+            x, weight, K, D, *(bias or [None]), *tables, cu_seqlens=cut(cuts), **more, backend=backend
         )
 
     def composition(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
@@ -116,12 +117,16 @@ def test_as_exact_as_torch(
         return plain_projection(qkv, K, (), tuple(wide), cu_seqlens=cuts, **more)
 
     with fused(D, heads, E):
-        assert "Fused" in ours(*[each.requires_grad_() for each in given]).grad_fn.name()
-        assert_as_exact_as_torch(ours, composition, [each.detach() for each in given], (do,), 4)
+        with pytest.MonkeyPatch.context() as patch:
+            made: list[Tensor] = []
+            patch.setattr(SELF_ATTENTION, "_projected", lambda *given: made.append(PROJECTED(*given)) or made[-1])
+            assert_as_exact_as_torch(ours, composition, given, (do,), 4)
+        assert made
 
 
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_gradients_are_added_in_place(frozen: bool) -> None:
+def test_gradients_are_added_in_place(frozen: bool, backend: str) -> None:
     """Also through a checkpoint; a weight without a gradient gets none."""
     usable("triton")
     given = inputs((2, 5), torch.float32)
@@ -132,7 +137,7 @@ def test_gradients_are_added_in_place(frozen: bool) -> None:
     accumulate_in_place(leaves[1:3])
     with fused():
         for _ in range(2):
-            checkpoint(lambda *x: attend(*x, backend="triton"), *leaves, use_reentrant=False).backward(do)
+            checkpoint(lambda *x: attend(*x, backend=backend), *leaves, use_reentrant=False).backward(do)
     for e, leaf in zip(expected, wanted, strict=True):
         torch.testing.assert_close(leaf.grad, 2 * e, rtol=1e-4, atol=1e-4)
     assert not frozen or leaves[1].grad is None
