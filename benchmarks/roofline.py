@@ -216,9 +216,8 @@ def joined(kernel: Kernel, name: str, more: Amount) -> Kernel:
 
 
 def ours(*, fp8: bool = False, fused: bool = True) -> list[Kernel]:
-    """The kernels of spt_fast's step. Attention backward is Triton's, which includes rope's; PyTorch's has a kernel
-    more, and rope's is another. fused: with those kernels that are matmuls and more, which the tuner chooses where they
-    are faster; not in fp8."""
+    """The kernels of spt_fast's step. Attention backward is Triton's; PyTorch's has one more. fused: with those kernels
+    that are matmuls and more, which the tuner chooses where they are faster; not in fp8."""
 
     def linear(name: str, inputs: Amount, outputs: Amount, x: tuple[float, int], dy: tuple[float, int]) -> list[Kernel]:
         rows = product(name, inputs, outputs, fp8=fp8, dw_bytes=lambda s: s.added)
@@ -228,6 +227,7 @@ def ours(*, fp8: bool = False, fused: bool = True) -> list[Kernel]:
         *linear("qkv", lambda s: s.D, lambda s: s.E, x=BY_ROWS, dy=FOUND),
         Kernel("rope", "layer", "forward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
         *attention(backward_launches=2),
+        Kernel("rope backward", "layer", "backward", lambda s: 2.0 * s.N * (s.E + s.HQ)),
         *linear("out", lambda s: s.HQ, lambda s: s.D, x=FOUND, dy=BY_ROWS),
         Kernel("add and norm, two", "layer", "forward", lambda s: 16.0 * s.N * s.D, launches=2),
         Kernel("add and norm backward, two", "layer", "backward", lambda s: 16.0 * s.N * s.D + 2 * s.parts, launches=2),

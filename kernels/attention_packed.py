@@ -4,14 +4,12 @@
 
 Norm and rotation R (rotary.py) are optional. With separate ops, the backward pass would write dq, dk and dv, read dq
 and dk to rotate them back and write them elsewhere, and then copy all three side by side for the matmul: for bf16
-4·B·T·D·(H + K) + 4·B·T·D·(H + 2K) bytes after attention's own gradients. Here they are written where the matmul needs
-them. With norms, whose gradients need q and k as they were, dq and dk are rotated back in place, by one kernel:
-6·B·T·D·(H + K) bytes. Without norms:
+8·B·T·D·(H + K) + 4·B·T·D·(H + 2K) bytes after attention's own gradients. Here they are written where the matmul needs
+them, and dq and dk are rotated back in place: 4·B·T·D·(H + K) bytes, one kernel instead of two.
 
-triton          our kernels rotate dq and dk back before they round and write them, which needs no pass at all. Only
-                where a head is narrower than its block (attention_triton.rotates_back) are they rotated back in place,
-                for 4·B·T·D·(H + K) bytes.
-cpu             our kernel does the same for every head, and rotates queries and keys as it reads them.
+triton, cpu     our attention kernels accept the gradients' strides. Without QK-norm the CPU's kernel rotates queries
+and
+                keys as it reads them and their gradients as it writes them, which needs no pass at all.
 others          return gradients as three tensors: these are rotated back into the one, and v's is copied.
 
 Queries and keys are rotated into new memory, not in place: a checkpointed block may hold the projection, and norms need
@@ -135,15 +133,14 @@ def attention_backward(
     """(dqkv, the gradients of both weights); `where`: the visible keys, as in the backend's forward pass."""
     dqkv = qkv_BTSD.new_empty(qkv_BTSD.shape)
     gradients, inputs = split(dqkv, K), _inputs(qkv_BTSD, rotated, K)
-    at_once = q_weight is None and (backend == "cpu" or attention_triton.rotates_back(qkv_BTSD))
-    angles = (cos, sin) if at_once else (None, None)
     if backend == "triton":
         attention_triton.backward_into(
-            *gradients, do_BTHD, *inputs, o_BTHD, lse_BHT, where, cu_seqlens, True, window, scale, *angles
+            *gradients, do_BTHD, *inputs, o_BTHD, lse_BHT, where, cu_seqlens, True, window, scale
         )
     else:
+        angles = (cos, sin) if rotated is None else (None, None)
         attention_cpu.backward_into(*gradients, do_BTHD, *inputs, where, o_BTHD, lse_BHT, scale, *angles)
-    if at_once or cos is None or sin is None:
+    if rotated is None or cos is None or sin is None:
         return dqkv, _weights_gradients(dqkv)
     dq, dk, _ = gradients
     return dqkv, _rotate_back(dqkv, dq, dk, qkv_BTSD, q_weight, k_weight, cos, sin, K, eps, backend)

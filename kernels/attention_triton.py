@@ -20,24 +20,18 @@ be copied by Hopper's copy unit (TMA) instead of loads, and a program may take s
 grid), if the tuner finds it faster. The start and end of each position's document are computed once, on the device.
 Padding, past the last document, counts as the end of a row: it is never loaded.
 
-If queries and keys were rotated to their positions (rotary.py), the backward kernels can rotate dq and dk back before
-they round them, instead of a pass over both afterwards. Both numbers of a pair belong to one thread. Each head reads
-the tables again, 4·D bytes a position, from the cache.
-
 p is a power of 2: scale times log2(e) is multiplied into s, and lse is kept in base 2. Sums are in float32. Both
 operands of a matmul have the dtype of the inputs: p and ds are rounded to it.
 """
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spt_fast.kernels import rotary
 from spt_fast.kernels.backend import custom_op, differentiable, new_like, with_dense_rows
 from spt_fast.kernels.documents import spans as spans_of
 from spt_fast.kernels.launch import (
@@ -142,11 +136,8 @@ def backward_into(
     causal: bool,
     window: int | None,
     scale: float,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
 ) -> None:
-    """Writes the three gradients; the numbers of a head are contiguous, and dk has dv's strides. With cos and sin,
-    [T, D] or [B, T, D], q and k are rotated, and dq and dk are of what they were before; see `rotates_back`."""
+    """Writes the three gradients; the numbers of a head are contiguous, and dk has dv's strides."""
     do_BTHD, q_BTHD, k_BTKD, v_BTKD = with_dense_rows(do_BTHD, q_BTHD, k_BTKD, v_BTKD)
     B, T, H, _ = q_BTHD.shape
     K = k_BTKD.shape[2]
@@ -155,17 +146,17 @@ def backward_into(
         dv_BTKD.zero_()
         return
     delta_BHT = torch.empty_like(lse_BHT)
-    arguments = [*_documents_arguments(cu_seqlens, spans), *_tables_arguments(cos, sin)]
+    documents = _documents_arguments(cu_seqlens, spans)
     strides = [stride for x in (q_BTHD, k_BTKD, v_BTKD, do_BTHD) for stride in x.stride()[:3]]
     config = _launched("dq", q_BTHD)
     _dq_kernel[(-(-T // config["M"]) * B * H,)](
-        q_BTHD, k_BTKD, v_BTKD, o_BTHD, do_BTHD, lse_BHT, delta_BHT, dq_BTHD, *arguments,
+        q_BTHD, k_BTKD, v_BTKD, o_BTHD, do_BTHD, lse_BHT, delta_BHT, dq_BTHD, *documents,
         *strides, *dq_BTHD.stride()[:3],
         T, H, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, config),
     )  # fmt: skip
     config = _launched("dkv", q_BTHD)
     _dkv_kernel[(-(-T // config["N"]) * B * K,)](
-        q_BTHD, k_BTKD, v_BTKD, do_BTHD, lse_BHT, delta_BHT, dk_BTKD, dv_BTKD, *arguments,
+        q_BTHD, k_BTKD, v_BTKD, do_BTHD, lse_BHT, delta_BHT, dk_BTKD, dv_BTKD, *documents,
         *strides, *dk_BTKD.stride()[:3],
         T, K, H // K, window, scale, CAUSAL=causal, **_constants(q_BTHD, config),
     )  # fmt: skip
@@ -191,18 +182,6 @@ def _documents_arguments(cu_seqlens: Tensor | None, spans: Tensor | None) -> tup
     if cu_seqlens is None or spans is None:
         return None, None, None, 0
     return spans[0], spans[1], cu_seqlens.contiguous(), len(cu_seqlens) - 1
-
-
-def _tables_arguments(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | int | None, ...]:
-    if cos is None or sin is None:
-        return None, None, None
-    cos, sin = rotary.tables(cos, sin)
-    return cos, sin, rotary.table_step(cos)
-
-
-def rotates_back(q_BTHD: Tensor) -> bool:
-    """Whether the backward pass can rotate dq and dk back: if a head fills its block, whose halves are then its own."""
-    return q_BTHD.shape[-1] == _width(q_BTHD.shape[-1], q_BTHD.itemsize)
 
 
 # ------------------------------------------------------------------------------------------------ launches
@@ -233,7 +212,6 @@ def _config(
     N: int,
     warps: int,
     stages: int,
-    maxnreg: int | None = None,
     *,
     split: bool = False,
     tma: bool = False,
@@ -247,7 +225,7 @@ def _config(
         "dq": (("SPLIT", int(split)),),
         "dkv": (),
     }[kernel]
-    return Config((("M", M), ("N", N), *flags), warps, stages if FENCED or arch == 80 or tma else 1, maxnreg)
+    return Config((("M", M), ("N", N), *flags), warps, stages if FENCED or arch == 80 or tma else 1)
 
 
 def _fits_descriptor(x_BTKD: Tensor, width: int) -> bool:
@@ -300,20 +278,19 @@ HALF = {
     ("dq", 100): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
     ("dkv", 80): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
     ("dkv", 90): ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
-    ("dkv", 100): ((64, 128, 8, 2), (64, 64, 8, 2, 255), (32, 64, 8, 1)),
+    ("dkv", 100): ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
 }
-"""(M, N, warps, stages) for 2-byte numbers, by heads padded to 64, 128 and 256; a fifth is the limit of registers per
-thread where the assembler would spill for an occupancy that shared memory rules out. On Hopper and later at least 64
-each, since Triton has bugs with narrower tiles there; but dkv at 256 spills with more than 32. Forward at 64 has 128
+"""(M, N, warps, stages) for 2-byte numbers, by heads padded to 64, 128 and 256. On Hopper and later at least 64 each,
+since Triton has bugs with narrower tiles there; but dkv at 256 spills with more than 32. Forward at 64 has 128
 registers per thread on Hopper, so that two programs share a multiprocessor: one computes exponentials while the other
 multiplies."""
 
 FLOAT32 = {
     "forward": ((32, 32, 8, 2), (32, 16, 8, 2)),
-    "dq": ((32, 32, 4, 2), (32, 16, 8, 2, 255)),
+    "dq": ((32, 32, 4, 2), (32, 16, 8, 2)),
     "dkv": ((16, 32, 4, 2), (16, 16, 4, 2)),
 }
-"""For heads padded to at most 64, and for wider ones; dq for these would spill for a higher occupancy."""
+"""For heads padded to at most 64, and for wider ones."""
 
 CANDIDATES = {
     "forward": (
@@ -390,22 +367,6 @@ def _store(ptr, x, first, length, T, stride, ROWS: tl.constexpr, D: tl.constexpr
     ptr += tl.cast(first, tl.int64) * stride
     x = tl.where((first + rows < length)[:, None], x, 0.0).to(ptr.dtype.element_ty)
     tl.store(ptr + rows[:, None] * stride + columns[None, :], x, mask)
-
-
-@jit
-def _store_rotated_back(
-    ptr, x, cos_ptr, sin_ptr, starts_ptr, first, length, T, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """As _store, heads of WIDTH numbers rotated by the opposites of their positions' angles."""
-    HALF: tl.constexpr = WIDTH // 2
-    cos = _load(cos_ptr, first, T, WIDTH, ROWS, HALF, HALF).to(tl.float32)
-    sin = _load(sin_ptr, first, T, WIDTH, ROWS, HALF, HALF).to(tl.float32)
-    a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
-    rotated = tl.join(a * cos + b * sin, b * cos - a * sin)
-    x = tl.reshape(tl.permute(rotated, (0, 2, 1)), (ROWS, WIDTH))
-    if starts_ptr is not None:  # not first + rows < length: the compiler would keep that mask of a load, and spill
-        x = tl.where((tl.arange(0, ROWS) < length - first)[:, None], x, 0.0)
-    _store(ptr, x, first, T, T, stride, ROWS, WIDTH, WIDTH)
 
 
 @jit
@@ -593,7 +554,6 @@ def _add_dq(
 @jit_for_any_documents
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
-    cos_ptr, sin_ptr, table_b,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, dq_b, dq_t, dq_h,
     T, H, GROUP, window, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLIT: tl.constexpr,
@@ -641,20 +601,12 @@ def _dq_kernel(
             dq = _add_dq(
                 q, do, k_ptr, v_ptr, n, low, high, dq, lse, delta, True, length, k_t, v_t, scale_2, N, D, WIDTH
             )
-    dq_ptr += row_64 * dq_b + head_64 * dq_h
-    if cos_ptr is None:
-        _store(dq_ptr, dq * scale, first, length, T, dq_t, M, D, WIDTH)
-    else:
-        table = row_64 * table_b
-        _store_rotated_back(
-            dq_ptr, dq * scale, cos_ptr + table, sin_ptr + table, starts_ptr, first, length, T, dq_t, M, WIDTH
-        )
+    _store(dq_ptr + row_64 * dq_b + head_64 * dq_h, dq * scale, first, length, T, dq_t, M, D, WIDTH)
 
 
 @jit_for_any_documents
 def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, starts_ptr, ends_ptr, cu_seqlens_ptr, documents,
-    cos_ptr, sin_ptr, table_b,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, dk_b, dk_t, dk_h,
     T, K, GROUP, window, scale,
     CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -696,15 +648,8 @@ def _dkv_kernel(
         ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     of_block = row_64 * dk_b + kv_head_64 * dk_h
+    _store(dk_ptr + of_block, dk * scale, first, length, T, dk_t, N, D, WIDTH)
     _store(dv_ptr + of_block, dv, first, length, T, dk_t, N, D, WIDTH)
-    if cos_ptr is None:
-        _store(dk_ptr + of_block, dk * scale, first, length, T, dk_t, N, D, WIDTH)
-    else:
-        table = row_64 * table_b
-        _store_rotated_back(
-            dk_ptr + of_block, dk * scale, cos_ptr + table, sin_ptr + table, starts_ptr, first, length, T, dk_t,
-            N, WIDTH,
-        )  # fmt: skip
 
 
 KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}
@@ -712,7 +657,7 @@ KERNELS = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}
 
 def variants() -> list[Variant]:
     """Every kind of mask at head dimensions 64 and 128 in bf16, plain and documents at others; with and without grouped
-    queries; under a causal mask the gradients also rotated back, if the head allows it."""
+    queries."""
     found = []
     masks = [(True, kind) for kind in ("plain", "documents", "window", "both")]
     masks += [(False, kind) for kind in ("plain", "documents")]
@@ -724,15 +669,12 @@ def variants() -> list[Variant]:
     cases += [(D, "*fp32", "i32", *mask) for D in (64, 128) for mask in masks[:2]]
     others = ((32, "*bf16"), (32, "*fp32"), (128, "*fp16"))
     cases += [(D, dtype, "i32", True, "plain") for D, dtype in others]
-    for (D, dtype, group, causal, kind), rotated in itertools.product(cases, (False, True)):
+    for D, dtype, group, causal, kind in cases:
         absent = {"starts_ptr", "ends_ptr", "cu_seqlens_ptr"} if kind not in ("documents", "both") else set()
         absent |= {"window"} if kind not in ("window", "both") else set()
-        absent |= set() if rotated else {"cos_ptr", "sin_ptr", "table_b"}
         usually = dtype == "*bf16" and D in (64, 128) and (causal, kind) == (True, "documents")
         width = _width(D, DTYPES[dtype].itemsize)
         for name_of_kernel, kernel in KERNELS.items():
-            if rotated and (name_of_kernel == "forward" or not causal or width != D):
-                continue
             arguments = {}
             for name in kernel.arg_names:
                 if name in absent or (name.isupper() and name not in ("B", "T", "H", "K")):
@@ -740,7 +682,7 @@ def variants() -> list[Variant]:
                 arguments[name] = "i32:16" if name[-2:] in ("_b", "_t", "_h") else "i32"
                 if name.endswith("_ptr"):
                     arguments[name] = dtype
-                if name in ("lse_ptr", "delta_ptr", "cos_ptr", "sin_ptr"):
+                if name in ("lse_ptr", "delta_ptr"):
                     arguments[name] = "*fp32"
                 if name in ("starts_ptr", "ends_ptr", "cu_seqlens_ptr"):
                     arguments[name] = "*i32"
@@ -749,7 +691,7 @@ def variants() -> list[Variant]:
                 arguments["GROUP"] = "i32"
             for arch in (80, 90, 100):
                 shape = (name_of_kernel, width, DTYPES[dtype].itemsize, arch)
-                absences = {**dict.fromkeys(absent & {*kernel.arg_names}), **({"GROUP": 1} if group == 1 else {})}
+                absences = {**dict.fromkeys(absent), **({"GROUP": 1} if group == 1 else {})}
                 every = candidates(*shape) if causal and kind in ("plain", "documents") else [default(*shape)]
                 for config in every:
                     constants = absences | {"CAUSAL": causal, "D": D, "WIDTH": width, **dict(config.constants)}
@@ -757,7 +699,7 @@ def variants() -> list[Variant]:
                         continue
                     block = f"tensordesc<{dtype[1:]}[1, {config['N']}, 1, {width}]>"
                     described = dict.fromkeys(("k_ptr", "v_ptr"), block) if constants.get("TMA") else {}
-                    usual = usually and rotated == (name_of_kernel != "forward") and config == default(*shape)
+                    usual = usually and config == default(*shape)
                     found.append(
                         Variant(
                             kernel,
@@ -765,7 +707,6 @@ def variants() -> list[Variant]:
                             constants,
                             config.num_warps,
                             config.num_stages,
-                            config.maxnreg,
                             default=usual,
                             archs=(arch,),
                         )

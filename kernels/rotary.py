@@ -208,10 +208,10 @@ def rotate_into(
     arguments = (q_out, k_out, q_BTHD, k_BTHD)
     if q_weight is None or k_weight is None:
         function = {"reference": _reference_rope, "cpu": _cpu_rope, "triton": _triton_rope}[backend]
-        function(*arguments, *tables(cos, sin), inverse)
+        function(*arguments, *_tables(cos, sin), inverse)
     else:
         forward = {"reference": _reference_forward, "cpu": _cpu_forward, "triton": _triton_forward}[backend]
-        forward(*arguments, q_weight.contiguous(), k_weight.contiguous(), *tables(cos, sin), eps)
+        forward(*arguments, q_weight.contiguous(), k_weight.contiguous(), *_tables(cos, sin), eps)
 
 
 def backward_into(
@@ -232,11 +232,11 @@ def backward_into(
     Returns those of the weights, [2, D] in the wide dtype."""
     return {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}[backend](
         dq, dk, *with_dense_rows(dy_q, dy_k, q_BTHD, k_BTHD),
-        q_weight.contiguous(), k_weight.contiguous(), *tables(cos, sin), eps,
+        q_weight.contiguous(), k_weight.contiguous(), *_tables(cos, sin), eps,
     )  # fmt: skip
 
 
-def tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Both tables, contiguous and of one shape, [T, D] or [B, T, D]."""
     if cos.dim() != sin.dim():
         cos, sin = torch.broadcast_tensors(cos, sin)
@@ -515,7 +515,7 @@ def _programs(B: int, T: int, constants: dict[str, int]) -> int:
     return B * -(-T // constants["TOKENS"]) * constants["GROUPS"]
 
 
-def table_step(cos: Tensor) -> int:
+def _table_step(cos: Tensor) -> int:
     """Numbers from one row's table to the next row's."""
     return cos.stride(0) if cos.dim() == 3 else 0
 
@@ -537,7 +537,7 @@ def _triton_rotation(
     if B * T:
         _forward_kernel[(_programs(B, T, constants),)](
             q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, q_out, k_out,
-            *q_BTHD.stride()[:3], *k_BTHD.stride()[:3], q_out.stride(1), k_out.stride(1), table_step(cos),
+            *q_BTHD.stride()[:3], *k_BTHD.stride()[:3], q_out.stride(1), k_out.stride(1), _table_step(cos),
             T, Hq, Hk, D // 2, sign, eps, NORM=q_weight is not None, **constants, num_warps=warps,
         )  # fmt: skip
 
@@ -584,7 +584,7 @@ def _triton_backward(
     strides = (stride for x in (dy_q, dy_k, q_BTHD, k_BTHD) for stride in x.stride()[:3])
     _backward_kernel[(programs,)](
         dy_q, dy_k, q_BTHD, k_BTHD, q_weight, k_weight, cos, sin, dq, dk, dw,
-        *strides, dq.stride(1), dk.stride(1), table_step(cos), B, T, Hq, Hk, D // 2, eps,
+        *strides, dq.stride(1), dk.stride(1), _table_step(cos), B, T, Hq, Hk, D // 2, eps,
         **constants, num_warps=warps, maxnreg=_registers(constants, D // 2),
     )  # fmt: skip
     return dw.sum(0)

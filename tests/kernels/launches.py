@@ -58,7 +58,7 @@ def is_launched_by(variant: Variant, kernel: Any, launch: dict[str, Any], multip
         return False
     if (variant.num_stages, variant.maxnreg) != (launch.get("num_stages", 3), launch.get("maxnreg")):
         return False
-    odd = [launch[name] for name in multiples if variant.arguments.get(name) == "i32"]
+    odd = [launch[name] for name in multiples if variant.arguments[name] == "i32"]
     if odd and all(size % 16 == 0 for size in odd):
         return False
     return all(is_given(variant, name, launch) for name in kernel.arg_names)

@@ -14,7 +14,6 @@ from torch import Tensor
 from spt_fast.kernels import (
     attention,
     attention_cpu,
-    attention_packed,
     attention_triton,
     flash_attention,
     flash_attn,
@@ -460,55 +459,6 @@ def test_a_projection_as_exact_as_torch(backend: str, dtype: torch.dtype, kind: 
     )
 
 
-@pytest.mark.parametrize("dtype", [dtype for backend, dtype in BACKENDS_AND_DTYPES if backend == "triton"])
-@pytest.mark.parametrize(
-    ("D", "normalised", "per_row", "cuts", "window"),
-    [
-        (64, False, False, None, None),
-        (64, False, True, [0, 10, 46, 70], 9),
-        (64, True, False, None, None),
-        (72, False, False, None, None),
-    ],
-)
-@by_more_than_chance
-def test_rotated_back_as_exact_as_torch(
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: torch.dtype,
-    D: int,
-    normalised: bool,
-    per_row: bool,
-    cuts: list[int] | None,
-    window: int | None,
-) -> None:
-    """By the kernels that compute the gradients, but by a pass afterwards with norms or where a head is narrower than
-    its block. The tables are not of length 1, as YaRN's; the last block is not full, and documents end in padding."""
-    B, T, H, K = 2, 37, 2, 1
-    passes, rotate_back = [], attention_packed._rotate_back
-
-    def counted(*arguments: Any) -> Tensor:
-        passes.append(arguments)
-        return rotate_back(*arguments)
-
-    monkeypatch.setattr(attention_packed, "_rotate_back", counted)
-    qkv, upstream, *weights = random_tensors([(B, T, H + 2 * K, D), (B, T, H, D), *[(D,)] * (2 * normalised)], dtype)
-    tables = [1.25 * x for x in angles(T, D, torch.float32)]
-    if per_row:
-        tables = [torch.stack([x, x.flip(0)]) for x in tables]
-
-    def ours(qkv: Tensor, *weights: Tensor) -> Tensor:
-        both = dict(zip(("q_weight", "k_weight"), weights, strict=False))
-        return qkv_attention(qkv, K, *tables, **both, cu_seqlens=cut(cuts), window=window, backend="triton")
-
-    assert_as_exact_as_torch(
-        ours,
-        lambda qkv, *weights: plain_projection(qkv, K, weights, tuple(tables), cu_seqlens=cuts, window=window),
-        (qkv, *weights),
-        (upstream,),
-        ROUNDINGS["triton"],
-    )
-    assert bool(passes) == (normalised or D == 72)
-
-
 def test_a_projection_that_cannot_be_is_refused() -> None:
     qkv, cos = torch.zeros(1, 4, 6, 8), torch.zeros(4, 8)
     for kv_heads in (0, 3):
@@ -634,9 +584,6 @@ def test_every_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch)
                     q, k = (torch.zeros(2, 4, H, D, dtype=dtype) for H in heads)
                     o, lse, spans = attention_triton.attention(q, k, k, cu_seqlens, causal, seen, 0.1)
                     attention_triton._attention_backward(o, q, k, k, o, lse, spans, cu_seqlens, causal, seen, 0.1)
-                    if causal and attention_triton.rotates_back(q):
-                        saved = (o, q, k, k, o, lse, spans, cu_seqlens, causal, seen, 0.1)
-                        attention_triton.backward_into(q, k, k, *saved, *[torch.zeros(2, 4, D)] * 2)
 
 
 def test_no_number_of_documents_compiles_a_kernel_anew() -> None:
