@@ -68,7 +68,7 @@ def compile_for(variant: Variant, arch: int) -> Resources:
     said = _said("cuobjdump", "--dump-resource-usage", of=compiled.asm["cubin"])
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", said)}
     serialized = None
-    if "wgmma" in (ptx := compiled.asm["ptx"]):
+    if "wgmma.mma_async" in (ptx := compiled.asm["ptx"]):
         said = _said("ptxas", "-v", f"-arch=sm_{arch}a", "-o", os.devnull, of=ptx.encode())
         serialized = next(iter(re.findall(r"instructions are serialized due to (.*) in ", said)), None)
     return Resources(usage["REG"], usage["STACK"], compiled.metadata.shared, serialized)
