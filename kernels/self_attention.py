@@ -8,9 +8,8 @@ dimension; w [S·D, E].
 With separate ops (`linear`, `qkv_attention`) a GPU's kernel reads the projected queries and keys and writes them
 rotated, 4·N·D·(H + K) bytes for bf16, and both are kept for the backward pass. Without a norm in between, a matmul can
 rotate them as it ends: a pair of numbers to rotate together are D/2 columns apart in one tile. The kernel here does so,
-with a single rounding, and only its result is kept. persistent.py says when it is used. If attention is Triton's too,
-it rotates the gradients back; those of other backends take a pass for that, and one to put them side by side
-(attention_packed.py).
+with a single rounding, and only its result is kept. persistent.py says when it is used. The gradients are rotated back
+by a pass of their own, and those of other backends than Triton put side by side (attention_packed.py).
 """
 
 from __future__ import annotations
