@@ -277,13 +277,13 @@ HALF = {
     ("dq", 90): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
     ("dq", 100): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)),
     ("dkv", 80): ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
-    ("dkv", 90): ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 1)),
+    ("dkv", 90): ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
     ("dkv", 100): ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
 }
 """(M, N, warps, stages) for 2-byte numbers, by heads padded to 64, 128 and 256. On Hopper and later at least 64 each,
-since Triton has bugs with narrower tiles there; but dkv at 128 on Hopper and at 256 spills with more than 32 queries.
-Backward, 64 rows are for 4 warps on Hopper, except at 256, where nothing else fits: of 8, both halves compute all of
-one product and share another, and up to 128 the assembler lets each product wait for the last. Forward at 64 has 128
+since Triton has bugs with narrower tiles there; but dkv at 256 spills with more than 32. On Hopper dkv at 128 is right
+before it is fast: of 64 rows and 8 warps, both halves compute all of one product and share another, and the assembler
+lets each product wait for the last. With 32 queries none waits, which is for the tuner to check. Forward at 64 has 128
 registers per thread on Hopper, so that two programs share a multiprocessor: one computes exponentials while the other
 multiplies."""
 
@@ -305,7 +305,7 @@ CANDIDATES = {
         ((128, 64, 8, 3), (64, 64, 4, 2)),
         (),
     ),
-    "dkv": (((64, 128, 8, 3), (64, 64, 4, 2)), ((32, 128, 8, 3),), ()),
+    "dkv": (((64, 128, 8, 3), (64, 64, 4, 2)), ((32, 128, 8, 2), (32, 128, 8, 3)), ()),
 }
 """In addition to the defaults, on Hopper; none of them spills, and no product waits for the last."""
 

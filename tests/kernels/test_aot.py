@@ -28,10 +28,11 @@ def run_without_interpreter(*arguments: str) -> str:
 
 
 def test_default_kernels_compile_for_every_gpu() -> None:
-    """On Hopper so that no product waits for another. In a process of its own, since this one may have set Triton to
-    interpret. What the same compiler has made of the same source before is read from a cache."""
+    """On Hopper so that no product waits for another, except in dkv at head 128. In a process of its own, since this one
+    may have set Triton to interpret. What the same compiler has made of the same source before is read from a cache."""
     said = run_without_interpreter("-m", "tests.kernels.aot", "--default")
-    assert "serialized" not in said
+    waiting = [line for line in said.splitlines() if "serialized" in line]
+    assert all("_dkv_kernel" in line and " D=128 " in line for line in waiting), waiting
     compiled = Counter(re.findall(r"^sm_\d+ (\w+)\..* registers", said, re.MULTILINE))
     expected = {file: sum(len(variant.archs) for variant in variants_of(file) if variant.default) for file in FILES}
     assert compiled == {file: count for file, count in expected.items() if count}

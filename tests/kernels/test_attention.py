@@ -506,10 +506,12 @@ def test_on_hopper_tiles_are_64_and_copies_that_no_fence_follows_are_not_asynchr
             assert every[0] == attention_triton.default(kernel, width, 2, 90)
             copied = [config for config in every if not dict(config.constants).get("TMA")]
             assert fenced or {config.num_stages for config in copied} == {1}
-            if kernel != "dkv" or width == 64:
-                assert all(min(config["M"], config["N"]) >= 64 for config in every)
+            narrow = (kernel, width) == ("dkv", 128)
+            if (kernel, width) != ("dkv", 256):
+                assert all(min(config["M"], config["N"]) >= 64 for config in (every[:1] if narrow else every))
             if kernel != "forward" and width <= 128:  # 8 warps would compute the same 64 rows twice
-                assert all(config["M" if kernel == "dq" else "N"] == 16 * config.num_warps for config in every)
+                rows = [config["M" if kernel == "dq" else "N"] for config in every]
+                assert all(n == 16 * each.num_warps for n, each in list(zip(rows, every, strict=True))[int(narrow) :])
 
 
 def test_a_chosen_launch_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
