@@ -28,8 +28,8 @@ def run_without_interpreter(*arguments: str) -> str:
 
 
 def test_default_kernels_compile_for_every_gpu() -> None:
-    """On Hopper so that no product waits for another, except in dkv at head 128. In a process of its own, since this one
-    may have set Triton to interpret. What the same compiler has made of the same source before is read from a cache."""
+    """On Hopper no product waits for another, except in dkv at head 128. In a process of its own, since this one may
+    have set Triton to interpret. What the same compiler has made of the same source before is read from a cache."""
     said = run_without_interpreter("-m", "tests.kernels.aot", "--default")
     waiting = [line for line in said.splitlines() if "serialized" in line]
     assert all("_dkv_kernel" in line and " D=128 " in line for line in waiting), waiting
