@@ -36,7 +36,7 @@ from spt_fast.errors import CheckpointError, cut, invalid
 from spt_fast.files import is_temporary, sync, with_usual_mode, write_text
 from spt_fast.model.stored import Stored, contents, fill
 from spt_fast.printing import as_json
-from spt_fast.train.folder import CHECKPOINT, listed
+from spt_fast.train.folder import CHECKPOINT, listed, own_hash
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.world import ALONE, World
 
@@ -160,7 +160,7 @@ class Writer:
     def _complete(self, name: str, files: Mapping[str, Any], best: bool) -> None:
         temporary, final = self._temporary(name), self._folder / name
         manifest = {"format": FORMAT, "name": name, "files": dict(sorted(files.items()))}
-        text = json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1)
+        text = json.dumps({**manifest, "sha256": own_hash(manifest)}, indent=1)
         (temporary / "manifest.json").write_text(text, encoding="utf-8")
         sync(temporary / "manifest.json")
         sync(temporary)
@@ -217,7 +217,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         stated = manifest.pop("sha256", None)
-        if stated != _own_hash(manifest):
+        if stated != own_hash(manifest):
             raise CheckpointError(f"{path}: manifest.json does not match its own hash")
         if manifest["format"] != FORMAT:
             known = f"this version of spt_fast reads format {FORMAT}; use the version that wrote it"
@@ -301,7 +301,3 @@ def _steps(path: Path) -> int:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _own_hash(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

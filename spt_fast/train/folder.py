@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,20 @@ def listed(folder: Path) -> list[Path]:
         return []
 
 
+def own_hash(manifest: Mapping[str, Any]) -> str:
+    """Of a checkpoint's manifest, without the hash that it states."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint was written here, damaged ones included; a renamed copy doesn't count."""
+    """Whether a checkpoint was written here, damaged ones included; a renamed copy doesn't count. A name that only
+    damage changed isn't a copy's."""
     if not CHECKPOINT.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         return False
     try:
-        return json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("name", path.name) == path.name
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        renamed = manifest.get("name", path.name) != path.name
+        return not (renamed and manifest.pop("sha256", None) == own_hash(manifest))
     except (OSError, ValueError, AttributeError, RecursionError):
         return True
 

@@ -120,6 +120,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: replace(p / "manifest.json", '"format": 2', '"format": 3'),
         "does not match its own hash",
     ),
+    "its name": (lambda p: replace(p / "manifest.json", NAMES[2], NAMES[1]), "does not match its own hash"),
     "swapped": (
         lambda p: (p / "state.json").write_bytes((p / "manifest.json").read_bytes()),
         "state.json",
@@ -154,7 +155,7 @@ def test_a_manifest_that_does_not_cover_its_own_folder_is_refused(tmp_path: Path
     facts = manifest["files"].pop("state.json")
     if elsewhere is not None:
         manifest["files"] |= {"state.json": facts, elsewhere.format(absolute=path / "state.json"): facts}
-    fitting = checkpoint._own_hash(manifest)
+    fitting = checkpoint.own_hash(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": fitting}))
     with pytest.raises(CheckpointError, match=r"lists no state\.json|is outside this folder"):
         checkpoint.read(path)
@@ -165,7 +166,7 @@ def test_a_checkpoint_of_another_format_is_refused_by_name_and_not_skipped(tmp_p
     path = write(tmp_path, NAMES[1], 1) / "manifest.json"
     manifest = json.loads(path.read_text()) | {"format": 3}
     del manifest["sha256"]
-    path.write_text(json.dumps(manifest | {"sha256": checkpoint._own_hash(manifest)}))
+    path.write_text(json.dumps(manifest | {"sha256": checkpoint.own_hash(manifest)}))
     with pytest.raises(CheckpointError, match=r"manifest\.json: format: 3 is invalid: .* reads format 2"):
         checkpoint.newest(tmp_path)
 
