@@ -14,6 +14,7 @@ from spt_fast.files import write_text
 from spt_fast.kernels.tuner import describe, tune
 from spt_fast.train.precision import pick_dtype
 from spt_fast.train.tuning import asked_of
+from spt_fast.train.world import pick_device
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
     parser.add_argument("--json", type=Path, help="also write the results here, after every op")
     options = parser.parse_args()
-    device = torch.device("cpu" if options.dry else "cuda")
+    device = torch.device("cpu") if options.dry else pick_device()
     (config,) = shapes(device, [options.preset], dry=options.dry)
     asked = asked_of(
         config,

@@ -65,7 +65,7 @@ def judge(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
     question = Question(**request["question"])
     device, dtype = torch.device(question.device), getattr(torch, question.dtype)
     if device.type == "cuda":
-        torch.cuda.set_device(device if device.index is not None else 0)
+        torch.cuda.set_device(device)
     torch.set_num_threads(request["threads"])
     if question.deterministic:
         torch.use_deterministic_algorithms(True)
