@@ -426,7 +426,7 @@ _FP8_LINEAR = Op(
     "fp8_linear",
     {
         "cuda": {
-            "triton": "quantised in Triton, multiplied by torch._scaled_mm: a 1b step 1.3 times as fast as in bf16 (H200)",
+            "triton": "quantised in Triton, multiplied by torch._scaled_mm: a 1b step is 1.3 times bf16 (H200)",
             "reference": "float32 matmuls of fp8 values, for GPUs without fp8",
         },
         "cpu": {"reference": "float32 matmuls of fp8 values: the same errors, no speed"},
