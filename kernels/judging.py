@@ -1,7 +1,8 @@
 """Correctness and time of an op's candidates: the work of the tuner's child processes.
 
 A candidate is correct if its error, against float64, is at most twice that of PyTorch's ops of the same dtype, and if
-two runs give the same bits. Correct ones are timed in turns, forward and with the backward pass.
+two runs give the same bits. Correct ones are timed in turns, forward and with the backward pass: on a GPU its own time,
+whatever the host takes to launch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from spt_fast.kernels import flash_attn
 from spt_fast.kernels.backend import Candidate, install
-from spt_fast.kernels.measured import medians
+from spt_fast.kernels.measured import Clock, gpu_seconds, host_seconds, medians
 
 NOT_REACHED = "was not reached in time"
 TIMING_SHARE = 0.25
@@ -92,14 +93,14 @@ def judge(request: Mapping[str, Any], tell: Callable[..., None]) -> None:
         else:
             passed.append(i)
     rivals: list[Callable[[], object]] = []
-    times = []
+    times, clock = [], gpu_seconds if device.type == "cuda" else host_seconds
     for i in passed:
         tell(at=i)
-        both, repeated = _rivals(question.op, whole, candidates[i], device)
+        both, repeated = _rivals(question.op, whole, candidates[i], clock)
         rivals += both
         times.append(repeated)
     tell(at=None)
-    taken = medians(rivals, rounds=ROUNDS, seconds=max(0.1, request["ends"] - time.monotonic()))
+    taken = medians(rivals, rounds=ROUNDS, seconds=max(0.1, request["ends"] - time.monotonic()), clock=clock)
     for i, repeated, forward, step in zip(passed, times, taken[::2], taken[1::2], strict=True):
         tell(seconds=[[i, [forward / repeated, max(0.0, step - forward) / repeated]]])
 
@@ -160,9 +161,7 @@ def unstable(op: str, trial: Trial, candidate: Candidate, strict: bool) -> str |
     return None
 
 
-def _rivals(
-    op: str, trial: Trial, candidate: Candidate, device: torch.device
-) -> tuple[list[Callable[[], object]], int]:
+def _rivals(op: str, trial: Trial, candidate: Candidate, clock: Clock) -> tuple[list[Callable[[], object]], int]:
     """The timed functions, the forward pass and both passes, and how many times each runs."""
     given = [x.detach().requires_grad_(n < trial.gradients) for n, x in enumerate(trial.inputs)]
     leaves = given[: trial.gradients]
@@ -173,15 +172,12 @@ def _rivals(
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             torch.autograd.grad(outputs, leaves, [y.detach() for y in outputs])
 
-    def several(backward: bool, times: int) -> float:
-        began = time.perf_counter()
+    def several(backward: bool, times: int) -> None:
         install({op: candidate})
         for _ in range(times):
             once(backward)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - began) / times
 
-    several(True, 1)
-    times = max(1, round(REPEATED_S / several(True, 2)))
+    clock(partial(several, True, 1))
+    twice = host_seconds(lambda: clock(partial(several, True, 2)))
+    times = max(1, round(2 * REPEATED_S / twice))
     return [partial(several, backward, times) for backward in (False, True)], times

@@ -15,7 +15,7 @@ import torch
 
 from spt_fast import kernels
 from spt_fast.errors import SptWarning
-from spt_fast.kernels import child, judging, launch, tuner
+from spt_fast.kernels import child, judging, launch, measured, tuner
 from spt_fast.kernels.backend import OPS, Candidate, install
 from spt_fast.kernels.judging import Question
 from spt_fast.kernels.launch import Config
@@ -95,6 +95,30 @@ def test_the_default_stays_unless_it_is_beaten_clearly_or_broken(tmp_path: Path)
     assert answer("errs", 5.0, 2.0) == {"chosen": "c2", "said": ["double: c0 errs; c2 is used"]}
     with pytest.raises(tuner.Undecided, match="c0 errs; c1 raises"):
         answer("errs", "raises")
+
+
+def test_a_gpu_is_timed_while_it_is_kept_busy_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the time of a short op is that of its launches."""
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("record")
+
+        def synchronize(self) -> None:
+            order.append("synchronize")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.5  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    taken = measured.medians([lambda: order.append("work")], rounds=1, seconds=0, clock=measured.gpu_seconds)
+    assert taken == [0.0025]
+    assert order == ["sleep", "record", "work", "record", "synchronize"]
 
 
 def test_records_hold_for_what_they_were_measured_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
