@@ -8,8 +8,7 @@ and dk to rotate them back and write them elsewhere, and then copy all three sid
 them, and dq and dk are rotated back in place: 4·B·T·D·(H + K) bytes, one kernel instead of two.
 
 triton, cpu     our attention kernels accept the gradients' strides. Without QK-norm the CPU's kernel rotates queries
-and
-                keys as it reads them and their gradients as it writes them, which needs no pass at all.
+                and keys as it reads them and their gradients as it writes them, which needs no pass at all.
 others          return gradients as three tensors: these are rotated back into the one, and v's is copied.
 
 Queries and keys are rotated into new memory, not in place: a checkpointed block may hold the projection, and norms need
@@ -107,8 +106,23 @@ def rotation_backward(
     """(dqkv, the gradients of both weights); qkv is needed with weights."""
     dqkv, _ = _side_by_side(dq, dk, dv)
     K = dv.shape[2]
-    split(dqkv, K)[2].copy_(dv)
+    copy_heads(split(dqkv, K)[2], dv)
     return dqkv, _rotate_back(dqkv, dq, dk, qkv_BTSD, q_weight, k_weight, cos, sin, K, eps, backend)
+
+
+WIDEST = torch.complex128
+"""The dtype with the largest numbers, 16 bytes."""
+
+
+def copy_heads(into_BTHD: Tensor, x_BTHD: Tensor) -> None:
+    """Copies to a tensor in which only positions may have gaps between them, 16 bytes at a time where all heads of a
+    position are whole numbers of them. PyTorch copies tensors with gaps number by number: bf16 at 1.5 TB/s on an H200
+    with 4.2."""
+    pair = [x.flatten(2) for x in (into_BTHD, x_BTHD)]
+    sizes = [size for x in pair for size in (x.shape[2], x.storage_offset(), *x.stride()[:2])]
+    if all(size * into_BTHD.itemsize % WIDEST.itemsize == 0 for size in sizes):
+        pair = [x.view(WIDEST) for x in pair]
+    pair[0].copy_(pair[1])
 
 
 @custom_op("qkv_attention_backward", lambda qkv_BTSD, *_: (*new_like(qkv_BTSD), _weights_gradients(qkv_BTSD)))

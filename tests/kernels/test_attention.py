@@ -20,6 +20,7 @@ from spt_fast.kernels import (
     launch,
     qkv_attention,
 )
+from spt_fast.kernels.attention_packed import copy_heads
 from tests.kernels.compare import (
     DEVICE,
     assert_as_exact_as_torch,
@@ -457,6 +458,22 @@ def test_a_projection_as_exact_as_torch(backend: str, dtype: torch.dtype, kind: 
         (upstream,),
         ROUNDINGS.get(backend, 4),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("B", "T", "K", "D"), [(2, 5, 3, 8), (2, 5, 1, 2), (1, 1, 2, 64), (3, 0, 2, 8), (2, 3, 2, 3)])
+def test_value_gradients_are_copied_into_their_place_whatever_their_width(
+    B: int, T: int, K: int, D: int, dtype: torch.dtype
+) -> None:
+    for first in (0, 1, 2 * D):  # of the numbers before them: aligned to 16 bytes or not
+        packed = torch.zeros(B, T, first + K * D + 8, dtype=dtype, device=DEVICE)
+        (x,) = random_tensors([(B, T, K, D)], dtype)
+        for given in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+            packed.zero_()
+            copy_heads(packed[..., first : first + K * D].unflatten(2, (K, D)), given)
+            expected = torch.zeros_like(packed)
+            expected[..., first : first + K * D] = x.reshape(B, T, K * D)
+            assert torch.equal(packed, expected)
 
 
 def test_a_projection_that_cannot_be_is_refused() -> None:
