@@ -215,8 +215,9 @@ WIDEST = 8192
 """Columns of the widest rows whose x, dy, weight and weight gradient fit in a program's registers at once."""
 
 
-def _config(kernel: str, D: int, dtype: torch.dtype, tile: float = 1, warp: float = 1) -> Config:
-    """The launch of a kernel, "forward" or "backward"; tile and warp: factors of the usual numbers and bytes."""
+def _config(kernel: str, D: int, dtype: torch.dtype, tile: float = 1, warp: float = 1, ahead: int = 0) -> Config:
+    """The launch of a kernel, "forward" or "backward"; tile and warp: factors of the usual numbers and bytes; ahead:
+    how many tiles "backward" requests before it needs them."""
     numbers, warp_bytes = {"forward": (FORWARD_TILE, FORWARD_WARP), "backward": (BACKWARD_TILE, BACKWARD_WARP)}[kernel]
     columns = next_power_of_2(D)
     rows = max(1, min(16, int(tile * numbers) // columns))
@@ -226,12 +227,14 @@ def _config(kernel: str, D: int, dtype: torch.dtype, tile: float = 1, warp: floa
     warps *= 2 if D % 16 else 1  # numbers are loaded one by one, which needs more registers
     # With few numbers per thread the assembler aims at a high occupancy and spills some.
     maxnreg = 64 if rows * columns <= 8 * 32 * warps else None
-    return Config((("ROWS", rows), ("COLUMNS", columns)), warps, maxnreg=maxnreg)
+    return Config((("ROWS", rows), ("COLUMNS", columns), ("STAGES", 1 + ahead)), warps, maxnreg=maxnreg)
 
 
 def candidates(kernel: str, D: int, dtype: torch.dtype) -> list[Config]:
     """The launches to measure, the default first."""
-    sizes = [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.5), (1.0, 2.0)]
+    sizes = [(1.0, 1.0, 0), (0.5, 1.0, 0), (2.0, 1.0, 0), (1.0, 0.5, 0), (1.0, 2.0, 0)]
+    if kernel == "backward":
+        sizes += [(1.0, 1.0, 1), (1.0, 1.0, 2), (0.5, 1.0, 2)]
     usual = D <= WIDEST and D % 16 == 0
     return list(dict.fromkeys(_config(kernel, D, dtype, *size) for size in sizes[: None if usual else 1]))
 
@@ -284,14 +287,14 @@ def _load(ptr, offsets, mask, AGAIN: tl.constexpr = False):
 def _backward_kernel(
     dy_ptr, dstream_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr, amax_ptr, N, D,
     HAS_DSTREAM: tl.constexpr, TWICE: tl.constexpr, AMAX: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """TWICE: rows are read again after their projection is known, not held. ADD: to the values already in dw."""
     columns = tl.arange(0, COLUMNS)
     if not TWICE:
         weight = _load(weight_ptr, columns, columns < D)[None, :]
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         mask = (rows < N)[:, None] & (columns < D)[None, :]
         offsets = rows[:, None] * D + columns[None, :]
