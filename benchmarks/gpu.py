@@ -4,10 +4,10 @@
 
 check     attention and every op at the presets' shapes: at most twice the error of PyTorch's ops in the same dtype, the
           same bits twice; attention under compute-sanitizer, if there is one
-profile   where a step of ours spends its time at 124m, 350m and 1b, with MFU
-plain     the step of a compiled plain GPT beside ours, round by round
+tuner     its choices for the ops of a step at 124m, 350m and 1b
+profile   where a step of ours with these choices spends its time, with MFU
+plain     the step of a compiled plain GPT beside ours, with these choices and by default, round by round
 graphs    10m, with and without CUDA graphs
-tuner     its choices for attention, the loss and the feed-forward layer
 memory    the memory-bound ops, against a copy, on cold caches
 fp8       1b in fp8 against bf16
 more      the plain GPT at 350m and 1b, which don't fit in one command's time
@@ -69,6 +69,9 @@ OPS = (
     "cross_entropy",
     "fp8",
 )
+PRESETS = ("124m", "350m", "1b")
+CHOSEN = ("--tune", "10")
+"""With the choices of the tuner's stage: the seconds are for what it did not reach."""
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """So that all contenders leave memory blocks of the same form in the cache."""
 PR_SET_PDEATHSIG = 1
@@ -105,13 +108,13 @@ def items(*, dry: bool) -> list[Item]:
     return [
         _check("attention", 100, "--dry", name="attention, sanitizer", before=sanitizer, environment=whole),
         *(_check(op, 60) for op in ("attention", *OPS)),
-        *(_profile(preset, 35) for preset in ("124m", "350m", "1b")),
+        *(_tuner(preset, 55) for preset in PRESETS),
+        *(_profile(preset, 40, *CHOSEN) for preset in PRESETS),
         _plain("124m", 80, stage="plain"),
         _trained("graphs", "10m", 45, "--graphs"),
-        Item("tuner", "tuner 124m", 60, ["benchmarks.tune_ops", *_planned(60), "--preset", "124m"], _tuned),
         *(_memory(op, 20) for op in ("norm", "activation", "rotary", "embedding", "adamw")),
         _trained("fp8", "1b", 60, "--fp8", "--batch", "8"),
-        *(_plain(preset, 120, stage="more") for preset in ("350m", "1b")),
+        *(_plain(preset, 120, stage="more") for preset in PRESETS[1:]),
     ]
 
 
@@ -143,8 +146,14 @@ def _profile(preset: str, seconds: float, *more: str) -> Item:
     return Item("profile", f"profile {preset}", seconds, command, _profiled)
 
 
+def _tuner(preset: str, seconds: float) -> Item:
+    command = ["benchmarks.tune_ops", *_planned(seconds), "--preset", preset]
+    return Item("tuner", f"tuner {preset}", seconds, command, _tuned)
+
+
 def _plain(preset: str, seconds: float, *, stage: str) -> Item:
-    return _trained(stage, preset, seconds, "--sides", "plain, compiled", name=f"plain {preset}")
+    sides = ("--sides", "ours by default", "plain, compiled")
+    return _trained(stage, preset, seconds, *CHOSEN, *sides, name=f"plain {preset}")
 
 
 def _trained(stage: str, preset: str, seconds: float, *more: str, name: str = "") -> Item:

@@ -1,6 +1,6 @@
 """Where a training step of ours spends its time on a GPU, kernel by kernel, with the prediction of benchmarks.roofline.
 
-    python -m benchmarks.profile_step [--preset 124m] [--batch B] [--seconds 30] [--dry] [--json FILE]
+    python -m benchmarks.profile_step [--preset 124m] [--batch B] [--seconds 30] [--tune SECONDS] [--dry] [--json FILE]
 
 First some steps are timed, which give the MFU, then two more run under torch.profiler. A kernel's time is the device's;
 the step's is from the first kernel to the last, so the difference is time in which the GPU waited.
@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=CONTEXTS, default="124m")
     parser.add_argument("--batch", type=int, help="sequences in a step; the first one to try")
     parser.add_argument("--seconds", type=float, default=30.0, help="for the timed steps")
+    parser.add_argument("--tune", type=float, default=0.0, help="seconds for the tuner to choose the kernels")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny: runs every line, measures nothing")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
@@ -53,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokens.bin"
         write_tokens(file, config.vocab_size)
-        side = trial.built("ours", build, file)
+        side = trial.built("ours", partial(build, tune_seconds=options.tune), file)
         if side.step is None:
             raise SystemExit(side.problem)
         report = {"machine": machine("torch", "triton"), **timed(side, trial, options.preset)}

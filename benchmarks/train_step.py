@@ -1,7 +1,7 @@
 """Tokens per second of our whole training step against PyTorch and Hugging Face models of equal shape, in one run.
 
     python -m benchmarks.train_step [--preset 124m …] [--rounds 7] [--steps 3] [--no-compile | --fp8 | --graphs]
-        [--sides "plain, compiled" …] [--dry] [--json FILE]
+        [--tune SECONDS] [--sides "plain, compiled" …] [--dry] [--json FILE]
 
 All sides read the same file of token ids and do everything that a step needs: data, forward, backward, clipping to
 norm 1, AdamW; losses are read one step late.
@@ -11,6 +11,7 @@ ours          the trainer's own loader, engine and optimizer: bf16 parameters, f
 plain         a typical user's code (nanoGPT with RMSNorm, RoPE and SwiGLU): float32 parameters, bf16 autocast, SDPA,
               fused torch.optim.AdamW, windows at random offsets of a memory map; with and without torch.compile; on a
               CPU also compiled in bf16 only and in float32 only, and ours is compared with the fastest of them
+              --tune: ours with the kernels that the tuner chooses, as a run has them, and "ours by default" beside it
 ours in fp8   the same, the blocks' wide products in fp8; --fp8 measures only it and ours, --graphs only steps with and
               without CUDA graphs
 Hugging Face  its Llama with Liger's kernels patched in (fused loss, norms, RoPE, SwiGLU), else as plain, not compiled
@@ -54,6 +55,8 @@ from spt_fast.data.ring import Ring
 from spt_fast.data.shards import TokenDataset
 from spt_fast.files import write_text
 from spt_fast.kernels import keep_freed_memory
+from spt_fast.kernels.backend import install
+from spt_fast.kernels.tuner import chosen, tune
 from spt_fast.model import gpt
 from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -61,6 +64,7 @@ from spt_fast.optimizers import AdamW
 from spt_fast.train.local import LocalEngine
 from spt_fast.train.precision import pick_dtype
 from spt_fast.train.snapshot import weights_of
+from spt_fast.train.tuning import asked_of
 
 LR, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 FILE_TOKENS = 4_000_000
@@ -98,6 +102,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (compiling takes a minute)")
     parser.add_argument("--fp8", action="store_true", help="ours in bf16 and in fp8, nothing else")
     parser.add_argument("--graphs", action="store_true", help="ours recorded as CUDA graphs and not, nothing else")
+    parser.add_argument("--tune", type=float, default=0.0, help="seconds for the tuner to choose ours' kernels")
     parser.add_argument("--sides", nargs="+", help="beside ours only these (default all)")
     parser.add_argument(
         "--dry", action="store_true", help="what a GPU would run, tiny: runs every line, measures nothing"
@@ -122,6 +127,8 @@ def main() -> None:
             sides = {"ours": ours, "ours in fp8": partial(ours, fp8=True)}
         if options.graphs:
             sides = {"ours": partial(ours, graphs=True), "ours without graphs": partial(ours, graphs=False)}
+        if options.tune:
+            sides = sides | {"ours": partial(ours, tune_seconds=options.tune), "ours by default": ours}
         if options.sides:
             sides = {name: side for name, side in sides.items() if name in ("ours", *options.sides)}
         trial = Trial(config, device, batch, options.rounds, options.steps, options.seconds)
@@ -368,8 +375,15 @@ def ours(
     fp8: bool = False,
     graphs: bool | str = "auto",
     precision: str = "auto",
+    tune_seconds: float = 0.0,
 ) -> Step:
-    """A step of the trainer itself; graphs: as `engine.cuda_graphs`."""
+    """A step of the trainer itself; graphs: as `engine.cuda_graphs`; tune_seconds: for the tuner, 0 for the default
+    kernels."""
+    dtype, kernels = pick_dtype(precision, device), {}
+    if tune_seconds:
+        batches = {"sequences": batch, "context": config.context, "documents": False}
+        questions = asked_of(config, dtype, device, **batches, deterministic=False, fp8=fp8)
+        kernels = chosen(tune(questions, seconds=tune_seconds))
     dataset = TokenDataset.open(file, dtype="uint16")
     order = SampleOrder(
         mixture=Mixture({"text": 1}),
@@ -391,14 +405,13 @@ def ours(
     model = GPT(config)
     model.fp8 = fp8
     on_gpu = device.type == "cuda"
-    engine = LocalEngine(
-        model, device=device, dtype=pick_dtype(precision, device), cuda_graphs=graphs if on_gpu else False
-    )
+    engine = LocalEngine(model, device=device, dtype=dtype, cuda_graphs=graphs if on_gpu else False)
     optimizer = AdamW(lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, clip=CLIP)
     engine.begin(Phase(name="step", tokens=1, mixture={}, optimizer=optimizer), weights_of(model))
     steps = iter(loader)
 
     def step() -> Callable[[], float]:
+        install(kernels)  # another side may have had others
         _, micro_batches = next(steps)
         result = engine.step(micro_batches, LR, lambda: False)
         assert result is not None

@@ -1,4 +1,4 @@
-"""The tuner's choices for single ops at a preset's shapes: python -m benchmarks.tune_ops [--help]"""
+"""The tuner's choices for the ops of a step at a preset's shapes: python -m benchmarks.tune_ops [--help]"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.train_step import CONTEXTS, MICRO_TOKENS, shapes
 from spt_fast.files import write_text
+from spt_fast.kernels.backend import Candidate
 from spt_fast.kernels.tuner import describe, tune
 from spt_fast.train.precision import pick_dtype
 from spt_fast.train.tuning import asked_of
@@ -20,8 +21,7 @@ from spt_fast.train.world import pick_device
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=CONTEXTS, default="124m")
-    ops = ["self_attention", "linear_cross_entropy", "swiglu_mlp"]
-    parser.add_argument("--ops", nargs="+", default=ops)
+    parser.add_argument("--ops", nargs="+", help="only these")
     parser.add_argument("--seconds", type=float, default=60.0, help="for all of them")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
     parser.add_argument("--json", type=Path, help="also write the results here, after every op")
@@ -38,12 +38,13 @@ def main() -> None:
         deterministic=False,
     )
     ends, records, notes = time.monotonic() + options.seconds, {}, []
-    chosen = [question for question in asked if question.op in options.ops]
+    chosen = [question for question in asked if question.op in (options.ops or [question.op])]
     for number, question in enumerate(chosen):
         seconds = (ends - time.monotonic()) / (len(chosen) - number)
         records |= tune([question], seconds=seconds, say=notes.append)
         if question.op in records:
-            notes.append(f"{question.op}: {records[question.op]['chosen']}: {describe(records[question.op])}")
+            record = records[question.op]
+            notes.append(f"{question.op}: {Candidate.read(record['chosen'])}: {describe(record)}")
         print("\n".join(map(str, notes[-1:])), flush=True)
         if options.json:
             write_text(options.json, json.dumps({"records": records, "notes": notes}, indent=1) + "\n")
