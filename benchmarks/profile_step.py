@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.kernels.harness import quartiles
 from benchmarks.machine import machine
-from benchmarks.roofline import GEMM_TFLOPS, Ceilings, Shape, Step, ours
+from benchmarks.roofline import MEMORY_TBS, RATES, Ceilings, Shape, Step, ours
 from benchmarks.train_step import CONTEXTS, MICRO_TOKENS, Side, Trial, seconds_of, shapes, write_tokens
 from benchmarks.train_step import ours as build
 from spt_fast.files import write_text
@@ -89,7 +89,9 @@ def timed(side: Side, trial: Trial, preset: str) -> dict[str, Any]:
 
 
 def predicted(config: GPTConfig, tokens: int, preset: str) -> dict[str, float]:
-    step = Step.of("ours", ours(), Shape(config, tokens), Ceilings(1e12 * GEMM_TFLOPS[preset]))
+    """On an H200, with separate kernels."""
+    ceilings = Ceilings(RATES[preset], 1e12 * MEMORY_TBS["H200"])
+    step = Step.of("ours", ours(fused=False), Shape(config, tokens), ceilings)
     return {"device_ms": 1e3 * step.seconds, "mfu": step.mfu, "launches": sum(row.launches for row in step.rows)}
 
 

@@ -1,25 +1,22 @@
 """The least cost of a training step on a GPU, kernel by kernel: launches, bytes, FLOPs, and the resulting MFU.
 
-    python -m benchmarks.roofline [--preset 10m 124m 350m 1b] [--gemm TFLOP/s] [--memory TB/s] [--host µs]
-        [--tokens 32768] [--micro 1] [--graphs] [--kernels] [--json FILE]
+    python -m benchmarks.roofline [--gpu H100 H200] [--preset 10m 124m 350m 1b] [--gemm TFLOP/s] [--memory TB/s]
+        [--attention SHARE] [--host µs] [--tokens 32768] [--micro 1] [--graphs] [--kernels] [--json FILE]
 
-Nothing is measured: every figure is predicted, from three ceilings.
+Every figure is predicted, from ceilings that one H200 reached in steps of ours at the same shapes
+(results/2026-11-29-nvidia-h200.json). An H100 has the same multiprocessors, so the same rates, but slower memory.
 
-products   560, 620 and 690 TFLOP/s at the shapes of 124m, 350m and 1b, 350 at those of 10m, in bf16. Of an H100's 989,
-           a large product reaches some 800 on real data (nanochat's and llm.c's logs); narrow ones less.
-           In fp8 1.41 times that: 1126 with a scale for each row, by FBGEMM, where bf16 has 800. Triton's products
-           with more in them 0.95 times that: 0.92 to 1.04 are public (kernels/persistent.py).
-memory     2.7 TB/s for passes over numbers, of 3.35: a copy reaches 3.0, Liger's and QuACK's norms 2.3 to 2.9.
+products   731, 723 and 711 TFLOP/s at the shapes of 124m, 350m and 1b, in bf16, of 989; at those of 10m 350 is assumed.
+           In fp8 1.9 times that: with it a step at 1b takes the time that was measured. Triton's products with more in
+           them 0.95 times that, an assumption: 0.92 to 1.04 are public (kernels/persistent.py).
+attention  cuDNN's, causal: 302 TFLOP/s forward and 229 backward at 1K positions and head 64, 354 and 279 at 2K, 490 and
+           353 at 2K and head 128. Its FLOPs count the pairs that the mask leaves, half of all. All sides have the same.
+memory     3.6 TB/s for passes over numbers, 85% of what a copy reaches; on an H100, where a copy reaches 3.0, 2.55.
 host       42 µs a launch of ours, 1.3 ms for a layer of 31; a tenth of that for a compiled step. With graphs 0.
 
 A kernel takes the longer of its bytes over the memory's rate and its FLOPs over the products', plus 2 µs for its start
-and end. A step takes the time of its kernels, or of the host if that is longer.
-
-Attention has a separate rate, by length and head dimension, for all sides alike, since all can call PyTorch's SDPA:
-that of FlashAttention-3, which cuDNN's kernels match. On an H100, causal, head 128, it reaches 364, 560 and 667 TFLOP/s
-forward at 1K, 2K and 4K positions, 182, 316 and 444 backward, and at head 64 some 0.77 of that (arXiv 2407.08608). Its
-FLOPs count the pairs that the mask leaves, half of all. Triton's kernels usually reach `--attention 0.65` of it. MFU
-counts 6N + 12·L·H·Q·T a token (spt_fast/model/flops.py), with no discount for the mask, against a peak of 989.
+and end. A step takes the time of its kernels, or of the host if that is longer. MFU counts 6N + 12·L·H·Q·T a token
+(spt_fast/model/flops.py), with no discount for the mask, against a peak of 989.
 
 Bytes are the least that a kernel must read and write, each tensor once, in bf16 unless said otherwise. Caching between
 two kernels is not considered.
@@ -52,19 +49,30 @@ from spt_fast.model.flops import MFU_CONVENTION, block_matrices, parameters, pea
 from spt_fast.model.gpt import GPTConfig, gains_by_fp8
 from spt_fast.model.parameters import table as parameter_table
 
-GPU = "NVIDIA H100"
-GEMM_TFLOPS = {"10m": 350.0, "124m": 560.0, "350m": 620.0, "1b": 690.0}
-MEMORY_TBS = 2.7
+MEMORY_TBS = {"H100": 2.55, "H200": 3.6}
 HOST_US, COMPILED_HOST_US = 42.0, 4.2
 START_US = 2.0
-FLASH_3 = {"forward": (364.0, 560.0, 667.0), "backward": (182.0, 316.0, 444.0)}
-"""TFLOP/s at 1K, 2K and 4K positions."""
-FP8_RATE = 1.41
+FP8_RATE = 1.9
 FUSED_RATE = 0.95
 PROGRAMS = 4 * 132
 """Programs that sum a norm weight's gradient, in parts."""
-NARROW_HEAD = 0.77
-"""Share of that rate below head 128."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """TFLOP/s."""
+
+    products: float
+    attention_forward: float
+    attention_backward: float
+
+
+RATES = {
+    "10m": Rates(350, 302, 229),
+    "124m": Rates(731, 302, 229),
+    "350m": Rates(723, 354, 279),
+    "1b": Rates(711, 490, 353),
+}
 
 
 @dataclass(frozen=True)
@@ -296,26 +304,28 @@ PLAIN = [
 
 @dataclass(frozen=True)
 class Ceilings:
-    """products and memory in FLOP/s and bytes/s, attention in shares of FlashAttention-3's rate, fp8 and fused in those
-    of the products', host and start in seconds per launch."""
+    """memory in bytes/s, fp8 and fused in shares of the products' rate, host and start in seconds per launch."""
 
-    products: float
-    memory: float = MEMORY_TBS * 1e12
-    attention: float = 1.0
+    rates: Rates
+    memory: float
     fp8: float = FP8_RATE
     fused: float = FUSED_RATE
     host: float = HOST_US * 1e-6
     start: float = START_US * 1e-6
-    peak: float = peak_flops_by_name(GPU) or math.nan
+    peak: float = peak_flops_by_name("NVIDIA H100") or math.nan
 
-    def rate(self, kind: str, shape: Shape) -> float:
-        if kind in ("products", "fp8", "fused"):
-            return self.products * {"products": 1.0, "fp8": self.fp8, "fused": self.fused}[kind]
-        pass_ = kind.removeprefix("attention ")
-        place = min(max(math.log2(shape.T / 1024), 0.0), 1.999)
-        low, high = FLASH_3[pass_][int(place)], FLASH_3[pass_][int(place) + 1]
-        rate = low + (high - low) * (place - int(place))
-        return 1e12 * rate * self.attention * (1.0 if shape.Q >= 128 else NARROW_HEAD)
+    def rate(self, kind: str) -> float:
+        """FLOP/s."""
+        shares = {"products": 1.0, "fp8": self.fp8, "fused": self.fused}
+        if kind in shares:
+            return 1e12 * self.rates.products * shares[kind]
+        return (
+            1e12
+            * {
+                "attention forward": self.rates.attention_forward,
+                "attention backward": self.rates.attention_backward,
+            }[kind]
+        )
 
 
 @dataclass(frozen=True)
@@ -334,7 +344,7 @@ class Row:
     def of(cls, kernel: Kernel, shape: Shape, ceilings: Ceilings) -> Row:
         times, launches = kernel.times(shape), kernel.count(shape)
         bytes_, flops = kernel.bytes(shape), kernel.flops(shape) if kernel.flops else 0.0
-        seconds = max(bytes_ / ceilings.memory, flops / ceilings.rate(kernel.rate, shape)) + launches * ceilings.start
+        seconds = max(bytes_ / ceilings.memory, flops / ceilings.rate(kernel.rate)) + launches * ceilings.start
         return cls(
             kernel.name, kernel.where, kernel.pass_, times * launches, times * bytes_, times * flops, times * seconds
         )
@@ -378,9 +388,10 @@ def steps(shape: Shape, ceilings: Ceilings) -> list[Step]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", nargs="+", choices=CONTEXTS, default=list(CONTEXTS))
+    parser.add_argument("--gpu", choices=MEMORY_TBS, default="H100")
     parser.add_argument("--gemm", type=float, help="TFLOP/s of the products (default by preset)")
-    parser.add_argument("--memory", type=float, default=MEMORY_TBS, help="TB/s")
-    parser.add_argument("--attention", type=float, default=1.0, help="share of FlashAttention-3's rate")
+    parser.add_argument("--memory", type=float, help="TB/s (default by GPU)")
+    parser.add_argument("--attention", type=float, default=1.0, help="share of cuDNN's rate")
     parser.add_argument("--fp8", type=float, default=FP8_RATE, help="share of the products' rate")
     parser.add_argument("--fused", type=float, default=FUSED_RATE, help="the same, for products with more in them")
     parser.add_argument("--host", type=float, default=HOST_US, help="microseconds a launch")
@@ -390,8 +401,8 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="also every kernel")
     parser.add_argument("--json", type=Path, help="also write all of it here")
     options = parser.parse_args()
-    report: dict[str, Any] = {"gpu": GPU, "mfu": MFU_CONVENTION, "predicted": True, "presets": {}}
-    print(f"Predicted for one {GPU}, MFU by {MFU_CONVENTION}; nothing is measured.\n")
+    report: dict[str, Any] = {"gpu": options.gpu, "mfu": MFU_CONVENTION, "predicted": True, "presets": {}}
+    print(f"Predicted for one {options.gpu}, MFU by {MFU_CONVENTION}; nothing is measured.\n")
     lines = [
         "| preset | side | launches a layer | launches a step | device ms | host ms | MFU | ours is |",
         "|---|---|---|---|---|---|---|---|",
@@ -400,8 +411,9 @@ def main() -> None:
         config = GPTConfig.preset(name, context=CONTEXTS[name], vocab_size=VOCAB_SIZE)
         shape = Shape(config, options.tokens, options.micro)
         host = 0.0 if options.graphs else options.host * 1e-6
-        products = 1e12 * (options.gemm or GEMM_TFLOPS[name])
-        ceilings = Ceilings(products, 1e12 * options.memory, options.attention, options.fp8, options.fused, host)
+        known, memory = RATES[name], 1e12 * (options.memory or MEMORY_TBS[options.gpu])
+        attention = (options.attention * known.attention_forward, options.attention * known.attention_backward)
+        ceilings = Ceilings(Rates(options.gemm or known.products, *attention), memory, options.fp8, options.fused, host)
         found = steps(shape, ceilings)
         lines += [line(name, step, found[0], shape) for step in found]
         report["presets"][name] = {"ceilings": asdict(ceilings), "sides": [asdict(step) for step in found]}

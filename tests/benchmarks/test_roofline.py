@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import roofline
-from benchmarks.roofline import Ceilings, Kernel, Shape, Step, ours
+from benchmarks.roofline import Ceilings, Kernel, Rates, Shape, Step, ours
 from spt_fast import kernels
 from spt_fast.kernels import accumulate_in_place, backend, fp8, persistent
 from spt_fast.kernels.backend import Candidate, install
@@ -25,7 +25,7 @@ from spt_fast.model import gpt
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 
-CEILINGS = Ceilings(products=600e12)
+CEILINGS = Ceilings(Rates(600, 300, 200), memory=3e12)
 PASSES = ("forward", "backward")
 NO_LAUNCH = {
     "empty",
@@ -140,14 +140,14 @@ def test_the_table_has_the_launches_of_the_model(monkeypatch: pytest.MonkeyPatch
 
 def test_a_kernel_takes_its_bytes_or_its_flops_and_a_start() -> None:
     shape = Shape(GPTConfig.preset("124m"), N=1000)
-    ceilings = Ceilings(products=1e12, memory=1e9, start=0.5)
+    ceilings = Ceilings(Rates(1, 1, 1), memory=1e9, start=0.5)
     passes = Kernel("pass", "layer", "forward", lambda s: 2e6 * s.N, launches=2)
     products = Kernel("product", "batch", "forward", lambda s: 1e9, lambda s: 3e9 * s.N)
     step = Step.of("any", [passes, products], shape, ceilings)
     assert [row.seconds for row in step.rows] == pytest.approx([12 * (2 + 1), 3 + 0.5])
     assert step.rows[0].launches == 24
     assert step.mfu == pytest.approx(1000 * train_flops_per_token(shape.config) / step.seconds / 989e12)
-    slow = Step.of("any", [passes], shape, Ceilings(products=1e12, memory=1e9, host=100.0))
+    slow = Step.of("any", [passes], shape, Ceilings(Rates(1, 1, 1), memory=1e9, host=100.0))
     assert slow.mfu == pytest.approx(1000 * train_flops_per_token(shape.config) / 2400 / 989e12)
 
 
