@@ -196,3 +196,26 @@ def test_bench_norm_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     assert "**rms_norm, 8 x 64**" in printed
     assert "compiled | absent: ImportError: not asked for" in printed
+
+
+def test_a_gpu_is_kept_busy_for_as_long_as_the_host_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return 4.0  # milliseconds
+
+    slept: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    clock = Clock(CPU)
+    clock.device = torch.device("cuda")
+    assert [clock.seconds(lambda: time.sleep(0.02))[0] for _ in range(2)] == [0.004, 0.004]
+    assert slept[0] == harness.HEAD_START_CYCLES < 0.02 * harness.CYCLES_PER_S <= slept[1]
