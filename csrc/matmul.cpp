@@ -24,6 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define SPT_AVX512 1
 #pragma GCC push_options
@@ -219,16 +220,24 @@ Tensor new_product(const Tensor& a_MK, const Tensor& b_KN) {
 
 #pragma GCC pop_options
 
-// AMD's only: Intel's MKL uses AVX-512 on Intel's processors, and AVX2 on others.
+bool matmul_runs() {
+  return __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+}
+
+// AMD's family 26 (Zen 5) and later. Intel's MKL uses AVX-512 on Intel's processors, and AVX2 on others; Zen 4 takes
+// the vectors of AVX-512 in two halves, so that AVX2 is as fast there.
 bool matmul_pays() {
-  return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bw");
+  unsigned version, b, c, d;
+  if (!matmul_runs() || !__builtin_cpu_is("amd") || !__get_cpuid(1, &version, &b, &c, &d)) return false;
+  const unsigned family = (version >> 8 & 0xf) + (version >> 20 & 0xff);
+  return family >= 26;
 }
 
 #else
 
 void matmul(const Tensor&, const Tensor&, Tensor, bool) { STD_TORCH_CHECK(false, "this build has no matmul"); }
 Tensor new_product(const Tensor&, const Tensor&) { STD_TORCH_CHECK(false, "this build has no matmul"); }
+bool matmul_runs() { return false; }
 bool matmul_pays() { return false; }
 
 #endif
@@ -238,6 +247,7 @@ bool matmul_pays() { return false; }
 STABLE_TORCH_LIBRARY_FRAGMENT(spt_fast, m) {
   m.def("cpu_matmul(Tensor a, Tensor b, Tensor(a!) out, bool add) -> ()");
   m.def("cpu_product(Tensor a, Tensor b) -> Tensor");
+  m.def("cpu_matmul_runs() -> bool");
   m.def("cpu_matmul_pays() -> bool");
 }
 
@@ -247,6 +257,7 @@ STABLE_TORCH_LIBRARY_IMPL(spt_fast, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(spt_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_matmul_runs", TORCH_BOX(&matmul_runs));
   m.impl("cpu_matmul_pays", TORCH_BOX(&matmul_pays));
 }
 

@@ -1,9 +1,10 @@
-"""Products of two matrices: PyTorch's, but csrc/matmul.cpp for float32 on AMD's processors with AVX-512.
+"""Products of two matrices: PyTorch's, but csrc/matmul.cpp for float32 on AMD's processors from family 26 (Zen 5) on.
 
-There PyTorch calls MKL, which uses AVX2 on processors of other makers than Intel: 105 of the 255 GFLOP/s of a core
-(EPYC, family 26), ours up to 238. In bf16 it calls oneDNN, which reaches 95% of such a core; ours was not better. A
-row's result is the same for any number of rows from FEWEST_ROWS on and of threads. The choice depends only on the
-processor and the shapes, never on a measurement, so that a resumed run computes as before.
+There PyTorch calls MKL, which uses AVX2 on processors of other makers than Intel: 105 of the 255 GFLOP/s of a core,
+ours up to 238. On family 25 (Zen 4), which takes AVX-512 in two halves, both reach 90 to 100, and a step takes as long
+with either. In bf16 PyTorch calls oneDNN, which reaches 95% of such cores; ours was not better. A row's result of ours
+is the same for any number of rows from FEWEST_ROWS on and of threads. The choice depends only on the processor and the
+shapes, never on a measurement, so that a resumed run computes as before.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from spt_fast import native
 
-PAYS = native.is_built() and native.ops().cpu_matmul_pays()
+RUNS = native.is_built() and native.ops().cpu_matmul_runs()
+PAYS = RUNS and native.ops().cpu_matmul_pays()
 
 FEWEST_ROWS = 32
 """Rows of the left factor: with fewer, packing the right one doesn't pay."""
 
-if PAYS:
+if RUNS:
     torch.library.register_fake("spt_fast::cpu_product", lambda a, b: a.new_empty(len(a), b.shape[1]))
     torch.library.register_fake("spt_fast::cpu_matmul", lambda a, b, out, add: None)
 
