@@ -2,9 +2,10 @@
 
     python -m benchmarks.optimizers --train PREFIX --heldout PREFIX --preset 3m --tokens 2M --out DIR
 
-Both get four learning rates and two decays, one seed, half of the tokens; then the best of each gets three other seeds,
-at half of the tokens and at all of them, with a cosine to a tenth each time. Muon's tokens to AdamW's final loss are
-interpolated between its two losses in the logarithm of tokens. An interrupted run continues where it stopped.
+Both get four learning rates and two decays, one seed, half of the tokens or --tuning-tokens; then the best of each gets
+other seeds, at half of the tokens and at all of them, with a cosine to a tenth each time. Muon's tokens to AdamW's
+final loss are interpolated between its two losses in the logarithm of tokens. An interrupted run continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from spt_fast.train.run import run
 # The same number of rates for each, around its best.
 RATES = {"adamw": [1e-3, 2e-3, 4e-3, 8e-3], "muon": [4e-3, 8e-3, 1.6e-2, 3.2e-2]}
 DECAYS = [0.1, 0.3]
-SEEDS = (1, 2, 3)
 
 
 def main() -> None:
@@ -33,11 +33,14 @@ def main() -> None:
     parser.add_argument("--heldout", required=True)
     parser.add_argument("--preset", default="3m")
     parser.add_argument("--tokens", default="2M")
+    parser.add_argument("--tuning-tokens", help="of the runs that choose rate and decay (default: half)")
+    parser.add_argument("--seeds", type=int, default=3, help="of the runs that are compared")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     tokens = parse_count(args.tokens, "--tokens")
+    tuning_tokens = parse_count(args.tuning_tokens, "--tuning-tokens") if args.tuning_tokens else tokens // 2
 
     def trained(name: str, seed: int, tokens: int, optimizer: dict[str, Any], **grid: Any) -> dict[str, Any]:
         phase = {
@@ -62,12 +65,12 @@ def main() -> None:
         )
         return run(recipe, resume=True, progress=False)["phases"]["pretrain"]
 
-    found: dict[str, Any] = {"machine": machine(), "preset": args.preset, "tokens": tokens}
+    found: dict[str, Any] = {"machine": machine(), "preset": args.preset, "tokens": tokens, "tuned at": tuning_tokens}
     losses: dict[str, dict[int, list[float]]] = {}
     for optimizer, rates in RATES.items():
         first = {"name": optimizer, "lr": rates[0]}
         grid = {"lr": rates, "weight_decay": DECAYS}
-        best = trained(f"{args.preset}-{optimizer}-grid", 0, tokens // 2, first, grid=grid)
+        best = trained(f"{args.preset}-{optimizer}-grid", 0, tuning_tokens, first, grid=grid)
         found[f"{optimizer} grid"] = [
             {"lr": arm["lr"], "weight_decay": arm["weight_decay"], "loss": arm["heldout"]["text"]}
             for arm in best["grid"]
@@ -77,7 +80,7 @@ def main() -> None:
         losses[optimizer] = {
             budget: [
                 trained(f"{args.preset}-{optimizer}-{budget}-{seed}", seed, budget, settings)["heldout"]["text"]
-                for seed in SEEDS
+                for seed in range(1, args.seeds + 1)
             ]
             for budget in (tokens // 2, tokens)
         }
