@@ -95,10 +95,12 @@ def test_in_place_it_adds_to_the_gradient_that_is_there(backend: str) -> None:
 
 @pytest.mark.parametrize("width", [5, 300])
 def test_long_runs_of_a_word_are_summed_in_parts(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Triton, of any place in the order of words: at a chunk's begin, middle and end, two in one, over many."""
+    """In Triton, of any place in the order of words: at a chunk's begin, middle and end, two in one, over many. Wide
+    rows by several programs."""
     usable("triton")
     monkeypatch.setattr(EMBEDDING, "CHUNK", 16)
-    for counts in ([40, 2, 100, 17, 0, 16, 3], [16, 16, 17, 15], [300], [1, 31, 33], [7, 200, 1]):
+    monkeypatch.setattr(EMBEDDING, "MAX_COLUMNS", 128)
+    for counts in ([40, 2, 100, 17, 0, 16, 3], [16, 16, 17, 15], [300], [1, 31, 33], [7, 200, 1], [3, 20]):
         words = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         (dy,) = random_tensors([(len(words), width)], torch.float32)
         tokens = words[torch.randperm(len(words))].to(DEVICE)
