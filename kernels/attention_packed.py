@@ -115,13 +115,14 @@ WIDEST = torch.complex128
 
 
 def copy_heads(into_BTHD: Tensor, x_BTHD: Tensor) -> None:
-    """Copies to a tensor in which only positions may have gaps between them, 16 bytes at a time where all heads of a
-    position are whole numbers of them. PyTorch copies tensors with gaps number by number: bf16 at 1.5 TB/s on an H200
-    with 4.2."""
-    pair = [x.flatten(2) for x in (into_BTHD, x_BTHD)]
-    sizes = [size for x in pair for size in (x.shape[2], x.storage_offset(), *x.stride()[:2])]
-    if all(size * into_BTHD.itemsize % WIDEST.itemsize == 0 for size in sizes):
-        pair = [x.view(WIDEST) for x in pair]
+    """Copies 16 bytes at a time where the heads of a position lie side by side in both, and are whole numbers of them.
+    PyTorch copies tensors with gaps number by number: bf16 at 1.5 TB/s on an H200 with 4.2."""
+    pair, (_, _, H, D) = [into_BTHD, x_BTHD], x_BTHD.shape
+    sizes = [size for x in pair for size in (H * D, x.storage_offset(), *x.stride()[:2])]
+    if all(x.stride()[2:] == (D, 1) for x in pair) and all(
+        size * into_BTHD.itemsize % WIDEST.itemsize == 0 for size in sizes
+    ):
+        pair = [x.flatten(2).view(WIDEST) for x in pair]
     pair[0].copy_(pair[1])
 
 

@@ -468,11 +468,11 @@ def test_value_gradients_are_copied_into_their_place_whatever_their_width(
     for first in (0, 1, 2 * D):  # of the numbers before them: aligned to 16 bytes or not
         packed = torch.zeros(B, T, first + K * D + 8, dtype=dtype, device=DEVICE)
         (x,) = random_tensors([(B, T, K, D)], dtype)
-        for given in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        for given in (x, x.transpose(1, 2).contiguous().transpose(1, 2), x[:1, :1, :1, :1].expand_as(x)):
             packed.zero_()
             copy_heads(packed[..., first : first + K * D].unflatten(2, (K, D)), given)
             expected = torch.zeros_like(packed)
-            expected[..., first : first + K * D] = x.reshape(B, T, K * D)
+            expected[..., first : first + K * D] = given.reshape(B, T, K * D)
             assert torch.equal(packed, expected)
 
 
