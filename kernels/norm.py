@@ -284,6 +284,17 @@ def _load(ptr, offsets, mask, AGAIN: tl.constexpr = False):
 
 
 @jit
+def _sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of all rows of x [ROWS, COLUMNS], half of them added to the others until one is left. tl.sum would pass single
+    numbers through shared memory, 16 threads of a warp in the same bank."""
+    for i in tl.static_range(ROWS.bit_length() - 1):
+        pairs = tl.reshape(x, (2, ROWS >> (i + 1), COLUMNS))
+        first, second = tl.split(tl.permute(pairs, (1, 2, 0)))
+        x = first + second
+    return tl.reshape(x, (COLUMNS,))
+
+
+@jit
 def _backward_kernel(
     dy_ptr, dstream_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr, amax_ptr, N, D,
     HAS_DSTREAM: tl.constexpr, TWICE: tl.constexpr, AMAX: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
@@ -316,7 +327,7 @@ def _backward_kernel(
         tl.store(dx_ptr + offsets, dx, mask)
         if AMAX:
             tl.store(amax_ptr + rows, tl.max(tl.abs(dx.to(tl.float32)), 1), rows < N)
-    total, dw_ptr = tl.sum(dw, 0), dw_ptr + tl.program_id(0).to(tl.int64) * D
+    total, dw_ptr = _sum(dw, ROWS, COLUMNS), dw_ptr + tl.program_id(0).to(tl.int64) * D
     if ADD:
         total += _load(dw_ptr, columns, columns < D)
     tl.store(dw_ptr + columns, total, columns < D)
