@@ -10,8 +10,8 @@ correct ones are timed and ranked; one that cannot be imported is "absent" and g
 Timed are forward (keeping what a backward pass needs), backward, both. A round runs every contender once, each on its
 own copy of the same inputs, restored before; the next round begins with another one. Before each run a buffer larger
 than the last cache is written. On a GPU the time is that between two CUDA events, and the GPU is kept busy while the
-host prepares, so that launches cost nothing unless the contender itself waits for the device (or, in its first round,
-the host takes more than a millisecond); the host's time is listed separately. The figure is the median over the rounds,
+host prepares, so that launches cost nothing unless the contender itself waits for the device, or the host takes more
+than 20 ms (in the first round, one); the host's time is listed separately. The figure is the median over the rounds,
 with the quartiles.
 
 Ceilings are measured by the same process before anything else, the best of several: a copy for bytes, a square bf16
@@ -56,8 +56,10 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
 FLUSH_BYTES = {"cuda": 256 << 20, "cpu": 128 << 20}
 HEAD_START_CYCLES = 2_000_000
 """About a millisecond of an idle GPU, in which the host fills the queue."""
-CYCLES_PER_S = 2e9
-"""No GPU has more."""
+CYCLES_PER_S = 3e9
+"""Hardly a GPU has more."""
+LONGEST_HEAD_START_S = 0.02
+"""Else each wait of a contender for the device, which is also one for the last head start, would lengthen the next."""
 
 Function = Callable[..., Any]
 """Inputs of a case to a tensor or a tuple of tensors; one that works in place returns the changed tensors."""
@@ -185,7 +187,7 @@ class Clock:
     """Times a function on cold caches."""
 
     head_start = HEAD_START_CYCLES
-    """Of a GPU before the function: as long as the host was seen to take for any."""
+    """Cycles of a GPU before the function: as long as the host was seen to take for any, up to a limit."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -207,7 +209,7 @@ class Clock:
         host = time.perf_counter() - began
         end.record()
         end.synchronize()
-        self.head_start = max(self.head_start, round(CYCLES_PER_S * host))
+        self.head_start = max(self.head_start, round(CYCLES_PER_S * min(host, LONGEST_HEAD_START_S)))
         return start.elapsed_time(end) / 1e3, host
 
 
