@@ -1,17 +1,17 @@
 """Tokens per second of our whole training step against PyTorch and Hugging Face models of equal shape, in one run.
 
-    python -m benchmarks.train_step [--preset 124m …] [--rounds 7] [--steps 3] [--no-compile | --fp8 | --graphs]
-        [--tune SECONDS] [--sides "plain, compiled" …] [--dry] [--json FILE]
+    python -m benchmarks.train_step [--preset 124m …] [--rounds 7] [--steps 3] [--no-compile]
+        [--tune SECONDS | --fp8 | --graphs] [--sides "plain, compiled" …] [--dry] [--json FILE]
 
 All sides read the same file of token ids and do everything that a step needs: data, forward, backward, clipping to
 norm 1, AdamW; losses are read one step late.
 
 ours          the trainer's own loader, engine and optimizer: bf16 parameters, float32 masters, gradients summed in
-              float32, no autocast, nothing compiled
+              float32, no autocast, nothing compiled; --tune: with the kernels that the tuner chooses, as a run has
+              them, and "ours by default" beside it
 plain         a typical user's code (nanoGPT with RMSNorm, RoPE and SwiGLU): float32 parameters, bf16 autocast, SDPA,
               fused torch.optim.AdamW, windows at random offsets of a memory map; with and without torch.compile; on a
               CPU also compiled in bf16 only and in float32 only, and ours is compared with the fastest of them
-              --tune: ours with the kernels that the tuner chooses, as a run has them, and "ours by default" beside it
 ours in fp8   the same, the blocks' wide products in fp8; --fp8 measures only it and ours, --graphs only steps with and
               without CUDA graphs
 Hugging Face  its Llama with Liger's kernels patched in (fused loss, norms, RoPE, SwiGLU), else as plain, not compiled
@@ -100,9 +100,10 @@ def main() -> None:
         "--seconds", type=float, default=math.inf, help="for the rounds of one shape; at least one is run"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (compiling takes a minute)")
-    parser.add_argument("--fp8", action="store_true", help="ours in bf16 and in fp8, nothing else")
-    parser.add_argument("--graphs", action="store_true", help="ours recorded as CUDA graphs and not, nothing else")
-    parser.add_argument("--tune", type=float, default=0.0, help="seconds for the tuner to choose ours' kernels")
+    kinds = parser.add_mutually_exclusive_group()  # of ours
+    kinds.add_argument("--fp8", action="store_true", help="ours in bf16 and in fp8, nothing else")
+    kinds.add_argument("--graphs", action="store_true", help="ours recorded as CUDA graphs and not, nothing else")
+    kinds.add_argument("--tune", type=float, default=0.0, help="seconds for the tuner to choose ours' kernels")
     parser.add_argument("--sides", nargs="+", help="beside ours only these (default all)")
     parser.add_argument(
         "--dry", action="store_true", help="what a GPU would run, tiny: runs every line, measures nothing"
