@@ -2,7 +2,7 @@
 
 A candidate is correct if its error, against float64, is at most twice that of PyTorch's ops of the same dtype, and if
 two runs give the same bits. Correct ones are timed in turns, forward and with the backward pass: on a GPU its own time,
-whatever the host takes to launch.
+if the host takes no more than the head start (`measured`) to launch.
 """
 
 from __future__ import annotations
@@ -178,6 +178,6 @@ def _rivals(op: str, trial: Trial, candidate: Candidate, clock: Clock) -> tuple[
             once(backward)
 
     clock(partial(several, True, 1))
-    twice = host_seconds(lambda: clock(partial(several, True, 2)))
+    twice = host_seconds(lambda: clock(partial(several, True, 2)))  # with a GPU's head start, which has to suffice
     times = max(1, round(2 * REPEATED_S / twice))
     return [partial(several, backward, times) for backward in (False, True)], times

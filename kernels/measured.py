@@ -110,8 +110,8 @@ def host_seconds(work: Callable[[], object]) -> float:
 
 
 def gpu_seconds(work: Callable[[], object]) -> float:
-    """Of the current GPU, which is kept busy until the host has launched all of the work. The kernels of a training
-    step don't wait for their launches either: they are recorded in a graph, or the host is steps ahead."""
+    """Of the current GPU, which is kept busy for the head start, so that what is launched within it does not wait. The
+    kernels of a training step don't either: they are recorded in a graph, or the host is ahead."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(HEAD_START_CYCLES)
     start.record()
