@@ -1,6 +1,6 @@
 """The least cost of a training step on a GPU, kernel by kernel: launches, bytes, FLOPs, and the resulting MFU.
 
-    python -m benchmarks.roofline [--gpu H100 H200] [--preset 10m 124m 350m 1b] [--gemm TFLOP/s] [--memory TB/s]
+    python -m benchmarks.roofline [--gpu H100 | H200] [--preset 10m 124m 350m 1b] [--gemm TFLOP/s] [--memory TB/s]
         [--attention SHARE] [--host µs] [--tokens 32768] [--micro 1] [--graphs] [--kernels] [--json FILE]
 
 Every figure is predicted, from ceilings that one H200 reached in steps of ours at the same shapes
@@ -316,16 +316,14 @@ class Ceilings:
 
     def rate(self, kind: str) -> float:
         """FLOP/s."""
-        shares = {"products": 1.0, "fp8": self.fp8, "fused": self.fused}
-        if kind in shares:
-            return 1e12 * self.rates.products * shares[kind]
-        return (
-            1e12
-            * {
-                "attention forward": self.rates.attention_forward,
-                "attention backward": self.rates.attention_backward,
-            }[kind]
-        )
+        rates = {
+            "products": self.rates.products,
+            "fp8": self.rates.products * self.fp8,
+            "fused": self.rates.products * self.fused,
+            "attention forward": self.rates.attention_forward,
+            "attention backward": self.rates.attention_backward,
+        }
+        return 1e12 * rates[kind]
 
 
 @dataclass(frozen=True)
