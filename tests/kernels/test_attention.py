@@ -465,8 +465,8 @@ def test_a_projection_as_exact_as_torch(backend: str, dtype: torch.dtype, kind: 
 def test_value_gradients_are_copied_into_their_place_whatever_their_width(
     B: int, T: int, K: int, D: int, dtype: torch.dtype
 ) -> None:
-    for first in (0, 1, 2 * D):  # of the numbers before them: aligned to 16 bytes or not
-        packed = torch.zeros(B, T, first + K * D + 8, dtype=dtype, device=DEVICE)
+    for first, after in ((0, 8), (1, 8), (2 * D, 8), (0, 3)):  # numbers beside them: aligned to 16 bytes or not
+        packed = torch.zeros(B, T, first + K * D + after, dtype=dtype, device=DEVICE)
         (x,) = random_tensors([(B, T, K, D)], dtype)
         for given in (x, x.transpose(1, 2).contiguous().transpose(1, 2), x[:1, :1, :1, :1].expand_as(x)):
             packed.zero_()
