@@ -42,7 +42,8 @@ def compared(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[Finetune]:
     finetunes = finetunes.dropna(subset=["domain_heldout", "domain_before", "general_heldout", "general_before"])
     behind = {corpus: Behind.of_rows(finetunes, corpus) for corpus in ("domain", "general")}
     paths = {}
-    for key, own in rows[rows["stage"] > 0].groupby(["run", "stage"]):
+    measured = rows.dropna(subset=["domain_heldout", "general_heldout"])
+    for key, own in measured[measured["stage"] > 0].groupby(["run", "stage"]):
         path = own[(own["average"] == own["average"].max()) | (own["tokens"] == 0)].sort_values("tokens")
         paths[key] = list(path[["tokens", "domain_heldout", "general_heldout"]].itertuples(index=False))
     after = rows[(rows["other"] != "") & rows["handed_on"]].drop_duplicates("after").set_index("after")

@@ -62,7 +62,7 @@ class Section:
 def finetuning(finetunes: pd.DataFrame, decisions: Sequence[RunsDecision]) -> Section:
     best = {decision.setting: decision for decision in decisions}
     drawn = []
-    for setting, own in with_shares(finetunes).items():
+    for setting, own in with_shares(finetunes.dropna(subset="domain_heldout")).items():
         chosen = best[setting].best.delta if setting in best else None
         lowest = f"; lowest at δ = {percent(chosen)} for {amount(best[setting].budget)}" if chosen is not None else ""
         drawn.append(

@@ -114,7 +114,8 @@ class Finetune:
 
     @classmethod
     def of(cls, run: FinishedRun) -> Finetune:
-        kept, grid = run.finetuned["arm"], run.finetune.arms()
+        grid = run.finetune.arms()
+        kept = run.finetuned.index("arm", len(grid))
         chosen = run.finetune.with_overrides(grid[kept])
         paths = [run.finetune_path(arm) for arm in range(len(grid))]
         _, domain_before, general_before = paths[kept][0]
@@ -142,7 +143,7 @@ class Finetune:
             warmup=str(chosen.schedule.warmup),
             domain_select=run.finetuned.get("select", {}).get(run.domain, math.nan),
             setting=setting_of(run.finetune, kept),
-            pretrain_setting=setting_of(first.phase, first.done.get("arm", 0)) if first else {},
+            pretrain_setting=setting_of(first.phase, first.kept) if first else {},
             pretraining=first.recipe.run if first else "",
             later=run.later.source if run.later else None,
             domain_later=domain_later,

@@ -23,6 +23,7 @@ from spt_fast.files import check_regular
 from spt_fast.printing import plain
 from spt_fast.study.finetunes import OfBase, Treatment
 from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
+from spt_fast.train.recorded import Recorded
 
 PER_ARM = ("name", "mixture", "anchor", "average", "also_average")
 """The fields of a finetune that belong to its treatment, and its name."""
@@ -92,7 +93,7 @@ class FinishedRun:
         return cls(folder, tuned.recipe, tuned.summary, evaluations_of(folder), pretraining, tuned.phase, later)
 
     @property
-    def finetuned(self) -> dict[str, Any]:
+    def finetuned(self) -> Recorded:
         """The finetune's part of summary.json."""
         return self.summary["phases"][self.finetune.name]
 

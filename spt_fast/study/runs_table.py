@@ -36,6 +36,7 @@ from spt_fast.study.runs import evaluations_of
 from spt_fast.study.settings import SETTINGS, setting_of
 from spt_fast.study.usable import numbers, with_average
 from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
+from spt_fast.train.recorded import Recorded
 
 CONTENT = ("domain", "general", "domain_text", "general_text")
 BEHIND = tuple(f"{corpus}_{name}" for name in NAMES for corpus in ("domain", "general"))
@@ -453,7 +454,7 @@ def _heldout(summary: dict[str, Any], phase: Phase, domain: str, general: str) -
     return hashlib.sha256(json.dumps([*text, *how]).encode()).hexdigest()[:16]
 
 
-def _entering(past: Past, phase: Phase, recipe: Recipe, done: dict[str, Any], known: Sequence[str] = ()) -> Past:
+def _entering(past: Past, phase: Phase, recipe: Recipe, done: Recorded, known: Sequence[str] = ()) -> Past:
     """The training before a phase, at the start of a new stage or within the one that its schedule continues. known:
     the names of the domain and the general source."""
     if phase.schedule.carry_on:
@@ -463,7 +464,7 @@ def _entering(past: Past, phase: Phase, recipe: Recipe, done: dict[str, Any], kn
         start = "frozen embeddings" if phase.freeze == "embeddings" else "embeddings"
     largest = max(sorted(phase.mixture), key=lambda source: phase.mixture[source])
     of_stage = {"start": start, "anchor": phase.anchor, "other": "" if largest in known else largest}
-    return past.begin_stage(setting_of(phase, done["arm"]) | of_stage)
+    return past.begin_stage(setting_of(phase, done.index("arm", len(phase.arms()))) | of_stage)
 
 
 def _past_of_start(ancestors: Sequence[Trained], base: str | None, domain: str) -> Past:

@@ -179,9 +179,14 @@ class Trained:
     phase: Phase
 
     @property
-    def done(self) -> dict[str, Any]:
+    def done(self) -> Recorded:
         """The phase's part of summary.json."""
         return self.summary["phases"][self.phase.name]
+
+    @property
+    def kept(self) -> int:
+        """The kept arm of the phase's grid."""
+        return self.done.index("arm", len(self.phase.arms()))
 
 
 def trained_before(folder: Path, recipe: Recipe) -> list[Trained]:

@@ -67,6 +67,12 @@ class Recorded(dict[str, Any]):
         part._file, part._within = file, within
         return part
 
+    def index(self, name: str, count: int) -> int:
+        """The number at `name`; CheckpointError if there are not so many."""
+        if (found := self[name]) < count:
+            return found
+        raise damaged(self._file, f"`{self._within}{name}` is {found}, but there are {count}")
+
     def __missing__(self, name: str) -> Any:
         raise damaged(self._file, f"`{self._within}{name}` is missing", " or of an earlier version")
 

@@ -504,6 +504,20 @@ def test_a_table_without_general_losses_still_makes_a_page() -> None:
     assert "Lower is better." in said
 
 
+def test_losses_that_are_no_numbers_are_left_out_of_the_page() -> None:
+    table = spt_table(deltas=(0.0, 0.02, 0.05), budgets=(20_000_000_000,))
+    within = table.index[(table["stage"] > 0) & ~table["handed_on"]]
+    some_broken = table.copy()
+    some_broken.loc[within[::2], "domain_heldout"] = np.nan
+    said = Text(page(some_broken, [], None)).text
+    assert f"domain_heldout is not a number: {len(within[::2])} evaluations" in said
+    assert "Give the domain 5% of the pretraining tokens." in said
+    nothing = table.assign(domain_train=np.nan, domain_heldout=np.nan, domain_select=np.nan, domain_before=np.nan)
+    said = Text(page(nothing, [], None)).text
+    assert "These runs do not decide the pretraining mixture yet." in said
+    assert "No finetunes after pretraining at two shares or more." in said
+
+
 def test_a_study_of_runs_whose_mixture_changes_late_makes_a_page_and_is_not_taken_for_one_of_bases(
     tmp_path: Path,
 ) -> None:

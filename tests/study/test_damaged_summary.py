@@ -97,7 +97,7 @@ def test_a_missing_field_of_the_run_before_is_named(runs: Path) -> None:
     of_both = {"status", "phases", first, f"{first}.tokens", f"{second}.tokens"}
     assert needed(runs, PRETRAINED) == {
         "table": of_both | {f"{first}.arm", "flops_per_token", "train_tokens"},
-        "compare": of_both | {f"{first}.epochs", f"{second}.epochs"},
+        "compare": of_both | {f"{first}.arm", f"{first}.epochs", f"{second}.epochs"},
         "curves": set(),
     }
 
@@ -116,6 +116,16 @@ def test_an_arm_is_a_whole_number(runs: Path, arm: object) -> None:
     file.write_text(json.dumps(summary))
     with pytest.raises(CheckpointError, match=re.escape(f"(`phases.finetune.arm` is {arm!r}, not a whole number)")):
         summary_of(runs / SPT)
+
+
+@pytest.mark.parametrize("reader", ["table", "compare"])
+def test_an_arm_that_the_grid_does_not_have_is_named(runs: Path, reader: str) -> None:
+    file = runs / SPT / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["phases"]["finetune"]["arm"] = 7
+    file.write_text(json.dumps(summary))
+    with pytest.raises(CheckpointError, match=re.escape("(`phases.finetune.arm` is 7, but there are ")):
+        READERS[reader](runs)
 
 
 def test_a_summary_is_copied_as_other_mappings_are(runs: Path) -> None:
