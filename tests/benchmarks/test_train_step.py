@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import host_time
-from benchmarks.train_step import Step, Trial, contenders, plain, shapes, table, write_tokens
+from benchmarks import host_time, train_step
+from benchmarks.train_step import Step, Trial, contenders, ours, plain, shapes, table, write_tokens
+from spt_fast.kernels import auto_backends
+from spt_fast.kernels.backend import Candidate, install
 from spt_fast.model.gpt import GPTConfig
 
 CPU = torch.device("cpu")
@@ -68,6 +70,20 @@ def test_the_sides_train(tmp_path: Path) -> None:
         losses = [side.step()() for _ in range(30)]
         assert losses[-1] < losses[0]
     assert saved == [1, 2, 3, 3]
+
+
+def test_only_the_tuned_side_has_the_kernels_that_were_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, usual = trial().config, auto_backends()["embedding"]
+    assert usual != "reference"
+    write_tokens(file := tmp_path / "tokens.bin", config.vocab_size)
+    chosen = {"embedding": {"chosen": Candidate("reference").plain()}}
+    monkeypatch.setattr(train_step, "tune", lambda questions, seconds: chosen)
+    tuned, default = (ours(config, file, 2, CPU, tune_seconds=seconds) for seconds in (1.0, 0.0))
+    try:
+        used = [(step()(), auto_backends()["embedding"])[1] for step in (tuned, default, tuned)]
+        assert used == ["reference", usual, "reference"]
+    finally:
+        install({})
 
 
 def test_on_a_cpu_ours_is_judged_by_the_fastest_dtype_of_the_compiled(tmp_path: Path) -> None:
