@@ -1,7 +1,7 @@
 """Products of two matrices: PyTorch's, but csrc/matmul.cpp for float32 on AMD's processors from family 26 (Zen 5) on.
 
 There PyTorch calls MKL, which uses AVX2 on processors of other makers than Intel: 105 of the 255 GFLOP/s of a core,
-ours up to 238. On family 25 (Zen 4), which takes AVX-512 in two halves, both reach 90 to 100, and a step takes as long
+ours up to 238. On family 25 (Zen 4), which takes AVX-512 in two halves, both reach 72 to 104, and a step takes as long
 with either. In bf16 PyTorch calls oneDNN, which reaches 95% of such cores; ours was not better. A row's result of ours
 is the same for any number of rows from FEWEST_ROWS on and of threads. The choice depends only on the processor and the
 shapes, never on a measurement, so that a resumed run computes as before.

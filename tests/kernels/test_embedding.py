@@ -93,6 +93,16 @@ def test_in_place_it_adds_to_the_gradient_that_is_there(backend: str) -> None:
         torch.testing.assert_close(weight.grad, expected if held is None else 1 + expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_the_gradient_of_a_transposed_weight_is_its_own(backend: str) -> None:
+    held, dy = random_tensors([(30, 9), (50, 30)], torch.float32)
+    weight = torch.nn.Parameter(held.T)
+    accumulate_in_place([weight])
+    tokens = random_tokens(7, (50,)).to(DEVICE)
+    embedding(tokens, weight, backend=usable(backend)).backward(dy)
+    torch.testing.assert_close(weight.grad, torch.zeros(9, 30, device=DEVICE).index_add_(0, tokens, dy))
+
+
 @pytest.mark.parametrize("width", [5, 300])
 def test_long_runs_of_a_word_are_summed_in_parts(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In Triton, of any place in the order of words: at a chunk's begin, middle and end, two in one, over many. Wide
