@@ -19,8 +19,8 @@ T x T matrix of scores per head would cost bytes; no implementation here writes 
 
 triton      our kernels, with documents, window and grouped queries in them; the backward pass is deterministic:
             attention_triton.py
-flash_attn  the flash-attn package in its versions (flash_attn_2, _3, _4), if one can be imported; its backward pass
-            adds atomically, in any order: flash_attn.py
+flash_attn  the flash-attn package in its versions (flash_attn_2, _3, _4), if one can be imported, and the one inside
+            PyTorch (flash_attn_torch); its backward pass adds atomically, in any order: flash_attn.py
 sdpa        PyTorch's fused kernels (on a GPU cuDNN's or flash's) for plain attention; documents need a mask of B·T·T
             booleans and a window one of T·T, which is simple but not fast; the backward pass of cuDNN's is not
             deterministic
@@ -316,6 +316,8 @@ ATTENTION_BACKENDS = {
         "on an H100; nothing is measured here yet",
         "triton": "documents and windows without a mask of T x T, and deterministic; published figures of Triton "
         "kernels are 330 to 480 TFLOP/s on an H100; ours are not measured yet",
+        "flash_attn_torch": "flash-attn 2 inside PyTorch, where no package is installed; nothing is measured here yet, "
+        "so only the tuner chooses it",
         "flash_attn": "the first available version of flash-attn",
         "reference": "PyTorch ops",
     },

@@ -1,17 +1,19 @@
-"""The flash-attn package in its versions; a machine may have several.
+"""The flash-attn package in its versions, of which a machine may have several, and the one inside PyTorch.
 
-flash_attn_3   `flash_attn_interface`, for Hopper
-flash_attn_4   `flash_attn.cute`, for Hopper and Blackwell
-flash_attn_2   `flash_attn`, for Ampere and later
-flash_attn     the first available one of these
+flash_attn_3      `flash_attn_interface`, for Hopper
+flash_attn_4      `flash_attn.cute`, for Hopper and Blackwell
+flash_attn_2      `flash_attn`, for Ampere and later
+flash_attn_torch  version 2 in PyTorch's `torch.nn.attention.varlen`, for Ampere and later
+flash_attn        the first available one of these
 
 Availability is tested by importing it, once, when it is first needed: a wheel built for another PyTorch or another GPU
-exists on disk but doesn't load. None of these has run here yet, since there was no GPU.
+exists on disk but doesn't load. None of these has run here yet.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -23,6 +25,7 @@ VERSIONS = {
     "flash_attn_3": ("flash_attn_interface", (9,)),
     "flash_attn_4": ("flash_attn.cute", (9, 10, 11)),
     "flash_attn_2": ("flash_attn", (8, 9, 10, 11, 12)),
+    "flash_attn_torch": ("torch.nn.attention.varlen", (8, 9, 10, 11, 12)),
 }
 """The module of each, and the major compute capabilities for which it has kernels."""
 
@@ -51,9 +54,44 @@ def _functions(module: str) -> tuple[Callable, Callable] | str:
     """Functions for rows of one length and for documents; else the reason why there are none."""
     try:
         found = importlib.import_module(module)
+        if module.startswith("torch."):
+            return _of_pytorch(found.varlen_attn)
         return found.flash_attn_func, found.flash_attn_varlen_func
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         return str(error)
+
+
+def _of_pytorch(varlen_attn: Callable[..., Tensor]) -> tuple[Callable, Callable]:
+    """PyTorch's function in the form of flash-attn's two; ImportError if it is of an earlier PyTorch."""
+    parameters = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= parameters.keys():
+        raise ImportError("varlen_attn of this PyTorch takes neither scale nor window_size")
+
+    def documents(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:
+        grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] and "enable_gqa" in parameters else {}
+        visible = (window_size[0], 0) if causal else window_size
+        ends, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+        return varlen_attn(q, k, v, *ends, *longest, scale=softmax_scale, window_size=visible, **grouped)
+
+    def rows(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        B, T = q.shape[:2]
+        ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+        options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": T, "max_seqlen_k": T}
+        return documents(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), **options).view(q.shape)
+
+    return rows, documents
 
 
 def attention(
@@ -76,7 +114,7 @@ def attention(
     options: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
     if window is not None:
         options["window_size"] = (window - 1, 0)
-    if torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled() and backend != "flash_attn_torch":  # PyTorch asks for itself
         options["deterministic"] = True
     if cuts is None:
         o = rows(q_BTHD, k_BTHD, v_BTHD, **options)

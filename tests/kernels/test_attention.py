@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import inspect
 import itertools
 import sys
 from collections.abc import Iterator
@@ -384,7 +386,7 @@ def test_heads_too_wide_for_the_kernels_are_refused_and_auto_goes_elsewhere() ->
 def test_flash_attn_counts_only_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = SimpleNamespace(__spec__=None)  # found, but without its functions
     whole = SimpleNamespace(__spec__=None, flash_attn_func=len, flash_attn_varlen_func=max)
-    names = {"flash_attn_2": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
+    names = {version: module for version, (module, _) in flash_attn.VERSIONS.items()}
 
     def obstacles(capability: int, **modules: object) -> dict[str, str | None]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (capability, 0))
@@ -400,15 +402,18 @@ def test_flash_attn_counts_only_where_it_imports(monkeypatch: pytest.MonkeyPatch
         found = obstacles(9, flash_attn_2=whole, flash_attn_3=broken)
         assert [backend for backend, problem in found.items() if problem is None] == ["flash_attn", "flash_attn_2"]
         assert "compute capability 10.x" in str(obstacles(10, flash_attn_3=whole)["flash_attn_3"])
+        early = SimpleNamespace(__spec__=None, varlen_attn=lambda q, is_causal: q)
+        assert "takes neither scale nor window_size" in str(obstacles(9, flash_attn_torch=early)["flash_attn_torch"])
     finally:
         flash_attn._functions.cache_clear()
 
 
+@pytest.mark.parametrize("package", ["flash-attn", "PyTorch", "PyTorch without grouped queries"])
 @pytest.mark.parametrize(("cuts", "window"), [(None, None), (None, 4), ([0, 5, 5, 17], 3), ([0, 30, 37], None)])
 def test_flash_attn_is_called_right(
-    monkeypatch: pytest.MonkeyPatch, cuts: list[int] | None, window: int | None
+    monkeypatch: pytest.MonkeyPatch, cuts: list[int] | None, window: int | None, package: str
 ) -> None:
-    """With stand-ins for the package's functions, which do by the definition what theirs are documented to."""
+    """With stand-ins for the functions, which do by the definition what these are documented to."""
 
     def rows(q, k, v, softmax_scale, causal, window_size=(-1, -1)):
         window = None if window_size == (-1, -1) else window_size[0] + 1
@@ -416,14 +421,31 @@ def test_flash_attn_is_called_right(
 
     def documents(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
         ends = cu_seqlens_q.tolist()
+        assert cu_seqlens_q.dtype == torch.int32
         assert ends == cu_seqlens_k.tolist()
         assert ends[-1] == len(q)
         assert max(end - start for start, end in itertools.pairwise(ends)) <= max_seqlen_q == max_seqlen_k
         parts = [rows(*(x[None, a:b] for x in (q, k, v)), **options) for a, b in itertools.pairwise(ends)]
         return torch.cat(parts, 1)[0], None
 
+    def early(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        left, right = window_size
+        assert right == 0, "causal"
+        window_size = (-1, -1) if left == -1 else (left, 0)
+        ends = (cu_seq_q, cu_seq_k, max_q, max_k)
+        return documents(query, key, value, *ends, softmax_scale=scale, causal=True, window_size=window_size)[0]
+
+    def late(query, key, value, *ends, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa == (query.shape[1] != key.shape[1])
+        return early(query, key, value, *ends, scale=scale, window_size=window_size)
+
+    functions = {
+        "flash-attn": (rows, documents),
+        "PyTorch": flash_attn._of_pytorch(late),
+        "PyTorch without grouped queries": flash_attn._of_pytorch(early),
+    }
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(flash_attn, "_functions", lambda module: (rows, documents))
+    monkeypatch.setattr(flash_attn, "_functions", lambda module: functions[package])
     *inputs, upstream = draw(2, 20, 4, 2, 8)
     function = lambda *qkv: attention._flash_attn("flash_attn", *qkv, True, cut(cuts), window, 0.3)  # noqa: E731
     expected = run(
@@ -431,6 +453,12 @@ def test_flash_attn_is_called_right(
     )
     for f, e in zip(run(function, inputs, (upstream,)), expected, strict=True):
         torch.testing.assert_close(f, e)
+
+
+def test_the_function_inside_pytorch_has_the_arguments_that_it_is_called_with() -> None:
+    parameters = inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn).parameters
+    assert [*parameters][:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size"} <= parameters.keys()
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("reference", "triton", "cpu"))
