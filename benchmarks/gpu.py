@@ -10,7 +10,8 @@ plain     the step of a compiled plain GPT beside ours, with these choices and b
 graphs    10m, with and without CUDA graphs
 memory    the memory-bound ops, against a copy, on cold caches
 fp8       1b in fp8 against bf16
-more      the plain GPT at 350m and 1b, which don't fit in one command's time
+more      the plain GPT at 350m and 1b, and the tuner's choice of attention for documents, which don't fit in one
+          command's time
 
 A stage consists of items, each a process with its share of the time: one that breaks the device, or hangs, does not end
 the others. An item's results are in DIR/<date>-<gpu>.json from that second on (DIR: $OUT, or benchmarks/results). The
@@ -108,13 +109,14 @@ def items(*, dry: bool) -> list[Item]:
     return [
         _check("attention", 100, "--dry", name="attention, sanitizer", before=sanitizer, environment=whole),
         *(_check(op, 60) for op in ("attention", *OPS)),
-        *(_tuner(preset, 55) for preset in PRESETS),
+        *(_tuner(preset, 50) for preset in PRESETS),
         *(_profile(preset, 40, *CHOSEN) for preset in PRESETS),
         _plain("124m", 80, stage="plain"),
         _trained("graphs", "10m", 45, "--graphs"),
         *(_memory(op, 20) for op in ("norm", "activation", "rotary", "embedding", "adamw")),
         _trained("fp8", "1b", 60, "--fp8", "--batch", "8"),
         *(_plain(preset, 120, stage="more") for preset in PRESETS[1:]),
+        _tuner("124m", 50, "--documents", "--ops", "self_attention", stage="more", name="documents 124m"),
     ]
 
 
@@ -146,9 +148,9 @@ def _profile(preset: str, seconds: float, *more: str) -> Item:
     return Item("profile", f"profile {preset}", seconds, command, _profiled)
 
 
-def _tuner(preset: str, seconds: float) -> Item:
-    command = ["benchmarks.tune_ops", *_planned(seconds), "--preset", preset]
-    return Item("tuner", f"tuner {preset}", seconds, command, _tuned)
+def _tuner(preset: str, seconds: float, *more: str, stage: str = "tuner", name: str = "") -> Item:
+    command = ["benchmarks.tune_ops", *_planned(seconds), "--preset", preset, *more]
+    return Item(stage, name or f"tuner {preset}", seconds, command, _tuned)
 
 
 def _plain(preset: str, seconds: float, *, stage: str) -> Item:

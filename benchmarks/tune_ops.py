@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=CONTEXTS, default="124m")
     parser.add_argument("--ops", nargs="+", help="only these")
+    parser.add_argument("--documents", action="store_true", help="windows hold several documents")
     parser.add_argument("--seconds", type=float, default=60.0, help="for all of them")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
     parser.add_argument("--json", type=Path, help="also write the results here, after every op")
@@ -34,7 +35,7 @@ def main() -> None:
         device,
         sequences=2 if options.dry else MICRO_TOKENS // config.context,
         context=config.context,
-        documents=False,
+        documents=options.documents,
         deterministic=False,
     )
     ends, records, notes = time.monotonic() + options.seconds, {}, []
