@@ -228,7 +228,7 @@ def _reference_quantise(x: Tensor, largest: Tensor, dtype: torch.dtype) -> tuple
 
 ROWS_TILE, ROWS_WARP = 4096, 512
 """Numbers that a program holds, unless a single row has more; numbers for each warp."""
-AMAX_TILE = (16, 256)
+AMAX_TILE = (32, 256)
 COLUMNS_TILE = (128, 64)
 """Rows and columns of x: a row of a tile, and a row of the transposed one in fp8, are 128 bytes."""
 BOTH_TILES = ((128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 128, 8), (128, 128, 8))
@@ -262,15 +262,28 @@ def _rows_kernel(
 
 
 @jit
-def _column_amax_kernel(x_ptr, largest_ptr, N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _max(x, ROWS: tl.constexpr, LEFT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of all rows of x [ROWS, COLUMNS], half of them compared with the others until LEFT are left. tl.max would pass
+    single numbers through shared memory, all 32 threads of a warp in the same bank."""
+    for i in tl.static_range(ROWS.bit_length() - LEFT.bit_length()):
+        pairs = tl.reshape(x, (2, ROWS >> (i + 1), COLUMNS))
+        first, second = tl.split(tl.permute(pairs, (1, 2, 0)))
+        x = tl.maximum(first, second)
+    return x
+
+
+@jit
+def _column_amax_kernel(x_ptr, largest_ptr, N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """WARPS: the program's; as many rows are held, so that within the loop a thread compares only its own numbers."""
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    largest = tl.zeros((ROWS, COLUMNS), tl.float32)
+    largest = tl.zeros((WARPS, COLUMNS), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         mask = (rows < N)[:, None] & (columns < D)[None, :]
         x = tl.load(x_ptr + rows[:, None] * D + columns[None, :], mask, 0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x))
-    tl.store(largest_ptr + tl.program_id(0).to(tl.int64) * D + columns, tl.max(largest, 0), columns < D)
+        largest = tl.maximum(largest, _max(tl.abs(x), ROWS, WARPS, COLUMNS))
+    largest = tl.reshape(_max(largest, WARPS, 1, COLUMNS), (COLUMNS,))
+    tl.store(largest_ptr + tl.program_id(0).to(tl.int64) * D + columns, largest, columns < D)
 
 
 @jit
@@ -341,7 +354,7 @@ def _triton_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     across = -(-D // columns)
     programs = min(-(-N // rows), -(-PROGRAMS_PER_SM * multiprocessors(x.device) // across))
     largest = x.new_empty(programs, D, dtype=torch.float32)
-    _column_amax_kernel[(programs, across)](x, largest, N, D, ROWS=rows, COLUMNS=columns, num_warps=WARPS)
+    _column_amax_kernel[(programs, across)](x, largest, N, D, ROWS=rows, COLUMNS=columns, WARPS=WARPS, num_warps=WARPS)
     largest = largest.amax(0).clamp_(min=SMALLEST)
     q, limit = x.new_empty(D, N, dtype=dtype), torch.finfo(dtype).max
     rows, columns = COLUMNS_TILE
@@ -414,7 +427,7 @@ def variants() -> list[Variant]:
         constants = {"LIMIT": torch.finfo(FORWARD).max, **tile}
         found.append(Variant(_columns_kernel, arguments, constants, WARPS, default=usual, archs=(90, 100)))
         arguments = {"x_ptr": x, "largest_ptr": "*fp32", **weight}
-        constants = dict(zip(("ROWS", "COLUMNS"), AMAX_TILE, strict=True))
+        constants = dict(zip(("ROWS", "COLUMNS", "WARPS"), (*AMAX_TILE, WARPS), strict=True))
         found.append(Variant(_column_amax_kernel, arguments, constants, WARPS, default=usual, archs=(90, 100)))
     return found
 
