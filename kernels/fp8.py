@@ -294,8 +294,8 @@ def _columns_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (rows < N)[:, None] & (columns < D)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * D + columns[None, :], mask, 0.0).to(tl.float32)
     largest = tl.load(largest_ptr + columns, columns < D, 1.0)
+    x = tl.load(x_ptr + rows[:, None] * D + columns[None, :], mask, 0.0).to(tl.float32)
     q = (x * tl.div_rn(tl.full((COLUMNS,), LIMIT, tl.float32), largest)[None, :]).to(q_ptr.dtype.element_ty)
     mask = (columns < D)[:, None] & (rows < N)[None, :]
     tl.store(q_ptr + columns[:, None] * N + rows[None, :], tl.trans(q), mask)
@@ -319,13 +319,13 @@ def _both_kernel(
     columns = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (rows < N)[:, None] & (columns < D)[None, :]
     offsets = rows[:, None] * D + columns[None, :]
+    largest = tl.maximum(tl.load(largest_ptr + rows, rows < N, 0.0), SMALLEST)
+    whole = tl.maximum(tl.load(whole_ptr + tl.arange(0, 1)), SMALLEST)
     x = tl.load(x_ptr + offsets, mask, 0.0).to(tl.float32)
 
     limit = tl.full((ROWS,), LIMIT, tl.float32)
-    largest = tl.maximum(tl.load(largest_ptr + rows, rows < N, 0.0), SMALLEST)
     tl.store(q_ptr + offsets, (x * tl.div_rn(limit, largest)[:, None]).to(q_ptr.dtype.element_ty), mask)
 
-    whole = tl.maximum(tl.load(whole_ptr + tl.arange(0, 1)), SMALLEST)
     one = tl.full((1,), LIMIT, tl.float32)
     qt = (x * tl.div_rn(one, whole)[:, None]).to(qt_ptr.dtype.element_ty)
     mask = (columns < D)[:, None] & (rows < N_PADDED)[None, :]
