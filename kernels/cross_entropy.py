@@ -27,10 +27,11 @@ added to a `weight.grad` that accumulates in place (kernels/linear.py), which sa
 
 The GEMMs are PyTorch's. A backend adds the pass between them, from logits to their gradient, in place. A Triton program
 holds a row of at most 128 KB in its registers, which it reads and writes once: 4NV bytes for bf16. A wider row it reads
-twice, for the exponentials' sum and for the gradient: 6NV bytes, less what L2 still has at the second read. At
-V = 50,304 two programs on each multiprocessor of an H100 would read 27 MB between both, at V = 151,936 80 MB; L2 has
-50. csrc/cross_entropy.cpp reads rows once, into a float32 copy in cache. PyTorch's ops make some ten passes, most of
-them in float32.
+twice, for the exponentials' sum and for the gradient: 6NV bytes, less what L2 still has at the second read. Of rows
+from 64 KB on, of which a multiprocessor holds a single one, the tuner may hold half and read half twice. At V = 50,304
+two programs on each multiprocessor of an H100 would read 27 MB between both, at V = 151,936 80 MB; L2 has 50.
+csrc/cross_entropy.cpp reads rows once, into a float32 copy in cache. PyTorch's ops make some ten passes, most of them
+in float32.
 
 Memory beyond the inputs, in the forward pass: dw (4VD bytes), dx and one chunk of logits (2ND and 2CV for bf16); on a
 CPU also the product of one chunk in x's dtype (2VD), which a GPU adds to dw as it multiplies. In the backward pass: dw
@@ -340,13 +341,14 @@ def _shape_class(x_ND: Tensor, vocab_size: int) -> tuple[str, int, int, int]:
 
 
 def _launches(x_ND: Tensor, weight_VD: Tensor, *_: Tensor) -> list[Candidate]:
-    """Shorter and taller chunks, and where rows are held to read them twice, without softcap."""
+    """Shorter and taller chunks, and where rows are held to read them or half of them twice, without softcap."""
     V = len(weight_VD)
     shape, usual = _shape_class(x_ND, V), _chunk_rows(x_ND, V)
     rows = {max(128, int(usual * share) // 128 * 128) for share in (0.25, 0.5, 2, 4)} - {usual}
     backend = _LINEAR_CROSS_ENTROPY.pick("auto", x_ND)
     chunks = [Candidate(backend, (("chunks", shape, _chunks(n)),)) for n in sorted(rows) if n < 2 * len(x_ND)]
     others = [_read_twice(V, False)] if V * x_ND.itemsize <= HELD_BYTES else []
+    others += [_half_held(V)] if _may_be_half_held(V, x_ND.itemsize) else []
     return [*chunks, *tried_on_gpus(x_ND, "rows", (V, x_ND.itemsize, False), others)]
 
 
@@ -404,6 +406,9 @@ logits of it in each thread."""
 WARPS, LOADED_PER_THREAD = 4, 4
 """Of such a program: the fewest warps, and logits that a thread loads at a time. Of 8, as wide as a load can be, the
 maxima and sums would take so many registers that some are spilled."""
+HALF_FROM, HALF_REGISTERS = 32 << 10, 64
+"""Logits of 2 bytes from which on half of a row may be held, since fewer leave room for two programs anyway; and the
+registers of a thread then, with which larger numbers would be spilled."""
 BLOCK, NUMBERS_PER_THREAD = 8192, 16
 """Most logits at a time of a program that reads its row twice, and of each of its threads. With softcap half as many,
 in half as many threads, so that none are spilled."""
@@ -420,6 +425,24 @@ def _held(vocab_size: int) -> Config:
     warps = max(warps, min(WARPS, next_power_of_2(-(-vocab_size // (32 * LOADED_PER_THREAD)))))
     block = 32 * warps * LOADED_PER_THREAD
     return Config((("BLOCK", block), ("BLOCKS", -(-vocab_size // block))), warps)
+
+
+def _half_held(vocab_size: int) -> Config:
+    """The launch that holds half of a row, so that registers suffice for two programs on a multiprocessor: one loads or
+    stores while the other computes."""
+    whole = _held(vocab_size)
+    return Config(
+        (("BLOCK", whole["BLOCK"]), ("BLOCKS", whole["BLOCKS"] // 2)), whole.num_warps, maxnreg=HALF_REGISTERS
+    )
+
+
+def _may_be_half_held(vocab_size: int, itemsize: int) -> bool:
+    return itemsize == 2 and HALF_FROM <= vocab_size <= HELD_BYTES // 2
+
+
+def _has_rest(config: Config, vocab_size: int) -> bool:
+    """Whether a launch holds less than the row."""
+    return config["BLOCK"] * config["BLOCKS"] < vocab_size
 
 
 def _read_twice(vocab_size: int, capped: bool) -> Config:
@@ -497,8 +520,9 @@ def _softmax_gradient(z, highest, p_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 def _rows_kernel(
     z_ptr, targets_ptr, dloss_ptr, loss_ptr, stride, V, ignore_index, z_loss, softcap,
     HAS_SOFTCAP: tl.constexpr, WANTS_GRAD: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS: all of a row, if they are held in registers; 0 if they are read twice."""
+    """BLOCKS: the first blocks of a row, which are held in registers. REST: whether there are more, read twice."""
     row = tl.program_id(0)
     z_ptr += row.to(tl.int64) * stride
     columns = tl.arange(0, BLOCK)
@@ -519,12 +543,11 @@ def _rows_kernel(
     known = (target >= 0) & (target < V)
     z_target = tl.load(z_ptr + target, known, float("nan")).to(tl.float32)
     top, total = tl.full((BLOCK,), -3e38, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    if BLOCKS:
-        for i in tl.static_range(BLOCKS):
-            in_row = _in_row(columns, V, i, BLOCK, BLOCKS)
-            top, total = _added(top, total, held[i], in_row, softcap, HAS_SOFTCAP)
-    else:
-        for start in range(0, V, BLOCK):
+    for i in tl.static_range(BLOCKS):
+        in_row = _in_row(columns, V, i, BLOCK, BLOCKS)
+        top, total = _added(top, total, held[i], in_row, softcap, HAS_SOFTCAP)
+    if REST:
+        for start in range(BLOCKS * BLOCK, V, BLOCK):
             in_row = start + columns < V
             z = tl.load(z_ptrs + start, in_row, float("-inf"))
             top, total = _added(top, total, z, in_row, softcap, HAS_SOFTCAP)
@@ -536,19 +559,18 @@ def _rows_kernel(
 
     if WANTS_GRAD:
         p_scale = tl.where(known, dloss, float("nan")) * (1 + 2 * z_loss * lse) / total
-        if BLOCKS:
-            for i in tl.static_range(BLOCKS):
-                dz = _softmax_gradient(_kept(held[i]), highest, p_scale, softcap, HAS_SOFTCAP)
-                in_row = _in_row(columns, V, i, BLOCK, BLOCKS)
-                tl.store(z_ptrs + i * BLOCK, dz.to(z_ptr.dtype.element_ty), in_row)
-        else:
+        if REST:
             # Backwards, since the cache still has the end of the row.
             blocks = tl.cdiv(V, BLOCK)
-            for block in range(0, blocks):
+            for block in range(0, blocks - BLOCKS):
                 start = (blocks - 1 - block) * BLOCK
                 z = tl.load(z_ptrs + start, start + columns < V, float("-inf"))
                 dz = _softmax_gradient(z, highest, p_scale, softcap, HAS_SOFTCAP)
                 tl.store(z_ptrs + start, dz.to(z_ptr.dtype.element_ty), start + columns < V)
+        for i in tl.static_range(BLOCKS):
+            dz = _softmax_gradient(_kept(held[i]), highest, p_scale, softcap, HAS_SOFTCAP)
+            in_row = _in_row(columns, V, i, BLOCK, BLOCKS)
+            tl.store(z_ptrs + i * BLOCK, dz.to(z_ptr.dtype.element_ty), in_row)
         dz_target = _exp(loss_target - highest) * p_scale - dloss
         if HAS_SOFTCAP:
             dz_target *= 1 - (loss_target / softcap) * (loss_target / softcap)
@@ -571,7 +593,7 @@ def _triton_rows(
     config = launched("rows", shape, _rows_config(*shape))
     _rows_kernel[(len(z_CV),)](
         z_CV, targets_C, dloss_C, loss_C, z_CV.stride(0), V, ignore_index, z_loss, softcap,
-        HAS_SOFTCAP=softcap > 0, WANTS_GRAD=wants_grad, **config.options,
+        HAS_SOFTCAP=softcap > 0, WANTS_GRAD=wants_grad, REST=_has_rest(config, V), **config.options,
     )  # fmt: skip
     return loss_C
 
@@ -594,12 +616,16 @@ def variants() -> list[Variant]:
             "V": "i32" if V % 16 else "i32:16", "ignore_index": "i32", "z_loss": "fp32", "softcap": "fp32",
         }  # fmt: skip
         for capped, wants_grad in ((False, False), (False, True), (True, False), (True, True)):
-            config = _read_twice(V, capped) if twice else _rows_config(V, DTYPES[dtype].itemsize, capped)
-            constants = {"HAS_SOFTCAP": capped, "WANTS_GRAD": wants_grad, **dict(config.constants)}
-            usual = dtype == "*bf16" and not capped and (V, twice) in ((50_304, False), (BLOCK, True))
-            found.append(
-                Variant(_rows_kernel, arguments, constants, config.num_warps, maxnreg=config.maxnreg, default=usual)
-            )
+            configs = [_read_twice(V, capped) if twice else _rows_config(V, DTYPES[dtype].itemsize, capped)]
+            if not (twice or capped) and _may_be_half_held(V, DTYPES[dtype].itemsize):
+                configs.append(_half_held(V))
+            for config in configs:
+                flags = {"HAS_SOFTCAP": capped, "WANTS_GRAD": wants_grad, "REST": _has_rest(config, V)}
+                constants, usual = flags | dict(config.constants), config is configs[0] and dtype == "*bf16"
+                usual = usual and not capped and (V, twice) in ((50_304, False), (BLOCK, True))
+                found.append(
+                    Variant(_rows_kernel, arguments, constants, config.num_warps, maxnreg=config.maxnreg, default=usual)
+                )
     return found
 
 

@@ -398,9 +398,9 @@ def test_rows_held_and_rows_read_twice_are_alike(
     targets = torch.tensor(ends + ignored + unknown, device=DEVICE)
     (logits,) = random_tensors([(len(targets), V)], dtype)
     dloss = torch.linspace(0.5, 2, len(targets), device=DEVICE)
-    twice = Config((("BLOCK", 128), ("BLOCKS", 0)), 1)
+    twice, half = (Config((("BLOCK", 128), ("BLOCKS", blocks)), 1) for blocks in (0, V // 128 // 2))
     results: list[Tensor] = []
-    for launch in (None, twice):
+    for launch in (None, twice, half):
         with monkeypatch.context() as patch:
             if launch:
                 patch.setitem(_chosen, ("rows", V, dtype.itemsize, softcap > 0), launch)
@@ -413,7 +413,7 @@ def test_rows_held_and_rows_read_twice_are_alike(
                     assert torch.equal(z, logits)
             assert (behind[:, V:] == 7).all()
             results.append(z)
-    for found, expected in zip(results[:3], results[3:], strict=True):
+    for found, expected in zip(results[3:], 2 * results[:3], strict=True):
         torch.testing.assert_close(found, expected, equal_nan=True, **({"rtol": 0, "atol": 0} if INTERPRETED else {}))
     assert torch.equal(results[0].nan_to_num(), results[1].nan_to_num())
 
@@ -436,17 +436,19 @@ def test_rows_of_128_kb_are_held() -> None:
     assert [blocks(V, 2, capped=True) for V in (50_304, 51_201)] == [25, 0]
 
 
-def test_the_tuner_also_tries_to_read_held_rows_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tuner_also_tries_to_read_held_rows_or_half_of_them_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
 
-    def tried(V: int) -> list[tuple]:
-        x, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (2048, V))
+    def tried(V: int, dtype: torch.dtype = torch.bfloat16) -> list[int]:
+        x, weight = (torch.empty(n, 8, dtype=dtype, device="meta") for n in (2048, V))
         found = [candidate.launches[0] for candidate in cross_entropy._launches(x, weight)]
-        return [launch for launch in found if launch[0] == "rows"]
+        rows = [(shape, config) for kernel, shape, config in found if kernel == "rows"]
+        assert all(shape == (V, dtype.itemsize, False) for shape, _ in rows)
+        return [config["BLOCKS"] for _, config in rows]
 
-    ((_, shape, config),) = tried(50_304)
-    assert shape == (50_304, 2, False)
-    assert config["BLOCKS"] == 0
+    assert tried(50_304) == [0, 12]
+    assert tried(32_000) == [0]
+    assert tried(32_768, torch.float32) == [0]
     assert tried(151_936) == []
 
 
