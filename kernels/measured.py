@@ -109,11 +109,11 @@ def host_seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def gpu_seconds(work: Callable[[], object]) -> float:
-    """Of the current GPU, which is kept busy for the head start, so that what is launched within it does not wait. The
+def gpu_seconds(work: Callable[[], object], head_start: int = HEAD_START_CYCLES) -> float:
+    """Of the current GPU, which is kept busy for so many cycles, so that what is launched within it does not wait. The
     kernels of a training step don't either: they are recorded in a graph, or the host is ahead."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(HEAD_START_CYCLES)
+    torch.cuda._sleep(head_start)
     start.record()
     work()
     end.record()

@@ -43,6 +43,7 @@ from spt_fast.files import write_text
 from spt_fast.kernels import keep_freed_memory
 from spt_fast.kernels.backend import BackendError
 from spt_fast.kernels.launch import INTERPRETED
+from spt_fast.kernels.measured import gpu_seconds, host_seconds
 from spt_fast.train.precision import pick_dtype
 
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23}
@@ -197,20 +198,11 @@ class Clock:
         """Times (of the device, of the host)."""
         self._flush.add_(1)
         if self.device.type != "cuda":
-            began = time.perf_counter()
-            work()
-            took = time.perf_counter() - began
-            return took, took
-        torch.cuda._sleep(self.head_start)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        began = time.perf_counter()
-        work()
-        host = time.perf_counter() - began
-        end.record()
-        end.synchronize()
-        self.head_start = max(self.head_start, round(CYCLES_PER_S * min(host, LONGEST_HEAD_START_S)))
-        return start.elapsed_time(end) / 1e3, host
+            return (host_seconds(work),) * 2
+        host: list[float] = []
+        device = gpu_seconds(lambda: host.append(host_seconds(work)), self.head_start)
+        self.head_start = max(self.head_start, round(CYCLES_PER_S * min(host[0], LONGEST_HEAD_START_S)))
+        return device, host[0]
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
