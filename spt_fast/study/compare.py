@@ -115,7 +115,7 @@ class Finetune:
     @classmethod
     def of(cls, run: FinishedRun) -> Finetune:
         grid = run.finetune.arms()
-        kept = run.finetuned.index("arm", len(grid))
+        kept = run.finetuned.arm_of(run.finetune)
         chosen = run.finetune.with_overrides(grid[kept])
         paths = [run.finetune_path(arm) for arm in range(len(grid))]
         _, domain_before, general_before = paths[kept][0]
@@ -143,7 +143,7 @@ class Finetune:
             warmup=str(chosen.schedule.warmup),
             domain_select=run.finetuned.get("select", {}).get(run.domain, math.nan),
             setting=setting_of(run.finetune, kept),
-            pretrain_setting=setting_of(first.phase, first.kept) if first else {},
+            pretrain_setting=setting_of(first.phase, first.done.arm_of(first.phase)) if first else {},
             pretraining=first.recipe.run if first else "",
             later=run.later.source if run.later else None,
             domain_later=domain_later,

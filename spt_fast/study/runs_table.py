@@ -464,7 +464,7 @@ def _entering(past: Past, phase: Phase, recipe: Recipe, done: Recorded, known: S
         start = "frozen embeddings" if phase.freeze == "embeddings" else "embeddings"
     largest = max(sorted(phase.mixture), key=lambda source: phase.mixture[source])
     of_stage = {"start": start, "anchor": phase.anchor, "other": "" if largest in known else largest}
-    return past.begin_stage(setting_of(phase, done.index("arm", len(phase.arms()))) | of_stage)
+    return past.begin_stage(setting_of(phase, done.arm_of(phase)) | of_stage)
 
 
 def _past_of_start(ancestors: Sequence[Trained], base: str | None, domain: str) -> Past:

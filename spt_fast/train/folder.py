@@ -183,11 +183,6 @@ class Trained:
         """The phase's part of summary.json."""
         return self.summary["phases"][self.phase.name]
 
-    @property
-    def kept(self) -> int:
-        """The kept arm of the phase's grid."""
-        return self.done.index("arm", len(self.phase.arms()))
-
 
 def trained_before(folder: Path, recipe: Recipe) -> list[Trained]:
     """The phases of other runs that led to a run's starting weights, oldest first. CheckpointError if one of these runs

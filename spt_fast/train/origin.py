@@ -94,7 +94,7 @@ class History:
                     name=phase.name,
                     tokens=done["tokens"],
                     mixture={source: str(share) for source, share in phase.mixture.items()},
-                    lr=phase.with_overrides(arms[done.index("arm", len(arms))]).optimizer.lr,
+                    lr=phase.with_overrides(phase.arms()[done.arm_of(phase)]).optimizer.lr,
                     optimizer=phase.optimizer.name,
                     anchor=phase.anchor,
                     average=str(phase.average),
@@ -102,7 +102,7 @@ class History:
                     standard_errors=done.get("standard_errors", {}).get("heldout", {}),
                 )
                 for phase in recipe.phases[: [phase.name for phase in recipe.phases].index(last) + 1]
-                if (done := summary["phases"].get(phase.name)) and (arms := phase.arms())
+                if (done := summary["phases"].get(phase.name))
             ],
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from spt_fast.config import Phase
 from spt_fast.errors import CheckpointError, shown
 
 Kind = tuple[str, Callable[[Any], bool]]
@@ -67,11 +68,12 @@ class Recorded(dict[str, Any]):
         part._file, part._within = file, within
         return part
 
-    def index(self, name: str, count: int) -> int:
-        """The number at `name`; CheckpointError if there are not so many."""
-        if (found := self[name]) < count:
-            return found
-        raise damaged(self._file, f"`{self._within}{name}` is {found}, but there are {count}")
+    def arm_of(self, phase: Phase) -> int:
+        """The kept arm of a phase's grid, whose part of summary.json this is; CheckpointError if the grid lacks it."""
+        kept, count = self["arm"], len(phase.arms())
+        if kept < count:
+            return kept
+        raise damaged(self._file, f"`{self._within}arm` is {kept}, but there are {count}")
 
     def __missing__(self, name: str) -> Any:
         raise damaged(self._file, f"`{self._within}{name}` is missing", " or of an earlier version")
