@@ -122,6 +122,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     presets = options.preset or (CONTEXTS if device.type == "cuda" else CPU_SHAPES[:1])
     for config in shapes(device, presets, dry=options.dry):
+        torch._dynamo.reset()  # its caches are per function: after eight models it would fall back to eager
         batch = options.batch or (16 if device.type == "cpu" else MICRO_TOKENS // config.context)
         sides = contenders(on_gpu=device.type == "cuda" or options.dry, compiled=not options.no_compile)
         if options.fp8:
