@@ -79,6 +79,7 @@ def _of_pytorch(varlen_attn: Callable[..., Tensor]) -> tuple[Callable, Callable]
         softmax_scale: float,
         causal: bool,
         window_size: tuple[int, int] = (-1, -1),
+        deterministic: bool = False,  # not passed on: PyTorch's backward pass asks the global setting
     ) -> Tensor:
         grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] and "enable_gqa" in parameters else {}
         visible = (window_size[0], 0) if causal else window_size
@@ -114,7 +115,7 @@ def attention(
     options: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
     if window is not None:
         options["window_size"] = (window - 1, 0)
-    if torch.are_deterministic_algorithms_enabled() and backend != "flash_attn_torch":  # PyTorch asks for itself
+    if torch.are_deterministic_algorithms_enabled():
         options["deterministic"] = True
     if cuts is None:
         o = rows(q_BTHD, k_BTHD, v_BTHD, **options)

@@ -415,7 +415,10 @@ def test_flash_attn_is_called_right(
 ) -> None:
     """With stand-ins for the functions, which do by the definition what these are documented to."""
 
-    def rows(q, k, v, softmax_scale, causal, window_size=(-1, -1)):
+    asked = []
+
+    def rows(q, k, v, softmax_scale, causal, window_size=(-1, -1), deterministic=False):
+        asked.append(deterministic)
         window = None if window_size == (-1, -1) else window_size[0] + 1
         return plain_attention(q, k, v, causal=causal, window=window, scale=softmax_scale)
 
@@ -453,6 +456,10 @@ def test_flash_attn_is_called_right(
     )
     for f, e in zip(run(function, inputs, (upstream,)), expected, strict=True):
         torch.testing.assert_close(f, e)
+    assert not any(asked)
+    with deterministic():
+        torch.testing.assert_close(function(*inputs), expected[0])
+    assert asked[-1] == (package == "flash-attn"), "PyTorch's asks the global setting itself"
 
 
 def test_the_function_inside_pytorch_has_the_arguments_that_it_is_called_with() -> None:
