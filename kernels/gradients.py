@@ -61,6 +61,8 @@ def accumulates_in_place(parameter: Tensor | None) -> bool:
 def gradient_of(parameter: Tensor) -> tuple[Tensor, bool]:
     """The `.grad` of a parameter that accumulates in place; whether it is new, with undefined values."""
     if parameter.grad is not None:
+        if not parameter.grad.is_contiguous():  # a caller's own; kernels take contiguous ones
+            parameter.grad = parameter.grad.contiguous()
         return parameter.grad, False
     memory: Tensor | None = parameter.in_place.memory  # type: ignore[attr-defined]
     dtype = accumulation_dtype(parameter)

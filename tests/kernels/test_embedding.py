@@ -99,8 +99,12 @@ def test_in_place_the_gradient_of_a_transposed_weight_is_its_own(backend: str) -
     weight = torch.nn.Parameter(held.T)
     accumulate_in_place([weight])
     tokens = random_tokens(7, (50,)).to(DEVICE)
+    expected = torch.zeros(9, 30, device=DEVICE).index_add_(0, tokens, dy)
     embedding(tokens, weight, backend=usable(backend)).backward(dy)
-    torch.testing.assert_close(weight.grad, torch.zeros(9, 30, device=DEVICE).index_add_(0, tokens, dy))
+    torch.testing.assert_close(weight.grad, expected)
+    weight.grad = torch.ones(30, 9, device=DEVICE).T
+    embedding(tokens, weight, backend=usable(backend)).backward(dy)
+    torch.testing.assert_close(weight.grad, 1 + expected)
 
 
 @pytest.mark.parametrize("width", [5, 300])
