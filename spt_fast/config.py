@@ -272,7 +272,12 @@ class Phase:
     @property
     def chosen_by(self) -> str:
         """The source whose `select` loss decides early stopping and the grid."""
-        return self.stop.on if self.stop else max(sorted(self.mixture), key=lambda source: self.mixture[source])
+        return self.stop.on if self.stop else self.largest_source
+
+    @property
+    def largest_source(self) -> str:
+        """The source with the largest share; of equal ones the first by name."""
+        return max(sorted(self.mixture), key=lambda source: self.mixture[source])
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Phase:
         """This phase as one arm of its grid runs it."""

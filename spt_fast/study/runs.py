@@ -85,7 +85,7 @@ class FinishedRun:
         if not _is_unrelated(last, pretraining):
             return cls(folder, recipe, summary, evaluations_of(folder), pretraining, last.phase)
         *pretraining, tuned = pretraining
-        later = Later(folder, _largest(last.phase), last.phase.tokens, last.done["heldout"])
+        later = Later(folder, last.phase.largest_source, last.phase.tokens, last.done["heldout"])
         if not own:
             parent = parent_of(folder, recipe)
             assert parent is not None
@@ -99,7 +99,7 @@ class FinishedRun:
 
     @property
     def domain(self) -> str:
-        return _largest(self.finetune)
+        return self.finetune.largest_source
 
     @property
     def general(self) -> str:
@@ -166,17 +166,12 @@ class FinishedRun:
         return [(record["tokens"], *self.heldout(record["heldout"])) for record in start + later]
 
 
-def _largest(phase: Phase) -> str:
-    """The source with the largest share."""
-    return max(sorted(phase.mixture), key=lambda source: phase.mixture[source])
-
-
 def _is_unrelated(last: Trained, before: Sequence[Trained]) -> bool:
     """Whether the last phase is a later finetune: its largest source is in no earlier mixture, and the previous phase
     is a finetune, with another largest source than the first phase."""
     if len(before) < 2 or before[-1].phase.schedule.carry_on:
         return False
-    general, domain, source = (_largest(trained.phase) for trained in (before[0], before[-1], last))
+    general, domain, source = (trained.phase.largest_source for trained in (before[0], before[-1], last))
     return general != domain and not any(source in trained.phase.mixture for trained in before)
 
 

@@ -219,8 +219,7 @@ def _domain_and_general(runs: Sequence[Path], domain: str | None, general: str |
         recipe = recipe_of(run)
         sources |= recipe.sources.keys()
         if recipe.init or len(recipe.phases) > 1:
-            last = recipe.phases[-1].mixture
-            guessed.add(max(sorted(last), key=lambda source: last[source]))
+            guessed.add(recipe.phases[-1].largest_source)
     if domain is None:
         if len(guessed) != 1:
             says = ", ".join(sorted(guessed)) or "nothing"
@@ -462,8 +461,8 @@ def _entering(past: Past, phase: Phase, recipe: Recipe, done: Recorded, known: S
     start = "scratch" if past.stage < 0 else "pretrained"
     if recipe.init_only and phase is recipe.phases[0]:
         start = "frozen embeddings" if phase.freeze == "embeddings" else "embeddings"
-    largest = max(sorted(phase.mixture), key=lambda source: phase.mixture[source])
-    of_stage = {"start": start, "anchor": phase.anchor, "other": "" if largest in known else largest}
+    other = "" if phase.largest_source in known else phase.largest_source
+    of_stage = {"start": start, "anchor": phase.anchor, "other": other}
     return past.begin_stage(setting_of(phase, done.arm_of(phase)) | of_stage)
 
 
