@@ -19,6 +19,8 @@ from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from spt_fast.data.mixture import Mixture
 from spt_fast.errors import RecipeError, invalid, nearest, shown, shown_key
 from spt_fast.fields import (
@@ -486,8 +488,17 @@ class Recipe:
             )
 
     def plain(self) -> dict[str, Any]:
-        """The resolved recipe as plain data for YAML; `load_recipe` of it gives an equal recipe."""
+        """The resolved recipe as plain data; `recipe_from` of it gives an equal recipe."""
         return plain(self)
+
+    def as_yaml(self) -> str:
+        """The resolved recipe as the text of its file."""
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+
+    def up_to(self, phase: str) -> tuple[Phase, ...]:
+        """The phases up to the one of this name, which is the last of them."""
+        names = [each.name for each in self.phases]
+        return self.phases[: names.index(phase) + 1]
 
     def _with_defaults(self, shape: GPTConfig | None) -> dict[str, Any]:
         """`plain`, with the model's shape, as far as it is known, and the resulting windows filled in."""

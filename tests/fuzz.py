@@ -319,7 +319,7 @@ class Recipes:
 
     def sound(self, overrides: list[str]) -> str:
         recipe = load_recipe(self.path, overrides)
-        self.path.write_text(yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        self.path.write_text(recipe.as_yaml(), encoding="utf-8")
         assert load_recipe(self.path) == recipe, "the resolved recipe does not read back as itself"
         assert recipe.changes(recipe) == []
         make_plan(recipe)

@@ -18,7 +18,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from rich.console import Console
 
 from spt_fast.config import Model, Recipe, Source
@@ -226,7 +225,7 @@ def _write_recipes(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Path]:
     paths = {}
     for run in runs:
         paths[run.name] = folder / f"{run.name}.yaml"
-        write_text(paths[run.name], yaml.safe_dump(run.recipe.plain(), sort_keys=False, allow_unicode=True))
+        write_text(paths[run.name], run.recipe.as_yaml())
     return paths
 
 

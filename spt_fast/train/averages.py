@@ -14,12 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spt_fast.config import Averaged, Phase
 from spt_fast.files import write_text
 from spt_fast.model import hf
-from spt_fast.train.folder import recipe_of
+from spt_fast.train.folder import recipe_of, write_summary
 from spt_fast.train.health import failure, standing
 from spt_fast.train.state import ArmResult, Evaluation, PhaseResult
 from spt_fast.train.world import World
@@ -112,13 +110,12 @@ def finish(run: Path, world: World, other: Averaged, facts: Mapping[str, Any]) -
 def _finish(run: Path, other: Averaged, facts: Mapping[str, Any]) -> None:
     folder, recipe = _unfinished(other), recipe_of(run)
     phase = replace(recipe.phases[0], average=other.share, also_average=())
-    text = yaml.safe_dump(replace(recipe, run=other.run, phases=(phase,)).plain(), sort_keys=False, allow_unicode=True)
     share = float(other.share)
     own = [json.dumps(record) for record in _records(run) if record.get("average", share) == share]
     hf.carry(run, folder)
     if (run / hf.BASE_CONFIG).exists():
         shutil.copyfile(run / hf.BASE_CONFIG, folder / hf.BASE_CONFIG)
     write_text(folder / METRICS, "\n".join(own) + "\n")
-    write_text(folder / "summary.json", json.dumps({"status": "done", **facts}, indent=1, allow_nan=False))
-    write_text(folder / "recipe.yaml", text)
+    write_summary(folder, {"status": "done", **facts})
+    write_text(folder / "recipe.yaml", replace(recipe, run=other.run, phases=(phase,)).as_yaml())
     os.rename(folder, other.run)

@@ -14,7 +14,7 @@ from typing import Any
 from spt_fast.config import Phase, Recipe, recorded_recipe
 from spt_fast.data.formats import sampled_digest
 from spt_fast.errors import CheckpointError, RecipeError, cut
-from spt_fast.files import check_regular, is_temporary
+from spt_fast.files import check_regular, is_temporary, write_text
 from spt_fast.locks import locked
 from spt_fast.outputs import check_folder
 from spt_fast.train.recorded import Recorded, damaged, mistyped
@@ -140,6 +140,10 @@ def summary_of(run: Path) -> dict[str, Any] | None:
     return summary
 
 
+def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
+    write_text(run / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
+
+
 def weights_digest(folder: Path) -> str:
     """Identifies the weights in a folder by samples of its safetensors."""
     return sampled_digest(*sorted(file for file in folder.glob("*.safetensors") if file.is_file()))
@@ -194,6 +198,5 @@ def trained_before(folder: Path, recipe: Recipe) -> list[Trained]:
     summary, theirs = summary_of(run), recipe_of(run)
     if summary is None or last not in summary["phases"]:
         raise CheckpointError(f"{run}: has not finished {last!r}, which {folder} started from; finish it first")
-    names = [phase.name for phase in theirs.phases]
-    own = [Trained(theirs, summary, phase) for phase in theirs.phases[: names.index(last) + 1]]
+    own = [Trained(theirs, summary, phase) for phase in theirs.up_to(last)]
     return trained_before(run, theirs) + own

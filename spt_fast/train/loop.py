@@ -9,7 +9,6 @@ interrupted anywhere and resumed gives the same weights and metrics, bit for bit
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 
 from spt_fast.config import Phase, Recipe
-from spt_fast.files import write_text
 from spt_fast.model import hf
 from spt_fast.model.flops import mfu_label, peak_flops
 from spt_fast.printing import plain, terminal
@@ -30,6 +28,7 @@ from spt_fast.train.checkpoint import Retention
 from spt_fast.train.engine import StepResult
 from spt_fast.train.engines import make_engine
 from spt_fast.train.evaluate import EvalSet, Interrupted, evaluation_texts, measure_all, phase_flops
+from spt_fast.train.folder import write_summary
 from spt_fast.train.health import MAX_SKIPPED_IN_A_ROW, deciding, standing
 from spt_fast.train.introduction import Resumed, introduction
 from spt_fast.train.lr import learning_rate
@@ -393,7 +392,7 @@ class Trainer:
         """Write summary.json and return it."""
         summary = {"status": status, **more, **self.facts(self.state.finished)}
         if self.world.is_first:
-            write_text(self.folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
+            write_summary(self.folder, summary)
         return summary
 
     def facts(self, finished: dict[str, PhaseResult]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class History:
                     heldout=done["heldout"],
                     standard_errors=done.get("standard_errors", {}).get("heldout", {}),
                 )
-                for phase in recipe.phases[: [phase.name for phase in recipe.phases].index(last) + 1]
+                for phase in recipe.up_to(last)
                 if (done := summary["phases"].get(phase.name))
             ],
         )

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from spt_fast.config import Model, Recipe
@@ -169,7 +168,7 @@ def _begin_folder(folder: Path, recipe: Recipe, tokenizer: BaseTokenizer | None)
         recipe = replace(recipe, init=str(locate(Path(recipe.init))))
     checkpoint.remove_unfinished(folder / "checkpoints")
     (folder / "summary.json").unlink(missing_ok=True)  # of an earlier start, with an outdated status
-    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
+    write_text(folder / "recipe.yaml", recipe.as_yaml())
     if tokenizer and tokenizer_file(folder) is None:
         tokenizer.keep(folder)
     if recipe.init and not (folder / hf.BASE_CONFIG).exists() and (base := carrier_of(locate(Path(recipe.init)))):
