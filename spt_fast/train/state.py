@@ -263,27 +263,27 @@ def _know_no_texts(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "texts": {}, "directory": ""}
 
 
-def _count_skipped_steps_by_arm(state: dict[str, Any]) -> dict[str, Any]:
-    """Version 3 counts only those of the whole run, and doesn't keep the arms' losses on training text."""
+def _with_in_every_arm(train: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    """The state with these fields added to every finished arm."""
 
     def arms(before: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{**arm, "skipped": 0, "training": {}} for arm in before]
+        return [{**arm, **added} for arm in before]
 
-    train = state["train"]
     finished = {name: {**phase, "grid": arms(phase["grid"])} for name, phase in train["finished"].items()}
-    return {**state, "train": {**train, "skipped_in_arm": 0, "arms": arms(train["arms"]), "finished": finished}}
+    return {**train, "arms": arms(train["arms"]), "finished": finished}
+
+
+def _count_skipped_steps_by_arm(state: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 counts only those of the whole run, and doesn't keep the arms' losses on training text."""
+    train = _with_in_every_arm(state["train"], {"skipped": 0, "training": {}})
+    return {**state, "train": {**train, "skipped_in_arm": 0}}
 
 
 def _know_no_standard_errors(state: dict[str, Any]) -> dict[str, Any]:
     """Version 4 has none, and puts whole documents in the held-out halves."""
-
-    def arms(before: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{**arm, "standard_errors": {}, "scored": {}} for arm in before]
-
-    train = state["train"]
+    train = _with_in_every_arm(state["train"], {"standard_errors": {}, "scored": {}})
     seen = {name: train[name] and {**train[name], "errors": {}} for name in ("newest", "best")}
-    finished = {name: {**phase, "grid": arms(phase["grid"])} for name, phase in train["finished"].items()}
-    return {**state, "train": {**train, **seen, "windows": False, "arms": arms(train["arms"]), "finished": finished}}
+    return {**state, "train": {**train, **seen, "windows": False}}
 
 
 def _know_no_measurements(state: dict[str, Any]) -> dict[str, Any]:
