@@ -64,7 +64,7 @@ from spt_fast.train.precision import precision_of
 from spt_fast.train.resume import shape_of
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.snapshot import Snapshot, weights_of
-from spt_fast.train.world import ALONE, pick_device, use_deterministic_algorithms
+from spt_fast.train.world import ALONE, dtype_name, pick_device, use_deterministic_algorithms
 
 MU_UNIVERSAL = 0.01
 MU_TARGET = 0.05
@@ -341,6 +341,10 @@ class _Study:
         self.rows = sources if target is None else [*sources, target]
         self.phase = plan.phases[0]
         self.mu = MU_UNIVERSAL if target is None else MU_TARGET
+        self.save_every, self.log_every = (
+            span.steps(self.phase.tokens_per_step, self.phase.steps)
+            for span in (plan.recipe.checkpoint.every, plan.recipe.log.every)
+        )
         self.state, self.saved_step = _State.uniform(len(sources)), -1
         current = None
         if found:
@@ -359,10 +363,7 @@ class _Study:
 
     def run(self, stop: StopRequest) -> bool:
         """Run all remaining steps; returns False, after a checkpoint, if a stop was requested."""
-        state, steps, recipe = self.state, self.phase.steps, self.plan.recipe
-        save_every, log_every = (
-            span.steps(self.phase.tokens_per_step, steps) for span in (recipe.checkpoint.every, recipe.log.every)
-        )
+        state, steps = self.state, self.phase.steps
         began, seconds_before, finished = time.monotonic(), state.seconds, True
         self.display.begin("reweight", state.step, steps)
         with ExitStack() as open_:
@@ -375,10 +376,10 @@ class _Study:
                 self._advance(*measured)
                 state.seconds = seconds_before + time.monotonic() - began
                 self.display.advance(state.step)
-                if state.step % log_every == 0 or state.step == steps:
+                if state.step % self.log_every == 0 or state.step == steps:
                     weights = self._by_source(state.weights).items()
                     self.display.show(state.step, [" ".join(f"{source} {weight:.1%}" for source, weight in weights)])
-                if state.step % save_every == 0 and state.step < steps:
+                if state.step % self.save_every == 0 and state.step < steps:
                     self._save()
         # the only copy of this position is not replaced by itself
         if not finished and state.step != self.saved_step:
@@ -415,8 +416,7 @@ class _Study:
         state.weight_sums = (np.array(state.weight_sums) + weights).tolist()
         state.score_sums = (np.array(state.score_sums) + lr * scores).tolist()
         state.clipped = (np.array(state.clipped) + (scores != kept)).tolist()
-        log_every = self.plan.recipe.log.every.steps(self.phase.tokens_per_step, self.phase.steps)
-        if state.counted == 1 or state.step == self.phase.steps or state.step % log_every == 0:
+        if state.counted == 1 or state.step == self.phase.steps or state.step % self.log_every == 0:
             by_row = dict(zip(self.rows, losses.tolist(), strict=True))
             scored = self._by_source((lr * scores).tolist())
             state.trajectory.append(Point(state.step, lr, self._by_source(state.weights), scored, by_row))
@@ -440,7 +440,7 @@ class _Study:
         self.saved_step = self.state.step
         state = {
             "study": asdict(self.state),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "data": self.plan.digests(),
         }
         self.writer.save(f"step-{self.state.step:010d}", state, {"current": self.proxy.engine.snapshot(state=True)})
@@ -471,7 +471,7 @@ class _Study:
                 lr=phase.phase.optimizer.lr,
                 clip=phase.phase.optimizer.clip,
                 seed=self.plan.recipe.seed,
-                precision=str(self.dtype).removeprefix("torch."),
+                precision=dtype_name(self.dtype),
                 device=self.proxy.engine.device.type,
                 data=self.plan.digests(),
             ),
