@@ -82,9 +82,9 @@ def cut(text: str, characters: int = SHOWN) -> str:
     return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list that may be long."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def some(names: Sequence[str]) -> str:
+    """The first three names of a list that may be long."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def counted(number: int, what: str) -> str:

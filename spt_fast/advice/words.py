@@ -12,7 +12,6 @@ from spt_fast.advice.prior import PUBLISHED_RUNS, Prior
 from spt_fast.advice.result import Advice, BreakEven, Decision, Distance, Share, Tax
 from spt_fast.advice.support import UNITS, beyond
 from spt_fast.printing import print_grid
-from spt_fast.study.finetunes import Interval
 from spt_fast.study.words import amount, number, percent
 
 BASIS = {
@@ -61,9 +60,9 @@ def _expected(advice: Advice) -> list[str]:
     gain = ""
     if expected.r_gain is not None and shared:
         gain = f", {abs(expected.r_gain):.2g}% {'below' if expected.r_gain >= 0 else 'above'} FT only"
-    found = [f"domain loss {interval(expected.domain)} after finetuning{gain}"]
+    found = [f"domain loss {expected.domain} after finetuning{gain}"]
     if expected.general:
-        found.append(f"general loss {interval(expected.general)} after finetuning")
+        found.append(f"general loss {expected.general} after finetuning")
     alone = next((row for row in advice.shares or () if row.delta == 0), None)
     if alone and alone.general and shared:
         found.append(
@@ -89,15 +88,11 @@ def share_cells(share: Share) -> list[str]:
     return [
         percent(share.delta),
         number(share.epochs),
-        interval(share.domain),
-        interval(share.general) if share.general else "n/a",
+        str(share.domain),
+        str(share.general) if share.general else "n/a",
         "n/a" if share.forgetting is None else f"{share.forgetting:.4f}".replace("-", "−"),
         f"{share.best_in:.0%}",
     ]
-
-
-def interval(loss: Interval) -> str:
-    return str(loss)
 
 
 # ------------------------------------------------------------------------------------------------ on a terminal

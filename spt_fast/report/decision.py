@@ -18,7 +18,7 @@ import pandas as pd
 
 from spt_fast.advice.bases import BaseAdvice
 from spt_fast.advice.result import Advice
-from spt_fast.advice.words import BASIS, certainty, costs, headline, interval, share_cells
+from spt_fast.advice.words import BASIS, certainty, costs, headline, share_cells
 from spt_fast.errors import RecipeError, counted
 from spt_fast.laws import DCPTLaw, OpenError, best_ratio
 from spt_fast.study.behind import Behind, rests_on
@@ -303,7 +303,7 @@ def _continual(domain: Fitted, general: Fitted) -> Answer:
         "domain": domain.law.predict(own_ratio=share, interval=0.9, **at),
         "general": general.law.predict(own_ratio=1 - share, interval=0.9, **at),
     }
-    costs = [f"{of.capitalize()} loss {interval(Interval(*loss))}." for of, loss in losses.items()]
+    costs = [f"{of.capitalize()} loss {Interval(*loss)}." for of, loss in losses.items()]
     return Answer(
         f"Give the domain {percent(three_digits(share))} of the tokens.", f"{lead} It keeps {limit}.", sure, costs
     )

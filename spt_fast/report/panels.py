@@ -124,13 +124,13 @@ def shades(n: int) -> list[str]:
     return [f"{SHADE}{round(at):02x}" for at in (np.linspace(35, 100, n) if n > 1 else (100,))]
 
 
-def label_lines(axes: Axes, lines: Sequence[Line], height_in: float = HEIGHT_IN) -> None:
+def label_lines(axes: Axes, lines: Sequence[Line]) -> None:
     """Label lines at the right edge, each connected to its end in its colour, moved so that labels don't overlap."""
     if not lines:
         return
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, top)
-    step = LABEL_POINTS / (0.8 * 72 * height_in) * (top - bottom)
+    step = LABEL_POINTS / (0.8 * 72 * HEIGHT_IN) * (top - bottom)
     lines = sorted(lines, key=lambda line: line[1])
     heights = [min(max(line[1], bottom), top) for line in lines]
     for i in range(1, len(heights)):
@@ -321,9 +321,9 @@ def draw_losses(axes: Axes, arms: Mapping[str, Sequence[Subset]]) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
-def draw_gap(axes: Axes, found: Crossover, threshold: float = THRESHOLD) -> None:
+def draw_gap(axes: Axes, found: Crossover) -> None:
     """The gap of every seed and the mean with its interval; the fit, dotted beyond the largest subset."""
-    gaps, fit, level = found.gap, found.fit, 100 * threshold
+    gaps, fit, level = found.gap, found.fit, 100 * THRESHOLD
     tokens = np.array([gap.domain_tokens for gap in gaps], float)
     means = np.array([gap.percent for gap in gaps])
     for gap in gaps:
