@@ -97,8 +97,7 @@ def is_first() -> bool:
 def stopped(reason: str | None) -> typer.Exit:
     """Print that a run was interrupted and saved, and exit with 75."""
     if is_first():
-        message = f"spt-fast: stopped by {reason} and saved; run again with --resume to continue"
-        print_message(message)
+        print_message(f"spt-fast: stopped by {reason} and saved; run again with --resume to continue")
     return typer.Exit(75)
 
 

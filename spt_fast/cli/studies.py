@@ -121,8 +121,7 @@ def sweep(
     swept = spt.sweep(loaded, jobs=jobs, cluster=cluster, cluster_options=cluster_options or ())
     print_json(swept) if as_json else sweeping.print_swept(swept, loaded.study, out)
     if swept.interrupted:
-        message = "spt-fast: stopped; running jobs are saved; run the same command again to continue"
-        print_message(message)
+        print_message("spt-fast: stopped; running jobs are saved; run the same command again to continue")
         raise typer.Exit(75)
     if swept.failed:
         raise typer.Exit(1)

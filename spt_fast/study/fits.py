@@ -21,7 +21,7 @@ import pandas as pd
 
 from spt_fast import laws
 from spt_fast.errors import DataError, RecipeError, invalid, nearest, some
-from spt_fast.files import replacing
+from spt_fast.files import write_text
 from spt_fast.laws import IdentificationWarning, Law, LawWarning
 from spt_fast.outputs import check_folder, check_output, is_json_with
 from spt_fast.printing import as_json
@@ -443,5 +443,4 @@ def write(fits: Fits, folder: Path) -> None:
     check_folder(folder, "out")
     check_output(folder / "fits.json", "out", is_json_with("laws", "notes"))
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "fits.json") as path:
-        path.write_text(json.dumps(as_json(fits), indent=1, allow_nan=False), encoding="utf-8")
+    write_text(folder / "fits.json", json.dumps(as_json(fits), indent=1, allow_nan=False))

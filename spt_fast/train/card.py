@@ -74,12 +74,12 @@ def _training(history: History) -> str:
     )
     phases = [
         [
-            *(
-                phase.name,
-                f"{phase.tokens:,}",
-                ", ".join(f"{_text(source)} {share}" for source, share in phase.mixture.items()),
-            ),
-            *(f"{phase.lr:g}", phase.optimizer, _treatment(phase.anchor, phase.average)),
+            phase.name,
+            f"{phase.tokens:,}",
+            ", ".join(f"{_text(source)} {share}" for source, share in phase.mixture.items()),
+            f"{phase.lr:g}",
+            phase.optimizer,
+            _treatment(phase.anchor, phase.average),
         ]
         for phase in history.phases
     ]

@@ -234,9 +234,9 @@ def read(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path}: {name} has {file.stat().st_size} bytes instead of {facts['bytes']}")
             if _sha256(file) != facts["sha256"]:
                 raise CheckpointError(f"{path}: {name} does not match its hash")
-        strangers = {file.name for file in path.glob("*.safetensors")} - set(manifest["files"])
-        if strangers:
-            raise CheckpointError(f"{path}: {min(strangers)} does not belong to this checkpoint")
+        unlisted = {file.name for file in path.glob("*.safetensors")} - set(manifest["files"])
+        if unlisted:
+            raise CheckpointError(f"{path}: {min(unlisted)} does not belong to this checkpoint")
         return json.loads((path / "state.json").read_text(encoding="utf-8"))
     except CheckpointError:
         raise

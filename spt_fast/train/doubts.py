@@ -20,7 +20,7 @@ def doubts(plan: Plan) -> list[str]:
     """Warnings: text repeated too often, a limit smaller than a document, evaluations that cost more than the training,
     losses on little text or on training text, a rate that jumps in a continued schedule, a source that is started again
     by windows of another length."""
-    found = (_limits, _repetitions, _evaluations, _thin_texts, Plan.leaks, _jumps, _begun_anew)
+    found = (_limits, _repetitions, _evaluations, _thin_texts, Plan.leaks, _jumps, _restarts)
     return [doubt for find in found for doubt in find(plan)]
 
 
@@ -101,7 +101,7 @@ def _jumps(plan: Plan) -> list[str]:
     return found
 
 
-def _begun_anew(plan: Plan) -> list[str]:
+def _restarts(plan: Plan) -> list[str]:
     found, before = [], dict[str, set[int]]()
     for planned in plan.phases:
         for source in planned.mixture.sources:

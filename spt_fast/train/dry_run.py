@@ -124,7 +124,7 @@ def _steps(
         began = time.monotonic()
         result = engine.step(some, phase.optimizer.lr, lambda: False)
         assert result is not None
-        losses.append(result.read()[0])
+        losses.append(result.read().loss)
         seconds = (time.monotonic() - began) * len(micro_batches) / len(some)
     with torch.no_grad():
         engine.loss(some[0].tokens, some[0].targets, some[0].cu_seqlens).mean().item()

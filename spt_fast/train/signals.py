@@ -35,7 +35,7 @@ class StopRequest:
             around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
             if isinstance(around, StopRequest):
                 self.received = around.received  # shared, since a signal may come between any two lines
-            for number in _heeded():
+            for number in _handled():
                 self._previous[number] = signal.signal(number, self._request)
         return self
 
@@ -59,12 +59,12 @@ def interrupt_by_signals() -> None:
     """Outside of a StopRequest, let the first of these signals interrupt like Ctrl-C and ignore further ones: the
     process is ending."""
     _first_s.clear()
-    for number in _heeded():
+    for number in _handled():
         signal.signal(number, _interrupt)
     atexit.register(_ignore)  # otherwise they would kill the process after Python restores its handlers
 
 
-def _heeded() -> list[signal.Signals]:
+def _handled() -> list[signal.Signals]:
     """All signals except a SIGHUP that is ignored, as under nohup."""
     return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 

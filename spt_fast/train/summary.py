@@ -1,4 +1,4 @@
-"""summary.json of a run, written here except for its end, and read as a result of the library."""
+"""The content of summary.json, except for how the run ended; and the result that the library makes of it."""
 
 from __future__ import annotations
 

@@ -76,8 +76,7 @@ class Watch:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}: nothing for {silent_s:.0f} s, last {self._where}\n")
             file.flush()
             faulthandler.dump_traceback(file)
-        message = f"spt-fast: no step for {silent_s:.0f} s in process {self._rank}; stacks are in {path}"
-        print_message(message)
+        print_message(f"spt-fast: no step for {silent_s:.0f} s in process {self._rank}; stacks are in {path}")
 
 
 class LossWatch:
