@@ -28,7 +28,7 @@ from spt_fast.laws import DCPTLaw, best_ratio
 from spt_fast.laws.base import LawWarning
 from spt_fast.model.flops import parameters
 from spt_fast.study import views
-from spt_fast.study.finetunes import SETTING
+from spt_fast.study.finetunes import SIZES
 from spt_fast.study.settings import fields_of, usual
 from spt_fast.study.sweep import WINDOW
 from spt_fast.study.usable import UsableRows, usable
@@ -158,7 +158,7 @@ def _nearest(table: UsableRows, asked: Asked, base: str | None) -> pd.DataFrame:
         (params, corpus, _), _ = group
         return abs(math.log(params / (asked.params or params))) + abs(math.log(corpus / asked.domain_tokens))
 
-    _, own = min(rows.groupby([*SETTING, "base"]), key=distance)
+    _, own = min(rows.groupby([*SIZES, "base"]), key=distance)
     lengths = set.intersection(*(set(arm["tokens"]) for _, arm in own.groupby(TREATMENT)))
     if lengths:
         own = own[own["tokens"] == min(lengths, key=lambda tokens: abs(math.log(tokens / asked.budget)))]
@@ -184,7 +184,7 @@ def _arms(own: pd.DataFrame) -> list[BaseArm]:
 
 def _far(own: pd.DataFrame, decided: BaseDecision, asked: Asked) -> list[str]:
     """A warning with the factors by which the question lies outside of the runs; empty if it lies within."""
-    params, corpus = (float(own[name].iloc[0]) for name in SETTING)
+    params, corpus = (float(own[name].iloc[0]) for name in SIZES)
     factors = {
         "tokens": outside(asked.budget, own["tokens"].min(), own["tokens"].max()),
         "domain_tokens": outside(asked.domain_tokens, corpus, corpus),

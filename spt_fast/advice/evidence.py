@@ -19,7 +19,7 @@ from spt_fast.advice.result import Arm, Outcome
 from spt_fast.errors import DataError
 from spt_fast.laws import OpenError
 from spt_fast.study import views
-from spt_fast.study.finetunes import SETTING, plainest
+from spt_fast.study.finetunes import SIZES, plainest
 from spt_fast.study.usable import UsableRows
 
 
@@ -86,7 +86,7 @@ def gather(
     notes = [note.replace("left out", "left out by the laws", 1) for note in table.notes]
     groups = [
         own[own["anchor"].isin(plainest(own)["anchor"]) & own["average"].isin(plainest(own)["average"])]
-        for _, own in everything.groupby(SETTING)
+        for _, own in everything.groupby(SIZES)
         if plainest(own)["pretrain_delta"].nunique() > 1
     ]
     if not groups:
@@ -123,6 +123,6 @@ def _distance(group: pd.DataFrame, domain_tokens: int, budget: int, params: int 
 def _curves(table: UsableRows, rows: pd.DataFrame) -> pd.DataFrame | None:
     """The pretraining curves of the same model size and corpus; None if the table has none."""
     for group, curves in views.overfitting(table):
-        if all(group[name] == rows[name].iloc[0] for name in SETTING):
+        if all(group[name] == rows[name].iloc[0] for name in SIZES):
             return curves
     return None

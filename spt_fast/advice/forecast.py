@@ -53,8 +53,8 @@ class Forecast:
 def forecast(rows: pd.DataFrame, curves: pd.DataFrame | None, tokens: float) -> Forecast:
     """The forecast after `tokens` of pretraining.
 
-    rows    the plainest finetunes of one setting (study/finetunes.py), pretrained with a fixed share
-    curves  the pretraining of that setting, as OverfittingLaw takes it
+    rows    the plainest finetunes of one model size and corpus (study/finetunes.py), pretrained with a fixed share
+    curves  the pretraining of the same, as OverfittingLaw takes it
 
     Raises DataError, which names what is missing, if the laws cannot be fitted or leave the loss undetermined.
     """

@@ -1,6 +1,6 @@
 """The decision that a study's runs support, in words: the domain share, its certainty, and its cost in general loss.
 
-    usable rows → finetunes by setting → `decide`: figures of `compare`, arms, sentences → `answer`, with advice or the
+    usable rows → finetunes by sizes → `decide`: figures of `compare`, arms, sentences → `answer`, with advice or the
                                                                                           D-CPT law if available
 
 Figures are those of compare.py, on the *report* half of held-out text; the best share is chosen on the *select* half.
@@ -24,12 +24,11 @@ from spt_fast.laws import DCPTLaw, OpenError, best_ratio
 from spt_fast.study.behind import Behind, rests_on
 from spt_fast.study.compare import Arms, Comparison, Finetune, Verdict, compare_finetunes, judge
 from spt_fast.study.findings import arm_cells, error_of, later, multiplier, signed
-from spt_fast.study.finetunes import SETTING, Interval, Treatment
+from spt_fast.study.finetunes import SIZES, Interval, Sizes, Treatment
 from spt_fast.study.fits import Fitted
 from spt_fast.study.settings import SETTINGS, with_settings
 from spt_fast.study.words import amount, percent, three_digits
 
-Setting = tuple[int, ...]
 MAX_GENERAL_RISE = 0.03
 """The largest rise of the general loss that is allowed in continual pretraining; the D-CPT paper's limit."""
 
@@ -76,24 +75,20 @@ def compared(finetunes: pd.DataFrame, rows: pd.DataFrame) -> list[Finetune]:
     ]
 
 
-def by_setting(rows: pd.DataFrame) -> dict[Setting, pd.DataFrame]:
-    """The rows of each setting, the largest first."""
-    groups = {tuple(map(int, setting)): own for setting, own in rows.groupby(SETTING)}
-    return {setting: groups[setting] for setting in sorted(groups, reverse=True)}
+def by_sizes(rows: pd.DataFrame) -> dict[Sizes, pd.DataFrame]:
+    """The rows of each model size and domain corpus, the largest first."""
+    groups = {Sizes(*map(int, sizes)): own for sizes, own in rows.groupby(SIZES)}
+    return {sizes: groups[sizes] for sizes in sorted(groups, reverse=True)}
 
 
-def with_shares(finetunes: pd.DataFrame) -> dict[Setting, pd.DataFrame]:
-    """The finetunes of each setting in which two shares or more were run."""
-    return {setting: own for setting, own in by_setting(finetunes).items() if own["pretrain_delta"].nunique() > 1}
+def with_shares(finetunes: pd.DataFrame) -> dict[Sizes, pd.DataFrame]:
+    """The finetunes of each model size and domain corpus with which two shares or more were run."""
+    return {sizes: own for sizes, own in by_sizes(finetunes).items() if own["pretrain_delta"].nunique() > 1}
 
 
-def setting_name(setting: Setting) -> str:
-    return f"{amount(setting[0])} parameters, {amount(setting[1])} domain tokens"
-
-
-def titled(what: str, setting: Setting, table: pd.DataFrame) -> str:
-    """A panel's title: `what` it shows, and the parts of the setting in which the runs of `table` differ."""
-    words = zip(SETTING, setting, ("parameters", "domain tokens"), strict=True)
+def titled(what: str, sizes: Sizes, table: pd.DataFrame) -> str:
+    """A panel's title: `what` it shows, and those of the sizes in which the runs of `table` differ."""
+    words = zip(SIZES, sizes, ("parameters", "domain tokens"), strict=True)
     differing = [f"{amount(value)} {word}" for name, value, word in words if table[name].nunique() > 1]
     return " · ".join([what, *differing])
 
@@ -111,9 +106,9 @@ class TableRow:
 
 @dataclass(frozen=True)
 class RunsDecision:
-    """The findings of one setting's runs at one budget, in words and in figures."""
+    """The findings of the runs of one model size and domain corpus at one budget, in words and in figures."""
 
-    setting: Setting
+    sizes: Sizes
     budget: int
     best: Treatment
     plainest: list[Treatment]
@@ -125,7 +120,7 @@ class RunsDecision:
     comparison: Comparison
 
 
-def decide(setting: Setting, finetunes: Sequence[Finetune]) -> RunsDecision | None:
+def decide(sizes: Sizes, finetunes: Sequence[Finetune]) -> RunsDecision | None:
     """The δ with the lowest domain loss after the plainest finetune, at the largest budget at which arms can be
     compared; None if there is none."""
     if not finetunes:
@@ -143,7 +138,7 @@ def decide(setting: Setting, finetunes: Sequence[Finetune]) -> RunsDecision | No
     against = {arm: judge("domain_after", best, arm, arms) for arm in arms if arm != best}
     at_budget = [arm for arm in comparison.arms if arm.tokens == comparison.tokens]
     return RunsDecision(
-        setting=setting,
+        sizes=sizes,
         budget=comparison.tokens,
         best=best,
         plainest=list(arms),
@@ -220,18 +215,18 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def best_by_budget(setting: Setting, finetunes: Sequence[Finetune], table: pd.DataFrame) -> list[TableRow]:
+def best_by_budget(sizes: Sizes, finetunes: Sequence[Finetune], table: pd.DataFrame) -> list[TableRow]:
     """A row per budget: its best δ."""
     rows = []
     for budget in sorted({run.tokens for run in finetunes}):
-        decided = decide(setting, [run for run in finetunes if run.tokens == budget])
+        decided = decide(sizes, [run for run in finetunes if run.tokens == budget])
         if decided is None:
             continue
         best, comparison = decided.best, decided.comparison
         gain = (comparison.r_gain or {}).get(best)
         verdict = comparison.verdict["domain_after"].get(best)
         clear = {True: "yes", False: "no", None: "one seed"}[verdict.exceeds] if verdict else ""
-        title = titled(amount(budget), setting, table)
+        title = titled(amount(budget), sizes, table)
         rows.append(TableRow([title, best.name, signed(gain.mean, 2) if gain else "", clear]))
     return rows
 
@@ -258,7 +253,7 @@ def answer(advice: Advice | BaseAdvice | None, decision: RunsDecision | None, fi
     if isinstance(advice, Advice):
         return _advised(advice)
     if decision is not None:
-        lead = f"For {setting_name(decision.setting)}, {amount(decision.budget)} tokens of pretraining and a finetune."
+        lead = f"For {decision.sizes.name}, {amount(decision.budget)} tokens of pretraining and a finetune."
         return Answer(decision.headline, lead, decision.sure, decision.costs)
     pairs = [
         (domain, general)

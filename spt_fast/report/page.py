@@ -33,7 +33,7 @@ from spt_fast.files import write_text
 from spt_fast.laws import LawWarning
 from spt_fast.outputs import check_output, head
 from spt_fast.report import sections
-from spt_fast.report.decision import answer, best_by_budget, by_setting, compared, decide, setting_name, with_shares
+from spt_fast.report.decision import answer, best_by_budget, by_sizes, compared, decide, with_shares
 from spt_fast.report.terms import TERMS
 from spt_fast.study.behind import Behind
 from spt_fast.study.crossover import asks_for_crossover
@@ -210,10 +210,10 @@ def _advice(
         corpus, most = (int(table.rows[column].max()) for column in ("domain_tokens", "tokens"))
         found = advise_base(table=table, model=model, domain_tokens=domain_tokens or corpus, budget=budget or most)
         return found if found.arms else None
-    settings = with_shares(plainest(after_pretraining(table.rows)))
-    if settings:
-        (params, corpus), own = next(iter(settings.items()))
-        model, domain_tokens = model or params, domain_tokens or corpus
+    comparable = with_shares(plainest(after_pretraining(table.rows)))
+    if comparable:
+        sizes, own = next(iter(comparable.items()))
+        model, domain_tokens = model or sizes.params, domain_tokens or sizes.domain_tokens
         budget = budget or int(own["pretrain_tokens"].max())
     if domain_tokens is None or budget is None:
         return None
@@ -232,8 +232,8 @@ def page(
     used = usable(table)
     rows, finetunes = used.rows, after_pretraining(used.rows)
     ordinary = plainest(finetunes)
-    comparable = {setting: compared(own, rows) for setting, own in by_setting(finetunes).items()}
-    decisions = [decided for setting, own in comparable.items() if (decided := decide(setting, own))]
+    comparable = {sizes: compared(own, rows) for sizes, own in by_sizes(finetunes).items()}
+    decisions = [decided for sizes, own in comparable.items() if (decided := decide(sizes, own))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LawWarning)
         evidence = [
@@ -260,8 +260,8 @@ def page(
         behind={corpus: behind(rows, corpus) for corpus in ("domain", "general")},
         shown=decisions[0] if decisions and advice else None,
         arms=decisions[0].arms if decisions else [],
-        arms_of=f"{setting_name(decisions[0].setting)}, {amount(decisions[0].budget)} tokens" if decisions else "",
-        budgets=[line for setting, own in comparable.items() for line in best_by_budget(setting, own, ordinary)],
+        arms_of=f"{decisions[0].sizes.name}, {amount(decisions[0].budget)} tokens" if decisions else "",
+        budgets=[line for sizes, own in comparable.items() for line in best_by_budget(sizes, own, ordinary)],
         sections=evidence,
         laws=law_rows(fits),
         law_warnings=dict.fromkeys(said for fit in fits for said in fit.warnings),

@@ -9,7 +9,7 @@ from functools import partial
 import pandas as pd
 
 from spt_fast.report import panels
-from spt_fast.report.decision import RunsDecision, TableRow, by_setting, compared, setting_name, titled, with_shares
+from spt_fast.report.decision import RunsDecision, TableRow, by_sizes, compared, titled, with_shares
 from spt_fast.report.panels import Panel, panel
 from spt_fast.study.compare import best_settings
 from spt_fast.study.crossover import crossovers
@@ -60,15 +60,15 @@ class Section:
 
 
 def finetuning(finetunes: pd.DataFrame, decisions: Sequence[RunsDecision]) -> Section:
-    best = {decision.setting: decision for decision in decisions}
+    best = {decision.sizes: decision for decision in decisions}
     drawn = []
-    for setting, own in with_shares(finetunes.dropna(subset="domain_heldout")).items():
-        chosen = best[setting].best.delta if setting in best else None
-        lowest = f"; lowest at δ = {percent(chosen)} for {amount(best[setting].budget)}" if chosen is not None else ""
+    for sizes, own in with_shares(finetunes.dropna(subset="domain_heldout")).items():
+        chosen = best[sizes].best.delta if sizes in best else None
+        lowest = f"; lowest at δ = {percent(chosen)} for {amount(best[sizes].budget)}" if chosen is not None else ""
         drawn.append(
             panel(
-                titled("After finetuning", setting, finetunes),
-                f"Domain loss after finetuning against δ, a line per budget, {setting_name(setting)}{lowest}.",
+                titled("After finetuning", sizes, finetunes),
+                f"Domain loss after finetuning against δ, a line per budget, {sizes.name}{lowest}.",
                 partial(panels.loss_after_finetuning, finetunes=own, chosen=chosen),
             )
         )
@@ -87,15 +87,15 @@ def pretraining(rows: pd.DataFrame) -> Section:
     colours = panels.colours_of(rows["delta"])
     specialized = rows[(rows["delta"] > 0) | (rows.groupby("params")["delta"].transform("max") == 0)]
     drawn = []
-    for setting in by_setting(specialized):
+    for sizes in by_sizes(specialized):
         # runs without domain text belong to every corpus
-        of_corpus = (rows["domain_tokens"] == setting[1]) | (rows["delta"] == 0)
-        own = rows[(rows["params"] == setting[0]) & of_corpus]
+        of_corpus = (rows["domain_tokens"] == sizes.domain_tokens) | (rows["delta"] == 0)
+        own = rows[(rows["params"] == sizes.params) & of_corpus]
         for corpus in ("domain", "general"):
             if own[f"{corpus}_heldout"].notna().any():
                 drawn.append(
                     panel(
-                        titled(f"{corpus.capitalize()} loss", setting, specialized),
+                        titled(f"{corpus.capitalize()} loss", sizes, specialized),
                         f"Held-out {corpus} loss over pretraining tokens, a line per run, coloured by δ.",
                         partial(panels.losses_in_pretraining, rows=own, column=f"{corpus}_heldout", colours=colours),
                     )
@@ -163,7 +163,7 @@ def forgetting(finetunes: pd.DataFrame) -> Section:
     finetunes = finetunes.dropna(subset=["general_before", "general_heldout"])
     colours = panels.colours_of(finetunes["pretrain_delta"])
     drawn = []
-    for setting, own in by_setting(finetunes).items():
+    for sizes, own in by_sizes(finetunes).items():
         budget = own["pretrain_tokens"].max()
         own = own[own["pretrain_tokens"] == budget]
         arms = [
@@ -175,7 +175,7 @@ def forgetting(finetunes: pd.DataFrame) -> Section:
         )
         drawn.append(
             panel(
-                titled(f"After {amount(budget)} tokens of pretraining", setting, finetunes),
+                titled(f"After {amount(budget)} tokens of pretraining", sizes, finetunes),
                 f"General loss before and after finetuning; mean rise in nats: {rises}.",
                 partial(panels.general_before_and_after, arms=arms),
                 height_in=panels.height_of_rows(len(arms)),
@@ -218,11 +218,11 @@ def settings(used: UsableRows) -> Section:
     )
     beaten = used.left_out[used.left_out["beaten"]]
     rows = pd.concat([used.rows, beaten], ignore_index=True)
-    for setting, own in by_setting(every_finetune(rows)).items() if len(beaten) else ():
+    for sizes, own in by_sizes(every_finetune(rows)).items() if len(beaten) else ():
         _, tried = best_settings(compared(own, rows))
         if tried:
             table = [TableRow(setting_cells(one)[:-1], best=one.kept) for one in tried]
-            section.tables.append(Table(f"{setting_name(setting)}.", SETTING_COLUMNS[:-1], table))
+            section.tables.append(Table(f"{sizes.name}.", SETTING_COLUMNS[:-1], table))
     return section
 
 
@@ -259,7 +259,7 @@ def crossover(table: pd.DataFrame) -> Section:
 def plane(decisions: Sequence[RunsDecision], finetunes: pd.DataFrame) -> Section:
     drawn = [
         panel(
-            titled(f"After {amount(decision.budget)} tokens of pretraining", decision.setting, finetunes),
+            titled(f"After {amount(decision.budget)} tokens of pretraining", decision.sizes, finetunes),
             "Paths of finetunes in the plane of domain loss and general loss, coloured by δ.",
             partial(_plane, decision=decision),
             height_in=4.4,

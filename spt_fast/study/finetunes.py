@@ -20,10 +20,22 @@ import numpy as np
 import pandas as pd
 
 from spt_fast.study.settings import beaten
-from spt_fast.study.words import percent, three_digits
+from spt_fast.study.words import amount, percent, three_digits
 
-SETTING = ["params", "domain_tokens"]
-"""The columns that finetunes must have in common to be compared and to be fitted by one law."""
+
+class Sizes(NamedTuple):
+    """What finetunes must have in common to be compared and to be fitted by one law."""
+
+    params: int
+    domain_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{amount(self.params)} parameters, {amount(self.domain_tokens)} domain tokens"
+
+
+SIZES = list(Sizes._fields)
+"""The columns of a runs table with these."""
 
 
 class Treatment(NamedTuple):
@@ -114,7 +126,7 @@ def compared_with(treatment: Treatment, arms: Iterable[Treatment]) -> Treatment 
     return None if found == treatment else found
 
 
-ARM = [*SETTING, "pretrain_tokens", "pretrain_delta", "injected", "anchor", "average"]
+ARM = [*SIZES, "pretrain_tokens", "pretrain_delta", "injected", "anchor", "average"]
 
 
 def after_pretraining(rows: pd.DataFrame) -> pd.DataFrame:

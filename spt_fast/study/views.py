@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from spt_fast.laws.columns import ALIKE
-from spt_fast.study.finetunes import SETTING
+from spt_fast.study.finetunes import SIZES
 from spt_fast.study.usable import STAGE, UsableRows
 
 Group = tuple[dict[str, Any], pd.DataFrame]
@@ -39,7 +39,7 @@ def overfitting(table: UsableRows) -> list[Group]:
     frame = _named(rows, *same, fraction="delta", train_loss="domain_train", heldout_loss="domain_heldout")
     frame["train_loss"] = frame["train_loss"].where(frame["fraction"] > 0)
     groups = []
-    for group, _ in _grouped(frame[frame["fraction"] > 0], *SETTING):
+    for group, _ in _grouped(frame[frame["fraction"] > 0], *SIZES):
         own = (frame["domain_tokens"] == group["domain_tokens"]) | (frame["fraction"] == 0)
         members = frame[own & (frame["params"] == group["params"])]
         groups.append((group, members.drop_duplicates(["fraction", "seed", "tokens", "heldout_loss"])))
@@ -88,8 +88,8 @@ def post_finetuning(table: UsableRows) -> list[Group]:
     rows = _known(_handed_on(table), "domain_heldout", "domain_before", "pretrain_delta")
     rows = rows[(rows["stage"] == 1) & (rows["injected"] == 0) & (rows["pretrain_tokens"] > 0)]
     losses = {"heldout_loss": "domain_before", "finetuned_loss": "domain_heldout"}
-    frame = _named(rows, *SETTING, tokens="pretrain_tokens", fraction="pretrain_delta", **losses)
-    return _grouped(frame, *SETTING)
+    frame = _named(rows, *SIZES, tokens="pretrain_tokens", fraction="pretrain_delta", **losses)
+    return _grouped(frame, *SIZES)
 
 
 def forgetting(table: UsableRows) -> list[Group]:

@@ -29,7 +29,7 @@ from spt_fast.study import views
 from spt_fast.study.compare import Finetune
 from spt_fast.study.crossover import crossovers
 from spt_fast.study.curves import Curve
-from spt_fast.study.finetunes import Treatment, after_pretraining
+from spt_fast.study.finetunes import Sizes, Treatment, after_pretraining
 from spt_fast.study.fits import Fitted, Score, fit
 from spt_fast.study.runs_table import save_table
 from spt_fast.study.usable import usable
@@ -365,7 +365,7 @@ def finetune(delta: float, seed: int, after: float, replay: float = 0.0, **other
 
 def test_a_share_that_is_better_at_every_seed_is_recommended() -> None:
     rows = [finetune(d, s, loss + 0.01 * s) for d, loss in ((0.0, 2.0), (0.02, 1.8), (0.05, 1.9)) for s in (0, 1)]
-    decision = decide((10, 20), rows)
+    decision = decide(Sizes(10, 20), rows)
     assert decision is not None
     assert (decision.best.delta, decision.headline) == (0.02, "Give the domain 2% of the pretraining tokens.")
     assert "0.200 lower, more than the spread between 2 seeds (0.010)" in decision.sure[0]
@@ -377,7 +377,7 @@ def test_a_share_that_is_better_at_every_seed_is_recommended() -> None:
 
 def test_a_difference_that_may_be_chance_is_not_given_as_the_answer() -> None:
     rows = [finetune(0.0, 0, 2.0), finetune(0.0, 1, 2.2), finetune(0.02, 0, 1.95), finetune(0.02, 1, 2.1)]
-    decision = decide((10, 20), rows)
+    decision = decide(Sizes(10, 20), rows)
     assert decision is not None
     assert decision.headline == "A domain share of 2% is best so far, but that may be chance."
     assert "It was chosen on the select half of the held-out text; the losses are on the report half." in decision.sure
@@ -390,7 +390,7 @@ def test_the_best_is_chosen_on_the_select_half() -> None:
         finetune(0.02, 0, 1.8, domain_select=1.9),
         finetune(0.05, 0, 1.85, domain_select=1.7),
     ]
-    decision = decide((10, 20), rows)
+    decision = decide(Sizes(10, 20), rows)
     assert decision is not None
     assert decision.best.delta == 0.05
 
@@ -400,10 +400,10 @@ def test_halves_that_disagree_give_no_decision_and_a_missing_select_half_is_repo
         *(finetune(0.0, seed, 2.0 + 0.01 * seed, domain_select=2.0) for seed in (0, 1)),
         *(finetune(0.05, seed, 2.3 + 0.01 * seed, domain_select=1.9) for seed in (0, 1)),
     ]
-    decision = decide((1, 2), runs)
+    decision = decide(Sizes(1, 2), runs)
     assert decision is not None
     assert decision.headline == "No decision: 5% is best on the select half, but NPT on the report half."
-    unknown = decide((1, 2), [replace(run, domain_select=float("nan")) for run in runs])
+    unknown = decide(Sizes(1, 2), [replace(run, domain_select=float("nan")) for run in runs])
     assert unknown is not None
     assert unknown.best.delta == 0
     assert "It was chosen by the losses that are shown, so its gain may be overestimated." in unknown.sure
@@ -411,7 +411,7 @@ def test_halves_that_disagree_give_no_decision_and_a_missing_select_half_is_repo
 
 def test_arms_with_replay_are_shown_but_the_share_is_chosen_among_those_without() -> None:
     rows = [finetune(0.0, 0, 2.0), finetune(0.02, 0, 1.9), finetune(0.0, 0, 1.8, replay=0.1, general_after=2.1)]
-    decision = decide((10, 20), rows)
+    decision = decide(Sizes(10, 20), rows)
     assert decision is not None
     assert decision.best == Treatment(0.02, 0.0, 0.0)
     assert [arm.cells[0] for arm in decision.arms] == ["NPT", "NPT, 10% replay", "SPT 2%"]
@@ -419,7 +419,7 @@ def test_arms_with_replay_are_shown_but_the_share_is_chosen_among_those_without(
 
 def test_if_no_share_beats_npt_the_answer_is_finetuning_only() -> None:
     rows = [finetune(d, s, loss) for d, loss in ((0.0, 2.0), (0.02, 2.1)) for s in (0, 1)]
-    decision = decide((10, 20), rows)
+    decision = decide(Sizes(10, 20), rows)
     assert decision is not None
     assert decision.headline == "No share beats NPT: use domain data in the finetune only."
     assert decision.costs == []
@@ -536,7 +536,7 @@ def test_the_page_reports_the_text_behind_its_losses() -> None:
     says = provenance(table, ["a"])
     assert says["Domain losses are on"] == "40 documents, 6,000 tokens, standard error up to 0.01 nats"
     finetunes = after_pretraining(usable(table).rows)
-    decision = decide((1, 2), compared(finetunes, table))
+    decision = decide(Sizes(1, 2), compared(finetunes, table))
     assert decision is not None
     says = "losses are measured on the report half of the held-out text (domain 40 documents, 6,000 tokens, "
     assert any(says in sentence for sentence in decision.sure)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from spt_fast.advice.advise import advise
-from spt_fast.report.decision import by_setting, compared, decide
+from spt_fast.report.decision import by_sizes, compared, decide
 from spt_fast.study.compare import Figure, compare_finetunes
 from spt_fast.study.finetunes import Treatment, after_pretraining, compared_with, plainest
 from spt_fast.study.usable import usable
@@ -31,12 +31,12 @@ def table() -> pd.DataFrame:
 
 def test_advice_comparison_and_page_name_the_same_arm(table: pd.DataFrame) -> None:
     used = usable(table)
-    ((setting, finetunes),) = by_setting(after_pretraining(used.rows)).items()
+    ((sizes, finetunes),) = by_sizes(after_pretraining(used.rows)).items()
     runs = compared(finetunes, used.rows)
     arms = {arm.treatment: arm for arm in compare_finetunes(runs).arms}
     assert len(arms) == 6
 
-    decided = decide(setting, runs)
+    decided = decide(sizes, runs)
     assert decided is not None
     assert decided.best == Treatment(0.05, 0.0, 0.1)
     assert set(decided.plainest) == {arm for arm in arms if arm[1:] == (0.0, 0.1, 0.0)}

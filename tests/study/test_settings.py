@@ -22,7 +22,7 @@ from spt_fast.errors import RecipeError
 from spt_fast.fields import build
 from spt_fast.files import write_text
 from spt_fast.optimizers import OPTIMIZERS
-from spt_fast.report.decision import by_setting, compared
+from spt_fast.report.decision import by_sizes, compared
 from spt_fast.report.sections import settings
 from spt_fast.study import jobs
 from spt_fast.study.compare import compare, compare_finetunes
@@ -293,7 +293,7 @@ def test_a_study_with_settings_and_a_later_finetune_is_trained_extended_and_repo
     assert len(found.settings) == 4
     assert any(line.startswith("the later finetune on prose changes the domain loss: NPT ") for line in findings(found))
     used = usable(table)
-    ((_, finetunes),) = by_setting(after_pretraining(used.rows)).items()
+    ((_, finetunes),) = by_sizes(after_pretraining(used.rows)).items()
     paged = compare_finetunes(compared(finetunes, used.rows))
     for ours, theirs in zip(paged.arms, found.arms, strict=True):
         assert ours.domain_later is not None
