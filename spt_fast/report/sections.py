@@ -17,7 +17,7 @@ from spt_fast.study.curves import Curve
 from spt_fast.study.drawing import Axes
 from spt_fast.study.figures import draw_plane
 from spt_fast.study.findings import SETTING_COLUMNS, group_name, setting_cells
-from spt_fast.study.finetunes import every_finetune
+from spt_fast.study.finetunes import Treatment, every_finetune
 from spt_fast.study.fits import Fitted
 from spt_fast.study.tasks import COLUMNS, TaskTable, cells, title_of
 from spt_fast.study.usable import UsableRows
@@ -167,8 +167,9 @@ def forgetting(finetunes: pd.DataFrame) -> Section:
         budget = own["pretrain_tokens"].max()
         own = own[own["pretrain_tokens"] == budget]
         arms = [
-            (_treatment(*treatment), colours[treatment[0]], rows)
-            for treatment, rows in own.groupby(["pretrain_delta", "injected", "anchor", "average"])
+            (f"δ = {percent(arm.delta)}{arm.finetuned}", colours[arm.delta], rows)
+            for figures, rows in own.groupby(["pretrain_delta", "injected", "anchor", "average"])
+            for arm in [Treatment(*figures)]
         ]
         rises = ", ".join(
             f"{name} {(rows['general_heldout'] - rows['general_before']).mean():+.3f}" for name, _, rows in arms
@@ -187,12 +188,6 @@ def forgetting(finetunes: pd.DataFrame) -> Section:
         "shorter line means less forgetting; a dot further left means a better general model after finetuning.",
         missing="No finetune here has a general held-out loss before and after.",
     )
-
-
-def _treatment(delta: float, injected: float, anchor: float, average: float) -> str:
-    replay = f", {percent(injected)} replay" if injected else ""
-    anchored = f", anchor {anchor:g}" if anchor else ""
-    return f"δ = {percent(delta)}{replay}{anchored}" + (f", {percent(average)} averaged" if average else "")
 
 
 def tasks(tables: Sequence[TaskTable]) -> Section:

@@ -61,10 +61,14 @@ class Treatment(NamedTuple):
     @property
     def name(self) -> str:
         """The name in tables and pictures: "NPT", "SPT 5%", "NPT, 1% replay"."""
-        name = f"SPT {percent(self.delta)}" if self.delta else self.without
-        name += f", {percent(self.replay)} replay" if self.replay else ""
-        name += f", anchor {self.anchor:g}" if self.anchor else ""
-        return name + (f", {percent(self.average)} averaged" if self.average else "")
+        return (f"SPT {percent(self.delta)}" if self.delta else self.without) + self.finetuned
+
+    @property
+    def finetuned(self) -> str:
+        """How the name ends: ", 1% replay, anchor 1, 10% averaged"; empty for a finetune without these."""
+        replay = f", {percent(self.replay)} replay" if self.replay else ""
+        anchor = f", anchor {self.anchor:g}" if self.anchor else ""
+        return replay + anchor + (f", {percent(self.average)} averaged" if self.average else "")
 
     @property
     def without(self) -> str:
