@@ -83,7 +83,7 @@ def timed(side: Side, trial: Trial, preset: str) -> dict[str, Any]:
         "tokens_per_s": tokens / median,
         "mfu": tokens / median * train_flops_per_token(config) / peak if peak else None,
         "mfu_label": mfu_label(device),
-        "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+        "peak_gb": side.peak_bytes / 1e9 if side.peak_bytes else None,
         "predicted": predicted(config, tokens, preset),
     }
 

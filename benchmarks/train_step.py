@@ -61,7 +61,7 @@ from spt_fast.model import gpt
 from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.optimizers import AdamW
-from spt_fast.train.local import LocalEngine
+from spt_fast.train.local import STEPS_TO_WARM_UP, LocalEngine
 from spt_fast.train.precision import pick_dtype
 from spt_fast.train.snapshot import weights_of
 from spt_fast.train.tuning import asked_of
@@ -78,6 +78,9 @@ STATE_BYTES = 18
 """Bytes per parameter that one side holds between steps."""
 RESIDENT_SHARE = 0.5
 """Share of a GPU's memory for the states of all sides, if they are to stay there together."""
+
+WARM_UP = STEPS_TO_WARM_UP + 1
+"""Steps before any is timed: the last is the one that ours records as a CUDA graph."""
 
 COMPILED = "plain, compiled"
 
@@ -241,16 +244,18 @@ class Trial:
         return count * STATE_BYTES * parameters(self.config) < RESIDENT_SHARE * memory
 
     def built(self, name: str, build: Build, file: Path) -> Side:
-        """With the largest batch that fits two steps, halving from the first."""
+        """With the largest batch that fits the first steps, halving from the given one."""
         batch, problem = self.batch, ""
         while batch:
             before = self._allocated()
             try:
                 step = build(self.config, file, batch, self.device)
                 state_bytes = self._allocated() - before
-                losses = [step()() for _ in range(2)]
+                self._forget_peak()
+                losses = [step()() for _ in range(WARM_UP)]
                 print(f"{name}, {batch} sequences: first losses {losses[0]:.3f} {losses[1]:.3f}", flush=True)
-                return Side(batch, step, state_bytes=max(state_bytes, self._allocated() - before))
+                state_bytes = max(state_bytes, self._allocated() - before)
+                return Side(batch, step, state_bytes=state_bytes, peak_bytes=self._peak() - before)
             except torch.OutOfMemoryError:
                 problem = "out of memory at one sequence"
                 batch //= 2
@@ -271,20 +276,28 @@ class Trial:
                 break
             for side in [side for side in ready if side.step is not None]:
                 others = self._allocated() - side.state_bytes
-                if self.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(self.device)
+                self._forget_peak()
                 try:
+                    if not number:
+                        side.step()()  # not timed: it compiles again if the failure of another emptied the caches
                     seconds = seconds_of(side.step, self.steps, self.device)
                 except torch.OutOfMemoryError:  # memory of the others is in the way
                     side.step, side.problem = None, f"out of memory after {len(side.rates)} rounds"
                     continue
                 side.rates.append(self.steps * side.batch * self.config.context / seconds)
-                if self.device.type == "cuda":
-                    side.peak_bytes = torch.cuda.max_memory_allocated(self.device) - others
+                # A recorded step's memory counts as allocated only while it is recorded, in the warm-up.
+                side.peak_bytes = max(side.peak_bytes, self._peak() - others)
             after()
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def _forget_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def _clear(self) -> None:
         torch._dynamo.reset()

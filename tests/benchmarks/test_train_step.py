@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from benchmarks.train_step import Step, Trial, contenders, ours, plain, shapes, 
 from spt_fast.kernels import auto_backends
 from spt_fast.kernels.backend import Candidate, install
 from spt_fast.model.gpt import GPTConfig
+from spt_fast.train.local import STEPS_TO_WARM_UP
 
 CPU = torch.device("cpu")
 
@@ -54,6 +57,69 @@ def test_sides_that_dont_fit_together_run_in_turn_and_ours_twice(monkeypatch: py
     run.run({"ours": build, "other": build}, Path(), lambda _: None)
     assert (len(run.sides["ours"].rates), len(run.sides["other"].rates)) == (6, 3)
     assert "in turn, ours first and last" in table(run.report())
+
+
+def test_a_graphs_memory_and_recording_belong_to_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU whose steps need 100 bytes more than the state's 10, until they are replayed without the allocator."""
+    held, peak, steps = 0, 0, 0
+
+    def recorded(*_: object) -> Step:
+        nonlocal held
+
+        def step() -> Callable[[], float]:
+            nonlocal peak, steps
+            steps += 1
+            if steps <= STEPS_TO_WARM_UP + 1:
+                peak = max(peak, held + 100)
+            return lambda: 1.0
+
+        held += 10
+        return step
+
+    def timed(step: Step, *_: object) -> float:
+        assert steps > STEPS_TO_WARM_UP + 1
+        return 1.0
+
+    def reset(*_: object) -> None:
+        nonlocal peak
+        peak = held
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: held)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(train_step, "seconds_of", timed)
+    monkeypatch.setattr(Trial, "_all_fit", lambda *_: True)
+    run = trial()
+    run.device = torch.device("cuda")
+    run.run({"ours": recorded}, Path(), lambda _: None)
+    assert (run.sides["ours"].peak_bytes, len(run.sides["ours"].rates)) == (110, 3)
+
+
+def test_no_round_times_a_compilation_even_after_another_sides_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, timing = [], False
+    real_compile, real_seconds = torch.compile, train_step.seconds_of
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        compiled.append(timing)
+        return graph.forward
+
+    def timed(*given: Any) -> float:
+        nonlocal timing
+        timing = True
+        try:
+            return real_seconds(*given)
+        finally:
+            timing = False
+
+    monkeypatch.setattr(torch, "compile", lambda model: real_compile(model, backend=backend))
+    monkeypatch.setattr(train_step, "seconds_of", timed)
+    run = trial(batch=2, rounds=2, steps=1)
+    write_tokens(file := tmp_path / "tokens.bin", run.config.vocab_size)
+    run.run({"ours": build, "compiled": partial(plain, compiled=True), "other": missing}, file, lambda _: None)
+    assert len(run.sides["compiled"].rates) == 2
+    assert compiled == [False, False], "once for the warm-up, once after the caches were emptied"
 
 
 def test_the_sides_train(tmp_path: Path) -> None:
