@@ -193,10 +193,11 @@ def _checked(found: Found) -> list[str]:
 def _profiled(found: Found) -> list[str]:
     if "device_ms" not in found:
         return []
+    predicted = f"predicted for an {found['predicted']['gpu']} {_percent(found['predicted']['mfu'])}"
     lines = [
-        f"{found['tokens_per_s']:,.0f} tokens/s, mfu[{found['mfu_label']}] {_percent(found['mfu'])}, predicted "
-        f"{_percent(found['predicted']['mfu'])}; {found['step_ms']['median']:.1f} ms a step, "
-        f"{found['device_ms']:.1f} of the device, {found['launches']:.0f} launches"
+        f"{found['tokens_per_s']:,.0f} tokens/s, mfu[{found['mfu_label']}] {_percent(found['mfu'])}, {predicted}; "
+        f"{found['step_ms']['median']:.1f} ms a step, {found['device_ms']:.1f} of the device, "
+        f"{found['launches']:.0f} launches"
     ]
     return lines + [f"  {row['share']:.1%} {row['calls']:g} x {row['kernel'][:60]}" for row in found["kernels"][:8]]
 
@@ -215,6 +216,7 @@ def _compared(found: Found) -> list[str]:
                 f"{name}: {rate:,.0f} tokens/s, mfu[{run['mfu_label']}] {_percent(side['mfu'])}, "
                 f"{side['rounds']} rounds of {side['sequences']} sequences{ratio}"
             )
+        lines += [f"ours: {note}" for note in run["notes"]]
     return lines
 
 

@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokens.bin"
         write_tokens(file, config.vocab_size)
-        side = trial.built("ours", partial(build, tune_seconds=options.tune), file)
+        side = trial.built("ours", partial(build, tune_seconds=options.tune, say=trial.notes.append), file)
         if side.step is None:
             raise SystemExit(side.problem)
         report = {"machine": machine("torch", "triton"), **timed(side, trial, options.preset)}
@@ -84,15 +84,21 @@ def timed(side: Side, trial: Trial, preset: str) -> dict[str, Any]:
         "mfu": tokens / median * train_flops_per_token(config) / peak if peak else None,
         "mfu_label": mfu_label(device),
         "peak_gb": side.peak_bytes / 1e9 if side.peak_bytes else None,
+        "notes": list(dict.fromkeys(trial.notes)),
         "predicted": predicted(config, tokens, preset),
     }
 
 
-def predicted(config: GPTConfig, tokens: int, preset: str) -> dict[str, float]:
-    """On an H200, with separate kernels."""
+def predicted(config: GPTConfig, tokens: int, preset: str) -> dict[str, Any]:
+    """On an H200, whatever the GPU is, with separate kernels."""
     ceilings = Ceilings(RATES[preset], 1e12 * MEMORY_TBS["H200"])
     step = Step.of("ours", ours(fused=False), Shape(config, tokens), ceilings)
-    return {"device_ms": 1e3 * step.seconds, "mfu": step.mfu, "launches": sum(row.launches for row in step.rows)}
+    return {
+        "gpu": "H200",
+        "device_ms": 1e3 * step.seconds,
+        "mfu": step.mfu,
+        "launches": sum(row.launches for row in step.rows),
+    }
 
 
 def kernels(side: Side, trial: Trial) -> dict[str, Any]:
@@ -126,13 +132,14 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['preset']}, {report['shape']}, {report['sequences']} sequences",
         f"{report['tokens_per_s']:,.0f} tokens/s, {step_ms}",
-        f"mfu[{report['mfu_label']}] {mfu} (predicted {predicted['mfu']:.1%})",
+        f"mfu[{report['mfu_label']}] {mfu} (predicted for an {predicted['gpu']} {predicted['mfu']:.1%})",
         f"the device {report['device_ms']:.1f} ms (predicted {predicted['device_ms']:.1f})",
         f"{report['launches']:.0f} launches (predicted {predicted['launches']})",
         "",
         "| kernel | calls | ms | share |",
         "|---|---|---|---|",
     ]
+    lines[5:5] = [f"ours: {note}" for note in report["notes"]]
     lines += [
         f"| {row['kernel'][:80]} | {row['calls']:g} | {row['ms']:.3f} | {row['share']:.1%} |"
         for row in report["kernels"]

@@ -56,13 +56,13 @@ from spt_fast.data.shards import TokenDataset
 from spt_fast.files import write_text
 from spt_fast.kernels import keep_freed_memory
 from spt_fast.kernels.backend import install
-from spt_fast.kernels.tuner import chosen, tune
+from spt_fast.kernels.tuner import chosen, describe, tune
 from spt_fast.model import gpt
 from spt_fast.model.flops import mfu_label, parameters, peak_flops, train_flops_per_token
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.optimizers import AdamW
 from spt_fast.train.local import STEPS_TO_WARM_UP, LocalEngine
-from spt_fast.train.precision import pick_dtype
+from spt_fast.train.precision import pick_precision
 from spt_fast.train.snapshot import weights_of
 from spt_fast.train.tuning import asked_of
 
@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here as well, after every round")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not options.dry else "cpu")
+    if options.graphs and device.type == "cpu" and not options.dry:
+        parser.error("--graphs needs a GPU")
     if options.dry:
         gpt.FP8_WIDTH = 16
     torch.set_num_threads(options.threads)
@@ -128,15 +130,20 @@ def main() -> None:
         torch._dynamo.reset()  # its caches are per function: after eight models it would fall back to eager
         batch = options.batch or (16 if device.type == "cpu" else MICRO_TOKENS // config.context)
         sides = contenders(on_gpu=device.type == "cuda" or options.dry, compiled=not options.no_compile)
+        trial = Trial(config, device, batch, options.rounds, options.steps, options.seconds)
+        sides["ours"] = partial(ours, say=trial.notes.append)
         if options.fp8:
-            sides = {"ours": ours, "ours in fp8": partial(ours, fp8=True)}
+            sides = {"ours": sides["ours"], "ours in fp8": partial(ours, fp8=True)}
         if options.graphs:
-            sides = {"ours": partial(ours, graphs=True), "ours without graphs": partial(ours, graphs=False)}
+            recorded = partial(sides["ours"], graphs=device.type == "cuda")
+            sides = {"ours": recorded, "ours without graphs": partial(ours, graphs=False)}
         if options.tune:
-            sides = sides | {"ours": partial(ours, tune_seconds=options.tune), "ours by default": ours}
+            sides = sides | {"ours": partial(sides["ours"], tune_seconds=options.tune), "ours by default": ours}
+        unknown = set(options.sides or ()) - set(sides)
+        if unknown:
+            parser.error(f"--sides: {', '.join(sorted(unknown))} is invalid: expected some of {', '.join(sides)}")
         if options.sides:
             sides = {name: side for name, side in sides.items() if name in ("ours", *options.sides)}
-        trial = Trial(config, device, batch, options.rounds, options.steps, options.seconds)
 
         def save(trial: Trial) -> None:
             if options.json:
@@ -211,6 +218,8 @@ class Trial:
     seconds: float
     sides: dict[str, Side] = field(default_factory=dict)
     resident: bool = True
+    notes: list[str] = field(default_factory=list)
+    """The dtype of ours and the tuner's choices for it."""
 
     def run(self, builds: dict[str, Build], file: Path, save: Callable[[Trial], None]) -> None:
         deadline = time.monotonic() + self.seconds
@@ -321,6 +330,7 @@ class Trial:
                 "mfu": median * flops / peak if peak else None,
                 "peak_gb": side.peak_bytes / 1e9 if side.peak_bytes else None,
                 "rounds": len(side.rates),
+                **({"stopped": side.problem} if side.problem else {}),
             }
         return {
             "shape": f"{c.layers} x {c.width}, T {c.context}, V {c.vocab_size:,}",
@@ -328,6 +338,7 @@ class Trial:
             "flops_per_token": flops,
             "mfu_label": mfu_label(self.device),
             "interleaved": self.resident,
+            "notes": list(dict.fromkeys(self.notes)),  # a side that didn't fit says them again
             "sides": figures,
         }
 
@@ -352,7 +363,7 @@ def table(report: dict[str, Any]) -> str:
     ours_median = report["sides"]["ours"].get("tokens_per_s", {}).get("median")
     lines = [
         f"\n**{report['shape']}: {report['parameters']:,} parameters, {how}**\n",
-        f"| | sequences | tokens/s [quartiles] | TFLOP/s | mfu[{report['mfu_label']}] | peak GB | ours is |",
+        f"| | sequences | tokens/s [quartiles] of rounds | TFLOP/s | mfu[{report['mfu_label']}] | peak GB | ours is |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, side in report["sides"].items():
@@ -363,9 +374,10 @@ def table(report: dict[str, Any]) -> str:
         mfu = "n/a" if side["mfu"] is None else f"{side['mfu']:.1%}"
         gb = "n/a" if side["peak_gb"] is None else f"{side['peak_gb']:.1f}"
         ratio = "" if ours_median is None else f"{ours_median / rate['median']:.2f}x"
+        of_rounds = f"of {side['rounds']}" + (f", {side['stopped']}" if "stopped" in side else "")
         lines.append(
             f"| {name} | {side['sequences']} | {rate['median']:,.0f} [{rate['low']:,.0f}, {rate['high']:,.0f}] "
-            f"| {side['tflops_per_s']:.4g} | {mfu} | {gb} | {ratio} |"
+            f"{of_rounds} | {side['tflops_per_s']:.4g} | {mfu} | {gb} | {ratio} |"
         )
     compiled = {
         name: side["tokens_per_s"]["median"]
@@ -375,7 +387,7 @@ def table(report: dict[str, Any]) -> str:
     if ours_median is not None and len(compiled) > 1:
         fastest = max(compiled, key=compiled.__getitem__)
         lines.append(f"\nThe fastest compiled one is {fastest}: ours is {ours_median / compiled[fastest]:.2f}x.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"\nours: {note}" for note in report["notes"])])
 
 
 # ------------------------------------------------------------------------------------------------ the sides
@@ -391,14 +403,21 @@ def ours(
     graphs: bool | str = "auto",
     precision: str = "auto",
     tune_seconds: float = 0.0,
+    say: Callable[[str], object] = lambda note: None,
 ) -> Step:
     """A step of the trainer itself; graphs: as `engine.cuda_graphs`; tune_seconds: for the tuner, 0 for the default
-    kernels."""
-    dtype, kernels = pick_dtype(precision, device), {}
+    kernels. say: gets the dtype and the tuner's choices. Raises what makes it another step than its arguments say: a
+    graph that can't be recorded, fp8 without a matmul that is wide enough for it."""
+    picked, kernels = pick_precision(precision, device, config), {}
+    dtype = picked.dtype
+    say(str(picked))
     if tune_seconds:
         batches = {"sequences": batch, "context": config.context, "documents": False}
         questions = asked_of(config, dtype, device, **batches, deterministic=False, fp8=fp8)
-        kernels = chosen(tune(questions, seconds=tune_seconds))
+        records = tune(questions, seconds=tune_seconds, say=say)
+        kernels = chosen(records)
+        for op, record in records.items():
+            say(f"{op}: {kernels[op]}: {describe(record)}")
     dataset = TokenDataset.open(file, dtype="uint16")
     order = SampleOrder(
         mixture=Mixture({"text": 1}),
@@ -419,8 +438,9 @@ def ours(
     )
     model = GPT(config)
     model.fp8 = fp8
-    on_gpu = device.type == "cuda"
-    engine = LocalEngine(model, device=device, dtype=dtype, cuda_graphs=graphs if on_gpu else False)
+    if fp8 and not model.fp8_share:
+        raise ValueError("none of the blocks' matmuls is wide enough for fp8")
+    engine = LocalEngine(model, device=device, dtype=dtype, cuda_graphs=graphs)
     optimizer = AdamW(lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, clip=CLIP)
     engine.begin(Phase(name="step", tokens=1, mixture={}, optimizer=optimizer), weights_of(model))
     steps = iter(loader)
@@ -430,6 +450,8 @@ def ours(
         _, micro_batches = next(steps)
         result = engine.step(micro_batches, LR, lambda: False)
         assert result is not None
+        if graphs is True and not engine.cuda_graphs:
+            raise RuntimeError("a step could not be recorded as a CUDA graph")
         return lambda: result.read()[0]
 
     return step

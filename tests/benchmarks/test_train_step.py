@@ -11,10 +11,13 @@ import torch
 
 from benchmarks import host_time, train_step
 from benchmarks.train_step import Step, Trial, contenders, ours, plain, shapes, table, write_tokens
+from spt_fast.errors import SptWarning
 from spt_fast.kernels import auto_backends
 from spt_fast.kernels.backend import Candidate, install
+from spt_fast.model import gpt
 from spt_fast.model.gpt import GPTConfig
 from spt_fast.train.local import STEPS_TO_WARM_UP
+from spt_fast.train.precision import pick_precision
 
 CPU = torch.device("cpu")
 
@@ -143,14 +146,62 @@ def test_only_the_tuned_side_has_the_kernels_that_were_chosen(tmp_path: Path, mo
     if usual == "reference":
         pytest.skip("the extension is not built")
     write_tokens(file := tmp_path / "tokens.bin", config.vocab_size)
-    chosen = {"embedding": {"chosen": Candidate("reference").plain()}}
-    monkeypatch.setattr(train_step, "tune", lambda questions, seconds: chosen)
-    tuned, default = (ours(config, file, 2, CPU, tune_seconds=seconds) for seconds in (1.0, 0.0))
+    chosen: dict[str, dict[str, Any]] = {"embedding": {"chosen": Candidate("reference").plain()}}
+    chosen["embedding"] |= {"seconds": {"chosen": [0.1, 0.2], "default": [0.2, 0.4]}, "date": "2026-11-30"}
+
+    def tune(questions: object, *, seconds: float, say: Callable[[str], object]) -> dict[str, Any]:
+        say("rope: keeps its default, since there was no time left")
+        return chosen
+
+    monkeypatch.setattr(train_step, "tune", tune)
+    said: list[str] = []
+    tuned, default = (ours(config, file, 2, CPU, tune_seconds=seconds, say=said.append) for seconds in (1.0, 0.0))
+    assert said[0] == said[3] == str(pick_precision("auto", CPU, config))
+    assert said[1].startswith("rope: keeps its default")
+    assert said[2].startswith("embedding: reference: forward + backward 100 + 200 ms, 2.00 times as fast as by default")
     try:
         used = [(step()(), auto_backends()["embedding"])[1] for step in (tuned, default, tuned)]
         assert used == ["reference", usual, "reference"]
     finally:
         install({})
+
+
+def test_a_step_that_its_name_does_not_describe_is_not_timed(tmp_path: Path) -> None:
+    run = trial(batch=2, rounds=1, steps=1)
+    write_tokens(file := tmp_path / "tokens.bin", run.config.vocab_size)
+    with pytest.warns(SptWarning, match="could not be recorded"):
+        run.run({"in fp8": partial(ours, fp8=True), "graphs": partial(ours, graphs=True)}, file, lambda _: None)
+    assert "none of the blocks' matmuls is wide enough for fp8" in run.sides["in fp8"].problem
+    assert "a step could not be recorded as a CUDA graph" in run.sides["graphs"].problem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--dry", "--no-compile", "--sides", "plain, compiled"], "plain, compiled is invalid: expected some of ours,"),
+        (["--dry", "--sides", "ours by default"], "ours by default is invalid"),
+        (["--graphs"], "--graphs needs a GPU"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(
+    arguments: list[str], problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train_step", *arguments])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpt, "FP8_WIDTH", gpt.FP8_WIDTH)  # --dry changes it
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    with pytest.raises(SystemExit):
+        train_step.main()
+    assert problem in capsys.readouterr().err
+
+
+def test_a_side_that_stopped_says_so_beside_its_figure() -> None:
+    run = trial()
+    run.run({"ours": build}, Path(), lambda _: None)
+    run.sides["ours"].problem = "out of memory after 3 rounds"
+    run.sides["ours"].rates = [5.0, 5.0, 5.0]
+    assert run.report()["sides"]["ours"]["stopped"] == "out of memory after 3 rounds"
+    assert "| ours | 2 | 5 [5, 5] of 3, out of memory after 3 rounds |" in table(run.report())
 
 
 def test_on_a_cpu_ours_is_judged_by_the_fastest_dtype_of_the_compiled(tmp_path: Path) -> None:
