@@ -16,8 +16,8 @@ more      the plain GPT at 350m and 1b, and the tuner's choice of attention for 
 A stage consists of items, each a process with its share of the time: one that breaks the device, or hangs, does not end
 the others. An item's results are in DIR/<date>-<gpu>.json from that second on (DIR: $OUT, or benchmarks/results). The
 file is replaced as a whole, so that it can be read whenever the command is killed. An existing file, or one given by
---from, is continued: unfinished items are run, first those that never began. The screen gets at most 10,000 characters;
-items that did not fit in the time are named at the end.
+--from, is continued, if it is of the same GPU: unfinished items are run, first those that never began. The screen gets
+at most 10,000 characters; items that did not fit in the time are named at the end.
 
 It needs torch and nothing else installed: the extension is built if it isn't. Peers are taken from the environment or
 from build/peers (`make peers`); SPT_COMMIT names the commit of a tree without its history. --dry runs every stage on a
@@ -177,6 +177,8 @@ def _checked(found: Found) -> list[str]:
     eager: dict[tuple[str, str], float] = {}
     by_backend: dict[str, list[Found]] = {}
     for row in found.get("rows", []):
+        if row["status"] == "skipped":
+            continue
         if row["kind"] == "torch":
             eager[row["op"], row["shape"]] = row.get("error", 0)
         elif row["status"] != "absent":
@@ -187,7 +189,12 @@ def _checked(found: Found) -> list[str]:
         worst = f", error at most {max(ratios):.2g} of eager's" if ratios else ""
         lines.append(f"{backend}: {len(right)} of {len(rows)} right{worst}")
         lines += [f"  {r['op']} {r['shape']}: {r['status']} {r.get('note', '')}" for r in rows if r not in right]
-    return lines
+    return lines + _skipped(found)
+
+
+def _skipped(found: Found) -> list[str]:
+    """The shapes for which an op's benchmark had no time."""
+    return [f"  {r['op']} {r['shape']}: skipped" for r in found.get("rows", []) if r.get("status") == "skipped"]
 
 
 def _profiled(found: Found) -> list[str]:
@@ -239,7 +246,7 @@ def _rates(found: Found) -> list[str]:
                 than = f" {min(others) / row['seconds'][1]:.2f}x" if others else ""
                 said.append(f"{row['pass']} {row['of_ceiling']:.0%}{than}")
         lines.append(f"{op} {shape}: {', '.join(said)}")
-    return lines
+    return lines + _skipped(found)
 
 
 def _percent(share: float | None) -> str:
@@ -256,23 +263,33 @@ class Results:
     and time of each command that wrote to this file), "seconds", and the item's results.
     """
 
-    def __init__(self, path: Path, known: Found | None, about: Found) -> None:
-        self.path = path
-        self.record = known or {"runs": [], "items": {}}
+    def __init__(self, path: Path, record: Found, about: Found) -> None:
+        self.path, self.record = path, record
         self.record["runs"].append({"began": datetime.now(UTC).isoformat(timespec="seconds"), "machine": about})
         self._write()
 
     @classmethod
-    def open(cls, folder: Path, known: Path | None) -> Results:
-        about = machine("torch", "triton", "transformers", *PEERS)
-        gpu = re.sub(r"[^a-z0-9]+", "-", about.get("gpu", "cpu").lower()).strip("-")
+    def open(cls, folder: Path, known: Path | None, *, dry: bool = False) -> Results:
+        """ValueError for a known file of another GPU, or of a dry run, whose items have the same names."""
+        about = machine("torch", "triton", "transformers", *PEERS) | ({"dry": True} if dry else {})
+        gpu = "dry" if dry else re.sub(r"[^a-z0-9]+", "-", about.get("gpu", "cpu").lower()).strip("-")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{about['date']}-{gpu}.json"
         known = known or (path if path.exists() else None)
-        return cls(path, json.loads(known.read_text()) if known else None, about)
+        record = json.loads(known.read_text()) if known else {"runs": [], "items": {}}
+        for run in record["runs"]:
+            theirs = run["machine"]
+            if any(theirs.get(key) != about.get(key) for key in ("gpu", "dry")):
+                kind = "a dry run" if theirs.get("dry") else f"{theirs.get('gpu', 'no GPU')}, not dry"
+                raise ValueError(f"{known}: has figures of another machine ({kind}) and can't be continued here")
+        return cls(path, record, about)
 
     def state(self, item: Item) -> str:
         return self.record["items"].get(item.name, {}).get("state", "never begun")
+
+    def machine_of(self, item: Item) -> Found:
+        """Of the command that ran it."""
+        return self.record["runs"][self.record["items"][item.name]["run"]]["machine"]
 
     def waiting(self, planned: Sequence[Item]) -> list[Item]:
         """Unfinished items: first those that never began, last those that failed."""
@@ -402,7 +419,7 @@ def _over(process: Process, results: Results, screen: Screen) -> bool:
         return False
     process.end()
     found = process.found()
-    state = "cut off" if late else "done" if code == 0 else "failed"
+    state = "cut off" if late or (code == 0 and _skipped(found)) else "done" if code == 0 else "failed"
     how = {} if state == "done" else {"output": process.output(), "code": code}
     results.put(item, state, seconds=process.seconds, **found, **how)
     said = [f"\n{item.name}: {state}, {process.seconds:.0f} s", *item.told(found)]
@@ -430,8 +447,15 @@ def main() -> None:
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))} is invalid: expected some of {', '.join(stages)}")
     planned = [item for item in planned if not options.only or item.stage in options.only]
-    results, screen = Results.open(options.out, options.known), Screen()
+    try:
+        results, screen = Results.open(options.out, options.known, dry=options.dry), Screen()
+    except ValueError as problem:
+        parser.error(f"--from: {problem}")
     screen.say(", ".join(f"{key} {value}" for key, value in results.record["runs"][-1]["machine"].items()), most=600)
+    kept = [item for item in planned if results.state(item) == "done"]
+    if kept:
+        commits = dict.fromkeys(results.machine_of(item)["commit"] for item in kept)
+        screen.say(f"kept from commit {', '.join(commits)}: {', '.join(item.name for item in kept)}", most=900)
     run(planned, results, ends - time.monotonic(), screen)
     left = [f"{item.name} ({results.state(item)})" for item in planned if results.state(item) != "done"]
     if left:

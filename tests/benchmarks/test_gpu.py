@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import gpu, profile_step
 from benchmarks.gpu import OPS, PRINTED, Item, Results, Screen, items, run
+from benchmarks.kernels.harness import Row
 from benchmarks.machine import ROOT
 
 ITEM = """
@@ -23,7 +24,7 @@ how, pause, file = sys.argv[1], float(sys.argv[2]), sys.argv[4]
 open(os.path.join(os.environ["FOLDER"], "begun"), "a").write(f"{sys.argv[1]} {os.getpid()}\\n")
 for part in range(3):
     with open(file + ".new", "w") as out:
-        json.dump({"rows": list(range(part + 1)), "machine": {}}, out)
+        json.dump({"parts": list(range(part + 1)), "machine": {}}, out)
     os.replace(file + ".new", file)
     time.sleep(pause)
     if part == 1 and how == "hangs":
@@ -65,8 +66,8 @@ def test_an_item_that_breaks_or_hangs_ends_no_other_and_a_second_command_goes_on
     kept = json.loads(first.path.read_text())["items"]
     states = {name: found["state"] for name, found in kept.items()}
     assert states == {"breaks": "failed", "hangs": "cut off", "works": "done", "long": "skipped", "with": "skipped"}
-    assert kept["hangs"]["rows"] == [0, 1]
-    assert (kept["breaks"]["rows"], kept["breaks"]["code"]) == ([0, 1], -signal.SIGSEGV)
+    assert kept["hangs"]["parts"] == [0, 1]
+    assert (kept["breaks"]["parts"], kept["breaks"]["code"]) == ([0, 1], -signal.SIGSEGV)
     assert "illegal memory access" in kept["breaks"]["output"]
     assert "it takes 1000 s" in kept["long"]["why"]
     assert "there is no no-such" in kept["with"]["why"]
@@ -101,7 +102,7 @@ def test_killed_at_any_moment_its_file_is_whole_and_the_next_command_goes_on(tmp
     subprocess.run(command, env=environment, check=True, capture_output=True)
     kept = json.loads(file.read_text())["items"]
     assert [found["state"] for found in kept.values()] == ["done"] * 5
-    assert all(found["rows"] == [0, 1, 2] for found in kept.values())
+    assert all(found["parts"] == [0, 1, 2] for found in kept.values())
     begun = (tmp_path / "begun").read_text().splitlines()
     assert len(begun) < 5 + 5, "what was done is not done again"
 
@@ -111,6 +112,50 @@ def _command_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
+
+
+def test_figures_of_another_machine_or_of_a_dry_run_are_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry = Results.open(tmp_path, None, dry=True)
+    dry.put(item("works"), "done")
+    assert Results.open(tmp_path, None).state(item("works")) == "never begun"
+    assert Results.open(tmp_path, None, dry=True).state(item("works")) == "done"
+    with pytest.raises(ValueError, match="a dry run"):
+        Results.open(tmp_path, dry.path)
+    here = Results.open(tmp_path, None)
+    here.put(item("works"), "done")
+    monkeypatch.setattr(gpu, "machine", lambda *_: {"date": "2026-11-29", "gpu": "NVIDIA H200", "commit": "later"})
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--from", str(here.path)])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "has figures of another machine (NVIDIA H100, not dry)" in capsys.readouterr().err
+
+
+def test_items_of_an_earlier_command_are_named_with_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for commit in ("first", "second"):
+        about = {"date": "2026-11-28", "gpu": "NVIDIA H100", "commit": commit}
+        monkeypatch.setattr(gpu, "machine", lambda *_, about=about: about)
+        planned = [item("works"), item(f"works {commit}")]
+        monkeypatch.setattr(gpu, "items", lambda dry, planned=planned: planned)
+        monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+        with pytest.raises(SystemExit):
+            gpu.main()
+    assert "\nkept from commit first: works\n" in capsys.readouterr().out
+
+
+def test_an_item_that_skipped_a_shape_is_not_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    skipped = Row("norm", "8", "all", "all", "", "skipped", "no time left").plain()
+    (tmp_path / "a_check.py").write_text(
+        f"import json, sys\njson.dump({{'rows': [{skipped!r}]}}, open(sys.argv[2], 'w'))"
+    )
+    results = Results.open(tmp_path / "out", None)
+    for told in (gpu._checked, gpu._rates):
+        run([Item("check", told.__name__, 30, ["a_check"], told)], results, 60, Screen())
+        assert results.record["items"][told.__name__]["state"] == "cut off"
+        assert "norm 8: skipped" in capsys.readouterr().out
 
 
 def test_the_screen_gets_ten_thousand_characters_and_the_end_is_among_them(
