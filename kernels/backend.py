@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from spt_fast import native
 from spt_fast.errors import invalid
@@ -235,6 +236,8 @@ def custom_op(name: str, empty: Callable[..., Any], mutates: Sequence[str] = ())
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                _refuse_derivatives(name, arguments)
             if is_looked_at(arguments):
                 return op(*arguments)
             if mutates:
@@ -279,6 +282,29 @@ def is_looked_at(arguments: Sequence[Any]) -> bool:
         elif isinstance(given, Tensor):
             return True
     return False
+
+
+def _refuse_derivatives(name: str, arguments: Sequence[Any]) -> None:
+    """NotImplementedError where torch.func or forward mode would differentiate a custom op: PyTorch itself returns
+    tangents of zeros, without a word."""
+    inner = torch._C._functorch.peek_interpreter_stack() if torch._C._are_functorch_transforms_active() else None
+    forward = forward_ad._current_level >= 0
+    if not forward and (inner is None or inner.key() != torch._C._functorch.TransformType.Grad):
+        return
+    for given in arguments:
+        if not isinstance(given, Tensor):
+            continue
+        if not forward:
+            differentiated = given.requires_grad and torch.is_grad_enabled()
+        elif torch._C._functorch.is_functorch_wrapped_tensor(given):
+            differentiated = True  # perhaps: only the innermost transform's tangent can be seen
+        else:
+            differentiated = forward_ad.unpack_dual(given).tangent is not None
+        if differentiated:
+            raise NotImplementedError(
+                f"{name}: forward mode and torch.func's grad, vjp, jvp and the like cannot differentiate it; use "
+                "backward() or torch.autograd.grad"
+            )
 
 
 def is_transformed() -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_fast import kernels
@@ -111,6 +113,30 @@ def test_a_gradient_of_a_gradient_is_refused_and_an_update_in_place_is_known_to_
     kernels.adamw_step(param, torch.ones(3), torch.zeros(3), torch.zeros(3), step=1, lr=0.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+def test_transforms_that_cannot_differentiate_an_op_are_refused_in_words() -> None:
+    """PyTorch's own answer in forward mode is a derivative of zero."""
+    normed, shift = partial(rms_norm, weight=W), torch.ones_like(X)
+    of_sum = lambda x: normed(x).square().sum()  # noqa: E731
+    words = r"^rms_norm: forward mode and torch.func's grad, .* use backward\(\) or torch.autograd.grad$"
+    refused: tuple[Callable[[], object], ...] = (
+        lambda: torch.func.jvp(normed, (X,), (shift,)),
+        lambda: torch.func.jvp(torch.func.vmap(normed), (X,), (shift,)),
+        lambda: torch.func.jacfwd(of_sum)(X),
+        lambda: torch.func.hessian(of_sum)(X),
+        lambda: torch.func.grad(of_sum)(X),
+        lambda: torch.func.vmap(torch.func.grad(of_sum))(X),
+    )
+    for attempt in refused:
+        with pytest.raises(NotImplementedError, match=words):
+            attempt()
+    with torch.no_grad(), forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=words):
+            normed(forward_ad.make_dual(X, shift))
+        assert torch.equal(normed(X), rms_norm(X, W))
+    beside = torch.func.jvp(lambda x: x * normed(X), (X,), (shift,))[1]  # what isn't differentiated may be anything
+    assert torch.equal(beside, normed(X))
 
 
 def test_an_op_that_has_not_run_yet_compiles_whole_and_so_does_a_scaled_loss(monkeypatch: pytest.MonkeyPatch) -> None:
