@@ -2,7 +2,7 @@
 
 A record is a small JSON file whose name is a digest of everything that it depends on. The measuring process holds a
 lock, so that processes that start together neither measure against each other nor get different results. If the folder
-cannot be written, or a file is damaged, the measurement is only repeated.
+cannot be written, or a file is damaged, a warning says so, and the measurement is repeated.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 Read = Callable[[dict[str, Any]], object]
-"""Raises KeyError, TypeError, ValueError or AttributeError for a record that isn't of its kind."""
+"""Raises one of DAMAGED for a record that isn't of its kind."""
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 def remembered(kind: str, key: Mapping[str, Any], measure: Callable[[], dict[str, Any]], read: Read) -> dict[str, Any]:
@@ -56,8 +57,14 @@ def remembered(kind: str, key: Mapping[str, Any], measure: Callable[[], dict[str
         if (found := recall(kind, key, read)) is not None:
             return found
         found = _plain(measure())
-        with suppress(OSError):
+        try:
             write_text(file, json.dumps({"key": key, "found": found}, indent=1))
+        except OSError as error:
+            problem = (
+                f"{file.parent}: measurements cannot be kept there ({error.strerror or error}), so later runs "
+                "don't know of them; set XDG_CACHE_HOME to a folder that can be written"
+            )
+            warnings.warn(problem, SptWarning, stacklevel=1)  # once, whoever asks
     return found
 
 
@@ -71,7 +78,7 @@ def recall(kind: str, key: Mapping[str, Any], read: Read) -> dict[str, Any] | No
         read(kept["found"])
     except OSError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         problem = f"{file}: this record of earlier measurements is damaged ({error!r}); it is ignored"
         warnings.warn(problem, SptWarning, stacklevel=2)
         return None

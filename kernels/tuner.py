@@ -69,7 +69,7 @@ def chosen(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Candidate]:
 def _read(record: Mapping[str, Any]) -> None:
     describe(record)
     for name in ("chosen", "default"):
-        Candidate.read(record[name])
+        str(Candidate.read(record[name]))
 
 
 def describe(record: Mapping[str, Any]) -> str:

@@ -150,7 +150,7 @@ def test_records_hold_for_what_they_were_measured_at(tmp_path: Path, monkeypatch
     assert len(decided) == 2, "the second waits for what the first finds"
     (file,) = [each for each in (tmp_path / "cache" / "spt_fast").glob("*.json") if "other kernels" in each.read_text()]
     whole = json.loads(file.read_text())
-    for damaged in ("{", "[]", *damages(whole)):
+    for damaged in ("{", "[]", "[" * 10**5, *damages(whole)):
         file.write_text(damaged)
         with pytest.warns(SptWarning, match="is damaged .* it is ignored"):
             assert known([asked]) == {}
@@ -158,7 +158,9 @@ def test_records_hold_for_what_they_were_measured_at(tmp_path: Path, monkeypatch
         assert tune([asked], seconds=30)["double"]["chosen"]["backend"] == "c3"
     assert tune([asked], seconds=30)["double"] == known([asked])["double"]
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
-    assert tune([asked], seconds=30)["double"]["chosen"]["backend"] == "c4"
+    cannot = r"^/proc/none/spt_fast: measurements cannot be kept there \(.*\), so .*; set XDG_CACHE_HOME to a"
+    with pytest.warns(SptWarning, match=cannot):
+        assert tune([asked], seconds=30)["double"]["chosen"]["backend"] == "c4"
     assert known([asked]) == {}
 
 
@@ -170,6 +172,12 @@ def damages(whole: dict[str, Any]) -> Iterator[str]:
             if part != "date" or not other:
                 yield json.dumps(whole | {"found": left | other})
     yield json.dumps(whole | {"found": None})
+    for part, other in (
+        ("chosen", {"backend": None, "launches": []}),
+        ("seconds", {"chosen": [], "default": [1.0]}),
+        ("seconds", {"chosen": [10**400, 0.1], "default": [1.0]}),
+    ):
+        yield json.dumps(whole | {"found": whole["found"] | {part: other}})
 
 
 def test_an_op_that_time_does_not_suffice_for_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
