@@ -70,7 +70,8 @@ def adamw_step(
 
     All tensors have param's shape, any strides (kernels copy non-contiguous ones) and any floating dtypes. step, lr,
     grad_scale and skip may be 0-d tensors on param's device. step is the number of this update, from 1.
-    ValueError: shapes that differ, an anchor_decay without anchor, or a backend that cannot run for these tensors.
+    ValueError: shapes that differ, a step below 1 (a tensor's isn't read), an anchor_decay without anchor, or a backend
+    that cannot run for these tensors.
     """
     adamw_step_all(
         [param],
@@ -130,6 +131,8 @@ def adamw_step_all(
                     f"adamw_step: {name} {number} is {tuple(tensor.shape)}, its param is {tuple(param.shape)}; "
                     "they must agree"
                 )
+    if not isinstance(step, Tensor) and step < 1:
+        raise ValueError(invalid("adamw_step(step)", step, "the number of this update, from 1"))
     if anchors is None and anchor_decay != 0:
         raise ValueError(invalid("adamw_step(anchor_decay)", anchor_decay, "it needs an anchor; give `anchor`"))
     if not params:

@@ -116,8 +116,10 @@ class Op:
         """The backend that runs for tensors like x; BackendError for an unknown one or one that cannot run for them.
 
         `obstacles`: by backend, further reasons why it cannot run, besides device and dtype; `auto` also leaves out
-        `passed_over` ones.
+        `passed_over` ones. ValueError for x of no floating dtype.
         """
+        if not x.is_floating_point():
+            raise ValueError(invalid(f"{self.name}(dtype)", x.dtype, "a floating dtype, as of x.float()"))
         if backend == "auto":
             tuned = [_installed[self.name].backend] if self.name in _installed else []
             for name in (*_preferred, *tuned, *self.auto.get(x.device.type, {})):
@@ -138,7 +140,10 @@ class Op:
 
 @contextmanager
 def prefer(backend: str) -> Iterator[None]:
-    """Inside, `auto` uses this backend for every op that has it and can run it."""
+    """Inside, `auto` uses this backend for every op that has it and can run it. BackendError for one that no op has."""
+    known = dict.fromkeys(name for op in OPS.values() for name in op.backends)
+    if backend not in known:
+        raise BackendError(invalid("prefer(backend)", backend, f"unknown; there are {', '.join(known)}"))
     _preferred.insert(0, backend)
     try:
         yield

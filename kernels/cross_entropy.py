@@ -41,6 +41,7 @@ backward 2.6 GB besides the gradients themselves (1.3 GB, or 2.6 if `weight.grad
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -112,8 +113,11 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: x is {x_ND.dtype}, weight is {weight_VD.dtype}; they must agree")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(invalid("linear_cross_entropy(reduction)", reduction, "it must be 'mean', 'sum' or 'none'"))
-    if softcap is not None and softcap <= 0:
-        raise ValueError(invalid("linear_cross_entropy(softcap)", softcap, "it must be positive, or None"))
+    if targets_N.is_floating_point() or targets_N.is_complex() or targets_N.dtype == torch.bool:
+        expected = "integers: the correct word of each token"
+        raise ValueError(invalid("linear_cross_entropy(targets)", targets_N.dtype, expected))
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(invalid("linear_cross_entropy(softcap)", softcap, "it must be positive and finite, or None"))
     if scale is not None and (reduction == "none" or x_ND.dtype == torch.float16):
         expected = 'None for reduction="none" and for float16'
         raise ValueError(invalid("linear_cross_entropy(scale)", scale, expected))

@@ -382,6 +382,8 @@ def test_bad_arguments_are_refused() -> None:
         adamw_step(theta, m, m, v[:3], step=1, lr=LR)
     with pytest.raises(ValueError, match="anchor"):
         adamw_step(theta, m, m, v, step=1, lr=LR, anchor_decay=0.1)
+    with pytest.raises(ValueError, match=r"adamw_step\(step\): 0 is invalid: the number of this update, from 1"):
+        adamw_step(theta, m, m, v, step=0, lr=LR)  # its bias corrections would divide by 0
 
 
 def test_every_launch_is_compiled_ahead_of_time() -> None:

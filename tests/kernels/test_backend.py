@@ -47,9 +47,27 @@ def test_prefer_moves_a_backend_to_the_front_where_it_can_run() -> None:
     with kernels.prefer("reference"):
         assert set(kernels.auto_backends().values()) == {"reference"}
     before = kernels.auto_backends()
-    with kernels.prefer("abacus"):
-        assert kernels.auto_backends() == before
+    misspelt = r"^prefer\(backend\): 'tirton' is invalid: unknown; there are .*\bsdpa\b"
+    with pytest.raises(ValueError, match=misspelt), kernels.prefer("tirton"):
+        pass  # would compare auto with auto
     assert kernels.auto_backends() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_tensors_of_no_floating_dtype_are_refused(dtype: torch.dtype) -> None:
+    """PyTorch's ops would compute something in it, or round the result to it."""
+    x, w, one = X.to(dtype), W.to(dtype), torch.ones(8)
+    for call in (
+        lambda: rms_norm(x, w),
+        lambda: linear_cross_entropy(x, x, torch.arange(4)),
+        lambda: kernels.swiglu(x, x),
+        lambda: kernels.embedding(torch.arange(4), x),
+        lambda: kernels.rope(*[x.view(1, 2, 2, 8)] * 2, torch.ones(2, 8), torch.ones(2, 8)),
+        lambda: kernels.flash_attention(*[x.view(1, 2, 2, 8)] * 3),
+        lambda: kernels.adamw_step(w, one, one.clone(), one.clone(), step=1, lr=1.0),
+    ):
+        with pytest.raises(ValueError, match=rf"\(dtype\): {dtype} is invalid: a floating dtype, as of x.float\(\)"):
+            call()
 
 
 def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -381,8 +381,12 @@ def test_bad_arguments_are_refused() -> None:
         linear_cross_entropy(x, weight.float(), targets)
     with pytest.raises(ValueError, match="reduction"):
         linear_cross_entropy(x, weight, targets, reduction="average")
-    with pytest.raises(ValueError, match="softcap"):
-        linear_cross_entropy(x, weight, targets, softcap=0.0)
+    for softcap in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="softcap"):
+            linear_cross_entropy(x, weight, targets, softcap=softcap)
+    for dtype in (torch.float32, torch.bool, torch.complex64):  # probabilities would be rounded to words
+        with pytest.raises(ValueError, match=rf"\(targets\): {dtype} is invalid: integers"):
+            linear_cross_entropy(x, weight, targets.to(dtype))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [case for case in EVERYWHERE if case[0] == "triton"])
