@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.kernels.harness import Case, Contender, Function, Run, main
 from spt_fast.kernels import accumulate_in_place, fp8_linear
+from spt_fast.kernels.gradients import in_place
 
 SHARE = 2
 ALLOWED_ERROR = 0.1
@@ -59,7 +60,7 @@ def ours(backend: str, *, kept: bool = False) -> Function:
     """kept: from one call to the next, as for all micro-batches of a step but the first."""
 
     def apply(x: Tensor, weight: Tensor) -> Tensor:
-        if kept:
+        if kept and in_place(weight) is None:
             accumulate_in_place([weight])
         return fp8_linear(x, weight, backend=backend)
 

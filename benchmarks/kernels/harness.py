@@ -550,7 +550,7 @@ def verdict(rows: Sequence[Row], pass_: str) -> str:
     ranked = sorted((row for row in group if row.rank), key=lambda row: row.rank or 0)
     ours = next((row for row in ranked if row.kind == "ours"), None)
     other = next((row for row in ranked if row.kind in ("torch", "peer")), None)
-    missing = [f"{row.contender} ({row.status})" for row in group if row.kind == "peer" and not row.rank]
+    missing = [f"{r.contender} ({r.status})" for r in group if r.kind in ("torch", "peer") and not r.rank]
     unranked = f"; unranked against {', '.join(missing)}" if missing else ""
     if not ours or not ours.seconds or not other or not other.seconds:
         return f"{pass_}: no comparison{unranked}"
@@ -593,7 +593,8 @@ def main(cases: Cases, description: str | None, arguments: Sequence[str] | None 
     clock = Clock(device)
     ceilings = {} if options.check else measure_ceilings(clock)
     about = machine("torch", "triton", *PEERS)
-    print(", ".join(f"{key} {value}" for key, value in about.items()), f"threads {options.threads}")
+    how = {"device": device.type, "dtype": str(run.dtype).removeprefix("torch."), "threads": options.threads}
+    print(", ".join(f"{key} {value}" for key, value in {**about, **how}.items()))
     if ceilings:
         print("ceilings: " + ", ".join(f"{value:,.4g} {unit}" for unit, value in ceilings.items()), flush=True)
     rows: list[Row] = []
@@ -614,7 +615,7 @@ def main(cases: Cases, description: str | None, arguments: Sequence[str] | None 
         if run.gpu:
             torch.cuda.empty_cache()
         if options.json:
-            report = {"machine": about, "threads": options.threads, "ceilings": ceilings}
+            report = {"machine": about, **how, "ceilings": ceilings}
             write_text(options.json, json.dumps({**report, "rows": [row.plain() for row in rows]}, indent=1) + "\n")
     if options.check and not all(map(_is_right, rows)):
         raise SystemExit(1)

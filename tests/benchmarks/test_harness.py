@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import bench_norm, harness
+from benchmarks.kernels import bench_fp8, bench_norm, bench_self_attention, harness
 from benchmarks.kernels.harness import (
     Case,
     Clock,
@@ -24,6 +25,8 @@ from benchmarks.kernels.harness import (
     table,
     verdict,
 )
+from spt_fast.kernels import fp8
+from spt_fast.kernels.persistent import SEPARATE
 
 CPU = torch.device("cpu")
 
@@ -58,14 +61,17 @@ def test_ranks_go_by_the_median_and_only_to_those_that_were_timed() -> None:
         row("liger", "peer", None, status="absent"),
         row("flash", "peer", None, status="wrong"),
         row("products", "floor", 0.5),
+        row("compiled otherwise", "torch", None, status="failed"),
     ]
     rank(rows)
     assert {r.contender: r.rank for r in rows} == {
         "eager": 3, "ours": 1, "compiled": 2, "liger": None, "flash": None, "products": None,
+        "compiled otherwise": None,
     }  # fmt: skip
     said = verdict(rows, "forward")
-    assert said == "forward: ours is 1.25x compiled; unranked against liger (absent), flash (wrong)"
-    assert table(rows).count("unranked |") == 2
+    missing = "liger (absent), flash (wrong), compiled otherwise (failed)"
+    assert said == f"forward: ours is 1.25x compiled; unranked against {missing}"
+    assert table(rows).count("unranked |") == 3
 
 
 def test_ours_alone_has_won_nothing() -> None:
@@ -136,6 +142,33 @@ def test_each_run_sees_the_inputs_as_they_were() -> None:
     assert all(torch.equal(x, seen[0]) for x in seen)
 
 
+def test_only_the_weight_that_is_kept_in_fp8_is_not_quantised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantised, real = [], fp8._quantise_weight
+    monkeypatch.setattr(fp8, "_quantise_weight", lambda *given: quantised.append(1) or real(*given))
+    x, weight = torch.randn(16, 32), torch.randn(16, 32, requires_grad=True)
+    for kept, times in ((False, 3), (True, 1)):
+        ours = Contender("ours", partial(bench_fp8.ours, "reference", kept=kept), "ours")
+        one = harness.Ready(ours, ours.load(), [x, weight], [], None, None)
+        case = Case("fp8_linear", "shape", [x.clone(), weight.detach().clone()], [], {"forward": 1.0})
+        for _ in range(3):
+            harness._sample(case, one, [], "forward", Clock(CPU))
+        assert len(quantised) == times
+        quantised.clear()
+
+
+def test_only_the_fused_contender_has_the_fused_projection(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = bench_self_attention.SELF_ATTENTION, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    case = bench_self_attention.case(Run(CPU, torch.float32), 1, 8, 2, 64)
+    x, weight = case.inputs
+    monkeypatch.setattr(module.Fused, "apply", lambda *given: seen.append(module._launched(x, weight, 64)))
+    fused = next(contender for contender in case.contenders if contender.name == "triton, fused").load()
+    assert module._launched(x, weight, 64) == SEPARATE
+    fused(x, weight)
+    assert seen == [module.candidates(64)[0]]
+    assert module._launched(x, weight, 64) == SEPARATE
+
+
 def test_rounds_end_with_the_time() -> None:
     slow = Contender("slow", lambda: lambda x: time.sleep(0.01) or x * x)
     run = Run(CPU, torch.float32, deadline=time.monotonic())
@@ -187,6 +220,7 @@ def test_bench_norm_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     harness.main(bench_norm.cases, "RMSNorm", ["--dry", "--device=cpu", "--rounds=2", "--no-compile", f"--json={file}"])
     report = json.loads(file.read_text())
     assert report["machine"]["torch"] == torch.__version__
+    assert (report["device"], report["dtype"], report["threads"]) == ("cpu", "float32", 1)
     assert set(report["ceilings"]) == {"GB/s", "TFLOP/s"}
     timed = [row for row in report["rows"] if row["status"] == "timed"]
     assert {row["op"] for row in timed} == {"rms_norm", "add_rms_norm"}
