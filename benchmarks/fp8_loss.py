@@ -37,7 +37,8 @@ DRY = {"layers": 1, "width": 32, "heads": 2, "ffn": 64, "context": 32}
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--preset", choices=PRESETS, default="1b")
+    wide = [name for name, shape in PRESETS.items() if shape["width"] >= gpt.FP8_WIDTH]  # else fp8 changes nothing
+    parser.add_argument("--preset", choices=wide, default="1b")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--dry", action="store_true", help="tiny: runs every line, measures nothing")
     options = parser.parse_args()

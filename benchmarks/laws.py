@@ -172,7 +172,8 @@ def intervals_of_study(
             try:
                 _, low, high = law.predict(interval=LEVEL, **given)
             except laws.OpenError:
-                low, high = np.full_like(true, -np.inf), np.full_like(true, np.inf)
+                found.append((LEVEL, np.inf))
+                continue
             width = np.median((high - low) / true) / (2 * 1.645 * np.hypot(by_run, noise))
             found.append((float(np.mean((low <= new) & (new <= high))), float(width)))
     return [(float(np.mean([h for h, _ in found])), float(np.median([w for _, w in found]))) for found in held]
@@ -366,8 +367,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--fits", action="store_true", help="measure `spt-fast fit` only")
-    parser.add_argument("--intervals", action="store_true", help="measure what intervals hold only")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--fits", action="store_true", help="measure `spt-fast fit` only")
+    only.add_argument("--intervals", action="store_true", help="measure what intervals hold only")
     parser.add_argument("--tables", type=Path, help="a folder of public tables of runs, for the intervals")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", laws.LawWarning)
@@ -378,14 +380,14 @@ def main() -> None:
         draw_from = {name: by_formula(name) for name in TABLES}
         draw_from |= {"after finetuning": post_finetune, "CMR, general": critical_mixture}
         results |= recoveries(draw_from, arguments.draws)
+    interval_draws = arguments.draws if arguments.intervals else INTERVAL_DRAWS
     if not arguments.fits:
-        results |= intervals(arguments.draws if arguments.intervals else INTERVAL_DRAWS, arguments.tables)
+        results |= intervals(interval_draws, arguments.tables)
     if not arguments.intervals:
         results |= fits_of_studies()
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"machine": about, "draws": arguments.draws, "results": results}, indent=1) + "\n"
-        )
+        draws = {"draws": arguments.draws, "draws of intervals": interval_draws}
+        arguments.json.write_text(json.dumps({"machine": about, **draws, "results": results}, indent=1) + "\n")
 
 
 def fits_of_studies() -> dict[str, Any]:

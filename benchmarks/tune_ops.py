@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.machine import machine
 from benchmarks.train_step import CONTEXTS, MICRO_TOKENS, shapes
 from spt_fast.files import write_text
 from spt_fast.kernels.backend import Candidate
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
     parser.add_argument("--json", type=Path, help="also write the results here, after every op")
     options = parser.parse_args()
-    device = torch.device("cpu") if options.dry else pick_device()
+    device, about = torch.device("cpu") if options.dry else pick_device(), machine("torch", "triton")
     (config,) = shapes(device, [options.preset], dry=options.dry)
     asked = asked_of(
         config,
@@ -38,6 +39,10 @@ def main() -> None:
         documents=options.documents,
         deterministic=False,
     )
+    unknown = set(options.ops or ()) - {question.op for question in asked}
+    if unknown:
+        known = ", ".join(question.op for question in asked)
+        parser.error(f"--ops: {', '.join(sorted(unknown))} is invalid: expected some of {known}")
     ends, records, notes = time.monotonic() + options.seconds, {}, []
     chosen = [question for question in asked if question.op in (options.ops or [question.op])]
     for number, question in enumerate(chosen):
@@ -48,7 +53,8 @@ def main() -> None:
             notes.append(f"{question.op}: {Candidate.read(record['chosen'])}: {describe(record)}")
         print("\n".join(map(str, notes[-1:])), flush=True)
         if options.json:
-            write_text(options.json, json.dumps({"records": records, "notes": notes}, indent=1) + "\n")
+            report = {"machine": about, "records": records, "notes": notes}
+            write_text(options.json, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from benchmarks import fp8_loss
 from benchmarks.fp8_loss import compare, table
 
 
@@ -22,3 +25,12 @@ def test_each_tenth_is_compared_by_itself() -> None:
     assert rows[1]["train"]["bf16"] == 4.5
     assert rows[1]["heldout"] == {"bf16": 4.0, "fp8": 4.5, "difference": 0.125}
     assert table(rows).splitlines()[-1] == "| 4 | 4.5000 | 5.0000 | +11.11% | 4.0000 | 4.5000 | +12.50% |"
+
+
+def test_a_model_that_fp8_would_not_change_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["fp8_loss", "--out", "unused", "--preset", "350m"])
+    with pytest.raises(SystemExit):
+        fp8_loss.main()
+    assert "invalid choice: '350m'" in capsys.readouterr().err
