@@ -53,15 +53,15 @@ def as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, weight)
         ctx.weight = weight  # the parameter itself: a checkpoint's copy of saved tensors is not
         ctx.bias = bias if accumulates_in_place(bias) else None
         return rows_times(x, weight.T, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        dx = rows_times(dy, ctx.weight) if ctx.needs_input_grad[0] else None
+        x, weight = ctx.saved_tensors
+        dx = rows_times(dy, weight) if ctx.needs_input_grad[0] else None
         return dx, *weight_gradients(dy, x, ctx.weight, ctx.bias, ctx.needs_input_grad[1:])
 
 

@@ -73,6 +73,11 @@ def test_in_place_it_adds_where_the_gradient_lies_and_hands_on_none() -> None:
     dx, dw = torch.autograd.grad(linear(x, weight).sum(), (x, weight), allow_unused=True)
     assert dw is None
     torch.testing.assert_close(dx, weight.detach().sum(0).expand(7, 4))
+    y = linear(x, weight)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
