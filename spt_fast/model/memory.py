@@ -25,8 +25,8 @@ Temporary memory is counted at the moments that can be the peak:
     scale     with ZeRO after that: the head's gradient before and after scaling, dx twice
     last      the last block's backward pass, at the feed-forward layer's activation
     first     the same for the first block
-    update    with ZeRO or on a CPU, the embedding's gradient beside the one that it is added to; the update itself
-              needs less
+    add       with ZeRO or on a CPU, the embedding's gradient beside the one that it is added to
+    update    what the optimizer needs for a moment: Muon's matrices; AdamW nothing
 
 Gradients are always allocated: in the local engine they stay where they were a step before.
 
@@ -118,6 +118,7 @@ class _Moment:
     gradients: int
     activations: int
     logits: int
+    optimizer: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Step:
     """Numbers that the optimizer keeps for each parameter."""
     hidden_states: int | None = None
     """The same for each of a block's matrices, if it differs."""
+    update: int = 0
+    """Bytes that the optimizer needs during an update."""
     anchor: bool = False
     freeze: str = "none"
     """As in the recipe's phase."""
@@ -163,7 +166,7 @@ class Step:
         parts = {
             "parameters": permanent.parameters,
             "gradients": peak.gradients,
-            "optimizer": permanent.optimizer,
+            "optimizer": permanent.optimizer + peak.optimizer,
             "activations": peak.activations,
             "logits": peak.logits,
             "communication": self._buckets(),
@@ -259,7 +262,8 @@ class Step:
         moments = [
             _Moment(before, one_whole + (L - 1) * kept, waiting + right),  # last
             _Moment(before, one_whole, waiting + right),  # first
-            _Moment(at_update, once, waiting + added),  # update
+            _Moment(at_update, once, waiting + added),  # add
+            _Moment(at_update, 0, 0, self.update),  # update
         ]
         if stage == 0:
             return [*moments, _Moment(before, all_kept + x, x + logits)]  # loss

@@ -10,6 +10,7 @@ Legend: D width, F feed-forward width, Q head dimension, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -106,6 +107,16 @@ def around_blocks(config: GPTConfig) -> tuple[Parameter, ...]:
         Parameter("final_norm", NORM, {"model.norm.weight": D}),
         Parameter("head", HEAD, {"lm_head.weight": V}, D, present=not config.tied),
     )
+
+
+def hidden_matrices(config: GPTConfig) -> Counter[tuple[int, int]]:
+    """How many matrices of each shape all blocks have, q, k and v, and gate and up, counted by themselves."""
+    shapes: Counter[tuple[int, int]] = Counter()
+    for row in of_block(config):
+        if row.kind.hidden and row.columns is not None:
+            for rows in row.stacked:
+                shapes[rows, row.columns] += config.layers
+    return shapes
 
 
 def table(config: GPTConfig) -> dict[str, Parameter]:

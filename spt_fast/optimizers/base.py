@@ -5,7 +5,7 @@ Settings are read without torch, whose import takes longer than reading and fitt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -79,6 +79,14 @@ class Optimizer:
     def kinds_of(self, hidden: bool) -> tuple[str, ...]:
         """The kinds of state of a parameter; hidden: a matrix of a block."""
         return self.kinds
+
+    def update_bytes(self, matrices: Mapping[tuple[int, int], int], itemsize: int) -> int:
+        """Temporary memory of an update of so many matrices of blocks, by shape, in numbers of `itemsize` bytes."""
+        return 0
+
+    def update_flops(self, matrices: Mapping[tuple[int, int], int]) -> int:
+        """FLOPs of an update's products of matrices."""
+        return 0
 
     def update(self, group: Group, by: Update) -> None:
         """Update a group's parameters (through their masters) and state in place."""

@@ -8,12 +8,14 @@ one decay serve both (Moonlight). Muon is for the matrices between hidden activa
 norms and biases use AdamW, with the same settings. q, k and v, and gate and up, which share one parameter, are separate
 matrices.
 
-Cost: 5 (4 m²n + 2 m³) FLOPs per matrix [m, n], m ≤ n, and update. State: one number per parameter; AdamW has two.
+Cost: 5 (4 m²n + 2 m³) FLOPs per matrix [m, n], m ≤ n, and update. State: one number per parameter; AdamW has two. An
+iteration holds twice the stacked matrices and twice their products [m, m].
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,6 +60,19 @@ class Muon(AdamW):
     def kinds_of(self, hidden: bool) -> tuple[str, ...]:
         return ("momentum",) if hidden else AdamW.kinds
 
+    def update_bytes(self, matrices: Mapping[tuple[int, int], int], itemsize: int) -> int:
+        most = 0
+        for (m, n), count in matrices.items():
+            stacked = min(count, max(1, STACKED // (m * n)))
+            numbers, products = stacked * m * n, stacked * min(m, n) ** 2
+            norm = itemsize * numbers + (4 * numbers if itemsize < 4 else 0)
+            most = max(most, 2 * itemsize * (numbers + products), norm, itemsize * numbers + 8 * m * n)
+        return most
+
+    def update_flops(self, matrices: Mapping[tuple[int, int], int]) -> int:
+        sizes = [(min(shape), max(shape), count) for shape, count in matrices.items()]
+        return sum(count * ITERATIONS * (4 * m * m * n + 2 * m**3) for m, n, count in sizes)
+
     def update(self, group: Group, by: Update) -> None:
         if group.matrices is None:
             super().update(group, by)
@@ -87,15 +102,18 @@ class Muon(AdamW):
         new, lr = (number.to(matrices[0][0].device) for number in (new, lr))
         if by.skip is not None:
             new, lr = new.masked_fill(by.skip, 0), lr.masked_fill(by.skip, 0)
-        steps = []
-        for grad, momentum, _, _ in matrices:
-            grad = grad * by.scale
-            if by.skip is not None:
-                grad.masked_fill_(by.skip, 0)
-            momentum.lerp_(grad, new)
-            steps.append(grad.lerp_(momentum, self.momentum).to(dtype))
-        orthogonal = orthogonalised(torch.stack(steps))
-        for change, (_, _, master, anchor) in zip(orthogonal, matrices, strict=True):
+
+        def steps() -> Tensor:
+            stacked = matrices[0][1].new_empty(len(matrices), m, n, dtype=dtype)
+            for step, (grad, momentum, _, _) in zip(stacked, matrices, strict=True):
+                grad = grad * by.scale
+                if by.skip is not None:
+                    grad.masked_fill_(by.skip, 0)
+                momentum.lerp_(grad, new)
+                step.copy_(grad.lerp_(momentum, self.momentum))
+            return stacked
+
+        for change, (_, _, master, anchor) in zip(orthogonalised(steps()), matrices, strict=True):
             change = change.float() * (RMS * max(m, n) ** 0.5)
             if self.weight_decay:
                 change.add_(master, alpha=self.weight_decay)
@@ -110,6 +128,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
+    del matrices  # frees them, unless the caller has them
     x = x / x.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-7).to(x.dtype)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from spt_fast.model.flops import (
     train_flops_per_token,
 )
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, Memory, Step
+from spt_fast.model.parameters import hidden_matrices
 from spt_fast.printing import print_facts, print_table
 from spt_fast.quantities import duration, size
 from spt_fast.train.doubts import doubts, warn
@@ -50,6 +51,8 @@ LEFT_OUT = (
     "early stopping, which ends a phase sooner",
     "the exchange between GPUs and with host memory, unless the MFU was measured with it",
 )
+LEAST_UPDATE = 0.01
+"""Share of a step's FLOPs from which an optimizer's own are mentioned."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,7 @@ def phase_memory(
     way = way or Way.of(plan.recipe.engine, machine.gpus)
     micro = micro or plan.phases[index].micro(machine.gpus)
     untied = any(earlier.phase.untie for earlier in plan.phases[: index + 1])
+    own = {shape: -(-count // machine.gpus) for shape, count in hidden_matrices(plan.model).items()}
     step = Step(
         dataclasses.replace(plan.model, tied=False) if untied else plan.model,
         micro,
@@ -259,6 +263,7 @@ def phase_memory(
         documents=phase.documents,
         states=len(phase.optimizer.kinds_of(hidden=False)),
         hidden_states=len(phase.optimizer.kinds_of(hidden=True)),
+        update=phase.optimizer.update_bytes(own, machine.precision.dtype.itemsize),
         anchor=phase.anchor > 0,
         freeze=phase.freeze,
         device=machine.device,
@@ -330,11 +335,21 @@ def price(plan: Plan, machine: Machine, speed: Speed, *, per_gpu_hour: float | N
         hours=chosen.hours,
         hours_at_40_percent_mfu=flops / (0.4 * peak * machine.gpus) / 3600 if peak else None,
         cost=chosen.cost,
-        left_out=LEFT_OUT,
+        left_out=(*LEFT_OUT, *_updates(plan)),
         warnings=doubts(plan),
         times=times,
         ways=ways,
     )
+
+
+def _updates(plan: Plan) -> Iterator[str]:
+    """What optimizers that multiply matrices add to a step."""
+    for index, planned in enumerate(plan.phases):
+        flops = planned.phase.optimizer.update_flops(hidden_matrices(plan.model))
+        share = flops / (plan.flops_per_token(index) * planned.tokens_per_step)
+        if share >= LEAST_UPDATE:
+            whose = f"{planned.phase.optimizer.name}'s products of matrices in {planned.phase.name}"
+            yield f"{whose}, {share:.0%} more FLOPs, unless the MFU was measured with them"
 
 
 def _step_and_hours(times: list[PhaseTime], factor: float) -> tuple[float | None, float | None]:

@@ -14,7 +14,8 @@ from spt_fast.model import gpt
 from spt_fast.model.flops import block_matrices, parameters
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.model.memory import DISTRIBUTIONS, Memory, Step
-from spt_fast.optimizers import AdamW
+from spt_fast.model.parameters import hidden_matrices
+from spt_fast.optimizers import AdamW, Muon, Optimizer
 from spt_fast.train.optim import ModelOptimizer
 
 SHAPE = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 4, "ffn": 384, "context": 256, "vocab_size": 1024}
@@ -23,6 +24,7 @@ UNTIED = {"tied": False, "vocab_size": 8192, "kv_heads": 2}
 WIDE_HEAD = {"vocab_size": 16_384, "qk_norm": True}
 OLMO = {"norms": "after", "qk_norm": True, "qk_norm_over": "width"}
 BF16, FP32 = torch.bfloat16, torch.float32
+ADAMW = AdamW(lr=1e-3)
 
 CASES: list[tuple[dict[str, Any], int, torch.dtype, str, dict[str, Any]]] = [
     ({}, 1, BF16, "none", {}),
@@ -59,13 +61,14 @@ def allocated_at_most(
     documents: bool = False,
     anchor: bool = False,
     freeze: str = "none",
+    settings: Optimizer = ADAMW,
 ) -> int:
     """Bytes that the CPU's allocator has given out at the peak of a step, model and optimizer included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = GPT(config).to(dtype)
         model.checkpointing = checkpointing
         model.embedding.requires_grad_(freeze == "none")
-        optimizer = ModelOptimizer(model, AdamW(lr=1e-3), 0.1 if anchor else 0.0)
+        optimizer = ModelOptimizer(model, settings, 0.1 if anchor else 0.0)
         T = config.context
         cuts = torch.tensor([0, T // 3, T, micro * T], dtype=torch.int32) if documents else None
         batches = [torch.randint(config.vocab_size, (2, micro, T)).unbind() for _ in range(micro_batches)]
@@ -90,6 +93,20 @@ def test_the_estimate_is_the_allocators_peak(
     stays = estimate.parameters + estimate.optimizer
     assert estimate.total == pytest.approx(peak, rel=0.05)
     assert estimate.total - stays == pytest.approx(peak - stays, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_what_muon_needs_for_an_update_is_counted(dtype: torch.dtype) -> None:
+    config = GPTConfig(**{**SHAPE, "width": 256, "ffn": 640, "context": 16, "vocab_size": 64, "kv_heads": 2})
+    muon = Muon(lr=1e-3)
+    peak = allocated_at_most(config, 1, dtype, "none", settings=muon)
+    states = {"states": len(muon.kinds_of(hidden=False)), "hidden_states": len(muon.kinds_of(hidden=True))}
+    update = muon.update_bytes(hidden_matrices(config), dtype.itemsize)
+    without = Step(config, 1, dtype=dtype, device="cpu", **states).memory()
+    estimate = Step(config, 1, dtype=dtype, device="cpu", **states, update=update).memory()
+    assert estimate.total == pytest.approx(peak, rel=0.05)
+    assert estimate.total > 1.1 * without.total
+    assert estimate.optimizer == without.optimizer + update
 
 
 @pytest.mark.parametrize(

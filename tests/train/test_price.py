@@ -13,10 +13,11 @@ import torch
 from spt_fast import cli
 from spt_fast.config import Recipe, recipe_from
 from spt_fast.errors import CheckpointError, RecipeError
-from spt_fast.model.flops import train_flops_per_token
+from spt_fast.model.flops import block_matrices, train_flops_per_token
+from spt_fast.optimizers import Muon
 from spt_fast.train.evaluate import evaluation_texts
 from spt_fast.train.plan import make_plan
-from spt_fast.train.price import Machine, Speed, evaluated_tokens, parse_bytes, phase_memory, price, speed_of
+from spt_fast.train.price import Machine, Speed, Way, evaluated_tokens, parse_bytes, phase_memory, price, speed_of
 from spt_fast.train.run import run
 from tests import tiny
 
@@ -117,6 +118,25 @@ def test_memory_is_of_the_phase_that_needs_most(recipe: Recipe) -> None:
     raw = recipe.plain()
     raw["phases"][1]["freeze"] = "embeddings"
     assert phase_memory(make_plan(recipe_from(raw)), 1, machine).optimizer == 16 * 20_704
+
+
+def test_what_muon_needs_for_its_products_is_counted_and_named(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = recipe.plain()
+    raw["phases"][0]["optimizer"] = {"name": "muon", "lr": 1e-3}
+    plan, machine = make_plan(recipe_from(raw)), machine_of(recipe)
+    square, tall = 5 * 6 * 32**3, 5 * (4 * 32**2 * 64 + 2 * 32**3)  # q and o; gate, up and down; k and v
+    flops = 2 * (2 * square + 3 * tall + 2 * 5 * (4 * 16**2 * 32 + 2 * 16**3))
+    share = flops / (plan.flops_per_token(0) * 8 * 16)
+    said = price(plan, machine, speed_of(plan, machine)).left_out
+    assert said[-1].startswith(f"muon's products of matrices in pretrain, {share:.0%} more FLOPs, unless the MFU")
+    assert said[:-1] == tuple(price(make_plan(recipe), machine, speed_of(make_plan(recipe), machine)).left_out)
+    stays = phase_memory(make_plan(recipe), 0, machine).optimizer - 4 * block_matrices(plan.model)
+    monkeypatch.setattr(
+        Muon, "update_bytes", lambda self, matrices, itemsize: itemsize * 10**9 * sum(matrices.values())
+    )
+    for gpus, matrices in ((1, 14), (3, 7)):
+        needed = phase_memory(plan, 0, machine_of(recipe, gpus=gpus), Way(0, "none", "none"), micro=1)
+        assert needed.optimizer == stays + 2 * 10**9 * matrices
 
 
 def test_the_recipes_own_way_is_its_engines(recipe: Recipe) -> None:
