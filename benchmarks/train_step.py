@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="sequences in a step; on a GPU the first that is tried")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="for the rounds of one shape; at least one is run"
+        "--seconds", type=float, default=math.inf, help="for one shape, compiling included; at least a round is run"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (compiling takes a minute)")
     kinds = parser.add_mutually_exclusive_group()  # of ours
@@ -228,23 +228,25 @@ class Trial:
         if not self.resident:
             order.append(order[0])
         for place, name in enumerate(order):
-            before = self.sides.get(name, Side())
-            side = self.sides[name] = self.built(name, builds[name], file)
-            side.rates = before.rates
+            before, side = self.sides.get(name), self.built(name, builds[name], file)
+            if before and before.rates and side.batch != before.batch:  # other memory is in the way now
+                before.problem = f"in turn only once: {side.problem or f'{side.batch} sequences the second time'}"
+                continue
+            self.sides[name] = side
+            side.rates = before.rates if before else []
             if side.step is None:
                 continue
             left_s = (deadline - time.monotonic()) / (len(order) - place)
-            rounds = 1 if self.resident else self.rounds
-            self._rounds(
-                [side], rounds, time.monotonic() + left_s
-            )  # while it is resident, in case the run is interrupted
+            self._rounds([side], 1 if self.resident else self.rounds, time.monotonic() + left_s)
             if not self.resident:
                 side.step = None
                 self._clear()
             save(self)
         if self.resident:
             ready = [side for side in self.sides.values() if side.step is not None]
-            self._rounds(ready, self.rounds - 1, deadline, lambda: save(self))
+            for side in ready:
+                side.rates.clear()  # not in turns with the others: it counts only if the run ends before this
+            self._rounds(ready, self.rounds, deadline, lambda: save(self))
 
     def _all_fit(self, count: int) -> bool:
         if self.device.type != "cuda":

@@ -62,6 +62,37 @@ def test_sides_that_dont_fit_together_run_in_turn_and_ours_twice(monkeypatch: py
     assert "in turn, ours first and last" in table(run.report())
 
 
+def test_ours_keeps_its_first_figure_if_it_does_not_fit_as_well_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "_all_fit", lambda *_: False)
+    most = iter([2, 2, 2, 2, 1, 1, 1, 1, 1])
+
+    def build_less(config: GPTConfig, file: Path, batch: int, device: torch.device) -> Step:
+        if batch > next(most):
+            raise torch.OutOfMemoryError
+        return lambda: lambda: 1.0
+
+    run = trial()
+    run.run({"ours": build_less, "other": build}, Path(), lambda _: None)
+    ours = run.report()["sides"]["ours"]
+    assert (ours["sequences"], ours["rounds"]) == (2, 3)
+    assert ours["stopped"] == "in turn only once: 1 sequences the second time"
+
+
+def test_only_rounds_of_all_sides_in_turns_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[Step] = []
+    monkeypatch.setattr(train_step, "seconds_of", lambda step, *_: timed.append(step) or 1.0)
+    run = trial(rounds=2)
+    run.run({"ours": build, "other": build}, Path(), lambda _: None)
+    ours, other = (side.step for side in run.sides.values())
+    assert timed == [ours, other, ours, other, ours, other]
+    assert [len(side.rates) for side in run.sides.values()] == [2, 2]
+    timed.clear()
+    run = trial(rounds=1)
+    run.run({"ours": build, "other": build}, Path(), lambda _: None)
+    assert len(timed) == 4
+    assert [len(side.rates) for side in run.sides.values()] == [1, 1]
+
+
 def test_a_graphs_memory_and_recording_belong_to_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU whose steps need 100 bytes more than the state's 10, until they are replayed without the allocator."""
     held, peak, steps = 0, 0, 0
@@ -138,7 +169,7 @@ def test_the_sides_train(tmp_path: Path) -> None:
         assert len(side.rates) == 2
         losses = [side.step()() for _ in range(30)]
         assert losses[-1] < losses[0]
-    assert saved == [1, 2, 3, 3]
+    assert saved == [1, 2, 3, 3, 3]
 
 
 def test_only_the_tuned_side_has_the_kernels_that_were_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
