@@ -3,7 +3,8 @@
     python -m benchmarks.loader [--json FILE]
 
 Gathering runs on one thread, into a fresh batch each time as in training. Its rates are per second of CPU time, all
-threads and the kernel's copying included: tokens/s per core. The best of several repetitions counts.
+threads and the kernel's copying included: tokens/s per core. The best of several repetitions counts, each of other
+windows: those of an earlier one may be in the processor's caches.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,13 @@ from spt_fast.kernels import keep_freed_memory
 CORPUS_TOKENS = 100_000_000
 BATCH_TOKENS = 1 << 18
 VOCAB_SIZE = 50_000
+REPEATS = 7
+GATHERED, LOADED = 8, 16
+"""Batches in a repetition."""
 
 
 def best_seconds(
-    action: Callable[[], object], repeats: int = 7, clock: Callable[[], float] = time.perf_counter
+    action: Callable[[], object], repeats: int = REPEATS, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     seconds = []
     for _ in range(repeats):
@@ -53,39 +57,43 @@ def gathering(folder: Path) -> dict[str, float]:
         dataset = TokenDataset.open(path, dtype=dtype)
         for context in (256, 1024, 2048, 8192):
             rows, ring = BATCH_TOKENS // context, Ring(CORPUS_TOKENS, context, 0, "a")
-            start = ring.starts(np.arange(rows * 8)).reshape(8, rows)
+            starts = iter(ring.starts(np.arange(REPEATS * GATHERED * rows)).reshape(REPEATS, GATHERED, rows))
             source = np.zeros(rows, dtype=np.int32)
             with path.open("rb") as file:
                 table = np.array([[file.fileno(), 0, CORPUS_TOKENS, np.dtype(dtype).itemsize]])
 
                 def gather_all(
-                    table: np.ndarray = table, source: np.ndarray = source, start: np.ndarray = start
+                    table: np.ndarray = table, source: np.ndarray = source, starts: Iterator[np.ndarray] = starts
                 ) -> None:
-                    for row_starts in start:
+                    for row_starts in next(starts):
                         batch = torch.empty(2, len(source), BATCH_TOKENS // len(source), dtype=torch.int64)
                         native.gather(table, source, row_starts, VOCAB_SIZE, batch)
 
                 results[f"gather {dtype} T={context}, M tokens/s a core"] = (
-                    start.size * context / best_seconds(gather_all, clock=time.process_time) / 1e6
+                    GATHERED * BATCH_TOKENS / best_seconds(gather_all, clock=time.process_time) / 1e6
                 )
 
             order = SampleOrder(Mixture({"a": 1}), {"a": ring}, rows, {"a": 0}, 0, 0)
+            steps = iter(range(REPEATS * GATHERED, REPEATS * (GATHERED + LOADED), LOADED))  # after those gathered
 
-            def load_all(order: SampleOrder = order, dataset: TokenDataset = dataset) -> None:
-                ring = order.rings["a"]
+            def load_all(
+                order: SampleOrder = order, dataset: TokenDataset = dataset, steps: Iterator[int] = steps
+            ) -> None:
+                ring, first_step = order.rings["a"], next(steps)
                 with Loader(
                     order,
                     {"a": dataset},
                     ring.context,
                     micro=order.sequences,
                     vocab_size=VOCAB_SIZE,
-                    last_step=16,
+                    first_step=first_step,
+                    last_step=first_step + LOADED,
                 ) as loader:
                     for _ in loader:
                         pass
 
             results[f"loader {dtype} T={context}, M tokens/s a core"] = (
-                16 * BATCH_TOKENS / best_seconds(load_all, clock=time.process_time) / 1e6
+                LOADED * BATCH_TOKENS / best_seconds(load_all, clock=time.process_time) / 1e6
             )
     return results
 

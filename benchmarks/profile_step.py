@@ -2,8 +2,8 @@
 
     python -m benchmarks.profile_step [--preset 124m] [--batch B] [--seconds 30] [--tune SECONDS] [--dry] [--json FILE]
 
-First some steps are timed, which give the MFU, then two more run under torch.profiler. A kernel's time is the device's;
-the step's is from the first kernel to the last, so the difference is time in which the GPU waited.
+First some steps are timed, by the host's clock, which give the MFU, then two more run under torch.profiler. A kernel's
+time is the device's, so the difference of a step and its kernels is time in which the GPU waited.
 """
 
 from __future__ import annotations

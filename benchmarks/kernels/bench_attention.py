@@ -63,7 +63,7 @@ def causal(run: Run, B: int, T: int, H: int, D: int) -> Case:
 
 
 def documents(run: Run, B: int, T: int, H: int, D: int) -> Case:
-    """Documents of a quarter of the context on average; row ends cut too."""
+    """Documents of a fifth of the context on average; row ends cut too."""
     cuts = torch.randperm(T - 1)[: 4 * B].add_(1).reshape(B, 4).sort().values
     ends = (cuts + T * torch.arange(B)[:, None]).flatten().tolist()
     cu_seqlens = torch.tensor(sorted({0, *ends, *range(T, B * T + 1, T)}), dtype=torch.int32, device=run.device)
