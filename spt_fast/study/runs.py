@@ -22,7 +22,8 @@ from spt_fast.errors import CheckpointError, RecipeError, some
 from spt_fast.files import check_regular
 from spt_fast.printing import plain
 from spt_fast.study.finetunes import OfBase, Treatment
-from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
+from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.train.lineage import Trained, parent_of, trained_before
 from spt_fast.train.recorded import Recorded
 
 PER_ARM = ("name", "mixture", "anchor", "average", "also_average")

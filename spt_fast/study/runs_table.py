@@ -35,7 +35,8 @@ from spt_fast.study.behind import NAMES
 from spt_fast.study.runs import evaluations_of
 from spt_fast.study.settings import SETTINGS, setting_of
 from spt_fast.study.usable import numbers, with_average
-from spt_fast.train.folder import Trained, parent_of, recipe_of, summary_of, trained_before
+from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.train.lineage import Trained, parent_of, trained_before
 from spt_fast.train.recorded import Recorded
 
 CONTENT = ("domain", "general", "domain_text", "general_text")

@@ -15,7 +15,8 @@ from typing import Any
 
 from spt_fast.errors import CheckpointError
 from spt_fast.evaluation.results import FEW_QUESTIONS, FOLDER, Metric, Settings, TaskResult, results_of, standard_error
-from spt_fast.train.folder import parent_of, recipe_of, summary_of
+from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.train.lineage import parent_of
 
 
 @dataclass(frozen=True)

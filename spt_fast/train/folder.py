@@ -1,4 +1,4 @@
-"""Reads a run's folder: the recipe that it was trained from, and the summary of its results."""
+"""A run's folder: its recipe, its summary, its lock, its checkpoints, and whether work in it may begin."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spt_fast.config import Phase, Recipe, recorded_recipe
-from spt_fast.data.formats import sampled_digest
+from spt_fast.config import Recipe, recorded_recipe
 from spt_fast.errors import CheckpointError, RecipeError, cut
 from spt_fast.files import check_regular, is_temporary, write_text
 from spt_fast.locks import locked
 from spt_fast.outputs import check_folder
 from spt_fast.train.recorded import Recorded, damaged, mistyped
 
+LOCK = ".lock"
+HEARTBEAT = "heartbeat.json"
+CHECKPOINT = re.compile(r"step-[0-9]{10,}(-p[0-9]{2,}-a[0-9]{3,})?")
+"""The name of a checkpoint's folder."""
 MOST_LISTED = 12
 """Most changes that a message lists."""
 
@@ -37,10 +39,28 @@ def recipe_of(run: Path) -> Recipe:
         ) from None
 
 
-LOCK = ".lock"
-HEARTBEAT = "heartbeat.json"
-CHECKPOINT = re.compile(r"step-[0-9]{10,}(-p[0-9]{2,}-a[0-9]{3,})?")
-"""The name of a checkpoint's folder."""
+def summary_of(run: Path) -> dict[str, Any] | None:
+    """summary.json of a run, None if it has none yet. CheckpointError if it cannot be read, also later for a field that
+    it lacks."""
+    path = run / "summary.json"
+    if not path.exists():
+        return None
+    try:
+        check_regular(path)
+        found = json.loads(path.read_text(encoding="utf-8"))
+        problem = next(mistyped(found), None)
+    except (OSError, ValueError, RecursionError) as error:
+        problem = cut(repr(error), 200)
+    if problem:
+        raise damaged(path, problem)
+    summary = Recorded.of(found, path)
+    for name in ("status", "phases"):
+        summary[name]  # every version wrote them
+    return summary
+
+
+def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
+    write_text(run / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
 
 
 @contextmanager
@@ -118,85 +138,3 @@ def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[st
         )
         raise RecipeError(says, argument=True)
     return True
-
-
-def summary_of(run: Path) -> dict[str, Any] | None:
-    """summary.json of a run, None if it has none yet. CheckpointError if it cannot be read, also later for a field that
-    it lacks."""
-    path = run / "summary.json"
-    if not path.exists():
-        return None
-    try:
-        check_regular(path)
-        found = json.loads(path.read_text(encoding="utf-8"))
-        problem = next(mistyped(found), None)
-    except (OSError, ValueError, RecursionError) as error:
-        problem = cut(repr(error), 200)
-    if problem:
-        raise damaged(path, problem)
-    summary = Recorded.of(found, path)
-    for name in ("status", "phases"):
-        summary[name]  # every version wrote them
-    return summary
-
-
-def write_summary(run: Path, summary: Mapping[str, Any]) -> None:
-    write_text(run / "summary.json", json.dumps(summary, indent=1, allow_nan=False))
-
-
-def weights_digest(folder: Path) -> str:
-    """Identifies the weights in a folder by samples of its safetensors."""
-    return sampled_digest(*sorted(file for file in folder.glob("*.safetensors") if file.is_file()))
-
-
-def parent_of(folder: Path, recipe: Recipe) -> tuple[Path, str] | None:
-    """The run and the phase whose weights a run started from; None for a start from scratch or from foreign weights.
-
-    The path of `init` is tried from here, from the directory of the training, and, in case the study was moved, beside
-    this run. CheckpointError if it is missing or holds other weights.
-    """
-    weights = Path(recipe.init or "")
-    if weights.parent.name != "weights":
-        return None
-    summary = summary_of(folder) or {}
-    named, digest = weights.parent.parent, summary.get("data", {}).get("init")
-    places = (named, summary.get("directory", "") / named, folder.resolve().parent / named.name)
-    found = [run for run in places if (run / "recipe.yaml").exists()]
-    for run in found:
-        theirs = run / "weights" / weights.name
-        if digest is None or not theirs.exists() or weights_digest(theirs) == digest:
-            return run, weights.name
-    if not found and weights.exists():
-        return None
-    what = "holds other weights now" if found else "is missing"
-    raise CheckpointError(
-        f"{folder}: started from {recipe.init}, but the run {named} {what}; put the original beside {folder}"
-    )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A phase of a run."""
-
-    recipe: Recipe
-    summary: dict[str, Any]
-    phase: Phase
-
-    @property
-    def done(self) -> Recorded:
-        """The phase's part of summary.json."""
-        return self.summary["phases"][self.phase.name]
-
-
-def trained_before(folder: Path, recipe: Recipe) -> list[Trained]:
-    """The phases of other runs that led to a run's starting weights, oldest first. CheckpointError if one of these runs
-    is missing or hasn't finished the phase."""
-    parent = parent_of(folder, recipe)
-    if parent is None:
-        return []
-    run, last = parent
-    summary, theirs = summary_of(run), recipe_of(run)
-    if summary is None or last not in summary["phases"]:
-        raise CheckpointError(f"{run}: has not finished {last!r}, which {folder} started from; finish it first")
-    own = [Trained(theirs, summary, phase) for phase in theirs.up_to(last)]
-    return trained_before(run, theirs) + own

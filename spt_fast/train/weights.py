@@ -17,7 +17,8 @@ from spt_fast.files import download
 from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.train import checkpoint
-from spt_fast.train.folder import recipe_of, summary_of, weights_digest
+from spt_fast.train.folder import recipe_of, summary_of
+from spt_fast.train.lineage import weights_digest
 from spt_fast.train.state import SavedState
 
 

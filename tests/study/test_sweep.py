@@ -33,7 +33,8 @@ from spt_fast.study.runs_table import COLUMNS, read_table
 from spt_fast.study.study import study_from
 from spt_fast.study.sweep import costs, load_study, sweep
 from spt_fast.study.tree import expand
-from spt_fast.train.folder import owned, parent_of
+from spt_fast.train.folder import owned
+from spt_fast.train.lineage import parent_of
 from tests.study.tiny_study import STEP, HereAlone, raw_study
 from tests.train.test_watch import until
 

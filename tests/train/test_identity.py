@@ -24,7 +24,8 @@ from spt_fast.evaluation.score import score
 from spt_fast.model.gpt import GPT
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import EvalSet, measure
-from spt_fast.train.folder import parent_of, recipe_of
+from spt_fast.train.folder import recipe_of
+from spt_fast.train.lineage import parent_of
 from spt_fast.train.plan import make_plan
 from spt_fast.train.release import export, generate_text, take_over, tokenizer_of
 from spt_fast.train.run import run
