@@ -376,10 +376,10 @@ def load_study(
 
     Raises RecipeError, or CheckpointError for `init` without weights.
     """
-    from spt_fast.study import sweep as sweeping
+    from spt_fast.study import load
 
     given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out, "init": [*init]}
-    return sweeping.load_study(str(study), overrides, given=given)
+    return load.load_study(str(study), overrides, given=given)
 
 
 def sweep(

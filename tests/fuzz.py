@@ -82,7 +82,7 @@ from spt_fast.model.families import FAMILIES
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.printing import print_table, set_up, terminal
 from spt_fast.report.panels import panel
-from spt_fast.study.sweep import load_study
+from spt_fast.study.load import load_study
 from spt_fast.study.tree import expand
 from spt_fast.train import checkpoint
 from spt_fast.train.metrics import RunLog

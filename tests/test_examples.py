@@ -17,7 +17,7 @@ from spt_fast.data.tokenizer import train_tokenizer
 from spt_fast.model.config import GPTConfig
 from spt_fast.model.gpt import GPT
 from spt_fast.model.presets import PRESETS
-from spt_fast.study.sweep import load_study
+from spt_fast.study.load import load_study
 from spt_fast.train.plan import make_plan
 from spt_fast.train.price import Machine, phase_memory, price, speed_of
 

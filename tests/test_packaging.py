@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import spt_fast
-from spt_fast.study.sweep import ready_studies
+from spt_fast.study.load import ready_studies
 
 pytestmark = pytest.mark.long
 

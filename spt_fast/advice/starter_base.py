@@ -47,7 +47,7 @@ from spt_fast.model.config import GPTConfig
 from spt_fast.model.flops import train_flops_per_token
 from spt_fast.model.memory import CHECKPOINTING
 from spt_fast.quantities import amount, duration
-from spt_fast.study.sweep import WINDOW
+from spt_fast.study.load import WINDOW
 from spt_fast.train.origin import origin_of, tokenizer_digest, tokenizer_file
 from spt_fast.train.price import Way
 from spt_fast.train.weights import chosen, read_config

@@ -101,6 +101,7 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Train the missing runs of a study, and write the table of their results."""
+    from spt_fast.study import costs
     from spt_fast.study import sweep as sweeping
 
     loaded = spt.load_study(
@@ -113,8 +114,8 @@ def sweep(
         out=out_folder,
     )
     if dry_run:
-        price = sweeping.price(loaded, jobs=jobs, gpu=gpu, mfu=share(mfu, "--mfu"), per_gpu_hour=per_gpu_hour)
-        print_json(price) if as_json else sweeping.print_price(price, loaded.study, out)
+        price = costs.price(loaded, jobs=jobs, gpu=gpu, mfu=share(mfu, "--mfu"), per_gpu_hour=per_gpu_hour)
+        print_json(price) if as_json else costs.print_price(price, loaded.study, out)
         return
     if (gpu, mfu, per_gpu_hour) != (None, None, None):
         raise typer.BadParameter("--gpu, --mfu and --price only price a study; add --dry-run")

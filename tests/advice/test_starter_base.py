@@ -25,7 +25,8 @@ from spt_fast.model.config import GPTConfig
 from spt_fast.model.gpt import GPT
 from spt_fast.model.memory import Step
 from spt_fast.model.presets import PRESETS
-from spt_fast.study import sweep
+from spt_fast.study.costs import costs
+from spt_fast.study.load import load_study
 from spt_fast.train.run import run
 from tests import hf_tokenizers
 from tests.advice.test_starter import write_text
@@ -75,8 +76,8 @@ def test_a_base_becomes_a_recipe_that_passes_a_dry_run_and_a_study_that_can_be_p
     for source in recipe.sources.values():
         data = TokenDataset.open(source.train)
         assert (data.eos_id, data.bos_id) == tuple(map(tokenizer.token_to_id, (hf_tokenizers.EOS, hf_tokenizers.BOS)))
-    study = sweep.load_study(said["study"])
-    (cost,) = sweep.costs(study, jobs=1, gpu="H100", mfu=0.4)
+    study = load_study(said["study"])
+    (cost,) = costs(study, jobs=1, gpu="H100", mfu=0.4)
     assert cost.runs == 3 * 2 * 2 * 2
     assert study.domain_tokens[0] == pytest.approx(phase.tokens / 5 / 8, rel=0.1)
 
@@ -95,7 +96,7 @@ def test_continued_pretraining_is_planned_if_time_allows_less_than_two_epochs(
         None,
     )
     assert first.study is not None
-    study = sweep.load_study(str(first.study))
+    study = load_study(str(first.study))
     assert len(study.stages[0].axes.shares) == 6
     assert "average" not in first.study.read_text()
 
@@ -160,7 +161,7 @@ def test_a_base_without_a_tokenizer_takes_the_named_one(
     first = begun(place, tmp_path / "out", 60.0, monkeypatch, init=tmp_path / "bare", tokenizer=ranks)
     assert load_recipe(first.recipe).tokenizer == str(ranks)
     assert first.study is not None
-    assert sweep.load_study(str(first.study)).tokenizer == str(ranks)
+    assert load_study(str(first.study)).tokenizer == str(ranks)
 
 
 GPU = Device("cuda", 1, 400e12, 80 * 10**9)

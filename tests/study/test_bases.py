@@ -17,9 +17,11 @@ from spt_fast.errors import CheckpointError, RecipeError
 from spt_fast.model.flops import parameters
 from spt_fast.model.gpt import GPT, GPTConfig
 from spt_fast.study.compare import compare
+from spt_fast.study.costs import costs
+from spt_fast.study.load import load_study
 from spt_fast.study.runs_table import table_of
 from spt_fast.study.study import study_from
-from spt_fast.study.sweep import costs, load_study, sweep
+from spt_fast.study.sweep import sweep
 from spt_fast.study.tree import expand
 from spt_fast.study.usable import usable
 from spt_fast.train.run import run

@@ -11,8 +11,9 @@ import pytest
 
 from spt_fast.errors import DataError, RecipeError, SptWarning
 from spt_fast.study.compare import compare
+from spt_fast.study.costs import costs
+from spt_fast.study.load import load_study
 from spt_fast.study.runs_table import CONTENT, read_table, save_table
-from spt_fast.study.sweep import costs, load_study
 from spt_fast.study.usable import usable
 from spt_fast.train.folder import recipe_of
 from tests import tiny

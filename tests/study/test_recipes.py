@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from spt_fast.study.costs import costs
+from spt_fast.study.load import load_study
 from spt_fast.study.study import Base
-from spt_fast.study.sweep import costs, load_study
 from tests.tiny import write_dataset
 
 RECIPES = {path.stem: path for path in (Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml")}

@@ -15,8 +15,8 @@ import pytest
 from spt_fast.errors import RecipeError, SptWarning
 from spt_fast.model.gpt import GPTConfig
 from spt_fast.study import tree
+from spt_fast.study.load import load_study, ready_studies
 from spt_fast.study.study import study_from
-from spt_fast.study.sweep import load_study, ready_studies
 from spt_fast.study.tree import PlannedRun, expand, naming_stage
 from tests.study.tiny_study import STEP, raw_study
 

@@ -28,10 +28,12 @@ from spt_fast.locks import InUse
 from spt_fast.study import jobs
 from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
+from spt_fast.study.costs import costs
 from spt_fast.study.jobs import Outcome
+from spt_fast.study.load import load_study
 from spt_fast.study.runs_table import COLUMNS, read_table
 from spt_fast.study.study import study_from
-from spt_fast.study.sweep import costs, load_study, sweep
+from spt_fast.study.sweep import sweep
 from spt_fast.study.tree import expand
 from spt_fast.train.folder import owned
 from spt_fast.train.lineage import parent_of

@@ -1,0 +1,144 @@
+"""`spt-fast sweep --dry-run`: the price of a study's remaining runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from spt_fast.errors import SptWarning
+from spt_fast.printing import print_facts, print_table
+from spt_fast.quantities import duration
+from spt_fast.study.jobs import Local, is_done
+from spt_fast.study.study import Study
+from spt_fast.study.sweep import check, without_parent
+from spt_fast.study.tree import PlannedRun, expand, naming_stage
+from spt_fast.train.dry_run import dry_run
+from spt_fast.train.plan import Plan, make_plan
+from spt_fast.train.precision import precision_of
+from spt_fast.train.price import Machine, Speed, phase_time, speed_of
+from spt_fast.train.world import pick_device
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The price of a stage's remaining runs. Hours are those of one process, None if its speed is unknown."""
+
+    stage: str
+    runs: int
+    done: int
+    tokens: int
+    """Tokens to train, with all arms of the grids; finished runs do not count."""
+    flops: float
+    """FLOPs of training and evaluations."""
+    hours: float | None
+
+
+@dataclass(frozen=True)
+class StudyPrice:
+    """The price of the remaining runs of a study."""
+
+    stages: list[Cost]
+    jobs: int
+    """Runs at a time."""
+    per_gpu_hour: float | None
+
+    @property
+    def total(self) -> Cost:
+        runs, done, tokens, flops = (
+            sum(getattr(cost, name) for cost in self.stages) for name in ("runs", "done", "tokens", "flops")
+        )
+        return Cost("total", runs, done, tokens, flops, _sum([cost.hours for cost in self.stages]))
+
+    @property
+    def cost(self) -> float | None:
+        hours = self.total.hours
+        return None if hours is None or self.per_gpu_hour is None else hours * self.per_gpu_hour
+
+    def as_json(self) -> dict[str, Any]:
+        total = {name: figure for name, figure in vars(self.total).items() if name != "stage"}
+        return {"stages": self.stages, "total": total, "jobs": self.jobs, "cost": self.cost}
+
+
+def _sum(hours: Sequence[float | None]) -> float | None:
+    known = [value for value in hours if value is not None]
+    return sum(known, 0.0) if len(known) == len(hours) else None
+
+
+def price(
+    study: Study, *, jobs: int | None, gpu: str | None, mfu: float | None, per_gpu_hour: float | None
+) -> StudyPrice:
+    """The price of a study's remaining runs, on this machine or on the given GPU; see `costs`."""
+    at_a_time = Local(len(expand(study)), jobs).jobs if gpu is None else jobs or 1
+    return StudyPrice(costs(study, jobs=at_a_time, gpu=gpu, mfu=mfu), at_a_time, per_gpu_hour)
+
+
+def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None = None) -> list[Cost]:
+    """The remaining work by stage, at the speed of this machine (that of finished runs, else of a step that is timed
+    now), or of the given GPU and share of its peak.
+
+    Opens every dataset and checks every recipe, so that errors are found before the training. Raises what `make_plan`
+    raises.
+    """
+    runs = expand(study)
+    check(study, runs)
+    plans = {}
+    for run in runs:
+        with naming_stage(study.stages[run.stage]):
+            plans[run.name] = make_plan(without_parent(run))
+    done = {run.name for run in runs if is_done(run.recipe)}
+    speeds: dict[object, Speed] = {}
+    found = []
+    for position, stage in enumerate(study.stages):
+        tokens, flops, hours = 0, 0.0, list[float | None]()
+        of_stage = [run for run in runs if run.stage == position]
+        left = [run for run in of_stage if run.name not in done]
+        for run in left:
+            if run.made_by and run.made_by not in done:
+                continue
+            if run.model not in speeds:
+                finished = [other for other in runs if other.model == run.model and other.name in done]
+                with naming_stage(stage):
+                    speeds[run.model] = _speed(plans[run.name], finished, jobs=jobs, gpu=gpu, mfu=mfu)
+            plan = plans[run.name]
+            for index in range(len(plan.phases)):
+                time = phase_time(plan, index, speeds[run.model])
+                tokens += time.tokens
+                flops += time.tokens * plan.flops_per_token(index) + time.evaluation_flops
+                hours += [time.hours, time.evaluation_hours or 0.0]
+        found.append(Cost(stage.axes.name, len(of_stage), len(of_stage) - len(left), tokens, flops, _sum(hours)))
+    return found
+
+
+def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | None, mfu: float | None) -> Speed:
+    precision = None if gpu else precision_of(plan.recipe, pick_device(), plan.model)
+    machine = Machine.of(plan.recipe, gpu=gpu, precision=precision)
+    if gpu is not None or mfu is not None:
+        return speed_of(plan, machine, mfu=mfu)
+    if finished:
+        return speed_of(plan, machine, run=Path(finished[0].recipe.run))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // jobs))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SptWarning)  # printed already
+            step_s = dry_run(plan.recipe)[0].step_s
+    finally:
+        torch.set_num_threads(threads)
+    flops = plan.flops_per_token(0) * plan.phases[0].tokens_per_step
+    return Speed(flops / step_s, None, "a step timed now")
+
+
+def print_price(price: StudyPrice, study: str, console: Console) -> None:
+    """Print a row for each stage and for all of them, then the time and cost."""
+    columns = [field.name for field in dataclasses.fields(Cost)]
+    rows = [[getattr(cost, column) for column in columns] for cost in (*price.stages, price.total)]
+    print_table(console, f"{study}: remaining runs", columns, rows)
+    wall = None if price.total.hours is None else duration(3600 * price.total.hours / price.jobs)
+    print_facts(console, "", {"runs at a time": price.jobs, "wall time": wall, "cost": price.cost})
