@@ -17,7 +17,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -42,7 +42,7 @@ from spt_fast.advice.sizing import (
 )
 from spt_fast.config import recipe_from
 from spt_fast.data.base_tokenizer import BaseTokenizer
-from spt_fast.data.prepare import heldout_prefix, prepare
+from spt_fast.data.prepare import Prepared, heldout_prefix, prepare
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.text import find_files
 from spt_fast.data.tokenizer import Tokenizer, train_tokenizer
@@ -117,29 +117,20 @@ def begin(
     datasets and tokenizers that can't be used, and CheckpointError for a base that can't be represented.
     """
     out = Path(out)
-    check_folder(out, "out")
     recipe, study = out / "recipe.yaml", out / "study.yaml"
+    check_folder(out, "out")
     for file in (recipe, study):
         if file.exists():
             raise RecipeError(f"out: {file} exists; choose another folder, or move the file away", argument=True)
     if hours is not None and not 0 < hours < math.inf:
         raise RecipeError(invalid("hours", hours, "write a number above 0"), argument=True)
     base = None if init is None else starter_base.Base.of(Path(init), tokenizer)
-    names = [Path(given).name.split(".")[0] for given in (general, domain)]
-    if names[0] == names[1]:
-        names = ["general", "domain"]
-    texts = [Path(given) for given in (general, domain) if not _is_dataset(Path(given))]
-    skipped: Counter[str] = Counter()
+    given, reading = [Path(general), Path(domain)], Reading(text_key, skip_bad, progress)
     with _of_two_texts():
         if base is None and tokenizer is None:
-            if len(texts) < 2:
-                raise DataError("tokenizer: missing; name the one that the datasets were prepared with", argument=True)
-            tokenizer = _trained(texts, out / "data" / "bpe.tiktoken", text_key, skip_bad, progress)
+            tokenizer = _trained(given, out / "data" / "bpe.tiktoken", reading)
         loaded = base.tokenizer if base else Tokenizer.load(tokenizer or "")
-        corpora = [
-            _corpus(name, Path(given), out, loaded, text_key, skip_bad, skipped, progress)
-            for name, given in zip(names, (general, domain), strict=True)
-        ]
+        corpora, skipped = _corpora(given, out / "data", loaded, reading)
     device = Device.here()
     hours = hours or HOURS[device.kind]
     plan: FromScratch | starter_base.FromBase
@@ -158,14 +149,7 @@ def begin(
         if text:
             file.write_text(text, encoding="utf-8")
     epochs = plan.epochs()
-    for corpus, times in zip(corpora, most, strict=True):
-        if epochs[corpus.name] > 1.05 * times:
-            warnings.warn(
-                f"{corpus.name}: its {corpus.tokens:,} tokens are read {epochs[corpus.name]:.0f} times; beyond about "
-                f"{times} epochs repetition helps little: add text, or train for fewer hours",
-                SptWarning,
-                stacklevel=2,
-            )
+    _warn_of_repetition(corpora, epochs, most)
     return Begun(
         recipe=recipe,
         study=study if written[study] else None,
@@ -175,11 +159,32 @@ def begin(
         domain_share=float(plan.share),
         epochs=epochs,
         hours=plan.hours,
-        skipped=dict(skipped),
+        skipped=skipped,
     )
 
 
+def _warn_of_repetition(corpora: Sequence[Corpus], epochs: Mapping[str, float], most: Sequence[int]) -> None:
+    """most: epochs of each corpus beyond which repetition helps little."""
+    for corpus, times in zip(corpora, most, strict=True):
+        if epochs[corpus.name] > 1.05 * times:
+            warnings.warn(
+                f"{corpus.name}: its {corpus.tokens:,} tokens are read {epochs[corpus.name]:.0f} times; beyond about "
+                f"{times} epochs repetition helps little: add text, or train for fewer hours",
+                SptWarning,
+                stacklevel=3,
+            )
+
+
 # ------------------------------------------------------------------------------------------------ the corpora
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts are read: arguments of `train_tokenizer` and `prepare`."""
+
+    text_key: str
+    skip_bad: bool
+    progress: bool
 
 
 @contextmanager
@@ -197,16 +202,17 @@ def _is_dataset(path: Path) -> bool:
     return not path.is_file() and not path.is_dir() and Path(f"{path}.bin").exists()
 
 
-def _trained(texts: Sequence[Path], out: Path, text_key: str, skip_bad: bool, progress: bool) -> Path:
-    """A tokenizer trained on the texts, written to `out`; a token per 2 kB of text, from 1,024 to 32,768."""
-    found = sum(path.stat().st_size for text in texts for path in find_files(text).files)
+def _trained(given: Sequence[Path], out: Path, reading: Reading) -> Path:
+    """A tokenizer trained on the texts, written to `out`; a token per 2 kB of text, from 1,024 to 32,768. DataError for
+    a dataset, whose tokenizer must be named."""
+    if any(map(_is_dataset, given)):
+        raise DataError("tokenizer: missing; name the one that the datasets were prepared with", argument=True)
+    found = sum(path.stat().st_size for text in given for path in find_files(text).files)
     size = min(32_768, max(1024, 1 << (int(found) // 2000).bit_length() - 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            train_tokenizer(
-                [str(text) for text in texts], size, out, text_key=text_key, skip_bad=skip_bad, progress=progress
-            )
+            train_tokenizer([str(text) for text in given], size, out, **vars(reading))
             return out
         except TooFewPieces:
             if size == FEWEST_IDS:
@@ -214,35 +220,32 @@ def _trained(texts: Sequence[Path], out: Path, text_key: str, skip_bad: bool, pr
             size = max(FEWEST_IDS, size // 2)
 
 
-def _corpus(
-    name: str,
-    given: Path,
-    out: Path,
-    tokenizer: BaseTokenizer,
-    text_key: str,
-    skip_bad: bool,
-    skipped: Counter[str],
-    progress: bool,
-) -> Corpus:
-    """The prepared corpus; documents that were left out are added to `skipped`."""
-    prefix = given
-    if not _is_dataset(given):
-        prefix = out / "data" / name
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        tokens = sum(path.stat().st_size for path in find_files(given).files) / BYTES_PER_TOKEN
-        heldout = Fraction(min(100, round(1000 * HELDOUT_TOKENS / tokens) or 1), 1000)
-        made = prepare(
-            given, prefix, tokenizer, heldout=heldout, text_key=text_key, skip_bad=skip_bad, progress=progress
-        )
-        skipped.update(made.skipped)
-    if not _is_dataset(heldout_prefix(prefix)):
-        raise DataError(f"{prefix}: has no held-out part; prepare it with `heldout=5%`")
-    return Corpus(
-        name,
-        prefix,
-        TokenDataset.open(prefix).num_tokens,
-        TokenDataset.open(heldout_prefix(prefix)).num_tokens,
-    )
+def _corpora(
+    given: Sequence[Path], folder: Path, tokenizer: BaseTokenizer, reading: Reading
+) -> tuple[list[Corpus], dict[str, int]]:
+    """Both corpora, prepared in `folder` if they are text; and how many documents were left out, by kind."""
+    names = [path.name.split(".")[0] for path in given]
+    if names[0] == names[1]:
+        names = ["general", "domain"]
+    corpora, skipped = [], Counter[str]()
+    for name, path in zip(names, given, strict=True):
+        prefix = path
+        if not _is_dataset(path):
+            prefix = folder / name
+            skipped.update(_prepare(path, prefix, tokenizer, reading).skipped)
+        if not _is_dataset(heldout_prefix(prefix)):
+            raise DataError(f"{prefix}: has no held-out part; prepare it with `heldout=5%`")
+        tokens, heldout = (TokenDataset.open(part).num_tokens for part in (prefix, heldout_prefix(prefix)))
+        corpora.append(Corpus(name, prefix, tokens, heldout))
+    return corpora, dict(skipped)
+
+
+def _prepare(text: Path, prefix: Path, tokenizer: BaseTokenizer, reading: Reading) -> Prepared:
+    """Prepare a text with HELDOUT_TOKENS held out, or a tenth of a small one."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    tokens = sum(path.stat().st_size for path in find_files(text).files) / BYTES_PER_TOKEN
+    heldout = Fraction(min(100, round(1000 * HELDOUT_TOKENS / tokens) or 1), 1000)
+    return prepare(text, prefix, tokenizer, heldout=heldout, **vars(reading))
 
 
 # ------------------------------------------------------------------------------------------------ the sizes
