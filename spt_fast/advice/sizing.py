@@ -190,6 +190,26 @@ class Sizing:
         )
         return "\n".join(["sources:", *rows])
 
+    def before_phases(self) -> str:
+        """The sections of a recipe on checkpoints, logs and sources."""
+        steps = self.steps(self.tokens)
+        return f"""\
+checkpoint: {{every: {in_steps(max(1, steps // 10))}, keep: 2}}
+log: {{every: {in_steps(max(1, min(100, steps // 50)))}}}
+{self.sources()}"""
+
+    def corpora_of_study(self) -> str:
+        """The sections of a study on its sources."""
+        general, domain = self.corpora
+        return f"{self.sources()}\ngeneral: {quoted(general.name)}\ndomain: {quoted(domain.name)}"
+
+
+def study_commands(out: Path) -> str:
+    """The commands for a study in `out`, as comments for the top of its file."""
+    return f"""\
+# Price it with `spt-fast sweep {out / "study.yaml"} --dry-run`, train it without that flag, then
+# `spt-fast report {out / "study"} --out report.html`."""
+
 
 def two_digits(number: float) -> int:
     return int(float(f"{number:.2g}"))

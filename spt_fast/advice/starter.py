@@ -38,6 +38,7 @@ from spt_fast.advice.sizing import (
     in_steps,
     one_digit,
     quoted,
+    study_commands,
     two_digits,
 )
 from spt_fast.config import recipe_from
@@ -330,9 +331,7 @@ run: {quoted(out / "runs" / "spt")}
 tokenizer: {quoted(tokenizer)}
 # {size}. Windows of {window:,} tokens.
 model: {{preset: {self.name}}}
-checkpoint: {{every: {in_steps(max(1, steps // 10))}, keep: 2}}
-log: {{every: {in_steps(max(1, min(100, steps // 50)))}}}
-{self.sources()}
+{self.before_phases()}
 phases:
   - name: pretrain
     tokens: {amount(self.tokens)}
@@ -355,8 +354,7 @@ phases:
 """
 
     def study(self, out: Path, tokenizer: Named) -> str:
-        small = self._proxy()
-        general, domain = self.corpora
+        small, domain = self._proxy(), self.corpora[1]
         shares = ["0", *(exact(Fraction(f"{min(0.5, by * float(self.share)):.2g}")) for by in (1 / 3, 1, 3))]
         unique = max(two_digits(domain.tokens * small.tokens / self.tokens), 10 * small.window)
         sequences, finetuned = small.sequences(small.tokens // 4), small.sequences(small.finetune_tokens)
@@ -365,15 +363,12 @@ phases:
         budgets = ", ".join(amount(two_digits(small.tokens / by)) for by in (4, 2, 1))
         return f"""\
 # Which share of {domain.name}? Small runs answer this for the recipe beside this file, written by `spt-fast init`.
-# Price it with `spt-fast sweep {out / "study.yaml"} --dry-run`, train it without that flag, then
-# `spt-fast report {out / "study"} --out report.html`.
+{study_commands(out)}
 study: {quoted(out / "study")}
 seeds: 2
 models: [{{preset: {small.name}}}]
 tokenizer: {quoted(tokenizer)}
-{self.sources()}
-general: {quoted(general.name)}
-domain: {quoted(domain.name)}
+{self.corpora_of_study()}
 domain_tokens: {amount(unique)}  # cut so that it repeats as often as in the large run
 stages:
   - name: pretrain

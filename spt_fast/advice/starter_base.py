@@ -34,9 +34,9 @@ from spt_fast.advice.sizing import (
     Device,
     Sizing,
     exact,
-    in_steps,
     one_digit,
     quoted,
+    study_commands,
     two_digits,
 )
 from spt_fast.data.base_tokenizer import BaseTokenizer
@@ -191,8 +191,8 @@ class FromBase(Sizing):
 
     def recipe(self, out: Path, tokenizer: str | os.PathLike[str] | None) -> str:
         (general, domain), times = self.corpora, self.epochs()[self.corpora[1].name]
-        sequences, steps = self.sequences(self.tokens), self.steps(self.tokens)
-        step, phase = amount(sequences * self.window), "finetune" if self.finetunes else "continue"
+        step = amount(self.sequences(self.tokens) * self.window)
+        phase = "finetune" if self.finetunes else "continue"
         why = (
             f"{domain.name} is read {times:.2g} times. {exact(1 - self.share)} of {general.name} reduces forgetting, "
             "most if it is similar to the base's pretraining text. The study finds the best share for your text."
@@ -207,9 +207,7 @@ class FromBase(Sizing):
 run: {quoted(out / "runs" / phase)}
 init: {quoted(self.base.weights)}  # its shape, tokenizer, chat template and context of {self.config.context:,} tokens
 {"" if tokenizer is None else f"tokenizer: {quoted(tokenizer)}" + chr(10)}{self._engine()}\
-checkpoint: {{every: {in_steps(max(1, steps // 10))}, keep: 2}}
-log: {{every: {in_steps(max(1, min(100, steps // 50)))}}}
-{self.sources()}
+{self.before_phases()}
 phases:
   - name: {phase}
     tokens: {amount(self.tokens)}  # {end}
@@ -220,7 +218,7 @@ phases:
 
     def study(self, out: Path, tokenizer: str | os.PathLike[str] | None) -> str | None:
         """The text of the study; None if its runs would be over half as long as the training."""
-        general, domain = self.corpora
+        domain = self.corpora[1]
         tokens = max(two_digits(self.tokens / STUDY_PART), FEWEST_WINDOWS * self.window)
         if tokens > self.tokens / 2:
             return None
@@ -240,15 +238,12 @@ phases:
     delta: [0, 33%, 67%, 90%, 95%, 1]"""
         return f"""\
 # {what} Short runs answer that, by `spt-fast init`.
-# Price it with `spt-fast sweep {out / "study.yaml"} --dry-run`, train it without that flag, then
-# `spt-fast report {out / "study"} --out report.html`.
+{study_commands(out)}
 study: {quoted(out / "study")}
 seeds: {2 if self.finetunes else 1}
 models: [{{init: {quoted(self.base.weights)}}}]
 {"" if tokenizer is None else f"tokenizer: {quoted(tokenizer)}" + chr(10)}{one._engine()}\
-{self.sources()}
-general: {quoted(general.name)}
-domain: {quoted(domain.name)}
+{self.corpora_of_study()}
 domain_tokens: {amount(unique)}  # cut so that it repeats as often as in the recipe
 stages:
 {axes}
