@@ -23,8 +23,9 @@ from spt_fast.advice.result import Advice
 from spt_fast.errors import DataError
 from spt_fast.report import panels, sections
 from spt_fast.report.decision import compared, decide
-from spt_fast.report.page import page, provenance, report
+from spt_fast.report.page import page, report
 from spt_fast.report.sections import pretraining
+from spt_fast.report.tables import provenance
 from spt_fast.study import views
 from spt_fast.study.compare import Finetune
 from spt_fast.study.crossover import crossovers
