@@ -217,8 +217,6 @@ def _linear_gradients(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
 differentiable(_swiglu_linear, _linear_gradients, _setup_linear)
 
 
-# The backward pass: from dy, gate and up to dgate and dup; with `again` also to y, in place of dy.
-
 # ------------------------------------------------------------------------------------------------ reference
 
 
@@ -342,7 +340,7 @@ def _launch(kernel: Any, name: str, shape: torch.Size, dtype: torch.dtype, *argu
         kernel[(programs,)](*arguments, **constants, **config.options)
 
 
-def _triton_forward(gate: Tensor, up: Tensor, amax: Tensor | None = None) -> Tensor:
+def _triton_forward(gate: Tensor, up: Tensor, amax: Tensor | None) -> Tensor:
     y = gate.new_empty(gate.shape)
     strides, made = (gate.stride(0), up.stride(0)), amax is not None and amax.numel() > 0
     arguments = (gate, up, y, amax if made else None, *gate.shape, *strides)
@@ -367,6 +365,7 @@ def _triton_backward(
 
 
 _BACKWARD = {"reference": _reference_backward, "cpu": _cpu_backward, "triton": _triton_backward}
+"""By backend, from dy, gate and up to dgate and dup; with `again` also to y, in place of dy."""
 
 
 def variants() -> list[Variant]:

@@ -165,14 +165,9 @@ def checked(
     if cos is not None and sin is not None:
         rotary.check("qkv_attention", q_BTHD, k_BTHD, cos, sin, q_weight, k_weight)
     elif q_weight is not None or k_weight is not None or cos is not sin:
-        given = [
-            name
-            for name, x in zip(("cos", "sin", "q_weight", "k_weight"), (cos, sin, q_weight, k_weight), strict=True)
-            if x is None
-        ]
-        raise ValueError(
-            f"qkv_attention: {given[0]} is missing; weights need cos and sin, and each of a pair the other"
-        )
+        given = {"cos": cos, "sin": sin, "q_weight": q_weight, "k_weight": k_weight}
+        missing = next(name for name, x in given.items() if x is None)
+        raise ValueError(f"qkv_attention: {missing} is missing; weights need cos and sin, and each of a pair the other")
     if window is not None and window >= qkv_BTSD.shape[1]:
         window = None
     return window, qkv_BTSD.shape[-1] ** -0.5 if scale is None else scale

@@ -35,9 +35,8 @@ def machine(device: torch.device) -> dict[str, str]:
         properties = torch.cuda.get_device_properties(device)
         driver = _read("/proc/driver/nvidia/version").partition("\n")[0]
         return known | {"device": f"{properties.name}, {properties.multi_processor_count} SMs", "driver": driver}
-    facts = re.findall(r"^(?:cpu family|model|model name|stepping|flags)\s*: .*", _read("/proc/cpuinfo"), re.MULTILINE)[
-        :5
-    ]
+    lines = re.findall(r"^(?:cpu family|model|model name|stepping|flags)\s*: .*", _read("/proc/cpuinfo"), re.MULTILINE)
+    facts = lines[:5]  # of the first core
     name = next((fact.partition(": ")[2] for fact in facts if fact.startswith("model name")), platform.machine())
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]  # models of one name differ in instructions
     return known | {"device": f"{name} ({digest})", "threads": str(torch.get_num_threads())}
@@ -117,8 +116,9 @@ def host_seconds(work: Callable[[], object]) -> float:
 
 
 def gpu_seconds(work: Callable[[], object], head_start: int = HEAD_START_CYCLES) -> float:
-    """Of the current GPU, which is kept busy for so many cycles, so that what is launched within it does not wait. The
-    kernels of a training step don't either: they are recorded in a graph, or the host is ahead."""
+    """By the clock of the current GPU, which is kept busy for `head_start` cycles first: kernels that the host launches
+    meanwhile don't wait for it. Those of a training step don't either: they are recorded in a graph, or the host is
+    ahead."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(head_start)
     start.record()
