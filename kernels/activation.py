@@ -250,7 +250,7 @@ def _cpu_backward(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tens
 TILE, COLUMNS = 2048, 256
 """Numbers of each tensor in a program's tile, and its columns: at the usual widths, multiples of 256, none is idle."""
 WARP_BYTES = 512
-"""Numbers of one tensor per warp: every lane loads 16 bytes, the most in one instruction."""
+"""Bytes of one tensor per warp: every lane loads 16, the most in one instruction."""
 
 
 def _config(F: int, dtype: torch.dtype, tile: int = TILE, columns: int = COLUMNS) -> Config:

@@ -165,9 +165,8 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        if (
-            dloss.device.type == "cpu" and dloss != 1 and not dloss.isnan()
-        ):  # NaN: the loss is NaN, and its step is skipped
+        # If it is NaN, so is the loss, and its step is skipped.
+        if dloss.device.type == "cpu" and dloss != 1 and not dloss.isnan():
             raise RuntimeError(
                 f"linear_cross_entropy: the upstream gradient is {dloss.item():.6g}; with `scale` it must be 1"
             )
@@ -299,7 +298,6 @@ def _sweep(
     total_VD: the gradient by weight_VD is added to it, or written if it is `new`.
     All chunks use the same buffers: on a CPU new memory costs more than the arithmetic on it.
     """
-    turn_rows = {"reference": _reference_rows, "cpu": _cpu_rows, "triton": _triton_rows}[backend]
     x_ND, weight_VD, dloss_N = x_ND.contiguous(), weight_VD.contiguous(), dloss_N.contiguous()
     targets_N = targets_N.long().contiguous()
     N, V, dtype = len(x_ND), len(weight_VD), dloss_N.dtype
@@ -318,7 +316,7 @@ def _sweep(
         x_CD = x_ND[chunk]
         z_CV = z_CV[: len(x_CD)]
         multiply(x_CD, weight_VD.T, z_CV)
-        loss_N[chunk] = turn_rows(
+        loss_N[chunk] = _ROWS[backend](
             z_CV, targets_N[chunk], dloss_N[chunk], ignore_index, z_loss, softcap, needs_dx or needs_dw
         )
         if needs_dx:
@@ -360,9 +358,6 @@ def _logits_buffer(x_ND: Tensor, rows: int, vocab_size: int) -> Tensor:
     numbers = ROW_BYTES // x_ND.itemsize
     return x_ND.new_empty(rows, -(-vocab_size // numbers) * numbers)[:, :vocab_size]
 
-
-# The passes over a chunk: (z_CV without softcap, targets_C, dloss_C, ignore_index, z_loss, softcap or 0,
-# wants_grad) -> losses [C], and if wants_grad z_CV becomes the gradient of sum(dloss_C * losses), in place.
 
 # ------------------------------------------------------------------------------------------------ reference
 
@@ -633,6 +628,9 @@ def variants() -> list[Variant]:
     return found
 
 
+_ROWS = {"reference": _reference_rows, "cpu": _cpu_rows, "triton": _triton_rows}
+"""By backend, the pass over a chunk: (z_CV without softcap, targets_C, dloss_C, ignore_index, z_loss, softcap or 0,
+wants_grad) -> losses [C], and if wants_grad z_CV becomes the gradient of sum(dloss_C * losses), in place."""
 _LINEAR_CROSS_ENTROPY = Op(
     "linear_cross_entropy",
     {

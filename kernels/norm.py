@@ -391,7 +391,7 @@ def _makes_parts(x: Tensor, backend: str) -> bool:
 
 
 def _amax_of(x_ND: Tensor, amax: Tensor) -> None:
-    """Whether the kernel has no registers left for it."""
+    """The largest magnitudes in the rows, if they are asked for, where the kernel has no registers left for them."""
     if amax.numel():
         amax.copy_(x_ND.abs().amax(1))
 
