@@ -55,7 +55,7 @@ ALIASES = {"train.score": "evaluation.score"}
 """Modules under their names of before, for code of users: where they stand now. Nothing of spt_fast imports them."""
 
 
-def test_a_name_of_before_is_the_module_itself(graph: Graph) -> None:
+def test_an_earlier_name_is_the_same_module(graph: Graph) -> None:
     for before, now in ALIASES.items():
         assert importlib.import_module(f"spt_fast.{before}") is importlib.import_module(f"spt_fast.{now}")
         assert not [name for name, found in graph.items() if before in found]

@@ -66,7 +66,7 @@ def test_counts_take_units(text: object, count: int) -> None:
 @pytest.mark.parametrize(
     "bad", ["", "0", "-1", "1.0005K", "12Q", None, True, "nan", [1], "1e400", "1e999999999", "9" * 5000]
 )
-def test_counts_refuse_what_is_no_positive_whole_number(bad: object) -> None:
+def test_counts_must_be_positive_whole_numbers(bad: object) -> None:
     with pytest.raises(RecipeError, match=r"phases\[x\]\.tokens"):
         parse_count(bad, "phases[x].tokens")
 

@@ -25,7 +25,7 @@ with locked(Path(sys.argv[1]), "x"):
 """
 
 
-def test_the_second_is_told_who_came_first_and_a_dead_owner_is_nobody(tmp_path: Path) -> None:
+def test_the_second_is_told_who_holds_the_lock_and_a_dead_process_holds_none(tmp_path: Path) -> None:
     file = tmp_path / ".lock"
     first = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -45,7 +45,7 @@ def test_the_second_is_told_who_came_first_and_a_dead_owner_is_nobody(tmp_path: 
     assert not file.exists()
 
 
-def test_where_there_are_no_locks_the_owners_name_must_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_the_owners_name_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOTSUP, "no locks here")
 
@@ -63,7 +63,7 @@ def test_where_there_are_no_locks_the_owners_name_must_do(tmp_path: Path, monkey
                 pass
 
 
-def test_a_damaged_lock_names_nobody_and_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_lock_names_no_owner_and_blocks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOTSUP, "no locks here")
 

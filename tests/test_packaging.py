@@ -104,7 +104,7 @@ def test_importing_the_package_costs_next_to_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_one_version_is_printed_packed_cited_and_told_of(tmp_path: Path) -> None:
+def test_the_same_version_is_printed_packed_cited_and_in_the_changelog(tmp_path: Path) -> None:
     for file, line in (("CITATION.cff", "version: {}\n"), ("CHANGELOG.md", "## {} · ")):
         assert "\n" + line.format(spt_fast.__version__) in (CHECKOUT / file).read_text()
     assert run(sys.executable, "-m", "spt_fast", "--version", cwd=tmp_path) == f"spt-fast {spt_fast.__version__}\n"

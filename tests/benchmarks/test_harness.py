@@ -74,7 +74,7 @@ def test_ranks_go_by_the_median_and_only_to_those_that_were_timed() -> None:
     assert table(rows).count("unranked |") == 3
 
 
-def test_ours_alone_has_won_nothing() -> None:
+def test_without_a_rival_there_is_no_comparison() -> None:
     rows = [row("ours", "ours", 2.0), row("liger", "peer", None, status="absent")]
     rank(rows)
     assert verdict(rows, "forward") == "forward: no comparison; unranked against liger (absent)"

@@ -314,13 +314,13 @@ def test_our_own_json_comes_first_and_magic_before_a_declared_dtype(tmp_path: Pa
     assert TokenDataset.open(tmp_path / "m").format == "megatron"
 
 
-def test_another_programs_json_beside_a_token_file_is_no_hindrance(tmp_path: Path) -> None:
+def test_another_programs_json_beside_a_token_file_is_ignored(tmp_path: Path) -> None:
     write_llmc(tmp_path / "d.bin", IDS)
     (tmp_path / "d.json").write_text('{"text": "a corpus"}\n{"text": "in lines"}\n')
     assert TokenDataset.open(tmp_path / "d").tokens.tolist() == IDS
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no token dataset at .*nothing: none of"):
         TokenDataset.open(tmp_path / "nothing")
     (tmp_path / "text.jsonl").write_text("{}")

@@ -72,7 +72,7 @@ def test_duplicates_stay_together_and_order_and_dtype_do_not_matter(tmp_path: Pa
     assert [set(documents_in(wide, half)) for half in split_heldout(wide)] == [select, report]
 
 
-def test_the_split_is_the_same_for_ever(tmp_path: Path) -> None:
+def test_the_split_never_changes(tmp_path: Path) -> None:
     """Figures of different versions compare only if they are of the same text."""
     dataset = dataset_of(tmp_path / "d", [np.full(10, i) for i in range(1, 17)])
     _, report = split_heldout(dataset)

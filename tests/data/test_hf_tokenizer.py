@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_theirs(folders: dict[str, Path], kind: str) -> None:
+def test_ids_are_those_of_the_tokenizers_library(folders: dict[str, Path], kind: str) -> None:
     own, library = Tokenizer.load(folders[kind]), tokenizers.Tokenizer.from_file(str(folders[kind] / "tokenizer.json"))
     again = rebuilt(own.to_bytes())
     for text in [*NASTY, *hf_tokenizers.TEXTS]:
@@ -71,7 +71,9 @@ def test_ids_are_theirs(folders: dict[str, Path], kind: str) -> None:
         own.encode("a\ud800b")
 
 
-def test_ids_are_theirs_by_any_normaliser_and_with_added_tokens_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_are_those_of_the_library_by_any_normaliser_and_with_added_tokens_of_every_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(fast_bpe, "_RANGES", FEW)
     added = [
         *(AddedToken("<left>", lstrip=True), AddedToken("<right>", rstrip=True), AddedToken("word", single_word=True)),

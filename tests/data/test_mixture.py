@@ -190,7 +190,7 @@ def test_a_source_of_weight_0_never_occurs(num_sources: int) -> None:
         mixture.index("s0b", 0)
 
 
-def test_positions_that_will_not_do() -> None:
+def test_invalid_positions_are_refused() -> None:
     mixture = Mixture({"web": 3, "chem": 1})
     with pytest.raises(ValueError, match="sample -1"):
         mixture.locate(-1)
@@ -224,7 +224,7 @@ def test_the_python_chairman_agrees_with_the_compiled_one() -> None:
     assert checked == 300
 
 
-def test_the_chairman_keeps_his_bound_where_it_is_tight() -> None:
+def test_the_chairman_order_keeps_its_bound_where_it_is_tight() -> None:
     """One heavy source among light ones, and sources of nearly equal weight: Tijdeman's hard cases."""
     for num_sources in (5, 6, 9, 17, 33):
         for weights in ([997, *[1] * (num_sources - 1)], [200 + i for i in range(num_sources)]):

@@ -165,7 +165,7 @@ def test_a_share_is_of_the_bytes_within_one_document_and_a_larger_one_holds_out_
             smaller = held_out
 
 
-def test_a_share_that_documents_do_not_allow_is_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_share_that_documents_do_not_allow_is_reported(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for texts, share, expected in (
         (
             ["a" * 90_000, *documents(3)],

@@ -479,7 +479,7 @@ def test_a_folder_that_cannot_be_made_is_the_same_message(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["d.json", "d.bin", "d.idx"])
-def test_a_file_that_is_none_of_ours_is_never_overwritten(tmp_path: Path, name: str) -> None:
+def test_a_file_of_another_program_is_never_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"text": "the only copy of a corpus"}\n')
     with pytest.raises(DataError, match=f"{name} would be overwritten"):
         write(tmp_path / "d", DOCUMENTS)

@@ -85,7 +85,7 @@ def test_frames_one_after_another_are_one_file(tmp_path: Path, compression: str)
 
 
 @pytest.mark.parametrize("compression", [".gz", ".zst", ".xz", ".bz2"])
-def test_what_follows_a_frame_and_is_none_is_not_dropped(tmp_path: Path, compression: str) -> None:
+def test_data_after_a_frame_that_is_not_a_frame_is_not_dropped(tmp_path: Path, compression: str) -> None:
     path = put(tmp_path / f"a.jsonl{compression}", compress(GOOD, compression) + compress(GOOD, compression)[1:])
     with pytest.raises(DataError, match="is damaged or cut off"):
         list(iter_documents(path))
@@ -183,7 +183,7 @@ def test_a_damaged_parquet_footer_never_ends_the_process(tmp_path: Path) -> None
             list(TextReader(damaged))
 
 
-def test_what_is_packed_under_another_name_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compressed_file_under_another_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = {how: compress(GOOD, ending) for ending, how in zip((".gz", ".zst", ".xz", ".bz2"), TOOLS, strict=True)}
     for how, data in (packed | {"Parquet, which": parquet(["a"]), "zip archive": b"PK\3\4" + bytes(99)}).items():
         for name in ("a.jsonl", "a.txt", "a.jsonl.gz"):

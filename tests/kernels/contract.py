@@ -184,7 +184,7 @@ class Contract:
         expected, found = (sample.results(f, given) for f, given in zip((function, compiled), both, strict=True))
         assert_same([*expected, *both[0]], [*found, *both[1]], loose=backend in sample.loose)
 
-    def test_what_holds_nothing(self, sample: Sample, backend: str, dtype: torch.dtype) -> None:
+    def test_tensors_without_elements(self, sample: Sample, backend: str, dtype: torch.dtype) -> None:
         """Results of the right shapes; gradients of weights are zeros."""
         for rows in sample.empty:
             inputs = sample.inputs(rows, dtype)
@@ -248,7 +248,7 @@ class Contract:
             if one.requires_grad:
                 assert torch.autograd.gradcheck(lambda *x, y=output: sample.on("auto")(*x)[y], alone)
 
-    def test_a_backend_that_is_none_is_refused(self, sample: Sample) -> None:
+    def test_an_unknown_backend_is_refused(self, sample: Sample) -> None:
         inputs = sample.inputs(sample.rows, torch.float32)
         sample.on("auto")(*copies(inputs))
         sample.on("reference")(*copies(inputs))

@@ -122,7 +122,7 @@ def test_extreme_gates(backend: str, dtype: torch.dtype) -> None:
 
 
 @every_backend
-def test_what_is_not_a_number_stays_so(backend: str, dtype: torch.dtype) -> None:
+def test_nan_stays_nan(backend: str, dtype: torch.dtype) -> None:
     """A loss that went wrong must be seen."""
     nan = torch.full((3, 32), float("nan"), dtype=dtype, device=DEVICE)
     one = torch.ones_like(nan)

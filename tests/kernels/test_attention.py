@@ -280,7 +280,7 @@ def test_large_scores_overflow_nothing(backend: str, dtype: torch.dtype) -> None
         assert result.isfinite().all()
 
 
-def test_each_document_is_as_if_alone() -> None:
+def test_each_document_gives_what_it_gives_alone() -> None:
     q, k, v, _ = draw(1, 24, 4, 2, 8)
     cuts = CUTS["empty ones"]
     together = flash_attention(q, k, v, cu_seqlens=cut(cuts))
@@ -375,7 +375,7 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def test_heads_too_wide_for_the_kernels_are_refused_and_auto_goes_elsewhere() -> None:
+def test_heads_too_wide_for_the_kernels_are_refused_and_auto_takes_another_backend() -> None:
     for D, dtype in ((160, torch.float32), (264, torch.float16)):
         q, k, v, _ = draw(1, 3, 1, 1, D, dtype)
         with pytest.raises(ValueError, match=rf"'triton' is invalid: it supports head dimensions up to .* not {D}"):
@@ -642,7 +642,7 @@ def test_every_launch_is_compiled_ahead_of_time(monkeypatch: pytest.MonkeyPatch)
                     attention_triton._attention_backward(o, q, k, k, o, lse, spans, cu_seqlens, causal, seen, 0.1)
 
 
-def test_no_number_of_documents_compiles_a_kernel_anew() -> None:
+def test_another_number_of_documents_recompiles_no_kernel() -> None:
     for kernel in (attention_triton._forward_kernel, attention_triton._dq_kernel, attention_triton._dkv_kernel):
         compiled = launch.Kernel(kernel.fn, **kernel.kwargs) if launch.INTERPRETED else kernel
         assert [param.name for param in compiled.params if param.do_not_specialize] in (

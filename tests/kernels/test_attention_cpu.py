@@ -179,7 +179,7 @@ def test_gradients_written_into_one_tensor_are_those_of_three(D: int, dtype: tor
     assert torch.equal(together[1], torch.cat(apart[1:], 2))
 
 
-def test_what_it_cannot_do_is_said_and_auto_goes_elsewhere() -> None:
+def test_what_it_cannot_run_is_refused_and_auto_takes_another_backend() -> None:
     q, k, v, _ = draw(1, 9, 2, 1, 8)
     with pytest.raises(ValueError, match="multiples of 16 up to 256, not 8"):
         ours(q, k, v)

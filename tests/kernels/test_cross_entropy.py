@@ -134,7 +134,7 @@ def test_as_exact_as_torch_at_a_real_size(backend: str, dtype: torch.dtype, monk
 
 
 @pytest.mark.parametrize(("backend", "dtype"), IN_FLOAT32)
-def test_none_takes_every_upstream_gradient_by_itself(backend: str, dtype: torch.dtype) -> None:
+def test_without_reduction_each_row_takes_its_own_upstream_gradient(backend: str, dtype: torch.dtype) -> None:
     """A known bug elsewhere: all rows scaled by the first row's gradient."""
     x, weight, targets, upstream = draw(40, 4, 9, dtype)
     upstream.zero_()
@@ -198,7 +198,7 @@ def test_only_one_gradient_wanted(backend: str, dtype: torch.dtype, reduction: s
 
 
 @pytest.mark.parametrize(("backend", "dtype"), IN_FLOAT32)
-def test_gradients_that_nobody_wants_are_not_made(
+def test_gradients_that_are_not_needed_are_not_made(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight, targets, _ = draw(40, 8, 33, dtype)

@@ -123,7 +123,7 @@ def test_zeros_and_tiny_numbers(backend: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_number_that_is_none_is_seen(backend: str, dtype: torch.dtype, bad: float) -> None:
+def test_a_number_that_is_not_finite_reaches_the_results(backend: str, dtype: torch.dtype, bad: float) -> None:
     x, weight, dy = (torch.ones(shape, dtype=dtype, device=DEVICE) for shape in ((32, 16), (16, 16), (32, 16)))
     if backend == "triton" and INTERPRETED and bad != bad:
         pytest.skip("Triton's interpreter makes 384 of it")

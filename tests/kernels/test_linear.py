@@ -56,7 +56,7 @@ def test_in_place_as_exact_as_autograd(dtype: torch.dtype, recomputed: bool) -> 
         assert (o.grad.double() - e.grad).abs().max() <= allowed
 
 
-def test_in_place_it_adds_where_the_gradient_lies_and_hands_on_none() -> None:
+def test_in_place_it_adds_to_the_gradient_and_returns_none() -> None:
     x, weight = random_tensors([(7, 4), (5, 4)], torch.float32)
     weight.requires_grad_()
     accumulate_in_place([weight])

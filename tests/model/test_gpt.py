@@ -302,7 +302,7 @@ def test_no_position_sees_a_later_one() -> None:
         WINDOWS | {"no_rope_layers": [2], "mlp_bias": True},
     ],
 )
-def test_documents_are_as_if_alone(fields: dict) -> None:
+def test_documents_do_not_affect_each_other(fields: dict) -> None:
     """cu_seqlens across rows: every piece of a document in a row is a text by itself."""
     model = model_with_random_norms(**fields).double()
     batch = tokens(2, 16)

@@ -133,7 +133,7 @@ def change_config(folder: Path, **fields: object) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ours_in_transformers_and_back(seed: int, family: str, tmp_path: Path) -> None:
+def test_our_folder_loads_in_transformers_and_back(seed: int, family: str, tmp_path: Path) -> None:
     config = draw_config(random.Random(seed), family)
     print(config)
     ours = GPT(config)
@@ -154,7 +154,7 @@ def test_ours_in_transformers_and_back(seed: int, family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("seed", range(10, 14))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_theirs_in_ours(seed: int, family: str, tmp_path: Path) -> None:
+def test_a_folder_of_transformers_loads_with_the_same_logits(seed: int, family: str, tmp_path: Path) -> None:
     """From a configuration that transformers itself writes, in shards."""
     config = draw_config(random.Random(seed), family)
     print(config)
@@ -318,7 +318,7 @@ class FakeTokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-def test_the_tokenizer_goes_along(tmp_path: Path, folder: Path) -> None:
+def test_the_tokenizer_is_saved_too(tmp_path: Path, folder: Path) -> None:
     GPT.from_hf(folder).save_hf(tmp_path / "with", FakeTokenizer())
     assert (tmp_path / "with" / "tokenizer.json").exists()
     config = json.loads((tmp_path / "with" / "config.json").read_text())
@@ -326,7 +326,7 @@ def test_the_tokenizer_goes_along(tmp_path: Path, folder: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] is None
 
 
-def test_what_stands_beside_the_weights_goes_along(tmp_path: Path, folder: Path) -> None:
+def test_files_beside_the_weights_are_copied_with_them(tmp_path: Path, folder: Path) -> None:
     (folder / "generation_config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     change_config(folder, eos_token_id=[3, 4], pad_token_id=0)
@@ -464,7 +464,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder: Path) -> None:
         GPT.from_hf(folder)
 
 
-def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(tmp_path: Path) -> None:
+def test_a_separate_head_is_kept_whatever_the_configuration_says(tmp_path: Path) -> None:
     model = GPT(GPTConfig(layers=1, width=32, heads=2, kv_heads=1, ffn=48, context=16, vocab_size=50, tied=False))
     randomise(model, 1)
     model.save_hf(tmp_path)
@@ -508,7 +508,7 @@ def test_rope_settings_that_contradict_each_other_are_refused(folder: Path, plac
 
 
 @pytest.mark.parametrize("fields", ["Llama", "Qwen2", "Qwen3", "SmolLM2", "TinyLlama"])
-def test_what_changes_nothing_is_taken_without_a_word(
+def test_fields_that_change_nothing_are_accepted_without_a_warning(
     folder: Path, fields: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     """Every field that transformers writes for a family, and those of files on the hub."""
@@ -745,13 +745,13 @@ def test_incomplete_and_wrong_configs_name_the_field(folder: Path) -> None:
         GPT.from_hf(folder)
 
 
-def test_an_adapter_beside_the_weights_is_not_left_out_in_silence(folder: Path) -> None:
+def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: a GPT has no place for an adapter; merge it"):
         GPT.from_hf(folder)
 
 
-def test_a_mark_of_byte_order_is_no_damage(folder: Path) -> None:
+def test_a_byte_order_mark_is_accepted(folder: Path) -> None:
     (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + (folder / "config.json").read_bytes())
     assert GPT.from_hf(folder).config.width == 32
 

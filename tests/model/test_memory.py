@@ -182,7 +182,7 @@ def test_a_recording_takes_what_a_step_needs_for_a_while() -> None:
     assert one == other, "no layer is wide enough"
 
 
-def test_zero_divides_what_it_says() -> None:
+def test_each_stage_of_zero_divides_its_parts() -> None:
     """An 8B model on 8 processes, in the middle of a step: of 18 bytes a parameter stage 1 leaves 7.5, stage 2 4, and
     stage 3 2.25. Autograd's own gradients in bf16 (stages 1 and 2) and what stage 3 gathers come on top.
     """

@@ -505,7 +505,7 @@ def test_a_table_without_general_losses_still_makes_a_page() -> None:
     assert "Lower is better." in said
 
 
-def test_losses_that_are_no_numbers_are_left_out_of_the_page() -> None:
+def test_losses_that_are_not_numbers_are_left_out_of_the_page() -> None:
     table = spt_table(deltas=(0.0, 0.02, 0.05), budgets=(20_000_000_000,))
     within = table.index[(table["stage"] > 0) & ~table["handed_on"]]
     some_broken = table.copy()

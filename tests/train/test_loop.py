@@ -336,7 +336,7 @@ def test_sigterm_saves_and_exits_with_75(data: Path) -> None:
     assert (summary["status"], summary["reason"]) == ("stopped", "SIGTERM")
 
 
-def test_resume_of_a_finished_run_does_nothing_and_of_nothing_starts_afresh(data: Path, undisturbed: Path) -> None:
+def test_resuming_does_nothing_to_a_finished_run_and_starts_a_missing_one(data: Path, undisturbed: Path) -> None:
     before = (undisturbed / "metrics.jsonl").read_bytes()
     assert run(tiny.recipe(data, "undisturbed"), resume=True, progress=False)["status"] == "done"
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
