@@ -232,7 +232,7 @@ def train(recipe: Recipe | AnyPath, *, resume: bool = False, verify: bool = Fals
     """Train all phases of a recipe. `spt.train` is also the package of that name, so `spt_fast.train.loop` works.
 
     recipe    a recipe, or the path of its file
-    resume    continue from the newest whole checkpoint, or start afresh without one
+    resume    continue from the newest whole checkpoint, or start without one
     verify    compare every block of the datasets with its hash, not only some
     progress  show progress on standard error
 

@@ -7,7 +7,7 @@ Python's garbage collector would search all modules and tests again and again, a
 imported and collected. It is off until then, and passes over them afterwards.
 
 Bytecode is kept, whatever the variable says that many containers set: otherwise each of the hundred processes that
-tests start compiles the package anew, and pytest rewrites every test and every plugin.
+tests start compiles the package again, and pytest rewrites every test and every plugin.
 
 Hypothesis has no deadlines: on a busy machine any example may take long.
 

@@ -5,7 +5,7 @@ Most of its time goes into the types of small blocks and into patching `triton.l
 - Types of blocks, shapes and NumPy's types are remembered.
 - Two operands of one shape need no broadcasting.
 - Triton computes whether integers overflow, and asserts it only in debug mode. Outside of that mode it is left out.
-- A launch patches `triton.language` anew whenever a kernel calls a function. The launch itself has patched what our
+- A launch patches `triton.language` again whenever a kernel calls a function. The launch itself has patched what our
   functions use, and what Triton's own use stays patched for ever.
 - Which members of a module are to be patched is looked up once.
 """

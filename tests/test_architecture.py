@@ -52,7 +52,7 @@ def imports(file: Path, known: set[str]) -> set[str]:
 
 
 ALIASES = {"train.score": "evaluation.score"}
-"""Modules under their names of before, for code of users: where they stand now. Nothing of spt_fast imports them."""
+"""Earlier names of modules, which users' code may import, and the present ones. Nothing in spt_fast imports them."""
 
 
 def test_an_earlier_name_is_the_same_module(graph: Graph) -> None:

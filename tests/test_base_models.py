@@ -79,6 +79,6 @@ def test_the_page_runs_and_prints_the_tables_that_it_shows(
             rows = [line for line in shown.get(command, []) if line.startswith(("│", "┃"))]
             if gone := [word for row in rows for word in WORD.findall(row) if word not in known]:
                 no_longer[command] = gone
-    assert not no_longer, "its tables are others now; record the page anew"
+    assert not no_longer, "its tables have changed; record the page again"
     assert (place / "hf" / "model.safetensors").exists()
     assert "<svg" in (place / "forgetting.html").read_text()

@@ -85,7 +85,7 @@ def test_the_references_are_what_the_dataclasses_say() -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "reference.py"))["pages"]()
     assert [file.name for file in pages] == ["recipe.md", "studies_reference.md"]
     for file, text in pages.items():
-        assert file.read_text(encoding="utf-8") == text, f"{file.name}: write it anew with `python docs/reference.py`"
+        assert file.read_text(encoding="utf-8") == text, f"{file.name}: write it again with `python docs/reference.py`"
 
 
 def test_the_readme_is_at_most_200_lines_of_100_columns() -> None:
@@ -97,7 +97,7 @@ def test_the_readme_is_at_most_200_lines_of_100_columns() -> None:
 def test_pictures_are_drawn_from_the_results(tmp_path: Path) -> None:
     runpy.run_path(str(ROOT / "docs" / "figures.py"))["draw"](tmp_path)
     shown = {file.name: file.read_text() for file in (ROOT / "docs" / "img").glob("*.svg")}
-    said = "docs/img is out of date: draw it anew with `python docs/figures.py`"
+    said = "docs/img is out of date: draw it again with `python docs/figures.py`"
     assert shown == {file.name: file.read_text() for file in tmp_path.iterdir()}, said
 
 

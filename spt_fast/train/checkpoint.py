@@ -280,7 +280,7 @@ def newest(folder: Path) -> Checkpoint | None:
             skipped[path] = str(error)
     if skipped:
         raise CheckpointError(
-            f"{folder}: no checkpoint is whole: {'; '.join(skipped.values())}; delete the run folder to start afresh"
+            f"{folder}: no checkpoint is whole: {'; '.join(skipped.values())}; delete the run folder to start again"
         )
     return None
 

@@ -115,7 +115,7 @@ def is_run(folder: Path) -> bool:
 
 
 def is_begun(folder: Path, field: str, holds: str, changes: Callable[[], list[str]], *, resume: bool) -> bool:
-    """True if work in `folder` continues, False if it starts afresh. RecipeError, naming `field`, rather than overwrite
+    """True if work in `folder` continues, False if it begins. RecipeError, naming `field`, rather than overwrite
     files or continue different work.
 
     holds: a file that exists once the work has begun. changes: the settings that differ from those at the start.

@@ -41,8 +41,8 @@ from spt_fast.train.world import World, use_deterministic_algorithms
 def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress: bool = True) -> dict[str, Any]:
     """Train every phase of the recipe; returns summary.json as a dict.
 
-    `resume` continues from the newest whole checkpoint in the run folder, or starts afresh if there is none; a finished
-    run continues if the recipe has become longer (`spt_fast.train.resume`). Datasets are compared with their hashes
+    `resume` continues from the newest whole checkpoint in the run folder, or starts without one; a finished run
+    continues if the recipe has become longer (`spt_fast.train.resume`). Datasets are compared with their hashes
     first: some blocks of each, or with `verify` all. Every process of a launcher calls this. SIGTERM, SIGINT, SIGUSR1
     or SIGUSR2 in any of them ends the run at the next safe place with a checkpoint and `status: stopped`; a phase that
     diverges ends it with `status: failed` and the reason. Raises RecipeError, DataError or CheckpointError for what a

@@ -159,7 +159,7 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_begins_a_document_is_marked_in_any_stretches(tmp_path: Path) -> None:
-    """Documents here are 0 1 2 …, so what begins one is a 0; a stretch that begins inside one begins anew, too."""
+    """Documents here are 0 1 2 …, so what begins one is a 0; a stretch that begins inside one counts as well."""
     lengths = np.random.default_rng(6).integers(0, 9, 80)
     dataset = dataset_of(tmp_path / "d", [np.arange(length) for length in lengths])
     starts = np.array([0, 7, 8, 100, dataset.num_tokens - 20])

@@ -34,7 +34,7 @@ def test_spans_and_first_keys_are_those_of_a_walk(ends: list[int], window: int |
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_are_made_once_for_all_layers(dtype: torch.dtype) -> None:
-    """And anew where another batch is written to the same place."""
+    """And again where another batch is written to the same place."""
     config = GPTConfig(layers=3, width=32, heads=2, kv_heads=2, ffn=32, context=16, vocab_size=32, window=4)
     model = GPT(config).to(dtype)
     ids = torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(0))

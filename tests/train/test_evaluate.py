@@ -88,7 +88,7 @@ def test_the_cuts_of_every_batch_are_where_documents_begin(length: int, context:
         marks = np.zeros(tokens.numel(), bool)
         marks[cuts[:-1].numpy()] = True
         assert cuts[-1] == tokens.numel()
-        assert marks[:: tokens.shape[1]].all(), "a row begins anew"
+        assert marks[:: tokens.shape[1]].all(), "each row begins a document"
         seen.extend(marks.tolist())
         return own_target(tokens, targets, cuts)
 
