@@ -118,7 +118,7 @@ class Op:
         `obstacles`: by backend, further reasons why it cannot run, besides device and dtype; `auto` also leaves out
         `passed_over` ones. ValueError for x of no floating dtype.
         """
-        if not x.is_floating_point():
+        if not x.dtype.is_floating_point:
             raise ValueError(invalid(f"{self.name}(dtype)", x.dtype, "a floating dtype, as of x.float()"))
         if backend == "auto":
             tuned = [_installed[self.name].backend] if self.name in _installed else []
