@@ -39,7 +39,7 @@ def threads_of(
 
 
 def _read(found: Mapping[str, Any]) -> None:
-    if not isinstance(found["chosen"], int) or found["chosen"] < 1:
+    if not isinstance(found["chosen"], int) or str(found["chosen"]) not in found["seconds"]:
         raise ValueError(found["chosen"])
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from spt_fast.cli import app
 from spt_fast.config import recipe_from
+from spt_fast.errors import SptWarning
 from spt_fast.kernels import auto_backends
 from spt_fast.kernels.backend import OPS, Candidate, install
 from spt_fast.kernels.judging import Question
@@ -194,6 +195,10 @@ def test_the_fastest_number_of_threads_is_used(
         assert torch.get_num_threads() == 3
         elsewhere = replace(kept, measured={"threads": 64})
         assert choose(plan, torch.device("cpu"), 1, elsewhere, say=print).threads == 4, "no more than there are cores"
+        (file,) = (tmp_path / "spt_fast").glob("threads-*.json")
+        file.write_text(file.read_text().replace('"chosen": 1', '"chosen": 64'))
+        with pytest.warns(SptWarning, match="is damaged"):
+            assert threads.threads_of(*asked) is None
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
         assert choose(plan, torch.device("cpu"), 1, kept, say=print).threads is None
         assert choose(plan, torch.device("cpu"), 1, say=print).threads is None
