@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from spt_fast.config import load_recipe
+from spt_fast.errors import RecipeError, invalid
 from spt_fast.kernels import auto_backends, chosen_backends
 from spt_fast.kernels.backend import Candidate, install, pass_over
 from spt_fast.kernels.judging import Question, checker
@@ -221,10 +222,12 @@ def overview(
 ) -> tuple[dict[str, str], Records]:
     """By op the backend that `auto` means for a recipe's run, or for SAMPLE, and why; and the records that decided it.
     seconds: measure missing ops for at most this long. "precision" is among the ops, and "threads" if their number was
-    measured."""
+    measured. RecipeError for overrides without a recipe."""
     device = pick_device()
     alone = device.type == "cpu" and launched_processes() == 1
     if path is None:
+        if overrides:
+            raise RecipeError(invalid("--set", overrides[0], "there is no recipe to change; give RECIPE too"))
         shape: dict[str, Any] = {"sequences": 4, "context": SAMPLE.context, "documents": False, "deterministic": False}
         threads = _take_threads(SAMPLE, "auto", 4, SAMPLE.context, measure=seconds is not None) if alone else None
         precision = pick_precision("auto", device, SAMPLE)

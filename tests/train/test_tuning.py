@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from spt_fast.cli import app
 from spt_fast.config import recipe_from
-from spt_fast.errors import SptWarning
+from spt_fast.errors import RecipeError, SptWarning
 from spt_fast.kernels import auto_backends
 from spt_fast.kernels.backend import OPS, Candidate, install
 from spt_fast.kernels.judging import Question
@@ -133,6 +133,8 @@ def test_the_command_shows_each_choice_and_its_measurement(
     assert (shapes[0]["width"], shapes[0]["seconds"]) == (32, 9.0)
     assert CliRunner().invoke(app, ["kernels", "--tune"]).exit_code == 0
     assert (shapes[1]["width"], shapes[1]["seconds"]) == (384, 300.0)
+    with pytest.raises(RecipeError, match="--set: 'seed=1' is invalid: there is no recipe to change; give RECIPE too"):
+        CliRunner().invoke(app, ["kernels", "--set", "seed=1"], catch_exceptions=False)
 
 
 def test_choices_of_another_gpu_are_kept_if_this_one_can_run_them(raw: dict[str, Any]) -> None:
