@@ -91,10 +91,11 @@ def choose(
 ) -> Choices:
     """For a run that starts or resumes (`before`). say: reports what takes time; without it, as in a dry run, no op is
     measured and nothing is recorded."""
-    if say is None:
-        precision = precision_of(plan.recipe, device, plan.model)
-        return Choices(precision, known(asked_by(plan, precision, device, processes)))
     alone = device.type == "cpu" and processes == 1
+    if say is None:
+        threads = _take_threads(plan.model, plan.recipe.precision, *_batch(plan, processes)) if alone else None
+        precision = precision_of(plan.recipe, device, plan.model)
+        return Choices(precision, known(asked_by(plan, precision, device, processes)), threads)
     if before is not None:
         precision = begin_or_keep(plan.recipe, device, plan.model, before)
         kept = before.measured.get("threads") if alone and not os.environ.get("OMP_NUM_THREADS") else None

@@ -192,6 +192,8 @@ def test_the_fastest_number_of_threads_is_used(
         assert (choices.threads, torch.get_num_threads(), choices.measured()["threads"]) == (1, 1, 1)
         assert next(choices.lines()).startswith("threads: 1 rather than ")
         assert choose(plan, torch.device("cpu"), 2, say=print).threads is None
+        torch.set_num_threads(2)
+        assert (choose(plan, torch.device("cpu"), 1).threads, torch.get_num_threads()) == (1, 1), "of a dry run"
         kept = Compute("float32", {}, "cpu, one process", {"threads": 3})
         choose(plan, torch.device("cpu"), 1, kept, say=print).install()
         assert torch.get_num_threads() == 3
