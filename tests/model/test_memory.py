@@ -95,6 +95,16 @@ def test_the_estimate_is_the_allocators_peak(
     assert estimate.total - stays == pytest.approx(peak - stays, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("preset", "context", "micro", "peak_gb"),
+    [("10m", 1024, 32, 3.352), ("124m", 1024, 32, 12.626), ("350m", 2048, 16, 32.733), ("1b", 2048, 16, 57.531)],
+)
+def test_the_estimate_is_what_an_h200_allocated(preset: str, context: int, micro: int, peak_gb: float) -> None:
+    """Peaks of benchmarks/results/2026-11-29-nvidia-h200.json: the profiles', and that without graphs at 10m."""
+    config = GPTConfig.preset(preset, context=context, vocab_size=50_304)
+    assert Step(config, micro, dtype=BF16).memory().total == pytest.approx(peak_gb * 1e9, rel=0.01)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_what_muon_needs_for_an_update_is_counted(dtype: torch.dtype) -> None:
     config = GPTConfig(**{**SHAPE, "width": 256, "ffn": 640, "context": 16, "vocab_size": 64, "kv_heads": 2})
