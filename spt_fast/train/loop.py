@@ -96,7 +96,8 @@ class Trainer:
             if not resumed.state.model.tied:
                 model.untie()
         self.engine = make_engine(model, plan.recipe.engine, world=world, dtype=self.choices.precision.dtype)
-        self.peak_flops = peak_flops(device)
+        peak = peak_flops(device)
+        self.peak_flops = peak and peak * world.size  # of all processes, as the tokens of a step
 
         settings = plan.recipe.checkpoint
         keep_every = settings.keep_every.steps(1, 1) if settings.keep_every else None

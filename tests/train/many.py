@@ -85,11 +85,14 @@ def train(plans: list[dict[str, Any]]) -> None:
             return _made[-1]
 
         loop.make_engine = make  # type: ignore[assignment]
+        loop.peak_flops = lambda device: PEAK_FLOPS  # type: ignore[assignment]
         run(recipe_from(plan["recipe"]), resume=plan.get("resume", False), progress=False)
         for watched in made:
             np.savez(f"{plan['recipe']['run']}.tokens-{os.environ.get('RANK', '0')}.npz", *watched.tokens)
 
 
+PEAK_FLOPS = 1e9
+"""The peak that each process takes its device to have."""
 DEEPSPEED = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
 """What DeepSpeed imports in every process, most of it when an engine is made."""
 SERVER = multiprocessing.get_context("forkserver")

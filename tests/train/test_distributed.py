@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from spt_fast.model import hf
 from spt_fast.model.gpt import GPTConfig, drawn
 from tests import tiny
-from tests.train.many import Ranks, free_port
+from tests.train.many import PEAK_FLOPS, Ranks, free_port
 from tests.train.test_watch import until
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")]
@@ -86,6 +86,11 @@ def losses(run: Path) -> list[tuple[tuple[Any, ...], list[float]]]:
     return found
 
 
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    records = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == "train"]
+
+
 def worst_difference(run: Path, reference: Path) -> float:
     """The largest relative difference of a loss or norm; the records themselves must be the same."""
     ours, theirs = losses(run), losses(reference)
@@ -122,6 +127,9 @@ def test_every_stage_trains_the_same_model_on_the_same_tokens(data: Path, alone:
         assert worst_difference(data / name, alone) < SAME, name
         read = global_batches(data / name, processes)
         assert len(read) == len(expected) >= STEPS
+        each = json.loads((data / name / "summary.json").read_text())["flops_per_token"]
+        for record in steps_of(data / name):
+            assert record["mfu"] == pytest.approx(record["tokens_per_s"] * each / (processes * PEAK_FLOPS)), name
         assert all(np.array_equal(ours, theirs) for ours, theirs in zip(read, expected, strict=True)), name
 
 
