@@ -140,8 +140,9 @@ class Op:
 
 @contextmanager
 def prefer(backend: str) -> Iterator[None]:
-    """Inside, `auto` uses this backend for every op that has it and can run it. BackendError for one that no op has."""
-    known = dict.fromkeys(name for op in OPS.values() for name in op.backends)
+    """Inside, `auto` uses this backend for every op that has it and can run it; "auto" itself changes nothing.
+    BackendError for one that no op has."""
+    known = dict.fromkeys(["auto", *(name for op in OPS.values() for name in op.backends)])
     if backend not in known:
         raise BackendError(invalid("prefer(backend)", backend, f"unknown; there are {', '.join(known)}"))
     _preferred.insert(0, backend)

@@ -47,6 +47,8 @@ def test_prefer_moves_a_backend_to_the_front_where_it_can_run() -> None:
     with kernels.prefer("reference"):
         assert set(kernels.auto_backends().values()) == {"reference"}
     before = kernels.auto_backends()
+    with kernels.prefer("auto"):
+        assert kernels.auto_backends() == before
     misspelt = r"^prefer\(backend\): 'tirton' is invalid: unknown; there are .*\bsdpa\b"
     with pytest.raises(ValueError, match=misspelt), kernels.prefer("tirton"):
         pass  # would compare auto with auto
