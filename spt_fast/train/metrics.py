@@ -19,9 +19,9 @@ from typing import Any
 from spt_fast.errors import CheckpointError
 from spt_fast.printing import as_json, middle
 from spt_fast.progress import Steps, clock
-from spt_fast.quantities import read
+from spt_fast.quantities import percent, read
 from spt_fast.train.plan import PhasePlan
-from spt_fast.train.trackers import Followed, Trackers
+from spt_fast.train.trackers import Followed, Trackers, is_own
 
 LONGEST_LINE_BYTES = 1 << 20
 LONGEST_SOURCE = 12
@@ -41,7 +41,7 @@ class RunLog(Steps):
         os.truncate(path, whole_bytes)
         self._file = path.open("a", encoding="utf-8")
         self._mfu_label, self._work_of_phases = mfu_label, work
-        self._domain, self._domain_loss = run.recipe.phases[-1].chosen_by, ""
+        self._recipe, self._domain, self._domain_loss = run.recipe, run.recipe.phases[-1].chosen_by, ""
         super().__init__(show=progress)
         self._trackers = Trackers(run, self.say)
         if size > 0 and run.resumed_at is None:
@@ -72,9 +72,10 @@ class RunLog(Steps):
         self._write({"kind": "eval", **record}, total_step)
         errors, heldout = record["standard_errors"]["heldout"], record["heldout"]
         losses = " · ".join(f"{source} {_loss(loss)}{_error(errors[source])}" for source, loss in heldout.items())
+        average = f", {percent(record['average'])} averaged" if record.get("average") else ""
         if losses:
-            self.say(f"{clock()} {self._title} · step {record['step']} · {losses}")
-        if self._domain in heldout:
+            self.say(f"{clock()} {self._title} · step {record['step']}{average} · {losses}")
+        if self._domain in heldout and is_own(record, self._recipe):
             self._domain_loss = f"{middle(self._domain, LONGEST_SOURCE)} {_loss(heldout[self._domain])}"
         for source, texts in record.get("samples", {}).items():
             for text in texts:

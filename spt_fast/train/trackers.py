@@ -108,6 +108,12 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
     return {tag: value for tag, value in found.items() if value is not None}
 
 
+def is_own(record: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a record belongs to this run, and not to one that shares its training and has another average."""
+    averages = {phase.name: float(phase.average) for phase in recipe.phases}
+    return record.get("average", 0.0) in (0.0, averages.get(record["phase"]))
+
+
 class Tracker(Protocol):
     place: str
     """The place where its run can be viewed."""
@@ -330,7 +336,7 @@ class Trackers:
 
     def __init__(self, run: Followed, say: Callable[[str], None]) -> None:
         """RecipeError if one can't be started; for a resumed run only a warning."""
-        self._arms, self._system, self._feeds = run.arms, System(), list[_Feed]()
+        self._recipe, self._arms, self._system, self._feeds = run.recipe, run.arms, System(), list[_Feed]()
         for name in run.recipe.log.to:
             try:
                 tracker = KINDS[name](run)
@@ -346,14 +352,17 @@ class Trackers:
                 say(f"{name}: {tracker.place}")
 
     def write(self, record: dict[str, Any], step: int) -> None:
-        """Send a record of metrics.jsonl after `step` steps of the whole run."""
+        """Send a record of metrics.jsonl after `step` steps of the whole run. Those of other runs' averages go to
+        metrics.csv only, which has a column for the average: elsewhere they would be the run's last losses."""
         if not self._feeds:
             return
         arm = series(record["phase"], record["arm"])
         system = self._system.figures() if record["kind"] == "train" else {}
         entry = Entry(record, figures_of(record) | system, step, arm if arm in self._arms else None)
+        own = is_own(record, self._recipe)
         for feed in self._feeds:
-            feed.put(entry)
+            if own or feed.name == "csv":
+                feed.put(entry)
 
     def close(self, status: str) -> None:
         for feed in self._feeds:
@@ -367,7 +376,7 @@ class _Feed:
     """The thread of one tracker."""
 
     def __init__(self, name: str, tracker: Tracker, say: Callable[[str], None]) -> None:
-        self._name, self._tracker, self._say, self._complained = name, tracker, say, False
+        self.name, self._tracker, self._say, self._complained = name, tracker, say, False
         self._waiting: Queue[Entry | str] = Queue(MOST_WAITING)
         self._thread = Thread(target=self._feed, name=name, daemon=True)
         self._thread.start()
@@ -402,7 +411,7 @@ class _Feed:
     def _complain(self, what: str) -> None:
         if not self._complained:
             self._complained = True
-            self._say(f"warning: log.to: {self._name} {what}; training continues, and metrics.jsonl has every figure")
+            self._say(f"warning: log.to: {self.name} {what}; training continues, and metrics.jsonl has every figure")
 
 
 def _reason(error: Exception) -> str:

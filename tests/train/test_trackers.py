@@ -16,6 +16,7 @@ from spt_fast.config import recipe_from
 from spt_fast.errors import RecipeError
 from spt_fast.train import trackers
 from spt_fast.train.dry_run import dry_run
+from spt_fast.train.metrics import RunLog
 from spt_fast.train.run import run
 from spt_fast.train.trackers import KINDS, Entry, Followed
 from tests import tiny
@@ -152,6 +153,39 @@ def test_a_tracker_that_fails_or_hangs_is_reported_once_and_training_continues(
     assert said.count("log.to") == 2
     assert "wandb: https://tracker.example/run" in said
     assert len((data / "failing" / "metrics.csv").read_text().splitlines()) == 1 + len(tiny.metrics(data / "failing"))
+
+
+def test_losses_of_other_runs_averages_are_in_the_table_only(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Kept:
+        place, losses = str(tmp_path), list[float]()
+
+        def __init__(self, followed: Followed) -> None: ...
+
+        def write(self, entry: Entry) -> None:
+            self.losses.append(entry.figures["heldout/general"])
+
+        def close(self, status: str) -> None: ...
+
+    monkeypatch.setitem(KINDS, "tensorboard", Kept)
+    raw = short(data, "averages", "tensorboard", "csv")
+    raw["phases"][0]["average"] = "10%"
+    log = RunLog(Followed(tmp_path, recipe_from(raw), {}, None), [1.0], keep_bytes=0, progress=True, mfu_label="")
+    ended = {"phase": "pretrain", "arm": 0, "step": 3, "tokens": 384, "select": {}, "train": {}}
+    for share in (0.0, 0.1, 0.25):
+        losses = {"heldout": {"general": 1 + share}, "standard_errors": {"heldout": {"general": None}}}
+        log.evaluation(ended | losses | ({"average": share} if share else {}), 3)
+    assert log._domain_loss == "general 1.100"
+    log.close()
+    assert Kept.losses == [1.0, 1.1]
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert [(row["average"], row["heldout/general"]) for row in csv.DictReader(file)] == [
+            *(("", "1.0"), ("0.1", "1.1"), ("0.25", "1.25")),
+        ]
+    said = capsys.readouterr().err
+    assert "step 3 · general 1.000" in said
+    assert "step 3, 25% averaged · general 1.250" in said
 
 
 def test_a_tracker_that_cannot_be_started_is_refused_at_the_start_and_skipped_on_resume(
