@@ -40,7 +40,7 @@ def effects(rows: pd.DataFrame) -> list[Effect]:
                 injected=float(injected),
                 general=float((pairs["general_heldout"] / pairs["general_heldout_least"]).mean()),
                 domain=float(domain.mean()),
-                domain_error=float(domain.std() / math.sqrt(len(pairs))) if len(pairs) > 1 else 0.0,
+                domain_error=float(domain.std() / math.sqrt(len(pairs))) if len(pairs) > 1 else None,
                 pairs=len(pairs),
             )
         )
@@ -53,8 +53,9 @@ def least_within(found: list[Effect], general: float, limit: float) -> Effect | 
 
 
 def costless(found: list[Effect]) -> Effect:
-    """The effect with the lowest general loss, without those that raise the domain loss by over two standard errors."""
-    free = [effect for effect in found if effect.domain - 2 * effect.domain_error <= 1]
+    """The effect with the lowest general loss, without those that raise the domain loss by over two standard errors,
+    or at all if these are unknown."""
+    free = [effect for effect in found if effect.domain - 2 * (effect.domain_error or 0.0) <= 1]
     return min(free, key=lambda effect: effect.general)
 
 

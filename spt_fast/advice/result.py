@@ -141,8 +141,8 @@ class Effect:
     injected: float
     general: float
     domain: float
-    domain_error: float
-    """The standard error of `domain`."""
+    domain_error: float | None
+    """The standard error of `domain`; None for one pair."""
     pairs: int
 
 

@@ -221,9 +221,9 @@ def effects_table(advice: Advice) -> Table | None:
     if len(advice.replay.effects) < 2:
         return None
     headings = ("general data", "general loss", "domain loss", "pairs")
-    table = _table("replay in the finetune, factors on the losses", *headings)
+    table = _table("replay in the finetune, factors on the losses ± standard error", *headings)
     for effect in advice.replay.effects:
-        domain = f"{effect.domain:.4f} ± {effect.domain_error:.4f}"
+        domain = f"{effect.domain:.4f}" + ("" if effect.domain_error is None else f" ± {effect.domain_error:.4f}")
         table.add_row(percent(effect.injected), f"{effect.general:.4f}", domain, str(effect.pairs))
     return table
 

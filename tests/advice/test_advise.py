@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,9 @@ from spt_fast import cli, laws
 from spt_fast.advice import advise as advising
 from spt_fast.advice import forecast
 from spt_fast.advice.next_step import exact_count, next_step
+from spt_fast.advice.replay import costless, effects
 from spt_fast.advice.result import Decision, HeldOut
-from spt_fast.advice.words import findings
+from spt_fast.advice.words import effects_table, findings
 from spt_fast.config import recipe_from
 from spt_fast.errors import DataError, RecipeError
 from spt_fast.printing import as_json
@@ -479,6 +482,21 @@ def test_invalid_arguments_are_named_with_a_remedy(more: dict[str, Any], says: s
     with pytest.raises(RecipeError) as caught:
         advise(**{"domain_tokens": 10**7, "budget": B} | more)
     assert says in str(caught.value)
+
+
+def test_one_pair_of_finetunes_gives_no_error_of_the_effect() -> None:
+    runs = pd.DataFrame({"injected": [0.0, 0.0, 0.01, 0.01], "seed": [0, 1, 0, 1]})
+    runs = runs.assign(regime="FT", pretrain_delta=0.0, pretrain_tokens=B, general_heldout=3.0)
+    runs["domain_heldout"] = [2.0, 4.0, 2.1, 4.4]
+    _, both = effects(runs)
+    assert (both.domain, both.domain_error) == (pytest.approx(1.075), pytest.approx(0.025))
+    none, one = effects(runs[runs["seed"] == 0])
+    assert (none.domain_error, one.domain, one.domain_error) == (None, pytest.approx(1.05), None)
+    assert costless([none, replace(one, general=0.9)]) is none
+    advice: Any = SimpleNamespace(replay=SimpleNamespace(effects=[none, one]))
+    table = effects_table(advice)
+    assert table is not None
+    assert [*table.columns[2].cells] == ["1.0000", "1.0500"]
 
 
 def test_a_limit_needs_general_losses(one_budget: pd.DataFrame) -> None:
