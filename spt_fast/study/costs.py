@@ -22,7 +22,7 @@ from spt_fast.study.tree import PlannedRun, expand, naming_stage
 from spt_fast.train.dry_run import dry_run
 from spt_fast.train.plan import Plan, make_plan
 from spt_fast.train.precision import precision_of
-from spt_fast.train.price import Machine, Speed, phase_time, speed_of
+from spt_fast.train.price import TIME_FACTOR, Machine, Speed, phase_time, speed_of
 from spt_fast.train.world import pick_device
 
 
@@ -132,7 +132,7 @@ def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | 
     finally:
         torch.set_num_threads(threads)
     flops = plan.flops_per_token(0) * plan.phases[0].tokens_per_step
-    return Speed(flops / step_s, None, "a step timed now")
+    return Speed(TIME_FACTOR[plan.recipe.engine.checkpointing] * flops / step_s, None, "a step timed now")
 
 
 def print_price(price: StudyPrice, study: str, console: Console) -> None:

@@ -25,7 +25,7 @@ from spt_fast.train.engine import EngineInterface
 from spt_fast.train.engines import join, make_engine
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
-from spt_fast.train.price import Machine, Way, phase_memory, ways_of
+from spt_fast.train.price import TIME_FACTOR, Machine, Way, phase_memory, ways_of
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.trackers import check_installed
 from spt_fast.train.tuning import choose
@@ -86,7 +86,8 @@ def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
         except torch.OutOfMemoryError as error:
             raise RecipeError(_out_of_memory(plan, planned, machine, error)) from None
         steps = planned.steps * len(phase.arms())
-        evaluated_steps = FORWARD_SHARE * evaluated / planned.tokens_per_step
+        forward = FORWARD_SHARE / TIME_FACTOR[recipe.engine.checkpointing]  # an evaluation recomputes nothing
+        evaluated_steps = forward * evaluated / planned.tokens_per_step
         results.append(
             Trial(
                 phase=phase.name,

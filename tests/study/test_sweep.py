@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from spt_fast.locks import InUse
 from spt_fast.study import jobs
 from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
-from spt_fast.study.costs import costs
+from spt_fast.study.costs import _speed, costs
 from spt_fast.study.jobs import Outcome
 from spt_fast.study.load import load_study
 from spt_fast.study.runs_table import COLUMNS, read_table
@@ -37,6 +38,9 @@ from spt_fast.study.sweep import sweep
 from spt_fast.study.tree import expand
 from spt_fast.train.folder import owned
 from spt_fast.train.lineage import parent_of
+from spt_fast.train.plan import make_plan
+from spt_fast.train.price import phase_time
+from tests import tiny
 from tests.study.tiny_study import STEP, HereAlone, raw_study
 from tests.train.test_watch import until
 
@@ -228,6 +232,14 @@ def test_costs_are_those_of_the_remaining_runs(swept: tuple[Path, pd.DataFrame])
     assert pretrain.hours > 0
     h100 = costs(study_from(raw), jobs=1, gpu="H100", mfu=0.5)[0]
     assert h100.hours == pytest.approx(h100.flops / (0.5 * 989.4e12) / 3600, rel=1e-3)
+
+
+def test_a_timed_step_is_priced_as_it_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With checkpointing, whose recomputation was timed with it."""
+    tiny.write_corpora(tmp_path)
+    plan = make_plan(tiny.recipe(tmp_path, engine={"checkpointing": "full"}))
+    monkeypatch.setattr("spt_fast.study.costs.dry_run", lambda recipe: [SimpleNamespace(step_s=2.0)])
+    assert phase_time(plan, 0, _speed(plan, [], jobs=1, gpu=None, mfu=None)).step_s == pytest.approx(2.0)
 
 
 def test_a_killed_sweep_continues_to_the_same_table(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:

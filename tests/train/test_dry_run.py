@@ -13,7 +13,9 @@ import torch
 from spt_fast.config import recipe_from
 from spt_fast.errors import RecipeError
 from spt_fast.train.dry_run import dry_run
+from spt_fast.train.evaluate import evaluated_tokens
 from spt_fast.train.local import LocalEngine
+from spt_fast.train.plan import make_plan
 from tests import tiny
 
 
@@ -29,6 +31,8 @@ def test_every_phase_is_tried_as_it_will_be_trained(
     """The second phase with its untied head, its frozen embedding, its anchor and its own optimizer state; an
     evaluation batch of each."""
     raw["phases"][1]["freeze"] = "embeddings"
+    raw["engine"] = {"checkpointing": "full"}
+    plan = make_plan(recipe_from(raw))
     seen: list[tuple[Any, ...]] = []
     step, loss = LocalEngine.step, LocalEngine.loss
 
@@ -53,9 +57,12 @@ def test_every_phase_is_tried_as_it_will_be_trained(
     evaluation = ("loss", (4, 16), False)
     assert seen == [first, first, evaluation, second, second, evaluation]
     assert [result.phase for result in results] == ["pretrain", "finetune"]
-    for result in results:
+    for planned, result in zip(plan.phases, results, strict=True):
+        trained = planned.steps * len(planned.phase.arms())
+        evaluated = evaluated_tokens(plan, planned.index) / planned.tokens_per_step
+        # a step makes the forward pass twice, in a half of its time; an evaluation makes it once
+        assert result.hours == pytest.approx((trained + evaluated / 4) * result.step_s / 3600)
         assert result.loss == pytest.approx(math.log(64), rel=0.1)
-        assert result.hours > 0
         assert result.step_s > 0
         assert result.estimated_bytes > 0
 
