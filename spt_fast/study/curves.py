@@ -27,7 +27,7 @@ class Curve:
     figures: Mapping[str, np.ndarray]
     """Each of FIGURES, float64 [points]; NaN if it is not finite."""
     trained: int
-    """Tokens at the phase's last step, which is always logged."""
+    """Tokens at the phase's last step, which is not logged if it stopped early."""
 
     def then(self, later: Curve) -> Curve:
         """This curve joined with one of a later phase of the same stage: pretraining has a phase per budget."""
@@ -54,5 +54,6 @@ def curves_of(folders: Sequence[Path]) -> list[Curve]:
             values = {name: np.array([step[name] for step in own], float) for name in ("tokens", *FIGURES)}
             means = {name: np.array([each[part].mean() for part in parts]) for name, each in values.items()}
             if parts:
-                found.append(Curve(run.name, phase, means.pop("tokens"), means, int(values["tokens"][-1])))
+                trained = done.get("tokens", int(values["tokens"][-1]))
+                found.append(Curve(run.name, phase, means.pop("tokens"), means, trained))
     return found

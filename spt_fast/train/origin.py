@@ -52,6 +52,7 @@ class PhaseFacts:
 
     name: str
     tokens: int
+    """Read by the weights at its end, so without the steps after the best one."""
     mixture: dict[str, str]
     lr: float
     optimizer: str
@@ -92,7 +93,7 @@ class History:
             phases=[
                 PhaseFacts(
                     name=phase.name,
-                    tokens=done["tokens"],
+                    tokens=done["tokens"] * done["handed_on"] // done["steps"],
                     mixture={source: str(share) for source, share in phase.mixture.items()},
                     lr=phase.with_overrides(phase.arms()[done.arm_of(phase)]).optimizer.lr,
                     optimizer=phase.optimizer.name,

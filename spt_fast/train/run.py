@@ -110,6 +110,9 @@ def print_summary(name: str, summary: Mapping[str, Any], console: Console) -> No
         for source, loss in done["heldout"].items()
     ]
     print_table(console, name, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
+    for phase, done in summary["phases"].items():
+        if (best := done["handed_on"]) < done["steps"]:
+            print_note(console, f"{phase}: the weights and their losses are those after step {best:,}, the best")
     if skipped := summary["skipped_steps"]:
         print_note(console, f"skipped steps: {skipped}, because the loss or its gradient was not finite")
 

@@ -29,7 +29,7 @@ from spt_fast.report.tables import provenance
 from spt_fast.study import views
 from spt_fast.study.compare import Finetune
 from spt_fast.study.crossover import crossovers
-from spt_fast.study.curves import Curve
+from spt_fast.study.curves import Curve, curves_of
 from spt_fast.study.finetunes import Sizes, Treatment, after_pretraining
 from spt_fast.study.fits import Fitted, Score, fit
 from spt_fast.study.runs_table import save_table
@@ -336,6 +336,16 @@ def test_the_phases_of_a_pretraining_run_are_drawn_as_one_line(monkeypatch: pyte
     ((_, curve),) = drawn["loss"]
     assert curve.tokens.tolist() == [4, 8, 14, 18]
     assert curve.figures["loss"].tolist() == [3, 2, 3, 2]
+
+
+def test_a_curve_ends_where_its_phase_stopped_early(tmp_path: Path) -> None:
+    phase = {"arm": 0, "tokens": 12}
+    (tmp_path / "summary.json").write_text(json.dumps({"status": "done", "phases": {"p": phase}}))
+    step = {"kind": "train", "phase": "p", "arm": 0, "tokens": 10}
+    step |= dict.fromkeys(("loss", "lr", "grad_norm", "tokens_per_s"), 1.0)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step))
+    (curve,) = curves_of([tmp_path])
+    assert (curve.tokens.tolist(), curve.trained) == ([10], 12)
 
 
 def test_the_answer_comes_first(written: Path) -> None:

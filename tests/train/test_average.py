@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 
 from spt_fast.config import recipe_from
 from spt_fast.errors import RecipeError
@@ -17,8 +18,9 @@ from spt_fast.study.runs import FinishedRun
 from spt_fast.study.runs_table import table_of
 from spt_fast.train.audit import audit_run
 from spt_fast.train.loop import Arm, Trainer
+from spt_fast.train.origin import History
 from spt_fast.train.resume import changes
-from spt_fast.train.run import run
+from spt_fast.train.run import print_summary, run
 from spt_fast.train.state import Evaluation
 from tests import tiny
 from tests.train.test_loop import assert_same_run
@@ -62,6 +64,21 @@ def test_the_average_and_its_losses_are_passed_on(averaged: Path, data: Path) ->
         )
         assert arm["standard_errors"] == record["standard_errors"]
     assert summary["heldout"] != trained["heldout"]
+
+
+def test_the_history_and_the_summary_name_the_step_of_the_best_weights(averaged: Path, tmp_path: Path) -> None:
+    summary = json.loads((averaged / "summary.json").read_text())
+    tuned = summary["phases"]["finetune"] | {"handed_on": 6}
+    summary["phases"]["finetune"] = tuned
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "recipe.yaml").write_bytes((averaged / "recipe.yaml").read_bytes())
+    history = History.of(tmp_path, "finetune")
+    assert history is not None
+    assert [phase.tokens for phase in history.phases] == [10 * 8 * tiny.CONTEXT, 6 * 4 * tiny.CONTEXT]
+    with (console := Console(width=80)).capture() as printed:
+        print_summary("run", summary, console)
+    assert "finetune: the weights and their losses are those after step 6, the best" in printed.get()
+    assert "pretrain: " not in printed.get()
 
 
 def test_a_run_interrupted_in_every_average_equals_an_uninterrupted_one(
