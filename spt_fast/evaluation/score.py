@@ -38,7 +38,8 @@ class Scored:
     """Nats per token."""
     perplexity: float
     bits_per_byte: float | None
-    """None if the dataset doesn't record its bytes."""
+    """The nats of all scored tokens, those that end documents included, over all bytes; None if the dataset doesn't
+    record its bytes."""
     tokens: int
     """Scored tokens."""
     bytes: int | None

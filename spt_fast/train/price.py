@@ -423,7 +423,7 @@ def print_plan(recipe: Path, phases: Sequence[PhaseFigures], price: Price, conso
     facts = {name: getattr(price, name) for name in (*names, "gpus", "gpu", "gpu_memory_bytes", "peak_flops", "mfu")}
     facts |= {"speed from": price.speed_from, "hours": price.hours, "cost": price.cost}
     if price.hours_at_40_percent_mfu is not None:
-        facts["time at 40% MFU"] = duration(3600 * price.hours_at_40_percent_mfu)
+        facts["training alone at 40% MFU"] = duration(3600 * price.hours_at_40_percent_mfu)
     facts["memory"] = {part: size(size_bytes) for part, size_bytes in vars(parts).items()}
     facts["left out of the hours"] = "; ".join(price.left_out)
     print_facts(console, "the model and its cost", facts)
