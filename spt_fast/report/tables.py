@@ -123,7 +123,7 @@ def provenance(table: pd.DataFrame, sources: Sequence[str]) -> dict[str, str]:
         "General losses are on": behind(done, "general"),
         "Training text, domain": values("domain_text"),
         "Training text, general": values("general_text"),
-        "Training FLOPs": f"{flops:.3g}",
+        "Training FLOPs, kept arms": f"{flops:.3g}",
         "Versions": f"spt-fast {__version__}, "
         + ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "scipy", "pandas", "matplotlib"))
         + f", Python {platform.python_version()}",

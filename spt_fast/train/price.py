@@ -31,7 +31,7 @@ from spt_fast.model.flops import (
 from spt_fast.model.memory import CHECKPOINTING, DISTRIBUTIONS, Memory, Step
 from spt_fast.model.parameters import hidden_matrices
 from spt_fast.printing import print_facts, print_table
-from spt_fast.quantities import duration, size
+from spt_fast.quantities import duration, percent, size
 from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.engines import uses_deepspeed
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
@@ -224,13 +224,14 @@ def _measured(plan: Plan, machine: Machine, run: Path, *, required: bool) -> Spe
     shares = [mfu for _, _, mfu in rates if mfu is not None]
     if shares and machine.peak_flops is not None:
         mfu = factor * statistics.median(shares)
+        source += f", where it is {percent(mfu / factor)} with what checkpointing recomputes" if factor > 1 else ""
         return Speed(mfu * machine.peak_flops * machine.gpus, mfu, source)
     if not shares and machine.peak_flops is None and recipe.model == plan.recipe.model:
         own = plan.model.context
         a_token = {phase.name: train_flops_per_token(plan.model, phase.window(own)) for phase in recipe.phases}
         first = a_token[recipe.phases[0].name]
         flops_per_s = statistics.median(tokens_per_s * a_token.get(phase, first) for phase, tokens_per_s, _ in rates)
-        return Speed(factor * flops_per_s, None, source)
+        return Speed(factor * flops_per_s, None, f"{source}, with as many processes as it had")
     if required:
         raise RecipeError(
             f"{run}: was measured on another kind of machine, so its speed does not apply here; give the share of "

@@ -357,7 +357,7 @@ def test_the_answer_comes_first(written: Path) -> None:
     assert "90e3dd11" in said
     table = small_table().query("status == 'done'")
     pretrained, finetuned = (table[table["stage"] == stage].groupby("run")["tokens"].max().sum() for stage in (0, 1))
-    assert f"TrainingFLOPs{6 * table['params'].max() * (pretrained + finetuned):.3g}" in said.replace(" ", "")
+    assert f"TrainingFLOPs,keptarms{6 * table['params'].max() * (pretrained + finetuned):.3g}" in said.replace(" ", "")
 
 
 def finetune(delta: float, seed: int, after: float, replay: float = 0.0, **other: float) -> Finetune:

@@ -89,7 +89,9 @@ def test_speed_is_stated_or_measured_or_assumed(recipe: Recipe, tmp_path: Path) 
 
     whole = recipe_from(recipe.plain() | {"run": str(tmp_path / "whole"), "engine": {"checkpointing": "full"}})
     write_measurements(tmp_path / "whole", whole, [(9.0, 0.3)])
-    assert speed_of(plan, machine, run=tmp_path / "whole").mfu == pytest.approx(0.4)  # computes the forward pass twice
+    slower = speed_of(plan, machine, run=tmp_path / "whole")
+    assert slower.mfu == pytest.approx(0.4)  # computes the forward pass twice
+    assert slower.source.endswith("metrics.jsonl, where it is 30% with what checkpointing recomputes")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
@@ -101,6 +103,7 @@ def test_without_a_gpu_only_measured_tokens_give_a_time(recipe: Recipe, tmp_path
     assert [getattr(priced, key) for key in ("hours", "cost", "hours_at_40_percent_mfu")] == [None] * 3
     write_measurements(Path(recipe.run), recipe, [(50.0, None), (100.0, None)])
     assert price(plan, here, speed_of(plan, here)).times[0].step_s == pytest.approx(8 * 16 / 100)
+    assert speed_of(plan, here).source.endswith("metrics.jsonl, with as many processes as it had")
 
     other = recipe_from(recipe.plain() | {"run": str(tmp_path / "other"), "model": {"preset": "1m", "context": 16}})
     write_measurements(tmp_path / "other", other, [(100.0, None)])
