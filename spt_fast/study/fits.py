@@ -226,7 +226,7 @@ class Fitted:
 
     @property
     def runs(self) -> int:
-        return self.table["run"].nunique() if self.rows else 0
+        return len({*self.table["run"]} - {views.START}) if self.rows else 0
 
     def as_json(self) -> dict[str, Any]:
         return {

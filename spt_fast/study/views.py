@@ -20,6 +20,8 @@ Group = tuple[dict[str, Any], pd.DataFrame]
 SETTLED = 0.2
 """The share of a run's tokens before which measurements are left out: no power law describes the first steep fall. The
 paper's own curves begin at 40B of 200B."""
+START = "start"
+"""The `run` of a row that is the common start of all runs and belongs to none."""
 PRETRAINING = ("pretrain_delta", "pretrain_tokens")
 CONTINUED = ("domain_tokens", *PRETRAINING)
 WHOLE_CORPUS = 0.95
@@ -129,7 +131,7 @@ def cmr(table: UsableRows) -> list[Group]:
         frame = _named(members, "tokens", domain_ratio="delta")
         for of in losses:
             frame[f"{of}_loss"] = members[f"{of}_heldout"] - members[f"{of}_before"] + start[of]
-        first = frame.iloc[:1].assign(run="start", tokens=0.0, **{f"{of}_loss": loss for of, loss in start.items()})
+        first = frame.iloc[:1].assign(run=START, tokens=0.0, **{f"{of}_loss": loss for of, loss in start.items()})
         groups.append((group, pd.concat([first, frame], ignore_index=True)))
     return groups
 

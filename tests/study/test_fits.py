@@ -196,6 +196,7 @@ def test_the_start_of_cmr_curves_is_never_held_out() -> None:
     table = dcpt_table(deltas=(0.5, 0.0, 0.25, 0.75, 1.0), params=(200_000_000,))
     ((_, frame),) = views.cmr(usable(table))
     assert frame["domain_ratio"][frame["tokens"] == 0].tolist() == [0.5]
+    assert fits.Fitted("cmr", {}, frame).runs == 5, "it is no run"
     error = holdout_error("cmr", frame)["every other ratio"]
     assert error.rows == 3 * 12
     assert error.mre < 0.01
