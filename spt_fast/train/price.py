@@ -166,6 +166,7 @@ class Price:
     """The price of a plan as the recipe trains it, and of the other ways."""
 
     parameters: int
+    """At the start; `untie` adds as many as the embedding has."""
     matmul_parameters: int
     flops_per_token: int
     """In the first phase; it depends on the window length."""

@@ -69,6 +69,7 @@ class TrainedRun:
     reason: str | None
     """Why it was stopped or failed."""
     parameters: int
+    """At the start; `untie` adds as many as the embedding has."""
     seconds: float
     skipped_steps: int
     """Steps whose loss or gradient was not finite."""
