@@ -56,7 +56,7 @@ class Ended:
         domain = Interval.of(runs["domain_heldout"])
         assert domain is not None
         return {
-            "seeds": len(runs),
+            "seeds": int(runs["seed"].nunique()),
             "domain": domain,
             "general": Interval.of(runs["general_heldout"]),
             "forgetting": Interval.of(runs["general_heldout"] - runs["general_before"]),

@@ -78,6 +78,16 @@ def test_a_question_outside_the_runs_of_a_base_is_answered_with_the_factors() ->
     ]
 
 
+def test_runs_of_one_seed_with_several_lengths_count_as_one_seed() -> None:
+    table = table_of("SmolLM2-135M").query("seed == 0")
+    other = table["injected"].eq(0.05)
+    longer = table[~other].assign(tokens=20 * M, run=table["run"] + "-longer")
+    table = pd.concat([table.assign(tokens=table["tokens"].where(~other, 40 * M)), longer])
+    advice = advise_base(domain_tokens=3 * M, budget=20 * M, table=table)
+    assert {arm.tokens: arm.seeds for arm in advice.arms} == {20 * M: 1, 40 * M: 1}
+    assert "with one seed it is unknown how much of the differences is chance" in advice.missing
+
+
 def test_the_arm_with_the_lowest_general_loss_at_no_cost_in_the_domain_is_advised() -> None:
     table = table_of("SmolLM2-135M")
     assert of_bases(usable(table))
