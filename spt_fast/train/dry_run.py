@@ -42,8 +42,10 @@ class Trial:
     loss: float
     """Loss of the starting weights on the first micro-batches."""
     step_s: float
+    """Of all micro-batches, at the pace of two with one update."""
     peak_bytes: int
-    """On a GPU the allocator's peak; on a CPU the growth of the process, all phases so far and the copies of weights
+    """On a GPU the allocator's peak, without what a step recorded as a CUDA graph keeps, which the estimate has with
+    `cuda_graphs: true`; on a CPU the growth of the process, all phases so far and the copies of weights
     that a GPU's host would hold included."""
     estimated_bytes: int
     precision: str
