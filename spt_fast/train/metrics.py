@@ -136,7 +136,7 @@ class NoLog(Steps):
 
 
 class Clock:
-    """Wall time of training only, from its creation on: evaluations and checkpoints are left out.
+    """Wall time of training only, from its creation on, without the set-up of the engine, evaluations and checkpoints.
 
     A lap ends when a step does, which may be known only later.
     """

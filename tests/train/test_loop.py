@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from spt_fast.train import checkpoint, plan, precision, tuning
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import evaluation_texts, measure
 from spt_fast.train.local import LocalEngine
+from spt_fast.train.metrics import Clock
 from spt_fast.train.plan import make_plan
 from spt_fast.train.precision import Precision
 from spt_fast.train.run import run
@@ -159,6 +162,32 @@ def test_early_stopping_passes_on_the_best_weights_and_counts_what_was_read(undi
     start, end = finetune["windows"]["chem"]
     assert start == 60
     assert end - start == finetune["steps"] * 4
+
+
+def test_tokens_per_second_are_those_of_steps_alone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paused, now, called = Clock.paused, [False], []
+
+    @contextmanager
+    def watched(clock: Clock) -> Iterator[None]:
+        with paused(clock):
+            now[0] = True
+            yield
+            now[0] = False
+
+    monkeypatch.setattr(Clock, "paused", watched)
+    for name in ("begin", "step", "loss", "snapshot"):
+        own = getattr(LocalEngine, name)
+
+        def noted(self: LocalEngine, *given: Any, _own: Any = own, _name: str = name, **named: Any) -> Any:
+            called.append((_name, now[0]))
+            return _own(self, *given, **named)
+
+        monkeypatch.setattr(LocalEngine, name, noted)
+    raw = tiny.raw_recipe(data, "paused")
+    phases = [raw["phases"][0] | {"tokens": 3 * 8 * tiny.CONTEXT}, raw["phases"][1] | {"tokens": 3 * 4 * tiny.CONTEXT}]
+    run(recipe_from(raw | {"checkpoint": {"every": "2 steps"}, "phases": phases}), progress=False)
+    # the last snapshot of a phase comes after its last step, and after its result if that is not averaged
+    assert {*called} - {("snapshot", False)} == {("begin", True), ("step", False), ("loss", True), ("snapshot", True)}
 
 
 def test_an_anchor_keeps_the_weights_nearer_to_their_start(data: Path) -> None:
