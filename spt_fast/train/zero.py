@@ -99,7 +99,8 @@ class ZeroEngine:
                 return None
             micro_loss = self._engine(batch.tokens, batch.targets, batch.cu_seqlens)
             loss += micro_loss.detach()
-            self._engine.backward(micro_loss)
+            known = 1 + 0 * micro_loss.detach()  # NaN for a loss that isn't finite: its gradient may be
+            self._engine.backward(micro_loss * known)
             self._engine.step()
         self.world.sum_(loss)
         norm, skipped = self.optimizer.norm, self.optimizer.skipped

@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=N -m tests.train.many PLANS.json
 
-The file holds a list of {"recipe", "resume", and optionally "stop_at", "poison_at", "die_at"}: steps (of the process's
-whole life in that run) at which the last process gets SIGTERM, gets a loss that is not a number, or is killed. Every
-process records the tokens of every step: `<run>.tokens-<rank>.npz`.
+The file holds a list of {"recipe", "resume", and optionally "stop_at", "poison_at", "infinite_at", "die_at"}: steps (of the process's whole life in that run) at which the last process gets SIGTERM, gets a loss that is
+not a number, gets an infinite loss with finite gradients, or is killed. Every process records the
+tokens of every step: `<run>.tokens-<rank>.npz`.
 
 A fresh interpreter takes seconds to import torch and DeepSpeed. So `Ranks` forks its processes from a server that has
 imported them, and hands them the variables that torchrun would.
@@ -55,8 +55,9 @@ class Watched:
         if is_last() and self.steps == self._plan.get("die_at"):
             os.kill(os.getpid(), signal.SIGKILL)
         Poison.on = is_last() and self.steps == self._plan.get("poison_at")
+        Poison.infinite = is_last() and self.steps == self._plan.get("infinite_at")
         result = self._inner.step(micro_batches, *rest)
-        Poison.on = False
+        Poison.on = Poison.infinite = False
         if result is not None:
             self.steps += 1
             self.tokens.append(np.stack([batch.tokens.numpy() for batch in micro_batches]))
@@ -64,14 +65,15 @@ class Watched:
 
 
 class Poison:
-    """Makes the model's loss and every gradient NaN."""
+    """Makes the model's loss and every gradient NaN, or only the loss infinite."""
 
-    on = False
+    on = infinite = False
     forward = GPT.forward
 
     @staticmethod
     def poisoned(model: GPT, *arguments: Any, **named: Any) -> torch.Tensor:
-        return Poison.forward(model, *arguments, **named) * (float("nan") if Poison.on else 1.0)
+        loss = Poison.forward(model, *arguments, **named) * (float("nan") if Poison.on else 1.0)
+        return loss + float("inf") if Poison.infinite else loss
 
 
 def train(plans: list[dict[str, Any]]) -> None:
