@@ -86,13 +86,14 @@ def _train(recipe: Recipe, folder: Path, world: World, *, resume: bool, verify: 
         trainer = Trainer(plan, folder, stop, watch, resumed, world, progress=progress)
         ending: dict[str, str] = {"status": "done"}
         try:
-            try:
-                trainer.train()
-            except Interrupted:
-                ending = {"status": "stopped", "reason": next(filter(None, world.exchange(stop.signal)), "")}
-            except Diverged as error:
-                ending = {"status": "failed", "reason": str(error)}
-            trainer.writer.finish()
+            with world.telling():
+                try:
+                    trainer.train()
+                except Interrupted:
+                    ending = {"status": "stopped", "reason": next(filter(None, world.exchange(stop.signal)), "")}
+                except Diverged as error:
+                    ending = {"status": "failed", "reason": str(error)}
+                trainer.writer.finish()
         except BaseException as error:
             ending = {"status": "failed", "reason": str(error) or type(error).__name__}
             with suppress(OSError):

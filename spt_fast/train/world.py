@@ -7,13 +7,15 @@ exchanged here first. Messages between hosts go over gloo, so that they don't wa
 from __future__ import annotations
 
 import atexit
+import itertools
+import json
 import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,13 +29,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class World:
-    """One process among `size`, on `device`. All methods but `share` are collective: every process calls them."""
+    """One process among `size`, on `device`. All methods but `share` and `telling` are collective: every process calls
+    them."""
 
     rank: int
     size: int
     device: torch.device
     aside: dist.ProcessGroup | None = None
     """A separate group for a thread of each process, whose messages may overlap the main thread's."""
+    failures: dist.Store | None = None
+    """Where the first process that fails outside of `everywhere` leaves its reason."""
 
     @property
     def is_first(self) -> bool:
@@ -88,6 +93,19 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(answer, src=0)
         return answer[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """If one process fails in this context, the messages of the others break: these raise FailedElsewhere with its
+        reason, rather than what broke."""
+        try:
+            yield
+        except BaseException as error:
+            mine = [self.rank, str(error) or type(error).__name__]
+            rank, reason = mine if self.failures is None else _first_of(self.failures, mine)
+            if isinstance(error, RuntimeError) and reason != mine[1]:
+                raise FailedElsewhere(f"process {rank}: {reason}") from error
+            raise
 
     def share(self, items: Mapping[str, Result]) -> dict[str, Result]:
         """This process's part of named items, such as tensors, that every process knows."""
@@ -155,7 +173,21 @@ def join_world(*, process_group: bool) -> World:
             store, _, _ = next(dist.rendezvous("env://", rank, size))
             dist.init_process_group(backend, store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=size)
         atexit.register(_leave)
-    return World(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
+    if size == 1:
+        return World(rank, size, device)
+    failures = dist.PrefixStore(f"failures-{next(_joined)}", dist.distributed_c10d._get_default_store())
+    return World(rank, size, device, dist.new_group(backend="gloo"), failures)
+
+
+_joined = itertools.count()
+"""The number of times that this process joined others; the store stays the same."""
+
+
+def _first_of(failures: dist.Store, mine: list[Any]) -> list[Any]:
+    """The rank and reason of the process that failed first."""
+    with suppress(RuntimeError, ValueError):  # the store ends with the process that holds it
+        return json.loads(failures.compare_set("first", "", json.dumps(mine)))
+    return mine
 
 
 def _launched() -> tuple[int, int, int]:

@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node=N -m tests.train.many PLANS.json
 
-The file holds a list of {"recipe", "resume", and optionally "stop_at", "poison_at", "infinite_at", "die_at"}: steps (of the process's whole life in that run) at which the last process gets SIGTERM, gets a loss that is
-not a number, gets an infinite loss with finite gradients, or is killed. Every process records the
+The file holds a list of {"recipe", "resume", and optionally "stop_at", "poison_at", "infinite_at", "fail_at",
+"die_at"}: steps (of the process's whole life in that run) at which the last process gets SIGTERM, gets a loss that is
+not a number, gets an infinite loss with finite gradients, raises an error, or is killed. Every process records the
 tokens of every step: `<run>.tokens-<rank>.npz`.
 
 A fresh interpreter takes seconds to import torch and DeepSpeed. So `Ranks` forks its processes from a server that has
@@ -28,6 +29,7 @@ import torch
 
 from spt_fast.config import recipe_from
 from spt_fast.data.loader import Batch
+from spt_fast.errors import DataError
 from spt_fast.model.gpt import GPT
 from spt_fast.train import engines, loop
 from spt_fast.train.run import run
@@ -54,6 +56,8 @@ class Watched:
             os.kill(os.getpid(), signal.SIGTERM)
         if is_last() and self.steps == self._plan.get("die_at"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if is_last() and self.steps == self._plan.get("fail_at"):
+            raise DataError("chem.bin: cannot be read")
         Poison.on = is_last() and self.steps == self._plan.get("poison_at")
         Poison.infinite = is_last() and self.steps == self._plan.get("infinite_at")
         result = self._inner.step(micro_batches, *rest)
@@ -114,6 +118,12 @@ class Ranks:
         ]
         for rank in self._ranks:
             rank.start()
+
+    def wait(self, seconds: float) -> None:
+        """Until each of them has ended by itself, or for `seconds`."""
+        deadline = time.monotonic() + seconds
+        for rank in self._ranks:
+            rank.join(max(0.0, deadline - time.monotonic()))
 
     def end(self, seconds: float) -> tuple[bool, str]:
         """Whether all of them ended well, and their output. One that fails or hangs ends the others."""

@@ -246,6 +246,17 @@ def test_a_loss_in_one_process_that_is_not_finite_leaves_the_weights_unchanged(d
         assert all(np.isfinite(record["grad_norm"]) for record in records if record["loss"] is not None)
 
 
+def test_the_summary_says_why_another_process_failed(data: Path) -> None:
+    """The first process only sees that the connection is closed."""
+    said = data / "broken.said"
+    ranks = Ranks(2, [{"recipe": short_recipe(data, "broken", stage=1), "fail_at": 7}], said)
+    ranks.wait(PATIENCE_S)
+    ended, _ = ranks.end(0)
+    assert not ended
+    summary = json.loads((data / "broken" / "summary.json").read_text())
+    assert (summary["status"], summary["reason"]) == ("failed", "process 1: chem.bin: cannot be read")
+
+
 def test_a_process_that_dies_ends_the_job(data: Path) -> None:
     """Long before the half hour that a collective waits."""
     path = data / "dead.json"
