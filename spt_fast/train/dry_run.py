@@ -64,8 +64,9 @@ def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
     world = join(recipe.engine)
     world.on_first(lambda: check_installed(recipe.log.to))
     device = world.device
-    plan = make_plan(recipe, world=world.size)
-    world.on_first(lambda: plan.check_files(None, verify=verify))
+    plan = world.everywhere(lambda: make_plan(recipe, world=world.size))
+    world.everywhere(lambda: plan.check_alike(world))
+    world.everywhere(lambda: [] if world.local_rank else plan.check_files(None, verify=verify))
     world.on_first(lambda: warn(doubts(plan)))
     choices = world.on_first(lambda: choose(plan, device, world.size))
     choices.install()

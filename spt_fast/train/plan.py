@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from spt_fast.config import Phase, Recipe, Source, check_lengths
+from spt_fast.config import Phase, Recipe, Source, check_lengths, flat
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.heldout import has_long_documents
 from spt_fast.data.inspection import Overlap, overlap_share
@@ -24,7 +26,7 @@ from spt_fast.data.order import SampleOrder, check_every_source_is_drawn
 from spt_fast.data.ring import Ring
 from spt_fast.data.shards import SAMPLED_BLOCKS, TokenDataset
 from spt_fast.data.tokenizer import Tokenizer, check_alike
-from spt_fast.errors import DataError, RecipeError, invalid
+from spt_fast.errors import DataError, RecipeError, invalid, shown
 from spt_fast.fields import naming
 from spt_fast.kernels import fp8
 from spt_fast.model.flops import train_flops_per_token
@@ -207,6 +209,23 @@ class Plan:
             if recorded.get(field, digest) != digest:
                 raise not_the_same(field, where)
 
+    def check_alike(self, world: World) -> None:
+        """Raise in every process whose recipe, or copy of the data, is not the first one's: each host may have its own.
+        RecipeError or DataError; collective. Paths may differ."""
+        own = {key: value for key, value in flat(self.recipe.plain()).items() if not _OF_A_HOST.fullmatch(key)}
+        recipe, digests = world.exchange((own, self.digests()))[0]
+        for key in sorted(own.keys() | recipe.keys()):
+            if own.get(key) != recipe.get(key):
+                raise RecipeError(
+                    f"{key}: is {shown(own.get(key))} on {socket.gethostname()}, but {shown(recipe.get(key))} in the "
+                    "first process; start all processes with one recipe"
+                )
+        for field, digest in self.digests().items():
+            if digests.get(field) != digest:
+                raise DataError(
+                    f"{field}: on {socket.gethostname()} it is not what the first process has; copy it there again"
+                )
+
     def unrecorded(self, recorded: Mapping[str, str]) -> list[str]:
         """Warnings about content whose digest a checkpoint of an earlier version does not record."""
         known = {*recorded} | {"tokenizer" for text in self.texts.values() if text.tokenizer_digest}
@@ -312,6 +331,10 @@ def open_source(source: Source, kind: Kind, directory: str | Path = "") -> Token
     places = Path(directory, named) if isinstance(named, str) else [Path(directory, path) for path in named]
     data = TokenDataset.open(places, source.dtype)
     return data.limit(source.limit_tokens) if kind == "train" and source.limit_tokens else data
+
+
+_OF_A_HOST = re.compile(r"run|init|tokenizer|precision_file|engine\.config|sources\..+\.(train|heldout)", re.DOTALL)
+"""The fields of a recipe whose paths may lead elsewhere on each host."""
 
 
 def not_the_same(field: str, where: Path) -> DataError:

@@ -72,10 +72,12 @@ def _train(recipe: Recipe, folder: Path, world: World, *, resume: bool, verify: 
     found = world.on_first(lambda: checkpoint.newest(folder / "checkpoints") if resume else None)
     state = SavedState.read(found.state, found.path) if found else None
     plan = world.everywhere(lambda: _plan(folder, recipe, state, world.size))
+    world.everywhere(lambda: plan.check_alike(world))
     if found and state:
         where = found.path
         world.everywhere(lambda: plan.check_same_data(state.data, where))
-    warnings = world.on_first(lambda: plan.check_files(state.texts if state else None, verify=verify))
+    known = state.texts if state else None
+    warnings = world.everywhere(lambda: [] if world.local_rank else plan.check_files(known, verify=verify))
     before = world.on_first(lambda: recipe_of(folder) if (folder / "recipe.yaml").exists() else recipe)
     resumed = None
     if found and state:

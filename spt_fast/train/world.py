@@ -39,6 +39,8 @@ class World:
     """A separate group for a thread of each process, whose messages may overlap the main thread's."""
     failures: dist.Store | None = None
     """Where the first process that fails outside of `everywhere` leaves its reason."""
+    local_rank: int = 0
+    """Its rank among the processes on its host."""
 
     @property
     def is_first(self) -> bool:
@@ -176,7 +178,7 @@ def join_world(*, process_group: bool) -> World:
     if size == 1:
         return World(rank, size, device)
     failures = dist.PrefixStore(f"failures-{next(_joined)}", dist.distributed_c10d._get_default_store())
-    return World(rank, size, device, dist.new_group(backend="gloo"), failures)
+    return World(rank, size, device, dist.new_group(backend="gloo"), failures, local_rank)
 
 
 _joined = itertools.count()

@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node=N -m tests.train.many PLANS.json
 
-The file holds a list of {"recipe", "resume", and optionally "stop_at", "poison_at", "infinite_at", "fail_at",
-"die_at"}: steps (of the process's whole life in that run) at which the last process gets SIGTERM, gets a loss that is
-not a number, gets an infinite loss with finite gradients, raises an error, or is killed. Every process records the
-tokens of every step: `<run>.tokens-<rank>.npz`.
+The file holds a list of {"recipe", "resume", and optionally "recipe_of_last", which the last process gets instead,
+"stop_at", "poison_at", "infinite_at", "fail_at", "die_at"}: steps (of the process's whole life in that run) at which
+the last process gets SIGTERM, gets a loss that is not a number, gets an infinite loss with finite gradients, raises an
+error, or is killed. Every process records the tokens of every step: `<run>.tokens-<rank>.npz`.
 
 A fresh interpreter takes seconds to import torch and DeepSpeed. So `Ranks` forks its processes from a server that has
 imported them, and hands them the variables that torchrun would.
@@ -92,7 +92,8 @@ def train(plans: list[dict[str, Any]]) -> None:
 
         loop.make_engine = make  # type: ignore[assignment]
         loop.peak_flops = lambda device: PEAK_FLOPS  # type: ignore[assignment]
-        run(recipe_from(plan["recipe"]), resume=plan.get("resume", False), progress=False)
+        recipe = plan.get("recipe_of_last", plan["recipe"]) if is_last() else plan["recipe"]
+        run(recipe_from(recipe), resume=plan.get("resume", False), progress=False)
         for watched in made:
             np.savez(f"{plan['recipe']['run']}.tokens-{os.environ.get('RANK', '0')}.npz", *watched.tokens)
 
@@ -106,16 +107,15 @@ SERVER.set_forkserver_preload([__name__, *DEEPSPEED])
 
 
 class Ranks:
-    """`processes` processes on this host that run the plans; their output goes into one file."""
+    """`processes` processes on this host that run the plans, or one on each of so many hosts as far as they know
+    (`apart`); their output goes into one file."""
 
-    def __init__(self, processes: int, plans: list[dict[str, Any]], said_in: Path) -> None:
+    def __init__(self, processes: int, plans: list[dict[str, Any]], said_in: Path, *, apart: bool = False) -> None:
         self._said_in = said_in
-        job = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+        job = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": 1 if apart else processes, "MASTER_ADDR": "127.0.0.1"}
         job = job | {"MASTER_PORT": free_port()} if processes > 1 else {}
-        self._ranks = [
-            SERVER.Process(target=_rank, args=(job | {"RANK": rank, "LOCAL_RANK": rank} if job else {}, plans, said_in))
-            for rank in range(processes)
-        ]
+        jobs = [job | {"RANK": i, "LOCAL_RANK": 0 if apart else i} if job else {} for i in range(processes)]
+        self._ranks = [SERVER.Process(target=_rank, args=(each, plans, said_in)) for each in jobs]
         for rank in self._ranks:
             rank.start()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -310,6 +311,27 @@ def test_two_hosts_are_one_job(data: Path, short: Path) -> None:
         _, said = launcher.communicate(timeout=PATIENCE_S)
         assert launcher.returncode == 0, said
     assert worst_difference(data / "hosts", short) < SAME
+
+
+@pytest.mark.parametrize("what", ["recipe", "text", "damaged"])
+def test_a_host_with_another_recipe_or_text_is_refused(data: Path, what: str) -> None:
+    raw, theirs = short_recipe(data, f"apart-{what}"), short_recipe(data, f"apart-{what}")
+    copy = tiny.write_dataset(data / what / "general", 5 if what == "text" else 0, 6000)
+    theirs["sources"]["general"]["train"] = str(copy)
+    if what == "recipe":
+        theirs["phases"][0]["optimizer"]["lr"] = 1e-3
+    if what == "damaged":
+        file = copy.with_suffix(".bin")
+        file.write_bytes(bytes(file.stat().st_size))
+    plan = {"recipe": raw, "recipe_of_last": theirs}
+    ended, said = Ranks(2, [plan], data / f"{what}.said", apart=True).end(PATIENCE_S)
+    assert not ended
+    expected = {
+        "recipe": r"phases\.0\.optimizer\.lr: is 0\.001 on .*, but 0\.003 in the first process",
+        "text": r"sources\.general\.train: on .* it is not what the first process has",
+        "damaged": r"sources\.general\.train: .*general\.bin: is damaged",
+    }
+    assert re.search(expected[what], said), said
 
 
 def test_local_is_one_process(data: Path) -> None:
