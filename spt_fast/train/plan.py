@@ -375,9 +375,9 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
 
     Raises RecipeError or DataError, which names the field or file: a dataset that doesn't open or was made with another
     tokenizer, an id beyond the vocabulary, a corpus shorter than a window, a source whose share gives it no sample,
-    a batch that doesn't divide among `world` processes.
+    a batch that doesn't divide among `world` processes, or an engine that can't be that many.
     """
-    _check_engine(recipe)
+    _check_engine(recipe, world)
     if recipe.tokenizer and tokenizer is None:
         tokenizer = Tokenizer.load(recipe.tokenizer)
     with naming("init"):
@@ -421,7 +421,9 @@ def make_plan(recipe: Recipe, *, world: int = 1, tokenizer: BaseTokenizer | None
     return Plan(recipe, model, tokenizer, init_digest, train, heldout, tuple(phases))
 
 
-def _check_engine(recipe: Recipe) -> None:
+def _check_engine(recipe: Recipe, world: int) -> None:
+    if recipe.engine.name == "local" and world > 1:
+        raise RecipeError(f"engine.name: local is one process and can't be {world}; write deepspeed, or plan for one")
     if recipe.engine.cuda_graphs is True and pick_device().type != "cuda":
         raise RecipeError("engine.cuda_graphs: there is no GPU here; write auto")
     if recipe.engine.fp8 and (problem := fp8.obstacle(pick_device())):

@@ -154,6 +154,9 @@ def test_the_recipes_own_way_is_its_engines(recipe: Recipe) -> None:
         assert (way.stage, way.offload, way.checkpointing) == own
         assert (priced.hours is None) == (own[1] != "none")  # how long offloading takes is not known
         assert priced.memory_bytes == way.bytes.total
+    raw["engine"]["name"] = "local"
+    with pytest.raises(RecipeError, match=r"engine\.name: local is one process and can't be 2; write deepspeed"):
+        make_plan(recipe_from(raw), world=2)
 
 
 def test_the_command_prints_every_figure(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
