@@ -29,6 +29,7 @@ from spt_fast.quantities import duration
 from spt_fast.train.folder import summary_of
 from spt_fast.train.resume import changes
 from spt_fast.train.signals import StopRequest
+from spt_fast.train.world import LAUNCHED_BY
 
 POLL_EVERY_S = 0.2
 LAST_RECORD_BYTES = 65_536
@@ -80,7 +81,8 @@ class Local:
 
     def start(self, recipe: Path, log: Path) -> Process:
         slot = self._free_slots()[0]
-        environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ}
+        ours = {name: value for name, value in os.environ.items() if name not in LAUNCHED_BY}
+        environment = {"OMP_NUM_THREADS": str(self._threads), **ours}
         if (device := self._devices[slot]) is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         with log.open("wb") as said:

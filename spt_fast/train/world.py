@@ -26,6 +26,18 @@ from spt_fast.model.stored import unread
 
 Result = TypeVar("Result")
 
+LAUNCHED_BY = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_STEP_NUM_TASKS",
+    "TORCHELASTIC_RESTART_COUNT",
+)
+"""The variables of launchers that are read here; without them a process is alone."""
+
 
 @dataclass(frozen=True)
 class World:

@@ -138,6 +138,22 @@ def test_every_gpu_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "1").read_text().strip() == "GPU-b"
 
 
+def test_a_run_of_a_sweep_in_a_launcher_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it waits for the launcher's other processes, which run no sweep."""
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**launched, "SLURM_STEP_NUM_TASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    code = "from spt_fast.train.world import join_world; print(join_world(process_group=False).size)"
+    monkeypatch.setattr(jobs, "command", lambda recipe: [sys.executable, "-c", code])
+    process = Local(1).start(Path("recipe.yaml"), tmp_path / "log")
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    process.terminate()
+    process.wait()
+    assert (tmp_path / "log").read_text().strip() == "1"
+
+
 def test_running_processes_are_asked_to_save_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each stand-in, asked to stop, waits until the other has been asked too."""
     code = (
