@@ -146,12 +146,8 @@ class Trainer:
         """Train one arm, from its start or from where it was interrupted, to its last step or early stop."""
         state, plan, world = self.state, arm.plan, self.world
         with arm.clock.paused():
-            self.engine.begin(
-                arm.phase,
-                self.snapshots["start"],
-                current=self.snapshots.pop("current", None),
-                micro_batches=plan.micro_batches(world.size),
-            )
+            count, current = plan.micro_batches(world.size), self.snapshots.pop("current", None)
+            self.engine.begin(arm.phase, self.snapshots["start"], current=current, micro_batches=count)
         if not arm.phase.needs_start:
             del self.snapshots["start"]  # not needed after the first step: frees its memory
         self.snapshots = {kind: snapshot.in_memory() for kind, snapshot in self.snapshots.items()}  # files may go
