@@ -135,11 +135,11 @@ def table(report: dict[str, Any]) -> str:
         f"mfu[{report['mfu_label']}] {mfu} (predicted for an {predicted['gpu']} {predicted['mfu']:.1%})",
         f"the device {report['device_ms']:.1f} ms (predicted {predicted['device_ms']:.1f})",
         f"{report['launches']:.0f} launches (predicted {predicted['launches']})",
+        *(f"ours: {note}" for note in report["notes"]),
         "",
         "| kernel | calls | ms | share |",
         "|---|---|---|---|",
     ]
-    lines[5:5] = [f"ours: {note}" for note in report["notes"]]
     lines += [
         f"| {row['kernel'][:80]} | {row['calls']:g} | {row['ms']:.3f} | {row['share']:.1%} |"
         for row in report["kernels"]

@@ -213,14 +213,15 @@ class Plan:
         """Raise in every process whose recipe, or copy of the data, is not the first one's: each host may have its own.
         RecipeError or DataError; collective. Paths may differ."""
         own = {key: value for key, value in flat(self.recipe.plain()).items() if not _OF_A_HOST.fullmatch(key)}
-        recipe, digests = world.exchange((own, self.digests()))[0]
+        mine = self.digests()
+        recipe, digests = world.exchange((own, mine))[0]
         for key in sorted(own.keys() | recipe.keys()):
             if own.get(key) != recipe.get(key):
                 raise RecipeError(
                     f"{key}: is {shown(own.get(key))} on {socket.gethostname()}, but {shown(recipe.get(key))} in the "
                     "first process; start all processes with one recipe"
                 )
-        for field, digest in self.digests().items():
+        for field, digest in mine.items():
             if digests.get(field) != digest:
                 raise DataError(
                     f"{field}: on {socket.gethostname()} it is not what the first process has; copy it there again"

@@ -136,7 +136,7 @@ def shapes_of(config: GPTConfig) -> Shapes:
 
 
 def _read(found: Mapping[str, Any]) -> None:
-    0.0 + found["bf16"] + found["fp32"], found["date"]
+    0.0 + found["bf16"] + found["fp32"], found["date"]  # float() would take text
 
 
 def _measure(shapes: Shapes) -> dict[str, Any]:
