@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import BadParameter, Option
 
 import spt_fast as spt
 from spt_fast.cli.flags import (
@@ -133,13 +133,17 @@ def kernels(
     ] = None,
     overrides: Overrides = None,
     tune: Annotated[bool, Option("--tune", help="Measure what has not been measured yet.")] = False,
-    seconds: Annotated[float, Option(min=1, metavar="NUMBER", help="Stop --tune after this many seconds.")] = 300.0,
+    seconds: Annotated[
+        float | None, Option(min=1, metavar="NUMBER", help="Stop --tune after this many seconds; by default 300.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show which backend each op uses on this machine, and why."""
     from spt_fast.train.tuning import overview
 
-    chosen, found = overview(recipe, overrides or (), seconds=seconds if tune else None)
+    if seconds is not None and not tune:
+        raise BadParameter("--seconds is for measuring; add --tune")
+    chosen, found = overview(recipe, overrides or (), seconds=(seconds or 300.0) if tune else None)
     if as_json:
         print_json({**chosen, **({"measured": found} if found else {})})
     else:

@@ -167,6 +167,8 @@ def _write_recipes(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Path]:
 
 def workers_of(study: Study, jobs: int | None, cluster: str | None, options: Sequence[str]) -> Workers:
     """The workers of a study, `jobs` at a time: this machine, or the cluster that submitit knows by that name."""
+    if options and cluster is None:
+        raise RecipeError(invalid("cluster_set", options[0], "it is for a cluster; add `cluster=slurm`"), argument=True)
     runs = len(expand(study))
     if cluster is None:
         return Local(runs, jobs)

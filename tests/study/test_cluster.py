@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.console import Console
@@ -17,7 +18,8 @@ from spt_fast.errors import RecipeError
 from spt_fast.study import cluster as clusters
 from spt_fast.study.cluster import Cluster
 from spt_fast.study.jobs import Job, train_all
-from spt_fast.study.sweep import cluster_options
+from spt_fast.study.study import Study
+from spt_fast.study.sweep import cluster_options, workers_of
 from tests.study.fake_runs import fake_run
 
 PATH = [(6.0, 5.0), (5.0, 6.0)]
@@ -115,3 +117,7 @@ def test_unknown_clusters_and_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cluster_set: 'timeout' is invalid: write KEY=VALUE"):
         cluster_options(["timeout"])
     assert cluster_options(["timeout_min=600", "slurm_partition=gpu"]) == {"timeout_min": 600, "slurm_partition": "gpu"}
+    with pytest.raises(
+        RecipeError, match="cluster_set: 'timeout_min=600' is invalid: it is for a cluster; add `cluster"
+    ):
+        workers_of(cast(Study, None), None, None, ["timeout_min=600"])

@@ -133,6 +133,9 @@ def test_the_command_shows_each_choice_and_its_measurement(
     assert (shapes[0]["width"], shapes[0]["seconds"]) == (32, 9.0)
     assert CliRunner().invoke(app, ["kernels", "--tune"]).exit_code == 0
     assert (shapes[1]["width"], shapes[1]["seconds"]) == (384, 300.0)
+    refused = CliRunner().invoke(app, ["kernels", "--seconds", "9"])
+    assert refused.exit_code == 2
+    assert "--seconds is for measuring; add --tune" in refused.stderr
     with pytest.raises(RecipeError, match="--set: 'seed=1' is invalid: there is no recipe to change; give RECIPE too"):
         CliRunner().invoke(app, ["kernels", "--set", "seed=1"], catch_exceptions=False)
 
