@@ -118,13 +118,15 @@ def advise_pretraining(
     evidence, missing = gather(rows, domain_tokens=domain_tokens, budget=budget, params=size.params)
     mean_epochs = most_epochs = float(FINETUNE_EPOCHS)
     limit, effects, allowed = None, [], dict[float, bool]()
-    chosen = published = Choice(papers["regime"], papers["delta"], "published")
+    domain_from = 1 - SCPT_LAST if papers["regime"] == "SCPT" else 0.0
+    chosen = published = Choice(papers["regime"], papers["delta"], "published", domain_from=domain_from)
     if evidence is not None:
         limit = _limit(evidence, max_general_rise)
         effects = replays.effects(evidence.rows)
         allowed = _allowed(evidence, effects, limit)
-        chosen = _choose(evidence, allowed, chosen)
-        if allowed and not any(allowed.values()):
+        chosen = _choose(evidence, effects, allowed, limit, chosen)
+        late_within = chosen.regime == "SCPT" and chosen.basis == "seen"
+        if allowed and not any(allowed.values()) and not late_within:
             missing.append(
                 f"no pair of share and replay that was run keeps the general loss within {max_general_rise:.3g} of the "
                 "lowest one before finetuning; the answer is the "
@@ -200,21 +202,31 @@ def _allowed(evidence: Evidence, effects: list[Effect], limit: float | None) -> 
     }
 
 
-def _choose(evidence: Evidence, allowed: dict[float, bool], published: Choice) -> Choice:
+def _choose(
+    evidence: Evidence, effects: list[Effect], allowed: dict[float, bool], limit: float | None, published: Choice
+) -> Choice:
     """The regime and share with the lowest domain loss among the allowed ones, or with the lowest general loss if none
     is allowed; the published ones if no law and no arm is near enough."""
+
+    def within(arm: Arm) -> bool:
+        loss = arm.general
+        return limit is None or (loss is not None and replays.least_within(effects, loss.mean, limit) is not None)
+
     general = {delta: after for delta, (_, after) in evidence.general().items()}
     domain = {delta: outcome.domain.mean for delta, outcome in evidence.outcomes().items()}
     near = outside(evidence.budget, *([evidence.arms[0].tokens] * 2)) <= SEEN_WITHIN
-    steady, late = evidence.steady(), [arm for arm in evidence.arms if arm.regime == "SCPT"]
+    steady = [arm for arm in evidence.steady() if allowed.get(arm.delta, within(arm))]
+    late = [arm for arm in evidence.late() if within(arm)]
     if near and late and (not steady or _clear(late[0], steady[0])):
-        return Choice("SCPT", late[0].delta, "seen")
+        return Choice("SCPT", late[0].delta, "seen", domain_from=late[0].domain_from)
     if not domain or not (evidence.forecast or near):
         return published
     if any(allowed.values()):
         delta = min((d for d in domain if allowed[d]), key=lambda d: domain[d])
+    elif measured := domain.keys() & general.keys():
+        delta = min(measured, key=lambda d: general[d])
     else:
-        delta = min(general, key=lambda d: general[d])
+        return published
     return Choice("SPT" if delta else "FT", delta, "laws" if evidence.forecast else "seen")
 
 
@@ -228,7 +240,7 @@ def _decision(chosen: Choice, epochs: float, replay: float, budget: int) -> Deci
     if chosen.regime == "FT":
         says = f"pretrain on general data alone, {amount(budget)} tokens"
     elif chosen.regime == "SCPT":
-        late, last = percent(chosen.delta / SCPT_LAST), percent(SCPT_LAST)
+        late, last = percent(chosen.late_share), percent(1 - chosen.domain_from)
         says = f"pretrain on general data, with {late} domain data in the last {last} of {amount(budget)} tokens"
     else:
         says = f"pretrain with {percent(chosen.delta)} domain data in all of {amount(budget)} tokens"
@@ -261,9 +273,10 @@ def _expected(decision: Decision, evidence: Evidence, effects: list[Effect]) -> 
         assert known is not None
         tokens, own = known.tokens, known.outcomes[delta]
     else:
-        arm = next(a for a in evidence.arms if (a.regime, a.delta) == (decision.regime, delta))
-        tokens, own = arm.tokens, arm
-    domain, general, finetuned = own.domain, own.general, evidence.outcomes().get(0.0)
+        own = evidence.arm_of(decision)
+        tokens = own.tokens
+    without = evidence.outcomes() if decision.basis == "laws" else evidence.seen()
+    domain, general, finetuned = own.domain, own.general, without.get(0.0)
     gain = 100 * (finetuned.domain.mean - domain.mean) / finetuned.domain.mean if finetuned else None
     effect = next((e for e in effects if e.injected == decision.replay), effects[0] if effects else None)
     if effect:

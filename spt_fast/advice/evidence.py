@@ -15,7 +15,7 @@ import pandas as pd
 from spt_fast.advice.arms import arms, finetunes
 from spt_fast.advice.forecast import Forecast, forecast
 from spt_fast.advice.prior import outside
-from spt_fast.advice.result import Arm, Outcome
+from spt_fast.advice.result import Arm, Choice, Outcome
 from spt_fast.errors import DataError
 from spt_fast.laws import OpenError
 from spt_fast.study import views
@@ -48,6 +48,15 @@ class Evidence:
         """The arms of FT and SPT."""
         return [arm for arm in self.arms if arm.regime != "SCPT"]
 
+    def late(self) -> list[Arm]:
+        """The arms of SCPT."""
+        return [arm for arm in self.arms if arm.regime == "SCPT"]
+
+    def arm_of(self, chosen: Choice) -> Arm:
+        """The measured arm of a choice."""
+        what = (chosen.regime, chosen.delta, chosen.domain_from)
+        return next(arm for arm in self.arms if (arm.regime, arm.delta, arm.domain_from) == what)
+
     def seen(self) -> dict[float, Outcome]:
         """Measured losses of FT and SPT, by share."""
         return {
@@ -71,6 +80,13 @@ class Evidence:
             for outcomes in (self.outcomes(), self.seen())
         )
         return by_law or seen
+
+    def general_of(self, chosen: Choice) -> tuple[float, float] | None:
+        """The same for a choice; None if it was not measured."""
+        if chosen.regime != "SCPT" or chosen.basis == "published":
+            return self.general().get(chosen.delta)
+        arm = self.arm_of(chosen)
+        return (arm.general.mean - arm.forgetting.mean, arm.general.mean) if arm.general and arm.forgetting else None
 
 
 def gather(

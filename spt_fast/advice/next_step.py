@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from spt_fast.advice.prior import SCPT_LAST
 from spt_fast.advice.result import Decision
 from spt_fast.study.settings import fields_of, usual
 from spt_fast.study.usable import UsableRows
@@ -61,7 +60,7 @@ def next_step(
 ) -> str:
     """The recipe as YAML. The tokenizer, and prefixes that are not given, are placeholders."""
     prefixes = {"general": str(general or "data/general"), "domain": str(domain or "data/domain")}
-    late = round(budget * SCPT_LAST) if decision.regime == "SCPT" else 0
+    late = round(budget * (1 - decision.domain_from)) if decision.domain_from else 0
     phases: list[dict[str, Any]] = [
         {
             "name": "pretrain",
@@ -75,7 +74,7 @@ def next_step(
         rising = {
             "name": "late",
             "tokens": exact_count(late),
-            "mixture": _mixture(decision.delta * budget / late),
+            "mixture": _mixture(decision.late_share),
             "optimizer": phases[0]["optimizer"] | {},
             "optimizer_state": "keep",
             "schedule": {"continue": True},

@@ -22,7 +22,7 @@ from spt_fast.laws.base import LawWarning
 from spt_fast.study import views
 from spt_fast.study.usable import UsableRows
 
-PAIR = ["regime", "pretrain_delta", "pretrain_tokens", "seed"]
+PAIR = ["regime", "pretrain_delta", "domain_from", "pretrain_tokens", "seed"]
 
 
 def effects(rows: pd.DataFrame) -> list[Effect]:
@@ -70,7 +70,7 @@ def choose(
 ) -> Replay:
     """The replay for the chosen regime and share: from finetunes with several shares of general data, else from the
     forgetting law, else the published one. limit: the highest general loss to end with, or None."""
-    before, after = evidence.general().get(chosen.delta, (None, None)) if evidence else (None, None)
+    before, after = (evidence.general_of(chosen) if evidence else None) or (None, None)
     found = by_law = None
     if limit is None and len(effects) > 1:
         found = costless(effects)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pandas as pd
@@ -28,6 +28,13 @@ class Choice:
     delta: float
     """The domain's share of all pretraining tokens."""
     basis: Literal["laws", "seen", "published"]
+    domain_from: float = field(default=0.0, kw_only=True)
+    """The part of pretraining before the domain is mixed in; above 0 for SCPT."""
+
+    @property
+    def late_share(self) -> float:
+        """The domain's share of the tokens from then on."""
+        return self.delta / (1 - self.domain_from)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class Arm(Ended):
 
     regime: str
     injected: float
+    domain_from: float
+    """The part of pretraining before the domain is mixed in; above 0 for SCPT."""
 
 
 @dataclass(frozen=True)

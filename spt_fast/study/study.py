@@ -95,7 +95,7 @@ class Axes:
     name: str = setting(text)
     """The stage's name in `--set stages.NAME.…` and in the names of its runs."""
     delta: tuple[Fraction, ...] | None = setting(optional(several(parse_share)), None)
-    """The domain's share of the stage's tokens."""
+    """The domain's share of the stage's tokens; with `domain_from`, of those after it."""
     replay: tuple[Fraction, ...] | None = setting(optional(several(parse_share)), None)
     """Instead of `delta`: the general corpus's share."""
     tokens: tuple[int, ...] | None = setting(optional(several(parse_count)), None)

@@ -328,22 +328,28 @@ def test_the_answer_comes_from_the_runs_nearest_in_size_and_corpus() -> None:
 # ------------------------------------------------------------------------------------------------ regimes and limits
 
 
-def with_scpt(table: pd.DataFrame, factor: float) -> pd.DataFrame:
-    """The table with SCPT runs: 1% domain text in the last tenth, and finetunes with `factor` times the loss at 2%."""
+def with_scpt(
+    table: pd.DataFrame, factor: float, share: float = 0.01, start: float = 0.9, general: float = 1.0
+) -> pd.DataFrame:
+    """The table with SCPT runs: this share of domain text after this part of 200B tokens, and finetunes with `factor`
+    times the domain loss and `general` times the general loss at 2%."""
     pretrained = table[(table["stage"] == 0) & (table["delta"] == 0)]
-    rising = 0.01 * (pretrained["tokens"] - 180 * B).clip(lower=0)
+    rising = share * (pretrained["tokens"] - start * 200 * B).clip(lower=0)
+    name, delta = f"late-{share:g}-{start:g}-", round(share * (1 - start), 9)
     late = pretrained.assign(
-        run="late-" + pretrained["seed"].astype(str),
+        run=name + pretrained["seed"].astype(str),
         delta=(rising / pretrained["tokens"]).fillna(0.0),
         domain_heldout=pretrained["domain_heldout"] * 0.99,
     )
     finetuned = table[(table["stage"] == 1) & (table["pretrain_delta"] == 0.02)]
+    finetuned = finetuned[finetuned["pretrain_tokens"] == 200 * B]
     finetuned = finetuned.assign(
-        run="late-" + finetuned["run"],
-        after="late-" + finetuned["seed"].astype(str),
-        pretrain_delta=0.001,
-        pretrain_epochs=0.001 * 200 * B / DOMAIN_TOKENS,
+        run=name + finetuned["run"],
+        after=name + finetuned["seed"].astype(str),
+        pretrain_delta=delta,
+        pretrain_epochs=delta * 200 * B / DOMAIN_TOKENS,
         domain_heldout=finetuned["domain_heldout"] * factor,
+        general_heldout=finetuned["general_heldout"] * general,
         domain_before=late[late["tokens"] == 200 * B].set_index("seed")["domain_heldout"][finetuned["seed"]].to_numpy(),
     )
     return pd.concat([table, late.assign(injected=1 - late["delta"]), finetuned], ignore_index=True)
@@ -355,6 +361,56 @@ def test_scpt_is_advised_if_its_runs_beat_spt(one_budget: pd.DataFrame, factor: 
     assert given["regimes"]["SCPT"]["delta"] == 0.001
     assert given["decision"]["regime"] == regime
     assert given["decision"]["delta"] == (0.001 if regime == "SCPT" else 0.02)
+
+
+@pytest.mark.parametrize(("share", "start"), [(0.01, 0.9), (0.05, 0.5), (0.4, 0.5), (0.02, 0.05)])
+def test_scpt_is_advised_with_the_part_that_was_run(one_budget: pd.DataFrame, share: float, start: float) -> None:
+    given = asked(with_scpt(one_budget, 0.97, share, start))
+    decision = given["decision"]
+    assert (decision["regime"], decision["domain_from"]) == ("SCPT", start)
+    assert f"with {100 * share:g}% domain data in the last {100 * (1 - start):g}% of 200B" in decision["says"]
+    early, late, _ = recipe_from(yaml.safe_load(given["recipe"])).phases
+    assert (early.tokens, late.tokens) == (pytest.approx(200 * B * start), pytest.approx(200 * B * (1 - start)))
+    assert "domain" not in early.mixture
+    assert float(late.mixture["domain"]) == pytest.approx(share)
+
+
+def test_scpt_of_one_share_and_several_parts_is_several_arms(one_budget: pd.DataFrame) -> None:
+    given = asked(with_scpt(with_scpt(one_budget, 0.97, 0.002, 0.5), 0.96, 0.01, 0.9))
+    late = [arm for arm in given["seen"]["arms"] if arm["regime"] == "SCPT"]
+    assert [(arm["delta"], arm["domain_from"], arm["seeds"]) for arm in late] == [(0.001, 0.9, 2), (0.001, 0.5, 2)]
+    assert given["decision"]["domain_from"] == 0.9
+    assert given["expected"]["domain"] == late[0]["domain"]
+
+
+def test_scpt_beyond_a_limit_on_the_general_loss_is_not_advised(one_budget: pd.DataFrame) -> None:
+    table = with_scpt(one_budget, 0.97, general=1.3)
+    within, beyond = (asked(table, max_general_rise=rise) for rise in (0.5, 0.2))
+    assert [given["decision"]["regime"] for given in (within, beyond)] == ["SCPT", "SPT"]
+    scpt = asked(with_scpt(one_budget, 0.97), max_general_rise=0.045)
+    before = min(arm["general"]["mean"] - arm["forgetting"]["mean"] for arm in scpt["seen"]["arms"])
+    assert scpt["decision"]["regime"] == "SCPT"
+    assert scpt["decision"]["replay"] > 0
+    assert scpt["expected"]["general"]["mean"] <= 1.045 * before
+
+
+def test_the_gain_of_scpt_is_over_finetuning_alone_at_the_same_budget() -> None:
+    table = spt_table(deltas=(0.0, 0.02), budgets=(50 * B, 100 * B, 200 * B), noise=1e-4)
+    given = asked(with_scpt(table, 0.97), 390 * B)
+    late, finetuned = (given["regimes"][regime]["domain"]["mean"] for regime in ("SCPT", "FT"))
+    assert given["shares"]
+    assert (given["decision"]["regime"], given["expected"]["of"]["tokens"]) == ("SCPT", 200 * B)
+    assert given["expected"]["r_gain"] == pytest.approx(100 * (1 - late / finetuned))
+
+
+def test_without_a_share_within_the_limit_the_nearest_one_with_a_forecast_is_advised() -> None:
+    table = spt_table(deltas=(0.0, 0.02, 0.05), budgets=(50 * B, 100 * B, 200 * B), noise=1e-4)
+    once = (table["pretrain_delta"] == 0) & (table["pretrain_tokens"] < 200 * B) & (table["stage"] == 1)
+    table = table[~once].copy()
+    table.loc[table["pretrain_tokens"] == 50 * B, "general_before"] = np.nan
+    table.loc[table["pretrain_delta"] == 0, "general_heldout"] *= 0.8
+    given = asked(table, max_general_rise=1e-4)
+    assert (given["decision"]["basis"], given["decision"]["delta"]) == ("laws", 0.05)
 
 
 def test_finetuning_only_is_advised_if_domain_data_in_pretraining_hurts(one_budget: pd.DataFrame) -> None:
@@ -486,7 +542,7 @@ def test_invalid_arguments_are_named_with_a_remedy(more: dict[str, Any], says: s
 
 def test_one_pair_of_finetunes_gives_no_error_of_the_effect() -> None:
     runs = pd.DataFrame({"injected": [0.0, 0.0, 0.01, 0.01], "seed": [0, 1, 0, 1]})
-    runs = runs.assign(regime="FT", pretrain_delta=0.0, pretrain_tokens=B, general_heldout=3.0)
+    runs = runs.assign(regime="FT", domain_from=0.0, pretrain_delta=0.0, pretrain_tokens=B, general_heldout=3.0)
     runs["domain_heldout"] = [2.0, 4.0, 2.1, 4.4]
     _, both = effects(runs)
     assert (both.domain, both.domain_error) == (pytest.approx(1.075), pytest.approx(0.025))
