@@ -24,6 +24,7 @@ from spt_fast.errors import DataError, RecipeError
 
 PREFETCHED_STEPS = 2
 ADVISED_STEPS = 8
+COMPARED_IDS = 1024
 
 _Windows = tuple[np.ndarray, np.ndarray]  # source int32 [R], first token int64 [R]
 
@@ -51,8 +52,9 @@ class Loader:
     drawn.
 
     Raises RecipeError if the order's sequences don't divide by micro x world. Raises DataError, here or from the
-    iteration: `documents` without recorded document ends, ids that aren't native integers, a file that changed its size
-    since it was opened or cannot be read, an id of `vocab_size` or more. Close it, or use it as a context manager.
+    iteration: `documents` without recorded document ends, ids that aren't native integers, a file that was replaced
+    since the dataset was opened, changed its size or cannot be read, an id of `vocab_size` or more. Close it, or use it
+    as a context manager.
     """
 
     def __init__(
@@ -255,11 +257,32 @@ class _TokenFile:
                 f"source {name!r}: {dataset.path} has {self._size_bytes:,} bytes and its {dataset.num_tokens:,} tokens "
                 f"need {needed_bytes:,}; it is truncated: copy or prepare it again"
             )
+        if not self._holds_ids_of(dataset):
+            self._file.close()
+            raise DataError(
+                f"source {name!r}: {dataset.path} was replaced by other text since this run opened it; put the file "
+                "back as it was and resume, or start a run of another name"
+            )
         signed = -1 if dtype.kind == "i" else 1
         self.row = (self._file.fileno(), dataset.offset_bytes, dataset.num_tokens, signed * dtype.itemsize)
 
     def close(self) -> None:
         self._file.close()
+
+    def _holds_ids_of(self, dataset: TokenDataset) -> bool:
+        """Whether the file begins and ends as the dataset, whose map still shows a file that was replaced."""
+        last = max(0, dataset.num_tokens - COMPARED_IDS)
+        for first in (0, last):
+            ids = dataset.tokens[first : first + COMPARED_IDS].tobytes()
+            start = dataset.offset_bytes + first * dataset.tokens.itemsize
+            try:
+                found = os.pread(self._file.fileno(), len(ids), start)
+            except OSError as error:
+                reason = f"cannot be read: {error.strerror}; check the disk"
+                raise DataError(f"source {self._name!r}: {self._path} {reason}") from None
+            if found != ids:
+                return False
+        return True
 
     def read(self, first: int, count: int, vocab_size: int) -> np.ndarray:
         """`count` ids, int64, from the file's token `first` on."""

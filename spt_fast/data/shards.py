@@ -58,6 +58,7 @@ class TokenDataset:
     max_id          largest id, if recorded (after `limit`, an upper bound)
     digest          identifies the content: in our format a hash of the block hashes; otherwise of sizes and samples
     path            the file that holds the ids, which start at `offset_bytes`; for many files the folder or pattern
+    modified_ns     when its files had last been written as they were opened, in nanoseconds since 1970
     shards          the datasets that it consists of, in order; empty if it is one file
     """
 
@@ -67,6 +68,7 @@ class TokenDataset:
     tokens: np.ndarray
     document_ends: np.ndarray | None
     digest: str
+    modified_ns: int
     num_bytes: int | None = None
     vocab_size: int | None = None
     max_id: int | None = None
@@ -88,14 +90,6 @@ class TokenDataset:
     def has_hashes(self) -> bool:
         """Whether `verify` has hashes for all its files."""
         return all(shard.has_hashes for shard in self.shards) if self.shards else self.metadata is not None
-
-    @property
-    def modified_ns(self) -> int:
-        """When its files were last written, in nanoseconds since 1970."""
-        if self.shards:
-            return max(shard.modified_ns for shard in self.shards)
-        siblings = [self.path, self.path.with_suffix(".idx"), Path(f"{self.path}.index")]
-        return max(path.stat().st_mtime_ns for path in siblings if path.exists())
 
     @classmethod
     def open(cls, prefix: Prefix, dtype: str | None = None) -> TokenDataset:
@@ -119,7 +113,8 @@ class TokenDataset:
             if metadata is None:
                 found = formats.find(Path(prefix), declared)
                 tokens = formats.map_ids(found.path, found.dtype, found.offset_bytes, found.num_tokens)
-                return cls(found.format, found.path, found.offset_bytes, tokens, found.document_ends, found.digest)
+                place = found.format, found.path, found.offset_bytes
+                return cls(*place, tokens, found.document_ends, found.digest, _modified_ns(found.path))
             return cls._open_own(base, metadata, declared)
         except OSError as error:
             where = cut(str(error.filename or prefix), 200)
@@ -152,6 +147,7 @@ class TokenDataset:
             tokens=formats.map_ids(bin_path, id_dtype, 0, num_tokens),
             document_ends=ends,
             digest=_sha256_of([metadata["dtype"], metadata["blocks_sha256"], metadata["idx_sha256"]]),
+            modified_ns=_modified_ns(bin_path),
             num_bytes=metadata["num_bytes"],
             vocab_size=metadata["vocab_size"],
             max_id=metadata["max_id"],
@@ -265,11 +261,18 @@ def _join(given: Prefix, dtype: str | None) -> TokenDataset:
             [end + start for end, start in zip(ends, starts.tolist(), strict=False) if end is not None]
         ),
         digest=_sha256_of([shard.digest for shard in shards]) if len(shards) > 1 else first.digest,
+        modified_ns=max(shard.modified_ns for shard in shards),
         num_bytes=_of_all(sum, [shard.num_bytes for shard in shards]),
         max_id=_of_all(max, [shard.max_id for shard in shards if shard.num_tokens]),
         metadata=None,
         shards=shards,
     )
+
+
+def _modified_ns(path: Path) -> int:
+    """When a file of ids and its document ends were last written."""
+    files = [path, path.with_suffix(".idx"), Path(f"{path}.index")]
+    return max(file.stat().st_mtime_ns for file in files if file.exists())
 
 
 def _matching(given: Path) -> list[Path]:

@@ -228,6 +228,28 @@ def test_a_file_cut_short_before_the_loader_opens_it(datasets: dict[str, TokenDa
         read(datasets)
 
 
+def test_a_dataset_prepared_anew_under_an_open_one_is_refused(
+    tmp_path: Path, datasets: dict[str, TokenDataset]
+) -> None:
+    """The next phase of a run opens the files anew. A longer text that begins as the old one holds what was opened."""
+    web = datasets["web"]
+    ids, ends = np.array(web.tokens), np.array(web.document_ends)
+    for before, after, is_refused in ((0, 5, False), (5, 0, True)):
+        with DatasetWriter(tmp_path / "web", vocab_size=VOCAB, eos_id=0, tokenizer_digest="t") as writer:
+            more = (np.zeros(count, np.int64) for count in (before, after))
+            lengths = [*[1] * before, *np.diff(ends, prepend=0), *[1] * after]
+            writer.write(np.concatenate([next(more), ids, next(more)]), np.array(lengths), num_bytes=0)
+        if is_refused:
+            with pytest.raises(
+                DataError, match=r"'web': .*web\.bin was replaced by other text since .* opened it; put"
+            ):
+                read(datasets)
+        else:
+            assert (
+                read(datasets)[0][1][0].tokens.numpy() == windows_by_hand(datasets, order_of(datasets), 0)[:, :-1]
+            ).all()
+
+
 @pytest.mark.timeout(30)
 def test_an_id_beyond_the_vocabulary(datasets: dict[str, TokenDataset], tmp_path: Path) -> None:
     ids = datasets["web"].tokens.copy()
