@@ -8,11 +8,13 @@ each 64 MiB block of .bin, of .idx, and of itself. The .json is written last: wi
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
 import os
 import re
+import resource
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +47,7 @@ _NAMED = 5
 _PATTERN = re.compile(r"[*?[]")
 _HELD_OUT = re.compile(r"(?:^|[._-])(?:heldout|valid|validation|val|test|dev|eval)(?=[._-]|$)", re.IGNORECASE)
 _READ_BYTES = 1 << 20
+_OPEN_PER_SHARD = 3  # the maps of its ids and document ends, and the loader's file
 _ENDS_CHECKED = 1 << 16  # at open; the hash covers them all
 
 
@@ -117,8 +120,10 @@ class TokenDataset:
                 return cls(*place, tokens, found.document_ends, found.digest, _modified_ns(found.path))
             return cls._open_own(base, metadata, declared)
         except OSError as error:
-            where = cut(str(error.filename or prefix), 200)
-            raise DataError(f"{where}: can't be read ({error.strerror}); fix that, or name another") from error
+            where, remedy = cut(str(error.filename or prefix), 200), "fix that, or name another"
+            if error.errno == errno.EMFILE:
+                remedy = "raise the limit of open files (ulimit -n), or write fewer and larger ones"
+            raise DataError(f"{where}: can't be read ({error.strerror}); {remedy}") from error
 
     @classmethod
     def _open_own(cls, base: Path, metadata: dict[str, Any], declared: np.dtype | None) -> TokenDataset:
@@ -245,6 +250,7 @@ def _join(given: Prefix, dtype: str | None) -> TokenDataset:
     prefixes = [prefix for item in items for prefix in (_matching(item) if is_many(item) else [item])]
     if not prefixes:
         raise DataError(f"{what}: holds no token files ({', '.join(_ENDINGS)})")
+    _allow_open_files(_OPEN_PER_SHARD * len(prefixes))
     shards = tuple(TokenDataset.open(prefix, dtype) for prefix in prefixes)
     if len({(status.st_dev, status.st_ino) for status in (shard.path.stat() for shard in shards)}) < len(shards):
         raise DataError(f"{what}: names a file twice, maybe by a link; name every shard once")
@@ -267,6 +273,16 @@ def _join(given: Prefix, dtype: str | None) -> TokenDataset:
         metadata=None,
         shards=shards,
     )
+
+
+def _allow_open_files(more: int) -> None:
+    """Raise the soft limit of open files, often 1024, as far as the hard one allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _modified_ns(path: Path) -> int:

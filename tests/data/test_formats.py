@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import struct
 from pathlib import Path
 
@@ -360,6 +361,24 @@ def test_many_files_are_one_dataset(tmp_path: Path) -> None:
         assert sum(shard.num_tokens for shard in cut.shards) == limit
     assert opened[0].verify()
     assert opened[0].modified_ns == max(name.stat().st_mtime_ns for name in names)
+
+
+def test_more_files_than_a_process_may_open_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(12):
+        np.save(tmp_path / f"{i}.npy", np.arange(3, dtype=np.uint16))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = {int(name) for name in os.listdir("/proc/self/fd")}
+    low = next(limit for limit in itertools.count() if len({*range(limit)} - taken) == 6)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
+        with monkeypatch.context() as patched:
+            patched.setattr(resource, "setrlimit", lambda *limits: None)
+            with pytest.raises(DataError, match=r"\.npy: can't be read \(Too many open files\); raise the limit"):
+                TokenDataset.open(tmp_path)
+        data = TokenDataset.open(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert data.tokens[:].tolist() == [0, 1, 2] * 12
 
 
 def test_documents_of_many_files_are_one_after_the_other(tmp_path: Path) -> None:
