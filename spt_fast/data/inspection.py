@@ -2,8 +2,8 @@
 
 Held-out text that is also in the training set fakes every gain, so overlap is measured at two lengths:
 
-* documents: the same ids from the first to the last (end-of-text tokens around them aside). Exact: documents of equal
-  length and equal ids at eight places are compared by a 128-bit hash of all their ids.
+* documents: the same ids from the first to the last (the tokens that begin and end them aside). Exact: documents of
+  equal length and equal ids at eight places are compared by a 128-bit hash of all their ids.
 * n-grams of 32 ids inside one document. 32 tokens are about 20 words: longer than phrases and names that independent
   texts share, short enough to find a copied paragraph. At most 65,536 of them, spread evenly over the text, are looked
   up at *every* position of the other text, so a share has a standard error below 0.2% at any size.
@@ -99,7 +99,8 @@ def verify_all(dataset: TokenDataset) -> dict[str, Any]:
             f"{dataset.path}: token id {smallest if smallest < 0 else largest} is outside its vocabulary"
             f"{f' of {dataset.vocab_size:,}' if dataset.vocab_size else ''}; make the dataset again"
         )
-    blocks = len(dataset.metadata["blocks_sha256"]) if dataset.metadata else 0
+    metadata = [part.metadata for part in dataset.shards or (dataset,)]
+    blocks = sum(len(known["blocks_sha256"]) for known in metadata if known)
     return {"hashes": blocks, "max_id": largest if dataset.num_tokens else None}
 
 
@@ -146,22 +147,22 @@ def _stretches(num_tokens: int, limit: int | None) -> list[tuple[int, int]]:
 def _document_share(heldout: TokenDataset, train: TokenDataset, stretches: list[tuple[int, int]]) -> float | None:
     if heldout.document_ends is None or train.document_ends is None:
         return None
-    eos_id = _eos_id(heldout, train)
-    documents = _documents(heldout, 0, len(heldout.document_ends), eos_id)
+    around = _ids_around(heldout, train)
+    documents = _documents(heldout, 0, len(heldout.document_ends), around)
     if len(documents) == 0:
         return None
     keys = np.unique(_fingerprints(heldout.tokens, documents))
     found: set[bytes] = set()
     for stretch in stretches:
         first, last = np.searchsorted(train.document_ends, np.array(stretch), side="right")  # those that end in it
-        candidates = _documents(train, first, last, eos_id)
+        candidates = _documents(train, first, last, around)
         candidates = candidates[_is_in(_fingerprints(train.tokens, candidates), keys)]
         found.update(_document_hash(train.tokens[start:end]) for start, end in candidates)
     return sum(_document_hash(heldout.tokens[start:end]) in found for start, end in documents) / len(documents)
 
 
 def _ngram_share(heldout: TokenDataset, train: TokenDataset, stretches: list[tuple[int, int]]) -> float | None:
-    starts = _ngram_starts(heldout, _eos_id(heldout, train))
+    starts = _ngram_starts(heldout, _ids_around(heldout, train))
     if len(starts) == 0:
         return None
     hashes = _multilinear(heldout.tokens[starts[:, None] + np.arange(NGRAM)])
@@ -180,32 +181,31 @@ def _ngram_share(heldout: TokenDataset, train: TokenDataset, stretches: list[tup
     return float(seen[np.searchsorted(wanted, hashes)].mean())
 
 
-def _eos_id(*datasets: TokenDataset) -> int | None:
-    """The end-of-text id that any of them records; foreign formats record none."""
-    return next((dataset.eos_id for dataset in datasets if dataset.eos_id is not None), None)
+def _ids_around(*datasets: TokenDataset) -> list[int]:
+    """The ids that end or begin documents in any of them; foreign formats record none."""
+    return [id_ for dataset in datasets for id_ in (dataset.eos_id, dataset.bos_id) if id_ is not None]
 
 
-def _documents(dataset: TokenDataset, first: int, last: int, eos_id: int | None) -> np.ndarray:
-    """(start, end), int64 [documents, 2], of documents first ... last - 1 without eos at the ends; no empty ones."""
+def _documents(dataset: TokenDataset, first: int, last: int, around: list[int]) -> np.ndarray:
+    """(start, end), int64 [documents, 2], of documents first ... last - 1 without an id of `around` at either end; no
+    empty ones."""
     ends = dataset.document_ends
     assert ends is not None
     edges = np.concatenate([[ends[first - 1] if first else 0], ends[first:last]])
     documents = np.stack([edges[:-1], edges[1:]], axis=1)
     documents = documents[documents[:, 0] < documents[:, 1]]
-    if eos_id is not None:
-        documents[:, 1] -= dataset.tokens[documents[:, 1] - 1] == eos_id
-        documents = documents[documents[:, 0] < documents[:, 1]]
-        documents[:, 0] += dataset.tokens[documents[:, 0]] == eos_id
-        documents = documents[documents[:, 0] < documents[:, 1]]
-    return documents
+    documents[:, 1] -= np.isin(dataset.tokens[documents[:, 1] - 1], around)
+    documents = documents[documents[:, 0] < documents[:, 1]]
+    documents[:, 0] += np.isin(dataset.tokens[documents[:, 0]], around)
+    return documents[documents[:, 0] < documents[:, 1]]
 
 
-def _ngram_starts(dataset: TokenDataset, eos_id: int | None) -> np.ndarray:
+def _ngram_starts(dataset: TokenDataset, around: list[int]) -> np.ndarray:
     """Starts of up to MAX_NGRAMS n-grams, int64 [n-grams], spread evenly over all that are inside a document."""
     if dataset.document_ends is None:
         documents = np.array([[0, dataset.num_tokens]])
     else:
-        documents = _documents(dataset, 0, len(dataset.document_ends), eos_id)
+        documents = _documents(dataset, 0, len(dataset.document_ends), around)
     counts = np.maximum(0, documents[:, 1] - documents[:, 0] - (NGRAM - 1))
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0

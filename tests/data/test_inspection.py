@@ -15,10 +15,16 @@ EOS = 0
 
 
 def dataset_of(
-    prefix: Path, documents: list[list[int]], tokenizer: str = "t", eos_id: int | None = EOS, vocab_size: int = 30_000
+    prefix: Path,
+    documents: list[list[int]],
+    tokenizer: str = "t",
+    eos_id: int | None = EOS,
+    vocab_size: int = 30_000,
+    bos_id: int | None = None,
 ) -> TokenDataset:
     tokens = np.array([i for document in documents for i in document], np.int64)
-    with DatasetWriter(prefix, vocab_size=vocab_size, eos_id=eos_id, tokenizer_digest=tokenizer) as writer:
+    names = {"eos_id": eos_id, "bos_id": bos_id, "tokenizer_digest": tokenizer}
+    with DatasetWriter(prefix, vocab_size=vocab_size, **names) as writer:  # type: ignore[arg-type]
         writer.write(tokens, np.array([len(document) for document in documents]), 4 * len(tokens))
     return TokenDataset.open(prefix)
 
@@ -81,6 +87,10 @@ def test_verify_counts_the_hashes_and_finds_the_largest_id(tmp_path: Path, monke
     dataset_of(tmp_path / "d", documents)
     largest = max(max(document) for document in documents)
     assert inspect(tmp_path / "d", verify=True)["verified"] == {"hashes": -(-2 * tokens // 64), "max_id": largest}
+    dataset_of(tmp_path / "many" / "a", documents)
+    dataset_of(tmp_path / "many" / "b", documents[:1])
+    blocks = -(-2 * tokens // 64) + -(-2 * len(documents[0]) // 64)
+    assert inspect(tmp_path / "many", verify=True)["verified"] == {"hashes": blocks, "max_id": largest}
     dataset_of(tmp_path / "empty", [])
     assert inspect(tmp_path / "empty", verify=True)["verified"] == {"hashes": 0, "max_id": None}
 
@@ -167,13 +177,15 @@ def test_equal_lengths_and_ends_do_not_make_documents_equal(tmp_path: Path) -> N
     assert overlap_share(a, b).documents == 0.0
 
 
-def test_eos_around_documents_does_not_matter(tmp_path: Path) -> None:
+def test_the_tokens_around_documents_do_not_matter(tmp_path: Path) -> None:
     bodies = [document[:-1] for document in random_documents(9, 50)]
     plain = dataset_of(tmp_path / "plain", bodies, eos_id=None)
     behind = dataset_of(tmp_path / "behind", [[*body, EOS] for body in bodies] + [[EOS], []])
     before = dataset_of(tmp_path / "before", [[EOS, *body] for body in bodies] + [[EOS, EOS]])
-    for heldout in (plain, behind, before):
-        for train in (plain, behind, before):
+    others = [[29_998, *body, 29_999] for body in bodies]
+    both = dataset_of(tmp_path / "both", others, eos_id=29_999, bos_id=29_998)
+    for heldout in (plain, behind, before, both):
+        for train in (plain, behind, before, both):
             if heldout is not plain or train is not plain:
                 assert overlap_share(heldout, train) == Overlap(1.0, 1.0, 1.0)
 
