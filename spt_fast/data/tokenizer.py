@@ -60,7 +60,6 @@ class Tokenizer(BaseTokenizer):
     ranks             {bytes of a token: its id}
     special_tokens    {name: id}
     eos_id            id of <|endoftext|>, unless `load` was told another
-    eos_id            id of <|endoftext|>, unless `load` got another token
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> None:
@@ -139,7 +138,10 @@ class Tokenizer(BaseTokenizer):
         encoding = _get_encoding(name)
         if EOS not in encoding._special_tokens:
             raise DataError(f"tiktoken encoding {name!r} has no {EOS}, which ends each document; use another")
-        return cls(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
+        # o200k_harmony gives one id two names, which a vocabulary can't have: the later one is left out.
+        first = {id_: token for token, id_ in reversed(encoding._special_tokens.items())}
+        special_tokens = {token: id_ for token, id_ in encoding._special_tokens.items() if first[id_] == token}
+        return cls(encoding._mergeable_ranks, encoding._pat_str, special_tokens)
 
     def _check_hf(self, source: str) -> None:
         """DataError if an export could not express the pattern: better before training than after it."""
@@ -264,8 +266,9 @@ def train_tokenizer(
     evenly (longer files use what short ones leave). Equal inputs give equal tokenizers. Raises DataError for unreadable
     inputs, and for a vocabulary below 257 (256 bytes and <|endoftext|>) or too large for the text.
     """
-    if vocab_size < 257:
-        raise DataError(invalid("vocab_size", vocab_size, f"at least 257 (256 bytes and {EOS})"), argument=True)
+    if not 257 <= vocab_size <= MOST_IDS:
+        expected = f"at least 257 (256 bytes and {EOS}) and at most {MOST_IDS:,}"
+        raise DataError(invalid("vocab_size", vocab_size, expected), argument=True)
     try:
         import rustbpe
     except ImportError:

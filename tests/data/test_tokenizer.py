@@ -113,6 +113,7 @@ def test_training_is_deterministic_and_reads_a_fair_bounded_sample(tmp_path: Pat
 def test_what_training_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for vocab_size, error, message in (
         (256, DataError, "vocab_size: 256 is invalid: at least 257"),
+        (10**12, DataError, r"vocab_size: 1000000000000 is invalid: at least 257 .* and at most 16,777,216"),
         (100_000, TooFewPieces, "is invalid: this text yields at most"),
     ):
         with pytest.raises(error, match=message):
@@ -179,6 +180,10 @@ def test_encodings_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert (copy.digest, copy.eos_id, copy.vocab_size) == (gpt4.digest, 100257, 100277)
     assert copy.encode(text) == gpt4.encode(text)
     assert copy.pattern == gpt4.pattern != PATTERN
+    harmony = named("o200k_harmony", tokenizer.ranks)  # has <|endofprompt|> a second time, as <|reserved_200018|>
+    assert (harmony.special_tokens["<|endofprompt|>"], harmony.vocab_size) == (200_018, 201_088)
+    harmony.save_hf(tmp_path)
+    assert Tokenizer.load(tmp_path).digest == Tokenizer.from_bytes(harmony.to_bytes()).digest == harmony.digest
 
 
 def test_digests_tell_tokenizers_apart(tokenizer: Tokenizer) -> None:
