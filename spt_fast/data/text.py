@@ -186,6 +186,10 @@ class TextReader:
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BLOCK_BYTES)
             if self._text_key not in table.schema_arrow.names:
                 raise MissingKey(f"{path}: {_missing_key('it', self._text_key, table.schema_arrow.names)}")
+            if table.schema_arrow.names.count(self._text_key) > 1:
+                raise DataError(
+                    f"{path}: has two columns {self._text_key!r}; write it with the one that holds the text"
+                )
             kind = table.schema_arrow.field(self._text_key).type
             if pa.types.is_nested(kind):  # before it is decoded
                 raise DataError(f"{path}: column {self._text_key!r} {_not_strings(kind)}")
@@ -438,10 +442,10 @@ def _txt_chunks(blocks: Iterator[bytes], source: str) -> Iterator[Chunk]:
 
 
 def _document_end(text: bytearray) -> int:
-    for separator in (b"\n\n", b"\n", b" "):
-        found = text.rfind(separator, TXT_BYTES // 2, TXT_BYTES)
-        if found >= 0:
-            return found + len(separator)
+    for separators in ((b"\n\n", b"\r\n\r\n"), (b"\n",), (b" ",)):
+        found = {text.rfind(separator, TXT_BYTES // 2, TXT_BYTES): len(separator) for separator in separators}
+        if (last := max(found)) >= 0:
+            return last + found[last]
     starts = (end for end in range(TXT_BYTES, TXT_BYTES - 4, -1) if text[end] & 0xC0 != 0x80)  # not inside a character
     return next(starts, TXT_BYTES)
 

@@ -98,10 +98,11 @@ def scored(
                 stacklevel=2,
             )
     largest = data.max_id if data.max_id is not None else int(data.tokens.max())
-    if largest >= model.config.vocab_size:
+    smallest = 0 if data.max_id is not None else int(data.tokens.min())
+    if smallest < 0 or largest >= model.config.vocab_size:
         raise DataError(
-            f"{prefix}: holds token id {largest}, the model's vocabulary is {model.config.vocab_size}; "
-            "prepare it with the model's own tokenizer"
+            f"{prefix}: holds token id {smallest if smallest < 0 else largest}, the model's vocabulary is "
+            f"{model.config.vocab_size}; prepare it with the model's own tokenizer, or correct its dtype"
         )
     window = (origin.context or model.config.context) if context is None else context
     if not 0 < window <= model.config.context:

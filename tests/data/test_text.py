@@ -318,6 +318,9 @@ def test_a_txt_up_to_8_mib_is_one_document(tmp_path: Path) -> None:
     longer = content + b"\n\n" + content
     pieces = [document.encode() for document in iter_documents(put(tmp_path / "b.txt", longer))]
     assert pieces == [content + b"\n\n", content]
+    of_windows = [part.replace(b"\n", b"\r\n") for part in (content[: len(content) // 34 * 17] + b"\n", content)]
+    documents = iter_documents(put(tmp_path / "c.txt", b"".join(of_windows)))
+    assert next(documents).encode() == of_windows[0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the peak of memory in /proc")
@@ -435,6 +438,7 @@ def test_inputs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     put(tmp_path / "a.json", GOOD)
     put(tmp_path / "a.parquet", parquet([1, 2]))
     put(tmp_path / "b.jsonl", GOOD * 10)
+    pq.write_table(pa.table([pa.array(["a"])] * 2, ["text", "text"]), tmp_path / "two.parquet")
     put(tmp_path / "a.csv", b"text")
     (tmp_path / "folder").mkdir()
     monkeypatch.setattr(text, "LINE_BYTES", 8)
@@ -450,6 +454,7 @@ def test_inputs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / "folder", "text", "folder: holds no .jsonl.* rename files of plain text to end in .txt"),
         ([], "text", "no input given"),
         (tmp_path / "a.parquet", "text", r"a\.parquet: column 'text' holds int64, not strings"),
+        (tmp_path / "two.parquet", "text", r"two\.parquet: has two columns 'text'; write it with the one"),
         (tmp_path / "b.jsonl", "text", r"b\.jsonl:1: line over 0 MiB; write one JSON object per line, or skip"),
     ):
         with pytest.raises(DataError, match=message):

@@ -777,6 +777,10 @@ def test_scoring_takes_every_token_but_the_first_once(
     monkeypatch.setattr("spt_fast.evaluation.score.TOKENS_AT_A_TIME", 1)
     one_by_one = score(undisturbed, data / "chem.heldout")
     assert one_by_one["standard_error"] == pytest.approx(result["standard_error"], rel=1e-3)
+    for bad in (-1, 64):
+        np.array([1, bad, 2], "<i4").tofile(data / "bad.bin")
+        with pytest.raises(DataError, match=rf"bad\.bin: holds token id {bad}, the model's vocabulary is 64"):
+            score(undisturbed, data / "bad.bin", dtype="int32")
 
 
 def test_init_from_a_checkpoint_and_from_weights(undisturbed: Path, data: Path) -> None:
