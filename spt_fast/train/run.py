@@ -15,7 +15,7 @@ from rich.console import Console
 from spt_fast.config import Model, Recipe
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.tokenizer import Tokenizer
-from spt_fast.errors import DataError, RecipeError
+from spt_fast.errors import CheckpointError, DataError, RecipeError
 from spt_fast.fields import naming
 from spt_fast.files import write_text
 from spt_fast.model import hf
@@ -28,7 +28,7 @@ from spt_fast.train.health import Diverged
 from spt_fast.train.introduction import Resumed
 from spt_fast.train.loop import Trainer
 from spt_fast.train.origin import carrier_of, tokenizer_file
-from spt_fast.train.plan import Plan, make_plan, recorded_texts
+from spt_fast.train.plan import Plan, make_plan, not_the_same, recorded_texts
 from spt_fast.train.resume import changes, refused, rounding, shape_of
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.state import SavedState
@@ -60,10 +60,8 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
             finished = world.on_first(
                 lambda: _check_folder(folder, recipe, resume)
             )  # another process may have ended it
-        if finished and recipe_of(folder).tokenizer != recipe.tokenizer:
-            world.on_first(lambda: _own_tokenizer(folder, recipe))
-        if finished and recipe_of(folder).sources != recipe.sources:  # other paths may lead to other text
-            world.on_first(lambda: recorded_texts(recipe, finished.get("data", {}), folder / "summary.json"))
+        if finished:
+            world.on_first(lambda: _check_inputs(folder, recipe, finished))
         return finished or _train(recipe, folder, world, resume=resume, verify=verify, progress=progress)
 
 
@@ -136,6 +134,18 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool) -> dict[str, Any] 
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     ended = ("done", "stopped") if restarted else ("done",)
     return summary if summary and summary["status"] in ended else None
+
+
+def _check_inputs(folder: Path, recipe: Recipe, summary: Mapping[str, Any]) -> None:
+    """RecipeError or DataError if the recipe now leads to another tokenizer, or to other text or starting weights, than
+    the finished run was trained with. What is missing is not compared."""
+    recorded, where = summary.get("data", {}), folder / "summary.json"
+    if recipe_of(folder).tokenizer != recipe.tokenizer:
+        _own_tokenizer(folder, recipe)
+    recorded_texts(recipe, recorded, where)
+    with suppress(CheckpointError):  # the base may be gone
+        if recipe.init and "init" in recorded and digest_of(Path(recipe.init)) != recorded["init"]:
+            raise not_the_same("init", where)
 
 
 def _plan(folder: Path, recipe: Recipe, state: SavedState | None, world: int) -> Plan:

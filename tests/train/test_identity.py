@@ -100,6 +100,8 @@ def test_a_run_continues_with_its_data_at_another_path_and_refuses_other_data_at
     in_bytes(weights, lambda data: data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(DataError, match=r"init: holds other weights than when .*step-"):
         run(recipe_from(raw), resume=True, progress=False)
+    with pytest.raises(DataError, match=r"init: holds other weights than when .*summary\.json"):
+        run(recipe_from(raw | {"run": str(tmp_path / "whole")}), resume=True, progress=False)
     with pytest.raises(CheckpointError, match=r"the run .*start holds other weights now"):
         parent_of(tmp_path / "whole", recipe_of(tmp_path / "whole"))
 
@@ -121,6 +123,9 @@ def test_a_run_continues_with_its_data_at_another_path_and_refuses_other_data_at
         others = raw["sources"] | {"chem": raw["sources"]["chem"] | {field: raw["sources"]["general"][field]}}
         with pytest.raises(DataError, match=rf"sources\.chem\.{field}: holds other text than when .*summary\.json"):
             run(recipe_from(raw | {"sources": others}), resume=True, progress=False)
+    tiny.write_dataset(store / "chem", 9, 900, vocab=257, tokenizer_digest=byte_tokenizer().digest)
+    with pytest.raises(DataError, match=r"sources\.chem\.train: holds other text than when .*summary\.json"):
+        run(recipe_from(raw), resume=True, progress=False)
 
 
 def test_a_quick_check_hashes_some_blocks_and_says_what_it_did_not_check(
