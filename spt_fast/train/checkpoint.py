@@ -57,20 +57,20 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the `newest`, those at multiples of `every_steps`, and the best."""
+    """Which checkpoints stay: the `newest`, those at multiples of `every_steps` of the whole run, and the best."""
 
     newest: int
     every_steps: int | None = None
+
+    def keeps(self, total_steps: int) -> bool:
+        """Whether a checkpoint after so many steps stays, whichever come after it."""
+        return self.every_steps is not None and total_steps % self.every_steps == 0
 
     def drops(self, folder: Path) -> list[Path]:
         name = ""
         with suppress(OSError, ValueError):
             name = (folder / BEST).read_text(encoding="utf-8")
-        return [
-            path
-            for path in listed(folder)[: -self.newest]
-            if path.name != name and not (self.every_steps and _steps(path) % self.every_steps == 0)
-        ]
+        return [path for path in listed(folder)[: -self.newest] if path.name != name and not self.keeps(_steps(path))]
 
 
 class OtherFormat(CheckpointError):

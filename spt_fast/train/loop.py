@@ -101,7 +101,8 @@ class Trainer:
 
         settings = plan.recipe.checkpoint
         keep_every = settings.keep_every.steps(1, 1) if settings.keep_every else None
-        self.writer = checkpoint.Writer(folder / "checkpoints", world, Retention(settings.keep, keep_every))
+        self.retention = Retention(settings.keep, keep_every)
+        self.writer = checkpoint.Writer(folder / "checkpoints", world, self.retention)
 
         run = followed(folder, plan, self.engine, self.state.total_steps if resumed else None)
         kept, label, work = self.state.metrics_bytes, mfu_label(device), phase_flops(plan)
@@ -179,7 +180,8 @@ class Trainer:
         if not state.evaluated and (at_end or state.step % arm.evaluate_every == 0):
             self.evaluate(arm)
         ends = at_end or (arm.phase.stop is not None and state.stale >= arm.phase.stop.patience)
-        due = (state.step % arm.save_every == 0 and not ends) or (settings.keep_best and state.at_best)
+        due = state.step % arm.save_every == 0 or self.retention.keeps(state.total_steps)
+        due = (due and not ends) or (settings.keep_best and state.at_best)
         if due and state.total_steps:
             self.save(arm)
         return ends

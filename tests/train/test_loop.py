@@ -562,6 +562,16 @@ def test_a_run_continues_from_every_boundary_between_phases_and_arms(data: Path,
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs), f"{name} {phase}"
 
 
+def test_checkpoints_to_keep_are_written_whatever_the_others_come_at(data: Path) -> None:
+    raw = tiny.raw_recipe(data, "kept-every")
+    raw["checkpoint"] = {"every": "3 steps", "keep": 1, "keep_every": "4 steps"}
+    first = raw["phases"][0] | {"eval": {"every": "9 steps", "tokens": 200}}
+    raw["phases"] = [first | {"tokens": 5 * 8 * 16}, first | {"name": "second", "tokens": 6 * 8 * 16}]
+    run(recipe_from(raw), progress=False)
+    names = [path.name for path in checkpoint.listed(data / "kept-every" / "checkpoints")]
+    assert names == ["step-0000000004-p00-a000", "step-0000000008-p01-a000"]
+
+
 @pytest.mark.parametrize("lost", ["a line", "half a line", "everything"])
 def test_metrics_shorter_than_at_the_checkpoint_are_reported_and_stay_valid_lines(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str
