@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from fractions import Fraction
 
+from spt_fast.config import Engine, Schedule
 from spt_fast.errors import SptWarning, counted
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens, evaluation_texts
 from spt_fast.train.plan import Plan
@@ -18,9 +19,9 @@ MOST_EPOCHS = 40
 
 def doubts(plan: Plan) -> list[str]:
     """Warnings: text repeated too often, a limit smaller than a document, evaluations that cost more than the training,
-    losses on little text or on training text, a rate that jumps in a continued schedule, a source that is started again
-    by windows of another length."""
-    found = (_limits, _repetitions, _evaluations, _thin_texts, Plan.leaks, _jumps, _restarts)
+    losses on little text or on training text, a rate that jumps in a continued schedule or has fallen to 0, settings
+    without effect, a source that is started again by windows of another length."""
+    found = (_limits, _repetitions, _evaluations, _thin_texts, Plan.leaks, _jumps, _standstills, _unused, _restarts)
     return [doubt for find in found for doubt in find(plan)]
 
 
@@ -98,6 +99,53 @@ def _jumps(plan: Plan) -> list[str]:
                 f"{peak:g}, so the rate jumps to {lr / peak:.3g} of its last value"
             )
         peak = None if "lr" in (phase.grid or {}) else lr
+    return found
+
+
+def _standstills(plan: Plan) -> list[str]:
+    found, owner, before = [], plan.phases[0], 0
+    for planned in plan.phases:
+        if not planned.phase.schedule.carry_on:
+            owner, before = planned, 0
+        shape = owner.phase.schedule
+        ends = shape.horizon or owner.tokens
+        still = min(planned.tokens, before + planned.tokens - ends)
+        before += planned.tokens
+        if shape.name != "constant" and not shape.final and still >= planned.tokens_per_step:
+            found.append(
+                f"phases[{planned.phase.name}].schedule: the last {still:,} of its {planned.tokens:,} tokens change "
+                f"nothing, since the rate of phases[{owner.phase.name}] falls to 0 at {ends:,} tokens; give that one a "
+                "longer `horizon`, or a `final` above 0"
+            )
+    return found
+
+
+def _unused(plan: Plan) -> list[str]:
+    found, engine = [], plan.recipe.engine
+    for key in ("stage", "offload", "config") if engine.name == "local" else ():
+        if (given := getattr(engine, key)) != getattr(Engine(), key):
+            found.append(
+                f"engine.{key}: {given} is not used by the local engine; write name: deepspeed, or leave it out"
+            )
+    for planned in plan.phases:
+        phase, schedule, usual = planned.phase, planned.phase.schedule, Schedule()
+        for key in {"wsd": (), "constant": ("final", "decay")}.get(schedule.name, ("decay",)):
+            if (given := getattr(schedule, key)) != getattr(usual, key):
+                found.append(
+                    f"phases[{phase.name}].schedule.{key}: {given} is not used by {schedule.name}; leave it out"
+                )
+        every = phase.evaluation.every.steps(planned.tokens_per_step, planned.steps)
+        inside = (planned.steps - 1) // every
+        if phase.stop and phase.stop.patience > inside:
+            found.append(
+                f"phases[{phase.name}].stop.patience: {phase.stop.patience} can't end the phase early, with "
+                f"{counted(inside, 'evaluation')} between its first and last step; write a shorter `eval.every`"
+            )
+        if plan.recipe.checkpoint.keep_best and phase.chosen_by not in plan.heldout:
+            found.append(
+                f"checkpoint.keep_best: phases[{phase.name}] has no best weights without held-out text of "
+                f"{phase.chosen_by!r}; name it, or leave this out"
+            )
     return found
 
 

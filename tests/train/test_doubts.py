@@ -32,7 +32,7 @@ def of(raw: dict[str, Any]) -> list[str]:
 
 def test_a_sound_plan_has_no_warnings(data: Path) -> None:
     raw = tiny.raw_recipe(data)
-    raw["phases"][1]["eval"] = {"every": "50%", "tokens": 200}
+    raw["phases"][1]["eval"] = {"every": "30%", "tokens": 150}
     assert of(raw) == []
 
 
@@ -66,6 +66,43 @@ def test_repetition_a_short_limit_costly_evaluations_and_a_jump_are_warned_of_wi
     ]
     raw["phases"] = [first, carried | {"optimizer": {"lr": 3e-3}}]
     assert of(raw) == []
+
+
+def test_tokens_at_a_rate_of_0_are_warned_of(data: Path) -> None:
+    raw = tiny.raw_recipe(data)
+    first = raw["phases"][0] | {"schedule": {"name": "linear", "final": 0}}
+    carried = first | {"name": "on", "schedule": {"continue": True}}
+    raw["phases"] = [first, carried | {"tokens": 40 * STEP}]
+    assert of(raw) == [
+        "phases[on].schedule: the last 5,120 of its 5,120 tokens change nothing, since the rate of phases[pretrain] "
+        "falls to 0 at 3,840 tokens; give that one a longer `horizon`, or a `final` above 0"
+    ]
+    first["schedule"]["horizon"] = 50 * STEP
+    assert [doubt[:62] for doubt in of(raw)] == ["phases[on].schedule: the last 2,560 of its 5,120 tokens change"]
+    for changed in ({"horizon": 70 * STEP}, {"final": "1%"}, {"name": "constant", "final": "10%"}):
+        raw["phases"][0] = first | {"schedule": first["schedule"] | changed}
+        assert of(raw) == []
+
+
+def test_settings_that_the_others_leave_without_effect_are_warned_of(data: Path) -> None:
+    raw = tiny.raw_recipe(data)
+    (first, second) = raw["phases"]
+    raw["engine"] = {"name": "local", "stage": 3, "offload": "all"}
+    raw["checkpoint"]["keep_best"] = True
+    del raw["sources"]["general"]["heldout"]
+    first["schedule"] |= {"decay": "10%"}
+    second["schedule"] |= {"final": 0}
+    second["eval"] = {"every": "50%", "tokens": 200}
+    assert of(raw) == [
+        "engine.stage: 3 is not used by the local engine; write name: deepspeed, or leave it out",
+        "engine.offload: all is not used by the local engine; write name: deepspeed, or leave it out",
+        "phases[pretrain].schedule.decay: 10% is not used by cosine; leave it out",
+        "checkpoint.keep_best: phases[pretrain] has no best weights without held-out text of 'general'; name it, or "
+        "leave this out",
+        "phases[finetune].schedule.final: 0 is not used by constant; leave it out",
+        "phases[finetune].stop.patience: 2 can't end the phase early, with 1 evaluation between its first and last "
+        "step; write a shorter `eval.every`",
+    ]
 
 
 def test_a_leak_of_text_without_documents_is_found_by_its_n_grams(data: Path) -> None:
