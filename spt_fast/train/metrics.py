@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ class RunLog(Steps):
     def close(self, status: str = "done") -> None:
         self._trackers.close(status)
         super().close()
-        self._file.close()
+        with suppress(OSError) if status == "failed" else nullcontext():  # a full disk has been reported
+            self._file.close()
 
 
 def _whole_lines(path: Path, end: int) -> int:

@@ -106,9 +106,9 @@ def _train(recipe: Recipe, folder: Path, world: World, *, resume: bool, verify: 
 
 def print_summary(name: str, summary: Mapping[str, Any], console: Console) -> None:
     rows = [
-        [phase, done["steps"], done["tokens"], source, done["epochs"].get(source, 0.0), loss]
+        [phase, done["steps"], done["tokens"], source, done["epochs"].get(source, 0.0), done["heldout"].get(source)]
         for phase, done in summary["phases"].items()
-        for source, loss in done["heldout"].items()
+        for source in {**done["heldout"], **done["epochs"]}
     ]
     print_table(console, name, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
     for phase, done in summary["phases"].items():

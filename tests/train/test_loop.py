@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,14 +30,15 @@ from spt_fast.evaluation.score import score
 from spt_fast.kernels import auto_backends
 from spt_fast.model import gpt, hf
 from spt_fast.model.gpt import GPT
+from spt_fast.printing import terminal
 from spt_fast.train import checkpoint, plan, precision, tuning
 from spt_fast.train.audit import audit_document, audit_run
 from spt_fast.train.evaluate import evaluation_texts, measure
 from spt_fast.train.local import LocalEngine
-from spt_fast.train.metrics import Clock
+from spt_fast.train.metrics import Clock, RunLog
 from spt_fast.train.plan import make_plan
 from spt_fast.train.precision import Precision
-from spt_fast.train.run import run
+from spt_fast.train.run import print_summary, run
 from spt_fast.train.signals import StopRequest
 from spt_fast.train.weights import load_model
 from tests import tiny
@@ -570,6 +572,27 @@ def test_checkpoints_to_keep_are_written_whatever_the_others_come_at(data: Path)
     run(recipe_from(raw), progress=False)
     names = [path.name for path in checkpoint.listed(data / "kept-every" / "checkpoints")]
     assert names == ["step-0000000004-p00-a000", "step-0000000008-p01-a000"]
+
+
+def test_a_full_disk_is_reported_with_the_name_of_the_file(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = RunLog.__init__
+
+    def on_a_full_disk(self: RunLog, *arguments: Any, **settings: Any) -> None:
+        begin(self, *arguments, **settings)
+        self._file.close()
+        self._file = Path("/dev/full").open("w")  # noqa: SIM115
+
+    monkeypatch.setattr(RunLog, "__init__", on_a_full_disk)
+    with pytest.raises(
+        CheckpointError, match=r"^/dev/full: could not be written \(No space left on device\); make room"
+    ):
+        run(tiny.recipe(data, "full-disk"), progress=False)
+
+
+def test_the_summary_of_a_run_without_held_out_text_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    done = {"steps": 20, "tokens": 5120, "epochs": {"general": 0.25}, "heldout": {}, "handed_on": 20}
+    print_summary("run", {"phases": {"pretrain": done}, "skipped_steps": 0}, terminal())
+    assert re.search(r"pretrain .* 20 .* 5,120 .* general .* 0\.25 .* n/a", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("lost", ["a line", "half a line", "everything"])
