@@ -136,7 +136,7 @@ def train(
 
         loaded = spt.load_recipe(recipe, overrides or ())
         if dry_run:
-            trials = trying.dry_run(loaded, verify=verify)
+            trials = trying.dry_run(loaded, resume=resume, verify=verify)
             if is_first():
                 trying.print_trials(trials, out)
             return

@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from spt_fast.train.engines import join, make_engine
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.price import TIME_FACTOR, Machine, Way, phase_memory, ways_of
+from spt_fast.train.run import check_folder
 from spt_fast.train.snapshot import Snapshot
 from spt_fast.train.trackers import check_installed
 from spt_fast.train.tuning import choose
@@ -54,14 +56,18 @@ class Trial:
     """Time of all its steps and evaluations at this speed."""
 
 
-def dry_run(recipe: Recipe, *, verify: bool = False) -> list[Trial]:
-    """Try every phase. Nothing is written. `verify`: compare all blocks of the datasets with their hashes, not only
-    some.
+def dry_run(recipe: Recipe, *, resume: bool | None = None, verify: bool = False) -> list[Trial]:
+    """Try every phase. Nothing is written.
+
+    resume  as for `run`; None leaves the run's folder out of the checks
+    verify  compare all blocks of the datasets with their hashes, not only some
 
     Raises what `run` would raise before its first step, and RecipeError if memory doesn't suffice, with the settings
     that would reduce it.
     """
     world = join(recipe.engine)
+    if resume is not None:
+        world.on_first(lambda: check_folder(Path(recipe.run), recipe, resume))
     world.on_first(lambda: check_installed(recipe.log.to))
     device = world.device
     plan = world.everywhere(lambda: make_plan(recipe, world=world.size))

@@ -115,3 +115,14 @@ def test_a_model_is_too_large_when_no_setting_saves_memory(
     monkeypatch.setattr("spt_fast.train.price.DISTRIBUTIONS", ((0, "none"),))
     with pytest.raises(RecipeError, match=r"phases\[pretrain\].*\n  a smaller model, a shorter batch.context"):
         dry_run(recipe_from(raw))
+
+
+def test_a_folder_in_which_the_run_would_be_refused_is_refused_before_a_step(raw: dict[str, Any]) -> None:
+    folder = Path(raw["run"])
+    folder.mkdir()
+    (folder / "heartbeat.json").write_text('{"time": 1.0, "host": "here", "pid": 1}')
+    (folder / "recipe.yaml").write_text(recipe_from(raw | {"seed": 1}).as_yaml())
+    with pytest.raises(RecipeError, match=r"run: folder \S+ exists; add `resume=True`"):
+        dry_run(recipe_from(raw), resume=False)
+    with pytest.raises(RecipeError, match=r"started with another recipe.*\n  seed: 1 → 0"):
+        dry_run(recipe_from(raw), resume=True)
