@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from fractions import Fraction
+from pathlib import Path
 
 from spt_fast.config import Engine, Schedule
 from spt_fast.errors import SptWarning, counted
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens, evaluation_texts
 from spt_fast.train.plan import Plan
+from spt_fast.train.weights import unfinished
 
 FEW_DOCUMENTS = 30
 """With fewer, one document may change a loss more than a mixture does."""
@@ -20,8 +22,9 @@ MOST_EPOCHS = 40
 def doubts(plan: Plan) -> list[str]:
     """Warnings: text repeated too often, a limit smaller than a document, evaluations that cost more than the training,
     losses on little text or on training text, a rate that jumps in a continued schedule or has fallen to 0, settings
-    without effect, a source that is started again by windows of another length."""
-    found = (_limits, _repetitions, _evaluations, _thin_texts, Plan.leaks, _jumps, _standstills, _unused, _restarts)
+    without effect, a source that is started again by windows of another length, a start from a run that isn't done."""
+    texts = (_limits, _repetitions, _evaluations, _thin_texts, Plan.leaks)
+    found = (*texts, _jumps, _standstills, _unused, _restarts, _starts)
     return [doubt for find in found for doubt in find(plan)]
 
 
@@ -162,3 +165,9 @@ def _restarts(plan: Plan) -> list[str]:
                 )
             lengths.add(planned.context)
     return found
+
+
+def _starts(plan: Plan) -> list[str]:
+    init = plan.recipe.init
+    doubt = unfinished(Path(init)) if init else None
+    return [f"init: {doubt}"] if doubt else []

@@ -59,13 +59,19 @@ def load_model(path: Path) -> GPT:
 
 def chosen(path: Path) -> Path:
     """`locate`, with a warning that names the weights of a run that isn't done."""
+    if doubt := unfinished(path):
+        warnings.warn(doubt, SptWarning, stacklevel=3)
+    return locate(path)
+
+
+def unfinished(path: Path) -> str | None:
+    """If `path` is a run that isn't done, which of its weights are used, and why it isn't."""
     weights = locate(path)
-    if weights != path:
-        summary = summary_of(path) or {"status": "not finished"}
-        if summary["status"] != "done":
-            why = f" ({summary['reason']})" if summary.get("reason") else ""
-            warnings.warn(f"{path}: is {summary['status']}{why}; {weights} is used", SptWarning, stacklevel=3)
-    return weights
+    summary = {"status": "done"} if weights == path else summary_of(path) or {"status": "not finished"}
+    if summary["status"] == "done":
+        return None
+    why = f" ({summary['reason']})" if summary.get("reason") else ""
+    return f"{path}: is {summary['status']}{why}; {weights} is used"
 
 
 def locate(path: Path) -> Path:

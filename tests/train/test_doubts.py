@@ -105,6 +105,22 @@ def test_settings_that_the_others_leave_without_effect_are_warned_of(data: Path)
     ]
 
 
+def test_a_start_from_a_run_that_is_not_done_is_warned_of(data: Path, tmp_path: Path) -> None:
+    raw = tiny.raw_recipe(data)
+    raw["phases"] = raw["phases"][:1]
+    base = tmp_path / "base"
+    make_plan(recipe_from(raw)).starting_model().save_hf(base / "weights" / "pretrain")
+    (base / "recipe.yaml").write_text(recipe_from(raw).as_yaml())
+    raw |= {"init": str(base), "model": {}}
+    for summary, says in (
+        ({"status": "done"}, []),
+        ({"status": "failed", "reason": "no"}, [f"init: {base}: is failed (no); {base}/weights/pretrain is used"]),
+    ):
+        (base / "summary.json").write_text(json.dumps({**summary, "phases": {}}))
+        assert of(raw) == says
+    assert of(raw | {"init": str(base / "weights" / "pretrain")}) == []
+
+
 def test_a_leak_of_text_without_documents_is_found_by_its_n_grams(data: Path) -> None:
     raw = tiny.raw_recipe(data)
     np.save(data / "ids.npy", TokenDataset.open(raw["sources"]["chem"]["train"]).tokens)
