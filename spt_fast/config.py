@@ -168,7 +168,7 @@ class Schedule:
     """Tokens at which the shape ends, by default the phase's own `tokens`. A longer horizon cuts the shape off, so the
     rate stays high to the end of the phase (as in SPT)."""
     decay: Span = setting(Span.parse, Span(Fraction(1, 5), "share"))
-    """The length of the fall at the end, for wsd only."""
+    """The length of the fall before the horizon, for wsd only; a share is of the tokens up to there."""
     carry_on: bool = setting(boolean, False, key="continue")
     """Continue the previous phase's schedule: shape, warm-up, horizon and step count. `optimizer.lr` is its peak. No
     other key may be given with it."""
