@@ -77,7 +77,7 @@ def heldout_stretches(
     if limit_tokens is not None:
         left = limit_tokens - np.cumsum(stretches[:, 1] - stretches[:, 0])  # after each stretch
         stretches[:, 1] += np.minimum(left, 0)
-        stretches = stretches[stretches[:, 1] > stretches[:, 0]]
+    stretches = stretches[stretches[:, 1] > stretches[:, 0]]
     if _count(stretches) < 2:
         raise DataError(
             f"{dataset.path}: the {half} half of this held-out text has {_count(stretches)} tokens, too few to score "

@@ -26,6 +26,7 @@ import numpy as np
 
 from spt_fast.data import formats
 from spt_fast.data.joined import JoinedTokens
+from spt_fast.data.text import HELD_OUT
 from spt_fast.errors import DataError, SptWarning, cut, invalid
 from spt_fast.files import sync
 from spt_fast.locks import locked
@@ -45,7 +46,6 @@ _ENDINGS = (".bin", ".npy", ".ds")
 _ABOUT = (".idx", ".json", ".index", ".metadata")
 _NAMED = 5
 _PATTERN = re.compile(r"[*?[]")
-_HELD_OUT = re.compile(r"(?:^|[._-])(?:heldout|valid|validation|val|test|dev|eval)(?=[._-]|$)", re.IGNORECASE)
 _READ_BYTES = 1 << 20
 _OPEN_PER_SHARD = 3  # the maps of its ids and document ends, and the loader's file
 _ENDS_CHECKED = 1 << 16  # at open; the hash covers them all
@@ -323,9 +323,9 @@ def _belongs(path: Path, stems: Mapping[Path, Path]) -> bool:
 
 def _refuse_mixed(what: Path, prefixes: list[Path], shards: tuple[TokenDataset, ...]) -> None:
     """DataError for files that don't make one corpus: different ids, or training text mixed with held-out text."""
-    kinds = {_HELD_OUT.search(prefix.name) is not None for prefix in prefixes}
+    kinds = {HELD_OUT.search(prefix.name) is not None for prefix in prefixes}
     if len(kinds) > 1:
-        apart = next(prefix.name for prefix in prefixes if _HELD_OUT.search(prefix.name))
+        apart = next(prefix.name for prefix in prefixes if HELD_OUT.search(prefix.name))
         raise DataError(
             f"{what}: holds {apart}, which looks held out, beside other text; name the files to read with a pattern"
         )

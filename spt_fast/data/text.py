@@ -49,6 +49,9 @@ _BLOCK_BYTES = 1 << 20
 XZ_MEMORY_BYTES = 256 << 20
 STRUCTURE_BYTES = 1 << 30  # limit for the memory of a long line's JSON, besides its text
 
+HELD_OUT = re.compile(r"(?:^|[._-])(?:heldout|valid|validation|val|test|dev|eval)(?=[._-]|$)", re.IGNORECASE)
+"""Matches the names that people give to files of text that is not trained on."""
+
 _FORMATS = (".jsonl", ".ndjson", ".txt", ".parquet")
 _COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
 _LONG_LINE_BYTES = 16 << 20
@@ -255,6 +258,7 @@ def find_files(inputs: Inputs) -> Found:
                 raise DataError(
                     f"{path}: holds no {_known_names()} file{said}; rename files of plain text to end in .txt"
                 )
+            _say_held_out(path, found)
             files += found
         else:
             raise DataError(f"{path} doesn't exist; give files, folders, or - for standard input")
@@ -290,6 +294,19 @@ def _files_in(folder: Path, passed_over: dict[str, list[Path]]) -> list[Path]:
     if folder in closed:
         raise DataError(f"{folder} can't be read; give this user permission to list it")
     return files
+
+
+def _say_held_out(folder: Path, files: list[Path]) -> None:
+    """Warn of a folder that holds, beside other text, files or folders named as those that are not trained on."""
+    names = [path.relative_to(folder) for path in files]
+    apart = [str(name) for name in names if any(map(HELD_OUT.search, name.parts))]
+    if 0 < len(apart) < len(files):
+        warnings.warn(
+            f"input: {folder} holds {_few(apart)}, which by name is held out, and it is read with the rest; name the "
+            "files to read if it should stay out",
+            SptWarning,
+            stacklevel=3,
+        )
 
 
 def _texts_of(path: Path) -> list[object]:

@@ -110,6 +110,12 @@ def test_documents_of_stretches_are_counted_and_found(tmp_path: Path) -> None:
     found = documents_at(dataset, stretches, np.arange(len(ids)))
     assert found is not None
     assert (found + 1).tolist() == ids.tolist()
+    lengths = np.array([9, 0, 0, 8, 0, 7, 9, 0, 3, 6])  # foreign formats have empty ones
+    dataset = dataset_of(tmp_path / "e", [np.full(length, i) for i, length in enumerate(lengths)])
+    halves = [heldout_stretches(dataset, half) for half in HALVES]
+    counts = [documents_in_stretches(dataset, stretches) for stretches in halves]
+    assert counts == [len(np.unique(tokens_in(dataset, stretches))) for stretches in halves]
+    assert sum(counts) == 6
 
 
 @pytest.mark.parametrize(

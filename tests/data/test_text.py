@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,25 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path: Path, monkeypatch: p
     put(tmp_path / "none" / "x.json", b"{}")
     with pytest.raises(DataError, match=r"none: holds no .* file; ignored: 1 × other file \(x.json\)"):
         find_files(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "names", [("test.jsonl", "train.jsonl"), ("pos/a.txt", "x-Validation-00.txt", "test/pos/b.txt")]
+)
+def test_a_folder_that_holds_a_test_set_beside_other_text_is_read_with_a_warning(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    for name in names:
+        put(tmp_path / "in" / name, jsonl([name]))
+    named = ", ".join(name for name in sorted(names) if "est" in name or "Val" in name)
+    with pytest.warns(SptWarning, match=rf"^input: \S+in holds {named}, which by name is held out, and it is read"):
+        assert len(find_files(tmp_path / "in").files) == len(names)
+    for alone in names:
+        put(tmp_path / "in" / alone, b"").unlink()
+    put(tmp_path / "in" / "test.jsonl", jsonl(["all of it"]))
+    with warnings.catch_warnings(action="error"):
+        find_files(tmp_path / "in")
+        find_files([tmp_path / "in" / "test.jsonl", put(tmp_path / "attest.txt", b"a")])
 
 
 def test_a_pipe_is_read_as_lines_of_json(tmp_path: Path) -> None:
