@@ -89,9 +89,12 @@ def is_temporary(path: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of entries, is on the disk."""
+    """Wait until a file, or a folder's list of entries, is on the disk. Some file systems can't do that for folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

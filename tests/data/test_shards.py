@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -470,6 +471,24 @@ def test_a_disk_that_is_full_only_at_commit_is_the_same_message(
     with pytest.raises(DataError, match="No space left on device"):
         writer.commit()
     assert names(tmp_path) == []
+
+
+def test_a_file_system_that_syncs_no_folders_keeps_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some network file systems and mounts of Windows drives."""
+    fsync, reason = os.fsync, errno.EINVAL
+
+    def of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(reason, os.strerror(reason))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    write(tmp_path / "d", DOCUMENTS)
+    TokenDataset.open(tmp_path / "d").verify()
+    reason = errno.EIO
+    with pytest.raises(DataError, match="could not be written"):
+        write(tmp_path / "e", DOCUMENTS)
+    assert names(tmp_path) == ["d.bin", "d.idx", "d.json"]
 
 
 def test_a_folder_that_cannot_be_made_is_the_same_message(tmp_path: Path) -> None:
