@@ -210,7 +210,10 @@ def _decide(
         most = max(arms[0].domain.high, (1 + GIVEN_UP) * arms[0].domain.mean)
         free = [arm for arm in measured if arm.domain.low <= most]
         chosen = min(free, key=_general, default=arms[0])
-        why = f"the lowest general loss of the arms that end within {percent(GIVEN_UP)} of the lowest domain loss"
+        near = f"end within {percent(GIVEN_UP)} of the lowest domain loss"
+        if chosen.domain.mean > (1 + GIVEN_UP) * arms[0].domain.mean:
+            near += ", or have a seed that ends no higher than all seeds of the arm with the lowest"
+        why = f"the lowest general loss of the arms that {near}"
     else:
         limit = (1 + rise) * before
         allowed = [arm for arm in measured if _general(arm) <= limit]
@@ -220,7 +223,8 @@ def _decide(
             why = f"the lowest general loss, since no arm ends at {limit:.4f} or less"
     if min(arm.seeds for arm in arms) < 2:
         notes.append("with one seed it is unknown how much of the differences is chance")
-    share = None if rise is None else _by_law(table, own, asked, before)
+    plain = not (chosen.anchor or chosen.average)  # as the runs that the laws are fitted to
+    share = _by_law(table, own, asked, before) if plain and rise is not None else None
     replay = chosen.replay if share is None else _rest(share)
     says = f"{_text(replay, chosen.anchor, chosen.average)}: "
     if share is None:
@@ -242,8 +246,11 @@ def _decide(
 def _by_law(table: UsableRows, own: pd.DataFrame, asked: Asked, before: float) -> float | None:
     """The domain's share that the D-CPT laws choose within the limit at the budget; None if they cannot be fitted."""
     fitted = {}
+    base, params = own[["base", "params"]].iloc[0]
+    others = table.rows.loc[(table.rows["params"] == params) & (table.rows["base"] != base), "run"]
     for of in ("domain", "general"):
         for group, rows in views.dcpt(table, of):
+            rows = rows[~rows["run"].isin(others)]
             if group["domain_tokens"] == own["domain_tokens"].iloc[0] and rows["own_ratio"].nunique() >= FEWEST_SHARES:
                 fitted[of] = rows
     if len(fitted) < 2:
@@ -254,7 +261,7 @@ def _by_law(table: UsableRows, own: pd.DataFrame, asked: Asked, before: float) -
             share = best_ratio(
                 domain=DCPTLaw().fit(fitted["domain"]),
                 general=DCPTLaw().fit(fitted["general"]),
-                params=float(own["params"].iloc[0]),
+                params=float(params),
                 tokens=asked.budget,
                 max_general_rise=asked.max_general_rise or 0.0,
                 general_before=before,

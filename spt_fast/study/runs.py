@@ -21,6 +21,7 @@ from spt_fast.config import Phase, Recipe
 from spt_fast.errors import CheckpointError, RecipeError, some
 from spt_fast.files import check_regular
 from spt_fast.printing import plain
+from spt_fast.quantities import percent
 from spt_fast.study.finetunes import OfBase, Treatment
 from spt_fast.train.folder import recipe_of, summary_of
 from spt_fast.train.lineage import Trained, parent_of, trained_before
@@ -263,7 +264,22 @@ def differences(runs: Sequence[FinishedRun], *, searched: bool = False) -> list[
                     f"the {what} differs: {runs[0].folder} has {value}, {run.folder} has {theirs[what]}; "
                     "the mixture may not be the cause of a difference",
                 )
-    return list(found.values())
+    return [*found.values(), *_changing_shares(runs)]
+
+
+def _changing_shares(runs: Sequence[FinishedRun]) -> list[str]:
+    """Warnings of runs whose domain share changes in pretraining, such as SCPT: only its mean tells them from SPT."""
+    by_shares: dict[tuple[Fraction, ...], list[FinishedRun]] = {}
+    for run in runs:
+        shares = [trained.phase.mixture.get(run.domain, Fraction(0)) for trained in run.pretraining]
+        changes = tuple(share for i, share in enumerate(shares) if i == 0 or share != shares[i - 1])
+        if len(changes) > 1:
+            by_shares.setdefault(changes, []).append(run)
+    return [
+        f"the domain's share of pretraining is {', then '.join(percent(float(share)) for share in shares)} in "
+        f"{some([str(run.folder) for run in own])}; their delta is the mean, by which they are named as SPT"
+        for shares, own in by_shares.items()
+    ]
 
 
 def evaluations_of(folder: Path) -> list[dict[str, Any]]:

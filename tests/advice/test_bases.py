@@ -180,6 +180,32 @@ def test_with_a_limit_the_d_cpt_laws_choose_the_share() -> None:
     ]
     assert {decided.basis for decided in shares} == {"laws"}
     assert 0 < shares[0].delta < shares[1].delta <= 1
+    worse = table[table["params"] == 200 * M]
+    worse = worse.assign(base="b", run="b " + worse["run"], general_heldout=1.2 * worse["general_heldout"])
+    both = pd.concat([table, worse], ignore_index=True)
+    of_one = advise_base(domain_tokens=corpus, table=both, max_general_rise=0.03, base="a", **asked).decision
+    assert of_one.delta == shares[0].delta, "the runs of another base of this size say nothing about this one"
+
+
+def test_the_d_cpt_laws_of_plain_runs_do_not_choose_the_share_of_an_anchored_arm() -> None:
+    table = dcpt_table().assign(base="a")
+    anchored = table[(table["delta"] == 1.0) & (table["params"] == 200 * M)].assign(run="anchored", anchor=1.0)
+    anchored["general_heldout"] = anchored["general_before"] = 2.6
+    asked: dict[str, Any] = {"domain_tokens": int(table["domain_tokens"].iloc[0]), "budget": 20_000 * M}
+    asked |= {"model": 200 * M, "max_general_rise": 0.03}
+    plain, both = (advise_base(table=t, **asked).decision for t in (table, pd.concat([table, anchored])))
+    assert (plain.basis, plain.anchor) == ("laws", 0.0)
+    assert (both.basis, both.anchor, both.delta) == ("seen", 1.0, 1.0)
+
+
+def test_an_arm_with_one_lucky_seed_is_not_said_to_end_near_the_lowest_domain_loss() -> None:
+    table = table_of("a")
+    lucky = (table["injected"] == 0.05) & (table["seed"] == 0)
+    table.loc[lucky, "domain_heldout"] = 1.70
+    table.loc[(table["injected"] == 0.05) & (table["seed"] == 1), "domain_heldout"] = 2.0
+    given = advise_base(domain_tokens=3 * M, budget=20 * M, table=table)
+    assert given.decision.replay == 0.05
+    assert "or have a seed that ends no higher than all seeds of the arm with the lowest" in given.decision.says
 
 
 def test_the_command_advises_on_a_base_with_and_without_runs(tmp_path: Path) -> None:

@@ -162,7 +162,12 @@ def test_delta_is_the_exact_share_over_all_pretraining_phases(tmp_path: Path) ->
     summary["phases"]["pretrain"]["tokens"] = 900_000
     summary["phases"]["more"] = {"tokens": 100_000, "epochs": {"code": 2.5, "general": 1.0}}
     (folder / "summary.json").write_text(json.dumps(summary))
-    row = compared([folder])["runs"][0]
+    result = compared([folder])
+    row = result["runs"][0]
+    assert result["warnings"] == [
+        f"the domain's share of pretraining is 0%, then 33.33% in {folder}; their delta is the mean, by which they are "
+        "named as SPT"
+    ]
     assert row["delta"] == float(1 / 30)
     assert row["tokens"] == 1_000_000
     assert row["domain_epochs"] == 2.5
