@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -136,7 +138,13 @@ def findings(advice: Advice) -> list[str]:
     found = [BASIS[advice.decision.basis], *certainty(advice)]
     if advice.decision.basis == "laws" and before is not None:
         best = percent(float(f"{before:.2g}"))
-        found.append(f"before finetuning the best share is {best}, by a law that also covers shares that were not run")
+        largest = max(row.delta for row in advice.shares or ())
+        by = (
+            "the largest that was run: a larger one may be better"
+            if math.isclose(before, largest, rel_tol=1e-6)
+            else "by a law that also covers shares that were not run"
+        )
+        found.append(f"before finetuning the best share is {best}, {by}")
     found += [*costs(advice), *(advice.regimes.says if advice.regimes else ())]
     return [*found, *_papers(advice.prior), *_distance(advice.distance), *_tax(advice.tax)]
 

@@ -58,7 +58,7 @@ class Rows:
 
 
 def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) -> Rows:
-    """Check and convert. Raises DataError."""
+    """Check and convert, without repeats of a run's rows. Raises DataError."""
     if not hasattr(table, "keys") or not hasattr(table, "__getitem__"):
         raise DataError(invalid("table", table, "give a pandas DataFrame or a dict of columns"))
     names = [str(name) for name in table.keys()]  # noqa: SIM118 - iterating a DataFrame does the same, a Mapping may not
@@ -89,8 +89,17 @@ def read(table: Any, inputs: Mapping[str, Column], outputs: Mapping[str, Loss]) 
                 f"{name} is {columns[name][bad][0]} in {bad.sum()} of {len(bad)} rows (the first is row "
                 f"{np.flatnonzero(bad)[0]}); drop the runs that failed"
             )
-    numbered = np.arange(len(next(iter(columns.values())))) if run is None else np.unique(run, return_inverse=True)[1]
-    return Rows(columns, numbered)
+    if run is None:
+        return Rows(columns, np.arange(len(next(iter(columns.values())))))
+    rows = Rows(columns, np.unique(run, return_inverse=True)[1])
+    return rows.where(_first_of_each(rows))
+
+
+def _first_of_each(rows: Rows) -> Array:
+    """The places of the rows without repeats: a measurement that is there twice would look free of noise."""
+    table = np.ascontiguousarray(np.stack([*rows.columns.values(), rows.run.astype(float)], axis=1))
+    as_bytes = table.view(np.dtype((np.void, table.itemsize * table.shape[1])))
+    return np.sort(np.unique(as_bytes.ravel(), return_index=True)[1])
 
 
 def _runs(values: Any) -> Array:

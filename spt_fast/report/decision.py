@@ -9,6 +9,7 @@ Figures are those of compare.py, on the *report* half of held-out text; the best
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -17,17 +18,17 @@ from typing import Any
 import pandas as pd
 
 from spt_fast.advice.bases import BaseAdvice
-from spt_fast.advice.result import Advice
+from spt_fast.advice.result import Advice, Asked
 from spt_fast.advice.words import BASIS, certainty, costs, headline, share_cells
 from spt_fast.errors import RecipeError, counted
-from spt_fast.laws import DCPTLaw, OpenError, best_ratio
+from spt_fast.laws import DCPTLaw, LawWarning, OpenError, best_ratio
 from spt_fast.study.behind import Behind, rests_on
 from spt_fast.study.compare import Arms, Comparison, Finetune, Verdict, compare_finetunes, judge
 from spt_fast.study.findings import arm_cells, error_of, later, multiplier, signed
 from spt_fast.study.finetunes import SIZES, Interval, Sizes, Treatment
 from spt_fast.study.fits import Fitted
 from spt_fast.study.settings import SETTINGS, with_settings
-from spt_fast.study.words import amount, percent, three_digits
+from spt_fast.study.words import amount, percent, three_digits, times
 
 MAX_GENERAL_RISE = 0.03
 """The largest rise of the general loss that is allowed in continual pretraining; the D-CPT paper's limit."""
@@ -261,9 +262,10 @@ def answer(advice: Advice | BaseAdvice | None, decision: RunsDecision | None, fi
         for general in fits
         if (domain.law_name, general.law_name) == ("dcpt-domain", "dcpt-general") and domain.group == general.group
     ]
-    for domain, general in pairs:
-        if domain.law is not None and general.law is not None:
-            return _continual(domain, general)
+    fitted = [(domain, general) for domain, general in pairs if domain.law is not None and general.law is not None]
+    if fitted:
+        asked = None if advice is None else advice.asked
+        return _continual(*min(fitted, key=lambda pair: _distance(pair[0], asked)), asked)
     if advice is not None:
         return _on_a_base(advice)
     return Answer(
@@ -273,10 +275,18 @@ def answer(advice: Advice | BaseAdvice | None, decision: RunsDecision | None, fi
     )
 
 
-def _continual(domain: Fitted, general: Fitted) -> Answer:
-    """The largest domain share of continual pretraining within the limit on the general loss, for the largest model."""
-    params = float(domain.table["params"].max())
-    tokens = float(domain.table.loc[domain.table["params"] == params, "tokens"].max())
+def _distance(fit: Fitted, asked: Asked | None) -> float:
+    """|log| of the factor between the corpus of a fit and the one asked for."""
+    corpus = fit.group.get("domain_tokens")
+    return 0.0 if asked is None or not corpus else abs(math.log(corpus / asked.domain_tokens))
+
+
+def _continual(domain: Fitted, general: Fitted, asked: Asked | None) -> Answer:
+    """The domain share of continual pretraining with the lowest domain loss within the limit on the general loss, for
+    the model and budget asked for, by default the largest that were run."""
+    params = float(asked.params if asked and asked.params else domain.table["params"].max())
+    own = domain.table[domain.table["params"] == params]
+    tokens = float(asked.budget if asked else own["tokens"].max())
     at: dict[str, Any] = {"params": params, "tokens": tokens}
     limit = f"a general loss at most {percent(MAX_GENERAL_RISE)} above that of general text alone"
     lead = f"For {amount(params)} parameters and {amount(tokens)} tokens of continual pretraining, by the D-CPT law."
@@ -288,20 +298,35 @@ def _continual(domain: Fitted, general: Fitted) -> Answer:
     assert isinstance(domain.law, DCPTLaw)
     assert isinstance(general.law, DCPTLaw)
     try:
-        share = best_ratio(domain=domain.law, general=general.law, max_general_rise=MAX_GENERAL_RISE, **at)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            share = best_ratio(domain=domain.law, general=general.law, max_general_rise=MAX_GENERAL_RISE, **at)
+            losses = {
+                "domain": domain.law.predict(own_ratio=share, interval=0.9, **at),
+                "general": general.law.predict(own_ratio=1 - share, interval=0.9, **at),
+            }
     except RecipeError as error:
         answer = (
             "These runs do not determine the share." if isinstance(error, OpenError) else f"No share keeps {limit}."
         )
         return Answer(answer, lead, sure, [_sentence(str(error))])
-    losses = {
-        "domain": domain.law.predict(own_ratio=share, interval=0.9, **at),
-        "general": general.law.predict(own_ratio=1 - share, interval=0.9, **at),
-    }
+    sure += dict.fromkeys(_sentence(str(one.message)) for one in caught if issubclass(one.category, LawWarning))
     costs = [f"{of.capitalize()} loss {Interval(*loss)}." for of, loss in losses.items()]
+    costs += ["90% of new runs lie in the intervals.", *_read(share * tokens, domain, asked)]
     return Answer(
         f"Give the domain {percent(three_digits(share))} of the tokens.", f"{lead} It keeps {limit}.", sure, costs
     )
+
+
+def _read(tokens: float, fit: Fitted, asked: Asked | None) -> list[str]:
+    """A sentence on how often the domain corpus is read, if its size is known."""
+    corpus = fit.group.get("domain_tokens")
+    if not corpus:
+        return []
+    says = f"The runs' domain corpus of {amount(corpus)} tokens is then read {times(tokens / corpus)}"
+    if asked and not math.isclose(corpus, asked.domain_tokens, rel_tol=0.01):
+        says += f", yours of {amount(asked.domain_tokens)} {times(tokens / asked.domain_tokens)}"
+    return [f"{says}."]
 
 
 def _on_a_base(advice: BaseAdvice) -> Answer:

@@ -75,9 +75,9 @@ def finetuning(finetunes: pd.DataFrame, decisions: Sequence[RunsDecision]) -> Se
     return Section("finetuning", "Domain loss after finetuning").show(
         drawn,
         "Lower is better. Rings are seeds, lines go through their means, one for each pretraining budget, from pale "
-        "(the smallest) to strong; the dashed line marks the best share at the largest budget. Compare how far the "
-        "curve at the best share is below δ = 0 with the distance of the rings, and check whether the best share "
-        "moves left as the budget grows. The axis of shares is a square-root axis.",
+        "(the smallest) to strong; the dashed line marks the best share at the largest budget with the most shares. "
+        "Compare how far the curve at the best share is below δ = 0 with the distance of the rings, and check whether "
+        "the best share moves left as the budget grows. The axis of shares is a square-root axis.",
         missing="No finetunes after pretraining at two shares or more.",
     )
 

@@ -58,7 +58,7 @@ def usable(table: pd.DataFrame | UsableRows) -> UsableRows:
     """
     if isinstance(table, UsableRows):
         return table
-    table = _check_columns(table)
+    table = _check_columns(table).drop_duplicates(ignore_index=True)
     notes: list[str] = []
     failed = table["status"] != "done"
     if failed.any():

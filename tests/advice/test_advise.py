@@ -250,6 +250,7 @@ def test_advice_is_valid_json_and_prints(beyond: dict[str, Any], monkeypatch: An
         "finetuner's tax",
         "1T tokens served",
         "tokens: 200",
+        "before finetuning the best share is 5%, the largest that was run: a larger one may be better",
     ):
         assert words in said
 

@@ -67,6 +67,15 @@ def test_a_dataframe_and_a_dict_give_the_same_law() -> None:
         laws.ChinchillaLaw().fit(pandas.concat([frame, frame[["loss"]]], axis=1))
 
 
+def test_rows_that_are_there_twice_change_nothing() -> None:
+    asked = {"params": 2 * SIZES.max(), "tokens": 1e11, "interval": 0.9}
+    twice = {name: np.concatenate([values, values[::2]]) for name, values in TABLE.items()}
+    once, repeated = (laws.ChinchillaLaw().fit(table) for table in (TABLE, twice))
+    with pytest.warns(laws.ExtrapolationWarning):
+        assert once.predict(**asked) == repeated.predict(**asked)
+    assert once.bootstrap(TABLE, n=5) == repeated.bootstrap(twice, n=5)
+
+
 def test_predictions_have_the_shape_of_their_arguments() -> None:
     law = laws.ChinchillaLaw().fit(TABLE)
     assert isinstance(law.predict(params=1e8, tokens=1e10), float)

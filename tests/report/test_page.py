@@ -19,6 +19,7 @@ from markupsafe import escape
 
 from spt_fast import cli, laws
 from spt_fast.advice.advise import advise
+from spt_fast.advice.bases import advise_base
 from spt_fast.advice.result import Advice
 from spt_fast.errors import DataError
 from spt_fast.report import panels, sections
@@ -447,6 +448,15 @@ def test_continual_pretraining_is_decided_by_the_dcpt_law() -> None:
     said = Text(page(table, fits, None)).text
     share = laws.best_ratio(domain=fits[0].law, general=fits[1].law, params=1e9, tokens=2e10, max_general_rise=0.03)
     assert f"Give the domain {100 * share:.3g}% of the tokens." in said
+    assert "The runs' domain corpus of 20B tokens is then read 0." in said
+    given = advise_base(domain_tokens=10**9, budget=4 * 10**10, table=table.assign(base="a"))
+    said = Text(page(table, fits, given)).text
+    share = laws.best_ratio(domain=fits[0].law, general=fits[1].law, params=1e9, tokens=4e10, max_general_rise=0.03)
+    assert f"Give the domain {100 * share:.3g}% of the tokens." in said
+    assert "For 1B parameters and 40B tokens of continual pretraining, by the D-CPT law." in said
+    assert "DCPTLaw extrapolates: tokens = 4e+10 is outside" in said
+    assert f"yours of 1B {40 * share:.3g} times." in said
+    said = Text(page(table, [], None)).text
     assert "No finetunes after pretraining at two shares or more." in said
     assert "No training steps to draw: they are read from the folders of runs or of a study." in said
     assert "No run here was pretrained from scratch." in said

@@ -81,6 +81,13 @@ def test_the_post_finetuning_law_is_recovered() -> None:
         assert relative_error(predicted, after(120e9, delta, PARAMS, 300_000_000)) < 0.005
 
 
+def test_a_table_that_is_there_twice_gives_the_same_law() -> None:
+    table = spt_table(deltas=(0.0, 0.02), budgets=(50 * 10**9, 100 * 10**9, 200 * 10**9))
+    once, twice = (fit_laws(rows, "post-finetuning", draws=3) for rows in (table, pd.concat([table, table])))
+    assert once[0].law is not None
+    assert once[0].as_json() == twice[0].as_json()
+
+
 def test_no_error_is_given_for_a_corpus_size_predicted_from_a_single_other() -> None:
     """The exponent of a variable that is constant in the fitted runs stays where the search began."""
     table = spt_table(
