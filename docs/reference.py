@@ -226,7 +226,7 @@ message suggests the nearest key.
 |---|---|
 | count | a whole number, also `300K`, `20M`, `1.5B`, `2e6` |
 | share | `2%`, `0.02` or `1/50`, kept as an exact fraction |
-| span | `500 steps`, `2M` (tokens) or `2%` (of the phase) |
+| span | `500 steps`, `2M` (tokens, as every number without a unit) or `2%` (of the phase) |
 | path | relative to the working directory; `~` and `$NAME` are expanded |
 
 YAML is read strictly: `010`, `1:30`, `yes` and `2026-11-28` are text, and a name of digits with a dot

@@ -21,10 +21,11 @@ MOST_EPOCHS = 40
 
 def doubts(plan: Plan) -> list[str]:
     """Warnings: text repeated too often, a limit smaller than a document, evaluations that cost more than the training,
-    losses on little text or on training text, a rate that jumps in a continued schedule or has fallen to 0, settings
-    without effect, a source that is started again by windows of another length, a start from a run that isn't done."""
+    losses on little text or on training text, spans in tokens that are shorter than a step, a rate that jumps in a
+    continued schedule or has fallen to 0, settings without effect, a source that is started again by windows of another
+    length, a start from a run that isn't done."""
     texts = (_limits, _repetitions, _evaluations, _thin_texts, Plan.leaks)
-    found = (*texts, _jumps, _standstills, _unused, _restarts, _starts)
+    found = (*texts, _spans, _jumps, _standstills, _unused, _restarts, _starts)
     return [doubt for find in found for doubt in find(plan)]
 
 
@@ -88,6 +89,29 @@ def _thin_texts(plan: Plan) -> list[str]:
                     (source, "tokens"),
                     f"phases[{planned.phase.name}].eval.tokens: asks for {asked:,}, but half of the held-out text of "
                     f"{source!r} has {scored:,} tokens; hold out more text",
+                )
+    return list(found.values())
+
+
+def _spans(plan: Plan) -> list[str]:
+    """A number without a unit is tokens, where other trainers count steps."""
+    found: dict[str, str] = {}
+    for planned in plan.phases:
+        phase, where = planned.phase, f"phases[{planned.phase.name}]"
+        spans = {
+            "checkpoint.every": plan.recipe.checkpoint.every,
+            "log.every": plan.recipe.log.every,
+            f"{where}.eval.every": phase.evaluation.every,
+            f"{where}.schedule.warmup": phase.schedule.warmup,
+            f"{where}.schedule.decay": phase.schedule.decay,
+            **{f"{where}.grid.warmup[{i}]": span for i, span in enumerate((phase.grid or {}).get("warmup", ()))},
+        }
+        for field, span in spans.items():
+            if span.unit == "tokens" and 0 < span.amount < planned.tokens_per_step:
+                found.setdefault(
+                    field,
+                    f"{field}: {span} tokens are less than a step of {planned.tokens_per_step:,}, so it is one step; "
+                    f"write `{span} steps` if steps are meant",
                 )
     return list(found.values())
 

@@ -68,6 +68,21 @@ def test_repetition_a_short_limit_costly_evaluations_and_a_jump_are_warned_of_wi
     assert of(raw) == []
 
 
+def test_a_number_without_a_unit_that_is_less_than_a_step_is_warned_of(data: Path) -> None:
+    raw = tiny.raw_recipe(data)
+    raw["phases"] = [raw["phases"][0] | {"tokens": 400 * STEP}]
+    raw["checkpoint"]["every"], raw["log"]["every"] = 100, 10
+    raw["phases"][0]["schedule"] = {"name": "wsd", "warmup": 20, "decay": 2 * STEP}
+    raw["phases"][0] |= {"eval": {"every": STEP, "tokens": 4}, "grid": {"warmup": [127, "3 steps"]}}
+    of_a_step = "tokens are less than a step of 128, so it is one step; write"
+    assert of(raw) == [
+        f"checkpoint.every: 100 {of_a_step} `100 steps` if steps are meant",
+        f"log.every: 10 {of_a_step} `10 steps` if steps are meant",
+        f"phases[pretrain].schedule.warmup: 20 {of_a_step} `20 steps` if steps are meant",
+        f"phases[pretrain].grid.warmup[0]: 127 {of_a_step} `127 steps` if steps are meant",
+    ]
+
+
 def test_tokens_at_a_rate_of_0_are_warned_of(data: Path) -> None:
     raw = tiny.raw_recipe(data)
     first = raw["phases"][0] | {"schedule": {"name": "linear", "final": 0}}
