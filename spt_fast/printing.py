@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -79,10 +82,46 @@ def _as_sentence(message: Warning | str, category: type[Warning], *where: Any, *
     return _format_elsewhere(message, category, *where, **line)
 
 
-def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
+class Lasting:
+    """Standard output or error of which no write fails: a run does not end because its terminal was closed, or because
+    nothing reads its pipe any more. What comes after that goes nowhere, also what libraries write."""
+
+    def __init__(self, name: str) -> None:
+        """name: "stdout" or "stderr"."""
+        self._name = name
+
+    @property
+    def _stream(self) -> Any:
+        stream = getattr(sys, self._name)
+        return getattr(stream, "rich_proxied_file", stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        self._try("write", text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, act: str, *arguments: str) -> None:
+        if (stream := self._stream) is None:  # its descriptor was closed before the start
+            return
+        try:
+            getattr(stream, act)(*arguments)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                with suppress(OSError), open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def terminal(*, stderr: bool = False, quiet: bool = False, lasting: bool = False) -> Console:
     """A console for people: names are printed as they are, brackets and colons included. A notebook gets plain text, as
-    a pipe does: rich would write an output of HTML for every line."""
-    how: dict[str, Any] = {"stderr": stderr, "quiet": quiet, "markup": False, "emoji": False, "highlight": False}
+    a pipe does: rich would write an output of HTML for every line. Standard error, or with `lasting` standard output,
+    may be closed meanwhile."""
+    how: dict[str, Any] = {"quiet": quiet, "markup": False, "emoji": False, "highlight": False}
+    if stderr or lasting:
+        how["file"] = Lasting("stderr" if stderr else "stdout")
     console = Console(**how)
     if console.is_jupyter:
         console = Console(**how, force_jupyter=False, force_terminal=False)
@@ -98,7 +137,7 @@ def print_note(console: Console, note: str) -> None:
 
 def print_message(message: str) -> None:
     """Print a sentence on standard error, above a line that changes there."""
-    print(_in_lines(message), end="", file=sys.stderr)
+    print(_in_lines(message), end="", file=Lasting("stderr"))
 
 
 def _in_lines(message: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import io
 import os
 import re
@@ -20,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from spt_fast import cli
 from spt_fast.errors import SptWarning
 from spt_fast.printing import print_facts, print_grid, print_message, print_note, print_table, set_up, terminal
+from spt_fast.progress import Screen
 from spt_fast.quantities import heading, read
 from spt_fast.report.panels import panel
 from spt_fast.study.compare import compare
@@ -236,3 +238,22 @@ def test_our_warnings_are_sentences_and_others_are_as_python_writes_them(monkeyp
     )
     theirs = ("old", DeprecationWarning, "f.py", 3)
     assert warnings.formatwarning(*theirs) == usual(*theirs)
+
+
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.EIO, errno.ENOSPC, None])
+def test_what_cannot_be_printed_about_a_run_is_lost_without_an_error(
+    code: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe that nothing reads, a terminal that was closed, a log on a full disk, a standard error that is missing."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(code, "gone")
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None if code is None else Gone())
+    terminal(stderr=True).print("step 1")
+    terminal(lasting=True).print("done")
+    print_message("stopped")
+    with Screen() as screen:
+        screen.say("a note")

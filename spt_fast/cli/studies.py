@@ -26,7 +26,7 @@ from spt_fast.cli.flags import (
     stopped,
 )
 from spt_fast.cli.program import app, example, out, print_json
-from spt_fast.printing import print_message, print_note
+from spt_fast.printing import print_message, print_note, terminal
 
 
 @app.command(epilog=example("spt-fast demo --out demo"))
@@ -120,7 +120,7 @@ def sweep(
     if (gpu, mfu, per_gpu_hour) != (None, None, None):
         raise typer.BadParameter("--gpu, --mfu and --price only price a study; add --dry-run")
     swept = spt.sweep(loaded, jobs=jobs, cluster=cluster, cluster_options=cluster_options or ())
-    print_json(swept) if as_json else sweeping.print_swept(swept, loaded.study, out)
+    print_json(swept) if as_json else sweeping.print_swept(swept, loaded.study, terminal(lasting=True))
     if swept.interrupted:
         print_message("spt-fast: stopped; running jobs are saved; run the same command again to continue")
         raise typer.Exit(75)

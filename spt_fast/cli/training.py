@@ -27,7 +27,7 @@ from spt_fast.cli.flags import (
     stopped,
 )
 from spt_fast.cli.program import app, checkpoint_app, example, out, print_json
-from spt_fast.printing import print_facts, print_named, print_table
+from spt_fast.printing import print_facts, print_named, print_table, terminal
 from spt_fast.train.signals import StopRequest
 
 
@@ -146,7 +146,7 @@ def train(
     if trained.status == "failed":
         raise RuntimeError(trained.reason)
     if is_first():
-        print_summary(loaded.run, trained.summary, out)
+        print_summary(loaded.run, trained.summary, terminal(lasting=True))
 
 
 @app.command(

@@ -67,6 +67,15 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(
     assert begun == (died_after == "the recipe")
 
 
+def test_a_run_continues_when_nothing_reads_what_it_prints(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as unread, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", unread)
+        assert run(recipe_from(short(data, "unread")))["status"] == "done"
+        assert stat.S_ISCHR(os.fstat(writer).st_mode), "the rest goes nowhere, also at the exit"
+
+
 def test_a_second_process_in_a_folder_is_refused_and_names_the_first(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
