@@ -38,6 +38,8 @@ from spt_fast.train.world import dtype_name
 PROJECT = "spt-fast"
 """The project in W&B and the experiment in MLflow, unless the environment names another."""
 IDS = "trackers.json"
+FOLDERS = "folders"
+"""In that file, by tracker the run's folder when its run began there."""
 MOST_WAITING = 10_000
 """Entries that wait for a slow tracker; further ones are dropped."""
 PATIENCE_S = 10
@@ -307,16 +309,25 @@ def check_installed(names: Sequence[str]) -> None:
             )
 
 
-def _known(folder: Path, name: str) -> str | None:
-    """The id of the tracker's run, if one was started."""
+def _ids(folder: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        return json.loads((folder / IDS).read_text(encoding="utf-8")).get(name)
-    return None
+        return json.loads((folder / IDS).read_text(encoding="utf-8"))
+    return {}
+
+
+def _known(folder: Path, name: str) -> str | None:
+    """The id of the tracker's run, if one was started. None in a copy of a run that is still in its place: both would
+    write to one."""
+    mine = _ids(folder)
+    began = Path(mine.get(FOLDERS, {}).get(name, folder))
+    copied = began.resolve() != folder.resolve() and _ids(began).get(name) == mine.get(name)
+    return None if copied else mine.get(name)
 
 
 def _remember(folder: Path, name: str, id_: str) -> None:
-    known = json.loads((folder / IDS).read_text(encoding="utf-8")) if (folder / IDS).exists() else {}
-    write_text(folder / IDS, json.dumps({**known, name: id_}))
+    known = _ids(folder)
+    folders = {**known.get(FOLDERS, {}), name: str(folder.resolve())}
+    write_text(folder / IDS, json.dumps({**known, name: id_, FOLDERS: folders}))
 
 
 def _shown(sample: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -222,6 +223,23 @@ def test_a_missing_library_is_named_before_training(
         trackers.check_installed(["mlflow_of_no_package"])
     with pytest.raises(RecipeError, match=r"log\.to: 'wandd' is invalid: .*did you mean 'wandb'"):
         recipe_from(short(data, "typo", "wandd"))
+
+
+def test_a_moved_run_continues_in_its_trackers_and_a_copy_begins_its_own(tmp_path: Path) -> None:
+    began, moved, copy = (tmp_path / name for name in ("began", "moved", "copy"))
+    began.mkdir()
+    for name in ("wandb", "mlflow"):
+        trackers._remember(began, name, f"first-{name}")
+    shutil.copytree(began, copy)
+    for name in ("wandb", "mlflow"):
+        assert trackers._known(began, name) == f"first-{name}"
+        assert trackers._known(copy, name) is None
+        trackers._remember(copy, name, f"second-{name}")
+        assert trackers._known(copy, name) == f"second-{name}"
+    began.rename(moved)
+    assert trackers._known(moved, "wandb") == "first-wandb"
+    (moved / "trackers.json").write_text('{"wandb": "of an earlier version"}')
+    assert trackers._known(moved, "wandb") == "of an earlier version"
 
 
 def test_a_table_requested_on_resume_has_the_earlier_records(data: Path) -> None:
