@@ -21,7 +21,7 @@ from spt_fast.advice.bases import BaseAdvice, advise_base, of_bases
 from spt_fast.advice.evidence import Evidence, gather
 from spt_fast.advice.next_step import next_step, rates_of
 from spt_fast.advice.prior import FINETUNE_EPOCHS, SCPT_LAST, Prior, outside, prior
-from spt_fast.advice.question import Size, ask, nearest_preset, size_of
+from spt_fast.advice.question import NO_GENERAL, RISE_UNKNOWN, Size, ask, nearest_preset, size_of
 from spt_fast.advice.result import (
     Advice,
     Arm,
@@ -132,8 +132,12 @@ def advise_pretraining(
                 "lowest one before finetuning; the answer is the "
                 + ("published share, whose rise is unknown" if chosen == published else "pair that comes nearest")
             )
+        elif max_general_rise is not None and chosen == published:
+            missing.append(RISE_UNKNOWN)
         epochs = plainest(evidence.rows)["epochs"]
         mean_epochs, most_epochs = float(epochs.mean()), float(epochs.max())
+    elif max_general_rise is not None:
+        missing.append(RISE_UNKNOWN)
     replay = replays.choose(chosen, evidence, effects, limit, rows, size.params, domain_tokens)
     rates = rates_of(rows, None if evidence is None else evidence.params, size.params, chosen.delta)
     decision = _decision(chosen, chosen.delta * budget / domain_tokens, replay.share, budget)
@@ -186,9 +190,7 @@ def _limit(evidence: Evidence, max_general_rise: float | None) -> float | None:
         return None
     general = evidence.general()
     if not general:
-        raise DataError(
-            "max_general_rise: these runs have no general losses; set `heldout` of the general source", argument=True
-        )
+        raise DataError(NO_GENERAL, argument=True)
     return (1 + max_general_rise) * min(before for before, _ in general.values())
 
 

@@ -21,9 +21,10 @@ import yaml
 
 from spt_fast.advice.next_step import PUBLISHED, exact_count
 from spt_fast.advice.prior import FACTS, REPLAY, outside, progress_lost
-from spt_fast.advice.question import ask, size_of
+from spt_fast.advice.question import NO_GENERAL, RISE_UNKNOWN, ask, size_of
 from spt_fast.advice.result import Asked, Ended
 from spt_fast.advice.support import NEAR, beyond
+from spt_fast.errors import DataError, some
 from spt_fast.laws import DCPTLaw, best_ratio
 from spt_fast.laws.base import LawWarning
 from spt_fast.model.flops import parameters
@@ -127,7 +128,10 @@ def advise_base(
     arms = _arms(own) if len(own) else []
     optimizer, batch = {"lr": PUBLISHED.finetune[1]}, {"sequences": 16, "context": WINDOW}
     if arms and rows is not None:
-        base = str(own["base"].iloc[0])
+        asked_for, base = base, str(own["base"].iloc[0])
+        others = sorted({*rows.rows["base"].dropna()} - {base})
+        if others and asked_for != base:
+            notes.append(f"the answer is for {base}; for {some(others)}, name it as `init`")
         arm, decided, more = _decide(arms, own, rows, asked)
         ran = own[_is(own, arm)]
         optimizer = {"lr": float(ran["lr"].mode()[0]), **fields_of(usual(ran))}
@@ -136,6 +140,7 @@ def advise_base(
         notes += [*more, *_far(own, decided, asked)]
     else:
         decided = _decision(REPLAY, 0.0, 0.0, asked, "published", _published(asked))
+        notes += [] if asked.max_general_rise is None else [RISE_UNKNOWN]
     if shape:
         batch["context"] = min(batch["context"], shape.context)
     recipe = _recipe(decided, asked, base, {"batch": batch, "optimizer": optimizer}, general, domain)
@@ -206,7 +211,11 @@ def _decide(
     """The chosen arm, the decision, and notes on it."""
     before, rise, notes = float(own["general_before"].mean()), asked.max_general_rise, []
     measured = [arm for arm in arms if arm.general]
-    if rise is None:
+    if rise is not None and not (measured and math.isfinite(before)):
+        raise DataError(NO_GENERAL, argument=True)
+    if not measured:
+        chosen, why = arms[0], "the lowest domain loss; the general loss was not measured"
+    elif rise is None:
         most = max(arms[0].domain.high, (1 + GIVEN_UP) * arms[0].domain.mean)
         free = [arm for arm in measured if arm.domain.low <= most]
         chosen = min(free, key=_general, default=arms[0])
@@ -217,7 +226,7 @@ def _decide(
     else:
         limit = (1 + rise) * before
         allowed = [arm for arm in measured if _general(arm) <= limit]
-        chosen = allowed[0] if allowed else min(measured, key=_general, default=arms[0])
+        chosen = allowed[0] if allowed else min(measured, key=_general)
         why = f"the lowest domain loss of the arms whose final general loss is {limit:.4f} or less"
         if not allowed:
             why = f"the lowest general loss, since no arm ends at {limit:.4f} or less"
@@ -230,7 +239,8 @@ def _decide(
     if share is None:
         says += f"{why}; domain loss {chosen.domain}"
         says += "" if chosen is arms[0] else f", {arms[0].domain.mean:.4f} in the arm with the lowest"
-        says += f"; general loss {chosen.general}, {before:.4f} before" if chosen.general else ""
+        says += f"; general loss {chosen.general}" if chosen.general else ""
+        says += f", {before:.4f} before" if chosen.general and math.isfinite(before) else ""
         says += (
             f"; measured with {amount(float(own['params'].iloc[0]))} parameters after {amount(chosen.tokens)} tokens"
         )

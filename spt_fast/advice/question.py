@@ -12,6 +12,9 @@ from spt_fast.model.flops import matmul_parameters, parameters
 from spt_fast.model.gpt import GPTConfig
 from spt_fast.model.presets import PRESETS
 
+NO_GENERAL = "max_general_rise: these runs have no general losses; set `heldout` of the general source"
+RISE_UNKNOWN = "max_general_rise is not used: how far the general loss rises on your text is known from runs only"
+
 
 @dataclass(frozen=True)
 class Size:

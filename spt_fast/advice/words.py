@@ -58,14 +58,14 @@ def _expected(advice: Advice) -> list[str]:
             f"expected losses: unknown; published gains over FT only are {low:g} to {high:g}% of the domain loss, or "
             f"the same loss with {less:g} to {more:g} times fewer pretraining tokens"
         ]
-    of, shared = expected.of, advice.decision.delta
+    of, shared, by_law = expected.of, advice.decision.delta, advice.decision.basis == "laws"
     gain = ""
     if expected.r_gain is not None and shared:
         gain = f", {abs(expected.r_gain):.2g}% {'below' if expected.r_gain >= 0 else 'above'} FT only"
     found = [f"domain loss {expected.domain} after finetuning{gain}"]
     if expected.general:
         found.append(f"general loss {expected.general} after finetuning")
-    alone = next((row for row in advice.shares or () if row.delta == 0), None)
+    alone = next((row for row in advice.shares or () if row.delta == 0), None) if by_law else None
     if alone and alone.general and shared:
         found.append(
             f"without domain text in pretraining the domain loss is {alone.domain.mean:.4f}, the general loss "
@@ -73,7 +73,6 @@ def _expected(advice: Advice) -> list[str]:
         )
     within = "; one seed gives no interval"
     if expected.domain.low < expected.domain.high:
-        by_law = advice.decision.basis == "laws"
         within = f"; {LEVEL:.0%} of new runs lie in the intervals" if by_law else "; the intervals span the seeds"
     replayed = f" and {percent(of.injected)} replay" if of.injected else ""
     return [

@@ -294,6 +294,9 @@ def test_a_budget_far_from_the_measured_one_gets_the_published_answer(one_budget
     assert given["decision"]["basis"] == "published"
     assert given["expected"] is None
     assert "differ by 5× in pretraining tokens" in given["support"]["verdict"]
+    limited = asked(one_budget, 1000 * B, max_general_rise=0.2)
+    assert limited["decision"]["basis"] == "published"
+    assert "max_general_rise is not used" in limited["missing"][-1]
 
 
 def test_runs_with_one_share_get_the_published_answer() -> None:
@@ -307,6 +310,8 @@ def test_without_runs_the_answer_is_the_published_one() -> None:
     assert given["decision"]["basis"] == "published"
     assert given["decision"]["delta"] == given["prior"]["delta"] == 0.026
     assert given["missing"] == ["no runs were given"]
+    limited = advise(domain_tokens=30_000_000, budget=20 * B, model="1b", max_general_rise=0.03)
+    assert "max_general_rise is not used" in limited["missing"][-1]
     assert "not a measurement on your data" in given["support"]["verdict"]
     assert given["tax"]["larger"]["basis"] == "published"
     assert given["asked"]["params"] > 1e9
@@ -397,7 +402,11 @@ def test_scpt_beyond_a_limit_on_the_general_loss_is_not_advised(one_budget: pd.D
 
 def test_the_gain_of_scpt_is_over_finetuning_alone_at_the_same_budget() -> None:
     table = spt_table(deltas=(0.0, 0.02), budgets=(50 * B, 100 * B, 200 * B), noise=1e-4)
-    given = asked(with_scpt(table, 0.97), 390 * B)
+    advice = advising.advise_pretraining(
+        domain_tokens=DOMAIN_TOKENS, budget=390 * B, model=PARAMS, table=with_scpt(table, 0.97)
+    )
+    assert not any("without domain text in pretraining" in said for said in findings(advice)), "that is at 390B"
+    given = as_json(advice)
     late, finetuned = (given["regimes"][regime]["domain"]["mean"] for regime in ("SCPT", "FT"))
     assert given["shares"]
     assert (given["decision"]["regime"], given["expected"]["of"]["tokens"]) == ("SCPT", 200 * B)

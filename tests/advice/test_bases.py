@@ -16,7 +16,7 @@ from spt_fast.advice.bases import BaseAdvice, BaseArm, advise_base, of_bases
 from spt_fast.advice.result import Advice
 from spt_fast.cli import app
 from spt_fast.config import Phase, recipe_from
-from spt_fast.errors import CheckpointError, RecipeError
+from spt_fast.errors import CheckpointError, DataError, RecipeError
 from spt_fast.fields import parse_yaml
 from spt_fast.model.flops import parameters
 from spt_fast.model.gpt import GPT, GPTConfig
@@ -151,14 +151,34 @@ def test_with_a_limit_the_lowest_domain_loss_within_it_is_advised_or_else_the_lo
     assert "since no arm ends at" in none.decision.says
 
 
+def test_a_limit_needs_general_losses_and_no_loss_is_called_nan() -> None:
+    table, asked = table_of("a"), {"domain_tokens": 3 * M, "budget": 20 * M}
+    of_general = ["general_heldout", "general_before"]
+    for missing, says in (
+        (of_general, "the lowest domain loss; the general loss was not measured; domain loss 1.8020"),
+        (of_general[1:], "the lowest general loss of the arms that end within 1% of the lowest domain loss"),
+    ):
+        unmeasured = table.assign(**dict.fromkeys(missing, np.nan))
+        told = advise_base(**asked, table=unmeasured).decision.says
+        assert says in told
+        assert "nan" not in told
+        with pytest.raises(DataError, match="max_general_rise: these runs have no general losses"):
+            advise_base(**asked, table=unmeasured, max_general_rise=0.03)
+
+
 def test_advice_uses_the_runs_and_averages_of_the_base_asked_for() -> None:
     table = table_of("a", "b")
     averaged = [row(0.01, 0.0, (1.80, 3.0), seed=seed, run=f"avg-{seed}", base="b", average=0.1) for seed in (0, 1)]
     averaged = [of_run | {"window": 256} for of_run in averaged]
     both = pd.concat([table, pd.DataFrame(averaged)], ignore_index=True)
+    assert (
+        "the answer is for a; for b, name it as `init`"
+        in advise_base(domain_tokens=3 * M, budget=10 * M, table=both).missing
+    )
     for base, average, window in (("b", 0.1, 256), ("a", 0.0, 512)):
         given = advise_base(domain_tokens=3 * M, budget=M, table=both, base=base)
         assert (given.decision.average, _recipe(given)[0].batch.context) == (average, window)
+        assert not any("the answer is for" in note for note in given.missing)
 
 
 def test_the_best_learning_rate_is_chosen_for_each_base() -> None:
@@ -216,6 +236,8 @@ def test_the_command_advises_on_a_base_with_and_without_runs(tmp_path: Path) -> 
     advice = json.loads(papers.stdout)
     assert advice["asked"]["params"] == parameters(config)
     assert (advice["decision"]["replay"], advice["decision"]["basis"]) == (0.01, "published")
+    limited = CliRunner().invoke(app, [*asked, "--init", str(tmp_path / "base"), "--max-general-rise", "3%"])
+    assert "max_general_rise is not used" in limited.stdout
     save_table(table_of("SmolLM2-135M"), tmp_path)
     said = CliRunner().invoke(app, [*asked, "--runs", str(tmp_path)])
     assert said.exit_code == 0, said.output
