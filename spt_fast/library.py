@@ -266,7 +266,7 @@ def evaluate(
     weights: AnyPath,
     data: Paths = (),
     *,
-    tasks: Sequence[str] | None = None,
+    tasks: Paths | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     context: int | None = None,
@@ -307,7 +307,8 @@ def evaluate(
     if tasks is not None:
         own = None if tokenizer is None else Path(tokenizer)
         asked: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "batch": batch, "bos": bos}
-        results = score_tasks(Path(weights), tasks, tokenizer=own, context=context, progress=progress, **asked)
+        named = [os.fspath(task) for task in ([tasks] if isinstance(tasks, (str, os.PathLike)) else tasks)]
+        results = score_tasks(Path(weights), named, tokenizer=own, context=context, progress=progress, **asked)
     losses = {
         str(prefix): scored(Path(weights), Path(prefix), dtype=dtype, context=context, progress=progress)
         for prefix in datasets

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HFTokenizer
 from spt_fast.errors import SptError, SptWarning, invalid
+from spt_fast.model.generate import NOT_FINITE
 from spt_fast.model.gpt import GPT
 from spt_fast.progress import progress_of
 from spt_fast.train.precision import pick_dtype
@@ -146,7 +147,7 @@ class TextModel:
         """Scores in the order of `pairs`; the longest are computed first, in batches of similar length.
 
         A pair that is longer than the context loses its beginning, with a warning. SptError if part of the continuation
-        would be lost.
+        would be lost, and for likelihoods that are not finite.
         """
         longest = max((len(pair.continuation) for pair in pairs), default=0)
         if longest > self._longest:
@@ -195,6 +196,8 @@ class TextModel:
         targets = torch.tensor([id for row, count in zip(rows, counts, strict=True) for id in row[-count:]])
         logits_NV = self._model(tokens_BT.to(device))[scored_BT.to(device)].float()
         nats = -F.cross_entropy(logits_NV, targets.to(device), reduction="none").double().cpu()
+        if not nats.isfinite().all():
+            raise SptError(NOT_FINITE)  # of choices without likelihoods, the first would be taken
         greedy = logits_NV.argmax(-1).cpu() == targets
         return [
             Likelihood(float(n.sum()), bool(g.all()))

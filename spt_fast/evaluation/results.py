@@ -114,7 +114,7 @@ def save(result: TaskResult, weights: Path, tokenizer: str) -> None:
     digest of the one that was used."""
     folder, prefix = _place(weights)
     settings = hashlib.sha256(json.dumps(asdict(result.settings)).encode()).hexdigest()
-    kept = {"weights": weights.name, **_digests_of(weights), "tokenizer": tokenizer, **asdict(result)}
+    kept = {"weights": weights.resolve().name, **_digests_of(weights), "tokenizer": tokenizer, **asdict(result)}
     try:
         folder.mkdir(exist_ok=True)
         write_text(folder / f"{prefix}{result.task}-{settings[:12]}.json", json.dumps(kept) + "\n")
@@ -125,7 +125,7 @@ def save(result: TaskResult, weights: Path, tokenizer: str) -> None:
 def results_of(weights: Path) -> list[TaskResult]:
     """The results of weights by task, the newest last. Results of other weights, or of another config.json or
     tokenizer, that are in the same folder are left out. CheckpointError for a damaged file."""
-    folder, _ = _place(weights)
+    folder, prefix = _place(weights)
     files = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
     now = {**_digests_of(weights), "tokenizer": _tokenizer_of(weights)} if files else {}
     found = []
@@ -133,7 +133,7 @@ def results_of(weights: Path) -> list[TaskResult]:
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
             changed = any(digest and kept.get(name) not in (None, digest) for name, digest in now.items())
-            if kept["weights"] == weights.name and not changed:
+            if (not prefix or kept["weights"] == weights.resolve().name) and not changed:
                 found.append(TaskResult.of(kept))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
@@ -148,7 +148,7 @@ def _place(weights: Path) -> tuple[Path, str]:
     from spt_fast.train.weights import locate
 
     run = run_of(weights)
-    return (run / FOLDER, f"{weights.name}-") if run else (locate(weights) / FOLDER, "")
+    return (run / FOLDER, f"{weights.resolve().name}-") if run else (locate(weights) / FOLDER, "")
 
 
 def _digests_of(weights: Path) -> dict[str, str | None]:

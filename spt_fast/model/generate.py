@@ -14,6 +14,11 @@ from spt_fast.errors import SptError, SptWarning, invalid
 from spt_fast.model.cache import Cache
 from spt_fast.model.config import GPTConfig
 
+NOT_FINITE = (
+    "weights: give logits that are not finite, as those of a run that diverged; use an earlier checkpoint, or copy the "
+    "files again"
+)
+
 
 class Model(Protocol):
     """The interface that sampling needs of a GPT."""
@@ -83,7 +88,7 @@ def _draw(
     logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> int:
     if not logits_V.isfinite().all():
-        raise SptError("weights: give logits that are not finite; the run diverged, so use an earlier checkpoint")
+        raise SptError(NOT_FINITE)
     if temperature == 0:
         return int(logits_V.argmax())
     if top_k is not None and top_k < len(logits_V):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from spt_fast.config import Phase
-from spt_fast.train.state import ArmResult
+from spt_fast.train.state import ArmResult, TrainState
 
 MAX_SKIPPED_IN_A_ROW = 20
 """This many steps in a row with a loss or gradient that is not finite end the run."""
@@ -36,6 +36,18 @@ def failure(arm: ArmResult) -> str | None:
             if not math.isfinite(loss):
                 return f"the {split} loss of {source} is not finite at the end"
     return None
+
+
+def check_start(init: str | None, state: TrainState) -> None:
+    """Raises Diverged if the newest loss, of weights that `init` names and no step has changed, is not finite."""
+    if init is None or state.total_steps or state.newest is None:
+        return
+    for source, loss in state.newest.losses["train"].items():
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"init: the weights at {init} give a loss that is not finite on {source}, before any step; copy them "
+                "again, or start from others"
+            )
 
 
 def check(arm: ArmResult, phase: Phase) -> None:

@@ -343,6 +343,7 @@ class Trainer:
         state = self.state
         with arm.clock.paused():
             state.newest = self.measure(arm, state.step)
+            health.check_start(self.plan.recipe.init, state)
             chosen = deciding(state.newest.losses["select"], arm.phase)
             if state.best is not None and chosen >= deciding(state.best.losses["select"], arm.phase):
                 state.stale += 1

@@ -19,6 +19,7 @@ import tokenizers
 import torch
 import yaml
 
+import spt_fast as spt
 from spt_fast import evaluation
 from spt_fast.cli import main
 from spt_fast.data.base_tokenizer import BaseTokenizer
@@ -170,6 +171,13 @@ def test_generation_ends_at_a_string_or_the_end_of_the_text(model: TextModel, mo
         model.continuations(["Heat?"], [], CONTEXT)
 
 
+def test_weights_without_likelihoods_have_no_accuracy(model: TextModel) -> None:
+    with torch.no_grad():
+        model._model.final_norm[0] = torch.nan
+    with pytest.raises(SptError, match="weights: give logits that are not finite"):
+        own.answer(model, [own.Question("Heat?", ["base", "water"], 0)], [])
+
+
 def test_choices_are_judged_by_likelihood_and_by_likelihood_a_character(weights: Path, model: TextModel) -> None:
     asked = [own.Question(q["question"], q["choices"], a) for q, a in zip(QUESTIONS, (1, 1, 1, 2), strict=True)]
     example = own.Question("Heat?", ["base", "water"], 1)
@@ -244,12 +252,18 @@ def test_results_are_kept_with_what_decided_them(
     assert first["settings"]["context"] == CONTEXT
     assert first["settings"]["bos"] is None
     (kept,) = results_of(weights)
+    with monkeypatch.context() as patch:
+        patch.chdir(weights)
+        assert results_of(Path()) == [kept], "by another path to the same weights"
     each = kept.metrics["acc"].each
     assert each is not None
     assert kept.metrics["acc"].value == first["metrics"]["acc"]["value"] == sum(each) / 4
     assert kept.metrics["acc"].standard_error == pytest.approx(np.std(each, ddof=1) / 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SptWarning)
+        for tasks in (str(path), path, [path]):
+            again = spt.evaluate(weights, tasks=tasks, progress=False).tasks["notes.jsonl"]
+            assert again.metrics == kept.metrics
         assert scored("--limit", "9") == first, "the same questions"
         fewer = scored("--limit", "2", "--num-fewshot", "1", "--context", "32", "--batch", "1")
     assert (fewer["questions"], fewer["settings"]["limit"], fewer["settings"]["num_fewshot"]) == (2, 2, 1)

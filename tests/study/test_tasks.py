@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import save_file
 
 from spt_fast.cli import main
-from spt_fast.evaluation.results import Metric, Settings, TaskResult, save
+from spt_fast.evaluation.results import Metric, Settings, TaskResult, results_of, save
 from spt_fast.report.page import page
 from spt_fast.study.tasks import task_tables, with_results
 from tests.study.fake_runs import fake_run
@@ -66,6 +66,18 @@ def test_differences_are_over_the_same_questions(runs: list[Path]) -> None:
     assert npt.against_first is spt.before is spt.change is None
     assert spt_f1.against_first is not None
     assert spt_f1.against_first.standard_error is None, "no mean over questions"
+
+
+def test_results_are_of_the_weights_whatever_path_led_to_them(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (before,) = task_tables(runs)
+    (kept,) = results_of(runs[0] / "weights" / "pretrain")
+    for file in (runs[0] / "tasks").glob("pretrain-*"):
+        file.unlink()
+    monkeypatch.chdir(runs[0] / "weights" / "pretrain")
+    save(kept, Path(), TOKENIZER)
+    assert task_tables(runs) == [before]
 
 
 def test_runs_scored_with_other_settings_are_left_out_by_name(runs: list[Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -97,6 +98,22 @@ def test_a_run_whose_last_loss_is_nan_has_failed_and_its_json_says_so(
     assert train.best is not None
     assert math.isnan(train.newest.losses["select"]["chem"])
     assert math.isfinite(train.best.losses["select"]["chem"])
+
+
+def test_a_base_whose_loss_is_nan_is_named_before_the_first_step(data: Path) -> None:
+    raw = raw_recipe(data, "base", 1)
+    run(recipe_from(raw), progress=False)
+    base = Path(raw["run"]) / "weights" / "pretrain"
+    model = GPT.from_hf(base)
+    with torch.no_grad():
+        model.final_norm[0] = math.nan
+    model.save_hf(data / "damaged")
+    raw = raw_recipe(data, "from-base", 30, grid={"lr": [1e-3, 1e-4]}) | {"init": str(data / "damaged"), "model": {}}
+    summary = run(recipe_from(raw), progress=False)
+    assert (summary["status"], summary["phases"], summary["skipped_steps"]) == ("failed", {}, 0)
+    assert re.match(
+        r"init: the weights at .*damaged give a loss that is not finite on general, before", summary["reason"]
+    )
 
 
 def test_a_phase_with_more_than_a_few_percent_of_skipped_steps_has_failed(
