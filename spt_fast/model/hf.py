@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spt_fast.data.hf_tokenizer import HF_FILES, TEMPLATES
+from spt_fast.data.hf_tokenizer import HF_FILE, HF_FILES, TEMPLATES
 from spt_fast.errors import CheckpointError, SptWarning, invalid, shown, shown_key
 from spt_fast.files import sync
 from spt_fast.model import hf_config, rotary
@@ -32,7 +32,8 @@ from spt_fast.model.stored import Stored, contents, fill, opened, pieces, unread
 if TYPE_CHECKING:
     from spt_fast.data.base_tokenizer import BaseTokenizer
 
-CARRIED = (*HF_FILES, "generation_config.json", "tokenizer.tiktoken")
+GENERATION = "generation_config.json"
+CARRIED = (*HF_FILES, GENERATION, "tokenizer.tiktoken")
 """Files beside the weights that are copied with them, byte for byte."""
 BASE_CONFIG = "base_config.json"
 """In a run's folder, the config.json of the base that it began with."""
@@ -59,7 +60,7 @@ def stored_weights(folder: str | Path, dtype: torch.dtype | None = None) -> tupl
     folder = Path(folder)
     config = read_config(folder)
     places = _places(folder)
-    dtypes = {like.dtype for _, like in places.values()}
+    dtypes = {like.dtype for name, (_, like) in places.items() if not name.endswith(FREQUENCIES)}
     if not dtypes <= DTYPES.keys():
         others = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - DTYPES.keys()))
         raise CheckpointError(f"{folder}: tensors are stored as {others}; float32, bfloat16 or float16 can be read")
@@ -107,17 +108,19 @@ def save(
     metadata: Mapping[str, str] | None = None,
     *,
     like: Path | None = None,
+    named: bool = False,
     overwrite: bool | None = None,
 ) -> None:
     """Writes model.safetensors, config.json and a tokenizer's files, for AutoModelForCausalLM and AutoTokenizer.
 
     weights: the GPT's parameters by name, or pairs of both, which are written in the given order. dtype float32,
     bfloat16 or float16; None keeps the weights' own. like: a Hugging Face folder, or a run that began with one, whose
-    tokenizer, generation settings, special ids and metadata are copied. metadata: information on the weights, kept in
-    model.safetensors; `read_metadata` returns it. Everything is written and flushed in a temporary folder and then
-    moved into place, config.json last; other files in the folder are left alone. overwrite: False raises
-    CheckpointError instead of replacing files that differ, or of adding to another model's shards; True removes another
-    model's files.
+    tokenizer, generation settings, special ids and metadata are copied. named: the user asked for `tokenizer`, so its
+    files replace the tokenizer's of `like`; a tokenizer.json alone replaces only that one. metadata: information on the
+    weights, kept in model.safetensors; `read_metadata` returns it. Everything is written and flushed in a temporary
+    folder and then moved into place, config.json last; other files in the folder are left alone. overwrite: False
+    raises CheckpointError instead of replacing files that differ, or of adding to another model's shards; True removes
+    another model's files.
     """
     folder = Path(folder)
     if dtype is None:
@@ -144,7 +147,10 @@ def save(
         if tokenizer is not None and tokenizer.bos_id is not None:
             described["bos_token_id"] = tokenizer.bos_id
         if like is not None:
-            carry(like, temporary)
+            complete = any((temporary / name).exists() for name in HF_FILES if name != HF_FILE)
+            carry(like, temporary, (GENERATION,) if named and complete else None)
+            if named and tokenizer is not None:
+                tokenizer.save_hf(temporary)
             theirs = hf_config.read_json(like / (BASE_CONFIG if (like / BASE_CONFIG).exists() else CONFIG))
             ids = {field: theirs.get(field) for field in hf_config.SPECIAL_IDS}
             described |= ids if any(id_ is not None for id_ in ids.values()) else {}
@@ -168,11 +174,22 @@ def save(
             folder.rmdir()  # if it is empty
 
 
-def carry(source: Path, folder: Path) -> None:
-    """Copy the files that belong to the weights in a folder to another."""
+def carry(source: Path, folder: Path, only: Collection[str] | None = None) -> None:
+    """Copy the files that belong to the weights in a folder to another; `only`: those of them, None for all."""
     for name in _carried(source):
+        if only is not None and name not in only:
+            continue
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """The ids at which transformers ends a text of the model in a folder, or of the base of a run there; empty if none
+    is stated. CheckpointError for a file that can't be read."""
+    for name in (GENERATION, BASE_CONFIG, CONFIG):
+        if (folder / name).exists() and (ids := hf_config.read_json(folder / name).get("eos_token_id")) is not None:
+            return ids if isinstance(ids, list) else [ids]
+    return []
 
 
 def _carried(folder: Path) -> list[str]:

@@ -68,6 +68,7 @@ ONLY: dict[str, Callable[[Any], bool]] = {
     "hidden_act": lambda name: name in ("silu", "swish"),
     "layer_types": lambda types: isinstance(types, list) and all(type_ == "full_attention" for type_ in types),
     "sliding_window": lambda window: window is None,
+    "is_causal": lambda causal: causal is True,
 }
 """Whether a GPT can have a value."""
 

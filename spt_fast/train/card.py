@@ -30,9 +30,17 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 With spt_fast: `spt-fast generate FOLDER`, `spt-fast eval FOLDER --data PREFIX`, or `init: FOLDER` in a recipe."""
 
 
-def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype, begin: str | None = None) -> str:
+def model_card(
+    name: str,
+    origin: Origin,
+    config: GPTConfig,
+    dtype: torch.dtype,
+    begin: str | None = None,
+    end: str | None = None,
+) -> str:
     """The card in Markdown. begin: the token that began documents, if the tokenizer's files don't put it before a text.
-    The licence field is left to the user."""
+    end: the one that ended them, if the base's settings don't end a text with it. The licence field is left to the
+    user."""
     shape = f"{parameters(config):,} parameters ({family_of(config)}), {config.context:,} tokens of context"
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{LICENCE}\n---",
@@ -47,6 +55,7 @@ def model_card(name: str, origin: Origin, config: GPTConfig, dtype: torch.dtype,
         "Attention": origin.documents and "inside documents",
         "Tokenizer": origin.tokenizer and f"`{origin.tokenizer}`",
         "Documents began with": begin and f"{_code(begin)}; the tokenizer does not add it: prompts need it",
+        "Documents ended with": end and f"{_code(end)}; the base's settings do not end a text with it",
     }
     if lines := [f"- {what}: {value}" for what, value in known.items() if value]:
         parts.append("\n".join(lines))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.hf_tokenizer import HF_FILE, SLOW_FILES, HFTokenizer, without_hf_file
-from spt_fast.data.tokenizer import FILE, Tokenizer, check_alike
-from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid
+from spt_fast.data.tokenizer import Tokenizer, check_alike
+from spt_fast.errors import CheckpointError, DataError, SptWarning, invalid, shown
 from spt_fast.files import write_text
 from spt_fast.model import hf
 from spt_fast.model.config import GPTConfig
@@ -126,8 +126,10 @@ def write_release(
         raise CheckpointError(invalid("dtype", dtype, f"write {', '.join(DTYPES)}"), argument=True)
     found = tokenizer_of(weights, tokenizer)
     stored_in, known = DTYPES[dtype] if dtype else stored_dtype(weights), origin.as_metadata()
-    hf.save(config, tensors, folder, found, stored_in, known, like=carrier_of(weights), overwrite=overwrite)
-    begin = None
+    like, begin, end = carrier_of(weights), None, None
+    stops = hf.stop_ids(like) if like else []
+    named = tokenizer is not None
+    hf.save(config, tensors, folder, found, stored_in, known, like=like, named=named, overwrite=overwrite)
     if isinstance(found, HFTokenizer) and found.bos_id not in (None, found.usual_bos_id):
         begin = found.name_of(found.bos_id)
         warnings.warn(
@@ -136,16 +138,24 @@ def write_release(
             SptWarning,
             stacklevel=2,
         )
+    if isinstance(found, HFTokenizer) and origin.eos_id is not None and stops and origin.eos_id not in stops:
+        end = found.name_of(origin.eos_id)
+        warnings.warn(
+            f"{folder}: documents ended with {end!r} ({origin.eos_id}) in training, but the base's settings end a text "
+            f"with {shown(stops)}; add it to eos_token_id in {hf.GENERATION}, or stop at it where you generate",
+            SptWarning,
+            stacklevel=2,
+        )
     if overwrite or not (folder / CARD).exists():
-        write_text(folder / CARD, model_card(folder.resolve().name, origin, config, stored_in, begin))
+        write_text(folder / CARD, model_card(folder.resolve().name, origin, config, stored_in, begin, end))
 
 
 def take_over(model: Path, folder: Path, *, overwrite: bool = False) -> None:
     """Copy a Hugging Face folder, checked and with our names, for a recipe's `init`."""
-    if (model / FILE).exists():
-        check_alike(Tokenizer.load(model / FILE), model)
+    config, tensors = hf.stored_weights(model)
+    tokenizer_of(model)
     with outside_runs(folder):
-        hf.save(*hf.stored_weights(model), folder, like=model, overwrite=overwrite)
+        hf.save(config, tensors, folder, like=model, overwrite=overwrite)
 
 
 @contextmanager

@@ -483,9 +483,10 @@ def test_a_separate_head_is_kept_whatever_the_configuration_says(tmp_path: Path)
 
 
 def test_stored_frequencies_are_those_of_the_configuration(folder: Path) -> None:
-    tensors, name = load_file(folder / hf.WEIGHTS), "model.layers.0.self_attn.rotary_emb.inv_freq"
-    save_file(tensors | {name: (1 / 10_000 ** (torch.arange(0, 8, 2) / 8)).bfloat16()}, folder / hf.WEIGHTS)
-    GPT.from_hf(folder)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors = {of: tensor.bfloat16() for of, tensor in load_file(folder / hf.WEIGHTS).items()}
+    save_file(tensors | {name: 1 / 10_000 ** (torch.arange(0, 8, 2) / 8)}, folder / hf.WEIGHTS)
+    assert hf.stored_weights(folder)[1].like["embedding"].dtype == torch.bfloat16, "that of the weights"
     change_config(folder, rope_theta=1e6, rope_parameters="drop")
     with pytest.raises(CheckpointError, match=rf"tensor {name} holds other frequencies"):
         GPT.from_hf(folder)
@@ -514,7 +515,7 @@ def test_fields_that_change_nothing_are_accepted_without_a_warning(
     """Every field that transformers writes for a family, and those of files on the hub."""
     hub = {
         "SmolLM2": {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": "q4"}},
-        "TinyLlama": {"pretraining_tp": 1, "_name_or_path": "x", "rope_scaling": None, "attention_multiplier": None},
+        "TinyLlama": {"pretraining_tp": 1, "_name_or_path": "x", "rope_scaling": None, "is_causal": True},
     }
     given = hub.get(fields) or getattr(transformers, f"{fields}Config")(num_hidden_layers=2).to_dict()
     ours = json.loads((folder / "config.json").read_text())
@@ -579,6 +580,7 @@ def test_a_damaged_index_of_shards_is_named(folder: Path) -> None:
         ("attention_out_bias", True),
         ("auto_map", {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}),
         ("hidden_act", "gelu"),
+        ("is_causal", False),
         ("use_sliding_window", True),
         ("layer_types", ["full_attention", "sliding_attention"]),
         ("quantization_config", {"bits": 4}),

@@ -132,6 +132,12 @@ def test_the_files_of_a_base_are_copied_to_the_run_its_weights_and_its_exports(
         export(weights, out)
         assert carries(out, expected)
         assert special_ids(out) == IDS
+    ended = (
+        r"documents ended with '<tool>' \(402\) in training, .* end a text with \[256, 300\]; add it to eos_token_id"
+    )
+    with pytest.warns(SptWarning, match=ended):
+        export(folder, tmp_path / "ended")
+    assert "- Documents ended with: `<tool>`; the base's settings do not" in (tmp_path / "ended/README.md").read_text()
     own = Tokenizer.load(expected, eos="<tool>")
     origin = origin_of(folder)
     assert (origin.tokenizer, origin.eos_id, origin.bos_id) == (own.digest, own.eos_id, None)
@@ -152,6 +158,22 @@ def test_the_files_of_a_base_are_copied_to_the_run_its_weights_and_its_exports(
     run(from_checkpoint, progress=False)
     assert carries(tmp_path / "again" / "weights" / "pretrain", expected)
     assert special_ids(tmp_path / "again" / "weights" / "pretrain") == IDS
+
+
+def test_a_tokenizer_that_export_is_told_replaces_the_files_of_the_base(tmp_path: Path, base: Path) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    mine.mkdir()
+    content = json.loads((base / "tokenizer_config.json").read_text())
+    (mine / "tokenizer_config.json").write_text(json.dumps(content | {"chat_template": "{{ mine }}"}))
+    shutil.copy(base / "tokenizer.json", mine)
+    export(base, out, mine)
+    assert (out / "tokenizer_config.json").read_bytes() == (mine / "tokenizer_config.json").read_bytes()
+    assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    assert not (out / "chat_template.jinja").exists(), "transformers would take it instead of the other one"
+    assert not (out / TEMPLATE).exists()
+    (mine / "tokenizer_config.json").unlink()
+    export(base, out, mine, overwrite=True)
+    assert carries(out, base), "beside a tokenizer.json alone"
 
 
 def test_a_run_continues_with_its_own_copies_when_the_base_has_changed(
@@ -240,8 +262,9 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
     prepare(tmp_path / "text.jsonl", tmp_path / "text", base, heldout=Fraction(1, 5), workers=1, progress=False)
     with pytest.raises(RecipeError, match=r"tokenizer: the one beside the weights has 503 ids, .*only 448"):
         make_plan(recipe_from(raw))
-    with pytest.raises(CheckpointError, match="it has 503 ids"):
-        generate_text(base, "fox", 1)
+    for use in (partial(generate_text, prompt="fox", tokens=1), partial(take_over, folder=tmp_path / "taken")):
+        with pytest.raises(CheckpointError, match="it has 503 ids"):
+            use(base)
     with pytest.raises(CheckpointError, match=r"gone/base: is not a folder; .*`hf download gone/base"):
         make_plan(recipe_from(raw | {"init": "gone/base"}))
 
