@@ -50,7 +50,7 @@ from spt_fast.quantities import amount, duration
 from spt_fast.study.load import WINDOW
 from spt_fast.train.origin import origin_of, tokenizer_digest, tokenizer_file
 from spt_fast.train.price import Way
-from spt_fast.train.weights import chosen, read_config
+from spt_fast.train.weights import chosen, stored_weights
 
 CONTINUED_REPLAY = 0.05
 FEWEST_EPOCHS = 2
@@ -90,7 +90,7 @@ class Base:
         """
         try:
             weights = chosen(given)
-            config = read_config(weights)
+            config, _ = stored_weights(weights)
         except CheckpointError as error:
             raise CheckpointError(f"init: {error}", argument=True) from None
         own = tokenizer_file(weights)

@@ -112,8 +112,8 @@ def prepare(
     if isinstance(tokenizer, HFTokenizer) and usual is not None and tokenizer.bos_id is None:
         begin = tokenizer.name_of(usual)
         warnings.warn(
-            f"tokenizer: transformers begins every text with {begin!r}, and these documents begin without it; prepare "
-            f"with `bos={begin!r}` if the model was pretrained with it, which is likely",
+            f"tokenizer: transformers begins every text with {begin!r}, and these documents begin without it; give "
+            "it as `bos` if the model was pretrained with it, which is likely",
             SptWarning,
             stacklevel=2,
         )

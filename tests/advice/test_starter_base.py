@@ -82,6 +82,16 @@ def test_a_base_becomes_a_recipe_that_passes_a_dry_run_and_a_study_that_can_be_p
     assert study.domain_tokens[0] == pytest.approx(phase.tokens / 5 / 8, rel=0.1)
 
 
+def test_a_base_without_weights_is_refused_before_text_is_prepared(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(place / "base", tmp_path / "base"))
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"^init: .*pytorch_model\.bin is a pickle"):
+        begun(place, tmp_path / "out", 8.0, monkeypatch, init=base)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.filterwarnings("ignore::spt_fast.errors.SptWarning")
 def test_continued_pretraining_is_planned_if_time_allows_less_than_two_epochs(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
