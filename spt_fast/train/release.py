@@ -83,11 +83,12 @@ def tokenizer_of(path: Path, name: str | Path | None = None) -> BaseTokenizer | 
 
 
 def tokenizer_for(path: Path, name: str | Path | None = None) -> BaseTokenizer:
-    """`tokenizer_of`; CheckpointError if there is none, DataError if it must be converted first."""
+    """`tokenizer_of`; CheckpointError if there is none or no model, DataError if it must be converted first."""
     if found := tokenizer_of(path, name):
         return found
     if any((path / file).exists() for file in SLOW_FILES):
         raise without_hf_file(path)
+    read_config(path)  # a folder that holds no model is named as such
     raise CheckpointError(
         f"tokenizer: missing; {path} does not say which tokenizer its ids come from: name it", argument=True
     )

@@ -248,6 +248,9 @@ def test_a_base_knows_its_tokenizer(tmp_path: Path, base: Path, raw: dict[str, A
     with pytest.raises(DataError, match=r"sources\.text\.heldout: .* has eos_id .*sources\.text\.train has"):
         make_plan(recipe_from(wrong))
 
+    (tmp_path / "data").mkdir()
+    with pytest.raises(CheckpointError, match=r"data/config\.json: no such file; a Hugging Face model folder has one"):
+        generate_text(tmp_path / "data", "fox", 1)
     (base / "tokenizer.json").rename(tmp_path / "kept")
     foreign = make_plan(recipe_from(raw))
     assert foreign.tokenizer is None, "nothing is known"
