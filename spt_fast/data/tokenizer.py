@@ -220,11 +220,12 @@ class Tokenizer(BaseTokenizer):
             ]
         )
         hf.decoder = decoders.ByteLevel()
+        assert self.eos_id is not None
         by_id = sorted(self.special_tokens, key=self.special_tokens.__getitem__)
         hf.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in by_id])
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": EOS,
+            "eos_token": self.decode([self.eos_id]),
             "clean_up_tokenization_spaces": False,
         }
         if self.bos_id is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from spt_fast.config import Engine, Schedule
 from spt_fast.errors import SptWarning, counted
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens, evaluation_texts
+from spt_fast.train.origin import origin_of
 from spt_fast.train.plan import Plan
 from spt_fast.train.weights import unfinished
 
@@ -23,7 +24,7 @@ def doubts(plan: Plan) -> list[str]:
     """Warnings: text repeated too often, a limit smaller than a document, evaluations that cost more than the training,
     losses on little text or on training text, spans in tokens that are shorter than a step, a rate that jumps in a
     continued schedule or has fallen to 0, settings without effect, a source that is started again by windows of another
-    length, a start from a run that isn't done."""
+    length, a start from a run that isn't done or whose documents began or ended with other tokens."""
     texts = (_limits, _repetitions, _evaluations, _thin_texts, Plan.leaks)
     found = (*texts, _spans, _jumps, _standstills, _unused, _restarts, _starts)
     return [doubt for find in found for doubt in find(plan)]
@@ -193,5 +194,15 @@ def _restarts(plan: Plan) -> list[str]:
 
 def _starts(plan: Plan) -> list[str]:
     init = plan.recipe.init
-    doubt = unfinished(Path(init)) if init else None
-    return [f"init: {doubt}"] if doubt else []
+    if not init:
+        return []
+    doubt, origin = unfinished(Path(init)), origin_of(Path(init))
+    found = [f"init: {doubt}"] if doubt else []
+    field, data = next(((field, data) for field, data in plan.texts.items() if data.eos_id is not None), ("", None))
+    for name in ("eos_id", "bos_id") if data and origin.eos_id is not None else ():
+        if (this := getattr(data, name)) != (trained := getattr(origin, name)):
+            found.append(
+                f"{field}: has {name} {this}, but the text that the weights at {init} were trained on has {trained}; "
+                "prepare it with the same tokens that begin and end a document"
+            )
+    return found

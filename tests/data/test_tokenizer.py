@@ -182,7 +182,9 @@ def test_encodings_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert copy.pattern == gpt4.pattern != PATTERN
     harmony = named("o200k_harmony", tokenizer.ranks)  # has <|endofprompt|> a second time, as <|reserved_200018|>
     assert (harmony.special_tokens["<|endofprompt|>"], harmony.vocab_size) == (200_018, 201_088)
+    harmony.set_ends("<|return|>", None)
     harmony.save_hf(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "<|return|>"
     assert Tokenizer.load(tmp_path).digest == Tokenizer.from_bytes(harmony.to_bytes()).digest == harmony.digest
 
 

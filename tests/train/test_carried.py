@@ -23,6 +23,7 @@ from spt_fast.evaluation.likelihood import TextModel
 from spt_fast.evaluation.score import score
 from spt_fast.model import hf
 from spt_fast.model.gpt import GPT, GPTConfig
+from spt_fast.train.doubts import doubts
 from spt_fast.train.evaluate import evaluation_texts
 from spt_fast.train.origin import Origin, origin_of
 from spt_fast.train.plan import make_plan
@@ -91,6 +92,11 @@ def test_a_token_that_begins_documents_is_kept_and_reported(tmp_path: Path, base
     assert [str(one.message).split("; ")[0] for one in said] == [
         f"{tmp_path / 'text'}: has eos_id {tool}, but the weights' training text has {own.eos_id}",
         f"{tmp_path / 'text'}: has bos_id None, but the weights' training text has {tool}",
+    ]
+    continued = doubts(make_plan(recipe_from(raw | {"init": str(trained)})))
+    assert [doubt.split("; ")[0] for doubt in continued if "has eos_id" in doubt or "has bos_id" in doubt] == [
+        f"sources.text.train: has {name} {this}, but the text that the weights at {trained} were trained on has {other}"
+        for name, this, other in (("eos_id", tool, own.eos_id), ("bos_id", None, tool))
     ]
     ranks = byte_tokenizer(0)
     ranks.set_ends(None, EOS)
