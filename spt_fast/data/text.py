@@ -599,7 +599,9 @@ def _known_names() -> str:
 
 
 def _refuse_packed(head: bytes, path: Path) -> None:
-    """DataError if a file that should be text is packed."""
+    """DataError if a file that should be text is packed, or only says where the text is."""
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{_name(path)}: holds no text but is a pointer of Git LFS: run `git lfs pull`")
     for begins, what in _PACKED.items():
         if re.match(begins, head, re.DOTALL):
             raise DataError(

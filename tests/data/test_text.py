@@ -219,6 +219,9 @@ def test_a_compressed_file_under_another_name_is_refused(tmp_path: Path, monkeyp
             read(f"/dev/fd/{reading}")
         os.close(reading)
         monkeypatch.undo()
+    pointer = put(tmp_path / "a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(DataError, match=r"a\.txt: holds no text but is a pointer of Git LFS: run `git lfs pull`"):
+        read(pointer)
     for plain in ("BZh9 is how bzip2 begins", "PAR2", "\x1f"):
         assert read(put(tmp_path / "a.txt", plain.encode()))[0] == [plain]
 
