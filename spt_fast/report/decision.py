@@ -134,7 +134,9 @@ def decide(sizes: Sizes, finetunes: Sequence[Finetune]) -> RunsDecision | None:
         return None
     on_select = all(math.isfinite(run.domain_select) for runs in arms.values() for run in runs.values())
     chosen_by = "domain_select" if on_select else "domain_after"
-    best = min(arms, key=lambda arm: fmean(getattr(run, chosen_by) for run in arms[arm].values()))
+    common = set.intersection(*map(set, arms.values()))  # an arm without a hard seed would seem better
+    counted_runs = {arm: [own[seed] for seed in common or own] for arm, own in arms.items()}
+    best = min(arms, key=lambda arm: fmean(getattr(run, chosen_by) for run in counted_runs[arm]))
     base = min(arms)
     against = {arm: judge("domain_after", best, arm, arms) for arm in arms if arm != best}
     at_budget = [arm for arm in comparison.arms if arm.tokens == comparison.tokens]

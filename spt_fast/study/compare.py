@@ -292,7 +292,7 @@ class Tried:
     """The values that differ between settings, in words."""
     seeds: int
     domain_select: float
-    """The mean over seeds, by which the best setting is chosen."""
+    """The mean over seeds; the best setting is chosen by the seeds that all settings of the arm have."""
     domain_after: float
     """The mean over seeds."""
     general_after: float

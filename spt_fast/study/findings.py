@@ -205,8 +205,12 @@ def print_fits(fits: Fits, console: Console, *, every_parameter: bool = False) -
         print_grid(console, _quality_table(found))
     for one in found:
         if one.law and (one.law.names or every_parameter):
-            figures = (f"{name} {p.value:.4g} ({p.low:.4g} to {p.high:.4g})" for name, p in one.parameters.items())
-            console.print(f"- {law_title(one)}: {', '.join(figures)}")
+            figures = (
+                f"{name} {p.value:.4g} "
+                + ("(not determined)" if name in one.law.unidentified_ else f"({p.low:.4g} to {p.high:.4g})")
+                for name, p in one.parameters.items()
+            )
+            console.print(f"- {law_title(one)}, with 90% intervals: {', '.join(figures)}")
         for warning in one.warnings:
             console.print(f"- {law_title(one)}: {warning}")
     for one in fits.laws:

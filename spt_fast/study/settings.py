@@ -85,11 +85,16 @@ def setting_ids(runs: pd.DataFrame) -> pd.Series:
 
 def beaten(runs: pd.DataFrame, arm: Sequence[str], by: str = "domain_select") -> pd.Series:
     """For a row per run, whether another setting of the same arm has a lower mean of the column `by`; arm: the columns
-    that identify it. If no seed has several settings, nothing was searched, and no setting is beaten."""
+    that identify it. If no seed has several settings, nothing was searched, and no setting is beaten. If some seeds
+    have all settings, only these count: a setting without a hard seed would seem better."""
     runs = runs.assign(setting=setting_ids(runs))
     several = runs.groupby([*arm, "seed"], dropna=False)["setting"].transform("nunique")
     searched = runs[several.groupby([runs[name] for name in arm], dropna=False).transform("max") > 1]
-    means = searched.groupby([*arm, "setting"], dropna=False)[by].transform("mean").fillna(np.inf)
+    columns = [searched[name] for name in arm]
+    shared = several[searched.index] == searched["setting"].groupby(columns, dropna=False).transform("nunique")
+    counts = shared | ~shared.groupby(columns, dropna=False).transform("any")
+    weighed = searched.assign(weighed=searched[by].where(counts))
+    means = weighed.groupby([*arm, "setting"], dropna=False)["weighed"].transform("mean").fillna(np.inf)
     order = searched.assign(mean=means).sort_values(["mean", "setting"])
     best = order.groupby(list(arm), dropna=False)["setting"].transform("first")
     return searched["setting"].ne(best).reindex(runs.index, fill_value=False)

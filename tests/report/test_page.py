@@ -437,6 +437,14 @@ def test_if_no_share_beats_npt_the_answer_is_finetuning_only() -> None:
     assert decision.costs == []
 
 
+def test_shares_are_compared_over_the_seeds_that_all_of_them_have() -> None:
+    """As while a study is being trained: only NPT has the harder seed 1."""
+    rows = [finetune(delta, seed, loss) for delta, seed, loss in ((0.0, 0, 2.0), (0.0, 1, 2.4), (0.02, 0, 2.1))]
+    decision = decide(Sizes(10, 20), rows)
+    assert decision is not None
+    assert decision.headline == "No share beats NPT: use domain data in the finetune only."
+
+
 @pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
 def test_continual_pretraining_is_decided_by_the_dcpt_law() -> None:
     table = dcpt_table(params=(1_000_000_000,), evaluations=8)

@@ -4,6 +4,7 @@ message if there are too few runs. And `spt-fast fit`."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -327,11 +328,12 @@ def test_fit_prints_laws_and_what_is_missing(
         "109M parameters, 300M domain",
         "largest fraction",
         "last 40% of budget",
-        "- overfitting, 109M parameters, 300M domain tokens: A_train ",
+        "- overfitting, 109M parameters, 300M domain tokens, with 90% intervals: A_train ",
         "- not fitted: cmr, 109M parameters, 300M domain tokens, after NPT: needs continued pretraining",
     ):
         assert part in text
     assert "a[0.01]" not in text
+    assert re.search(r"mixture-repetition.*: E \S+ \(not determined\), A", text)
     assert "a[0.01]" in said(capsys, study, "--law", "post-finetuning")
 
 

@@ -170,6 +170,21 @@ def test_a_setting_is_judged_over_seeds_without_the_fields_that_grids_chose() ->
     assert not beaten(runs.drop(columns=["weight_decay", "grid"])[:2], ["arm"]).any()  # as tables of earlier versions
 
 
+def test_settings_are_compared_over_the_seeds_that_all_of_them_have() -> None:
+    """As while a study is being trained: 1e-3 is better at seed 0, and only it has the harder seed 1."""
+    runs = pd.DataFrame({"seed": [0, 1, 0], "lr": [1e-3, 1e-3, 3e-3], "domain_select": [3.0, 3.4, 3.1], "arm": 0})
+    assert list(beaten(runs, ["arm"])) == [False, False, True]
+    other = runs.assign(arm=1, seed=[0, 1, 2], lr=[1e-3, 3e-3, 1e-3])  # no seed with several settings
+    assert list(beaten(pd.concat([runs, other], ignore_index=True), ["arm"])) == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
 @pytest.fixture(scope="module")
 def tried() -> pd.DataFrame:
     """Pretraining with three weight decays: 1 is best after the finetune, 0.1 before it."""
