@@ -153,7 +153,10 @@ class Law:
 
         Raises DataError (a ValueError) for a table that cannot be fitted; warns IdentificationWarning.
         """
-        rows = self._prepare(read(table, self.inputs, self.outputs))
+        rows = read(table, self.inputs, self.outputs)
+        if not len(rows):
+            raise DataError("the table has no rows to fit")
+        rows = self._prepare(rows)
         self._require_enough(rows)
         fits = self._fit(rows, None, None)
         self._rows, self._fits, self._misfits = rows, fits, {}

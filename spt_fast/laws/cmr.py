@@ -211,6 +211,8 @@ class CMRLaw(Law):
         return np.unique(rows.columns["domain_ratio"], return_inverse=True)[1]
 
     def _require_enough(self, rows: Rows) -> None:
+        if not (rows.columns["tokens"] > 0).any():
+            raise DataError("CMRLaw needs rows with tokens above 0; the table has only starts")
         if (rows.columns["tokens"] > 0).all() and not (rows.columns["domain_loss"] < 0).any():
             raise DataError(
                 "CMRLaw needs increments from tokens = 0, and the table has no row there; add the losses of the model "

@@ -305,7 +305,7 @@ class Noise:
         points, unknowns = basis.shape
         shared = np.zeros(0)
         if len(sizes) < points:
-            by_run = np.stack([np.bincount(index, column) for column in basis.T], axis=1)
+            by_run = np.array([np.bincount(index, column) for column in basis.T]).reshape(unknowns, len(sizes)).T
             sums = np.bincount(index, rest)
             if len(sizes) < MANY_RUNS:
                 shares, directions = np.linalg.eigh(np.diag(sizes.astype(float)) - by_run @ by_run.T)

@@ -336,6 +336,9 @@ def test_a_dcpt_law_that_rises_with_its_ratio_is_warned_of() -> None:
         (laws.PostFinetuneLaw, {n: v[:42] for n, v in OF_FINETUNING.items()}, "here 0.01"),
         (laws.CMRLaw, {n: v[1:25] for n, v in OF_CONTINUING.items()}, "with tokens = 0"),
         (laws.CMRLaw, {n: v[:5] for n, v in OF_CONTINUING.items()}, "at least 6 runs or points"),
+        (laws.CMRLaw, {n: v[:1] for n, v in OF_CONTINUING.items()}, "tokens above 0; the table has only starts"),
+        (laws.PostFinetuneLaw, {n: v[:0] for n, v in OF_FINETUNING.items()}, "no rows to fit"),
+        (laws.MultiPowerLaw, {"step": [], "lr": [], "loss": []}, "no rows to fit"),
     ],
 )  # fmt: skip
 def test_a_table_that_cannot_be_fitted_is_refused(law: type[laws.Law], table: Any, says: str) -> None:
@@ -343,6 +346,14 @@ def test_a_table_that_cannot_be_fitted_is_refused(law: type[laws.Law], table: An
         law().fit(table)
     assert isinstance(refused.value, SptError)
     assert isinstance(refused.value, ValueError)
+
+
+@pytest.mark.filterwarnings("ignore::spt_fast.laws.LawWarning")
+def test_a_law_with_all_parameters_at_bounds_predicts() -> None:
+    law = laws.ChinchillaLaw().fit(changed(TABLE, loss=1e-9 * TABLE["loss"]))
+    assert law.unidentified_ == list(law.names)
+    _, low, high = law.predict(params=1e8, tokens=1e10, interval=0.9)
+    assert 0 < low < high
 
 
 @pytest.mark.parametrize(
