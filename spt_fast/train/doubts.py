@@ -98,7 +98,7 @@ def _spans(plan: Plan) -> list[str]:
     """A number without a unit is tokens, where other trainers count steps."""
     found: dict[str, str] = {}
     for planned in plan.phases:
-        phase, where = planned.phase, f"phases[{planned.phase.name}]"
+        phase, where, step = planned.phase, f"phases[{planned.phase.name}]", planned.tokens_per_step
         spans = {
             "checkpoint.every": plan.recipe.checkpoint.every,
             "log.every": plan.recipe.log.every,
@@ -108,11 +108,16 @@ def _spans(plan: Plan) -> list[str]:
             **{f"{where}.grid.warmup[{i}]": span for i, span in enumerate((phase.grid or {}).get("warmup", ()))},
         }
         for field, span in spans.items():
-            if span.unit == "tokens" and 0 < span.amount < planned.tokens_per_step:
+            if span.unit == "tokens" and 0 < span.amount < step:
                 found.setdefault(
                     field,
-                    f"{field}: {span} tokens are less than a step of {planned.tokens_per_step:,}, so it is one step; "
+                    f"{field}: {span} tokens are less than a step of {step:,}, so it is one step; "
                     f"write `{span} steps` if steps are meant",
+                )
+        for field, tokens in (("tokens", phase.tokens), ("schedule.horizon", phase.schedule.horizon)):
+            if tokens and tokens < step:
+                found[f"{where}.{field}"] = (
+                    f"{where}.{field}: {tokens:,} tokens are less than a step of {step:,}; it counts tokens, not steps"
                 )
     return list(found.values())
 

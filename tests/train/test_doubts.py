@@ -83,6 +83,15 @@ def test_a_number_without_a_unit_that_is_less_than_a_step_is_warned_of(data: Pat
     ]
 
 
+def test_steps_where_tokens_are_counted_are_warned_of(data: Path) -> None:
+    raw = tiny.raw_recipe(data)
+    first = raw["phases"][0] | {"mixture": {"general": 1}, "eval": {"every": "100%", "tokens": 4}}
+    raw["phases"] = [first | {"tokens": 100, "schedule": {"name": "constant"}}]
+    assert of(raw) == ["phases[pretrain].tokens: 100 tokens are less than a step of 128; it counts tokens, not steps"]
+    raw["phases"] = [first | {"schedule": {"horizon": 100}}]
+    assert [doubt[:44] for doubt in of(raw)] == ["phases[pretrain].schedule.horizon: 100 token"]
+
+
 def test_tokens_at_a_rate_of_0_are_warned_of(data: Path) -> None:
     raw = tiny.raw_recipe(data)
     first = raw["phases"][0] | {"schedule": {"name": "linear", "final": 0}}
