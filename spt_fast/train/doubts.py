@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 
 from spt_fast.config import Engine, Schedule
@@ -21,11 +22,12 @@ MOST_EPOCHS = 40
 
 
 def doubts(plan: Plan) -> list[str]:
-    """Warnings: text repeated too often, a limit smaller than a document, evaluations that cost more than the training,
-    losses on little text or on training text, spans in tokens that are shorter than a step, a rate that jumps in a
-    continued schedule or has fallen to 0, settings without effect, a source that is started again by windows of another
-    length, a start from a run that isn't done or whose documents began or ended with other tokens."""
-    texts = (_limits, _repetitions, _evaluations, _thin_texts, Plan.leaks)
+    """Warnings: a text that two sources have, text repeated too often, a limit smaller than a document, evaluations
+    that cost more than the training, losses on little text or on training text, spans in tokens that are shorter than a
+    step, a rate that jumps in a continued schedule or has fallen to 0, settings without effect, a source that is
+    started again by windows of another length, a start from a run that isn't done or whose documents began or ended
+    with other tokens."""
+    texts = (_twins, _limits, _repetitions, _evaluations, _thin_texts, Plan.leaks)
     found = (*texts, _spans, _jumps, _standstills, _unused, _restarts, _starts)
     return [doubt for find in found for doubt in find(plan)]
 
@@ -34,6 +36,17 @@ def warn(found: Iterable[str]) -> None:
     """Issue them as Python warnings."""
     for doubt in found:
         warnings.warn(doubt, SptWarning, stacklevel=3)
+
+
+def _twins(plan: Plan) -> list[str]:
+    found = []
+    for texts in (plan.train, plan.heldout):
+        for one, other in combinations(texts, 2):
+            a, b = texts[one], texts[other]
+            if a.digest == b.digest or a.path == b.path:
+                kind = "train" if texts is plan.train else "heldout"
+                found.append(f"sources.{other}.{kind}: is the text of {one!r}, {b.path}; give each source its own")
+    return found
 
 
 def _limits(plan: Plan) -> list[str]:

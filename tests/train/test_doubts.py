@@ -145,6 +145,16 @@ def test_a_start_from_a_run_that_is_not_done_is_warned_of(data: Path, tmp_path: 
     assert of(raw | {"init": str(base / "weights" / "pretrain")}) == []
 
 
+def test_a_text_that_two_sources_have_is_warned_of(data: Path) -> None:
+    for kind in ("train", "heldout"):
+        raw = tiny.raw_recipe(data)
+        assert "limit_tokens" in raw["sources"]["chem"]
+        raw["sources"]["chem"][kind] = raw["sources"]["general"][kind]
+        (twin,) = (doubt for doubt in doubts(make_plan(recipe_from(raw))) if "is the text" in doubt)
+        path = Path(f"{raw['sources']['general'][kind]}.bin")
+        assert twin == f"sources.chem.{kind}: is the text of 'general', {path}; give each source its own"
+
+
 def test_a_leak_of_text_without_documents_is_found_by_its_n_grams(data: Path) -> None:
     raw = tiny.raw_recipe(data)
     np.save(data / "ids.npy", TokenDataset.open(raw["sources"]["chem"]["train"]).tokens)
