@@ -20,6 +20,9 @@ def download(folder: Path) -> str | None:
     """How to get a model's or tokenizer's folder, where the path is a name on Hugging Face or a place in its cache."""
     if folder.is_dir():
         inside = sorted(folder.glob("snapshots/*/"))
+        with suppress(OSError, UnicodeError):
+            newest = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+            inside += [newest] if newest in inside else []
         return f"give the folder {inside[-1]}" if inside else None
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)) and not folder.parent.exists():
         return (

@@ -17,7 +17,7 @@ from spt_fast.config import Recipe
 from spt_fast.data.hf_tokenizer import HF_FILE
 from spt_fast.data.shards import TokenDataset
 from spt_fast.data.tokenizer import FILE, Tokenizer
-from spt_fast.errors import CheckpointError, DataError
+from spt_fast.errors import CheckpointError, DataError, shown
 from spt_fast.model import hf
 from spt_fast.train import checkpoint
 from spt_fast.train.folder import is_run, recipe_of, summary_of
@@ -26,6 +26,8 @@ from spt_fast.train.weights import locate
 
 _KEY = "spt_fast"
 """Of the metadata."""
+_KINDS = {"tokenizer": str, "documents": bool, "dtype": str, "context": int, "eos_id": int, "bos_id": int}
+"""Types of an Origin's fields that a file may state."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,10 @@ def origin_of(path: Path) -> Origin:
     if _KEY in metadata:
         try:
             known = json.loads(metadata[_KEY])
+            for name, kind in _KINDS.items():
+                value = known.get(name)
+                if value is not None and (type(value) is not kind or (isinstance(value, int) and value < 0)):
+                    raise ValueError(f"{name} is {shown(value)}")
             known["merged"] = [Part.read(part) for part in known.get("merged", ())]
             known["history"] = History.read(known.get("history"))
             return Origin(**{field.name: known.get(field.name) for field in fields(Origin)})

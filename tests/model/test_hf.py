@@ -445,6 +445,11 @@ def test_missing_shards_other_formats_and_names_on_a_hub_say_what_to_do(folder: 
     (tmp_path / "models--a-b--C" / "snapshots" / "1f0").mkdir()
     with pytest.raises(CheckpointError, match=r"no such file; give the folder .*models--a-b--C/snapshots/1f0"):
         GPT.from_hf(tmp_path / "models--a-b--C")
+    (tmp_path / "models--a-b--C" / "snapshots" / "2e8").mkdir()
+    (tmp_path / "models--a-b--C" / "refs").mkdir()
+    (tmp_path / "models--a-b--C" / "refs" / "main").write_text("1f0")
+    with pytest.raises(CheckpointError, match=r"give the folder .*snapshots/1f0"):
+        GPT.from_hf(tmp_path / "models--a-b--C")
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(folder: Path) -> None:

@@ -112,6 +112,13 @@ def test_a_token_that_begins_documents_is_kept_and_reported(tmp_path: Path, base
             use(tmp_path / "ranks")
 
 
+@pytest.mark.parametrize(("field", "value"), [("eos_id", "x"), ("eos_id", -1), ("context", "y"), ("tokenizer", 5)])
+def test_metadata_of_another_type_is_named(tmp_path: Path, base: Path, field: str, value: object) -> None:
+    hf.save(*hf.load(base), tmp_path / "out", metadata={"spt_fast": json.dumps({field: value})}, like=base)
+    with pytest.raises(CheckpointError, match=rf"out: its metadata is damaged \({field} is {value!r}\); copy it again"):
+        generate_text(tmp_path / "out", "fox", 1)
+
+
 def special_ids(folder: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     return {field: config[field] for field in IDS}
