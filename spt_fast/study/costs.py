@@ -48,6 +48,14 @@ class StudyPrice:
     jobs: int
     """Runs at a time."""
     per_gpu_hour: float | None
+    longest_hours: float | None
+    """Time of the longest chain of runs of which each starts from the one before."""
+
+    @property
+    def wall_hours(self) -> float | None:
+        """The time until the last run ends, if the others leave no job idle."""
+        hours = self.total.hours
+        return None if hours is None or self.longest_hours is None else max(hours / self.jobs, self.longest_hours)
 
     @property
     def total(self) -> Cost:
@@ -63,7 +71,8 @@ class StudyPrice:
 
     def as_json(self) -> dict[str, Any]:
         total = {name: figure for name, figure in vars(self.total).items() if name != "stage"}
-        return {"stages": self.stages, "total": total, "jobs": self.jobs, "cost": self.cost}
+        wall = {"wall_hours": self.wall_hours}
+        return {"stages": self.stages, "total": total, "jobs": self.jobs, **wall, "cost": self.cost}
 
 
 def _sum(hours: Sequence[float | None]) -> float | None:
@@ -75,8 +84,10 @@ def price(
     study: Study, *, jobs: int | None, gpu: str | None, mfu: float | None, per_gpu_hour: float | None
 ) -> StudyPrice:
     """The price of a study's remaining runs, on this machine or on the given GPU; see `costs`."""
-    at_a_time = Local(len(expand(study)), jobs).jobs if gpu is None else jobs or 1
-    return StudyPrice(costs(study, jobs=at_a_time, gpu=gpu, mfu=mfu), at_a_time, per_gpu_hour)
+    runs = len(expand(study))
+    at_a_time = Local(runs, jobs).jobs if gpu is None else min(jobs or 1, runs)
+    stages, longest_hours = _priced(study, jobs=at_a_time, gpu=gpu, mfu=mfu)
+    return StudyPrice(stages, at_a_time, per_gpu_hour, longest_hours)
 
 
 def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None = None) -> list[Cost]:
@@ -86,6 +97,11 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
     Opens every dataset and checks every recipe, so that errors are found before the training. Raises what `make_plan`
     raises.
     """
+    return _priced(study, jobs=jobs, gpu=gpu, mfu=mfu)[0]
+
+
+def _priced(study: Study, *, jobs: int, gpu: str | None, mfu: float | None) -> tuple[list[Cost], float | None]:
+    """The costs, and the hours of the longest chain of runs."""
     runs = expand(study)
     check(study, runs)
     plans = {}
@@ -94,26 +110,30 @@ def costs(study: Study, *, jobs: int, gpu: str | None = None, mfu: float | None 
             plans[run.name] = make_plan(without_parent(run))
     done = {run.name for run in runs if is_done(run.recipe)}
     speeds: dict[object, Speed] = {}
-    found = []
+    found, chains = [], dict[str, float | None]()
     for position, stage in enumerate(study.stages):
         tokens, flops, hours = 0, 0.0, list[float | None]()
         of_stage = [run for run in runs if run.stage == position]
         left = [run for run in of_stage if run.name not in done]
         for run in left:
             if run.made_by and run.made_by not in done:
+                chains[run.name] = chains.get(run.made_by, 0.0)
                 continue
             if run.model not in speeds:
                 finished = [other for other in runs if other.model == run.model and other.name in done]
                 with naming_stage(stage):
                     speeds[run.model] = _speed(plans[run.name], finished, jobs=jobs, gpu=gpu, mfu=mfu)
-            plan = plans[run.name]
+            plan, own = plans[run.name], list[float | None]()
             for index in range(len(plan.phases)):
                 time = phase_time(plan, index, speeds[run.model])
                 tokens += time.tokens
                 flops += time.tokens * plan.flops_per_token(index) + time.evaluation_flops
-                hours += [time.hours, time.evaluation_hours or 0.0]
+                own += [time.hours, time.evaluation_hours or 0.0]
+            hours += own
+            chains[run.name] = _sum([*own, chains.get(run.after or "", 0.0)])
         found.append(Cost(stage.axes.name, len(of_stage), len(of_stage) - len(left), tokens, flops, _sum(hours)))
-    return found
+    known = [hours for hours in chains.values() if hours is not None]
+    return found, max(known, default=0.0) if len(known) == len(chains) else None
 
 
 def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | None, mfu: float | None) -> Speed:
@@ -140,5 +160,5 @@ def print_price(price: StudyPrice, study: str, console: Console) -> None:
     columns = [field.name for field in dataclasses.fields(Cost)]
     rows = [[getattr(cost, column) for column in columns] for cost in (*price.stages, price.total)]
     print_table(console, f"{study}: remaining runs", columns, rows)
-    wall = None if price.total.hours is None else duration(3600 * price.total.hours / price.jobs)
+    wall = None if price.wall_hours is None else duration(3600 * price.wall_hours)
     print_facts(console, "", {"runs at a time": price.jobs, "wall time": wall, "cost": price.cost})

@@ -29,7 +29,7 @@ from spt_fast.locks import InUse
 from spt_fast.study import jobs
 from spt_fast.study import sweep as sweeping
 from spt_fast.study.compare import compare
-from spt_fast.study.costs import _speed, costs
+from spt_fast.study.costs import _speed, costs, price
 from spt_fast.study.jobs import Outcome
 from spt_fast.study.load import load_study
 from spt_fast.study.runs_table import COLUMNS, read_table
@@ -232,6 +232,20 @@ def test_costs_are_those_of_the_remaining_runs(swept: tuple[Path, pd.DataFrame])
     assert pretrain.hours > 0
     h100 = costs(study_from(raw), jobs=1, gpu="H100", mfu=0.5)[0]
     assert h100.hours == pytest.approx(h100.flops / (0.5 * 989.4e12) / 3600, rel=1e-3)
+
+
+def test_a_study_takes_as_long_as_its_longest_chain_however_many_run_at_a_time(
+    swept: tuple[Path, pd.DataFrame],
+) -> None:
+    raw = raw_study(swept[0].parent) | {"seeds": 2}
+    one, many = (price(study_from(raw), jobs=jobs, gpu="H100", mfu=0.5, per_gpu_hour=2.0) for jobs in (1, 100))
+    pretrain, finetune = many.stages
+    assert pretrain.hours
+    assert finetune.hours
+    assert (one.jobs, many.jobs) == (1, 12)
+    assert one.wall_hours == one.total.hours == pytest.approx(pretrain.hours + finetune.hours)
+    assert many.wall_hours == pytest.approx(pretrain.hours / 2 + finetune.hours / 4)  # a run and a finetune of it
+    assert one.cost == many.cost
 
 
 def test_a_timed_step_is_priced_as_it_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
