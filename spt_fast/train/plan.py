@@ -304,9 +304,11 @@ class Plan:
                     if documents is not None:
                         what = f"{documents:.1%} of the held-out documents of {heldout_of!r} and {ngrams:.1%} of their "
                         what += "long n-grams"
-                    found.append(
-                        f"{what} are also in the training text of {source!r}: the loss will look better than it is"
-                    )
+                    there, remedy = f"the training text of {source!r}", ""
+                    if share.searched < 1:
+                        there = f"the {share.searched:.2%} of {there} that were searched"
+                        remedy = f"; `spt-fast inspect {heldout.path} --overlap {train.path}` searches all"
+                    found.append(f"{what} are also in {there}: the loss will look better than it is{remedy}")
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from spt_fast import cli
 from spt_fast.config import recipe_from
+from spt_fast.data.inspection import overlap_share
 from spt_fast.data.shards import TokenDataset
 from spt_fast.errors import SptWarning
 from spt_fast.train.doubts import doubts
@@ -164,6 +166,25 @@ def test_a_leak_of_text_without_documents_is_found_by_its_n_grams(data: Path) ->
         "100.0% of the long n-grams of the held-out text of 'chem' are also in the training text of 'chem': the loss "
         "will look better than it is"
     ]
+
+
+def test_a_leak_into_a_text_of_which_only_parts_are_searched_is_no_share_of_the_whole(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tiny.raw_recipe(data)
+    raw["sources"]["general"]["heldout"] = raw["sources"]["general"]["train"]
+    monkeypatch.setattr("spt_fast.train.plan._OVERLAPS", {})
+    monkeypatch.setattr("spt_fast.data.inspection._STRETCH", 1000)
+    monkeypatch.setattr("spt_fast.train.plan.overlap_share", partial(overlap_share, max_train_tokens=1000))
+    path = data / "general.bin"
+    searched = 1000 / make_plan(recipe_from(raw)).train["general"].num_tokens
+    (leak,) = (doubt for doubt in of(raw) if "also in" in doubt)
+    assert searched < 0.5
+    assert leak.endswith(
+        f" are also in the {searched:.2%} of the training text of 'general' that were searched: the loss will look "
+        f"better than it is; `spt-fast inspect {path} --overlap {path}` searches all"
+    )
+    assert float(leak.split("%")[0]) < 60
 
 
 def test_losses_on_little_text_are_warned_of_once_for_a_source(data: Path) -> None:
