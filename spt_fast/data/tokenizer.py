@@ -193,11 +193,22 @@ class Tokenizer(BaseTokenizer):
             raise DataError(f"text holds half a surrogate pair at character {error.start}: fix it") from None
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Text of ids, special tokens included; U+FFFD for bytes that aren't UTF-8. DataError for unknown ids."""
+        """Text of ids, special tokens included; U+FFFD for bytes that aren't UTF-8, and for ids below `vocab_size` that
+        no token has, which a model may still generate. DataError for other ids."""
+        ids = list(ids)
+        for id_ in ids:
+            if not 0 <= id_ < self.vocab_size:
+                raise DataError(f"{id_}: not an id of this tokenizer, which has {self.vocab_size:,}")
         try:
-            return self._encoding.decode(list(ids))
-        except KeyError as error:
-            raise DataError(f"{error}: not an id of this tokenizer, which has {self.vocab_size:,}") from None
+            return self._encoding.decode(ids)
+        except KeyError:
+            return b"".join(map(self._bytes_of, ids)).decode(errors="replace")
+
+    def _bytes_of(self, id_: int) -> bytes:
+        try:
+            return self._encoding.decode_single_token_bytes(id_)
+        except KeyError:
+            return "\ufffd".encode()
 
     def _hf_vocab(self) -> dict[str, int]:
         return {_name(token): rank for token, rank in self.ranks.items()} | self.special_tokens

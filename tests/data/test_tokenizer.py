@@ -167,13 +167,16 @@ def test_long_text_is_the_same_as_short_text(tokenizer: Tokenizer) -> None:
 def test_what_coding_refuses(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="half a surrogate pair at character 1"):
         tokenizer.encode("a\ud83d")
-    with pytest.raises(DataError, match=f"not an id of this tokenizer, which has {VOCAB_SIZE}"):
-        tokenizer.decode([VOCAB_SIZE])
+    for bad in (VOCAB_SIZE, -1, 1 << 40):
+        with pytest.raises(DataError, match=f"^{bad}: not an id of this tokenizer, which has {VOCAB_SIZE}"):
+            tokenizer.decode([97, bad])
 
 
 def test_encodings_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
     gpt4 = named("cl100k_base", tokenizer.ranks)
     assert (gpt4.eos_id, gpt4.vocab_size) == (100257, 100277)
+    untrained = [*gpt4.encode("é"), 100_261, 100_275, *gpt4.encode("b"), 100_257]  # two ids that no token has
+    assert gpt4.decode(untrained) == "é\ufffd\ufffdb<|endoftext|>"
     gpt4.save(tmp_path / "copy.tiktoken")
     copy = Tokenizer.load(tmp_path / "copy.tiktoken")
     text = "It's 12345\n\n\tnaïve   日本語 " + SOURCES[0].read_text()
