@@ -64,7 +64,7 @@ def test_its_table_is_read_as_it_was(
     before = json.loads((study / "advice.json").read_text())
     assert now.keys() == before.keys()
     for part in ("asked", "decision", "expected", "seen", "shares", "replay", "learning_rates"):
-        assert figures(now[part]) == figures(before[part]), part
+        assert figures(without_what_is_new(now[part], before[part])) == figures(before[part]), part
 
 
 def figures(part: Any) -> Any:
