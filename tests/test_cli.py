@@ -50,6 +50,23 @@ def full_disk(*args: Any, **kwargs: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.parametrize(
+    "words", [("prepare", "a.jsonl", "--out", "d"), ("tokenizer", "train", "a.jsonl", "--out", "t")]
+)
+def test_an_interrupted_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"spt_fast.{words[0]}", interrupted)
+    needed = ("--tokenizer", "t") if words[0] == "prepare" else ("--vocab-size", "300")
+    monkeypatch.setattr(sys, "argv", ["spt-fast", *words, *needed])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert (exit_.value.code, capsys.readouterr().err) == (130, "spt-fast: interrupted\n")
+
+
 def test_a_run_folder_that_is_a_file_or_below_one_is_refused(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,9 +38,6 @@ def main() -> None:
         sys.exit(1)
     except SptError as error:
         _say(f"{me}: {error}", 2)
-    except KeyboardInterrupt:
-        print_message("spt-fast: interrupted")
-        sys.exit(130)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         _say(readable(f"{me}: {what}; free some space there, or give a file or folder that you may use"), 2)

@@ -102,7 +102,8 @@ def stopped(reason: str | None) -> typer.Exit:
 
 
 class Commands(TyperGroup):
-    """Commands whose errors name flags where the library names arguments."""
+    """Commands whose errors name flags where the library names arguments, and that say that they were interrupted,
+    which typer doesn't."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -111,6 +112,9 @@ class Commands(TyperGroup):
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             error.args = (in_flags(error, flags_of(command), of_others=OF_TRAIN),)
             raise
+        except KeyboardInterrupt:
+            print_message("spt-fast: interrupted")
+            raise typer.Exit(130) from None
 
 
 class Command(TyperCommand):
