@@ -12,6 +12,8 @@ import pandas as pd
 import yaml
 
 from spt_fast.advice.result import Decision
+from spt_fast.config import BatchSize
+from spt_fast.model.presets import PRESETS
 from spt_fast.study.settings import fields_of, usual
 from spt_fast.study.usable import UsableRows
 
@@ -86,7 +88,7 @@ def next_step(
         "mixture": _mixture(decision.replay, of="general"),
         "untie": True,
         "optimizer": {"lr": rates.finetune[len(rates.finetune) // 2], **rates.finetune_optimizer},
-        "schedule": {"name": "constant", "warmup": "50 steps"},
+        "schedule": {"name": "constant", "warmup": _finetune_warmup(finetune_tokens, preset)},
         "stop": {"on": "domain"},
         "grid": {"lr": rates.finetune},
     }
@@ -98,6 +100,12 @@ def next_step(
         "phases": [*phases, finetune],
     }
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=80)
+
+
+def _finetune_warmup(tokens: float, preset: str) -> str:
+    """The published 50 steps, or 5% of a finetune for which those are more."""
+    steps = tokens / (BatchSize().sequences * PRESETS[preset]["context"])
+    return "50 steps" if 0.05 * steps >= 50 else "5%"
 
 
 def exact_count(tokens: int) -> int | str:

@@ -27,8 +27,9 @@ from spt_fast.advice.next_step import exact_count, next_step
 from spt_fast.advice.replay import costless, effects
 from spt_fast.advice.result import Decision, HeldOut
 from spt_fast.advice.words import effects_table, findings
-from spt_fast.config import recipe_from
+from spt_fast.config import check_lengths, recipe_from
 from spt_fast.errors import DataError, RecipeError
+from spt_fast.model.presets import PRESETS
 from spt_fast.printing import as_json
 from spt_fast.study import views
 from spt_fast.study.runs_table import read_table
@@ -512,6 +513,15 @@ def test_shares_of_a_recipe_sum_to_one(delta: float) -> None:
     assert sum(first.mixture.values()) == sum(last.mixture.values()) == 1
     assert float(first.mixture["domain"]) == pytest.approx(delta, rel=1e-3)
     assert float(last.mixture["general"]) == pytest.approx(1 / 97, rel=1e-3)
+
+
+@pytest.mark.parametrize(("tokens", "warmup"), [(12_467, "5%"), (8_192_000, "50 steps")])
+def test_a_recipe_warms_its_finetune_up_for_a_part_of_its_steps(tokens: int, warmup: str) -> None:
+    """Where it is short: train refuses 50 steps of warm-up in a phase of two."""
+    decision = Decision("SPT", 0.1, "laws", epochs=1, replay=0, says="")
+    recipe = recipe_from(yaml.safe_load(next_step(decision, preset="1m", budget=80_000, finetune_tokens=tokens)))
+    assert str(recipe.phases[-1].schedule.warmup) == warmup
+    check_lengths(recipe, PRESETS["1m"]["context"])
 
 
 def test_a_recipe_counts_in_units_and_has_the_size_of_the_runs(one_budget: pd.DataFrame) -> None:
