@@ -148,3 +148,4 @@ def kernels(
         print_json({**chosen, **({"measured": found} if found else {})})
     else:
         print_named(out, "kernels", chosen)
+        print_note(out, "N times: as many times as fast, on the machine in brackets")
