@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass
 from fractions import Fraction
@@ -622,10 +622,10 @@ def _built(raw: object) -> Recipe:
     return build(Recipe, raw, "")
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: str | Sequence[str] = ()) -> Recipe:
     """Read a recipe from YAML.
 
-    `overrides` are "a.b=c" strings: the value is YAML; phases go by name or position
+    `overrides`: one or several "a.b=c" strings. The value is YAML; phases go by name or position
     ("phases.finetune.optimizer.lr=1e-4"). Raises RecipeError, which names the field, what was given and the remedy.
     """
     raw = read_yaml(path)

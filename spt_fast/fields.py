@@ -117,10 +117,9 @@ def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = F
         except (TypeError, ValueError):
             number = float("nan")
         if not (low <= number <= high) or (open_low and number == low) or math.isinf(number):
-            bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
-                f" and at most {high:g}" if high < math.inf else ""
-            )
-            raise RecipeError(invalid(where, value, f"write a number {bounds}"))
+            least = "" if low == -math.inf else f" {'above' if open_low else 'of at least'} {low:g}"
+            most = f" and at most {high:g}" if high < math.inf else ""
+            raise RecipeError(invalid(where, value, f"write a number{least}{most}"))
         return number
 
     return parse
@@ -353,13 +352,13 @@ def naming(where: object) -> Iterator[None]:
         raise
 
 
-def apply_overrides(raw: Any, overrides: Sequence[str]) -> None:
+def apply_overrides(raw: Any, overrides: str | Sequence[str]) -> None:
     """Set values of YAML data by "a.b=c" strings: the value is YAML, list items go by name or position.
 
     Raises RecipeError.
     """
     try:
-        for override in overrides:
+        for override in [overrides] if isinstance(overrides, str) else overrides:
             target, separator, value = override.partition("=")
             if not separator:
                 raise RecipeError(invalid("overrides", override, "write KEY=VALUE, such as phases.pretrain.tokens=40M"))

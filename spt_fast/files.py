@@ -16,6 +16,11 @@ def expanded(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path))
 
 
+def looked_in(path: Path) -> str:
+    """Where a relative path that leads nowhere was looked for, as the end of a message."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
+
+
 def download(folder: Path) -> str | None:
     """How to get a model's or tokenizer's folder, where the path is a name on Hugging Face or a place in its cache."""
     if folder.is_dir():

@@ -81,7 +81,9 @@ def tokenizer(
         >>> bpe.encode("benzene")
     """
     from spt_fast.data.tokenizer import train_tokenizer
+    from spt_fast.fields import integer
 
+    vocab_size = _parsed(integer(0), vocab_size, "vocab_size")
     return train_tokenizer(inputs, vocab_size, out, text_key=text_key, skip_bad=skip_bad, progress=progress)
 
 
@@ -114,7 +116,7 @@ def prepare(
         >>> spt.prepare("chem.jsonl", "data/chem", "data/bpe.tiktoken", heldout="5%").tokens
     """
     from spt_fast.data.prepare import prepare
-    from spt_fast.fields import parse_share
+    from spt_fast.fields import integer, parse_share
 
     return prepare(
         inputs,
@@ -125,7 +127,7 @@ def prepare(
         text_key=text_key,
         heldout=_parsed(parse_share, heldout, "heldout"),
         skip_bad=skip_bad,
-        workers=workers,
+        workers=_parsed(integer(0), workers, "workers"),
         progress=progress,
     )
 
@@ -161,6 +163,7 @@ def init(
         >>> spt.plan(begun.recipe).price.hours
     """
     from spt_fast.advice.starter import begin
+    from spt_fast.fields import number
 
     return begin(
         general,
@@ -168,7 +171,7 @@ def init(
         out,
         init=init,
         tokenizer=tokenizer,
-        hours=hours,
+        hours=_parsed(number(0, open_low=True), hours, "hours"),
         text_key=text_key,
         skip_bad=skip_bad,
         progress=progress,
@@ -280,7 +283,7 @@ def evaluate(
 
     weights      a run, its weights/<phase>, a checkpoint or a Hugging Face folder
     data         prefixes of datasets; every token but the first is scored once
-    tasks        files of questions (.jsonl), lm-eval's task files (.yaml) and names of its tasks
+    tasks        one or several: files of questions (.jsonl), lm-eval's task files (.yaml) and names of its tasks
     num_fewshot  solved examples before each question of a task
     limit        questions of each task at most
     context      tokens that the model sees at a time; by default as in training, or the model's own
@@ -296,7 +299,10 @@ def evaluate(
     """
     from spt_fast.evaluation.score import scored
     from spt_fast.evaluation.tasks import score_tasks
+    from spt_fast.fields import integer
 
+    num_fewshot, limit = _parsed(integer(0), num_fewshot, "num_fewshot"), _parsed(integer(0), limit, "limit")
+    context, batch = _parsed(integer(0), context, "context"), _parsed(integer(0), batch, "batch")
     datasets = [data] if isinstance(data, (str, os.PathLike)) else [*data]
     if not datasets and tasks is None:
         raise RecipeError("data: missing; give `data=PREFIX`, `tasks=TASK` or both", argument=True)
@@ -361,25 +367,26 @@ def audit(run: AnyPath, *, source: str | None = None, document: int | None = Non
 
 def load_study(
     study: AnyPath,
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     *,
     general: AnyPath | None = None,
     domain: AnyPath | None = None,
     tokenizer: AnyPath | None = None,
-    init: Sequence[AnyPath] = (),
+    init: Paths = (),
     out: AnyPath | None = None,
 ) -> Study:
     """A study from its YAML file, or a ready one by name, such as "spt".
 
-    overrides                        "a.b=c" strings, whose values are YAML
+    overrides                        one or several "a.b=c" strings, whose values are YAML
     general, domain, tokenizer, out  for a ready study: the datasets' prefixes, their tokenizer, the study's folder
-    init                             for a ready study: weights to start from
+    init                             for a ready study: one or several weights to start from
 
     Raises RecipeError, or CheckpointError for `init` without weights.
     """
     from spt_fast.study import load
 
-    given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out, "init": [*init]}
+    starts = [init] if isinstance(init, (str, os.PathLike)) else [*init]
+    given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out, "init": starts}
     return load.load_study(str(study), overrides, given=given)
 
 
@@ -388,7 +395,7 @@ def sweep(
     *,
     jobs: int | None = None,
     cluster: str | None = None,
-    cluster_options: Sequence[str] = (),
+    cluster_options: str | Sequence[str] = (),
     progress: bool = True,
 ) -> Swept:
     """Train the missing runs of a grid, and write the table of their results.
@@ -396,7 +403,7 @@ def sweep(
     study            a study as `load_study` gives it, or the path of its file
     jobs             runs at a time; by default one for each GPU, or core
     cluster          run as jobs of a cluster, by submitit: "slurm", "local"
-    cluster_options  "key=value" strings for submitit, such as "timeout_min=600"
+    cluster_options  one or several "key=value" strings for submitit, such as "timeout_min=600"
     progress         show what is under way on standard error
 
     Returns the state of every run, and the table with a row for each evaluation. A failed run is reported; the others
@@ -411,7 +418,8 @@ def sweep(
 
     jobs = _parsed(integer(1), jobs, "jobs")
     loaded = load_study(study) if isinstance(study, (str, os.PathLike)) else study
-    workers = sweeping.workers_of(loaded, jobs, cluster, cluster_options)
+    options = [cluster_options] if isinstance(cluster_options, str) else cluster_options
+    workers = sweeping.workers_of(loaded, jobs, cluster, options)
     console = terminal(stderr=True, quiet=not progress)
     return sweeping.Swept.of(loaded, *sweeping.sweep(loaded, console, workers=workers))
 
@@ -579,9 +587,11 @@ def generate(
 
         >>> spt.generate("runs/chem", "The solvent is", 50)[0].text
     """
-    from spt_fast.fields import integer
+    from spt_fast.fields import integer, number
     from spt_fast.train.release import generate_texts
 
+    temperature, top_k = _parsed(number(), temperature, "temperature"), _parsed(integer(0), top_k, "top_k")
+    top_p = _parsed(number(), top_p, "top_p")
     tokens = _parsed(integer(0), tokens, "tokens")
     seed = _parsed(integer(-(2**63), 2**64 - 1), seed, "seed")
     asked = [prompts] if isinstance(prompts, str) else prompts

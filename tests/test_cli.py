@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from spt_fast import cli, fields
 from spt_fast.cli import flags
@@ -220,7 +221,7 @@ def test_flags_are_those_of_the_innermost_command(
         (("--temperature", -1), "--temperature: -1.0 is invalid: write a number of at least 0"),
         (("--temperature", "nan"), "--temperature: nan is invalid"),
         (("--top-k", 0), "--top-k: 0 is invalid: write a whole number of at least 1"),
-        (("--tokenizer", "nosuch"), "--tokenizer: 'nosuch' is invalid: give a file of ranks or a tiktoken encoding"),
+        (("--tokenizer", "nosuch"), "--tokenizer: 'nosuch' is invalid: give a file of ranks, the path of a Hugging"),
     ],
 )
 def test_invalid_flags_of_generate_are_refused(
@@ -238,6 +239,20 @@ def test_invalid_flags_of_generate_are_refused(
     GPT(shape).save_hf(tmp_path / "hf")
     words = ("generate", tmp_path / "hf", "--prompt", "some", "--tokenizer", ranks, *flags)
     assert said in said_on_failure(monkeypatch, capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("tokenizer", "train", "x.txt", "--out", "t", "--vocab-size", "4k"), "'4k' must be a valid integer"),
+        (("plan", "recipe.yaml", "--price", "$2"), "'$2' must be a valid number"),
+        (("plan", "recipe.yaml", "--gpus", "0"), "'0' must be greater than or equal to 1"),
+    ],
+)
+def test_a_flag_that_is_no_number_is_shown_as_it_was_given(words: tuple[str, ...], says: str) -> None:
+    result = CliRunner().invoke(cli.app, words, terminal_width=120)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{words[-2]}': {says}" in " ".join(result.output.replace("│", "").split())
 
 
 def test_every_path_of_the_command_line_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import yaml
 
 import spt_fast as spt
 from spt_fast import cli, library
+from spt_fast.config import recipe_from
 from spt_fast.errors import RecipeError, SptError
 from spt_fast.printing import as_json
 from spt_fast.study import sweep as sweeping
@@ -82,7 +85,7 @@ def test_from_text_to_a_report(
         spt.evaluate(run.run, tmp_path / "chem.heldout", context=0)
     with pytest.raises(SptError, match=r"^gpus: 0 is invalid"):
         spt.plan(recipes["spt"], gpus=0)
-    with pytest.raises(SptError, match=r"^per_gpu_hour: -1 is invalid: write a number at least 0"):
+    with pytest.raises(SptError, match=r"^per_gpu_hour: -1 is invalid: write a number of at least 0"):
         spt.plan(recipes["spt"], per_gpu_hour=-1)
     assert spt.compare(npt.run) == spt.compare([npt.run])
     assert scored == spt.evaluate(run.phases["finetune"].weights, [tmp_path / "chem.heldout"], progress=False)
@@ -179,6 +182,40 @@ def test_errors_name_the_argument_or_its_flag(
     with pytest.raises(RecipeError, match=r"^data: missing; give `data=PREFIX`, `tasks=TASK`"):
         spt.evaluate("x")
     assert "missing; give --data PREFIX, --tasks TASK or both" in said(monkeypatch, capsys, "eval", "x")[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: spt.tokenizer("x", "4K", "t"), "vocab_size: '4K' is invalid: write a whole number"),
+        (lambda: spt.prepare("x", "y", "gpt2", workers="two"), "workers: 'two' is invalid: write a whole number"),
+        (lambda: spt.init("g", "d", "o", hours="an hour"), "hours: 'an hour' is invalid: write a number above 0"),
+        (
+            lambda: spt.plan(recipe_from(tiny.raw_recipe(Path())), gpu_memory=80),
+            "gpu_memory: 80 is invalid: write a size",
+        ),
+        (lambda: spt.run("recipe.yaml"), "recipe: is of type str; give what `spt.load_recipe"),
+        (lambda: spt.evaluate("x", "d", context="long"), "context: 'long' is invalid: write a whole number"),
+        (lambda: spt.evaluate("x", tasks="none.jsonl"), "none.jsonl: doesn't exist"),
+        (
+            lambda: spt.evaluate("x", tasks=[Path("none.jsonl")], limit=2.5),
+            "limit: 2.5 is invalid: write a whole number",
+        ),
+        (
+            lambda: spt.load_study("dcpt", general="g", domain="d", out="o", init="nobase"),
+            "init: nobase: is not a folder",
+        ),
+        (
+            lambda: spt.load_study("spt", "seeds", general="g", domain="d", out="o", tokenizer="t"),
+            "overrides: 'seeds' is",
+        ),
+        (lambda: spt.generate("x", temperature="hot"), "temperature: 'hot' is invalid: write a number"),
+        (lambda: spt.generate("x", top_k=2.5), "top_k: 2.5 is invalid: write a whole number"),
+    ],
+)
+def test_values_of_another_type_are_refused_with_the_argument(call: Callable[[], object], says: str) -> None:
+    with pytest.raises(SptError, match=f"^{re.escape(says)}"):
+        call()
 
 
 def test_every_call_is_documented_with_all_its_arguments() -> None:

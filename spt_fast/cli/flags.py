@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from spt_fast.errors import SptError
+from spt_fast.errors import SptError, shown
 from spt_fast.files import expanded
 from spt_fast.printing import print_message
 
@@ -129,6 +129,17 @@ class Command(TyperCommand):
             elif param.param_type_name == "argument":
                 param.display_type_rich = lambda ctx: None
         return params
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """With what was given in the message about an invalid value, which pydantic's leaves out."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            if details := getattr(error.__cause__, "errors", None):
+                wrong = details()[0]
+                must = wrong["msg"].removeprefix("Input should ").partition(",")[0]
+                error.message = f"{shown(wrong['input'])} must {must}"
+            raise
 
 
 class ManyValues(Command):

@@ -146,7 +146,7 @@ def train(
     if trained.status == "failed":
         raise RuntimeError(trained.reason)
     if is_first():
-        print_summary(loaded.run, trained.summary, terminal(lasting=True))
+        print_summary(loaded, trained.summary, terminal(lasting=True))
 
 
 @app.command(

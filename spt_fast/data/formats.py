@@ -25,6 +25,7 @@ import numpy as np
 
 from spt_fast.data.text import is_text
 from spt_fast.errors import DataError, cut, invalid
+from spt_fast.files import looked_in
 
 ID_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
@@ -150,8 +151,8 @@ def _locate(prefix: Path) -> Path:
         if path.is_file():
             return path
     raise DataError(
-        f"no token dataset at {prefix}: none of {', '.join(map(str, candidates))} exists; give the prefix that "
-        "`spt-fast prepare --out` wrote"
+        f"no token dataset at {prefix}: none of {', '.join(map(str, candidates))} exists{looked_in(prefix)}; give the "
+        "prefix that `spt-fast prepare --out` wrote"
     )
 
 

@@ -249,6 +249,8 @@ def chairman_order(weights: list[int]) -> list[int]:
 
 def exact_weights(weights: Mapping[str, int | str | Fraction | float]) -> dict[str, Fraction]:
     """The weights as exact shares that sum to 1, sorted by source."""
+    if weights and not isinstance(weights, Mapping):
+        raise RecipeError(invalid("mixture", weights, "give weights by source, such as {'general': 98, 'chem': 2}"))
     if not weights:
         raise RecipeError("mixture: is empty; name at least one source")
     if len(weights) > MAX_SOURCES:

@@ -30,7 +30,7 @@ from spt_fast.data.base_tokenizer import MOST_IDS, BaseTokenizer, byte_letters, 
 from spt_fast.data.hf_tokenizer import HF_FILE, HFTokenizer
 from spt_fast.data.text import STDIN, Inputs, find_files, iter_documents
 from spt_fast.errors import DataError, TooFewPieces, invalid, nearest
-from spt_fast.files import download, replacing
+from spt_fast.files import download, looked_in, replacing
 from spt_fast.outputs import check_output, is_tokenizer
 from spt_fast.quantities import amount
 
@@ -132,8 +132,8 @@ class Tokenizer(BaseTokenizer):
     def _named(cls, name: str) -> Tokenizer:
         names = tiktoken.list_encoding_names()
         if name not in names:
-            near = nearest(name, names)
-            expected = f"give a file of ranks or a tiktoken encoding; {near} Name a Hugging Face folder by its path"
+            what = "a file of ranks, the path of a Hugging Face folder, or a tiktoken encoding"
+            expected = f"give {what}; {nearest(name, names)}"
             raise DataError(invalid("tokenizer", name, expected), argument=True)
         encoding = _get_encoding(name)
         if EOS not in encoding._special_tokens:
@@ -334,7 +334,7 @@ def _found(path: Path, *, with_eos: bool) -> BaseTokenizer:
     if path.suffix not in (".tiktoken", ".json", ".model", ".txt") and (remedy := download(path)):
         raise DataError(f"tokenizer: there is no folder {path} here; {remedy}", argument=True)
     if path.suffix or len(path.parts) != 1 or path.exists():
-        missing = f"tokenizer: file {path} doesn't exist; create one with `spt-fast tokenizer train`"
+        missing = f"tokenizer: file {path} doesn't exist{looked_in(path)}; create one with `spt-fast tokenizer train`"
         raise DataError(missing, argument=True)
     return Tokenizer._named(str(path))
 

@@ -237,8 +237,10 @@ class GPT(nn.Module):
         reduction is "mean" or "sum" (scalars), or "none" ([B·T]), in nats. cu_seqlens int32 [n+1] cuts the B·T tokens,
         flattened, into documents: attention stays inside a document and positions restart in each (and in each row).
         scale: as in linear_cross_entropy, for a loss that is only used for its `backward()`.
-        ValueError: more than config.context tokens.
+        ValueError: tokens of another shape, or more than config.context in a row.
         """
+        if tokens_BT.dim() != 2:
+            raise ValueError(f"tokens: {tuple(tokens_BT.shape)} is invalid: they must be [B, T]")
         if torch.is_autocast_enabled(tokens_BT.device.type) and isinstance(self.embedding, nn.Parameter):
             return self._under_autocast(tokens_BT, targets_BT, cu_seqlens, reduction, scale)
         T = tokens_BT.shape[1]

@@ -42,6 +42,7 @@ from spt_fast.errors import RecipeError, invalid, nearest, shown, shown_key
 from spt_fast.fields import (
     build,
     integer,
+    key_of,
     number,
     one_of,
     optional,
@@ -177,6 +178,10 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
     if not isinstance(raw, Mapping):
         raise RecipeError(invalid(where, raw, "write a section with name, delta, tokens and optimizer"))
     own = {item.name for item in dataclasses.fields(Axes)}
+    known = own | {key_of(item) for item in dataclasses.fields(Phase)}
+    for key in raw:
+        if key not in known:
+            raise RecipeError(f"{where}.{shown_key(key)}: {unknown_key(key, known - {'mixture'})}")
     axes = build(Axes, {key: value for key, value in raw.items() if key in own}, where)
     phase = {str(key): value for key, value in raw.items() if key not in own}
     _check_axes(axes, phase, where, first=first)
@@ -202,13 +207,13 @@ def _stage(raw: object, where: str, *, first: bool) -> Stage:
 
 def _check_axes(axes: Axes, phase: Mapping[str, Any], where: str, *, first: bool) -> None:
     """Raises RecipeError unless the axes give one mixture and one length, from weights that exist."""
+    if "mixture" in phase:
+        raise RecipeError(f"{where}.mixture: a study's mixtures are its axis; write delta or replay")
     for one, other, what in (("delta", "replay", "its mixture"), ("tokens", "budgets", "its length")):
         given = [key for key in (one, other) if getattr(axes, key) is not None]
         if len(given) != 1:
             both = "both are given" if given else "neither is given"
             raise RecipeError(f"{where}: {both}, {one} and {other}; give exactly one of them for {what}")
-    if "mixture" in phase:
-        raise RecipeError(f"{where}.mixture: a study's mixtures are its axis; write delta or replay")
     if first and axes.start != ("pretrained",):
         raise RecipeError(f"{where}.start: the first stage has no earlier weights; leave it out")
     if Fraction(1) in axes.domain_from:
@@ -384,7 +389,7 @@ class Study:
     def _check_starts(self) -> None:
         if bool(self.models) == bool(self.init):
             given = "both are given" if self.init else "neither is given"
-            raise RecipeError(f"models: {given}, models and init; leave one out")
+            raise RecipeError(f"models: {given}, models and init; give exactly one of them for what is trained")
         bases = [model for model, _ in self.starts if isinstance(model, Base)]
         if bases and len(bases) < len(self.starts):
             raise RecipeError(

@@ -89,7 +89,7 @@ def _check_domain(study: Study) -> None:
             field = "simulate" if study.simulate else "domain_tokens"
             raise RecipeError(
                 f"{field}: asks for {limit:,} tokens, but {source['train']} has {held:,}; write that or less, or "
-                "`domain_tokens: all`"
+                "`domain_tokens: all` (`--set domain_tokens=all`)"
             )
 
 

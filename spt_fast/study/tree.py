@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.config import Model, Recipe, check_lengths, recipe_from, recorded_recipe
-from spt_fast.errors import RecipeError, SptError, invalid, nearest, shown_key
+from spt_fast.errors import RecipeError, SptError, invalid, shown_key
 from spt_fast.fields import Span, naming
 from spt_fast.model.presets import PRESETS
 from spt_fast.optimizers import parse_optimizer
@@ -282,7 +282,7 @@ def _context(model: Model | Base) -> int:
     if model.preset is None:
         raise RecipeError("models: a shape needs a preset, or its context")
     if model.preset not in PRESETS:
-        raise RecipeError(invalid("models", model.preset, f"write a preset; {nearest(model.preset, PRESETS)}"))
+        raise RecipeError(invalid("models", model.preset, f"write a preset: one of {', '.join(PRESETS)}"))
     return PRESETS[model.preset]["context"]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from pathlib import Path
 
 from rich.console import Console
@@ -69,7 +70,7 @@ def audit_document(run: Path, source: str | None, document: int) -> Visits:
         raise DataError(
             f"document: {data.path} records no documents; leave it out and audit the whole source", argument=True
         )
-    if not 0 <= document < len(ends):
+    if not isinstance(document, Integral) or not 0 <= document < len(ends):
         expected = f"{source} has documents 0 to {len(ends) - 1}"
         raise DataError(invalid("document", document, expected), argument=True)
     start, end = int(ends[document - 1]) if document else 0, int(ends[document])

@@ -101,8 +101,8 @@ def _thin_texts(plan: Plan) -> list[str]:
             if scored < asked // 2:
                 found.setdefault(
                     (source, "tokens"),
-                    f"phases[{planned.phase.name}].eval.tokens: asks for {asked:,}, but half of the held-out text of "
-                    f"{source!r} has {scored:,} tokens; hold out more text",
+                    f"phases[{planned.phase.name}].eval.tokens: {asked:,} asks for {asked // 2:,} of each half of the "
+                    f"held-out text of {source!r}, which has {scored:,}; hold out more text",
                 )
     return list(found.values())
 

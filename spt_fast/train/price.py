@@ -194,8 +194,11 @@ class Price:
 def speed_of(plan: Plan, machine: Machine, *, mfu: float | None = None, run: Path | None = None) -> Speed:
     """By the given `mfu`; else measured by `run` or in the recipe's own run folder; else assumed.
 
-    CheckpointError for a `run` without measurements; RecipeError if its rate doesn't apply to this recipe.
+    CheckpointError for a `run` without measurements; RecipeError if its rate doesn't apply to this recipe, or for an
+    `mfu` of 0.
     """
+    if mfu is not None and not mfu > 0:
+        raise RecipeError(invalid("mfu", mfu, "write a share above 0, such as 40%"), argument=True)
     if mfu is None:
         measured = _measured(plan, machine, run or Path(plan.recipe.run), required=run is not None)
         if measured is not None:
@@ -437,9 +440,9 @@ def _memory(way: PricedWay) -> str:
     return marks + size(way.bytes.total)
 
 
-def parse_bytes(value: str, where: str) -> int:
+def parse_bytes(value: object, where: str) -> int:
     """ "80GB" (10^9), "80GiB" (2^30)."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(G|Gi|M|Mi)B", value.strip())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(G|Gi|M|Mi)B", str(value).strip())
     if not match or not float(match[1]):
         raise RecipeError(invalid(where, value, "write a size such as 80GB or 141GiB"))
     return round(float(match[1]) * {"G": 10**9, "Gi": 2**30, "M": 10**6, "Mi": 2**20}[match[2]])

@@ -48,6 +48,9 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
     diverges ends it with `status: failed` and the reason. Raises RecipeError, DataError or CheckpointError for what a
     user can fix.
     """
+    if not isinstance(recipe, Recipe):
+        what = type(recipe).__name__
+        raise RecipeError(f"recipe: is of type {what}; give what `spt.load_recipe(…)` returns", argument=True)
     if recipe.engine.deterministic:
         use_deterministic_algorithms()
     world = join(recipe.engine)
@@ -102,13 +105,19 @@ def _train(recipe: Recipe, folder: Path, world: World, *, resume: bool, verify: 
         return trainer.summarise(**ending)
 
 
-def print_summary(name: str, summary: Mapping[str, Any], console: Console) -> None:
+def print_summary(recipe: Recipe, summary: Mapping[str, Any], console: Console) -> None:
     rows = [
         [phase, done["steps"], done["tokens"], source, done["epochs"].get(source, 0.0), done["heldout"].get(source)]
         for phase, done in summary["phases"].items()
         for source in {**done["heldout"], **done["epochs"]}
     ]
-    print_table(console, name, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
+    print_table(console, recipe.run, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
+    for phase in recipe.phases:
+        if phase.grid and (done := summary["phases"].get(phase.name)):
+            values = ", ".join(f"{key} {value}" for key, value in phase.arms()[done["arm"]].items())
+            print_note(
+                console, f"{phase.name}: the best of its grid is {values}, by the select loss of {phase.chosen_by}"
+            )
     for phase, done in summary["phases"].items():
         if (best := done["handed_on"]) < done["steps"]:
             print_note(console, f"{phase}: the weights and their losses are those after step {best:,}, the best")

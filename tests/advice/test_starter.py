@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,12 @@ def test_the_rate_of_a_cpu_is_that_of_the_faster_dtype(monkeypatch: pytest.Monke
         rates[fast] = sizing.flops_per_s("cpu")
     assert rates[False] == pytest.approx(0.3 * 2 * 1024**3 / 4)
     assert rates[True] == pytest.approx(4 * rates[False])
+
+
+def test_evaluations_ask_for_less_than_all_held_out_text() -> None:
+    """Its halves are not exactly equal, and a recipe of `init` should not be warned of."""
+    known = SimpleNamespace(corpora=[SimpleNamespace(heldout_tokens=tokens) for tokens in (67_000, 34_000)], window=256)
+    assert sizing.Sizing.evaluation(known, 5_400_000) == "{every: 10%, tokens: 31K}"  # type: ignore[arg-type]
 
 
 def slow_machine(monkeypatch: pytest.MonkeyPatch, flops_per_s: float) -> None:

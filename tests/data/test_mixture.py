@@ -168,6 +168,7 @@ def test_how_weights_are_read(weights: dict, exact: list[str]) -> None:
         ({"a": "1e-999999999"}, "is invalid"),
         ({"a": None}, "mixture.a: None is invalid"),
         ({1: 1}, "mixture: 1 is invalid"),
+        (["a"], r"mixture: \['a'\] is invalid: give weights by source"),
     ],
 )
 def test_invalid_weights(weights: dict, message: str) -> None:

@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import random
+import re
 import sys
 import sysconfig
 import time
@@ -205,9 +206,7 @@ def test_digests_tell_tokenizers_apart(tokenizer: Tokenizer) -> None:
 
 
 def test_encodings_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        DataError, match="'gpt-2' is invalid: give a file of ranks or a tiktoken encoding; did you mean 'gpt2'"
-    ):
+    with pytest.raises(DataError, match=r"'gpt-2' is invalid: .* or a tiktoken encoding; did you mean 'gpt2'"):
         Tokenizer.load("gpt-2")
 
     def offline(name: str) -> None:
@@ -250,8 +249,8 @@ def test_damaged_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match=f"{name}: is damaged, or not a file of tiktoken ranks"):
             Tokenizer.load(path)
-    for missing in (tmp_path / "none", "none.tiktoken"):
-        with pytest.raises(DataError, match=r"none.*doesn't exist; create one"):
+    for missing, where in ((tmp_path / "none", ""), ("none.tiktoken", re.escape(f" in {Path.cwd()}"))):
+        with pytest.raises(DataError, match=rf"none.*doesn't exist{where}; create one"):
             Tokenizer.load(missing)
 
 

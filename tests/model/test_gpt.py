@@ -345,6 +345,8 @@ def test_longer_than_the_context_is_refused() -> None:
     model(tokens(1, 32))
     with pytest.raises(ValueError, match=r"33 tokens.*context is 32"):
         model(tokens(1, 33))
+    with pytest.raises(ValueError, match=r"tokens: \(32,\) is invalid: they must be \[B, T\]"):
+        model(tokens(1, 32)[0])
 
 
 # ---------------------------------------------------------------------------------------------------- attention

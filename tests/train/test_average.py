@@ -17,6 +17,7 @@ from spt_fast.model import hf
 from spt_fast.study.runs import FinishedRun
 from spt_fast.study.runs_table import table_of
 from spt_fast.train.audit import audit_run
+from spt_fast.train.folder import recipe_of
 from spt_fast.train.loop import Arm, Trainer
 from spt_fast.train.origin import History
 from spt_fast.train.resume import changes
@@ -76,8 +77,10 @@ def test_the_history_and_the_summary_name_the_step_of_the_best_weights(averaged:
     assert history is not None
     assert [phase.tokens for phase in history.phases] == [10 * 8 * tiny.CONTEXT, 6 * 4 * tiny.CONTEXT]
     with (console := Console(width=80)).capture() as printed:
-        print_summary("run", summary, console)
+        print_summary(recipe_of(averaged), summary, console)
     assert "finetune: the weights and their losses are those after step 6, the best" in printed.get()
+    lr = ("0.001", "0.02")[tuned["arm"]]
+    assert f"finetune: the best of its grid is lr {lr}, by the select loss of chem" in printed.get()
     assert "pretrain: " not in printed.get()
 
 

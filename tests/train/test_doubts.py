@@ -197,8 +197,8 @@ def test_losses_on_little_text_are_warned_of_once_for_a_source(data: Path) -> No
     assert chem == [
         f"sources.chem.heldout: half of what is scored has {text.documents} documents, fewer than 30, so differences "
         "below its standard error mean nothing; raise the phase's `eval.tokens`, or hold out more text",
-        f"phases[{raw['phases'][1]['name']}].eval.tokens: asks for 100,000, but half of the held-out text of 'chem' "
-        f"has {more.num_targets + 1:,} tokens; hold out more text",
+        f"phases[{raw['phases'][1]['name']}].eval.tokens: 100,000 asks for 50,000 of each half of the held-out text of "
+        f"'chem', which has {more.num_targets + 1:,}; hold out more text",
     ]
 
 

@@ -85,6 +85,8 @@ def test_speed_is_stated_or_measured_or_assumed(recipe: Recipe, tmp_path: Path) 
     measured = speed_of(plan, machine)
     assert measured.mfu == 0.35  # the median without the first, which includes the start-up
     assert measured.source == f"measured in {Path(recipe.run) / 'metrics.jsonl'}"
+    with pytest.raises(RecipeError, match=r"^mfu: 0\.0 is invalid: write a share above 0"):
+        speed_of(plan, machine, mfu=0.0)
     assert speed_of(plan, machine, mfu=0.6) == Speed(0.6 * H100 * 4, 0.6, "stated")
 
     whole = recipe_from(recipe.plain() | {"run": str(tmp_path / "whole"), "engine": {"checkpointing": "full"}})
