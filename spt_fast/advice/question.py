@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from spt_fast.advice.result import Asked
-from spt_fast.errors import RecipeError, invalid
+from spt_fast.errors import RecipeError, invalid, nearest
 from spt_fast.fields import parse_count, parse_share
 from spt_fast.model.flops import matmul_parameters, parameters
 from spt_fast.model.gpt import GPTConfig
@@ -37,7 +37,8 @@ def size_of(model: str | int | None) -> Size:
     try:
         params = parse_count(model, "model")
     except RecipeError:
-        message = invalid("model", model, f"give a preset ({', '.join(PRESETS)}) or a number of parameters")
+        presets = nearest(str(model), PRESETS)
+        message = invalid("model", model, f"give a preset ({presets}) or a number of parameters")
         raise RecipeError(message, argument=True) from None
     return Size(None, params, params)
 
