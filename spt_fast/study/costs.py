@@ -148,7 +148,7 @@ def _speed(plan: Plan, finished: Sequence[PlannedRun], *, jobs: int, gpu: str | 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SptWarning)  # printed already
-            step_s = dry_run(plan.recipe)[0].step_s
+            step_s = dry_run(dataclasses.replace(plan.recipe, phases=plan.recipe.phases[:1]))[0].step_s
     finally:
         torch.set_num_threads(threads)
     flops = plan.flops_per_token(0) * plan.phases[0].tokens_per_step

@@ -20,6 +20,7 @@ from spt_fast.config import Recipe
 from spt_fast.errors import RecipeError
 from spt_fast.model.memory import CHECKPOINTING
 from spt_fast.printing import print_note, print_table
+from spt_fast.progress import Line, Screen
 from spt_fast.quantities import duration
 from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.engine import EngineInterface
@@ -91,7 +92,8 @@ def dry_run(recipe: Recipe, *, resume: bool | None = None, verify: bool = False)
             engine.untie()
             start = start.untied()
         try:
-            loss, seconds = _steps(plan, planned, engine, start, world)
+            with Screen(show=world.is_first) as screen:
+                loss, seconds = _steps(plan, planned, engine, start, world, screen)
         except torch.OutOfMemoryError as error:
             raise RecipeError(_out_of_memory(plan, planned, machine, error)) from None
         steps = planned.steps * len(phase.arms())
@@ -119,7 +121,7 @@ def print_trials(trials: Sequence[Trial], console: Console) -> None:
 
 
 def _steps(
-    plan: Plan, planned: PhasePlan, engine: EngineInterface, start: Snapshot, world: World
+    plan: Plan, planned: PhasePlan, engine: EngineInterface, start: Snapshot, world: World, screen: Screen
 ) -> tuple[float, float]:
     """(loss, seconds of a whole step)."""
     phase = planned.phase
@@ -130,7 +132,8 @@ def _steps(
         _, micro_batches = next(iter(loader))
     some = micro_batches[:MICRO_BATCHES]
     losses = []
-    for _ in ("start-up", "timed"):
+    for step in ("first step", "second step, which is timed"):
+        screen.update(Line([f"dry run {phase.name}", step]))
         began = time.monotonic()
         result = engine.step(some, phase.optimizer.lr, lambda: False)
         assert result is not None

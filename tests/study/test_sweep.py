@@ -23,7 +23,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from spt_fast.cli import app
-from spt_fast.config import load_recipe, recipe_from
+from spt_fast.config import Recipe, load_recipe, recipe_from
 from spt_fast.errors import CheckpointError, DataError, RecipeError, SptWarning
 from spt_fast.locks import InUse
 from spt_fast.study import jobs
@@ -249,11 +249,18 @@ def test_a_study_takes_as_long_as_its_longest_chain_however_many_run_at_a_time(
 
 
 def test_a_timed_step_is_priced_as_it_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With checkpointing, whose recomputation was timed with it."""
+    """With checkpointing, whose recomputation was timed with it; only the first of its phases is tried."""
     tiny.write_corpora(tmp_path)
     plan = make_plan(tiny.recipe(tmp_path, engine={"checkpointing": "full"}))
-    monkeypatch.setattr("spt_fast.study.costs.dry_run", lambda recipe: [SimpleNamespace(step_s=2.0)])
+    tried: list[str] = []
+
+    def timed(recipe: Recipe) -> list[SimpleNamespace]:
+        tried.extend(phase.name for phase in recipe.phases)
+        return [SimpleNamespace(step_s=2.0) for _ in recipe.phases]
+
+    monkeypatch.setattr("spt_fast.study.costs.dry_run", timed)
     assert phase_time(plan, 0, _speed(plan, [], jobs=1, gpu=None, mfu=None)).step_s == pytest.approx(2.0)
+    assert tried == ["pretrain"]
 
 
 def test_a_killed_sweep_continues_to_the_same_table(swept: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from spt_fast import progress
 from spt_fast.config import recipe_from
 from spt_fast.errors import RecipeError
 from spt_fast.train.dry_run import dry_run
@@ -23,6 +24,17 @@ from tests import tiny
 def raw(tmp_path: Path) -> dict[str, Any]:
     tiny.write_corpora(tmp_path)
     return tiny.raw_recipe(tmp_path)
+
+
+def test_the_dry_run_says_which_step_it_takes(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a CPU a step of a large batch takes minutes."""
+    monkeypatch.setattr(progress, "PLAIN_LINE_EVERY_S", 0.0)
+    raw["phases"] = raw["phases"][:1]
+    dry_run(recipe_from(raw))
+    said = re.findall("dry run .*", capsys.readouterr().err)
+    assert said == ["dry run pretrain · first step", "dry run pretrain · second step, which is timed"]
 
 
 def test_every_phase_is_tried_as_it_will_be_trained(
