@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from rich.console import Console
 
 from spt_fast.config import Recipe
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, SptWarning
 from spt_fast.model.memory import CHECKPOINTING
 from spt_fast.printing import print_note, print_table
 from spt_fast.progress import Line, Screen
@@ -26,6 +27,7 @@ from spt_fast.train.doubts import doubts, warn
 from spt_fast.train.engine import EngineInterface
 from spt_fast.train.engines import join, make_engine
 from spt_fast.train.evaluate import FORWARD_SHARE, evaluated_tokens
+from spt_fast.train.folder import is_run
 from spt_fast.train.plan import PhasePlan, Plan, make_plan
 from spt_fast.train.price import TIME_FACTOR, Machine, Way, phase_memory, ways_of
 from spt_fast.train.run import check_folder
@@ -60,7 +62,7 @@ class Trial:
 def dry_run(recipe: Recipe, *, resume: bool | None = None, verify: bool = False) -> list[Trial]:
     """Try every phase. Nothing is written.
 
-    resume  as for `run`; None leaves the run's folder out of the checks
+    resume  as for `run`, but without it an earlier run there is only warned of; None leaves it out of the checks
     verify  compare all blocks of the datasets with their hashes, not only some
 
     Raises what `run` would raise before its first step, and RecipeError if memory doesn't suffice, with the settings
@@ -68,7 +70,7 @@ def dry_run(recipe: Recipe, *, resume: bool | None = None, verify: bool = False)
     """
     world = join(recipe.engine)
     if resume is not None:
-        world.on_first(lambda: check_folder(Path(recipe.run), recipe, resume))
+        world.on_first(lambda: _look_at_folder(recipe, resume))
     world.on_first(lambda: check_installed(recipe.log.to))
     device = world.device
     plan = world.everywhere(lambda: make_plan(recipe, world=world.size))
@@ -111,6 +113,19 @@ def dry_run(recipe: Recipe, *, resume: bool | None = None, verify: bool = False)
             )
         )
     return results
+
+
+def _look_at_folder(recipe: Recipe, resume: bool) -> None:
+    folder = Path(recipe.run)
+    if resume or not is_run(folder):
+        check_folder(folder, recipe, resume)
+    else:
+        warnings.warn(
+            f"run: folder {folder} exists, so training will be refused; continue it with --resume, choose another name "
+            "or delete it",
+            SptWarning,
+            stacklevel=3,
+        )
 
 
 def print_trials(trials: Sequence[Trial], console: Console) -> None:

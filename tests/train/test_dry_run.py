@@ -12,7 +12,7 @@ import torch
 
 from spt_fast import progress
 from spt_fast.config import recipe_from
-from spt_fast.errors import RecipeError
+from spt_fast.errors import RecipeError, SptWarning
 from spt_fast.train.dry_run import dry_run
 from spt_fast.train.evaluate import evaluated_tokens
 from spt_fast.train.local import LocalEngine
@@ -129,12 +129,15 @@ def test_a_model_is_too_large_when_no_setting_saves_memory(
         dry_run(recipe_from(raw))
 
 
-def test_a_folder_in_which_the_run_would_be_refused_is_refused_before_a_step(raw: dict[str, Any]) -> None:
+def test_a_folder_in_which_the_run_would_be_refused_is_told_before_a_step(raw: dict[str, Any]) -> None:
     folder = Path(raw["run"])
     folder.mkdir()
     (folder / "heartbeat.json").write_text('{"time": 1.0, "host": "here", "pid": 1}')
     (folder / "recipe.yaml").write_text(recipe_from(raw | {"seed": 1}).as_yaml())
-    with pytest.raises(RecipeError, match=r"run: folder \S+ exists; add `resume=True`"):
-        dry_run(recipe_from(raw), resume=False)
+    with pytest.warns(SptWarning, match=r"run: folder \S+ exists, so training will be refused; continue .* --resume"):
+        assert dry_run(recipe_from(raw), resume=False)
     with pytest.raises(RecipeError, match=r"started with another recipe.*\n  seed: 1 → 0"):
         dry_run(recipe_from(raw), resume=True)
+    (folder / "heartbeat.json").unlink()
+    with pytest.raises(RecipeError, match=r"run: folder \S+ holds a recipe.yaml, but no run"):
+        dry_run(recipe_from(raw), resume=False)
