@@ -26,7 +26,7 @@ def download(folder: Path) -> str | None:
     if folder.is_dir():
         inside = sorted(folder.glob("snapshots/*/"))
         with suppress(OSError, UnicodeError):
-            newest = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+            newest = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
             inside += [newest] if newest in inside else []
         return f"give the folder {inside[-1]}" if inside else None
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)) and not folder.parent.exists():

@@ -247,7 +247,9 @@ def test_what_prepare_refuses(tmp_path: Path, tokenizer: Tokenizer) -> None:
             prepare(inputs, tmp_path / "d", tokenizer, progress=False, **options)
     with pytest.raises(MissingKey, match=r"few.jsonl:1: no text under 'body' .*text_key="):
         prepare(few, tmp_path / "d", tokenizer, text_key="body", progress=False)
-    with pytest.raises(DataError, match="give a file of ranks or a tiktoken encoding"):
+    with pytest.raises(
+        DataError, match="give a file of ranks, the path of a Hugging Face folder, or a tiktoken encoding"
+    ):
         prepare(few, tmp_path / "d", "nothing", progress=False)
     assert names(tmp_path) == ["blank.jsonl", "empty.jsonl", "few.jsonl", "one_text.jsonl", "single.jsonl"]
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

@@ -589,9 +589,9 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(data: Path, monkeypat
         run(tiny.recipe(data, "full-disk"), progress=False)
 
 
-def test_the_summary_of_a_run_without_held_out_text_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_of_a_run_without_held_out_text_is_printed(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = {"steps": 20, "tokens": 5120, "epochs": {"general": 0.25}, "heldout": {}, "handed_on": 20}
-    print_summary("run", {"phases": {"pretrain": done}, "skipped_steps": 0}, terminal())
+    print_summary(tiny.recipe(data, "unscored"), {"phases": {"pretrain": done}, "skipped_steps": 0}, terminal())
     assert re.search(r"pretrain .* 20 .* 5,120 .* general .* 0\.25 .* n/a", capsys.readouterr().out)
 
 
