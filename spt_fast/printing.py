@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
+from rich.file_proxy import FileProxy
 from rich.table import Table
 
 from spt_fast.errors import SptWarning
@@ -137,7 +138,8 @@ def print_note(console: Console, note: str) -> None:
 
 def print_message(message: str) -> None:
     """Print a sentence on standard error, above a line that changes there."""
-    print(_in_lines(message), end="", file=Lasting("stderr"))
+    changes = isinstance(sys.stderr, FileProxy)  # which prints it above the line
+    print(_in_lines(message), end="", file=sys.stderr if changes else Lasting("stderr"))
 
 
 def _in_lines(message: str) -> str:

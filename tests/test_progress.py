@@ -12,6 +12,7 @@ from rich.console import Console
 from spt_fast import progress
 from spt_fast.config import load_recipe
 from spt_fast.data.tokenizer import train_tokenizer
+from spt_fast.printing import print_message
 from spt_fast.progress import Line, Screen, Steps, be_quiet, progress_of, time_left
 from spt_fast.train.metrics import RunLog
 from spt_fast.train.run import run
@@ -99,7 +100,13 @@ def test_on_a_terminal_names_are_unchanged_and_no_line_remains(
         assert screen._live is not None
         screen._live.refresh()
         screen.say("warning: a[/b]")
-    shown = capsys.readouterr().err
+        shown = capsys.readouterr().err
+        print_message("spt-fast: a message")
+        above = capsys.readouterr().err
+    assert re.fullmatch(r"\r\x1b\[2K.*spt-fast: a message\n.*held out: chem\[small\].*", above, re.DOTALL), (
+        "not in the line"
+    )
+    shown += above + capsys.readouterr().err
     assert all(words in shown for words in ("d[/v2] · held out: chem[small] 1.000", "━━", "warning: a[/b]"))
     assert shown.endswith("\x1b[2K")  # the line is wiped
 
