@@ -319,9 +319,9 @@ def _known(folder: Path, name: str) -> str | None:
     """The id of the tracker's run, if one was started. None in a copy of a run that is still in its place: both would
     write to one."""
     mine = _ids(folder)
-    began = Path(mine.get(FOLDERS, {}).get(name, folder))
-    copied = began.resolve() != folder.resolve() and _ids(began).get(name) == mine.get(name)
-    return None if copied else mine.get(name)
+    known, began = mine.get(name), Path(mine.get(FOLDERS, {}).get(name, folder))
+    copied = known is not None and _ids(began).get(name) == known and not began.samefile(folder)
+    return None if copied else known
 
 
 def _remember(folder: Path, name: str, id_: str) -> None:

@@ -225,7 +225,9 @@ def test_a_missing_library_is_named_before_training(
         recipe_from(short(data, "typo", "wandd"))
 
 
-def test_a_moved_run_continues_in_its_trackers_and_a_copy_begins_its_own(tmp_path: Path) -> None:
+def test_a_moved_run_continues_in_its_trackers_and_a_copy_begins_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     began, moved, copy = (tmp_path / name for name in ("began", "moved", "copy"))
     began.mkdir()
     for name in ("wandb", "mlflow"):
@@ -236,6 +238,10 @@ def test_a_moved_run_continues_in_its_trackers_and_a_copy_begins_its_own(tmp_pat
         assert trackers._known(copy, name) is None
         trackers._remember(copy, name, f"second-{name}")
         assert trackers._known(copy, name) == f"second-{name}"
+    (mounted := tmp_path / "mounted").symlink_to(began)
+    with monkeypatch.context() as patched:  # a place that the path does not tell
+        patched.setattr(Path, "resolve", lambda path, **how: path)
+        assert trackers._known(mounted, "wandb") == "first-wandb"
     began.rename(moved)
     assert trackers._known(moved, "wandb") == "first-wandb"
     (moved / "trackers.json").write_text('{"wandb": "of an earlier version"}')
