@@ -265,10 +265,10 @@ def find_files(inputs: Inputs) -> Found:
     if not files:
         raise DataError("no input given; give files, folders, or - for standard input")
     if passed_over:
-        warnings.warn(f"input: {_listed(passed_over)}", SptWarning, stacklevel=2)
+        warnings.warn(f"input: {_listed(passed_over)}", SptWarning, stacklevel=1)  # not again for another caller
     texts = Counter(text for path in files for text in _texts_of(path))
     if again := sorted({path.name for path in files if any(texts[text] > 1 for text in _texts_of(path))}):
-        warnings.warn(f"input: the same text is read more than once: {_few(again)}", SptWarning, stacklevel=2)
+        warnings.warn(f"input: the same text is read more than once: {_few(again)}", SptWarning, stacklevel=1)
     return Found(files, passed_over)
 
 
@@ -305,7 +305,7 @@ def _say_held_out(folder: Path, files: list[Path]) -> None:
             f"input: {folder} holds {_few(apart)}, which by name is held out, and it is read with the rest; name the "
             "files to read if it should stay out",
             SptWarning,
-            stacklevel=3,
+            stacklevel=1,
         )
 
 

@@ -172,6 +172,10 @@ def test_a_folder_that_holds_a_test_set_beside_other_text_is_read_with_a_warning
     named = ", ".join(name for name in sorted(names) if "est" in name or "Val" in name)
     with pytest.warns(SptWarning, match=rf"^input: \S+in holds {named}, which by name is held out, and it is read"):
         assert len(find_files(tmp_path / "in").files) == len(names)
+    with warnings.catch_warnings(record=True, action="default") as said:
+        find_files(tmp_path / "in")
+        find_files(tmp_path / "in")
+    assert len(said) == 1, "of a command that asks more than once"
     for alone in names:
         put(tmp_path / "in" / alone, b"").unlink()
     put(tmp_path / "in" / "test.jsonl", jsonl(["all of it"]))
