@@ -113,8 +113,9 @@ def print_summary(recipe: Recipe, summary: Mapping[str, Any], console: Console) 
     ]
     print_table(console, recipe.run, ["phase", "steps", "tokens", "source", "epochs", "held-out loss"], rows)
     for phase in recipe.phases:
-        if phase.grid and (done := summary["phases"].get(phase.name)):
-            values = ", ".join(f"{key} {value}" for key, value in phase.arms()[done["arm"]].items())
+        arms, done = phase.arms(), summary["phases"].get(phase.name)
+        if done and len(arms) > 1:
+            values = ", ".join(f"{key} {value}" for key, value in arms[done["arm"]].items())
             print_note(
                 console, f"{phase.name}: the best of its grid is {values}, by the select loss of {phase.chosen_by}"
             )

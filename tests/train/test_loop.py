@@ -591,8 +591,12 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(data: Path, monkeypat
 
 def test_the_summary_of_a_run_without_held_out_text_is_printed(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = {"steps": 20, "tokens": 5120, "epochs": {"general": 0.25}, "heldout": {}, "handed_on": 20}
-    print_summary(tiny.recipe(data, "unscored"), {"phases": {"pretrain": done}, "skipped_steps": 0}, terminal())
-    assert re.search(r"pretrain .* 20 .* 5,120 .* general .* 0\.25 .* n/a", capsys.readouterr().out)
+    raw = tiny.raw_recipe(data, "unscored")
+    raw["phases"][0] |= {"grid": {"lr": [1e-3]}}
+    print_summary(recipe_from(raw), {"phases": {"pretrain": done | {"arm": 0}}, "skipped_steps": 0}, terminal())
+    said = capsys.readouterr().out
+    assert re.search(r"pretrain .* 20 .* 5,120 .* general .* 0\.25 .* n/a", said)
+    assert "grid" not in said, "of one value nothing was chosen"
 
 
 @pytest.mark.parametrize("lost", ["a line", "half a line", "everything"])
