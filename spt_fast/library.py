@@ -303,7 +303,7 @@ def evaluate(
 
     num_fewshot, limit = _parsed(integer(0), num_fewshot, "num_fewshot"), _parsed(integer(0), limit, "limit")
     context, batch = _parsed(integer(0), context, "context"), _parsed(integer(0), batch, "batch")
-    datasets = [data] if isinstance(data, (str, os.PathLike)) else [*data]
+    datasets = _several(data)
     if not datasets and tasks is None:
         raise RecipeError("data: missing; give `data=PREFIX`, `tasks=TASK` or both", argument=True)
     of_tasks = {"num_fewshot": num_fewshot, "limit": limit, "batch": batch, "tokenizer": tokenizer, "bos": bos}
@@ -313,7 +313,7 @@ def evaluate(
     if tasks is not None:
         own = None if tokenizer is None else Path(tokenizer)
         asked: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "batch": batch, "bos": bos}
-        named = [os.fspath(task) for task in ([tasks] if isinstance(tasks, (str, os.PathLike)) else tasks)]
+        named = [os.fspath(task) for task in _several(tasks)]
         results = score_tasks(Path(weights), named, tokenizer=own, context=context, progress=progress, **asked)
     losses = {
         str(prefix): scored(Path(weights), Path(prefix), dtype=dtype, context=context, progress=progress)
@@ -385,8 +385,7 @@ def load_study(
     """
     from spt_fast.study import load
 
-    starts = [init] if isinstance(init, (str, os.PathLike)) else [*init]
-    given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out, "init": starts}
+    given = {"general": general, "domain": domain, "tokenizer": tokenizer, "out": out, "init": _several(init)}
     return load.load_study(str(study), overrides, given=given)
 
 
@@ -614,7 +613,12 @@ def _recipe(recipe: Recipe | AnyPath) -> Recipe:
 
 
 def _paths(paths: Paths) -> list[Path]:
-    return [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
+    return [Path(path) for path in _several(paths)]
+
+
+def _several(paths: Paths) -> list[AnyPath]:
+    """One or several, as they were given."""
+    return [paths] if isinstance(paths, (str, os.PathLike)) else [*paths]
 
 
 def _table(runs: Paths | pd.DataFrame, domain_source: str | None, general_source: str | None) -> Any:
