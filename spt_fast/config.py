@@ -10,6 +10,7 @@ compares two of them key by key.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -634,3 +635,14 @@ def load_recipe(path: str | Path, overrides: str | Sequence[str] = ()) -> Recipe
     with naming(path):
         apply_overrides(raw, overrides)
         return recipe_from(raw)
+
+
+def as_recipe(given: Recipe | str | os.PathLike[str]) -> Recipe:
+    """A recipe, or the one in the file at this path. Raises RecipeError."""
+    if isinstance(given, (str, os.PathLike)):
+        return load_recipe(Path(given))
+    if not isinstance(given, Recipe):
+        what = type(given).__name__
+        expected = "give the path of its file, or what `spt.load_recipe(…)` returns"
+        raise RecipeError(f"recipe: is of type {what}; {expected}", argument=True)
+    return given

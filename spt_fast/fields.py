@@ -125,14 +125,15 @@ def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = F
     return parse
 
 
-def integer(low: int, high: int = 2**63 - 1) -> Callable[[object, str], int]:
+def integer(low: int = -(2**63), high: int = 2**63 - 1) -> Callable[[object, str], int]:
     def parse(value: object, where: str) -> int:
         if isinstance(value, str) and re.fullmatch(r"[1-9][0-9]{0,18}(_[0-9]{3}){1,6}", value):
             value = int(value)  # 1_000
         whole = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None  # NumPy's too
         if whole is None or not low <= whole <= high:
+            least = "" if low == -(2**63) else f", at least {low} and"
             most = "below 2^63" if high == 2**63 - 1 else f"at most {high:,}"
-            raise RecipeError(invalid(where, value, f"write a whole number, at least {low} and {most}"))
+            raise RecipeError(invalid(where, value, f"write a whole number{least} {most}"))
         return whole
 
     return parse

@@ -83,7 +83,7 @@ def tokenizer(
     from spt_fast.data.tokenizer import train_tokenizer
     from spt_fast.fields import integer
 
-    vocab_size = _parsed(integer(0), vocab_size, "vocab_size")
+    vocab_size = _parsed(integer(), vocab_size, "vocab_size")
     return train_tokenizer(inputs, vocab_size, out, text_key=text_key, skip_bad=skip_bad, progress=progress)
 
 
@@ -127,7 +127,7 @@ def prepare(
         text_key=text_key,
         heldout=_parsed(parse_share, heldout, "heldout"),
         skip_bad=skip_bad,
-        workers=_parsed(integer(0), workers, "workers"),
+        workers=_parsed(integer(), workers, "workers"),
         progress=progress,
     )
 
@@ -214,13 +214,14 @@ def plan(
 
         >>> spt.plan("recipe.yaml", gpus=8, gpu="H100", per_gpu_hour=2.5).price.cost
     """
+    from spt_fast.config import as_recipe
     from spt_fast.fields import integer, number, parse_share
     from spt_fast.train import price as pricing
     from spt_fast.train.plan import make_plan
     from spt_fast.train.precision import precision_of
     from spt_fast.train.world import launched_processes, pick_device
 
-    loaded, gpus = _recipe(recipe), _parsed(integer(1), gpus, "gpus") or launched_processes()
+    loaded, gpus = as_recipe(recipe), _parsed(integer(1), gpus, "gpus") or launched_processes()
     memory, share = _parsed(pricing.parse_bytes, gpu_memory, "gpu_memory"), _parsed(parse_share, mfu, "mfu")
     per_hour = _parsed(number(0), per_gpu_hour, "per_gpu_hour")
     made = make_plan(loaded, world=gpus)
@@ -245,10 +246,11 @@ def train(recipe: Recipe | AnyPath, *, resume: bool = False, verify: bool = Fals
         >>> trained = spt.train("recipe.yaml", resume=True)
         >>> trained.phases["finetune"].heldout["chem"]
     """
+    from spt_fast.config import as_recipe
     from spt_fast.train.run import run
     from spt_fast.train.summary import TrainedRun
 
-    loaded = _recipe(recipe)
+    loaded = as_recipe(recipe)
     return TrainedRun.of(Path(loaded.run), run(loaded, resume=resume, verify=verify, progress=progress))
 
 
@@ -301,8 +303,8 @@ def evaluate(
     from spt_fast.evaluation.tasks import score_tasks
     from spt_fast.fields import integer
 
-    num_fewshot, limit = _parsed(integer(0), num_fewshot, "num_fewshot"), _parsed(integer(0), limit, "limit")
-    context, batch = _parsed(integer(0), context, "context"), _parsed(integer(0), batch, "batch")
+    num_fewshot, limit = _parsed(integer(0), num_fewshot, "num_fewshot"), _parsed(integer(), limit, "limit")
+    context, batch = _parsed(integer(), context, "context"), _parsed(integer(), batch, "batch")
     datasets = _several(data)
     if not datasets and tasks is None:
         raise RecipeError("data: missing; give `data=PREFIX`, `tasks=TASK` or both", argument=True)
@@ -589,7 +591,7 @@ def generate(
     from spt_fast.fields import integer, number
     from spt_fast.train.release import generate_texts
 
-    temperature, top_k = _parsed(number(), temperature, "temperature"), _parsed(integer(0), top_k, "top_k")
+    temperature, top_k = _parsed(number(), temperature, "temperature"), _parsed(integer(), top_k, "top_k")
     top_p = _parsed(number(), top_p, "top_p")
     tokens = _parsed(integer(0), tokens, "tokens")
     seed = _parsed(integer(-(2**63), 2**64 - 1), seed, "seed")
@@ -597,19 +599,6 @@ def generate(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     own = None if tokenizer is None else str(tokenizer)
     return [*generate_texts(Path(weights), asked, tokens, tokenizer=own, **sampling)]
-
-
-def _recipe(recipe: Recipe | AnyPath) -> Recipe:
-    from spt_fast.config import Recipe, load_recipe
-
-    if isinstance(recipe, (str, os.PathLike)):
-        return load_recipe(Path(recipe))
-    if not isinstance(recipe, Recipe):
-        what = type(recipe).__name__
-        raise RecipeError(
-            f"recipe: is of type {what}; give the path of its file, or `spt.load_recipe(…)`", argument=True
-        )
-    return recipe
 
 
 def _paths(paths: Paths) -> list[Path]:

@@ -168,11 +168,9 @@ def test_errors_name_the_argument_or_its_flag(
     assert (code, out) == (2, f"spt-fast: --domain-tokens{str(error.value).removeprefix('domain_tokens')}\n")
     with pytest.raises(RecipeError, match=r"^heldout: '50' is invalid: write a share between 0 and 1; did you mean"):
         spt.prepare("x", tmp_path / "y", "gpt2", heldout="50")
-    for what in (lambda: spt.train({"run": "a"}), lambda: spt.plan(7)):  # type: ignore[arg-type]
-        with pytest.raises(
-            RecipeError, match=r"^recipe: is of type (dict|int); give the path of its file, or `spt.load"
-        ):
-            what()
+    for call in (spt.train, spt.plan, spt.run):
+        with pytest.raises(RecipeError, match=r"^recipe: is of type int; give the path of its file, or what `spt.load"):
+            call(7)  # type: ignore[operator]
     with pytest.raises(RecipeError, match=r"^jobs: 0 is invalid: write a whole number, at least 1"):
         spt.sweep("spt", jobs=0)
     with pytest.raises(RecipeError, match=r"^tokens: -1 is invalid: write a whole number"):
@@ -189,12 +187,15 @@ def test_errors_name_the_argument_or_its_flag(
     [
         (lambda: spt.tokenizer("x", "4K", "t"), "vocab_size: '4K' is invalid: write a whole number"),
         (lambda: spt.prepare("x", "y", "gpt2", workers="two"), "workers: 'two' is invalid: write a whole number"),
+        (lambda: spt.tokenizer("x", -1, "t"), "vocab_size: -1 is invalid: at least 257"),
+        (lambda: spt.prepare("x", "y", "gpt2", workers=-1), "workers: -1 is invalid: at least 1; leave it out"),
+        (lambda: spt.evaluate("x", tasks="none.jsonl", limit=-1), "limit: -1 is invalid: write a whole number of at l"),
         (lambda: spt.init("g", "d", "o", hours="an hour"), "hours: 'an hour' is invalid: write a number above 0"),
         (
             lambda: spt.plan(recipe_from(tiny.raw_recipe(Path())), gpu_memory=80),
             "gpu_memory: 80 is invalid: write a size",
         ),
-        (lambda: spt.run("recipe.yaml"), "recipe: is of type str; give what `spt.load_recipe"),
+        (lambda: spt.run("none.yaml"), "none.yaml: "),
         (lambda: spt.evaluate("x", "d", context="long"), "context: 'long' is invalid: write a whole number"),
         (lambda: spt.evaluate("x", tasks="none.jsonl"), "none.jsonl: doesn't exist"),
         (

@@ -193,7 +193,7 @@ def whole(name: str, given: Any, least: int) -> int:
     """Raises RecipeError."""
     value = number(name, given, None)
     if not (value.is_integer() and least <= value < 2**31):
-        raise RecipeError(invalid(name, given, f"give a whole number, at least {least}"))
+        raise RecipeError(invalid(name, given, f"give a whole number, at least {least} and below 2^31"))
     return int(value)
 
 

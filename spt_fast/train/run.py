@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from spt_fast.config import Model, Recipe
+from spt_fast.config import Model, Recipe, as_recipe
 from spt_fast.data.base_tokenizer import BaseTokenizer
 from spt_fast.data.tokenizer import Tokenizer
 from spt_fast.errors import CheckpointError, DataError, RecipeError
@@ -38,8 +38,10 @@ from spt_fast.train.weights import digest_of, locate, read_config
 from spt_fast.train.world import World, use_deterministic_algorithms
 
 
-def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Train every phase of the recipe; returns summary.json as a dict.
+def run(
+    recipe: Recipe | str | os.PathLike[str], *, resume: bool = False, verify: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """Train every phase of a recipe, or of the one in the file at a path; returns summary.json as a dict.
 
     `resume` continues from the newest whole checkpoint in the run folder, or starts without one; a finished run
     continues if the recipe has become longer (`spt_fast.train.resume`). Datasets are compared with their hashes
@@ -48,9 +50,7 @@ def run(recipe: Recipe, *, resume: bool = False, verify: bool = False, progress:
     diverges ends it with `status: failed` and the reason. Raises RecipeError, DataError or CheckpointError for what a
     user can fix.
     """
-    if not isinstance(recipe, Recipe):
-        what = type(recipe).__name__
-        raise RecipeError(f"recipe: is of type {what}; give what `spt.load_recipe(…)` returns", argument=True)
+    recipe = as_recipe(recipe)
     if recipe.engine.deterministic:
         use_deterministic_algorithms()
     world = join(recipe.engine)

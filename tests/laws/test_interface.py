@@ -125,7 +125,7 @@ def test_bootstrap_resamples_runs_not_points() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"n": 0}, "n: 0 is invalid: give a whole number, at least 1"),
+        ({"n": 2**31}, "n: 2147483648 is invalid: give a whole number, at least 1 and below 2\\^31"),
         ({"n": "x"}, "n: 'x' is invalid"),
         ({"seed": -1}, "seed: -1 is invalid: give a whole number, at least 0"),
         ({"seed": 0.5}, "seed: 0.5 is invalid"),
